@@ -1,0 +1,54 @@
+"""stateset-lightning: GRPO for single-turn language tasks as a PyTorch Lightning kit.
+
+Public names are imported when they are first used, so that `--help` and reward workers need not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stateset_lightning.callbacks import EpisodeCallback
+    from stateset_lightning.datamodule import ScenarioDataModule
+    from stateset_lightning.module import GRPOLightningModule
+    from stateset_lightning.policy import PolicyConfig
+    from stateset_lightning.rewards import RewardFunction, RewardResult
+    from stateset_lightning.rollout import RolloutConfig
+    from stateset_lightning.types import PromptBatch, Scenario, Turn
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "EpisodeCallback": "callbacks",
+    "GRPOLightningModule": "module",
+    "PolicyConfig": "policy",
+    "PromptBatch": "types",
+    "RewardFunction": "rewards",
+    "RewardResult": "rewards",
+    "RolloutConfig": "rollout",
+    "Scenario": "types",
+    "ScenarioDataModule": "datamodule",
+    "Turn": "types",
+}
+
+__all__ = [
+    "EpisodeCallback",
+    "GRPOLightningModule",
+    "PolicyConfig",
+    "PromptBatch",
+    "RewardFunction",
+    "RewardResult",
+    "RolloutConfig",
+    "Scenario",
+    "ScenarioDataModule",
+    "Turn",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,8 @@
+"""Lightning callbacks: episode hooks, samples and predictions as files, progress in the console, a summary at the end."""
+
+from stateset_lightning.callbacks.console import ConsoleProgress
+from stateset_lightning.callbacks.episodes import EpisodeCallback
+from stateset_lightning.callbacks.samples import PredictionWriter, SampleWriter
+from stateset_lightning.callbacks.summary import RunSummary
+
+__all__ = ["ConsoleProgress", "EpisodeCallback", "PredictionWriter", "RunSummary", "SampleWriter"]

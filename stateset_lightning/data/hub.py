@@ -1,0 +1,71 @@
+"""Parquet files and Hugging Face data sets -> raw rows, through the optional `datasets` library.
+
+A hub id is `owner/name`, `owner/name:config` or `owner/name:config:split`. No code of a data set is ever run.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from stateset_lightning.data.reading import RawRow
+from stateset_lightning.errors import DataError
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
+_HUB_SPLITS = {"train": "train", "validation": "validation", "test": "test", "predict": "test"}
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether `text` looks like `owner/name`, with or without a configuration and a split behind colons."""
+    return _HUB_ID.fullmatch(text) is not None
+
+
+def read_hub(hub_id: str, split: str) -> list[RawRow]:
+    """All rows of a data set on the hub. Without a split in `hub_id`, the one named like ours (for predict: test).
+
+    Raises:
+        DataError: If `datasets` is not installed, or the data set, its configuration or its split cannot be loaded.
+    """
+    name, config, wanted = [*hub_id.split(":"), None, None][:3]
+    datasets = _import_datasets(f"'{hub_id}' is no file here; as a hub id it")
+    try:
+        rows = datasets.load_dataset(name, config, split=wanted or _HUB_SPLITS[split])
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"'{hub_id}' is no file here and cannot be loaded from the Hugging Face hub: {_first_line(error)}; "
+            "check the name, or write owner/name:config:split"
+        ) from error
+    return _rows(rows, hub_id)
+
+
+def read_parquet(path: Path) -> list[RawRow]:
+    """All rows of a Parquet file.
+
+    Raises:
+        DataError: If `datasets` is not installed, or the file is not Parquet.
+    """
+    if path.is_dir():
+        raise DataError(f"{path} is a directory; give a file, or a glob such as '{path}/*.parquet'")
+    datasets = _import_datasets(f"{path}: Parquet")
+    try:
+        rows = datasets.Dataset.from_parquet(str(path))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"{path}: cannot be read as Parquet: {_first_line(error)}; write the file again, or as .jsonl") from error
+    return _rows(rows, str(path))
+
+
+def _import_datasets(what: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f'{what} is read with the datasets library: pip install "stateset-lightning[hub]"') from error
+    return datasets
+
+
+def _rows(rows: Any, prefix: str) -> list[RawRow]:
+    if len(rows) == 0:
+        raise DataError(f"{prefix}: has no rows; give at least one scenario")
+    return [RawRow(dict(columns), f"{prefix} item {number}", number) for number, columns in enumerate(rows, start=1)]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,200 @@
+"""Resumable loader of training episodes, and the loader for evaluation.
+
+Both are plain iterables with a length, not torch `DataLoader`s: the batches are lists that lie in memory, so there is nothing
+for worker processes to do, and Lightning would rebuild a `DataLoader` with a sampler of its own.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from stateset_lightning.data.order import EpochOrder
+from stateset_lightning.errors import ConfigError
+from stateset_lightning.types import PromptBatch, Scenario
+
+_DESCRIPTIONS = {
+    "scenarios": "the number of scenarios in data.train",
+    "sources": "the sizes and weights of the sources in data.train",
+    "world_size": "the number of processes (trainer.devices * trainer.num_nodes)",
+}
+"""What entries of the state are called that are no option of the data module."""
+
+
+class EpisodeLoader:
+    """Serves each episode's prompts `num_iterations * steps_per_episode` times, as micro-steps 0, 1, ...
+
+    An epoch has ceil(scenarios / (batch_size * world_size)) episodes; the last one is filled up from the epoch's start, so that
+    every scenario comes at least once (of each source, if weighted: its share). Rank r gets every `world_size`-th prompt of an
+    episode's global batch, from r on.
+
+    The loader counts micro-steps over the whole run, and iterating goes on where it stands. It has no `set_epoch`: Lightning's
+    own epoch number skips one when a run with `max_steps` is resumed from a checkpoint made at an epoch's end (2.6.6).
+    It has a length because Lightning fetches one batch ahead from loaders without, and would lose that batch on resume.
+
+    Args:
+        scenarios: All training scenarios, on every rank.
+        prompt_tokens: Their prompts.
+        order: Where each one stands in an epoch.
+        batch_size: Prompts per episode and rank.
+        num_iterations: Passes over an episode.
+        steps_per_episode: Micro-steps of a pass.
+        rank: Of this process.
+        world_size: Number of processes.
+        limit: Micro-steps that the trainer takes per epoch of its own (`limit_train_batches`); its next epoch goes on behind
+            them, so that a limit does not keep scenarios out. None: all.
+        repeat: Serve the first `limit` micro-steps again and again (`overfit_batches`).
+        fingerprint: What else decides the order, by option; a checkpoint in which it differs is refused.
+    """
+
+    def __init__(
+        self,
+        scenarios: Sequence[Scenario],
+        prompt_tokens: Sequence[list[int]],
+        order: EpochOrder,
+        *,
+        batch_size: int,
+        num_iterations: int = 1,
+        steps_per_episode: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        limit: int | None = None,
+        repeat: bool = False,
+        fingerprint: Mapping[str, int | bool | str] | None = None,
+    ) -> None:
+        assert len(scenarios) == len(prompt_tokens) == order.size > 0
+        self._scenarios = scenarios
+        self._prompt_tokens = prompt_tokens
+        self._order = order
+        self._batch_size = batch_size
+        self._rank = rank
+        self._world_size = world_size
+        self.num_micro_steps = num_iterations * steps_per_episode
+        self.steps_per_episode = steps_per_episode
+        self.episodes_per_epoch = -(-order.size // (batch_size * world_size))
+        self._pass_length = min(limit, len(self)) if limit is not None else len(self)
+        self._repeat = repeat
+        self._fingerprint: dict[str, int | bool | str] = {
+            "scenarios": order.size,
+            "batch_size": batch_size,
+            "num_iterations": num_iterations,
+            "steps_per_episode": steps_per_episode,
+            "world_size": world_size,
+            **(fingerprint or {}),
+        }
+        self._completed = 0  # micro-steps since the run's start
+        self._cached: tuple[int, np.ndarray] | None = None  # epoch and its positions, filled up to whole episodes
+
+    @property
+    def num_filled(self) -> int:
+        """Positions at an epoch's end that repeat prompts of its start."""
+        return self.episodes_per_epoch * self._batch_size * self._world_size - self._order.size
+
+    def __len__(self) -> int:
+        return self.episodes_per_epoch * self.num_micro_steps
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        # Lightning makes iterators that it never uses: nothing may change before the first batch is asked for.
+        while True:
+            batch = self._batch_at(self._completed)
+            self._completed += 1
+            yield batch
+            if self._completed % self._pass_length == 0:
+                return
+
+    def state_dict(self) -> dict[str, int | bool | str]:
+        """Epoch, micro-steps completed in it, and what they depend on; equal on all ranks.
+
+        Lightning asks for it when the batch that it got last has been trained on.
+        """
+        epoch, completed = divmod(self._completed, len(self))
+        return {"epoch": epoch, "completed": completed, **self._fingerprint}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the state was taken.
+
+        Raises:
+            ConfigError: If an option that decides the order differs: the position would mean other prompts.
+        """
+        for key, value in self._fingerprint.items():
+            if state.get(key) != value:
+                name = _DESCRIPTIONS.get(key, f"data.{key}")
+                raise ConfigError(
+                    f"{name} is {value!r}, but {state.get(key)!r} in the checkpoint, whose position in the data would mean other "
+                    f"prompts; resume with {state.get(key)!r}, or start a new run from the checkpoint's weights"
+                )
+        self._completed = int(state["epoch"]) * len(self) + int(state["completed"])
+
+    def _batch_at(self, completed: int) -> PromptBatch:
+        """The batch of the micro-step before which `completed` were completed."""
+        if self._repeat:
+            round_number, micro_step = divmod(completed, self._pass_length)
+            episode, micro_step = divmod(micro_step, self.num_micro_steps)
+            episode_index = round_number * -(-self._pass_length // self.num_micro_steps) + episode
+        else:
+            episode_index, micro_step = divmod(completed, self.num_micro_steps)
+            episode = episode_index
+        positions = range(self._rank, self._batch_size * self._world_size, self._world_size)
+        rows = self._global_batch(episode)[self._rank :: self._world_size].tolist()
+        return PromptBatch(
+            prompt_tokens=[self._prompt_tokens[row] for row in rows],
+            scenarios=[self._scenarios[row] for row in rows],
+            positions=list(positions),
+            episode_index=episode_index,
+            micro_step=micro_step,
+            num_micro_steps=self.num_micro_steps,
+            steps_per_episode=self.steps_per_episode,
+            split="train",
+        )
+
+    def _global_batch(self, episode: int) -> np.ndarray:
+        """Scenarios of an episode on all ranks, int64 [batch_size * world_size]."""
+        epoch, number = divmod(episode, self.episodes_per_epoch)
+        size = self._batch_size * self._world_size
+        if self._cached is None or self._cached[0] != epoch:
+            # `resize` repeats from the start, as often as it takes.
+            self._cached = (epoch, np.resize(self._order.epoch(epoch), self.episodes_per_epoch * size))
+        return self._cached[1][number * size :][:size]
+
+
+class EvaluationLoader:
+    """Serves every scenario of a split once, without filling up: rank r gets every `world_size`-th, from r on.
+
+    Args:
+        scenarios: All scenarios of the split, on every rank.
+        prompt_tokens: Their prompts.
+        split: Which split they are.
+        batch_size: Prompts per batch and rank.
+        rank: Of this process.
+        world_size: Number of processes.
+    """
+
+    def __init__(
+        self,
+        scenarios: Sequence[Scenario],
+        prompt_tokens: Sequence[list[int]],
+        split: Literal["validation", "test", "predict"],
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._scenarios = scenarios
+        self._prompt_tokens = prompt_tokens
+        self._split = split
+        self._batch_size = batch_size
+        self._rows = range(rank, len(scenarios), world_size)
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._batch_size)
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        for start in range(0, len(self._rows), self._batch_size):
+            rows = list(self._rows[start : start + self._batch_size])
+            yield PromptBatch(
+                prompt_tokens=[self._prompt_tokens[row] for row in rows],
+                scenarios=[self._scenarios[row] for row in rows],
+                positions=rows,
+                episode_index=0,
+                split=self._split,
+            )

@@ -1,0 +1,208 @@
+"""Files -> raw rows, each with the place it came from.
+
+JSONL, JSON lists, CSV and YAML lists, in UTF-8 (a byte order mark is accepted). What a row means is not checked here.
+A row that cannot be read is a `Problem`, so that all bad rows of a split are reported together; a file that cannot be read at
+all is a `DataError` at once. Nothing in a file is executed: no pickle, and YAML is loaded safely.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stateset_lightning.errors import DataError
+
+MAX_PROBLEMS_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """One row before it is checked. `place` says where it stands, `number` counts the file's rows from 1."""
+
+    columns: dict[str, Any]
+    place: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why the row at `place` cannot be used."""
+
+    place: str
+    reason: str
+
+
+Readings = Iterator[RawRow | Problem]
+
+
+def read_file(path: Path) -> tuple[list[RawRow], list[Problem]]:
+    """All rows of a file whose suffix is a key of `READERS`, and the problems of those that could not be read.
+
+    Raises:
+        DataError: If the file as a whole cannot be read: missing, a directory, not UTF-8, empty, without rows, malformed
+            beyond one row, or of an unknown kind.
+    """
+    if path.is_dir():
+        raise DataError(f"{path} is a directory; give a file, or a glob such as '{path}/*.jsonl'")
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: unknown suffix '{path.suffix}'; scenarios are read from {', '.join([*READERS, '.parquet'])}")
+    rows: list[RawRow] = []
+    problems: list[Problem] = []
+    for reading in reader(path, _read_text(path)):
+        if isinstance(reading, RawRow):
+            rows.append(reading)
+        else:
+            problems.append(reading)
+    if not rows and not problems:
+        raise DataError(f"{path}: the file has no rows; give at least one scenario")
+    return rows, problems
+
+
+def raise_problems(key: str, problems: Sequence[Problem]) -> None:
+    """Raise a `DataError` that lists the problems of the split `key` (the first 20, and how many more), if there are any."""
+    if not problems:
+        return
+    shown = [f"  {problem.place}: {problem.reason}" for problem in problems[:MAX_PROBLEMS_SHOWN]]
+    if len(problems) > MAX_PROBLEMS_SHOWN:
+        shown.append(f"  ... and {len(problems) - MAX_PROBLEMS_SHOWN} more")
+    count = f"{len(problems)} row{'s' if len(problems) > 1 else ''}"
+    raise DataError("\n".join([f"{key}: {count} cannot be used; correct or remove:", *shown]))
+
+
+def rows_of(items: Sequence[Any], prefix: str) -> Readings:
+    """Raw rows of a list of mappings; `prefix` names the list."""
+    for number, item in enumerate(items, start=1):
+        place = f"{prefix} item {number}"
+        if not isinstance(item, dict):
+            yield Problem(place, f"a row must be a mapping of columns, not {kind(item)}")
+        elif unnamed := [name for name in item if not isinstance(name, str)]:
+            yield Problem(place, f"column names must be strings, not {unnamed[0]!r}; put it in quotes")
+        else:
+            yield RawRow(item, place, number)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}:{line}: not valid UTF-8 (byte 0x{error.object[error.start]:02x}); save the file as UTF-8") from error
+    if not text.strip():
+        raise DataError(f"{path}: the file is empty; give at least one scenario")
+    return text
+
+
+def _read_jsonl(path: Path, text: str) -> Readings:
+    number = 0
+    # Not splitlines(): it also splits at U+2028 and other characters that may stand inside a JSON string.
+    for line_number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        number += 1
+        place = f"{path}:{line_number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            yield Problem(place, f"malformed JSON at column {error.colno}: {error.msg}")
+            continue
+        except (ValueError, RecursionError) as error:  # an integer of thousands of digits, or nesting as deep
+            yield Problem(place, f"malformed JSON: {error}")
+            continue
+        if isinstance(row, dict):
+            yield RawRow(row, place, number)
+        else:
+            yield Problem(place, f"a row must be a JSON object, not {kind(row)}")
+
+
+def _read_json(path: Path, text: str) -> Readings:
+    try:
+        items = json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = "; for one JSON object per line, name the file .jsonl" if error.msg == "Extra data" else ""
+        raise DataError(f"{path}:{error.lineno}: malformed JSON at column {error.colno}: {error.msg}{hint}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: malformed JSON: {error}") from error
+    return rows_of(_as_list(path, items), str(path))
+
+
+def _read_yaml(path: Path, text: str) -> Readings:
+    try:
+        # The C loader is ten times as fast and as safe, but not in every build of PyYAML.
+        items = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise DataError(f"{path}:{line}: malformed YAML: {error.problem}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-13-40
+        raise DataError(f"{path}: malformed YAML: {error}") from error
+    return rows_of(_as_list(path, items), str(path))
+
+
+def _read_csv(path: Path, text: str) -> Readings:
+    # The default limit of 131,072 characters a cell refuses long documents. It is global, hence put back.
+    limit = csv.field_size_limit(max(len(text) + 1, csv.field_size_limit()))
+    try:
+        # All at once: a generator could be left half-way with the limit still changed.
+        return iter(list(_csv_rows(path, text)))
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _csv_rows(path: Path, text: str) -> Readings:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] | None = None
+    number = last_line = 0
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:  # the reader cannot find the next row's start
+            yield Problem(f"{path}:{last_line + 1}", f"malformed CSV: {error}; no row after it was read")
+            return
+        if cells is None:
+            return
+        # A quoted cell may span lines: the row starts where the last one ended, and the reader stands at its end.
+        place, last_line = f"{path}:{last_line + 1}", reader.line_num
+        if not cells:  # a blank line
+            continue
+        if header is None:
+            header = cells
+            _check_header(path, header)
+            continue
+        number += 1
+        if len(cells) == len(header):
+            yield RawRow(dict(zip(header, cells, strict=True)), place, number)
+        else:
+            hint = "; put cells that contain commas in quotes" if len(cells) > len(header) else ""
+            yield Problem(place, f"{len(cells)} cells, but the header has {len(header)} ({', '.join(header)}){hint}")
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise DataError(f"{path}: the header names the column '{twice[0]}' twice; rename one of them")
+
+
+def _as_list(path: Path, items: object) -> list[Any]:
+    if isinstance(items, list):
+        return items
+    keys = f" with the keys {', '.join(map(str, list(items)[:5]))}" if isinstance(items, dict) else ""
+    raise DataError(f"{path}: must hold a list of rows, not {kind(items)}{keys}")
+
+
+def kind(value: object) -> str:
+    """What a value read from a file is, in words that need no Python."""
+    names = {dict: "a mapping", list: "a list", str: "text", bool: "true/false", int: "a number", float: "a number", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
+
+
+READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".yaml": _read_yaml, ".yml": _read_yaml}
+"""How files are read, by suffix."""

@@ -1,0 +1,159 @@
+"""Raw rows -> checked scenarios.
+
+A row asks its question in one of three forms: `prompt` (text), `messages` (a conversation whose last turn is the user's), or
+`user_responses` (several texts, each of which becomes a scenario of its own). `fields` maps our names to the file's columns;
+the file's own columns stay available to rewards under their own names.
+"""
+
+import datetime
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args, get_type_hints
+
+from stateset_lightning.data.reading import Problem, RawRow, kind
+from stateset_lightning.errors import DataError
+from stateset_lightning.types import Scenario, Turn
+
+QUESTION_COLUMNS = ("prompt", "messages", "user_responses")
+ROLES: tuple[str, ...] = get_args(get_type_hints(Turn)["role"])
+_LIKELY_QUESTIONS = ("question", "text", "query", "input", "instruction", "problem", "content", "sentence")
+
+
+class _BadRow(Exception):
+    """Why a row is no scenario; becomes a `Problem` with the row's place."""
+
+
+def check_columns(rows: Sequence[RawRow], fields: Mapping[str, str], origin: str) -> None:
+    """Check that the rows of `origin` (a file, say) have the columns that `fields` names, and a question.
+
+    Raises:
+        DataError: If a column is in none of the rows. It names those that there are. A column that only some rows lack is
+            reported with these rows, by `to_scenarios`.
+    """
+    present = list(dict.fromkeys(name for row in rows for name in row.columns))
+    has = f"it has: {', '.join(present) or 'none'}"
+    for ours, theirs in fields.items():
+        if theirs not in present:
+            raise DataError(f"{origin}: data.fields.{ours} names the column '{theirs}', which is not there; {has}")
+    if present and not {*QUESTION_COLUMNS} & {*fields, *present}:
+        guess = next((name for name in _LIKELY_QUESTIONS if name in present), present[0])
+        raise DataError(
+            f"{origin}: there is no column 'prompt', 'messages' or 'user_responses'; {has}. "
+            f"Say which one holds the prompt, for example data.fields.prompt={guess}"
+        )
+
+
+def to_scenarios(
+    rows: Sequence[RawRow], fields: Mapping[str, str], label: str, rewards: Sequence[str] | None = None
+) -> tuple[list[tuple[Scenario, str]], list[Problem]]:
+    """The scenarios of the rows, each with its place, and the problems of the rows that are none.
+
+    Args:
+        rows: Rows of one file or list.
+        fields: Our name -> the file's column.
+        label: Rows without an id get `<label>:<row number>`.
+        rewards: Names of the reward functions for rows that do not name their own.
+    """
+    scenarios: list[tuple[Scenario, str]] = []
+    problems: list[Problem] = []
+    for row in rows:
+        try:
+            scenarios += [(scenario, row.place) for scenario in _row_scenarios(row, fields, label, rewards)]
+        except _BadRow as bad:
+            problems.append(Problem(row.place, str(bad)))
+    return scenarios, problems
+
+
+def _row_scenarios(row: RawRow, fields: Mapping[str, str], label: str, rewards: Sequence[str] | None) -> Iterator[Scenario]:
+    columns = _renamed(row.columns, fields)
+    columns["id"] = _checked_id(columns.get("id"), f"{label}:{row.number}")
+    for name in ("context", "topic"):
+        columns[name] = _checked_optional_text(name, columns.get(name))
+    columns["rewards"] = _checked_rewards(columns["rewards"]) if columns.get("rewards") is not None else rewards
+    given = [name for name in QUESTION_COLUMNS if columns.get(name) is not None]
+    if len(given) != 1:
+        found = " and ".join(f"'{name}'" for name in given) or "none of them"
+        raise _BadRow(f"needs exactly one of 'prompt', 'messages' and 'user_responses', but has {found}")
+    if given == ["user_responses"]:
+        prompts = _checked_texts("user_responses", columns.pop("user_responses"))
+        return (Scenario.model_validate({**columns, "id": f"{columns['id']}/{i}", "prompt": text}) for i, text in enumerate(prompts))
+    columns.pop("user_responses", None)
+    if given == ["messages"]:
+        columns["messages"] = _checked_messages(columns["messages"])
+    else:
+        columns["prompt"] = _checked_text("the prompt", columns["prompt"])
+    return iter([Scenario.model_validate(columns)])
+
+
+def _renamed(columns: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
+    for ours, theirs in fields.items():
+        if theirs not in columns:
+            raise _BadRow(f"no column '{theirs}' (data.fields.{ours}); the row has: {', '.join(columns) or 'none'}")
+    return {**columns, **{ours: columns[theirs] for ours, theirs in fields.items()}}
+
+
+def _checked_id(value: object, default: str) -> str:
+    if value is None or value == "":
+        return default
+    # YAML makes numbers and dates of what looks like them; true/false is a slip.
+    if isinstance(value, bool) or not isinstance(value, str | int | float | datetime.date):
+        raise _BadRow(f"the id must be text or a number, not {kind(value)}")
+    return str(value)
+
+
+def _checked_text(what: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise _BadRow(f"{what} must be text, not {kind(value)} ({_shown(value)}); put it in quotes")
+    if not value.strip():
+        raise _BadRow(f"{what} is empty")
+    return value
+
+
+def _checked_optional_text(name: str, value: object) -> str | None:
+    return None if value is None or value == "" else _checked_text(f"'{name}'", value)
+
+
+def _checked_texts(name: str, value: object) -> list[str]:
+    if not isinstance(value, list | tuple):
+        raise _BadRow(f"'{name}' must be a list of texts, not {kind(value)}")
+    if not value:
+        raise _BadRow(f"'{name}' is an empty list")
+    return [_checked_text(f"item {number} of '{name}'", text) for number, text in enumerate(value, start=1)]
+
+
+def _checked_rewards(value: object) -> list[str]:
+    # The column is reserved: it says which reward functions score the row.
+    names = _checked_texts("rewards", value)
+    if len(set(names)) < len(names):
+        raise _BadRow(f"'rewards' names a reward twice: {', '.join(names)}")
+    return names
+
+
+def _checked_messages(value: object) -> tuple[Turn, ...]:
+    if not isinstance(value, list | tuple):
+        raise _BadRow(f"'messages' must be a list of {{role, content}}, not {kind(value)}")
+    turns = tuple(_checked_turn(number, message) for number, message in enumerate(value, start=1))
+    if not turns:
+        raise _BadRow("'messages' is an empty list")
+    if turns[-1].role != "user":
+        raise _BadRow(f"the last message must be the user's, not the {turns[-1].role}'s; the model answers it")
+    _checked_text("the last message", turns[-1].content)
+    return turns
+
+
+def _checked_turn(number: int, message: object) -> Turn:
+    if isinstance(message, Turn):
+        message = {"role": message.role, "content": message.content}
+    if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+        found = f"a mapping with {', '.join(map(str, message)) or 'nothing'}" if isinstance(message, Mapping) else kind(message)
+        raise _BadRow(f"message {number} must have 'role' and 'content' and nothing else, but is {found}")
+    role, content = message["role"], message["content"]
+    if role not in ROLES:
+        raise _BadRow(f"message {number} has the role {role!r}; the roles are {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise _BadRow(f"the content of message {number} must be text, not {kind(content)}")
+    return Turn(role, content)
+
+
+def _shown(value: object, width: int = 40) -> str:
+    text = repr(value)
+    return text if len(text) <= width else text[:width] + "..."

@@ -1,0 +1,226 @@
+"""What `data.train` and its like say -> the scenarios of a split, and which source each one comes from.
+
+A split is a path, a glob, a hub id, a list of rows, or a list of sources. Weighted sources are mixed by the loader; here
+they are only read.
+"""
+
+# No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
+import glob
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Gt
+
+from stateset_lightning.data.hub import is_hub_id, read_hub, read_parquet
+from stateset_lightning.data.reading import READERS, Problem, RawRow, raise_problems, read_file, rows_of
+from stateset_lightning.data.scenarios import QUESTION_COLUMNS, check_columns, to_scenarios
+from stateset_lightning.errors import ConfigError, DataError
+from stateset_lightning.types import Scenario
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One of several sources of scenarios: either `path` or `rows`.
+
+    Args:
+        path: A file, a glob, or a hub id (owner/name, owner/name:config or owner/name:config:split).
+        rows: Scenarios, as a list of mappings.
+        weight: Share of an epoch, relative to the other sources' weights. Without weights every row comes once per epoch.
+        fields: Our name -> the source's column; takes the place of data.fields for this source.
+        rewards: Names of the reward functions that score this source's rows; without it all of them do.
+        name: What messages and generated ids call this source.
+    """
+
+    path: str | None = None
+    rows: list[dict[str, Any]] | None = None
+    weight: Annotated[float, Gt(0)] | None = None
+    fields: dict[str, str] | None = None
+    rewards: list[str] | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScenarioSet:
+    """The scenarios of a split. `source_of[i]` is the index, in `names` and `weights`, of the source of scenario i."""
+
+    scenarios: list[Scenario]
+    source_of: list[int]
+    names: list[str]
+    weights: list[float] | None
+
+    def __len__(self) -> int:
+        return len(self.scenarios)
+
+    def select(self, indices: Sequence[int]) -> "ScenarioSet":
+        """The same sources with the scenarios at `indices` alone."""
+        return ScenarioSet([self.scenarios[i] for i in indices], [self.source_of[i] for i in indices], self.names, self.weights)
+
+    @property
+    def mixture(self) -> str:
+        """Sizes and weights of weighted sources, such as `100*2.0 50*1.0`; they decide the order of an epoch."""
+        sizes = [len(rows) for rows in self.rows_by_source()]
+        return " ".join(f"{size}*{weight}" for size, weight in zip(sizes, self.weights or [], strict=False))
+
+    def rows_by_source(self) -> list[list[int]]:
+        """Indices of each source's scenarios."""
+        rows: list[list[int]] = [[] for _ in self.names]
+        for index, source in enumerate(self.source_of):
+            rows[source].append(index)
+        return rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The rows of one file or list."""
+
+    rows: list[RawRow]
+    problems: list[Problem]
+    origin: str
+    stem: str
+    path: str
+
+
+SplitSpec = str | os.PathLike[str] | Sequence[Source | Mapping[str, Any]]
+
+
+def read_split(spec: SplitSpec, split: str, data_fields: Mapping[str, str] | None = None) -> ScenarioSet:
+    """Read and check all scenarios of a split.
+
+    Args:
+        spec: A path, glob or hub id, a list of rows, or a list of sources.
+        split: train, validation, test or predict.
+        data_fields: Our name -> the files' column, for sources without `fields` of their own.
+
+    Raises:
+        ConfigError: If `spec` or a source is none of these.
+        DataError: If a file cannot be read, or rows are no scenarios: all of them are listed.
+    """
+    key = f"data.{split}"
+    sources = _as_sources(spec, key)
+    parts = [(index, part) for index, source in enumerate(sources) for part in _parts(source, index, len(sources), split)]
+    stems = Counter(part.stem for _, part in parts)
+    checked: list[tuple[Scenario, str]] = []
+    source_of: list[int] = []
+    problems: list[Problem] = []
+    for index, part in parts:
+        source = sources[index]
+        names = (data_fields if source.fields is None else source.fields) or {}
+        if part.rows:
+            check_columns(part.rows, names, part.origin)
+        label = part.stem if stems[part.stem] == 1 else source.name or part.path
+        scenarios, bad = to_scenarios(part.rows, names, label, source.rewards)
+        checked += scenarios
+        source_of += [index] * len(scenarios)
+        problems += [*part.problems, *bad]
+    raise_problems(key, [*problems, *_repeated_ids(checked)])
+    weights = None if sources[0].weight is None else [source.weight or 0.0 for source in sources]
+    return ScenarioSet([scenario for scenario, _ in checked], source_of, [_name(s, i, key) for i, s in enumerate(sources)], weights)
+
+
+def _as_sources(spec: SplitSpec, key: str) -> list[Source]:
+    """The sources that a split's value stands for. A mapping without `path` or `rows`, or with a question, is a row."""
+    if isinstance(spec, str | os.PathLike):
+        return [Source(path=os.fspath(spec))]
+    if not isinstance(spec, Sequence):
+        raise ConfigError(f"{key} must be a path, a hub id, a list of rows or a list of sources, not {type(spec).__name__}")
+    if not spec:
+        raise DataError(f"{key} is an empty list; give at least one scenario or source")
+    items: list[Any] = list(spec)
+    are_sources = [isinstance(item, Source) or (isinstance(item, Mapping) and _is_source(item)) for item in items]
+    if not any(are_sources):
+        return [Source(rows=[dict(item) if isinstance(item, Mapping) else item for item in items])]  # others are reported as rows
+    if not all(are_sources):
+        position = are_sources.index(False) + 1
+        raise ConfigError(f"{key} mixes sources and rows: item {position} has neither 'path' nor 'rows'; put rows into a source's 'rows'")
+    sources = [item if isinstance(item, Source) else _source(item, f"{key} item {i}") for i, item in enumerate(items, start=1)]
+    for i, source in enumerate(sources, start=1):
+        _check_source(source, f"{key} item {i}")
+    if len({source.weight is None for source in sources}) > 1:
+        raise ConfigError(f"{key}: some sources have a weight and some have none; give all of them one, or none")
+    return sources
+
+
+def _is_source(item: Mapping[str, Any]) -> bool:
+    return ("path" in item or "rows" in item) and not any(name in item for name in QUESTION_COLUMNS)
+
+
+def _source(item: Mapping[str, Any], place: str) -> Source:
+    known = [field.name for field in fields(Source)]
+    if unknown := [name for name in item if name not in known]:
+        raise ConfigError(f"{place}: a source has no key '{unknown[0]}'; its keys are {', '.join(known)}")
+    return Source(**item)
+
+
+def _check_source(source: Source, place: str) -> None:
+    if (source.path is None) == (source.rows is None):
+        raise ConfigError(f"{place}: a source needs either 'path' or 'rows', not {'both' if source.rows is not None else 'neither'}")
+    if source.path is not None and not isinstance(source.path, str | os.PathLike):
+        raise ConfigError(f"{place}: path={source.path!r} must be text")
+    if source.rows is not None and not isinstance(source.rows, list):
+        raise ConfigError(f"{place}: rows must be a list of scenarios, not {type(source.rows).__name__}")
+    if source.weight is not None and not (isinstance(source.weight, int | float) and 0 < source.weight < float("inf")):
+        raise ConfigError(f"{place}: weight={source.weight!r} must be a number above 0; leave the source out to ignore it")
+    if source.rewards is not None and not (isinstance(source.rewards, list) and all(isinstance(n, str) for n in source.rewards)):
+        raise ConfigError(f"{place}: rewards={source.rewards!r} must be a list of reward names")
+    if source.fields is not None and not isinstance(source.fields, dict):
+        raise ConfigError(f"{place}: fields={source.fields!r} must map our names to the source's columns, for example prompt: question")
+
+
+def _parts(source: Source, index: int, num_sources: int, split: str) -> Iterator[_Part]:
+    """The files or the list of rows that a source stands for."""
+    if source.rows is not None:
+        origin = f"data.{split}" if num_sources == 1 else f"data.{split} item {index + 1} rows"
+        stem = source.name or (split if num_sources == 1 else f"{split}.{index + 1}")
+        if not source.rows:
+            raise DataError(f"{origin} has no rows; give at least one scenario")
+        readings = list(rows_of(source.rows, origin))
+        rows = [reading for reading in readings if isinstance(reading, RawRow)]
+        yield _Part(rows, [reading for reading in readings if isinstance(reading, Problem)], origin, stem, stem)
+        return
+    path = os.fspath(source.path or "")
+    for file in _files(path, f"data.{split}"):
+        rows, problems = (read_parquet(file), []) if file.suffix.lower() == ".parquet" else read_file(file)
+        yield _Part(rows, problems, str(file), file.stem, str(file.with_suffix("")))
+    if not _is_local(path):
+        yield _Part(read_hub(path, split), [], path, path, path)
+
+
+def _files(path: str, key: str) -> list[Path]:
+    """The files at a path or glob, in sorted order; none for a hub id."""
+    expanded = os.path.expanduser(path)
+    if os.path.exists(expanded):
+        return [Path(expanded)]
+    if glob.has_magic(expanded):
+        found = sorted(name for name in glob.glob(expanded, recursive=True) if os.path.isfile(name))
+        if not found:
+            raise DataError(f"{key}={path}: no file matches; paths are relative to {os.getcwd()}")
+        return [Path(name) for name in found]
+    if _is_local(path):
+        raise DataError(
+            f"{key}={path}: there is no such file, and it does not look like a hub id (owner/name); paths are relative to {os.getcwd()}"
+        )
+    return []
+
+
+def _is_local(path: str) -> bool:
+    """Whether `path` means files. `data/train.jsonl` has the form of a hub id, but a suffix of ours or a folder that is here."""
+    if os.path.exists(os.path.expanduser(path)) or glob.has_magic(path) or not is_hub_id(path):
+        return True
+    return os.path.splitext(path)[1].lower() in (*READERS, ".parquet") or os.path.isdir(path.split("/")[0])
+
+
+def _repeated_ids(checked: Sequence[tuple[Scenario, str]]) -> Iterator[Problem]:
+    first: dict[str, str] = {}
+    for scenario, place in checked:
+        if scenario.id in first:
+            yield Problem(place, f"the id '{scenario.id}' is already that of {first[scenario.id]}; ids must differ within a split")
+        else:
+            first[scenario.id] = place
+
+
+def _name(source: Source, index: int, key: str) -> str:
+    return source.name or source.path or f"{key} item {index + 1}"

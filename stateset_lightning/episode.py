@@ -1,0 +1,174 @@
+"""An episode: one prompt batch sampled, scored and ready to be trained on, micro-step by micro-step.
+
+The plan of an episode is fixed when it is made. Optimizer step k of a pass trains a contiguous range of the episode's global prompt
+positions, the same in every pass; its micro-steps share out this rank's prompts of that range. Letters: P prompts and N = P * G
+completions of this rank, T completion tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stateset_lightning.algorithm import Algorithm
+from stateset_lightning.policy import Group
+from stateset_lightning.ranks import Ranks
+from stateset_lightning.types import FinishReason, Rollout, Scores
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one micro-step trains: groups of completions with their per-completion and per-token values."""
+
+    groups: list[Group]
+    advantages_N: Tensor
+    weights_N: Tensor  # weight of each token of a completion
+    lengths_N: Tensor
+    sampling_logprobs_T: Tensor
+    old_logprobs_T: Tensor | None
+    ref_logprobs_T: Tensor | None
+
+
+@dataclass
+class Episode:
+    """Tensors and lists only, so that a checkpoint can hold it. `active_N` marks the completions that need a policy forward."""
+
+    index: int
+    prompt_tokens: list[list[int]]
+    completion_tokens_T: Tensor
+    lengths_N: Tensor
+    sampling_logprobs_T: Tensor
+    advantages_N: Tensor
+    weights_N: Tensor
+    active_N: Tensor
+    micro_step_N: Tensor  # which micro-step of a pass trains a completion
+    active_by_step: list[int]  # completions of all ranks to train, by optimizer step of a pass
+    old_logprobs_T: Tensor | None = None
+    ref_logprobs_T: Tensor | None = None
+
+    @property
+    def num_generations(self) -> int:
+        return len(self.lengths_N) // len(self.prompt_tokens)
+
+    def part(self, micro_step: int) -> Part:
+        """The completions of a micro-step of a pass that need training; none, perhaps."""
+        return self._select((self.micro_step_N == micro_step) & self.active_N)
+
+    def active_part(self) -> Part:
+        """All completions that need training: what old and reference log-probs are computed for."""
+        return self._select(self.active_N)
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """Values of the active completions' tokens -> [T], zero for the others."""
+        all_T = torch.zeros(len(self.completion_tokens_T), dtype=values.dtype)
+        all_T[self._tokens_of(self.active_N)] = values.cpu()
+        return all_T
+
+    def state_dict(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Episode:
+        return cls(**state)
+
+    def _tokens_of(self, rows_N: Tensor) -> Tensor:
+        return rows_N.repeat_interleave(self.lengths_N)
+
+    def _select(self, rows_N: Tensor) -> Part:
+        completions = self.completion_tokens_T.split(self.lengths_N.tolist())
+        by_prompt: dict[int, list[list[int]]] = {}
+        for n in rows_N.nonzero().flatten().tolist():
+            by_prompt.setdefault(n // self.num_generations, []).append(completions[n].tolist())
+        tokens_T = self._tokens_of(rows_N)
+        return Part(
+            groups=[Group(self.prompt_tokens[p], group) for p, group in by_prompt.items()],
+            advantages_N=self.advantages_N[rows_N],
+            weights_N=self.weights_N[rows_N],
+            lengths_N=self.lengths_N[rows_N],
+            sampling_logprobs_T=self.sampling_logprobs_T[tokens_T],
+            old_logprobs_T=None if self.old_logprobs_T is None else self.old_logprobs_T[tokens_T],
+            ref_logprobs_T=None if self.ref_logprobs_T is None else self.ref_logprobs_T[tokens_T],
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an episode is cut: `steps_per_episode` micro-steps per pass, `accumulate` of them to an optimizer step."""
+
+    num_prompts: int
+    num_generations: int
+    steps_per_episode: int
+    accumulate: int
+    ranks: Ranks = Ranks()
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of one pass."""
+        return self.steps_per_episode // self.accumulate
+
+    def step_of_position(self, positions: np.ndarray) -> np.ndarray:
+        """The optimizer step of a pass that trains a global prompt position."""
+        return positions * self.optimizer_steps // (self.num_prompts * self.ranks.world)
+
+    def micro_step_of_completion(self) -> Tensor:
+        """For each of this rank's completions, int64 [N]: whole groups where an optimizer step has enough of them."""
+        local = np.arange(self.num_prompts) * self.ranks.world + self.ranks.rank
+        step_P = self.step_of_position(local)
+        micro_N = np.zeros(self.num_prompts * self.num_generations, dtype=np.int64)
+        for step in range(self.optimizer_steps):
+            prompts = np.flatnonzero(step_P == step)
+            rows = (prompts[:, None] * self.num_generations + np.arange(self.num_generations)).reshape(-1)
+            whole_groups = len(prompts) >= self.accumulate
+            shares = np.array_split(prompts if whole_groups else rows, self.accumulate)
+            for i, share in enumerate(shares):
+                members = (share[:, None] * self.num_generations + np.arange(self.num_generations)).reshape(-1) if whole_groups else share
+                micro_N[members] = step * self.accumulate + i
+        return torch.from_numpy(micro_N)
+
+
+def make_episode(
+    index: int, rollout: Rollout, scores: Scores, reward_weights: Sequence[float], algorithm: Algorithm, plan: Plan
+) -> Episode:
+    """Advantages over the prompts of all ranks, token weights over each optimizer step, and who trains when."""
+    ranks = plan.ranks
+    shape_PG = (plan.num_prompts, plan.num_generations)
+    lengths_PG = ranks.by_position(rollout.lengths_N.reshape(shape_PG))
+    scores_PGF = ranks.by_position(scores.values_NF.reshape(*shape_PG, -1))
+    truncated = torch.tensor([reason == FinishReason.LENGTH for reason in rollout.finish_reasons])
+    truncated_PG = ranks.by_position(truncated.reshape(shape_PG))
+
+    advantages_PG = algorithm.advantages(scores_PGF, torch.tensor(reward_weights, dtype=torch.float64), lengths_PG)
+    trains_PG = advantages_PG.isfinite()
+    if algorithm.mask_truncated:
+        trains_PG = trains_PG & ~truncated_PG
+    # One token at least: an engine may return an empty completion, and there is nothing in it to train.
+    active_PG = trains_PG & (lengths_PG > 0)
+    if not algorithm.trains_on_zero_advantage:
+        active_PG = active_PG & (advantages_PG != 0)
+
+    step_P = torch.from_numpy(plan.step_of_position(np.arange(plan.num_prompts * ranks.world)))
+    weights_PG = torch.zeros_like(advantages_PG)
+    for step in range(plan.optimizer_steps):
+        here = step_P == step
+        groups = here.nonzero().expand(-1, plan.num_generations).flatten()
+        weights = algorithm.token_weights(lengths_PG[here].flatten(), groups, trains_PG[here].flatten())
+        weights_PG[here] = weights.reshape(-1, plan.num_generations)
+
+    mine = slice(ranks.rank, None, ranks.world)
+    return Episode(
+        index=index,
+        prompt_tokens=rollout.prompt_tokens,
+        completion_tokens_T=rollout.completion_tokens_T,
+        lengths_N=rollout.lengths_N,
+        sampling_logprobs_T=rollout.logprobs_T,
+        advantages_N=advantages_PG[mine].flatten().float(),
+        weights_N=weights_PG[mine].flatten(),
+        active_N=active_PG[mine].flatten(),
+        micro_step_N=plan.micro_step_of_completion(),
+        active_by_step=[int(active_PG[step_P == step].sum()) for step in range(plan.optimizer_steps)],
+    )

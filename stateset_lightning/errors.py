@@ -1,0 +1,20 @@
+"""Errors that a user can mend: each names the key or file, shows the value and says what to do.
+
+The command line prints them in a line or two, without a traceback. Our own mistakes are `assert`s and keep theirs.
+"""
+
+
+class UserError(ValueError):
+    """Something the user gave cannot be honoured. Base of every error of this package."""
+
+
+class ConfigError(UserError):
+    """An option, or a combination of options, cannot be honoured."""
+
+
+class DataError(UserError):
+    """A scenario file or row cannot be used."""
+
+
+class RewardError(UserError):
+    """Rewards failed more often than `max_reward_failures` allows, or returned what is no score."""

@@ -1,0 +1,99 @@
+"""Metrics of an episode and of an optimizer step: sums and counts that add up over micro-steps and ranks, divided once."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from stateset_lightning.ranks import Ranks
+from stateset_lightning.types import FinishReason, Metrics, Rollout, Scores
+
+
+class SumCounts:
+    """Adds up (sum, count) pairs by name."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, list[Tensor | float]] = {}
+
+    def add(self, metrics: Metrics) -> None:
+        for name, (total, count) in metrics.items():
+            sums = self._totals.setdefault(name, [0.0, 0.0])
+            # Tensors stay on their device until `means`: an addition does not wait for the device, `.item()` does.
+            sums[0] = sums[0] + total
+            sums[1] = sums[1] + count
+
+    def means(self, ranks: Ranks) -> dict[str, float]:
+        """Sum over count, over all ranks; names without any count are left out. Starts anew afterwards."""
+        mine = {name: (float(total), float(count)) for name, (total, count) in self._totals.items()}
+        self._totals = {}
+        everyone = ranks.gather(mine)
+        names = sorted({name for totals in everyone for name in totals})
+        totals = {name: [sum(pair) for pair in zip(*(t.get(name, (0.0, 0.0)) for t in everyone), strict=True)] for name in names}
+        return {name: total / count for name, (total, count) in totals.items() if count}
+
+
+def episode_metrics(rollout: Rollout, scores: Scores, advantages_N: Tensor) -> Metrics:
+    """What can be said of this rank's completions before training on them. Failed rewards enter no mean."""
+    lengths_N = rollout.lengths_N.double()
+    count = len(lengths_N)
+    truncated = sum(reason == FinishReason.LENGTH for reason in rollout.finish_reasons)
+    totals_PG = scores.totals_N.reshape(-1, rollout.num_generations)
+    scored_N = scores.totals_N.isfinite()
+    trained_N = advantages_N.isfinite()
+    metrics: Metrics = {
+        "train/reward": (scores.totals_N[scored_N].sum(), int(scored_N.sum())),
+        "completion/mean_tokens": (lengths_N.sum(), count),
+        "completion/truncated": (truncated, count),
+        "advantage/std": (advantages_N[trained_N].square().sum(), int(trained_N.sum())),
+        **reward_metrics(scores),
+        **group_metrics(totals_PG),
+    }
+    for key, number in Counter(f"reward_failures/{failure.reward}/{failure.error}" for failure in scores.failures).items():
+        metrics[key] = (number, 1)
+    return metrics
+
+
+def reward_metrics(scores: Scores, prefix: str = "reward/") -> Metrics:
+    """Mean of each reward over the completions that it scored."""
+    metrics: Metrics = {}
+    for column, name in zip(scores.values_NF.T, scores.names, strict=True):
+        scored = column[column.isfinite()]
+        metrics[f"{prefix}{name}"] = (scored.sum(), len(scored))
+    return metrics
+
+
+def group_metrics(totals_PG: Tensor) -> Metrics:
+    """Shares of groups: all right (constant, above zero), all wrong (constant, not above zero), mixed, dropped (under two survivors)."""
+    finite_PG = totals_PG.isfinite()
+    dropped_P = finite_PG.sum(-1) < 2
+    highest_P = totals_PG.where(finite_PG, -torch.inf).amax(-1)
+    lowest_P = totals_PG.where(finite_PG, torch.inf).amin(-1)
+    constant_P = (highest_P == lowest_P) & ~dropped_P
+    std_P = torch.stack([row[row.isfinite()].std() if ok else torch.tensor(0.0) for row, ok in zip(totals_PG, ~dropped_P, strict=True)])
+    count = len(totals_PG)
+    return {
+        "train/reward_std": (std_P.sum(), int((~dropped_P).sum())),
+        "groups/all_right": ((constant_P & (highest_P > 0)).sum(), count),
+        "groups/all_wrong": ((constant_P & (highest_P <= 0)).sum(), count),
+        "groups/mixed": ((~constant_P & ~dropped_P).sum(), count),
+        "groups/dropped": (dropped_P.sum(), count),
+    }
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory in MB: allocated on a CUDA device since the start, resident of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes on macOS, KiB on Linux
+
+
+def with_root(metrics: Mapping[str, float], name: str) -> dict[str, float]:
+    """`metrics` with the square root taken of `name`, which was averaged as a square."""
+    return {key: value**0.5 if key == name else value for key, value in metrics.items()}

@@ -1,0 +1,377 @@
+"""GRPOLightningModule: wires sampling, scoring, advantages and loss into Lightning's automatic optimisation.
+
+A training step is one micro-step of an episode. The first one samples the prompts, scores the completions and makes the
+episode; every one returns the loss of its part. Clipping, accumulation, precision, schedules and checkpoints are Lightning's.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Annotated, Any
+
+import torch
+from annotated_types import Ge, Gt, Le
+from jsonargparse import lazy_instance
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from stateset_lightning.algorithm import GRPO, Algorithm, TokenBatch
+from stateset_lightning.algorithm.losses import per_token
+from stateset_lightning.callbacks.episodes import call_episode_hook
+from stateset_lightning.episode import Episode, Part, Plan, make_episode
+from stateset_lightning.errors import ConfigError
+from stateset_lightning.evaluation import RewardMeans
+from stateset_lightning.metrics import SumCounts, episode_metrics, peak_memory_mb
+from stateset_lightning.policy import Group, Policy, PolicyConfig, load_model, load_tokenizer
+from stateset_lightning.policy.precision import sampling_dtype, weights_dtype
+from stateset_lightning.policy.schedule import Schedule
+from stateset_lightning.ranks import Ranks
+from stateset_lightning.records import CompletionRecord, make_records
+from stateset_lightning.rewards import Reward, Scorer, as_rewards
+from stateset_lightning.rollout import InProcessEngine, RolloutConfig, RolloutEngine
+from stateset_lightning.run_checks import check_episode_fits_trainer, optimizer_steps_of_run
+from stateset_lightning.seeding import derive_seed, run_seed, sample_seeds
+from stateset_lightning.types import PromptBatch, Rollout, Scores, conversation
+
+PROGRESS_BAR = ("train/reward", "completion/mean_tokens", "work/tokens_per_s")
+
+
+class GRPOLightningModule(LightningModule):
+    """Improves a language model on prompts whose answers can be scored, by group-relative policy optimisation.
+
+    Args:
+        policy: The model: a name or folder, or a `PolicyConfig`.
+        reward: What scores a completion: a list of reward functions, one, or a plain function `f(turns, context)`.
+        rollout: How completions are sampled.
+        algorithm: How scores become a loss; see `stateset_lightning.algorithm`.
+        optimizer: Called with the trainable parameters.
+        lr_scheduler: A `Schedule`, or a torch scheduler called with the optimizer; stepped once per optimizer step.
+        reward_timeout: Seconds that a reward may take for one completion, unless it has a time-out of its own.
+        reward_concurrency: Rewards that run at a time.
+        max_reward_failures: Share of an episode's completions whose reward may fail before the run stops.
+        seed: Seed of all sampling; None for that of `seed_everything`.
+    """
+
+    tokenizer: Any
+    """The policy's tokenizer, loaded at once; the weights are loaded when a run starts."""
+
+    def __init__(
+        self,
+        policy: str | PolicyConfig,
+        *,
+        reward: Reward,
+        rollout: RolloutConfig = RolloutConfig(),  # noqa: B008 (frozen)
+        algorithm: Algorithm = lazy_instance(GRPO),  # noqa: B008 (never changed but by `setup`, which is idempotent)
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
+        lr_scheduler: Schedule | LRSchedulerCallable | None = None,
+        reward_timeout: Annotated[float, Gt(0)] | None = None,
+        reward_concurrency: Annotated[int, Ge(1)] = 16,
+        max_reward_failures: Annotated[float, Ge(0), Le(1)] = 0.5,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.policy_config = PolicyConfig.of(policy)
+        self.rollout = RolloutConfig(**rollout) if isinstance(rollout, Mapping) else rollout
+        self.algorithm = copy.copy(algorithm)
+        self.algorithm.setup(self.rollout.max_new_tokens)
+        self.rewards = as_rewards(reward)
+        self._make_scorer = partial(
+            Scorer, self.rewards, timeout=reward_timeout, max_concurrency=reward_concurrency, max_failures=max_reward_failures
+        )
+        self.scorer = self._make_scorer()
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.seed = run_seed() if seed is None else seed
+        self.tokenizer = load_tokenizer(self.policy_config)
+        # Plain containers only: a checkpoint must load with `weights_only=True`.
+        self.save_hyperparameters({"policy": self.policy_config.to_dict(), "rollout": asdict(self.rollout), "seed": self.seed}, logger=False)
+
+        self.policy: Policy | None = None
+        self._reference: tuple[Policy, ...] = ()  # in a tuple, so that it is no submodule: not trained, not saved
+        self.engine: RolloutEngine | None = None
+        self._episode: Episode | None = None
+        self._step_metrics = SumCounts()
+        self._episode_metrics: dict[str, float] = {}
+        self._last_metrics: dict[str, float] = {}
+        self._eval_rewards: RewardMeans | None = None
+        self.last_records: list[CompletionRecord] = []
+        """Completions of the newest episode or evaluation batch of this rank, for callbacks."""
+
+    # Set-up ------------------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        self.scorer = self._make_scorer()
+
+    def teardown(self, stage: str) -> None:
+        self.scorer.close()
+
+    def configure_model(self) -> None:
+        """Loads the weights, once; called by the Trainer after the data has been read and checked."""
+        if self.policy is None:
+            precision = str(self.trainer.precision) if self._trainer is not None else "32-true"
+            model = load_model(self.policy_config, weights_dtype(self.policy_config.dtype, precision))
+            self.policy = Policy(model, self.policy_config)
+            if self.algorithm.needs_reference:
+                self._reference = (copy.deepcopy(self.policy).requires_grad_(False),)
+            self.engine = InProcessEngine(self.tokenizer, sampling_dtype(precision))
+        self._eval_rewards = self._eval_rewards or RewardMeans([reward.name for reward in self.rewards])
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer([p for p in self._loaded_policy.parameters() if p.requires_grad])
+        if self.lr_scheduler is None:
+            return optimizer
+        if isinstance(self.lr_scheduler, Schedule):
+            scheduler: Any = self.lr_scheduler.build(optimizer, optimizer_steps_of_run(self.trainer))
+        else:
+            scheduler = self.lr_scheduler(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        check_episode_fits_trainer(self.trainer)
+        self._loaded_policy.train()  # transformers loads in evaluation mode, where gradient checkpointing does nothing
+        for reference in self._reference:
+            reference.to(self.device)
+
+    # Training ----------------------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
+        """Loss of one micro-step, summed over its tokens with the weights of the whole optimizer step."""
+        if batch.micro_step == 0:
+            self._episode = self._collect(batch)
+        episode = self._episode
+        if episode is None or episode.index != batch.episode_index:
+            raise RuntimeError(f"micro-step {batch.micro_step} of episode {batch.episode_index} came without the episode's first micro-step")
+        start = time.perf_counter()
+        part = episode.part(batch.micro_step % batch.steps_per_episode)
+        loss = self._loss(part, episode, batch.micro_step) if part.groups else self._zero_loss()
+        self._step_metrics.add({"policy/loss": (loss.detach(), 1.0 / self._accumulate)})
+        self._step_metrics.add({"time/train_s": (time.perf_counter() - start, 1.0 / self._accumulate)})
+        self._show(self._last_metrics)
+        # DDP and FSDP average over ranks and Lightning divides by the accumulation: the sum over tokens is meant.
+        return loss * (self._ranks.world * self._accumulate)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [p.grad for p in self._loaded_policy.parameters() if p.grad is not None]
+        if self._episode is not None and self._episode.active_by_step[self._optimizer_step_of_pass] == 0:
+            # Nothing to train on any rank: None rather than zero, on which AdamW would still move the weights.
+            optimizer.zero_grad(set_to_none=True)
+            gradients = []
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else 0.0
+        self._step_metrics.add({"policy/grad_norm": (norm, 1), "policy/empty_steps": (float(not gradients), 1)})
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None) -> None:
+        start = time.perf_counter()
+        lr = optimizer.param_groups[0]["lr"]
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self._step_metrics.add({"lr": (lr, 1), "time/step_s": (time.perf_counter() - start, 1)})
+        self._publish(self.trainer.global_step + 1)
+
+    def on_train_batch_end(self, outputs: Any, batch: PromptBatch, batch_idx: int) -> None:
+        if batch.micro_step == batch.num_micro_steps - 1:
+            call_episode_hook(self.trainer, "on_episode_end", batch.episode_index, self._last_metrics)
+
+    def _collect(self, batch: PromptBatch) -> Episode:
+        """Samples, scores and plans an episode."""
+        call_episode_hook(self.trainer, "on_episode_start", batch.episode_index)
+        plan = Plan(len(batch), self.rollout.num_generations, batch.steps_per_episode, self._accumulate, self._ranks)
+        start = time.perf_counter()
+        rollout, scores = self._sample_and_score(batch, "train", self.rollout.num_generations, greedy=False)
+        sampled = time.perf_counter()
+        self.scorer.check_failures(scores)
+        episode = make_episode(batch.episode_index, rollout, scores, [reward.weight for reward in self.rewards], self.algorithm, plan)
+        self._add_fixed_logprobs(episode, several_steps=batch.num_micro_steps > self._accumulate)
+        self.last_records = make_records(batch, rollout, scores, episode.advantages_N.tolist())
+
+        metrics = SumCounts()
+        metrics.add(episode_metrics(rollout, scores, episode.advantages_N))
+        metrics.add(self._work_metrics(rollout, scores, episode, sampled - start, time.perf_counter() - start))
+        lengths = self._ranks.gather((int(rollout.lengths_N.min()), int(rollout.lengths_N.max())))
+        means = metrics.means(self._ranks)
+        means["advantage/std"] = math.sqrt(means.get("advantage/std", 0.0))
+        means["completion/min_tokens"] = min(low for low, _ in lengths)
+        means["completion/max_tokens"] = max(high for _, high in lengths)
+        self._episode_metrics = {**means, "episode": float(batch.episode_index)}
+        self._last_metrics = {**self._last_metrics, **self._episode_metrics}
+        return episode
+
+    def _sample_and_score(self, batch: PromptBatch, purpose: str, num_generations: int, *, greedy: bool) -> tuple[Rollout, Scores]:
+        """Completions and their scores; a completion is scored as soon as it is finished, while others are decoded."""
+        assert self.engine is not None
+        self.engine.sync(self._loaded_policy)
+        seeds_N = sample_seeds(self.seed, purpose, batch.episode_index, batch.positions, num_generations)
+        system_prompt = getattr(getattr(self.trainer, "datamodule", None), "system_prompt", None)
+        with self.scorer.start(len(seeds_N)) as session:
+
+            def score(n: int, text: str, num_tokens: int) -> None:
+                scenario = batch.scenarios[n // num_generations]
+                session.submit(n, conversation(scenario, text, system_prompt), scenario.columns(), completion_tokens=num_tokens)
+
+            rollout = self.engine.generate(batch.prompt_tokens, num_generations, self.rollout, seeds_N, greedy=greedy, on_finished=score)
+            return rollout, session.collect()
+
+    def _add_fixed_logprobs(self, episode: Episode, *, several_steps: bool) -> None:
+        """Log-probs that stay the same for the whole episode: the reference's, and the old ones where they are not the new ones."""
+        groups = episode.active_part().groups
+        if several_steps:
+            episode.old_logprobs_T = episode.scatter(self._loaded_policy.score_without_gradient(groups, self.rollout.temperature)[0])
+        for reference in self._reference:
+            episode.ref_logprobs_T = episode.scatter(reference.score_without_gradient(groups, self.rollout.temperature)[0])
+
+    def _loss(self, part: Part, episode: Episode, micro_step: int) -> Tensor:
+        with self._seeded_dropout(episode.index, micro_step):
+            logprobs_T, entropies_T = self._loaded_policy.score(part.groups, self.rollout.temperature)
+        device = logprobs_T.device
+
+        def here(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.to(device)
+
+        tokens = TokenBatch(
+            logprobs_T=logprobs_T,
+            old_logprobs_T=logprobs_T.detach() if part.old_logprobs_T is None else part.old_logprobs_T.to(device),
+            advantages_N=part.advantages_N.to(device),
+            lengths_N=part.lengths_N.to(device),
+            ref_logprobs_T=here(part.ref_logprobs_T),
+            sampling_logprobs_T=here(part.sampling_logprobs_T),
+            entropies_T=entropies_T,
+        )
+        loss_T, metrics = self.algorithm.per_token_loss(tokens)
+        self._step_metrics.add(metrics)
+        self._step_metrics.add({"policy/entropy": (entropies_T.detach().sum(), entropies_T.numel())})
+        return (per_token(part.weights_N.to(device, loss_T.dtype), tokens.lengths_N) * loss_T).sum()
+
+    def _zero_loss(self) -> Tensor:
+        """Zero, but a function of every parameter: under DDP each rank must take part in every reduction."""
+        return torch.stack([p.flatten()[0] for p in self._loaded_policy.parameters() if p.requires_grad]).sum() * 0.0
+
+    def _seeded_dropout(self, episode: int, micro_step: int) -> Any:
+        """Dropout draws from the global generator: a seeded fork of it resumes exactly and leaves it untouched."""
+        if self.policy_config.dropout == 0:
+            return torch.enable_grad()
+        return _forked_generator(self.device, derive_seed(self.seed, "dropout", episode, micro_step, self._ranks.rank))
+
+    # Evaluation --------------------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """One greedy completion per prompt, as rows for a file. Rewards that fail are null: there may be no target."""
+        rollout, scores = self._sample_and_score(batch, batch.split, 1, greedy=True)
+        self.last_records = make_records(batch, rollout, scores)
+        return [record.to_dict() for record in self.last_records]
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def _evaluate(self, batch: PromptBatch) -> None:
+        rollout, scores = self._sample_and_score(batch, batch.split, 1, greedy=True)
+        self.last_records = make_records(batch, rollout, scores)
+        assert self._eval_rewards is not None
+        self._eval_rewards.update(scores.values_NF.to(self.device), scores.totals_N.to(self.device), rollout.lengths_N.to(self.device))
+
+    def _log_evaluation(self, stage: str) -> None:
+        assert self._eval_rewards is not None
+        values = {f"{stage}/{name}": value for name, value in self._eval_rewards.compute().items()}
+        self._eval_rewards.reset()
+        # "step" is Lightning's name for the x-axis; without it, it counts from 0 and ours, like `max_steps`, from 1.
+        self.log_dict({**values, "step": float(self.trainer.global_step)}, rank_zero_only=False)
+
+    # Checkpoints -------------------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["stateset"] = {
+            "seed": self.seed,
+            "algorithm": self.algorithm.state_dict(),
+            "episode": None if self._episode is None else self._ranks.gather(self._episode.state_dict()),
+            "metrics": self._last_metrics,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["stateset"]
+        self.algorithm.load_state_dict(state["algorithm"])
+        self._last_metrics = dict(state["metrics"])
+        if self._trainer is None or not self.trainer.training:
+            return
+        if state["seed"] != self.seed:
+            raise ConfigError(f"seed {self.seed} differs from the checkpoint's {state['seed']}: give seed_everything={state['seed']} to resume")
+        episodes = state["episode"]
+        if episodes is not None:
+            if len(episodes) != self._ranks.world:
+                raise ConfigError(f"the checkpoint was written by {len(episodes)} ranks and cannot be resumed by {self._ranks.world}")
+            self._episode = Episode.from_state_dict(episodes[self._ranks.rank])
+
+    # Small things ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _loaded_policy(self) -> Policy:
+        assert self.policy is not None, "configure_model() loads the policy"
+        return self.policy
+
+    @property
+    def _ranks(self) -> Ranks:
+        return Ranks(self.trainer.global_rank, self.trainer.world_size) if self._trainer is not None else Ranks()
+
+    @property
+    def _accumulate(self) -> int:
+        return int(self.trainer.accumulate_grad_batches)
+
+    @property
+    def _optimizer_step_of_pass(self) -> int:
+        assert self._episode is not None
+        return self.trainer.global_step % len(self._episode.active_by_step)
+
+    def _work_metrics(self, rollout: Rollout, scores: Scores, episode: Episode, sample_s: float, collect_s: float) -> Any:
+        """Seconds and tokens. `work/token_ratio`: tokens of padded rows over tokens of packed groups, in one training pass."""
+        groups = episode.active_part().groups
+        tokens = int(rollout.lengths_N.sum())
+        packed = sum(len(group.prompt) + group.num_completion_tokens for group in groups)
+        padded = len(rollout.texts) * (max(map(len, rollout.prompt_tokens)) + int(rollout.lengths_N.max()))
+        return {
+            "time/sample_s": (sample_s, 1),
+            "time/score_s": (scores.seconds, 1),
+            "work/tokens_per_s": (tokens / collect_s, 1 / self._ranks.world),
+            "work/token_ratio": (padded, packed),
+            "work/skipped": (len(rollout.texts) - int(episode.active_N.sum()), len(rollout.texts)),
+            "memory/peak_mb": (peak_memory_mb(self.device), 1),
+        }
+
+    def _publish(self, step: int) -> None:
+        """One row per optimizer step to every logger: the step's own metrics and, the first time, its episode's."""
+        metrics = self._step_metrics.means(self._ranks)
+        self._last_metrics = {**self._last_metrics, **metrics}
+        row = {**self._episode_metrics, **metrics}
+        self._episode_metrics = {}
+        if self.trainer.is_global_zero:
+            for logger in self.trainer.loggers:
+                logger.log_metrics(row, step=step)
+
+    def _show(self, metrics: Mapping[str, float]) -> None:
+        """The newest values for the progress bar and for callbacks that monitor; loggers get theirs from `_publish`."""
+        bar = {name: metrics[name] for name in PROGRESS_BAR if name in metrics}
+        self.log_dict(bar, prog_bar=True, logger=False, batch_size=1)
+        self.log_dict({name: value for name, value in metrics.items() if name not in bar}, logger=False, batch_size=1)
+
+
+def _forked_generator(device: torch.device, seed: int) -> Any:
+    from contextlib import contextmanager
+
+    @contextmanager
+    def fork() -> Iterator[None]:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
+
+    return fork()
+
+
+__all__ = ["GRPOLightningModule", "Group"]

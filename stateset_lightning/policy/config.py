@@ -1,0 +1,49 @@
+"""What model is trained, and how it is loaded.
+
+No `from __future__ import annotations` in files whose signatures the command line reads: jsonargparse 4.53 then loses the bounds in
+`Annotated[...]` without a word (test_cli.py).
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Lt
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """The policy: any causal language model that transformers loads."""
+
+    model_name: str
+    """`tiny` (bundled, offline), a folder written by `save_pretrained`, or a Hugging Face id. There is no default."""
+    dtype: Dtype | None = None
+    """Precision of the weights. None: float32, or the Trainer's when `trainer.precision` is `bf16-true` or `16-true`."""
+    attn_implementation: str | None = None
+    """Attention of transformers (`sdpa`, `eager`, ...). None: the model's default."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Every dropout of the model is set to this in training. Sampling and scoring without gradient never use dropout."""
+    scoring: Literal["auto", "packed", "padded"] = "auto"
+    """How log-probs are computed. `packed`: each prompt once per group; `padded`: a row per completion; `auto`: packed where exact."""
+    head_chunk_tokens: Annotated[int, Gt(0)] | None = None
+    """Completion tokens whose logits exist at a time. None: as many as keep a chunk of logits at 64 MiB."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face id."""
+    trust_remote_code: bool = False
+    """Run code that comes with a Hugging Face id. Off unless you trust its authors."""
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of `AutoModelForCausalLM.from_pretrained`."""
+
+    @classmethod
+    def of(cls, policy: "str | Mapping[str, Any] | PolicyConfig") -> "PolicyConfig":
+        """A config from a model name, a mapping (as a checkpoint holds it) or a config."""
+        if isinstance(policy, PolicyConfig):
+            return policy
+        return cls(model_name=policy) if isinstance(policy, str) else cls(**policy)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,123 @@
+"""Log-probs and entropies of completion tokens from hidden states, without ever holding all logits.
+
+The last linear layer is applied to a chunk of tokens at a time and recomputed in the backward pass, so memory does not grow with
+tokens x vocabulary. Softmax is float32 whatever the model's dtype. Letters: T completion tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """temperature divides the logits; `softcap` c bounds them as c tanh(x / c) before that; `chunk_tokens` at a time."""
+
+    temperature: float = 1.0
+    softcap: float | None = None
+    chunk_tokens: int | None = None
+
+    def chunk(self, vocabulary: int) -> int:
+        return self.chunk_tokens or max(16, CHUNK_BYTES // (4 * vocabulary))
+
+
+def token_logprobs(hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_T: Tensor, options: HeadOptions) -> tuple[Tensor, Tensor]:
+    """Log-prob of each target and entropy of each distribution (both in nats, float32 [T]), differentiable."""
+    with torch.autocast(hidden_TH.device.type, enabled=False):
+        logprobs_T, entropies_T = _ChunkedHead.apply(hidden_TH.to(weight_VH.dtype), weight_VH, bias_V, targets_T, options)
+    return logprobs_T, entropies_T
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> Tensor:
+    logits = torch.nn.functional.linear(hidden, weight, bias).float()
+    if options.softcap is not None:
+        logits = torch.tanh(logits / options.softcap) * options.softcap
+    return logits / options.temperature if options.temperature != 1.0 else logits
+
+
+class _ChunkedHead(torch.autograd.Function):
+    """Keeps the hidden states and two numbers per token; logits come back chunk by chunk in `backward`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_T: Tensor, options: HeadOptions
+    ) -> tuple[Tensor, Tensor]:
+        logprobs_T = hidden_TH.new_empty(len(targets_T), dtype=torch.float32)
+        entropies_T, normalisers_T = torch.empty_like(logprobs_T), torch.empty_like(logprobs_T)
+        for chunk in _chunks(len(targets_T), options.chunk(len(weight_VH))):
+            logits = _logits(hidden_TH[chunk], weight_VH, bias_V, options)
+            normalisers_T[chunk] = logits.logsumexp(-1)
+            logprobs_T[chunk] = logits.gather(-1, targets_T[chunk, None])[:, 0] - normalisers_T[chunk]
+            entropies_T[chunk] = normalisers_T[chunk] - (logits.softmax(-1).mul_(logits)).sum(-1)
+        ctx.save_for_backward(hidden_TH, weight_VH, bias_V, targets_T, normalisers_T, entropies_T)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return logprobs_T, entropies_T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        grad_logprobs_T, grad_entropies_T = grads
+        hidden_TH, weight_VH, bias_V, targets_T, normalisers_T, entropies_T = ctx.saved_tensors
+        options: HeadOptions = ctx.options
+        if grad_logprobs_T is None and grad_entropies_T is None:
+            return None, None, None, None, None
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden_TH = torch.empty_like(hidden_TH) if needs_hidden else None
+        # Summed in float32: in bfloat16 the sum over many chunks would lose most of its digits.
+        grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_weight else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias and bias_V is not None else None
+        for chunk in _chunks(len(targets_T), options.chunk(len(weight_VH))):
+            logits = _logits(hidden_TH[chunk], weight_VH, bias_V, options)
+            grad = _grad_logits(logits, targets_T[chunk], normalisers_T[chunk], entropies_T[chunk], _take(grad_logprobs_T, chunk), _take(grad_entropies_T, chunk))
+            if options.temperature != 1.0:
+                grad /= options.temperature
+            if options.softcap is not None:
+                grad *= 1 - (logits * (options.temperature / options.softcap)).square()
+            if grad_bias_V is not None:
+                grad_bias_V += grad.sum(0)
+            grad = grad.to(weight_VH.dtype)
+            if grad_hidden_TH is not None:
+                torch.mm(grad, weight_VH, out=grad_hidden_TH[chunk])
+            if grad_weight_VH is not None:
+                if grad_weight_VH.dtype == grad.dtype:
+                    grad_weight_VH.addmm_(grad.t(), hidden_TH[chunk])
+                else:
+                    grad_weight_VH += grad.t() @ hidden_TH[chunk]
+        return (
+            grad_hidden_TH,
+            grad_weight_VH.to(weight_VH.dtype) if grad_weight_VH is not None else None,
+            grad_bias_V.to(bias_V.dtype) if grad_bias_V is not None else None,
+            None,
+            None,
+        )
+
+
+def _grad_logits(
+    logits: Tensor, targets: Tensor, normalisers: Tensor, entropies: Tensor, grad_logprobs: Tensor | None, grad_entropies: Tensor | None
+) -> Tensor:
+    """d(log p_y)/dz = onehot - p;  dH/dz = -p (log p + H). Both scaled by what comes from above; float32."""
+    logp = logits - normalisers[:, None]
+    p = logp.exp()
+    if grad_entropies is None:
+        grad = p.mul_(-grad_logprobs[:, None])  # type: ignore[index]
+    else:
+        grad = -p * (logp + entropies[:, None]) * grad_entropies[:, None]
+        if grad_logprobs is not None:
+            grad -= p * grad_logprobs[:, None]
+    if grad_logprobs is not None:
+        grad.scatter_add_(1, targets[:, None], grad_logprobs[:, None])
+    return grad
+
+
+def _chunks(total: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _take(values: Tensor | None, chunk: slice) -> Tensor | None:
+    return None if values is None else values[chunk]

@@ -1,0 +1,189 @@
+"""The policy: a causal language model that scores completions, and chooses by itself how to do so cheaply.
+
+Two paths give the same log-probs. `packed` computes each prompt once per group and pads nothing; `padded` has a row per
+completion, prompt repeated, and serves every architecture. A probe compares the two when the policy is made: `packed` is used where it is
+exact, and where not, the reason is announced once. Letters: T completion tokens of all groups, packed; H hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from stateset_lightning.errors import ConfigError
+from stateset_lightning.policy import prefix_attention
+from stateset_lightning.policy.config import PolicyConfig
+from stateset_lightning.policy.head import HeadOptions, token_logprobs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+PROBE_TOLERANCE = 1e-3
+"""Largest difference, in nats, between two paths that counts as the same: far above float error, far below a wrong mask."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt and some of its completions, as token ids. Completions are never empty."""
+
+    prompt: Sequence[int]
+    completions: Sequence[Sequence[int]]
+
+    @property
+    def num_completion_tokens(self) -> int:
+        return sum(map(len, self.completions))
+
+
+class Policy(nn.Module):
+    """A causal language model with the one operation that training needs: `score`.
+
+    Args:
+        model: The language model; any that transformers loads.
+        config: How it scores. `scoring` "packed" is an error where it is not exact.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: PolicyConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self.uses_chunked_head = self._probe_head()
+        self.uses_packed_scoring = config.scoring != "padded" and self._probe_packed()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def score(self, groups: Sequence[Group], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies (nats, float32 [T]) of all completion tokens, in order; differentiable.
+
+        Log-probs are those of the logits divided by `temperature`, before any top-k, top-p or min-p.
+        """
+        targets_T = self._ids([token for group in groups for completion in group.completions for token in completion])
+        outputs_TX = (self._packed if self.uses_packed_scoring else self._padded)(groups)
+        if not self.uses_chunked_head:
+            logps = (outputs_TX.float() / temperature).log_softmax(-1)
+            return logps.gather(-1, targets_T[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
+        head = self.model.get_output_embeddings()
+        options = HeadOptions(temperature, self.softcap, self.config.head_chunk_tokens)
+        return token_logprobs(outputs_TX, head.weight, getattr(head, "bias", None), targets_T, options)
+
+    @torch.no_grad()
+    def score_without_gradient(self, groups: Sequence[Group], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """As `score`, a group at a time and without dropout: for old log-probs and for the reference."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            parts = [self.score([group], temperature) for group in groups]
+        finally:
+            self.model.train(training)
+        if not parts:
+            return torch.empty(0), torch.empty(0)
+        logprobs, entropies = zip(*parts, strict=True)
+        return torch.cat(logprobs), torch.cat(entropies)
+
+    def _packed(self, groups: Sequence[Group]) -> Tensor:
+        """Outputs at the positions that predict completion tokens, each prompt computed once: [T, H]."""
+        ids: list[int] = []
+        positions: list[int] = []
+        sources: list[int] = []
+        for group in groups:
+            ids += group.prompt
+            positions += range(len(group.prompt))
+            last = len(ids) - 1
+            for completion in group.completions:
+                # The prompt's last position predicts the first token; each token but the last predicts the next.
+                sources += [last, *range(len(ids), len(ids) + len(completion) - 1)]
+                ids += completion
+                positions += range(len(group.prompt), len(group.prompt) + len(completion))
+        layout = prefix_attention.make_layout(
+            [len(group.prompt) for group in groups], [[len(c) for c in group.completions] for group in groups], self.device
+        )
+        # Any mask of four dimensions keeps transformers from building one of S x S; the layout is what counts.
+        unused_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+        arguments = {prefix_attention.LAYOUT_ARGUMENT: layout}
+        outputs = self._forward(self._ids(ids)[None], self._ids(positions)[None], attention_mask=unused_mask, **arguments)
+        return outputs[0].index_select(0, self._ids(sources))
+
+    def _padded(self, groups: Sequence[Group]) -> Tensor:
+        """The same from one row per completion, padded on the right, where causal attention never looks."""
+        rows = [(list(group.prompt), list(completion)) for group in groups for completion in group.completions]
+        width = max(len(prompt) + len(completion) for prompt, completion in rows)
+        ids = [prompt + completion + [0] * (width - len(prompt) - len(completion)) for prompt, completion in rows]
+        positions = torch.arange(width, device=self.device).expand(len(rows), -1)
+        outputs = self._forward(torch.tensor(ids, device=self.device), positions)
+        sources = [i * width + len(prompt) - 1 + t for i, (prompt, completion) in enumerate(rows) for t in range(len(completion))]
+        return outputs.flatten(0, 1).index_select(0, self._ids(sources))
+
+    def _forward(self, input_ids: Tensor, position_ids: Tensor, **arguments: Any) -> Tensor:
+        """Hidden states [B, S, H], or logits [B, S, V] of a model whose head is not a plain linear layer."""
+        model = self.model.base_model if self.uses_chunked_head else self.model
+        output = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **arguments)
+        return output.last_hidden_state if self.uses_chunked_head else output.logits
+
+    def _ids(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.device)
+
+    @torch.no_grad()
+    def _probe_head(self) -> bool:
+        """Whether the model's logits are its output embedding applied to its last hidden states (and a soft cap)."""
+        head = self.model.get_output_embeddings()
+        reason = "it has no output embedding"
+        if head is not None:
+            ids = torch.arange(3, 7, device=self.device)[None]
+            logits = self.model(input_ids=ids, use_cache=False).logits.float()
+            own = head(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+            if self.softcap is not None:
+                own = torch.tanh(own / self.softcap) * self.softcap
+            if torch.allclose(logits, own, atol=PROBE_TOLERANCE, rtol=1e-2):
+                return True
+            reason = "its logits are not its output embedding applied to its last hidden states"
+        log.warning("%s is scored with all logits in memory: %s.", self.config.model_name, reason)
+        return False
+
+    def _probe_packed(self) -> bool:
+        """Whether packed scoring gives the padded path's log-probs; switches the model's attention if so."""
+        reason = self._obstacle_to_packing()
+        if reason is None:
+            previous = self.model.config._attn_implementation
+            prefix_attention.register()
+            self.model.set_attn_implementation(prefix_attention.NAME)
+            reason = self._compare_packed_with_padded()
+            if reason is None:
+                return True
+            self.model.set_attn_implementation(previous)
+        if self.config.scoring == "packed":
+            raise ConfigError(
+                f"model.policy.scoring='packed' is not exact for {self.config.model_name}: {reason}. Use 'auto' or 'padded'."
+            )
+        log.warning("%s is scored a row per completion, prompt repeated: %s.", self.config.model_name, reason)
+        return False
+
+    def _obstacle_to_packing(self) -> str | None:
+        """What in the model's configuration rules packing out, if anything."""
+        config = self.model.config
+        if config._attn_implementation != "sdpa":
+            return f"its attention is {config._attn_implementation!r}, not 'sdpa'"
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"} or (getattr(config, "sliding_window", None) and not hasattr(config, "layer_types")):
+            return f"it has layers other than full attention ({', '.join(sorted(kinds))})"
+        if getattr(config, "attn_logit_softcapping", None):
+            return "its attention logits are soft-capped"
+        return None
+
+    @torch.no_grad()
+    def _compare_packed_with_padded(self) -> str | None:
+        """A small ragged batch through both paths; the reason if they differ."""
+        groups = [Group([3, 4, 5, 6], [[7, 8, 9], [9, 5]]), Group([8, 3], [[4], [5, 6, 7, 3], [6, 6]])]
+        packed, padded = self._packed(groups).float(), self._padded(groups).float()
+        # Relative to the size of the outputs: hidden states have no unit. bfloat16 has three digits.
+        tolerance = PROBE_TOLERANCE if self.model.dtype == torch.float32 else 5e-2
+        difference = ((packed - padded).abs().max() / padded.abs().max().clamp(min=1e-6)).item()
+        return None if difference < tolerance else f"its packed outputs differ from its padded ones by {difference:.1e} relative"

@@ -1,0 +1,31 @@
+"""Completions -> scores: the reward interface, built-in rewards, the scorer."""
+
+from stateset_lightning.rewards.format import FormatReward, JsonValid
+from stateset_lightning.rewards.helpfulness import HelpfulnessReward
+from stateset_lightning.rewards.interface import FunctionReward, Reward, RewardFunction, RewardResult, as_rewards
+from stateset_lightning.rewards.match import Contains, ExactMatch, RegexMatch
+from stateset_lightning.rewards.numeric import NumericAnswer
+from stateset_lightning.rewards.penalties import LengthPenalty, OverlongPenalty, RepetitionPenalty
+from stateset_lightning.rewards.scorer import Scorer, ScoringSession, check_failures, failure_counts
+
+__all__ = [
+    "Contains",
+    "ExactMatch",
+    "FormatReward",
+    "FunctionReward",
+    "HelpfulnessReward",
+    "JsonValid",
+    "LengthPenalty",
+    "NumericAnswer",
+    "OverlongPenalty",
+    "RegexMatch",
+    "RepetitionPenalty",
+    "Reward",
+    "RewardFunction",
+    "RewardResult",
+    "Scorer",
+    "ScoringSession",
+    "as_rewards",
+    "check_failures",
+    "failure_counts",
+]

@@ -1,0 +1,130 @@
+"""A reward for answers that are numbers, and the reading of numbers from text.
+
+Read are thousands separators (1,000), signs, decimals, fractions (3/4, 2 1/2, LaTeX's frac), percent, currency signs,
+scientific notation (1e5, 1.5 x 10^5). Decimal commas (3,14) and number words are not. For formulas use a mathematics package.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from stateset_lightning.errors import ConfigError, DataError
+from stateset_lightning.rewards.interface import RewardFunction, RewardResult
+from stateset_lightning.rewards.text import completion, target_of
+from stateset_lightning.types import Turn
+
+_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\.)\.[0-9]+"
+_NUMBER = re.compile(
+    rf"""
+    (?<!\w) (?<![0-9]\.)                                    # not inside a word (H2O) or a version (1.2.3)
+    (?: (?<![)\]%]) (?P<sign> [-+\u2212] ) )? [$€£¥₹]? (?P<sign_2> (?<=[$€£¥₹]) [-\u2212] )?   # 5-3 and (5)-3 are differences
+    (?: (?P<whole> [0-9]+ ) [ ] (?= [0-9]+/[0-9]) )?        # 2 1/2
+    (?P<number> {_DIGITS} )
+    (?: (?: [eE] | [ ]?(?:×|x|\*|\\times)[ ]?10(?:\^|\*\*)\{{? ) (?P<exponent> [-+\u2212]?[0-9]+ ) \}}? )?
+    (?: [ ]?/[ ]? (?P<denominator> [0-9]+(?:\.[0-9]+)? ) )?
+    (?: [ ]? (?P<percent> % ) )?
+    """,
+    re.VERBOSE,
+)
+_LATEX = ((re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}"), r"\1/\2"), (re.compile(r"\{,\}"), ","), (re.compile(r"\\(?=[$%])|\\!"), ""))
+
+
+class NumericAnswer(RewardFunction):
+    """1 if the number in the completion equals the scenario's `target`, else 0.
+
+    The number is the completion's last one, or the first one behind the last `marker`. A completion without a number scores 0. A
+    scenario without a target, or whose target holds no number, is a failure. `50%` equals both 50 and 0.5.
+
+    Two numbers are equal if they differ by at most `absolute_tolerance`, or by at most `relative_tolerance` times the target.
+
+    Args:
+        marker: What stands before the answer, such as `####` or `answer:` (in any case). A completion without it scores 0.
+        target_marker: What stands before the answer in a target that is a longer text, as in GSM8K (`... #### 72`). In a target
+            without it, the last number counts.
+        absolute_tolerance: Largest difference that still counts as equal.
+        relative_tolerance: The same as a share of the target.
+        **common: `weight`, `name` and `timeout` of every reward.
+
+    Raises:
+        ConfigError: If a tolerance is negative or a marker empty.
+    """
+
+    def __init__(
+        self,
+        *,
+        marker: str | None = None,
+        target_marker: str = "####",
+        absolute_tolerance: float = 0.0,
+        relative_tolerance: float = 1e-9,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        if marker == "" or target_marker == "":
+            raise ConfigError(f"marker={marker!r}, target_marker={target_marker!r}: a marker must not be empty")
+        for key, value in {"absolute_tolerance": absolute_tolerance, "relative_tolerance": relative_tolerance}.items():
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"{key}={value} must be a finite number that is not negative")
+        self.marker = marker
+        self.target_marker = target_marker
+        self.absolute_tolerance = absolute_tolerance
+        self.relative_tolerance = relative_tolerance
+
+    def compute_reward(self, turns: Sequence[Turn], context: Mapping[str, Any] | None = None) -> RewardResult:
+        targets = self._target(context)
+        answers = _number(completion(turns), self.marker, required=True)
+        equal = any(self._equal(answer, target) for answer in answers for target in targets)
+        return RewardResult(float(equal), {"answer": answers[0] if answers else None, "target": targets[0]})
+
+    def _equal(self, answer: float, target: float) -> bool:
+        return abs(answer - target) <= max(self.absolute_tolerance, self.relative_tolerance * abs(target))
+
+    def _target(self, context: Mapping[str, Any] | None) -> list[float]:
+        target = target_of(context, self.name)
+        values: list[float] = []
+        if isinstance(target, str):
+            values = _number(target, self.target_marker, required=False)
+        elif isinstance(target, numbers.Real) and not isinstance(target, bool):
+            values = [float(target)]
+        if not values or not math.isfinite(values[0]):
+            raise DataError(
+                f"target={target!r} of scenario {(context or {}).get('id')!r} holds no number, which reward '{self.name}' needs"
+            )
+        return values
+
+
+def find_numbers(text: str) -> Iterator[list[float]]:
+    """The numbers in a text, in order; each with all its readings (`50%` reads 50 and 0.5)."""
+    for pattern, replacement in _LATEX:
+        text = pattern.sub(replacement, text)
+    for match in _NUMBER.finditer(text):
+        value = _value(match)
+        if math.isfinite(value):
+            yield [value, value / 100] if match["percent"] else [value]
+
+
+def _value(match: re.Match[str]) -> float:
+    """The value of a match; NaN if it is none (1/0, 1e999)."""
+    value = float(match["number"].replace(",", ""))
+    if match["exponent"]:
+        value *= float(f"1e{match['exponent'].replace(chr(0x2212), '-')}")
+    if match["denominator"]:
+        denominator = float(match["denominator"])
+        value = value / denominator if denominator else math.nan
+    value += float(match["whole"] or 0)
+    return -value if (match["sign"] or match["sign_2"] or "+") != "+" else value
+
+
+def _number(text: str, marker: str | None, *, required: bool) -> list[float]:
+    """Readings of the first number behind the last marker, or of the last number; empty if there is none."""
+    if marker is not None:
+        places = [match.end() for match in re.finditer(re.escape(marker), text, re.IGNORECASE)]
+        if places:
+            return next(find_numbers(text[places[-1] :]), [])
+        if required:
+            return []
+    found = list(find_numbers(text))
+    return found[-1] if found else []

@@ -1,0 +1,103 @@
+"""Rewards that are never positive: too long, overlong in tokens, repetitive."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from stateset_lightning.errors import ConfigError, DataError
+from stateset_lightning.rewards.interface import RewardFunction
+from stateset_lightning.rewards.text import completion, repeated_share, words
+from stateset_lightning.types import Turn
+
+
+class LengthPenalty(RewardFunction):
+    """0 up to `max_length`, then falling by `per_unit` for each word or character beyond, down to `-max_penalty`.
+
+    Args:
+        max_length: Length, in units, that costs nothing.
+        unit: `words` (separated by white space) or `characters`.
+        per_unit: What each unit beyond `max_length` costs.
+        max_penalty: The most that a completion can cost.
+        **common: `weight`, `name` and `timeout` of every reward.
+
+    Raises:
+        ConfigError: If a number is negative, or the unit unknown.
+    """
+
+    def __init__(
+        self,
+        max_length: int,
+        *,
+        unit: Literal["words", "characters"] = "words",
+        per_unit: float = 0.01,
+        max_penalty: float = 1.0,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        for key, value in {"max_length": max_length, "per_unit": per_unit, "max_penalty": max_penalty}.items():
+            if value < 0:
+                raise ConfigError(f"{key}={value} must not be negative; the penalty is subtracted")
+        if unit not in ("words", "characters"):
+            raise ConfigError(f"unit={unit!r} must be 'words' or 'characters'")
+        self.max_length = max_length
+        self.unit = unit
+        self.per_unit = per_unit
+        self.max_penalty = max_penalty
+
+    def compute_reward(self, turns: Sequence[Turn], context: Mapping[str, Any] | None = None) -> float:
+        text = completion(turns)
+        length = len(text.split()) if self.unit == "words" else len(text)
+        return -min(self.max_penalty, self.per_unit * max(0, length - self.max_length))
+
+
+class OverlongPenalty(RewardFunction):
+    """DAPO's soft overlong punishment (arXiv 2503.14476, equation 13).
+
+    0 up to `max_tokens - buffer` tokens, then linear down to -1 at `max_tokens`, and -1 beyond. The end-of-sequence token counts.
+
+    Args:
+        max_tokens: Tokens from which on the punishment is full (the paper's L_max); at most the rollout's `max_new_tokens`,
+            or no completion is ever punished in full.
+        buffer: Tokens over which it grows (the paper's L_cache).
+        **common: `weight`, `name` and `timeout` of every reward.
+
+    Raises:
+        ConfigError: Unless 0 < buffer <= max_tokens.
+    """
+
+    def __init__(self, max_tokens: int, buffer: int, **common: Any) -> None:
+        super().__init__(**common)
+        if not 0 < buffer <= max_tokens:
+            raise ConfigError(f"buffer={buffer} must be at least 1 and at most max_tokens={max_tokens}")
+        self.max_tokens = max_tokens
+        self.buffer = buffer
+
+    def compute_reward(self, turns: Sequence[Turn], context: Mapping[str, Any] | None = None) -> float:
+        num_tokens = (context or {}).get("completion_tokens")
+        if num_tokens is None:
+            raise DataError(f"reward '{self.name}' needs context['completion_tokens'], the completion's number of tokens")
+        return -min(1.0, max(0.0, (num_tokens - (self.max_tokens - self.buffer)) / self.buffer))
+
+
+class RepetitionPenalty(RewardFunction):
+    """Minus the share of the completion's n-grams of words that occurred before in it: 0 (none) to almost -1.
+
+    Words are compared in lower case. A completion of fewer than `ngram` words scores 0.
+
+    Args:
+        ngram: Number of words that are compared at a time.
+        **common: `weight`, `name` and `timeout` of every reward.
+
+    Raises:
+        ConfigError: If `ngram` is less than 1.
+    """
+
+    def __init__(self, *, ngram: int = 3, **common: Any) -> None:
+        super().__init__(**common)
+        if ngram < 1:
+            raise ConfigError(f"ngram={ngram} must be at least 1")
+        self.ngram = ngram
+
+    def compute_reward(self, turns: Sequence[Turn], context: Mapping[str, Any] | None = None) -> float:
+        return -repeated_share(words(completion(turns)), self.ngram)

@@ -1,0 +1,35 @@
+"""The interface of a rollout engine: whatever turns prompts into groups of completions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from stateset_lightning.rollout.config import RolloutConfig
+from stateset_lightning.types import Rollout
+
+if TYPE_CHECKING:
+    from stateset_lightning.policy import Policy
+
+OnFinished = Callable[[int, str, int], None]
+"""Called with (completion, text, tokens) as soon as a completion is finished, in no particular order."""
+
+
+class RolloutEngine(Protocol):
+    """Samples completions. Letters: P prompts, N = P * num_generations completions."""
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        num_generations: int,
+        sampling: RolloutConfig,
+        seeds_N: Sequence[int],
+        greedy: bool = False,
+        on_finished: OnFinished | None = None,
+    ) -> Rollout:
+        """Completions n of prompt n // num_generations; their noise follows from `seeds_N[n]` alone."""
+        ...
+
+    def sync(self, policy: Policy) -> None:
+        """Makes `policy` the model that `generate` samples from, weights as they are now."""
+        ...

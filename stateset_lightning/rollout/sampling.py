@@ -1,0 +1,44 @@
+"""Logits -> next tokens, with the randomness given from outside. Letters: B rows of the batch, V vocabulary."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stateset_lightning.rollout.config import RolloutConfig
+
+
+def sample_tokens(logits_BV: Tensor, uniforms_B: Tensor | None, sampling: RolloutConfig) -> tuple[Tensor, Tensor]:
+    """Draws one token per row by inverting the cumulative distribution at `uniforms_B`; greedy where that is None.
+
+    Returns the tokens [B] and their log-probs [B] (nats, float32): log-softmax of logits / temperature, before top-k, top-p and min-p.
+    """
+    logprobs_BV = (logits_BV.float() / sampling.temperature).log_softmax(-1)
+    if uniforms_B is None:
+        tokens_B = logprobs_BV.argmax(-1)
+    else:
+        # float64: with a large vocabulary the float32 sum loses the unlikely tokens.
+        cumulative_BV = filter_probabilities(logprobs_BV.double().exp(), sampling).cumsum(-1)
+        total_B = cumulative_BV[:, -1]
+        # Strictly below the total, so that the index is that of a token with some probability.
+        point_B = torch.minimum(uniforms_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))
+        tokens_B = torch.searchsorted(cumulative_BV, point_B[:, None], right=True)[:, 0]
+    return tokens_B, logprobs_BV.gather(-1, tokens_B[:, None])[:, 0]
+
+
+def filter_probabilities(probs_BV: Tensor, sampling: RolloutConfig) -> Tensor:
+    """Zeroes what top-k, then top-p, then min-p exclude (each on what the one before left); not renormalised.
+
+    The likeliest token always stays. Ties at a boundary are kept or dropped by token id, lower first.
+    """
+    if sampling.top_k is not None and sampling.top_k < probs_BV.shape[-1]:
+        order_BV = probs_BV.sort(-1, descending=True, stable=True).indices
+        probs_BV = probs_BV.scatter(-1, order_BV[:, sampling.top_k :], 0.0)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        sorted_BV, order_BV = probs_BV.sort(-1, descending=True, stable=True)
+        before_BV = sorted_BV.cumsum(-1) - sorted_BV  # probability of all likelier tokens
+        kept_BV = sorted_BV.where(before_BV < sampling.top_p * sorted_BV.sum(-1, keepdim=True), 0.0)
+        probs_BV = torch.zeros_like(probs_BV).scatter(-1, order_BV, kept_BV)
+    if sampling.min_p is not None:
+        probs_BV = probs_BV.where(probs_BV >= sampling.min_p * probs_BV.amax(-1, keepdim=True), 0.0)
+    return probs_BV

@@ -1,0 +1,58 @@
+"""Counted randomness: every draw comes from a seed derived from what is drawn, never from a generator's past.
+
+A seed is mixed from (run seed, purpose, episode, position of the prompt in the global batch, sample): the noise of a completion
+is the same whatever the batch size, the number of ranks, or what was drawn before. Nothing here reads or advances torch's
+global generator, and nothing needs saving.
+
+The mixing is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import numpy as np
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = 0xFFFFFFFFFFFFFFFF
+
+
+def _mix(z: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser on unsigned 64-bit integers, elementwise."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def run_seed(default: int = 0) -> int:
+    """The seed given to `seed_everything`, or `default` if it was not called."""
+    return int(os.environ.get("PL_GLOBAL_SEED", default))
+
+
+def derive_seed(seed: int, purpose: str, *counters: int) -> int:
+    """A 63-bit seed from the run's seed, what it is for, and any number of counters."""
+    # Python's hash of a string differs between processes; a digest does not.
+    state = int.from_bytes(blake2b(purpose.encode(), digest_size=8).digest(), "little")
+    for counter in (seed, *counters):
+        state = int(_mix(np.array([(state + _GOLDEN + (counter & _MASK)) & _MASK], dtype=np.uint64))[0])
+    return state >> 1
+
+
+def sample_seeds(seed: int, purpose: str, episode: int, positions: Sequence[int], num_samples: int) -> list[int]:
+    """Seeds of P x num_samples completions, those of one prompt next to each other."""
+    return [derive_seed(seed, purpose, episode, p, sample) for p in positions for sample in range(num_samples)]
+
+
+def uniforms(seeds_N: Sequence[int], num_draws: int) -> np.ndarray:
+    """Uniform numbers in (0, 1), float64 [N, num_draws]; number t of row n depends on `seeds_N[n]` and t alone."""
+    seeds = np.asarray(seeds_N, dtype=np.uint64)[:, None]
+    counters = np.arange(1, num_draws + 1, dtype=np.uint64)[None, :] * np.uint64(_GOLDEN)
+    bits = _mix(seeds + counters) >> np.uint64(12)  # 52 bits: the largest is below 1
+    return (bits.astype(np.float64) + 0.5) * 2.0**-52
+
+
+def permutation(seed: int, purpose: str, *counters: int, size: int) -> np.ndarray:
+    """A shuffled `arange(size)`; equal on every rank and in every process."""
+    return np.random.default_rng(derive_seed(seed, purpose, *counters)).permutation(size)

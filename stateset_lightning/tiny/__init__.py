@@ -1,0 +1,10 @@
+"""The bundled model: one million parameters that answer two-operand arithmetic rightly about a third of the time.
+
+Good enough to learn from reward and bad enough to improve, so that every config, example and test runs offline. `tiny` as a
+model name stands for this folder. `python -m stateset_lightning.tiny.train` makes it anew, from nothing, in about a minute.
+"""
+
+from pathlib import Path
+
+TINY_FOLDER = Path(__file__).parent / "model"
+"""Folder of the bundled model, as `save_pretrained` writes it."""

@@ -1,0 +1,202 @@
+"""What passes between rooms, and the letters that name tensor axes.
+
+Letters, used as suffixes of names throughout (`logprobs_T`, `scores_NF`):
+    P   prompts of a batch (on this rank unless said otherwise)
+    G   completions per prompt
+    N   completions, N = P * G; completion n belongs to prompt n // G
+    T   completion tokens of all N completions, packed one behind the other, without padding
+    V   vocabulary
+    F   reward functions
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+if TYPE_CHECKING:  # torch takes a second to import, and reward workers and `--help` do without it
+    from torch import Tensor
+
+NOT_APPLICABLE = float("-inf")
+"""Score of a reward that does not apply to a completion (it returned None). NaN is the score of a reward that failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message. Attribute access, item access and `.get` all work, so that rewards may treat it as a mapping."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+
+    def __getitem__(self, key: str) -> str:
+        if key not in ("role", "content"):
+            raise KeyError(key)
+        return str(getattr(self, key))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in ("role", "content") else default
+
+    def keys(self) -> Iterator[str]:
+        return iter(("role", "content"))
+
+
+class Scenario(BaseModel):
+    """One prompt to be answered, with all that its rewards need. Any further column is kept.
+
+    Exactly one of `prompt` and `messages` is given. `context` is the instruction that the answer must follow; it becomes
+    the system turn. `rewards` names the reward functions that score this scenario; None means all of them.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    id: str
+    prompt: str | None = None
+    messages: tuple[Turn, ...] | None = None
+    context: str | None = None
+    topic: str | None = None
+    target: Any = None
+    rewards: tuple[str, ...] | None = None
+
+    @model_validator(mode="after")
+    def _one_question(self) -> Scenario:
+        if (self.prompt is None) == (self.messages is None):
+            given = "both" if self.prompt is not None else "neither"
+            raise ValueError(f"exactly one of 'prompt' and 'messages' must be given, not {given}")
+        if not (self.prompt if self.messages is None else self.messages):
+            raise ValueError("the prompt is empty")
+        return self
+
+    def turns(self, system_prompt: str | None = None) -> list[Turn]:
+        """The conversation to be answered: system turn (`system_prompt`, then `context`), then the messages."""
+        turns = list(self.messages) if self.messages is not None else [Turn("user", self.prompt or "")]
+        instructions = [text for text in (system_prompt, self.context) if text]
+        if instructions and turns[0].role == "system":
+            instructions.append(turns.pop(0).content)
+        return [Turn("system", "\n\n".join(instructions)), *turns] if instructions else turns
+
+    def columns(self) -> dict[str, Any]:
+        """All columns by name: what rewards get as their `context`."""
+        return {**{name: getattr(self, name) for name in type(self).model_fields}, **(self.model_extra or {})}
+
+
+class PromptBatch:
+    """The prompts of one episode on this rank, and which of the episode's micro-steps this is.
+
+    `positions` are those of the prompts in the episode's global batch (or, outside training, in the whole split): noise is
+    derived from them, so it does not depend on the number of ranks or, outside training, on the batch size.
+
+    Not a dataclass on purpose: Lightning's half-precision plugins walk through dataclasses and containers, token by token.
+    """
+
+    __slots__ = ("episode_index", "micro_step", "num_micro_steps", "positions", "prompt_tokens", "scenarios", "split", "steps_per_episode")
+
+    def __init__(
+        self,
+        prompt_tokens: list[list[int]],
+        scenarios: list[Scenario],
+        positions: list[int],
+        episode_index: int,
+        micro_step: int = 0,
+        num_micro_steps: int = 1,
+        steps_per_episode: int = 1,
+        split: Literal["train", "validation", "test", "predict"] = "train",
+    ) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.scenarios = scenarios
+        self.positions = positions
+        self.episode_index = episode_index
+        self.micro_step = micro_step
+        self.num_micro_steps = num_micro_steps
+        self.steps_per_episode = steps_per_episode
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.scenarios)
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended."""
+
+    STOP = "stop"  # the model ended it (an end-of-sequence token or a stop string)
+    LENGTH = "length"  # `max_new_tokens` were sampled: the completion is truncated
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """N = P * G completions. The end-of-sequence token is among the tokens, not in the text.
+
+    `logprobs_T` are those of the sampled tokens: log-softmax of the logits divided by the temperature, before top-k, top-p and min-p.
+    """
+
+    prompt_tokens: list[list[int]]
+    completion_tokens_T: Tensor
+    lengths_N: Tensor
+    logprobs_T: Tensor
+    finish_reasons: list[FinishReason]
+    texts: list[str]
+
+    @property
+    def num_generations(self) -> int:
+        return len(self.texts) // len(self.prompt_tokens)
+
+    def completions(self) -> list[list[int]]:
+        """The tokens of each completion, as lists."""
+        return [part.tolist() for part in self.completion_tokens_T.cpu().split(self.lengths_N.tolist())]
+
+
+@dataclass(frozen=True, slots=True)
+class RewardFailure:
+    """A reward that raised, timed out or returned no finite number for a completion."""
+
+    completion: int
+    reward: str
+    error: str  # name of the exception type
+    message: str
+    traceback: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What the rewards said of N completions.
+
+    `values_NF` holds NaN where a reward failed and `NOT_APPLICABLE` where it does not apply. `totals_N` is the weighted sum
+    over the rewards that apply, NaN for a failed completion. `breakdowns[n]` holds each reward's own breakdown by name.
+    """
+
+    names: tuple[str, ...]
+    values_NF: Tensor
+    totals_N: Tensor
+    breakdowns: list[dict[str, Mapping[str, Any]]] = field(default_factory=list)
+    failures: list[RewardFailure] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """What a policy loss sees: the packed completion tokens of a part of an episode.
+
+    `advantages_N` holds one value per completion, `lengths_N` its number of tokens (their sum is T). `select_T` marks the
+    tokens that a selection (top entropy, say) keeps; None keeps all.
+    """
+
+    logprobs_T: Tensor
+    old_logprobs_T: Tensor
+    advantages_N: Tensor
+    lengths_N: Tensor
+    ref_logprobs_T: Tensor | None = None
+    sampling_logprobs_T: Tensor | None = None
+    entropies_T: Tensor | None = None
+    select_T: Tensor | None = None
+
+
+Metrics = dict[str, tuple["Tensor | float", "Tensor | float"]]
+"""Metrics as (sum, count): they add up over micro-steps and ranks, and are divided once."""
+
+
+def conversation(scenario: Scenario, completion: str, system_prompt: str | None = None) -> Sequence[Turn]:
+    """The turns that a reward sees: the scenario's, then the completion as the assistant's."""
+    return [*scenario.turns(system_prompt), Turn("assistant", completion)]

@@ -1,0 +1,138 @@
+"""Episodes: micro-steps, ranks, filling up, and exact resume from any point."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader
+from stateset_lightning.data.order import EpochOrder
+from stateset_lightning.errors import ConfigError
+from stateset_lightning.types import Scenario
+
+COUNTS = st.integers(1, 3)
+
+
+def make(n, **options):
+    options = {"batch_size": 2, **options}
+    scenarios = [Scenario(id=str(i), prompt=f"p{i}") for i in range(n)]
+    order = EpochOrder([list(range(n))], None, 7, options.pop("shuffle", True))
+    return EpisodeLoader(scenarios, [[i, i] for i in range(n)], order, **options)
+
+
+def key(batch):
+    assert [tokens[0] for tokens in batch.prompt_tokens] == [int(s.id) for s in batch.scenarios]
+    return tuple(s.id for s in batch.scenarios), tuple(batch.positions), batch.episode_index, batch.micro_step
+
+
+def take(loader, count):
+    taken = []
+    while len(taken) < count:
+        for batch in loader:
+            taken.append(key(batch))
+            if len(taken) == count:
+                break
+    return taken
+
+
+def test_an_episode_is_served_for_each_micro_step_and_the_epochs_end_is_filled_from_its_start():
+    loader = make(3, num_iterations=2, steps_per_episode=2, shuffle=False)
+    assert (len(loader), loader.episodes_per_epoch, loader.num_filled) == (8, 2, 1)
+    first, second = ("0", "1"), ("2", "0")
+    assert [key(batch) for batch in loader] == [*((first, (0, 1), 0, m) for m in range(4)), *((second, (0, 1), 1, m) for m in range(4))]
+    assert [batch.num_micro_steps for batch in loader] == [4] * 8
+    assert key(next(iter(loader)))[2:] == (4, 0)  # epochs advance, and episodes count on
+
+
+def test_a_data_set_smaller_than_a_batch_repeats_its_prompts():
+    (batch,) = make(2, batch_size=5, shuffle=False)
+    assert key(batch) == (("0", "1", "0", "1", "0"), (0, 1, 2, 3, 4), 0, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 4), COUNTS, st.integers(0, 3))
+def test_ranks_share_the_global_batch_and_see_every_prompt(n, batch_size, world_size, epochs):
+    whole = make(n, batch_size=batch_size * world_size)
+    ranks = [make(n, batch_size=batch_size, rank=r, world_size=world_size) for r in range(world_size)]
+    for _ in range(epochs):
+        seen = set()
+        for batch, *parts in zip(whole, *ranks, strict=True):
+            by_position = {p: s.id for part in parts for p, s in zip(part.positions, part.scenarios, strict=True)}
+            assert [by_position[p] for p in range(len(batch))] == [s.id for s in batch.scenarios]
+            assert {part.episode_index for part in parts} == {batch.episode_index}
+            seen |= set(by_position.values())
+        assert len(seen) == n
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 9), COUNTS, COUNTS, COUNTS, st.integers(0, 40), st.integers(0, 9))
+def test_a_run_resumed_anywhere_goes_on_exactly(n, batch_size, num_iterations, steps, cut, spare_iterators):
+    options = {"batch_size": batch_size, "num_iterations": num_iterations, "steps_per_episode": steps}
+    straight = take(make(n, **options), cut + 12)
+    stopped, resumed = make(n, **options), make(n, **options)
+    take(stopped, cut)
+    state = json.loads(json.dumps(stopped.state_dict()))  # plain values only
+    for _ in range(spare_iterators):  # Lightning makes iterators that it does not use
+        iter(resumed)
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    assert take(resumed, 12) == straight[cut:]
+
+
+def test_a_restored_loader_serves_the_rest_of_the_epoch():
+    stopped, resumed = make(5, num_iterations=2), make(5, num_iterations=2)
+    whole = [key(batch) for batch in make(5, num_iterations=2)]
+    take(stopped, 3)
+    assert stopped.state_dict()["completed"] == 3
+    resumed.load_state_dict(stopped.state_dict())
+    assert [key(batch) for batch in resumed] == whole[3:]
+    assert (resumed.state_dict()["epoch"], resumed.state_dict()["completed"]) == (1, 0)
+
+
+def test_a_limit_ends_an_iteration_early_and_the_next_goes_on_behind_it():
+    loader, limited = make(6), make(6, limit=2)
+    assert len(limited) == 3
+    assert [len(list(limited)) for _ in range(3)] == [2, 2, 2]
+    assert take(make(6, limit=2), 6) == take(loader, 6)
+
+
+def test_repeating_serves_the_first_batches_again_with_new_episode_numbers():
+    loader = make(9, limit=4, repeat=True, num_iterations=2)
+    first, second = [key(batch) for batch in loader], [key(batch) for batch in loader]
+    assert [batch[:2] for batch in first] == [batch[:2] for batch in second]
+    assert [batch[2:] for batch in first + second] == [(e, m) for e in range(4) for m in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 3}, "data.batch_size is 3, but 2 in the checkpoint"),
+        ({"num_iterations": 2}, "data.num_iterations is 2, but 1 in the checkpoint"),
+        ({"world_size": 2}, r"the number of processes \(trainer.devices \* trainer.num_nodes\) is 2, but 1 in the checkpoint"),
+        ({"fingerprint": {"seed": 1}}, "data.seed is 1, but 0 in the checkpoint"),
+        ({"n": 7}, "the number of scenarios in data.train is 7, but 6 in the checkpoint"),
+    ],
+)
+def test_a_checkpoint_of_another_order_is_refused(options, message):
+    state = make(6, fingerprint={"seed": 0}).state_dict()
+    loader = make(**{"n": 6, "fingerprint": {"seed": 0}, **options})
+    with pytest.raises(ConfigError, match=message):
+        loader.load_state_dict(state)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 4), COUNTS)
+def test_evaluation_serves_every_row_once_without_filling(n, batch_size, world_size):
+    scenarios, tokens = [Scenario(id=str(i), prompt="p") for i in range(n)], [[i] for i in range(n)]
+    positions = []
+    for rank in range(world_size):
+        loader = EvaluationLoader(scenarios, tokens, "test", batch_size=batch_size, rank=rank, world_size=world_size)
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        for batch in batches:
+            assert (batch.split, batch.episode_index, batch.micro_step) == ("test", 0, 0)
+            assert [s.id for s in batch.scenarios] == [str(p) for p in batch.positions]
+            assert batch.prompt_tokens == [[p] for p in batch.positions]
+            positions += batch.positions
+    assert sorted(positions) == list(range(n))

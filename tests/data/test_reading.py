@@ -1,0 +1,136 @@
+"""Files -> raw rows: real line numbers, all bad rows, and a reason for whatever cannot be read."""
+
+import os
+
+import pytest
+
+from stateset_lightning.data.reading import Problem, raise_problems, read_file
+from stateset_lightning.errors import DataError
+
+
+def columns(path):
+    rows, problems = read_file(path)
+    assert problems == []
+    return [row.columns for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"prompt": "é"}\n{"prompt": "b"}\n'),
+        ("a.json", '[{"prompt": "é"}, {"prompt": "b"}]'),
+        ("a.csv", "prompt\né\nb\n"),
+        ("a.yaml", "- prompt: é\n- prompt: b\n"),
+        ("a.yml", "[{prompt: é}, {prompt: b}]"),
+        ("a.JSONL", '\ufeff{"prompt": "é"}\r\n\r\n{"prompt": "b"}'),
+        ("bom.csv", "\ufeffprompt\r\né\r\nb\r\n"),
+    ],
+)
+def test_every_kind_gives_the_same_rows(write, name, content):
+    assert columns(write(name, content)) == [{"prompt": "é"}, {"prompt": "b"}]
+
+
+def test_a_line_separator_inside_a_json_string_does_not_end_the_line(write):
+    assert columns(write("a.jsonl", '{"prompt": "one\u2028two"}\n')) == [{"prompt": "one\u2028two"}]
+
+
+def test_jsonl_reports_every_bad_line_with_its_number_and_column(write):
+    path = write("a.jsonl", '{"prompt": "a"}\n\n{"prompt": }\n[1]\n{"prompt": "b"}\n')
+    rows, problems = read_file(path)
+    assert [(row.number, row.place) for row in rows] == [(1, f"{path}:1"), (4, f"{path}:5")]
+    assert problems == [
+        Problem(f"{path}:3", "malformed JSON at column 12: Expecting value"),
+        Problem(f"{path}:4", "a row must be a JSON object, not a list"),
+    ]
+
+
+def test_csv_rows_have_the_line_they_start_on_also_behind_a_cell_of_several_lines(write):
+    path = write("a.csv", 'prompt,target\n"one\ntwo\nthree",1\nfour,2\nfive\nsix,6,6\n')
+    rows, problems = read_file(path)
+    assert [(row.place, row.columns["target"]) for row in rows] == [(f"{path}:2", "1"), (f"{path}:5", "2")]
+    assert [problem.place for problem in problems] == [f"{path}:6", f"{path}:7"]
+    assert problems[0].reason == "1 cells, but the header has 2 (prompt, target)"
+    assert "3 cells, but the header has 2" in problems[1].reason
+    assert "quotes" in problems[1].reason
+
+
+def test_an_unclosed_quote_is_reported_where_it_starts(write):
+    path = write("a.csv", 'prompt\nfine\n"open\nmore\n')
+    rows, problems = read_file(path)
+    assert len(rows) == 1
+    assert problems[0].place == f"{path}:3"
+    assert "malformed CSV" in problems[0].reason
+
+
+def test_a_csv_cell_may_be_longer_than_the_default_limit_of_python(write):
+    import csv
+
+    before = csv.field_size_limit()
+    assert columns(write("a.csv", "prompt\n" + "x" * 200_000 + "\n")) == [{"prompt": "x" * 200_000}]
+    assert csv.field_size_limit() == before
+
+
+def test_items_of_json_and_yaml_are_counted(write):
+    path = write("a.yaml", "- prompt: a\n- just text\n- 1: b\n")
+    rows, problems = read_file(path)
+    assert rows[0].place == f"{path} item 1"
+    assert problems == [
+        Problem(f"{path} item 2", "a row must be a mapping of columns, not text"),
+        Problem(f"{path} item 3", "column names must be strings, not 1; put it in quotes"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", "", "the file is empty"),
+        ("a.csv", "  \n", "the file is empty"),
+        ("a.csv", "prompt\n", "the file has no rows"),
+        ("a.json", "[]", "the file has no rows"),
+        ("a.csv", "prompt,a,a\n1,2,3\n", "the header names the column 'a' twice"),
+        ("a.json", '{"scenarios": []}', "must hold a list of rows, not a mapping with the keys scenarios"),
+        (
+            "a.json",
+            '{"a": 1}\n{"a": 2}\n',
+            "a.json:2: malformed JSON at column 1: Extra data; for one JSON object per line, name the file .jsonl",
+        ),
+        ("a.yaml", "- ok: 1\n- a: b: c\n", "a.yaml:2: malformed YAML"),
+        ("a.yaml", "- !!python/object/apply:os.system ['true']\n", "malformed YAML: could not determine a constructor"),
+        ("a.txt", "prompt", "unknown suffix '.txt'; scenarios are read from .jsonl, .json, .csv, .yaml, .yml, .parquet"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}\n', "a.jsonl:2: not valid UTF-8 (byte 0xff); save the file as UTF-8"),
+    ],
+)
+def test_a_file_that_cannot_be_used_says_why(write, name, content, message):
+    with pytest.raises(DataError) as error:
+        read_file(write(name, content))
+    assert message in str(error.value)
+
+
+def test_a_directory_and_a_missing_file_are_told_apart(tmp_path):
+    with pytest.raises(DataError, match=r"is a directory; give a file, or a glob such as"):
+        read_file(tmp_path)
+    with pytest.raises(DataError, match="cannot be read \\(No such file or directory\\)"):
+        read_file(tmp_path / "a.jsonl")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_an_unreadable_file_says_so(write):
+    path = write("a.jsonl", "{}")
+    path.chmod(0)
+    with pytest.raises(DataError, match="Permission denied"):
+        read_file(path)
+
+
+def test_deep_nesting_and_long_numbers_are_problems_not_crashes(write):
+    _, problems = read_file(write("a.jsonl", '{"a": ' + "[" * 100_000 + "\n" + '{"a": ' + "1" * 5000 + "}\n"))
+    assert [problem.reason.startswith("malformed JSON: ") for problem in problems] == [True, True]
+
+
+def test_twenty_problems_are_shown_and_the_rest_counted():
+    with pytest.raises(DataError) as error:
+        raise_problems("data.train", [Problem(f"f:{i}", "bad") for i in range(1, 24)])
+    lines = str(error.value).splitlines()
+    assert lines[0] == "data.train: 23 rows cannot be used; correct or remove:"
+    assert lines[1] == "  f:1: bad"
+    assert lines[-2:] == ["  f:20: bad", "  ... and 3 more"]
+    raise_problems("data.train", [])

@@ -1,0 +1,137 @@
+"""Rows -> scenarios: the three forms of a question, `fields`, and a reason for every row that is none."""
+
+import pytest
+
+from stateset_lightning.data.reading import RawRow
+from stateset_lightning.data.scenarios import check_columns, to_scenarios
+from stateset_lightning.errors import DataError
+from stateset_lightning.types import Turn
+
+
+def scenarios(row, fields=None, rewards=None):
+    found, problems = to_scenarios([RawRow(row, "here", 4)], fields or {}, "file", rewards)
+    assert problems == []
+    return [scenario for scenario, _ in found]
+
+
+def reason(row, fields=None):
+    found, problems = to_scenarios([RawRow(row, "here", 4)], fields or {}, "file")
+    assert found == []
+    assert problems[0].place == "here"
+    return problems[0].reason
+
+
+def test_a_prompt_with_further_columns():
+    (scenario,) = scenarios({"prompt": "1+1?", "target": 2, "level": "easy"})
+    assert (scenario.id, scenario.prompt, scenario.target) == ("file:4", "1+1?", 2)
+    assert scenario.columns()["level"] == "easy"
+
+
+def test_messages_become_turns():
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": ""},
+        Turn("user", "b"),
+    ]
+    (scenario,) = scenarios({"messages": messages})
+    assert scenario.messages == (Turn("system", "s"), Turn("user", "a"), Turn("assistant", ""), Turn("user", "b"))
+
+
+def test_each_user_response_is_a_scenario_under_the_context():
+    row = {"id": "qa1", "topic": "question_answering", "context": "Answer accurately", "user_responses": ["What is Python?", "Explain"]}
+    first, second = scenarios(row)
+    assert (first.id, first.prompt, first.context, first.topic) == ("qa1/0", "What is Python?", "Answer accurately", "question_answering")
+    assert (second.id, second.prompt) == ("qa1/1", "Explain")
+    assert "user_responses" not in first.columns()
+    assert first.turns()[0] == Turn("system", "Answer accurately")
+
+
+def test_fields_rename_and_the_original_column_stays():
+    (scenario,) = scenarios({"question": "q", "answer": "a"}, {"prompt": "question", "target": "answer"})
+    assert (scenario.prompt, scenario.target) == ("q", "a")
+    assert scenario.columns()["question"] == "q"
+    (swapped,) = scenarios({"prompt": "a", "target": "b"}, {"prompt": "target", "target": "prompt"})
+    assert (swapped.prompt, swapped.target) == ("b", "a")
+
+
+@pytest.mark.parametrize(("given", "expected"), [(12, "12"), ("x", "x"), (None, "file:4"), ("", "file:4"), (1.5, "1.5")])
+def test_ids_become_text(given, expected):
+    assert scenarios({"prompt": "a", "id": given})[0].id == expected
+
+
+def test_rewards_of_the_row_win_over_those_of_the_source():
+    assert scenarios({"prompt": "a"}, rewards=["exact"])[0].rewards == ("exact",)
+    assert scenarios({"prompt": "a", "rewards": ["length"]}, rewards=["exact"])[0].rewards == ("length",)
+
+
+@pytest.mark.parametrize("name", ["model_config", "copy", "turns", "columns", "", "self", "__class__", "model_fields"])
+def test_any_column_name_is_kept(name):
+    assert scenarios({"prompt": "a", name: "kept"})[0].columns()[name] == "kept"
+
+
+USER = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": " \n"}, "the prompt is empty"),
+        ({"prompt": 7}, "the prompt must be text, not a number (7); put it in quotes"),
+        ({"prompt": True}, "the prompt must be text, not true/false (True); put it in quotes"),
+        ({"prompt": None}, "needs exactly one of 'prompt', 'messages' and 'user_responses', but has none of them"),
+        (
+            {"prompt": "a", "messages": [USER]},
+            "needs exactly one of 'prompt', 'messages' and 'user_responses', but has 'prompt' and 'messages'",
+        ),
+        ({"messages": "hi"}, "'messages' must be a list of {role, content}, not text"),
+        ({"messages": []}, "'messages' is an empty list"),
+        ({"messages": ["hi"]}, "message 1 must have 'role' and 'content' and nothing else, but is text"),
+        (
+            {"messages": [{**USER, "name": "x"}]},
+            "message 1 must have 'role' and 'content' and nothing else, but is a mapping with role, content, name",
+        ),
+        ({"messages": [{"role": "bot", "content": "a"}]}, "message 1 has the role 'bot'; the roles are system, user, assistant, tool"),
+        (
+            {"messages": [{"role": ["user"], "content": "a"}]},
+            "message 1 has the role ['user']; the roles are system, user, assistant, tool",
+        ),
+        ({"messages": [{"role": "user", "content": [1]}]}, "the content of message 1 must be text, not a list"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": "b"}]},
+            "the last message must be the user's, not the assistant's; the model answers it",
+        ),
+        ({"messages": [{"role": "user", "content": " "}]}, "the last message is empty"),
+        ({"user_responses": "a"}, "'user_responses' must be a list of texts, not text"),
+        ({"user_responses": []}, "'user_responses' is an empty list"),
+        ({"user_responses": ["a", 3]}, "item 2 of 'user_responses' must be text, not a number (3); put it in quotes"),
+        ({"user_responses": [""]}, "item 1 of 'user_responses' is empty"),
+        ({"prompt": "a", "id": True}, "the id must be text or a number, not true/false"),
+        ({"prompt": "a", "id": [1]}, "the id must be text or a number, not a list"),
+        ({"prompt": "a", "topic": 2024}, "'topic' must be text, not a number (2024); put it in quotes"),
+        ({"prompt": "a", "rewards": "exact"}, "'rewards' must be a list of texts, not text"),
+        ({"prompt": "a", "rewards": ["x", "x"]}, "'rewards' names a reward twice: x, x"),
+    ],
+)
+def test_a_bad_row_says_why(row, expected):
+    assert reason(row) == expected
+
+
+def test_a_row_without_a_named_column_says_which_it_has():
+    assert reason({"text": "a"}, {"prompt": "question"}) == "no column 'question' (data.fields.prompt); the row has: text"
+
+
+def test_good_rows_beside_bad_ones_are_kept_apart():
+    found, problems = to_scenarios([RawRow({"prompt": p}, f"f:{i}", i) for i, p in enumerate(["a", "", "c", ""], 1)], {}, "f")
+    assert [(scenario.id, place) for scenario, place in found] == [("f:1", "f:1"), ("f:3", "f:3")]
+    assert [problem.place for problem in problems] == ["f:2", "f:4"]
+
+
+def test_a_missing_column_of_a_whole_file_is_one_error_that_proposes_fields():
+    rows = [RawRow({"question": "q", "answer": "a"}, "f:1", 1)]
+    with pytest.raises(DataError, match=r"f: there is no column 'prompt'.*it has: question, answer.*data.fields.prompt=question"):
+        check_columns(rows, {}, "f")
+    with pytest.raises(DataError, match=r"f: data.fields.target names the column 'solution', which is not there; it has: question, answer"):
+        check_columns(rows, {"prompt": "question", "target": "solution"}, "f")
+    check_columns(rows, {"prompt": "question"}, "f")

@@ -1,0 +1,125 @@
+"""What a split's value may be, and which source and id its scenarios get."""
+
+from pathlib import Path
+
+import jsonargparse
+import pytest
+
+from stateset_lightning.data.sources import Source, read_split
+from stateset_lightning.errors import ConfigError, DataError, UserError
+
+REAL = Path(__file__).parents[2].parent / "shared/data"
+
+
+def ids(spec, fields=None, split="train"):
+    return [scenario.id for scenario in read_split(spec, split, fields).scenarios]
+
+
+def test_a_file_a_path_object_and_a_glob_in_sorted_order(write):
+    write("b.jsonl", '{"prompt": "b"}')
+    path = write("a.csv", "prompt\nx\ny\n")
+    assert ids(str(path)) == ids(path) == ["a:1", "a:2"]
+    assert ids(str(path.parent / "*.*")) == ["a:1", "a:2", "b:1"]
+
+
+def test_inline_rows_are_called_after_the_split():
+    assert ids([{"prompt": "a"}, {"prompt": "b", "id": 12}, {"prompt": "c"}]) == ["train:1", "12", "train:3"]
+    assert ids([{"prompt": "a"}], split="validation") == ["validation:1"]
+    assert ids([{"prompt": "a", "path": "/a"}]) == ["train:1"]
+
+
+def test_files_of_one_name_in_several_folders_get_ids_that_differ(write):
+    write("x/part.jsonl", '{"prompt": "a"}')
+    path = write("y/part.jsonl", '{"prompt": "b"}')
+    folder = path.parents[1]
+    assert ids(str(folder / "*/part.jsonl")) == [f"{folder}/x/part:1", f"{folder}/y/part:1"]
+
+
+def test_sources_keep_their_names_weights_fields_and_rewards(write):
+    path = write("a.csv", "question\nx\n")
+    spec = [
+        {"path": str(path), "weight": 2.0, "fields": {"prompt": "question"}, "rewards": ["exact"], "name": "maths"},
+        Source(rows=[{"text": "y"}, {"text": "z"}], weight=1),
+    ]
+    found = read_split(spec, "train", {"prompt": "text"})
+    assert [(s.id, s.prompt, s.rewards) for s in found.scenarios] == [
+        ("a:1", "x", ("exact",)),
+        ("train.2:1", "y", None),
+        ("train.2:2", "z", None),
+    ]
+    assert (found.names, found.weights, found.rows_by_source()) == (["maths", "data.train item 2"], [2.0, 1], [[0], [1, 2]])
+    assert found.select([2]).rows_by_source() == [[], [2 - 2]]
+
+
+def test_all_bad_rows_of_all_files_are_reported_together(write):
+    first = write("a.jsonl", '{"prompt": "a", "id": "same"}\n{"prompt": 3}\n{\n')
+    second = write("b.jsonl", '{"prompt": ""}\n{"prompt": "b", "id": "same"}\n')
+    with pytest.raises(DataError) as error:
+        read_split(str(first.parent / "*.jsonl"), "train")
+    assert str(error.value).splitlines() == [
+        "data.train: 4 rows cannot be used; correct or remove:",
+        f"  {first}:3: malformed JSON at column 2: Expecting property name enclosed in double quotes",
+        f"  {first}:2: the prompt must be text, not a number (3); put it in quotes",
+        f"  {second}:1: the prompt is empty",
+        f"  {second}:2: the id 'same' is already that of {first}:1; ids must differ within a split",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ([], "data.train is an empty list"),
+        (7, "data.train must be a path, a hub id, a list of rows or a list of sources, not int"),
+        ("no-such", "data.train=no-such: there is no such file, and it does not look like a hub id (owner/name)"),
+        ("data/train.jsonl", "data.train=data/train.jsonl: there is no such file"),
+        ("none/*.jsonl", "data.train=none/*.jsonl: no file matches"),
+        (["text"], "data.train item 1: a row must be a mapping of columns, not text"),
+        ([{"question": "a"}], "data.train: there is no column 'prompt'"),
+        (
+            [{"path": "a", "wieght": 2}],
+            "data.train item 1: a source has no key 'wieght'; its keys are path, rows, weight, fields, rewards, name",
+        ),
+        ([{"path": "a"}, {"prompt": "a"}], "data.train mixes sources and rows: item 2 has neither 'path' nor 'rows'"),
+        ([Source()], "data.train item 1: a source needs either 'path' or 'rows', not neither"),
+        ([{"path": "a", "rows": []}], "data.train item 1: a source needs either 'path' or 'rows', not both"),
+        ([{"rows": []}], "data.train has no rows"),
+        ([{"rows": "abc"}], "data.train item 1: rows must be a list of scenarios, not str"),
+        ([{"path": "a", "weight": -1}], "data.train item 1: weight=-1 must be a number above 0"),
+        ([{"path": "a", "weight": 1}, {"path": "b"}], "some sources have a weight and some have none"),
+        ([{"path": "a", "rewards": "exact"}], "data.train item 1: rewards='exact' must be a list of reward names"),
+        ([{"path": "a", "fields": "x"}], "data.train item 1: fields='x' must map our names"),
+    ],
+)
+def test_a_value_that_is_no_split_says_why(spec, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        read_split(spec, "train")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "rows"),
+    [
+        ("gsm8k_train.jsonl", {"prompt": "question", "target": "answer"}, 7473),
+        ("banking77_train.csv", {"prompt": "text", "target": "category"}, 10003),
+    ],
+)
+def test_real_files_are_read_wholly(name, fields, rows):
+    if not (REAL / name).exists():
+        pytest.skip(f"{REAL / name} is not here")
+    found = read_split(REAL / name, "train", fields)
+    assert len(found) == rows
+    assert found.scenarios[-1].id == f"{Path(name).stem}:{rows}"
+    assert all(scenario.target for scenario in found.scenarios)
+
+
+def test_the_command_line_refuses_a_weight_that_is_not_positive():
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Source, "source")
+    with pytest.raises(jsonargparse.ArgumentError, match="greater than"):
+        parser.parse_args(["--source.weight=0"])
+
+
+def test_a_config_error_is_raised_for_a_fraction_of_weights():
+    with pytest.raises(ConfigError):
+        read_split([Source(rows=[{"prompt": "a"}], weight=float("inf"))], "train")
