@@ -18,7 +18,7 @@ from stateset_lightning.tiny import TINY_FOLDER
 from stateset_lightning.tiny.arithmetic import prompt_and_answer, split_questions
 
 SEED = 1
-NUM_STEPS = 570
+NUM_STEPS = 620
 BATCH_SIZE = 128
 LEARNING_RATE = 2e-3
 VOCABULARY = 384
