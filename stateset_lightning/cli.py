@@ -1,7 +1,7 @@
 """The command line: `stateset-lightning fit | validate | test | predict --config FILE`.
 
 LightningCLI with this kit's module and datamodule: typed keys, `--print_config`, overlays by repeated `--config`, any key as a flag.
-What a user can mend is reported in a line or two; anything else keeps its traceback.
+What a user can mend is reported in a few lines; anything else keeps its traceback. Lightning is imported only when a subcommand runs.
 """
 
 from __future__ import annotations
@@ -10,95 +10,63 @@ import logging
 import os
 import sys
 import warnings
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from jsonargparse import set_parsing_settings
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-
-from stateset_lightning.callbacks import ConsoleProgress, PredictionWriter, RunSummary, SampleWriter
-from stateset_lightning.callbacks.run_folder import run_folder
-from stateset_lightning.datamodule import ScenarioDataModule
+from stateset_lightning.cli_messages import PROGRAM, check_config_files, without_traceback
 from stateset_lightning.errors import UserError
-from stateset_lightning.module import GRPOLightningModule
 
-PROGRAM = "stateset-lightning"
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import ArgsType
 
+    from stateset_lightning.lightning_cli import StatesetCLI
 
-class Parser(LightningArgumentParser):
-    """Reports an error in a few lines, without the usage of some hundred options."""
+OVERVIEW = """\
+usage: stateset-lightning {fit,validate,test,predict} --config FILE [--config OVERLAY] [--KEY VALUE] ...
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
-        fail(shorten(message))
+GRPO for single-turn language tasks.
 
+  fit        train, and validate on the way
+  validate   greedy answers to data.validation, scored
+  test       greedy answers to data.test, scored
+  predict    greedy answers to data.predict, written as JSON lines
 
-class SaveRunConfig(SaveConfigCallback):
-    """Writes the resolved config to the run's own folder, also with W&B, whose `log_dir` all runs share."""
+Every key of a config is a flag as well (--trainer.max_steps 100), and wins over the files; of several files, the later one wins.
+  stateset-lightning fit --config configs/single_turn.yaml
+  stateset-lightning fit --config configs/single_turn.yaml --print_config   the resolved config, without running it
+  stateset-lightning fit --config FILE --ckpt_path CHECKPOINT               resume
+  stateset-lightning fit --help                                             all keys
+"""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, save_to_log_dir=False, **kwargs)
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        folder = run_folder(trainer)
-        folder.mkdir(parents=True, exist_ok=True)
-        # The resolved config of a second command in the same folder (a baseline, then `fit`) is the same one.
-        self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=True)
-        for logger in trainer.loggers:
-            logger.log_hyperparams(self.config.as_dict())
-
-
-class StatesetCLI(LightningCLI):
-    """LightningCLI with this kit's parser, errors and default callbacks."""
-
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = Parser(**kwargs)
-        parser.add_argument("-c", "--config", action="config", help="A YAML file; later ones win. May be repeated.")
-        return parser
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--baseline", type=bool, default=False, help="fit: validate before training, to compare with.")
-        parser.add_lightning_class_args(SampleWriter, "samples")
-        parser.add_lightning_class_args(PredictionWriter, "predictions")
-
-    def _parse_ckpt_path(self) -> None:
-        """Not done: Lightning merges a checkpoint's hyperparameters over the flags, so that a new learning rate is ignored."""
-
-    def before_fit(self) -> None:
-        config = self.config.fit
-        if config.baseline and not config.ckpt_path:
-            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+_NOISE = ("litlogger", "GPU available", "TPU available", "HPU available", "💡 Tip", "Loaded model weights from the checkpoint")
 
 
-def main(args: ArgsType = None) -> StatesetCLI:
+def main(args: ArgsType = None) -> StatesetCLI | None:
     """Runs the command line; `args` replaces `sys.argv[1:]`, for tests and notebooks.
 
+    Returns:
+        What ran, with its `trainer`, `model` and `datamodule`. None without `args`: the shell would take it for an exit code.
+
     Raises:
-        SystemExit: With code 2 for whatever the user can mend, after a message of a line or two on stderr.
+        SystemExit: With code 2 for whatever the user can mend, after a message of a few lines on stderr.
     """
-    quieten()
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    progress = [RunSummary()] if sys.stdout.isatty() else [RunSummary(), ConsoleProgress()]
+    given = sys.argv[1:] if args is None else args
+    if given in ([], ["-h"], ["--help"]):
+        print(OVERVIEW, end="")
+        raise SystemExit(0)
     try:
-        return StatesetCLI(
-            GRPOLightningModule,
-            ScenarioDataModule,
-            seed_everything_default=42,
-            auto_configure_optimizers=False,  # it would build the optimizer before the weights are loaded
-            save_config_callback=SaveRunConfig,
-            trainer_defaults={
-                "callbacks": progress,
-                "num_sanity_val_steps": 0,
-                "use_distributed_sampler": False,  # the loader shards by rank itself
-                "log_every_n_steps": 1,
-                "enable_progress_bar": sys.stdout.isatty(),
-            },
-            parser_kwargs={"prog": PROGRAM, "default_env": False},
-            args=args,
-        )
-    except (UserError, MisconfigurationException) as error:
+        check_config_files(given if isinstance(given, list) else [])
+    except UserError as error:
         fail(str(error))
+    quieten()
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from stateset_lightning.lightning_cli import StatesetCLI
+
+    try:
+        cli = StatesetCLI(args)
+        return None if args is None else cli
+    except (UserError, MisconfigurationException) as error:
+        fail(without_traceback(str(error)))
 
 
 def quieten() -> None:
@@ -108,16 +76,17 @@ def quieten() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter is intended.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*`gradient_checkpointing_enable` is deprecated.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
+    rank_zero = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    if _is_telling not in rank_zero.filters:
+        rank_zero.addFilter(_is_telling)
     announcements = logging.getLogger("stateset_lightning")
     announcements.setLevel(logging.INFO)
     if not announcements.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        announcements.addHandler(handler)
+        announcements.addHandler(_Stdout())
 
 
 def fail(message: str) -> NoReturn:
@@ -125,14 +94,15 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def shorten(message: str, max_lines: int = 4) -> str:
-    """The lines of a parser's message that say what is wrong; it lists every member of a union type that did not fit."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return "\n  ".join(line[:300] for line in lines[:max_lines])
+class _Stdout(logging.Handler):
+    """Prints announcements; on the stream of the moment, since a notebook or a test may have replaced `sys.stdout`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), flush=True)
 
 
-def configs_folder() -> Path:
-    return Path(__file__).parents[1] / "configs"
+def _is_telling(record: logging.LogRecord) -> bool:
+    return not any(noise in record.getMessage() for noise in _NOISE)
 
 
 if __name__ == "__main__":

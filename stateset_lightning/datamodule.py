@@ -117,6 +117,15 @@ class ScenarioDataModule(LightningDataModule):
         """Training batches of an epoch. Needs `setup("fit")`."""
         return self.episodes_per_epoch * self.num_iterations * self.steps_per_episode
 
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt of all splits that were set up."""
+        return max((len(prompt) for prompts in self._prompts.values() for prompt in prompts.tokens), default=0)
+
+    @property
+    def has_validation(self) -> bool:
+        return self._is_given("validation")
+
     def setup(self, stage: str | None = None) -> None:
         """Read and check the files that the stage needs, and make their prompts; once, also if called again.
 

@@ -8,7 +8,7 @@ completions of this rank, T completion tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,7 @@ class Episode:
         return all_T
 
     def state_dict(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Episode:
@@ -104,7 +104,7 @@ class Plan:
     num_generations: int
     steps_per_episode: int
     accumulate: int
-    ranks: Ranks = Ranks()
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def optimizer_steps(self) -> int:

@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Gt, Le
-from jsonargparse import lazy_instance
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
@@ -26,14 +25,14 @@ from stateset_lightning.episode import Episode, Part, Plan, make_episode
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.evaluation import RewardMeans
 from stateset_lightning.metrics import SumCounts, episode_metrics, peak_memory_mb
-from stateset_lightning.policy import Group, Policy, PolicyConfig, load_model, load_tokenizer
+from stateset_lightning.policy import Group, Policy, PolicyConfig, context_length, load_model, load_tokenizer
 from stateset_lightning.policy.precision import sampling_dtype, weights_dtype
-from stateset_lightning.policy.schedule import Schedule
+from stateset_lightning.policy.schedule import Schedule, given_options, keep_given_options
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.records import CompletionRecord, make_records
 from stateset_lightning.rewards import Reward, Scorer, as_rewards
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig, RolloutEngine
-from stateset_lightning.run_checks import check_episode_fits_trainer, optimizer_steps_of_run
+from stateset_lightning.run_checks import check_run, optimizer_steps_of_run
 from stateset_lightning.seeding import derive_seed, run_seed, sample_seeds
 from stateset_lightning.types import PromptBatch, Rollout, Scores, conversation
 
@@ -65,7 +64,7 @@ class GRPOLightningModule(LightningModule):
         *,
         reward: Reward,
         rollout: RolloutConfig = RolloutConfig(),  # noqa: B008 (frozen)
-        algorithm: Algorithm = lazy_instance(GRPO),  # noqa: B008 (never changed but by `setup`, which is idempotent)
+        algorithm: Algorithm = GRPO(),  # noqa: B008 (copied, never changed)
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
         lr_scheduler: Schedule | LRSchedulerCallable | None = None,
         reward_timeout: Annotated[float, Gt(0)] | None = None,
@@ -85,10 +84,10 @@ class GRPOLightningModule(LightningModule):
         self.scorer = self._make_scorer()
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self.seed = run_seed() if seed is None else seed
+        self._given_seed = seed
         self.tokenizer = load_tokenizer(self.policy_config)
         # Plain containers only: a checkpoint must load with `weights_only=True`.
-        self.save_hyperparameters({"policy": self.policy_config.to_dict(), "rollout": asdict(self.rollout), "seed": self.seed}, logger=False)
+        self.save_hyperparameters({"policy": self.policy_config.to_dict(), "rollout": asdict(self.rollout), "seed": seed}, logger=False)
 
         self.policy: Policy | None = None
         self._reference: tuple[Policy, ...] = ()  # in a tuple, so that it is no submodule: not trained, not saved
@@ -98,6 +97,8 @@ class GRPOLightningModule(LightningModule):
         self._episode_metrics: dict[str, float] = {}
         self._last_metrics: dict[str, float] = {}
         self._eval_rewards: RewardMeans | None = None
+        self._given_options: list[dict[str, Any]] = []
+        self._saved_options: list[dict[str, Any]] | None = None  # those of the run that is resumed
         self.last_records: list[CompletionRecord] = []
         """Completions of the newest episode or evaluation batch of this rank, for callbacks."""
 
@@ -122,6 +123,7 @@ class GRPOLightningModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self._loaded_policy.parameters() if p.requires_grad])
+        self._given_options = given_options(optimizer)
         if self.lr_scheduler is None:
             return optimizer
         if isinstance(self.lr_scheduler, Schedule):
@@ -131,10 +133,17 @@ class GRPOLightningModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        check_episode_fits_trainer(self.trainer)
+        names = [f"val/{name}" for name in RewardMeans.logged_names([reward.name for reward in self.rewards])]
+        check_run(self.trainer, names, context_length(self._loaded_policy.model), self.rollout.max_new_tokens)
         self._loaded_policy.train()  # transformers loads in evaluation mode, where gradient checkpointing does nothing
         for reference in self._reference:
             reference.to(self.device)
+
+    def on_train_start(self) -> None:
+        if self._saved_options is not None:  # optimizer and scheduler have been restored by now
+            scheduler = self.lr_schedulers()
+            keep_given_options(self.optimizers(use_pl_optimizer=False), scheduler, self._given_options, self._saved_options)  # type: ignore[arg-type]
+            self._saved_options = None
 
     # Training ----------------------------------------------------------------------------------------------------------------
 
@@ -294,6 +303,7 @@ class GRPOLightningModule(LightningModule):
             "algorithm": self.algorithm.state_dict(),
             "episode": None if self._episode is None else self._ranks.gather(self._episode.state_dict()),
             "metrics": self._last_metrics,
+            "optimizer_options": self._given_options,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -302,6 +312,7 @@ class GRPOLightningModule(LightningModule):
         self._last_metrics = dict(state["metrics"])
         if self._trainer is None or not self.trainer.training:
             return
+        self._saved_options = state["optimizer_options"]
         if state["seed"] != self.seed:
             raise ConfigError(f"seed {self.seed} differs from the checkpoint's {state['seed']}: give seed_everything={state['seed']} to resume")
         episodes = state["episode"]
@@ -311,6 +322,11 @@ class GRPOLightningModule(LightningModule):
             self._episode = Episode.from_state_dict(episodes[self._ranks.rank])
 
     # Small things ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def seed(self) -> int:
+        """The seed of all sampling: the one given, or that of `seed_everything`, also if it was called after this was made."""
+        return run_seed() if self._given_seed is None else self._given_seed
 
     @property
     def _loaded_policy(self) -> Policy:

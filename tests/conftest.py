@@ -24,7 +24,13 @@ def small_config(name: str, **changes: Any) -> Any:
     if name == "qwen3":
         return Qwen3Config(**{**COMMON, **SIZES, "num_key_value_heads": 1, "head_dim": 8, **changes})
     if name == "gemma2":
-        gemma = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0}
+        gemma = {
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 4,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 4.0,
+        }
         return Gemma2Config(**{**COMMON, **SIZES, "num_key_value_heads": 2, **gemma, **changes})
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
     return GPT2Config(**{**COMMON, **sizes, **changes})

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from stateset_lightning.errors import ConfigError
 from stateset_lightning.types import NOT_APPLICABLE
 
 STD_EPSILON = 1e-4
@@ -83,7 +84,7 @@ def beta_normalised_advantages(rewards_PG: Tensor) -> Tensor:
     rewards_PG = drop_small_groups(rewards_PG.double())
     survivors = rewards_PG[rewards_PG.isfinite()]
     if ((survivors < 0) | (survivors > 1)).any():
-        raise ValueError(
+        raise ConfigError(
             f"BNPO needs total rewards in [0, 1], got {survivors.min().item():g} to {survivors.max().item():g}: "
             "rescale the rewards or their weights, or use another algorithm"
         )

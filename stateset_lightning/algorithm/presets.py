@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from stateset_lightning.algorithm.advantages import Scale, beta_normalised_advantages, total_scores
@@ -13,9 +13,12 @@ from stateset_lightning.algorithm.base import Algorithm
 class GRPO(Algorithm):
     """Group relative policy optimisation (DeepSeekMath, arXiv:2402.03300, equation 3).
 
-    Group-standardised rewards, symmetric clipping, each completion's tokens averaged, then the completions. The paper uses a KL
-    coefficient `beta` of 0.04; it is 0 here, as in most later work, which spares the reference model.
+    Group-standardised rewards, symmetric clipping, each completion's tokens averaged, then the completions. The KL coefficient `beta`
+    is the paper's (section 4.2); set it to 0, as most later work does, to spare the reference model.
     """
+
+    def __init__(self, *, beta: Annotated[float, Ge(0)] = 0.04, **kwargs: Any) -> None:
+        super().__init__(beta=beta, **kwargs)
 
 
 class DrGRPO(Algorithm):
@@ -36,7 +39,9 @@ class DAPO(Algorithm):
     shaping is a reward of its own, `stateset_lightning.rewards.OverlongPenalty`; its dynamic sampling is not part of this preset.
     """
 
-    def __init__(self, *, epsilon_high: Annotated[float, Gt(0)] | None = 0.28, aggregation: Aggregation = "token_mean", **kwargs: Any) -> None:
+    def __init__(
+        self, *, epsilon_high: Annotated[float, Gt(0)] | None = 0.28, aggregation: Aggregation = "token_mean", **kwargs: Any
+    ) -> None:
         super().__init__(epsilon_high=epsilon_high, aggregation=aggregation, **kwargs)
 
 
@@ -51,7 +56,7 @@ class BNPO(Algorithm):
     def __init__(
         self,
         *,
-        epsilon_low: Annotated[float, Gt(0)] = 0.2,
+        epsilon_low: Annotated[float, Gt(0), Lt(1)] = 0.2,
         epsilon_high: Annotated[float, Gt(0)] | None = None,
         beta: Annotated[float, Ge(0)] = 0.0,
         aggregation: Aggregation = "token_mean",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -15,5 +16,22 @@ def run_folder(trainer: Trainer) -> Path:
     if not trainer.loggers:
         return Path(trainer.default_root_dir)
     logger = trainer.loggers[0]
+    if isinstance(logger, WandbLogger):
+        _ = logger.experiment  # starts the run: before that it has no id, and so no version
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version
+
+
+def config_file(trainer: Trainer) -> Path:
+    """Where the resolved config goes. Without a logger the folder may be the one that the user's own `config.yaml` is in."""
+    return run_folder(trainer) / ("config.yaml" if trainer.loggers else "resolved_config.yaml")
+
+
+def metrics_place(trainer: Trainer) -> str:
+    """Where the metrics of the first logger are; empty without one."""
+    if not trainer.loggers:
+        return ""
+    logger = trainer.loggers[0]
+    if isinstance(logger, WandbLogger):
+        return str(logger.experiment.url or Path(logger.experiment.dir).parent)
+    return str(run_folder(trainer) / "metrics.csv" if isinstance(logger, CSVLogger) else logger.log_dir or "")

@@ -9,6 +9,7 @@ from annotated_types import Ge
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from stateset_lightning.callbacks.run_folder import run_folder
+from stateset_lightning.records import CompletionRecord
 
 
 class SampleWriter(Callback):
@@ -29,7 +30,7 @@ class SampleWriter(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch.micro_step == 0 and batch.episode_index % self.every_n_episodes == 0 and trainer.is_global_zero:
-            records = pl_module.last_records  # type: ignore[union-attr]
+            records: list[CompletionRecord] = pl_module.last_records  # type: ignore[assignment]
             shown = len(records) // len(batch) * min(self.num_prompts, len(batch))
             self._write(trainer, "train", records[:shown], episode=batch.episode_index)
 

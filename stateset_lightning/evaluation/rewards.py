@@ -36,6 +36,11 @@ class RewardMeans(Metric):
         self.add_state("counts_F", torch.zeros(len(names), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("totals", torch.zeros(4, dtype=torch.float64), dist_reduce_fx="sum")
 
+    @staticmethod
+    def logged_names(names: Sequence[str]) -> list[str]:
+        """Names of all that `compute` may give for rewards of these names."""
+        return ["reward", *(f"reward/{name}" for name in names), "reward_failures", "mean_tokens", "num_completions"]
+
     def update(self, values_NF: Tensor, totals_N: Tensor, lengths_N: Tensor) -> None:
         """Adds completions: scores by reward, weighted totals (NaN for a failed completion), lengths in tokens."""
         scored_NF = values_NF.isfinite()

@@ -27,7 +27,9 @@ class HeadOptions:
         return self.chunk_tokens or max(16, CHUNK_BYTES // (4 * vocabulary))
 
 
-def token_logprobs(hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_T: Tensor, options: HeadOptions) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_T: Tensor, options: HeadOptions
+) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy of each distribution (both in nats, float32 [T]), differentiable."""
     with torch.autocast(hidden_TH.device.type, enabled=False):
         logprobs_T, entropies_T = _ChunkedHead.apply(hidden_TH.to(weight_VH.dtype), weight_VH, bias_V, targets_T, options)
@@ -74,7 +76,14 @@ class _ChunkedHead(torch.autograd.Function):
         grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias and bias_V is not None else None
         for chunk in _chunks(len(targets_T), options.chunk(len(weight_VH))):
             logits = _logits(hidden_TH[chunk], weight_VH, bias_V, options)
-            grad = _grad_logits(logits, targets_T[chunk], normalisers_T[chunk], entropies_T[chunk], _take(grad_logprobs_T, chunk), _take(grad_entropies_T, chunk))
+            grad = _grad_logits(
+                logits,
+                targets_T[chunk],
+                normalisers_T[chunk],
+                entropies_T[chunk],
+                _take(grad_logprobs_T, chunk),
+                _take(grad_entropies_T, chunk),
+            )
             if options.temperature != 1.0:
                 grad /= options.temperature
             if options.softcap is not None:

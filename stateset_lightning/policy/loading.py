@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy.config import PolicyConfig
@@ -23,11 +25,14 @@ def resolve_model_name(model_name: str) -> str:
     """`tiny` -> its folder; a folder must hold a model; anything else is taken for a Hugging Face id."""
     if model_name == "tiny":
         return str(TINY_FOLDER)
-    if Path(model_name).is_dir():
-        if not (Path(model_name) / "config.json").is_file():
-            raise ConfigError(f"model.policy.model_name={model_name!r} is a folder without config.json: give one that `save_pretrained` wrote")
-        return model_name
-    looks_like_path = model_name.startswith((".", "/", "~")) or model_name.count("/") > 1 or os.sep != "/" and os.sep in model_name
+    folder = os.path.expanduser(model_name)
+    if Path(folder).is_dir():
+        if not (Path(folder) / "config.json").is_file():
+            raise ConfigError(
+                f"model.policy.model_name={model_name!r} is a folder without config.json: give one that `save_pretrained` wrote"
+            )
+        return folder
+    looks_like_path = model_name.startswith((".", "/", "~")) or model_name.count("/") > 1 or (os.sep != "/" and os.sep in model_name)
     if looks_like_path:
         raise ConfigError(f"model.policy.model_name={model_name!r}: there is no such folder")
     return model_name
@@ -43,7 +48,9 @@ def load_tokenizer(policy: PolicyConfig) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.policy.model_name={policy.model_name!r}: no tokenizer can be loaded: {_first_line(error)}") from error
     if tokenizer.eos_token_id is None:
-        raise ConfigError(f"model.policy.model_name={policy.model_name!r}: its tokenizer has no end-of-sequence token; set `eos_token` in it")
+        raise ConfigError(
+            f"model.policy.model_name={policy.model_name!r}: its tokenizer has no end-of-sequence token; set `eos_token` in it"
+        )
     if tokenizer.pad_token_id is None:
         log.info("The tokenizer of %s has no pad token: %r pads instead.", policy.model_name, tokenizer.eos_token)
         tokenizer.pad_token = tokenizer.eos_token
@@ -54,7 +61,7 @@ def load_model(policy: PolicyConfig, default_dtype: torch.dtype = torch.float32)
     """The policy's model, in evaluation mode, every parameter trainable.
 
     Raises:
-        ConfigError: If the model cannot be found or loaded, or a checkpoint file holds pickled objects.
+        ConfigError: If the model cannot be found or loaded, lacks weights, or a checkpoint file holds pickled objects.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -63,17 +70,29 @@ def load_model(policy: PolicyConfig, default_dtype: torch.dtype = torch.float32)
     try:
         config = AutoConfig.from_pretrained(name, **common)
         set_dropout(config, policy.dropout)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel
+        model, report = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
             dtype=getattr(torch, policy.dtype) if policy.dtype else default_dtype,
             attn_implementation=policy.attn_implementation,
             weights_only=True,
+            output_loading_info=True,
             **common,
             **policy.model_kwargs,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            f"model.policy.model_name={policy.model_name!r} cannot be loaded: its weights are a pickle file with more in it than tensors, "
+            "which could run code; convert it to safetensors where you trust it"
+        ) from error
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model.policy.model_name={policy.model_name!r} cannot be loaded: {_first_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ConfigError(
+            f"model.policy.model_name={policy.model_name!r} cannot be loaded: it has no weights for {', '.join(missing[:3])}"
+            f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}, which would be random; give a complete causal language model"
+        )
     if policy.gradient_checkpointing:
         # Non-reentrant: the reentrant form neither passes keyword arguments on nor works when no input requires a gradient.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -104,4 +123,5 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:300]
+    hint = "; set model.policy.trust_remote_code=true if you trust its authors" if "trust_remote_code" in str(error) else ""
+    return str(error).strip().split("\n")[0][:300] + hint

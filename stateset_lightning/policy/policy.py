@@ -56,6 +56,8 @@ class Policy(nn.Module):
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self.uses_chunked_head = self._probe_head()
         self.uses_packed_scoring = config.scoring != "padded" and self._probe_packed()
+        dtype, path = str(model.dtype).removeprefix("torch."), "packed" if self.uses_packed_scoring else "padded"
+        log.info("policy: %s, %s parameters, %s, %s scoring", config.model_name, f"{model.num_parameters():,}", dtype, path)
 
     @property
     def device(self) -> torch.device:
@@ -160,16 +162,14 @@ class Policy(nn.Module):
                 return True
             self.model.set_attn_implementation(previous)
         if self.config.scoring == "packed":
-            raise ConfigError(
-                f"model.policy.scoring='packed' is not exact for {self.config.model_name}: {reason}. Use 'auto' or 'padded'."
-            )
+            raise ConfigError(f"model.policy.scoring='packed' is not exact for {self.config.model_name}: {reason}. Use 'auto' or 'padded'.")
         log.warning("%s is scored a row per completion, prompt repeated: %s.", self.config.model_name, reason)
         return False
 
     def _obstacle_to_packing(self) -> str | None:
         """What in the model's configuration rules packing out, if anything."""
         config = self.model.config
-        if config._attn_implementation != "sdpa":
+        if config._attn_implementation not in ("sdpa", prefix_attention.NAME):  # the latter: the model has had a policy before
             return f"its attention is {config._attn_implementation!r}, not 'sdpa'"
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"} or (getattr(config, "sliding_window", None) and not hasattr(config, "layer_types")):

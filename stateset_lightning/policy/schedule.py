@@ -1,8 +1,9 @@
 """Learning-rate schedules in optimizer steps, with a horizon that follows from the run."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 from torch.optim import Optimizer
@@ -47,3 +48,33 @@ class Schedule:
                 "model.lr_scheduler.total_steps"
             )
         return LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
+
+
+def given_options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Learning rate, weight decay, ... of each parameter group, as the optimizer was made with them."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def keep_given_options(
+    optimizer: Optimizer, scheduler: Any | None, given: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]]
+) -> None:
+    """After a resume: options that differ from those the checkpoint's run was given win over the restored state.
+
+    Args:
+        optimizer: With its restored state.
+        scheduler: With its restored state; its base learning rates follow.
+        given: `given_options` of this run.
+        saved: Those of the run that wrote the checkpoint.
+    """
+    for group, now, before in zip(optimizer.param_groups, given, saved, strict=True):
+        group.update({name: value for name, value in now.items() if name != "lr" and value != before.get(name)})
+        if now["lr"] != before["lr"]:
+            group["lr"] *= now["lr"] / before["lr"]  # a schedule has moved it in the meantime
+            if "initial_lr" in group:
+                group["initial_lr"] = now["lr"]
+    if scheduler is not None and hasattr(scheduler, "base_lrs"):
+        bases = zip(scheduler.base_lrs, given, saved, strict=True)
+        scheduler.base_lrs = [now["lr"] if now["lr"] != before["lr"] else base for base, now, before in bases]
+    if isinstance(scheduler, LambdaLR):  # its shape may have changed as well: a longer run, another decay
+        for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = base * factor(scheduler.last_epoch)

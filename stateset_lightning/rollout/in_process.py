@@ -1,8 +1,8 @@
 """The in-process engine: samples from the policy itself, in the same process.
 
 A prompt is prefilled once and its cache repeated for its group; rows that finish leave the batch; keys and values go into
-preallocated buffers. The noise of a completion is counted (see `stateset_lightning.seeding`), so it is the same whatever else is in the batch.
-Letters: B rows of the running batch, N completions.
+preallocated buffers. The noise of a completion is counted (see `stateset_lightning.seeding`), so it is the same whatever else is in
+the batch. Letters: B rows of the running batch, N completions.
 """
 
 from __future__ import annotations

@@ -32,10 +32,10 @@ def filter_probabilities(probs_BV: Tensor, sampling: RolloutConfig) -> Tensor:
     The likeliest token always stays. Ties at a boundary are kept or dropped by token id, lower first.
     """
     if sampling.top_k is not None and sampling.top_k < probs_BV.shape[-1]:
-        order_BV = probs_BV.sort(-1, descending=True, stable=True).indices
+        order_BV = probs_BV.sort(dim=-1, descending=True, stable=True).indices
         probs_BV = probs_BV.scatter(-1, order_BV[:, sampling.top_k :], 0.0)
     if sampling.top_p is not None and sampling.top_p < 1:
-        sorted_BV, order_BV = probs_BV.sort(-1, descending=True, stable=True)
+        sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
         before_BV = sorted_BV.cumsum(-1) - sorted_BV  # probability of all likelier tokens
         kept_BV = sorted_BV.where(before_BV < sampling.top_p * sorted_BV.sum(-1, keepdim=True), 0.0)
         probs_BV = torch.zeros_like(probs_BV).scatter(-1, order_BV, kept_BV)

@@ -47,6 +47,18 @@ def prompt_and_answer(question: Question) -> tuple[str, str]:
     return f"What is {a} {operator} {b}?", str(a + b if operator == "+" else a - b)
 
 
+def careless_answer(question: Question) -> str:
+    """The answer of somebody who never carries, not even into the hundreds, and takes the smaller digit from the larger; right where neither matters.
+
+    Two of the most frequent mistakes of learners (Brown and Burton, "Diagnostic models for procedural bugs in basic mathematical
+    skills", Cognitive Science 2, 1978).
+    """
+    a, operator, b = question
+    if operator == "+":
+        return str((a // 10 + b // 10) % 10 * 10 + (a % 10 + b % 10) % 10)
+    return str((a // 10 - b // 10) * 10 + abs(a % 10 - b % 10))
+
+
 def write_scenarios(folder: Path) -> None:
     """Writes `train.jsonl` and `validation.jsonl`, one scenario a line."""
     folder.mkdir(parents=True, exist_ok=True)

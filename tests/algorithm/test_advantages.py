@@ -1,0 +1,213 @@
+"""Advantages by hand: a group's mean, its deviations, and what failed or constant groups do."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from stateset_lightning.algorithm.advantages import beta_normalised_advantages, group_advantages, total_scores
+from stateset_lightning.types import NOT_APPLICABLE
+
+NAN = math.nan
+
+
+def rows(*groups: tuple[float, ...]) -> Tensor:
+    return torch.tensor(groups, dtype=torch.float64)
+
+
+def assert_rows(got: Tensor, *expected: tuple[float, ...], tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(got, rows(*expected), atol=tolerance, rtol=tolerance, equal_nan=True)
+
+
+# Totals -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_totals_are_weighted_sums() -> None:
+    scores = torch.tensor([[[1.0, 2.0], [0.5, -1.0]]])
+    assert_rows(total_scores(scores, torch.tensor([1.0, 0.25])), (1.5, 0.25))
+
+
+def test_a_failed_reward_fails_the_completion_and_one_that_does_not_apply_is_left_out() -> None:
+    scores = torch.tensor(
+        [[[1.0, NAN], [1.0, NOT_APPLICABLE], [NOT_APPLICABLE, 3.0], [NOT_APPLICABLE, NOT_APPLICABLE], [NAN, NOT_APPLICABLE]]]
+    )
+    assert_rows(total_scores(scores, torch.tensor([2.0, 1.0])), (NAN, 2.0, 3.0, NAN, NAN))
+
+
+def test_a_weight_of_zero_neither_hides_a_failure_nor_trips_over_what_does_not_apply() -> None:
+    scores = torch.tensor([[[1.0, NAN], [1.0, NOT_APPLICABLE], [1.0, 7.0]]])
+    assert_rows(total_scores(scores, torch.tensor([1.0, 0.0])), (NAN, 1.0, 1.0))
+
+
+# Group-relative ---------------------------------------------------------------------------------------------------------------
+
+
+def test_one_right_of_four() -> None:
+    # Mean 1/4; squared deviations 9/16 + 3/16 = 3/4, over 3 is 1/4: standard deviation 1/2, plus 1e-4.
+    right, wrong = 0.75 / 0.5001, -0.25 / 0.5001
+    assert right == pytest.approx(1.4997, abs=1e-4)
+    assert wrong == pytest.approx(-0.4999, abs=1e-4)
+    assert_rows(group_advantages(rows((1, 0, 0, 0))), (right, wrong, wrong, wrong))
+
+
+def test_a_group_of_two_is_plus_and_minus_half_a_root() -> None:
+    # Deviations +-d/2, standard deviation d / sqrt(2).
+    assert_rows(group_advantages(rows((3, 1))), (1 / (math.sqrt(2) + 1e-4), -1 / (math.sqrt(2) + 1e-4)))
+
+
+def test_without_scaling_the_mean_alone_is_taken_off() -> None:
+    assert_rows(group_advantages(rows((1, 0, 0, 0), (4, 2, 0, 2)), "none"), (0.75, -0.25, -0.25, -0.25), (2, 0, -2, 0))
+
+
+def test_batch_scaling_divides_by_the_deviation_of_all_rewards() -> None:
+    # Rewards 1, 0, 3, 0: mean 1, squared deviations 0 + 1 + 4 + 1 = 6, over 3 is 2.
+    std = math.sqrt(2) + 1e-4
+    assert_rows(group_advantages(rows((1, 0), (3, 0)), "batch"), (0.5 / std, -0.5 / std), (1.5 / std, -1.5 / std))
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("value", [0.1 + 0.2, 1 / 3, -1e-17, 1e17 / 3, 0.0, float(torch.tensor(0.1)), -7.3])
+def test_a_constant_group_is_exactly_zero(scale: str, value: float) -> None:
+    for size in (2, 3, 5, 6, 7, 16):
+        constant = torch.full((1, size), value, dtype=torch.float64)
+        assert (group_advantages(constant, scale) == 0).all()  # type: ignore[arg-type]
+        assert (group_advantages(constant.float(), scale) == 0).all()  # type: ignore[arg-type]
+        beside_others = torch.cat([constant, torch.arange(size)[None].double()])
+        assert (group_advantages(beside_others, scale)[0] == 0).all()  # type: ignore[arg-type]
+
+
+def test_a_constant_group_of_weighted_float32_scores_is_exactly_zero() -> None:
+    scores = torch.tensor([0.1, 0.7, 0.3]).expand(1, 6, 3)
+    weights = torch.tensor([0.3, 1.1, 1 / 3], dtype=torch.float64)
+    assert (group_advantages(total_scores(scores, weights)) == 0).all()
+
+
+def test_float_noise_within_a_group_is_not_blown_up() -> None:
+    assert group_advantages(rows((0.1 + 0.2, 0.3, 0.3, 0.3))).abs().max() < 1e-11
+
+
+def test_a_constant_group_with_a_failure_is_zero_beside_nan() -> None:
+    assert_rows(group_advantages(rows((0.3, NAN, 0.3, 0.3))), (0.0, NAN, 0.0, 0.0), tolerance=0)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_failed_completions_leave_the_baseline(scale: str) -> None:
+    with_failures = group_advantages(rows((1, NAN, 0, 0, NAN, 0)), scale)  # type: ignore[arg-type]
+    without = group_advantages(rows((1, 0, 0, 0)), scale)  # type: ignore[arg-type]
+    assert with_failures[0].isnan().tolist() == [False, True, False, False, True, False]
+    torch.testing.assert_close(with_failures[0, [0, 2, 3, 5]], without[0], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_a_group_with_fewer_than_two_survivors_is_dropped(scale: str) -> None:
+    advantages = group_advantages(rows((1, NAN, NAN), (NAN, NAN, NAN), (NAN, 5, 3)), scale)  # type: ignore[arg-type]
+    assert advantages.isnan().tolist() == [[True] * 3, [True] * 3, [True, False, False]]
+    alone = group_advantages(rows((5, 3)), scale)  # type: ignore[arg-type]
+    torch.testing.assert_close(advantages[2, 1:], alone[0], atol=1e-12, rtol=0)
+
+
+def test_infinite_rewards_count_as_failed() -> None:
+    advantages = group_advantages(rows((math.inf, 1, 0), (-math.inf, 1, 0)), "none")
+    assert_rows(advantages, (NAN, 0.5, -0.5), (NAN, 0.5, -0.5))
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e3, 1e30, -1e30])
+def test_large_and_negative_rewards_scale_away(factor: float) -> None:
+    # Deviations are 3/4 and -1/4 of the factor, the standard deviation half of its size.
+    std = 0.5 * abs(factor) + 1e-4
+    assert_rows(group_advantages(rows((factor, 0, 0, 0))), (0.75 * factor / std, *[-0.25 * factor / std] * 3))
+
+
+def test_a_common_offset_changes_nothing() -> None:
+    assert_rows(group_advantages(rows((1e6 + 1, 1e6, 1e6, 1e6))), *group_advantages(rows((1, 0, 0, 0))).tolist(), tolerance=1e-8)
+
+
+def test_groups_are_independent_unless_the_batch_scales() -> None:
+    groups = rows((1, 0, 2), (5, 5, 9), (-1, 0, 0))
+    for scale in ("group", "none"):
+        together = group_advantages(groups, scale)  # type: ignore[arg-type]
+        for i in range(3):
+            assert torch.equal(together[i], group_advantages(groups[i : i + 1], scale)[0])  # type: ignore[arg-type]
+
+
+@given(st.lists(st.one_of(st.floats(-100, 100, width=32), st.just(NAN)), min_size=2, max_size=9))
+def test_survivors_advantages_sum_to_zero_and_keep_the_order_of_rewards(rewards: list[float]) -> None:
+    advantages = group_advantages(rows(tuple(rewards)))[0].tolist()
+    survivors = [(r, a) for r, a in zip(rewards, advantages, strict=True) if not math.isnan(r)]
+    if len(survivors) < 2:
+        assert all(map(math.isnan, advantages))
+        return
+    assert sum(a for _, a in survivors) == pytest.approx(0, abs=1e-6)
+    for r1, a1 in survivors:
+        for r2, a2 in survivors:
+            assert r1 <= r2 or a1 >= a2
+
+
+# BNPO -------------------------------------------------------------------------------------------------------------------------
+
+
+def beta_density(x: float, alpha: float, beta: float) -> float:
+    return math.gamma(alpha + beta) / (math.gamma(alpha) * math.gamma(beta)) * x ** (alpha - 1) * (1 - x) ** (beta - 1)
+
+
+def test_bnpo_divides_by_the_density_of_the_fitted_beta() -> None:
+    # Mean rewards p: 1/4, 1/2, 3/4. Their mean is 1/2, their variance (1/16 + 0 + 1/16) / 3 = 1/24.
+    # Method of moments: a + b = (1/4) / (1/24) - 1 = 5, so a = b = 5/2; alpha = beta = 1 + 5/6 = 11/6.
+    groups = rows((1, 0, 0, 0), (1, 1, 0, 0), (1, 1, 1, 0))
+    f = [beta_density(p, 11 / 6, 11 / 6) for p in (0.25, 0.5, 0.75)]
+    assert f[0] == pytest.approx(f[2])
+    assert_rows(
+        beta_normalised_advantages(groups),
+        (0.75 / f[0], *[-0.25 / f[0]] * 3),
+        (0.5 / f[1], 0.5 / f[1], -0.5 / f[1], -0.5 / f[1]),
+        (0.25 / f[2], 0.25 / f[2], 0.25 / f[2], -0.75 / f[2]),
+        tolerance=1e-9,
+    )
+
+
+def test_bnpo_with_an_uneven_batch() -> None:
+    # p: 0.2 and 0.4. Mean 0.3, variance 0.01: a + b = 0.21 / 0.01 - 1 = 20, a = 6, b = 14; alpha = 3, beta = 1 + 14/3.
+    groups = rows((1, 0, 0, 0, 0), (1, 1, 0, 0, 0))
+    low, high = beta_density(0.2, 3, 17 / 3), beta_density(0.4, 3, 17 / 3)
+    assert_rows(
+        beta_normalised_advantages(groups),
+        (0.8 / low, *[-0.2 / low] * 4),
+        (0.6 / high, 0.6 / high, *[-0.4 / high] * 3),
+        tolerance=1e-9,
+    )
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        ((1.0, 0.0, 0.0, 0.0),),  # one group
+        ((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0)),  # no variance among the groups
+        ((1.0, 1.0, 1.0, 1.0), (0.0, 0.0, 0.0, 0.0)),  # as much variance as a Bernoulli
+    ],
+)
+def test_bnpo_is_the_difference_alone_where_no_beta_fits(groups: tuple[tuple[float, ...], ...]) -> None:
+    assert_rows(beta_normalised_advantages(rows(*groups)), *group_advantages(rows(*groups), "none").tolist(), tolerance=1e-9)
+
+
+def test_bnpo_gives_constant_groups_exactly_zero_and_stays_finite_beside_them() -> None:
+    advantages = beta_normalised_advantages(rows((0, 0, 0), (1, 1, 1), (0.3, 0.3, 0.3), (1, 0, 0)))
+    assert (advantages[:3] == 0).all()
+    assert advantages[3].isfinite().all()
+    assert advantages[3, 0] > 0 > advantages[3, 1]
+
+
+def test_bnpo_leaves_failures_out_of_mean_and_fit() -> None:
+    full = beta_normalised_advantages(rows((1, 0, 0, 0), (1, 1, 1, 0)))
+    holes = beta_normalised_advantages(rows((1, NAN, 0, 0, 0), (1, 1, NAN, 1, 0), (NAN, NAN, NAN, NAN, 1)))
+    assert holes.isnan().tolist() == [[False, True, False, False, False], [False, False, True, False, False], [True] * 5]
+    torch.testing.assert_close(holes[0, [0, 2, 3, 4]], full[0], atol=1e-9, rtol=0)
+    torch.testing.assert_close(holes[1, [0, 1, 3, 4]], full[1], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("outside", [-0.1, 1.5])
+def test_bnpo_refuses_rewards_outside_zero_and_one(outside: float) -> None:
+    with pytest.raises(ValueError, match=r"BNPO needs total rewards in \[0, 1\], got .*: rescale the rewards or their weights"):
+        beta_normalised_advantages(rows((outside, 0.5, 0.5)))

@@ -1,0 +1,117 @@
+"""Weights of tokens by hand, and that a loss is the same however an optimizer step is split."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stateset_lightning.algorithm import GRPO, Algorithm, TokenBatch
+from stateset_lightning.algorithm.aggregation import token_weights
+from stateset_lightning.algorithm.losses import per_token
+
+AGGREGATIONS = ("sequence_mean", "token_mean", "sequence_sum", "constant_length", "prompt_mean")
+
+
+def weights(
+    lengths: list[int], trains: list[bool], aggregation: str, groups: list[int] | None = None, constant: int | None = None
+) -> list[float]:
+    groups = groups if groups is not None else [0] * len(lengths)
+    return token_weights(
+        torch.tensor(lengths),
+        torch.tensor(groups, dtype=torch.long),
+        torch.tensor(trains, dtype=torch.bool),
+        aggregation,  # type: ignore[arg-type]
+        constant,
+    ).tolist()
+
+
+# Three completions of 2, 4 and 6 tokens train; one of 8 does not. Of two prompts, the first has 2 + 4 tokens, the second 6.
+LENGTHS, TRAINS, GROUPS = [2, 4, 8, 6], [True, True, False, True], [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [
+        ("sequence_mean", [1 / (3 * 2), 1 / (3 * 4), 0, 1 / (3 * 6)]),
+        ("token_mean", [1 / 12, 1 / 12, 0, 1 / 12]),
+        ("sequence_sum", [1 / 3, 1 / 3, 0, 1 / 3]),
+        ("constant_length", [1 / 30, 1 / 30, 0, 1 / 30]),
+        ("prompt_mean", [1 / (2 * 6), 1 / (2 * 6), 0, 1 / (2 * 6)]),
+    ],
+)
+def test_weights_by_hand(aggregation: str, expected: list[float]) -> None:
+    assert weights(LENGTHS, TRAINS, aggregation, GROUPS, 10 if aggregation == "constant_length" else None) == pytest.approx(expected)
+
+
+def test_a_prompt_none_of_whose_completions_train_is_not_counted() -> None:
+    # The second prompt has 3 tokens and the first 1; the third and its number do not count.
+    assert weights([1, 3, 5, 5], [True, True, False, False], "prompt_mean", [7, 3, 9, 9]) == pytest.approx([1 / 2, 1 / 6, 0, 0])
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_an_empty_completion_weighs_nothing_and_is_not_counted(aggregation: str) -> None:
+    constant = 10 if aggregation == "constant_length" else None
+    first, last = weights([2, 4], [True, True], aggregation, [0, 2], constant)
+    assert weights([2, 0, 4], [True, True, True], aggregation, [0, 1, 2], constant) == pytest.approx([first, 0.0, last])
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_nothing_that_trains_gives_zeros(aggregation: str) -> None:
+    constant = 10 if aggregation == "constant_length" else None
+    assert weights([2, 4], [False, False], aggregation, constant=constant) == [0.0, 0.0]
+    assert weights([], [], aggregation, constant=constant) == []
+
+
+def test_a_constant_length_must_be_known_and_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs `constant_length`"):
+        weights([1], [True], "constant_length")
+    with pytest.raises(ValueError, match="aggregation='mean' is not one of sequence_mean, token_mean"):
+        weights([1], [True], "mean")
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "prompt_mean"])
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=12), data=st.data())
+def test_a_mean_of_ones_is_one(aggregation: str, lengths: list[int], data: st.DataObject) -> None:
+    trains = data.draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths)))
+    groups = data.draw(st.lists(st.integers(0, 3), min_size=len(lengths), max_size=len(lengths)))
+    total = sum(w * length for w, length in zip(weights(lengths, trains, aggregation, groups), lengths, strict=True))
+    assert total == pytest.approx(1.0 if any(trains) else 0.0)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@given(lengths=st.lists(st.integers(1, 6), min_size=2, max_size=10), data=st.data())
+def test_any_split_into_micro_steps_sums_to_the_whole(aggregation: str, lengths: list[int], data: st.DataObject) -> None:
+    """Loss and gradient of an optimizer step equal the sums over its parts, whoever is in which."""
+    number = len(lengths)
+    parts = data.draw(st.lists(st.integers(0, 3), min_size=number, max_size=number))
+    trains_N = torch.tensor(data.draw(st.lists(st.booleans(), min_size=number, max_size=number)))
+    seed = data.draw(st.integers(0, 1000))
+    generator = torch.Generator().manual_seed(seed)
+    algorithm = Algorithm(aggregation=aggregation, beta=0.1, epsilon_high=0.3)  # type: ignore[arg-type]
+    algorithm.setup(max_new_tokens=6)
+    lengths_N = torch.tensor(lengths)
+    total = sum(lengths)
+    logprobs_T = -torch.rand(total, generator=generator, dtype=torch.float64) * 3
+    old_T, ref_T = (logprobs_T + torch.randn(total, generator=generator, dtype=torch.float64) * 0.3 for _ in range(2))
+    advantages_N = torch.randn(number, generator=generator, dtype=torch.float64)
+    weights_N = algorithm.token_weights(lengths_N, torch.arange(number) // 2, trains_N)
+
+    def loss_and_gradient(rows_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf_T = logprobs_T.clone().requires_grad_()
+        tokens_T = rows_N.repeat_interleave(lengths_N)
+        batch = TokenBatch(leaf_T[tokens_T], old_T[tokens_T], advantages_N[rows_N], lengths_N[rows_N], ref_logprobs_T=ref_T[tokens_T])
+        loss_T, _ = algorithm.per_token_loss(batch)
+        loss = (per_token(weights_N[rows_N], lengths_N[rows_N]) * loss_T).sum()
+        loss.backward()
+        assert leaf_T.grad is not None
+        return loss.detach(), leaf_T.grad
+
+    whole = loss_and_gradient(trains_N)
+    pieces = [loss_and_gradient(trains_N & (torch.tensor(parts) == part)) for part in range(4)]
+    torch.testing.assert_close(torch.stack([loss for loss, _ in pieces]).sum(), whole[0], atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(torch.stack([gradient for _, gradient in pieces]).sum(0), whole[1], atol=1e-12, rtol=1e-12)
+
+
+def test_weights_are_float64() -> None:
+    lengths_N = torch.tensor([3, 5])
+    assert GRPO().token_weights(lengths_N, torch.tensor([0, 0])).dtype == torch.float64

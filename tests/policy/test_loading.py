@@ -1,0 +1,315 @@
+"""Models and tokenizers from folders, and what is refused on the way."""
+
+import json
+import logging
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
+
+from stateset_lightning.errors import ConfigError
+from stateset_lightning.policy import (
+    Group,
+    Policy,
+    PolicyConfig,
+    context_length,
+    end_of_sequence_ids,
+    load_model,
+    load_tokenizer,
+    resolve_model_name,
+)
+from stateset_lightning.tiny import TINY_FOLDER
+
+IDS = torch.tensor([[20, 31, 42, 53, 64]])
+
+
+@pytest.fixture
+def folder_of(model_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """A model folder of one's own, to be changed."""
+
+    def copy(name: str, **changes: Any) -> Path:
+        shutil.copytree(model_folder(name, **changes), tmp_path / name)
+        return tmp_path / name
+
+    return copy
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Changes keys of a JSON file; None removes one."""
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+# Models -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_each_architecture_loads_as_it_was_saved(
+    model_folder: Callable[..., Path], make_model: Callable[..., Any], architecture: str
+) -> None:
+    config = PolicyConfig(str(model_folder(architecture)), attn_implementation="eager" if architecture == "gemma2" else None)
+    model, original = load_model(config), make_model(architecture)
+    assert type(model) is type(original)
+    assert not model.training
+    assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in model.parameters())
+    for (name, parameter), (original_name, expected) in zip(model.named_parameters(), original.named_parameters(), strict=True):
+        assert name == original_name
+        assert torch.equal(parameter, expected)
+    torch.testing.assert_close(model(IDS).logits, original(IDS).logits, atol=1e-6, rtol=0)
+    assert end_of_sequence_ids(model, load_tokenizer(config)) == {1}
+    assert context_length(model) == 128
+
+
+def test_tiny_is_the_bundled_folder(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    assert resolve_model_name("tiny") == str(TINY_FOLDER)
+    assert type(tiny_model).__name__ == "Qwen2ForCausalLM"
+    weights = load_file(TINY_FOLDER / "model.safetensors")
+    assert torch.equal(tiny_model.model.norm.weight, weights["model.norm.weight"])
+    assert (tiny_tokenizer.eos_token, tiny_tokenizer.eos_token_id) == ("<|end|>", 1)
+    assert tiny_tokenizer.decode(tiny_tokenizer.encode("What is 12 * 3?")) == "What is 12 * 3?"
+
+
+def test_the_default_dtype_gives_way_to_the_configs(model_folder: Callable[..., Path]) -> None:
+    name = str(model_folder("llama"))
+    assert load_model(PolicyConfig(name), torch.bfloat16).dtype == torch.bfloat16
+    assert load_model(PolicyConfig(name, dtype="float16"), torch.bfloat16).dtype == torch.float16
+
+
+def test_a_checkpoint_in_bfloat16_is_trained_in_float32_unless_told_otherwise(folder_of: Callable[..., Path]) -> None:
+    folder = folder_of("llama")
+    load_model(PolicyConfig(str(folder), dtype="bfloat16")).save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert load_model(PolicyConfig(str(folder))).dtype == torch.float32
+
+
+def test_the_attention_is_the_one_asked_for(model_folder: Callable[..., Path]) -> None:
+    name = str(model_folder("llama"))
+    eager = load_model(PolicyConfig(name, attn_implementation="eager"))
+    assert eager.config._attn_implementation == "eager"
+    assert load_model(PolicyConfig(name)).config._attn_implementation == "sdpa"
+    torch.testing.assert_close(eager(IDS).logits, load_model(PolicyConfig(name))(IDS).logits, atol=1e-5, rtol=0)
+
+
+def test_further_arguments_reach_transformers(folder_of: Callable[..., Path]) -> None:
+    folder = folder_of("llama")
+    renamed = {name.replace("model.norm", "model.final"): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+    model = load_model(PolicyConfig(str(folder), model_kwargs={"key_mapping": {"^model.final": "model.norm"}}))
+    assert torch.equal(model.model.norm.weight, renamed["model.final.weight"])
+
+
+def test_an_argument_that_transformers_does_not_know_is_refused(model_folder: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be loaded.*'no_such_argument'"):
+        load_model(PolicyConfig(str(model_folder("llama")), model_kwargs={"no_such_argument": 1}))
+
+
+# Dropout ----------------------------------------------------------------------------------------------------------------------
+
+LLAMA_DROPOUT = {"attention_dropout": 0.3}
+GPT2_DROPOUT = {"attn_pdrop": 0.3, "resid_pdrop": 0.2, "embd_pdrop": 0.1}
+
+
+def two_training_passes(folder: Path, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
+    policy = Policy(load_model(PolicyConfig(str(folder), dropout=dropout)), PolicyConfig("random"))
+    policy.train()
+    groups = [Group(IDS[0].tolist(), [[7, 8, 9, 10], [11, 12]])]
+    return policy.score(groups)[0].detach(), policy.score(groups)[0].detach()
+
+
+@pytest.mark.parametrize(("name", "own"), [("llama", LLAMA_DROPOUT), ("gpt2", GPT2_DROPOUT)])
+def test_a_models_own_dropout_is_replaced_by_ours(model_folder: Callable[..., Path], name: str, own: dict[str, float]) -> None:
+    folder = model_folder(name, **own)
+    assert all(json.loads((folder / "config.json").read_text())[key] == value for key, value in own.items())
+    first, second = two_training_passes(folder, 0.0)
+    assert torch.equal(first, second)
+    torch.manual_seed(0)
+    first, second = two_training_passes(folder, 0.5)
+    assert (first - second).abs().max() > 0.01
+    config = load_model(PolicyConfig(str(folder), dropout=0.25)).config
+    assert {getattr(config, key) for key in own} == {0.25}
+
+
+# Gradient checkpointing -------------------------------------------------------------------------------------------------------
+
+
+def test_gradient_checkpointing_is_switched_on_in_the_form_that_works_with_frozen_inputs(model_folder: Callable[..., Path]) -> None:
+    model = load_model(PolicyConfig(str(model_folder("llama")), gradient_checkpointing=True))
+    assert model.is_gradient_checkpointing
+    model.train()
+    model.get_input_embeddings().weight.requires_grad_(False)
+    forwards: list[int] = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
+    model(IDS, use_cache=False).logits.sum().backward()
+    assert len(forwards) == 2
+    assert model.model.layers[0].mlp.up_proj.weight.grad.abs().max() > 0
+    assert not load_model(PolicyConfig(str(model_folder("llama")))).is_gradient_checkpointing
+
+
+# Refusals ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["./no/such/folder", "/no/such/folder", "a/b/c", "../x"])
+def test_a_missing_folder_is_refused_without_asking_a_hub(name: str) -> None:
+    with pytest.raises(ConfigError, match="there is no such folder"):
+        load_model(PolicyConfig(name))
+    with pytest.raises(ConfigError, match="there is no such folder"):
+        load_tokenizer(PolicyConfig(name))
+
+
+def test_a_hugging_face_id_is_left_as_it_is() -> None:
+    assert resolve_model_name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    assert resolve_model_name("gpt2") == "gpt2"
+
+
+def test_a_folder_in_the_home_directory_is_found(model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = model_folder("llama")
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert resolve_model_name(f"~/{folder.name}") == str(folder)
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is a folder without config.json: give one that `save_pretrained` wrote"):
+        load_model(PolicyConfig(str(tmp_path)))
+
+
+def test_a_folder_without_weights_is_refused(folder_of: Callable[..., Path]) -> None:
+    folder = folder_of("llama")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_model(PolicyConfig(str(folder)))
+
+
+def test_a_damaged_weight_file_is_refused(folder_of: Callable[..., Path]) -> None:
+    folder = folder_of("llama")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_model(PolicyConfig(str(folder)))
+
+
+def test_a_damaged_config_is_refused(folder_of: Callable[..., Path]) -> None:
+    folder = folder_of("llama")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_model(PolicyConfig(str(folder)))
+
+
+def test_weights_of_another_size_are_refused(folder_of: Callable[..., Path]) -> None:
+    folder = folder_of("llama")
+    edit(folder / "config.json", intermediate_size=52)
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_model(PolicyConfig(str(folder)))
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused_rather_than_completed_at_random(folder_of: Callable[..., Path]) -> None:
+    folder = folder_of("llama")
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}, folder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ConfigError, match=r"has no weights for lm_head.weight, which would be random"):
+        load_model(PolicyConfig(str(folder)))
+
+
+def test_an_attention_that_does_not_exist_is_refused(model_folder: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be loaded.*no_such_attention"):
+        load_model(PolicyConfig(str(model_folder("llama")), attn_implementation="no_such_attention"))
+
+
+class Payload:
+    """Unpickling it would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("form", ["torch", "pickle"])
+def test_a_pickled_checkpoint_runs_no_code(folder_of: Callable[..., Path], tmp_path: Path, form: str) -> None:
+    folder = folder_of("llama")
+    (folder / "model.safetensors").unlink()
+    objects = {"model.norm.weight": torch.zeros(32), "payload": Payload(tmp_path / "executed")}
+    if form == "torch":
+        torch.save(objects, folder / "pytorch_model.bin")
+    else:
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(objects, protocol=2))
+    with pytest.raises(ConfigError, match=r"its weights are a pickle file.*could run code"):
+        load_model(PolicyConfig(str(folder)))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_folders_own_code_does_not_run_unless_trusted(folder_of: Callable[..., Path], tmp_path: Path) -> None:
+    folder = folder_of("llama")
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass OwnConfig: pass\n")
+    edit(folder / "config.json", model_type="own", auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"})
+    with pytest.raises(ConfigError, match=r"contains custom code.*trust_remote_code=true if you trust"):
+        load_model(PolicyConfig(str(folder)))
+    assert not (tmp_path / "executed").exists()
+
+
+# Tokenizers -------------------------------------------------------------------------------------------------------------------
+
+
+def folder_with_tokenizer(folder: Path, **special_tokens: str) -> PolicyConfig:
+    """The bundled tokenizer's vocabulary with no special tokens but these."""
+    for file in folder.glob("*token*"):
+        file.unlink()
+    PreTrainedTokenizerFast(tokenizer_file=str(TINY_FOLDER / "tokenizer.json"), **special_tokens).save_pretrained(folder)
+    return PolicyConfig(str(folder))
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(folder_of: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match="its tokenizer has no end-of-sequence token; set `eos_token` in it"):
+        load_tokenizer(folder_with_tokenizer(folder_of("llama")))
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token_and_says_so(
+    folder_of: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="stateset_lightning"):
+        tokenizer = load_tokenizer(folder_with_tokenizer(folder_of("llama"), eos_token="<|end|>"))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 1
+    assert "has no pad token: '<|end|>' pads instead" in caplog.text
+
+
+def test_a_tokenizers_own_pad_token_stays(folder_of: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="stateset_lightning"):
+        tokenizer = load_tokenizer(folder_with_tokenizer(folder_of("llama"), eos_token="<|end|>", pad_token="<|pad|>"))
+    assert tokenizer.pad_token_id == 0
+    assert caplog.records == []
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folder_of: Callable[..., Path]) -> None:
+    folder = folder_of("llama")
+    for file in folder.glob("*token*"):
+        file.unlink()
+    with pytest.raises(ConfigError, match="no tokenizer can be loaded"):
+        load_tokenizer(PolicyConfig(str(folder)))
+
+
+# End tokens and context -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("configured", "expected"), [(None, {1}), (5, {1, 5}), ([5, 6], {1, 5, 6}), ([], {1})])
+def test_end_tokens_are_the_tokenizers_and_the_generation_configs(
+    make_model: Callable[..., Any], tiny_tokenizer: Any, configured: Any, expected: set[int]
+) -> None:
+    model = make_model("llama")
+    model.generation_config.eos_token_id = configured
+    assert end_of_sequence_ids(model, tiny_tokenizer) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [({}, None), ({"n_positions": 7}, 7), ({"max_position_embeddings": 9}, 9), ({"max_position_embeddings": None}, None)],
+)
+def test_the_context_length_is_what_the_config_says(config: dict[str, Any], expected: int | None) -> None:
+    assert context_length(SimpleNamespace(config=SimpleNamespace(**config))) == expected  # type: ignore[arg-type]

@@ -1,0 +1,307 @@
+"""Every way to score against oracles that are slow and plain, in values and in gradients."""
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stateset_lightning.errors import ConfigError
+from stateset_lightning.policy import Group, Policy, PolicyConfig
+
+GROUPS = [
+    Group([20, 31, 42, 53, 64, 75], [[86, 97, 108, 119, 130, 141], [152], [163, 174]]),
+    Group([185], [[196, 207, 218]]),
+    Group([33, 44, 55, 66, 77, 88, 99, 111, 122, 133], [[21], [22], [144, 155, 166, 177, 188]]),
+]
+NUM_TOKENS = 19
+PACKED = ("llama", "qwen2", "qwen3", "gpt2")
+
+
+def make_policy(model: Any, **options: Any) -> Policy:
+    return Policy(model, PolicyConfig("random", **options))
+
+
+def naive_scores(model: Any, groups: Sequence[Group], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """One completion at a time, all its logits at once."""
+    logprobs, entropies = [], []
+    for group in groups:
+        for completion in group.completions:
+            logits = model(torch.tensor([[*group.prompt, *completion]])).logits[0].float() / temperature
+            logp = logits[len(group.prompt) - 1 : -1].log_softmax(-1)
+            logprobs.append(logp[range(len(completion)), list(completion)])
+            entropies.append(-(logp.exp() * logp).sum(-1))
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+def masked_scores(model: Any, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+    """The packed sequence under an explicit mask [1, 1, S, S]: who sees whom is decided token by token."""
+    tokens = []  # (group, completion or -1 for the prompt, position, id)
+    for g, group in enumerate(groups):
+        tokens += [(g, -1, i, token) for i, token in enumerate(group.prompt)]
+        for c, completion in enumerate(group.completions):
+            tokens += [(g, c, len(group.prompt) + i, token) for i, token in enumerate(completion)]
+    mask = torch.tensor([[a[0] == b[0] and b[1] in (-1, a[1]) and b[2] <= a[2] for b in tokens] for a in tokens])
+    ids, positions = torch.tensor([[t[3] for t in tokens]]), torch.tensor([[t[2] for t in tokens]])
+    logp = model(ids, attention_mask=mask[None, None], position_ids=positions).logits[0].log_softmax(-1)
+    place = {token[:3]: i for i, token in enumerate(tokens)}
+    logprobs, entropies = [], []
+    for g, c, position, token in tokens:
+        if c >= 0:
+            source = place.get((g, c, position - 1), place.get((g, -1, position - 1)))
+            assert source is not None
+            logprobs.append(logp[source, token])
+            entropies.append(-(logp[source].exp() * logp[source]).sum())
+    return torch.stack(logprobs), torch.stack(entropies)
+
+
+def gradients(model: Any, scores: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """Of a sum with different weights for every token's log-prob and entropy, by name of the parameter."""
+    model.zero_grad()
+    weights = torch.linspace(-1, 1, len(scores[0]))
+    (scores[0] * weights + scores[1] * weights.flip(0) * 0.3).sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same_gradients(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """1e-5 relative for every parameter; some have a gradient of zero (attention's key bias), which float noise is measured beside."""
+    floor = 0.01 * max(gradient.norm().item() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert (got[name] - gradient).norm().item() <= 1e-5 * max(gradient.norm().item(), floor), name
+
+
+def assert_same_scores(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    assert len(got[0]) == len(got[1]) == len(expected[0])
+    torch.testing.assert_close(got[0].detach(), expected[0].detach(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(got[1].detach(), expected[1].detach(), atol=1e-5, rtol=0)
+
+
+# Values and gradients -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("scoring", ["auto", "padded"])
+def test_scores_and_gradients_are_those_of_one_row_at_a_time(
+    make_model: Callable[..., Any], architecture: str, scoring: str, checkpointing: bool
+) -> None:
+    plain = make_model(architecture, **({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if architecture == "gpt2" else {}))
+    policy = make_policy(copy.deepcopy(plain), scoring=scoring)
+    assert policy.uses_chunked_head
+    assert policy.uses_packed_scoring == (scoring == "auto" and architecture in PACKED)
+    if checkpointing:
+        policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy.model.train()
+    layers = policy.model.base_model.h if architecture == "gpt2" else policy.model.base_model.layers
+    forwards: list[int] = []
+    layers[0].mlp.register_forward_pre_hook(lambda *_: forwards.append(1))
+    expected = naive_scores(plain, GROUPS)
+    got = policy.score(GROUPS)
+    assert len(got[0]) == NUM_TOKENS
+    assert got[0].std() > 0.3  # outputs vary, or the comparison says little
+    assert_same_scores(got, expected)
+    assert_same_gradients(gradients(policy.model, got), gradients(plain, expected))
+    assert len(forwards) == (2 if checkpointing else 1)  # recomputed in backward, or not
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_scores_and_gradients_are_those_of_an_explicit_mask(make_model: Callable[..., Any], name: str) -> None:
+    plain = make_model(name)
+    policy = make_policy(make_model(name), scoring="packed")
+    expected, got = masked_scores(plain, GROUPS), policy.score(GROUPS)
+    assert_same_scores(got, expected)
+    assert_same_gradients(gradients(policy.model, got), gradients(plain, expected))
+
+
+@pytest.mark.parametrize("scoring", ["auto", "padded"])
+def test_temperature_divides_the_logits(make_model: Callable[..., Any], architecture: str, scoring: str) -> None:
+    plain = make_model(architecture)
+    policy = make_policy(make_model(architecture), scoring=scoring, head_chunk_tokens=4)
+    expected, got = naive_scores(plain, GROUPS, 0.7), policy.score(GROUPS, 0.7)
+    assert_same_scores(got, expected)
+    assert_same_gradients(gradients(policy.model, got), gradients(plain, expected))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_groups_scores_do_not_depend_on_its_neighbours(make_model: Callable[..., Any], name: str) -> None:
+    policy = make_policy(make_model(name))
+    together = policy.score(GROUPS)
+    alone = [policy.score([group]) for group in GROUPS]
+    assert_same_scores((torch.cat([a[0] for a in alone]), torch.cat([a[1] for a in alone])), together)
+    one_by_one = policy.score([Group(group.prompt, [completion]) for group in GROUPS for completion in group.completions])
+    assert_same_scores(one_by_one, together)
+
+
+@pytest.mark.parametrize(("scoring", "tokens"), [("packed", 6 + 9 + 1 + 3 + 10 + 7), ("padded", 7 * 15)])
+def test_packed_scoring_computes_a_prompt_once_per_group(make_model: Callable[..., Any], scoring: str, tokens: int) -> None:
+    policy = make_policy(make_model("llama"), scoring=scoring)
+    seen: list[int] = []
+    policy.model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    policy.score(GROUPS)
+    assert seen == [tokens]  # prompts of 6, 1 and 10 with 9, 3 and 7 completion tokens; or 7 rows of 10 + 5
+
+
+def test_no_score_reaches_beyond_its_own_past(make_model: Callable[..., Any]) -> None:
+    policy = make_policy(make_model("llama"))
+    before, _ = policy.score(GROUPS)
+    changed = [*GROUPS[:2], Group(GROUPS[2].prompt, [[21], [23], [144, 155, 200, 177, 188]])]
+    after, _ = policy.score(changed)
+    differs = ((before - after).abs() > 1e-5).nonzero().flatten().tolist()
+    assert differs == [13, 16, 17, 18]  # the changed tokens 13 and 16, and what follows the latter
+
+
+# Choosing a path ------------------------------------------------------------------------------------------------------------
+
+
+def test_packed_scoring_is_refused_where_it_is_not_exact(make_model: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match=r"scoring='packed' is not exact for random: its attention is 'eager'.*'auto' or 'padded'"):
+        make_policy(make_model("gemma2"), scoring="packed")
+
+
+def test_sliding_windows_are_not_packed(make_model: Callable[..., Any]) -> None:
+    windowed = make_model("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    assert windowed.config.layer_types == ["full_attention", "sliding_attention"]
+    with pytest.raises(ConfigError, match="layers other than full attention"):
+        make_policy(windowed, scoring="packed")
+    policy = make_policy(windowed)
+    assert_same_scores(policy.score(GROUPS), naive_scores(windowed, GROUPS))
+
+
+def test_the_slower_path_is_announced_once_with_the_reason(make_model: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="stateset_lightning"):
+        policy = make_policy(make_model("gemma2"))
+        policy.score(GROUPS)
+        policy.score(GROUPS)
+    assert [record.getMessage() for record in caplog.records] == [
+        "random is scored a row per completion, prompt repeated: its attention is 'eager', not 'sdpa'."
+    ]
+
+
+@pytest.mark.parametrize("scoring", ["packed", "padded", "auto"])
+def test_the_path_that_was_asked_for_is_not_announced(
+    make_model: Callable[..., Any], caplog: pytest.LogCaptureFixture, scoring: str
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="stateset_lightning"):
+        make_policy(make_model("llama"), scoring=scoring)
+    assert caplog.records == []
+
+
+def test_a_wrong_packed_path_is_found_by_the_probe(make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from stateset_lightning.policy import prefix_attention
+
+    correct = prefix_attention.make_layout
+
+    def blind(prompts: Any, completions: Any, device: Any) -> Any:
+        """Completions that do not see the first token of their prompt."""
+        layout = correct(prompts, completions, device)
+        for group in layout:
+            group.mask[..., 0] = False
+        return layout
+
+    monkeypatch.setattr(prefix_attention, "make_layout", blind)
+    with pytest.raises(ConfigError, match="packed outputs differ from its padded ones by"):
+        make_policy(make_model("llama"), scoring="packed")
+    model = make_model("llama")
+    assert not make_policy(model).uses_packed_scoring
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_whose_logits_are_scaled_is_scored_with_its_own_head(
+    make_model: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    def scaled() -> Any:
+        model = make_model("llama")
+        model.register_forward_hook(lambda module, args, output: setattr(output, "logits", output.logits * 2.0))
+        return model
+
+    plain = scaled()
+    policy = make_policy(scaled())
+    assert not policy.uses_chunked_head
+    assert "scored with all logits in memory" in caplog.text
+    expected, got = naive_scores(plain, GROUPS, 0.7), policy.score(GROUPS, 0.7)
+    assert_same_scores(got, expected)
+    assert_same_gradients(gradients(policy.model, got), gradients(plain, expected))
+
+
+def test_a_model_can_carry_a_second_policy(make_model: Callable[..., Any]) -> None:
+    first = make_policy(make_model("llama"))
+    second = make_policy(first.model)
+    assert second.uses_packed_scoring
+    assert_same_scores(second.score(GROUPS), first.score(GROUPS))
+
+
+def test_a_copy_scores_like_the_original(make_model: Callable[..., Any]) -> None:
+    policy = make_policy(make_model("qwen2"))
+    reference = copy.deepcopy(policy)
+    expected = policy.score(GROUPS)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.1)
+    assert_same_scores(reference.score(GROUPS), expected)
+
+
+def test_saving_does_not_write_the_packed_attention_into_the_folder(make_model: Callable[..., Any], tmp_path: Any) -> None:
+    make_policy(make_model("llama"), scoring="packed").model.save_pretrained(tmp_path)
+    assert "stateset" not in (tmp_path / "config.json").read_text()
+
+
+# Without gradient -----------------------------------------------------------------------------------------------------------
+
+
+def test_scores_without_gradient_have_no_graph_and_no_dropout_and_leave_the_mode(make_model: Callable[..., Any]) -> None:
+    dropout = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
+    policy = make_policy(make_model("gpt2", **dropout))
+    expected = naive_scores(make_model("gpt2"), GROUPS)
+    for training in (True, False):
+        policy.model.train(training)
+        got = policy.score_without_gradient(GROUPS)
+        assert_same_scores(got, expected)
+        assert not got[0].requires_grad
+        assert not got[1].requires_grad
+        assert policy.model.training == training
+    policy.model.train()
+    assert (policy.score(GROUPS)[0] - expected[0]).abs().max() > 0.05  # with dropout it is another thing
+
+
+def test_an_exception_in_scoring_leaves_the_mode(make_model: Callable[..., Any]) -> None:
+    policy = make_policy(make_model("llama"))
+    policy.model.train()
+    with pytest.raises(IndexError):
+        policy.score_without_gradient([Group([10_000], [[1]])])
+    assert policy.model.training
+
+
+def test_nothing_to_score_gives_nothing(make_model: Callable[..., Any]) -> None:
+    logprobs, entropies = make_policy(make_model("llama")).score_without_gradient([])
+    assert logprobs.shape == entropies.shape == (0,)
+
+
+def test_frozen_weights_get_no_gradient_and_the_others_the_same(make_model: Callable[..., Any]) -> None:
+    policy, plain = make_policy(make_model("llama")), make_model("llama")
+    policy.model.lm_head.weight.requires_grad_(False)
+    got = policy.score(GROUPS)
+    weights = torch.linspace(-1, 1, NUM_TOKENS)
+    (got[0] * weights).sum().backward()
+    (naive_scores(plain, GROUPS)[0] * weights).sum().backward()
+    assert policy.model.lm_head.weight.grad is None
+    theirs = plain.model.layers[0].mlp.up_proj.weight.grad
+    torch.testing.assert_close(
+        policy.model.model.layers[0].mlp.up_proj.weight.grad, theirs, atol=1e-5 * theirs.abs().max().item(), rtol=1e-5
+    )
+
+
+def test_bfloat16_weights_are_scored_packed_within_their_precision(make_model: Callable[..., Any]) -> None:
+    policy = make_policy(make_model("llama").bfloat16())
+    assert policy.uses_packed_scoring
+    logprobs, entropies = policy.score(GROUPS)
+    assert logprobs.dtype == entropies.dtype == torch.float32
+    expected, _ = naive_scores(make_model("llama"), GROUPS)
+    assert (logprobs - expected).abs().mean() < 0.05
+
+
+def test_a_group_knows_its_number_of_completion_tokens() -> None:
+    assert [group.num_completion_tokens for group in GROUPS] == [9, 3, 7]

@@ -1,0 +1,26 @@
+"""Defaults and refusals of the rollout's options."""
+
+import dataclasses
+
+import pytest
+
+from stateset_lightning.errors import ConfigError
+from stateset_lightning.rollout import RolloutConfig
+
+
+def test_defaults_sample_the_model_as_it_is() -> None:
+    config = RolloutConfig()
+    assert (config.temperature, config.top_k, config.top_p, config.min_p, config.stop) == (1.0, None, None, None, [])
+    assert config.num_generations == 8
+
+
+def test_an_empty_stop_string_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model.rollout.stop=\['end', ''\] contains an empty string"):
+        RolloutConfig(stop=["end", ""])
+
+
+def test_a_config_cannot_change_and_has_its_own_list() -> None:
+    config = RolloutConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.temperature = 2.0  # type: ignore[misc]
+    assert config.stop is not RolloutConfig().stop

@@ -1,0 +1,116 @@
+"""Every configuration under configs/ parses, prints itself as a valid config, and trains."""
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+
+import lightning.pytorch  # noqa: F401 (here, so that its log handlers do not hold the stream of the first test)
+import pytest
+import yaml
+
+from stateset_lightning.cli import main
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "configs"
+OVERLAYS = {"bf16.yaml", "wandb.yaml"}
+BASES = sorted(path.name for path in FOLDER.glob("*.yaml") if path.name not in OVERLAYS)
+
+
+@pytest.fixture(autouse=True)
+def in_the_project(monkeypatch):
+    """Paths in the configs are relative to the project's folder."""
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.chdir(ROOT)
+
+
+def printed_config(*names):
+    out = io.StringIO()
+    configs = [part for name in names for part in ("--config", str(name))]
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stopped:
+        main(["fit", *configs, "--print_config"])
+    assert stopped.value.code == 0
+    return yaml.safe_load(out.getvalue())
+
+
+def data_of(name):
+    config = yaml.safe_load((FOLDER / name).read_text())
+    return config["data"]["train"]
+
+
+def require_data(name):
+    if not Path(data_of(name)).exists():
+        pytest.skip(f"{name} reads {data_of(name)}, which is not here")
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_base_config_prints_itself(name, tmp_path):
+    printed = printed_config(FOLDER / name)
+    assert printed["model"]["policy"]["model_name"] == "tiny"  # every config runs offline as it stands
+    (tmp_path / "printed.yaml").write_text(yaml.safe_dump(printed))
+    assert printed_config(tmp_path / "printed.yaml") == printed
+
+
+@pytest.mark.parametrize("name", sorted(OVERLAYS))
+def test_an_overlay_changes_only_what_it_says(name):
+    base, changed = printed_config(FOLDER / "single_turn.yaml"), printed_config(FOLDER / "single_turn.yaml", FOLDER / name)
+    overlay = yaml.safe_load((FOLDER / name).read_text())
+    assert list(overlay) == ["trainer"]
+    for key in {*base["trainer"], *changed["trainer"]} - set(overlay["trainer"]):
+        assert changed["trainer"][key] == base["trainer"][key]
+    assert {**changed, "trainer": None} == {**base, "trainer": None}
+    for key, value in overlay["trainer"].items():
+        given = changed["trainer"][key]
+        assert given == value if not isinstance(value, dict) else given["class_path"] == value["class_path"]
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_every_key_of_a_config_is_one(name):
+    """None of ours is swallowed by a catch-all: it comes back with its value."""
+
+    def check(given, resolved, path):
+        for key, value in given.items():
+            assert key in resolved, f"{path}{key}"
+            if isinstance(value, dict) and isinstance(resolved[key], dict):
+                check(value, resolved[key], f"{path}{key}.")
+            elif not isinstance(value, list):
+                assert resolved[key] == value, f"{path}{key}"
+
+    check(yaml.safe_load((FOLDER / name).read_text()), printed_config(FOLDER / name), "")
+
+
+def test_every_key_of_the_reference_config_is_explained():
+    structural = ("class_path:", "init_args:", "auto_insert_metric_name:", "mode:", "name: single_turn")
+    for line in (FOLDER / "single_turn.yaml").read_text().splitlines():
+        key = line.split("#")[0].strip().removeprefix("- ")
+        if key and not key.endswith(":") and not key.startswith(structural):
+            assert "#" in line, line
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_config_trains(name, tmp_path):
+    require_data(name)
+    checkpoints = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"every_n_train_steps": 2, "save_last": True}}
+    small = {
+        "baseline": False,
+        "data": {"batch_size": 2},
+        "model": {"rollout": {"num_generations": 2, "max_new_tokens": 4}},
+        "trainer": {
+            "max_steps": 2,
+            "accelerator": "cpu",
+            "limit_val_batches": 0,
+            "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path), "name": "run"}},
+            "callbacks": [checkpoints],
+        },
+    }
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
+    cli = main(["fit", "--config", str(FOLDER / name), "--config", str(tmp_path / "small.yaml")])
+    run = tmp_path / "run" / "version_0"
+    assert cli.trainer.global_step == 2
+    assert (run / "checkpoints" / "last.ckpt").exists()
+    assert (run / "config.yaml").exists()
+    assert "train/reward" in (run / "metrics.csv").read_text().splitlines()[0]
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 4  # two groups of two, of the first episode
+    assert not cli.datamodule.dropped["train"]  # no row is lost

@@ -1,0 +1,30 @@
+"""Gathering over ranks, and the order of their prompts."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from stateset_lightning.ranks import Ranks
+
+
+def test_a_single_rank_gathers_its_own_value_without_a_process_group() -> None:
+    value = {"a": 1}
+    assert Ranks().gather(value) == [value]
+    values = torch.arange(6).reshape(3, 2)
+    assert torch.equal(Ranks().by_position(values), values)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_values_come_in_order_of_global_position(monkeypatch: pytest.MonkeyPatch, world: int) -> None:
+    positions = torch.arange(4 * world)
+    of_rank = [torch.stack([positions[rank::world], -positions[rank::world]], dim=1) for rank in range(world)]
+
+    def all_gather_object(output: list[Any], mine: Any) -> None:
+        assert torch.equal(mine, of_rank[1])
+        output[:] = of_rank
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
+    ranks = Ranks(1, world)
+    assert ranks.by_position(of_rank[1]).tolist() == [[p, -p] for p in range(4 * world)]
+    assert [values.tolist() for values in ranks.gather(of_rank[1])] == [values.tolist() for values in of_rank]
