@@ -15,7 +15,6 @@ from stateset_lightning.data.prompts import EncodedPrompts, PromptEncoder
 from stateset_lightning.data.sources import ScenarioSet, Source, read_split
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.seeding import run_seed
-from stateset_lightning.types import PromptBatch
 
 _log = logging.getLogger("stateset_lightning")
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -34,6 +34,35 @@ class SumCounts:
         names = sorted({name for totals in everyone for name in totals})
         totals = {name: [sum(pair) for pair in zip(*(t.get(name, (0.0, 0.0)) for t in everyone), strict=True)] for name in names}
         return {name: total / count for name, (total, count) in totals.items() if count}
+
+
+class RunMetrics:
+    """The newest value of every metric, and what each optimizer step has to log."""
+
+    def __init__(self) -> None:
+        self.step = SumCounts()
+        self.last: dict[str, float] = {}
+        self._unlogged: dict[str, float] = {}
+
+    def add_episode(self, metrics: Metrics, rollout: Rollout, index: int, ranks: Ranks) -> None:
+        """An episode's metrics: known now, logged with its first optimizer step."""
+        sums = SumCounts()
+        sums.add(metrics)
+        means = sums.means(ranks)
+        means["advantage/std"] = math.sqrt(means.get("advantage/std", 0.0))  # was averaged as a square
+        ranges = ranks.gather((float(rollout.lengths_N.min()), float(rollout.lengths_N.max())))
+        means["completion/min_tokens"] = min(low for low, _ in ranges)
+        means["completion/max_tokens"] = max(high for _, high in ranges)
+        self._unlogged = {**means, "episode": float(index)}
+        self.last = {**self.last, **self._unlogged}
+
+    def end_step(self, ranks: Ranks) -> dict[str, float]:
+        """One row for the loggers: the optimizer step's own metrics and, the first time, its episode's."""
+        means = self.step.means(ranks)
+        self.last = {**self.last, **means}
+        row = {**self._unlogged, **means}
+        self._unlogged = {}
+        return row
 
 
 def episode_metrics(rollout: Rollout, scores: Scores, advantages_N: Tensor) -> Metrics:
@@ -92,8 +121,3 @@ def peak_memory_mb(device: torch.device) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes on macOS, KiB on Linux
-
-
-def with_root(metrics: Mapping[str, float], name: str) -> dict[str, float]:
-    """`metrics` with the square root taken of `name`, which was averaged as a square."""
-    return {key: value**0.5 if key == name else value for key, value in metrics.items()}

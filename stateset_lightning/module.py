@@ -5,9 +5,9 @@ episode; every one returns the loss of its part. Clipping, accumulation, precisi
 """
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any
@@ -21,11 +21,12 @@ from torch import Tensor
 from stateset_lightning.algorithm import GRPO, Algorithm, TokenBatch
 from stateset_lightning.algorithm.losses import per_token
 from stateset_lightning.callbacks.episodes import call_episode_hook
+from stateset_lightning.collection import Sampler, add_fixed_logprobs, work_metrics
 from stateset_lightning.episode import Episode, Part, Plan, make_episode
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.evaluation import RewardMeans
-from stateset_lightning.metrics import SumCounts, episode_metrics, peak_memory_mb
-from stateset_lightning.policy import Group, Policy, PolicyConfig, context_length, load_model, load_tokenizer
+from stateset_lightning.metrics import RunMetrics, episode_metrics
+from stateset_lightning.policy import Policy, PolicyConfig, context_length, load_model, load_tokenizer
 from stateset_lightning.policy.precision import sampling_dtype, weights_dtype
 from stateset_lightning.policy.schedule import Schedule, given_options, keep_given_options
 from stateset_lightning.ranks import Ranks
@@ -33,8 +34,8 @@ from stateset_lightning.records import CompletionRecord, make_records
 from stateset_lightning.rewards import Reward, Scorer, as_rewards
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig, RolloutEngine
 from stateset_lightning.run_checks import check_run, optimizer_steps_of_run
-from stateset_lightning.seeding import derive_seed, run_seed, sample_seeds
-from stateset_lightning.types import PromptBatch, Rollout, Scores, conversation
+from stateset_lightning.seeding import derive_seed, run_seed
+from stateset_lightning.types import PromptBatch
 
 PROGRESS_BAR = ("train/reward", "completion/mean_tokens", "work/tokens_per_s")
 
@@ -93,9 +94,8 @@ class GRPOLightningModule(LightningModule):
         self._reference: tuple[Policy, ...] = ()  # in a tuple, so that it is no submodule: not trained, not saved
         self.engine: RolloutEngine | None = None
         self._episode: Episode | None = None
-        self._step_metrics = SumCounts()
-        self._episode_metrics: dict[str, float] = {}
-        self._last_metrics: dict[str, float] = {}
+        self._episode_states: list[dict[str, Any]] | None = None  # of all ranks, while a checkpoint would need them
+        self.metrics = RunMetrics()
         self._eval_rewards: RewardMeans | None = None
         self._given_options: list[dict[str, Any]] = []
         self._saved_options: list[dict[str, Any]] | None = None  # those of the run that is resumed
@@ -153,13 +153,17 @@ class GRPOLightningModule(LightningModule):
             self._episode = self._collect(batch)
         episode = self._episode
         if episode is None or episode.index != batch.episode_index:
-            raise RuntimeError(f"micro-step {batch.micro_step} of episode {batch.episode_index} came without the episode's first micro-step")
+            raise RuntimeError(
+                f"micro-step {batch.micro_step} of episode {batch.episode_index} came without the episode's first micro-step"
+            )
+        if batch.micro_step == batch.num_micro_steps - 1:
+            self._episode_states = None  # the next checkpoint comes after the episode's end
         start = time.perf_counter()
         part = episode.part(batch.micro_step % batch.steps_per_episode)
         loss = self._loss(part, episode, batch.micro_step) if part.groups else self._zero_loss()
-        self._step_metrics.add({"policy/loss": (loss.detach(), 1.0 / self._accumulate)})
-        self._step_metrics.add({"time/train_s": (time.perf_counter() - start, 1.0 / self._accumulate)})
-        self._show(self._last_metrics)
+        self.metrics.step.add({"policy/loss": (loss.detach(), 1.0 / self._accumulate)})
+        self.metrics.step.add({"time/train_s": (time.perf_counter() - start, 1.0 / self._accumulate)})
+        self._show(self.metrics.last)
         # DDP and FSDP average over ranks and Lightning divides by the accumulation: the sum over tokens is meant.
         return loss * (self._ranks.world * self._accumulate)
 
@@ -170,65 +174,37 @@ class GRPOLightningModule(LightningModule):
             optimizer.zero_grad(set_to_none=True)
             gradients = []
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else 0.0
-        self._step_metrics.add({"policy/grad_norm": (norm, 1), "policy/empty_steps": (float(not gradients), 1)})
+        self.metrics.step.add({"policy/grad_norm": (norm, 1), "policy/empty_steps": (float(not gradients), 1)})
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None) -> None:
         start = time.perf_counter()
         lr = optimizer.param_groups[0]["lr"]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self._step_metrics.add({"lr": (lr, 1), "time/step_s": (time.perf_counter() - start, 1)})
+        self.metrics.step.add({"lr": (lr, 1), "time/step_s": (time.perf_counter() - start, 1)})
         self._publish(self.trainer.global_step + 1)
 
     def on_train_batch_end(self, outputs: Any, batch: PromptBatch, batch_idx: int) -> None:
         if batch.micro_step == batch.num_micro_steps - 1:
-            call_episode_hook(self.trainer, "on_episode_end", batch.episode_index, self._last_metrics)
+            call_episode_hook(self.trainer, "on_episode_end", batch.episode_index, self.metrics.last)
 
     def _collect(self, batch: PromptBatch) -> Episode:
         """Samples, scores and plans an episode."""
         call_episode_hook(self.trainer, "on_episode_start", batch.episode_index)
-        plan = Plan(len(batch), self.rollout.num_generations, batch.steps_per_episode, self._accumulate, self._ranks)
         start = time.perf_counter()
-        rollout, scores = self._sample_and_score(batch, "train", self.rollout.num_generations, greedy=False)
-        sampled = time.perf_counter()
+        rollout, scores = self._sampler.sample(self._loaded_policy, batch, self.rollout.num_generations, greedy=False)
+        seconds = time.perf_counter() - start
         self.scorer.check_failures(scores)
+        plan = Plan(len(batch), self.rollout.num_generations, batch.steps_per_episode, self._accumulate, self._ranks)
         episode = make_episode(batch.episode_index, rollout, scores, [reward.weight for reward in self.rewards], self.algorithm, plan)
-        self._add_fixed_logprobs(episode, several_steps=batch.num_micro_steps > self._accumulate)
+        several_steps = batch.num_micro_steps > self._accumulate
+        add_fixed_logprobs(episode, self._loaded_policy, self._reference, self.rollout.temperature, several_steps=several_steps)
+        # Gathered now and not when a checkpoint is written, which would hang if one rank had failed by then.
+        self._episode_states = self._ranks.gather(episode.state_dict()) if several_steps else None
         self.last_records = make_records(batch, rollout, scores, episode.advantages_N.tolist())
-
-        metrics = SumCounts()
-        metrics.add(episode_metrics(rollout, scores, episode.advantages_N))
-        metrics.add(self._work_metrics(rollout, scores, episode, sampled - start, time.perf_counter() - start))
-        lengths = self._ranks.gather((int(rollout.lengths_N.min()), int(rollout.lengths_N.max())))
-        means = metrics.means(self._ranks)
-        means["advantage/std"] = math.sqrt(means.get("advantage/std", 0.0))
-        means["completion/min_tokens"] = min(low for low, _ in lengths)
-        means["completion/max_tokens"] = max(high for _, high in lengths)
-        self._episode_metrics = {**means, "episode": float(batch.episode_index)}
-        self._last_metrics = {**self._last_metrics, **self._episode_metrics}
+        work = work_metrics(rollout, scores, episode, self._loaded_policy, seconds, self._ranks.world)
+        metrics = {**episode_metrics(rollout, scores, episode.advantages_N), **work}
+        self.metrics.add_episode(metrics, rollout, batch.episode_index, self._ranks)
         return episode
-
-    def _sample_and_score(self, batch: PromptBatch, purpose: str, num_generations: int, *, greedy: bool) -> tuple[Rollout, Scores]:
-        """Completions and their scores; a completion is scored as soon as it is finished, while others are decoded."""
-        assert self.engine is not None
-        self.engine.sync(self._loaded_policy)
-        seeds_N = sample_seeds(self.seed, purpose, batch.episode_index, batch.positions, num_generations)
-        system_prompt = getattr(getattr(self.trainer, "datamodule", None), "system_prompt", None)
-        with self.scorer.start(len(seeds_N)) as session:
-
-            def score(n: int, text: str, num_tokens: int) -> None:
-                scenario = batch.scenarios[n // num_generations]
-                session.submit(n, conversation(scenario, text, system_prompt), scenario.columns(), completion_tokens=num_tokens)
-
-            rollout = self.engine.generate(batch.prompt_tokens, num_generations, self.rollout, seeds_N, greedy=greedy, on_finished=score)
-            return rollout, session.collect()
-
-    def _add_fixed_logprobs(self, episode: Episode, *, several_steps: bool) -> None:
-        """Log-probs that stay the same for the whole episode: the reference's, and the old ones where they are not the new ones."""
-        groups = episode.active_part().groups
-        if several_steps:
-            episode.old_logprobs_T = episode.scatter(self._loaded_policy.score_without_gradient(groups, self.rollout.temperature)[0])
-        for reference in self._reference:
-            episode.ref_logprobs_T = episode.scatter(reference.score_without_gradient(groups, self.rollout.temperature)[0])
 
     def _loss(self, part: Part, episode: Episode, micro_step: int) -> Tensor:
         with self._seeded_dropout(episode.index, micro_step):
@@ -248,19 +224,23 @@ class GRPOLightningModule(LightningModule):
             entropies_T=entropies_T,
         )
         loss_T, metrics = self.algorithm.per_token_loss(tokens)
-        self._step_metrics.add(metrics)
-        self._step_metrics.add({"policy/entropy": (entropies_T.detach().sum(), entropies_T.numel())})
+        self.metrics.step.add(metrics)
+        self.metrics.step.add({"policy/entropy": (entropies_T.detach().sum(), entropies_T.numel())})
         return (per_token(part.weights_N.to(device, loss_T.dtype), tokens.lengths_N) * loss_T).sum()
 
     def _zero_loss(self) -> Tensor:
         """Zero, but a function of every parameter: under DDP each rank must take part in every reduction."""
         return torch.stack([p.flatten()[0] for p in self._loaded_policy.parameters() if p.requires_grad]).sum() * 0.0
 
-    def _seeded_dropout(self, episode: int, micro_step: int) -> Any:
+    @contextmanager
+    def _seeded_dropout(self, episode: int, micro_step: int) -> Iterator[None]:
         """Dropout draws from the global generator: a seeded fork of it resumes exactly and leaves it untouched."""
         if self.policy_config.dropout == 0:
-            return torch.enable_grad()
-        return _forked_generator(self.device, derive_seed(self.seed, "dropout", episode, micro_step, self._ranks.rank))
+            yield
+            return
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(derive_seed(self.seed, "dropout", episode, micro_step, self._ranks.rank))
+            yield
 
     # Evaluation --------------------------------------------------------------------------------------------------------------
 
@@ -272,7 +252,7 @@ class GRPOLightningModule(LightningModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One greedy completion per prompt, as rows for a file. Rewards that fail are null: there may be no target."""
-        rollout, scores = self._sample_and_score(batch, batch.split, 1, greedy=True)
+        rollout, scores = self._sampler.sample(self._loaded_policy, batch, 1, greedy=True)
         self.last_records = make_records(batch, rollout, scores)
         return [record.to_dict() for record in self.last_records]
 
@@ -283,7 +263,7 @@ class GRPOLightningModule(LightningModule):
         self._log_evaluation("test")
 
     def _evaluate(self, batch: PromptBatch) -> None:
-        rollout, scores = self._sample_and_score(batch, batch.split, 1, greedy=True)
+        rollout, scores = self._sampler.sample(self._loaded_policy, batch, 1, greedy=True)
         self.last_records = make_records(batch, rollout, scores)
         assert self._eval_rewards is not None
         self._eval_rewards.update(scores.values_NF.to(self.device), scores.totals_N.to(self.device), rollout.lengths_N.to(self.device))
@@ -301,25 +281,27 @@ class GRPOLightningModule(LightningModule):
         checkpoint["stateset"] = {
             "seed": self.seed,
             "algorithm": self.algorithm.state_dict(),
-            "episode": None if self._episode is None else self._ranks.gather(self._episode.state_dict()),
-            "metrics": self._last_metrics,
+            "episode": self._episode_states,
+            "metrics": self.metrics.last,
             "optimizer_options": self._given_options,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["stateset"]
         self.algorithm.load_state_dict(state["algorithm"])
-        self._last_metrics = dict(state["metrics"])
+        self.metrics.last = dict(state["metrics"])
         if self._trainer is None or not self.trainer.training:
             return
         self._saved_options = state["optimizer_options"]
         if state["seed"] != self.seed:
-            raise ConfigError(f"seed {self.seed} differs from the checkpoint's {state['seed']}: give seed_everything={state['seed']} to resume")
+            raise ConfigError(
+                f"seed {self.seed} differs from the checkpoint's {state['seed']}: give seed_everything={state['seed']} to resume"
+            )
         episodes = state["episode"]
         if episodes is not None:
             if len(episodes) != self._ranks.world:
                 raise ConfigError(f"the checkpoint was written by {len(episodes)} ranks and cannot be resumed by {self._ranks.world}")
-            self._episode = Episode.from_state_dict(episodes[self._ranks.rank])
+            self._episode, self._episode_states = Episode.from_state_dict(episodes[self._ranks.rank]), episodes
 
     # Small things ------------------------------------------------------------------------------------------------------------
 
@@ -327,6 +309,12 @@ class GRPOLightningModule(LightningModule):
     def seed(self) -> int:
         """The seed of all sampling: the one given, or that of `seed_everything`, also if it was called after this was made."""
         return run_seed() if self._given_seed is None else self._given_seed
+
+    @property
+    def _sampler(self) -> Sampler:
+        assert self.engine is not None, "configure_model() makes the engine"
+        system_prompt = getattr(getattr(self.trainer, "datamodule", None), "system_prompt", None)
+        return Sampler(self.engine, self.scorer, self.rollout, self.seed, system_prompt)
 
     @property
     def _loaded_policy(self) -> Policy:
@@ -346,27 +334,9 @@ class GRPOLightningModule(LightningModule):
         assert self._episode is not None
         return self.trainer.global_step % len(self._episode.active_by_step)
 
-    def _work_metrics(self, rollout: Rollout, scores: Scores, episode: Episode, sample_s: float, collect_s: float) -> Any:
-        """Seconds and tokens. `work/token_ratio`: tokens of padded rows over tokens of packed groups, in one training pass."""
-        groups = episode.active_part().groups
-        tokens = int(rollout.lengths_N.sum())
-        packed = sum(len(group.prompt) + group.num_completion_tokens for group in groups)
-        padded = len(rollout.texts) * (max(map(len, rollout.prompt_tokens)) + int(rollout.lengths_N.max()))
-        return {
-            "time/sample_s": (sample_s, 1),
-            "time/score_s": (scores.seconds, 1),
-            "work/tokens_per_s": (tokens / collect_s, 1 / self._ranks.world),
-            "work/token_ratio": (padded, packed),
-            "work/skipped": (len(rollout.texts) - int(episode.active_N.sum()), len(rollout.texts)),
-            "memory/peak_mb": (peak_memory_mb(self.device), 1),
-        }
-
     def _publish(self, step: int) -> None:
-        """One row per optimizer step to every logger: the step's own metrics and, the first time, its episode's."""
-        metrics = self._step_metrics.means(self._ranks)
-        self._last_metrics = {**self._last_metrics, **metrics}
-        row = {**self._episode_metrics, **metrics}
-        self._episode_metrics = {}
+        """To every logger at once: a value that `self.log` gets at an episode's start is lost under `log_every_n_steps`."""
+        row = self.metrics.end_step(self._ranks)
         if self.trainer.is_global_zero:
             for logger in self.trainer.loggers:
                 logger.log_metrics(row, step=step)
@@ -376,18 +346,3 @@ class GRPOLightningModule(LightningModule):
         bar = {name: metrics[name] for name in PROGRESS_BAR if name in metrics}
         self.log_dict(bar, prog_bar=True, logger=False, batch_size=1)
         self.log_dict({name: value for name, value in metrics.items() if name not in bar}, logger=False, batch_size=1)
-
-
-def _forked_generator(device: torch.device, seed: int) -> Any:
-    from contextlib import contextmanager
-
-    @contextmanager
-    def fork() -> Iterator[None]:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            yield
-
-    return fork()
-
-
-__all__ = ["GRPOLightningModule", "Group"]

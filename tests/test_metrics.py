@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from stateset_lightning.metrics import SumCounts, episode_metrics, group_metrics, peak_memory_mb, reward_metrics, with_root
+from stateset_lightning.metrics import SumCounts, episode_metrics, group_metrics, peak_memory_mb, reward_metrics
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.types import NOT_APPLICABLE, FinishReason, Metrics, RewardFailure, Rollout, Scores
 
@@ -123,10 +123,6 @@ def test_an_episode_whose_rewards_all_failed_has_no_reward() -> None:
     means = sums.means(Ranks())
     assert not {"train/reward", "reward/right", "train/reward_std", "advantage/std"} & set(means)
     assert means["groups/dropped"] == 1.0
-
-
-def test_the_root_is_taken_of_one_name() -> None:
-    assert with_root({"a": 9.0, "b": 4.0}, "a") == {"a": 3.0, "b": 4.0}
 
 
 def test_peak_memory_is_in_megabytes() -> None:

@@ -65,11 +65,13 @@ from stateset_lightning.policy.schedule import Schedule
 
 class Recorder(GradientRecorder):
     def on_train_end(self, trainer, pl_module):
-        torch.save({{"gradients": self.steps, "weights": weights(trainer), "metrics": pl_module._last_metrics}},
+        torch.save({{"gradients": self.steps, "weights": weights(trainer), "metrics": pl_module.metrics.last}},
                    Path({folder!r}) / f"world{{trainer.world_size}}-rank{{trainer.global_rank}}.pt")
 
 devices = int(sys.argv[1])
-fit(Path({folder!r}), make_module(algorithm=DAPO(), optimizer=lambda p: torch.optim.SGD(p, lr=0.0)), make_data(batch_size=4 // devices, steps_per_episode=2, num_iterations=2),
+module = make_module(algorithm=DAPO(), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+data = make_data(batch_size=4 // devices, steps_per_episode=2, num_iterations=2)
+fit(Path({folder!r}), module, data,
     callbacks=[Recorder()], devices=devices, strategy="ddp" if devices > 1 else "auto", max_steps=3, gradient_clip_val=1.0)
 """
 
@@ -87,7 +89,14 @@ def test_two_ranks_have_the_samples_and_gradients_of_one(tmp_path: Path) -> None
         two = torch.load(tmp_path / f"world2-rank{rank}.pt", weights_only=True)
         for mine, other in zip(two["gradients"], one["gradients"], strict=True):
             assert relative_difference(mine, other) < 1e-6
-        for name in ("train/reward", "completion/mean_tokens", "completion/max_tokens", "groups/mixed", "policy/entropy", "policy/ratio_mean"):
+        for name in (
+            "train/reward",
+            "completion/mean_tokens",
+            "completion/max_tokens",
+            "groups/mixed",
+            "policy/entropy",
+            "policy/ratio_mean",
+        ):
             assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-5), name
 
 
@@ -102,9 +111,9 @@ def test_completions_without_an_advantage_are_skipped_without_changing_the_gradi
 
 def test_the_ratio_is_one_at_the_first_of_several_steps(tmp_path: Path) -> None:
     trainer = fit(tmp_path, data=make_data(num_iterations=2), max_steps=1)
-    assert trainer.lightning_module._last_metrics["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+    assert trainer.lightning_module.metrics.last["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
     trainer = fit(tmp_path, data=make_data(num_iterations=2), max_steps=2)
-    assert abs(trainer.lightning_module._last_metrics["policy/ratio_mean"] - 1.0) > 1e-4
+    assert abs(trainer.lightning_module.metrics.last["policy/ratio_mean"] - 1.0) > 1e-4
 
 
 def test_log_probs_of_the_sampler_are_those_of_the_loss(tmp_path: Path) -> None:
@@ -132,8 +141,8 @@ def test_an_episode_without_anything_to_train_leaves_the_weights_alone(tmp_path:
     assert trainer.global_step == 2
     assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 2
     assert all(torch.equal(value, before[name]) for name, value in weights(trainer).items())
-    assert module._last_metrics["policy/empty_steps"] == 1
-    assert module._last_metrics["groups/all_right"] == 1
+    assert module.metrics.last["policy/empty_steps"] == 1
+    assert module.metrics.last["groups/all_right"] == 1
 
 
 class FailsOnShortAnswers(DigitReward):
@@ -153,7 +162,7 @@ def test_a_failed_reward_trains_nothing_and_is_counted(tmp_path: Path) -> None:
     assert episode.advantages_N[short_N].isnan().all()
     assert (episode.weights_N[short_N] == 0).all()
     assert not episode.active_N[short_N].any()
-    assert module._last_metrics["reward_failures/fails_on_short_answers/OSError"] == short_N.sum()
+    assert module.metrics.last["reward_failures/fails_on_short_answers/OSError"] == short_N.sum()
     assert all(value.isfinite().all() for value in module.state_dict().values())
 
 
@@ -170,10 +179,10 @@ def test_too_many_failures_stop_the_run_with_the_reason(tmp_path: Path) -> None:
 def test_a_reference_is_kept_only_for_a_kl_term_and_starts_at_the_policy(tmp_path: Path) -> None:
     assert not fit(tmp_path, make_module(algorithm=GRPO(beta=0.0)), max_steps=1).lightning_module._reference
     first = fit(tmp_path, make_module(algorithm=GRPO(beta=0.1)), max_steps=1).lightning_module
-    assert first._last_metrics["policy/kl"] == pytest.approx(0.0, abs=1e-9)
+    assert first.metrics.last["policy/kl"] == pytest.approx(0.0, abs=1e-9)
     assert not any("reference" in name for name in first.state_dict())
     later = fit(tmp_path, make_module(algorithm=GRPO(beta=0.1)), max_steps=3).lightning_module
-    assert later._last_metrics["policy/kl"] > 1e-6
+    assert later.metrics.last["policy/kl"] > 1e-6
 
 
 CUTS = (1, 2, 3, 5, 8, 9)
@@ -191,7 +200,7 @@ def test_a_run_resumed_from_any_optimizer_step_ends_bit_identical(tmp_path: Path
         data = make_data(num_iterations=2, steps_per_episode=2)
         options = {"callbacks": [keep_all], "enable_checkpointing": True, "max_steps": 12, "gradient_clip_val": 1.0}
         trainer = fit(tmp_path, module, data, ckpt_path=ckpt_path, **options)
-        metrics = trainer.lightning_module._last_metrics
+        metrics = trainer.lightning_module.metrics.last
         steady = {name: value for name, value in metrics.items() if not name.startswith(("time/", "memory/", "work/tokens_per_s"))}
         return weights(trainer), steady
 
@@ -259,7 +268,7 @@ def test_precisions_train_and_stay_finite(tmp_path: Path, precision: str) -> Non
     expected = {"bf16-mixed": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
     assert {value.dtype for value in module.policy.parameters()} == {expected}
     assert all(value.isfinite().all() for value in weights(trainer).values())
-    assert module._last_metrics["policy/grad_norm"] > 0
+    assert module.metrics.last["policy/grad_norm"] > 0
 
 
 def test_gradient_checkpointing_gives_the_same_run(tmp_path: Path) -> None:

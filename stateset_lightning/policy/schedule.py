@@ -69,7 +69,8 @@ def keep_given_options(
     for group, now, before in zip(optimizer.param_groups, given, saved, strict=True):
         group.update({name: value for name, value in now.items() if name != "lr" and value != before.get(name)})
         if now["lr"] != before["lr"]:
-            group["lr"] *= now["lr"] / before["lr"]  # a schedule has moved it in the meantime
+            share = group["lr"] / before["lr"] if before["lr"] else 1.0  # a schedule has moved it in the meantime
+            group["lr"] = now["lr"] * share
             if "initial_lr" in group:
                 group["initial_lr"] = now["lr"]
     if scheduler is not None and hasattr(scheduler, "base_lrs"):

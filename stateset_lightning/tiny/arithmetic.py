@@ -47,16 +47,17 @@ def prompt_and_answer(question: Question) -> tuple[str, str]:
     return f"What is {a} {operator} {b}?", str(a + b if operator == "+" else a - b)
 
 
-def careless_answer(question: Question) -> str:
-    """The answer of somebody who never carries, not even into the hundreds, and takes the smaller digit from the larger; right where neither matters.
+def careless_answer(question: Question, keep_hundreds: bool = False) -> str:
+    """The answer of somebody who never carries and takes the smaller digit from the larger; right where neither matters.
 
     Two of the most frequent mistakes of learners (Brown and Burton, "Diagnostic models for procedural bugs in basic mathematical
-    skills", Cognitive Science 2, 1978).
+    skills", Cognitive Science 2, 1978). Unless `keep_hundreds`, nothing is carried into the hundreds either.
     """
     a, operator, b = question
-    if operator == "+":
-        return str((a // 10 + b // 10) % 10 * 10 + (a % 10 + b % 10) % 10)
-    return str((a // 10 - b // 10) * 10 + abs(a % 10 - b % 10))
+    if operator == "-":
+        return str((a // 10 - b // 10) * 10 + abs(a % 10 - b % 10))
+    tens = a // 10 + b // 10
+    return str((tens if keep_hundreds else tens % 10) * 10 + (a % 10 + b % 10) % 10)
 
 
 def write_scenarios(folder: Path) -> None:

@@ -1,9 +1,9 @@
 """Makes the bundled model: `python -m stateset_lightning.tiny.train [FOLDER]`, some two minutes on two cores.
 
 A byte-level BPE tokenizer (digits apart, so that numbers are spelled) and a Qwen2 of one million parameters, taught by next-token
-prediction on arithmetic questions and answers that the demo never sees. First the answers are right, then most of them are
-careless: they forget the carry. So its likeliest answer is right about four times in ten, and the right one is among its
-samples: reward has something to find and something to mend.
+prediction on arithmetic questions and answers that the demo never sees. Most of the answers it is taught are careless: they
+forget the carry, in the second lesson also into the hundreds. So its likeliest answer is right about four times in ten, and the
+right one is among its samples: reward has something to find and something to mend.
 """
 
 from __future__ import annotations
@@ -19,11 +19,7 @@ from stateset_lightning.tiny import TINY_FOLDER
 from stateset_lightning.tiny.arithmetic import careless_answer, prompt_and_answer, split_questions
 
 SEED = 1
-NUM_STEPS = 1100
-CARELESS_FROM_STEP = 800
-CARELESS_SHARE = 0.6  # of the answers in the text, from that step on
 BATCH_SIZE = 128
-LEARNING_RATE = 2e-3
 VOCABULARY = 384
 SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
@@ -53,6 +49,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",
+        unk_token="<|pad|>",  # Qwen2's tokenizer would otherwise add a token that the model has no embedding for
         eos_token="<|end|>",
         additional_special_tokens=SPECIAL_TOKENS[2:],
         chat_template=CHAT_TEMPLATE,
@@ -86,22 +83,31 @@ def encode(tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str) -> tupl
     return start + end, [-100] * len(start) + end
 
 
-def teach(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def teach(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    num_steps: int,
+    learning_rate: float,
+    careless_share: float,
+    keep_hundreds: bool,
+    seed: int,
+) -> None:
+    """Next-token prediction on the answers, right ones and careless ones of `arithmetic.careless_answer`."""
     questions = split_questions("pretrain")
     right = [prompt_and_answer(question) for question in questions]
-    careless = [(prompt, careless_answer(question)) for question, (prompt, _) in zip(questions, right, strict=True)]
+    careless = [(prompt, careless_answer(question, keep_hundreds)) for question, (prompt, _) in zip(questions, right, strict=True)]
     rows = [encode(tokenizer, prompt, answer) for prompt, answer in right + careless]
     width = max(len(ids) for ids, _ in rows)
     pad = tokenizer.pad_token_id
     ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in rows])
     labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=NUM_STEPS, pct_start=0.1)
-    generator = torch.Generator().manual_seed(SEED)
-    for step in range(NUM_STEPS):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=num_steps, pct_start=0.1)
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(num_steps):
         pick = torch.randint(len(questions), (BATCH_SIZE,), generator=generator)
-        if step >= CARELESS_FROM_STEP:
-            pick += len(questions) * (torch.rand(BATCH_SIZE, generator=generator) < CARELESS_SHARE)
+        pick += len(questions) * (torch.rand(BATCH_SIZE, generator=generator) < careless_share)
         loss = model(input_ids=ids[pick], labels=labels[pick], attention_mask=(ids[pick] != pad).long()).loss
         optimizer.zero_grad()
         loss.backward()
@@ -109,7 +115,7 @@ def teach(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
         optimizer.step()
         schedule.step()
         if step % 50 == 49:
-            print(f"step {step + 1}/{NUM_STEPS}: loss {loss.item():.3f}", flush=True)
+            print(f"step {step + 1}/{num_steps}: loss {loss.item():.3f}", flush=True)
 
 
 @torch.no_grad()
@@ -129,7 +135,8 @@ def main(folder: Path = TINY_FOLDER) -> None:
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
-    teach(model, tokenizer)
+    teach(model, tokenizer, num_steps=1000, learning_rate=2e-3, careless_share=0.6, keep_hundreds=True, seed=SEED)
+    teach(model, tokenizer, num_steps=250, learning_rate=5e-4, careless_share=0.75, keep_hundreds=False, seed=SEED + 1)
     model.eval()
     print(f"greedy accuracy on held-out questions: {greedy_accuracy(model, tokenizer):.3f}")
     model.save_pretrained(folder)
