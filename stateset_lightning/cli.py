@@ -58,6 +58,8 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
     except UserError as error:
         fail(str(error))
     quieten()
+    if os.getcwd() not in sys.path:  # a console script does not look beside the config for `my_rewards.ShortAndRight`
+        sys.path.append(os.getcwd())
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from stateset_lightning.lightning_cli import StatesetCLI

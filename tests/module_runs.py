@@ -83,6 +83,8 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 def relative_difference(mine: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     """Norm of the difference over the norm, of all tensors together."""
     assert mine.keys() == other.keys()
+    if not mine:  # a step with nothing to train has no gradients
+        return 0.0
     difference = sum(float((mine[name].double() - other[name].double()).square().sum()) for name in mine)
     size = sum(float(value.double().square().sum()) for value in other.values())
     return (difference / size) ** 0.5

@@ -1,0 +1,86 @@
+"""The house rules that a machine can check: one-way imports, file sizes, no use of the global generator, nothing pickled."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "stateset_lightning"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+LAYERS = [
+    {"errors", "seeding", "types", "ranks", "tiny"},
+    {"algorithm"},
+    {"data", "policy"},
+    {"rollout"},
+    {"rewards"},
+    {"evaluation"},
+    {"metrics", "episode", "records", "collection", "run_checks"},
+    {"callbacks"},
+    {"module", "datamodule"},
+    {"cli_messages", "lightning_cli"},
+    {"cli"},
+]
+PURE = {"algorithm": {"lightning", "transformers"}, "types": {"lightning", "transformers"}, "rewards": {"lightning", "transformers"}}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def layer(name: str) -> int:
+    return next(i for i, names in enumerate(LAYERS) if name in names)
+
+
+def imported_modules(path: Path) -> list[str]:
+    tree = ast.parse(path.read_text())
+    names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    return names + [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+
+
+def ids(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent != PACKAGE or p.stem not in ("__init__", "__main__")], ids=ids)
+def test_imports_point_one_way(path: Path) -> None:
+    mine = room(path)
+    rooms = {name.split(".")[1] for name in imported_modules(path) if name.startswith("stateset_lightning.")}
+    upward = {other for other in rooms if other != mine and layer(other) > layer(mine)}
+    assert not upward, f"{ids(path)} imports from {sorted(upward)}, which stand above {mine}"
+    foreign = {name.split(".")[0] for name in imported_modules(path)} & PURE.get(mine, set())
+    assert not foreign, f"{mine} is to know nothing of {sorted(foreign)}"
+
+
+def test_every_room_has_a_layer() -> None:
+    assert {room(path) for path in FILES} - {"__init__", "__main__"} == set.union(*LAYERS)
+
+
+def test_files_and_package_stay_small() -> None:
+    lines = {ids(path): len(path.read_text().splitlines()) for path in FILES}
+    assert {name: count for name, count in lines.items() if count > 350} == {}
+    assert sum(lines.values()) < 8000
+
+
+GLOBAL_RANDOMNESS = re.compile(
+    r"torch\.(rand|randn|randint|randperm|multinomial|bernoulli)\(|np\.random\.(rand|seed|shuffle)|\brandom\.(random|shuffle|choice)\("
+)
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.name != "train.py"], ids=ids)
+def test_nothing_draws_from_a_global_generator_or_unpickles(path: Path) -> None:
+    text = path.read_text()
+    assert not GLOBAL_RANDOMNESS.search(text)
+    assert "weights_only=False" not in text
+    # The worker pipe carries the user's own reward object to a child of the same program; no file is ever unpickled.
+    assert not re.search(r"(pickle|dill)\.(load|Unpickler)", text) or path.name in ("worker.py", "worker_pool.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_every_file_says_what_it_is_for(path: Path) -> None:
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    assert docstring
+    assert docstring[0].isupper() or docstring[0] in "`'\"" or docstring.startswith(("stateset", "pass"))

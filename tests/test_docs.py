@@ -1,0 +1,124 @@
+"""Every command and snippet of the README and the docs is run, and every link leads somewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stateset_lightning.cli import main
+from stateset_lightning.data import read_split
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "README.md"]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line.split("  #")[0].split(" #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("stateset-lightning")]
+
+
+@pytest.fixture
+def small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Flags that keep a README command short and its files away."""
+    monkeypatch.chdir(ROOT)
+    rows = [{"prompt": "What is 2 + 2?", "target": "4"}]
+    (tmp_path / "my_rows.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    return ["--trainer.max_steps=1", f"--trainer.logger.init_args.save_dir={tmp_path}", "--data.batch_size=2", "--data.eval_batch_size=64"]
+
+
+@pytest.mark.slow  # each one starts a run
+@pytest.mark.parametrize("command", commands())
+def test_each_command_of_the_readme_runs(command: str, small_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = shlex.split(command)[1:]
+    # Stand-ins for what a reader brings along: rows, and a model that no hub is needed for.
+    args = [{"my_rows.jsonl": str(tmp_path / "my_rows.jsonl"), "Qwen/Qwen3-0.6B": "tiny"}.get(arg, arg) for arg in args]
+    if "--print_config" in args:
+        with pytest.raises(SystemExit) as exit_:
+            main(args)
+        assert exit_.value.code == 0
+        assert yaml.safe_load(capsys.readouterr().out)["data"]["batch_size"] == 32
+        return
+    cli = main([*args, *small_run])
+    assert cli is not None
+    assert cli.trainer.state.finished
+    if args[0] == "predict":
+        (predictions,) = tmp_path.rglob("predictions.jsonl")
+        assert len(predictions.read_text().splitlines()) == 256
+
+
+def test_each_python_block_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    reward, training = blocks("python")
+    namespace: dict[str, Any] = {}
+    exec(reward, namespace)
+    turn = {"content": "4"}
+    result = namespace["ShortAndRight"]().compute_reward([type("Turn", (), turn)], {"target": "4"})
+    assert result.score == pytest.approx(0.99)
+    exec(training, namespace)
+    assert namespace["trainer"].global_step == 3
+
+
+def test_the_json_row_of_the_readme_is_a_scenario() -> None:
+    rows = [json.loads(block) for block in blocks("json")]
+    assert read_split(rows, "train").scenarios[0].target == "4"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_yaml_blocks_name_existing_keys(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for number, block in enumerate(blocks("yaml", page.read_text())):
+        overlay = tmp_path / f"{number}.yaml"
+        overlay.write_text(block)
+        with pytest.raises(SystemExit) as exit_:
+            main(["fit", "--config", "configs/single_turn.yaml", "--config", str(overlay), "--print_config"])
+        assert exit_.value.code == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_every_metric_that_a_run_logs_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    main(
+        [
+            "fit",
+            "--config=configs/single_turn.yaml",
+            "--trainer.max_steps=1",
+            f"--trainer.logger.init_args.save_dir={tmp_path}",
+            "--data.batch_size=2",
+        ]
+    )
+    (table,) = tmp_path.rglob("metrics.csv")
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    explained = set()
+    for names in re.findall(r"`([^`]+)`", page):
+        prefix, group, suffix = re.fullmatch(r"([^{]*)(?:\{([^}]*)\})?(.*)", names).groups()  # type: ignore[union-attr]
+        explained |= {prefix + name + suffix for name in group.split(",")} if group else {names}
+    logged = set(table.read_text().splitlines()[0].split(",")) - {"step", "epoch", "episode"}
+    unexplained = {name for name in logged if name not in explained and not re.match(r"(val/)?reward/", name)}
+    assert unexplained <= {"val/num_completions"}
+
+
+@pytest.mark.parametrize("name", ["train_from_python.py", "own_reward.py"])
+@pytest.mark.slow  # starts a process that imports torch and lightning
+def test_examples_run(name: str) -> None:
+    run = subprocess.run([sys.executable, ROOT / "examples" / name, "2"], capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "reward" in run.stdout
