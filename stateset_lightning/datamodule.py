@@ -125,6 +125,11 @@ class ScenarioDataModule(LightningDataModule):
     def has_validation(self) -> bool:
         return self._is_given("validation")
 
+    def named_rewards(self) -> dict[str, tuple[str, ...]]:
+        """The rewards that scenarios name, by `split: scenario id`; scenarios that leave it open are not among them."""
+        sets = self._scenarios.items()
+        return {f"data.{split}: {s.id}": s.rewards for split, scenarios in sets for s in scenarios.scenarios if s.rewards is not None}
+
     def setup(self, stage: str | None = None) -> None:
         """Read and check the files that the stage needs, and make their prompts; once, also if called again.
 

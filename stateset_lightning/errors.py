@@ -16,5 +16,9 @@ class DataError(UserError):
     """A scenario file or row cannot be used."""
 
 
+class NonFiniteError(UserError):
+    """Logits or gradients are NaN or infinite: the policy has diverged, or overflows its precision."""
+
+
 class RewardError(UserError):
     """Rewards failed more often than `max_reward_failures` allows, or returned what is no score."""

@@ -112,6 +112,10 @@ class StatesetCLI(LightningCLI):
         self._check_checkpoint()
         config = self.config.fit
         if config.baseline and not config.ckpt_path:
+            # All data is read before any model is loaded, also what the baseline itself does not need.
+            if self.datamodule.tokenizer is None:
+                self.datamodule.tokenizer = self.model.tokenizer
+            self.datamodule.setup("fit")
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
     def before_validate(self) -> None:

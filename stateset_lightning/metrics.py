@@ -41,8 +41,14 @@ class RunMetrics:
 
     def __init__(self) -> None:
         self.step = SumCounts()
-        self.last: dict[str, float] = {}
+        self._of_episode: dict[str, float] = {}
+        self._of_step: dict[str, float] = {}
         self._unlogged: dict[str, float] = {}
+
+    @property
+    def last(self) -> dict[str, float]:
+        """Of the newest episode and the newest optimizer step; nothing that only an earlier one had."""
+        return {**self._of_episode, **self._of_step}
 
     def add_episode(self, metrics: Metrics, rollout: Rollout, index: int, ranks: Ranks) -> None:
         """An episode's metrics: known now, logged with its first optimizer step."""
@@ -53,19 +59,23 @@ class RunMetrics:
         ranges = ranks.gather((float(rollout.lengths_N.min()), float(rollout.lengths_N.max())))
         means["completion/min_tokens"] = min(low for low, _ in ranges)
         means["completion/max_tokens"] = max(high for _, high in ranges)
-        self._unlogged = {**means, "episode": float(index)}
-        self.last = {**self.last, **self._unlogged}
+        self._of_episode = self._unlogged = {**means, "episode": float(index)}
 
     def end_step(self, ranks: Ranks) -> dict[str, float]:
         """One row for the loggers: the optimizer step's own metrics and, the first time, its episode's."""
-        means = self.step.means(ranks)
-        self.last = {**self.last, **means}
-        row = {**self._unlogged, **means}
+        self._of_step = self.step.means(ranks)
+        row = {**self._unlogged, **self._of_step}
         self._unlogged = {}
         return row
 
+    def state_dict(self) -> dict[str, dict[str, float]]:
+        return {"episode": self._of_episode, "step": self._of_step}
 
-def episode_metrics(rollout: Rollout, scores: Scores, advantages_N: Tensor) -> Metrics:
+    def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
+        self._of_episode, self._of_step = dict(state["episode"]), dict(state["step"])
+
+
+def episode_metrics(rollout: Rollout, scores: Scores, advantages_N: Tensor, world: int = 1) -> Metrics:
     """What can be said of this rank's completions before training on them. Failed rewards enter no mean."""
     lengths_N = rollout.lengths_N.double()
     count = len(lengths_N)
@@ -82,7 +92,7 @@ def episode_metrics(rollout: Rollout, scores: Scores, advantages_N: Tensor) -> M
         **group_metrics(totals_PG),
     }
     for key, number in Counter(f"reward_failures/{failure.reward}/{failure.error}" for failure in scores.failures).items():
-        metrics[key] = (number, 1)
+        metrics[key] = (number, 1 / world)  # a sum over ranks, not a mean
     return metrics
 
 

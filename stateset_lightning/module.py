@@ -5,6 +5,7 @@ episode; every one returns the loss of its part. Clipping, accumulation, precisi
 """
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,13 +19,12 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from stateset_lightning.algorithm import GRPO, Algorithm, TokenBatch
-from stateset_lightning.algorithm.losses import per_token
+from stateset_lightning.algorithm import GRPO, Algorithm
 from stateset_lightning.callbacks.episodes import call_episode_hook
-from stateset_lightning.collection import Sampler, add_fixed_logprobs, work_metrics
+from stateset_lightning.collection import Sampler, add_fixed_logprobs, check_failures, work_metrics
 from stateset_lightning.episode import Episode, Part, Plan, make_episode
-from stateset_lightning.errors import ConfigError
 from stateset_lightning.evaluation import RewardMeans
+from stateset_lightning.loss import part_loss
 from stateset_lightning.metrics import RunMetrics, episode_metrics
 from stateset_lightning.policy import Policy, PolicyConfig, context_length, load_model, load_tokenizer
 from stateset_lightning.policy.precision import sampling_dtype, weights_dtype
@@ -33,7 +33,7 @@ from stateset_lightning.ranks import Ranks
 from stateset_lightning.records import CompletionRecord, make_records
 from stateset_lightning.rewards import Reward, Scorer, as_rewards
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig, RolloutEngine
-from stateset_lightning.run_checks import check_run, optimizer_steps_of_run
+from stateset_lightning.run_checks import check_bad_steps, check_resumable, check_reward_names, check_run, optimizer_steps_of_run
 from stateset_lightning.seeding import derive_seed, run_seed
 from stateset_lightning.types import PromptBatch
 
@@ -94,6 +94,10 @@ class GRPOLightningModule(LightningModule):
         self._reference: tuple[Policy, ...] = ()  # in a tuple, so that it is no submodule: not trained, not saved
         self.engine: RolloutEngine | None = None
         self._episode: Episode | None = None
+        self._step_of_pass = 0
+        self._step_started: float | None = None
+        self._collect_seconds = 0.0
+        self._bad_steps = 0
         self._episode_states: list[dict[str, Any]] | None = None  # of all ranks, while a checkpoint would need them
         self.metrics = RunMetrics()
         self._eval_rewards: RewardMeans | None = None
@@ -112,13 +116,18 @@ class GRPOLightningModule(LightningModule):
 
     def configure_model(self) -> None:
         """Loads the weights, once; called by the Trainer after the data has been read and checked."""
+        precision = "32-true" if self._trainer is None else str(self.trainer.precision)
+        dtype = weights_dtype(self.policy_config.dtype, precision)
         if self.policy is None:
-            precision = str(self.trainer.precision) if self._trainer is not None else "32-true"
-            model = load_model(self.policy_config, weights_dtype(self.policy_config.dtype, precision))
-            self.policy = Policy(model, self.policy_config)
-            if self.algorithm.needs_reference:
-                self._reference = (copy.deepcopy(self.policy).requires_grad_(False),)
-            self.engine = InProcessEngine(self.tokenizer, sampling_dtype(precision))
+            self.policy = Policy(load_model(self.policy_config, dtype), self.policy_config)
+        if self.engine is None:
+            self.engine = InProcessEngine(self.tokenizer)
+        if isinstance(self.engine, InProcessEngine):
+            self.engine.dtype = sampling_dtype(precision)
+        fits = self._trainer is not None and self.trainer.state.fn == "fit"
+        if fits and self.algorithm.needs_reference and not self._reference:
+            # From the source, not from the policy: that may have been trained or restored since.
+            self._reference = (Policy(load_model(self.policy_config, dtype), self.policy_config).requires_grad_(False),)
         self._eval_rewards = self._eval_rewards or RewardMeans([reward.name for reward in self.rewards])
 
     def configure_optimizers(self) -> Any:
@@ -133,7 +142,9 @@ class GRPOLightningModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        names = [f"val/{name}" for name in RewardMeans.logged_names([reward.name for reward in self.rewards])]
+        rewards = [reward.name for reward in self.rewards]
+        check_reward_names(self.trainer, rewards)
+        names = [f"val/{name}" for name in RewardMeans.logged_names(rewards)]
         check_run(self.trainer, names, context_length(self._loaded_policy.model), self.rollout.max_new_tokens)
         self._loaded_policy.train()  # transformers loads in evaluation mode, where gradient checkpointing does nothing
         for reference in self._reference:
@@ -149,6 +160,8 @@ class GRPOLightningModule(LightningModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """Loss of one micro-step, summed over its tokens with the weights of the whole optimizer step."""
+        if self._step_started is None:
+            self._step_started = time.perf_counter()
         if batch.micro_step == 0:
             self._episode = self._collect(batch)
         episode = self._episode
@@ -158,29 +171,38 @@ class GRPOLightningModule(LightningModule):
             )
         if batch.micro_step == batch.num_micro_steps - 1:
             self._episode_states = None  # the next checkpoint comes after the episode's end
-        start = time.perf_counter()
-        part = episode.part(batch.micro_step % batch.steps_per_episode)
-        loss = self._loss(part, episode, batch.micro_step) if part.groups else self._zero_loss()
-        self.metrics.step.add({"policy/loss": (loss.detach(), 1.0 / self._accumulate)})
-        self.metrics.step.add({"time/train_s": (time.perf_counter() - start, 1.0 / self._accumulate)})
-        self._show(self.metrics.last)
-        # DDP and FSDP average over ranks and Lightning divides by the accumulation: the sum over tokens is meant.
-        return loss * (self._ranks.world * self._accumulate)
+        bar = {name: self.metrics.last[name] for name in PROGRESS_BAR if name in self.metrics.last}
+        self.log_dict(bar, prog_bar=True, logger=False, batch_size=1)
+        micro_step = batch.micro_step % batch.steps_per_episode
+        self._step_of_pass = micro_step // self._accumulate
+        loss = self._loss(episode.part(micro_step), episode.index, batch.micro_step)
+        factor = self._ranks.world * self._accumulate
+        self.metrics.step.add({"policy/loss": (loss.detach(), 1.0 / factor)})
+        # DDP averages over ranks and Lightning divides by the accumulation: the sum over tokens is meant.
+        return loss * factor
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad for p in self._loaded_policy.parameters() if p.grad is not None]
-        if self._episode is not None and self._episode.active_by_step[self._optimizer_step_of_pass] == 0:
-            # Nothing to train on any rank: None rather than zero, on which AdamW would still move the weights.
+        norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        empty = self._episode is not None and self._episode.active_by_step[self._step_of_pass] == 0
+        bad = not empty and not math.isfinite(norm)
+        if empty or bad:
+            # None rather than zero, on which AdamW would still move the weights. The same on every rank: gradients are reduced by now.
             optimizer.zero_grad(set_to_none=True)
-            gradients = []
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else 0.0
-        self.metrics.step.add({"policy/grad_norm": (norm, 1), "policy/empty_steps": (float(not gradients), 1)})
+        if not empty:
+            self._bad_steps = self._bad_steps + 1 if bad else 0
+        self.metrics.step.add({"policy/empty_steps": (float(empty), 1), "policy/bad_steps": (float(bad), 1)})
+        self.metrics.step.add({"policy/grad_norm": (0.0 if empty or bad else norm, 1)})
+        check_bad_steps(self._bad_steps, self.trainer.global_step + 1)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None) -> None:
-        start = time.perf_counter()
         lr = optimizer.param_groups[0]["lr"]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.metrics.step.add({"lr": (lr, 1), "time/step_s": (time.perf_counter() - start, 1)})
+        optimizer.zero_grad(set_to_none=True)  # or they would lie beside the cache while the next episode is sampled
+        assert self._step_started is not None
+        seconds = time.perf_counter() - self._step_started
+        self.metrics.step.add({"lr": (lr, 1), "time/step_s": (seconds, 1), "time/train_s": (seconds - self._collect_seconds, 1)})
+        self._step_started, self._collect_seconds = None, 0.0
         self._publish(self.trainer.global_step + 1)
 
     def on_train_batch_end(self, outputs: Any, batch: PromptBatch, batch_idx: int) -> None:
@@ -193,40 +215,28 @@ class GRPOLightningModule(LightningModule):
         start = time.perf_counter()
         rollout, scores = self._sampler.sample(self._loaded_policy, batch, self.rollout.num_generations, greedy=False)
         seconds = time.perf_counter() - start
-        self.scorer.check_failures(scores)
+        check_failures(self.scorer, scores, self._ranks)
         plan = Plan(len(batch), self.rollout.num_generations, batch.steps_per_episode, self._accumulate, self._ranks)
         episode = make_episode(batch.episode_index, rollout, scores, [reward.weight for reward in self.rewards], self.algorithm, plan)
         several_steps = batch.num_micro_steps > self._accumulate
         add_fixed_logprobs(episode, self._loaded_policy, self._reference, self.rollout.temperature, several_steps=several_steps)
         # Gathered now and not when a checkpoint is written, which would hang if one rank had failed by then.
-        self._episode_states = self._ranks.gather(episode.state_dict()) if several_steps else None
+        self._episode_states = self._ranks.gather(episode.state_dict()) if batch.num_micro_steps > 1 else None
         self.last_records = make_records(batch, rollout, scores, episode.advantages_N.tolist())
         work = work_metrics(rollout, scores, episode, self._loaded_policy, seconds, self._ranks.world)
-        metrics = {**episode_metrics(rollout, scores, episode.advantages_N), **work}
+        metrics = {**episode_metrics(rollout, scores, episode.advantages_N, self._ranks.world), **work}
         self.metrics.add_episode(metrics, rollout, batch.episode_index, self._ranks)
+        self._show()
+        self._collect_seconds = time.perf_counter() - start
         return episode
 
-    def _loss(self, part: Part, episode: Episode, micro_step: int) -> Tensor:
-        with self._seeded_dropout(episode.index, micro_step):
-            logprobs_T, entropies_T = self._loaded_policy.score(part.groups, self.rollout.temperature)
-        device = logprobs_T.device
-
-        def here(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.to(device)
-
-        tokens = TokenBatch(
-            logprobs_T=logprobs_T,
-            old_logprobs_T=logprobs_T.detach() if part.old_logprobs_T is None else part.old_logprobs_T.to(device),
-            advantages_N=part.advantages_N.to(device),
-            lengths_N=part.lengths_N.to(device),
-            ref_logprobs_T=here(part.ref_logprobs_T),
-            sampling_logprobs_T=here(part.sampling_logprobs_T),
-            entropies_T=entropies_T,
-        )
-        loss_T, metrics = self.algorithm.per_token_loss(tokens)
+    def _loss(self, part: Part, episode: int, micro_step: int) -> Tensor:
+        if not part.groups:
+            return self._zero_loss()
+        with self._seeded_dropout(episode, micro_step):
+            loss, metrics = part_loss(self._loaded_policy, self.algorithm, part, self.rollout.temperature)
         self.metrics.step.add(metrics)
-        self.metrics.step.add({"policy/entropy": (entropies_T.detach().sum(), entropies_T.numel())})
-        return (per_token(part.weights_N.to(device, loss_T.dtype), tokens.lengths_N) * loss_T).sum()
+        return loss
 
     def _zero_loss(self) -> Tensor:
         """Zero, but a function of every parameter: under DDP each rank must take part in every reduction."""
@@ -266,6 +276,7 @@ class GRPOLightningModule(LightningModule):
         rollout, scores = self._sampler.sample(self._loaded_policy, batch, 1, greedy=True)
         self.last_records = make_records(batch, rollout, scores)
         assert self._eval_rewards is not None
+        self.scorer.check_failures(scores)  # a mean over what little is left would choose the best checkpoint
         self._eval_rewards.update(scores.values_NF.to(self.device), scores.totals_N.to(self.device), rollout.lengths_N.to(self.device))
 
     def _log_evaluation(self, stage: str) -> None:
@@ -278,29 +289,26 @@ class GRPOLightningModule(LightningModule):
     # Checkpoints -------------------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for logger in self.trainer.loggers:
+            logger.save()  # metrics up to here survive together with the checkpoint
         checkpoint["stateset"] = {
             "seed": self.seed,
             "algorithm": self.algorithm.state_dict(),
             "episode": self._episode_states,
-            "metrics": self.metrics.last,
+            "metrics": self.metrics.state_dict(),
+            "accumulate": self._accumulate,
             "optimizer_options": self._given_options,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["stateset"]
         self.algorithm.load_state_dict(state["algorithm"])
-        self.metrics.last = dict(state["metrics"])
+        self.metrics.load_state_dict(state["metrics"])
         if self._trainer is None or not self.trainer.training:
             return
         self._saved_options = state["optimizer_options"]
-        if state["seed"] != self.seed:
-            raise ConfigError(
-                f"seed {self.seed} differs from the checkpoint's {state['seed']}: give seed_everything={state['seed']} to resume"
-            )
-        episodes = state["episode"]
-        if episodes is not None:
-            if len(episodes) != self._ranks.world:
-                raise ConfigError(f"the checkpoint was written by {len(episodes)} ranks and cannot be resumed by {self._ranks.world}")
+        check_resumable(state, self.seed, self._accumulate, self._ranks.world)
+        if (episodes := state["episode"]) is not None:
             self._episode, self._episode_states = Episode.from_state_dict(episodes[self._ranks.rank]), episodes
 
     # Small things ------------------------------------------------------------------------------------------------------------
@@ -329,20 +337,14 @@ class GRPOLightningModule(LightningModule):
     def _accumulate(self) -> int:
         return int(self.trainer.accumulate_grad_batches)
 
-    @property
-    def _optimizer_step_of_pass(self) -> int:
-        assert self._episode is not None
-        return self.trainer.global_step % len(self._episode.active_by_step)
-
     def _publish(self, step: int) -> None:
         """To every logger at once: a value that `self.log` gets at an episode's start is lost under `log_every_n_steps`."""
         row = self.metrics.end_step(self._ranks)
+        self._show()
         if self.trainer.is_global_zero:
             for logger in self.trainer.loggers:
                 logger.log_metrics(row, step=step)
 
-    def _show(self, metrics: Mapping[str, float]) -> None:
-        """The newest values for the progress bar and for callbacks that monitor; loggers get theirs from `_publish`."""
-        bar = {name: metrics[name] for name in PROGRESS_BAR if name in metrics}
-        self.log_dict(bar, prog_bar=True, logger=False, batch_size=1)
-        self.log_dict({name: value for name, value in metrics.items() if name not in bar}, logger=False, batch_size=1)
+    def _show(self) -> None:
+        """The newest values for callbacks that monitor; `self.log` is slow for so many, and the loggers have theirs."""
+        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.metrics.last.items()})

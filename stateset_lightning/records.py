@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ class CompletionRecord:
     finish_reason: str
     num_tokens: int
     advantage: float | None = None
+    breakdown: dict[str, Any] | None = None
     errors: list[str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -48,6 +49,7 @@ def make_records(batch: PromptBatch, rollout: Rollout, scores: Scores, advantage
                 finish_reason=str(rollout.finish_reasons[n]),
                 num_tokens=int(rollout.lengths_N[n]),
                 advantage=None if advantages is None else _finite(advantages[n]),
+                breakdown=_plain(scores.breakdowns[n]) if n < len(scores.breakdowns) else None,
                 errors=errors.get(n),
             )
         )
@@ -56,3 +58,15 @@ def make_records(batch: PromptBatch, rollout: Rollout, scores: Scores, advantage
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _plain(breakdown: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Parts of the scores as JSON holds them; what JSON has no form for is shown as text."""
+    parts = {name: {key: _json(value) for key, value in inner.items()} for name, inner in breakdown.items() if inner}
+    return parts or None
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, float):
+        return _finite(value)
+    return value if isinstance(value, str | int | bool | None) else str(value)

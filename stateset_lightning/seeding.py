@@ -33,16 +33,30 @@ def run_seed(default: int = 0) -> int:
 
 def derive_seed(seed: int, purpose: str, *counters: int) -> int:
     """A 63-bit seed from the run's seed, what it is for, and any number of counters."""
-    # Python's hash of a string differs between processes; a digest does not.
-    state = int.from_bytes(blake2b(purpose.encode(), digest_size=8).digest(), "little")
+    state = np.array([_start(purpose)], dtype=np.uint64)
     for counter in (seed, *counters):
-        state = int(_mix(np.array([(state + _GOLDEN + (counter & _MASK)) & _MASK], dtype=np.uint64))[0])
-    return state >> 1
+        state = _advance(state, np.array([counter & _MASK], dtype=np.uint64))
+    return int(state[0]) >> 1
+
+
+def _start(purpose: str) -> int:
+    # Python's hash of a string differs between processes; a digest does not.
+    return int.from_bytes(blake2b(purpose.encode(), digest_size=8).digest(), "little")
+
+
+def _advance(state: np.ndarray, counter: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # the arithmetic is modulo 2^64
+        return _mix(state + np.uint64(_GOLDEN) + counter)
 
 
 def sample_seeds(seed: int, purpose: str, episode: int, positions: Sequence[int], num_samples: int) -> list[int]:
     """Seeds of P x num_samples completions, those of one prompt next to each other."""
-    return [derive_seed(seed, purpose, episode, p, sample) for p in positions for sample in range(num_samples)]
+    state = np.array(_start(purpose), dtype=np.uint64)
+    for counter in (seed, episode):
+        state = _advance(state, np.array(counter & _MASK, dtype=np.uint64))
+    states_P = _advance(state, np.asarray(positions, dtype=np.int64).astype(np.uint64))
+    states_PG = _advance(states_P[:, None], np.arange(num_samples, dtype=np.uint64)[None, :])
+    return [int(value) for value in (states_PG >> np.uint64(1)).flatten()]
 
 
 def uniforms(seeds_N: Sequence[int], num_draws: int) -> np.ndarray:

@@ -12,13 +12,13 @@ PACKAGE = Path(__file__).parents[1] / "stateset_lightning"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
-    {"errors", "seeding", "types", "ranks", "tiny"},
+    {"errors", "bounds", "seeding", "types", "ranks", "tiny"},
     {"algorithm"},
     {"data", "policy"},
     {"rollout"},
     {"rewards"},
     {"evaluation"},
-    {"metrics", "episode", "records", "collection", "run_checks"},
+    {"metrics", "episode", "records", "collection", "loss", "run_checks"},
     {"callbacks"},
     {"module", "datamodule"},
     {"cli_messages", "lightning_cli"},

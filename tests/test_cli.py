@@ -184,6 +184,8 @@ def test_no_bounded_signature_is_read_from_a_string():
             continue
         module = importlib.import_module(found.name)
         source = inspect.getsource(module)
+        if found.name == "stateset_lightning.bounds":  # talks of bounds, has none
+            continue
         uses_bounds = re.search(r"Annotated\[[^\]]*\b(Ge|Gt|Le|Lt)\(", source)
         bounded += bool(uses_bounds)
         assert not (uses_bounds and re.search(r"^from __future__ import annotations$", source, re.MULTILINE)), found.name

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,9 +27,10 @@ from module_runs import (
 
 from stateset_lightning import RewardFunction, RolloutConfig
 from stateset_lightning.algorithm import DAPO, GRPO, Algorithm, DrGRPO
-from stateset_lightning.errors import ConfigError, RewardError
+from stateset_lightning.errors import ConfigError, NonFiniteError, RewardError
 from stateset_lightning.policy import PolicyConfig
 from stateset_lightning.policy.schedule import Schedule
+from stateset_lightning.run_checks import check_strategy
 
 
 def first_gradient(folder: Path, algorithm: Algorithm, accumulate: int, precision: str = "32-true", **data: Any) -> dict[str, torch.Tensor]:
@@ -303,6 +305,54 @@ def _train_loader(module: Any) -> Any:
     data = make_data(tokenizer=module.tokenizer)
     data.setup("fit")
     return data.train_dataloader()
+
+
+class ExplodingAlgorithm(Algorithm):
+    def per_token_loss(self, tokens: Any) -> Any:
+        loss_T, metrics = super().per_token_loss(tokens)
+        return loss_T * float("inf"), metrics
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted_and_stops_a_run_that_stays_so(tmp_path: Path) -> None:
+    module = make_module(algorithm=ExplodingAlgorithm())
+    module.configure_model()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    fit(tmp_path, module, max_steps=2)
+    assert module.metrics.last["policy/bad_steps"] == 1
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    with pytest.raises(NonFiniteError, match="was not finite in 11 optimizer steps in a row"):
+        fit(tmp_path, make_module(algorithm=ExplodingAlgorithm()), max_steps=20)
+
+
+def test_a_diverged_policy_says_so_when_it_is_sampled(tmp_path: Path) -> None:
+    module = make_module()
+    module.configure_model()
+    with torch.no_grad():
+        next(module.policy.parameters()).fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="logits are not finite"):
+        fit(tmp_path, module)
+
+
+def test_a_sharded_strategy_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.strategy=ShardedStrategy is not supported: use auto, or ddp"):
+        check_strategy(SimpleNamespace(strategy=type("ShardedStrategy", (), {})()))  # type: ignore[arg-type]
+
+
+def test_metrics_of_an_episode_do_not_outlive_it(tmp_path: Path) -> None:
+    class FailsOnce(DigitReward):
+        calls = 0
+
+        def compute_reward(self, turns: Any, context: Any = None) -> float:
+            FailsOnce.calls += 1
+            if FailsOnce.calls == 1:
+                raise OSError("once")
+            return super().compute_reward(turns, context)
+
+    module = make_module(reward=FailsOnce())
+    fit(tmp_path, module, max_steps=1)
+    assert module.metrics.last["reward_failures/fails_once/OSError"] == 1
+    fit(tmp_path, module, max_steps=1)
+    assert not any(name.startswith("reward_failures") for name in module.metrics.last)
 
 
 def test_accumulation_must_divide_the_steps_of_an_episode(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from stateset_lightning.errors import ConfigError
+from stateset_lightning import run_checks
+from stateset_lightning.errors import ConfigError, NonFiniteError
 from stateset_lightning.run_checks import (
     check_checkpoint,
     check_context,
@@ -16,7 +17,7 @@ from stateset_lightning.run_checks import (
 )
 
 
-def make_trainer(*, accumulate=1, limit=1.0, max_steps=-1, max_epochs=None, callbacks=(), **data):
+def make_trainer(*, accumulate=1, limit=1.0, max_steps=-1, max_epochs=None, callbacks=(), val_check_interval=1.0, **data):
     data = {"steps_per_episode": 1, "num_iterations": 1, "micro_steps_per_epoch": 12, "has_validation": True, "longest_prompt": 10, **data}
     return SimpleNamespace(
         datamodule=SimpleNamespace(**data),
@@ -25,6 +26,8 @@ def make_trainer(*, accumulate=1, limit=1.0, max_steps=-1, max_epochs=None, call
         max_steps=max_steps,
         max_epochs=max_epochs,
         callbacks=list(callbacks),
+        val_check_interval=val_check_interval,
+        world_size=1,
     )
 
 
@@ -104,3 +107,52 @@ def test_checkpoints_are_told_from_other_files(tmp_path):
     good.write_bytes(good.read_bytes()[:-100])
     with pytest.raises(ConfigError, match="damaged"):
         check_checkpoint(str(good))
+
+
+def test_more_optimizer_steps_than_prompts_are_refused():
+    with pytest.raises(ConfigError, match=r"steps_per_episode=8 makes 8 optimizer steps of 4 prompts.*at most 4"):
+        run_checks.check_episode_fits_trainer(make_trainer(steps_per_episode=8, batch_size=4, micro_steps_per_epoch=16))
+
+
+@pytest.mark.parametrize(("interval", "fits"), [(4, True), (3, False), (1.0, True)])
+def test_a_validation_inside_an_optimizer_step_is_refused(interval, fits):
+    trainer = make_trainer(accumulate=2, steps_per_episode=2, val_check_interval=interval)
+    if fits:
+        run_checks.check_episode_fits_trainer(trainer)
+    else:
+        with pytest.raises(ConfigError, match=r"val_check_interval=3 .* multiple of trainer.accumulate_grad_batches=2"):
+            run_checks.check_episode_fits_trainer(trainer)
+
+
+def test_a_timed_checkpoint_inside_an_optimizer_step_is_refused():
+    from datetime import timedelta
+
+    timed = ModelCheckpoint(train_time_interval=timedelta(minutes=1))
+    with pytest.raises(ConfigError, match=r"train_time_interval.*every_n_train_steps"):
+        run_checks.check_episode_fits_trainer(make_trainer(accumulate=2, steps_per_episode=2, callbacks=[timed]))
+
+
+def test_a_reward_name_that_nobody_has_is_refused_with_its_place():
+    trainer = make_trainer(named_rewards=lambda: {"data.train: a": ("exact_match",), "data.train: b": ("exact_mtach",)})
+    with pytest.raises(ConfigError, match=r"1 scenarios name rewards .*\(exact_match\): data.train: b: exact_mtach"):
+        run_checks.check_reward_names(trainer, ["exact_match"])
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        ({"seed": 2}, "seed_everything=2 differs from the checkpoint's 1"),
+        ({"accumulate": 1}, "accumulate_grad_batches=1 differs"),
+        ({"world": 2}, "an episode of 1 ranks and cannot be resumed by 2"),
+    ],
+)
+def test_a_run_that_cannot_go_on_exactly_is_refused(now, message):
+    state = {"seed": 1, "episode": [{}], "accumulate": 2}
+    with pytest.raises(ConfigError, match=message):
+        run_checks.check_resumable(state, **{"seed": 1, "accumulate": 2, "world": 1, **now})
+
+
+def test_bad_steps_stop_the_run_only_when_they_do_not_end():
+    run_checks.check_bad_steps(run_checks.MAX_BAD_STEPS, step=20)
+    with pytest.raises(NonFiniteError, match="11 optimizer steps in a row, the last of them step 21"):
+        run_checks.check_bad_steps(run_checks.MAX_BAD_STEPS + 1, step=21)

@@ -13,6 +13,7 @@ from torch import Tensor
 from stateset_lightning.algorithm.advantages import Scale, group_advantages, total_scores
 from stateset_lightning.algorithm.aggregation import Aggregation, token_weights
 from stateset_lightning.algorithm.losses import clipped_loss, k3, per_token
+from stateset_lightning.bounds import check_bounds
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.types import Metrics, TokenBatch
 
@@ -46,6 +47,8 @@ class Algorithm:
                 f"algorithm.constant_length={constant_length} has no effect with aggregation={aggregation!r}: "
                 "remove it, or set aggregation to 'constant_length'"
             )
+        values = {"epsilon_low": epsilon_low, "epsilon_high": epsilon_high, "beta": beta, "constant_length": constant_length}
+        check_bounds("model.algorithm", Algorithm.__init__, values)
         self.epsilon_low = epsilon_low
         self.epsilon_high = epsilon_low if epsilon_high is None else epsilon_high
         self.beta = beta

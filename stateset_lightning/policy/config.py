@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
+from stateset_lightning.bounds import check_bounds
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -37,6 +39,9 @@ class PolicyConfig:
     """Run code that comes with a Hugging Face id. Off unless you trust its authors."""
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of `AutoModelForCausalLM.from_pretrained`."""
+
+    def __post_init__(self) -> None:
+        check_bounds("model.policy", type(self), vars(self))
 
     @classmethod
     def of(cls, policy: "str | Mapping[str, Any] | PolicyConfig") -> "PolicyConfig":

@@ -29,6 +29,10 @@ PROBE_TOLERANCE = 1e-3
 """Largest difference, in nats, between two paths that counts as the same: far above float error, far below a wrong mask."""
 
 
+TOKENS_WITHOUT_GRADIENT = 16_384
+"""Tokens of a forward that keeps nothing for a backward pass."""
+
+
 @dataclass(frozen=True)
 class Group:
     """A prompt and some of its completions, as token ids. Completions are never empty."""
@@ -79,11 +83,11 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def score_without_gradient(self, groups: Sequence[Group], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """As `score`, a group at a time and without dropout: for old log-probs and for the reference."""
+        """As `score`, some groups at a time and without dropout: for old log-probs and for the reference."""
         training = self.model.training
         self.model.eval()
         try:
-            parts = [self.score([group], temperature) for group in groups]
+            parts = [self.score(batch, temperature) for batch in _batches(groups)]
         finally:
             self.model.train(training)
         if not parts:
@@ -187,3 +191,17 @@ class Policy(nn.Module):
         tolerance = PROBE_TOLERANCE if self.model.dtype == torch.float32 else 5e-2
         difference = ((packed - padded).abs().max() / padded.abs().max().clamp(min=1e-6)).item()
         return None if difference < tolerance else f"its packed outputs differ from its padded ones by {difference:.1e} relative"
+
+
+def _batches(groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups in order, so many together as stay below `TOKENS_WITHOUT_GRADIENT` in padded rows; one at least."""
+    batches: list[list[Group]] = []
+    tokens = TOKENS_WITHOUT_GRADIENT
+    for group in groups:
+        size = len(group.completions) * (len(group.prompt) + max(map(len, group.completions)))
+        if tokens + size > TOKENS_WITHOUT_GRADIENT:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(group)
+        tokens += size
+    return batches

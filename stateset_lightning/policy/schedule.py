@@ -9,6 +9,7 @@ from annotated_types import Ge, Le
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from stateset_lightning.bounds import check_bounds
 from stateset_lightning.errors import ConfigError
 
 
@@ -24,6 +25,9 @@ class Schedule:
     """Share of the learning rate that remains at the end of a decay."""
     total_steps: Annotated[int, Ge(1)] | None = None
     """Horizon in optimizer steps. None: that of the run (`trainer.max_steps`, or `max_epochs` times an epoch's steps)."""
+
+    def __post_init__(self) -> None:
+        check_bounds("model.lr_scheduler", type(self), vars(self))
 
     def factor(self, step: int, total_steps: int | None) -> float:
         """What the learning rate is multiplied by before optimizer step `step` (from 0)."""

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt, Le
 
+from stateset_lightning.bounds import check_bounds
 from stateset_lightning.errors import ConfigError
 
 
@@ -30,5 +31,6 @@ class RolloutConfig:
     """Completions decoded at a time. Lower it when sampling runs out of memory; results do not change."""
 
     def __post_init__(self) -> None:
+        check_bounds("model.rollout", type(self), vars(self))
         if any(not text for text in self.stop):
             raise ConfigError(f"model.rollout.stop={self.stop!r} contains an empty string, which would stop every completion at once")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stateset_lightning.errors import ConfigError
+from stateset_lightning.errors import ConfigError, NonFiniteError
 from stateset_lightning.policy.loading import context_length, end_of_sequence_ids
 from stateset_lightning.rollout.cache import make_cache, select_rows
 from stateset_lightning.rollout.config import RolloutConfig
@@ -185,6 +185,11 @@ class _Batch:
             for n, token, logprob, end in zip(alive, tokens_B.tolist(), logprobs_B.tolist(), ended, strict=True):
                 if n in done:
                     continue
+                if logprob != logprob:
+                    raise NonFiniteError(
+                        "the policy's logits are not finite, so nothing can be sampled: its weights have diverged; go back to an earlier "
+                        "checkpoint, with a lower learning rate or trainer.gradient_clip_val"
+                    )
                 completion = completions[n]
                 completion.tokens.append(token)
                 completion.logprobs.append(logprob)

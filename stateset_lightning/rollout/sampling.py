@@ -22,7 +22,8 @@ def sample_tokens(logits_BV: Tensor, uniforms_B: Tensor | None, sampling: Rollou
         total_B = cumulative_BV[:, -1]
         # Strictly below the total, so that the index is that of a token with some probability.
         point_B = torch.minimum(uniforms_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))
-        tokens_B = torch.searchsorted(cumulative_BV, point_B[:, None], right=True)[:, 0]
+        # Clamped for logits that are not finite: the caller sees a log-prob of NaN rather than an index out of range.
+        tokens_B = torch.searchsorted(cumulative_BV, point_B[:, None], right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)
     return tokens_B, logprobs_BV.gather(-1, tokens_B[:, None])[:, 0]
 
 

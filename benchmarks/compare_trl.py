@@ -1,0 +1,174 @@
+"""Whole training steps against TRL's GRPOTrainer: time per step and peak memory of the process.
+
+    python benchmarks/compare_trl.py [--rounds 3] [--trl-python PATH]
+
+Each measurement is a process of its own (peak memory is the process's), both sides alternate, and the table shows medians.
+TRL runs in its fastest honest setting here: all 16 completions in one generation and one backward pass, no reference model, no
+gradient checkpointing, float32, fused AdamW, no logging of completions. It needs `pip install trl==1.16.0` in the environment of
+`--trl-python` (default: this one).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from workload import CASES, NUM_GENERATIONS, NUM_PROMPTS, Case, make_prompts, save_workload, score
+
+WARMUP_STEPS, STEPS = 1, 4
+THREADS = 2
+LEARNING_RATE = 1e-6
+
+
+def run_ours(folder: Path, case: Case) -> list[float]:
+    """Seconds of each optimizer step, sampling included."""
+    import torch
+    from lightning.pytorch import Callback, Trainer, seed_everything
+
+    from stateset_lightning import GRPOLightningModule, RolloutConfig, ScenarioDataModule
+    from stateset_lightning.algorithm import GRPO
+
+    class Clock(Callback):
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+
+        def on_train_batch_start(self, *args: Any) -> None:
+            self.start = time.perf_counter()
+
+        def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+            self.seconds.append(time.perf_counter() - self.start)
+            if os.environ.get("PHASES"):
+                print({name: round(value, 3) for name, value in module.metrics.last.items() if name.startswith("time/")})
+
+    seed_everything(0, verbose=False)
+    rows = [{"prompt": prompt} for prompt in make_prompts(case, NUM_PROMPTS * (WARMUP_STEPS + STEPS))]
+    module = GRPOLightningModule(
+        str(folder),
+        reward=lambda turns, context: score(turns[-1].content),
+        rollout=RolloutConfig(num_generations=NUM_GENERATIONS, max_new_tokens=case.completion_tokens),
+        algorithm=GRPO(beta=0.0),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True),
+    )
+    clock = Clock()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(
+        max_steps=WARMUP_STEPS + STEPS, accelerator="cpu", gradient_clip_val=1.0, use_distributed_sampler=False, callbacks=[clock], **quiet
+    )
+    trainer.fit(module, datamodule=ScenarioDataModule(train=rows, batch_size=NUM_PROMPTS, use_chat_template=False))
+    return clock.seconds
+
+
+def run_trl(folder: Path, case: Case) -> list[float]:
+    """The same for TRL: from the start of one step to its end, generation included."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            self.seconds.append(time.perf_counter() - self.start)
+
+    clock = Clock()
+    trainer = GRPOTrainer(
+        model=str(folder),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        reward_funcs=lambda completions, **columns: [score(text) for text in completions],
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in make_prompts(case, NUM_PROMPTS * (WARMUP_STEPS + STEPS))]),
+        callbacks=[clock],
+        args=GRPOConfig(
+            output_dir=str(folder / "trl"),
+            max_steps=WARMUP_STEPS + STEPS,
+            per_device_train_batch_size=NUM_PROMPTS * NUM_GENERATIONS,
+            num_generations=NUM_GENERATIONS,
+            steps_per_generation=1,
+            gradient_accumulation_steps=1,
+            max_completion_length=case.completion_tokens,
+            learning_rate=LEARNING_RATE,
+            beta=0.0,
+            loss_type="grpo",
+            max_grad_norm=1.0,
+            optim="adamw_torch_fused",
+            lr_scheduler_type="constant",
+            gradient_checkpointing=False,
+            model_init_kwargs={"dtype": "float32"},
+            bf16=False,
+            use_cpu=True,
+            save_strategy="no",
+            report_to="none",
+            logging_steps=1000,
+            disable_tqdm=True,
+            log_completions=False,
+        ),
+    )
+    trainer.train()
+    return clock.seconds
+
+
+def work(side: str, folder: Path, case: Case) -> None:
+    """One measurement; prints its result as the last line."""
+    import torch
+
+    torch.set_num_threads(THREADS)
+    seconds = (run_ours if side == "ours" else run_trl)(folder, case)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"seconds": statistics.median(seconds[WARMUP_STEPS:]), "peak_mb": peak}))
+
+
+def measure(side: str, python: str, folder: Path, index: int) -> dict[str, float]:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PL_GLOBAL_SEED": "0"}
+    command = [python, __file__, "--side", side, "--folder", str(folder), "--case", str(index)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if run.returncode:
+        raise RuntimeError(f"{side} failed:\n{run.stderr[-3000:]}")
+    return json.loads(run.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--trl-python", default=sys.executable)
+    parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)))
+    parser.add_argument("--side", choices=["ours", "trl"], help="measure one side of one case, in this process")
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--case", type=int)
+    options = parser.parse_args()
+    if options.side:
+        work(options.side, options.folder, CASES[options.case])
+        return
+    print(
+        "| prompt / completion | TRL s | ours s | step time | TRL MB | ours MB | peak memory |\n|---|---|---|---|---|---|---|", flush=True
+    )
+    for index in options.cases:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            save_workload(folder, CASES[index])
+            results: dict[str, list[dict[str, float]]] = {"trl": [], "ours": []}
+            for _ in range(options.rounds):
+                results["trl"].append(measure("trl", options.trl_python, folder, index))
+                results["ours"].append(measure("ours", sys.executable, folder, index))
+        seconds, memory = (
+            {side: statistics.median(r[key] for r in rounds) for side, rounds in results.items()} for key in ("seconds", "peak_mb")
+        )
+        times, sizes = f"{seconds['trl']:.2f} | {seconds['ours']:.2f}", f"{memory['trl']:.0f} | {memory['ours']:.0f}"
+        ratios = seconds["trl"] / seconds["ours"], memory["trl"] / memory["ours"]
+        print(f"| {CASES[index].name} | {times} | {ratios[0]:.2f}x | {sizes} | {ratios[1]:.2f}x |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

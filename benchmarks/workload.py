@@ -1,0 +1,90 @@
+"""The work that both sides of a comparison do: the same random model, prompts and reward.
+
+Letters are tokens, so that a prompt of P letters has P tokens for everybody.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+VOCABULARY = 512
+EOS, PAD = 1, 0
+UNREACHABLE_EOS = VOCABULARY  # a token that the model has no logit for: every completion runs to its limit
+NUM_PROMPTS, NUM_GENERATIONS = 2, 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table; `eos_rate` is the probability of ending at a token, 0 for completions that all run to the end."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    eos_rate: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.prompt_tokens} / {self.completion_tokens}" + (f", EOS 1/{round(1 / self.eos_rate)}" if self.eos_rate else "")
+
+
+CASES = [Case(32, 64), Case(256, 64), Case(1024, 32), Case(32, 128, 1 / 40), Case(256, 128, 1 / 40)]
+
+
+def make_tokenizer(unreachable_eos: bool) -> PreTrainedTokenizerFast:
+    """One token per byte, and enough others to name every token that the model may sample."""
+    letters = {letter: 2 + i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    names = {f"<{i}>": i for i in range(VOCABULARY + 1) if i not in letters.values()}
+    tokenizer = Tokenizer(models.BPE({**letters, **names}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    eos = UNREACHABLE_EOS if unreachable_eos else EOS
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"<{eos}>", pad_token=f"<{PAD}>", unk_token=f"<{PAD}>")
+
+
+def make_model(**sizes: int) -> Qwen2ForCausalLM:
+    """31.7M parameters unless told otherwise, random, tied embeddings."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 2048}
+    options: dict[str, Any] = {**shape, "vocab_size": VOCABULARY, **sizes}
+    return Qwen2ForCausalLM(Qwen2Config(**options, tie_word_embeddings=True, pad_token_id=PAD, eos_token_id=None, bos_token_id=None))
+
+
+def teach_eos_rate(model: Qwen2ForCausalLM, rate: float, steps: int = 40) -> None:
+    """Trains on random token streams that end with probability `rate` per token, so that samples end about as often."""
+    generator = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    for _ in range(steps):
+        ids = torch.randint(5, VOCABULARY, (8, 64), generator=generator)
+        ids[torch.rand(ids.shape, generator=generator) < rate] = EOS
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def save_workload(folder: Path, case: Case) -> None:
+    """Model and tokenizer of a case, as a folder that both sides load."""
+    model = make_model()
+    if case.eos_rate:
+        teach_eos_rate(model, case.eos_rate)
+    eos = EOS if case.eos_rate else UNREACHABLE_EOS
+    model.generation_config.eos_token_id = eos
+    model.generation_config.pad_token_id = PAD
+    model.save_pretrained(folder)
+    make_tokenizer(not case.eos_rate).save_pretrained(folder)
+
+
+def make_prompts(case: Case, number: int) -> list[str]:
+    generator = torch.Generator().manual_seed(2)
+    letters = torch.randint(ord("a"), ord("z") + 1, (number, case.prompt_tokens), generator=generator)
+    return ["".join(map(chr, row)) for row in letters.tolist()]
+
+
+def score(text: str) -> float:
+    """Some number that differs between completions: every group is mixed, so nobody may skip anything."""
+    return sum(text.encode()) % 97 / 97
