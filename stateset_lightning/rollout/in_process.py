@@ -20,6 +20,7 @@ from stateset_lightning.policy.loading import context_length, end_of_sequence_id
 from stateset_lightning.rollout.cache import make_cache, select_rows
 from stateset_lightning.rollout.config import RolloutConfig
 from stateset_lightning.rollout.engine import OnFinished
+from stateset_lightning.rollout.fast_linear import fast_linears
 from stateset_lightning.rollout.sampling import sample_tokens
 from stateset_lightning.rollout.stopping import StopStrings
 from stateset_lightning.seeding import uniforms
@@ -87,7 +88,7 @@ class InProcessEngine:
             if on_finished is not None:
                 on_finished(n, texts[n], len(completions[n].tokens))
 
-        with self._sampling_mode():
+        with self._sampling_mode(), fast_linears(self.policy.model, min(len(completions), sampling.max_batch_rows)):
             for start in range(0, len(completions), sampling.max_batch_rows):
                 rows = list(range(start, min(start + sampling.max_batch_rows, len(completions))))
                 noise_BT = None if greedy else uniforms([seeds_N[n] for n in rows], sampling.max_new_tokens)
