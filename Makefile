@@ -24,7 +24,11 @@ check: $(READY) ## style and types
 test: check ## style, types and the whole test suite, offline
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest
 
+benchmark: $(READY) ## whole training steps side by side with TRL (installs it); half an hour
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt trl==1.16.0
+	$(BIN)/python benchmarks/compare_trl.py
+
 clean: ## remove the virtual environment, caches and runs
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis runs *.egg-info
 
-.PHONY: help install demo check test clean
+.PHONY: help install demo check test benchmark clean

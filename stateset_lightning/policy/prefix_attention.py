@@ -9,16 +9,20 @@ forward without a layout is plain `sdpa`, so a model that carries this attention
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 NAME = "stateset_prefix"
 LAYOUT_ARGUMENT = "prefix_layout"
+RECOMPUTE_FROM = 512
+"""Repeated prompt tokens of a group from which the attention of its completions is computed again in the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -71,21 +75,33 @@ def prefix_attention(
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, scale=scaling, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1], **mask)
-
+    attend = partial(F.scaled_dot_product_attention, scale=scaling, dropout_p=dropout, enable_gqa=query.shape[1] != key.shape[1])
     outputs = []
     for group in layout:
         prompt_q, prompt_k, prompt_v = (x[:, :, group.prompt] for x in (query, key, value))
         outputs.append(attend(prompt_q, prompt_k, prompt_v, is_causal=True))
         if not group.lengths:
             continue
-        rows_q, rows_k, rows_v = (_to_rows(x[0, :, group.completions], group.lengths) for x in (query, key, value))
-        expand = (len(group.lengths), -1, -1, -1)
-        keys = torch.cat([prompt_k.expand(expand), rows_k], dim=2)
-        values = torch.cat([prompt_v.expand(expand), rows_v], dim=2)
-        outputs.append(_to_packed(attend(rows_q, keys, values, attn_mask=group.mask), group.lengths)[None])
+        completions = [x[0, :, group.completions] for x in (query, key, value)]
+        if torch.is_grad_enabled() and group.prompt_length * len(group.lengths) >= RECOMPUTE_FROM:
+            # Kept for the backward pass, the repeated prompts of all layers would take more memory than the rest of attention.
+            options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout > 0}
+            output = checkpoint(_attend_completions, group, attend, prompt_k, prompt_v, *completions, **options)
+        else:
+            output = _attend_completions(group, attend, prompt_k, prompt_v, *completions)
+        outputs.append(output)
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _attend_completions(
+    group: GroupLayout, attend: Callable[..., Tensor], prompt_k: Tensor, prompt_v: Tensor, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    """Each completion to its prompt, repeated for all of them, and to its own past; packed, [1, heads, sum of lengths, d]."""
+    rows_q, rows_k, rows_v = (_to_rows(x, group.lengths) for x in (query, key, value))
+    expand = (len(group.lengths), -1, -1, -1)
+    keys = torch.cat([prompt_k.expand(expand), rows_k], dim=2)
+    values = torch.cat([prompt_v.expand(expand), rows_v], dim=2)
+    return _to_packed(attend(rows_q, keys, values, attn_mask=group.mask), group.lengths)[None]
 
 
 def _to_rows(packed: Tensor, lengths: tuple[int, ...]) -> Tensor:

@@ -1,8 +1,8 @@
 """Linear layers for decoding on a CPU: the weights are laid out once per sampling for a few rows at a time.
 
-A decoding step multiplies a handful of rows with every weight. The stock kernel reads float32 weights at a fraction of the memory's speed
-then; oneDNN with weights in its own layout is 1.5 to 2 times as fast (`benchmarks/RESULTS.md`). The layout is a copy of the weights, held while
-sampling, when there are no gradients or activations.
+A decoding step multiplies a handful of rows with every weight. The stock kernel then reads float32 weights at a fraction of the
+memory's speed; oneDNN with weights in its own layout is 1.5 to 2 times as fast (`benchmarks/RESULTS.md`). The layout is a copy of
+the weights, held while sampling, when there are no gradients or activations.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAX_ROWS = 64
 
 def is_supported(module: nn.Module) -> bool:
     """Whether this torch has the operations, and the weights are float32 on a CPU (in lower precisions the stock kernel is oneDNN's)."""
-    has_operations = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
+    has_operations = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return has_operations and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in module.parameters())
 
 
@@ -29,11 +29,11 @@ def fast_linears(model: nn.Module, num_rows: int) -> Iterator[None]:
     linears = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)] if is_supported(model) else []
     try:
         for linear in linears:
-            linear.forward = _forward(linear, min(num_rows, MAX_ROWS))  # type: ignore[method-assign]
+            vars(linear)["forward"] = _forward(linear, min(num_rows, MAX_ROWS))
         yield
     finally:
         for linear in linears:
-            del linear.forward
+            vars(linear).pop("forward", None)
 
 
 def _forward(linear: nn.Linear, num_rows: int) -> Callable[[Tensor], Tensor]:

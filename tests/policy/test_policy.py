@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.policy import Group, Policy, PolicyConfig
+from stateset_lightning.policy import Group, Policy, PolicyConfig, prefix_attention
 
 GROUPS = [
     Group([20, 31, 42, 53, 64, 75], [[86, 97, 108, 119, 130, 141], [152], [163, 174]]),
@@ -83,10 +83,16 @@ def assert_same_scores(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tenso
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("scoring", ["auto", "padded"])
+@pytest.mark.parametrize(("scoring", "recompute_from"), [("auto", 512), ("auto", 0), ("padded", 512)])
 def test_scores_and_gradients_are_those_of_one_row_at_a_time(
-    make_model: Callable[..., Any], architecture: str, scoring: str, checkpointing: bool
+    make_model: Callable[..., Any],
+    architecture: str,
+    scoring: str,
+    recompute_from: int,
+    checkpointing: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(prefix_attention, "RECOMPUTE_FROM", recompute_from)
     plain = make_model(architecture, **({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if architecture == "gpt2" else {}))
     policy = make_policy(copy.deepcopy(plain), scoring=scoring)
     assert policy.uses_chunked_head
@@ -191,7 +197,6 @@ def test_the_path_that_was_asked_for_is_not_announced(
 
 
 def test_a_wrong_packed_path_is_found_by_the_probe(make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from stateset_lightning.policy import prefix_attention
 
     correct = prefix_attention.make_layout
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import stateset_lightning.policy.prefix_attention as prefix_attention_file
 from stateset_lightning.policy.prefix_attention import LAYOUT_ARGUMENT, make_layout, prefix_attention
 
 CPU = torch.device("cpu")
@@ -37,10 +38,16 @@ def oracle(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: flo
 
 @pytest.mark.parametrize(("prompts", "completions"), CASES)
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("scaling", [None, 0.9])
+@pytest.mark.parametrize(("scaling", "recompute_from"), [(None, 10**9), (0.9, 0)])
 def test_output_and_gradients_are_those_under_the_whole_mask(
-    prompts: list[int], completions: list[list[int]], kv_heads: int, scaling: float | None
+    prompts: list[int],
+    completions: list[list[int]],
+    kv_heads: int,
+    scaling: float | None,
+    recompute_from: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(prefix_attention_file, "RECOMPUTE_FROM", recompute_from)
     total = sum(prompts) + sum(map(sum, completions))
     generator = torch.Generator().manual_seed(0)
     inputs = [
