@@ -1,4 +1,4 @@
-"""Makes the bundled model: `python -m stateset_lightning.tiny.train [FOLDER]`, some two minutes on two cores.
+"""Makes the bundled model: `python -m stateset_lightning.tiny.train [FOLDER]`, a few minutes on two cores.
 
 A byte-level BPE tokenizer (digits apart, so that numbers are spelled) and a Qwen2 of one million parameters, taught by next-token
 prediction on arithmetic questions and answers that the demo never sees. Most of the answers it is taught are careless: they
