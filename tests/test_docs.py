@@ -34,8 +34,8 @@ def commands() -> list[str]:
 def small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Flags that keep a README command short and its files away."""
     monkeypatch.chdir(ROOT)
-    rows = [{"prompt": "What is 2 + 2?", "target": "4"}]
-    (tmp_path / "my_rows.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    rows = [{"prompt": f"What is {a} + 2?", "target": str(a + 2)} for a in range(4)]
+    (tmp_path / "my_rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return ["--trainer.max_steps=1", f"--trainer.logger.init_args.save_dir={tmp_path}", "--data.batch_size=2", "--data.eval_batch_size=64"]
 
 
