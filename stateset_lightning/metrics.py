@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import Counter
 
 import torch
 from torch import Tensor
 
 from stateset_lightning.ranks import Ranks
+from stateset_lightning.rewards import failure_counts
 from stateset_lightning.types import FinishReason, Metrics, Rollout, Scores
 
 
@@ -91,7 +91,7 @@ def episode_metrics(rollout: Rollout, scores: Scores, advantages_N: Tensor, worl
         **reward_metrics(scores),
         **group_metrics(totals_PG),
     }
-    for key, number in Counter(f"reward_failures/{failure.reward}/{failure.error}" for failure in scores.failures).items():
+    for key, number in failure_counts(scores).items():
         metrics[key] = (number, 1 / world)  # a sum over ranks, not a mean
     return metrics
 

@@ -29,6 +29,7 @@ def check_run(trainer: Trainer, metrics: Iterable[str], context_length: int | No
     """
     check_strategy(trainer)
     check_episode_fits_trainer(trainer)
+    check_saves_fit_accumulation(trainer)
     check_monitors(trainer, metrics)
     check_context(trainer, context_length, max_new_tokens)
 
@@ -55,14 +56,11 @@ def check_episode_fits_trainer(trainer: Trainer) -> None:
             f"data.steps_per_episode={steps_per_episode} makes {steps_per_episode // accumulate} optimizer steps of {prompts} prompts, "
             f"some of them empty: set it to at most {prompts * accumulate}, or raise data.batch_size"
         )
-    check_saves_fit_accumulation(trainer)
     micro_steps = steps_per_episode * num_iterations
-    limit, size = trainer.limit_train_batches, getattr(data, "micro_steps_per_epoch", 0)
-    # An integer is a number of batches, a float a share: 1 is one batch, 1.0 is all.
-    batches = min(limit, size) if isinstance(limit, int) else math.floor(limit * size)
+    batches = _batches_per_epoch(trainer, getattr(data, "micro_steps_per_epoch", 0))
     if batches % micro_steps:
         raise ConfigError(
-            f"trainer.limit_train_batches={limit} ends an epoch inside an episode of {micro_steps} micro-steps "
+            f"trainer.limit_train_batches={trainer.limit_train_batches} ends an epoch inside an episode of {micro_steps} micro-steps "
             f"(data.num_iterations x data.steps_per_episode): set it to {max(1, batches // micro_steps) * micro_steps}"
         )
 
@@ -209,7 +207,12 @@ def optimizer_steps_of_run(trainer: Trainer) -> int | None:
         bounds.append(trainer.max_steps)
     size = getattr(getattr(trainer, "datamodule", None), "micro_steps_per_epoch", None)
     if trainer.max_epochs is not None and trainer.max_epochs >= 0 and size is not None:
-        limit = trainer.limit_train_batches
-        batches = min(limit, size) if isinstance(limit, int) else math.floor(limit * size)
-        bounds.append(trainer.max_epochs * (batches // trainer.accumulate_grad_batches))
+        bounds.append(trainer.max_epochs * (_batches_per_epoch(trainer, size) // trainer.accumulate_grad_batches))
     return min(bounds) if bounds else None
+
+
+def _batches_per_epoch(trainer: Trainer, size: int) -> int:
+    """How many of the loader's `size` batches an epoch takes."""
+    limit = trainer.limit_train_batches
+    # An integer is a number of batches, a float a share: 1 is one batch, 1.0 is all.
+    return min(limit, size) if isinstance(limit, int) else math.floor(limit * size)

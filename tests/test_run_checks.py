@@ -118,10 +118,10 @@ def test_more_optimizer_steps_than_prompts_are_refused():
 def test_a_validation_inside_an_optimizer_step_is_refused(interval, fits):
     trainer = make_trainer(accumulate=2, steps_per_episode=2, val_check_interval=interval)
     if fits:
-        run_checks.check_episode_fits_trainer(trainer)
+        run_checks.check_saves_fit_accumulation(trainer)
     else:
         with pytest.raises(ConfigError, match=r"val_check_interval=3 .* multiple of trainer.accumulate_grad_batches=2"):
-            run_checks.check_episode_fits_trainer(trainer)
+            run_checks.check_saves_fit_accumulation(trainer)
 
 
 def test_a_timed_checkpoint_inside_an_optimizer_step_is_refused():
@@ -129,7 +129,7 @@ def test_a_timed_checkpoint_inside_an_optimizer_step_is_refused():
 
     timed = ModelCheckpoint(train_time_interval=timedelta(minutes=1))
     with pytest.raises(ConfigError, match=r"train_time_interval.*every_n_train_steps"):
-        run_checks.check_episode_fits_trainer(make_trainer(accumulate=2, steps_per_episode=2, callbacks=[timed]))
+        run_checks.check_saves_fit_accumulation(make_trainer(accumulate=2, steps_per_episode=2, callbacks=[timed]))
 
 
 def test_a_reward_name_that_nobody_has_is_refused_with_its_place():
