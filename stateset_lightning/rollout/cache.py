@@ -52,6 +52,14 @@ class BufferLayer(DynamicLayer):
             self.value_buffer = _select(self.value_buffer, rows, self.length)
             self._view()
 
+    def join(self, other: BufferLayer, first: int, column: int, capacity: int) -> None:
+        """Adds the rows of another layer. Columns from `first` on move so that those of both layers end before `column`."""
+        (keys, values), (added_keys, added_values) = self._view(), other._view()
+        self.key_buffer = _join(keys[:, :, first:], added_keys, column, capacity)
+        self.value_buffer = _join(values[:, :, first:], added_values, column, capacity)
+        self.length = column
+        self._view()
+
     def _view(self) -> tuple[Tensor, Tensor]:
         assert self.key_buffer is not None
         assert self.value_buffer is not None
@@ -83,6 +91,22 @@ def select_rows(cache: DynamicCache, rows: Tensor) -> None:
     """Keeps, drops or repeats rows of every layer."""
     for layer in cache.layers:
         layer.select(rows)
+
+
+def join(cache: DynamicCache, other: DynamicCache, first: int, column: int, capacity: int) -> None:
+    """Adds the rows of `other` to `cache`, layer by layer; see `BufferLayer.join`. `other` is used up."""
+    for layer, added in zip(cache.layers, other.layers, strict=True):
+        layer.join(added, first, column, capacity)
+        added.key_buffer = added.value_buffer = None  # so that the peak is one layer above the two caches' size
+
+
+def _join(rows: Tensor, added: Tensor, column: int, capacity: int) -> Tensor:
+    joined = rows.new_empty(len(rows) + len(added), rows.shape[1], capacity, rows.shape[3])
+    # What a row does not fill is masked, but must be finite: masked weights are zero, and zero times NaN is NaN.
+    joined[:, :, :column].zero_()
+    joined[: len(rows), :, column - rows.shape[2] : column] = rows
+    joined[len(rows) :, :, column - added.shape[2] : column] = added
+    return joined
 
 
 def _allocate(states: Tensor, capacity: int) -> Tensor:

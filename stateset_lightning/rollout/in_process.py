@@ -1,8 +1,8 @@
 """The in-process engine: samples from the policy itself, in the same process.
 
-A prompt is prefilled once and its cache repeated for its group; rows that finish leave the batch; keys and values go into
-preallocated buffers. The noise of a completion is counted (see `stateset_lightning.seeding`), so it is the same whatever else is in
-the batch. Letters: B rows of the running batch, N completions.
+A prompt is prefilled once and its cache repeated for its group; rows that finish leave the batch, and waiting prompts take their
+place; keys and values go into preallocated buffers. The noise of a completion is counted (see `stateset_lightning.seeding`), so it
+is the same whatever else is in the batch. Letters: B rows of the running batch, N completions.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from stateset_lightning.errors import ConfigError, NonFiniteError
 from stateset_lightning.policy.loading import context_length, end_of_sequence_ids
-from stateset_lightning.rollout.cache import make_cache, select_rows
 from stateset_lightning.rollout.config import RolloutConfig
 from stateset_lightning.rollout.engine import OnFinished
 from stateset_lightning.rollout.fast_linear import fast_linears
+from stateset_lightning.rollout.running_batch import RunningBatch
 from stateset_lightning.rollout.sampling import sample_tokens
 from stateset_lightning.rollout.stopping import StopStrings
 from stateset_lightning.seeding import uniforms
@@ -28,12 +28,11 @@ from stateset_lightning.types import FinishReason, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-    from transformers.cache_utils import DynamicCache
 
     from stateset_lightning.policy import Policy
 
 COMPACT_BELOW = 0.75
-"""Finished rows leave the batch when fewer than this share of its rows is still running: compaction copies the cache."""
+"""Finished rows leave the batch when fewer than this share of its rows is still running: leaving copies the cache."""
 
 
 @dataclass
@@ -81,21 +80,14 @@ class InProcessEngine:
         stop = StopStrings(sampling.stop, self.tokenizer)
         completions = [_Completion() for _ in seeds_N]
         texts = [""] * len(completions)
-        self.decoded_rows = 0
-
-        def finish(n: int) -> None:
-            texts[n] = stop.cut(self._text(completions[n].tokens))
-            if on_finished is not None:
-                on_finished(n, texts[n], len(completions[n].tokens))
-
         with self._sampling_mode(), fast_linears(self.policy.model, min(len(completions), sampling.max_batch_rows)):
-            for start in range(0, len(completions), sampling.max_batch_rows):
-                rows = list(range(start, min(start + sampling.max_batch_rows, len(completions))))
-                noise_BT = None if greedy else uniforms([seeds_N[n] for n in rows], sampling.max_new_tokens)
-                batch = _Batch(self, prompts, rows, num_generations, sampling, None if noise_BT is None else torch.from_numpy(noise_BT))
-                for n in batch.decode(completions, stop):
-                    finish(n)
-                self.decoded_rows += batch.decoded_rows
+            decoding = _Decoding(self, prompts, num_generations, sampling, None if greedy else seeds_N, stop)
+            for n, completion in decoding.run():
+                completions[n] = completion
+                texts[n] = stop.cut(self._text(completion.tokens))
+                if on_finished is not None:
+                    on_finished(n, texts[n], len(completion.tokens))
+        self.decoded_rows = decoding.decoded_rows
         return Rollout(
             prompt_tokens=prompts,
             completion_tokens_T=torch.tensor([token for c in completions for token in c.tokens], dtype=torch.long),
@@ -143,117 +135,116 @@ class InProcessEngine:
                 module.training = was_training
 
 
-class _Batch:
-    """Rows that are decoded together, left-padded so that all write their next token at the same place of the cache."""
+class _Decoding:
+    """One call of `generate`: which completions run, what has been sampled for them, and who waits."""
 
     def __init__(
         self,
         engine: InProcessEngine,
         prompts: list[list[int]],
-        rows: list[int],
         num_generations: int,
         sampling: RolloutConfig,
-        noise_BT: Tensor | None,
+        seeds_N: Sequence[int] | None,
+        stop: StopStrings,
     ) -> None:
-        self.model = engine.policy.model
-        self.device = self.model.device
-        self.rows = rows
+        model = engine.policy.model
+        self.device = model.device
+        self.batch = RunningBatch(model, sampling.max_new_tokens)
+        self.eos = torch.tensor(sorted(end_of_sequence_ids(model, engine.tokenizer)), device=self.device)
+        self.prompts = prompts
+        self.num_generations = num_generations
         self.sampling = sampling
-        self.noise_TB = None if noise_BT is None else noise_BT.t().contiguous().to(self.device)
-        self.eos = torch.tensor(sorted(end_of_sequence_ids(self.model, engine.tokenizer)), device=self.device)
-        first = rows[0] // num_generations
-        self.prompts = prompts[first : rows[-1] // num_generations + 1]
-        self.prompt_of_row = torch.tensor([n // num_generations - first for n in rows], device=self.device)
-        self.width = max(map(len, self.prompts))
-        self.padded = any(len(prompt) != self.width for prompt in self.prompts)
+        self.seeds_N = seeds_N
+        self.stop = stop
+        self.waiting = list(range(len(prompts) * num_generations))
         self.decoded_rows = 0
+        # Per row of the running batch: which completion, whether finished, and what it has so far.
+        self.numbers: list[int] = []
+        self.finished: list[bool] = []
+        self.tails: list[list[int]] = []  # tokens on the host, for stop strings alone
+        self.counts_B = torch.empty(0, dtype=torch.long, device=self.device)
+        empty_BT = torch.empty(0, sampling.max_new_tokens, device=self.device)
+        self.noise_BT, self.logprobs_BT, self.tokens_BT = empty_BT.double(), empty_BT, empty_BT.long()
 
-    def decode(self, completions: list[_Completion], stop: StopStrings) -> Iterator[int]:
-        """Decodes all rows, fills in their completions, and yields each completion's number when it is finished."""
-        cache, logits_BV = self._prefill()
-        select_rows(cache, self.prompt_of_row)
-        logits_BV = logits_BV[self.prompt_of_row]
-        lengths_B = torch.tensor([len(prompt) for prompt in self.prompts], device=self.device)[self.prompt_of_row]
-        mask_BC = self._mask(lengths_B)
-        alive = self.rows
-        running = torch.arange(len(alive), device=self.device)  # rows of the batch that the columns of the noise belong to
-        done: set[int] = set()
-        for step in range(self.sampling.max_new_tokens):
-            noise_B = None if self.noise_TB is None else self.noise_TB[step, running]
-            tokens_B, logprobs_B = sample_tokens(logits_BV, noise_B, self.sampling)
-            ended = torch.isin(tokens_B, self.eos).tolist()
-            self.decoded_rows += len(alive)
-            for n, token, logprob, end in zip(alive, tokens_B.tolist(), logprobs_B.tolist(), ended, strict=True):
-                if n in done:
-                    continue
-                if logprob != logprob:
-                    raise NonFiniteError(
-                        "the policy's logits are not finite, so nothing can be sampled: its weights have diverged; go back to an earlier "
-                        "checkpoint, with a lower learning rate or trainer.gradient_clip_val"
-                    )
-                completion = completions[n]
-                completion.tokens.append(token)
-                completion.logprobs.append(logprob)
-                if end or stop.found(completion.tokens):
-                    completion.finish_reason = FinishReason.STOP
-                    done.add(n)
-                    yield n
-                elif step + 1 == self.sampling.max_new_tokens:
-                    done.add(n)
-                    yield n
-            num_running = sum(n not in done for n in alive)
-            if num_running == 0:
-                return
-            if num_running < COMPACT_BELOW * len(alive):
-                keep = torch.tensor([i for i, n in enumerate(alive) if n not in done], device=self.device)
-                select_rows(cache, keep)
-                alive = [n for n in alive if n not in done]
-                running, tokens_B, lengths_B = running[keep], tokens_B[keep], lengths_B[keep]
-                mask_BC = None if mask_BC is None else mask_BC[keep]
-            logits_BV = self._step(cache, tokens_B, lengths_B + step, mask_BC, self.width + step + 1)
+    def run(self) -> Iterator[tuple[int, _Completion]]:
+        """Decodes everything; yields each completion, with its number, when it is finished."""
+        self._admit()
+        while self.numbers:
+            tokens_B, logprobs_B = self._sample()
+            yield from self._finish(tokens_B, logprobs_B)
+            running = self.finished.count(False)
+            if running < COMPACT_BELOW * len(self.numbers):
+                tokens_B = tokens_B[self._drop_finished()]
+            if running:
+                self.batch.step(tokens_B)
+            self._admit()
 
-    def _prefill(self) -> tuple[DynamicCache, Tensor]:
-        """All prompts of the batch, each once; the cache and the logits that predict their first token."""
-        cache = make_cache(self.model, self.width + self.sampling.max_new_tokens)
-        ids = torch.tensor([[0] * (self.width - len(prompt)) + prompt for prompt in self.prompts], device=self.device)
-        lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=self.device)
-        # Positions count from the first real token; models with learned positions need them.
-        positions = (torch.arange(self.width, device=self.device)[None] - (self.width - lengths)[:, None]).clamp(min=0)
-        mask = self._mask(lengths)
-        output = self.model(
-            input_ids=ids,
-            attention_mask=None if mask is None else mask[:, : self.width],
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return cache, output.logits[:, -1]
+    def _admit(self) -> None:
+        """Lets waiting completions in as room allows: whole groups, so that a prompt is prefilled once, unless none fits at all."""
+        room = self.sampling.max_batch_rows - len(self.numbers)
+        if self.num_generations <= self.sampling.max_batch_rows:
+            room -= room % self.num_generations
+        admitted, self.waiting = self.waiting[:room], self.waiting[room:]
+        if not admitted:
+            return
+        first, last = admitted[0] // self.num_generations, admitted[-1] // self.num_generations
+        self.batch.admit(self.prompts[first : last + 1], [n // self.num_generations - first for n in admitted])
+        self.numbers += admitted
+        self.finished += [False] * len(admitted)
+        self.tails += [[] for _ in admitted]
+        shape = (len(admitted), self.sampling.max_new_tokens)
+        self.counts_B = torch.cat([self.counts_B, self.counts_B.new_zeros(len(admitted))])
+        self.tokens_BT = torch.cat([self.tokens_BT, self.tokens_BT.new_zeros(shape)])
+        self.logprobs_BT = torch.cat([self.logprobs_BT, self.logprobs_BT.new_zeros(shape)])
+        if self.seeds_N is not None:
+            noise = uniforms([self.seeds_N[n] for n in admitted], shape[1])
+            self.noise_BT = torch.cat([self.noise_BT, torch.from_numpy(noise).to(self.device)])
 
-    def _step(self, cache: DynamicCache, tokens_B: Tensor, positions_B: Tensor, mask_BC: Tensor | None, length: int) -> Tensor:
-        mask = None if mask_BC is None else mask_BC[:, :length]
-        if mask is not None and self._takes_ready_masks:
-            mask = mask[:, None, None, :]
-        output = self.model(
-            input_ids=tokens_B[:, None],
-            attention_mask=mask,
-            position_ids=positions_B[:, None],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1]
+    def _sample(self) -> tuple[Tensor, Tensor]:
+        """The next token of every row and its log-prob, written down; finished rows get one that nobody reads."""
+        place_B1 = self.counts_B.clamp(max=self.sampling.max_new_tokens - 1)[:, None]
+        noise_B = None if self.seeds_N is None else self.noise_BT.gather(1, place_B1)[:, 0]
+        tokens_B, logprobs_B = sample_tokens(self.batch.logits_BV, noise_B, self.sampling)
+        self.tokens_BT.scatter_(1, place_B1, tokens_B[:, None])
+        self.logprobs_BT.scatter_(1, place_B1, logprobs_B[:, None])
+        self.counts_B += 1
+        self.decoded_rows += len(self.numbers)
+        return tokens_B, logprobs_B
 
-    @property
-    def _takes_ready_masks(self) -> bool:
-        """Whether a boolean mask of four dimensions serves every layer: not for windows, nor for additive masks."""
-        config = self.model.config
-        windowed = getattr(config, "sliding_window", None) or "sliding_attention" in (getattr(config, "layer_types", None) or [])
-        return config._attn_implementation in ("sdpa", "stateset_prefix") and not windowed
+    def _finish(self, tokens_B: Tensor, logprobs_B: Tensor) -> Iterator[tuple[int, _Completion]]:
+        """The completions that these tokens finish. Asks the device once per token, and again only when there are any."""
+        stopped_B = torch.isin(tokens_B, self.eos)
+        ended_B = stopped_B | (self.counts_B >= self.sampling.max_new_tokens) | ~logprobs_B.isfinite()
+        ended = ended_B.tolist()
+        stopped = [False] * len(ended)
+        if self.stop.strings:
+            for row, token in enumerate(tokens_B.tolist()):
+                self.tails[row].append(token)
+                stopped[row] = not self.finished[row] and self.stop.found(self.tails[row])
+        rows = [row for row in range(len(ended)) if (ended[row] or stopped[row]) and not self.finished[row]]
+        if not rows:
+            return
+        stopped_by_token, counts = stopped_B[rows].tolist(), self.counts_B[rows].tolist()
+        tokens, logprobs = self.tokens_BT[rows].tolist(), self.logprobs_BT[rows].tolist()
+        for i, row in enumerate(rows):
+            self.finished[row] = True
+            if logprobs[i][counts[i] - 1] != logprobs[i][counts[i] - 1]:
+                raise NonFiniteError(
+                    "the policy's logits are not finite, so nothing can be sampled: its weights have diverged; go back to an earlier "
+                    "checkpoint, with a lower learning rate or trainer.gradient_clip_val"
+                )
+            reason = FinishReason.STOP if stopped[row] or stopped_by_token[i] else FinishReason.LENGTH
+            yield self.numbers[row], _Completion(tokens[i][: counts[i]], logprobs[i][: counts[i]], reason)
 
-    def _mask(self, lengths_B: Tensor) -> Tensor | None:
-        """Bool [B, C]: false on the padding left of a prompt. None when nothing is padded."""
-        if not self.padded:
-            return None
-        columns = torch.arange(self.width + self.sampling.max_new_tokens, device=self.device)
-        return columns[None] >= (self.width - lengths_B)[:, None]
+    def _drop_finished(self) -> Tensor:
+        """Drops finished rows from everything; the rows that stay, as they were numbered before."""
+        rows = [row for row, finished in enumerate(self.finished) if not finished]
+        keep = torch.tensor(rows, dtype=torch.long, device=self.device)
+        self.batch.keep(keep)
+        self.numbers = [self.numbers[row] for row in rows]
+        self.tails = [self.tails[row] for row in rows]
+        self.finished = [False] * len(rows)
+        self.counts_B, self.tokens_BT, self.logprobs_BT = self.counts_B[keep], self.tokens_BT[keep], self.logprobs_BT[keep]
+        if self.seeds_N is not None:
+            self.noise_BT = self.noise_BT[keep]
+        return keep

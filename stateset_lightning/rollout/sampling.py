@@ -17,8 +17,8 @@ def sample_tokens(logits_BV: Tensor, uniforms_B: Tensor | None, sampling: Rollou
     if uniforms_B is None:
         tokens_B = logprobs_BV.argmax(-1)
     else:
-        # float64: with a large vocabulary the float32 sum loses the unlikely tokens.
-        cumulative_BV = filter_probabilities(logprobs_BV.double().exp(), sampling).cumsum(-1)
+        # Summed in float64: with a large vocabulary the float32 sum loses the unlikely tokens.
+        cumulative_BV = filter_probabilities(logprobs_BV.exp(), sampling).cumsum(-1, dtype=torch.float64)
         total_B = cumulative_BV[:, -1]
         # Strictly below the total, so that the index is that of a token with some probability.
         point_B = torch.minimum(uniforms_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))

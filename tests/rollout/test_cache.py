@@ -55,6 +55,23 @@ def test_repeated_rows_do_not_share_memory() -> None:
     assert torch.equal(keys[1, :, 1], new[1, :, 0])
 
 
+def test_rows_of_another_cache_join_at_the_same_column() -> None:
+    layer, other = BufferLayer(capacity=4), BufferLayer(capacity=2)
+    old, new = states(2, 3, 0), states(1, 2, 1000)
+    layer.update(old, -old)
+    other.update(new, -new)
+    layer.join(other, first=1, column=4, capacity=6)  # of the old rows columns 1 and 2 are wanted: they move to 2 and 3
+    assert layer.get_seq_length() == 4
+    assert torch.equal(layer.keys[:2, :, 2:], old[:, :, 1:])
+    assert torch.equal(layer.keys[2:, :, 2:], new)
+    assert torch.equal(layer.values, -layer.keys)
+    assert not layer.keys[:, :, :2].any()
+    token = states(3, 1, 2000)
+    keys, _ = layer.update(token, -token)
+    assert torch.equal(keys[:, :, 4], token[:, :, 0])
+    layer.update(token, -token)  # up to the capacity
+
+
 def test_an_unused_layer_can_lose_rows() -> None:
     layer = BufferLayer(capacity=3)
     layer.select(torch.tensor([0]))

@@ -93,7 +93,7 @@ def test_a_completion_is_the_same_in_every_batch(make_engine: Callable[..., InPr
     for position in positions:
         assert_same(generate(engine, [position]), together)
     assert_same(generate(engine, [5, 0, 7, 2, 6, 1, 4, 3]), together)
-    for rows in (1, 3, 5):  # less than a group, and no multiple of one
+    for rows in (1, 3, 5, 9, 12, 20):  # less than a group, no multiple of one, and some groups that others join
         small = RolloutConfig(num_generations=G, max_new_tokens=12, max_batch_rows=rows)
         assert_same(generate(engine, positions, small), together)
 
@@ -361,6 +361,28 @@ def test_finished_rows_leave_once_less_than_three_quarters_run(
     assert engine.decoded_rows == 4 + 4 + 1 + 1
     engine.generate([PROMPTS[0], PROMPTS[1]], 2, RolloutConfig(max_new_tokens=9, max_batch_rows=2), [0, 1, 2, 3])
     assert engine.decoded_rows == (2 + 1) + (2 + 2 + 1 + 1)  # 1 of 2 goes on: compacted, in either batch
+
+
+def test_waiting_prompts_take_the_place_of_finished_rows(
+    make_engine: Callable[..., InProcessEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = [1, 1, 6, 6, 2, 2, 1, 5]  # four prompts, two completions each
+    script(monkeypatch, lambda n, step: 1 if step == lengths[n] - 1 else 30)
+    engine = make_engine("llama", ends=1)
+    shapes = record_forwards(engine)
+    prompts = [PROMPTS[p] for p in (0, 1, 3, 5)]
+    finished: list[int] = []
+    config = RolloutConfig(max_new_tokens=9, max_batch_rows=4)
+    rollout = engine.generate(prompts, 2, config, list(range(8)), on_finished=lambda n, text, tokens: finished.append(n))
+    assert rollout.lengths_N.tolist() == lengths
+    assert [tokens[:-1] for tokens in rollout.completions()] == [[30] * (length - 1) for length in lengths]
+    # Token 1 of prompts 0 and 1 (4 rows) finishes prompt 0, so prompt 2 is prefilled and joins; after two more tokens it leaves, and
+    # prompt 3 joins. Alone, batch after batch, the four prompts would take 6 + 5 tokens instead of 8.
+    assert shapes[:3] == [(2, 7), (2, 1), (1, 5)]
+    assert [shape for shape in shapes if shape[1] > 1] == [(2, 7), (1, 5), (1, 9)]
+    assert engine.decoded_rows == 6 * 4 + 2 * 1  # always four rows, until only the last one is left
+    assert finished[:2] == [0, 1]
+    assert sorted(finished) == list(range(8))
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,106 @@
+"""The rows that are decoded together: admitted when there is room, dropped when they are finished.
+
+All rows write their next token at the same column of the cache, so each is padded on the left to end there; a mask hides the
+padding. Letters: B rows of the batch, C columns of the cache, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from stateset_lightning.rollout.cache import join, make_cache, select_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.cache_utils import DynamicCache
+
+
+class RunningBatch:
+    """The state of decoding, without what is sampled: a model's cache, and the logits of the next tokens.
+
+    Args:
+        model: A causal language model.
+        max_new_tokens: Tokens that a row decodes at most.
+    """
+
+    def __init__(self, model: PreTrainedModel, max_new_tokens: int) -> None:
+        self.model = model
+        self.max_new_tokens = max_new_tokens
+        self.cache = make_cache(model, 0)
+        self.column = 0  # where the next token goes
+        self.starts_B = torch.empty(0, dtype=torch.long, device=model.device)  # first column of each row
+        self.logits_BV = torch.empty(0)
+        self._padded = False
+
+    def __len__(self) -> int:
+        return len(self.starts_B)
+
+    def admit(self, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int]) -> None:
+        """Prefills each prompt once and adds `len(prompt_of_row)` rows that go on from them."""
+        width = max(map(len, prompts))
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.model.device)
+        # Room for the completions where the buffers stay, none where they are copied into the running batch's.
+        capacity = width if len(self) else width + self.max_new_tokens
+        cache, logits_BV = self._prefill(prompts, width, lengths, capacity)
+        rows = torch.tensor(prompt_of_row, device=self.model.device)
+        select_rows(cache, rows)
+        starts_B = width - lengths[rows]
+        if len(self):
+            first = int(self.starts_B.min())  # columns before it are padding of every row
+            column = max(self.column - first, width)
+            join(self.cache, cache, first, column, column + self.max_new_tokens)
+            self.starts_B = torch.cat([self.starts_B + column - self.column, starts_B + column - width])
+            self.logits_BV = torch.cat([self.logits_BV, logits_BV[rows]])
+            self.column = column
+        else:
+            self.cache, self.starts_B, self.logits_BV, self.column = cache, starts_B, logits_BV[rows], width
+        self._padded = bool((self.starts_B > 0).any())
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops all rows but these."""
+        select_rows(self.cache, rows)
+        self.starts_B = self.starts_B[rows]
+
+    def step(self, tokens_B: Tensor) -> None:
+        """Appends a token to each row; `logits_BV` are those that predict the next one."""
+        output = self.model(
+            input_ids=tokens_B[:, None],
+            attention_mask=self._mask(self.starts_B, self.column + 1),
+            position_ids=(self.column - self.starts_B)[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.logits_BV = output.logits[:, -1]
+        self.column += 1
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], width: int, lengths: Tensor, capacity: int) -> tuple[DynamicCache, Tensor]:
+        """The cache of all prompts, each once, and the logits that predict their first token."""
+        cache = make_cache(self.model, capacity)
+        ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=self.model.device)
+        # Positions count from the first real token; models with learned positions need them.
+        positions = (torch.arange(width, device=self.model.device)[None] - (width - lengths)[:, None]).clamp(min=0)
+        padded = any(len(prompt) != width for prompt in prompts)
+        mask = torch.arange(width, device=self.model.device)[None] >= (width - lengths)[:, None] if padded else None
+        output = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        return cache, output.logits[:, -1]
+
+    def _mask(self, starts_B: Tensor, length: int) -> Tensor | None:
+        """Bool [B, length], or [B, 1, 1, length] where that is what attention takes; None when nothing is padded."""
+        if not self._padded:
+            return None
+        mask = torch.arange(length, device=starts_B.device)[None] >= starts_B[:, None]
+        return mask[:, None, None, :] if self._takes_ready_masks else mask
+
+    @property
+    def _takes_ready_masks(self) -> bool:
+        """Whether a boolean mask of four dimensions serves every layer: not for windows, nor for additive masks."""
+        config = self.model.config
+        windowed = getattr(config, "sliding_window", None) or "sliding_attention" in (getattr(config, "layer_types", None) or [])
+        return config._attn_implementation in ("sdpa", "stateset_prefix") and not windowed
