@@ -3,8 +3,11 @@
     prompt 1 | completion 1.1 | completion 1.2 | ... | prompt 2 | completion 2.1 | ...
 
 A completion sees its prompt and its own past; a prompt sees its own past; groups do not see each other. Nothing but attention
-needs to know, so every linear layer runs on the sequence without padding. Registered with transformers' attention interface; a
-forward without a layout is plain `sdpa`, so a model that carries this attention can be used for anything else.
+needs to know, so every linear layer runs on the sequence without padding. Attention itself gathers the groups into padded rows,
+some groups at a time. Registered with transformers' attention interface; a forward without a layout is plain `sdpa`, so a model
+that carries this attention can be used for anything else.
+
+Letters: S tokens of the sequence, P prompts and R completions of a bucket, L and M their longest lengths.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,41 +25,60 @@ from torch.utils.checkpoint import checkpoint
 
 NAME = "stateset_prefix"
 LAYOUT_ARGUMENT = "prefix_layout"
+BUCKET_TOKENS = 4096
+"""Keys that the completions of a bucket see, padding included: small groups share a call, a larger one has its own."""
 RECOMPUTE_FROM = 512
-"""Repeated prompt tokens of a group from which the attention of its completions is computed again in the backward pass."""
+"""Repeated prompt tokens of a bucket from which the attention of its completions is computed again in the backward pass."""
 
 
 @dataclass(frozen=True)
-class GroupLayout:
-    """Where one group lies in the packed sequence. `rows` x `longest` is the padded form that attention runs in."""
+class Bucket:
+    """Some groups as padded rows: places in the packed sequence, any place where a row is padded."""
 
-    start: int
-    prompt_length: int
-    lengths: tuple[int, ...]
-    mask: Tensor | None  # bool [1, 1, longest, prompt_length + longest]: sees the prompt, and its own past
-
-    @property
-    def completions(self) -> slice:
-        first = self.start + self.prompt_length
-        return slice(first, first + sum(self.lengths))
+    prompts_PL: Tensor
+    queries_RM: Tensor
+    keys_RK: Tensor  # K = L + M: a completion's prompt, then itself
+    mask: Tensor | None  # bool [1 or R, 1, M, K]: sees the prompt, and its own past; None without completions
 
     @property
-    def prompt(self) -> slice:
-        return slice(self.start, self.start + self.prompt_length)
+    def repeated_tokens(self) -> int:
+        return len(self.queries_RM) * self.prompts_PL.shape[1]
 
 
-def make_layout(prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]], device: torch.device) -> list[GroupLayout]:
-    """The layout of several groups, one behind the other."""
-    masks: dict[tuple[int, int], Tensor] = {}
-    layout, start = [], 0
-    for prompt_length, lengths in zip(prompt_lengths, completion_lengths, strict=True):
-        shape = (prompt_length, max(lengths, default=0))
-        if shape not in masks and shape[1]:
-            past = torch.ones(shape[1], shape[1], dtype=torch.bool, device=device).tril()
-            masks[shape] = F.pad(past, (shape[0], 0), value=True)[None, None]
-        layout.append(GroupLayout(start, prompt_length, tuple(lengths), masks.get(shape)))
-        start += prompt_length + sum(lengths)
-    return layout
+@dataclass(frozen=True)
+class Layout:
+    """The buckets, and where each token of the sequence lies among the rows of all prompts and completions, in order."""
+
+    buckets: list[Bucket]
+    rows_S: Tensor
+
+
+def make_layout(prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]], device: torch.device) -> Layout:
+    """The layout of several groups, one behind the other in the sequence."""
+    sizes = [prompt + sum(lengths) for prompt, lengths in zip(prompt_lengths, completion_lengths, strict=True)]
+    starts = np.cumsum([0, *sizes])
+    buckets, places = [], []
+    for groups in _share_out(prompt_lengths, completion_lengths):
+        prompts = [(starts[g], prompt_lengths[g]) for g in groups]
+        completions: list[tuple[int, int]] = []
+        prompt_of_row: list[int] = []
+        for i, g in enumerate(groups):
+            ends = starts[g] + prompt_lengths[g] + np.cumsum(completion_lengths[g], dtype=np.int64)
+            completions += [(end - length, length) for end, length in zip(ends, completion_lengths[g], strict=True)]
+            prompt_of_row += [i] * len(completion_lengths[g])
+        prompts_PL, queries_RM = _rows(prompts), _rows(completions)
+        keys_RK = np.concatenate([prompts_PL[prompt_of_row], queries_RM], axis=1)
+        lengths_R = np.array([prompts[i][1] for i in prompt_of_row])
+        mask = _mask(lengths_R, prompts_PL.shape[1], queries_RM.shape[1]) if len(queries_RM) else None
+        prompts_on_device, queries, keys = (torch.from_numpy(x).to(device) for x in (prompts_PL, queries_RM, keys_RK))
+        buckets.append(Bucket(prompts_on_device, queries, keys, None if mask is None else torch.from_numpy(mask).to(device)))
+        places += [_filled(prompts, prompts_PL), _filled(completions, queries_RM)]
+    # Row by row, the places of the sequence and -1 for padding; turned round, the row of each place.
+    place_of_row = np.concatenate(places)
+    rows_S = np.empty(int(starts[-1]), dtype=np.int64)
+    filled = np.flatnonzero(place_of_row >= 0)
+    rows_S[place_of_row[filled]] = filled
+    return Layout(buckets, torch.from_numpy(rows_S).to(device))
 
 
 def prefix_attention(
@@ -69,55 +92,86 @@ def prefix_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Query [1, heads, S, d], key and value [1, kv heads, S, d] -> output [1, S, heads, d]. See the module's docstring."""
-    layout: list[GroupLayout] | None = kwargs.pop(LAYOUT_ARGUMENT, None)
+    layout: Layout | None = kwargs.pop(LAYOUT_ARGUMENT, None)
     if layout is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
     attend = partial(F.scaled_dot_product_attention, scale=scaling, dropout_p=dropout, enable_gqa=query.shape[1] != key.shape[1])
+    packed = [x[0].transpose(0, 1) for x in (query, key, value)]  # [S, heads, d] each
     outputs = []
-    for group in layout:
-        prompt_q, prompt_k, prompt_v = (x[:, :, group.prompt] for x in (query, key, value))
-        outputs.append(attend(prompt_q, prompt_k, prompt_v, is_causal=True))
-        if not group.lengths:
+    for bucket in layout.buckets:
+        outputs.append(_flat(attend(*(_gather(x, bucket.prompts_PL) for x in packed), is_causal=True)))
+        if bucket.mask is None:
             continue
-        completions = [x[0, :, group.completions] for x in (query, key, value)]
-        if torch.is_grad_enabled() and group.prompt_length * len(group.lengths) >= RECOMPUTE_FROM:
+
+        if torch.is_grad_enabled() and bucket.repeated_tokens >= RECOMPUTE_FROM:
             # Kept for the backward pass, the repeated prompts of all layers would take more memory than the rest of attention.
             options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout > 0}
-            output = checkpoint(_attend_completions, group, attend, prompt_k, prompt_v, *completions, **options)
+            outputs.append(checkpoint(_attend_completions, bucket, attend, *packed, **options))
         else:
-            output = _attend_completions(group, attend, prompt_k, prompt_v, *completions)
-        outputs.append(output)
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+            outputs.append(_attend_completions(bucket, attend, *packed))
+    return torch.cat(outputs).index_select(0, layout.rows_S)[None], None
 
 
-def _attend_completions(
-    group: GroupLayout, attend: Callable[..., Tensor], prompt_k: Tensor, prompt_v: Tensor, query: Tensor, key: Tensor, value: Tensor
-) -> Tensor:
-    """Each completion to its prompt, repeated for all of them, and to its own past; packed, [1, heads, sum of lengths, d]."""
-    rows_q, rows_k, rows_v = (_to_rows(x, group.lengths) for x in (query, key, value))
-    expand = (len(group.lengths), -1, -1, -1)
-    keys = torch.cat([prompt_k.expand(expand), rows_k], dim=2)
-    values = torch.cat([prompt_v.expand(expand), rows_v], dim=2)
-    return _to_packed(attend(rows_q, keys, values, attn_mask=group.mask), group.lengths)[None]
+def _attend_completions(bucket: Bucket, attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Each completion to its prompt, repeated for all of them, and to its own past: [R * M, heads, d]."""
+    rows = _gather(query, bucket.queries_RM), _gather(key, bucket.keys_RK), _gather(value, bucket.keys_RK)
+    return _flat(attend(*rows, attn_mask=bucket.mask))
 
 
-def _to_rows(packed: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """[heads, sum of lengths, d] -> [rows, heads, longest, d], zero beyond a row's length."""
-    longest = max(lengths)
-    if min(lengths) == longest:
-        return packed.unflatten(1, (len(lengths), longest)).transpose(0, 1)
-    rows = torch.nn.utils.rnn.pad_sequence([row.transpose(0, 1) for row in packed.split(lengths, dim=1)], batch_first=True)
-    return rows.transpose(1, 2)
+def _gather(packed: Tensor, places: Tensor) -> Tensor:
+    """[S, heads, d] -> [rows, heads, length, d]. As an embedding, whose backward pass adds up fast and in a fixed order."""
+    return F.embedding(places, packed.flatten(1)).unflatten(-1, packed.shape[1:]).transpose(1, 2)
 
 
-def _to_packed(rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """[rows, heads, longest, d] -> [heads, sum of lengths, d]."""
-    if min(lengths) == rows.shape[2]:
-        return rows.transpose(0, 1).flatten(1, 2)
-    return torch.cat([row[:, :length] for row, length in zip(rows, lengths, strict=True)], dim=1)
+def _flat(rows: Tensor) -> Tensor:
+    """[rows, heads, length, d] -> [rows * length, heads, d]."""
+    return rows.transpose(1, 2).flatten(0, 1)
+
+
+def _share_out(prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Groups of about one shape together, as many as `BUCKET_TOKENS` allows; one at least."""
+
+    def shape(g: int) -> tuple[int, int]:
+        return prompt_lengths[g], max(completion_lengths[g], default=0)
+
+    buckets: list[list[int]] = []
+    rows = longest_prompt = longest_completion = 0
+    for g in sorted(range(len(prompt_lengths)), key=shape):
+        rows += len(completion_lengths[g])
+        longest_prompt, longest_completion = max(longest_prompt, shape(g)[0]), max(longest_completion, shape(g)[1])
+        if not buckets or rows * (longest_prompt + longest_completion) > BUCKET_TOKENS:
+            buckets.append([])
+            rows, (longest_prompt, longest_completion) = len(completion_lengths[g]), shape(g)
+        buckets[-1].append(g)
+    return buckets
+
+
+def _rows(spans: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Places of spans (start, length), int64 [spans, longest]; beyond a span's end its last place again."""
+    starts, lengths = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+    columns = np.arange(lengths.max(initial=0))
+    return starts[:, None] + np.minimum(columns, (lengths - 1).clip(min=0)[:, None])
+
+
+def _filled(spans: Sequence[tuple[int, int]], rows: np.ndarray) -> np.ndarray:
+    """The places of rows one behind the other, -1 beyond a span's end."""
+    lengths = np.array([length for _, length in spans], dtype=np.int64)
+    flat: np.ndarray = np.where(np.arange(rows.shape[1]) < lengths[:, None], rows, -1).reshape(-1)
+    return flat
+
+
+def _mask(prompt_lengths_R: np.ndarray, longest_prompt: int, longest: int) -> np.ndarray:
+    """Bool [R, 1, M, L + M], or [1, 1, M, L + M] where all prompts are equally long."""
+    if (prompt_lengths_R == longest_prompt).all():
+        prompt_lengths_R = prompt_lengths_R[:1]
+    prompt = np.arange(longest_prompt) < prompt_lengths_R[:, None]
+    shape = (len(prompt), longest)
+    past = np.broadcast_to(np.tri(longest, dtype=bool), (*shape, longest))
+    mask: np.ndarray = np.concatenate([np.broadcast_to(prompt[:, None], (*shape, longest_prompt)), past], axis=2)[:, None]
+    return mask
 
 
 def register() -> None:

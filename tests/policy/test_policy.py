@@ -203,8 +203,8 @@ def test_a_wrong_packed_path_is_found_by_the_probe(make_model: Callable[..., Any
     def blind(prompts: Any, completions: Any, device: Any) -> Any:
         """Completions that do not see the first token of their prompt."""
         layout = correct(prompts, completions, device)
-        for group in layout:
-            group.mask[..., 0] = False
+        for bucket in layout.buckets:
+            bucket.mask[..., 0] = False
         return layout
 
     monkeypatch.setattr(prefix_attention, "make_layout", blind)

@@ -77,18 +77,34 @@ def test_without_a_layout_it_is_plain_sdpa() -> None:
     torch.testing.assert_close(masked, oracle(query, key, value, mask, 1 / math.sqrt(8)), atol=1e-6, rtol=0)
 
 
-def test_a_layout_says_where_each_group_lies() -> None:
-    first, second, third = make_layout([4, 2, 3], [[3, 1], [], [2]], CPU)
-    assert (first.prompt, first.completions) == (slice(0, 4), slice(4, 8))
-    assert (second.prompt, second.completions) == (slice(8, 10), slice(10, 10))
-    assert (third.prompt, third.completions) == (slice(10, 13), slice(13, 15))
-    assert second.mask is None
-    assert first.mask is not None
-    assert first.mask.shape == (1, 1, 3, 7)
-    assert first.mask[0, 0].tolist() == [[True] * 5 + [False] * 2, [True] * 6 + [False], [True] * 7]
+def test_a_layout_says_where_each_token_lies() -> None:
+    layout = make_layout([2, 1], [[2, 1], [1]], CPU)  # p p a a b | q c
+    (bucket,) = layout.buckets
+    assert bucket.prompts_PL.tolist() == [[5, 5], [0, 1]]  # shorter prompts first; a row is padded with its last place
+    assert bucket.queries_RM.tolist() == [[6, 6], [2, 3], [4, 4]]
+    assert bucket.keys_RK.tolist() == [[5, 5, 6, 6], [0, 1, 2, 3], [0, 1, 4, 4]]
+    assert bucket.mask is not None
+    assert bucket.mask[0, 0].int().tolist() == [[1, 0, 1, 0], [1, 0, 1, 1]]
+    assert bucket.mask[1, 0].int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    flat = torch.cat([bucket.prompts_PL.flatten(), bucket.queries_RM.flatten()])
+    assert flat[layout.rows_S].tolist() == list(range(7))
 
 
-def test_groups_of_one_shape_share_their_mask() -> None:
-    layout = make_layout([2, 2, 3], [[3, 1], [3, 2], [3]], CPU)
-    assert layout[0].mask is layout[1].mask
-    assert layout[0].mask is not layout[2].mask
+def test_equally_long_prompts_share_one_mask() -> None:
+    (bucket,) = make_layout([2, 2], [[3, 1], [3]], CPU).buckets
+    assert bucket.mask is not None
+    assert bucket.mask.shape == (1, 1, 3, 5)
+
+
+def test_small_groups_share_a_bucket_and_large_ones_do_not() -> None:
+    assert len(make_layout([8] * 16, [[8] * 16] * 16, CPU).buckets) == 1  # 256 rows of 16 keys
+    assert len(make_layout([8] * 17, [[8] * 16] * 17, CPU).buckets) == 2
+    assert len(make_layout([4096, 4096], [[1], [1]], CPU).buckets) == 2
+    lengths = [len(bucket.prompts_PL) for bucket in make_layout([900, 3, 901, 4], [[4] * 2] * 4, CPU).buckets]
+    assert lengths == [2, 2]  # like beside like: the long ones do not pad the short ones
+
+
+def test_a_prompt_without_completions_has_no_rows() -> None:
+    (bucket,) = make_layout([3], [[]], CPU).buckets
+    assert bucket.mask is None
+    assert bucket.queries_RM.shape == (0, 0)
