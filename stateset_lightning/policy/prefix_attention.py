@@ -23,6 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from stateset_lightning.policy import shared_prompts
+from stateset_lightning.policy.shared_prompts import SharedPrompts
+
 NAME = "stateset_prefix"
 LAYOUT_ARGUMENT = "prefix_layout"
 BUCKET_TOKENS = 4096
@@ -93,6 +96,9 @@ def prefix_attention(
 ) -> tuple[Tensor, None]:
     """Query [1, heads, S, d], key and value [1, kv heads, S, d] -> output [1, S, heads, d]. See the module's docstring."""
     layout: Layout | None = kwargs.pop(LAYOUT_ARGUMENT, None)
+    prompts: SharedPrompts | None = kwargs.pop(shared_prompts.ARGUMENT, None)
+    if prompts is not None:
+        return prompts.attend(module.layer_idx, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None  # type: ignore[arg-type]
     if layout is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -60,6 +60,15 @@ class BufferLayer(DynamicLayer):
         self.length = column
         self._view()
 
+    def grow(self, rows: int, first: int, capacity: int) -> None:
+        """Adds empty rows, and lets the columns before `first` go."""
+        keys, values = (x[:, :, first:] for x in self._view())
+        empty = keys.new_empty(rows, keys.shape[1], 0, keys.shape[3])
+        self.length -= first
+        self.key_buffer = _join(keys, empty, self.length, capacity)
+        self.value_buffer = _join(values, empty, self.length, capacity)
+        self._view()
+
     def _view(self) -> tuple[Tensor, Tensor]:
         assert self.key_buffer is not None
         assert self.value_buffer is not None
@@ -98,6 +107,12 @@ def join(cache: DynamicCache, other: DynamicCache, first: int, column: int, capa
     for layer, added in zip(cache.layers, other.layers, strict=True):
         layer.join(added, first, column, capacity)
         added.key_buffer = added.value_buffer = None  # so that the peak is one layer above the two caches' size
+
+
+def grow(cache: DynamicCache, rows: int, first: int, capacity: int) -> None:
+    """Adds empty rows to every layer; see `BufferLayer.grow`."""
+    for layer in cache.layers:
+        layer.grow(rows, first, capacity)
 
 
 def _join(rows: Tensor, added: Tensor, column: int, capacity: int) -> Tensor:

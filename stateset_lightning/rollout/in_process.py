@@ -20,7 +20,7 @@ from stateset_lightning.policy.loading import context_length, end_of_sequence_id
 from stateset_lightning.rollout.config import RolloutConfig
 from stateset_lightning.rollout.engine import OnFinished
 from stateset_lightning.rollout.fast_linear import fast_linears
-from stateset_lightning.rollout.running_batch import RunningBatch
+from stateset_lightning.rollout.running_batch import make_running_batch
 from stateset_lightning.rollout.sampling import sample_tokens
 from stateset_lightning.rollout.stopping import StopStrings
 from stateset_lightning.seeding import uniforms
@@ -149,7 +149,7 @@ class _Decoding:
     ) -> None:
         model = engine.policy.model
         self.device = model.device
-        self.batch = RunningBatch(model, sampling.max_new_tokens)
+        self.batch = make_running_batch(model, sampling.max_new_tokens)
         self.eos = torch.tensor(sorted(end_of_sequence_ids(model, engine.tokenizer)), device=self.device)
         self.prompts = prompts
         self.num_generations = num_generations
@@ -164,7 +164,7 @@ class _Decoding:
         self.tails: list[list[int]] = []  # tokens on the host, for stop strings alone
         self.counts_B = torch.empty(0, dtype=torch.long, device=self.device)
         empty_BT = torch.empty(0, sampling.max_new_tokens, device=self.device)
-        self.noise_BT, self.logprobs_BT, self.tokens_BT = empty_BT.double(), empty_BT, empty_BT.long()
+        self.noise_BT, self.logprobs_BT, self.tokens_BT = empty_BT.double(), empty_BT.float(), empty_BT.long()  # not the default dtype
 
     def run(self) -> Iterator[tuple[int, _Completion]]:
         """Decodes everything; yields each completion, with its number, when it is finished."""

@@ -12,11 +12,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stateset_lightning.rollout.cache import join, make_cache, select_rows
+from stateset_lightning.policy import prefix_attention, shared_prompts
+from stateset_lightning.policy.shared_prompts import SharedPrompts
+from stateset_lightning.rollout.cache import grow, join, make_cache, select_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import DynamicCache
+
+
+def make_running_batch(model: PreTrainedModel, max_new_tokens: int) -> RunningBatch:
+    """A batch whose rows share their prompts' keys and values, where the model's attention can do that and it is faster."""
+    # The kernels of other devices and precisions are fast enough, and accumulate in float32.
+    shares = model.config._attn_implementation == prefix_attention.NAME and model.device.type == "cpu" and model.dtype == torch.float32
+    return SharingBatch(model, max_new_tokens) if shares else RunningBatch(model, max_new_tokens)
 
 
 class RunningBatch:
@@ -104,3 +113,50 @@ class RunningBatch:
         config = self.model.config
         windowed = getattr(config, "sliding_window", None) or "sliding_attention" in (getattr(config, "layer_types", None) or [])
         return config._attn_implementation in ("sdpa", "stateset_prefix") and not windowed
+
+
+class SharingBatch(RunningBatch):
+    """The same with each prompt's keys and values kept once: the cache holds what the rows have decoded themselves."""
+
+    def __init__(self, model: PreTrainedModel, max_new_tokens: int) -> None:
+        super().__init__(model, max_new_tokens)
+        self.prompts: SharedPrompts | None = None
+        # Any mask of four dimensions keeps transformers from building one.
+        self._unused_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)
+
+    def admit(self, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int]) -> None:
+        width = max(map(len, prompts))
+        lengths_P = torch.tensor([len(prompt) for prompt in prompts], device=self.model.device)
+        prefilled, logits_PV = self._prefill(prompts, width, lengths_P, width)
+        rows = torch.tensor(prompt_of_row, device=self.model.device)
+        keys, values = [layer.keys for layer in prefilled.layers], [layer.values for layer in prefilled.layers]
+        added = SharedPrompts(keys, values, lengths_P, rows, torch.zeros_like(rows))
+        if self.prompts is not None and len(self):
+            first = int(self.starts_B.min())
+            self.column -= first
+            grow(self.cache, len(rows), first, self.column + self.max_new_tokens)
+            self.prompts = self.prompts.join(added, first, self.column)
+            self.logits_BV = torch.cat([self.logits_BV, logits_PV[rows]])
+        else:
+            self.cache, self.column = make_cache(self.model, self.max_new_tokens), 0
+            self.prompts, self.logits_BV = added, logits_PV[rows]
+        self.starts_B = self.prompts.starts_B
+
+    def keep(self, rows: Tensor) -> None:
+        super().keep(rows)
+        self.prompts = self.prompts.select(rows) if self.prompts is not None and len(rows) else None
+
+    def step(self, tokens_B: Tensor) -> None:
+        assert self.prompts is not None
+        positions_B = self.prompts.lengths_P[self.prompts.prompt_of_row_B] + self.column - self.starts_B
+        output = self.model(
+            input_ids=tokens_B[:, None],
+            attention_mask=self._unused_mask,
+            position_ids=positions_B[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **{shared_prompts.ARGUMENT: self.prompts},
+        )
+        self.logits_BV = output.logits[:, -1]
+        self.column += 1

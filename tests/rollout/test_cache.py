@@ -72,6 +72,20 @@ def test_rows_of_another_cache_join_at_the_same_column() -> None:
     layer.update(token, -token)  # up to the capacity
 
 
+def test_empty_rows_can_be_added_and_old_columns_go() -> None:
+    layer = BufferLayer(capacity=3)
+    old = states(2, 3, 0)
+    layer.update(old, -old)
+    layer.grow(rows=1, first=2, capacity=4)
+    assert layer.get_seq_length() == 1
+    assert torch.equal(layer.keys[:2], old[:, :, 2:])
+    assert not layer.keys[2].any()
+    token = states(3, 1, 2000)
+    keys, values = layer.update(token, -token)
+    assert torch.equal(keys[:, :, 1], token[:, :, 0])
+    assert torch.equal(values, -keys)
+
+
 def test_an_unused_layer_can_lose_rows() -> None:
     layer = BufferLayer(capacity=3)
     layer.select(torch.tensor([0]))
