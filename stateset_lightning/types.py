@@ -87,12 +87,23 @@ class PromptBatch:
     """The prompts of one episode on this rank, and which of the episode's micro-steps this is.
 
     `positions` are those of the prompts in the episode's global batch (or, outside training, in the whole split): noise is
-    derived from them, so it does not depend on the number of ranks or, outside training, on the batch size.
+    derived from them, so it does not depend on the number of ranks or, outside training, on the batch size. `rows` are the indices of the
+    scenarios among those of the split; a batch that no data module made may do without.
 
     Not a dataclass on purpose: Lightning's half-precision plugins walk through dataclasses and containers, token by token.
     """
 
-    __slots__ = ("episode_index", "micro_step", "num_micro_steps", "positions", "prompt_tokens", "scenarios", "split", "steps_per_episode")
+    __slots__ = (
+        "episode_index",
+        "micro_step",
+        "num_micro_steps",
+        "positions",
+        "prompt_tokens",
+        "rows",
+        "scenarios",
+        "split",
+        "steps_per_episode",
+    )
 
     def __init__(
         self,
@@ -104,6 +115,7 @@ class PromptBatch:
         num_micro_steps: int = 1,
         steps_per_episode: int = 1,
         split: Literal["train", "validation", "test", "predict"] = "train",
+        rows: list[int] | None = None,
     ) -> None:
         self.prompt_tokens = prompt_tokens
         self.scenarios = scenarios
@@ -113,6 +125,7 @@ class PromptBatch:
         self.num_micro_steps = num_micro_steps
         self.steps_per_episode = steps_per_episode
         self.split = split
+        self.rows = rows
 
     def __len__(self) -> int:
         return len(self.scenarios)

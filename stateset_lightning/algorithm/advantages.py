@@ -1,4 +1,4 @@
-"""Scores -> advantages: how much better a completion is than its group.
+"""Scores -> advantages: how much better a completion is than its group (or, for ReMax, than the greedy one).
 
 Scores are in reward units; advantages are detached, one value per completion, float64. A score of NaN fails its completion: it
 leaves the group's baseline and its advantage is NaN. A group with fewer than two survivors is dropped: all its advantages are
@@ -73,36 +73,76 @@ def group_advantages(rewards_PG: Tensor, scale: Scale = "group") -> Tensor:
     return difference_PG / (nan_std(rewards_PG.flatten(), dim=0) + STD_EPSILON)
 
 
-def beta_normalised_advantages(rewards_PG: Tensor) -> Tensor:
-    """BNPO's advantages for rewards in [0, 1], float64 [P, G] (arXiv:2506.02864).
+def whitened_advantages(rewards_PG: Tensor) -> Tensor:
+    """REINFORCE++-baseline's, float64 [P, G]: centred rewards over their standard deviation in the whole batch (arXiv:2501.03262).
 
-    With p a group's mean reward, the advantage is (r - p) / f(p; alpha, beta), where f is the density of a Beta distribution. Its
-    parameters minimise the variance of the gradient when p itself is Beta(a, b): alpha = 1 + a/3 and beta = 1 + b/3; a and b are
-    those of the batch's p by the method of moments. Where the moments fit no Beta distribution (fewer than two groups, no variance,
-    or more than a Bernoulli's) a = b = 0, so f = 1 and the advantage is the difference alone.
+    The batch's mean, which the paper subtracts too, is zero: every group's is. Unlike scale "batch" of `group_advantages`, which
+    divides by the spread of the rewards, differences between groups do not count.
+    """
+    difference_PG = centred(drop_small_groups(rewards_PG.double()))
+    return difference_PG / (nan_std(difference_PG.flatten(), dim=0) + STD_EPSILON)
+
+
+def leave_one_out_advantages(rewards_PG: Tensor) -> Tensor:
+    """RLOO's, float64 [P, G]: each reward minus the mean of the group's other ones (arXiv:2402.14740).
+
+    With n survivors this is n / (n - 1) times the difference from the group's mean.
     """
     rewards_PG = drop_small_groups(rewards_PG.double())
-    survivors = rewards_PG[rewards_PG.isfinite()]
-    if ((survivors < 0) | (survivors > 1)).any():
-        raise ConfigError(
-            f"BNPO needs total rewards in [0, 1], got {survivors.min().item():g} to {survivors.max().item():g}: "
-            "rescale the rewards or their weights, or use another algorithm"
-        )
-    p_P = rewards_PG.nanmean(-1)
-    alpha, beta = _beta_parameters(p_P[p_P.isfinite()])
-    # A constant group may sit where the density is zero or infinite; its difference is zero whatever the density.
-    inside_P = torch.where(is_constant(rewards_PG), 0.5, p_P).clamp(1e-6, 1 - 1e-6)
-    density_P = torch.distributions.Beta(alpha, beta).log_prob(inside_P).exp()
-    return centred(rewards_PG) / density_P[:, None]
+    survivors_P1 = rewards_PG.isfinite().sum(-1, keepdim=True)
+    return centred(rewards_PG) * survivors_P1 / (survivors_P1 - 1).clamp(min=1)
 
 
-def _beta_parameters(p: Tensor) -> tuple[Tensor, Tensor]:
-    """(1 + a/3, 1 + b/3) with Beta(a, b) fitted to `p` by the method of moments."""
-    one = torch.ones((), dtype=torch.float64)
-    if len(p) < 2:
-        return one, one
-    mean, variance = p.mean(), p.var(unbiased=False)
-    if not 0 < variance < mean * (1 - mean):
-        return one, one
-    total = mean * (1 - mean) / variance - 1
-    return 1 + mean * total / 3, 1 + (1 - mean) * total / 3
+def length_weighted_advantages(rewards_PG: Tensor, lengths_PG: Tensor) -> Tensor:
+    """OPO's, float64 [P, G]: reward minus the group's mean weighted by length (arXiv:2505.23585).
+
+    This baseline has the least variance when the squared gradient of a completion's log-prob grows with its length.
+    """
+    rewards_PG = drop_small_groups(rewards_PG.double())
+    finite_PG = rewards_PG.isfinite()
+    lengths_PG = lengths_PG.to(rewards_PG).where(finite_PG, 0.0)
+    weighted_P1 = (rewards_PG.where(finite_PG, 0.0) * lengths_PG).sum(-1, keepdim=True)
+    difference_PG = rewards_PG - weighted_P1 / lengths_PG.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(is_constant(rewards_PG)[:, None] & finite_PG, 0.0, difference_PG)
+
+
+def greedy_advantages(rewards_PG: Tensor, baseline_P: Tensor) -> Tensor:
+    """ReMax's, float64 [P, G]: reward minus that of the prompt's greedy completion (arXiv:2310.10505).
+
+    A group whose completions are all alike has an advantage here, if the greedy one is not. A failed greedy completion (NaN) drops
+    its group.
+    """
+    return drop_small_groups(rewards_PG.double() - baseline_P.double()[:, None])
+
+
+def mean_normalised_advantages(rewards_PG: Tensor) -> Tensor:
+    """MaxRL's, float64 [P, G]: (r - mean) / mean of the group, and 0 where nothing is solved (arXiv:2602.02710).
+
+    For rewards of 0 and 1 its mean is the gradient of the log-probability of a right answer, up to an order that grows with G.
+
+    Raises:
+        ConfigError: If a reward is negative: a mean near zero, or below, would turn the gradient around.
+    """
+    rewards_PG = drop_small_groups(rewards_PG.double())
+    finite_PG = rewards_PG.isfinite()
+    if (rewards_PG[finite_PG] < 0).any():
+        smallest = rewards_PG[finite_PG].min().item()
+        raise ConfigError(f"MaxRL needs total rewards of at least 0, got {smallest:g}: shift the rewards, or use another algorithm")
+    mean_P1 = rewards_PG.nanmean(-1, keepdim=True)
+    return torch.where((mean_P1 > 0) | ~finite_PG, centred(rewards_PG) / mean_P1, 0.0)
+
+
+def decoupled_advantages(scores_PGF: Tensor, weights_F: Tensor) -> Tensor:
+    """GDPO's, float64 [P, G]: each reward standardised in its group, weighed, added up, then divided by the batch's spread.
+
+    arXiv:2601.05242. The spread is that over completions; the batch's mean, which the paper subtracts too, is zero:
+    every reward's is, in every group. A failed completion leaves the baseline of every reward. A reward that does not apply to a
+    completion, or to no other of its group, adds nothing to it.
+    """
+    total_PG = drop_small_groups(total_scores(scores_PGF, weights_F))
+    survives_PG = total_PG.isfinite()
+    applies_PGF = survives_PG[..., None] & (scores_PGF != NOT_APPLICABLE)
+    columns_FPG = scores_PGF.double().where(applies_PGF, torch.nan).permute(2, 0, 1)
+    standardised_FPG = group_advantages(columns_FPG.flatten(0, 1)).reshape(columns_FPG.shape).nan_to_num(nan=0.0)
+    combined_PG = torch.einsum("fpg,f->pg", standardised_FPG, weights_F.double()).where(survives_PG, torch.nan)
+    return combined_PG / (nan_std(combined_PG.flatten(), dim=0) + STD_EPSILON)

@@ -1,6 +1,7 @@
-"""Per-token policy losses and KL estimates. Pure functions of log-probs, packed [T]; no normalisation in here.
+"""Policy losses by token. Pure functions of log-probs, packed [T]; no normalisation in here.
 
-Losses are to be minimised. `ratio_T` is exp(log-prob now - log-prob when the episode was sampled).
+Losses are to be minimised. `ratio_T` is exp(log-prob now - log-prob when the episode was sampled). What a paper holds fixed
+(stop-gradient) is detached.
 """
 
 from __future__ import annotations
@@ -11,38 +12,93 @@ from torch import Tensor
 from stateset_lightning.types import Metrics
 
 
-def per_token(values_N: Tensor, lengths_N: Tensor) -> Tensor:
-    """Repeats a value per completion for each of its tokens: [N] -> [T]."""
-    return values_N.repeat_interleave(lengths_N.to(values_N.device), dim=0)
+def policy_gradient_loss(logprobs_T: Tensor, advantages_T: Tensor) -> Tensor:
+    """REINFORCE, [T]: -A log-prob. No importance ratio: right for the policy that sampled, so for one optimizer step per episode."""
+    return -advantages_T * logprobs_T
 
 
 def clipped_loss(
-    logprobs_T: Tensor, old_logprobs_T: Tensor, advantages_T: Tensor, *, epsilon_low: float, epsilon_high: float
+    logprobs_T: Tensor, old_logprobs_T: Tensor, advantages_T: Tensor, *, epsilon_low: float, epsilon_high: float, delta: float | None = None
 ) -> tuple[Tensor, Metrics]:
     """PPO's clipped surrogate, [T]: -min(ratio A, clip(ratio, 1 - epsilon_low, 1 + epsilon_high) A).
 
-    arXiv:1707.06347, equation 7; separate bounds ("clip-higher"): arXiv:2503.14476, equation 10. The clip metrics count tokens
-    whose gradient the bound removes: below for negative advantages, above for positive ones.
+    arXiv:1707.06347, equation 7; separate bounds ("clip-higher"): arXiv:2503.14476, equation 10. With `delta` the first ratio is
+    at most delta (two-sided bound, arXiv:2505.07291; above 1 + epsilon_high it is dual clip's c, arXiv:1912.09729). The clip
+    metrics count tokens whose gradient the clip removes: below for negative advantages, above for positive ones.
+    """
+    return clipped_surrogate((logprobs_T - old_logprobs_T).exp(), advantages_T, epsilon_low, epsilon_high, delta)
+
+
+def clipped_surrogate(
+    ratio_T: Tensor, advantages_T: Tensor, epsilon_low: float, epsilon_high: float, delta: float | None
+) -> tuple[Tensor, Metrics]:
+    bounded_T = ratio_T.clamp(1 - epsilon_low, 1 + epsilon_high)
+    first_T = ratio_T if delta is None else ratio_T.clamp(max=delta)
+    loss_T = -torch.minimum(first_T * advantages_T, bounded_T * advantages_T)
+    low_T = (ratio_T < 1 - epsilon_low) & (advantages_T < 0)
+    high_T = (ratio_T > 1 + epsilon_high) & (advantages_T > 0)
+    return loss_T, ratio_metrics(ratio_T, low_T, high_T)
+
+
+def ratio_metrics(ratio: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Metrics:
+    """Mean ratio, and the shares that are bounded below and above; over whatever the ratios are of, tokens or completions."""
+    count = ratio.numel()
+    metrics: Metrics = {"policy/ratio_mean": (ratio.detach().sum(), count)}
+    if low is not None:
+        metrics["policy/clip_low"] = (low.sum(), count)
+    if high is not None:
+        metrics["policy/clip_high"] = (high.sum(), count)
+    return metrics
+
+
+def importance_loss(logprobs_T: Tensor, old_logprobs_T: Tensor, advantages_T: Tensor) -> tuple[Tensor, Metrics]:
+    """The surrogate without any bound, [T]: -ratio A."""
+    ratio_T = (logprobs_T - old_logprobs_T).exp()
+    return -ratio_T * advantages_T, ratio_metrics(ratio_T)
+
+
+def cispo_loss(logprobs_T: Tensor, old_logprobs_T: Tensor, advantages_T: Tensor, *, epsilon_high: float) -> tuple[Tensor, Metrics]:
+    """CISPO, [T]: -sg(min(ratio, 1 + epsilon_high)) A log-prob (MiniMax-M1, arXiv:2506.13585).
+
+    The weight is bounded, never the gradient: every token trains. The paper leaves the weight without a lower bound.
+    """
+    ratio_T = (logprobs_T - old_logprobs_T).exp().detach()
+    loss_T = -ratio_T.clamp(max=1 + epsilon_high) * advantages_T * logprobs_T
+    return loss_T, ratio_metrics(ratio_T, high=ratio_T > 1 + epsilon_high)
+
+
+def sapo_loss(
+    logprobs_T: Tensor, old_logprobs_T: Tensor, advantages_T: Tensor, *, tau_positive: float, tau_negative: float
+) -> tuple[Tensor, Metrics]:
+    """SAPO, [T]: -(4 / tau) sigmoid(tau (ratio - 1)) A, with a tau for A > 0 and one for the rest (arXiv:2511.20347).
+
+    A smooth gate in place of a clip: on-policy its slope is that of -ratio A, and falls off on both sides.
     """
     ratio_T = (logprobs_T - old_logprobs_T).exp()
-    bounded_T = ratio_T.clamp(1 - epsilon_low, 1 + epsilon_high)
-    loss_T = -torch.minimum(ratio_T * advantages_T, bounded_T * advantages_T)
-    with torch.no_grad():
-        low = ((ratio_T < 1 - epsilon_low) & (advantages_T < 0)).sum()
-        high = ((ratio_T > 1 + epsilon_high) & (advantages_T > 0)).sum()
-        metrics: Metrics = {
-            "policy/ratio_mean": (ratio_T.sum(), ratio_T.numel()),
-            "policy/clip_low": (low, ratio_T.numel()),
-            "policy/clip_high": (high, ratio_T.numel()),
-        }
-    return loss_T, metrics
+    tau_T = torch.where(advantages_T > 0, tau_positive, tau_negative).to(ratio_T.dtype)
+    return -4 / tau_T * torch.sigmoid(tau_T * (ratio_T - 1)) * advantages_T, ratio_metrics(ratio_T)
 
 
-def k3(logprobs_T: Tensor, ref_logprobs_T: Tensor) -> Tensor:
-    """KL(policy || reference) by the k3 estimate, [T]: exp(d) - d - 1 with d = reference - policy.
+def dppo_loss(
+    logprobs_T: Tensor, sampling_logprobs_T: Tensor, advantages_T: Tensor, *, delta_low: float, delta_high: float, maximum: float
+) -> tuple[Tensor, Metrics]:
+    """DPPO with binary total variation, [T]: -mask sg(min(ratio, maximum)) A log-prob (arXiv:2602.04879).
 
-    Schulman, "Approximating KL divergence" (joschu.net/blog/kl-approx.html); GRPO, arXiv:2402.03300, equation 4. Never negative;
-    its value is unbiased, its gradient is not that of the KL.
+    Ratio and mask compare with the policy that sampled. A token is masked when its probability has risen by more than `delta_high`
+    and A > 0, or fallen by more than `delta_low` and A < 0: a bound on probabilities, where PPO's is on their ratio.
     """
-    difference_T = ref_logprobs_T - logprobs_T
-    return torch.expm1(difference_T) - difference_T
+    ratio_T = (logprobs_T - sampling_logprobs_T).exp().detach()
+    change_T = logprobs_T.detach().exp() - sampling_logprobs_T.exp()
+    high_T = (change_T > delta_high) & (advantages_T > 0)
+    low_T = (change_T < -delta_low) & (advantages_T < 0)
+    loss_T = torch.where(high_T | low_T, 0.0, -ratio_T.clamp(max=maximum) * advantages_T * logprobs_T)
+    return loss_T, ratio_metrics(ratio_T, low_T, high_T)
+
+
+def covariance_penalised_loss(
+    logprobs_T: Tensor, old_logprobs_T: Tensor, advantages_T: Tensor, penalised_T: Tensor, coefficient: float
+) -> tuple[Tensor, Metrics]:
+    """KL-Cov, [T]: -ratio A, plus coefficient x |log ratio| on the penalised tokens (arXiv:2505.22617)."""
+    loss_T, metrics = importance_loss(logprobs_T, old_logprobs_T, advantages_T)
+    drift_T = (logprobs_T - old_logprobs_T).abs()
+    return loss_T + coefficient * drift_T.where(penalised_T, 0.0), metrics

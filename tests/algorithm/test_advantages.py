@@ -8,7 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stateset_lightning.algorithm.advantages import beta_normalised_advantages, group_advantages, total_scores
+from stateset_lightning.algorithm.advantages import (
+    decoupled_advantages,
+    greedy_advantages,
+    group_advantages,
+    leave_one_out_advantages,
+    length_weighted_advantages,
+    mean_normalised_advantages,
+    total_scores,
+    whitened_advantages,
+)
+from stateset_lightning.algorithm.beta_normalisation import beta_normalised_advantages
+from stateset_lightning.errors import ConfigError
 from stateset_lightning.types import NOT_APPLICABLE
 
 NAN = math.nan
@@ -211,3 +222,114 @@ def test_bnpo_leaves_failures_out_of_mean_and_fit() -> None:
 def test_bnpo_refuses_rewards_outside_zero_and_one(outside: float) -> None:
     with pytest.raises(ValueError, match=r"BNPO needs total rewards in \[0, 1\], got .*: rescale the rewards or their weights"):
         beta_normalised_advantages(rows((outside, 0.5, 0.5)))
+
+
+# Other baselines --------------------------------------------------------------------------------------------------------------
+
+
+def test_leave_one_out_by_hand() -> None:
+    # The others of 6 average (3 + 0) / 2; of 3, 6 / 2; of 0, 9 / 2. A failed completion is no other.
+    expected = (6 - 1.5, 3 - 3.0, 0 - 4.5)
+    assert_rows(leave_one_out_advantages(rows((6, 3, 0))), expected)
+    assert_rows(leave_one_out_advantages(rows((6, NAN, 3, 0))), (expected[0], NAN, *expected[1:]))
+
+
+def test_the_length_weighted_baseline_by_hand() -> None:
+    # (1 x 1 + 0 x 3) / 4 = 1/4; the failed completion's length does not count.
+    assert_rows(length_weighted_advantages(rows((1, 0)), torch.tensor([[1, 3]])), (0.75, -0.25))
+    assert_rows(length_weighted_advantages(rows((1, NAN, 0)), torch.tensor([[1, 50, 3]])), (0.75, NAN, -0.25))
+
+
+def test_the_greedy_baseline_by_hand() -> None:
+    got = greedy_advantages(rows((1, 0, 1), (0, 0, 0), (1, 0, 1), (1, NAN, NAN)), torch.tensor([0.0, 1.0, NAN, 0.0]))
+    assert_rows(got, (1, 0, 1), (-1, -1, -1), (NAN, NAN, NAN), (NAN, NAN, NAN))
+
+
+def test_the_mean_normalised_by_hand() -> None:
+    # Mean 1/4: (1 - 1/4) / (1/4) = 3, (0 - 1/4) / (1/4) = -1. Nothing solved, or all: 0.
+    got = mean_normalised_advantages(rows((1, 0, 0, 0), (0, 0, 0, 0), (1, 1, 1, 1), (1, NAN, 0, NAN)))
+    assert_rows(got, (3, -1, -1, -1), (0, 0, 0, 0), (0, 0, 0, 0), (1, NAN, -1, NAN))
+    with pytest.raises(ConfigError, match="total rewards of at least 0, got -1"):
+        mean_normalised_advantages(rows((1, -1)))
+
+
+def test_whitening_by_hand() -> None:
+    # Differences 1, -1 and 3, -3: mean 0, squares 2 + 18 = 20 over 3. Means that differ between groups do not count.
+    std = math.sqrt(20 / 3) + 1e-4
+    assert_rows(whitened_advantages(rows((2, 0), (103, 97))), (1 / std, -1 / std), (3 / std, -3 / std))
+
+
+def test_decoupled_advantages_by_hand() -> None:
+    # Rewards of (1, 0) and (0, 10), weights 1 and 2: standardised to +-a in each group of two, whatever their spread.
+    a, b = 0.5 / (math.sqrt(0.5) + 1e-4), 5 / (math.sqrt(50) + 1e-4)
+    combined = (a - 2 * b, -a + 2 * b)
+    std = math.sqrt(2 * combined[0] ** 2) + 1e-4  # both deviations squared, over 2 - 1
+    scores = torch.tensor([[[1.0, 0.0], [0.0, 10.0]]])
+    assert_rows(decoupled_advantages(scores, torch.tensor([1.0, 2.0])), (combined[0] / std, combined[1] / std))
+
+
+def test_decoupled_advantages_leave_out_failures_and_what_does_not_apply() -> None:
+    weights = torch.tensor([1.0, 1.0])
+    # The failed completion leaves the baseline of the reward that did not fail, too.
+    failed = torch.tensor([[[1.0, 0.0], [100.0, NAN], [0.0, 0.0]]])
+    without = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
+    got = decoupled_advantages(failed, weights)
+    assert got[0, 1].isnan()
+    torch.testing.assert_close(got[0, [0, 2]], decoupled_advantages(without, weights)[0])
+    # The second reward applies to one completion alone: nothing to compare with, so it adds nothing.
+    alone = torch.tensor([[[1.0, NOT_APPLICABLE], [0.0, 5.0]]])
+    torch.testing.assert_close(decoupled_advantages(alone, weights), decoupled_advantages(without, weights))
+    # It applies to two of three: standardised over those two, nothing for the third.
+    some = torch.tensor([[[0.0, NOT_APPLICABLE], [0.0, 3.0], [0.0, 1.0]]])
+    assert decoupled_advantages(some, weights)[0].tolist() == pytest.approx([0.0, 1.0, -1.0], abs=1e-3)
+    # A completion to which nothing applies has failed; a group with fewer than two left is dropped.
+    none = torch.tensor([[[NOT_APPLICABLE, NOT_APPLICABLE], [1.0, 1.0]]])
+    assert decoupled_advantages(none, weights).isnan().all()
+
+
+def test_decoupled_advantages_have_mean_zero_and_a_spread_of_one() -> None:
+    scores = torch.rand(6, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    got = decoupled_advantages(scores, torch.tensor([1.0, 0.2, 3.0]))
+    assert got.mean().item() == pytest.approx(0.0, abs=1e-12)
+    assert got.std().item() == pytest.approx(1.0, abs=1e-3)
+
+
+def one_reward(function: str, rewards_PG: Tensor) -> Tensor:
+    """Any of the advantages, from one reward."""
+    return {
+        "leave one out": lambda r: leave_one_out_advantages(r),
+        "length weighted": lambda r: length_weighted_advantages(r, torch.arange(1, r.numel() + 1).reshape(r.shape)),
+        "mean normalised": lambda r: mean_normalised_advantages(r),
+        "whitened": lambda r: whitened_advantages(r),
+        "decoupled": lambda r: decoupled_advantages(r[..., None], torch.ones(1)),
+    }[function](rewards_PG)
+
+
+FUNCTIONS = ["leave one out", "length weighted", "mean normalised", "whitened", "decoupled"]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("value", [0.1 + 0.2, 1 / 3, 1e30, 1e17 / 3, 0.0])
+def test_constant_groups_are_exactly_zero_for_every_baseline(function: str, value: float) -> None:
+    for size in (2, 3, 6, 7):
+        beside = torch.stack([torch.full((size,), value, dtype=torch.float64), torch.arange(size).double()])
+        got = one_reward(function, beside)
+        assert (got[0] == 0).all()
+        assert got.dtype == torch.float64
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_small_groups_are_dropped_and_failures_stay_apart_for_every_baseline(function: str) -> None:
+    got = one_reward(function, rows((1, NAN, NAN), (NAN, NAN, NAN), (NAN, 5, 3)))
+    assert got.isnan().tolist() == [[True] * 3, [True] * 3, [True, False, False]]
+    assert got[2, 1] > 0 > got[2, 2]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_huge_rewards_stay_finite_for_every_baseline(function: str) -> None:
+    assert one_reward(function, rows((1e30, 0, 0), (1, 0, 1))).isfinite().all()
+
+
+@pytest.mark.parametrize("function", [name for name in FUNCTIONS if name != "mean normalised"])
+def test_negative_rewards_count_like_any_other_for_every_baseline(function: str) -> None:
+    torch.testing.assert_close(one_reward(function, rows((-4, -5, -6))), one_reward(function, rows((6, 5, 4))), atol=1e-9, rtol=0)

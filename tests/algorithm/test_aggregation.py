@@ -4,12 +4,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
+from stateset_lightning import algorithm as algorithms
 from stateset_lightning.algorithm import GRPO, Algorithm, TokenBatch
 from stateset_lightning.algorithm.aggregation import token_weights
-from stateset_lightning.algorithm.losses import per_token
+from stateset_lightning.algorithm.segments import per_token
 
 AGGREGATIONS = ("sequence_mean", "token_mean", "sequence_sum", "constant_length", "prompt_mean")
+EXPORTED = [getattr(algorithms, name) for name in algorithms.__all__]
+PRESETS = [found for found in EXPORTED if isinstance(found, type) and issubclass(found, Algorithm)]
 
 
 def weights(
@@ -78,38 +82,56 @@ def test_a_mean_of_ones_is_one(aggregation: str, lengths: list[int], data: st.Da
     assert total == pytest.approx(1.0 if any(trains) else 0.0)
 
 
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@given(lengths=st.lists(st.integers(1, 6), min_size=2, max_size=10), data=st.data())
-def test_any_split_into_micro_steps_sums_to_the_whole(aggregation: str, lengths: list[int], data: st.DataObject) -> None:
-    """Loss and gradient of an optimizer step equal the sums over its parts, whoever is in which."""
-    number = len(lengths)
-    parts = data.draw(st.lists(st.integers(0, 3), min_size=number, max_size=number))
-    trains_N = torch.tensor(data.draw(st.lists(st.booleans(), min_size=number, max_size=number)))
-    seed = data.draw(st.integers(0, 1000))
-    generator = torch.Generator().manual_seed(seed)
-    algorithm = Algorithm(aggregation=aggregation, beta=0.1, epsilon_high=0.3)  # type: ignore[arg-type]
-    algorithm.setup(max_new_tokens=6)
-    lengths_N = torch.tensor(lengths)
-    total = sum(lengths)
+def check_a_split(algorithm: Algorithm, number: int, generator: torch.Generator) -> None:
+    lengths_N = torch.randint(1, 7, (number,), generator=generator)
+    parts_N = torch.randint(0, 4, (number,), generator=generator)
+    trains_N = torch.rand(number, generator=generator) < 0.8
+    total = int(lengths_N.sum())
     logprobs_T = -torch.rand(total, generator=generator, dtype=torch.float64) * 3
-    old_T, ref_T = (logprobs_T + torch.randn(total, generator=generator, dtype=torch.float64) * 0.3 for _ in range(2))
+    old_T, ref_T, sampling_T = (logprobs_T + torch.randn(total, generator=generator, dtype=torch.float64) * 0.3 for _ in range(3))
     advantages_N = torch.randn(number, generator=generator, dtype=torch.float64)
     weights_N = algorithm.token_weights(lengths_N, torch.arange(number) // 2, trains_N)
 
-    def loss_and_gradient(rows_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(rows_N: Tensor, leaf_T: Tensor, select_T: Tensor | None) -> TokenBatch:
+        rows_T = rows_N.repeat_interleave(lengths_N)
+        return TokenBatch(
+            leaf_T[rows_T],
+            old_T[rows_T],
+            advantages_N[rows_N],
+            lengths_N[rows_N],
+            ref_logprobs_T=ref_T[rows_T],
+            sampling_logprobs_T=sampling_T[rows_T],
+            entropies_T=leaf_T.square()[rows_T],
+            select_T=None if select_T is None else select_T[rows_T],
+        )
+
+    select_T = torch.ones(total, dtype=torch.bool)
+    if algorithm.selects_tokens:
+        select_T[trains_N.repeat_interleave(lengths_N)] = algorithm.select(batch(trains_N, logprobs_T, None), seed=3)
+
+    def loss_and_gradient(rows_N: Tensor) -> tuple[Tensor, Tensor]:
         leaf_T = logprobs_T.clone().requires_grad_()
-        tokens_T = rows_N.repeat_interleave(lengths_N)
-        batch = TokenBatch(leaf_T[tokens_T], old_T[tokens_T], advantages_N[rows_N], lengths_N[rows_N], ref_logprobs_T=ref_T[tokens_T])
-        loss_T, _ = algorithm.per_token_loss(batch)
+        loss_T, _ = algorithm.per_token_loss(batch(rows_N, leaf_T, select_T))
         loss = (per_token(weights_N[rows_N], lengths_N[rows_N]) * loss_T).sum()
         loss.backward()
         assert leaf_T.grad is not None
         return loss.detach(), leaf_T.grad
 
     whole = loss_and_gradient(trains_N)
-    pieces = [loss_and_gradient(trains_N & (torch.tensor(parts) == part)) for part in range(4)]
+    pieces = [loss_and_gradient(trains_N & (parts_N == part)) for part in range(4)]
     torch.testing.assert_close(torch.stack([loss for loss, _ in pieces]).sum(), whole[0], atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(torch.stack([gradient for _, gradient in pieces]).sum(0), whole[1], atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
+def test_any_split_into_micro_steps_sums_to_the_whole(preset: type[Algorithm], aggregation: str) -> None:
+    """Loss and gradient of an optimizer step equal the sums over its parts, whoever is in which; with every term that exists."""
+    algorithm = preset(aggregation=aggregation, beta=0.1, entropy_coefficient=0.01, off_policy_threshold=0.05)  # type: ignore[call-arg]
+    algorithm.setup(max_new_tokens=6)
+    generator = torch.Generator().manual_seed(1)
+    for number in (2, 5, 9):
+        check_a_split(algorithm, number, generator)
 
 
 def test_weights_are_float64() -> None:

@@ -1,9 +1,12 @@
 """The stock algorithm: its options, its metrics and its terms."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 
-from stateset_lightning.algorithm import Algorithm, TokenBatch
+from stateset_lightning.algorithm import KL, AdaptiveEntropy, Algorithm, Clipped, Mismatch, TokenBatch
 from stateset_lightning.errors import ConfigError
 
 
@@ -19,22 +22,22 @@ def batch(ratios: list[float], advantages: list[float], lengths: list[int], refe
 
 
 def test_the_upper_bound_defaults_to_the_lower() -> None:
-    assert Algorithm(epsilon_low=0.1).epsilon_high == 0.1
-    algorithm = Algorithm(epsilon_low=0.1, epsilon_high=0.5)
+    assert Clipped(epsilon_low=0.1).epsilon_high == 0.1
+    algorithm = Clipped(epsilon_low=0.1, epsilon_high=0.5)
     assert (algorithm.epsilon_low, algorithm.epsilon_high) == (0.1, 0.5)
     loss_T, _ = algorithm.per_token_loss(batch([1.45, 1.6, 0.85], [1.0, -1.0], [2, 1]))
     assert loss_T.tolist() == pytest.approx([-1.45, -1.5, 0.9])
 
 
 def test_advantages_are_per_completion_and_losses_per_token() -> None:
-    loss_T, _ = Algorithm().per_token_loss(batch([1.0] * 5, [2.0, -1.0], [2, 3]))
+    loss_T, _ = Clipped().per_token_loss(batch([1.0] * 5, [2.0, -1.0], [2, 3]))
     assert loss_T.tolist() == pytest.approx([-2.0, -2.0, 1.0, 1.0, 1.0])
 
 
 def test_the_kl_term_is_added_with_its_coefficient_and_reported_without() -> None:
     # The policy's log-prob is -1; the reference's is log 2 more: k3 = 1 - log 2 = 0.30685.
     tokens = batch([1.0, 1.0], [2.0], [2], reference=[-1 + 0.6931472, -1.0])
-    loss_T, metrics = Algorithm(beta=0.5).per_token_loss(tokens)
+    loss_T, metrics = Clipped(beta=0.5).per_token_loss(tokens)
     assert loss_T.tolist() == pytest.approx([-2.0 + 0.5 * 0.3068528, -2.0], abs=1e-6)
     total, count = metrics["policy/kl"]
     assert float(total) == pytest.approx(0.3068528, abs=1e-6)
@@ -42,7 +45,7 @@ def test_the_kl_term_is_added_with_its_coefficient_and_reported_without() -> Non
 
 
 def test_without_a_coefficient_a_reference_is_neither_needed_nor_used() -> None:
-    algorithm = Algorithm(beta=0.0)
+    algorithm = Clipped(beta=0.0)
     loss_T, metrics = algorithm.per_token_loss(batch([1.0], [2.0], [1], reference=[-5.0]))
     assert loss_T.tolist() == [-2.0]
     assert "policy/kl" not in metrics
@@ -84,8 +87,164 @@ def test_the_loss_keeps_the_precision_of_its_log_probs() -> None:
     assert Algorithm().per_token_loss(tokens)[0].dtype == torch.float32
 
 
+def test_the_plain_policy_gradient_by_hand() -> None:
+    # -A log-prob, whose gradient is -A whatever the old log-prob.
+    logprobs_T = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
+    tokens = TokenBatch(logprobs_T, torch.zeros(3), torch.tensor([2.0, -1.0]), torch.tensor([2, 1]))
+    loss_T, _ = Algorithm().per_token_loss(tokens)
+    loss_T.sum().backward()
+    assert loss_T.tolist() == [2.0, 4.0, -3.0]
+    assert logprobs_T.grad is not None
+    assert logprobs_T.grad.tolist() == [-2.0, -2.0, 1.0]
+
+
+# Terms and corrections --------------------------------------------------------------------------------------------------------
+
+
+def test_kl_in_the_reward_leaves_the_loss_alone_and_is_reported() -> None:
+    algorithm = Clipped(beta=0.5, kl=KL(estimator="k1", place="reward"))
+    assert algorithm.kl_in_reward
+    assert algorithm.needs_reference
+    assert not algorithm.trains_on_zero_advantage
+    loss_T, metrics = algorithm.per_token_loss(batch([1.0, 1.0], [2.0], [2], reference=[-1.5, -1.0]))
+    assert loss_T.tolist() == [-2.0, -2.0]
+    assert float(metrics["policy/kl"][0]) == pytest.approx(0.5)
+
+
+def test_kl_scores_add_up_a_completions_estimates() -> None:
+    # k1 is policy - reference: 0.5 + 0.25 for the first completion, -1 for the second.
+    logprobs_T, ref_T = torch.tensor([-1.0, -1.0, -3.0], requires_grad=True), torch.tensor([-1.5, -1.25, -2.0])
+    scores_N = Algorithm(beta=1.0, kl=KL("k1", "reward")).kl_scores(logprobs_T, ref_T, torch.tensor([2, 1]))
+    assert scores_N.tolist() == [0.75, -1.0]
+    assert not scores_N.requires_grad
+
+
+def test_an_adaptive_kl_coefficient_follows_its_target_and_is_kept() -> None:
+    # 1909.08593: the relative error is cut at 20 %, and a tenth of it is applied.
+    algorithm = Clipped(beta=0.1, kl=KL(target=0.5, horizon=10))
+    for kl, factor in ((5.0, 1.02), (0.55, 1.01), (0.5, 1.0), (0.0, 0.98)):
+        before = algorithm.kl_coefficient
+        algorithm.adapt({"policy/kl": kl})
+        assert algorithm.kl_coefficient == pytest.approx(before * factor)
+    assert algorithm.beta == 0.1
+    other = Clipped(beta=0.1, kl=KL(target=0.5))
+    other.load_state_dict(algorithm.state_dict())
+    assert other.kl_coefficient == algorithm.kl_coefficient
+    tokens = batch([1.0], [0.0], [1], reference=[-1 + 0.6931472])
+    assert other.per_token_loss(tokens)[0].item() == pytest.approx(other.kl_coefficient * 0.3068528)
+
+
+def test_a_fixed_coefficient_does_not_move() -> None:
+    algorithm = Clipped(beta=0.1, entropy_coefficient=0.2)
+    algorithm.adapt({"policy/kl": 100.0, "policy/entropy": 0.0})
+    assert (algorithm.kl_coefficient, algorithm.entropy_coefficient) == (0.1, 0.2)
+    assert algorithm.state_dict() == {}
+
+
+def with_entropies(entropies: list[float], lengths: list[int]) -> TokenBatch:
+    count = len(entropies)
+    entropies_T = torch.tensor(entropies, requires_grad=True)
+    return TokenBatch(torch.zeros(count), torch.zeros(count), torch.ones(len(lengths)), torch.tensor(lengths), entropies_T=entropies_T)
+
+
+def test_the_entropy_bonus_by_hand() -> None:
+    tokens = with_entropies([2.0, 0.5], [2])
+    loss_T, metrics = Clipped(entropy_coefficient=0.1).per_token_loss(tokens)
+    loss_T.sum().backward()
+    assert loss_T.tolist() == pytest.approx([-1.2, -1.05])
+    assert tokens.entropies_T is not None
+    assert tokens.entropies_T.grad is not None
+    assert tokens.entropies_T.grad.tolist() == pytest.approx([-0.1, -0.1])
+    assert float(metrics["policy/entropy"][0]) == 2.5
+    assert Clipped(entropy_coefficient=0.1).trains_on_zero_advantage
+    with pytest.raises(ValueError, match=r"entropy_coefficient needs TokenBatch\.entropies_T"):
+        Clipped(entropy_coefficient=0.1).per_token_loss(batch([1.0], [1.0], [1]))
+
+
+def test_an_adaptive_entropy_coefficient_acts_below_its_target_alone() -> None:
+    algorithm = Clipped(entropy_coefficient=0.01, adaptive_entropy=AdaptiveEntropy(target=0.5, delta=0.005, maximum=0.02))
+    assert algorithm.trains_on_zero_advantage
+    assert algorithm.entropy_bonus == 0.0  # nothing measured yet
+    for entropy, coefficient, bonus in ((0.4, 0.015, 0.015), (0.4, 0.02, 0.02), (0.4, 0.02, 0.02), (0.5, 0.015, 0.015), (0.9, 0.01, 0.0)):
+        algorithm.adapt({"policy/entropy": entropy})
+        assert algorithm.entropy_coefficient == pytest.approx(coefficient)
+        assert algorithm.entropy_bonus == pytest.approx(bonus)
+    for _ in range(4):
+        algorithm.adapt({"policy/entropy": 0.9})
+    assert algorithm.entropy_coefficient == 0.0
+    algorithm.adapt({"policy/entropy": 0.4})
+    other = Clipped(adaptive_entropy=AdaptiveEntropy(target=0.5))
+    other.load_state_dict(algorithm.state_dict())
+    assert (other.entropy_coefficient, other.entropy_bonus) == (0.005, 0.005)
+    assert set(other.state_dict()) == set(Clipped(adaptive_entropy=AdaptiveEntropy()).state_dict())
+
+
+def test_top_entropy_trains_the_chosen_tokens_alone_and_keeps_the_other_terms() -> None:
+    tokens = batch([1.0, 1.0, 1.0, 1.0], [2.0], [4], reference=[-1 + 0.6931472] * 4)
+    entropies_T = torch.tensor([0.1, 3.0, 2.0, 0.2])
+    algorithm = Clipped(top_entropy=0.5, beta=0.5)
+    assert algorithm.selects_tokens
+    chosen_T = algorithm.select(replace(tokens, entropies_T=entropies_T), seed=0)
+    assert chosen_T.tolist() == [False, True, True, False]
+    loss_T, _ = algorithm.per_token_loss(replace(tokens, select_T=chosen_T))
+    kl = 0.5 * 0.3068528
+    assert loss_T.tolist() == pytest.approx([kl, -2 + kl, -2 + kl, kl], abs=1e-6)
+    with pytest.raises(ValueError, match=r"top_entropy needs TokenBatch\.select_T"):
+        algorithm.per_token_loss(tokens)
+
+
+def test_the_off_policy_mask_drops_drifted_completions_with_a_negative_advantage() -> None:
+    # Log-probs have fallen by log 2 = 0.69 in the first two completions, and not in the third; only the second is negative.
+    tokens = batch([0.5, 0.5, 0.5, 0.5, 1.0], [1.0, -1.0, -1.0], [2, 2, 1])
+    loss_T, metrics = Algorithm(off_policy_threshold=0.6).per_token_loss(tokens)
+    plain_T, _ = Algorithm().per_token_loss(tokens)
+    assert loss_T.tolist() == [*plain_T[:2].tolist(), 0.0, 0.0, plain_T[4].item()]
+    assert tuple(map(float, metrics["policy/off_policy"])) == (1.0, 3.0)
+    assert torch.equal(Algorithm(off_policy_threshold=0.7).per_token_loss(tokens)[0], plain_T)
+    # Where the sampler's log-probs are known, drift is from those.
+    known = replace(tokens, sampling_logprobs_T=tokens.logprobs_T)
+    assert torch.equal(Algorithm(off_policy_threshold=0.6).per_token_loss(known)[0], plain_T)
+
+
+def test_a_mismatch_weighs_the_policy_loss_and_not_the_kl() -> None:
+    # The trainer finds the first token e^0.5 as likely as the sampler did, the second e^1 (weight cut at 2).
+    tokens = replace(batch([1.0, 1.0], [1.0], [2], reference=[-1 + 0.6931472, -1.0]), sampling_logprobs_T=torch.tensor([-1.5, -2.0]))
+    plain_T, metrics = Clipped(beta=0.5).per_token_loss(tokens)
+    assert plain_T.tolist() == pytest.approx([-1 + 0.1534264, -1.0], abs=1e-6)
+    assert {"mismatch/kl", "mismatch/ess"} <= set(metrics)
+    loss_T, metrics = Clipped(beta=0.5, mismatch=Mismatch("token_tis")).per_token_loss(tokens)
+    assert loss_T.tolist() == pytest.approx([-(2.718281828**0.5) + 0.1534264, -2.0], abs=1e-6)
+    assert tuple(map(float, metrics["mismatch/masked"])) == (0.0, 2.0)
+    with pytest.raises(ValueError, match=r"mismatch needs TokenBatch\.sampling_logprobs_T"):
+        Clipped(mismatch=Mismatch()).per_token_loss(batch([1.0], [1.0], [1]))
+
+
+# Bad options ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: KL("k1", "loss"), "gradient of zero in expectation"),
+        (lambda: KL("k3_unbiased", "reward"), "a reward has none"),
+        (lambda: KL(target=0.0), r"kl\.target=0.0 must be above 0"),
+        (lambda: Clipped(kl=KL(target=0.1)), r"kl\.target=0\.1 has no effect with beta=0"),
+        (lambda: Clipped(delta=1.1), r"delta=1\.1 must be above 1 \+ epsilon_high = 1\.2"),
+        (lambda: Clipped(top_entropy=1.0), r"top_entropy=1\.0 must be below 1"),
+        (lambda: Clipped(entropy_coefficient=-1.0), r"entropy_coefficient=-1\.0 must be at least 0"),
+        (lambda: Clipped(off_policy_threshold=0.0), r"off_policy_threshold=0\.0 must be above 0"),
+        (lambda: AdaptiveEntropy(delta=0.0), r"adaptive_entropy\.delta=0\.0 must be above 0"),
+        (lambda: Mismatch("token_tis", low=0.5), r"mismatch\.low=0\.5 has no effect on kind='token_tis'"),
+        (lambda: Mismatch("icepop", low=6.0), r"mismatch\.low=6\.0 must be below high=5\.0"),
+    ],
+)
+def test_contradictory_options_are_refused_and_say_why(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
 def test_an_algorithm_without_state_refuses_anothers() -> None:
     assert Algorithm().state_dict() == {}
     Algorithm().load_state_dict({})
-    with pytest.raises(ValueError, match=r"Algorithm has no adaptive state, the checkpoint holds \['beta'\]"):
-        Algorithm().load_state_dict({"beta": 0.1})
+    with pytest.raises(ConfigError, match=r"holds the adaptive kl_coefficient, and Algorithm is not set to adapt them"):
+        Algorithm().load_state_dict({"kl_coefficient": 0.1})

@@ -5,16 +5,23 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from stateset_lightning.algorithm.losses import clipped_loss, k3, per_token
+from stateset_lightning.algorithm.losses import clipped_loss, covariance_penalised_loss, importance_loss, sapo_loss
+
+OLD = torch.full((6,), -1.0, dtype=torch.float64)
+ADVANTAGES = torch.tensor([1.0, 1, 1, -1, -1, -1], dtype=torch.float64)
 
 
-def clipped(ratio: float, advantage: float, low: float = 0.2, high: float = 0.2) -> tuple[float, float, dict[str, float]]:
+def clipped(
+    ratio: float, advantage: float, low: float = 0.2, high: float = 0.2, delta: float | None = None
+) -> tuple[float, float, dict[str, float]]:
     """Value, gradient with respect to the log-prob, and metrics of one token."""
     logprob = torch.tensor([math.log(ratio) - 1.5], dtype=torch.float64, requires_grad=True)
     old, advantages = torch.tensor([-1.5], dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64)
-    loss, metrics = clipped_loss(logprob, old, advantages, epsilon_low=low, epsilon_high=high)
+    loss, metrics = clipped_loss(logprob, old, advantages, epsilon_low=low, epsilon_high=high, delta=delta)
     loss.sum().backward()
     assert logprob.grad is not None
     return loss.item(), logprob.grad.item(), {name: float(total) / float(count) for name, (total, count) in metrics.items()}
@@ -79,28 +86,20 @@ def test_on_policy_the_gradient_is_minus_the_advantage() -> None:
     assert torch.equal(logprobs.grad, -advantages)
 
 
-def test_k3_by_hand() -> None:
-    # d = log 2: 2 - log 2 - 1, gradient with respect to the policy's log-prob 1 - 2 = -1. d = -log 2: 1/2 + log 2 - 1, gradient 1/2.
-    logprobs = torch.tensor([-3.0, -3.0, -3.0], dtype=torch.float64, requires_grad=True)
-    reference = torch.tensor([-3.0 + math.log(2), -3.0 - math.log(2), -3.0], dtype=torch.float64)
-    values = k3(logprobs, reference)
-    values.sum().backward()
-    assert values.tolist() == pytest.approx([1 - math.log(2), math.log(2) - 0.5, 0.0])
-    assert logprobs.grad is not None
-    assert logprobs.grad.tolist() == pytest.approx([-1.0, 0.5, 0.0])
+def test_delta_bounds_the_ratio_where_the_advantage_is_negative() -> None:
+    # A ratio of 5 with A = -2: 10 unbounded, -delta A = 6 with delta 3, and no gradient.
+    assert clipped(5.0, -2.0)[:2] == pytest.approx((10.0, 10.0))
+    assert clipped(5.0, -2.0, delta=3.0)[:2] == pytest.approx((6.0, 0.0))
+    assert clipped(5.0, 2.0, delta=3.0)[:2] == pytest.approx((-2.4, 0.0))
+    assert clipped(2.0, -2.0, delta=3.0)[:2] == pytest.approx((4.0, 4.0))
 
 
-def test_k3_is_never_negative_and_keeps_small_differences() -> None:
-    differences = torch.tensor([-20.0, -1e-4, -1e-6, 1e-6, 1e-4, 5.0])
-    values = k3(torch.zeros(6), differences)
-    assert (values >= 0).all()
-    assert values[1].item() == pytest.approx(0.5e-8, rel=0.02)  # d^2 / 2, which exp(d) - d - 1 would lose in float32
-    assert values[4].item() == pytest.approx(0.5e-8, rel=0.02)
-
-
-def test_k3_averages_to_the_kl_divergence() -> None:
-    p, q = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64)
-    assert (p * k3(p.log(), q.log())).sum().item() == pytest.approx((p * (p / q).log()).sum().item())
+@given(log_ratio=st.floats(-3, 3), advantage=st.floats(-3, 3), c=st.floats(1.5, 6))
+def test_dual_clip_and_the_two_sided_bound_are_one(log_ratio: float, advantage: float, c: float) -> None:
+    ratio = math.exp(log_ratio)
+    pessimistic = min(ratio * advantage, min(max(ratio, 0.8), 1.28) * advantage)
+    dual_clip = max(pessimistic, c * advantage) if advantage < 0 else pessimistic  # arXiv:1912.09729, equation 5
+    assert clipped(ratio, advantage, high=0.28, delta=c)[0] == pytest.approx(-dual_clip, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -109,13 +108,12 @@ def test_k3_averages_to_the_kl_divergence() -> None:
         lambda x: clipped_loss(
             x, torch.full((6,), -1.0).double(), torch.tensor([1.0, 1, 1, -1, -1, -1]).double(), epsilon_low=0.2, epsilon_high=0.28
         )[0],
-        lambda x: k3(x, torch.linspace(-2, 0, 6).double()),
+        lambda x: clipped_loss(x, OLD, ADVANTAGES, epsilon_low=0.2, epsilon_high=0.2, delta=1.5)[0],
+        lambda x: sapo_loss(x, OLD, ADVANTAGES, tau_positive=1.0, tau_negative=1.05)[0],
+        lambda x: importance_loss(x, OLD, ADVANTAGES)[0],
+        lambda x: covariance_penalised_loss(x, OLD, ADVANTAGES, ADVANTAGES > 0, 0.7)[0],
     ],
 )
 def test_gradients_are_those_of_finite_differences(function: Callable[[Tensor], Tensor]) -> None:
     x = (-1.0 + torch.tensor([0.5, -0.5, 0.1, 0.5, -0.5, 0.1])).double().requires_grad_()
     assert torch.autograd.gradcheck(function, (x,), eps=1e-6, atol=1e-8)
-
-
-def test_a_value_per_completion_is_repeated_for_its_tokens() -> None:
-    assert per_token(torch.tensor([1.5, -2.0, 7.0]), torch.tensor([2, 0, 3])).tolist() == [1.5, 1.5, 7.0, 7.0, 7.0]

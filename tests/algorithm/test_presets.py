@@ -1,28 +1,70 @@
-"""Each preset as its paper defines it: defaults, and a loss with its gradient worked out by hand.
+"""Each preset as its paper defines it: a loss and its gradient worked out by hand, finite differences, defaults, options.
 
 The case: one prompt with rewards (1, 0), completions of 1 and 3 tokens, a second prompt with rewards (1, 1) and 2 tokens each. Ratios
-are 1.5 for the first token, 1.25 for the last of the second completion, 1 elsewhere.
+are 1.5 for the first token, 1.25 for the last of the second completion, 1 elsewhere; old log-probs are -2.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
+from torch import Tensor
 
-from stateset_lightning.algorithm import BNPO, DAPO, GRPO, Algorithm, DrGRPO, TokenBatch
-from stateset_lightning.algorithm.losses import per_token
+from stateset_lightning import algorithm as algorithms
+from stateset_lightning.algorithm import (
+    BNPO,
+    CISPO,
+    DAPO,
+    DPPO,
+    DRO,
+    GDPO,
+    GMPO,
+    GRPO,
+    GSPO,
+    KL,
+    LUSPO,
+    OPO,
+    RLOO,
+    SAPO,
+    Algorithm,
+    ClipCov,
+    Clipped,
+    DrGRPO,
+    GSPOToken,
+    KLCov,
+    MaxRL,
+    Mismatch,
+    PassK,
+    ReinforcePlusPlusBaseline,
+    ReMax,
+    TokenBatch,
+    TopEntropy,
+)
+from stateset_lightning.algorithm.segments import per_token
+from stateset_lightning.errors import ConfigError
+
+EXPORTED = [getattr(algorithms, name) for name in algorithms.__all__]
+PRESETS = [found for found in EXPORTED if isinstance(found, type) and issubclass(found, Algorithm) and found not in (Algorithm, Clipped)]
 
 LENGTHS = torch.tensor([1, 3, 2, 2])
 RATIOS = torch.tensor([1.5, 1.0, 1.0, 1.25, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+LOGPROBS = RATIOS.log() - 2
 REWARDS = torch.tensor([[[1.0], [0.0]], [[1.0], [1.0]]])
 SIGMA = math.sqrt(0.5) + 1e-4  # of (1, 0): deviations +-1/2, variance 1/4 + 1/4
+A = 0.5 / SIGMA  # GRPO's advantages: A, -A, 0, 0
 
 
-def loss_and_gradient(algorithm: Algorithm, reference_gap: float = 0.0) -> tuple[float, list[float]]:
+def loss_and_gradient(
+    algorithm: Algorithm, reference_gap: float = 0.0, select: list[bool] | None = None, greedy: list[float] | None = None
+) -> tuple[float, list[float]]:
     """The loss of the case and its gradient with respect to the log-probs; the reference's are `reference_gap` above the policy's."""
     algorithm.setup(max_new_tokens=10)
-    logprobs_T = (RATIOS.log() - 2).requires_grad_()
-    advantages_PG = algorithm.advantages(REWARDS, torch.ones(1))
+    logprobs_T = LOGPROBS.clone().requires_grad_()
+    baseline_PF = None if greedy is None else torch.tensor(greedy)[:, None]
+    advantages_PG = algorithm.advantages(REWARDS, torch.ones(1), LENGTHS.reshape(2, 2), baseline_PF)
     weights_N = algorithm.token_weights(LENGTHS, torch.tensor([0, 0, 1, 1]))
     tokens = TokenBatch(
         logprobs_T,
@@ -30,6 +72,7 @@ def loss_and_gradient(algorithm: Algorithm, reference_gap: float = 0.0) -> tuple
         advantages_PG.flatten(),
         LENGTHS,
         ref_logprobs_T=logprobs_T.detach() + reference_gap,
+        select_T=None if select is None else torch.tensor(select),
     )
     loss = (per_token(weights_N, LENGTHS) * algorithm.per_token_loss(tokens)[0]).sum()
     loss.backward()
@@ -88,33 +131,357 @@ def test_bnpo() -> None:
     assert slope == pytest.approx(gradient, rel=1e-6)
 
 
+def check(algorithm: Algorithm, value: float, gradient: list[float], **case: Any) -> None:
+    loss, slope = loss_and_gradient(algorithm, **case)
+    assert loss == pytest.approx(value, rel=1e-6)
+    assert slope == pytest.approx([*gradient, 0, 0, 0, 0] if len(gradient) == 4 else gradient, rel=1e-6)
+
+
+# Of the four log-probs of the first prompt: that of its first completion, and the three of its second.
+FIRST, SECOND = LOGPROBS[0].item(), LOGPROBS[1:4].tolist()
+
+
+def test_top_entropy() -> None:
+    # DAPO, and only the first and the fourth token train; the divisor is still 8.
+    select = [True, False, False, True, False, False, False, False]
+    check(TopEntropy(), (-1.28 * A + 1.25 * A) / 8, [0, 0, 0, 1.25 * A / 8], select=select)
+
+
+def test_gdpo() -> None:
+    # Standardised: +-A, 0, 0. Their variance is 2 A^2 / 3. Then as GRPO.
+    a = A / (A * math.sqrt(2 / 3) + 1e-4)
+    check(GDPO(), -1.2 * a / 4 + 3.25 * a / 12, [0, a / 12, a / 12, 1.25 * a / 12])
+
+
+def test_pass_at_k() -> None:
+    # The best of one is the reward itself: (r - 1/2) / (1/2) = +-1. Larger k: test_pass_at_k.py.
+    check(PassK(k=1), -1.2 / 4 + 3.25 / 12, [0, 1 / 12, 1 / 12, 1.25 / 12])
+
+
+def test_reinforce_plus_plus_baseline() -> None:
+    # Differences 1/2, -1/2, 0, 0: variance 1/6. Eight tokens.
+    a = 0.5 / (math.sqrt(1 / 6) + 1e-4)
+    check(ReinforcePlusPlusBaseline(), (-1.2 + 3.25) * a / 8, [0, a / 8, a / 8, 1.25 * a / 8])
+
+
+def test_rloo() -> None:
+    # Each against the other: 1 - 0, 0 - 1, 0, 0. Four completions, tokens added up.
+    check(RLOO(), (-FIRST + sum(SECOND)) / 4, [-1 / 4, 1 / 4, 1 / 4, 1 / 4])
+
+
+def test_opo() -> None:
+    # Baseline (1 x 1 + 3 x 0) / 4 = 1/4: advantages 3/4 and -1/4.
+    check(OPO(), (-0.75 * FIRST + 0.25 * sum(SECOND)) / 4, [-0.75 / 4, 0.25 / 4, 0.25 / 4, 0.25 / 4])
+
+
+def test_remax() -> None:
+    # The greedy completions have 1 and 0: advantages 0, -1, 1, 1. The other log-probs are -2.
+    value = (sum(SECOND) - 4 * -2) / 4
+    check(ReMax(), value, [0, 1 / 4, 1 / 4, 1 / 4, -1 / 4, -1 / 4, -1 / 4, -1 / 4], greedy=[1.0, 0.0])
+    assert ReMax().needs_greedy_baseline
+
+
+def test_remaxs_baseline_leaves_out_a_kl_that_only_the_samples_have() -> None:
+    scores_PGF = torch.tensor([[[1.0, 3.0], [0.0, 1.0]]])  # the second is the KL, of weight -0.1
+    got = ReMax(beta=0.1).advantages(scores_PGF, torch.tensor([1.0, -0.1]), None, torch.tensor([[1.0]]))
+    assert got[0].tolist() == pytest.approx([-0.3, -1.1])
+
+
+def test_max_rl() -> None:
+    # (1 - 1/2) / (1/2) and (0 - 1/2) / (1/2).
+    check(MaxRL(), (-FIRST + sum(SECOND)) / 4, [-1 / 4, 1 / 4, 1 / 4, 1 / 4])
+
+
+def test_cispo() -> None:
+    # Weights min(1.5, 1.3), 1, 1, 1.25: the bound takes no gradient away. Eight tokens.
+    value = A * (-1.3 * FIRST + SECOND[0] + SECOND[1] + 1.25 * SECOND[2]) / 8
+    check(CISPO(epsilon_high=0.3), value, [-1.3 * A / 8, A / 8, A / 8, 1.25 * A / 8])
+    assert CISPO().epsilon_high == 4.0
+
+
+def test_sapo() -> None:
+    # The gate (4 / tau) sigmoid(tau (r - 1)); its slope by the log-prob is 4 s (1 - s) r. tau = 1 for the first, 1.05 for the rest.
+    def sigmoid(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
+    first, last = sigmoid(0.5), sigmoid(1.05 * 0.25)
+    value = -A * 4 * first / 4 + A * 4 / 1.05 * (0.5 + 0.5 + last) / 12
+    gradient = [-A * 4 * first * (1 - first) * 1.5 / 4, A / 12, A / 12, A * 4 * last * (1 - last) * 1.25 / 12]
+    check(SAPO(), value, gradient)
+
+
+def test_dppo() -> None:
+    # Advantages +-1/2, every token weighs 1/40. The first probability rises from 0.1353 by 0.0677, less than 0.15: weight 1.5.
+    second = 0.5 * (SECOND[0] + SECOND[1] + 1.25 * SECOND[2])
+    gradient = [0.5 / 40, 0.5 / 40, 0.625 / 40]
+    check(DPPO(), (-0.5 * 1.5 * FIRST + second) / 40, [-0.75 / 40, *gradient])
+    # More than 0.05: masked. The last token's has risen too, but its advantage is negative.
+    check(DPPO(delta_high=0.05, delta_low=0.01), second / 40, [0, *gradient])
+    check(
+        DPPO(maximum_ratio=1.1),
+        (-0.55 * FIRST + 0.5 * (SECOND[0] + SECOND[1] + 1.1 * SECOND[2])) / 40,
+        [-0.55 / 40, 0.5 / 40, 0.5 / 40, 0.55 / 40],
+    )
+
+
+def test_dppo_compares_with_the_sampler() -> None:
+    # The sampler gave the token e^-3 = 0.05, the trainer e^-2 = 0.14 then and e^-1 = 0.37 now: up by 0.32, masked at 0.3 and not at 0.35.
+    tokens = TokenBatch(
+        torch.tensor([-1.0]), torch.tensor([-2.0]), torch.tensor([1.0]), torch.tensor([1]), sampling_logprobs_T=torch.tensor([-3.0])
+    )
+    assert DPPO(delta_high=0.3).per_token_loss(tokens)[0].item() == 0.0
+    assert DPPO(delta_high=0.35).per_token_loss(tokens)[0].item() == pytest.approx(math.exp(2))
+
+
+def test_clip_cov() -> None:
+    # -ratio A without any bound; the first token is the one drawn.
+    select = [False] + [True] * 7
+    check(ClipCov(), 3.25 * A / 8, [0, A / 8, A / 8, 1.25 * A / 8], select=select)
+    check(ClipCov(), (3.25 - 1.5) * A / 8, [-1.5 * A / 8, A / 8, A / 8, 1.25 * A / 8], select=[True] * 8)
+
+
+def test_kl_cov() -> None:
+    # The fourth token is held: half of |log 1.25| is added, whose slope is 1/2.
+    select = [True] * 3 + [False] + [True] * 4
+    value = (-1.5 * A + 3.25 * A + 0.5 * math.log(1.25)) / 8
+    check(KLCov(coefficient=0.5), value, [-1.5 * A / 8, A / 8, A / 8, (1.25 * A + 0.5) / 8], select=select)
+    assert KLCov().trains_on_zero_advantage
+
+
+S = 1.25 ** (1 / 3)  # the second completion's ratio: the geometric mean of 1, 1 and 1.25
+
+
+@pytest.mark.parametrize("preset", [GSPO, GSPOToken])
+def test_gspo(preset: type[Clipped]) -> None:
+    # The first completion's 1.5 is cut at 1.05; the second's S is above, but its advantage is negative: S A, a third to each token.
+    check(preset(epsilon_low=0.05, epsilon_high=0.05), (-1.05 * A + S * A) / 4, [0, S * A / 12, S * A / 12, S * A / 12])
+
+
+def test_gspo_token_can_leave_out_a_token_where_gspo_cannot() -> None:
+    select = [True, True, False, True, True, True, True, True]
+    bounds = {"epsilon_low": 0.05, "epsilon_high": 0.05}
+    check(GSPOToken(**bounds, top_entropy=0.5), (-1.05 * A + S * A * 2 / 3) / 4, [0, S * A / 12, 0, S * A / 12], select=select)
+    with pytest.raises(TypeError, match="top_entropy"):
+        GSPO(top_entropy=0.5)
+
+
+def test_luspo() -> None:
+    # GSPO times the lengths 1 and 3.
+    check(LUSPO(epsilon_low=0.05, epsilon_high=0.05), (-1.05 * A + 3 * S * A) / 4, [0, S * A / 4, S * A / 4, S * A / 4])
+
+
+def test_gmpo() -> None:
+    # log 1.5 = 0.405 is cut at 0.4; the second completion has nothing to cut.
+    check(GMPO(), (-math.exp(0.4) * A + S * A) / 4, [0, S * A / 12, S * A / 12, S * A / 12])
+    # Cut before the mean: with a bound of 0.1 on a negative advantage's fall alone, the rise of 1.25 still counts whole.
+    check(GMPO(log_epsilon_low=0.1, log_epsilon_high=0.1), (-math.exp(0.1) * A + S * A) / 4, [0, S * A / 12, S * A / 12, S * A / 12])
+
+
+def test_dro() -> None:
+    # Advantages +-1/2; tau / 2 = 0.05 times log^2 1.5 and log^2 1.25, whose slopes are 0.1 times the logarithms, for every token.
+    value = (-0.5 * FIRST + 0.05 * math.log(1.5) ** 2 + 0.5 * sum(SECOND) + 0.05 * math.log(1.25) ** 2) / 4
+    first, second = (-0.5 + 0.1 * math.log(1.5)) / 4, (0.5 + 0.1 * math.log(1.25)) / 4
+    check(DRO(tau=0.1), value, [first, second, second, second])
+
+
+# Finite differences -----------------------------------------------------------------------------------------------------------
+
+STEADY = torch.tensor([1.1, 0.9, 1.05, 1.15, 0.7, 1.3, 1.02, 0.95], dtype=torch.float64).log() - 2  # no ratio at a kink
+SELECT = torch.tensor([True, False, True, True, False, True, True, False])
+
+
+def weighted_loss(algorithm: Algorithm, logprobs_T: Tensor) -> Tensor:
+    """Sum over the tokens of weight x loss, with every term and advantages that are all different."""
+    algorithm.setup(max_new_tokens=10)
+    weights_N = algorithm.token_weights(LENGTHS, torch.tensor([0, 0, 1, 1]))
+    old_T = torch.full_like(logprobs_T, -2)
+    advantages_N = torch.tensor([1.3, -0.4, 0.7, -1.1], dtype=torch.float64)
+    reference_T = torch.linspace(-2.5, -1.5, 8, dtype=torch.float64)
+    tokens = TokenBatch(logprobs_T, old_T, advantages_N, LENGTHS, ref_logprobs_T=reference_T, select_T=SELECT)
+    return (per_token(weights_N, LENGTHS) * algorithm.per_token_loss(tokens)[0]).sum()
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3", "k3_unbiased"])
+@pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset not in (CISPO, DPPO, GSPOToken)], ids=lambda p: p.__name__)
+def test_the_gradient_is_that_of_finite_differences(preset: type[Algorithm], estimator: Any) -> None:
+    algorithm = preset(beta=0.3, kl=KL(estimator))  # type: ignore[call-arg]
+    assert torch.autograd.gradcheck(lambda x: weighted_loss(algorithm, x), (STEADY.clone().requires_grad_(),), eps=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize(
-    ("preset", "defaults"),
+    ("preset", "fixed"),
     [
-        (GRPO, (0.2, 0.2, 0.04, "group", "sequence_mean")),
-        (DrGRPO, (0.2, 0.2, 0.0, "none", "constant_length")),
-        (DAPO, (0.2, 0.28, 0.0, "group", "token_mean")),
-        (BNPO, (0.2, 0.2, 0.0, "none", "token_mean")),
+        # What the paper holds fixed is computed once, at the point itself; the rest is differentiated numerically.
+        (CISPO, lambda here, ratio_T: lambda x: -ratio_T.clamp(max=5) * x),
+        (DPPO, lambda here, ratio_T: lambda x: -ratio_T.clamp(max=20) * x),
+        (GSPOToken, lambda here, ratio_T: lambda x: -per_token(geometric_mean(ratio_T), LENGTHS) * (x - here).exp()),
+    ],
+    ids=["CISPO", "DPPO", "GSPOToken"],
+)
+def test_with_stopped_parts_held_fixed_the_gradient_is_that_of_finite_differences(
+    preset: type[Algorithm], fixed: Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]
+) -> None:
+    algorithm = preset(aggregation="token_mean", **({"epsilon_low": 0.9, "epsilon_high": 9.0} if preset is GSPOToken else {}))  # type: ignore[call-arg]
+    here = STEADY.clone().requires_grad_()
+    weighted_loss(algorithm, here).backward()
+    advantages_T = per_token(torch.tensor([1.3, -0.4, 0.7, -1.1], dtype=torch.float64), LENGTHS)
+    surrogate = fixed(STEADY, (STEADY + 2).exp())
+
+    def loss(x: Tensor) -> float:
+        return float((surrogate(x) * advantages_T).sum() / 8)
+
+    steps = torch.eye(8, dtype=torch.float64) * 1e-6
+    numerical = [(loss(STEADY + step) - loss(STEADY - step)) / 2e-6 for step in steps]
+    assert here.grad is not None
+    assert here.grad.tolist() == pytest.approx(numerical, abs=1e-9)
+
+
+def geometric_mean(ratio_T: Tensor) -> Tensor:
+    return torch.stack([part.log().mean().exp() for part in ratio_T.split(LENGTHS.tolist())])
+
+
+# Defaults and options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "defaults"),
+    [
+        (GRPO(), {"epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.04, "scale": "group", "aggregation": "sequence_mean"}),
+        (DrGRPO(), {"epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.0, "scale": "none", "aggregation": "constant_length"}),
+        (DAPO(), {"epsilon_low": 0.2, "epsilon_high": 0.28, "beta": 0.0, "scale": "group", "aggregation": "token_mean"}),
+        (TopEntropy(), {"epsilon_high": 0.28, "top_entropy": 0.2, "aggregation": "token_mean"}),
+        (BNPO(), {"epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.0, "aggregation": "token_mean"}),
+        (GDPO(), {"epsilon_low": 0.2, "aggregation": "sequence_mean"}),
+        (ReinforcePlusPlusBaseline(), {"kl": KL("k2"), "aggregation": "token_mean"}),
+        (RLOO(), {"kl": KL("k1", "reward"), "aggregation": "sequence_sum"}),
+        (ReMax(), {"kl": KL("k1", "reward"), "aggregation": "sequence_sum"}),
+        (OPO(), {"beta": 0.0, "aggregation": "sequence_sum"}),
+        (MaxRL(), {"beta": 0.0, "aggregation": "sequence_sum"}),
+        (GSPO(), {"epsilon_low": 3e-4, "epsilon_high": 4e-4, "beta": 0.0, "aggregation": "sequence_mean"}),
+        (GSPOToken(), {"epsilon_low": 3e-4, "epsilon_high": 4e-4, "aggregation": "sequence_mean"}),
+        (LUSPO(), {"epsilon_low": 2e-3, "epsilon_high": 2.5e-3, "aggregation": "sequence_sum"}),
+        (GMPO(), {"log_epsilon_low": 0.4, "log_epsilon_high": 0.4, "scale": "group", "aggregation": "sequence_mean"}),
+        (CISPO(), {"epsilon_high": 4.0, "scale": "group", "aggregation": "token_mean"}),
+        (SAPO(), {"tau_positive": 1.0, "tau_negative": 1.05, "scale": "group", "aggregation": "sequence_mean"}),
+        (DPPO(), {"delta_low": 0.15, "delta_high": 0.15, "maximum_ratio": 20.0, "scale": "none", "aggregation": "constant_length"}),
+        (ClipCov(), {"share": 2e-4, "omega_low": 1.0, "omega_high": 5.0, "aggregation": "token_mean"}),
+        (KLCov(), {"share": 2e-3, "coefficient": 1.0, "aggregation": "token_mean"}),
+        (DRO(), {"tau": 0.05, "scale": "none", "aggregation": "sequence_sum"}),
+        (PassK(), {"k": 2, "aggregation": "sequence_mean"}),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Algorithm) else "",
+)
+def test_the_defaults_are_the_papers(algorithm: Algorithm, defaults: dict[str, object]) -> None:
+    assert {name: getattr(algorithm, name) for name in defaults} == defaults
+    assert not algorithm.mask_truncated
+    assert algorithm.needs_reference == isinstance(algorithm, GRPO)
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
+def test_the_docstring_cites_the_paper(preset: type[Algorithm]) -> None:
+    assert "(arXiv:" in (preset.__doc__ or "") or ", arXiv:" in (preset.__doc__ or "")
+
+
+COMMON = {
+    "beta", "kl", "entropy_coefficient", "adaptive_entropy", "mismatch", "off_policy_threshold", "aggregation", "constant_length",
+    "mask_truncated",
+}  # fmt: skip
+CLIP = {"epsilon_low", "epsilon_high", "delta"}
+OPTIONS = {
+    **{preset: CLIP | {"scale", "top_entropy"} for preset in (GRPO, DrGRPO, DAPO, TopEntropy, GSPOToken)},
+    **{preset: CLIP | {"top_entropy"} for preset in (BNPO, GDPO, ReinforcePlusPlusBaseline)},
+    PassK: CLIP | {"top_entropy", "k"},
+    **{preset: {"top_entropy"} for preset in (RLOO, OPO, ReMax, MaxRL)},
+    **{preset: CLIP | {"scale"} for preset in (GSPO, LUSPO)},
+    GMPO: {"log_epsilon_low", "log_epsilon_high", "scale"},
+    CISPO: {"epsilon_high", "scale", "top_entropy"},
+    SAPO: {"tau_positive", "tau_negative", "scale", "top_entropy"},
+    DPPO: {"delta_low", "delta_high", "maximum_ratio", "scale", "top_entropy"},
+    ClipCov: {"share", "omega_low", "omega_high", "scale"},
+    KLCov: {"share", "coefficient", "scale"},
+    DRO: {"tau", "scale"},
+}
+
+
+@pytest.fixture(scope="module")
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--algorithm", type=Algorithm)
+    return parser
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
+def test_the_command_line_has_every_option_that_the_loss_reads_and_no_other(preset: type[Algorithm], parser: ArgumentParser) -> None:
+    path = f"stateset_lightning.algorithm.{preset.__name__}"
+    arguments = [
+        f"--algorithm={path}",
+        "--algorithm.beta=0.5",
+        "--algorithm.kl={estimator: k2, place: loss, target: 0.1}",
+        "--algorithm.adaptive_entropy.target=0.3",
+    ]
+    config = parser.parse_args(arguments)
+    hidden = {"mismatch"} if preset is DPPO else set()
+    assert set(vars(config.algorithm.init_args)) == (COMMON | OPTIONS[preset]) - hidden
+    algorithm = parser.instantiate(config).algorithm
+    assert type(algorithm) is preset
+    assert (algorithm.beta, algorithm.kl, algorithm.adaptive_entropy.target) == (0.5, KL("k2", target=0.1), 0.3)
+
+
+BELOW_ITS_BOUND = {
+    "beta": -1, "entropy_coefficient": -1, "off_policy_threshold": 0, "constant_length": 0, "epsilon_low": 0, "epsilon_high": 0, "delta": 1,
+    "top_entropy": 0, "k": 0, "log_epsilon_low": 0, "log_epsilon_high": 0, "tau_positive": 0, "tau_negative": 0, "delta_low": 0,
+    "delta_high": 0, "maximum_ratio": 1, "share": 0, "coefficient": -1, "tau": 0, "kl.target": 0, "kl.horizon": 0,
+    "adaptive_entropy.delta": 0, "mismatch.high": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
+def test_the_command_line_holds_every_bound(preset: type[Algorithm], parser: ArgumentParser) -> None:
+    options = COMMON | OPTIONS[preset]
+    for name, value in BELOW_ITS_BOUND.items():
+        if name.split(".")[0] in options and not (preset is DPPO and name.startswith("mismatch")):
+            with pytest.raises(Exception, match=r"should be greater than|greater_than"):
+                parser.parse_args([f"--algorithm=stateset_lightning.algorithm.{preset.__name__}", f"--algorithm.{name}={value}"])
+        if name in OPTIONS[preset]:
+            with pytest.raises(ConfigError, match=rf"algorithm\.{name}={value} must be (at least|above)"):
+                preset(**{name: value})
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
+def test_any_common_option_can_be_changed_by_itself(preset: type[Algorithm]) -> None:
+    algorithm = preset(beta=0.2, kl=KL("k3"), aggregation="prompt_mean", mask_truncated=True, off_policy_threshold=0.5)  # type: ignore[call-arg]
+    assert (algorithm.beta, algorithm.aggregation, algorithm.mask_truncated) == (0.2, "prompt_mean", True)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GSPO(mismatch=Mismatch("token_tis")), r"kind='token_tis' weighs single tokens, and GSPO's ratio is of whole completions"),
+        (lambda: GMPO(mismatch=Mismatch("icepop")), r"kind='icepop' weighs single tokens, and GMPO's"),
+        (lambda: DRO(mismatch=Mismatch("token_tis")), r"DRO's ratio is of whole completions"),
+        (lambda: BNPO(beta=0.1, kl=KL("k1", "reward")), r"kl\.place='reward' does not go with BNPO"),
+        (lambda: GDPO(beta=0.1, kl=KL("k1", "reward")), r"kl\.place='reward' does not go with GDPO"),
+        (lambda: MaxRL(beta=0.1, kl=KL("k1", "reward")), r"kl\.place='reward' does not go with MaxRL"),
+        (lambda: ClipCov(omega_low=5.0), r"omega_low=5\.0 must be below omega_high=5\.0"),
     ],
 )
-def test_the_defaults_are_the_papers(preset: type[Algorithm], defaults: tuple[object, ...]) -> None:
-    algorithm = preset()
-    assert (algorithm.epsilon_low, algorithm.epsilon_high, algorithm.beta, algorithm.scale, algorithm.aggregation) == defaults
-    assert not algorithm.mask_truncated
-    assert algorithm.needs_reference == (preset is GRPO)
+def test_contradictory_options_are_refused_and_say_why(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
 
 
-@pytest.mark.parametrize(("preset", "paper"), [(GRPO, "2402.03300"), (DrGRPO, "2503.20783"), (DAPO, "2503.14476"), (BNPO, "2506.02864")])
-def test_the_docstring_cites_the_paper(preset: type[Algorithm], paper: str) -> None:
-    assert f"arXiv:{paper}" in (preset.__doc__ or "")
+@pytest.mark.parametrize(
+    ("preset", "option"),
+    [(CISPO, "delta"), (CISPO, "epsilon_low"), (RLOO, "scale"), (GSPO, "top_entropy"), (DPPO, "mismatch"), (OPO, "epsilon_low")],
+)
+def test_an_option_that_a_loss_does_not_read_does_not_exist(preset: type[Algorithm], option: str) -> None:
+    with pytest.raises(TypeError, match=option):
+        preset(**{option: 0.5})
 
 
-@pytest.mark.parametrize("preset", [GRPO, DrGRPO, DAPO, BNPO])
-def test_any_field_can_be_changed_by_itself(preset: type[Algorithm]) -> None:
-    algorithm = preset(epsilon_low=0.1, epsilon_high=0.5, beta=0.2, aggregation="sequence_sum", mask_truncated=True)
-    assert (algorithm.epsilon_low, algorithm.epsilon_high, algorithm.beta) == (0.1, 0.5, 0.2)
-    assert algorithm.aggregation == "sequence_sum"
-    assert algorithm.mask_truncated
+@pytest.mark.parametrize("kind", ["sequence_tis", "sequence_mask"])
+def test_sequence_corrections_go_with_sequence_ratios(kind: Any) -> None:
+    assert GSPO(mismatch=Mismatch(kind)).mismatch == Mismatch(kind)
 
 
 def test_grpo_without_kl_needs_no_reference() -> None:
