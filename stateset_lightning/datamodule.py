@@ -3,11 +3,15 @@
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 import logging
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Lt
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 
+from stateset_lightning.bounds import check_bounds
+from stateset_lightning.data.curriculum import Curriculum, SolveRates
 from stateset_lightning.data.holdout import hold_out
 from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader
 from stateset_lightning.data.order import EpochOrder
@@ -15,6 +19,7 @@ from stateset_lightning.data.prompts import EncodedPrompts, PromptEncoder
 from stateset_lightning.data.sources import ScenarioSet, Source, read_split
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.seeding import run_seed
+from stateset_lightning.types import PromptBatch
 
 _log = logging.getLogger("stateset_lightning")
 
@@ -48,8 +53,11 @@ class ScenarioDataModule(LightningDataModule):
         chat_template_kwargs: Further variables of the chat template.
         max_prompt_tokens: Longest prompt in tokens; by default there is no limit.
         overlong_prompts: What happens to longer prompts: they are an error, are dropped, or keep their last tokens.
+        parse_special_tokens: Whether control tokens in the scenarios' own text (`<|im_end|>`, say) count as such; by default they are
+            plain text, so that no row changes who speaks.
         validation_fraction: Fraction of `train` to hold out for validation, if there is no `validation`.
         shuffle: Whether each epoch has an order of its own.
+        curriculum: Draw prompts by how often they are solved, instead of each once per epoch.
         seed: Decides orders and the held out scenarios; by default the run's seed.
         tokenizer: A tokenizer object; by default the module's. Not for the command line.
     """
@@ -71,8 +79,10 @@ class ScenarioDataModule(LightningDataModule):
         chat_template_kwargs: dict[str, Any] | None = None,
         max_prompt_tokens: Annotated[int, Ge(1)] | None = None,
         overlong_prompts: Literal["error", "drop", "truncate_left"] = "error",
+        parse_special_tokens: bool = False,
         validation_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0,
         shuffle: bool = True,
+        curriculum: Curriculum | None = None,
         seed: int | None = None,
         tokenizer: Any = None,
     ) -> None:
@@ -88,8 +98,10 @@ class ScenarioDataModule(LightningDataModule):
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.max_prompt_tokens = max_prompt_tokens
         self.overlong_prompts = overlong_prompts
+        self.parse_special_tokens = parse_special_tokens
         self.validation_fraction = validation_fraction
         self.shuffle = shuffle
+        self.curriculum = Curriculum(**curriculum) if isinstance(curriculum, Mapping) else curriculum
         self.seed = seed
         self.tokenizer = tokenizer
         self.dropped: dict[str, int] = {}
@@ -119,7 +131,7 @@ class ScenarioDataModule(LightningDataModule):
     @property
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt of all splits that were set up."""
-        return max((len(prompt) for prompts in self._prompts.values() for prompt in prompts.tokens), default=0)
+        return max((int(prompts.tokens.lengths.max()) for prompts in self._prompts.values()), default=0)
 
     @property
     def has_validation(self) -> bool:
@@ -150,6 +162,9 @@ class ScenarioDataModule(LightningDataModule):
         rank, world_size = self._rank_and_world()
         seed = self._resolved_seed()
         order = EpochOrder(scenarios.rows_by_source(), scenarios.weights, seed, self.shuffle, scenarios.names)
+        curriculum, overfit = self.curriculum, getattr(self.trainer, "overfit_batches", 0)
+        if curriculum is not None and overfit:
+            raise ConfigError(f"trainer.overfit_batches={overfit} repeats the same prompts, data.curriculum draws others: leave one out")
         loader = EpisodeLoader(
             scenarios.scenarios,
             tokens,
@@ -160,17 +175,22 @@ class ScenarioDataModule(LightningDataModule):
             rank=rank,
             world_size=world_size,
             limit=self._limit(),
-            repeat=getattr(self.trainer, "overfit_batches", 0) > 0,
-            fingerprint={"seed": seed, "shuffle": self.shuffle, "sources": scenarios.mixture},
+            repeat=overfit > 0,
+            solve_rates=None if curriculum is None else SolveRates(curriculum, order.row_weights, seed),
+            fingerprint={
+                "seed": seed,
+                "shuffle": self.shuffle,
+                "sources": scenarios.mixture,
+                "curriculum": "" if curriculum is None else curriculum.fingerprint,
+            },
         )
-        if loader.num_filled:
+        if loader.num_filled and curriculum is None:
             self._announce(
                 f"data.train: {order.size} prompts make {loader.episodes_per_epoch} episodes of {self.batch_size * world_size}; "
                 f"the last of an epoch is filled up with {loader.num_filled} from its start"
             )
-        if self._resume_state is not None:
-            loader.load_state_dict(self._resume_state)
         self._train_loader = loader
+        self._resume()
         return loader
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
@@ -192,23 +212,36 @@ class ScenarioDataModule(LightningDataModule):
         Lightning saves and restores the loader's state too, but drops it where `trainer.estimated_stepping_batches` was read in
         `configure_optimizers` while `max_epochs` is set (its issue 20550): the loader is then made before the state is restored.
         """
-        return {} if self._train_loader is None else {"train": self._train_loader.state_dict()}
+        if (loader := self._train_loader) is None:
+            return {}
+        rates = {} if loader.solve_rates is None else {"solve_rates": loader.solve_rates.state_dict()}
+        return {"train": loader.state_dict(), **rates}
+
+    def replacements(self, batch: PromptBatch, slots: Sequence[int], round_number: int) -> PromptBatch:
+        """Other training prompts in place of some of a batch's; see `EpisodeLoader.replacements`."""
+        assert self._train_loader is not None, "there are batches to replace prompts of"
+        return self._train_loader.replacements(batch, slots, round_number)
+
+    def report_rewards(self, episode: int, rows: Sequence[int], totals_PG: Tensor) -> None:
+        """What an episode's groups, of all ranks and in one order on each, scored; see `SolveRates.report`. Without curriculum: nothing."""
+        if self._train_loader is not None and self._train_loader.solve_rates is not None:
+            self._train_loader.solve_rates.report(episode, rows, totals_PG)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # A checkpoint that is evaluated must not decide where a later fit starts.
-        self._resume_state = state_dict.get("train") if self._is_fitting else None
-        if (
-            self._resume_state is not None and self._train_loader is not None
-        ):  # made early, as above, and restored late, as some strategies do
-            self._train_loader.load_state_dict(self._resume_state)
+        self._resume_state = state_dict if self._is_fitting and "train" in state_dict else None
+        self._resume()  # the loader may be made early, as above, and restored late, as some strategies do
+
+    def _resume(self) -> None:
+        if (loader := self._train_loader) is not None and (state := self._resume_state) is not None:
+            loader.load_state_dict(state["train"])  # refuses another curriculum
+            if loader.solve_rates is not None:
+                loader.solve_rates.load_state_dict(state["solve_rates"])
 
     def _check_options(self) -> None:
-        for name in ("batch_size", "eval_batch_size", "num_iterations", "steps_per_episode", "max_prompt_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"data.{name}={value} must be at least 1")
-        if not 0 <= self.validation_fraction < 1:
-            raise ConfigError(f"data.validation_fraction={self.validation_fraction} must be at least 0 and below 1")
+        check_bounds("data", ScenarioDataModule.__init__, vars(self))
+        if self.curriculum is not None and not self.shuffle:
+            raise ConfigError("data.shuffle=False keeps the rows' order, data.curriculum draws by solve rate: leave one of them out")
         if self.overlong_prompts not in ("error", "drop", "truncate_left"):
             raise ConfigError(f"data.overlong_prompts={self.overlong_prompts!r} must be error, drop or truncate_left")
         if self.validation_fraction and self.specs["validation"] is not None:
@@ -255,6 +288,7 @@ class ScenarioDataModule(LightningDataModule):
                 chat_template_kwargs=self.chat_template_kwargs,
                 max_prompt_tokens=self.max_prompt_tokens,
                 overlong_prompts=self.overlong_prompts,
+                parse_special_tokens=self.parse_special_tokens,
             )
             self._prompts.clear()
             if self.use_chat_template is None and not self._encoder.applies_template:
@@ -273,7 +307,7 @@ class ScenarioDataModule(LightningDataModule):
             message = f"data.{split}: {count} of {len(self._scenarios[split])} prompts have more than {limit} tokens and are {fate}"
             self._announce(message, logging.WARNING)
 
-    def _served(self, split: Split) -> tuple[ScenarioSet, list[list[int]]]:
+    def _served(self, split: Split) -> tuple[ScenarioSet, Sequence[list[int]]]:
         """The scenarios of a split that were kept, and their prompts."""
         if not self._is_given(split):
             raise self._missing(split)

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from stateset_lightning.data.curriculum import Curriculum
 from stateset_lightning.data.sources import Source
 from stateset_lightning.datamodule import ScenarioDataModule
 from stateset_lightning.errors import ConfigError, DataError
@@ -223,7 +224,7 @@ def test_weighted_sources_are_mixed_and_part_of_the_state():
     ("options", "message"),
     [
         ({"batch_size": 0}, "data.batch_size=0 must be at least 1"),
-        ({"validation_fraction": 1.0}, "data.validation_fraction=1.0 must be at least 0 and below 1"),
+        ({"validation_fraction": 1.0}, "data.validation_fraction=1.0 must be below 1"),
         ({"validation_fraction": 0.5, "validation": ROWS}, "are both given; leave one of them out"),
         ({"validation_fraction": 0.5, "train": None}, "is a fraction of data.train, which is not given"),
         ({"overlong_prompts": "cut"}, "data.overlong_prompts='cut' must be error, drop or truncate_left"),
@@ -268,3 +269,42 @@ def test_yaml_values_of_train_parse_and_print_back(tmp_path, train, prompts):
 def test_bounds_hold_at_the_command_line(argument):
     with pytest.raises(jsonargparse.ArgumentError, match="should be"):
         parser().parse_args([f"--data.{argument}"])
+
+
+def test_a_curriculum_is_part_of_the_state_and_of_what_must_be_equal():
+    def set_up(**options):
+        data = make(**options)
+        data.trainer = trainer()
+        data.trainer.state.fn = "fit"
+        data.setup("fit")
+        return data
+
+    data = set_up(curriculum={"floor": 0.2})
+    assert data.curriculum == Curriculum(floor=0.2)
+    data.train_dataloader()
+    data.report_rewards(0, [0, 3], torch.tensor([[1.0, 1.0], [1.0, 0.0]]))
+    state = data.state_dict()
+    assert state["solve_rates"]["waiting"].tolist() == [[0, 0, 2, 2], [0, 3, 1, 2]]
+    resumed = set_up(curriculum=Curriculum(floor=0.2))
+    resumed.load_state_dict(state)
+    resumed.train_dataloader()
+    assert torch.equal(resumed.state_dict()["solve_rates"]["waiting"], state["solve_rates"]["waiting"])
+    for other in (None, Curriculum(floor=0.3)):
+        changed = set_up(curriculum=other)
+        changed.load_state_dict(state)
+        with pytest.raises(ConfigError, match=r"data.curriculum is .*, but 'floor=0.2 decay=0.5 solved_at=1.0' in the checkpoint"):
+            changed.train_dataloader()
+
+
+def test_a_curriculum_contradicts_a_fixed_order_and_repeated_batches():
+    with pytest.raises(ConfigError, match=r"data\.shuffle=False .* leave one of them out"):
+        make(curriculum=Curriculum(), shuffle=False)
+    with pytest.raises(ConfigError, match=r"trainer\.overfit_batches=1 repeats the same prompts"):
+        fit(data=make(curriculum=Curriculum()), max_steps=1, overfit_batches=1)
+
+
+def test_a_curriculum_is_parsed_from_text():
+    parser = jsonargparse.ArgumentParser()
+    parser.add_subclass_arguments(ScenarioDataModule, "data")
+    config = parser.parse_args(["--data=ScenarioDataModule", "--data.train=x.jsonl", "--data.curriculum.floor=0.3"])
+    assert parser.instantiate_classes(config).data.curriculum.floor == 0.3

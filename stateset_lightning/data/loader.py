@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from stateset_lightning.data.curriculum import SolveRates
 from stateset_lightning.data.order import EpochOrder
 from stateset_lightning.errors import ConfigError
+from stateset_lightning.seeding import derive_seed, uniforms
 from stateset_lightning.types import PromptBatch, Scenario
 
 _DESCRIPTIONS = {
@@ -44,6 +46,7 @@ class EpisodeLoader:
         limit: Micro-steps that the trainer takes per epoch of its own (`limit_train_batches`); its next epoch goes on behind
             them, so that a limit does not keep scenarios out. None: all.
         repeat: Serve the first `limit` micro-steps again and again (`overfit_batches`).
+        solve_rates: Draws the prompts instead of `order` (a curriculum), which then says only how long an epoch is. Not with `repeat`.
         fingerprint: What else decides the order, by option; a checkpoint in which it differs is refused.
     """
 
@@ -60,6 +63,7 @@ class EpisodeLoader:
         world_size: int = 1,
         limit: int | None = None,
         repeat: bool = False,
+        solve_rates: SolveRates | None = None,
         fingerprint: Mapping[str, int | bool | str] | None = None,
     ) -> None:
         assert len(scenarios) == len(prompt_tokens) == order.size > 0
@@ -74,6 +78,7 @@ class EpisodeLoader:
         self.episodes_per_epoch = -(-order.size // (batch_size * world_size))
         self._pass_length = min(limit, len(self)) if limit is not None else len(self)
         self._repeat = repeat
+        self.solve_rates = solve_rates
         self._fingerprint: dict[str, int | bool | str] = {
             "scenarios": order.size,
             "batch_size": batch_size,
@@ -83,7 +88,7 @@ class EpisodeLoader:
             **(fingerprint or {}),
         }
         self._completed = 0  # micro-steps since the run's start
-        self._cached: tuple[int, np.ndarray] | None = None  # epoch and its positions, filled up to whole episodes
+        self._cached: tuple[int, np.ndarray] | None = None  # epoch (of a curriculum: episode) and its rows, filled up to whole episodes
 
     @property
     def num_filled(self) -> int:
@@ -134,27 +139,85 @@ class EpisodeLoader:
         else:
             episode_index, micro_step = divmod(completed, self.num_micro_steps)
             episode = episode_index
-        positions = range(self._rank, self._batch_size * self._world_size, self._world_size)
         rows = self._global_batch(episode)[self._rank :: self._world_size].tolist()
+        return self._make_batch(rows, list(range(self._rank, self._size, self._world_size)), episode_index, micro_step)
+
+    def _make_batch(self, rows: list[int], positions: list[int], episode_index: int, micro_step: int = 0) -> PromptBatch:
         return PromptBatch(
             prompt_tokens=[self._prompt_tokens[row] for row in rows],
             scenarios=[self._scenarios[row] for row in rows],
-            positions=list(positions),
+            positions=positions,
             episode_index=episode_index,
             micro_step=micro_step,
             num_micro_steps=self.num_micro_steps,
             steps_per_episode=self.steps_per_episode,
             split="train",
+            rows=rows,
         )
+
+    def replacements(self, batch: PromptBatch, slots: Sequence[int], round_number: int) -> PromptBatch:
+        """Other prompts in place of those in some slots of a batch, for dynamic sampling.
+
+        A draw follows from (seed, episode, position, round) alone, by the weights of the sources and of the curriculum, and is another
+        prompt than the slot holds, if there is another. Positions, from which noise is derived, continue behind the episode's own:
+        position + round * (prompts of all ranks).
+
+        Args:
+            batch: One of this loader's, perhaps with prompts replaced in earlier rounds.
+            slots: Which of its prompts are to be replaced.
+            round_number: 1 or above.
+        """
+        assert batch.rows is not None
+        pool, weights = self._pool(batch.episode_index)
+        ends = np.cumsum(weights)
+        positions = [batch.positions[slot] for slot in slots]
+        rows = []
+        for slot, position in zip(slots, positions, strict=True):
+            seed = derive_seed(self._order.seed, "dynamic", batch.episode_index, position, round_number)
+            rows.append(int(pool[_draw_other(ends, int(np.searchsorted(pool, batch.rows[slot])), uniforms([seed], 1)[0, 0])]))
+        return self._make_batch(rows, [position + round_number * self._size for position in positions], batch.episode_index)
+
+    def _pool(self, episode_index: int) -> tuple[np.ndarray, np.ndarray]:
+        """What an episode's replacements are drawn from: rows in ascending order, and their weights."""
+        if self.solve_rates is not None:
+            weights = self.solve_rates.weights(episode_index)
+            return np.arange(len(weights)), weights
+        if not self._repeat:
+            return np.arange(self._order.size), self._order.row_weights
+        served = [self._global_batch(episode) for episode in range(-(-self._pass_length // self.num_micro_steps))]
+        pool = np.unique(np.concatenate(served))
+        return pool, self._order.row_weights[pool]
+
+    @property
+    def _size(self) -> int:
+        """Prompts of an episode on all ranks."""
+        return self._batch_size * self._world_size
 
     def _global_batch(self, episode: int) -> np.ndarray:
         """Scenarios of an episode on all ranks, int64 [batch_size * world_size]."""
+        if self.solve_rates is not None:
+            if self._cached is None or self._cached[0] != episode:
+                self._cached = (episode, self.solve_rates.draw(episode, self._size))
+            return self._cached[1]
         epoch, number = divmod(episode, self.episodes_per_epoch)
-        size = self._batch_size * self._world_size
+        size = self._size
         if self._cached is None or self._cached[0] != epoch:
             # `resize` repeats from the start, as often as it takes.
             self._cached = (epoch, np.resize(self._order.epoch(epoch), self.episodes_per_epoch * size))
         return self._cached[1][number * size :][:size]
+
+
+def _draw_other(ends: np.ndarray, excluded: int, u: float) -> int:
+    """An index drawn by weights whose running sums are `ends`, but not `excluded`, unless there is no other; u in (0, 1)."""
+    if len(ends) == 1:
+        return 0
+    start = ends[excluded - 1] if excluded else 0.0
+    width = ends[excluded] - start
+    x = u * (ends[-1] - width)
+    index = int(np.searchsorted(ends, x if x < start else x + width, side="right"))
+    if index == excluded:  # by rounding, at its edge
+        index += 1
+    return index if index < len(ends) else excluded - 1
 
 
 class EvaluationLoader:

@@ -30,11 +30,12 @@ class EpochOrder:
         self, rows_by_source: Sequence[Sequence[int]], weights: Sequence[float] | None, seed: int, shuffle: bool, names: Sequence[str] = ()
     ) -> None:
         self.size = sum(len(rows) for rows in rows_by_source)
-        self._seed = seed
+        self.seed = seed
         self._shuffle = shuffle
         if weights is None:  # one pool
             self._rows = [np.array(sorted(row for rows in rows_by_source for row in rows), dtype=np.int64)]
             self._counts = [self.size]
+            self.row_weights = np.ones(self.size)
             return
         self._rows = [np.array(rows, dtype=np.int64) for rows in rows_by_source]
         self._counts = largest_remainder(weights, self.size)
@@ -49,6 +50,10 @@ class EpochOrder:
                     f"data.train: the source {name} with weight {weights[index]} gets none of the {self.size} positions of an epoch; "
                     "raise its weight or leave it out"
                 )
+        self.row_weights = np.zeros(self.size)
+        """Chance of each scenario in a free draw, relative to the others, float64 [size]."""
+        for share, members in zip(weights, self._rows, strict=True):
+            self.row_weights[members] = share / len(members)
 
     def epoch(self, epoch: int) -> np.ndarray:
         """Indices of the scenarios in order, int64 [size]."""
@@ -57,7 +62,7 @@ class EpochOrder:
         if len(streams) == 1:
             return positions
         if self._shuffle:
-            return positions[permutation(self._seed, "interleave", epoch, size=self.size)]
+            return positions[permutation(self.seed, "interleave", epoch, size=self.size)]
         even = np.concatenate([(np.arange(count) + 0.5) / count for count in self._counts])
         return positions[np.argsort(even, kind="stable")]
 
@@ -74,7 +79,7 @@ class EpochOrder:
             return np.arange(size)
         # One pool has the name that other code may rely on: permutation(seed, "order", epoch).
         counters = (number,) if len(self._rows) == 1 else (number, source)
-        return permutation(self._seed, "order", *counters, size=size)
+        return permutation(self.seed, "order", *counters, size=size)
 
 
 def largest_remainder(weights: Sequence[float], total: int) -> list[int]:

@@ -1,27 +1,43 @@
 """Scenarios -> prompt tokens: chat template or plain text, and what happens to prompts that are too long."""
 
-from collections.abc import Mapping, Sequence
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+from stateset_lightning.data.control_tokens import Conversation, control_tokens, encode_as_text, pattern_of
+from stateset_lightning.data.packing import PackedTokens, garbage_left_alone
 from stateset_lightning.errors import ConfigError, DataError
 from stateset_lightning.types import Scenario
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_log = logging.getLogger(__name__)
+
 OverlongPolicy = Literal["error", "drop", "truncate_left"]
 
 _BATCH = 1024
 _IDS_SHOWN = 5
-_RESERVED_TEMPLATE_KWARGS = ("conversation", "add_generation_prompt", "tokenize", "continue_final_message", "return_tensors", "return_dict")
+_RESERVED_TEMPLATE_KWARGS = (
+    "conversation",
+    "add_generation_prompt",
+    "tokenize",
+    "continue_final_message",
+    "return_tensors",
+    "return_dict",
+    "sanitize_control_tokens",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompts:
     """Prompt tokens of the scenarios that were kept: `tokens[i]` belongs to scenario `kept[i]`."""
 
-    tokens: list[list[int]]
+    tokens: PackedTokens
     kept: list[int]
     num_dropped: int = 0
     num_truncated: int = 0
@@ -39,6 +55,8 @@ class PromptEncoder:
         chat_template_kwargs: Further variables of the template (`enable_thinking`, say).
         max_prompt_tokens: Longest prompt that is accepted; None accepts all.
         overlong_prompts: What happens to longer ones.
+        parse_special_tokens: Whether control tokens in a scenario's own text (`<|im_end|>`, say) count as such. By default they are
+            plain text, so that no text changes who speaks.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -47,6 +65,7 @@ class PromptEncoder:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     max_prompt_tokens: int | None = None
     overlong_prompts: OverlongPolicy = "error"
+    parse_special_tokens: bool = False
 
     def __post_init__(self) -> None:
         if self.use_chat_template and not self._has_template:
@@ -70,76 +89,130 @@ class PromptEncoder:
             DataError: If the template refuses a scenario, a prompt has no tokens, prompts are too long under
                 `overlong_prompts="error"`, or all are dropped.
         """
-        make_text = self._templated if self.applies_template else self._plain
-        tokens = self._tokenize([make_text(scenario, key) for scenario in scenarios])
-        for scenario, prompt in zip(scenarios, tokens, strict=True):
-            if not prompt:
-                raise DataError(f"{key}: the prompt of scenario '{scenario.id}' has no tokens; give it a text that the tokenizer knows")
+        # The tokenizer works without Python's lock: it runs beside the templates.
+        with garbage_left_alone(), ThreadPoolExecutor(1) as beside:
+            parts = list(beside.map(self._tokenize, self._batches(scenarios, key)))
+        tokens = PackedTokens.concatenate([packed for packed, _ in parts])
+        if len(empty := (tokens.lengths == 0).nonzero()[0]):
+            raise DataError(
+                f"{key}: the prompt of scenario '{scenarios[empty[0]].id}' has no tokens; give it a text that the tokenizer knows"
+            )
+        if marked := sum(count for _, count in parts):
+            _log.warning(
+                "%s: the text of %d of %d scenarios holds control tokens (%s); they are encoded as plain text. "
+                "data.parse_special_tokens=true takes them for what they are",
+                *(key, marked, len(scenarios), ", ".join(self._control_tokens[:_IDS_SHOWN])),
+            )
         return self._limit(scenarios, tokens, key)
 
     @property
     def _has_template(self) -> bool:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
-    def _templated(self, scenario: Scenario, key: str) -> str:
-        from jinja2 import TemplateError
+    @cached_property
+    def _control_tokens(self) -> list[str]:
+        return control_tokens(self.tokenizer)
 
-        conversation = [{"role": turn.role, "content": turn.content} for turn in scenario.turns(self.system_prompt)]
+    @cached_property
+    def _control_pattern(self) -> re.Pattern[str] | None:
+        return None if self.parse_special_tokens else pattern_of(self._control_tokens)
+
+    def _batches(self, scenarios: Sequence[Scenario], key: str) -> Iterator["_Batch"]:
+        for start in range(0, len(scenarios), _BATCH):
+            part = scenarios[start : start + _BATCH]
+            conversations = [[{"role": turn.role, "content": turn.content} for turn in s.turns(self.system_prompt)] for s in part]
+            pattern = self._control_pattern
+            marked = [i for i, turns in enumerate(conversations) if pattern and any(pattern.search(turn["content"]) for turn in turns)]
+            texts = self._templated(part, conversations, key) if self.applies_template else [_plain(turns) for turns in conversations]
+            yield _Batch(key, part, texts, {i: conversations[i] for i in marked})
+
+    def _templated(self, scenarios: Sequence[Scenario], conversations: list[Conversation], key: str) -> list[str]:
+        options = {"add_generation_prompt": True, "tokenize": False, **self.chat_template_kwargs}
         try:
-            text = self.tokenizer.apply_chat_template(
-                conversation, add_generation_prompt=True, tokenize=False, **dict(self.chat_template_kwargs)
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            has_system = conversation[0]["role"] == "system"
-            advice = "if it takes no system turn, leave out data.system_prompt and the scenarios' context; " if has_system else ""
-            raise DataError(
-                f"{key}: the chat template refuses scenario '{scenario.id}' (roles: {', '.join(t['role'] for t in conversation)}): "
-                f"{error}; {advice}data.use_chat_template=false joins the turns as plain text"
-            ) from error
-        return str(text)
+            return [str(text) for text in self.tokenizer.apply_chat_template(conversations, **options)]
+        except Exception:  # a template is foreign code; which conversation it fails on is found below
+            texts = []
+            for scenario, conversation in zip(scenarios, conversations, strict=True):
+                try:
+                    texts.append(str(self.tokenizer.apply_chat_template(conversation, **options)))
+                except Exception as error:
+                    raise _refusal(key, scenario, conversation, error) from error
+            return texts
 
-    def _plain(self, scenario: Scenario, key: str) -> str:
-        return "\n\n".join(turn.content for turn in scenario.turns(self.system_prompt))
-
-    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+    def _tokenize(self, batch: "_Batch") -> tuple[PackedTokens, int]:
+        """The batch's tokens, and how many of its scenarios hold control tokens in their text."""
         # A template writes the special tokens itself: adding the tokenizer's would double the first one.
         add_special_tokens = not self.applies_template
-        tokens: list[list[int]] = []
-        for start in range(0, len(texts), _BATCH):
-            # `verbose=False`: lengths are our own policy, and transformers would warn of the model's.
-            batch = self.tokenizer(
-                list(texts[start : start + _BATCH]), add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
-            )
-            tokens += [list(ids) for ids in batch["input_ids"]]
-        if add_special_tokens and self._appends_eos():
+        options: dict[str, Any] = {} if self.applies_template else {"split_special_tokens": not self.parse_special_tokens}
+        # `verbose=False`: lengths are our own policy, and transformers would warn of the model's.
+        tokens: list[list[int]] = self.tokenizer(
+            batch.texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False, **options
+        )["input_ids"]
+        if self.applies_template:
+            for i, conversation in batch.marked.items():
+                tokens[i] = self._as_text(batch, i, conversation)
+        elif self._appends_eos:
             # The model would take the end of the prompt for the end of its answer.
             tokens = [prompt[:-1] for prompt in tokens]
-        return tokens
+        return PackedTokens.pack(tokens), len(batch.marked)
 
+    def _as_text(self, batch: "_Batch", i: int, conversation: Conversation) -> list[int]:
+        try:
+            return encode_as_text(self.tokenizer, self._control_tokens, conversation, self.chat_template_kwargs)
+        except ValueError as error:
+            raise DataError(
+                f"{batch.key}: the text of scenario '{batch.scenarios[i].id}' holds a control token that this tokenizer cannot write as "
+                f"plain text: {error}; remove it from the text, or set data.parse_special_tokens=true"
+            ) from error
+
+    @cached_property
     def _appends_eos(self) -> bool:
         eos = self.tokenizer.eos_token_id
         with_special = self.tokenizer("a")["input_ids"]
         without = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         return eos is not None and with_special[-1:] == [eos] and without[-1:] != [eos]
 
-    def _limit(self, scenarios: Sequence[Scenario], tokens: list[list[int]], key: str) -> EncodedPrompts:
+    def _limit(self, scenarios: Sequence[Scenario], tokens: PackedTokens, key: str) -> EncodedPrompts:
+        lengths, limit = tokens.lengths, self.max_prompt_tokens
         everything = list(range(len(tokens)))
-        limit = self.max_prompt_tokens
-        overlong = [i for i in everything if limit is not None and len(tokens[i]) > limit]
+        overlong = [] if limit is None else (lengths > limit).nonzero()[0].tolist()
         if limit is None or not overlong:
             return EncodedPrompts(tokens, everything)
         if self.overlong_prompts == "truncate_left":
-            return EncodedPrompts([prompt[-limit:] for prompt in tokens], everything, num_truncated=len(overlong))
+            return EncodedPrompts(PackedTokens.pack([prompt[-limit:] for prompt in tokens]), everything, num_truncated=len(overlong))
         if self.overlong_prompts == "error":
-            shown = ", ".join(f"{scenarios[i].id} ({len(tokens[i])})" for i in overlong[:_IDS_SHOWN])
+            shown = ", ".join(f"{scenarios[i].id} ({lengths[i]})" for i in overlong[:_IDS_SHOWN])
             more = f" and {len(overlong) - _IDS_SHOWN} more" if len(overlong) > _IDS_SHOWN else ""
-            longest = max(len(tokens[i]) for i in overlong)
             raise DataError(
                 f"{key}: {len(overlong)} of {len(tokens)} prompts have more than data.max_prompt_tokens={limit} tokens: {shown}{more}; "
-                f"set data.max_prompt_tokens={longest}, or data.overlong_prompts to drop or truncate_left"
+                f"set data.max_prompt_tokens={lengths.max()}, or data.overlong_prompts to drop or truncate_left"
             )
-        kept = [i for i in everything if len(tokens[i]) <= limit]
+        kept = (lengths <= limit).nonzero()[0].tolist()
         if not kept:
-            shortest = min(len(prompt) for prompt in tokens)
-            raise DataError(f"{key}: data.max_prompt_tokens={limit} drops all {len(tokens)} prompts; the shortest has {shortest} tokens")
-        return EncodedPrompts([tokens[i] for i in kept], kept, num_dropped=len(overlong))
+            raise DataError(
+                f"{key}: data.max_prompt_tokens={limit} drops all {len(tokens)} prompts; the shortest has {lengths.min()} tokens"
+            )
+        return EncodedPrompts(PackedTokens.pack([tokens[i] for i in kept]), kept, num_dropped=len(overlong))
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Some scenarios with their prompts as text; `marked` has the conversations of those that hold control tokens."""
+
+    key: str
+    scenarios: Sequence[Scenario]
+    texts: list[str]
+    marked: dict[int, Conversation]
+
+
+def _plain(conversation: Conversation) -> str:
+    return "\n\n".join(turn["content"] for turn in conversation)
+
+
+def _refusal(key: str, scenario: Scenario, conversation: Conversation, error: Exception) -> DataError:
+    has_system = conversation[0]["role"] == "system"
+    advice = "if it takes no system turn, leave out data.system_prompt and the scenarios' context; " if has_system else ""
+    return DataError(
+        f"{key}: the chat template refuses scenario '{scenario.id}' (roles: {', '.join(t['role'] for t in conversation)}): "
+        f"{error}; {advice}data.use_chat_template=false joins the turns as plain text"
+    )

@@ -6,6 +6,7 @@ the file's own columns stay available to rewards under their own names.
 """
 
 import datetime
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args, get_type_hints
 
@@ -97,15 +98,23 @@ def _checked_id(value: object, default: str) -> str:
     # YAML makes numbers and dates of what looks like them; true/false is a slip.
     if isinstance(value, bool) or not isinstance(value, str | int | float | datetime.date):
         raise _BadRow(f"the id must be text or a number, not {kind(value)}")
-    return str(value)
+    _check_unicode("the id", text := str(value))
+    return text
 
 
 def _checked_text(what: str, value: object) -> str:
     if not isinstance(value, str):
         raise _BadRow(f"{what} must be text, not {kind(value)} ({_shown(value)}); put it in quotes")
-    if not value.strip():
+    if not value or value.isspace():
         raise _BadRow(f"{what} is empty")
+    _check_unicode(what, value)
     return value
+
+
+def _check_unicode(what: str, text: str) -> None:
+    # JSON can write half a surrogate pair, which no tokenizer takes and no file can hold.
+    if not text.isascii() and (half := next((c for c in text if "\ud800" <= c <= "\udfff"), None)):
+        raise _BadRow(f"{what} holds \\u{ord(half):04x}, half of a character (a surrogate without its pair); replace it")
 
 
 def _checked_optional_text(name: str, value: object) -> str | None:
@@ -151,9 +160,11 @@ def _checked_turn(number: int, message: object) -> Turn:
         raise _BadRow(f"message {number} has the role {role!r}; the roles are {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise _BadRow(f"the content of message {number} must be text, not {kind(content)}")
+    _check_unicode(f"the content of message {number}", content)
     return Turn(role, content)
 
 
 def _shown(value: object, width: int = 40) -> str:
-    text = repr(value)
+    # Not repr(): of YAML that refers to itself again and again it has no end.
+    text = reprlib.repr(value)
     return text if len(text) <= width else text[:width] + "..."

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from annotated_types import Gt
 
 from stateset_lightning.data.hub import is_hub_id, read_hub, read_parquet
+from stateset_lightning.data.packing import garbage_left_alone
 from stateset_lightning.data.reading import READERS, Problem, RawRow, raise_problems, read_file, rows_of
 from stateset_lightning.data.scenarios import QUESTION_COLUMNS, check_columns, to_scenarios
 from stateset_lightning.errors import ConfigError, DataError
@@ -99,7 +100,11 @@ def read_split(spec: SplitSpec, split: str, data_fields: Mapping[str, str] | Non
         ConfigError: If `spec` or a source is none of these.
         DataError: If a file cannot be read, or rows are no scenarios: all of them are listed.
     """
-    key = f"data.{split}"
+    with garbage_left_alone():
+        return _read_split(spec, f"data.{split}", split, data_fields)
+
+
+def _read_split(spec: SplitSpec, key: str, split: str, data_fields: Mapping[str, str] | None) -> ScenarioSet:
     sources = _as_sources(spec, key)
     parts = [(index, part) for index, source in enumerate(sources) for part in _parts(source, index, len(sources), split)]
     stems = Counter(part.stem for _, part in parts)

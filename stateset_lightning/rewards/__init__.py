@@ -6,6 +6,7 @@ from stateset_lightning.rewards.interface import FunctionReward, Reward, RewardF
 from stateset_lightning.rewards.match import Contains, ExactMatch, RegexMatch
 from stateset_lightning.rewards.numeric import NumericAnswer
 from stateset_lightning.rewards.penalties import LengthPenalty, OverlongPenalty, RepetitionPenalty
+from stateset_lightning.rewards.retry import Retry
 from stateset_lightning.rewards.scorer import Scorer, ScoringSession, check_failures, failure_counts
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "OverlongPenalty",
     "RegexMatch",
     "RepetitionPenalty",
+    "Retry",
     "Reward",
     "RewardFunction",
     "RewardResult",

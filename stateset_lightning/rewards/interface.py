@@ -98,6 +98,9 @@ class FunctionReward(RewardFunction):
         return self.function(turns, context)
 
 
+LARGEST_WEIGHT = 1e30
+"""Times the largest score, and added up over rewards, this is still a finite total."""
+
 # In this order: jsonargparse tries the members from the left, and could not save a config with the callable first.
 Reward = list[RewardFunction] | RewardFunction | Callable[..., Any]
 """What is accepted as a reward: a list of `RewardFunction`s, one of them, or a function `f(turns, context)`."""
@@ -133,7 +136,9 @@ def as_rewards(reward: Any) -> list[RewardFunction]:
 
 
 def is_async(reward: RewardFunction) -> bool:
-    """Whether the reward is written as `async def` (a `def` that returns an awaitable is not)."""
+    """Whether the reward, or the one that it wraps, is written as `async def` (a `def` that returns an awaitable is not)."""
+    while isinstance(inner := getattr(reward, "wrapped", None), RewardFunction):
+        reward = inner
     call = reward.function if isinstance(reward, FunctionReward) else reward.compute_reward
     return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(getattr(call, "__call__", None))  # noqa: B004
 
@@ -170,8 +175,8 @@ def _check(reward: RewardFunction) -> None:
     name, weight = reward.name, reward.weight
     if not isinstance(name, str) or not name:
         raise ConfigError(f"name={name!r} of {type(reward).__name__} must be a non-empty string")
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-        raise ConfigError(f"weight={weight!r} of reward '{name}' must be a finite number")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= LARGEST_WEIGHT:
+        raise ConfigError(f"weight={weight!r} of reward '{name}' must be a finite number, at most {LARGEST_WEIGHT:g}")
     check_timeout(f"timeout of reward '{name}'", reward.timeout)
     call = reward.function if isinstance(reward, FunctionReward) else reward.compute_reward
     try:

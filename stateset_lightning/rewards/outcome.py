@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import traceback
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from stateset_lightning.errors import RewardError
+from stateset_lightning.redaction import redacted_text
 from stateset_lightning.rewards.interface import RewardFunction, RewardResult
 from stateset_lightning.types import NOT_APPLICABLE, Turn
 
@@ -41,11 +44,12 @@ def evaluate(
     run_coroutine: Callable[[Coroutine[Any, Any, Outcome]], Outcome],
 ) -> Outcome:
     """Call a blocking reward. If it returns an awaitable, `run_coroutine` completes it."""
-    try:
-        output = reward.compute_reward(turns, context)
-        return run_coroutine(complete(output)) if inspect.isawaitable(output) else to_outcome(output)
-    except (Exception, SystemExit) as error:  # SystemExit: code under test may call exit(), which must not end the run
-        return failure(error)
+    with _no_second_return():
+        try:
+            output = reward.compute_reward(turns, context)
+            return run_coroutine(complete(output)) if inspect.isawaitable(output) else to_outcome(output)
+        except (Exception, SystemExit) as error:  # SystemExit: code under test may call exit(), which must not end the run
+            return failure(error)
 
 
 async def evaluate_async(reward: RewardFunction, turns: Sequence[Turn], context: Mapping[str, Any]) -> Outcome:
@@ -59,10 +63,11 @@ async def evaluate_async(reward: RewardFunction, turns: Sequence[Turn], context:
 
 async def complete(awaitable: Awaitable[Any]) -> Outcome:
     """Await what a reward returned."""
-    try:
-        return to_outcome(await awaitable)
-    except (Exception, SystemExit) as error:  # SystemExit would end the event loop
-        return failure(error)
+    with _no_second_return():
+        try:
+            return to_outcome(await awaitable)
+        except (Exception, SystemExit) as error:  # SystemExit would end the event loop
+            return failure(error)
 
 
 def to_outcome(output: Any) -> Outcome:
@@ -83,10 +88,21 @@ def to_outcome(output: Any) -> Outcome:
 def failure(error: BaseException) -> Outcome:
     """The outcome of a reward that raised `error`."""
     try:
-        message = str(error)
+        message = redacted_text(str(error))
     except Exception:  # an exception of the reward's own may fail to print
         message = "(its message could not be printed)"
-    return Outcome(math.nan, {}, type(error).__name__, message, "".join(traceback.format_exception(error)))
+    return Outcome(math.nan, {}, type(error).__name__, message, redacted_text("".join(traceback.format_exception(error))))
+
+
+@contextmanager
+def _no_second_return() -> Iterator[None]:
+    """Ends the child of a reward that forked and let the child come back too: it would go on as a second trainer, or answer twice."""
+    process = os.getpid()
+    try:
+        yield
+    finally:
+        if os.getpid() != process:
+            os._exit(0)
 
 
 def _finite(value: Any) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from multiprocessing import Pipe
+from pathlib import Path
 from typing import Any
 
 from stateset_lightning.errors import ConfigError
@@ -21,6 +22,7 @@ from stateset_lightning.rewards.outcome import Outcome, failure
 from stateset_lightning.types import Turn
 
 MAX_WORKERS = 4
+LEAK_BYTES = 2**30
 _START_SECONDS = 120.0  # importing a user's module may take long, on a cold disk in particular
 _REMEDY = (
     "define it at the top level of a module that can be imported, without lambdas, open files or clients as attributes; "
@@ -76,6 +78,8 @@ class WorkerPool:
             return failure(error)
         process = self._take()
         outcome = process.call(request, timeout)
+        if process.has_grown():
+            process.kill()
         with self._lock:
             if process.alive and not self._closed:
                 self._idle.append(process)
@@ -112,6 +116,7 @@ class _Worker:
             start_new_session=True,
         )
         theirs.close()
+        self._first_resident = 0
 
     @property
     def alive(self) -> bool:
@@ -154,12 +159,35 @@ class _Worker:
         assert isinstance(outcome, Outcome)
         return outcome
 
+    def has_grown(self) -> bool:
+        """Whether it holds a GiB more than after its first call: a reward that leaks gets a fresh process. Linux only; elsewhere false."""
+        try:
+            resident = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        except (OSError, IndexError):  # no /proc, or the process has ended
+            return False
+        self._first_resident = self._first_resident or resident
+        return resident > self._first_resident + LEAK_BYTES
+
     def kill(self) -> None:
         """Kill the process and all that it started."""
+        below = _descendants(self._process.pid)
         if self._process.returncode is None:  # not yet waited for, so its process group is still its own, even if it has ended
             with suppress(ProcessLookupError, PermissionError):  # only the ended process is left in the group (macOS: PermissionError)
                 os.killpg(self._process.pid, signal.SIGKILL)
+        for pid in below:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
         self._process.wait()
+
+
+def _descendants(pid: int) -> list[int]:
+    """The processes below one, also those that were started in sessions of their own. Linux only; elsewhere none."""
+    below: list[int] = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # it has ended meanwhile
+            for child in map(int, children.read_text().split()):
+                below += [child, *_descendants(child)]
+    return below
 
 
 def _pickled(reward: RewardFunction) -> bytes:

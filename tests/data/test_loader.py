@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stateset_lightning.data.curriculum import Curriculum, SolveRates
 from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader
 from stateset_lightning.data.order import EpochOrder
 from stateset_lightning.errors import ConfigError
@@ -136,3 +138,93 @@ def test_evaluation_serves_every_row_once_without_filling(n, batch_size, world_s
             assert batch.prompt_tokens == [[p] for p in batch.positions]
             positions += batch.positions
     assert sorted(positions) == list(range(n))
+
+
+# Replacements for dynamic sampling ----------------------------------------------------------------------------------------------
+
+
+def rows(batch):
+    return [int(s.id) for s in batch.scenarios]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 12), st.integers(1, 3), st.sampled_from([1, 2, 3]), st.integers(1, 3))
+def test_replacements_are_the_same_for_any_number_of_ranks_and_are_other_prompts(n, batch_size, world_size, round_number):
+    whole = next(iter(loader := make(n, batch_size=batch_size * world_size)))
+    other = loader.replacements(whole, range(len(whole)), round_number)
+    assert all(new != old for new, old in zip(rows(other), rows(whole), strict=True))
+    assert other.rows == rows(other)
+    assert other.episode_index == whole.episode_index
+    assert other.positions == [p + round_number * len(whole) for p in range(len(whole))]
+    for rank in range(world_size):
+        part_loader = make(n, batch_size=batch_size, rank=rank, world_size=world_size)
+        part = next(iter(part_loader))
+        mine = part_loader.replacements(part, range(len(part)), round_number)
+        assert rows(mine) == rows(other)[rank::world_size]
+        assert mine.positions == other.positions[rank::world_size]
+
+
+def test_a_replacement_depends_on_its_round_and_not_on_what_else_is_replaced():
+    loader = make(50, batch_size=8)
+    batch = next(iter(loader))
+    everything = rows(loader.replacements(batch, range(8), 1))
+    assert rows(loader.replacements(batch, [5], 1)) == [everything[5]]
+    assert rows(loader.replacements(batch, range(8), 2)) != everything
+
+
+def test_replacements_follow_the_weights_of_the_sources():
+    scenarios = [Scenario(id=str(i), prompt=f"p{i}") for i in range(12)]
+    order = EpochOrder([list(range(10)), [10, 11]], [1.0, 3.0], 7, True)
+    loader = EpisodeLoader(scenarios, [[i, i] for i in range(12)], order, batch_size=100)
+    batch = next(iter(loader))
+    drawn = [row for number in range(1, 31) for row in rows(loader.replacements(batch, range(100), number))]
+    # A quarter from the first source and three from the second, less the prompt in the slot: 10 and 11 hold three slots of four, and
+    # leave 3/8 to the other of them against 2/8; the first source's leave 9/40 against 3/4.
+    held = sum(row >= 10 for row in rows(batch)) / 100
+    expected = held * (0.375 / 0.625) + (1 - held) * (0.75 / 0.975)
+    assert sum(row >= 10 for row in drawn) / 3000 == pytest.approx(expected, abs=0.03)
+
+
+def test_replacements_of_repeated_prompts_are_among_them():
+    loader = make(20, batch_size=2, limit=2, repeat=True)
+    served = {row for batch in loader for row in rows(batch)}
+    batch = next(iter(loader))
+    drawn = {row for number in range(1, 40) for row in rows(loader.replacements(batch, [0, 1], number))}
+    assert drawn == served
+    assert len(served) == 4
+
+
+def test_a_single_prompt_is_replaced_by_itself_with_other_noise():
+    batch = next(iter(loader := make(1, batch_size=2)))
+    other = loader.replacements(batch, [1], 1)
+    assert (rows(other), other.positions) == ([0], [3])
+
+
+# Curriculum ---------------------------------------------------------------------------------------------------------------------
+
+
+def with_rates(n, **options):
+    scenarios = [Scenario(id=str(i), prompt=f"p{i}") for i in range(n)]
+    order = EpochOrder([list(range(n))], None, 7, True)
+    solve_rates = SolveRates(Curriculum(floor=0.01), order.row_weights, 7)
+    return EpisodeLoader(scenarios, [[i, i] for i in range(n)], order, solve_rates=solve_rates, **options)
+
+
+def test_a_curriculum_decides_the_prompts_of_an_episode_and_of_its_replacements():
+    loader = with_rates(10, batch_size=4, num_iterations=2)
+    assert loader.episodes_per_epoch == 3  # as without
+    assert len(loader) == 6
+    solved = torch.ones(8, 2)
+    loader.solve_rates.report(0, list(range(8)), solved)  # all but 8 and 9
+    batches = list(loader)
+    assert rows(batches[0]) == rows(batches[1])
+    assert {8, 9} <= set(rows(batches[4]))  # of episode 2, the first that knows; its chance is above 0.9
+    drawn = [row for number in range(1, 20) for row in rows(loader.replacements(batches[4], range(4), number))]
+    assert sum(row >= 8 for row in drawn) > 0.8 * len(drawn)
+
+
+def test_ranks_share_what_a_curriculum_draws():
+    whole = with_rates(9, batch_size=4)
+    parts = [with_rates(9, batch_size=2, rank=rank, world_size=2) for rank in range(2)]
+    for batch, *others in zip(whole, *parts, strict=True):
+        assert [rows(other) for other in others] == [rows(batch)[0::2], rows(batch)[1::2]]

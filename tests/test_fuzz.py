@@ -1,0 +1,241 @@
+"""Hostile scenario files, configs and reward returns: every case ends in success or in a documented error, never in another exception.
+
+The quick profile is part of `make test`; `STATESET_FUZZ=20` multiplies the number of cases. How many were tried is printed (`pytest -s`).
+"""
+
+# ruff: noqa: PT017 (a refusal is one of two good ends)
+import copy
+import io
+import json
+import math
+import os
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from stateset_lightning.data import read_split
+from stateset_lightning.errors import DataError, RewardError, UserError
+from stateset_lightning.rewards import RewardResult, Scorer, check_failures
+from stateset_lightning.types import NOT_APPLICABLE, Turn
+
+ROOT = Path(__file__).parents[1]
+FACTOR = int(os.environ.get("STATESET_FUZZ", "1"))
+TRIED: Counter[str] = Counter()
+
+
+def quick(cases: int) -> Any:
+    return settings(
+        max_examples=cases * FACTOR, deadline=None, derandomize=FACTOR == 1, database=None, suppress_health_check=list(HealthCheck)
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _count():
+    yield
+    print("\nfuzz cases tried:", ", ".join(f"{name}: {count}" for name, count in sorted(TRIED.items())))
+
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["user", "prompt", "\ud800", "a\x00b", "<|end|>"])
+)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3), max_leaves=6
+)
+COLUMNS = st.sampled_from(
+    ["prompt", "messages", "user_responses", "context", "id", "topic", "target", "rewards", "model_config", "x", "", "path", "turns"]
+)
+MESSAGES = st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "assistant", "x"]), "content": SCALARS}), max_size=3)
+GOOD_ROWS = st.fixed_dictionaries(
+    {"prompt": st.text(min_size=1, max_size=8)}, optional={"target": VALUES, "x": VALUES, "topic": st.text(max_size=3)}
+)
+ANY_ROWS = st.dictionaries(COLUMNS, VALUES | MESSAGES, max_size=5) | SCALARS
+ROWS = st.lists(GOOD_ROWS, min_size=1, max_size=4) | st.lists(ANY_ROWS | GOOD_ROWS, max_size=4)
+# A message has at most one line for each of the twenty rows shown, and their heading.
+LINES = 24
+
+
+def read_or_refuse(content: bytes, suffix: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"rows{suffix}"
+        path.write_bytes(content)
+        try:
+            scenarios = read_split(str(path), "train")
+        except DataError as error:
+            assert "data.train" in str(error) or "rows" in str(error)
+            assert len(str(error).splitlines()) <= LINES
+            TRIED["files refused"] += 1
+        else:
+            assert all((scenario.prompt or scenario.messages) and scenario.id and scenario.turns() for scenario in scenarios.scenarios)
+            TRIED["files read"] += 1
+
+
+@quick(250)
+@given(st.binary(max_size=60), st.sampled_from([".jsonl", ".json", ".csv", ".yaml"]))
+def test_files_of_any_bytes(content, suffix):
+    read_or_refuse(content, suffix)
+
+
+@quick(150)
+@given(ROWS, st.sampled_from([".jsonl", ".json", ".yaml"]))
+def test_files_of_any_rows(rows, suffix):
+    # A list in JSON is YAML too.
+    text = "\n".join(json.dumps(row) for row in rows) if suffix == ".jsonl" else json.dumps(rows)
+    read_or_refuse(text.encode(), suffix)
+
+
+@quick(150)
+@given(st.lists(st.lists(st.text(max_size=6), max_size=4), max_size=5), st.sampled_from(["prompt,target", "prompt", "id,prompt,x"]))
+def test_tables_of_any_cells(table, header):
+    written = io.StringIO()
+    written.write(header + "\n")
+    for row in table:
+        written.write(",".join(row) + "\n")
+    read_or_refuse(written.getvalue().encode(errors="surrogatepass"), ".csv")
+
+
+@quick(150)
+@given(ROWS)
+def test_lists_of_any_rows(rows):
+    try:
+        read_split(rows, "train")
+        TRIED["lists read"] += 1
+    except UserError as error:
+        assert len(str(error).splitlines()) <= LINES
+        TRIED["lists refused"] += 1
+
+
+class Odd:
+    def __init__(self, error: type[Exception]) -> None:
+        self.error = error
+
+    def __float__(self) -> float:
+        raise self.error("no number")
+
+    def __repr__(self) -> str:
+        raise self.error("no text")
+
+
+RETURNS = (
+    VALUES
+    | st.floats()
+    | st.integers(min_value=-(10**400), max_value=10**400)
+    | st.binary(max_size=3)
+    | st.complex_numbers()
+    | st.fractions()
+    | st.decimals()
+    | st.builds(RewardResult, VALUES | st.floats(), VALUES)
+    | st.builds(Odd, st.sampled_from([TypeError, ValueError, RuntimeError, KeyError, ZeroDivisionError]))
+)
+
+
+@quick(120)
+@given(st.lists(RETURNS, min_size=1, max_size=4), st.booleans())
+def test_rewards_that_return_anything(outputs, is_async):
+    def blocking(turns, context):
+        return outputs[int(turns[-1].content)]
+
+    async def later(turns, context):
+        return blocking(turns, context)
+
+    with Scorer(later if is_async else blocking, max_failures=0.5) as scorer:
+        session = scorer.start(len(outputs))
+        for n in range(len(outputs)):
+            session.submit(n, [Turn("assistant", str(n))])
+        scores = session.collect()
+    for n, value in enumerate(scores.values_NF[:, 0].tolist()):
+        failed = [failure for failure in scores.failures if failure.completion == n]
+        assert math.isfinite(value) or (bool(failed) and (math.isnan(value) or value == NOT_APPLICABLE))
+        TRIED["returns failed" if failed else "returns scored"] += 1
+    try:
+        check_failures(scores, 0.5)
+    except RewardError as error:
+        assert "max_reward_failures=0.5" in str(error)
+
+
+def leaves(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else []
+    return [path] * bool(path) + [leaf for key, value in items for leaf in leaves(value, (*path, key))]
+
+
+CONFIG = {
+    key: value
+    for key, value in yaml.safe_load((ROOT / "configs" / "single_turn.yaml").read_text()).items()
+    if key in ("model", "data", "trainer")
+}
+BROKEN = st.sampled_from(
+    [
+        -1,
+        0,
+        1,
+        0.5,
+        -0.5,
+        1e30,
+        math.nan,
+        math.inf,
+        True,
+        None,
+        "",
+        "text",
+        "os.system",
+        "1e-4",
+        [],
+        [1],
+        {},
+        {"a": 1},
+        "../x",
+        "\x00",
+        "💥",
+    ]
+)
+
+
+@pytest.fixture(scope="module")
+def parser():
+    from lightning.pytorch import Trainer
+
+    from stateset_lightning.datamodule import ScenarioDataModule
+    from stateset_lightning.lightning_cli import Parser
+    from stateset_lightning.module import GRPOLightningModule
+
+    parser = Parser(prog="stateset-lightning", default_env=False)
+    parser.add_lightning_class_args(Trainer, "trainer")
+    parser.add_lightning_class_args(GRPOLightningModule, "model")
+    parser.add_lightning_class_args(ScenarioDataModule, "data")
+    parser.parse_object(copy.deepcopy(CONFIG))
+    return parser
+
+
+@quick(60)
+@given(st.sampled_from(leaves(CONFIG)), BROKEN | VALUES, st.sampled_from(["set", "rename", "add", "remove"]))
+def test_configs_with_one_thing_wrong(parser, path, value, change):
+    config = copy.deepcopy(CONFIG)
+    parent: Any = config
+    for key in path[:-1]:
+        parent = parent[key]
+    key = path[-1]
+    if change == "set" or isinstance(parent, list):
+        parent[key] = value
+    elif change == "rename":
+        parent[f"{key}x"] = parent.pop(key)
+    elif change == "add":
+        parent["unknown_key"] = value
+    else:
+        del parent[key]
+    try:
+        parser.parse_object(config)
+        TRIED["configs accepted"] += 1
+    except UserError as error:
+        assert str(error).strip()
+        assert len(str(error).splitlines()) <= 4, str(error)
+        TRIED["configs refused"] += 1
