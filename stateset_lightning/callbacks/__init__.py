@@ -2,7 +2,8 @@
 
 from stateset_lightning.callbacks.console import ConsoleProgress
 from stateset_lightning.callbacks.episodes import EpisodeCallback
+from stateset_lightning.callbacks.reference_sync import ReferenceSync
 from stateset_lightning.callbacks.samples import PredictionWriter, SampleWriter
 from stateset_lightning.callbacks.summary import RunSummary
 
-__all__ = ["ConsoleProgress", "EpisodeCallback", "PredictionWriter", "RunSummary", "SampleWriter"]
+__all__ = ["ConsoleProgress", "EpisodeCallback", "PredictionWriter", "ReferenceSync", "RunSummary", "SampleWriter"]

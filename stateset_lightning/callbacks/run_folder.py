@@ -22,6 +22,12 @@ def run_folder(trainer: Trainer) -> Path:
     return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version
 
 
+def continues(trainer: Trainer, folder: str) -> bool:
+    """Whether this run goes on in the files of the one whose checkpoint it resumes from, and which wrote to `folder`."""
+    mine = run_folder(trainer).absolute()
+    return Path(folder) == mine or Path(str(trainer.ckpt_path)).absolute().is_relative_to(mine)  # or it has been moved
+
+
 def config_file(trainer: Trainer) -> Path:
     """Where the resolved config goes. Without a logger the folder may be the one that the user's own `config.yaml` is in."""
     return run_folder(trainer) / ("config.yaml" if trainer.loggers else "resolved_config.yaml")

@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 
 from stateset_lightning import GRPOLightningModule, RolloutConfig, ScenarioDataModule
 from stateset_lightning.callbacks import PredictionWriter, SampleWriter
-from stateset_lightning.callbacks.samples import append_lines
+from stateset_lightning.callbacks.samples import append_rows
 
 ROWS = [{"id": str(i), "prompt": f"What is {i} + 1?", "target": str(i + 1)} for i in range(6)]
 
@@ -63,6 +63,6 @@ def test_predictions_start_afresh(make, tmp_path):
 
 def test_lines_are_appended(tmp_path):
     path = tmp_path / "new" / "rows.jsonl"
-    append_lines(path, [{"a": 1}])
-    append_lines(path, [{"a": 2}, {"a": None}])
+    append_rows(path, [{"a": 1}])
+    append_rows(path, [{"a": 2}, {"a": None}])
     assert read(path) == [{"a": 1}, {"a": 2}, {"a": None}]

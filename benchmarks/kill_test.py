@@ -1,0 +1,310 @@
+"""The kill test: a run killed by SIGKILL at seeded random moments, and resumed each time, ends as if it had never been killed.
+
+    python benchmarks/kill_test.py --kills 50                  one process, float32 (`make kill-test` runs all three)
+    python benchmarks/kill_test.py --kills 20 --precision bf16-mixed
+    python benchmarks/kill_test.py --kills 20 --ranks 2        two processes with gloo; one is killed, the other a moment later
+
+The run has all that could be lost: two passes over an episode in four micro-steps, two of them to an optimizer step, a KL term with an
+adaptive coefficient, dropout, a learning-rate schedule, a curriculum, validations inside optimizer steps, checkpoints at every step.
+Compared bit by bit: weights, optimizer, schedule, loader, curriculum, adaptive coefficients, every logged metric but time and memory,
+and every sample. Everything is imported once, and each attempt is a fork: a start costs a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import logging
+import os
+import random
+import signal
+import socket
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork has no use for a pool of threads
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from stateset_lightning import GRPOLightningModule, RewardFunction, RolloutConfig, ScenarioDataModule, checkpoint_io, files
+from stateset_lightning.algorithm import GRPO, KL
+from stateset_lightning.callbacks import SampleWriter
+from stateset_lightning.data.curriculum import Curriculum
+from stateset_lightning.policy import PolicyConfig, load_model
+from stateset_lightning.policy.schedule import Schedule
+from stateset_lightning.resume import continue_run
+
+PLACES = (
+    "sampling",
+    "scoring",
+    "micro-step",
+    "optimizer step",
+    "validation",
+    "half a file",
+    "before the rename",
+    "after the rename",
+    "any time",
+)
+SCENARIOS = [{"prompt": f"What is {a} + {b}?", "target": str(a + b)} for a in range(2, 8) for b in (4, 9)]
+UNSTEADY = ("time/", "memory/", "work/tokens_per_s")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is run."""
+
+    steps: int
+    precision: str = "32-true"
+    ranks: int = 1
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Where an attempt ends: the `count`-th time that a rank comes by a place, or `seconds` after training started."""
+
+    place: str
+    count: int
+    seconds: float
+    rank: int
+
+
+class EvenDigits(RewardFunction):
+    """Varied, so that groups are mixed and gradients are not zero."""
+
+    def compute_reward(self, turns: Any, context: Any = None) -> float:
+        pass_by("scoring")
+        digits = [int(character) for character in turns[-1].content if character.isdigit()]
+        return sum(digit % 2 == 0 for digit in digits) / max(len(digits), 1)
+
+
+class Passes(Callback):
+    """Comes by the places that are hooks."""
+
+    def __init__(self, started: int | None) -> None:
+        self.started = started
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.policy.model.register_forward_pre_hook(lambda *args: None if torch.is_grad_enabled() else pass_by("sampling"))
+        if self.started is not None:
+            os.write(self.started, b"!")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        pass_by("micro-step")
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        pass_by("optimizer step")
+
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        pass_by("validation")
+
+
+_plan: Kill | None = None
+_passed = 0
+
+
+def pass_by(place: str) -> None:
+    """Dies here if the plan says so."""
+    global _passed
+    if _plan is not None and _plan.place == place:
+        _passed += 1
+        if _passed == _plan.count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def save_in_halves(content: Any, stream: Any, **options: Any) -> None:
+    """`torch.save`, with a place between the halves of the file."""
+    if options:  # torch's own use of it, for what it sends between ranks
+        _save(content, stream, **options)
+        return
+    buffer = io.BytesIO()
+    _save(content, buffer)
+    middle = buffer.tell() // 2
+    stream.write(buffer.getvalue()[:middle])
+    stream.flush()
+    pass_by("half a file")
+    stream.write(buffer.getvalue()[middle:])
+
+
+def replace(source: Any, target: Any) -> None:
+    """`os.replace`, with a place on each side of it."""
+    pass_by("before the rename")
+    _replace(source, target)
+    pass_by("after the rename")
+
+
+_save, _replace = torch.save, os.replace
+
+
+def train(folder: Path, settings: Settings, started: int | None = None) -> None:
+    """The run, from its newest checkpoint if there is one."""
+    seed_everything(7, verbose=False)
+    module = GRPOLightningModule(
+        PolicyConfig("tiny", dropout=0.1),
+        reward=EvenDigits(),
+        rollout=RolloutConfig(num_generations=4, max_new_tokens=5),
+        algorithm=GRPO(beta=0.05, kl=KL(target=0.02)),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-4, weight_decay=0.01),
+        lr_scheduler=Schedule(decay="cosine", warmup_steps=5),
+    )
+    data = ScenarioDataModule(
+        SCENARIOS, SCENARIOS[:5], batch_size=4 // settings.ranks, eval_batch_size=2, num_iterations=2, steps_per_episode=4,
+        curriculum=Curriculum(),
+    )  # fmt: skip
+    trainer = Trainer(
+        max_steps=settings.steps, max_epochs=-1, accelerator="cpu", devices=settings.ranks, precision=settings.precision,
+        strategy="ddp" if settings.ranks > 1 else "auto", accumulate_grad_batches=2, gradient_clip_val=1.0,
+        val_check_interval=11, check_val_every_n_epoch=None,  # odd: every other validation falls inside an optimizer step
+        logger=CSVLogger(folder, "run", flush_logs_every_n_steps=3),
+        callbacks=[Passes(started), SampleWriter(1), ModelCheckpoint(every_n_train_steps=1, save_last=True, filename="{step}")],
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False, log_every_n_steps=1,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data, ckpt_path=continue_run(trainer, "last"))
+
+
+def fork(folder: Path, settings: Settings, plan: Kill | None, rank: int, port: int, started: int | None) -> int:
+    """Starts one rank of an attempt; returns its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    global _plan
+    _plan = plan if plan is not None and plan.rank == rank else None
+    status = 1
+    try:
+        if settings.ranks > 1:
+            ids = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": settings.ranks, "LOCAL_WORLD_SIZE": settings.ranks, "GROUP_RANK": 0}
+            os.environ.update({name: str(value) for name, value in ids.items()})
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="kill-test")
+        log = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        checkpoint_io.torch.save, files.os.replace = save_in_halves, replace
+        train(folder, settings, started)
+        status = 0
+    except SystemExit as ended:  # how a signal ends a run
+        status = int(ended.code or 0)
+    except BaseException:
+        logging.exception("the attempt failed")
+    finally:
+        os._exit(status)
+
+
+def attempt(folder: Path, settings: Settings, plan: Kill | None) -> bool:
+    """Runs until the end or the kill; returns whether the end was reached.
+
+    Raises:
+        RuntimeError: If the run ended in any other way.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    reader, writer = os.pipe()
+    pids = [fork(folder, settings, plan, rank, port, writer) for rank in range(settings.ranks)]
+    os.close(writer)
+    if plan is not None and plan.place == "any time" and os.read(reader, 1):
+        time.sleep(plan.seconds)
+        os.kill(pids[plan.rank], signal.SIGKILL)
+    _, status = os.waitpid(pids[plan.rank if plan else 0], 0)
+    killed = os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+    for rank, pid in enumerate(pids):
+        if rank != (plan.rank if plan else 0):
+            if killed:
+                time.sleep(0.05)  # long enough to write something wrong
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    os.close(reader)
+    if not killed and status:
+        raise RuntimeError(f"an attempt failed; see {folder / 'output.txt'}:\n{(folder / 'output.txt').read_text()[-3000:]}")
+    return not killed
+
+
+def draw(rng: random.Random, ranks: int) -> Kill:
+    """A moment within the next few optimizer steps."""
+    place = rng.choice(PLACES)
+    reach = {"sampling": 15, "scoring": 24, "micro-step": 7, "optimizer step": 3, "validation": 3}.get(place, 6)
+    on_disk = place in ("half a file", "before the rename", "after the rename")  # the first rank alone writes
+    return Kill(place, rng.randint(1, reach), rng.uniform(0, 0.7), 0 if on_disk else rng.randrange(ranks))
+
+
+def end_state(folder: Path) -> dict[str, Any]:
+    """All that has to be equal at the end."""
+    run = folder / "run" / "version_0"
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    state = {name: checkpoint[name] for name in ("state_dict", "optimizer_states", "lr_schedulers", "ScenarioDataModule", "global_step")}
+    stateset = {name: value for name, value in checkpoint["stateset"].items() if name != "run_folder"}
+    stateset["metrics"] = {part: steady(values) for part, values in stateset["metrics"].items()}
+    with (run / "metrics.csv").open() as file:
+        rows = [steady(row) for row in csv.DictReader(file)]
+    loader = checkpoint["loops"]["fit_loop"].get("combined_loader")
+    return {**state, "stateset": stateset, "loader": loader, "metrics.csv": rows, "samples.jsonl": (run / "samples.jsonl").read_text()}
+
+
+def steady(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if not name.startswith(UNSTEADY)}
+
+
+def differences(mine: Any, other: Any, place: str = "") -> list[str]:
+    """Where two nested states are not bit-identical."""
+    if isinstance(mine, torch.Tensor) and isinstance(other, torch.Tensor):
+        same = (mine.dtype, mine.shape) == (other.dtype, other.shape) and torch.equal(*(_bytes(tensor) for tensor in (mine, other)))
+        return [] if same else [place]
+    if isinstance(mine, dict) and isinstance(other, dict):
+        missing = [f"{place}/{name}" for name in mine.keys() ^ other.keys()]
+        return missing + [d for name in mine.keys() & other.keys() for d in differences(mine[name], other[name], f"{place}/{name}")]
+    if isinstance(mine, list | tuple) and isinstance(other, list | tuple) and len(mine) == len(other):
+        return [d for i, (a, b) in enumerate(zip(mine, other, strict=True)) for d in differences(a, b, f"{place}/{i}")]
+    return [] if repr(mine) == repr(other) else [place]  # NaN is equal to itself here
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).contiguous().view(torch.uint8)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--folder", type=Path, help="an empty folder to keep the files of both runs in")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    load_model(PolicyConfig("tiny"))  # imports the model's code before the first fork
+    settings = Settings(3 * args.kills + 4, args.precision, args.ranks)
+    rng, places, start = random.Random(args.seed), Counter[str](), time.perf_counter()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        straight, killed = folder / "straight", folder / "killed"
+        attempt(straight, settings, None)
+        one_run = time.perf_counter() - start
+        while places.total() < args.kills:
+            plan = draw(rng, args.ranks)
+            if attempt(killed, settings, plan):
+                print(f"the run ended after {places.total()} kills: raise the number of steps")
+                return 1
+            places[plan.place] += 1
+        attempt(killed, settings, None)
+        different = differences(end_state(killed), end_state(straight))
+    print(f"{args.precision}, {args.ranks} rank(s), {settings.steps} optimizer steps ({one_run:.0f} s), {places.total()} kills: "
+          + ", ".join(f"{count} {place}" for place, count in sorted(places.items())))  # fmt: skip
+    print(
+        f"{time.perf_counter() - start:.0f} s in all; "
+        + (f"DIFFERENT in {different[:8]}" if different else "the end states are bit-identical")
+    )
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
