@@ -28,7 +28,12 @@ benchmark: $(READY) ## whole training steps side by side with TRL (installs it);
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt trl==1.16.0
 	$(BIN)/python benchmarks/compare_trl.py
 
+kill-test: $(READY) ## kill a run some 90 times and compare its end with that of a run left alone; six minutes
+	$(BIN)/python benchmarks/kill_test.py --kills 50
+	$(BIN)/python benchmarks/kill_test.py --kills 20 --precision bf16-mixed
+	$(BIN)/python benchmarks/kill_test.py --kills 20 --ranks 2
+
 clean: ## remove the virtual environment, caches and runs
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis runs *.egg-info
 
-.PHONY: help install demo check test benchmark clean
+.PHONY: help install demo check test benchmark kill-test clean

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from typing import TYPE_CHECKING, NoReturn
@@ -37,6 +38,8 @@ Every key of a config is a flag as well (--trainer.max_steps 100), and wins over
   stateset-lightning fit --help                                             all keys
 """
 
+INTERRUPTED = 128 + signal.SIGINT
+
 _NOISE = ("litlogger", "GPU available", "TPU available", "HPU available", "💡 Tip", "Loaded model weights from the checkpoint")
 
 
@@ -47,7 +50,8 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
         What ran, with its `trainer`, `model` and `datamodule`. None without `args`: the shell would take it for an exit code.
 
     Raises:
-        SystemExit: With code 2 for whatever the user can mend, after a message of a few lines on stderr.
+        SystemExit: With code 2 for whatever the user can mend, after a message of a few lines on stderr; with 143 after SIGTERM and
+            130 after Ctrl-C.
     """
     given = sys.argv[1:] if args is None else args
     if given in ([], ["-h"], ["--help"]):
@@ -67,6 +71,11 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
     try:
         cli = StatesetCLI(args)
         return None if args is None else cli
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
+    except SystemExit as exit_:
+        # The second Ctrl-C of a run: Lightning turns it into exit code 1.
+        raise SystemExit(INTERRUPTED if isinstance(exit_.__context__, KeyboardInterrupt) else exit_.code) from None
     except (UserError, MisconfigurationException) as error:
         fail(without_traceback(str(error)))
 

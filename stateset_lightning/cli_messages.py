@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import inspect
 import itertools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import yaml
+from jsonargparse import ArgumentParser
 
 from stateset_lightning.errors import ConfigError
 
@@ -184,10 +184,14 @@ def _accepted(message: str) -> str:
 def _parameters_near(message: str, key: str) -> list[str]:
     """Parameters of the classes that the message's value names, or of the one that the key always takes."""
     names: list[str] = []
-    for path in re.findall(r"class_path'?[:=] ?'([\w.]+)'", message) or [_CLASSES[key]] * (key in _CLASSES):
+    named = re.findall(r"(?:class_path'?[:=] ?|given class_path )'([\w.]+)'", message)
+    for path in named or ([_CLASSES[key]] if key in _CLASSES else []):
         module, _, name = path.rpartition(".")
-        for cls in getattr(getattr(importlib.import_module(module), name, None), "__mro__", ()):
-            names += [n for n in inspect.signature(cls).parameters if n not in ("args", "kwargs", "common")] if cls is not object else []
+        cls = getattr(importlib.import_module(module), name, None)
+        if isinstance(cls, type):  # the parser's own view: a class may hide options of its base
+            parser = ArgumentParser()
+            parser.add_class_arguments(cls, fail_untyped=False)
+            names += [option for option in vars(parser.get_defaults()) if option not in ("args", "kwargs", "common")]
     return list(dict.fromkeys(names))
 
 

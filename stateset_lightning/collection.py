@@ -1,19 +1,30 @@
-"""Prompts -> completions, scores and fixed log-probs: what happens once per episode, before anything is trained."""
+"""Prompts -> an episode: completions, scores and fixed log-probs; what happens once per episode, before anything is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from stateset_lightning.episode import Episode
+import torch
+from torch import Tensor
+
+from stateset_lightning.algorithm import Algorithm
+from stateset_lightning.dynamic_sampling import Replacements, Sample, resample
+from stateset_lightning.episode import Episode, Plan, make_episode
 from stateset_lightning.errors import RewardError
-from stateset_lightning.metrics import peak_memory_mb
+from stateset_lightning.fixed_logprobs import add_fixed_logprobs, all_logprobs, with_kl_scores
+from stateset_lightning.metrics import episode_metrics, peak_memory_mb
 from stateset_lightning.policy import Policy
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.rewards import Scorer
 from stateset_lightning.rollout import RolloutConfig, RolloutEngine
 from stateset_lightning.seeding import sample_seeds
 from stateset_lightning.types import Metrics, PromptBatch, Rollout, Scores, conversation
+
+Report = Callable[[int, Sequence[int], Tensor], None]
+"""(episode, rows, totals_PG) of all ranks' groups; see `ScenarioDataModule.report_rewards`."""
 
 
 @dataclass(frozen=True)
@@ -40,33 +51,151 @@ class Sampler:
             return rollout, session.collect()
 
 
-def check_failures(scorer: Scorer, scores: Scores, ranks: Ranks) -> None:
+@dataclass(frozen=True)
+class Collected:
+    """An episode, and what it was made of: the sample that it trains on, and what is said of it."""
+
+    episode: Episode
+    sample: Sample
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Collector:
+    """Makes an episode of a prompt batch.
+
+    Args:
+        sampler: Samples and scores.
+        algorithm: Says what an episode needs, and turns scores into advantages.
+        policy: What is sampled and trained.
+        reference: The reference policy, if the algorithm has one.
+        ranks: All of them collect at the same time.
+        accumulate: Micro-steps of an optimizer step.
+        max_tokens_per_step: Tokens of a micro-step at most, where that can be.
+        replacements: Where dynamic sampling gets prompts from.
+        report: Told what every group scored; None where nobody asks.
+    """
+
+    sampler: Sampler
+    algorithm: Algorithm
+    policy: Policy
+    reference: Policy | None
+    ranks: Ranks
+    accumulate: int
+    max_tokens_per_step: int | None = None
+    replacements: Replacements | None = None
+    report: Report | None = None
+
+    def collect(self, batch: PromptBatch) -> Collected:
+        """Samples, scores and plans an episode, and computes all that stays fixed while it is trained on.
+
+        Raises:
+            RewardError: When too many rewards fail, on every rank.
+        """
+        start = time.perf_counter()
+        sample = first = self._sample(batch)
+        drawn: list[Sample] = []
+        if rounds := self.sampler.config.dynamic_sampling:
+            assert self.replacements is not None, "checked before the run"
+            sample, drawn = resample(self._sample, self.replacements, first, rounds)
+        baseline = self._sample(sample.batch, greedy=True) if self.algorithm.needs_greedy_baseline else None
+        seconds = time.perf_counter() - start
+        # From here on every rank makes the same calls: until now they may have sampled different numbers of rounds.
+        check_failures(self.sampler.scorer, [first.scores, *(other.scores for other in drawn)], self.ranks)
+        if baseline is not None:
+            check_failures(self.sampler.scorer, [baseline.scores], self.ranks)
+        self._report([first, *drawn])
+
+        episode, kl_metrics = self._episode(sample, baseline)
+        everything = [first, *drawn, *([] if baseline is None else [baseline])]
+        scored = episode_metrics(
+            sample.rollout, sample.scores, episode.advantages_N, self.ranks.world, sampled=[other.scores for other in everything]
+        )
+        metrics = {**scored, **kl_metrics, **self._sampling_metrics(everything, seconds), **work_metrics(sample, episode, self.policy)}
+        metrics |= self._budget_metrics(episode)
+        if rounds:
+            extra = sum(len(other.batch) for other in drawn)
+            metrics["groups/resampled"] = (len(drawn[0].batch) if drawn else 0, len(batch))
+            metrics["work/extra_prompts"] = (extra, 1 / self.ranks.world)
+        if baseline is not None:
+            totals = baseline.scores.totals_N[baseline.scores.totals_N.isfinite()]
+            metrics["train/baseline_reward"] = (totals.sum(), len(totals))
+        return Collected(episode, sample, metrics)
+
+    def _sample(self, batch: PromptBatch, greedy: bool = False) -> Sample:
+        num_generations = 1 if greedy else self.sampler.config.num_generations
+        return Sample(batch, *self.sampler.sample(self.policy, batch, num_generations, greedy=greedy))
+
+    def _report(self, samples: Sequence[Sample]) -> None:
+        """All groups that were sampled, replaced ones too, of all ranks in order of position, which is unique."""
+        if self.report is None:
+            return
+        mine = [group for s in samples for group in zip(s.batch.positions, s.batch.rows or [], s.totals_PG, strict=True)]
+        groups = sorted((group for of_rank in self.ranks.gather(mine) for group in of_rank), key=lambda group: group[0])
+        self.report(samples[0].batch.episode_index, [row for _, row, _ in groups], torch.stack([totals_G for _, _, totals_G in groups]))
+
+    def _episode(self, sample: Sample, baseline: Sample | None) -> tuple[Episode, Metrics]:
+        batch, config, algorithm = sample.batch, self.sampler.config, self.algorithm
+        plan = Plan(len(batch), config.num_generations, batch.steps_per_episode, self.accumulate, self.ranks, self.max_tokens_per_step)
+        weights = [reward.weight for reward in self.sampler.scorer.rewards]
+        scores, ref_logprobs_T = sample.scores, None
+        metrics: Metrics = {}
+        if algorithm.kl_in_reward:
+            scores, ref_logprobs_T = self._with_kl(sample)
+            weights.append(-algorithm.kl_coefficient)
+            kl_N = scores.values_NF[:, -1]
+            metrics["policy/kl_reward"] = (kl_N[kl_N.isfinite()].sum(), int(kl_N.isfinite().sum()))
+        baseline_PF = None if baseline is None else baseline.scores.values_NF  # the rewards alone, without the KL
+        episode = make_episode(batch.episode_index, sample.rollout, scores, weights, algorithm, plan, baseline_PF)
+        episode.ref_logprobs_T = ref_logprobs_T
+        several_steps = batch.num_micro_steps > self.accumulate
+        add_fixed_logprobs(episode, self.policy, self.reference, algorithm, plan, config.temperature, self.sampler.seed, old=several_steps)
+        return episode, metrics
+
+    def _with_kl(self, sample: Sample) -> tuple[Scores, Tensor]:
+        """The scores with the KL's column, and the reference's log-probs of all completions."""
+        assert self.reference is not None
+        ref_logprobs_T = all_logprobs(self.reference, sample.rollout, self.sampler.config.temperature)
+        return with_kl_scores(sample.scores, sample.rollout, self.algorithm, ref_logprobs_T), ref_logprobs_T
+
+    def _budget_metrics(self, episode: Episode) -> Metrics:
+        if self.max_tokens_per_step is None:
+            return {}
+        if episode.tokens_over_budget:
+            # The same text each time, so that Python shows it once; the metric has the numbers.
+            warnings.warn(
+                f"an episode has micro-steps of more than model.max_tokens_per_step={self.max_tokens_per_step} tokens, whatever is moved "
+                "between them (metric work/over_budget_tokens): raise data.steps_per_episode and trainer.accumulate_grad_batches alike",
+                stacklevel=2,
+            )
+        return {"work/over_budget_tokens": (episode.tokens_over_budget, 1 / self.ranks.world)}
+
+    def _sampling_metrics(self, samples: Sequence[Sample], seconds: float) -> Metrics:
+        tokens = sum(int(sample.rollout.lengths_N.sum()) for sample in samples)
+        return {
+            "time/sample_s": (seconds, 1),
+            "time/score_s": (sum(sample.scores.seconds for sample in samples), 1),
+            "work/tokens_per_s": (tokens / seconds, 1 / self.ranks.world),  # ranks add up
+        }
+
+
+def check_failures(scorer: Scorer, scores: Sequence[Scores], ranks: Ranks) -> None:
     """Stops the run when the rewards of all ranks together failed too often; every rank comes to the same end.
 
     Raises:
         RewardError: With the last traceback, on the ranks that have one.
     """
-    counts = ranks.gather((int(scores.totals_N.isnan().sum()), scores.totals_N.numel()))
+    totals_N = torch.cat([some.totals_N for some in scores])
+    counts = ranks.gather((int(totals_N.isnan().sum()), totals_N.numel()))
     failed, total = (sum(numbers) for numbers in zip(*counts, strict=True))
     if failed > scorer.max_failures * total:
-        scorer.check_failures(scores)
+        for some in scores:
+            scorer.check_failures(some)
         raise RewardError(f"{failed} of {total} completions of all ranks have no score; see the other ranks' messages")
 
 
-def add_fixed_logprobs(episode: Episode, policy: Policy, references: Sequence[Policy], temperature: float, *, several_steps: bool) -> None:
-    """Log-probs that stay the same for the whole episode: the reference's, and the old ones where they are not the new ones.
-
-    With a single optimizer step the old log-probs are the new ones, so there is no pass to make.
-    """
-    groups = episode.active_part().groups
-    if several_steps:
-        episode.old_logprobs_T = episode.scatter(policy.score_without_gradient(groups, temperature)[0])
-    for reference in references:
-        episode.ref_logprobs_T = episode.scatter(reference.score_without_gradient(groups, temperature)[0])
-
-
-def work_metrics(rollout: Rollout, scores: Scores, episode: Episode, policy: Policy, seconds: float, world: int) -> Metrics:
-    """Seconds, tokens and memory of an episode's sampling, and how much of its training is spared.
+def work_metrics(sample: Sample, episode: Episode, policy: Policy) -> Metrics:
+    """How much of an episode's training is spared, and the memory so far.
 
     `work/token_ratio` is the number of tokens of a padded training pass over that of the pass that is made, for the same completions.
     """
@@ -74,11 +203,9 @@ def work_metrics(rollout: Rollout, scores: Scores, episode: Episode, policy: Pol
     packed = sum(len(group.prompt) + group.num_completion_tokens for group in groups)
     longest = max((len(group.prompt) for group in groups), default=0) + max((len(c) for g in groups for c in g.completions), default=0)
     padded = sum(len(group.completions) for group in groups) * longest
+    count = len(sample.rollout.texts)
     return {
-        "time/sample_s": (seconds, 1),
-        "time/score_s": (scores.seconds, 1),
-        "work/tokens_per_s": (int(rollout.lengths_N.sum()) / seconds, 1 / world),  # ranks add up
         "work/token_ratio": (padded, packed if policy.uses_packed_scoring else padded),
-        "work/skipped": (len(rollout.texts) - int(episode.active_N.sum()), len(rollout.texts)),
+        "work/skipped": (count - int(episode.active_N.sum()), count),
         "memory/peak_mb": (peak_memory_mb(policy.device), 1),
     }

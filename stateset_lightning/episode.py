@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from stateset_lightning.algorithm import Algorithm
+from stateset_lightning.micro_steps import Piece, share_out, tokens_over
 from stateset_lightning.policy import Group
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.types import FinishReason, Rollout, Scores
@@ -32,6 +33,7 @@ class Part:
     sampling_logprobs_T: Tensor
     old_logprobs_T: Tensor | None
     ref_logprobs_T: Tensor | None
+    select_T: Tensor | None
 
 
 @dataclass
@@ -50,6 +52,8 @@ class Episode:
     active_by_step: list[int]  # completions of all ranks to train, by optimizer step of a pass
     old_logprobs_T: Tensor | None = None
     ref_logprobs_T: Tensor | None = None
+    select_T: Tensor | None = None  # what the algorithm's selection keeps
+    tokens_over_budget: int = 0  # of this rank's micro-steps of a pass
 
     @property
     def num_generations(self) -> int:
@@ -93,18 +97,23 @@ class Episode:
             sampling_logprobs_T=self.sampling_logprobs_T[tokens_T],
             old_logprobs_T=None if self.old_logprobs_T is None else self.old_logprobs_T[tokens_T],
             ref_logprobs_T=None if self.ref_logprobs_T is None else self.ref_logprobs_T[tokens_T],
+            select_T=None if self.select_T is None else self.select_T[tokens_T],
         )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How an episode is cut: `steps_per_episode` micro-steps per pass, `accumulate` of them to an optimizer step."""
+    """How an episode is cut: `steps_per_episode` micro-steps per pass, `accumulate` of them to an optimizer step.
+
+    Completions that need no training take no part in the balance; `max_tokens_per_step` is what a micro-step holds at most.
+    """
 
     num_prompts: int
     num_generations: int
     steps_per_episode: int
     accumulate: int
     ranks: Ranks = field(default_factory=Ranks)
+    max_tokens_per_step: int | None = None
 
     @property
     def optimizer_steps(self) -> int:
@@ -115,26 +124,39 @@ class Plan:
         """The optimizer step of a pass that trains a global prompt position."""
         return positions * self.optimizer_steps // (self.num_prompts * self.ranks.world)
 
-    def micro_step_of_completion(self) -> Tensor:
-        """For each of this rank's completions, int64 [N]: whole groups where an optimizer step has enough of them."""
-        local = np.arange(self.num_prompts) * self.ranks.world + self.ranks.rank
-        step_P = self.step_of_position(local)
-        micro_N = np.zeros(self.num_prompts * self.num_generations, dtype=np.int64)
-        for step in range(self.optimizer_steps):
-            prompts = np.flatnonzero(step_P == step)
-            rows = (prompts[:, None] * self.num_generations + np.arange(self.num_generations)).reshape(-1)
-            whole_groups = len(prompts) >= self.accumulate
-            shares = np.array_split(prompts if whole_groups else rows, self.accumulate)
-            for i, share in enumerate(shares):
-                members = (share[:, None] * self.num_generations + np.arange(self.num_generations)).reshape(-1) if whole_groups else share
-                micro_N[members] = step * self.accumulate + i
-        return torch.from_numpy(micro_N)
+    def micro_steps(self, prompt_tokens: Sequence[Sequence[int]], lengths_N: Tensor, active_N: Tensor) -> tuple[Tensor, int]:
+        """The micro-step of each of this rank's completions, int64 [N], and the tokens beyond `max_tokens_per_step`."""
+        step_P = self.step_of_position(np.arange(self.num_prompts) * self.ranks.world + self.ranks.rank)
+        micro_step_N = torch.from_numpy(step_P * self.accumulate).repeat_interleave(self.num_generations)
+        groups: list[list[Piece]] = [[] for _ in range(self.optimizer_steps)]
+        lengths, active = lengths_N.tolist(), active_N.tolist()
+        for p, step in enumerate(step_P.tolist()):
+            members = range(p * self.num_generations, (p + 1) * self.num_generations)
+            completions = tuple((n, lengths[n]) for n in members if active[n])
+            if completions:
+                groups[step].append(Piece(len(prompt_tokens[p]), completions))
+        over = 0
+        for step, pieces in enumerate(groups):
+            shares = share_out(pieces, self.accumulate, self.max_tokens_per_step)
+            for k, share in enumerate(shares):
+                micro_step_N[[n for piece in share for n, _ in piece.completions]] = step * self.accumulate + k
+            over += tokens_over(shares, self.max_tokens_per_step) if self.max_tokens_per_step else 0
+        return micro_step_N, over
 
 
 def make_episode(
-    index: int, rollout: Rollout, scores: Scores, reward_weights: Sequence[float], algorithm: Algorithm, plan: Plan
+    index: int,
+    rollout: Rollout,
+    scores: Scores,
+    reward_weights: Sequence[float],
+    algorithm: Algorithm,
+    plan: Plan,
+    baseline_PF: Tensor | None = None,
 ) -> Episode:
-    """Advantages over the prompts of all ranks, token weights over each optimizer step, and who trains when."""
+    """Advantages over the prompts of all ranks, token weights over each optimizer step, and who trains when.
+
+    `baseline_PF` holds the scores of a greedy completion per prompt of this rank, for algorithms that need them.
+    """
     ranks = plan.ranks
     shape_PG = (plan.num_prompts, plan.num_generations)
     lengths_PG = ranks.by_position(rollout.lengths_N.reshape(shape_PG))
@@ -142,7 +164,8 @@ def make_episode(
     truncated = torch.tensor([reason == FinishReason.LENGTH for reason in rollout.finish_reasons])
     truncated_PG = ranks.by_position(truncated.reshape(shape_PG))
 
-    advantages_PG = algorithm.advantages(scores_PGF, torch.tensor(reward_weights, dtype=torch.float64), lengths_PG)
+    baseline_PF = None if baseline_PF is None else ranks.by_position(baseline_PF)
+    advantages_PG = algorithm.advantages(scores_PGF, torch.tensor(reward_weights, dtype=torch.float64), lengths_PG, baseline_PF)
     trains_PG = advantages_PG.isfinite()
     if algorithm.mask_truncated:
         trains_PG = trains_PG & ~truncated_PG
@@ -160,6 +183,8 @@ def make_episode(
         weights_PG[here] = weights.reshape(-1, plan.num_generations)
 
     mine = slice(ranks.rank, None, ranks.world)
+    active_N = active_PG[mine].flatten()
+    micro_step_N, tokens_over_budget = plan.micro_steps(rollout.prompt_tokens, rollout.lengths_N, active_N)
     return Episode(
         index=index,
         prompt_tokens=rollout.prompt_tokens,
@@ -168,7 +193,8 @@ def make_episode(
         sampling_logprobs_T=rollout.logprobs_T,
         advantages_N=advantages_PG[mine].flatten().float(),
         weights_N=weights_PG[mine].flatten(),
-        active_N=active_PG[mine].flatten(),
-        micro_step_N=plan.micro_step_of_completion(),
+        active_N=active_N,
+        micro_step_N=micro_step_N,
         active_by_step=[int(active_PG[step_P == step].sum()) for step in range(plan.optimizer_steps)],
+        tokens_over_budget=tokens_over_budget,
     )

@@ -20,5 +20,17 @@ class NonFiniteError(UserError):
     """Logits or gradients are NaN or infinite: the policy has diverged, or overflows its precision."""
 
 
+class SamplingError(UserError):
+    """The sampler and the trainer do not compute the same policy."""
+
+
 class RewardError(UserError):
     """Rewards failed more often than `max_reward_failures` allows, or returned what is no score."""
+
+
+class DiskError(UserError):
+    """A file cannot be written: the disk is full, or the folder read-only."""
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint is damaged, or is none of this package."""

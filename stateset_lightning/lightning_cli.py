@@ -5,20 +5,45 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from pydoc import locate
 from typing import Any, NoReturn
 
-from jsonargparse import set_parsing_settings
+import yaml
+from jsonargparse import _typehints, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from stateset_lightning.algorithm import Algorithm
 from stateset_lightning.callbacks import ConsoleProgress, PredictionWriter, RunSummary, SampleWriter
 from stateset_lightning.callbacks.run_folder import config_file
 from stateset_lightning.cli_messages import PROGRAM, shorten
 from stateset_lightning.datamodule import ScenarioDataModule
 from stateset_lightning.errors import ConfigError, UserError
+from stateset_lightning.files import atomic_write
 from stateset_lightning.module import GRPOLightningModule
+from stateset_lightning.redaction import redacted, redacted_text
+from stateset_lightning.resume import continue_run
 from stateset_lightning.run_checks import check_checkpoint
+
+_keep_shared_options = _typehints.discard_init_args_on_class_path_change
+
+
+def _forget_options_of_another_algorithm(parser_or_action: Any, previous: Any, value: Any) -> None:
+    """Another algorithm starts from its own defaults: its name means its paper.
+
+    By itself jsonargparse keeps what the earlier class shares with the later one, defaults among them: GSPO chosen over a config with
+    GRPO would clip at GRPO's bounds, a thousand times its own (test_cli.py).
+    """
+    _keep_shared_options(parser_or_action, previous, value)
+    if previous and "init_args" in previous and previous["class_path"] != value["class_path"]:
+        chosen = locate(value["class_path"])
+        if isinstance(chosen, type) and issubclass(chosen, Algorithm):
+            for name in list(vars(previous["init_args"])):
+                del previous["init_args"][name]
+
+
+_typehints.discard_init_args_on_class_path_change = _forget_options_of_another_algorithm
 
 
 class Parser(LightningArgumentParser):
@@ -29,7 +54,7 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # the parser of a nested class: its message becomes part of the outer one's
             super().error(message, ex)
-        raise UserError(shorten(message, self.known_keys))
+        raise UserError(redacted_text(shorten(message, self.known_keys)))
 
     def add_lightning_class_args(
         self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
@@ -48,11 +73,12 @@ class SaveRunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         file = config_file(trainer)
-        file.parent.mkdir(parents=True, exist_ok=True)
+        config = redacted(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
         # The resolved config of a second command in the same folder (a baseline, then `fit`) is the same one.
-        self.parser.save(self.config, file, skip_none=False, overwrite=True)
+        with atomic_write(file) as opened:
+            opened.write(yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
         for logger in trainer.loggers:
-            logger.log_hyperparams(self.config.as_dict())
+            logger.log_hyperparams(config)
 
 
 class StatesetCLI(LightningCLI):
@@ -109,8 +135,9 @@ class StatesetCLI(LightningCLI):
         """Not done: Lightning merges a checkpoint's hyperparameters over the flags, so that a new learning rate is ignored."""
 
     def before_fit(self) -> None:
-        self._check_checkpoint()
         config = self.config.fit
+        if config.ckpt_path is not None and config.ckpt_path not in ("best", "hpc"):
+            config.ckpt_path = continue_run(self.trainer, config.ckpt_path)
         if config.baseline and not config.ckpt_path:
             # All data is read before any model is loaded, also what the baseline itself does not need.
             if self.datamodule.tokenizer is None:
@@ -152,5 +179,5 @@ class StatesetCLI(LightningCLI):
         if path is None:
             return
         check_checkpoint(path)
-        if self.subcommand != "fit":  # a run of its own has a folder of its own, and keeps no best checkpoints
-            warnings.filterwarnings("ignore", "The dirpath has changed from")
+        # A run of its own has a folder of its own, and keeps no best checkpoints.
+        warnings.filterwarnings("ignore", "The dirpath has changed from")

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import Tensor
 
 from stateset_lightning.algorithm import Algorithm, TokenBatch
-from stateset_lightning.algorithm.losses import per_token
+from stateset_lightning.algorithm.segments import per_token
 from stateset_lightning.episode import Part
 from stateset_lightning.policy import Policy
 from stateset_lightning.types import Metrics
+
+
+def zero_loss(policy: Policy) -> Tensor:
+    """Zero, but a function of every parameter: under DDP each rank must take part in every reduction."""
+    return torch.stack([p.flatten()[0] for p in policy.parameters() if p.requires_grad]).sum() * 0.0
+
+
+@contextmanager
+def seeded_dropout(device: torch.device, seed: int | None) -> Iterator[None]:
+    """Dropout draws from the global generator: a seeded fork of it resumes exactly and leaves it untouched. None: no dropout."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def part_loss(policy: Policy, algorithm: Algorithm, part: Part, temperature: float) -> tuple[Tensor, Metrics]:
@@ -28,6 +48,7 @@ def part_loss(policy: Policy, algorithm: Algorithm, part: Part, temperature: flo
         ref_logprobs_T=here(part.ref_logprobs_T),
         sampling_logprobs_T=here(part.sampling_logprobs_T),
         entropies_T=entropies_T,
+        select_T=here(part.select_T),
     )
     loss_T, metrics = algorithm.per_token_loss(tokens)
     difference_T = (logprobs_T.detach() - part.sampling_logprobs_T.to(device)).abs()

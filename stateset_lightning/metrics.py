@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -75,8 +77,13 @@ class RunMetrics:
         self._of_episode, self._of_step = dict(state["episode"]), dict(state["step"])
 
 
-def episode_metrics(rollout: Rollout, scores: Scores, advantages_N: Tensor, world: int = 1) -> Metrics:
-    """What can be said of this rank's completions before training on them. Failed rewards enter no mean."""
+def episode_metrics(
+    rollout: Rollout, scores: Scores, advantages_N: Tensor, world: int = 1, sampled: Sequence[Scores] | None = None
+) -> Metrics:
+    """What can be said of this rank's completions before training on them. Failed rewards enter no mean.
+
+    Failures are counted over all that was sampled for the episode, where that is more than it trains on.
+    """
     lengths_N = rollout.lengths_N.double()
     count = len(lengths_N)
     truncated = sum(reason == FinishReason.LENGTH for reason in rollout.finish_reasons)
@@ -91,7 +98,8 @@ def episode_metrics(rollout: Rollout, scores: Scores, advantages_N: Tensor, worl
         **reward_metrics(scores),
         **group_metrics(totals_PG),
     }
-    for key, number in failure_counts(scores).items():
+    failures = sum((Counter(failure_counts(some)) for some in sampled or [scores]), Counter[str]())
+    for key, number in failures.items():
         metrics[key] = (number, 1 / world)  # a sum over ranks, not a mean
     return metrics
 
@@ -107,11 +115,8 @@ def reward_metrics(scores: Scores, prefix: str = "reward/") -> Metrics:
 
 def group_metrics(totals_PG: Tensor) -> Metrics:
     """Shares of groups: all right (constant, above zero), all wrong (constant, not above zero), mixed, dropped (under two survivors)."""
-    finite_PG = totals_PG.isfinite()
-    dropped_P = finite_PG.sum(-1) < 2
-    highest_P = totals_PG.where(finite_PG, -torch.inf).amax(-1)
-    lowest_P = totals_PG.where(finite_PG, torch.inf).amin(-1)
-    constant_P = (highest_P == lowest_P) & ~dropped_P
+    constant_P, dropped_P = constant_groups(totals_PG)
+    highest_P = totals_PG.where(totals_PG.isfinite(), -torch.inf).amax(-1)
     std_P = torch.stack([row[row.isfinite()].std() if ok else torch.tensor(0.0) for row, ok in zip(totals_PG, ~dropped_P, strict=True)])
     count = len(totals_PG)
     return {
@@ -121,6 +126,15 @@ def group_metrics(totals_PG: Tensor) -> Metrics:
         "groups/mixed": ((~constant_P & ~dropped_P).sum(), count),
         "groups/dropped": (dropped_P.sum(), count),
     }
+
+
+def constant_groups(totals_PG: Tensor) -> tuple[Tensor, Tensor]:
+    """Which groups have one and the same total reward, and which are dropped (under two survivors); bool [P] each."""
+    finite_PG = totals_PG.isfinite()
+    dropped_P = finite_PG.sum(-1) < 2
+    highest_P = totals_PG.where(finite_PG, -torch.inf).amax(-1)
+    lowest_P = totals_PG.where(finite_PG, torch.inf).amin(-1)
+    return (highest_P == lowest_P) & ~dropped_P, dropped_P
 
 
 def peak_memory_mb(device: torch.device) -> float:

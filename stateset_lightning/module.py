@@ -5,42 +5,50 @@ episode; every one returns the loss of its part. Clipping, accumulation, precisi
 """
 
 import copy
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Gt, Le
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from stateset_lightning.algorithm import GRPO, Algorithm
+from stateset_lightning.bad_steps import is_bad, spoil_if_not_finite, write_bad_step
 from stateset_lightning.callbacks.episodes import call_episode_hook
-from stateset_lightning.collection import Sampler, add_fixed_logprobs, check_failures, work_metrics
-from stateset_lightning.episode import Episode, Part, Plan, make_episode
+from stateset_lightning.collection import Collector, Sampler
+from stateset_lightning.episode import Episode, Part
 from stateset_lightning.evaluation import RewardMeans
-from stateset_lightning.loss import part_loss
-from stateset_lightning.metrics import RunMetrics, episode_metrics
+from stateset_lightning.loss import part_loss, seeded_dropout, zero_loss
+from stateset_lightning.metrics import RunMetrics
 from stateset_lightning.policy import Policy, PolicyConfig, context_length, load_model, load_tokenizer
 from stateset_lightning.policy.precision import sampling_dtype, weights_dtype
-from stateset_lightning.policy.schedule import Schedule, given_options, keep_given_options
-from stateset_lightning.ranks import Ranks
+from stateset_lightning.policy.schedule import Schedule, given_options
 from stateset_lightning.records import CompletionRecord, make_records
+from stateset_lightning.redaction import redacted
+from stateset_lightning.resumable import ResumableModule
 from stateset_lightning.rewards import Reward, Scorer, as_rewards
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig, RolloutEngine
-from stateset_lightning.run_checks import check_bad_steps, check_resumable, check_reward_names, check_run, optimizer_steps_of_run
-from stateset_lightning.seeding import derive_seed, run_seed
+from stateset_lightning.run_checks import (
+    check_bad_steps,
+    check_dynamic_sampling,
+    check_reward_names,
+    check_run,
+    check_sampling_difference,
+    check_weights,
+    optimizer_steps_of_run,
+)
+from stateset_lightning.seeding import derive_seed
 from stateset_lightning.types import PromptBatch
 
 PROGRESS_BAR = ("train/reward", "completion/mean_tokens", "work/tokens_per_s")
 
 
-class GRPOLightningModule(LightningModule):
+class GRPOLightningModule(ResumableModule):
     """Improves a language model on prompts whose answers can be scored, by group-relative policy optimisation.
 
     Args:
@@ -53,6 +61,9 @@ class GRPOLightningModule(LightningModule):
         reward_timeout: Seconds that a reward may take for one completion, unless it has a time-out of its own.
         reward_concurrency: Rewards that run at a time.
         max_reward_failures: Share of an episode's completions whose reward may fail before the run stops.
+        max_tokens_per_step: Tokens that a micro-step forwards at most: groups are taken apart where that keeps it. Micro-steps are
+            of even work in any case; what cannot be kept is counted (`work/over_budget_tokens`) and announced.
+        max_bad_steps: Optimizer steps in a row that may be skipped because loss or gradient is not finite, before the run stops.
         seed: Seed of all sampling; None for that of `seed_everything`.
     """
 
@@ -71,9 +82,11 @@ class GRPOLightningModule(LightningModule):
         reward_timeout: Annotated[float, Gt(0)] | None = None,
         reward_concurrency: Annotated[int, Ge(1)] = 16,
         max_reward_failures: Annotated[float, Ge(0), Le(1)] = 0.5,
+        max_tokens_per_step: Annotated[int, Ge(1)] | None = None,
+        max_bad_steps: Annotated[int, Ge(0)] = 10,
         seed: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(seed)
         self.policy_config = PolicyConfig.of(policy)
         self.rollout = RolloutConfig(**rollout) if isinstance(rollout, Mapping) else rollout
         self.algorithm = copy.copy(algorithm)
@@ -85,30 +98,29 @@ class GRPOLightningModule(LightningModule):
         self.scorer = self._make_scorer()
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self._given_seed = seed
+        self.max_tokens_per_step = max_tokens_per_step
+        self.max_bad_steps = max_bad_steps
         self.tokenizer = load_tokenizer(self.policy_config)
         # Plain containers only: a checkpoint must load with `weights_only=True`.
-        self.save_hyperparameters({"policy": self.policy_config.to_dict(), "rollout": asdict(self.rollout), "seed": seed}, logger=False)
+        hyperparameters = {"policy": redacted(self.policy_config.to_dict()), "rollout": asdict(self.rollout), "seed": seed}
+        self.save_hyperparameters(hyperparameters, logger=False)
 
         self.policy: Policy | None = None
         self._reference: tuple[Policy, ...] = ()  # in a tuple, so that it is no submodule: not trained, not saved
         self.engine: RolloutEngine | None = None
-        self._episode: Episode | None = None
         self._step_of_pass = 0
-        self._step_started: float | None = None
+        self._samples_are_fresh = False  # whether the weights are those that sampled
         self._collect_seconds = 0.0
-        self._bad_steps = 0
-        self._episode_states: list[dict[str, Any]] | None = None  # of all ranks, while a checkpoint would need them
         self.metrics = RunMetrics()
         self._eval_rewards: RewardMeans | None = None
-        self._given_options: list[dict[str, Any]] = []
-        self._saved_options: list[dict[str, Any]] | None = None  # those of the run that is resumed
         self.last_records: list[CompletionRecord] = []
         """Completions of the newest episode or evaluation batch of this rank, for callbacks."""
+        self._episode_records: list[CompletionRecord] = []
 
     # Set-up ------------------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
+        self._step_started = None  # an earlier run may have ended inside an optimizer step
         self.scorer = self._make_scorer()
 
     def teardown(self, stage: str) -> None:
@@ -146,15 +158,10 @@ class GRPOLightningModule(LightningModule):
         check_reward_names(self.trainer, rewards)
         names = [f"val/{name}" for name in RewardMeans.logged_names(rewards)]
         check_run(self.trainer, names, context_length(self._loaded_policy.model), self.rollout.max_new_tokens)
+        check_dynamic_sampling(self.trainer, self.rollout.dynamic_sampling)
         self._loaded_policy.train()  # transformers loads in evaluation mode, where gradient checkpointing does nothing
         for reference in self._reference:
             reference.to(self.device)
-
-    def on_train_start(self) -> None:
-        if self._saved_options is not None:  # optimizer and scheduler have been restored by now
-            scheduler = self.lr_schedulers()
-            keep_given_options(self.optimizers(use_pl_optimizer=False), scheduler, self._given_options, self._saved_options)  # type: ignore[arg-type]
-            self._saved_options = None
 
     # Training ----------------------------------------------------------------------------------------------------------------
 
@@ -175,29 +182,35 @@ class GRPOLightningModule(LightningModule):
         self.log_dict(bar, prog_bar=True, logger=False, batch_size=1)
         micro_step = batch.micro_step % batch.steps_per_episode
         self._step_of_pass = micro_step // self._accumulate
+        self._samples_are_fresh = batch.micro_step < self._accumulate
         loss = self._loss(episode.part(micro_step), episode.index, batch.micro_step)
         factor = self._ranks.world * self._accumulate
         self.metrics.step.add({"policy/loss": (loss.detach(), 1.0 / factor)})
         # DDP averages over ranks and Lightning divides by the accumulation: the sum over tokens is meant.
-        return loss * factor
+        return spoil_if_not_finite(loss) * factor
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = [p.grad for p in self._loaded_policy.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
         empty = self._episode is not None and self._episode.active_by_step[self._step_of_pass] == 0
-        bad = not empty and not math.isfinite(norm)
+        bad = not empty and is_bad(norm)
         if empty or bad:
             # None rather than zero, on which AdamW would still move the weights. The same on every rank: gradients are reduced by now.
             optimizer.zero_grad(set_to_none=True)
+        if bad:
+            assert self._episode is not None
+            file = write_bad_step(self.trainer, self._episode, self._step_of_pass, norm, self._episode_records, self.tokenizer)
+            rank_zero_warn(f"the gradient is not finite ({norm}): optimizer step skipped; see what it would have trained in {file}")
         if not empty:
             self._bad_steps = self._bad_steps + 1 if bad else 0
         self.metrics.step.add({"policy/empty_steps": (float(empty), 1), "policy/bad_steps": (float(bad), 1)})
         self.metrics.step.add({"policy/grad_norm": (0.0 if empty or bad else norm, 1)})
-        check_bad_steps(self._bad_steps, self.trainer.global_step + 1)
+        check_bad_steps(self._bad_steps, self.max_bad_steps, self.trainer.global_step + 1)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None) -> None:
         lr = optimizer.param_groups[0]["lr"]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        check_weights(self._loaded_policy.parameters(), self.trainer.global_step + 1)
         optimizer.zero_grad(set_to_none=True)  # or they would lie beside the cache while the next episode is sampled
         assert self._step_started is not None
         seconds = time.perf_counter() - self._step_started
@@ -213,44 +226,26 @@ class GRPOLightningModule(LightningModule):
         """Samples, scores and plans an episode."""
         call_episode_hook(self.trainer, "on_episode_start", batch.episode_index)
         start = time.perf_counter()
-        rollout, scores = self._sampler.sample(self._loaded_policy, batch, self.rollout.num_generations, greedy=False)
-        seconds = time.perf_counter() - start
-        check_failures(self.scorer, scores, self._ranks)
-        plan = Plan(len(batch), self.rollout.num_generations, batch.steps_per_episode, self._accumulate, self._ranks)
-        episode = make_episode(batch.episode_index, rollout, scores, [reward.weight for reward in self.rewards], self.algorithm, plan)
-        several_steps = batch.num_micro_steps > self._accumulate
-        add_fixed_logprobs(episode, self._loaded_policy, self._reference, self.rollout.temperature, several_steps=several_steps)
+        collected = self._collector.collect(batch)
+        episode, sample = collected.episode, collected.sample
         # Gathered now and not when a checkpoint is written, which would hang if one rank had failed by then.
         self._episode_states = self._ranks.gather(episode.state_dict()) if batch.num_micro_steps > 1 else None
-        self.last_records = make_records(batch, rollout, scores, episode.advantages_N.tolist())
-        work = work_metrics(rollout, scores, episode, self._loaded_policy, seconds, self._ranks.world)
-        metrics = {**episode_metrics(rollout, scores, episode.advantages_N, self._ranks.world), **work}
-        self.metrics.add_episode(metrics, rollout, batch.episode_index, self._ranks)
+        records = make_records(sample.batch, sample.rollout, sample.scores, episode.advantages_N.tolist())
+        self.last_records = self._episode_records = records
+        self.metrics.add_episode(collected.metrics, sample.rollout, batch.episode_index, self._ranks)
         self._show()
         self._collect_seconds = time.perf_counter() - start
         return episode
 
     def _loss(self, part: Part, episode: int, micro_step: int) -> Tensor:
         if not part.groups:
-            return self._zero_loss()
-        with self._seeded_dropout(episode, micro_step):
+            return zero_loss(self._loaded_policy)
+        drops = self.policy_config.dropout > 0
+        seed = derive_seed(self.seed, "dropout", episode, micro_step, self._ranks.rank) if drops else None
+        with seeded_dropout(self.device, seed):
             loss, metrics = part_loss(self._loaded_policy, self.algorithm, part, self.rollout.temperature)
         self.metrics.step.add(metrics)
         return loss
-
-    def _zero_loss(self) -> Tensor:
-        """Zero, but a function of every parameter: under DDP each rank must take part in every reduction."""
-        return torch.stack([p.flatten()[0] for p in self._loaded_policy.parameters() if p.requires_grad]).sum() * 0.0
-
-    @contextmanager
-    def _seeded_dropout(self, episode: int, micro_step: int) -> Iterator[None]:
-        """Dropout draws from the global generator: a seeded fork of it resumes exactly and leaves it untouched."""
-        if self.policy_config.dropout == 0:
-            yield
-            return
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(derive_seed(self.seed, "dropout", episode, micro_step, self._ranks.rank))
-            yield
 
     # Evaluation --------------------------------------------------------------------------------------------------------------
 
@@ -286,37 +281,7 @@ class GRPOLightningModule(LightningModule):
         # "step" is Lightning's name for the x-axis; without it, it counts from 0 and ours, like `max_steps`, from 1.
         self.log_dict({**values, "step": float(self.trainer.global_step)}, rank_zero_only=False)
 
-    # Checkpoints -------------------------------------------------------------------------------------------------------------
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        for logger in self.trainer.loggers:
-            logger.save()  # metrics up to here survive together with the checkpoint
-        checkpoint["stateset"] = {
-            "seed": self.seed,
-            "algorithm": self.algorithm.state_dict(),
-            "episode": self._episode_states,
-            "metrics": self.metrics.state_dict(),
-            "accumulate": self._accumulate,
-            "optimizer_options": self._given_options,
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint["stateset"]
-        self.algorithm.load_state_dict(state["algorithm"])
-        self.metrics.load_state_dict(state["metrics"])
-        if self._trainer is None or not self.trainer.training:
-            return
-        self._saved_options = state["optimizer_options"]
-        check_resumable(state, self.seed, self._accumulate, self._ranks.world)
-        if (episodes := state["episode"]) is not None:
-            self._episode, self._episode_states = Episode.from_state_dict(episodes[self._ranks.rank]), episodes
-
     # Small things ------------------------------------------------------------------------------------------------------------
-
-    @property
-    def seed(self) -> int:
-        """The seed of all sampling: the one given, or that of `seed_everything`, also if it was called after this was made."""
-        return run_seed() if self._given_seed is None else self._given_seed
 
     @property
     def _sampler(self) -> Sampler:
@@ -325,21 +290,41 @@ class GRPOLightningModule(LightningModule):
         return Sampler(self.engine, self.scorer, self.rollout, self.seed, system_prompt)
 
     @property
+    def _collector(self) -> Collector:
+        data: Any = getattr(self.trainer, "datamodule", None)
+        asks = getattr(data, "curriculum", None) is not None
+        return Collector(
+            self._sampler,
+            self.algorithm,
+            self._loaded_policy,
+            self.reference,
+            self._ranks,
+            self._accumulate,
+            self.max_tokens_per_step,
+            replacements=getattr(data, "replacements", None),
+            report=data.report_rewards if asks else None,
+        )
+
+    @property
+    def reference(self) -> Policy | None:
+        """The reference policy, while a run trains with one."""
+        return self._reference[0] if self._reference else None
+
+    @property
     def _loaded_policy(self) -> Policy:
         assert self.policy is not None, "configure_model() loads the policy"
         return self.policy
 
-    @property
-    def _ranks(self) -> Ranks:
-        return Ranks(self.trainer.global_rank, self.trainer.world_size) if self._trainer is not None else Ranks()
-
-    @property
-    def _accumulate(self) -> int:
-        return int(self.trainer.accumulate_grad_batches)
-
     def _publish(self, step: int) -> None:
         """To every logger at once: a value that `self.log` gets at an episode's start is lost under `log_every_n_steps`."""
+        coefficients = {name: value for name, value in self.algorithm.state_dict().items() if name.endswith("_coefficient")}
+        self.metrics.step.add({f"policy/{name}": (value, 1) for name, value in coefficients.items()})
         row = self.metrics.end_step(self._ranks)
+        if self._samples_are_fresh and isinstance(self.engine, InProcessEngine) and self.policy_config.dropout == 0:
+            dtype = self.engine.dtype or self._loaded_policy.model.dtype
+            check_sampling_difference(row, dtype, self.rollout.temperature)
+        if not row["policy/empty_steps"] and not row["policy/bad_steps"]:
+            self.algorithm.adapt(row)  # the same means on every rank
         self._show()
         if self.trainer.is_global_zero:
             for logger in self.trainer.loggers:

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
 from stateset_lightning import GRPOLightningModule, RewardFunction, RolloutConfig, ScenarioDataModule
-from stateset_lightning.algorithm import Algorithm
+from stateset_lightning.algorithm import Clipped
 
 SCENARIOS = [{"prompt": f"What is {a} + {b}?", "target": str(a + b)} for a in range(3, 7) for b in (4, 9)]
 
@@ -37,7 +37,7 @@ def make_module(**overrides: Any) -> GRPOLightningModule:
     options: dict[str, Any] = {
         "reward": DigitReward(),
         "rollout": RolloutConfig(num_generations=4, max_new_tokens=5),
-        "algorithm": Algorithm(),
+        "algorithm": Clipped(),
         "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
         **overrides,
     }

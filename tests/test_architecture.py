@@ -12,14 +12,27 @@ PACKAGE = Path(__file__).parents[1] / "stateset_lightning"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
-    {"errors", "bounds", "seeding", "types", "ranks", "tiny"},
+    {"errors", "redaction", "bounds", "files", "seeding", "types", "ranks", "tiny"},
     {"algorithm"},
     {"data", "policy"},
     {"rollout"},
     {"rewards"},
     {"evaluation"},
-    {"metrics", "episode", "records", "collection", "loss", "run_checks"},
+    {
+        "metrics",
+        "micro_steps",
+        "episode",
+        "records",
+        "dynamic_sampling",
+        "fixed_logprobs",
+        "collection",
+        "loss",
+        "run_checks",
+        "checkpoint_io",
+    },
     {"callbacks"},
+    {"bad_steps"},
+    {"resume", "resumable"},
     {"module", "datamodule"},
     {"cli_messages", "lightning_cli"},
     {"cli"},
@@ -62,7 +75,7 @@ def test_every_room_has_a_layer() -> None:
 def test_files_and_package_stay_small() -> None:
     lines = {ids(path): len(path.read_text().splitlines()) for path in FILES}
     assert {name: count for name, count in lines.items() if count > 350} == {}
-    assert sum(lines.values()) < 8000
+    assert sum(lines.values()) < 13_000
 
 
 GLOBAL_RANDOMNESS = re.compile(

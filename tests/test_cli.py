@@ -128,6 +128,20 @@ def test_overlays_merge_and_flags_win(config):
     assert printed["data"]["batch_size"] == 6
 
 
+@pytest.mark.parametrize("name", ["GSPO", "RLOO", "SAPO"])
+def test_an_algorithm_chosen_over_a_config_has_its_own_defaults(config, name):
+    from stateset_lightning import algorithm as algorithms
+
+    path = f"stateset_lightning.algorithm.{name}"
+    later = overlay("later.yaml", {"model": {"algorithm": {"class_path": path, "init_args": {"beta": 0.3}}}})
+    own = vars(getattr(algorithms, name)())
+    for flags in (["--model.algorithm", path, "--model.algorithm.beta", "0.3"], ["--model.algorithm", name], ["--config", later]):
+        given = {"beta": 0.3 if "0.3" in flags or "--config" in flags else 0.0}
+        printed = printed_config("fit", "--config", config, *flags)["model"]["algorithm"]
+        expected = {key: dataclasses.asdict(own[key]) if key == "kl" else own[key] for key in printed["init_args"]}
+        assert printed == {"class_path": path, "init_args": expected | given}
+
+
 def test_a_scenario_file_is_not_taken_for_a_config(config):
     Path("rows.json").write_text(json.dumps([{"prompt": "What is 1?", "target": "1"}] * 2))
     assert main(["fit", "--config", config, "--data.train", "rows.json"]).datamodule.num_scenarios == {"train": 2}
@@ -232,14 +246,15 @@ def test_a_learning_rate_given_on_resume_wins_over_the_checkpoint(config, schedu
     cli = main(["fit", "--config", config, *extra, *flags, "--model.optimizer.init_args.weight_decay", "0.25"])
     group = cli.trainer.optimizers[0].param_groups[0]
     assert group["weight_decay"] == 0.25
-    rates = [float(row["lr"]) for row in csv_rows("runs/cli/version_1/metrics.csv") if row.get("lr")]
-    assert len(rates) == 2
+    rates = [float(row["lr"]) for row in csv_rows("runs/cli/version_0/metrics.csv") if row.get("lr")]
+    assert len(rates) == 4  # the run goes on in its file
+    rates = rates[2:]
     if schedule == "cosine":
         assert rates == pytest.approx([3e-6 * 0.5, 3e-6 * 0.5 * (1 - 0.5**0.5)])  # steps 2 and 3 of 4
         assert group["initial_lr"] == 3e-6
     else:
         assert rates == [3e-6, 3e-6]
-    assert yaml.safe_load(Path("runs/cli/version_1/config.yaml").read_text())["model"]["optimizer"]["init_args"]["lr"] == 3e-6
+    assert yaml.safe_load(Path("runs/cli/version_0/config.yaml").read_text())["model"]["optimizer"]["init_args"]["lr"] == 3e-6
 
 
 def test_a_resume_without_a_new_rate_keeps_the_schedule(config):

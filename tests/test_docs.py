@@ -116,7 +116,18 @@ def test_every_metric_that_a_run_logs_is_explained(tmp_path: Path, monkeypatch: 
     assert unexplained <= {"val/num_completions"}
 
 
-@pytest.mark.parametrize("name", ["train_from_python.py", "own_reward.py"])
+def test_every_fault_names_tests_that_exist() -> None:
+    rows = re.findall(r"^\| .* \|$", (ROOT / "docs" / "reliability.md").read_text(), flags=re.MULTILINE)
+    faults = [row for row in rows if not row.startswith("| fault")]
+    tests = set(re.findall(r"def (test_\w+)", "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))))
+    assert len(faults) > 15
+    for row in faults:
+        named = re.findall(r"`(test_\w+)`", row.split("|")[4])
+        assert named, row
+        assert set(named) <= tests, row
+
+
+@pytest.mark.parametrize("name", ["train_from_python.py", "own_reward.py", "own_loss.py"])
 @pytest.mark.slow  # starts a process that imports torch and lightning
 def test_examples_run(name: str) -> None:
     run = subprocess.run([sys.executable, ROOT / "examples" / name, "2"], capture_output=True, text=True, timeout=240)

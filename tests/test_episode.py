@@ -78,18 +78,30 @@ def make_scores(values: list[float]) -> Scores:
 PLANS = st.tuples(st.integers(1, 6), st.integers(2, 4), st.integers(1, 4), st.integers(1, 3))
 
 
-@given(PLANS, st.sampled_from([1, 2, 4]))
-def test_every_completion_has_exactly_one_micro_step_of_the_optimizer_step_of_its_prompt(
-    plan: tuple[int, int, int, int], world: int
+def micro_steps(plan: Plan, lengths: list[int] | None = None, active: list[bool] | None = None) -> list[int]:
+    """The micro-step of each completion; prompts of one token, completions of one, all of them active unless told otherwise."""
+    count = plan.num_prompts * plan.num_generations
+    micro_N, _ = plan.micro_steps(
+        [[0]] * plan.num_prompts, torch.tensor(lengths or [1] * count), torch.tensor([True] * count if active is None else active)
+    )
+    return micro_N.tolist()
+
+
+@given(PLANS, st.sampled_from([1, 2, 4]), st.data())
+def test_every_completion_has_a_micro_step_of_the_optimizer_step_of_its_prompt(
+    plan: tuple[int, int, int, int], world: int, data: st.DataObject
 ) -> None:
     prompts, generations, steps, accumulate = plan
+    count = prompts * generations
+    lengths = data.draw(st.lists(st.integers(1, 30), min_size=count, max_size=count))
+    active = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
+    budget = data.draw(st.none() | st.integers(1, 100))
     for rank in range(world):
-        cut = Plan(prompts, generations, steps * accumulate, accumulate, Ranks(rank, world))
-        micro_N = cut.micro_step_of_completion()
-        assert len(micro_N) == prompts * generations
+        cut = Plan(prompts, generations, steps * accumulate, accumulate, Ranks(rank, world), budget)
+        micro_N = np.array(micro_steps(cut, lengths, active))
         assert ((micro_N >= 0) & (micro_N < steps * accumulate)).all()
         positions = np.arange(prompts) * world + rank
-        assert (micro_N.numpy() // accumulate == np.repeat(cut.step_of_position(positions), generations)).all()
+        assert (micro_N // accumulate == np.repeat(cut.step_of_position(positions), generations)).all()
 
 
 @given(PLANS)
@@ -108,26 +120,41 @@ def test_optimizer_steps_are_contiguous_ranges_equal_for_any_number_of_ranks(pla
 
 
 @given(PLANS)
-def test_micro_steps_hold_whole_groups_where_there_are_enough(plan: tuple[int, int, int, int]) -> None:
+def test_equal_groups_are_shared_out_whole_and_evenly(plan: tuple[int, int, int, int]) -> None:
     prompts, generations, steps, accumulate = plan
     cut = Plan(prompts * steps * accumulate, generations, steps * accumulate, accumulate)
-    micro_PG = cut.micro_step_of_completion().reshape(-1, generations)
+    micro_PG = torch.tensor(micro_steps(cut)).reshape(-1, generations)
     assert (micro_PG == micro_PG[:, :1]).all()
     assert torch.bincount(micro_PG.flatten()).tolist() == [prompts * generations] * (steps * accumulate)
 
 
 def test_plans_by_hand() -> None:
-    def micro(*arguments: Any) -> list[int]:
-        return Plan(*arguments).micro_step_of_completion().tolist()
-
-    assert micro(4, 2, 1, 1) == [0] * 8
-    assert micro(4, 2, 2, 1) == [0, 0, 0, 0, 1, 1, 1, 1]  # two optimizer steps
-    assert micro(4, 2, 4, 2) == [0, 0, 1, 1, 2, 2, 3, 3]  # two, of two micro-steps each
-    assert micro(3, 2, 2, 2) == [0, 0, 0, 0, 1, 1]  # one, of two and of one prompt
-    assert micro(1, 4, 2, 2) == [0, 0, 1, 1]  # one prompt for two micro-steps: its group is shared out
-    assert micro(3, 2, 2, 1) == [0, 0, 0, 0, 1, 1]
+    assert micro_steps(Plan(4, 2, 1, 1)) == [0] * 8
+    assert micro_steps(Plan(4, 2, 2, 1)) == [0, 0, 0, 0, 1, 1, 1, 1]  # two optimizer steps
+    assert micro_steps(Plan(4, 2, 4, 2)) == [0, 0, 1, 1, 2, 2, 3, 3]  # two, of two micro-steps each
+    assert micro_steps(Plan(1, 4, 2, 2)) == [0, 0, 1, 1]  # one prompt for two micro-steps: its group is shared out
+    assert micro_steps(Plan(3, 2, 2, 1)) == [0, 0, 0, 0, 1, 1]
     # Rank 1 of 2 holds the positions 1, 3, 5, 7 of 8: half of each optimizer step.
-    assert micro(4, 2, 2, 1, Ranks(1, 2)) == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert micro_steps(Plan(4, 2, 2, 1, Ranks(1, 2))) == [0, 0, 0, 0, 1, 1, 1, 1]
+    # Groups of 1 + 18, 1 + 4, 1 + 4 and 1 + 8 tokens: the long one by itself, the others together.
+    assert micro_steps(Plan(4, 2, 2, 2), [9, 9, 2, 2, 2, 2, 4, 4]) == [0, 0, 1, 1, 1, 1, 1, 1]
+    # The second prompt trains nothing, so its tokens are no work.
+    assert micro_steps(Plan(3, 2, 2, 2), [3, 3, 99, 99, 3, 3], [True, True, False, False, True, True]) == [0, 0, 0, 0, 1, 1]
+
+
+def test_a_budget_takes_a_group_apart_and_counts_what_does_not_fit() -> None:
+    lengths, active = torch.tensor([6, 6, 2, 2]), torch.tensor([True] * 4)
+    prompts = [[0] * 3, [0] * 3]
+
+    def plan(budget: int | None) -> tuple[list[int], int]:
+        micro_N, over = Plan(2, 2, 2, 2, max_tokens_per_step=budget).micro_steps(prompts, lengths, active)
+        return micro_N.tolist(), over
+
+    assert plan(None) == ([0, 0, 1, 1], 0)  # 15 and 7 tokens
+    assert plan(15) == ([0, 0, 1, 1], 0)
+    assert plan(14) == ([0, 1, 0, 1], 0)  # both groups taken apart: 3 + 6 and 3 + 2 in each
+    assert plan(13) == ([0, 1, 0, 1], 2)  # no completion is divided
+    assert plan(10) == ([0, 0, 1, 1], 5)  # 22 do not fit into two times 10: left whole
 
 
 # Making an episode ------------------------------------------------------------------------------------------------------------

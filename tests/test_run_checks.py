@@ -7,12 +7,13 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from stateset_lightning import run_checks
-from stateset_lightning.errors import ConfigError, NonFiniteError
+from stateset_lightning.errors import ConfigError, NonFiniteError, SamplingError
 from stateset_lightning.run_checks import (
     check_checkpoint,
     check_context,
     check_episode_fits_trainer,
     check_monitors,
+    check_sampling_difference,
     optimizer_steps_of_run,
 )
 
@@ -114,24 +115,6 @@ def test_more_optimizer_steps_than_prompts_are_refused():
         run_checks.check_episode_fits_trainer(make_trainer(steps_per_episode=8, batch_size=4, micro_steps_per_epoch=16))
 
 
-@pytest.mark.parametrize(("interval", "fits"), [(4, True), (3, False), (1.0, True)])
-def test_a_validation_inside_an_optimizer_step_is_refused(interval, fits):
-    trainer = make_trainer(accumulate=2, steps_per_episode=2, val_check_interval=interval)
-    if fits:
-        run_checks.check_saves_fit_accumulation(trainer)
-    else:
-        with pytest.raises(ConfigError, match=r"val_check_interval=3 .* multiple of trainer.accumulate_grad_batches=2"):
-            run_checks.check_saves_fit_accumulation(trainer)
-
-
-def test_a_timed_checkpoint_inside_an_optimizer_step_is_refused():
-    from datetime import timedelta
-
-    timed = ModelCheckpoint(train_time_interval=timedelta(minutes=1))
-    with pytest.raises(ConfigError, match=r"train_time_interval.*every_n_train_steps"):
-        run_checks.check_saves_fit_accumulation(make_trainer(accumulate=2, steps_per_episode=2, callbacks=[timed]))
-
-
 def test_a_reward_name_that_nobody_has_is_refused_with_its_place():
     trainer = make_trainer(named_rewards=lambda: {"data.train: a": ("exact_match",), "data.train: b": ("exact_mtach",)})
     with pytest.raises(ConfigError, match=r"1 scenarios name rewards .*\(exact_match\): data.train: b: exact_mtach"):
@@ -153,6 +136,28 @@ def test_a_run_that_cannot_go_on_exactly_is_refused(now, message):
 
 
 def test_bad_steps_stop_the_run_only_when_they_do_not_end():
-    run_checks.check_bad_steps(run_checks.MAX_BAD_STEPS, step=20)
-    with pytest.raises(NonFiniteError, match="11 optimizer steps in a row, the last of them step 21"):
-        run_checks.check_bad_steps(run_checks.MAX_BAD_STEPS + 1, step=21)
+    run_checks.check_bad_steps(10, 10, step=20)
+    with pytest.raises(NonFiniteError, match=r"11 optimizer steps in a row .*max_bad_steps=10.*, the last of them step 21"):
+        run_checks.check_bad_steps(11, 10, step=21)
+
+
+@pytest.mark.parametrize(
+    ("difference", "dtype", "temperature", "stops"),
+    [
+        (9e-4, torch.float32, 1.0, False),
+        (2e-3, torch.float32, 1.0, True),
+        (2e-3, torch.float32, 0.4, False),  # the temperature divides the logits, and multiplies their error
+        (2e-3, torch.float64, 2.0, True),
+        (0.05, torch.bfloat16, 1.0, False),
+        (0.2, torch.bfloat16, 1.0, True),
+        (0.05, torch.float16, 1.0, True),
+    ],
+)
+def test_a_sampler_may_differ_by_float_error_alone(difference: float, dtype: torch.dtype, temperature: float, stops: bool) -> None:
+    metrics = {"policy/sampling_difference": difference}
+    if stops:
+        with pytest.raises(SamplingError, match=r"nats per token, where float error .* Set model\.policy\.scoring to padded"):
+            check_sampling_difference(metrics, dtype, temperature)
+    else:
+        check_sampling_difference(metrics, dtype, temperature)
+    check_sampling_difference({}, dtype, temperature)  # nothing trained

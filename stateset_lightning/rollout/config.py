@@ -27,6 +27,8 @@ class RolloutConfig:
     """Sample from tokens that have at least this share of the likeliest token's probability."""
     stop: list[str] = field(default_factory=list)
     """A completion ends where one of these appears. The string stays among the tokens and is cut from the text."""
+    dynamic_sampling: Annotated[int, Ge(0)] = 0
+    """Rounds in which groups with one and the same reward are replaced by other prompts (DAPO, arXiv:2503.14476). 0 for none."""
     max_batch_rows: Annotated[int, Ge(1)] = 256
     """Completions decoded at a time. Lower it when sampling runs out of memory; results do not change."""
 
