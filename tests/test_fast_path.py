@@ -28,8 +28,8 @@ class Curve(Callback):
 
 
 def run(folder: Path, scoring: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-    if scoring == "padded":  # the slow path samples with a copy of the prompt for every row, too
-        monkeypatch.setattr(running_batch, "SharingBatch", running_batch.RunningBatch)
+    # The fast path reads a prompt once for its group while sampling, too; the slow one has a copy for every row.
+    monkeypatch.setattr(running_batch, "SHARE_FROM", 0 if scoring == "packed" else 10**9)
     curve = Curve()
     module = make_module(algorithm=GRPO(beta=0.05))
     module.policy_config = PolicyConfig("tiny", scoring=scoring)

@@ -43,8 +43,11 @@ class SharedPrompts:
         one_hot_BP = F.one_hot(prompt_of_row_B, len(lengths_P))
         number_B = (one_hot_BP.cumsum(0) * one_hot_BP).sum(1) - 1
         self.place_B = prompt_of_row_B * self.most_rows + number_B
+        rows_B = torch.arange(len(prompt_of_row_B), device=lengths_P.device)
         self.row_of_place = torch.zeros(len(lengths_P) * self.most_rows, dtype=torch.long, device=lengths_P.device)
-        self.row_of_place[self.place_B] = torch.arange(len(prompt_of_row_B), device=lengths_P.device)
+        self.row_of_place[self.place_B] = rows_B
+        # Whole groups in order, as before any row has finished: rows and places are the same.
+        self.in_order = len(rows_B) == len(self.row_of_place) and bool((self.place_B == rows_B).all())
         longest = keys[0].shape[2]
         padding_PL = torch.arange(longest, device=lengths_P.device) < (longest - lengths_P)[:, None]
         self.padding_PL = padding_PL if bool(padding_PL.any()) else None
@@ -76,13 +79,11 @@ class SharedPrompts:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Query [B, k r, 1, d], own keys and values [B, k, C, d] -> output [B, 1, k r, d]."""
         prompt_keys, prompt_values = self.keys[layer], self.values[layer]
-        num_prompts, key_heads, longest, d = prompt_keys.shape
+        _, key_heads, longest, d = prompt_keys.shape
         rows = len(query)
         grouped_BkrD = (query * scaling).view(rows, key_heads, -1, d)
         per_key = grouped_BkrD.shape[2]
-        # [P, R, k, r, d] -> [P, k, R r, d]: all rows of a prompt in one product with its keys.
-        by_prompt = grouped_BkrD.index_select(0, self.row_of_place).unflatten(0, (num_prompts, self.most_rows))
-        scores = by_prompt.transpose(1, 2).flatten(2, 3) @ prompt_keys.transpose(-1, -2)
+        scores = self._to_prompts(grouped_BkrD) @ prompt_keys.transpose(-1, -2)
         if self.padding_PL is not None:
             scores = scores.masked_fill(self.padding_PL[:, None, None], -torch.inf)
         prompt_scores = self._to_rows(scores, per_key)
@@ -92,13 +93,18 @@ class SharedPrompts:
             own_scores = own_scores.masked_fill(hidden_BC[:, None, None], -torch.inf)
         weights = torch.cat([prompt_scores, own_scores], dim=-1).softmax(-1)
         prompt_weights, own_weights = weights[..., :longest], weights[..., longest:]
-        by_prompt = prompt_weights.index_select(0, self.row_of_place).unflatten(0, (num_prompts, self.most_rows))
-        output = self._to_rows(by_prompt.transpose(1, 2).flatten(2, 3) @ prompt_values, per_key) + own_weights @ value
+        output = self._to_rows(self._to_prompts(prompt_weights) @ prompt_values, per_key) + own_weights @ value
         return output.reshape(rows, 1, -1, d)
+
+    def _to_prompts(self, values: Tensor) -> Tensor:
+        """[B, k, r, x] -> [P, k, R r, x]: all rows of a prompt together, for one product with its keys or values."""
+        values = values if self.in_order else values.index_select(0, self.row_of_place)
+        return values.unflatten(0, (-1, self.most_rows)).transpose(1, 2).flatten(2, 3)
 
     def _to_rows(self, values: Tensor, per_key: int) -> Tensor:
         """[P, k, R r, x] -> [B, k, r, x]."""
-        return values.unflatten(2, (self.most_rows, per_key)).transpose(1, 2).flatten(0, 1).index_select(0, self.place_B)
+        values = values.unflatten(2, (self.most_rows, per_key)).transpose(1, 2).flatten(0, 1)
+        return values if self.in_order else values.index_select(0, self.place_B)
 
 
 def _padded(x: Tensor, width: int) -> Tensor:

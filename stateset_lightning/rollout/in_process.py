@@ -149,7 +149,7 @@ class _Decoding:
     ) -> None:
         model = engine.policy.model
         self.device = model.device
-        self.batch = make_running_batch(model, sampling.max_new_tokens)
+        self.batch = make_running_batch(model, sampling.max_new_tokens, max(map(len, prompts)))
         self.eos = torch.tensor(sorted(end_of_sequence_ids(model, engine.tokenizer)), device=self.device)
         self.prompts = prompts
         self.num_generations = num_generations

@@ -21,11 +21,15 @@ if TYPE_CHECKING:
     from transformers.cache_utils import DynamicCache
 
 
-def make_running_batch(model: PreTrainedModel, max_new_tokens: int) -> RunningBatch:
+SHARE_FROM = 256
+"""Tokens of the longest prompt from which sharing is faster than a kernel call over copies (benchmarks/RESULTS.md)."""
+
+
+def make_running_batch(model: PreTrainedModel, max_new_tokens: int, longest_prompt: int) -> RunningBatch:
     """A batch whose rows share their prompts' keys and values, where the model's attention can do that and it is faster."""
     # The kernels of other devices and precisions are fast enough, and accumulate in float32.
     shares = model.config._attn_implementation == prefix_attention.NAME and model.device.type == "cpu" and model.dtype == torch.float32
-    return SharingBatch(model, max_new_tokens) if shares else RunningBatch(model, max_new_tokens)
+    return SharingBatch(model, max_new_tokens) if shares and longest_prompt >= SHARE_FROM else RunningBatch(model, max_new_tokens)
 
 
 class RunningBatch:

@@ -8,7 +8,7 @@ import torch
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import Group, Policy, PolicyConfig
-from stateset_lightning.rollout import FinishReason, InProcessEngine, Rollout, RolloutConfig, in_process
+from stateset_lightning.rollout import FinishReason, InProcessEngine, Rollout, RolloutConfig, in_process, running_batch
 from stateset_lightning.seeding import sample_seeds
 
 PROMPTS = [
@@ -83,7 +83,11 @@ def record_forwards(engine: InProcessEngine) -> list[tuple[int, int]]:
 # The same completions in any company ----------------------------------------------------------------------------------------
 
 
-def test_a_completion_is_the_same_in_every_batch(make_engine: Callable[..., InProcessEngine], architecture: str) -> None:
+@pytest.mark.parametrize("share_from", [0, 256])  # every prompt is shared, or none of these short ones
+def test_a_completion_is_the_same_in_every_batch(
+    make_engine: Callable[..., InProcessEngine], architecture: str, share_from: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running_batch, "SHARE_FROM", share_from)
     engine = make_engine(architecture)
     positions = list(range(8))
     together = generate(engine, positions)
@@ -145,10 +149,15 @@ def test_greedy_agrees_with_transformers_on_left_padded_prompts(
         assert set(row[len(tokens) :]) <= {0}
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize(("temperature", "share_from"), [(1.0, 256), (0.6, 256), (0.6, 0)])
 def test_sampled_logprobs_are_those_that_the_policy_scores(
-    make_engine: Callable[..., InProcessEngine], architecture: str, temperature: float
+    make_engine: Callable[..., InProcessEngine],
+    architecture: str,
+    temperature: float,
+    share_from: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(running_batch, "SHARE_FROM", share_from)
     engine = make_engine(architecture)
     sampling = RolloutConfig(num_generations=G, max_new_tokens=12, temperature=temperature, top_k=50, top_p=0.95)
     sampled = generate(engine, list(range(8)), sampling)
