@@ -24,9 +24,12 @@ check: $(READY) ## style and types
 test: check ## style, types and the whole test suite, offline
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest
 
-benchmark: $(READY) ## whole training steps side by side with TRL (installs it); half an hour
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt trl==1.16.0
+benchmark: $(READY) ## whole training steps side by side with TRL, and cost against its floor; three quarters of an hour
 	$(BIN)/python benchmarks/compare_trl.py
+	$(BIN)/python benchmarks/scaling.py
+
+compare-algorithms: $(READY) ## what every preset learns on the bundled task, three seeds, and TRL; two hours, resumable
+	$(BIN)/python benchmarks/compare_algorithms.py --trl-python $(BIN)/python
 
 kill-test: $(READY) ## kill a run some 90 times and compare its end with that of a run left alone; six minutes
 	$(BIN)/python benchmarks/kill_test.py --kills 50
@@ -36,4 +39,4 @@ kill-test: $(READY) ## kill a run some 90 times and compare its end with that of
 clean: ## remove the virtual environment, caches and runs
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis runs *.egg-info
 
-.PHONY: help install demo check test benchmark kill-test clean
+.PHONY: help install demo check test benchmark compare-algorithms kill-test clean

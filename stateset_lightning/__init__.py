@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stateset_lightning.callbacks import EpisodeCallback
     from stateset_lightning.datamodule import ScenarioDataModule
+    from stateset_lightning.evaluation import EvaluationConfig
     from stateset_lightning.module import GRPOLightningModule
     from stateset_lightning.policy import PolicyConfig
     from stateset_lightning.rewards import RewardFunction, RewardResult
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "EpisodeCallback": "callbacks",
+    "EvaluationConfig": "evaluation",
     "GRPOLightningModule": "module",
     "PolicyConfig": "policy",
     "PromptBatch": "types",
@@ -32,6 +34,7 @@ _HOMES = {
 
 __all__ = [
     "EpisodeCallback",
+    "EvaluationConfig",
     "GRPOLightningModule",
     "PolicyConfig",
     "PromptBatch",

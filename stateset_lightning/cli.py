@@ -11,9 +11,11 @@ import os
 import signal
 import sys
 import warnings
+from importlib import import_module
 from typing import TYPE_CHECKING, NoReturn
 
 from stateset_lightning.cli_messages import PROGRAM, check_config_files, without_traceback
+from stateset_lightning.convert import main as convert
 from stateset_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,6 +32,9 @@ GRPO for single-turn language tasks.
   validate   greedy answers to data.validation, scored
   test       greedy answers to data.test, scored
   predict    greedy answers to data.predict, written as JSON lines
+  generate   try a checkpoint on a prompt: generate --ckpt_path CKPT [--prompt TEXT]
+  export     a plain Hugging Face folder with a model card: export CKPT OUT
+  convert    the guide's YAML to a config: convert GUIDE [-o FILE]
 
 Every key of a config is a flag as well (--trainer.max_steps 100), and wins over the files; of several files, the later one wins.
   stateset-lightning fit --config configs/single_turn.yaml
@@ -57,10 +62,21 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
     if given in ([], ["-h"], ["--help"]):
         print(OVERVIEW, end="")
         raise SystemExit(0)
+    words = given if isinstance(given, list) else []
     try:
-        check_config_files(given if isinstance(given, list) else [])
+        if words[:1] == ["convert"]:
+            convert(words[1:])
+            return None
+        if words and words[0] in ("generate", "export"):
+            if not {"-h", "--help"} & set(words):
+                quieten()
+            import_module(f"stateset_lightning.{words[0]}").main(words[1:])
+            return None
+        check_config_files(words)
     except UserError as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
     quieten()
     if os.getcwd() not in sys.path:  # a console script does not look beside the config for `my_rewards.ShortAndRight`
         sys.path.append(os.getcwd())

@@ -43,6 +43,7 @@ _HOMES = {
     "trainer.logger": "lightning.pytorch.loggers",
 }
 _CLASSES = {"model.policy": "stateset_lightning.policy.PolicyConfig", "model.rollout": "stateset_lightning.rollout.RolloutConfig"}
+_CLASSES["model.evaluation"] = "stateset_lightning.evaluation.EvaluationConfig"
 # From the most telling to the least; the first that is found is reported.
 _TELLING = tuple(
     re.compile(pattern)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -137,26 +137,28 @@ class Collector:
     def _episode(self, sample: Sample, baseline: Sample | None) -> tuple[Episode, Metrics]:
         batch, config, algorithm = sample.batch, self.sampler.config, self.algorithm
         plan = Plan(len(batch), config.num_generations, batch.steps_per_episode, self.accumulate, self.ranks, self.max_tokens_per_step)
-        weights = [reward.weight for reward in self.sampler.scorer.rewards]
-        scores, ref_logprobs_T = sample.scores, None
+        # A held-out reward, of weight 0, is shown and never trained on: where it fails, 0 x NaN would fail the completion.
+        trained = [f for f, reward in enumerate(self.sampler.scorer.rewards) if reward.weight]
+        weights = [self.sampler.scorer.rewards[f].weight for f in trained]
+        scores, ref_logprobs_T = with_rewards(sample.scores, trained), None
         metrics: Metrics = {}
         if algorithm.kl_in_reward:
-            scores, ref_logprobs_T = self._with_kl(sample)
+            scores, ref_logprobs_T = self._with_kl(sample.rollout, scores)
             weights.append(-algorithm.kl_coefficient)
             kl_N = scores.values_NF[:, -1]
             metrics["policy/kl_reward"] = (kl_N[kl_N.isfinite()].sum(), int(kl_N.isfinite().sum()))
-        baseline_PF = None if baseline is None else baseline.scores.values_NF  # the rewards alone, without the KL
+        baseline_PF = None if baseline is None else baseline.scores.values_NF[:, trained]  # the rewards alone, without the KL
         episode = make_episode(batch.episode_index, sample.rollout, scores, weights, algorithm, plan, baseline_PF)
         episode.ref_logprobs_T = ref_logprobs_T
         several_steps = batch.num_micro_steps > self.accumulate
         add_fixed_logprobs(episode, self.policy, self.reference, algorithm, plan, config.temperature, self.sampler.seed, old=several_steps)
         return episode, metrics
 
-    def _with_kl(self, sample: Sample) -> tuple[Scores, Tensor]:
+    def _with_kl(self, rollout: Rollout, scores: Scores) -> tuple[Scores, Tensor]:
         """The scores with the KL's column, and the reference's log-probs of all completions."""
         assert self.reference is not None
-        ref_logprobs_T = all_logprobs(self.reference, sample.rollout, self.sampler.config.temperature)
-        return with_kl_scores(sample.scores, sample.rollout, self.algorithm, ref_logprobs_T), ref_logprobs_T
+        ref_logprobs_T = all_logprobs(self.reference, rollout, self.sampler.config.temperature)
+        return with_kl_scores(scores, rollout, self.algorithm, ref_logprobs_T), ref_logprobs_T
 
     def _budget_metrics(self, episode: Episode) -> Metrics:
         if self.max_tokens_per_step is None:
@@ -192,6 +194,11 @@ def check_failures(scorer: Scorer, scores: Sequence[Scores], ranks: Ranks) -> No
         for some in scores:
             scorer.check_failures(some)
         raise RewardError(f"{failed} of {total} completions of all ranks have no score; see the other ranks' messages")
+
+
+def with_rewards(scores: Scores, columns: Sequence[int]) -> Scores:
+    """The scores of some of the rewards alone."""
+    return replace(scores, names=tuple(scores.names[f] for f in columns), values_NF=scores.values_NF[:, list(columns)])
 
 
 def work_metrics(sample: Sample, episode: Episode, policy: Policy) -> Metrics:

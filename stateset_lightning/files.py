@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from stateset_lightning.errors import DiskError
+from stateset_lightning.errors import ConfigError, DiskError
 
 PARTIAL = ".partial"
 """Ending of a file that is being written. One that no process is writing was left behind by a kill, and may go."""
@@ -36,6 +37,47 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill, of flat or nested files. It becomes `path` when the block ends well, and vanishes if it does not.
+
+    Args:
+        path: The folder to be; an empty one may be there.
+        overwrite: Whether it may take the place of one with files in it, which is deleted last.
+
+    Raises:
+        ConfigError: If `path` is there already.
+        DiskError: If the disk is full or cannot be written.
+    """
+    path = path.absolute()
+    partial, old = (path.with_name(f".{path.name}.{state}") for state in ("unfinished", "old"))
+    if old.exists() and not path.exists():
+        old.rename(path)  # the process was killed between two renames
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path} is a file; give a folder that is yet to be made")
+    if path.exists() and any(path.iterdir()) and not overwrite:
+        raise ConfigError(f"{path} has files in it; choose another folder, or say --overwrite")
+    try:
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for file in (file for file in partial.rglob("*") if file.is_file()):
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise disk_error(path, error) from error
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def append_lines(path: Path, text: str) -> None:

@@ -13,9 +13,13 @@ from stateset_lightning.policy import Group, Policy
 from stateset_lightning.seeding import derive_seed
 from stateset_lightning.types import Rollout, Scores
 
-SELECTION_STEP = 1e-4
-"""Nats that log-probs and entropies are rounded to before tokens are selected by them: far above float error, which depends on what else
-is in the batch, so that equal contexts are equal for every split and number of ranks; far below any difference that matters."""
+ROUNDING = 1e-4
+"""Nats that log-probs and entropies are rounded to before tokens are selected by them, and the KL before it is a score.
+
+Far above float error (float32), which depends on what else is in the batch, and far below any difference that matters. Equal contexts
+are so equal for every split and number of ranks, and a group of equal rewards stays constant while the policy is its reference: a
+standard deviation of float noise would be divided by, and make advantages of it.
+"""
 
 
 def with_kl_scores(scores: Scores, rollout: Rollout, algorithm: Algorithm, ref_logprobs_T: Tensor) -> Scores:
@@ -23,7 +27,7 @@ def with_kl_scores(scores: Scores, rollout: Rollout, algorithm: Algorithm, ref_l
 
     It is NaN for a failed completion: where no reward applies, the column must not be what makes the completion scored.
     """
-    kl_N = algorithm.kl_scores(rollout.logprobs_T, ref_logprobs_T, rollout.lengths_N).to(scores.values_NF)
+    kl_N = _rounded(algorithm.kl_scores(rollout.logprobs_T, ref_logprobs_T, rollout.lengths_N).to(scores.values_NF))
     kl_N = kl_N.where(scores.totals_N.isfinite(), torch.nan)
     return replace(scores, names=(*scores.names, "kl"), values_NF=torch.cat([scores.values_NF, kl_N[:, None]], dim=1))
 
@@ -100,9 +104,13 @@ def selected_tokens(episode: Episode, logprobs_T: Tensor, entropies_T: Tensor, a
     return select_T
 
 
+def _rounded(nats: Tensor) -> Tensor:
+    return torch.round(nats / ROUNDING) * ROUNDING
+
+
 def _token_batch(completions: list[tuple[float, Tensor, Tensor]]) -> TokenBatch:
     advantages, logprobs, entropies = zip(*completions, strict=True)
-    logprobs_T, entropies_T = (torch.round(torch.cat(values) / SELECTION_STEP) * SELECTION_STEP for values in (logprobs, entropies))
+    logprobs_T, entropies_T = (_rounded(torch.cat(values)) for values in (logprobs, entropies))
     return TokenBatch(
         logprobs_T=logprobs_T,
         old_logprobs_T=logprobs_T,

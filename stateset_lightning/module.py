@@ -7,7 +7,7 @@ episode; every one returns the loss of its part. Clipping, accumulation, precisi
 import copy
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -22,7 +22,7 @@ from stateset_lightning.bad_steps import is_bad, spoil_if_not_finite, write_bad_
 from stateset_lightning.callbacks.episodes import call_episode_hook
 from stateset_lightning.collection import Collector, Sampler
 from stateset_lightning.episode import Episode, Part
-from stateset_lightning.evaluation import RewardMeans
+from stateset_lightning.evaluation import Evaluation, EvaluationConfig
 from stateset_lightning.loss import part_loss, seeded_dropout, zero_loss
 from stateset_lightning.metrics import RunMetrics
 from stateset_lightning.policy import Policy, PolicyConfig, context_length, load_model, load_tokenizer
@@ -56,6 +56,7 @@ class GRPOLightningModule(ResumableModule):
         reward: What scores a completion: a list of reward functions, one, or a plain function `f(turns, context)`.
         rollout: How completions are sampled.
         algorithm: How scores become a loss; see `stateset_lightning.algorithm`.
+        evaluation: What `validate` and `test` sample beside a greedy completion per prompt, and what counts as solved.
         optimizer: Called with the trainable parameters.
         lr_scheduler: A `Schedule`, or a torch scheduler called with the optimizer; stepped once per optimizer step.
         reward_timeout: Seconds that a reward may take for one completion, unless it has a time-out of its own.
@@ -77,6 +78,7 @@ class GRPOLightningModule(ResumableModule):
         reward: Reward,
         rollout: RolloutConfig = RolloutConfig(),  # noqa: B008 (frozen)
         algorithm: Algorithm = GRPO(),  # noqa: B008 (copied, never changed)
+        evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (frozen)
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
         lr_scheduler: Schedule | LRSchedulerCallable | None = None,
         reward_timeout: Annotated[float, Gt(0)] | None = None,
@@ -92,6 +94,8 @@ class GRPOLightningModule(ResumableModule):
         self.algorithm = copy.copy(algorithm)
         self.algorithm.setup(self.rollout.max_new_tokens)
         self.rewards = as_rewards(reward)
+        self.evaluation = EvaluationConfig(**evaluation) if isinstance(evaluation, Mapping) else evaluation
+        self.evaluation.check_rewards([reward.name for reward in self.rewards])
         self._make_scorer = partial(
             Scorer, self.rewards, timeout=reward_timeout, max_concurrency=reward_concurrency, max_failures=max_reward_failures
         )
@@ -112,7 +116,7 @@ class GRPOLightningModule(ResumableModule):
         self._samples_are_fresh = False  # whether the weights are those that sampled
         self._collect_seconds = 0.0
         self.metrics = RunMetrics()
-        self._eval_rewards: RewardMeans | None = None
+        self._evaluation = Evaluation([reward.name for reward in self.rewards], self.evaluation)
         self.last_records: list[CompletionRecord] = []
         """Completions of the newest episode or evaluation batch of this rank, for callbacks."""
         self._episode_records: list[CompletionRecord] = []
@@ -140,7 +144,6 @@ class GRPOLightningModule(ResumableModule):
         if fits and self.algorithm.needs_reference and not self._reference:
             # From the source, not from the policy: that may have been trained or restored since.
             self._reference = (Policy(load_model(self.policy_config, dtype), self.policy_config).requires_grad_(False),)
-        self._eval_rewards = self._eval_rewards or RewardMeans([reward.name for reward in self.rewards])
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self._loaded_policy.parameters() if p.requires_grad])
@@ -154,9 +157,8 @@ class GRPOLightningModule(ResumableModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        rewards = [reward.name for reward in self.rewards]
-        check_reward_names(self.trainer, rewards)
-        names = [f"val/{name}" for name in RewardMeans.logged_names(rewards)]
+        check_reward_names(self.trainer, [reward.name for reward in self.rewards])
+        names = [f"val/{name}" for name in self._evaluation.logged_names()]
         check_run(self.trainer, names, context_length(self._loaded_policy.model), self.rollout.max_new_tokens)
         check_dynamic_sampling(self.trainer, self.rollout.dynamic_sampling)
         self._loaded_policy.train()  # transformers loads in evaluation mode, where gradient checkpointing does nothing
@@ -270,14 +272,17 @@ class GRPOLightningModule(ResumableModule):
     def _evaluate(self, batch: PromptBatch) -> None:
         rollout, scores = self._sampler.sample(self._loaded_policy, batch, 1, greedy=True)
         self.last_records = make_records(batch, rollout, scores)
-        assert self._eval_rewards is not None
         self.scorer.check_failures(scores)  # a mean over what little is left would choose the best checkpoint
-        self._eval_rewards.update(scores.values_NF.to(self.device), scores.totals_N.to(self.device), rollout.lengths_N.to(self.device))
+        samples = None
+        if count := self.evaluation.samples:
+            sampler = replace(self._sampler, config=self.evaluation.sampling(self.rollout))
+            samples = sampler.sample(self._loaded_policy, batch, count, greedy=False)
+            self.scorer.check_failures(samples[1])
+        self._evaluation.update(batch.scenarios, (rollout, scores), samples)
 
     def _log_evaluation(self, stage: str) -> None:
-        assert self._eval_rewards is not None
-        values = {f"{stage}/{name}": value for name, value in self._eval_rewards.compute().items()}
-        self._eval_rewards.reset()
+        values = {f"{stage}/{name}": value for name, value in self._evaluation.compute().items()}
+        self._evaluation.reset()
         # "step" is Lightning's name for the x-axis; without it, it counts from 0 and ours, like `max_steps`, from 1.
         self.log_dict({**values, "step": float(self.trainer.global_step)}, rank_zero_only=False)
 

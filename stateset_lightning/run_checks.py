@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ def check_monitors(trainer: Trainer, metrics: Iterable[str]) -> None:
         place = f"{type(callback).__name__}.monitor={monitor}"
         if not validates:
             raise ConfigError(f"{place}: nothing to validate on; set data.validation or data.validation_fraction, or another monitor")
-        if monitor not in known:
+        if monitor not in known and re.sub(r"^val/topic/.+/", "val/topic/<topic>/", monitor) not in known:
             raise ConfigError(f"{place}: validation logs no such metric; it logs {', '.join(known)}")
 
 

@@ -177,7 +177,8 @@ class Scores:
     """What the rewards said of N completions.
 
     `values_NF` holds NaN where a reward failed and `NOT_APPLICABLE` where it does not apply. `totals_N` is the weighted sum
-    over the rewards that apply, NaN for a failed completion. `breakdowns[n]` holds each reward's own breakdown by name.
+    over the rewards that apply, NaN for a failed completion; rewards of weight 0 are no part of it. `breakdowns[n]` holds each
+    reward's own breakdown by name.
     """
 
     names: tuple[str, ...]

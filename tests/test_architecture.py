@@ -34,7 +34,7 @@ LAYERS = [
     {"bad_steps"},
     {"resume", "resumable"},
     {"module", "datamodule"},
-    {"cli_messages", "lightning_cli"},
+    {"cli_messages", "lightning_cli", "convert", "trained", "generate", "export"},
     {"cli"},
 ]
 PURE = {"algorithm": {"lightning", "transformers"}, "types": {"lightning", "transformers"}, "rewards": {"lightning", "transformers"}}

@@ -160,6 +160,12 @@ def test_a_scenario_file_is_not_taken_for_a_config(config):
         ("model.reward_timeout", "0", "greater than 0"),
         ("model.reward_concurrency", "0", "greater than or equal to 1"),
         ("model.max_reward_failures", "1.5", "less than or equal to 1"),
+        ("model.evaluation.samples", "-1", "greater than or equal to 0"),
+        ("model.evaluation.temperature", "0", "greater than 0"),
+        ("model.evaluation.top_p", "1.5", "less than or equal to 1"),
+        ("model.max_tokens_per_step", "0", "greater than or equal to 1"),
+        ("model.max_bad_steps", "-1", "greater than or equal to 0"),
+        ("model.rollout.dynamic_sampling", "-1", "greater than or equal to 0"),
         ("model.policy.dropout", "1", "less than 1"),
         ("model.policy.head_chunk_tokens", "0", "greater than 0"),
         ("model.algorithm.epsilon_low", "1", "less than 1"),
@@ -209,6 +215,7 @@ def test_no_bounded_signature_is_read_from_a_string():
 def test_every_bounded_key_stands_in_the_table_above():
     """A new bounded option of module, data or rollout needs a row: the parser must know its bound."""
     from stateset_lightning.datamodule import ScenarioDataModule
+    from stateset_lightning.evaluation import EvaluationConfig
     from stateset_lightning.module import GRPOLightningModule
     from stateset_lightning.rollout import RolloutConfig
 
@@ -220,8 +227,9 @@ def test_every_bounded_key_stands_in_the_table_above():
     for prefix, cls in (("data", ScenarioDataModule), ("model", GRPOLightningModule)):
         for name, parameter in inspect.signature(cls).parameters.items():
             assert not is_bounded(parameter.annotation) or f"{prefix}.{name}" in table
-    for field in dataclasses.fields(RolloutConfig):
-        assert not is_bounded(field.type) or f"model.rollout.{field.name}" in table
+    for key, cls in (("rollout", RolloutConfig), ("evaluation", EvaluationConfig)):
+        for field in dataclasses.fields(cls):
+            assert not is_bounded(field.type) or f"model.{key}.{field.name}" in table
 
 
 def with_checkpoints(tmp_name="ck.yaml", **model):

@@ -118,9 +118,9 @@ def test_the_kl_is_taken_from_the_reward_and_not_shown_in_it(tmp_path: Path) -> 
     assert kl_N.abs().max() > 1e-3
     totals_PG = (sample.scores.totals_N - 0.5 * kl_N).reshape(-1, 4)
     expected_PG = totals_PG - totals_PG.mean(-1, keepdim=True)
-    torch.testing.assert_close(episode.advantages_N.double(), expected_PG.flatten(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(episode.advantages_N.double(), expected_PG.flatten(), atol=1e-4, rtol=1e-4)  # the KL is rounded
     total, count = collected.metrics["policy/kl_reward"]
-    assert float(total) / float(count) == pytest.approx(float(kl_N.mean()), abs=1e-5)
+    assert float(total) / float(count) == pytest.approx(float(kl_N.mean()), abs=1e-4)
     total, count = collected.metrics["train/reward"]
     assert float(total) / float(count) == pytest.approx(float(sample.scores.totals_N.mean()))
     assert not any(name.startswith("reward/kl") for name in collected.metrics)
@@ -140,7 +140,9 @@ def test_an_adaptive_coefficient_moves_after_steps_that_trained(tmp_path: Path) 
     reward_only = Clipped(beta=0.5, kl=KL(estimator="k1", place="reward", target=0.1))
     idle = make_module(algorithm=reward_only, reward=ConstantReward())
     fit(tmp_path, idle, max_steps=1)
-    assert idle.metrics.last["policy/kl_reward"] == pytest.approx(0, abs=1e-5)
+    assert idle.metrics.last["policy/kl_reward"] == 0  # float noise is no difference, or constant groups would train on it
+    assert idle.metrics.last["policy/empty_steps"] == 1
+    assert reward_only.kl_coefficient == idle.algorithm.kl_coefficient == 0.5
 
 
 def test_steps_without_training_are_not_reported(tmp_path: Path) -> None:

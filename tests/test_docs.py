@@ -112,7 +112,7 @@ def test_every_metric_that_a_run_logs_is_explained(tmp_path: Path, monkeypatch: 
         prefix, group, suffix = re.fullmatch(r"([^{]*)(?:\{([^}]*)\})?(.*)", names).groups()  # type: ignore[union-attr]
         explained |= {prefix + name + suffix for name in group.split(",")} if group else {names}
     logged = set(table.read_text().splitlines()[0].split(",")) - {"step", "epoch", "episode"}
-    unexplained = {name for name in logged if name not in explained and not re.match(r"(val/)?reward/", name)}
+    unexplained = {name for name in logged if name not in explained and not re.match(r"(val/)?(reward|topic)/", name)}
     assert unexplained <= {"val/num_completions"}
 
 
@@ -127,7 +127,9 @@ def test_every_fault_names_tests_that_exist() -> None:
         assert set(named) <= tests, row
 
 
-@pytest.mark.parametrize("name", ["train_from_python.py", "own_reward.py", "own_loss.py"])
+@pytest.mark.parametrize(
+    "name", ["train_from_python.py", "own_reward.py", "own_loss.py", "question_answering.py", "text_classification.py"]
+)
 @pytest.mark.slow  # starts a process that imports torch and lightning
 def test_examples_run(name: str) -> None:
     run = subprocess.run([sys.executable, ROOT / "examples" / name, "2"], capture_output=True, text=True, timeout=240)

@@ -1,8 +1,8 @@
 """Raw rows -> checked scenarios.
 
-A row asks its question in one of three forms: `prompt` (text), `messages` (a conversation whose last turn is the user's), or
-`user_responses` (several texts, each of which becomes a scenario of its own). `fields` maps our names to the file's columns;
-the file's own columns stay available to rewards under their own names.
+A row asks its question in one of three forms: `prompt` (text), `messages` (a conversation whose last turn is the user's; TRL's data
+sets call it `prompt` too), or `user_responses` (several texts, each of which becomes a scenario of its own). `fields` maps our names to
+the file's columns; the file's own columns stay available to rewards under their own names.
 """
 
 import datetime
@@ -70,6 +70,8 @@ def _row_scenarios(row: RawRow, fields: Mapping[str, str], label: str, rewards: 
     for name in ("context", "topic"):
         columns[name] = _checked_optional_text(name, columns.get(name))
     columns["rewards"] = _checked_rewards(columns["rewards"]) if columns.get("rewards") is not None else rewards
+    if isinstance(columns.get("prompt"), list | tuple) and columns.get("messages") is None:
+        columns["messages"] = columns.pop("prompt")
     given = [name for name in QUESTION_COLUMNS if columns.get(name) is not None]
     if len(given) != 1:
         found = " and ".join(f"'{name}'" for name in given) or "none of them"

@@ -8,6 +8,7 @@ from stateset_lightning.rewards.numeric import NumericAnswer
 from stateset_lightning.rewards.penalties import LengthPenalty, OverlongPenalty, RepetitionPenalty
 from stateset_lightning.rewards.retry import Retry
 from stateset_lightning.rewards.scorer import Scorer, ScoringSession, check_failures, failure_counts
+from stateset_lightning.rewards.trl import TRLReward
 
 __all__ = [
     "Contains",
@@ -27,6 +28,7 @@ __all__ = [
     "RewardResult",
     "Scorer",
     "ScoringSession",
+    "TRLReward",
     "as_rewards",
     "check_failures",
     "failure_counts",

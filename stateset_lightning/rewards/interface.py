@@ -41,7 +41,8 @@ class RewardFunction(ABC):
     A subclass may define its own `__init__` without calling this one: the defaults are class attributes.
 
     Args:
-        weight: Factor of this reward in a completion's total. 0 logs the reward without training on it.
+        weight: Factor of this reward in a completion's total. 0 holds it out: it is scored and shown, and neither its scores nor its
+            failures touch the training. Beside the trained ones it tells a better answer from a reward that has been gamed.
         name: Name in logs and in a scenario's `rewards` column; by default the class name in snake case, without `Reward`.
         timeout: Seconds that one completion may take; None means no limit of its own. A `def` reward with a time-out runs in a
             worker process that can be killed, so it must be picklable, and what it stores on itself stays in that process.
@@ -103,7 +104,7 @@ LARGEST_WEIGHT = 1e30
 
 # In this order: jsonargparse tries the members from the left, and could not save a config with the callable first.
 Reward = list[RewardFunction] | RewardFunction | Callable[..., Any]
-"""What is accepted as a reward: a list of `RewardFunction`s, one of them, or a function `f(turns, context)`."""
+"""What is accepted as a reward: a list of `RewardFunction`s, one of them, or a function `f(turns, context)` or of TRL's kind."""
 
 
 def as_rewards(reward: Any) -> list[RewardFunction]:
@@ -112,7 +113,7 @@ def as_rewards(reward: Any) -> list[RewardFunction]:
     A name that is taken gets `_2`, `_3`, ... appended; it is set on the reward itself.
 
     Args:
-        reward: A `RewardFunction`, a function `f(turns, context)`, or a list of these.
+        reward: A `RewardFunction`, a function `f(turns, context)` or `f(prompts, completions, **columns)` as TRL's, or a list of these.
 
     Raises:
         ConfigError: If it is something else, empty, contains one object twice, or a weight, name or time-out is unusable.
@@ -121,6 +122,8 @@ def as_rewards(reward: Any) -> list[RewardFunction]:
     if not given:
         raise ConfigError("reward=[] is empty: give at least one reward, such as stateset_lightning.rewards.ExactMatch()")
     rewards = [_as_reward(item) for item in given]
+    if not any(item.weight for item in rewards):
+        raise ConfigError(f"all rewards have weight 0 ({', '.join(item.name for item in rewards)}): nothing would be trained")
     if len({id(item) for item in rewards}) < len(rewards):
         raise ConfigError("the same reward object stands twice in the list; construct a second one, or raise its weight")
     taken: set[str] = set()
@@ -166,7 +169,9 @@ def _as_reward(item: Any) -> RewardFunction:
                 f"reward={item!r} ({type(item).__name__}) is no reward; accepted are a RewardFunction, a function "
                 "f(turns, context), or a list of these (in YAML: class_path and init_args)"
             )
-        item = FunctionReward(item)
+        from stateset_lightning.rewards.trl import TRLReward, is_trl_function  # here, since it builds on this file
+
+        item = TRLReward(item) if is_trl_function(item) else FunctionReward(item)
     _check(item)
     return item
 
@@ -178,7 +183,7 @@ def _check(reward: RewardFunction) -> None:
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= LARGEST_WEIGHT:
         raise ConfigError(f"weight={weight!r} of reward '{name}' must be a finite number, at most {LARGEST_WEIGHT:g}")
     check_timeout(f"timeout of reward '{name}'", reward.timeout)
-    call = reward.function if isinstance(reward, FunctionReward) else reward.compute_reward
+    call = reward.function if type(reward) is FunctionReward else reward.compute_reward
     try:
         signature = inspect.signature(call)
     except ValueError:  # some builtins have none; calling them tells

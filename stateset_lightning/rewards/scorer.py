@@ -209,7 +209,7 @@ def _scores(rewards: Sequence[RewardFunction], outcomes_NF: list[list[Outcome]],
     failures: list[RewardFailure] = []
     for n, outcomes in enumerate(outcomes_NF):
         failures += [RewardFailure(n, name, o.error, o.message, o.traceback) for name, o in zip(names, outcomes, strict=True) if o.error]
-        if all(outcome.value == NOT_APPLICABLE for outcome in outcomes):
+        if all(outcome.value == NOT_APPLICABLE for outcome, weight in zip(outcomes, weights, strict=True) if weight):
             failures.append(RewardFailure(n, "all", "NotApplicable", "no reward applies to this completion"))
     values_NF: Tensor = torch.tensor([[o.value for o in row] for row in outcomes_NF], dtype=torch.float64).reshape(-1, len(names))
     totals_N: Tensor = torch.tensor([_total(row, weights) for row in outcomes_NF], dtype=torch.float64)
@@ -218,8 +218,8 @@ def _scores(rewards: Sequence[RewardFunction], outcomes_NF: list[list[Outcome]],
 
 
 def _total(outcomes: Sequence[Outcome], weights: Sequence[float]) -> float:
-    """The weighted sum over the rewards that apply; NaN if one failed (NaN adds up to NaN) or none applies."""
-    parts = [weight * o.value for o, weight in zip(outcomes, weights, strict=True) if o.value != NOT_APPLICABLE]
+    """The weighted sum over the rewards that apply; NaN if one failed (NaN adds up to NaN) or none applies. Held-out ones do not count."""
+    parts = [weight * o.value for o, weight in zip(outcomes, weights, strict=True) if weight and o.value != NOT_APPLICABLE]
     return sum(parts) if parts else math.nan
 
 

@@ -72,10 +72,23 @@ def test_the_summary_remembers_validations_across_a_resume(tmp_path, capsys):
 
 def test_a_single_validation_is_no_comparison():
     summary = RunSummary()
-    summary.load_state_dict({"validations": [[7, 0.5]]})
+    summary.load_state_dict({"validations": [[7, {"reward": 0.5, "reward/right": 0.5, "solved": 0.25}]]})
     trainer = SimpleNamespace(global_step=7, loggers=[], default_root_dir="/nowhere", checkpoint_callback=None)
     assert summary.lines(trainer) == ["trained for 7 optimizer steps", "validation reward: 0.500 after step 7"]
-    assert summary.state_dict() == {"validations": [[7, 0.5]]}
+    assert summary.state_dict() == {"validations": [[7, {"reward": 0.5, "reward/right": 0.5, "solved": 0.25}]]}
+
+
+def test_a_held_out_reward_stands_beside_the_trained_one_at_the_end():
+    summary = RunSummary()
+    trained, held_out = "reward/contains", "reward/exact_match"
+    summary.validations = [(0, {"reward": 0.2, trained: 0.2, held_out: 0.1}), (9, {"reward": 0.9, trained: 0.9, held_out: 0.0, "pass@4": 0.5})]
+    trainer = SimpleNamespace(global_step=9, loggers=[], default_root_dir="/nowhere", checkpoint_callback=None)
+    assert summary.lines(trainer)[1:] == [
+        "validation reward: 0.200 after step 0 -> 0.900 after step 9 (+0.700)",
+        "validation reward/contains: 0.200 after step 0 -> 0.900 after step 9 (+0.700)",
+        "validation reward/exact_match: 0.100 after step 0 -> 0.000 after step 9 (-0.100)",
+        "validation pass@4: 0.500 after step 9",
+    ]
 
 
 def test_the_folder_of_a_run(tmp_path):

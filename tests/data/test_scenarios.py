@@ -38,6 +38,11 @@ def test_messages_become_turns():
     assert scenario.messages == (Turn("system", "s"), Turn("user", "a"), Turn("assistant", ""), Turn("user", "b"))
 
 
+def test_a_prompt_that_is_a_list_of_messages_is_a_conversation():
+    (scenario,) = scenarios({"prompt": [{"role": "user", "content": "a"}], "target": "b"})
+    assert (scenario.prompt, scenario.messages) == (None, (Turn("user", "a"),))
+
+
 def test_each_user_response_is_a_scenario_under_the_context():
     row = {"id": "qa1", "topic": "question_answering", "context": "Answer accurately", "user_responses": ["What is Python?", "Explain"]}
     first, second = scenarios(row)

@@ -1,0 +1,64 @@
+"""What an evaluation samples, and what it counts as solved."""
+
+# No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+from annotated_types import Ge, Gt, Le
+
+from stateset_lightning.bounds import check_bounds
+from stateset_lightning.errors import ConfigError
+from stateset_lightning.rollout import RolloutConfig
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How `validate`, `test` and the validations of `fit` evaluate: one greedy completion per prompt, and samples if asked for."""
+
+    samples: Annotated[int, Ge(0)] = 0
+    """Completions sampled per prompt beside the greedy one, for pass@k, pass^k, avg@k and majority@k. 0: the greedy one alone."""
+    temperature: Annotated[float, Gt(0)] | None = None
+    """Of these samples. None: that of training."""
+    top_p: Annotated[float, Gt(0), Le(1)] | None = None
+    """Of these samples. None: that of training."""
+    solved_at: float = 1.0
+    """Score from which on a completion counts as solved."""
+    solved_by: str | None = None
+    """Name of the reward whose score that is. None: the total."""
+    answer_pattern: str | None = None
+    """Regular expression for majority@k: the first group (or all) of its last match is a completion's answer. None: the whole text."""
+
+    def __post_init__(self) -> None:
+        check_bounds("model.evaluation", type(self), vars(self))
+        if not math.isfinite(self.solved_at):
+            raise ConfigError(f"model.evaluation.solved_at={self.solved_at} must be a finite score")
+        try:
+            re.compile(self.answer_pattern or "")
+        except re.error as error:
+            raise ConfigError(f"model.evaluation.answer_pattern={self.answer_pattern!r} is no regular expression: {error}") from error
+
+    def check_rewards(self, names: Sequence[str]) -> None:
+        """Raise ConfigError if `solved_by` is none of the rewards."""
+        if self.solved_by is not None and self.solved_by not in names:
+            raise ConfigError(f"model.evaluation.solved_by={self.solved_by!r} is no reward of model.reward; they are {', '.join(names)}")
+
+    def sampling(self, rollout: RolloutConfig) -> RolloutConfig:
+        """Training's sampling with the temperature and top-p of evaluation."""
+        return replace(rollout, temperature=self.temperature or rollout.temperature, top_p=self.top_p or rollout.top_p)
+
+    @property
+    def ks(self) -> list[int]:
+        """The k of pass@k: powers of two below `samples`, and `samples`."""
+        return sorted({2**i for i in range(self.samples.bit_length()) if 2**i < self.samples} | {self.samples}) if self.samples else []
+
+    def answer(self, text: str) -> str | None:
+        """What a completion votes for, runs of white space as one space; None, no vote, where the pattern is not found."""
+        if self.answer_pattern is not None:
+            matches = list(re.finditer(self.answer_pattern, text))
+            if not matches:
+                return None
+            text = matches[-1][1 if matches[-1].re.groups else 0] or ""
+        return " ".join(text.split())
