@@ -157,8 +157,10 @@ class Collector:
     def _with_kl(self, rollout: Rollout, scores: Scores) -> tuple[Scores, Tensor]:
         """The scores with the KL's column, and the reference's log-probs of all completions."""
         assert self.reference is not None
-        ref_logprobs_T = all_logprobs(self.reference, rollout, self.sampler.config.temperature)
-        return with_kl_scores(scores, rollout, self.algorithm, ref_logprobs_T), ref_logprobs_T
+        # Both from the same kind of pass: a sampler of lower precision would add noise, of which a constant group makes advantages.
+        temperature = self.sampler.config.temperature
+        logprobs_T, ref_logprobs_T = (all_logprobs(policy, rollout, temperature) for policy in (self.policy, self.reference))
+        return with_kl_scores(scores, rollout, self.algorithm, logprobs_T, ref_logprobs_T), ref_logprobs_T
 
     def _budget_metrics(self, episode: Episode) -> Metrics:
         if self.max_tokens_per_step is None:

@@ -15,6 +15,7 @@ from stateset_lightning.data.curriculum import Curriculum, SolveRates
 from stateset_lightning.data.holdout import hold_out
 from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader
 from stateset_lightning.data.order import EpochOrder
+from stateset_lightning.data.packing import PackedTokens
 from stateset_lightning.data.prompts import EncodedPrompts, PromptEncoder
 from stateset_lightning.data.sources import ScenarioSet, Source, read_split
 from stateset_lightning.errors import ConfigError
@@ -182,6 +183,7 @@ class ScenarioDataModule(LightningDataModule):
                 "shuffle": self.shuffle,
                 "sources": scenarios.mixture,
                 "curriculum": "" if curriculum is None else curriculum.fingerprint,
+                "prompts": tokens.digest(),
             },
         )
         if loader.num_filled and curriculum is None:
@@ -307,7 +309,7 @@ class ScenarioDataModule(LightningDataModule):
             message = f"data.{split}: {count} of {len(self._scenarios[split])} prompts have more than {limit} tokens and are {fate}"
             self._announce(message, logging.WARNING)
 
-    def _served(self, split: Split) -> tuple[ScenarioSet, Sequence[list[int]]]:
+    def _served(self, split: Split) -> tuple[ScenarioSet, PackedTokens]:
         """The scenarios of a split that were kept, and their prompts."""
         if not self._is_given(split):
             raise self._missing(split)

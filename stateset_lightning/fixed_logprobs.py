@@ -22,12 +22,12 @@ standard deviation of float noise would be divided by, and make advantages of it
 """
 
 
-def with_kl_scores(scores: Scores, rollout: Rollout, algorithm: Algorithm, ref_logprobs_T: Tensor) -> Scores:
+def with_kl_scores(scores: Scores, rollout: Rollout, algorithm: Algorithm, logprobs_T: Tensor, ref_logprobs_T: Tensor) -> Scores:
     """The scores with a further column "kl": the KL estimate summed over each completion, nats. `totals_N` stays the rewards'.
 
     It is NaN for a failed completion: where no reward applies, the column must not be what makes the completion scored.
     """
-    kl_N = _rounded(algorithm.kl_scores(rollout.logprobs_T, ref_logprobs_T, rollout.lengths_N).to(scores.values_NF))
+    kl_N = _rounded(algorithm.kl_scores(logprobs_T, ref_logprobs_T, rollout.lengths_N).to(scores.values_NF))
     kl_N = kl_N.where(scores.totals_N.isfinite(), torch.nan)
     return replace(scores, names=(*scores.names, "kl"), values_NF=torch.cat([scores.values_NF, kl_N[:, None]], dim=1))
 

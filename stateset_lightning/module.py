@@ -20,7 +20,7 @@ from torch import Tensor
 from stateset_lightning.algorithm import GRPO, Algorithm
 from stateset_lightning.bad_steps import is_bad, spoil_if_not_finite, write_bad_step
 from stateset_lightning.callbacks.episodes import call_episode_hook
-from stateset_lightning.collection import Collector, Sampler
+from stateset_lightning.collection import Collector, Sampler, check_failures
 from stateset_lightning.episode import Episode, Part
 from stateset_lightning.evaluation import Evaluation, EvaluationConfig
 from stateset_lightning.loss import part_loss, seeded_dropout, zero_loss
@@ -43,7 +43,7 @@ from stateset_lightning.run_checks import (
     optimizer_steps_of_run,
 )
 from stateset_lightning.seeding import derive_seed
-from stateset_lightning.types import PromptBatch
+from stateset_lightning.types import PromptBatch, Scores
 
 PROGRESS_BAR = ("train/reward", "completion/mean_tokens", "work/tokens_per_s")
 
@@ -113,9 +113,11 @@ class GRPOLightningModule(ResumableModule):
         self._reference: tuple[Policy, ...] = ()  # in a tuple, so that it is no submodule: not trained, not saved
         self.engine: RolloutEngine | None = None
         self._step_of_pass = 0
+        self._episode_ends = False  # with this micro-step
         self._samples_are_fresh = False  # whether the weights are those that sampled
         self._collect_seconds = 0.0
         self.metrics = RunMetrics()
+        self._evaluated: list[Scores] = []  # of a split so far
         self._evaluation = Evaluation([reward.name for reward in self.rewards], self.evaluation)
         self.last_records: list[CompletionRecord] = []
         """Completions of the newest episode or evaluation batch of this rank, for callbacks."""
@@ -160,7 +162,7 @@ class GRPOLightningModule(ResumableModule):
         check_reward_names(self.trainer, [reward.name for reward in self.rewards])
         names = [f"val/{name}" for name in self._evaluation.logged_names()]
         check_run(self.trainer, names, context_length(self._loaded_policy.model), self.rollout.max_new_tokens)
-        check_dynamic_sampling(self.trainer, self.rollout.dynamic_sampling)
+        check_dynamic_sampling(self.trainer, self.rollout.dynamic_sampling, self.algorithm.needs_greedy_baseline)
         self._loaded_policy.train()  # transformers loads in evaluation mode, where gradient checkpointing does nothing
         for reference in self._reference:
             reference.to(self.device)
@@ -178,7 +180,8 @@ class GRPOLightningModule(ResumableModule):
             raise RuntimeError(
                 f"micro-step {batch.micro_step} of episode {batch.episode_index} came without the episode's first micro-step"
             )
-        if batch.micro_step == batch.num_micro_steps - 1:
+        self._episode_ends = batch.micro_step == batch.num_micro_steps - 1
+        if self._episode_ends:
             self._episode_states = None  # the next checkpoint comes after the episode's end
         bar = {name: self.metrics.last[name] for name in PROGRESS_BAR if name in self.metrics.last}
         self.log_dict(bar, prog_bar=True, logger=False, batch_size=1)
@@ -219,10 +222,8 @@ class GRPOLightningModule(ResumableModule):
         self.metrics.step.add({"lr": (lr, 1), "time/step_s": (seconds, 1), "time/train_s": (seconds - self._collect_seconds, 1)})
         self._step_started, self._collect_seconds = None, 0.0
         self._publish(self.trainer.global_step + 1)
-
-    def on_train_batch_end(self, outputs: Any, batch: PromptBatch, batch_idx: int) -> None:
-        if batch.micro_step == batch.num_micro_steps - 1:
-            call_episode_hook(self.trainer, "on_episode_end", batch.episode_index, self.metrics.last)
+        if self._episode is not None and self._episode_ends:  # before any checkpoint of this step: a resumed run would not call it again
+            call_episode_hook(self.trainer, "on_episode_end", self._episode.index, self.metrics.last)
 
     def _collect(self, batch: PromptBatch) -> Episode:
         """Samples, scores and plans an episode."""
@@ -272,15 +273,17 @@ class GRPOLightningModule(ResumableModule):
     def _evaluate(self, batch: PromptBatch) -> None:
         rollout, scores = self._sampler.sample(self._loaded_policy, batch, 1, greedy=True)
         self.last_records = make_records(batch, rollout, scores)
-        self.scorer.check_failures(scores)  # a mean over what little is left would choose the best checkpoint
         samples = None
         if count := self.evaluation.samples:
             sampler = replace(self._sampler, config=self.evaluation.sampling(self.rollout))
             samples = sampler.sample(self._loaded_policy, batch, count, greedy=False)
-            self.scorer.check_failures(samples[1])
+            self._evaluated.append(samples[1])
+        self._evaluated.append(scores)
         self._evaluation.update(batch.scenarios, (rollout, scores), samples)
 
     def _log_evaluation(self, stage: str) -> None:
+        evaluated, self._evaluated = self._evaluated, []
+        check_failures(self.scorer, evaluated, self._ranks)  # a mean over what little is left would choose the best checkpoint
         values = {f"{stage}/{name}": value for name, value in self._evaluation.compute().items()}
         self._evaluation.reset()
         # "step" is Lightning's name for the x-axis; without it, it counts from 0 and ours, like `max_steps`, from 1.

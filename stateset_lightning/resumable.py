@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -140,6 +140,7 @@ class ResumableModule(LightningModule):
         """Options that may change between a checkpoint and its resume."""
         options = {f"trainer.{name}": getattr(self.trainer, name) for name in ("max_steps", "max_epochs", "gradient_clip_val")}
         options |= {f"model.rollout.{name}": value for name, value in asdict(self.rollout).items()}
-        scalars = {name: value for name, value in vars(self.algorithm).items() if isinstance(value, float | int | str | None)}
+        own = {name: asdict(value) if is_dataclass(value) else value for name, value in vars(self.algorithm).items()}  # type: ignore[arg-type]
+        plain = {name: value for name, value in own.items() if isinstance(value, float | int | str | dict | None)}
         adaptive = self.algorithm.state_dict()
-        return options | {f"model.algorithm.{name}": value for name, value in scalars.items() if name not in adaptive}
+        return options | {f"model.algorithm.{name}": value for name, value in plain.items() if name not in adaptive}

@@ -96,12 +96,17 @@ def check_strategy(trainer: Trainer) -> None:
         raise ConfigError(f"trainer.strategy={type(trainer.strategy).__name__} is not supported: use auto, or ddp for several devices")
 
 
-def check_dynamic_sampling(trainer: Trainer, rounds: int) -> None:
-    """Dynamic sampling has a data module to take other prompts from.
+def check_dynamic_sampling(trainer: Trainer, rounds: int, needs_greedy_baseline: bool) -> None:
+    """Dynamic sampling has a data module to take other prompts from, and an algorithm to which a constant group says nothing.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If not.
     """
+    if rounds and needs_greedy_baseline:
+        raise ConfigError(
+            f"model.rollout.dynamic_sampling={rounds} replaces groups of equal rewards, from which this algorithm learns all the same, "
+            "since it compares with a greedy completion: set it to 0, or choose another algorithm"
+        )
     if rounds and not hasattr(getattr(trainer, "datamodule", None), "replacements"):
         raise ConfigError(
             f"model.rollout.dynamic_sampling={rounds} replaces prompts by others of data.train, and fit() got no data module to ask: "

@@ -21,7 +21,7 @@ def test_the_kl_is_one_more_score_and_a_completion_without_reward_stays_without(
     values_NF = torch.tensor([[1.0], [NAN], [NOT_APPLICABLE]], dtype=torch.float64)
     scores = Scores(("right",), values_NF, torch.tensor([1.0, NAN, NAN], dtype=torch.float64))
     algorithm = Clipped(beta=0.1, kl=KL(estimator="k1", place="reward"))
-    extended = with_kl_scores(scores, rollout, algorithm, torch.tensor([-0.5, -0.5, -1.0, -1.0]))
+    extended = with_kl_scores(scores, rollout, algorithm, rollout.logprobs_T, torch.tensor([-0.5, -0.5, -1.0, -1.0]))
     assert extended.names == ("right", "kl")
     assert extended.values_NF[0].tolist() == pytest.approx([1.0, (0.0 + 0.5) + (-0.001 + 0.5)])
     assert extended.values_NF[1:, 1].isnan().all()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 import yaml
 from guide_yaml import GUIDE as GUIDE_YAML
 
@@ -74,6 +75,7 @@ def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert (tmp_path / "checkpoints" / "single_turn_model" / "config.json").exists()
     said = capsys.readouterr().out
     assert re.search(r"Starting episode 0\nEpisode 0 complete: .*'train/reward': ", said)
+    wandb.finish()  # as the end of a process does
     assert list((tmp_path / "runs").rglob("*.wandb"))
     assert namespace["trainer"].global_step == 2
 

@@ -27,6 +27,7 @@ from module_runs import (
 
 from stateset_lightning import RewardFunction, RolloutConfig
 from stateset_lightning.algorithm import DAPO, GRPO, Algorithm, DrGRPO
+from stateset_lightning.callbacks import EpisodeCallback
 from stateset_lightning.errors import ConfigError, NonFiniteError, RewardError
 from stateset_lightning.policy import PolicyConfig
 from stateset_lightning.policy.schedule import Schedule
@@ -177,6 +178,44 @@ class AlwaysFails(RewardFunction):
 def test_too_many_failures_stop_the_run_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(RewardError, match="the grader is away"):
         fit(tmp_path, make_module(reward=AlwaysFails()))
+
+
+class FailsOnTheLast(DigitReward):
+    """Fails on one prompt alone, which comes in a batch of its own."""
+
+    def compute_reward(self, turns: Any, context: Any = None) -> float:
+        if context["prompt"] == SCENARIOS[4]["prompt"]:
+            raise OSError("the grader is away")
+        return super().compute_reward(turns, context)
+
+
+def test_failures_of_a_validation_count_over_the_split_and_not_over_a_batch(tmp_path: Path) -> None:
+    data = make_data(train=SCENARIOS[:4], validation=SCENARIOS[:5])
+    trainer = fit(tmp_path, make_module(reward=FailsOnTheLast()), data, max_steps=1, limit_val_batches=1.0, val_check_interval=1)
+    assert trainer.callback_metrics["val/reward_failures"] == pytest.approx(0.2)
+    module = make_module(reward=FailsOnTheLast(), max_reward_failures=0.1)
+    with pytest.raises(RewardError, match="completions have no score, more than max_reward_failures=0.1"):
+        fit(tmp_path, module, data, max_steps=1, limit_val_batches=1.0, val_check_interval=1)
+
+
+class Order(EpisodeCallback):
+    """What happens when."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.happened: list[str] = []
+
+    def on_episode_end(self, episode: int, metrics: dict[str, Any]) -> None:
+        self.happened.append(f"episode {episode} ends")
+
+    def on_train_batch_end(self, *arguments: Any) -> None:
+        self.happened.append("checkpoints")
+
+
+def test_an_episode_has_ended_when_its_last_step_is_saved(tmp_path: Path) -> None:
+    order = Order()  # as the callbacks that save, it hears of a batch's end before the module does
+    fit(tmp_path, data=make_data(num_iterations=2), max_steps=4, callbacks=[order])
+    assert order.happened == ["checkpoints", "episode 0 ends", "checkpoints", "checkpoints", "episode 1 ends", "checkpoints"]
 
 
 def test_a_reference_is_kept_only_for_a_kl_term_and_starts_at_the_policy(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from stateset_lightning.errors import ConfigError, NonFiniteError, SamplingError
 from stateset_lightning.run_checks import (
     check_checkpoint,
     check_context,
+    check_dynamic_sampling,
     check_episode_fits_trainer,
     check_monitors,
     check_sampling_difference,
@@ -161,3 +162,11 @@ def test_a_sampler_may_differ_by_float_error_alone(difference: float, dtype: tor
     else:
         check_sampling_difference(metrics, dtype, temperature)
     check_sampling_difference({}, dtype, temperature)  # nothing trained
+
+
+def test_dynamic_sampling_is_refused_where_constant_groups_teach():
+    trainer = make_trainer(replacements=None)
+    check_dynamic_sampling(trainer, 2, needs_greedy_baseline=False)
+    check_dynamic_sampling(trainer, 0, needs_greedy_baseline=True)
+    with pytest.raises(ConfigError, match=r"model\.rollout\.dynamic_sampling=2 replaces groups of equal rewards"):
+        check_dynamic_sampling(trainer, 2, needs_greedy_baseline=True)

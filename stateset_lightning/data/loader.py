@@ -17,6 +17,7 @@ from stateset_lightning.types import PromptBatch, Scenario
 
 _DESCRIPTIONS = {
     "scenarios": "the number of scenarios in data.train",
+    "prompts": "what the prompts of data.train are (a digest)",
     "sources": "the sizes and weights of the sources in data.train",
     "world_size": "the number of processes (trainer.devices * trainer.num_nodes)",
 }

@@ -23,6 +23,7 @@ from stateset_lightning.types import Turn
 
 MAX_WORKERS = 4
 LEAK_BYTES = 2**30
+_LONGEST_POLL = 2e6  # seconds; the system call takes no more than some 2.1 million
 _START_SECONDS = 120.0  # importing a user's module may take long, on a cold disk in particular
 _REMEDY = (
     "define it at the top level of a module that can be imported, without lambdas, open files or clients as attributes; "
@@ -145,7 +146,7 @@ class _Worker:
         """Run one request; the worker is killed if it takes longer than `timeout` seconds."""
         try:
             self._connection.send_bytes(request)
-            if not self._connection.poll(timeout):
+            if not self._connection.poll(None if timeout is None else min(timeout, _LONGEST_POLL)):
                 self.kill()
                 return failure(TimeoutError(f"no result within {timeout:g} s; the worker process was killed"))
             answer = self._connection.recv_bytes()

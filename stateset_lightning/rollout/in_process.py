@@ -119,18 +119,23 @@ class InProcessEngine:
         """Evaluation mode (no dropout; a cache, which gradient checkpointing forbids in training mode), weights cast once."""
         model = self.policy.model
         training = {module: module.training for module in model.modules()}
-        weights = {parameter: parameter.data for parameter in model.parameters()}
+        places = [(module, name, weight) for module in model.modules() for name, weight in module._parameters.items() if weight is not None]
         model.eval()
         try:
             if self.dtype is not None:
-                for parameter, data in weights.items():
-                    parameter.data = data.to(self.dtype)
+                # Others in their places, not other data in the parameters: a change of dtype, even undone, detaches the hooks by which
+                # DDP reduces gradients.
+                cast: dict[torch.nn.Parameter, torch.nn.Parameter] = {}  # tied weights stay tied
+                for module, name, weight in places:
+                    if weight not in cast:
+                        cast[weight] = torch.nn.Parameter(weight.detach().to(self.dtype), requires_grad=False)
+                    module._parameters[name] = cast[weight]
             # Under autocast every step would cast every weight again.
             with torch.autocast(model.device.type, enabled=False):
                 yield
         finally:
-            for parameter, data in weights.items():
-                parameter.data = data
+            for module, name, weight in places:
+                module._parameters[name] = weight
             for module, was_training in training.items():
                 module.training = was_training
 

@@ -46,6 +46,7 @@ class RunningBatch:
         self.cache = make_cache(model, 0)
         self.column = 0  # where the next token goes
         self.starts_B = torch.empty(0, dtype=torch.long, device=model.device)  # first column of each row
+        self.limits_B = self.starts_B  # last position of each row: a finished one that has not left must not run beyond the model's
         self.logits_BV = torch.empty(0)
         self._padded = False
 
@@ -61,29 +62,31 @@ class RunningBatch:
         cache, logits_BV = self._prefill(prompts, width, lengths, capacity)
         rows = torch.tensor(prompt_of_row, device=self.model.device)
         select_rows(cache, rows)
-        starts_B = width - lengths[rows]
+        starts_B, limits_B = width - lengths[rows], lengths[rows] + self.max_new_tokens - 1
         if len(self):
             first = int(self.starts_B.min())  # columns before it are padding of every row
             column = max(self.column - first, width)
             join(self.cache, cache, first, column, column + self.max_new_tokens)
             self.starts_B = torch.cat([self.starts_B + column - self.column, starts_B + column - width])
+            self.limits_B = torch.cat([self.limits_B, limits_B])
             self.logits_BV = torch.cat([self.logits_BV, logits_BV[rows]])
             self.column = column
         else:
+            self.limits_B = limits_B
             self.cache, self.starts_B, self.logits_BV, self.column = cache, starts_B, logits_BV[rows], width
         self._padded = bool((self.starts_B > 0).any())
 
     def keep(self, rows: Tensor) -> None:
         """Drops all rows but these."""
         select_rows(self.cache, rows)
-        self.starts_B = self.starts_B[rows]
+        self.starts_B, self.limits_B = self.starts_B[rows], self.limits_B[rows]
 
     def step(self, tokens_B: Tensor) -> None:
         """Appends a token to each row; `logits_BV` are those that predict the next one."""
         output = self.model(
             input_ids=tokens_B[:, None],
             attention_mask=self._mask(self.starts_B, self.column + 1),
-            position_ids=(self.column - self.starts_B)[:, None],
+            position_ids=torch.minimum(self.column - self.starts_B, self.limits_B)[:, None],
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
@@ -135,6 +138,8 @@ class SharingBatch(RunningBatch):
         rows = torch.tensor(prompt_of_row, device=self.model.device)
         keys, values = [layer.keys for layer in prefilled.layers], [layer.values for layer in prefilled.layers]
         added = SharedPrompts(keys, values, lengths_P, rows, torch.zeros_like(rows))
+        limits_B = lengths_P[rows] + self.max_new_tokens - 1
+        self.limits_B = torch.cat([self.limits_B, limits_B]) if len(self) else limits_B
         if self.prompts is not None and len(self):
             first = int(self.starts_B.min())
             self.column -= first
@@ -156,7 +161,7 @@ class SharingBatch(RunningBatch):
         output = self.model(
             input_ids=tokens_B[:, None],
             attention_mask=self._unused_mask,
-            position_ids=positions_B[:, None],
+            position_ids=torch.minimum(positions_B, self.limits_B)[:, None],
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,

@@ -81,7 +81,10 @@ def test_a_single_validation_is_no_comparison():
 def test_a_held_out_reward_stands_beside_the_trained_one_at_the_end():
     summary = RunSummary()
     trained, held_out = "reward/contains", "reward/exact_match"
-    summary.validations = [(0, {"reward": 0.2, trained: 0.2, held_out: 0.1}), (9, {"reward": 0.9, trained: 0.9, held_out: 0.0, "pass@4": 0.5})]
+    summary.validations = [
+        (0, {"reward": 0.2, trained: 0.2, held_out: 0.1}),
+        (9, {"reward": 0.9, trained: 0.9, held_out: 0.0, "pass@4": 0.5}),
+    ]
     trainer = SimpleNamespace(global_step=9, loggers=[], default_root_dir="/nowhere", checkpoint_callback=None)
     assert summary.lines(trainer)[1:] == [
         "validation reward: 0.200 after step 0 -> 0.900 after step 9 (+0.700)",

@@ -304,6 +304,20 @@ def test_a_cast_for_sampling_is_undone_bit_for_bit(make_engine: Callable[..., In
     assert 1e-5 < difference < 0.2  # bfloat16 was at work
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_hooks_on_gradients_survive_sampling(make_engine: Callable[..., InProcessEngine], dtype: torch.dtype | None) -> None:
+    # By such hooks DDP reduces gradients. A parameter whose data change their dtype, even for a while, loses them without a word.
+    engine = make_engine("llama", dtype=dtype)
+    parameters = list(engine.policy.parameters())
+    nodes = [parameter.expand_as(parameter).grad_fn.next_functions[0][0] for parameter in parameters]
+    fired: list[int] = []
+    for i, node in enumerate(nodes):
+        node.register_hook(lambda *_, i=i: fired.append(i))
+    generate(engine, [0, 1])
+    engine.policy.score([Group([3, 4], [[5, 6]])])[0].sum().backward()
+    assert sorted(set(fired)) == list(range(len(parameters)))
+
+
 def test_dropout_is_off_while_sampling_in_training_mode(make_engine: Callable[..., InProcessEngine]) -> None:
     dropout = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
     engine = make_engine("gpt2", **dropout)
@@ -392,6 +406,23 @@ def test_waiting_prompts_take_the_place_of_finished_rows(
     assert engine.decoded_rows == 6 * 4 + 2 * 1  # always four rows, until only the last one is left
     assert finished[:2] == [0, 1]
     assert sorted(finished) == list(range(8))
+
+
+@pytest.mark.parametrize("share_from", [0, 256])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_finished_rows_do_not_run_beyond_the_models_positions(
+    make_engine: Callable[..., InProcessEngine], monkeypatch: pytest.MonkeyPatch, name: str, share_from: int
+) -> None:
+    monkeypatch.setattr(running_batch, "SHARE_FROM", share_from)
+    engine = make_engine(name)
+    seen: list[int] = []
+    engine.policy.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(int(kwargs["position_ids"].max())), with_kwargs=True
+    )
+    for seed in range(3):  # rows that have finished stay beside others that came later
+        seeds = sample_seeds(seed, "train", 0, range(24), 2)
+        engine.generate([[20 + p] * 6 for p in range(24)], 2, RolloutConfig(num_generations=2, max_new_tokens=24, max_batch_rows=8), seeds)
+    assert max(seen) <= 6 + 24 - 1
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------------
