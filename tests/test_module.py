@@ -194,7 +194,7 @@ def test_failures_of_a_validation_count_over_the_split_and_not_over_a_batch(tmp_
     trainer = fit(tmp_path, make_module(reward=FailsOnTheLast()), data, max_steps=1, limit_val_batches=1.0, val_check_interval=1)
     assert trainer.callback_metrics["val/reward_failures"] == pytest.approx(0.2)
     module = make_module(reward=FailsOnTheLast(), max_reward_failures=0.1)
-    with pytest.raises(RewardError, match="completions have no score, more than max_reward_failures=0.1"):
+    with pytest.raises(RewardError, match=r"completions have no score, more than max_reward_failures=0\.1"):
         fit(tmp_path, module, data, max_steps=1, limit_val_batches=1.0, val_check_interval=1)
 
 
