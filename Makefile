@@ -24,6 +24,9 @@ check: $(READY) ## style and types
 test: check ## style, types and the whole test suite, offline
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest
 
+test-long: $(READY) ## the tests that take minutes: every preset x aggregation on two ranks
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest -m long
+
 benchmark: $(READY) ## whole training steps side by side with TRL, and cost against its floor; three quarters of an hour
 	$(BIN)/python benchmarks/compare_trl.py
 	$(BIN)/python benchmarks/scaling.py
@@ -39,4 +42,4 @@ kill-test: $(READY) ## kill a run some 90 times and compare its end with that of
 clean: ## remove the virtual environment, caches and runs
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis runs *.egg-info
 
-.PHONY: help install demo check test benchmark compare-algorithms kill-test clean
+.PHONY: help install demo check test test-long benchmark compare-algorithms kill-test clean

@@ -96,10 +96,11 @@ class Passes(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.policy.model.register_forward_pre_hook(lambda *args: None if torch.is_grad_enabled() else pass_by("sampling"))
-        if self.started is not None:
-            os.write(self.started, b"!")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.started is not None:  # not before `on_train_start` of all callbacks, `StepEnd` among them, which listens to signals
+            os.write(self.started, b"!")
+            self.started = None
         pass_by("micro-step")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:

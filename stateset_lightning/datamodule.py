@@ -164,7 +164,7 @@ class ScenarioDataModule(LightningDataModule):
         seed = self._resolved_seed()
         order = EpochOrder(scenarios.rows_by_source(), scenarios.weights, seed, self.shuffle, scenarios.names)
         curriculum, overfit = self.curriculum, getattr(self.trainer, "overfit_batches", 0)
-        if curriculum is not None and overfit:
+        if curriculum and overfit:
             raise ConfigError(f"trainer.overfit_batches={overfit} repeats the same prompts, data.curriculum draws others: leave one out")
         loader = EpisodeLoader(
             scenarios.scenarios,
@@ -321,7 +321,7 @@ class ScenarioDataModule(LightningDataModule):
         scenarios, tokens = self._served(split)
         rank, world_size = self._rank_and_world()
         if len(scenarios) < world_size:
-            # A device without a batch would leave the loop, and the others would wait for it when metrics are gathered.
+            # A device without a batch would leave the loop, and the others wait for it.
             raise ConfigError(f"data.{split} has {len(scenarios)} scenarios for {world_size} devices; give at least one for each device")
         return EvaluationLoader(scenarios.scenarios, tokens, split, batch_size=self.eval_batch_size, rank=rank, world_size=world_size)
 
@@ -339,9 +339,8 @@ class ScenarioDataModule(LightningDataModule):
         return run_seed() if self.seed is None else self.seed
 
     def _resolved_tokenizer(self) -> Any:
-        tokenizer = self.tokenizer
-        if tokenizer is None and self.trainer is not None:
-            tokenizer = getattr(self.trainer.lightning_module, "tokenizer", None)
+        module = None if self.trainer is None else self.trainer.lightning_module
+        tokenizer = getattr(module, "tokenizer", None) if self.tokenizer is None else self.tokenizer
         if tokenizer is None:
             raise ConfigError("there is no tokenizer: the module has none; give ScenarioDataModule(tokenizer=...)")
         return tokenizer

@@ -70,6 +70,7 @@ def test_the_guides_yaml_is_the_one_that_the_tests_convert(guide: str) -> None:
 def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.teardown()  # its service, if an earlier test has started it, works in that test's folder
     namespace = run_python_blocks(PAGE)
     assert (tmp_path / "checkpoints" / "single_turn_model.ckpt").exists()
     assert (tmp_path / "checkpoints" / "single_turn_model" / "config.json").exists()

@@ -142,7 +142,7 @@ if torch.distributed.get_rank() == 0:
 """
 
 
-@pytest.mark.slow  # every preset with every aggregation, in two further processes that import torch and lightning
+@pytest.mark.long  # a minute and a half: every preset with every aggregation, in two further processes
 def test_ranks_and_micro_steps_do_not_change_the_gradient(tmp_path: Path, model: Path, policy: Policy) -> None:
     script = tmp_path / "run.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path), model=str(model)))
