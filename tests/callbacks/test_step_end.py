@@ -93,7 +93,8 @@ def test_a_save_of_ones_own_inside_a_step_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("callback", [OnExceptionCheckpoint("x"), ModelCheckpoint(save_on_exception=True)], ids=lambda c: type(c).__name__)
-def test_saves_on_any_exception_are_refused(tmp_path, callback):
+def test_saves_on_any_exception_are_refused(tmp_path, callback, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the refusal is an exception, on which the callback saves
     with pytest.raises(ConfigError, match=f"{type(callback).__name__} saves on any exception"):
         run(tmp_path, callback, enable_checkpointing=True)
 
