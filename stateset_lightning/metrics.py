@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stateset_lightning.algorithm.advantages import is_constant
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.rewards import failure_counts
 from stateset_lightning.types import FinishReason, Metrics, Rollout, Scores
@@ -130,11 +131,8 @@ def group_metrics(totals_PG: Tensor) -> Metrics:
 
 def constant_groups(totals_PG: Tensor) -> tuple[Tensor, Tensor]:
     """Which groups have one and the same total reward, and which are dropped (under two survivors); bool [P] each."""
-    finite_PG = totals_PG.isfinite()
-    dropped_P = finite_PG.sum(-1) < 2
-    highest_P = totals_PG.where(finite_PG, -torch.inf).amax(-1)
-    lowest_P = totals_PG.where(finite_PG, torch.inf).amin(-1)
-    return (highest_P == lowest_P) & ~dropped_P, dropped_P
+    dropped_P = totals_PG.isfinite().sum(-1) < 2
+    return is_constant(totals_PG) & ~dropped_P, dropped_P
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -21,12 +21,8 @@ from stateset_lightning.algorithm.clipped_presets import refuse_kl_in_reward
 from stateset_lightning.algorithm.kl import KL
 
 
-class RLOO(Algorithm):
-    """REINFORCE leave-one-out (arXiv:2402.14740).
-
-    The baseline of a completion is the mean reward of its group's other completions. The paper's KL, where `beta` is set, is k1 in
-    the reward. Implementations that clip an importance ratio add what the paper argues is not needed.
-    """
+class _WithKLInReward(Algorithm):
+    """Plain policy gradient whose KL, where `beta` is set, is k1 in the reward."""
 
     def __init__(
         self,
@@ -36,6 +32,14 @@ class RLOO(Algorithm):
         **kwargs: Any,
     ) -> None:
         super().__init__(scale="none", kl=kl, aggregation=aggregation, **kwargs)
+
+
+class RLOO(_WithKLInReward):
+    """REINFORCE leave-one-out (arXiv:2402.14740).
+
+    The baseline of a completion is the mean reward of its group's other completions. The paper's KL, where `beta` is set, is k1 in
+    the reward. Implementations that clip an importance ratio add what the paper argues is not needed.
+    """
 
     def advantages(
         self, scores_PGF: Tensor, weights_F: Tensor, lengths_PG: Tensor | None = None, baseline_PF: Tensor | None = None
@@ -59,21 +63,12 @@ class OPO(Algorithm):
         return length_weighted_advantages(total_scores(scores_PGF, weights_F), lengths_PG)
 
 
-class ReMax(Algorithm):
+class ReMax(_WithKLInReward):
     """ReMax (arXiv:2310.10505).
 
     The baseline is the reward of the prompt's greedy completion, sampled and scored for this alone: one more completion per
     prompt. The paper's KL, where `beta` is set, is k1 in the reward; the baseline is without it.
     """
-
-    def __init__(
-        self,
-        *,
-        kl: KL = KL(estimator="k1", place="reward"),  # noqa: B008 (frozen)
-        aggregation: Aggregation = "sequence_sum",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(scale="none", kl=kl, aggregation=aggregation, **kwargs)
 
     @property
     def needs_greedy_baseline(self) -> bool:

@@ -7,7 +7,7 @@ padding. Letters: B rows of the batch, C columns of the cache, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -85,14 +85,22 @@ class RunningBatch:
         """Appends a token to each row; `logits_BV` are those that predict the next one."""
         output = self.model(
             input_ids=tokens_B[:, None],
-            attention_mask=self._mask(self.starts_B, self.column + 1),
-            position_ids=torch.minimum(self.column - self.starts_B, self.limits_B)[:, None],
+            position_ids=torch.minimum(self._positions(), self.limits_B)[:, None],
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **self._attention_arguments(),
         )
         self.logits_BV = output.logits[:, -1]
         self.column += 1
+
+    def _positions(self) -> Tensor:
+        """Of each row's next token, int64 [B]."""
+        return self.column - self.starts_B
+
+    def _attention_arguments(self) -> dict[str, Any]:
+        """What else a step's attention needs to know."""
+        return {"attention_mask": self._mask(self.starts_B, self.column + 1)}
 
     def _prefill(self, prompts: Sequence[Sequence[int]], width: int, lengths: Tensor, capacity: int) -> tuple[DynamicCache, Tensor]:
         """The cache of all prompts, each once, and the logits that predict their first token."""
@@ -155,17 +163,9 @@ class SharingBatch(RunningBatch):
         super().keep(rows)
         self.prompts = self.prompts.select(rows) if self.prompts is not None and len(rows) else None
 
-    def step(self, tokens_B: Tensor) -> None:
+    def _positions(self) -> Tensor:
         assert self.prompts is not None
-        positions_B = self.prompts.lengths_P[self.prompts.prompt_of_row_B] + self.column - self.starts_B
-        output = self.model(
-            input_ids=tokens_B[:, None],
-            attention_mask=self._unused_mask,
-            position_ids=torch.minimum(positions_B, self.limits_B)[:, None],
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **{shared_prompts.ARGUMENT: self.prompts},
-        )
-        self.logits_BV = output.logits[:, -1]
-        self.column += 1
+        return super()._positions() + self.prompts.lengths_P[self.prompts.prompt_of_row_B]
+
+    def _attention_arguments(self) -> dict[str, Any]:
+        return {"attention_mask": self._unused_mask, shared_prompts.ARGUMENT: self.prompts}
