@@ -140,27 +140,23 @@ class Collector:
         # A held-out reward, of weight 0, is shown and never trained on: where it fails, 0 x NaN would fail the completion.
         trained = [f for f, reward in enumerate(self.sampler.scorer.rewards) if reward.weight]
         weights = [self.sampler.scorer.rewards[f].weight for f in trained]
-        scores, ref_logprobs_T = with_rewards(sample.scores, trained), None
+        scores, logprobs_T, ref_logprobs_T = with_rewards(sample.scores, trained), None, None
         metrics: Metrics = {}
         if algorithm.kl_in_reward:
-            scores, ref_logprobs_T = self._with_kl(sample.rollout, scores)
+            assert self.reference is not None
+            # Both from the same kind of pass: a sampler of lower precision would add noise, of which a constant group makes advantages.
+            logprobs_T, ref_logprobs_T = (all_logprobs(p, sample.rollout, config.temperature) for p in (self.policy, self.reference))
+            scores = with_kl_scores(scores, sample.rollout, algorithm, logprobs_T, ref_logprobs_T)
             weights.append(-algorithm.kl_coefficient)
             kl_N = scores.values_NF[:, -1]
             metrics["policy/kl_reward"] = (kl_N[kl_N.isfinite()].sum(), int(kl_N.isfinite().sum()))
         baseline_PF = None if baseline is None else baseline.scores.values_NF[:, trained]  # the rewards alone, without the KL
         episode = make_episode(batch.episode_index, sample.rollout, scores, weights, algorithm, plan, baseline_PF)
-        episode.ref_logprobs_T = ref_logprobs_T
         several_steps = batch.num_micro_steps > self.accumulate
+        episode.ref_logprobs_T = ref_logprobs_T
+        episode.old_logprobs_T = logprobs_T if several_steps else None
         add_fixed_logprobs(episode, self.policy, self.reference, algorithm, plan, config.temperature, self.sampler.seed, old=several_steps)
         return episode, metrics
-
-    def _with_kl(self, rollout: Rollout, scores: Scores) -> tuple[Scores, Tensor]:
-        """The scores with the KL's column, and the reference's log-probs of all completions."""
-        assert self.reference is not None
-        # Both from the same kind of pass: a sampler of lower precision would add noise, of which a constant group makes advantages.
-        temperature = self.sampler.config.temperature
-        logprobs_T, ref_logprobs_T = (all_logprobs(policy, rollout, temperature) for policy in (self.policy, self.reference))
-        return with_kl_scores(scores, rollout, self.algorithm, logprobs_T, ref_logprobs_T), ref_logprobs_T
 
     def _budget_metrics(self, episode: Episode) -> Metrics:
         if self.max_tokens_per_step is None:

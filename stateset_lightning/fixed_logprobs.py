@@ -56,7 +56,7 @@ def add_fixed_logprobs(
     """Fills in the reference's log-probs, the old ones and the selected tokens, as far as they are needed.
 
     Args:
-        episode: Reference log-probs that it has already are kept.
+        episode: Log-probs that it has already are kept.
         policy: As it was when it sampled.
         reference: None where the algorithm has none.
         algorithm: Says whether tokens are selected.
@@ -68,7 +68,7 @@ def add_fixed_logprobs(
     groups = episode.active_part().groups
     if reference is not None and episode.ref_logprobs_T is None:
         episode.ref_logprobs_T = episode.scatter(reference.score_without_gradient(groups, temperature)[0])
-    if not old and not algorithm.selects_tokens:
+    if not algorithm.selects_tokens and (not old or episode.old_logprobs_T is not None):
         return
     logprobs, entropies = policy.score_without_gradient(groups, temperature)
     episode.old_logprobs_T = episode.scatter(logprobs)

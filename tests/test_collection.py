@@ -14,10 +14,10 @@ from module_runs import SCENARIOS, DigitReward, fit, make_data, make_module, mak
 from test_module import ConstantReward
 
 from stateset_lightning import RewardFunction, RolloutConfig
-from stateset_lightning.algorithm import KL, Clipped, ReMax
+from stateset_lightning.algorithm import GRPO, KL, Clipped, ReMax
 from stateset_lightning.data.curriculum import Curriculum
 from stateset_lightning.errors import ConfigError, RewardError, SamplingError
-from stateset_lightning.policy import Group, PolicyConfig
+from stateset_lightning.policy import Group, Policy, PolicyConfig
 from stateset_lightning.rewards import OverlongPenalty
 from stateset_lightning.rollout import InProcessEngine
 from stateset_lightning.types import Rollout
@@ -279,3 +279,18 @@ def test_masked_truncations_and_the_overlong_penalty_go_with_dynamic_sampling(tm
     for record in module.last_records:
         assert record.rewards["overlong_penalty"] == pytest.approx(min(0.0, 1 - record.num_tokens) / 2)
     assert math.isfinite(module.metrics.last["reward/overlong_penalty"])
+
+
+def test_with_the_kl_in_the_reward_no_pass_is_made_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[Policy] = []
+    score = Policy.score_without_gradient
+
+    def counted(self: Policy, *arguments: Any) -> Any:
+        passes.append(self)
+        return score(self, *arguments)
+
+    monkeypatch.setattr(Policy, "score_without_gradient", counted)
+    module = make_module(algorithm=GRPO(beta=0.04, kl=KL(estimator="k1", place="reward")))
+    fit(tmp_path, module, make_data(num_iterations=2), max_steps=2)
+    assert passes == [module.policy, module.reference]  # the log-probs behind the KL are the old ones, too
+    assert module.metrics.last["policy/ratio_mean"] != 1
