@@ -294,3 +294,12 @@ def test_with_the_kl_in_the_reward_no_pass_is_made_twice(tmp_path: Path, monkeyp
     fit(tmp_path, module, make_data(num_iterations=2), max_steps=2)
     assert passes == [module.policy, module.reference]  # the log-probs behind the KL are the old ones, too
     assert module.metrics.last["policy/ratio_mean"] != 1
+
+
+def test_the_kl_in_the_reward_of_an_untrained_policy_is_zero_under_mixed_precision(tmp_path: Path) -> None:
+    # The sampler computes in bfloat16; its log-probs would differ from the reference's, and constant groups would get advantages.
+    algorithm = GRPO(beta=0.1, kl=KL(estimator="k1", place="reward"))
+    trainer = fit(tmp_path, make_module(algorithm=algorithm, reward=ConstantReward()), max_steps=1, precision="bf16-mixed")
+    module = trainer.lightning_module
+    assert module.metrics.last["policy/kl_reward"] == 0
+    assert all(record.advantage == 0 for record in module.last_records)

@@ -117,6 +117,13 @@ def test_resuming_with_another_batch_size_is_refused(tmp_path):
         fit(ckpt_path=tmp_path / "step=1.ckpt", data=make(num_iterations=2, batch_size=3), max_steps=4, max_epochs=-1)
 
 
+def test_resuming_with_other_prompts_of_the_same_number_is_refused(tmp_path):
+    fit(tmp_path, max_steps=2, max_epochs=-1)
+    others = [{**row, "prompt": row["prompt"] + "!"} for row in ROWS]
+    with pytest.raises(ConfigError, match=r"data.train.* in the checkpoint"):
+        fit(ckpt_path=tmp_path / "step=1.ckpt", data=make(num_iterations=2, train=others), max_steps=4, max_epochs=-1)
+
+
 def test_evaluating_a_checkpoint_does_not_decide_where_a_fit_starts(tmp_path):
     fresh = fit(tmp_path, max_steps=3, max_epochs=-1)
     data = make(num_iterations=2, validation=ROWS[:3])

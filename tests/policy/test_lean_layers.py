@@ -1,0 +1,120 @@
+"""Layers that recompute: the outputs and gradients of those that they replace, and less kept for the backward pass."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
+
+from stateset_lightning.policy.lean_layers import use_lean_layers
+
+IDS = torch.tensor([[3, 17, 29, 4, 98], [55, 6, 7, 81, 9]])
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    logits = model(IDS).logits.float()
+    (logits.log_softmax(-1) * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_a_model_has_the_same_outputs_and_gradients(make_model: Callable[..., Any], name: str) -> None:
+    stock = make_model(name)
+    lean = copy.deepcopy(stock)
+    layers = stock.config.num_hidden_layers
+    norms = {"llama": 2, "qwen2": 2, "qwen3": 4}[name]  # Qwen3 has norms of query and key, too
+    assert use_lean_layers(lean) == layers * (norms + 1) + 1
+    torch.testing.assert_close(lean(IDS).logits, stock(IDS).logits, rtol=1e-5, atol=1e-6)
+    expected = gradients(stock)
+    for parameter, grad in gradients(lean).items():
+        assert relative_difference(grad, expected[parameter]) < 1e-5, parameter
+    with torch.no_grad():  # as in sampling
+        torch.testing.assert_close(lean(IDS).logits, stock(IDS).logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_in_lower_precision_they_differ_by_its_rounding(make_model: Callable[..., Any], precision: str) -> None:
+    stock = make_model("qwen2")
+    exact = gradients(stock)
+    if precision == "bf16-true":
+        stock = stock.to(torch.bfloat16)
+    lean = copy.deepcopy(stock)
+    assert use_lean_layers(lean)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        rounded, recomputed = gradients(stock), gradients(lean)
+    for name, grad in recomputed.items():
+        assert grad.dtype == rounded[name].dtype
+        error = relative_difference(rounded[name], exact[name])
+        assert relative_difference(grad, exact[name]) < 1.5 * error + 1e-3, name
+
+
+def saved_floats(module: nn.Module, x: torch.Tensor) -> int:
+    """Numbers that a backward pass through the module keeps, each storage once, parameters aside."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, nn.Parameter) and tensor.data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
+        return tensor
+
+    parameters = {p.data_ptr() for p in module.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = module(x)
+    assert output.requires_grad
+    return sum(kept.values())
+
+
+def test_what_is_kept_counted_by_hand(make_model: Callable[..., Any]) -> None:
+    tokens, hidden, inner = 10, 64, 256
+    x = torch.randn(1, tokens, hidden, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    norm = LlamaRMSNorm(hidden)
+    assert saved_floats(norm, x) == tokens * (2 * hidden + 1)  # x, x / rms(x), 1 / rms(x)
+    use_lean_layers(norm)
+    assert saved_floats(norm, x) == tokens * (hidden + 1)
+
+    config = make_model("qwen2").config
+    config.hidden_size, config.intermediate_size = hidden, inner
+    mlp = Qwen2MLP(config)
+    assert saved_floats(mlp, x) == tokens * (hidden + 4 * inner)  # x, gate, silu(gate), up, their product
+    use_lean_layers(mlp)
+    assert saved_floats(mlp, x) == tokens * (hidden + 3 * inner)
+
+
+def test_layers_of_another_form_stay(make_model: Callable[..., Any]) -> None:
+    assert use_lean_layers(make_model("gpt2")) == 0
+    assert use_lean_layers(Gemma2RMSNorm(8)) == 0
+    config = make_model("qwen2").config
+    mlp = Qwen2MLP(config)
+    mlp.act_fn = nn.GELU()
+    assert use_lean_layers(mlp) == 0
+
+    class Shifted(LlamaRMSNorm):
+        """Scales by 1 + weight, as Gemma does, under the names of Llama's norm."""
+
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden_states) * (1 + 1 / self.weight)
+
+    assert use_lean_layers(Shifted(8)) == 0
+
+
+def test_a_copy_has_its_own_weights(make_model: Callable[..., Any]) -> None:
+    model = make_model("llama")
+    use_lean_layers(model)
+    copied = copy.deepcopy(model)
+    assert use_lean_layers(copied) == 0  # it has them already
+    before = model(IDS).logits
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    assert torch.equal(model(IDS).logits, before)
+    assert not copied(IDS).logits.any()
