@@ -13,23 +13,29 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from annotated_types import Gt
+from annotated_types import Ge, Gt, Le
 
+from stateset_lightning.bounds import check_bounds
 from stateset_lightning.data.hub import is_hub_id, read_hub, read_parquet
 from stateset_lightning.data.packing import garbage_left_alone
 from stateset_lightning.data.reading import READERS, Problem, RawRow, raise_problems, read_file, rows_of
 from stateset_lightning.data.scenarios import QUESTION_COLUMNS, check_columns, to_scenarios
+from stateset_lightning.data.tasks import MAX_SEED, MAX_SIZE, read_task
 from stateset_lightning.errors import ConfigError, DataError
 from stateset_lightning.types import Scenario
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One of several sources of scenarios: either `path` or `rows`.
+    """One of several sources of scenarios: `path`, `rows` or `reasoning_gym`.
 
     Args:
         path: A file, a glob, or a hub id (owner/name, owner/name:config or owner/name:config:split).
         rows: Scenarios, as a list of mappings.
+        reasoning_gym: A task of the library of this name (`chain_sum`); `ReasoningGymReward` scores it.
+        size: Instances of the task.
+        seed: Decides which ones; two seeds have none in common.
+        options: The task's own options, such as its difficulty.
         weight: Share of an epoch, relative to the other sources' weights. Without weights every row comes once per epoch.
         fields: Our name -> the source's column; takes the place of data.fields for this source.
         rewards: Names of the reward functions that score this source's rows; without it all of them do.
@@ -38,6 +44,10 @@ class Source:
 
     path: str | None = None
     rows: list[dict[str, Any]] | None = None
+    reasoning_gym: str | None = None
+    size: Annotated[int, Ge(1), Le(MAX_SIZE)] | None = None
+    seed: Annotated[int, Ge(0), Le(MAX_SEED)] = 0
+    options: dict[str, Any] | None = None
     weight: Annotated[float, Gt(0)] | None = None
     fields: dict[str, str] | None = None
     rewards: list[str] | None = None
@@ -85,6 +95,7 @@ class _Part:
     path: str
 
 
+_ORIGINS = ("path", "rows", "reasoning_gym")
 SplitSpec = str | os.PathLike[str] | Sequence[Source | Mapping[str, Any]]
 
 
@@ -113,7 +124,7 @@ def _read_split(spec: SplitSpec, key: str, split: str, data_fields: Mapping[str,
     problems: list[Problem] = []
     for index, part in parts:
         source = sources[index]
-        names = (data_fields if source.fields is None else source.fields) or {}
+        names = {} if source.reasoning_gym else (data_fields if source.fields is None else source.fields) or {}
         if part.rows:
             check_columns(part.rows, names, part.origin)
         label = part.stem if stems[part.stem] == 1 else source.name or part.path
@@ -127,7 +138,7 @@ def _read_split(spec: SplitSpec, key: str, split: str, data_fields: Mapping[str,
 
 
 def _as_sources(spec: SplitSpec, key: str) -> list[Source]:
-    """The sources that a split's value stands for. A mapping without `path` or `rows`, or with a question, is a row."""
+    """The sources that a split's value stands for. A mapping without any of _ORIGINS, or with a question, is a row."""
     if isinstance(spec, str | os.PathLike):
         return [Source(path=os.fspath(spec))]
     if not isinstance(spec, Sequence):
@@ -140,7 +151,9 @@ def _as_sources(spec: SplitSpec, key: str) -> list[Source]:
         return [Source(rows=[dict(item) if isinstance(item, Mapping) else item for item in items])]  # others are reported as rows
     if not all(are_sources):
         position = are_sources.index(False) + 1
-        raise ConfigError(f"{key} mixes sources and rows: item {position} has neither 'path' nor 'rows'; put rows into a source's 'rows'")
+        raise ConfigError(
+            f"{key} mixes sources and rows: item {position} has none of {', '.join(_ORIGINS)}; put rows into a source's 'rows'"
+        )
     sources = [item if isinstance(item, Source) else _source(item, f"{key} item {i}") for i, item in enumerate(items, start=1)]
     for i, source in enumerate(sources, start=1):
         _check_source(source, f"{key} item {i}")
@@ -150,7 +163,7 @@ def _as_sources(spec: SplitSpec, key: str) -> list[Source]:
 
 
 def _is_source(item: Mapping[str, Any]) -> bool:
-    return ("path" in item or "rows" in item) and not any(name in item for name in QUESTION_COLUMNS)
+    return any(name in item for name in _ORIGINS) and not any(name in item for name in QUESTION_COLUMNS)
 
 
 def _source(item: Mapping[str, Any], place: str) -> Source:
@@ -161,8 +174,17 @@ def _source(item: Mapping[str, Any], place: str) -> Source:
 
 
 def _check_source(source: Source, place: str) -> None:
-    if (source.path is None) == (source.rows is None):
-        raise ConfigError(f"{place}: a source needs either 'path' or 'rows', not {'both' if source.rows is not None else 'neither'}")
+    given = [name for name in _ORIGINS if getattr(source, name) is not None]
+    if len(given) != 1:
+        raise ConfigError(f"{place}: a source needs one of {', '.join(_ORIGINS)}, but has {' and '.join(given) or 'none'}")
+    if source.reasoning_gym is None and (source.size, source.seed, source.options) != (None, 0, None):
+        raise ConfigError(f"{place}: size, seed and options belong to a source of reasoning_gym; remove them")
+    if source.reasoning_gym is not None:
+        if not isinstance(source.size, int) or not isinstance(source.seed, int) or source.fields is not None:
+            raise ConfigError(
+                f"{place}: reasoning_gym={source.reasoning_gym} needs a size (instances), may have a seed, and takes no fields"
+            )
+        check_bounds(place, Source, {"size": source.size, "seed": source.seed})
     if source.path is not None and not isinstance(source.path, str | os.PathLike):
         raise ConfigError(f"{place}: path={source.path!r} must be text")
     if source.rows is not None and not isinstance(source.rows, list):
@@ -185,6 +207,11 @@ def _parts(source: Source, index: int, num_sources: int, split: str) -> Iterator
         readings = list(rows_of(source.rows, origin))
         rows = [reading for reading in readings if isinstance(reading, RawRow)]
         yield _Part(rows, [reading for reading in readings if isinstance(reading, Problem)], origin, stem, stem)
+        return
+    if source.reasoning_gym is not None:
+        stem = source.name or f"{source.reasoning_gym}.{source.seed}"
+        rows = read_task(source.reasoning_gym, source.size or 0, source.seed, source.options or {}, f"data.{split} item {index + 1}")
+        yield _Part(rows, [], stem, stem, f"{stem}.{index + 1}")
         return
     path = os.fspath(source.path or "")
     for file in _files(path, f"data.{split}"):
@@ -228,4 +255,4 @@ def _repeated_ids(checked: Sequence[tuple[Scenario, str]]) -> Iterator[Problem]:
 
 
 def _name(source: Source, index: int, key: str) -> str:
-    return source.name or source.path or f"{key} item {index + 1}"
+    return source.name or source.path or source.reasoning_gym or f"{key} item {index + 1}"

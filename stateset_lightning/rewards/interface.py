@@ -80,6 +80,37 @@ class RewardFunction(ABC):
             A number, a `RewardResult`, or None if this reward does not apply.
         """
 
+    def take_counts(self) -> Mapping[str, float]:
+        """What this reward has counted since the last call (tokens bought, say): logged as `cost/<name>/<key>`, added up over ranks."""
+        return {}
+
+
+class BatchReward(RewardFunction):
+    """A reward that scores many completions in one call, such as a model: subclass it and write `compute_rewards`.
+
+    It is called once per episode, when all completions are sampled, in their order. Batches that fill up as completions finish would
+    differ from run to run, and with them the last digits of the scores; and the model would compete with decoding for the device.
+    It runs in the training process and cannot be stopped, so it has no time-out.
+    """
+
+    device: Any = "cpu"
+    """The policy's device; set before each call."""
+
+    @abstractmethod
+    def compute_rewards(self, conversations: Sequence[Sequence[Turn]], contexts: Sequence[Mapping[str, Any]]) -> Sequence[Any]:
+        """Score the last turn of each conversation.
+
+        Returns:
+            One item per conversation: what `compute_reward` may return, or an exception, which fails this completion alone. What is
+            raised fails all of them; a `ConfigError` ends the run.
+        """
+
+    def compute_reward(self, turns: Sequence[Turn], context: Mapping[str, Any] | None = None) -> Any:
+        (output,) = self.compute_rewards([turns], [context or {}])
+        if isinstance(output, Exception):
+            raise output
+        return output
+
 
 class FunctionReward(RewardFunction):
     """A plain function `f(turns, context)`, sync or async, as a reward.
@@ -183,6 +214,8 @@ def _check(reward: RewardFunction) -> None:
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= LARGEST_WEIGHT:
         raise ConfigError(f"weight={weight!r} of reward '{name}' must be a finite number, at most {LARGEST_WEIGHT:g}")
     check_timeout(f"timeout of reward '{name}'", reward.timeout)
+    if isinstance(reward, BatchReward) and reward.timeout is not None:
+        raise ConfigError(f"timeout={reward.timeout} of reward '{name}': it scores a whole batch in the training process; leave it out")
     call = reward.function if type(reward) is FunctionReward else reward.compute_reward
     try:
         signature = inspect.signature(call)

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from stateset_lightning.errors import RewardError
+from stateset_lightning.errors import ConfigError, RewardError
 from stateset_lightning.redaction import redacted_text
-from stateset_lightning.rewards.interface import RewardFunction, RewardResult
+from stateset_lightning.rewards.interface import BatchReward, RewardFunction, RewardResult
 from stateset_lightning.types import NOT_APPLICABLE, Turn
 
 LARGEST_SCORE = 3.4028234e38
@@ -52,6 +52,23 @@ def evaluate(
             return failure(error)
 
 
+def evaluate_batch(reward: BatchReward, conversations: Sequence[Sequence[Turn]], contexts: Sequence[Mapping[str, Any]]) -> list[Outcome]:
+    """Call a batched reward.
+
+    Raises:
+        ConfigError: The reward's own: its model cannot be loaded, say.
+    """
+    try:
+        outputs = list(reward.compute_rewards(conversations, contexts))
+        if len(outputs) != len(conversations):
+            raise RewardError(f"reward '{reward.name}' returned {len(outputs)} scores for {len(conversations)} completions")
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:
+        return [failure(error)] * len(conversations)
+    return [_item(output) for output in outputs]
+
+
 async def evaluate_async(reward: RewardFunction, turns: Sequence[Turn], context: Mapping[str, Any]) -> Outcome:
     """Call an async reward."""
     try:
@@ -83,6 +100,15 @@ def to_outcome(output: Any) -> Outcome:
     if output.score is None:
         raise RewardError("RewardResult.score is None; return None itself to say that the reward does not apply")
     return Outcome(_finite(output.score), dict(output.breakdown or {}))
+
+
+def _item(output: Any) -> Outcome:
+    if isinstance(output, Exception):
+        return failure(output)
+    try:
+        return to_outcome(output)
+    except RewardError as error:
+        return failure(error)
 
 
 def failure(error: BaseException) -> Outcome:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Gt
 
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.rewards.interface import RewardFunction, as_rewards, is_async
+from stateset_lightning.rewards.interface import BatchReward, RewardFunction, as_rewards, is_async
 from stateset_lightning.types import Turn
 
 
@@ -46,6 +46,8 @@ class Retry(RewardFunction):
         timeout: float | None = None,
     ) -> None:
         (self.wrapped,) = as_rewards(reward)
+        if isinstance(self.wrapped, BatchReward):
+            raise ConfigError(f"Retry calls a reward by completion, and '{self.wrapped.name}' scores batches: leave Retry out")
         super().__init__(
             weight=self.wrapped.weight if weight is None else weight,
             name=name or self.wrapped.name,
@@ -74,6 +76,9 @@ class Retry(RewardFunction):
                     raise
             time.sleep(self._wait(attempt))
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def take_counts(self) -> Mapping[str, float]:
+        return self.wrapped.take_counts()
 
     async def _compute_async(self, turns: Sequence[Turn], context: Mapping[str, Any] | None, awaitable: Any = None, first: int = 0) -> Any:
         for attempt in range(first, self.retries + 1):

@@ -1,7 +1,7 @@
 """Completions -> scores: run every reward on every completion, while others are still being sampled.
 
 Async rewards run concurrently on an event loop of their own, blocking ones on threads, blocking ones with a time-out in
-worker processes that can be killed. The order of results never depends on which reward is quicker.
+worker processes that can be killed, batched ones when all is sampled. The order of results never depends on which reward is quicker.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from stateset_lightning.errors import ConfigError, DataError, RewardError
 from stateset_lightning.rewards.background import DaemonThreads, EventLoopThread
-from stateset_lightning.rewards.interface import RewardFunction, as_rewards, check_timeout, is_async
-from stateset_lightning.rewards.outcome import Outcome, evaluate
+from stateset_lightning.rewards.interface import BatchReward, RewardFunction, as_rewards, check_timeout, is_async
+from stateset_lightning.rewards.outcome import Outcome, evaluate, evaluate_batch
 from stateset_lightning.rewards.worker_pool import WorkerPool
 from stateset_lightning.types import NOT_APPLICABLE, RewardFailure, Scores, Turn
 
@@ -28,6 +28,10 @@ Run = Callable[[Sequence[Turn], Mapping[str, Any]], Future[Outcome]]
 """Starts one reward on one completion and returns at once."""
 
 
+_Waiting = tuple[int, Sequence[Turn], Mapping[str, Any], Future[Outcome]]
+"""A completion that a batched reward has yet to score: its number, conversation, columns, and where the outcome goes."""
+
+
 class Scorer:
     """Scores completions with a list of rewards.
 
@@ -35,7 +39,7 @@ class Scorer:
 
     Args:
         rewards: A `RewardFunction`, a function `f(turns, context)`, or a list of these.
-        timeout: Seconds per completion for rewards that set none themselves; None means no limit.
+        timeout: Seconds per completion for rewards that set none themselves, batched ones aside; None means no limit.
         max_concurrency: Async rewards, and blocking rewards without a time-out, that run at the same time.
         max_failures: `check_failures` raises if more than this share of completions failed.
 
@@ -53,22 +57,30 @@ class Scorer:
         self.names = tuple(reward.name for reward in self.rewards)
         self.max_failures = max_failures
         loop, threads = EventLoopThread(max_concurrency), DaemonThreads(max_concurrency, "blocking-rewards")
-        timeouts = {reward.name: reward.timeout if reward.timeout is not None else timeout for reward in self.rewards}
+        limits = [reward.timeout if reward.timeout is not None or isinstance(reward, BatchReward) else timeout for reward in self.rewards]
+        timeouts = dict(zip(self.names, limits, strict=True))
         in_workers = [reward for reward in self.rewards if timeouts[reward.name] is not None and not is_async(reward)]
         workers = WorkerPool(in_workers)
         self._runs = [_run(reward, timeouts[reward.name], loop, threads, workers, in_workers) for reward in self.rewards]
         # Also at interpreter exit and when the scorer is collected as garbage; workers first, since threads wait for them.
         self._close = weakref.finalize(self, _close_all, (workers, loop, threads))
 
-    def start(self, num_completions: int) -> ScoringSession:
-        """Begin to score N completions.
+    def start(self, num_completions: int, device: Any = "cpu") -> ScoringSession:
+        """Begin to score N completions; rewards that are models do so on `device`.
 
         Raises:
             RuntimeError: If the scorer is closed.
         """
         if not self._close.alive:
             raise RuntimeError("the scorer is closed")
+        for reward in self.rewards:
+            if isinstance(reward, BatchReward):
+                reward.device = device
         return ScoringSession(self.rewards, self._runs, num_completions)
+
+    def take_counts(self) -> dict[str, float]:
+        """What rewards have counted since the last call, as `cost/<reward>/<key>`."""
+        return {f"cost/{reward.name}/{key}": count for reward in self.rewards for key, count in reward.take_counts().items()}
 
     def check_failures(self, scores: Scores) -> None:
         """Raise RewardError if more than `max_failures` of the completions failed."""
@@ -95,6 +107,7 @@ class ScoringSession:
         self._rewards = rewards
         self._runs = runs
         self._names = tuple(reward.name for reward in rewards)
+        self._batches: dict[int, list[_Waiting]] = {f: [] for f, reward in enumerate(rewards) if isinstance(reward, BatchReward)}
         self._futures_NF: list[list[Future[Outcome] | None] | None] = [None] * num_completions
         self._cancel = weakref.finalize(self, _cancel_all, self._futures_NF)
 
@@ -119,16 +132,18 @@ class ScoringSession:
         chosen = self._chosen(columns.get("rewards"), columns.get("id"))
         # Each reward gets its own list and mapping: one that changes them must not disturb the others.
         self._futures_NF[n] = [
-            run(list(turns), dict(columns)) if name in chosen else None for name, run in zip(self._names, self._runs, strict=True)
+            self._start(f, n, list(turns), dict(columns)) if name in chosen else None for f, name in enumerate(self._names)
         ]
 
     def collect(self) -> Scores:
-        """Wait for all rewards of all completions.
+        """Run the batched rewards, and wait for all others of all completions.
 
         Raises:
-            ConfigError: If a worker process could not load its rewards.
+            ConfigError: If a worker process could not load its rewards, or a batched reward its model.
         """
         begin = time.perf_counter()
+        for f, waiting in self._batches.items():
+            _run_batch(self._rewards[f], sorted(waiting, key=lambda item: item[0]))
         outcomes_NF = []
         for n, futures in enumerate(self._futures_NF):
             assert futures is not None, f"completion {n} was not submitted"
@@ -144,6 +159,13 @@ class ScoringSession:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _start(self, f: int, n: int, turns: Sequence[Turn], context: Mapping[str, Any]) -> Future[Outcome]:
+        if f not in self._batches:
+            return self._runs[f](turns, context)
+        future: Future[Outcome] = Future()
+        self._batches[f].append((n, turns, context, future))
+        return future
 
     def _chosen(self, names: Iterable[str] | None, scenario: Any) -> set[str]:
         if names is None:
@@ -199,6 +221,14 @@ def _run(
         return lambda turns, context: threads.submit(evaluate, reward, turns, context, loop.run)
     index = next(i for i, other in enumerate(in_workers) if other is reward)
     return lambda turns, context: workers.submit(index, turns, context, timeout)
+
+
+def _run_batch(reward: RewardFunction, waiting: Sequence[_Waiting]) -> None:
+    if waiting:
+        assert isinstance(reward, BatchReward)
+        outcomes = evaluate_batch(reward, [turns for _, turns, _, _ in waiting], [context for _, _, context, _ in waiting])
+        for (_, _, _, future), outcome in zip(waiting, outcomes, strict=True):
+            future.set_result(outcome)
 
 
 def _scores(rewards: Sequence[RewardFunction], outcomes_NF: list[list[Outcome]], seconds: float) -> Scores:

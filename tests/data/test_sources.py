@@ -77,11 +77,12 @@ def test_all_bad_rows_of_all_files_are_reported_together(write):
         ([{"question": "a"}], "data.train: there is no column 'prompt'"),
         (
             [{"path": "a", "wieght": 2}],
-            "data.train item 1: a source has no key 'wieght'; its keys are path, rows, weight, fields, rewards, name",
+            "data.train item 1: a source has no key 'wieght'; its keys are path, rows, reasoning_gym, size, seed, options, weight, "
+            "fields, rewards, name",
         ),
-        ([{"path": "a"}, {"prompt": "a"}], "data.train mixes sources and rows: item 2 has neither 'path' nor 'rows'"),
-        ([Source()], "data.train item 1: a source needs either 'path' or 'rows', not neither"),
-        ([{"path": "a", "rows": []}], "data.train item 1: a source needs either 'path' or 'rows', not both"),
+        ([{"path": "a"}, {"prompt": "a"}], "data.train mixes sources and rows: item 2 has none of path, rows, reasoning_gym"),
+        ([Source()], "data.train item 1: a source needs one of path, rows, reasoning_gym, but has none"),
+        ([{"path": "a", "rows": []}], "data.train item 1: a source needs one of path, rows, reasoning_gym, but has path and rows"),
         ([{"rows": []}], "data.train has no rows"),
         ([{"rows": "abc"}], "data.train item 1: rows must be a list of scenarios, not str"),
         ([{"path": "a", "weight": -1}], "data.train item 1: weight=-1 must be a number above 0"),

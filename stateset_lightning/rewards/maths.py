@@ -1,0 +1,91 @@
+"""A reward for answers that are formulas, by the `math-verify` library."""
+
+# No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
+import importlib.util
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from typing import Annotated, Any
+
+from annotated_types import Gt
+
+from stateset_lightning.errors import ConfigError, DataError
+from stateset_lightning.rewards.interface import RewardFunction, RewardResult
+from stateset_lightning.rewards.text import completion, target_of
+from stateset_lightning.types import Turn
+
+_LATEX = re.compile(r"\$|\\boxed|\\\(|\\\[")
+
+
+class MathEquivalence(RewardFunction):
+    r"""1 if the answer in the completion equals the scenario's `target` mathematically, else 0 (extra `math`).
+
+    Fractions, roots, intervals, sets, matrices, equations and units, in LaTeX or plain writing; `50%` equals both 0.5 and 50. The answer
+    is what stands in `\boxed{}`, else behind words such as `the final answer is`, else the last formula or number. A completion without
+    one scores 0.
+
+    Sympy takes for ever over some formulas, and a policy learns to write them: each completion is compared in a process that is killed
+    at the time-out, and then fails.
+
+    Args:
+        target_marker: What stands before the answer in a target that is a longer text, as in GSM8K (`... #### 72`). A target of MATH's
+            kind, with `\boxed{}` or `$`, is read like a completion; any other is LaTeX as a whole.
+        timeout: Seconds per completion.
+        **common: `weight` and `name` of every reward.
+
+    Raises:
+        ConfigError: If `math-verify` is not installed, or there is no time-out.
+    """
+
+    def __init__(self, *, target_marker: str = "####", timeout: Annotated[float, Gt(0)] = 10.0, **common: Any) -> None:
+        super().__init__(timeout=timeout, **common)
+        if timeout is None:
+            raise ConfigError(f"timeout=None of reward '{self.name}': give seconds, since some formulas take for ever")
+        if not target_marker:
+            raise ConfigError("target_marker='': a marker must not be empty")
+        require("math_verify", "math", self.name)
+        self.target_marker = target_marker
+
+    def compute_reward(self, turns: Sequence[Turn], context: Mapping[str, Any] | None = None) -> RewardResult:
+        from math_verify import verify
+
+        target = target_of(context, self.name)
+        golds = [self._gold(item) for item in (target if isinstance(target, list | tuple) else [target])]
+        if not golds or not all(golds):
+            raise DataError(
+                f"target={target!r} of scenario {(context or {}).get('id')!r} holds no formula, which reward '{self.name}' needs"
+            )
+        answer = _parsed(completion(turns))
+        equal = any(verify(gold, answer, timeout_seconds=None) for gold in golds)
+        return RewardResult(float(equal), {"answer": str(answer[-1]) if answer else None, "target": str(golds[0][-1])})
+
+    def _gold(self, target: Any) -> list[Any]:
+        if isinstance(target, int | float) and not isinstance(target, bool) and math.isfinite(target):
+            target = f"{Decimal(str(target)):f}"  # LaTeX reads 1e-05 as 1 times e minus 5
+        if not isinstance(target, str) or not target.strip():
+            return []
+        target = target.rpartition(self.target_marker)[2].strip().replace("\\$", "")
+        return _parsed(target if _LATEX.search(target) else rf"\boxed{{{target}}}")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # In a worker process. Imported now, before the clock of the first completion starts: sympy takes a second or two.
+        self.__dict__.update(state)
+        import math_verify  # noqa: F401
+
+
+def require(module: str, extra: str, reward: str) -> None:
+    """Raise ConfigError unless a module of an optional dependency is there."""
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(f"reward '{reward}' needs the library {module.replace('_', '-')}: pip install \"stateset-lightning[{extra}]\"")
+
+
+def _parsed(text: str) -> list[Any]:
+    """The formula that a text ends in, as sympy's object and as text; empty if there is none."""
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no time-out; the process has one
+    # Without its own time-out, by a signal: that is the worker's way to end when the trainer has died.
+    config = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+    return list(parse(text.replace("\\$", ""), config, parsing_timeout=None))
