@@ -1,13 +1,21 @@
-"""One row per completion, for files and tables: what was asked, what was answered, what the rewards said."""
+"""One row per completion, for files and tables: what was asked, what was answered, what the rewards said, and token by token how likely."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from stateset_lightning.episode import Episode
+from stateset_lightning.policy import Group, Policy
 from stateset_lightning.types import PromptBatch, Rollout, Scores
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,7 @@ class CompletionRecord:
     finish_reason: str
     num_tokens: int
     advantage: float | None = None
+    target: Any = None
     breakdown: dict[str, Any] | None = None
     errors: list[str] | None = None
 
@@ -49,11 +58,66 @@ def make_records(batch: PromptBatch, rollout: Rollout, scores: Scores, advantage
                 finish_reason=str(rollout.finish_reasons[n]),
                 num_tokens=int(rollout.lengths_N[n]),
                 advantage=None if advantages is None else _finite(advantages[n]),
+                target=_json(scenario.target),
                 breakdown=_plain(scores.breakdowns[n]) if n < len(scores.breakdowns) else None,
                 errors=errors.get(n),
             )
         )
     return records
+
+
+def token_rows(episode: Episode, num_prompts: int, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[dict[str, Any]]:
+    """The first `max_tokens` tokens of each completion of the first groups: `tokens` (texts, which join to the completion's) and
+    `logprobs` (nats, of the policy that sampled, at the temperature of sampling).
+
+    Where there is a reference, and the completion was worth a pass of it, `ref_logprobs` too.
+    """
+    lengths = episode.lengths_N.tolist()
+    tokens, logprobs = episode.completion_tokens_T.split(lengths), episode.sampling_logprobs_T.split(lengths)
+    reference = None if episode.ref_logprobs_T is None else episode.ref_logprobs_T.split(lengths)
+    rows = []
+    for n in range(num_prompts * episode.num_generations):
+        row = {"tokens": token_texts(tokenizer, tokens[n][:max_tokens].tolist()), "logprobs": _rounded(logprobs[n][:max_tokens])}
+        if reference is not None and episode.active_N[n]:
+            row["ref_logprobs"] = _rounded(reference[n][:max_tokens])
+        rows.append(row)
+    return rows
+
+
+def logprobs_now(episode: Episode, num_prompts: int, policy: Policy, temperature: float, max_tokens: int) -> list[list[float]] | None:
+    """Log-probs of the same tokens under the policy as it is now, by a pass without gradient. None if its weights are sharded: all
+    ranks would have to take part.
+    """
+    if any(isinstance(parameter, DTensor) for parameter in policy.parameters()):
+        return None
+    size = episode.num_generations
+    completions = [c[:max_tokens].tolist() for c in episode.completion_tokens_T.split(episode.lengths_N.tolist())[: num_prompts * size]]
+    groups = [
+        Group(prompt, [c for c in completions[p * size : (p + 1) * size] if c])  # an engine may return an empty completion
+        for p, prompt in enumerate(episode.prompt_tokens[:num_prompts])
+    ]
+    logprobs_T, _ = policy.score_without_gradient([group for group in groups if group.completions], temperature)
+    return [_rounded(part) for part in logprobs_T.cpu().split([len(completion) for completion in completions])]
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[str]:
+    """The text that each token adds to those before it. A character of several tokens is added by the last of them, and others are "".
+
+    A token by itself would lose its leading space (SentencePiece) or be half a character (bytes).
+    """
+    texts, start, read = [], 0, 0  # decoding begins one piece before the one that is to be read
+    for end in range(1, len(tokens) + 1):
+        before, text = (str(tokenizer.decode(tokens[start:stop], clean_up_tokenization_spaces=False)) for stop in (read, end))
+        if text.endswith("\ufffd") and end < len(tokens):
+            texts.append("")
+        else:
+            texts.append(text[len(before) :])
+            start, read = read, end
+    return texts
+
+
+def _rounded(values_T: Tensor) -> list[float]:
+    return [round(value, 4) for value in values_T.tolist()]
 
 
 def _finite(value: float) -> float | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from stateset_lightning.checkpoint_io import local_path
@@ -108,3 +108,12 @@ def skip_known_rows(trainer: Trainer, rows: Iterable[int]) -> None:
 
 def _wandb_loggers(trainer: Trainer) -> list[WandbLogger]:
     return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)] if trainer.is_global_zero else []
+
+
+def drop_later_events(trainer: Trainer, step: int) -> None:
+    """TensorBoard leaves out what the run wrote after optimizer step `step`, from which it now goes on."""
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)] if trainer.is_global_zero else []
+    for logger in [*loggers, *loggers]:  # twice, since it takes the first restart that it sees for the run's start
+        logger.experiment.close()
+        logger.experiment.purge_step = step + 1
+        logger.experiment._get_file_writer()  # opens a file that begins with the restart

@@ -1,8 +1,7 @@
 """Completions as JSON lines: some of every few episodes, all of an evaluation, all predictions."""
 
 import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,72 +9,124 @@ from annotated_types import Ge
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from stateset_lightning.callbacks.run_folder import continues, run_folder
-from stateset_lightning.files import append_lines
-from stateset_lightning.records import CompletionRecord
+from stateset_lightning.callbacks.sample_tables import log_samples
+from stateset_lightning.files import append_lines, atomic_write
+from stateset_lightning.records import logprobs_now, token_rows
+
+EVALUATED = 16
+"""Completions of an evaluation that loggers show; the file has all."""
 
 
 class SampleWriter(Callback):
-    """Writes completions with their rewards to `samples.jsonl` in the run's folder.
+    """Writes completions with their rewards to `samples.jsonl` in the run's folder, and shows them in W&B and TensorBoard.
+
+    Training completions are written when their episode ends: token by token, `logprobs` are those of the policy that sampled and
+    `logprobs_after` those of the policy that the episode's optimizer steps have made of it (nats, at the temperature of sampling).
 
     Args:
         every_n_episodes: An episode's completions are written every so many episodes.
         num_prompts: Groups written of such an episode.
         evaluation: Whether the completions of validation and test are written too.
+        max_tokens: Tokens of a completion that are written one by one; its text is always whole.
+        max_megabytes: Size from which on the file is thinned out: every second episode and evaluation goes; the first and the last stay.
     """
 
     def __init__(
-        self, every_n_episodes: Annotated[int, Ge(1)] = 10, num_prompts: Annotated[int, Ge(1)] = 2, evaluation: bool = True
+        self,
+        every_n_episodes: Annotated[int, Ge(1)] = 10,
+        num_prompts: Annotated[int, Ge(1)] = 2,
+        evaluation: bool = True,
+        max_tokens: Annotated[int, Ge(0)] = 512,
+        max_megabytes: Annotated[float, Ge(1)] = 64,
     ) -> None:
         self.every_n_episodes = every_n_episodes
         self.num_prompts = num_prompts
         self.evaluation = evaluation
-        self._size_before_validation: int | None = None  # while one runs, which a resumed run repeats
+        self.max_tokens = max_tokens
+        self.max_megabytes = max_megabytes
+        self._episode: list[dict[str, Any]] = []  # rows of the episode under way
+        self._evaluated: list[dict[str, Any]] = []  # the first rows of the evaluation under way
+        self._validated_step = -1  # of the last whole validation
+        self._size_after_thinning = 0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if batch.micro_step == 0 and batch.episode_index % self.every_n_episodes == 0 and trainer.is_global_zero:
-            records: list[CompletionRecord] = pl_module.last_records  # type: ignore[assignment]
-            shown = len(records) // len(batch) * min(self.num_prompts, len(batch))
-            self._write(trainer, "train", records[:shown], episode=batch.episode_index)
+        if batch.episode_index % self.every_n_episodes or not trainer.is_global_zero:
+            return
+        if batch.micro_step == 0:
+            self._episode = self._episode_rows(pl_module, min(self.num_prompts, len(batch)))
+        if batch.micro_step == batch.num_micro_steps - 1:
+            self._write_episode(trainer, pl_module)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         self._write_evaluation(trainer, pl_module, "validation")
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._size_before_validation = self._size(trainer)
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._size_before_validation = None
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        size = self._size(trainer) if self._size_before_validation is None else self._size_before_validation
-        checkpoint["samples"] = {"folder": str(run_folder(trainer).absolute()), "bytes": size}
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Drops the lines that the run wrote after the checkpoint; the resumed run writes them again."""
-        saved = checkpoint.get("samples")  # none if this callback was not there
-        if not saved or trainer.state.fn != "fit" or not trainer.is_global_zero or not continues(trainer, saved["folder"]):
-            return
-        if self._size(trainer) > saved["bytes"]:
-            os.truncate(self.file(trainer), saved["bytes"])
+        if not trainer.sanity_checking:
+            self._validated_step = trainer.global_step
+            self._end_evaluation(trainer, "validation")
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         self._write_evaluation(trainer, pl_module, "test")
 
-    def _write_evaluation(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
-        if self.evaluation and trainer.is_global_zero and not trainer.sanity_checking:
-            self._write(trainer, split, pl_module.last_records)  # type: ignore[arg-type]
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_evaluation(trainer, "test")
 
-    def _write(self, trainer: Trainer, split: str, records: Iterable[Any], **extra: Any) -> None:
-        rows = ({"split": split, "step": trainer.global_step, **extra, **record.to_dict()} for record in records)
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        state = {"step": trainer.global_step, "validated_step": self._validated_step, "episode": self._episode}
+        checkpoint["samples"] = {"folder": str(run_folder(trainer).absolute()), **state}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Drops the rows that the run wrote after the checkpoint; the resumed run writes them again."""
+        saved = checkpoint.get("samples")  # none if this callback was not there
+        if not saved or trainer.state.fn != "fit" or not trainer.is_global_zero:
+            return
+        self._episode, self._validated_step = saved["episode"], saved["validated_step"]
+        under_way = {row["episode"] for row in self._episode}
+        if continues(trainer, saved["folder"]) and self.file(trainer).exists():
+            last = {"train": saved["step"], "validation": saved["validated_step"], "test": saved["step"]}
+            _keep_rows(self.file(trainer), lambda row: row["step"] <= last[row["split"]] and row.get("episode") not in under_way)
+
+    def _episode_rows(self, pl_module: Any, num_prompts: int) -> list[dict[str, Any]]:
+        episode = pl_module.episode
+        records = pl_module.last_records[: num_prompts * episode.num_generations]
+        tokens = token_rows(episode, num_prompts, pl_module.tokenizer, self.max_tokens)
+        return [{"episode": episode.index, **record.to_dict(), **row} for record, row in zip(records, tokens, strict=True)]
+
+    def _write_episode(self, trainer: Trainer, pl_module: Any) -> None:
+        rows, self._episode = self._episode, []
+        if not rows:
+            return
+        episode = pl_module.episode
+        num_prompts = len(rows) // episode.num_generations
+        now = logprobs_now(episode, num_prompts, pl_module.policy, pl_module.rollout.temperature, self.max_tokens)
+        if now is not None:
+            rows = [{**row, "logprobs_after": values} for row, values in zip(rows, now, strict=True)]
+        rows = [{"split": "train", "step": trainer.global_step, **row} for row in rows]
         append_rows(self.file(trainer), rows)
+        log_samples(trainer, "train", rows)
+        self._thin_out(trainer)
+
+    def _write_evaluation(self, trainer: Trainer, pl_module: Any, split: str) -> None:
+        if self.evaluation and trainer.is_global_zero and not trainer.sanity_checking:
+            rows = [{"split": split, "step": trainer.global_step, **record.to_dict()} for record in pl_module.last_records]
+            append_rows(self.file(trainer), rows)
+            self._evaluated += rows[: EVALUATED - len(self._evaluated)]
+
+    def _end_evaluation(self, trainer: Trainer, split: str) -> None:
+        rows, self._evaluated = self._evaluated, []
+        if rows:
+            log_samples(trainer, split, rows)
+            self._thin_out(trainer)
+
+    def _thin_out(self, trainer: Trainer) -> None:
+        # Twice what thinning left: where that is above the limit already, the file is not rewritten for every row.
+        file, limit = self.file(trainer), max(self.max_megabytes * 2**20, 2 * self._size_after_thinning)
+        if file.stat().st_size > limit:
+            thin_out(file)
+            self._size_after_thinning = file.stat().st_size
 
     def file(self, trainer: Trainer) -> Path:
         return run_folder(trainer) / "samples.jsonl"
-
-    def _size(self, trainer: Trainer) -> int:
-        """Bytes of the file, 0 without one."""
-        file = self.file(trainer)
-        return file.stat().st_size if file.exists() else 0
 
 
 class PredictionWriter(Callback):
@@ -107,3 +158,28 @@ class PredictionWriter(Callback):
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Appends rows as JSON lines, all or none, making the folder if need be."""
     append_lines(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def block_of(row: Mapping[str, Any]) -> tuple[str, int, int]:
+    """What a row of `samples.jsonl` was written with: its split, step and episode (-1 in an evaluation)."""
+    return row["split"], row["step"], row.get("episode", -1)
+
+
+def thin_out(path: Path) -> None:
+    """Drops every second block of each split, but neither the first nor the last, so that what is left is spread over the run."""
+    blocks: dict[str, dict[Any, None]] = {}
+    for _, row in _rows(path):
+        blocks.setdefault(row["split"], {})[block_of(row)] = None
+    kept = {block for of_split in blocks.values() for block in [*list(of_split)[::2], list(of_split)[-1]]}
+    _keep_rows(path, lambda row: block_of(row) in kept)
+
+
+def _keep_rows(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
+    with atomic_write(path) as file:
+        file.writelines(line for line, row in _rows(path) if keep(row))
+
+
+def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Lines with what they hold, but for a last one that a kill tore."""
+    with path.open("rb") as file:
+        yield from ((line, json.loads(line)) for line in file if line.endswith(b"\n"))

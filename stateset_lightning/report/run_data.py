@@ -1,0 +1,227 @@
+"""The files of a run -> what its page shows, bounded in size whatever the run's length."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from stateset_lightning.errors import ConfigError
+
+METRICS, SAMPLES, ENVIRONMENT = "metrics.csv", "samples.jsonl", "environment.json"
+CONFIGS = ("config.yaml", "resolved_config.yaml")
+
+MAX_POINTS = 1500
+"""Points of a curve; of longer ones, means of equally many neighbours."""
+MAX_EPISODES, MAX_PROMPTS, MAX_EVALUATIONS = 60, 60, 12
+MAX_SAMPLE_BYTES = 6_000_000
+MAX_TEXT = 6_000
+"""Characters of a prompt or completion."""
+
+Item = TypeVar("Item")
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """All that the page shows, as JSON holds it.
+
+    Returns:
+        `metrics`: name -> [steps, values]; `train`: groups by episode; `evaluations`: prompts with a completion per evaluation;
+        `config`: YAML text; `environment`; `missing`: files that are not there.
+
+    Raises:
+        ConfigError: If the folder holds no run, or one of its files is damaged.
+    """
+    _check_folder(folder)
+    metrics, samples, environment = (folder / name for name in (METRICS, SAMPLES, ENVIRONMENT))
+    config = next((path for name in CONFIGS if (path := folder / name).is_file()), None)
+    present = {METRICS: metrics.is_file(), SAMPLES: samples.is_file(), CONFIGS[0]: config is not None, ENVIRONMENT: environment.is_file()}
+    text = "" if config is None else config.read_text(encoding="utf-8", errors="replace")
+    train, evaluations, shown = _read_samples(samples) if present[SAMPLES] else ([], [], {})
+    return {
+        "run": f"{folder.absolute().parent.name}/{folder.absolute().name}",
+        "metrics": _read_metrics(metrics) if present[METRICS] else {},
+        "train": train,
+        "evaluations": evaluations,
+        "shown": shown,
+        "config": text,
+        "facts": _facts(text, config),
+        "environment": _read_json(environment) if present[ENVIRONMENT] else {},
+        "missing": [name for name, there in present.items() if not there],
+    }
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder: give a run's, such as runs/single_turn/version_0")
+    if any((folder / name).is_file() for name in (METRICS, SAMPLES)):
+        return
+    runs = sorted(
+        {path.parent for name in (METRICS, SAMPLES) for depth in ("*/", "*/*/") for path in folder.glob(depth + name)},
+        key=lambda run: run.stat().st_mtime,
+    )
+    hint = f"; did you mean {runs[-1]}?" if runs else ": fit writes them with a CSVLogger and the samples callback"
+    raise ConfigError(f"{folder} holds no run: there is neither {METRICS} nor {SAMPLES} in it{hint}")
+
+
+# Metrics ---------------------------------------------------------------------------------------------------------------------
+
+
+def _read_metrics(path: Path) -> dict[str, list[list[float]]]:
+    """Steps and values by name; of several values of a step, the last one. What is no finite number is left out."""
+    columns: dict[str, dict[int, float]] = {}
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        reader = csv.DictReader(file)
+        if "step" not in (reader.fieldnames or []):
+            raise ConfigError(f"{path}: its first line has no column `step`; a CSVLogger writes one")
+        for row in reader:
+            step = _number(row["step"])
+            if step is None:
+                raise ConfigError(f"{path}, line {reader.line_num}: the step is {row['step']!r}, which is no number")
+            for name, text in row.items():
+                value = _number(text) if name not in ("step", "epoch") and isinstance(text, str) else None
+                if value is not None:
+                    columns.setdefault(str(name), {})[int(step)] = value
+    return {name: _binned(sorted(points.items())) for name, points in sorted(columns.items())}
+
+
+def _binned(points: Sequence[tuple[int, float]]) -> list[list[float]]:
+    """[steps, values], averaged over neighbours where there are more than `MAX_POINTS`; each mean stands at its last step."""
+    size = math.ceil(len(points) / MAX_POINTS)
+    bins = [points[i : i + size] for i in range(0, len(points), size)]
+    return [[part[-1][0] for part in bins], [float(f"{sum(value for _, value in part) / len(part):.6g}") for part in bins]]
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        value = float(text or "nan")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+# Samples ---------------------------------------------------------------------------------------------------------------------
+
+
+def _read_samples(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, list[int]]]:
+    """Groups of training, prompts of evaluations, and of episodes, prompts and evaluations [how many are shown, how many there are].
+
+    Two passes: the file is larger than what is shown of it.
+    """
+    episodes: dict[Any, None] = {}
+    prompts: dict[str, dict[str, None]] = {"validation": {}, "test": {}}
+    steps: dict[str, dict[int, None]] = {"validation": {}, "test": {}}
+    for row in _rows(path):
+        if row["split"] == "train":
+            episodes[row["step"], row["episode"]] = None
+        else:
+            prompts[row["split"]][row["id"]] = None
+            steps[row["split"]][row["step"]] = None
+    of_train = set(_spread(list(episodes), MAX_EPISODES))
+    of_prompts = {split: set(_spread(list(ids), MAX_PROMPTS)) for split, ids in prompts.items()}
+    of_steps = {split: set(_spread(list(found), MAX_EVALUATIONS)) for split, found in steps.items()}
+
+    groups: dict[Any, dict[str, Any]] = {}
+    evaluated: dict[Any, dict[str, Any]] = {}
+    for row in _rows(path):
+        split, step = row["split"], row["step"]
+        if split == "train" and (step, row["episode"]) in of_train:
+            key = (step, row["episode"], row["id"])
+            groups.setdefault(key, {**_heading(row), "step": step, "episode": row["episode"], "completions": []})
+            groups[key]["completions"].append(_completion(row))
+        elif split != "train" and row["id"] in of_prompts[split] and step in of_steps[split]:
+            prompt = evaluated.setdefault((split, row["id"]), {**_heading(row), "split": split, "completions": {}})
+            prompt["completions"][step] = {"step": step, **_completion(row)}
+    train = _within(list(groups.values()))
+    for prompt in evaluated.values():
+        prompt["completions"] = [prompt["completions"][step] for step in sorted(prompt["completions"])]
+    shown = {
+        "episodes": [len({group["episode"] for group in train}), len({episode for _, episode in episodes})],
+        "prompts": [len(evaluated), sum(map(len, prompts.values()))],
+        "evaluations": [sum(map(len, of_steps.values())), sum(map(len, steps.values()))],
+    }
+    return train, _within(list(evaluated.values())), shown
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Whole lines; the last one may be in the middle of being written."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                row = json.loads(line, parse_constant=lambda _: None)  # NaN and inf
+                known = row["split"] in ("train", "validation", "test") and isinstance(row["step"], int) and isinstance(row["id"], str)
+                if not known or not isinstance(row["completion"], str) or (row["split"] == "train" and "episode" not in row):
+                    raise ValueError("not what the samples callback writes")
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(f"{path}, line {number} is no sample of a run: {error!r}") from error
+            yield row
+
+
+def _heading(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"id": row["id"], "topic": row.get("topic"), "prompt": _cut(row.get("prompt", "")), "target": row.get("target")}
+
+
+_KEPT = ("reward", "rewards", "advantage", "finish_reason", "num_tokens", "breakdown", "errors", "tokens")
+_PER_TOKEN = ("logprobs", "logprobs_after", "ref_logprobs")
+
+
+def _completion(row: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: row[name] for name in _KEPT if row.get(name) is not None}
+    kept |= {name: [None if value is None else round(value, 3) for value in row[name]] for name in _PER_TOKEN if name in row}
+    return {"text": _cut(row["completion"]), **kept}
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} … ({len(text) - MAX_TEXT} more characters in {SAMPLES})"
+
+
+def _spread(items: Sequence[Item], count: int) -> list[Item]:
+    """So many items at most, evenly spread, the first and the last among them."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+
+
+def _within(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Evenly spread items that take `MAX_SAMPLE_BYTES` at most."""
+    while len(items) > 2 and len(json.dumps(items)) > MAX_SAMPLE_BYTES:
+        items = _spread(items, len(items) // 2)
+    return items
+
+
+# Config and environment ------------------------------------------------------------------------------------------------------
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from error
+
+
+def _facts(text: str, path: Path | None) -> dict[str, Any]:
+    """Model, algorithm, rewards and data in a word each."""
+    try:
+        config = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())[:200]}") from error
+    model, data = (config.get(name) or {} for name in ("model", "data"))
+    policy, rewards = model.get("policy"), model.get("reward") or []
+    facts = {
+        "model": policy.get("model_name") if isinstance(policy, dict) else policy,
+        "algorithm": _class_name(model.get("algorithm")),
+        "reward": ", ".join(map(_class_name, rewards if isinstance(rewards, list) else [rewards])),
+        "data": data.get("train") if isinstance(data.get("train"), str) else None,
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def _class_name(given: Any) -> str:
+    path = given.get("class_path", "") if isinstance(given, dict) else str(given or "")
+    return str(path).rpartition(".")[2]
