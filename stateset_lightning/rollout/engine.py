@@ -1,15 +1,12 @@
 """The interface of a rollout engine: whatever turns prompts into groups of completions."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: jsonargparse holds an engine's methods against these signatures (4.53).
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from stateset_lightning.policy import Policy
 from stateset_lightning.rollout.config import RolloutConfig
 from stateset_lightning.types import Rollout
-
-if TYPE_CHECKING:
-    from stateset_lightning.policy import Policy
 
 OnFinished = Callable[[int, str, int], None]
 """Called with (completion, text, tokens) as soon as a completion is finished, in no particular order."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from stateset_lightning.errors import ConfigError, NonFiniteError
+from stateset_lightning.policy.adapters import merged_adapter
 from stateset_lightning.policy.loading import context_length, end_of_sequence_ids
 from stateset_lightning.rollout.config import RolloutConfig
 from stateset_lightning.rollout.engine import OnFinished
@@ -127,11 +128,13 @@ class InProcessEngine:
                 # DDP reduces gradients.
                 cast: dict[torch.nn.Parameter, torch.nn.Parameter] = {}  # tied weights stay tied
                 for module, name, weight in places:
+                    if not weight.is_floating_point():  # quantized
+                        continue
                     if weight not in cast:
                         cast[weight] = torch.nn.Parameter(weight.detach().to(self.dtype), requires_grad=False)
                     module._parameters[name] = cast[weight]
             # Under autocast every step would cast every weight again.
-            with torch.autocast(model.device.type, enabled=False):
+            with torch.autocast(model.device.type, enabled=False), merged_adapter(model):
                 yield
         finally:
             for module, name, weight in places:

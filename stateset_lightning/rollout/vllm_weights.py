@@ -1,0 +1,228 @@
+"""The policy's weights on vLLM servers: handed over, and compared with the policy by what the servers then answer."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stateset_lightning.errors import SamplingError, ServerError, UserError
+from stateset_lightning.policy import Group, Policy, save_adapter
+from stateset_lightning.ranks import Ranks
+from stateset_lightning.rollout.config import RolloutConfig
+from stateset_lightning.rollout.vllm_server import VLLMServer
+from stateset_lightning.types import Metrics
+
+TOLERANCE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
+"""Mean absolute difference, in nats, of a token's log-prob between server and policy after a sync, by the coarser of their dtypes.
+
+Float error is below 1e-5 in float32 and some 0.01 in bfloat16; another model, or log-probs of another kind, differ by tenths."""
+
+PROBE_PROMPT = list(range(3, 16))
+PROBE = {"prompt": PROBE_PROMPT, "n": 4, "max_tokens": 8, "seed": 0, "ignore_eos": True, "logprobs": 0, "return_token_ids": True}
+"""Asks for the few tokens whose log-probs are compared. Any tokens do: the policy is asked about the same ones."""
+
+Completions = list[tuple[list[int], Tensor]]
+"""Tokens and their log-probs, float32, of some completions."""
+
+
+@dataclass(frozen=True)
+class Synced:
+    """What the servers have."""
+
+    path: str  # of the weights
+    adapter: str | None  # its name on the servers; None for a whole model
+    answers: Completions = field(default_factory=list)  # the policy's, to `PROBE`
+    tolerance: float = 0.0
+    difference: float = 0.0  # the largest of a log-prob, nats
+
+
+def request(server: VLLMServer, synced: Synced, sampling: RolloutConfig, greedy: bool = False) -> dict[str, Any]:
+    """What every completion request says. All of it: what is left out, a server takes from the model's generation config."""
+    return {
+        "model": synced.adapter or server.model,
+        "cache_salt": "-".join(Path(synced.path).parts[-2:]),  # vLLM allows no slashes
+        "temperature": 0.0 if greedy else sampling.temperature,
+        "top_k": sampling.top_k or 0,
+        "top_p": sampling.top_p or 1.0,
+        "min_p": sampling.min_p or 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+    }
+
+
+class WeightSync:
+    """Keeps the weights of servers those of the policy.
+
+    Args:
+        servers: Those that sample.
+        sampling: The run's; log-probs are compared under it.
+        folder: Where weights are handed over; None for the system's for temporary files.
+        dtype: That the servers compute in; None for the policy's.
+        tolerance: Nats per token; None for `TOLERANCE`.
+    """
+
+    def __init__(
+        self, servers: Sequence[VLLMServer], sampling: RolloutConfig, *, folder: str | None, dtype: str | None, tolerance: float | None
+    ) -> None:
+        self.servers = servers
+        self.sampling = sampling
+        self.dtype = dtype
+        self.tolerance = tolerance
+        self.synced: Synced | None = None
+        self.metrics: Metrics = {}
+        """Of the last sync, as (sum, count)."""
+        self._folder = folder
+        self._home: tempfile.TemporaryDirectory[str] | None = None
+        self._version = 0
+        self._fingerprint: list[int] = []  # of the weights that the servers have
+
+    def update(self, policy: Policy) -> None:
+        """Gives the servers the policy's weights, if they have others. Every rank calls it; the first one acts.
+
+        Raises:
+            SamplingError: If a server does not compute the policy.
+            ServerError: If one does not take the weights.
+        """
+        fingerprint = _fingerprint(policy)
+        if self.synced is not None and fingerprint == self._fingerprint:
+            if self.synced.adapter is None:
+                # A server that was started again meanwhile would sample from the weights of its start, and not say so.
+                for server in self.servers:
+                    server.patiently(partial(self._keep, server, self.synced))
+            return
+        start = time.perf_counter()
+        ranks = _ranks()
+        outcome: Synced | UserError | None = None
+        try:
+            outcome = self._hand_over(policy) if ranks.rank == 0 else None
+        except UserError as error:  # gathered: all ranks end where the first one fails
+            outcome = error
+        outcome = ranks.gather(outcome)[0]
+        if not isinstance(outcome, Synced):
+            assert outcome is not None
+            raise outcome
+        self.synced, self._fingerprint = outcome, fingerprint
+        for server in self.servers:
+            server.give_weights = partial(self._restore, synced=outcome)
+        self.metrics = {"time/sync_s": (time.perf_counter() - start, 1), "mismatch/after_sync": (outcome.difference, 1)}
+
+    def _hand_over(self, policy: Policy) -> Synced:
+        if self._home is None:
+            self._home = tempfile.TemporaryDirectory(prefix="stateset-lightning-", dir=self._folder, ignore_cleanup_errors=True)
+        home = Path(self._home.name)
+        # A new path for each version: vLLM's prefix cache would go on with keys and values of old weights (it tells adapters apart by
+        # name and path, and requests by their salt, which is made of the path).
+        self._version += 1
+        path = home / str(self._version)
+        if policy.adapter is None:
+            policy.model.save_pretrained(path)
+        else:
+            save_adapter(policy, path)
+        synced = Synced(str(path), None if policy.adapter is None else home.name)
+        for server in self.servers:
+            server.give_weights = partial(self._load, synced=synced)
+            server.patiently(partial(self._load, server, synced))
+            synced = self._compared(server, synced, policy)
+        shutil.rmtree(home / str(self._version - 1), ignore_errors=True)
+        return synced
+
+    def _load(self, server: VLLMServer, synced: Synced) -> None:
+        """Makes a server load weights."""
+        try:
+            if synced.adapter is None:
+                server.call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": synced.path}})
+            else:
+                server.call("/v1/load_lora_adapter", {"lora_name": synced.adapter, "lora_path": synced.path, "load_inplace": True})
+        except ServerError as error:
+            needed = "VLLM_SERVER_DEV_MODE=1"
+            if synced.adapter is not None:
+                needed = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and a --max-lora-rank of at least model.policy.lora.rank"
+            raise ServerError(f"{error}. The server is started with {needed}, and sees the folder (model.engine.folder)") from error
+
+    def _keep(self, server: VLLMServer, synced: Synced) -> None:
+        if not _difference(self._answers(server, synced), synced.answers) <= synced.tolerance:
+            self._restore(server, synced)
+
+    def _restore(self, server: VLLMServer, synced: Synced) -> None:
+        """Weights for a server that was started again, perhaps while the policy is being trained: its last answers are the measure."""
+        self._load(server, synced)
+        difference = _difference(self._answers(server, synced), synced.answers)
+        if not difference <= synced.tolerance:
+            raise SamplingError(f"{server.url} came back and answers differently: its log-probs are off by {difference:.2g} nats per token")
+
+    def _answers(self, server: VLLMServer, synced: Synced) -> Completions:
+        choices = server.call("/v1/completions", {**request(server, synced, self.sampling), **PROBE})["choices"]
+        return [(choice["token_ids"], torch.tensor(choice["logprobs"]["token_logprobs"])) for choice in choices]
+
+    def _compared(self, server: VLLMServer, synced: Synced, policy: Policy) -> Synced:
+        """The server's answers, of which the policy's log-probs are the same.
+
+        Raises:
+            SamplingError: If they are not.
+        """
+        answers = server.patiently(partial(self._answers, server, synced))
+        temperature = self.sampling.temperature
+        dtypes = [self.dtype or "float32", str(policy.model.dtype).removeprefix("torch.")]
+        limit = self.tolerance or max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes) / min(temperature, 1.0)
+        groups = [Group(PROBE_PROMPT, [tokens for tokens, _ in answers])]
+        theirs_T = torch.cat([logprobs for _, logprobs in answers])
+        with torch.autocast(policy.device.type, enabled=False):
+            ours_T, undivided_T = (policy.score_without_gradient(groups, t)[0].cpu() for t in (temperature, 1.0))
+        difference = float((theirs_T - ours_T).abs().mean())
+        if not difference <= limit:
+            if filters := filters_of(self.sampling):
+                guess = f"behind {', '.join(filters)}, vLLM's log-probs are ours with --logprobs-mode raw_logprobs alone"
+            elif float((theirs_T - undivided_T).abs().mean()) <= limit:
+                guess = "its log-probs are of logits not divided by the temperature: start it with --logprobs-mode processed_logprobs"
+            elif synced.adapter is None:
+                guess = "it serves another model, or cannot reload weights, as vLLM's CPU build: then train an adapter, model.policy.lora"
+            else:
+                guess = "it serves another model than model.policy.model_name, or in a precision that model.engine.dtype does not say"
+            raise SamplingError(
+                f"{server.url} does not compute the policy: with its weights, log-probs differ by {difference:.2g} nats per token, and "
+                f"float error is below {limit:.2g} (temperature {temperature:g}). Probably {guess}"
+            )
+        largest = float((theirs_T - ours_T).abs().max())
+        lengths = [len(tokens) for tokens, _ in answers]
+        ours = list(zip((tokens for tokens, _ in answers), ours_T.split(lengths), strict=True))
+        return replace(synced, answers=ours, tolerance=limit, difference=max(synced.difference, largest))
+
+
+def filters_of(sampling: RolloutConfig) -> list[str]:
+    """What shapes the samples beside the temperature, as `name=value`."""
+    values = {name: getattr(sampling, name) for name in ("top_k", "top_p", "min_p")}
+    return [f"{name}={value}" for name, value in values.items() if value is not None and (name, value) != ("top_p", 1.0)]
+
+
+def _difference(answers: Completions, expected: Completions) -> float:
+    """Mean absolute difference of log-probs in nats, as far as the tokens are the same; infinite where none is."""
+    differences = []
+    for (tokens, logprobs), (other_tokens, other_logprobs) in zip(answers, expected, strict=True):
+        for token, logprob, other_token, other_logprob in zip(tokens, logprobs, other_tokens, other_logprobs, strict=True):
+            if token != other_token:  # a near tie, decided by float error
+                break
+            differences.append(abs(float(logprob - other_logprob)))
+    return sum(differences) / len(differences) if differences else float("inf")
+
+
+def _fingerprint(policy: Policy) -> list[int]:
+    """Sums of the bits of what is trained: other weights, other sums."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    trained = [p.detach() for p in policy.parameters() if p.requires_grad] or [p.detach() for p in policy.parameters()]
+    return torch.stack([p.view(integers[p.element_size()]).sum(dtype=torch.int64) for p in trained]).tolist()
+
+
+def _ranks() -> Ranks:
+    distributed = torch.distributed
+    is_distributed = distributed.is_available() and distributed.is_initialized()
+    return Ranks(distributed.get_rank(), distributed.get_world_size()) if is_distributed else Ranks()

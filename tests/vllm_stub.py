@@ -1,0 +1,179 @@
+"""A server that answers as vLLM 0.32 does, with a small real model behind it: what it says is what a recorded server said, form by form."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from stateset_lightning.policy import Group, LoRAConfig, Policy, PolicyConfig, load_model, load_tokenizer
+from stateset_lightning.policy.adapters import load_weights
+from stateset_lightning.rollout import InProcessEngine, RolloutConfig
+
+MODEL_CARD = {"object": "model", "created": 1795412807, "owned_by": "vllm", "root": "tiny", "parent": None, "max_model_len": 512}
+COMPLETION = {"id": "cmpl-b5facf9daa43dd11", "object": "text_completion", "created": 1795412807, "model": "tiny"}
+CHOICE = {"stop_reason": None, "prompt_logprobs": None, "routed_experts": None}
+LOADED = "Success: LoRA adapter '{}' added successfully."
+LOCK = threading.Lock()  # the model behind all stubs is one
+UNKNOWN = {"message": "The model `{}` does not exist. Valid aliases: tiny.", "type": "NotFoundError", "param": "model", "code": 404}
+
+
+class Stub:
+    """What the server does; tests turn its knobs and read what it was asked."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.adapters: dict[str, str] = {}  # name -> folder
+        self.logprobs_mode = "processed_logprobs"
+        self.loads = True  # False: says that it has loaded weights, and has not
+        self.answers: list[tuple[int, str]] = []  # given instead of the next completions: status and body
+        self.reason: str | None = None  # given once instead of the finish reason
+        self.gate = threading.Event()  # completions wait for it
+        self.gate.set()
+        self.tokenizer = load_tokenizer(PolicyConfig("tiny"))
+        self._weights: dict[str, Any] = {}  # by folder, which does not stay
+
+    def bodies(self, path: str = "/v1/completions") -> list[dict[str, Any]]:
+        return [body for asked, body in self.requests if asked == path]
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Completion requests that are no probes."""
+        return [body for body in self.bodies() if "n" not in body]
+
+    def policy(self, folder: str | None) -> Policy:
+        if folder is None:
+            return _model(None)
+        rank, weights = self._weights[folder]
+        policy = _model(rank)
+        load_weights(policy.model, weights, folder)
+        return policy
+
+    def load(self, folder: str) -> None:
+        rank = json.loads((Path(folder) / "adapter_config.json").read_text())["r"]
+        self._weights[folder] = rank, load_file(Path(folder) / "adapter_model.safetensors")
+
+    def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        self.requests.append((path, body))
+        if path == "/health":
+            return 200, None
+        if path == "/v1/models":
+            adapters = [{**MODEL_CARD, "id": name, "parent": "tiny", "max_model_len": None} for name in self.adapters]
+            return 200, {"object": "list", "data": [{**MODEL_CARD, "id": "tiny"}, *adapters]}
+        if path == "/v1/load_lora_adapter":
+            if self.loads or body["lora_name"] not in self.adapters:
+                self.adapters[body["lora_name"]] = body["lora_path"]
+                self.load(body["lora_path"])
+            return 200, LOADED.format(body["lora_name"])
+        if path == "/collective_rpc":
+            return 200, {"results": [None]}
+        assert path == "/v1/completions"
+        return self.complete(body)
+
+    def complete(self, body: dict[str, Any]) -> tuple[int, Any]:
+        self.gate.wait(10)
+        if self.answers:
+            return self.answers.pop(0)
+        if body["model"] != "tiny" and body["model"] not in self.adapters:
+            return 404, {"error": {**UNKNOWN, "message": UNKNOWN["message"].format(body["model"])}}
+        with LOCK:
+            return 200, {**COMPLETION, "choices": [self.choice(body, index) for index in range(body.get("n", 1))]}
+
+    def choice(self, body: dict[str, Any], index: int) -> dict[str, Any]:
+        """One completion, by the sampler of this package: vLLM, too, gives the i-th of several the seed + i."""
+        policy = self.policy(self.adapters.get(body["model"]))
+        engine = InProcessEngine(self.tokenizer)
+        engine.sync(policy)
+        greedy = body["temperature"] == 0
+        temperature = 1.0 if greedy else body["temperature"]
+        top_p = body["top_p"] if body["top_p"] < 1 else None
+        sampling = RolloutConfig(
+            max_new_tokens=body["max_tokens"], temperature=temperature, top_k=body["top_k"] or None, top_p=top_p, stop=body.get("stop", [])
+        )
+        sample = engine.generate([body["prompt"]], 1, sampling, [body["seed"] + index], greedy=greedy)
+        tokens, logprobs_T = sample.completion_tokens_T.tolist(), sample.logprobs_T
+        if self.logprobs_mode == "raw_logprobs":
+            logprobs_T = policy.score_without_gradient([Group(body["prompt"], [tokens])], 1.0)[0]
+        elif sampling.top_k == 1:
+            logprobs_T = torch.zeros_like(logprobs_T)  # behind the filter nothing else is left
+        reason, self.reason = self.reason or str(sample.finish_reasons[0]), None
+        logprobs = {"text_offset": [], "token_logprobs": logprobs_T.tolist(), "tokens": [], "top_logprobs": []}
+        text = {"index": index, "text": sample.texts[0], "finish_reason": reason, "token_ids": tokens}
+        return {**CHOICE, **text, "logprobs": logprobs, "prompt_token_ids": body["prompt"]}
+
+
+@cache
+def _model(rank: int | None) -> Policy:
+    """One for all stubs: loading is most of a test's time, and transformers does not load in two threads at once."""
+    config = PolicyConfig("tiny", lora=None if rank is None else LoRAConfig(rank=rank, alpha=32))
+    return Policy(load_model(config), config)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    stub: Stub
+
+    def do_GET(self) -> None:
+        self._send(*self.stub.answer(self.path, {}))
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self._send(*self.stub.answer(self.path, body))
+
+    def _send(self, status: int, content: Any) -> None:
+        text = content if isinstance(content, str) else "" if content is None else json.dumps(content)
+        self.send_response(status)
+        self.send_header("Content-Type", "text/plain" if isinstance(content, str) else "application/json")
+        self.send_header("Content-Length", str(len(text.encode())))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    request_queue_size = 64  # requests come all at once
+    daemon_threads = False  # `server_close` waits for them
+
+
+class Running:
+    """A stub at an address, which can go away and come back as a server that was started again: without adapters."""
+
+    def __init__(self) -> None:
+        self.stub = Stub()
+        self._server: Server | None = None
+        self._port = 0
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    def start(self) -> None:
+        handler = type("Handler", (_Handler,), {"stub": self.stub})
+        self._server = Server(("127.0.0.1", self._port), handler)
+        self._port = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def stop(self) -> None:
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None
+        self.stub.adapters.clear()
+
+
+@contextmanager
+def running() -> Iterator[Running]:
+    server = Running()
+    try:
+        yield server
+    finally:
+        server.stop()
