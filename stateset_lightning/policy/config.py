@@ -16,6 +16,25 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
+class LoRAConfig:
+    """A low-rank adapter (LoRA, arXiv:2106.09685): it is trained, the model under it is not. Needs the extra `lora`."""
+
+    rank: Annotated[int, Ge(1)] = 16
+    """Rank of the update of each adapted matrix."""
+    alpha: Annotated[int, Ge(1)] = 32
+    """The update is multiplied by alpha / rank."""
+    target_modules: str | list[str] = "all-linear"
+    """The layers: `all-linear` (each but the output embedding), a list of names, or a regular expression for whole names."""
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Of the adapter's input, in training alone."""
+    peft_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of `peft.LoraConfig`, such as `use_rslora` or `rank_pattern`."""
+
+    def __post_init__(self) -> None:
+        check_bounds("model.policy.lora", type(self), vars(self))
+
+
+@dataclass(frozen=True)
 class PolicyConfig:
     """The policy: any causal language model that transformers loads."""
 
@@ -38,10 +57,21 @@ class PolicyConfig:
     trust_remote_code: bool = False
     """Run code that comes with a Hugging Face id. Off unless you trust its authors."""
     model_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of `AutoModelForCausalLM.from_pretrained`."""
+    """Further arguments of `AutoModelForCausalLM.from_pretrained`, such as `quantization_config`."""
+    lora: LoRAConfig | None = None
+    """Train a low-rank adapter and leave the model as it is. None: train the model."""
+    adapter: str | None = None
+    """Go on from an adapter that peft has saved (a folder or a Hugging Face id). All but `lora.dropout` comes from its own config."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.lora, Mapping):
+            object.__setattr__(self, "lora", LoRAConfig(**self.lora))
         check_bounds("model.policy", type(self), vars(self))
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether any dropout is at work in training."""
+        return self.dropout > 0 or (self.lora is not None and self.lora.dropout > 0)
 
     @classmethod
     def of(cls, policy: "str | Mapping[str, Any] | PolicyConfig") -> "PolicyConfig":

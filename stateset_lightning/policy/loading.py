@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from stateset_lightning.errors import ConfigError
+from stateset_lightning.policy.adapters import add_adapter, is_adapted
 from stateset_lightning.policy.config import PolicyConfig
 from stateset_lightning.tiny import TINY_FOLDER
 
@@ -21,20 +22,24 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def resolve_model_name(model_name: str) -> str:
-    """`tiny` -> its folder; a folder must hold a model; anything else is taken for a Hugging Face id."""
+def resolve_model_name(model_name: str, key: str = "model.policy.model_name") -> str:
+    """`tiny` -> its folder; a folder must hold a model; anything else is taken for a Hugging Face id.
+
+    Raises:
+        ConfigError: Naming `key`, if there is no such folder or no model in it.
+    """
     if model_name == "tiny":
         return str(TINY_FOLDER)
     folder = os.path.expanduser(model_name)
     if Path(folder).is_dir():
+        if (Path(folder) / "adapter_config.json").is_file():
+            raise _is_an_adapter(model_name, key)
         if not (Path(folder) / "config.json").is_file():
-            raise ConfigError(
-                f"model.policy.model_name={model_name!r} is a folder without config.json: give one that `save_pretrained` wrote"
-            )
+            raise ConfigError(f"{key}={model_name!r} is a folder without config.json: give one that `save_pretrained` wrote")
         return folder
     looks_like_path = model_name.startswith((".", "/", "~")) or model_name.count("/") > 1 or (os.sep != "/" and os.sep in model_name)
     if looks_like_path:
-        raise ConfigError(f"model.policy.model_name={model_name!r}: there is no such folder")
+        raise ConfigError(f"{key}={model_name!r}: there is no such folder")
     return model_name
 
 
@@ -57,8 +62,8 @@ def load_tokenizer(policy: PolicyConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(policy: PolicyConfig, default_dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The policy's model, in evaluation mode, every parameter trainable.
+def load_model(policy: PolicyConfig, default_dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """The policy's model, in evaluation mode; every parameter is trainable, or its adapter alone, which `seed` initialises.
 
     Raises:
         ConfigError: If the model cannot be found or loaded, lacks weights, or a checkpoint file holds pickled objects.
@@ -93,9 +98,13 @@ def load_model(policy: PolicyConfig, default_dtype: torch.dtype = torch.float32)
             f"model.policy.model_name={policy.model_name!r} cannot be loaded: it has no weights for {', '.join(missing[:3])}"
             f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}, which would be random; give a complete causal language model"
         )
+    if is_adapted(model):
+        raise _is_an_adapter(policy.model_name)
     if policy.gradient_checkpointing:
         # Non-reentrant: the reentrant form neither passes keyword arguments on nor works when no input requires a gradient.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if policy.lora is not None or policy.adapter is not None:
+        add_adapter(model, policy, seed)
     return model.eval()
 
 
@@ -120,6 +129,10 @@ def context_length(model: PreTrainedModel) -> int | None:
         if isinstance(value := getattr(model.config, key, None), int):
             return value
     return None
+
+
+def _is_an_adapter(name: str, key: str = "model.policy.model_name") -> ConfigError:
+    return ConfigError(f"{key}={name!r} is an adapter: give its base, and the adapter as model.policy.adapter")
 
 
 def _first_line(error: BaseException) -> str:

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import prefix_attention
+from stateset_lightning.policy.adapter_state import AdapterState, save_adapter_alone
+from stateset_lightning.policy.adapters import is_adapted
 from stateset_lightning.policy.config import PolicyConfig
 from stateset_lightning.policy.head import HeadOptions, token_logprobs
+from stateset_lightning.policy.lean_layers import use_lean_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,11 +60,18 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.config = config
+        self.adapter = AdapterState(model, config) if is_adapted(model) else None
+        if self.adapter is not None:
+            save_adapter_alone(self)
+        use_lean_layers(model)
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self.uses_chunked_head = self._probe_head()
         self.uses_packed_scoring = config.scoring != "padded" and self._probe_packed()
         dtype, path = str(model.dtype).removeprefix("torch."), "packed" if self.uses_packed_scoring else "padded"
-        log.info("policy: %s, %s parameters, %s, %s scoring", config.model_name, f"{model.num_parameters():,}", dtype, path)
+        size = f"{model.num_parameters():,} parameters"
+        if self.adapter is not None:
+            size += f" ({model.num_parameters(only_trainable=True):,} of them an adapter, trained)"
+        log.info("policy: %s, %s, %s, %s scoring", config.model_name, size, dtype, path)
 
     @property
     def device(self) -> torch.device:
@@ -142,7 +152,9 @@ class Policy(nn.Module):
         """Whether the model's logits are its output embedding applied to its last hidden states (and a soft cap)."""
         head = self.model.get_output_embeddings()
         reason = "it has no output embedding"
-        if head is not None:
+        if head is not None and not set(dict(head.named_parameters())) <= {"weight", "bias"}:
+            reason = "its output embedding is adapted"  # an adapter is nothing at first, so that logits would agree all the same
+        elif head is not None:
             ids = torch.arange(3, 7, device=self.device)[None]
             logits = self.model(input_ids=ids, use_cache=False).logits.float()
             own = head(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
