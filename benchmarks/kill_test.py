@@ -25,6 +25,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,12 @@ from lightning.pytorch.loggers import CSVLogger
 from stateset_lightning import GRPOLightningModule, RewardFunction, RolloutConfig, ScenarioDataModule, checkpoint_io, files
 from stateset_lightning.algorithm import GRPO, KL
 from stateset_lightning.callbacks import SampleWriter
+from stateset_lightning.checkpoint_io import read_checkpoint
 from stateset_lightning.data.curriculum import Curriculum
-from stateset_lightning.policy import PolicyConfig, load_model
+from stateset_lightning.policy import LoRAConfig, PolicyConfig, load_model
 from stateset_lightning.policy.schedule import Schedule
 from stateset_lightning.resume import continue_run
+from stateset_lightning.sharding import FSDP2Strategy
 
 PLACES = (
     "sampling",
@@ -67,6 +70,16 @@ class Settings:
     steps: int
     precision: str = "32-true"
     ranks: int = 1
+    strategy: str = "ddp"  # of several ranks
+    dropout: float = 0.1
+    file_per_rank: bool = False  # sharded checkpoints, with fsdp2
+    max_reward_failures: float = 0.5
+    lora: bool = False
+
+    @property
+    def policy(self) -> PolicyConfig:
+        lora = LoRAConfig(rank=4, dropout=self.dropout) if self.lora else None
+        return PolicyConfig("tiny", dropout=self.dropout, lora=lora)
 
 
 @dataclass(frozen=True)
@@ -95,7 +108,7 @@ class Passes(Callback):
         self.started = started
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.policy.model.register_forward_pre_hook(lambda *args: None if torch.is_grad_enabled() else pass_by("sampling"))
+        pl_module._sampled_policy.model.register_forward_pre_hook(lambda *args: None if torch.is_grad_enabled() else pass_by("sampling"))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.started is not None:  # not before `on_train_start` of all callbacks, `StepEnd` among them, which listens to signals
@@ -125,7 +138,7 @@ def pass_by(place: str) -> None:
 
 def save_in_halves(content: Any, stream: Any, **options: Any) -> None:
     """`torch.save`, with a place between the halves of the file."""
-    if options:  # torch's own use of it, for what it sends between ranks
+    if options or isinstance(stream, Path):  # torch's own use of it, for what it sends between ranks; Lightning's, beside shards
         _save(content, stream, **options)
         return
     buffer = io.BytesIO()
@@ -147,16 +160,17 @@ def replace(source: Any, target: Any) -> None:
 _save, _replace = torch.save, os.replace
 
 
-def train(folder: Path, settings: Settings, started: int | None = None) -> None:
+def train(folder: Path, settings: Settings, started: int | None = None, callbacks: Sequence[Callback] = ()) -> None:
     """The run, from its newest checkpoint if there is one."""
     seed_everything(7, verbose=False)
     module = GRPOLightningModule(
-        PolicyConfig("tiny", dropout=0.1),
+        settings.policy,
         reward=EvenDigits(),
         rollout=RolloutConfig(num_generations=4, max_new_tokens=5),
         algorithm=GRPO(beta=0.05, kl=KL(target=0.02)),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-4, weight_decay=0.01),
         lr_scheduler=Schedule(decay="cosine", warmup_steps=5),
+        max_reward_failures=settings.max_reward_failures,
     )
     data = ScenarioDataModule(
         SCENARIOS, SCENARIOS[:5], batch_size=4 // settings.ranks, eval_batch_size=2, num_iterations=2, steps_per_episode=4,
@@ -164,16 +178,25 @@ def train(folder: Path, settings: Settings, started: int | None = None) -> None:
     )  # fmt: skip
     trainer = Trainer(
         max_steps=settings.steps, max_epochs=-1, accelerator="cpu", devices=settings.ranks, precision=settings.precision,
-        strategy="ddp" if settings.ranks > 1 else "auto", accumulate_grad_batches=2, gradient_clip_val=1.0,
+        strategy=strategy(settings), accumulate_grad_batches=2, gradient_clip_val=1.0,
         val_check_interval=11, check_val_every_n_epoch=None,  # odd: every other validation falls inside an optimizer step
         logger=CSVLogger(folder, "run", flush_logs_every_n_steps=3),
-        callbacks=[Passes(started), SampleWriter(1), ModelCheckpoint(every_n_train_steps=1, save_last=True, filename="{step}")],
+        callbacks=[Passes(started), SampleWriter(1), *callbacks, ModelCheckpoint(every_n_train_steps=1, save_last=True, filename="{step}")],
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False, log_every_n_steps=1,
     )  # fmt: skip
     trainer.fit(module, datamodule=data, ckpt_path=continue_run(trainer, "last"))
 
 
-def fork(folder: Path, settings: Settings, plan: Kill | None, rank: int, port: int, started: int | None) -> int:
+def strategy(settings: Settings) -> Any:
+    """For the Trainer."""
+    if settings.ranks == 1:
+        return "auto"
+    return FSDP2Strategy(settings.file_per_rank) if settings.strategy == "fsdp2" else settings.strategy
+
+
+def fork(
+    folder: Path, settings: Settings, plan: Kill | None, rank: int, port: int, started: int | None, run: Callable[..., None] = train
+) -> int:
     """Starts one rank of an attempt; returns its process id."""
     pid = os.fork()
     if pid:
@@ -190,7 +213,7 @@ def fork(folder: Path, settings: Settings, plan: Kill | None, rank: int, port: i
         os.dup2(log, 1)
         os.dup2(log, 2)
         checkpoint_io.torch.save, files.os.replace = save_in_halves, replace
-        train(folder, settings, started)
+        run(folder, settings, started)
         status = 0
     except SystemExit as ended:  # how a signal ends a run
         status = int(ended.code or 0)
@@ -207,9 +230,7 @@ def attempt(folder: Path, settings: Settings, plan: Kill | None) -> bool:
         RuntimeError: If the run ended in any other way.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     reader, writer = os.pipe()
     pids = [fork(folder, settings, plan, rank, port, writer) for rank in range(settings.ranks)]
     os.close(writer)
@@ -230,6 +251,12 @@ def attempt(folder: Path, settings: Settings, plan: Kill | None) -> bool:
     return not killed
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def draw(rng: random.Random, ranks: int) -> Kill:
     """A moment within the next few optimizer steps."""
     place = rng.choice(PLACES)
@@ -241,8 +268,9 @@ def draw(rng: random.Random, ranks: int) -> Kill:
 def end_state(folder: Path) -> dict[str, Any]:
     """All that has to be equal at the end."""
     run = folder / "run" / "version_0"
-    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    state = {name: checkpoint[name] for name in ("state_dict", "optimizer_states", "lr_schedulers", "ScenarioDataModule", "global_step")}
+    checkpoint = read_checkpoint(run / "checkpoints" / "last.ckpt")
+    names = ("state_dict", "optimizer_states", "optimizer_0", "lr_schedulers", "ScenarioDataModule", "global_step")
+    state = {name: checkpoint[name] for name in names if name in checkpoint}
     stateset = {name: value for name, value in checkpoint["stateset"].items() if name != "run_folder"}
     stateset["metrics"] = {part: steady(values) for part, values in stateset["metrics"].items()}
     with (run / "metrics.csv").open() as file:
@@ -277,13 +305,16 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--strategy", choices=["ddp", "fsdp2"], default="ddp")
+    parser.add_argument("--file-per-rank", action="store_true", help="fsdp2: sharded checkpoints")
+    parser.add_argument("--lora", action="store_true", help="train an adapter")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="an empty folder to keep the files of both runs in")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    load_model(PolicyConfig("tiny"))  # imports the model's code before the first fork
-    settings = Settings(3 * args.kills + 4, args.precision, args.ranks)
+    settings = Settings(3 * args.kills + 4, args.precision, args.ranks, args.strategy, file_per_rank=args.file_per_rank, lora=args.lora)
+    load_model(settings.policy)  # imports the model's code before the first fork
     rng, places, start = random.Random(args.seed), Counter[str](), time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)

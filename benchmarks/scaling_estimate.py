@@ -1,0 +1,127 @@
+"""What several devices need and where they stop helping, by formula; the tables of docs/scaling.md (tests/test_docs.py compares them).
+
+    python benchmarks/scaling_estimate.py
+
+Bytes that a layer keeps for its backward pass are measured on a small layer of the same proportions; all else is counted. Device
+figures are those of the data sheets. Letters: N parameters, W devices, T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from stateset_lightning.estimate import saved_bytes
+
+ROWS, CAPACITY = 64, 1024  # completions decoded at a time; tokens of prompt and completion
+STEP_TOKENS = 8192  # of a micro-step
+SAMPLING = {"bf16-mixed": 6, "bf16-true": 2}  # bytes per parameter of the whole policy: float32 and its cast copy, or bfloat16
+TRAINING = {"bf16-mixed": 16, "bf16-true": 8}  # weights, gradients, AdamW's two moments
+PEAK, SHARE = 989e12, 0.4  # H100, bfloat16, dense; the share of it that training reaches
+LINKS = {"NVLink (450 GB/s)": 450e9, "InfiniBand (50 GB/s)": 50e9}  # per device and direction
+
+
+@dataclass(frozen=True)
+class Model:
+    """A Llama-like model; tied: one matrix for embeddings and head."""
+
+    name: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    head_dim: int = 128
+    tied: bool = False
+
+    @property
+    def block(self) -> int:
+        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
+
+    @property
+    def ends(self) -> int:
+        """Embeddings, head and the last norm."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2) + self.hidden
+
+    @property
+    def parameters(self) -> int:
+        return self.layers * self.block + self.ends
+
+    @property
+    def cache(self) -> int:
+        """Bytes of keys and values of all rows, bfloat16; during the prompts' expansion a little more."""
+        return 2 * 2 * self.layers * self.kv_heads * self.head_dim * ROWS * CAPACITY
+
+    @property
+    def activations(self) -> int:
+        """Bytes of a micro-step with gradient checkpointing: what each layer gets, one layer in full, two chunks of logits."""
+        return STEP_TOKENS * (2 * self.layers * self.hidden + layer_bytes(self)) + 2 * 64 * 2**20
+
+
+MODELS = [
+    Model("1.5B", 28, 1536, 8960, 12, 2, 151936, tied=True),
+    Model("8B", 32, 4096, 14336, 32, 8, 128256),
+    Model("32B", 64, 5120, 27648, 40, 8, 152064),
+    Model("70B", 80, 8192, 28672, 64, 8, 128256),
+]
+
+
+@cache
+def layer_bytes(model: Model) -> int:
+    """Bytes per token that a layer keeps in bfloat16, measured with every size divided by the same number: they are linear in it."""
+    scale = model.hidden // 128
+    kept = []
+    for layers in (1, 2):
+        config = LlamaConfig(
+            vocab_size=32, hidden_size=128, intermediate_size=round(model.intermediate / scale), num_hidden_layers=layers,
+            num_attention_heads=8, num_key_value_heads=max(1, round(8 * model.kv_heads / model.heads)),
+        )  # fmt: skip
+        small = LlamaForCausalLM(config).to(torch.bfloat16)
+        ids = torch.zeros(1, 64, dtype=torch.long)
+        kept.append(saved_bytes(lambda small=small, ids=ids: small.model(ids, use_cache=False), small.parameters()) / 64)
+    return round((kept[1] - kept[0]) * scale)
+
+
+def ddp(model: Model, precision: str) -> tuple[float, float]:
+    """Bytes per device in (training, sampling): everything everywhere, and DDP's buckets, as large as the gradients."""
+    gradient = 4 if precision == "bf16-mixed" else 2
+    training = (TRAINING[precision] + gradient) * model.parameters + model.activations
+    cast = 2 * model.parameters if precision == "bf16-mixed" else 0
+    return training, TRAINING[precision] * model.parameters + cast + model.cache
+
+
+def fsdp2(model: Model, precision: str, devices: int) -> tuple[float, float]:
+    """Shards, and on top in training two blocks and the ends, whole, with gradients; in sampling the whole policy."""
+    weight = 4 if precision == "bf16-mixed" else 2
+    training = TRAINING[precision] * model.parameters / devices + weight * (3 * model.block + 2 * model.ends) + model.activations
+    shards = (TRAINING[precision] - weight) * model.parameters / devices
+    return training, shards + SAMPLING[precision] * model.parameters + model.cache
+
+
+def memory_table() -> str:
+    lines = ["| model | precision | one device, DDP | FSDP2, 8 | FSDP2, 64 |", "|---|---|---|---|---|"]
+    for model in MODELS:
+        for precision in TRAINING:
+            cells = [ddp(model, precision), fsdp2(model, precision, 8), fsdp2(model, precision, 64)]
+            shown = " | ".join(f"{training / 1e9:.0f} / {sampling / 1e9:.0f}" for training, sampling in cells)
+            lines.append(f"| {model.name} | {precision} | {shown} |")
+    return "\n".join(lines)
+
+
+def traffic_table() -> str:
+    """Training a token takes 8 N operations with checkpointing; the bytes are proportional to N as well, which cancels."""
+    lines = ["| | bytes per device | tokens on " + " | tokens on ".join(LINKS) + " |", "|---|---|---|---|"]
+    seconds = 8 / (PEAK * SHARE)  # per token and parameter
+    for name, per_parameter in (("DDP, optimizer step", 2 * 4), ("FSDP2, micro-step", 3 * 4), ("FSDP2 in bf16-true, micro-step", 3 * 2)):
+        tokens = " | ".join(f"{per_parameter / link / seconds:,.0f}" for link in LINKS.values())
+        lines.append(f"| {name} | {per_parameter} N | {tokens} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(memory_table(), traffic_table(), sep="\n\n")
