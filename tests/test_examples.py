@@ -1,0 +1,177 @@
+"""The examples with a folder of their own, made small: what they write, what they show, and that they go on where they were stopped."""
+
+import csv
+import json
+import random
+import re
+import shlex
+import sys
+from collections import Counter
+from pathlib import Path
+
+import lightning.pytorch  # noqa: F401 (here, so that its log handlers do not hold the stream of the first test)
+import pytest
+import torch
+import yaml
+
+from stateset_lightning.cli import main
+from stateset_lightning.data import PromptEncoder
+from stateset_lightning.errors import DataError
+from stateset_lightning.types import Scenario
+
+ROOT = Path(__file__).parents[1]
+INTENTS = ROOT / "examples" / "intent_classification"
+GSM8K = ROOT / "examples" / "gsm8k"
+sys.path.append(str(INTENTS))
+
+import run as intent_run  # noqa: E402
+import warm_start  # noqa: E402
+from messages import Message, read_messages, split_messages  # noqa: E402
+
+TEXTS = {
+    "card_arrival": "when will my card number {} arrive",
+    "pin_blocked": "my pin is blocked since {} days",
+    "age_limit": "may I open it at {}",
+}
+MESSAGES = [Message(text.format(n), intent) for intent, text in TEXTS.items() for n in range(20)]
+
+
+@pytest.fixture(autouse=True)
+def in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    file = tmp_path / "messages.csv"
+    with file.open("w", newline="") as lines:
+        csv.writer(lines).writerows([("text", "category"), *((m.text, m.intent) for m in MESSAGES)])
+    return file
+
+
+def test_a_split_has_every_message_once_and_every_intent_in_proportion(table: Path) -> None:
+    messages = read_messages(table)
+    assert messages == MESSAGES
+    split = split_messages(messages, labelled=0.1, held_out=0.25)
+    parts = (split.labelled, split.checkable, split.held_out)
+    assert Counter(m for part in parts for m in part) == Counter(MESSAGES)
+    for part, count in zip(parts, (2, 13, 5), strict=True):  # of the 20 of each intent
+        assert Counter(m.intent for m in part) == dict.fromkeys(TEXTS, count)
+    assert split == split_messages(messages, labelled=0.1, held_out=0.25)
+    assert split != split_messages(messages, labelled=0.1, held_out=0.25, seed=1)
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "is not there"), ("text,category\nhello,\n", "row 1"), ("body\nhello\n", "row 1")])
+def test_messages_that_cannot_be_used_are_refused(tmp_path: Path, content: str | None, message: str) -> None:
+    file = tmp_path / "m.csv"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_messages(file)
+
+
+def test_the_warm_start_is_taught_the_prompts_that_grpo_will_see() -> None:
+    tokenizer = warm_start.make_tokenizer(MESSAGES, sorted(TEXTS))
+    row, labels = warm_start.encode(tokenizer, MESSAGES[0])
+    prompt = PromptEncoder(tokenizer=tokenizer).encode([Scenario(id="0", prompt=MESSAGES[0].text)], "train").tokens[0]
+    assert row[: len(prompt)] == list(prompt)
+    assert labels == [-100] * len(prompt) + row[len(prompt) :]
+    assert tokenizer.decode(row[len(prompt) : -1]) == "card_arrival"
+    assert row[-1] == tokenizer.eos_token_id
+    assert tokenizer.tokenize("card_arrival") == ["card", "_arrival"]  # several tokens: a wrong form is possible
+
+
+def test_batches_are_epochs_of_rows_of_similar_length() -> None:
+    lengths = list(range(1, 101))
+    stream = warm_start.batches(lengths, 10, random.Random(0))
+    for _ in range(2):
+        epoch = [[lengths[row] for row in next(stream)] for _ in range(10)]
+        assert sorted(length for batch in epoch for length in batch) == lengths
+        assert max(max(batch) - min(batch) for batch in epoch) <= 18  # 10, and 4 at either end
+
+
+def test_teaching_teaches() -> None:
+    torch.manual_seed(0)
+    tokenizer = warm_start.make_tokenizer(MESSAGES, sorted(TEXTS))
+    model = warm_start.make_model(tokenizer, hidden_size=32, num_layers=1)
+    warm_start.teach(model, tokenizer, MESSAGES, num_steps=40, learning_rate=1e-2, batch_size=16)
+    for message in (MESSAGES[3], MESSAGES[25], MESSAGES[47]):
+        row, labels = warm_start.encode(tokenizer, message)
+        start = labels.count(-100)
+        assert model(torch.tensor([row])).logits[0, start - 1 : -1].argmax(-1).tolist() == row[start:]
+
+
+@pytest.mark.slow  # trains and validates through the command line, twice
+def test_intent_classification_prints_its_table_and_goes_on_where_it_was(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "runs"
+    words = [f"--data={table}", f"--folder={folder}", "--held_out=0.25", "--warm_steps=12", "--steps=2", "--seeds=3"]
+    results = intent_run.main(words)
+    (result,) = results.values()
+    assert list(result) == ["warm_start", "grpo", "control"]
+    assert all(accuracy * 15 == pytest.approx(round(accuracy * 15)) for accuracy in result.values())  # shares of the held-out messages
+    out = capsys.readouterr().out
+    assert "Accuracy on 15 held-out messages" in out
+    assert f"| 3 | {result['warm_start']:.3f} | {result['grpo']:.3f} |" in out
+    train, held_out = ([json.loads(line) for line in (folder / f"{name}.jsonl").open()] for name in ("checkable", "held_out"))
+    assert len(train) == 36
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
+
+    def teach(*_: object, **__: object) -> None:
+        raise AssertionError("a model that is there was made again")
+
+    monkeypatch.setattr(intent_run, "teach", teach)
+    (folder / "seed_3" / "result.json").unlink()  # stopped at the very end: models and checkpoint are there
+    assert intent_run.main(words) == results
+
+
+def test_the_table_has_mean_spread_and_gain() -> None:
+    results = {1: {"warm_start": 0.5, "grpo": 0.6, "control": 0.5}, 2: {"warm_start": 0.6, "grpo": 0.8, "control": 0.7}}
+    last = intent_run.table(results).splitlines()[-1]
+    assert last == "| mean ± sd | 0.550 ± 0.071 | 0.700 ± 0.141 | +0.150 ± 0.071 | 0.600 ± 0.141 |"
+    worse = {seed: {**result, "grpo": result["warm_start"] - 0.1} for seed, result in results.items()}
+    assert "| -0.100 ± 0.000 |" in intent_run.table(worse).splitlines()[-1]
+
+
+def test_gsm8k_config_makes_one_optimizer_step_per_episode() -> None:
+    config = yaml.safe_load((GSM8K / "config.yaml").read_text())
+    assert config["trainer"]["accumulate_grad_batches"] == config["data"]["steps_per_episode"]
+    assert config["trainer"]["val_check_interval"] % config["data"]["steps_per_episode"] == 0
+
+
+FIT = re.compile(r"^ *stateset-lightning (fit (?:.*\\\n)*.*)$", re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [INTENTS / "README.md", GSM8K / "README.md"], ids=lambda page: page.parent.name)
+def test_commands_and_links_of_a_page_hold(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = page.read_text()
+    commands = FIT.findall(text)
+    assert commands
+    for command in commands:
+        with pytest.raises(SystemExit) as exit_:
+            main([*shlex.split(command.replace("\\\n", " "), comments=True), "--print_config"])
+        assert exit_.value.code == 0, capsys.readouterr().err
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+@pytest.mark.slow  # trains
+def test_gsm8k_dry_run(tmp_path: Path) -> None:
+    config = GSM8K / "config.yaml"
+    data = yaml.safe_load(config.read_text())["data"]["train"]
+    if not Path(data).exists():
+        pytest.skip(f"the example reads {data}, which is not here")
+    flags = [f"--trainer.logger.init_args.save_dir={tmp_path}", "--trainer.limit_val_batches=0", "--trainer.max_steps=2"]
+    best = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_last": True}}
+    (tmp_path / "no_monitor.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [best]}}))
+    configs = [f"--config={file}" for file in (config, GSM8K / "dry_run.yaml", tmp_path / "no_monitor.yaml")]
+    cli = main(["fit", *configs, *flags])
+    assert cli is not None
+    assert cli.trainer.global_step == 2
+    assert cli.datamodule.num_scenarios == {"train": 7324, "validation": 149}
+    (metrics,) = tmp_path.rglob("metrics.csv")
+    header, *rows = list(csv.reader(metrics.open()))
+    assert [row[header.index("reward/numeric_answer")] for row in rows] == ["0.0", "0.0"]
+    assert {"reward/format", "completion/truncated"} <= set(header)
