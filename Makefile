@@ -39,7 +39,13 @@ kill-test: $(READY) ## kill a run some 90 times and compare its end with that of
 	$(BIN)/python benchmarks/kill_test.py --kills 20 --precision bf16-mixed
 	$(BIN)/python benchmarks/kill_test.py --kills 20 --ranks 2
 
+ranks-test: $(READY) ## 1, 2 and 4 ranks give the same samples, gradients and weights, and a lost rank ends the run; ten minutes
+	$(BIN)/python benchmarks/ranks.py
+
+test-vllm: $(READY) ## train on a real vLLM server, which is killed once; needs VLLM_PYTHON, the python of vLLM's own environment
+	$(BIN)/python benchmarks/vllm_run.py --vllm-python $(VLLM_PYTHON)
+
 clean: ## remove the virtual environment, caches and runs
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis runs *.egg-info
 
-.PHONY: help install demo check test test-long benchmark compare-algorithms kill-test clean
+.PHONY: help install demo check test test-long benchmark compare-algorithms kill-test ranks-test test-vllm clean

@@ -12,6 +12,7 @@ import torch
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.load import _METADATA_FILENAME, _load_distributed_checkpoint
 from lightning.fabric.utilities.types import _PATH
 
 from stateset_lightning.errors import CheckpointError
@@ -63,13 +64,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def read_checkpoint(file: Path, *, check_sums: bool = False, **options: Any) -> dict[str, Any]:
     """The content of a local checkpoint file; `check_sums` reads all of it to find flipped bits, `options` are those of `torch.load`.
 
+    A folder that several ranks wrote is put together in memory, on the CPU.
+
     Raises:
         CheckpointError: If it is damaged or no checkpoint of this package; names one beside it that is whole, the newest first.
     """
     try:
-        if check_sums:
-            _check_sums(file)
-        content = torch.load(file, weights_only=True, **options)
+        if is_sharded(file):
+            content = _load_distributed_checkpoint(file)
+        else:
+            if check_sums:
+                _check_sums(file)
+            content = torch.load(file, weights_only=True, **options)
     except FileNotFoundError:
         raise CheckpointError(f"ckpt_path={file}: there is no such file; give a .ckpt file, or `last` or `best`") from None
     except _DAMAGE as error:
@@ -82,8 +88,13 @@ def read_checkpoint(file: Path, *, check_sums: bool = False, **options: Any) -> 
 
 def newest_checkpoints(folder: Path, pattern: str = "*.ckpt") -> list[Path]:
     """Checkpoint files of a folder, the newest first; `pattern` may reach into folders below."""
-    files = [path for path in folder.glob(pattern) if path.is_file()]  # a link to a file that is gone is none
+    files = [path for path in folder.glob(pattern) if path.is_file() or is_sharded(path)]  # a link to a file that is gone is none
     return sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether a checkpoint is a folder to which every rank wrote its part."""
+    return (path / _METADATA_FILENAME).is_file()
 
 
 def local_path(path: _PATH) -> Path | None:
@@ -104,8 +115,9 @@ def _instead_of(damaged: Path) -> str:
         if file.resolve() == damaged.resolve():
             continue
         try:
-            _check_sums(file)
-            torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            if not is_sharded(file):
+                _check_sums(file)
+                torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except _DAMAGE:
             continue
         return f"the one before it is whole: --ckpt_path {file}"

@@ -6,6 +6,7 @@ What a user can mend is reported in a few lines; anything else keeps its traceba
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -33,14 +34,27 @@ GRPO for single-turn language tasks.
   test       greedy answers to data.test, scored
   predict    greedy answers to data.predict, written as JSON lines
   generate   try a checkpoint on a prompt: generate --ckpt_path CKPT [--prompt TEXT]
-  export     a plain Hugging Face folder with a model card: export CKPT OUT
+  export     a plain Hugging Face folder with a model card: export CKPT OUT [--merge]
+  report     one HTML page about a run: report RUN [-o FILE]
   convert    the guide's YAML to a config: convert GUIDE [-o FILE]
+  doctor     before a long run: data, memory, work, one reward call, contradictions: doctor --config FILE
+  completion names and flags for the shell to complete: eval "$(stateset-lightning completion bash)"
 
 Every key of a config is a flag as well (--trainer.max_steps 100), and wins over the files; of several files, the later one wins.
   stateset-lightning fit --config configs/single_turn.yaml
   stateset-lightning fit --config configs/single_turn.yaml --print_config   the resolved config, without running it
   stateset-lightning fit --config FILE --ckpt_path CHECKPOINT               resume
   stateset-lightning fit --help                                             all keys
+"""
+
+DOCTOR = """\
+usage: stateset-lightning doctor --config FILE [--config OVERLAY] [--KEY VALUE] ... [--sample false]
+
+What a config amounts to, before a long run: the config without defaults, the data, one completion and its reward, memory, work, and
+contradictions. It takes the flags of `fit` (see fit --help), trains nothing and writes nothing. Exit code 0 if the run can start, 1 if
+not.
+
+  --sample false   score a target instead of sampling one group
 """
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -56,27 +70,37 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
 
     Raises:
         SystemExit: With code 2 for whatever the user can mend, after a message of a few lines on stderr; with 143 after SIGTERM and
-            130 after Ctrl-C.
+            130 after Ctrl-C; with 0 or 1 from `doctor`.
     """
     given = sys.argv[1:] if args is None else args
     if given in ([], ["-h"], ["--help"]):
         print(OVERVIEW, end="")
         raise SystemExit(0)
     words = given if isinstance(given, list) else []
+    helps = bool({"-h", "--help"} & set(words))
+    doctor = words[:1] == ["doctor"]
+    if doctor and helps:
+        print(DOCTOR, end="")
+        raise SystemExit(0)
     try:
+        if words and words[0] in ("report", "completion"):
+            import_module(f"stateset_lightning.{words[0]}").main(words[1:])
+            return None
         if words[:1] == ["convert"]:
             convert(words[1:])
             return None
         if words and words[0] in ("generate", "export"):
-            if not {"-h", "--help"} & set(words):
+            if not helps:
                 quieten()
             import_module(f"stateset_lightning.{words[0]}").main(words[1:])
             return None
         check_config_files(words)
     except UserError as error:
-        fail(str(error))
+        fail(str(error), code=1 if doctor else 2)
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
+    if args is None:
+        gc.disable()  # what is imported stays: looking for garbage in it takes a second of `fit --help`
     quieten()
     if os.getcwd() not in sys.path:  # a console script does not look beside the config for `my_rewards.ShortAndRight`
         sys.path.append(os.getcwd())
@@ -84,7 +108,12 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
 
     from stateset_lightning.lightning_cli import StatesetCLI
 
+    if args is None:
+        gc.freeze()
+        gc.enable()
     try:
+        if doctor:
+            import_module("stateset_lightning.doctor").main(words[1:])
         cli = StatesetCLI(args)
         return None if args is None else cli
     except KeyboardInterrupt:
@@ -93,7 +122,7 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
         # The second Ctrl-C of a run: Lightning turns it into exit code 1.
         raise SystemExit(INTERRUPTED if isinstance(exit_.__context__, KeyboardInterrupt) else exit_.code) from None
     except (UserError, MisconfigurationException) as error:
-        fail(without_traceback(str(error)))
+        fail(without_traceback(str(error)), code=1 if doctor else 2)
 
 
 def quieten() -> None:
@@ -116,9 +145,9 @@ def quieten() -> None:
         announcements.addHandler(_Stdout())
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str, code: int = 2) -> NoReturn:
     print(f"{PROGRAM}: error: {message.strip()}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 class _Stdout(logging.Handler):

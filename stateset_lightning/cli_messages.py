@@ -34,7 +34,7 @@ _WORDS = {
     "NoneType": "null",
 }
 # Where the classes that a key takes are found, to suggest one whose name is close.
-_HOMES = {
+CLASS_HOMES = {
     "model.reward": "stateset_lightning.rewards",
     "model.algorithm": "stateset_lightning.algorithm",
     "model.optimizer": "torch.optim",
@@ -42,8 +42,8 @@ _HOMES = {
     "trainer.callbacks": "lightning.pytorch.callbacks",
     "trainer.logger": "lightning.pytorch.loggers",
 }
-_CLASSES = {"model.policy": "stateset_lightning.policy.PolicyConfig", "model.rollout": "stateset_lightning.rollout.RolloutConfig"}
-_CLASSES["model.evaluation"] = "stateset_lightning.evaluation.EvaluationConfig"
+CLASSES = {"model.policy": "stateset_lightning.policy.PolicyConfig", "model.rollout": "stateset_lightning.rollout.RolloutConfig"}
+CLASSES["model.evaluation"] = "stateset_lightning.evaluation.EvaluationConfig"
 # From the most telling to the least; the first that is found is reported.
 _TELLING = tuple(
     re.compile(pattern)
@@ -141,7 +141,7 @@ def _told(key: str, value: str, found: dict[str, str], message: str) -> str:
     if "required" in found:
         names = [re.sub(r"^(fit|validate|test|predict)\.", "", name) for name in found["required"].split(", ")]
         return f"missing: {', '.join(f'{key}.{name}' if key else name for name in names)}; set it in a config (--config) or as a flag"
-    home = next((module for start, module in _HOMES.items() if key.startswith(start)), None)
+    home = next((module for start, module in CLASS_HOMES.items() if key.startswith(start)), None)
     near = _suggest(found["name"], dir(importlib.import_module(home))) if home else ""
     example = f", such as those of {home}" if home else ""
     return f"{key}={found['name']}: no such class{near or f'; give class_path (and init_args){example}'}"
@@ -186,7 +186,7 @@ def _parameters_near(message: str, key: str) -> list[str]:
     """Parameters of the classes that the message's value names, or of the one that the key always takes."""
     names: list[str] = []
     named = re.findall(r"(?:class_path'?[:=] ?|given class_path )'([\w.]+)'", message)
-    for path in named or ([_CLASSES[key]] if key in _CLASSES else []):
+    for path in named or ([CLASSES[key]] if key in CLASSES else []):
         module, _, name = path.rpartition(".")
         cls = getattr(importlib.import_module(module), name, None)
         if isinstance(cls, type):  # the parser's own view: a class may hide options of its base

@@ -6,6 +6,8 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,15 +18,30 @@ from stateset_lightning.episode import Episode, Plan, make_episode
 from stateset_lightning.errors import RewardError
 from stateset_lightning.fixed_logprobs import add_fixed_logprobs, all_logprobs, with_kl_scores
 from stateset_lightning.metrics import episode_metrics, peak_memory_mb
-from stateset_lightning.policy import Policy
+from stateset_lightning.policy import AdapterReference, Policy
+from stateset_lightning.policy.precision import sampling_dtype
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.rewards import Scorer
-from stateset_lightning.rollout import RolloutConfig, RolloutEngine
+from stateset_lightning.rollout import InProcessEngine, RolloutConfig, RolloutEngine, VLLMEngine
+from stateset_lightning.sampling_ahead import SamplingAhead
 from stateset_lightning.seeding import sample_seeds
 from stateset_lightning.types import Metrics, PromptBatch, Rollout, Scores, conversation
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Report = Callable[[int, Sequence[int], Tensor], None]
 """(episode, rows, totals_PG) of all ranks' groups; see `ScenarioDataModule.report_rewards`."""
+
+
+def prepared(engine: RolloutEngine | None, tokenizer: PreTrainedTokenizerBase, sampling: RolloutConfig, precision: str) -> RolloutEngine:
+    """The engine, ready for a run of this Trainer precision; by default the one in this process."""
+    engine = InProcessEngine(tokenizer) if engine is None else engine
+    if isinstance(engine, InProcessEngine):
+        engine.dtype = sampling_dtype(precision)
+    elif isinstance(engine, VLLMEngine):
+        engine.setup(tokenizer, sampling)
+    return engine
 
 
 @dataclass(frozen=True)
@@ -36,12 +53,24 @@ class Sampler:
     config: RolloutConfig
     seed: int
     system_prompt: str | None = None
+    ahead: SamplingAhead[tuple[Rollout, Scores]] | None = None
 
     def sample(self, policy: Policy, batch: PromptBatch, num_generations: int, *, greedy: bool) -> tuple[Rollout, Scores]:
         """Completions of all prompts and their scores. Noise follows from the seed, the split, the episode and the positions."""
+        if self.ahead is not None:
+            self.ahead.wait()
         self.engine.sync(policy)
+        return self._draw(policy, batch, num_generations, greedy)
+
+    def start_ahead(self, policy: Policy, batch: PromptBatch) -> None:
+        """Begins to sample and score a later episode's prompts from the policy as it is now."""
+        assert self.ahead is not None
+        self.engine.sync(policy)
+        self.ahead.start(batch.episode_index, partial(self._draw, policy, batch, self.config.num_generations, False))
+
+    def _draw(self, policy: Policy, batch: PromptBatch, num_generations: int, greedy: bool) -> tuple[Rollout, Scores]:
         seeds_N = sample_seeds(self.seed, batch.split, batch.episode_index, batch.positions, num_generations)
-        with self.scorer.start(len(seeds_N)) as session:
+        with self.scorer.start(len(seeds_N), policy.device) as session:
 
             def score(n: int, text: str, num_tokens: int) -> None:
                 scenario = batch.scenarios[n // num_generations]
@@ -74,17 +103,19 @@ class Collector:
         max_tokens_per_step: Tokens of a micro-step at most, where that can be.
         replacements: Where dynamic sampling gets prompts from.
         report: Told what every group scored; None where nobody asks.
+        upcoming: Says what the next episode's prompts are, if there is one; asked where the sampler samples ahead.
     """
 
     sampler: Sampler
     algorithm: Algorithm
     policy: Policy
-    reference: Policy | None
+    reference: Policy | AdapterReference | None
     ranks: Ranks
     accumulate: int
     max_tokens_per_step: int | None = None
     replacements: Replacements | None = None
     report: Report | None = None
+    upcoming: Callable[[], PromptBatch | None] = lambda: None
 
     def collect(self, batch: PromptBatch) -> Collected:
         """Samples, scores and plans an episode, and computes all that stays fixed while it is trained on.
@@ -93,7 +124,8 @@ class Collector:
             RewardError: When too many rewards fail, on every rank.
         """
         start = time.perf_counter()
-        sample = first = self._sample(batch)
+        ahead = None if self.sampler.ahead is None else self.sampler.ahead.take(batch.episode_index)
+        sample = first = self._sample(batch) if ahead is None else Sample(batch, *ahead[0])
         drawn: list[Sample] = []
         if rounds := self.sampler.config.dynamic_sampling:
             assert self.replacements is not None, "checked before the run"
@@ -105,14 +137,18 @@ class Collector:
         if baseline is not None:
             check_failures(self.sampler.scorer, [baseline.scores], self.ranks)
         self._report([first, *drawn])
+        if self.sampler.ahead is not None and (following := self.upcoming()) is not None:
+            self.sampler.start_ahead(self.policy, following)
 
         episode, kl_metrics = self._episode(sample, baseline)
         everything = [first, *drawn, *([] if baseline is None else [baseline])]
         scored = episode_metrics(
             sample.rollout, sample.scores, episode.advantages_N, self.ranks.world, sampled=[other.scores for other in everything]
         )
-        metrics = {**scored, **kl_metrics, **self._sampling_metrics(everything, seconds), **work_metrics(sample, episode, self.policy)}
+        metrics = {**scored, **kl_metrics, **work_metrics(sample, episode, self.policy)}
+        metrics |= self._sampling_metrics(everything, seconds, ahead[1] if ahead else 0.0)
         metrics |= self._budget_metrics(episode)
+        metrics |= {name: (count, 1 / self.ranks.world) for name, count in self.sampler.scorer.take_counts().items()}
         if rounds:
             extra = sum(len(other.batch) for other in drawn)
             metrics["groups/resampled"] = (len(drawn[0].batch) if drawn else 0, len(batch))
@@ -170,12 +206,17 @@ class Collector:
             )
         return {"work/over_budget_tokens": (episode.tokens_over_budget, 1 / self.ranks.world)}
 
-    def _sampling_metrics(self, samples: Sequence[Sample], seconds: float) -> Metrics:
+    def _sampling_metrics(self, samples: Sequence[Sample], seconds: float, seconds_ahead: float) -> Metrics:
+        """`seconds` are those that training waited; sampling ahead went on beside it."""
         tokens = sum(int(sample.rollout.lengths_N.sum()) for sample in samples)
-        return {
+        engine = self.sampler.engine
+        metrics = engine.pop_metrics() if isinstance(engine, VLLMEngine) else {}
+        if self.sampler.ahead is not None:
+            metrics["work/sampled_ahead"] = (float(seconds_ahead > 0), 1)
+        return metrics | {
             "time/sample_s": (seconds, 1),
             "time/score_s": (sum(sample.scores.seconds for sample in samples), 1),
-            "work/tokens_per_s": (tokens / seconds, 1 / self.ranks.world),  # ranks add up
+            "work/tokens_per_s": (tokens / max(seconds, seconds_ahead), 1 / self.ranks.world),  # ranks add up
         }
 
 

@@ -159,7 +159,7 @@ class ScenarioDataModule(LightningDataModule):
         self._encode(wanted)
 
     def train_dataloader(self) -> EpisodeLoader:
-        scenarios, tokens = self._served("train")
+        scenarios, tokens = self.served("train")
         rank, world_size = self._rank_and_world()
         seed = self._resolved_seed()
         order = EpochOrder(scenarios.rows_by_source(), scenarios.weights, seed, self.shuffle, scenarios.names)
@@ -309,7 +309,7 @@ class ScenarioDataModule(LightningDataModule):
             message = f"data.{split}: {count} of {len(self._scenarios[split])} prompts have more than {limit} tokens and are {fate}"
             self._announce(message, logging.WARNING)
 
-    def _served(self, split: Split) -> tuple[ScenarioSet, PackedTokens]:
+    def served(self, split: Split) -> tuple[ScenarioSet, PackedTokens]:
         """The scenarios of a split that were kept, and their prompts."""
         if not self._is_given(split):
             raise self._missing(split)
@@ -318,7 +318,7 @@ class ScenarioDataModule(LightningDataModule):
         return self._scenarios[split].select(prompts.kept), prompts.tokens
 
     def _evaluation_loader(self, split: Literal["validation", "test", "predict"]) -> EvaluationLoader:
-        scenarios, tokens = self._served(split)
+        scenarios, tokens = self.served(split)
         rank, world_size = self._rank_and_world()
         if len(scenarios) < world_size:
             # A device without a batch would leave the loop, and the others wait for it.

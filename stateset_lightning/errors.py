@@ -24,6 +24,14 @@ class SamplingError(UserError):
     """The sampler and the trainer do not compute the same policy."""
 
 
+class ServerError(UserError):
+    """A sampling server refuses what it is asked, with this HTTP status, or stays away."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class RewardError(UserError):
     """Rewards failed more often than `max_reward_failures` allows, or returned what is no score."""
 

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stateset_lightning.errors import ConfigError
 from stateset_lightning.files import atomic_folder
 from stateset_lightning.generate import Arguments
 
 if TYPE_CHECKING:
     from stateset_lightning.trained import TrainedModel
 
+_log = logging.getLogger("stateset_lightning")
+
+MERGE_ERROR = 0.05
+"""Share of what an adapter adds, by norm, that rounding may change before it is announced."""
+
 LIBRARIES = ("stateset-lightning", "lightning", "transformers", "torch")
 
 CARD = """\
 ---
-library_name: transformers
+library_name: {library}
 pipeline_tag: text-generation
 tags: [grpo, stateset-lightning]{base_line}
 ---
@@ -35,10 +42,7 @@ tags: [grpo, stateset-lightning]{base_line}
 Answers are greedy by default, as in the evaluation above. In this folder:
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(".")
-model = AutoModelForCausalLM.from_pretrained(".")
+{load_code}
 {prompt_code}
 output = model.generate(**inputs, max_new_tokens={max_new_tokens})
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
@@ -46,6 +50,20 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 Made with {versions}.
 """
+
+LOAD = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained(".")"""
+
+LOAD_ADAPTER = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), ".")
+model.generation_config = GenerationConfig.from_pretrained(".")"""
 
 
 def main(words: Sequence[str]) -> None:
@@ -58,41 +76,55 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("ckpt", metavar="CKPT", help="a checkpoint of a run, a model folder, or a Hugging Face id")
     parser.add_argument("out", metavar="OUT", help="the folder to write")
     parser.add_argument("--config", help="the run's resolved config; by default the one in the run's folder")
+    parser.add_argument("--merge", action="store_true", help="add the run's adapter into the model, for a whole one")
     parser.add_argument("--overwrite", action="store_true", help="take the place of a folder that is there")
     options = parser.parse_args(words)
-    export(options.ckpt, options.out, config=options.config, overwrite=options.overwrite)
+    export(options.ckpt, options.out, config=options.config, overwrite=options.overwrite, merge=options.merge)
     print(f"exported: {options.out}")
 
 
-def export(source: str, out: str | Path, *, config: str | None = None, overwrite: bool = False) -> None:
+def export(source: str, out: str | Path, *, config: str | None = None, overwrite: bool = False, merge: bool = False) -> None:
     """Writes model (safetensors), tokenizer, generation config and model card to `out`, which is whole or absent.
+
+    Of a model with an adapter, the adapter alone is written, as peft loads it, unless it is merged.
 
     Args:
         source: A checkpoint file, a model folder, or a Hugging Face id.
         out: The folder; there may be an empty one.
         config: The run's resolved config; by default the one in the run's folder.
         overwrite: Whether `out` may replace a folder with files in it.
+        merge: Add the adapter into the model.
 
     Raises:
         CheckpointError: If the checkpoint is damaged.
-        ConfigError: If `out` is there already, or the model cannot be loaded.
+        ConfigError: If `out` is there already, the model cannot be loaded, or there is no adapter to merge.
     """
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
+        from stateset_lightning.policy.adapters import is_adapted, write_adapter
         from stateset_lightning.trained import load_trained
 
         trained = load_trained(source, config)
         _set_generation(trained)
-        trained.model.save_pretrained(folder)
+        if merge:
+            _merge(trained)
+        if is_adapted(trained.model):
+            write_adapter(trained.model, trained.policy.model_name, folder)
+            trained.model.generation_config.save_pretrained(folder)
+        else:
+            trained.model.save_pretrained(folder)
         trained.tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(model_card(trained, Path(out).name), encoding="utf-8")
 
 
 def model_card(trained: TrainedModel, title: str) -> str:
     """What the model is, how it was trained and measured, and how to use it, in Markdown."""
+    from stateset_lightning.policy.adapters import is_adapted
+
     name = trained.policy.model_name
     is_path = Path(name).is_absolute() or Path(name).exists()
     base = Path(name).name if is_path else name  # nothing about the machine
     step = trained.checkpoint.get("stateset", {}).get("step")
+    adapted = is_adapted(trained.model)
     encoder = trained.encoder()
     turns = [{"role": "system", "content": encoder.system_prompt}] if encoder.system_prompt else []
     if encoder.applies_template:
@@ -111,9 +143,27 @@ def model_card(trained: TrainedModel, title: str) -> str:
         training=_training(trained.config) or "The run's config was not found.",
         metrics=_metrics(trained.checkpoint),
         prompt_code=code,
+        library="peft" if adapted else "transformers",
+        load_code=_load_adapter(base) if adapted else LOAD,
         max_new_tokens=trained.rollout.max_new_tokens,
         versions=", ".join(f"{library} {version(library)}" for library in LIBRARIES),
     )
+
+
+def _load_adapter(base: str) -> str:
+    if base == "tiny":
+        return "from stateset_lightning.tiny import TINY_FOLDER\n" + LOAD_ADAPTER.format(base="TINY_FOLDER")
+    return LOAD_ADAPTER.format(base=repr(base))
+
+
+def _merge(trained: TrainedModel) -> None:
+    from stateset_lightning.policy.adapters import is_adapted, merge_adapter
+
+    if not is_adapted(trained.model):
+        raise ConfigError(f"--merge: {trained.source} has no adapter")
+    if (error := merge_adapter(trained.model)) > MERGE_ERROR:
+        dtype = str(trained.model.dtype).removeprefix("torch.")
+        _log.warning("--merge: rounding to %s changes what the adapter adds by %.0f%%; without --merge it stays exact", dtype, 100 * error)
 
 
 def _set_generation(trained: TrainedModel) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stateset_lightning.algorithm import Algorithm, TokenBatch
 from stateset_lightning.episode import Episode, Plan
-from stateset_lightning.policy import Group, Policy
+from stateset_lightning.policy import AdapterReference, Group, Policy
 from stateset_lightning.seeding import derive_seed
 from stateset_lightning.types import Rollout, Scores
 
@@ -32,7 +32,7 @@ def with_kl_scores(scores: Scores, rollout: Rollout, algorithm: Algorithm, logpr
     return replace(scores, names=(*scores.names, "kl"), values_NF=torch.cat([scores.values_NF, kl_N[:, None]], dim=1))
 
 
-def all_logprobs(policy: Policy, rollout: Rollout, temperature: float) -> Tensor:
+def all_logprobs(policy: Policy | AdapterReference, rollout: Rollout, temperature: float) -> Tensor:
     """Log-probs of all completions of a rollout, float32 [T] on the CPU."""
     completions, size = rollout.completions(), rollout.num_generations
     groups = [
@@ -45,7 +45,7 @@ def all_logprobs(policy: Policy, rollout: Rollout, temperature: float) -> Tensor
 def add_fixed_logprobs(
     episode: Episode,
     policy: Policy,
-    reference: Policy | None,
+    reference: Policy | AdapterReference | None,
     algorithm: Algorithm,
     plan: Plan,
     temperature: float,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from stateset_lightning.callbacks import ConsoleProgress, PredictionWriter, RunS
 from stateset_lightning.callbacks.run_folder import config_file
 from stateset_lightning.cli_messages import PROGRAM, shorten
 from stateset_lightning.datamodule import ScenarioDataModule
+from stateset_lightning.environment import ENVIRONMENT_FILE, environment
 from stateset_lightning.errors import ConfigError, UserError
 from stateset_lightning.files import atomic_write
 from stateset_lightning.module import GRPOLightningModule
@@ -66,7 +68,7 @@ class Parser(LightningArgumentParser):
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes the resolved config to the run's own folder, also with W&B, whose `log_dir` all runs share."""
+    """Writes the resolved config, and what it runs on, to the run's own folder, also with W&B, whose `log_dir` all runs share."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
@@ -77,6 +79,9 @@ class SaveRunConfig(SaveConfigCallback):
         # The resolved config of a second command in the same folder (a baseline, then `fit`) is the same one.
         with atomic_write(file) as opened:
             opened.write(yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
+        if trainer.loggers:  # else it would stand among the user's own files
+            with atomic_write(file.with_name(ENVIRONMENT_FILE)) as opened:
+                opened.write(json.dumps(environment(trainer), indent=1).encode())
         for logger in trainer.loggers:
             logger.log_hyperparams(config)
 
@@ -130,6 +135,8 @@ class StatesetCLI(LightningCLI):
         parser.add_argument("--baseline", type=bool, default=False, help="fit: validate before training, to compare with.")
         parser.add_lightning_class_args(SampleWriter, "samples")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
+        # An instance, which the signature's default is, could not be written to the run's config.yaml.
+        parser.set_defaults({"model.algorithm": {"class_path": "stateset_lightning.algorithm.GRPO"}})
 
     def _parse_ckpt_path(self) -> None:
         """Not done: Lightning merges a checkpoint's hyperparameters over the flags, so that a new learning rate is ignored."""

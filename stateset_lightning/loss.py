@@ -7,16 +7,19 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from stateset_lightning.algorithm import Algorithm, TokenBatch
 from stateset_lightning.algorithm.segments import per_token
 from stateset_lightning.episode import Part
-from stateset_lightning.policy import Policy
+from stateset_lightning.policy import Group, Policy
 from stateset_lightning.types import Metrics
 
 
 def zero_loss(policy: Policy) -> Tensor:
-    """Zero, but a function of every parameter: under DDP each rank must take part in every reduction."""
+    """Zero, but a function of every parameter: each rank must take part in every reduction, and in every gathering of shards."""
+    if isinstance(policy, FSDPModule):
+        return policy.score([Group([0], [[0]])])[0].sum() * 0.0
     return torch.stack([p.flatten()[0] for p in policy.parameters() if p.requires_grad]).sum() * 0.0
 
 

@@ -20,29 +20,30 @@ from torch import Tensor
 from stateset_lightning.algorithm import GRPO, Algorithm
 from stateset_lightning.bad_steps import is_bad, spoil_if_not_finite, write_bad_step
 from stateset_lightning.callbacks.episodes import call_episode_hook
-from stateset_lightning.collection import Collector, Sampler, check_failures
+from stateset_lightning.collection import Collector, Sampler, check_failures, prepared
 from stateset_lightning.episode import Episode, Part
 from stateset_lightning.evaluation import Evaluation, EvaluationConfig
 from stateset_lightning.loss import part_loss, seeded_dropout, zero_loss
 from stateset_lightning.metrics import RunMetrics
-from stateset_lightning.policy import Policy, PolicyConfig, context_length, load_model, load_tokenizer
-from stateset_lightning.policy.precision import sampling_dtype, weights_dtype
+from stateset_lightning.policy import AdapterReference, Policy, PolicyConfig, load_model, load_tokenizer, make_reference
+from stateset_lightning.policy.precision import weights_dtype
 from stateset_lightning.policy.schedule import Schedule, given_options
 from stateset_lightning.records import CompletionRecord, make_records
 from stateset_lightning.redaction import redacted
 from stateset_lightning.resumable import ResumableModule
 from stateset_lightning.rewards import Reward, Scorer, as_rewards
-from stateset_lightning.rollout import InProcessEngine, RolloutConfig, RolloutEngine
+from stateset_lightning.rollout import InProcessEngine, RolloutConfig, RolloutEngine, VLLMEngine
 from stateset_lightning.run_checks import (
     check_bad_steps,
-    check_dynamic_sampling,
-    check_reward_names,
-    check_run,
     check_sampling_difference,
+    check_strategy,
     check_weights,
+    checks_of_run,
     optimizer_steps_of_run,
 )
+from stateset_lightning.sampling_ahead import next_batch, sampling_ahead
 from stateset_lightning.seeding import derive_seed
+from stateset_lightning.sharding import total_norm
 from stateset_lightning.types import PromptBatch, Scores
 
 PROGRESS_BAR = ("train/reward", "completion/mean_tokens", "work/tokens_per_s")
@@ -57,6 +58,7 @@ class GRPOLightningModule(ResumableModule):
         rollout: How completions are sampled.
         algorithm: How scores become a loss; see `stateset_lightning.algorithm`.
         evaluation: What `validate` and `test` sample beside a greedy completion per prompt, and what counts as solved.
+        engine: What samples, such as a `VLLMEngine`; by default the policy in this process.
         optimizer: Called with the trainable parameters.
         lr_scheduler: A `Schedule`, or a torch scheduler called with the optimizer; stepped once per optimizer step.
         reward_timeout: Seconds that a reward may take for one completion, unless it has a time-out of its own.
@@ -79,6 +81,7 @@ class GRPOLightningModule(ResumableModule):
         rollout: RolloutConfig = RolloutConfig(),  # noqa: B008 (frozen)
         algorithm: Algorithm = GRPO(),  # noqa: B008 (copied, never changed)
         evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (frozen)
+        engine: RolloutEngine | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
         lr_scheduler: Schedule | LRSchedulerCallable | None = None,
         reward_timeout: Annotated[float, Gt(0)] | None = None,
@@ -92,7 +95,7 @@ class GRPOLightningModule(ResumableModule):
         self.policy_config = PolicyConfig.of(policy)
         self.rollout = RolloutConfig(**rollout) if isinstance(rollout, Mapping) else rollout
         self.algorithm = copy.copy(algorithm)
-        self.algorithm.setup(self.rollout.max_new_tokens)
+        self.algorithm.setup(self.rollout.max_new_tokens, samples_elsewhere=isinstance(engine, VLLMEngine))
         self.rewards = as_rewards(reward)
         self.evaluation = EvaluationConfig(**evaluation) if isinstance(evaluation, Mapping) else evaluation
         self.evaluation.check_rewards([reward.name for reward in self.rewards])
@@ -110,8 +113,9 @@ class GRPOLightningModule(ResumableModule):
         self.save_hyperparameters(hyperparameters, logger=False)
 
         self.policy: Policy | None = None
-        self._reference: tuple[Policy, ...] = ()  # in a tuple, so that it is no submodule: not trained, not saved
-        self.engine: RolloutEngine | None = None
+        self._reference: tuple[Policy | AdapterReference, ...] = ()  # in a tuple, so that it is no submodule: not trained, not saved
+        self.engine = engine
+        self._ahead = sampling_ahead(self.rollout, engine)
         self._step_of_pass = 0
         self._episode_ends = False  # with this micro-step
         self._samples_are_fresh = False  # whether the weights are those that sampled
@@ -130,22 +134,23 @@ class GRPOLightningModule(ResumableModule):
         self.scorer = self._make_scorer()
 
     def teardown(self, stage: str) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
         self.scorer.close()
 
     def configure_model(self) -> None:
         """Loads the weights, once; called by the Trainer after the data has been read and checked."""
+        if self._trainer is not None:
+            check_strategy(self.trainer)
         precision = "32-true" if self._trainer is None else str(self.trainer.precision)
         dtype = weights_dtype(self.policy_config.dtype, precision)
         if self.policy is None:
-            self.policy = Policy(load_model(self.policy_config, dtype), self.policy_config)
-        if self.engine is None:
-            self.engine = InProcessEngine(self.tokenizer)
-        if isinstance(self.engine, InProcessEngine):
-            self.engine.dtype = sampling_dtype(precision)
+            self.policy = Policy(load_model(self.policy_config, dtype, self.seed), self.policy_config)
+        self._shard_policy()
+        self.engine = prepared(self.engine, self.tokenizer, self.rollout, precision)
         fits = self._trainer is not None and self.trainer.state.fn == "fit"
         if fits and self.algorithm.needs_reference and not self._reference:
-            # From the source, not from the policy: that may have been trained or restored since.
-            self._reference = (Policy(load_model(self.policy_config, dtype), self.policy_config).requires_grad_(False),)
+            self._reference = (make_reference(self._sampled_policy, dtype),)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self._loaded_policy.parameters() if p.requires_grad])
@@ -159,13 +164,11 @@ class GRPOLightningModule(ResumableModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        check_reward_names(self.trainer, [reward.name for reward in self.rewards])
-        names = [f"val/{name}" for name in self._evaluation.logged_names()]
-        check_run(self.trainer, names, context_length(self._loaded_policy.model), self.rollout.max_new_tokens)
-        check_dynamic_sampling(self.trainer, self.rollout.dynamic_sampling, self.algorithm.needs_greedy_baseline)
+        for check in checks_of_run(self.trainer, self):
+            check()
         self._loaded_policy.train()  # transformers loads in evaluation mode, where gradient checkpointing does nothing
-        for reference in self._reference:
-            reference.to(self.device)
+        if isinstance(self.reference, Policy):
+            self.reference.to(self.device)
 
     # Training ----------------------------------------------------------------------------------------------------------------
 
@@ -195,8 +198,7 @@ class GRPOLightningModule(ResumableModule):
         return spoil_if_not_finite(loss) * factor
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [p.grad for p in self._loaded_policy.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        norm = total_norm([p.grad for p in self._loaded_policy.parameters() if p.grad is not None])
         empty = self._episode is not None and self._episode.active_by_step[self._step_of_pass] == 0
         bad = not empty and is_bad(norm)
         if empty or bad:
@@ -229,7 +231,8 @@ class GRPOLightningModule(ResumableModule):
         """Samples, scores and plans an episode."""
         call_episode_hook(self.trainer, "on_episode_start", batch.episode_index)
         start = time.perf_counter()
-        collected = self._collector.collect(batch)
+        with self._gathered():
+            collected = self._collector.collect(batch)
         episode, sample = collected.episode, collected.sample
         # Gathered now and not when a checkpoint is written, which would hang if one rank had failed by then.
         self._episode_states = self._ranks.gather(episode.state_dict()) if batch.num_micro_steps > 1 else None
@@ -243,7 +246,7 @@ class GRPOLightningModule(ResumableModule):
     def _loss(self, part: Part, episode: int, micro_step: int) -> Tensor:
         if not part.groups:
             return zero_loss(self._loaded_policy)
-        drops = self.policy_config.dropout > 0
+        drops = self.policy_config.has_dropout
         seed = derive_seed(self.seed, "dropout", episode, micro_step, self._ranks.rank) if drops else None
         with seeded_dropout(self.device, seed):
             loss, metrics = part_loss(self._loaded_policy, self.algorithm, part, self.rollout.temperature)
@@ -260,7 +263,7 @@ class GRPOLightningModule(ResumableModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One greedy completion per prompt, as rows for a file. Rewards that fail are null: there may be no target."""
-        rollout, scores = self._sampler.sample(self._loaded_policy, batch, 1, greedy=True)
+        rollout, scores = self._sampler.sample(self._sampled_policy, batch, 1, greedy=True)
         self.last_records = make_records(batch, rollout, scores)
         return [record.to_dict() for record in self.last_records]
 
@@ -271,17 +274,18 @@ class GRPOLightningModule(ResumableModule):
         self._log_evaluation("test")
 
     def _evaluate(self, batch: PromptBatch) -> None:
-        rollout, scores = self._sampler.sample(self._loaded_policy, batch, 1, greedy=True)
+        rollout, scores = self._sampler.sample(self._sampled_policy, batch, 1, greedy=True)
         self.last_records = make_records(batch, rollout, scores)
         samples = None
         if count := self.evaluation.samples:
             sampler = replace(self._sampler, config=self.evaluation.sampling(self.rollout))
-            samples = sampler.sample(self._loaded_policy, batch, count, greedy=False)
+            samples = sampler.sample(self._sampled_policy, batch, count, greedy=False)
             self._evaluated.append(samples[1])
         self._evaluated.append(scores)
         self._evaluation.update(batch.scenarios, (rollout, scores), samples)
 
     def _log_evaluation(self, stage: str) -> None:
+        self._release()
         evaluated, self._evaluated = self._evaluated, []
         check_failures(self.scorer, evaluated, self._ranks)  # a mean over what little is left would choose the best checkpoint
         values = {f"{stage}/{name}": value for name, value in self._evaluation.compute().items()}
@@ -295,7 +299,7 @@ class GRPOLightningModule(ResumableModule):
     def _sampler(self) -> Sampler:
         assert self.engine is not None, "configure_model() makes the engine"
         system_prompt = getattr(getattr(self.trainer, "datamodule", None), "system_prompt", None)
-        return Sampler(self.engine, self.scorer, self.rollout, self.seed, system_prompt)
+        return Sampler(self.engine, self.scorer, self.rollout, self.seed, system_prompt, self._ahead)
 
     @property
     def _collector(self) -> Collector:
@@ -304,17 +308,18 @@ class GRPOLightningModule(ResumableModule):
         return Collector(
             self._sampler,
             self.algorithm,
-            self._loaded_policy,
+            self._sampled_policy,
             self.reference,
             self._ranks,
             self._accumulate,
             self.max_tokens_per_step,
             replacements=getattr(data, "replacements", None),
             report=data.report_rewards if asks else None,
+            upcoming=partial(next_batch, self.trainer),
         )
 
     @property
-    def reference(self) -> Policy | None:
+    def reference(self) -> Policy | AdapterReference | None:
         """The reference policy, while a run trains with one."""
         return self._reference[0] if self._reference else None
 
@@ -328,7 +333,7 @@ class GRPOLightningModule(ResumableModule):
         coefficients = {name: value for name, value in self.algorithm.state_dict().items() if name.endswith("_coefficient")}
         self.metrics.step.add({f"policy/{name}": (value, 1) for name, value in coefficients.items()})
         row = self.metrics.end_step(self._ranks)
-        if self._samples_are_fresh and isinstance(self.engine, InProcessEngine) and self.policy_config.dropout == 0:
+        if self._samples_are_fresh and isinstance(self.engine, InProcessEngine) and not self.policy_config.has_dropout:
             dtype = self.engine.dtype or self._loaded_policy.model.dtype
             check_sampling_difference(row, dtype, self.rollout.temperature)
         if not row["policy/empty_steps"] and not row["policy/bad_steps"]:

@@ -6,32 +6,42 @@ from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 
 from stateset_lightning.algorithm import Algorithm
 from stateset_lightning.bad_steps import drop_later_steps
-from stateset_lightning.callbacks.metrics_file import install_metrics_files, metrics_files, skip_known_rows, wandb_rows
+from stateset_lightning.callbacks.metrics_file import (
+    drop_later_events,
+    install_metrics_files,
+    metrics_files,
+    skip_known_rows,
+    wandb_rows,
+)
 from stateset_lightning.callbacks.run_folder import continues, run_folder
 from stateset_lightning.callbacks.step_end import StepEnd
 from stateset_lightning.checkpoint_io import AtomicCheckpointIO
 from stateset_lightning.episode import Episode
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.metrics import RunMetrics
+from stateset_lightning.policy import Policy
+from stateset_lightning.policy.adapter_state import check_same_kind
 from stateset_lightning.policy.schedule import keep_given_options
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.rollout import RolloutConfig
 from stateset_lightning.run_checks import check_resumable
 from stateset_lightning.seeding import run_seed
+from stateset_lightning.sharding import ShardableModule
 
 _log = logging.getLogger("stateset_lightning")
 
 
-class ResumableModule(LightningModule):
+class ResumableModule(ShardableModule):
     """Saves what Lightning does not, as tensors and plain containers, and goes on from there."""
 
     algorithm: Algorithm
     rollout: RolloutConfig
     metrics: RunMetrics
+    policy: Policy | None
 
     def __init__(self, seed: int | None) -> None:
         super().__init__()
@@ -47,6 +57,11 @@ class ResumableModule(LightningModule):
     def inside_optimizer_step(self) -> bool:
         """Whether a gradient is being accumulated or applied: a checkpoint made now could not be resumed exactly."""
         return self._step_started is not None
+
+    @property
+    def episode(self) -> Episode | None:
+        """What is being trained on, of this rank; for callbacks."""
+        return self._episode
 
     @property
     def seed(self) -> int:
@@ -90,6 +105,7 @@ class ResumableModule(LightningModule):
             "episode": self._episode_states,
             "metrics": self.metrics.state_dict(),
             "bad_steps": self._bad_steps,
+            "adapter": None if self.policy is None or self.policy.adapter is None else self.policy.adapter.state_dict(),
             "accumulate": self._accumulate,
             "optimizer_options": self._given_options,
             "options": self._options(),
@@ -107,9 +123,12 @@ class ResumableModule(LightningModule):
         state = checkpoint["stateset"]
         self.algorithm.load_state_dict(state["algorithm"])
         self.metrics.load_state_dict(state["metrics"])
+        self._load_adapter_state(state.get("adapter"))
         if self._trainer is None or not self.trainer.training:
             return
         check_resumable(state, self.seed, self._accumulate, self._ranks.world)
+        if self._whole is None and "optimizer_states" not in checkpoint:
+            raise ConfigError("the checkpoint is a folder of shards: its run goes on with trainer.strategy=fsdp2 alone")
         self._resumed = state
         self._bad_steps = state["bad_steps"]
         if (episodes := state["episode"]) is not None:
@@ -118,6 +137,13 @@ class ResumableModule(LightningModule):
             for writer, rows in zip(metrics_files(self.trainer), state["metrics_rows"], strict=False):
                 writer.resume(rows)
             drop_later_steps(self.trainer, state["step"])
+            drop_later_events(self.trainer, state["step"])
+
+    def _load_adapter_state(self, saved: Mapping[str, Any] | None) -> None:
+        if self.policy is not None:
+            check_same_kind(self.policy.adapter, saved)
+            if self.policy.adapter is not None and saved is not None:
+                self.policy.adapter.load_state_dict(saved)
 
     def on_train_start(self) -> None:
         """Optimizer and scheduler are restored by now: options given win over the checkpoint's, and the log says which differ."""

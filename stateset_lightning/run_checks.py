@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from stateset_lightning.checkpoint_io import read_checkpoint
 from stateset_lightning.errors import ConfigError, NonFiniteError, SamplingError
+from stateset_lightning.evaluation import Evaluation
+from stateset_lightning.policy import context_length
+from stateset_lightning.sharding import FSDP2Strategy, total_norm
 
 MAX_SAMPLING_DIFFERENCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Mean absolute difference in nats of a sampled token's log-prob between sampler and trainer, by the sampler's dtype.
@@ -25,20 +29,24 @@ below 1e-6 in float32 and up to 0.019 in bfloat16 (weights cast for sampling, au
 costs tenths of a nat or more."""
 
 
-def check_run(trainer: Trainer, metrics: Iterable[str], context_length: int | None, max_new_tokens: int) -> None:
-    """All that can be known to go wrong before the first step.
+def checks_of_run(trainer: Trainer, module: Any) -> list[Callable[[], None]]:
+    """All that can be known to go wrong before the first step; each raises ConfigError.
 
     Args:
         trainer: With its datamodule set up.
-        metrics: Names that a validation logs.
-        context_length: Positions of the model, if it has a limit.
-        max_new_tokens: Tokens of a completion at most.
+        module: A GRPOLightningModule with its policy loaded.
     """
-    check_strategy(trainer)
-    check_episode_fits_trainer(trainer)
-    check_saves(trainer)
-    check_monitors(trainer, metrics)
-    check_context(trainer, context_length, max_new_tokens)
+    rewards = [reward.name for reward in module.rewards]
+    metrics = [f"val/{name}" for name in Evaluation(rewards, module.evaluation).logged_names()]
+    return [
+        partial(check_reward_names, trainer, rewards),
+        partial(check_strategy, trainer),
+        partial(check_episode_fits_trainer, trainer),
+        partial(check_saves, trainer),
+        partial(check_monitors, trainer, metrics),
+        partial(check_context, trainer, context_length(module.policy.model), module.rollout.max_new_tokens),
+        partial(check_dynamic_sampling, trainer, module.rollout.dynamic_sampling, module.algorithm.needs_greedy_baseline),
+    ]
 
 
 def check_episode_fits_trainer(trainer: Trainer) -> None:
@@ -87,13 +95,16 @@ def check_saves(trainer: Trainer) -> None:
 
 
 def check_strategy(trainer: Trainer) -> None:
-    """Sharded parameters need an agreed number of forwards on every rank, which sampling does not make.
+    """Sampling and reductions are right for these; others would hang, or reduce by another rule, without a word.
 
     Raises:
-        ConfigError: For any strategy but a single device and DDP.
+        ConfigError: For any strategy but a single device, DDP and our FSDP2.
     """
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-        raise ConfigError(f"trainer.strategy={type(trainer.strategy).__name__} is not supported: use auto, or ddp for several devices")
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy | FSDP2Strategy):
+        raise ConfigError(
+            f"trainer.strategy={type(trainer.strategy).__name__} is not supported: use auto, ddp for several devices, or fsdp2 where a "
+            "model does not fit on each of them"
+        )
 
 
 def check_dynamic_sampling(trainer: Trainer, rounds: int, needs_greedy_baseline: bool) -> None:
@@ -233,7 +244,7 @@ def check_weights(parameters: Iterable[Tensor], step: int) -> None:
     Raises:
         NonFiniteError: If it did.
     """
-    if not math.isfinite(torch.nn.utils.get_total_norm([p.detach() for p in parameters if p.requires_grad], norm_type=math.inf)):
+    if not math.isfinite(total_norm([p.detach() for p in parameters if p.requires_grad], norm_type=math.inf)):
         raise NonFiniteError(
             f"weights are not finite after optimizer step {step}: lower the learning rate and set trainer.gradient_clip_val, then go on "
             "from the last checkpoint, which was made before"

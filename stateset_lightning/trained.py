@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
+from torch import Tensor
 
 from stateset_lightning.checkpoint_io import read_checkpoint
 from stateset_lightning.data import PromptEncoder
 from stateset_lightning.errors import CheckpointError, ConfigError
 from stateset_lightning.policy import PolicyConfig, load_model, load_tokenizer
+from stateset_lightning.policy.adapter_state import base_digest, check_base
+from stateset_lightning.policy.adapters import config_from_plain, inject, trained_names
 from stateset_lightning.rollout import RolloutConfig
 
 if TYPE_CHECKING:
@@ -71,6 +75,14 @@ def load_trained(source: str, config: str | None = None) -> TrainedModel:
     weights = {name.removeprefix(_WEIGHTS): value for name, value in checkpoint.pop("state_dict").items() if name.startswith(_WEIGHTS)}
     given = checkpoint["hyper_parameters"]
     policy = PolicyConfig.of(given["policy"])
+    adapter = checkpoint["stateset"].get("adapter")
+    model = _load_whole(source, policy, weights) if adapter is None else _load_adapted(source, policy, weights, adapter)
+    found = _read_config(Path(config)) if config else _config_of_run(file, checkpoint)
+    seed = given["seed"] if given["seed"] is not None else checkpoint["stateset"]["seed"]
+    return TrainedModel(source, policy, model, load_tokenizer(policy), RolloutConfig(**given["rollout"]), seed, found, checkpoint)
+
+
+def _load_whole(source: str, policy: PolicyConfig, weights: Mapping[str, Tensor]) -> PreTrainedModel:
     # As it was trained; its base is loaded for the architecture alone.
     dtype = next((value.dtype for value in weights.values() if value.is_floating_point()), None)
     model = load_model(policy) if dtype is None else load_model(policy, dtype)
@@ -80,9 +92,18 @@ def load_trained(source: str, config: str | None = None) -> TrainedModel:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{source}: its weights do not fit {policy.model_name}, which the run started from: {reason}") from error
     model.tie_weights()
-    found = _read_config(Path(config)) if config else _config_of_run(file, checkpoint)
-    seed = given["seed"] if given["seed"] is not None else checkpoint["stateset"]["seed"]
-    return TrainedModel(source, policy, model, load_tokenizer(policy), RolloutConfig(**given["rollout"]), seed, found, checkpoint)
+    return model
+
+
+def _load_adapted(source: str, policy: PolicyConfig, weights: Mapping[str, Tensor], saved: Mapping[str, Any]) -> PreTrainedModel:
+    """The base, with the checkpoint's adapter; an adapter that the run started from is not needed any more."""
+    model = load_model(replace(policy, lora=None, adapter=None), getattr(torch, saved["base"]["dtype"]))
+    inject(model, config_from_plain(saved["config"]), source)
+    check_base({"model_name": policy.model_name, "revision": policy.revision, "digest": base_digest(model)}, saved["base"])
+    if (names := set(trained_names(model))) != set(weights):
+        raise CheckpointError(f"{source}: its adapter does not fit: {', '.join(sorted(names ^ set(weights))[:3])}")
+    model.load_state_dict(weights, strict=False)
+    return model.eval()
 
 
 def _config_of_run(file: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:

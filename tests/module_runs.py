@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 
 from stateset_lightning import GRPOLightningModule, RewardFunction, RolloutConfig, ScenarioDataModule
 from stateset_lightning.algorithm import Clipped
+from stateset_lightning.policy import PolicyConfig
 
 SCENARIOS = [{"prompt": f"What is {a} + {b}?", "target": str(a + b)} for a in range(3, 7) for b in (4, 9)]
 
@@ -33,7 +34,7 @@ class GradientRecorder(Callback):
         self.steps.append({name: p.grad.detach().clone() for name, p in named if p.grad is not None})
 
 
-def make_module(**overrides: Any) -> GRPOLightningModule:
+def make_module(policy: str | PolicyConfig = "tiny", **overrides: Any) -> GRPOLightningModule:
     options: dict[str, Any] = {
         "reward": DigitReward(),
         "rollout": RolloutConfig(num_generations=4, max_new_tokens=5),
@@ -41,7 +42,7 @@ def make_module(**overrides: Any) -> GRPOLightningModule:
         "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
         **overrides,
     }
-    return GRPOLightningModule("tiny", **options)
+    return GRPOLightningModule(policy, **options)
 
 
 def make_data(**overrides: Any) -> ScenarioDataModule:

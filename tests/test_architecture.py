@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "redaction", "bounds", "files", "seeding", "types", "ranks", "tiny"},
     {"algorithm"},
     {"data", "policy"},
-    {"rollout"},
+    {"rollout", "text_model"},
     {"rewards"},
     {"evaluation"},
     {
@@ -24,17 +24,20 @@ LAYERS = [
         "episode",
         "records",
         "dynamic_sampling",
+        "sampling_ahead",
         "fixed_logprobs",
         "collection",
         "loss",
         "run_checks",
         "checkpoint_io",
+        "sharding",
+        "environment",
     },
     {"callbacks"},
     {"bad_steps"},
     {"resume", "resumable"},
     {"module", "datamodule"},
-    {"cli_messages", "lightning_cli", "convert", "trained", "generate", "export"},
+    {"cli_messages", "lightning_cli", "convert", "trained", "generate", "export", "report", "estimate", "doctor", "completion"},
     {"cli"},
 ]
 PURE = {"algorithm": {"lightning", "transformers"}, "types": {"lightning", "transformers"}, "rewards": {"lightning", "transformers"}}
@@ -75,7 +78,7 @@ def test_every_room_has_a_layer() -> None:
 def test_files_and_package_stay_small() -> None:
     lines = {ids(path): len(path.read_text().splitlines()) for path in FILES}
     assert {name: count for name, count in lines.items() if count > 350} == {}
-    assert sum(lines.values()) < 13_000
+    assert sum(lines.values()) < 17_000
 
 
 GLOBAL_RANDOMNESS = re.compile(

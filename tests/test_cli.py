@@ -10,6 +10,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, get_args, get_origin
 
@@ -70,6 +71,15 @@ def test_fit_returns_what_ran(config):
     assert Path("out/resolved_config.yaml").exists()
 
 
+def test_a_printed_config_runs_whatever_was_left_to_its_default(config):
+    least = {key: CONFIG["model"][key] for key in ("policy", "reward", "rollout")}
+    resolved = printed_config("fit", "--config", overlay("least.yaml", {**CONFIG, "model": least}))
+    assert resolved["model"]["algorithm"]["init_args"]["beta"] == 0.04
+    cli = main(["fit", "--config", overlay("resolved.yaml", resolved)])
+    assert type(cli.model.algorithm).__name__ == "GRPO"
+    assert cli.trainer.global_step == 2
+
+
 def test_both_programs_are_the_same(config):
     for program in ([sys.executable, "-m", "stateset_lightning"], [str(Path(sys.executable).parent / "stateset-lightning")]):
         done = subprocess.run([*program, "--help"], capture_output=True, text=True, check=True)
@@ -89,13 +99,43 @@ def test_the_console_script_ends_with_code_0_and_without_noise(config):
         assert noise not in done.stdout + done.stderr
 
 
-def test_the_overview_imports_neither_torch_nor_lightning():
+def modules_after(code):
+    """Top-level modules that a fresh interpreter has imported when it has run the code."""
+    code += "\nimport sys; print('\\n' + ' '.join({name.split('.')[0] for name in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("command", ["", "generate", "export", "report", "convert", "doctor", "completion"])
+def test_help_of_the_program_and_its_own_subcommands_imports_nothing_heavy(command):
+    args = [command, "--help"] if command else ["--help"]
+    code = f"from stateset_lightning.cli import main\ntry: main({args})\nexcept SystemExit as end: assert end.code == 0"
+    assert not {"torch", "lightning", "transformers", "numpy", "pandas", "datasets", "wandb"} & modules_after(code)
+
+
+@pytest.mark.slow  # a fresh interpreter imports torch and Lightning
+def test_the_command_line_imports_no_library_that_only_some_runs_need():
+    some = {"wandb", "datasets", "peft", "math_verify", "reasoning_gym", "openai", "tensorboard", "vllm", "trl", "jsonschema", "pyarrow"}
+    assert not some & modules_after("import stateset_lightning.lightning_cli")
+
+
+@pytest.mark.slow  # a fresh interpreter builds the parser of `fit`
+def test_fit_starts_without_looking_for_garbage_among_what_it_imports(config):
     code = (
-        "import sys; from stateset_lightning.cli import main\n"
-        "try: main(['--help'])\nexcept SystemExit: print({'torch', 'lightning', 'transformers'} & set(sys.modules))"
+        "import gc, sys; from stateset_lightning.cli import main\n"
+        "sys.argv[1:] = ['fit', '--config', 'config.yaml', '--print_config']\n"
+        "try: main()\nexcept SystemExit: print(gc.get_freeze_count(), gc.isenabled())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("set()\n")
+    frozen, enabled = done.stdout.splitlines()[-1].split()
+    assert int(frozen) > 100_000
+    assert enabled == "True"
+
+
+def test_help_is_quick():
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "stateset_lightning", "--help"], capture_output=True, check=True)
+    assert time.perf_counter() - start < 20  # 0.3 s on a quiet machine; an import of torch alone takes longer than 2
 
 
 def test_help_shows_the_docs_of_attributes(config, capsys):  # trap P6
@@ -166,8 +206,12 @@ def test_a_scenario_file_is_not_taken_for_a_config(config):
         ("model.max_tokens_per_step", "0", "greater than or equal to 1"),
         ("model.max_bad_steps", "-1", "greater than or equal to 0"),
         ("model.rollout.dynamic_sampling", "-1", "greater than or equal to 0"),
+        ("model.rollout.sampling_ahead", "2", "less than or equal to 1"),
         ("model.policy.dropout", "1", "less than 1"),
         ("model.policy.head_chunk_tokens", "0", "greater than 0"),
+        ("model.policy.lora.rank", "0", "greater than or equal to 1"),
+        ("model.policy.lora.alpha", "0", "greater than or equal to 1"),
+        ("model.policy.lora.dropout", "1", "less than 1"),
         ("model.algorithm.epsilon_low", "1", "less than 1"),
         ("model.algorithm.epsilon_high", "0", "greater than 0"),
         ("model.algorithm.beta", "-0.1", "greater than or equal to 0"),
@@ -183,6 +227,8 @@ def test_a_scenario_file_is_not_taken_for_a_config(config):
         ("data.validation_fraction", "1", "less than 1"),
         ("samples.every_n_episodes", "0", "greater than or equal to 1"),
         ("samples.num_prompts", "0", "greater than or equal to 1"),
+        ("samples.max_tokens", "-1", "greater than or equal to 0"),
+        ("samples.max_megabytes", "0", "greater than or equal to 1"),
     ],
 )
 def test_bounds_are_enforced(config, capsys, key, value, said):

@@ -14,8 +14,9 @@ from stateset_lightning.cli import main
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "configs"
-OVERLAYS = {"bf16.yaml", "wandb.yaml"}
-BASES = sorted(path.name for path in FOLDER.glob("*.yaml") if path.name not in OVERLAYS)
+OVERLAYS = {"bf16.yaml", "ddp.yaml", "fsdp2.yaml", "wandb.yaml"}
+MODEL_OVERLAYS = {"lora.yaml", "vllm.yaml"}
+BASES = sorted(path.name for path in FOLDER.glob("*.yaml") if path.name not in OVERLAYS | MODEL_OVERLAYS)
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +64,24 @@ def test_an_overlay_changes_only_what_it_says(name):
     for key, value in overlay["trainer"].items():
         given = changed["trainer"][key]
         assert given == value if not isinstance(value, dict) else given["class_path"] == value["class_path"]
+
+
+@pytest.mark.parametrize("name", sorted(MODEL_OVERLAYS))
+def test_an_overlay_of_the_model_changes_only_what_it_says(name):
+    base, changed = printed_config(FOLDER / "single_turn.yaml"), printed_config(FOLDER / "single_turn.yaml", FOLDER / name)
+
+    def check(given, before, now):
+        for key in {*(before or {}), *now}:
+            if isinstance(given.get(key), dict):
+                check(given[key], (before or {}).get(key), now[key])
+            elif key in given:
+                assert now[key] == given[key]
+            elif before is not None:
+                assert now[key] == before[key]
+
+    overlay = yaml.safe_load((FOLDER / name).read_text())
+    assert list(overlay) == ["model"]
+    check(overlay, base, changed)
 
 
 @pytest.mark.parametrize("name", BASES)

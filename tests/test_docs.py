@@ -127,6 +127,16 @@ def test_every_fault_names_tests_that_exist() -> None:
         assert set(named) <= tests, row
 
 
+def test_every_cure_names_a_test_or_a_measurement() -> None:
+    rows = re.findall(r"^\| .* \|$", (ROOT / "docs" / "troubleshooting.md").read_text(), flags=re.MULTILINE)
+    tests = set(re.findall(r"def (test_\w+)", "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))))
+    cures = [row for row in rows if not row.startswith("| symptom")]
+    assert len(cures) > 15
+    for row in cures:
+        checked = row.split("|")[4]
+        assert set(re.findall(r"`(test_\w+)`", checked)) & tests or "[measured](" in checked, row
+
+
 @pytest.mark.parametrize(
     "name", ["train_from_python.py", "own_reward.py", "own_loss.py", "question_answering.py", "text_classification.py"]
 )
@@ -135,3 +145,15 @@ def test_examples_run(name: str) -> None:
     run = subprocess.run([sys.executable, ROOT / "examples" / name, "2"], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr[-2000:]
     assert "reward" in run.stdout
+
+
+def test_the_tables_of_what_to_expect_are_those_that_are_computed() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from scaling_estimate import MODELS, memory_table, traffic_table
+
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    assert memory_table() in page
+    assert traffic_table() in page
+    # Parameters of Qwen2.5-1.5B, Llama-3.1-8B, Qwen2.5-32B and Llama-3.1-70B, as their model cards give them.
+    published = [1.54e9, 8.03e9, 32.8e9, 70.6e9]
+    assert [model.parameters for model in MODELS] == [pytest.approx(count, rel=0.003) for count in published]

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import DistBackendError
 
-from stateset_lightning.ranks import Ranks
+from stateset_lightning.ranks import Ranks, explain_lost_rank
 
 
 def test_a_single_rank_gathers_its_own_value_without_a_process_group() -> None:
@@ -28,3 +29,18 @@ def test_values_come_in_order_of_global_position(monkeypatch: pytest.MonkeyPatch
     ranks = Ranks(1, world)
     assert ranks.by_position(of_rank[1]).tolist() == [[p, -p] for p in range(4 * world)]
     assert [values.tolist() for values in ranks.gather(of_rank[1])] == [values.tolist() for values in of_rank]
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer"), DistBackendError("x")]
+)
+def test_an_error_of_a_collective_says_that_another_rank_has_ended(error: Exception) -> None:
+    explain_lost_rank(error)
+    assert "another rank has ended" in error.__notes__[0]
+    assert "--ckpt_path last" in error.__notes__[0]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes cannot be multiplied"), ConnectionError("Connection closed by peer")])
+def test_other_errors_are_left_alone(error: Exception) -> None:
+    explain_lost_rank(error)
+    assert not hasattr(error, "__notes__")

@@ -7,8 +7,9 @@ A preset is a subclass that overrides `policy_loss` or `advantages`. An option t
 a value in `super().__init__(...)`, or is not inherited at all; so it can be set neither from Python nor on the command line.
 """
 
+import logging
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from annotated_types import Ge, Gt, Lt
@@ -26,6 +27,8 @@ from stateset_lightning.bounds import check_bounds
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.types import Metrics, TokenBatch
 
+log = logging.getLogger("stateset_lightning")
+
 
 class Algorithm:
     """Plain policy gradient on group-relative advantages, with what all algorithms share: further terms, corrections, aggregation.
@@ -36,7 +39,8 @@ class Algorithm:
         entropy_coefficient: Coefficient of an entropy bonus, the start of an adaptive one. 0 for none.
         adaptive_entropy: Moves the entropy coefficient; see `AdaptiveEntropy`. None keeps it fixed.
         top_entropy: Train this share of the tokens alone, those of the highest entropy (arXiv:2506.01939); None for all.
-        mismatch: Correction for a sampler whose log-probs differ from the trainer's; see `Mismatch`. None for none.
+        mismatch: Correction for a sampler whose log-probs differ from the trainer's; see `Mismatch`. None: truncated importance
+            sampling where another process samples, else nothing.
         off_policy_threshold: Leave a completion with a negative advantage out of the policy loss when its tokens' log-probs have
             fallen by more than this on average since they were sampled (DeepSeek-V3.2, arXiv:2512.02556); None for never.
         scale: What centred rewards are divided by: the standard deviation of the group, that of the whole batch, or nothing.
@@ -119,8 +123,14 @@ class Algorithm:
     def _has_entropy_bonus(self) -> bool:
         return self.entropy_coefficient > 0 or self.adaptive_entropy is not None
 
-    def setup(self, max_new_tokens: int) -> None:
+    elsewhere: ClassVar[Mismatch | None] = Mismatch()
+    """The correction where an engine outside of this process samples, unless one is given."""
+
+    def setup(self, max_new_tokens: int, samples_elsewhere: bool = False) -> None:
         """Fills in what follows from the rollout; called once, before training."""
+        if samples_elsewhere and self.mismatch is None and self.elsewhere is not None:
+            self.mismatch = self.elsewhere
+            log.info("model.algorithm.mismatch: %s, since another process samples (kind: none for no correction)", self.mismatch)
         if self.aggregation == "constant_length" and self.constant_length is None:
             self.constant_length = max_new_tokens
 
@@ -190,7 +200,7 @@ class Algorithm:
     def _corrected(self, loss_T: Tensor, tokens: TokenBatch, metrics: Metrics) -> Tensor:
         if tokens.sampling_logprobs_T is not None:
             metrics |= mismatch_metrics(tokens.old_logprobs_T, tokens.sampling_logprobs_T)
-        if self.mismatch is None:
+        if self.mismatch is None or self.mismatch.kind == "none":
             return loss_T
         sampling_T = needed(tokens.sampling_logprobs_T, "mismatch", "sampling_logprobs_T")
         weights_T = mismatch_weights(tokens.old_logprobs_T, sampling_T, tokens.lengths_N, self.mismatch).to(loss_T.dtype)

@@ -4,6 +4,7 @@ A serving engine with other kernels, or another precision, samples from a slight
 engine in this process there is nothing to correct. No `from __future__ import annotations`: the command line reads `Mismatch`.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -17,7 +18,13 @@ from stateset_lightning.errors import ConfigError
 from stateset_lightning.types import Metrics
 
 # (low, high) of each kind; truncation has an upper bound alone.
-_BOUNDS = {"token_tis": (0.0, 2.0), "sequence_tis": (0.0, 2.0), "icepop": (0.5, 5.0), "sequence_mask": (0.999, 1.002)}
+_BOUNDS = {
+    "none": (0.0, math.inf),
+    "token_tis": (0.0, 2.0),
+    "sequence_tis": (0.0, 2.0),
+    "icepop": (0.5, 5.0),
+    "sequence_mask": (0.999, 1.002),
+}
 
 
 @dataclass(frozen=True)
@@ -30,9 +37,10 @@ class Mismatch:
         sequence_tis    min(product of the completion's w_t, high), high 2, for all its tokens
         icepop          w_t where low <= w_t <= high, 0 elsewhere, 0.5 and 5 (arXiv:2510.18855)
         sequence_mask   w_t where low <= geometric mean of the completion's w_t <= high, 0 elsewhere, 0.999 and 1.002
+        none            1, also where a correction is the default
     """
 
-    kind: Literal["token_tis", "sequence_tis", "icepop", "sequence_mask"] = "token_tis"
+    kind: Literal["none", "token_tis", "sequence_tis", "icepop", "sequence_mask"] = "token_tis"
     """Truncate or mask, by token or by completion."""
     low: Annotated[float, Ge(0)] | None = None
     """Lower bound of a mask; None for the kind's own."""
@@ -46,6 +54,8 @@ class Mismatch:
                 f"model.algorithm.mismatch.low={self.low} has no effect on kind={self.kind!r}, which truncates from above only: "
                 "remove it, or choose icepop or sequence_mask"
             )
+        if self.high is not None and self.kind == "none":
+            raise ConfigError(f"model.algorithm.mismatch.high={self.high} has no effect on kind='none': remove it")
         low, high = self.bounds
         if low >= high:
             raise ConfigError(f"model.algorithm.mismatch.low={low} must be below high={high}")

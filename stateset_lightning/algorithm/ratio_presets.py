@@ -77,6 +77,8 @@ class DPPO(Algorithm):
         maximum_ratio: The importance ratio, a fixed weight, is at most this.
     """
 
+    elsewhere = None
+
     def __init__(
         self,
         *,

@@ -12,6 +12,7 @@ from stateset_lightning.algorithm.advantages import Scale
 from stateset_lightning.algorithm.aggregation import Aggregation
 from stateset_lightning.algorithm.base import Algorithm
 from stateset_lightning.algorithm.clipped_presets import Clipped
+from stateset_lightning.algorithm.mismatch import Mismatch
 from stateset_lightning.algorithm.sequence_losses import (
     geometric_mean_loss,
     quadratic_loss,
@@ -28,6 +29,8 @@ class GSPO(Clipped):
 
     The ratio is the geometric mean of a completion's token ratios, and is clipped as one: far tighter than a token's.
     """
+
+    elsewhere = Mismatch("sequence_tis")
 
     def __init__(
         self, *, epsilon_low: Annotated[float, Gt(0), Lt(1)] = 3e-4, epsilon_high: Annotated[float, Gt(0)] | None = 4e-4, **kwargs: Any
@@ -82,6 +85,8 @@ class GMPO(Algorithm):
         log_epsilon_high: A token's log ratio is clipped above at log_epsilon_high where the advantage is positive: a ratio of exp(0.4).
     """
 
+    elsewhere = Mismatch("sequence_tis")
+
     def __init__(
         self, *, log_epsilon_low: Annotated[float, Gt(0)] = 0.4, log_epsilon_high: Annotated[float, Gt(0)] = 0.4, **kwargs: Any
     ) -> None:
@@ -104,6 +109,8 @@ class DRO(Algorithm):
     Args:
         tau: Strength of the square. The papers name no number for language models.
     """
+
+    elsewhere = Mismatch("sequence_tis")
 
     def __init__(
         self,

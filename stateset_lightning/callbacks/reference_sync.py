@@ -7,6 +7,7 @@ import torch
 from annotated_types import Ge, Gt, Le
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from stateset_lightning.bounds import check_bounds
 from stateset_lightning.errors import ConfigError
@@ -43,10 +44,12 @@ class ReferenceSync(Callback):
             raise ConfigError(
                 "ReferenceSync: the run has no reference policy to move; set model.algorithm.beta above 0, or remove the callback"
             )
-        if not _same_shapes(policy, reference):
+        if any(isinstance(p, DTensor) for p in policy.parameters()):
+            raise ConfigError("ReferenceSync cannot mix sharded weights: remove the callback, or set trainer.strategy to ddp")
+        if not isinstance(reference, nn.Module):
             raise ConfigError(
-                "ReferenceSync: the reference has not the policy's weights (it is the policy without its adapter, perhaps), so the two "
-                "cannot be mixed; remove the callback, or train without adapter"
+                "ReferenceSync: the policy trains an adapter, and its reference is the policy as it started, with no weights of its own to "
+                "move; nor is a mixture of two adapters' factors the mixture of the adapters. Remove the callback, or train without adapter"
             )
         self._reference = reference
         if self._restored is not None:
@@ -71,8 +74,3 @@ class ReferenceSync(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._last_step, self._restored = state_dict["step"], state_dict["reference"]
-
-
-def _same_shapes(policy: nn.Module, reference: nn.Module) -> bool:
-    mine, theirs = ({name: p.shape for name, p in model.named_parameters()} for model in (policy, reference))
-    return policy is not reference and mine == theirs

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from stateset_lightning.callbacks.run_folder import run_folder
-from stateset_lightning.ranks import Ranks
+from stateset_lightning.ranks import Ranks, explain_lost_rank
 
 SIGNALS: dict[int, str] = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
@@ -108,6 +108,11 @@ class StepEnd(Callback):
         trainer.validating = True
         loop.run()
         trainer.training = True
+
+    # Errors ------------------------------------------------------------------------------------------------------------------
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        explain_lost_rank(exception)
 
     # Signals -----------------------------------------------------------------------------------------------------------------
 

@@ -131,6 +131,10 @@ class EpisodeLoader:
                 )
         self._completed = int(state["epoch"]) * len(self) + int(state["completed"])
 
+    def next_episode(self) -> PromptBatch:
+        """The first batch of the episode behind the one that is being served, which is served all the same when its turn comes."""
+        return self._batch_at(-(-self._completed // self.num_micro_steps) * self.num_micro_steps)
+
     def _batch_at(self, completed: int) -> PromptBatch:
         """The batch of the micro-step before which `completed` were completed."""
         if self._repeat:
