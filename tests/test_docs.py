@@ -45,11 +45,21 @@ def test_each_command_of_the_readme_runs(command: str, small_run: list[str], tmp
     args = shlex.split(command)[1:]
     # Stand-ins for what a reader brings along: rows, and a model that no hub is needed for.
     args = [{"my_rows.jsonl": str(tmp_path / "my_rows.jsonl"), "Qwen/Qwen3-0.6B": "tiny"}.get(arg, arg) for arg in args]
-    if "--print_config" in args:
+    if "--print_config" in args or args[0] == "doctor":
         with pytest.raises(SystemExit) as exit_:
-            main(args)
+            main(args if args[0] != "doctor" else [*args, *small_run])
         assert exit_.value.code == 0
+        if args[0] == "doctor":
+            assert "no contradictions: the run can start" in capsys.readouterr().out
+            return
         assert yaml.safe_load(capsys.readouterr().out)["data"]["batch_size"] == 32
+        return
+    if args[0] == "report":
+        main(["fit", "--config", "configs/single_turn.yaml", *small_run])
+        main(["report", str(tmp_path / "single_turn" / "version_0")])
+        page = (tmp_path / "single_turn" / "version_0" / "report.html").read_text()
+        assert "<title>single_turn/version_0" in page
+        assert "What is" in page  # a prompt
         return
     cli = main([*args, *small_run])
     assert cli is not None
