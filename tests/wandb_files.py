@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,19 @@ def records(file: Path) -> Iterator[bytes]:
             yield record
 
 
-def history(file: Path) -> list[dict[str, Any]]:
-    """The rows that were logged, in order."""
+def history(file: Path, seconds: float = 60) -> list[dict[str, Any]]:
+    """The rows that were logged, in order. W&B's process may write the last of them when `wandb.finish()` has returned."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    rows = []
-    for data in records(file):
-        record = Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
-            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
-    return rows
+    deadline = time.monotonic() + seconds
+    while True:
+        found = []
+        for data in records(file):
+            found.append(Record())
+            found[-1].ParseFromString(data)
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            break
+        assert time.monotonic() < deadline, f"{file} has not ended"
+        time.sleep(0.2)
+    rows = [record.history for record in found if record.WhichOneof("record_type") == "history"]
+    return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row.item} for row in rows]

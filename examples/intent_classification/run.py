@@ -37,8 +37,8 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     add("--folder", type=Path, default=Path("runs/intent_classification"), help="where models, runs and results go")
     add("--labelled", type=float, default=0.15, help="share of the messages whose intents the warm start sees")
     add("--held_out", type=float, default=0.15, help="share of the messages that accuracy is measured on")
-    add("--warm_steps", type=int, default=96, help="supervised steps of 64 messages")
-    add("--steps", type=int, default=80, help="steps of GRPO, and of the control")
+    add("--warm_steps", type=int, default=176, help="supervised steps of 64 messages")
+    add("--steps", type=int, default=109, help="steps of GRPO, and of the control")
     return parser.parse_args(words)
 
 

@@ -300,7 +300,7 @@ def test_a_hung_regex_is_killed_and_the_others_go_on(blocking):
         run(scorer, ["1"])  # starts a worker
         begin = time.perf_counter()
         scores = run(scorer, ["hang", "2", "3"])
-        assert time.perf_counter() - begin < 2.5
+        assert time.perf_counter() - begin < 5
         assert errors(scores) == {(0, "blocking"): "TimeoutError"}
         assert scores.totals_N[1:].tolist() == [2, 3]
 
