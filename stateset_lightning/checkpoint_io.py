@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,32 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.load import _METADATA_FILENAME, _load_distributed_checkpoint
 from lightning.fabric.utilities.types import _PATH
+from torch.distributed.checkpoint.api import CheckpointException
 
 from stateset_lightning.errors import CheckpointError
 from stateset_lightning.files import atomic_write, remove_leftovers
 
-_DAMAGE = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
+_DAMAGE = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile, CheckpointException)
 """What reading raises on a file that is cut short, has flipped bits, or is no checkpoint at all."""
+
+
+_METADATA_CLASSES = {
+    *(
+        ("torch", name)
+        for name in ("Size", "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+    ),
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties"),
+            *("TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+        )
+    ),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+}
+"""What the description of a sharded checkpoint is made of."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -71,7 +93,8 @@ def read_checkpoint(file: Path, *, check_sums: bool = False, **options: Any) -> 
     """
     try:
         if is_sharded(file):
-            content = _load_distributed_checkpoint(file)
+            with plain_shards(file):
+                content = _load_distributed_checkpoint(file)
         else:
             if check_sums:
                 _check_sums(file)
@@ -84,6 +107,34 @@ def read_checkpoint(file: Path, *, check_sums: bool = False, **options: Any) -> 
     if not isinstance(content, dict) or not {"state_dict", "stateset"} <= set(content):
         raise CheckpointError(f"ckpt_path={file}: no checkpoint of stateset-lightning; for other weights set model.policy.model_name")
     return content
+
+
+class _MetadataReader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _METADATA_CLASSES:
+            raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint")
+        return super().find_class(module, name)
+
+
+@contextmanager
+def plain_shards(folder: Path) -> Iterator[None]:
+    """While a sharded checkpoint is read: torch's reader unpickles, so its description is checked before, and entries load as tensors.
+
+    Raises:
+        pickle.UnpicklingError: If there is anything else in it.
+    """
+    with (folder / ".metadata").open("rb") as stream:
+        _MetadataReader(stream).load()
+    key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before
 
 
 def newest_checkpoints(folder: Path, pattern: str = "*.ckpt") -> list[Path]:

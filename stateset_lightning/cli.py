@@ -51,8 +51,8 @@ DOCTOR = """\
 usage: stateset-lightning doctor --config FILE [--config OVERLAY] [--KEY VALUE] ... [--sample false]
 
 What a config amounts to, before a long run: the config without defaults, the data, one completion and its reward, memory, work, and
-contradictions. It takes the flags of `fit` (see fit --help), trains nothing and writes nothing. Exit code 0 if the run can start, 1 if
-not.
+contradictions. It takes the flags of `fit` (see fit --help), trains nothing and writes nothing
+(but a judge's reply into its cache). Exit code 0 if the run can start, 1 if not.
 
   --sample false   score a target instead of sampling one group
 """

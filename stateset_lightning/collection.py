@@ -137,6 +137,7 @@ class Collector:
         if baseline is not None:
             check_failures(self.sampler.scorer, [baseline.scores], self.ranks)
         self._report([first, *drawn])
+        costs = self.sampler.scorer.take_counts()  # before the next episode's are counted
         if self.sampler.ahead is not None and (following := self.upcoming()) is not None:
             self.sampler.start_ahead(self.policy, following)
 
@@ -148,7 +149,7 @@ class Collector:
         metrics = {**scored, **kl_metrics, **work_metrics(sample, episode, self.policy)}
         metrics |= self._sampling_metrics(everything, seconds, ahead[1] if ahead else 0.0)
         metrics |= self._budget_metrics(episode)
-        metrics |= {name: (count, 1 / self.ranks.world) for name, count in self.sampler.scorer.take_counts().items()}
+        metrics |= {name: (count, 1 / self.ranks.world) for name, count in costs.items()}
         if rounds:
             extra = sum(len(other.batch) for other in drawn)
             metrics["groups/resampled"] = (len(drawn[0].batch) if drawn else 0, len(batch))

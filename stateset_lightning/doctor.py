@@ -139,6 +139,9 @@ class Examination:
         dtype = weights_dtype(module.policy_config.dtype, precision)
         module.policy = Policy(load_model(module.policy_config, dtype, module.seed).to(self.device), module.policy_config)
         module.configure_optimizers()  # refuses a schedule without an end, and options that the optimizer does not take
+        if self.config.sample and not isinstance(module.engine, InProcessEngine | None):
+            self.notes.append("a target is scored instead of a completion: sampling would load weights into the servers of model.engine")
+            self.config.sample = False
         if self.config.sample:
             module.engine = prepared(module.engine, module.tokenizer, module.rollout, precision)
 
@@ -201,7 +204,7 @@ class Examination:
         )
         longest = np.sort(lengths)[-data.batch_size :]
         largest = replace(typical, prompt_tokens=float(longest.mean()), completion_tokens=module.rollout.max_new_tokens)
-        here = self.config.sample is False or isinstance(module.engine, InProcessEngine)
+        here = isinstance(module.engine, InProcessEngine | None)
         options: dict[str, Any] = {
             "optimizer": module.optimizer,
             "has_reference": module.algorithm.needs_reference and policy.adapter is None,

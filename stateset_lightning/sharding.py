@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from stateset_lightning.checkpoint_io import read_checkpoint
+from stateset_lightning.checkpoint_io import is_sharded, plain_shards, read_checkpoint
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.files import atomic_folder
 from stateset_lightning.policy import Policy
@@ -70,7 +70,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         if path.is_file():
             read_checkpoint(path, check_sums=True, map_location="cpu", mmap=True)
-        return super().load_checkpoint(path, weights_only=True)
+        with plain_shards(path) if is_sharded(path) else nullcontext():
+            return super().load_checkpoint(path, weights_only=True)
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Fully sharded data parallel over all devices")

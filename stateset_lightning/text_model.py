@@ -67,7 +67,12 @@ class TextModel:
             self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.tokenizer.padding_side = "right"
         self.tokenizer.chat_control_tokens = control_tokens(self.tokenizer)
-        limits = [limit for limit in (max_tokens, context_length(self.model), self.tokenizer.model_max_length) if limit is not None]
+        positions = context_length(self.model)
+        table = next((m for name, m in self.model.named_modules() if name.endswith("embeddings.position_embeddings")), None)
+        padding = getattr(table, "padding_idx", None)
+        if positions is not None and padding is not None:  # RoBERTa's begin behind the padding's
+            positions -= padding + 1
+        limits = [limit for limit in (max_tokens, positions, self.tokenizer.model_max_length) if limit is not None]
         self.max_tokens = min(limits)
 
     def encode(self, text: str, second: str | None = None) -> Encoded | DataError:

@@ -1,12 +1,16 @@
 """Checkpoint files under attack: full disks, kills, truncation, flipped bits, pickled code, remote paths."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from test_files import full_disk
 
 from stateset_lightning.checkpoint_io import AtomicCheckpointIO, local_path, newest_checkpoints, read_checkpoint
@@ -124,3 +128,29 @@ def test_the_newest_come_first(tmp_path):
     old, new = save(tmp_path / "a" / "old.ckpt", 1, age=10), save(tmp_path / "b" / "new.ckpt", 2)
     (tmp_path / "b" / "gone.ckpt").symlink_to(tmp_path / "nowhere.ckpt")
     assert newest_checkpoints(tmp_path, "*/*.ckpt") == [new, old]
+
+
+class Harmful:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("place", ["description", "entry"])
+def test_a_sharded_checkpoint_never_runs_code(tmp_path: Path, place: str) -> None:
+    command = f"touch {tmp_path / 'harmed'}"
+    folder = tmp_path / "folder.ckpt"
+    state: dict[str, Any] = {"state_dict": {"w": torch.ones(2)}, "stateset": {}}
+    if place == "entry":
+        state["entry"] = Harmful(command)
+    torch.distributed.checkpoint.save(state, checkpoint_id=folder, no_dist=True)
+    torch.save({}, folder / "meta.pt")
+    if place == "description":
+        (folder / ".metadata").write_bytes(pickle.dumps(Harmful(command)))
+    with pytest.raises(CheckpointError, match="damaged or no checkpoint"):
+        read_checkpoint(folder)
+    assert not (tmp_path / "harmed").exists()

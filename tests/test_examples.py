@@ -107,6 +107,7 @@ def test_intent_classification_prints_its_table_and_goes_on_where_it_was(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "runs"
+    monkeypatch.chdir(tmp_path)
     words = [f"--data={table}", f"--folder={folder}", "--held_out=0.25", "--warm_steps=12", "--steps=2", "--seeds=3"]
     results = intent_run.main(words)
     (result,) = results.values()
@@ -115,6 +116,7 @@ def test_intent_classification_prints_its_table_and_goes_on_where_it_was(
     out = capsys.readouterr().out
     assert "Accuracy on 15 held-out messages" in out
     assert f"| 3 | {result['warm_start']:.3f} | {result['grpo']:.3f} |" in out
+    assert [file.name for file in tmp_path.iterdir() if file.name != table.name] == ["runs"]  # nothing beside what was named
     train, held_out = ([json.loads(line) for line in (folder / f"{name}.jsonl").open()] for name in ("checkable", "held_out"))
     assert len(train) == 36
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}

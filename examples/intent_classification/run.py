@@ -81,7 +81,8 @@ def fit(folder: Path, warm: Path, data: Path, steps: int, seed: int) -> tuple[fl
         "ckpt_path": "last",
     }
     command_line(["fit", *(f"--{name}={value}" for name, value in flags.items())])
-    (table,) = (folder / "grpo").glob("*/metrics.csv")
+    # Of several, the newest: a try that was killed before its first checkpoint left one, too.
+    table = max((folder / "grpo").glob("*/metrics.csv"), key=lambda file: file.stat().st_mtime_ns)
     with table.open(encoding="utf-8", newline="") as lines:
         accuracies = [float(row["val/solved"]) for row in csv.DictReader(lines) if row.get("val/solved")]
     return accuracies[0], accuracies[-1]
@@ -93,6 +94,8 @@ def evaluate(model: Path, data: Path) -> float:
         "model.policy.model_name": model,
         "data.validation": data / "held_out.jsonl",
         "trainer.logger": "false",
+        "trainer.default_root_dir": model.parent,  # else the folder that the command is run in
+        "samples.evaluation": "false",
     }
     cli = command_line(["validate", *(f"--{name}={value}" for name, value in flags.items())])
     assert cli is not None

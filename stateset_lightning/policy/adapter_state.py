@@ -147,3 +147,4 @@ def check_same_kind(adapter: AdapterState | None, saved: Mapping[str, Any] | Non
 def _fill(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, parameter in parameters.items():
         parameter.copy_(values[name])
+    torch.clear_autocast_cache()  # autocast would go on with casts of the values before

@@ -81,7 +81,7 @@ def inject(model: PreTrainedModel, config: LoraConfig, place: str, seed: int = 0
     try:
         # The initial A comes from the global generator: a seeded fork leaves it untouched.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "adapter"))
+            torch.default_generator.manual_seed(derive_seed(seed, "adapter"))
             model.add_adapter(config, NAME)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"{place}: {' '.join(str(error).split())[:300]}") from error

@@ -97,6 +97,8 @@ def _lean_forward(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
 def _is_same(module: Any, forward: Callable[[Any, Tensor], Tensor]) -> bool:
     """Whether both forwards give the same on a small input, but for rounding."""
     weight = module.weight if hasattr(module, "weight") else module.gate_proj.weight
+    if not weight.is_floating_point():
+        return False  # quantized: neither its shape nor its dtype is that of the layer
     x = torch.linspace(-2, 3, 3 * weight.shape[-1], device=weight.device, dtype=torch.float32).view(1, 3, -1).to(weight.dtype)
     expected, output = module(x), forward(module, x)
     return output.dtype == expected.dtype and torch.allclose(output.float(), expected.float(), rtol=1e-5, atol=1e-6)

@@ -1,6 +1,7 @@
 """How near the completion is to the target in meaning, by a small encoder."""
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,4 +61,7 @@ class EmbeddingSimilarity(TextModelReward):
         mine, *theirs = [embeddings[text] for text in (answer, *targets)]
         if error := next((item for item in (mine, *theirs) if isinstance(item, DataError)), None):
             return error
-        return min(1.0, max(float(mine @ other) for other in theirs))  # rounding may go beyond
+        similarities = [float(mine @ other) for other in theirs]
+        if any(map(math.isnan, similarities)):  # of which min and max would make a score
+            return math.nan
+        return min(1.0, max(similarities))  # rounding may go beyond

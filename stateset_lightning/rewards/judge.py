@@ -170,6 +170,9 @@ class ModelJudge(RewardFunction):
             # Never without a key: the client would then take OPENAI_API_KEY, and send it to whatever server this is.
             key = os.environ[self._key_env] if self._key_env else "none"
             client = AsyncOpenAI(api_key=key, base_url=self.base_url, max_retries=self.max_retries, timeout=self.request_timeout)
+            if self.base_url is not None:  # nor OPENAI_ORG_ID, _PROJECT_ID and _CUSTOM_HEADERS, which may hold another server's key
+                client.organization = client.project = None
+                client._custom_headers = {}
             closing = loop.create_task(_closed_with_loop(client))
             self._parts = parts = _LoopParts(loop, client, asyncio.Semaphore(self.max_concurrency), closing)
         return parts

@@ -22,9 +22,9 @@ _LATEX = re.compile(r"\$|\\boxed|\\\(|\\\[")
 class MathEquivalence(RewardFunction):
     r"""1 if the answer in the completion equals the scenario's `target` mathematically, else 0 (extra `math`).
 
-    Fractions, roots, intervals, sets, matrices, equations and units, in LaTeX or plain writing; `50%` equals both 0.5 and 50. The answer
-    is what stands in `\boxed{}`, else behind words such as `the final answer is`, else the last formula or number. A completion without
-    one scores 0.
+    Fractions, roots, intervals, sets, matrices, equations and units in LaTeX; `50%` equals both 0.5 and 50. The answer is what stands in
+    `\boxed{}`, else behind words such as `the final answer is`, else the last formula or number. Outside of `\boxed{}` and `$...$` only
+    numbers, fractions and percentages are read. A completion without an answer scores 0.
 
     Sympy takes for ever over some formulas, and a policy learns to write them: each completion is compared in a process that is killed
     at the time-out, and then fails.

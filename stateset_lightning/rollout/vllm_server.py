@@ -110,11 +110,13 @@ class VLLMServer:
         """
         deadline = None
         while True:
-            restored = self.restored
+            restored, begun = self.restored, time.monotonic()
             try:
                 return attempt()
             except ServerLost as error:
-                deadline = time.monotonic() + self.max_wait if deadline is None else deadline
+                now = time.monotonic()
+                # An attempt that lasted so long was not away: its time starts anew.
+                deadline = now + self.max_wait if deadline is None or now - begun > self.max_wait else deadline
                 self._restore(restored, deadline, error)
 
     def _restore(self, seen: int, deadline: float, reason: ServerLost) -> None:

@@ -102,6 +102,7 @@ class WeightSync:
             return
         start = time.perf_counter()
         ranks = _ranks()
+        ranks.gather(None)  # none is sampling any more: each comes here when its own samples are drawn
         outcome: Synced | UserError | None = None
         try:
             outcome = self._hand_over(policy) if ranks.rank == 0 else None

@@ -1,5 +1,7 @@
 """EmbeddingSimilarity, with a real encoder saved to disk."""
 
+import math
+
 import pytest
 import torch
 from text_models import save_encoder
@@ -47,6 +49,16 @@ def test_a_prefix_stands_before_both(encoder):
 def test_the_best_of_several_targets_counts(encoder):
     assert similarity(encoder, ["dog"], [["cat", "dog", "a"]]) == [pytest.approx(1.0)]
     assert similarity(encoder, ["dog"], ["dog"])[0] <= 1.0
+
+
+def test_a_broken_embedding_fails_and_is_not_the_best_score(encoder, monkeypatch):
+    vectors = {"dog": torch.tensor([1.0, 0.0]), "cat": torch.tensor([math.nan, 0.0]), "a": torch.tensor([0.0, 1.0])}
+    monkeypatch.setattr(EmbeddingSimilarity, "_embeddings", lambda self, texts: vectors)
+    scores = similarity(encoder, ["dog", "cat", "dog", "a"], ["dog", "dog", ["dog", "cat"], "dog"])
+    assert scores[0] == 1.0
+    assert math.isnan(scores[1])
+    assert math.isnan(scores[2])
+    assert scores[3] == 0.0
 
 
 def test_no_text_scores_0_and_a_missing_target_fails_alone(encoder):

@@ -268,6 +268,9 @@ def test_a_column_that_is_missing_fails_alone(server):
 def test_the_key_comes_from_the_environment_and_goes_nowhere_else(server, monkeypatch, tmp_path):
     monkeypatch.setenv("JUDGE_API_KEY", "secret-of-the-judge")
     monkeypatch.setenv("OPENAI_API_KEY", "secret-of-openai")
+    monkeypatch.setenv("OPENAI_ORG_ID", "secret-organization")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "secret-project")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "Authorization: Bearer secret-of-a-gateway")
     run(judge(server))
     assert "secret" not in str(server.headers)  # a server that was named gets no key that was not
     server.replies = [lambda request: 401, 401]
