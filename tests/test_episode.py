@@ -32,9 +32,9 @@ class ThreadRanks(Ranks):
     def gather(self, value: Any) -> list[Any]:
         assert self.barrier is not None
         self.mailbox[self.rank] = value
-        self.barrier.wait(10)
+        self.barrier.wait(60)
         values = list(self.mailbox)
-        self.barrier.wait(10)
+        self.barrier.wait(60)
         return values
 
 
@@ -51,7 +51,7 @@ def on_ranks(world: int, function: Callable[[Ranks], Any]) -> list[Any]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(120)
     return results
 
 

@@ -78,7 +78,7 @@ class Stub:
         return self.complete(body)
 
     def complete(self, body: dict[str, Any]) -> tuple[int, Any]:
-        self.gate.wait(10)
+        self.gate.wait(60)
         if self.answers:
             return self.answers.pop(0)
         if body["model"] != "tiny" and body["model"] not in self.adapters:

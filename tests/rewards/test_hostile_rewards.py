@@ -89,7 +89,7 @@ def test_a_time_out_kills_an_endless_child_in_a_session_of_its_own(doing, tmp_pa
     assert failure_counts(scores) == {"reward_failures/doing/TimeoutError": 1}
     assert scores.totals_N[1] == 3
     pid = int((tmp_path / "pid").read_text())
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while _runs(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not _runs(pid)

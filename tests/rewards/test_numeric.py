@@ -1,10 +1,10 @@
 """NumericAnswer and the reading of numbers."""
 
-import time
 from fractions import Fraction
 
 import numpy as np
 import pytest
+from timing import within
 
 from stateset_lightning.errors import ConfigError, DataError
 from stateset_lightning.rewards import NumericAnswer
@@ -104,6 +104,4 @@ def test_bad_options_are_rejected():
 
 @pytest.mark.parametrize("text", ["9" * 200_000, "1,000" * 40_000, "1 " * 100_000, "-$" * 100_000, "1/" * 100_000, r"\frac{1}{" * 20_000])
 def test_reading_takes_linear_time(text):
-    begin = time.perf_counter()
-    list(find_numbers(text))
-    assert time.perf_counter() - begin < 3
+    within(3, lambda: list(find_numbers(text)), attempts=2)

@@ -5,6 +5,7 @@ import pickle
 import time
 
 import pytest
+from timing import within
 
 from stateset_lightning.cli import main
 from stateset_lightning.errors import ConfigError
@@ -129,17 +130,15 @@ def test_name_weight_and_time_out_are_the_rewards_own():
 
 
 def test_the_time_out_covers_all_attempts():
-    begin = time.perf_counter()
-    scores = run(Retry(AsyncFlaky(failures=99), backoff=0.05, retries=99, timeout=0.2))
-    assert time.perf_counter() - begin < 2
+    scores = within(2, lambda: run(Retry(AsyncFlaky(failures=99), backoff=0.05, retries=99, timeout=0.2)))
     assert failure_counts(scores) == {"reward_failures/async_flaky/TimeoutError": 1}
 
 
 def test_async_waits_hold_up_nobody():
-    begin = time.perf_counter()
-    scores = run([Retry(AsyncFlaky(failures=1, name=str(i)), backoff=0.1) for i in range(8)])
-    assert scores.totals_N.tolist() == [4.0]
-    assert time.perf_counter() - begin < 0.6  # 0.8 one after the other
+    def eight():
+        return run([Retry(AsyncFlaky(failures=1, name=str(i)), backoff=0.1) for i in range(8)])
+
+    assert within(0.6, eight).totals_N.tolist() == [4.0]  # 0.8 one after the other
 
 
 def test_it_runs_in_a_worker_process_where_it_has_a_time_out():

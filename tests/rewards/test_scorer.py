@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from timing import within
 
 from stateset_lightning.errors import ConfigError, DataError, RewardError
 from stateset_lightning.rewards import ExactMatch, RewardFunction, RewardResult, Scorer, check_failures, failure_counts
@@ -205,9 +206,7 @@ def test_async_rewards_run_concurrently_within_the_bound():
         running -= 1
         return 1.0
 
-    begin = time.perf_counter()
-    scores = score(sleep, ["x"] * 50)
-    assert time.perf_counter() - begin < 1
+    scores = within(1, lambda: score(sleep, ["x"] * 50))
     assert most == 16
     assert scores.totals_N.sum() == 50
     most = 0
@@ -223,9 +222,7 @@ def test_blocking_rewards_without_timeout_run_on_threads():
         time.sleep(0.1)
         return 1.0
 
-    begin = time.perf_counter()
-    assert score(sleep, ["x"] * 16).totals_N.sum() == 16
-    assert time.perf_counter() - begin < 1
+    assert within(1, lambda: score(sleep, ["x"] * 16)).totals_N.sum() == 16
     assert "MainThread" not in names
 
 
@@ -238,32 +235,34 @@ def test_it_works_inside_a_running_event_loop():
 
 def test_seconds_is_the_time_waited_in_collect():
     async def sleep(turns, context):
+        ended.clear()
         await asyncio.sleep(0.2)
+        ended.set()
         return 1.0
 
+    ended = threading.Event()
     with Scorer(sleep) as scorer:
         session = scorer.start(1)
         session.submit(0, turns())
-        time.sleep(0.3)
+        time.sleep(0.1)
+        ended.wait()
         assert session.collect().seconds < 0.1
-        assert 0.15 < run(scorer, ["x"]).seconds < 1
+        assert run(scorer, ["x"]).seconds > 0.15
 
 
 @pytest.mark.parametrize("swallows", [False, True])
 def test_an_async_timeout_fails_that_completion_only(swallows):
     async def slow(turns, context):
         try:
-            await asyncio.sleep(5 if turns[-1].content == "slow" else 0)
+            await asyncio.sleep(60 if turns[-1].content == "slow" else 0)
         except asyncio.CancelledError:
             if swallows:
-                await asyncio.sleep(5)
+                await asyncio.sleep(60)
             raise
         return 1.0
 
-    begin = time.perf_counter()
     with Scorer(slow, timeout=0.2) as scorer:
-        scores = run(scorer, ["slow", "x"])
-        assert time.perf_counter() - begin < 1
+        scores = within(1, lambda: run(scorer, ["slow", "x"]))
     assert errors(scores) == {(0, "slow"): "TimeoutError"}
     assert scores.failures[0].message == "no result within 0.2 s"
     assert scores.totals_N[1] == 1
@@ -298,9 +297,7 @@ def test_a_def_that_returns_an_awaitable_is_awaited(blocking):
 def test_a_hung_regex_is_killed_and_the_others_go_on(blocking):
     with Scorer(blocking(timeout=1)) as scorer:
         run(scorer, ["1"])  # starts a worker
-        begin = time.perf_counter()
-        scores = run(scorer, ["hang", "2", "3"])
-        assert time.perf_counter() - begin < 5
+        scores = within(2.5, lambda: run(scorer, ["hang", "2", "3"]))
         assert errors(scores) == {(0, "blocking"): "TimeoutError"}
         assert scores.totals_N[1:].tolist() == [2, 3]
 
@@ -342,7 +339,7 @@ def test_workers_are_persistent_and_import_nothing_heavy(blocking):
 def test_a_timeout_kills_what_the_reward_started(blocking, tmp_path):
     scores = score(blocking(timeout=1), ["child"], {"pid_file": str(tmp_path / "pid")})
     assert errors(scores) == {(0, "blocking"): "TimeoutError"}
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + 20
     while is_alive(int((tmp_path / "pid").read_text())) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not is_alive(int((tmp_path / "pid").read_text()))
@@ -411,7 +408,8 @@ def test_an_abandoned_session_cancels_what_has_not_begun():
 
     async def slow(turns, context):
         begun.append(turns[-1].content)
-        await asyncio.sleep(0.1)
+        if turns[-1].content != "last":
+            await asyncio.sleep(60)  # ends by being cancelled
         return 1.0
 
     def sample_and_fail(scorer):
