@@ -26,20 +26,14 @@ _DAMAGE = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.Unpickl
 
 
 _METADATA_CLASSES = {
-    *(
-        ("torch", name)
-        for name in ("Size", "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-    ),
-    *(
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties"),
-            *("TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
-        )
-    ),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"),
+    "torch": {"Size", "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"},
+    "torch.distributed.checkpoint.metadata": {
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties"),
+        *("TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "pathlib": {"PosixPath"},
 }
 """What the description of a sharded checkpoint is made of."""
 
@@ -111,7 +105,7 @@ def read_checkpoint(file: Path, *, check_sums: bool = False, **options: Any) -> 
 
 class _MetadataReader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _METADATA_CLASSES:
+        if name not in _METADATA_CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint")
         return super().find_class(module, name)
 

@@ -108,7 +108,7 @@ def export(source: str, out: str | Path, *, config: str | None = None, overwrite
         if merge:
             _merge(trained)
         if is_adapted(trained.model):
-            write_adapter(trained.model, trained.policy.model_name, folder)
+            write_adapter(trained.model, trained.policy.public_name, folder)
             trained.model.generation_config.save_pretrained(folder)
         else:
             trained.model.save_pretrained(folder)
@@ -120,9 +120,7 @@ def model_card(trained: TrainedModel, title: str) -> str:
     """What the model is, how it was trained and measured, and how to use it, in Markdown."""
     from stateset_lightning.policy.adapters import is_adapted
 
-    name = trained.policy.model_name
-    is_path = Path(name).is_absolute() or Path(name).exists()
-    base = Path(name).name if is_path else name  # nothing about the machine
+    base = trained.policy.public_name
     step = trained.checkpoint.get("stateset", {}).get("step")
     adapted = is_adapted(trained.model)
     encoder = trained.encoder()
@@ -136,7 +134,7 @@ def model_card(trained: TrainedModel, title: str) -> str:
         text = "\n\n".join([*(turn["content"] for turn in turns), "What is 2 + 2?"])
         code = f'inputs = tokenizer({text!r}, return_tensors="pt")'
     return CARD.format(
-        base_line="" if is_path or name == "tiny" else f"\nbase_model: {name}",
+        base_line="" if trained.policy.is_local else f"\nbase_model: {base}",
         title=title,
         base=base,
         steps="" if step is None else f" for {step} optimizer steps",

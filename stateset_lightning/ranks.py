@@ -21,6 +21,13 @@ class Ranks:
     rank: int = 0
     world: int = 1
 
+    @classmethod
+    def current(cls) -> Ranks:
+        """Those of torch.distributed, or this process alone."""
+        distributed = torch.distributed
+        is_distributed = distributed.is_available() and distributed.is_initialized()
+        return cls(distributed.get_rank(), distributed.get_world_size()) if is_distributed else cls()
+
     def gather(self, value: T) -> list[T]:
         """The value of each rank, in order. For small things (an episode's scores, metrics), not for weights."""
         if self.world == 1:

@@ -19,14 +19,8 @@ from stateset_lightning.checkpoint_io import read_checkpoint
 from stateset_lightning.errors import ConfigError, NonFiniteError, SamplingError
 from stateset_lightning.evaluation import Evaluation
 from stateset_lightning.policy import context_length
+from stateset_lightning.policy.precision import logprob_tolerance
 from stateset_lightning.sharding import FSDP2Strategy, total_norm
-
-MAX_SAMPLING_DIFFERENCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Mean absolute difference in nats of a sampled token's log-prob between sampler and trainer, by the sampler's dtype.
-
-Several times what float error amounts to at temperature 1: with models of 1M parameters and random ones of four architectures it is
-below 1e-6 in float32 and up to 0.019 in bfloat16 (weights cast for sampling, autocast in training). A wrong mask, position or adapter
-costs tenths of a nat or more."""
 
 
 def checks_of_run(trainer: Trainer, module: Any) -> list[Callable[[], None]]:
@@ -213,10 +207,10 @@ def check_sampling_difference(metrics: Mapping[str, float], dtype: torch.dtype, 
         temperature: Divides the logits, and so multiplies their error.
 
     Raises:
-        SamplingError: If they differ by more than `MAX_SAMPLING_DIFFERENCE` on average.
+        SamplingError: If they differ by more than `logprob_tolerance` on average.
     """
     difference = metrics.get("policy/sampling_difference", 0.0)
-    limit = MAX_SAMPLING_DIFFERENCE.get(dtype, MAX_SAMPLING_DIFFERENCE[torch.float32]) / min(temperature, 1.0)
+    limit = logprob_tolerance(dtype, temperature=temperature)
     if difference > limit:
         raise SamplingError(
             f"the log-probs of sampling and of training differ by {difference:.2g} nats per token, where float error ({dtype}) is below "

@@ -9,6 +9,7 @@ from typing import Any
 
 from stateset_lightning.data.reading import RawRow
 from stateset_lightning.errors import DataError
+from stateset_lightning.extras import require
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
 _HUB_SPLITS = {"train": "train", "validation": "validation", "test": "test", "predict": "test"}
@@ -23,10 +24,13 @@ def read_hub(hub_id: str, split: str) -> list[RawRow]:
     """All rows of a data set on the hub. Without a split in `hub_id`, the one named like ours (for predict: test).
 
     Raises:
-        DataError: If `datasets` is not installed, or the data set, its configuration or its split cannot be loaded.
+        ConfigError: If `datasets` is not installed.
+        DataError: If the data set, its configuration or its split cannot be loaded.
     """
     name, config, wanted = [*hub_id.split(":"), None, None][:3]
-    datasets = _import_datasets(f"'{hub_id}' is no file here; as a hub id it")
+    require("datasets", "hub", f"'{hub_id}' is no file here, and a hub id")
+    import datasets
+
     try:
         rows = datasets.load_dataset(name, config, split=wanted or _HUB_SPLITS[split])
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -41,24 +45,19 @@ def read_parquet(path: Path) -> list[RawRow]:
     """All rows of a Parquet file.
 
     Raises:
-        DataError: If `datasets` is not installed, or the file is not Parquet.
+        ConfigError: If `datasets` is not installed.
+        DataError: If the file is not Parquet.
     """
     if path.is_dir():
         raise DataError(f"{path} is a directory; give a file, or a glob such as '{path}/*.parquet'")
-    datasets = _import_datasets(f"{path}: Parquet")
+    require("datasets", "hub", f"{path}: Parquet")
+    import datasets
+
     try:
         rows = datasets.Dataset.from_parquet(str(path))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{path}: cannot be read as Parquet: {_first_line(error)}; write the file again, or as .jsonl") from error
     return _rows(rows, str(path))
-
-
-def _import_datasets(what: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(f'{what} is read with the datasets library: pip install "stateset-lightning[hub]"') from error
-    return datasets
 
 
 def _rows(rows: Any, prefix: str) -> list[RawRow]:

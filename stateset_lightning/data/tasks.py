@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from stateset_lightning.data.reading import RawRow
-from stateset_lightning.errors import ConfigError, DataError
+from stateset_lightning.errors import ConfigError
+from stateset_lightning.extras import require
 
 MAX_SIZE = 1_000_000
 MAX_SEED = 2_000
@@ -20,13 +21,11 @@ def read_task(task: str, size: int, seed: int, options: Mapping[str, Any], place
     from `seed + i`, so that its seeds 1 and 2 share all rows but one; here the seeds are a million apart.
 
     Raises:
-        ConfigError: If there is no such task, or it does not take these options.
-        DataError: If `reasoning-gym` is not installed.
+        ConfigError: If `reasoning-gym` is not installed, there is no such task, or it does not take these options.
     """
-    try:
-        import reasoning_gym
-    except ImportError as error:
-        raise DataError(f'{place}: reasoning_gym={task} needs the library: pip install "stateset-lightning[gym]"') from error
+    require("reasoning_gym", "gym", f"{place}: reasoning_gym={task}")
+    import reasoning_gym
+
     known = reasoning_gym.factory.DATASETS
     if task not in known or task == "composite":
         raise ConfigError(f"{place}: reasoning_gym={task!r} is no task of the library; it has: {', '.join(sorted(known))}")

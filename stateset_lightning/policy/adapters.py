@@ -19,7 +19,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from stateset_lightning.errors import ConfigError
+from stateset_lightning.extras import require
 from stateset_lightning.policy.config import LoRAConfig, PolicyConfig
+from stateset_lightning.policy.precision import replaced_parameters
 from stateset_lightning.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -142,16 +144,13 @@ def merged_adapter(model: nn.Module) -> Iterator[None]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer) and _is_wide(layer.get_base_layer())]
-    places = [(base, name, weight) for base in _bases(layers) for name, weight in base._parameters.items() if weight is not None]
+    bases = [layer.get_base_layer() for layer in layers]
     try:
-        for base, name, weight in places:
-            base._parameters[name] = nn.Parameter(weight.detach().clone(), requires_grad=False)
-        for layer in layers:
-            layer.merge()
-        yield
+        with replaced_parameters(bases, lambda weight: nn.Parameter(weight.detach().clone(), requires_grad=False)):
+            for layer in layers:
+                layer.merge()
+            yield
     finally:
-        for base, name, weight in places:
-            base._parameters[name] = weight
         for layer in layers:
             layer.merged_adapters.clear()
 
@@ -199,7 +198,7 @@ def save_adapter(policy: Policy, folder: str | Path) -> None:
         policy: With an adapter.
         folder: Made if it is not there. The base is named in it as in `model.policy.model_name`, a folder by its last part.
     """
-    write_adapter(policy.model, policy.config.model_name, Path(folder))
+    write_adapter(policy.model, policy.config.public_name, Path(folder))
 
 
 def write_adapter(model: PreTrainedModel, base: str, folder: Path) -> None:
@@ -212,8 +211,7 @@ def write_adapter(model: PreTrainedModel, base: str, folder: Path) -> None:
     weights = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
     tensors = {f"base_model.model.{name}": weight.detach().cpu().contiguous() for name, weight in weights.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    is_path = Path(base).is_absolute() or Path(base).expanduser().exists()
-    config = {**plain_config(model), "base_model_name_or_path": Path(base).name if is_path else base, "inference_mode": True}
+    config = {**plain_config(model), "base_model_name_or_path": base, "inference_mode": True}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -225,12 +223,16 @@ def plain_config(model: PreTrainedModel) -> dict[str, Any]:
 
 def config_from_plain(content: Mapping[str, Any]) -> LoraConfig:
     """The inverse of `plain_config`."""
-    peft = _import_peft("the checkpoint's adapter")
+    require("peft", "lora", "the checkpoint's adapter")
+    import peft
+
     return peft.PeftConfig.from_peft_type(**content)
 
 
 def _new_config(lora: LoRAConfig) -> LoraConfig:
-    peft = _import_peft("model.policy.lora")
+    require("peft", "lora", "model.policy.lora")
+    import peft
+
     if taken := sorted(_OWN_KEYS.keys() & lora.peft_kwargs.keys()):
         raise ConfigError(f"model.policy.lora.peft_kwargs.{taken[0]}: set model.policy.lora.{_OWN_KEYS[taken[0]]} instead")
     own = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": lora.target_modules, "lora_dropout": lora.dropout}
@@ -241,7 +243,9 @@ def _new_config(lora: LoRAConfig) -> LoraConfig:
 
 
 def _read(source: str, place: str) -> tuple[LoraConfig, dict[str, Tensor]]:
-    peft = _import_peft("model.policy.adapter")
+    require("peft", "lora", "model.policy.adapter")
+    import peft
+
     source = str(Path(source).expanduser()) if source.startswith("~") else source
     try:
         config = peft.PeftConfig.from_pretrained(source)
@@ -255,23 +259,11 @@ def _read(source: str, place: str) -> tuple[LoraConfig, dict[str, Tensor]]:
     return config, weights
 
 
-def _import_peft(what: str) -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise ConfigError(f"{what} needs peft: pip install 'stateset-lightning[lora]'") from error
-    return peft
-
-
 def _peft_layers(model: nn.Module) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-
-
-def _bases(layers: list[Any]) -> list[nn.Module]:
-    return [layer.get_base_layer() for layer in layers]
 
 
 def _is_wide(base: nn.Module) -> bool:

@@ -6,6 +6,7 @@ No `from __future__ import annotations` in files whose signatures the command li
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
@@ -72,6 +73,17 @@ class PolicyConfig:
     def has_dropout(self) -> bool:
         """Whether any dropout is at work in training."""
         return self.dropout > 0 or (self.lora is not None and self.lora.dropout > 0)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the model is bundled or a folder, and no Hugging Face id."""
+        path = Path(self.model_name)
+        return self.model_name == "tiny" or path.is_absolute() or path.expanduser().exists()
+
+    @property
+    def public_name(self) -> str:
+        """The model's name as others may read it: of a folder its last part, which says nothing about the machine."""
+        return Path(self.model_name).name if self.is_local else self.model_name
 
     @classmethod
     def of(cls, policy: "str | Mapping[str, Any] | PolicyConfig") -> "PolicyConfig":

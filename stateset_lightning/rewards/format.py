@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 from stateset_lightning.errors import ConfigError
+from stateset_lightning.extras import require
 from stateset_lightning.rewards.interface import RewardFunction, RewardResult
 from stateset_lightning.rewards.match import compiled
 from stateset_lightning.rewards.text import completion
@@ -103,8 +103,7 @@ def _reject_constant(name: str) -> Any:
 
 
 def _check_schema(schema: dict[str, Any]) -> None:
-    if find_spec("jsonschema") is None:
-        raise ConfigError("JsonValid(schema=...) needs the package jsonschema: pip install 'stateset-lightning[json]'")
+    require("jsonschema", "json", "JsonValid(schema=...)")
     from jsonschema import SchemaError
     from jsonschema.validators import validator_for
 

@@ -19,9 +19,9 @@ from annotated_types import Ge, Gt
 
 from stateset_lightning.bounds import check_bounds
 from stateset_lightning.errors import ConfigError, DataError, RewardError
+from stateset_lightning.extras import require
 from stateset_lightning.redaction import is_secret_name
 from stateset_lightning.rewards.interface import RewardFunction, RewardResult
-from stateset_lightning.rewards.maths import require
 from stateset_lightning.rewards.reply_cache import ReplyCache
 from stateset_lightning.types import Turn
 
@@ -86,7 +86,7 @@ class ModelJudge(RewardFunction):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        require("openai", "judge", self.name)
+        require("openai", "judge", f"reward '{self.name}'")
         import openai  # noqa: F401 (a second, which must not count as the first completion's time)
 
         self.model, self.rubric, self.base_url = model, rubric, base_url

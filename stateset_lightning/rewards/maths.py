@@ -1,7 +1,6 @@
 """A reward for answers that are formulas, by the `math-verify` library."""
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
-import importlib.util
 import logging
 import math
 import re
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 from annotated_types import Gt
 
 from stateset_lightning.errors import ConfigError, DataError
+from stateset_lightning.extras import require
 from stateset_lightning.rewards.interface import RewardFunction, RewardResult
 from stateset_lightning.rewards.text import completion, target_of
 from stateset_lightning.types import Turn
@@ -45,7 +45,7 @@ class MathEquivalence(RewardFunction):
             raise ConfigError(f"timeout=None of reward '{self.name}': give seconds, since some formulas take for ever")
         if not target_marker:
             raise ConfigError("target_marker='': a marker must not be empty")
-        require("math_verify", "math", self.name)
+        require("math_verify", "math", f"reward '{self.name}'")
         self.target_marker = target_marker
 
     def compute_reward(self, turns: Sequence[Turn], context: Mapping[str, Any] | None = None) -> RewardResult:
@@ -73,12 +73,6 @@ class MathEquivalence(RewardFunction):
         # In a worker process. Imported now, before the clock of the first completion starts: sympy takes a second or two.
         self.__dict__.update(state)
         import math_verify  # noqa: F401
-
-
-def require(module: str, extra: str, reward: str) -> None:
-    """Raise ConfigError unless a module of an optional dependency is there."""
-    if importlib.util.find_spec(module) is None:
-        raise ConfigError(f"reward '{reward}' needs the library {module.replace('_', '-')}: pip install \"stateset-lightning[{extra}]\"")
 
 
 def _parsed(text: str) -> list[Any]:

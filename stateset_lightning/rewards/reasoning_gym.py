@@ -8,9 +8,9 @@ from typing import Annotated, Any
 from annotated_types import Gt
 
 from stateset_lightning.errors import ConfigError
+from stateset_lightning.extras import require
 from stateset_lightning.rewards.interface import RewardFunction, RewardResult
 from stateset_lightning.rewards.match import compiled
-from stateset_lightning.rewards.maths import require
 from stateset_lightning.rewards.text import completion
 from stateset_lightning.types import Turn
 
@@ -53,7 +53,7 @@ class ReasoningGymReward(RewardFunction):
         super().__init__(timeout=timeout, **common)
         if timeout is None:
             raise ConfigError(f"timeout=None of reward '{self.name}': give seconds, since sympy takes for ever over some answers")
-        require("reasoning_gym", "gym", self.name)
+        require("reasoning_gym", "gym", f"reward '{self.name}'")
         self.answer_pattern = None if answer_pattern is None else compiled(answer_pattern)
         self.allow_code = allow_code
         self._scorers: dict[str, Any] = {}

@@ -8,8 +8,9 @@ is the same whatever else is in the batch. Letters: B rows of the running batch,
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from stateset_lightning.errors import ConfigError, NonFiniteError
 from stateset_lightning.policy.adapters import merged_adapter
 from stateset_lightning.policy.loading import context_length, end_of_sequence_ids
+from stateset_lightning.policy.precision import replaced_parameters
 from stateset_lightning.rollout.config import RolloutConfig
 from stateset_lightning.rollout.engine import OnFinished
 from stateset_lightning.rollout.fast_linear import fast_linears
@@ -120,27 +122,29 @@ class InProcessEngine:
         """Evaluation mode (no dropout; a cache, which gradient checkpointing forbids in training mode), weights cast once."""
         model = self.policy.model
         training = {module: module.training for module in model.modules()}
-        places = [(module, name, weight) for module in model.modules() for name, weight in module._parameters.items() if weight is not None]
         model.eval()
         try:
-            if self.dtype is not None:
-                # Others in their places, not other data in the parameters: a change of dtype, even undone, detaches the hooks by which
-                # DDP reduces gradients.
-                cast: dict[torch.nn.Parameter, torch.nn.Parameter] = {}  # tied weights stay tied
-                for module, name, weight in places:
-                    if not weight.is_floating_point():  # quantized
-                        continue
-                    if weight not in cast:
-                        cast[weight] = torch.nn.Parameter(weight.detach().to(self.dtype), requires_grad=False)
-                    module._parameters[name] = cast[weight]
-            # Under autocast every step would cast every weight again.
-            with torch.autocast(model.device.type, enabled=False), merged_adapter(model):
+            # Under autocast every step would cast every weight again. Inference mode costs less per operation than `no_grad`.
+            with torch.autocast(model.device.type, enabled=False), self._weights_cast(), merged_adapter(model), torch.inference_mode():
                 yield
         finally:
-            for module, name, weight in places:
-                module._parameters[name] = weight
+            for module in training:
+                for name, buffer in module._buffers.items():
+                    if buffer is not None and buffer.is_inference():  # rotary frequencies that grew; DDP, say, could not write to it
+                        module._buffers[name] = buffer.clone()
             for module, was_training in training.items():
                 module.training = was_training
+
+    def _weights_cast(self) -> AbstractContextManager[None]:
+        if self.dtype is None:
+            return nullcontext()
+
+        @cache  # tied weights stay tied
+        def cast(weight: torch.nn.Parameter) -> torch.nn.Parameter:
+            is_quantized = not weight.is_floating_point()
+            return weight if is_quantized else torch.nn.Parameter(weight.detach().to(self.dtype), requires_grad=False)
+
+        return replaced_parameters(self.policy.model.modules(), cast)
 
 
 class _Decoding:

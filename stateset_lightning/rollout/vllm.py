@@ -40,7 +40,7 @@ class VLLMEngine:
         urls: The servers. Prompts are dealt out to them in turn, the completions of one prompt to one server, which computes it once.
         folder: Where weights are handed over; the servers must see it under the same path. None: the system's for temporary files.
         dtype: That the servers compute in (their --dtype); it decides the tolerance. None: the policy's.
-        tolerance: Nats per token by which the log-probs of servers and policy may differ after a sync. None: by dtype, see `TOLERANCE`.
+        tolerance: Nats per token by which log-probs of servers and policy may differ after a sync. None: by dtype (`logprob_tolerance`).
         request_timeout: Seconds for one completion, with the time that it waits in the server's queue.
         max_wait_minutes: How long a server may be away before the run stops.
     """

@@ -16,15 +16,11 @@ from torch import Tensor
 
 from stateset_lightning.errors import SamplingError, ServerError, UserError
 from stateset_lightning.policy import Group, Policy, save_adapter
+from stateset_lightning.policy.precision import logprob_tolerance
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.rollout.config import RolloutConfig
 from stateset_lightning.rollout.vllm_server import VLLMServer
 from stateset_lightning.types import Metrics
-
-TOLERANCE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
-"""Mean absolute difference, in nats, of a token's log-prob between server and policy after a sync, by the coarser of their dtypes.
-
-Float error is below 1e-5 in float32 and some 0.01 in bfloat16; another model, or log-probs of another kind, differ by tenths."""
 
 PROBE_PROMPT = list(range(3, 16))
 PROBE = {"prompt": PROBE_PROMPT, "n": 4, "max_tokens": 8, "seed": 0, "ignore_eos": True, "logprobs": 0, "return_token_ids": True}
@@ -68,7 +64,7 @@ class WeightSync:
         sampling: The run's; log-probs are compared under it.
         folder: Where weights are handed over; None for the system's for temporary files.
         dtype: That the servers compute in; None for the policy's.
-        tolerance: Nats per token; None for `TOLERANCE`.
+        tolerance: Nats per token; None for `logprob_tolerance`.
     """
 
     def __init__(
@@ -101,7 +97,7 @@ class WeightSync:
                     server.patiently(partial(self._keep, server, self.synced))
             return
         start = time.perf_counter()
-        ranks = _ranks()
+        ranks = Ranks.current()
         ranks.gather(None)  # none is sampling any more: each comes here when its own samples are drawn
         outcome: Synced | UserError | None = None
         try:
@@ -173,8 +169,8 @@ class WeightSync:
         """
         answers = server.patiently(partial(self._answers, server, synced))
         temperature = self.sampling.temperature
-        dtypes = [self.dtype or "float32", str(policy.model.dtype).removeprefix("torch.")]
-        limit = self.tolerance or max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes) / min(temperature, 1.0)
+        dtype = policy.model.dtype
+        limit = self.tolerance or logprob_tolerance(dtype, getattr(torch, self.dtype) if self.dtype else dtype, temperature=temperature)
         groups = [Group(PROBE_PROMPT, [tokens for tokens, _ in answers])]
         theirs_T = torch.cat([logprobs for _, logprobs in answers])
         with torch.autocast(policy.device.type, enabled=False):
@@ -221,9 +217,3 @@ def _fingerprint(policy: Policy) -> list[int]:
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     trained = [p.detach() for p in policy.parameters() if p.requires_grad] or [p.detach() for p in policy.parameters()]
     return torch.stack([p.view(integers[p.element_size()]).sum(dtype=torch.int64) for p in trained]).tolist()
-
-
-def _ranks() -> Ranks:
-    distributed = torch.distributed
-    is_distributed = distributed.is_available() and distributed.is_initialized()
-    return Ranks(distributed.get_rank(), distributed.get_world_size()) if is_distributed else Ranks()

@@ -1,13 +1,14 @@
-"""Parquet and hub data sets: through `datasets`, here replaced by a small stand-in, since the real ones need a network."""
+"""Parquet files, and hub data sets by a small stand-in for `datasets`, since the hub needs a network."""
 
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from stateset_lightning.data.hub import is_hub_id
 from stateset_lightning.data.sources import read_split
-from stateset_lightning.errors import DataError
+from stateset_lightning.errors import ConfigError, DataError
 
 
 class NotFound(Exception):
@@ -25,13 +26,9 @@ def calls(monkeypatch):
             raise NotFound("Dataset 'owner/missing' doesn't exist\nand more")
         return [] if name == "owner/empty" else [{"question": "a"}, {"question": "b"}]
 
-    def from_parquet(path):
-        asked.append(path)
-        return [{"question": "a"}]
-
     module = ModuleType("datasets")
     module.load_dataset = load_dataset
-    module.Dataset = SimpleNamespace(from_parquet=from_parquet)
+    module.__spec__ = ModuleSpec("datasets", loader=None)
     module.exceptions = SimpleNamespace(DatasetsError=NotFound)
     monkeypatch.setitem(sys.modules, "datasets", module)
     return asked
@@ -66,10 +63,16 @@ def test_a_hub_id_says_name_configuration_and_split(calls, hub_id, split, asked)
     assert [(s.id, s.prompt) for s in found.scenarios] == [(f"{hub_id}:1", "a"), (f"{hub_id}:2", "b")]
 
 
-def test_a_parquet_file(calls, write):
-    path = write("a.parquet", b"PAR1")
-    assert [s.id for s in read_split(path, "train", {"prompt": "question"}).scenarios] == ["a:1"]
-    assert calls == [str(path)]
+def test_a_parquet_file(tmp_path, write):
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("datasets")
+    from pyarrow.parquet import write_table
+
+    write_table(pyarrow.table({"question": ["a", "b"], "answer": ["1", None]}), tmp_path / "a.parquet")
+    found = read_split(tmp_path / "a.parquet", "train", {"prompt": "question", "target": "answer"}).scenarios
+    assert [(s.id, s.prompt, s.target) for s in found] == [("a:1", "a", "1"), ("a:2", "b", None)]
+    with pytest.raises(DataError, match=r"broken\.parquet: cannot be read as Parquet"):
+        read_split(write("broken.parquet", b"PAR1"), "train")
 
 
 def test_failures_name_the_data_set(calls):
@@ -84,5 +87,5 @@ def test_failures_name_the_data_set(calls):
 def test_without_the_library_the_message_says_what_to_install(monkeypatch, write):
     monkeypatch.setitem(sys.modules, "datasets", None)
     for spec in ("openai/gsm8k", write("a.parquet", b"PAR1")):
-        with pytest.raises(DataError, match=r'pip install "stateset-lightning\[hub\]"'):
+        with pytest.raises(ConfigError, match=r'pip install "stateset-lightning\[hub\]"'):
             read_split(spec, "train")

@@ -5,7 +5,7 @@ import reasoning_gym
 
 from stateset_lightning.data import Source, read_split
 from stateset_lightning.data.tasks import MAX_SIZE
-from stateset_lightning.errors import ConfigError, DataError
+from stateset_lightning.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -62,5 +62,5 @@ def test_bad_sources_are_refused(source, message):
 
 def test_without_the_library_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "reasoning_gym", None)
-    with pytest.raises(DataError, match=r'pip install "stateset-lightning\[gym\]"'):
+    with pytest.raises(ConfigError, match=r'pip install "stateset-lightning\[gym\]"'):
         read_split([{"reasoning_gym": "chain_sum", "size": 3}], "train")

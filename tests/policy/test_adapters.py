@@ -170,7 +170,7 @@ def test_further_arguments_reach_peft(make_model: Callable[..., Any]) -> None:
 
 def test_without_peft_the_error_says_what_to_install(make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ConfigError, match=r"pip install 'stateset-lightning\[lora\]'"):
+    with pytest.raises(ConfigError, match=r'needs the library peft: pip install "stateset-lightning\[lora\]"'):
         adapted(make_model("llama"))
 
 

@@ -97,7 +97,7 @@ def test_a_bad_schema_and_a_missing_package_are_config_errors(monkeypatch):
     with pytest.raises(ConfigError, match="is no JSON Schema: 'objekt' is not valid"):
         JsonValid(schema={"type": "objekt"})
     monkeypatch.setitem(sys.modules, "jsonschema", None)
-    with pytest.raises(ConfigError, match=r"pip install 'stateset-lightning\[json\]'"):
+    with pytest.raises(ConfigError, match=r'pip install "stateset-lightning\[json\]"'):
         JsonValid(schema={"type": "object"})
 
 

@@ -261,7 +261,7 @@ def test_only_the_first_rank_hands_over_and_all_end_where_it_fails(server: Runni
     first = synced(server, adapted())
     asked = len(server.stub.requests)
     ranks = SecondOfTwo()
-    monkeypatch.setattr(vllm_weights, "_ranks", lambda: ranks)
+    monkeypatch.setattr(vllm_weights.Ranks, "current", lambda: ranks)
     ranks.first = first._weights.synced
     second = synced(server, adapted())
     assert [path for path, _ in server.stub.requests[asked:]] == ["/v1/models"]
