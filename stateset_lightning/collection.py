@@ -22,7 +22,7 @@ from stateset_lightning.policy import AdapterReference, Policy
 from stateset_lightning.policy.precision import sampling_dtype
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.rewards import Scorer
-from stateset_lightning.rollout import InProcessEngine, RolloutConfig, RolloutEngine, VLLMEngine
+from stateset_lightning.rollout import InProcessEngine, RemoteEngine, RolloutConfig, RolloutEngine
 from stateset_lightning.sampling_ahead import SamplingAhead
 from stateset_lightning.seeding import sample_seeds
 from stateset_lightning.types import Metrics, PromptBatch, Rollout, Scores, conversation
@@ -39,7 +39,7 @@ def prepared(engine: RolloutEngine | None, tokenizer: PreTrainedTokenizerBase, s
     engine = InProcessEngine(tokenizer) if engine is None else engine
     if isinstance(engine, InProcessEngine):
         engine.dtype = sampling_dtype(precision)
-    elif isinstance(engine, VLLMEngine):
+    elif isinstance(engine, RemoteEngine):
         engine.setup(tokenizer, sampling)
     return engine
 
@@ -211,7 +211,7 @@ class Collector:
         """`seconds` are those that training waited; sampling ahead went on beside it."""
         tokens = sum(int(sample.rollout.lengths_N.sum()) for sample in samples)
         engine = self.sampler.engine
-        metrics = engine.pop_metrics() if isinstance(engine, VLLMEngine) else {}
+        metrics = engine.pop_metrics() if isinstance(engine, RemoteEngine) else {}
         if self.sampler.ahead is not None:
             metrics["work/sampled_ahead"] = (float(seconds_ahead > 0), 1)
         return metrics | {

@@ -32,7 +32,7 @@ from stateset_lightning.records import CompletionRecord, make_records
 from stateset_lightning.redaction import redacted
 from stateset_lightning.resumable import ResumableModule
 from stateset_lightning.rewards import Reward, Scorer, as_rewards
-from stateset_lightning.rollout import InProcessEngine, RolloutConfig, RolloutEngine, VLLMEngine
+from stateset_lightning.rollout import InProcessEngine, RemoteEngine, RolloutConfig, RolloutEngine
 from stateset_lightning.run_checks import (
     check_bad_steps,
     check_sampling_difference,
@@ -95,7 +95,7 @@ class GRPOLightningModule(ResumableModule):
         self.policy_config = PolicyConfig.of(policy)
         self.rollout = RolloutConfig(**rollout) if isinstance(rollout, Mapping) else rollout
         self.algorithm = copy.copy(algorithm)
-        self.algorithm.setup(self.rollout.max_new_tokens, samples_elsewhere=isinstance(engine, VLLMEngine))
+        self.algorithm.setup(self.rollout.max_new_tokens, samples_elsewhere=isinstance(engine, RemoteEngine))
         self.rewards = as_rewards(reward)
         self.evaluation = EvaluationConfig(**evaluation) if isinstance(evaluation, Mapping) else evaluation
         self.evaluation.check_rewards([reward.name for reward in self.rewards])

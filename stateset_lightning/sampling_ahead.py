@@ -7,7 +7,6 @@ correct for that as for any other difference between sampler and trainer.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -15,9 +14,10 @@ from typing import Any, Generic, TypeVar
 
 from lightning.pytorch import Trainer
 
+from stateset_lightning.daemon_threads import DaemonThreads
 from stateset_lightning.data.loader import EpisodeLoader
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.rollout import RolloutConfig, RolloutEngine, VLLMEngine
+from stateset_lightning.rollout import RemoteEngine, RolloutConfig, RolloutEngine
 from stateset_lightning.run_checks import optimizer_steps_of_run
 from stateset_lightning.types import PromptBatch
 
@@ -32,21 +32,17 @@ class SamplingAhead(Generic[T]):
     def __init__(self) -> None:
         self._episode = -1
         self._future: Future[tuple[T, float]] | None = None
+        self._threads = DaemonThreads(1, "sampling-ahead")  # a server that hangs must not hold up the end of the program
 
     def start(self, episode: int, draw: Callable[[], T]) -> None:
-        """Begins to draw an episode's sample. The thread is a daemon: a server that hangs must not hold up the end of the program."""
+        """Begins to draw an episode's sample."""
         assert self._future is None, "the sample of one episode is taken before that of another is begun"
-        future: Future[tuple[T, float]] = Future()
 
-        def run() -> None:
+        def timed() -> tuple[T, float]:
             begin = time.perf_counter()
-            try:
-                future.set_result((draw(), time.perf_counter() - begin))
-            except BaseException as error:  # not swallowed: raised where the sample is taken
-                future.set_exception(error)
+            return draw(), time.perf_counter() - begin
 
-        self._episode, self._future = episode, future
-        threading.Thread(target=run, name="sampling-ahead", daemon=True).start()
+        self._episode, self._future = episode, self._threads.submit(timed)
 
     def take(self, episode: int) -> tuple[T, float] | None:
         """The sample of an episode and the seconds that it took; None if it was not begun. Raises what drawing it raised."""
@@ -63,6 +59,7 @@ class SamplingAhead(Generic[T]):
     def close(self) -> None:
         """Forgets what is being drawn; its thread ends with the requests that are under way."""
         self._future = None
+        self._threads.close(seconds=0)
 
 
 def sampling_ahead(sampling: RolloutConfig, engine: RolloutEngine | None) -> SamplingAhead[Any] | None:
@@ -73,10 +70,10 @@ def sampling_ahead(sampling: RolloutConfig, engine: RolloutEngine | None) -> Sam
     """
     if not sampling.sampling_ahead:
         return None
-    if not isinstance(engine, VLLMEngine):
+    if not isinstance(engine, RemoteEngine):
         raise ConfigError(
             "model.rollout.sampling_ahead=1 samples while the policy is trained, which the engine in this process cannot, whose weights "
-            "are the policy's: set model.engine to a VLLMEngine, or sampling_ahead to 0"
+            "are the policy's: set model.engine to one that samples elsewhere, such as VLLMEngine, or sampling_ahead to 0"
         )
     log.info(
         "model.rollout.sampling_ahead=1: samples are an episode off-policy, and a resumed run is not bit-identical: its first episode is "

@@ -6,17 +6,16 @@ It is no submodule of anything: neither trained, nor saved, nor touched by the T
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from stateset_lightning.data.control_tokens import control_tokens
-from stateset_lightning.errors import ConfigError, DataError
+from stateset_lightning.errors import DataError
 from stateset_lightning.policy import context_length, resolve_model_name
+from stateset_lightning.policy.loading_errors import check_complete, loading_errors
 from stateset_lightning.types import Turn
 
 if TYPE_CHECKING:
@@ -138,16 +137,12 @@ def _load(key: str, model_name: str, kind: str, dtype: str, revision: str | None
 
     name = resolve_model_name(model_name, key)
     auto = AutoModelForSequenceClassification if kind == "classifier" else AutoModel
-    try:
+    option = f"{key}={model_name!r}"
+    with loading_errors(option):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
         with torch.random.fork_rng(devices=[]):  # an encoder's pooler, which is not used, may be missing: it is filled at random
             model, report = auto.from_pretrained(
                 name, dtype=getattr(torch, dtype), revision=revision or "main", weights_only=True, output_loading_info=True
             )
-    except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        raise ConfigError(f"{key}={model_name!r} cannot be loaded: {str(error).strip().splitlines()[0][:300]}") from error
-    if missing := sorted(weight for weight in report["missing_keys"] if kind == "classifier" or "pooler" not in weight):
-        raise ConfigError(
-            f"{key}={model_name!r} has no weights for {', '.join(missing[:3])}, which would be random; give a complete {kind}"
-        )
+    check_complete(option, (weight for weight in report["missing_keys"] if kind == "classifier" or "pooler" not in weight), kind)
     return model.eval().requires_grad_(False), tokenizer

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "stateset_lightning"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
-    {"errors", "extras", "redaction", "bounds", "files", "seeding", "types", "ranks", "tiny"},
+    {"errors", "extras", "redaction", "bounds", "files", "seeding", "types", "ranks", "daemon_threads", "tiny"},
     {"algorithm"},
     {"data", "policy"},
     {"rollout", "text_model"},

@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning.pytorch  # noqa: F401 (here, so that its log handlers do not hold the stream of the first test)
 import pytest
 import yaml
+from vllm_stub import running
 
 from stateset_lightning.cli import main
 
@@ -102,6 +103,15 @@ def test_without_sampling_the_target_is_scored(examine):
     code, said = examine("--sample", "false")
     assert code == 0
     assert "target      1" in said
+    assert "reward      1.000 = exact_match 1.000" in said
+
+
+def test_servers_that_may_be_serving_a_run_get_no_weights(examine):
+    with running() as server:
+        engine = {"class_path": "stateset_lightning.rollout.VLLMEngine", "init_args": {"urls": [server.url]}}
+        code, said = examine(model={"engine": engine})
+        assert (code, server.stub.requests) == (0, [])
+    assert "note: a target is scored instead of a completion: sampling would load weights into the servers of model.engine" in said
     assert "reward      1.000 = exact_match 1.000" in said
 
 

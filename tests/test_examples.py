@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import random
 import re
 import shlex
@@ -125,6 +126,10 @@ def test_intent_classification_prints_its_table_and_goes_on_where_it_was(
         raise AssertionError("a model that is there was made again")
 
     monkeypatch.setattr(intent_run, "teach", teach)
+    killed = folder / "seed_3" / "grpo" / "version_7" / "metrics.csv"  # of a try that was killed before its first checkpoint
+    killed.parent.mkdir()
+    killed.write_text("step,val/solved\n0,0.123\n")
+    os.utime(killed, (0, 0))
     (folder / "seed_3" / "result.json").unlink()  # stopped at the very end: models and checkpoint are there
     assert intent_run.main(words) == results
 

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.extras import require
 from stateset_lightning.policy.config import LoRAConfig, PolicyConfig
+from stateset_lightning.policy.loading_errors import loading_errors
 from stateset_lightning.policy.precision import replaced_parameters
 from stateset_lightning.seeding import derive_seed
 
@@ -247,13 +246,9 @@ def _read(source: str, place: str) -> tuple[LoraConfig, dict[str, Tensor]]:
     import peft
 
     source = str(Path(source).expanduser()) if source.startswith("~") else source
-    try:
+    with loading_errors(place):
         config = peft.PeftConfig.from_pretrained(source)
         weights = peft.load_peft_weights(source, device="cpu")
-    except pickle.UnpicklingError as error:
-        raise ConfigError(f"{place}: its weights are a pickle file with more in it than tensors; convert it to safetensors") from error
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise ConfigError(f"{place} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(config, peft.LoraConfig):
         raise ConfigError(f"{place} is an adapter of the kind {config.peft_type}, and not LoRA")
     return config, weights

@@ -44,18 +44,22 @@ class _RootMeanSquareNorm(torch.autograd.Function):
         return grad.sub_(normed).mul_(inverse).to(x.dtype), grad_weight, None
 
 
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
+
+
 class _SwiGLU(torch.autograd.Function):
     """silu(gate) * up; keeps gate and up."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return _gated(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grads[0] * up, gate), F.silu(gate).mul_(grads[0])
+        return torch.ops.aten.silu_backward(grads[0] * up, gate), _gated(gate, grads[0])
 
 
 def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
@@ -66,7 +70,8 @@ def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _mlp_forward(self: Any, x: Tensor) -> Tensor:
-    output: Tensor = self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+    gated = _SwiGLU.apply if torch.is_grad_enabled() else _gated
+    output: Tensor = self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
     return output
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy.adapters import add_adapter, is_adapted
 from stateset_lightning.policy.config import PolicyConfig
+from stateset_lightning.policy.loading_errors import check_complete, first_line, loading_errors
 from stateset_lightning.tiny import TINY_FOLDER
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def load_tokenizer(policy: PolicyConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=policy.revision or "main", trust_remote_code=policy.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.policy.model_name={policy.model_name!r}: no tokenizer can be loaded: {_first_line(error)}") from error
+        raise ConfigError(f"model.policy.model_name={policy.model_name!r}: no tokenizer can be loaded: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"model.policy.model_name={policy.model_name!r}: its tokenizer has no end-of-sequence token; set `eos_token` in it"
@@ -72,7 +71,8 @@ def load_model(policy: PolicyConfig, default_dtype: torch.dtype = torch.float32,
 
     name = resolve_model_name(policy.model_name)
     common: dict[str, Any] = {"revision": policy.revision or "main", "trust_remote_code": policy.trust_remote_code}
-    try:
+    option = f"model.policy.model_name={policy.model_name!r}"
+    with loading_errors(option):
         config = AutoConfig.from_pretrained(name, **common)
         set_dropout(config, policy.dropout)
         model: PreTrainedModel
@@ -86,18 +86,7 @@ def load_model(policy: PolicyConfig, default_dtype: torch.dtype = torch.float32,
             **common,
             **policy.model_kwargs,
         )
-    except pickle.UnpicklingError as error:
-        raise ConfigError(
-            f"model.policy.model_name={policy.model_name!r} cannot be loaded: its weights are a pickle file with more in it than tensors, "
-            "which could run code; convert it to safetensors where you trust it"
-        ) from error
-    except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"model.policy.model_name={policy.model_name!r} cannot be loaded: {_first_line(error)}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ConfigError(
-            f"model.policy.model_name={policy.model_name!r} cannot be loaded: it has no weights for {', '.join(missing[:3])}"
-            f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}, which would be random; give a complete causal language model"
-        )
+    check_complete(option, report["missing_keys"], "causal language model")
     if is_adapted(model):
         raise _is_an_adapter(policy.model_name)
     if policy.gradient_checkpointing:
@@ -133,8 +122,3 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 def _is_an_adapter(name: str, key: str = "model.policy.model_name") -> ConfigError:
     return ConfigError(f"{key}={name!r} is an adapter: give its base, and the adapter as model.policy.adapter")
-
-
-def _first_line(error: BaseException) -> str:
-    hint = "; set model.policy.trust_remote_code=true if you trust its authors" if "trust_remote_code" in str(error) else ""
-    return str(error).strip().split("\n")[0][:300] + hint

@@ -1,14 +1,10 @@
-"""Where rewards run inside this process: an event loop on its own thread, and threads for blocking calls.
-
-Both are started by their first use, and neither keeps the interpreter alive at exit.
-"""
+"""Where async rewards run: an event loop on its own thread, started by its first use, that does not keep the interpreter alive."""
 
 from __future__ import annotations
 
 import asyncio
-import queue
 import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -74,62 +70,6 @@ class EventLoopThread:
                 return failure(asyncio.CancelledError("the reward cancelled itself")) if task.cancelled() else task.result()
             finally:
                 task.cancel()
-
-
-class DaemonThreads:
-    """A pool of threads that run blocking calls.
-
-    `concurrent.futures.ThreadPoolExecutor` joins its threads at interpreter exit, so that one reward that hangs would hang
-    Ctrl-C as well. These are daemon threads.
-    """
-
-    def __init__(self, max_threads: int, name: str) -> None:
-        self._max_threads = max_threads
-        self._name = name
-        self._queue: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
-        self._closed = False
-
-    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
-        if self._closed:
-            raise RuntimeError(f"the threads '{self._name}' are closed")
-        future: Future[Any] = Future()
-        self._queue.put((future, function, args))
-        if len(self._threads) < self._max_threads:
-            thread = threading.Thread(target=_serve, args=(self._queue,), name=f"{self._name}-{len(self._threads)}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
-        return future
-
-    def close(self) -> None:
-        """Cancel what waits and end the threads; one that hangs in user code is left behind."""
-        self._closed = True
-        while not self._queue.empty():
-            try:
-                item = self._queue.get_nowait()
-            except queue.Empty:  # a thread was quicker
-                break
-            if item is not None:
-                item[0].cancel()
-        threads, self._threads = self._threads, []
-        for _ in threads:
-            self._queue.put(None)
-        for thread in threads:
-            thread.join(_CLOSE_SECONDS / len(threads))
-
-
-def _serve(calls: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None]) -> None:
-    while (call := calls.get()) is not None:
-        future, function, args = call
-        if not future.set_running_or_notify_cancel():
-            continue
-        try:
-            result = function(*args)
-        except BaseException as error:  # not swallowed: whoever waits for the future gets it
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-        del call, future, function, args  # an idle thread must not keep a finished episode's texts alive
 
 
 async def _cancel_others() -> None:

@@ -1,9 +1,9 @@
 """Prompts -> completions: the engine interface, the in-process engine with its KV cache and sampling, the vLLM engine."""
 
 from stateset_lightning.rollout.config import RolloutConfig
-from stateset_lightning.rollout.engine import OnFinished, RolloutEngine
+from stateset_lightning.rollout.engine import OnFinished, RemoteEngine, RolloutEngine
 from stateset_lightning.rollout.in_process import InProcessEngine
 from stateset_lightning.rollout.vllm import VLLMEngine
 from stateset_lightning.types import FinishReason, Rollout
 
-__all__ = ["FinishReason", "InProcessEngine", "OnFinished", "Rollout", "RolloutConfig", "RolloutEngine", "VLLMEngine"]
+__all__ = ["FinishReason", "InProcessEngine", "OnFinished", "RemoteEngine", "Rollout", "RolloutConfig", "RolloutEngine", "VLLMEngine"]

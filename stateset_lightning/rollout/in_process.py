@@ -21,7 +21,7 @@ from stateset_lightning.policy.adapters import merged_adapter
 from stateset_lightning.policy.loading import context_length, end_of_sequence_ids
 from stateset_lightning.policy.precision import replaced_parameters
 from stateset_lightning.rollout.config import RolloutConfig
-from stateset_lightning.rollout.engine import OnFinished
+from stateset_lightning.rollout.engine import OnFinished, rollout_of
 from stateset_lightning.rollout.fast_linear import fast_linears
 from stateset_lightning.rollout.running_batch import make_running_batch
 from stateset_lightning.rollout.sampling import sample_tokens
@@ -91,14 +91,8 @@ class InProcessEngine:
                 if on_finished is not None:
                     on_finished(n, texts[n], len(completion.tokens))
         self.decoded_rows = decoding.decoded_rows
-        return Rollout(
-            prompt_tokens=prompts,
-            completion_tokens_T=torch.tensor([token for c in completions for token in c.tokens], dtype=torch.long),
-            lengths_N=torch.tensor([len(c.tokens) for c in completions]),
-            logprobs_T=torch.tensor([logprob for c in completions for logprob in c.logprobs], dtype=torch.float32),
-            finish_reasons=[c.finish_reason for c in completions],
-            texts=texts,
-        )
+        tokens_N, logprobs_N = [c.tokens for c in completions], [c.logprobs for c in completions]
+        return rollout_of(prompts, tokens_N, logprobs_N, [c.finish_reason for c in completions], texts)
 
     @property
     def policy(self) -> Policy:

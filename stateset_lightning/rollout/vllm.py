@@ -7,20 +7,21 @@ each time the log-probs of a few tokens are compared with the policy's: no run g
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 import logging
 from collections.abc import Sequence
+from concurrent.futures import as_completed
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 from annotated_types import Gt
 
 from stateset_lightning.bounds import check_bounds
+from stateset_lightning.daemon_threads import DaemonThreads
 from stateset_lightning.errors import ConfigError, NonFiniteError
 from stateset_lightning.policy import Policy, end_of_sequence_ids
 from stateset_lightning.policy.config import Dtype
 from stateset_lightning.rollout.config import RolloutConfig
-from stateset_lightning.rollout.engine import OnFinished
+from stateset_lightning.rollout.engine import OnFinished, rollout_of
 from stateset_lightning.rollout.stopping import StopStrings
-from stateset_lightning.rollout.vllm_server import VLLMServer, in_threads
+from stateset_lightning.rollout.vllm_server import VLLMServer
 from stateset_lightning.rollout.vllm_weights import WeightSync, filters_of, request
 from stateset_lightning.types import FinishReason, Metrics, Rollout
 
@@ -134,22 +135,23 @@ class VLLMEngine:
         stop = StopStrings(sampling.stop, self.tokenizer)
         choices: list[dict[str, Any]] = [{}] * len(calls)
         texts = [""] * len(calls)
-        for n, (choice,) in in_threads(calls, sampling.max_batch_rows):
-            choices[n] = choice
-            texts[n] = stop.cut(str(self.tokenizer.decode(choice["token_ids"], skip_special_tokens=True)))
-            if on_finished is not None:
-                on_finished(n, texts[n], len(choice["token_ids"]))
-        logprobs_T = torch.tensor([value for choice in choices for value in choice["logprobs"]["token_logprobs"]], dtype=torch.float32)
-        if not logprobs_T.isfinite().all():
+        threads = DaemonThreads(sampling.max_batch_rows, "vllm-request")
+        try:
+            numbers = {threads.submit(call): n for n, call in enumerate(calls)}
+            for future in as_completed(numbers):
+                n, (choice,) = numbers[future], future.result()
+                choices[n] = choice
+                texts[n] = stop.cut(str(self.tokenizer.decode(choice["token_ids"], skip_special_tokens=True)))
+                if on_finished is not None:
+                    on_finished(n, texts[n], len(choice["token_ids"]))
+        finally:
+            threads.close(seconds=0)
+        tokens_N, logprobs_N = [choice["token_ids"] for choice in choices], [choice["logprobs"]["token_logprobs"] for choice in choices]
+        reasons = [FinishReason(choice["finish_reason"]) for choice in choices]
+        rollout = rollout_of(prompts, tokens_N, logprobs_N, reasons, texts)
+        if not rollout.logprobs_T.isfinite().all():
             raise NonFiniteError("a server's log-probs are not finite: the weights have diverged; go back to an earlier checkpoint")
-        return Rollout(
-            prompt_tokens=prompts,
-            completion_tokens_T=torch.tensor([token for choice in choices for token in choice["token_ids"]], dtype=torch.long),
-            lengths_N=torch.tensor([len(choice["token_ids"]) for choice in choices]),
-            logprobs_T=logprobs_T,
-            finish_reasons=[FinishReason(choice["finish_reason"]) for choice in choices],
-            texts=texts,
-        )
+        return rollout
 
     def _check_length(self, prompts: list[list[int]], max_new_tokens: int) -> None:
         longest = max(map(len, prompts))

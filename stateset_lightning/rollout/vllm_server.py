@@ -6,13 +6,11 @@ import http.client
 import json
 import logging
 import os
-import queue
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from stateset_lightning.errors import ConfigError, ServerError
@@ -154,37 +152,3 @@ def _message(error: urllib.error.HTTPError) -> str:
         return str(error.reason)
     inner = content.get("error", content) if isinstance(content, dict) else content
     return str(inner.get("message") or inner.get("detail") or inner)[:300] if isinstance(inner, dict) else str(inner)[:300]
-
-
-def in_threads(calls: Sequence[Callable[[], T]], num_threads: int) -> Iterator[tuple[int, T]]:
-    """Makes all calls, so many at a time; yields each one's number and result as they come, and raises what one raises.
-
-    The threads are daemons: a server that hangs must not hold up the end of the program.
-    """
-    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-    done: queue.SimpleQueue[tuple[int, Future[T]]] = queue.SimpleQueue()
-    stopped = threading.Event()
-    for n in range(len(calls)):
-        waiting.put(n)
-
-    def serve() -> None:
-        while not stopped.is_set():
-            try:
-                n = waiting.get_nowait()
-            except queue.Empty:
-                return
-            future: Future[T] = Future()
-            try:
-                future.set_result(calls[n]())
-            except BaseException as error:  # not swallowed: raised where the results are read
-                future.set_exception(error)
-            done.put((n, future))
-
-    for _ in range(min(num_threads, len(calls))):
-        threading.Thread(target=serve, name="vllm-request", daemon=True).start()
-    try:
-        for _ in calls:
-            n, future = done.get()
-            yield n, future.result()
-    finally:
-        stopped.set()

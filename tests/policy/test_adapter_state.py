@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from policy.test_adapters import adapted, logits, move
+from policy.test_adapters import IDS, adapted, logits, move
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import LoRAConfig, Policy, PolicyConfig, load_model, save_adapter
@@ -114,4 +114,22 @@ def test_an_adapter_that_was_loaded_is_its_own_start(config: PolicyConfig, tmp_p
         fail_inside()
     assert all(torch.equal(value, weights[name]) for name, value in policy.state_dict().items())
     assert torch.equal(logits(policy.model), moved)
+    assert not torch.allclose(started, moved, atol=0.1)
+
+
+def test_under_autocast_the_start_is_the_start_and_the_policy_itself_again(config: PolicyConfig, tmp_path: Path) -> None:
+    """Autocast keeps casts of the weights; of weights that are swapped under it they would be the others'."""
+    first = make(config)
+    move(first.model)
+    save_adapter(first, tmp_path / "start")
+    policy = make(PolicyConfig(config.model_name, adapter=str(tmp_path / "start")))
+    assert policy.adapter is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        started = logits(policy.model)
+    move(policy.model)
+    with torch.autocast("cpu", torch.bfloat16):
+        moved = policy.model(input_ids=IDS).logits.detach()  # with gradient: autocast keeps casts of what requires one
+        with policy.adapter.at_start():
+            assert torch.equal(logits(policy.model), started)
+        assert torch.equal(logits(policy.model), moved)
     assert not torch.allclose(started, moved, atol=0.1)

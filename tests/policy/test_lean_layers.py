@@ -107,6 +107,13 @@ def test_layers_of_another_form_stay(make_model: Callable[..., Any]) -> None:
     assert use_lean_layers(Shifted(8)) == 0
 
 
+def test_quantized_layers_stay() -> None:
+    """Their weights are packed integers, of another shape than the layer."""
+    norm = LlamaRMSNorm(8)
+    norm.weight = nn.Parameter(torch.ones(4, dtype=torch.uint8), requires_grad=False)
+    assert use_lean_layers(norm) == 0
+
+
 def test_a_copy_has_its_own_weights(make_model: Callable[..., Any]) -> None:
     model = make_model("llama")
     use_lean_layers(model)

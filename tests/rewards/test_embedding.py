@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from text_models import save_encoder
-from transformers import AutoModel, AutoTokenizer
+from text_models import SHAPE, save_encoder, word_tokenizer
+from transformers import AutoModel, AutoTokenizer, RobertaConfig, RobertaModel
 
 from stateset_lightning.errors import ConfigError, DataError
 from stateset_lightning.rewards import EmbeddingSimilarity, Scorer, failure_counts
@@ -66,6 +66,18 @@ def test_no_text_scores_0_and_a_missing_target_fails_alone(encoder):
     assert scores[:2] == [0.0, 0.0]
     assert [isinstance(score, DataError) for score in scores] == [False, False, True, True, False, True]
     assert "target=[''] of scenario 's1' is empty" in str(scores[3])
+
+
+def test_positions_behind_the_padding_are_not_for_text(tmp_path):
+    """RoBERTa numbers its positions from the padding's on: of 24, one is no token's."""
+    tokenizer = word_tokenizer()
+    config = RobertaConfig(vocab_size=len(tokenizer), **SHAPE, pad_token_id=0)
+    RobertaModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    fits, too_long = similarity(tmp_path, [" ".join(["dog"] * count) for count in (21, 22)], ["cat", "cat"])  # [CLS] and [SEP] stand around
+    assert math.isfinite(fits)
+    assert isinstance(too_long, DataError)
+    assert "reads texts of 1 to 23 tokens; this one has 24" in str(too_long)
 
 
 def test_it_scores_an_episode(encoder):

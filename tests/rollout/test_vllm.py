@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import cache
@@ -19,6 +20,7 @@ from stateset_lightning.errors import ConfigError, SamplingError, ServerError
 from stateset_lightning.policy import LoRAConfig, Policy, PolicyConfig, load_model, load_tokenizer
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig, VLLMEngine, vllm_weights
 from stateset_lightning.rollout import vllm_server as vllm_server_module
+from stateset_lightning.rollout.vllm_server import ServerLost, VLLMServer
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
 SAMPLING = RolloutConfig(num_generations=2, max_new_tokens=6, temperature=0.7)
@@ -269,6 +271,42 @@ def test_only_the_first_rank_hands_over_and_all_end_where_it_fails(server: Runni
     ranks.first = SamplingError("the first rank's")
     with pytest.raises(SamplingError, match="the first rank's"):
         synced(server, adapted())
+
+
+def test_no_weights_are_handed_over_while_another_rank_samples(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    class FirstOfTwo:
+        """Notes what the server had been asked when the ranks met."""
+
+        rank = 0
+
+        def __init__(self) -> None:
+            self.asked: list[list[str]] = []
+
+        def gather(self, mine: Any) -> list[Any]:
+            self.asked.append([path for path, _ in server.stub.requests])
+            return [mine, mine]
+
+    ranks = FirstOfTwo()
+    monkeypatch.setattr(vllm_weights.Ranks, "current", lambda: ranks)
+    synced(server, adapted())
+    before, after = ranks.asked
+    assert "/v1/load_lora_adapter" not in before
+    assert "/v1/load_lora_adapter" in after
+
+
+def test_a_server_may_be_away_more_than_once_for_one_request(server: Running) -> None:
+    """A request that was served for longer than the longest absence has its whole patience again when the server goes once more."""
+    lost = VLLMServer(server.url, request_timeout=10, max_wait=0.3)
+    attempts = iter([0.0, 0.5, 0.5, 0.0])
+
+    def attempt() -> str:
+        time.sleep(next(attempts))
+        if lost.restored < 3:
+            raise ServerLost("gone")
+        return "answer"
+
+    assert lost.patiently(attempt) == "answer"
+    assert lost.restored == 3
 
 
 # At the door --------------------------------------------------------------------------------------------------------------------
