@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from stateset_lightning.fixed_logprobs import all_logprobs
 from stateset_lightning.policy import LoRAConfig, Policy, load_model, load_tokenizer
 from stateset_lightning.rewards import ExactMatch
 from stateset_lightning.rollout import VLLMEngine
-from stateset_lightning.rollout.vllm_server import VLLMServer, in_threads
+from stateset_lightning.rollout.vllm_server import VLLMServer
 from stateset_lightning.tiny import TINY_FOLDER
 
 ROOT = Path(__file__).parents[1]
@@ -184,7 +185,8 @@ def cost_of_requests(server: VLLM) -> tuple[float, float]:
                 for g in range(8 // size)
             ]
             start = time.perf_counter()
-            list(in_threads(calls, 64))
+            with ThreadPoolExecutor(64) as threads:
+                list(threads.map(lambda call: call(), calls))
             taken.append(time.perf_counter() - start)
     return min(seconds[1]), min(seconds[8])
 
