@@ -1,8 +1,10 @@
 """Small models of several architectures, built in memory with weights large enough that outputs vary; no network anywhere."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -56,6 +58,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(previous)
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """Lightning's launchers leave LOCAL_RANK and MASTER_PORT behind: a run started by a later test would wait for ranks that nobody starts."""
+    with patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(params=ARCHITECTURES)
