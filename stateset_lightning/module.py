@@ -291,7 +291,9 @@ class GRPOLightningModule(ResumableModule):
         values = {f"{stage}/{name}": value for name, value in self._evaluation.compute().items()}
         self._evaluation.reset()
         # "step" is Lightning's name for the x-axis; without it, it counts from 0 and ours, like `max_steps`, from 1.
-        self.log_dict({**values, "step": float(self.trainer.global_step)}, rank_zero_only=False)
+        values["step"] = float(self.trainer.global_step)
+        # They are of all ranks already: "max" leaves them as they are to the last bit, and Lightning, which cannot know, does not advise.
+        self.log_dict(values, sync_dist=True, reduce_fx="max")
 
     # Small things ------------------------------------------------------------------------------------------------------------
 

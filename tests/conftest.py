@@ -62,7 +62,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _environment() -> Iterator[None]:
-    """Lightning's launchers leave LOCAL_RANK and MASTER_PORT behind: a run started by a later test would wait for ranks that nobody starts."""
+    """Lightning leaves LOCAL_RANK and MASTER_PORT behind: a run that a later test starts would wait for ranks that nobody starts."""
     with patch.dict(os.environ):
         yield
 
