@@ -86,6 +86,11 @@ def use_lean_layers(model: nn.Module) -> int:
     return replaced
 
 
+def is_lean(module: nn.Module) -> bool:
+    """Whether `use_lean_layers` has found the module to have one of the usual forms."""
+    return getattr(vars(module).get("forward"), "__func__", None) in (_norm_forward, _mlp_forward)
+
+
 def _lean_forward(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
     """What could stand in for a layer's forward, by what the layer is made of."""
     if "forward" in vars(module):

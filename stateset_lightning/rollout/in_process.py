@@ -23,6 +23,7 @@ from stateset_lightning.policy.precision import replaced_parameters
 from stateset_lightning.rollout.config import RolloutConfig
 from stateset_lightning.rollout.engine import OnFinished, rollout_of
 from stateset_lightning.rollout.fast_linear import fast_linears
+from stateset_lightning.rollout.lean_decoder import LeanDecoder, make_lean_decoder
 from stateset_lightning.rollout.running_batch import make_running_batch
 from stateset_lightning.rollout.sampling import sample_tokens
 from stateset_lightning.rollout.stopping import StopStrings
@@ -57,10 +58,12 @@ class InProcessEngine:
         self.tokenizer = tokenizer
         self.dtype = dtype
         self._policy: Policy | None = None
+        self._decodes_lean: bool | None = None  # whether a lean decoder gives the policy's logits, once it has been tried
         self.decoded_rows = 0  # rows x steps of the last `generate`, for the account of work done
 
     def sync(self, policy: Policy) -> None:
-        self._policy = policy
+        if policy is not self._policy:
+            self._policy, self._decodes_lean = policy, None
 
     @torch.no_grad()
     def generate(
@@ -83,8 +86,8 @@ class InProcessEngine:
         stop = StopStrings(sampling.stop, self.tokenizer)
         completions = [_Completion() for _ in seeds_N]
         texts = [""] * len(completions)
-        with self._sampling_mode(), fast_linears(self.policy.model, min(len(completions), sampling.max_batch_rows)):
-            decoding = _Decoding(self, prompts, num_generations, sampling, None if greedy else seeds_N, stop)
+        with self._sampling_mode(), self._decoder(min(len(completions), sampling.max_batch_rows)) as decoder:
+            decoding = _Decoding(self, decoder, prompts, num_generations, sampling, None if greedy else seeds_N, stop)
             for n, completion in decoding.run():
                 completions[n] = completion
                 texts[n] = stop.cut(self._text(completion.tokens))
@@ -129,6 +132,18 @@ class InProcessEngine:
             for module, was_training in training.items():
                 module.training = was_training
 
+    @contextmanager
+    def _decoder(self, num_rows: int) -> Iterator[LeanDecoder | None]:
+        """What makes the steps of a few rows; None for the model itself, whose linear layers are fast then."""
+        decoder = None if self._decodes_lean is False else make_lean_decoder(self.policy.model, num_rows)
+        if decoder is not None and self._decodes_lean is None:
+            self._decodes_lean = decoder.is_exact(self.policy.model)
+        if decoder is not None and self._decodes_lean:
+            yield decoder
+        else:
+            with fast_linears(self.policy.model, num_rows):
+                yield None
+
     def _weights_cast(self) -> AbstractContextManager[None]:
         if self.dtype is None:
             return nullcontext()
@@ -147,6 +162,7 @@ class _Decoding:
     def __init__(
         self,
         engine: InProcessEngine,
+        decoder: LeanDecoder | None,
         prompts: list[list[int]],
         num_generations: int,
         sampling: RolloutConfig,
@@ -155,7 +171,7 @@ class _Decoding:
     ) -> None:
         model = engine.policy.model
         self.device = model.device
-        self.batch = make_running_batch(model, sampling.max_new_tokens, max(map(len, prompts)))
+        self.batch = make_running_batch(model, sampling.max_new_tokens, max(map(len, prompts)), decoder)
         self.eos = torch.tensor(sorted(end_of_sequence_ids(model, engine.tokenizer)), device=self.device)
         self.prompts = prompts
         self.num_generations = num_generations

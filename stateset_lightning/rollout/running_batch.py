@@ -7,6 +7,7 @@ padding. Letters: B rows of the batch, C columns of the cache, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,21 +16,27 @@ from torch import Tensor
 from stateset_lightning.policy import prefix_attention, shared_prompts
 from stateset_lightning.policy.shared_prompts import SharedPrompts
 from stateset_lightning.rollout.cache import grow, join, make_cache, select_rows
+from stateset_lightning.rollout.fast_linear import MAX_ROWS
+from stateset_lightning.rollout.lean_decoder import attend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import DynamicCache
 
+    from stateset_lightning.rollout.lean_decoder import Attend, LeanDecoder
 
 SHARE_FROM = 256
 """Tokens of the longest prompt from which sharing is faster than a kernel call over copies (benchmarks/RESULTS.md)."""
 
 
-def make_running_batch(model: PreTrainedModel, max_new_tokens: int, longest_prompt: int) -> RunningBatch:
+def make_running_batch(
+    model: PreTrainedModel, max_new_tokens: int, longest_prompt: int, decoder: LeanDecoder | None = None
+) -> RunningBatch:
     """A batch whose rows share their prompts' keys and values, where the model's attention can do that and it is faster."""
     # The kernels of other devices and precisions are fast enough, and accumulate in float32.
     shares = model.config._attn_implementation == prefix_attention.NAME and model.device.type == "cpu" and model.dtype == torch.float32
-    return SharingBatch(model, max_new_tokens) if shares and longest_prompt >= SHARE_FROM else RunningBatch(model, max_new_tokens)
+    kind = SharingBatch if shares and longest_prompt >= SHARE_FROM else RunningBatch
+    return kind(model, max_new_tokens, decoder)
 
 
 class RunningBatch:
@@ -38,10 +45,12 @@ class RunningBatch:
     Args:
         model: A causal language model.
         max_new_tokens: Tokens that a row decodes at most.
+        decoder: Makes the steps of a few rows in place of the model.
     """
 
-    def __init__(self, model: PreTrainedModel, max_new_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, max_new_tokens: int, decoder: LeanDecoder | None = None) -> None:
         self.model = model
+        self.decoder = decoder
         self.max_new_tokens = max_new_tokens
         self.cache = make_cache(model, 0)
         self.column = 0  # where the next token goes
@@ -83,15 +92,19 @@ class RunningBatch:
 
     def step(self, tokens_B: Tensor) -> None:
         """Appends a token to each row; `logits_BV` are those that predict the next one."""
-        output = self.model(
-            input_ids=tokens_B[:, None],
-            position_ids=torch.minimum(self._positions(), self.limits_B)[:, None],
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **self._attention_arguments(),
-        )
-        self.logits_BV = output.logits[:, -1]
+        positions_B = torch.minimum(self._positions(), self.limits_B)
+        if self.decoder is not None and len(self) <= MAX_ROWS:
+            self.logits_BV = self.decoder.step(tokens_B, positions_B, self.cache, self._attend())
+        else:
+            output = self.model(
+                input_ids=tokens_B[:, None],
+                position_ids=positions_B[:, None],
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+                **self._attention_arguments(),
+            )
+            self.logits_BV = output.logits[:, -1]
         self.column += 1
 
     def _positions(self) -> Tensor:
@@ -99,8 +112,13 @@ class RunningBatch:
         return self.column - self.starts_B
 
     def _attention_arguments(self) -> dict[str, Any]:
-        """What else a step's attention needs to know."""
+        """What else the attention of the model's step needs to know."""
         return {"attention_mask": self._mask(self.starts_B, self.column + 1)}
+
+    def _attend(self) -> Attend:
+        """The attention of the decoder's step."""
+        columns = torch.arange(self.column + 1, device=self.starts_B.device)
+        return partial(attend, (columns < self.starts_B[:, None])[:, None, None] if self._padded else None)
 
     def _prefill(self, prompts: Sequence[Sequence[int]], width: int, lengths: Tensor, capacity: int) -> tuple[DynamicCache, Tensor]:
         """The cache of all prompts, each once, and the logits that predict their first token."""
@@ -133,8 +151,8 @@ class RunningBatch:
 class SharingBatch(RunningBatch):
     """The same with each prompt's keys and values kept once: the cache holds what the rows have decoded themselves."""
 
-    def __init__(self, model: PreTrainedModel, max_new_tokens: int) -> None:
-        super().__init__(model, max_new_tokens)
+    def __init__(self, model: PreTrainedModel, max_new_tokens: int, decoder: LeanDecoder | None = None) -> None:
+        super().__init__(model, max_new_tokens, decoder)
         self.prompts: SharedPrompts | None = None
         # Any mask of four dimensions keeps transformers from building one.
         self._unused_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)
@@ -169,3 +187,7 @@ class SharingBatch(RunningBatch):
 
     def _attention_arguments(self) -> dict[str, Any]:
         return {"attention_mask": self._unused_mask, shared_prompts.ARGUMENT: self.prompts}
+
+    def _attend(self) -> Attend:
+        assert self.prompts is not None
+        return self.prompts.attend
