@@ -73,7 +73,7 @@ class Step:
         self.policy.train()
         self.engine = InProcessEngine(workload.make_tokenizer(unreachable_eos=True))
         self.engine.sync(self.policy)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
         self.prompts = [[2 + (7 * p + i) % 200 for i in range(shape.prompt)] for p in range(shape.prompts)]
 
     def run(self) -> Times:

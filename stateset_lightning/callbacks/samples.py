@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from stateset_lightning.callbacks.run_folder import continues, run_folder
 from stateset_lightning.callbacks.sample_tables import log_samples
 from stateset_lightning.files import append_lines, atomic_write
+from stateset_lightning.ranks import Ranks
 from stateset_lightning.records import logprobs_now, token_rows
 
 EVALUATED = 16
@@ -45,7 +47,7 @@ class SampleWriter(Callback):
         self.max_tokens = max_tokens
         self.max_megabytes = max_megabytes
         self._episode: list[dict[str, Any]] = []  # rows of the episode under way
-        self._evaluated: list[dict[str, Any]] = []  # the first rows of the evaluation under way
+        self._evaluated: list[dict[str, Any]] = []  # this rank's rows of the evaluation under way
         self._validated_step = -1  # of the last whole validation
         self._size_after_thinning = 0
 
@@ -57,19 +59,25 @@ class SampleWriter(Callback):
         if batch.micro_step == batch.num_micro_steps - 1:
             self._write_episode(trainer, pl_module)
 
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        self._write_evaluation(trainer, pl_module, "validation")
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluated = []
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+        self._evaluated += [record.to_dict() for record in pl_module.last_records]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
             self._validated_step = trainer.global_step
-            self._end_evaluation(trainer, "validation")
+            self._write_evaluation(trainer, "validation")
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        self._write_evaluation(trainer, pl_module, "test")
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluated = []
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+        self._evaluated += [record.to_dict() for record in pl_module.last_records]
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end_evaluation(trainer, "test")
+        self._write_evaluation(trainer, "test")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         state = {"step": trainer.global_step, "validated_step": self._validated_step, "episode": self._episode}
@@ -106,16 +114,16 @@ class SampleWriter(Callback):
         log_samples(trainer, "train", rows)
         self._thin_out(trainer)
 
-    def _write_evaluation(self, trainer: Trainer, pl_module: Any, split: str) -> None:
-        if self.evaluation and trainer.is_global_zero and not trainer.sanity_checking:
-            rows = [{"split": split, "step": trainer.global_step, **record.to_dict()} for record in pl_module.last_records]
+    def _write_evaluation(self, trainer: Trainer, split: str) -> None:
+        mine, self._evaluated = self._evaluated, []
+        if not self.evaluation:
+            return
+        # Ranks take turns with the prompts; at the end, since one of them may have a batch more.
+        turns = zip_longest(*Ranks.current().gather(mine))
+        rows = [{"split": split, "step": trainer.global_step, **row} for turn in turns for row in turn if row is not None]
+        if rows and trainer.is_global_zero:
             append_rows(self.file(trainer), rows)
-            self._evaluated += rows[: EVALUATED - len(self._evaluated)]
-
-    def _end_evaluation(self, trainer: Trainer, split: str) -> None:
-        rows, self._evaluated = self._evaluated, []
-        if rows:
-            log_samples(trainer, split, rows)
+            log_samples(trainer, split, rows[:EVALUATED])
             self._thin_out(trainer)
 
     def _thin_out(self, trainer: Trainer) -> None:

@@ -109,12 +109,14 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from module_runs import SCENARIOS, make_data, make_module, make_trainer
+from stateset_lightning.callbacks import SampleWriter
 from stateset_lightning.evaluation import EvaluationConfig
 from stateset_lightning.rewards import ExactMatch
 
 rows = [{{**row, "topic": "abcabcd"[i]}} for i, row in enumerate(SCENARIOS[:7])]
 module = make_module(reward=ExactMatch(), evaluation=EvaluationConfig(samples=3), seed=1)
-trainer = make_trainer(Path({folder!r}), limit_val_batches=1.0, devices={devices}, strategy="ddp" if {devices} > 1 else "auto")
+options = {{"devices": {devices}, "strategy": "ddp" if {devices} > 1 else "auto", "callbacks": [SampleWriter()]}}
+trainer = make_trainer(Path({folder!r}, "run-{devices}"), limit_val_batches=1.0, **options)
 (values,) = trainer.validate(module, datamodule=make_data(validation=rows, eval_batch_size=3), verbose=False)
 Path({folder!r}, f"{devices}-{{trainer.global_rank}}.json").write_text(json.dumps(values))
 """
@@ -133,6 +135,9 @@ def test_two_ranks_measure_what_one_does(tmp_path):
     assert {"val/pass@3", "val/topic/a/solved", "val/topic/d/avg@3"} <= set(one)
     for values in two:
         assert values == pytest.approx(one, abs=1e-6)
+    samples = [[json.loads(line) for line in file.read_text().splitlines()] for file in sorted(tmp_path.rglob("samples.jsonl"))]
+    assert [row["id"] for row in samples[0]] == [row["id"] for row in samples[1]]
+    assert len(samples[0]) == len({row["id"] for row in samples[0]}) == 7
 
 
 def held_out(function):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 from stateset_lightning.policy.lean_layers import use_lean_layers
@@ -87,7 +87,37 @@ def test_what_is_kept_counted_by_hand(make_model: Callable[..., Any]) -> None:
     mlp = Qwen2MLP(config)
     assert saved_floats(mlp, x) == tokens * (hidden + 4 * inner)  # x, gate, silu(gate), up, their product
     use_lean_layers(mlp)
-    assert saved_floats(mlp, x) == tokens * (hidden + 3 * inner)
+    assert saved_floats(mlp, x) == tokens * (hidden + 2 * inner)  # x, gate, up
+    mlp.down_proj.register_forward_hook(lambda *args: None)
+    assert saved_floats(mlp, x) == tokens * (hidden + 3 * inner)  # called as a layer, which keeps its input
+
+
+@pytest.mark.parametrize(
+    "frozen", [[], ["down_proj.weight"], ["down_proj.weight", "down_proj.bias"], ["gate_proj.weight", "gate_proj.bias"]]
+)
+def test_biases_and_frozen_weights_of_the_layer_behind_the_gate(make_model: Callable[..., Any], frozen: list[str]) -> None:
+    stock = LlamaMLP(make_model("llama", mlp_bias=True).config)
+    lean = copy.deepcopy(stock)
+    assert use_lean_layers(lean) == 1
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    found = []
+    for mlp in (stock, lean):
+        for name in frozen:
+            mlp.get_parameter(name).requires_grad_(False)
+        given = x.clone().requires_grad_()
+        mlp(given).square().sum().backward()
+        found.append({"x": given.grad, **{name: p.grad for name, p in mlp.named_parameters()}})
+    for name, grad in found[0].items():
+        assert (grad is None) == (name in frozen) == (found[1][name] is None)
+        if grad is not None:
+            assert relative_difference(found[1][name], grad) < 1e-5, name
+
+
+def test_hooks_of_the_layer_behind_the_gate_are_called(make_model: Callable[..., Any]) -> None:
+    mlp = Qwen2MLP(make_model("qwen2").config)
+    use_lean_layers(mlp)
+    mlp.down_proj.register_forward_hook(lambda module, args, output: output * 0)
+    assert not mlp(torch.ones(1, 3, 32)).any()
 
 
 def test_layers_of_another_form_stay(make_model: Callable[..., Any]) -> None:
