@@ -19,6 +19,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from stateset_lightning.policy import Group, Policy, PolicyConfig
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig
+from stateset_lightning.rollout.fast_linear import fast_linears
+from stateset_lightning.rollout.lean_decoder import make_lean_decoder
+from stateset_lightning.rollout.running_batch import make_running_batch
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,23 @@ def matrix_rate(size: int = 1536) -> float:
     return 2 * size**3 / min(seconds)
 
 
+def compare_decoders(rows: int, prompt: int, tokens: int = 64) -> tuple[float, float]:
+    """Median seconds of a token by the model with fast linear layers and by the lean decoder, in turns."""
+    model = Policy(workload.make_model(), PolicyConfig("random")).model.eval()
+    with torch.inference_mode(), fast_linears(model, rows):
+        decoder = make_lean_decoder(model, rows)
+        batches = [make_running_batch(model, tokens, prompt, by) for by in (None, decoder)]
+        for batch in batches:
+            batch.admit([[2 + (7 * p + i) % 200 for i in range(prompt)] for p in range(2)], [row * 2 // rows for row in range(rows)])
+        seconds: list[list[float]] = [[], []]
+        for token in range(tokens):
+            for batch, taken in zip(batches, seconds, strict=True):
+                start = time.perf_counter()
+                batch.step(torch.full((rows,), 2 + token))
+                taken.append(time.perf_counter() - start)
+    return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
 def median(times: list[Times]) -> Times:
     return Times(*(statistics.median(column) for column in zip(*((t.sample, t.train, t.rate) for t in times), strict=True)))
 
@@ -115,8 +135,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sweeps", nargs="*", choices=list(SWEEPS), default=list(SWEEPS))
     parser.add_argument("--profile", action="store_true", help="where the time of the base shape goes, operation by operation")
+    parser.add_argument("--decoding", action="store_true", help="a token by the model and by the lean decoder")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
+    if arguments.decoding:
+        print("| rows | prompt | model ms | lean decoder ms | less |\n|---|---|---|---|---|")
+        for rows, prompt in ((6, 32), (16, 32), (16, 256), (64, 32)):
+            by_model, lean = (
+                statistics.median(times) * 1e3 for times in zip(*(compare_decoders(rows, prompt) for _ in range(3)), strict=True)
+            )
+            print(f"| {rows} | {prompt} | {by_model:.1f} | {lean:.1f} | {1 - lean / by_model:.0%} |")
+        return
     if arguments.profile:
         step = Step(BASE)
         step.run()
