@@ -3,8 +3,8 @@
 The layer is Llama's (arXiv:2302.13971) with what Mistral, Qwen2 and Qwen3 add to it. Layers with the same input are one product, queries
 and keys are rotated together, rows are vectors without a sequence dimension, and no module's wrapping is called: 7% (64 rows) to 22%
 (6 rows) less time per token than the same layers in `transformers` with fast products (`benchmarks/RESULTS.md`). A probe compares it with
-the model's own forward; whatever is not known to be this layer decodes with that one. Letters: B rows, H hidden size, d of a head, C columns of
-the cache.
+the model's own forward; whatever is not known to be this layer decodes with that one. Letters: B rows, H hidden size, d of a head,
+C columns of the cache.
 """
 
 from __future__ import annotations
