@@ -75,12 +75,13 @@ def work(side: str, folder: Path) -> None:
         policy["lora"] = LoRAConfig(**policy["lora"])
     if "not merged" in side:
         in_process.merged_adapter = lambda model: nullcontext()  # type: ignore[attr-defined]
+    is_fused = "mixed" not in side  # Lightning clips no gradients of a fused optimizer under mixed precision
     module = GRPOLightningModule(
         PolicyConfig(str(folder), **policy),
         reward=lambda turns, context: score(turns[-1].content),
         rollout=RolloutConfig(num_generations=NUM_GENERATIONS, max_new_tokens=CASE.completion_tokens, **options.get("rollout", {})),
         algorithm=GRPO(**{"beta": 0.0, **options.get("algorithm", {})}),
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, fused=True),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, fused=is_fused),
     )
     clock, steps = Clock(), WARMUP_STEPS + STEPS
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
