@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from module_runs import SCENARIOS, DigitReward, fit, make_data, make_module, weights
+from module_runs import SCENARIOS, DigitReward, fit, make_data, make_module, make_trainer, weights
 from vllm_stub import Running, running
 
 from stateset_lightning import GRPOLightningModule, PolicyConfig, RolloutConfig
@@ -88,6 +88,15 @@ def test_validation_waits_for_what_is_being_drawn(tmp_path: Path, server: Runnin
     fit(tmp_path, module, small_data(validation=SCENARIOS[:2]), **options)
     # Episodes 0 and 1 from version 1, validation from 2, and, episode 1 trained, validation from 3.
     assert salts(server) == ["1"] * 8 + ["2"] * 2 + ["3"] * 2
+
+
+def test_one_module_is_validated_trained_and_trained_again(tmp_path: Path, server: Running) -> None:
+    module, data = make(server), small_data(validation=SCENARIOS[:2])
+    make_trainer(tmp_path, limit_val_batches=1.0).validate(module, datamodule=data, verbose=False)
+    for _ in range(2):
+        rows = Rows()
+        fit(tmp_path, module, data, callbacks=[rows], max_steps=2)
+        assert [row["work/sampled_ahead"] for row in rows.rows] == [0.0, 1.0]
 
 
 def test_an_error_in_the_thread_ends_the_run(tmp_path: Path, server: Running) -> None:
