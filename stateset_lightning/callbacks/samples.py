@@ -63,7 +63,7 @@ class SampleWriter(Callback):
         self._evaluated = []
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
-        self._evaluated += [record.to_dict() for record in pl_module.last_records]
+        self._keep_evaluated(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -74,7 +74,7 @@ class SampleWriter(Callback):
         self._evaluated = []
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
-        self._evaluated += [record.to_dict() for record in pl_module.last_records]
+        self._keep_evaluated(pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write_evaluation(trainer, "test")
@@ -113,6 +113,10 @@ class SampleWriter(Callback):
         append_rows(self.file(trainer), rows)
         log_samples(trainer, "train", rows)
         self._thin_out(trainer)
+
+    def _keep_evaluated(self, pl_module: Any) -> None:
+        if self.evaluation:
+            self._evaluated += [record.to_dict() for record in pl_module.last_records]
 
     def _write_evaluation(self, trainer: Trainer, split: str) -> None:
         mine, self._evaluated = self._evaluated, []

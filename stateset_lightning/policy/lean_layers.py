@@ -2,7 +2,7 @@
 
 Plain PyTorch keeps every intermediate of a root-mean-square norm and of a gated MLP. The norm needs its input and one number per
 token (arXiv:1910.07467), the gate its two inputs (SwiGLU, arXiv:2002.05202), also for the layer behind it: 20 kB less per token and
-layer at hidden size 512 and intermediate size 2048 in float32, a third of what a layer keeps. The operations are those of the
+layer at hidden size 512 and intermediate size 2048 in float32, two fifths of what a layer keeps. The operations are those of the
 layers that they stand in for, and a layer is replaced only where its output on a probe is the same.
 """
 

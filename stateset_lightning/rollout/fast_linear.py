@@ -29,12 +29,12 @@ class LaidOut:
 
     Args:
         linears: All with a bias or all without; their outputs stand one behind the other.
-        num_rows: That the layout is made for.
+        num_rows: That the layout is made for; more than `MAX_ROWS` count as so many.
     """
 
     def __init__(self, linears: Sequence[nn.Linear], num_rows: int) -> None:
         weight = torch.cat([linear.weight.detach() for linear in linears]) if len(linears) > 1 else linears[0].weight.detach()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, min(num_rows, MAX_ROWS))
         self.bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def fast_linears(model: nn.Module, num_rows: int) -> Iterator[None]:
     plain = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)] if is_supported(model) else []
     try:
         for linear in plain:
-            vars(linear)["forward"] = partial(_forward, linear, LaidOut([linear], min(num_rows, MAX_ROWS)))
+            vars(linear)["forward"] = partial(_forward, linear, LaidOut([linear], num_rows))
         yield
     finally:
         for linear in plain:

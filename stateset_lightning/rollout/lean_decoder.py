@@ -2,7 +2,7 @@
 
 The layer is Llama's (arXiv:2302.13971) with what Mistral, Qwen2 and Qwen3 add to it. Layers with the same input are one product, queries
 and keys are rotated together, rows are vectors without a sequence dimension, and no module's wrapping is called: 7% (64 rows) to 22%
-(6 rows) less time per token than the same layers in `transformers` with fast products (`benchmarks/RESULTS.md`). A probe compares it with
+(6 rows) less time per token than the same layers in `transformers` with `fast_linears` (`benchmarks/RESULTS.md`). A probe compares it with
 the model's own forward; whatever is not known to be this layer decodes with that one. Letters: B rows, H hidden size, d of a head,
 C columns of the cache.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from stateset_lightning.policy.lean_layers import is_lean
 from stateset_lightning.policy.precision import LOGPROB_TOLERANCE
 from stateset_lightning.rollout.cache import make_cache
-from stateset_lightning.rollout.fast_linear import MAX_ROWS, LaidOut, is_supported
+from stateset_lightning.rollout.fast_linear import LaidOut, is_supported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +32,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 """Layer, query [B, heads, 1, d], keys and values [B, key heads, C, d], scaling -> [B, 1, heads, d]."""
 
 
-def attend(hidden: Tensor | None, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+def attend_to_cache(hidden: Tensor | None, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """An `Attend`, but for the columns to hide, bool, broadcast to [B, 1, 1, C].
 
     Plain products: for one query per row they are faster than the fused kernel, which is made for many.
@@ -50,10 +50,10 @@ def make_lean_decoder(model: PreTrainedModel, num_rows: int) -> LeanDecoder | No
         return None
     layers = list(model.model.layers)
     norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
-    families = [[_plain(linear) for linear in family] for layer in layers for family in _families(layer)] + [[_plain(model.lm_head)]]
+    families = [family for layer in layers for family in _families(layer)] + [[_plain(model.lm_head)]]
     if not all(map(is_lean, [*norms, model.model.norm, *(layer.mlp for layer in layers)])) or not all(map(_is_one_product, families)):
         return None
-    return LeanDecoder(model, min(num_rows, MAX_ROWS))
+    return LeanDecoder(model, num_rows)
 
 
 class LeanDecoder:
@@ -61,7 +61,7 @@ class LeanDecoder:
 
     Args:
         model: Its weights are copied into another layout.
-        num_rows: That the layout is made for; `MAX_ROWS` at most.
+        num_rows: That the layout is made for.
     """
 
     def __init__(self, model: PreTrainedModel, num_rows: int) -> None:
@@ -87,7 +87,7 @@ class LeanDecoder:
         expected = model(input_ids=ids, use_cache=False).logits[:, -1]
         cache = make_cache(model, ids.shape[1])
         model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
-        logits = self.step(ids[:, -1], torch.full_like(ids[:, -1], 5), cache, partial(attend, None))
+        logits = self.step(ids[:, -1], torch.full_like(ids[:, -1], 5), cache, partial(attend_to_cache, None))
         difference = (logits.log_softmax(-1) - expected.log_softmax(-1)).abs().max()
         return bool(difference < LOGPROB_TOLERANCE[torch.float32])
 
@@ -98,9 +98,9 @@ class _Layer:
         self.index = attention.layer_idx
         self.scaling = attention.scaling
         self.head_dim = attention.head_dim
-        inputs, output, gates, down = ([_plain(linear) for linear in family] for family in _families(layer))
-        self.inputs, self.output, self.gates, self.down = (LaidOut(family, num_rows) for family in (inputs, output, gates, down))
-        self.sizes = [linear.out_features // self.head_dim for linear in inputs]  # heads of queries, keys, values
+        families = _families(layer)
+        self.inputs, self.output, self.gates, self.down = (LaidOut(family, num_rows) for family in families)
+        self.sizes = [linear.out_features // self.head_dim for linear in families[0]]  # heads of queries, keys, values
         self.attention_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         self.head_norms = [norm for norm in (getattr(attention, name, None) for name in ("q_norm", "k_norm")) if norm is not None]
 
@@ -121,10 +121,11 @@ class _Layer:
         return torch.addcmul(heads * cos, heads.roll(self.head_dim // 2, -1), sin)
 
 
-def _families(layer: Any) -> list[list[nn.Module]]:
-    """Linear layers by what their input is."""
+def _families(layer: Any) -> list[list[nn.Linear]]:
+    """Linear layers by what their input is: of queries, keys and values; of their output; of gate and up; of down."""
     attention, mlp = layer.self_attn, layer.mlp
-    return [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
+    inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
+    return [[_plain(linear) for linear in family] for family in (inputs, [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])]
 
 
 def _plain(linear: Any) -> nn.Linear:

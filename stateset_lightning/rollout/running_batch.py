@@ -17,7 +17,7 @@ from stateset_lightning.policy import prefix_attention, shared_prompts
 from stateset_lightning.policy.shared_prompts import SharedPrompts
 from stateset_lightning.rollout.cache import grow, join, make_cache, select_rows
 from stateset_lightning.rollout.fast_linear import MAX_ROWS
-from stateset_lightning.rollout.lean_decoder import attend
+from stateset_lightning.rollout.lean_decoder import attend_to_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -117,8 +117,10 @@ class RunningBatch:
 
     def _attend(self) -> Attend:
         """The attention of the decoder's step."""
+        if not self._padded:
+            return partial(attend_to_cache, None)
         columns = torch.arange(self.column + 1, device=self.starts_B.device)
-        return partial(attend, (columns < self.starts_B[:, None])[:, None, None] if self._padded else None)
+        return partial(attend_to_cache, (columns < self.starts_B[:, None])[:, None, None])
 
     def _prefill(self, prompts: Sequence[Sequence[int]], width: int, lengths: Tensor, capacity: int) -> tuple[DynamicCache, Tensor]:
         """The cache of all prompts, each once, and the logits that predict their first token."""

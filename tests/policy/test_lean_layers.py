@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -90,6 +91,17 @@ def test_what_is_kept_counted_by_hand(make_model: Callable[..., Any]) -> None:
     assert saved_floats(mlp, x) == tokens * (hidden + 2 * inner)  # x, gate, up
     mlp.down_proj.register_forward_hook(lambda *args: None)
     assert saved_floats(mlp, x) == tokens * (hidden + 3 * inner)  # called as a layer, which keeps its input
+
+
+def test_a_layer_keeps_two_fifths_less(make_model: Callable[..., Any]) -> None:
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 4}
+    model = make_model("qwen2", **shape)
+    layer, x = model.model.layers[0], torch.randn(1, 64, 512).requires_grad_()
+    positions = model.model.rotary_emb(x, torch.arange(64)[None])
+    layer.forward = partial(layer.forward, position_embeddings=positions)
+    kept = saved_floats(layer, x)
+    use_lean_layers(layer)
+    assert 1 - saved_floats(layer, x) / kept == pytest.approx(0.4, abs=0.02)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ def test_logits_are_the_models_for_rows_that_come_and_go(
     steps(2)
     for batch in batches:
         batch.admit(PROMPTS[2:], [0, 0])
+    steps(3)
     monkeypatch.setattr(type(model), "forward", None)  # the second batch does not need it
     batches.pop(0)
     batches[0].step(torch.tensor([3, 4, 5, 6]))
