@@ -7,6 +7,7 @@ all checks that can be made before the first step.
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -138,7 +139,8 @@ class Examination:
         module, precision = self.module, str(self.trainer.precision)
         dtype = weights_dtype(module.policy_config.dtype, precision)
         module.policy = Policy(load_model(module.policy_config, dtype, module.seed).to(self.device), module.policy_config)
-        module.configure_optimizers()  # refuses a schedule without an end, and options that the optimizer does not take
+        made = module.configure_optimizers()  # refuses a schedule without an end, and options that the optimizer does not take
+        self.trainer.optimizers = [made["optimizer"] if isinstance(made, dict) else made]
         if self.config.sample and not isinstance(module.engine, InProcessEngine | None):
             self.notes.append("a target is scored instead of a completion: sampling would load weights into the servers of model.engine")
             self.config.sample = False
@@ -259,15 +261,27 @@ class Examination:
     # Contradictions ------------------------------------------------------------------------------------------------------------
 
     def _check(self) -> None:
-        for check in checks_of_run(self.trainer, self.module):
-            with self._part():
-                check()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for check in checks_of_run(self.trainer, self.module):
+                with self._part():
+                    check()
+        self.notes += [str(warning.message) for warning in caught]
+        self._check_validates()
         if (path := self.config.ckpt_path) is not None and path not in ("best", "hpc"):
             with self._part():
                 found = continue_run(self.trainer, path)
                 if found is not None:
                     state = read_checkpoint(Path(found), map_location="cpu", mmap=True)["stateset"]
                     check_resumable(state, self.module.seed, self.trainer.accumulate_grad_batches, self.trainer.world_size)
+
+    def _check_validates(self) -> None:
+        """Lightning says nothing of an interval that is longer than the run."""
+        interval, steps = self.trainer.val_check_interval, optimizer_steps_of_run(self.trainer)
+        if not self.data.has_validation or steps is None or isinstance(interval, float) or self.trainer.check_val_every_n_epoch is not None:
+            return
+        if interval > (micro_steps := steps * self.trainer.accumulate_grad_batches):
+            self.notes.append(f"validation never runs: trainer.val_check_interval={interval}, and the run has {micro_steps:,} micro-steps")
 
     @contextmanager
     def _part(self, title: str | None = None) -> Iterator[None]:

@@ -12,22 +12,24 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from stateset_lightning.checkpoint_io import read_checkpoint
 from stateset_lightning.errors import ConfigError, NonFiniteError, SamplingError
 from stateset_lightning.evaluation import Evaluation
 from stateset_lightning.policy import context_length
-from stateset_lightning.policy.precision import logprob_tolerance
+from stateset_lightning.policy.precision import has_bfloat16_products, logprob_tolerance
 from stateset_lightning.sharding import FSDP2Strategy, total_norm
 
 
 def checks_of_run(trainer: Trainer, module: Any) -> list[Callable[[], None]]:
-    """All that can be known to go wrong before the first step; each raises ConfigError.
+    """All that can be known to go wrong before the first step; each raises ConfigError, the last one only warns.
 
     Args:
-        trainer: With its datamodule set up.
+        trainer: With its datamodule set up, and its optimizers.
         module: A GRPOLightningModule with its policy loaded.
     """
     rewards = [reward.name for reward in module.rewards]
@@ -40,6 +42,8 @@ def checks_of_run(trainer: Trainer, module: Any) -> list[Callable[[], None]]:
         partial(check_monitors, trainer, metrics),
         partial(check_context, trainer, context_length(module.policy.model), module.rollout.max_new_tokens),
         partial(check_dynamic_sampling, trainer, module.rollout.dynamic_sampling, module.algorithm.needs_greedy_baseline),
+        *(partial(check_clipping, trainer, optimizer) for optimizer in trainer.optimizers),
+        partial(check_speed, trainer, module.policy.model.dtype),
     ]
 
 
@@ -101,6 +105,20 @@ def check_strategy(trainer: Trainer) -> None:
         )
 
 
+def check_clipping(trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
+    """Gradients can be clipped. Lightning would say so at the first optimizer step, when an episode has been sampled.
+
+    Raises:
+        ConfigError: If the optimizer undoes loss scaling by itself, as a fused one does: its gradients are scaled when they are clipped.
+    """
+    unscales = getattr(optimizer, "_step_supports_amp_scaling", False)  # what Lightning asks
+    if trainer.gradient_clip_val and unscales and isinstance(trainer.precision_plugin, MixedPrecision):
+        raise ConfigError(
+            f"trainer.gradient_clip_val={trainer.gradient_clip_val} with trainer.precision={trainer.precision}: Lightning clips no "
+            f"gradients of a fused {type(optimizer).__name__} under mixed precision; leave out its option fused: true, or the clipping"
+        )
+
+
 def check_dynamic_sampling(trainer: Trainer, rounds: int, needs_greedy_baseline: bool) -> None:
     """Dynamic sampling has a data module to take other prompts from, and an algorithm to which a constant group says nothing.
 
@@ -151,6 +169,21 @@ def check_monitors(trainer: Trainer, metrics: Iterable[str]) -> None:
             raise ConfigError(f"{place}: nothing to validate on; set data.validation or data.validation_fraction, or another monitor")
         if monitor not in known and re.sub(r"^val/topic/.+/", "val/topic/<topic>/", monitor) not in known:
             raise ConfigError(f"{place}: validation logs no such metric; it logs {', '.join(known)}")
+
+
+def check_speed(trainer: Trainer, dtype: torch.dtype) -> None:
+    """Warns of half precision where it saves no time: most CPUs have no arithmetic for it (benchmarks/RESULTS.md).
+
+    Args:
+        trainer: With its strategy.
+        dtype: Of the weights.
+    """
+    is_half = dtype.itemsize == 2 or "mixed" in str(trainer.precision)
+    if is_half and trainer.strategy.root_device.type == "cpu" and not has_bfloat16_products():
+        rank_zero_warn(
+            f"trainer.precision={trainer.precision} with {str(dtype).removeprefix('torch.')} weights: this CPU has no arithmetic for half "
+            "precision, so a step takes many times as long as in float32 (trainer.precision: 32-true, model.policy.dtype: float32)"
+        )
 
 
 def check_context(trainer: Trainer, context_length: int | None, max_new_tokens: int) -> None:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from vllm_stub import running
 
+from stateset_lightning import run_checks
 from stateset_lightning.cli import main
 
 REWARDS = """
@@ -99,6 +100,23 @@ def test_dropped_rows_and_leaked_prompts_are_told(examine):
     assert "note: 6 prompts of the validation are among those of the training" in said
 
 
+@pytest.mark.parametrize("steps", [6, 7])
+def test_a_validation_that_never_comes_is_told(examine, steps):
+    interval = {"val_check_interval": 7, "check_val_every_n_epoch": None, "max_steps": steps}
+    code, said = examine(data={"validation": "rows.jsonl"}, trainer=interval)
+    assert code == 0
+    assert ("note: validation never runs: trainer.val_check_interval=7, and the run has 6 micro-steps" in said) == (steps == 6)
+
+
+def test_half_precision_that_only_costs_time_is_told(examine, monkeypatch):
+    for has_products in (False, True):
+        monkeypatch.setattr(run_checks, "has_bfloat16_products", lambda has_products=has_products: has_products)
+        code, said = examine(trainer={"precision": "bf16-mixed"})
+        assert code == 0
+        assert ("note: trainer.precision=bf16-mixed with float32 weights: this CPU has no arithmetic" in said) != has_products
+    assert "no arithmetic" not in examine()[1]
+
+
 def test_without_sampling_the_target_is_scored(examine):
     code, said = examine("--sample", "false")
     assert code == 0
@@ -138,6 +156,10 @@ def test_all_contradictions_are_found_at_once(examine):
         ({"model": {"lr_scheduler": {"decay": "cosine"}}, "trainer": {"max_steps": -1}}, "needs to know when the run ends"),
         ({"model": {"rollout": {"temperatur": 1}}}, "there is no key model.rollout.temperatur; did you mean model.rollout.temperature?"),
         ({"trainer": {"max_step": 1}}, "there is no key"),
+        (
+            {"model": {"optimizer": {"init_args": {"fused": True}}}, "trainer": {"precision": "bf16-mixed", "gradient_clip_val": 1.0}},
+            "trainer.gradient_clip_val=1.0 with trainer.precision=bf16-mixed: Lightning clips no gradients of a fused",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -1,15 +1,18 @@
 """What is checked before the first step, and how long a run is."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from stateset_lightning import run_checks
 from stateset_lightning.errors import ConfigError, NonFiniteError, SamplingError
 from stateset_lightning.run_checks import (
     check_checkpoint,
+    check_clipping,
     check_context,
     check_dynamic_sampling,
     check_episode_fits_trainer,
@@ -89,6 +92,19 @@ def test_monitors_get_their_metric():
         check_monitors(make_trainer(callbacks=[EarlyStopping("val_reward")]), ["val/reward"])
     with pytest.raises(ConfigError, match=r"nothing to validate on"):
         check_monitors(make_trainer(callbacks=[EarlyStopping("val/reward")], has_validation=False), ["val/reward"])
+
+
+@pytest.mark.parametrize(
+    ("precision", "clip", "fused", "refused"),
+    [("bf16-mixed", 1.0, True, True), ("bf16-mixed", None, True, False), ("bf16-mixed", 1.0, False, False), ("32-true", 1.0, True, False)],
+)
+def test_what_lightning_cannot_clip_is_refused_at_the_start(precision, clip, fused, refused):
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], fused=fused)
+    trainer = Trainer(accelerator="cpu", precision=precision, gradient_clip_val=clip, logger=False, enable_checkpointing=False)
+    with pytest.raises(ConfigError, match="fused AdamW") if refused else nullcontext():
+        check_clipping(trainer, optimizer)
+    with pytest.raises(RuntimeError, match="fused") if refused else nullcontext():  # that it is still so
+        trainer.precision_plugin.clip_gradients(optimizer, clip or 0)
 
 
 def test_the_longest_prompt_fits_with_its_completion():

@@ -48,6 +48,11 @@ def sampling_dtype(precision: str) -> torch.dtype | None:
     return _MIXED.get(precision)
 
 
+def has_bfloat16_products() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices by oneDNN; elsewhere torch does it one number after the other."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def logprob_tolerance(*dtypes: torch.dtype, temperature: float) -> float:
     """Largest mean difference of log-probs, in nats per token, that float error explains.
 
