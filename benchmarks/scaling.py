@@ -113,7 +113,7 @@ def compare_decoders(rows: int, prompt: int, tokens: int = 64) -> tuple[float, f
     """Median seconds of a token by the model with fast linear layers and by the lean decoder, in turns."""
     model = Policy(workload.make_model(), PolicyConfig("random")).model.eval()
     with torch.inference_mode(), fast_linears(model, rows):
-        decoder = make_lean_decoder(model, rows)
+        decoder = make_lean_decoder(model)
         batches = [make_running_batch(model, tokens, prompt, by) for by in (None, decoder)]
         for batch in batches:
             batch.admit([[2 + (7 * p + i) % 200 for i in range(prompt)] for p in range(2)], [row * 2 // rows for row in range(rows)])

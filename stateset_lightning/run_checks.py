@@ -111,8 +111,8 @@ def check_clipping(trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
     Raises:
         ConfigError: If the optimizer undoes loss scaling by itself, as a fused one does: its gradients are scaled when they are clipped.
     """
-    unscales = getattr(optimizer, "_step_supports_amp_scaling", False)  # what Lightning asks
-    if trainer.gradient_clip_val and unscales and isinstance(trainer.precision_plugin, MixedPrecision):
+    is_mixed = isinstance(trainer.precision_plugin, MixedPrecision)
+    if trainer.gradient_clip_val and is_mixed and getattr(optimizer, "_step_supports_amp_scaling", False):  # as Lightning asks
         raise ConfigError(
             f"trainer.gradient_clip_val={trainer.gradient_clip_val} with trainer.precision={trainer.precision}: Lightning clips no "
             f"gradients of a fused {type(optimizer).__name__} under mixed precision; leave out its option fused: true, or the clipping"
@@ -172,12 +172,7 @@ def check_monitors(trainer: Trainer, metrics: Iterable[str]) -> None:
 
 
 def check_speed(trainer: Trainer, dtype: torch.dtype) -> None:
-    """Warns of half precision where it saves no time: most CPUs have no arithmetic for it (benchmarks/RESULTS.md).
-
-    Args:
-        trainer: With its strategy.
-        dtype: Of the weights.
-    """
+    """Warns of half precision, by the weights' dtype or the Trainer, where it only costs time: most CPUs have no arithmetic for it."""
     is_half = dtype.itemsize == 2 or "mixed" in str(trainer.precision)
     if is_half and trainer.strategy.root_device.type == "cpu" and not has_bfloat16_products():
         rank_zero_warn(

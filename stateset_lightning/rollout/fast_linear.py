@@ -7,7 +7,7 @@ weights, held while sampling, when there are no gradients or activations.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -24,37 +24,22 @@ def is_supported(module: nn.Module) -> bool:
     return has_operations and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in module.parameters())
 
 
-class LaidOut:
-    """The product of a few rows with the weights of one layer, or of several with the same input: one product is faster than several.
-
-    Args:
-        linears: All with a bias or all without; their outputs stand one behind the other.
-        num_rows: That the layout is made for; more than `MAX_ROWS` count as so many.
-    """
-
-    def __init__(self, linears: Sequence[nn.Linear], num_rows: int) -> None:
-        weight = torch.cat([linear.weight.detach() for linear in linears]) if len(linears) > 1 else linears[0].weight.detach()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, min(num_rows, MAX_ROWS))
-        self.bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
-
-    def __call__(self, x: Tensor) -> Tensor:
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return output
-
-
 @contextmanager
 def fast_linears(model: nn.Module, num_rows: int) -> Iterator[None]:
     """Replaces the forward of every plain linear layer while the context lasts; weights must not change in it."""
     plain = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)] if is_supported(model) else []
     try:
         for linear in plain:
-            vars(linear)["forward"] = partial(_forward, linear, LaidOut([linear], num_rows))
+            laid_out = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), min(num_rows, MAX_ROWS))
+            vars(linear)["forward"] = partial(_forward, linear, laid_out)
         yield
     finally:
         for linear in plain:
             vars(linear).pop("forward", None)
 
 
-def _forward(linear: nn.Linear, laid_out: LaidOut, x: Tensor) -> Tensor:
-    is_few = x.numel() <= MAX_ROWS * linear.in_features
-    return laid_out(x) if is_few else nn.functional.linear(x, linear.weight, linear.bias)
+def _forward(linear: nn.Linear, laid_out: Tensor, x: Tensor) -> Tensor:
+    if x.numel() > MAX_ROWS * linear.in_features:
+        return nn.functional.linear(x, linear.weight, linear.bias)
+    output: Tensor = torch.ops.mkldnn._linear_pointwise(x, laid_out, linear.bias, "none", [], "")
+    return output

@@ -134,8 +134,8 @@ class InProcessEngine:
 
     @contextmanager
     def _decoder(self, num_rows: int) -> Iterator[LeanDecoder | None]:
-        """What makes the steps of a few rows; None for the model itself, whose linear layers are fast then."""
-        decoder = None if self._decodes_lean is False else make_lean_decoder(self.policy.model, num_rows)
+        """What makes the steps; None for the model itself, whose linear layers are fast then."""
+        decoder = None if self._decodes_lean is False else make_lean_decoder(self.policy.model)
         if decoder is not None and self._decodes_lean is None:
             self._decodes_lean = decoder.is_exact(self.policy.model)
         if decoder is not None and self._decodes_lean:

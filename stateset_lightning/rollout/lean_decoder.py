@@ -1,10 +1,10 @@
-"""A decoding step of Llama-like models in few operations: on a CPU, what lies between the matrix products takes a third of the time.
+"""A decoding step of Llama-like models in few operations on a CPU, with every weight read once, where it lies.
 
-The layer is Llama's (arXiv:2302.13971) with what Mistral, Qwen2 and Qwen3 add to it. Layers with the same input are one product, queries
-and keys are rotated together, rows are vectors without a sequence dimension, and no module's wrapping is called: 7% (64 rows) to 22%
-(6 rows) less time per token than the same layers in `transformers` with `fast_linears` (`benchmarks/RESULTS.md`). A probe compares it with
-the model's own forward; whatever is not known to be this layer decodes with that one. Letters: B rows, H hidden size, d of a head,
-C columns of the cache.
+The layer is Llama's (arXiv:2302.13971) with what Mistral, Qwen2 and Qwen3 add to it. Rows of the batch are columns here: oneDNN then reads
+the weights, as the left matrix of a product, row after row, and is faster than with the layout of `fast_linears`, without its copy.
+Queries and keys are rotated together, and no module's wrapping is called. A probe compares the decoder with the model's own forward;
+whatever is not known to be this layer decodes with that one. What it saves per token is in `benchmarks/RESULTS.md`.
+Letters: B rows, H hidden size, d of a head, C columns of the cache, K inputs and N outputs of a product.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from stateset_lightning.policy.lean_layers import is_lean
 from stateset_lightning.policy.precision import LOGPROB_TOLERANCE
 from stateset_lightning.rollout.cache import make_cache
-from stateset_lightning.rollout.fast_linear import LaidOut, is_supported
+from stateset_lightning.rollout.fast_linear import is_supported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,43 +43,41 @@ def attend_to_cache(hidden: Tensor | None, layer: int, query: Tensor, key: Tenso
     return (scores.softmax(-1) @ value).view(len(query), 1, -1, query.shape[-1])
 
 
-def make_lean_decoder(model: PreTrainedModel, num_rows: int) -> LeanDecoder | None:
+def make_lean_decoder(model: PreTrainedModel) -> LeanDecoder | None:
     """A decoder for the weights as they are now, or None where the model is not known to be made of this layer, or watched by hooks."""
     is_known = model.config.model_type in MODEL_TYPES and not getattr(model.config, "sliding_window", None)
     if not is_known or not is_supported(model) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         return None
     layers = list(model.model.layers)
     norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
-    families = [family for layer in layers for family in _families(layer)] + [[_plain(model.lm_head)]]
-    if not all(map(is_lean, [*norms, model.model.norm, *(layer.mlp for layer in layers)])) or not all(map(_is_one_product, families)):
-        return None
-    return LeanDecoder(model, num_rows)
+    linears = [linear for layer in layers for linear in _linears(layer)] + [_plain(model.lm_head)]
+    has_usual_form = all(map(is_lean, [*norms, model.model.norm, *(layer.mlp for layer in layers)]))
+    return LeanDecoder(model) if has_usual_form and all(type(linear) is nn.Linear for linear in linears) else None
 
 
 class LeanDecoder:
     """See the module's docstring; `make_lean_decoder` checks that the model is one.
 
     Args:
-        model: Its weights are copied into another layout.
-        num_rows: That the layout is made for.
+        model: Its weights must not change while the decoder is in use: those of queries, keys and values are copied.
     """
 
-    def __init__(self, model: PreTrainedModel, num_rows: int) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.embed = model.model.embed_tokens
         self.rotary = model.model.rotary_emb
-        self.layers = [_Layer(layer, num_rows) for layer in model.model.layers]
-        self.norm = model.model.norm
-        self.head = LaidOut([_plain(model.lm_head)], num_rows)
+        self.layers = [_Layer(layer) for layer in model.model.layers]
+        self.norm = _Norm(model.model.norm)
+        self.head = _Product([_plain(model.lm_head)])
 
     def step(self, tokens_B: Tensor, positions_B: Tensor, cache: DynamicCache, attend: Attend) -> Tensor:
         """Appends a token to each row of the cache; the logits that predict the next one, [B, V]."""
-        hidden_BH = self.embed(tokens_B)
-        cos, sin = self.rotary(hidden_BH[:, None], positions_B[:, None])  # [B, 1, d]
-        first, second = sin.chunk(2, -1)
-        rotation = cos, torch.cat([-first, second], -1)
+        embedded_BH = self.embed(tokens_B)
+        cos_dB, sin_dB = (x[0].t().contiguous() for x in self.rotary(embedded_BH[None], positions_B[None]))
+        sin_dB[: len(sin_dB) // 2].neg_()  # of `_rotated`'s first half
+        hidden_HB = embedded_BH.t().contiguous()
         for layer in self.layers:
-            hidden_BH = layer.step(hidden_BH, rotation, cache, attend)
-        return self.head(_normed(self.norm, hidden_BH))
+            hidden_HB = layer.step(hidden_HB, cos_dB, sin_dB, cache, attend)
+        return self.head(self.norm(hidden_HB)).t().contiguous()
 
     def is_exact(self, model: PreTrainedModel) -> bool:
         """Whether a step gives the model's own log-probs, but for float error."""
@@ -88,55 +86,76 @@ class LeanDecoder:
         cache = make_cache(model, ids.shape[1])
         model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
         logits = self.step(ids[:, -1], torch.full_like(ids[:, -1], 5), cache, partial(attend_to_cache, None))
-        difference = (logits.log_softmax(-1) - expected.log_softmax(-1)).abs().max()
-        return bool(difference < LOGPROB_TOLERANCE[torch.float32])
+        return bool((logits.log_softmax(-1) - expected.log_softmax(-1)).abs().max() < LOGPROB_TOLERANCE[torch.float32])
 
 
 class _Layer:
-    def __init__(self, layer: Any, num_rows: int) -> None:
+    def __init__(self, layer: Any) -> None:
         attention = layer.self_attn
-        self.index = attention.layer_idx
-        self.scaling = attention.scaling
-        self.head_dim = attention.head_dim
-        families = _families(layer)
-        self.inputs, self.output, self.gates, self.down = (LaidOut(family, num_rows) for family in families)
-        self.sizes = [linear.out_features // self.head_dim for linear in families[0]]  # heads of queries, keys, values
-        self.attention_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
-        self.head_norms = [norm for norm in (getattr(attention, name, None) for name in ("q_norm", "k_norm")) if norm is not None]
+        self.index, self.scaling, self.head_dim = attention.layer_idx, attention.scaling, attention.head_dim
+        *inputs, output, gate, up, down = _linears(layer)
+        self.inputs = _Product(inputs)
+        self.output, self.gate, self.up, self.down = (_Product([linear]) for linear in (output, gate, up, down))
+        self.sizes = [linear.out_features // self.head_dim for linear in inputs]  # heads of queries, keys, values
+        self.attention_norm, self.mlp_norm = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
+        self.head_norms = [_Norm(norm) for norm in (getattr(attention, name, None) for name in ("q_norm", "k_norm")) if norm is not None]
 
-    def step(self, hidden_BH: Tensor, rotation: tuple[Tensor, Tensor], cache: DynamicCache, attend: Attend) -> Tensor:
-        heads = self.inputs(_normed(self.attention_norm, hidden_BH)).unflatten(-1, (-1, self.head_dim))
-        turned = self._rotated(heads[:, : self.sizes[0] + self.sizes[1]], *rotation)
-        query, key, value = turned[:, : self.sizes[0], None], turned[:, self.sizes[0] :, None], heads[:, -self.sizes[2] :, None]
+    def step(self, hidden_HB: Tensor, cos_dB: Tensor, sin_dB: Tensor, cache: DynamicCache, attend: Attend) -> Tensor:
+        heads = self.inputs(self.attention_norm(hidden_HB)).unflatten(0, (-1, self.head_dim))
+        turned = self._rotated(heads[: self.sizes[0] + self.sizes[1]], cos_dB, sin_dB)
+        parts = turned[: self.sizes[0]], turned[self.sizes[0] :], heads[-self.sizes[2] :]
+        query, key, value = (part.permute(2, 0, 1)[:, :, None] for part in parts)
         keys, values = cache.layers[self.index].update(key, value)
-        hidden_BH = hidden_BH + self.output(attend(self.index, query, keys, values, self.scaling).flatten(1))
-        gate, up = self.gates(_normed(self.mlp_norm, hidden_BH)).chunk(2, -1)
-        return hidden_BH + self.down(F.silu(gate).mul_(up))
+        attended_BN = attend(self.index, query.contiguous(), keys, values, self.scaling).flatten(1)
+        hidden_HB = self.output(attended_BN.t()).add_(hidden_HB)
+        normed_HB = self.mlp_norm(hidden_HB)
+        return self.down(F.silu(self.gate(normed_HB), inplace=True).mul_(self.up(normed_HB))).add_(hidden_HB)
 
-    def _rotated(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Queries and keys [B, heads, d] turned by their positions (arXiv:2104.09864); `sin` has the sign of each half."""
+    def _rotated(self, heads: Tensor, cos_dB: Tensor, sin_dB: Tensor) -> Tensor:
+        """Queries and keys [heads, d, B] turned by their positions (arXiv:2104.09864); `sin_dB` has the sign of each half."""
         if self.head_norms:
-            parts = heads.split(self.sizes[:2], 1)
-            heads = torch.cat([_normed(norm, part) for norm, part in zip(self.head_norms, parts, strict=True)], 1)
-        return torch.addcmul(heads * cos, heads.roll(self.head_dim // 2, -1), sin)
+            parts = heads.split(self.sizes[:2])
+            heads = torch.cat([norm(part) for norm, part in zip(self.head_norms, parts, strict=True)])
+        return torch.addcmul(heads * cos_dB, heads.roll(self.head_dim // 2, 1), sin_dB)
 
 
-def _families(layer: Any) -> list[list[nn.Linear]]:
-    """Linear layers by what their input is: of queries, keys and values; of their output; of gate and up; of down."""
+class _Product:
+    """The product of a layer's weights, or of several with the same input, one behind the other, with columns of inputs."""
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        weights = [linear.weight.detach() for linear in linears]
+        self.weight_NK = torch.cat(weights) if len(weights) > 1 else weights[0]
+        biases = [linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach() for linear in linears]
+        self.bias_N1 = torch.cat(biases)[:, None] if any(linear.bias is not None for linear in linears) else None
+
+    def __call__(self, x_KB: Tensor) -> Tensor:
+        """[N, B]."""
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(self.weight_NK, x_KB.t(), None, "none", [], "")
+        return product if self.bias_N1 is None else product.add_(self.bias_N1)
+
+
+class _Norm:
+    """The root-mean-square norm of [..., features, B] over its features (arXiv:1910.07467)."""
+
+    def __init__(self, norm: Any) -> None:
+        self.weight = norm.weight.detach()[:, None]
+        self.epsilon = norm.variance_epsilon
+        self.mean = torch.full_like(norm.weight, 1 / len(norm.weight))[None]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        # A product with a row of 1 / features, because `mean` over the rows of a narrow matrix is slow.
+        inverse = (self.mean @ (x * x)).add_(self.epsilon).rsqrt_()
+        return (x * inverse).mul_(self.weight)
+
+
+def _linears(layer: Any) -> list[nn.Linear]:
+    """Of queries, keys and values; of their output; of gate, up and down."""
     attention, mlp = layer.self_attn, layer.mlp
-    inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
-    return [[_plain(linear) for linear in family] for family in (inputs, [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])]
+    linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    return [_plain(linear) for linear in linears]
 
 
 def _plain(linear: Any) -> nn.Linear:
     """The layer, or the one under an adapter that is merged into it."""
     base: nn.Linear = linear.get_base_layer() if getattr(linear, "merged", False) else linear
     return base
-
-
-def _is_one_product(linears: Sequence[nn.Linear]) -> bool:
-    return all(type(linear) is nn.Linear for linear in linears) and len({linear.bias is None for linear in linears}) == 1
-
-
-def _normed(norm: Any, x: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)

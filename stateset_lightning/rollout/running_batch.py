@@ -16,7 +16,6 @@ from torch import Tensor
 from stateset_lightning.policy import prefix_attention, shared_prompts
 from stateset_lightning.policy.shared_prompts import SharedPrompts
 from stateset_lightning.rollout.cache import grow, join, make_cache, select_rows
-from stateset_lightning.rollout.fast_linear import MAX_ROWS
 from stateset_lightning.rollout.lean_decoder import attend_to_cache
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ class RunningBatch:
     Args:
         model: A causal language model.
         max_new_tokens: Tokens that a row decodes at most.
-        decoder: Makes the steps of a few rows in place of the model.
+        decoder: Makes the steps in place of the model.
     """
 
     def __init__(self, model: PreTrainedModel, max_new_tokens: int, decoder: LeanDecoder | None = None) -> None:
@@ -93,7 +92,7 @@ class RunningBatch:
     def step(self, tokens_B: Tensor) -> None:
         """Appends a token to each row; `logits_BV` are those that predict the next one."""
         positions_B = torch.minimum(self._positions(), self.limits_B)
-        if self.decoder is not None and len(self) <= MAX_ROWS:
+        if self.decoder is not None:
             self.logits_BV = self.decoder.step(tokens_B, positions_B, self.cache, self._attend())
         else:
             output = self.model(

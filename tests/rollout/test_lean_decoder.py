@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, MistralConfig
 from stateset_lightning.policy import LoRAConfig, Policy, PolicyConfig, load_model
 from stateset_lightning.policy.adapters import merged_adapter
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig, lean_decoder
-from stateset_lightning.rollout.fast_linear import MAX_ROWS
 from stateset_lightning.rollout.lean_decoder import make_lean_decoder
 from stateset_lightning.rollout.running_batch import RunningBatch, SharingBatch
 
@@ -38,8 +37,9 @@ def test_logits_are_the_models_for_rows_that_come_and_go(
     make_model: Callable[..., Any], name: str, kind: type[RunningBatch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ragged prompts, rows that leave, rows that join: the padding, positions and caches of both are the same."""
-    model = policy_model(make_model(name, attention_bias=True) if name == "llama" else make_model(name))
-    decoder = make_lean_decoder(model, 4)
+    biases = {"attention_bias": True, "mlp_bias": True} if name == "llama" else {}
+    model = policy_model(make_model(name, **biases))
+    decoder = make_lean_decoder(model)
     assert decoder is not None
     assert decoder.is_exact(model)
     batches = [kind(model, 12), kind(model, 12, decoder)]
@@ -67,18 +67,6 @@ def test_logits_are_the_models_for_rows_that_come_and_go(
 
 
 @torch.no_grad()
-def test_more_rows_than_the_layout_is_made_for_are_the_models(make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = policy_model(make_model("llama"))
-    batch = RunningBatch(model, 4, make_lean_decoder(model, 200))
-    batch.admit([[3, 4]], [0] * (MAX_ROWS + 1))
-    monkeypatch.setattr(lean_decoder.LeanDecoder, "step", None)
-    batch.step(torch.full((MAX_ROWS + 1,), 5))
-    batch.keep(torch.arange(MAX_ROWS))
-    with pytest.raises(TypeError):
-        batch.step(torch.full((MAX_ROWS,), 5))
-
-
-@torch.no_grad()
 def test_a_merged_adapter_is_part_of_the_weights_and_another_is_not_known() -> None:
     config = PolicyConfig("tiny", lora=LoRAConfig(rank=4))
     policy = Policy(load_model(config), config)
@@ -86,9 +74,9 @@ def test_a_merged_adapter_is_part_of_the_weights_and_another_is_not_known() -> N
         if "lora_B" in name:
             parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     model = policy.model.eval()
-    assert make_lean_decoder(model, 4) is None
+    assert make_lean_decoder(model) is None
     with merged_adapter(model):
-        decoder = make_lean_decoder(model, 4)
+        decoder = make_lean_decoder(model)
         assert decoder is not None
         assert decoder.is_exact(model)
     assert not decoder.is_exact(load_model(PolicyConfig("tiny")))  # the adapter does something
@@ -96,19 +84,19 @@ def test_a_merged_adapter_is_part_of_the_weights_and_another_is_not_known() -> N
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt2"])
 def test_other_architectures_are_not_known(make_model: Callable[..., Any], name: str) -> None:
-    assert make_lean_decoder(policy_model(make_model(name)), 4) is None
+    assert make_lean_decoder(policy_model(make_model(name))) is None
 
 
 def test_windows_other_precisions_and_watched_modules_are_not_known(make_model: Callable[..., Any]) -> None:
-    assert make_lean_decoder(mistral(None), 4) is not None
-    assert make_lean_decoder(mistral(8), 4) is None
-    assert make_lean_decoder(policy_model(make_model("llama")).to(torch.bfloat16), 4) is None
+    assert make_lean_decoder(mistral(None)) is not None
+    assert make_lean_decoder(mistral(8)) is None
+    assert make_lean_decoder(policy_model(make_model("llama")).to(torch.bfloat16)) is None
     watched = policy_model(make_model("llama"))
     handle = watched.model.layers[1].mlp.register_forward_hook(lambda *args: None)
-    assert make_lean_decoder(watched, 4) is None
+    assert make_lean_decoder(watched) is None
     handle.remove()
-    assert make_lean_decoder(watched, 4) is not None
-    assert make_lean_decoder(make_model("llama"), 4) is None  # norms that nobody has compared with the usual form
+    assert make_lean_decoder(watched) is not None
+    assert make_lean_decoder(make_model("llama")) is None  # norms that nobody has compared with the usual form
 
 
 def test_a_model_that_computes_something_else_is_found_by_the_probe(make_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
@@ -117,7 +105,7 @@ def test_a_model_that_computes_something_else_is_found_by_the_probe(make_model: 
     attention = policy.model.model.layers[0].self_attn
     stock = attention.forward
     attention.forward = lambda *args, **kwargs: (0.5 * stock(*args, **kwargs)[0], None)
-    decoder = make_lean_decoder(policy.model, 4)
+    decoder = make_lean_decoder(policy.model)
     assert decoder is not None
     with torch.no_grad():
         assert not decoder.is_exact(policy.model)
