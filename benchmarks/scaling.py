@@ -1,4 +1,4 @@
-"""What a step costs, and against what it cannot avoid: `python benchmarks/scaling.py [--rounds 3] [--profile]`.
+"""What a step costs, and against what it cannot avoid: `python benchmarks/scaling.py [--rounds 3] [--profile | --decoding | --products]`.
 
 One number is varied at a time around 2 prompts x 8 completions, 256 tokens of prompt, 64 of completion, in the model of `compare_trl.py`.
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -109,6 +110,30 @@ def matrix_rate(size: int = 1536) -> float:
     return 2 * size**3 / min(seconds)
 
 
+def product_times(rows: int) -> tuple[float, ...]:
+    """Median seconds of a token's matrix products with all layers of the model: stock, weights laid out, and turned round, in turns."""
+    layers = [m for m in workload.make_model().model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    inputs = {size: torch.ones(rows, size) for size in {layer.in_features for layer in layers}}
+    product = torch.ops.mkldnn._linear_pointwise
+    with torch.inference_mode():
+        weights = [layer.weight.detach() for layer in layers]
+        laid_out = [torch.ops.mkldnn._reorder_linear_weight(weight, rows) for weight in weights]
+        # As the lean decoder has them: inputs are columns, one behind the other.
+        columns = {size: x.t().contiguous().t() for size, x in inputs.items()}
+        ways: list[Callable[[], object]] = [
+            lambda: [torch.nn.functional.linear(inputs[w.shape[1]], w) for w in weights],
+            lambda: [product(inputs[w.shape[1]], order, None, "none", [], "") for w, order in zip(weights, laid_out, strict=True)],
+            lambda: [product(w, columns[w.shape[1]], None, "none", [], "") for w in weights],
+        ]
+        seconds: list[list[float]] = [[] for _ in ways]
+        for _ in range(30):
+            for way, taken in zip(ways, seconds, strict=True):
+                start = time.perf_counter()
+                way()
+                taken.append(time.perf_counter() - start)
+    return tuple(map(statistics.median, seconds))
+
+
 def compare_decoders(rows: int, prompt: int, tokens: int = 64) -> tuple[float, float]:
     """Median seconds of a token by the model with fast linear layers and by the lean decoder, in turns."""
     model = Policy(workload.make_model(), PolicyConfig("random")).model.eval()
@@ -135,12 +160,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sweeps", nargs="*", choices=list(SWEEPS), default=list(SWEEPS))
     parser.add_argument("--profile", action="store_true", help="where the time of the base shape goes, operation by operation")
+    parser.add_argument("--products", action="store_true", help="a token's matrix products in three ways")
     parser.add_argument("--decoding", action="store_true", help="a token by the model and by the lean decoder")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
+    if arguments.products:
+        print("| rows | stock ms | laid out ms | turned round ms |\n|---|---|---|---|")
+        for rows in (2, 4, 8, 16, 32, 64, 128):
+            print(f"| {rows} | {' | '.join(f'{1e3 * seconds:.1f}' for seconds in product_times(rows))} |", flush=True)
+        return
     if arguments.decoding:
         print("| rows | prompt | model ms | lean decoder ms | less |\n|---|---|---|---|---|")
-        for rows, prompt in ((6, 32), (16, 32), (16, 256), (64, 32)):
+        for rows, prompt in ((2, 32), (6, 32), (16, 32), (16, 256), (64, 32)):
             by_model, lean = (
                 statistics.median(times) * 1e3 for times in zip(*(compare_decoders(rows, prompt) for _ in range(3)), strict=True)
             )
