@@ -255,10 +255,9 @@ def _total(outcomes: Sequence[Outcome], weights: Sequence[float]) -> float:
 
 
 def _cancel_all(futures_NF: list[list[Future[Outcome] | None] | None]) -> None:
-    for futures in futures_NF:
-        for future in futures or []:
-            if future is not None:
-                future.cancel()
+    # The last first: one that runs would make room, when it is cancelled, for one that waits.
+    for future in reversed([future for futures in futures_NF for future in futures or [] if future is not None]):
+        future.cancel()
 
 
 def _close_all(parts: Iterable[WorkerPool | EventLoopThread | DaemonThreads]) -> None:
