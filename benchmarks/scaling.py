@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import workload
@@ -125,16 +126,21 @@ def product_times(rows: int) -> tuple[float, ...]:
             lambda: [product(inputs[w.shape[1]], order, None, "none", [], "") for w, order in zip(weights, laid_out, strict=True)],
             lambda: [product(w, columns[w.shape[1]], None, "none", [], "") for w in weights],
         ]
-        seconds: list[list[float]] = [[] for _ in ways]
-        for _ in range(30):
-            for way, taken in zip(ways, seconds, strict=True):
-                start = time.perf_counter()
-                way()
-                taken.append(time.perf_counter() - start)
+        return in_turns(ways, 30)
+
+
+def in_turns(ways: Sequence[Callable[[], object]], times: int) -> tuple[float, ...]:
+    """Median seconds of each, so that a slow second of the machine meets all of them."""
+    seconds: list[list[float]] = [[] for _ in ways]
+    for _ in range(times):
+        for way, taken in zip(ways, seconds, strict=True):
+            start = time.perf_counter()
+            way()
+            taken.append(time.perf_counter() - start)
     return tuple(map(statistics.median, seconds))
 
 
-def compare_decoders(rows: int, prompt: int, tokens: int = 64) -> tuple[float, float]:
+def compare_decoders(rows: int, prompt: int, tokens: int = 64) -> tuple[float, ...]:
     """Median seconds of a token by the model with fast linear layers and by the lean decoder, in turns."""
     model = Policy(workload.make_model(), PolicyConfig("random")).model.eval()
     with torch.inference_mode(), fast_linears(model, rows):
@@ -142,13 +148,7 @@ def compare_decoders(rows: int, prompt: int, tokens: int = 64) -> tuple[float, f
         batches = [make_running_batch(model, tokens, prompt, by) for by in (None, decoder)]
         for batch in batches:
             batch.admit([[2 + (7 * p + i) % 200 for i in range(prompt)] for p in range(2)], [row * 2 // rows for row in range(rows)])
-        seconds: list[list[float]] = [[], []]
-        for token in range(tokens):
-            for batch, taken in zip(batches, seconds, strict=True):
-                start = time.perf_counter()
-                batch.step(torch.full((rows,), 2 + token))
-                taken.append(time.perf_counter() - start)
-    return statistics.median(seconds[0]), statistics.median(seconds[1])
+        return in_turns([partial(batch.step, torch.full((rows,), 2)) for batch in batches], tokens)
 
 
 def median(times: list[Times]) -> Times:

@@ -17,7 +17,7 @@ from stateset_lightning.policy import Policy
 from stateset_lightning.policy.head import CHUNK_BYTES
 from stateset_lightning.rollout.cache import make_cache
 from stateset_lightning.rollout.fast_linear import is_supported
-from stateset_lightning.rollout.lean_decoder import make_lean_decoder
+from stateset_lightning.rollout.lean_decoder import is_known
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -188,7 +188,7 @@ def _sampling_bytes(model: nn.Module, rows: int, prefilled: float, dtype: torch.
         return 0
     linears = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     widest = max((layer.out_features for layer in linears if layer.out_features != vocabulary), default=0)
-    laid_out = [layer.weight for layer in linears if is_supported(layer)] if make_lean_decoder(model) is None else []  # it copies little
+    laid_out = [layer.weight for layer in linears if is_supported(layer)] if not is_known(model) else []  # the lean decoder copies few
     copied = laid_out or [weight for weight in model.parameters() if weight.dtype != dtype]
     copies = dtype.itemsize * sum(weight.numel() for weight in copied)
     return int(LOGITS_COPIES * 4 * rows * vocabulary + PREFILL_COPIES * dtype.itemsize * prefilled * widest + copies)

@@ -21,7 +21,7 @@ from stateset_lightning.checkpoint_io import read_checkpoint
 from stateset_lightning.errors import ConfigError, NonFiniteError, SamplingError
 from stateset_lightning.evaluation import Evaluation
 from stateset_lightning.policy import context_length
-from stateset_lightning.policy.precision import has_bfloat16_products, logprob_tolerance
+from stateset_lightning.policy.precision import has_bfloat16_products, logprob_tolerance, sampling_dtype
 from stateset_lightning.sharding import FSDP2Strategy, total_norm
 
 
@@ -173,7 +173,7 @@ def check_monitors(trainer: Trainer, metrics: Iterable[str]) -> None:
 
 def check_speed(trainer: Trainer, dtype: torch.dtype) -> None:
     """Warns of half precision, by the weights' dtype or the Trainer, where it only costs time: most CPUs have no arithmetic for it."""
-    is_half = dtype.itemsize == 2 or "mixed" in str(trainer.precision)
+    is_half = dtype.itemsize == 2 or sampling_dtype(str(trainer.precision)) is not None
     if is_half and trainer.strategy.root_device.type == "cpu" and not has_bfloat16_products():
         rank_zero_warn(
             f"trainer.precision={trainer.precision} with {str(dtype).removeprefix('torch.')} weights: this CPU has no arithmetic for half "

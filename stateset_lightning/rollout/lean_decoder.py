@@ -44,15 +44,19 @@ def attend_to_cache(hidden: Tensor | None, layer: int, query: Tensor, key: Tenso
 
 
 def make_lean_decoder(model: PreTrainedModel) -> LeanDecoder | None:
-    """A decoder for the weights as they are now, or None where the model is not known to be made of this layer, or watched by hooks."""
-    is_known = model.config.model_type in MODEL_TYPES and not getattr(model.config, "sliding_window", None)
-    if not is_known or not is_supported(model) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
-        return None
+    """A decoder for the weights as they are now, or None where `is_known` says no."""
+    return LeanDecoder(model) if is_known(model) else None
+
+
+def is_known(model: PreTrainedModel) -> bool:
+    """Whether the model is known to be made of this layer, in float32 on a CPU, and not watched by hooks."""
+    has_type = model.config.model_type in MODEL_TYPES and not getattr(model.config, "sliding_window", None)
+    if not has_type or not is_supported(model) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+        return False
     layers = list(model.model.layers)
-    norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+    parts = [part for layer in layers for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp)] + [model.model.norm]
     linears = [linear for layer in layers for linear in _linears(layer)] + [_plain(model.lm_head)]
-    has_usual_form = all(map(is_lean, [*norms, model.model.norm, *(layer.mlp for layer in layers)]))
-    return LeanDecoder(model) if has_usual_form and all(type(linear) is nn.Linear for linear in linears) else None
+    return all(map(is_lean, parts)) and all(type(linear) is nn.Linear for linear in linears)
 
 
 class LeanDecoder:

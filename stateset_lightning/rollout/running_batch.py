@@ -116,10 +116,8 @@ class RunningBatch:
 
     def _attend(self) -> Attend:
         """The attention of the decoder's step."""
-        if not self._padded:
-            return partial(attend_to_cache, None)
-        columns = torch.arange(self.column + 1, device=self.starts_B.device)
-        return partial(attend_to_cache, (columns < self.starts_B[:, None])[:, None, None])
+        mask = self._mask(self.starts_B, self.column + 1)
+        return partial(attend_to_cache, None if mask is None else ~mask.view(len(self), 1, 1, -1))
 
     def _prefill(self, prompts: Sequence[Sequence[int]], width: int, lengths: Tensor, capacity: int) -> tuple[DynamicCache, Tensor]:
         """The cache of all prompts, each once, and the logits that predict their first token."""
