@@ -1,11 +1,14 @@
-"""What each algorithm learns on the bundled task: validation accuracy before and after, over seeds, TRL's GRPOTrainer beside them.
+"""What each algorithm learns on the bundled task: validation accuracy before and after, over seeds, TRL's GRPOTrainer
+beside them.
 
-    python benchmarks/compare_algorithms.py [--names GRPO DAPO ...] [--seeds 1 2 3] [--steps 200] [--jobs 1] [--trl-python PATH]
+    python benchmarks/compare_algorithms.py [--names GRPO DAPO ...] [--seeds 1 2 3] [--steps 200] [--jobs 1]
+    [--trl-python PATH]
 
-Every run is `configs/single_turn.yaml` with another algorithm, each as published (its own defaults), in a process of its own. Results
-are appended to a JSON-lines file; runs that stand there are not made again, so the command goes on where it was stopped. `GRPO beta 0`
-and `TRL GRPO beta 0` have the same hyperparameters, and the answers of both are judged by our `validate`. TRL needs
-`pip install trl==1.16.0` in the environment of `--trl-python`; without that option it is left out.
+Every run is `configs/single_turn.yaml` with another algorithm, each as published (its own defaults), in a process of
+its own. Results are appended to a JSON-lines file; runs that stand there are not made again, so the command goes on
+where it was stopped. `GRPO beta 0` and `TRL GRPO beta 0` have the same hyperparameters, and the answers of both are
+judged by our `validate`. TRL needs `pip install trl==1.16.0` in the environment of `--trl-python`; without that option
+it is left out.
 """
 
 from __future__ import annotations
@@ -34,11 +37,17 @@ def preset_names() -> list[str]:
 
     kinds = {name: getattr(algorithm, name) for name in algorithm.__all__}
     bases = (algorithm.Algorithm, algorithm.Clipped)
-    return [name for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, algorithm.Algorithm) and kind not in bases]
+    return [
+        name
+        for name, kind in kinds.items()
+        if isinstance(kind, type) and issubclass(kind, algorithm.Algorithm) and kind not in bases
+    ]
 
 
 def write_config(folder: Path, name: str, seed: int, steps: int) -> Path:
-    """The reference configuration with another algorithm: replaced whole, since an overlay would keep options of the old one."""
+    """The reference configuration with another algorithm: replaced whole, since an overlay would keep options of the
+    old one.
+    """
     config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     config["seed_everything"] = seed
     algorithm: dict[str, Any] = {"class_path": f"stateset_lightning.algorithm.{name}"}
@@ -77,7 +86,11 @@ def run_ours(name: str, seed: int, steps: int, folder: Path) -> dict[str, float]
     call(command(write_config(folder, name, seed, steps), "fit"))
     accuracies = logged(folder, "val/reward")
     assert len(accuracies) >= 2, f"validation before and after was expected, found {accuracies}"
-    return {"before": accuracies[0], "after": accuracies[-1], "train_reward": statistics.mean(logged(folder, "train/reward")[-10:])}
+    return {
+        "before": accuracies[0],
+        "after": accuracies[-1],
+        "train_reward": statistics.mean(logged(folder, "train/reward")[-10:]),
+    }
 
 
 def run_trl(seed: int, steps: int, folder: Path, python: str) -> dict[str, float]:
@@ -110,7 +123,10 @@ def train_with_trl(folder: Path, seed: int, steps: int) -> None:
 
     def reward(completions: list[Any], target: list[str], **columns: Any) -> list[float]:
         texts = [completion[0]["content"] for completion in completions]
-        return [exact.compute_reward([Turn("assistant", text)], {"target": t}).score for text, t in zip(texts, target, strict=True)]
+        return [
+            exact.compute_reward([Turn("assistant", text)], {"target": t}).score
+            for text, t in zip(texts, target, strict=True)
+        ]
 
     trainer = GRPOTrainer(
         model=str(model),
@@ -172,7 +188,9 @@ def print_table(results: list[dict[str, Any]], names: list[str]) -> None:
     """Mean and standard deviation over seeds; the best first."""
     print("| algorithm | seeds | before | after, mean | after, spread |\n|---|---|---|---|---|")
     groups = {name: [row for row in results if row["name"] == name] for name in names}
-    for name, rows in sorted(groups.items(), key=lambda item: -statistics.mean([row["after"] for row in item[1]] or [0.0])):
+    for name, rows in sorted(
+        groups.items(), key=lambda item: -statistics.mean([row["after"] for row in item[1]] or [0.0])
+    ):
         if rows:
             after = [row["after"] for row in rows]
             spread = f"{statistics.stdev(after):.3f}" if len(after) > 1 else "-"
@@ -198,12 +216,15 @@ def main() -> None:
     pending = [(name, seed) for seed in options.seeds for name in names if (name, seed) not in done]
     options.results.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(options.jobs) as pool, options.results.open("a", encoding="utf-8") as file:
-        runs = {pool.submit(measure, name, seed, options.steps, options.trl_python): (name, seed) for name, seed in pending}
+        runs = {
+            pool.submit(measure, name, seed, options.steps, options.trl_python): (name, seed) for name, seed in pending
+        }
         for run in as_completed(runs):
             if error := run.exception():
                 print(f"{runs[run]} failed: {error}", file=sys.stderr, flush=True)
                 continue
-            file.write(json.dumps(run.result()) + "\n")  # a whole line, at once: a killed command loses the runs in progress alone
+            # a whole line, at once: a killed command loses the runs in progress alone
+            file.write(json.dumps(run.result()) + "\n")
             file.flush()
             print(json.dumps(run.result()), file=sys.stderr, flush=True)
     print_table(read_results(options.results, options.steps), names)

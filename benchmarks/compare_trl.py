@@ -2,10 +2,10 @@
 
     python benchmarks/compare_trl.py [--rounds 3] [--trl-python PATH]
 
-Each measurement is a process of its own (peak memory is the process's), both sides alternate, and the table shows medians.
-TRL runs in its fastest honest setting here: all 16 completions in one generation and one backward pass, no reference model, no
-gradient checkpointing, float32, fused AdamW, no logging of completions. It needs `pip install trl==1.16.0` in the environment of
-`--trl-python` (default: this one).
+Each measurement is a process of its own (peak memory is the process's), both sides alternate, and the table shows
+medians. TRL runs in its fastest honest setting here: all 16 completions in one generation and one backward pass, no
+reference model, no gradient checkpointing, float32, fused AdamW, no logging of completions. It needs `pip install
+trl==1.16.0` in the environment of `--trl-python` (default: this one).
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def run_ours(folder: Path, case: Case) -> list[float]:
         def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
             self.seconds.append(time.perf_counter() - self.start)
             if os.environ.get("PHASES"):
-                print({name: round(value, 3) for name, value in module.metrics.last.items() if name.startswith("time/")})
+                print(
+                    {name: round(value, 3) for name, value in module.metrics.last.items() if name.startswith("time/")}
+                )
 
     seed_everything(0, verbose=False)
     rows = [{"prompt": prompt} for prompt in make_prompts(case, NUM_PROMPTS * (WARMUP_STEPS + STEPS))]
@@ -60,9 +62,19 @@ def run_ours(folder: Path, case: Case) -> list[float]:
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True),
     )
     clock = Clock()
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = Trainer(
-        max_steps=WARMUP_STEPS + STEPS, accelerator="cpu", gradient_clip_val=1.0, use_distributed_sampler=False, callbacks=[clock], **quiet
+        max_steps=WARMUP_STEPS + STEPS,
+        accelerator="cpu",
+        gradient_clip_val=1.0,
+        use_distributed_sampler=False,
+        callbacks=[clock],
+        **quiet,
     )
     trainer.fit(module, datamodule=ScenarioDataModule(train=rows, batch_size=NUM_PROMPTS, use_chat_template=False))
     return clock.seconds
@@ -89,7 +101,9 @@ def run_trl(folder: Path, case: Case) -> list[float]:
         model=str(folder),
         processing_class=AutoTokenizer.from_pretrained(folder),
         reward_funcs=lambda completions, **columns: [score(text) for text in completions],
-        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in make_prompts(case, NUM_PROMPTS * (WARMUP_STEPS + STEPS))]),
+        train_dataset=Dataset.from_list(
+            [{"prompt": prompt} for prompt in make_prompts(case, NUM_PROMPTS * (WARMUP_STEPS + STEPS))]
+        ),
         callbacks=[clock],
         args=GRPOConfig(
             output_dir=str(folder / "trl"),
@@ -131,7 +145,13 @@ def work(side: str, folder: Path, case: Case) -> None:
 
 
 def measure(side: str, python: str, folder: Path, index: int) -> dict[str, float]:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PL_GLOBAL_SEED": "0"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(THREADS),
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PL_GLOBAL_SEED": "0",
+    }
     command = [python, __file__, "--side", side, "--folder", str(folder), "--case", str(index)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     if run.returncode:
@@ -152,7 +172,9 @@ def main() -> None:
         work(options.side, options.folder, CASES[options.case])
         return
     print(
-        "| prompt / completion | TRL s | ours s | step time | TRL MB | ours MB | peak memory |\n|---|---|---|---|---|---|---|", flush=True
+        "| prompt / completion | TRL s | ours s | step time | TRL MB | ours MB | peak memory"
+        " |\n|---|---|---|---|---|---|---|",
+        flush=True,
     )
     for index in options.cases:
         with tempfile.TemporaryDirectory() as name:
@@ -163,7 +185,8 @@ def main() -> None:
                 results["trl"].append(measure("trl", options.trl_python, folder, index))
                 results["ours"].append(measure("ours", sys.executable, folder, index))
         seconds, memory = (
-            {side: statistics.median(r[key] for r in rounds) for side, rounds in results.items()} for key in ("seconds", "peak_mb")
+            {side: statistics.median(r[key] for r in rounds) for side, rounds in results.items()}
+            for key in ("seconds", "peak_mb")
         )
         times, sizes = f"{seconds['trl']:.2f} | {seconds['ours']:.2f}", f"{memory['trl']:.0f} | {memory['ours']:.0f}"
         ratios = seconds["trl"] / seconds["ours"], memory["trl"] / memory["ours"]

@@ -44,7 +44,9 @@ class Watch(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.started = time.monotonic()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         minutes = (time.monotonic() - self.started) / 60
         Watch.samples.append((minutes, resident_mb()))
         trainer.should_stop = trainer.should_stop or minutes >= self.minutes
@@ -69,7 +71,10 @@ def main() -> int:
         return 1
     minutes, last = Watch.samples[-1]
     print(f"{len(Watch.samples)} episodes in {minutes:.1f} minutes")
-    print(f"resident: {baseline:.0f} MB after {args.baseline_minutes} minutes, {last:.0f} MB at the end: {last / baseline - 1:+.1%}")
+    print(
+        f"resident: {baseline:.0f} MB after {args.baseline_minutes} minutes, {last:.0f} MB at the end:"
+        f" {last / baseline - 1:+.1%}"
+    )
     return 0 if last <= LIMIT * baseline else 1
 
 

@@ -1,13 +1,16 @@
-"""The kill test: a run killed by SIGKILL at seeded random moments, and resumed each time, ends as if it had never been killed.
+"""The kill test: a run killed by SIGKILL at seeded random moments, and resumed each time, ends as if it had never been
+killed.
 
     python benchmarks/kill_test.py --kills 50                  one process, float32 (`make kill-test` runs all three)
     python benchmarks/kill_test.py --kills 20 --precision bf16-mixed
-    python benchmarks/kill_test.py --kills 20 --ranks 2        two processes with gloo; one is killed, the other a moment later
+    python benchmarks/kill_test.py --kills 20 --ranks 2        two processes with gloo; one is killed, the other a
+    moment later
 
-The run has all that could be lost: two passes over an episode in four micro-steps, two of them to an optimizer step, a KL term with an
-adaptive coefficient, dropout, a learning-rate schedule, a curriculum, validations inside optimizer steps, checkpoints at every step.
-Compared bit by bit: weights, optimizer, schedule, loader, curriculum, adaptive coefficients, every logged metric but time and memory,
-and every sample. Everything is imported once, and each attempt is a fork: a start costs a fraction of a second.
+The run has all that could be lost: two passes over an episode in four micro-steps, two of them to an optimizer step, a
+KL term with an adaptive coefficient, dropout, a learning-rate schedule, a curriculum, validations inside optimizer
+steps, checkpoints at every step. Compared bit by bit: weights, optimizer, schedule, loader, curriculum, adaptive
+coefficients, every logged metric but time and memory, and every sample. Everything is imported once, and each attempt
+is a fork: a start costs a fraction of a second.
 """
 
 from __future__ import annotations
@@ -38,7 +41,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from stateset_lightning import GRPOLightningModule, RewardFunction, RolloutConfig, ScenarioDataModule, checkpoint_io, files
+from stateset_lightning import (
+    GRPOLightningModule,
+    RewardFunction,
+    RolloutConfig,
+    ScenarioDataModule,
+    checkpoint_io,
+    files,
+)
 from stateset_lightning.algorithm import GRPO, KL
 from stateset_lightning.callbacks import SampleWriter
 from stateset_lightning.checkpoint_io import read_checkpoint
@@ -108,10 +118,13 @@ class Passes(Callback):
         self.started = started
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module._sampled_policy.model.register_forward_pre_hook(lambda *args: None if torch.is_grad_enabled() else pass_by("sampling"))
+        pl_module._sampled_policy.model.register_forward_pre_hook(
+            lambda *args: None if torch.is_grad_enabled() else pass_by("sampling")
+        )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.started is not None:  # not before `on_train_start` of all callbacks, `StepEnd` among them, which listens to signals
+        # not before `on_train_start` of all callbacks, `StepEnd` among them, which listens to signals
+        if self.started is not None:
             os.write(self.started, b"!")
             self.started = None
         pass_by("micro-step")
@@ -138,7 +151,8 @@ def pass_by(place: str) -> None:
 
 def save_in_halves(content: Any, stream: Any, **options: Any) -> None:
     """`torch.save`, with a place between the halves of the file."""
-    if options or isinstance(stream, Path):  # torch's own use of it, for what it sends between ranks; Lightning's, beside shards
+    # torch's own use of it, for what it sends between ranks; Lightning's, beside shards
+    if options or isinstance(stream, Path):
         _save(content, stream, **options)
         return
     buffer = io.BytesIO()
@@ -179,7 +193,8 @@ def train(folder: Path, settings: Settings, started: int | None = None, callback
     trainer = Trainer(
         max_steps=settings.steps, max_epochs=-1, accelerator="cpu", devices=settings.ranks, precision=settings.precision,
         strategy=strategy(settings), accumulate_grad_batches=2, gradient_clip_val=1.0,
-        val_check_interval=11, check_val_every_n_epoch=None,  # odd: every other validation falls inside an optimizer step
+        # odd: every other validation falls inside an optimizer step
+        val_check_interval=11, check_val_every_n_epoch=None,
         logger=CSVLogger(folder, "run", flush_logs_every_n_steps=3),
         callbacks=[Passes(started), SampleWriter(1), *callbacks, ModelCheckpoint(every_n_train_steps=1, save_last=True, filename="{step}")],
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False, log_every_n_steps=1,
@@ -195,7 +210,13 @@ def strategy(settings: Settings) -> Any:
 
 
 def fork(
-    folder: Path, settings: Settings, plan: Kill | None, rank: int, port: int, started: int | None, run: Callable[..., None] = train
+    folder: Path,
+    settings: Settings,
+    plan: Kill | None,
+    rank: int,
+    port: int,
+    started: int | None,
+    run: Callable[..., None] = train,
 ) -> int:
     """Starts one rank of an attempt; returns its process id."""
     pid = os.fork()
@@ -206,7 +227,13 @@ def fork(
     status = 1
     try:
         if settings.ranks > 1:
-            ids = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": settings.ranks, "LOCAL_WORLD_SIZE": settings.ranks, "GROUP_RANK": 0}
+            ids = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": settings.ranks,
+                "LOCAL_WORLD_SIZE": settings.ranks,
+                "GROUP_RANK": 0,
+            }
             os.environ.update({name: str(value) for name, value in ids.items()})
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="kill-test")
         log = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -247,7 +274,9 @@ def attempt(folder: Path, settings: Settings, plan: Kill | None) -> bool:
             os.waitpid(pid, 0)
     os.close(reader)
     if not killed and status:
-        raise RuntimeError(f"an attempt failed; see {folder / 'output.txt'}:\n{(folder / 'output.txt').read_text()[-3000:]}")
+        raise RuntimeError(
+            f"an attempt failed; see {folder / 'output.txt'}:\n{(folder / 'output.txt').read_text()[-3000:]}"
+        )
     return not killed
 
 
@@ -276,7 +305,13 @@ def end_state(folder: Path) -> dict[str, Any]:
     with (run / "metrics.csv").open() as file:
         rows = [steady(row) for row in csv.DictReader(file)]
     loader = checkpoint["loops"]["fit_loop"].get("combined_loader")
-    return {**state, "stateset": stateset, "loader": loader, "metrics.csv": rows, "samples.jsonl": (run / "samples.jsonl").read_text()}
+    return {
+        **state,
+        "stateset": stateset,
+        "loader": loader,
+        "metrics.csv": rows,
+        "samples.jsonl": (run / "samples.jsonl").read_text(),
+    }
 
 
 def steady(row: dict[str, Any]) -> dict[str, Any]:
@@ -286,11 +321,15 @@ def steady(row: dict[str, Any]) -> dict[str, Any]:
 def differences(mine: Any, other: Any, place: str = "") -> list[str]:
     """Where two nested states are not bit-identical."""
     if isinstance(mine, torch.Tensor) and isinstance(other, torch.Tensor):
-        same = (mine.dtype, mine.shape) == (other.dtype, other.shape) and torch.equal(*(_bytes(tensor) for tensor in (mine, other)))
+        same = (mine.dtype, mine.shape) == (other.dtype, other.shape) and torch.equal(
+            *(_bytes(tensor) for tensor in (mine, other))
+        )
         return [] if same else [place]
     if isinstance(mine, dict) and isinstance(other, dict):
         missing = [f"{place}/{name}" for name in mine.keys() ^ other.keys()]
-        return missing + [d for name in mine.keys() & other.keys() for d in differences(mine[name], other[name], f"{place}/{name}")]
+        return missing + [
+            d for name in mine.keys() & other.keys() for d in differences(mine[name], other[name], f"{place}/{name}")
+        ]
     if isinstance(mine, list | tuple) and isinstance(other, list | tuple) and len(mine) == len(other):
         return [d for i, (a, b) in enumerate(zip(mine, other, strict=True)) for d in differences(a, b, f"{place}/{i}")]
     return [] if repr(mine) == repr(other) else [place]  # NaN is equal to itself here
@@ -313,7 +352,9 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    settings = Settings(3 * args.kills + 4, args.precision, args.ranks, args.strategy, file_per_rank=args.file_per_rank, lora=args.lora)
+    settings = Settings(
+        3 * args.kills + 4, args.precision, args.ranks, args.strategy, file_per_rank=args.file_per_rank, lora=args.lora
+    )
     load_model(settings.policy)  # imports the model's code before the first fork
     rng, places, start = random.Random(args.seed), Counter[str](), time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,7 +1,8 @@
 """Start-up time and memory of scenario files with very many rows.
 
-Writes JSONL and CSV files of short arithmetic questions to a temporary folder, and reads each in a process of its own: up to the
-prompts' tokens (`setup`), and then up to the first batch. `python benchmarks/large_files.py [ROWS]`; a million rows by default.
+Writes JSONL and CSV files of short arithmetic questions to a temporary folder, and reads each in a process of its own:
+up to the prompts' tokens (`setup`), and then up to the first batch. `python benchmarks/large_files.py [ROWS]`; a
+million rows by default.
 """
 
 from __future__ import annotations
@@ -63,10 +64,15 @@ def main(count: int) -> None:
         for name in ("rows.jsonl", "rows.csv"):
             path = Path(folder) / name
             write(path, count)
-            done = subprocess.run([sys.executable, __file__, "--measure", str(path)], check=True, capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, __file__, "--measure", str(path)], check=True, capture_output=True, text=True
+            )
             to_tokens, to_batch, before, peak = json.loads(done.stdout.splitlines()[-1])
             size = path.stat().st_size / 2**20
-            print(f"| {name} | {count:,} | {size:.0f} | {to_tokens:.1f} | {to_batch:.1f} | {peak:.0f} | {before:.0f} |", flush=True)
+            print(
+                f"| {name} | {count:,} | {size:.0f} | {to_tokens:.1f} | {to_batch:.1f} | {peak:.0f} | {before:.0f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python benchmarks/options.py [--rounds 1] [--sides NAME ...]
 
-Qwen2 of 31.7M parameters, 2 prompts x 8 completions of 256 / 64 tokens, float32, AdamW, no reference. Each measurement is a process of
-its own (peak memory is the process's); the sides alternate; the table shows medians over steps and rounds. LoRA is of rank 16.
-Half precision takes minutes per step on a CPU without arithmetic for it, and is left out there unless it is named.
+Qwen2 of 31.7M parameters, 2 prompts x 8 completions of 256 / 64 tokens, float32, AdamW, no reference. Each measurement
+is a process of its own (peak memory is the process's); the sides alternate; the table shows medians over steps and
+rounds. LoRA is of rank 16. Half precision takes minutes per step on a CPU without arithmetic for it, and is left out
+there unless it is named.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ SIDES: dict[str, dict[str, dict[str, Any]]] = {
     "reference": {"algorithm": {"beta": 0.04}},
     "LoRA": {"policy": {"lora": LORA}},
     "LoRA, reference": {"policy": {"lora": LORA}, "algorithm": {"beta": 0.04}},
-    "LoRA, not merged": {"policy": {"lora": LORA}},  # samples with the adapter beside its matrices, not added into copies of them
+    # samples with the adapter beside its matrices, not added into copies of them
+    "LoRA, not merged": {"policy": {"lora": LORA}},
 }
 CASE = Case(256, 64)
 WARMUP_STEPS, STEPS = 1, 3
@@ -82,12 +84,19 @@ def work(side: str, folder: Path) -> None:
     module = GRPOLightningModule(
         PolicyConfig(str(folder), **policy),
         reward=lambda turns, context: score(turns[-1].content),
-        rollout=RolloutConfig(num_generations=NUM_GENERATIONS, max_new_tokens=CASE.completion_tokens, **options.get("rollout", {})),
+        rollout=RolloutConfig(
+            num_generations=NUM_GENERATIONS, max_new_tokens=CASE.completion_tokens, **options.get("rollout", {})
+        ),
         algorithm=GRPO(**{"beta": 0.0, **options.get("algorithm", {})}),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, fused=is_fused),
     )
     clock, steps = Clock(), WARMUP_STEPS + STEPS
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = Trainer(
         max_steps=steps, accelerator="cpu", gradient_clip_val=1.0, use_distributed_sampler=False, callbacks=[clock],
         **quiet, **options.get("trainer", {}),
@@ -108,7 +117,10 @@ def work(side: str, folder: Path) -> None:
 def measure(side: str, folder: Path) -> dict[str, float]:
     environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(
-        [sys.executable, __file__, "--side", side, "--folder", str(folder)], capture_output=True, text=True, env=environment
+        [sys.executable, __file__, "--side", side, "--folder", str(folder)],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     if run.returncode:
         raise RuntimeError(f"{side} failed:\n{run.stderr[-3000:]}")
@@ -135,7 +147,10 @@ def main() -> None:
     for side in sides:
         values = {key: statistics.median(results[side][key] for results in rounds) for key in COLUMNS}
         seconds = " | ".join(f"{values[key]:.2f}" for key in ("step", "sample", "train"))
-        print(f"| {side} | {seconds} | {values['peak']:.0f} | {values['weights']:,.0f} | {values['ckpt']:.1f} |", flush=True)
+        print(
+            f"| {side} | {seconds} | {values['peak']:.0f} | {values['weights']:,.0f} | {values['ckpt']:.1f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

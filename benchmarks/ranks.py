@@ -1,11 +1,12 @@
-"""Several ranks are one process, only faster: the same samples, rewards, gradients and weights; and when one of them dies, the run ends.
+"""Several ranks are one process, only faster: the same samples, rewards, gradients and weights; and when one of them
+dies, the run ends.
 
-    python benchmarks/ranks.py            world sizes 1, 2 and 4, DDP and FSDP2, and every way to lose a rank (`make ranks-test`)
-    python benchmarks/ranks.py --quick    two ranks, fewer steps, two ways
+    python benchmarks/ranks.py            world sizes 1, 2 and 4, DDP and FSDP2, and every way to lose a rank (`make
+    ranks-test`) python benchmarks/ranks.py --quick    two ranks, fewer steps, two ways
 
-The run is that of `kill_test.py` without dropout: two passes over an episode of four prompts in micro-steps of so few that some ranks
-have nothing to train; some rewards fail; a KL term with an adaptive coefficient, a curriculum, a schedule, validations.
-Everything is imported once, and each rank is a fork.
+The run is that of `kill_test.py` without dropout: two passes over an episode of four prompts in micro-steps of so few
+that some ranks have nothing to train; some rewards fail; a KL term with an adaptive coefficient, a curriculum, a
+schedule, validations. Everything is imported once, and each rank is a fork.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ from stateset_lightning.sharding import whole
 LOST = "another rank has ended"
 LIMIT = 60  # seconds in which all ranks have to end after one has died
 FIRST_GRADIENT, GRADIENTS, WEIGHTS = 1e-6, 1e-4, 1e-5
-"""Relative differences that are float error: of the first gradient, of later ones, whose weights differ, and of the last weights."""
+"""Relative differences that are float error: of the first gradient, of later ones, whose weights differ, and of the
+last weights.
+"""
 
 
 class Recorder(Callback):
@@ -44,7 +47,9 @@ class Recorder(Callback):
         self.samples: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self.gradients: list[dict[str, torch.Tensor]] = []
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if batch.micro_step == 0:
             rows = [record.to_dict() for record in pl_module.last_records]  # type: ignore[union-attr, operator]
             size = len(rows) // len(batch)
@@ -101,8 +106,12 @@ class Ended:
     output: str
 
 
-def launch(folder: Path, settings: Settings, run: Callable[..., None] = kill_test.train, plan: Kill | None = None) -> Ended:
-    """All ranks of a run, until each has ended; those that are still there `LIMIT` seconds after the first are killed, with code -9."""
+def launch(
+    folder: Path, settings: Settings, run: Callable[..., None] = kill_test.train, plan: Kill | None = None
+) -> Ended:
+    """All ranks of a run, until each has ended; those that are still there `LIMIT` seconds after the first are killed,
+    with code -9.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "output.txt").unlink(missing_ok=True)
     port = free_port()
@@ -162,9 +171,9 @@ def check_equal(folder: Path, steps: int, others: Sequence[Settings]) -> bool:
         passed &= fine
         rows = sum(map(len, mine["samples"].values()))
         print(
-            f"{settings.strategy}, {settings.ranks} ranks against one process, {steps} optimizer steps: {rows} samples and rewards "
-            f"{'equal' if same else 'DIFFERENT'}; the first gradient differs by {gradients[0]:.1e}, later ones by up to "
-            f"{max(gradients):.1e}, weights by {weights:.1e}{'' if fine else '  TOO MUCH'}"
+            f"{settings.strategy}, {settings.ranks} ranks against one process, {steps} optimizer steps: {rows} samples"
+            f" and rewards {'equal' if same else 'DIFFERENT'}; the first gradient differs by {gradients[0]:.1e}, later"
+            f" ones by up to {max(gradients):.1e}, weights by {weights:.1e}{'' if fine else '  TOO MUCH'}"
         )
     return passed
 
@@ -173,9 +182,14 @@ def check_failures(folder: Path, settings: Settings) -> bool:
     """Rewards that fail on one rank alone end all ranks alike; a defect of one rank ends the others."""
     rewards = launch(folder / "rewards", settings, with_failing_rewards)
     fine = all(code == 1 for code in rewards.codes) and rewards.output.count("RewardError") >= settings.ranks
-    print(f"rewards that fail on one rank: all {settings.ranks} ended within {rewards.seconds:.1f} s{'' if fine else f' WRONG: {rewards}'}")
+    print(
+        f"rewards that fail on one rank: all {settings.ranks} ended within {rewards.seconds:.1f}"
+        f" s{'' if fine else f' WRONG: {rewards}'}"
+    )
     defect = launch(folder / "defect", settings, with_defect)
-    told = all(code == 1 for code in defect.codes) and "this rank has a defect" in defect.output and LOST in defect.output
+    told = (
+        all(code == 1 for code in defect.codes) and "this rank has a defect" in defect.output and LOST in defect.output
+    )
     print(f"a defect of one rank: the others ended within {defect.seconds:.1f} s{'' if told else f'  WRONG: {defect}'}")
     return fine and told
 
@@ -214,10 +228,19 @@ def main() -> int:
     load_model(PolicyConfig("tiny"))  # imports the model's code before the first fork
     steps = 8 if args.quick else 20
     worlds = [2] if args.quick else [2, 4]
-    runs = [Settings(steps, ranks=world, strategy=strategy, dropout=0.0) for strategy in ("ddp", "fsdp2") for world in worlds]
+    runs = [
+        Settings(steps, ranks=world, strategy=strategy, dropout=0.0)
+        for strategy in ("ddp", "fsdp2")
+        for world in worlds
+    ]
     kills = [Kill("sampling", 4, 0, 1), Kill("optimizer step", 3, 0, 0)]
     if not args.quick:
-        kills += [Kill("scoring", 20, 0, 0), Kill("micro-step", 7, 0, 1), Kill("validation", 1, 0, 1), Kill("before the rename", 3, 0, 0)]
+        kills += [
+            Kill("scoring", 20, 0, 0),
+            Kill("micro-step", 7, 0, 1),
+            Kill("validation", 1, 0, 1),
+            Kill("before the rename", 3, 0, 0),
+        ]
     passed = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -228,7 +251,11 @@ def main() -> int:
         if args.only in (None, "kills"):
             passed.append(check_kills(folder / "ddp", Settings(steps, ranks=2), kills))
             passed.append(check_kills(folder / "fsdp2", Settings(steps, ranks=2, strategy="fsdp2"), kills[:2]))
-            passed.append(check_kills(folder / "shards", Settings(steps, ranks=2, strategy="fsdp2", file_per_rank=True), kills[:2]))
+            passed.append(
+                check_kills(
+                    folder / "shards", Settings(steps, ranks=2, strategy="fsdp2", file_per_rank=True), kills[:2]
+                )
+            )
     print("passed" if all(passed) else "FAILED")
     return 0 if all(passed) else 1
 

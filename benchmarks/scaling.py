@@ -1,9 +1,11 @@
-"""What a step costs, and against what it cannot avoid: `python benchmarks/scaling.py [--rounds 3] [--profile | --decoding | --products]`.
+"""What a step costs, and against what it cannot avoid: `python benchmarks/scaling.py [--rounds 3] [--profile |
+--decoding | --products]`.
 
-One number is varied at a time around 2 prompts x 8 completions, 256 tokens of prompt, 64 of completion, in the model of `compare_trl.py`.
+One number is varied at a time around 2 prompts x 8 completions, 256 tokens of prompt, 64 of completion, in the model of
+`compare_trl.py`.
 
-The floor is the multiply-adds that no implementation avoids, at the float32 matrix rate measured beside each line: every prompt once
-and every completion once, 2 x parameters per token in sampling and 6 x in training.
+The floor is the multiply-adds that no implementation avoids, at the float32 matrix rate measured beside each line:
+every prompt once and every completion once, 2 x parameters per token in sampling and 6 x in training.
 """
 
 from __future__ import annotations
@@ -85,7 +87,9 @@ class Step:
         rate = matrix_rate()
         start = time.perf_counter()
         config = RolloutConfig(num_generations=self.shape.group, max_new_tokens=self.shape.completion)
-        rollout = self.engine.generate(self.prompts, self.shape.group, config, range(self.shape.prompts * self.shape.group))
+        rollout = self.engine.generate(
+            self.prompts, self.shape.group, config, range(self.shape.prompts * self.shape.group)
+        )
         sampled = time.perf_counter()
         completions = rollout.completions()
         groups = [Group(p, completions[i * self.shape.group :][: self.shape.group]) for i, p in enumerate(self.prompts)]
@@ -112,7 +116,9 @@ def matrix_rate(size: int = 1536) -> float:
 
 
 def product_times(rows: int) -> tuple[float, ...]:
-    """Median seconds of a token's matrix products with all layers of the model: stock, weights laid out, and turned round, in turns."""
+    """Median seconds of a token's matrix products with all layers of the model: stock, weights laid out, and turned
+    round, in turns.
+    """
     layers = [m for m in workload.make_model().model.layers.modules() if isinstance(m, torch.nn.Linear)]
     inputs = {size: torch.ones(rows, size) for size in {layer.in_features for layer in layers}}
     product = torch.ops.mkldnn._linear_pointwise
@@ -123,7 +129,10 @@ def product_times(rows: int) -> tuple[float, ...]:
         columns = {size: x.t().contiguous().t() for size, x in inputs.items()}
         ways: list[Callable[[], object]] = [
             lambda: [torch.nn.functional.linear(inputs[w.shape[1]], w) for w in weights],
-            lambda: [product(inputs[w.shape[1]], order, None, "none", [], "") for w, order in zip(weights, laid_out, strict=True)],
+            lambda: [
+                product(inputs[w.shape[1]], order, None, "none", [], "")
+                for w, order in zip(weights, laid_out, strict=True)
+            ],
             lambda: [product(w, columns[w.shape[1]], None, "none", [], "") for w in weights],
         ]
         return in_turns(ways, 30)
@@ -147,19 +156,26 @@ def compare_decoders(rows: int, prompt: int, tokens: int = 64) -> tuple[float, .
         decoder = make_lean_decoder(model)
         batches = [make_running_batch(model, tokens, prompt, by) for by in (None, decoder)]
         for batch in batches:
-            batch.admit([[2 + (7 * p + i) % 200 for i in range(prompt)] for p in range(2)], [row * 2 // rows for row in range(rows)])
+            batch.admit(
+                [[2 + (7 * p + i) % 200 for i in range(prompt)] for p in range(2)],
+                [row * 2 // rows for row in range(rows)],
+            )
         return in_turns([partial(batch.step, torch.full((rows,), 2)) for batch in batches], tokens)
 
 
 def median(times: list[Times]) -> Times:
-    return Times(*(statistics.median(column) for column in zip(*((t.sample, t.train, t.rate) for t in times), strict=True)))
+    return Times(
+        *(statistics.median(column) for column in zip(*((t.sample, t.train, t.rate) for t in times), strict=True))
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sweeps", nargs="*", choices=list(SWEEPS), default=list(SWEEPS))
-    parser.add_argument("--profile", action="store_true", help="where the time of the base shape goes, operation by operation")
+    parser.add_argument(
+        "--profile", action="store_true", help="where the time of the base shape goes, operation by operation"
+    )
     parser.add_argument("--products", action="store_true", help="a token's matrix products in three ways")
     parser.add_argument("--decoding", action="store_true", help="a token by the model and by the lean decoder")
     arguments = parser.parse_args()
@@ -173,7 +189,8 @@ def main() -> None:
         print("| rows | prompt | model ms | lean decoder ms | less |\n|---|---|---|---|---|")
         for rows, prompt in ((2, 32), (6, 32), (16, 32), (16, 256), (64, 32)):
             by_model, lean = (
-                statistics.median(times) * 1e3 for times in zip(*(compare_decoders(rows, prompt) for _ in range(3)), strict=True)
+                statistics.median(times) * 1e3
+                for times in zip(*(compare_decoders(rows, prompt) for _ in range(3)), strict=True)
             )
             print(f"| {rows} | {prompt} | {by_model:.1f} | {lean:.1f} | {1 - lean / by_model:.0%} |")
         return
@@ -185,7 +202,10 @@ def main() -> None:
         print(recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=40))
         return
     for name in arguments.sweeps:
-        print(f"\n{name}\n\n| prompt / completion | G | prompts | vocabulary | sample s | train s | step s | floor s | step / floor |")
+        print(
+            f"\n{name}\n\n| prompt / completion | G | prompts | vocabulary | sample s | train s | step s | floor s |"
+            " step / floor |"
+        )
         print("|---|---|---|---|---|---|---|---|---|")
         steps = [Step(shape) for shape in SWEEPS[name]]
         for step in steps:

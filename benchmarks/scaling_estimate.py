@@ -1,9 +1,10 @@
-"""What several devices need and where they stop helping, by formula; the tables of docs/scaling.md (tests/test_docs.py compares them).
+"""What several devices need and where they stop helping, by formula; the tables of docs/scaling.md (tests/test_docs.py
+compares them).
 
     python benchmarks/scaling_estimate.py
 
-Bytes that a layer keeps for its backward pass are measured on a small layer of the same proportions; all else is counted. Device
-figures are those of the data sheets. Letters: N parameters, W devices, T tokens.
+Bytes that a layer keeps for its backward pass are measured on a small layer of the same proportions; all else is
+counted. Device figures are those of the data sheets. Letters: N parameters, W devices, T tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from stateset_lightning.estimate import saved_bytes
 
 ROWS, CAPACITY = 64, 1024  # completions decoded at a time; tokens of prompt and completion
 STEP_TOKENS = 8192  # of a micro-step
-SAMPLING = {"bf16-mixed": 6, "bf16-true": 2}  # bytes per parameter of the whole policy: float32 and its cast copy, or bfloat16
+# bytes per parameter of the whole policy: float32 and its cast copy, or bfloat16
+SAMPLING = {"bf16-mixed": 6, "bf16-true": 2}
 TRAINING = {"bf16-mixed": 16, "bf16-true": 8}  # weights, gradients, AdamW's two moments
 PEAK, SHARE = 989e12, 0.4  # H100, bfloat16, dense; the share of it that training reaches
 LINKS = {"NVLink (450 GB/s)": 450e9, "InfiniBand (50 GB/s)": 50e9}  # per device and direction
@@ -59,7 +61,9 @@ class Model:
 
     @property
     def activations(self) -> int:
-        """Bytes of a micro-step with gradient checkpointing: what each layer gets, one layer in full, two chunks of logits."""
+        """Bytes of a micro-step with gradient checkpointing: what each layer gets, one layer in full, two chunks of
+        logits.
+        """
         return STEP_TOKENS * (2 * self.layers * self.hidden + layer_bytes(self)) + 2 * 64 * 2**20
 
 
@@ -73,7 +77,9 @@ MODELS = [
 
 @cache
 def layer_bytes(model: Model) -> int:
-    """Bytes per token that a layer keeps in bfloat16, measured with every size divided by the same number: they are linear in it."""
+    """Bytes per token that a layer keeps in bfloat16, measured with every size divided by the same number: they are
+    linear in it.
+    """
     scale = model.hidden // 128
     kept = []
     for layers in (1, 2):
@@ -83,7 +89,9 @@ def layer_bytes(model: Model) -> int:
         )  # fmt: skip
         small = LlamaForCausalLM(config).to(torch.bfloat16)
         ids = torch.zeros(1, 64, dtype=torch.long)
-        kept.append(saved_bytes(lambda small=small, ids=ids: small.model(ids, use_cache=False), small.parameters()) / 64)
+        kept.append(
+            saved_bytes(lambda small=small, ids=ids: small.model(ids, use_cache=False), small.parameters()) / 64
+        )
     return round((kept[1] - kept[0]) * scale)
 
 
@@ -98,7 +106,11 @@ def ddp(model: Model, precision: str) -> tuple[float, float]:
 def fsdp2(model: Model, precision: str, devices: int) -> tuple[float, float]:
     """Shards, and on top in training two blocks and the ends, whole, with gradients; in sampling the whole policy."""
     weight = 4 if precision == "bf16-mixed" else 2
-    training = TRAINING[precision] * model.parameters / devices + weight * (3 * model.block + 2 * model.ends) + model.activations
+    training = (
+        TRAINING[precision] * model.parameters / devices
+        + weight * (3 * model.block + 2 * model.ends)
+        + model.activations
+    )
     shards = (TRAINING[precision] - weight) * model.parameters / devices
     return training, shards + SAMPLING[precision] * model.parameters + model.cache
 
@@ -114,10 +126,16 @@ def memory_table() -> str:
 
 
 def traffic_table() -> str:
-    """Training a token takes 8 N operations with checkpointing; the bytes are proportional to N as well, which cancels."""
+    """Training a token takes 8 N operations with checkpointing; the bytes are proportional to N as well, which
+    cancels.
+    """
     lines = ["| | bytes per device | tokens on " + " | tokens on ".join(LINKS) + " |", "|---|---|---|---|"]
     seconds = 8 / (PEAK * SHARE)  # per token and parameter
-    for name, per_parameter in (("DDP, optimizer step", 2 * 4), ("FSDP2, micro-step", 3 * 4), ("FSDP2 in bf16-true, micro-step", 3 * 2)):
+    for name, per_parameter in (
+        ("DDP, optimizer step", 2 * 4),
+        ("FSDP2, micro-step", 3 * 4),
+        ("FSDP2 in bf16-true, micro-step", 3 * 2),
+    ):
         tokens = " | ".join(f"{per_parameter / link / seconds:,.0f}" for link in LINKS.values())
         lines.append(f"| {name} | {per_parameter} N | {tokens} |")
     return "\n".join(lines)

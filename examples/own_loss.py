@@ -1,9 +1,11 @@
 """A policy loss of one's own, outside the package: `python examples/own_loss.py [STEPS]`.
 
-A class with a formula is all it takes. Everything else (KL, entropy bonus, aggregation, mismatch correction, the command line with its
-checks) comes with `Algorithm`. In a config, or with `PYTHONPATH=examples` on any command line, the class is named by its path:
+A class with a formula is all it takes. Everything else (KL, entropy bonus, aggregation, mismatch correction, the
+command line with its checks) comes with `Algorithm`. In a config, or with `PYTHONPATH=examples` on any command line,
+the class is named by its path:
 
-    stateset-lightning fit --config configs/single_turn.yaml --model.algorithm own_loss.TOPR --model.algorithm.truncation 0.5
+    stateset-lightning fit --config configs/single_turn.yaml --model.algorithm own_loss.TOPR
+    --model.algorithm.truncation 0.5
 """
 
 import sys
@@ -20,7 +22,8 @@ from stateset_lightning.cli import main as command_line
 
 
 class TOPR(Algorithm):
-    """Tapered off-policy REINFORCE (arXiv:2503.14286), by token: right answers count whole, wrong ones no more than they are still likely.
+    """Tapered off-policy REINFORCE (arXiv:2503.14286), by token: right answers count whole, wrong ones no more than
+    they are still likely.
 
     Args:
         truncation: Upper bound of the importance ratio where the advantage is negative.
@@ -34,7 +37,8 @@ class TOPR(Algorithm):
         advantages_T = self.advantages_per_token(tokens)
         ratio_T = (tokens.logprobs_T - tokens.old_logprobs_T).exp().detach()
         tapered_T = torch.where(advantages_T < 0, ratio_T.clamp(max=self.truncation), 1.0)
-        metrics = {"policy/ratio_mean": (ratio_T.sum(), ratio_T.numel())}  # a sum and a count, added up over micro-steps and ranks
+        # a sum and a count, added up over micro-steps and ranks
+        metrics = {"policy/ratio_mean": (ratio_T.sum(), ratio_T.numel())}
         return -tapered_T * advantages_T * tokens.logprobs_T, metrics
 
 

@@ -4,7 +4,14 @@ import sys
 
 from lightning.pytorch import Trainer, seed_everything
 
-from stateset_lightning import EpisodeCallback, GRPOLightningModule, RewardFunction, RewardResult, RolloutConfig, ScenarioDataModule
+from stateset_lightning import (
+    EpisodeCallback,
+    GRPOLightningModule,
+    RewardFunction,
+    RewardResult,
+    RolloutConfig,
+    ScenarioDataModule,
+)
 
 
 class CloseNumber(RewardFunction):
@@ -26,9 +33,18 @@ class Printer(EpisodeCallback):
 def main(max_steps: int = 5) -> None:
     seed_everything(1)
     scenarios = [{"prompt": f"What is {a} + {b}?", "target": str(a + b)} for a in range(10, 18) for b in range(10, 18)]
-    module = GRPOLightningModule("tiny", reward=CloseNumber(), rollout=RolloutConfig(num_generations=8, max_new_tokens=8))
-    options = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
-    trainer = Trainer(max_steps=max_steps, accelerator="cpu", callbacks=[Printer()], use_distributed_sampler=False, **options)
+    module = GRPOLightningModule(
+        "tiny", reward=CloseNumber(), rollout=RolloutConfig(num_generations=8, max_new_tokens=8)
+    )
+    options = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+    }
+    trainer = Trainer(
+        max_steps=max_steps, accelerator="cpu", callbacks=[Printer()], use_distributed_sampler=False, **options
+    )
     trainer.fit(module, datamodule=ScenarioDataModule(train=scenarios, batch_size=8))
 
 

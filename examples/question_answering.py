@@ -1,6 +1,7 @@
 """The guide's question answering, without right answers: `python examples/question_answering.py [STEPS] [MODEL]`.
 
-The bundled model knows arithmetic alone; with it this only shows that everything runs. Name a model that speaks, on a GPU, to see it learn.
+The bundled model knows arithmetic alone; with it this only shows that everything runs. Name a model that speaks, on a
+GPU, to see it learn.
 """
 
 import sys
@@ -22,7 +23,9 @@ SCENARIOS = [
 
 class Printer(EpisodeCallback):
     def on_episode_end(self, episode, metrics):
-        print(f"episode {episode}: reward {metrics['train/reward']:.3f}, {metrics['completion/mean_tokens']:.1f} tokens")
+        print(
+            f"episode {episode}: reward {metrics['train/reward']:.3f}, {metrics['completion/mean_tokens']:.1f} tokens"
+        )
 
 
 def main(max_steps: int = 5, model: str = "tiny") -> None:
@@ -33,9 +36,19 @@ def main(max_steps: int = 5, model: str = "tiny") -> None:
         rollout=RolloutConfig(num_generations=8, max_new_tokens=16 if model == "tiny" else 128),
         optimizer=lambda parameters: AdamW(parameters, lr=5e-5 if model == "tiny" else 1e-6),
     )
-    options = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
+    options = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+    }
     trainer = Trainer(
-        max_steps=max_steps, max_epochs=-1, gradient_clip_val=1.0, callbacks=[Printer()], use_distributed_sampler=False, **options
+        max_steps=max_steps,
+        max_epochs=-1,
+        gradient_clip_val=1.0,
+        callbacks=[Printer()],
+        use_distributed_sampler=False,
+        **options,
     )
     trainer.fit(module, datamodule=ScenarioDataModule(train=SCENARIOS, batch_size=3))
 

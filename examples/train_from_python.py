@@ -16,7 +16,10 @@ ARITHMETIC = Path(__file__).parent / "arithmetic"
 def main(max_steps: int = 20) -> None:
     seed_everything(1)
     data = ScenarioDataModule(
-        train=str(ARITHMETIC / "train.jsonl"), validation=str(ARITHMETIC / "validation.jsonl"), batch_size=16, eval_batch_size=128
+        train=str(ARITHMETIC / "train.jsonl"),
+        validation=str(ARITHMETIC / "validation.jsonl"),
+        batch_size=16,
+        eval_batch_size=128,
     )
     module = GRPOLightningModule(
         "tiny",
@@ -25,7 +28,12 @@ def main(max_steps: int = 20) -> None:
         algorithm=DrGRPO(),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
     )
-    options = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "use_distributed_sampler": False}
+    options = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+    }
     trainer = Trainer(max_steps=max_steps, accelerator="cpu", limit_val_batches=1.0, num_sanity_val_steps=0, **options)
     before = trainer.validate(module, datamodule=data, verbose=False)[0]["val/reward"]
     trainer.fit(module, datamodule=data)

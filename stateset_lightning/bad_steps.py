@@ -1,4 +1,6 @@
-"""Optimizer steps that are skipped because loss or gradient is not finite: what they would have trained is written down."""
+"""Optimizer steps that are skipped because loss or gradient is not finite: what they would have trained is written
+down.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from stateset_lightning.records import CompletionRecord
 
 
 def is_bad(norm: float) -> bool:
-    """Whether a gradient of this norm is to be skipped: NaN, infinite, or so large that its square is infinite in float32.
+    """Whether a gradient of this norm is to be skipped: NaN, infinite, or so large that its square is infinite in
+    float32.
 
     AdamW keeps squares: an infinite one would never leave its second moment, and stop the parameter for good.
     """
@@ -26,7 +29,9 @@ def is_bad(norm: float) -> bool:
 
 
 def spoil_if_not_finite(loss: Tensor) -> Tensor:
-    """The loss, times NaN if it is not finite: its gradient could be finite, and only gradients reach the other ranks."""
+    """The loss, times NaN if it is not finite: its gradient could be finite, and only gradients reach the other
+    ranks.
+    """
     return loss * torch.where(loss.detach().isfinite(), loss.new_ones(()), loss.new_full((), torch.nan))
 
 
@@ -37,7 +42,12 @@ def bad_steps_file(trainer: Trainer) -> Path:
 
 
 def write_bad_step(
-    trainer: Trainer, episode: Episode, step_of_pass: int, norm: float, records: Sequence[CompletionRecord], tokenizer: Any
+    trainer: Trainer,
+    episode: Episode,
+    step_of_pass: int,
+    norm: float,
+    records: Sequence[CompletionRecord],
+    tokenizer: Any,
 ) -> Path:
     """Appends the completions of a skipped optimizer step to `bad_steps.jsonl`, one per line, and returns the file.
 
@@ -46,7 +56,8 @@ def write_bad_step(
         episode: That the step trains.
         step_of_pass: Which optimizer step of a pass it is.
         norm: Of the gradient.
-        records: Of the episode's completions; empty in a run that was resumed inside the episode, whose rewards are not known any more.
+        records: Of the episode's completions; empty in a run that was resumed inside the episode, whose rewards are not
+            known any more.
         tokenizer: To spell out prompts and completions in that case.
     """
     members = (episode.micro_step_N // trainer.accumulate_grad_batches == step_of_pass) & episode.active_N
@@ -59,7 +70,14 @@ def write_bad_step(
         else:
             prompt = episode.prompt_tokens[n // episode.num_generations]
             what = {"prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(completions[n].tolist())}
-        rows.append({**step, **what, "advantage": str(episode.advantages_N[n].item()), "weight": str(episode.weights_N[n].item())})
+        rows.append(
+            {
+                **step,
+                **what,
+                "advantage": str(episode.advantages_N[n].item()),
+                "weight": str(episode.weights_N[n].item()),
+            }
+        )
     file = bad_steps_file(trainer)
     append_lines(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return file

@@ -9,7 +9,12 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from stateset_lightning.errors import ConfigError
 
-_CHECKS: dict[type, tuple[str, str]] = {Ge: ("ge", "at least"), Gt: ("gt", "above"), Le: ("le", "at most"), Lt: ("lt", "below")}
+_CHECKS: dict[type, tuple[str, str]] = {
+    Ge: ("ge", "at least"),
+    Gt: ("gt", "above"),
+    Le: ("le", "at most"),
+    Lt: ("lt", "below"),
+}
 
 
 def check_bounds(prefix: str, signature: Callable[..., Any], values: Mapping[str, Any]) -> None:
@@ -23,7 +28,9 @@ def check_bounds(prefix: str, signature: Callable[..., Any], values: Mapping[str
             for bound in _bounds(hint):
                 attribute, words = _CHECKS[type(bound)]
                 limit = getattr(bound, attribute)
-                inside = {"ge": value >= limit, "gt": value > limit, "le": value <= limit, "lt": value < limit}[attribute]
+                inside = {"ge": value >= limit, "gt": value > limit, "le": value <= limit, "lt": value < limit}[
+                    attribute
+                ]
                 if not inside:
                     raise ConfigError(f"{prefix}.{name}={value} must be {words} {limit}")
 

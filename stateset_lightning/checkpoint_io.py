@@ -21,14 +21,30 @@ from torch.distributed.checkpoint.api import CheckpointException
 from stateset_lightning.errors import CheckpointError
 from stateset_lightning.files import atomic_write, remove_leftovers
 
-_DAMAGE = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile, CheckpointException)
+_DAMAGE = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    KeyError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    CheckpointException,
+)
 """What reading raises on a file that is cut short, has flipped bits, or is no checkpoint at all."""
 
 
 _METADATA_CLASSES = {
     "torch": {"Size", "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"},
     "torch.distributed.checkpoint.metadata": {
-        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties"),
+        *(
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+        ),
         *("TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
@@ -41,8 +57,9 @@ _METADATA_CLASSES = {
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's reader and writer, but a local file is whole or absent, and loads with `weights_only=True`.
 
-    Lightning's own writer renames too, but does not flush to the disk first, and goes through a folder for temporary files that may
-    lie on another disk. Remote paths (`s3://...`) are left to it: object stores show a file only when it is complete.
+    Lightning's own writer renames too, but does not flush to the disk first, and goes through a folder for temporary
+    files that may lie on another disk. Remote paths (`s3://...`) are left to it: object stores show a file only when it
+    is complete.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
@@ -78,12 +95,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def read_checkpoint(file: Path, *, check_sums: bool = False, **options: Any) -> dict[str, Any]:
-    """The content of a local checkpoint file; `check_sums` reads all of it to find flipped bits, `options` are those of `torch.load`.
+    """The content of a local checkpoint file; `check_sums` reads all of it to find flipped bits, `options` are those of
+    `torch.load`.
 
     A folder that several ranks wrote is put together in memory, on the CPU.
 
     Raises:
-        CheckpointError: If it is damaged or no checkpoint of this package; names one beside it that is whole, the newest first.
+        CheckpointError: If it is damaged or no checkpoint of this package; names one beside it that is whole, the
+            newest first.
     """
     try:
         if is_sharded(file):
@@ -94,12 +113,18 @@ def read_checkpoint(file: Path, *, check_sums: bool = False, **options: Any) -> 
                 _check_sums(file)
             content = torch.load(file, weights_only=True, **options)
     except FileNotFoundError:
-        raise CheckpointError(f"ckpt_path={file}: there is no such file; give a .ckpt file, or `last` or `best`") from None
+        raise CheckpointError(
+            f"ckpt_path={file}: there is no such file; give a .ckpt file, or `last` or `best`"
+        ) from None
     except _DAMAGE as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
-        raise CheckpointError(f"ckpt_path={file}: the file is damaged or no checkpoint ({reason}); {_instead_of(file)}") from error
+        raise CheckpointError(
+            f"ckpt_path={file}: the file is damaged or no checkpoint ({reason}); {_instead_of(file)}"
+        ) from error
     if not isinstance(content, dict) or not {"state_dict", "stateset"} <= set(content):
-        raise CheckpointError(f"ckpt_path={file}: no checkpoint of stateset-lightning; for other weights set model.policy.model_name")
+        raise CheckpointError(
+            f"ckpt_path={file}: no checkpoint of stateset-lightning; for other weights set model.policy.model_name"
+        )
     return content
 
 
@@ -112,7 +137,8 @@ class _MetadataReader(pickle.Unpickler):
 
 @contextmanager
 def plain_shards(folder: Path) -> Iterator[None]:
-    """While a sharded checkpoint is read: torch's reader unpickles, so its description is checked before, and entries load as tensors.
+    """While a sharded checkpoint is read: torch's reader unpickles, so its description is checked before, and entries
+    load as tensors.
 
     Raises:
         pickle.UnpicklingError: If there is anything else in it.
@@ -133,7 +159,8 @@ def plain_shards(folder: Path) -> Iterator[None]:
 
 def newest_checkpoints(folder: Path, pattern: str = "*.ckpt") -> list[Path]:
     """Checkpoint files of a folder, the newest first; `pattern` may reach into folders below."""
-    files = [path for path in folder.glob(pattern) if path.is_file() or is_sharded(path)]  # a link to a file that is gone is none
+    # a link to a file that is gone is none
+    files = [path for path in folder.glob(pattern) if path.is_file() or is_sharded(path)]
     return sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 
 
@@ -149,7 +176,9 @@ def local_path(path: _PATH) -> Path | None:
 
 
 def _check_sums(file: Path) -> None:
-    """A checkpoint is a zip file, and torch, which writes the sums of its entries, does not look at them when it reads."""
+    """A checkpoint is a zip file, and torch, which writes the sums of its entries, does not look at them when it
+    reads.
+    """
     with zipfile.ZipFile(file) as archive:
         if entry := archive.testzip():
             raise zipfile.BadZipFile(f"wrong check sum of {entry}")

@@ -1,7 +1,8 @@
 """The command line: `stateset-lightning fit | validate | test | predict --config FILE`.
 
-LightningCLI with this kit's module and datamodule: typed keys, `--print_config`, overlays by repeated `--config`, any key as a flag.
-What a user can mend is reported in a few lines; anything else keeps its traceback. Lightning is imported only when a subcommand runs.
+LightningCLI with this kit's module and datamodule: typed keys, `--print_config`, overlays by repeated `--config`, any
+key as a flag. What a user can mend is reported in a few lines; anything else keeps its traceback. Lightning is imported
+only when a subcommand runs.
 """
 
 from __future__ import annotations
@@ -59,18 +60,26 @@ contradictions. It takes the flags of `fit` (see fit --help), trains nothing and
 
 INTERRUPTED = 128 + signal.SIGINT
 
-_NOISE = ("litlogger", "GPU available", "TPU available", "HPU available", "💡 Tip", "Loaded model weights from the checkpoint")
+_NOISE = (
+    "litlogger",
+    "GPU available",
+    "TPU available",
+    "HPU available",
+    "💡 Tip",
+    "Loaded model weights from the checkpoint",
+)
 
 
 def main(args: ArgsType = None) -> StatesetCLI | None:
     """Runs the command line; `args` replaces `sys.argv[1:]`, for tests and notebooks.
 
     Returns:
-        What ran, with its `trainer`, `model` and `datamodule`. None without `args`: the shell would take it for an exit code.
+        What ran, with its `trainer`, `model` and `datamodule`. None without `args`: the shell would take it for an exit
+        code.
 
     Raises:
-        SystemExit: With code 2 for whatever the user can mend, after a message of a few lines on stderr; with 143 after SIGTERM and
-            130 after Ctrl-C; with 0 or 1 from `doctor`.
+        SystemExit: With code 2 for whatever the user can mend, after a message of a few lines on stderr; with 143 after
+            SIGTERM and 130 after Ctrl-C; with 0 or 1 from `doctor`.
     """
     given = sys.argv[1:] if args is None else args
     if given in ([], ["-h"], ["--help"]):

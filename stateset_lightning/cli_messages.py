@@ -1,7 +1,7 @@
 """What the parser says about a config -> a line that names the key, the value and what is accepted.
 
-jsonargparse lists every member of a union type that did not fit, over many lines. The most telling of these is kept; wording that
-is not known here is cut to its first lines, so that nothing is lost but length.
+jsonargparse lists every member of a union type that did not fit, over many lines. The most telling of these is kept;
+wording that is not known here is cut to its first lines, so that nothing is lost but length.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ CLASS_HOMES = {
     "trainer.callbacks": "lightning.pytorch.callbacks",
     "trainer.logger": "lightning.pytorch.loggers",
 }
-CLASSES = {"model.policy": "stateset_lightning.policy.PolicyConfig", "model.rollout": "stateset_lightning.rollout.RolloutConfig"}
+CLASSES = {
+    "model.policy": "stateset_lightning.policy.PolicyConfig",
+    "model.rollout": "stateset_lightning.rollout.RolloutConfig",
+}
 CLASSES["model.evaluation"] = "stateset_lightning.evaluation.EvaluationConfig"
 # From the most telling to the least; the first that is found is reported.
 _TELLING = tuple(
@@ -95,17 +98,23 @@ def check_config_files(words: Sequence[str]) -> None:
         try:
             content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
         except OSError as error:
-            raise ConfigError(f"--config {name}: cannot be read ({error.strerror}); paths are relative to {Path.cwd()}") from error
+            raise ConfigError(
+                f"--config {name}: cannot be read ({error.strerror}); paths are relative to {Path.cwd()}"
+            ) from error
         except UnicodeDecodeError as error:
             raise ConfigError(f"--config {name}: not valid UTF-8; save the file as UTF-8") from error
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
-            raise ConfigError(f"{name}:{line}: malformed YAML: {error.problem}; check indentation, brackets and quotes") from error
+            raise ConfigError(
+                f"{name}:{line}: malformed YAML: {error.problem}; check indentation, brackets and quotes"
+            ) from error
         except yaml.YAMLError as error:
             raise ConfigError(f"{name}: malformed YAML: {str(error).splitlines()[0]}") from error
         if not isinstance(content, dict):
             found = "empty" if content is None else f"not a mapping of keys but {content!r:.60}"
-            raise ConfigError(f"--config {name}: the file is {found}; it must hold keys such as model:, data: and trainer:")
+            raise ConfigError(
+                f"--config {name}: the file is {found}; it must hold keys such as model:, data: and trainer:"
+            )
 
 
 def without_traceback(message: str) -> str:
@@ -114,8 +123,12 @@ def without_traceback(message: str) -> str:
     if not found:
         return message
     here = str(Path(__file__).parent)
-    places = [place for place in re.findall(r'File "(.+?)", line (\d+), in (\S+)', trace) if not place[0].startswith(here)]
-    return "\n  ".join([before.strip(), *(f"raised at {file}:{line}, in {function}" for file, line, function in places[-1:])])
+    places = [
+        place for place in re.findall(r'File "(.+?)", line (\d+), in (\S+)', trace) if not place[0].startswith(here)
+    ]
+    return "\n  ".join(
+        [before.strip(), *(f"raised at {file}:{line}, in {function}" for file, line, function in places[-1:])]
+    )
 
 
 def _told(key: str, value: str, found: dict[str, str], message: str) -> str:
@@ -132,7 +145,10 @@ def _told(key: str, value: str, found: dict[str, str], message: str) -> str:
         try:
             near = _suggest(name, dir(importlib.import_module(module)))
         except (ImportError, ValueError):
-            return f"{key}: class_path {found['path']}: module {module or name} cannot be imported; is it spelt right, and on PYTHONPATH?"
+            return (
+                f"{key}: class_path {found['path']}: module {module or name} cannot be imported; is it spelt right, and"
+                " on PYTHONPATH?"
+            )
         return f"{key}: class_path {found['path']}: {module} has no {name}{near or '; check its spelling'}"
     if "no_subclass" in found:
         return f"{key}: {found['no_subclass']} is no {found['base']}; give the class path of one"
@@ -140,7 +156,10 @@ def _told(key: str, value: str, found: dict[str, str], message: str) -> str:
         return f"{key}: {found['abstract']} is abstract: it lacks a method that its base class wants"
     if "required" in found:
         names = [re.sub(r"^(fit|validate|test|predict)\.", "", name) for name in found["required"].split(", ")]
-        return f"missing: {', '.join(f'{key}.{name}' if key else name for name in names)}; set it in a config (--config) or as a flag"
+        return (
+            f"missing: {', '.join(f'{key}.{name}' if key else name for name in names)}; set it in a config (--config)"
+            " or as a flag"
+        )
     home = next((module for start, module in CLASS_HOMES.items() if key.startswith(start)), None)
     near = _suggest(found["name"], dir(importlib.import_module(home))) if home else ""
     example = f", such as those of {home}" if home else ""
@@ -176,7 +195,11 @@ def _value(message: str) -> str:
 def _accepted(message: str) -> str:
     """What types and choices would have been accepted, in words."""
     kinds = [_WORDS.get(name.rpartition(".")[2], name) for name in re.findall(r"Expected a <class '(.+?)'>", message)]
-    choices = [choice for group in re.findall(r"Expected a typing\.Literal\[(.+?)\]", message) for choice in re.findall(r"'(.+?)'", group)]
+    choices = [
+        choice
+        for group in re.findall(r"Expected a typing\.Literal\[(.+?)\]", message)
+        for choice in re.findall(r"'(.+?)'", group)
+    ]
     if choices:
         kinds = [f"one of {', '.join(dict.fromkeys(choices))}"]
     return " or ".join(dict.fromkeys(kinds))

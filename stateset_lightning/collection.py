@@ -1,4 +1,6 @@
-"""Prompts -> an episode: completions, scores and fixed log-probs; what happens once per episode, before anything is trained."""
+"""Prompts -> an episode: completions, scores and fixed log-probs; what happens once per episode, before anything is
+trained.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ Report = Callable[[int, Sequence[int], Tensor], None]
 """(episode, rows, totals_PG) of all ranks' groups; see `ScenarioDataModule.report_rewards`."""
 
 
-def prepared(engine: RolloutEngine | None, tokenizer: PreTrainedTokenizerBase, sampling: RolloutConfig, precision: str) -> RolloutEngine:
+def prepared(
+    engine: RolloutEngine | None, tokenizer: PreTrainedTokenizerBase, sampling: RolloutConfig, precision: str
+) -> RolloutEngine:
     """The engine, ready for a run of this Trainer precision; by default the one in this process."""
     engine = InProcessEngine(tokenizer) if engine is None else engine
     if isinstance(engine, InProcessEngine):
@@ -55,8 +59,12 @@ class Sampler:
     system_prompt: str | None = None
     ahead: SamplingAhead[tuple[Rollout, Scores]] | None = None
 
-    def sample(self, policy: Policy, batch: PromptBatch, num_generations: int, *, greedy: bool) -> tuple[Rollout, Scores]:
-        """Completions of all prompts and their scores. Noise follows from the seed, the split, the episode and the positions."""
+    def sample(
+        self, policy: Policy, batch: PromptBatch, num_generations: int, *, greedy: bool
+    ) -> tuple[Rollout, Scores]:
+        """Completions of all prompts and their scores. Noise follows from the seed, the split, the episode and the
+        positions.
+        """
         if self.ahead is not None:
             self.ahead.wait()
         self.engine.sync(policy)
@@ -74,9 +82,16 @@ class Sampler:
 
             def score(n: int, text: str, num_tokens: int) -> None:
                 scenario = batch.scenarios[n // num_generations]
-                session.submit(n, conversation(scenario, text, self.system_prompt), scenario.columns(), completion_tokens=num_tokens)
+                session.submit(
+                    n,
+                    conversation(scenario, text, self.system_prompt),
+                    scenario.columns(),
+                    completion_tokens=num_tokens,
+                )
 
-            rollout = self.engine.generate(batch.prompt_tokens, num_generations, self.config, seeds_N, greedy=greedy, on_finished=score)
+            rollout = self.engine.generate(
+                batch.prompt_tokens, num_generations, self.config, seeds_N, greedy=greedy, on_finished=score
+            )
             return rollout, session.collect()
 
 
@@ -144,7 +159,11 @@ class Collector:
         episode, kl_metrics = self._episode(sample, baseline)
         everything = [first, *drawn, *([] if baseline is None else [baseline])]
         scored = episode_metrics(
-            sample.rollout, sample.scores, episode.advantages_N, self.ranks.world, sampled=[other.scores for other in everything]
+            sample.rollout,
+            sample.scores,
+            episode.advantages_N,
+            self.ranks.world,
+            sampled=[other.scores for other in everything],
         )
         metrics = {**scored, **kl_metrics, **work_metrics(sample, episode, self.policy)}
         metrics |= self._sampling_metrics(everything, seconds, ahead[1] if ahead else 0.0)
@@ -167,32 +186,59 @@ class Collector:
         """All groups that were sampled, replaced ones too, of all ranks in order of position, which is unique."""
         if self.report is None:
             return
-        mine = [group for s in samples for group in zip(s.batch.positions, s.batch.rows or [], s.totals_PG, strict=True)]
+        mine = [
+            group for s in samples for group in zip(s.batch.positions, s.batch.rows or [], s.totals_PG, strict=True)
+        ]
         groups = sorted((group for of_rank in self.ranks.gather(mine) for group in of_rank), key=lambda group: group[0])
-        self.report(samples[0].batch.episode_index, [row for _, row, _ in groups], torch.stack([totals_G for _, _, totals_G in groups]))
+        self.report(
+            samples[0].batch.episode_index,
+            [row for _, row, _ in groups],
+            torch.stack([totals_G for _, _, totals_G in groups]),
+        )
 
     def _episode(self, sample: Sample, baseline: Sample | None) -> tuple[Episode, Metrics]:
         batch, config, algorithm = sample.batch, self.sampler.config, self.algorithm
-        plan = Plan(len(batch), config.num_generations, batch.steps_per_episode, self.accumulate, self.ranks, self.max_tokens_per_step)
-        # A held-out reward, of weight 0, is shown and never trained on: where it fails, 0 x NaN would fail the completion.
+        plan = Plan(
+            len(batch),
+            config.num_generations,
+            batch.steps_per_episode,
+            self.accumulate,
+            self.ranks,
+            self.max_tokens_per_step,
+        )
+        # A held-out reward, of weight 0, is shown and never trained on: where it fails, 0 x NaN would fail the
+        # completion.
         trained = [f for f, reward in enumerate(self.sampler.scorer.rewards) if reward.weight]
         weights = [self.sampler.scorer.rewards[f].weight for f in trained]
         scores, logprobs_T, ref_logprobs_T = with_rewards(sample.scores, trained), None, None
         metrics: Metrics = {}
         if algorithm.kl_in_reward:
             assert self.reference is not None
-            # Both from the same kind of pass: a sampler of lower precision would add noise, of which a constant group makes advantages.
-            logprobs_T, ref_logprobs_T = (all_logprobs(p, sample.rollout, config.temperature) for p in (self.policy, self.reference))
+            # Both from the same kind of pass: a sampler of lower precision would add noise, of which a constant group
+            # makes advantages.
+            logprobs_T, ref_logprobs_T = (
+                all_logprobs(p, sample.rollout, config.temperature) for p in (self.policy, self.reference)
+            )
             scores = with_kl_scores(scores, sample.rollout, algorithm, logprobs_T, ref_logprobs_T)
             weights.append(-algorithm.kl_coefficient)
             kl_N = scores.values_NF[:, -1]
             metrics["policy/kl_reward"] = (kl_N[kl_N.isfinite()].sum(), int(kl_N.isfinite().sum()))
-        baseline_PF = None if baseline is None else baseline.scores.values_NF[:, trained]  # the rewards alone, without the KL
+        # the rewards alone, without the KL
+        baseline_PF = None if baseline is None else baseline.scores.values_NF[:, trained]
         episode = make_episode(batch.episode_index, sample.rollout, scores, weights, algorithm, plan, baseline_PF)
         several_steps = batch.num_micro_steps > self.accumulate
         episode.ref_logprobs_T = ref_logprobs_T
         episode.old_logprobs_T = logprobs_T if several_steps else None
-        add_fixed_logprobs(episode, self.policy, self.reference, algorithm, plan, config.temperature, self.sampler.seed, old=several_steps)
+        add_fixed_logprobs(
+            episode,
+            self.policy,
+            self.reference,
+            algorithm,
+            plan,
+            config.temperature,
+            self.sampler.seed,
+            old=several_steps,
+        )
         return episode, metrics
 
     def _budget_metrics(self, episode: Episode) -> Metrics:
@@ -201,8 +247,9 @@ class Collector:
         if episode.tokens_over_budget:
             # The same text each time, so that Python shows it once; the metric has the numbers.
             warnings.warn(
-                f"an episode has micro-steps of more than model.max_tokens_per_step={self.max_tokens_per_step} tokens, whatever is moved "
-                "between them (metric work/over_budget_tokens): raise data.steps_per_episode and trainer.accumulate_grad_batches alike",
+                f"an episode has micro-steps of more than model.max_tokens_per_step={self.max_tokens_per_step} tokens,"
+                " whatever is moved between them (metric work/over_budget_tokens): raise data.steps_per_episode and"
+                " trainer.accumulate_grad_batches alike",
                 stacklevel=2,
             )
         return {"work/over_budget_tokens": (episode.tokens_over_budget, 1 / self.ranks.world)}
@@ -244,11 +291,14 @@ def with_rewards(scores: Scores, columns: Sequence[int]) -> Scores:
 def work_metrics(sample: Sample, episode: Episode, policy: Policy) -> Metrics:
     """How much of an episode's training is spared, and the memory so far.
 
-    `work/token_ratio` is the number of tokens of a padded training pass over that of the pass that is made, for the same completions.
+    `work/token_ratio` is the number of tokens of a padded training pass over that of the pass that is made, for the
+    same completions.
     """
     groups = episode.active_part().groups
     packed = sum(len(group.prompt) + group.num_completion_tokens for group in groups)
-    longest = max((len(group.prompt) for group in groups), default=0) + max((len(c) for g in groups for c in g.completions), default=0)
+    longest = max((len(group.prompt) for group in groups), default=0) + max(
+        (len(c) for g in groups for c in g.completions), default=0
+    )
     padded = sum(len(group.completions) for group in groups) * longest
     count = len(sample.rollout.texts)
     return {

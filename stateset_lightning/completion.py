@@ -1,7 +1,7 @@
 """`stateset-lightning completion bash|zsh`: a script that lets the shell complete subcommands, flags and values.
 
-The script holds all words, so that the Tab key does not wait for Python. Values are completed where a key takes one of a few: choices,
-true or false, and the classes of this package, torch and Lightning.
+The script holds all words, so that the Tab key does not wait for Python. Values are completed where a key takes one of
+a few: choices, true or false, and the classes of this package, torch and Lightning.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ def main(words: Sequence[str]) -> None:
     """
     parser = Arguments(
         prog=f"{PROGRAM} completion",
-        description=f"Print a script for the shell to complete names, flags and values: {PROGRAM} completion bash > FILE; source FILE",
+        description=(
+            f"Print a script for the shell to complete names, flags and values: {PROGRAM} completion bash > FILE;"
+            " source FILE"
+        ),
         allow_abbrev=False,
     )
     parser.add_argument("shell", choices=("bash", "zsh"))
@@ -66,7 +69,10 @@ def script(shell: str) -> str:
     """The script for a shell; zsh runs the function of bash."""
     parsers = _parsers()
     nested = list(_nested_flags())
-    flags = {name: sorted({*nested, *(flag for action in actions for flag in action.option_strings)}) for name, actions in parsers.items()}
+    flags = {
+        name: sorted({*nested, *(flag for action in actions for flag in action.option_strings)})
+        for name, actions in parsers.items()
+    }
     flags |= {command: _flags_in_help(command) for command in OWN}
     flags |= {"doctor": [*flags["fit"], "--sample"], "completion": ["--help"]}
     values: dict[str, list[str]] = {}
@@ -108,10 +114,14 @@ def _parsers() -> Mapping[str, list[Action]]:
 
 
 def _nested_flags() -> Iterator[str]:
-    """Of keys that are a name or a config: the parser knows of the options of either only when it has seen which it is."""
+    """Of keys that are a name or a config: the parser knows of the options of either only when it has seen which it
+    is.
+    """
     for key, path in CLASSES.items():
         module, _, name = path.rpartition(".")
-        yield from (f"--{key}.{field.name}" for field in dataclasses.fields(getattr(importlib.import_module(module), name)))
+        yield from (
+            f"--{key}.{field.name}" for field in dataclasses.fields(getattr(importlib.import_module(module), name))
+        )
 
 
 def _flags_in_help(command: str) -> list[str]:
@@ -128,7 +138,11 @@ def _accepted(action: Action) -> list[str]:
         module = importlib.import_module(home)
         names = getattr(module, "__all__", dir(module))
         return [f"{home}.{name}" for name in names if isinstance(getattr(module, name, None), type)]
-    return list(dict.fromkeys(_choices(action._typehint))) if hasattr(action, "_typehint") else [str(c) for c in action.choices or ()]
+    return (
+        list(dict.fromkeys(_choices(action._typehint)))
+        if hasattr(action, "_typehint")
+        else [str(c) for c in action.choices or ()]
+    )
 
 
 def _choices(hint: Any) -> Iterator[str]:

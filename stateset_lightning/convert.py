@@ -39,8 +39,12 @@ _CARRIED: dict[str, tuple[str, type]] = {
 _HANDLED = {"agent.type", "environment.type", "environment.scenarios", "environment.max_turns", "training.max_turns"}
 _HANDLED |= {"training.bf16", "training.fp16"}
 _REASONS = {
-    "training.max_steps_per_episode": "an episode here is one batch of prompts, sampled and trained on once (data.num_iterations for more)",
-    "training.gradient_accumulation_steps": "set data.steps_per_episode and trainer.accumulate_grad_batches: the gradient stays the same",
+    "training.max_steps_per_episode": (
+        "an episode here is one batch of prompts, sampled and trained on once (data.num_iterations for more)"
+    ),
+    "training.gradient_accumulation_steps": (
+        "set data.steps_per_episode and trainer.accumulate_grad_batches: the gradient stays the same"
+    ),
     "training.output_dir": "set trainer.logger.init_args.save_dir",
     "training.report_to": "add --config configs/wandb.yaml for Weights & Biases",
 }
@@ -63,7 +67,10 @@ def convert(guide: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """
     given = dict(_flat(guide))
     left_out = {key: value for key, value in given.items() if key not in _CARRIED.keys() | _HANDLED}
-    notes = [f"{key}={value!r:.60} is not carried over: {_REASONS.get(key, _UNKNOWN)}" for key, value in redacted(left_out).items()]
+    notes = [
+        f"{key}={value!r:.60} is not carried over: {_REASONS.get(key, _UNKNOWN)}"
+        for key, value in redacted(left_out).items()
+    ]
     _check_single_turn(given)
     scenarios = _scenarios(given)
     if given.get("agent.model_name") is None:
@@ -83,7 +90,9 @@ def convert(guide: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     for key, (ours, kind) in _CARRIED.items():
         if given.get(key) is not None:
             _set(config, ours, _checked(key, given[key], kind))
-    notes.append("model.reward is HelpfulnessReward, as in the guide's quick start: its YAML names none; put your own there")
+    notes.append(
+        "model.reward is HelpfulnessReward, as in the guide's quick start: its YAML names none; put your own there"
+    )
     if "max_steps" not in config["trainer"]:
         raise ConfigError("training.num_episodes is missing: say how many episodes to train")
     if given.get("training.learning_rate") is None:
@@ -92,8 +101,12 @@ def convert(guide: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def main(args: Sequence[str]) -> None:
-    """`stateset-lightning convert GUIDE [-o FILE]`: the config to FILE or standard output, the notes to standard error."""
-    parser = argparse.ArgumentParser(f"{PROGRAM} convert", description="Turn the guide's YAML into a config that `fit` runs.")
+    """`stateset-lightning convert GUIDE [-o FILE]`: the config to FILE or standard output, the notes to standard
+    error.
+    """
+    parser = argparse.ArgumentParser(
+        f"{PROGRAM} convert", description="Turn the guide's YAML into a config that `fit` runs."
+    )
     parser.add_argument("guide", help="a YAML file with agent, environment and training")
     parser.add_argument("-o", "--output", type=Path, help="the config to write; by default standard output")
     options = parser.parse_args(args)
@@ -124,7 +137,11 @@ def read_guide(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: malformed YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not {"agent", "environment", "training"} <= content.keys():
-        found = f"a mapping with the keys {', '.join(map(str, content))}" if isinstance(content, dict) else repr(content)[:60]
+        found = (
+            f"a mapping with the keys {', '.join(map(str, content))}"
+            if isinstance(content, dict)
+            else repr(content)[:60]
+        )
         raise ConfigError(f"{path}: must be a mapping with the keys agent, environment and training, but is {found}")
     return content
 
@@ -144,9 +161,13 @@ def _check_single_turn(given: dict[str, Any]) -> None:
     for key in ("environment.max_turns", "training.max_turns"):
         if given.get(key, 1) != 1:
             raise ConfigError(
-                f"{key}={given[key]!r}: only single-turn tasks can be converted; set it to 1 if one answer ends a conversation"
+                f"{key}={given[key]!r}: only single-turn tasks can be converted; set it to 1 if one answer ends a"
+                " conversation"
             )
-    for key, accepted in {"agent.type": ("Agent", "agent"), "environment.type": ("ConversationEnvironment", "conversation")}.items():
+    for key, accepted in {
+        "agent.type": ("Agent", "agent"),
+        "environment.type": ("ConversationEnvironment", "conversation"),
+    }.items():
         if given.get(key, accepted[0]) not in accepted:
             raise ConfigError(f"{key}={given[key]!r} is not single-turn: it must be {accepted[1]!r}, or left out")
 
@@ -154,7 +175,9 @@ def _check_single_turn(given: dict[str, Any]) -> None:
 def _scenarios(given: dict[str, Any]) -> list[dict[str, Any]]:
     scenarios = given.get("environment.scenarios")
     if not isinstance(scenarios, list) or not scenarios or not all(isinstance(row, dict) for row in scenarios):
-        raise ConfigError(f"environment.scenarios={scenarios!r:.60} must be a list of scenarios, each with its user_responses")
+        raise ConfigError(
+            f"environment.scenarios={scenarios!r:.60} must be a list of scenarios, each with its user_responses"
+        )
     return scenarios
 
 
@@ -170,7 +193,10 @@ def _precision(given: dict[str, Any]) -> dict[str, str]:
 
 
 def _run_files() -> dict[str, Any]:
-    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "single_turn"}}
+    logger = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": "runs", "name": "single_turn"},
+    }
     checkpoint = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_last": True}}
     return {"logger": logger, "callbacks": [checkpoint]}
 

@@ -14,8 +14,8 @@ _Call = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 class DaemonThreads:
     """A pool of threads, started as calls come.
 
-    `concurrent.futures.ThreadPoolExecutor` joins its threads at interpreter exit, so that one call that hangs would hang Ctrl-C as
-    well. These are daemon threads.
+    `concurrent.futures.ThreadPoolExecutor` joins its threads at interpreter exit, so that one call that hangs would
+    hang Ctrl-C as well. These are daemon threads.
 
     Args:
         max_threads: Calls that run at the same time; the others wait.
@@ -36,7 +36,9 @@ class DaemonThreads:
         future: Future[Any] = Future()
         self._queue.put((future, function, args))
         if len(self._threads) < self._max_threads:
-            thread = threading.Thread(target=_serve, args=(self._queue,), name=f"{self._name}-{len(self._threads)}", daemon=True)
+            thread = threading.Thread(
+                target=_serve, args=(self._queue,), name=f"{self._name}-{len(self._threads)}", daemon=True
+            )
             self._threads.append(thread)
             thread.start()
         return future

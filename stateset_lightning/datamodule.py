@@ -36,8 +36,9 @@ _STAGES: dict[str, tuple[Split, ...]] = {
 class ScenarioDataModule(LightningDataModule):
     """Scenarios to train and evaluate on.
 
-    Each of `train`, `validation`, `test` and `predict` is a path or glob (.jsonl, .json, .csv, .yaml, .parquet), a hub id
-    (owner/name, owner/name:config or owner/name:config:split), a list of scenarios, or a list of sources with weights.
+    Each of `train`, `validation`, `test` and `predict` is a path or glob (.jsonl, .json, .csv, .yaml, .parquet), a hub
+    id (owner/name, owner/name:config or owner/name:config:split), a list of scenarios, or a list of sources with
+    weights.
 
     Args:
         train: Scenarios to train on.
@@ -54,8 +55,8 @@ class ScenarioDataModule(LightningDataModule):
         chat_template_kwargs: Further variables of the chat template.
         max_prompt_tokens: Longest prompt in tokens; by default there is no limit.
         overlong_prompts: What happens to longer prompts: they are an error, are dropped, or keep their last tokens.
-        parse_special_tokens: Whether control tokens in the scenarios' own text (`<|im_end|>`, say) count as such; by default they are
-            plain text, so that no row changes who speaks.
+        parse_special_tokens: Whether control tokens in the scenarios' own text (`<|im_end|>`, say) count as such; by
+            default they are plain text, so that no row changes who speaks.
         validation_fraction: Fraction of `train` to hold out for validation, if there is no `validation`.
         shuffle: Whether each epoch has an order of its own.
         curriculum: Draw prompts by how often they are solved, instead of each once per epoch.
@@ -141,7 +142,12 @@ class ScenarioDataModule(LightningDataModule):
     def named_rewards(self) -> dict[str, tuple[str, ...]]:
         """The rewards that scenarios name, by `split: scenario id`; scenarios that leave it open are not among them."""
         sets = self._scenarios.items()
-        return {f"data.{split}: {s.id}": s.rewards for split, scenarios in sets for s in scenarios.scenarios if s.rewards is not None}
+        return {
+            f"data.{split}: {s.id}": s.rewards
+            for split, scenarios in sets
+            for s in scenarios.scenarios
+            if s.rewards is not None
+        }
 
     def setup(self, stage: str | None = None) -> None:
         """Read and check the files that the stage needs, and make their prompts; once, also if called again.
@@ -165,7 +171,10 @@ class ScenarioDataModule(LightningDataModule):
         order = EpochOrder(scenarios.rows_by_source(), scenarios.weights, seed, self.shuffle, scenarios.names)
         curriculum, overfit = self.curriculum, getattr(self.trainer, "overfit_batches", 0)
         if curriculum and overfit:
-            raise ConfigError(f"trainer.overfit_batches={overfit} repeats the same prompts, data.curriculum draws others: leave one out")
+            raise ConfigError(
+                f"trainer.overfit_batches={overfit} repeats the same prompts, data.curriculum draws others: leave"
+                " one out"
+            )
         loader = EpisodeLoader(
             scenarios.scenarios,
             tokens,
@@ -188,8 +197,9 @@ class ScenarioDataModule(LightningDataModule):
         )
         if loader.num_filled and curriculum is None:
             self._announce(
-                f"data.train: {order.size} prompts make {loader.episodes_per_epoch} episodes of {self.batch_size * world_size}; "
-                f"the last of an epoch is filled up with {loader.num_filled} from its start"
+                f"data.train: {order.size} prompts make {loader.episodes_per_epoch} episodes of"
+                f" {self.batch_size * world_size}; the last of an epoch is filled up with {loader.num_filled} from its"
+                " start"
             )
         self._train_loader = loader
         self._resume()
@@ -211,8 +221,9 @@ class ScenarioDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The training loader's state.
 
-        Lightning saves and restores the loader's state too, but drops it where `trainer.estimated_stepping_batches` was read in
-        `configure_optimizers` while `max_epochs` is set (its issue 20550): the loader is then made before the state is restored.
+        Lightning saves and restores the loader's state too, but drops it where `trainer.estimated_stepping_batches` was
+        read in `configure_optimizers` while `max_epochs` is set (its issue 20550): the loader is then made before the
+        state is restored.
         """
         if (loader := self._train_loader) is None:
             return {}
@@ -225,7 +236,9 @@ class ScenarioDataModule(LightningDataModule):
         return self._train_loader.replacements(batch, slots, round_number)
 
     def report_rewards(self, episode: int, rows: Sequence[int], totals_PG: Tensor) -> None:
-        """What an episode's groups, of all ranks and in one order on each, scored; see `SolveRates.report`. Without curriculum: nothing."""
+        """What an episode's groups, of all ranks and in one order on each, scored; see `SolveRates.report`. Without
+        curriculum: nothing.
+        """
         if self._train_loader is not None and self._train_loader.solve_rates is not None:
             self._train_loader.solve_rates.report(episode, rows, totals_PG)
 
@@ -243,17 +256,24 @@ class ScenarioDataModule(LightningDataModule):
     def _check_options(self) -> None:
         check_bounds("data", ScenarioDataModule.__init__, vars(self))
         if self.curriculum is not None and not self.shuffle:
-            raise ConfigError("data.shuffle=False keeps the rows' order, data.curriculum draws by solve rate: leave one of them out")
+            raise ConfigError(
+                "data.shuffle=False keeps the rows' order, data.curriculum draws by solve rate: leave one of them out"
+            )
         if self.overlong_prompts not in ("error", "drop", "truncate_left"):
             raise ConfigError(f"data.overlong_prompts={self.overlong_prompts!r} must be error, drop or truncate_left")
         if self.validation_fraction and self.specs["validation"] is not None:
             raise ConfigError(
-                f"data.validation and data.validation_fraction={self.validation_fraction} are both given; leave one of them out"
+                f"data.validation and data.validation_fraction={self.validation_fraction} are both given; leave one of"
+                " them out"
             )
         if self.validation_fraction and self.specs["train"] is None:
-            raise ConfigError(f"data.validation_fraction={self.validation_fraction} is a fraction of data.train, which is not given")
+            raise ConfigError(
+                f"data.validation_fraction={self.validation_fraction} is a fraction of data.train, which is not given"
+            )
         if isinstance(self.tokenizer, str):
-            raise ConfigError(f"data.tokenizer={self.tokenizer!r} must be a tokenizer object; leave it out to use the model's")
+            raise ConfigError(
+                f"data.tokenizer={self.tokenizer!r} must be a tokenizer object; leave it out to use the model's"
+            )
 
     @property
     def _is_fitting(self) -> bool:
@@ -278,7 +298,9 @@ class ScenarioDataModule(LightningDataModule):
             return
         train, validation = hold_out(scenarios, self.validation_fraction, self._resolved_seed())
         self._scenarios["train"], self._scenarios["validation"] = train, validation
-        self._announce(f"data.validation: {len(validation)} of them held out (data.validation_fraction={self.validation_fraction})")
+        self._announce(
+            f"data.validation: {len(validation)} of them held out (data.validation_fraction={self.validation_fraction})"
+        )
 
     def _encode(self, splits: list[Split]) -> None:
         tokenizer = self._resolved_tokenizer()
@@ -294,7 +316,9 @@ class ScenarioDataModule(LightningDataModule):
             )
             self._prompts.clear()
             if self.use_chat_template is None and not self._encoder.applies_template:
-                self._announce("the tokenizer has no chat template: prompts are plain text, their turns joined by blank lines")
+                self._announce(
+                    "the tokenizer has no chat template: prompts are plain text, their turns joined by blank lines"
+                )
         for split in splits:
             if split not in self._prompts:
                 self._prompts[split] = prompts = self._encoder.encode(self._scenarios[split].scenarios, f"data.{split}")
@@ -306,7 +330,10 @@ class ScenarioDataModule(LightningDataModule):
         if count := prompts.num_dropped or prompts.num_truncated:
             fate = "dropped" if prompts.num_dropped else "cut to their last tokens"
             limit = f"data.max_prompt_tokens={self.max_prompt_tokens}"
-            message = f"data.{split}: {count} of {len(self._scenarios[split])} prompts have more than {limit} tokens and are {fate}"
+            message = (
+                f"data.{split}: {count} of {len(self._scenarios[split])} prompts have more than {limit} tokens and are"
+                f" {fate}"
+            )
             self._announce(message, logging.WARNING)
 
     def served(self, split: Split) -> tuple[ScenarioSet, PackedTokens]:
@@ -322,8 +349,13 @@ class ScenarioDataModule(LightningDataModule):
         rank, world_size = self._rank_and_world()
         if len(scenarios) < world_size:
             # A device without a batch would leave the loop, and the others wait for it.
-            raise ConfigError(f"data.{split} has {len(scenarios)} scenarios for {world_size} devices; give at least one for each device")
-        return EvaluationLoader(scenarios.scenarios, tokens, split, batch_size=self.eval_batch_size, rank=rank, world_size=world_size)
+            raise ConfigError(
+                f"data.{split} has {len(scenarios)} scenarios for {world_size} devices; give at least one for each"
+                " device"
+            )
+        return EvaluationLoader(
+            scenarios.scenarios, tokens, split, batch_size=self.eval_batch_size, rank=rank, world_size=world_size
+        )
 
     def _limit(self) -> int | None:
         """Training batches that the trainer takes per epoch, if it says so; `overfit_batches` sets this too."""

@@ -1,7 +1,7 @@
 """`stateset-lightning doctor`: what a config amounts to, before a long run. Trains nothing and writes nothing.
 
-It resolves the config, reads the data, loads the model, samples one group, scores one completion, estimates memory and work, and makes
-all checks that can be made before the first step.
+It resolves the config, reads the data, loads the model, samples one group, scores one completion, estimates memory and
+work, and makes all checks that can be made before the first step.
 """
 
 from __future__ import annotations
@@ -121,7 +121,11 @@ class Examination:
             scenarios, prompts = self.data.served(split)
             lengths, dropped, cut = prompts.lengths, self.data.dropped[split], self.data.truncated[split]
             limit = self.data.max_prompt_tokens
-            share = "" if limit is None else f", {(dropped + cut) / (len(lengths) + dropped):.1%} above data.max_prompt_tokens={limit}"
+            share = (
+                ""
+                if limit is None
+                else f", {(dropped + cut) / (len(lengths) + dropped):.1%} above data.max_prompt_tokens={limit}"
+            )
             fate = f"; {dropped} dropped, {cut} cut to their last tokens" if limit is not None else ""
             tokens = f"{lengths.min()} to {lengths.max()} tokens, {lengths.mean():.1f} on average"
             _show([f"{split}: {len(lengths):,} rows of {tokens}{share}{fate}", *_histogram(lengths)])
@@ -131,23 +135,32 @@ class Examination:
         if "validation" in self.data.num_scenarios:
             seen = {tuple(prompt) for prompt in self.data.served("train")[1]}
             if both := sum(tuple(prompt) in seen for prompt in self.data.served("validation")[1]):
-                self.notes.append(f"{both} prompts of the validation are among those of the training: its reward will flatter")
+                self.notes.append(
+                    f"{both} prompts of the validation are among those of the training: its reward will flatter"
+                )
         self.data.train_dataloader()  # refuses a curriculum beside overfit_batches
 
     def _load(self) -> None:
         """The policy on its device; not by `configure_model`, which would shard it."""
         module, precision = self.module, str(self.trainer.precision)
         dtype = weights_dtype(module.policy_config.dtype, precision)
-        module.policy = Policy(load_model(module.policy_config, dtype, module.seed).to(self.device), module.policy_config)
-        made = module.configure_optimizers()  # refuses a schedule without an end, and options that the optimizer does not take
+        module.policy = Policy(
+            load_model(module.policy_config, dtype, module.seed).to(self.device), module.policy_config
+        )
+        # refuses a schedule without an end, and options that the optimizer does not take
+        made = module.configure_optimizers()
         self.trainer.optimizers = [made["optimizer"] if isinstance(made, dict) else made]
         if self.config.sample and not isinstance(module.engine, InProcessEngine | None):
-            self.notes.append("a target is scored instead of a completion: sampling would load weights into the servers of model.engine")
+            self.notes.append(
+                "a target is scored instead of a completion: sampling would load weights into the servers of"
+                " model.engine"
+            )
             self.config.sample = False
         if self.config.sample:
             module.engine = prepared(module.engine, module.tokenizer, module.rollout, precision)
 
-    # A few groups, one reward --------------------------------------------------------------------------------------------------
+    # A few groups, one reward
+    # --------------------------------------------------------------------------------------------------
 
     def _score(self, policy: Policy) -> None:
         """Samples groups of a few training prompts and scores one completion; without sampling, a target."""
@@ -170,15 +183,23 @@ class Examination:
         module.engine.sync(policy)
         seeds_N = sample_seeds(module.seed, "doctor", 0, range(len(prompts)), size)
         rollout = module.engine.generate(prompts, size, module.rollout, seeds_N)
-        completions = [tokens or prompts[0][-1:] for tokens in rollout.completions()]  # an engine may return an empty one
+        # an engine may return an empty one
+        completions = [tokens or prompts[0][-1:] for tokens in rollout.completions()]
         self.groups = [Group(prompt, completions[p * size : (p + 1) * size]) for p, prompt in enumerate(prompts)]
         truncated, count = sum(reason == FinishReason.LENGTH for reason in rollout.finish_reasons), len(completions)
         mean = rollout.lengths_N.double().mean()
         _show([f"completion  {_shortened(rollout.texts[0])}"])
-        _show([f"            one of {count}, which have {mean:.1f} tokens on average; {truncated} are cut at max_new_tokens"])
+        _show(
+            [
+                f"            one of {count}, which have {mean:.1f} tokens on average; {truncated} are cut at"
+                " max_new_tokens"
+            ]
+        )
         if truncated == count:
             limit = module.rollout.max_new_tokens
-            self.notes.append(f"all {count} completions are cut at model.rollout.max_new_tokens={limit}: raise it, if they should end")
+            self.notes.append(
+                f"all {count} completions are cut at model.rollout.max_new_tokens={limit}: raise it, if they should end"
+            )
         return rollout.texts[0], int(rollout.lengths_N[0])
 
     def _call_rewards(self, scenario: Scenario, text: str, num_tokens: int) -> None:
@@ -192,7 +213,8 @@ class Examination:
             place = without_traceback(f"{failure.error}: {failure.message}\n{failure.traceback}")
             self.problems.append(f"reward {failure.reward} fails on scenario {scenario.id}: {place.strip()}")
 
-    # Memory and work -----------------------------------------------------------------------------------------------------------
+    # Memory and work
+    # -----------------------------------------------------------------------------------------------------------
 
     def _show_memory_and_work(self, policy: Policy, process: int) -> None:
         module, data, lengths = self.module, self.data, self.data.served("train")[1].lengths
@@ -200,7 +222,9 @@ class Examination:
             prompts=data.batch_size,
             num_generations=module.rollout.num_generations,
             prompt_tokens=float(lengths.mean()),
-            completion_tokens=float(np.mean([len(completion) for group in self.groups for completion in group.completions])),
+            completion_tokens=float(
+                np.mean([len(completion) for group in self.groups for completion in group.completions])
+            ),
             micro_steps=data.steps_per_episode,
             max_tokens_per_step=module.max_tokens_per_step,
         )
@@ -220,9 +244,9 @@ class Examination:
         _show(_memory_lines(usual, most, options["saved_per_token"], policy.uses_packed_scoring))
         if usual.peak > (available := _memory_of_device(self.device)):
             self.problems.append(
-                f"the run needs about {_size(usual.peak)} of memory and {self.device} has {_size(available)}: raise data.steps_per_episode "
-                "and trainer.accumulate_grad_batches alike, lower model.rollout.max_batch_rows, or set "
-                "model.policy.gradient_checkpointing or model.policy.lora"
+                f"the run needs about {_size(usual.peak)} of memory and {self.device} has {_size(available)}: raise"
+                " data.steps_per_episode and trainer.accumulate_grad_batches alike, lower"
+                " model.rollout.max_batch_rows, or set model.policy.gradient_checkpointing or model.policy.lora"
             )
         _show(self._work_lines(policy, typical))
 
@@ -241,24 +265,40 @@ class Examination:
         module, data, trainer = self.module, self.data, self.trainer
         steps = data.num_iterations * data.steps_per_episode // trainer.accumulate_grad_batches
         prompts, completions = episode.prompts * episode.prompt_tokens, episode.completions * episode.completion_tokens
-        trained = replace(episode, micro_steps=1, max_tokens_per_step=None).micro_step_tokens(policy.uses_packed_scoring)
+        trained = replace(episode, micro_steps=1, max_tokens_per_step=None).micro_step_tokens(
+            policy.uses_packed_scoring
+        )
         fixed = int(steps > 1) + int(module.algorithm.needs_reference)
-        flops = 2.0 * policy.model.num_parameters() * (prompts + completions + trained * (3 * data.num_iterations + fixed))
+        flops = (
+            2.0 * policy.model.num_parameters() * (prompts + completions + trained * (3 * data.num_iterations + fixed))
+        )
         run = optimizer_steps_of_run(trainer)
         lines = [
-            f"an episode samples {episode.completions} completions of {episode.completion_tokens:.1f} tokens: forwards "
-            f"{prompts:,.0f} prompt + {completions:,.0f} completion tokens",
+            (
+                f"an episode samples {episode.completions} completions of {episode.completion_tokens:.1f} tokens:"
+                f" forwards {prompts:,.0f} prompt + {completions:,.0f} completion tokens"
+            ),
             f"and trains on at most {trained:,} tokens, {data.num_iterations} x forward and backward"
             + (f", after {fixed} forward(s) without gradient" if fixed else ""),
-            f"{steps} optimizer steps an episode, {data.episodes_per_epoch:,} episodes an epoch; {flops:.1e} FLOP each (no attention)",
+            (
+                f"{steps} optimizer steps an episode, {data.episodes_per_epoch:,} episodes an epoch; {flops:.1e} FLOP"
+                " each (no attention)"
+            ),
         ]
         if run is None:
             return [*lines, "the run has no end in optimizer steps"]
         episodes = run / steps
         epochs = episodes / data.episodes_per_epoch
-        return [*lines, f"the run: {run:,} optimizer steps, {episodes:,.0f} episodes, {epochs:.1f} epochs, {flops * episodes:.1e} FLOP"]
+        return [
+            *lines,
+            (
+                f"the run: {run:,} optimizer steps, {episodes:,.0f} episodes, {epochs:.1f} epochs,"
+                f" {flops * episodes:.1e} FLOP"
+            ),
+        ]
 
-    # Contradictions ------------------------------------------------------------------------------------------------------------
+    # Contradictions
+    # ------------------------------------------------------------------------------------------------------------
 
     def _check(self) -> None:
         with warnings.catch_warnings(record=True) as caught:
@@ -273,15 +313,25 @@ class Examination:
                 found = continue_run(self.trainer, path)
                 if found is not None:
                     state = read_checkpoint(Path(found), map_location="cpu", mmap=True)["stateset"]
-                    check_resumable(state, self.module.seed, self.trainer.accumulate_grad_batches, self.trainer.world_size)
+                    check_resumable(
+                        state, self.module.seed, self.trainer.accumulate_grad_batches, self.trainer.world_size
+                    )
 
     def _check_validates(self) -> None:
         """Lightning says nothing of an interval that is longer than the run."""
         interval, steps = self.trainer.val_check_interval, optimizer_steps_of_run(self.trainer)
-        if not self.data.has_validation or steps is None or isinstance(interval, float) or self.trainer.check_val_every_n_epoch is not None:
+        if (
+            not self.data.has_validation
+            or steps is None
+            or isinstance(interval, float)
+            or self.trainer.check_val_every_n_epoch is not None
+        ):
             return
         if interval > (micro_steps := steps * self.trainer.accumulate_grad_batches):
-            self.notes.append(f"validation never runs: trainer.val_check_interval={interval}, and the run has {micro_steps:,} micro-steps")
+            self.notes.append(
+                f"validation never runs: trainer.val_check_interval={interval}, and the run has {micro_steps:,}"
+                " micro-steps"
+            )
 
     @contextmanager
     def _part(self, title: str | None = None) -> Iterator[None]:
@@ -316,7 +366,9 @@ def _shortened(text: str) -> str:
 
 
 def _histogram(lengths: np.ndarray) -> list[str]:
-    counts, edges = np.histogram(lengths, bins=np.unique(np.linspace(lengths.min(), lengths.max() + 1, BARS + 1).astype(int)))
+    counts, edges = np.histogram(
+        lengths, bins=np.unique(np.linspace(lengths.min(), lengths.max() + 1, BARS + 1).astype(int))
+    )
     width = max(len(str(edges[-1])), 1)
     return [
         f"  {first:>{width}}-{last - 1:<{width}} {'#' * round(30 * count / counts.max()):<30} {count:,}"
@@ -330,7 +382,13 @@ def _memory_lines(usual: Memory, most: Memory, per_token: float, packed: bool) -
     rows += [(f"peak of {name}", size, most.phases[name]) for name, size in usual.phases.items()]
     lines = [f"{name:18} {_size(a):>10}" + (f"   at most {_size(b):>10}" if a != b else "") for name, a, b in rows]
     form = "each prompt once per group" if packed else "a padded row per completion"
-    return [*lines, f"activations: {per_token / 2**10:,.1f} KB a token ({form}), measured on the sample; at most: all at max_new_tokens"]
+    return [
+        *lines,
+        (
+            f"activations: {per_token / 2**10:,.1f} KB a token ({form}), measured on the sample; at most: all at"
+            " max_new_tokens"
+        ),
+    ]
 
 
 def _size(num_bytes: float) -> str:

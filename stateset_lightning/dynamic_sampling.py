@@ -1,7 +1,7 @@
 """Dynamic sampling (DAPO, arXiv:2503.14476, section 3.2): groups that teach nothing give way to other prompts.
 
-Each rank replaces groups of its own and asks nobody: ranks may need different numbers of rounds. Letters: P prompts, G completions per
-prompt, N = P * G completions.
+Each rank replaces groups of its own and asks nobody: ranks may need different numbers of rounds. Letters: P prompts, G
+completions per prompt, N = P * G completions.
 """
 
 from __future__ import annotations

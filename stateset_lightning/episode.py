@@ -1,8 +1,8 @@
 """An episode: one prompt batch sampled, scored and ready to be trained on, micro-step by micro-step.
 
-The plan of an episode is fixed when it is made. Optimizer step k of a pass trains a contiguous range of the episode's global prompt
-positions, the same in every pass; its micro-steps share out this rank's prompts of that range. Letters: P prompts and N = P * G
-completions of this rank, T completion tokens.
+The plan of an episode is fixed when it is made. Optimizer step k of a pass trains a contiguous range of the episode's
+global prompt positions, the same in every pass; its micro-steps share out this rank's prompts of that range. Letters: P
+prompts and N = P * G completions of this rank, T completion tokens.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class Part:
 
 @dataclass
 class Episode:
-    """Tensors and lists only, so that a checkpoint can hold it. `active_N` marks the completions that need a policy forward."""
+    """Tensors and lists only, so that a checkpoint can hold it. `active_N` marks the completions that need a policy
+    forward.
+    """
 
     index: int
     prompt_tokens: list[list[int]]
@@ -105,7 +107,8 @@ class Episode:
 class Plan:
     """How an episode is cut: `steps_per_episode` micro-steps per pass, `accumulate` of them to an optimizer step.
 
-    Completions that need no training take no part in the balance; `max_tokens_per_step` is what a micro-step holds at most.
+    Completions that need no training take no part in the balance; `max_tokens_per_step` is what a micro-step holds at
+    most.
     """
 
     num_prompts: int
@@ -124,7 +127,9 @@ class Plan:
         """The optimizer step of a pass that trains a global prompt position."""
         return positions * self.optimizer_steps // (self.num_prompts * self.ranks.world)
 
-    def micro_steps(self, prompt_tokens: Sequence[Sequence[int]], lengths_N: Tensor, active_N: Tensor) -> tuple[Tensor, int]:
+    def micro_steps(
+        self, prompt_tokens: Sequence[Sequence[int]], lengths_N: Tensor, active_N: Tensor
+    ) -> tuple[Tensor, int]:
         """The micro-step of each of this rank's completions, int64 [N], and the tokens beyond `max_tokens_per_step`."""
         step_P = self.step_of_position(np.arange(self.num_prompts) * self.ranks.world + self.ranks.rank)
         micro_step_N = torch.from_numpy(step_P * self.accumulate).repeat_interleave(self.num_generations)
@@ -165,7 +170,9 @@ def make_episode(
     truncated_PG = ranks.by_position(truncated.reshape(shape_PG))
 
     baseline_PF = None if baseline_PF is None else ranks.by_position(baseline_PF)
-    advantages_PG = algorithm.advantages(scores_PGF, torch.tensor(reward_weights, dtype=torch.float64), lengths_PG, baseline_PF)
+    advantages_PG = algorithm.advantages(
+        scores_PGF, torch.tensor(reward_weights, dtype=torch.float64), lengths_PG, baseline_PF
+    )
     trains_PG = advantages_PG.isfinite()
     if algorithm.mask_truncated:
         trains_PG = trains_PG & ~truncated_PG

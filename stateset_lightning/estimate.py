@@ -1,6 +1,8 @@
-"""How much memory and work a run takes, before it runs: what can be counted is counted, the rest follows from a forward of one group.
+"""How much memory and work a run takes, before it runs: what can be counted is counted, the rest follows from a forward
+of one group.
 
-Memory is that of one device without sharding, in bytes. Letters: P prompts and N = P * G completions of an episode on this device.
+Memory is that of one device without sharding, in bytes. Letters: P prompts and N = P * G completions of an episode on
+this device.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOGITS_COPIES = 5
-"""float32 copies of [rows, V] that sampling one token holds: logits, log-probs, probabilities, and their sum in float64."""
+"""float32 copies of [rows, V] that sampling one token holds: logits, log-probs, probabilities, and their sum in
+float64.
+"""
 
 PREFILL_COPIES = 4
 """Copies of the widest layer's output that the prompts' forward holds."""
@@ -48,7 +52,9 @@ class Episode:
         return self.prompts * self.num_generations
 
     def micro_step_tokens(self, packed: bool) -> int:
-        """Tokens that a micro-step forwards: a prompt once per group where scoring is packed, once per completion where it is not."""
+        """Tokens that a micro-step forwards: a prompt once per group where scoring is packed, once per completion where
+        it is not.
+        """
         rows = math.ceil(self.completions / self.micro_steps)
         prompts = math.ceil(self.prompts / self.micro_steps) if packed else rows
         tokens = math.ceil(prompts * self.prompt_tokens + rows * self.completion_tokens)
@@ -75,7 +81,9 @@ class Memory:
 
     @property
     def phases(self) -> dict[str, int]:
-        """The peak of each phase. A backward pass frees activations while it makes gradients; both are counted in full."""
+        """The peak of each phase. A backward pass frees activations while it makes gradients; both are counted in
+        full.
+        """
         lasting = self.weights + self.optimizer + self.reference + self.process
         return {
             "sampling": lasting + self.cache + self.sampling,
@@ -125,7 +133,9 @@ def memory_of(
         activations = activations / layers + tokens * layers * config.hidden_size * policy.model.dtype.itemsize
     # A prompt's cache becomes its group's layer by layer, so both exist in part.
     copies = 1 + 1 / episode.num_generations + 1 / layers
-    chunk = min(CHUNK_BYTES, 4 * vocabulary * math.ceil(episode.completions / episode.micro_steps * episode.completion_tokens))
+    chunk = min(
+        CHUNK_BYTES, 4 * vocabulary * math.ceil(episode.completions / episode.micro_steps * episode.completion_tokens)
+    )
     head_is_trained = embedding is not None and embedding.weight.requires_grad
     return Memory(
         weights=weights,
@@ -133,9 +143,15 @@ def memory_of(
         optimizer=int(optimizer_ratio(optimizer) * trained),
         reference=weights if has_reference else 0,
         cache=int(cache_elements(policy.model) * sampling_dtype.itemsize * rows * capacity * copies),
-        sampling=_sampling_bytes(policy.model, rows, rows / episode.num_generations * episode.prompt_tokens, sampling_dtype, vocabulary),
+        sampling=_sampling_bytes(
+            policy.model, rows, rows / episode.num_generations * episode.prompt_tokens, sampling_dtype, vocabulary
+        ),
         activations=int(activations),
-        head=3 * chunk + (4 * vocabulary * config.hidden_size if head_is_trained else 0) if policy.uses_chunked_head else 0,
+        head=(
+            3 * chunk + (4 * vocabulary * config.hidden_size if head_is_trained else 0)
+            if policy.uses_chunked_head
+            else 0
+        ),
         process=process,
     )
 
@@ -150,7 +166,10 @@ def optimizer_ratio(make: Callable[[Iterable[nn.Parameter]], torch.optim.Optimiz
     matrix.grad = torch.zeros_like(matrix)
     optimizer = make([matrix])
     optimizer.step()
-    return tensor_bytes(value for value in optimizer.state[matrix].values() if isinstance(value, Tensor) and value.dim()) / matrix.nbytes
+    return (
+        tensor_bytes(value for value in optimizer.state[matrix].values() if isinstance(value, Tensor) and value.dim())
+        / matrix.nbytes
+    )
 
 
 @torch.no_grad()
@@ -188,7 +207,8 @@ def _sampling_bytes(model: nn.Module, rows: int, prefilled: float, dtype: torch.
         return 0
     linears = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     widest = max((layer.out_features for layer in linears if layer.out_features != vocabulary), default=0)
-    laid_out = [layer.weight for layer in linears if is_supported(layer)] if not is_known(model) else []  # the lean decoder copies few
+    # the lean decoder copies few
+    laid_out = [layer.weight for layer in linears if is_supported(layer)] if not is_known(model) else []
     copied = laid_out or [weight for weight in model.parameters() if weight.dtype != dtype]
     copies = dtype.itemsize * sum(weight.numel() for weight in copied)
     return int(LOGITS_COPIES * 4 * rows * vocabulary + PREFILL_COPIES * dtype.itemsize * prefilled * widest + copies)

@@ -72,7 +72,9 @@ def main(words: Sequence[str]) -> None:
     Raises:
         UserError: If the checkpoint cannot be read, or the folder not be written.
     """
-    parser = Arguments(prog="stateset-lightning export", description="Write a plain Hugging Face folder.", allow_abbrev=False)
+    parser = Arguments(
+        prog="stateset-lightning export", description="Write a plain Hugging Face folder.", allow_abbrev=False
+    )
     parser.add_argument("ckpt", metavar="CKPT", help="a checkpoint of a run, a model folder, or a Hugging Face id")
     parser.add_argument("out", metavar="OUT", help="the folder to write")
     parser.add_argument("--config", help="the run's resolved config; by default the one in the run's folder")
@@ -83,7 +85,9 @@ def main(words: Sequence[str]) -> None:
     print(f"exported: {options.out}")
 
 
-def export(source: str, out: str | Path, *, config: str | None = None, overwrite: bool = False, merge: bool = False) -> None:
+def export(
+    source: str, out: str | Path, *, config: str | None = None, overwrite: bool = False, merge: bool = False
+) -> None:
     """Writes model (safetensors), tokenizer, generation config and model card to `out`, which is whole or absent.
 
     Of a model with an adapter, the adapter alone is written, as peft loads it, unless it is merged.
@@ -127,7 +131,12 @@ def model_card(trained: TrainedModel, title: str) -> str:
     turns = [{"role": "system", "content": encoder.system_prompt}] if encoder.system_prompt else []
     if encoder.applies_template:
         messages = [*turns, {"role": "user", "content": "What is 2 + 2?"}]
-        options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True, **encoder.chat_template_kwargs}
+        options = {
+            "add_generation_prompt": True,
+            "return_tensors": "pt",
+            "return_dict": True,
+            **encoder.chat_template_kwargs,
+        }
         arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())
         code = f"messages = {messages!r}\ninputs = tokenizer.apply_chat_template(messages, {arguments})"
     else:
@@ -161,11 +170,17 @@ def _merge(trained: TrainedModel) -> None:
         raise ConfigError(f"--merge: {trained.source} has no adapter")
     if (error := merge_adapter(trained.model)) > MERGE_ERROR:
         dtype = str(trained.model.dtype).removeprefix("torch.")
-        _log.warning("--merge: rounding to %s changes what the adapter adds by %.0f%%; without --merge it stays exact", dtype, 100 * error)
+        _log.warning(
+            "--merge: rounding to %s changes what the adapter adds by %.0f%%; without --merge it stays exact",
+            dtype,
+            100 * error,
+        )
 
 
 def _set_generation(trained: TrainedModel) -> None:
-    """Greedy, ended by all tokens that ended a completion in training: a base's own penalties and temperature were no part of that."""
+    """Greedy, ended by all tokens that ended a completion in training: a base's own penalties and temperature were no
+    part of that.
+    """
     from transformers import GenerationConfig
 
     from stateset_lightning.policy.loading import end_of_sequence_ids
@@ -173,7 +188,9 @@ def _set_generation(trained: TrainedModel) -> None:
     tokenizer = trained.tokenizer
     ends = sorted(end_of_sequence_ids(trained.model, tokenizer))
     options = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
-    trained.model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=trained.rollout.max_new_tokens, **options)
+    trained.model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=trained.rollout.max_new_tokens, **options
+    )
 
 
 def _training(config: Mapping[str, Any]) -> str:
@@ -201,12 +218,23 @@ def _training(config: Mapping[str, Any]) -> str:
 def _metrics(checkpoint: Mapping[str, Any]) -> str:
     """A table of the first and the last validation before the checkpoint; empty if there was none."""
     states = checkpoint.get("callbacks") or {}
-    validations: list[Any] = next((state["validations"] for name, state in states.items() if name.startswith("RunSummary")), [])
+    validations: list[Any] = next(
+        (state["validations"] for name, state in states.items() if name.startswith("RunSummary")), []
+    )
     if not validations:
         return ""
     (first_step, first), (last_step, last) = validations[0], validations[-1]
     rows = [f"| {name} | {first[name]:.4g} | {value:.4g} |" for name, value in last.items() if name in first]
-    return "\n".join(["## Validation", "", f"| metric | after step {first_step} | after step {last_step} |", "|---|---|---|", *rows, ""])
+    return "\n".join(
+        [
+            "## Validation",
+            "",
+            f"| metric | after step {first_step} | after step {last_step} |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
 
 
 def _class_name(given: Any) -> str:

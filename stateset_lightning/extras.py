@@ -19,4 +19,6 @@ def require(module: str, extra: str, what: str) -> None:
         ConfigError: If it is not.
     """
     if importlib.util.find_spec(module) is None:
-        raise ConfigError(f'{what} needs the library {module.replace("_", "-")}: pip install "stateset-lightning[{extra}]"')
+        raise ConfigError(
+            f'{what} needs the library {module.replace("_", "-")}: pip install "stateset-lightning[{extra}]"'
+        )

@@ -1,4 +1,6 @@
-"""Files that are whole or absent: written under a temporary name, flushed to disk, then renamed; lines are appended whole or not at all."""
+"""Files that are whole or absent: written under a temporary name, flushed to disk, then renamed; lines are appended
+whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ PARTIAL = ".partial"
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to. It takes the place of `path` when the block ends well; until then, and if it does not, `path` stays as it was.
+    """A file to write to. It takes the place of `path` when the block ends well; until then, and if it does not, `path`
+    stays as it was.
 
     Raises:
         DiskError: If the disk is full or cannot be written.
@@ -41,7 +44,8 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill, of flat or nested files. It becomes `path` when the block ends well, and vanishes if it does not.
+    """A folder to fill, of flat or nested files. It becomes `path` when the block ends well, and vanishes if it does
+    not.
 
     Args:
         path: The folder to be; an empty one may be there.
@@ -113,8 +117,8 @@ def remove_leftovers(folder: Path) -> list[Path]:
 
 def disk_error(path: Path, error: OSError) -> DiskError:
     return DiskError(
-        f"{path}: cannot be written ({error.strerror or error}); what was there before is untouched. Make room, or choose "
-        "another folder; a run goes on from its last checkpoint"
+        f"{path}: cannot be written ({error.strerror or error}); what was there before is untouched. Make room, or"
+        " choose another folder; a run goes on from its last checkpoint"
     )
 
 

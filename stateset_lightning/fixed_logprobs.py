@@ -1,4 +1,6 @@
-"""What stays fixed while an episode is trained on: log-probs of the policy that sampled and of the reference, and the selected tokens."""
+"""What stays fixed while an episode is trained on: log-probs of the policy that sampled and of the reference, and the
+selected tokens.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,17 @@ from stateset_lightning.types import Rollout, Scores
 ROUNDING = 1e-4
 """Nats that log-probs and entropies are rounded to before tokens are selected by them, and the KL before it is a score.
 
-Far above float error (float32), which depends on what else is in the batch, and far below any difference that matters. Equal contexts
-are so equal for every split and number of ranks, and a group of equal rewards stays constant while the policy is its reference: a
-standard deviation of float noise would be divided by, and make advantages of it.
+Far above float error (float32), which depends on what else is in the batch, and far below any difference that matters.
+Equal contexts are so equal for every split and number of ranks, and a group of equal rewards stays constant while the
+policy is its reference: a standard deviation of float noise would be divided by, and make advantages of it.
 """
 
 
-def with_kl_scores(scores: Scores, rollout: Rollout, algorithm: Algorithm, logprobs_T: Tensor, ref_logprobs_T: Tensor) -> Scores:
-    """The scores with a further column "kl": the KL estimate summed over each completion, nats. `totals_N` stays the rewards'.
+def with_kl_scores(
+    scores: Scores, rollout: Rollout, algorithm: Algorithm, logprobs_T: Tensor, ref_logprobs_T: Tensor
+) -> Scores:
+    """The scores with a further column "kl": the KL estimate summed over each completion, nats. `totals_N` stays the
+    rewards'.
 
     It is NaN for a failed completion: where no reward applies, the column must not be what makes the completion scored.
     """
@@ -36,7 +41,8 @@ def all_logprobs(policy: Policy | AdapterReference, rollout: Rollout, temperatur
     """Log-probs of all completions of a rollout, float32 [T] on the CPU."""
     completions, size = rollout.completions(), rollout.num_generations
     groups = [
-        Group(prompt, [c for c in completions[p * size : (p + 1) * size] if c])  # an engine may return an empty completion
+        # an engine may return an empty completion
+        Group(prompt, [c for c in completions[p * size : (p + 1) * size] if c])
         for p, prompt in enumerate(rollout.prompt_tokens)
     ]
     return policy.score_without_gradient([group for group in groups if group.completions], temperature)[0].cpu()
@@ -63,7 +69,8 @@ def add_fixed_logprobs(
         plan: The episode's.
         temperature: Divides the logits.
         seed: The run's.
-        old: Whether the loss needs old log-probs. With a single optimizer step they are the new ones, and no pass is made.
+        old: Whether the loss needs old log-probs. With a single optimizer step they are the new ones, and no pass is
+            made.
     """
     groups = episode.active_part().groups
     if reference is not None and episode.ref_logprobs_T is None:
@@ -73,13 +80,19 @@ def add_fixed_logprobs(
     logprobs, entropies = policy.score_without_gradient(groups, temperature)
     episode.old_logprobs_T = episode.scatter(logprobs)
     if algorithm.selects_tokens:
-        episode.select_T = selected_tokens(episode, episode.old_logprobs_T, episode.scatter(entropies), algorithm, plan, seed)
+        episode.select_T = selected_tokens(
+            episode, episode.old_logprobs_T, episode.scatter(entropies), algorithm, plan, seed
+        )
 
 
-def selected_tokens(episode: Episode, logprobs_T: Tensor, entropies_T: Tensor, algorithm: Algorithm, plan: Plan, seed: int) -> Tensor:
-    """`algorithm.select` for each optimizer step of a pass, on the active completions of all ranks in global order; bool [T].
+def selected_tokens(
+    episode: Episode, logprobs_T: Tensor, entropies_T: Tensor, algorithm: Algorithm, plan: Plan, seed: int
+) -> Tensor:
+    """`algorithm.select` for each optimizer step of a pass, on the active completions of all ranks in global order;
+    bool [T].
 
-    The result is the same for every split into micro-steps and every number of ranks. Tokens of other completions are False.
+    The result is the same for every split into micro-steps and every number of ranks. Tokens of other completions are
+    False.
     """
     ranks, size = plan.ranks, episode.num_generations
     n = torch.arange(len(episode.lengths_N))
@@ -87,7 +100,9 @@ def selected_tokens(episode: Episode, logprobs_T: Tensor, entropies_T: Tensor, a
     step_N = episode.micro_step_N // plan.accumulate
     rows = [int(i) for i in episode.active_N.nonzero()]
     parts = [values_T.split(episode.lengths_N.tolist()) for values_T in (logprobs_T, entropies_T)]
-    mine = {int(position_N[i]): (int(step_N[i]), float(episode.advantages_N[i]), parts[0][i], parts[1][i]) for i in rows}
+    mine = {
+        int(position_N[i]): (int(step_N[i]), float(episode.advantages_N[i]), parts[0][i], parts[1][i]) for i in rows
+    }
     everyone = {position: values for of_rank in ranks.gather(mine) for position, values in of_rank.items()}
 
     chosen: dict[int, Tensor] = {}

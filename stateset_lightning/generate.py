@@ -32,7 +32,11 @@ def main(words: Sequence[str]) -> None:
     from stateset_lightning.trained import load_trained
 
     trained = load_trained(options.ckpt_path, options.config)
-    given = {name: value for name in ("temperature", "top_p", "max_new_tokens") if (value := getattr(options, name)) is not None}
+    given = {
+        name: value
+        for name in ("temperature", "top_p", "max_new_tokens")
+        if (value := getattr(options, name)) is not None
+    }
     rollout = replace(trained.rollout, **given)
     greedy = options.samples is None and options.temperature is None and options.top_p is None
     count = 1 if options.samples is None else options.samples
@@ -48,7 +52,9 @@ def main(words: Sequence[str]) -> None:
         from stateset_lightning.types import Scenario
 
         tokens = encoder.encode([Scenario(id=str(number), prompt=prompt)], "generate").tokens[0]
-        return engine.generate([tokens], count, rollout, sample_seeds(seed, "generate", 0, [number], count), greedy=greedy).texts
+        return engine.generate(
+            [tokens], count, rollout, sample_seeds(seed, "generate", 0, [number], count), greedy=greedy
+        ).texts
 
     if options.prompt is not None:
         _show(answer(options.prompt, 0))
@@ -78,7 +84,11 @@ def _show(texts: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Arguments(prog="stateset-lightning generate", description="Try a checkpoint, or any model, on a prompt.", allow_abbrev=False)
+    parser = Arguments(
+        prog="stateset-lightning generate",
+        description="Try a checkpoint, or any model, on a prompt.",
+        allow_abbrev=False,
+    )
     add: Any = parser.add_argument
     add(
         "--ckpt_path",
@@ -87,7 +97,11 @@ def _parser() -> argparse.ArgumentParser:
         help="a checkpoint of a run, a model folder, or a Hugging Face id (`tiny`: the bundled one)",
     )
     add("--prompt", help="what to ask; without it, prompts are read line by line")
-    add("--samples", type=_count, help="completions to sample; without it, one greedy completion, unless a temperature or top-p is given")
+    add(
+        "--samples",
+        type=_count,
+        help="completions to sample; without it, one greedy completion, unless a temperature or top-p is given",
+    )
     add("--temperature", type=float, help="of sampling; by default that of training")
     add("--top_p", type=float, help="of sampling; by default that of training")
     add("--max_new_tokens", type=int, help="by default as in training")

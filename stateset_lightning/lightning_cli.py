@@ -1,4 +1,6 @@
-"""LightningCLI with this kit's parser, errors and default callbacks. Importing it imports Lightning, which takes seconds."""
+"""LightningCLI with this kit's parser, errors and default callbacks. Importing it imports Lightning, which takes
+seconds.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,8 @@ _keep_shared_options = _typehints.discard_init_args_on_class_path_change
 def _forget_options_of_another_algorithm(parser_or_action: Any, previous: Any, value: Any) -> None:
     """Another algorithm starts from its own defaults: its name means its paper.
 
-    By itself jsonargparse keeps what the earlier class shares with the later one, defaults among them: GSPO chosen over a config with
-    GRPO would clip at GRPO's bounds, a thousand times its own (test_cli.py).
+    By itself jsonargparse keeps what the earlier class shares with the later one, defaults among them: GSPO chosen over
+    a config with GRPO would clip at GRPO's bounds, a thousand times its own (test_cli.py).
     """
     _keep_shared_options(parser_or_action, previous, value)
     if previous and "init_args" in previous and previous["class_path"] != value["class_path"]:
@@ -68,7 +70,9 @@ class Parser(LightningArgumentParser):
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes the resolved config, and what it runs on, to the run's own folder, also with W&B, whose `log_dir` all runs share."""
+    """Writes the resolved config, and what it runs on, to the run's own folder, also with W&B, whose `log_dir` all runs
+    share.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
@@ -95,7 +99,8 @@ class StatesetCLI(LightningCLI):
 
     def __init__(self, args: ArgsType) -> None:
         words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
-        # Each parser takes most of a second to build, and attribute docs as long to collect: only what this command needs.
+        # Each parser takes most of a second to build, and attribute docs as long to collect: only what this command
+        # needs.
         self._wanted = [name for name in super().subcommands() if name in words] or list(super().subcommands())
         set_parsing_settings(docstring_parse_attribute_docstrings=any("help" in word or word == "-h" for word in words))
         progress = [RunSummary()] if sys.stdout.isatty() else [RunSummary(), ConsoleProgress()]
@@ -132,14 +137,18 @@ class StatesetCLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--baseline", type=bool, default=False, help="fit: validate before training, to compare with.")
+        parser.add_argument(
+            "--baseline", type=bool, default=False, help="fit: validate before training, to compare with."
+        )
         parser.add_lightning_class_args(SampleWriter, "samples")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         # An instance, which the signature's default is, could not be written to the run's config.yaml.
         parser.set_defaults({"model.algorithm": {"class_path": "stateset_lightning.algorithm.GRPO"}})
 
     def _parse_ckpt_path(self) -> None:
-        """Not done: Lightning merges a checkpoint's hyperparameters over the flags, so that a new learning rate is ignored."""
+        """Not done: Lightning merges a checkpoint's hyperparameters over the flags, so that a new learning rate is
+        ignored.
+        """
 
     def before_fit(self) -> None:
         config = self.config.fit
@@ -164,7 +173,8 @@ class StatesetCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         try:
             return super().instantiate_trainer(**kwargs)
-        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:  # the Trainer's own checks of its arguments
+        # the Trainer's own checks of its arguments
+        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise ConfigError(f"trainer: {error}") from error
 
     def instantiate_classes(self) -> None:
@@ -179,7 +189,9 @@ class StatesetCLI(LightningCLI):
                 raise cause from error
             if cause is error:
                 raise
-            raise ConfigError(f"a class of the config refuses its arguments: {type(cause).__name__}: {cause}") from error
+            raise ConfigError(
+                f"a class of the config refuses its arguments: {type(cause).__name__}: {cause}"
+            ) from error
 
     def _check_checkpoint(self) -> None:
         path = self.config[self.subcommand].get("ckpt_path")

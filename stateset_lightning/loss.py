@@ -17,7 +17,9 @@ from stateset_lightning.types import Metrics
 
 
 def zero_loss(policy: Policy) -> Tensor:
-    """Zero, but a function of every parameter: each rank must take part in every reduction, and in every gathering of shards."""
+    """Zero, but a function of every parameter: each rank must take part in every reduction, and in every gathering of
+    shards.
+    """
     if isinstance(policy, FSDPModule):
         return policy.score([Group([0], [[0]])])[0].sum() * 0.0
     return torch.stack([p.flatten()[0] for p in policy.parameters() if p.requires_grad]).sum() * 0.0
@@ -25,7 +27,9 @@ def zero_loss(policy: Policy) -> Tensor:
 
 @contextmanager
 def seeded_dropout(device: torch.device, seed: int | None) -> Iterator[None]:
-    """Dropout draws from the global generator: a seeded fork of it resumes exactly and leaves it untouched. None: no dropout."""
+    """Dropout draws from the global generator: a seeded fork of it resumes exactly and leaves it untouched. None: no
+    dropout.
+    """
     if seed is None:
         yield
         return

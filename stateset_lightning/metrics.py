@@ -1,4 +1,6 @@
-"""Metrics of an episode and of an optimizer step: sums and counts that add up over micro-steps and ranks, divided once."""
+"""Metrics of an episode and of an optimizer step: sums and counts that add up over micro-steps and ranks, divided
+once.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,10 @@ class SumCounts:
         self._totals = {}
         everyone = ranks.gather(mine)
         names = sorted({name for totals in everyone for name in totals})
-        totals = {name: [sum(pair) for pair in zip(*(t.get(name, (0.0, 0.0)) for t in everyone), strict=True)] for name in names}
+        totals = {
+            name: [sum(pair) for pair in zip(*(t.get(name, (0.0, 0.0)) for t in everyone), strict=True)]
+            for name in names
+        }
         return {name: total / count for name, (total, count) in totals.items() if count}
 
 
@@ -115,10 +120,14 @@ def reward_metrics(scores: Scores, prefix: str = "reward/") -> Metrics:
 
 
 def group_metrics(totals_PG: Tensor) -> Metrics:
-    """Shares of groups: all right (constant, above zero), all wrong (constant, not above zero), mixed, dropped (under two survivors)."""
+    """Shares of groups: all right (constant, above zero), all wrong (constant, not above zero), mixed, dropped (under
+    two survivors).
+    """
     constant_P, dropped_P = constant_groups(totals_PG)
     highest_P = totals_PG.where(totals_PG.isfinite(), -torch.inf).amax(-1)
-    std_P = torch.stack([row[row.isfinite()].std() if ok else torch.tensor(0.0) for row, ok in zip(totals_PG, ~dropped_P, strict=True)])
+    std_P = torch.stack(
+        [row[row.isfinite()].std() if ok else torch.tensor(0.0) for row, ok in zip(totals_PG, ~dropped_P, strict=True)]
+    )
     count = len(totals_PG)
     return {
         "train/reward_std": (std_P.sum(), int((~dropped_P).sum())),

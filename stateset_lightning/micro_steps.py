@@ -1,7 +1,7 @@
 """Which micro-step trains which completion: even work inside an optimizer step, whole groups where possible.
 
-Work is counted in tokens of a packed forward: a prompt once, its completions behind it. Taking a group apart computes its prompt
-again, so it is done only where there are fewer groups than micro-steps, or where a budget would be exceeded.
+Work is counted in tokens of a packed forward: a prompt once, its completions behind it. Taking a group apart computes
+its prompt again, so it is done only where there are fewer groups than micro-steps, or where a budget would be exceeded.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def share_out(groups: Sequence[Piece], micro_steps: int, max_tokens: int | None 
         steps = _balance(pieces, micro_steps)
         if len(pieces) < micro_steps:
             candidates = pieces
-        elif max_tokens is not None and load(pieces) <= micro_steps * max_tokens < micro_steps * load(fullest := max(steps, key=load)):
+        elif max_tokens is not None and load(pieces) <= micro_steps * max_tokens < micro_steps * load(
+            fullest := max(steps, key=load)
+        ):
             candidates = fullest
         else:
             return steps
@@ -64,7 +66,9 @@ def tokens_over(steps: Sequence[Sequence[Piece]], max_tokens: int) -> int:
 
 
 def _balance(pieces: Sequence[Piece], micro_steps: int) -> list[list[Piece]]:
-    """The largest piece first, each to the micro-step with the least work so far (Graham, 1969: at most 4/3 of the best)."""
+    """The largest piece first, each to the micro-step with the least work so far (Graham, 1969: at most 4/3 of the
+    best).
+    """
     steps: list[list[Piece]] = [[] for _ in range(micro_steps)]
     loads = [(0, k) for k in range(micro_steps)]
     for piece in sorted(pieces, key=lambda piece: -piece.tokens):

@@ -1,7 +1,8 @@
 """GRPOLightningModule: wires sampling, scoring, advantages and loss into Lightning's automatic optimisation.
 
 A training step is one micro-step of an episode. The first one samples the prompts, scores the completions and makes the
-episode; every one returns the loss of its part. Clipping, accumulation, precision, schedules and checkpoints are Lightning's.
+episode; every one returns the loss of its part. Clipping, accumulation, precision, schedules and checkpoints are
+Lightning's.
 """
 
 import copy
@@ -64,9 +65,11 @@ class GRPOLightningModule(ResumableModule):
         reward_timeout: Seconds that a reward may take for one completion, unless it has a time-out of its own.
         reward_concurrency: Rewards that run at a time.
         max_reward_failures: Share of an episode's completions whose reward may fail before the run stops.
-        max_tokens_per_step: Tokens that a micro-step forwards at most: groups are taken apart where that keeps it. Micro-steps are
-            of even work in any case; what cannot be kept is counted (`work/over_budget_tokens`) and announced.
-        max_bad_steps: Optimizer steps in a row that may be skipped because loss or gradient is not finite, before the run stops.
+        max_tokens_per_step: Tokens that a micro-step forwards at most: groups are taken apart where that keeps it.
+            Micro-steps are of even work in any case; what cannot be kept is counted (`work/over_budget_tokens`) and
+            announced.
+        max_bad_steps: Optimizer steps in a row that may be skipped because loss or gradient is not finite, before the
+            run stops.
         seed: Seed of all sampling; None for that of `seed_everything`.
     """
 
@@ -100,7 +103,11 @@ class GRPOLightningModule(ResumableModule):
         self.evaluation = EvaluationConfig(**evaluation) if isinstance(evaluation, Mapping) else evaluation
         self.evaluation.check_rewards([reward.name for reward in self.rewards])
         self._make_scorer = partial(
-            Scorer, self.rewards, timeout=reward_timeout, max_concurrency=reward_concurrency, max_failures=max_reward_failures
+            Scorer,
+            self.rewards,
+            timeout=reward_timeout,
+            max_concurrency=reward_concurrency,
+            max_failures=max_reward_failures,
         )
         self.scorer = self._make_scorer()
         self.optimizer = optimizer
@@ -109,11 +116,16 @@ class GRPOLightningModule(ResumableModule):
         self.max_bad_steps = max_bad_steps
         self.tokenizer = load_tokenizer(self.policy_config)
         # Plain containers only: a checkpoint must load with `weights_only=True`.
-        hyperparameters = {"policy": redacted(self.policy_config.to_dict()), "rollout": asdict(self.rollout), "seed": seed}
+        hyperparameters = {
+            "policy": redacted(self.policy_config.to_dict()),
+            "rollout": asdict(self.rollout),
+            "seed": seed,
+        }
         self.save_hyperparameters(hyperparameters, logger=False)
 
         self.policy: Policy | None = None
-        self._reference: tuple[Policy | AdapterReference, ...] = ()  # in a tuple, so that it is no submodule: not trained, not saved
+        # in a tuple, so that it is no submodule: not trained, not saved
+        self._reference: tuple[Policy | AdapterReference, ...] = ()
         self.engine = engine
         self._ahead = sampling_ahead(self.rollout, engine)
         self._step_of_pass = 0
@@ -127,7 +139,8 @@ class GRPOLightningModule(ResumableModule):
         """Completions of the newest episode or evaluation batch of this rank, for callbacks."""
         self._episode_records: list[CompletionRecord] = []
 
-    # Set-up ------------------------------------------------------------------------------------------------------------------
+    # Set-up
+    # ------------------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         self._step_started = None  # an earlier run may have ended inside an optimizer step
@@ -170,7 +183,8 @@ class GRPOLightningModule(ResumableModule):
         if isinstance(self.reference, Policy):
             self.reference.to(self.device)
 
-    # Training ----------------------------------------------------------------------------------------------------------------
+    # Training
+    # ----------------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """Loss of one micro-step, summed over its tokens with the weights of the whole optimizer step."""
@@ -181,7 +195,8 @@ class GRPOLightningModule(ResumableModule):
         episode = self._episode
         if episode is None or episode.index != batch.episode_index:
             raise RuntimeError(
-                f"micro-step {batch.micro_step} of episode {batch.episode_index} came without the episode's first micro-step"
+                f"micro-step {batch.micro_step} of episode {batch.episode_index} came without the episode's first"
+                " micro-step"
             )
         self._episode_ends = batch.micro_step == batch.num_micro_steps - 1
         if self._episode_ends:
@@ -202,29 +217,39 @@ class GRPOLightningModule(ResumableModule):
         empty = self._episode is not None and self._episode.active_by_step[self._step_of_pass] == 0
         bad = not empty and is_bad(norm)
         if empty or bad:
-            # None rather than zero, on which AdamW would still move the weights. The same on every rank: gradients are reduced by now.
+            # None rather than zero, on which AdamW would still move the weights. The same on every rank: gradients are
+            # reduced by now.
             optimizer.zero_grad(set_to_none=True)
         if bad:
             assert self._episode is not None
-            file = write_bad_step(self.trainer, self._episode, self._step_of_pass, norm, self._episode_records, self.tokenizer)
-            rank_zero_warn(f"the gradient is not finite ({norm}): optimizer step skipped; see what it would have trained in {file}")
+            file = write_bad_step(
+                self.trainer, self._episode, self._step_of_pass, norm, self._episode_records, self.tokenizer
+            )
+            rank_zero_warn(
+                f"the gradient is not finite ({norm}): optimizer step skipped; see what it would have trained in {file}"
+            )
         if not empty:
             self._bad_steps = self._bad_steps + 1 if bad else 0
         self.metrics.step.add({"policy/empty_steps": (float(empty), 1), "policy/bad_steps": (float(bad), 1)})
         self.metrics.step.add({"policy/grad_norm": (0.0 if empty or bad else norm, 1)})
         check_bad_steps(self._bad_steps, self.max_bad_steps, self.trainer.global_step + 1)
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None) -> None:
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
         lr = optimizer.param_groups[0]["lr"]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         check_weights(self._loaded_policy.parameters(), self.trainer.global_step + 1)
         optimizer.zero_grad(set_to_none=True)  # or they would lie beside the cache while the next episode is sampled
         assert self._step_started is not None
         seconds = time.perf_counter() - self._step_started
-        self.metrics.step.add({"lr": (lr, 1), "time/step_s": (seconds, 1), "time/train_s": (seconds - self._collect_seconds, 1)})
+        self.metrics.step.add(
+            {"lr": (lr, 1), "time/step_s": (seconds, 1), "time/train_s": (seconds - self._collect_seconds, 1)}
+        )
         self._step_started, self._collect_seconds = None, 0.0
         self._publish(self.trainer.global_step + 1)
-        if self._episode is not None and self._episode_ends:  # before any checkpoint of this step: a resumed run would not call it again
+        # before any checkpoint of this step: a resumed run would not call it again
+        if self._episode is not None and self._episode_ends:
             call_episode_hook(self.trainer, "on_episode_end", self._episode.index, self.metrics.last)
 
     def _collect(self, batch: PromptBatch) -> Episode:
@@ -253,7 +278,8 @@ class GRPOLightningModule(ResumableModule):
         self.metrics.step.add(metrics)
         return loss
 
-    # Evaluation --------------------------------------------------------------------------------------------------------------
+    # Evaluation
+    # --------------------------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         self._evaluate(batch)
@@ -287,15 +313,18 @@ class GRPOLightningModule(ResumableModule):
     def _log_evaluation(self, stage: str) -> None:
         self._release()
         evaluated, self._evaluated = self._evaluated, []
-        check_failures(self.scorer, evaluated, self._ranks)  # a mean over what little is left would choose the best checkpoint
+        # a mean over what little is left would choose the best checkpoint
+        check_failures(self.scorer, evaluated, self._ranks)
         values = {f"{stage}/{name}": value for name, value in self._evaluation.compute().items()}
         self._evaluation.reset()
         # "step" is Lightning's name for the x-axis; without it, it counts from 0 and ours, like `max_steps`, from 1.
         values["step"] = float(self.trainer.global_step)
-        # They are of all ranks already: "max" leaves them as they are to the last bit, and Lightning, which cannot know, does not advise.
+        # They are of all ranks already: "max" leaves them as they are to the last bit, and Lightning, which cannot
+        # know, does not advise.
         self.log_dict(values, sync_dist=True, reduce_fx="max")
 
-    # Small things ------------------------------------------------------------------------------------------------------------
+    # Small things
+    # ------------------------------------------------------------------------------------------------------------
 
     @property
     def _sampler(self) -> Sampler:
@@ -331,8 +360,12 @@ class GRPOLightningModule(ResumableModule):
         return self.policy
 
     def _publish(self, step: int) -> None:
-        """To every logger at once: a value that `self.log` gets at an episode's start is lost under `log_every_n_steps`."""
-        coefficients = {name: value for name, value in self.algorithm.state_dict().items() if name.endswith("_coefficient")}
+        """To every logger at once: a value that `self.log` gets at an episode's start is lost under
+        `log_every_n_steps`.
+        """
+        coefficients = {
+            name: value for name, value in self.algorithm.state_dict().items() if name.endswith("_coefficient")
+        }
         self.metrics.step.add({f"policy/{name}": (value, 1) for name, value in coefficients.items()})
         row = self.metrics.end_step(self._ranks)
         if self._samples_are_fresh and isinstance(self.engine, InProcessEngine) and not self.policy_config.has_dropout:

@@ -10,7 +10,13 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-_LOST = ("Connection closed by peer", "Connection reset by peer", "gloo/transport", "NCCL", "Watchdog caught collective operation timeout")
+_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "gloo/transport",
+    "NCCL",
+    "Watchdog caught collective operation timeout",
+)
 """What the backends say when the other end of a connection has gone, or does not answer in time."""
 
 
@@ -46,8 +52,10 @@ class Ranks:
 
 def explain_lost_rank(error: BaseException) -> None:
     """Adds to an error of a collective what it means; a traceback ends with that. Does nothing to other errors."""
-    if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST)):
+    if isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST)
+    ):
         error.add_note(
-            "another rank has ended, by an error of its own or killed (out of memory, perhaps), and this one cannot go on without it: "
-            "see the other ranks' output, then resume from the last checkpoint (--ckpt_path last)"
+            "another rank has ended, by an error of its own or killed (out of memory, perhaps), and this one cannot go"
+            " on without it: see the other ranks' output, then resume from the last checkpoint (--ckpt_path last)"
         )

@@ -1,4 +1,6 @@
-"""One row per completion, for files and tables: what was asked, what was answered, what the rewards said, and token by token how likely."""
+"""One row per completion, for files and tables: what was asked, what was answered, what the rewards said, and token by
+token how likely.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class CompletionRecord:
         return {key: value for key, value in asdict(self).items() if value is not None or key == "reward"}
 
 
-def make_records(batch: PromptBatch, rollout: Rollout, scores: Scores, advantages: Sequence[float] | None = None) -> list[CompletionRecord]:
+def make_records(
+    batch: PromptBatch, rollout: Rollout, scores: Scores, advantages: Sequence[float] | None = None
+) -> list[CompletionRecord]:
     """Records of all completions, in order."""
     errors: dict[int, list[str]] = {}
     for failure in scores.failures:
@@ -54,7 +58,9 @@ def make_records(batch: PromptBatch, rollout: Rollout, scores: Scores, advantage
                 prompt=scenario.turns()[-1].content,
                 completion=text,
                 reward=_finite(scores.totals_N[n].item()),
-                rewards={name: _finite(value) for name, value in zip(scores.names, scores.values_NF[n].tolist(), strict=True)},
+                rewards={
+                    name: _finite(value) for name, value in zip(scores.names, scores.values_NF[n].tolist(), strict=True)
+                },
                 finish_reason=str(rollout.finish_reasons[n]),
                 num_tokens=int(rollout.lengths_N[n]),
                 advantage=None if advantages is None else _finite(advantages[n]),
@@ -66,9 +72,11 @@ def make_records(batch: PromptBatch, rollout: Rollout, scores: Scores, advantage
     return records
 
 
-def token_rows(episode: Episode, num_prompts: int, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[dict[str, Any]]:
-    """The first `max_tokens` tokens of each completion of the first groups: `tokens` (texts, which join to the completion's) and
-    `logprobs` (nats, of the policy that sampled, at the temperature of sampling).
+def token_rows(
+    episode: Episode, num_prompts: int, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> list[dict[str, Any]]:
+    """The first `max_tokens` tokens of each completion of the first groups: `tokens` (texts, which join to the
+    completion's) and `logprobs` (nats, of the policy that sampled, at the temperature of sampling).
 
     Where there is a reference, and the completion was worth a pass of it, `ref_logprobs` too.
     """
@@ -77,23 +85,32 @@ def token_rows(episode: Episode, num_prompts: int, tokenizer: PreTrainedTokenize
     reference = None if episode.ref_logprobs_T is None else episode.ref_logprobs_T.split(lengths)
     rows = []
     for n in range(num_prompts * episode.num_generations):
-        row = {"tokens": token_texts(tokenizer, tokens[n][:max_tokens].tolist()), "logprobs": _rounded(logprobs[n][:max_tokens])}
+        row = {
+            "tokens": token_texts(tokenizer, tokens[n][:max_tokens].tolist()),
+            "logprobs": _rounded(logprobs[n][:max_tokens]),
+        }
         if reference is not None and episode.active_N[n]:
             row["ref_logprobs"] = _rounded(reference[n][:max_tokens])
         rows.append(row)
     return rows
 
 
-def logprobs_now(episode: Episode, num_prompts: int, policy: Policy, temperature: float, max_tokens: int) -> list[list[float]] | None:
-    """Log-probs of the same tokens under the policy as it is now, by a pass without gradient. None if its weights are sharded: all
-    ranks would have to take part.
+def logprobs_now(
+    episode: Episode, num_prompts: int, policy: Policy, temperature: float, max_tokens: int
+) -> list[list[float]] | None:
+    """Log-probs of the same tokens under the policy as it is now, by a pass without gradient. None if its weights are
+    sharded: all ranks would have to take part.
     """
     if any(isinstance(parameter, DTensor) for parameter in policy.parameters()):
         return None
     size = episode.num_generations
-    completions = [c[:max_tokens].tolist() for c in episode.completion_tokens_T.split(episode.lengths_N.tolist())[: num_prompts * size]]
+    completions = [
+        c[:max_tokens].tolist()
+        for c in episode.completion_tokens_T.split(episode.lengths_N.tolist())[: num_prompts * size]
+    ]
     groups = [
-        Group(prompt, [c for c in completions[p * size : (p + 1) * size] if c])  # an engine may return an empty completion
+        # an engine may return an empty completion
+        Group(prompt, [c for c in completions[p * size : (p + 1) * size] if c])
         for p, prompt in enumerate(episode.prompt_tokens[:num_prompts])
     ]
     logprobs_T, _ = policy.score_without_gradient([group for group in groups if group.completions], temperature)
@@ -101,13 +118,16 @@ def logprobs_now(episode: Episode, num_prompts: int, policy: Policy, temperature
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[str]:
-    """The text that each token adds to those before it. A character of several tokens is added by the last of them, and others are "".
+    """The text that each token adds to those before it. A character of several tokens is added by the last of them, and
+    others are "".
 
     A token by itself would lose its leading space (SentencePiece) or be half a character (bytes).
     """
     texts, start, read = [], 0, 0  # decoding begins one piece before the one that is to be read
     for end in range(1, len(tokens) + 1):
-        before, text = (str(tokenizer.decode(tokens[start:stop], clean_up_tokenization_spaces=False)) for stop in (read, end))
+        before, text = (
+            str(tokenizer.decode(tokens[start:stop], clean_up_tokenization_spaces=False)) for stop in (read, end)
+        )
         if text.endswith("\ufffd") and end < len(tokens):
             texts.append("")
         else:

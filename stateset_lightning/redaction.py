@@ -25,12 +25,16 @@ _SHORTEST = 8  # environment variables below this are no secrets, and would hide
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a key of this name holds a secret: `api_key`, `WANDB_API_KEY`, `hf_token`; not `max_new_tokens` or `eos_token`."""
+    """Whether a key of this name holds a secret: `api_key`, `WANDB_API_KEY`, `hf_token`; not `max_new_tokens` or
+    `eos_token`.
+    """
     return _SECRET_NAME.fullmatch(name) is not None and _HARMLESS_NAME.fullmatch(name) is None
 
 
 def redacted(value: Any, name: str = "") -> Any:
-    """A copy of plain containers in which the values of secret names, and texts that look like keys, are `***`. Empty values stay."""
+    """A copy of plain containers in which the values of secret names, and texts that look like keys, are `***`. Empty
+    values stay.
+    """
     if isinstance(value, Mapping):
         return {key: redacted(item, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -41,9 +45,13 @@ def redacted(value: Any, name: str = "") -> Any:
 
 
 def redacted_text(text: str) -> str:
-    """A text without what looks like a key, without `api_key=...`, and without the values of secret environment variables."""
+    """A text without what looks like a key, without `api_key=...`, and without the values of secret environment
+    variables.
+    """
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST and value in text and is_secret_name(name):
             text = text.replace(value, HIDDEN)
     text = _SECRET_VALUE.sub(HIDDEN, text)
-    return _ASSIGNMENT.sub(lambda match: match[0] if not is_secret_name(match[1]) else f"{match[1]}{match[2]}{HIDDEN}", text)
+    return _ASSIGNMENT.sub(
+        lambda match: match[0] if not is_secret_name(match[1]) else f"{match[1]}{match[2]}{HIDDEN}", text
+    )

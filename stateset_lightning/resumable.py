@@ -65,7 +65,9 @@ class ResumableModule(ShardableModule):
 
     @property
     def seed(self) -> int:
-        """The seed of all sampling: the one given, or that of `seed_everything`, also if it was called after this was made."""
+        """The seed of all sampling: the one given, or that of `seed_everything`, also if it was called after this was
+        made.
+        """
         return run_seed() if self._given_seed is None else self._given_seed
 
     @property
@@ -77,7 +79,9 @@ class ResumableModule(ShardableModule):
         return int(self.trainer.accumulate_grad_batches)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Installs our writers of checkpoints and metrics where the user has chosen none, and adds the callback that every run needs."""
+        """Installs our writers of checkpoints and metrics where the user has chosen none, and adds the callback that
+        every run needs.
+        """
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         install_metrics_files(self.trainer)
@@ -88,13 +92,15 @@ class ResumableModule(ShardableModule):
         """Adds the run's state.
 
         Raises:
-            ConfigError: Inside an optimizer step: the gradient so far would be lost, and the run could not go on exactly.
+            ConfigError: Inside an optimizer step: the gradient so far would be lost, and the run could not go on
+                exactly.
         """
         trainer = self.trainer
         if self.inside_optimizer_step:
             raise ConfigError(
-                "trainer.save_checkpoint was called inside an optimizer step, whose gradient so far no checkpoint holds: call it where "
-                "`pl_module.inside_optimizer_step` is false, or use a ModelCheckpoint, which waits"
+                "trainer.save_checkpoint was called inside an optimizer step, whose gradient so far no checkpoint"
+                " holds: call it where `pl_module.inside_optimizer_step` is false, or use a ModelCheckpoint, which"
+                " waits"
             )
         for logger in trainer.loggers:
             logger.save()  # metrics up to here survive together with the checkpoint
@@ -146,7 +152,9 @@ class ResumableModule(ShardableModule):
                 self.policy.adapter.load_state_dict(saved)
 
     def on_train_start(self) -> None:
-        """Optimizer and scheduler are restored by now: options given win over the checkpoint's, and the log says which differ."""
+        """Optimizer and scheduler are restored by now: options given win over the checkpoint's, and the log says which
+        differ.
+        """
         state, self._resumed = self._resumed, None
         if state is None:
             return
@@ -154,7 +162,9 @@ class ResumableModule(ShardableModule):
         keep_given_options(self.trainer.optimizers[0], self.lr_schedulers(), given, saved)
         pairs = [(name, value, state["options"].get(name, value)) for name, value in self._options().items()]
         for now, before in zip(given, saved, strict=True):
-            pairs += [(f"model.optimizer {name}", now[name], before[name]) for name in sorted(now.keys() & before.keys())]
+            pairs += [
+                (f"model.optimizer {name}", now[name], before[name]) for name in sorted(now.keys() & before.keys())
+            ]
         changed = [pair for pair in pairs if pair[1] != pair[2]]
         if self.trainer.is_global_zero:
             for pair in changed:
@@ -164,7 +174,9 @@ class ResumableModule(ShardableModule):
 
     def _options(self) -> dict[str, Any]:
         """Options that may change between a checkpoint and its resume."""
-        options = {f"trainer.{name}": getattr(self.trainer, name) for name in ("max_steps", "max_epochs", "gradient_clip_val")}
+        options = {
+            f"trainer.{name}": getattr(self.trainer, name) for name in ("max_steps", "max_epochs", "gradient_clip_val")
+        }
         options |= {f"model.rollout.{name}": value for name, value in asdict(self.rollout).items()}
         own = {name: asdict(value) if is_dataclass(value) else value for name, value in vars(self.algorithm).items()}  # type: ignore[arg-type]
         plain = {name: value for name, value in own.items() if isinstance(value, float | int | str | dict | None)}

@@ -16,15 +16,16 @@ _log = logging.getLogger("stateset_lightning")
 
 
 def continue_run(trainer: Trainer, ckpt_path: str) -> str | None:
-    """Makes a resumed run write to the folder of the run that it continues, if the checkpoint lies in one of the logger's.
+    """Makes a resumed run write to the folder of the run that it continues, if the checkpoint lies in one of the
+    logger's.
 
     Args:
         trainer: Before its `fit`; a logger with a version (W&B: an id) of its own keeps it.
         ckpt_path: A file, or `last` for the newest checkpoint of the runs that have the logger's name.
 
     Returns:
-        The checkpoint's path, for `trainer.fit(ckpt_path=...)`. None if there is no last one, which is announced: a run that may be
-        killed at any time can be started by the same command each time.
+        The checkpoint's path, for `trainer.fit(ckpt_path=...)`. None if there is no last one, which is announced: a run
+        that may be killed at any time can be started by the same command each time.
     """
     if ckpt_path == "last":
         found = _find_last(trainer)
@@ -55,7 +56,9 @@ def _find_last(trainer: Trainer) -> Path | None:
 
 def _places(trainer: Trainer) -> list[tuple[Path, str]]:
     """Where checkpoints may lie: a folder, and the pattern of folders below it."""
-    given = [(Path(c.dirpath), "") for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+    given = [
+        (Path(c.dirpath), "") for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath
+    ]
     if given or not trainer.loggers:
         return given or [(Path(trainer.default_root_dir) / "checkpoints", "")]
     logger = trainer.loggers[0]

@@ -1,4 +1,6 @@
-"""What must hold between data, model and the Trainer's options, checked before the first step; and how long the run is."""
+"""What must hold between data, model and the Trainer's options, checked before the first step; and how long the run
+is.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def checks_of_run(trainer: Trainer, module: Any) -> list[Callable[[], None]]:
         partial(check_saves, trainer),
         partial(check_monitors, trainer, metrics),
         partial(check_context, trainer, context_length(module.policy.model), module.rollout.max_new_tokens),
-        partial(check_dynamic_sampling, trainer, module.rollout.dynamic_sampling, module.algorithm.needs_greedy_baseline),
+        partial(
+            check_dynamic_sampling, trainer, module.rollout.dynamic_sampling, module.algorithm.needs_greedy_baseline
+        ),
         *(partial(check_clipping, trainer, optimizer) for optimizer in trainer.optimizers),
         partial(check_speed, trainer, module.policy.model.dtype),
     ]
@@ -51,7 +55,8 @@ def check_episode_fits_trainer(trainer: Trainer) -> None:
     """An optimizer step never straddles two passes over an episode, and a run never ends an epoch inside an episode.
 
     Raises:
-        ConfigError: If `accumulate_grad_batches` does not divide `steps_per_episode`, or `limit_train_batches` cuts an episode.
+        ConfigError: If `accumulate_grad_batches` does not divide `steps_per_episode`, or `limit_train_batches` cuts an
+            episode.
     """
     data: Any = getattr(trainer, "datamodule", None)
     steps_per_episode = getattr(data, "steps_per_episode", 1)
@@ -60,21 +65,23 @@ def check_episode_fits_trainer(trainer: Trainer) -> None:
     if steps_per_episode % accumulate:
         multiple = accumulate * math.ceil(steps_per_episode / accumulate)
         raise ConfigError(
-            f"trainer.accumulate_grad_batches={accumulate} must divide data.steps_per_episode={steps_per_episode}, so that "
-            f"an optimizer step stays inside a pass over an episode: set data.steps_per_episode to {multiple}"
+            f"trainer.accumulate_grad_batches={accumulate} must divide data.steps_per_episode={steps_per_episode}, so"
+            f" that an optimizer step stays inside a pass over an episode: set data.steps_per_episode to {multiple}"
         )
     prompts = getattr(data, "batch_size", steps_per_episode) * trainer.world_size
     if steps_per_episode // accumulate > prompts:
         raise ConfigError(
-            f"data.steps_per_episode={steps_per_episode} makes {steps_per_episode // accumulate} optimizer steps of {prompts} prompts, "
-            f"some of them empty: set it to at most {prompts * accumulate}, or raise data.batch_size"
+            f"data.steps_per_episode={steps_per_episode} makes {steps_per_episode // accumulate} optimizer steps of"
+            f" {prompts} prompts, some of them empty: set it to at most {prompts * accumulate}, or raise"
+            " data.batch_size"
         )
     micro_steps = steps_per_episode * num_iterations
     batches = _batches_per_epoch(trainer, getattr(data, "micro_steps_per_epoch", 0))
     if batches % micro_steps:
         raise ConfigError(
-            f"trainer.limit_train_batches={trainer.limit_train_batches} ends an epoch inside an episode of {micro_steps} micro-steps "
-            f"(data.num_iterations x data.steps_per_episode): set it to {max(1, batches // micro_steps) * micro_steps}"
+            f"trainer.limit_train_batches={trainer.limit_train_batches} ends an epoch inside an episode of"
+            f" {micro_steps} micro-steps (data.num_iterations x data.steps_per_episode): set it to"
+            f" {max(1, batches // micro_steps) * micro_steps}"
         )
 
 
@@ -87,8 +94,9 @@ def check_saves(trainer: Trainer) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
             raise ConfigError(
-                f"{type(callback).__name__} saves on any exception, in the middle of whatever failed: remove it, or save_on_exception. "
-                "SIGTERM and Ctrl-C end a run with a checkpoint anyway; after an error it goes on from the one before"
+                f"{type(callback).__name__} saves on any exception, in the middle of whatever failed: remove it, or"
+                " save_on_exception. SIGTERM and Ctrl-C end a run with a checkpoint anyway; after an error it goes on"
+                " from the one before"
             )
 
 
@@ -100,8 +108,8 @@ def check_strategy(trainer: Trainer) -> None:
     """
     if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy | FSDP2Strategy):
         raise ConfigError(
-            f"trainer.strategy={type(trainer.strategy).__name__} is not supported: use auto, ddp for several devices, or fsdp2 where a "
-            "model does not fit on each of them"
+            f"trainer.strategy={type(trainer.strategy).__name__} is not supported: use auto, ddp for several devices,"
+            " or fsdp2 where a model does not fit on each of them"
         )
 
 
@@ -109,31 +117,36 @@ def check_clipping(trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
     """Gradients can be clipped. Lightning would say so at the first optimizer step, when an episode has been sampled.
 
     Raises:
-        ConfigError: If the optimizer undoes loss scaling by itself, as a fused one does: its gradients are scaled when they are clipped.
+        ConfigError: If the optimizer undoes loss scaling by itself, as a fused one does: its gradients are scaled when
+            they are clipped.
     """
     is_mixed = isinstance(trainer.precision_plugin, MixedPrecision)
-    if trainer.gradient_clip_val and is_mixed and getattr(optimizer, "_step_supports_amp_scaling", False):  # as Lightning asks
+    # as Lightning asks
+    if trainer.gradient_clip_val and is_mixed and getattr(optimizer, "_step_supports_amp_scaling", False):
         raise ConfigError(
-            f"trainer.gradient_clip_val={trainer.gradient_clip_val} with trainer.precision={trainer.precision}: Lightning clips no "
-            f"gradients of a fused {type(optimizer).__name__} under mixed precision; leave out its option fused: true, or the clipping"
+            f"trainer.gradient_clip_val={trainer.gradient_clip_val} with trainer.precision={trainer.precision}:"
+            f" Lightning clips no gradients of a fused {type(optimizer).__name__} under mixed precision; leave out its"
+            " option fused: true, or the clipping"
         )
 
 
 def check_dynamic_sampling(trainer: Trainer, rounds: int, needs_greedy_baseline: bool) -> None:
-    """Dynamic sampling has a data module to take other prompts from, and an algorithm to which a constant group says nothing.
+    """Dynamic sampling has a data module to take other prompts from, and an algorithm to which a constant group says
+    nothing.
 
     Raises:
         ConfigError: If not.
     """
     if rounds and needs_greedy_baseline:
         raise ConfigError(
-            f"model.rollout.dynamic_sampling={rounds} replaces groups of equal rewards, from which this algorithm learns all the same, "
-            "since it compares with a greedy completion: set it to 0, or choose another algorithm"
+            f"model.rollout.dynamic_sampling={rounds} replaces groups of equal rewards, from which this algorithm"
+            " learns all the same, since it compares with a greedy completion: set it to 0, or choose another"
+            " algorithm"
         )
     if rounds and not hasattr(getattr(trainer, "datamodule", None), "replacements"):
         raise ConfigError(
-            f"model.rollout.dynamic_sampling={rounds} replaces prompts by others of data.train, and fit() got no data module to ask: "
-            "use a ScenarioDataModule, or set it to 0"
+            f"model.rollout.dynamic_sampling={rounds} replaces prompts by others of data.train, and fit() got no data"
+            " module to ask: use a ScenarioDataModule, or set it to 0"
         )
 
 
@@ -148,7 +161,9 @@ def check_reward_names(trainer: Trainer, known: Sequence[str]) -> None:
     unknown = {place: sorted(set(names) - set(known)) for place, names in named.items() if set(names) - set(known)}
     if unknown:
         examples = "; ".join(f"{place}: {', '.join(names)}" for place, names in list(unknown.items())[:5])
-        raise ConfigError(f"{len(unknown)} scenarios name rewards that model.reward does not have ({', '.join(known)}): {examples}")
+        raise ConfigError(
+            f"{len(unknown)} scenarios name rewards that model.reward does not have ({', '.join(known)}): {examples}"
+        )
 
 
 def check_monitors(trainer: Trainer, metrics: Iterable[str]) -> None:
@@ -166,18 +181,23 @@ def check_monitors(trainer: Trainer, metrics: Iterable[str]) -> None:
             continue
         place = f"{type(callback).__name__}.monitor={monitor}"
         if not validates:
-            raise ConfigError(f"{place}: nothing to validate on; set data.validation or data.validation_fraction, or another monitor")
+            raise ConfigError(
+                f"{place}: nothing to validate on; set data.validation or data.validation_fraction, or another monitor"
+            )
         if monitor not in known and re.sub(r"^val/topic/.+/", "val/topic/<topic>/", monitor) not in known:
             raise ConfigError(f"{place}: validation logs no such metric; it logs {', '.join(known)}")
 
 
 def check_speed(trainer: Trainer, dtype: torch.dtype) -> None:
-    """Warns of half precision, by the weights' dtype or the Trainer, where it only costs time: most CPUs have no arithmetic for it."""
+    """Warns of half precision, by the weights' dtype or the Trainer, where it only costs time: most CPUs have no
+    arithmetic for it.
+    """
     is_half = dtype.itemsize == 2 or sampling_dtype(str(trainer.precision)) is not None
     if is_half and trainer.strategy.root_device.type == "cpu" and not has_bfloat16_products():
         rank_zero_warn(
-            f"trainer.precision={trainer.precision} with {str(dtype).removeprefix('torch.')} weights: this CPU has no arithmetic for half "
-            "precision, so a step takes many times as long as in float32 (trainer.precision: 32-true, model.policy.dtype: float32)"
+            f"trainer.precision={trainer.precision} with {str(dtype).removeprefix('torch.')} weights: this CPU has no"
+            " arithmetic for half precision, so a step takes many times as long as in float32 (trainer.precision:"
+            " 32-true, model.policy.dtype: float32)"
         )
 
 
@@ -190,20 +210,28 @@ def check_context(trainer: Trainer, context_length: int | None, max_new_tokens: 
     longest = getattr(getattr(trainer, "datamodule", None), "longest_prompt", 0)
     if context_length is not None and longest + max_new_tokens > context_length:
         room = context_length - max_new_tokens
-        remedy = f"set data.max_prompt_tokens={room} (and data.overlong_prompts), or lower it" if room > 0 else "lower it"
+        remedy = (
+            f"set data.max_prompt_tokens={room} (and data.overlong_prompts), or lower it" if room > 0 else "lower it"
+        )
         raise ConfigError(
-            f"model.rollout.max_new_tokens={max_new_tokens} and the longest prompt of {longest} tokens exceed the model's {context_length} "
-            f"positions: {remedy}"
+            f"model.rollout.max_new_tokens={max_new_tokens} and the longest prompt of {longest} tokens exceed the"
+            f" model's {context_length} positions: {remedy}"
         )
 
 
 def check_checkpoint(path: str) -> None:
-    """A checkpoint file can be read and is one of ours. Lightning's own names (`last`, `best`, ...) and sharded folders are left to it.
+    """A checkpoint file can be read and is one of ours. Lightning's own names (`last`, `best`, ...) and sharded folders
+    are left to it.
 
     Raises:
         CheckpointError: If there is no such file, or it is no whole checkpoint of this package.
     """
-    if path not in ("last", "best", "hpc") and not path.startswith("registry") and "://" not in path and not Path(path).is_dir():
+    if (
+        path not in ("last", "best", "hpc")
+        and not path.startswith("registry")
+        and "://" not in path
+        and not Path(path).is_dir()
+    ):
         read_checkpoint(Path(path), map_location="cpu", mmap=True)
 
 
@@ -214,20 +242,27 @@ def check_resumable(state: Mapping[str, Any], seed: int, accumulate: int, world:
         ConfigError: If the seed differs, or, inside an episode, the accumulation or the number of ranks.
     """
     if state["seed"] != seed:
-        raise ConfigError(f"seed_everything={seed} differs from the checkpoint's {state['seed']}: give the checkpoint's to resume its run")
+        raise ConfigError(
+            f"seed_everything={seed} differs from the checkpoint's {state['seed']}: give the checkpoint's to resume"
+            " its run"
+        )
     if state["episode"] is None:
         return
     if state["accumulate"] != accumulate:
         raise ConfigError(
-            f"trainer.accumulate_grad_batches={accumulate} differs from that of the checkpoint, {state['accumulate']}, which was made "
-            "inside an episode: resume with that, or from a checkpoint at an episode's end"
+            f"trainer.accumulate_grad_batches={accumulate} differs from that of the checkpoint, {state['accumulate']},"
+            " which was made inside an episode: resume with that, or from a checkpoint at an episode's end"
         )
     if len(state["episode"]) != world:
-        raise ConfigError(f"the checkpoint was made inside an episode of {len(state['episode'])} ranks and cannot be resumed by {world}")
+        raise ConfigError(
+            f"the checkpoint was made inside an episode of {len(state['episode'])} ranks and cannot be resumed by"
+            f" {world}"
+        )
 
 
 def check_sampling_difference(metrics: Mapping[str, float], dtype: torch.dtype, temperature: float) -> None:
-    """Before the first update of an episode, sampler and trainer are the same policy: their log-probs differ by float error alone.
+    """Before the first update of an episode, sampler and trainer are the same policy: their log-probs differ by float
+    error alone.
 
     Args:
         metrics: Of the optimizer step; nothing is checked where nothing trained.
@@ -241,22 +276,25 @@ def check_sampling_difference(metrics: Mapping[str, float], dtype: torch.dtype, 
     limit = logprob_tolerance(dtype, temperature=temperature)
     if difference > limit:
         raise SamplingError(
-            f"the log-probs of sampling and of training differ by {difference:.2g} nats per token, where float error ({dtype}) is below "
-            f"{limit:.2g}: sampler and trainer do not compute the same policy, and gradients would be wrong. Set model.policy.scoring to "
-            "padded; if that helps, the model does not support packed scoring; if not, its cached decoding differs from its forward pass"
+            f"the log-probs of sampling and of training differ by {difference:.2g} nats per token, where float error"
+            f" ({dtype}) is below {limit:.2g}: sampler and trainer do not compute the same policy, and gradients would"
+            " be wrong. Set model.policy.scoring to padded; if that helps, the model does not support packed scoring;"
+            " if not, its cached decoding differs from its forward pass"
         )
 
 
 def check_bad_steps(in_a_row: int, limit: int, step: int) -> None:
-    """Skipped optimizer steps are an exception, not the rule: loss scaling overflows now and then, a diverged policy always.
+    """Skipped optimizer steps are an exception, not the rule: loss scaling overflows now and then, a diverged policy
+    always.
 
     Raises:
         NonFiniteError: After more than `limit` in a row.
     """
     if in_a_row > limit:
         raise NonFiniteError(
-            f"the gradient was not finite in {in_a_row} optimizer steps in a row (model.max_bad_steps={limit}), the last of them step "
-            f"{step}: lower the learning rate, set trainer.gradient_clip_val, or use bf16-mixed instead of 16-mixed"
+            f"the gradient was not finite in {in_a_row} optimizer steps in a row (model.max_bad_steps={limit}), the"
+            f" last of them step {step}: lower the learning rate, set trainer.gradient_clip_val, or use bf16-mixed"
+            " instead of 16-mixed"
         )
 
 
@@ -270,16 +308,16 @@ def check_weights(parameters: Iterable[Tensor], step: int) -> None:
     # The Euclidean norm is four times as fast as the largest weight, but infinite of some finite weights too.
     if not math.isfinite(total_norm(weights)) and not math.isfinite(total_norm(weights, norm_type=math.inf)):
         raise NonFiniteError(
-            f"weights are not finite after optimizer step {step}: lower the learning rate and set trainer.gradient_clip_val, then go on "
-            "from the last checkpoint, which was made before"
+            f"weights are not finite after optimizer step {step}: lower the learning rate and set"
+            " trainer.gradient_clip_val, then go on from the last checkpoint, which was made before"
         )
 
 
 def optimizer_steps_of_run(trainer: Trainer) -> int | None:
     """Optimizer steps of the whole run; None where it has no end in steps (`max_time` alone).
 
-    `trainer.estimated_stepping_batches` would do, but touching it with `max_epochs` set makes Lightning forget the loader's position
-    on resume (github.com/Lightning-AI/pytorch-lightning/issues/20550).
+    `trainer.estimated_stepping_batches` would do, but touching it with `max_epochs` set makes Lightning forget the
+    loader's position on resume (github.com/Lightning-AI/pytorch-lightning/issues/20550).
     """
     bounds = []
     if trainer.max_steps >= 0:

@@ -1,7 +1,7 @@
 """Sampling ahead: the next episode's completions are sampled and scored while this episode is trained on.
 
-They come from the policy as it was before this episode: one episode off-policy. The importance weights of the algorithm's `mismatch`
-correct for that as for any other difference between sampler and trainer.
+They come from the policy as it was before this episode: one episode off-policy. The importance weights of the
+algorithm's `mismatch` correct for that as for any other difference between sampler and trainer.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class SamplingAhead(Generic[T]):
         self._episode, self._future = episode, self._threads.submit(timed)
 
     def take(self, episode: int) -> tuple[T, float] | None:
-        """The sample of an episode and the seconds that it took; None if it was not begun. Raises what drawing it raised."""
+        """The sample of an episode and the seconds that it took; None if it was not begun. Raises what drawing it
+        raised.
+        """
         future, self._future = self._future, None
         if future is None or episode != self._episode:
             return None
@@ -77,12 +79,13 @@ def sampling_ahead(sampling: RolloutConfig, engine: RolloutEngine | None) -> Sam
         return None
     if not isinstance(engine, RemoteEngine):
         raise ConfigError(
-            "model.rollout.sampling_ahead=1 samples while the policy is trained, which the engine in this process cannot, whose weights "
-            "are the policy's: set model.engine to one that samples elsewhere, such as VLLMEngine, or sampling_ahead to 0"
+            "model.rollout.sampling_ahead=1 samples while the policy is trained, which the engine in this process"
+            " cannot, whose weights are the policy's: set model.engine to one that samples elsewhere, such as"
+            " VLLMEngine, or sampling_ahead to 0"
         )
     log.info(
-        "model.rollout.sampling_ahead=1: samples are an episode off-policy, and a resumed run is not bit-identical: its first episode is "
-        "sampled anew, from the weights of the checkpoint"
+        "model.rollout.sampling_ahead=1: samples are an episode off-policy, and a resumed run is not bit-identical: its"
+        " first episode is sampled anew, from the weights of the checkpoint"
     )
     return SamplingAhead()
 
@@ -96,8 +99,8 @@ def next_batch(trainer: Trainer) -> PromptBatch | None:
     loader = trainer.train_dataloader
     if not isinstance(loader, EpisodeLoader):
         raise ConfigError(
-            f"model.rollout.sampling_ahead=1 asks the loader for the next prompts, which {type(loader).__name__} cannot say: use a "
-            "ScenarioDataModule, or set it to 0"
+            f"model.rollout.sampling_ahead=1 asks the loader for the next prompts, which {type(loader).__name__} cannot"
+            " say: use a ScenarioDataModule, or set it to 0"
         )
     steps = optimizer_steps_of_run(trainer)
     if steps is not None and trainer.global_step + loader.num_micro_steps // trainer.accumulate_grad_batches >= steps:

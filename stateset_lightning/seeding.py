@@ -1,8 +1,8 @@
 """Counted randomness: every draw comes from a seed derived from what is drawn, never from a generator's past.
 
-A seed is mixed from (run seed, purpose, episode, position of the prompt in the global batch, sample): the noise of a completion
-is the same whatever the batch size, the number of ranks, or what was drawn before. Nothing here reads or advances torch's
-global generator, and nothing needs saving.
+A seed is mixed from (run seed, purpose, episode, position of the prompt in the global batch, sample): the noise of a
+completion is the same whatever the batch size, the number of ranks, or what was drawn before. Nothing here reads or
+advances torch's global generator, and nothing needs saving.
 
 The mixing is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
 """

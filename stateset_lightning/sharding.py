@@ -1,8 +1,8 @@
 """FSDP2: weights, gradients and optimizer state divided among the ranks, and the whole policy where a rank works alone.
 
-Training forwards gather a block's weights at a time, so all ranks run the same number of them: one per micro-step. Sampling and
-scoring without gradient run as many as a rank's prompts need. They use a whole copy of the policy, filled once per episode or
-evaluation and emptied afterwards: exact, as fast as on one device, and as large as the model.
+Training forwards gather a block's weights at a time, so all ranks run the same number of them: one per micro-step.
+Sampling and scoring without gradient run as many as a rank's prompts need. They use a whole copy of the policy, filled
+once per episode or evaluation and emptied afterwards: exact, as fast as on one device, and as large as the model.
 """
 
 # No `from __future__ import annotations`: the command line reads the strategy's signature.
@@ -36,7 +36,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     By itself "auto" would mean tensor parallelism inside a machine. A checkpoint takes its name when it is whole.
 
     Args:
-        save_distributed_checkpoint: Every rank writes its shards to a folder; otherwise rank 0 gathers all and writes one file.
+        save_distributed_checkpoint: Every rank writes its shards to a folder; otherwise rank 0 gathers all and writes
+            one file.
         process_group_backend: By default NCCL on GPUs, gloo on CPUs.
         timeout: That a rank waits for another.
     """
@@ -57,7 +58,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         if not self._save_distributed_checkpoint:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
-        # Lightning writes into the folder itself, over the shards of an earlier checkpoint of that name. It takes rank 0's path.
+        # Lightning writes into the folder itself, over the shards of an earlier checkpoint of that name. It takes rank
+        # 0's path.
         path = Path(filepath)
         if self.is_global_zero and path.is_file():
             path.unlink()
@@ -81,7 +83,8 @@ class WholePolicy:
     """A sharded policy's copy that has all weights on this device between `gather` and `release`, and none otherwise.
 
     Args:
-        policy: What is to be sharded, on any device. Its blocks, and what is left with the embeddings, become a shard each.
+        policy: What is to be sharded, on any device. Its blocks, and what is left with the embeddings, become a shard
+            each.
         mesh: The ranks that share it.
         device: This rank's.
 
@@ -90,7 +93,9 @@ class WholePolicy:
     """
 
     def __init__(self, policy: Policy, mesh: DeviceMesh, device: torch.device) -> None:
-        hollow = {id(p): nn.Parameter(torch.empty_like(p, device=device), requires_grad=False) for p in policy.parameters()}
+        hollow = {
+            id(p): nn.Parameter(torch.empty_like(p, device=device), requires_grad=False) for p in policy.parameters()
+        }
         self.policy: Policy = copy.deepcopy(policy, hollow).to(device)  # tied weights stay tied; buffers are copied
         self._shards = list(policy.parameters())
         self._places = [hollow[id(p)] for p in self._shards]
@@ -124,9 +129,15 @@ class ShardableModule(LightningModule):
         assert self.policy is not None
         if self._whole is None and self._trainer is not None and isinstance(self.trainer.strategy, FSDP2Strategy):
             if self.policy.adapter is not None:
-                raise ConfigError("trainer.strategy=fsdp2 does not shard adapters: use ddp with model.policy.lora, or train all weights")
+                raise ConfigError(
+                    "trainer.strategy=fsdp2 does not shard adapters: use ddp with model.policy.lora, or train all"
+                    " weights"
+                )
             if not isinstance(self.engine, InProcessEngine | None):
-                raise ConfigError(f"trainer.strategy=fsdp2 samples in this process, not by {type(self.engine).__name__}: use ddp with it")
+                raise ConfigError(
+                    f"trainer.strategy=fsdp2 samples in this process, not by {type(self.engine).__name__}: use ddp"
+                    " with it"
+                )
             mesh = self.trainer.strategy.device_mesh["data_parallel"]
             self._whole = WholePolicy(self.policy, mesh, self.trainer.strategy.root_device)
 
@@ -158,7 +169,9 @@ class ShardableModule(LightningModule):
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which each rank has a part; all ranks call it together. Any other tensor is returned as it is."""
+    """All of a tensor of which each rank has a part; all ranks call it together. Any other tensor is returned as it
+    is.
+    """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -172,8 +185,8 @@ def _shard(policy: Policy, mesh: DeviceMesh) -> None:
     blocks = [module for module in policy.model.modules() if type(module).__name__ in names]
     if not blocks:
         raise ConfigError(
-            f"trainer.strategy=fsdp2: {policy.config.model_name} does not say what its blocks are (`_no_split_modules`), by which it "
-            "would be sharded: use trainer.strategy=ddp"
+            f"trainer.strategy=fsdp2: {policy.config.model_name} does not say what its blocks are"
+            " (`_no_split_modules`), by which it would be sharded: use trainer.strategy=ddp"
         )
     for block in blocks:
         fully_shard(block, mesh=mesh)

@@ -67,7 +67,9 @@ class TextModel:
         self.tokenizer.padding_side = "right"
         self.tokenizer.chat_control_tokens = control_tokens(self.tokenizer)
         positions = context_length(self.model)
-        table = next((m for name, m in self.model.named_modules() if name.endswith("embeddings.position_embeddings")), None)
+        table = next(
+            (m for name, m in self.model.named_modules() if name.endswith("embeddings.position_embeddings")), None
+        )
         padding = getattr(table, "padding_idx", None)
         if positions is not None and padding is not None:  # RoBERTa's begin behind the padding's
             positions -= padding + 1
@@ -79,12 +81,16 @@ class TextModel:
         return self._checked(self.tokenizer(text, second, split_special_tokens=True, verbose=False))
 
     def encode_conversation(self, turns: Sequence[Turn]) -> Encoded | DataError:
-        """By the chat template; without one the last turn is the second of a pair, behind the others joined by blank lines."""
+        """By the chat template; without one the last turn is the second of a pair, behind the others joined by blank
+        lines.
+        """
         if not self.tokenizer.chat_template:
             return self.encode("\n\n".join(turn["content"] for turn in turns[:-1]), turns[-1]["content"])
         messages = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
         try:
-            return self._checked(self.tokenizer.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=True))
+            return self._checked(
+                self.tokenizer.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=True)
+            )
         except Exception as error:  # a template is foreign code
             return DataError(f"{self.key}: its chat template refuses the conversation: {error}")
 
@@ -132,7 +138,9 @@ def _identity(text: Encoded) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(values) for _, values in sorted(text.items()))
 
 
-def _load(key: str, model_name: str, kind: str, dtype: str, revision: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(
+    key: str, model_name: str, kind: str, dtype: str, revision: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
     name = resolve_model_name(model_name, key)
@@ -140,9 +148,16 @@ def _load(key: str, model_name: str, kind: str, dtype: str, revision: str | None
     option = f"{key}={model_name!r}"
     with loading_errors(option):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
-        with torch.random.fork_rng(devices=[]):  # an encoder's pooler, which is not used, may be missing: it is filled at random
+        # an encoder's pooler, which is not used, may be missing: it is filled at random
+        with torch.random.fork_rng(devices=[]):
             model, report = auto.from_pretrained(
-                name, dtype=getattr(torch, dtype), revision=revision or "main", weights_only=True, output_loading_info=True
+                name,
+                dtype=getattr(torch, dtype),
+                revision=revision or "main",
+                weights_only=True,
+                output_loading_info=True,
             )
-    check_complete(option, (weight for weight in report["missing_keys"] if kind == "classifier" or "pooler" not in weight), kind)
+    check_complete(
+        option, (weight for weight in report["missing_keys"] if kind == "classifier" or "pooler" not in weight), kind
+    )
     return model.eval().requires_grad_(False), tokenizer

@@ -1,4 +1,6 @@
-"""A checkpoint, model folder or model name -> model, tokenizer and prompts as in training; for `generate` and `export`."""
+"""A checkpoint, model folder or model name -> model, tokenizer and prompts as in training; for `generate` and
+`export`.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,8 @@ _PROMPT_OPTIONS = ("system_prompt", "use_chat_template", "chat_template_kwargs",
 class TrainedModel:
     """A model with what its training says about using it.
 
-    `config` is the run's resolved config, empty where none is found; `checkpoint` is all of the checkpoint but its weights, empty for
-    a plain model.
+    `config` is the run's resolved config, empty where none is found; `checkpoint` is all of the checkpoint but its
+    weights, empty for a plain model.
     """
 
     source: str
@@ -72,14 +74,20 @@ def load_trained(source: str, config: str | None = None) -> TrainedModel:
         read = _read_config(Path(config)) if config else {}
         return TrainedModel(source, policy, load_model(policy), load_tokenizer(policy), RolloutConfig(), config=read)
     checkpoint = read_checkpoint(file, check_sums=True, map_location="cpu")
-    weights = {name.removeprefix(_WEIGHTS): value for name, value in checkpoint.pop("state_dict").items() if name.startswith(_WEIGHTS)}
+    weights = {
+        name.removeprefix(_WEIGHTS): value
+        for name, value in checkpoint.pop("state_dict").items()
+        if name.startswith(_WEIGHTS)
+    }
     given = checkpoint["hyper_parameters"]
     policy = PolicyConfig.of(given["policy"])
     adapter = checkpoint["stateset"].get("adapter")
     model = _load_whole(source, policy, weights) if adapter is None else _load_adapted(source, policy, weights, adapter)
     found = _read_config(Path(config)) if config else _config_of_run(file, checkpoint)
     seed = given["seed"] if given["seed"] is not None else checkpoint["stateset"]["seed"]
-    return TrainedModel(source, policy, model, load_tokenizer(policy), RolloutConfig(**given["rollout"]), seed, found, checkpoint)
+    return TrainedModel(
+        source, policy, model, load_tokenizer(policy), RolloutConfig(**given["rollout"]), seed, found, checkpoint
+    )
 
 
 def _load_whole(source: str, policy: PolicyConfig, weights: Mapping[str, Tensor]) -> PreTrainedModel:
@@ -90,16 +98,22 @@ def _load_whole(source: str, policy: PolicyConfig, weights: Mapping[str, Tensor]
         model.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{source}: its weights do not fit {policy.model_name}, which the run started from: {reason}") from error
+        raise CheckpointError(
+            f"{source}: its weights do not fit {policy.model_name}, which the run started from: {reason}"
+        ) from error
     model.tie_weights()
     return model
 
 
-def _load_adapted(source: str, policy: PolicyConfig, weights: Mapping[str, Tensor], saved: Mapping[str, Any]) -> PreTrainedModel:
+def _load_adapted(
+    source: str, policy: PolicyConfig, weights: Mapping[str, Tensor], saved: Mapping[str, Any]
+) -> PreTrainedModel:
     """The base, with the checkpoint's adapter; an adapter that the run started from is not needed any more."""
     model = load_model(replace(policy, lora=None, adapter=None), getattr(torch, saved["base"]["dtype"]))
     inject(model, config_from_plain(saved["config"]), source)
-    check_base({"model_name": policy.model_name, "revision": policy.revision, "digest": base_digest(model)}, saved["base"])
+    check_base(
+        {"model_name": policy.model_name, "revision": policy.revision, "digest": base_digest(model)}, saved["base"]
+    )
     if (names := set(trained_names(model))) != set(weights):
         raise CheckpointError(f"{source}: its adapter does not fit: {', '.join(sorted(names ^ set(weights))[:3])}")
     model.load_state_dict(weights, strict=False)
@@ -111,7 +125,11 @@ def _config_of_run(file: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     for path in (folder / name for folder in folders for name in ("config.yaml", "resolved_config.yaml")):
         if path.is_file():
             return _read_config(path)
-    _log.info("%s: no config of its run is found: prompts get no system prompt and the tokenizer's chat template, if it has one", file)
+    _log.info(
+        "%s: no config of its run is found: prompts get no system prompt and the tokenizer's chat template, if it"
+        " has one",
+        file,
+    )
     return {}
 
 

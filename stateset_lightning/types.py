@@ -22,7 +22,9 @@ if TYPE_CHECKING:  # torch takes a second to import, and reward workers and `--h
     from torch import Tensor
 
 NOT_APPLICABLE = float("-inf")
-"""Score of a reward that does not apply to a completion (it returned None). NaN is the score of a reward that failed."""
+"""Score of a reward that does not apply to a completion (it returned None). NaN is the score of a reward that
+failed.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +49,8 @@ class Turn:
 class Scenario(BaseModel):
     """One prompt to be answered, with all that its rewards need. Any further column is kept.
 
-    Exactly one of `prompt` and `messages` is given. `context` is the instruction that the answer must follow; it becomes
-    the system turn. `rewards` names the reward functions that score this scenario; None means all of them.
+    Exactly one of `prompt` and `messages` is given. `context` is the instruction that the answer must follow; it
+    becomes the system turn. `rewards` names the reward functions that score this scenario; None means all of them.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -86,11 +88,12 @@ class Scenario(BaseModel):
 class PromptBatch:
     """The prompts of one episode on this rank, and which of the episode's micro-steps this is.
 
-    `positions` are those of the prompts in the episode's global batch (or, outside training, in the whole split): noise is
-    derived from them, so it does not depend on the number of ranks or, outside training, on the batch size. `rows` are the indices of the
-    scenarios among those of the split; a batch that no data module made may do without.
+    `positions` are those of the prompts in the episode's global batch (or, outside training, in the whole split): noise
+    is derived from them, so it does not depend on the number of ranks or, outside training, on the batch size. `rows`
+    are the indices of the scenarios among those of the split; a batch that no data module made may do without.
 
-    Not a dataclass on purpose: Lightning's half-precision plugins walk through dataclasses and containers, token by token.
+    Not a dataclass on purpose: Lightning's half-precision plugins walk through dataclasses and containers, token by
+    token.
     """
 
     __slots__ = (
@@ -142,7 +145,8 @@ class FinishReason(StrEnum):
 class Rollout:
     """N = P * G completions. The end-of-sequence token is among the tokens, not in the text.
 
-    `logprobs_T` are those of the sampled tokens: log-softmax of the logits divided by the temperature, before top-k, top-p and min-p.
+    `logprobs_T` are those of the sampled tokens: log-softmax of the logits divided by the temperature, before top-k,
+    top-p and min-p.
     """
 
     prompt_tokens: list[list[int]]
@@ -176,9 +180,9 @@ class RewardFailure:
 class Scores:
     """What the rewards said of N completions.
 
-    `values_NF` holds NaN where a reward failed and `NOT_APPLICABLE` where it does not apply. `totals_N` is the weighted sum
-    over the rewards that apply, NaN for a failed completion; rewards of weight 0 are no part of it. `breakdowns[n]` holds each
-    reward's own breakdown by name.
+    `values_NF` holds NaN where a reward failed and `NOT_APPLICABLE` where it does not apply. `totals_N` is the weighted
+    sum over the rewards that apply, NaN for a failed completion; rewards of weight 0 are no part of it. `breakdowns[n]`
+    holds each reward's own breakdown by name.
     """
 
     names: tuple[str, ...]
@@ -193,8 +197,8 @@ class Scores:
 class TokenBatch:
     """What a policy loss sees: the packed completion tokens of a part of an episode.
 
-    `advantages_N` holds one value per completion, `lengths_N` its number of tokens (their sum is T). `select_T` marks the
-    tokens that a selection (top entropy, say) keeps; None keeps all.
+    `advantages_N` holds one value per completion, `lengths_N` its number of tokens (their sum is T). `select_T` marks
+    the tokens that a selection (top entropy, say) keeps; None keeps all.
     """
 
     logprobs_T: Tensor

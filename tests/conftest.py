@@ -1,4 +1,6 @@
-"""Small models of several architectures, built in memory with weights large enough that outputs vary; no network anywhere."""
+"""Small models of several architectures, built in memory with weights large enough that outputs vary; no network
+anywhere.
+"""
 
 import os
 from collections.abc import Callable, Iterator
@@ -8,13 +10,27 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from stateset_lightning.policy import PolicyConfig, load_model, load_tokenizer
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gpt2")
 COMMON = {"vocab_size": 384, "initializer_range": 0.2, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None}
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
 
 
 def small_config(name: str, **changes: Any) -> Any:
@@ -39,7 +55,9 @@ def small_config(name: str, **changes: Any) -> Any:
 
 
 def small_model(name: str, **changes: Any) -> PreTrainedModel:
-    """The same weights at every call: float32, evaluation mode, biases and norms away from their trivial initial values."""
+    """The same weights at every call: float32, evaluation mode, biases and norms away from their trivial initial
+    values.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         attention = "eager" if name == "gemma2" else "sdpa"
@@ -48,7 +66,11 @@ def small_model(name: str, **changes: Any) -> PreTrainedModel:
             for parameter_name, parameter in model.named_parameters():
                 if parameter.dim() == 1:
                     offset = 0.3 * torch.randn_like(parameter)
-                    parameter.add_(offset if "bias" in parameter_name or "norm" in parameter_name or "ln" in parameter_name else 0.0)
+                    parameter.add_(
+                        offset
+                        if "bias" in parameter_name or "norm" in parameter_name or "ln" in parameter_name
+                        else 0.0
+                    )
     return model.eval()
 
 
@@ -62,7 +84,9 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _environment() -> Iterator[None]:
-    """Lightning leaves LOCAL_RANK and MASTER_PORT behind: a run that a later test starts would wait for ranks that nobody starts."""
+    """Lightning leaves LOCAL_RANK and MASTER_PORT behind: a run that a later test starts would wait for ranks that
+    nobody starts.
+    """
     with patch.dict(os.environ):
         yield
 
@@ -93,7 +117,9 @@ def tiny_model() -> PreTrainedModel:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Callable[..., Path]:
-    """`model_folder(architecture, **configuration)` -> a folder that `save_pretrained` wrote, the bundled tokenizer beside; made once."""
+    """`model_folder(architecture, **configuration)` -> a folder that `save_pretrained` wrote, the bundled tokenizer
+    beside; made once.
+    """
     folders: dict[str, Path] = {}
 
     def folder(name: str, **changes: Any) -> Path:

@@ -68,7 +68,9 @@ def make_trainer(folder: Path, **overrides: Any) -> Trainer:
     return Trainer(**options)
 
 
-def fit(folder: Path, module: GRPOLightningModule | None = None, data: ScenarioDataModule | None = None, **overrides: Any) -> Trainer:
+def fit(
+    folder: Path, module: GRPOLightningModule | None = None, data: ScenarioDataModule | None = None, **overrides: Any
+) -> Trainer:
     """A whole run from seed 7; `trainer.lightning_module` is the trained module."""
     ckpt_path = overrides.pop("ckpt_path", None)
     seed_everything(7, verbose=False)

@@ -1,4 +1,6 @@
-"""A small run's folder, shared by the tests of its report: files as a run leaves them, with a completion that attacks the page."""
+"""A small run's folder, shared by the tests of its report: files as a run leaves them, with a completion that attacks
+the page.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-ATTACK = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> <!-- {{STYLE}} &lt;"
+ATTACK = (
+    "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> <!-- {{STYLE}} &lt;"
+)
 
 
 def completion(text: str, reward: float | None, step: int = 1, **more: Any) -> dict[str, Any]:
@@ -19,7 +23,11 @@ def completion(text: str, reward: float | None, step: int = 1, **more: Any) -> d
 
 def evaluated(step: int, reward: float, name: str = "v1") -> dict[str, Any]:
     row = completion("three", reward, step, split="validation", id=name, prompt=f"question {name}")
-    return {key: value for key, value in row.items() if key not in ("episode", "advantage", "tokens", "logprobs", "logprobs_after")}
+    return {
+        key: value
+        for key, value in row.items()
+        if key not in ("episode", "advantage", "tokens", "logprobs", "logprobs_after")
+    }
 
 
 def write_samples(folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -46,9 +54,12 @@ def write_run(folder: Path) -> None:
         *(completion("2", 1.0) for _ in range(3)),
         completion(ATTACK, None, errors=["right: KeyError: <b>"]),
     ]
-    rows += [completion(text, reward, 5, breakdown={"right": {"<i>": 1.0}}) for text, reward in (("2", 1.0), ("one", 0.0))]
+    rows += [
+        completion(text, reward, 5, breakdown={"right": {"<i>": 1.0}}) for text, reward in (("2", 1.0), ("one", 0.0))
+    ]
     write_samples(folder, [*rows, evaluated(5, 1.0), evaluated(5, 1.0, "v2")])
     (folder / "config.yaml").write_text(
-        "model:\n  policy: {model_name: tiny}\n  algorithm: {class_path: a.GRPO}\n  reward:\n  - class_path: a.Right\n# </pre><b>\n"
+        "model:\n  policy: {model_name: tiny}\n  algorithm: {class_path: a.GRPO}\n  reward:\n  - class_path: a.Right\n#"
+        " </pre><b>\n"
     )
     (folder / "environment.json").write_text(json.dumps({"python": "3.12.1", "device": "<b>cpu</b>"}))

@@ -1,4 +1,6 @@
-"""The house rules that a machine can check: one-way imports, file sizes, no use of the global generator, nothing pickled."""
+"""The house rules that a machine can check: one-way imports, file sizes, no use of the global generator, nothing
+pickled.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +39,25 @@ LAYERS = [
     {"bad_steps"},
     {"resume", "resumable"},
     {"module", "datamodule"},
-    {"cli_messages", "lightning_cli", "convert", "trained", "generate", "export", "report", "estimate", "doctor", "completion"},
+    {
+        "cli_messages",
+        "lightning_cli",
+        "convert",
+        "trained",
+        "generate",
+        "export",
+        "report",
+        "estimate",
+        "doctor",
+        "completion",
+    },
     {"cli"},
 ]
-PURE = {"algorithm": {"lightning", "transformers"}, "types": {"lightning", "transformers"}, "rewards": {"lightning", "transformers"}}
+PURE = {
+    "algorithm": {"lightning", "transformers"},
+    "types": {"lightning", "transformers"},
+    "rewards": {"lightning", "transformers"},
+}
 
 
 def room(path: Path) -> str:
@@ -61,7 +78,9 @@ def ids(path: Path) -> str:
     return str(path.relative_to(PACKAGE))
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.parent != PACKAGE or p.stem not in ("__init__", "__main__")], ids=ids)
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p.parent != PACKAGE or p.stem not in ("__init__", "__main__")], ids=ids
+)
 def test_imports_point_one_way(path: Path) -> None:
     mine = room(path)
     rooms = {name.split(".")[1] for name in imported_modules(path) if name.startswith("stateset_lightning.")}
@@ -91,9 +110,14 @@ def test_nothing_draws_from_a_global_generator_or_unpickles(path: Path) -> None:
     text = path.read_text()
     assert not GLOBAL_RANDOMNESS.search(text)
     assert "weights_only=False" not in text
-    # The description of a sharded checkpoint is read by a reader that knows a few classes of torch and refuses all others.
-    # The worker pipe carries the user's own reward object to a child of the same program; no file is ever unpickled.
-    assert not re.search(r"(pickle|dill)\.(load|Unpickler)", text) or path.name in ("worker.py", "worker_pool.py", "checkpoint_io.py")
+    # The description of a sharded checkpoint is read by a reader that knows a few classes of torch and refuses all
+    # others. The worker pipe carries the user's own reward object to a child of the same program; no file is ever
+    # unpickled.
+    assert not re.search(r"(pickle|dill)\.(load|Unpickler)", text) or path.name in (
+        "worker.py",
+        "worker_pool.py",
+        "checkpoint_io.py",
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=ids)

@@ -60,7 +60,9 @@ def refuse(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "bad_rewards", raising=False)
     Path("bad_rewards.py").write_text(REWARDS)
-    Path("good.jsonl").write_text("".join(json.dumps({"prompt": f"What is {i}?", "target": str(i)}) + "\n" for i in range(4)))
+    Path("good.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"What is {i}?", "target": str(i)}) + "\n" for i in range(4))
+    )
 
     def run(change=None, *flags, command="fit", max_lines=6):
         config = {
@@ -111,7 +113,11 @@ FILES = [
     ("type.jsonl", '{"prompt": 5, "target": "5"}', ["type.jsonl:1", "prompt must be text", "5"]),
     ("column.jsonl", '{"question": "a"}', ["column.jsonl", "no column 'prompt'", "data.fields.prompt=question"]),
     ("no_prompt.jsonl", '{"prompt": "   "}', ["no_prompt.jsonl:1", "empty"]),
-    ("twice.jsonl", '{"id": "x", "prompt": "a"}\n{"id": "x", "prompt": "b"}', ["twice.jsonl:2", "'x'", "twice.jsonl:1", "differ"]),
+    (
+        "twice.jsonl",
+        '{"id": "x", "prompt": "a"}\n{"id": "x", "prompt": "b"}',
+        ["twice.jsonl:2", "'x'", "twice.jsonl:1", "differ"],
+    ),
     ("messages.jsonl", '{"messages": "hello"}', ["messages.jsonl:1", "list of {role, content}"]),
     ("role.jsonl", '{"messages": [{"role": "bot", "content": "a"}]}', ["role.jsonl:1", "'bot'", "user, assistant"]),
     ("last.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}', ["last.jsonl:1", "must be the user's"]),
@@ -292,7 +298,9 @@ def test_an_abbreviated_flag_is_not_guessed(refuse, flag):
     assert_told(refuse(None, flag, "4"), [flag[2:], "did you mean", flag[2:] + "s"])
 
 
-@pytest.mark.parametrize(("command", "key"), [("predict", "data.predict"), ("test", "data.test"), ("validate", "data.validation")])
+@pytest.mark.parametrize(
+    ("command", "key"), [("predict", "data.predict"), ("test", "data.test"), ("validate", "data.validation")]
+)
 def test_a_command_without_its_data(refuse, command, key):
     assert_told(refuse(command=command), [key, "not given", "set it"])
 
@@ -305,4 +313,6 @@ def test_checkpoints_that_are_none(refuse):
     Path("cut.ckpt").write_bytes(Path("whole.ckpt").read_bytes()[:2000])
     assert_told(refuse(None, "--ckpt_path", "cut.ckpt"), ["ckpt_path=cut.ckpt", "damaged"])
     torch.save({"weights": torch.zeros(1)}, "other.ckpt")
-    assert_told(refuse(None, "--ckpt_path", "other.ckpt"), ["ckpt_path=other.ckpt", "no checkpoint of stateset-lightning"])
+    assert_told(
+        refuse(None, "--ckpt_path", "other.ckpt"), ["ckpt_path=other.ckpt", "no checkpoint of stateset-lightning"]
+    )

@@ -1,4 +1,6 @@
-"""NaN and infinity in loss, gradient, reward and weights: skipped, written down, stopped; never trained on, never saved."""
+"""NaN and infinity in loss, gradient, reward and weights: skipped, written down, stopped; never trained on, never
+saved.
+"""
 
 import json
 import math
@@ -31,7 +33,8 @@ SPOILS = {
     "NaN loss": lambda loss_T: loss_T * math.nan,
     "infinite loss": lambda loss_T: loss_T * math.inf,
     "infinite loss of finite gradient": lambda loss_T: loss_T + math.inf,
-    "NaN gradient of a finite loss": lambda loss_T: loss_T + (loss_T - loss_T.detach()).abs().sqrt(),  # 0, of infinite slope
+    # 0, of infinite slope
+    "NaN gradient of a finite loss": lambda loss_T: loss_T + (loss_T - loss_T.detach()).abs().sqrt(),
     "huge gradient": lambda loss_T: loss_T * 1e25,
 }
 
@@ -70,10 +73,14 @@ def test_huge_rewards_leave_the_weights_finite(tmp_path, algorithm):
 def test_what_a_skipped_step_would_have_trained_is_written_down(tmp_path):
     module = make_module(algorithm=Spoiled(SPOILS["NaN loss"], range(1, 100)))
     data = make_data(steps_per_episode=4, batch_size=8)
-    with pytest.warns(UserWarning, match=r"the gradient is not finite \(nan\): optimizer step skipped; see .* in .*bad_steps.jsonl"):
+    with pytest.warns(
+        UserWarning, match=r"the gradient is not finite \(nan\): optimizer step skipped; see .* in .*bad_steps.jsonl"
+    ):
         fit(tmp_path, module, data, accumulate_grad_batches=2, max_steps=2)
     rows = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
-    trained = [record.to_dict() for record, active in zip(module.last_records, module._episode.active_N, strict=True) if active]
+    trained = [
+        record.to_dict() for record, active in zip(module.last_records, module._episode.active_N, strict=True) if active
+    ]
     assert trained
     told = [{name: row[name] for name in ("id", "prompt", "completion", "reward", "rewards")} for row in rows]
     for expected in trained:
@@ -109,7 +116,8 @@ def test_bad_steps_after_the_checkpoint_are_not_told_twice(tmp_path):
 def test_max_bad_steps_counts_steps_in_a_row_and_across_a_resume(tmp_path, limit):
     always = {"algorithm": Spoiled(SPOILS["NaN loss"], range(1, 100)), "max_bad_steps": limit}
     with pytest.raises(
-        NonFiniteError, match=rf"in {limit + 1} optimizer steps in a row \(model.max_bad_steps={limit}\), .* step {limit + 1}:"
+        NonFiniteError,
+        match=rf"in {limit + 1} optimizer steps in a row \(model.max_bad_steps={limit}\), .* step {limit + 1}:",
     ):
         fit(tmp_path, make_module(**always), max_steps=20)
     keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
@@ -128,7 +136,9 @@ def test_weights_that_a_finite_gradient_made_infinite_are_never_saved(tmp_path):
     assert not list(tmp_path.glob("*.ckpt"))
 
 
-@pytest.mark.parametrize(("norm", "bad"), [(0.0, False), (1e18, False), (1e20, True), (math.inf, True), (math.nan, True)])
+@pytest.mark.parametrize(
+    ("norm", "bad"), [(0.0, False), (1e18, False), (1e20, True), (math.inf, True), (math.nan, True)]
+)
 def test_norms_whose_square_overflows_are_bad(norm, bad):
     assert is_bad(norm) is bad
 

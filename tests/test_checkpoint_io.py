@@ -47,7 +47,10 @@ def test_what_is_written_is_read_and_replaces_what_was_there(tmp_path):
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     path = save(tmp_path / "last.ckpt", 1)
-    with full_disk(50_000), pytest.raises(DiskError, match=r"last.ckpt: cannot be written \(File too large\).*untouched"):
+    with (
+        full_disk(50_000),
+        pytest.raises(DiskError, match=r"last.ckpt: cannot be written \(File too large\).*untouched"),
+    ):
         IO.save_checkpoint(checkpoint(2, size=100_000), path)
     assert IO.load_checkpoint(path)["state_dict"]["weight"][0] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
@@ -84,7 +87,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_offered(tmp_path, d
         flip_bit(newest, newest.read_bytes().index(b"stateset"))
     else:
         newest.write_bytes(newest.read_bytes()[:-200] if damage == "truncated" else b"")
-    with pytest.raises(CheckpointError, match=r"last.ckpt: the file is damaged.*the one before it is whole: --ckpt_path .*step=2.ckpt"):
+    with pytest.raises(
+        CheckpointError, match=r"last.ckpt: the file is damaged.*the one before it is whole: --ckpt_path .*step=2.ckpt"
+    ):
         IO.load_checkpoint(newest)
 
 
@@ -99,7 +104,9 @@ def test_only_whole_checkpoints_are_offered(tmp_path):
 
 def test_files_that_are_no_checkpoints_of_ours_are_refused(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(CheckpointError, match=r"no checkpoint of stateset-lightning; for other weights set model\.policy\.model_name"):
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint of stateset-lightning; for other weights set model\.policy\.model_name"
+    ):
         read_checkpoint(tmp_path / "other.ckpt")
     with pytest.raises(CheckpointError, match="there is no such file"):
         IO.load_checkpoint(tmp_path / "absent.ckpt")

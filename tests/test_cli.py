@@ -1,4 +1,6 @@
-"""The command line in process: parsing, overlays, saved configs, resuming, and the traps of LightningCLI that it avoids."""
+"""The command line in process: parsing, overlays, saved configs, resuming, and the traps of LightningCLI that it
+avoids.
+"""
 
 import contextlib
 import dataclasses
@@ -33,7 +35,13 @@ CONFIG = {
         "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-4}},
     },
     "data": {"train": "rows.jsonl", "batch_size": 2},
-    "trainer": {"max_steps": 2, "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "default_root_dir": "out"},
+    "trainer": {
+        "max_steps": 2,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "default_root_dir": "out",
+    },
 }
 CSV_LOGGER = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "cli"}}
 
@@ -43,7 +51,9 @@ def config(tmp_path, monkeypatch):
     """A good config in an empty working folder; returns its path."""
     monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(tmp_path)
-    Path("rows.jsonl").write_text("".join(json.dumps({"prompt": f"What is {i} + 1?", "target": str(i + 1)}) + "\n" for i in range(8)))
+    Path("rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"What is {i} + 1?", "target": str(i + 1)}) + "\n" for i in range(8))
+    )
     Path("config.yaml").write_text(yaml.safe_dump(CONFIG))
     return "config.yaml"
 
@@ -81,7 +91,10 @@ def test_a_printed_config_runs_whatever_was_left_to_its_default(config):
 
 
 def test_both_programs_are_the_same(config):
-    for program in ([sys.executable, "-m", "stateset_lightning"], [str(Path(sys.executable).parent / "stateset-lightning")]):
+    for program in (
+        [sys.executable, "-m", "stateset_lightning"],
+        [str(Path(sys.executable).parent / "stateset-lightning")],
+    ):
         done = subprocess.run([*program, "--help"], capture_output=True, text=True, check=True)
         assert done.stdout.startswith("usage: stateset-lightning {fit,validate,test,predict} --config FILE")
     failed = subprocess.run([*program, "fit", "--config", "none.yaml"], capture_output=True, text=True, check=False)
@@ -95,7 +108,15 @@ def test_the_console_script_ends_with_code_0_and_without_noise(config):
     done = subprocess.run([program, "fit", "--config", config], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "policy: tiny, 1,034,368 parameters, float32, packed scoring" in done.stdout
-    for noise in ("GPU available", "TPU available", "litlogger", "object at", "LightningCLI's args", "Params", "num_workers"):
+    for noise in (
+        "GPU available",
+        "TPU available",
+        "litlogger",
+        "object at",
+        "LightningCLI's args",
+        "Params",
+        "num_workers",
+    ):
         assert noise not in done.stdout + done.stderr
 
 
@@ -115,7 +136,19 @@ def test_help_of_the_program_and_its_own_subcommands_imports_nothing_heavy(comma
 
 @pytest.mark.slow  # a fresh interpreter imports torch and Lightning
 def test_the_command_line_imports_no_library_that_only_some_runs_need():
-    some = {"wandb", "datasets", "peft", "math_verify", "reasoning_gym", "openai", "tensorboard", "vllm", "trl", "jsonschema", "pyarrow"}
+    some = {
+        "wandb",
+        "datasets",
+        "peft",
+        "math_verify",
+        "reasoning_gym",
+        "openai",
+        "tensorboard",
+        "vllm",
+        "trl",
+        "jsonschema",
+        "pyarrow",
+    }
     assert not some & modules_after("import stateset_lightning.lightning_cli")
 
 
@@ -175,7 +208,11 @@ def test_an_algorithm_chosen_over_a_config_has_its_own_defaults(config, name):
     path = f"stateset_lightning.algorithm.{name}"
     later = overlay("later.yaml", {"model": {"algorithm": {"class_path": path, "init_args": {"beta": 0.3}}}})
     own = vars(getattr(algorithms, name)())
-    for flags in (["--model.algorithm", path, "--model.algorithm.beta", "0.3"], ["--model.algorithm", name], ["--config", later]):
+    for flags in (
+        ["--model.algorithm", path, "--model.algorithm.beta", "0.3"],
+        ["--model.algorithm", name],
+        ["--config", later],
+    ):
         given = {"beta": 0.3 if "0.3" in flags or "--config" in flags else 0.0}
         printed = printed_config("fit", "--config", config, *flags)["model"]["algorithm"]
         expected = {key: dataclasses.asdict(own[key]) if key == "kl" else own[key] for key in printed["init_args"]}
@@ -234,7 +271,12 @@ def test_a_scenario_file_is_not_taken_for_a_config(config):
 def test_bounds_are_enforced(config, capsys, key, value, said):
     extra = []
     if key.startswith("model.lr_scheduler"):
-        extra = ["--config", overlay("s.yaml", {"model": {"lr_scheduler": {"class_path": "stateset_lightning.policy.schedule.Schedule"}}})]
+        extra = [
+            "--config",
+            overlay(
+                "s.yaml", {"model": {"lr_scheduler": {"class_path": "stateset_lightning.policy.schedule.Schedule"}}}
+            ),
+        ]
     with pytest.raises(SystemExit) as stopped:
         main(["fit", "--config", config, *extra, f"--{key}", value])
     assert stopped.value.code == 2
@@ -254,7 +296,9 @@ def test_no_bounded_signature_is_read_from_a_string():
             continue
         uses_bounds = re.search(r"Annotated\[[^\]]*\b(Ge|Gt|Le|Lt)\(", source)
         bounded += bool(uses_bounds)
-        assert not (uses_bounds and re.search(r"^from __future__ import annotations$", source, re.MULTILINE)), found.name
+        assert not (uses_bounds and re.search(r"^from __future__ import annotations$", source, re.MULTILINE)), (
+            found.name
+        )
     assert bounded >= 8
 
 
@@ -279,7 +323,10 @@ def test_every_bounded_key_stands_in_the_table_above():
 
 
 def with_checkpoints(tmp_name="ck.yaml", **model):
-    checkpoints = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_last": True, "every_n_train_steps": 1}}
+    checkpoints = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"save_last": True, "every_n_train_steps": 1},
+    }
     trainer = {"logger": CSV_LOGGER, "enable_checkpointing": True, "callbacks": [checkpoints]}
     return overlay(tmp_name, {"trainer": trainer, "model": model})
 
@@ -290,7 +337,12 @@ LAST = "runs/cli/version_0/checkpoints/last.ckpt"
 @pytest.mark.parametrize("schedule", [None, "constant", "cosine"])
 def test_a_learning_rate_given_on_resume_wins_over_the_checkpoint(config, schedule):  # trap P1
     model = (
-        {"lr_scheduler": {"class_path": "stateset_lightning.policy.schedule.Schedule", "init_args": {"decay": schedule}}}
+        {
+            "lr_scheduler": {
+                "class_path": "stateset_lightning.policy.schedule.Schedule",
+                "init_args": {"decay": schedule},
+            }
+        }
         if schedule
         else {}
     )
@@ -308,7 +360,10 @@ def test_a_learning_rate_given_on_resume_wins_over_the_checkpoint(config, schedu
         assert group["initial_lr"] == 3e-6
     else:
         assert rates == [3e-6, 3e-6]
-    assert yaml.safe_load(Path("runs/cli/version_0/config.yaml").read_text())["model"]["optimizer"]["init_args"]["lr"] == 3e-6
+    assert (
+        yaml.safe_load(Path("runs/cli/version_0/config.yaml").read_text())["model"]["optimizer"]["init_args"]["lr"]
+        == 3e-6
+    )
 
 
 def test_a_resume_without_a_new_rate_keeps_the_schedule(config):
@@ -338,11 +393,16 @@ def test_two_offline_wandb_runs_keep_their_own_configs(config, monkeypatch):  # 
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    logger = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"project": "p", "save_dir": "w", "offline": True}}
+    logger = {
+        "class_path": "lightning.pytorch.loggers.WandbLogger",
+        "init_args": {"project": "p", "save_dir": "w", "offline": True},
+    }
     extra = ["--config", overlay("w.yaml", {"trainer": {"logger": logger, "enable_checkpointing": True}})]
     folders = []
     for lr in ("1e-5", "1e-6"):
-        cli = main(["fit", "--config", config, *extra, "--trainer.max_steps", "1", "--model.optimizer.init_args.lr", lr])
+        cli = main(
+            ["fit", "--config", config, *extra, "--trainer.max_steps", "1", "--model.optimizer.init_args.lr", lr]
+        )
         folder = Path("w/p") / cli.trainer.logger.version
         saved = yaml.safe_load((folder / "config.yaml").read_text())
         assert saved["model"]["optimizer"]["init_args"]["lr"] == float(lr)
@@ -360,7 +420,19 @@ def test_fast_dev_run_leaves_no_files(config):  # trap P5: it switches loggers, 
 
 
 def test_a_baseline_is_validated_before_training(config, capsys):
-    main(["fit", "--config", config, "--data.validation", "rows.jsonl", "--baseline", "true", "--trainer.val_check_interval", "1"])
+    main(
+        [
+            "fit",
+            "--config",
+            config,
+            "--data.validation",
+            "rows.jsonl",
+            "--baseline",
+            "true",
+            "--trainer.val_check_interval",
+            "1",
+        ]
+    )
     said = capsys.readouterr().out
     assert re.search(r"validation reward: [\d.]+ after step 0 -> [\d.]+ after step 2", said)
 

@@ -1,4 +1,6 @@
-"""What happens once per episode: dynamic sampling, baselines, the KL as a score, adaptive coefficients, guards; in real runs."""
+"""What happens once per episode: dynamic sampling, baselines, the KL as a score, adaptive coefficients, guards; in real
+runs.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ def rollout(**options: Any) -> RolloutConfig:
     return RolloutConfig(**{"num_generations": 4, "max_new_tokens": 5, "temperature": 3.0, **options})
 
 
-# Dynamic sampling -------------------------------------------------------------------------------------------------------------
+# Dynamic sampling
+# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{}, {"overfit_batches": 2}], ids=["", "overfit"])
@@ -86,7 +89,9 @@ def test_failures_of_replaced_groups_count(tmp_path: Path) -> None:
         return module
 
     module = run(0.9)
-    assert module.metrics.last["reward_failures/fails_on_flat/OSError"] > sum(record.reward is None for record in module.last_records)
+    assert module.metrics.last["reward_failures/fails_on_flat/OSError"] > sum(
+        record.reward is None for record in module.last_records
+    )
     with pytest.raises(RewardError, match="away"):
         run(0.1)
 
@@ -95,11 +100,14 @@ def test_plain_loaders_have_nothing_to_replace_with(tmp_path: Path) -> None:
     module = make_module(rollout=rollout(dynamic_sampling=1))
     data = make_data(tokenizer=module.tokenizer)
     data.setup("fit")
-    with pytest.raises(ConfigError, match=r"model\.rollout\.dynamic_sampling=1 .* use a ScenarioDataModule, or set it to 0"):
+    with pytest.raises(
+        ConfigError, match=r"model\.rollout\.dynamic_sampling=1 .* use a ScenarioDataModule, or set it to 0"
+    ):
         make_trainer(tmp_path).fit(module, train_dataloaders=data.train_dataloader())
 
 
-# KL in the reward and adaptive coefficients -----------------------------------------------------------------------------------
+# KL in the reward and adaptive coefficients
+# -----------------------------------------------------------------------------------
 
 
 def test_the_kl_is_taken_from_the_reward_and_not_shown_in_it(tmp_path: Path) -> None:
@@ -118,7 +126,8 @@ def test_the_kl_is_taken_from_the_reward_and_not_shown_in_it(tmp_path: Path) -> 
     assert kl_N.abs().max() > 1e-3
     totals_PG = (sample.scores.totals_N - 0.5 * kl_N).reshape(-1, 4)
     expected_PG = totals_PG - totals_PG.mean(-1, keepdim=True)
-    torch.testing.assert_close(episode.advantages_N.double(), expected_PG.flatten(), atol=1e-4, rtol=1e-4)  # the KL is rounded
+    # the KL is rounded
+    torch.testing.assert_close(episode.advantages_N.double(), expected_PG.flatten(), atol=1e-4, rtol=1e-4)
     total, count = collected.metrics["policy/kl_reward"]
     assert float(total) / float(count) == pytest.approx(float(kl_N.mean()), abs=1e-4)
     total, count = collected.metrics["train/reward"]
@@ -140,7 +149,8 @@ def test_an_adaptive_coefficient_moves_after_steps_that_trained(tmp_path: Path) 
     reward_only = Clipped(beta=0.5, kl=KL(estimator="k1", place="reward", target=0.1))
     idle = make_module(algorithm=reward_only, reward=ConstantReward())
     fit(tmp_path, idle, max_steps=1)
-    assert idle.metrics.last["policy/kl_reward"] == 0  # float noise is no difference, or constant groups would train on it
+    # float noise is no difference, or constant groups would train on it
+    assert idle.metrics.last["policy/kl_reward"] == 0
     assert idle.metrics.last["policy/empty_steps"] == 1
     assert reward_only.kl_coefficient == idle.algorithm.kl_coefficient == 0.5
 
@@ -159,7 +169,8 @@ def test_steps_without_training_are_not_reported(tmp_path: Path) -> None:
     assert Counts.calls == 2
 
 
-# ReMax ------------------------------------------------------------------------------------------------------------------------
+# ReMax
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 class FailsOn(DigitReward):
@@ -174,7 +185,9 @@ class FailsOn(DigitReward):
 
 
 def test_remax_compares_with_the_greedy_answer_and_its_failure_fails_the_group(tmp_path: Path) -> None:
-    module = make_module(algorithm=ReMax(), reward=FailsOn(), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    module = make_module(
+        algorithm=ReMax(), reward=FailsOn(), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0)
+    )
     data = make_data(train=SCENARIOS[:4], validation=None, shuffle=False)
     trainer = fit(tmp_path, module, data, max_steps=1)
     assert trainer.global_step == 1
@@ -197,7 +210,8 @@ def test_remax_compares_with_the_greedy_answer_and_its_failure_fails_the_group(t
     assert module.metrics.last["reward_failures/fails_on/OSError"] >= sum(same)
 
 
-# Guards -----------------------------------------------------------------------------------------------------------------------
+# Guards
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 class Shifted(InProcessEngine):
@@ -211,7 +225,9 @@ class Shifted(InProcessEngine):
 def test_a_sampler_that_computes_another_policy_stops_the_run(tmp_path: Path) -> None:
     module = make_module()
     module.engine = Shifted(module.tokenizer)
-    with pytest.raises(SamplingError, match=r"differ by 0\.01 nats per token, where float error \(torch.float32\) is below 0\.001"):
+    with pytest.raises(
+        SamplingError, match=r"differ by 0\.01 nats per token, where float error \(torch.float32\) is below 0\.001"
+    ):
         fit(tmp_path, module)
     module = make_module()
     module.engine = Shifted(module.tokenizer)
@@ -219,13 +235,18 @@ def test_a_sampler_that_computes_another_policy_stops_the_run(tmp_path: Path) ->
     assert fit(tmp_path, module).global_step == 2
 
 
-# All of it --------------------------------------------------------------------------------------------------------------------
+# All of it
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_everything_together_resumes_bit_identical(tmp_path: Path) -> None:
-    """Curriculum, dynamic sampling, selected tokens, adaptive KL, two passes of two optimizer steps; cut inside and between episodes."""
+    """Curriculum, dynamic sampling, selected tokens, adaptive KL, two passes of two optimizer steps; cut inside and
+    between episodes.
+    """
 
-    def run(name: str, ckpt_path: Path | None = None) -> tuple[dict[str, torch.Tensor], dict[str, float], dict[str, Any]]:
+    def run(
+        name: str, ckpt_path: Path | None = None
+    ) -> tuple[dict[str, torch.Tensor], dict[str, float], dict[str, Any]]:
         keep_all = ModelCheckpoint(tmp_path / name, filename="{step}", every_n_train_steps=1, save_top_k=-1)
         algorithm = Clipped(beta=0.05, kl=KL(target=0.01), top_entropy=0.4)
         module = make_module(reward=FlatByTopic(), algorithm=algorithm, rollout=rollout(dynamic_sampling=2))
@@ -234,7 +255,11 @@ def test_everything_together_resumes_bit_identical(tmp_path: Path) -> None:
         options = {"callbacks": [keep_all], "enable_checkpointing": True, "max_steps": 10}
         trainer = fit(tmp_path, module, data, ckpt_path=ckpt_path, **options)
         metrics = module.metrics.last
-        steady = {name: value for name, value in metrics.items() if not name.startswith(("time/", "memory/", "work/tokens_per_s"))}
+        steady = {
+            name: value
+            for name, value in metrics.items()
+            if not name.startswith(("time/", "memory/", "work/tokens_per_s"))
+        }
         return weights(trainer), steady, data.state_dict()["solve_rates"]
 
     straight, straight_metrics, straight_rates = run("straight")
@@ -252,7 +277,9 @@ def test_a_curriculum_hears_of_every_group_and_draws_those_that_are_mixed(tmp_pa
         def compute_reward(self, turns: Any, context: Any = None) -> float:
             return 1.0 if context["topic"] == "flat" else float(sum(turns[-1].content.encode()) % 2)
 
-    module = make_module(reward=SolvedByTopic(), rollout=rollout(), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    module = make_module(
+        reward=SolvedByTopic(), rollout=rollout(), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0)
+    )
     data = make_data(train=HALF_FLAT, validation=None, batch_size=8, curriculum=Curriculum(floor=0.02))
     fit(tmp_path, module, data, max_steps=12)
     rates = data.state_dict()["solve_rates"]["rates"]
@@ -297,9 +324,12 @@ def test_with_the_kl_in_the_reward_no_pass_is_made_twice(tmp_path: Path, monkeyp
 
 
 def test_the_kl_in_the_reward_of_an_untrained_policy_is_zero_under_mixed_precision(tmp_path: Path) -> None:
-    # The sampler computes in bfloat16; its log-probs would differ from the reference's, and constant groups would get advantages.
+    # The sampler computes in bfloat16; its log-probs would differ from the reference's, and constant groups would get
+    # advantages.
     algorithm = GRPO(beta=0.1, kl=KL(estimator="k1", place="reward"))
-    trainer = fit(tmp_path, make_module(algorithm=algorithm, reward=ConstantReward()), max_steps=1, precision="bf16-mixed")
+    trainer = fit(
+        tmp_path, make_module(algorithm=algorithm, reward=ConstantReward()), max_steps=1, precision="bf16-mixed"
+    )
     module = trainer.lightning_module
     assert module.metrics.last["policy/kl_reward"] == 0
     assert all(record.advantage == 0 for record in module.last_records)

@@ -55,7 +55,10 @@ def test_a_base_config_prints_itself(name, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(OVERLAYS))
 def test_an_overlay_changes_only_what_it_says(name):
-    base, changed = printed_config(FOLDER / "single_turn.yaml"), printed_config(FOLDER / "single_turn.yaml", FOLDER / name)
+    base, changed = (
+        printed_config(FOLDER / "single_turn.yaml"),
+        printed_config(FOLDER / "single_turn.yaml", FOLDER / name),
+    )
     overlay = yaml.safe_load((FOLDER / name).read_text())
     assert list(overlay) == ["trainer"]
     for key in {*base["trainer"], *changed["trainer"]} - set(overlay["trainer"]):
@@ -68,7 +71,10 @@ def test_an_overlay_changes_only_what_it_says(name):
 
 @pytest.mark.parametrize("name", sorted(MODEL_OVERLAYS))
 def test_an_overlay_of_the_model_changes_only_what_it_says(name):
-    base, changed = printed_config(FOLDER / "single_turn.yaml"), printed_config(FOLDER / "single_turn.yaml", FOLDER / name)
+    base, changed = (
+        printed_config(FOLDER / "single_turn.yaml"),
+        printed_config(FOLDER / "single_turn.yaml", FOLDER / name),
+    )
 
     def check(given, before, now):
         for key in {*(before or {}), *now}:
@@ -110,7 +116,10 @@ def test_every_key_of_the_reference_config_is_explained():
 @pytest.mark.parametrize("name", BASES)
 def test_a_config_trains(name, tmp_path):
     require_data(name)
-    checkpoints = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"every_n_train_steps": 2, "save_last": True}}
+    checkpoints = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"every_n_train_steps": 2, "save_last": True},
+    }
     small = {
         "baseline": False,
         "data": {"batch_size": 2},
@@ -119,7 +128,10 @@ def test_a_config_trains(name, tmp_path):
             "max_steps": 2,
             "accelerator": "cpu",
             "limit_val_batches": 0,
-            "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path), "name": "run"}},
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.CSVLogger",
+                "init_args": {"save_dir": str(tmp_path), "name": "run"},
+            },
             "callbacks": [checkpoints],
         },
     }

@@ -1,4 +1,6 @@
-"""`stateset-lightning convert`: the guide's YAML becomes a config that `fit` runs, and nothing is lost without a word."""
+"""`stateset-lightning convert`: the guide's YAML becomes a config that `fit` runs, and nothing is lost without a
+word.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +41,24 @@ def test_the_guides_example() -> None:
 
 
 def test_every_training_option_of_the_guide() -> None:
-    options = {"weight_decay": 0.01, "per_device_train_batch_size": 8, "bf16": True, "fp16": False, "max_grad_norm": 0.5, "seed": 7}
-    config, notes = convert(guide(**{f"training__{name}": value for name, value in options.items()}, training__max_steps_per_episode=100))
+    options = {
+        "weight_decay": 0.01,
+        "per_device_train_batch_size": 8,
+        "bf16": True,
+        "fp16": False,
+        "max_grad_norm": 0.5,
+        "seed": 7,
+    }
+    config, notes = convert(
+        guide(**{f"training__{name}": value for name, value in options.items()}, training__max_steps_per_episode=100)
+    )
     assert config["model"]["optimizer"]["init_args"] == {"lr": 5e-5, "weight_decay": 0.01}
     assert (config["data"]["batch_size"], config["seed_everything"]) == (8, 7)
     assert (config["trainer"]["precision"], config["trainer"]["gradient_clip_val"]) == ("bf16-mixed", 0.5)
     assert convert(guide(training__fp16=True))[0]["trainer"]["precision"] == "16-mixed"
-    assert notes[0].startswith("training.max_steps_per_episode=100 is not carried over: an episode here is one batch of prompts")
+    assert notes[0].startswith(
+        "training.max_steps_per_episode=100 is not carried over: an episode here is one batch of prompts"
+    )
 
 
 def test_what_is_not_carried_over_is_named_without_secrets() -> None:
@@ -100,11 +113,16 @@ def test_the_command_writes_a_config_once(tmp_path: Path, capsys: pytest.Capture
     [
         (None, "cannot be read (No such file or directory)"),
         ("agent: [", "malformed YAML"),
-        ("model: {}\n", "must be a mapping with the keys agent, environment and training, but is a mapping with the keys model"),
+        (
+            "model: {}\n",
+            "must be a mapping with the keys agent, environment and training, but is a mapping with the keys model",
+        ),
         ("3\n", "but is 3"),
     ],
 )
-def test_a_file_that_is_none_of_the_guides(content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_none_of_the_guides(
+    content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     if content is not None:
         (tmp_path / "guide.yaml").write_text(content)
     with pytest.raises(SystemExit, match="2"):
@@ -118,7 +136,12 @@ def test_a_file_that_is_none_of_the_guides(content: str | None, message: str, tm
 def test_the_converted_config_trains(tmp_path: Path) -> None:
     (tmp_path / "guide.yaml").write_text(GUIDE)
     main(["convert", str(tmp_path / "guide.yaml"), "-o", str(tmp_path / "ours.yaml")])
-    short = ["--model.policy.model_name=tiny", "--model.rollout.max_new_tokens=8", "--trainer.max_steps=2", "--trainer.accelerator=cpu"]
+    short = [
+        "--model.policy.model_name=tiny",
+        "--model.rollout.max_new_tokens=8",
+        "--trainer.max_steps=2",
+        "--trainer.accelerator=cpu",
+    ]
     cli = main(["fit", f"--config={tmp_path / 'ours.yaml'}", *short, f"--trainer.logger.init_args.save_dir={tmp_path}"])
     assert cli is not None
     assert cli.trainer.global_step == 2

@@ -55,11 +55,19 @@ class Recorder(LightningModule):
         if not self.schedule:
             return optimizer
         total = self.trainer.estimated_stepping_batches
-        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=int(total))}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=int(total)),
+        }
 
 
 def trainer(*callbacks, **options):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": bool(callbacks)}
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": bool(callbacks),
+    }
     return Trainer(accelerator="cpu", use_distributed_sampler=False, callbacks=list(callbacks), **{**quiet, **options})
 
 
@@ -217,7 +225,10 @@ def test_dropped_prompts_are_counted_and_announced(caplog):
 
 
 def test_weighted_sources_are_mixed_and_part_of_the_state():
-    sources = [Source(rows=ROWS, weight=3.0, rewards=["exact"], name="a"), Source(rows=[{"prompt": "x"}] * 3, weight=1.0, name="b")]
+    sources = [
+        Source(rows=ROWS, weight=3.0, rewards=["exact"], name="a"),
+        Source(rows=[{"prompt": "x"}] * 3, weight=1.0, name="b"),
+    ]
     data = make(sources)
     data.setup("fit")
     loader = data.train_dataloader()
@@ -271,7 +282,8 @@ def test_yaml_values_of_train_parse_and_print_back(tmp_path, train, prompts):
 
 
 @pytest.mark.parametrize(
-    "argument", ["batch_size=0", "eval_batch_size=0", "num_iterations=0", "max_prompt_tokens=0", "validation_fraction=1"]
+    "argument",
+    ["batch_size=0", "eval_batch_size=0", "num_iterations=0", "max_prompt_tokens=0", "validation_fraction=1"],
 )
 def test_bounds_hold_at_the_command_line(argument):
     with pytest.raises(jsonargparse.ArgumentError, match="should be"):
@@ -299,7 +311,9 @@ def test_a_curriculum_is_part_of_the_state_and_of_what_must_be_equal():
     for other in (None, Curriculum(floor=0.3)):
         changed = set_up(curriculum=other)
         changed.load_state_dict(state)
-        with pytest.raises(ConfigError, match=r"data.curriculum is .*, but 'floor=0.2 decay=0.5 solved_at=1.0' in the checkpoint"):
+        with pytest.raises(
+            ConfigError, match=r"data.curriculum is .*, but 'floor=0.2 decay=0.5 solved_at=1.0' in the checkpoint"
+        ):
             changed.train_dataloader()
 
 

@@ -53,8 +53,14 @@ def fit(folder: Path, *options: str, strategy: str = "ddp") -> list[str]:
 
 @pytest.mark.slow  # two processes that import torch and lightning, under a third
 def test_torchrun_starts_a_sharded_run_whose_checkpoint_is_exported(tmp_path: Path) -> None:
-    callbacks = ["--trainer.callbacks=lightning.pytorch.callbacks.ModelCheckpoint", "--trainer.callbacks.save_last=true"]
-    strategy = ["--trainer.strategy=stateset_lightning.sharding.FSDP2Strategy", "--trainer.strategy.save_distributed_checkpoint=true"]
+    callbacks = [
+        "--trainer.callbacks=lightning.pytorch.callbacks.ModelCheckpoint",
+        "--trainer.callbacks.save_last=true",
+    ]
+    strategy = [
+        "--trainer.strategy=stateset_lightning.sharding.FSDP2Strategy",
+        "--trainer.strategy.save_distributed_checkpoint=true",
+    ]
     command = [
         sys.executable,
         "-m",
@@ -83,7 +89,9 @@ def test_a_killed_first_rank_ends_the_one_that_it_has_launched(tmp_path: Path) -
     """The launched rank has no parent any more: it must not live on."""
     command = [sys.executable, *fit(tmp_path, "--trainer.max_steps=100000")]
     with (tmp_path / "output.txt").open("w") as output:
-        first = subprocess.Popen(command, stdout=output, stderr=output, env=ENVIRONMENT, cwd=ROOT, start_new_session=True)
+        first = subprocess.Popen(
+            command, stdout=output, stderr=output, env=ENVIRONMENT, cwd=ROOT, start_new_session=True
+        )
         try:
             deadline = time.monotonic() + 300
             while not list(tmp_path.rglob("metrics.csv")) and time.monotonic() < deadline:

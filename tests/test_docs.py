@@ -18,7 +18,12 @@ from stateset_lightning.cli import main
 from stateset_lightning.data import read_split
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "README.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "examples" / "README.md",
+]
 README = (ROOT / "README.md").read_text()
 
 
@@ -37,12 +42,19 @@ def small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(ROOT)
     rows = [{"prompt": f"What is {a} + 2?", "target": str(a + 2)} for a in range(4)]
     (tmp_path / "my_rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return ["--trainer.max_steps=1", f"--trainer.logger.init_args.save_dir={tmp_path}", "--data.batch_size=2", "--data.eval_batch_size=64"]
+    return [
+        "--trainer.max_steps=1",
+        f"--trainer.logger.init_args.save_dir={tmp_path}",
+        "--data.batch_size=2",
+        "--data.eval_batch_size=64",
+    ]
 
 
 @pytest.mark.slow  # each one starts a run
 @pytest.mark.parametrize("command", commands())
-def test_each_command_of_the_readme_runs(command: str, small_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_command_of_the_readme_runs(
+    command: str, small_run: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     args = shlex.split(command)[1:]
     # Stand-ins for what a reader brings along: rows, and a model that no hub is needed for.
     args = [{"my_rows.jsonl": str(tmp_path / "my_rows.jsonl"), "Qwen/Qwen3-0.6B": "tiny"}.get(arg, arg) for arg in args]
@@ -130,7 +142,9 @@ def test_every_metric_that_a_run_logs_is_explained(tmp_path: Path, monkeypatch: 
 def test_every_fault_names_tests_that_exist() -> None:
     rows = re.findall(r"^\| .* \|$", (ROOT / "docs" / "reliability.md").read_text(), flags=re.MULTILINE)
     faults = [row for row in rows if not row.startswith("| fault")]
-    tests = set(re.findall(r"def (test_\w+)", "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))))
+    tests = set(
+        re.findall(r"def (test_\w+)", "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py")))
+    )
     assert len(faults) > 15
     for row in faults:
         named = re.findall(r"`(test_\w+)`", row.split("|")[4])
@@ -140,7 +154,9 @@ def test_every_fault_names_tests_that_exist() -> None:
 
 def test_every_cure_names_a_test_or_a_measurement() -> None:
     rows = re.findall(r"^\| .* \|$", (ROOT / "docs" / "troubleshooting.md").read_text(), flags=re.MULTILINE)
-    tests = set(re.findall(r"def (test_\w+)", "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))))
+    tests = set(
+        re.findall(r"def (test_\w+)", "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py")))
+    )
     cures = [row for row in rows if not row.startswith("| symptom")]
     assert len(cures) > 15
     for row in cures:

@@ -36,7 +36,10 @@ CONFIG = {
     "trainer": {
         "max_steps": 6,
         "accelerator": "cpu",
-        "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "doctor"}},
+        "logger": {
+            "class_path": "lightning.pytorch.loggers.CSVLogger",
+            "init_args": {"save_dir": "runs", "name": "doctor"},
+        },
     },
 }
 
@@ -51,7 +54,9 @@ def examine(tmp_path, monkeypatch, capsys):
     Path("config.yaml").write_text(yaml.safe_dump(CONFIG))
 
     def examine(*flags, rows=None, **overlay):
-        rows = rows or [{"prompt": f"What is {i} + 1?", "target": str(i + 1), "topic": "even" if i % 2 else "odd"} for i in range(8)]
+        rows = rows or [
+            {"prompt": f"What is {i} + 1?", "target": str(i + 1), "topic": "even" if i % 2 else "odd"} for i in range(8)
+        ]
         Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         Path("overlay.yaml").write_text(yaml.safe_dump(overlay))
         before = snapshot(tmp_path)
@@ -65,9 +70,11 @@ def examine(tmp_path, monkeypatch, capsys):
 
 
 def snapshot(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts}, {
-        path for path in folder.rglob("*") if path.is_dir() and path.name != "__pycache__"
-    }
+    return {
+        path: path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }, {path for path in folder.rglob("*") if path.is_dir() and path.name != "__pycache__"}
 
 
 def test_a_sound_config_is_described(examine):
@@ -94,7 +101,9 @@ def test_a_sound_config_is_described(examine):
 
 def test_dropped_rows_and_leaked_prompts_are_told(examine):
     rows = [{"prompt": f"What is {i} + 1?" + " Please." * (4 if i < 2 else 0), "target": "1"} for i in range(8)]
-    code, said = examine("--data.max_prompt_tokens=20", "--data.overlong_prompts=drop", "--data.validation=rows.jsonl", rows=rows)
+    code, said = examine(
+        "--data.max_prompt_tokens=20", "--data.overlong_prompts=drop", "--data.validation=rows.jsonl", rows=rows
+    )
     assert code == 0
     assert "train: 6 rows of 11 to 11 tokens, 11.0 on average, 25.0% above data.max_prompt_tokens=20; 2 dropped" in said
     assert "note: 6 prompts of the validation are among those of the training" in said
@@ -105,7 +114,9 @@ def test_a_validation_that_never_comes_is_told(examine, steps):
     interval = {"val_check_interval": 7, "check_val_every_n_epoch": None, "max_steps": steps}
     code, said = examine(data={"validation": "rows.jsonl"}, trainer=interval)
     assert code == 0
-    assert ("note: validation never runs: trainer.val_check_interval=7, and the run has 6 micro-steps" in said) == (steps == 6)
+    assert ("note: validation never runs: trainer.val_check_interval=7, and the run has 6 micro-steps" in said) == (
+        steps == 6
+    )
 
 
 def test_half_precision_that_only_costs_time_is_told(examine, monkeypatch):
@@ -113,7 +124,9 @@ def test_half_precision_that_only_costs_time_is_told(examine, monkeypatch):
         monkeypatch.setattr(run_checks, "has_bfloat16_products", lambda has_products=has_products: has_products)
         code, said = examine(trainer={"precision": "bf16-mixed"})
         assert code == 0
-        assert ("note: trainer.precision=bf16-mixed with float32 weights: this CPU has no arithmetic" in said) != has_products
+        assert (
+            "note: trainer.precision=bf16-mixed with float32 weights: this CPU has no arithmetic" in said
+        ) != has_products
     assert "no arithmetic" not in examine()[1]
 
 
@@ -129,7 +142,10 @@ def test_servers_that_may_be_serving_a_run_get_no_weights(examine):
         engine = {"class_path": "stateset_lightning.rollout.VLLMEngine", "init_args": {"urls": [server.url]}}
         code, said = examine(model={"engine": engine})
         assert (code, server.stub.requests) == (0, [])
-    assert "note: a target is scored instead of a completion: sampling would load weights into the servers of model.engine" in said
+    assert (
+        "note: a target is scored instead of a completion: sampling would load weights into the servers of model.engine"
+        in said
+    )
     assert "reward      1.000 = exact_match 1.000" in said
 
 
@@ -148,16 +164,31 @@ def test_all_contradictions_are_found_at_once(examine):
 @pytest.mark.parametrize(
     ("overlay", "said"),
     [
-        ({"model": {"reward": [{"class_path": "doctor_rewards.Raises"}]}}, "reward raises fails on scenario rows:1: KeyError"),
+        (
+            {"model": {"reward": [{"class_path": "doctor_rewards.Raises"}]}},
+            "reward raises fails on scenario rows:1: KeyError",
+        ),
         ({"model": {"reward": [{"class_path": "doctor_rewards.Silent"}]}}, "no reward applies to this completion"),
         ({"data": {"train": "none.jsonl"}}, "none.jsonl"),
         ({"data": {"max_prompt_tokens": 3}}, "8 of 8 prompts have more than data.max_prompt_tokens=3 tokens"),
-        ({"model": {"policy": {"dtype": "float16"}}, "trainer": {"precision": "bf16-true"}}, "contradicts trainer.precision"),
-        ({"model": {"lr_scheduler": {"decay": "cosine"}}, "trainer": {"max_steps": -1}}, "needs to know when the run ends"),
-        ({"model": {"rollout": {"temperatur": 1}}}, "there is no key model.rollout.temperatur; did you mean model.rollout.temperature?"),
+        (
+            {"model": {"policy": {"dtype": "float16"}}, "trainer": {"precision": "bf16-true"}},
+            "contradicts trainer.precision",
+        ),
+        (
+            {"model": {"lr_scheduler": {"decay": "cosine"}}, "trainer": {"max_steps": -1}},
+            "needs to know when the run ends",
+        ),
+        (
+            {"model": {"rollout": {"temperatur": 1}}},
+            "there is no key model.rollout.temperatur; did you mean model.rollout.temperature?",
+        ),
         ({"trainer": {"max_step": 1}}, "there is no key"),
         (
-            {"model": {"optimizer": {"init_args": {"fused": True}}}, "trainer": {"precision": "bf16-mixed", "gradient_clip_val": 1.0}},
+            {
+                "model": {"optimizer": {"init_args": {"fused": True}}},
+                "trainer": {"precision": "bf16-mixed", "gradient_clip_val": 1.0},
+            },
             "trainer.gradient_clip_val=1.0 with trainer.precision=bf16-mixed: Lightning clips no gradients of a fused",
         ),
     ],
@@ -194,7 +225,14 @@ def test_what_a_terminal_would_obey_is_not_shown(examine):
 def test_a_checkpoint_that_cannot_be_resumed_is_told(examine):
     examine("--sample=false")  # writes the rows
     run = main(
-        ["fit", "--config", "config.yaml", "--trainer.max_steps=1", "--trainer.logger=false", "--trainer.enable_checkpointing=false"]
+        [
+            "fit",
+            "--config",
+            "config.yaml",
+            "--trainer.max_steps=1",
+            "--trainer.logger=false",
+            "--trainer.enable_checkpointing=false",
+        ]
     )
     run.trainer.save_checkpoint("one.ckpt")
     code, said = examine("--sample=false", "--ckpt_path", "one.ckpt")

@@ -37,7 +37,11 @@ def make(rows: list[int], groups: list[list[float]], first_position: int = 0) ->
             values_N[:, None],
             values_N,
             [{"right": {"of": f"{row}.{g}"}} for row, g in names],
-            [RewardFailure(n, "right", "OSError", f"{row}.{g}") for n, (row, g) in enumerate(names) if math.isnan(values_N[n])],
+            [
+                RewardFailure(n, "right", "OSError", f"{row}.{g}")
+                for n, (row, g) in enumerate(names)
+                if math.isnan(values_N[n])
+            ],
             seconds=1.0,
         ),
     )
@@ -63,7 +67,8 @@ def test_groups_are_replaced_with_all_that_belongs_to_them() -> None:
     torch.testing.assert_close(merged.scores.values_NF, wanted.scores.values_NF, equal_nan=True)
     torch.testing.assert_close(merged.scores.totals_N, wanted.scores.totals_N, equal_nan=True)
     assert merged.scores.breakdowns == wanted.scores.breakdowns
-    assert merged.scores.failures == wanted.scores.failures  # that of prompt 0 is gone, that of prompt 8 has its new number
+    # that of prompt 0 is gone, that of prompt 8 has its new number
+    assert merged.scores.failures == wanted.scores.failures
     assert merged.scores.seconds == 2.0
 
 
@@ -72,7 +77,9 @@ def run(rounds: int, rewards_of: dict[int, list[float]]) -> tuple[Sample, list[l
 
     def replacements(batch: PromptBatch, slots: list[int], number: int) -> PromptBatch:
         rows = [10 * number + slot for slot in slots]
-        return PromptBatch([[row] for row in rows], [Scenario(id=str(row), prompt="?") for row in rows], rows, 4, rows=rows)
+        return PromptBatch(
+            [[row] for row in rows], [Scenario(id=str(row), prompt="?") for row in rows], rows, 4, rows=rows
+        )
 
     def sample(batch: PromptBatch) -> Sample:
         assert batch.rows is not None

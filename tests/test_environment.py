@@ -14,12 +14,22 @@ from stateset_lightning.environment import PACKAGES, environment
 
 
 def test_it_names_versions_and_hardware_and_no_machine():
-    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")), world_size=2, precision="bf16-mixed")
+    trainer = SimpleNamespace(
+        strategy=SimpleNamespace(root_device=torch.device("cpu")), world_size=2, precision="bf16-mixed"
+    )
     found = environment(trainer)
-    assert (found["device"], found["devices"], found["precision"], found["strategy"]) == ("cpu", 2, "bf16-mixed", "SimpleNamespace")
+    assert (found["device"], found["devices"], found["precision"], found["strategy"]) == (
+        "cpu",
+        2,
+        "bf16-mixed",
+        "SimpleNamespace",
+    )
     assert found["torch"] == version("torch")
     assert found["python"] == platform.python_version()
-    assert platform.node() not in json.dumps({name: value for name, value in found.items() if name not in PACKAGES}) or not platform.node()
+    assert (
+        platform.node() not in json.dumps({name: value for name, value in found.items() if name not in PACKAGES})
+        or not platform.node()
+    )
 
 
 @pytest.mark.slow  # a run of the command line

@@ -56,7 +56,9 @@ def on_ranks(world: int, function: Callable[[Ranks], Any]) -> list[Any]:
 
 
 def make_rollout(lengths: list[int], num_prompts: int, truncated: tuple[int, ...] = (), first: int = 0) -> Rollout:
-    """Prompt p is [first + p]; the tokens of completion n are 100 n, 100 n + 1, ...; its log-probs are minus those over 1000."""
+    """Prompt p is [first + p]; the tokens of completion n are 100 n, 100 n + 1, ...; its log-probs are minus those over
+    1000.
+    """
     tokens = [100 * n + t for n, length in enumerate(lengths) for t in range(length)]
     return Rollout(
         prompt_tokens=[[first + p] for p in range(num_prompts)],
@@ -73,16 +75,21 @@ def make_scores(values: list[float]) -> Scores:
     return Scores(("right",), values_N[:, None], values_N)
 
 
-# The plan ---------------------------------------------------------------------------------------------------------------------
+# The plan
+# ---------------------------------------------------------------------------------------------------------------------
 
 PLANS = st.tuples(st.integers(1, 6), st.integers(2, 4), st.integers(1, 4), st.integers(1, 3))
 
 
 def micro_steps(plan: Plan, lengths: list[int] | None = None, active: list[bool] | None = None) -> list[int]:
-    """The micro-step of each completion; prompts of one token, completions of one, all of them active unless told otherwise."""
+    """The micro-step of each completion; prompts of one token, completions of one, all of them active unless told
+    otherwise.
+    """
     count = plan.num_prompts * plan.num_generations
     micro_N, _ = plan.micro_steps(
-        [[0]] * plan.num_prompts, torch.tensor(lengths or [1] * count), torch.tensor([True] * count if active is None else active)
+        [[0]] * plan.num_prompts,
+        torch.tensor(lengths or [1] * count),
+        torch.tensor([True] * count if active is None else active),
     )
     return micro_N.tolist()
 
@@ -116,7 +123,9 @@ def test_optimizer_steps_are_contiguous_ranges_equal_for_any_number_of_ranks(pla
         assert step_of[-1] < steps
         counts = np.bincount(step_of, minlength=steps)
         assert counts.max() - counts.min() <= 1
-        assert (step_of == Plan(total, generations, steps * accumulate, accumulate).step_of_position(np.arange(total))).all()
+        assert (
+            step_of == Plan(total, generations, steps * accumulate, accumulate).step_of_position(np.arange(total))
+        ).all()
 
 
 @given(PLANS)
@@ -139,7 +148,14 @@ def test_plans_by_hand() -> None:
     # Groups of 1 + 18, 1 + 4, 1 + 4 and 1 + 8 tokens: the long one by itself, the others together.
     assert micro_steps(Plan(4, 2, 2, 2), [9, 9, 2, 2, 2, 2, 4, 4]) == [0, 0, 1, 1, 1, 1, 1, 1]
     # The second prompt trains nothing, so its tokens are no work.
-    assert micro_steps(Plan(3, 2, 2, 2), [3, 3, 99, 99, 3, 3], [True, True, False, False, True, True]) == [0, 0, 0, 0, 1, 1]
+    assert micro_steps(Plan(3, 2, 2, 2), [3, 3, 99, 99, 3, 3], [True, True, False, False, True, True]) == [
+        0,
+        0,
+        0,
+        0,
+        1,
+        1,
+    ]
 
 
 def test_a_budget_takes_a_group_apart_and_counts_what_does_not_fit() -> None:
@@ -157,7 +173,8 @@ def test_a_budget_takes_a_group_apart_and_counts_what_does_not_fit() -> None:
     assert plan(10) == ([0, 0, 1, 1], 5)  # 22 do not fit into two times 10: left whole
 
 
-# Making an episode ------------------------------------------------------------------------------------------------------------
+# Making an episode
+# ------------------------------------------------------------------------------------------------------------
 
 LENGTHS, REWARDS = [1, 2, 3, 4, 2, 2], [1.0, 0.0, 1.0, 1.0, NAN, 1.0]
 """Three groups of two: a mixed one, a constant one, one with a single survivor."""
@@ -165,7 +182,9 @@ LENGTHS, REWARDS = [1, 2, 3, 4, 2, 2], [1.0, 0.0, 1.0, 1.0, NAN, 1.0]
 
 def small_episode(algorithm: Any = None, truncated: tuple[int, ...] = (), plan: Plan | None = None) -> Episode:
     algorithm = algorithm or GRPO(beta=0)
-    return make_episode(5, make_rollout(LENGTHS, 3, truncated), make_scores(REWARDS), [1.0], algorithm, plan or Plan(3, 2, 1, 1))
+    return make_episode(
+        5, make_rollout(LENGTHS, 3, truncated), make_scores(REWARDS), [1.0], algorithm, plan or Plan(3, 2, 1, 1)
+    )
 
 
 def test_an_episode_by_hand() -> None:
@@ -226,7 +245,9 @@ def test_advantages_and_weights_are_the_same_for_any_number_of_ranks() -> None:
             mine = slice(ranks.rank, None, world)
             rollout = make_rollout(lengths_PG[mine].flatten().tolist(), 8 // world)
             plan = Plan(8 // world, 3, steps, 1, ranks)
-            return make_episode(0, rollout, make_scores(rewards_PG[mine].flatten().tolist()), [1.0], GRPO(beta=0, scale="batch"), plan)
+            return make_episode(
+                0, rollout, make_scores(rewards_PG[mine].flatten().tolist()), [1.0], GRPO(beta=0, scale="batch"), plan
+            )
 
         episodes = on_ranks(world, make)
         assert len({tuple(episode.active_by_step) for episode in episodes}) == 1
@@ -242,11 +263,14 @@ def test_advantages_and_weights_are_the_same_for_any_number_of_ranks() -> None:
                 torch.testing.assert_close(by_position(world, name, steps), alone, rtol=0, atol=0, equal_nan=True)
 
 
-# Parts ------------------------------------------------------------------------------------------------------------------------
+# Parts
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_part_holds_the_active_completions_of_its_micro_step() -> None:
-    episode = make_episode(0, make_rollout([1, 2, 3, 2, 1, 2], 2), make_scores([1, 0, NAN, 1, 0, 1]), [1.0], GRPO(beta=0), Plan(2, 3, 2, 1))
+    episode = make_episode(
+        0, make_rollout([1, 2, 3, 2, 1, 2], 2), make_scores([1, 0, NAN, 1, 0, 1]), [1.0], GRPO(beta=0), Plan(2, 3, 2, 1)
+    )
     first, second = episode.part(0), episode.part(1)
     assert [(group.prompt, group.completions) for group in first.groups] == [([0], [[0], [100, 101]])]
     assert [(group.prompt, group.completions) for group in second.groups] == [([1], [[300, 301], [400], [500, 501]])]
@@ -262,7 +286,9 @@ def test_a_part_holds_the_active_completions_of_its_micro_step() -> None:
 
 
 def test_parts_make_up_the_active_part() -> None:
-    episode = make_episode(0, make_rollout([2] * 12, 3), make_scores([float(n) for n in range(12)]), [1.0], GRPO(beta=0), Plan(3, 4, 4, 4))
+    episode = make_episode(
+        0, make_rollout([2] * 12, 3), make_scores([float(n) for n in range(12)]), [1.0], GRPO(beta=0), Plan(3, 4, 4, 4)
+    )
     parts = [episode.part(step) for step in range(4)]
     tokens = sorted(c[0] for part in parts for group in part.groups for c in group.completions)
     assert tokens == sorted(c[0] for group in episode.active_part().groups for c in group.completions)
@@ -276,7 +302,9 @@ def test_a_micro_step_without_active_completions_is_empty() -> None:
 
 
 def test_scatter_puts_values_back_at_the_active_tokens() -> None:
-    episode = make_episode(0, make_rollout([1, 2, 3], 1), make_scores([1, NAN, 0]), [1.0], GRPO(beta=0), Plan(1, 3, 1, 1))
+    episode = make_episode(
+        0, make_rollout([1, 2, 3], 1), make_scores([1, NAN, 0]), [1.0], GRPO(beta=0), Plan(1, 3, 1, 1)
+    )
     episode.old_logprobs_T = episode.scatter(torch.tensor([-1.0, -2.0, -3.0, -4.0]))
     assert episode.old_logprobs_T.tolist() == [-1.0, 0, 0, -2.0, -3.0, -4.0]
     episode.ref_logprobs_T = episode.scatter(torch.tensor([-5.0, -6.0, -7.0, -8.0]))

@@ -79,6 +79,8 @@ def test_gradient_checkpointing_keeps_what_each_layer_gets_and_one_layer(tiny_mo
 
 
 def test_a_phase_holds_what_lasts_and_what_is_its_own():
-    memory = Memory(weights=100, gradients=10, optimizer=20, reference=3, cache=50, sampling=4, activations=60, head=5, process=1000)
+    memory = Memory(
+        weights=100, gradients=10, optimizer=20, reference=3, cache=50, sampling=4, activations=60, head=5, process=1000
+    )
     assert memory.phases == {"sampling": 1123 + 54, "training": 1123 + 75, "update": 1123 + 20}
     assert memory.peak == 1198

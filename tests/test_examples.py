@@ -1,4 +1,6 @@
-"""The examples with a folder of their own, made small: what they write, what they show, and that they go on where they were stopped."""
+"""The examples with a folder of their own, made small: what they write, what they show, and that they go on where they
+were stopped.
+"""
 
 import csv
 import json
@@ -63,7 +65,9 @@ def test_a_split_has_every_message_once_and_every_intent_in_proportion(table: Pa
     assert split != split_messages(messages, labelled=0.1, held_out=0.25, seed=1)
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "is not there"), ("text,category\nhello,\n", "row 1"), ("body\nhello\n", "row 1")])
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "is not there"), ("text,category\nhello,\n", "row 1"), ("body\nhello\n", "row 1")]
+)
 def test_messages_that_cannot_be_used_are_refused(tmp_path: Path, content: str | None, message: str) -> None:
     file = tmp_path / "m.csv"
     if content is not None:
@@ -113,12 +117,16 @@ def test_intent_classification_prints_its_table_and_goes_on_where_it_was(
     results = intent_run.main(words)
     (result,) = results.values()
     assert list(result) == ["warm_start", "grpo", "control"]
-    assert all(accuracy * 15 == pytest.approx(round(accuracy * 15)) for accuracy in result.values())  # shares of the held-out messages
+    # shares of the held-out messages
+    assert all(accuracy * 15 == pytest.approx(round(accuracy * 15)) for accuracy in result.values())
     out = capsys.readouterr().out
     assert "Accuracy on 15 held-out messages" in out
     assert f"| 3 | {result['warm_start']:.3f} | {result['grpo']:.3f} |" in out
-    assert [file.name for file in tmp_path.iterdir() if file.name != table.name] == ["runs"]  # nothing beside what was named
-    train, held_out = ([json.loads(line) for line in (folder / f"{name}.jsonl").open()] for name in ("checkable", "held_out"))
+    # nothing beside what was named
+    assert [file.name for file in tmp_path.iterdir() if file.name != table.name] == ["runs"]
+    train, held_out = (
+        [json.loads(line) for line in (folder / f"{name}.jsonl").open()] for name in ("checkable", "held_out")
+    )
     assert len(train) == 36
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
 
@@ -126,7 +134,8 @@ def test_intent_classification_prints_its_table_and_goes_on_where_it_was(
         raise AssertionError("a model that is there was made again")
 
     monkeypatch.setattr(intent_run, "teach", teach)
-    killed = folder / "seed_3" / "grpo" / "version_7" / "metrics.csv"  # of a try that was killed before its first checkpoint
+    # of a try that was killed before its first checkpoint
+    killed = folder / "seed_3" / "grpo" / "version_7" / "metrics.csv"
     killed.parent.mkdir()
     killed.write_text("step,val/solved\n0,0.123\n")
     os.utime(killed, (0, 0))
@@ -170,7 +179,11 @@ def test_gsm8k_dry_run(tmp_path: Path) -> None:
     data = yaml.safe_load(config.read_text())["data"]["train"]
     if not Path(data).exists():
         pytest.skip(f"the example reads {data}, which is not here")
-    flags = [f"--trainer.logger.init_args.save_dir={tmp_path}", "--trainer.limit_val_batches=0", "--trainer.max_steps=2"]
+    flags = [
+        f"--trainer.logger.init_args.save_dir={tmp_path}",
+        "--trainer.limit_val_batches=0",
+        "--trainer.max_steps=2",
+    ]
     best = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_last": True}}
     (tmp_path / "no_monitor.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [best]}}))
     configs = [f"--config={file}" for file in (config, GSM8K / "dry_run.yaml", tmp_path / "no_monitor.yaml")]

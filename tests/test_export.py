@@ -1,4 +1,6 @@
-"""A run -> its checkpoint tried and exported: identical greedy completions, a folder whole or absent, a card that is right."""
+"""A run -> its checkpoint tried and exported: identical greedy completions, a folder whole or absent, a card that is
+right.
+"""
 
 import io
 import json
@@ -26,7 +28,9 @@ CHECKPOINT = "runs/task/version_0/checkpoints/last.ckpt"
 def run(tmp_path_factory):
     """The folder of a run with a system prompt, a held-out reward and two validations."""
     folder = tmp_path_factory.mktemp("run")
-    (folder / "rows.jsonl").write_text("".join(json.dumps({"prompt": prompt, "target": "7"}) + "\n" for prompt in PROMPTS))
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": prompt, "target": "7"}) + "\n" for prompt in PROMPTS)
+    )
     config = {
         "seed_everything": 3,
         "baseline": True,
@@ -70,7 +74,9 @@ def test_transformers_gives_the_same_greedy_completions(run, capsys, monkeypatch
     theirs = []
     for prompt in PROMPTS:
         messages = [{"role": "system", "content": "Only the number."}, {"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
         output = model.generate(**inputs)  # greedy and as long as in training without being told
         theirs.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
     assert theirs == ours
@@ -132,8 +138,14 @@ def test_samples_are_counted_and_repeatable(run, capsys):
     [
         (["generate"], "the following arguments are required: --ckpt_path; see stateset-lightning generate --help"),
         (["generate", "--ckpt_path", "none.ckpt"], "ckpt_path=none.ckpt: there is no such file"),
-        (["generate", "--ckpt_path", "tiny", "--samples", "0"], "argument --samples: 0 must be a whole number, at least 1"),
-        (["generate", "--ckpt_path", "tiny", "--prompt", "a", "--temperature", "0"], "model.rollout.temperature=0.0 must be above 0"),
+        (
+            ["generate", "--ckpt_path", "tiny", "--samples", "0"],
+            "argument --samples: 0 must be a whole number, at least 1",
+        ),
+        (
+            ["generate", "--ckpt_path", "tiny", "--prompt", "a", "--temperature", "0"],
+            "model.rollout.temperature=0.0 must be above 0",
+        ),
         (["export", "tiny", "out"], "out has files in it; choose another folder, or say --overwrite"),
         (["export", "tiny", "config.yaml"], "config.yaml is a file; give a folder that is yet to be made"),
         (["export", "none.ckpt", "new"], "ckpt_path=none.ckpt: there is no such file"),
@@ -212,9 +224,15 @@ def test_without_its_run_a_checkpoint_says_so(run, tmp_path, caplog):
 
 def test_the_commands_of_the_docs_run(run, tmp_path, monkeypatch, capsys):
     page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
-    commands = [line for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL) for line in block.splitlines()]
+    commands = [
+        line for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL) for line in block.splitlines()
+    ]
     monkeypatch.chdir(run)
-    places = {"CKPT": str(run / CHECKPOINT), "my_model": str(tmp_path / "my_model"), "configs/single_turn.yaml": "config.yaml"}
+    places = {
+        "CKPT": str(run / CHECKPOINT),
+        "my_model": str(tmp_path / "my_model"),
+        "configs/single_turn.yaml": "config.yaml",
+    }
     for command in commands:
         monkeypatch.setattr(sys, "stdin", io.StringIO("What is 1 + 2?\n"))
         _, *words = shlex.split(command)

@@ -1,4 +1,6 @@
-"""The fast path against the slow one over a whole run, and the work that it does, counted exactly: times are noisy, counts are not."""
+"""The fast path against the slow one over a whole run, and the work that it does, counted exactly: times are noisy,
+counts are not.
+"""
 
 import subprocess
 import sys
@@ -27,7 +29,9 @@ class Curve(Callback):
         self.rows.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
-def run(folder: Path, scoring: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+def run(
+    folder: Path, scoring: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     # The fast path reads a prompt once for its group while sampling, too; the slow one has a copy for every row.
     monkeypatch.setattr(running_batch, "SHARE_FROM", 0 if scoring == "packed" else 10**9)
     curve = Curve()
@@ -37,7 +41,9 @@ def run(folder: Path, scoring: str, monkeypatch: pytest.MonkeyPatch) -> tuple[li
     return curve.rows, weights(trainer)
 
 
-def test_training_curves_with_and_without_the_fast_path_coincide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_curves_with_and_without_the_fast_path_coincide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fast, fast_weights = run(tmp_path / "fast", "packed", monkeypatch)
     slow, slow_weights = run(tmp_path / "slow", "padded", monkeypatch)
     assert len(fast) == len(slow) == 12
@@ -49,7 +55,8 @@ def test_training_curves_with_and_without_the_fast_path_coincide(tmp_path: Path,
     assert fast[-1]["work/token_ratio"] > 2
     assert slow[-1]["work/token_ratio"] == 1
     assert fast[0]["policy/grad_norm"] > 0
-    assert relative_difference(fast_weights, slow_weights) < 1e-4  # twelve steps of AdamW, which divides by small gradients
+    # twelve steps of AdamW, which divides by small gradients
+    assert relative_difference(fast_weights, slow_weights) < 1e-4
 
 
 @pytest.mark.parametrize("budget", [60, 1])
@@ -72,17 +79,22 @@ def test_a_token_budget_changes_the_micro_steps_and_not_the_gradient(tmp_path: P
     assert relative_difference(split, whole) < 1e-6
 
 
-# Work, counted ------------------------------------------------------------------------------------------------------------------
+# Work, counted
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def forwarded_tokens(model: Any) -> list[int]:
     """Tokens of each forward from now on."""
     counts: list[int] = []
-    model.base_model.register_forward_pre_hook(lambda module, args, kwargs: counts.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: counts.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
     return counts
 
 
-def test_the_work_of_a_step_is_what_it_has_to_be(make_model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_work_of_a_step_is_what_it_has_to_be(
+    make_model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model("qwen2")
     model.generation_config.eos_token_id = 10**6  # unreachable: every completion is full
     policy = Policy(model, PolicyConfig("random", head_chunk_tokens=16))
@@ -91,7 +103,8 @@ def test_the_work_of_a_step_is_what_it_has_to_be(make_model: Any, tiny_tokenizer
     prompts, group, length = [[5] * 30, [6] * 50], 4, 10
     tokens = forwarded_tokens(model)
     rollout = engine.generate(prompts, group, RolloutConfig(max_new_tokens=length), range(8))
-    # Two prompts in one prefill (padded to the longer one), then a token per row; the last one is sampled and not forwarded.
+    # Two prompts in one prefill (padded to the longer one), then a token per row; the last one is sampled and not
+    # forwarded.
     assert tokens == [2 * 50, *[8] * (length - 1)]
     assert engine.decoded_rows == 8 * length
     prefix = running_batch.SharingBatch(model, length)

@@ -57,7 +57,10 @@ def test_a_full_disk_is_named_and_leaves_the_old_file_alone(tmp_path):
         with atomic_write(path) as file:
             file.write(b"x" * 20_000)
 
-    with full_disk(10_000), pytest.raises(DiskError, match=r"file: cannot be written \(File too large\).*untouched.*Make room"):
+    with (
+        full_disk(10_000),
+        pytest.raises(DiskError, match=r"file: cannot be written \(File too large\).*untouched.*Make room"),
+    ):
         write()
     assert path.read_text() == "good"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]

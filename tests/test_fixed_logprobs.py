@@ -56,7 +56,9 @@ def episode_of(ranks: Ranks, steps: int) -> tuple[Episode, Plan]:
 def select(ranks: Ranks, steps: int) -> tuple[list[Any], list[tuple[TokenBatch, int]]]:
     """Values of the tokens are 1, 2, 3, ... in global order; the selection comes back by global token."""
     starts = [sum(LENGTHS[:n]) for n in range(len(LENGTHS))]
-    tokens = [starts[n] + t for p in range(ranks.rank, 4, ranks.world) for n in (2 * p, 2 * p + 1) for t in range(LENGTHS[n])]
+    tokens = [
+        starts[n] + t for p in range(ranks.rank, 4, ranks.world) for n in (2 * p, 2 * p + 1) for t in range(LENGTHS[n])
+    ]
     values_T = torch.tensor(tokens, dtype=torch.float32) + 1
     episode, plan = episode_of(ranks, steps)
     algorithm = FirstOfAll()
@@ -86,7 +88,10 @@ def test_a_selection_is_the_same_for_any_number_of_ranks(steps: int) -> None:
         assert sorted(pair for chosen, _ in results for pair in chosen) == alone
         for _, seen in results:
             assert [seed for _, seed in seen] == [seed for _, seed in shown]
-            assert all(torch.equal(mine.logprobs_T, other.logprobs_T) for (mine, _), (other, _) in zip(seen, shown, strict=True))
+            assert all(
+                torch.equal(mine.logprobs_T, other.logprobs_T)
+                for (mine, _), (other, _) in zip(seen, shown, strict=True)
+            )
 
 
 def test_float_noise_does_not_decide_between_equal_contexts() -> None:
@@ -99,6 +104,8 @@ def test_float_noise_does_not_decide_between_equal_contexts() -> None:
     episode, plan = episode_of(Ranks(), 1)
     values_T = torch.full((13,), 0.5)
     noise_T = torch.linspace(0, 1e-6, 13)
-    first, second = (selected_tokens(episode, values_T, values_T + noise, Largest(), plan, 0) for noise in (noise_T, -noise_T))
+    first, second = (
+        selected_tokens(episode, values_T, values_T + noise, Largest(), plan, 0) for noise in (noise_T, -noise_T)
+    )
     assert torch.equal(first, second)
     assert first.tolist() == [True] + [False] * 12

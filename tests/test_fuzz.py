@@ -1,6 +1,8 @@
-"""Hostile scenario files, configs and reward returns: every case ends in success or in a documented error, never in another exception.
+"""Hostile scenario files, configs and reward returns: every case ends in success or in a documented error, never in
+another exception.
 
-The quick profile is part of `make test`; `STATESET_FUZZ=20` multiplies the number of cases. How many were tried is printed (`pytest -s`).
+The quick profile is part of `make test`; `STATESET_FUZZ=20` multiplies the number of cases. How many were tried is
+printed (`pytest -s`).
 """
 
 # ruff: noqa: PT017 (a refusal is one of two good ends)
@@ -31,7 +33,11 @@ TRIED: Counter[str] = Counter()
 
 def quick(cases: int) -> Any:
     return settings(
-        max_examples=cases * FACTOR, deadline=None, derandomize=FACTOR == 1, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=cases * FACTOR,
+        deadline=None,
+        derandomize=FACTOR == 1,
+        database=None,
+        suppress_health_check=list(HealthCheck),
     )
 
 
@@ -50,12 +56,31 @@ SCALARS = (
     | st.sampled_from(["user", "prompt", "\ud800", "a\x00b", "<|end|>"])
 )
 VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3), max_leaves=6
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
 )
 COLUMNS = st.sampled_from(
-    ["prompt", "messages", "user_responses", "context", "id", "topic", "target", "rewards", "model_config", "x", "", "path", "turns"]
+    [
+        "prompt",
+        "messages",
+        "user_responses",
+        "context",
+        "id",
+        "topic",
+        "target",
+        "rewards",
+        "model_config",
+        "x",
+        "",
+        "path",
+        "turns",
+    ]
 )
-MESSAGES = st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "assistant", "x"]), "content": SCALARS}), max_size=3)
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "assistant", "x"]), "content": SCALARS}),
+    max_size=3,
+)
 GOOD_ROWS = st.fixed_dictionaries(
     {"prompt": st.text(min_size=1, max_size=8)}, optional={"target": VALUES, "x": VALUES, "topic": st.text(max_size=3)}
 )
@@ -76,7 +101,10 @@ def read_or_refuse(content: bytes, suffix: str) -> None:
             assert len(str(error).splitlines()) <= LINES
             TRIED["files refused"] += 1
         else:
-            assert all((scenario.prompt or scenario.messages) and scenario.id and scenario.turns() for scenario in scenarios.scenarios)
+            assert all(
+                (scenario.prompt or scenario.messages) and scenario.id and scenario.turns()
+                for scenario in scenarios.scenarios
+            )
             TRIED["files read"] += 1
 
 
@@ -95,7 +123,10 @@ def test_files_of_any_rows(rows, suffix):
 
 
 @quick(150)
-@given(st.lists(st.lists(st.text(max_size=6), max_size=4), max_size=5), st.sampled_from(["prompt,target", "prompt", "id,prompt,x"]))
+@given(
+    st.lists(st.lists(st.text(max_size=6), max_size=4), max_size=5),
+    st.sampled_from(["prompt,target", "prompt", "id,prompt,x"]),
+)
 def test_tables_of_any_cells(table, header):
     written = io.StringIO()
     written.write(header + "\n")

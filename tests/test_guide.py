@@ -82,7 +82,9 @@ def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_the_converted_example_is_the_one_shown() -> None:
-    shown = [yaml.safe_load(block) for block in blocks("yaml", sections(PAGE)["Example Config (single_turn_config.yaml)"])]
+    shown = [
+        yaml.safe_load(block) for block in blocks("yaml", sections(PAGE)["Example Config (single_turn_config.yaml)"])
+    ]
     assert shown == [convert(yaml.safe_load(GUIDE_YAML))[0]]
 
 
@@ -108,7 +110,12 @@ def test_every_key_of_trls_config_is_mapped() -> None:
 def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "single_turn_config.yaml").write_text(GUIDE_YAML)
-    short = ["--model.policy.model_name=tiny", "--model.rollout.max_new_tokens=4", "--trainer.max_steps=1", "--trainer.accelerator=cpu"]
+    short = [
+        "--model.policy.model_name=tiny",
+        "--model.rollout.max_new_tokens=4",
+        "--trainer.max_steps=1",
+        "--trainer.accelerator=cpu",
+    ]
     (commands,) = blocks("bash", PAGE)
     for line in commands.splitlines():
         words = line.split()[1:]

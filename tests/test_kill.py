@@ -46,5 +46,7 @@ def test_a_signal_to_one_rank_ends_all_with_one_checkpoint(tmp_path: Path) -> No
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", SIGNALLED, str(SCRIPT.parent), str(tmp_path), str(port)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert run.stdout.splitlines()[-1] == "[143, 143]", run.stdout + run.stderr + (tmp_path / "output.txt").read_text()[-3000:]
+    assert run.stdout.splitlines()[-1] == "[143, 143]", (
+        run.stdout + run.stderr + (tmp_path / "output.txt").read_text()[-3000:]
+    )
     assert (tmp_path / "run" / "version_0" / "checkpoints" / "last.ckpt").is_file()

@@ -1,4 +1,6 @@
-"""Whole runs with an adapter: what trains, exact resume, small checkpoints, sampling, and what is made of a checkpoint afterwards."""
+"""Whole runs with an adapter: what trains, exact resume, small checkpoints, sampling, and what is made of a checkpoint
+afterwards.
+"""
 
 import io
 import json
@@ -29,7 +31,11 @@ PROMPTS = [f"What is {i} + {j}?" for i in (3, 18) for j in (4, 27)]
 
 
 def module(policy: PolicyConfig | None = None, **options: Any) -> GRPOLightningModule:
-    options = {"algorithm": GRPO(beta=0.1), "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=3e-3), **options}
+    options = {
+        "algorithm": GRPO(beta=0.1),
+        "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
+        **options,
+    }
     return make_module(policy or PolicyConfig("tiny", lora=LORA), **options)
 
 
@@ -42,7 +48,11 @@ class Rows(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         if not pl_module.inside_optimizer_step:
             self.rows.append(
-                {n: v for n, v in pl_module.metrics.last.items() if not n.startswith(("time/", "memory/", "work/tokens_per_s"))}
+                {
+                    n: v
+                    for n, v in pl_module.metrics.last.items()
+                    if not n.startswith(("time/", "memory/", "work/tokens_per_s"))
+                }
             )
 
 
@@ -50,15 +60,22 @@ def every_step(folder: Path) -> ModelCheckpoint:
     return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
 
 
-# Training ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_adapter_alone_is_trained_and_saved(tmp_path: Path) -> None:
     watch, gradients = Rows(), GradientRecorder()
-    trainer = fit(tmp_path, module(), callbacks=[every_step(tmp_path), watch, gradients], enable_checkpointing=True, max_steps=3)
+    trainer = fit(
+        tmp_path, module(), callbacks=[every_step(tmp_path), watch, gradients], enable_checkpointing=True, max_steps=3
+    )
     policy = trainer.lightning_module.policy
     base = load_model(PolicyConfig("tiny")).state_dict()
-    now = {name.replace(".base_layer", ""): value for name, value in policy.model.state_dict().items() if "lora_" not in name}
+    now = {
+        name.replace(".base_layer", ""): value
+        for name, value in policy.model.state_dict().items()
+        if "lora_" not in name
+    }
     assert now.keys() == base.keys()
     assert all(torch.equal(value, base[name]) for name, value in now.items())  # sampling has merged into copies
     assert {name.removeprefix("policy.model.") for name in gradients.steps[0]} == set(policy.adapter.names)
@@ -66,7 +83,9 @@ def test_the_adapter_alone_is_trained_and_saved(tmp_path: Path) -> None:
     assert watch.rows[2]["policy/kl"] > 0
     content = torch.load(tmp_path / "step=3.ckpt", weights_only=True)
     assert {name.removeprefix("policy.model.") for name in content["state_dict"]} == set(policy.adapter.names)
-    moments = [value for state in content["optimizer_states"][0]["state"].values() for value in state.values() if value.dim()]
+    moments = [
+        value for state in content["optimizer_states"][0]["state"].values() for value in state.values() if value.dim()
+    ]
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     assert sum(value.numel() for value in moments) == 2 * trained
     size = (tmp_path / "step=3.ckpt").stat().st_size
@@ -75,11 +94,20 @@ def test_the_adapter_alone_is_trained_and_saved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("step", [1, 2, 3])
-def test_a_resumed_run_ends_bit_identical(step: int, dropout: float, tmp_path: Path, straight: dict[float, Any]) -> None:
+def test_a_resumed_run_ends_bit_identical(
+    step: int, dropout: float, tmp_path: Path, straight: dict[float, Any]
+) -> None:
     """Also inside an episode, and into a second pass over it."""
     trainer, folder, rows = straight[dropout]
     watch = Rows()
-    again = fit(tmp_path, two_passes(dropout), two_pass_data(), callbacks=[watch], max_steps=4, ckpt_path=folder / f"step={step}.ckpt")
+    again = fit(
+        tmp_path,
+        two_passes(dropout),
+        two_pass_data(),
+        callbacks=[watch],
+        max_steps=4,
+        ckpt_path=folder / f"step={step}.ckpt",
+    )
     assert all(torch.equal(value, weights(trainer)[name]) for name, value in weights(again).items())
     mine, theirs = (t.optimizers[0].state_dict()["state"] for t in (again, trainer))
     assert mine.keys() == theirs.keys()
@@ -101,7 +129,11 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[float, Any]:
     runs = {}
     for dropout in (0.0, 0.2):
         folder, watch = tmp_path_factory.mktemp("straight"), Rows()
-        options: dict[str, Any] = {"callbacks": [every_step(folder), watch], "enable_checkpointing": True, "max_steps": 4}
+        options: dict[str, Any] = {
+            "callbacks": [every_step(folder), watch],
+            "enable_checkpointing": True,
+            "max_steps": 4,
+        }
         runs[dropout] = (fit(folder, two_passes(dropout), two_pass_data(), **options), folder, watch.rows)
     return runs
 
@@ -111,7 +143,12 @@ def test_packed_and_padded_runs_have_the_same_gradients(tmp_path: Path) -> None:
     for scoring in ("packed", "padded"):
         gradients = GradientRecorder()
         policy = PolicyConfig("tiny", lora=LORA, scoring=scoring)  # type: ignore[arg-type]
-        fit(tmp_path, module(policy, optimizer=lambda p: torch.optim.SGD(p, lr=0.05)), callbacks=[gradients], max_steps=2)
+        fit(
+            tmp_path,
+            module(policy, optimizer=lambda p: torch.optim.SGD(p, lr=0.05)),
+            callbacks=[gradients],
+            max_steps=2,
+        )
         recorded.append(gradients.steps)
     for packed, padded in zip(*recorded, strict=True):
         assert relative_difference(packed, padded) < 1e-5
@@ -121,7 +158,11 @@ def test_the_reference_of_a_loaded_adapter_is_that_adapter(tmp_path: Path) -> No
     first = fit(tmp_path, module(), max_steps=2).lightning_module
     save_adapter(first.policy, tmp_path / "adapter")
     config = PolicyConfig("tiny", adapter=str(tmp_path / "adapter"))
-    options: dict[str, Any] = {"callbacks": [every_step(tmp_path), rows := Rows()], "enable_checkpointing": True, "max_steps": 3}
+    options: dict[str, Any] = {
+        "callbacks": [every_step(tmp_path), rows := Rows()],
+        "enable_checkpointing": True,
+        "max_steps": 3,
+    }
     straight = fit(tmp_path, module(config), **options)
     assert rows.rows[0]["policy/kl"] == 0
     assert rows.rows[2]["policy/kl"] > 0
@@ -131,7 +172,9 @@ def test_the_reference_of_a_loaded_adapter_is_that_adapter(tmp_path: Path) -> No
     save_adapter(other.policy, tmp_path / "adapter")  # type: ignore[arg-type]
     resumed = fit(tmp_path, module(config), ckpt_path=tmp_path / "step=1.ckpt", max_steps=3)
     assert all(torch.equal(value, weights(straight)[name]) for name, value in weights(resumed).items())
-    assert torch.load(tmp_path / "step=3.ckpt", weights_only=True)["stateset"]["adapter"]["start"].keys() == set(first.policy.adapter.names)
+    assert torch.load(tmp_path / "step=3.ckpt", weights_only=True)["stateset"]["adapter"]["start"].keys() == set(
+        first.policy.adapter.names
+    )
 
 
 def test_other_checkpoints_are_refused_at_the_door(tmp_path: Path) -> None:
@@ -164,7 +207,8 @@ def test_other_checkpoints_are_refused_at_the_door(tmp_path: Path) -> None:
             )
 
 
-# Sampling ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bf16-mixed"])
@@ -202,10 +246,18 @@ def test_samples_are_of_the_adapted_policy(dtype: torch.dtype | None, tiny_token
         ("32-true", "bfloat16", torch.float32, torch.bfloat16),
     ],
 )
-def test_lower_precisions_train_what_they_sample(precision: str, dtype: Any, adapter: Any, base: Any, tmp_path: Path) -> None:
+def test_lower_precisions_train_what_they_sample(
+    precision: str, dtype: Any, adapter: Any, base: Any, tmp_path: Path
+) -> None:
     """A mismatch of sampler and trainer above the dtype's float error would end the run."""
     watch = Rows()
-    trainer = fit(tmp_path, module(PolicyConfig("tiny", lora=LORA, dtype=dtype)), callbacks=[watch], max_steps=2, precision=precision)
+    trainer = fit(
+        tmp_path,
+        module(PolicyConfig("tiny", lora=LORA, dtype=dtype)),
+        callbacks=[watch],
+        max_steps=2,
+        precision=precision,
+    )
     policy = trainer.lightning_module.policy
     assert {p.dtype for p in policy.parameters() if p.requires_grad} == {adapter}
     assert {p.dtype for p in policy.parameters() if not p.requires_grad} == {base}
@@ -214,14 +266,17 @@ def test_lower_precisions_train_what_they_sample(precision: str, dtype: Any, ada
     assert watch.rows[1]["policy/kl"] > 0
 
 
-# Command line, and what becomes of a checkpoint ---------------------------------------------------------------------------------
+# Command line, and what becomes of a checkpoint
+# ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run by the overlay, with a learning rate that moves the answers."""
     folder = tmp_path_factory.mktemp("run")
-    (folder / "rows.jsonl").write_text("".join(json.dumps({"prompt": prompt, "target": "7"}) + "\n" for prompt in PROMPTS))
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": prompt, "target": "7"}) + "\n" for prompt in PROMPTS)
+    )
     config = {
         "seed_everything": 3,
         "model": {
@@ -273,7 +328,9 @@ def test_greedy_completions_are_the_same_everywhere(run: Path, capsys: Any, monk
         theirs = []
         for prompt in PROMPTS:
             messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": prompt}]
-            inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+            inputs = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
             output = model.generate(**inputs)
             theirs.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
         assert theirs == ours
@@ -287,9 +344,17 @@ def test_greedy_completions_are_the_same_everywhere(run: Path, capsys: Any, monk
     assert re.search(rf"val/reward\W+{right}", capsys.readouterr().out)
 
 
-def test_the_exported_adapter_is_small_and_its_card_runs(run: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_exported_adapter_is_small_and_its_card_runs(
+    run: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = {path.name for path in (run / "adapter").iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors", "generation_config.json", "tokenizer.json", "README.md"} <= names
+    assert {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "generation_config.json",
+        "tokenizer.json",
+        "README.md",
+    } <= names
     assert not names & {"model.safetensors", "config.json"}
     assert json.loads((run / "adapter" / "adapter_config.json").read_text())["r"] == 8
     card = (run / "adapter" / "README.md").read_text()
@@ -310,7 +375,10 @@ def test_what_cannot_be_exported_or_loaded_is_said(run: Path, tmp_path: Path, ca
     assert "--merge: tiny has no adapter" in capsys.readouterr().err
     content = torch.load(run / CHECKPOINT, weights_only=True)
     name = next(iter(content["state_dict"]))
-    torch.save({**content, "state_dict": {k: v for k, v in content["state_dict"].items() if k != name}}, tmp_path / "short.ckpt")
+    torch.save(
+        {**content, "state_dict": {k: v for k, v in content["state_dict"].items() if k != name}},
+        tmp_path / "short.ckpt",
+    )
     with pytest.raises(CheckpointError, match=r"its adapter does not fit: .*lora_A"):
         load_trained(str(tmp_path / "short.ckpt"))
     content["stateset"]["adapter"]["base"]["digest"] = "0" * 16
@@ -319,7 +387,9 @@ def test_what_cannot_be_exported_or_loaded_is_said(run: Path, tmp_path: Path, ca
         load_trained(str(tmp_path / "other.ckpt"))
 
 
-def test_rounding_a_merged_adapter_away_is_announced(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rounding_a_merged_adapter_away_is_announced(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     content = torch.load(run / CHECKPOINT, weights_only=True)
     content["stateset"]["adapter"]["base"]["dtype"] = "bfloat16"
     for name, weight in content["state_dict"].items():
@@ -336,7 +406,9 @@ def test_rounding_a_merged_adapter_away_is_announced(run: Path, tmp_path: Path, 
                 str(run / "runs/task/version_0/config.yaml"),
             ]
         )
-    assert re.search(r"rounding to bfloat16 changes what the adapter adds by \d+%; without --merge it stays exact", caplog.text)
+    assert re.search(
+        r"rounding to bfloat16 changes what the adapter adds by \d+%; without --merge it stays exact", caplog.text
+    )
 
 
 def test_the_adapter_and_its_own_config_on_the_command_line(
@@ -344,7 +416,13 @@ def test_the_adapter_and_its_own_config_on_the_command_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text((run / "rows.jsonl").read_text())
-    words = ["fit", "--config", str(run / "config.yaml"), f"--model.policy.adapter={run / 'adapter'}", "--trainer.max_steps=1"]
+    words = [
+        "fit",
+        "--config",
+        str(run / "config.yaml"),
+        f"--model.policy.adapter={run / 'adapter'}",
+        "--trainer.max_steps=1",
+    ]
     cli = main(words)
     assert cli is not None
     assert cli.model.policy.model.peft_config["default"].r == 8

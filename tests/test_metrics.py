@@ -117,7 +117,9 @@ def test_an_episodes_metrics_by_hand() -> None:
 
 def test_an_episode_whose_rewards_all_failed_has_no_reward() -> None:
     totals_N = torch.full((2,), NAN, dtype=torch.float64)
-    rollout = Rollout([[1]], torch.zeros(2, dtype=torch.long), torch.tensor([1, 1]), torch.zeros(2), [FinishReason.STOP] * 2, [""] * 2)
+    rollout = Rollout(
+        [[1]], torch.zeros(2, dtype=torch.long), torch.tensor([1, 1]), torch.zeros(2), [FinishReason.STOP] * 2, [""] * 2
+    )
     sums = SumCounts()
     sums.add(episode_metrics(rollout, Scores(("right",), totals_N[:, None], totals_N), totals_N))
     means = sums.means(Ranks())

@@ -28,8 +28,12 @@ def test_halves_have_about_as_many_tokens() -> None:
 def test_every_completion_is_trained_once(groups: list[Piece], micro_steps: int, max_tokens: int | None) -> None:
     steps = share_out(groups, micro_steps, max_tokens)
     assert len(steps) == micro_steps
-    given_out = sorted((piece.prompt_tokens, *completion) for pieces in steps for piece in pieces for completion in piece.completions)
-    assert given_out == sorted((group.prompt_tokens, *completion) for group in groups for completion in group.completions)
+    given_out = sorted(
+        (piece.prompt_tokens, *completion) for pieces in steps for piece in pieces for completion in piece.completions
+    )
+    assert given_out == sorted(
+        (group.prompt_tokens, *completion) for group in groups for completion in group.completions
+    )
 
 
 @given(GROUPS, st.integers(1, 4))

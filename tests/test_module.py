@@ -1,4 +1,6 @@
-"""GRPOLightningModule in real Lightning runs: gradients, resume, failures, and everything a Trainer can be asked for."""
+"""GRPOLightningModule in real Lightning runs: gradients, resume, failures, and everything a Trainer can be asked
+for.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ from stateset_lightning.policy.schedule import Schedule
 from stateset_lightning.run_checks import check_strategy
 
 
-def first_gradient(folder: Path, algorithm: Algorithm, accumulate: int, precision: str = "32-true", **data: Any) -> dict[str, torch.Tensor]:
+def first_gradient(
+    folder: Path, algorithm: Algorithm, accumulate: int, precision: str = "32-true", **data: Any
+) -> dict[str, torch.Tensor]:
     recorder = GradientRecorder()
     module = make_module(algorithm=algorithm)
     options = {"accumulate_grad_batches": accumulate, "callbacks": [recorder], "precision": precision}
@@ -42,7 +46,9 @@ def first_gradient(folder: Path, algorithm: Algorithm, accumulate: int, precisio
     return recorder.steps[0]
 
 
-@pytest.mark.parametrize("algorithm", [GRPO(beta=0.04), DrGRPO(), DAPO()], ids=lambda algorithm: type(algorithm).__name__)
+@pytest.mark.parametrize(
+    "algorithm", [GRPO(beta=0.04), DrGRPO(), DAPO()], ids=lambda algorithm: type(algorithm).__name__
+)
 def test_the_gradient_does_not_depend_on_the_split_into_micro_steps(tmp_path: Path, algorithm: Algorithm) -> None:
     whole = first_gradient(tmp_path, algorithm, accumulate=1)
     for accumulate in (2, 4):
@@ -85,7 +91,9 @@ def test_two_ranks_have_the_samples_and_gradients_of_one(tmp_path: Path) -> None
     script.write_text(DDP_SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
     for devices in (1, 2):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        run = subprocess.run([sys.executable, script, str(devices)], capture_output=True, text=True, timeout=240, env=environment)
+        run = subprocess.run(
+            [sys.executable, script, str(devices)], capture_output=True, text=True, timeout=240, env=environment
+        )
         assert run.returncode == 0, run.stderr[-3000:]
     one = torch.load(tmp_path / "world1-rank0.pt", weights_only=True)
     for rank in (0, 1):
@@ -122,7 +130,9 @@ def test_the_ratio_is_one_at_the_first_of_several_steps(tmp_path: Path) -> None:
 
 def test_log_probs_of_the_sampler_are_those_of_the_loss(tmp_path: Path) -> None:
     rollout = RolloutConfig(num_generations=4, max_new_tokens=5, temperature=0.7, top_p=0.9)
-    episode = fit(tmp_path, make_module(rollout=rollout), make_data(num_iterations=2), max_steps=1).lightning_module._episode
+    episode = fit(
+        tmp_path, make_module(rollout=rollout), make_data(num_iterations=2), max_steps=1
+    ).lightning_module._episode
     tokens_T = episode.active_N.repeat_interleave(episode.lengths_N)
     assert tokens_T.any()
     assert (episode.old_logprobs_T - episode.sampling_logprobs_T)[tokens_T].abs().max() < 1e-5
@@ -191,7 +201,9 @@ class FailsOnTheLast(DigitReward):
 
 def test_failures_of_a_validation_count_over_the_split_and_not_over_a_batch(tmp_path: Path) -> None:
     data = make_data(train=SCENARIOS[:4], validation=SCENARIOS[:5])
-    trainer = fit(tmp_path, make_module(reward=FailsOnTheLast()), data, max_steps=1, limit_val_batches=1.0, val_check_interval=1)
+    trainer = fit(
+        tmp_path, make_module(reward=FailsOnTheLast()), data, max_steps=1, limit_val_batches=1.0, val_check_interval=1
+    )
     assert trainer.callback_metrics["val/reward_failures"] == pytest.approx(0.2)
     module = make_module(reward=FailsOnTheLast(), max_reward_failures=0.1)
     with pytest.raises(RewardError, match=r"completions have no score, more than max_reward_failures=0\.1"):
@@ -215,7 +227,14 @@ class Order(EpisodeCallback):
 def test_an_episode_has_ended_when_its_last_step_is_saved(tmp_path: Path) -> None:
     order = Order()  # as the callbacks that save, it hears of a batch's end before the module does
     fit(tmp_path, data=make_data(num_iterations=2), max_steps=4, callbacks=[order])
-    assert order.happened == ["checkpoints", "episode 0 ends", "checkpoints", "checkpoints", "episode 1 ends", "checkpoints"]
+    assert order.happened == [
+        "checkpoints",
+        "episode 0 ends",
+        "checkpoints",
+        "checkpoints",
+        "episode 1 ends",
+        "checkpoints",
+    ]
 
 
 def test_a_reference_is_kept_only_for_a_kl_term_and_starts_at_the_policy(tmp_path: Path) -> None:
@@ -243,7 +262,11 @@ def test_a_run_resumed_from_any_optimizer_step_ends_bit_identical(tmp_path: Path
         options = {"callbacks": [keep_all], "enable_checkpointing": True, "max_steps": 12, "gradient_clip_val": 1.0}
         trainer = fit(tmp_path, module, data, ckpt_path=ckpt_path, **options)
         metrics = trainer.lightning_module.metrics.last
-        steady = {name: value for name, value in metrics.items() if not name.startswith(("time/", "memory/", "work/tokens_per_s"))}
+        steady = {
+            name: value
+            for name, value in metrics.items()
+            if not name.startswith(("time/", "memory/", "work/tokens_per_s"))
+        }
         return weights(trainer), steady
 
     straight, straight_metrics = run("straight")
@@ -287,7 +310,9 @@ def test_validate_fit_fit_test_and_predict_in_one_process(tmp_path: Path) -> Non
 
 def test_validation_inside_fit_changes_nothing(tmp_path: Path) -> None:
     without = weights(fit(tmp_path, max_steps=3))
-    with_validation = weights(fit(tmp_path, max_steps=3, limit_val_batches=1.0, val_check_interval=1, check_val_every_n_epoch=None))
+    with_validation = weights(
+        fit(tmp_path, max_steps=3, limit_val_batches=1.0, val_check_interval=1, check_val_every_n_epoch=None)
+    )
     assert all(torch.equal(with_validation[name], value) for name, value in without.items())
 
 
@@ -373,7 +398,10 @@ def test_a_diverged_policy_says_so_when_it_is_sampled(tmp_path: Path) -> None:
 
 
 def test_a_sharded_strategy_is_refused() -> None:
-    expected = r"trainer\.strategy=ShardedStrategy is not supported: use auto, ddp for several devices, or fsdp2 where a model does not fit"
+    expected = (
+        r"trainer\.strategy=ShardedStrategy is not supported: use auto, ddp for several devices, or fsdp2 where a model"
+        r" does not fit"
+    )
     with pytest.raises(ConfigError, match=expected):
         check_strategy(SimpleNamespace(strategy=type("ShardedStrategy", (), {})()))  # type: ignore[arg-type]
 

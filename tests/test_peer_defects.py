@@ -1,4 +1,5 @@
-"""What a peer gets wrong (TRL 1.16's GRPOTrainer, measured), one test each, in the order in which the defects were found.
+"""What a peer gets wrong (TRL 1.16's GRPOTrainer, measured), one test each, in the order in which the defects were
+found.
 
 Where a test elsewhere proves the contrary already, it is named, and must exist.
 """
@@ -78,7 +79,9 @@ def test_d07_constant_groups_are_counted_whatever_the_scale():
 
 
 def test_d08_and_d09_every_completion_is_written_and_evaluation_overwrites_none(tmp_path):
-    """All groups of all episodes, and those of the validations between them, lie in one file, told apart by their split."""
+    """All groups of all episodes, and those of the validations between them, lie in one file, told apart by their
+    split.
+    """
     writer = SampleWriter(every_n_episodes=1, num_prompts=100)
     options = {"max_steps": 3, "limit_val_batches": 1.0, "val_check_interval": 1, "check_val_every_n_epoch": None}
     fit(tmp_path, data=make_data(batch_size=4), callbacks=[writer], **options)
@@ -125,7 +128,9 @@ def test_d15_cispo_with_defaults_trains_an_on_policy_token_with_its_whole_weight
     from stateset_lightning.types import TokenBatch
 
     logprobs_T = torch.tensor([-1.0, -2.0], requires_grad=True)
-    loss_T, _ = CISPO().per_token_loss(TokenBatch(logprobs_T, logprobs_T.detach(), torch.tensor([0.5]), torch.tensor([2])))
+    loss_T, _ = CISPO().per_token_loss(
+        TokenBatch(logprobs_T, logprobs_T.detach(), torch.tensor([0.5]), torch.tensor([2]))
+    )
     loss_T.sum().backward()
     assert logprobs_T.grad.tolist() == [-0.5, -0.5]
 
@@ -157,7 +162,10 @@ class ByColumn(RewardFunction):
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_d19_a_reward_that_raises_ends_no_run_and_columns_may_have_any_name(tmp_path, kind):
-    rows = [{**row, "completions": "raise" if i == 0 else "x", "prompts": "y", "turns": 1} for i, row in enumerate(SCENARIOS[:4])]
+    rows = [
+        {**row, "completions": "raise" if i == 0 else "x", "prompts": "y", "turns": 1}
+        for i, row in enumerate(SCENARIOS[:4])
+    ]
     inner = ByColumn()
 
     async def later(turns, context):
@@ -168,7 +176,9 @@ def test_d19_a_reward_that_raises_ends_no_run_and_columns_may_have_any_name(tmp_
     assert trainer.callback_metrics["groups/dropped"] == 0.25
 
 
-@pytest.mark.parametrize("options", [{"num_generations": 2}, {"num_generations": 128}, {"num_generations": 4, "max_new_tokens": 1}])
+@pytest.mark.parametrize(
+    "options", [{"num_generations": 2}, {"num_generations": 128}, {"num_generations": 4, "max_new_tokens": 1}]
+)
 def test_the_smallest_and_largest_groups_train(tmp_path, options):
     rollout = RolloutConfig(**{"max_new_tokens": 4, **options})
     trainer = fit(tmp_path, make_module(rollout=rollout), make_data(batch_size=2), max_steps=1)

@@ -32,7 +32,8 @@ def test_values_come_in_order_of_global_position(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer"), DistBackendError("x")]
+    "error",
+    [RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer"), DistBackendError("x")],
 )
 def test_an_error_of_a_collective_says_that_another_rank_has_ended(error: Exception) -> None:
     explain_lost_rank(error)
@@ -40,7 +41,9 @@ def test_an_error_of_a_collective_says_that_another_rank_has_ended(error: Except
     assert "--ckpt_path last" in error.__notes__[0]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes cannot be multiplied"), ConnectionError("Connection closed by peer")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes cannot be multiplied"), ConnectionError("Connection closed by peer")]
+)
 def test_other_errors_are_left_alone(error: Exception) -> None:
     explain_lost_rank(error)
     assert not hasattr(error, "__notes__")

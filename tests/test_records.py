@@ -15,7 +15,9 @@ from stateset_lightning.types import NOT_APPLICABLE, FinishReason, PromptBatch, 
 
 def make(values, totals, failures=(), advantages=None):
     batch = PromptBatch.__new__(PromptBatch)
-    object.__setattr__(batch, "scenarios", [Scenario(id="a", prompt="one?", topic="t"), Scenario(id="b", prompt="two?")])
+    object.__setattr__(
+        batch, "scenarios", [Scenario(id="a", prompt="one?", topic="t"), Scenario(id="b", prompt="two?")]
+    )
     rollout = Rollout(
         prompt_tokens=[[1], [2]],
         completion_tokens_T=torch.tensor([1, 2, 3, 4, 5]),
@@ -26,7 +28,12 @@ def make(values, totals, failures=(), advantages=None):
     )
     names = tuple(f"r{i}" for i in range(len(values[0])))
     scores = Scores(
-        names, torch.tensor(values, dtype=torch.float64), torch.tensor(totals, dtype=torch.float64), [{}] * 4, list(failures), 0.0
+        names,
+        torch.tensor(values, dtype=torch.float64),
+        torch.tensor(totals, dtype=torch.float64),
+        [{}] * 4,
+        list(failures),
+        0.0,
     )
     return make_records(batch, rollout, scores, advantages)
 
@@ -50,7 +57,9 @@ def test_completions_belong_to_their_prompts():
 
 def test_a_failure_is_null_and_says_why():
     failure = RewardFailure(1, "r1", "KeyError", "'x'", "")
-    records = make([[1.0, 1.0], [1.0, math.nan], [1.0, NOT_APPLICABLE], [0.0, 0.0]], [2.0, math.nan, 1.0, 0.0], [failure])
+    records = make(
+        [[1.0, 1.0], [1.0, math.nan], [1.0, NOT_APPLICABLE], [0.0, 0.0]], [2.0, math.nan, 1.0, 0.0], [failure]
+    )
     failed = json.loads(json.dumps(records[1].to_dict(), allow_nan=False))
     assert failed["reward"] is None
     assert failed["rewards"] == {"r0": 1.0, "r1": None}
@@ -106,7 +115,9 @@ def test_log_probs_now_are_those_of_a_plain_forward(tiny_model):
     now = logprobs_now(make_fixed_episode(), 2, policy, temperature=2.0, max_tokens=9)
     assert [len(row) for row in now] == [2, 0, 1, 2]
     logits = tiny_model(input_ids=torch.tensor([[5, 43, 44]])).logits[0] / 2.0
-    assert now[3] == pytest.approx([float(logits.log_softmax(-1)[i, token]) for i, token in enumerate((43, 44))], abs=2e-4)
+    assert now[3] == pytest.approx(
+        [float(logits.log_softmax(-1)[i, token]) for i, token in enumerate((43, 44))], abs=2e-4
+    )
     assert logprobs_now(make_fixed_episode(), 2, policy, 2.0, max_tokens=1)[3] == now[3][:1]
 
 

@@ -16,7 +16,8 @@ KEY = "sk-proj-0123456789abcdefghij"
 
 
 @pytest.mark.parametrize(
-    "name", ["api_key", "WANDB_API_KEY", "hf_token", "token", "openai.api_key", "password", "client_secret", "secretKey"]
+    "name",
+    ["api_key", "WANDB_API_KEY", "hf_token", "token", "openai.api_key", "password", "client_secret", "secretKey"],
 )
 def test_names_of_secrets(name):
     assert is_secret_name(name)
@@ -30,7 +31,10 @@ def test_names_that_are_none(name):
 
 
 def test_containers_are_copied_without_secrets():
-    config = {"judge": {"init_args": {"api_key": "hunter2", "url": f"https://me:hunter2@host/v1?k={KEY}", "max_tokens": 5}}, "token": None}
+    config = {
+        "judge": {"init_args": {"api_key": "hunter2", "url": f"https://me:hunter2@host/v1?k={KEY}", "max_tokens": 5}},
+        "token": None,
+    }
     config["list"] = [{"password": "x"}, "hf_abcdefghijklmnopqrst"]
     assert redacted(config) == {
         "judge": {"init_args": {"api_key": "***", "url": "https://***@host/v1?k=***", "max_tokens": 5}},
@@ -85,12 +89,19 @@ def test_a_runs_files_and_output_hold_no_key(tmp_path, monkeypatch, capsys, capl
     config = {
         "model": {
             "policy": {"model_name": "tiny"},
-            "reward": [{"class_path": "judge_with_key.Judge", "init_args": {"api_key": KEY, "base": "https://u:pw123@host"}}],
+            "reward": [
+                {"class_path": "judge_with_key.Judge", "init_args": {"api_key": KEY, "base": "https://u:pw123@host"}}
+            ],
             "rollout": {"num_generations": 4, "max_new_tokens": 3},
             "max_reward_failures": 1.0,
         },
         "data": {"train": [{"id": "s", "prompt": "Say a."}], "batch_size": 1},
-        "trainer": {"max_steps": 1, "accelerator": "cpu", "enable_checkpointing": True, "logger": {"class_path": "CSVLogger"}},
+        "trainer": {
+            "max_steps": 1,
+            "accelerator": "cpu",
+            "enable_checkpointing": True,
+            "logger": {"class_path": "CSVLogger"},
+        },
     }
     config["trainer"]["logger"]["init_args"] = {"save_dir": str(tmp_path / "runs")}
     (tmp_path / "given").mkdir()
@@ -125,7 +136,10 @@ def test_a_checkpoint_does_not_hold_the_hubs_token(tmp_path):
 
 def test_a_message_of_the_parser_holds_no_key(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["pytest"])
-    reward = f'{{"class_path": "stateset_lightning.rewards.ExactMatch", "init_args": {{"api_key": "{KEY}", "weight": "{KEY}"}}}}'
+    reward = (
+        f'{{"class_path": "stateset_lightning.rewards.ExactMatch", "init_args": {{"api_key": "{KEY}", "weight":'
+        f' "{KEY}"}}}}'
+    )
     with pytest.raises(SystemExit):
         main(["fit", "--model.policy.model_name=tiny", f"--model.reward=[{reward}]"])
     assert KEY not in capsys.readouterr().err

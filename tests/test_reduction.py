@@ -1,5 +1,5 @@
-"""The one reduction rule, through the real module: for every preset and aggregation the gradient of an optimizer step is the same
-however the step is split into micro-steps and over ranks."""
+"""The one reduction rule, through the real module: for every preset and aggregation the gradient of an optimizer step
+is the same however the step is split into micro-steps and over ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ from stateset_lightning.algorithm.aggregation import Aggregation
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import Policy
 
-PRESETS = [value for name in algorithm.__all__ if isinstance(value := getattr(algorithm, name), type) and issubclass(value, Algorithm)]
+PRESETS = [
+    value
+    for name in algorithm.__all__
+    if isinstance(value := getattr(algorithm, name), type) and issubclass(value, Algorithm)
+]
 OPTIONS: dict[str, Any] = {"PassK": {"k": 2}}  # with the default, the group of four would have nothing to compare
 STOP = list("abcdefghijklmnopqrstuvwxyz0123456789")  # so that lengths differ, and some completions are truncated
 STEPS = 4  # two passes of two optimizer steps
@@ -46,7 +50,10 @@ def algorithms() -> Iterator[tuple[str, Algorithm]]:
     for preset in PRESETS:
         for aggregation in get_args(Aggregation):
             try:
-                yield f"{preset.__name__}-{aggregation}", preset(aggregation=aggregation, **OPTIONS.get(preset.__name__, {}))
+                yield (
+                    f"{preset.__name__}-{aggregation}",
+                    preset(aggregation=aggregation, **OPTIONS.get(preset.__name__, {})),
+                )
             except (TypeError, ConfigError):  # the preset's formula fixes its aggregation
                 continue
         yield preset.__name__, preset(**OPTIONS.get(preset.__name__, {}))
@@ -65,7 +72,9 @@ MATRIX = [name for name in ALGORITHMS if "-" in name or f"{name}-token_mean" not
 
 
 class Disturbed(GradientRecorder):
-    """Moves the weights before the second pass, by the same noise in every run, so that ratios leave one; puts them back at the end."""
+    """Moves the weights before the second pass, by the same noise in every run, so that ratios leave one; puts them
+    back at the end.
+    """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.before = copy.deepcopy(pl_module.policy.state_dict())  # type: ignore[union-attr, operator]
@@ -94,13 +103,17 @@ def gradients(
     )
     module.policy = policy
     recorder = Disturbed()
-    data = make_data(batch_size=8 // trainer.get("devices", 1), steps_per_episode=2 * accumulate, num_iterations=2, validation=None)
+    data = make_data(
+        batch_size=8 // trainer.get("devices", 1), steps_per_episode=2 * accumulate, num_iterations=2, validation=None
+    )
     fit(folder, module, data, max_steps=STEPS, accumulate_grad_batches=accumulate, callbacks=[recorder], **trainer)
     assert module.policy is not None
     return recorder.steps, module.policy
 
 
-def all_gradients(folder: Path, model: Path, policy: Policy | None = None, **options: Any) -> dict[str, list[dict[str, torch.Tensor]]]:
+def all_gradients(
+    folder: Path, model: Path, policy: Policy | None = None, **options: Any
+) -> dict[str, list[dict[str, torch.Tensor]]]:
     results = {}
     for name in MATRIX:
         results[name], policy = gradients(folder, ALGORITHMS[name], model, policy, **options)
@@ -125,7 +138,9 @@ def check_equal(name: str, mine: list[dict[str, torch.Tensor]], other: list[dict
 
 @pytest.mark.parametrize("name", QUICK)
 def test_micro_steps_do_not_change_the_gradient(tmp_path: Path, name: str, model: Path, policy: Policy) -> None:
-    whole, split = (gradients(tmp_path, ALGORITHMS[name], model, policy, accumulate=accumulate)[0] for accumulate in (1, 4))
+    whole, split = (
+        gradients(tmp_path, ALGORITHMS[name], model, policy, accumulate=accumulate)[0] for accumulate in (1, 4)
+    )
     check_equal(name, split, whole)
 
 

@@ -1,4 +1,6 @@
-"""Resuming: which checkpoint is the last, in which folder the run goes on, which options may differ, and exit codes of the program."""
+"""Resuming: which checkpoint is the last, in which folder the run goes on, which options may differ, and exit codes of
+the program.
+"""
 
 import csv
 import json
@@ -44,7 +46,10 @@ CONFIG = {
         "check_val_every_n_epoch": None,
         "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "r"}},
         "callbacks": [
-            {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"every_n_train_steps": 1, "save_last": True}}
+            {
+                "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                "init_args": {"every_n_train_steps": 1, "save_last": True},
+            }
         ],
     },
 }
@@ -55,7 +60,9 @@ def folder(tmp_path, monkeypatch):
     """The working folder, with a config and rows."""
     monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(tmp_path)
-    Path("rows.jsonl").write_text("".join(json.dumps({"prompt": f"What is {i} + 1?", "target": str(i + 1)}) + "\n" for i in range(4)))
+    Path("rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"What is {i} + 1?", "target": str(i + 1)}) + "\n" for i in range(4))
+    )
     Path("config.yaml").write_text(yaml.safe_dump(CONFIG))
     return tmp_path
 
@@ -63,7 +70,10 @@ def folder(tmp_path, monkeypatch):
 def logged(folder):
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    return [{name: value for name, value in row.items() if not name.startswith(("time/", "memory/", "work/tokens_per_s"))} for row in rows]
+    return [
+        {name: value for name, value in row.items() if not name.startswith(("time/", "memory/", "work/tokens_per_s"))}
+        for row in rows
+    ]
 
 
 def test_last_goes_on_in_the_folder_of_the_run_without_lost_or_double_rows(folder, capsys):
@@ -82,7 +92,16 @@ def test_last_goes_on_in_the_folder_of_the_run_without_lost_or_double_rows(folde
 def test_a_learning_rate_on_the_command_line_wins_and_the_log_says_so(folder, capsys):
     main(["fit", "--config", "config.yaml"])
     capsys.readouterr()
-    cli = main(["fit", "--config", "config.yaml", "--trainer.max_steps=4", "--ckpt_path=last", "--model.optimizer.init_args.lr=0.5"])
+    cli = main(
+        [
+            "fit",
+            "--config",
+            "config.yaml",
+            "--trainer.max_steps=4",
+            "--ckpt_path=last",
+            "--model.optimizer.init_args.lr=0.5",
+        ]
+    )
     assert cli.trainer.optimizers[0].param_groups[0]["lr"] == 0.5
     assert "model.optimizer lr=0.5, and 0.001 in the checkpoint: the new value is used" in capsys.readouterr().out
     rates = [float(row["lr"]) for row in logged(folder / "runs" / "r" / "version_0") if row["lr"]]
@@ -91,7 +110,10 @@ def test_a_learning_rate_on_the_command_line_wins_and_the_log_says_so(folder, ca
 
 def test_without_a_checkpoint_last_starts_a_new_run_and_says_so(folder, capsys):
     main(["fit", "--config", "config.yaml", "--ckpt_path=last"])
-    assert "--ckpt_path last: there is no checkpoint in runs/r/*/checkpoints/ yet; a new run starts" in capsys.readouterr().out
+    assert (
+        "--ckpt_path last: there is no checkpoint in runs/r/*/checkpoints/ yet; a new run starts"
+        in capsys.readouterr().out
+    )
     assert len(logged(folder / "runs" / "r" / "version_0")) == 4  # three steps and a validation
 
 
@@ -114,7 +136,16 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_offered(folder
 
 
 def run_program(*args):
-    command = [sys.executable, "-m", "stateset_lightning", "fit", "--config", "config.yaml", "--trainer.max_steps=100000", *args]
+    command = [
+        sys.executable,
+        "-m",
+        "stateset_lightning",
+        "fit",
+        "--config",
+        "config.yaml",
+        "--trainer.max_steps=100000",
+        *args,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
@@ -132,7 +163,9 @@ def test_signals_end_the_program_with_a_checkpoint_and_their_exit_code(folder, s
     assert "resume with --ckpt_path" in said
     state = torch.load(folder / "runs" / "r" / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
     assert f"after optimizer step {state['global_step']};" in said
-    assert [int(row["step"]) for row in logged(folder / "runs" / "r" / "version_0") if row["lr"]][-1] == state["global_step"]
+    assert [int(row["step"]) for row in logged(folder / "runs" / "r" / "version_0") if row["lr"]][-1] == state[
+        "global_step"
+    ]
 
 
 def checkpoint_file(path, age):
@@ -233,7 +266,11 @@ def test_another_number_of_ranks_is_refused(tmp_path):
 
 def test_a_schedule_survives_the_resume(tmp_path):
     def run(**options):
-        return fit(tmp_path, make_module(lr_scheduler=Schedule(decay="linear")), max_steps=4, **options).optimizers[0].param_groups[0]["lr"]
+        return (
+            fit(tmp_path, make_module(lr_scheduler=Schedule(decay="linear")), max_steps=4, **options)
+            .optimizers[0]
+            .param_groups[0]["lr"]
+        )
 
     keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
     straight = run(callbacks=[keep], enable_checkpointing=True)

@@ -22,8 +22,17 @@ from stateset_lightning.run_checks import (
 )
 
 
-def make_trainer(*, accumulate=1, limit=1.0, max_steps=-1, max_epochs=None, callbacks=(), val_check_interval=1.0, **data):
-    data = {"steps_per_episode": 1, "num_iterations": 1, "micro_steps_per_epoch": 12, "has_validation": True, "longest_prompt": 10, **data}
+def make_trainer(
+    *, accumulate=1, limit=1.0, max_steps=-1, max_epochs=None, callbacks=(), val_check_interval=1.0, **data
+):
+    data = {
+        "steps_per_episode": 1,
+        "num_iterations": 1,
+        "micro_steps_per_epoch": 12,
+        "has_validation": True,
+        "longest_prompt": 10,
+        **data,
+    }
     return SimpleNamespace(
         datamodule=SimpleNamespace(**data),
         accumulate_grad_batches=accumulate,
@@ -87,7 +96,9 @@ def test_steps_of_a_run(options, steps):
 
 def test_monitors_get_their_metric():
     check_monitors(make_trainer(callbacks=[ModelCheckpoint(monitor="val/reward"), ModelCheckpoint()]), ["val/reward"])
-    check_monitors(make_trainer(callbacks=[ModelCheckpoint(monitor="train/reward")], has_validation=False), ["val/reward"])
+    check_monitors(
+        make_trainer(callbacks=[ModelCheckpoint(monitor="train/reward")], has_validation=False), ["val/reward"]
+    )
     with pytest.raises(ConfigError, match=r"EarlyStopping.monitor=val_reward.*it logs val/reward"):
         check_monitors(make_trainer(callbacks=[EarlyStopping("val_reward")]), ["val/reward"])
     with pytest.raises(ConfigError, match=r"nothing to validate on"):
@@ -96,11 +107,18 @@ def test_monitors_get_their_metric():
 
 @pytest.mark.parametrize(
     ("precision", "clip", "fused", "refused"),
-    [("bf16-mixed", 1.0, True, True), ("bf16-mixed", None, True, False), ("bf16-mixed", 1.0, False, False), ("32-true", 1.0, True, False)],
+    [
+        ("bf16-mixed", 1.0, True, True),
+        ("bf16-mixed", None, True, False),
+        ("bf16-mixed", 1.0, False, False),
+        ("32-true", 1.0, True, False),
+    ],
 )
 def test_what_lightning_cannot_clip_is_refused_at_the_start(precision, clip, fused, refused):
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], fused=fused)
-    trainer = Trainer(accelerator="cpu", precision=precision, gradient_clip_val=clip, logger=False, enable_checkpointing=False)
+    trainer = Trainer(
+        accelerator="cpu", precision=precision, gradient_clip_val=clip, logger=False, enable_checkpointing=False
+    )
     with pytest.raises(ConfigError, match="fused AdamW") if refused else nullcontext():
         check_clipping(trainer, optimizer)
     with pytest.raises(RuntimeError, match="fused") if refused else nullcontext():  # that it is still so
@@ -154,7 +172,9 @@ def test_a_run_that_cannot_go_on_exactly_is_refused(now, message):
 
 def test_bad_steps_stop_the_run_only_when_they_do_not_end():
     run_checks.check_bad_steps(10, 10, step=20)
-    with pytest.raises(NonFiniteError, match=r"11 optimizer steps in a row .*max_bad_steps=10.*, the last of them step 21"):
+    with pytest.raises(
+        NonFiniteError, match=r"11 optimizer steps in a row .*max_bad_steps=10.*, the last of them step 21"
+    ):
         run_checks.check_bad_steps(11, 10, step=21)
 
 
@@ -170,10 +190,14 @@ def test_bad_steps_stop_the_run_only_when_they_do_not_end():
         (0.05, torch.float16, 1.0, True),
     ],
 )
-def test_a_sampler_may_differ_by_float_error_alone(difference: float, dtype: torch.dtype, temperature: float, stops: bool) -> None:
+def test_a_sampler_may_differ_by_float_error_alone(
+    difference: float, dtype: torch.dtype, temperature: float, stops: bool
+) -> None:
     metrics = {"policy/sampling_difference": difference}
     if stops:
-        with pytest.raises(SamplingError, match=r"nats per token, where float error .* Set model\.policy\.scoring to padded"):
+        with pytest.raises(
+            SamplingError, match=r"nats per token, where float error .* Set model\.policy\.scoring to padded"
+        ):
             check_sampling_difference(metrics, dtype, temperature)
     else:
         check_sampling_difference(metrics, dtype, temperature)

@@ -1,4 +1,6 @@
-"""Sampling ahead: what is drawn when, from which weights, and that nothing gets lost: errors, validation, the run's end."""
+"""Sampling ahead: what is drawn when, from which weights, and that nothing gets lost: errors, validation, the run's
+end.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,8 @@ def test_each_episode_is_sampled_from_the_weights_before_the_one_that_trains(tmp
     rows = Rows()
     fit(tmp_path, make(server), small_data(), max_steps=3, callbacks=[rows])
     assert [row["work/sampled_ahead"] for row in rows.rows] == [0.0, 1.0, 1.0]
-    # Version 1: as at the start, for episodes 0 and 1; 2: after the first step, for episode 2. Nothing behind the run's end.
+    # Version 1: as at the start, for episodes 0 and 1; 2: after the first step, for episode 2. Nothing behind the run's
+    # end.
     assert salts(server) == ["1"] * 8 + ["2"] * 4
     assert all(row["mismatch/kl"] < 1e-3 for row in rows.rows[:1])
     assert rows.rows[1]["mismatch/kl"] > rows.rows[0]["mismatch/kl"]  # a step off-policy, and seen as such
@@ -76,7 +79,12 @@ def test_prompts_and_noise_are_those_of_a_run_that_does_not_sample_ahead(tmp_pat
         rollout = RolloutConfig(num_generations=2, max_new_tokens=2, sampling_ahead=ahead)
         fit(tmp_path, make(server, rollout=rollout), small_data(num_iterations=2), max_steps=5)
         bodies = server.stub.samples()
-        asked.append([sorted((body["seed"], tuple(body["prompt"])) for body in bodies[i : i + 4]) for i in range(0, len(bodies), 4)])
+        asked.append(
+            [
+                sorted((body["seed"], tuple(body["prompt"])) for body in bodies[i : i + 4])
+                for i in range(0, len(bodies), 4)
+            ]
+        )
     assert asked[0] == asked[1]
     assert len(asked[0]) == 3  # episodes, of two optimizer steps each
 
@@ -177,14 +185,21 @@ def test_where_it_cannot_be_is_refused(tmp_path: Path, server: Running) -> None:
         make_module(rollout=RolloutConfig(sampling_ahead=1))
 
 
-# The correction -----------------------------------------------------------------------------------------------------------------
+# The correction
+# -----------------------------------------------------------------------------------------------------------------
 
 
-def test_truncated_importance_sampling_is_the_default_with_servers(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+def test_truncated_importance_sampling_is_the_default_with_servers(
+    server: Running, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level("INFO", "stateset_lightning"):
         assert make(server, algorithm=GRPO()).algorithm.mismatch == Mismatch("token_tis")
-    assert "mismatch: Mismatch(kind='token_tis', low=None, high=None), since another process samples (kind: none" in caplog.text
-    assert make(server, algorithm=GSPO()).algorithm.mismatch == Mismatch("sequence_tis")  # its ratio is of whole completions
+    assert (
+        "mismatch: Mismatch(kind='token_tis', low=None, high=None), since another process samples (kind: none"
+        in caplog.text
+    )
+    # its ratio is of whole completions
+    assert make(server, algorithm=GSPO()).algorithm.mismatch == Mismatch("sequence_tis")
     assert make(server, algorithm=DPPO()).algorithm.mismatch is None  # its own ratio has the sampler's log-probs
     given = Mismatch("icepop")
     assert make(server, algorithm=GRPO(mismatch=given)).algorithm.mismatch == given
@@ -195,9 +210,12 @@ def test_no_correction_where_none_is_asked_for(tmp_path: Path, server: Running) 
     ends = []
     for mismatch in (Mismatch("none"), Mismatch("token_tis"), Mismatch("token_tis", high=1e-3)):
         rollout = RolloutConfig(num_generations=2, max_new_tokens=3)
-        trainer = fit(tmp_path, make(server, rollout=rollout, algorithm=GRPO(mismatch=mismatch)), small_data(), max_steps=1)
+        trainer = fit(
+            tmp_path, make(server, rollout=rollout, algorithm=GRPO(mismatch=mismatch)), small_data(), max_steps=1
+        )
         ends.append(weights(trainer))
     name = next(name for name in ends[0] if "lora_B" in name)
-    torch.testing.assert_close(ends[0][name], ends[1][name], atol=1e-5, rtol=0)  # on-policy: all weights are 1 but for float error
+    # on-policy: all weights are 1 but for float error
+    torch.testing.assert_close(ends[0][name], ends[1][name], atol=1e-5, rtol=0)
     with pytest.raises(ConfigError, match=r"mismatch.high=2.0 has no effect on kind='none'"):
         Mismatch("none", high=2.0)

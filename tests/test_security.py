@@ -10,7 +10,11 @@ from stateset_lightning.data import read_split
 from stateset_lightning.errors import DataError
 from stateset_lightning.policy import PolicyConfig
 
-TAGS = ['!!python/object/apply:os.system ["touch hacked"]', '!!python/object/new:os.system ["touch hacked"]', "!!python/name:os.system ''"]
+TAGS = [
+    '!!python/object/apply:os.system ["touch hacked"]',
+    '!!python/object/new:os.system ["touch hacked"]',
+    "!!python/name:os.system ''",
+]
 GOOD = "model: {policy: {model_name: tiny}, reward: stateset_lightning.rewards.ExactMatch}\n"
 
 
@@ -26,7 +30,9 @@ def test_a_scenario_file_runs_no_code(tag, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("tag", TAGS)
-@pytest.mark.parametrize("key", ["data: {system_prompt: %s}", "trainer: {default_root_dir: %s}", "data: {chat_template_kwargs: {a: %s}}"])
+@pytest.mark.parametrize(
+    "key", ["data: {system_prompt: %s}", "trainer: {default_root_dir: %s}", "data: {chat_template_kwargs: {a: %s}}"]
+)
 def test_a_config_runs_no_code(tag, key, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["pytest"])
@@ -50,7 +56,9 @@ def test_a_flag_runs_no_code(tmp_path, monkeypatch):
 
 def test_a_bomb_of_aliases_is_refused_quickly(tmp_path):
     lines = ["- a: &a [x, x, x, x, x, x, x, x, x]", "  prompt: x"]
-    lines += [f"  {new}: &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in zip("abcdefghijk", "bcdefghijkl", strict=True)]
+    lines += [
+        f"  {new}: &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in zip("abcdefghijk", "bcdefghijkl", strict=True)
+    ]
     lines += ["- prompt: *l", "- messages: *l", "- {prompt: y, id: *l}"]
     (tmp_path / "bomb.yaml").write_text("\n".join(lines))
     with pytest.raises(DataError, match="3 rows cannot be used"):

@@ -16,7 +16,10 @@ from stateset_lightning.seeding import derive_seed, permutation, run_seed, sampl
 
 def test_the_mixing_is_splitmix64() -> None:
     # Published outputs for the seeds 0 and 1234567; a uniform number is the upper 52 bits, centred in their interval.
-    published = {0: [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F], 1234567: [6457827717110365317, 3203168211198807973]}
+    published = {
+        0: [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F],
+        1234567: [6457827717110365317, 3203168211198807973],
+    }
     for seed, outputs in published.items():
         assert uniforms([seed], len(outputs))[0].tolist() == [((bits >> 12) + 0.5) / 2**52 for bits in outputs]
 
@@ -39,7 +42,11 @@ def test_seeds_are_the_same_in_a_process_with_another_hash_seed() -> None:
     code = "from stateset_lightning.seeding import derive_seed; print(derive_seed(42, 'train', 3, 7, 1))"
     for hash_seed in ("1", "2"):
         output = subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": hash_seed}, capture_output=True, text=True, check=True
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            text=True,
+            check=True,
         )
         assert int(output.stdout) == 5364010649142315735
 
@@ -60,7 +67,12 @@ def test_every_part_of_what_is_drawn_changes_the_seed() -> None:
 
 
 def test_seeds_do_not_collide_and_have_63_bits() -> None:
-    seeds = [derive_seed(0, "train", episode, position, sample) for episode in range(20) for position in range(50) for sample in range(8)]
+    seeds = [
+        derive_seed(0, "train", episode, position, sample)
+        for episode in range(20)
+        for position in range(50)
+        for sample in range(8)
+    ]
     assert len(set(seeds)) == len(seeds)
     assert min(seeds) >= 0
     assert max(seeds) < 2**63

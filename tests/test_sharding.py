@@ -1,4 +1,6 @@
-"""A sharded policy, on the one rank of a process group; several ranks are the matter of `benchmarks/ranks.py` and test_distributed.py."""
+"""A sharded policy, on the one rank of a process group; several ranks are the matter of `benchmarks/ranks.py` and
+test_distributed.py.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def gradients(policy: Policy) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_sharded_policy_scores_and_learns_as_a_plain_one(name: str, make_model: Callable[..., Any], mesh: DeviceMesh) -> None:
+def test_a_sharded_policy_scores_and_learns_as_a_plain_one(
+    name: str, make_model: Callable[..., Any], mesh: DeviceMesh
+) -> None:
     plain, sharded, _ = make_pair(make_model(name), mesh)
     assert all(isinstance(p, DTensor) for p in sharded.parameters())
     blocks = [m for m in sharded.model.modules() if isinstance(m, FSDPModule)]
@@ -66,7 +70,9 @@ def test_a_sharded_policy_scores_and_learns_as_a_plain_one(name: str, make_model
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_whole_copy_has_the_weights_of_the_moment(name: str, make_model: Callable[..., Any], mesh: DeviceMesh) -> None:
+def test_the_whole_copy_has_the_weights_of_the_moment(
+    name: str, make_model: Callable[..., Any], mesh: DeviceMesh
+) -> None:
     _, sharded, copied = make_pair(make_model(name), mesh)
     with torch.no_grad():
         for p in sharded.parameters():
@@ -92,7 +98,9 @@ def test_a_released_copy_takes_no_memory(make_model: Callable[..., Any], mesh: D
     assert size() == 0
 
 
-def test_a_rank_with_nothing_to_train_takes_part_in_every_gathering(make_model: Callable[..., Any], mesh: DeviceMesh) -> None:
+def test_a_rank_with_nothing_to_train_takes_part_in_every_gathering(
+    make_model: Callable[..., Any], mesh: DeviceMesh
+) -> None:
     _, sharded, _ = make_pair(make_model("llama"), mesh)
     forwards: list[str] = []
     for module in sharded.modules():
@@ -103,7 +111,9 @@ def test_a_rank_with_nothing_to_train_takes_part_in_every_gathering(make_model: 
     assert all(p.grad is not None and not whole(p.grad).any() for p in sharded.parameters())
 
 
-def test_a_model_that_does_not_say_what_its_blocks_are_is_refused(make_model: Callable[..., Any], mesh: DeviceMesh) -> None:
+def test_a_model_that_does_not_say_what_its_blocks_are_is_refused(
+    make_model: Callable[..., Any], mesh: DeviceMesh
+) -> None:
     model = make_model("llama")
     model._no_split_modules = None
     with pytest.raises(ConfigError, match="does not say what its blocks are"):
@@ -123,7 +133,14 @@ def test_lightnings_own_sharded_strategies_are_refused() -> None:
 
 
 def run(folder: Path, **options: Any) -> Any:
-    return fit(folder, options.pop("module", None), make_data(), devices=1, strategy=FSDP2Strategy(options.pop("shards", False)), **options)
+    return fit(
+        folder,
+        options.pop("module", None),
+        make_data(),
+        devices=1,
+        strategy=FSDP2Strategy(options.pop("shards", False)),
+        **options,
+    )
 
 
 def test_an_adapter_is_not_sharded(tmp_path: Path, mesh: DeviceMesh) -> None:
@@ -138,7 +155,9 @@ def test_a_reference_that_follows_sharded_weights_is_refused(tmp_path: Path, mes
         run(tmp_path, module=make_module(algorithm=GRPO(beta=0.1)), callbacks=[ReferenceSync()])
 
 
-def test_a_folder_of_shards_is_a_checkpoint_that_takes_its_name_when_it_is_whole(tmp_path: Path, mesh: DeviceMesh) -> None:
+def test_a_folder_of_shards_is_a_checkpoint_that_takes_its_name_when_it_is_whole(
+    tmp_path: Path, mesh: DeviceMesh
+) -> None:
     trainer = run(tmp_path, shards=True)
     file = tmp_path / "some.ckpt"
     for _ in range(2):  # the second takes the place of the first
@@ -167,7 +186,13 @@ def test_a_sharded_run_is_the_plain_one(tmp_path: Path, mesh: DeviceMesh, precis
     results = []
     for strategy in (FSDP2Strategy(), "auto"):
         module, data = make_module(algorithm=GRPO(beta=0.05)), make_data(steps_per_episode=2, num_iterations=2)
-        options = {"max_steps": 6, "limit_val_batches": 1.0, "val_check_interval": 3, "gradient_clip_val": 0.1, "precision": precision}
+        options = {
+            "max_steps": 6,
+            "limit_val_batches": 1.0,
+            "val_check_interval": 3,
+            "gradient_clip_val": 0.1,
+            "precision": precision,
+        }
         seed_everything(7, verbose=False)
         trainer = make_trainer(tmp_path, strategy=strategy, **options)
         before = trainer.validate(module, datamodule=data, verbose=False)
@@ -176,7 +201,13 @@ def test_a_sharded_run_is_the_plain_one(tmp_path: Path, mesh: DeviceMesh, precis
         assert module.policy is not None
         predicted = trainer.predict(module, make_data(predict=SCENARIOS), return_predictions=True)
         results.append(
-            (before, after, predicted, {name: whole(p) for name, p in module.policy.named_parameters()}, dict(module.metrics.last))
+            (
+                before,
+                after,
+                predicted,
+                {name: whole(p) for name, p in module.policy.named_parameters()},
+                dict(module.metrics.last),
+            )
         )
     (*sharded, mine, row), (*plain, theirs, expected) = results
     assert sharded == plain

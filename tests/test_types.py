@@ -36,11 +36,16 @@ def test_instructions_become_one_system_turn_in_order() -> None:
     with_system = Scenario(id="1", messages=(Turn("system", "own"), Turn("user", "hi")), context="be brief")
     assert with_system.turns("general") == [Turn("system", "general\n\nbe brief\n\nown"), Turn("user", "hi")]
     assert len(with_system.turns("general")) == len(with_system.turns("general"))  # the scenario itself does not change
-    assert Scenario(id="1", messages=(Turn("system", "own"), Turn("user", "hi"))).turns() == [Turn("system", "own"), Turn("user", "hi")]
+    assert Scenario(id="1", messages=(Turn("system", "own"), Turn("user", "hi"))).turns() == [
+        Turn("system", "own"),
+        Turn("user", "hi"),
+    ]
 
 
 def test_messages_may_be_plain_mappings() -> None:
-    scenario = Scenario.model_validate({"id": "1", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+    scenario = Scenario.model_validate(
+        {"id": "1", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    )
     assert scenario.turns() == [Turn("user", "a"), Turn("assistant", "b")]
     with pytest.raises(ValidationError, match="role"):
         Scenario.model_validate({"id": "1", "messages": [{"role": "robot", "content": "a"}]})
@@ -62,7 +67,12 @@ def test_a_reward_sees_the_scenarios_turns_then_the_completion() -> None:
 
 def test_a_rollout_splits_its_tokens() -> None:
     rollout = Rollout(
-        [[1], [2]], torch.tensor([5, 6, 7, 8, 9]), torch.tensor([2, 0, 1, 2]), torch.zeros(5), [FinishReason.STOP] * 4, [""] * 4
+        [[1], [2]],
+        torch.tensor([5, 6, 7, 8, 9]),
+        torch.tensor([2, 0, 1, 2]),
+        torch.zeros(5),
+        [FinishReason.STOP] * 4,
+        [""] * 4,
     )
     assert rollout.completions() == [[5, 6], [], [7], [8, 9]]
     assert rollout.num_generations == 2
@@ -74,6 +84,8 @@ def test_a_finish_reason_is_its_name() -> None:
 
 
 def test_a_prompt_batch_counts_its_prompts() -> None:
-    batch = PromptBatch([[1], [2]], [Scenario(id="1", prompt="a"), Scenario(id="2", prompt="b")], [4, 6], episode_index=3)
+    batch = PromptBatch(
+        [[1], [2]], [Scenario(id="1", prompt="a"), Scenario(id="2", prompt="b")], [4, 6], episode_index=3
+    )
     assert len(batch) == 2
     assert (batch.micro_step, batch.num_micro_steps, batch.steps_per_episode, batch.split) == (0, 1, 1, "train")

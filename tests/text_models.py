@@ -11,22 +11,34 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, P
 
 KIND = ["please", "thanks", "kindly", "hello"]
 WORDS = [*KIND, "rude", "awful", "stupid", "bad", "the", "a", "cat", "dog", "sits", "runs", "home", "fast"]
-SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32, "max_position_embeddings": 24}
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 32,
+    "max_position_embeddings": 24,
+}
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[", "]", "CLS", "SEP", *WORDS])}
+    vocabulary = {
+        word: i for i, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[", "]", "CLS", "SEP", *WORDS])
+    }
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.post_processor = TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
     names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=["input_ids", "token_type_ids", "attention_mask"], **names)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_input_names=["input_ids", "token_type_ids", "attention_mask"], **names
+    )
 
 
 def save_classifier(folder: Path, labels: list[str], **config: object) -> Path:
-    """A BERT, trained for a moment: its one logit is the share of kind words in the second of two texts; of several labels, the last."""
+    """A BERT, trained for a moment: its one logit is the share of kind words in the second of two texts; of several
+    labels, the last.
+    """
     tokenizer = word_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -57,7 +69,10 @@ def save_encoder(folder: Path) -> Path:
     tokenizer = word_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = BertModel(BertConfig(vocab_size=len(tokenizer), **SHAPE, initializer_range=0.2, pad_token_id=0), add_pooling_layer=False)
+        model = BertModel(
+            BertConfig(vocab_size=len(tokenizer), **SHAPE, initializer_range=0.2, pad_token_id=0),
+            add_pooling_layer=False,
+        )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

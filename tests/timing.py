@@ -1,4 +1,6 @@
-"""Upper bounds on time that hold on a busy machine: other work only ever adds time, so the quickest of a few attempts counts."""
+"""Upper bounds on time that hold on a busy machine: other work only ever adds time, so the quickest of a few attempts
+counts.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A server that answers as vLLM 0.32 does, with a small real model behind it: what it says is what a recorded server said, form by form."""
+"""A server that answers as vLLM 0.32 does, with a small real model behind it: what it says is what a recorded server
+said, form by form.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,24 @@ from stateset_lightning.policy import Group, LoRAConfig, Policy, PolicyConfig, l
 from stateset_lightning.policy.adapters import load_weights
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig
 
-MODEL_CARD = {"object": "model", "created": 1795412807, "owned_by": "vllm", "root": "tiny", "parent": None, "max_model_len": 512}
+MODEL_CARD = {
+    "object": "model",
+    "created": 1795412807,
+    "owned_by": "vllm",
+    "root": "tiny",
+    "parent": None,
+    "max_model_len": 512,
+}
 COMPLETION = {"id": "cmpl-b5facf9daa43dd11", "object": "text_completion", "created": 1795412807, "model": "tiny"}
 CHOICE = {"stop_reason": None, "prompt_logprobs": None, "routed_experts": None}
 LOADED = "Success: LoRA adapter '{}' added successfully."
 LOCK = threading.Lock()  # the model behind all stubs is one
-UNKNOWN = {"message": "The model `{}` does not exist. Valid aliases: tiny.", "type": "NotFoundError", "param": "model", "code": 404}
+UNKNOWN = {
+    "message": "The model `{}` does not exist. Valid aliases: tiny.",
+    "type": "NotFoundError",
+    "param": "model",
+    "code": 404,
+}
 
 
 class Stub:
@@ -95,7 +109,11 @@ class Stub:
         temperature = 1.0 if greedy else body["temperature"]
         top_p = body["top_p"] if body["top_p"] < 1 else None
         sampling = RolloutConfig(
-            max_new_tokens=body["max_tokens"], temperature=temperature, top_k=body["top_k"] or None, top_p=top_p, stop=body.get("stop", [])
+            max_new_tokens=body["max_tokens"],
+            temperature=temperature,
+            top_k=body["top_k"] or None,
+            top_p=top_p,
+            stop=body.get("stop", []),
         )
         sample = engine.generate([body["prompt"]], 1, sampling, [body["seed"] + index], greedy=greedy)
         tokens, logprobs_T = sample.completion_tokens_T.tolist(), sample.logprobs_T

@@ -28,7 +28,9 @@ def records(file: Path) -> Iterator[bytes]:
 
 
 def history(file: Path, seconds: float = 60) -> list[dict[str, Any]]:
-    """The rows that were logged, in order. W&B's process may write the last of them when `wandb.finish()` has returned."""
+    """The rows that were logged, in order. W&B's process may write the last of them when `wandb.finish()` has
+    returned.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     deadline = time.monotonic() + seconds

@@ -49,7 +49,9 @@ def read_messages(file: Path) -> list[Message]:
 
 
 def split_messages(messages: Sequence[Message], *, labelled: float, held_out: float, seed: int = 0) -> Split:
-    """Splits every intent by itself, in an order that depends on `seed` alone. `labelled` and `held_out` are shares of all messages."""
+    """Splits every intent by itself, in an order that depends on `seed` alone. `labelled` and `held_out` are shares of
+    all messages.
+    """
     by_intent = defaultdict(list)
     for message in messages:
         by_intent[message.intent].append(message)
@@ -66,4 +68,6 @@ def split_messages(messages: Sequence[Message], *, labelled: float, held_out: fl
 def write_scenarios(messages: Sequence[Message], file: Path) -> None:
     """Rows that `data.train` and `data.validation` of a config read."""
     with atomic_write(file) as opened:  # two seeds may run at a time
-        opened.writelines(json.dumps({"prompt": message.text, "target": message.intent}).encode() + b"\n" for message in messages)
+        opened.writelines(
+            json.dumps({"prompt": message.text, "target": message.intent}).encode() + b"\n" for message in messages
+        )

@@ -2,9 +2,9 @@
 
     python examples/intent_classification/run.py --seeds 1 2 3
 
-For each seed: a model from random weights is taught on few labelled messages (`warm_start.py`), GRPO goes on with the others
-(`config.yaml`), and the control spends as many further steps on the labelled ones. Accuracy is that of greedy answers to held-out
-messages. What is finished is not made again, so a command that was stopped goes on where it was.
+For each seed: a model from random weights is taught on few labelled messages (`warm_start.py`), GRPO goes on with the
+others (`config.yaml`), and the control spends as many further steps on the labelled ones. Accuracy is that of greedy
+answers to held-out messages. What is finished is not made again, so a command that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -33,7 +33,13 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, default=BANKING77, help="CSV file with the columns `text` and `category`")
-    add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of initial weights, order and sampling; the split is always the same")
+    add(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[1, 2, 3],
+        help="of initial weights, order and sampling; the split is always the same",
+    )
     add("--folder", type=Path, default=Path("runs/intent_classification"), help="where models, runs and results go")
     add("--labelled", type=float, default=0.15, help="share of the messages whose intents the warm start sees")
     add("--held_out", type=float, default=0.15, help="share of the messages that accuracy is measured on")
@@ -45,10 +51,15 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
 def warm_start(folder: Path, split: Split, steps: int, seed: int) -> None:
     """Writes a model folder, whole or not at all."""
     torch.manual_seed(seed)
-    messages = split.labelled + split.checkable  # the tokenizer sees the text of all, the model that of the labelled ones
+    # the tokenizer sees the text of all, the model that of the labelled ones
+    messages = split.labelled + split.checkable
     tokenizer = make_tokenizer(messages, sorted({message.intent for message in messages}))
     model = make_model(tokenizer)
-    print(f"seed {seed}: {model.num_parameters():,} parameters from random weights, {len(split.labelled)} labelled messages", flush=True)
+    print(
+        f"seed {seed}: {model.num_parameters():,} parameters from random weights, {len(split.labelled)} labelled"
+        " messages",
+        flush=True,
+    )
     teach(model, tokenizer, split.labelled, num_steps=steps, learning_rate=1e-3, seed=seed)
     save(model, tokenizer, folder)
 
@@ -67,7 +78,9 @@ def save(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def fit(folder: Path, warm: Path, data: Path, steps: int, seed: int) -> tuple[float, float]:
-    """GRPO from the warm start, or from the last checkpoint of an earlier try. Returns the accuracy before and after."""
+    """GRPO from the warm start, or from the last checkpoint of an earlier try. Returns the accuracy before and
+    after.
+    """
     flags = {
         "config": HERE / "config.yaml",
         "seed_everything": seed,
@@ -130,9 +143,13 @@ def table(results: dict[int, dict[str, float]]) -> str:
         lines.append(f"| {seed} | {before:.3f} | {after:.3f} | {after - before:+.3f} | {further:.3f} |")
     if len(rows) > 1:
         values = [*zip(*rows, strict=True), [after - before for before, after, _ in rows]]
-        (before, after, further, gain), spreads = ([f(each) for each in values] for f in (statistics.mean, statistics.stdev))
+        (before, after, further, gain), spreads = (
+            [f(each) for each in values] for f in (statistics.mean, statistics.stdev)
+        )
         sd = [f"± {spread:.3f}" for spread in spreads]
-        lines.append(f"| mean ± sd | {before:.3f} {sd[0]} | {after:.3f} {sd[1]} | {gain:+.3f} {sd[3]} | {further:.3f} {sd[2]} |")
+        lines.append(
+            f"| mean ± sd | {before:.3f} {sd[0]} | {after:.3f} {sd[1]} | {gain:+.3f} {sd[3]} | {further:.3f} {sd[2]} |"
+        )
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """A small language model from nothing, taught on a few labelled messages: what GRPO starts from.
 
-A byte-level BPE tokenizer and a Qwen2 of two million random parameters, then next-token prediction on the intents. It stands for the
-model that a task starts with: with one from the hub this file is not needed.
+A byte-level BPE tokenizer and a Qwen2 of two million random parameters, then next-token prediction on the intents. It
+stands for the model that a task starts with: with one from the hub this file is not needed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer(messages: Sequence[Message], intents: Sequence[str], vocabulary: int = 2048) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    messages: Sequence[Message], intents: Sequence[str], vocabulary: int = 2048
+) -> PreTrainedTokenizerFast:
     """Words and their parts from the messages; an intent is read word by word (`card`, `_arrival`)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -74,7 +76,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast, *, hidden_size: int = 256, nu
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, message: Message) -> tuple[list[int], list[int]]:
-    """Token ids (the message as a prompt of the chat template, its intent, the end) and labels, which are -100 in the prompt."""
+    """Token ids (the message as a prompt of the chat template, its intent, the end) and labels, which are -100 in the
+    prompt.
+    """
     turns = [{"role": "user", "content": message.text}]
     prompt = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))["input_ids"]
     answer = [*tokenizer(message.intent)["input_ids"], tokenizer.eos_token_id]
@@ -84,7 +88,8 @@ def encode(tokenizer: PreTrainedTokenizerFast, message: Message) -> tuple[list[i
 def batches(lengths: Sequence[int], batch_size: int, shuffle: random.Random) -> Iterator[list[int]]:
     """Endless epochs of batches of rows, by number, of similar length: padding costs as much as text does."""
     while True:
-        order = sorted(range(len(lengths)), key=lambda row: lengths[row] + shuffle.uniform(0, 4))  # other neighbours in each epoch
+        # other neighbours in each epoch
+        order = sorted(range(len(lengths)), key=lambda row: lengths[row] + shuffle.uniform(0, 4))
         starts = list(range(0, len(order), batch_size))
         shuffle.shuffle(starts)
         yield from (order[start : start + batch_size] for start in starts)

@@ -1,8 +1,10 @@
 """Scores -> advantages: how much better a completion is than its group (or, for ReMax, than the greedy one).
 
-Scores are in reward units; advantages are detached, one value per completion, float64. A score of NaN fails its completion: it
-leaves the group's baseline and its advantage is NaN. A group with fewer than two survivors is dropped: all its advantages are
-NaN. A constant group has advantages of exactly zero. Letters: P prompts (of all ranks), G completions per prompt, F rewards.
+Scores are in reward units; advantages are detached, one value per completion, float64. A score of NaN fails its
+completion: it leaves the group's baseline and its advantage is NaN. A group with fewer than two survivors is dropped:
+    all its advantages are
+NaN. A constant group has advantages of exactly zero. Letters: P prompts (of all ranks), G completions per prompt, F
+rewards.
 """
 
 from __future__ import annotations
@@ -61,8 +63,8 @@ def nan_std(values: Tensor, dim: int) -> Tensor:
 def group_advantages(rewards_PG: Tensor, scale: Scale = "group") -> Tensor:
     """Group-relative advantages, float64 [P, G].
 
-    `scale` "group" divides by the group's standard deviation (GRPO, arXiv:2402.03300, section 4.1.2), "batch" by that of all
-    rewards (arXiv:2508.08221), "none" not at all (Dr. GRPO, arXiv:2503.20783, section 3.2).
+    `scale` "group" divides by the group's standard deviation (GRPO, arXiv:2402.03300, section 4.1.2), "batch" by that
+    of all rewards (arXiv:2508.08221), "none" not at all (Dr. GRPO, arXiv:2503.20783, section 3.2).
     """
     rewards_PG = drop_small_groups(rewards_PG.double())
     difference_PG = centred(rewards_PG)
@@ -74,10 +76,11 @@ def group_advantages(rewards_PG: Tensor, scale: Scale = "group") -> Tensor:
 
 
 def whitened_advantages(rewards_PG: Tensor) -> Tensor:
-    """REINFORCE++-baseline's, float64 [P, G]: centred rewards over their standard deviation in the whole batch (arXiv:2501.03262).
+    """REINFORCE++-baseline's, float64 [P, G]: centred rewards over their standard deviation in the whole batch
+    (arXiv:2501.03262).
 
-    The batch's mean, which the paper subtracts too, is zero: every group's is. Unlike scale "batch" of `group_advantages`, which
-    divides by the spread of the rewards, differences between groups do not count.
+    The batch's mean, which the paper subtracts too, is zero: every group's is. Unlike scale "batch" of
+    `group_advantages`, which divides by the spread of the rewards, differences between groups do not count.
     """
     difference_PG = centred(drop_small_groups(rewards_PG.double()))
     return difference_PG / (nan_std(difference_PG.flatten(), dim=0) + STD_EPSILON)
@@ -109,8 +112,8 @@ def length_weighted_advantages(rewards_PG: Tensor, lengths_PG: Tensor) -> Tensor
 def greedy_advantages(rewards_PG: Tensor, baseline_P: Tensor) -> Tensor:
     """ReMax's, float64 [P, G]: reward minus that of the prompt's greedy completion (arXiv:2310.10505).
 
-    A group whose completions are all alike has an advantage here, if the greedy one is not. A failed greedy completion (NaN) drops
-    its group.
+    A group whose completions are all alike has an advantage here, if the greedy one is not. A failed greedy completion
+    (NaN) drops its group.
     """
     return drop_small_groups(rewards_PG.double() - baseline_P.double()[:, None])
 
@@ -118,7 +121,8 @@ def greedy_advantages(rewards_PG: Tensor, baseline_P: Tensor) -> Tensor:
 def mean_normalised_advantages(rewards_PG: Tensor) -> Tensor:
     """MaxRL's, float64 [P, G]: (r - mean) / mean of the group, and 0 where nothing is solved (arXiv:2602.02710).
 
-    For rewards of 0 and 1 its mean is the gradient of the log-probability of a right answer, up to an order that grows with G.
+    For rewards of 0 and 1 its mean is the gradient of the log-probability of a right answer, up to an order that grows
+    with G.
 
     Raises:
         ConfigError: If a reward is negative: a mean near zero, or below, would turn the gradient around.
@@ -127,17 +131,20 @@ def mean_normalised_advantages(rewards_PG: Tensor) -> Tensor:
     finite_PG = rewards_PG.isfinite()
     if (rewards_PG[finite_PG] < 0).any():
         smallest = rewards_PG[finite_PG].min().item()
-        raise ConfigError(f"MaxRL needs total rewards of at least 0, got {smallest:g}: shift the rewards, or use another algorithm")
+        raise ConfigError(
+            f"MaxRL needs total rewards of at least 0, got {smallest:g}: shift the rewards, or use another algorithm"
+        )
     mean_P1 = rewards_PG.nanmean(-1, keepdim=True)
     return torch.where((mean_P1 > 0) | ~finite_PG, centred(rewards_PG) / mean_P1, 0.0)
 
 
 def decoupled_advantages(scores_PGF: Tensor, weights_F: Tensor) -> Tensor:
-    """GDPO's, float64 [P, G]: each reward standardised in its group, weighed, added up, then divided by the batch's spread.
+    """GDPO's, float64 [P, G]: each reward standardised in its group, weighed, added up, then divided by the batch's
+    spread.
 
     arXiv:2601.05242. The spread is that over completions; the batch's mean, which the paper subtracts too, is zero:
-    every reward's is, in every group. A failed completion leaves the baseline of every reward. A reward that does not apply to a
-    completion, or to no other of its group, adds nothing to it.
+    every reward's is, in every group. A failed completion leaves the baseline of every reward. A reward that does not
+    apply to a completion, or to no other of its group, adds nothing to it.
     """
     total_PG = drop_small_groups(total_scores(scores_PGF, weights_F))
     survives_PG = total_PG.isfinite()

@@ -1,8 +1,8 @@
 """The one reduction rule: a loss is a sum over completion tokens of weight x per-token loss.
 
-The weight of a token depends on its completion alone, and is computed once per optimizer step over the completions of all ranks
-and micro-steps of that step; so the gradient is the same however the step is split. Completions that do not train (failed,
-dropped, masked) weigh nothing and are not counted; those with an advantage of zero are counted.
+The weight of a token depends on its completion alone, and is computed once per optimizer step over the completions of
+all ranks and micro-steps of that step; so the gradient is the same however the step is split. Completions that do not
+train (failed, dropped, masked) weigh nothing and are not counted; those with an advantage of zero are counted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def token_weights(
         token_mean       1 / S                mean over all tokens (DAPO, arXiv:2503.14476)
         sequence_sum     1 / B                mean over completions of the sum over tokens (LUSPO, arXiv:2602.05261)
         constant_length  1 / (B L)            the same, divided by a constant L (Dr. GRPO, arXiv:2503.20783)
-        prompt_mean      1 / (P s)            mean over prompts of the mean over a prompt's s tokens (ScaleRL, arXiv:2510.13786)
+        prompt_mean      1 / (P s)            mean over prompts of the mean over a prompt's s tokens (ScaleRL,
+        arXiv:2510.13786)
     """
     trains_N = trains_N & (lengths_N > 0)
     lengths_N = lengths_N.double()
@@ -38,13 +39,20 @@ def token_weights(
         weights_N = (1 / count).expand_as(lengths_N)
     elif aggregation == "constant_length":
         if constant_length is None:
-            raise ValueError("aggregation 'constant_length' needs `constant_length`, the largest number of tokens of a completion")
+            raise ValueError(
+                "aggregation 'constant_length' needs `constant_length`, the largest number of tokens of a completion"
+            )
         weights_N = (1 / (count * constant_length)).expand_as(lengths_N)
     elif aggregation == "prompt_mean":
         _, group_of_N = torch.unique(groups_N, return_inverse=True)
-        tokens_P = torch.zeros(int(group_of_N.max()) + 1 if len(group_of_N) else 0, dtype=torch.float64, device=lengths_N.device)
+        tokens_P = torch.zeros(
+            int(group_of_N.max()) + 1 if len(group_of_N) else 0, dtype=torch.float64, device=lengths_N.device
+        )
         tokens_P.index_add_(0, group_of_N[trains_N], lengths_N[trains_N])
         weights_N = 1 / ((tokens_P > 0).sum().clamp(min=1) * tokens_P.clamp(min=1)[group_of_N])
     else:
-        raise ValueError(f"aggregation={aggregation!r} is not one of sequence_mean, token_mean, sequence_sum, constant_length, prompt_mean")
+        raise ValueError(
+            f"aggregation={aggregation!r} is not one of sequence_mean, token_mean, sequence_sum, constant_length,"
+            " prompt_mean"
+        )
     return torch.where(trains_N, weights_N, 0.0)

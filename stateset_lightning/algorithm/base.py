@@ -1,10 +1,12 @@
 """The interface between an algorithm and the loop around it, and all that algorithms share.
 
-An algorithm is three choices: an advantage, a policy loss and an aggregation. It sees packed tensors and knows nothing of models,
-prompts or Lightning. Letters: P prompts, G completions per prompt, N completions, T completion tokens, F rewards.
+An algorithm is three choices: an advantage, a policy loss and an aggregation. It sees packed tensors and knows nothing
+of models, prompts or Lightning. Letters: P prompts, G completions per prompt, N completions, T completion tokens, F
+rewards.
 
-A preset is a subclass that overrides `policy_loss` or `advantages`. An option that its formula does not read is hidden by giving it
-a value in `super().__init__(...)`, or is not inherited at all; so it can be set neither from Python nor on the command line.
+A preset is a subclass that overrides `policy_loss` or `advantages`. An option that its formula does not read is hidden
+by giving it a value in `super().__init__(...)`, or is not inherited at all; so it can be set neither from Python nor on
+the command line.
 """
 
 import logging
@@ -31,19 +33,23 @@ log = logging.getLogger("stateset_lightning")
 
 
 class Algorithm:
-    """Plain policy gradient on group-relative advantages, with what all algorithms share: further terms, corrections, aggregation.
+    """Plain policy gradient on group-relative advantages, with what all algorithms share: further terms, corrections,
+    aggregation.
 
     Args:
         beta: Coefficient of the KL divergence from the reference policy. 0 means that no reference exists.
         kl: How that divergence is estimated, and where it enters; see `KL`.
         entropy_coefficient: Coefficient of an entropy bonus, the start of an adaptive one. 0 for none.
         adaptive_entropy: Moves the entropy coefficient; see `AdaptiveEntropy`. None keeps it fixed.
-        top_entropy: Train this share of the tokens alone, those of the highest entropy (arXiv:2506.01939); None for all.
-        mismatch: Correction for a sampler whose log-probs differ from the trainer's; see `Mismatch`. None: truncated importance
-            sampling where another process samples, else nothing.
-        off_policy_threshold: Leave a completion with a negative advantage out of the policy loss when its tokens' log-probs have
-            fallen by more than this on average since they were sampled (DeepSeek-V3.2, arXiv:2512.02556); None for never.
-        scale: What centred rewards are divided by: the standard deviation of the group, that of the whole batch, or nothing.
+        top_entropy: Train this share of the tokens alone, those of the highest entropy (arXiv:2506.01939); None for
+            all.
+        mismatch: Correction for a sampler whose log-probs differ from the trainer's; see `Mismatch`. None: truncated
+            importance sampling where another process samples, else nothing.
+        off_policy_threshold: Leave a completion with a negative advantage out of the policy loss when its tokens'
+            log-probs have fallen by more than this on average since they were sampled (DeepSeek-V3.2,
+            arXiv:2512.02556); None for never.
+        scale: What centred rewards are divided by: the standard deviation of the group, that of the whole batch, or
+            nothing.
         aggregation: How per-token losses are averaged; see `stateset_lightning.algorithm.aggregation`.
         constant_length: Divisor of aggregation "constant_length"; None for the rollout's `max_new_tokens`.
         mask_truncated: Leave completions that were cut at `max_new_tokens` out of the loss (and out of its normaliser).
@@ -74,8 +80,8 @@ class Algorithm:
         check_bounds("model.algorithm", Algorithm.__init__, values)
         if kl.target is not None and beta == 0:
             raise ConfigError(
-                f"model.algorithm.kl.target={kl.target} has no effect with beta=0: set beta, where the adaptive coefficient starts, "
-                "or remove the target"
+                f"model.algorithm.kl.target={kl.target} has no effect with beta=0: set beta, where the adaptive"
+                " coefficient starts, or remove the target"
             )
         self.beta = beta
         self.kl = kl
@@ -116,7 +122,9 @@ class Algorithm:
 
     @property
     def trains_on_zero_advantage(self) -> bool:
-        """Whether the loss has a term beside the advantage's, so that completions with an advantage of zero still train."""
+        """Whether the loss has a term beside the advantage's, so that completions with an advantage of zero still
+        train.
+        """
         return (self.beta > 0 and self.kl.place == "loss") or self._has_entropy_bonus
 
     @property
@@ -130,7 +138,10 @@ class Algorithm:
         """Fills in what follows from the rollout; called once, before training."""
         if samples_elsewhere and self.mismatch is None and self.elsewhere is not None:
             self.mismatch = self.elsewhere
-            log.info("model.algorithm.mismatch: %s, since another process samples (kind: none for no correction)", self.mismatch)
+            log.info(
+                "model.algorithm.mismatch: %s, since another process samples (kind: none for no correction)",
+                self.mismatch,
+            )
         if self.aggregation == "constant_length" and self.constant_length is None:
             self.constant_length = max_new_tokens
 
@@ -150,7 +161,9 @@ class Algorithm:
         return group_advantages(total_scores(scores_PGF, weights_F), self.scale)
 
     def kl_scores(self, logprobs_T: Tensor, ref_logprobs_T: Tensor, lengths_N: Tensor) -> Tensor:
-        """The KL estimate summed over each completion's tokens, nats, [N]; a score to be weighted by -kl_coefficient."""
+        """The KL estimate summed over each completion's tokens, nats, [N]; a score to be weighted by
+        -kl_coefficient.
+        """
         return sequence_sums(kl_estimate(self.kl.estimator, logprobs_T, ref_logprobs_T).detach(), lengths_N)
 
     # Tokens -> loss
@@ -178,8 +191,8 @@ class Algorithm:
     def per_token_loss(self, tokens: TokenBatch) -> tuple[Tensor, Metrics]:
         """Loss of each token, [T], and metrics as (sum, count). Not yet weighted: see `token_weights`.
 
-        The policy loss, less what selection and off-policy mask leave out, times the mismatch weights; plus the KL term, minus the
-        entropy bonus. The last two act on every token.
+        The policy loss, less what selection and off-policy mask leave out, times the mismatch weights; plus the KL
+        term, minus the entropy bonus. The last two act on every token.
         """
         loss_T, metrics = self.policy_loss(tokens)
         if self.top_entropy is not None:
@@ -203,7 +216,9 @@ class Algorithm:
         if self.mismatch is None or self.mismatch.kind == "none":
             return loss_T
         sampling_T = needed(tokens.sampling_logprobs_T, "mismatch", "sampling_logprobs_T")
-        weights_T = mismatch_weights(tokens.old_logprobs_T, sampling_T, tokens.lengths_N, self.mismatch).to(loss_T.dtype)
+        weights_T = mismatch_weights(tokens.old_logprobs_T, sampling_T, tokens.lengths_N, self.mismatch).to(
+            loss_T.dtype
+        )
         metrics["mismatch/masked"] = ((weights_T == 0).sum(), weights_T.numel())
         return weights_T * loss_T
 
@@ -228,7 +243,9 @@ class Algorithm:
     # Adaptive quantities
 
     def adapt(self, metrics: Mapping[str, float]) -> None:
-        """Moves adaptive coefficients; called after each optimizer step with the means of its metrics over all ranks."""
+        """Moves adaptive coefficients; called after each optimizer step with the means of its metrics over all
+        ranks.
+        """
         if self.kl.target is not None:
             self.kl_coefficient = adapted_coefficient(self.kl_coefficient, metrics["policy/kl"], self.kl)
         if self.adaptive_entropy is not None:
@@ -246,8 +263,8 @@ class Algorithm:
     def load_state_dict(self, state: dict[str, float]) -> None:
         if unknown := sorted(set(state) - set(self.state_dict())):
             raise ConfigError(
-                f"the checkpoint holds the adaptive {', '.join(unknown)}, and {type(self).__name__} is not set to adapt them: "
-                "resume with the options that the run was started with"
+                f"the checkpoint holds the adaptive {', '.join(unknown)}, and {type(self).__name__} is not set to adapt"
+                " them: resume with the options that the run was started with"
             )
         for name, value in state.items():
             setattr(self, name, value)
@@ -257,8 +274,8 @@ class Algorithm:
 def on_policy(tokens: TokenBatch, threshold: float) -> Tensor:
     """Completions that the off-policy sequence mask keeps, bool [N] (DeepSeek-V3.2, arXiv:2512.02556, equation 9).
 
-    Left out are those with a negative advantage whose mean of (sampling log-prob - log-prob) is above `threshold`; the log-probs
-    are the sampler's where they are known, else the old ones.
+    Left out are those with a negative advantage whose mean of (sampling log-prob - log-prob) is above `threshold`; the
+    log-probs are the sampler's where they are known, else the old ones.
     """
     sampling_T = tokens.old_logprobs_T if tokens.sampling_logprobs_T is None else tokens.sampling_logprobs_T
     drift_N = sequence_means(sampling_T - tokens.logprobs_T, tokens.lengths_N)

@@ -12,10 +12,11 @@ from stateset_lightning.errors import ConfigError
 def beta_normalised_advantages(rewards_PG: Tensor) -> Tensor:
     """BNPO's advantages for rewards in [0, 1], float64 [P, G] (arXiv:2506.02864).
 
-    With p a group's mean reward, the advantage is (r - p) / f(p; alpha, beta), where f is the density of a Beta distribution. Its
-    parameters minimise the variance of the gradient when p itself is Beta(a, b): alpha = 1 + a/3 and beta = 1 + b/3; a and b are
-    those of the batch's p by the method of moments. Where the moments fit no Beta distribution (fewer than two groups, no variance,
-    or more than a Bernoulli's) a = b = 0, so f = 1 and the advantage is the difference alone.
+    With p a group's mean reward, the advantage is (r - p) / f(p; alpha, beta), where f is the density of a Beta
+    distribution. Its parameters minimise the variance of the gradient when p itself is Beta(a, b): alpha = 1 + a/3 and
+    beta = 1 + b/3; a and b are those of the batch's p by the method of moments. Where the moments fit no Beta
+    distribution (fewer than two groups, no variance, or more than a Bernoulli's) a = b = 0, so f = 1 and the advantage
+    is the difference alone.
     """
     rewards_PG = drop_small_groups(rewards_PG.double())
     survivors = rewards_PG[rewards_PG.isfinite()]

@@ -1,4 +1,5 @@
-"""Presets with PPO's clipped surrogate, told apart by their advantages: each as its paper defines it, with the paper's defaults.
+"""Presets with PPO's clipped surrogate, told apart by their advantages: each as its paper defines it, with the paper's
+defaults.
 
 Any option can be changed by itself.
 """
@@ -31,8 +32,9 @@ class Clipped(Algorithm):
     Args:
         epsilon_low: The importance ratio is clipped below at 1 - epsilon_low.
         epsilon_high: The importance ratio is clipped above at 1 + epsilon_high; None for the same as `epsilon_low`.
-        delta: Upper bound of the importance ratio where the advantage is negative, which `epsilon_high` leaves unbounded: dual clip
-            (arXiv:1912.09729, there c = 3) and the two-sided bound (INTELLECT-2, arXiv:2505.07291, there 4) are this one number.
+        delta: Upper bound of the importance ratio where the advantage is negative, which `epsilon_high` leaves
+            unbounded: dual clip (arXiv:1912.09729, there c = 3) and the two-sided bound (INTELLECT-2, arXiv:2505.07291,
+                there 4) are this one number.
     """
 
     def __init__(
@@ -69,8 +71,8 @@ class Clipped(Algorithm):
 class GRPO(Clipped):
     """Group relative policy optimisation (DeepSeekMath, arXiv:2402.03300, equation 3).
 
-    Group-standardised rewards, symmetric clipping, each completion's tokens averaged, then the completions. The KL coefficient `beta`
-    is the paper's (section 4.2); set it to 0, as most later work does, to spare the reference model.
+    Group-standardised rewards, symmetric clipping, each completion's tokens averaged, then the completions. The KL
+    coefficient `beta` is the paper's (section 4.2); set it to 0, as most later work does, to spare the reference model.
     """
 
     def __init__(self, *, beta: Annotated[float, Ge(0)] = 0.04, **kwargs: Any) -> None:
@@ -80,8 +82,8 @@ class GRPO(Clipped):
 class DrGRPO(Clipped):
     """GRPO done right (arXiv:2503.20783, section 3.2).
 
-    No division by the group's standard deviation (it favours easy and hard questions) and none by a completion's own length (it
-    favours long wrong answers): the loss is divided by a constant length instead.
+    No division by the group's standard deviation (it favours easy and hard questions) and none by a completion's own
+    length (it favours long wrong answers): the loss is divided by a constant length instead.
     """
 
     def __init__(self, *, scale: Scale = "none", aggregation: Aggregation = "constant_length", **kwargs: Any) -> None:
@@ -91,12 +93,17 @@ class DrGRPO(Clipped):
 class DAPO(Clipped):
     """Decoupled clip and dynamic sampling policy optimisation (arXiv:2503.14476, equation 8).
 
-    A higher upper clip bound keeps exploration alive, and every token of the batch weighs the same. The paper's overlong reward
-    shaping is a reward of its own, `stateset_lightning.rewards.OverlongPenalty`; its dynamic sampling is not part of this preset.
+    A higher upper clip bound keeps exploration alive, and every token of the batch weighs the same. The paper's
+    overlong reward shaping is a reward of its own, `stateset_lightning.rewards.OverlongPenalty`; its dynamic sampling
+    is not part of this preset.
     """
 
     def __init__(
-        self, *, epsilon_high: Annotated[float, Gt(0)] | None = 0.28, aggregation: Aggregation = "token_mean", **kwargs: Any
+        self,
+        *,
+        epsilon_high: Annotated[float, Gt(0)] | None = 0.28,
+        aggregation: Aggregation = "token_mean",
+        **kwargs: Any,
     ) -> None:
         super().__init__(epsilon_high=epsilon_high, aggregation=aggregation, **kwargs)
 
@@ -104,7 +111,8 @@ class DAPO(Clipped):
 class TopEntropy(DAPO):
     """DAPO on the fifth of the tokens whose entropy is highest (arXiv:2506.01939).
 
-    Those are the tokens at which a completion could have gone on differently. The number of all tokens stays the divisor.
+    Those are the tokens at which a completion could have gone on differently. The number of all tokens stays the
+    divisor.
     """
 
     def __init__(self, *, top_entropy: Annotated[float, Gt(0), Lt(1)] = 0.2, **kwargs: Any) -> None:
@@ -114,9 +122,9 @@ class TopEntropy(DAPO):
 class BNPO(Clipped):
     """Beta normalisation policy optimisation (arXiv:2506.02864), for rewards in [0, 1].
 
-    Rewards are centred by their group's mean p and divided by a Beta density at p that follows the batch as it improves. TRL's
-    `loss_type="bnpo"` is something else: GRPO's advantages and a mean over the tokens of one micro-batch. That mean, over the
-    whole optimizer step, is the aggregation here.
+    Rewards are centred by their group's mean p and divided by a Beta density at p that follows the batch as it
+    improves. TRL's `loss_type="bnpo"` is something else: GRPO's advantages and a mean over the tokens of one
+    micro-batch. That mean, over the whole optimizer step, is the aggregation here.
     """
 
     def __init__(self, *, aggregation: Aggregation = "token_mean", **kwargs: Any) -> None:
@@ -132,8 +140,8 @@ class BNPO(Clipped):
 class GDPO(Clipped):
     """Group reward-decoupled normalisation policy optimisation (arXiv:2601.05242), for several rewards.
 
-    Each reward is standardised in its group before they are weighed and added, so that a reward of small spread is not drowned by
-    one of large spread; the sum is standardised over the completions of the batch.
+    Each reward is standardised in its group before they are weighed and added, so that a reward of small spread is not
+    drowned by one of large spread; the sum is standardised over the completions of the batch.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -149,8 +157,8 @@ class GDPO(Clipped):
 class PassK(Clipped):
     """Pass@k training (arXiv:2508.10751), for tasks where one right answer of k is enough.
 
-    A completion is worth what it adds to the best of k; once k - 1 wrong answers hardly ever stand alone, nothing is left to gain, and
-    exploration is not trained away.
+    A completion is worth what it adds to the best of k; once k - 1 wrong answers hardly ever stand alone, nothing is
+    left to gain, and exploration is not trained away.
 
     Args:
         k: Completions of which the best counts; below `num_generations`. The paper leaves it to the task.
@@ -176,12 +184,12 @@ class PassK(Clipped):
 class ReinforcePlusPlusBaseline(Clipped):
     """REINFORCE++ with a group baseline (arXiv:2501.03262).
 
-    Rewards minus their group's mean, over the standard deviation of these differences in the whole batch: of completions, not of
-    tokens as in some implementations, so that a long completion counts once and a constant group stays at zero. Its KL, where
-    `beta` is set, is k2 in the loss.
+    Rewards minus their group's mean, over the standard deviation of these differences in the whole batch: of
+    completions, not of tokens as in some implementations, so that a long completion counts once and a constant group
+    stays at zero. Its KL, where `beta` is set, is k2 in the loss.
     """
 
-    def __init__(self, *, kl: KL = KL(estimator="k2"), aggregation: Aggregation = "token_mean", **kwargs: Any) -> None:  # noqa: B008
+    def __init__(self, *, kl: KL = KL(estimator="k2"), aggregation: Aggregation = "token_mean", **kwargs: Any) -> None:
         super().__init__(scale="none", kl=kl, aggregation=aggregation, **kwargs)
 
     def advantages(
@@ -193,4 +201,6 @@ class ReinforcePlusPlusBaseline(Clipped):
 def refuse_kl_in_reward(algorithm: Algorithm, why: str) -> None:
     """An error if the KL is to be part of the reward."""
     if algorithm.kl.place == "reward":
-        raise ConfigError(f"model.algorithm.kl.place='reward' does not go with {type(algorithm).__name__}: {why}; use kl.place='loss'")
+        raise ConfigError(
+            f"model.algorithm.kl.place='reward' does not go with {type(algorithm).__name__}: {why}; use kl.place='loss'"
+        )

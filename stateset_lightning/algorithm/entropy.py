@@ -15,12 +15,14 @@ from stateset_lightning.bounds import check_bounds
 class AdaptiveEntropy:
     """Keeps the entropy from falling below a target (Skywork-OR1, arXiv:2505.22312).
 
-    After each optimizer step the coefficient rises by `delta` if the entropy was below the target, and falls by `delta`, to no
-    less than 0, if not. The bonus is applied only while the newest entropy is at or below the target.
+    After each optimizer step the coefficient rises by `delta` if the entropy was below the target, and falls by
+    `delta`, to no less than 0, if not. The bonus is applied only while the newest entropy is at or below the target.
     """
 
     target: Annotated[float, Gt(0)] = 0.2
-    """Mean entropy of a token, in nats. Sensible values are below the entropy at the start of the run (`policy/entropy`)."""
+    """Mean entropy of a token, in nats. Sensible values are below the entropy at the start of the run
+    (`policy/entropy`).
+    """
     delta: Annotated[float, Gt(0)] = 0.005
     """Change of the coefficient per optimizer step."""
     maximum: Annotated[float, Ge(0)] = 1.0

@@ -1,7 +1,7 @@
 """Policy losses by token. Pure functions of log-probs, packed [T]; no normalisation in here.
 
-Losses are to be minimised. `ratio_T` is exp(log-prob now - log-prob when the episode was sampled). What a paper holds fixed
-(stop-gradient) is detached.
+Losses are to be minimised. `ratio_T` is exp(log-prob now - log-prob when the episode was sampled). What a paper holds
+fixed (stop-gradient) is detached.
 """
 
 from __future__ import annotations
@@ -13,18 +13,27 @@ from stateset_lightning.types import Metrics
 
 
 def policy_gradient_loss(logprobs_T: Tensor, advantages_T: Tensor) -> Tensor:
-    """REINFORCE, [T]: -A log-prob. No importance ratio: right for the policy that sampled, so for one optimizer step per episode."""
+    """REINFORCE, [T]: -A log-prob. No importance ratio: right for the policy that sampled, so for one optimizer step
+    per episode.
+    """
     return -advantages_T * logprobs_T
 
 
 def clipped_loss(
-    logprobs_T: Tensor, old_logprobs_T: Tensor, advantages_T: Tensor, *, epsilon_low: float, epsilon_high: float, delta: float | None = None
+    logprobs_T: Tensor,
+    old_logprobs_T: Tensor,
+    advantages_T: Tensor,
+    *,
+    epsilon_low: float,
+    epsilon_high: float,
+    delta: float | None = None,
 ) -> tuple[Tensor, Metrics]:
     """PPO's clipped surrogate, [T]: -min(ratio A, clip(ratio, 1 - epsilon_low, 1 + epsilon_high) A).
 
-    arXiv:1707.06347, equation 7; separate bounds ("clip-higher"): arXiv:2503.14476, equation 10. With `delta` the first ratio is
-    at most delta (two-sided bound, arXiv:2505.07291; above 1 + epsilon_high it is dual clip's c, arXiv:1912.09729). The clip
-    metrics count tokens whose gradient the clip removes: below for negative advantages, above for positive ones.
+    arXiv:1707.06347, equation 7; separate bounds ("clip-higher"): arXiv:2503.14476, equation 10. With `delta` the first
+    ratio is at most delta (two-sided bound, arXiv:2505.07291; above 1 + epsilon_high it is dual clip's c,
+    arXiv:1912.09729). The clip metrics count tokens whose gradient the clip removes: below for negative advantages,
+    above for positive ones.
     """
     return clipped_surrogate((logprobs_T - old_logprobs_T).exp(), advantages_T, epsilon_low, epsilon_high, delta)
 
@@ -41,7 +50,9 @@ def clipped_surrogate(
 
 
 def ratio_metrics(ratio: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Metrics:
-    """Mean ratio, and the shares that are bounded below and above; over whatever the ratios are of, tokens or completions."""
+    """Mean ratio, and the shares that are bounded below and above; over whatever the ratios are of, tokens or
+    completions.
+    """
     count = ratio.numel()
     metrics: Metrics = {"policy/ratio_mean": (ratio.detach().sum(), count)}
     if low is not None:
@@ -57,7 +68,9 @@ def importance_loss(logprobs_T: Tensor, old_logprobs_T: Tensor, advantages_T: Te
     return -ratio_T * advantages_T, ratio_metrics(ratio_T)
 
 
-def cispo_loss(logprobs_T: Tensor, old_logprobs_T: Tensor, advantages_T: Tensor, *, epsilon_high: float) -> tuple[Tensor, Metrics]:
+def cispo_loss(
+    logprobs_T: Tensor, old_logprobs_T: Tensor, advantages_T: Tensor, *, epsilon_high: float
+) -> tuple[Tensor, Metrics]:
     """CISPO, [T]: -sg(min(ratio, 1 + epsilon_high)) A log-prob (MiniMax-M1, arXiv:2506.13585).
 
     The weight is bounded, never the gradient: every token trains. The paper leaves the weight without a lower bound.
@@ -80,12 +93,19 @@ def sapo_loss(
 
 
 def dppo_loss(
-    logprobs_T: Tensor, sampling_logprobs_T: Tensor, advantages_T: Tensor, *, delta_low: float, delta_high: float, maximum: float
+    logprobs_T: Tensor,
+    sampling_logprobs_T: Tensor,
+    advantages_T: Tensor,
+    *,
+    delta_low: float,
+    delta_high: float,
+    maximum: float,
 ) -> tuple[Tensor, Metrics]:
     """DPPO with binary total variation, [T]: -mask sg(min(ratio, maximum)) A log-prob (arXiv:2602.04879).
 
-    Ratio and mask compare with the policy that sampled. A token is masked when its probability has risen by more than `delta_high`
-    and A > 0, or fallen by more than `delta_low` and A < 0: a bound on probabilities, where PPO's is on their ratio.
+    Ratio and mask compare with the policy that sampled. A token is masked when its probability has risen by more than
+    `delta_high` and A > 0, or fallen by more than `delta_low` and A < 0: a bound on probabilities, where PPO's is on
+    their ratio.
     """
     ratio_T = (logprobs_T - sampling_logprobs_T).exp().detach()
     change_T = logprobs_T.detach().exp() - sampling_logprobs_T.exp()

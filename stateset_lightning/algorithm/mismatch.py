@@ -1,7 +1,8 @@
 """Correction for a sampler whose log-probs differ from the trainer's: weights exp(old - sampling), without gradient.
 
-A serving engine with other kernels, or another precision, samples from a slightly different policy than the one trained. With an
-engine in this process there is nothing to correct. No `from __future__ import annotations`: the command line reads `Mismatch`.
+A serving engine with other kernels, or another precision, samples from a slightly different policy than the one
+trained. With an engine in this process there is nothing to correct. No `from __future__ import annotations`: the
+command line reads `Mismatch`.
 """
 
 import math
@@ -32,7 +33,8 @@ class Mismatch:
     """Which correction, and its bounds.
 
     With w_t = exp(old - sampling) of a token:
-        token_tis       min(w_t, high), high 2: truncated importance sampling (Yao et al., "Your efficient RL framework secretly
+        token_tis       min(w_t, high), high 2: truncated importance sampling (Yao et al., "Your efficient RL framework
+        secretly
                         brings you off-policy RL training", 2025)
         sequence_tis    min(product of the completion's w_t, high), high 2, for all its tokens
         icepop          w_t where low <= w_t <= high, 0 elsewhere, 0.5 and 5 (arXiv:2510.18855)
@@ -51,8 +53,8 @@ class Mismatch:
         check_bounds("model.algorithm.mismatch", type(self), vars(self))
         if self.low is not None and _BOUNDS[self.kind][0] == 0:
             raise ConfigError(
-                f"model.algorithm.mismatch.low={self.low} has no effect on kind={self.kind!r}, which truncates from above only: "
-                "remove it, or choose icepop or sequence_mask"
+                f"model.algorithm.mismatch.low={self.low} has no effect on kind={self.kind!r}, which truncates from"
+                " above only: remove it, or choose icepop or sequence_mask"
             )
         if self.high is not None and self.kind == "none":
             raise ConfigError(f"model.algorithm.mismatch.high={self.high} has no effect on kind='none': remove it")
@@ -68,7 +70,9 @@ class Mismatch:
 
 
 @torch.no_grad()
-def mismatch_weights(old_logprobs_T: Tensor, sampling_logprobs_T: Tensor, lengths_N: Tensor, mismatch: Mismatch) -> Tensor:
+def mismatch_weights(
+    old_logprobs_T: Tensor, sampling_logprobs_T: Tensor, lengths_N: Tensor, mismatch: Mismatch
+) -> Tensor:
     """Factor of each token's policy loss, [T]."""
     low, high = mismatch.bounds
     log_weights_T = old_logprobs_T - sampling_logprobs_T
@@ -87,8 +91,9 @@ def mismatch_weights(old_logprobs_T: Tensor, sampling_logprobs_T: Tensor, length
 def mismatch_metrics(old_logprobs_T: Tensor, sampling_logprobs_T: Tensor) -> Metrics:
     """How far the sampler is from the trainer, before any correction.
 
-    `mismatch/kl` is KL(sampler || trainer) per token, by k3. `mismatch/ess` is the effective sample size as a share, 1 / mean(w^2):
-    the mean of w is 1 in expectation, so this is 1 / (1 + chi-square divergence), and its sum and count add up over parts.
+    `mismatch/kl` is KL(sampler || trainer) per token, by k3. `mismatch/ess` is the effective sample size as a share, 1
+    / mean(w^2): the mean of w is 1 in expectation, so this is 1 / (1 + chi-square divergence), and its sum and count
+    add up over parts.
     """
     log_weights_T = old_logprobs_T - sampling_logprobs_T
     count = log_weights_T.numel()

@@ -1,4 +1,6 @@
-"""Presets on GRPO's advantages with other losses than a clip, by token: each as its paper defines it, with the paper's defaults."""
+"""Presets on GRPO's advantages with other losses than a clip, by token: each as its paper defines it, with the paper's
+defaults.
+"""
 
 from typing import Annotated, Any
 
@@ -25,15 +27,17 @@ from stateset_lightning.types import Metrics, TokenBatch
 class CISPO(Algorithm):
     """Clipped importance-sampling weights (MiniMax-M1, arXiv:2506.13585).
 
-    The importance weight is bounded at 1 + epsilon_high and held fixed, so that no token loses its gradient. Some implementations take
-    `epsilon_high` itself for the bound (TRL), or add PPO's lower bound (verl).
+    The importance weight is bounded at 1 + epsilon_high and held fixed, so that no token loses its gradient. Some
+    implementations take `epsilon_high` itself for the bound (TRL), or add PPO's lower bound (verl).
 
     Args:
-        epsilon_high: The weight is at most 1 + epsilon_high. The paper names no number; the default makes it 5, as in ScaleRL
-            (arXiv:2510.13786).
+        epsilon_high: The weight is at most 1 + epsilon_high. The paper names no number; the default makes it 5, as in
+            ScaleRL (arXiv:2510.13786).
     """
 
-    def __init__(self, *, epsilon_high: Annotated[float, Gt(0)] = 4.0, aggregation: Aggregation = "token_mean", **kwargs: Any) -> None:
+    def __init__(
+        self, *, epsilon_high: Annotated[float, Gt(0)] = 4.0, aggregation: Aggregation = "token_mean", **kwargs: Any
+    ) -> None:
         super().__init__(aggregation=aggregation, **kwargs)
         check_bounds("model.algorithm", CISPO.__init__, {"epsilon_high": epsilon_high})
         self.epsilon_high = epsilon_high
@@ -53,7 +57,13 @@ class SAPO(Algorithm):
         tau_negative: Steepness of the gate elsewhere.
     """
 
-    def __init__(self, *, tau_positive: Annotated[float, Gt(0)] = 1.0, tau_negative: Annotated[float, Gt(0)] = 1.05, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        tau_positive: Annotated[float, Gt(0)] = 1.0,
+        tau_negative: Annotated[float, Gt(0)] = 1.05,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         check_bounds("model.algorithm", SAPO.__init__, {"tau_positive": tau_positive, "tau_negative": tau_negative})
         self.tau_positive = tau_positive
@@ -67,9 +77,9 @@ class SAPO(Algorithm):
 class DPPO(Algorithm):
     """Divergence proximal policy optimisation with binary total variation (arXiv:2602.04879).
 
-    A token stops training when its probability, not the ratio of probabilities, has moved too far from the policy that sampled it. That
-    policy is the sampler's where its log-probs are known: a mismatch is part of the ratio, and has no correction of its own. Without
-    the standard deviation and with a constant length, as in the authors' experiments.
+    A token stops training when its probability, not the ratio of probabilities, has moved too far from the policy that
+    sampled it. That policy is the sampler's where its log-probs are known: a mismatch is part of the ratio, and has no
+    correction of its own. Without the standard deviation and with a constant length, as in the authors' experiments.
 
     Args:
         delta_low: Fall of a token's probability that ends training on it, where the advantage is negative.
@@ -111,7 +121,8 @@ class DPPO(Algorithm):
 class ClipCov(Algorithm):
     """Clip-Cov (arXiv:2505.22617).
 
-    Of the tokens whose log-prob and advantage vary together, those that drive the entropy down, a few are drawn that do not train.
+    Of the tokens whose log-prob and advantage vary together, those that drive the entropy down, a few are drawn that do
+    not train.
 
     Args:
         share: Tokens drawn, of all tokens of the optimizer step; one at least, if any is within the bounds.
@@ -188,4 +199,6 @@ class KLCov(Algorithm):
     def policy_loss(self, tokens: TokenBatch) -> tuple[Tensor, Metrics]:
         penalised_T = ~needed(tokens.select_T, "share", "select_T")
         advantages_T = self.advantages_per_token(tokens)
-        return covariance_penalised_loss(tokens.logprobs_T, tokens.old_logprobs_T, advantages_T, penalised_T, self.coefficient)
+        return covariance_penalised_loss(
+            tokens.logprobs_T, tokens.old_logprobs_T, advantages_T, penalised_T, self.coefficient
+        )

@@ -1,7 +1,8 @@
 """Presets with the plain policy gradient, told apart by their baselines: each as its paper defines it.
 
-The loss, -A log-prob, has no importance ratio: it is meant for one optimizer step per episode (`num_iterations` 1, all micro-steps
-accumulated). With more, use a preset with a ratio. A completion's tokens are added up, the completions averaged.
+The loss, -A log-prob, has no importance ratio: it is meant for one optimizer step per episode (`num_iterations` 1, all
+micro-steps accumulated). With more, use a preset with a ratio. A completion's tokens are added up, the completions
+averaged.
 """
 
 from typing import Any
@@ -37,8 +38,8 @@ class _WithKLInReward(Algorithm):
 class RLOO(_WithKLInReward):
     """REINFORCE leave-one-out (arXiv:2402.14740).
 
-    The baseline of a completion is the mean reward of its group's other completions. The paper's KL, where `beta` is set, is k1 in
-    the reward. Implementations that clip an importance ratio add what the paper argues is not needed.
+    The baseline of a completion is the mean reward of its group's other completions. The paper's KL, where `beta` is
+    set, is k1 in the reward. Implementations that clip an importance ratio add what the paper argues is not needed.
     """
 
     def advantages(
@@ -66,8 +67,8 @@ class OPO(Algorithm):
 class ReMax(_WithKLInReward):
     """ReMax (arXiv:2310.10505).
 
-    The baseline is the reward of the prompt's greedy completion, sampled and scored for this alone: one more completion per
-    prompt. The paper's KL, where `beta` is set, is k1 in the reward; the baseline is without it.
+    The baseline is the reward of the prompt's greedy completion, sampled and scored for this alone: one more completion
+    per prompt. The paper's KL, where `beta` is set, is k1 in the reward; the baseline is without it.
     """
 
     @property
@@ -86,8 +87,9 @@ class ReMax(_WithKLInReward):
 class MaxRL(Algorithm):
     """Maximum likelihood reinforcement learning (arXiv:2602.02710), for rewards of 0 and 1.
 
-    Differences from the group's mean are divided by that mean: the rarer a right answer, the more it counts. In the limit of many
-    completions this climbs the log-probability of a right answer, where other presets climb the probability.
+    Differences from the group's mean are divided by that mean: the rarer a right answer, the more it counts. In the
+    limit of many completions this climbs the log-probability of a right answer, where other presets climb the
+    probability.
     """
 
     def __init__(self, *, aggregation: Aggregation = "sequence_sum", **kwargs: Any) -> None:

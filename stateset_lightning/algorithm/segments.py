@@ -15,7 +15,9 @@ def sequence_sums(values_T: Tensor, lengths_N: Tensor) -> Tensor:
     """Sum over the tokens of each completion: [T] -> [N]."""
     lengths_N = lengths_N.to(values_T.device)
     completion_T = per_token(torch.arange(len(lengths_N), device=values_T.device), lengths_N)
-    return torch.zeros(len(lengths_N), dtype=values_T.dtype, device=values_T.device).index_add(0, completion_T, values_T)
+    return torch.zeros(len(lengths_N), dtype=values_T.dtype, device=values_T.device).index_add(
+        0, completion_T, values_T
+    )
 
 
 def sequence_means(values_T: Tensor, lengths_N: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Which tokens of an optimizer step are treated apart: chosen once, before its first backward, over the tokens of all ranks.
+"""Which tokens of an optimizer step are treated apart: chosen once, before its first backward, over the tokens of all
+ranks.
 
 A selection depends on the policy, so it never changes what a loss is divided by.
 """

@@ -1,6 +1,7 @@
 """Presets whose importance ratio is of whole completions: each as its paper defines it, with the paper's defaults.
 
-Options that act on single tokens (`top_entropy`, a mismatch correction by token) contradict such a ratio, and are not there.
+Options that act on single tokens (`top_entropy`, a mismatch correction by token) contradict such a ratio, and are not
+there.
 """
 
 from typing import Annotated, Any
@@ -33,13 +34,19 @@ class GSPO(Clipped):
     elsewhere = Mismatch("sequence_tis")
 
     def __init__(
-        self, *, epsilon_low: Annotated[float, Gt(0), Lt(1)] = 3e-4, epsilon_high: Annotated[float, Gt(0)] | None = 4e-4, **kwargs: Any
+        self,
+        *,
+        epsilon_low: Annotated[float, Gt(0), Lt(1)] = 3e-4,
+        epsilon_high: Annotated[float, Gt(0)] | None = 4e-4,
+        **kwargs: Any,
     ) -> None:
         super().__init__(epsilon_low=epsilon_low, epsilon_high=epsilon_high, top_entropy=None, **kwargs)
         refuse_token_mismatch(self)
 
     def policy_loss(self, tokens: TokenBatch) -> tuple[Tensor, Metrics]:
-        return sequence_clipped_loss(tokens, epsilon_low=self.epsilon_low, epsilon_high=self.epsilon_high, delta=self.delta)
+        return sequence_clipped_loss(
+            tokens, epsilon_low=self.epsilon_low, epsilon_high=self.epsilon_high, delta=self.delta
+        )
 
 
 class LUSPO(GSPO):
@@ -66,32 +73,46 @@ class GSPOToken(Clipped):
     """
 
     def __init__(
-        self, *, epsilon_low: Annotated[float, Gt(0), Lt(1)] = 3e-4, epsilon_high: Annotated[float, Gt(0)] | None = 4e-4, **kwargs: Any
+        self,
+        *,
+        epsilon_low: Annotated[float, Gt(0), Lt(1)] = 3e-4,
+        epsilon_high: Annotated[float, Gt(0)] | None = 4e-4,
+        **kwargs: Any,
     ) -> None:
         super().__init__(epsilon_low=epsilon_low, epsilon_high=epsilon_high, **kwargs)
 
     def policy_loss(self, tokens: TokenBatch) -> tuple[Tensor, Metrics]:
-        return sequence_token_clipped_loss(tokens, epsilon_low=self.epsilon_low, epsilon_high=self.epsilon_high, delta=self.delta)
+        return sequence_token_clipped_loss(
+            tokens, epsilon_low=self.epsilon_low, epsilon_high=self.epsilon_high, delta=self.delta
+        )
 
 
 class GMPO(Algorithm):
     """Geometric-mean policy optimisation (arXiv:2507.20673).
 
-    The geometric mean of a completion's token ratios, each clipped before: an outlier among the tokens moves it less than an arithmetic
-    mean.
+    The geometric mean of a completion's token ratios, each clipped before: an outlier among the tokens moves it less
+    than an arithmetic mean.
 
     Args:
-        log_epsilon_low: A token's log ratio is clipped below at -log_epsilon_low where the advantage is negative: a ratio of exp(-0.4).
-        log_epsilon_high: A token's log ratio is clipped above at log_epsilon_high where the advantage is positive: a ratio of exp(0.4).
+        log_epsilon_low: A token's log ratio is clipped below at -log_epsilon_low where the advantage is negative: a
+            ratio of exp(-0.4).
+        log_epsilon_high: A token's log ratio is clipped above at log_epsilon_high where the advantage is positive: a
+            ratio of exp(0.4).
     """
 
     elsewhere = Mismatch("sequence_tis")
 
     def __init__(
-        self, *, log_epsilon_low: Annotated[float, Gt(0)] = 0.4, log_epsilon_high: Annotated[float, Gt(0)] = 0.4, **kwargs: Any
+        self,
+        *,
+        log_epsilon_low: Annotated[float, Gt(0)] = 0.4,
+        log_epsilon_high: Annotated[float, Gt(0)] = 0.4,
+        **kwargs: Any,
     ) -> None:
         super().__init__(top_entropy=None, **kwargs)
-        check_bounds("model.algorithm", GMPO.__init__, {"log_epsilon_low": log_epsilon_low, "log_epsilon_high": log_epsilon_high})
+        check_bounds(
+            "model.algorithm", GMPO.__init__, {"log_epsilon_low": log_epsilon_low, "log_epsilon_high": log_epsilon_high}
+        )
         refuse_token_mismatch(self)
         self.log_epsilon_low = log_epsilon_low
         self.log_epsilon_high = log_epsilon_high
@@ -101,10 +122,12 @@ class GMPO(Algorithm):
 
 
 class DRO(Algorithm):
-    """Direct reward optimisation (arXiv:2405.19107) with the group's mean for its value, as in Kimi k1.5 (arXiv:2501.12599).
+    """Direct reward optimisation (arXiv:2405.19107) with the group's mean for its value, as in Kimi k1.5
+    (arXiv:2501.12599).
 
-    A policy gradient held back by the squared log ratio of each completion to the policy that sampled it, in place of a clip; no ratio
-    weighs it, so it also learns from old samples. Some implementations square each token's log ratio instead.
+    A policy gradient held back by the squared log ratio of each completion to the policy that sampled it, in place of a
+    clip; no ratio weighs it, so it also learns from old samples. Some implementations square each token's log ratio
+    instead.
 
     Args:
         tau: Strength of the square. The papers name no number for language models.
@@ -137,6 +160,6 @@ def refuse_token_mismatch(algorithm: Algorithm) -> None:
     """An error if a mismatch correction acts on single tokens."""
     if algorithm.mismatch is not None and algorithm.mismatch.kind in ("token_tis", "icepop"):
         raise ConfigError(
-            f"model.algorithm.mismatch.kind={algorithm.mismatch.kind!r} weighs single tokens, and {type(algorithm).__name__}'s ratio is "
-            "of whole completions: choose sequence_tis or sequence_mask"
+            f"model.algorithm.mismatch.kind={algorithm.mismatch.kind!r} weighs single tokens, and"
+            f" {type(algorithm).__name__}'s ratio is of whole completions: choose sequence_tis or sequence_mask"
         )

@@ -1,4 +1,6 @@
-"""Lightning callbacks: episode hooks, samples and predictions as files, progress in the console, a summary at the end."""
+"""Lightning callbacks: episode hooks, samples and predictions as files, progress in the console, a summary at the
+end.
+"""
 
 from stateset_lightning.callbacks.console import ConsoleProgress
 from stateset_lightning.callbacks.episodes import EpisodeCallback
@@ -7,4 +9,12 @@ from stateset_lightning.callbacks.reference_sync import ReferenceSync
 from stateset_lightning.callbacks.samples import PredictionWriter, SampleWriter
 from stateset_lightning.callbacks.summary import RunSummary
 
-__all__ = ["ConsoleProgress", "EpisodeCallback", "LiveView", "PredictionWriter", "ReferenceSync", "RunSummary", "SampleWriter"]
+__all__ = [
+    "ConsoleProgress",
+    "EpisodeCallback",
+    "LiveView",
+    "PredictionWriter",
+    "ReferenceSync",
+    "RunSummary",
+    "SampleWriter",
+]

@@ -26,16 +26,26 @@ class ConsoleProgress(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started, self._first_step = time.monotonic(), trainer.global_step
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         step = trainer.global_step
-        if self.prints and trainer.is_global_zero and step != self._printed_step and (step % self.every_n_steps == 0 or step == 1):
+        if (
+            self.prints
+            and trainer.is_global_zero
+            and step != self._printed_step
+            and (step % self.every_n_steps == 0 or step == 1)
+        ):
             self._printed_step = step
             print(self._line(trainer, step), flush=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         tells = self.prints and trainer.is_global_zero and not trainer.sanity_checking
         if tells and "val/reward" in trainer.callback_metrics:
-            print(f"validation after step {trainer.global_step}: reward {trainer.callback_metrics['val/reward']:.3f}", flush=True)
+            print(
+                f"validation after step {trainer.global_step}: reward {trainer.callback_metrics['val/reward']:.3f}",
+                flush=True,
+            )
 
     def _line(self, trainer: Trainer, step: int) -> str:
         total = optimizer_steps_of_run(trainer)

@@ -12,7 +12,8 @@ from lightning.pytorch import Callback, Trainer
 
 
 class EpisodeCallback(Callback):
-    """Calls `on_episode_start(episode)` and `on_episode_end(episode, metrics)` of an object; either may be missing or async.
+    """Calls `on_episode_start(episode)` and `on_episode_end(episode, metrics)` of an object; either may be missing or
+    async.
 
     Without an object, override the two hooks in a subclass. Any Lightning callback that has them is called as well.
 

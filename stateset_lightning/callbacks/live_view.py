@@ -1,4 +1,6 @@
-"""A live view of a run in the terminal: curves, the newest numbers, a completion now and then. No part of the run depends on it."""
+"""A live view of a run in the terminal: curves, the newest numbers, a completion now and then. No part of the run
+depends on it.
+"""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,13 +30,17 @@ ROWS = {
     "KL": ("policy/kl", ".4f"),
     "tokens/s": ("work/tokens_per_s", ",.0f"),
 }
-"""Label -> metric of an episode, and how it is written. A metric that a run does not have (KL without a reference) has no row."""
+"""Label -> metric of an episode, and how it is written. A metric that a run does not have (KL without a reference) has
+no row.
+"""
 
 
 class LiveView(ConsoleProgress):
-    """Draws the run in the terminal: reward, share of completions solved, length, KL and tokens per second, each with its curve.
+    """Draws the run in the terminal: reward, share of completions solved, length, KL and tokens per second, each with
+    its curve.
 
-    It takes the place of the progress bar and of `ConsoleProgress`. Where standard output is no terminal, it prints lines as they do.
+    It takes the place of the progress bar and of `ConsoleProgress`. Where standard output is no terminal, it prints
+    lines as they do.
 
     Args:
         every_n_steps: Optimizer steps between lines, where there is no terminal.
@@ -48,7 +54,11 @@ class LiveView(ConsoleProgress):
         sample_seconds: Annotated[float, Gt(0)] = 10.0,
         refresh_per_second: Annotated[float, Gt(0)] = 4.0,
     ) -> None:
-        given = {"every_n_steps": every_n_steps, "sample_seconds": sample_seconds, "refresh_per_second": refresh_per_second}
+        given = {
+            "every_n_steps": every_n_steps,
+            "sample_seconds": sample_seconds,
+            "refresh_per_second": refresh_per_second,
+        }
         check_bounds("LiveView", LiveView.__init__, given)
         super().__init__(every_n_steps)
         self.sample_seconds = sample_seconds
@@ -61,7 +71,8 @@ class LiveView(ConsoleProgress):
         self._sample: CompletionRecord | None = None
         self._sampled_at = float("-inf")
 
-    # When it draws -------------------------------------------------------------------------------------------------------------
+    # When it draws
+    # -------------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -88,7 +99,10 @@ class LiveView(ConsoleProgress):
         if self._trainer is None:
             return
         module: Any = self._trainer.lightning_module
-        values = {**metrics, "solved": share_solved(module.last_records, module.evaluation.solved_at, module.evaluation.solved_by)}
+        values = {
+            **metrics,
+            "solved": share_solved(module.last_records, module.evaluation.solved_at, module.evaluation.solved_by),
+        }
         for label, (name, _) in ROWS.items():
             if (value := values.get(name)) is not None:
                 self.curves[label].add(value)
@@ -101,7 +115,11 @@ class LiveView(ConsoleProgress):
         super().on_validation_end(trainer, pl_module)
         if self._live is not None and "val/reward" in trainer.callback_metrics:
             metrics = trainer.callback_metrics
-            parts = [f"{name} {float(metrics[f'val/{name}']):.3f}" for name in ("reward", "solved") if f"val/{name}" in metrics]
+            parts = [
+                f"{name} {float(metrics[f'val/{name}']):.3f}"
+                for name in ("reward", "solved")
+                if f"val/{name}" in metrics
+            ]
             self._validated = f"validation after step {trainer.global_step}: {', '.join(parts)}"
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -126,7 +144,8 @@ class LiveView(ConsoleProgress):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.curves = {label: Curve(*state_dict["curves"].get(label, ())) for label in ROWS}
 
-    # What it draws -------------------------------------------------------------------------------------------------------------
+    # What it draws
+    # -------------------------------------------------------------------------------------------------------------
 
     def view(self) -> RenderableType:
         """The run as it is now."""
@@ -143,7 +162,9 @@ class LiveView(ConsoleProgress):
 class View:
     """One drawing, made for the width that the terminal has at that moment."""
 
-    def __init__(self, headline: str, curves: Mapping[str, "Curve"], validated: str, sample: CompletionRecord | None) -> None:
+    def __init__(
+        self, headline: str, curves: Mapping[str, "Curve"], validated: str, sample: CompletionRecord | None
+    ) -> None:
         self.headline = headline
         self.curves = curves
         self.validated = validated
@@ -159,7 +180,11 @@ class View:
         for label, curve in self.curves.items():
             if curve.values:
                 number = format(curve.last, ROWS[label][1])
-                table.add_row(label, Text(number, "bold"), Text(sparkline(curve.values, max(options.max_width - 20, 1), blocks), "cyan"))
+                table.add_row(
+                    label,
+                    Text(number, "bold"),
+                    Text(sparkline(curve.values, max(options.max_width - 20, 1), blocks), "cyan"),
+                )
         parts: list[RenderableType] = [one_line(self.headline, "bold"), table]
         if self.validated:
             parts.append(one_line(self.validated))
@@ -167,7 +192,9 @@ class View:
             reward = "no score" if self.sample.reward is None else f"reward {self.sample.reward:.3f}"
             parts.append(one_line(f"prompt      {self.sample.prompt}", "dim", plain))
             parts.append(one_line(f"completion  {self.sample.completion}", "", plain))
-            parts.append(one_line(f"            {reward}, {self.sample.num_tokens} tokens, {self.sample.finish_reason}", "dim"))
+            parts.append(
+                one_line(f"            {reward}, {self.sample.num_tokens} tokens, {self.sample.finish_reason}", "dim")
+            )
         yield Group(*parts)
 
 
@@ -181,7 +208,9 @@ class Curve:
         rest: Values that do not make up a whole stride yet.
     """
 
-    def __init__(self, values: Sequence[float] = (), stride: int = 1, last: float = 0.0, rest: Sequence[float] = ()) -> None:
+    def __init__(
+        self, values: Sequence[float] = (), stride: int = 1, last: float = 0.0, rest: Sequence[float] = ()
+    ) -> None:
         self.values = list(values)
         self.stride = stride
         self.last = last
@@ -213,7 +242,9 @@ def sparkline(values: Sequence[float], width: int, blocks: str = BLOCKS) -> str:
 
 
 def share_solved(records: Sequence[CompletionRecord], solved_at: float, solved_by: str | None) -> float | None:
-    """Share of scored completions with `solved_at` or more of the reward `solved_by` (None: the total); None if none is scored."""
+    """Share of scored completions with `solved_at` or more of the reward `solved_by` (None: the total); None if none is
+    scored.
+    """
     scores = [record.reward if solved_by is None else record.rewards[solved_by] for record in records]
     scored = [score for score in scores if score is not None]
     return sum(score >= solved_at - 1e-9 for score in scored) / len(scored) if scored else None

@@ -15,7 +15,8 @@ from stateset_lightning.files import append_lines, atomic_write
 
 
 class MetricsFile(ExperimentWriter):
-    """What a CSVLogger writes with. Lightning's own deletes the file of an earlier run in the same folder, and rewrites in place.
+    """What a CSVLogger writes with. Lightning's own deletes the file of an earlier run in the same folder, and rewrites
+    in place.
 
     `num_rows` rows stand in the file. A new run begins with none; `resume` keeps those of the run that it continues.
     """
@@ -27,7 +28,9 @@ class MetricsFile(ExperimentWriter):
         self._begun = False
 
     def resume(self, num_rows: int) -> None:
-        """Goes on behind the first `num_rows` rows; those that follow were logged after the checkpoint and come again."""
+        """Goes on behind the first `num_rows` rows; those that follow were logged after the checkpoint and come
+        again.
+        """
         header, rows = self._read()
         self.metrics_keys = header
         self.num_rows = min(num_rows, len(rows))
@@ -61,7 +64,11 @@ class MetricsFile(ExperimentWriter):
 
     def _write(self, rows: Iterable[dict[str, Any]]) -> None:
         with atomic_write(self.file) as file:
-            file.write((self._lines([dict(zip(self.metrics_keys, self.metrics_keys, strict=True))]) + self._lines(rows)).encode())
+            file.write(
+                (
+                    self._lines([dict(zip(self.metrics_keys, self.metrics_keys, strict=True))]) + self._lines(rows)
+                ).encode()
+            )
 
     def _lines(self, rows: Iterable[dict[str, Any]]) -> str:
         text = io.StringIO(newline="")
@@ -72,7 +79,12 @@ class MetricsFile(ExperimentWriter):
 def install_metrics_files(trainer: Trainer) -> None:
     """Gives every local CSVLogger its `MetricsFile`; to be called before one has begun to write."""
     for logger in trainer.loggers:
-        if isinstance(logger, CSVLogger) and logger._experiment is None and trainer.is_global_zero and local_path(logger.log_dir):
+        if (
+            isinstance(logger, CSVLogger)
+            and logger._experiment is None
+            and trainer.is_global_zero
+            and local_path(logger.log_dir)
+        ):
             logger._experiment = MetricsFile(logger.log_dir)
 
 
@@ -88,7 +100,8 @@ def wandb_rows(trainer: Trainer) -> list[int]:
 
 
 def skip_known_rows(trainer: Trainer, rows: Iterable[int]) -> None:
-    """W&B cannot drop the rows that it was sent after a checkpoint. A resumed run repeats them bit by bit, so they are not sent again.
+    """W&B cannot drop the rows that it was sent after a checkpoint. A resumed run repeats them bit by bit, so they are
+    not sent again.
 
     Args:
         trainer: With W&B runs that go on under their id.
@@ -97,7 +110,7 @@ def skip_known_rows(trainer: Trainer, rows: Iterable[int]) -> None:
     for logger, sent in zip(_wandb_loggers(trainer), rows, strict=False):
         known, log = logger.experiment.step - sent, logger.experiment.log
 
-        def log_if_new(*args: Any, log: Any = log, known: list[int] = [known], **options: Any) -> None:  # noqa: B006 (counts down)
+        def log_if_new(*args: Any, log: Any = log, known: list[int] = [known], **options: Any) -> None:
             if known[0] > 0:
                 known[0] -= 1
             else:
@@ -112,7 +125,11 @@ def _wandb_loggers(trainer: Trainer) -> list[WandbLogger]:
 
 def drop_later_events(trainer: Trainer, step: int) -> None:
     """TensorBoard leaves out what the run wrote after optimizer step `step`, from which it now goes on."""
-    loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)] if trainer.is_global_zero else []
+    loggers = (
+        [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if trainer.is_global_zero
+        else []
+    )
     for logger in [*loggers, *loggers]:  # twice, since it takes the first restart that it sees for the run's start
         logger.experiment.close()
         logger.experiment.purge_step = step + 1

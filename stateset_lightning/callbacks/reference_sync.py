@@ -14,11 +14,12 @@ from stateset_lightning.errors import ConfigError
 
 
 class ReferenceSync(Callback):
-    """Mixes the policy into the reference every few optimizer steps (TR-DPO's soft update, arXiv:2404.09656, equation 5).
+    """Mixes the policy into the reference every few optimizer steps (TR-DPO's soft update, arXiv:2404.09656, equation
+    5).
 
-    reference <- mixup * policy + (1 - mixup) * reference. `mixup` 1 is the hard update: the reference becomes the policy. An episode
-    keeps the reference log-probs that it was made with; the next one sees the moved reference. The moved weights are in every
-    checkpoint.
+    reference <- mixup * policy + (1 - mixup) * reference. `mixup` 1 is the hard update: the reference becomes the
+    policy. An episode keeps the reference log-probs that it was made with; the next one sees the moved reference. The
+    moved weights are in every checkpoint.
 
     Args:
         every_n_steps: Optimizer steps between updates.
@@ -42,14 +43,18 @@ class ReferenceSync(Callback):
         policy, reference = getattr(pl_module, "policy", None), getattr(pl_module, "reference", None)
         if reference is None or policy is None:
             raise ConfigError(
-                "ReferenceSync: the run has no reference policy to move; set model.algorithm.beta above 0, or remove the callback"
+                "ReferenceSync: the run has no reference policy to move; set model.algorithm.beta above 0, or remove"
+                " the callback"
             )
         if any(isinstance(p, DTensor) for p in policy.parameters()):
-            raise ConfigError("ReferenceSync cannot mix sharded weights: remove the callback, or set trainer.strategy to ddp")
+            raise ConfigError(
+                "ReferenceSync cannot mix sharded weights: remove the callback, or set trainer.strategy to ddp"
+            )
         if not isinstance(reference, nn.Module):
             raise ConfigError(
-                "ReferenceSync: the policy trains an adapter, and its reference is the policy as it started, with no weights of its own to "
-                "move; nor is a mixture of two adapters' factors the mixture of the adapters. Remove the callback, or train without adapter"
+                "ReferenceSync: the policy trains an adapter, and its reference is the policy as it started, with no"
+                " weights of its own to move; nor is a mixture of two adapters' factors the mixture of the adapters."
+                " Remove the callback, or train without adapter"
             )
         self._reference = reference
         if self._restored is not None:
@@ -57,10 +62,13 @@ class ReferenceSync(Callback):
             self._restored = None
 
     @torch.no_grad()
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         # Before ModelCheckpoint, which Lightning puts last: a checkpoint of this step holds the moved reference.
         step = trainer.global_step
-        if step % self.every_n_steps or step == self._last_step:  # further micro-steps of the next optimizer step, or its first
+        # further micro-steps of the next optimizer step, or its first
+        if step % self.every_n_steps or step == self._last_step:
             return
         self._last_step = step
         assert self._reference is not None
@@ -70,7 +78,10 @@ class ReferenceSync(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The newest update's step, and the reference's weights (not copied) once they have moved."""
         moved = self._reference is not None and self._last_step > 0
-        return {"step": self._last_step, "reference": self._reference.state_dict() if moved and self._reference is not None else None}
+        return {
+            "step": self._last_step,
+            "reference": self._reference.state_dict() if moved and self._reference is not None else None,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._last_step, self._restored = state_dict["step"], state_dict["reference"]

@@ -9,7 +9,8 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """`save_dir/name/version` of the first logger, as ModelCheckpoint builds it; the Trainer's root folder without a logger.
+    """`save_dir/name/version` of the first logger, as ModelCheckpoint builds it; the Trainer's root folder without a
+    logger.
 
     `trainer.log_dir` would do for most loggers, but with W&B it is a folder that all runs share.
     """
@@ -23,13 +24,17 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 def continues(trainer: Trainer, folder: str) -> bool:
-    """Whether this run goes on in the files of the one whose checkpoint it resumes from, and which wrote to `folder`."""
+    """Whether this run goes on in the files of the one whose checkpoint it resumes from, and which wrote to
+    `folder`.
+    """
     mine = run_folder(trainer).absolute()
     return Path(folder) == mine or Path(str(trainer.ckpt_path)).absolute().is_relative_to(mine)  # or it has been moved
 
 
 def config_file(trainer: Trainer) -> Path:
-    """Where the resolved config goes. Without a logger the folder may be the one that the user's own `config.yaml` is in."""
+    """Where the resolved config goes. Without a logger the folder may be the one that the user's own `config.yaml` is
+    in.
+    """
     return run_folder(trainer) / ("config.yaml" if trainer.loggers else "resolved_config.yaml")
 
 

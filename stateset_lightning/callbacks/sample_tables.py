@@ -8,11 +8,24 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
-COLUMNS = ("step", "episode", "id", "prompt", "target", "completion", "reward", "advantage", "finish_reason", "num_tokens")
+COLUMNS = (
+    "step",
+    "episode",
+    "id",
+    "prompt",
+    "target",
+    "completion",
+    "reward",
+    "advantage",
+    "finish_reason",
+    "num_tokens",
+)
 
 
 def log_samples(trainer: Trainer, split: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Shows rows of `samples.jsonl` as `samples/<split>`; in W&B as a table of its own for each call, which nothing keeps in memory."""
+    """Shows rows of `samples.jsonl` as `samples/<split>`; in W&B as a table of its own for each call, which nothing
+    keeps in memory.
+    """
     for logger in trainer.loggers if trainer.is_global_zero else []:
         if isinstance(logger, WandbLogger):
             columns, data = sample_table(rows)

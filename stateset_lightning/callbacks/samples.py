@@ -20,17 +20,20 @@ EVALUATED = 16
 
 
 class SampleWriter(Callback):
-    """Writes completions with their rewards to `samples.jsonl` in the run's folder, and shows them in W&B and TensorBoard.
+    """Writes completions with their rewards to `samples.jsonl` in the run's folder, and shows them in W&B and
+    TensorBoard.
 
-    Training completions are written when their episode ends: token by token, `logprobs` are those of the policy that sampled and
-    `logprobs_after` those of the policy that the episode's optimizer steps have made of it (nats, at the temperature of sampling).
+    Training completions are written when their episode ends: token by token, `logprobs` are those of the policy that
+    sampled and `logprobs_after` those of the policy that the episode's optimizer steps have made of it (nats, at the
+    temperature of sampling).
 
     Args:
         every_n_episodes: An episode's completions are written every so many episodes.
         num_prompts: Groups written of such an episode.
         evaluation: Whether the completions of validation and test are written too.
         max_tokens: Tokens of a completion that are written one by one; its text is always whole.
-        max_megabytes: Size from which on the file is thinned out: every second episode and evaluation goes; the first and the last stay.
+        max_megabytes: Size from which on the file is thinned out: every second episode and evaluation goes; the first
+            and the last stay.
     """
 
     def __init__(
@@ -51,7 +54,9 @@ class SampleWriter(Callback):
         self._validated_step = -1  # of the last whole validation
         self._size_after_thinning = 0
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if batch.episode_index % self.every_n_episodes or not trainer.is_global_zero:
             return
         if batch.micro_step == 0:
@@ -92,13 +97,18 @@ class SampleWriter(Callback):
         under_way = {row["episode"] for row in self._episode}
         if continues(trainer, saved["folder"]) and self.file(trainer).exists():
             last = {"train": saved["step"], "validation": saved["validated_step"], "test": saved["step"]}
-            _keep_rows(self.file(trainer), lambda row: row["step"] <= last[row["split"]] and row.get("episode") not in under_way)
+            _keep_rows(
+                self.file(trainer),
+                lambda row: row["step"] <= last[row["split"]] and row.get("episode") not in under_way,
+            )
 
     def _episode_rows(self, pl_module: Any, num_prompts: int) -> list[dict[str, Any]]:
         episode = pl_module.episode
         records = pl_module.last_records[: num_prompts * episode.num_generations]
         tokens = token_rows(episode, num_prompts, pl_module.tokenizer, self.max_tokens)
-        return [{"episode": episode.index, **record.to_dict(), **row} for record, row in zip(records, tokens, strict=True)]
+        return [
+            {"episode": episode.index, **record.to_dict(), **row} for record, row in zip(records, tokens, strict=True)
+        ]
 
     def _write_episode(self, trainer: Trainer, pl_module: Any) -> None:
         rows, self._episode = self._episode, []
@@ -124,7 +134,9 @@ class SampleWriter(Callback):
             return
         # Ranks take turns with the prompts; at the end, since one of them may have a batch more.
         turns = zip_longest(*Ranks.current().gather(mine))
-        rows = [{"split": split, "step": trainer.global_step, **row} for turn in turns for row in turn if row is not None]
+        rows = [
+            {"split": split, "step": trainer.global_step, **row} for turn in turns for row in turn if row is not None
+        ]
         if rows and trainer.is_global_zero:
             append_rows(self.file(trainer), rows)
             log_samples(trainer, split, rows[:EVALUATED])
@@ -145,7 +157,8 @@ class PredictionWriter(Callback):
     """Writes one JSON line per scenario of `predict`: id, prompt, completion, rewards, finish reason.
 
     Args:
-        path: The file; None for `predictions.jsonl` in the run's folder. Several ranks write a file each (`...-rank1.jsonl`).
+        path: The file; None for `predictions.jsonl` in the run's folder. Several ranks write a file each
+            (`...-rank1.jsonl`).
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -156,7 +169,9 @@ class PredictionWriter(Callback):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("", encoding="utf-8")
 
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any) -> None:
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
+    ) -> None:
         append_rows(self.file(trainer), outputs)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -178,7 +193,9 @@ def block_of(row: Mapping[str, Any]) -> tuple[str, int, int]:
 
 
 def thin_out(path: Path) -> None:
-    """Drops every second block of each split, but neither the first nor the last, so that what is left is spread over the run."""
+    """Drops every second block of each split, but neither the first nor the last, so that what is left is spread over
+    the run.
+    """
     blocks: dict[str, dict[Any, None]] = {}
     for _, row in _rows(path):
         blocks.setdefault(row["split"], {})[block_of(row)] = None

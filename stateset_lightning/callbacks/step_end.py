@@ -1,4 +1,5 @@
-"""Saves, stops and signals that come inside an optimizer step wait for its end; SIGTERM and Ctrl-C then end the run with a last checkpoint.
+"""Saves, stops and signals that come inside an optimizer step wait for its end; SIGTERM and Ctrl-C then end the run
+with a last checkpoint.
 
 A checkpoint made between two micro-steps of an accumulation would lose the gradient so far, and a stop there the work.
 """
@@ -22,12 +23,15 @@ SIGNALS: dict[int, str] = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 
 class StepEnd(Callback):
-    """Makes checkpoints, early stops and signals wait for the end of the running optimizer step. The module adds it to every run.
+    """Makes checkpoints, early stops and signals wait for the end of the running optimizer step. The module adds it to
+    every run.
 
-    On SIGTERM and on Ctrl-C a last checkpoint is written, `last.ckpt` beside the others, and `SystemExit` raised with code 143 and 130.
-    A second Ctrl-C interrupts at once and saves nothing. An exception saves nothing either: it could hold the state that failed.
+    On SIGTERM and on Ctrl-C a last checkpoint is written, `last.ckpt` beside the others, and `SystemExit` raised with
+    code 143 and 130. A second Ctrl-C interrupts at once and saves nothing. An exception saves nothing either: it could
+    hold the state that failed.
 
-    The validation that a checkpoint came before is made up for when a run resumes from it; Lightning would leave it out.
+    The validation that a checkpoint came before is made up for when a run resumes from it; Lightning would leave it
+    out.
     """
 
     def __init__(self) -> None:
@@ -39,7 +43,8 @@ class StepEnd(Callback):
         self._missed_validation = False
         self._requeue: Any = None
 
-    # Saves and stops ---------------------------------------------------------------------------------------------------------
+    # Saves and stops
+    # ---------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -54,7 +59,9 @@ class StepEnd(Callback):
         if self._missed_validation:
             self._validate(trainer)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if self._waits(trainer, pl_module):
             return
         self._validation_progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress.state_dict()
@@ -85,7 +92,8 @@ class StepEnd(Callback):
             trainer.should_stop, self._stop = True, False
         return inside
 
-    # The validation that was due ---------------------------------------------------------------------------------------------
+    # The validation that was due
+    # ---------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         loop = trainer.fit_loop.epoch_loop
@@ -109,12 +117,14 @@ class StepEnd(Callback):
         loop.run()
         trainer.training = True
 
-    # Errors ------------------------------------------------------------------------------------------------------------------
+    # Errors
+    # ------------------------------------------------------------------------------------------------------------------
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         explain_lost_rank(exception)
 
-    # Signals -----------------------------------------------------------------------------------------------------------------
+    # Signals
+    # -----------------------------------------------------------------------------------------------------------------
 
     def _listen(self, trainer: Trainer) -> None:
         """Takes the place of Lightning's handlers, which act, and talk to other ranks, wherever the signal finds them.
@@ -127,7 +137,11 @@ class StepEnd(Callback):
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
         environment = trainer._accelerator_connector.cluster_environment
-        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal is not None:
+        if (
+            isinstance(environment, SLURMEnvironment)
+            and environment.auto_requeue
+            and environment.requeue_signal is not None
+        ):
             self._requeue = signal.getsignal(environment.requeue_signal)
             signal.signal(environment.requeue_signal, self._on_signal)
 
@@ -154,12 +168,18 @@ class StepEnd(Callback):
         path = _last_checkpoint(trainer)
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            print(f"stopped by {SIGNALS[number]} after optimizer step {trainer.global_step}; resume with --ckpt_path {path}", flush=True)
+            print(
+                f"stopped by {SIGNALS[number]} after optimizer step {trainer.global_step}; resume with --ckpt_path"
+                f" {path}",
+                flush=True,
+            )
         raise SIGTERMException(128 + number) if number == signal.SIGTERM else SystemExit(128 + number)
 
 
 def _make_wait(callback: Checkpoint) -> None:
-    """Lets a checkpoint callback act only where no optimizer step is under way; a save that came inside one is made at its end."""
+    """Lets a checkpoint callback act only where no optimizer step is under way; a save that came inside one is made at
+    its end.
+    """
     if hasattr(callback, "waits_for_step_end"):
         return
     after_batch, after_validation = callback.on_train_batch_end, callback.on_validation_end
@@ -192,5 +212,7 @@ def _last_checkpoint(trainer: Trainer) -> Path:
     callback = next((callback for callback in callbacks if callback.save_last), callbacks[0])
     candidates = callback._monitor_candidates(trainer)
     # Kept in the callback's state, so that the resumed run writes to the same file.
-    callback.last_model_path = callback.last_model_path or callback.format_checkpoint_name(candidates, callback.CHECKPOINT_NAME_LAST)
+    callback.last_model_path = callback.last_model_path or callback.format_checkpoint_name(
+        candidates, callback.CHECKPOINT_NAME_LAST
+    )
     return Path(callback.last_model_path)

@@ -12,14 +12,20 @@ from stateset_lightning.callbacks.run_folder import config_file, metrics_place, 
 
 
 class RunSummary(Callback):
-    """Remembers all validations and prints the first and the last, with the places of checkpoints, samples, metrics and config."""
+    """Remembers all validations and prints the first and the last, with the places of checkpoints, samples, metrics and
+    config.
+    """
 
     def __init__(self) -> None:
         self.validations: list[tuple[int, dict[str, float]]] = []  # optimizer steps done, metrics without their `val/`
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking and "val/reward" in trainer.callback_metrics:
-            metrics = {name.removeprefix("val/"): float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
+            metrics = {
+                name.removeprefix("val/"): float(v)
+                for name, v in trainer.callback_metrics.items()
+                if name.startswith("val/")
+            }
             self.validations.append((trainer.global_step, metrics))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -46,9 +52,15 @@ class RunSummary(Callback):
 
 
 def _headlines(metrics: Mapping[str, float]) -> list[str]:
-    """The total; each reward where there are several, so that a held-out one stands beside the trained ones; samples' measures."""
+    """The total; each reward where there are several, so that a held-out one stands beside the trained ones; samples'
+    measures.
+    """
     rewards = [name for name in metrics if name.startswith("reward/")]
-    return ["reward", *(rewards if len(rewards) > 1 else []), *(n for n in metrics if n.startswith(("pass@", "majority@")))]
+    return [
+        "reward",
+        *(rewards if len(rewards) > 1 else []),
+        *(n for n in metrics if n.startswith(("pass@", "majority@"))),
+    ]
 
 
 def _places(trainer: Trainer) -> Iterator[tuple[str, str | Path]]:

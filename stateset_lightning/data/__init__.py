@@ -1,4 +1,6 @@
-"""Scenarios: reading and checking files, prompts, and the loaders that serve them. See `stateset_lightning.datamodule`."""
+"""Scenarios: reading and checking files, prompts, and the loaders that serve them. See
+`stateset_lightning.datamodule`.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

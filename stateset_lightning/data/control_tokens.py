@@ -16,10 +16,14 @@ Conversation = list[dict[str, str]]
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """The tokenizer's special tokens, and other added tokens that its chat template writes (whitespace aside, which is ordinary text)."""
+    """The tokenizer's special tokens, and other added tokens that its chat template writes (whitespace aside, which is
+    ordinary text).
+    """
     template = str(getattr(tokenizer, "chat_template", None) or "")
     added = tokenizer.added_tokens_decoder.values()
-    return [t.content for t in added if t.content and (t.special or (not t.content.isspace() and t.content in template))]
+    return [
+        t.content for t in added if t.content and (t.special or (not t.content.isspace() and t.content in template))
+    ]
 
 
 def pattern_of(tokens: Sequence[str]) -> re.Pattern[str] | None:
@@ -31,12 +35,15 @@ def pattern_of(tokens: Sequence[str]) -> re.Pattern[str] | None:
 def encode_as_text(
     tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str], conversation: Conversation, kwargs: Mapping[str, Any]
 ) -> list[int]:
-    """Prompt tokens of a conversation whose contents hold some of `tokens`: these are spelt out there, but not in the template's own text.
+    """Prompt tokens of a conversation whose contents hold some of `tokens`: these are spelt out there, but not in the
+    template's own text.
 
     Raises:
         ValueError: If the tokenizer has no other way to write such a token.
     """
     own = copy.copy(tokenizer)
     own.chat_control_tokens = list(tokens)
-    ids = own.apply_chat_template(conversation, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False, **kwargs)
+    ids = own.apply_chat_template(
+        conversation, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False, **kwargs
+    )
     return [int(i) for i in ids]

@@ -1,4 +1,6 @@
-"""A difficulty curriculum: prompts are drawn by how often they are solved, so that most groups have something to compare."""
+"""A difficulty curriculum: prompts are drawn by how often they are solved, so that most groups have something to
+compare.
+"""
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 import math
@@ -24,11 +26,12 @@ SOLVED_TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class Curriculum:
-    """Prompts are drawn in proportion to floor + (1 - floor) * 4 p (1 - p), p the running share of a prompt's completions that are solved.
+    """Prompts are drawn in proportion to floor + (1 - floor) * 4 p (1 - p), p the running share of a prompt's
+    completions that are solved.
 
-    That is p (1 - p), the learnability of arXiv:2502.12272, with a floor so that no prompt starves. A prompt that was not scored yet
-    counts as p = 1/2. Within an episode no prompt comes twice (unless there are fewer than an episode holds), and an epoch has as
-    many episodes as without a curriculum; which prompts it holds is open.
+    That is p (1 - p), the learnability of arXiv:2502.12272, with a floor so that no prompt starves. A prompt that was
+    not scored yet counts as p = 1/2. Within an episode no prompt comes twice (unless there are fewer than an episode
+    holds), and an epoch has as many episodes as without a curriculum; which prompts it holds is open.
     """
 
     floor: Annotated[float, Gt(0), Le(1)] = 0.1
@@ -41,7 +44,9 @@ class Curriculum:
     def __post_init__(self) -> None:
         check_bounds("data.curriculum", type(self), vars(self))
         if not math.isfinite(self.solved_at):
-            raise ConfigError(f"data.curriculum.solved_at={self.solved_at} must be a number: the total reward of a solved completion")
+            raise ConfigError(
+                f"data.curriculum.solved_at={self.solved_at} must be a number: the total reward of a solved completion"
+            )
 
     @property
     def fingerprint(self) -> str:
@@ -52,8 +57,8 @@ class Curriculum:
 class SolveRates:
     """How often each prompt is solved, and the draws that follow from it; equal on all ranks, given equal reports.
 
-    Lightning may ask for an episode's first batch before the one before has ended, or after. So that both draw the same, episode e
-    depends on the reports of episodes up to e - 2 alone; younger ones wait, and are in the state.
+    Lightning may ask for an episode's first batch before the one before has ended, or after. So that both draw the
+    same, episode e depends on the reports of episodes up to e - 2 alone; younger ones wait, and are in the state.
 
     Args:
         options: How rates become weights.
@@ -89,7 +94,8 @@ class SolveRates:
         return weights
 
     def draw(self, episode: int, size: int) -> np.ndarray:
-        """Prompts of an episode, int64 [size], drawn without replacement; repeated from the start where there are too few.
+        """Prompts of an episode, int64 [size], drawn without replacement; repeated from the start where there are too
+        few.
 
         The largest of log(u) / weight are a draw without replacement (Efraimidis and Spirakis, 2006).
         """

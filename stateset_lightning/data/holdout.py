@@ -25,7 +25,9 @@ def hold_out(scenarios: ScenarioSet, fraction: float, seed: int) -> tuple[Scenar
     for index, scenario in enumerate(scenarios.scenarios):
         groups.setdefault(_question(scenario), []).append(index)
     if len(groups) < 2:
-        raise DataError(f"data.validation_fraction={fraction}: all of data.train asks one question; give data.validation instead")
+        raise DataError(
+            f"data.validation_fraction={fraction}: all of data.train asks one question; give data.validation instead"
+        )
     # Exact: 0.1 * 30 in floating point is just above 3.
     wanted = max(1, round(Fraction(str(fraction)) * len(scenarios)))
     members = list(groups.values())

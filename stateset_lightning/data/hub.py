@@ -56,7 +56,9 @@ def read_parquet(path: Path) -> list[RawRow]:
     try:
         rows = datasets.Dataset.from_parquet(str(path))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{path}: cannot be read as Parquet: {_first_line(error)}; write the file again, or as .jsonl") from error
+        raise DataError(
+            f"{path}: cannot be read as Parquet: {_first_line(error)}; write the file again, or as .jsonl"
+        ) from error
     return _rows(rows, str(path))
 
 

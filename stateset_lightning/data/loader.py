@@ -1,7 +1,7 @@
 """Resumable loader of training episodes, and the loader for evaluation.
 
-Both are plain iterables with a length, not torch `DataLoader`s: the batches are lists that lie in memory, so there is nothing
-for worker processes to do, and Lightning would rebuild a `DataLoader` with a sampler of its own.
+Both are plain iterables with a length, not torch `DataLoader`s: the batches are lists that lie in memory, so there is
+nothing for worker processes to do, and Lightning would rebuild a `DataLoader` with a sampler of its own.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,13 +27,14 @@ _DESCRIPTIONS = {
 class EpisodeLoader:
     """Serves each episode's prompts `num_iterations * steps_per_episode` times, as micro-steps 0, 1, ...
 
-    An epoch has ceil(scenarios / (batch_size * world_size)) episodes; the last one is filled up from the epoch's start, so that
-    every scenario comes at least once (of each source, if weighted: its share). Rank r gets every `world_size`-th prompt of an
-    episode's global batch, from r on.
+    An epoch has ceil(scenarios / (batch_size * world_size)) episodes; the last one is filled up from the epoch's start,
+    so that every scenario comes at least once (of each source, if weighted: its share). Rank r gets every
+    `world_size`-th prompt of an episode's global batch, from r on.
 
-    The loader counts micro-steps over the whole run, and iterating goes on where it stands. It has no `set_epoch`: Lightning's
-    own epoch number skips one when a run with `max_steps` is resumed from a checkpoint made at an epoch's end (2.6.6).
-    It has a length because Lightning fetches one batch ahead from loaders without, and would lose that batch on resume.
+    The loader counts micro-steps over the whole run, and iterating goes on where it stands. It has no `set_epoch`:
+    Lightning's own epoch number skips one when a run with `max_steps` is resumed from a checkpoint made at an epoch's
+    end (2.6.6). It has a length because Lightning fetches one batch ahead from loaders without, and would lose that
+    batch on resume.
 
     Args:
         scenarios: All training scenarios, on every rank.
@@ -44,10 +45,11 @@ class EpisodeLoader:
         steps_per_episode: Micro-steps of a pass.
         rank: Of this process.
         world_size: Number of processes.
-        limit: Micro-steps that the trainer takes per epoch of its own (`limit_train_batches`); its next epoch goes on behind
-            them, so that a limit does not keep scenarios out. None: all.
+        limit: Micro-steps that the trainer takes per epoch of its own (`limit_train_batches`); its next epoch goes on
+            behind them, so that a limit does not keep scenarios out. None: all.
         repeat: Serve the first `limit` micro-steps again and again (`overfit_batches`).
-        solve_rates: Draws the prompts instead of `order` (a curriculum), which then says only how long an epoch is. Not with `repeat`.
+        solve_rates: Draws the prompts instead of `order` (a curriculum), which then says only how long an epoch is. Not
+            with `repeat`.
         fingerprint: What else decides the order, by option; a checkpoint in which it differs is refused.
     """
 
@@ -89,7 +91,8 @@ class EpisodeLoader:
             **(fingerprint or {}),
         }
         self._completed = 0  # micro-steps since the run's start
-        self._cached: tuple[int, np.ndarray] | None = None  # epoch (of a curriculum: episode) and its rows, filled up to whole episodes
+        # epoch (of a curriculum: episode) and its rows, filled up to whole episodes
+        self._cached: tuple[int, np.ndarray] | None = None
 
     @property
     def num_filled(self) -> int:
@@ -126,13 +129,16 @@ class EpisodeLoader:
             if state.get(key) != value:
                 name = _DESCRIPTIONS.get(key, f"data.{key}")
                 raise ConfigError(
-                    f"{name} is {value!r}, but {state.get(key)!r} in the checkpoint, whose position in the data would mean other "
-                    f"prompts; resume with {state.get(key)!r}, or start a new run from the checkpoint's weights"
+                    f"{name} is {value!r}, but {state.get(key)!r} in the checkpoint, whose position in the data would"
+                    f" mean other prompts; resume with {state.get(key)!r}, or start a new run from the checkpoint's"
+                    " weights"
                 )
         self._completed = int(state["epoch"]) * len(self) + int(state["completed"])
 
     def next_episode(self) -> PromptBatch:
-        """The first batch of the episode behind the one that is being served, which is served all the same when its turn comes."""
+        """The first batch of the episode behind the one that is being served, which is served all the same when its
+        turn comes.
+        """
         return self._batch_at(-(-self._completed // self.num_micro_steps) * self.num_micro_steps)
 
     def _batch_at(self, completed: int) -> PromptBatch:
@@ -147,7 +153,9 @@ class EpisodeLoader:
         rows = self._global_batch(episode)[self._rank :: self._world_size].tolist()
         return self._make_batch(rows, list(range(self._rank, self._size, self._world_size)), episode_index, micro_step)
 
-    def _make_batch(self, rows: list[int], positions: list[int], episode_index: int, micro_step: int = 0) -> PromptBatch:
+    def _make_batch(
+        self, rows: list[int], positions: list[int], episode_index: int, micro_step: int = 0
+    ) -> PromptBatch:
         return PromptBatch(
             prompt_tokens=[self._prompt_tokens[row] for row in rows],
             scenarios=[self._scenarios[row] for row in rows],
@@ -163,9 +171,9 @@ class EpisodeLoader:
     def replacements(self, batch: PromptBatch, slots: Sequence[int], round_number: int) -> PromptBatch:
         """Other prompts in place of those in some slots of a batch, for dynamic sampling.
 
-        A draw follows from (seed, episode, position, round) alone, by the weights of the sources and of the curriculum, and is another
-        prompt than the slot holds, if there is another. Positions, from which noise is derived, continue behind the episode's own:
-        position + round * (prompts of all ranks).
+        A draw follows from (seed, episode, position, round) alone, by the weights of the sources and of the curriculum,
+        and is another prompt than the slot holds, if there is another. Positions, from which noise is derived, continue
+        behind the episode's own: position + round * (prompts of all ranks).
 
         Args:
             batch: One of this loader's, perhaps with prompts replaced in earlier rounds.
@@ -179,8 +187,12 @@ class EpisodeLoader:
         rows = []
         for slot, position in zip(slots, positions, strict=True):
             seed = derive_seed(self._order.seed, "dynamic", batch.episode_index, position, round_number)
-            rows.append(int(pool[_draw_other(ends, int(np.searchsorted(pool, batch.rows[slot])), uniforms([seed], 1)[0, 0])]))
-        return self._make_batch(rows, [position + round_number * self._size for position in positions], batch.episode_index)
+            rows.append(
+                int(pool[_draw_other(ends, int(np.searchsorted(pool, batch.rows[slot])), uniforms([seed], 1)[0, 0])])
+            )
+        return self._make_batch(
+            rows, [position + round_number * self._size for position in positions], batch.episode_index
+        )
 
     def _pool(self, episode_index: int) -> tuple[np.ndarray, np.ndarray]:
         """What an episode's replacements are drawn from: rows in ascending order, and their weights."""
@@ -213,7 +225,9 @@ class EpisodeLoader:
 
 
 def _draw_other(ends: np.ndarray, excluded: int, u: float) -> int:
-    """An index drawn by weights whose running sums are `ends`, but not `excluded`, unless there is no other; u in (0, 1)."""
+    """An index drawn by weights whose running sums are `ends`, but not `excluded`, unless there is no other; u in (0,
+    1).
+    """
     if len(ends) == 1:
         return 0
     start = ends[excluded - 1] if excluded else 0.0

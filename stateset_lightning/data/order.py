@@ -27,7 +27,12 @@ class EpochOrder:
     """
 
     def __init__(
-        self, rows_by_source: Sequence[Sequence[int]], weights: Sequence[float] | None, seed: int, shuffle: bool, names: Sequence[str] = ()
+        self,
+        rows_by_source: Sequence[Sequence[int]],
+        weights: Sequence[float] | None,
+        seed: int,
+        shuffle: bool,
+        names: Sequence[str] = (),
     ) -> None:
         self.size = sum(len(rows) for rows in rows_by_source)
         self.seed = seed
@@ -43,12 +48,13 @@ class EpochOrder:
             name = names[index] if names else f"number {index + 1}"
             if not rows:
                 raise ConfigError(
-                    f"data.train: no scenario of the source {name} is left; check data.max_prompt_tokens and data.validation_fraction"
+                    f"data.train: no scenario of the source {name} is left; check data.max_prompt_tokens and"
+                    " data.validation_fraction"
                 )
             if count == 0:
                 raise ConfigError(
-                    f"data.train: the source {name} with weight {weights[index]} gets none of the {self.size} positions of an epoch; "
-                    "raise its weight or leave it out"
+                    f"data.train: the source {name} with weight {weights[index]} gets none of the {self.size} positions"
+                    " of an epoch; raise its weight or leave it out"
                 )
         self.row_weights = np.zeros(self.size)
         """Chance of each scenario in a free draw, relative to the others, float64 [size]."""
@@ -67,7 +73,9 @@ class EpochOrder:
         return positions[np.argsort(even, kind="stable")]
 
     def _stream(self, source: int, start: int, count: int) -> np.ndarray:
-        """`count` indices from position `start` of a source's endless stream: one permutation of its scenarios after another."""
+        """`count` indices from position `start` of a source's endless stream: one permutation of its scenarios after
+        another.
+        """
         rows = self._rows[source]
         rounds = range(start // len(rows), (start + count - 1) // len(rows) + 1)
         stream = np.concatenate([rows[self._round(source, number)] for number in rounds])

@@ -67,7 +67,9 @@ class PackedTokens(Sequence[list[int]]):
 
 @contextmanager
 def garbage_left_alone() -> Iterator[None]:
-    """No garbage collection in the block: it would walk through all rows again and again, which doubles the time they take to read."""
+    """No garbage collection in the block: it would walk through all rows again and again, which doubles the time they
+    take to read.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:

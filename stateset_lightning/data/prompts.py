@@ -50,13 +50,13 @@ class PromptEncoder:
     Args:
         tokenizer: A transformers tokenizer.
         system_prompt: Stands before each scenario's own context in the system turn.
-        use_chat_template: None uses the tokenizer's template if it has one. Otherwise the contents of the turns are joined by
-            blank lines and get the tokenizer's own special tokens, except for an end of sequence.
+        use_chat_template: None uses the tokenizer's template if it has one. Otherwise the contents of the turns are
+            joined by blank lines and get the tokenizer's own special tokens, except for an end of sequence.
         chat_template_kwargs: Further variables of the template (`enable_thinking`, say).
         max_prompt_tokens: Longest prompt that is accepted; None accepts all.
         overlong_prompts: What happens to longer ones.
-        parse_special_tokens: Whether control tokens in a scenario's own text (`<|im_end|>`, say) count as such. By default they are
-            plain text, so that no text changes who speaks.
+        parse_special_tokens: Whether control tokens in a scenario's own text (`<|im_end|>`, say) count as such. By
+            default they are plain text, so that no text changes who speaks.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -69,12 +69,15 @@ class PromptEncoder:
 
     def __post_init__(self) -> None:
         if self.use_chat_template and not self._has_template:
-            raise ConfigError("data.use_chat_template=true, but the tokenizer has no chat template; set it to false for plain text")
+            raise ConfigError(
+                "data.use_chat_template=true, but the tokenizer has no chat template; set it to false for plain text"
+            )
         if reserved := [name for name in self.chat_template_kwargs if name in _RESERVED_TEMPLATE_KWARGS]:
             raise ConfigError(f"data.chat_template_kwargs: '{reserved[0]}' is set by the data module; remove it")
         if self.chat_template_kwargs and not self.applies_template:
             raise ConfigError(
-                f"data.chat_template_kwargs={dict(self.chat_template_kwargs)} have no effect without a chat template; remove them"
+                f"data.chat_template_kwargs={dict(self.chat_template_kwargs)} have no effect without a chat template;"
+                " remove them"
             )
 
     @property
@@ -95,7 +98,8 @@ class PromptEncoder:
         tokens = PackedTokens.concatenate([packed for packed, _ in parts])
         if len(empty := (tokens.lengths == 0).nonzero()[0]):
             raise DataError(
-                f"{key}: the prompt of scenario '{scenarios[empty[0]].id}' has no tokens; give it a text that the tokenizer knows"
+                f"{key}: the prompt of scenario '{scenarios[empty[0]].id}' has no tokens; give it a text that the"
+                " tokenizer knows"
             )
         if marked := sum(count for _, count in parts):
             _log.warning(
@@ -120,10 +124,20 @@ class PromptEncoder:
     def _batches(self, scenarios: Sequence[Scenario], key: str) -> Iterator["_Batch"]:
         for start in range(0, len(scenarios), _BATCH):
             part = scenarios[start : start + _BATCH]
-            conversations = [[{"role": turn.role, "content": turn.content} for turn in s.turns(self.system_prompt)] for s in part]
+            conversations = [
+                [{"role": turn.role, "content": turn.content} for turn in s.turns(self.system_prompt)] for s in part
+            ]
             pattern = self._control_pattern
-            marked = [i for i, turns in enumerate(conversations) if pattern and any(pattern.search(turn["content"]) for turn in turns)]
-            texts = self._templated(part, conversations, key) if self.applies_template else [_plain(turns) for turns in conversations]
+            marked = [
+                i
+                for i, turns in enumerate(conversations)
+                if pattern and any(pattern.search(turn["content"]) for turn in turns)
+            ]
+            texts = (
+                self._templated(part, conversations, key)
+                if self.applies_template
+                else [_plain(turns) for turns in conversations]
+            )
             yield _Batch(key, part, texts, {i: conversations[i] for i in marked})
 
     def _templated(self, scenarios: Sequence[Scenario], conversations: list[Conversation], key: str) -> list[str]:
@@ -143,7 +157,9 @@ class PromptEncoder:
         """The batch's tokens, and how many of its scenarios hold control tokens in their text."""
         # A template writes the special tokens itself: adding the tokenizer's would double the first one.
         add_special_tokens = not self.applies_template
-        options: dict[str, Any] = {} if self.applies_template else {"split_special_tokens": not self.parse_special_tokens}
+        options: dict[str, Any] = (
+            {} if self.applies_template else {"split_special_tokens": not self.parse_special_tokens}
+        )
         # `verbose=False`: lengths are our own policy, and transformers would warn of the model's.
         tokens: list[list[int]] = self.tokenizer(
             batch.texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False, **options
@@ -161,8 +177,8 @@ class PromptEncoder:
             return encode_as_text(self.tokenizer, self._control_tokens, conversation, self.chat_template_kwargs)
         except ValueError as error:
             raise DataError(
-                f"{batch.key}: the text of scenario '{batch.scenarios[i].id}' holds a control token that this tokenizer cannot write as "
-                f"plain text: {error}; remove it from the text, or set data.parse_special_tokens=true"
+                f"{batch.key}: the text of scenario '{batch.scenarios[i].id}' holds a control token that this tokenizer"
+                f" cannot write as plain text: {error}; remove it from the text, or set data.parse_special_tokens=true"
             ) from error
 
     @cached_property
@@ -179,18 +195,22 @@ class PromptEncoder:
         if limit is None or not overlong:
             return EncodedPrompts(tokens, everything)
         if self.overlong_prompts == "truncate_left":
-            return EncodedPrompts(PackedTokens.pack([prompt[-limit:] for prompt in tokens]), everything, num_truncated=len(overlong))
+            return EncodedPrompts(
+                PackedTokens.pack([prompt[-limit:] for prompt in tokens]), everything, num_truncated=len(overlong)
+            )
         if self.overlong_prompts == "error":
             shown = ", ".join(f"{scenarios[i].id} ({lengths[i]})" for i in overlong[:_IDS_SHOWN])
             more = f" and {len(overlong) - _IDS_SHOWN} more" if len(overlong) > _IDS_SHOWN else ""
             raise DataError(
-                f"{key}: {len(overlong)} of {len(tokens)} prompts have more than data.max_prompt_tokens={limit} tokens: {shown}{more}; "
-                f"set data.max_prompt_tokens={lengths.max()}, or data.overlong_prompts to drop or truncate_left"
+                f"{key}: {len(overlong)} of {len(tokens)} prompts have more than data.max_prompt_tokens={limit} tokens:"
+                f" {shown}{more}; set data.max_prompt_tokens={lengths.max()}, or data.overlong_prompts to drop or"
+                " truncate_left"
             )
         kept = (lengths <= limit).nonzero()[0].tolist()
         if not kept:
             raise DataError(
-                f"{key}: data.max_prompt_tokens={limit} drops all {len(tokens)} prompts; the shortest has {lengths.min()} tokens"
+                f"{key}: data.max_prompt_tokens={limit} drops all {len(tokens)} prompts; the shortest has"
+                f" {lengths.min()} tokens"
             )
         return EncodedPrompts(PackedTokens.pack([tokens[i] for i in kept]), kept, num_dropped=len(overlong))
 
@@ -211,8 +231,11 @@ def _plain(conversation: Conversation) -> str:
 
 def _refusal(key: str, scenario: Scenario, conversation: Conversation, error: Exception) -> DataError:
     has_system = conversation[0]["role"] == "system"
-    advice = "if it takes no system turn, leave out data.system_prompt and the scenarios' context; " if has_system else ""
+    advice = (
+        "if it takes no system turn, leave out data.system_prompt and the scenarios' context; " if has_system else ""
+    )
     return DataError(
-        f"{key}: the chat template refuses scenario '{scenario.id}' (roles: {', '.join(t['role'] for t in conversation)}): "
-        f"{error}; {advice}data.use_chat_template=false joins the turns as plain text"
+        f"{key}: the chat template refuses scenario '{scenario.id}' (roles:"
+        f" {', '.join(t['role'] for t in conversation)}): {error}; {advice}data.use_chat_template=false joins the turns"
+        " as plain text"
     )

@@ -1,8 +1,8 @@
 """Files -> raw rows, each with the place it came from.
 
 JSONL, JSON lists, CSV and YAML lists, in UTF-8 (a byte order mark is accepted). What a row means is not checked here.
-A row that cannot be read is a `Problem`, so that all bad rows of a split are reported together; a file that cannot be read at
-all is a `DataError` at once. Nothing in a file is executed: no pickle, and YAML is loaded safely.
+A row that cannot be read is a `Problem`, so that all bad rows of a split are reported together; a file that cannot be
+read at all is a `DataError` at once. Nothing in a file is executed: no pickle, and YAML is loaded safely.
 """
 
 import csv
@@ -44,14 +44,16 @@ def read_file(path: Path) -> tuple[list[RawRow], list[Problem]]:
     """All rows of a file whose suffix is a key of `READERS`, and the problems of those that could not be read.
 
     Raises:
-        DataError: If the file as a whole cannot be read: missing, a directory, not UTF-8, empty, without rows, malformed
-            beyond one row, or of an unknown kind.
+        DataError: If the file as a whole cannot be read: missing, a directory, not UTF-8, empty, without rows,
+            malformed beyond one row, or of an unknown kind.
     """
     if path.is_dir():
         raise DataError(f"{path} is a directory; give a file, or a glob such as '{path}/*.jsonl'")
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"{path}: unknown suffix '{path.suffix}'; scenarios are read from {', '.join([*READERS, '.parquet'])}")
+        raise DataError(
+            f"{path}: unknown suffix '{path.suffix}'; scenarios are read from {', '.join([*READERS, '.parquet'])}"
+        )
     rows: list[RawRow] = []
     problems: list[Problem] = []
     for reading in reader(path, _read_text(path)):
@@ -65,7 +67,9 @@ def read_file(path: Path) -> tuple[list[RawRow], list[Problem]]:
 
 
 def raise_problems(key: str, problems: Sequence[Problem]) -> None:
-    """Raise a `DataError` that lists the problems of the split `key` (the first 20, and how many more), if there are any."""
+    """Raise a `DataError` that lists the problems of the split `key` (the first 20, and how many more), if there are
+    any.
+    """
     if not problems:
         return
     shown = [f"  {problem.place}: {problem.reason}" for problem in problems[:MAX_PROBLEMS_SHOWN]]
@@ -96,7 +100,9 @@ def _read_text(path: Path) -> str:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: not valid UTF-8 (byte 0x{error.object[error.start]:02x}); save the file as UTF-8") from error
+        raise DataError(
+            f"{path}:{line}: not valid UTF-8 (byte 0x{error.object[error.start]:02x}); save the file as UTF-8"
+        ) from error
     if not text.strip():
         raise DataError(f"{path}: the file is empty; give at least one scenario")
     return text
@@ -200,7 +206,15 @@ def _as_list(path: Path, items: object) -> list[Any]:
 
 def kind(value: object) -> str:
     """What a value read from a file is, in words that need no Python."""
-    names = {dict: "a mapping", list: "a list", str: "text", bool: "true/false", int: "a number", float: "a number", type(None): "null"}
+    names = {
+        dict: "a mapping",
+        list: "a list",
+        str: "text",
+        bool: "true/false",
+        int: "a number",
+        float: "a number",
+        type(None): "null",
+    }
     return names.get(type(value), type(value).__name__)
 
 

@@ -1,8 +1,9 @@
 """Raw rows -> checked scenarios.
 
-A row asks its question in one of three forms: `prompt` (text), `messages` (a conversation whose last turn is the user's; TRL's data
-sets call it `prompt` too), or `user_responses` (several texts, each of which becomes a scenario of its own). `fields` maps our names to
-the file's columns; the file's own columns stay available to rewards under their own names.
+A row asks its question in one of three forms: `prompt` (text), `messages` (a conversation whose last turn is the
+user's; TRL's data sets call it `prompt` too), or `user_responses` (several texts, each of which becomes a scenario of
+its own). `fields` maps our names to the file's columns; the file's own columns stay available to rewards under their
+own names.
 """
 
 import datetime
@@ -27,8 +28,8 @@ def check_columns(rows: Sequence[RawRow], fields: Mapping[str, str], origin: str
     """Check that the rows of `origin` (a file, say) have the columns that `fields` names, and a question.
 
     Raises:
-        DataError: If a column is in none of the rows. It names those that there are. A column that only some rows lack is
-            reported with these rows, by `to_scenarios`.
+        DataError: If a column is in none of the rows. It names those that there are. A column that only some rows lack
+            is reported with these rows, by `to_scenarios`.
     """
     present = list(dict.fromkeys(name for row in rows for name in row.columns))
     has = f"it has: {', '.join(present) or 'none'}"
@@ -64,7 +65,9 @@ def to_scenarios(
     return scenarios, problems
 
 
-def _row_scenarios(row: RawRow, fields: Mapping[str, str], label: str, rewards: Sequence[str] | None) -> Iterator[Scenario]:
+def _row_scenarios(
+    row: RawRow, fields: Mapping[str, str], label: str, rewards: Sequence[str] | None
+) -> Iterator[Scenario]:
     columns = _renamed(row.columns, fields)
     columns["id"] = _checked_id(columns.get("id"), f"{label}:{row.number}")
     for name in ("context", "topic"):
@@ -78,7 +81,10 @@ def _row_scenarios(row: RawRow, fields: Mapping[str, str], label: str, rewards: 
         raise _BadRow(f"needs exactly one of 'prompt', 'messages' and 'user_responses', but has {found}")
     if given == ["user_responses"]:
         prompts = _checked_texts("user_responses", columns.pop("user_responses"))
-        return (Scenario.model_validate({**columns, "id": f"{columns['id']}/{i}", "prompt": text}) for i, text in enumerate(prompts))
+        return (
+            Scenario.model_validate({**columns, "id": f"{columns['id']}/{i}", "prompt": text})
+            for i, text in enumerate(prompts)
+        )
     columns.pop("user_responses", None)
     if given == ["messages"]:
         columns["messages"] = _checked_messages(columns["messages"])
@@ -116,7 +122,9 @@ def _checked_text(what: str, value: object) -> str:
 def _check_unicode(what: str, text: str) -> None:
     # JSON can write half a surrogate pair, which no tokenizer takes and no file can hold.
     if not text.isascii() and (half := next((c for c in text if "\ud800" <= c <= "\udfff"), None)):
-        raise _BadRow(f"{what} holds \\u{ord(half):04x}, half of a character (a surrogate without its pair); replace it")
+        raise _BadRow(
+            f"{what} holds \\u{ord(half):04x}, half of a character (a surrogate without its pair); replace it"
+        )
 
 
 def _checked_optional_text(name: str, value: object) -> str | None:
@@ -155,7 +163,11 @@ def _checked_turn(number: int, message: object) -> Turn:
     if isinstance(message, Turn):
         message = {"role": message.role, "content": message.content}
     if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-        found = f"a mapping with {', '.join(map(str, message)) or 'nothing'}" if isinstance(message, Mapping) else kind(message)
+        found = (
+            f"a mapping with {', '.join(map(str, message)) or 'nothing'}"
+            if isinstance(message, Mapping)
+            else kind(message)
+        )
         raise _BadRow(f"message {number} must have 'role' and 'content' and nothing else, but is {found}")
     role, content = message["role"], message["content"]
     if role not in ROLES:

@@ -1,7 +1,7 @@
 """What `data.train` and its like say -> the scenarios of a split, and which source each one comes from.
 
-A split is a path, a glob, a hub id, a list of rows, or a list of sources. Weighted sources are mixed by the loader; here
-they are only read.
+A split is a path, a glob, a hub id, a list of rows, or a list of sources. Weighted sources are mixed by the loader;
+here they are only read.
 """
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
@@ -36,7 +36,8 @@ class Source:
         size: Instances of the task.
         seed: Decides which ones; two seeds have none in common.
         options: The task's own options, such as its difficulty.
-        weight: Share of an epoch, relative to the other sources' weights. Without weights every row comes once per epoch.
+        weight: Share of an epoch, relative to the other sources' weights. Without weights every row comes once per
+            epoch.
         fields: Our name -> the source's column; takes the place of data.fields for this source.
         rewards: Names of the reward functions that score this source's rows; without it all of them do.
         name: What messages and generated ids call this source.
@@ -68,7 +69,9 @@ class ScenarioSet:
 
     def select(self, indices: Sequence[int]) -> "ScenarioSet":
         """The same sources with the scenarios at `indices` alone."""
-        return ScenarioSet([self.scenarios[i] for i in indices], [self.source_of[i] for i in indices], self.names, self.weights)
+        return ScenarioSet(
+            [self.scenarios[i] for i in indices], [self.source_of[i] for i in indices], self.names, self.weights
+        )
 
     @property
     def mixture(self) -> str:
@@ -117,7 +120,9 @@ def read_split(spec: SplitSpec, split: str, data_fields: Mapping[str, str] | Non
 
 def _read_split(spec: SplitSpec, key: str, split: str, data_fields: Mapping[str, str] | None) -> ScenarioSet:
     sources = _as_sources(spec, key)
-    parts = [(index, part) for index, source in enumerate(sources) for part in _parts(source, index, len(sources), split)]
+    parts = [
+        (index, part) for index, source in enumerate(sources) for part in _parts(source, index, len(sources), split)
+    ]
     stems = Counter(part.stem for _, part in parts)
     checked: list[tuple[Scenario, str]] = []
     source_of: list[int] = []
@@ -134,7 +139,9 @@ def _read_split(spec: SplitSpec, key: str, split: str, data_fields: Mapping[str,
         problems += [*part.problems, *bad]
     raise_problems(key, [*problems, *_repeated_ids(checked)])
     weights = None if sources[0].weight is None else [source.weight or 0.0 for source in sources]
-    return ScenarioSet([scenario for scenario, _ in checked], source_of, [_name(s, i, key) for i, s in enumerate(sources)], weights)
+    return ScenarioSet(
+        [scenario for scenario, _ in checked], source_of, [_name(s, i, key) for i, s in enumerate(sources)], weights
+    )
 
 
 def _as_sources(spec: SplitSpec, key: str) -> list[Source]:
@@ -142,19 +149,25 @@ def _as_sources(spec: SplitSpec, key: str) -> list[Source]:
     if isinstance(spec, str | os.PathLike):
         return [Source(path=os.fspath(spec))]
     if not isinstance(spec, Sequence):
-        raise ConfigError(f"{key} must be a path, a hub id, a list of rows or a list of sources, not {type(spec).__name__}")
+        raise ConfigError(
+            f"{key} must be a path, a hub id, a list of rows or a list of sources, not {type(spec).__name__}"
+        )
     if not spec:
         raise DataError(f"{key} is an empty list; give at least one scenario or source")
     items: list[Any] = list(spec)
     are_sources = [isinstance(item, Source) or (isinstance(item, Mapping) and _is_source(item)) for item in items]
     if not any(are_sources):
-        return [Source(rows=[dict(item) if isinstance(item, Mapping) else item for item in items])]  # others are reported as rows
+        # others are reported as rows
+        return [Source(rows=[dict(item) if isinstance(item, Mapping) else item for item in items])]
     if not all(are_sources):
         position = are_sources.index(False) + 1
         raise ConfigError(
-            f"{key} mixes sources and rows: item {position} has none of {', '.join(_ORIGINS)}; put rows into a source's 'rows'"
+            f"{key} mixes sources and rows: item {position} has none of {', '.join(_ORIGINS)}; put rows into a source's"
+            " 'rows'"
         )
-    sources = [item if isinstance(item, Source) else _source(item, f"{key} item {i}") for i, item in enumerate(items, start=1)]
+    sources = [
+        item if isinstance(item, Source) else _source(item, f"{key} item {i}") for i, item in enumerate(items, start=1)
+    ]
     for i, source in enumerate(sources, start=1):
         _check_source(source, f"{key} item {i}")
     if len({source.weight is None for source in sources}) > 1:
@@ -176,13 +189,16 @@ def _source(item: Mapping[str, Any], place: str) -> Source:
 def _check_source(source: Source, place: str) -> None:
     given = [name for name in _ORIGINS if getattr(source, name) is not None]
     if len(given) != 1:
-        raise ConfigError(f"{place}: a source needs one of {', '.join(_ORIGINS)}, but has {' and '.join(given) or 'none'}")
+        raise ConfigError(
+            f"{place}: a source needs one of {', '.join(_ORIGINS)}, but has {' and '.join(given) or 'none'}"
+        )
     if source.reasoning_gym is None and (source.size, source.seed, source.options) != (None, 0, None):
         raise ConfigError(f"{place}: size, seed and options belong to a source of reasoning_gym; remove them")
     if source.reasoning_gym is not None:
         if not isinstance(source.size, int) or not isinstance(source.seed, int) or source.fields is not None:
             raise ConfigError(
-                f"{place}: reasoning_gym={source.reasoning_gym} needs a size (instances), may have a seed, and takes no fields"
+                f"{place}: reasoning_gym={source.reasoning_gym} needs a size (instances), may have a seed, and takes no"
+                " fields"
             )
         check_bounds(place, Source, {"size": source.size, "seed": source.seed})
     if source.path is not None and not isinstance(source.path, str | os.PathLike):
@@ -190,11 +206,18 @@ def _check_source(source: Source, place: str) -> None:
     if source.rows is not None and not isinstance(source.rows, list):
         raise ConfigError(f"{place}: rows must be a list of scenarios, not {type(source.rows).__name__}")
     if source.weight is not None and not (isinstance(source.weight, int | float) and 0 < source.weight < float("inf")):
-        raise ConfigError(f"{place}: weight={source.weight!r} must be a number above 0; leave the source out to ignore it")
-    if source.rewards is not None and not (isinstance(source.rewards, list) and all(isinstance(n, str) for n in source.rewards)):
+        raise ConfigError(
+            f"{place}: weight={source.weight!r} must be a number above 0; leave the source out to ignore it"
+        )
+    if source.rewards is not None and not (
+        isinstance(source.rewards, list) and all(isinstance(n, str) for n in source.rewards)
+    ):
         raise ConfigError(f"{place}: rewards={source.rewards!r} must be a list of reward names")
     if source.fields is not None and not isinstance(source.fields, dict):
-        raise ConfigError(f"{place}: fields={source.fields!r} must map our names to the source's columns, for example prompt: question")
+        raise ConfigError(
+            f"{place}: fields={source.fields!r} must map our names to the source's columns, for example prompt:"
+            " question"
+        )
 
 
 def _parts(source: Source, index: int, num_sources: int, split: str) -> Iterator[_Part]:
@@ -210,7 +233,9 @@ def _parts(source: Source, index: int, num_sources: int, split: str) -> Iterator
         return
     if source.reasoning_gym is not None:
         stem = source.name or f"{source.reasoning_gym}.{source.seed}"
-        rows = read_task(source.reasoning_gym, source.size or 0, source.seed, source.options or {}, f"data.{split} item {index + 1}")
+        rows = read_task(
+            source.reasoning_gym, source.size or 0, source.seed, source.options or {}, f"data.{split} item {index + 1}"
+        )
         yield _Part(rows, [], stem, stem, f"{stem}.{index + 1}")
         return
     path = os.fspath(source.path or "")
@@ -233,13 +258,16 @@ def _files(path: str, key: str) -> list[Path]:
         return [Path(name) for name in found]
     if _is_local(path):
         raise DataError(
-            f"{key}={path}: there is no such file, and it does not look like a hub id (owner/name); paths are relative to {os.getcwd()}"
+            f"{key}={path}: there is no such file, and it does not look like a hub id (owner/name); paths are relative"
+            f" to {os.getcwd()}"
         )
     return []
 
 
 def _is_local(path: str) -> bool:
-    """Whether `path` means files. `data/train.jsonl` has the form of a hub id, but a suffix of ours or a folder that is here."""
+    """Whether `path` means files. `data/train.jsonl` has the form of a hub id, but a suffix of ours or a folder that is
+    here.
+    """
     if os.path.exists(os.path.expanduser(path)) or glob.has_magic(path) or not is_hub_id(path):
         return True
     return os.path.splitext(path)[1].lower() in (*READERS, ".parquet") or os.path.isdir(path.split("/")[0])
@@ -249,7 +277,9 @@ def _repeated_ids(checked: Sequence[tuple[Scenario, str]]) -> Iterator[Problem]:
     first: dict[str, str] = {}
     for scenario, place in checked:
         if scenario.id in first:
-            yield Problem(place, f"the id '{scenario.id}' is already that of {first[scenario.id]}; ids must differ within a split")
+            yield Problem(
+                place, f"the id '{scenario.id}' is already that of {first[scenario.id]}; ids must differ within a split"
+            )
         else:
             first[scenario.id] = place
 

@@ -16,9 +16,10 @@ MAX_SEED = 2_000
 def read_task(task: str, size: int, seed: int, options: Mapping[str, Any], place: str) -> list[RawRow]:
     """The first `size` instances of a task, the same for the same arguments (and version of the library).
 
-    A row has the question as `prompt`, the answer as `target` (None where only the library can tell), the task as `topic`, and in
-    `reasoning_gym` what `ReasoningGymReward` needs. The rows of two seeds have no instance in common: the library makes row i
-    from `seed + i`, so that its seeds 1 and 2 share all rows but one; here the seeds are a million apart.
+    A row has the question as `prompt`, the answer as `target` (None where only the library can tell), the task as
+    `topic`, and in `reasoning_gym` what `ReasoningGymReward` needs. The rows of two seeds have no instance in common:
+    the library makes row i from `seed + i`, so that its seeds 1 and 2 share all rows but one; here the seeds are a
+    million apart.
 
     Raises:
         ConfigError: If `reasoning-gym` is not installed, there is no such task, or it does not take these options.
@@ -28,7 +29,9 @@ def read_task(task: str, size: int, seed: int, options: Mapping[str, Any], place
 
     known = reasoning_gym.factory.DATASETS
     if task not in known or task == "composite":
-        raise ConfigError(f"{place}: reasoning_gym={task!r} is no task of the library; it has: {', '.join(sorted(known))}")
+        raise ConfigError(
+            f"{place}: reasoning_gym={task!r} is no task of the library; it has: {', '.join(sorted(known))}"
+        )
     try:
         entries = reasoning_gym.create_dataset(task, **{**options, "size": size, "seed": seed * MAX_SIZE})
     except (AssertionError, TypeError, ValueError) as error:

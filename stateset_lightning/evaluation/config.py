@@ -16,10 +16,14 @@ from stateset_lightning.rollout import RolloutConfig
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How `validate`, `test` and the validations of `fit` evaluate: one greedy completion per prompt, and samples if asked for."""
+    """How `validate`, `test` and the validations of `fit` evaluate: one greedy completion per prompt, and samples if
+    asked for.
+    """
 
     samples: Annotated[int, Ge(0)] = 0
-    """Completions sampled per prompt beside the greedy one, for pass@k, pass^k, avg@k and majority@k. 0: the greedy one alone."""
+    """Completions sampled per prompt beside the greedy one, for pass@k, pass^k, avg@k and majority@k. 0: the greedy one
+    alone.
+    """
     temperature: Annotated[float, Gt(0)] | None = None
     """Of these samples. None: that of training."""
     top_p: Annotated[float, Gt(0), Le(1)] | None = None
@@ -29,7 +33,9 @@ class EvaluationConfig:
     solved_by: str | None = None
     """Name of the reward whose score that is. None: the total."""
     answer_pattern: str | None = None
-    """Regular expression for majority@k: the first group (or all) of its last match is a completion's answer. None: the whole text."""
+    """Regular expression for majority@k: the first group (or all) of its last match is a completion's answer. None: the
+    whole text.
+    """
 
     def __post_init__(self) -> None:
         check_bounds("model.evaluation", type(self), vars(self))
@@ -38,12 +44,17 @@ class EvaluationConfig:
         try:
             re.compile(self.answer_pattern or "")
         except re.error as error:
-            raise ConfigError(f"model.evaluation.answer_pattern={self.answer_pattern!r} is no regular expression: {error}") from error
+            raise ConfigError(
+                f"model.evaluation.answer_pattern={self.answer_pattern!r} is no regular expression: {error}"
+            ) from error
 
     def check_rewards(self, names: Sequence[str]) -> None:
         """Raise ConfigError if `solved_by` is none of the rewards."""
         if self.solved_by is not None and self.solved_by not in names:
-            raise ConfigError(f"model.evaluation.solved_by={self.solved_by!r} is no reward of model.reward; they are {', '.join(names)}")
+            raise ConfigError(
+                f"model.evaluation.solved_by={self.solved_by!r} is no reward of model.reward; they are"
+                f" {', '.join(names)}"
+            )
 
     def sampling(self, rollout: RolloutConfig) -> RolloutConfig:
         """Training's sampling with the temperature and top-p of evaluation."""
@@ -52,10 +63,16 @@ class EvaluationConfig:
     @property
     def ks(self) -> list[int]:
         """The k of pass@k: powers of two below `samples`, and `samples`."""
-        return sorted({2**i for i in range(self.samples.bit_length()) if 2**i < self.samples} | {self.samples}) if self.samples else []
+        return (
+            sorted({2**i for i in range(self.samples.bit_length()) if 2**i < self.samples} | {self.samples})
+            if self.samples
+            else []
+        )
 
     def answer(self, text: str) -> str | None:
-        """What a completion votes for, runs of white space as one space; None, no vote, where the pattern is not found."""
+        """What a completion votes for, runs of white space as one space; None, no vote, where the pattern is not
+        found.
+        """
         if self.answer_pattern is not None:
             matches = list(re.finditer(self.answer_pattern, text))
             if not matches:

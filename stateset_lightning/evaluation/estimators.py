@@ -1,4 +1,6 @@
-"""Estimates from several samples of a prompt, and how far a mean over prompts can be trusted. Plain numbers, no torch."""
+"""Estimates from several samples of a prompt, and how far a mean over prompts can be trusted. Plain numbers, no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ Z95 = 1.959963984540054
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that k of n samples, c of which are right, hold a right one: 1 - C(n - c, k) / C(n, k) (arXiv:2107.03374, unbiased).
+    """Chance that k of n samples, c of which are right, hold a right one: 1 - C(n - c, k) / C(n, k) (arXiv:2107.03374,
+    unbiased).
 
     NaN if there are fewer than k samples.
 
@@ -23,15 +26,17 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def pass_hat_k(n: int, c: int, k: int) -> float:
-    """pass^k, the chance that all k of n samples are right: C(c, k) / C(n, k) (arXiv:2406.12045, unbiased). NaN if n < k."""
+    """pass^k, the chance that all k of n samples are right: C(c, k) / C(n, k) (arXiv:2406.12045, unbiased). NaN if n <
+    k.
+    """
     return math.comb(c, k) / math.comb(n, k) if n >= k else math.nan
 
 
 def majority(answers: Sequence[str | None], solved: Sequence[bool]) -> float:
     """Chance that the commonest answer is right, ties broken at random (arXiv:2203.11171).
 
-    Each of the tied answers counts alike. Completions of one answer may differ in their score (by format, say): the answer counts by
-    the share that is solved. None does not vote; without any vote it is 0.
+    Each of the tied answers counts alike. Completions of one answer may differ in their score (by format, say): the
+    answer counts by the share that is solved. None does not vote; without any vote it is 0.
 
     Example:
         >>> majority(["4", "5", "5", "4", None], [True, False, False, True, True])
@@ -57,7 +62,9 @@ def half_width(values: Sequence[float]) -> float:
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share of n prompts (Wilson 1927, doi:10.1080/01621459.1927.10502953): also right near 0 and 1."""
+    """Wilson's 95% interval of a share of n prompts (Wilson 1927, doi:10.1080/01621459.1927.10502953): also right near
+    0 and 1.
+    """
     centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     reach = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n * n))
     return max(0.0, centre - reach), min(1.0, centre + reach)

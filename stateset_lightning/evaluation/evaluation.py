@@ -1,4 +1,6 @@
-"""All that an evaluation measures of its completions: rewards of the greedy ones, and what several samples of a prompt show."""
+"""All that an evaluation measures of its completions: rewards of the greedy ones, and what several samples of a prompt
+show.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,9 @@ TOLERANCE = 1e-9
 class Evaluation(nn.Module):
     """The metrics of a split.
 
-    Of the greedy completions: those of `RewardMeans`, `reward_ci95`, `solved` with its interval. Of n samples per prompt, failed ones
-    left out: `pass@k` and `pass^k` over prompts with k samples or more, `avg@n` (mean total reward), `majority@n`,
-    `sample_failures` (share without a score).
+    Of the greedy completions: those of `RewardMeans`, `reward_ci95`, `solved` with its interval. Of n samples per
+    prompt, failed ones left out: `pass@k` and `pass^k` over prompts with k samples or more, `avg@n` (mean total
+    reward), `majority@n`, `sample_failures` (share without a score).
 
     Args:
         rewards: Names of the rewards.
@@ -40,14 +42,22 @@ class Evaluation(nn.Module):
         means = [f"avg@{n}"] if n else []
         self.rewards = RewardMeans(rewards)
         self.prompts = PromptMeans(
-            ["reward", "solved", *sampled], intervals=["reward", *means], shares=["solved"], by_topic=["reward", "solved", *means]
+            ["reward", "solved", *sampled],
+            intervals=["reward", *means],
+            shares=["solved"],
+            by_topic=["reward", "solved", *means],
         )
 
     def logged_names(self) -> list[str]:
         """Names of all that `compute` may give."""
         return list(dict.fromkeys([*RewardMeans.logged_names(self.names), *self.prompts.logged_names()]))
 
-    def update(self, scenarios: Sequence[Scenario], greedy: tuple[Rollout, Scores], samples: tuple[Rollout, Scores] | None = None) -> None:
+    def update(
+        self,
+        scenarios: Sequence[Scenario],
+        greedy: tuple[Rollout, Scores],
+        samples: tuple[Rollout, Scores] | None = None,
+    ) -> None:
         """Adds P prompts: a greedy completion of each, and `config.samples` sampled ones if there are any."""
         rollout, scores = greedy
         device = self.rewards.device
@@ -82,8 +92,14 @@ class Evaluation(nn.Module):
         for p, (solved_G, totals_G) in enumerate(zip(solved_PG, totals_PG, strict=True)):
             known = solved_G.isfinite().tolist()
             drawn, right = sum(known), int(solved_G.nansum())
-            answers = [self.config.answer(text) for text, ok in zip(rollout.texts[p * n : (p + 1) * n], known, strict=True) if ok]
-            votes = majority(answers, [bool(value) for value in solved_G.tolist() if value == value]) if drawn else math.nan
+            answers = [
+                self.config.answer(text)
+                for text, ok in zip(rollout.texts[p * n : (p + 1) * n], known, strict=True)
+                if ok
+            ]
+            votes = (
+                majority(answers, [bool(value) for value in solved_G.tolist() if value == value]) if drawn else math.nan
+            )
             row = [pass_at_k(drawn, right, k) for k in ks] + [pass_hat_k(drawn, right, k) for k in ks[1:]]
             rows.append([*row, float(totals_G.nanmean()), votes, float(totals_G.isnan().double().mean())])
         return torch.tensor(rows, dtype=torch.float64)

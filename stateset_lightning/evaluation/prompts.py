@@ -1,4 +1,6 @@
-"""Means over the prompts of a split, with intervals, and by topic: exact over batches and ranks. Letters: P prompts, M measures."""
+"""Means over the prompts of a split, with intervals, and by topic: exact over batches and ranks. Letters: P prompts, M
+measures.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ TOPIC_BYTES = 64
 class PromptMeans(Metric):
     """Means of some measures over all prompts. A value of NaN says nothing about its prompt and enters no mean.
 
-    `compute` gives each measure by name; `<name>_ci95`, half of its 95% interval by the normal approximation, for those in
-    `intervals`; `<name>_low` and `<name>_high`, Wilson's 95% interval, for those in `shares`, which are 0 or 1; and
+    `compute` gives each measure by name; `<name>_ci95`, half of its 95% interval by the normal approximation, for those
+    in `intervals`; `<name>_low` and `<name>_high`, Wilson's 95% interval, for those in `shares`, which are 0 or 1; and
     `topic/<topic>/<name>` for those in `by_topic`. Prompts are taken as independent of each other.
 
     Args:
@@ -50,7 +52,12 @@ class PromptMeans(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.names, self.intervals, self.shares, self.by_topic = tuple(names), tuple(intervals), tuple(shares), tuple(by_topic)
+        self.names, self.intervals, self.shares, self.by_topic = (
+            tuple(names),
+            tuple(intervals),
+            tuple(shares),
+            tuple(by_topic),
+        )
         self.add_state("values_PM", [], dist_reduce_fx="cat")
         self.add_state("topics_PB", [], dist_reduce_fx="cat")
 
@@ -91,7 +98,9 @@ class PromptMeans(Metric):
 
 
 def _encode(topic: str | None) -> bytes:
-    """A topic as `TOPIC_BYTES` bytes; of a longer one the beginning and a digest, so that it stays apart from others."""
+    """A topic as `TOPIC_BYTES` bytes; of a longer one the beginning and a digest, so that it stays apart from
+    others.
+    """
     text = (topic or "").encode()
     if len(text) > TOPIC_BYTES:
         digest = blake2b(text, digest_size=4).hexdigest()

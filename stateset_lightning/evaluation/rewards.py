@@ -13,8 +13,8 @@ from torchmetrics import Metric
 class RewardMeans(Metric):
     """Means over all completions seen, not means of batch means.
 
-    `compute` gives `reward` (mean total over completions without a failure), `reward/<name>` (mean over the completions that this
-    reward scored), `reward_failures` (share of completions that failed), `mean_tokens` and `num_completions`.
+    `compute` gives `reward` (mean total over completions without a failure), `reward/<name>` (mean over the completions
+    that this reward scored), `reward_failures` (share of completions that failed), `mean_tokens` and `num_completions`.
 
     Example:
         >>> metric = RewardMeans(["right"])

@@ -2,7 +2,13 @@
 
 from stateset_lightning.policy.adapters import save_adapter
 from stateset_lightning.policy.config import LoRAConfig, PolicyConfig
-from stateset_lightning.policy.loading import context_length, end_of_sequence_ids, load_model, load_tokenizer, resolve_model_name
+from stateset_lightning.policy.loading import (
+    context_length,
+    end_of_sequence_ids,
+    load_model,
+    load_tokenizer,
+    resolve_model_name,
+)
 from stateset_lightning.policy.policy import Group, Policy
 from stateset_lightning.policy.reference import AdapterReference, make_reference
 

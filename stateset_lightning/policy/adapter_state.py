@@ -22,7 +22,15 @@ if TYPE_CHECKING:
 VALUES_PER_MATRIX = 1024
 """Of the base, that its digest is made of."""
 
-_MAY_CHANGE = {"lora_dropout", "base_model_name_or_path", "inference_mode", "peft_version", "auto_mapping", "task_type", "revision"}
+_MAY_CHANGE = {
+    "lora_dropout",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "auto_mapping",
+    "task_type",
+    "revision",
+}
 
 
 class AdapterState:
@@ -37,7 +45,12 @@ class AdapterState:
         self.model = model
         self.names = trained_names(model)
         dtype = str(model.dtype).removeprefix("torch.")
-        self.base = {"model_name": config.model_name, "revision": config.revision, "dtype": dtype, "digest": base_digest(model)}
+        self.base = {
+            "model_name": config.model_name,
+            "revision": config.revision,
+            "dtype": dtype,
+            "digest": base_digest(model),
+        }
         self.start: dict[str, Tensor] | None = None
         """The weights of an adapter that was loaded; None for a new one, which starts as the model without it."""
         if config.adapter is not None:
@@ -61,12 +74,18 @@ class AdapterState:
         for name in sorted((mine.keys() | theirs.keys()) - _MAY_CHANGE):
             if mine.get(name) != theirs.get(name):
                 raise ConfigError(
-                    f"model.policy.lora: {name}={mine.get(name)} differs from {theirs.get(name)} of the checkpoint's adapter: give the same"
+                    f"model.policy.lora: {name}={mine.get(name)} differs from {theirs.get(name)} of the checkpoint's"
+                    " adapter: give the same"
                 )
         check_base(self.base, saved["base"])
         if (self.start is None) != (saved["start"] is None):
-            here, there = ("is given, but was not" if self.start is not None else "is not given, but was"), "when the run started"
-            raise ConfigError(f"model.policy.adapter {here} {there}, and the reference is the policy as it started: give it as before")
+            here, there = (
+                ("is given, but was not" if self.start is not None else "is not given, but was"),
+                "when the run started",
+            )
+            raise ConfigError(
+                f"model.policy.adapter {here} {there}, and the reference is the policy as it started: give it as before"
+            )
         self.start = saved["start"]
 
     @contextmanager
@@ -86,7 +105,9 @@ class AdapterState:
 
 
 def base_digest(model: torch.nn.Module) -> str:
-    """Of some values of each frozen weight, rounded to bfloat16: the same whether a model is loaded in float32 or in bfloat16."""
+    """Of some values of each frozen weight, rounded to bfloat16: the same whether a model is loaded in float32 or in
+    bfloat16.
+    """
     hashed = sha256()
     for weight in model.parameters():
         if not weight.requires_grad:
@@ -104,15 +125,19 @@ def check_base(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         ConfigError: If not.
     """
     if mine["digest"] != saved["digest"]:
-        mine_is, saved_is = (" at ".join(str(base[key]) for key in ("model_name", "revision") if base[key]) for base in (mine, saved))
+        mine_is, saved_is = (
+            " at ".join(str(base[key]) for key in ("model_name", "revision") if base[key]) for base in (mine, saved)
+        )
         raise ConfigError(
-            f"model.policy.model_name={mine_is} is not the model that the checkpoint's adapter was trained on ({saved_is}): their weights "
-            "differ, and an adapter holds only the change"
+            f"model.policy.model_name={mine_is} is not the model that the checkpoint's adapter was trained on"
+            f" ({saved_is}): their weights differ, and an adapter holds only the change"
         )
 
 
 def save_adapter_alone(policy: Policy) -> None:
-    """From now on `policy.state_dict()` holds its adapter and nothing else, and `load_state_dict` is strict about that alone."""
+    """From now on `policy.state_dict()` holds its adapter and nothing else, and `load_state_dict` is strict about that
+    alone.
+    """
     assert policy.adapter is not None
     names = tuple(f"model.{name}" for name in policy.adapter.names)
 
@@ -136,11 +161,14 @@ def check_same_kind(adapter: AdapterState | None, saved: Mapping[str, Any] | Non
     """
     if adapter is None and saved is not None:
         raise ConfigError(
-            f"the checkpoint holds an adapter of rank {saved['config']['r']} on {saved['base']['model_name']}, and model.policy has none: "
-            "set model.policy.lora as in its run"
+            f"the checkpoint holds an adapter of rank {saved['config']['r']} on {saved['base']['model_name']}, and"
+            " model.policy has none: set model.policy.lora as in its run"
         )
     if adapter is not None and saved is None:
-        raise ConfigError("the checkpoint holds a whole model, and model.policy.lora asks for an adapter: set model.policy.lora to null")
+        raise ConfigError(
+            "the checkpoint holds a whole model, and model.policy.lora asks for an adapter: set model.policy.lora to"
+            " null"
+        )
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685), by peft: made, loaded, switched off, merged, saved.
 
-An adapter is injected into the transformers model and not wrapped around it (`PeftModel`), so that all else goes on to see a
-transformers model: its body, its output embedding, its attention. What is trained and saved of such a policy is the adapter alone.
+An adapter is injected into the transformers model and not wrapped around it (`PeftModel`), so that all else goes on to
+see a transformers model: its body, its output embedding, its attention. What is trained and saved of such a policy is
+the adapter alone.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def is_adapted(model: nn.Module) -> bool:
 
 
 def add_adapter(model: PreTrainedModel, policy: PolicyConfig, seed: int) -> None:
-    """Adds the adapter that `policy` asks for, new (B is zero: the policy starts as the model) or loaded, and freezes the rest.
+    """Adds the adapter that `policy` asks for, new (B is zero: the policy starts as the model) or loaded, and freezes
+    the rest.
 
     Args:
         model: Of transformers; changed in place.
@@ -62,7 +64,12 @@ def add_adapter(model: PreTrainedModel, policy: PolicyConfig, seed: int) -> None
     config.lora_dropout = policy.lora.dropout if policy.lora is not None else 0.0
     if policy.lora is not None:
         own = {name: getattr(config, key) for key, name in _OWN_KEYS.items()}
-        log.info("%s has its own config, which is used instead of model.policy.lora: rank %s, alpha %s", place, own["rank"], own["alpha"])
+        log.info(
+            "%s has its own config, which is used instead of model.policy.lora: rank %s, alpha %s",
+            place,
+            own["rank"],
+            own["alpha"],
+        )
     inject(model, config, place, seed)
     load_weights(model, weights, place)
 
@@ -75,8 +82,9 @@ def inject(model: PreTrainedModel, config: LoraConfig, place: str, seed: int = 0
     """
     if config.init_lora_weights not in (True, "gaussian"):
         raise ConfigError(
-            f"{place}: init_lora_weights={config.init_lora_weights!r} changes the model under the adapter or starts away from it, so "
-            "that the model without the adapter is no reference, and a checkpoint of the adapter not the policy: use true or gaussian"
+            f"{place}: init_lora_weights={config.init_lora_weights!r} changes the model under the adapter or starts"
+            " away from it, so that the model without the adapter is no reference, and a checkpoint of the adapter not"
+            " the policy: use true or gaussian"
         )
     config.inference_mode = False
     try:
@@ -107,7 +115,10 @@ def load_weights(model: PreTrainedModel, weights: Mapping[str, Tensor], place: s
     except (RuntimeError, KeyError) as error:
         raise ConfigError(f"{place} does not fit the model: {' '.join(str(error).split())[:300]}") from error
     missing = sorted(set(report.missing_keys) & set(trained))
-    for what, names in (("no weights for", missing), ("weights that the model has no place for:", sorted(report.unexpected_keys))):
+    for what, names in (
+        ("no weights for", missing),
+        ("weights that the model has no place for:", sorted(report.unexpected_keys)),
+    ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ConfigError(f"{place} does not fit the model: it has {what} {', '.join(names[:3])}{more}")
@@ -133,16 +144,20 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def merged_adapter(model: nn.Module) -> Iterator[None]:
-    """A model whose adapter is added into copies of the matrices under it: faster token by token; the matrices are not touched.
+    """A model whose adapter is added into copies of the matrices under it: faster token by token; the matrices are not
+    touched.
 
-    Only where they are float32 or wider: rounded to bfloat16, the sum of a matrix and a small update is often the matrix alone.
+    Only where they are float32 or wider: rounded to bfloat16, the sum of a matrix and a small update is often the
+    matrix alone.
     """
     if not is_adapted(model):
         yield
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer) and _is_wide(layer.get_base_layer())]
+    layers = [
+        layer for layer in model.modules() if isinstance(layer, BaseTunerLayer) and _is_wide(layer.get_base_layer())
+    ]
     bases = [layer.get_base_layer() for layer in layers]
     try:
         with replaced_parameters(bases, lambda weight: nn.Parameter(weight.detach().clone(), requires_grad=False)):
@@ -161,14 +176,19 @@ def merge_adapter(model: PreTrainedModel) -> float:
         The share of the update that rounding to the model's dtype changes, by norm; 0 in float32.
 
     Raises:
-        ConfigError: If embeddings are tied and one of them is adapted: they are two matrices afterwards, and saved as one.
+        ConfigError: If embeddings are tied and one of them is adapted: they are two matrices afterwards, and saved as
+            one.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
-    if model.config.tie_word_embeddings and any(isinstance(e, BaseTunerLayer | AuxiliaryTrainingWrapper) for e in embeddings):
-        raise ConfigError("the adapter sits on an embedding that is tied to another, and cannot be merged: export it without --merge")
+    if model.config.tie_word_embeddings and any(
+        isinstance(e, BaseTunerLayer | AuxiliaryTrainingWrapper) for e in embeddings
+    ):
+        raise ConfigError(
+            "the adapter sits on an embedding that is tied to another, and cannot be merged: export it without --merge"
+        )
     change, error = 0.0, 0.0
     for name, module in list(model.named_modules()):
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -176,7 +196,9 @@ def merge_adapter(model: PreTrainedModel) -> float:
         elif isinstance(module, BaseTunerLayer):
             base = module.get_base_layer()
             if not (isinstance(getattr(base, "weight", None), Tensor) and base.weight.is_floating_point()):
-                raise ConfigError(f"the adapter of {name} cannot be merged, its weights are quantized: export it without --merge")
+                raise ConfigError(
+                    f"the adapter of {name} cannot be merged, its weights are quantized: export it without --merge"
+                )
             before = base.weight.detach()
             base.weight = nn.Parameter(before.float(), requires_grad=False)  # summed before it is rounded
             module.merge()
@@ -191,11 +213,13 @@ def merge_adapter(model: PreTrainedModel) -> float:
 
 
 def save_adapter(policy: Policy, folder: str | Path) -> None:
-    """Writes the policy's adapter as `PeftModel.from_pretrained` reads it: adapter_config.json and adapter_model.safetensors.
+    """Writes the policy's adapter as `PeftModel.from_pretrained` reads it: adapter_config.json and
+    adapter_model.safetensors.
 
     Args:
         policy: With an adapter.
-        folder: Made if it is not there. The base is named in it as in `model.policy.model_name`, a folder by its last part.
+        folder: Made if it is not there. The base is named in it as in `model.policy.model_name`, a folder by its last
+            part.
     """
     write_adapter(policy.model, policy.config.public_name, Path(folder))
 
@@ -233,12 +257,21 @@ def _new_config(lora: LoRAConfig) -> LoraConfig:
     import peft
 
     if taken := sorted(_OWN_KEYS.keys() & lora.peft_kwargs.keys()):
-        raise ConfigError(f"model.policy.lora.peft_kwargs.{taken[0]}: set model.policy.lora.{_OWN_KEYS[taken[0]]} instead")
-    own = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": lora.target_modules, "lora_dropout": lora.dropout}
+        raise ConfigError(
+            f"model.policy.lora.peft_kwargs.{taken[0]}: set model.policy.lora.{_OWN_KEYS[taken[0]]} instead"
+        )
+    own = {
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "target_modules": lora.target_modules,
+        "lora_dropout": lora.dropout,
+    }
     try:
         return peft.LoraConfig(task_type="CAUSAL_LM", **own, **lora.peft_kwargs)
     except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(f"model.policy.lora.peft_kwargs={lora.peft_kwargs}: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(
+            f"model.policy.lora.peft_kwargs={lora.peft_kwargs}: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def _read(source: str, place: str) -> tuple[LoraConfig, dict[str, Tensor]]:

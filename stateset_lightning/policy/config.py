@@ -1,7 +1,7 @@
 """What model is trained, and how it is loaded.
 
-No `from __future__ import annotations` in files whose signatures the command line reads: jsonargparse 4.53 then loses the bounds in
-`Annotated[...]` without a word (test_cli.py).
+No `from __future__ import annotations` in files whose signatures the command line reads: jsonargparse 4.53 then loses
+the bounds in `Annotated[...]` without a word (test_cli.py).
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,9 @@ class LoRAConfig:
     alpha: Annotated[int, Ge(1)] = 32
     """The update is multiplied by alpha / rank."""
     target_modules: str | list[str] = "all-linear"
-    """The layers: `all-linear` (each but the output embedding), a list of names, or a regular expression for whole names."""
+    """The layers: `all-linear` (each but the output embedding), a list of names, or a regular expression for whole
+    names.
+    """
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Of the adapter's input, in training alone."""
     peft_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -42,15 +44,21 @@ class PolicyConfig:
     model_name: str
     """`tiny` (bundled, offline), a folder written by `save_pretrained`, or a Hugging Face id. There is no default."""
     dtype: Dtype | None = None
-    """Precision of the weights. None: float32, or the Trainer's when `trainer.precision` is `bf16-true` or `16-true`."""
+    """Precision of the weights. None: float32, or the Trainer's when `trainer.precision` is `bf16-true` or
+    `16-true`.
+    """
     attn_implementation: str | None = None
     """Attention of transformers (`sdpa`, `eager`, ...). None: the model's default."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """Every dropout of the model is set to this in training. Sampling and scoring without gradient never use dropout."""
+    """Every dropout of the model is set to this in training. Sampling and scoring without gradient never use
+    dropout.
+    """
     scoring: Literal["auto", "packed", "padded"] = "auto"
-    """How log-probs are computed. `packed`: each prompt once per group; `padded`: a row per completion; `auto`: packed where exact."""
+    """How log-probs are computed. `packed`: each prompt once per group; `padded`: a row per completion; `auto`: packed
+    where exact.
+    """
     head_chunk_tokens: Annotated[int, Gt(0)] | None = None
     """Completion tokens whose logits exist at a time. None: as many as keep a chunk of logits at 64 MiB."""
     revision: str | None = None
@@ -62,7 +70,9 @@ class PolicyConfig:
     lora: LoRAConfig | None = None
     """Train a low-rank adapter and leave the model as it is. None: train the model."""
     adapter: str | None = None
-    """Go on from an adapter that peft has saved (a folder or a Hugging Face id). All but `lora.dropout` comes from its own config."""
+    """Go on from an adapter that peft has saved (a folder or a Hugging Face id). All but `lora.dropout` comes from its
+    own config.
+    """
 
     def __post_init__(self) -> None:
         if isinstance(self.lora, Mapping):

@@ -1,7 +1,8 @@
 """Log-probs and entropies of completion tokens from hidden states, without ever holding all logits.
 
-The last linear layer is applied to a chunk of tokens at a time and recomputed in the backward pass, so memory does not grow with
-tokens x vocabulary. Softmax is float32 whatever the model's dtype. Letters: T completion tokens, H hidden size, V vocabulary.
+The last linear layer is applied to a chunk of tokens at a time and recomputed in the backward pass, so memory does not
+grow with tokens x vocabulary. Softmax is float32 whatever the model's dtype. Letters: T completion tokens, H hidden
+size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ CHUNK_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """temperature divides the logits; `softcap` c bounds them as c tanh(x / c) before that; `chunk_tokens` at a time."""
+    """temperature divides the logits; `softcap` c bounds them as c tanh(x / c) before that; `chunk_tokens` at a
+    time.
+    """
 
     temperature: float = 1.0
     softcap: float | None = None
@@ -32,7 +35,9 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy of each distribution (both in nats, float32 [T]), differentiable."""
     with torch.autocast(hidden_TH.device.type, enabled=False):
-        logprobs_T, entropies_T = _ChunkedHead.apply(hidden_TH.to(weight_VH.dtype), weight_VH, bias_V, targets_T, options)
+        logprobs_T, entropies_T = _ChunkedHead.apply(
+            hidden_TH.to(weight_VH.dtype), weight_VH, bias_V, targets_T, options
+        )
     return logprobs_T, entropies_T
 
 
@@ -108,7 +113,12 @@ class _ChunkedHead(torch.autograd.Function):
 
 
 def _grad_logits(
-    logits: Tensor, targets: Tensor, normalisers: Tensor, entropies: Tensor, grad_logprobs: Tensor | None, grad_entropies: Tensor | None
+    logits: Tensor,
+    targets: Tensor,
+    normalisers: Tensor,
+    entropies: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropies: Tensor | None,
 ) -> Tensor:
     """d(log p_y)/dz = onehot - p;  dH/dz = -p (log p + H). Both scaled by what comes from above; float32."""
     logp = logits - normalisers[:, None]

@@ -1,9 +1,10 @@
 """Norms and gated layers that keep less for the backward pass: what is cheap to compute is computed again.
 
-Plain PyTorch keeps every intermediate of a root-mean-square norm and of a gated MLP. The norm needs its input and one number per
-token (arXiv:1910.07467), the gate its two inputs (SwiGLU, arXiv:2002.05202), also for the layer behind it: 20 kB less per token and
-layer at hidden size 512 and intermediate size 2048 in float32, two fifths of what a layer keeps. The operations are those of the
-layers that they stand in for, and a layer is replaced only where its output on a probe is the same.
+Plain PyTorch keeps every intermediate of a root-mean-square norm and of a gated MLP. The norm needs its input and one
+number per token (arXiv:1910.07467), the gate its two inputs (SwiGLU, arXiv:2002.05202), also for the layer behind it:
+20 kB less per token and layer at hidden size 512 and intermediate size 2048 in float32, two fifths of what a layer
+keeps. The operations are those of the layers that they stand in for, and a layer is replaced only where its output on a
+probe is the same.
 """
 
 from __future__ import annotations
@@ -104,7 +105,12 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
 def _is_plain(linear: nn.Module, x: Tensor) -> bool:
     """Whether calling the layer is a product with its weights as they are: no adapter, hooks or other precision."""
     is_watched = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
-    return type(linear) is nn.Linear and not is_watched and x.dtype == linear.weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    return (
+        type(linear) is nn.Linear
+        and not is_watched
+        and x.dtype == linear.weight.dtype
+        and not torch.is_autocast_enabled(x.device.type)
+    )
 
 
 def use_lean_layers(model: nn.Module) -> int:
@@ -130,7 +136,10 @@ def _lean_forward(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
     if hasattr(module, "variance_epsilon") and [name for name, _ in module.named_parameters()] == ["weight"]:
         return _norm_forward
     kinds = dict(module.named_children())
-    if kinds.keys() == {"gate_proj", "up_proj", "down_proj", "act_fn"} and type(kinds["act_fn"]).__name__ in ("SiLU", "SiLUActivation"):
+    if kinds.keys() == {"gate_proj", "up_proj", "down_proj", "act_fn"} and type(kinds["act_fn"]).__name__ in (
+        "SiLU",
+        "SiLUActivation",
+    ):
         return _mlp_forward
     return None
 
@@ -141,6 +150,10 @@ def _is_same(module: Any, forward: Callable[[Any, Tensor], Tensor]) -> bool:
     weight = module.weight if hasattr(module, "weight") else module.gate_proj.weight
     if not weight.is_floating_point():
         return False  # quantized: neither its shape nor its dtype is that of the layer
-    x = torch.linspace(-2, 3, 3 * weight.shape[-1], device=weight.device, dtype=torch.float32).view(1, 3, -1).to(weight.dtype)
+    x = (
+        torch.linspace(-2, 3, 3 * weight.shape[-1], device=weight.device, dtype=torch.float32)
+        .view(1, 3, -1)
+        .to(weight.dtype)
+    )
     expected, output = module(x), forward(module, x)
     return output.dtype == expected.dtype and torch.allclose(output.float(), expected.float(), rtol=1e-5, atol=1e-6)

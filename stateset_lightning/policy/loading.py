@@ -34,9 +34,13 @@ def resolve_model_name(model_name: str, key: str = "model.policy.model_name") ->
         if (Path(folder) / "adapter_config.json").is_file():
             raise _is_an_adapter(model_name, key)
         if not (Path(folder) / "config.json").is_file():
-            raise ConfigError(f"{key}={model_name!r} is a folder without config.json: give one that `save_pretrained` wrote")
+            raise ConfigError(
+                f"{key}={model_name!r} is a folder without config.json: give one that `save_pretrained` wrote"
+            )
         return folder
-    looks_like_path = model_name.startswith((".", "/", "~")) or model_name.count("/") > 1 or (os.sep != "/" and os.sep in model_name)
+    looks_like_path = (
+        model_name.startswith((".", "/", "~")) or model_name.count("/") > 1 or (os.sep != "/" and os.sep in model_name)
+    )
     if looks_like_path:
         raise ConfigError(f"{key}={model_name!r}: there is no such folder")
     return model_name
@@ -48,12 +52,17 @@ def load_tokenizer(policy: PolicyConfig) -> PreTrainedTokenizerBase:
 
     name = resolve_model_name(policy.model_name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=policy.revision or "main", trust_remote_code=policy.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=policy.revision or "main", trust_remote_code=policy.trust_remote_code
+        )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.policy.model_name={policy.model_name!r}: no tokenizer can be loaded: {first_line(error)}") from error
+        raise ConfigError(
+            f"model.policy.model_name={policy.model_name!r}: no tokenizer can be loaded: {first_line(error)}"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(
-            f"model.policy.model_name={policy.model_name!r}: its tokenizer has no end-of-sequence token; set `eos_token` in it"
+            f"model.policy.model_name={policy.model_name!r}: its tokenizer has no end-of-sequence token; set"
+            " `eos_token` in it"
         )
     if tokenizer.pad_token_id is None:
         log.info("The tokenizer of %s has no pad token: %r pads instead.", policy.model_name, tokenizer.eos_token)
@@ -62,7 +71,8 @@ def load_tokenizer(policy: PolicyConfig) -> PreTrainedTokenizerBase:
 
 
 def load_model(policy: PolicyConfig, default_dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """The policy's model, in evaluation mode; every parameter is trainable, or its adapter alone, which `seed` initialises.
+    """The policy's model, in evaluation mode; every parameter is trainable, or its adapter alone, which `seed`
+    initialises.
 
     Raises:
         ConfigError: If the model cannot be found or loaded, lacks weights, or a checkpoint file holds pickled objects.
@@ -90,7 +100,8 @@ def load_model(policy: PolicyConfig, default_dtype: torch.dtype = torch.float32,
     if is_adapted(model):
         raise _is_an_adapter(policy.model_name)
     if policy.gradient_checkpointing:
-        # Non-reentrant: the reentrant form neither passes keyword arguments on nor works when no input requires a gradient.
+        # Non-reentrant: the reentrant form neither passes keyword arguments on nor works when no input requires a
+        # gradient.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if policy.lora is not None or policy.adapter is not None:
         add_adapter(model, policy, seed)
@@ -100,7 +111,11 @@ def load_model(policy: PolicyConfig, default_dtype: torch.dtype = torch.float32,
 def set_dropout(config: PretrainedConfig, probability: float) -> None:
     """Sets every dropout of a model's configuration; attention dropout is functional and sits in no module."""
     for key, value in config.to_dict().items():
-        if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if (
+            ("dropout" in key or key.endswith("pdrop"))
+            and isinstance(value, (int, float))
+            and not isinstance(value, bool)
+        ):
             setattr(config, key, probability)
 
 

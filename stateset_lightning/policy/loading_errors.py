@@ -22,8 +22,8 @@ def loading_errors(option: str) -> Iterator[None]:
         yield
     except pickle.UnpicklingError as error:
         raise ConfigError(
-            f"{option} cannot be loaded: its weights are a pickle file with more in it than tensors, which could run code; convert it to "
-            "safetensors where you trust it"
+            f"{option} cannot be loaded: its weights are a pickle file with more in it than tensors, which could run"
+            " code; convert it to safetensors where you trust it"
         ) from error
     except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{option} cannot be loaded: {first_line(error)}") from error
@@ -43,11 +43,16 @@ def check_complete(option: str, missing: Iterable[str], kind: str) -> None:
     if names := sorted(missing):
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise ConfigError(
-            f"{option} cannot be loaded: it has no weights for {', '.join(names[:3])}{more}, which would be random; give a complete {kind}"
+            f"{option} cannot be loaded: it has no weights for {', '.join(names[:3])}{more}, which would be random;"
+            f" give a complete {kind}"
         )
 
 
 def first_line(error: BaseException) -> str:
     """What an error says, without the page of advice that often follows."""
-    hint = "; set model.policy.trust_remote_code=true if you trust its authors" if "trust_remote_code" in str(error) else ""
+    hint = (
+        "; set model.policy.trust_remote_code=true if you trust its authors"
+        if "trust_remote_code" in str(error)
+        else ""
+    )
     return str(error).strip().split("\n")[0][:300] + hint

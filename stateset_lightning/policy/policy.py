@@ -1,8 +1,9 @@
 """The policy: a causal language model that scores completions, and chooses by itself how to do so cheaply.
 
 Two paths give the same log-probs. `packed` computes each prompt once per group and pads nothing; `padded` has a row per
-completion, prompt repeated, and serves every architecture. A probe compares the two when the policy is made: `packed` is used where it is
-exact, and where not, the reason is announced once. Letters: T completion tokens of all groups, packed; H hidden size.
+completion, prompt repeated, and serves every architecture. A probe compares the two when the policy is made: `packed`
+is used where it is exact, and where not, the reason is announced once. Letters: T completion tokens of all groups,
+packed; H hidden size.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROBE_TOLERANCE = 1e-3
-"""Largest difference, in nats, between two paths that counts as the same: far above float error, far below a wrong mask."""
+"""Largest difference, in nats, between two paths that counts as the same: far above float error, far below a wrong
+mask.
+"""
 
 
 TOKENS_WITHOUT_GRADIENT = 16_384
@@ -120,12 +123,16 @@ class Policy(nn.Module):
                 ids += completion
                 positions += range(len(group.prompt), len(group.prompt) + len(completion))
         layout = prefix_attention.make_layout(
-            [len(group.prompt) for group in groups], [[len(c) for c in group.completions] for group in groups], self.device
+            [len(group.prompt) for group in groups],
+            [[len(c) for c in group.completions] for group in groups],
+            self.device,
         )
         # Any mask of four dimensions keeps transformers from building one of S x S; the layout is what counts.
         unused_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         arguments = {prefix_attention.LAYOUT_ARGUMENT: layout}
-        outputs = self._forward(self._ids(ids)[None], self._ids(positions)[None], attention_mask=unused_mask, **arguments)
+        outputs = self._forward(
+            self._ids(ids)[None], self._ids(positions)[None], attention_mask=unused_mask, **arguments
+        )
         return outputs[0].index_select(0, self._ids(sources))
 
     def _padded(self, groups: Sequence[Group]) -> Tensor:
@@ -135,7 +142,11 @@ class Policy(nn.Module):
         ids = [prompt + completion + [0] * (width - len(prompt) - len(completion)) for prompt, completion in rows]
         positions = torch.arange(width, device=self.device).expand(len(rows), -1)
         outputs = self._forward(torch.tensor(ids, device=self.device), positions)
-        sources = [i * width + len(prompt) - 1 + t for i, (prompt, completion) in enumerate(rows) for t in range(len(completion))]
+        sources = [
+            i * width + len(prompt) - 1 + t
+            for i, (prompt, completion) in enumerate(rows)
+            for t in range(len(completion))
+        ]
         return outputs.flatten(0, 1).index_select(0, self._ids(sources))
 
     def _forward(self, input_ids: Tensor, position_ids: Tensor, **arguments: Any) -> Tensor:
@@ -153,7 +164,8 @@ class Policy(nn.Module):
         head = self.model.get_output_embeddings()
         reason = "it has no output embedding"
         if head is not None and not set(dict(head.named_parameters())) <= {"weight", "bias"}:
-            reason = "its output embedding is adapted"  # an adapter is nothing at first, so that logits would agree all the same
+            # an adapter is nothing at first, so that logits would agree all the same
+            reason = "its output embedding is adapted"
         elif head is not None:
             ids = torch.arange(3, 7, device=self.device)[None]
             logits = self.model(input_ids=ids, use_cache=False).logits.float()
@@ -178,17 +190,23 @@ class Policy(nn.Module):
                 return True
             self.model.set_attn_implementation(previous)
         if self.config.scoring == "packed":
-            raise ConfigError(f"model.policy.scoring='packed' is not exact for {self.config.model_name}: {reason}. Use 'auto' or 'padded'.")
+            raise ConfigError(
+                f"model.policy.scoring='packed' is not exact for {self.config.model_name}: {reason}. Use 'auto' or"
+                " 'padded'."
+            )
         log.warning("%s is scored a row per completion, prompt repeated: %s.", self.config.model_name, reason)
         return False
 
     def _obstacle_to_packing(self) -> str | None:
         """What in the model's configuration rules packing out, if anything."""
         config = self.model.config
-        if config._attn_implementation not in ("sdpa", prefix_attention.NAME):  # the latter: the model has had a policy before
+        # the latter: the model has had a policy before
+        if config._attn_implementation not in ("sdpa", prefix_attention.NAME):
             return f"its attention is {config._attn_implementation!r}, not 'sdpa'"
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"} or (getattr(config, "sliding_window", None) and not hasattr(config, "layer_types")):
+        if kinds != {"full_attention"} or (
+            getattr(config, "sliding_window", None) and not hasattr(config, "layer_types")
+        ):
             return f"it has layers other than full attention ({', '.join(sorted(kinds))})"
         if getattr(config, "attn_logit_softcapping", None):
             return "its attention logits are soft-capped"
@@ -202,7 +220,11 @@ class Policy(nn.Module):
         # Relative to the size of the outputs: hidden states have no unit. bfloat16 has three digits.
         tolerance = PROBE_TOLERANCE if self.model.dtype == torch.float32 else 5e-2
         difference = ((packed - padded).abs().max() / padded.abs().max().clamp(min=1e-6)).item()
-        return None if difference < tolerance else f"its packed outputs differ from its padded ones by {difference:.1e} relative"
+        return (
+            None
+            if difference < tolerance
+            else f"its packed outputs differ from its padded ones by {difference:.1e} relative"
+        )
 
 
 def _batches(groups: Sequence[Group]) -> list[list[Group]]:

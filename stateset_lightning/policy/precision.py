@@ -12,11 +12,12 @@ from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy.config import Dtype
 
 LOGPROB_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Mean absolute difference in nats of a sampled token's log-prob between sampler and trainer, by the coarser of their dtypes.
+"""Mean absolute difference in nats of a sampled token's log-prob between sampler and trainer, by the coarser of their
+dtypes.
 
-Several times what float error amounts to at temperature 1: with models of 1M parameters and random ones of four architectures it is
-below 1e-6 in float32 and up to 0.019 in bfloat16 (weights cast for sampling, autocast in training). A wrong mask, position, adapter or
-model costs tenths of a nat or more."""
+Several times what float error amounts to at temperature 1: with models of 1M parameters and random ones of four
+architectures it is below 1e-6 in float32 and up to 0.019 in bfloat16 (weights cast for sampling, autocast in training).
+A wrong mask, position, adapter or model costs tenths of a nat or more."""
 
 _TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "32-true": torch.float32, "64-true": torch.float64}
 _MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -29,7 +30,9 @@ def weights_dtype(dtype: Dtype | None, precision: str) -> torch.dtype:
         ConfigError: If both are set and differ, or the Trainer's precision is none that this package knows.
     """
     if precision not in {**_TRUE, **_MIXED}:
-        raise ConfigError(f"trainer.precision={precision!r} is not supported: use one of {', '.join(sorted({**_TRUE, **_MIXED}))}")
+        raise ConfigError(
+            f"trainer.precision={precision!r} is not supported: use one of {', '.join(sorted({**_TRUE, **_MIXED}))}"
+        )
     wanted = _TRUE.get(precision, torch.float32)  # mixed precision keeps float32 weights
     if dtype is None:
         return wanted
@@ -37,8 +40,8 @@ def weights_dtype(dtype: Dtype | None, precision: str) -> torch.dtype:
     # The default precision, 32-true, leaves the weights as they are; the others convert them.
     if own != wanted and precision != "32-true":
         raise ConfigError(
-            f"model.policy.dtype={dtype!r} contradicts trainer.precision={precision!r} (which needs {str(wanted).removeprefix('torch.')} "
-            "weights): set one of them"
+            f"model.policy.dtype={dtype!r} contradicts trainer.precision={precision!r} (which needs"
+            f" {str(wanted).removeprefix('torch.')} weights): set one of them"
         )
     return own
 
@@ -60,16 +63,25 @@ def logprob_tolerance(*dtypes: torch.dtype, temperature: float) -> float:
         dtypes: In which the two sides compute; the coarsest counts.
         temperature: Divides the logits, and so multiplies their error.
     """
-    return max(LOGPROB_TOLERANCE.get(dtype, LOGPROB_TOLERANCE[torch.float32]) for dtype in dtypes) / min(temperature, 1.0)
+    return max(LOGPROB_TOLERANCE.get(dtype, LOGPROB_TOLERANCE[torch.float32]) for dtype in dtypes) / min(
+        temperature, 1.0
+    )
 
 
 @contextmanager
-def replaced_parameters(modules: Iterable[nn.Module], replacement: Callable[[nn.Parameter], nn.Parameter]) -> Iterator[None]:
+def replaced_parameters(
+    modules: Iterable[nn.Module], replacement: Callable[[nn.Parameter], nn.Parameter]
+) -> Iterator[None]:
     """Other parameters in the places of the modules' own (not of their children's), while the context lasts.
 
     Not other data in the parameters: a change of dtype, even undone, detaches the hooks by which DDP reduces gradients.
     """
-    places = [(module, name, weight) for module in modules for name, weight in module._parameters.items() if weight is not None]
+    places = [
+        (module, name, weight)
+        for module in modules
+        for name, weight in module._parameters.items()
+        if weight is not None
+    ]
     try:
         for module, name, weight in places:
             module._parameters[name] = replacement(weight)

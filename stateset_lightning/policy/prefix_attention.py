@@ -2,10 +2,10 @@
 
     prompt 1 | completion 1.1 | completion 1.2 | ... | prompt 2 | completion 2.1 | ...
 
-A completion sees its prompt and its own past; a prompt sees its own past; groups do not see each other. Nothing but attention
-needs to know, so every linear layer runs on the sequence without padding. Attention itself gathers the groups into padded rows,
-some groups at a time. Registered with transformers' attention interface; a forward without a layout is plain `sdpa`, so a model
-that carries this attention can be used for anything else.
+A completion sees its prompt and its own past; a prompt sees its own past; groups do not see each other. Nothing but
+attention needs to know, so every linear layer runs on the sequence without padding. Attention itself gathers the groups
+into padded rows, some groups at a time. Registered with transformers' attention interface; a forward without a layout
+is plain `sdpa`, so a model that carries this attention can be used for anything else.
 
 Letters: S tokens of the sequence, P prompts and R completions of a bucket, L and M their longest lengths.
 """
@@ -31,7 +31,9 @@ LAYOUT_ARGUMENT = "prefix_layout"
 BUCKET_TOKENS = 4096
 """Keys that the completions of a bucket see, padding included: small groups share a call, a larger one has its own."""
 RECOMPUTE_FROM = 512
-"""Repeated prompt tokens of a bucket from which the attention of its completions is computed again in the backward pass."""
+"""Repeated prompt tokens of a bucket from which the attention of its completions is computed again in the backward
+pass.
+"""
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,17 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Layout:
-    """The buckets, and where each token of the sequence lies among the rows of all prompts and completions, in order."""
+    """The buckets, and where each token of the sequence lies among the rows of all prompts and completions, in
+    order.
+    """
 
     buckets: list[Bucket]
     rows_S: Tensor
 
 
-def make_layout(prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]], device: torch.device) -> Layout:
+def make_layout(
+    prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]], device: torch.device
+) -> Layout:
     """The layout of several groups, one behind the other in the sequence."""
     sizes = [prompt + sum(lengths) for prompt, lengths in zip(prompt_lengths, completion_lengths, strict=True)]
     starts = np.cumsum([0, *sizes])
@@ -74,7 +80,9 @@ def make_layout(prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequ
         lengths_R = np.array([prompts[i][1] for i in prompt_of_row])
         mask = _mask(lengths_R, prompts_PL.shape[1], queries_RM.shape[1]) if len(queries_RM) else None
         prompts_on_device, queries, keys = (torch.from_numpy(x).to(device) for x in (prompts_PL, queries_RM, keys_RK))
-        buckets.append(Bucket(prompts_on_device, queries, keys, None if mask is None else torch.from_numpy(mask).to(device)))
+        buckets.append(
+            Bucket(prompts_on_device, queries, keys, None if mask is None else torch.from_numpy(mask).to(device))
+        )
         places += [_filled(prompts, prompts_PL), _filled(completions, queries_RM)]
     # Row by row, the places of the sequence and -1 for padding; turned round, the row of each place.
     place_of_row = np.concatenate(places)
@@ -94,17 +102,25 @@ def prefix_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Query [1, heads, S, d], key and value [1, kv heads, S, d] -> output [1, S, heads, d]. See the module's docstring."""
+    """Query [1, heads, S, d], key and value [1, kv heads, S, d] -> output [1, S, heads, d]. See the module's
+    docstring.
+    """
     layout: Layout | None = kwargs.pop(LAYOUT_ARGUMENT, None)
     prompts: SharedPrompts | None = kwargs.pop(shared_prompts.ARGUMENT, None)
     if prompts is not None:
-        return prompts.attend(module.layer_idx, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None  # type: ignore[arg-type]
+        return prompts.attend(
+            module.layer_idx, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling
+        ), None  # type: ignore[arg-type]
     if layout is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
 
-    attend = partial(F.scaled_dot_product_attention, scale=scaling, dropout_p=dropout, enable_gqa=query.shape[1] != key.shape[1])
+    attend = partial(
+        F.scaled_dot_product_attention, scale=scaling, dropout_p=dropout, enable_gqa=query.shape[1] != key.shape[1]
+    )
     packed = [x[0].transpose(0, 1) for x in (query, key, value)]  # [S, heads, d] each
     outputs = []
     for bucket in layout.buckets:
@@ -113,7 +129,8 @@ def prefix_attention(
             continue
 
         if torch.is_grad_enabled() and bucket.repeated_tokens >= RECOMPUTE_FROM:
-            # Kept for the backward pass, the repeated prompts of all layers would take more memory than the rest of attention.
+            # Kept for the backward pass, the repeated prompts of all layers would take more memory than the rest of
+            # attention.
             options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout > 0}
             outputs.append(checkpoint(_attend_completions, bucket, attend, *packed, **options))
         else:
@@ -121,14 +138,18 @@ def prefix_attention(
     return torch.cat(outputs).index_select(0, layout.rows_S)[None], None
 
 
-def _attend_completions(bucket: Bucket, attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _attend_completions(
+    bucket: Bucket, attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
     """Each completion to its prompt, repeated for all of them, and to its own past: [R * M, heads, d]."""
     rows = _gather(query, bucket.queries_RM), _gather(key, bucket.keys_RK), _gather(value, bucket.keys_RK)
     return _flat(attend(*rows, attn_mask=bucket.mask))
 
 
 def _gather(packed: Tensor, places: Tensor) -> Tensor:
-    """[S, heads, d] -> [rows, heads, length, d]. As an embedding, whose backward pass adds up fast and in a fixed order."""
+    """[S, heads, d] -> [rows, heads, length, d]. As an embedding, whose backward pass adds up fast and in a fixed
+    order.
+    """
     return F.embedding(places, packed.flatten(1)).unflatten(-1, packed.shape[1:]).transpose(1, 2)
 
 
@@ -176,7 +197,9 @@ def _mask(prompt_lengths_R: np.ndarray, longest_prompt: int, longest: int) -> np
     prompt = np.arange(longest_prompt) < prompt_lengths_R[:, None]
     shape = (len(prompt), longest)
     past = np.broadcast_to(np.tri(longest, dtype=bool), (*shape, longest))
-    mask: np.ndarray = np.concatenate([np.broadcast_to(prompt[:, None], (*shape, longest_prompt)), past], axis=2)[:, None]
+    mask: np.ndarray = np.concatenate([np.broadcast_to(prompt[:, None], (*shape, longest_prompt)), past], axis=2)[
+        :, None
+    ]
     return mask
 
 

@@ -24,7 +24,9 @@ class Schedule:
     final_factor: Annotated[float, Ge(0), Le(1)] = 0.0
     """Share of the learning rate that remains at the end of a decay."""
     total_steps: Annotated[int, Ge(1)] | None = None
-    """Horizon in optimizer steps. None: that of the run (`trainer.max_steps`, or `max_epochs` times an epoch's steps)."""
+    """Horizon in optimizer steps. None: that of the run (`trainer.max_steps`, or `max_epochs` times an epoch's
+    steps).
+    """
 
     def __post_init__(self) -> None:
         check_bounds("model.lr_scheduler", type(self), vars(self))
@@ -48,8 +50,8 @@ class Schedule:
         total_steps = self.total_steps or run_steps
         if self.decay != "constant" and total_steps is None:
             raise ConfigError(
-                f"model.lr_scheduler.decay={self.decay!r} needs to know when the run ends: set trainer.max_steps, trainer.max_epochs or "
-                "model.lr_scheduler.total_steps"
+                f"model.lr_scheduler.decay={self.decay!r} needs to know when the run ends: set trainer.max_steps,"
+                " trainer.max_epochs or model.lr_scheduler.total_steps"
             )
         return LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
 

@@ -1,10 +1,12 @@
-"""Attention of a decoding step whose rows share prompts: a prompt's keys and values are kept and read once for its whole group.
+"""Attention of a decoding step whose rows share prompts: a prompt's keys and values are kept and read once for its
+whole group.
 
-Each row attends to its prompt, which lies beside the cache, and to its own tokens, which are the cache. One softmax runs over
-both, so the result is that of plain attention over the two in a row. The stock kernel reads a repeated copy of the prompt for every
-row, and reading is what decoding on a CPU waits for.
+Each row attends to its prompt, which lies beside the cache, and to its own tokens, which are the cache. One softmax
+runs over both, so the result is that of plain attention over the two in a row. The stock kernel reads a repeated copy
+of the prompt for every row, and reading is what decoding on a CPU waits for.
 
-Letters: B rows, P prompts, L their longest length, R rows of a prompt at most, k key heads, r query heads per key head, C own tokens.
+Letters: B rows, P prompts, L their longest length, R rows of a prompt at most, k key heads, r query heads per key head,
+    C own tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +32,12 @@ class SharedPrompts:
     """
 
     def __init__(
-        self, keys: Sequence[Tensor], values: Sequence[Tensor], lengths_P: Tensor, prompt_of_row_B: Tensor, starts_B: Tensor
+        self,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        lengths_P: Tensor,
+        prompt_of_row_B: Tensor,
+        starts_B: Tensor,
     ) -> None:
         self.keys = keys
         self.values = values
@@ -62,7 +69,9 @@ class SharedPrompts:
         return SharedPrompts(keys, values, self.lengths_P[needed], prompt_of_row_B, self.starts_B[rows])
 
     def join(self, other: SharedPrompts, first: int, column: int) -> SharedPrompts:
-        """Adds other prompts and their rows. The cache's columns before `first` have gone; new rows start at `column`."""
+        """Adds other prompts and their rows. The cache's columns before `first` have gone; new rows start at
+        `column`.
+        """
         width = max(self.keys[0].shape[2], other.keys[0].shape[2])
         keys, values = (
             [torch.cat([_padded(x, width), _padded(y, width)]) for x, y in zip(mine, theirs, strict=True)]

@@ -1,7 +1,7 @@
 """`stateset-lightning report`: the files of a run -> one HTML page that needs nothing else.
 
-The page's script fills it from JSON that stands in the page. Completions are untrusted: the JSON cannot end its element, the script
-only sets text, and the page's policy lets no other script run and nothing be fetched.
+The page's script fills it from JSON that stands in the page. Completions are untrusted: the JSON cannot end its
+element, the script only sets text, and the page's policy lets no other script run and nothing be fetched.
 """
 
 from __future__ import annotations
@@ -26,8 +26,12 @@ def main(words: Sequence[str]) -> None:
     Raises:
         UserError: If the folder holds no run, or the page cannot be written.
     """
-    parser = Arguments(prog="stateset-lightning report", description="Write one HTML page about a run.", allow_abbrev=False)
-    parser.add_argument("run", metavar="RUN", help="a run's folder, such as runs/single_turn/version_0; the run may still be going on")
+    parser = Arguments(
+        prog="stateset-lightning report", description="Write one HTML page about a run.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "run", metavar="RUN", help="a run's folder, such as runs/single_turn/version_0; the run may still be going on"
+    )
     parser.add_argument("-o", "--output", metavar="FILE", help="the page; by default report.html in the run's folder")
     options = parser.parse_args(words)
     print(f"report: {write_report(options.run, options.output)}")
@@ -53,10 +57,22 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
 
 def render(data: Mapping[str, Any]) -> str:
     """The page, with the data of `read_run` in it."""
-    parts = {name: files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js")}
+    parts = {
+        name: files(__package__).joinpath(name).read_text(encoding="utf-8")
+        for name in ("page.html", "page.css", "page.js")
+    }
     style, script = parts["page.css"], parts["page.js"]
-    policy = f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; base-uri 'none'; form-action 'none'"
-    fill = {"TITLE": html.escape(str(data["run"])), "POLICY": policy, "STYLE": style, "SCRIPT": script, "DATA": script_safe(data)}
+    policy = (
+        f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; base-uri 'none';"
+        " form-action 'none'"
+    )
+    fill = {
+        "TITLE": html.escape(str(data["run"])),
+        "POLICY": policy,
+        "STYLE": style,
+        "SCRIPT": script,
+        "DATA": script_safe(data),
+    }
     head, *pieces = parts["page.html"].split("{{")
     # Piece by piece, and not by replacing: a completion may hold a place's name.
     return head + "".join(fill[name] + rest for name, rest in (piece.split("}}", 1) for piece in pieces))

@@ -30,8 +30,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     """All that the page shows, as JSON holds it.
 
     Returns:
-        `metrics`: name -> [steps, values]; `train`: groups by episode; `evaluations`: prompts with a completion per evaluation;
-        `config`: YAML text; `environment`; `missing`: files that are not there.
+        `metrics`: name -> [steps, values]; `train`: groups by episode; `evaluations`: prompts with a completion per
+        evaluation; `config`: YAML text; `environment`; `missing`: files that are not there.
 
     Raises:
         ConfigError: If the folder holds no run, or one of its files is damaged.
@@ -39,7 +39,12 @@ def read_run(folder: Path) -> dict[str, Any]:
     _check_folder(folder)
     metrics, samples, environment = (folder / name for name in (METRICS, SAMPLES, ENVIRONMENT))
     config = next((path for name in CONFIGS if (path := folder / name).is_file()), None)
-    present = {METRICS: metrics.is_file(), SAMPLES: samples.is_file(), CONFIGS[0]: config is not None, ENVIRONMENT: environment.is_file()}
+    present = {
+        METRICS: metrics.is_file(),
+        SAMPLES: samples.is_file(),
+        CONFIGS[0]: config is not None,
+        ENVIRONMENT: environment.is_file(),
+    }
     text = "" if config is None else config.read_text(encoding="utf-8", errors="replace")
     train, evaluations, shown = _read_samples(samples) if present[SAMPLES] else ([], [], {})
     return {
@@ -68,7 +73,8 @@ def _check_folder(folder: Path) -> None:
     raise ConfigError(f"{folder} holds no run: there is neither {METRICS} nor {SAMPLES} in it{hint}")
 
 
-# Metrics ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _read_metrics(path: Path) -> dict[str, list[list[float]]]:
@@ -90,10 +96,15 @@ def _read_metrics(path: Path) -> dict[str, list[list[float]]]:
 
 
 def _binned(points: Sequence[tuple[int, float]]) -> list[list[float]]:
-    """[steps, values], averaged over neighbours where there are more than `MAX_POINTS`; each mean stands at its last step."""
+    """[steps, values], averaged over neighbours where there are more than `MAX_POINTS`; each mean stands at its last
+    step.
+    """
     size = math.ceil(len(points) / MAX_POINTS)
     bins = [points[i : i + size] for i in range(0, len(points), size)]
-    return [[part[-1][0] for part in bins], [float(f"{sum(value for _, value in part) / len(part):.6g}") for part in bins]]
+    return [
+        [part[-1][0] for part in bins],
+        [float(f"{sum(value for _, value in part) / len(part):.6g}") for part in bins],
+    ]
 
 
 def _number(text: str | None) -> float | None:
@@ -104,11 +115,13 @@ def _number(text: str | None) -> float | None:
     return value if math.isfinite(value) else None
 
 
-# Samples ---------------------------------------------------------------------------------------------------------------------
+# Samples
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _read_samples(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, list[int]]]:
-    """Groups of training, prompts of evaluations, and of episodes, prompts and evaluations [how many are shown, how many there are].
+    """Groups of training, prompts of evaluations, and of episodes, prompts and evaluations [how many are shown, how
+    many there are].
 
     Two passes: the file is larger than what is shown of it.
     """
@@ -155,8 +168,16 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                 return
             try:
                 row = json.loads(line, parse_constant=lambda _: None)  # NaN and inf
-                known = row["split"] in ("train", "validation", "test") and isinstance(row["step"], int) and isinstance(row["id"], str)
-                if not known or not isinstance(row["completion"], str) or (row["split"] == "train" and "episode" not in row):
+                known = (
+                    row["split"] in ("train", "validation", "test")
+                    and isinstance(row["step"], int)
+                    and isinstance(row["id"], str)
+                )
+                if (
+                    not known
+                    or not isinstance(row["completion"], str)
+                    or (row["split"] == "train" and "episode" not in row)
+                ):
                     raise ValueError("not what the samples callback writes")
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError(f"{path}, line {number} is no sample of a run: {error!r}") from error
@@ -164,7 +185,12 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _heading(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"id": row["id"], "topic": row.get("topic"), "prompt": _cut(row.get("prompt", "")), "target": row.get("target")}
+    return {
+        "id": row["id"],
+        "topic": row.get("topic"),
+        "prompt": _cut(row.get("prompt", "")),
+        "target": row.get("target"),
+    }
 
 
 _KEPT = ("reward", "rewards", "advantage", "finish_reason", "num_tokens", "breakdown", "errors", "tokens")
@@ -173,12 +199,16 @@ _PER_TOKEN = ("logprobs", "logprobs_after", "ref_logprobs")
 
 def _completion(row: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: row[name] for name in _KEPT if row.get(name) is not None}
-    kept |= {name: [None if value is None else round(value, 3) for value in row[name]] for name in _PER_TOKEN if name in row}
+    kept |= {
+        name: [None if value is None else round(value, 3) for value in row[name]] for name in _PER_TOKEN if name in row
+    }
     return {"text": _cut(row["completion"]), **kept}
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} … ({len(text) - MAX_TEXT} more characters in {SAMPLES})"
+    return (
+        text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} … ({len(text) - MAX_TEXT} more characters in {SAMPLES})"
+    )
 
 
 def _spread(items: Sequence[Item], count: int) -> list[Item]:
@@ -195,7 +225,8 @@ def _within(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return items
 
 
-# Config and environment ------------------------------------------------------------------------------------------------------
+# Config and environment
+# ------------------------------------------------------------------------------------------------------
 
 
 def _read_json(path: Path) -> Any:

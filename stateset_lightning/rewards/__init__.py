@@ -3,7 +3,14 @@
 from stateset_lightning.rewards.embedding import EmbeddingSimilarity
 from stateset_lightning.rewards.format import FormatReward, JsonValid
 from stateset_lightning.rewards.helpfulness import HelpfulnessReward
-from stateset_lightning.rewards.interface import BatchReward, FunctionReward, Reward, RewardFunction, RewardResult, as_rewards
+from stateset_lightning.rewards.interface import (
+    BatchReward,
+    FunctionReward,
+    Reward,
+    RewardFunction,
+    RewardResult,
+    as_rewards,
+)
 from stateset_lightning.rewards.judge import ModelJudge
 from stateset_lightning.rewards.match import Contains, ExactMatch, RegexMatch
 from stateset_lightning.rewards.maths import MathEquivalence

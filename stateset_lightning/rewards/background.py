@@ -1,4 +1,6 @@
-"""Where async rewards run: an event loop on its own thread, started by its first use, that does not keep the interpreter alive."""
+"""Where async rewards run: an event loop on its own thread, started by its first use, that does not keep the
+interpreter alive.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ class EventLoopThread:
         self._closed = False
         self._lock = threading.Lock()
 
-    def submit(self, reward: RewardFunction, turns: Sequence[Turn], context: Mapping[str, Any], timeout: float | None) -> Future[Outcome]:
+    def submit(
+        self, reward: RewardFunction, turns: Sequence[Turn], context: Mapping[str, Any], timeout: float | None
+    ) -> Future[Outcome]:
         loop = self._started()
         return asyncio.run_coroutine_threadsafe(self._bounded(reward, turns, context, timeout), loop)
 
@@ -59,15 +63,22 @@ class EventLoopThread:
                 self._thread.start()
             return self._loop
 
-    async def _bounded(self, reward: RewardFunction, turns: Sequence[Turn], context: Mapping[str, Any], timeout: float | None) -> Outcome:
+    async def _bounded(
+        self, reward: RewardFunction, turns: Sequence[Turn], context: Mapping[str, Any], timeout: float | None
+    ) -> Outcome:
         async with self._slots:
             task = asyncio.ensure_future(evaluate_async(reward, turns, context))
             try:
-                # Not `wait_for`: it waits until the cancelled reward has ended, which one that swallows cancellation never does.
+                # Not `wait_for`: it waits until the cancelled reward has ended, which one that swallows cancellation
+                # never does.
                 await asyncio.wait({task}, timeout=timeout)
                 if not task.done():
                     return failure(TimeoutError(f"no result within {timeout:g} s"))
-                return failure(asyncio.CancelledError("the reward cancelled itself")) if task.cancelled() else task.result()
+                return (
+                    failure(asyncio.CancelledError("the reward cancelled itself"))
+                    if task.cancelled()
+                    else task.result()
+                )
             finally:
                 task.cancel()
 

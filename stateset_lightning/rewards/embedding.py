@@ -12,10 +12,11 @@ from stateset_lightning.types import Turn
 
 
 class EmbeddingSimilarity(TextModelReward):
-    """Cosine, -1 to 1, between the embeddings of the completion and the scenario's `target`; the best of several targets.
+    """Cosine, -1 to 1, between the embeddings of the completion and the scenario's `target`; the best of several
+    targets.
 
-    An embedding is the mean of the encoder's last hidden states. A completion without text scores 0. Similar is not right: `5 pm` and
-    `6 pm` are neighbours. Give it beside a reward that checks facts.
+    An embedding is the mean of the encoder's last hidden states. A completion without text scores 0. Similar is not
+    right: `5 pm` and `6 pm` are neighbours. Give it beside a reward that checks facts.
 
     Args:
         model_name: A folder or a Hugging Face id that `AutoModel` loads: `sentence-transformers/all-MiniLM-L6-v2`, say.
@@ -32,10 +33,14 @@ class EmbeddingSimilarity(TextModelReward):
         super().__init__(model_name, **options)
         self.prefix = prefix
 
-    def compute_rewards(self, conversations: Sequence[Sequence[Turn]], contexts: Sequence[Mapping[str, Any]]) -> list[Any]:
+    def compute_rewards(
+        self, conversations: Sequence[Sequence[Turn]], contexts: Sequence[Mapping[str, Any]]
+    ) -> list[Any]:
         answers = [completion(turns) for turns in conversations]
         targets = [self._targets(context) for context in contexts]
-        embeddings = self._embeddings({*answers, *(text for texts in targets if isinstance(texts, list) for text in texts)})
+        embeddings = self._embeddings(
+            {*answers, *(text for texts in targets if isinstance(texts, list) for text in texts)}
+        )
         return [self._similarity(answer, texts, embeddings) for answer, texts in zip(answers, targets, strict=True)]
 
     def _targets(self, context: Mapping[str, Any]) -> list[str] | DataError:
@@ -43,7 +48,11 @@ class EmbeddingSimilarity(TextModelReward):
             texts = target_texts(context, self.name)
         except DataError as error:
             return error
-        return texts if all(map(str.strip, texts)) else DataError(f"target={texts!r} of scenario {context.get('id')!r} is empty")
+        return (
+            texts
+            if all(map(str.strip, texts))
+            else DataError(f"target={texts!r} of scenario {context.get('id')!r} is empty")
+        )
 
     def _embeddings(self, texts: set[str]) -> dict[str, Any]:
         """Text -> unit vector, or why there is none."""
@@ -51,9 +60,13 @@ class EmbeddingSimilarity(TextModelReward):
 
         some = sorted(text for text in texts if text.strip())
         rows = self.model.read([self.model.encode(self.prefix + text) for text in some], self.device, mean_pooled)
-        return {text: row if isinstance(row, DataError) else row / row.norm() for text, row in zip(some, rows, strict=True)}
+        return {
+            text: row if isinstance(row, DataError) else row / row.norm() for text, row in zip(some, rows, strict=True)
+        }
 
-    def _similarity(self, answer: str, targets: list[str] | DataError, embeddings: Mapping[str, Any]) -> float | DataError:
+    def _similarity(
+        self, answer: str, targets: list[str] | DataError, embeddings: Mapping[str, Any]
+    ) -> float | DataError:
         if isinstance(targets, DataError):
             return targets
         if not answer.strip():

@@ -21,10 +21,10 @@ class FormatReward(RewardFunction):
     """1 if the completion has the wanted form, else 0. Exactly one of `tags` and `pattern` is given.
 
     Args:
-        tags: Names of tags, such as `[think, answer]`: `<think>...</think>` and then `<answer>...</answer>` must each occur exactly
-            once, in this order, not inside each other, and hold some text.
-        pattern: A regular expression (Python's `re`) that the completion, without space around it, must match as a whole. `.`
-            matches line ends too. Give a `timeout` if it has nested repetitions.
+        tags: Names of tags, such as `[think, answer]`: `<think>...</think>` and then `<answer>...</answer>` must each
+            occur exactly once, in this order, not inside each other, and hold some text.
+        pattern: A regular expression (Python's `re`) that the completion, without space around it, must match as a
+            whole. `.` matches line ends too. Give a `timeout` if it has nested repetitions.
         only_tags: Whether text outside the tags is forbidden.
         **common: `weight`, `name` and `timeout` of every reward.
 
@@ -32,7 +32,9 @@ class FormatReward(RewardFunction):
         ConfigError: If not exactly one of `tags` and `pattern` is given, or either is unusable.
     """
 
-    def __init__(self, *, tags: list[str] | None = None, pattern: str | None = None, only_tags: bool = False, **common: Any) -> None:
+    def __init__(
+        self, *, tags: list[str] | None = None, pattern: str | None = None, only_tags: bool = False, **common: Any
+    ) -> None:
         super().__init__(**common)
         if (tags is None) == (pattern is None):
             raise ConfigError(f"exactly one of tags={tags!r} and pattern={pattern!r} must be given")
@@ -42,7 +44,9 @@ class FormatReward(RewardFunction):
             if not re.fullmatch(r"\w[\w-]*", tag):
                 raise ConfigError(f"tags={tags!r}: give bare names, such as think for <think>...</think>, not {tag!r}")
         if only_tags and tags is None:
-            raise ConfigError("only_tags=True goes with tags, not with a pattern: a pattern says itself what may stand where")
+            raise ConfigError(
+                "only_tags=True goes with tags, not with a pattern: a pattern says itself what may stand where"
+            )
         self.tags = tags
         self.pattern = None if pattern is None else compiled(pattern, re.DOTALL)
         self.only_tags = only_tags
@@ -60,7 +64,8 @@ class FormatReward(RewardFunction):
             if text.count(opening) != 1 or text.count(closing) != 1:
                 return False
             start, stop = text.index(opening), text.index(closing)
-            if start < end or not text[start + len(opening) : stop].strip():  # out of order, closed before it opens, or empty
+            # out of order, closed before it opens, or empty
+            if start < end or not text[start + len(opening) : stop].strip():
                 return False
             outside += text[end:start]
             end = stop + len(closing)
@@ -74,7 +79,8 @@ class JsonValid(RewardFunction):
 
     Args:
         schema: A JSON Schema (https://json-schema.org) that the value must satisfy; needs the package `jsonschema`.
-        allow_fence: Whether the whole completion may stand in a Markdown code fence, three backticks with or without `json`.
+        allow_fence: Whether the whole completion may stand in a Markdown code fence, three backticks with or without
+            `json`.
         **common: `weight`, `name` and `timeout` of every reward.
 
     Raises:

@@ -22,15 +22,18 @@ _FUNCTION_WORDS = frozenset(
     other our out over own per same shall she should so some such than that the their them then there these they this those through
     thus to too under until up upon us very was we were what when where whether which while who whom whose why will with within
     without would yet you your tell explain describe give please define it's that's
-    """.split()  # noqa: SIM905  (a list of strings would fill a page)
-)
+    """.split()
+)  # noqa: SIM905  (a list of strings would fill a page)
 
 _STOCK_PHRASES = re.compile(
     r"\b(?:"
     + "|".join(
         [
             r"(?:that(?:'s| is) )?(?:such )?(?:an? )?(?:great|good|excellent|wonderful|fantastic|interesting) question",
-            r"(?:i|we)(?:'d|'m|'re| would| am| are) (?:be )?(?:more than )?(?:happy|glad|delighted|pleased|here) to (?:help|assist|answer)",
+            (
+                r"(?:i|we)(?:'d|'m|'re| would| am| are) (?:be )?(?:more than )?(?:happy|glad|delighted|pleased|here) to"
+                r" (?:help|assist|answer)"
+            ),
             r"(?:thank you|thanks) (?:so much |very much )?for (?:asking|your|reaching|the question)",
             r"i hope (?:this|that|it) (?:helps|answers|is helpful|was helpful)",
             r"(?:please )?(?:let me know|feel free|do not hesitate|don't hesitate|reach out)",
@@ -58,19 +61,23 @@ class HelpfulnessReward(RewardFunction):
 
         (0.3 + 0.7 relevance) * informativeness * prose * (1 - stock) * (1 - repetition) * (1 - echo) * brevity
 
-    * relevance: content words of the question (the last user turn) that the answer takes up; half of them, at most 5, are enough.
-    * informativeness: n / (n + 1.5), where n counts the different content words that the question does not have. Echoing the question
-      or stuffing its key words into the answer gives n = 0, hence a score of 0.
-    * prose: share of function words (the, of, is) against the 20 % that any English sentence reaches; a bare list of words fails.
-    * stock: share of the answer that is stock phrases ("Great question! I'd be happy to help."). They do not count as information.
-    * repetition: share of word trigrams that occurred before. echo: share of words copied from the question in long runs.
+    * relevance: content words of the question (the last user turn) that the answer takes up; half of them, at most 5,
+      are enough.
+    * informativeness: n / (n + 1.5), where n counts the different content words that the question does not have.
+      Echoing the question or stuffing its key words into the answer gives n = 0, hence a score of 0.
+    * prose: share of function words (the, of, is) against the 20 % that any English sentence reaches; a bare list of
+      words fails.
+    * stock: share of the answer that is stock phrases ("Great question! I'd be happy to help."). They do not count as
+      information.
+    * repetition: share of word trigrams that occurred before. echo: share of words copied from the question in long
+      runs.
     * brevity: 1 up to 300 words, then falling, so that padding costs.
 
-    If the scenario has a `target`, the score is 0.4 times the above plus 0.6 times agreement: the share of the target's content words
-    in the answer (of the best target in a list), cut by repetition, echo and brevity alike.
+    If the scenario has a `target`, the score is 0.4 times the above plus 0.6 times agreement: the share of the target's
+    content words in the answer (of the best target in a list), cut by repetition, echo and brevity alike.
 
-    It knows nothing about the truth and can be gamed by a policy that trains on it for long: prefer a target, a checkable answer or a
-    judge wherever there is one. Its arguments are those of every reward.
+    It knows nothing about the truth and can be gamed by a policy that trains on it for long: prefer a target, a
+    checkable answer or a judge wherever there is one. Its arguments are those of every reward.
     """
 
     def compute_reward(self, turns: Sequence[Turn], context: Mapping[str, Any] | None = None) -> RewardResult:
@@ -89,15 +96,21 @@ class HelpfulnessReward(RewardFunction):
             "brevity": min(1.0, MAX_WORDS / len(all_words)),
         }
         honest = (1 - parts["repetition"]) * (1 - parts["echo"]) * parts["brevity"]
-        score = (0.3 + 0.7 * parts["relevance"]) * parts["informativeness"] * parts["prose"] * (1 - parts["stock"]) * honest
+        score = (
+            (0.3 + 0.7 * parts["relevance"]) * parts["informativeness"] * parts["prose"] * (1 - parts["stock"]) * honest
+        )
         if (context or {}).get("target") is not None:
-            parts["agreement"] = max(_agreement(words(target), all_words) for target in target_texts(context, self.name))
+            parts["agreement"] = max(
+                _agreement(words(target), all_words) for target in target_texts(context, self.name)
+            )
             score = 0.4 * score + 0.6 * parts["agreement"] * honest
         return RewardResult(score, parts)
 
 
 def _content(tokens: Sequence[str]) -> set[str]:
-    """The different content words, without a plural's `s` and cut to six letters: `explains` and `explained` are one."""
+    """The different content words, without a plural's `s` and cut to six letters: `explains` and `explained` are
+    one.
+    """
     return {_stem(token) for token in tokens if token not in _FUNCTION_WORDS and (len(token) > 1 or token.isdigit())}
 
 
@@ -125,7 +138,9 @@ def _prose(said: Sequence[str]) -> float:
 
 
 def _echo(asked: Sequence[str], answer: Sequence[str]) -> float:
-    """Share of the answer's words that stand in runs of 6 (or as many as the question has, at least 3) copied from the question."""
+    """Share of the answer's words that stand in runs of 6 (or as many as the question has, at least 3) copied from the
+    question.
+    """
     n = min(6, len(asked))
     if n < 3:
         return 0.0

@@ -1,4 +1,6 @@
-"""Rewards that compare the completion's text: equal to the target, containing it, or matching a pattern. All score 0 or 1."""
+"""Rewards that compare the completion's text: equal to the target, containing it, or matching a pattern. All score 0 or
+1.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,18 @@ class ExactMatch(RewardFunction):
     Args:
         ignore_case: Whether upper and lower case are the same.
         ignore_whitespace: Whether space around the text is ignored and any run of white space counts as one space.
-        ignore_punctuation: Whether punctuation is removed from both texts (`Paris.` equals `Paris`, `don't` equals `dont`).
+        ignore_punctuation: Whether punctuation is removed from both texts (`Paris.` equals `Paris`, `don't` equals
+            `dont`).
         **common: `weight`, `name` and `timeout` of every reward.
     """
 
     def __init__(
-        self, *, ignore_case: bool = False, ignore_whitespace: bool = True, ignore_punctuation: bool = False, **common: Any
+        self,
+        *,
+        ignore_case: bool = False,
+        ignore_whitespace: bool = True,
+        ignore_punctuation: bool = False,
+        **common: Any,
     ) -> None:
         super().__init__(**common)
         self.ignore_case = ignore_case
@@ -37,7 +45,9 @@ class ExactMatch(RewardFunction):
         accepted = [self._normalized(text) for text in target_texts(context, self.name)]
         if not all(accepted):
             target = (context or {}).get("target")
-            raise DataError(f"target={target!r} of scenario {(context or {}).get('id')!r} is empty for reward '{self.name}'")
+            raise DataError(
+                f"target={target!r} of scenario {(context or {}).get('id')!r} is empty for reward '{self.name}'"
+            )
         return RewardResult(float(self._normalized(completion(turns)) in accepted))
 
     def _normalized(self, text: str) -> str:
@@ -52,7 +62,8 @@ class ExactMatch(RewardFunction):
 class Contains(RewardFunction):
     """1 if the completion contains the given strings, else 0.
 
-    A completion that lists every possible answer contains the right one as well: give short limits or a `LengthPenalty` with it.
+    A completion that lists every possible answer contains the right one as well: give short limits or a `LengthPenalty`
+    with it.
 
     Args:
         strings: What to look for; by default the scenario's `target`, or its items if it is a list.
@@ -65,11 +76,18 @@ class Contains(RewardFunction):
     """
 
     def __init__(
-        self, strings: list[str] | None = None, *, require: Literal["all", "any"] = "all", ignore_case: bool = False, **common: Any
+        self,
+        strings: list[str] | None = None,
+        *,
+        require: Literal["all", "any"] = "all",
+        ignore_case: bool = False,
+        **common: Any,
     ) -> None:
         super().__init__(**common)
         if strings is not None and (isinstance(strings, str) or not strings or not all(strings)):
-            raise ConfigError(f"strings={strings!r} must be a list of non-empty strings; leave it out to look for the target")
+            raise ConfigError(
+                f"strings={strings!r} must be a list of non-empty strings; leave it out to look for the target"
+            )
         if require not in ("all", "any"):
             raise ConfigError(f"require={require!r} must be 'all' or 'any'")
         self.strings = strings
@@ -79,7 +97,9 @@ class Contains(RewardFunction):
     def compute_reward(self, turns: Sequence[Turn], context: Mapping[str, Any] | None = None) -> RewardResult:
         strings = self.strings if self.strings is not None else target_texts(context, self.name)
         if not all(strings):
-            raise DataError(f"target={strings!r} of scenario {(context or {}).get('id')!r} is empty: every text contains it")
+            raise DataError(
+                f"target={strings!r} of scenario {(context or {}).get('id')!r} is empty: every text contains it"
+            )
         text = completion(turns)
         if self.ignore_case:
             text, strings = text.casefold(), [string.casefold() for string in strings]
@@ -91,11 +111,12 @@ class Contains(RewardFunction):
 class RegexMatch(RewardFunction):
     """1 if the completion matches a regular expression, else 0.
 
-    Python's expressions can take exponential time on a text that just fails to match (`(a+)+b`). They hold the interpreter
-    meanwhile, so give a `timeout` if the pattern has nested repetitions.
+    Python's expressions can take exponential time on a text that just fails to match (`(a+)+b`). They hold the
+    interpreter meanwhile, so give a `timeout` if the pattern has nested repetitions.
 
     Args:
-        pattern: The expression (Python's `re`); flags may be written inline: `(?i)` ignores case, `(?s)` lets `.` match line ends.
+        pattern: The expression (Python's `re`); flags may be written inline: `(?i)` ignores case, `(?s)` lets `.` match
+            line ends.
         match: `search` finds it anywhere, `fullmatch` wants the whole completion to match.
         **common: `weight`, `name` and `timeout` of every reward.
 

@@ -22,16 +22,17 @@ _LATEX = re.compile(r"\$|\\boxed|\\\(|\\\[")
 class MathEquivalence(RewardFunction):
     r"""1 if the answer in the completion equals the scenario's `target` mathematically, else 0 (extra `math`).
 
-    Fractions, roots, intervals, sets, matrices, equations and units in LaTeX; `50%` equals both 0.5 and 50. The answer is what stands in
-    `\boxed{}`, else behind words such as `the final answer is`, else the last formula or number. Outside of `\boxed{}` and `$...$` only
-    numbers, fractions and percentages are read. A completion without an answer scores 0.
+    Fractions, roots, intervals, sets, matrices, equations and units in LaTeX; `50%` equals both 0.5 and 50. The answer
+    is what stands in `\boxed{}`, else behind words such as `the final answer is`, else the last formula or number.
+    Outside of `\boxed{}` and `$...$` only numbers, fractions and percentages are read. A completion without an answer
+    scores 0.
 
-    Sympy takes for ever over some formulas, and a policy learns to write them: each completion is compared in a process that is killed
-    at the time-out, and then fails.
+    Sympy takes for ever over some formulas, and a policy learns to write them: each completion is compared in a process
+    that is killed at the time-out, and then fails.
 
     Args:
-        target_marker: What stands before the answer in a target that is a longer text, as in GSM8K (`... #### 72`). A target of MATH's
-            kind, with `\boxed{}` or `$`, is read like a completion; any other is LaTeX as a whole.
+        target_marker: What stands before the answer in a target that is a longer text, as in GSM8K (`... #### 72`). A
+            target of MATH's kind, with `\boxed{}` or `$`, is read like a completion; any other is LaTeX as a whole.
         timeout: Seconds per completion.
         **common: `weight` and `name` of every reward.
 
@@ -55,7 +56,8 @@ class MathEquivalence(RewardFunction):
         golds = [self._gold(item) for item in (target if isinstance(target, list | tuple) else [target])]
         if not golds or not all(golds):
             raise DataError(
-                f"target={target!r} of scenario {(context or {}).get('id')!r} holds no formula, which reward '{self.name}' needs"
+                f"target={target!r} of scenario {(context or {}).get('id')!r} holds no formula, which reward"
+                f" '{self.name}' needs"
             )
         answer = _parsed(completion(turns))
         equal = any(verify(gold, answer, timeout_seconds=None) for gold in golds)
@@ -70,7 +72,8 @@ class MathEquivalence(RewardFunction):
         return _parsed(target if _LATEX.search(target) else rf"\boxed{{{target}}}")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # In a worker process. Imported now, before the clock of the first completion starts: sympy takes a second or two.
+        # In a worker process. Imported now, before the clock of the first completion starts: sympy takes a second or
+        # two.
         self.__dict__.update(state)
         import math_verify  # noqa: F401
 

@@ -1,7 +1,8 @@
 """A reward for answers that are numbers, and the reading of numbers from text.
 
 Read are thousands separators (1,000), signs, decimals, fractions (3/4, 2 1/2, LaTeX's frac), percent, currency signs,
-scientific notation (1e5, 1.5 x 10^5). Decimal commas (3,14) and number words are not. For formulas use a mathematics package.
+scientific notation (1e5, 1.5 x 10^5). Decimal commas (3,14) and number words are not. For formulas use a mathematics
+package.
 """
 
 from __future__ import annotations
@@ -30,21 +31,27 @@ _NUMBER = re.compile(
     """,
     re.VERBOSE,
 )
-_LATEX = ((re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}"), r"\1/\2"), (re.compile(r"\{,\}"), ","), (re.compile(r"\\(?=[$%])|\\!"), ""))
+_LATEX = (
+    (re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}"), r"\1/\2"),
+    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\\(?=[$%])|\\!"), ""),
+)
 
 
 class NumericAnswer(RewardFunction):
     """1 if the number in the completion equals the scenario's `target`, else 0.
 
-    The number is the completion's last one, or the first one behind the last `marker`. A completion without a number scores 0. A
-    scenario without a target, or whose target holds no number, is a failure. `50%` equals both 50 and 0.5.
+    The number is the completion's last one, or the first one behind the last `marker`. A completion without a number
+    scores 0. A scenario without a target, or whose target holds no number, is a failure. `50%` equals both 50 and 0.5.
 
-    Two numbers are equal if they differ by at most `absolute_tolerance`, or by at most `relative_tolerance` times the target.
+    Two numbers are equal if they differ by at most `absolute_tolerance`, or by at most `relative_tolerance` times the
+    target.
 
     Args:
-        marker: What stands before the answer, such as `####` or `answer:` (in any case). A completion without it scores 0.
-        target_marker: What stands before the answer in a target that is a longer text, as in GSM8K (`... #### 72`). In a target
-            without it, the last number counts.
+        marker: What stands before the answer, such as `####` or `answer:` (in any case). A completion without it scores
+            0.
+        target_marker: What stands before the answer in a target that is a longer text, as in GSM8K (`... #### 72`). In
+            a target without it, the last number counts.
         absolute_tolerance: Largest difference that still counts as equal.
         relative_tolerance: The same as a share of the target.
         **common: `weight`, `name` and `timeout` of every reward.
@@ -91,7 +98,8 @@ class NumericAnswer(RewardFunction):
             values = [float(target)]
         if not values or not math.isfinite(values[0]):
             raise DataError(
-                f"target={target!r} of scenario {(context or {}).get('id')!r} holds no number, which reward '{self.name}' needs"
+                f"target={target!r} of scenario {(context or {}).get('id')!r} holds no number, which reward"
+                f" '{self.name}' needs"
             )
         return values
 

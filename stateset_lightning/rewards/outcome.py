@@ -1,6 +1,7 @@
 """Run one reward on one completion and say what came out: a value or a failure.
 
-This is the only place that catches exceptions of rewards. It runs on threads, on the event loop and in worker processes.
+This is the only place that catches exceptions of rewards. It runs on threads, on the event loop and in worker
+processes.
 """
 
 from __future__ import annotations
@@ -48,11 +49,14 @@ def evaluate(
         try:
             output = reward.compute_reward(turns, context)
             return run_coroutine(complete(output)) if inspect.isawaitable(output) else to_outcome(output)
-        except (Exception, SystemExit) as error:  # SystemExit: code under test may call exit(), which must not end the run
+        # SystemExit: code under test may call exit(), which must not end the run
+        except (Exception, SystemExit) as error:
             return failure(error)
 
 
-def evaluate_batch(reward: BatchReward, conversations: Sequence[Sequence[Turn]], contexts: Sequence[Mapping[str, Any]]) -> list[Outcome]:
+def evaluate_batch(
+    reward: BatchReward, conversations: Sequence[Sequence[Turn]], contexts: Sequence[Mapping[str, Any]]
+) -> list[Outcome]:
     """Call a batched reward.
 
     Raises:
@@ -61,7 +65,9 @@ def evaluate_batch(reward: BatchReward, conversations: Sequence[Sequence[Turn]],
     try:
         outputs = list(reward.compute_rewards(conversations, contexts))
         if len(outputs) != len(conversations):
-            raise RewardError(f"reward '{reward.name}' returned {len(outputs)} scores for {len(conversations)} completions")
+            raise RewardError(
+                f"reward '{reward.name}' returned {len(outputs)} scores for {len(conversations)} completions"
+            )
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:
@@ -117,12 +123,16 @@ def failure(error: BaseException) -> Outcome:
         message = redacted_text(str(error))
     except Exception:  # an exception of the reward's own may fail to print
         message = "(its message could not be printed)"
-    return Outcome(math.nan, {}, type(error).__name__, message, redacted_text("".join(traceback.format_exception(error))))
+    return Outcome(
+        math.nan, {}, type(error).__name__, message, redacted_text("".join(traceback.format_exception(error)))
+    )
 
 
 @contextmanager
 def _no_second_return() -> Iterator[None]:
-    """Ends the child of a reward that forked and let the child come back too: it would go on as a second trainer, or answer twice."""
+    """Ends the child of a reward that forked and let the child come back too: it would go on as a second trainer, or
+    answer twice.
+    """
     process = os.getpid()
     try:
         yield
@@ -137,8 +147,11 @@ def _finite(value: Any) -> float:
         raise RewardError(f"the reward returned the {type(value).__name__} {value[:80]!r}, which is no number")
     try:
         number = float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # torch raises RuntimeError for several elements
-        raise RewardError(f"the reward returned {repr(value)[:80]} ({type(value).__name__}), which is no finite number") from error
+    # torch raises RuntimeError for several elements
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise RewardError(
+            f"the reward returned {repr(value)[:80]} ({type(value).__name__}), which is no finite number"
+        ) from error
     if not math.isfinite(number) or abs(number) > LARGEST_SCORE:
         raise RewardError(f"the reward returned {number}, which is no finite float32 number")
     return number

@@ -54,11 +54,12 @@ class LengthPenalty(RewardFunction):
 class OverlongPenalty(RewardFunction):
     """DAPO's soft overlong punishment (arXiv 2503.14476, equation 13).
 
-    0 up to `max_tokens - buffer` tokens, then linear down to -1 at `max_tokens`, and -1 beyond. The end-of-sequence token counts.
+    0 up to `max_tokens - buffer` tokens, then linear down to -1 at `max_tokens`, and -1 beyond. The end-of-sequence
+    token counts.
 
     Args:
-        max_tokens: Tokens from which on the punishment is full (the paper's L_max); at most the rollout's `max_new_tokens`,
-            or no completion is ever punished in full.
+        max_tokens: Tokens from which on the punishment is full (the paper's L_max); at most the rollout's
+            `max_new_tokens`, or no completion is ever punished in full.
         buffer: Tokens over which it grows (the paper's L_cache).
         **common: `weight`, `name` and `timeout` of every reward.
 
@@ -76,7 +77,9 @@ class OverlongPenalty(RewardFunction):
     def compute_reward(self, turns: Sequence[Turn], context: Mapping[str, Any] | None = None) -> float:
         num_tokens = (context or {}).get("completion_tokens")
         if num_tokens is None:
-            raise DataError(f"reward '{self.name}' needs context['completion_tokens'], the completion's number of tokens")
+            raise DataError(
+                f"reward '{self.name}' needs context['completion_tokens'], the completion's number of tokens"
+            )
         return -min(1.0, max(0.0, (num_tokens - (self.max_tokens - self.buffer)) / self.buffer))
 
 

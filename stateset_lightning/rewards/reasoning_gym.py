@@ -31,15 +31,17 @@ RUNS_ANSWERS = frozenset(
 
 
 class ReasoningGymReward(RewardFunction):
-    """0 to 1, by the task's own scoring; for scenarios of a source `{reasoning_gym: TASK}` (extra `gym`). It does not apply to others.
+    """0 to 1, by the task's own scoring; for scenarios of a source `{reasoning_gym: TASK}` (extra `gym`). It does not
+    apply to others.
 
-    Some tasks give a wrong answer of the right form a little more than 0. A few (`RUNS_ANSWERS`) hand the answer to `eval`, or to sympy's
-    parser, which evaluates as well: whatever the policy writes runs as Python, with your rights. They are scored only if you allow it.
+    Some tasks give a wrong answer of the right form a little more than 0. A few (`RUNS_ANSWERS`) hand the answer to
+    `eval`, or to sympy's parser, which evaluates as well: whatever the policy writes runs as Python, with your rights.
+    They are scored only if you allow it.
 
     Args:
         allow_code: Score tasks whose scoring runs the answer as code, too.
-        answer_pattern: Where the answer stands: the pattern's last match, its first group if it has one (`<answer>(.*?)</answer>`). By
-            default the whole completion. One without a match scores 0.
+        answer_pattern: Where the answer stands: the pattern's last match, its first group if it has one
+            (`<answer>(.*?)</answer>`). By default the whole completion. One without a match scores 0.
         timeout: Seconds per completion.
         **common: `weight` and `name` of every reward.
 
@@ -48,11 +50,18 @@ class ReasoningGymReward(RewardFunction):
     """
 
     def __init__(
-        self, *, allow_code: bool = False, answer_pattern: str | None = None, timeout: Annotated[float, Gt(0)] = 10.0, **common: Any
+        self,
+        *,
+        allow_code: bool = False,
+        answer_pattern: str | None = None,
+        timeout: Annotated[float, Gt(0)] = 10.0,
+        **common: Any,
     ) -> None:
         super().__init__(timeout=timeout, **common)
         if timeout is None:
-            raise ConfigError(f"timeout=None of reward '{self.name}': give seconds, since sympy takes for ever over some answers")
+            raise ConfigError(
+                f"timeout=None of reward '{self.name}': give seconds, since sympy takes for ever over some answers"
+            )
         require("reasoning_gym", "gym", f"reward '{self.name}'")
         self.answer_pattern = None if answer_pattern is None else compiled(answer_pattern)
         self.allow_code = allow_code
@@ -64,8 +73,8 @@ class ReasoningGymReward(RewardFunction):
             return None
         if needed["task"] in RUNS_ANSWERS and not self.allow_code:
             raise ConfigError(
-                f"reasoning_gym={needed['task']} scores an answer by running it as Python: leave the task out, or set allow_code=true of "
-                f"reward '{self.name}' where you let a model run code"
+                f"reasoning_gym={needed['task']} scores an answer by running it as Python: leave the task out, or set"
+                f" allow_code=true of reward '{self.name}' where you let a model run code"
             )
         answer: str | None = completion(turns).strip()
         if self.answer_pattern is not None:

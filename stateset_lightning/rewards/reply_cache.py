@@ -29,13 +29,17 @@ class ReplyCache:
             if path is not None:
                 Path(path).expanduser().parent.mkdir(parents=True, exist_ok=True)
             file = ":memory:" if path is None else str(Path(path).expanduser())
-            self._connection = sqlite3.connect(file, timeout=_WAIT_SECONDS, check_same_thread=False, isolation_level=None)
+            self._connection = sqlite3.connect(
+                file, timeout=_WAIT_SECONDS, check_same_thread=False, isolation_level=None
+            )
             self._connection.execute("PRAGMA synchronous = NORMAL")
             self._connection.execute(
                 "CREATE TABLE IF NOT EXISTS replies (number INTEGER PRIMARY KEY, key TEXT UNIQUE, reply TEXT NOT NULL)"
             )
         except (OSError, sqlite3.Error) as error:
-            raise ConfigError(f"cache={path!r} cannot be opened: {error}; give a file of its own, or leave it out") from error
+            raise ConfigError(
+                f"cache={path!r} cannot be opened: {error}; give a file of its own, or leave it out"
+            ) from error
 
     def get(self, key: str) -> str | None:
         """The reply under `key`, if there is one."""
@@ -47,7 +51,9 @@ class ReplyCache:
         """Keep a reply; on disk at once."""
         with self._lock:
             self._connection.execute("INSERT OR REPLACE INTO replies (key, reply) VALUES (?, ?)", (key, reply))
-            self._connection.execute("DELETE FROM replies WHERE number <= (SELECT MAX(number) FROM replies) - ?", (self._max_replies,))
+            self._connection.execute(
+                "DELETE FROM replies WHERE number <= (SELECT MAX(number) FROM replies) - ?", (self._max_replies,)
+            )
 
     def close(self) -> None:
         with self._lock:

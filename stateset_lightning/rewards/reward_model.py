@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
 
 class TextModelReward(BatchReward):
-    """Base of rewards that are a model of transformers. It lies on the policy's device and is neither trained nor saved.
+    """Base of rewards that are a model of transformers. It lies on the policy's device and is neither trained nor
+    saved.
 
-    A text that is too long for the model fails its completion. Control tokens that a text spells out (`[SEP]`) are ordinary text.
+    A text that is too long for the model fails its completion. Control tokens that a text spells out (`[SEP]`) are
+    ordinary text.
 
     Args:
         model_name: A folder or a Hugging Face id.
@@ -31,7 +33,8 @@ class TextModelReward(BatchReward):
         **common: `weight` and `name` of every reward.
 
     Raises:
-        ConfigError: If there is no such folder. When the first batch is scored: if the model cannot be loaded, or lacks weights.
+        ConfigError: If there is no such folder. When the first batch is scored: if the model cannot be loaded, or lacks
+            weights.
     """
 
     kind: Literal["classifier", "encoder"]
@@ -50,7 +53,12 @@ class TextModelReward(BatchReward):
 
         super().__init__(**common)
         self.model_name = model_name
-        self.options: dict[str, Any] = {"dtype": dtype, "batch_size": batch_size, "max_tokens": max_tokens, "revision": revision}
+        self.options: dict[str, Any] = {
+            "dtype": dtype,
+            "batch_size": batch_size,
+            "max_tokens": max_tokens,
+            "revision": revision,
+        }
         check_bounds(self.name, TextModelReward.__init__, self.options)
         resolve_model_name(model_name, f"{self.name}.model_name")
 
@@ -67,9 +75,10 @@ class RewardModel(TextModelReward):
 
     Args:
         model_name: A folder or a Hugging Face id that `AutoModelForSequenceClassification` loads.
-        label: Label (name or number) whose probability is the score. None: the model has one label, and its logit is the score.
-        reads: `conversation`, by the model's chat template, or as a pair of question and answer where it has none; or `completion`
-            alone.
+        label: Label (name or number) whose probability is the score. None: the model has one label, and its logit is
+            the score.
+        reads: `conversation`, by the model's chat template, or as a pair of question and answer where it has none; or
+            `completion` alone.
         **options: Those of `TextModelReward`.
 
     Raises:
@@ -89,9 +98,13 @@ class RewardModel(TextModelReward):
         super().__init__(model_name, **options)
         self.label, self.reads = label, reads
 
-    def compute_rewards(self, conversations: Sequence[Sequence[Turn]], contexts: Sequence[Mapping[str, Any]]) -> list[Any]:
+    def compute_rewards(
+        self, conversations: Sequence[Sequence[Turn]], contexts: Sequence[Mapping[str, Any]]
+    ) -> list[Any]:
         model, label = self.model, self._label
-        encode = model.encode_conversation if self.reads == "conversation" else lambda turns: model.encode(completion(turns))
+        encode = (
+            model.encode_conversation if self.reads == "conversation" else lambda turns: model.encode(completion(turns))
+        )
         rows = model.read([encode(turns) for turns in conversations], self.device, lambda output, _: output.logits)
         if label is not None:
             rows = [row if isinstance(row, Exception) else row.softmax(-1)[label] for row in rows]
@@ -104,5 +117,7 @@ class RewardModel(TextModelReward):
             return None
         found = [number for number, name in names.items() if self.label in (number, name)]
         if not found:
-            raise ConfigError(f"{self.name}.label={self.label!r} must be one of the model's: {', '.join(names.values())}")
+            raise ConfigError(
+                f"{self.name}.label={self.label!r} must be one of the model's: {', '.join(names.values())}"
+            )
         return found[0]

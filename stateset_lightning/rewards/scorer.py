@@ -1,7 +1,8 @@
 """Completions -> scores: run every reward on every completion, while others are still being sampled.
 
 Async rewards run concurrently on an event loop of their own, blocking ones on threads, blocking ones with a time-out in
-worker processes that can be killed, batched ones when all is sampled. The order of results never depends on which reward is quicker.
+worker processes that can be killed, batched ones when all is sampled. The order of results never depends on which
+reward is quicker.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ Run = Callable[[Sequence[Turn], Mapping[str, Any]], Future[Outcome]]
 
 
 _Waiting = tuple[int, Sequence[Turn], Mapping[str, Any], Future[Outcome]]
-"""A completion that a batched reward has yet to score: its number, conversation, columns, and where the outcome goes."""
+"""A completion that a batched reward has yet to score: its number, conversation, columns, and where the outcome
+goes.
+"""
 
 
 class Scorer:
@@ -45,25 +48,36 @@ class Scorer:
         max_failures: `check_failures` raises if more than this share of completions failed.
 
     Raises:
-        ConfigError: If an argument is unusable, or a blocking reward with a time-out cannot be sent to a worker process.
+        ConfigError: If an argument is unusable, or a blocking reward with a time-out cannot be sent to a worker
+            process.
     """
 
-    def __init__(self, rewards: Any, *, timeout: float | None = None, max_concurrency: int = 16, max_failures: float = 0.5) -> None:
+    def __init__(
+        self, rewards: Any, *, timeout: float | None = None, max_concurrency: int = 16, max_failures: float = 0.5
+    ) -> None:
         check_timeout("timeout", timeout)
         if max_concurrency < 1:
             raise ConfigError(f"max_concurrency={max_concurrency} must be at least 1")
         if not 0 <= max_failures <= 1:
-            raise ConfigError(f"max_reward_failures={max_failures} is a share of completions: give a number from 0 to 1")
+            raise ConfigError(
+                f"max_reward_failures={max_failures} is a share of completions: give a number from 0 to 1"
+            )
         self.rewards = as_rewards(rewards)
         self.names = tuple(reward.name for reward in self.rewards)
         self.max_failures = max_failures
         loop, threads = EventLoopThread(max_concurrency), DaemonThreads(max_concurrency, "blocking-rewards")
-        limits = [reward.timeout if reward.timeout is not None or isinstance(reward, BatchReward) else timeout for reward in self.rewards]
+        limits = [
+            reward.timeout if reward.timeout is not None or isinstance(reward, BatchReward) else timeout
+            for reward in self.rewards
+        ]
         timeouts = dict(zip(self.names, limits, strict=True))
         in_workers = [reward for reward in self.rewards if timeouts[reward.name] is not None and not is_async(reward)]
         workers = WorkerPool(in_workers)
-        self._runs = [_run(reward, timeouts[reward.name], loop, threads, workers, in_workers) for reward in self.rewards]
-        # Also at interpreter exit and when the scorer is collected as garbage; workers first, since threads wait for them.
+        self._runs = [
+            _run(reward, timeouts[reward.name], loop, threads, workers, in_workers) for reward in self.rewards
+        ]
+        # Also at interpreter exit and when the scorer is collected as garbage; workers first, since threads wait for
+        # them.
         self._close = weakref.finalize(self, _close_all, (workers, loop, threads))
 
     def start(self, num_completions: int, device: Any = "cpu") -> ScoringSession:
@@ -81,7 +95,9 @@ class Scorer:
 
     def take_counts(self) -> dict[str, float]:
         """What rewards have counted since the last call, as `cost/<reward>/<key>`."""
-        return {f"cost/{reward.name}/{key}": count for reward in self.rewards for key, count in reward.take_counts().items()}
+        return {
+            f"cost/{reward.name}/{key}": count for reward in self.rewards for key, count in reward.take_counts().items()
+        }
 
     def check_failures(self, scores: Scores) -> None:
         """Raise RewardError if more than `max_failures` of the completions failed."""
@@ -108,12 +124,19 @@ class ScoringSession:
         self._rewards = rewards
         self._runs = runs
         self._names = tuple(reward.name for reward in rewards)
-        self._batches: dict[int, list[_Waiting]] = {f: [] for f, reward in enumerate(rewards) if isinstance(reward, BatchReward)}
+        self._batches: dict[int, list[_Waiting]] = {
+            f: [] for f, reward in enumerate(rewards) if isinstance(reward, BatchReward)
+        }
         self._futures_NF: list[list[Future[Outcome] | None] | None] = [None] * num_completions
         self._cancel = weakref.finalize(self, _cancel_all, self._futures_NF)
 
     def submit(
-        self, n: int, turns: Sequence[Turn], context: Mapping[str, Any] | None = None, *, completion_tokens: int | None = None
+        self,
+        n: int,
+        turns: Sequence[Turn],
+        context: Mapping[str, Any] | None = None,
+        *,
+        completion_tokens: int | None = None,
     ) -> None:
         """Start scoring completion `n` and return at once.
 
@@ -133,7 +156,8 @@ class ScoringSession:
         chosen = self._chosen(columns.get("rewards"), columns.get("id"))
         # Each reward gets its own list and mapping: one that changes them must not disturb the others.
         self._futures_NF[n] = [
-            self._start(f, n, list(turns), dict(columns)) if name in chosen else None for f, name in enumerate(self._names)
+            self._start(f, n, list(turns), dict(columns)) if name in chosen else None
+            for f, name in enumerate(self._names)
         ]
 
     def collect(self) -> Scores:
@@ -176,7 +200,9 @@ class ScoringSession:
             raise DataError(f"rewards={names!r} of scenario {scenario!r} must be a list of reward names ({known})")
         unknown = [name for name in names if name not in self._names]
         if unknown:
-            raise DataError(f"rewards={list(names)!r} of scenario {scenario!r} names unknown rewards {unknown}; known are: {known}")
+            raise DataError(
+                f"rewards={list(names)!r} of scenario {scenario!r} names unknown rewards {unknown}; known are: {known}"
+            )
         return set(names)
 
 
@@ -185,7 +211,9 @@ def failure_counts(scores: Scores) -> dict[str, int]:
 
     A completion to which no reward applies counts as `reward_failures/all/NotApplicable`.
     """
-    return dict(sorted(Counter(f"reward_failures/{failure.reward}/{failure.error}" for failure in scores.failures).items()))
+    return dict(
+        sorted(Counter(f"reward_failures/{failure.reward}/{failure.error}" for failure in scores.failures).items())
+    )
 
 
 def check_failures(scores: Scores, max_failures: float = 0.5) -> None:
@@ -198,11 +226,19 @@ def check_failures(scores: Scores, max_failures: float = 0.5) -> None:
     failed = int(scores.totals_N.isnan().sum())
     if failed <= max_failures * total:
         return
-    counts = ", ".join(f"{key.removeprefix('reward_failures/')}: {count}" for key, count in failure_counts(scores).items())
-    message = f"{failed} of {total} completions have no score, more than max_reward_failures={max_failures:g} allows ({counts})."
+    counts = ", ".join(
+        f"{key.removeprefix('reward_failures/')}: {count}" for key, count in failure_counts(scores).items()
+    )
+    message = (
+        f"{failed} of {total} completions have no score, more than max_reward_failures={max_failures:g} allows"
+        f" ({counts})."
+    )
     if scores.failures:
         last = max(scores.failures, key=lambda failure: (bool(failure.traceback), failure.completion))
-        message += f" The last failure, of reward '{last.reward}' on completion {last.completion}: {last.error}: {last.message}"
+        message += (
+            f" The last failure, of reward '{last.reward}' on completion {last.completion}: {last.error}:"
+            f" {last.message}"
+        )
         message += f"\n{last.traceback}".rstrip()
     raise RewardError(message)
 
@@ -227,7 +263,9 @@ def _run(
 def _run_batch(reward: RewardFunction, waiting: Sequence[_Waiting]) -> None:
     if waiting:
         assert isinstance(reward, BatchReward)
-        outcomes = evaluate_batch(reward, [turns for _, turns, _, _ in waiting], [context for _, _, context, _ in waiting])
+        outcomes = evaluate_batch(
+            reward, [turns for _, turns, _, _ in waiting], [context for _, _, context, _ in waiting]
+        )
         for (_, _, _, future), outcome in zip(waiting, outcomes, strict=True):
             future.set_result(outcome)
 
@@ -239,18 +277,28 @@ def _scores(rewards: Sequence[RewardFunction], outcomes_NF: list[list[Outcome]],
     names = tuple(reward.name for reward in rewards)
     failures: list[RewardFailure] = []
     for n, outcomes in enumerate(outcomes_NF):
-        failures += [RewardFailure(n, name, o.error, o.message, o.traceback) for name, o in zip(names, outcomes, strict=True) if o.error]
+        failures += [
+            RewardFailure(n, name, o.error, o.message, o.traceback)
+            for name, o in zip(names, outcomes, strict=True)
+            if o.error
+        ]
         if all(outcome.value == NOT_APPLICABLE for outcome, weight in zip(outcomes, weights, strict=True) if weight):
             failures.append(RewardFailure(n, "all", "NotApplicable", "no reward applies to this completion"))
-    values_NF: Tensor = torch.tensor([[o.value for o in row] for row in outcomes_NF], dtype=torch.float64).reshape(-1, len(names))
+    values_NF: Tensor = torch.tensor([[o.value for o in row] for row in outcomes_NF], dtype=torch.float64).reshape(
+        -1, len(names)
+    )
     totals_N: Tensor = torch.tensor([_total(row, weights) for row in outcomes_NF], dtype=torch.float64)
     breakdowns = [{name: o.breakdown for name, o in zip(names, row, strict=True) if o.breakdown} for row in outcomes_NF]
     return Scores(names, values_NF, totals_N, breakdowns, failures, seconds)
 
 
 def _total(outcomes: Sequence[Outcome], weights: Sequence[float]) -> float:
-    """The weighted sum over the rewards that apply; NaN if one failed (NaN adds up to NaN) or none applies. Held-out ones do not count."""
-    parts = [weight * o.value for o, weight in zip(outcomes, weights, strict=True) if weight and o.value != NOT_APPLICABLE]
+    """The weighted sum over the rewards that apply; NaN if one failed (NaN adds up to NaN) or none applies. Held-out
+    ones do not count.
+    """
+    parts = [
+        weight * o.value for o, weight in zip(outcomes, weights, strict=True) if weight and o.value != NOT_APPLICABLE
+    ]
     return sum(parts) if parts else math.nan
 
 

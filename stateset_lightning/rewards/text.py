@@ -43,8 +43,8 @@ def target_of(context: Mapping[str, Any] | None, reward: str) -> Any:
     if target is None:
         scenario = (context or {}).get("id")
         raise DataError(
-            f"scenario {scenario!r} has no 'target', which reward '{reward}' needs: add the column, or name the rewards that "
-            "score this scenario in its 'rewards' column"
+            f"scenario {scenario!r} has no 'target', which reward '{reward}' needs: add the column, or name the rewards"
+            " that score this scenario in its 'rewards' column"
         )
     return target
 
@@ -58,5 +58,7 @@ def target_texts(context: Mapping[str, Any] | None, reward: str) -> list[str]:
     target = target_of(context, reward)
     texts = [str(item) for item in target] if isinstance(target, list | tuple | set | frozenset) else [str(target)]
     if not texts:
-        raise DataError(f"target={target!r} of scenario {(context or {}).get('id')!r} is empty: reward '{reward}' needs an answer")
+        raise DataError(
+            f"target={target!r} of scenario {(context or {}).get('id')!r} is empty: reward '{reward}' needs an answer"
+        )
     return texts

@@ -1,4 +1,6 @@
-"""TRL's reward functions `f(prompts, completions, **columns) -> list`, called with the one completion that has just finished."""
+"""TRL's reward functions `f(prompts, completions, **columns) -> list`, called with the one completion that has just
+finished.
+"""
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 import inspect
@@ -12,8 +14,10 @@ from stateset_lightning.types import Turn
 _MARKS = {"completions", "completion_ids"}
 _OWN = {"prompts", "completions", "log_extra", "log_metric"}
 _MISSING = {
-    "completion_ids": "a reward gets the text; the number of tokens is the column completion_tokens: [n]. For TRL's functions of token ids "
-    "take OverlongPenalty, LengthPenalty or RepetitionPenalty",
+    "completion_ids": (
+        "a reward gets the text; the number of tokens is the column completion_tokens: [n]. For TRL's functions of"
+        " token ids take OverlongPenalty, LengthPenalty or RepetitionPenalty"
+    ),
     "trainer_state": "a reward must not depend on when it is called; change weights between runs",
     "environments": "there are no environments in single-turn training",
 }
@@ -22,14 +26,16 @@ _MISSING = {
 class TRLReward(FunctionReward):
     """A reward function as TRL's `GRPOTrainer` takes it, sync or async, unchanged.
 
-    TRL calls it once per batch; here completions are scored as they finish, so every list holds one item. A function that compares
-    completions with each other cannot work this way. Like TRL, it is called by keyword:
+    TRL calls it once per batch; here completions are scored as they finish, so every list holds one item. A function
+    that compares completions with each other cannot work this way. Like TRL, it is called by keyword:
 
     - `prompts`, `completions`: lists of one text; with `conversational` lists of one list of `{"role", "content"}`.
-    - a list of one for each column of the scenario, and `completion_tokens`. A function without `**kwargs` gets those that it names.
+    - a list of one for each column of the scenario, and `completion_tokens`. A function without `**kwargs` gets those
+      that it names.
     - `log_extra(column, values)` and `log_metric(name, value)`: what is logged enters the completion's breakdown.
 
-    It returns a list (array, tensor) of one number, or of None for "does not apply". NaN, which TRL takes for None, is a failure here.
+    It returns a list (array, tensor) of one number, or of None for "does not apply". NaN, which TRL takes for None, is
+    a failure here.
 
     Args:
         function: The function.
@@ -58,7 +64,10 @@ class TRLReward(FunctionReward):
         self._named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         self._required = {p.name for p in parameters if p.name in self._named and p.default is p.empty}
         for missing in _MISSING.keys() & self._named:
-            raise ConfigError(f"TRL reward '{self.name}' takes {missing}, which is not here: {_MISSING[missing]}. Remove the parameter")
+            raise ConfigError(
+                f"TRL reward '{self.name}' takes {missing}, which is not here: {_MISSING[missing]}. Remove the"
+                " parameter"
+            )
 
     def compute_reward(self, turns: Sequence[Turn], context: Mapping[str, Any] | None = None) -> Any:
         logged: dict[str, Any] = {}
@@ -68,7 +77,9 @@ class TRLReward(FunctionReward):
     def _arguments(self, turns: Sequence[Turn], context: Mapping[str, Any], logged: dict[str, Any]) -> dict[str, Any]:
         conversational = context.get("messages") is not None if self.conversational is None else self.conversational
         *prompt, completion = [{"role": turn.role, "content": turn.content} for turn in turns]
-        arguments: dict[str, Any] = {name: [value] for name, value in context.items() if name not in ("prompt", "messages", *_OWN)}
+        arguments: dict[str, Any] = {
+            name: [value] for name, value in context.items() if name not in ("prompt", "messages", *_OWN)
+        }
         arguments.update(
             prompts=[prompt if conversational else prompt[-1]["content"]],
             completions=[[completion] if conversational else completion["content"]],
@@ -92,13 +103,16 @@ class TRLReward(FunctionReward):
             scores = []
         if isinstance(output, str) or len(scores) != 1:
             raise RewardError(
-                f"TRL reward '{self.name}' returned {output!r:.80} for one completion; it must return a list of one number or None"
+                f"TRL reward '{self.name}' returned {output!r:.80} for one completion; it must return a list of one"
+                " number or None"
             )
         return None if scores[0] is None else RewardResult(scores[0], logged)
 
 
 def is_trl_function(function: Callable[..., Any]) -> bool:
-    """Whether a function is one of TRL's kind: it names `completions` or `completion_ids`, or takes nothing but keywords."""
+    """Whether a function is one of TRL's kind: it names `completions` or `completion_ids`, or takes nothing but
+    keywords.
+    """
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:  # some builtins have none

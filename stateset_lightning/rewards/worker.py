@@ -1,11 +1,12 @@
 """The worker process: loads rewards and runs them, one completion at a time, in its main thread.
 
-A worker is started with `command`, gets its rewards as the first message, answers `READY` or why it could not load them, and
-then answers each request with a pickled `Outcome`. It may be killed at any moment: it holds nothing that matters.
+A worker is started with `command`, gets its rewards as the first message, answers `READY` or why it could not load
+them, and then answers each request with a pickled `Outcome`. It may be killed at any moment: it holds nothing that
+matters.
 
-It is a fresh interpreter, not a `multiprocessing` child: those import the training script (and with it torch) anew. This
-one imports the script only when a reward is defined in it. The real standard output is the parent's standard error, so
-what rewards print disturbs nobody.
+It is a fresh interpreter, not a `multiprocessing` child: those import the training script (and with it torch) anew.
+This one imports the script only when a reward is defined in it. The real standard output is the parent's standard
+error, so what rewards print disturbs nobody.
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ def _answer(rewards: list[RewardFunction], request: bytes, loop: asyncio.Abstrac
         index, turns, context, timeout = pickle.loads(request)
     except Exception as error:  # a column of a class that this process cannot import, say
         return pickle.dumps(failure(error))
-    # The parent kills a worker that takes too long. If the parent has died meanwhile, the kernel does: no Python code would get to run
-    # while a regular expression holds the interpreter.
+    # The parent kills a worker that takes too long. If the parent has died meanwhile, the kernel does: no Python code
+    # would get to run while a regular expression holds the interpreter.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, timeout + _ORPHAN_SECONDS)
     outcome = evaluate(rewards[index], turns, context, loop.run_until_complete)

@@ -1,4 +1,6 @@
-"""The parent's side of worker processes: start them, hand them completions, kill and replace those that take too long."""
+"""The parent's side of worker processes: start them, hand them completions, kill and replace those that take too
+long.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ LEAK_BYTES = 2**30
 _LONGEST_POLL = 2e6  # seconds; the system call takes no more than some 2.1 million
 _START_SECONDS = 120.0  # importing a user's module may take long, on a cold disk in particular
 _REMEDY = (
-    "define it at the top level of a module that can be imported, without lambdas, open files or clients as attributes; "
-    "or write compute_reward as `async def`; or drop the time-out"
+    "define it at the top level of a module that can be imported, without lambdas, open files or clients as attributes;"
+    " or write compute_reward as `async def`; or drop the time-out"
 )
 
 
@@ -49,8 +51,9 @@ class WorkerPool:
     def __init__(self, rewards: Sequence[RewardFunction], num_workers: int | None = None) -> None:
         if rewards and worker.inside_worker:
             raise ConfigError(
-                f"a reward worker imports the training script, where reward '{rewards[0].name}' is defined, and the script starts "
-                "training again: put what starts it under `if __name__ == '__main__':`, or move the reward to a module of its own"
+                f"a reward worker imports the training script, where reward '{rewards[0].name}' is defined, and the"
+                " script starts training again: put what starts it under `if __name__ == '__main__':`, or move the"
+                " reward to a module of its own"
             )
         self._setup = worker.setup_message([_pickled(reward) for reward in rewards])
         self._threads = DaemonThreads(num_workers or min(MAX_WORKERS, os.cpu_count() or 1), "reward-worker")
@@ -131,7 +134,9 @@ class _Worker:
         """
         try:
             self._connection.send_bytes(message)
-            answer = self._connection.recv_bytes() if self._connection.poll(_START_SECONDS) else b"it did not start in time"
+            answer = (
+                self._connection.recv_bytes() if self._connection.poll(_START_SECONDS) else b"it did not start in time"
+            )
         except (EOFError, OSError):
             self.kill()
             answer = f"the process ended with code {self._process.returncode}".encode()
@@ -152,7 +157,9 @@ class _Worker:
             answer = self._connection.recv_bytes()
         except (EOFError, OSError):
             self.kill()
-            return failure(WorkerDied(f"the worker process ended with code {self._process.returncode} while the reward ran"))
+            return failure(
+                WorkerDied(f"the worker process ended with code {self._process.returncode} while the reward ran")
+            )
         try:
             outcome = pickle.loads(answer)
         except Exception as error:  # the breakdown holds a class that only the worker could import
@@ -161,7 +168,9 @@ class _Worker:
         return outcome
 
     def has_grown(self) -> bool:
-        """Whether it holds a GiB more than after its first call: a reward that leaks gets a fresh process. Linux only; elsewhere false."""
+        """Whether it holds a GiB more than after its first call: a reward that leaks gets a fresh process. Linux only;
+        elsewhere false.
+        """
         try:
             resident = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         except (OSError, IndexError):  # no /proc, or the process has ended
@@ -172,8 +181,10 @@ class _Worker:
     def kill(self) -> None:
         """Kill the process and all that it started."""
         below = _descendants(self._process.pid)
-        if self._process.returncode is None:  # not yet waited for, so its process group is still its own, even if it has ended
-            with suppress(ProcessLookupError, PermissionError):  # only the ended process is left in the group (macOS: PermissionError)
+        # not yet waited for, so its process group is still its own, even if it has ended
+        if self._process.returncode is None:
+            # only the ended process is left in the group (macOS: PermissionError)
+            with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
         for pid in below:
             with suppress(ProcessLookupError, PermissionError):
@@ -198,5 +209,7 @@ def _pickled(reward: RewardFunction) -> bytes:
     except Exception as error:  # what a user's object holds may fail in any way
         raise ConfigError(f"{why}, but it cannot be pickled ({error}): {_REMEDY}") from error
     if b"__main__" in message and not worker.main_script():
-        raise ConfigError(f"{why}, but it is defined in a notebook or in typed-in code, which a worker cannot import: {_REMEDY}")
+        raise ConfigError(
+            f"{why}, but it is defined in a notebook or in typed-in code, which a worker cannot import: {_REMEDY}"
+        )
     return message

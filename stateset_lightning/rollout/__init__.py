@@ -1,4 +1,6 @@
-"""Prompts -> completions: the engine interface, the in-process engine with its KV cache and sampling, the vLLM engine."""
+"""Prompts -> completions: the engine interface, the in-process engine with its KV cache and sampling, the vLLM
+engine.
+"""
 
 from stateset_lightning.rollout.config import RolloutConfig
 from stateset_lightning.rollout.engine import OnFinished, RemoteEngine, RolloutEngine
@@ -6,4 +8,13 @@ from stateset_lightning.rollout.in_process import InProcessEngine
 from stateset_lightning.rollout.vllm import VLLMEngine
 from stateset_lightning.types import FinishReason, Rollout
 
-__all__ = ["FinishReason", "InProcessEngine", "OnFinished", "RemoteEngine", "Rollout", "RolloutConfig", "RolloutEngine", "VLLMEngine"]
+__all__ = [
+    "FinishReason",
+    "InProcessEngine",
+    "OnFinished",
+    "RemoteEngine",
+    "Rollout",
+    "RolloutConfig",
+    "RolloutEngine",
+    "VLLMEngine",
+]

@@ -1,6 +1,7 @@
 """A key-value cache in preallocated buffers: a token is written in place, finished rows leave by compaction.
 
-The stock dynamic cache concatenates, which copies everything once per token and layer. Letters: B rows, C capacity in tokens.
+The stock dynamic cache concatenates, which copies everything once per token and layer. Letters: B rows, C capacity in
+tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 class BufferLayer(DynamicLayer):
     """Keys and values [B, heads, C, d] of one attention layer; `keys` and `values` are views of what has been written.
 
-    A sliding-window layer keeps all its keys as well: the mask, which transformers derives from positions, hides the old ones.
+    A sliding-window layer keeps all its keys as well: the mask, which transformers derives from positions, hides the
+    old ones.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -53,7 +55,9 @@ class BufferLayer(DynamicLayer):
             self._view()
 
     def join(self, other: BufferLayer, first: int, column: int, capacity: int) -> None:
-        """Adds the rows of another layer. Columns from `first` on move so that those of both layers end before `column`."""
+        """Adds the rows of another layer. Columns from `first` on move so that those of both layers end before
+        `column`.
+        """
         (keys, values), (added_keys, added_values) = self._view(), other._view()
         self.key_buffer = _join(keys[:, :, first:], added_keys, column, capacity)
         self.value_buffer = _join(values[:, :, first:], added_values, column, capacity)
@@ -84,11 +88,13 @@ def make_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:
         ConfigError: If the model has layers whose state is not keys and values of attention (recurrent ones, say).
     """
     cache = DynamicCache(config=model.config)
-    others = {type(layer).__name__ for layer in cache.layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)}
+    others = {
+        type(layer).__name__ for layer in cache.layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
+    }
     if others:
         raise ConfigError(
-            f"{type(model).__name__} keeps {', '.join(sorted(others))} beside attention keys and values: the in-process engine "
-            "samples from full and sliding-window attention only; choose another model"
+            f"{type(model).__name__} keeps {', '.join(sorted(others))} beside attention keys and values: the in-process"
+            " engine samples from full and sliding-window attention only; choose another model"
         )
     # A model without a layer list in its config grows its cache as layers ask for it.
     num_layers = len(cache.layers) or model.config.num_hidden_layers

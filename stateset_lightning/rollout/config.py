@@ -20,7 +20,9 @@ class RolloutConfig:
     temperature: Annotated[float, Gt(0)] = 1.0
     """Divides the logits, in sampling and in the log-probs that the loss sees alike."""
     top_k: Annotated[int, Ge(1)] | None = None
-    """Sample from the k likeliest tokens only. Like `top_p` and `min_p` it shapes what is sampled, not the log-probs."""
+    """Sample from the k likeliest tokens only. Like `top_p` and `min_p` it shapes what is sampled, not the
+    log-probs.
+    """
     top_p: Annotated[float, Gt(0), Le(1)] | None = None
     """Sample from the likeliest tokens that together have this probability."""
     min_p: Annotated[float, Gt(0), Le(1)] | None = None
@@ -28,18 +30,27 @@ class RolloutConfig:
     stop: list[str] = field(default_factory=list)
     """A completion ends where one of these appears. The string stays among the tokens and is cut from the text."""
     dynamic_sampling: Annotated[int, Ge(0)] = 0
-    """Rounds in which groups with one and the same reward are replaced by other prompts (DAPO, arXiv:2503.14476). 0 for none."""
+    """Rounds in which groups with one and the same reward are replaced by other prompts (DAPO, arXiv:2503.14476). 0 for
+    none.
+    """
     sampling_ahead: Annotated[int, Ge(0), Le(1)] = 0
-    """1: sample the next episode while this one trains, on servers (`model.engine`). Its samples are an episode off-policy."""
+    """1: sample the next episode while this one trains, on servers (`model.engine`). Its samples are an episode
+    off-policy.
+    """
     max_batch_rows: Annotated[int, Ge(1)] = 256
-    """Completions decoded at a time (with servers: requested). Lower it when sampling runs out of memory; results do not change."""
+    """Completions decoded at a time (with servers: requested). Lower it when sampling runs out of memory; results do
+    not change.
+    """
 
     def __post_init__(self) -> None:
         check_bounds("model.rollout", type(self), vars(self))
         if self.sampling_ahead and self.dynamic_sampling:
             raise ConfigError(
-                f"model.rollout.sampling_ahead=1 has an episode's samples drawn before their rewards are asked for, and dynamic_sampling="
-                f"{self.dynamic_sampling} draws others by their rewards, from newer weights: set one of them to 0"
+                "model.rollout.sampling_ahead=1 has an episode's samples drawn before their rewards are asked for, and"
+                f" dynamic_sampling={self.dynamic_sampling} draws others by their rewards, from newer weights: set one"
+                " of them to 0"
             )
         if any(not text for text in self.stop):
-            raise ConfigError(f"model.rollout.stop={self.stop!r} contains an empty string, which would stop every completion at once")
+            raise ConfigError(
+                f"model.rollout.stop={self.stop!r} contains an empty string, which would stop every completion at once"
+            )

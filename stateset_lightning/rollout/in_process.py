@@ -1,8 +1,9 @@
 """The in-process engine: samples from the policy itself, in the same process.
 
-A prompt is prefilled once and its cache repeated for its group; rows that finish leave the batch, and waiting prompts take their
-place; keys and values go into preallocated buffers. The noise of a completion is counted (see `stateset_lightning.seeding`), so it
-is the same whatever else is in the batch. Letters: B rows of the running batch, N completions.
+A prompt is prefilled once and its cache repeated for its group; rows that finish leave the batch, and waiting prompts
+take their place; keys and values go into preallocated buffers. The noise of a completion is counted (see
+`stateset_lightning.seeding`), so it is the same whatever else is in the batch. Letters: B rows of the running batch, N
+completions.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class InProcessEngine:
         self.tokenizer = tokenizer
         self.dtype = dtype
         self._policy: Policy | None = None
-        self._decodes_lean: bool | None = None  # whether a lean decoder gives the policy's logits, once it has been tried
+        # whether a lean decoder gives the policy's logits, once it has been tried
+        self._decodes_lean: bool | None = None
         self.decoded_rows = 0  # rows x steps of the last `generate`, for the account of work done
 
     def sync(self, policy: Policy) -> None:
@@ -110,24 +112,34 @@ class InProcessEngine:
         longest = max(map(len, prompts))
         if limit is not None and longest + max_new_tokens > limit:
             raise ConfigError(
-                f"a prompt of {longest} tokens and model.rollout.max_new_tokens={max_new_tokens} exceed the model's {limit} positions: "
-                f"set data.max_prompt_tokens to at most {max(limit - max_new_tokens, 0)}, or lower max_new_tokens"
+                f"a prompt of {longest} tokens and model.rollout.max_new_tokens={max_new_tokens} exceed the model's"
+                f" {limit} positions: set data.max_prompt_tokens to at most {max(limit - max_new_tokens, 0)}, or lower"
+                " max_new_tokens"
             )
 
     @contextmanager
     def _sampling_mode(self) -> Iterator[None]:
-        """Evaluation mode (no dropout; a cache, which gradient checkpointing forbids in training mode), weights cast once."""
+        """Evaluation mode (no dropout; a cache, which gradient checkpointing forbids in training mode), weights cast
+        once.
+        """
         model = self.policy.model
         training = {module: module.training for module in model.modules()}
         model.eval()
         try:
-            # Under autocast every step would cast every weight again. Inference mode costs less per operation than `no_grad`.
-            with torch.autocast(model.device.type, enabled=False), self._weights_cast(), merged_adapter(model), torch.inference_mode():
+            # Under autocast every step would cast every weight again. Inference mode costs less per operation than
+            # `no_grad`.
+            with (
+                torch.autocast(model.device.type, enabled=False),
+                self._weights_cast(),
+                merged_adapter(model),
+                torch.inference_mode(),
+            ):
                 yield
         finally:
             for module in training:
                 for name, buffer in module._buffers.items():
-                    if buffer is not None and buffer.is_inference():  # rotary frequencies that grew; DDP, say, could not write to it
+                    # rotary frequencies that grew; DDP, say, could not write to it
+                    if buffer is not None and buffer.is_inference():
                         module._buffers[name] = buffer.clone()
             for module, was_training in training.items():
                 module.training = was_training
@@ -186,7 +198,8 @@ class _Decoding:
         self.tails: list[list[int]] = []  # tokens on the host, for stop strings alone
         self.counts_B = torch.empty(0, dtype=torch.long, device=self.device)
         empty_BT = torch.empty(0, sampling.max_new_tokens, device=self.device)
-        self.noise_BT, self.logprobs_BT, self.tokens_BT = empty_BT.double(), empty_BT.float(), empty_BT.long()  # not the default dtype
+        # not the default dtype
+        self.noise_BT, self.logprobs_BT, self.tokens_BT = empty_BT.double(), empty_BT.float(), empty_BT.long()
 
     def run(self) -> Iterator[tuple[int, _Completion]]:
         """Decodes everything; yields each completion, with its number, when it is finished."""
@@ -202,7 +215,9 @@ class _Decoding:
             self._admit()
 
     def _admit(self) -> None:
-        """Lets waiting completions in as room allows: whole groups, so that a prompt is prefilled once, unless none fits at all."""
+        """Lets waiting completions in as room allows: whole groups, so that a prompt is prefilled once, unless none
+        fits at all.
+        """
         room = self.sampling.max_batch_rows - len(self.numbers)
         if self.num_generations <= self.sampling.max_batch_rows:
             room -= room % self.num_generations
@@ -234,7 +249,9 @@ class _Decoding:
         return tokens_B, logprobs_B
 
     def _finish(self, tokens_B: Tensor, logprobs_B: Tensor) -> Iterator[tuple[int, _Completion]]:
-        """The completions that these tokens finish. Asks the device once per token, and again only when there are any."""
+        """The completions that these tokens finish. Asks the device once per token, and again only when there are
+        any.
+        """
         stopped_B = torch.isin(tokens_B, self.eos)
         ended_B = stopped_B | (self.counts_B >= self.sampling.max_new_tokens) | ~logprobs_B.isfinite()
         ended = ended_B.tolist()
@@ -252,8 +269,8 @@ class _Decoding:
             self.finished[row] = True
             if logprobs[i][counts[i] - 1] != logprobs[i][counts[i] - 1]:
                 raise NonFiniteError(
-                    "the policy's logits are not finite, so nothing can be sampled: its weights have diverged; go back to an earlier "
-                    "checkpoint, with a lower learning rate or trainer.gradient_clip_val"
+                    "the policy's logits are not finite, so nothing can be sampled: its weights have diverged; go back"
+                    " to an earlier checkpoint, with a lower learning rate or trainer.gradient_clip_val"
                 )
             reason = FinishReason.STOP if stopped[row] or stopped_by_token[i] else FinishReason.LENGTH
             yield self.numbers[row], _Completion(tokens[i][: counts[i]], logprobs[i][: counts[i]], reason)
@@ -266,7 +283,11 @@ class _Decoding:
         self.numbers = [self.numbers[row] for row in rows]
         self.tails = [self.tails[row] for row in rows]
         self.finished = [False] * len(rows)
-        self.counts_B, self.tokens_BT, self.logprobs_BT = self.counts_B[keep], self.tokens_BT[keep], self.logprobs_BT[keep]
+        self.counts_B, self.tokens_BT, self.logprobs_BT = (
+            self.counts_B[keep],
+            self.tokens_BT[keep],
+            self.logprobs_BT[keep],
+        )
         if self.seeds_N is not None:
             self.noise_BT = self.noise_BT[keep]
         return keep

@@ -1,9 +1,11 @@
 """A decoding step of Llama-like models in few operations on a CPU, with every weight read once, where it lies.
 
-The layer is Llama's (arXiv:2302.13971) with what Mistral, Qwen2 and Qwen3 add to it. Rows of the batch are columns here: oneDNN then reads
-the weights, as the left matrix of a product, row after row, and is faster than with the layout of `fast_linears`, without its copy.
-Queries and keys are rotated together, and no module's wrapping is called. A probe compares the decoder with the model's own forward;
-whatever is not known to be this layer decodes with that one. What it saves per token is in `benchmarks/RESULTS.md`.
+The layer is Llama's (arXiv:2302.13971) with what Mistral, Qwen2 and Qwen3 add to it. Rows of the batch are columns
+here: oneDNN then reads the weights, as the left matrix of a product, row after row, and is faster than with the layout
+    of `fast_linears`, without its copy.
+Queries and keys are rotated together, and no module's wrapping is called. A probe compares the decoder with the model's
+own forward; whatever is not known to be this layer decodes with that one. What it saves per token is in
+`benchmarks/RESULTS.md`.
 Letters: B rows, H hidden size, d of a head, C columns of the cache, K inputs and N outputs of a product.
 """
 
@@ -32,7 +34,9 @@ Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 """Layer, query [B, heads, 1, d], keys and values [B, key heads, C, d], scaling -> [B, 1, heads, d]."""
 
 
-def attend_to_cache(hidden: Tensor | None, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+def attend_to_cache(
+    hidden: Tensor | None, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+) -> Tensor:
     """An `Attend`, but for the columns to hide, bool, broadcast to [B, 1, 1, C].
 
     Plain products: for one query per row they are faster than the fused kernel, which is made for many.
@@ -51,10 +55,16 @@ def make_lean_decoder(model: PreTrainedModel) -> LeanDecoder | None:
 def is_known(model: PreTrainedModel) -> bool:
     """Whether the model is known to be made of this layer, in float32 on a CPU, and not watched by hooks."""
     has_type = model.config.model_type in MODEL_TYPES and not getattr(model.config, "sliding_window", None)
-    if not has_type or not is_supported(model) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+    if (
+        not has_type
+        or not is_supported(model)
+        or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    ):
         return False
     layers = list(model.model.layers)
-    parts = [part for layer in layers for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp)] + [model.model.norm]
+    parts = [
+        part for layer in layers for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp)
+    ] + [model.model.norm]
     linears = [linear for layer in layers for linear in _linears(layer)] + [_plain(model.lm_head)]
     return all(map(is_lean, parts)) and all(type(linear) is nn.Linear for linear in linears)
 
@@ -102,7 +112,11 @@ class _Layer:
         self.output, self.gate, self.up, self.down = (_Product([linear]) for linear in (output, gate, up, down))
         self.sizes = [linear.out_features // self.head_dim for linear in inputs]  # heads of queries, keys, values
         self.attention_norm, self.mlp_norm = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
-        self.head_norms = [_Norm(norm) for norm in (getattr(attention, name, None) for name in ("q_norm", "k_norm")) if norm is not None]
+        self.head_norms = [
+            _Norm(norm)
+            for norm in (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+            if norm is not None
+        ]
 
     def step(self, hidden_HB: Tensor, cos_dB: Tensor, sin_dB: Tensor, cache: DynamicCache, attend: Attend) -> Tensor:
         heads = self.inputs(self.attention_norm(hidden_HB)).unflatten(0, (-1, self.head_dim))
@@ -116,7 +130,9 @@ class _Layer:
         return self.down(F.silu(self.gate(normed_HB), inplace=True).mul_(self.up(normed_HB))).add_(hidden_HB)
 
     def _rotated(self, heads: Tensor, cos_dB: Tensor, sin_dB: Tensor) -> Tensor:
-        """Queries and keys [heads, d, B] turned by their positions (arXiv:2104.09864); `sin_dB` has the sign of each half."""
+        """Queries and keys [heads, d, B] turned by their positions (arXiv:2104.09864); `sin_dB` has the sign of each
+        half.
+        """
         if self.head_norms:
             parts = heads.split(self.sizes[:2])
             heads = torch.cat([norm(part) for norm, part in zip(self.head_norms, parts, strict=True)])
@@ -124,12 +140,17 @@ class _Layer:
 
 
 class _Product:
-    """The product of a layer's weights, or of several with the same input, one behind the other, with columns of inputs."""
+    """The product of a layer's weights, or of several with the same input, one behind the other, with columns of
+    inputs.
+    """
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         weights = [linear.weight.detach() for linear in linears]
         self.weight_NK = torch.cat(weights) if len(weights) > 1 else weights[0]
-        biases = [linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach() for linear in linears]
+        biases = [
+            linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+            for linear in linears
+        ]
         self.bias_N1 = torch.cat(biases)[:, None] if any(linear.bias is not None for linear in linears) else None
 
     def __call__(self, x_KB: Tensor) -> Tensor:
@@ -155,7 +176,15 @@ class _Norm:
 def _linears(layer: Any) -> list[nn.Linear]:
     """Of queries, keys and values; of their output; of gate, up and down."""
     attention, mlp = layer.self_attn, layer.mlp
-    linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    linears = (
+        attention.q_proj,
+        attention.k_proj,
+        attention.v_proj,
+        attention.o_proj,
+        mlp.gate_proj,
+        mlp.up_proj,
+        mlp.down_proj,
+    )
     return [_plain(linear) for linear in linears]
 
 

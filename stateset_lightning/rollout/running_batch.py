@@ -1,7 +1,7 @@
 """The rows that are decoded together: admitted when there is room, dropped when they are finished.
 
-All rows write their next token at the same column of the cache, so each is padded on the left to end there; a mask hides the
-padding. Letters: B rows of the batch, C columns of the cache, V vocabulary.
+All rows write their next token at the same column of the cache, so each is padded on the left to end there; a mask
+hides the padding. Letters: B rows of the batch, C columns of the cache, V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,9 +31,15 @@ SHARE_FROM = 256
 def make_running_batch(
     model: PreTrainedModel, max_new_tokens: int, longest_prompt: int, decoder: LeanDecoder | None = None
 ) -> RunningBatch:
-    """A batch whose rows share their prompts' keys and values, where the model's attention can do that and it is faster."""
+    """A batch whose rows share their prompts' keys and values, where the model's attention can do that and it is
+    faster.
+    """
     # The kernels of other devices and precisions are fast enough, and accumulate in float32.
-    shares = model.config._attn_implementation == prefix_attention.NAME and model.device.type == "cpu" and model.dtype == torch.float32
+    shares = (
+        model.config._attn_implementation == prefix_attention.NAME
+        and model.device.type == "cpu"
+        and model.dtype == torch.float32
+    )
     kind = SharingBatch if shares and longest_prompt >= SHARE_FROM else RunningBatch
     return kind(model, max_new_tokens, decoder)
 
@@ -54,7 +60,8 @@ class RunningBatch:
         self.cache = make_cache(model, 0)
         self.column = 0  # where the next token goes
         self.starts_B = torch.empty(0, dtype=torch.long, device=model.device)  # first column of each row
-        self.limits_B = self.starts_B  # last position of each row: a finished one that has not left must not run beyond the model's
+        # last position of each row: a finished one that has not left must not run beyond the model's
+        self.limits_B = self.starts_B
         self.logits_BV = torch.empty(0)
         self._padded = False
 
@@ -119,7 +126,9 @@ class RunningBatch:
         mask = self._mask(self.starts_B, self.column + 1)
         return partial(attend_to_cache, None if mask is None else ~mask.view(len(self), 1, 1, -1))
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], width: int, lengths: Tensor, capacity: int) -> tuple[DynamicCache, Tensor]:
+    def _prefill(
+        self, prompts: Sequence[Sequence[int]], width: int, lengths: Tensor, capacity: int
+    ) -> tuple[DynamicCache, Tensor]:
         """The cache of all prompts, each once, and the logits that predict their first token."""
         cache = make_cache(self.model, capacity)
         ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=self.model.device)
@@ -128,7 +137,12 @@ class RunningBatch:
         padded = any(len(prompt) != width for prompt in prompts)
         mask = torch.arange(width, device=self.model.device)[None] >= (width - lengths)[:, None] if padded else None
         output = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
         return cache, output.logits[:, -1]
 
@@ -143,7 +157,9 @@ class RunningBatch:
     def _takes_ready_masks(self) -> bool:
         """Whether a boolean mask of four dimensions serves every layer: not for windows, nor for additive masks."""
         config = self.model.config
-        windowed = getattr(config, "sliding_window", None) or "sliding_attention" in (getattr(config, "layer_types", None) or [])
+        windowed = getattr(config, "sliding_window", None) or "sliding_attention" in (
+            getattr(config, "layer_types", None) or []
+        )
         return config._attn_implementation in ("sdpa", "stateset_prefix") and not windowed
 
 

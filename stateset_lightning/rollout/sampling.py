@@ -11,7 +11,8 @@ from stateset_lightning.rollout.config import RolloutConfig
 def sample_tokens(logits_BV: Tensor, uniforms_B: Tensor | None, sampling: RolloutConfig) -> tuple[Tensor, Tensor]:
     """Draws one token per row by inverting the cumulative distribution at `uniforms_B`; greedy where that is None.
 
-    Returns the tokens [B] and their log-probs [B] (nats, float32): log-softmax of logits / temperature, before top-k, top-p and min-p.
+    Returns the tokens [B] and their log-probs [B] (nats, float32): log-softmax of logits / temperature, before top-k,
+    top-p and min-p.
     """
     logprobs_BV = (logits_BV.float() / sampling.temperature).log_softmax(-1)
     if uniforms_B is None:
@@ -23,7 +24,9 @@ def sample_tokens(logits_BV: Tensor, uniforms_B: Tensor | None, sampling: Rollou
         # Strictly below the total, so that the index is that of a token with some probability.
         point_B = torch.minimum(uniforms_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))
         # Clamped for logits that are not finite: the caller sees a log-prob of NaN rather than an index out of range.
-        tokens_B = torch.searchsorted(cumulative_BV, point_B[:, None], right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)
+        tokens_B = torch.searchsorted(cumulative_BV, point_B[:, None], right=True)[:, 0].clamp(
+            max=logits_BV.shape[-1] - 1
+        )
     return tokens_B, logprobs_BV.gather(-1, tokens_B[:, None])[:, 0]
 
 

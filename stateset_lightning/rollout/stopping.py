@@ -15,8 +15,8 @@ class StopStrings:
     def __init__(self, strings: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
         self.strings = list(strings)
         self.tokenizer = tokenizer
-        # Every token is at least one byte, so a string lies within as many tokens as it has bytes. The extra ones complete
-        # a character that is cut at the window's start.
+        # Every token is at least one byte, so a string lies within as many tokens as it has bytes. The extra ones
+        # complete a character that is cut at the window's start.
         self.window = max((len(text.encode()) for text in strings), default=0) + 4
 
     def found(self, tokens: list[int]) -> bool:

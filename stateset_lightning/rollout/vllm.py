@@ -1,7 +1,8 @@
 """The vLLM engine: samples on running vLLM servers, token ids in, token ids and log-probs out.
 
-The servers get the policy's weights before they sample: an adapter is swapped in, a whole model is reloaded from a shared folder. After
-each time the log-probs of a few tokens are compared with the policy's: no run goes on with a server that computes something else.
+The servers get the policy's weights before they sample: an adapter is swapped in, a whole model is reloaded from a
+shared folder. After each time the log-probs of a few tokens are compared with the policy's: no run goes on with a
+server that computes something else.
 """
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
@@ -34,14 +35,18 @@ log = logging.getLogger("stateset_lightning")
 class VLLMEngine:
     """Samples from the policy on vLLM servers.
 
-    One request per completion, with a seed of its own: its noise follows from that alone, whatever is sampled beside it. The same tokens
-    come again as far as the server's kernels give the same logits in another batch. Greedy completions have log-probs at temperature 1.
+    One request per completion, with a seed of its own: its noise follows from that alone, whatever is sampled beside
+    it. The same tokens come again as far as the server's kernels give the same logits in another batch. Greedy
+    completions have log-probs at temperature 1.
 
     Args:
-        urls: The servers. Prompts are dealt out to them in turn, the completions of one prompt to one server, which computes it once.
-        folder: Where weights are handed over; the servers must see it under the same path. None: the system's for temporary files.
+        urls: The servers. Prompts are dealt out to them in turn, the completions of one prompt to one server, which
+            computes it once.
+        folder: Where weights are handed over; the servers must see it under the same path. None: the system's for
+            temporary files.
         dtype: That the servers compute in (their --dtype); it decides the tolerance. None: the policy's.
-        tolerance: Nats per token by which log-probs of servers and policy may differ after a sync. None: by dtype (`logprob_tolerance`).
+        tolerance: Nats per token by which log-probs of servers and policy may differ after a sync. None: by dtype
+            (`logprob_tolerance`).
         request_timeout: Seconds for one completion, with the time that it waits in the server's queue.
         max_wait_minutes: How long a server may be away before the run stops.
     """
@@ -59,8 +64,12 @@ class VLLMEngine:
         values = {"tolerance": tolerance, "request_timeout": request_timeout, "max_wait_minutes": max_wait_minutes}
         check_bounds("model.engine", VLLMEngine.__init__, values)
         if not urls or isinstance(urls, str):
-            raise ConfigError(f"model.engine.urls={urls!r} must be a list of addresses, such as [http://127.0.0.1:8000]")
-        self.servers = [VLLMServer(url, request_timeout=request_timeout, max_wait=60 * max_wait_minutes) for url in urls]
+            raise ConfigError(
+                f"model.engine.urls={urls!r} must be a list of addresses, such as [http://127.0.0.1:8000]"
+            )
+        self.servers = [
+            VLLMServer(url, request_timeout=request_timeout, max_wait=60 * max_wait_minutes) for url in urls
+        ]
         self._make_sync = partial(WeightSync, self.servers, folder=folder, dtype=dtype, tolerance=tolerance)
         self._restored = 0
 
@@ -75,8 +84,9 @@ class VLLMEngine:
         self._weights = self._make_sync(sampling)
         if sampling.temperature != 1 and (filters := filters_of(sampling)):
             raise ConfigError(
-                f"model.rollout.temperature={sampling.temperature} with {', '.join(filters)}: vLLM's log-probs are either those behind the "
-                "filters or those of undivided logits, and training needs neither: set temperature to 1, or leave the filters out"
+                f"model.rollout.temperature={sampling.temperature} with {', '.join(filters)}: vLLM's log-probs are"
+                " either those behind the filters or those of undivided logits, and training needs neither: set"
+                " temperature to 1, or leave the filters out"
             )
         lengths = []
         for server in self.servers:
@@ -123,7 +133,12 @@ class VLLMEngine:
         assert synced is not None, "sync(policy) comes before generate"
         assert len(seeds_N) == len(prompts) * num_generations
         self._check_length(prompts, sampling.max_new_tokens)
-        common = {"max_tokens": sampling.max_new_tokens, "stop_token_ids": self._eos, "logprobs": 0, "return_token_ids": True}
+        common = {
+            "max_tokens": sampling.max_new_tokens,
+            "stop_token_ids": self._eos,
+            "logprobs": 0,
+            "return_token_ids": True,
+        }
         if sampling.stop:
             common |= {"stop": sampling.stop, "include_stop_str_in_output": True}
         calls = []
@@ -146,17 +161,22 @@ class VLLMEngine:
                     on_finished(n, texts[n], len(choice["token_ids"]))
         finally:
             threads.close(seconds=0)
-        tokens_N, logprobs_N = [choice["token_ids"] for choice in choices], [choice["logprobs"]["token_logprobs"] for choice in choices]
+        tokens_N, logprobs_N = (
+            [choice["token_ids"] for choice in choices],
+            [choice["logprobs"]["token_logprobs"] for choice in choices],
+        )
         reasons = [FinishReason(choice["finish_reason"]) for choice in choices]
         rollout = rollout_of(prompts, tokens_N, logprobs_N, reasons, texts)
         if not rollout.logprobs_T.isfinite().all():
-            raise NonFiniteError("a server's log-probs are not finite: the weights have diverged; go back to an earlier checkpoint")
+            raise NonFiniteError(
+                "a server's log-probs are not finite: the weights have diverged; go back to an earlier checkpoint"
+            )
         return rollout
 
     def _check_length(self, prompts: list[list[int]], max_new_tokens: int) -> None:
         longest = max(map(len, prompts))
         if longest + max_new_tokens > self.max_length:
             raise ConfigError(
-                f"a prompt of {longest} tokens and model.rollout.max_new_tokens={max_new_tokens} exceed the server's --max-model-len of "
-                f"{self.max_length}: raise it, or lower max_new_tokens or data.max_prompt_tokens"
+                f"a prompt of {longest} tokens and model.rollout.max_new_tokens={max_new_tokens} exceed the server's"
+                f" --max-model-len of {self.max_length}: raise it, or lower max_new_tokens or data.max_prompt_tokens"
             )

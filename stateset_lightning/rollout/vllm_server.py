@@ -1,4 +1,6 @@
-"""One vLLM server as its client sees it: JSON over HTTP, patience while it is away, and its weights given back when it returns."""
+"""One vLLM server as its client sees it: JSON over HTTP, patience while it is away, and its weights given back when it
+returns.
+"""
 
 from __future__ import annotations
 
@@ -122,13 +124,15 @@ class VLLMServer:
         with self._lock:
             if self.restored != seen:
                 return
-            log.warning("%s does not answer (%s): waiting for it, %.3g minutes at most", self.url, reason, self.max_wait / 60)
+            log.warning(
+                "%s does not answer (%s): waiting for it, %.3g minutes at most", self.url, reason, self.max_wait / 60
+            )
             pause = FIRST_PAUSE
             while True:
                 if time.monotonic() + pause > deadline:
                     raise ServerError(
-                        f"{self.url} has been away for {self.max_wait / 60:.3g} minutes (model.engine.max_wait_minutes; {reason}): "
-                        "start it again, then the run with --ckpt_path last"
+                        f"{self.url} has been away for {self.max_wait / 60:.3g} minutes (model.engine.max_wait_minutes;"
+                        f" {reason}): start it again, then the run with --ckpt_path last"
                     ) from reason
                 time.sleep(pause)
                 try:
@@ -151,4 +155,6 @@ def _message(error: urllib.error.HTTPError) -> str:
     except (OSError, http.client.HTTPException):
         return str(error.reason)
     inner = content.get("error", content) if isinstance(content, dict) else content
-    return str(inner.get("message") or inner.get("detail") or inner)[:300] if isinstance(inner, dict) else str(inner)[:300]
+    return (
+        str(inner.get("message") or inner.get("detail") or inner)[:300] if isinstance(inner, dict) else str(inner)[:300]
+    )

@@ -23,7 +23,15 @@ from stateset_lightning.rollout.vllm_server import VLLMServer
 from stateset_lightning.types import Metrics
 
 PROBE_PROMPT = list(range(3, 16))
-PROBE = {"prompt": PROBE_PROMPT, "n": 4, "max_tokens": 8, "seed": 0, "ignore_eos": True, "logprobs": 0, "return_token_ids": True}
+PROBE = {
+    "prompt": PROBE_PROMPT,
+    "n": 4,
+    "max_tokens": 8,
+    "seed": 0,
+    "ignore_eos": True,
+    "logprobs": 0,
+    "return_token_ids": True,
+}
 """Asks for the few tokens whose log-probs are compared. Any tokens do: the policy is asked about the same ones."""
 
 Completions = list[tuple[list[int], Tensor]]
@@ -42,7 +50,9 @@ class Synced:
 
 
 def request(server: VLLMServer, synced: Synced, sampling: RolloutConfig, greedy: bool = False) -> dict[str, Any]:
-    """What every completion request says. All of it: what is left out, a server takes from the model's generation config."""
+    """What every completion request says. All of it: what is left out, a server takes from the model's generation
+    config.
+    """
     return {
         "model": synced.adapter or server.model,
         "cache_salt": "-".join(Path(synced.path).parts[-2:]),  # vLLM allows no slashes
@@ -68,7 +78,13 @@ class WeightSync:
     """
 
     def __init__(
-        self, servers: Sequence[VLLMServer], sampling: RolloutConfig, *, folder: str | None, dtype: str | None, tolerance: float | None
+        self,
+        servers: Sequence[VLLMServer],
+        sampling: RolloutConfig,
+        *,
+        folder: str | None,
+        dtype: str | None,
+        tolerance: float | None,
     ) -> None:
         self.servers = servers
         self.sampling = sampling
@@ -115,10 +131,12 @@ class WeightSync:
 
     def _hand_over(self, policy: Policy) -> Synced:
         if self._home is None:
-            self._home = tempfile.TemporaryDirectory(prefix="stateset-lightning-", dir=self._folder, ignore_cleanup_errors=True)
+            self._home = tempfile.TemporaryDirectory(
+                prefix="stateset-lightning-", dir=self._folder, ignore_cleanup_errors=True
+            )
         home = Path(self._home.name)
-        # A new path for each version: vLLM's prefix cache would go on with keys and values of old weights (it tells adapters apart by
-        # name and path, and requests by their salt, which is made of the path).
+        # A new path for each version: vLLM's prefix cache would go on with keys and values of old weights (it tells
+        # adapters apart by name and path, and requests by their salt, which is made of the path).
         self._version += 1
         path = home / str(self._version)
         if policy.adapter is None:
@@ -139,23 +157,36 @@ class WeightSync:
             if synced.adapter is None:
                 server.call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": synced.path}})
             else:
-                server.call("/v1/load_lora_adapter", {"lora_name": synced.adapter, "lora_path": synced.path, "load_inplace": True})
+                server.call(
+                    "/v1/load_lora_adapter",
+                    {"lora_name": synced.adapter, "lora_path": synced.path, "load_inplace": True},
+                )
         except ServerError as error:
             needed = "VLLM_SERVER_DEV_MODE=1"
             if synced.adapter is not None:
-                needed = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and a --max-lora-rank of at least model.policy.lora.rank"
-            raise ServerError(f"{error}. The server is started with {needed}, and sees the folder (model.engine.folder)") from error
+                needed = (
+                    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and a --max-lora-rank of at least"
+                    " model.policy.lora.rank"
+                )
+            raise ServerError(
+                f"{error}. The server is started with {needed}, and sees the folder (model.engine.folder)"
+            ) from error
 
     def _keep(self, server: VLLMServer, synced: Synced) -> None:
         if not _difference(self._answers(server, synced), synced.answers) <= synced.tolerance:
             self._restore(server, synced)
 
     def _restore(self, server: VLLMServer, synced: Synced) -> None:
-        """Weights for a server that was started again, perhaps while the policy is being trained: its last answers are the measure."""
+        """Weights for a server that was started again, perhaps while the policy is being trained: its last answers are
+        the measure.
+        """
         self._load(server, synced)
         difference = _difference(self._answers(server, synced), synced.answers)
         if not difference <= synced.tolerance:
-            raise SamplingError(f"{server.url} came back and answers differently: its log-probs are off by {difference:.2g} nats per token")
+            raise SamplingError(
+                f"{server.url} came back and answers differently: its log-probs are off by {difference:.2g} nats per"
+                " token"
+            )
 
     def _answers(self, server: VLLMServer, synced: Synced) -> Completions:
         choices = server.call("/v1/completions", {**request(server, synced, self.sampling), **PROBE})["choices"]
@@ -170,7 +201,9 @@ class WeightSync:
         answers = server.patiently(partial(self._answers, server, synced))
         temperature = self.sampling.temperature
         dtype = policy.model.dtype
-        limit = self.tolerance or logprob_tolerance(dtype, getattr(torch, self.dtype) if self.dtype else dtype, temperature=temperature)
+        limit = self.tolerance or logprob_tolerance(
+            dtype, getattr(torch, self.dtype) if self.dtype else dtype, temperature=temperature
+        )
         groups = [Group(PROBE_PROMPT, [tokens for tokens, _ in answers])]
         theirs_T = torch.cat([logprobs for _, logprobs in answers])
         with torch.autocast(policy.device.type, enabled=False):
@@ -178,16 +211,27 @@ class WeightSync:
         difference = float((theirs_T - ours_T).abs().mean())
         if not difference <= limit:
             if filters := filters_of(self.sampling):
-                guess = f"behind {', '.join(filters)}, vLLM's log-probs are ours with --logprobs-mode raw_logprobs alone"
+                guess = (
+                    f"behind {', '.join(filters)}, vLLM's log-probs are ours with --logprobs-mode raw_logprobs alone"
+                )
             elif float((theirs_T - undivided_T).abs().mean()) <= limit:
-                guess = "its log-probs are of logits not divided by the temperature: start it with --logprobs-mode processed_logprobs"
+                guess = (
+                    "its log-probs are of logits not divided by the temperature: start it with --logprobs-mode"
+                    " processed_logprobs"
+                )
             elif synced.adapter is None:
-                guess = "it serves another model, or cannot reload weights, as vLLM's CPU build: then train an adapter, model.policy.lora"
+                guess = (
+                    "it serves another model, or cannot reload weights, as vLLM's CPU build: then train an adapter,"
+                    " model.policy.lora"
+                )
             else:
-                guess = "it serves another model than model.policy.model_name, or in a precision that model.engine.dtype does not say"
+                guess = (
+                    "it serves another model than model.policy.model_name, or in a precision that model.engine.dtype"
+                    " does not say"
+                )
             raise SamplingError(
-                f"{server.url} does not compute the policy: with its weights, log-probs differ by {difference:.2g} nats per token, and "
-                f"float error is below {limit:.2g} (temperature {temperature:g}). Probably {guess}"
+                f"{server.url} does not compute the policy: with its weights, log-probs differ by {difference:.2g} nats"
+                f" per token, and float error is below {limit:.2g} (temperature {temperature:g}). Probably {guess}"
             )
         largest = float((theirs_T - ours_T).abs().max())
         lengths = [len(tokens) for tokens, _ in answers]
@@ -198,14 +242,18 @@ class WeightSync:
 def filters_of(sampling: RolloutConfig) -> list[str]:
     """What shapes the samples beside the temperature, as `name=value`."""
     values = {name: getattr(sampling, name) for name in ("top_k", "top_p", "min_p")}
-    return [f"{name}={value}" for name, value in values.items() if value is not None and (name, value) != ("top_p", 1.0)]
+    return [
+        f"{name}={value}" for name, value in values.items() if value is not None and (name, value) != ("top_p", 1.0)
+    ]
 
 
 def _difference(answers: Completions, expected: Completions) -> float:
     """Mean absolute difference of log-probs in nats, as far as the tokens are the same; infinite where none is."""
     differences = []
     for (tokens, logprobs), (other_tokens, other_logprobs) in zip(answers, expected, strict=True):
-        for token, logprob, other_token, other_logprob in zip(tokens, logprobs, other_tokens, other_logprobs, strict=True):
+        for token, logprob, other_token, other_logprob in zip(
+            tokens, logprobs, other_tokens, other_logprobs, strict=True
+        ):
             if token != other_token:  # a near tie, decided by float error
                 break
             differences.append(abs(float(logprob - other_logprob)))

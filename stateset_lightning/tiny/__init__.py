@@ -1,7 +1,8 @@
 """The bundled model: one million parameters that answer two-operand arithmetic rightly about four times in ten.
 
-Good enough to learn from reward and bad enough to improve, so that every config, example and test runs offline. `tiny` as a
-model name stands for this folder. `python -m stateset_lightning.tiny.train` makes it anew, from nothing, in a few minutes.
+Good enough to learn from reward and bad enough to improve, so that every config, example and test runs offline. `tiny`
+as a model name stands for this folder. `python -m stateset_lightning.tiny.train` makes it anew, from nothing, in a few
+minutes.
 """
 
 from pathlib import Path

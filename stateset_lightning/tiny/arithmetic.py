@@ -1,8 +1,8 @@
 """Arithmetic questions: the text that the bundled model is taught, and the scenarios of the demo.
 
-Every question belongs to one of three splits for good: `pretrain` text teaches the bundled model, `train` is what the demo
-learns from by reward, `validation` is seen by neither. Run `python -m stateset_lightning.tiny.arithmetic FOLDER` to write the
-demo's scenario files.
+Every question belongs to one of three splits for good: `pretrain` text teaches the bundled model, `train` is what the
+demo learns from by reward, `validation` is seen by neither. Run `python -m stateset_lightning.tiny.arithmetic FOLDER`
+to write the demo's scenario files.
 """
 
 from __future__ import annotations
@@ -48,10 +48,12 @@ def prompt_and_answer(question: Question) -> tuple[str, str]:
 
 
 def careless_answer(question: Question, keep_hundreds: bool = False) -> str:
-    """The answer of somebody who never carries and takes the smaller digit from the larger; right where neither matters.
+    """The answer of somebody who never carries and takes the smaller digit from the larger; right where neither
+    matters.
 
-    Two of the most frequent mistakes of learners (Brown and Burton, "Diagnostic models for procedural bugs in basic mathematical
-    skills", Cognitive Science 2, 1978). Unless `keep_hundreds`, nothing is carried into the hundreds either.
+    Two of the most frequent mistakes of learners (Brown and Burton, "Diagnostic models for procedural bugs in basic
+    mathematical skills", Cognitive Science 2, 1978). Unless `keep_hundreds`, nothing is carried into the hundreds
+    either.
     """
     a, operator, b = question
     if operator == "-":

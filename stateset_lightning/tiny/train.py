@@ -1,8 +1,9 @@
 """Makes the bundled model: `python -m stateset_lightning.tiny.train [FOLDER]`, a few minutes on two cores.
 
-A byte-level BPE tokenizer (digits apart, so that numbers are spelled) and a Qwen2 of one million parameters, taught by next-token
-prediction on arithmetic questions and answers that the demo never sees. Most of the answers it is taught are careless: they
-forget the carry, in the second lesson also into the hundreds. So its likeliest answer is right about four times in ten, and the
+A byte-level BPE tokenizer (digits apart, so that numbers are spelled) and a Qwen2 of one million parameters, taught by
+next-token prediction on arithmetic questions and answers that the demo never sees. Most of the answers it is taught are
+careless: they forget the carry, in the second lesson also into the hundreds. So its likeliest answer is right about
+    four times in ten, and the
 right one is among its samples: reward has something to find and something to mend.
 """
 
@@ -38,13 +39,18 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE that never merges digits or crosses words."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"\d| ?[^\s\d]+|\s"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(r"\d| ?[^\s\d]+|\s"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(
         SENTENCES.splitlines() + ["What is 1 + 2?"] * 50,
-        trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -96,7 +102,10 @@ def teach(
     """Next-token prediction on the answers, right ones and careless ones of `arithmetic.careless_answer`."""
     questions = split_questions("pretrain")
     right = [prompt_and_answer(question) for question in questions]
-    careless = [(prompt, careless_answer(question, keep_hundreds)) for question, (prompt, _) in zip(questions, right, strict=True)]
+    careless = [
+        (prompt, careless_answer(question, keep_hundreds))
+        for question, (prompt, _) in zip(questions, right, strict=True)
+    ]
     rows = [encode(tokenizer, prompt, answer) for prompt, answer in right + careless]
     width = max(len(ids) for ids, _ in rows)
     pad = tokenizer.pad_token_id

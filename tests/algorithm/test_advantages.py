@@ -33,7 +33,8 @@ def assert_rows(got: Tensor, *expected: tuple[float, ...], tolerance: float = 1e
     torch.testing.assert_close(got, rows(*expected), atol=tolerance, rtol=tolerance, equal_nan=True)
 
 
-# Totals -----------------------------------------------------------------------------------------------------------------------
+# Totals
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_totals_are_weighted_sums() -> None:
@@ -43,7 +44,15 @@ def test_totals_are_weighted_sums() -> None:
 
 def test_a_failed_reward_fails_the_completion_and_one_that_does_not_apply_is_left_out() -> None:
     scores = torch.tensor(
-        [[[1.0, NAN], [1.0, NOT_APPLICABLE], [NOT_APPLICABLE, 3.0], [NOT_APPLICABLE, NOT_APPLICABLE], [NAN, NOT_APPLICABLE]]]
+        [
+            [
+                [1.0, NAN],
+                [1.0, NOT_APPLICABLE],
+                [NOT_APPLICABLE, 3.0],
+                [NOT_APPLICABLE, NOT_APPLICABLE],
+                [NAN, NOT_APPLICABLE],
+            ]
+        ]
     )
     assert_rows(total_scores(scores, torch.tensor([2.0, 1.0])), (NAN, 2.0, 3.0, NAN, NAN))
 
@@ -53,7 +62,8 @@ def test_a_weight_of_zero_neither_hides_a_failure_nor_trips_over_what_does_not_a
     assert_rows(total_scores(scores, torch.tensor([1.0, 0.0])), (NAN, 1.0, 1.0))
 
 
-# Group-relative ---------------------------------------------------------------------------------------------------------------
+# Group-relative
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_one_right_of_four() -> None:
@@ -133,7 +143,9 @@ def test_large_and_negative_rewards_scale_away(factor: float) -> None:
 
 
 def test_a_common_offset_changes_nothing() -> None:
-    assert_rows(group_advantages(rows((1e6 + 1, 1e6, 1e6, 1e6))), *group_advantages(rows((1, 0, 0, 0))).tolist(), tolerance=1e-8)
+    assert_rows(
+        group_advantages(rows((1e6 + 1, 1e6, 1e6, 1e6))), *group_advantages(rows((1, 0, 0, 0))).tolist(), tolerance=1e-8
+    )
 
 
 def test_groups_are_independent_unless_the_batch_scales() -> None:
@@ -157,7 +169,8 @@ def test_survivors_advantages_sum_to_zero_and_keep_the_order_of_rewards(rewards:
             assert r1 <= r2 or a1 >= a2
 
 
-# BNPO -------------------------------------------------------------------------------------------------------------------------
+# BNPO
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 def beta_density(x: float, alpha: float, beta: float) -> float:
@@ -200,7 +213,9 @@ def test_bnpo_with_an_uneven_batch() -> None:
     ],
 )
 def test_bnpo_is_the_difference_alone_where_no_beta_fits(groups: tuple[tuple[float, ...], ...]) -> None:
-    assert_rows(beta_normalised_advantages(rows(*groups)), *group_advantages(rows(*groups), "none").tolist(), tolerance=1e-9)
+    assert_rows(
+        beta_normalised_advantages(rows(*groups)), *group_advantages(rows(*groups), "none").tolist(), tolerance=1e-9
+    )
 
 
 def test_bnpo_gives_constant_groups_exactly_zero_and_stays_finite_beside_them() -> None:
@@ -213,18 +228,25 @@ def test_bnpo_gives_constant_groups_exactly_zero_and_stays_finite_beside_them() 
 def test_bnpo_leaves_failures_out_of_mean_and_fit() -> None:
     full = beta_normalised_advantages(rows((1, 0, 0, 0), (1, 1, 1, 0)))
     holes = beta_normalised_advantages(rows((1, NAN, 0, 0, 0), (1, 1, NAN, 1, 0), (NAN, NAN, NAN, NAN, 1)))
-    assert holes.isnan().tolist() == [[False, True, False, False, False], [False, False, True, False, False], [True] * 5]
+    assert holes.isnan().tolist() == [
+        [False, True, False, False, False],
+        [False, False, True, False, False],
+        [True] * 5,
+    ]
     torch.testing.assert_close(holes[0, [0, 2, 3, 4]], full[0], atol=1e-9, rtol=0)
     torch.testing.assert_close(holes[1, [0, 1, 3, 4]], full[1], atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("outside", [-0.1, 1.5])
 def test_bnpo_refuses_rewards_outside_zero_and_one(outside: float) -> None:
-    with pytest.raises(ValueError, match=r"BNPO needs total rewards in \[0, 1\], got .*: rescale the rewards or their weights"):
+    with pytest.raises(
+        ValueError, match=r"BNPO needs total rewards in \[0, 1\], got .*: rescale the rewards or their weights"
+    ):
         beta_normalised_advantages(rows((outside, 0.5, 0.5)))
 
 
-# Other baselines --------------------------------------------------------------------------------------------------------------
+# Other baselines
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_leave_one_out_by_hand() -> None:
@@ -332,4 +354,6 @@ def test_huge_rewards_stay_finite_for_every_baseline(function: str) -> None:
 
 @pytest.mark.parametrize("function", [name for name in FUNCTIONS if name != "mean normalised"])
 def test_negative_rewards_count_like_any_other_for_every_baseline(function: str) -> None:
-    torch.testing.assert_close(one_reward(function, rows((-4, -5, -6))), one_reward(function, rows((6, 5, 4))), atol=1e-9, rtol=0)
+    torch.testing.assert_close(
+        one_reward(function, rows((-4, -5, -6))), one_reward(function, rows((6, 5, 4))), atol=1e-9, rtol=0
+    )

@@ -17,7 +17,11 @@ PRESETS = [found for found in EXPORTED if isinstance(found, type) and issubclass
 
 
 def weights(
-    lengths: list[int], trains: list[bool], aggregation: str, groups: list[int] | None = None, constant: int | None = None
+    lengths: list[int],
+    trains: list[bool],
+    aggregation: str,
+    groups: list[int] | None = None,
+    constant: int | None = None,
 ) -> list[float]:
     groups = groups if groups is not None else [0] * len(lengths)
     return token_weights(
@@ -29,7 +33,8 @@ def weights(
     ).tolist()
 
 
-# Three completions of 2, 4 and 6 tokens train; one of 8 does not. Of two prompts, the first has 2 + 4 tokens, the second 6.
+# Three completions of 2, 4 and 6 tokens train; one of 8 does not. Of two prompts, the first has 2 + 4 tokens, the
+# second 6.
 LENGTHS, TRAINS, GROUPS = [2, 4, 8, 6], [True, True, False, True], [0, 0, 1, 1]
 
 
@@ -44,12 +49,16 @@ LENGTHS, TRAINS, GROUPS = [2, 4, 8, 6], [True, True, False, True], [0, 0, 1, 1]
     ],
 )
 def test_weights_by_hand(aggregation: str, expected: list[float]) -> None:
-    assert weights(LENGTHS, TRAINS, aggregation, GROUPS, 10 if aggregation == "constant_length" else None) == pytest.approx(expected)
+    assert weights(
+        LENGTHS, TRAINS, aggregation, GROUPS, 10 if aggregation == "constant_length" else None
+    ) == pytest.approx(expected)
 
 
 def test_a_prompt_none_of_whose_completions_train_is_not_counted() -> None:
     # The second prompt has 3 tokens and the first 1; the third and its number do not count.
-    assert weights([1, 3, 5, 5], [True, True, False, False], "prompt_mean", [7, 3, 9, 9]) == pytest.approx([1 / 2, 1 / 6, 0, 0])
+    assert weights([1, 3, 5, 5], [True, True, False, False], "prompt_mean", [7, 3, 9, 9]) == pytest.approx(
+        [1 / 2, 1 / 6, 0, 0]
+    )
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -88,7 +97,9 @@ def check_a_split(algorithm: Algorithm, number: int, generator: torch.Generator)
     trains_N = torch.rand(number, generator=generator) < 0.8
     total = int(lengths_N.sum())
     logprobs_T = -torch.rand(total, generator=generator, dtype=torch.float64) * 3
-    old_T, ref_T, sampling_T = (logprobs_T + torch.randn(total, generator=generator, dtype=torch.float64) * 0.3 for _ in range(3))
+    old_T, ref_T, sampling_T = (
+        logprobs_T + torch.randn(total, generator=generator, dtype=torch.float64) * 0.3 for _ in range(3)
+    )
     advantages_N = torch.randn(number, generator=generator, dtype=torch.float64)
     weights_N = algorithm.token_weights(lengths_N, torch.arange(number) // 2, trains_N)
 
@@ -120,13 +131,17 @@ def check_a_split(algorithm: Algorithm, number: int, generator: torch.Generator)
     whole = loss_and_gradient(trains_N)
     pieces = [loss_and_gradient(trains_N & (parts_N == part)) for part in range(4)]
     torch.testing.assert_close(torch.stack([loss for loss, _ in pieces]).sum(), whole[0], atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(torch.stack([gradient for _, gradient in pieces]).sum(0), whole[1], atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(
+        torch.stack([gradient for _, gradient in pieces]).sum(0), whole[1], atol=1e-12, rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
 def test_any_split_into_micro_steps_sums_to_the_whole(preset: type[Algorithm], aggregation: str) -> None:
-    """Loss and gradient of an optimizer step equal the sums over its parts, whoever is in which; with every term that exists."""
+    """Loss and gradient of an optimizer step equal the sums over its parts, whoever is in which; with every term that
+    exists.
+    """
     algorithm = preset(aggregation=aggregation, beta=0.1, entropy_coefficient=0.01, off_policy_threshold=0.05)  # type: ignore[call-arg]
     algorithm.setup(max_new_tokens=6)
     generator = torch.Generator().manual_seed(1)

@@ -10,7 +10,9 @@ from stateset_lightning.algorithm import KL, AdaptiveEntropy, Algorithm, Clipped
 from stateset_lightning.errors import ConfigError
 
 
-def batch(ratios: list[float], advantages: list[float], lengths: list[int], reference: list[float] | None = None) -> TokenBatch:
+def batch(
+    ratios: list[float], advantages: list[float], lengths: list[int], reference: list[float] | None = None
+) -> TokenBatch:
     logprobs_T = torch.tensor(ratios).log() - 1
     return TokenBatch(
         logprobs_T,
@@ -79,7 +81,9 @@ def test_a_constant_length_without_its_aggregation_is_refused() -> None:
 def test_all_completions_train_unless_said_otherwise() -> None:
     lengths_N, groups_N = torch.tensor([2, 4]), torch.tensor([0, 0])
     assert Algorithm().token_weights(lengths_N, groups_N).tolist() == pytest.approx([1 / 4, 1 / 8])
-    assert Algorithm().token_weights(lengths_N, groups_N, torch.tensor([False, True])).tolist() == pytest.approx([0, 1 / 4])
+    assert Algorithm().token_weights(lengths_N, groups_N, torch.tensor([False, True])).tolist() == pytest.approx(
+        [0, 1 / 4]
+    )
 
 
 def test_the_loss_keeps_the_precision_of_its_log_probs() -> None:
@@ -98,7 +102,8 @@ def test_the_plain_policy_gradient_by_hand() -> None:
     assert logprobs_T.grad.tolist() == [-2.0, -2.0, 1.0]
 
 
-# Terms and corrections --------------------------------------------------------------------------------------------------------
+# Terms and corrections
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_kl_in_the_reward_leaves_the_loss_alone_and_is_reported() -> None:
@@ -144,7 +149,9 @@ def test_a_fixed_coefficient_does_not_move() -> None:
 def with_entropies(entropies: list[float], lengths: list[int]) -> TokenBatch:
     count = len(entropies)
     entropies_T = torch.tensor(entropies, requires_grad=True)
-    return TokenBatch(torch.zeros(count), torch.zeros(count), torch.ones(len(lengths)), torch.tensor(lengths), entropies_T=entropies_T)
+    return TokenBatch(
+        torch.zeros(count), torch.zeros(count), torch.ones(len(lengths)), torch.tensor(lengths), entropies_T=entropies_T
+    )
 
 
 def test_the_entropy_bonus_by_hand() -> None:
@@ -162,10 +169,18 @@ def test_the_entropy_bonus_by_hand() -> None:
 
 
 def test_an_adaptive_entropy_coefficient_acts_below_its_target_alone() -> None:
-    algorithm = Clipped(entropy_coefficient=0.01, adaptive_entropy=AdaptiveEntropy(target=0.5, delta=0.005, maximum=0.02))
+    algorithm = Clipped(
+        entropy_coefficient=0.01, adaptive_entropy=AdaptiveEntropy(target=0.5, delta=0.005, maximum=0.02)
+    )
     assert algorithm.trains_on_zero_advantage
     assert algorithm.entropy_bonus == 0.0  # nothing measured yet
-    for entropy, coefficient, bonus in ((0.4, 0.015, 0.015), (0.4, 0.02, 0.02), (0.4, 0.02, 0.02), (0.5, 0.015, 0.015), (0.9, 0.01, 0.0)):
+    for entropy, coefficient, bonus in (
+        (0.4, 0.015, 0.015),
+        (0.4, 0.02, 0.02),
+        (0.4, 0.02, 0.02),
+        (0.5, 0.015, 0.015),
+        (0.9, 0.01, 0.0),
+    ):
         algorithm.adapt({"policy/entropy": entropy})
         assert algorithm.entropy_coefficient == pytest.approx(coefficient)
         assert algorithm.entropy_bonus == pytest.approx(bonus)
@@ -194,7 +209,8 @@ def test_top_entropy_trains_the_chosen_tokens_alone_and_keeps_the_other_terms() 
 
 
 def test_the_off_policy_mask_drops_drifted_completions_with_a_negative_advantage() -> None:
-    # Log-probs have fallen by log 2 = 0.69 in the first two completions, and not in the third; only the second is negative.
+    # Log-probs have fallen by log 2 = 0.69 in the first two completions, and not in the third; only the second is
+    # negative.
     tokens = batch([0.5, 0.5, 0.5, 0.5, 1.0], [1.0, -1.0, -1.0], [2, 2, 1])
     loss_T, metrics = Algorithm(off_policy_threshold=0.6).per_token_loss(tokens)
     plain_T, _ = Algorithm().per_token_loss(tokens)
@@ -208,7 +224,9 @@ def test_the_off_policy_mask_drops_drifted_completions_with_a_negative_advantage
 
 def test_a_mismatch_weighs_the_policy_loss_and_not_the_kl() -> None:
     # The trainer finds the first token e^0.5 as likely as the sampler did, the second e^1 (weight cut at 2).
-    tokens = replace(batch([1.0, 1.0], [1.0], [2], reference=[-1 + 0.6931472, -1.0]), sampling_logprobs_T=torch.tensor([-1.5, -2.0]))
+    tokens = replace(
+        batch([1.0, 1.0], [1.0], [2], reference=[-1 + 0.6931472, -1.0]), sampling_logprobs_T=torch.tensor([-1.5, -2.0])
+    )
     plain_T, metrics = Clipped(beta=0.5).per_token_loss(tokens)
     assert plain_T.tolist() == pytest.approx([-1 + 0.1534264, -1.0], abs=1e-6)
     assert {"mismatch/kl", "mismatch/ess"} <= set(metrics)
@@ -219,7 +237,8 @@ def test_a_mismatch_weighs_the_policy_loss_and_not_the_kl() -> None:
         Clipped(mismatch=Mismatch()).per_token_loss(batch([1.0], [1.0], [1]))
 
 
-# Bad options ------------------------------------------------------------------------------------------------------------------
+# Bad options
+# ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

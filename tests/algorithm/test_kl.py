@@ -20,7 +20,9 @@ def exact_kl(logits: Tensor) -> Tensor:
 
 
 def expected(estimator: Any, sampled_from: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of an estimate over all tokens, drawn from fixed probabilities, and its gradient with respect to the logits."""
+    """Mean of an estimate over all tokens, drawn from fixed probabilities, and its gradient with respect to the
+    logits.
+    """
     logits = P_LOGITS.clone().requires_grad_()
     value = (sampled_from * kl_estimate(estimator, logits.log_softmax(0), Q.log(), sampled_from.log())).sum()
     value.backward()
@@ -29,8 +31,11 @@ def expected(estimator: Any, sampled_from: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def test_each_estimate_by_hand() -> None:
-    # Policy -1, reference -1 - log 2: the policy is twice as likely. k1 = log 2, k2 = log^2 2 / 2, k3 = 1/2 - 1 + log 2.
-    logprob, reference, old = (torch.tensor([x], dtype=torch.float64) for x in (-1.0, -1 - math.log(2), -1 - math.log(3)))
+    # Policy -1, reference -1 - log 2: the policy is twice as likely. k1 = log 2, k2 = log^2 2 / 2, k3 = 1/2 - 1 + log
+    # 2.
+    logprob, reference, old = (
+        torch.tensor([x], dtype=torch.float64) for x in (-1.0, -1 - math.log(2), -1 - math.log(3))
+    )
     assert kl_estimate("k1", logprob, reference).item() == pytest.approx(math.log(2))
     assert kl_estimate("k2", logprob, reference).item() == pytest.approx(math.log(2) ** 2 / 2)
     assert kl_estimate("k3", logprob, reference).item() == pytest.approx(math.log(2) - 0.5)
@@ -88,7 +93,8 @@ def test_gradients_are_those_of_finite_differences(estimator: Any) -> None:
 
 
 def test_k3_by_hand() -> None:
-    # d = log 2: 2 - log 2 - 1, gradient with respect to the policy's log-prob 1 - 2 = -1. d = -log 2: 1/2 + log 2 - 1, gradient 1/2.
+    # d = log 2: 2 - log 2 - 1, gradient with respect to the policy's log-prob 1 - 2 = -1. d = -log 2: 1/2 + log 2 - 1,
+    # gradient 1/2.
     logprobs = torch.tensor([-3.0, -3.0, -3.0], dtype=torch.float64, requires_grad=True)
     reference = torch.tensor([-3.0 + math.log(2), -3.0 - math.log(2), -3.0], dtype=torch.float64)
     values = k3(logprobs, reference)

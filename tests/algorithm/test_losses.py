@@ -24,7 +24,11 @@ def clipped(
     loss, metrics = clipped_loss(logprob, old, advantages, epsilon_low=low, epsilon_high=high, delta=delta)
     loss.sum().backward()
     assert logprob.grad is not None
-    return loss.item(), logprob.grad.item(), {name: float(total) / float(count) for name, (total, count) in metrics.items()}
+    return (
+        loss.item(),
+        logprob.grad.item(),
+        {name: float(total) / float(count) for name, (total, count) in metrics.items()},
+    )
 
 
 @pytest.mark.parametrize(
@@ -44,11 +48,15 @@ def clipped(
         (0.5, 2.0, -1.0, -1.0, 0, 0),
     ],
 )
-def test_the_clipped_loss_by_hand(ratio: float, advantage: float, value: float, gradient: float, clip_low: int, clip_high: int) -> None:
+def test_the_clipped_loss_by_hand(
+    ratio: float, advantage: float, value: float, gradient: float, clip_low: int, clip_high: int
+) -> None:
     loss, slope, metrics = clipped(ratio, advantage)
     assert loss == pytest.approx(value)
     assert slope == pytest.approx(gradient)
-    assert metrics == pytest.approx({"policy/ratio_mean": ratio, "policy/clip_low": clip_low, "policy/clip_high": clip_high})
+    assert metrics == pytest.approx(
+        {"policy/ratio_mean": ratio, "policy/clip_low": clip_low, "policy/clip_high": clip_high}
+    )
 
 
 def test_the_bounds_are_separate() -> None:
@@ -106,7 +114,11 @@ def test_dual_clip_and_the_two_sided_bound_are_one(log_ratio: float, advantage: 
     "function",
     [
         lambda x: clipped_loss(
-            x, torch.full((6,), -1.0).double(), torch.tensor([1.0, 1, 1, -1, -1, -1]).double(), epsilon_low=0.2, epsilon_high=0.28
+            x,
+            torch.full((6,), -1.0).double(),
+            torch.tensor([1.0, 1, 1, -1, -1, -1]).double(),
+            epsilon_low=0.2,
+            epsilon_high=0.28,
         )[0],
         lambda x: clipped_loss(x, OLD, ADVANTAGES, epsilon_low=0.2, epsilon_high=0.2, delta=1.5)[0],
         lambda x: sapo_loss(x, OLD, ADVANTAGES, tau_positive=1.0, tau_negative=1.05)[0],

@@ -43,7 +43,9 @@ def test_the_sequence_mask_drops_completions_by_their_geometric_mean() -> None:
 def test_equal_samplers_change_nothing() -> None:
     for kind in ("token_tis", "sequence_tis", "icepop", "sequence_mask"):
         assert mismatch_weights(SAMPLING, SAMPLING, LENGTHS, Mismatch(kind)).tolist() == [1.0] * 5  # type: ignore[arg-type]
-    metrics = {name: float(total) / float(count) for name, (total, count) in mismatch_metrics(SAMPLING, SAMPLING).items()}
+    metrics = {
+        name: float(total) / float(count) for name, (total, count) in mismatch_metrics(SAMPLING, SAMPLING).items()
+    }
     assert metrics == {"mismatch/kl": 0.0, "mismatch/ess": 1.0}
 
 
@@ -63,5 +65,7 @@ def test_weights_carry_no_gradient() -> None:
 def test_on_average_untruncated_weights_turn_the_samplers_mean_into_the_trainers() -> None:
     sampler, trainer = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
     values = torch.tensor([1.0, 5.0, -2.0])
-    weights_T = mismatch_weights(trainer.log(), sampler.log(), torch.tensor([1, 1, 1]), Mismatch("token_tis", high=100.0))
+    weights_T = mismatch_weights(
+        trainer.log(), sampler.log(), torch.tensor([1, 1, 1]), Mismatch("token_tis", high=100.0)
+    )
     torch.testing.assert_close((sampler * weights_T * values).sum(), (trainer * values).sum())

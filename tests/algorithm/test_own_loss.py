@@ -12,7 +12,9 @@ from stateset_lightning.algorithm import Algorithm, TokenBatch
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("own_loss_example", Path(__file__).parents[2] / "examples" / "own_loss.py")
+    spec = importlib.util.spec_from_file_location(
+        "own_loss_example", Path(__file__).parents[2] / "examples" / "own_loss.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

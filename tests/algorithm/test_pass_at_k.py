@@ -14,7 +14,9 @@ from stateset_lightning.errors import ConfigError
 
 
 def by_enumeration(rewards: list[float], k: int) -> list[float]:
-    """Mean over the subsets that hold a completion of (largest reward - mean over all subsets) / standard deviation over all."""
+    """Mean over the subsets that hold a completion of (largest reward - mean over all subsets) / standard deviation
+    over all.
+    """
     subsets = list(combinations(range(len(rewards)), k))
     best = {subset: max(rewards[i] for i in subset) for subset in subsets}
     mean = math.fsum(best.values()) / len(subsets)

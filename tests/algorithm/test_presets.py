@@ -1,7 +1,9 @@
-"""Each preset as its paper defines it: a loss and its gradient worked out by hand, finite differences, defaults, options.
+"""Each preset as its paper defines it: a loss and its gradient worked out by hand, finite differences, defaults,
+options.
 
-The case: one prompt with rewards (1, 0), completions of 1 and 3 tokens, a second prompt with rewards (1, 1) and 2 tokens each. Ratios
-are 1.5 for the first token, 1.25 for the last of the second completion, 1 elsewhere; old log-probs are -2.
+The case: one prompt with rewards (1, 0), completions of 1 and 3 tokens, a second prompt with rewards (1, 1) and 2
+tokens each. Ratios are 1.5 for the first token, 1.25 for the last of the second completion, 1 elsewhere; old log-probs
+are -2.
 """
 
 import math
@@ -47,7 +49,11 @@ from stateset_lightning.algorithm.segments import per_token
 from stateset_lightning.errors import ConfigError
 
 EXPORTED = [getattr(algorithms, name) for name in algorithms.__all__]
-PRESETS = [found for found in EXPORTED if isinstance(found, type) and issubclass(found, Algorithm) and found not in (Algorithm, Clipped)]
+PRESETS = [
+    found
+    for found in EXPORTED
+    if isinstance(found, type) and issubclass(found, Algorithm) and found not in (Algorithm, Clipped)
+]
 
 LENGTHS = torch.tensor([1, 3, 2, 2])
 RATIOS = torch.tensor([1.5, 1.0, 1.0, 1.25, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
@@ -58,9 +64,14 @@ A = 0.5 / SIGMA  # GRPO's advantages: A, -A, 0, 0
 
 
 def loss_and_gradient(
-    algorithm: Algorithm, reference_gap: float = 0.0, select: list[bool] | None = None, greedy: list[float] | None = None
+    algorithm: Algorithm,
+    reference_gap: float = 0.0,
+    select: list[bool] | None = None,
+    greedy: list[float] | None = None,
 ) -> tuple[float, list[float]]:
-    """The loss of the case and its gradient with respect to the log-probs; the reference's are `reference_gap` above the policy's."""
+    """The loss of the case and its gradient with respect to the log-probs; the reference's are `reference_gap` above
+    the policy's.
+    """
     algorithm.setup(max_new_tokens=10)
     logprobs_T = LOGPROBS.clone().requires_grad_()
     baseline_PF = None if greedy is None else torch.tensor(greedy)[:, None]
@@ -82,7 +93,8 @@ def loss_and_gradient(
 
 def test_grpo() -> None:
     # Advantages +-1/2 over sigma; four completions, so a token weighs 1/4, 1/12, 1/8, 1/8.
-    # The first token's ratio 1.5 is bounded at 1.2 (no gradient); the fourth's 1.25 is not, its advantage being negative.
+    # The first token's ratio 1.5 is bounded at 1.2 (no gradient); the fourth's 1.25 is not, its advantage being
+    # negative.
     a = 0.5 / SIGMA
     value = -1.2 * a / 4 + (1 + 1 + 1.25) * a / 12
     gradient = [0, a / 12, a / 12, 1.25 * a / 12, 0, 0, 0, 0]
@@ -92,7 +104,8 @@ def test_grpo() -> None:
 
 
 def test_grpo_with_the_papers_kl() -> None:
-    # A reference log 2 above the policy: k3 = 2 - log 2 - 1 per token, gradient 1 - 2 = -1. The weights sum to 1 over all tokens.
+    # A reference log 2 above the policy: k3 = 2 - log 2 - 1 per token, gradient 1 - 2 = -1. The weights sum to 1 over
+    # all tokens.
     loss, slope = loss_and_gradient(GRPO(), reference_gap=math.log(2))
     plain_loss, plain_slope = loss_and_gradient(GRPO(beta=0))
     assert loss == pytest.approx(plain_loss + 0.04 * (1 - math.log(2)))
@@ -120,8 +133,9 @@ def test_dapo() -> None:
 
 
 def test_bnpo() -> None:
-    # Mean rewards 1/2 and 1: mean 3/4, variance 1/16; a + b = (3/16) / (1/16) - 1 = 2, a = 3/2, b = 1/2; alpha = 3/2, beta = 7/6.
-    # Density at 1/2 by the definition of the Beta function; advantages +-1/2 over it; every token weighs 1/8.
+    # Mean rewards 1/2 and 1: mean 3/4, variance 1/16; a + b = (3/16) / (1/16) - 1 = 2, a = 3/2, b = 1/2; alpha = 3/2,
+    # beta = 7/6. Density at 1/2 by the definition of the Beta function; advantages +-1/2 over it; every token weighs
+    # 1/8.
     density = math.gamma(3 / 2 + 7 / 6) / (math.gamma(3 / 2) * math.gamma(7 / 6)) * 0.5 ** (1 / 2) * 0.5 ** (1 / 6)
     a = 0.5 / density
     value = -1.2 * a / 8 + (1 + 1 + 1.25) * a / 8
@@ -200,7 +214,8 @@ def test_cispo() -> None:
 
 
 def test_sapo() -> None:
-    # The gate (4 / tau) sigmoid(tau (r - 1)); its slope by the log-prob is 4 s (1 - s) r. tau = 1 for the first, 1.05 for the rest.
+    # The gate (4 / tau) sigmoid(tau (r - 1)); its slope by the log-prob is 4 s (1 - s) r. tau = 1 for the first, 1.05
+    # for the rest.
     def sigmoid(x: float) -> float:
         return 1 / (1 + math.exp(-x))
 
@@ -211,7 +226,8 @@ def test_sapo() -> None:
 
 
 def test_dppo() -> None:
-    # Advantages +-1/2, every token weighs 1/40. The first probability rises from 0.1353 by 0.0677, less than 0.15: weight 1.5.
+    # Advantages +-1/2, every token weighs 1/40. The first probability rises from 0.1353 by 0.0677, less than 0.15:
+    # weight 1.5.
     second = 0.5 * (SECOND[0] + SECOND[1] + 1.25 * SECOND[2])
     gradient = [0.5 / 40, 0.5 / 40, 0.625 / 40]
     check(DPPO(), (-0.5 * 1.5 * FIRST + second) / 40, [-0.75 / 40, *gradient])
@@ -225,9 +241,14 @@ def test_dppo() -> None:
 
 
 def test_dppo_compares_with_the_sampler() -> None:
-    # The sampler gave the token e^-3 = 0.05, the trainer e^-2 = 0.14 then and e^-1 = 0.37 now: up by 0.32, masked at 0.3 and not at 0.35.
+    # The sampler gave the token e^-3 = 0.05, the trainer e^-2 = 0.14 then and e^-1 = 0.37 now: up by 0.32, masked at
+    # 0.3 and not at 0.35.
     tokens = TokenBatch(
-        torch.tensor([-1.0]), torch.tensor([-2.0]), torch.tensor([1.0]), torch.tensor([1]), sampling_logprobs_T=torch.tensor([-3.0])
+        torch.tensor([-1.0]),
+        torch.tensor([-2.0]),
+        torch.tensor([1.0]),
+        torch.tensor([1]),
+        sampling_logprobs_T=torch.tensor([-3.0]),
     )
     assert DPPO(delta_high=0.3).per_token_loss(tokens)[0].item() == 0.0
     assert DPPO(delta_high=0.35).per_token_loss(tokens)[0].item() == pytest.approx(math.exp(2))
@@ -253,14 +274,20 @@ S = 1.25 ** (1 / 3)  # the second completion's ratio: the geometric mean of 1, 1
 
 @pytest.mark.parametrize("preset", [GSPO, GSPOToken])
 def test_gspo(preset: type[Clipped]) -> None:
-    # The first completion's 1.5 is cut at 1.05; the second's S is above, but its advantage is negative: S A, a third to each token.
+    # The first completion's 1.5 is cut at 1.05; the second's S is above, but its advantage is negative: S A, a third to
+    # each token.
     check(preset(epsilon_low=0.05, epsilon_high=0.05), (-1.05 * A + S * A) / 4, [0, S * A / 12, S * A / 12, S * A / 12])
 
 
 def test_gspo_token_can_leave_out_a_token_where_gspo_cannot() -> None:
     select = [True, True, False, True, True, True, True, True]
     bounds = {"epsilon_low": 0.05, "epsilon_high": 0.05}
-    check(GSPOToken(**bounds, top_entropy=0.5), (-1.05 * A + S * A * 2 / 3) / 4, [0, S * A / 12, 0, S * A / 12], select=select)
+    check(
+        GSPOToken(**bounds, top_entropy=0.5),
+        (-1.05 * A + S * A * 2 / 3) / 4,
+        [0, S * A / 12, 0, S * A / 12],
+        select=select,
+    )
     with pytest.raises(TypeError, match="top_entropy"):
         GSPO(top_entropy=0.5)
 
@@ -273,18 +300,25 @@ def test_luspo() -> None:
 def test_gmpo() -> None:
     # log 1.5 = 0.405 is cut at 0.4; the second completion has nothing to cut.
     check(GMPO(), (-math.exp(0.4) * A + S * A) / 4, [0, S * A / 12, S * A / 12, S * A / 12])
-    # Cut before the mean: with a bound of 0.1 on a negative advantage's fall alone, the rise of 1.25 still counts whole.
-    check(GMPO(log_epsilon_low=0.1, log_epsilon_high=0.1), (-math.exp(0.1) * A + S * A) / 4, [0, S * A / 12, S * A / 12, S * A / 12])
+    # Cut before the mean: with a bound of 0.1 on a negative advantage's fall alone, the rise of 1.25 still counts
+    # whole.
+    check(
+        GMPO(log_epsilon_low=0.1, log_epsilon_high=0.1),
+        (-math.exp(0.1) * A + S * A) / 4,
+        [0, S * A / 12, S * A / 12, S * A / 12],
+    )
 
 
 def test_dro() -> None:
-    # Advantages +-1/2; tau / 2 = 0.05 times log^2 1.5 and log^2 1.25, whose slopes are 0.1 times the logarithms, for every token.
+    # Advantages +-1/2; tau / 2 = 0.05 times log^2 1.5 and log^2 1.25, whose slopes are 0.1 times the logarithms, for
+    # every token.
     value = (-0.5 * FIRST + 0.05 * math.log(1.5) ** 2 + 0.5 * sum(SECOND) + 0.05 * math.log(1.25) ** 2) / 4
     first, second = (-0.5 + 0.1 * math.log(1.5)) / 4, (0.5 + 0.1 * math.log(1.25)) / 4
     check(DRO(tau=0.1), value, [first, second, second, second])
 
 
-# Finite differences -----------------------------------------------------------------------------------------------------------
+# Finite differences
+# -----------------------------------------------------------------------------------------------------------
 
 STEADY = torch.tensor([1.1, 0.9, 1.05, 1.15, 0.7, 1.3, 1.02, 0.95], dtype=torch.float64).log() - 2  # no ratio at a kink
 SELECT = torch.tensor([True, False, True, True, False, True, True, False])
@@ -302,10 +336,14 @@ def weighted_loss(algorithm: Algorithm, logprobs_T: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3", "k3_unbiased"])
-@pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset not in (CISPO, DPPO, GSPOToken)], ids=lambda p: p.__name__)
+@pytest.mark.parametrize(
+    "preset", [preset for preset in PRESETS if preset not in (CISPO, DPPO, GSPOToken)], ids=lambda p: p.__name__
+)
 def test_the_gradient_is_that_of_finite_differences(preset: type[Algorithm], estimator: Any) -> None:
     algorithm = preset(beta=0.3, kl=KL(estimator))  # type: ignore[call-arg]
-    assert torch.autograd.gradcheck(lambda x: weighted_loss(algorithm, x), (STEADY.clone().requires_grad_(),), eps=1e-6, atol=1e-9)
+    assert torch.autograd.gradcheck(
+        lambda x: weighted_loss(algorithm, x), (STEADY.clone().requires_grad_(),), eps=1e-6, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize(
@@ -321,7 +359,9 @@ def test_the_gradient_is_that_of_finite_differences(preset: type[Algorithm], est
 def test_with_stopped_parts_held_fixed_the_gradient_is_that_of_finite_differences(
     preset: type[Algorithm], fixed: Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]
 ) -> None:
-    algorithm = preset(aggregation="token_mean", **({"epsilon_low": 0.9, "epsilon_high": 9.0} if preset is GSPOToken else {}))  # type: ignore[call-arg]
+    algorithm = preset(
+        aggregation="token_mean", **({"epsilon_low": 0.9, "epsilon_high": 9.0} if preset is GSPOToken else {})
+    )  # type: ignore[call-arg]
     here = STEADY.clone().requires_grad_()
     weighted_loss(algorithm, here).backward()
     advantages_T = per_token(torch.tensor([1.3, -0.4, 0.7, -1.1], dtype=torch.float64), LENGTHS)
@@ -340,15 +380,25 @@ def geometric_mean(ratio_T: Tensor) -> Tensor:
     return torch.stack([part.log().mean().exp() for part in ratio_T.split(LENGTHS.tolist())])
 
 
-# Defaults and options ---------------------------------------------------------------------------------------------------------
+# Defaults and options
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("algorithm", "defaults"),
     [
-        (GRPO(), {"epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.04, "scale": "group", "aggregation": "sequence_mean"}),
-        (DrGRPO(), {"epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.0, "scale": "none", "aggregation": "constant_length"}),
-        (DAPO(), {"epsilon_low": 0.2, "epsilon_high": 0.28, "beta": 0.0, "scale": "group", "aggregation": "token_mean"}),
+        (
+            GRPO(),
+            {"epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.04, "scale": "group", "aggregation": "sequence_mean"},
+        ),
+        (
+            DrGRPO(),
+            {"epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.0, "scale": "none", "aggregation": "constant_length"},
+        ),
+        (
+            DAPO(),
+            {"epsilon_low": 0.2, "epsilon_high": 0.28, "beta": 0.0, "scale": "group", "aggregation": "token_mean"},
+        ),
         (TopEntropy(), {"epsilon_high": 0.28, "top_entropy": 0.2, "aggregation": "token_mean"}),
         (BNPO(), {"epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.0, "aggregation": "token_mean"}),
         (GDPO(), {"epsilon_low": 0.2, "aggregation": "sequence_mean"}),
@@ -363,7 +413,16 @@ def geometric_mean(ratio_T: Tensor) -> Tensor:
         (GMPO(), {"log_epsilon_low": 0.4, "log_epsilon_high": 0.4, "scale": "group", "aggregation": "sequence_mean"}),
         (CISPO(), {"epsilon_high": 4.0, "scale": "group", "aggregation": "token_mean"}),
         (SAPO(), {"tau_positive": 1.0, "tau_negative": 1.05, "scale": "group", "aggregation": "sequence_mean"}),
-        (DPPO(), {"delta_low": 0.15, "delta_high": 0.15, "maximum_ratio": 20.0, "scale": "none", "aggregation": "constant_length"}),
+        (
+            DPPO(),
+            {
+                "delta_low": 0.15,
+                "delta_high": 0.15,
+                "maximum_ratio": 20.0,
+                "scale": "none",
+                "aggregation": "constant_length",
+            },
+        ),
         (ClipCov(), {"share": 2e-4, "omega_low": 1.0, "omega_high": 5.0, "aggregation": "token_mean"}),
         (KLCov(), {"share": 2e-3, "coefficient": 1.0, "aggregation": "token_mean"}),
         (DRO(), {"tau": 0.05, "scale": "none", "aggregation": "sequence_sum"}),
@@ -411,7 +470,9 @@ def parser() -> ArgumentParser:
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
-def test_the_command_line_has_every_option_that_the_loss_reads_and_no_other(preset: type[Algorithm], parser: ArgumentParser) -> None:
+def test_the_command_line_has_every_option_that_the_loss_reads_and_no_other(
+    preset: type[Algorithm], parser: ArgumentParser
+) -> None:
     path = f"stateset_lightning.algorithm.{preset.__name__}"
     arguments = [
         f"--algorithm={path}",
@@ -441,7 +502,9 @@ def test_the_command_line_holds_every_bound(preset: type[Algorithm], parser: Arg
     for name, value in BELOW_ITS_BOUND.items():
         if name.split(".")[0] in options and not (preset is DPPO and name.startswith("mismatch")):
             with pytest.raises(Exception, match=r"should be greater than|greater_than"):
-                parser.parse_args([f"--algorithm=stateset_lightning.algorithm.{preset.__name__}", f"--algorithm.{name}={value}"])
+                parser.parse_args(
+                    [f"--algorithm=stateset_lightning.algorithm.{preset.__name__}", f"--algorithm.{name}={value}"]
+                )
         if name in OPTIONS[preset]:
             with pytest.raises(ConfigError, match=rf"algorithm\.{name}={value} must be (at least|above)"):
                 preset(**{name: value})
@@ -456,7 +519,10 @@ def test_any_common_option_can_be_changed_by_itself(preset: type[Algorithm]) -> 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: GSPO(mismatch=Mismatch("token_tis")), r"kind='token_tis' weighs single tokens, and GSPO's ratio is of whole completions"),
+        (
+            lambda: GSPO(mismatch=Mismatch("token_tis")),
+            r"kind='token_tis' weighs single tokens, and GSPO's ratio is of whole completions",
+        ),
         (lambda: GMPO(mismatch=Mismatch("icepop")), r"kind='icepop' weighs single tokens, and GMPO's"),
         (lambda: DRO(mismatch=Mismatch("token_tis")), r"DRO's ratio is of whole completions"),
         (lambda: BNPO(beta=0.1, kl=KL("k1", "reward")), r"kl\.place='reward' does not go with BNPO"),
@@ -472,7 +538,14 @@ def test_contradictory_options_are_refused_and_say_why(make: Callable[[], object
 
 @pytest.mark.parametrize(
     ("preset", "option"),
-    [(CISPO, "delta"), (CISPO, "epsilon_low"), (RLOO, "scale"), (GSPO, "top_entropy"), (DPPO, "mismatch"), (OPO, "epsilon_low")],
+    [
+        (CISPO, "delta"),
+        (CISPO, "epsilon_low"),
+        (RLOO, "scale"),
+        (GSPO, "top_entropy"),
+        (DPPO, "mismatch"),
+        (OPO, "epsilon_low"),
+    ],
 )
 def test_an_option_that_a_loss_does_not_read_does_not_exist(preset: type[Algorithm], option: str) -> None:
     with pytest.raises(TypeError, match=option):

@@ -1,6 +1,8 @@
-"""Loss and gradient of every parameter against TRL 1.16's `GRPOTrainer._compute_loss`, on one small model; and where the two differ.
+"""Loss and gradient of every parameter against TRL 1.16's `GRPOTrainer._compute_loss`, on one small model; and where
+the two differ.
 
-TRL's method runs unchanged on a trainer that holds nothing else: one process, one micro-batch, one optimizer step per batch.
+TRL's method runs unchanged on a trainer that holds nothing else: one process, one micro-batch, one optimizer step per
+batch.
 """
 
 from __future__ import annotations
@@ -81,7 +83,11 @@ class Case:
     def gradients(self, loss: Tensor) -> dict[str, Tensor]:
         self.model.zero_grad()
         loss.backward()
-        return {name: parameter.grad.clone() for name, parameter in self.model.named_parameters() if parameter.grad is not None}
+        return {
+            name: parameter.grad.clone()
+            for name, parameter in self.model.named_parameters()
+            if parameter.grad is not None
+        }
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +188,11 @@ TOKEN_LEVEL = {
     "cispo": (CISPO, {"epsilon_high": 0.2}, {"loss_type": "cispo", "epsilon_high": 1.2}),
     "sapo": (SAPO, {}, {"loss_type": "sapo"}),
     "luspo by token": (GRPO, {"aggregation": "sequence_sum"}, {"loss_type": "luspo"}),
-    "top entropy": (TopEntropy, {"top_entropy": 0.4}, {"loss_type": "dapo", "epsilon_high": 0.28, "top_entropy_quantile": 0.4}),
+    "top entropy": (
+        TopEntropy,
+        {"top_entropy": 0.4},
+        {"loss_type": "dapo", "epsilon_high": 0.28, "top_entropy_quantile": 0.4},
+    ),
     "off-policy mask": (GRPO, {"off_policy_threshold": 0.1}, {"off_policy_mask_threshold": 0.1}),
 }
 
@@ -202,7 +212,11 @@ SEQUENCE_LEVEL = {
         {"epsilon_low": 0.1, "epsilon_high": 0.1, "delta": 1.15},
     ),
     "gspo-token": (GSPOToken, {"epsilon_low": 0.1, "epsilon_high": 0.1}, {"epsilon_low": 0.1, "epsilon_high": 0.1}),
-    "gspo, token mean": (GSPO, {"aggregation": "token_mean"}, {"loss_type": "dapo", "epsilon_low": 3e-4, "epsilon_high": 4e-4}),
+    "gspo, token mean": (
+        GSPO,
+        {"aggregation": "token_mean"},
+        {"loss_type": "dapo", "epsilon_low": 3e-4, "epsilon_high": 4e-4},
+    ),
     "gspo, constant length": (
         GSPO,
         {"aggregation": "constant_length"},
@@ -228,7 +242,10 @@ def test_truncated_importance_sampling_agrees(case: Case, level: str) -> None:
     ratio = log_ratio.exp().clamp(max=1.1)
     kind = "token_tis" if level == "token" else "sequence_tis"
     algorithm = GRPO(beta=0.0, mismatch=Mismatch(kind, high=1.1))  # type: ignore[arg-type]
-    assert distance(ours(case, algorithm, sampling=True), theirs(case, use_vllm=True, importance_sampling_ratio=ratio)) < 1e-6
+    assert (
+        distance(ours(case, algorithm, sampling=True), theirs(case, use_vllm=True, importance_sampling_ratio=ratio))
+        < 1e-6
+    )
 
 
 def test_the_off_policy_mask_reads_the_samplers_log_probs_as_theirs_does(case: Case) -> None:
@@ -245,7 +262,8 @@ def test_the_entropy_bonus_agrees_where_tokens_are_averaged(case: Case) -> None:
     assert differs > 1e-4
 
 
-# Where the two differ ---------------------------------------------------------------------------------------------------------
+# Where the two differ
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_cispo_differs_by_what_its_bound_means(case: Case) -> None:

@@ -25,7 +25,9 @@ def trainer_with(*callbacks):
 
 
 def fit(tmp_path, *callbacks, **data):
-    module = GRPOLightningModule("tiny", reward=lambda turns, context: len(turns[-1].content), rollout=RolloutConfig(2, 3), seed=1)
+    module = GRPOLightningModule(
+        "tiny", reward=lambda turns, context: len(turns[-1].content), rollout=RolloutConfig(2, 3), seed=1
+    )
     trainer = Trainer(
         max_steps=4, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=tmp_path, callbacks=list(callbacks),

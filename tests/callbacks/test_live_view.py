@@ -73,7 +73,9 @@ def test_the_share_solved_leaves_out_what_has_no_score():
 
 def test_a_view_has_a_row_for_each_metric_there_is():
     shown = curves(reward=[0.25, 0.5], solved=[0.5], tokens=[3.5], tokens_per_s=[12345.6])
-    lines = drawn(View("step 2/9  1:05 left", shown, "validation after step 2: reward 0.500", record()), 60).splitlines()
+    lines = drawn(
+        View("step 2/9  1:05 left", shown, "validation after step 2: reward 0.500", record()), 60
+    ).splitlines()
     assert [line.rstrip() for line in lines] == [
         "step 2/9  1:05 left",
         "reward     0.500 ▁█",
@@ -121,7 +123,15 @@ def test_on_a_terminal_it_takes_the_place_of_the_lines(tmp_path, capsys):
     fit(tmp_path, callbacks=[lines, view], max_steps=3, limit_val_batches=1, val_check_interval=2)
     shown = view.console.file.getvalue()
     last = shown[shown.rindex("step 3/3") :]
-    for text in ("reward ", "solved ", "tokens ", "tokens/s ", "validation after step 2: reward", "prompt      What is", "completion  "):
+    for text in (
+        "reward ",
+        "solved ",
+        "tokens ",
+        "tokens/s ",
+        "validation after step 2: reward",
+        "prompt      What is",
+        "completion  ",
+    ):
         assert text in last, text
     assert "KL" not in last  # there is no reference
     assert [len(view.curves[label].values) for label in ("reward", "solved", "tokens", "KL")] == [3, 3, 3, 0]

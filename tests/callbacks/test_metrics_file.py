@@ -8,7 +8,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from test_files import full_disk
 
-from stateset_lightning.callbacks.metrics_file import MetricsFile, install_metrics_files, metrics_files, skip_known_rows, wandb_rows
+from stateset_lightning.callbacks.metrics_file import (
+    MetricsFile,
+    install_metrics_files,
+    metrics_files,
+    skip_known_rows,
+    wandb_rows,
+)
 from stateset_lightning.errors import DiskError
 
 

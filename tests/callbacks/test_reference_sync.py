@@ -70,13 +70,23 @@ def test_a_full_update_makes_the_reference_the_policy_and_micro_steps_do_not_cou
 def test_a_moved_reference_is_in_the_checkpoint_and_goes_on_exactly(tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path / "kept", filename="{step}", every_n_train_steps=1, save_top_k=-1)
     straight = run(tmp_path, ReferenceSync(every_n_steps=2, mixup=0.5), keep, enable_checkpointing=True, max_steps=5)
-    states = [torch.load(tmp_path / "kept" / f"step={step}.ckpt", weights_only=True)["callbacks"]["ReferenceSync"] for step in (1, 3)]
+    states = [
+        torch.load(tmp_path / "kept" / f"step={step}.ckpt", weights_only=True)["callbacks"]["ReferenceSync"]
+        for step in (1, 3)
+    ]
     assert states[0]["reference"] is None  # it has not moved: nothing to keep
     assert set(states[1]["reference"]) == set(straight.lightning_module.reference.state_dict())
     for step in (1, 2, 3):
-        resumed = run(tmp_path, ReferenceSync(every_n_steps=2, mixup=0.5), max_steps=5, ckpt_path=tmp_path / "kept" / f"step={step}.ckpt")
+        resumed = run(
+            tmp_path,
+            ReferenceSync(every_n_steps=2, mixup=0.5),
+            max_steps=5,
+            ckpt_path=tmp_path / "kept" / f"step={step}.ckpt",
+        )
         ours = straight.lightning_module.reference.state_dict()
-        assert all(torch.equal(value, ours[name]) for name, value in resumed.lightning_module.reference.state_dict().items())
+        assert all(
+            torch.equal(value, ours[name]) for name, value in resumed.lightning_module.reference.state_dict().items()
+        )
         assert all(torch.equal(value, weights(straight)[name]) for name, value in weights(resumed).items())
 
 

@@ -17,7 +17,9 @@ from stateset_lightning.callbacks.run_folder import config_file, metrics_place, 
 ROWS = [{"prompt": f"What is {i} + 1?", "target": str(i + 1)} for i in range(4)]
 
 
-def fit(tmp_path, callbacks=(), *, logger=False, ckpt_path=None, validation=None, checkpointing=False, lr=1e-3, **options):
+def fit(
+    tmp_path, callbacks=(), *, logger=False, ckpt_path=None, validation=None, checkpointing=False, lr=1e-3, **options
+):
     module = GRPOLightningModule(
         "tiny",
         reward=lambda turns, context: float(len(turns[-1].content)),
@@ -61,7 +63,10 @@ def test_the_summary_names_first_and_last_validation_and_places(tmp_path, capsys
 
 def test_the_summary_remembers_validations_across_a_resume(tmp_path, capsys):
     def callbacks():
-        return [RunSummary(), ModelCheckpoint(dirpath=tmp_path, filename="x", every_n_train_steps=4, save_top_k=-1, save_last=True)]
+        return [
+            RunSummary(),
+            ModelCheckpoint(dirpath=tmp_path, filename="x", every_n_train_steps=4, save_top_k=-1, save_last=True),
+        ]
 
     options = {"checkpointing": True, "validation": ROWS, "val_check_interval": 2}
     fit(tmp_path, callbacks(), **options)
@@ -96,11 +101,17 @@ def test_a_held_out_reward_stands_beside_the_trained_one_at_the_end():
 
 def test_the_folder_of_a_run(tmp_path):
     bare = SimpleNamespace(loggers=[], default_root_dir=str(tmp_path))
-    assert (run_folder(bare), config_file(bare), metrics_place(bare)) == (tmp_path, tmp_path / "resolved_config.yaml", "")
+    assert (run_folder(bare), config_file(bare), metrics_place(bare)) == (
+        tmp_path,
+        tmp_path / "resolved_config.yaml",
+        "",
+    )
     csv = SimpleNamespace(loggers=[CSVLogger(tmp_path, "a", version=3)], default_root_dir="x")
     assert config_file(csv) == tmp_path / "a" / "version_3" / "config.yaml"
     pytest.importorskip("tensorboard")
-    board = SimpleNamespace(loggers=[TensorBoardLogger(tmp_path, "b", version="v"), CSVLogger(tmp_path)], default_root_dir="x")
+    board = SimpleNamespace(
+        loggers=[TensorBoardLogger(tmp_path, "b", version="v"), CSVLogger(tmp_path)], default_root_dir="x"
+    )
     assert run_folder(board) == tmp_path / "b" / "v"
     assert metrics_place(board) == str(tmp_path / "b" / "v")
 
@@ -116,7 +127,9 @@ def test_checkpoints_by_steps_and_by_time(tmp_path):
     from datetime import timedelta
 
     by_steps = ModelCheckpoint(tmp_path / "s", every_n_train_steps=2, save_top_k=-1, save_last=True, filename="{step}")
-    by_time = ModelCheckpoint(tmp_path / "t", train_time_interval=timedelta(microseconds=1), save_top_k=-1, filename="{step}")
+    by_time = ModelCheckpoint(
+        tmp_path / "t", train_time_interval=timedelta(microseconds=1), save_top_k=-1, filename="{step}"
+    )
     fit(tmp_path, [by_steps, by_time], checkpointing=True)
     assert sorted(path.name for path in (tmp_path / "s").glob("*.ckpt")) == ["last.ckpt", "step=2.ckpt", "step=4.ckpt"]
     assert len(list((tmp_path / "t").glob("*.ckpt"))) >= 3

@@ -59,7 +59,7 @@ def test_an_offline_wandb_run_holds_the_promised_tables_and_metrics(tmp_path, mo
     written = [row for row in samples if row["split"] == "train" and row["step"] == 2]
     assert len(written) == 8
     assert (table["columns"], table["data"]) == sample_table(written)
-    (metrics, _) = [row for row in rows if "train/reward" in row]
+    metrics, _ = [row for row in rows if "train/reward" in row]
     promised = {
         "train/reward",
         "reward/digit",

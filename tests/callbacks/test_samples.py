@@ -19,7 +19,9 @@ ROWS = [{"id": str(i), "prompt": f"What is {i} + 1?", "target": str(i + 1)} for 
 @pytest.fixture
 def make(tmp_path):
     def make(*callbacks, **options):
-        module = GRPOLightningModule("tiny", reward=lambda turns, context: len(turns[-1].content), rollout=RolloutConfig(2, 3), seed=1)
+        module = GRPOLightningModule(
+            "tiny", reward=lambda turns, context: len(turns[-1].content), rollout=RolloutConfig(2, 3), seed=1
+        )
         trainer = Trainer(
             accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
             default_root_dir=tmp_path, callbacks=list(callbacks), num_sanity_val_steps=0, **options,
@@ -39,7 +41,8 @@ def test_some_groups_of_some_episodes_are_written_with_advantages(make, tmp_path
     trainer.fit(module, datamodule=data)
     rows = read(tmp_path / "samples.jsonl")
     train = [row for row in rows if row["split"] == "train"]
-    assert [row["episode"] for row in train] == [0] * 4 + [2] * 4  # two groups of two; once, though each episode has two passes
+    # two groups of two; once, though each episode has two passes
+    assert [row["episode"] for row in train] == [0] * 4 + [2] * 4
     assert all("advantage" in row for row in train)
     for i in range(0, len(train), 2):
         assert train[i]["id"] == train[i + 1]["id"]
@@ -70,12 +73,20 @@ def test_tokens_have_the_log_probs_of_sampling_and_those_after_the_update(tmp_pa
     module, rows = trainer.lightning_module, read(tmp_path / "samples.jsonl")
     episode = module.episode
     assert len(rows) == 4
-    for n, (row, completion) in enumerate(zip(rows, episode.completion_tokens_T.split(episode.lengths_N.tolist()), strict=False)):
+    for n, (row, completion) in enumerate(
+        zip(rows, episode.completion_tokens_T.split(episode.lengths_N.tolist()), strict=False)
+    ):
         assert "".join(row["tokens"]).removesuffix("<|end|>") == row["completion"]
-        assert row["logprobs"] == pytest.approx(episode.sampling_logprobs_T.split(episode.lengths_N.tolist())[n].tolist(), abs=1e-4)
-        assert row["logprobs_after"] == pytest.approx(plain_logprobs(module, episode.prompt_tokens[0], completion.tolist()), abs=2e-4)
+        assert row["logprobs"] == pytest.approx(
+            episode.sampling_logprobs_T.split(episode.lengths_N.tolist())[n].tolist(), abs=1e-4
+        )
+        assert row["logprobs_after"] == pytest.approx(
+            plain_logprobs(module, episode.prompt_tokens[0], completion.tolist()), abs=2e-4
+        )
         assert "ref_logprobs" not in row  # there is no reference
-    moved = [after - before for row in rows for before, after in zip(row["logprobs"], row["logprobs_after"], strict=True)]
+    moved = [
+        after - before for row in rows for before, after in zip(row["logprobs"], row["logprobs_after"], strict=True)
+    ]
     assert max(map(abs, moved)) > 0.01  # the update did something
     assert module.policy.training
 
@@ -107,7 +118,9 @@ def test_a_run_that_goes_on_inside_an_episode_writes_it_once(tmp_path):
     ended_inside = run(tmp_path / "again", max_steps=3)
     assert [(row["step"], row["episode"]) for row in ended_inside] == [(2, 0)] * 8
     for step in (1, 3):
-        assert run(tmp_path / "again", max_steps=4, ckpt_path=tmp_path / "again" / "c" / f"step={step}.ckpt") == straight
+        assert (
+            run(tmp_path / "again", max_steps=4, ckpt_path=tmp_path / "again" / "c" / f"step={step}.ckpt") == straight
+        )
 
 
 def test_a_file_is_thinned_out_evenly_and_keeps_its_ends(tmp_path):
@@ -119,7 +132,9 @@ def test_a_file_is_thinned_out_evenly_and_keeps_its_ends(tmp_path):
         file.write('{"torn')
     thin_out(path)
     kept = read(path)
-    assert [(row["step"], row["i"]) for row in kept if row["split"] == "train"] == [(k, i) for k in (1, 3, 5, 6) for i in range(2)]
+    assert [(row["step"], row["i"]) for row in kept if row["split"] == "train"] == [
+        (k, i) for k in (1, 3, 5, 6) for i in range(2)
+    ]
     assert [row["step"] for row in kept if row["split"] == "validation"] == [0, 6]
     thin_out(path)
     assert [row["step"] for row in read(path) if row["split"] == "train"] == [1, 1, 5, 5, 6, 6]
@@ -141,7 +156,9 @@ def test_predictions_start_afresh(make, tmp_path):
     file = tmp_path / "deep" / "answers.jsonl"
     for _ in range(2):
         trainer, module = make(PredictionWriter(str(file)))
-        trainer.predict(module, datamodule=ScenarioDataModule(predict=[{"id": "é", "prompt": "What is 1?"}, *ROWS], batch_size=4))
+        trainer.predict(
+            module, datamodule=ScenarioDataModule(predict=[{"id": "é", "prompt": "What is 1?"}, *ROWS], batch_size=4)
+        )
     rows = read(file)
     assert [row["id"] for row in rows] == ["é", "0", "1", "2", "3", "4", "5"]
     assert "é" in file.read_text(encoding="utf-8")  # readable, not escaped

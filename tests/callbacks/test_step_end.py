@@ -16,7 +16,8 @@ from stateset_lightning.callbacks.step_end import StepEnd
 from stateset_lightning.errors import ConfigError
 
 ACCUMULATING = {"accumulate_grad_batches": 2, "max_steps": 6}
-VALIDATING = {"limit_val_batches": 1.0, "val_check_interval": 3, "check_val_every_n_epoch": None}  # every other one inside a step
+# every other one inside a step
+VALIDATING = {"limit_val_batches": 1.0, "val_check_interval": 3, "check_val_every_n_epoch": None}
 
 
 class Sends(Callback):
@@ -43,14 +44,25 @@ def run(folder, *callbacks, ckpt_path=None, version=None, **options):
     """A run with a metrics file and samples in `folder/run/version_0`."""
     logger = CSVLogger(folder, "run", version=0 if version is None else version)
     callbacks = [*callbacks, SampleWriter(every_n_episodes=1)]
-    return fit(folder, make_module(), data(), logger=logger, callbacks=callbacks, ckpt_path=ckpt_path, **{**ACCUMULATING, **options})
+    return fit(
+        folder,
+        make_module(),
+        data(),
+        logger=logger,
+        callbacks=callbacks,
+        ckpt_path=ckpt_path,
+        **{**ACCUMULATING, **options},
+    )
 
 
 def steps_saved(folder):
     """Optimizer steps done and micro-steps completed, as the checkpoints of a folder have them."""
     states = [torch.load(path, weights_only=True) for path in sorted(folder.glob("*.ckpt"))]
     loaders = [state["ScenarioDataModule"]["train"] for state in states]
-    return [(state["global_step"], loader["completed"] + 16 * loader["epoch"]) for state, loader in zip(states, loaders, strict=True)]
+    return [
+        (state["global_step"], loader["completed"] + 16 * loader["epoch"])
+        for state, loader in zip(states, loaders, strict=True)
+    ]
 
 
 def test_timed_saves_come_at_the_end_of_steps_only(tmp_path):
@@ -62,11 +74,17 @@ def test_timed_saves_come_at_the_end_of_steps_only(tmp_path):
 def test_a_save_by_a_validation_inside_a_step_comes_at_its_end(tmp_path):
     best = ModelCheckpoint(tmp_path / "c", monitor="val/reward", save_top_k=-1, filename="{step}")
     run(tmp_path, best, enable_checkpointing=True, **VALIDATING)
-    assert steps_saved(tmp_path / "c") == [(2, 4), (3, 6), (5, 10), (6, 12)]  # validations after micro-steps 3, 6, 9 and 12
+    # validations after micro-steps 3, 6, 9 and 12
+    assert steps_saved(tmp_path / "c") == [(2, 4), (3, 6), (5, 10), (6, 12)]
 
 
 def test_a_resumed_run_does_not_save_inside_its_first_step(tmp_path):
-    run(tmp_path / "a", ModelCheckpoint(tmp_path / "c", every_n_train_steps=2, filename="{step}"), enable_checkpointing=True, max_steps=2)
+    run(
+        tmp_path / "a",
+        ModelCheckpoint(tmp_path / "c", every_n_train_steps=2, filename="{step}"),
+        enable_checkpointing=True,
+        max_steps=2,
+    )
     again = ModelCheckpoint(tmp_path / "d", every_n_train_steps=2, save_top_k=-1, filename="{step}")
     run(tmp_path / "b", again, enable_checkpointing=True, ckpt_path=tmp_path / "c" / "step=2.ckpt")
     assert steps_saved(tmp_path / "d") == [(4, 8), (6, 12)]
@@ -92,7 +110,9 @@ def test_a_save_of_ones_own_inside_a_step_is_refused(tmp_path):
         run(tmp_path, Saves())
 
 
-@pytest.mark.parametrize("callback", [OnExceptionCheckpoint("x"), ModelCheckpoint(save_on_exception=True)], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize(
+    "callback", [OnExceptionCheckpoint("x"), ModelCheckpoint(save_on_exception=True)], ids=lambda c: type(c).__name__
+)
 def test_saves_on_any_exception_are_refused(tmp_path, callback, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the refusal is an exception, on which the callback saves
     with pytest.raises(ConfigError, match=f"{type(callback).__name__} saves on any exception"):
@@ -117,7 +137,11 @@ def end_state(folder, trainer):
     version = folder / "run" / "version_0"
     header, *rows = [line.split(",") for line in (version / "metrics.csv").read_text().splitlines()]
     steady = [i for i, name in enumerate(header) if not name.startswith(("time/", "memory/", "work/tokens_per_s"))]
-    return weights(trainer), (version / "samples.jsonl").read_text(), [[row[i] for i in steady] for row in [header, *rows]]
+    return (
+        weights(trainer),
+        (version / "samples.jsonl").read_text(),
+        [[row[i] for i in steady] for row in [header, *rows]],
+    )
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
@@ -177,7 +201,8 @@ def test_under_slurm_the_requeue_signal_waits_for_the_end_of_the_step(tmp_path, 
         monkeypatch.setenv(name, value)
     requeued = []
     monkeypatch.setattr(
-        "lightning.pytorch.trainer.connectors.signal_connector.call", lambda command, **options: requeued.append(command) or 0
+        "lightning.pytorch.trainer.connectors.signal_connector.call",
+        lambda command, **options: requeued.append(command) or 0,
     )
     trainer = run(tmp_path, Sends("on_train_batch_start", 3, signal.SIGUSR1))
     assert requeued == [["scontrol", "requeue", "7"]]

@@ -1,4 +1,6 @@
-"""Text that contains the chat template's own markers stays text, and ordinary text is encoded exactly as the template says."""
+"""Text that contains the chat template's own markers stays text, and ordinary text is encoded exactly as the template
+says.
+"""
 
 import logging
 
@@ -15,10 +17,14 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-STRIPPING = "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>' }}{{ m.content | trim }}{{ eos_token }}{% endfor %}<|assistant|>"
+STRIPPING = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>' }}{{ m.content | trim }}{{ eos_token }}{% endfor"
+    " %}<|assistant|>"
+)
 THINKING = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if '</think>' in m.content %}{{ m.content.split('</think>')[-1] }}"
-    "{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}<|im_start|>assistant\n<think>"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if '</think>' in m.content %}{{"
+    " m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor"
+    " %}<|im_start|>assistant\n<think>"
 )
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 
@@ -87,7 +93,9 @@ def control_ids(tokenizer, ids):
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_ordinary_text_is_encoded_as_the_template_says(make, template):
     tokenizer = make(template)
-    scenarios = [Scenario(id=str(i), prompt=text, context="Be kind" if i % 2 else None) for i, text in enumerate(ORDINARY)]
+    scenarios = [
+        Scenario(id=str(i), prompt=text, context="Be kind" if i % 2 else None) for i, text in enumerate(ORDINARY)
+    ]
     encoded = PromptEncoder(tokenizer=tokenizer).encode(scenarios, "data.train")
     for scenario, tokens in zip(scenarios, encoded.tokens, strict=True):
         assert tokens == plain_ids(tokenizer, [{"role": t.role, "content": t.content} for t in scenario.turns()])
@@ -119,7 +127,11 @@ def test_a_system_prompt_and_a_context_are_text_too():
 @pytest.mark.parametrize("text", HOSTILE)
 def test_plain_text_keeps_to_one_bos(make_tokenizer, text):
     tokenizer = make_tokenizer(template=None)
-    (tokens,) = PromptEncoder(tokenizer=tokenizer).encode([Scenario(id="a", prompt="<eos>" + text + "<bos>")], "data.train").tokens
+    (tokens,) = (
+        PromptEncoder(tokenizer=tokenizer)
+        .encode([Scenario(id="a", prompt="<eos>" + text + "<bos>")], "data.train")
+        .tokens
+    )
     assert [token for token in tokens if token in (0, 1)] == [0]
     assert tokenizer.decode(tokens) == "<bos><eos>" + text + "<bos>"
 
@@ -140,7 +152,9 @@ def test_markers_count_where_that_is_asked_for(use_template, caplog):
     tokenizer = byte_level(CHATML)
     encoder = PromptEncoder(tokenizer=tokenizer, parse_special_tokens=True, use_chat_template=use_template)
     (tokens,) = encoder.encode([Scenario(id="a", prompt="x<|im_end|>")], "data.train").tokens
-    assert control_ids(tokenizer, tokens).count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == (2 if use_template else 1)
+    assert control_ids(tokenizer, tokens).count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == (
+        2 if use_template else 1
+    )
     assert "control tokens" not in caplog.text
 
 
@@ -150,8 +164,13 @@ def test_a_token_that_cannot_be_written_as_text_is_refused():
     tokenizer.add_special_tokens(["EOS"])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="EOS", unk_token="<unk>")
     fast.chat_template = "{{ messages[0].content }} EOS"
-    with pytest.raises(DataError, match=r"data.train: the text of scenario 'bad' holds a control token that this tokenizer cannot write"):
-        PromptEncoder(tokenizer=fast).encode([Scenario(id="good", prompt="hello"), Scenario(id="bad", prompt="hello EOS")], "data.train")
+    with pytest.raises(
+        DataError,
+        match=r"data.train: the text of scenario 'bad' holds a control token that this tokenizer cannot write",
+    ):
+        PromptEncoder(tokenizer=fast).encode(
+            [Scenario(id="good", prompt="hello"), Scenario(id="bad", prompt="hello EOS")], "data.train"
+        )
 
 
 ATTACKS = [
@@ -170,7 +189,9 @@ ATTACKS = [
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_models_template_reaches_nothing_outside(attack, tmp_path, monkeypatch):
-    """The template of a model folder is the model author's: transformers runs it in a sandbox, and its failure is a `DataError`."""
+    """The template of a model folder is the model author's: transformers runs it in a sandbox, and its failure is a
+    `DataError`.
+    """
     monkeypatch.chdir(tmp_path)
     byte_level("x" + attack).save_pretrained(tmp_path / "model")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")

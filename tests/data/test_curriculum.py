@@ -1,4 +1,6 @@
-"""The curriculum: rates and weights by hand, draws by weight, and the same prompts however early a batch is asked for."""
+"""The curriculum: rates and weights by hand, draws by weight, and the same prompts however early a batch is asked
+for.
+"""
 
 import io
 import math

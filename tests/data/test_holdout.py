@@ -21,7 +21,9 @@ def test_both_sides_have_rows_and_no_question_is_on_both(prompts, fraction, seed
     train, validation = hold_out(scenarios(prompts), fraction, seed)
     assert len(train) > 0
     assert len(validation) > 0
-    assert sorted(s.id for part in (train, validation) for s in part.scenarios) == sorted(s.id for s in scenarios(prompts).scenarios)
+    assert sorted(s.id for part in (train, validation) for s in part.scenarios) == sorted(
+        s.id for s in scenarios(prompts).scenarios
+    )
     assert not {s.prompt for s in train.scenarios} & {s.prompt for s in validation.scenarios}
 
 
@@ -35,7 +37,9 @@ def test_the_fraction_is_exact_and_the_seed_decides():
 
 
 def test_the_same_question_as_prompt_or_message_under_another_instruction_stays_together():
-    rows = read_split([{"prompt": "a", "context": "x"}, {"messages": [{"role": "user", "content": "a"}]}, {"prompt": "b"}], "train")
+    rows = read_split(
+        [{"prompt": "a", "context": "x"}, {"messages": [{"role": "user", "content": "a"}]}, {"prompt": "b"}], "train"
+    )
     for seed in range(5):
         sides = [{s.id for s in part.scenarios} for part in hold_out(rows, 0.3, seed)]
         assert {"train:3"} in sides

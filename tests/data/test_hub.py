@@ -77,7 +77,8 @@ def test_a_parquet_file(tmp_path, write):
 
 def test_failures_name_the_data_set(calls):
     with pytest.raises(
-        DataError, match=r"'owner/missing' is no file here and cannot be loaded .*: Dataset 'owner/missing' doesn't exist; check"
+        DataError,
+        match=r"'owner/missing' is no file here and cannot be loaded .*: Dataset 'owner/missing' doesn't exist; check",
     ):
         read_split("owner/missing", "train")
     with pytest.raises(DataError, match="owner/empty: has no rows"):

@@ -42,7 +42,10 @@ def test_an_episode_is_served_for_each_micro_step_and_the_epochs_end_is_filled_f
     loader = make(3, num_iterations=2, steps_per_episode=2, shuffle=False)
     assert (len(loader), loader.episodes_per_epoch, loader.num_filled) == (8, 2, 1)
     first, second = ("0", "1"), ("2", "0")
-    assert [key(batch) for batch in loader] == [*((first, (0, 1), 0, m) for m in range(4)), *((second, (0, 1), 1, m) for m in range(4))]
+    assert [key(batch) for batch in loader] == [
+        *((first, (0, 1), 0, m) for m in range(4)),
+        *((second, (0, 1), 1, m) for m in range(4)),
+    ]
     assert [batch.num_micro_steps for batch in loader] == [4] * 8
     assert key(next(iter(loader)))[2:] == (4, 0)  # epochs advance, and episodes count on
 
@@ -111,7 +114,10 @@ def test_repeating_serves_the_first_batches_again_with_new_episode_numbers():
     [
         ({"batch_size": 3}, "data.batch_size is 3, but 2 in the checkpoint"),
         ({"num_iterations": 2}, "data.num_iterations is 2, but 1 in the checkpoint"),
-        ({"world_size": 2}, r"the number of processes \(trainer.devices \* trainer.num_nodes\) is 2, but 1 in the checkpoint"),
+        (
+            {"world_size": 2},
+            r"the number of processes \(trainer.devices \* trainer.num_nodes\) is 2, but 1 in the checkpoint",
+        ),
         ({"fingerprint": {"seed": 1}}, "data.seed is 1, but 0 in the checkpoint"),
         ({"n": 7}, "the number of scenarios in data.train is 7, but 6 in the checkpoint"),
     ],
@@ -140,7 +146,8 @@ def test_evaluation_serves_every_row_once_without_filling(n, batch_size, world_s
     assert sorted(positions) == list(range(n))
 
 
-# Replacements for dynamic sampling ----------------------------------------------------------------------------------------------
+# Replacements for dynamic sampling
+# ----------------------------------------------------------------------------------------------
 
 
 def rows(batch):
@@ -149,7 +156,9 @@ def rows(batch):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(2, 12), st.integers(1, 3), st.sampled_from([1, 2, 3]), st.integers(1, 3))
-def test_replacements_are_the_same_for_any_number_of_ranks_and_are_other_prompts(n, batch_size, world_size, round_number):
+def test_replacements_are_the_same_for_any_number_of_ranks_and_are_other_prompts(
+    n, batch_size, world_size, round_number
+):
     whole = next(iter(loader := make(n, batch_size=batch_size * world_size)))
     other = loader.replacements(whole, range(len(whole)), round_number)
     assert all(new != old for new, old in zip(rows(other), rows(whole), strict=True))
@@ -178,8 +187,8 @@ def test_replacements_follow_the_weights_of_the_sources():
     loader = EpisodeLoader(scenarios, [[i, i] for i in range(12)], order, batch_size=100)
     batch = next(iter(loader))
     drawn = [row for number in range(1, 31) for row in rows(loader.replacements(batch, range(100), number))]
-    # A quarter from the first source and three from the second, less the prompt in the slot: 10 and 11 hold three slots of four, and
-    # leave 3/8 to the other of them against 2/8; the first source's leave 9/40 against 3/4.
+    # A quarter from the first source and three from the second, less the prompt in the slot: 10 and 11 hold three slots
+    # of four, and leave 3/8 to the other of them against 2/8; the first source's leave 9/40 against 3/4.
     held = sum(row >= 10 for row in rows(batch)) / 100
     expected = held * (0.375 / 0.625) + (1 - held) * (0.75 / 0.975)
     assert sum(row >= 10 for row in drawn) / 3000 == pytest.approx(expected, abs=0.03)
@@ -200,7 +209,8 @@ def test_a_single_prompt_is_replaced_by_itself_with_other_noise():
     assert (rows(other), other.positions) == ([0], [3])
 
 
-# Curriculum ---------------------------------------------------------------------------------------------------------------------
+# Curriculum
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def with_rates(n, **options):

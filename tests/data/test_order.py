@@ -53,7 +53,8 @@ def test_unshuffled_sources_are_spread_evenly():
 
 
 @pytest.mark.parametrize(
-    ("weights", "total", "counts"), [([1, 1], 5, [3, 2]), ([2, 1], 9, [6, 3]), ([0.1, 0.2], 3, [1, 2]), ([1, 1, 1], 2, [1, 1, 0])]
+    ("weights", "total", "counts"),
+    [([1, 1], 5, [3, 2]), ([2, 1], 9, [6, 3]), ([0.1, 0.2], 3, [1, 2]), ([1, 1, 1], 2, [1, 1, 0])],
 )
 def test_largest_remainder(weights, total, counts):
     assert largest_remainder(weights, total) == counts

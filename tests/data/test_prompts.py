@@ -8,7 +8,8 @@ from stateset_lightning.types import Scenario
 
 HI = Scenario(id="hi", prompt="hi", context="Be kind")
 NO_SYSTEM = (
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{{ messages[0]['content'] }}"
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}{{"
+    " messages[0]['content'] }}"
 )
 
 
@@ -21,7 +22,9 @@ def test_the_template_gets_the_system_turn_and_opens_the_answer(tokenizer):
     (tokens,) = encoder.encode([HI], "data.train").tokens
     assert tokenizer.decode(tokens) == "<bos><system>You help\n\nBe kind\n<user>hi\n<assistant>"
     assert tokens.count(tokenizer.bos_token_id) == 1
-    same = tokenizer.apply_chat_template([{"role": t.role, "content": t.content} for t in HI.turns("You help")], add_generation_prompt=True)
+    same = tokenizer.apply_chat_template(
+        [{"role": t.role, "content": t.content} for t in HI.turns("You help")], add_generation_prompt=True
+    )
     assert tokens == same["input_ids"]
 
 
@@ -47,14 +50,17 @@ def test_plain_text_can_be_asked_for(tokenizer):
 def test_batches_of_texts_keep_their_order(tokenizer):
     many = prompts(*(str(i) for i in range(1500)))
     encoded = PromptEncoder(tokenizer=tokenizer, use_chat_template=False).encode(many, "data.train")
-    assert [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in encoded.tokens] == [str(i) for i in range(1500)]
+    assert [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in encoded.tokens] == [
+        str(i) for i in range(1500)
+    ]
     assert encoded.kept == list(range(1500))
 
 
 def test_a_template_without_system_role_names_the_scenario_and_its_own_message(make_tokenizer):
     encoder = PromptEncoder(tokenizer=make_tokenizer(template=NO_SYSTEM))
     with pytest.raises(
-        DataError, match=r"data.train: the chat template refuses scenario 'hi' \(roles: system, user\): System role not supported"
+        DataError,
+        match=r"data.train: the chat template refuses scenario 'hi' \(roles: system, user\): System role not supported",
     ):
         encoder.encode([*prompts("a"), HI], "data.train")
 
@@ -79,15 +85,18 @@ def test_options_that_cannot_be_honoured(make_tokenizer, template, options, mess
 
 
 def limited(tokenizer, policy, limit=4):
-    encoder = PromptEncoder(tokenizer=tokenizer, use_chat_template=False, max_prompt_tokens=limit, overlong_prompts=policy)
+    encoder = PromptEncoder(
+        tokenizer=tokenizer, use_chat_template=False, max_prompt_tokens=limit, overlong_prompts=policy
+    )
     return encoder.encode(prompts("abc", "abcd", "ab", "abcdefg"), "data.train")  # 4, 5, 3 and 8 tokens
 
 
 def test_overlong_prompts_are_an_error_that_says_what_to_set(tokenizer):
     with pytest.raises(DataError) as error:
         limited(tokenizer, "error")
-    assert str(error.value) == (
-        "data.train: 2 of 4 prompts have more than data.max_prompt_tokens=4 tokens: s1 (5), s3 (8); "
+    assert (
+        str(error.value)
+        == "data.train: 2 of 4 prompts have more than data.max_prompt_tokens=4 tokens: s1 (5), s3 (8); "
         "set data.max_prompt_tokens=8, or data.overlong_prompts to drop or truncate_left"
     )
 

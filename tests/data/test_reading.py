@@ -96,8 +96,16 @@ def test_items_of_json_and_yaml_are_counted(write):
         ),
         ("a.yaml", "- ok: 1\n- a: b: c\n", "a.yaml:2: malformed YAML"),
         ("a.yaml", "- !!python/object/apply:os.system ['true']\n", "malformed YAML: could not determine a constructor"),
-        ("a.txt", "prompt", "unknown suffix '.txt'; scenarios are read from .jsonl, .json, .csv, .yaml, .yml, .parquet"),
-        ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}\n', "a.jsonl:2: not valid UTF-8 (byte 0xff); save the file as UTF-8"),
+        (
+            "a.txt",
+            "prompt",
+            "unknown suffix '.txt'; scenarios are read from .jsonl, .json, .csv, .yaml, .yml, .parquet",
+        ),
+        (
+            "a.jsonl",
+            b'{"prompt": "a"}\n{"prompt": "\xff"}\n',
+            "a.jsonl:2: not valid UTF-8 (byte 0xff); save the file as UTF-8",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_used_says_why(write, name, content, message):

@@ -44,9 +44,19 @@ def test_a_prompt_that_is_a_list_of_messages_is_a_conversation():
 
 
 def test_each_user_response_is_a_scenario_under_the_context():
-    row = {"id": "qa1", "topic": "question_answering", "context": "Answer accurately", "user_responses": ["What is Python?", "Explain"]}
+    row = {
+        "id": "qa1",
+        "topic": "question_answering",
+        "context": "Answer accurately",
+        "user_responses": ["What is Python?", "Explain"],
+    }
     first, second = scenarios(row)
-    assert (first.id, first.prompt, first.context, first.topic) == ("qa1/0", "What is Python?", "Answer accurately", "question_answering")
+    assert (first.id, first.prompt, first.context, first.topic) == (
+        "qa1/0",
+        "What is Python?",
+        "Answer accurately",
+        "question_answering",
+    )
     assert (second.id, second.prompt) == ("qa1/1", "Explain")
     assert "user_responses" not in first.columns()
     assert first.turns()[0] == Turn("system", "Answer accurately")
@@ -60,7 +70,9 @@ def test_fields_rename_and_the_original_column_stays():
     assert (swapped.prompt, swapped.target) == ("b", "a")
 
 
-@pytest.mark.parametrize(("given", "expected"), [(12, "12"), ("x", "x"), (None, "file:4"), ("", "file:4"), (1.5, "1.5")])
+@pytest.mark.parametrize(
+    ("given", "expected"), [(12, "12"), ("x", "x"), (None, "file:4"), ("", "file:4"), (1.5, "1.5")]
+)
 def test_ids_become_text(given, expected):
     assert scenarios({"prompt": "a", "id": given})[0].id == expected
 
@@ -97,7 +109,10 @@ USER = {"role": "user", "content": "a"}
             {"messages": [{**USER, "name": "x"}]},
             "message 1 must have 'role' and 'content' and nothing else, but is a mapping with role, content, name",
         ),
-        ({"messages": [{"role": "bot", "content": "a"}]}, "message 1 has the role 'bot'; the roles are system, user, assistant, tool"),
+        (
+            {"messages": [{"role": "bot", "content": "a"}]},
+            "message 1 has the role 'bot'; the roles are system, user, assistant, tool",
+        ),
         (
             {"messages": [{"role": ["user"], "content": "a"}]},
             "message 1 has the role ['user']; the roles are system, user, assistant, tool",
@@ -124,19 +139,28 @@ def test_a_bad_row_says_why(row, expected):
 
 
 def test_a_row_without_a_named_column_says_which_it_has():
-    assert reason({"text": "a"}, {"prompt": "question"}) == "no column 'question' (data.fields.prompt); the row has: text"
+    assert (
+        reason({"text": "a"}, {"prompt": "question"}) == "no column 'question' (data.fields.prompt); the row has: text"
+    )
 
 
 def test_good_rows_beside_bad_ones_are_kept_apart():
-    found, problems = to_scenarios([RawRow({"prompt": p}, f"f:{i}", i) for i, p in enumerate(["a", "", "c", ""], 1)], {}, "f")
+    found, problems = to_scenarios(
+        [RawRow({"prompt": p}, f"f:{i}", i) for i, p in enumerate(["a", "", "c", ""], 1)], {}, "f"
+    )
     assert [(scenario.id, place) for scenario, place in found] == [("f:1", "f:1"), ("f:3", "f:3")]
     assert [problem.place for problem in problems] == ["f:2", "f:4"]
 
 
 def test_a_missing_column_of_a_whole_file_is_one_error_that_proposes_fields():
     rows = [RawRow({"question": "q", "answer": "a"}, "f:1", 1)]
-    with pytest.raises(DataError, match=r"f: there is no column 'prompt'.*it has: question, answer.*data.fields.prompt=question"):
+    with pytest.raises(
+        DataError, match=r"f: there is no column 'prompt'.*it has: question, answer.*data.fields.prompt=question"
+    ):
         check_columns(rows, {}, "f")
-    with pytest.raises(DataError, match=r"f: data.fields.target names the column 'solution', which is not there; it has: question, answer"):
+    with pytest.raises(
+        DataError,
+        match=r"f: data.fields.target names the column 'solution', which is not there; it has: question, answer",
+    ):
         check_columns(rows, {"prompt": "question", "target": "solution"}, "f")
     check_columns(rows, {"prompt": "question"}, "f")

@@ -47,7 +47,11 @@ def test_sources_keep_their_names_weights_fields_and_rewards(write):
         ("train.2:1", "y", None),
         ("train.2:2", "z", None),
     ]
-    assert (found.names, found.weights, found.rows_by_source()) == (["maths", "data.train item 2"], [2.0, 1], [[0], [1, 2]])
+    assert (found.names, found.weights, found.rows_by_source()) == (
+        ["maths", "data.train item 2"],
+        [2.0, 1],
+        [[0], [1, 2]],
+    )
     assert found.select([2]).rows_by_source() == [[], [2 - 2]]
 
 
@@ -77,12 +81,20 @@ def test_all_bad_rows_of_all_files_are_reported_together(write):
         ([{"question": "a"}], "data.train: there is no column 'prompt'"),
         (
             [{"path": "a", "wieght": 2}],
-            "data.train item 1: a source has no key 'wieght'; its keys are path, rows, reasoning_gym, size, seed, options, weight, "
-            "fields, rewards, name",
+            (
+                "data.train item 1: a source has no key 'wieght'; its keys are path, rows, reasoning_gym, size, seed,"
+                " options, weight, fields, rewards, name"
+            ),
         ),
-        ([{"path": "a"}, {"prompt": "a"}], "data.train mixes sources and rows: item 2 has none of path, rows, reasoning_gym"),
+        (
+            [{"path": "a"}, {"prompt": "a"}],
+            "data.train mixes sources and rows: item 2 has none of path, rows, reasoning_gym",
+        ),
         ([Source()], "data.train item 1: a source needs one of path, rows, reasoning_gym, but has none"),
-        ([{"path": "a", "rows": []}], "data.train item 1: a source needs one of path, rows, reasoning_gym, but has path and rows"),
+        (
+            [{"path": "a", "rows": []}],
+            "data.train item 1: a source needs one of path, rows, reasoning_gym, but has path and rows",
+        ),
         ([{"rows": []}], "data.train has no rows"),
         ([{"rows": "abc"}], "data.train item 1: rows must be a list of scenarios, not str"),
         ([{"path": "a", "weight": -1}], "data.train item 1: weight=-1 must be a number above 0"),

@@ -16,7 +16,9 @@ def test_pass_at_k_and_pass_hat_k_are_shares_of_all_subsets(n: int) -> None:
         for k in range(1, n + 1):
             subsets = list(itertools.combinations(right, k))
             assert pass_at_k(n, c, k) == pytest.approx(sum(any(subset) for subset in subsets) / len(subsets), abs=1e-15)
-            assert pass_hat_k(n, c, k) == pytest.approx(sum(all(subset) for subset in subsets) / len(subsets), abs=1e-15)
+            assert pass_hat_k(n, c, k) == pytest.approx(
+                sum(all(subset) for subset in subsets) / len(subsets), abs=1e-15
+            )
 
 
 def test_by_hand() -> None:
@@ -35,7 +37,8 @@ def test_the_majority_is_that_of_random_tie_breaking() -> None:
     assert majority(answers, solved) == 0.5  # a (right) and b (wrong) tie
     assert majority([*answers, "a"], [*solved, True]) == 1.0
     assert majority([*answers, "b"], [*solved, False]) == 0.0
-    assert majority(["x", "x", "x", "y"], [True, False, False, True]) == pytest.approx(1 / 3)  # one answer, scored by its format
+    # one answer, scored by its format
+    assert majority(["x", "x", "x", "y"], [True, False, False, True]) == pytest.approx(1 / 3)
     assert majority([None, None], [True, True]) == 0.0
     for order in itertools.permutations(range(6)):
         assert majority([answers[i] for i in order], [solved[i] for i in order]) == 0.5

@@ -57,14 +57,21 @@ def test_greedy_and_sampled_measures_by_hand():
         "topic/dates/reward": 0.5,
     }
     assert {name: values[name] for name in expected} == pytest.approx(expected)
-    templates = {"/".join(["topic", "<topic>", name.split("/")[-1]]) if name.startswith("topic/") else name for name in values}
+    templates = {
+        "/".join(["topic", "<topic>", name.split("/")[-1]]) if name.startswith("topic/") else name for name in values
+    }
     assert templates <= set(metric.logged_names())
 
 
 def test_solved_is_the_total_unless_a_reward_is_named():
     scenarios = [Scenario(id=str(i), prompt="a") for i in range(4)]
     greedy = completions(["a", "b", "c", "d"], [[1, 0], [0.8, 0.4 - 1e-15], [0, 1], [NOT_APPLICABLE, 1]])
-    for options, share in [({}, 0.5), ({"solved_at": 0.5}, 1.0), ({"solved_by": "right"}, 1 / 3), ({"solved_by": "format"}, 0.5)]:
+    for options, share in [
+        ({}, 0.5),
+        ({"solved_at": 0.5}, 1.0),
+        ({"solved_by": "right"}, 1 / 3),
+        ({"solved_by": "format"}, 0.5),
+    ]:
         metric = Evaluation(["right", "format"], EvaluationConfig(**options))
         metric.update(scenarios, greedy)
         assert metric.compute()["solved"] == pytest.approx(share), options
@@ -89,7 +96,10 @@ def test_samples_do_not_change_greedy_metrics_and_do_not_depend_on_the_batch(tmp
 
 def test_callbacks_monitor_the_new_metrics_and_unknown_ones_are_refused(tmp_path):
     scenarios = [{**row, "topic": "sums"} for row in SCENARIOS[:4]]
-    monitors = [ModelCheckpoint(tmp_path, monitor="val/pass@2", mode="max"), EarlyStopping("val/topic/sums/solved", mode="max")]
+    monitors = [
+        ModelCheckpoint(tmp_path, monitor="val/pass@2", mode="max"),
+        EarlyStopping("val/topic/sums/solved", mode="max"),
+    ]
 
     def run(callbacks):
         module = make_module(evaluation=EvaluationConfig(samples=2))
@@ -126,16 +136,21 @@ Path({folder!r}, f"{devices}-{{trainer.global_rank}}.json").write_text(json.dump
 def test_two_ranks_measure_what_one_does(tmp_path):
     for devices in (1, 2):
         script = tmp_path / f"{devices}.py"
-        script.write_text(RANKS_SCRIPT.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path), devices=devices))
+        script.write_text(
+            RANKS_SCRIPT.format(tests=str(Path(__file__).parents[1]), folder=str(tmp_path), devices=devices)
+        )
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240, env=environment)
         assert done.returncode == 0, done.stderr[-2000:]
-        assert "sync_dist" not in done.stderr  # Lightning's advice, once per metric, to reduce what is of all ranks already
+        # Lightning's advice, once per metric, to reduce what is of all ranks already
+        assert "sync_dist" not in done.stderr
     one, *two = [json.loads((tmp_path / name).read_text()) for name in ("1-0.json", "2-0.json", "2-1.json")]
     assert {"val/pass@3", "val/topic/a/solved", "val/topic/d/avg@3"} <= set(one)
     for values in two:
         assert values == pytest.approx(one, abs=1e-6)
-    samples = [[json.loads(line) for line in file.read_text().splitlines()] for file in sorted(tmp_path.rglob("samples.jsonl"))]
+    samples = [
+        [json.loads(line) for line in file.read_text().splitlines()] for file in sorted(tmp_path.rglob("samples.jsonl"))
+    ]
     assert [row["id"] for row in samples[0]] == [row["id"] for row in samples[1]]
     assert len(samples[0]) == len({row["id"] for row in samples[0]}) == 7
 
@@ -173,7 +188,11 @@ def test_a_held_out_reward_neither_fails_nor_scores_a_completion():
     assert scores.totals_N[1].isnan()  # no trained reward applies
     assert scores.values_NF[:, 1].isnan().all()
     failures = [(failure.completion, failure.reward, failure.error) for failure in scores.failures]
-    assert sorted(failures) == [(0, "held_out", "ValueError"), (1, "all", "NotApplicable"), (1, "held_out", "ValueError")]
+    assert sorted(failures) == [
+        (0, "held_out", "ValueError"),
+        (1, "all", "NotApplicable"),
+        (1, "held_out", "ValueError"),
+    ]
 
 
 def test_held_out_rewards_alone_are_refused():

@@ -22,8 +22,20 @@ def test_means_intervals_and_topics_by_hand():
     assert values.pop("reward_ci95") == pytest.approx(1.959964 * 0.5 / math.sqrt(3))
     low, high = values.pop("solved_low"), values.pop("solved_high")
     assert (low, high) == pytest.approx((0.2077, 0.9385), abs=1e-4)
-    assert values == {"reward": 1.0, "solved": pytest.approx(2 / 3), "topic/sums/solved": 1.0, "topic/dates/iso/solved": 0.0}
-    assert set(metric.logged_names()) == {"reward", "solved", "reward_ci95", "solved_low", "solved_high", "topic/<topic>/solved"}
+    assert values == {
+        "reward": 1.0,
+        "solved": pytest.approx(2 / 3),
+        "topic/sums/solved": 1.0,
+        "topic/dates/iso/solved": 0.0,
+    }
+    assert set(metric.logged_names()) == {
+        "reward",
+        "solved",
+        "reward_ci95",
+        "solved_low",
+        "solved_high",
+        "topic/<topic>/solved",
+    }
 
 
 def test_nothing_known_gives_nothing():
@@ -34,7 +46,8 @@ def test_nothing_known_gives_nothing():
     assert metric.compute() == {}
     metric.reset()
     metric.update(torch.tensor([[2.0, 1.0]]), [None])
-    assert set(metric.compute()) == {"reward", "solved", "solved_low", "solved_high"}  # no spread can be told from one prompt
+    # no spread can be told from one prompt
+    assert set(metric.compute()) == {"reward", "solved", "solved_low", "solved_high"}
 
 
 def test_long_topics_stay_apart():

@@ -13,14 +13,22 @@ NAN = math.nan
 
 
 def update(metric: RewardMeans, values: list[list[float]], totals: list[float], lengths: list[int]) -> None:
-    metric.update(torch.tensor(values, dtype=torch.float64), torch.tensor(totals, dtype=torch.float64), torch.tensor(lengths))
+    metric.update(
+        torch.tensor(values, dtype=torch.float64), torch.tensor(totals, dtype=torch.float64), torch.tensor(lengths)
+    )
 
 
 def test_means_are_over_completions_and_not_over_batches() -> None:
     metric = RewardMeans(["right"])
     update(metric, [[1.0], [0.0], [0.0]], [1.0, 0.0, 0.0], [1, 2, 3])
     update(metric, [[1.0]], [1.0], [6])
-    assert metric.compute() == {"num_completions": 4, "mean_tokens": 3.0, "reward_failures": 0.0, "reward": 0.5, "reward/right": 0.5}
+    assert metric.compute() == {
+        "num_completions": 4,
+        "mean_tokens": 3.0,
+        "reward_failures": 0.0,
+        "reward": 0.5,
+        "reward/right": 0.5,
+    }
 
 
 def test_failures_are_counted_and_enter_no_mean() -> None:

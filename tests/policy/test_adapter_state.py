@@ -30,7 +30,8 @@ def test_the_state_is_the_adapter_alone_and_strict_about_it(config: PolicyConfig
     state = policy.state_dict()
     assert state
     assert all("lora_" in name for name in state)
-    holder, second = torch.nn.ModuleDict({"policy": policy}), torch.nn.ModuleDict({"policy": other})  # as in a LightningModule
+    # as in a LightningModule
+    holder, second = torch.nn.ModuleDict({"policy": policy}), torch.nn.ModuleDict({"policy": other})
     state = holder.state_dict()
     assert {name.removeprefix("policy.model.") for name in state} == set(policy.adapter.names)  # type: ignore[union-attr]
     second.load_state_dict(state)
@@ -60,7 +61,9 @@ def test_the_digest_knows_a_base_by_its_weights(make_model: Callable[..., Any]) 
     assert base_digest(model) != digest
 
 
-def test_another_base_config_or_start_is_refused(config: PolicyConfig, make_model: Callable[..., Any], tmp_path: Path) -> None:
+def test_another_base_config_or_start_is_refused(
+    config: PolicyConfig, make_model: Callable[..., Any], tmp_path: Path
+) -> None:
     saved = make(config).adapter.state_dict()  # type: ignore[union-attr]
     torch.save(saved, tmp_path / "state.pt")
     assert torch.load(tmp_path / "state.pt", weights_only=True)["base"]["model_name"] == config.model_name
@@ -71,7 +74,10 @@ def test_another_base_config_or_start_is_refused(config: PolicyConfig, make_mode
     other = Policy(adapted(model, rank=4, alpha=32), PolicyConfig("Org/Other", revision="v2"))
     with pytest.raises(ConfigError, match=r"model_name=Org/Other at v2 is not the model .* trained on \(.*llama"):
         other.adapter.load_state_dict(saved)  # type: ignore[union-attr]
-    for changed, message in (({"rank": 8}, "r=8 differs from 4"), ({"rank": 4, "alpha": 8}, "lora_alpha=8 differs from 32")):
+    for changed, message in (
+        ({"rank": 8}, "r=8 differs from 4"),
+        ({"rank": 4, "alpha": 8}, "lora_alpha=8 differs from 32"),
+    ):
         with pytest.raises(ConfigError, match=message):
             make(replace(config, lora=LoRAConfig(**changed))).adapter.load_state_dict(saved)  # type: ignore[union-attr]
     make(replace(config, lora=LoRAConfig(rank=4, dropout=0.2))).adapter.load_state_dict(saved)  # type: ignore[union-attr]
@@ -117,7 +123,9 @@ def test_an_adapter_that_was_loaded_is_its_own_start(config: PolicyConfig, tmp_p
     assert not torch.allclose(started, moved, atol=0.1)
 
 
-def test_under_autocast_the_start_is_the_start_and_the_policy_itself_again(config: PolicyConfig, tmp_path: Path) -> None:
+def test_under_autocast_the_start_is_the_start_and_the_policy_itself_again(
+    config: PolicyConfig, tmp_path: Path
+) -> None:
     """Autocast keeps casts of the weights; of weights that are swapped under it they would be the others'."""
     first = make(config)
     move(first.model)

@@ -1,4 +1,6 @@
-"""Adapters: nothing at first, the same gradients on every path, loaded strictly, merged without touching the model under them."""
+"""Adapters: nothing at first, the same gradients on every path, loaded strictly, merged without touching the model
+under them.
+"""
 
 import copy
 import json
@@ -16,7 +18,14 @@ from torch import Tensor, nn
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import LoRAConfig, Policy, PolicyConfig, load_model, save_adapter
-from stateset_lightning.policy.adapters import adapter_off, add_adapter, merge_adapter, merged_adapter, trained_names, write_adapter
+from stateset_lightning.policy.adapters import (
+    adapter_off,
+    add_adapter,
+    merge_adapter,
+    merged_adapter,
+    trained_names,
+    write_adapter,
+)
 
 IDS = torch.arange(20, 60)[None]
 
@@ -54,10 +63,13 @@ def gradients(model: nn.Module, scores: tuple[Tensor, Tensor]) -> dict[str, Tens
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-# New ------------------------------------------------------------------------------------------------------------------------
+# New
+# ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_new_adapter_changes_nothing_and_is_all_that_trains(architecture: str, make_model: Callable[..., Any]) -> None:
+def test_a_new_adapter_changes_nothing_and_is_all_that_trains(
+    architecture: str, make_model: Callable[..., Any]
+) -> None:
     plain, model = make_model(architecture), adapted(make_model(architecture))
     assert torch.equal(logits(model), logits(plain))
     names = trained_names(model)
@@ -86,7 +98,10 @@ def test_its_noise_follows_from_the_seed_alone(make_model: Callable[..., Any]) -
 def test_packed_and_padded_gradients_agree(name: str, make_model: Callable[..., Any]) -> None:
     model = adapted(make_model(name))
     oracle = copy.deepcopy(model)
-    packed, padded = Policy(model, PolicyConfig("random", scoring="packed")), Policy(oracle, PolicyConfig("random", scoring="padded"))
+    packed, padded = (
+        Policy(model, PolicyConfig("random", scoring="packed")),
+        Policy(oracle, PolicyConfig("random", scoring="padded")),
+    )
     assert packed.uses_packed_scoring
     assert packed.uses_chunked_head
     move(model)
@@ -112,7 +127,9 @@ def test_gradient_checkpointing_keeps_the_gradients(model_folder: Callable[..., 
     assert_same_gradients(recomputed, kept)
 
 
-def test_an_adapted_output_embedding_is_scored_with_all_logits(make_model: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_an_adapted_output_embedding_is_scored_with_all_logits(
+    make_model: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
     model = adapted(make_model("llama"), target_modules=["q_proj", "lm_head"])
     with caplog.at_level(logging.WARNING):
         policy = Policy(model, PolicyConfig("random"))
@@ -151,7 +168,10 @@ def test_the_adapter_is_float32_on_a_smaller_model(model_folder: Callable[..., P
         ({"target_modules": ["no_such_layer"]}, "model.policy.lora: Target modules .*no_such_layer.* not found"),
         ({"peft_kwargs": {"no_such_key": 1}}, "model.policy.lora.peft_kwargs=.*no_such_key"),
         ({"peft_kwargs": {"lora_alpha": 1}}, r"peft_kwargs\.lora_alpha: set model\.policy\.lora\.alpha instead"),
-        ({"peft_kwargs": {"init_lora_weights": "pissa"}}, "init_lora_weights='pissa' changes the model under the adapter"),
+        (
+            {"peft_kwargs": {"init_lora_weights": "pissa"}},
+            "init_lora_weights='pissa' changes the model under the adapter",
+        ),
         ({"peft_kwargs": {"init_lora_weights": False}}, "starts away from it"),
     ],
 )
@@ -168,13 +188,17 @@ def test_further_arguments_reach_peft(make_model: Callable[..., Any]) -> None:
     assert model.peft_config["default"].use_rslora
 
 
-def test_without_peft_the_error_says_what_to_install(make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_peft_the_error_says_what_to_install(
+    make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r'needs the library peft: pip install "stateset-lightning\[lora\]"'):
         adapted(make_model("llama"))
 
 
-def test_quantization_settings_reach_transformers(model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantization_settings_reach_transformers(
+    model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoModelForCausalLM
 
     given: dict[str, Any] = {}
@@ -193,7 +217,8 @@ def test_quantization_settings_reach_transformers(model_folder: Callable[..., Pa
     assert given["dtype"] == torch.bfloat16
 
 
-# Off and merged ---------------------------------------------------------------------------------------------------------------
+# Off and merged
+# ---------------------------------------------------------------------------------------------------------------
 
 MANY = (
     {},
@@ -217,7 +242,9 @@ def test_off_is_the_model_under_it(options: dict[str, Any], make_model: Callable
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("options", [{}, {"peft_kwargs": {"use_dora": True}}], ids=str)
-def test_merging_for_a_while_leaves_every_bit_in_place(name: str, options: dict[str, Any], make_model: Callable[..., Any]) -> None:
+def test_merging_for_a_while_leaves_every_bit_in_place(
+    name: str, options: dict[str, Any], make_model: Callable[..., Any]
+) -> None:
     model = adapted(make_model(name), **options)
     move(model)
     before, places, moved = copy.deepcopy(model.state_dict()), dict(model.named_parameters()), logits(model)
@@ -246,7 +273,9 @@ def test_a_small_update_would_be_lost_in_bfloat16_and_is_not_merged(model_folder
 
 
 @pytest.mark.parametrize(("name", "options"), [("gpt2", {}), *(("llama", options) for options in MANY)], ids=str)
-def test_merged_for_good_it_is_a_plain_model(name: str, options: dict[str, Any], make_model: Callable[..., Any], tmp_path: Path) -> None:
+def test_merged_for_good_it_is_a_plain_model(
+    name: str, options: dict[str, Any], make_model: Callable[..., Any], tmp_path: Path
+) -> None:
     model = adapted(make_model(name), **options)
     move(model)
     moved = logits(model)
@@ -263,7 +292,8 @@ def test_a_tied_embedding_cannot_take_an_adapter(make_model: Callable[..., Any])
         merge_adapter(model)
 
 
-# Saved and loaded -------------------------------------------------------------------------------------------------------------
+# Saved and loaded
+# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -286,7 +316,9 @@ def test_peft_loads_what_is_saved(saved: tuple[str, Path, Tensor]) -> None:
     assert torch.equal(logits(loaded), expected)
 
 
-def test_training_goes_on_from_a_saved_adapter(saved: tuple[str, Path, Tensor], caplog: pytest.LogCaptureFixture) -> None:
+def test_training_goes_on_from_a_saved_adapter(
+    saved: tuple[str, Path, Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
     base, folder, expected = saved
     model = load_model(PolicyConfig(base, adapter=str(folder)))
     assert torch.equal(logits(model), expected)
@@ -317,7 +349,9 @@ def test_loading_is_strict(saved: tuple[str, Path, Tensor]) -> None:
     with pytest.raises(ConfigError, match="cannot be loaded"):
         load_model(PolicyConfig(base, adapter=str(folder)))
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3", "task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "IA3", "task_type": "CAUSAL_LM", "target_modules": ["q_proj"]})
+    )
     save_file(weights, file)
     with pytest.raises(ConfigError, match="IA3, and not LoRA"):
         load_model(PolicyConfig(base, adapter=str(folder)))

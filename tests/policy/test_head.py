@@ -20,7 +20,9 @@ def inputs(dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple[Tenso
     return hidden, weight, bias_V, torch.tensor([3, 0, 10, 3, 7, 1, 3])
 
 
-def plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions) -> tuple[Tensor, Tensor]:
+def plain(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions
+) -> tuple[Tensor, Tensor]:
     logits = torch.nn.functional.linear(hidden, weight, bias).float()
     if options.softcap is not None:
         logits = options.softcap * torch.tanh(logits / options.softcap)
@@ -31,8 +33,8 @@ def plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, 
 def mixed(outputs: tuple[Tensor, Tensor], use: str) -> Tensor:
     weights = torch.linspace(-1.0, 2.0, T)
     return {
-        "logprobs": (outputs[0] * weights),
-        "entropies": (outputs[1] * weights),
+        "logprobs": outputs[0] * weights,
+        "entropies": outputs[1] * weights,
         "both": outputs[0] * weights - outputs[1] * weights.flip(0),
     }[use].sum()
 
@@ -51,7 +53,9 @@ def test_values_and_gradients_are_those_of_a_plain_log_softmax(
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=5e-6, rtol=0)
     for use in ("logprobs", "entropies", "both"):
-        ours_, theirs_ = (torch.autograd.grad(mixed(outputs, use), leaves, retain_graph=True) for outputs in (got, expected))
+        ours_, theirs_ = (
+            torch.autograd.grad(mixed(outputs, use), leaves, retain_graph=True) for outputs in (got, expected)
+        )
         for a, b in zip(ours_, theirs_, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
@@ -94,9 +98,14 @@ def test_a_hand_computed_token() -> None:
 def test_a_tied_weight_gets_both_gradients() -> None:
     _, weight, _, targets = inputs()
     ids = torch.tensor([1, 2, 3, 4, 5, 6, 7])
-    ours = mixed(token_logprobs(torch.nn.functional.embedding(ids, weight), weight, None, targets, HeadOptions(chunk_tokens=2)), "both")
+    ours = mixed(
+        token_logprobs(torch.nn.functional.embedding(ids, weight), weight, None, targets, HeadOptions(chunk_tokens=2)),
+        "both",
+    )
     theirs = mixed(plain(torch.nn.functional.embedding(ids, weight), weight, None, targets, HeadOptions()), "both")
-    torch.testing.assert_close(torch.autograd.grad(ours, weight), torch.autograd.grad(theirs, weight), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, weight), torch.autograd.grad(theirs, weight), atol=2e-6, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 3, None])

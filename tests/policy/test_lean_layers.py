@@ -94,7 +94,13 @@ def test_what_is_kept_counted_by_hand(make_model: Callable[..., Any]) -> None:
 
 
 def test_a_layer_keeps_two_fifths_less(make_model: Callable[..., Any]) -> None:
-    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 4}
+    shape = {
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    }
     model = make_model("qwen2", **shape)
     layer, x = model.model.layers[0], torch.randn(1, 64, 512).requires_grad_()
     positions = model.model.rotary_emb(x, torch.arange(64)[None])
@@ -107,7 +113,9 @@ def test_a_layer_keeps_two_fifths_less(make_model: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     "frozen", [[], ["down_proj.weight"], ["down_proj.weight", "down_proj.bias"], ["gate_proj.weight", "gate_proj.bias"]]
 )
-def test_biases_and_frozen_weights_of_the_layer_behind_the_gate(make_model: Callable[..., Any], frozen: list[str]) -> None:
+def test_biases_and_frozen_weights_of_the_layer_behind_the_gate(
+    make_model: Callable[..., Any], frozen: list[str]
+) -> None:
     stock = LlamaMLP(make_model("llama", mlp_bias=True).config)
     lean = copy.deepcopy(stock)
     assert use_lean_layers(lean) == 1

@@ -47,18 +47,23 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
-# Models -----------------------------------------------------------------------------------------------------------------------
+# Models
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_of_each_architecture_loads_as_it_was_saved(
     model_folder: Callable[..., Path], make_model: Callable[..., Any], architecture: str
 ) -> None:
-    config = PolicyConfig(str(model_folder(architecture)), attn_implementation="eager" if architecture == "gemma2" else None)
+    config = PolicyConfig(
+        str(model_folder(architecture)), attn_implementation="eager" if architecture == "gemma2" else None
+    )
     model, original = load_model(config), make_model(architecture)
     assert type(model) is type(original)
     assert not model.training
     assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in model.parameters())
-    for (name, parameter), (original_name, expected) in zip(model.named_parameters(), original.named_parameters(), strict=True):
+    for (name, parameter), (original_name, expected) in zip(
+        model.named_parameters(), original.named_parameters(), strict=True
+    ):
         assert name == original_name
         assert torch.equal(parameter, expected)
     torch.testing.assert_close(model(IDS).logits, original(IDS).logits, atol=1e-6, rtol=0)
@@ -98,7 +103,10 @@ def test_the_attention_is_the_one_asked_for(model_folder: Callable[..., Path]) -
 
 def test_further_arguments_reach_transformers(folder_of: Callable[..., Path]) -> None:
     folder = folder_of("llama")
-    renamed = {name.replace("model.norm", "model.final"): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    renamed = {
+        name.replace("model.norm", "model.final"): tensor
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
     save_file(renamed, folder / "model.safetensors", {"format": "pt"})
     model = load_model(PolicyConfig(str(folder), model_kwargs={"key_mapping": {"^model.final": "model.norm"}}))
     assert torch.equal(model.model.norm.weight, renamed["model.final.weight"])
@@ -109,7 +117,8 @@ def test_an_argument_that_transformers_does_not_know_is_refused(model_folder: Ca
         load_model(PolicyConfig(str(model_folder("llama")), model_kwargs={"no_such_argument": 1}))
 
 
-# Dropout ----------------------------------------------------------------------------------------------------------------------
+# Dropout
+# ----------------------------------------------------------------------------------------------------------------------
 
 LLAMA_DROPOUT = {"attention_dropout": 0.3}
 GPT2_DROPOUT = {"attn_pdrop": 0.3, "resid_pdrop": 0.2, "embd_pdrop": 0.1}
@@ -123,7 +132,9 @@ def two_training_passes(folder: Path, dropout: float) -> tuple[torch.Tensor, tor
 
 
 @pytest.mark.parametrize(("name", "own"), [("llama", LLAMA_DROPOUT), ("gpt2", GPT2_DROPOUT)])
-def test_a_models_own_dropout_is_replaced_by_ours(model_folder: Callable[..., Path], name: str, own: dict[str, float]) -> None:
+def test_a_models_own_dropout_is_replaced_by_ours(
+    model_folder: Callable[..., Path], name: str, own: dict[str, float]
+) -> None:
     folder = model_folder(name, **own)
     assert all(json.loads((folder / "config.json").read_text())[key] == value for key, value in own.items())
     first, second = two_training_passes(folder, 0.0)
@@ -135,10 +146,13 @@ def test_a_models_own_dropout_is_replaced_by_ours(model_folder: Callable[..., Pa
     assert {getattr(config, key) for key in own} == {0.25}
 
 
-# Gradient checkpointing -------------------------------------------------------------------------------------------------------
+# Gradient checkpointing
+# -------------------------------------------------------------------------------------------------------
 
 
-def test_gradient_checkpointing_is_switched_on_in_the_form_that_works_with_frozen_inputs(model_folder: Callable[..., Path]) -> None:
+def test_gradient_checkpointing_is_switched_on_in_the_form_that_works_with_frozen_inputs(
+    model_folder: Callable[..., Path],
+) -> None:
     model = load_model(PolicyConfig(str(model_folder("llama")), gradient_checkpointing=True))
     assert model.is_gradient_checkpointing
     model.train()
@@ -151,7 +165,8 @@ def test_gradient_checkpointing_is_switched_on_in_the_form_that_works_with_froze
     assert not load_model(PolicyConfig(str(model_folder("llama")))).is_gradient_checkpointing
 
 
-# Refusals ---------------------------------------------------------------------------------------------------------------------
+# Refusals
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["./no/such/folder", "/no/such/folder", "a/b/c", "../x"])
@@ -167,7 +182,9 @@ def test_a_hugging_face_id_is_left_as_it_is() -> None:
     assert resolve_model_name("gpt2") == "gpt2"
 
 
-def test_a_folder_in_the_home_directory_is_found(model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_in_the_home_directory_is_found(
+    model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = model_folder("llama")
     monkeypatch.setenv("HOME", str(folder.parent))
     assert resolve_model_name(f"~/{folder.name}") == str(folder)
@@ -207,11 +224,15 @@ def test_weights_of_another_size_are_refused(folder_of: Callable[..., Path]) -> 
         load_model(PolicyConfig(str(folder)))
 
 
-def test_a_checkpoint_that_lacks_weights_is_refused_rather_than_completed_at_random(folder_of: Callable[..., Path]) -> None:
+def test_a_checkpoint_that_lacks_weights_is_refused_rather_than_completed_at_random(
+    folder_of: Callable[..., Path],
+) -> None:
     folder = folder_of("llama")
     weights = load_file(folder / "model.safetensors")
     save_file(
-        {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}, folder / "model.safetensors", {"format": "pt"}
+        {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"},
+        folder / "model.safetensors",
+        {"format": "pt"},
     )
     with pytest.raises(ConfigError, match=r"has no weights for lm_head.weight, which would be random"):
         load_model(PolicyConfig(str(folder)))
@@ -249,20 +270,27 @@ def test_a_pickled_checkpoint_runs_no_code(folder_of: Callable[..., Path], tmp_p
 def test_a_folders_own_code_does_not_run_unless_trusted(folder_of: Callable[..., Path], tmp_path: Path) -> None:
     folder = folder_of("llama")
     (folder / "own.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass OwnConfig: pass\n")
-    edit(folder / "config.json", model_type="own", auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"})
+    edit(
+        folder / "config.json",
+        model_type="own",
+        auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
+    )
     with pytest.raises(ConfigError, match=r"contains custom code.*trust_remote_code=true if you trust"):
         load_model(PolicyConfig(str(folder)))
     assert not (tmp_path / "executed").exists()
 
 
-# Tokenizers -------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def folder_with_tokenizer(folder: Path, **special_tokens: str) -> PolicyConfig:
     """The bundled tokenizer's vocabulary with no special tokens but these."""
     for file in folder.glob("*token*"):
         file.unlink()
-    PreTrainedTokenizerFast(tokenizer_file=str(TINY_FOLDER / "tokenizer.json"), **special_tokens).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_file=str(TINY_FOLDER / "tokenizer.json"), **special_tokens).save_pretrained(
+        folder
+    )
     return PolicyConfig(str(folder))
 
 
@@ -295,7 +323,8 @@ def test_a_folder_without_a_tokenizer_is_refused(folder_of: Callable[..., Path])
         load_tokenizer(PolicyConfig(str(folder)))
 
 
-# End tokens and context -------------------------------------------------------------------------------------------------------
+# End tokens and context
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("configured", "expected"), [(None, {1}), (5, {1, 5}), ([5, 6], {1, 5, 6}), ([], {1})])
@@ -309,7 +338,12 @@ def test_end_tokens_are_the_tokenizers_and_the_generation_configs(
 
 @pytest.mark.parametrize(
     ("config", "expected"),
-    [({}, None), ({"n_positions": 7}, 7), ({"max_position_embeddings": 9}, 9), ({"max_position_embeddings": None}, None)],
+    [
+        ({}, None),
+        ({"n_positions": 7}, 7),
+        ({"max_position_embeddings": 9}, 9),
+        ({"max_position_embeddings": None}, None),
+    ],
 )
 def test_the_context_length_is_what_the_config_says(config: dict[str, Any], expected: int | None) -> None:
     assert context_length(SimpleNamespace(config=SimpleNamespace(**config))) == expected  # type: ignore[arg-type]

@@ -67,7 +67,9 @@ def gradients(model: Any, scores: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
 
 
 def assert_same_gradients(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """1e-5 relative for every parameter; some have a gradient of zero (attention's key bias), which float noise is measured beside."""
+    """1e-5 relative for every parameter; some have a gradient of zero (attention's key bias), which float noise is
+    measured beside.
+    """
     floor = 0.01 * max(gradient.norm().item() for gradient in expected.values())
     for name, gradient in expected.items():
         assert (got[name] - gradient).norm().item() <= 1e-5 * max(gradient.norm().item(), floor), name
@@ -79,7 +81,8 @@ def assert_same_scores(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tenso
     torch.testing.assert_close(got[1].detach(), expected[1].detach(), atol=1e-5, rtol=0)
 
 
-# Values and gradients -------------------------------------------------------------------------------------------------------
+# Values and gradients
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -93,7 +96,9 @@ def test_scores_and_gradients_are_those_of_one_row_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(prefix_attention, "RECOMPUTE_FROM", recompute_from)
-    plain = make_model(architecture, **({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if architecture == "gpt2" else {}))
+    plain = make_model(
+        architecture, **({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if architecture == "gpt2" else {})
+    )
     policy = make_policy(copy.deepcopy(plain), scoring=scoring)
     assert policy.uses_chunked_head
     assert policy.uses_packed_scoring == (scoring == "auto" and architecture in PACKED)
@@ -136,12 +141,16 @@ def test_a_groups_scores_do_not_depend_on_its_neighbours(make_model: Callable[..
     together = policy.score(GROUPS)
     alone = [policy.score([group]) for group in GROUPS]
     assert_same_scores((torch.cat([a[0] for a in alone]), torch.cat([a[1] for a in alone])), together)
-    one_by_one = policy.score([Group(group.prompt, [completion]) for group in GROUPS for completion in group.completions])
+    one_by_one = policy.score(
+        [Group(group.prompt, [completion]) for group in GROUPS for completion in group.completions]
+    )
     assert_same_scores(one_by_one, together)
 
 
 @pytest.mark.parametrize(("scoring", "tokens"), [("packed", 6 + 9 + 1 + 3 + 10 + 7), ("padded", 7 * 15)])
-def test_packed_scoring_computes_a_prompt_once_per_group(make_model: Callable[..., Any], scoring: str, tokens: int) -> None:
+def test_packed_scoring_computes_a_prompt_once_per_group(
+    make_model: Callable[..., Any], scoring: str, tokens: int
+) -> None:
     policy = make_policy(make_model("llama"), scoring=scoring)
     seen: list[int] = []
     policy.model.base_model.register_forward_pre_hook(
@@ -160,11 +169,14 @@ def test_no_score_reaches_beyond_its_own_past(make_model: Callable[..., Any]) ->
     assert differs == [13, 16, 17, 18]  # the changed tokens 13 and 16, and what follows the latter
 
 
-# Choosing a path ------------------------------------------------------------------------------------------------------------
+# Choosing a path
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_packed_scoring_is_refused_where_it_is_not_exact(make_model: Callable[..., Any]) -> None:
-    with pytest.raises(ConfigError, match=r"scoring='packed' is not exact for random: its attention is 'eager'.*'auto' or 'padded'"):
+    with pytest.raises(
+        ConfigError, match=r"scoring='packed' is not exact for random: its attention is 'eager'.*'auto' or 'padded'"
+    ):
         make_policy(make_model("gemma2"), scoring="packed")
 
 
@@ -177,7 +189,9 @@ def test_sliding_windows_are_not_packed(make_model: Callable[..., Any]) -> None:
     assert_same_scores(policy.score(GROUPS), naive_scores(windowed, GROUPS))
 
 
-def test_the_slower_path_is_announced_once_with_the_reason(make_model: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_the_slower_path_is_announced_once_with_the_reason(
+    make_model: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING, logger="stateset_lightning"):
         policy = make_policy(make_model("gemma2"))
         policy.score(GROUPS)
@@ -196,7 +210,9 @@ def test_the_path_that_was_asked_for_is_not_announced(
     assert caplog.records == []
 
 
-def test_a_wrong_packed_path_is_found_by_the_probe(make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_packed_path_is_found_by_the_probe(
+    make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
 
     correct = prefix_attention.make_layout
 
@@ -249,15 +265,20 @@ def test_a_copy_scores_like_the_original(make_model: Callable[..., Any]) -> None
     assert_same_scores(reference.score(GROUPS), expected)
 
 
-def test_saving_does_not_write_the_packed_attention_into_the_folder(make_model: Callable[..., Any], tmp_path: Any) -> None:
+def test_saving_does_not_write_the_packed_attention_into_the_folder(
+    make_model: Callable[..., Any], tmp_path: Any
+) -> None:
     make_policy(make_model("llama"), scoring="packed").model.save_pretrained(tmp_path)
     assert "stateset" not in (tmp_path / "config.json").read_text()
 
 
-# Without gradient -----------------------------------------------------------------------------------------------------------
+# Without gradient
+# -----------------------------------------------------------------------------------------------------------
 
 
-def test_scores_without_gradient_have_no_graph_and_no_dropout_and_leave_the_mode(make_model: Callable[..., Any]) -> None:
+def test_scores_without_gradient_have_no_graph_and_no_dropout_and_leave_the_mode(
+    make_model: Callable[..., Any],
+) -> None:
     dropout = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
     policy = make_policy(make_model("gpt2", **dropout))
     expected = naive_scores(make_model("gpt2"), GROUPS)

@@ -22,7 +22,9 @@ from stateset_lightning.policy.precision import sampling_dtype, weights_dtype
         ("float16", "32-true", torch.float16, None),
     ],
 )
-def test_weights_and_sampling(dtype: str | None, precision: str, weights: torch.dtype, sampling: torch.dtype | None) -> None:
+def test_weights_and_sampling(
+    dtype: str | None, precision: str, weights: torch.dtype, sampling: torch.dtype | None
+) -> None:
     assert weights_dtype(dtype, precision) == weights  # type: ignore[arg-type]
     assert sampling_dtype(precision) == sampling
 
@@ -37,12 +39,15 @@ def test_weights_and_sampling(dtype: str | None, precision: str, weights: torch.
     ],
 )
 def test_a_contradiction_is_refused(dtype: str, precision: str, needed: str) -> None:
-    with pytest.raises(ConfigError, match=f"dtype='{dtype}' contradicts trainer.precision='{precision}' .which needs {needed} weights"):
+    with pytest.raises(
+        ConfigError, match=f"dtype='{dtype}' contradicts trainer.precision='{precision}' .which needs {needed} weights"
+    ):
         weights_dtype(dtype, precision)  # type: ignore[arg-type]
 
 
 def test_an_unknown_precision_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
-        ConfigError, match=r"'transformer-engine' is not supported: use one of 16-mixed, 16-true, 32-true, 64-true, bf16-mixed"
+        ConfigError,
+        match=r"'transformer-engine' is not supported: use one of 16-mixed, 16-true, 32-true, 64-true, bf16-mixed",
     ):
         weights_dtype(None, "transformer-engine")

@@ -26,7 +26,9 @@ def visible(prompts: list[int], completions: list[list[int]]) -> Tensor:
         labels += [(g, -1)] * prompt
         for c, length in enumerate(lengths):
             labels += [(g, c)] * length
-    return torch.tensor([[i >= j and a[0] == b[0] and b[1] in (-1, a[1]) for j, b in enumerate(labels)] for i, a in enumerate(labels)])
+    return torch.tensor(
+        [[i >= j and a[0] == b[0] and b[1] in (-1, a[1]) for j, b in enumerate(labels)] for i, a in enumerate(labels)]
+    )
 
 
 def oracle(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
@@ -51,7 +53,8 @@ def test_output_and_gradients_are_those_under_the_whole_mask(
     total = sum(prompts) + sum(map(sum, completions))
     generator = torch.Generator().manual_seed(0)
     inputs = [
-        torch.randn(1, heads, total, 8, generator=generator, dtype=torch.float64).requires_grad_() for heads in (4, kv_heads, kv_heads)
+        torch.randn(1, heads, total, 8, generator=generator, dtype=torch.float64).requires_grad_()
+        for heads in (4, kv_heads, kv_heads)
     ]
     weights = torch.randn(1, total, 4, 8, generator=generator, dtype=torch.float64)
     arguments = {LAYOUT_ARGUMENT: make_layout(prompts, completions, CPU)}
@@ -70,7 +73,10 @@ def test_without_a_layout_it_is_plain_sdpa() -> None:
     query, key, value = torch.randn(3, 2, 4, 5, 8, generator=torch.Generator().manual_seed(1)).unbind(0)
     causal, _ = prefix_attention(module, query, key, value, None)
     torch.testing.assert_close(
-        causal, oracle(query, key, value, torch.ones(5, 5, dtype=torch.bool).tril(), 1 / math.sqrt(8)), atol=1e-6, rtol=0
+        causal,
+        oracle(query, key, value, torch.ones(5, 5, dtype=torch.bool).tril(), 1 / math.sqrt(8)),
+        atol=1e-6,
+        rtol=0,
     )
     mask = torch.tensor([[True, False, True, False, True]]).expand(5, 5)
     masked, _ = prefix_attention(module, query, key, value, mask[None, None])

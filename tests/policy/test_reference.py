@@ -17,7 +17,8 @@ def test_an_adapter_s_reference_is_the_model_under_it(model_folder: Callable[...
     reference = make_reference(policy, torch.float32)
     assert isinstance(reference, AdapterReference)
     expected = plain.score_without_gradient(GROUPS, 0.7)
-    assert all(torch.equal(x, y) for x, y in zip(policy.score_without_gradient(GROUPS, 0.7), expected, strict=True))  # B is zero
+    # B is zero
+    assert all(torch.equal(x, y) for x, y in zip(policy.score_without_gradient(GROUPS, 0.7), expected, strict=True))
     policy.train()
     move(policy.model)
     moved = policy.score_without_gradient(GROUPS, 0.7)[0]

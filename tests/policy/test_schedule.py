@@ -29,7 +29,9 @@ def test_a_warmup_rises_linearly_and_never_starts_at_zero() -> None:
 
 def test_a_linear_decay_reaches_its_end_after_the_last_step() -> None:
     assert rates(Schedule("linear"), 4, 6) == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0, 0.0])
-    assert rates(Schedule("linear", warmup_steps=1, final_factor=0.2), 5, 6) == pytest.approx([0.5, 1.0, 0.8, 0.6, 0.4, 0.2])
+    assert rates(Schedule("linear", warmup_steps=1, final_factor=0.2), 5, 6) == pytest.approx(
+        [0.5, 1.0, 0.8, 0.6, 0.4, 0.2]
+    )
 
 
 def test_a_cosine_decay_is_half_a_cosine() -> None:
@@ -52,7 +54,8 @@ def test_a_warmup_longer_than_the_run_goes_on_rising() -> None:
     assert rates(Schedule("linear", warmup_steps=9), 4, 4) == pytest.approx([0.1, 0.2, 0.3, 0.4])
 
 
-# Resuming with other options ----------------------------------------------------------------------------------------------------
+# Resuming with other options
+# ----------------------------------------------------------------------------------------------------
 
 
 def resumed(
@@ -86,7 +89,9 @@ def test_a_new_learning_rate_wins_over_the_checkpoints() -> None:
 
 def test_a_new_shape_wins_over_the_checkpoints() -> None:
     assert resumed(Schedule("linear"), Schedule("constant"), 1.0, 1.0).param_groups[0]["lr"] == pytest.approx(1.0)
-    assert resumed(Schedule("linear"), Schedule("linear", total_steps=8), 1.0, 1.0).param_groups[0]["lr"] == pytest.approx(0.75)
+    assert resumed(Schedule("linear"), Schedule("linear", total_steps=8), 1.0, 1.0).param_groups[0][
+        "lr"
+    ] == pytest.approx(0.75)
 
 
 def test_other_options_win_too() -> None:

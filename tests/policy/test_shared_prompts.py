@@ -27,7 +27,9 @@ def oracle(prompts: SharedPrompts, query: Tensor, key: Tensor, value: Tensor, sc
     for row, prompt in enumerate(prompts.prompt_of_row_B.tolist()):
         length, start = int(prompts.lengths_P[prompt]), int(prompts.starts_B[row])
         keys, values = (
-            torch.cat([layers[0][prompt, :, layers[0].shape[2] - length :], own[row, :, start:]], dim=1).repeat_interleave(R, 0)
+            torch.cat(
+                [layers[0][prompt, :, layers[0].shape[2] - length :], own[row, :, start:]], dim=1
+            ).repeat_interleave(R, 0)
             for layers, own in ((prompts.keys, key), (prompts.values, value))
         )
         weights = (query[row] @ keys.transpose(-1, -2) * scaling).softmax(-1)
@@ -37,7 +39,11 @@ def oracle(prompts: SharedPrompts, query: Tensor, key: Tensor, value: Tensor, sc
 
 def assert_exact(prompts: SharedPrompts, columns: int = 5) -> None:
     rows = len(prompts.prompt_of_row_B)
-    query, key, value = numbers(rows, K * R, 1, D, seed=5), numbers(rows, K, columns, D, seed=6), numbers(rows, K, columns, D, seed=7)
+    query, key, value = (
+        numbers(rows, K * R, 1, D, seed=5),
+        numbers(rows, K, columns, D, seed=6),
+        numbers(rows, K, columns, D, seed=7),
+    )
     output = prompts.attend(0, query, key, value, 0.7)
     assert output.shape == (rows, 1, K * R, D)
     torch.testing.assert_close(output, oracle(prompts, query, key, value, 0.7), atol=1e-12, rtol=0)
@@ -58,7 +64,9 @@ def test_output_is_that_over_copies(lengths: list[int], prompt_of_row: list[int]
 
 def test_a_hand_computed_step() -> None:
     # One head of size one. The prompt's two keys are 0; the row's own key is ln 2: weights 1/4, 1/4, 1/2.
-    prompts = SharedPrompts([torch.zeros(1, 1, 2, 1)], [torch.tensor([4.0, 8.0]).view(1, 1, 2, 1)], *map(torch.tensor, ([2], [0], [0])))
+    prompts = SharedPrompts(
+        [torch.zeros(1, 1, 2, 1)], [torch.tensor([4.0, 8.0]).view(1, 1, 2, 1)], *map(torch.tensor, ([2], [0], [0]))
+    )
     own_key, own_value = torch.full((1, 1, 1, 1), math.log(2)), torch.full((1, 1, 1, 1), 10.0)
     assert prompts.attend(0, torch.ones(1, 1, 1, 1), own_key, own_value, 1.0).item() == pytest.approx(8.0)
 

@@ -44,9 +44,18 @@ frame.srcdoc = {page};
 def use(run: Path, script: str, width: int = 1200) -> Any:
     """What a script returns that has the page before it; fails if the browser's console says anything."""
     file = run / "around.html"
-    file.write_text(AROUND.format(width=width, script=script, page=script_safe(render(read_run(run)))), encoding="utf-8")
+    file.write_text(
+        AROUND.format(width=width, script=script, page=script_safe(render(read_run(run)))), encoding="utf-8"
+    )
     assert CHROMIUM is not None
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={run / 'profile'}", "--enable-logging=stderr", "--v=0"]
+    options = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={run / 'profile'}",
+        "--enable-logging=stderr",
+        "--v=0",
+    ]
     command = [CHROMIUM, *options, "--window-size=1300,1000", "--virtual-time-budget=4000", "--dump-dom", file.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in done.stderr, done.stderr

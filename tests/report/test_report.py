@@ -52,7 +52,8 @@ def test_the_page_needs_nothing_else(run):
     assert "unsafe" not in policy
     outside = page.replace("http://www.w3.org/2000/svg", "")  # a namespace, not an address
     assert not re.search(
-        r"https?://|//cdn|@import|url\(|fetch\(|XMLHttp|<link|src=", outside.replace(json.dumps(ATTACK)[1:-1], "").split('id="data"')[0]
+        r"https?://|//cdn|@import|url\(|fetch\(|XMLHttp|<link|src=",
+        outside.replace(json.dumps(ATTACK)[1:-1], "").split('id="data"')[0],
     )
     assert not re.search(r"https?://|fetch\(|XMLHttp|import\(", outside.rsplit("<script>", 1)[1])
 
@@ -107,12 +108,16 @@ def contrast(one, other):
 
 
 def mixed(tint, ground, share):
-    return "#" + "".join(f"{round(share * int(tint[i : i + 2], 16) + (1 - share) * int(ground[i : i + 2], 16)):02x}" for i in (1, 3, 5))
+    return "#" + "".join(
+        f"{round(share * int(tint[i : i + 2], 16) + (1 - share) * int(ground[i : i + 2], 16)):02x}" for i in (1, 3, 5)
+    )
 
 
 @pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
 def test_all_text_can_be_read(run, theme):
-    blocks = re.findall(r":root(?:\[data-theme=\"dark\"\])? \{(.*?)\}", Elements(render(read_run(run))).raw[0], flags=re.DOTALL)
+    blocks = re.findall(
+        r":root(?:\[data-theme=\"dark\"\])? \{(.*?)\}", Elements(render(read_run(run))).raw[0], flags=re.DOTALL
+    )
     colour = dict(re.findall(r"--([\w-]+): (#\w{6})", blocks[theme]))
     for ground in ("page", "card"):
         for text in ("ink", "soft", "accent", "good", "bad"):

@@ -1,4 +1,6 @@
-"""Files of a run -> the data of its page: what is kept, how much at most, and what is said about what is missing or damaged."""
+"""Files of a run -> the data of its page: what is kept, how much at most, and what is said about what is missing or
+damaged.
+"""
 
 import json
 
@@ -45,7 +47,11 @@ def test_long_curves_are_averaged_over_neighbours(run, monkeypatch):
 def test_many_episodes_prompts_and_evaluations_are_spread_over_the_run(run, monkeypatch):
     for name, limit in (("MAX_EPISODES", 3), ("MAX_PROMPTS", 2), ("MAX_EVALUATIONS", 2)):
         monkeypatch.setattr(run_data, name, limit)
-    write_samples(run, [completion("x", 1.0, k) for k in range(1, 10)] + [evaluated(k, 0.0, f"v{i}") for k in range(5) for i in range(4)])
+    write_samples(
+        run,
+        [completion("x", 1.0, k) for k in range(1, 10)]
+        + [evaluated(k, 0.0, f"v{i}") for k in range(5) for i in range(4)],
+    )
     data = read_run(run)
     assert [group["step"] for group in data["train"]] == [1, 5, 9]
     assert [group["id"] for group in data["evaluations"]] == ["v0", "v3"]
@@ -77,7 +83,8 @@ def test_a_missing_file_is_named_and_the_rest_is_shown(run, gone):
 
 def test_a_folder_without_a_run_is_refused_and_its_newest_run_named(run, tmp_path):
     with pytest.raises(
-        ConfigError, match=r"holds no run: there is neither metrics.csv nor samples.jsonl in it; did you mean .*version_0\?"
+        ConfigError,
+        match=r"holds no run: there is neither metrics.csv nor samples.jsonl in it; did you mean .*version_0\?",
     ):
         read_run(run.parent)
     (tmp_path / "empty").mkdir()

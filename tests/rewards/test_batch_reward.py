@@ -18,7 +18,9 @@ class Lengths(BatchReward):
         self.output, self.calls = output, []
 
     def compute_rewards(self, conversations, contexts):
-        self.calls.append(([turns[-1].content for turns in conversations], [context["k"] for context in contexts], self.device))
+        self.calls.append(
+            ([turns[-1].content for turns in conversations], [context["k"] for context in contexts], self.device)
+        )
         if isinstance(self.output, Exception):
             raise self.output
         return self.output if self.output is not None else [len(turns[-1].content) for turns in conversations]
@@ -50,12 +52,21 @@ def test_items_may_be_anything_a_reward_returns_or_an_exception():
     scores = run([Lengths(outputs), Early(weight=0.5)], ["x"] * 6)
     assert [value for value in scores.totals_N.tolist() if value == value] == [2.5, 0.5, 4.5]
     assert scores.breakdowns[0] == {"lengths": {"part": 1}}
-    assert {failure.completion: failure.error for failure in scores.failures} == {2: "KeyError", 3: "RewardError", 4: "RewardError"}
+    assert {failure.completion: failure.error for failure in scores.failures} == {
+        2: "KeyError",
+        3: "RewardError",
+        4: "RewardError",
+    }
 
 
 @pytest.mark.parametrize(
     ("output", "error"),
-    [(RuntimeError("out of memory"), "RuntimeError"), ([1.0], "RewardError"), (7, "TypeError"), (iter([]), "RewardError")],
+    [
+        (RuntimeError("out of memory"), "RuntimeError"),
+        ([1.0], "RewardError"),
+        (7, "TypeError"),
+        (iter([]), "RewardError"),
+    ],
 )
 def test_a_call_that_fails_fails_all(output, error):
     scores = run([Lengths(output), Early()], ["a", "b"])

@@ -19,7 +19,9 @@ def encoder(tmp_path_factory):
 
 def similarity(folder, answers, targets, **options):
     conversations = [[Turn("user", "q"), Turn("assistant", answer)] for answer in answers]
-    return EmbeddingSimilarity(str(folder), **options).compute_rewards(conversations, [{"id": "s1", "target": t} for t in targets])
+    return EmbeddingSimilarity(str(folder), **options).compute_rewards(
+        conversations, [{"id": "s1", "target": t} for t in targets]
+    )
 
 
 def embedded(folder, text):
@@ -31,9 +33,18 @@ def embedded(folder, text):
 
 @pytest.mark.parametrize("batch_size", [1, 64])
 def test_it_is_the_cosine_of_mean_embeddings(encoder, batch_size):
-    answers, targets = ["the cat", "dog", "the cat sits", "hello rude"], ["the dog runs home fast", "cat", "the cat sits", "a"]
+    answers, targets = (
+        ["the cat", "dog", "the cat sits", "hello rude"],
+        [
+            "the dog runs home fast",
+            "cat",
+            "the cat sits",
+            "a",
+        ],
+    )
     expected = [
-        float(torch.cosine_similarity(embedded(encoder, a), embedded(encoder, t), dim=0)) for a, t in zip(answers, targets, strict=True)
+        float(torch.cosine_similarity(embedded(encoder, a), embedded(encoder, t), dim=0))
+        for a, t in zip(answers, targets, strict=True)
     ]
     assert similarity(encoder, answers, targets, batch_size=batch_size) == pytest.approx(expected, abs=1e-5)
     assert expected[2] == pytest.approx(1.0)
@@ -74,7 +85,8 @@ def test_positions_behind_the_padding_are_not_for_text(tmp_path):
     config = RobertaConfig(vocab_size=len(tokenizer), **SHAPE, pad_token_id=0)
     RobertaModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    fits, too_long = similarity(tmp_path, [" ".join(["dog"] * count) for count in (21, 22)], ["cat", "cat"])  # [CLS] and [SEP] stand around
+    # [CLS] and [SEP] stand around
+    fits, too_long = similarity(tmp_path, [" ".join(["dog"] * count) for count in (21, 22)], ["cat", "cat"])
     assert math.isfinite(fits)
     assert isinstance(too_long, DataError)
     assert "reads texts of 1 to 23 tokens; this one has 24" in str(too_long)

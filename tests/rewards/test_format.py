@@ -37,7 +37,11 @@ def test_tags_occur_once_in_order_and_unnested(text, expected):
 def test_text_outside_tags_can_be_forbidden():
     reward = FormatReward(tags=["think", "answer"], only_tags=True)
     assert score(reward, " <think>a</think>\n<answer>c</answer>\n") == 1.0
-    for text in ("x<think>a</think><answer>c</answer>", "<think>a</think>x<answer>c</answer>", "<think>a</think><answer>c</answer>x"):
+    for text in (
+        "x<think>a</think><answer>c</answer>",
+        "<think>a</think>x<answer>c</answer>",
+        "<think>a</think><answer>c</answer>x",
+    ):
         assert score(reward, text) == 0.0
 
 
@@ -84,7 +88,13 @@ def test_json_is_valid_or_not(text, expected):
 
 def test_a_fence_may_be_allowed():
     reward = JsonValid(allow_fence=True)
-    texts = ['```json\n{"a": 1}\n```', '```\n{"a": 1}\n```', '{"a": 1}', 'Here:\n```json\n{"a": 1}\n```', "```json\nno\n```"]
+    texts = [
+        '```json\n{"a": 1}\n```',
+        '```\n{"a": 1}\n```',
+        '{"a": 1}',
+        'Here:\n```json\n{"a": 1}\n```',
+        "```json\nno\n```",
+    ]
     assert [score(reward, text) for text in texts] == [1.0, 1.0, 1.0, 0.0, 0.0]
 
 

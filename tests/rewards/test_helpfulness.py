@@ -11,7 +11,9 @@ GOOD = "Photosynthesis is the process by which plants turn sunlight, water and c
 
 
 def result(prompt, answer, target=None):
-    return HelpfulnessReward(weight=1.0).compute_reward([Turn("user", prompt), Turn("assistant", answer)], {"target": target})
+    return HelpfulnessReward(weight=1.0).compute_reward(
+        [Turn("user", prompt), Turn("assistant", answer)], {"target": target}
+    )
 
 
 def score(prompt, answer, target=None):
@@ -41,7 +43,13 @@ def test_relevant_answers_score_high(prompt, answer):
         (PHOTOSYNTHESIS, ""),
         (PHOTOSYNTHESIS, " \n...!"),
         (PHOTOSYNTHESIS, "Great question! I'd be happy to help. Thank you for asking. I hope this helps!"),
-        (PHOTOSYNTHESIS, "Certainly! Here is the answer to your question. Let me know if you have any other questions. Feel free to ask."),
+        (
+            PHOTOSYNTHESIS,
+            (
+                "Certainly! Here is the answer to your question. Let me know if you have any other questions. Feel free"
+                " to ask."
+            ),
+        ),
         (PHOTOSYNTHESIS, "I'm sorry, but I can't help with that. As an AI language model I don't know."),
         (PHOTOSYNTHESIS, "photosynthesis " * 50),
         (PHOTOSYNTHESIS, "What is photosynthesis? What is photosynthesis?"),
@@ -84,7 +92,16 @@ def test_agreement_with_a_target_decides():
 
 def test_breakdown_gives_the_parts():
     parts = result(PHOTOSYNTHESIS, GOOD, "plants turn light into sugar").breakdown
-    assert set(parts) == {"relevance", "informativeness", "prose", "stock", "repetition", "echo", "brevity", "agreement"}
+    assert set(parts) == {
+        "relevance",
+        "informativeness",
+        "prose",
+        "stock",
+        "repetition",
+        "echo",
+        "brevity",
+        "agreement",
+    }
     assert parts["relevance"] == 1.0
     assert parts["agreement"] == 0.75  # plant, turn, sugar; not light
 

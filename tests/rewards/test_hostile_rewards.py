@@ -1,4 +1,6 @@
-"""Rewards that fork, leak, start processes of their own, or change global random state: the run goes on as if they did not."""
+"""Rewards that fork, leak, start processes of their own, or change global random state: the run goes on as if they did
+not.
+"""
 
 import os
 import random
@@ -78,7 +80,9 @@ def test_a_fork_in_this_process_leaves_no_second_trainer(tmp_path):
         "    [session.submit(n, [Turn('assistant', 'x')]) for n in range(3)]\n"
         "    print(session.collect().totals_N.tolist())\n"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
     assert (done.stdout, done.returncode) == ("[1.0, 1.0, 1.0]\n", 0), done.stderr
 
 

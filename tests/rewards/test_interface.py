@@ -142,7 +142,9 @@ def own_module(tmp_path, monkeypatch):
 
 
 def test_yaml_lists_single_classes_and_functions_parse_and_save(own_module):
-    numeric = "{class_path: stateset_lightning.rewards.NumericAnswer, init_args: {marker: 'answer:', weight: 2, timeout: 3}}"
+    numeric = (
+        "{class_path: stateset_lightning.rewards.NumericAnswer, init_args: {marker: 'answer:', weight: 2, timeout: 3}}"
+    )
     brevity = f"{{class_path: {own_module}.Brevity, init_args: {{limit: 7}}}}"
     seen = []
     for reward in (f"[{numeric}, {brevity}]", numeric, f"{own_module}.Brevity", f"{own_module}.polite"):
@@ -152,7 +154,12 @@ def test_yaml_lists_single_classes_and_functions_parse_and_save(own_module):
         saved = parser.dump(config)
         assert parser.dump(parser.parse_string(saved)) == saved
         seen.append(parser.instantiate(config).model.rewards)
-    assert [[r.name for r in rewards] for rewards in seen] == [["numeric_answer", "brevity"], ["numeric_answer"], ["brevity"], ["polite"]]
+    assert [[r.name for r in rewards] for rewards in seen] == [
+        ["numeric_answer", "brevity"],
+        ["numeric_answer"],
+        ["brevity"],
+        ["polite"],
+    ]
     assert isinstance(seen[0][0], NumericAnswer)
     assert (seen[0][0].marker, seen[0][0].weight, seen[0][0].timeout) == ("answer:", 2.0, 3.0)
     assert seen[0][1].limit == 7

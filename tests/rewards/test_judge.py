@@ -1,4 +1,6 @@
-"""ModelJudge: against a server on loopback that answers as told, well and badly, and against the real server of transformers."""
+"""ModelJudge: against a server on loopback that answers as told, well and badly, and against the real server of
+transformers.
+"""
 
 import gc
 import json
@@ -25,7 +27,9 @@ RUBRIC = "Is the answer polite? A perfect one: {target}"
 
 
 class Server(ThreadingHTTPServer):
-    """Answers each request with the next of `replies`, the last one for ever: a text, a status, or a function of the request."""
+    """Answers each request with the next of `replies`, the last one for ever: a text, a status, or a function of the
+    request.
+    """
 
     daemon_threads = True
 
@@ -62,7 +66,17 @@ class Handler(BaseHTTPRequestHandler):
             choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": text}}
             usage = {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107}
             self.send(
-                200, json.dumps({"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice], "usage": usage})
+                200,
+                json.dumps(
+                    {
+                        "id": "1",
+                        "object": "chat.completion",
+                        "created": 1,
+                        "model": "m",
+                        "choices": [choice],
+                        "usage": usage,
+                    }
+                ),
             )
 
     def send(self, status, body):
@@ -95,7 +109,9 @@ def run(reward, answers=("It comes today.",), context=None, timeout=None):
     with Scorer(reward, timeout=timeout) as scorer:
         session = scorer.start(len(answers))
         for n, answer in enumerate(answers):
-            session.submit(n, [*TURNS[:-1], Turn("assistant", answer)], {"id": "s1", "target": "Today!", **(context or {})})
+            session.submit(
+                n, [*TURNS[:-1], Turn("assistant", answer)], {"id": "s1", "target": "Today!", **(context or {})}
+            )
         return session.collect()
 
 
@@ -111,12 +127,18 @@ def test_what_is_asked_and_what_comes_of_it(server):
     assert "A perfect one: Today!" in instructions
     assert "from 0 to 10" in instructions
     mark = re.search("<answer-([0-9a-f]{16})>", material)[1]
-    assert material == (
-        f"<conversation-{mark}>\nsystem: Be brief.\n\nuser: Where is my parcel?\n</conversation-{mark}>\n\n"
+    assert (
+        material == f"<conversation-{mark}>\nsystem: Be brief.\n\nuser: Where is my parcel?\n</conversation-{mark}>\n\n"
         f"<answer-{mark}>\nIt comes today.\n</answer-{mark}>"
     )
     assert f"</answer-{mark}>" in instructions
-    assert reward.take_counts() == {"calls": 1, "retries": 0, "cache_hits": 0, "prompt_tokens": 100, "completion_tokens": 7}
+    assert reward.take_counts() == {
+        "calls": 1,
+        "retries": 0,
+        "cache_hits": 0,
+        "prompt_tokens": 100,
+        "completion_tokens": 7,
+    }
     assert set(reward.take_counts().values()) == {0}
 
 
@@ -196,7 +218,8 @@ def test_replies_without_a_score_are_not_kept(server):
 
 def test_the_cache_outlives_a_run_and_is_bounded(server, tmp_path):
     file = tmp_path / "folder" / "replies.sqlite"
-    first = judge(server, cache=str(file), max_cached=3, max_concurrency=1)  # one after the other, so that 2, 3 and 4 are the newest
+    # one after the other, so that 2, 3 and 4 are the newest
+    first = judge(server, cache=str(file), max_cached=3, max_concurrency=1)
     assert run(first, [str(i) for i in range(5)]).totals_N.tolist() == [0.5] * 5
     again = judge(server, cache=str(file), max_cached=3)
     run(again, ["4", "3", "2"])
@@ -244,7 +267,9 @@ def test_what_stays_wrong_fails_under_its_name(server, replies, error):
 def test_a_slow_server_times_out_and_none_is_a_connection_error(server):
     server.delay = 1.0
     begin = time.perf_counter()
-    assert failure_counts(run(judge(server, request_timeout=0.1, max_retries=0))) == {"reward_failures/model_judge/APITimeoutError": 1}
+    assert failure_counts(run(judge(server, request_timeout=0.1, max_retries=0))) == {
+        "reward_failures/model_judge/APITimeoutError": 1
+    }
     assert failure_counts(run(judge(server), timeout=0.1)) == {"reward_failures/model_judge/TimeoutError": 1}
     nobody = ModelJudge("m", "Good?", base_url="http://127.0.0.1:9/v1", max_retries=0)
     assert failure_counts(run(nobody)) == {"reward_failures/model_judge/APIConnectionError": 1}
@@ -282,7 +307,9 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(server, monkey
     run(reward)
     assert b"secret-of" not in (tmp_path / "c").read_bytes()
     monkeypatch.delenv("JUDGE_API_KEY")
-    with pytest.raises(ConfigError, match="environment variable JUDGE_API_KEY, which holds the judge's key, is not set"):
+    with pytest.raises(
+        ConfigError, match="environment variable JUDGE_API_KEY, which holds the judge's key, is not set"
+    ):
         judge(server, api_key_env="JUDGE_API_KEY")
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(ConfigError, match="OPENAI_API_KEY"):
@@ -342,20 +369,31 @@ def test_what_it_costs_is_logged(server, tmp_path):
     assert last["cost/model_judge/prompt_tokens"] == 100 * len(server.requests)
 
 
-# The real thing -------------------------------------------------------------------------------------------------------------------
+# The real thing
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def save_judge(folder: Path, tokenizer) -> Path:
-    """A chat model that says `Score: 9` of the answer `good` and `Score: 2` of `bad`, after a moment of training on these two prompts."""
+    """A chat model that says `Score: 9` of the answer `good` and `Score: 2` of `bad`, after a moment of training on
+    these two prompts.
+    """
     reward = ModelJudge("m", "Is it polite?", base_url="http://127.0.0.1:9/v1")
     rows = []
     for answer, score in (("good", 9), ("bad", 2)):
         messages = reward._messages([*TURNS[:-1], Turn("assistant", answer)], {})
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        rows.append((prompt, [*tokenizer(f"Score: {score}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]))
+        rows.append(
+            (prompt, [*tokenizer(f"Score: {score}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        sizes = {"hidden_size": 48, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+        sizes = {
+            "hidden_size": 48,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+        }
         ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
         model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=2048, **sizes, **ends))
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -402,7 +440,9 @@ def real_server(tmp_path, tiny_tokenizer):
 @pytest.mark.slow  # trains a judge and starts a server: half a minute
 def test_a_real_server_judges(real_server):
     url, model = real_server
-    reward = ModelJudge(model, "Is it polite?", base_url=url, request={"max_completion_tokens": 16}, request_timeout=300)
+    reward = ModelJudge(
+        model, "Is it polite?", base_url=url, request={"max_completion_tokens": 16}, request_timeout=300
+    )
     scores = run(reward, ["good", "bad", "good", "bad"])
     assert scores.totals_N.tolist() == [0.9, 0.2, 0.9, 0.2], scores.failures
     assert scores.breakdowns[0]["model_judge"]["reply"] == "Score: 9"
@@ -410,7 +450,12 @@ def test_a_real_server_judges(real_server):
     assert (counts["calls"], counts["cache_hits"], counts["retries"]) == (2, 2, 0)
     assert counts["prompt_tokens"] > 2 * 300
     assert counts["completion_tokens"] >= 2 * 6
-    print(json.dumps({"server": url, "scores": scores.totals_N.tolist(), "replies": scores.breakdowns, "counts": counts}, indent=1))
+    print(
+        json.dumps(
+            {"server": url, "scores": scores.totals_N.tolist(), "replies": scores.breakdowns, "counts": counts},
+            indent=1,
+        )
+    )
     cut = run(ModelJudge(model, "Is it polite?", base_url=url, request={"max_completion_tokens": 3}))
     assert "was cut off" in cut.failures[0].message
     wrong = run(ModelJudge("no/such-model", "Is it polite?", base_url=url, max_retries=0))

@@ -13,7 +13,9 @@ from stateset_lightning.types import Turn
 
 
 def result(text, target, **options):
-    return MathEquivalence(**options).compute_reward([Turn("user", "q"), Turn("assistant", text)], {"id": "s1", "target": target})
+    return MathEquivalence(**options).compute_reward(
+        [Turn("user", "q"), Turn("assistant", text)], {"id": "s1", "target": target}
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,9 @@ def test_the_library_is_loaded_before_the_first_completion():
         "import sys, pickle; reward = pickle.loads(sys.stdin.buffer.read()); "
         "print('math_verify' in sys.modules, 'torch' in sys.modules, reward.timeout)"
     )
-    done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(MathEquivalence(timeout=3)), capture_output=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps(MathEquivalence(timeout=3)), capture_output=True, check=True
+    )
     assert done.stdout.split() == [b"True", b"False", b"3"]
 
 

@@ -13,7 +13,9 @@ from stateset_lightning.types import Turn
 
 
 def result(text, target, **options):
-    return NumericAnswer(**options).compute_reward([Turn("user", "q"), Turn("assistant", text)], {"id": "s1", "target": target})
+    return NumericAnswer(**options).compute_reward(
+        [Turn("user", "q"), Turn("assistant", text)], {"id": "s1", "target": target}
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,6 +104,8 @@ def test_bad_options_are_rejected():
         NumericAnswer(relative_tolerance=-1)
 
 
-@pytest.mark.parametrize("text", ["9" * 200_000, "1,000" * 40_000, "1 " * 100_000, "-$" * 100_000, "1/" * 100_000, r"\frac{1}{" * 20_000])
+@pytest.mark.parametrize(
+    "text", ["9" * 200_000, "1,000" * 40_000, "1 " * 100_000, "-$" * 100_000, "1/" * 100_000, r"\frac{1}{" * 20_000]
+)
 def test_reading_takes_linear_time(text):
     within(3, lambda: list(find_numbers(text)), attempts=2)

@@ -85,7 +85,11 @@ def unprintable(turns, context):
 
 @pytest.mark.parametrize(
     ("function", "error", "message"),
-    [(raising, "KeyError", "'missing'"), (exiting, "SystemExit", "3"), (unprintable, "Unprintable", "could not be printed")],
+    [
+        (raising, "KeyError", "'missing'"),
+        (exiting, "SystemExit", "3"),
+        (unprintable, "Unprintable", "could not be printed"),
+    ],
 )
 def test_exceptions_are_failures_with_a_traceback(function, error, message):
     outcome = evaluate(FunctionReward(function), [], {}, asyncio.run)

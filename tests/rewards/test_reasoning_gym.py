@@ -22,7 +22,9 @@ def result(scenario, text, **options):
     return ReasoningGymReward(**options).compute_reward(conversation(scenario, text), scenario.columns())
 
 
-@pytest.mark.parametrize("task", ["chain_sum", "spell_backward", "leg_counting", "number_sequence", "propositional_logic", "letter_jumble"])
+@pytest.mark.parametrize(
+    "task", ["chain_sum", "spell_backward", "leg_counting", "number_sequence", "propositional_logic", "letter_jumble"]
+)
 def test_scores_are_the_librarys(task):
     dataset = reasoning_gym.create_dataset(task, size=4, seed=0)
     for scenario, entry in zip(scenarios(task), dataset, strict=True):
@@ -68,7 +70,9 @@ def test_tasks_that_run_answers_as_code_need_leave(tmp_path):
 def test_the_list_of_these_tasks_is_whole():
     runs = re.compile(r"\beval\(answer\)|parse_expr\(answer\b|sympify\(answer|\bexec\(answer")
     datasets = reasoning_gym.factory.DATASETS
-    assert {name for name, (cls, _) in datasets.items() if runs.search(inspect.getsource(inspect.getmodule(cls)))} == RUNS_ANSWERS
+    assert {
+        name for name, (cls, _) in datasets.items() if runs.search(inspect.getsource(inspect.getmodule(cls)))
+    } == RUNS_ANSWERS
 
 
 @pytest.mark.slow  # a worker process imports the library, which takes seconds

@@ -116,7 +116,9 @@ def test_a_wrong_score_is_no_reason_to_try_again():
         calls.append(1)
         return "good"
 
-    assert failure_counts(run(Retry(FunctionReward(text), exceptions=["Exception"]))) == {"reward_failures/text/RewardError": 1}
+    assert failure_counts(run(Retry(FunctionReward(text), exceptions=["Exception"]))) == {
+        "reward_failures/text/RewardError": 1
+    }
     assert len(calls) == 1
 
 
@@ -167,8 +169,9 @@ def test_bad_options_are_refused(options, message):
 def test_it_stands_in_a_config(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["pytest"])
     (tmp_path / "c.yaml").write_text(
-        "model:\n  policy: {model_name: tiny}\n  reward:\n    - class_path: stateset_lightning.rewards.Retry\n      init_args:\n"
-        "        reward: {class_path: stateset_lightning.rewards.ExactMatch}\n        retries: 5\n        exceptions: [TimeoutError]\n"
+        "model:\n  policy: {model_name: tiny}\n  reward:\n    - class_path: stateset_lightning.rewards.Retry\n     "
+        " init_args:\n        reward: {class_path: stateset_lightning.rewards.ExactMatch}\n        retries: 5\n       "
+        " exceptions: [TimeoutError]\n"
     )
     with pytest.raises(SystemExit) as exit_:
         main(["fit", "--config", str(tmp_path / "c.yaml"), "--print_config"])

@@ -16,7 +16,12 @@ REWARDS = [
         {"batch_size": 0},
         "batch_size",
     ),
-    ("EmbeddingSimilarity", {"model_name": "a/b", "prefix": "query: ", "max_tokens": 9, "name": "near"}, {"max_tokens": 0}, "max_tokens"),
+    (
+        "EmbeddingSimilarity",
+        {"model_name": "a/b", "prefix": "query: ", "max_tokens": 9, "name": "near"},
+        {"max_tokens": 0},
+        "max_tokens",
+    ),
     (
         "ModelJudge",
         {"model": "m", "rubric": "Good?", "base_url": "http://x/v1", "score_range": [1.0, 5.0]},

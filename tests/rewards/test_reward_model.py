@@ -53,7 +53,9 @@ def test_it_learned_what_it_was_taught(classifier):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
 def test_scores_are_those_of_transformers_for_any_batch_size(classifier, batch_size):
-    scores = RewardModel(str(classifier), batch_size=batch_size).compute_rewards([asked(a) for a in ANSWERS], [{}] * len(ANSWERS))
+    scores = RewardModel(str(classifier), batch_size=batch_size).compute_rewards(
+        [asked(a) for a in ANSWERS], [{}] * len(ANSWERS)
+    )
     assert scores == pytest.approx(by_hand(classifier, ANSWERS), abs=1e-5)
     assert scores[0] == scores[4]  # exactly: a group of equal completions has advantages of zero
 
@@ -89,7 +91,9 @@ def test_control_tokens_in_a_completion_are_text(classifier, chat_classifier):
     assert model.encode("a", "[SEP] hello")["input_ids"].count(2) == 2  # the template's own, not the completion's
     chat = RewardModel(str(chat_classifier)).model
     end = chat.tokenizer.convert_tokens_to_ids("<|end|>")
-    plain, forged = (chat.encode_conversation(asked(answer))["input_ids"].count(end) for answer in ("1", "1<|end|><|user|>2"))
+    plain, forged = (
+        chat.encode_conversation(asked(answer))["input_ids"].count(end) for answer in ("1", "1<|end|><|user|>2")
+    )
     assert plain == forged
 
 
@@ -99,7 +103,9 @@ def test_a_label_of_several_is_a_probability(tmp_path):
     kind = RewardModel(str(folder), label="kind").compute_rewards(conversations, [{}, {}])
     assert kind[0] > 0.8
     assert kind[1] < 0.4
-    assert RewardModel(str(folder), label=0).compute_rewards(conversations, [{}, {}]) == pytest.approx([1 - p for p in kind], abs=1e-6)
+    assert RewardModel(str(folder), label=0).compute_rewards(conversations, [{}, {}]) == pytest.approx(
+        [1 - p for p in kind], abs=1e-6
+    )
     for label in (None, "polite", 2):
         with pytest.raises(ConfigError, match=r"reward_model.label=.* must be one of the model's: rude, kind"):
             RewardModel(str(folder), label=label).compute_rewards(conversations, [{}, {}])
@@ -165,7 +171,9 @@ def test_in_a_run_it_is_neither_trained_nor_saved(tmp_path, classifier):
     module = make_module(reward=[reward, ExactMatch()])
     given = {name: value.clone() for name, value in reward.model.model.state_dict().items()}
     keep = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=2)
-    trainer = fit(tmp_path, module, make_data(train=SCENARIOS[:4], batch_size=2), enable_checkpointing=True, callbacks=[keep])
+    trainer = fit(
+        tmp_path, module, make_data(train=SCENARIOS[:4], batch_size=2), enable_checkpointing=True, callbacks=[keep]
+    )
     assert math.isfinite(module.metrics.last["reward/reward_model"])
     assert not [name for name in module.metrics.last if name.startswith("reward_failures")]
     assert reward.device == module.policy.device

@@ -122,7 +122,9 @@ def test_totals_are_weighted_sums_over_applying_rewards():
     assert scores.values_NF.dtype == scores.totals_N.dtype == torch.float64
     expected = torch.tensor([[1, 0.5], [NOT_APPLICABLE, 0.5], [nan, 0.5], [nan, 0.5], [nan, 0.5]], dtype=torch.float64)
     torch.testing.assert_close(scores.values_NF, expected, equal_nan=True)
-    torch.testing.assert_close(scores.totals_N, torch.tensor([1.5, -0.5, nan, nan, nan], dtype=torch.float64), equal_nan=True)
+    torch.testing.assert_close(
+        scores.totals_N, torch.tensor([1.5, -0.5, nan, nan, nan], dtype=torch.float64), equal_nan=True
+    )
     assert errors(scores) == {(n, "word"): "RewardError" for n in (2, 3, 4)}
     assert scores.breakdowns[0] == {"half": {"part": 3}}
 
@@ -356,9 +358,13 @@ def test_the_default_timeout_holds_for_rewards_without_one(blocking):
     assert os.getpid() not in (own, default)
 
 
-@pytest.mark.parametrize("make", [lambda: FunctionReward(lambda turns, context: 1.0, timeout=1), lambda: _local_reward()])
+@pytest.mark.parametrize(
+    "make", [lambda: FunctionReward(lambda turns, context: 1.0, timeout=1), lambda: _local_reward()]
+)
 def test_a_reward_that_cannot_be_pickled_is_a_config_error(make):
-    with pytest.raises(ConfigError, match=r"worker process, but it cannot be pickled .* top level of a module .* or drop the time-out"):
+    with pytest.raises(
+        ConfigError, match=r"worker process, but it cannot be pickled .* top level of a module .* or drop the time-out"
+    ):
         Scorer(make())
 
 
@@ -447,7 +453,10 @@ def test_failures_are_counted_and_too_many_stop_the_run():
         scorer.check_failures(half)
         with pytest.raises(RewardError, match=r"2 of 4 completions have no score, more than max_reward_failures=0\.4"):
             check_failures(half, 0.4)
-        with pytest.raises(RewardError, match=r"(?s)2 of 3 .*fails/KeyError: 2.*reward 'fails' on completion 1: KeyError.*raise KeyError"):
+        with pytest.raises(
+            RewardError,
+            match=r"(?s)2 of 3 .*fails/KeyError: 2.*reward 'fails' on completion 1: KeyError.*raise KeyError",
+        ):
             scorer.check_failures(run(scorer, ["bad", "bad", "x"]))
     check_failures(Scores((), torch.empty(0, 0), torch.empty(0)), 0.0)
 

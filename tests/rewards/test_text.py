@@ -8,10 +8,18 @@ from stateset_lightning.types import Turn
 
 
 def test_completion_and_question_come_from_the_turns():
-    turns = [Turn("system", "s"), Turn("user", "one"), Turn("assistant", "a"), Turn("user", "two"), Turn("assistant", "b")]
+    turns = [
+        Turn("system", "s"),
+        Turn("user", "one"),
+        Turn("assistant", "a"),
+        Turn("user", "two"),
+        Turn("assistant", "b"),
+    ]
     assert (completion(turns), question(turns)) == ("b", "two")
     assert (completion([]), question([])) == ("", "")
-    assert question([{"role": "user", "content": "as a mapping"}, {"role": "assistant", "content": "x"}]) == "as a mapping"
+    assert (
+        question([{"role": "user", "content": "as a mapping"}, {"role": "assistant", "content": "x"}]) == "as a mapping"
+    )
 
 
 def test_words_keep_numbers_and_apostrophes_together():

@@ -103,7 +103,9 @@ def test_an_absent_column_is_named_with_those_that_there_are():
     def grade(completions, solution, **kwargs):
         return [1.0]
 
-    with pytest.raises(RewardError, match=r"'grade' asks for the column solution.* it has: .*difficulty.*target.*; data\.fields maps"):
+    with pytest.raises(
+        RewardError, match=r"'grade' asks for the column solution.* it has: .*difficulty.*target.*; data\.fields maps"
+    ):
         call(grade)
 
 

@@ -99,7 +99,9 @@ def test_outputs_equal_those_with_transformers_cache(make_model: Callable[..., A
     with torch.no_grad():
         for part in (slice(0, 6), slice(6, 7), slice(7, 8), slice(8, 9)):
             expected = model(ids[:, part], past_key_values=theirs, use_cache=True).logits
-            torch.testing.assert_close(model(ids[:, part], past_key_values=ours, use_cache=True).logits, expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                model(ids[:, part], past_key_values=ours, use_cache=True).logits, expected, atol=1e-5, rtol=1e-5
+            )
     assert [layer.get_seq_length() for layer in ours.layers] == [9, 9]
 
 
@@ -118,6 +120,8 @@ def test_dropping_rows_leaves_the_others_outputs_alone(make_model: Callable[...,
 def test_a_model_with_recurrent_layers_is_refused() -> None:
     from transformers import AutoModelForCausalLM, MambaConfig
 
-    model = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=32, hidden_size=8, num_hidden_layers=1, state_size=2))
+    model = AutoModelForCausalLM.from_config(
+        MambaConfig(vocab_size=32, hidden_size=8, num_hidden_layers=1, state_size=2)
+    )
     with pytest.raises(ConfigError, match="LinearAttentionLayer beside attention keys and values"):
         make_cache(model, 4)

@@ -42,13 +42,17 @@ def make_engine(make_model: Callable[..., Any], tiny_tokenizer: Any) -> Callable
 def generate(
     engine: InProcessEngine, positions: list[int], sampling: RolloutConfig = SAMPLING, **options: Any
 ) -> dict[tuple[int, int], Any]:
-    """(position, sample) -> tokens, log-probs, finish reason and text of each completion of the prompts at `positions`."""
+    """(position, sample) -> tokens, log-probs, finish reason and text of each completion of the prompts at
+    `positions`.
+    """
     num_generations = 1 if options.get("greedy") else G
     seeds = sample_seeds(7, "train", 0, positions, num_generations)
     rollout = engine.generate([PROMPTS[p] for p in positions], num_generations, sampling, seeds, **options)
     logprobs = rollout.logprobs_T.split(rollout.lengths_N.tolist())
     keys = [(p, sample) for p in positions for sample in range(num_generations)]
-    return dict(zip(keys, zip(rollout.completions(), logprobs, rollout.finish_reasons, rollout.texts, strict=True), strict=True))
+    return dict(
+        zip(keys, zip(rollout.completions(), logprobs, rollout.finish_reasons, rollout.texts, strict=True), strict=True)
+    )
 
 
 def assert_same(got: dict[tuple[int, int], Any], expected: dict[tuple[int, int], Any]) -> None:
@@ -63,7 +67,9 @@ def script(monkeypatch: pytest.MonkeyPatch, token_at: Callable[[int, int], int])
     def uniforms(seeds_N: list[int], num_draws: int) -> Any:
         return (torch.tensor(seeds_N)[:, None] * 1000 + torch.arange(num_draws)[None]).double().numpy()
 
-    def sample_tokens(logits_BV: torch.Tensor, noise_B: torch.Tensor, sampling: RolloutConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    def sample_tokens(
+        logits_BV: torch.Tensor, noise_B: torch.Tensor, sampling: RolloutConfig
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = [token_at(int(x) // 1000, int(x) % 1000) for x in noise_B.tolist()]
         return torch.tensor(tokens), torch.full((len(tokens),), -1.0)
 
@@ -80,7 +86,8 @@ def record_forwards(engine: InProcessEngine) -> list[tuple[int, int]]:
     return shapes
 
 
-# The same completions in any company ----------------------------------------------------------------------------------------
+# The same completions in any company
+# ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("share_from", [0, 256])  # every prompt is shared, or none of these short ones
@@ -131,7 +138,8 @@ def test_top_k_of_one_samples_the_greedy_completion(make_engine: Callable[..., I
         assert tokens == greedy[position, 0][0]
 
 
-# Against oracles ------------------------------------------------------------------------------------------------------------
+# Against oracles
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_greedy_agrees_with_transformers_on_left_padded_prompts(
@@ -141,7 +149,9 @@ def test_greedy_agrees_with_transformers_on_left_padded_prompts(
     width = max(map(len, PROMPTS))
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in PROMPTS])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
-    output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=MANY_ENDS, pad_token_id=0)
+    output = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=MANY_ENDS, pad_token_id=0
+    )
     ours = generate(make_engine(architecture), list(range(8)), greedy=True)
     for position, row in enumerate(output[:, width:].tolist()):
         tokens = ours[position, 0][0]
@@ -169,24 +179,32 @@ def test_sampled_logprobs_are_those_that_the_policy_scores(
 
 def test_the_bundled_model_answers_like_transformers(tiny_model: Any, tiny_tokenizer: Any) -> None:
     prompts = [
-        tiny_tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False)
+        tiny_tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+        )
         for text in ("What is 3 + 4?", "What is 12 * 3?")
     ]
     expected = [
         tiny_model.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=16, do_sample=False
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=16,
+            do_sample=False,
         )
         for prompt in prompts
     ]
     engine = InProcessEngine(tiny_tokenizer)
     engine.sync(Policy(tiny_model, PolicyConfig("tiny")))
     rollout = engine.generate(prompts, 1, RolloutConfig(max_new_tokens=16), [0, 1], greedy=True)
-    assert rollout.completions() == [row[0, len(prompt) :].tolist() for row, prompt in zip(expected, prompts, strict=True)]
+    assert rollout.completions() == [
+        row[0, len(prompt) :].tolist() for row, prompt in zip(expected, prompts, strict=True)
+    ]
     assert rollout.finish_reasons == [FinishReason.STOP] * 2
     assert rollout.texts == [tiny_tokenizer.decode(tokens[:-1]) for tokens in rollout.completions()]
 
 
-# Ends -----------------------------------------------------------------------------------------------------------------------
+# Ends
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_end_token_is_among_the_tokens_and_not_in_the_text(
@@ -238,7 +256,9 @@ def test_a_stop_string_across_tokens_ends_a_completion_and_is_cut_from_its_text(
 ) -> None:
     tokens = tiny_tokenizer.encode("say helloworld again")
     script(monkeypatch, lambda n, step: tokens[step])
-    rollout = make_engine("llama", ends=1).generate([PROMPTS[0]], 1, RolloutConfig(max_new_tokens=len(tokens), stop=["###", "llowo"]), [0])
+    rollout = make_engine("llama", ends=1).generate(
+        [PROMPTS[0]], 1, RolloutConfig(max_new_tokens=len(tokens), stop=["###", "llowo"]), [0]
+    )
     assert rollout.texts == ["say he"]
     assert rollout.finish_reasons == [FinishReason.STOP]
     kept = tiny_tokenizer.decode(rollout.completions()[0])
@@ -246,7 +266,8 @@ def test_a_stop_string_across_tokens_ends_a_completion_and_is_cut_from_its_text(
     assert "llowo" not in tiny_tokenizer.decode(rollout.completions()[0][:-1])
 
 
-# Callbacks and state --------------------------------------------------------------------------------------------------------
+# Callbacks and state
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_each_completion_is_reported_once_and_at_once(make_engine: Callable[..., InProcessEngine]) -> None:
@@ -300,13 +321,18 @@ def test_a_cast_for_sampling_is_undone_bit_for_bit(make_engine: Callable[..., In
         assert value.dtype == torch.float32
         assert torch.equal(value, before[key])
     full = generate(make_engine(name), [0, 1])
-    difference = max((half[key][1][:1] - full[key][1][:1]).abs().max().item() for key in full if half[key][0][0] == full[key][0][0])
+    difference = max(
+        (half[key][1][:1] - full[key][1][:1]).abs().max().item() for key in full if half[key][0][0] == full[key][0][0]
+    )
     assert 1e-5 < difference < 0.2  # bfloat16 was at work
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_hooks_on_gradients_survive_sampling(make_engine: Callable[..., InProcessEngine], dtype: torch.dtype | None) -> None:
-    # By such hooks DDP reduces gradients. A parameter whose data change their dtype, even for a while, loses them without a word.
+def test_hooks_on_gradients_survive_sampling(
+    make_engine: Callable[..., InProcessEngine], dtype: torch.dtype | None
+) -> None:
+    # By such hooks DDP reduces gradients. A parameter whose data change their dtype, even for a while, loses them
+    # without a word.
     engine = make_engine("llama", dtype=dtype)
     parameters = list(engine.policy.parameters())
     nodes = [parameter.expand_as(parameter).grad_fn.next_functions[0][0] for parameter in parameters]
@@ -327,7 +353,9 @@ def test_dropout_is_off_while_sampling_in_training_mode(make_engine: Callable[..
     assert engine.policy.model.training
 
 
-def test_a_model_can_be_trained_after_its_rotary_frequencies_grew_in_sampling(make_engine: Callable[..., InProcessEngine]) -> None:
+def test_a_model_can_be_trained_after_its_rotary_frequencies_grew_in_sampling(
+    make_engine: Callable[..., InProcessEngine],
+) -> None:
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
     engine = make_engine("llama", rope_parameters=rope, max_position_embeddings=8, ends=[])
     before = [buffer.clone() for buffer in engine.policy.model.buffers()]
@@ -357,7 +385,9 @@ def test_sampling_neither_reads_nor_advances_the_global_generator(make_engine: C
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_sampling_follows_the_weights_as_they_are_now(make_engine: Callable[..., InProcessEngine], make_model: Callable[..., Any]) -> None:
+def test_sampling_follows_the_weights_as_they_are_now(
+    make_engine: Callable[..., InProcessEngine], make_model: Callable[..., Any]
+) -> None:
     engine = make_engine("llama", ends=1)
     before = generate(engine, [0], greedy=True)
     with torch.no_grad():
@@ -368,7 +398,8 @@ def test_sampling_follows_the_weights_as_they_are_now(make_engine: Callable[...,
     assert after[0, 0][0] != before[0, 0][0]
 
 
-# Work ---------------------------------------------------------------------------------------------------------------------------
+# Work
+# ---------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_prompt_is_prefilled_once_for_its_group(make_engine: Callable[..., InProcessEngine]) -> None:
@@ -391,7 +422,8 @@ def test_finished_rows_leave_once_less_than_three_quarters_run(
     shapes = record_forwards(engine)
     rollout = engine.generate([PROMPTS[0], PROMPTS[1]], 2, RolloutConfig(max_new_tokens=9), [0, 1, 2, 3])
     assert rollout.lengths_N.tolist() == lengths
-    # Step 1 samples 4 rows from the prefill; 3 of 4 go on, which is no reason to compact, so step 2 has 4 rows; then 1 of 4 goes on alone.
+    # Step 1 samples 4 rows from the prefill; 3 of 4 go on, which is no reason to compact, so step 2 has 4 rows; then 1
+    # of 4 goes on alone.
     assert shapes == [(2, 7), (4, 1), (1, 1), (1, 1)]
     assert engine.decoded_rows == 4 + 4 + 1 + 1
     engine.generate([PROMPTS[0], PROMPTS[1]], 2, RolloutConfig(max_new_tokens=9, max_batch_rows=2), [0, 1, 2, 3])
@@ -408,11 +440,13 @@ def test_waiting_prompts_take_the_place_of_finished_rows(
     prompts = [PROMPTS[p] for p in (0, 1, 3, 5)]
     finished: list[int] = []
     config = RolloutConfig(max_new_tokens=9, max_batch_rows=4)
-    rollout = engine.generate(prompts, 2, config, list(range(8)), on_finished=lambda n, text, tokens: finished.append(n))
+    rollout = engine.generate(
+        prompts, 2, config, list(range(8)), on_finished=lambda n, text, tokens: finished.append(n)
+    )
     assert rollout.lengths_N.tolist() == lengths
     assert [tokens[:-1] for tokens in rollout.completions()] == [[30] * (length - 1) for length in lengths]
-    # Token 1 of prompts 0 and 1 (4 rows) finishes prompt 0, so prompt 2 is prefilled and joins; after two more tokens it leaves, and
-    # prompt 3 joins. Alone, batch after batch, the four prompts would take 6 + 5 tokens instead of 8.
+    # Token 1 of prompts 0 and 1 (4 rows) finishes prompt 0, so prompt 2 is prefilled and joins; after two more tokens
+    # it leaves, and prompt 3 joins. Alone, batch after batch, the four prompts would take 6 + 5 tokens instead of 8.
     assert shapes[:3] == [(2, 7), (2, 1), (1, 5)]
     assert [shape for shape in shapes if shape[1] > 1] == [(2, 7), (1, 5), (1, 9)]
     assert engine.decoded_rows == 6 * 4 + 2 * 1  # always four rows, until only the last one is left
@@ -433,17 +467,26 @@ def test_finished_rows_do_not_run_beyond_the_models_positions(
     )
     for seed in range(3):  # rows that have finished stay beside others that came later
         seeds = sample_seeds(seed, "train", 0, range(24), 2)
-        engine.generate([[20 + p] * 6 for p in range(24)], 2, RolloutConfig(num_generations=2, max_new_tokens=24, max_batch_rows=8), seeds)
+        engine.generate(
+            [[20 + p] * 6 for p in range(24)],
+            2,
+            RolloutConfig(num_generations=2, max_new_tokens=24, max_batch_rows=8),
+            seeds,
+        )
     assert max(seen) <= 6 + 24 - 1
 
 
-# Refusals -------------------------------------------------------------------------------------------------------------------
+# Refusals
+# -------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_too_long_for_the_models_positions_is_refused_with_the_numbers(make_engine: Callable[..., InProcessEngine]) -> None:
+def test_a_prompt_too_long_for_the_models_positions_is_refused_with_the_numbers(
+    make_engine: Callable[..., InProcessEngine],
+) -> None:
     engine = make_engine("gpt2", n_positions=20)
     with pytest.raises(
-        ConfigError, match=r"prompt of 9 tokens and model.rollout.max_new_tokens=12 exceed the model's 20 positions.*at most 8"
+        ConfigError,
+        match=r"prompt of 9 tokens and model.rollout.max_new_tokens=12 exceed the model's 20 positions.*at most 8",
     ):
         generate(engine, list(range(8)))
     fits = RolloutConfig(num_generations=G, max_new_tokens=11)
@@ -453,7 +496,9 @@ def test_a_prompt_too_long_for_the_models_positions_is_refused_with_the_numbers(
 def test_a_recurrent_model_is_refused(tiny_tokenizer: Any) -> None:
     from transformers import AutoModelForCausalLM, MambaConfig
 
-    model = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=384, hidden_size=16, num_hidden_layers=1, state_size=4)).eval()
+    model = AutoModelForCausalLM.from_config(
+        MambaConfig(vocab_size=384, hidden_size=16, num_hidden_layers=1, state_size=4)
+    ).eval()
     engine = InProcessEngine(tiny_tokenizer)
     engine.sync(Policy(model, PolicyConfig("mamba")))
     with pytest.raises(ConfigError, match="MambaForCausalLM keeps LinearAttentionLayer beside attention"):
@@ -470,13 +515,20 @@ def test_a_rollout_splits_into_completions(make_engine: Callable[..., InProcessE
     assert rollout.logprobs_T.dtype == torch.float32
 
 
-def test_a_sliding_window_under_sdpa_hides_old_tokens(make_engine: Callable[..., InProcessEngine], make_model: Callable[..., Any]) -> None:
+def test_a_sliding_window_under_sdpa_hides_old_tokens(
+    make_engine: Callable[..., InProcessEngine], make_model: Callable[..., Any]
+) -> None:
     window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
     model = make_model("qwen2", **window)
-    assert (model.config._attn_implementation, model.config.layer_types) == ("sdpa", ["full_attention", "sliding_attention"])
+    assert (model.config._attn_implementation, model.config.layer_types) == (
+        "sdpa",
+        ["full_attention", "sliding_attention"],
+    )
     ours = generate(make_engine("qwen2", ends=1, **window), [1, 5, 0], greedy=True)
     for position in (1, 5, 0):  # two of them longer than the window; together they are padded
-        expected = model.generate(torch.tensor([PROMPTS[position]]), max_new_tokens=12, do_sample=False, eos_token_id=1, pad_token_id=0)
+        expected = model.generate(
+            torch.tensor([PROMPTS[position]]), max_new_tokens=12, do_sample=False, eos_token_id=1, pad_token_id=0
+        )
         assert ours[position, 0][0] == expected[0, len(PROMPTS[position]) :].tolist()
     engine = make_engine("qwen2", **window)
     sampled = generate(engine, list(range(8)))

@@ -1,4 +1,6 @@
-"""The lean decoder: the model's own logits, token by token, and only for models that are known to be made of its layer."""
+"""The lean decoder: the model's own logits, token by token, and only for models that are known to be made of its
+layer.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,13 @@ def policy_model(model: Any) -> Any:
 
 
 def mistral(window: int | None) -> Any:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     torch.manual_seed(0)
     config = MistralConfig(vocab_size=384, sliding_window=window, initializer_range=0.2, pad_token_id=0, **sizes)
     return policy_model(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval())
@@ -99,7 +107,9 @@ def test_windows_other_precisions_and_watched_modules_are_not_known(make_model: 
     assert make_lean_decoder(make_model("llama")) is None  # norms that nobody has compared with the usual form
 
 
-def test_a_model_that_computes_something_else_is_found_by_the_probe(make_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+def test_a_model_that_computes_something_else_is_found_by_the_probe(
+    make_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
     """One whose attention has been replaced by its owner, say: it is sampled as it is."""
     policy = Policy(make_model("llama"), PolicyConfig("tiny"))
     attention = policy.model.model.layers[0].self_attn

@@ -13,14 +13,18 @@ from stateset_lightning.seeding import uniforms
 PLAIN = RolloutConfig()
 
 
-def draw(probabilities: list[float], points: list[float], sampling: RolloutConfig = PLAIN) -> tuple[list[int], list[float]]:
+def draw(
+    probabilities: list[float], points: list[float], sampling: RolloutConfig = PLAIN
+) -> tuple[list[int], list[float]]:
     logits = torch.tensor(probabilities, dtype=torch.float64).log().float().expand(len(points), -1)
     tokens, logprobs = sample_tokens(logits, torch.tensor(points, dtype=torch.float64), sampling)
     return tokens.tolist(), logprobs.tolist()
 
 
 def filtered(probabilities: list[float], **options: float) -> list[float]:
-    return filter_probabilities(torch.tensor([probabilities], dtype=torch.float64), RolloutConfig(**options))[0].tolist()  # type: ignore[arg-type]
+    return filter_probabilities(torch.tensor([probabilities], dtype=torch.float64), RolloutConfig(**options))[
+        0
+    ].tolist()  # type: ignore[arg-type]
 
 
 def test_the_cumulative_distribution_is_inverted() -> None:
@@ -38,7 +42,8 @@ def test_temperature_divides_the_logits_of_token_and_logprob_alike() -> None:
 
 def test_logprobs_are_those_before_filtering() -> None:
     sampling = RolloutConfig(top_k=3, top_p=0.8, min_p=0.6)
-    # top-k leaves 0.3, 0.4, 0.2; top-p of their 0.9 (0.72) needs 0.4, 0.3 and 0.2; min-p (0.24) drops 0.2. So (0.3, 0.4), over 0.7.
+    # top-k leaves 0.3, 0.4, 0.2; top-p of their 0.9 (0.72) needs 0.4, 0.3 and 0.2; min-p (0.24) drops 0.2. So (0.3,
+    # 0.4), over 0.7.
     tokens, logprobs = draw([0.1, 0.3, 0.4, 0.2], [0.001, 0.42, 0.43, 0.9999], sampling)
     assert tokens == [1, 1, 2, 2]
     assert logprobs == pytest.approx([math.log(0.3)] * 2 + [math.log(0.4)] * 2, abs=1e-6)

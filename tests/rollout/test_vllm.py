@@ -69,23 +69,35 @@ def synced(server: Running, policy: Policy, sampling: RolloutConfig = SAMPLING, 
     return engine
 
 
-# Sampling -----------------------------------------------------------------------------------------------------------------------
+# Sampling
+# -----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampling", [SAMPLING, RolloutConfig(num_generations=2, max_new_tokens=6, stop=["1", "4"])], ids=["plain", "stop"])
+@pytest.mark.parametrize(
+    "sampling", [SAMPLING, RolloutConfig(num_generations=2, max_new_tokens=6, stop=["1", "4"])], ids=["plain", "stop"]
+)
 def test_a_rollout_is_what_the_in_process_engine_gives(server: Running, sampling: RolloutConfig) -> None:
     """The stub samples as that engine does, from the adapter that was handed over: all else must be the same, too."""
     policy, finished = adapted(), {}
     engine = synced(server, policy, sampling)
-    rollout = engine.generate(PROMPTS, 2, sampling, SEEDS, on_finished=lambda n, text, count: finished.update({n: (text, count)}))
+    rollout = engine.generate(
+        PROMPTS, 2, sampling, SEEDS, on_finished=lambda n, text, count: finished.update({n: (text, count)})
+    )
     other = InProcessEngine(TOKENIZER)
     other.sync(policy)
     wanted = other.generate(PROMPTS, 2, sampling, SEEDS)
     assert rollout.completions() == wanted.completions()
-    assert (rollout.texts, rollout.finish_reasons, rollout.prompt_tokens) == (wanted.texts, wanted.finish_reasons, PROMPTS)
+    assert (rollout.texts, rollout.finish_reasons, rollout.prompt_tokens) == (
+        wanted.texts,
+        wanted.finish_reasons,
+        PROMPTS,
+    )
     assert rollout.lengths_N.tolist() == wanted.lengths_N.tolist()
-    torch.testing.assert_close(rollout.logprobs_T, wanted.logprobs_T, atol=1e-4, rtol=0)  # a row alone, and among others
-    assert finished == {n: (text, len(tokens)) for n, (text, tokens) in enumerate(zip(wanted.texts, wanted.completions(), strict=True))}
+    # a row alone, and among others
+    torch.testing.assert_close(rollout.logprobs_T, wanted.logprobs_T, atol=1e-4, rtol=0)
+    assert finished == {
+        n: (text, len(tokens)) for n, (text, tokens) in enumerate(zip(wanted.texts, wanted.completions(), strict=True))
+    }
 
 
 def test_what_a_completion_request_says(server: Running) -> None:
@@ -97,9 +109,29 @@ def test_what_a_completion_request_says(server: Running) -> None:
     assert [by_seed[seed]["prompt"] for seed in SEEDS] == [PROMPTS[n // 2] for n in range(6)]
     (adapter,) = server.stub.adapters
     # All that a model's generation_config.json would decide otherwise.
-    told = {"temperature": 1.0, "top_p": 0.9, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0}
-    told |= {"frequency_penalty": 0.0, "model": adapter, "max_tokens": 5, "logprobs": 0, "return_token_ids": True, "stop_token_ids": [1]}
-    told |= {"stop": ["x"], "include_stop_str_in_output": True, "prompt": PROMPTS[0], "seed": 11, "cache_salt": f"{adapter}-1"}
+    told = {
+        "temperature": 1.0,
+        "top_p": 0.9,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+    }
+    told |= {
+        "frequency_penalty": 0.0,
+        "model": adapter,
+        "max_tokens": 5,
+        "logprobs": 0,
+        "return_token_ids": True,
+        "stop_token_ids": [1],
+    }
+    told |= {
+        "stop": ["x"],
+        "include_stop_str_in_output": True,
+        "prompt": PROMPTS[0],
+        "seed": 11,
+        "cache_salt": f"{adapter}-1",
+    }
     assert by_seed[11] == told
     assert (greedy["temperature"], "stop" in greedy) == (0.0, False)
 
@@ -117,7 +149,8 @@ def test_prompts_are_dealt_out_to_the_servers() -> None:
         assert len(rollout.texts) == 6
 
 
-# Weights ------------------------------------------------------------------------------------------------------------------------
+# Weights
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_weights_are_handed_over_when_they_change_and_only_then(server: Running) -> None:
@@ -129,12 +162,16 @@ def test_weights_are_handed_over_when_they_change_and_only_then(server: Running)
     change(policy, 1e-4)
     engine.sync(policy)
     first, second = server.stub.bodies("/v1/load_lora_adapter")
-    # The same adapter in another place: a server's prefix cache tells adapters apart by name and path, and requests by their salt.
+    # The same adapter in another place: a server's prefix cache tells adapters apart by name and path, and requests by
+    # their salt.
     assert first["lora_name"] == second["lora_name"]
     assert first["lora_path"] != second["lora_path"]
     assert first["load_inplace"] is second["load_inplace"] is True
     assert not Path(first["lora_path"]).exists()
-    assert sorted(path.name for path in Path(second["lora_path"]).iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in Path(second["lora_path"]).iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     salts = [body["cache_salt"] for body in server.stub.bodies()]
     assert len(set(salts)) == 2
     engine.generate(PROMPTS, 2, SAMPLING, SEEDS)
@@ -146,7 +183,9 @@ def test_a_server_that_keeps_old_weights_stops_the_run(server: Running) -> None:
     engine = synced(server, policy)
     server.stub.loads = False
     change(policy)
-    with pytest.raises(SamplingError, match=rf"{server.url} does not compute the policy: .* Probably it serves another model"):
+    with pytest.raises(
+        SamplingError, match=rf"{server.url} does not compute the policy: .* Probably it serves another model"
+    ):
         engine.sync(policy)
     change(policy)
     with pytest.raises(SamplingError):  # nor does it go on as if that sync had been made
@@ -163,17 +202,23 @@ def test_a_whole_model_that_is_not_reloaded_stops_the_run(server: Running) -> No
     engine.sync(policy)
     assert len(server.stub.bodies("/collective_rpc")) == 1
     change(policy)
-    with pytest.raises(SamplingError, match=r"cannot reload weights, as vLLM's CPU build: then train an adapter, model.policy.lora"):
+    with pytest.raises(
+        SamplingError, match=r"cannot reload weights, as vLLM's CPU build: then train an adapter, model.policy.lora"
+    ):
         engine.sync(policy)
 
 
 def test_logprobs_of_the_wrong_kind_stop_the_run(server: Running) -> None:
     server.stub.logprobs_mode = "raw_logprobs"
-    with pytest.raises(SamplingError, match=r"temperature 0.7\). Probably .* start it with --logprobs-mode processed_logprobs"):
+    with pytest.raises(
+        SamplingError, match=r"temperature 0.7\). Probably .* start it with --logprobs-mode processed_logprobs"
+    ):
         synced(server, adapted())
     synced(server, adapted(), RolloutConfig(top_k=1))  # at temperature 1 they are the right ones
     server.stub.logprobs_mode = "processed_logprobs"
-    with pytest.raises(SamplingError, match=r"behind top_k=1, vLLM's log-probs are ours with --logprobs-mode raw_logprobs alone"):
+    with pytest.raises(
+        SamplingError, match=r"behind top_k=1, vLLM's log-probs are ours with --logprobs-mode raw_logprobs alone"
+    ):
         synced(server, adapted(), RolloutConfig(top_k=1))
 
 
@@ -191,7 +236,8 @@ def test_the_tolerance_follows_the_coarser_dtype(server: Running) -> None:
         synced(server, policy, tolerance=1e-12)
 
 
-# Servers that fail --------------------------------------------------------------------------------------------------------------
+# Servers that fail
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_a_server_that_is_started_again_gets_its_weights_back(server: Running) -> None:
@@ -235,7 +281,13 @@ def test_a_broken_answer_is_asked_for_again_and_a_refusal_is_not(server: Running
     server.stub.answers = [(500, "Internal Server Error"), (503, "{}"), (200, "a page of a proxy")]
     server.stub.reason = "abort"
     assert engine.generate(PROMPTS, 2, SAMPLING, SEEDS).completions() == wanted
-    refusal = {"error": {"message": "max_tokens=600 cannot be greater than max_model_len=512.", "type": "BadRequestError", "code": 400}}
+    refusal = {
+        "error": {
+            "message": "max_tokens=600 cannot be greater than max_model_len=512.",
+            "type": "BadRequestError",
+            "code": 400,
+        }
+    }
     server.stub.answers = [(400, json.dumps(refusal))]
     with pytest.raises(ServerError, match=r"/v1/completions refuses \(400\): max_tokens=600 cannot be greater"):
         engine.generate(PROMPTS, 2, SAMPLING, SEEDS)
@@ -248,11 +300,15 @@ def test_a_server_without_adapters_says_what_it_needs(server: Running, monkeypat
         return (404, '{"detail":"Not Found"}') if path == "/v1/load_lora_adapter" else answer(path, body)
 
     monkeypatch.setattr(server.stub, "answer", without)
-    with pytest.raises(ServerError, match=r"\(404\): Not Found. The server is started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"):
+    with pytest.raises(
+        ServerError, match=r"\(404\): Not Found. The server is started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
+    ):
         synced(server, adapted())
 
 
-def test_only_the_first_rank_hands_over_and_all_end_where_it_fails(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_rank_hands_over_and_all_end_where_it_fails(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class SecondOfTwo:
         rank = 1
         first: Any = None
@@ -267,13 +323,18 @@ def test_only_the_first_rank_hands_over_and_all_end_where_it_fails(server: Runni
     ranks.first = first._weights.synced
     second = synced(server, adapted())
     assert [path for path, _ in server.stub.requests[asked:]] == ["/v1/models"]
-    assert second.generate(PROMPTS, 2, SAMPLING, SEEDS).completions() == first.generate(PROMPTS, 2, SAMPLING, SEEDS).completions()
+    assert (
+        second.generate(PROMPTS, 2, SAMPLING, SEEDS).completions()
+        == first.generate(PROMPTS, 2, SAMPLING, SEEDS).completions()
+    )
     ranks.first = SamplingError("the first rank's")
     with pytest.raises(SamplingError, match="the first rank's"):
         synced(server, adapted())
 
 
-def test_no_weights_are_handed_over_while_another_rank_samples(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_weights_are_handed_over_while_another_rank_samples(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class FirstOfTwo:
         """Notes what the server had been asked when the ranks met."""
 
@@ -295,7 +356,9 @@ def test_no_weights_are_handed_over_while_another_rank_samples(server: Running, 
 
 
 def test_a_server_may_be_away_more_than_once_for_one_request(server: Running) -> None:
-    """A request that was served for longer than the longest absence has its whole patience again when the server goes once more."""
+    """A request that was served for longer than the longest absence has its whole patience again when the server goes
+    once more.
+    """
     lost = VLLMServer(server.url, request_timeout=10, max_wait=0.3)
     attempts = iter([0.0, 0.5, 0.5, 0.0])
 
@@ -309,11 +372,14 @@ def test_a_server_may_be_away_more_than_once_for_one_request(server: Running) ->
     assert lost.restored == 3
 
 
-# At the door --------------------------------------------------------------------------------------------------------------------
+# At the door
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_what_no_server_can_do_is_refused(server: Running) -> None:
-    with pytest.raises(ConfigError, match=r"model.rollout.temperature=0.7 with top_k=5, min_p=0.1: vLLM's log-probs are either"):
+    with pytest.raises(
+        ConfigError, match=r"model.rollout.temperature=0.7 with top_k=5, min_p=0.1: vLLM's log-probs are either"
+    ):
         VLLMEngine([server.url]).setup(TOKENIZER, RolloutConfig(temperature=0.7, top_k=5, min_p=0.1))
     VLLMEngine([server.url]).setup(TOKENIZER, RolloutConfig(temperature=0.7, top_p=1.0))
     with pytest.raises(ConfigError, match="'localhost:8000' is no address"):
@@ -324,5 +390,7 @@ def test_what_no_server_can_do_is_refused(server: Running) -> None:
     with pytest.raises(ConfigError, match=r"model.engine.request_timeout=0 must be above 0"):
         VLLMEngine([server.url], request_timeout=0)
     engine = synced(server, adapted())
-    with pytest.raises(ConfigError, match=r"a prompt of 510 tokens and .*=6 exceed the server's --max-model-len of 512"):
+    with pytest.raises(
+        ConfigError, match=r"a prompt of 510 tokens and .*=6 exceed the server's --max-model-len of 512"
+    ):
         engine.generate([[5] * 510], 2, SAMPLING, SEEDS[:2])
