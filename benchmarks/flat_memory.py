@@ -15,7 +15,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from stateset_lightning.cli import main as program
+from stateset_lightning.cli.main import main as program
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 1.05
@@ -59,12 +59,19 @@ def main() -> int:
     parser.add_argument("--episodes", type=int, default=2000)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        program([
-            "fit", f"--config={ROOT / 'configs' / 'single_turn.yaml'}", f"--trainer.max_steps={args.episodes}", "--baseline=false",
-            f"--data.train={ROOT / 'examples' / 'arithmetic' / 'train.jsonl'}",
-            f"--data.validation={ROOT / 'examples' / 'arithmetic' / 'validation.jsonl'}",
-            f"--trainer.logger.init_args.save_dir={folder}", "--trainer.callbacks+=Watch", f"--trainer.callbacks.minutes={args.minutes}",
-        ])  # fmt: skip
+        program(
+            [
+                "fit",
+                f"--config={ROOT / 'configs' / 'single_turn.yaml'}",
+                f"--trainer.max_steps={args.episodes}",
+                "--baseline=false",
+                f"--data.train={ROOT / 'examples' / 'arithmetic' / 'train.jsonl'}",
+                f"--data.validation={ROOT / 'examples' / 'arithmetic' / 'validation.jsonl'}",
+                f"--trainer.logger.init_args.save_dir={folder}",
+                "--trainer.callbacks+=Watch",
+                f"--trainer.callbacks.minutes={args.minutes}",
+            ]
+        )
     baseline = next((mb for minutes, mb in Watch.samples if minutes >= args.baseline_minutes), None)
     if baseline is None:
         print(f"the run ended before {args.baseline_minutes} minutes: raise --episodes, or lower --baseline-minutes")

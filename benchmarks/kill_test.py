@@ -40,6 +40,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from stateset_lightning.callbacks import SampleWriter
 
 from stateset_lightning import (
     GRPOLightningModule,
@@ -50,13 +51,12 @@ from stateset_lightning import (
     files,
 )
 from stateset_lightning.algorithm import GRPO, KL
-from stateset_lightning.callbacks import SampleWriter
-from stateset_lightning.checkpoint_io import read_checkpoint
-from stateset_lightning.data.curriculum import Curriculum
+from stateset_lightning.data.order import Curriculum
 from stateset_lightning.policy import LoRAConfig, PolicyConfig, load_model
-from stateset_lightning.policy.schedule import Schedule
-from stateset_lightning.resume import continue_run
-from stateset_lightning.sharding import FSDP2Strategy
+from stateset_lightning.run.checkpoint import continue_run
+from stateset_lightning.run.checkpoint_io import read_checkpoint
+from stateset_lightning.training.fsdp import FSDP2Strategy
+from stateset_lightning.training.schedule import Schedule
 
 PLACES = (
     "sampling",
@@ -187,18 +187,39 @@ def train(folder: Path, settings: Settings, started: int | None = None, callback
         max_reward_failures=settings.max_reward_failures,
     )
     data = ScenarioDataModule(
-        SCENARIOS, SCENARIOS[:5], batch_size=4 // settings.ranks, eval_batch_size=2, num_iterations=2, steps_per_episode=4,
+        SCENARIOS,
+        SCENARIOS[:5],
+        batch_size=4 // settings.ranks,
+        eval_batch_size=2,
+        num_iterations=2,
+        steps_per_episode=4,
         curriculum=Curriculum(),
-    )  # fmt: skip
+    )
     trainer = Trainer(
-        max_steps=settings.steps, max_epochs=-1, accelerator="cpu", devices=settings.ranks, precision=settings.precision,
-        strategy=strategy(settings), accumulate_grad_batches=2, gradient_clip_val=1.0,
+        max_steps=settings.steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        devices=settings.ranks,
+        precision=settings.precision,
+        strategy=strategy(settings),
+        accumulate_grad_batches=2,
+        gradient_clip_val=1.0,
         # odd: every other validation falls inside an optimizer step
-        val_check_interval=11, check_val_every_n_epoch=None,
+        val_check_interval=11,
+        check_val_every_n_epoch=None,
         logger=CSVLogger(folder, "run", flush_logs_every_n_steps=3),
-        callbacks=[Passes(started), SampleWriter(1), *callbacks, ModelCheckpoint(every_n_train_steps=1, save_last=True, filename="{step}")],
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False, log_every_n_steps=1,
-    )  # fmt: skip
+        callbacks=[
+            Passes(started),
+            SampleWriter(1),
+            *callbacks,
+            ModelCheckpoint(every_n_train_steps=1, save_last=True, filename="{step}"),
+        ],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        log_every_n_steps=1,
+    )
     trainer.fit(module, datamodule=data, ckpt_path=continue_run(trainer, "last"))
 
 
@@ -370,8 +391,10 @@ def main() -> int:
             places[plan.place] += 1
         attempt(killed, settings, None)
         different = differences(end_state(killed), end_state(straight))
-    print(f"{args.precision}, {args.ranks} rank(s), {settings.steps} optimizer steps ({one_run:.0f} s), {places.total()} kills: "
-          + ", ".join(f"{count} {place}" for place, count in sorted(places.items())))  # fmt: skip
+    print(
+        f"{args.precision}, {args.ranks} rank(s), {settings.steps} optimizer steps ({one_run:.0f} s), {places.total()} kills: "
+        + ", ".join(f"{count} {place}" for place, count in sorted(places.items()))
+    )
     print(
         f"{time.perf_counter() - start:.0f} s in all; "
         + (f"DIFFERENT in {different[:8]}" if different else "the end states are bit-identical")

@@ -98,9 +98,14 @@ def work(side: str, folder: Path) -> None:
         "enable_model_summary": False,
     }
     trainer = Trainer(
-        max_steps=steps, accelerator="cpu", gradient_clip_val=1.0, use_distributed_sampler=False, callbacks=[clock],
-        **quiet, **options.get("trainer", {}),
-    )  # fmt: skip
+        max_steps=steps,
+        accelerator="cpu",
+        gradient_clip_val=1.0,
+        use_distributed_sampler=False,
+        callbacks=[clock],
+        **quiet,
+        **options.get("trainer", {}),
+    )
     rows = [{"prompt": prompt} for prompt in make_prompts(CASE, NUM_PROMPTS * steps)]
     data = ScenarioDataModule(train=rows, batch_size=NUM_PROMPTS, use_chat_template=False, **options.get("data", {}))
     trainer.fit(module, datamodule=data)

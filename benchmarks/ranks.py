@@ -29,7 +29,7 @@ from kill_test import Kill, Settings, differences, end_state, fork, free_port
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from stateset_lightning.policy import PolicyConfig, load_model
-from stateset_lightning.sharding import whole
+from stateset_lightning.training.fsdp import whole
 
 LOST = "another rank has ended"
 LIMIT = 60  # seconds in which all ranks have to end after one has died

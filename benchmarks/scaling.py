@@ -23,8 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from stateset_lightning.policy import Group, Policy, PolicyConfig
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig
-from stateset_lightning.rollout.fast_linear import fast_linears
-from stateset_lightning.rollout.lean_decoder import make_lean_decoder
+from stateset_lightning.rollout.cpu_decoding import fast_linears, make_lean_decoder
 from stateset_lightning.rollout.running_batch import make_running_batch
 
 

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from stateset_lightning.estimate import saved_bytes
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ROWS, CAPACITY = 64, 1024  # completions decoded at a time; tokens of prompt and completion
 STEP_TOKENS = 8192  # of a micro-step
@@ -84,9 +83,13 @@ def layer_bytes(model: Model) -> int:
     kept = []
     for layers in (1, 2):
         config = LlamaConfig(
-            vocab_size=32, hidden_size=128, intermediate_size=round(model.intermediate / scale), num_hidden_layers=layers,
-            num_attention_heads=8, num_key_value_heads=max(1, round(8 * model.kv_heads / model.heads)),
-        )  # fmt: skip
+            vocab_size=32,
+            hidden_size=128,
+            intermediate_size=round(model.intermediate / scale),
+            num_hidden_layers=layers,
+            num_attention_heads=8,
+            num_key_value_heads=max(1, round(8 * model.kv_heads / model.heads)),
+        )
         small = LlamaForCausalLM(config).to(torch.bfloat16)
         ids = torch.zeros(1, 64, dtype=torch.long)
         kept.append(

@@ -31,12 +31,12 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 
 from stateset_lightning import GRPOLightningModule, PolicyConfig, RolloutConfig, ScenarioDataModule
 from stateset_lightning.errors import SamplingError
-from stateset_lightning.fixed_logprobs import all_logprobs
 from stateset_lightning.policy import LoRAConfig, Policy, load_model, load_tokenizer
 from stateset_lightning.rewards import ExactMatch
 from stateset_lightning.rollout import VLLMEngine
-from stateset_lightning.rollout.vllm_server import VLLMServer
+from stateset_lightning.rollout.vllm_client import VLLMServer
 from stateset_lightning.tiny import TINY_FOLDER
+from stateset_lightning.training.loss import all_logprobs
 
 ROOT = Path(__file__).parents[1]
 AGREEMENT = 1e-3

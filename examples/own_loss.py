@@ -18,7 +18,7 @@ from annotated_types import Gt
 from torch import Tensor
 
 from stateset_lightning.algorithm import Algorithm, TokenBatch
-from stateset_lightning.cli import main as command_line
+from stateset_lightning.cli.main import main as command_line
 
 
 class TOPR(Algorithm):

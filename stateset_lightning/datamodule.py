@@ -10,15 +10,12 @@ from annotated_types import Ge, Lt
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from stateset_lightning.bounds import check_bounds
-from stateset_lightning.data.curriculum import Curriculum, SolveRates
-from stateset_lightning.data.holdout import hold_out
 from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader
-from stateset_lightning.data.order import EpochOrder
-from stateset_lightning.data.packing import PackedTokens
+from stateset_lightning.data.order import Curriculum, EpochOrder, SolveRates
 from stateset_lightning.data.prompts import EncodedPrompts, PromptEncoder
-from stateset_lightning.data.sources import ScenarioSet, Source, read_split
-from stateset_lightning.errors import ConfigError
+from stateset_lightning.data.ragged import PackedTokens
+from stateset_lightning.data.sources import ScenarioSet, Source, hold_out, read_split
+from stateset_lightning.errors import ConfigError, check_bounds
 from stateset_lightning.seeding import run_seed
 from stateset_lightning.types import PromptBatch
 

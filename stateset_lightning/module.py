@@ -19,22 +19,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from stateset_lightning.algorithm import GRPO, Algorithm
-from stateset_lightning.bad_steps import is_bad, spoil_if_not_finite, write_bad_step
-from stateset_lightning.callbacks.episodes import call_episode_hook
-from stateset_lightning.collection import Collector, Sampler, check_failures, prepared
-from stateset_lightning.episode import Episode, Part
 from stateset_lightning.evaluation import Evaluation, EvaluationConfig
-from stateset_lightning.loss import part_loss, seeded_dropout, zero_loss
-from stateset_lightning.metrics import RunMetrics
 from stateset_lightning.policy import AdapterReference, Policy, PolicyConfig, load_model, load_tokenizer, make_reference
 from stateset_lightning.policy.precision import weights_dtype
-from stateset_lightning.policy.schedule import Schedule, given_options
-from stateset_lightning.records import CompletionRecord, make_records
 from stateset_lightning.redaction import redacted
-from stateset_lightning.resumable import ResumableModule
 from stateset_lightning.rewards import Reward, Scorer, as_rewards
 from stateset_lightning.rollout import InProcessEngine, RemoteEngine, RolloutConfig, RolloutEngine
-from stateset_lightning.run_checks import (
+from stateset_lightning.run.callbacks import call_episode_hook
+from stateset_lightning.run.checkpoint import ResumableModule
+from stateset_lightning.run.records import CompletionRecord, is_bad, make_records, spoil_if_not_finite, write_bad_step
+from stateset_lightning.seeding import derive_seed
+from stateset_lightning.training.checks import (
     check_bad_steps,
     check_sampling_difference,
     check_strategy,
@@ -42,9 +37,13 @@ from stateset_lightning.run_checks import (
     checks_of_run,
     optimizer_steps_of_run,
 )
-from stateset_lightning.sampling_ahead import next_batch, sampling_ahead
-from stateset_lightning.seeding import derive_seed
-from stateset_lightning.sharding import total_norm
+from stateset_lightning.training.collect import Collector, Sampler, check_failures, prepared
+from stateset_lightning.training.episode import Episode, Part
+from stateset_lightning.training.fsdp import total_norm
+from stateset_lightning.training.loss import part_loss, seeded_dropout, zero_loss
+from stateset_lightning.training.metrics import RunMetrics
+from stateset_lightning.training.sampling_ahead import next_batch, sampling_ahead
+from stateset_lightning.training.schedule import Schedule, given_options
 from stateset_lightning.types import PromptBatch, Scores
 
 PROGRESS_BAR = ("train/reward", "completion/mean_tokens", "work/tokens_per_s")

@@ -15,10 +15,24 @@ ATTACK = (
 
 def completion(text: str, reward: float | None, step: int = 1, **more: Any) -> dict[str, Any]:
     return {
-        "split": "train", "step": step, "episode": step - 1, "id": "a", "topic": "sums", "prompt": "What is 1 + 1?", "target": "2",
-        "completion": text, "reward": reward, "rewards": {"right": reward}, "finish_reason": "stop", "num_tokens": 2, "advantage": 0.5,
-        "tokens": [text, "<|end|>"], "logprobs": [-0.5, -1.0], "logprobs_after": [-0.25, -1.5], **more,
-    }  # fmt: skip
+        "split": "train",
+        "step": step,
+        "episode": step - 1,
+        "id": "a",
+        "topic": "sums",
+        "prompt": "What is 1 + 1?",
+        "target": "2",
+        "completion": text,
+        "reward": reward,
+        "rewards": {"right": reward},
+        "finish_reason": "stop",
+        "num_tokens": 2,
+        "advantage": 0.5,
+        "tokens": [text, "<|end|>"],
+        "logprobs": [-0.5, -1.0],
+        "logprobs_after": [-0.25, -1.5],
+        **more,
+    }
 
 
 def evaluated(step: int, reward: float, name: str = "v1") -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from stateset_lightning.cli import main
+from stateset_lightning.cli.main import main
 
 REWARDS = """
 from stateset_lightning.rewards import RewardFunction
@@ -43,7 +43,7 @@ def one_argument(turns):
 """
 
 EXACT = "stateset_lightning.rewards.ExactMatch"
-SCHEDULE = "stateset_lightning.policy.schedule.Schedule"
+SCHEDULE = "stateset_lightning.training.schedule.Schedule"
 CHECKPOINT = "lightning.pytorch.callbacks.ModelCheckpoint"
 STOPPING = "lightning.pytorch.callbacks.EarlyStopping"
 
@@ -162,9 +162,21 @@ def reward(path, **arguments):
 
 # Configs: what is broken, the change to a good config, what the message must contain.
 CONFIGS = [
-    ("unknown key of model", {"model": {"rolout": {"num_generations": 2}}}, ["model.rolout", "did you mean model.rollout"]),
-    ("unknown key of rollout", {"model": {"rollout": {"temprature": 1}}}, ["temprature", "did you mean model.rollout.temperature"]),
-    ("unknown key of policy", {"model": {"policy": {"modl_name": "tiny"}}}, ["model.policy", "modl_name", "did you mean model_name"]),
+    (
+        "unknown key of model",
+        {"model": {"rolout": {"num_generations": 2}}},
+        ["model.rolout", "did you mean model.rollout"],
+    ),
+    (
+        "unknown key of rollout",
+        {"model": {"rollout": {"temprature": 1}}},
+        ["temprature", "did you mean model.rollout.temperature"],
+    ),
+    (
+        "unknown key of policy",
+        {"model": {"policy": {"modl_name": "tiny"}}},
+        ["model.policy", "modl_name", "did you mean model_name"],
+    ),
     ("unknown key of data", {"data": {"batchsize": 2}}, ["data.batchsize", "did you mean data.batch_size"]),
     ("unknown key of trainer", {"trainer": {"max_step": 2}}, ["trainer.max_step", "did you mean trainer.max_steps"]),
     ("unknown section", {"modle": {"seed": 2}}, ["modle", "model.seed"]),
@@ -172,26 +184,66 @@ CONFIGS = [
     ("text for a number of the trainer", {"trainer": {"max_steps": "many"}}, ["trainer.max_steps=many", "an integer"]),
     ("a mapping for data.train", {"data": {"train": {"a": 1}}}, ["data.train", "text or a list"]),
     ("numbers for scenarios", {"data": {"train": [5]}}, ["data.train=[5]", "a mapping"]),
-    ("no such choice", {"data": {"overlong_prompts": "skip"}}, ["data.overlong_prompts=skip", "error, drop, truncate_left"]),
+    (
+        "no such choice",
+        {"data": {"overlong_prompts": "skip"}},
+        ["data.overlong_prompts=skip", "error, drop, truncate_left"],
+    ),
     ("no such precision", {"trainer": {"precision": "bf17"}}, ["trainer.precision=bf17", "bf16-mixed"]),
     ("fields that are no text", {"data": {"fields": {"prompt": [1]}}}, ["data.fields", "text"]),
-    ("a field without column", {"data": {"fields": {"target": "answer"}}}, ["good.jsonl", "data.fields.target", "'answer'", "it has:"]),
-    ("a source with an unknown key", {"data": {"train": [{"path": "good.jsonl", "wight": 1}]}}, ["data.train item 1", "'wight'", "weight"]),
-    ("a misspelt reward", reward("stateset_lightning.rewards.ExactMach"), ["model.reward", "ExactMach", "did you mean ExactMatch"]),
+    (
+        "a field without column",
+        {"data": {"fields": {"target": "answer"}}},
+        ["good.jsonl", "data.fields.target", "'answer'", "it has:"],
+    ),
+    (
+        "a source with an unknown key",
+        {"data": {"train": [{"path": "good.jsonl", "wight": 1}]}},
+        ["data.train item 1", "'wight'", "weight"],
+    ),
+    (
+        "a misspelt reward",
+        reward("stateset_lightning.rewards.ExactMach"),
+        ["model.reward", "ExactMach", "did you mean ExactMatch"],
+    ),
     ("a reward of no module", reward("nowhere.Reward"), ["model.reward", "nowhere", "PYTHONPATH"]),
-    ("a reward that is none", reward("bad_rewards.NoReward"), ["model.reward", "bad_rewards.NoReward", "RewardFunction"]),
+    (
+        "a reward that is none",
+        reward("bad_rewards.NoReward"),
+        ["model.reward", "bad_rewards.NoReward", "RewardFunction"],
+    ),
     ("an abstract reward", reward("bad_rewards.Abstract"), ["model.reward", "bad_rewards.Abstract", "abstract"]),
-    ("an unknown argument of a reward", reward(EXACT, ignore_cas=True), ["model.reward", "ignore_cas", "did you mean ignore_case"]),
+    (
+        "an unknown argument of a reward",
+        reward(EXACT, ignore_cas=True),
+        ["model.reward", "ignore_cas", "did you mean ignore_case"],
+    ),
     ("a reward that refuses its arguments", reward("bad_rewards.Refusing"), ["no judge at nowhere"]),
-    ("a pattern that is none", reward("stateset_lightning.rewards.RegexMatch", pattern="("), ["pattern='('", "regular expression"]),
+    (
+        "a pattern that is none",
+        reward("stateset_lightning.rewards.RegexMatch", pattern="("),
+        ["pattern='('", "regular expression"],
+    ),
     ("no reward", {"model": {"reward": []}}, ["reward=[]", "at least one reward"]),
     ("a number for a reward", {"model": {"reward": 5}}, ["model.reward=5", "a list"]),
     ("a word for a reward", {"model": {"reward": "nonsense"}}, ["model.reward=nonsense", "class_path"]),
-    ("a function of one argument", {"model": {"reward": "bad_rewards.one_argument"}}, ["one_argument", "(turns, context)"]),
+    (
+        "a function of one argument",
+        {"model": {"reward": "bad_rewards.one_argument"}},
+        ["one_argument", "(turns, context)"],
+    ),
     ("a misspelt algorithm", {"model": {"algorithm": "GRPOO"}}, ["model.algorithm=GRPOO", "did you mean GRPO"]),
     ("a misspelt optimizer", {"model": {"optimizer": "AdamWW"}}, ["model.optimizer=AdamWW", "did you mean AdamW"]),
-    ("a misspelt callback", {"trainer": {"callbacks": [instance(CHECKPOINT + "t")]}}, ["ModelCheckpointt", "did you mean ModelCheckpoint"]),
-    ("no such model folder", {"model": {"policy": {"model_name": "./nowhere"}}}, ["model.policy.model_name='./nowhere'", "no such folder"]),
+    (
+        "a misspelt callback",
+        {"trainer": {"callbacks": [instance(CHECKPOINT + "t")]}},
+        ["ModelCheckpointt", "did you mean ModelCheckpoint"],
+    ),
+    (
+        "no such model folder",
+        {"model": {"policy": {"model_name": "./nowhere"}}},
+        ["model.policy.model_name='./nowhere'", "no such folder"],
+    ),
     ("a stop string that is empty", {"model": {"rollout": {"stop": [""]}}}, ["model.rollout.stop", "empty string"]),
     (
         "two precisions",
@@ -209,8 +261,16 @@ CONFIGS = [
         {"data": {"num_iterations": 2}, "trainer": {"limit_train_batches": 1}},
         ["trainer.limit_train_batches=1", "2 micro-steps", "set it to 2"],
     ),
-    ("a long prompt", {"data": {"max_prompt_tokens": 3}}, ["data.train: 4 of 4 prompts", "data.max_prompt_tokens=3", "truncate_left"]),
-    ("beyond the model's context", {"model": {"rollout": {"max_new_tokens": 2045}}}, ["max_new_tokens=2045", "2048 positions", "lower it"]),
+    (
+        "a long prompt",
+        {"data": {"max_prompt_tokens": 3}},
+        ["data.train: 4 of 4 prompts", "data.max_prompt_tokens=3", "truncate_left"],
+    ),
+    (
+        "beyond the model's context",
+        {"model": {"rollout": {"max_new_tokens": 2045}}},
+        ["max_new_tokens=2045", "2048 positions", "lower it"],
+    ),
     (
         "two kinds of validation",
         {"data": {"validation": "good.jsonl", "validation_fraction": 0.5}},
@@ -229,19 +289,31 @@ CONFIGS = [
         {"trainer": {"callbacks": [instance(STOPPING, monitor="val/reward", mode="max")]}},
         ["EarlyStopping.monitor=val/reward", "nothing to validate on", "data.validation"],
     ),
-    ("a reward that raises", reward("bad_rewards.Raising"), ["max_reward_failures=0.5", "'raising'", "KeyError", "bad_rewards.py:6"]),
+    (
+        "a reward that raises",
+        reward("bad_rewards.Raising"),
+        ["max_reward_failures=0.5", "'raising'", "KeyError", "bad_rewards.py:6"],
+    ),
     ("a reward that returns text", reward("bad_rewards.Text"), ["'text'", "returned the str 'good'", "no number"]),
     (
         "BNPO with rewards beyond 1",
-        {"model": {"reward": [instance("bad_rewards.Length")], "algorithm": instance("stateset_lightning.algorithm.BNPO")}},
+        {
+            "model": {
+                "reward": [instance("bad_rewards.Length")],
+                "algorithm": instance("stateset_lightning.algorithm.BNPO"),
+            }
+        },
         ["BNPO", "[0, 1]", "rescale"],
     ),
     (
         "a decay without an end",
-        {"model": {"lr_scheduler": instance(SCHEDULE, decay="cosine")}, "trainer": {"max_steps": -1, "max_time": "00:00:01:00"}},
+        {
+            "model": {"lr_scheduler": instance(SCHEDULE, decay="cosine")},
+            "trainer": {"max_steps": -1, "max_time": "00:00:01:00"},
+        },
         ["model.lr_scheduler.decay='cosine'", "trainer.max_steps"],
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("change", "words"), [row[1:] for row in CONFIGS], ids=[row[0] for row in CONFIGS])

@@ -10,7 +10,7 @@ import lightning.pytorch  # noqa: F401 (here, so that its log handlers do not ho
 import pytest
 import yaml
 
-from stateset_lightning.cli import main
+from stateset_lightning.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "configs"

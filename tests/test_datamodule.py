@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from stateset_lightning.data.curriculum import Curriculum
+from stateset_lightning.data.order import Curriculum
 from stateset_lightning.data.sources import Source
 from stateset_lightning.datamodule import ScenarioDataModule
 from stateset_lightning.errors import ConfigError, DataError

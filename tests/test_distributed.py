@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from stateset_lightning.checkpoint_io import read_checkpoint
-from stateset_lightning.cli import main
+from stateset_lightning.cli.main import main
+from stateset_lightning.run.checkpoint_io import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -58,7 +58,7 @@ def test_torchrun_starts_a_sharded_run_whose_checkpoint_is_exported(tmp_path: Pa
         "--trainer.callbacks.save_last=true",
     ]
     strategy = [
-        "--trainer.strategy=stateset_lightning.sharding.FSDP2Strategy",
+        "--trainer.strategy=stateset_lightning.training.fsdp.FSDP2Strategy",
         "--trainer.strategy.save_distributed_checkpoint=true",
     ]
     command = [

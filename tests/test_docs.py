@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from stateset_lightning.cli import main
+from stateset_lightning.cli.main import main
 from stateset_lightning.data import read_split
 
 ROOT = Path(__file__).parents[1]

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from stateset_lightning.cli import main
+from stateset_lightning.cli.main import main
 from stateset_lightning.data import PromptEncoder
 from stateset_lightning.errors import DataError
 from stateset_lightning.types import Scenario

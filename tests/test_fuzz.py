@@ -235,8 +235,8 @@ BROKEN = st.sampled_from(
 def parser():
     from lightning.pytorch import Trainer
 
+    from stateset_lightning.cli.config import Parser
     from stateset_lightning.datamodule import ScenarioDataModule
-    from stateset_lightning.lightning_cli import Parser
     from stateset_lightning.module import GRPOLightningModule
 
     parser = Parser(prog="stateset-lightning", default_env=False)

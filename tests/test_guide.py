@@ -12,8 +12,8 @@ import wandb
 import yaml
 from guide_yaml import GUIDE as GUIDE_YAML
 
-from stateset_lightning.cli import main
-from stateset_lightning.convert import convert
+from stateset_lightning.cli.convert import convert
+from stateset_lightning.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT.parent / "shared" / "guide" / "single_turn_training_guide.md"

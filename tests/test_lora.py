@@ -19,11 +19,11 @@ from module_runs import GradientRecorder, fit, make_data, make_module, make_trai
 
 from stateset_lightning import GRPOLightningModule, RolloutConfig
 from stateset_lightning.algorithm import GRPO
-from stateset_lightning.cli import main
+from stateset_lightning.cli.main import main
+from stateset_lightning.cli.trained import load_trained
 from stateset_lightning.errors import CheckpointError, ConfigError
 from stateset_lightning.policy import Group, LoRAConfig, PolicyConfig, load_model, save_adapter
 from stateset_lightning.rollout import InProcessEngine
-from stateset_lightning.trained import load_trained
 
 LORA = LoRAConfig(rank=4, alpha=8)
 CHECKPOINT = "runs/task/version_0/checkpoints/last.ckpt"
@@ -286,13 +286,25 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "algorithm": {"class_path": "stateset_lightning.algorithm.GRPO"},
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
         },
-        "data": {"train": "rows.jsonl", "validation": "rows.jsonl", "predict": "rows.jsonl", "batch_size": 4, "system_prompt": "Add."},
-        "trainer": {
-            "max_steps": 2, "accelerator": "cpu",
-            "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "task"}},
-            "callbacks": [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_last": True}}],
+        "data": {
+            "train": "rows.jsonl",
+            "validation": "rows.jsonl",
+            "predict": "rows.jsonl",
+            "batch_size": 4,
+            "system_prompt": "Add.",
         },
-    }  # fmt: skip
+        "trainer": {
+            "max_steps": 2,
+            "accelerator": "cpu",
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.CSVLogger",
+                "init_args": {"save_dir": "runs", "name": "task"},
+            },
+            "callbacks": [
+                {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_last": True}}
+            ],
+        },
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     overlay = Path(__file__).parents[1] / "configs" / "lora.yaml"
     with pytest.MonkeyPatch.context() as patch:

@@ -26,14 +26,14 @@ from module_runs import (
     relative_difference,
     weights,
 )
+from stateset_lightning.callbacks import EpisodeCallback
 
 from stateset_lightning import RewardFunction, RolloutConfig
 from stateset_lightning.algorithm import DAPO, GRPO, Algorithm, DrGRPO
-from stateset_lightning.callbacks import EpisodeCallback
 from stateset_lightning.errors import ConfigError, NonFiniteError, RewardError
 from stateset_lightning.policy import PolicyConfig
-from stateset_lightning.policy.schedule import Schedule
-from stateset_lightning.run_checks import check_strategy
+from stateset_lightning.training.checks import check_strategy
+from stateset_lightning.training.schedule import Schedule
 
 
 def first_gradient(
@@ -70,7 +70,7 @@ sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from module_runs import GradientRecorder, fit, make_data, make_module, weights
 from stateset_lightning.algorithm import DAPO
-from stateset_lightning.policy.schedule import Schedule
+from stateset_lightning.training.schedule import Schedule
 
 class Recorder(GradientRecorder):
     def on_train_end(self, trainer, pl_module):

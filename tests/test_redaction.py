@@ -8,7 +8,7 @@ import pytest
 import yaml
 from lightning.pytorch.loggers import CSVLogger
 
-from stateset_lightning.cli import main
+from stateset_lightning.cli.main import main
 from stateset_lightning.redaction import is_secret_name, redacted, redacted_text
 from stateset_lightning.rewards.outcome import failure
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stateset_lightning.cli import main
+from stateset_lightning.cli.main import main
 from stateset_lightning.data import read_split
 from stateset_lightning.errors import DataError
 from stateset_lightning.policy import PolicyConfig

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from stateset_lightning.policy import Group, LoRAConfig, Policy, PolicyConfig, load_model, load_tokenizer
-from stateset_lightning.policy.adapters import load_weights
+from stateset_lightning.policy.lora import load_weights
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig
 
 MODEL_CARD = {

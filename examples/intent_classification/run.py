@@ -22,7 +22,7 @@ from messages import Split, read_messages, split_messages, write_scenarios
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from warm_start import make_model, make_tokenizer, teach
 
-from stateset_lightning.cli import main as command_line
+from stateset_lightning.cli.main import main as command_line
 from stateset_lightning.files import atomic_folder, atomic_write
 
 HERE = Path(__file__).parent

@@ -1,6 +1,6 @@
 """Scores -> loss: advantages, policy losses, KL, aggregation. Pure torch; no Lightning, no transformers."""
 
-from stateset_lightning.algorithm.base import Algorithm
+from stateset_lightning.algorithm.algorithm import Algorithm
 from stateset_lightning.algorithm.clipped_presets import (
     BNPO,
     DAPO,
@@ -12,12 +12,10 @@ from stateset_lightning.algorithm.clipped_presets import (
     ReinforcePlusPlusBaseline,
     TopEntropy,
 )
-from stateset_lightning.algorithm.entropy import AdaptiveEntropy
-from stateset_lightning.algorithm.kl import KL
-from stateset_lightning.algorithm.mismatch import Mismatch
 from stateset_lightning.algorithm.ratio_presets import CISPO, DPPO, SAPO, ClipCov, KLCov
 from stateset_lightning.algorithm.reinforce_presets import OPO, RLOO, MaxRL, ReMax
 from stateset_lightning.algorithm.sequence_presets import DRO, GMPO, GSPO, LUSPO, GSPOToken
+from stateset_lightning.algorithm.terms import KL, AdaptiveEntropy, Mismatch
 from stateset_lightning.types import TokenBatch
 
 __all__ = [

@@ -153,3 +153,110 @@ def decoupled_advantages(scores_PGF: Tensor, weights_F: Tensor) -> Tensor:
     standardised_FPG = group_advantages(columns_FPG.flatten(0, 1)).reshape(columns_FPG.shape).nan_to_num(nan=0.0)
     combined_PG = torch.einsum("fpg,f->pg", standardised_FPG, weights_F.double()).where(survives_PG, torch.nan)
     return combined_PG / (nan_std(combined_PG.flatten(), dim=0) + STD_EPSILON)
+
+
+# MERGED: BNPO's advantages: a Beta density that follows the batch takes the place of the standard deviation.
+
+
+def beta_normalised_advantages(rewards_PG: Tensor) -> Tensor:
+    """BNPO's advantages for rewards in [0, 1], float64 [P, G] (arXiv:2506.02864).
+
+    With p a group's mean reward, the advantage is (r - p) / f(p; alpha, beta), where f is the density of a Beta
+    distribution. Its parameters minimise the variance of the gradient when p itself is Beta(a, b): alpha = 1 + a/3 and
+    beta = 1 + b/3; a and b are those of the batch's p by the method of moments. Where the moments fit no Beta
+    distribution (fewer than two groups, no variance, or more than a Bernoulli's) a = b = 0, so f = 1 and the advantage
+    is the difference alone.
+    """
+    rewards_PG = drop_small_groups(rewards_PG.double())
+    survivors = rewards_PG[rewards_PG.isfinite()]
+    if ((survivors < 0) | (survivors > 1)).any():
+        raise ConfigError(
+            f"BNPO needs total rewards in [0, 1], got {survivors.min().item():g} to {survivors.max().item():g}: "
+            "rescale the rewards or their weights, or use another algorithm"
+        )
+    p_P = rewards_PG.nanmean(-1)
+    alpha, beta = _beta_parameters(p_P[p_P.isfinite()])
+    # A constant group may sit where the density is zero or infinite; its difference is zero whatever the density.
+    inside_P = torch.where(is_constant(rewards_PG), 0.5, p_P).clamp(1e-6, 1 - 1e-6)
+    density_P = torch.distributions.Beta(alpha, beta).log_prob(inside_P).exp()
+    return centred(rewards_PG) / density_P[:, None]
+
+
+def _beta_parameters(p: Tensor) -> tuple[Tensor, Tensor]:
+    """(1 + a/3, 1 + b/3) with Beta(a, b) fitted to `p` by the method of moments."""
+    one = torch.ones((), dtype=torch.float64)
+    if len(p) < 2:
+        return one, one
+    mean, variance = p.mean(), p.var(unbiased=False)
+    if not 0 < variance < mean * (1 - mean):
+        return one, one
+    total = mean * (1 - mean) / variance - 1
+    return 1 + mean * total / 3, 1 + (1 - mean) * total / 3
+
+
+# MERGED: Advantages of the best of k: what a completion adds to the largest reward of k completions of its group.
+
+
+def pass_at_k_advantages(rewards_PG: Tensor, k: int) -> Tensor:
+    """Pass@k training, float64 [P, G] (arXiv:2508.10751, its analytical form).
+
+    Every subset of k completions of a group has a reward, the largest of its members'. With M and S the mean and the
+    (biased) standard deviation of that reward over all subsets, a completion's advantage is (its mean over the subsets
+    that hold the completion
+    - M) / S. For rewards of 0 and 1 with w wrong ones of n these are the paper's closed forms, M = 1 - C(w, k) / C(n,
+      k) and so on;
+    here they hold for any rewards: sorted, the j-th smallest is the largest of C(j - 1, k - 1) subsets.
+
+    A group with fewer than k survivors is dropped. Where all subsets have the same reward, as in a constant group,
+    advantages are 0.
+    """
+    num_generations = rewards_PG.shape[-1]
+    rewards_PG = drop_small_groups(rewards_PG.double())
+    n_P1 = rewards_PG.isfinite().sum(-1, keepdim=True)
+    rewards_PG = rewards_PG.where(n_P1 >= k, torch.nan)
+    finite_PG = rewards_PG.isfinite()
+    # In float, the smallest reward is best taken off first. Failed completions sort to the end, where every count below
+    # is zero.
+    lowest_P1 = rewards_PG.where(finite_PG, torch.inf).amin(-1, keepdim=True)
+    sorted_PG, order_PG = (rewards_PG - lowest_P1).where(finite_PG, torch.inf).sort(-1)
+    values_PG = sorted_PG.where(sorted_PG.isfinite(), 0.0)
+    j_G = torch.arange(1, num_generations + 1, dtype=torch.float64, device=rewards_PG.device)
+
+    def share(members_G: Tensor, chosen: int, out_of_P1: Tensor) -> Tensor:
+        """C(members, chosen) / C(out_of, chosen) for each rank of a survivor, [P, G]; `chosen` others make up a
+        subset.
+        """
+        return (_log_choose(members_G, chosen) - _log_choose(out_of_P1, chosen)).exp().where(j_G <= n_P1, 0.0)
+
+    n_P1 = n_P1.double()
+    # Of all subsets, those whose largest member is the j-th: C(j - 1, k - 1) / C(n, k) = C(j - 1, k - 1) / C(n - 1, k -
+    # 1) k / n.
+    largest_PG = share(j_G - 1, k - 1, n_P1 - 1) * k / n_P1.clamp(min=1)
+    mean_P1 = (largest_PG * values_PG).sum(-1, keepdim=True)
+    std_P1 = (largest_PG * (values_PG - mean_P1).square()).sum(-1, keepdim=True).sqrt()
+    # Of the subsets that hold the i-th: its own reward where the others rank below; the j-th's, j > i, where that is
+    # the largest, which leaves k - 2 of j - 2 others: C(j - 2, k - 2) / C(n - 1, k - 1) = C(j - 2, k - 2) / C(n - 2, k
+    # - 2) (k - 1) / (n - 1).
+    own_PG = share(j_G - 1, k - 1, n_P1 - 1) * values_PG
+    above_PG = (
+        share(j_G - 2, k - 2, n_P1 - 2) * (k - 1) / (n_P1 - 1).clamp(min=1) * values_PG
+        if k > 1
+        else torch.zeros_like(values_PG)
+    )
+    from_here_PG = above_PG.flip(-1).cumsum(-1).flip(-1)
+    advantages_PG = torch.empty_like(values_PG).scatter(
+        -1, order_PG, (own_PG + from_here_PG - above_PG - mean_P1) / std_P1
+    )
+
+    # The smallest reward that a subset can have is the k-th, the largest the n-th: if they are equal, all subsets are.
+    biggest_P1 = values_PG.amax(-1, keepdim=True)
+    alike_P1 = values_PG[:, k - 1 : k] >= biggest_P1
+    return torch.where(finite_PG, torch.where(alike_P1, 0.0, advantages_PG), torch.nan)
+
+
+def _log_choose(n: Tensor, k: int) -> Tensor:
+    """Logarithm of the binomial coefficient; -inf where there is nothing to choose from."""
+    possible = n >= k
+    n = n.where(possible, float(k))
+    logarithm = torch.lgamma(n + 1) - torch.lgamma(n - k + 1) - torch.lgamma(torch.tensor(k + 1.0, dtype=torch.float64))
+    return logarithm.where(possible, -torch.inf)

@@ -11,18 +11,17 @@ from torch import Tensor
 
 from stateset_lightning.algorithm.advantages import (
     Scale,
+    beta_normalised_advantages,
     decoupled_advantages,
+    pass_at_k_advantages,
     total_scores,
     whitened_advantages,
 )
 from stateset_lightning.algorithm.aggregation import Aggregation
-from stateset_lightning.algorithm.base import Algorithm
-from stateset_lightning.algorithm.beta_normalisation import beta_normalised_advantages
-from stateset_lightning.algorithm.kl import KL
+from stateset_lightning.algorithm.algorithm import Algorithm
 from stateset_lightning.algorithm.losses import clipped_loss
-from stateset_lightning.algorithm.pass_at_k import pass_at_k_advantages
-from stateset_lightning.bounds import check_bounds
-from stateset_lightning.errors import ConfigError
+from stateset_lightning.algorithm.terms import KL
+from stateset_lightning.errors import ConfigError, check_bounds
 from stateset_lightning.types import Metrics, TokenBatch
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stateset_lightning.algorithm.advantages import Scale
 from stateset_lightning.algorithm.aggregation import Aggregation
-from stateset_lightning.algorithm.base import Algorithm, needed
+from stateset_lightning.algorithm.algorithm import Algorithm, needed
 from stateset_lightning.algorithm.losses import (
     cispo_loss,
     covariance_penalised_loss,
@@ -18,9 +18,8 @@ from stateset_lightning.algorithm.losses import (
     importance_loss,
     sapo_loss,
 )
-from stateset_lightning.algorithm.selection import covariances, draw, largest
-from stateset_lightning.bounds import check_bounds
-from stateset_lightning.errors import ConfigError
+from stateset_lightning.algorithm.terms import covariances, draw, largest
+from stateset_lightning.errors import ConfigError, check_bounds
 from stateset_lightning.types import Metrics, TokenBatch
 
 

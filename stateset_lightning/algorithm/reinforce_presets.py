@@ -17,9 +17,9 @@ from stateset_lightning.algorithm.advantages import (
     total_scores,
 )
 from stateset_lightning.algorithm.aggregation import Aggregation
-from stateset_lightning.algorithm.base import Algorithm
+from stateset_lightning.algorithm.algorithm import Algorithm
 from stateset_lightning.algorithm.clipped_presets import refuse_kl_in_reward
-from stateset_lightning.algorithm.kl import KL
+from stateset_lightning.algorithm.terms import KL
 
 
 class _WithKLInReward(Algorithm):

@@ -11,17 +11,16 @@ from torch import Tensor
 
 from stateset_lightning.algorithm.advantages import Scale
 from stateset_lightning.algorithm.aggregation import Aggregation
-from stateset_lightning.algorithm.base import Algorithm
+from stateset_lightning.algorithm.algorithm import Algorithm
 from stateset_lightning.algorithm.clipped_presets import Clipped
-from stateset_lightning.algorithm.mismatch import Mismatch
-from stateset_lightning.algorithm.sequence_losses import (
+from stateset_lightning.algorithm.losses import (
     geometric_mean_loss,
     quadratic_loss,
     sequence_clipped_loss,
     sequence_token_clipped_loss,
 )
-from stateset_lightning.bounds import check_bounds
-from stateset_lightning.errors import ConfigError
+from stateset_lightning.algorithm.terms import Mismatch
+from stateset_lightning.errors import ConfigError, check_bounds
 from stateset_lightning.types import Metrics, TokenBatch
 
 

@@ -6,11 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stateset_lightning.data.holdout import hold_out
     from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader
     from stateset_lightning.data.order import EpochOrder
     from stateset_lightning.data.prompts import EncodedPrompts, OverlongPolicy, PromptEncoder
-    from stateset_lightning.data.sources import ScenarioSet, Source, read_split
+    from stateset_lightning.data.sources import ScenarioSet, Source, hold_out, read_split
 
 _HOMES = {
     "EncodedPrompts": "prompts",

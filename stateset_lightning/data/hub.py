@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stateset_lightning.data.reading import RawRow
-from stateset_lightning.errors import DataError
-from stateset_lightning.extras import require
+from stateset_lightning.errors import DataError, require
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
 _HUB_SPLITS = {"train": "train", "validation": "validation", "test": "test", "predict": "test"}

@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from stateset_lightning.data.curriculum import SolveRates
-from stateset_lightning.data.order import EpochOrder
+from stateset_lightning.data.order import EpochOrder, SolveRates
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.seeding import derive_seed, uniforms
 from stateset_lightning.types import PromptBatch, Scenario

@@ -1,12 +1,19 @@
 """Which scenario stands where in an epoch: a pure function of (seed, epoch), so that nothing needs to be stored."""
 
+# No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
+import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from fractions import Fraction
+from typing import Annotated, Any
 
 import numpy as np
+import torch
+from annotated_types import Ge, Gt, Le, Lt
+from torch import Tensor
 
-from stateset_lightning.errors import ConfigError
-from stateset_lightning.seeding import permutation
+from stateset_lightning.errors import ConfigError, check_bounds
+from stateset_lightning.seeding import derive_seed, permutation
 
 
 class EpochOrder:
@@ -99,3 +106,111 @@ def largest_remainder(weights: Sequence[float], total: int) -> list[int]:
     for i in by_remainder[: total - sum(counts)]:
         counts[i] += 1
     return counts
+
+
+# MERGED: A difficulty curriculum: prompts are drawn by how often they are solved, so that most groups have something to
+# compare.
+#
+
+REPORT_DELAY = 2
+"""An episode's prompts depend on the reports of the episodes that came at least so many earlier."""
+
+SOLVED_TOLERANCE = 1e-9
+"""A sum of reward weights such as ten times 0.1 falls short of `solved_at` by float error."""
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """Prompts are drawn in proportion to floor + (1 - floor) * 4 p (1 - p), p the running share of a prompt's
+    completions that are solved.
+
+    That is p (1 - p), the learnability of arXiv:2502.12272, with a floor so that no prompt starves. A prompt that was
+    not scored yet counts as p = 1/2. Within an episode no prompt comes twice (unless there are fewer than an episode
+    holds), and an epoch has as many episodes as without a curriculum; which prompts it holds is open.
+    """
+
+    floor: Annotated[float, Gt(0), Le(1)] = 0.1
+    """Weight of a prompt that is always or never solved, relative to one that is solved half of the time."""
+    decay: Annotated[float, Ge(0), Lt(1)] = 0.5
+    """Share of the old solve rate in the new one, at each report."""
+    solved_at: float = 1.0
+    """Total reward from which on a completion counts as solved."""
+
+    def __post_init__(self) -> None:
+        check_bounds("data.curriculum", type(self), vars(self))
+        if not math.isfinite(self.solved_at):
+            raise ConfigError(
+                f"data.curriculum.solved_at={self.solved_at} must be a number: the total reward of a solved completion"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """The options as one text, such as `floor=0.1 decay=0.5 solved_at=1.0`; they decide the order."""
+        return " ".join(f"{name}={value}" for name, value in asdict(self).items())
+
+
+class SolveRates:
+    """How often each prompt is solved, and the draws that follow from it; equal on all ranks, given equal reports.
+
+    Lightning may ask for an episode's first batch before the one before has ended, or after. So that both draw the
+    same, episode e depends on the reports of episodes up to e - 2 alone; younger ones wait, and are in the state.
+
+    Args:
+        options: How rates become weights.
+        base_weights: Weight of each prompt beside its solve rate's, float64 [prompts]; that of its source, say.
+        seed: The run's seed.
+    """
+
+    def __init__(self, options: Curriculum, base_weights: np.ndarray, seed: int) -> None:
+        self._options = options
+        self._base_weights = base_weights
+        self._seed = seed
+        self._rates = np.full(len(base_weights), np.nan)  # NaN: not scored yet
+        self._waiting: list[tuple[int, int, int, int]] = []  # episode, prompt, completions solved, completions scored
+
+    def report(self, episode: int, rows: Sequence[int], totals_PG: Tensor) -> None:
+        """Takes in what an episode's groups, of all ranks and in one order for all, scored.
+
+        Args:
+            episode: The episode's index.
+            rows: Index of each group's prompt.
+            totals_PG: Total rewards, NaN where they failed.
+        """
+        solved_P = (totals_PG >= self._options.solved_at - SOLVED_TOLERANCE).sum(-1).tolist()
+        scored_P = totals_PG.isfinite().sum(-1).tolist()
+        self._waiting += [(episode, *group) for group in zip(rows, solved_P, scored_P, strict=True) if group[-1]]
+
+    def weights(self, episode: int) -> np.ndarray:
+        """Weight of each prompt in an episode's draw, float64 [prompts]."""
+        self._apply_until(episode - REPORT_DELAY)
+        rates = np.where(np.isnan(self._rates), 0.5, self._rates)
+        floor = self._options.floor
+        weights: np.ndarray = self._base_weights * (floor + (1 - floor) * 4 * rates * (1 - rates))
+        return weights
+
+    def draw(self, episode: int, size: int) -> np.ndarray:
+        """Prompts of an episode, int64 [size], drawn without replacement; repeated from the start where there are too
+        few.
+
+        The largest of log(u) / weight are a draw without replacement (Efraimidis and Spirakis, 2006).
+        """
+        generator = np.random.default_rng(derive_seed(self._seed, "curriculum", episode))
+        keys = np.log1p(-generator.random(len(self._rates))) / self.weights(episode)
+        return np.resize(np.argsort(-keys, kind="stable")[:size], size)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Rates float64 [prompts], and waiting reports int64 [reports, 4]."""
+        waiting = torch.tensor(self._waiting, dtype=torch.int64).reshape(-1, 4)
+        return {"rates": torch.from_numpy(self._rates.copy()), "waiting": waiting}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._rates = state["rates"].numpy().copy()
+        self._waiting = [(episode, row, solved, scored) for episode, row, solved, scored in state["waiting"].tolist()]
+
+    def _apply_until(self, last: int) -> None:
+        due = [report for report in self._waiting if report[0] <= last]
+        self._waiting = [report for report in self._waiting if report[0] > last]
+        decay = self._options.decay
+        for _, row, solved, scored in due:
+            rate = solved / scored
+            self._rates[row] = rate if np.isnan(self._rates[row]) else decay * self._rates[row] + (1 - decay) * rate

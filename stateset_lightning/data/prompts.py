@@ -1,20 +1,19 @@
 """Scenarios -> prompt tokens: chat template or plain text, and what happens to prompts that are too long."""
 
+import copy
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from stateset_lightning.data.control_tokens import Conversation, control_tokens, encode_as_text, pattern_of
-from stateset_lightning.data.packing import PackedTokens, garbage_left_alone
+from transformers import PreTrainedTokenizerBase
+
+from stateset_lightning.data.ragged import PackedTokens, garbage_left_alone
 from stateset_lightning.errors import ConfigError, DataError
 from stateset_lightning.types import Scenario
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
 
@@ -239,3 +238,46 @@ def _refusal(key: str, scenario: Scenario, conversation: Conversation, error: Ex
         f" {', '.join(t['role'] for t in conversation)}): {error}; {advice}data.use_chat_template=false joins the turns"
         " as plain text"
     )
+
+
+# MERGED: Control tokens in a scenario's text: found, so that text never ends a turn, opens another or ends the sequence.
+#
+# A tokenizer reads `<|im_end|>` as one token wherever it stands, in a user's text as in the template's own.
+#
+
+Conversation = list[dict[str, str]]
+"""Turns as chat templates take them."""
+
+
+def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """The tokenizer's special tokens, and other added tokens that its chat template writes (whitespace aside, which is
+    ordinary text).
+    """
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    added = tokenizer.added_tokens_decoder.values()
+    return [
+        t.content for t in added if t.content and (t.special or (not t.content.isspace() and t.content in template))
+    ]
+
+
+def pattern_of(tokens: Sequence[str]) -> re.Pattern[str] | None:
+    """Finds any of the tokens in a text; None if there are none."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def encode_as_text(
+    tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str], conversation: Conversation, kwargs: Mapping[str, Any]
+) -> list[int]:
+    """Prompt tokens of a conversation whose contents hold some of `tokens`: these are spelt out there, but not in the
+    template's own text.
+
+    Raises:
+        ValueError: If the tokenizer has no other way to write such a token.
+    """
+    own = copy.copy(tokenizer)
+    own.chat_control_tokens = list(tokens)
+    ids = own.apply_chat_template(
+        conversation, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False, **kwargs
+    )
+    return [int(i) for i in ids]

@@ -10,18 +10,19 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le
 
-from stateset_lightning.bounds import check_bounds
 from stateset_lightning.data.hub import is_hub_id, read_hub, read_parquet
-from stateset_lightning.data.packing import garbage_left_alone
+from stateset_lightning.data.ragged import garbage_left_alone
 from stateset_lightning.data.reading import READERS, Problem, RawRow, raise_problems, read_file, rows_of
+from stateset_lightning.data.reasoning_gym import MAX_SEED, MAX_SIZE, read_task
 from stateset_lightning.data.scenarios import QUESTION_COLUMNS, check_columns, to_scenarios
-from stateset_lightning.data.tasks import MAX_SEED, MAX_SIZE, read_task
-from stateset_lightning.errors import ConfigError, DataError
+from stateset_lightning.errors import ConfigError, DataError, check_bounds
+from stateset_lightning.seeding import permutation
 from stateset_lightning.types import Scenario
 
 
@@ -286,3 +287,44 @@ def _repeated_ids(checked: Sequence[tuple[Scenario, str]]) -> Iterator[Problem]:
 
 def _name(source: Source, index: int, key: str) -> str:
     return source.name or source.path or source.reasoning_gym or f"{key} item {index + 1}"
+
+
+# MERGED: Hold out a fraction of the training scenarios for validation.
+
+
+def hold_out(scenarios: ScenarioSet, fraction: float, seed: int) -> tuple[ScenarioSet, ScenarioSet]:
+    """Split into (training, validation); equal for equal seeds.
+
+    Scenarios that ask the same question stay on one side, so that validation never asks what was trained on.
+
+    Args:
+        scenarios: At least two different questions.
+        fraction: Fraction of the scenarios to hold out; at least one is, and one question stays.
+        seed: The run's seed.
+
+    Raises:
+        DataError: If there is only one question.
+    """
+    groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
+    for index, scenario in enumerate(scenarios.scenarios):
+        groups.setdefault(_question(scenario), []).append(index)
+    if len(groups) < 2:
+        raise DataError(
+            f"data.validation_fraction={fraction}: all of data.train asks one question; give data.validation instead"
+        )
+    # Exact: 0.1 * 30 in floating point is just above 3.
+    wanted = max(1, round(Fraction(str(fraction)) * len(scenarios)))
+    members = list(groups.values())
+    held: set[int] = set()
+    for group in permutation(seed, "validation", size=len(members))[:-1]:
+        if len(held) >= wanted:
+            break
+        held.update(members[group])
+    everything = range(len(scenarios))
+    return scenarios.select([i for i in everything if i not in held]), scenarios.select(sorted(held))
+
+
+def _question(scenario: Scenario) -> tuple[tuple[str, str], ...]:
+    """What is asked, without instructions: the turns that are not the system's."""
+    turns = scenario.messages or scenario.turns()
+    return tuple((turn.role, turn.content) for turn in turns if turn.role != "system")

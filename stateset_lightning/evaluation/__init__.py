@@ -3,8 +3,7 @@
 from stateset_lightning.evaluation.config import EvaluationConfig
 from stateset_lightning.evaluation.estimators import majority, pass_at_k, pass_hat_k, wilson_interval
 from stateset_lightning.evaluation.evaluation import Evaluation
-from stateset_lightning.evaluation.prompts import PromptMeans
-from stateset_lightning.evaluation.rewards import RewardMeans
+from stateset_lightning.evaluation.means import PromptMeans, RewardMeans
 
 __all__ = [
     "Evaluation",

@@ -9,8 +9,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt, Le
 
-from stateset_lightning.bounds import check_bounds
-from stateset_lightning.errors import ConfigError
+from stateset_lightning.errors import ConfigError, check_bounds
 from stateset_lightning.rollout import RolloutConfig
 
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from stateset_lightning.evaluation.config import EvaluationConfig
 from stateset_lightning.evaluation.estimators import majority, pass_at_k, pass_hat_k
-from stateset_lightning.evaluation.prompts import PromptMeans
-from stateset_lightning.evaluation.rewards import RewardMeans
+from stateset_lightning.evaluation.means import PromptMeans, RewardMeans
 from stateset_lightning.types import NOT_APPLICABLE, Rollout, Scenario, Scores
 
 TOLERANCE = 1e-9

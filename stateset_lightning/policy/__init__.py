@@ -1,6 +1,5 @@
 """The model: loading, adapters, packed shared-prefix scoring, chunked log-probabilities, learning-rate schedules."""
 
-from stateset_lightning.policy.adapters import save_adapter
 from stateset_lightning.policy.config import LoRAConfig, PolicyConfig
 from stateset_lightning.policy.loading import (
     context_length,
@@ -9,6 +8,7 @@ from stateset_lightning.policy.loading import (
     load_tokenizer,
     resolve_model_name,
 )
+from stateset_lightning.policy.lora import save_adapter
 from stateset_lightning.policy.policy import Group, Policy
 from stateset_lightning.policy.reference import AdapterReference, make_reference
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
-from stateset_lightning.bounds import check_bounds
+from stateset_lightning.errors import check_bounds
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.policy.adapters import add_adapter, is_adapted
 from stateset_lightning.policy.config import PolicyConfig
 from stateset_lightning.policy.loading_errors import check_complete, first_line, loading_errors
+from stateset_lightning.policy.lora import add_adapter, is_adapted
 from stateset_lightning.tiny import TINY_FOLDER
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import prefix_attention
-from stateset_lightning.policy.adapter_state import AdapterState, save_adapter_alone
-from stateset_lightning.policy.adapters import is_adapted
 from stateset_lightning.policy.config import PolicyConfig
 from stateset_lightning.policy.head import HeadOptions, token_logprobs
-from stateset_lightning.policy.lean_layers import use_lean_layers
+from stateset_lightning.policy.lora import is_adapted
+from stateset_lightning.policy.lora_state import AdapterState, save_adapter_alone
+from stateset_lightning.policy.recomputed_layers import use_lean_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,9 +1,6 @@
 """Completions -> scores: the reward interface, built-in rewards, the scorer."""
 
-from stateset_lightning.rewards.embedding import EmbeddingSimilarity
-from stateset_lightning.rewards.format import FormatReward, JsonValid
-from stateset_lightning.rewards.helpfulness import HelpfulnessReward
-from stateset_lightning.rewards.interface import (
+from stateset_lightning.rewards.base import (
     BatchReward,
     FunctionReward,
     Reward,
@@ -11,14 +8,16 @@ from stateset_lightning.rewards.interface import (
     RewardResult,
     as_rewards,
 )
+from stateset_lightning.rewards.format import FormatReward, JsonValid
+from stateset_lightning.rewards.helpfulness import HelpfulnessReward
 from stateset_lightning.rewards.judge import ModelJudge
 from stateset_lightning.rewards.match import Contains, ExactMatch, RegexMatch
 from stateset_lightning.rewards.maths import MathEquivalence
+from stateset_lightning.rewards.models import EmbeddingSimilarity, RewardModel
 from stateset_lightning.rewards.numeric import NumericAnswer
 from stateset_lightning.rewards.penalties import LengthPenalty, OverlongPenalty, RepetitionPenalty
 from stateset_lightning.rewards.reasoning_gym import ReasoningGymReward
 from stateset_lightning.rewards.retry import Retry
-from stateset_lightning.rewards.reward_model import RewardModel
 from stateset_lightning.rewards.scorer import Scorer, ScoringSession, check_failures, failure_counts
 from stateset_lightning.rewards.trl import TRLReward
 

@@ -10,7 +10,7 @@ from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from stateset_lightning.rewards.interface import RewardFunction
+from stateset_lightning.rewards.base import RewardFunction
 from stateset_lightning.rewards.outcome import Outcome, evaluate_async, failure
 from stateset_lightning.types import Turn
 

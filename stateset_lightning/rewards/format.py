@@ -7,9 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stateset_lightning.errors import ConfigError
-from stateset_lightning.extras import require
-from stateset_lightning.rewards.interface import RewardFunction, RewardResult
+from stateset_lightning.errors import ConfigError, require
+from stateset_lightning.rewards.base import RewardFunction, RewardResult
 from stateset_lightning.rewards.match import compiled
 from stateset_lightning.rewards.text import completion
 from stateset_lightning.types import Turn

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stateset_lightning.rewards.interface import RewardFunction, RewardResult
+from stateset_lightning.rewards.base import RewardFunction, RewardResult
 from stateset_lightning.rewards.text import completion, question, repeated_share, target_texts, words
 from stateset_lightning.types import Turn
 

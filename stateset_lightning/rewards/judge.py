@@ -1,4 +1,4 @@
-"""A language model as judge, over any server that speaks OpenAI's chat completions."""
+"""Replies of a judge, by what was asked: one SQLite file that several processes may share, or memory."""
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 import asyncio
@@ -7,23 +7,77 @@ import json
 import math
 import os
 import re
+import sqlite3
 import string
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any
 from weakref import WeakValueDictionary
 
 from annotated_types import Ge, Gt
 
-from stateset_lightning.bounds import check_bounds
-from stateset_lightning.errors import ConfigError, DataError, RewardError
-from stateset_lightning.extras import require
+from stateset_lightning.errors import ConfigError, DataError, RewardError, check_bounds, require
 from stateset_lightning.redaction import is_secret_name
-from stateset_lightning.rewards.interface import RewardFunction, RewardResult
-from stateset_lightning.rewards.reply_cache import ReplyCache
+from stateset_lightning.rewards.base import RewardFunction, RewardResult
 from stateset_lightning.types import Turn
+
+_WAIT_SECONDS = 30.0  # for another process's write
+
+
+class ReplyCache:
+    """Keeps the newest replies.
+
+    Args:
+        path: The file, made where there is none; None keeps replies in memory, for this process.
+        max_replies: Replies at most; the oldest make room.
+
+    Raises:
+        ConfigError: If the file cannot be opened, or is no cache.
+    """
+
+    def __init__(self, path: str | None, max_replies: int) -> None:
+        self._max_replies = max_replies
+        self._lock = threading.Lock()
+        try:
+            if path is not None:
+                Path(path).expanduser().parent.mkdir(parents=True, exist_ok=True)
+            file = ":memory:" if path is None else str(Path(path).expanduser())
+            self._connection = sqlite3.connect(
+                file, timeout=_WAIT_SECONDS, check_same_thread=False, isolation_level=None
+            )
+            self._connection.execute("PRAGMA synchronous = NORMAL")
+            self._connection.execute(
+                "CREATE TABLE IF NOT EXISTS replies (number INTEGER PRIMARY KEY, key TEXT UNIQUE, reply TEXT NOT NULL)"
+            )
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(
+                f"cache={path!r} cannot be opened: {error}; give a file of its own, or leave it out"
+            ) from error
+
+    def get(self, key: str) -> str | None:
+        """The reply under `key`, if there is one."""
+        with self._lock:
+            row = self._connection.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def put(self, key: str, reply: str) -> None:
+        """Keep a reply; on disk at once."""
+        with self._lock:
+            self._connection.execute("INSERT OR REPLACE INTO replies (key, reply) VALUES (?, ?)", (key, reply))
+            self._connection.execute(
+                "DELETE FROM replies WHERE number <= (SELECT MAX(number) FROM replies) - ?", (self._max_replies,)
+            )
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
+
+
+# MERGED: A language model as judge, over any server that speaks OpenAI's chat completions.
 
 _INSTRUCTIONS = """\
 You grade the answer that an assistant gave in a conversation.

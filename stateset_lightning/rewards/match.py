@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from stateset_lightning.errors import ConfigError, DataError
-from stateset_lightning.rewards.interface import RewardFunction, RewardResult
+from stateset_lightning.rewards.base import RewardFunction, RewardResult
 from stateset_lightning.rewards.text import completion, target_texts
 from stateset_lightning.types import Turn
 

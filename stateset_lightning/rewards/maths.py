@@ -10,9 +10,8 @@ from typing import Annotated, Any
 
 from annotated_types import Gt
 
-from stateset_lightning.errors import ConfigError, DataError
-from stateset_lightning.extras import require
-from stateset_lightning.rewards.interface import RewardFunction, RewardResult
+from stateset_lightning.errors import ConfigError, DataError, require
+from stateset_lightning.rewards.base import RewardFunction, RewardResult
 from stateset_lightning.rewards.text import completion, target_of
 from stateset_lightning.types import Turn
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from stateset_lightning.errors import ConfigError, DataError
-from stateset_lightning.rewards.interface import RewardFunction, RewardResult
+from stateset_lightning.rewards.base import RewardFunction, RewardResult
 from stateset_lightning.rewards.text import completion, target_of
 from stateset_lightning.types import Turn
 

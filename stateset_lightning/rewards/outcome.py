@@ -17,7 +17,7 @@ from typing import Any
 
 from stateset_lightning.errors import ConfigError, RewardError
 from stateset_lightning.redaction import redacted_text
-from stateset_lightning.rewards.interface import BatchReward, RewardFunction, RewardResult
+from stateset_lightning.rewards.base import BatchReward, RewardFunction, RewardResult
 from stateset_lightning.types import NOT_APPLICABLE, Turn
 
 LARGEST_SCORE = 3.4028234e38

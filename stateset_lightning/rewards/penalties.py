@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from stateset_lightning.errors import ConfigError, DataError
-from stateset_lightning.rewards.interface import RewardFunction
+from stateset_lightning.rewards.base import RewardFunction
 from stateset_lightning.rewards.text import completion, repeated_share, words
 from stateset_lightning.types import Turn
 

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from stateset_lightning.daemon_threads import DaemonThreads
 from stateset_lightning.errors import ConfigError, DataError, RewardError
 from stateset_lightning.rewards.background import EventLoopThread
-from stateset_lightning.rewards.interface import BatchReward, RewardFunction, as_rewards, check_timeout, is_async
+from stateset_lightning.rewards.base import BatchReward, RewardFunction, as_rewards, check_timeout, is_async
 from stateset_lightning.rewards.outcome import Outcome, evaluate, evaluate_batch
 from stateset_lightning.rewards.worker_pool import WorkerPool
+from stateset_lightning.threads import DaemonThreads
 from stateset_lightning.types import NOT_APPLICABLE, RewardFailure, Scores, Turn
 
 if TYPE_CHECKING:

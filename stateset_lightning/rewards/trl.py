@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from stateset_lightning.errors import ConfigError, RewardError
-from stateset_lightning.rewards.interface import FunctionReward, RewardResult
+from stateset_lightning.rewards.base import FunctionReward, RewardResult
 from stateset_lightning.types import Turn
 
 _MARKS = {"completions", "completion_ids"}

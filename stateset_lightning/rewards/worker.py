@@ -22,7 +22,7 @@ from multiprocessing import spawn
 from multiprocessing.connection import Connection
 from typing import Any
 
-from stateset_lightning.rewards.interface import RewardFunction
+from stateset_lightning.rewards.base import RewardFunction
 from stateset_lightning.rewards.outcome import Outcome, evaluate, failure
 
 READY = b"ready"

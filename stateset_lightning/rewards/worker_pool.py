@@ -16,11 +16,11 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
-from stateset_lightning.daemon_threads import DaemonThreads
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.rewards import worker
-from stateset_lightning.rewards.interface import RewardFunction
+from stateset_lightning.rewards.base import RewardFunction
 from stateset_lightning.rewards.outcome import Outcome, failure
+from stateset_lightning.threads import DaemonThreads
 from stateset_lightning.types import Turn
 
 MAX_WORKERS = 4

@@ -2,8 +2,7 @@
 engine.
 """
 
-from stateset_lightning.rollout.config import RolloutConfig
-from stateset_lightning.rollout.engine import OnFinished, RemoteEngine, RolloutEngine
+from stateset_lightning.rollout.engine import OnFinished, RemoteEngine, RolloutConfig, RolloutEngine
 from stateset_lightning.rollout.in_process import InProcessEngine
 from stateset_lightning.rollout.vllm import VLLMEngine
 from stateset_lightning.types import FinishReason, Rollout

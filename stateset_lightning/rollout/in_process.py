@@ -18,16 +18,13 @@ import torch
 from torch import Tensor
 
 from stateset_lightning.errors import ConfigError, NonFiniteError
-from stateset_lightning.policy.adapters import merged_adapter
 from stateset_lightning.policy.loading import context_length, end_of_sequence_ids
+from stateset_lightning.policy.lora import merged_adapter
 from stateset_lightning.policy.precision import replaced_parameters
-from stateset_lightning.rollout.config import RolloutConfig
-from stateset_lightning.rollout.engine import OnFinished, rollout_of
-from stateset_lightning.rollout.fast_linear import fast_linears
-from stateset_lightning.rollout.lean_decoder import LeanDecoder, make_lean_decoder
+from stateset_lightning.rollout.cpu_decoding import LeanDecoder, fast_linears, make_lean_decoder
+from stateset_lightning.rollout.engine import OnFinished, RolloutConfig, rollout_of
 from stateset_lightning.rollout.running_batch import make_running_batch
-from stateset_lightning.rollout.sampling import sample_tokens
-from stateset_lightning.rollout.stopping import StopStrings
+from stateset_lightning.rollout.sampling import StopStrings, sample_tokens
 from stateset_lightning.seeding import uniforms
 from stateset_lightning.types import FinishReason, Rollout
 

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from stateset_lightning.policy import prefix_attention, shared_prompts
-from stateset_lightning.policy.shared_prompts import SharedPrompts
+from stateset_lightning.policy.packed_attention import SharedPrompts
 from stateset_lightning.rollout.cache import grow, join, make_cache, select_rows
-from stateset_lightning.rollout.lean_decoder import attend_to_cache
+from stateset_lightning.rollout.cpu_decoding import attend_to_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import DynamicCache
 
-    from stateset_lightning.rollout.lean_decoder import Attend, LeanDecoder
+    from stateset_lightning.rollout.cpu_decoding import Attend, LeanDecoder
 
 SHARE_FROM = 256
 """Tokens of the longest prompt from which sharing is faster than a kernel call over copies (benchmarks/RESULTS.md)."""

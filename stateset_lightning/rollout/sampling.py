@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from stateset_lightning.rollout.config import RolloutConfig
+from stateset_lightning.rollout.engine import RolloutConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def sample_tokens(logits_BV: Tensor, uniforms_B: Tensor | None, sampling: RolloutConfig) -> tuple[Tensor, Tensor]:
@@ -46,3 +52,29 @@ def filter_probabilities(probs_BV: Tensor, sampling: RolloutConfig) -> Tensor:
     if sampling.min_p is not None:
         probs_BV = probs_BV.where(probs_BV >= sampling.min_p * probs_BV.amax(-1, keepdim=True), 0.0)
     return probs_BV
+
+
+# MERGED: Stop strings: a completion ends where one of them appears, also in the middle of a token or across tokens.
+
+
+class StopStrings:
+    """Looks for any of some strings at the end of a growing completion."""
+
+    def __init__(self, strings: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+        self.strings = list(strings)
+        self.tokenizer = tokenizer
+        # Every token is at least one byte, so a string lies within as many tokens as it has bytes. The extra ones
+        # complete a character that is cut at the window's start.
+        self.window = max((len(text.encode()) for text in strings), default=0) + 4
+
+    def found(self, tokens: list[int]) -> bool:
+        """Whether a stop string appears among the last tokens."""
+        if not self.strings:
+            return False
+        tail = self.tokenizer.decode(tokens[-self.window :], skip_special_tokens=True)
+        return any(text in tail for text in self.strings)
+
+    def cut(self, text: str) -> str:
+        """The text before the first stop string."""
+        ends = [position for stop in self.strings if (position := text.find(stop)) >= 0]
+        return text[: min(ends)] if ends else text

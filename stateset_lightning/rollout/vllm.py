@@ -14,16 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Gt
 
-from stateset_lightning.bounds import check_bounds
-from stateset_lightning.daemon_threads import DaemonThreads
-from stateset_lightning.errors import ConfigError, NonFiniteError
+from stateset_lightning.errors import ConfigError, NonFiniteError, check_bounds
 from stateset_lightning.policy import Policy, end_of_sequence_ids
 from stateset_lightning.policy.config import Dtype
-from stateset_lightning.rollout.config import RolloutConfig
-from stateset_lightning.rollout.engine import OnFinished, rollout_of
-from stateset_lightning.rollout.stopping import StopStrings
-from stateset_lightning.rollout.vllm_server import VLLMServer
+from stateset_lightning.rollout.engine import OnFinished, RolloutConfig, rollout_of
+from stateset_lightning.rollout.sampling import StopStrings
+from stateset_lightning.rollout.vllm_client import VLLMServer
 from stateset_lightning.rollout.vllm_weights import WeightSync, filters_of, request
+from stateset_lightning.threads import DaemonThreads
 from stateset_lightning.types import FinishReason, Metrics, Rollout
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from stateset_lightning.errors import SamplingError, ServerError, UserError
 from stateset_lightning.policy import Group, Policy, save_adapter
 from stateset_lightning.policy.precision import logprob_tolerance
 from stateset_lightning.ranks import Ranks
-from stateset_lightning.rollout.config import RolloutConfig
-from stateset_lightning.rollout.vllm_server import VLLMServer
+from stateset_lightning.rollout.engine import RolloutConfig
+from stateset_lightning.rollout.vllm_client import VLLMServer
 from stateset_lightning.types import Metrics
 
 PROBE_PROMPT = list(range(3, 16))

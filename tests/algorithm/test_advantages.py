@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stateset_lightning.algorithm.advantages import (
+    beta_normalised_advantages,
     decoupled_advantages,
     greedy_advantages,
     group_advantages,
@@ -18,7 +19,6 @@ from stateset_lightning.algorithm.advantages import (
     total_scores,
     whitened_advantages,
 )
-from stateset_lightning.algorithm.beta_normalisation import beta_normalised_advantages
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.types import NOT_APPLICABLE
 

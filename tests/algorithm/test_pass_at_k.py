@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stateset_lightning.algorithm import PassK
-from stateset_lightning.algorithm.pass_at_k import pass_at_k_advantages
+from stateset_lightning.algorithm.advantages import pass_at_k_advantages
 from stateset_lightning.errors import ConfigError
 
 

@@ -45,7 +45,7 @@ from stateset_lightning.algorithm import (
     TokenBatch,
     TopEntropy,
 )
-from stateset_lightning.algorithm.segments import per_token
+from stateset_lightning.algorithm.aggregation import per_token
 from stateset_lightning.errors import ConfigError
 
 EXPORTED = [getattr(algorithms, name) for name in algorithms.__all__]
@@ -442,9 +442,16 @@ def test_the_docstring_cites_the_paper(preset: type[Algorithm]) -> None:
 
 
 COMMON = {
-    "beta", "kl", "entropy_coefficient", "adaptive_entropy", "mismatch", "off_policy_threshold", "aggregation", "constant_length",
+    "beta",
+    "kl",
+    "entropy_coefficient",
+    "adaptive_entropy",
+    "mismatch",
+    "off_policy_threshold",
+    "aggregation",
+    "constant_length",
     "mask_truncated",
-}  # fmt: skip
+}
 CLIP = {"epsilon_low", "epsilon_high", "delta"}
 OPTIONS = {
     **{preset: CLIP | {"scale", "top_entropy"} for preset in (GRPO, DrGRPO, DAPO, TopEntropy, GSPOToken)},
@@ -489,11 +496,30 @@ def test_the_command_line_has_every_option_that_the_loss_reads_and_no_other(
 
 
 BELOW_ITS_BOUND = {
-    "beta": -1, "entropy_coefficient": -1, "off_policy_threshold": 0, "constant_length": 0, "epsilon_low": 0, "epsilon_high": 0, "delta": 1,
-    "top_entropy": 0, "k": 0, "log_epsilon_low": 0, "log_epsilon_high": 0, "tau_positive": 0, "tau_negative": 0, "delta_low": 0,
-    "delta_high": 0, "maximum_ratio": 1, "share": 0, "coefficient": -1, "tau": 0, "kl.target": 0, "kl.horizon": 0,
-    "adaptive_entropy.delta": 0, "mismatch.high": 0,
-}  # fmt: skip
+    "beta": -1,
+    "entropy_coefficient": -1,
+    "off_policy_threshold": 0,
+    "constant_length": 0,
+    "epsilon_low": 0,
+    "epsilon_high": 0,
+    "delta": 1,
+    "top_entropy": 0,
+    "k": 0,
+    "log_epsilon_low": 0,
+    "log_epsilon_high": 0,
+    "tau_positive": 0,
+    "tau_negative": 0,
+    "delta_low": 0,
+    "delta_high": 0,
+    "maximum_ratio": 1,
+    "share": 0,
+    "coefficient": -1,
+    "tau": 0,
+    "kl.target": 0,
+    "kl.horizon": 0,
+    "adaptive_entropy.delta": 0,
+    "mismatch.high": 0,
+}
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)

@@ -33,7 +33,7 @@ from stateset_lightning.algorithm import (
     TokenBatch,
     TopEntropy,
 )
-from stateset_lightning.algorithm.segments import per_token
+from stateset_lightning.algorithm.aggregation import per_token
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl==1.16.0 --constraint constraints.txt")
 

@@ -7,9 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stateset_lightning.data.curriculum import Curriculum, SolveRates
 from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader
-from stateset_lightning.data.order import EpochOrder
+from stateset_lightning.data.order import Curriculum, EpochOrder, SolveRates
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.types import Scenario
 

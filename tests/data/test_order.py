@@ -1,15 +1,113 @@
-"""Orders of epochs: complete, seeded, and by weight."""
+"""The curriculum: rates and weights by hand, draws by weight, and the same prompts however early a batch is asked
+for.
+"""
 
+import io
+import math
 from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stateset_lightning.data.order import EpochOrder, largest_remainder
+from stateset_lightning.data.order import Curriculum, EpochOrder, SolveRates, largest_remainder
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.seeding import permutation
+
+NAN = math.nan
+
+
+def make(prompts=4, **options):
+    return SolveRates(Curriculum(**options), np.ones(prompts), seed=3)
+
+
+def rewards(*groups):
+    return torch.tensor(groups, dtype=torch.float64)
+
+
+def test_weights_by_hand():
+    rates = make(prompts=5, floor=0.1)
+    rates.report(0, [0, 1, 2, 3], rewards([1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0], [1, 0, 1, 0]))
+    # floor + 0.9 * 4 p (1 - p): p = 1, 0, 1/4, 1/2, and a prompt that was never scored.
+    assert rates.weights(2).tolist() == pytest.approx([0.1, 0.1, 0.1 + 0.9 * 0.75, 1.0, 1.0])
+
+
+def test_rates_run_on_and_the_first_report_counts_in_full():
+    rates = make(prompts=1, decay=0.25, floor=1e-9)
+    rates.report(0, [0], rewards([1, 0]))
+    rates.report(1, [0], rewards([1, 1]))
+    p = 0.25 * 0.5 + 0.75 * 1.0
+    assert rates.weights(3).tolist() == pytest.approx([4 * p * (1 - p)])
+
+
+def test_solved_means_a_total_of_solved_at_and_failures_do_not_count():
+    rates = make(prompts=3, solved_at=0.3, floor=1e-9)
+    rates.report(0, [0, 1, 2], rewards([sum([0.1] * 3), 0.29, NAN, NAN], [NAN] * 4, [0.3, 0.3, 0.2, NAN]))
+    assert rates.weights(2).tolist() == pytest.approx([1.0, 1.0, 4 * 2 / 9])
+
+
+def test_an_episode_depends_on_reports_of_two_episodes_before_however_early_it_is_drawn():
+    early, late = make(), make()
+    group = rewards([1.0, 1.0])
+    drawn = []
+    for episode in range(6):  # Lightning asks for the next episode before this one is reported ...
+        drawn.append(early.draw(episode, 2).tolist())
+        if episode:
+            early.report(episode - 1, [drawn[episode - 1][0]], group)
+    for episode in range(6):  # ... or afterwards
+        assert late.draw(episode, 2).tolist() == drawn[episode]
+        late.report(episode, [drawn[episode][0]], group)
+
+
+def test_draws_follow_the_weights_and_hold_no_prompt_twice():
+    rates = make(prompts=3, floor=0.25)
+    rates.report(0, [0, 2], rewards([1, 1], [0, 0]))
+    first = Counter(int(rates.draw(episode, 2)[0]) for episode in range(2, 3002))
+    # The first of a draw comes in proportion to its weight: 1/4, 1 and 1/4 of 3/2. Three standard errors are 0.026.
+    assert first[0] / 3000 == pytest.approx(1 / 6, abs=0.026)
+    assert first[1] / 3000 == pytest.approx(4 / 6, abs=0.026)
+    assert all(len(set(rates.draw(episode, 3).tolist())) == 3 for episode in range(20))
+    again = rates.draw(5, 7).tolist()
+    assert again[:3] == again[3:6]
+    assert sorted(again[:3]) == [0, 1, 2]
+
+
+def test_a_source_weighs_on_its_prompts():
+    rates = SolveRates(Curriculum(), np.array([0.5, 2.0]), seed=0)
+    assert rates.weights(0).tolist() == [0.5, 2.0]
+
+
+def test_a_state_goes_on_exactly_and_holds_nothing_pickled():
+    straight = make()
+    for episode in range(3):
+        straight.draw(episode, 2)
+        straight.report(episode, [0, 1], rewards([1, 0], [1, 1]))
+    file = io.BytesIO()
+    torch.save(straight.state_dict(), file)
+    file.seek(0)
+    resumed = make()
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    for episode in range(2, 6):  # episode 2 was drawn already: a run resumed inside it draws it again
+        assert resumed.draw(episode, 3).tolist() == straight.draw(episode, 3).tolist()
+        assert resumed.weights(episode).tolist() == straight.weights(episode).tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"floor": 0.0}, "data.curriculum.floor=0.0 must be above 0"),
+        ({"decay": 1.0}, "data.curriculum.decay=1.0 must be below 1"),
+        ({"solved_at": NAN}, "data.curriculum.solved_at=nan must be a number"),
+    ],
+)
+def test_options_that_mean_nothing(options, message):
+    with pytest.raises(ConfigError, match=message):
+        Curriculum(**options)
+
+
+# MERGED: Orders of epochs: complete, seeded, and by weight.
 
 SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=4)
 

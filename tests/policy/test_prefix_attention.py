@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import stateset_lightning.policy.prefix_attention as prefix_attention_file
-from stateset_lightning.policy.prefix_attention import LAYOUT_ARGUMENT, make_layout, prefix_attention
+import stateset_lightning.policy.packed_attention as prefix_attention_file
+from stateset_lightning.policy.packed_attention import LAYOUT_ARGUMENT, make_layout, prefix_attention
 
 CPU = torch.device("cpu")
 CASES = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stateset_lightning.policy.shared_prompts import SharedPrompts
+from stateset_lightning.policy.packed_attention import SharedPrompts
 
 K, R, D = 2, 3, 4
 """Key heads, query heads per key head, size of a head."""

@@ -27,12 +27,21 @@ def score(prompt, answer, target=None):
     [
         (PHOTOSYNTHESIS, GOOD),
         (PHOTOSYNTHESIS, f"Sure! {GOOD}"),
-        ("What is Python?", "Python is a programming language known for readable code. It is used for web servers and data analysis."),
-        (GRAVITY, "Gravity pulls the Moon toward Earth while it moves sideways, so it keeps falling around the planet in an orbit."),
-        ("My order has not arrived. What can I do?", "Your order may be delayed: check the tracking link, and if it has not arrived by "
-         "Friday, contact the carrier or ask us for a refund."),
+        (
+            "What is Python?",
+            "Python is a programming language known for readable code. It is used for web servers and data analysis.",
+        ),
+        (
+            GRAVITY,
+            "Gravity pulls the Moon toward Earth while it moves sideways, so it keeps falling around the planet in an orbit.",
+        ),
+        (
+            "My order has not arrived. What can I do?",
+            "Your order may be delayed: check the tracking link, and if it has not arrived by "
+            "Friday, contact the carrier or ask us for a refund.",
+        ),
     ],
-)  # fmt: skip
+)
 def test_relevant_answers_score_high(prompt, answer):
     assert score(prompt, answer) > 0.6
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stateset_lightning.errors import RewardError
-from stateset_lightning.rewards.interface import FunctionReward, RewardResult
+from stateset_lightning.rewards.base import FunctionReward, RewardResult
 from stateset_lightning.rewards.outcome import evaluate, evaluate_async, to_outcome
 from stateset_lightning.types import NOT_APPLICABLE
 

@@ -6,7 +6,7 @@ import io
 import pytest
 import yaml
 
-from stateset_lightning.cli import main
+from stateset_lightning.cli.main import main
 
 REWARDS = [
     ("MathEquivalence", {"timeout": 3.0, "target_marker": "=>"}, {"timeout": 0}, "greater than 0"),

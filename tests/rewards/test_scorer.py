@@ -14,7 +14,7 @@ from timing import within
 
 from stateset_lightning.errors import ConfigError, DataError, RewardError
 from stateset_lightning.rewards import ExactMatch, RewardFunction, RewardResult, Scorer, check_failures, failure_counts
-from stateset_lightning.rewards.interface import FunctionReward
+from stateset_lightning.rewards.base import FunctionReward
 from stateset_lightning.types import NOT_APPLICABLE, Scores, Turn
 
 BLOCKING_REWARDS = '''

@@ -7,7 +7,7 @@ import torch
 
 from stateset_lightning.errors import ConfigError, RewardError
 from stateset_lightning.rewards import Scorer, TRLReward, as_rewards
-from stateset_lightning.rewards.interface import FunctionReward, is_async
+from stateset_lightning.rewards.base import FunctionReward, is_async
 from stateset_lightning.types import Scenario, conversation
 
 PLAIN = Scenario(id="a", prompt="2 + 2?", target="4", difficulty=3)

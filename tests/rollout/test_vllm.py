@@ -20,7 +20,7 @@ from stateset_lightning.errors import ConfigError, SamplingError, ServerError
 from stateset_lightning.policy import LoRAConfig, Policy, PolicyConfig, load_model, load_tokenizer
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig, VLLMEngine, vllm_weights
 from stateset_lightning.rollout import vllm_server as vllm_server_module
-from stateset_lightning.rollout.vllm_server import ServerLost, VLLMServer
+from stateset_lightning.rollout.vllm_client import ServerLost, VLLMServer
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
 SAMPLING = RolloutConfig(num_generations=2, max_new_tokens=6, temperature=0.7)

@@ -1,0 +1,264 @@
+"""KL(policy || reference): its estimates, where it enters, and its coefficient. Estimates are in nats, [T].
+
+No `from __future__ import annotations`: the command line reads `KL`.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor
+
+from stateset_lightning.algorithm.aggregation import per_token, sequence_means, sequence_sums
+from stateset_lightning.errors import ConfigError, check_bounds
+from stateset_lightning.seeding import uniforms
+from stateset_lightning.types import Metrics, TokenBatch
+
+Estimator = Literal["k1", "k2", "k3", "k3_unbiased"]
+
+
+@dataclass(frozen=True)
+class KL:
+    """How the divergence from the reference is estimated and used. Its coefficient is the algorithm's `beta`."""
+
+    estimator: Estimator = "k3"
+    """`k1`, `k2` and `k3` are Schulman's; `k3_unbiased` is k3 times the importance ratio, whose gradient is that of the
+    KL.
+    """
+    place: Literal["loss", "reward"] = "loss"
+    """`loss`: a term of every token's loss. `reward`: summed over a completion and subtracted from its reward, without
+    gradient.
+    """
+    target: Annotated[float, Gt(0)] | None = None
+    """Nats per token that an adaptive coefficient steers towards, starting at `beta`; None keeps the coefficient
+    fixed.
+    """
+    horizon: Annotated[int, Ge(1)] = 10
+    """Optimizer steps over which an adaptive coefficient corrects an error; 10 is the paper's K_beta = 0.1
+    (arXiv:1909.08593).
+    """
+
+    def __post_init__(self) -> None:
+        check_bounds("model.algorithm.kl", type(self), vars(self))
+        if (self.estimator, self.place) == ("k1", "loss"):
+            raise ConfigError(
+                "model.algorithm.kl.estimator='k1' in the loss has a gradient of zero in expectation and pulls nowhere:"
+                " choose k2 or k3_unbiased, or kl.place='reward'"
+            )
+        if (self.estimator, self.place) == ("k3_unbiased", "reward"):
+            raise ConfigError(
+                "model.algorithm.kl.estimator='k3_unbiased' differs from k3 in its gradient alone, and a reward has"
+                " none: choose k1 (whose policy gradient is that of the KL) or k3, or kl.place='loss'"
+            )
+
+
+def kl_estimate(
+    estimator: Estimator, logprobs_T: Tensor, ref_logprobs_T: Tensor, old_logprobs_T: Tensor | None = None
+) -> Tensor:
+    """One estimate per token, [T]. `old_logprobs_T` are those of the policy that sampled; only k3_unbiased reads
+    them.
+    """
+    if estimator == "k1":
+        return logprobs_T - ref_logprobs_T
+    if estimator == "k2":
+        return 0.5 * (logprobs_T - ref_logprobs_T).square()
+    if estimator == "k3":
+        return k3(logprobs_T, ref_logprobs_T)
+    assert old_logprobs_T is not None
+    return k3_unbiased(logprobs_T, ref_logprobs_T, old_logprobs_T)
+
+
+def k3(logprobs_T: Tensor, ref_logprobs_T: Tensor) -> Tensor:
+    """KL(policy || reference) by the k3 estimate, [T]: exp(d) - d - 1 with d = reference - policy.
+
+    Schulman, "Approximating KL divergence" (joschu.net/blog/kl-approx.html); GRPO, arXiv:2402.03300, equation 4. Never
+    negative; its value is unbiased, its gradient is that of KL(reference || policy).
+    """
+    difference_T = ref_logprobs_T - logprobs_T
+    return torch.expm1(difference_T) - difference_T
+
+
+def k3_unbiased(logprobs_T: Tensor, ref_logprobs_T: Tensor, old_logprobs_T: Tensor) -> Tensor:
+    """k3 times the importance ratio exp(policy - old), differentiated through both, [T] (DeepSeek-V3.2,
+    arXiv:2512.02556).
+
+    The mean over the sampling policy of ratio x k3 is the mean of k3 over the policy itself, hence the KL, as a
+    function of the policy's parameters; so value and gradient are both unbiased, also after the first optimizer step of
+    an episode. While the policy is the one that sampled, the ratio is 1, the value is k3's and the gradient is (policy
+    - reference) x that of the log-prob, as k2's.
+    """
+    return (logprobs_T - old_logprobs_T).exp() * k3(logprobs_T, ref_logprobs_T)
+
+
+def adapted_coefficient(coefficient: float, kl: float, config: KL) -> float:
+    """The next KL coefficient, arXiv:1909.08593, section 2.2: it grows by at most 20 % / horizon while the KL is above
+    its target.
+    """
+    assert config.target is not None
+    error = min(max(kl / config.target - 1, -0.2), 0.2)
+    return coefficient * (1 + error / config.horizon)
+
+
+# MERGED: An entropy bonus whose coefficient follows the entropy.
+#
+# No `from __future__ import annotations`: the command line reads `AdaptiveEntropy`.
+#
+
+
+@dataclass(frozen=True)
+class AdaptiveEntropy:
+    """Keeps the entropy from falling below a target (Skywork-OR1, arXiv:2505.22312).
+
+    After each optimizer step the coefficient rises by `delta` if the entropy was below the target, and falls by
+    `delta`, to no less than 0, if not. The bonus is applied only while the newest entropy is at or below the target.
+    """
+
+    target: Annotated[float, Gt(0)] = 0.2
+    """Mean entropy of a token, in nats. Sensible values are below the entropy at the start of the run
+    (`policy/entropy`).
+    """
+    delta: Annotated[float, Gt(0)] = 0.005
+    """Change of the coefficient per optimizer step."""
+    maximum: Annotated[float, Ge(0)] = 1.0
+    """The coefficient never exceeds this."""
+
+    def __post_init__(self) -> None:
+        check_bounds("model.algorithm.adaptive_entropy", type(self), vars(self))
+
+    def adapted(self, coefficient: float, entropy: float) -> float:
+        """The next coefficient, given the entropy of the step that just ended."""
+        step = self.delta if entropy < self.target else -self.delta
+        return min(max(coefficient + step, 0.0), self.maximum)
+
+
+# MERGED: Correction for a sampler whose log-probs differ from the trainer's: weights exp(old - sampling), without gradient.
+#
+# A serving engine with other kernels, or another precision, samples from a slightly different policy than the one
+# trained. With an engine in this process there is nothing to correct. No `from __future__ import annotations`: the
+# command line reads `Mismatch`.
+#
+
+# (low, high) of each kind; truncation has an upper bound alone.
+_BOUNDS = {
+    "none": (0.0, math.inf),
+    "token_tis": (0.0, 2.0),
+    "sequence_tis": (0.0, 2.0),
+    "icepop": (0.5, 5.0),
+    "sequence_mask": (0.999, 1.002),
+}
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Which correction, and its bounds.
+
+    With w_t = exp(old - sampling) of a token:
+        token_tis       min(w_t, high), high 2: truncated importance sampling (Yao et al., "Your efficient RL framework
+        secretly
+                        brings you off-policy RL training", 2025)
+        sequence_tis    min(product of the completion's w_t, high), high 2, for all its tokens
+        icepop          w_t where low <= w_t <= high, 0 elsewhere, 0.5 and 5 (arXiv:2510.18855)
+        sequence_mask   w_t where low <= geometric mean of the completion's w_t <= high, 0 elsewhere, 0.999 and 1.002
+        none            1, also where a correction is the default
+    """
+
+    kind: Literal["none", "token_tis", "sequence_tis", "icepop", "sequence_mask"] = "token_tis"
+    """Truncate or mask, by token or by completion."""
+    low: Annotated[float, Ge(0)] | None = None
+    """Lower bound of a mask; None for the kind's own."""
+    high: Annotated[float, Gt(0)] | None = None
+    """Upper bound; None for the kind's own."""
+
+    def __post_init__(self) -> None:
+        check_bounds("model.algorithm.mismatch", type(self), vars(self))
+        if self.low is not None and _BOUNDS[self.kind][0] == 0:
+            raise ConfigError(
+                f"model.algorithm.mismatch.low={self.low} has no effect on kind={self.kind!r}, which truncates from"
+                " above only: remove it, or choose icepop or sequence_mask"
+            )
+        if self.high is not None and self.kind == "none":
+            raise ConfigError(f"model.algorithm.mismatch.high={self.high} has no effect on kind='none': remove it")
+        low, high = self.bounds
+        if low >= high:
+            raise ConfigError(f"model.algorithm.mismatch.low={low} must be below high={high}")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """(low, high), with the kind's own where none was given."""
+        low, high = _BOUNDS[self.kind]
+        return (low if self.low is None else self.low, high if self.high is None else self.high)
+
+
+@torch.no_grad()
+def mismatch_weights(
+    old_logprobs_T: Tensor, sampling_logprobs_T: Tensor, lengths_N: Tensor, mismatch: Mismatch
+) -> Tensor:
+    """Factor of each token's policy loss, [T]."""
+    low, high = mismatch.bounds
+    log_weights_T = old_logprobs_T - sampling_logprobs_T
+    weights_T = log_weights_T.exp()
+    if mismatch.kind == "token_tis":
+        return weights_T.clamp(max=high)
+    if mismatch.kind == "sequence_tis":
+        return per_token(sequence_sums(log_weights_T, lengths_N).exp().clamp(max=high), lengths_N)
+    judged_T = weights_T
+    if mismatch.kind == "sequence_mask":
+        judged_T = per_token(sequence_means(log_weights_T, lengths_N).exp(), lengths_N)
+    return torch.where((judged_T >= low) & (judged_T <= high), weights_T, 0.0)
+
+
+@torch.no_grad()
+def mismatch_metrics(old_logprobs_T: Tensor, sampling_logprobs_T: Tensor) -> Metrics:
+    """How far the sampler is from the trainer, before any correction.
+
+    `mismatch/kl` is KL(sampler || trainer) per token, by k3. `mismatch/ess` is the effective sample size as a share, 1
+    / mean(w^2): the mean of w is 1 in expectation, so this is 1 / (1 + chi-square divergence), and its sum and count
+    add up over parts.
+    """
+    log_weights_T = old_logprobs_T - sampling_logprobs_T
+    count = log_weights_T.numel()
+    return {
+        "mismatch/kl": ((torch.expm1(log_weights_T) - log_weights_T).sum(), count),
+        "mismatch/ess": (float(count), (2 * log_weights_T).exp().sum()),
+    }
+
+
+# MERGED: Which tokens of an optimizer step are treated apart: chosen once, before its first backward, over the tokens of all
+# ranks.
+#
+# A selection depends on the policy, so it never changes what a loss is divided by.
+#
+
+
+def top_entropy_tokens(entropies_T: Tensor, share: float) -> Tensor:
+    """The tokens whose entropy is at or above the (1 - share) quantile, bool [T] (arXiv:2506.01939).
+
+    Of several with the threshold's entropy the first are kept, so that the number is the same whatever the entropies.
+    """
+    return largest(entropies_T, math.floor(share * (entropies_T.numel() - 1) + 1e-9) + 1)
+
+
+def largest(values_T: Tensor, count: int) -> Tensor:
+    """The `count` largest values, bool [T]; of equal ones the first."""
+    order_T = values_T.argsort(descending=True, stable=True)
+    chosen_T = torch.zeros_like(values_T, dtype=torch.bool)
+    chosen_T[order_T[:count]] = True
+    return chosen_T
+
+
+def covariances(tokens: TokenBatch) -> Tensor:
+    """Each token's part of the covariance of log-prob and advantage, [T] (arXiv:2505.22617).
+
+    (log-prob - mean) (advantage - mean), the means over the tokens given. Its mean is what drives the entropy down.
+    """
+    advantages_T = per_token(tokens.advantages_N, tokens.lengths_N).double()
+    logprobs_T = tokens.logprobs_T.double()
+    return (logprobs_T - logprobs_T.mean()) * (advantages_T - advantages_T.mean())
+
+
+def draw(candidates_T: Tensor, count: int, seed: int) -> Tensor:
+    """At most `count` of the candidates, drawn at random from `seed`, bool [T]."""
+    noise_T = torch.from_numpy(uniforms([seed], candidates_T.numel())[0]).to(candidates_T.device)
+    return candidates_T & largest(noise_T.where(candidates_T, -1.0), count)

@@ -1,0 +1,202 @@
+"""LightningCLI with this kit's parser, errors and default callbacks. Importing it imports Lightning, which takes
+seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pydoc import locate
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import _typehints, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from stateset_lightning.callbacks import ConsoleProgress, PredictionWriter, RunSummary, SampleWriter
+
+from stateset_lightning.algorithm import Algorithm
+from stateset_lightning.cli.messages import PROGRAM, shorten
+from stateset_lightning.datamodule import ScenarioDataModule
+from stateset_lightning.errors import ConfigError, UserError
+from stateset_lightning.files import atomic_write
+from stateset_lightning.module import GRPOLightningModule
+from stateset_lightning.redaction import redacted, redacted_text
+from stateset_lightning.run.checkpoint import continue_run
+from stateset_lightning.run.folder import config_file
+from stateset_lightning.run.system import ENVIRONMENT_FILE, environment
+from stateset_lightning.training.checks import check_checkpoint
+
+_keep_shared_options = _typehints.discard_init_args_on_class_path_change
+
+
+def _forget_options_of_another_algorithm(parser_or_action: Any, previous: Any, value: Any) -> None:
+    """Another algorithm starts from its own defaults: its name means its paper.
+
+    By itself jsonargparse keeps what the earlier class shares with the later one, defaults among them: GSPO chosen over
+    a config with GRPO would clip at GRPO's bounds, a thousand times its own (test_cli.py).
+    """
+    _keep_shared_options(parser_or_action, previous, value)
+    if previous and "init_args" in previous and previous["class_path"] != value["class_path"]:
+        chosen = locate(value["class_path"])
+        if isinstance(chosen, type) and issubclass(chosen, Algorithm):
+            for name in list(vars(previous["init_args"])):
+                del previous["init_args"][name]
+
+
+_typehints.discard_init_args_on_class_path_change = _forget_options_of_another_algorithm
+
+
+class Parser(LightningArgumentParser):
+    """Reports an error in a few lines, without the usage of some hundred options."""
+
+    known_keys: Sequence[str] = ()
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # the parser of a nested class: its message becomes part of the outer one's
+            super().error(message, ex)
+        raise UserError(redacted_text(shorten(message, self.known_keys)))
+
+    def add_lightning_class_args(
+        self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
+    ) -> list[str]:
+        if lightning_class is ScenarioDataModule:
+            # With sub-configs, `data.train: rows.json` would be read while parsing, as if it held the key's own value.
+            return self.add_class_arguments(lightning_class, nested_key, fail_untyped=False, instantiate=True)
+        return super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, required)
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes the resolved config, and what it runs on, to the run's own folder, also with W&B, whose `log_dir` all runs
+    share.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        file = config_file(trainer)
+        config = redacted(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
+        # The resolved config of a second command in the same folder (a baseline, then `fit`) is the same one.
+        with atomic_write(file) as opened:
+            opened.write(yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
+        if trainer.loggers:  # else it would stand among the user's own files
+            with atomic_write(file.with_name(ENVIRONMENT_FILE)) as opened:
+                opened.write(json.dumps(environment(trainer), indent=1).encode())
+        for logger in trainer.loggers:
+            logger.log_hyperparams(config)
+
+
+class StatesetCLI(LightningCLI):
+    """LightningCLI with this kit's parser, errors and default callbacks.
+
+    Args:
+        args: The command line, without the program.
+    """
+
+    def __init__(self, args: ArgsType) -> None:
+        words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
+        # Each parser takes most of a second to build, and attribute docs as long to collect: only what this command
+        # needs.
+        self._wanted = [name for name in super().subcommands() if name in words] or list(super().subcommands())
+        set_parsing_settings(docstring_parse_attribute_docstrings=any("help" in word or word == "-h" for word in words))
+        progress = [RunSummary()] if sys.stdout.isatty() else [RunSummary(), ConsoleProgress()]
+        super().__init__(
+            GRPOLightningModule,
+            ScenarioDataModule,
+            seed_everything_default=42,
+            auto_configure_optimizers=False,  # it would build the optimizer before the weights are loaded
+            save_config_callback=SaveRunConfig,
+            trainer_defaults={
+                "callbacks": progress,
+                "num_sanity_val_steps": 0,
+                "use_distributed_sampler": False,  # the loader shards by rank itself
+                "log_every_n_steps": 1,
+                "enable_progress_bar": sys.stdout.isatty(),
+                "enable_model_summary": False,  # its one useful line is announced instead
+            },
+            parser_kwargs={"prog": PROGRAM, "default_env": False},
+            args=args,
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        return {name: skipped for name, skipped in super().subcommands().items() if name in self._wanted}
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        keys = [action.dest for sub in self._subcommand_parsers.values() for action in sub._actions]
+        for each in (parser, *self._subcommand_parsers.values()):
+            each.known_keys = keys  # type: ignore[attr-defined]
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = Parser(**kwargs, allow_abbrev=False)  # a shortened key is more often a slip than meant
+        parser.add_argument("-c", "--config", action="config", help="A YAML file; later ones win. May be repeated.")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--baseline", type=bool, default=False, help="fit: validate before training, to compare with."
+        )
+        parser.add_lightning_class_args(SampleWriter, "samples")
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
+        # An instance, which the signature's default is, could not be written to the run's config.yaml.
+        parser.set_defaults({"model.algorithm": {"class_path": "stateset_lightning.algorithm.GRPO"}})
+
+    def _parse_ckpt_path(self) -> None:
+        """Not done: Lightning merges a checkpoint's hyperparameters over the flags, so that a new learning rate is
+        ignored.
+        """
+
+    def before_fit(self) -> None:
+        config = self.config.fit
+        if config.ckpt_path is not None and config.ckpt_path not in ("best", "hpc"):
+            config.ckpt_path = continue_run(self.trainer, config.ckpt_path)
+        if config.baseline and not config.ckpt_path:
+            # All data is read before any model is loaded, also what the baseline itself does not need.
+            if self.datamodule.tokenizer is None:
+                self.datamodule.tokenizer = self.model.tokenizer
+            self.datamodule.setup("fit")
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+    def before_validate(self) -> None:
+        self._check_checkpoint()
+
+    def before_test(self) -> None:
+        self._check_checkpoint()
+
+    def before_predict(self) -> None:
+        self._check_checkpoint()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        try:
+            return super().instantiate_trainer(**kwargs)
+        # the Trainer's own checks of its arguments
+        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
+            raise ConfigError(f"trainer: {error}") from error
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # jsonargparse wraps what a constructor raised into a list of all types that did not fit.
+            cause: BaseException = error
+            while not isinstance(cause, UserError) and isinstance(cause.__cause__, ValueError | TypeError):
+                cause = cause.__cause__
+            if isinstance(cause, UserError):
+                raise cause from error
+            if cause is error:
+                raise
+            raise ConfigError(
+                f"a class of the config refuses its arguments: {type(cause).__name__}: {cause}"
+            ) from error
+
+    def _check_checkpoint(self) -> None:
+        path = self.config[self.subcommand].get("ckpt_path")
+        if path is None:
+            return
+        check_checkpoint(path)
+        # A run of its own has a folder of its own, and keeps no best checkpoints.
+        warnings.filterwarnings("ignore", "The dirpath has changed from")

@@ -1,0 +1,88 @@
+"""`stateset-lightning report`: the files of a run -> one HTML page that needs nothing else.
+
+The page's script fills it from JSON that stands in the page. Completions are untrusted: the JSON cannot end its
+element, the script only sets text, and the page's policy lets no other script run and nothing be fetched.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from stateset_lightning.cli.generate import Arguments
+from stateset_lightning.cli.report.run_data import read_run
+from stateset_lightning.files import atomic_write
+
+
+def main(words: Sequence[str]) -> None:
+    """Runs the subcommand with the words that follow it.
+
+    Raises:
+        UserError: If the folder holds no run, or the page cannot be written.
+    """
+    parser = Arguments(
+        prog="stateset-lightning report", description="Write one HTML page about a run.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "run", metavar="RUN", help="a run's folder, such as runs/single_turn/version_0; the run may still be going on"
+    )
+    parser.add_argument("-o", "--output", metavar="FILE", help="the page; by default report.html in the run's folder")
+    options = parser.parse_args(words)
+    print(f"report: {write_report(options.run, options.output)}")
+
+
+def write_report(run: str | Path, output: str | Path | None = None) -> Path:
+    """Writes the page of a run and returns its path; it is whole or absent.
+
+    Args:
+        run: The run's folder.
+        output: The page; None for `report.html` in the run's folder.
+
+    Raises:
+        ConfigError: If the folder holds no run, or one of its files is damaged.
+        DiskError: If the page cannot be written.
+    """
+    path = Path(run, "report.html") if output is None else Path(output)
+    page = render(read_run(Path(run)))
+    with atomic_write(path) as file:
+        file.write(page.encode(errors="replace"))
+    return path
+
+
+def render(data: Mapping[str, Any]) -> str:
+    """The page, with the data of `read_run` in it."""
+    parts = {
+        name: files(__package__).joinpath(name).read_text(encoding="utf-8")
+        for name in ("page.html", "page.css", "page.js")
+    }
+    style, script = parts["page.css"], parts["page.js"]
+    policy = (
+        f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; base-uri 'none';"
+        " form-action 'none'"
+    )
+    fill = {
+        "TITLE": html.escape(str(data["run"])),
+        "POLICY": policy,
+        "STYLE": style,
+        "SCRIPT": script,
+        "DATA": script_safe(data),
+    }
+    head, *pieces = parts["page.html"].split("{{")
+    # Piece by piece, and not by replacing: a completion may hold a place's name.
+    return head + "".join(fill[name] + rest for name, rest in (piece.split("}}", 1) for piece in pieces))
+
+
+def script_safe(data: Any) -> str:
+    """JSON without the characters that could end a script element, or begin a comment or an entity."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _digest(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

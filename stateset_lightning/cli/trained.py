@@ -1,0 +1,143 @@
+"""A checkpoint, model folder or model name -> model, tokenizer and prompts as in training; for `generate` and
+`export`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from stateset_lightning.data import PromptEncoder
+from stateset_lightning.errors import CheckpointError, ConfigError
+from stateset_lightning.policy import PolicyConfig, load_model, load_tokenizer
+from stateset_lightning.policy.lora import config_from_plain, inject, trained_names
+from stateset_lightning.policy.lora_state import base_digest, check_base
+from stateset_lightning.rollout import RolloutConfig
+from stateset_lightning.run.checkpoint_io import read_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_log = logging.getLogger("stateset_lightning")
+
+_WEIGHTS = "policy.model."
+_PROMPT_OPTIONS = ("system_prompt", "use_chat_template", "chat_template_kwargs", "parse_special_tokens")
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model with what its training says about using it.
+
+    `config` is the run's resolved config, empty where none is found; `checkpoint` is all of the checkpoint but its
+    weights, empty for a plain model.
+    """
+
+    source: str
+    policy: PolicyConfig
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    rollout: RolloutConfig
+    seed: int = 0
+    config: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: Mapping[str, Any] = field(default_factory=dict)
+
+    def encoder(self, system_prompt: str | None = None) -> PromptEncoder:
+        """Makes prompts as in training, with another system prompt if one is given."""
+        data = self.config.get("data") or {}
+        options = {name: data[name] for name in _PROMPT_OPTIONS if data.get(name) is not None}
+        if system_prompt is not None:
+            options["system_prompt"] = system_prompt
+        return PromptEncoder(tokenizer=self.tokenizer, **options)
+
+
+def load_trained(source: str, config: str | None = None) -> TrainedModel:
+    """Loads what a run has trained, or any model.
+
+    Args:
+        source: A checkpoint file, a folder that `save_pretrained` wrote, or a Hugging Face id.
+        config: The run's resolved config; by default the one in the run's folder.
+
+    Raises:
+        CheckpointError: If the checkpoint is damaged, or none of this package's.
+        ConfigError: If the model cannot be loaded, or the config cannot be read.
+    """
+    file = Path(source).expanduser()
+    if file.suffix != ".ckpt" and not file.is_file():
+        policy = PolicyConfig(source)
+        read = _read_config(Path(config)) if config else {}
+        return TrainedModel(source, policy, load_model(policy), load_tokenizer(policy), RolloutConfig(), config=read)
+    checkpoint = read_checkpoint(file, check_sums=True, map_location="cpu")
+    weights = {
+        name.removeprefix(_WEIGHTS): value
+        for name, value in checkpoint.pop("state_dict").items()
+        if name.startswith(_WEIGHTS)
+    }
+    given = checkpoint["hyper_parameters"]
+    policy = PolicyConfig.of(given["policy"])
+    adapter = checkpoint["stateset"].get("adapter")
+    model = _load_whole(source, policy, weights) if adapter is None else _load_adapted(source, policy, weights, adapter)
+    found = _read_config(Path(config)) if config else _config_of_run(file, checkpoint)
+    seed = given["seed"] if given["seed"] is not None else checkpoint["stateset"]["seed"]
+    return TrainedModel(
+        source, policy, model, load_tokenizer(policy), RolloutConfig(**given["rollout"]), seed, found, checkpoint
+    )
+
+
+def _load_whole(source: str, policy: PolicyConfig, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+    # As it was trained; its base is loaded for the architecture alone.
+    dtype = next((value.dtype for value in weights.values() if value.is_floating_point()), None)
+    model = load_model(policy) if dtype is None else load_model(policy, dtype)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{source}: its weights do not fit {policy.model_name}, which the run started from: {reason}"
+        ) from error
+    model.tie_weights()
+    return model
+
+
+def _load_adapted(
+    source: str, policy: PolicyConfig, weights: Mapping[str, Tensor], saved: Mapping[str, Any]
+) -> PreTrainedModel:
+    """The base, with the checkpoint's adapter; an adapter that the run started from is not needed any more."""
+    model = load_model(replace(policy, lora=None, adapter=None), getattr(torch, saved["base"]["dtype"]))
+    inject(model, config_from_plain(saved["config"]), source)
+    check_base(
+        {"model_name": policy.model_name, "revision": policy.revision, "digest": base_digest(model)}, saved["base"]
+    )
+    if (names := set(trained_names(model))) != set(weights):
+        raise CheckpointError(f"{source}: its adapter does not fit: {', '.join(sorted(names ^ set(weights))[:3])}")
+    model.load_state_dict(weights, strict=False)
+    return model.eval()
+
+
+def _config_of_run(file: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    folders = [file.absolute().parent.parent, Path(checkpoint["stateset"]["run_folder"])]
+    for path in (folder / name for folder in folders for name in ("config.yaml", "resolved_config.yaml")):
+        if path.is_file():
+            return _read_config(path)
+    _log.info(
+        "%s: no config of its run is found: prompts get no system prompt and the tokenizer's chat template, if it"
+        " has one",
+        file,
+    )
+    return {}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as a run's config: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(content, dict) or "model" not in content:
+        raise ConfigError(f"{path} is no config of a run: it has no model:")
+    return content

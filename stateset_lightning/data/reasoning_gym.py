@@ -1,0 +1,44 @@
+"""Procedural tasks of the `reasoning-gym` library -> raw rows (extra `gym`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stateset_lightning.data.reading import RawRow
+from stateset_lightning.errors import ConfigError, require
+
+MAX_SIZE = 1_000_000
+MAX_SEED = 2_000
+
+
+def read_task(task: str, size: int, seed: int, options: Mapping[str, Any], place: str) -> list[RawRow]:
+    """The first `size` instances of a task, the same for the same arguments (and version of the library).
+
+    A row has the question as `prompt`, the answer as `target` (None where only the library can tell), the task as
+    `topic`, and in `reasoning_gym` what `ReasoningGymReward` needs. The rows of two seeds have no instance in common:
+    the library makes row i from `seed + i`, so that its seeds 1 and 2 share all rows but one; here the seeds are a
+    million apart.
+
+    Raises:
+        ConfigError: If `reasoning-gym` is not installed, there is no such task, or it does not take these options.
+    """
+    require("reasoning_gym", "gym", f"{place}: reasoning_gym={task}")
+    import reasoning_gym
+
+    known = reasoning_gym.factory.DATASETS
+    if task not in known or task == "composite":
+        raise ConfigError(
+            f"{place}: reasoning_gym={task!r} is no task of the library; it has: {', '.join(sorted(known))}"
+        )
+    try:
+        entries = reasoning_gym.create_dataset(task, **{**options, "size": size, "seed": seed * MAX_SIZE})
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ConfigError(f"{place}: reasoning_gym={task} does not take options={dict(options)}: {error}") from error
+    return [_row(number, task, options, entries[number - 1], place) for number in range(1, size + 1)]
+
+
+def _row(number: int, task: str, options: Mapping[str, Any], entry: Mapping[str, Any], place: str) -> RawRow:
+    needed = {"task": task, "options": dict(options), "metadata": entry["metadata"]}
+    columns = {"prompt": entry["question"], "target": entry["answer"], "topic": task, "reasoning_gym": needed}
+    return RawRow(columns, f"{place} item {number}", number)

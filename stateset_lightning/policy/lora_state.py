@@ -1,0 +1,178 @@
+"""What a checkpoint holds of a policy with an adapter: the adapter, its config, and by what its base is recognised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from stateset_lightning.errors import ConfigError
+from stateset_lightning.policy.config import PolicyConfig
+from stateset_lightning.policy.lora import adapter_off, plain_config, trained_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from stateset_lightning.policy.policy import Policy
+
+VALUES_PER_MATRIX = 1024
+"""Of the base, that its digest is made of."""
+
+_MAY_CHANGE = {
+    "lora_dropout",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "auto_mapping",
+    "task_type",
+    "revision",
+}
+
+
+class AdapterState:
+    """The adapter of a policy, and where it started.
+
+    Args:
+        model: With its adapter, new or loaded, before anything is trained, moved or sharded.
+        config: What it was made from.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: PolicyConfig) -> None:
+        self.model = model
+        self.names = trained_names(model)
+        dtype = str(model.dtype).removeprefix("torch.")
+        self.base = {
+            "model_name": config.model_name,
+            "revision": config.revision,
+            "dtype": dtype,
+            "digest": base_digest(model),
+        }
+        self.start: dict[str, Tensor] | None = None
+        """The weights of an adapter that was loaded; None for a new one, which starts as the model without it."""
+        if config.adapter is not None:
+            self.start = {name: p.detach().clone() for name, p in self._trained().items()}
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        parameters = dict(self.model.named_parameters())
+        return {name: parameters[name] for name in self.names}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Beside the adapter's weights: plain containers and tensors."""
+        return {"config": plain_config(self.model), "base": self.base, "start": self.start}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Takes the start of the run that is resumed.
+
+        Raises:
+            ConfigError: If the checkpoint's adapter has another config, or was trained on another base.
+        """
+        mine, theirs = plain_config(self.model), saved["config"]
+        for name in sorted((mine.keys() | theirs.keys()) - _MAY_CHANGE):
+            if mine.get(name) != theirs.get(name):
+                raise ConfigError(
+                    f"model.policy.lora: {name}={mine.get(name)} differs from {theirs.get(name)} of the checkpoint's"
+                    " adapter: give the same"
+                )
+        check_base(self.base, saved["base"])
+        if (self.start is None) != (saved["start"] is None):
+            here, there = (
+                ("is given, but was not" if self.start is not None else "is not given, but was"),
+                "when the run started",
+            )
+            raise ConfigError(
+                f"model.policy.adapter {here} {there}, and the reference is the policy as it started: give it as before"
+            )
+        self.start = saved["start"]
+
+    @contextmanager
+    def at_start(self) -> Iterator[None]:
+        """The policy as it started, while the context lasts."""
+        if self.start is None:
+            with adapter_off(self.model):
+                yield
+            return
+        trained = self._trained()
+        kept = {name: p.detach().clone() for name, p in trained.items()}
+        try:
+            _fill(trained, self.start)
+            yield
+        finally:
+            _fill(trained, kept)
+
+
+def base_digest(model: torch.nn.Module) -> str:
+    """Of some values of each frozen weight, rounded to bfloat16: the same whether a model is loaded in float32 or in
+    bfloat16.
+    """
+    hashed = sha256()
+    for weight in model.parameters():
+        if not weight.requires_grad:
+            values = weight.detach().flatten()
+            values = values[:: len(values) // VALUES_PER_MATRIX | 1]  # odd, or it might meet one column only
+            values = values.bfloat16().view(torch.int16) if values.is_floating_point() else values
+            hashed.update(values.cpu().numpy().tobytes())
+    return hashed.hexdigest()[:16]
+
+
+def check_base(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """The model under an adapter is the one that the adapter was trained on, whatever its name.
+
+    Raises:
+        ConfigError: If not.
+    """
+    if mine["digest"] != saved["digest"]:
+        mine_is, saved_is = (
+            " at ".join(str(base[key]) for key in ("model_name", "revision") if base[key]) for base in (mine, saved)
+        )
+        raise ConfigError(
+            f"model.policy.model_name={mine_is} is not the model that the checkpoint's adapter was trained on"
+            f" ({saved_is}): their weights differ, and an adapter holds only the change"
+        )
+
+
+def save_adapter_alone(policy: Policy) -> None:
+    """From now on `policy.state_dict()` holds its adapter and nothing else, and `load_state_dict` is strict about that
+    alone.
+    """
+    assert policy.adapter is not None
+    names = tuple(f"model.{name}" for name in policy.adapter.names)
+
+    def drop_base(module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        kept = {prefix + name for name in names}
+        for name in [name for name in state if name.startswith(prefix) and name not in kept]:
+            del state[name]
+
+    def forgive_base(module: torch.nn.Module, keys: Any) -> None:
+        keys.missing_keys[:] = [name for name in keys.missing_keys if name.endswith(names)]
+
+    policy.register_state_dict_post_hook(drop_base)
+    policy.register_load_state_dict_post_hook(forgive_base)
+
+
+def check_same_kind(adapter: AdapterState | None, saved: Mapping[str, Any] | None) -> None:
+    """Policy and checkpoint both have an adapter, or both have none.
+
+    Raises:
+        ConfigError: If not.
+    """
+    if adapter is None and saved is not None:
+        raise ConfigError(
+            f"the checkpoint holds an adapter of rank {saved['config']['r']} on {saved['base']['model_name']}, and"
+            " model.policy has none: set model.policy.lora as in its run"
+        )
+    if adapter is not None and saved is None:
+        raise ConfigError(
+            "the checkpoint holds a whole model, and model.policy.lora asks for an adapter: set model.policy.lora to"
+            " null"
+        )
+
+
+@torch.no_grad()
+def _fill(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
+    torch.clear_autocast_cache()  # autocast would go on with casts of the values before

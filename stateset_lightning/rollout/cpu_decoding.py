@@ -1,0 +1,238 @@
+"""Linear layers for decoding on a CPU: the weights are laid out once per sampling for a few rows at a time.
+
+A decoding step multiplies a handful of rows with every weight. The stock kernel then reads float32 weights at a
+fraction of the memory's speed; oneDNN with weights in its own layout is 1.5 to 2 times as fast
+(`benchmarks/RESULTS.md`). The layout is a copy of the weights, held while sampling, when there are no gradients or
+activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stateset_lightning.policy.precision import LOGPROB_TOLERANCE
+from stateset_lightning.policy.recomputed_layers import is_lean
+from stateset_lightning.rollout.cache import make_cache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.cache_utils import DynamicCache
+
+
+MAX_ROWS = 64
+"""Inputs with more rows (a prefill) take the stock kernel, which is as fast there."""
+
+
+def is_supported(module: nn.Module) -> bool:
+    """Whether this torch has the operations, and the weights are float32 on a CPU (in lower precisions the stock kernel
+    is oneDNN's).
+    """
+    has_operations = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return has_operations and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in module.parameters())
+
+
+@contextmanager
+def fast_linears(model: nn.Module, num_rows: int) -> Iterator[None]:
+    """Replaces the forward of every plain linear layer while the context lasts; weights must not change in it."""
+    plain = (
+        [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)] if is_supported(model) else []
+    )
+    try:
+        for linear in plain:
+            laid_out = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), min(num_rows, MAX_ROWS))
+            vars(linear)["forward"] = partial(_forward, linear, laid_out)
+        yield
+    finally:
+        for linear in plain:
+            vars(linear).pop("forward", None)
+
+
+def _forward(linear: nn.Linear, laid_out: Tensor, x: Tensor) -> Tensor:
+    if x.numel() > MAX_ROWS * linear.in_features:
+        return nn.functional.linear(x, linear.weight, linear.bias)
+    output: Tensor = torch.ops.mkldnn._linear_pointwise(x, laid_out, linear.bias, "none", [], "")
+    return output
+
+
+# MERGED: A decoding step of Llama-like models in few operations on a CPU, with every weight read once, where it lies.
+#
+# The layer is Llama's (arXiv:2302.13971) with what Mistral, Qwen2 and Qwen3 add to it. Rows of the batch are columns
+# here: oneDNN then reads the weights, as the left matrix of a product, row after row, and is faster than with the layout
+#     of `fast_linears`, without its copy.
+# Queries and keys are rotated together, and no module's wrapping is called. A probe compares the decoder with the model's
+# own forward; whatever is not known to be this layer decodes with that one. What it saves per token is in
+# `benchmarks/RESULTS.md`.
+# Letters: B rows, H hidden size, d of a head, C columns of the cache, K inputs and N outputs of a product.
+#
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+"""Layer, query [B, heads, 1, d], keys and values [B, key heads, C, d], scaling -> [B, 1, heads, d]."""
+
+
+def attend_to_cache(
+    hidden: Tensor | None, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+) -> Tensor:
+    """An `Attend`, but for the columns to hide, bool, broadcast to [B, 1, 1, C].
+
+    Plain products: for one query per row they are faster than the fused kernel, which is made for many.
+    """
+    scores = (query * scaling).view(len(query), key.shape[1], -1, query.shape[-1]) @ key.transpose(-1, -2)
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -torch.inf)
+    return (scores.softmax(-1) @ value).view(len(query), 1, -1, query.shape[-1])
+
+
+def make_lean_decoder(model: PreTrainedModel) -> LeanDecoder | None:
+    """A decoder for the weights as they are now, or None where `is_known` says no."""
+    return LeanDecoder(model) if is_known(model) else None
+
+
+def is_known(model: PreTrainedModel) -> bool:
+    """Whether the model is known to be made of this layer, in float32 on a CPU, and not watched by hooks."""
+    has_type = model.config.model_type in MODEL_TYPES and not getattr(model.config, "sliding_window", None)
+    if (
+        not has_type
+        or not is_supported(model)
+        or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    ):
+        return False
+    layers = list(model.model.layers)
+    parts = [
+        part for layer in layers for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp)
+    ] + [model.model.norm]
+    linears = [linear for layer in layers for linear in _linears(layer)] + [_plain(model.lm_head)]
+    return all(map(is_lean, parts)) and all(type(linear) is nn.Linear for linear in linears)
+
+
+class LeanDecoder:
+    """See the module's docstring; `make_lean_decoder` checks that the model is one.
+
+    Args:
+        model: Its weights must not change while the decoder is in use: those of queries, keys and values are copied.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.embed = model.model.embed_tokens
+        self.rotary = model.model.rotary_emb
+        self.layers = [_Layer(layer) for layer in model.model.layers]
+        self.norm = _Norm(model.model.norm)
+        self.head = _Product([_plain(model.lm_head)])
+
+    def step(self, tokens_B: Tensor, positions_B: Tensor, cache: DynamicCache, attend: Attend) -> Tensor:
+        """Appends a token to each row of the cache; the logits that predict the next one, [B, V]."""
+        embedded_BH = self.embed(tokens_B)
+        cos_dB, sin_dB = (x[0].t().contiguous() for x in self.rotary(embedded_BH[None], positions_B[None]))
+        sin_dB[: len(sin_dB) // 2].neg_()  # of `_rotated`'s first half
+        hidden_HB = embedded_BH.t().contiguous()
+        for layer in self.layers:
+            hidden_HB = layer.step(hidden_HB, cos_dB, sin_dB, cache, attend)
+        return self.head(self.norm(hidden_HB)).t().contiguous()
+
+    def is_exact(self, model: PreTrainedModel) -> bool:
+        """Whether a step gives the model's own log-probs, but for float error."""
+        ids = (torch.arange(12, device=model.device) % model.config.vocab_size).view(2, 6)
+        expected = model(input_ids=ids, use_cache=False).logits[:, -1]
+        cache = make_cache(model, ids.shape[1])
+        model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
+        logits = self.step(ids[:, -1], torch.full_like(ids[:, -1], 5), cache, partial(attend_to_cache, None))
+        return bool((logits.log_softmax(-1) - expected.log_softmax(-1)).abs().max() < LOGPROB_TOLERANCE[torch.float32])
+
+
+class _Layer:
+    def __init__(self, layer: Any) -> None:
+        attention = layer.self_attn
+        self.index, self.scaling, self.head_dim = attention.layer_idx, attention.scaling, attention.head_dim
+        *inputs, output, gate, up, down = _linears(layer)
+        self.inputs = _Product(inputs)
+        self.output, self.gate, self.up, self.down = (_Product([linear]) for linear in (output, gate, up, down))
+        self.sizes = [linear.out_features // self.head_dim for linear in inputs]  # heads of queries, keys, values
+        self.attention_norm, self.mlp_norm = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
+        self.head_norms = [
+            _Norm(norm)
+            for norm in (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+            if norm is not None
+        ]
+
+    def step(self, hidden_HB: Tensor, cos_dB: Tensor, sin_dB: Tensor, cache: DynamicCache, attend: Attend) -> Tensor:
+        heads = self.inputs(self.attention_norm(hidden_HB)).unflatten(0, (-1, self.head_dim))
+        turned = self._rotated(heads[: self.sizes[0] + self.sizes[1]], cos_dB, sin_dB)
+        parts = turned[: self.sizes[0]], turned[self.sizes[0] :], heads[-self.sizes[2] :]
+        query, key, value = (part.permute(2, 0, 1)[:, :, None] for part in parts)
+        keys, values = cache.layers[self.index].update(key, value)
+        attended_BN = attend(self.index, query.contiguous(), keys, values, self.scaling).flatten(1)
+        hidden_HB = self.output(attended_BN.t()).add_(hidden_HB)
+        normed_HB = self.mlp_norm(hidden_HB)
+        return self.down(F.silu(self.gate(normed_HB), inplace=True).mul_(self.up(normed_HB))).add_(hidden_HB)
+
+    def _rotated(self, heads: Tensor, cos_dB: Tensor, sin_dB: Tensor) -> Tensor:
+        """Queries and keys [heads, d, B] turned by their positions (arXiv:2104.09864); `sin_dB` has the sign of each
+        half.
+        """
+        if self.head_norms:
+            parts = heads.split(self.sizes[:2])
+            heads = torch.cat([norm(part) for norm, part in zip(self.head_norms, parts, strict=True)])
+        return torch.addcmul(heads * cos_dB, heads.roll(self.head_dim // 2, 1), sin_dB)
+
+
+class _Product:
+    """The product of a layer's weights, or of several with the same input, one behind the other, with columns of
+    inputs.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        weights = [linear.weight.detach() for linear in linears]
+        self.weight_NK = torch.cat(weights) if len(weights) > 1 else weights[0]
+        biases = [
+            linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+            for linear in linears
+        ]
+        self.bias_N1 = torch.cat(biases)[:, None] if any(linear.bias is not None for linear in linears) else None
+
+    def __call__(self, x_KB: Tensor) -> Tensor:
+        """[N, B]."""
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(self.weight_NK, x_KB.t(), None, "none", [], "")
+        return product if self.bias_N1 is None else product.add_(self.bias_N1)
+
+
+class _Norm:
+    """The root-mean-square norm of [..., features, B] over its features (arXiv:1910.07467)."""
+
+    def __init__(self, norm: Any) -> None:
+        self.weight = norm.weight.detach()[:, None]
+        self.epsilon = norm.variance_epsilon
+        self.mean = torch.full_like(norm.weight, 1 / len(norm.weight))[None]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        # A product with a row of 1 / features, because `mean` over the rows of a narrow matrix is slow.
+        inverse = (self.mean @ (x * x)).add_(self.epsilon).rsqrt_()
+        return (x * inverse).mul_(self.weight)
+
+
+def _linears(layer: Any) -> list[nn.Linear]:
+    """Of queries, keys and values; of their output; of gate, up and down."""
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = (
+        attention.q_proj,
+        attention.k_proj,
+        attention.v_proj,
+        attention.o_proj,
+        mlp.gate_proj,
+        mlp.up_proj,
+        mlp.down_proj,
+    )
+    return [_plain(linear) for linear in linears]
+
+
+def _plain(linear: Any) -> nn.Linear:
+    """The layer, or the one under an adapter that is merged into it."""
+    base: nn.Linear = linear.get_base_layer() if getattr(linear, "merged", False) else linear
+    return base

@@ -1,0 +1,86 @@
+"""Learning-rate schedules in optimizer steps, with a horizon that follows from the run."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Le
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from stateset_lightning.errors import ConfigError, check_bounds
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Warm-up, then a decay to `final_factor` times the learning rate at the run's last optimizer step."""
+
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the decay after the warm-up."""
+    warmup_steps: Annotated[int, Ge(0)] = 0
+    """Optimizer steps over which the learning rate rises linearly from zero."""
+    final_factor: Annotated[float, Ge(0), Le(1)] = 0.0
+    """Share of the learning rate that remains at the end of a decay."""
+    total_steps: Annotated[int, Ge(1)] | None = None
+    """Horizon in optimizer steps. None: that of the run (`trainer.max_steps`, or `max_epochs` times an epoch's
+    steps).
+    """
+
+    def __post_init__(self) -> None:
+        check_bounds("model.lr_scheduler", type(self), vars(self))
+
+    def factor(self, step: int, total_steps: int | None) -> float:
+        """What the learning rate is multiplied by before optimizer step `step` (from 0)."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        if self.decay == "constant" or total_steps is None:
+            return 1.0
+        progress = min(1.0, (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps))
+        shape = 1 - progress if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        return self.final_factor + (1 - self.final_factor) * shape
+
+    def build(self, optimizer: Optimizer, run_steps: int | None) -> LambdaLR:
+        """The torch scheduler, to be stepped once per optimizer step.
+
+        Raises:
+            ConfigError: If a decay has no horizon, neither its own nor the run's.
+        """
+        total_steps = self.total_steps or run_steps
+        if self.decay != "constant" and total_steps is None:
+            raise ConfigError(
+                f"model.lr_scheduler.decay={self.decay!r} needs to know when the run ends: set trainer.max_steps,"
+                " trainer.max_epochs or model.lr_scheduler.total_steps"
+            )
+        return LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
+
+
+def given_options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Learning rate, weight decay, ... of each parameter group, as the optimizer was made with them."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def keep_given_options(
+    optimizer: Optimizer, scheduler: Any | None, given: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]]
+) -> None:
+    """After a resume: options that differ from those the checkpoint's run was given win over the restored state.
+
+    Args:
+        optimizer: With its restored state.
+        scheduler: With its restored state; its base learning rates follow.
+        given: `given_options` of this run.
+        saved: Those of the run that wrote the checkpoint.
+    """
+    for group, now, before in zip(optimizer.param_groups, given, saved, strict=True):
+        group.update({name: value for name, value in now.items() if name != "lr" and value != before.get(name)})
+        if now["lr"] != before["lr"]:
+            share = group["lr"] / before["lr"] if before["lr"] else 1.0  # a schedule has moved it in the meantime
+            group["lr"] = now["lr"] * share
+            if "initial_lr" in group:
+                group["initial_lr"] = now["lr"]
+    if scheduler is not None and hasattr(scheduler, "base_lrs"):
+        bases = zip(scheduler.base_lrs, given, saved, strict=True)
+        scheduler.base_lrs = [now["lr"] if now["lr"] != before["lr"] else base for base, now, before in bases]
+    if isinstance(scheduler, LambdaLR):  # its shape may have changed as well: a longer run, another decay
+        for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = base * factor(scheduler.last_epoch)

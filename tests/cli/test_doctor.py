@@ -1,0 +1,245 @@
+"""`doctor`: what it says of a config, what it finds wrong with it, and that it leaves no trace."""
+
+import json
+import sys
+from pathlib import Path
+
+import lightning.pytorch  # noqa: F401 (here, so that its log handlers do not hold the stream of the first test)
+import pytest
+import yaml
+from vllm_stub import running
+
+from stateset_lightning import run_checks
+from stateset_lightning.cli.main import main
+
+REWARDS = """
+from stateset_lightning import RewardFunction
+
+class Raises(RewardFunction):
+    def compute_reward(self, turns, context=None):
+        raise KeyError("no such column")
+
+class Silent(RewardFunction):
+    def compute_reward(self, turns, context=None):
+        return None
+"""
+CONFIG = {
+    "seed_everything": 3,
+    "model": {
+        "policy": {"model_name": "tiny"},
+        "reward": [{"class_path": "stateset_lightning.rewards.ExactMatch"}],
+        "rollout": {"num_generations": 4, "max_new_tokens": 5},
+        "algorithm": {"class_path": "stateset_lightning.algorithm.DrGRPO"},
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-4}},
+    },
+    "data": {"train": "rows.jsonl", "batch_size": 2},
+    "trainer": {
+        "max_steps": 6,
+        "accelerator": "cpu",
+        "logger": {
+            "class_path": "lightning.pytorch.loggers.CSVLogger",
+            "init_args": {"save_dir": "runs", "name": "doctor"},
+        },
+    },
+}
+
+
+@pytest.fixture
+def examine(tmp_path, monkeypatch, capsys):
+    """`examine(*flags, rows=None, **overlay)` -> exit code and output, in a folder that stays as it was."""
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("doctor_rewards.py").write_text(REWARDS)
+    Path("config.yaml").write_text(yaml.safe_dump(CONFIG))
+
+    def examine(*flags, rows=None, **overlay):
+        rows = rows or [
+            {"prompt": f"What is {i} + 1?", "target": str(i + 1), "topic": "even" if i % 2 else "odd"} for i in range(8)
+        ]
+        Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        Path("overlay.yaml").write_text(yaml.safe_dump(overlay))
+        before = snapshot(tmp_path)
+        with pytest.raises(SystemExit) as stopped:
+            main(["doctor", "--config", "config.yaml", "--config", "overlay.yaml", *flags])
+        assert snapshot(tmp_path) == before
+        captured = capsys.readouterr()
+        return stopped.value.code, captured.out + captured.err
+
+    return examine
+
+
+def snapshot(folder):
+    return {
+        path: path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }, {path for path in folder.rglob("*") if path.is_dir() and path.name != "__pycache__"}
+
+
+def test_a_sound_config_is_described(examine):
+    code, said = examine("--data.max_prompt_tokens", "20")
+    assert code == 0
+    for text in (
+        "model_name: tiny",
+        "train: 8 rows of 11 to 11 tokens, 11.0 on average, 0.0% above data.max_prompt_tokens=20; 0 dropped, 0 cut",
+        "2 topics: odd 4, even 4",
+        "policy: tiny, 1,034,368 parameters, float32, packed scoring",
+        "prompt      rows:1: What is 0 + 1?",
+        "reward      ",
+        "gradients              3.9 MB",
+        "optimizer              7.9 MB",
+        "peak of training",
+        "an episode samples 8 completions of",
+        "forwards 22 prompt + ",
+        "the run: 6 optimizer steps, 6 episodes, 1.5 epochs",
+        "no contradictions: the run can start",
+    ):
+        assert text in said, (text, said)
+    assert "train.jsonl" not in said
+
+
+def test_dropped_rows_and_leaked_prompts_are_told(examine):
+    rows = [{"prompt": f"What is {i} + 1?" + " Please." * (4 if i < 2 else 0), "target": "1"} for i in range(8)]
+    code, said = examine(
+        "--data.max_prompt_tokens=20", "--data.overlong_prompts=drop", "--data.validation=rows.jsonl", rows=rows
+    )
+    assert code == 0
+    assert "train: 6 rows of 11 to 11 tokens, 11.0 on average, 25.0% above data.max_prompt_tokens=20; 2 dropped" in said
+    assert "note: 6 prompts of the validation are among those of the training" in said
+
+
+@pytest.mark.parametrize("steps", [6, 7])
+def test_a_validation_that_never_comes_is_told(examine, steps):
+    interval = {"val_check_interval": 7, "check_val_every_n_epoch": None, "max_steps": steps}
+    code, said = examine(data={"validation": "rows.jsonl"}, trainer=interval)
+    assert code == 0
+    assert ("note: validation never runs: trainer.val_check_interval=7, and the run has 6 micro-steps" in said) == (
+        steps == 6
+    )
+
+
+def test_half_precision_that_only_costs_time_is_told(examine, monkeypatch):
+    for has_products in (False, True):
+        monkeypatch.setattr(run_checks, "has_bfloat16_products", lambda has_products=has_products: has_products)
+        code, said = examine(trainer={"precision": "bf16-mixed"})
+        assert code == 0
+        assert (
+            "note: trainer.precision=bf16-mixed with float32 weights: this CPU has no arithmetic" in said
+        ) != has_products
+    assert "no arithmetic" not in examine()[1]
+
+
+def test_without_sampling_the_target_is_scored(examine):
+    code, said = examine("--sample", "false")
+    assert code == 0
+    assert "target      1" in said
+    assert "reward      1.000 = exact_match 1.000" in said
+
+
+def test_servers_that_may_be_serving_a_run_get_no_weights(examine):
+    with running() as server:
+        engine = {"class_path": "stateset_lightning.rollout.VLLMEngine", "init_args": {"urls": [server.url]}}
+        code, said = examine(model={"engine": engine})
+        assert (code, server.stub.requests) == (0, [])
+    assert (
+        "note: a target is scored instead of a completion: sampling would load weights into the servers of model.engine"
+        in said
+    )
+    assert "reward      1.000 = exact_match 1.000" in said
+
+
+def test_all_contradictions_are_found_at_once(examine):
+    monitor = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val/reward"}}
+    trainer = {"accumulate_grad_batches": 2, "callbacks": [monitor]}
+    code, said = examine(trainer=trainer, model={"rollout": {"max_new_tokens": 100_000}})
+    problems = [line for line in said.splitlines() if line.startswith("problem: ")]
+    assert code == 1
+    assert len(problems) == 3
+    for text in ("accumulate_grad_batches=2 must divide", "nothing to validate on", "max_new_tokens=100000"):
+        assert any(text in problem for problem in problems), (text, problems)
+    assert "\nproblems: 3\n" in said
+
+
+@pytest.mark.parametrize(
+    ("overlay", "said"),
+    [
+        (
+            {"model": {"reward": [{"class_path": "doctor_rewards.Raises"}]}},
+            "reward raises fails on scenario rows:1: KeyError",
+        ),
+        ({"model": {"reward": [{"class_path": "doctor_rewards.Silent"}]}}, "no reward applies to this completion"),
+        ({"data": {"train": "none.jsonl"}}, "none.jsonl"),
+        ({"data": {"max_prompt_tokens": 3}}, "8 of 8 prompts have more than data.max_prompt_tokens=3 tokens"),
+        (
+            {"model": {"policy": {"dtype": "float16"}}, "trainer": {"precision": "bf16-true"}},
+            "contradicts trainer.precision",
+        ),
+        (
+            {"model": {"lr_scheduler": {"decay": "cosine"}}, "trainer": {"max_steps": -1}},
+            "needs to know when the run ends",
+        ),
+        (
+            {"model": {"rollout": {"temperatur": 1}}},
+            "there is no key model.rollout.temperatur; did you mean model.rollout.temperature?",
+        ),
+        ({"trainer": {"max_step": 1}}, "there is no key"),
+        (
+            {
+                "model": {"optimizer": {"init_args": {"fused": True}}},
+                "trainer": {"precision": "bf16-mixed", "gradient_clip_val": 1.0},
+            },
+            "trainer.gradient_clip_val=1.0 with trainer.precision=bf16-mixed: Lightning clips no gradients of a fused",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_fault_is_named_and_ends_with_code_1(examine, overlay, said):
+    code, told = examine(**overlay)
+    assert code == 1
+    assert said in told
+    assert "Traceback" not in told
+
+
+def test_a_row_that_names_an_unknown_reward_is_found(examine):
+    code, said = examine(rows=[{"prompt": "What is 1?", "target": "1", "rewards": ["exact_math"]}])
+    assert code == 1
+    assert "exact_math" in said
+
+
+def test_a_model_that_does_not_fit_is_told(examine, monkeypatch):
+    monkeypatch.setattr("stateset_lightning.cli.doctor._memory_of_device", lambda device: 100 * 2**20)
+    code, said = examine()
+    assert code == 1
+    assert "cpu has 100.0 MB: raise data.steps_per_episode" in said
+
+
+def test_what_a_terminal_would_obey_is_not_shown(examine):
+    code, said = examine("--sample=false", rows=[{"prompt": "a\x1b[2Jb\nc" + "x" * 400, "target": "\x07"}])
+    assert "rows:1: a [2Jb cxxx" in said
+    assert "\x1b" not in said
+    assert "xxx..." in said
+    assert code == 0
+
+
+def test_a_checkpoint_that_cannot_be_resumed_is_told(examine):
+    examine("--sample=false")  # writes the rows
+    run = main(
+        [
+            "fit",
+            "--config",
+            "config.yaml",
+            "--trainer.max_steps=1",
+            "--trainer.logger=false",
+            "--trainer.enable_checkpointing=false",
+        ]
+    )
+    run.trainer.save_checkpoint("one.ckpt")
+    code, said = examine("--sample=false", "--ckpt_path", "one.ckpt")
+    assert (code, "resuming one.ckpt" in said) == (0, True)
+    code, said = examine("--sample=false", "--ckpt_path", "one.ckpt", "--seed_everything", "4")
+    assert code == 1
+    assert "problem: seed_everything=4 differs from the checkpoint's 3" in said
+    code, said = examine("--sample=false", "--ckpt_path", "rows.jsonl")
+    assert code == 1
+    assert "problem: " in said

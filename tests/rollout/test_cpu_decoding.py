@@ -1,0 +1,194 @@
+"""Linear layers laid out for decoding: the same numbers, and gone without a trace afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, MistralConfig
+
+from stateset_lightning.policy import LoRAConfig, Policy, PolicyConfig, load_model
+from stateset_lightning.policy.lora import merged_adapter
+from stateset_lightning.rollout import InProcessEngine, RolloutConfig, lean_decoder
+from stateset_lightning.rollout.cpu_decoding import MAX_ROWS, fast_linears, is_supported, make_lean_decoder
+from stateset_lightning.rollout.running_batch import RunningBatch, SharingBatch
+
+
+def make_layers() -> nn.Sequential:
+    generator = torch.Generator().manual_seed(0)
+    layers = nn.Sequential(nn.Linear(48, 32), nn.SiLU(), nn.Linear(32, 24, bias=False))
+    for parameter in layers.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    return layers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 5, 16, MAX_ROWS, MAX_ROWS + 1, 200])
+def test_outputs_are_those_of_the_stock_layers(rows: int) -> None:
+    layers = make_layers()
+    x = torch.randn(rows, 1, 48, generator=torch.Generator().manual_seed(1))
+    expected = layers(x)
+    with fast_linears(layers, num_rows=16):
+        assert "forward" in vars(layers[0])
+        torch.testing.assert_close(layers(x), expected, rtol=1e-5, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_stock_forward_comes_back_after_an_error() -> None:
+    layers = make_layers()
+    with pytest.raises(KeyError), fast_linears(layers, num_rows=4):
+        raise KeyError
+    assert all("forward" not in vars(layer) for layer in layers)
+    layers[0].weight.data.zero_()
+    layers[0].bias.data.zero_()
+    assert layers(torch.ones(1, 48)).abs().max() == 0  # and sees the weights as they are now
+
+
+@torch.no_grad()
+def test_other_layers_and_precisions_are_left_alone() -> None:
+    class Adapted(nn.Linear):
+        pass
+
+    layers = nn.Sequential(Adapted(8, 8), nn.Linear(8, 8))
+    with fast_linears(layers, num_rows=4):
+        assert "forward" not in vars(layers[0])
+        assert "forward" in vars(layers[1])
+    assert not is_supported(make_layers().to(torch.bfloat16))
+    with fast_linears(half := make_layers().to(torch.bfloat16), num_rows=4):
+        assert "forward" not in vars(half[0])
+
+
+# MERGED: The lean decoder: the model's own logits, token by token, and only for models that are known to be made of its
+# layer.
+#
+
+KNOWN = ["llama", "qwen2", "qwen3"]
+PROMPTS = [[3, 4, 5, 6, 7], [8, 9], [10, 11, 12]]
+
+
+def policy_model(model: Any) -> Any:
+    return Policy(model, PolicyConfig("tiny")).model
+
+
+def mistral(window: int | None) -> Any:
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    torch.manual_seed(0)
+    config = MistralConfig(vocab_size=384, sliding_window=window, initializer_range=0.2, pad_token_id=0, **sizes)
+    return policy_model(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [RunningBatch, SharingBatch])
+@pytest.mark.parametrize("name", KNOWN)
+def test_logits_are_the_models_for_rows_that_come_and_go(
+    make_model: Callable[..., Any], name: str, kind: type[RunningBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ragged prompts, rows that leave, rows that join: the padding, positions and caches of both are the same."""
+    biases = {"attention_bias": True, "mlp_bias": True} if name == "llama" else {}
+    model = policy_model(make_model(name, **biases))
+    decoder = make_lean_decoder(model)
+    assert decoder is not None
+    assert decoder.is_exact(model)
+    batches = [kind(model, 12), kind(model, 12, decoder)]
+    generator = torch.Generator().manual_seed(0)
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            tokens_B = torch.randint(3, 384, (len(batches[0]),), generator=generator)
+            for batch in batches:
+                batch.step(tokens_B)
+            torch.testing.assert_close(batches[1].logits_BV, batches[0].logits_BV, rtol=1e-5, atol=2e-5)
+
+    for batch in batches:
+        batch.admit(PROMPTS[:2], [0, 0, 1, 1])
+    steps(4)
+    for batch in batches:
+        batch.keep(torch.tensor([1, 2]))
+    steps(2)
+    for batch in batches:
+        batch.admit(PROMPTS[2:], [0, 0])
+    steps(3)
+    monkeypatch.setattr(type(model), "forward", None)  # the second batch does not need it
+    batches.pop(0)
+    batches[0].step(torch.tensor([3, 4, 5, 6]))
+
+
+@torch.no_grad()
+def test_a_merged_adapter_is_part_of_the_weights_and_another_is_not_known() -> None:
+    config = PolicyConfig("tiny", lora=LoRAConfig(rank=4))
+    policy = Policy(load_model(config), config)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    model = policy.model.eval()
+    assert make_lean_decoder(model) is None
+    with merged_adapter(model):
+        decoder = make_lean_decoder(model)
+        assert decoder is not None
+        assert decoder.is_exact(model)
+    assert not decoder.is_exact(load_model(PolicyConfig("tiny")))  # the adapter does something
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt2"])
+def test_other_architectures_are_not_known(make_model: Callable[..., Any], name: str) -> None:
+    assert make_lean_decoder(policy_model(make_model(name))) is None
+
+
+def test_windows_other_precisions_and_watched_modules_are_not_known(make_model: Callable[..., Any]) -> None:
+    assert make_lean_decoder(mistral(None)) is not None
+    assert make_lean_decoder(mistral(8)) is None
+    assert make_lean_decoder(policy_model(make_model("llama")).to(torch.bfloat16)) is None
+    watched = policy_model(make_model("llama"))
+    handle = watched.model.layers[1].mlp.register_forward_hook(lambda *args: None)
+    assert make_lean_decoder(watched) is None
+    handle.remove()
+    assert make_lean_decoder(watched) is not None
+    assert make_lean_decoder(make_model("llama")) is None  # norms that nobody has compared with the usual form
+
+
+def test_a_model_that_computes_something_else_is_found_by_the_probe(
+    make_model: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
+    """One whose attention has been replaced by its owner, say: it is sampled as it is."""
+    policy = Policy(make_model("llama"), PolicyConfig("tiny"))
+    attention = policy.model.model.layers[0].self_attn
+    stock = attention.forward
+    attention.forward = lambda *args, **kwargs: (0.5 * stock(*args, **kwargs)[0], None)
+    decoder = make_lean_decoder(policy.model)
+    assert decoder is not None
+    with torch.no_grad():
+        assert not decoder.is_exact(policy.model)
+    assert min(forwards(policy, InProcessEngine(tiny_tokenizer), 2)) > 5  # a token each
+
+
+def test_the_engine_decodes_with_it_and_probes_once(
+    make_model: Callable[..., Any], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, engine = Policy(make_model("qwen2"), PolicyConfig("tiny")), InProcessEngine(tiny_tokenizer)
+    assert forwards(policy, engine, 3) == [3, 1, 1]  # the prefill, and two of the probe
+    monkeypatch.setattr(lean_decoder, "MODEL_TYPES", ())
+    assert min(forwards(policy, engine, 2)) > 5
+
+
+def forwards(policy: Policy, engine: InProcessEngine, times: int) -> list[int]:
+    """How often the model's forward runs in each of several samplings."""
+    calls = []
+    forward = policy.model.forward
+    policy.model.forward = lambda *args, **kwargs: calls.append(0) or forward(*args, **kwargs)
+    counts = []
+    for _ in range(times):
+        calls.clear()
+        engine.sync(policy)
+        engine.generate([[3, 4, 5], [6, 7]], 2, RolloutConfig(max_new_tokens=8), range(4))
+        counts.append(len(calls))
+    del policy.model.forward
+    return counts

@@ -1,0 +1,224 @@
+"""Episode hooks: of plain objects, sync and async, and of Lightning callbacks; also inside a running event loop."""
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from module_runs import fit, make_data, make_module, weights
+from stateset_lightning.callbacks import ReferenceSync
+
+from stateset_lightning import EpisodeCallback, GRPOLightningModule, RolloutConfig, ScenarioDataModule
+from stateset_lightning.algorithm import GRPO
+from stateset_lightning.errors import ConfigError
+from stateset_lightning.policy import LoRAConfig, PolicyConfig
+from stateset_lightning.run.callbacks import call_episode_hook
+
+ROWS = [{"prompt": f"What is {i} + 1?", "target": str(i + 1)} for i in range(4)]
+
+
+class TrainingCallback:  # the guide's, letter by letter
+    def on_episode_start(self, episode):
+        print(f"Starting episode {episode}")
+
+    def on_episode_end(self, episode, metrics):
+        print(f"Episode {episode} complete: {metrics}")
+
+
+def trainer_with(*callbacks):
+    return SimpleNamespace(callbacks=list(callbacks))
+
+
+def fit(tmp_path, *callbacks, **data):
+    module = GRPOLightningModule(
+        "tiny", reward=lambda turns, context: len(turns[-1].content), rollout=RolloutConfig(2, 3), seed=1
+    )
+    trainer = Trainer(
+        max_steps=4,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        callbacks=list(callbacks),
+    )
+    trainer.fit(module, datamodule=ScenarioDataModule(ROWS, batch_size=2, **data))
+
+
+def test_the_guides_object_is_called_around_every_episode(tmp_path, capsys):
+    fit(tmp_path, EpisodeCallback(TrainingCallback()), num_iterations=2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "pisode " in line]
+    assert [line.split(":")[0] for line in lines] == [
+        "Starting episode 0",
+        "Episode 0 complete",
+        "Starting episode 1",
+        "Episode 1 complete",
+    ]
+    assert "'train/reward'" in lines[1]
+    assert "'policy/loss'" in lines[1]  # with the metrics of its last optimizer step
+
+
+def test_a_lightning_callback_with_the_hooks_is_called(tmp_path):
+    class Recorder(Callback):
+        def __init__(self):
+            self.ended = []
+
+        def on_episode_end(self, episode, metrics):
+            self.ended.append((episode, metrics["train/reward"]))
+
+    recorder = Recorder()
+    fit(tmp_path, recorder)
+    assert [episode for episode, _ in recorder.ended] == [0, 1, 2, 3]
+    assert all(reward >= 0 for _, reward in recorder.ended)
+
+
+def test_a_subclass_overrides_the_hooks():
+    class Mine(EpisodeCallback):
+        seen = None
+
+        def on_episode_start(self, episode):
+            self.seen = episode
+
+    mine = Mine()
+    call_episode_hook(trainer_with(mine), "on_episode_start", 5)
+    call_episode_hook(trainer_with(mine), "on_episode_end", 5, {})
+    assert mine.seen == 5
+
+
+class Async:
+    def __init__(self):
+        self.seen = []
+
+    async def on_episode_end(self, episode, metrics):
+        await asyncio.sleep(0)
+        self.seen.append((episode, metrics))
+
+
+def test_async_hooks_are_awaited_before_training_goes_on():
+    target = Async()
+    call_episode_hook(trainer_with(EpisodeCallback(target)), "on_episode_end", 2, {"a": 1.0})
+    assert target.seen == [(2, {"a": 1.0})]
+
+
+def test_async_hooks_are_awaited_inside_a_running_loop():
+    target = Async()
+
+    async def notebook():
+        call_episode_hook(trainer_with(EpisodeCallback(target)), "on_episode_end", 3, {})
+
+    asyncio.run(notebook())
+    assert target.seen == [(3, {})]
+
+
+def test_what_a_hook_raises_stops_the_run():
+    class Raising:
+        async def on_episode_start(self, episode):
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        call_episode_hook(trainer_with(EpisodeCallback(Raising())), "on_episode_start", 0)
+
+
+def test_an_object_without_hooks_is_refused():
+    with pytest.raises(TypeError, match="neither on_episode_start nor on_episode_end"):
+        EpisodeCallback(object())
+
+
+# MERGED: A reference that moves: by hand, in checkpoints, and exactly resumed.
+
+NAME = "policy.model.model.norm.weight"
+
+
+class Watch(Callback):
+    """A weight of the policy and of the reference, before training and after each optimizer step."""
+
+    def __init__(self) -> None:
+        self.policy: list[torch.Tensor] = []
+        self.reference: list[torch.Tensor] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._look(pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        self._look(pl_module)
+
+    def _look(self, module: Any) -> None:
+        self.policy.append(module.state_dict()[NAME].clone())
+        self.reference.append(module.reference.state_dict()[NAME.removeprefix("policy.")].clone())
+
+
+def run(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
+    options = {"max_steps": 4, **options}
+    return fit(folder, make_module(algorithm=GRPO(beta=0.1)), callbacks=list(callbacks), **options)
+
+
+def test_every_second_step_by_hand(tmp_path: Path) -> None:
+    watch = Watch()
+    run(tmp_path, ReferenceSync(every_n_steps=2, mixup=0.25), watch)
+    policy, reference = watch.policy, watch.reference
+    assert torch.equal(reference[0], policy[0])
+    assert torch.equal(reference[1], policy[0])
+    torch.testing.assert_close(reference[2], 0.25 * policy[2] + 0.75 * policy[0])
+    assert torch.equal(reference[3], reference[2])
+    torch.testing.assert_close(reference[4], 0.25 * policy[4] + 0.75 * reference[2])
+    assert not torch.equal(policy[2], policy[0])
+
+
+def test_a_full_update_makes_the_reference_the_policy_and_micro_steps_do_not_count(tmp_path: Path) -> None:
+    watch = Watch()
+    fit(
+        tmp_path,
+        make_module(algorithm=GRPO(beta=0.1)),
+        make_data(steps_per_episode=2),
+        callbacks=[ReferenceSync(every_n_steps=1, mixup=1.0), watch],
+        max_steps=2,
+        accumulate_grad_batches=2,
+    )
+    assert torch.equal(watch.reference[1], watch.policy[0])
+    assert torch.equal(watch.reference[2], watch.policy[2])
+    assert torch.equal(watch.reference[4], watch.policy[4])
+
+
+def test_a_moved_reference_is_in_the_checkpoint_and_goes_on_exactly(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path / "kept", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    straight = run(tmp_path, ReferenceSync(every_n_steps=2, mixup=0.5), keep, enable_checkpointing=True, max_steps=5)
+    states = [
+        torch.load(tmp_path / "kept" / f"step={step}.ckpt", weights_only=True)["callbacks"]["ReferenceSync"]
+        for step in (1, 3)
+    ]
+    assert states[0]["reference"] is None  # it has not moved: nothing to keep
+    assert set(states[1]["reference"]) == set(straight.lightning_module.reference.state_dict())
+    for step in (1, 2, 3):
+        resumed = run(
+            tmp_path,
+            ReferenceSync(every_n_steps=2, mixup=0.5),
+            max_steps=5,
+            ckpt_path=tmp_path / "kept" / f"step={step}.ckpt",
+        )
+        ours = straight.lightning_module.reference.state_dict()
+        assert all(
+            torch.equal(value, ours[name]) for name, value in resumed.lightning_module.reference.state_dict().items()
+        )
+        assert all(torch.equal(value, weights(straight)[name]) for name, value in weights(resumed).items())
+
+
+def test_without_a_reference_it_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no reference policy to move; set model\.algorithm\.beta above 0"):
+        fit(tmp_path, callbacks=[ReferenceSync()])
+
+
+def test_a_reference_without_weights_of_its_own_is_refused(tmp_path: Path) -> None:
+    module = make_module(PolicyConfig("tiny", lora=LoRAConfig(rank=2)), algorithm=GRPO(beta=0.1))
+    with pytest.raises(ConfigError, match="with no weights of its own to move"):
+        fit(tmp_path, module, callbacks=[ReferenceSync()])
+
+
+@pytest.mark.parametrize(("options", "message"), [({"every_n_steps": 0}, "at least 1"), ({"mixup": 1.5}, "at most 1")])
+def test_bounds(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ReferenceSync(**options)

@@ -1,0 +1,109 @@
+"""metrics.csv: whole rows, in one file over all attempts of a run."""
+
+import csv
+from types import SimpleNamespace
+
+import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from test_files import full_disk
+
+from stateset_lightning.errors import DiskError
+from stateset_lightning.run.metrics_file import (
+    MetricsFile,
+    install_metrics_files,
+    metrics_files,
+    skip_known_rows,
+    wandb_rows,
+)
+
+
+def log(writer, *steps, **metrics):
+    for step in steps:
+        writer.log_metrics({"a": step * 10, **metrics}, step)
+    writer.save()
+
+
+def read(folder):
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_rows_are_appended_and_new_columns_filled_in(tmp_path):
+    writer = MetricsFile(str(tmp_path))
+    log(writer, 1, 2)
+    log(writer, 3, b=7)
+    log(writer, 4)
+    assert read(tmp_path) == [
+        {"a": "10", "b": "", "step": "1"},
+        {"a": "20", "b": "", "step": "2"},
+        {"a": "30", "b": "7", "step": "3"},
+        {"a": "40", "b": "", "step": "4"},
+    ]
+    assert writer.num_rows == 4
+
+
+def test_a_resumed_run_goes_on_behind_the_checkpoint(tmp_path):
+    log(MetricsFile(str(tmp_path)), 1, 2, 3)
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("40")  # a kill tore this row
+    writer = MetricsFile(str(tmp_path))
+    writer.resume(2)
+    log(writer, 3, 4)
+    assert [row["step"] for row in read(tmp_path)] == ["1", "2", "3", "4"]
+    assert writer.num_rows == 4
+
+
+def test_a_new_run_in_an_old_folder_starts_afresh_but_not_before_it_has_a_row(tmp_path):
+    log(MetricsFile(str(tmp_path)), 1, 2)
+    writer = MetricsFile(str(tmp_path))
+    writer.save()
+    assert len(read(tmp_path)) == 2
+    log(writer, 9)
+    assert [row["step"] for row in read(tmp_path)] == ["9"]
+
+
+def test_a_full_disk_leaves_whole_rows(tmp_path):
+    writer = MetricsFile(str(tmp_path))
+    log(writer, 1)
+    with full_disk(1000), pytest.raises(DiskError, match=r"metrics.csv: cannot be written"):
+        log(writer, *range(2, 300))
+    assert [row["step"] for row in read(tmp_path)] == ["1"]
+    with full_disk(1000), pytest.raises(DiskError):
+        log(writer, 2, b="x" * 2000)  # a new column rewrites the file
+    assert [row["step"] for row in read(tmp_path)] == ["1"]
+
+
+def test_it_is_installed_in_stock_loggers_that_have_not_begun(tmp_path):
+    loggers = [CSVLogger(tmp_path, "a"), CSVLogger(tmp_path, "b")]
+    started = loggers[1].experiment
+    trainer = Trainer(accelerator="cpu", logger=loggers, default_root_dir=tmp_path)
+    install_metrics_files(trainer)
+    assert [type(logger.experiment) for logger in loggers] == [MetricsFile, type(started)]
+    assert metrics_files(trainer) == [loggers[0].experiment]
+
+
+class StoredRun:
+    """A W&B run as it is after a resume: it counts on behind the rows that it has stored."""
+
+    def __init__(self, stored):
+        self.rows = [{"trainer/global_step": step} for step in stored]
+
+    @property
+    def step(self):
+        return len(self.rows)
+
+    def log(self, row):
+        self.rows.append(row)
+
+
+@pytest.mark.parametrize("stored", [[1, 2], [1, 2, 3, 4]])
+def test_rows_that_wandb_has_are_not_sent_again(tmp_path, stored):
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    logger._experiment = StoredRun(stored)
+    trainer = SimpleNamespace(loggers=[logger], is_global_zero=True)
+    skip_known_rows(trainer, [2])  # the checkpoint was made after two rows
+    for step in (3, 4, 5):
+        logger.log_metrics({}, step)
+    assert [row["trainer/global_step"] for row in logger.experiment.rows] == [1, 2, 3, 4, 5]
+    assert wandb_rows(trainer) == [5]

@@ -1,0 +1,285 @@
+"""NaN and infinity in loss, gradient, reward and weights: skipped, written down, stopped; never trained on, never
+saved.
+"""
+
+import json
+import math
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from module_runs import fit, make_data, make_module, weights
+
+from stateset_lightning import RewardFunction, records
+from stateset_lightning.algorithm import Clipped, DrGRPO
+from stateset_lightning.errors import NonFiniteError
+from stateset_lightning.policy import Policy, PolicyConfig
+from stateset_lightning.run.records import (
+    is_bad,
+    logprobs_now,
+    make_records,
+    spoil_if_not_finite,
+    token_rows,
+    token_texts,
+)
+from stateset_lightning.training.episode import Episode
+from stateset_lightning.types import NOT_APPLICABLE, FinishReason, PromptBatch, RewardFailure, Rollout, Scenario, Scores
+
+
+class Spoiled(Clipped):
+    """Its loss is spoiled in some micro-steps: `how` maps the losses of a micro-step."""
+
+    def __init__(self, how, calls):
+        super().__init__()
+        self.how, self.calls, self.count = how, calls, 0
+
+    def per_token_loss(self, tokens):
+        loss_T, metrics = super().per_token_loss(tokens)
+        self.count += 1
+        return (self.how(loss_T) if self.count in self.calls else loss_T), metrics
+
+
+SPOILS = {
+    "NaN loss": lambda loss_T: loss_T * math.nan,
+    "infinite loss": lambda loss_T: loss_T * math.inf,
+    "infinite loss of finite gradient": lambda loss_T: loss_T + math.inf,
+    # 0, of infinite slope
+    "NaN gradient of a finite loss": lambda loss_T: loss_T + (loss_T - loss_T.detach()).abs().sqrt(),
+    "huge gradient": lambda loss_T: loss_T * 1e25,
+}
+
+
+@pytest.mark.parametrize("how", SPOILS.values(), ids=SPOILS.keys())
+def test_a_spoiled_step_trains_nothing_and_the_next_one_trains(tmp_path, how):
+    before = {name: value.clone() for name, value in _initial().items()}
+    skipped = fit(tmp_path / "a", make_module(algorithm=Spoiled(how, {1})), max_steps=1)
+    assert skipped.lightning_module.metrics.last["policy/bad_steps"] == 1
+    assert all(torch.equal(value, before[name]) for name, value in weights(skipped).items())
+    trainer = fit(tmp_path / "b", make_module(algorithm=Spoiled(how, {1})), max_steps=2)
+    assert trainer.lightning_module.metrics.last["policy/bad_steps"] == 0
+    after = weights(trainer)
+    assert all(value.isfinite().all() for value in after.values())
+    assert any(not torch.equal(value, before[name]) for name, value in after.items())
+    assert all(value.isfinite().all() for state in trainer.optimizers[0].state.values() for value in state.values())
+
+
+def _initial():
+    module = make_module()
+    module.configure_model()
+    return module.state_dict()
+
+
+class Huge(RewardFunction):
+    def compute_reward(self, turns, context=None):
+        return 1e30 * (len(turns[-1].content) % 3)
+
+
+@pytest.mark.parametrize("algorithm", [Clipped(), DrGRPO()], ids=["normalised", "unnormalised"])
+def test_huge_rewards_leave_the_weights_finite(tmp_path, algorithm):
+    trainer = fit(tmp_path, make_module(algorithm=algorithm, reward=Huge()), max_steps=3)
+    assert all(value.isfinite().all() for value in weights(trainer).values())
+
+
+def test_what_a_skipped_step_would_have_trained_is_written_down(tmp_path):
+    module = make_module(algorithm=Spoiled(SPOILS["NaN loss"], range(1, 100)))
+    data = make_data(steps_per_episode=4, batch_size=8)
+    with pytest.warns(
+        UserWarning, match=r"the gradient is not finite \(nan\): optimizer step skipped; see .* in .*bad_steps.jsonl"
+    ):
+        fit(tmp_path, module, data, accumulate_grad_batches=2, max_steps=2)
+    rows = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
+    trained = [
+        record.to_dict() for record, active in zip(module.last_records, module._episode.active_N, strict=True) if active
+    ]
+    assert trained
+    told = [{name: row[name] for name in ("id", "prompt", "completion", "reward", "rewards")} for row in rows]
+    for expected in trained:
+        assert {name: expected[name] for name in ("id", "prompt", "completion", "reward", "rewards")} in told
+    assert len(rows) == len(trained)
+    assert {(row["step"], row["episode"], row["grad_norm"]) for row in rows} == {(1, 0, "nan"), (2, 0, "nan")}
+    assert not {row["id"] for row in rows if row["step"] == 1} & {row["id"] for row in rows if row["step"] == 2}
+
+
+def test_after_a_resume_inside_the_episode_the_completions_are_still_told(tmp_path):
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    data = {"num_iterations": 2}
+    fit(tmp_path, make_module(), make_data(**data), callbacks=[keep], enable_checkpointing=True, max_steps=1)
+    module = make_module(algorithm=Spoiled(SPOILS["NaN loss"], {1}))
+    with pytest.warns(UserWarning, match="optimizer step skipped"):
+        fit(tmp_path, module, make_data(**data), ckpt_path=tmp_path / "step=1.ckpt", max_steps=2)
+    rows = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
+    assert rows
+    assert all("What is" in row["prompt"] and row["completion"] and "reward" not in row for row in rows)
+
+
+def test_bad_steps_after_the_checkpoint_are_not_told_twice(tmp_path):
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    spoiled = {"algorithm": Spoiled(SPOILS["NaN loss"], {1, 2, 3})}
+    fit(tmp_path, make_module(**spoiled), callbacks=[keep], enable_checkpointing=True, max_steps=3)
+    whole = (tmp_path / "bad_steps.jsonl").read_text()
+    resumed = make_module(algorithm=Spoiled(SPOILS["NaN loss"], {1, 2}))
+    fit(tmp_path, resumed, ckpt_path=tmp_path / "step=1.ckpt", max_steps=3)
+    assert (tmp_path / "bad_steps.jsonl").read_text() == whole
+
+
+@pytest.mark.parametrize("limit", [0, 2])
+def test_max_bad_steps_counts_steps_in_a_row_and_across_a_resume(tmp_path, limit):
+    always = {"algorithm": Spoiled(SPOILS["NaN loss"], range(1, 100)), "max_bad_steps": limit}
+    with pytest.raises(
+        NonFiniteError,
+        match=rf"in {limit + 1} optimizer steps in a row \(model.max_bad_steps={limit}\), .* step {limit + 1}:",
+    ):
+        fit(tmp_path, make_module(**always), max_steps=20)
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    if limit:
+        fit(tmp_path, make_module(**always), callbacks=[keep], enable_checkpointing=True, max_steps=2)
+        with pytest.raises(NonFiniteError, match="step 3:"):
+            fit(tmp_path, make_module(**always), ckpt_path=tmp_path / "step=2.ckpt", max_steps=20)
+
+
+def test_weights_that_a_finite_gradient_made_infinite_are_never_saved(tmp_path):
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    large = Spoiled(lambda loss_T: loss_T * 1e6, {1})
+    module = make_module(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e38), algorithm=large)
+    with pytest.raises(NonFiniteError, match=r"weights are not finite after optimizer step 1: lower the learning rate"):
+        fit(tmp_path, module, callbacks=[keep], enable_checkpointing=True)
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("norm", "bad"), [(0.0, False), (1e18, False), (1e20, True), (math.inf, True), (math.nan, True)]
+)
+def test_norms_whose_square_overflows_are_bad(norm, bad):
+    assert is_bad(norm) is bad
+
+
+def test_spoiling_leaves_a_finite_loss_and_its_gradient_alone():
+    x = torch.tensor(3.0, requires_grad=True)
+    spoil_if_not_finite(x * x).backward()
+    assert x.grad == 6.0
+    y = torch.tensor(3.0, requires_grad=True)
+    spoil_if_not_finite(y + math.inf).backward()
+    assert y.grad.isnan()
+
+
+# MERGED: Rows of completions for files: what is written, and what stands for a failure.
+
+
+def make(values, totals, failures=(), advantages=None):
+    batch = PromptBatch.__new__(PromptBatch)
+    object.__setattr__(
+        batch, "scenarios", [Scenario(id="a", prompt="one?", topic="t"), Scenario(id="b", prompt="two?")]
+    )
+    rollout = Rollout(
+        prompt_tokens=[[1], [2]],
+        completion_tokens_T=torch.tensor([1, 2, 3, 4, 5]),
+        lengths_N=torch.tensor([1, 2, 1, 1]),
+        logprobs_T=torch.zeros(5),
+        finish_reasons=[FinishReason.STOP, FinishReason.LENGTH, FinishReason.STOP, FinishReason.STOP],
+        texts=["A", "B", "C", "D"],
+    )
+    names = tuple(f"r{i}" for i in range(len(values[0])))
+    scores = Scores(
+        names,
+        torch.tensor(values, dtype=torch.float64),
+        torch.tensor(totals, dtype=torch.float64),
+        [{}] * 4,
+        list(failures),
+        0.0,
+    )
+    return make_records(batch, rollout, scores, advantages)
+
+
+def test_completions_belong_to_their_prompts():
+    records = make([[1.0], [0.0], [1.0], [0.5]], [1.0, 0.0, 1.0, 0.5], advantages=[0.7, -0.7, 0.1, -0.1])
+    assert [(r.id, r.prompt, r.completion) for r in records] == [
+        ("a", "one?", "A"),
+        ("a", "one?", "B"),
+        ("b", "two?", "C"),
+        ("b", "two?", "D"),
+    ]
+    assert [r.num_tokens for r in records] == [1, 2, 1, 1]
+    assert [r.advantage for r in records] == [0.7, -0.7, 0.1, -0.1]
+    row = records[1].to_dict()
+    assert row["finish_reason"] == "length"
+    assert row["rewards"] == {"r0": 0.0}
+    assert row["topic"] == "t"
+    assert "topic" not in records[2].to_dict()
+
+
+def test_a_failure_is_null_and_says_why():
+    failure = RewardFailure(1, "r1", "KeyError", "'x'", "")
+    records = make(
+        [[1.0, 1.0], [1.0, math.nan], [1.0, NOT_APPLICABLE], [0.0, 0.0]], [2.0, math.nan, 1.0, 0.0], [failure]
+    )
+    failed = json.loads(json.dumps(records[1].to_dict(), allow_nan=False))
+    assert failed["reward"] is None
+    assert failed["rewards"] == {"r0": 1.0, "r1": None}
+    assert failed["errors"] == ["r1: KeyError: 'x'"]
+    assert records[2].rewards["r1"] is None  # does not apply
+    assert records[2].reward == 1.0
+    assert records[2].errors is None
+    assert "advantage" not in failed
+
+
+def test_tokens_join_to_the_text_and_a_character_is_not_torn(tiny_tokenizer):
+    text = "12 é 🦊, what?"
+    tokens = tiny_tokenizer.encode(text, add_special_tokens=False)
+    texts = token_texts(tiny_tokenizer, tokens)
+    assert "".join(texts) == text
+    assert len(texts) == len(tokens)
+    assert [piece for piece in texts if "🦊" in piece] == [piece for piece in texts if piece.strip() == "🦊"]
+    assert "" in texts  # the first bytes of the fox
+    half = token_texts(tiny_tokenizer, tokens[: texts.index("🦊")])  # a completion cut inside a character
+    assert half[-1].endswith("\ufffd")
+
+
+class Pieces:
+    """As SentencePiece does it: a text loses its leading space."""
+
+    def decode(self, tokens, **options):
+        return "".join([" the", " cat", "s"][token] for token in tokens).removeprefix(" ")
+
+
+def test_leading_spaces_are_kept():
+    assert token_texts(Pieces(), [0, 1, 2, 1]) == ["the", " cat", "s", " cat"]
+
+
+def make_fixed_episode():
+    return Episode(
+        index=0,
+        prompt_tokens=[[3, 4], [5]],
+        completion_tokens_T=torch.tensor([40, 41, 42, 43, 44]),
+        lengths_N=torch.tensor([2, 0, 1, 2]),
+        sampling_logprobs_T=torch.tensor([-0.12345, -1.0, -2.0, -3.0, -4.0]),
+        advantages_N=torch.zeros(4),
+        weights_N=torch.ones(4),
+        active_N=torch.tensor([True, False, False, True]),
+        micro_step_N=torch.zeros(4),
+        active_by_step=[2],
+        ref_logprobs_T=torch.tensor([-0.5, -0.6, 0.0, -0.7, -0.8]),
+    )
+
+
+def test_token_rows_hold_what_is_known(tiny_tokenizer):
+    rows = token_rows(make_fixed_episode(), 2, tiny_tokenizer, max_tokens=9)
+    assert [row["logprobs"] for row in rows] == [[-0.1235, -1.0], [], [-2.0], [-3.0, -4.0]]
+    # The reference scored active completions alone: what stands for the others is no log-prob.
+    assert [row.get("ref_logprobs") for row in rows] == [[-0.5, -0.6], None, None, [-0.7, -0.8]]
+    assert len(token_rows(make_fixed_episode(), 1, tiny_tokenizer, 9)) == 2
+
+
+def test_log_probs_now_are_those_of_a_plain_forward(tiny_model):
+    policy = Policy(tiny_model, PolicyConfig("tiny"))
+    now = logprobs_now(make_fixed_episode(), 2, policy, temperature=2.0, max_tokens=9)
+    assert [len(row) for row in now] == [2, 0, 1, 2]
+    logits = tiny_model(input_ids=torch.tensor([[5, 43, 44]])).logits[0] / 2.0
+    assert now[3] == pytest.approx(
+        [float(logits.log_softmax(-1)[i, token]) for i, token in enumerate((43, 44))], abs=2e-4
+    )
+    assert logprobs_now(make_fixed_episode(), 2, policy, 2.0, max_tokens=1)[3] == now[3][:1]
+
+
+def test_sharded_weights_are_not_asked(tiny_model, monkeypatch):
+    monkeypatch.setattr(records, "DTensor", torch.nn.Parameter)  # as if all were
+    assert logprobs_now(make_fixed_episode(), 2, Policy(tiny_model, PolicyConfig("tiny")), 1.0, max_tokens=9) is None

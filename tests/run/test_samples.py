@@ -1,0 +1,278 @@
+"""Sample tables in W&B and TensorBoard, read back from what the two have stored."""
+
+import json
+import re
+
+import pytest
+import torch
+import wandb
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from module_runs import fit, make_data, make_module
+from stateset_lightning.callbacks import PredictionWriter, SampleWriter
+from wandb_files import history
+
+from stateset_lightning import GRPOLightningModule, RolloutConfig, ScenarioDataModule
+from stateset_lightning.algorithm import GRPO
+from stateset_lightning.run.samples import append_rows, sample_table, sample_text, thin_out
+
+ROW = {
+    "step": 3,
+    "episode": 2,
+    "id": "a",
+    "prompt": "Say\nit",
+    "target": ["x"],
+    "completion": "![](http://x/y.png)\n<b>|</b>",
+    "reward": 0.5,
+    "rewards": {"right": 1.0, "brief": -0.5},
+    "advantage": -0.25,
+    "finish_reason": "length",
+    "num_tokens": 7,
+    "tokens": ["a"],
+}
+FAILED = {**ROW, "completion": "", "reward": None, "rewards": {"right": None, "brief": None}, "finish_reason": "stop"}
+VALIDATING = {"limit_val_batches": 1.0, "val_check_interval": 1, "check_val_every_n_epoch": None}
+
+
+def test_a_table_has_a_column_per_reward_and_none_for_a_failure():
+    columns, data = sample_table([ROW, FAILED])
+    assert columns[-2:] == ["reward/right", "reward/brief"]
+    assert "tokens" not in columns
+    assert dict(zip(columns, data[0], strict=True))["target"] == "['x']"
+    assert [row[columns.index("reward")] for row in data] == [0.5, None]
+    assert data[1][-2:] == [None, None]
+    greedy = {name: value for name, value in ROW.items() if name not in ("episode", "advantage")}
+    assert not {"episode", "advantage"} & set(sample_table([greedy])[0])
+
+
+def test_text_is_code_so_that_a_completion_cannot_show_an_image():
+    text = sample_text([ROW, FAILED])
+    assert text.count("**prompt**") == 1  # of the group
+    assert "    Say\n    it" in text
+    assert "reward 0.5, right 1, brief -0.5, advantage -0.25, 7 tokens, length" in text
+    assert "advantage -0.25, 7 tokens, stop" in text
+    assert all(line.startswith("    ") for line in text.splitlines() if re.search(r"[<!]", line))
+
+
+@pytest.mark.slow  # starts the process of W&B
+def test_an_offline_wandb_run_holds_the_promised_tables_and_metrics(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.chdir(tmp_path)
+    wandb.teardown()  # its service, if an earlier test has started it, works in that test's folder
+    logger = WandbLogger(project="p", save_dir=tmp_path, offline=True)
+    fit(tmp_path, callbacks=[SampleWriter(1, num_prompts=2)], logger=logger, max_steps=2, **VALIDATING)
+    wandb.finish()
+    (file,) = tmp_path.rglob("*.wandb")
+    rows = history(file)
+    train, validation = ([row for row in rows if f"samples/{split}/path" in row] for split in ("train", "validation"))
+    assert [row["trainer/global_step"] for row in train] == [row["trainer/global_step"] for row in validation] == [1, 2]
+    assert {row["samples/train/_type"] for row in train} == {"table-file"}
+    table = json.loads((file.parent / "files" / train[1]["samples/train/path"]).read_text())
+    samples = [json.loads(line) for line in next(tmp_path.rglob("samples.jsonl")).read_text().splitlines()]
+    written = [row for row in samples if row["split"] == "train" and row["step"] == 2]
+    assert len(written) == 8
+    assert (table["columns"], table["data"]) == sample_table(written)
+    metrics, _ = [row for row in rows if "train/reward" in row]
+    promised = {
+        "train/reward",
+        "reward/digit",
+        "groups/mixed",
+        "completion/mean_tokens",
+        "policy/entropy",
+        "policy/grad_norm",
+        "work/tokens_per_s",
+    }
+    assert promised <= set(metrics)
+    assert [row["trainer/global_step"] for row in rows if "val/reward" in row] == [1, 2]
+
+
+def test_tensorboard_holds_the_text_and_a_resumed_run_doubles_nothing(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator  # TensorBoard's own
+
+    def run(**options):
+        checkpoints = ModelCheckpoint(dirpath=tmp_path / "c", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        logger = TensorBoardLogger(tmp_path, "board", version="v")
+        fit(tmp_path, callbacks=[SampleWriter(1), checkpoints], logger=logger, enable_checkpointing=True, **options)
+        events = EventAccumulator(str(tmp_path / "board" / "v"))
+        events.Reload()
+        texts, scalars = (events.Tensors(tag) for tag in ("samples/train/text_summary", "train/reward"))
+        return [text.step for text in texts], [value.step for value in scalars], texts[-1].tensor_proto.string_val[0]
+
+    steps, scalars, text = run(max_steps=3)
+    assert steps == scalars == [1, 2, 3]
+    assert b"**prompt**" in text
+    assert run(max_steps=4, ckpt_path=tmp_path / "c" / "step=1.ckpt")[:2] == ([1, 2, 3, 4], [1, 2, 3, 4])
+
+
+def test_other_loggers_get_none(tmp_path):
+    fit(tmp_path, callbacks=[SampleWriter(1)], logger=CSVLogger(tmp_path, "a"), max_steps=1)
+    assert "samples" not in next(tmp_path.rglob("metrics.csv")).read_text()
+
+
+# MERGED: SampleWriter and PredictionWriter: which completions become lines of which file.
+
+ROWS = [{"id": str(i), "prompt": f"What is {i} + 1?", "target": str(i + 1)} for i in range(6)]
+
+
+@pytest.fixture
+def make(tmp_path):
+    def make(*callbacks, **options):
+        module = GRPOLightningModule(
+            "tiny", reward=lambda turns, context: len(turns[-1].content), rollout=RolloutConfig(2, 3), seed=1
+        )
+        trainer = Trainer(
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+            callbacks=list(callbacks),
+            num_sanity_val_steps=0,
+            **options,
+        )
+        return trainer, module
+
+    return make
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_some_groups_of_some_episodes_are_written_with_advantages(make, tmp_path):
+    trainer, module = make(SampleWriter(every_n_episodes=2, num_prompts=2), max_steps=6)
+    data = ScenarioDataModule(ROWS, validation=ROWS[:5], batch_size=3, eval_batch_size=2, num_iterations=2, seed=0)
+    trainer.fit(module, datamodule=data)
+    rows = read(tmp_path / "samples.jsonl")
+    train = [row for row in rows if row["split"] == "train"]
+    # two groups of two; once, though each episode has two passes
+    assert [row["episode"] for row in train] == [0] * 4 + [2] * 4
+    assert all("advantage" in row for row in train)
+    for i in range(0, len(train), 2):
+        assert train[i]["id"] == train[i + 1]["id"]
+        assert train[i]["advantage"] + train[i + 1]["advantage"] == pytest.approx(0, abs=1e-6)
+    validation = [row for row in rows if row["split"] == "validation" and row["step"] == 4]
+    assert [row["id"] for row in validation] == ["0", "1", "2", "3", "4"]  # all of them
+    assert all("advantage" not in row for row in validation)
+
+
+def test_evaluation_can_be_left_out(make, tmp_path):
+    trainer, module = make(SampleWriter(evaluation=False), max_steps=1)
+    trainer.fit(module, datamodule=ScenarioDataModule(ROWS, validation=ROWS, batch_size=6))
+    assert {row["split"] for row in read(tmp_path / "samples.jsonl")} == {"train"}
+
+
+def plain_logprobs(module, prompt, completion):
+    """Of the model as it is now, from a plain forward of transformers."""
+    model = module.policy.model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*prompt, *completion]]), use_cache=False).logits[0].float()
+    model.train()
+    logps = (logits / module.rollout.temperature).log_softmax(-1)[len(prompt) - 1 : -1]
+    return [float(row[token]) for row, token in zip(logps, completion, strict=True)]
+
+
+def test_tokens_have_the_log_probs_of_sampling_and_those_after_the_update(tmp_path):
+    trainer = fit(tmp_path, callbacks=[SampleWriter(1, num_prompts=1)], max_steps=1)
+    module, rows = trainer.lightning_module, read(tmp_path / "samples.jsonl")
+    episode = module.episode
+    assert len(rows) == 4
+    for n, (row, completion) in enumerate(
+        zip(rows, episode.completion_tokens_T.split(episode.lengths_N.tolist()), strict=False)
+    ):
+        assert "".join(row["tokens"]).removesuffix("<|end|>") == row["completion"]
+        assert row["logprobs"] == pytest.approx(
+            episode.sampling_logprobs_T.split(episode.lengths_N.tolist())[n].tolist(), abs=1e-4
+        )
+        assert row["logprobs_after"] == pytest.approx(
+            plain_logprobs(module, episode.prompt_tokens[0], completion.tolist()), abs=2e-4
+        )
+        assert "ref_logprobs" not in row  # there is no reference
+    moved = [
+        after - before for row in rows for before, after in zip(row["logprobs"], row["logprobs_after"], strict=True)
+    ]
+    assert max(map(abs, moved)) > 0.01  # the update did something
+    assert module.policy.training
+
+
+def test_the_reference_and_the_policy_agree_before_the_first_step(tmp_path):
+    fit(tmp_path, make_module(algorithm=GRPO(beta=0.1)), callbacks=[SampleWriter(1)], max_steps=1)
+    rows = read(tmp_path / "samples.jsonl")
+    for row in rows:
+        assert row["ref_logprobs"] == pytest.approx(row["logprobs"], abs=2e-4)
+
+
+def test_long_completions_are_not_broken_down_to_their_end(tmp_path):
+    fit(tmp_path, callbacks=[SampleWriter(1, max_tokens=1)], max_steps=1)
+    rows = read(tmp_path / "samples.jsonl")
+    assert max(row["num_tokens"] for row in rows) > 1
+    assert {len(row[name]) for row in rows for name in ("tokens", "logprobs", "logprobs_after")} == {1}
+    assert all(row["completion"].startswith(row["tokens"][0].replace("<|end|>", "")) for row in rows)
+
+
+def test_a_run_that_goes_on_inside_an_episode_writes_it_once(tmp_path):
+    def run(folder, **options):
+        checkpoints = ModelCheckpoint(dirpath=folder / "c", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        data = make_data(num_iterations=2)
+        fit(folder, data=data, callbacks=[SampleWriter(1), checkpoints], enable_checkpointing=True, **options)
+        return read(folder / "samples.jsonl")
+
+    straight = run(tmp_path / "straight", max_steps=4)
+    assert [(row["step"], row["episode"]) for row in straight] == [(2, 0)] * 8 + [(4, 1)] * 8
+    ended_inside = run(tmp_path / "again", max_steps=3)
+    assert [(row["step"], row["episode"]) for row in ended_inside] == [(2, 0)] * 8
+    for step in (1, 3):
+        assert (
+            run(tmp_path / "again", max_steps=4, ckpt_path=tmp_path / "again" / "c" / f"step={step}.ckpt") == straight
+        )
+
+
+def test_a_file_is_thinned_out_evenly_and_keeps_its_ends(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    rows = [{"split": "train", "step": k, "episode": k, "i": i} for k in range(1, 7) for i in range(2)]
+    rows += [{"split": "validation", "step": k} for k in (0, 3, 6)]
+    append_rows(path, rows)
+    with path.open("a") as file:
+        file.write('{"torn')
+    thin_out(path)
+    kept = read(path)
+    assert [(row["step"], row["i"]) for row in kept if row["split"] == "train"] == [
+        (k, i) for k in (1, 3, 5, 6) for i in range(2)
+    ]
+    assert [row["step"] for row in kept if row["split"] == "validation"] == [0, 6]
+    thin_out(path)
+    assert [row["step"] for row in read(path) if row["split"] == "train"] == [1, 1, 5, 5, 6, 6]
+
+
+def test_the_file_stays_below_its_limit(tmp_path, monkeypatch):
+    writer = SampleWriter(1)
+    writer.max_megabytes = 0.004
+    fit(tmp_path, callbacks=[writer], max_steps=8)
+    rows = read(tmp_path / "samples.jsonl")
+    assert (tmp_path / "samples.jsonl").stat().st_size < 2 * 8000
+    episodes = [row["episode"] for row in rows[::8]]
+    assert episodes[0] == 0
+    assert episodes[-1] == 7
+    assert len(episodes) < 8
+
+
+def test_predictions_start_afresh(make, tmp_path):
+    file = tmp_path / "deep" / "answers.jsonl"
+    for _ in range(2):
+        trainer, module = make(PredictionWriter(str(file)))
+        trainer.predict(
+            module, datamodule=ScenarioDataModule(predict=[{"id": "é", "prompt": "What is 1?"}, *ROWS], batch_size=4)
+        )
+    rows = read(file)
+    assert [row["id"] for row in rows] == ["é", "0", "1", "2", "3", "4", "5"]
+    assert "é" in file.read_text(encoding="utf-8")  # readable, not escaped
+
+
+def test_lines_are_appended(tmp_path):
+    path = tmp_path / "new" / "rows.jsonl"
+    append_rows(path, [{"a": 1}])
+    append_rows(path, [{"a": 2}, {"a": None}])
+    assert read(path) == [{"a": 1}, {"a": 2}, {"a": None}]

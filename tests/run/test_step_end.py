@@ -1,0 +1,222 @@
+"""Saves, stops and signals inside an optimizer step wait for its end; what a signal ends goes on exactly."""
+
+import os
+import signal
+from datetime import timedelta
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from module_runs import fit, make_data, make_module, weights
+from stateset_lightning.callbacks import SampleWriter
+
+from stateset_lightning.errors import ConfigError
+from stateset_lightning.run.step_end import StepEnd
+
+ACCUMULATING = {"accumulate_grad_batches": 2, "max_steps": 6}
+# every other one inside a step
+VALIDATING = {"limit_val_batches": 1.0, "val_check_interval": 3, "check_val_every_n_epoch": None}
+
+
+class Sends(Callback):
+    """Sends a signal to this process, or raises, when the hook is called for the `count`-th time."""
+
+    def __init__(self, hook, count, what):
+        self.count, self.what = count, what
+        setattr(self, hook, self.strike)
+
+    def strike(self, *args, **kwargs):
+        self.count -= 1
+        if self.count == 0:
+            if isinstance(self.what, signal.Signals):
+                os.kill(os.getpid(), self.what)
+            else:
+                raise self.what
+
+
+def data():
+    return make_data(num_iterations=2, steps_per_episode=4, eval_batch_size=2)
+
+
+def run(folder, *callbacks, ckpt_path=None, version=None, **options):
+    """A run with a metrics file and samples in `folder/run/version_0`."""
+    logger = CSVLogger(folder, "run", version=0 if version is None else version)
+    callbacks = [*callbacks, SampleWriter(every_n_episodes=1)]
+    return fit(
+        folder,
+        make_module(),
+        data(),
+        logger=logger,
+        callbacks=callbacks,
+        ckpt_path=ckpt_path,
+        **{**ACCUMULATING, **options},
+    )
+
+
+def steps_saved(folder):
+    """Optimizer steps done and micro-steps completed, as the checkpoints of a folder have them."""
+    states = [torch.load(path, weights_only=True) for path in sorted(folder.glob("*.ckpt"))]
+    loaders = [state["ScenarioDataModule"]["train"] for state in states]
+    return [
+        (state["global_step"], loader["completed"] + 16 * loader["epoch"])
+        for state, loader in zip(states, loaders, strict=True)
+    ]
+
+
+def test_timed_saves_come_at_the_end_of_steps_only(tmp_path):
+    timed = ModelCheckpoint(tmp_path / "c", train_time_interval=timedelta(0), save_top_k=-1, filename="{step}")
+    run(tmp_path, timed, enable_checkpointing=True)
+    assert steps_saved(tmp_path / "c") == [(step, 2 * step) for step in range(1, 7)]
+
+
+def test_a_save_by_a_validation_inside_a_step_comes_at_its_end(tmp_path):
+    best = ModelCheckpoint(tmp_path / "c", monitor="val/reward", save_top_k=-1, filename="{step}")
+    run(tmp_path, best, enable_checkpointing=True, **VALIDATING)
+    # validations after micro-steps 3, 6, 9 and 12
+    assert steps_saved(tmp_path / "c") == [(2, 4), (3, 6), (5, 10), (6, 12)]
+
+
+def test_a_resumed_run_does_not_save_inside_its_first_step(tmp_path):
+    run(
+        tmp_path / "a",
+        ModelCheckpoint(tmp_path / "c", every_n_train_steps=2, filename="{step}"),
+        enable_checkpointing=True,
+        max_steps=2,
+    )
+    again = ModelCheckpoint(tmp_path / "d", every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    run(tmp_path / "b", again, enable_checkpointing=True, ckpt_path=tmp_path / "c" / "step=2.ckpt")
+    assert steps_saved(tmp_path / "d") == [(4, 8), (6, 12)]
+
+
+def test_a_stop_inside_a_step_comes_at_its_end(tmp_path):
+    class Stops(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch.micro_step == 2:
+                trainer.should_stop = True
+
+    trainer = run(tmp_path, Stops())
+    assert trainer.global_step == 2
+    assert not trainer.lightning_module.inside_optimizer_step
+
+
+def test_a_save_of_ones_own_inside_a_step_is_refused(tmp_path):
+    class Saves(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.save_checkpoint(tmp_path / "mine.ckpt")
+
+    with pytest.raises(ConfigError, match="inside an optimizer step, whose gradient so far no checkpoint holds"):
+        run(tmp_path, Saves())
+
+
+@pytest.mark.parametrize(
+    "callback", [OnExceptionCheckpoint("x"), ModelCheckpoint(save_on_exception=True)], ids=lambda c: type(c).__name__
+)
+def test_saves_on_any_exception_are_refused(tmp_path, callback, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the refusal is an exception, on which the callback saves
+    with pytest.raises(ConfigError, match=f"{type(callback).__name__} saves on any exception"):
+        run(tmp_path, callback, enable_checkpointing=True)
+
+
+@pytest.mark.parametrize("error", [OSError("gone"), KeyboardInterrupt()], ids=["OSError", "KeyboardInterrupt"])
+def test_an_exception_saves_nothing(tmp_path, error):
+    with pytest.raises((OSError, SystemExit)):
+        run(tmp_path, Sends("on_train_batch_end", 3, error))
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    return end_state(folder, run(folder, **VALIDATING))
+
+
+def end_state(folder, trainer):
+    """Weights, samples, and the steady columns of the metrics."""
+    version = folder / "run" / "version_0"
+    header, *rows = [line.split(",") for line in (version / "metrics.csv").read_text().splitlines()]
+    steady = [i for i, name in enumerate(header) if not name.startswith(("time/", "memory/", "work/tokens_per_s"))]
+    return (
+        weights(trainer),
+        (version / "samples.jsonl").read_text(),
+        [[row[i] for i in steady] for row in [header, *rows]],
+    )
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("hook", "count", "step"),
+    [
+        ("on_train_batch_start", 3, 2),
+        ("on_train_batch_end", 3, 2),
+        ("on_train_batch_end", 4, 2),
+        ("on_validation_batch_end", 3, 3),
+        ("on_validation_batch_end", 2, 2),
+        ("on_validation_batch_end", 8, 6),
+    ],
+)
+def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint_from_which_it_goes_on_exactly(
+    tmp_path, straight, sent, hook, count, step, capfd
+):
+    handler = signal.getsignal(sent)
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, Sends(hook, count, sent), **VALIDATING)
+    assert ended.value.code == {signal.SIGTERM: 143, signal.SIGINT: 130}[sent]
+    assert signal.getsignal(sent) == handler
+    path = tmp_path / "run" / "version_0" / "checkpoints" / "last.ckpt"
+    said = capfd.readouterr()
+    assert f"{sent.name}: ending after this optimizer step with a last checkpoint" in said.err
+    assert f"after optimizer step {step}; resume with --ckpt_path {path}" in said.out
+    expected_weights, *expected = straight
+    found_weights, *found = end_state(tmp_path, run(tmp_path, ckpt_path=path, **VALIDATING))
+    assert all(torch.equal(found_weights[name], value) for name, value in expected_weights.items())
+    assert found == expected
+
+
+def test_a_second_ctrl_c_ends_at_once_and_saves_nothing(tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, *(Sends("on_train_batch_start", n, signal.SIGINT) for n in (2, 3)), accumulate_grad_batches=4)
+    assert isinstance(ended.value.__context__, KeyboardInterrupt)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_the_last_checkpoint_lies_beside_the_others_and_is_found_by_them(tmp_path):
+    checkpoints = ModelCheckpoint(tmp_path / "c", every_n_train_steps=2, save_last=True, filename="{step}")
+    with pytest.raises(SystemExit):
+        run(tmp_path, checkpoints, Sends("on_train_batch_end", 5, signal.SIGTERM), enable_checkpointing=True)
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["last.ckpt", "step=2.ckpt"]
+    assert torch.load(tmp_path / "c" / "last.ckpt", weights_only=True)["global_step"] == 3
+    resumed = ModelCheckpoint(tmp_path / "c", every_n_train_steps=2, save_last=True, filename="{step}")
+    run(tmp_path, resumed, ckpt_path=tmp_path / "c" / "last.ckpt", enable_checkpointing=True)
+    assert resumed.last_model_path == str(tmp_path / "c" / "last.ckpt")  # not last-v1.ckpt
+    assert torch.load(resumed.last_model_path, weights_only=True)["global_step"] == 6
+
+
+def test_a_run_has_one_of_it_however_often_it_fits(tmp_path):
+    module, trainer = make_module(), None
+    trainer = fit(tmp_path, module, max_steps=1)
+    trainer.fit_loop.epoch_loop.max_steps = 2
+    trainer.fit(module, make_data())
+    assert sum(isinstance(callback, StepEnd) for callback in trainer.callbacks) == 1
+
+
+def test_under_slurm_the_requeue_signal_waits_for_the_end_of_the_step(tmp_path, monkeypatch):
+    for name, value in {
+        "SLURM_NTASKS": "1",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_JOB_ID": "7",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+    }.items():
+        monkeypatch.setenv(name, value)
+    requeued = []
+    monkeypatch.setattr(
+        "lightning.pytorch.trainer.connectors.signal_connector.call",
+        lambda command, **options: requeued.append(command) or 0,
+    )
+    trainer = run(tmp_path, Sends("on_train_batch_start", 3, signal.SIGUSR1))
+    assert requeued == [["scontrol", "requeue", "7"]]
+    assert trainer.global_step == 6
+    assert steps_saved(tmp_path) == [(2, 4)]

@@ -1,0 +1,216 @@
+"""A sharded policy, on the one rank of a process group; several ranks are the matter of `benchmarks/ranks.py` and
+test_distributed.py.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from lightning.pytorch.strategies import ModelParallelStrategy
+from module_runs import SCENARIOS, fit, make_data, make_module, make_trainer
+from stateset_lightning.callbacks import ReferenceSync
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from stateset_lightning.algorithm import GRPO
+from stateset_lightning.errors import ConfigError
+from stateset_lightning.policy import Group, Policy, PolicyConfig
+from stateset_lightning.run.checkpoint_io import is_sharded, newest_checkpoints, read_checkpoint
+from stateset_lightning.training.checks import check_strategy
+from stateset_lightning.training.fsdp import FSDP2Strategy, WholePolicy, total_norm, whole
+from stateset_lightning.training.loss import zero_loss
+
+GROUPS = [Group([3, 4, 5, 6], [[7, 8, 9], [9, 5]]), Group([8, 3], [[4], [5, 6, 7, 3]])]
+ARCHITECTURES = ["llama", "qwen2", "gpt2"]  # separate head; tied head; another layout, and tied as well
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[DeviceMesh]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def make_pair(model: PreTrainedModel, mesh: DeviceMesh) -> tuple[Policy, Policy, WholePolicy]:
+    """A policy as it is, the same sharded, and the latter's whole copy."""
+    plain, sharded = Policy(copy.deepcopy(model), PolicyConfig("some")), Policy(model, PolicyConfig("some"))
+    return plain, sharded, WholePolicy(sharded, mesh, torch.device("cpu"))
+
+
+def gradients(policy: Policy) -> dict[str, torch.Tensor]:
+    logprobs_T, entropies_T = policy.score(GROUPS, temperature=0.7)
+    (logprobs_T.sum() + 0.1 * entropies_T.sum()).backward()  # type: ignore[no-untyped-call]
+    return {name: whole(p.grad) for name, p in policy.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_sharded_policy_scores_and_learns_as_a_plain_one(
+    name: str, make_model: Callable[..., Any], mesh: DeviceMesh
+) -> None:
+    plain, sharded, _ = make_pair(make_model(name), mesh)
+    assert all(isinstance(p, DTensor) for p in sharded.parameters())
+    blocks = [m for m in sharded.model.modules() if isinstance(m, FSDPModule)]
+    assert len(blocks) == 2  # one for each layer; the rest belongs to the policy
+    assert sharded.uses_packed_scoring == plain.uses_packed_scoring
+    expected, mine = gradients(plain), gradients(sharded)
+    assert expected.keys() == mine.keys()
+    for parameter, gradient in expected.items():
+        torch.testing.assert_close(mine[parameter], gradient, rtol=1e-5, atol=1e-6)
+    norm = total_norm([p.grad for p in sharded.parameters() if p.grad is not None])
+    assert norm == pytest.approx(float(torch.nn.utils.get_total_norm(expected.values())), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_whole_copy_has_the_weights_of_the_moment(
+    name: str, make_model: Callable[..., Any], mesh: DeviceMesh
+) -> None:
+    _, sharded, copied = make_pair(make_model(name), mesh)
+    with torch.no_grad():
+        for p in sharded.parameters():
+            p.add_(0.01)
+        expected, _ = sharded.score(GROUPS)
+    copied.gather()
+    assert torch.equal(copied.policy.score_without_gradient(GROUPS)[0], expected)
+    tied = copied.policy.model.get_output_embeddings().weight is copied.policy.model.get_input_embeddings().weight
+    assert tied == (name != "llama")
+    assert not any(p.requires_grad for p in copied.policy.parameters())
+
+
+def test_a_released_copy_takes_no_memory(make_model: Callable[..., Any], mesh: DeviceMesh) -> None:
+    _, sharded, copied = make_pair(make_model("llama"), mesh)
+
+    def size() -> int:
+        return sum(p.untyped_storage().nbytes() for p in copied.policy.parameters())
+
+    assert size() == 0
+    copied.gather()
+    assert size() == 4 * sum(p.numel() for p in sharded.parameters())
+    copied.release()
+    assert size() == 0
+
+
+def test_a_rank_with_nothing_to_train_takes_part_in_every_gathering(
+    make_model: Callable[..., Any], mesh: DeviceMesh
+) -> None:
+    _, sharded, _ = make_pair(make_model("llama"), mesh)
+    forwards: list[str] = []
+    for module in sharded.modules():
+        if isinstance(module, FSDPModule) and module is not sharded:
+            module.register_forward_hook(lambda *args: forwards.append("block"))
+    zero_loss(sharded).backward()  # type: ignore[no-untyped-call]
+    assert len(forwards) == 2
+    assert all(p.grad is not None and not whole(p.grad).any() for p in sharded.parameters())
+
+
+def test_a_model_that_does_not_say_what_its_blocks_are_is_refused(
+    make_model: Callable[..., Any], mesh: DeviceMesh
+) -> None:
+    model = make_model("llama")
+    model._no_split_modules = None
+    with pytest.raises(ConfigError, match="does not say what its blocks are"):
+        make_pair(model, mesh)
+
+
+def test_total_norm_of_nothing_is_zero() -> None:
+    assert total_norm([]) == 0.0
+    assert total_norm([torch.tensor([3.0]), torch.tensor([-4.0])]) == 5.0
+    assert total_norm([torch.tensor([3.0]), torch.tensor([-4.0])], norm_type=float("inf")) == 4.0
+
+
+def test_lightnings_own_sharded_strategies_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.strategy=ModelParallelStrategy is not supported: .* or fsdp2"):
+        check_strategy(SimpleNamespace(strategy=ModelParallelStrategy()))  # type: ignore[arg-type]
+    check_strategy(SimpleNamespace(strategy=FSDP2Strategy()))  # type: ignore[arg-type]
+
+
+def run(folder: Path, **options: Any) -> Any:
+    return fit(
+        folder,
+        options.pop("module", None),
+        make_data(),
+        devices=1,
+        strategy=FSDP2Strategy(options.pop("shards", False)),
+        **options,
+    )
+
+
+def test_an_adapter_is_not_sharded(tmp_path: Path, mesh: DeviceMesh) -> None:
+    module = make_module()
+    module.policy_config = PolicyConfig("tiny", lora={})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="fsdp2 does not shard adapters"):
+        run(tmp_path, module=module)
+
+
+def test_a_reference_that_follows_sharded_weights_is_refused(tmp_path: Path, mesh: DeviceMesh) -> None:
+    with pytest.raises(ConfigError, match="ReferenceSync cannot mix sharded weights"):
+        run(tmp_path, module=make_module(algorithm=GRPO(beta=0.1)), callbacks=[ReferenceSync()])
+
+
+def test_a_folder_of_shards_is_a_checkpoint_that_takes_its_name_when_it_is_whole(
+    tmp_path: Path, mesh: DeviceMesh
+) -> None:
+    trainer = run(tmp_path, shards=True)
+    file = tmp_path / "some.ckpt"
+    for _ in range(2):  # the second takes the place of the first
+        trainer.save_checkpoint(file)
+    assert is_sharded(file)
+    assert [path.name for path in tmp_path.iterdir()] == ["some.ckpt"]
+    assert newest_checkpoints(tmp_path) == [file]
+    content = read_checkpoint(file)
+    weights = {name: whole(p) for name, p in trainer.lightning_module.named_parameters()}
+    assert weights.keys() <= content["state_dict"].keys()
+    assert all(torch.equal(content["state_dict"][name], value) for name, value in weights.items())
+    assert content["stateset"]["step"] == 2
+
+
+def test_a_folder_of_shards_goes_on_with_fsdp2_alone(tmp_path: Path, mesh: DeviceMesh) -> None:
+    file = tmp_path / "some.ckpt"
+    run(tmp_path, shards=True).save_checkpoint(file)
+    with pytest.raises(ConfigError, match=r"folder of shards: its run goes on with trainer\.strategy=fsdp2"):
+        fit(tmp_path, ckpt_path=file, max_steps=3)
+
+
+@pytest.mark.slow  # two runs and six evaluations
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_sharded_run_is_the_plain_one(tmp_path: Path, mesh: DeviceMesh, precision: str) -> None:
+    """Validated before, while and after it trains, and used to predict."""
+    results = []
+    for strategy in (FSDP2Strategy(), "auto"):
+        module, data = make_module(algorithm=GRPO(beta=0.05)), make_data(steps_per_episode=2, num_iterations=2)
+        options = {
+            "max_steps": 6,
+            "limit_val_batches": 1.0,
+            "val_check_interval": 3,
+            "gradient_clip_val": 0.1,
+            "precision": precision,
+        }
+        seed_everything(7, verbose=False)
+        trainer = make_trainer(tmp_path, strategy=strategy, **options)
+        before = trainer.validate(module, datamodule=data, verbose=False)
+        trainer.fit(module, datamodule=data)
+        after = trainer.validate(module, datamodule=data, verbose=False)
+        assert module.policy is not None
+        predicted = trainer.predict(module, make_data(predict=SCENARIOS), return_predictions=True)
+        results.append(
+            (
+                before,
+                after,
+                predicted,
+                {name: whole(p) for name, p in module.policy.named_parameters()},
+                dict(module.metrics.last),
+            )
+        )
+    (*sharded, mine, row), (*plain, theirs, expected) = results
+    assert sharded == plain
+    assert all(torch.allclose(mine[name], theirs[name], atol=1e-6) for name in theirs)
+    for name in ("policy/grad_norm", "policy/loss", "policy/kl", "train/reward"):
+        assert row[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-7)
