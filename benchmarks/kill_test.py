@@ -40,7 +40,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from stateset_lightning.callbacks import SampleWriter
 
 from stateset_lightning import (
     GRPOLightningModule,
@@ -51,6 +50,7 @@ from stateset_lightning import (
     files,
 )
 from stateset_lightning.algorithm import GRPO, KL
+from stateset_lightning.callbacks import SampleWriter
 from stateset_lightning.data.order import Curriculum
 from stateset_lightning.policy import LoRAConfig, PolicyConfig, load_model
 from stateset_lightning.run.checkpoint import continue_run

@@ -26,10 +26,10 @@ from module_runs import (
     relative_difference,
     weights,
 )
-from stateset_lightning.callbacks import EpisodeCallback
 
 from stateset_lightning import RewardFunction, RolloutConfig
 from stateset_lightning.algorithm import DAPO, GRPO, Algorithm, DrGRPO
+from stateset_lightning.callbacks import EpisodeCallback
 from stateset_lightning.errors import ConfigError, NonFiniteError, RewardError
 from stateset_lightning.policy import PolicyConfig
 from stateset_lightning.training.checks import check_strategy

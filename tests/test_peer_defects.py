@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from module_runs import SCENARIOS, DigitReward, fit, make_data, make_module, weights
-from stateset_lightning.callbacks import SampleWriter
 
 from stateset_lightning import RewardFunction, RolloutConfig
 from stateset_lightning.algorithm import CISPO, GRPO
+from stateset_lightning.callbacks import SampleWriter
 from stateset_lightning.rewards import RewardResult, Scorer
 from stateset_lightning.types import Turn
 

@@ -188,7 +188,13 @@ class ReinforcePlusPlusBaseline(Clipped):
     stays at zero. Its KL, where `beta` is set, is k2 in the loss.
     """
 
-    def __init__(self, *, kl: KL = KL(estimator="k2"), aggregation: Aggregation = "token_mean", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        kl: KL = KL(estimator="k2"),  # noqa: B008 (frozen)
+        aggregation: Aggregation = "token_mean",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(scale="none", kl=kl, aggregation=aggregation, **kwargs)
 
     def advantages(

@@ -16,9 +16,9 @@ from jsonargparse import _typehints, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from stateset_lightning.callbacks import ConsoleProgress, PredictionWriter, RunSummary, SampleWriter
 
 from stateset_lightning.algorithm import Algorithm
+from stateset_lightning.callbacks import ConsoleProgress, PredictionWriter, RunSummary, SampleWriter
 from stateset_lightning.cli.messages import PROGRAM, shorten
 from stateset_lightning.datamodule import ScenarioDataModule
 from stateset_lightning.errors import ConfigError, UserError

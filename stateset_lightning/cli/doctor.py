@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import yaml
-from stateset_lightning.estimate import Episode, Memory, memory_of, saved_bytes
 
 from stateset_lightning.cli.config import StatesetCLI
+from stateset_lightning.cli.estimate import Episode, Memory, memory_of, saved_bytes
 from stateset_lightning.cli.messages import without_traceback
 from stateset_lightning.errors import UserError
 from stateset_lightning.policy import Group, Policy, load_model

@@ -39,7 +39,6 @@ GRPO for single-turn language tasks.
   report     one HTML page about a run: report RUN [-o FILE]
   convert    the guide's YAML to a config: convert GUIDE [-o FILE]
   doctor     before a long run: data, memory, work, one reward call, contradictions: doctor --config FILE
-  completion names and flags for the shell to complete: eval "$(stateset-lightning completion bash)"
 
 Every key of a config is a flag as well (--trainer.max_steps 100), and wins over the files; of several files, the later one wins.
   stateset-lightning fit --config configs/single_turn.yaml
@@ -92,8 +91,8 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
         print(DOCTOR, end="")
         raise SystemExit(0)
     try:
-        if words and words[0] in ("report", "completion"):
-            import_module(f"stateset_lightning.{words[0]}").main(words[1:])
+        if words[:1] == ["report"]:
+            import_module("stateset_lightning.cli.report").main(words[1:])
             return None
         if words[:1] == ["convert"]:
             convert(words[1:])
@@ -101,7 +100,7 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
         if words and words[0] in ("generate", "export"):
             if not helps:
                 quieten()
-            import_module(f"stateset_lightning.{words[0]}").main(words[1:])
+            import_module(f"stateset_lightning.cli.{words[0]}").main(words[1:])
             return None
         check_config_files(words)
     except UserError as error:

@@ -122,7 +122,7 @@ def without_traceback(message: str) -> str:
     before, found, trace = message.partition("Traceback (most recent call last):")
     if not found:
         return message
-    here = str(Path(__file__).parent)
+    here = str(Path(__file__).parents[1])
     places = [
         place for place in re.findall(r'File "(.+?)", line (\d+), in (\S+)', trace) if not place[0].startswith(here)
     ]

@@ -17,6 +17,9 @@ from stateset_lightning.types import Scenario
 
 _log = logging.getLogger(__name__)
 
+Conversation = list[dict[str, str]]
+"""Turns as chat templates take them."""
+
 OverlongPolicy = Literal["error", "drop", "truncate_left"]
 
 _BATCH = 1024
@@ -244,9 +247,6 @@ def _refusal(key: str, scenario: Scenario, conversation: Conversation, error: Ex
 #
 # A tokenizer reads `<|im_end|>` as one token wherever it stands, in a user's text as in the template's own.
 #
-
-Conversation = list[dict[str, str]]
-"""Turns as chat templates take them."""
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:

@@ -22,9 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from stateset_lightning.policy import shared_prompts
-
-ARGUMENT = "shared_prompts"
+SHARED_PROMPTS_ARGUMENT = "shared_prompts"
 
 
 class SharedPrompts:
@@ -219,11 +217,10 @@ def prefix_attention(
     docstring.
     """
     layout: Layout | None = kwargs.pop(LAYOUT_ARGUMENT, None)
-    prompts: SharedPrompts | None = kwargs.pop(shared_prompts.ARGUMENT, None)
+    prompts: SharedPrompts | None = kwargs.pop(SHARED_PROMPTS_ARGUMENT, None)
     if prompts is not None:
-        return prompts.attend(
-            module.layer_idx, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling
-        ), None  # type: ignore[arg-type]
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return prompts.attend(module.layer_idx, query, key, value, scale), None  # type: ignore[arg-type]
     if layout is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.policy import prefix_attention
+from stateset_lightning.policy import packed_attention
 from stateset_lightning.policy.config import PolicyConfig
 from stateset_lightning.policy.head import HeadOptions, token_logprobs
 from stateset_lightning.policy.lora import is_adapted
@@ -122,14 +122,14 @@ class Policy(nn.Module):
                 sources += [last, *range(len(ids), len(ids) + len(completion) - 1)]
                 ids += completion
                 positions += range(len(group.prompt), len(group.prompt) + len(completion))
-        layout = prefix_attention.make_layout(
+        layout = packed_attention.make_layout(
             [len(group.prompt) for group in groups],
             [[len(c) for c in group.completions] for group in groups],
             self.device,
         )
         # Any mask of four dimensions keeps transformers from building one of S x S; the layout is what counts.
         unused_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
-        arguments = {prefix_attention.LAYOUT_ARGUMENT: layout}
+        arguments = {packed_attention.LAYOUT_ARGUMENT: layout}
         outputs = self._forward(
             self._ids(ids)[None], self._ids(positions)[None], attention_mask=unused_mask, **arguments
         )
@@ -183,8 +183,8 @@ class Policy(nn.Module):
         reason = self._obstacle_to_packing()
         if reason is None:
             previous = self.model.config._attn_implementation
-            prefix_attention.register()
-            self.model.set_attn_implementation(prefix_attention.NAME)
+            packed_attention.register()
+            self.model.set_attn_implementation(packed_attention.NAME)
             reason = self._compare_packed_with_padded()
             if reason is None:
                 return True
@@ -201,7 +201,7 @@ class Policy(nn.Module):
         """What in the model's configuration rules packing out, if anything."""
         config = self.model.config
         # the latter: the model has had a policy before
-        if config._attn_implementation not in ("sdpa", prefix_attention.NAME):
+        if config._attn_implementation not in ("sdpa", packed_attention.NAME):
             return f"its attention is {config._attn_implementation!r}, not 'sdpa'"
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"} or (

@@ -17,7 +17,6 @@ from stateset_lightning.rewards.models import EmbeddingSimilarity, RewardModel
 from stateset_lightning.rewards.numeric import NumericAnswer
 from stateset_lightning.rewards.penalties import LengthPenalty, OverlongPenalty, RepetitionPenalty
 from stateset_lightning.rewards.reasoning_gym import ReasoningGymReward
-from stateset_lightning.rewards.retry import Retry
 from stateset_lightning.rewards.scorer import Scorer, ScoringSession, check_failures, failure_counts
 from stateset_lightning.rewards.trl import TRLReward
 
@@ -38,7 +37,6 @@ __all__ = [
     "ReasoningGymReward",
     "RegexMatch",
     "RepetitionPenalty",
-    "Retry",
     "Reward",
     "RewardFunction",
     "RewardModel",

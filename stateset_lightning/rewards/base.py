@@ -201,7 +201,9 @@ def is_async(reward: RewardFunction) -> bool:
     while isinstance(inner := getattr(reward, "wrapped", None), RewardFunction):
         reward = inner
     call = reward.function if isinstance(reward, FunctionReward) else reward.compute_reward
-    return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(getattr(call, "__call__", None))
+    return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(
+        getattr(call, "__call__", None)  # noqa: B004
+    )
 
 
 def snake_case(class_name: str) -> str:

@@ -16,14 +16,15 @@ MAX_WORDS = 300
 
 _FUNCTION_WORDS = frozenset(
     """
-    a about above after again against all also am an and any are as at be because been before being below between both but by can
-    could did do does doing down during each either every few for from further had has have having he her here hers him his how
-    however i if in into is it its itself just let like may me might more most much must my no nor not of off on once one only onto or
-    other our out over own per same shall she should so some such than that the their them then there these they this those through
-    thus to too under until up upon us very was we were what when where whether which while who whom whose why will with within
-    without would yet you your tell explain describe give please define it's that's
-    """.split()
-)  # noqa: SIM905  (a list of strings would fill a page)
+    a about above after again against all also am an and any are as at be because been before being below between
+    both but by can could did do does doing down during each either every few for from further had has have having
+    he her here hers him his how however i if in into is it its itself just let like may me might more most much
+    must my no nor not of off on once one only onto or other our out over own per same shall she should so some such
+    than that the their them then there these they this those through thus to too under until up upon us very was we
+    were what when where whether which while who whom whose why will with within without would yet you your tell
+    explain describe give please define it's that's
+    """.split()  # noqa: SIM905 (a list of strings would fill a page)
+)
 
 _STOCK_PHRASES = re.compile(
     r"\b(?:"

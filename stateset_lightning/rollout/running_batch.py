@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stateset_lightning.policy import prefix_attention, shared_prompts
+from stateset_lightning.policy import packed_attention
 from stateset_lightning.policy.packed_attention import SharedPrompts
 from stateset_lightning.rollout.cache import grow, join, make_cache, select_rows
 from stateset_lightning.rollout.cpu_decoding import attend_to_cache
@@ -36,7 +36,7 @@ def make_running_batch(
     """
     # The kernels of other devices and precisions are fast enough, and accumulate in float32.
     shares = (
-        model.config._attn_implementation == prefix_attention.NAME
+        model.config._attn_implementation == packed_attention.NAME
         and model.device.type == "cpu"
         and model.dtype == torch.float32
     )
@@ -201,7 +201,7 @@ class SharingBatch(RunningBatch):
         return super()._positions() + self.prompts.lengths_P[self.prompts.prompt_of_row_B]
 
     def _attention_arguments(self) -> dict[str, Any]:
-        return {"attention_mask": self._unused_mask, shared_prompts.ARGUMENT: self.prompts}
+        return {"attention_mask": self._unused_mask, packed_attention.SHARED_PROMPTS_ARGUMENT: self.prompts}
 
     def _attend(self) -> Attend:
         assert self.prompts is not None

@@ -110,7 +110,12 @@ def skip_known_rows(trainer: Trainer, rows: Iterable[int]) -> None:
     for logger, sent in zip(_wandb_loggers(trainer), rows, strict=False):
         known, log = logger.experiment.step - sent, logger.experiment.log
 
-        def log_if_new(*args: Any, log: Any = log, known: list[int] = [known], **options: Any) -> None:
+        def log_if_new(
+            *args: Any,
+            log: Any = log,
+            known: list[int] = [known],  # noqa: B006 (counts down)
+            **options: Any,
+        ) -> None:
             if known[0] > 0:
                 known[0] -= 1
             else:

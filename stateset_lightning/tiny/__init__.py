@@ -1,8 +1,8 @@
 """The bundled model: one million parameters that answer two-operand arithmetic rightly about four times in ten.
 
 Good enough to learn from reward and bad enough to improve, so that every config, example and test runs offline. `tiny`
-as a model name stands for this folder. `python -m stateset_lightning.tiny.train` makes it anew, from nothing, in a few
-minutes.
+as a model name stands for this folder. `scripts/make_tiny.py` of the repository makes it anew, from nothing,
+in a few minutes.
 """
 
 from pathlib import Path

@@ -11,8 +11,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from module_runs import SCENARIOS, DigitReward, fit, make_data, make_module, make_trainer, weights
-from stateset_lightning.callbacks import RunSummary
 
+from stateset_lightning.callbacks import RunSummary
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.evaluation import Evaluation, EvaluationConfig
 from stateset_lightning.rewards import ExactMatch, FunctionReward, Scorer

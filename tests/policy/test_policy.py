@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.policy import Group, Policy, PolicyConfig, prefix_attention
+from stateset_lightning.policy import Group, Policy, PolicyConfig, packed_attention
 
 GROUPS = [
     Group([20, 31, 42, 53, 64, 75], [[86, 97, 108, 119, 130, 141], [152], [163, 174]]),
@@ -95,7 +95,7 @@ def test_scores_and_gradients_are_those_of_one_row_at_a_time(
     checkpointing: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(prefix_attention, "RECOMPUTE_FROM", recompute_from)
+    monkeypatch.setattr(packed_attention, "RECOMPUTE_FROM", recompute_from)
     plain = make_model(
         architecture, **({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if architecture == "gpt2" else {})
     )
@@ -214,7 +214,7 @@ def test_a_wrong_packed_path_is_found_by_the_probe(
     make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
-    correct = prefix_attention.make_layout
+    correct = packed_attention.make_layout
 
     def blind(prompts: Any, completions: Any, device: Any) -> Any:
         """Completions that do not see the first token of their prompt."""
@@ -223,7 +223,7 @@ def test_a_wrong_packed_path_is_found_by_the_probe(
             bucket.mask[..., 0] = False
         return layout
 
-    monkeypatch.setattr(prefix_attention, "make_layout", blind)
+    monkeypatch.setattr(packed_attention, "make_layout", blind)
     with pytest.raises(ConfigError, match="packed outputs differ from its padded ones by"):
         make_policy(make_model("llama"), scoring="packed")
     model = make_model("llama")

@@ -10,10 +10,10 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from module_runs import fit, make_data, make_module, weights
-from stateset_lightning.callbacks import ReferenceSync
 
 from stateset_lightning import EpisodeCallback, GRPOLightningModule, RolloutConfig, ScenarioDataModule
 from stateset_lightning.algorithm import GRPO
+from stateset_lightning.callbacks import ReferenceSync
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import LoRAConfig, PolicyConfig
 from stateset_lightning.run.callbacks import call_episode_hook
@@ -33,7 +33,7 @@ def trainer_with(*callbacks):
     return SimpleNamespace(callbacks=list(callbacks))
 
 
-def fit(tmp_path, *callbacks, **data):
+def fit_with(tmp_path, *callbacks, **data):
     module = GRPOLightningModule(
         "tiny", reward=lambda turns, context: len(turns[-1].content), rollout=RolloutConfig(2, 3), seed=1
     )
@@ -51,7 +51,7 @@ def fit(tmp_path, *callbacks, **data):
 
 
 def test_the_guides_object_is_called_around_every_episode(tmp_path, capsys):
-    fit(tmp_path, EpisodeCallback(TrainingCallback()), num_iterations=2)
+    fit_with(tmp_path, EpisodeCallback(TrainingCallback()), num_iterations=2)
     lines = [line for line in capsys.readouterr().out.splitlines() if "pisode " in line]
     assert [line.split(":")[0] for line in lines] == [
         "Starting episode 0",
@@ -72,7 +72,7 @@ def test_a_lightning_callback_with_the_hooks_is_called(tmp_path):
             self.ended.append((episode, metrics["train/reward"]))
 
     recorder = Recorder()
-    fit(tmp_path, recorder)
+    fit_with(tmp_path, recorder)
     assert [episode for episode, _ in recorder.ended] == [0, 1, 2, 3]
     assert all(reward >= 0 for _, reward in recorder.ended)
 

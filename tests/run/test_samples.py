@@ -10,11 +10,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from module_runs import fit, make_data, make_module
-from stateset_lightning.callbacks import PredictionWriter, SampleWriter
 from wandb_files import history
 
 from stateset_lightning import GRPOLightningModule, RolloutConfig, ScenarioDataModule
 from stateset_lightning.algorithm import GRPO
+from stateset_lightning.callbacks import PredictionWriter, SampleWriter
 from stateset_lightning.run.samples import append_rows, sample_table, sample_text, thin_out
 
 ROW = {

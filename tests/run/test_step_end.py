@@ -10,8 +10,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from module_runs import fit, make_data, make_module, weights
-from stateset_lightning.callbacks import SampleWriter
 
+from stateset_lightning.callbacks import SampleWriter
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.run.step_end import StepEnd
 

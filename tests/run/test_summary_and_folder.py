@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from stateset_lightning.callbacks import ConsoleProgress, RunSummary
 
 from stateset_lightning import GRPOLightningModule, RolloutConfig, ScenarioDataModule
+from stateset_lightning.callbacks import ConsoleProgress, RunSummary
 from stateset_lightning.run.folder import config_file, metrics_place, run_folder
 
 ROWS = [{"prompt": f"What is {i} + 1?", "target": str(i + 1)} for i in range(4)]

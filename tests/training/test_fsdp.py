@@ -15,13 +15,13 @@ import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
 from module_runs import SCENARIOS, fit, make_data, make_module, make_trainer
-from stateset_lightning.callbacks import ReferenceSync
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from stateset_lightning.algorithm import GRPO
+from stateset_lightning.callbacks import ReferenceSync
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import Group, Policy, PolicyConfig
 from stateset_lightning.run.checkpoint_io import is_sharded, newest_checkpoints, read_checkpoint

@@ -1,0 +1,1 @@
+"""A batch becomes an update: `step` shows a whole step in order."""
