@@ -28,7 +28,7 @@ from stateset_lightning.policy.precision import sampling_dtype, weights_dtype
 from stateset_lightning.redaction import redacted
 from stateset_lightning.rollout import InProcessEngine
 from stateset_lightning.run.checkpoint import continue_run
-from stateset_lightning.run.checkpoint_io import read_checkpoint
+from stateset_lightning.run.checkpoint_io import local_path, read_checkpoint
 from stateset_lightning.seeding import sample_seeds
 from stateset_lightning.training.checks import check_resumable, checks_of_run, optimizer_steps_of_run
 from stateset_lightning.training.collect import prepared
@@ -308,10 +308,10 @@ class Examination:
                     check()
         self.notes += [str(warning.message) for warning in caught]
         self._check_validates()
-        if (path := self.config.ckpt_path) is not None and path not in ("best", "hpc"):
+        if (path := self.config.ckpt_path) is not None and path != "hpc":
             with self._part():
                 found = continue_run(self.trainer, path)
-                if found is not None:
+                if found is not None and local_path(found) is not None:
                     state = read_checkpoint(Path(found), map_location="cpu", mmap=True)["stateset"]
                     check_resumable(
                         state, self.module.seed, self.trainer.accumulate_grad_batches, self.trainer.world_size

@@ -8,12 +8,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stateset_lightning.cli.generate import Arguments
+from stateset_lightning.cli.generate import Arguments, add_loading_options, loading_options
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.files import atomic_folder
 
 if TYPE_CHECKING:
     from stateset_lightning.cli.trained import TrainedModel
+    from stateset_lightning.policy import LoadingOptions
 
 _log = logging.getLogger("stateset_lightning")
 
@@ -80,13 +81,28 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--config", help="the run's resolved config; by default the one in the run's folder")
     parser.add_argument("--merge", action="store_true", help="add the run's adapter into the model, for a whole one")
     parser.add_argument("--overwrite", action="store_true", help="take the place of a folder that is there")
+    add_loading_options(parser)
     options = parser.parse_args(words)
-    export(options.ckpt, options.out, config=options.config, overwrite=options.overwrite, merge=options.merge)
+    loading = loading_options(options)
+    export(
+        options.ckpt,
+        options.out,
+        config=options.config,
+        overwrite=options.overwrite,
+        merge=options.merge,
+        loading=loading,
+    )
     print(f"exported: {options.out}")
 
 
 def export(
-    source: str, out: str | Path, *, config: str | None = None, overwrite: bool = False, merge: bool = False
+    source: str,
+    out: str | Path,
+    *,
+    config: str | None = None,
+    overwrite: bool = False,
+    merge: bool = False,
+    loading: LoadingOptions | None = None,
 ) -> None:
     """Writes model (safetensors), tokenizer, generation config and model card to `out`, which is whole or absent.
 
@@ -98,6 +114,7 @@ def export(
         config: The run's resolved config; by default the one in the run's folder.
         overwrite: Whether `out` may replace a folder with files in it.
         merge: Add the adapter into the model.
+        loading: What only the user decides; a checkpoint's own are not used.
 
     Raises:
         CheckpointError: If the checkpoint is damaged.
@@ -105,9 +122,10 @@ def export(
     """
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
         from stateset_lightning.cli.trained import load_trained
+        from stateset_lightning.policy import LoadingOptions
         from stateset_lightning.policy.lora import is_adapted, write_adapter
 
-        trained = load_trained(source, config)
+        trained = load_trained(source, config, loading or LoadingOptions())
         _set_generation(trained)
         if merge:
             _merge(trained)

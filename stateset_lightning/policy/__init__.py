@@ -1,6 +1,6 @@
 """The model: loading, adapters, packed shared-prefix scoring, chunked log-probabilities, learning-rate schedules."""
 
-from stateset_lightning.policy.config import LoRAConfig, PolicyConfig
+from stateset_lightning.policy.config import LoadingOptions, LoRAConfig, PolicyConfig
 from stateset_lightning.policy.loading import (
     context_length,
     end_of_sequence_ids,
@@ -16,6 +16,7 @@ __all__ = [
     "AdapterReference",
     "Group",
     "LoRAConfig",
+    "LoadingOptions",
     "Policy",
     "PolicyConfig",
     "context_length",
