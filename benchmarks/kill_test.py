@@ -41,18 +41,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from stateset_lightning import (
-    GRPOLightningModule,
-    RewardFunction,
-    RolloutConfig,
-    ScenarioDataModule,
-    checkpoint_io,
-    files,
-)
+from stateset_lightning import GRPOLightningModule, RewardFunction, RolloutConfig, ScenarioDataModule, files
 from stateset_lightning.algorithm import GRPO, KL
 from stateset_lightning.callbacks import SampleWriter
 from stateset_lightning.data.order import Curriculum
 from stateset_lightning.policy import LoRAConfig, PolicyConfig, load_model
+from stateset_lightning.run import checkpoint_io
 from stateset_lightning.run.checkpoint import continue_run
 from stateset_lightning.run.checkpoint_io import read_checkpoint
 from stateset_lightning.training.fsdp import FSDP2Strategy

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from vllm_stub import running
 
-from stateset_lightning import run_checks
 from stateset_lightning.cli.main import main
+from stateset_lightning.training import checks as run_checks
 
 REWARDS = """
 from stateset_lightning import RewardFunction

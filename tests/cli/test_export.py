@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from stateset_lightning import export as export_module
+from stateset_lightning.cli import export as export_module
 from stateset_lightning.cli.export import export
 from stateset_lightning.cli.main import main
 from stateset_lightning.cli.trained import load_trained

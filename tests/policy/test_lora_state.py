@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from policy.test_adapters import IDS, adapted, logits, move
+from policy.test_lora import IDS, adapted, logits, move
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import LoRAConfig, Policy, PolicyConfig, load_model, save_adapter

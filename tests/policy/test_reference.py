@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from policy.test_adapters import move
+from policy.test_lora import move
 from policy.test_policy import GROUPS
 
 from stateset_lightning.policy import AdapterReference, LoRAConfig, Policy, PolicyConfig, load_model, make_reference

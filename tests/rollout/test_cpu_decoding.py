@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, MistralConfig
 
 from stateset_lightning.policy import LoRAConfig, Policy, PolicyConfig, load_model
 from stateset_lightning.policy.lora import merged_adapter
-from stateset_lightning.rollout import InProcessEngine, RolloutConfig, lean_decoder
+from stateset_lightning.rollout import InProcessEngine, RolloutConfig, cpu_decoding
 from stateset_lightning.rollout.cpu_decoding import MAX_ROWS, fast_linears, is_supported, make_lean_decoder
 from stateset_lightning.rollout.running_batch import RunningBatch, SharingBatch
 
@@ -175,7 +175,7 @@ def test_the_engine_decodes_with_it_and_probes_once(
 ) -> None:
     policy, engine = Policy(make_model("qwen2"), PolicyConfig("tiny")), InProcessEngine(tiny_tokenizer)
     assert forwards(policy, engine, 3) == [3, 1, 1]  # the prefill, and two of the probe
-    monkeypatch.setattr(lean_decoder, "MODEL_TYPES", ())
+    monkeypatch.setattr(cpu_decoding, "MODEL_TYPES", ())
     assert min(forwards(policy, engine, 2)) > 5
 
 

@@ -19,7 +19,7 @@ from vllm_stub import Running, running
 from stateset_lightning.errors import ConfigError, SamplingError, ServerError
 from stateset_lightning.policy import LoRAConfig, Policy, PolicyConfig, load_model, load_tokenizer
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig, VLLMEngine, vllm_weights
-from stateset_lightning.rollout import vllm_server as vllm_server_module
+from stateset_lightning.rollout import vllm_client as vllm_client_module
 from stateset_lightning.rollout.vllm_client import ServerLost, VLLMServer
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
@@ -30,7 +30,7 @@ TOKENIZER = load_tokenizer(PolicyConfig("tiny"))
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_server_module, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(vllm_client_module, "FIRST_PAUSE", 0.02)
 
 
 @pytest.fixture

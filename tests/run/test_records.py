@@ -10,10 +10,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from module_runs import fit, make_data, make_module, weights
 
-from stateset_lightning import RewardFunction, records
+from stateset_lightning import RewardFunction
 from stateset_lightning.algorithm import Clipped, DrGRPO
 from stateset_lightning.errors import NonFiniteError
 from stateset_lightning.policy import Policy, PolicyConfig
+from stateset_lightning.run import records
 from stateset_lightning.run.records import (
     is_bad,
     logprobs_now,

@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from stateset_lightning import run_checks
 from stateset_lightning.errors import ConfigError, NonFiniteError, SamplingError
+from stateset_lightning.training import checks as run_checks
 from stateset_lightning.training.checks import (
     check_checkpoint,
     check_clipping,

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_episode import make_rollout, make_scores, on_ranks
+from training.test_episode import make_rollout, make_scores, on_ranks
 
 from stateset_lightning.algorithm import KL, Clipped, TokenBatch
 from stateset_lightning.ranks import Ranks

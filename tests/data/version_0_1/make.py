@@ -21,7 +21,7 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stateset_lightning.cli.main import main
+from stateset_lightning.cli import main
 from stateset_lightning.policy import PolicyConfig, load_tokenizer
 
 ROWS = [
