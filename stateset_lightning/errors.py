@@ -3,9 +3,11 @@
 The command line prints them in a line or two, without a traceback. Our own mistakes are `assert`s and keep theirs.
 """
 
+import functools
 import importlib.util
+import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -50,7 +52,9 @@ class CheckpointError(ConfigError):
     """A checkpoint is damaged, or is none of this package."""
 
 
-# MERGED: The bounds that signatures state (`Annotated[int, Ge(1)]`), held from Python too and not only on the command line.
+# Bounds -----------------------------------------------------------------------------------------------------------------
+
+C = TypeVar("C")
 
 _CHECKS: dict[type, tuple[str, str]] = {
     Ge: ("ge", "at least"),
@@ -60,13 +64,40 @@ _CHECKS: dict[type, tuple[str, str]] = {
 }
 
 
+def bounded(prefix: str) -> Callable[[type[C]], type[C]]:
+    """Class decorator: the arguments of `__init__` are held against the bounds that its signature states.
+
+    The command line holds them by itself; this is for Python. Each class of a hierarchy is decorated by itself, for the
+    arguments that it names itself.
+
+    Args:
+        prefix: Of the config's key, such as `model.rollout`.
+
+    Raises:
+        ConfigError: When an object is made, naming the first argument out of bounds, as `prefix.name=value`.
+    """
+
+    def decorate(cls: type[C]) -> type[C]:
+        initialise, signature = cls.__init__, inspect.signature(cls.__init__)
+
+        @functools.wraps(initialise)
+        def checked(self: C, *args: Any, **kwargs: Any) -> None:
+            check_bounds(prefix, initialise, signature.bind(self, *args, **kwargs).arguments)
+            initialise(self, *args, **kwargs)
+
+        cls.__init__ = checked  # type: ignore[method-assign, assignment]
+        return cls
+
+    return decorate
+
+
 def check_bounds(prefix: str, signature: Callable[..., Any], values: Mapping[str, Any]) -> None:
     """Holds each value against the bounds of its parameter or field.
 
     Raises:
         ConfigError: Naming the first value out of bounds, as `prefix.name=value`.
     """
-    for name, hint in get_type_hints(signature, include_extras=True).items():
+    for name, hint in _hints(signature).items():
         if (value := values.get(name)) is not None:
             for bound in _bounds(hint):
                 attribute, words = _CHECKS[type(bound)]
@@ -78,6 +109,11 @@ def check_bounds(prefix: str, signature: Callable[..., Any], values: Mapping[str
                     raise ConfigError(f"{prefix}.{name}={value} must be {words} {limit}")
 
 
+@functools.cache
+def _hints(signature: Callable[..., Any]) -> dict[str, Any]:
+    return get_type_hints(signature, include_extras=True)
+
+
 def _bounds(hint: Any) -> list[Any]:
     """Bounds of a hint and, for `Annotated[...] | None`, of its members."""
     own = [item for item in getattr(hint, "__metadata__", ()) if type(item) in _CHECKS]
@@ -85,7 +121,7 @@ def _bounds(hint: Any) -> list[Any]:
     return own + members
 
 
-# MERGED: Optional libraries, asked for where an option needs them.
+# Optional libraries -------------------------------------------------------------------------------------------------------
 
 
 def require(module: str, extra: str, what: str) -> None:

@@ -12,13 +12,14 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from stateset_lightning.algorithm.aggregation import per_token, sequence_means, sequence_sums
-from stateset_lightning.errors import ConfigError, check_bounds
+from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.seeding import uniforms
 from stateset_lightning.types import Metrics, TokenBatch
 
 Estimator = Literal["k1", "k2", "k3", "k3_unbiased"]
 
 
+@bounded("model.algorithm.kl")
 @dataclass(frozen=True)
 class KL:
     """How the divergence from the reference is estimated and used. Its coefficient is the algorithm's `beta`."""
@@ -41,7 +42,6 @@ class KL:
     """
 
     def __post_init__(self) -> None:
-        check_bounds("model.algorithm.kl", type(self), vars(self))
         if (self.estimator, self.place) == ("k1", "loss"):
             raise ConfigError(
                 "model.algorithm.kl.estimator='k1' in the loss has a gradient of zero in expectation and pulls nowhere:"
@@ -107,6 +107,7 @@ def adapted_coefficient(coefficient: float, kl: float, config: KL) -> float:
 #
 
 
+@bounded("model.algorithm.adaptive_entropy")
 @dataclass(frozen=True)
 class AdaptiveEntropy:
     """Keeps the entropy from falling below a target (Skywork-OR1, arXiv:2505.22312).
@@ -123,9 +124,6 @@ class AdaptiveEntropy:
     """Change of the coefficient per optimizer step."""
     maximum: Annotated[float, Ge(0)] = 1.0
     """The coefficient never exceeds this."""
-
-    def __post_init__(self) -> None:
-        check_bounds("model.algorithm.adaptive_entropy", type(self), vars(self))
 
     def adapted(self, coefficient: float, entropy: float) -> float:
         """The next coefficient, given the entropy of the step that just ended."""
@@ -150,6 +148,7 @@ _BOUNDS = {
 }
 
 
+@bounded("model.algorithm.mismatch")
 @dataclass(frozen=True)
 class Mismatch:
     """Which correction, and its bounds.
@@ -172,7 +171,6 @@ class Mismatch:
     """Upper bound; None for the kind's own."""
 
     def __post_init__(self) -> None:
-        check_bounds("model.algorithm.mismatch", type(self), vars(self))
         if self.low is not None and _BOUNDS[self.kind][0] == 0:
             raise ConfigError(
                 f"model.algorithm.mismatch.low={self.low} has no effect on kind={self.kind!r}, which truncates from"

@@ -57,7 +57,11 @@ class TrainedModel:
         return PromptEncoder(tokenizer=self.tokenizer, **options)
 
 
-def load_trained(source: str, config: str | None = None, loading: LoadingOptions = LoadingOptions()) -> TrainedModel:
+def load_trained(
+    source: str,
+    config: str | None = None,
+    loading: LoadingOptions = LoadingOptions(),  # noqa: B008 (frozen)
+) -> TrainedModel:
     """Loads what a run has trained, or any model.
 
     Args:

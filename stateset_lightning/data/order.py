@@ -12,7 +12,7 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
-from stateset_lightning.errors import ConfigError, check_bounds
+from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.seeding import derive_seed, permutation
 
 
@@ -119,6 +119,7 @@ SOLVED_TOLERANCE = 1e-9
 """A sum of reward weights such as ten times 0.1 falls short of `solved_at` by float error."""
 
 
+@bounded("data.curriculum")
 @dataclass(frozen=True)
 class Curriculum:
     """Prompts are drawn in proportion to floor + (1 - floor) * 4 p (1 - p), p the running share of a prompt's
@@ -137,7 +138,6 @@ class Curriculum:
     """Total reward from which on a completion counts as solved."""
 
     def __post_init__(self) -> None:
-        check_bounds("data.curriculum", type(self), vars(self))
         if not math.isfinite(self.solved_at):
             raise ConfigError(
                 f"data.curriculum.solved_at={self.solved_at} must be a number: the total reward of a solved completion"

@@ -9,10 +9,11 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt, Le
 
-from stateset_lightning.errors import ConfigError, check_bounds
+from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.rollout import RolloutConfig
 
 
+@bounded("model.evaluation")
 @dataclass(frozen=True)
 class EvaluationConfig:
     """How `validate`, `test` and the validations of `fit` evaluate: one greedy completion per prompt, and samples if
@@ -37,7 +38,6 @@ class EvaluationConfig:
     """
 
     def __post_init__(self) -> None:
-        check_bounds("model.evaluation", type(self), vars(self))
         if not math.isfinite(self.solved_at):
             raise ConfigError(f"model.evaluation.solved_at={self.solved_at} must be a finite score")
         try:

@@ -13,13 +13,14 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
-from stateset_lightning.errors import CheckpointError, check_bounds
+from stateset_lightning.errors import CheckpointError, bounded
 
 _log = logging.getLogger("stateset_lightning")
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
+@bounded("model.policy.lora")
 @dataclass(frozen=True)
 class LoRAConfig:
     """A low-rank adapter (LoRA, arXiv:2106.09685): it is trained, the model under it is not. Needs the extra `lora`."""
@@ -36,9 +37,6 @@ class LoRAConfig:
     """Of the adapter's input, in training alone."""
     peft_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of `peft.LoraConfig`, such as `use_rslora` or `rank_pattern`."""
-
-    def __post_init__(self) -> None:
-        check_bounds("model.policy.lora", type(self), vars(self))
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,7 @@ FROM_CHECKPOINT = (
 """
 
 
+@bounded("model.policy")
 @dataclass(frozen=True)
 class PolicyConfig:
     """The policy: any causal language model that transformers loads."""
@@ -108,7 +107,6 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         if isinstance(self.lora, Mapping):
             object.__setattr__(self, "lora", LoRAConfig(**self.lora))
-        check_bounds("model.policy", type(self), vars(self))
 
     @property
     def has_dropout(self) -> bool:

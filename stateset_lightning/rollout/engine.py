@@ -9,11 +9,12 @@ import torch
 from annotated_types import Ge, Gt, Le
 from transformers import PreTrainedTokenizerBase
 
-from stateset_lightning.errors import ConfigError, check_bounds
+from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.policy import Policy
 from stateset_lightning.types import FinishReason, Metrics, Rollout
 
 
+@bounded("model.rollout")
 @dataclass(frozen=True)
 class RolloutConfig:
     """Sampling of a group of completions for each prompt."""
@@ -48,7 +49,6 @@ class RolloutConfig:
     """
 
     def __post_init__(self) -> None:
-        check_bounds("model.rollout", type(self), vars(self))
         if self.sampling_ahead and self.dynamic_sampling:
             raise ConfigError(
                 "model.rollout.sampling_ahead=1 has an episode's samples drawn before their rewards are asked for, and"

@@ -9,9 +9,10 @@ from annotated_types import Ge, Le
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from stateset_lightning.errors import ConfigError, check_bounds
+from stateset_lightning.errors import ConfigError, bounded
 
 
+@bounded("model.lr_scheduler")
 @dataclass(frozen=True)
 class Schedule:
     """Warm-up, then a decay to `final_factor` times the learning rate at the run's last optimizer step."""
@@ -26,9 +27,6 @@ class Schedule:
     """Horizon in optimizer steps. None: that of the run (`trainer.max_steps`, or `max_epochs` times an epoch's
     steps).
     """
-
-    def __post_init__(self) -> None:
-        check_bounds("model.lr_scheduler", type(self), vars(self))
 
     def factor(self, step: int, total_steps: int | None) -> float:
         """What the learning rate is multiplied by before optimizer step `step` (from 0)."""
