@@ -1,6 +1,6 @@
-"""usage: stateset-lightning {fit,validate,test,predict} --config FILE [--config OVERLAY] [--KEY VALUE] ...
+"""stateset-lightning: GRPO for single-turn language tasks.
 
-GRPO for single-turn language tasks.
+usage: stateset-lightning {fit,validate,test,predict} --config FILE [--config OVERLAY] [--KEY VALUE] ...
 
   fit        train, and validate on the way
   validate   greedy answers to data.validation, scored
