@@ -162,8 +162,8 @@ def _json(value: Any) -> Any:
     return value if isinstance(value, str | int | bool | None) else str(value)
 
 
-# MERGED: Optimizer steps that are skipped because loss or gradient is not finite: what they would have trained is written
-# down.
+# MERGED: Optimizer steps that are skipped because loss or gradient is not finite: what they would have trained is
+# written down.
 #
 
 
