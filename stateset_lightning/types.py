@@ -143,22 +143,37 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """N = P * G completions. The end-of-sequence token is among the tokens, not in the text.
+    """N = P * G completions, packed. The end-of-sequence token is among the tokens, but not in the text.
 
-    `logprobs_T` are those of the sampled tokens: log-softmax of the logits divided by the temperature, before top-k,
-    top-p and min-p.
+    Args:
+        prompt_tokens: Of the P prompts.
+        completion_tokens_T: int64; the tokens of all completions, one completion behind the other.
+        lengths_N: int64; tokens of each completion, sampled or not. Their sum is T.
+        logprobs_T: float32, nats: log-softmax of the logits divided by the temperature, before top-k, top-p and min-p.
+            Of no meaning where `sampled_T` is False.
+        sampled_T: bool; True where the model sampled the token, False where an environment wrote it. Only sampled
+            tokens are trained on.
+        finish_reasons: Why each completion ended.
+        texts: Of the completions, decoded without special tokens.
     """
 
     prompt_tokens: list[list[int]]
     completion_tokens_T: Tensor
     lengths_N: Tensor
     logprobs_T: Tensor
+    sampled_T: Tensor
     finish_reasons: list[FinishReason]
     texts: list[str]
 
     @property
     def num_generations(self) -> int:
         return len(self.texts) // len(self.prompt_tokens)
+
+    @property
+    def sampled_lengths_N(self) -> Tensor:
+        """How many tokens of each completion the model sampled, int64."""
+        parts = self.sampled_T.split(self.lengths_N.tolist())
+        return self.lengths_N.new_tensor([int(part.sum()) for part in parts])
 
     def completions(self) -> list[list[int]]:
         """The tokens of each completion, as lists."""

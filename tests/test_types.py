@@ -71,10 +71,13 @@ def test_a_rollout_splits_its_tokens() -> None:
         torch.tensor([5, 6, 7, 8, 9]),
         torch.tensor([2, 0, 1, 2]),
         torch.zeros(5),
+        torch.tensor([True, False, True, True, True]),
         [FinishReason.STOP] * 4,
         [""] * 4,
     )
     assert rollout.completions() == [[5, 6], [], [7], [8, 9]]
+    assert rollout.sampled_lengths_N.tolist() == [1, 0, 1, 2]
+    assert rollout.sampled_lengths_N.dtype == torch.int64
     assert rollout.num_generations == 2
 
 

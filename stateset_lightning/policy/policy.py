@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,13 @@ from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import packed_attention
 from stateset_lightning.policy.config import PolicyConfig
 from stateset_lightning.policy.head import HeadOptions, token_logprobs
-from stateset_lightning.policy.lora import is_adapted
+from stateset_lightning.policy.loading import context_length, end_of_sequence_ids
+from stateset_lightning.policy.lora import is_adapted, merged_adapter
 from stateset_lightning.policy.lora_state import AdapterState, save_adapter_alone
 from stateset_lightning.policy.recomputed_layers import use_lean_layers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +81,24 @@ class Policy(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens, prompt and completion together, that the model has positions for; None if it does not say."""
+        return context_length(self.model)
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training uses dropout; sampling and scoring without gradient never do."""
+        return self.config.has_dropout
+
+    def end_of_sequence_ids(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+        """All tokens that end a completion: the tokenizer's and those of the model's generation config."""
+        return end_of_sequence_ids(self.model, tokenizer)
+
+    def merged_adapter(self) -> AbstractContextManager[None]:
+        """A context in which the adapter, if there is one, is added into copies of the matrices under it."""
+        return nullcontext() if self.adapter is None else merged_adapter(self.model)
 
     def score(self, groups: Sequence[Group], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies (nats, float32 [T]) of all completion tokens, in order; differentiable.

@@ -101,6 +101,7 @@ def _rollout(mine: Rollout, other: Rollout, prompts: Mapping[int, int], completi
         completion_tokens_T=packed(mine.completion_tokens_T, other.completion_tokens_T),
         lengths_N=torch.stack(_merged(list(mine.lengths_N), list(other.lengths_N), completions)),
         logprobs_T=packed(mine.logprobs_T, other.logprobs_T),
+        sampled_T=packed(mine.sampled_T, other.sampled_T),
         finish_reasons=_merged(mine.finish_reasons, other.finish_reasons, completions),
         texts=_merged(mine.texts, other.texts, completions),
     )

@@ -513,6 +513,7 @@ def test_a_rollout_splits_into_completions(make_engine: Callable[..., InProcessE
     assert [len(tokens) for tokens in rollout.completions()] == rollout.lengths_N.tolist()
     assert [token for tokens in rollout.completions() for token in tokens] == rollout.completion_tokens_T.tolist()
     assert rollout.logprobs_T.dtype == torch.float32
+    assert rollout.sampled_T.tolist() == [True] * len(rollout.completion_tokens_T)
 
 
 def test_a_sliding_window_under_sdpa_hides_old_tokens(

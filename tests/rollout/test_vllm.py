@@ -93,6 +93,7 @@ def test_a_rollout_is_what_the_in_process_engine_gives(server: Running, sampling
         PROMPTS,
     )
     assert rollout.lengths_N.tolist() == wanted.lengths_N.tolist()
+    assert rollout.sampled_T.tolist() == [True] * len(rollout.completion_tokens_T)
     # a row alone, and among others
     torch.testing.assert_close(rollout.logprobs_T, wanted.logprobs_T, atol=1e-4, rtol=0)
     assert finished == {

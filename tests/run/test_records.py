@@ -176,6 +176,7 @@ def make(values, totals, failures=(), advantages=None):
         completion_tokens_T=torch.tensor([1, 2, 3, 4, 5]),
         lengths_N=torch.tensor([1, 2, 1, 1]),
         logprobs_T=torch.zeros(5),
+        sampled_T=torch.ones(5, dtype=torch.bool),
         finish_reasons=[FinishReason.STOP, FinishReason.LENGTH, FinishReason.STOP, FinishReason.STOP],
         texts=["A", "B", "C", "D"],
     )

@@ -65,6 +65,7 @@ def make_rollout(lengths: list[int], num_prompts: int, truncated: tuple[int, ...
         completion_tokens_T=torch.tensor(tokens, dtype=torch.long),
         lengths_N=torch.tensor(lengths),
         logprobs_T=-torch.tensor(tokens, dtype=torch.float32) / 1000,
+        sampled_T=torch.ones(len(tokens), dtype=torch.bool),
         finish_reasons=[FinishReason.LENGTH if n in truncated else FinishReason.STOP for n in range(len(lengths))],
         texts=[""] * len(lengths),
     )

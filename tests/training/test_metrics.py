@@ -101,6 +101,7 @@ def test_an_episodes_metrics_by_hand() -> None:
         torch.zeros(10, dtype=torch.long),
         torch.tensor([1, 2, 3, 4]),
         torch.zeros(10),
+        torch.ones(10, dtype=torch.bool),
         [FinishReason.STOP, FinishReason.LENGTH, FinishReason.LENGTH, FinishReason.LENGTH],
         [""] * 4,
     )
@@ -124,7 +125,13 @@ def test_an_episodes_metrics_by_hand() -> None:
 def test_an_episode_whose_rewards_all_failed_has_no_reward() -> None:
     totals_N = torch.full((2,), NAN, dtype=torch.float64)
     rollout = Rollout(
-        [[1]], torch.zeros(2, dtype=torch.long), torch.tensor([1, 1]), torch.zeros(2), [FinishReason.STOP] * 2, [""] * 2
+        [[1]],
+        torch.zeros(2, dtype=torch.long),
+        torch.tensor([1, 1]),
+        torch.zeros(2),
+        torch.ones(2, dtype=torch.bool),
+        [FinishReason.STOP] * 2,
+        [""] * 2,
     )
     sums = SumCounts()
     sums.add(episode_metrics(rollout, Scores(("right",), totals_N[:, None], totals_N), totals_N))

@@ -29,6 +29,7 @@ def make(rows: list[int], groups: list[list[float]], first_position: int = 0) ->
             completion_tokens_T=torch.tensor(tokens),
             lengths_N=torch.tensor([g + 1 for _, g in names]),
             logprobs_T=-torch.tensor(tokens, dtype=torch.float32),
+            sampled_T=torch.tensor([(row + g) % 2 == 0 for row, g in names for _ in range(g + 1)]),
             finish_reasons=[FinishReason.LENGTH if g else FinishReason.STOP for _, g in names],
             texts=[f"{row}.{g}" for row, g in names],
         ),
@@ -59,7 +60,7 @@ def test_groups_are_replaced_with_all_that_belongs_to_them() -> None:
     assert (merged.batch.rows, merged.batch.prompt_tokens) == ([7, 1, 8], [[7], [1], [8]])
     assert [scenario.id for scenario in merged.batch.scenarios] == ["7", "1", "8"]
     assert (merged.batch.episode_index, merged.batch.num_micro_steps) == (4, 1)
-    for name in ("completion_tokens_T", "lengths_N", "logprobs_T"):
+    for name in ("completion_tokens_T", "lengths_N", "logprobs_T", "sampled_T"):
         assert getattr(merged.rollout, name).tolist() == getattr(wanted.rollout, name).tolist()
     assert merged.rollout.texts == wanted.rollout.texts
     assert merged.rollout.finish_reasons == wanted.rollout.finish_reasons
