@@ -10,7 +10,7 @@ from annotated_types import Ge, Lt
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader
+from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader, Prompts
 from stateset_lightning.data.order import Curriculum, EpochOrder, SolveRates
 from stateset_lightning.data.prompts import EncodedPrompts, PromptEncoder
 from stateset_lightning.data.ragged import PackedTokens
@@ -173,8 +173,7 @@ class ScenarioDataModule(LightningDataModule):
                 " one out"
             )
         loader = EpisodeLoader(
-            scenarios.scenarios,
-            tokens,
+            Prompts(scenarios.scenarios, tokens, self.system_prompt),
             order,
             batch_size=self.batch_size,
             num_iterations=self.num_iterations,
@@ -350,9 +349,8 @@ class ScenarioDataModule(LightningDataModule):
                 f"data.{split} has {len(scenarios)} scenarios for {world_size} devices; give at least one for each"
                 " device"
             )
-        return EvaluationLoader(
-            scenarios.scenarios, tokens, split, batch_size=self.eval_batch_size, rank=rank, world_size=world_size
-        )
+        prompts = Prompts(scenarios.scenarios, tokens, self.system_prompt)
+        return EvaluationLoader(prompts, split, batch_size=self.eval_batch_size, rank=rank, world_size=world_size)
 
     def _limit(self) -> int | None:
         """Training batches that the trainer takes per epoch, if it says so; `overfit_batches` sets this too."""

@@ -87,8 +87,8 @@ def test_a_finish_reason_is_its_name() -> None:
 
 
 def test_a_prompt_batch_counts_its_prompts() -> None:
-    batch = PromptBatch(
-        [[1], [2]], [Scenario(id="1", prompt="a"), Scenario(id="2", prompt="b")], [4, 6], episode_index=3
-    )
+    scenarios = [Scenario(id="1", prompt="a"), Scenario(id="2", prompt="b")]
+    batch = PromptBatch([[1], [2]], [scenario.turns() for scenario in scenarios], scenarios, [4, 6], episode_index=3)
     assert len(batch) == 2
+    assert batch.conversations == [[Turn("user", "a")], [Turn("user", "b")]]
     assert (batch.micro_step, batch.num_micro_steps, batch.steps_per_episode, batch.split) == (0, 1, 1, "train")

@@ -5,6 +5,7 @@ nothing for worker processes to do, and Lightning would rebuild a `DataLoader` w
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +14,40 @@ from stateset_lightning.data.order import EpochOrder, SolveRates
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.seeding import derive_seed, uniforms
 from stateset_lightning.types import PromptBatch, Scenario
+
+Split = Literal["train", "validation", "test", "predict"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """The prompts of a split that are served, on every rank.
+
+    Args:
+        scenarios: The scenarios.
+        tokens: Prompt tokens of each scenario.
+        system_prompt: Stands before each scenario's own context in the system turn.
+    """
+
+    scenarios: Sequence[Scenario]
+    tokens: Sequence[list[int]]
+    system_prompt: str | None = None
+
+    def batch(
+        self, rows: list[int], positions: list[int], split: Split, episode_index: int = 0, **steps: int
+    ) -> PromptBatch:
+        """The prompts at `rows`; `steps` are the arguments of `PromptBatch` that count micro-steps."""
+        scenarios = [self.scenarios[row] for row in rows]
+        return PromptBatch(
+            prompt_tokens=[self.tokens[row] for row in rows],
+            conversations=[scenario.turns(self.system_prompt) for scenario in scenarios],
+            scenarios=scenarios,
+            positions=positions,
+            episode_index=episode_index,
+            split=split,
+            rows=rows,
+            **steps,
+        )
+
 
 _DESCRIPTIONS = {
     "scenarios": "the number of scenarios in data.train",
@@ -36,8 +71,7 @@ class EpisodeLoader:
     batch on resume.
 
     Args:
-        scenarios: All training scenarios, on every rank.
-        prompt_tokens: Their prompts.
+        prompts: All training prompts, on every rank.
         order: Where each one stands in an epoch.
         batch_size: Prompts per episode and rank.
         num_iterations: Passes over an episode.
@@ -54,8 +88,7 @@ class EpisodeLoader:
 
     def __init__(
         self,
-        scenarios: Sequence[Scenario],
-        prompt_tokens: Sequence[list[int]],
+        prompts: Prompts,
         order: EpochOrder,
         *,
         batch_size: int,
@@ -68,9 +101,8 @@ class EpisodeLoader:
         solve_rates: SolveRates | None = None,
         fingerprint: Mapping[str, int | bool | str] | None = None,
     ) -> None:
-        assert len(scenarios) == len(prompt_tokens) == order.size > 0
-        self._scenarios = scenarios
-        self._prompt_tokens = prompt_tokens
+        assert len(prompts.scenarios) == len(prompts.tokens) == order.size > 0
+        self._prompts = prompts
         self._order = order
         self._batch_size = batch_size
         self._rank = rank
@@ -155,16 +187,14 @@ class EpisodeLoader:
     def _make_batch(
         self, rows: list[int], positions: list[int], episode_index: int, micro_step: int = 0
     ) -> PromptBatch:
-        return PromptBatch(
-            prompt_tokens=[self._prompt_tokens[row] for row in rows],
-            scenarios=[self._scenarios[row] for row in rows],
-            positions=positions,
-            episode_index=episode_index,
+        return self._prompts.batch(
+            rows,
+            positions,
+            "train",
+            episode_index,
             micro_step=micro_step,
             num_micro_steps=self.num_micro_steps,
             steps_per_episode=self.steps_per_episode,
-            split="train",
-            rows=rows,
         )
 
     def replacements(self, batch: PromptBatch, slots: Sequence[int], round_number: int) -> PromptBatch:
@@ -242,8 +272,7 @@ class EvaluationLoader:
     """Serves every scenario of a split once, without filling up: rank r gets every `world_size`-th, from r on.
 
     Args:
-        scenarios: All scenarios of the split, on every rank.
-        prompt_tokens: Their prompts.
+        prompts: All prompts of the split, on every rank.
         split: Which split they are.
         batch_size: Prompts per batch and rank.
         rank: Of this process.
@@ -252,19 +281,17 @@ class EvaluationLoader:
 
     def __init__(
         self,
-        scenarios: Sequence[Scenario],
-        prompt_tokens: Sequence[list[int]],
-        split: Literal["validation", "test", "predict"],
+        prompts: Prompts,
+        split: Split,
         *,
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self._scenarios = scenarios
-        self._prompt_tokens = prompt_tokens
+        self._prompts = prompts
         self._split = split
         self._batch_size = batch_size
-        self._rows = range(rank, len(scenarios), world_size)
+        self._rows = range(rank, len(prompts.scenarios), world_size)
 
     def __len__(self) -> int:
         return -(-len(self._rows) // self._batch_size)
@@ -272,10 +299,4 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[PromptBatch]:
         for start in range(0, len(self._rows), self._batch_size):
             rows = list(self._rows[start : start + self._batch_size])
-            yield PromptBatch(
-                prompt_tokens=[self._prompt_tokens[row] for row in rows],
-                scenarios=[self._scenarios[row] for row in rows],
-                positions=rows,
-                episode_index=0,
-                split=self._split,
-            )
+            yield self._prompts.batch(rows, rows, self._split)

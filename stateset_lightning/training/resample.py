@@ -79,6 +79,7 @@ def _batch(mine: PromptBatch, other: PromptBatch, prompts: Mapping[int, int]) ->
     assert other.rows is not None
     return PromptBatch(
         prompt_tokens=_merged(mine.prompt_tokens, other.prompt_tokens, prompts),
+        conversations=_merged(mine.conversations, other.conversations, prompts),
         scenarios=_merged(mine.scenarios, other.scenarios, prompts),
         positions=mine.positions,
         episode_index=mine.episode_index,
