@@ -386,8 +386,8 @@ def main() -> int:
         attempt(killed, settings, None)
         different = differences(end_state(killed), end_state(straight))
     print(
-        f"{args.precision}, {args.ranks} rank(s), {settings.steps} optimizer steps ({one_run:.0f} s), {places.total()} kills: "
-        + ", ".join(f"{count} {place}" for place, count in sorted(places.items()))
+        f"{args.precision}, {args.ranks} rank(s), {settings.steps} optimizer steps ({one_run:.0f} s), "
+        f"{places.total()} kills: " + ", ".join(f"{count} {place}" for place, count in sorted(places.items()))
     )
     print(
         f"{time.perf_counter() - start:.0f} s in all; "

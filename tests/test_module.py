@@ -81,7 +81,8 @@ devices = int(sys.argv[1])
 module = make_module(algorithm=DAPO(), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
 data = make_data(batch_size=8 // devices, steps_per_episode=2, num_iterations=2)
 fit(Path({folder!r}), module, data,
-    callbacks=[Recorder()], devices=devices, strategy="ddp" if devices > 1 else "auto", max_steps=3, gradient_clip_val=1.0)
+    callbacks=[Recorder()], devices=devices, strategy="ddp" if devices > 1 else "auto", max_steps=3,
+    gradient_clip_val=1.0)
 """
 
 

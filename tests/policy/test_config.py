@@ -70,7 +70,10 @@ def test_what_chooses_code_never_comes_from_a_checkpoint(caplog: pytest.LogCaptu
             "the run's model.policy.trust_remote_code is not taken from a checkpoint: give --trust_remote_code where"
             " you trust it"
         ),
-        """the run's model.policy.model_kwargs is not taken from a checkpoint: give --model_kwargs '{"a": [1]}' where you trust it""",
+        (
+            "the run's model.policy.model_kwargs is not taken from a checkpoint: give --model_kwargs"
+            """ '{"a": [1]}' where you trust it"""
+        ),
     ]
     caplog.clear()
     given = LoadingOptions(revision="v3", attn_implementation="sdpa", trust_remote_code=True, model_kwargs={"b": 1})
