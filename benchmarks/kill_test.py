@@ -47,9 +47,9 @@ from stateset_lightning.callbacks import SampleWriter
 from stateset_lightning.data.order import Curriculum
 from stateset_lightning.policy import LoRAConfig, PolicyConfig, load_model
 from stateset_lightning.run import checkpoint_io
-from stateset_lightning.run.checkpoint import continue_run
 from stateset_lightning.run.checkpoint_io import read_checkpoint
-from stateset_lightning.training.fsdp import FSDP2Strategy
+from stateset_lightning.run.find_checkpoint import continue_run
+from stateset_lightning.run.fsdp_strategy import FSDP2Strategy
 from stateset_lightning.training.schedule import Schedule
 
 PLACES = (

@@ -47,6 +47,7 @@ class Group:
 
     prompt: Sequence[int]
     completions: Sequence[Sequence[int]]
+    sampled: Sequence[Sequence[bool]] | None = None
 
     @property
     def num_completion_tokens(self) -> int:

@@ -237,9 +237,9 @@ def check_bad_steps(in_a_row: int, limit: int, step: int) -> None:
     """
     if in_a_row > limit:
         raise NonFiniteError(
-            f"the gradient was not finite in {in_a_row} optimizer steps in a row (model.max_bad_steps={limit}), the last"
-            f" of them step {step}: lower the learning rate, set trainer.gradient_clip_val, or use bf16-mixed instead of"
-            " 16-mixed"
+            f"the gradient was not finite in {in_a_row} optimizer steps in a row (model.max_bad_steps={limit}), the"
+            f" last of them step {step}: lower the learning rate, set trainer.gradient_clip_val, or use bf16-mixed"
+            " instead of 16-mixed"
         )
 
 

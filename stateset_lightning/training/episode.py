@@ -224,8 +224,8 @@ def make_episode(
     if tokens_over_budget:
         # The same text each time, so that Python shows it once; the metric has the numbers.
         warnings.warn(
-            f"an episode has micro-steps of more than model.max_tokens_per_step={plan.max_tokens_per_step} tokens, however"
-            " they are balanced (metric work/over_budget_tokens): raise data.steps_per_episode and"
+            f"an episode has micro-steps of more than model.max_tokens_per_step={plan.max_tokens_per_step} tokens,"
+            " however they are balanced (metric work/over_budget_tokens): raise data.steps_per_episode and"
             " trainer.accumulate_grad_batches alike",
             stacklevel=2,
         )

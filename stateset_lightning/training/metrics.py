@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from stateset_lightning.policy import Policy
     from stateset_lightning.training.collect import Collection
     from stateset_lightning.training.episode import Episode
+    from stateset_lightning.training.resample import Sample
 
 METRICS: dict[str, str] = {
     # An episode
@@ -159,19 +160,12 @@ def of_episode(collection: Collection, episode: Episode, scores: Scores, policy:
         policy: That is trained.
         ranks: Of the run.
     """
-    rollout, sample = collection.sample.rollout, collection.sample
-    lengths_N = rollout.sampled_lengths_N.double()
-    count = len(lengths_N)
-    trained_N = episode.advantages_N.isfinite()
-    metrics: Metrics = {
-        "train/reward": _mean(sample.scores.totals_N),
-        "completion/mean_tokens": (lengths_N.sum(), count),
-        "completion/truncated": (sum(reason == FinishReason.LENGTH for reason in rollout.finish_reasons), count),
-        "advantage/std": (episode.advantages_N[trained_N].square().sum(), int(trained_N.sum())),
-        **reward_metrics(sample.scores),
-        **group_metrics(sample.totals_PG),
+    sample = collection.sample
+    metrics = {
+        **sample_metrics(sample, episode.advantages_N),
         **work_metrics(episode, policy),
         **collection.engine_metrics,
+        **_times(collection, ranks),
     }
     if scores.names[-1:] == ("kl",):
         metrics["policy/kl_reward"] = _mean(scores.values_NF[:, -1])
@@ -184,7 +178,22 @@ def of_episode(collection: Collection, episode: Episode, scores: Scores, policy:
         )
     for name, number in _counts(collection, episode).items():
         metrics[name] = (number, 1 / ranks.world)  # a sum over ranks, not a mean
-    return metrics | _times(collection, ranks)
+    return metrics
+
+
+def sample_metrics(sample: Sample, advantages_N: Tensor) -> Metrics:
+    """What the completions that are trained on say. Failed rewards enter no mean."""
+    rollout, scores = sample.rollout, sample.scores
+    lengths_N, trained_N = rollout.sampled_lengths_N.double(), advantages_N.isfinite()
+    count = len(lengths_N)
+    return {
+        "train/reward": _mean(scores.totals_N),
+        "completion/mean_tokens": (lengths_N.sum(), count),
+        "completion/truncated": (sum(reason == FinishReason.LENGTH for reason in rollout.finish_reasons), count),
+        "advantage/std": (advantages_N[trained_N].square().sum(), int(trained_N.sum())),
+        **reward_metrics(scores),
+        **group_metrics(sample.totals_PG),
+    }
 
 
 def reward_metrics(scores: Scores, prefix: str = "reward/") -> Metrics:

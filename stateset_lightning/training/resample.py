@@ -32,7 +32,7 @@ class Sample:
 
     @property
     def totals_PG(self) -> Tensor:
-        return self.scores.totals_N.reshape(len(self.batch), -1)
+        return self.scores.totals_N.reshape(-1, self.rollout.num_generations)
 
     def uninformative(self) -> list[int]:
         """Prompts whose completions all have one total reward, or of which fewer than two have any."""
