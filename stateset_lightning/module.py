@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Gt, Le
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -31,12 +30,9 @@ from stateset_lightning.rewards import Reward, Scorer, as_rewards
 from stateset_lightning.rollout import RemoteEngine, RolloutConfig, RolloutEngine
 from stateset_lightning.run.callbacks import call_episode_hook
 from stateset_lightning.run.checkpoint import RunCheckpoint
-from stateset_lightning.run.checkpoint_io import AtomicCheckpointIO
 from stateset_lightning.run.fsdp_strategy import SUPPORTED_STRATEGIES, FSDP2Strategy
-from stateset_lightning.run.last_checkpoint import LastCheckpoint, keeping_last
-from stateset_lightning.run.metrics_file import install_metrics_files
+from stateset_lightning.run.install import install
 from stateset_lightning.run.records import CompletionRecord, make_records, write_bad_step
-from stateset_lightning.run.step_end import StepEnd
 from stateset_lightning.seeding import run_seed
 from stateset_lightning.training.checks import check_bad_steps, check_strategy, checks_of_run
 from stateset_lightning.training.collect import Sampler, check_scores, ready_engine
@@ -155,10 +151,7 @@ class GRPOLightningModule(LightningModule):
     @property
     def last_records(self) -> list[CompletionRecord]:
         """Completions of the newest episode or evaluation batch of this rank."""
-        if self._newest is None:
-            return []
-        sample, advantages = self._newest
-        return make_records(sample.batch, sample.rollout, sample.scores, advantages)
+        return self._records_of(self._newest)
 
     @property
     def reference(self) -> Policy | AdapterReference | None:
@@ -183,13 +176,7 @@ class GRPOLightningModule(LightningModule):
     # Set-up -----------------------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[Callback]:
-        """Installs our writers of checkpoints and metrics where the user has chosen none; adds what every run needs."""
-        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        install_metrics_files(self.trainer)
-        needed: list[type[Callback]] = [StepEnd, LastCheckpoint] if keeping_last(self.trainer) else [StepEnd]
-        present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
-        return [kind() for kind in needed if kind not in present]
+        return install(self.trainer)
 
     def setup(self, stage: str) -> None:
         self.state.started = None  # an earlier run may have ended inside an optimizer step
@@ -264,13 +251,7 @@ class GRPOLightningModule(LightningModule):
         norm = self._step.check_gradient(optimizer)
         if norm is not None:
             assert self.state.episode is not None
-            made_of = self._sample_of_episode
-            records = (
-                []
-                if made_of is None
-                else make_records(made_of[0].batch, made_of[0].rollout, made_of[0].scores, made_of[1])
-            )
-            step = self.state.step_of_pass
+            records, step = self._records_of(self._sample_of_episode), self.state.step_of_pass
             file = write_bad_step(self.trainer, self.state.episode, step, norm, records, self.tokenizer)
             rank_zero_warn(
                 f"the gradient is not finite ({norm}): optimizer step skipped; see what it would have trained in {file}"
@@ -376,11 +357,18 @@ class GRPOLightningModule(LightningModule):
         return Sampler(self.engine, self.scorer, self.rollout, self.seed, self._ahead, replacements)
 
     @property
-    def _sample_of_episode(self) -> tuple[Sample, list[float]] | None:
+    def _sample_of_episode(self) -> tuple[Sample, list[float] | None] | None:
         """What the episode was made of, with its advantages; None in a run that was resumed inside the episode."""
         if self.state.collection is None or self.state.episode is None:
             return None
         return self.state.collection.sample, self.state.episode.advantages_N.tolist()
+
+    @staticmethod
+    def _records_of(made_of: tuple[Sample, list[float] | None] | None) -> list[CompletionRecord]:
+        if made_of is None:
+            return []
+        sample, advantages = made_of
+        return make_records(sample.batch, sample.rollout, sample.scores, advantages)
 
     @property
     def _ranks(self) -> Ranks:

@@ -16,11 +16,6 @@ from types import ModuleType
 PACKAGE = "stateset_lightning."
 
 STILL_WORKS = {
-    "callbacks.console": "run.progress",
-    "callbacks.episodes": "run.callbacks",
-    "callbacks.reference_sync": "run.callbacks",
-    "callbacks.samples": "run.samples",
-    "callbacks.summary": "run.callbacks",
     "policy.schedule": "training.schedule",
     "sharding": "run.fsdp_strategy",
 }
@@ -52,7 +47,7 @@ _MOVED = """
     micro_steps=training.episode policy.adapter_state=policy.lora_state policy.adapters=policy.lora
     policy.lean_layers=policy.recomputed_layers policy.prefix_attention=policy.packed_attention
     policy.shared_prompts=policy.packed_attention records=run.records report.run_data=cli.report.run_data
-    resumable=run.checkpoint resume=run.checkpoint rewards.embedding=rewards.models rewards.interface=rewards.base
+    resumable=run.checkpoint resume=run.find_checkpoint rewards.embedding=rewards.models rewards.interface=rewards.base
     rewards.reply_cache=rewards.judge rewards.reward_model=rewards.models rollout.config=rollout.engine
     rollout.fast_linear=rollout.cpu_decoding rollout.lean_decoder=rollout.cpu_decoding
     rollout.stopping=rollout.sampling rollout.vllm_server=rollout.vllm_client run_checks=training.checks

@@ -1,8 +1,61 @@
 """Every metric of a run: its name, what it says, and how it is added up over micro-steps and ranks.
 
-A metric is a pair (sum, count): pairs add up over micro-steps and ranks and are divided once. `METRICS` names all that
-is logged; those of a loss are made in `algorithm/`, where the numbers are, those of validation in `evaluation/`, all
-others here. Letters: P prompts, G completions per prompt, N = P * G completions, F rewards.
+A metric is a pair (sum, count): pairs add up over micro-steps and ranks and are divided once. The names stand here, all
+of them. Those of a loss are counted in `algorithm/`, where its numbers are, those of held-out prompts in `evaluation/`,
+all others below. Letters: P prompts, G completions per prompt, N = P * G completions, F rewards.
+
+An episode
+
+    episode                             number of the episode, from 0
+    train/reward                        mean total reward of the completions that were scored
+    train/reward_std                    mean over groups of the standard deviation of the total reward
+    train/baseline_reward               mean total reward of the greedy completions that an algorithm compares with
+    reward/<name>                       mean score of a reward over the completions that it scored
+    reward_failures/<name>/<error>      completions for which a reward failed, by type of error
+    cost/<name>/<what>                  what a reward has counted: requests, tokens, cache hits of a judge
+    groups/all_right                    share of groups with one and the same total reward above 0
+    groups/all_wrong                    share of groups with one and the same total reward of 0 or below
+    groups/mixed                        share of groups whose total rewards differ
+    groups/dropped                      share of groups with fewer than two scored completions
+    groups/resampled                    share of groups that dynamic sampling replaced
+    completion/mean_tokens              mean number of sampled tokens
+    completion/min_tokens               the smallest number of sampled tokens
+    completion/max_tokens               the largest number of sampled tokens
+    completion/truncated                share of completions that were cut at max_new_tokens
+    advantage/std                       root mean square of the advantages
+    policy/kl_reward                    KL from the reference in the reward, summed over a completion, nats
+    time/sample_s                       seconds that training waited for completions and scores
+    time/score_s                        seconds that scoring took after the last completion was there
+    work/tokens_per_s                   sampled tokens per second, of all ranks together
+    work/token_ratio                    tokens of a padded training pass over those of the pass that was made
+    work/skipped                        share of completions that need no training
+    work/over_budget_tokens             tokens of micro-steps beyond max_tokens_per_step
+    work/extra_prompts                  prompts that dynamic sampling drew
+    work/sampled_ahead                  whether the episode was sampled while the one before was trained on
+    memory/peak_mb                      peak memory: allocated on a CUDA device, resident of the process elsewhere
+    vllm/<what>                         weight transfers and requests of a vLLM engine
+
+An optimizer step
+
+    policy/loss                         the loss: a sum over tokens of weight x per-token loss
+    policy/entropy                      mean entropy of the policy's next-token distribution, nats
+    policy/sampling_difference          mean absolute difference of log-probs between sampling and training, nats
+    policy/grad_norm                    norm of the gradient before clipping; 0 of a skipped step
+    policy/empty_steps                  whether the step had nothing to train
+    policy/bad_steps                    whether the step was skipped because its gradient was not finite
+    policy/kl                           mean KL estimate per token, nats
+    policy/kl_coefficient               coefficient of the KL term, where it adapts
+    policy/entropy_coefficient          coefficient of the entropy bonus, where it adapts
+    policy/ratio_mean                   mean importance ratio
+    policy/<loss's own>                 what a policy loss counts: clip_low, clip_high, off_policy, ...
+    mismatch/<what>                     how far sampler and trainer differ, and what the correction leaves out
+    lr                                  learning rate of the first parameter group
+    time/step_s                         seconds of the optimizer step
+    time/train_s                        seconds of it that were not sampling and scoring
+
+Validation and test (`val/`, `test/`): see evaluation/
+
+    val/<name>                          reward, solved, pass@k and their like over held-out prompts, with intervals and by topic
 """
 
 from __future__ import annotations
@@ -26,56 +79,6 @@ if TYPE_CHECKING:
     from stateset_lightning.training.collect import Collection
     from stateset_lightning.training.episode import Episode
     from stateset_lightning.training.resample import Sample
-
-METRICS: dict[str, str] = {
-    # An episode
-    "episode": "number of the episode, from 0",
-    "train/reward": "mean total reward of the completions that were scored",
-    "train/reward_std": "mean over groups of the standard deviation of the total reward",
-    "train/baseline_reward": "mean total reward of the greedy completions that an algorithm compares with",
-    "reward/<name>": "mean score of a reward over the completions that it scored",
-    "reward_failures/<name>/<error>": "completions for which a reward failed, by type of error",
-    "cost/<name>/<what>": "what a reward has counted: requests, tokens, cache hits of a judge",
-    "groups/all_right": "share of groups with one and the same total reward above 0",
-    "groups/all_wrong": "share of groups with one and the same total reward of 0 or below",
-    "groups/mixed": "share of groups whose total rewards differ",
-    "groups/dropped": "share of groups with fewer than two scored completions",
-    "groups/resampled": "share of groups that dynamic sampling replaced",
-    "completion/mean_tokens": "mean number of sampled tokens",
-    "completion/min_tokens": "the smallest number of sampled tokens",
-    "completion/max_tokens": "the largest number of sampled tokens",
-    "completion/truncated": "share of completions that were cut at max_new_tokens",
-    "advantage/std": "root mean square of the advantages",
-    "policy/kl_reward": "KL from the reference in the reward, summed over a completion, nats",
-    "time/sample_s": "seconds that training waited for completions and scores",
-    "time/score_s": "seconds that scoring took after the last completion was there",
-    "work/tokens_per_s": "sampled tokens per second, of all ranks together",
-    "work/token_ratio": "tokens of a padded training pass over those of the pass that was made",
-    "work/skipped": "share of completions that need no training",
-    "work/over_budget_tokens": "tokens of micro-steps beyond max_tokens_per_step",
-    "work/extra_prompts": "prompts that dynamic sampling drew",
-    "work/sampled_ahead": "whether the episode was sampled while the one before was trained on",
-    "memory/peak_mb": "peak memory: allocated on a CUDA device, resident of the process elsewhere",
-    "vllm/<what>": "weight transfers and requests of a vLLM engine",
-    # An optimizer step
-    "policy/loss": "the loss: a sum over tokens of weight x per-token loss",
-    "policy/entropy": "mean entropy of the policy's next-token distribution, nats",
-    "policy/sampling_difference": "mean absolute difference of log-probs between sampling and training, nats",
-    "policy/grad_norm": "norm of the gradient before clipping; 0 of a skipped step",
-    "policy/empty_steps": "whether the step had nothing to train",
-    "policy/bad_steps": "whether the step was skipped because its gradient was not finite",
-    "policy/kl": "mean KL estimate per token, nats",
-    "policy/kl_coefficient": "coefficient of the KL term, where it adapts",
-    "policy/entropy_coefficient": "coefficient of the entropy bonus, where it adapts",
-    "policy/ratio_mean": "mean importance ratio",
-    "policy/<loss's own>": "what a policy loss counts: clip_low, clip_high, off_policy, ...",
-    "mismatch/<what>": "how far sampler and trainer differ, and what the correction leaves out",
-    "lr": "learning rate of the first parameter group",
-    "time/step_s": "seconds of the optimizer step",
-    "time/train_s": "seconds of it that were not sampling and scoring",
-    # Validation and test (`val/`, `test/`): see evaluation/
-    "val/<name>": "reward, solved, pass@k and their like over held-out prompts, with intervals and by topic",
-}
 
 PROGRESS_BAR = ("train/reward", "completion/mean_tokens", "work/tokens_per_s")
 """Shown by Lightning's progress bars."""
