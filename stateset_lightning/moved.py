@@ -46,7 +46,7 @@ _MOVED = """
     generate=cli.generate lightning_cli=cli.config loss=training.loss metrics=training.metrics
     micro_steps=training.episode policy.adapter_state=policy.lora_state policy.adapters=policy.lora
     policy.lean_layers=policy.recomputed_layers policy.prefix_attention=policy.packed_attention
-    policy.shared_prompts=policy.packed_attention records=run.records report.run_data=cli.report.run_data
+    policy.shared_prompts=policy.packed_attention records=run.records report=cli.report
     resumable=run.checkpoint resume=run.find_checkpoint rewards.embedding=rewards.models rewards.interface=rewards.base
     rewards.reply_cache=rewards.judge rewards.reward_model=rewards.models rollout.config=rollout.engine
     rollout.fast_linear=rollout.cpu_decoding rollout.lean_decoder=rollout.cpu_decoding
