@@ -17,8 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stateset_lightning.data.prompts import control_tokens
 from stateset_lightning.errors import ConfigError, DataError, check_bounds
-from stateset_lightning.policy import context_length, resolve_model_name
-from stateset_lightning.policy.loading_errors import check_complete, loading_errors
+from stateset_lightning.policy import check_complete, context_length, loading_errors, resolve_model_name
 from stateset_lightning.rewards.base import BatchReward
 from stateset_lightning.rewards.text import completion, target_texts
 from stateset_lightning.types import Turn
