@@ -228,10 +228,11 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """What a policy loss sees: the packed completion tokens of a part of an episode.
+    """What a policy loss sees: the sampled tokens of some completions, packed.
 
-    `advantages_N` holds one value per completion, `lengths_N` its number of tokens (their sum is T). `select_T` marks
-    the tokens that a selection (top entropy, say) keeps; None keeps all.
+    `lengths_N` counts each completion's sampled tokens (their sum is T). `advantages_N` holds one advantage per
+    completion; `advantages_T`, where turns or a teacher give one per token, takes its place in the policy loss.
+    `select_T` marks the tokens that a selection (top entropy, say) keeps; None keeps all.
     """
 
     logprobs_T: Tensor
@@ -242,6 +243,7 @@ class TokenBatch:
     sampling_logprobs_T: Tensor | None = None
     entropies_T: Tensor | None = None
     select_T: Tensor | None = None
+    advantages_T: Tensor | None = None
 
 
 Metrics = dict[str, tuple["Tensor | float", "Tensor | float"]]
