@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader, Prompts
 from stateset_lightning.data.order import Curriculum, EpochOrder, SolveRates
+from stateset_lightning.data.ragged import RaggedTokens
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.types import Scenario, Turn
 
@@ -16,7 +17,8 @@ COUNTS = st.integers(1, 3)
 
 
 def prompts(n):
-    return Prompts([Scenario(id=str(i), prompt=f"p{i}") for i in range(n)], [[i, i] for i in range(n)])
+    tokens = RaggedTokens.from_lists([[i, i] for i in range(n)])
+    return Prompts([Scenario(id=str(i), prompt=f"p{i}") for i in range(n)], tokens)
 
 
 def make(n, **options):
