@@ -27,12 +27,14 @@ from stateset_lightning.policy import Group, Policy, load_model
 from stateset_lightning.policy.precision import sampling_dtype, weights_dtype
 from stateset_lightning.redaction import redacted
 from stateset_lightning.rollout import InProcessEngine
-from stateset_lightning.run.checkpoint import continue_run
+from stateset_lightning.run.checkpoint import check_resumable
 from stateset_lightning.run.checkpoint_io import local_path, read_checkpoint
+from stateset_lightning.run.find_checkpoint import continue_run
 from stateset_lightning.seeding import sample_seeds
-from stateset_lightning.training.checks import check_resumable, checks_of_run, optimizer_steps_of_run
-from stateset_lightning.training.collect import prepared
+from stateset_lightning.training.checks import checks_of_run
+from stateset_lightning.training.collect import ready_engine
 from stateset_lightning.training.metrics import peak_memory_mb
+from stateset_lightning.training.schedule import optimizer_steps_of_run
 from stateset_lightning.types import FinishReason, Scenario, conversation
 
 if TYPE_CHECKING:
@@ -157,7 +159,7 @@ class Examination:
             )
             self.config.sample = False
         if self.config.sample:
-            module.engine = prepared(module.engine, module.tokenizer, module.rollout, precision)
+            module.engine = ready_engine(module.engine, module.tokenizer, module.rollout, precision)
 
     # A few groups, one reward
     # --------------------------------------------------------------------------------------------------

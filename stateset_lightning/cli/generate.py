@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from stateset_lightning.errors import ConfigError, UserError
@@ -49,9 +49,7 @@ def loading_options(options: argparse.Namespace) -> LoadingOptions:
     """What the user has given of them."""
     from stateset_lightning.policy import LoadingOptions
 
-    return LoadingOptions(
-        options.revision, options.attn_implementation, options.trust_remote_code, options.model_kwargs
-    )
+    return LoadingOptions(**{item.name: getattr(options, item.name) for item in fields(LoadingOptions)})
 
 
 def main(words: Sequence[str]) -> None:

@@ -15,10 +15,9 @@ from annotated_types import Ge
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stateset_lightning.data.prompts import control_tokens
+from stateset_lightning.data import special_tokens
 from stateset_lightning.errors import ConfigError, DataError, check_bounds
-from stateset_lightning.policy import context_length, resolve_model_name
-from stateset_lightning.policy.loading_errors import check_complete, loading_errors
+from stateset_lightning.policy import check_complete, context_length, loading_errors, resolve_model_name
 from stateset_lightning.rewards.base import BatchReward
 from stateset_lightning.rewards.text import completion, target_texts
 from stateset_lightning.types import Turn
@@ -67,7 +66,7 @@ class TextModel:
         elif self.model.config.pad_token_id is None:
             self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.tokenizer.padding_side = "right"
-        self.tokenizer.chat_control_tokens = control_tokens(self.tokenizer)
+        self.tokenizer.chat_control_tokens = special_tokens(self.tokenizer)
         positions = context_length(self.model)
         table = next(
             (m for name, m in self.model.named_modules() if name.endswith("embeddings.position_embeddings")), None

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stateset_lightning.policy.precision import LOGPROB_TOLERANCE
-from stateset_lightning.policy.recomputed_layers import is_lean
+from stateset_lightning.policy.recomputed_layers import is_recomputed
 from stateset_lightning.rollout.cache import make_cache
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def is_known(model: PreTrainedModel) -> bool:
         part for layer in layers for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp)
     ] + [model.model.norm]
     linears = [linear for layer in layers for linear in _linears(layer)] + [_plain(model.lm_head)]
-    return all(map(is_lean, parts)) and all(type(linear) is nn.Linear for linear in linears)
+    return all(map(is_recomputed, parts)) and all(type(linear) is nn.Linear for linear in linears)
 
 
 class LeanDecoder:

@@ -107,12 +107,14 @@ def rollout_of(
     finish_reasons: list[FinishReason],
     texts: list[str],
 ) -> Rollout:
-    """The rollout of completions that are there one by one."""
+    """Packs completions whose tokens were all sampled by the model."""
+    completion_tokens_T = torch.tensor([token for tokens in tokens_N for token in tokens], dtype=torch.long)
     return Rollout(
         prompt_tokens=prompts,
-        completion_tokens_T=torch.tensor([token for tokens in tokens_N for token in tokens], dtype=torch.long),
+        completion_tokens_T=completion_tokens_T,
         lengths_N=torch.tensor([len(tokens) for tokens in tokens_N]),
         logprobs_T=torch.tensor([logprob for logprobs in logprobs_N for logprob in logprobs], dtype=torch.float32),
+        sampled_T=torch.ones_like(completion_tokens_T, dtype=torch.bool),
         finish_reasons=finish_reasons,
         texts=texts,
     )

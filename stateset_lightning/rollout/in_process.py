@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stateset_lightning.errors import ConfigError, NonFiniteError
-from stateset_lightning.policy.loading import context_length, end_of_sequence_ids
+from stateset_lightning.policy import context_length, end_of_sequence_ids
 from stateset_lightning.policy.lora import merged_adapter
 from stateset_lightning.policy.precision import replaced_parameters
 from stateset_lightning.rollout.cpu_decoding import LeanDecoder, fast_linears, make_lean_decoder

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -162,25 +161,9 @@ def _json(value: Any) -> Any:
     return value if isinstance(value, str | int | bool | None) else str(value)
 
 
-# MERGED: Optimizer steps that are skipped because loss or gradient is not finite: what they would have trained is written
-# down.
+# MERGED: Optimizer steps that are skipped because loss or gradient is not finite: what they would have trained is
+# written down.
 #
-
-
-def is_bad(norm: float) -> bool:
-    """Whether a gradient of this norm is to be skipped: NaN, infinite, or so large that its square is infinite in
-    float32.
-
-    AdamW keeps squares: an infinite one would never leave its second moment, and stop the parameter for good.
-    """
-    return not norm**2 < torch.finfo(torch.float32).max
-
-
-def spoil_if_not_finite(loss: Tensor) -> Tensor:
-    """The loss, times NaN if it is not finite: its gradient could be finite, and only gradients reach the other
-    ranks.
-    """
-    return loss * torch.where(loss.detach().isfinite(), loss.new_ones(()), loss.new_full((), torch.nan))
 
 
 def bad_steps_file(trainer: Trainer) -> Path:

@@ -130,7 +130,8 @@ def modules_after(code):
 @pytest.mark.parametrize("command", ["", "generate", "export", "report", "convert", "doctor", "completion"])
 def test_help_of_the_program_and_its_own_subcommands_imports_nothing_heavy(command):
     args = [command, "--help"] if command else ["--help"]
-    code = f"from stateset_lightning.cli.main import main\ntry: main({args})\nexcept SystemExit as end: assert end.code == 0"
+    run = f"try: main({args})\nexcept SystemExit as end: assert end.code == 0"
+    code = f"from stateset_lightning.cli.main import main\n{run}"
     assert not {"torch", "lightning", "transformers", "numpy", "pandas", "datasets", "wandb"} & modules_after(code)
 
 

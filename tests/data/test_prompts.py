@@ -8,7 +8,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from stateset_lightning.data.prompts import PromptEncoder, control_tokens
+from stateset_lightning.data.prompts import PromptEncoder, special_tokens
 from stateset_lightning.errors import ConfigError, DataError
 from stateset_lightning.types import Scenario, Turn
 
@@ -83,8 +83,8 @@ def plain_ids(tokenizer, conversation):
     return tokenizer.apply_chat_template(conversation, add_generation_prompt=True)["input_ids"]
 
 
-def control_ids(tokenizer, ids):
-    wanted = {token: tokenizer.convert_tokens_to_ids(token) for token in control_tokens(tokenizer)}
+def special_ids(tokenizer, ids):
+    wanted = {token: tokenizer.convert_tokens_to_ids(token) for token in special_tokens(tokenizer)}
     return [i for i in ids if i in wanted.values()]
 
 
@@ -109,7 +109,7 @@ def test_markers_in_a_text_change_no_roles(make, template, text):
     neutral = [Turn(turn.role, "word") for turn in roles]
     scenarios = [Scenario(id="hostile", messages=tuple(roles)), Scenario(id="neutral", messages=tuple(neutral))]
     mine, other = PromptEncoder(tokenizer=tokenizer).encode(scenarios, "data.train").tokens
-    assert control_ids(tokenizer, mine) == control_ids(tokenizer, other)
+    assert special_ids(tokenizer, mine) == special_ids(tokenizer, other)
     if template is CHATML:  # no text is lost
         assert tokenizer.decode(mine).replace(" ", "").count(text.replace(" ", "")) == 4
 
@@ -118,7 +118,7 @@ def test_a_system_prompt_and_a_context_are_text_too():
     tokenizer = byte_level(CHATML)
     encoder = PromptEncoder(tokenizer=tokenizer, system_prompt="be<|im_end|>")
     (tokens,) = encoder.encode([Scenario(id="a", prompt="a", context="<|im_start|>")], "data.train").tokens
-    assert control_ids(tokenizer, tokens) == [
+    assert special_ids(tokenizer, tokens) == [
         tokenizer.convert_tokens_to_ids(t) for t in ("<|im_start|>", "<|im_end|>") * 2 + ("<|im_start|>",)
     ]
 
@@ -139,10 +139,9 @@ def test_what_is_encoded_as_text_is_announced_once(caplog):
     scenarios = [Scenario(id=str(i), prompt=text) for i, text in enumerate([*HOSTILE, *ORDINARY])]
     with caplog.at_level(logging.WARNING, "stateset_lightning"):
         PromptEncoder(tokenizer=byte_level(CHATML)).encode(scenarios, "data.train")
-    (record,) = [r for r in caplog.records if "control tokens" in r.getMessage()]
-    assert (
-        f"data.train: the text of {len(HOSTILE) - 1} of {len(scenarios)} scenarios"
-    )  # this template writes no <think> in record.getMessage()
+    (record,) = [r for r in caplog.records if "special tokens" in r.getMessage()]
+    # one less than all: this template writes no <think>
+    assert f"data.train: the text of {len(HOSTILE) - 1} of {len(scenarios)} scenarios" in record.getMessage()
     assert "data.parse_special_tokens=true" in record.getMessage()
 
 
@@ -151,10 +150,10 @@ def test_markers_count_where_that_is_asked_for(use_template, caplog):
     tokenizer = byte_level(CHATML)
     encoder = PromptEncoder(tokenizer=tokenizer, parse_special_tokens=True, use_chat_template=use_template)
     (tokens,) = encoder.encode([Scenario(id="a", prompt="x<|im_end|>")], "data.train").tokens
-    assert control_ids(tokenizer, tokens).count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == (
+    assert special_ids(tokenizer, tokens).count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == (
         2 if use_template else 1
     )
-    assert "control tokens" not in caplog.text
+    assert "special tokens" not in caplog.text
 
 
 def test_a_token_that_cannot_be_written_as_text_is_refused():
@@ -165,7 +164,7 @@ def test_a_token_that_cannot_be_written_as_text_is_refused():
     fast.chat_template = "{{ messages[0].content }} EOS"
     with pytest.raises(
         DataError,
-        match=r"data.train: the text of scenario 'bad' holds a control token that this tokenizer cannot write",
+        match=r"data.train: the text of scenario 'bad' holds a special token that this tokenizer cannot write",
     ):
         PromptEncoder(tokenizer=fast).encode(
             [Scenario(id="good", prompt="hello"), Scenario(id="bad", prompt="hello EOS")], "data.train"

@@ -28,7 +28,8 @@ def completions(texts, values):
     values_NF = torch.tensor(values, dtype=torch.float64)
     totals_N = torch.where(values_NF == NOT_APPLICABLE, 0.0, values_NF) @ torch.tensor([1.0, 0.5], dtype=torch.float64)
     lengths_N = torch.ones(len(texts), dtype=torch.long)
-    rollout = Rollout([[1]], lengths_N, lengths_N, lengths_N.float(), [FinishReason.STOP] * len(texts), texts)
+    reasons = [FinishReason.STOP] * len(texts)
+    rollout = Rollout([[1]], lengths_N, lengths_N, lengths_N.float(), lengths_N.bool(), reasons, texts)
     return rollout, Scores(("right", "format"), values_NF, totals_N)
 
 

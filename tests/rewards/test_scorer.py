@@ -44,7 +44,8 @@ class Blocking(RewardFunction):
             print("noise " * 1000)
             os.system("echo more noise")
         if order == "modules":
-            return RewardResult(1.0, {"heavy": sorted({"torch", "transformers", "lightning"} & set(sys.modules)), "pid": os.getpid()})
+            heavy = sorted({"torch", "transformers", "lightning"} & set(sys.modules))
+            return RewardResult(1.0, {"heavy": heavy, "pid": os.getpid()})
         if order == "unpicklable":
             return RewardResult(1.0, {"f": lambda: 1})
         if order == "alarm":  # as mathematics packages do: signals only work in the main thread

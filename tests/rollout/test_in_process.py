@@ -204,7 +204,7 @@ def test_the_bundled_model_answers_like_transformers(tiny_model: Any, tiny_token
 
 
 # Ends
-# -----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_end_token_is_among_the_tokens_and_not_in_the_text(
@@ -399,7 +399,7 @@ def test_sampling_follows_the_weights_as_they_are_now(
 
 
 # Work
-# ---------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_prompt_is_prefilled_once_for_its_group(make_engine: Callable[..., InProcessEngine]) -> None:
@@ -513,6 +513,7 @@ def test_a_rollout_splits_into_completions(make_engine: Callable[..., InProcessE
     assert [len(tokens) for tokens in rollout.completions()] == rollout.lengths_N.tolist()
     assert [token for tokens in rollout.completions() for token in tokens] == rollout.completion_tokens_T.tolist()
     assert rollout.logprobs_T.dtype == torch.float32
+    assert rollout.sampled_T.tolist() == [True] * len(rollout.completion_tokens_T)
 
 
 def test_a_sliding_window_under_sdpa_hides_old_tokens(

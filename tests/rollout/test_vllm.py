@@ -70,7 +70,7 @@ def synced(server: Running, policy: Policy, sampling: RolloutConfig = SAMPLING, 
 
 
 # Sampling
-# -----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -93,6 +93,7 @@ def test_a_rollout_is_what_the_in_process_engine_gives(server: Running, sampling
         PROMPTS,
     )
     assert rollout.lengths_N.tolist() == wanted.lengths_N.tolist()
+    assert rollout.sampled_T.tolist() == [True] * len(rollout.completion_tokens_T)
     # a row alone, and among others
     torch.testing.assert_close(rollout.logprobs_T, wanted.logprobs_T, atol=1e-4, rtol=0)
     assert finished == {
@@ -150,7 +151,7 @@ def test_prompts_are_dealt_out_to_the_servers() -> None:
 
 
 # Weights
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_weights_are_handed_over_when_they_change_and_only_then(server: Running) -> None:
