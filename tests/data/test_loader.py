@@ -2,12 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader, Prompts
+from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader, Prompts, _draw_other
 from stateset_lightning.data.order import Curriculum, EpochOrder, SolveRates
 from stateset_lightning.data.ragged import RaggedTokens
 from stateset_lightning.errors import ConfigError
@@ -151,8 +152,7 @@ def test_evaluation_serves_every_row_once_without_filling(n, batch_size, world_s
     assert sorted(positions) == list(range(n))
 
 
-# Replacements for dynamic sampling
-# ----------------------------------------------------------------------------------------------
+# Replacements for dynamic sampling ------------------------------------------------------------------------------------
 
 
 def rows(batch):
@@ -208,14 +208,21 @@ def test_replacements_of_repeated_prompts_are_among_them():
     assert len(served) == 4
 
 
+def test_a_draw_in_proportion_to_weights_leaves_one_out_by_hand():
+    # 1 + 4 are left: the first has a fifth of the draws.
+    draws = [_draw_other(np.array([1.0, 2.0, 4.0]), 1, u) for u in (0.01, 0.19, 0.21, 0.99)]
+    assert draws == [0, 0, 2, 2]
+    assert [_draw_other(np.array([1.0, 1.0]), excluded, 0.5) for excluded in (0, 1)] == [1, 0]
+    assert _draw_other(np.array([0.0, 3.0]), 1, 0.5) == 1  # there is no other
+
+
 def test_a_single_prompt_is_replaced_by_itself_with_other_noise():
     batch = next(iter(loader := make(1, batch_size=2)))
     other = loader.replacements(batch, [1], 1)
     assert (rows(other), other.positions) == ([0], [3])
 
 
-# Curriculum
-# ---------------------------------------------------------------------------------------------------------------------
+# Curriculum -----------------------------------------------------------------------------------------------------------
 
 
 def with_rates(n, **options):
