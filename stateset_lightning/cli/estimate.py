@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stateset_lightning.policy import Policy
 from stateset_lightning.policy.head import CHUNK_BYTES
 from stateset_lightning.rollout.cache import make_cache
-from stateset_lightning.rollout.cpu_decoding import is_known, is_supported
+from stateset_lightning.rollout.cpu_decoding import has_llama_layers, is_supported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -207,7 +207,7 @@ def _sampling_bytes(model: nn.Module, rows: int, prefilled: float, dtype: torch.
     linears = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     widest = max((layer.out_features for layer in linears if layer.out_features != vocabulary), default=0)
     # the lean decoder copies few
-    laid_out = [layer.weight for layer in linears if is_supported(layer)] if not is_known(model) else []
+    laid_out = [layer.weight for layer in linears if is_supported(layer)] if not has_llama_layers(model) else []
     copied = laid_out or [weight for weight in model.parameters() if weight.dtype != dtype]
     copies = dtype.itemsize * sum(weight.numel() for weight in copied)
     return int(LOGITS_COPIES * 4 * rows * vocabulary + PREFILL_COPIES * dtype.itemsize * prefilled * widest + copies)
