@@ -8,7 +8,7 @@ precision, schedules and checkpoints are Lightning's.
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any
 
@@ -35,9 +35,10 @@ from stateset_lightning.run.install import install
 from stateset_lightning.run.records import CompletionRecord, make_records, write_bad_step
 from stateset_lightning.seeding import run_seed
 from stateset_lightning.training.checks import check_bad_steps, check_strategy, checks_of_run
-from stateset_lightning.training.collect import Sampler, check_scores, ready_engine
+from stateset_lightning.training.collect import Sampler, ready_engine
 from stateset_lightning.training.data import data_of
 from stateset_lightning.training.episode import Episode
+from stateset_lightning.training.evaluate import HeldOut
 from stateset_lightning.training.fsdp import UnshardedCopy
 from stateset_lightning.training.metrics import PROGRESS_BAR, RunMetrics
 from stateset_lightning.training.resample import Sample
@@ -45,7 +46,7 @@ from stateset_lightning.training.sampling_ahead import next_batch, sampling_ahea
 from stateset_lightning.training.schedule import Schedule, given_options, optimizer_steps_of_run
 from stateset_lightning.training.state import TrainingState
 from stateset_lightning.training.step import TrainingStep
-from stateset_lightning.types import PromptBatch, Scores
+from stateset_lightning.types import PromptBatch
 
 
 @bounded("model")
@@ -102,13 +103,8 @@ class GRPOLightningModule(LightningModule):
         self.rewards = as_rewards(reward)
         self.evaluation = EvaluationConfig(**evaluation) if isinstance(evaluation, Mapping) else evaluation
         self.evaluation.check_rewards([reward.name for reward in self.rewards])
-        self._make_scorer = partial(
-            Scorer,
-            self.rewards,
-            timeout=reward_timeout,
-            max_concurrency=reward_concurrency,
-            max_failures=max_reward_failures,
-        )
+        limits = {"timeout": reward_timeout, "max_concurrency": reward_concurrency, "max_failures": max_reward_failures}
+        self._make_scorer: Callable[[], Scorer] = partial(Scorer, self.rewards, **limits)  # type: ignore[arg-type]
         self.scorer = self._make_scorer()
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -116,12 +112,10 @@ class GRPOLightningModule(LightningModule):
         self.max_bad_steps = max_bad_steps
         self.tokenizer = load_tokenizer(self.policy_config)
         # Plain containers only: a checkpoint must load with `weights_only=True`.
-        hyperparameters = {
-            "policy": redacted(self.policy_config.to_dict()),
-            "rollout": asdict(self.rollout),
-            "seed": seed,
-        }
-        self.save_hyperparameters(hyperparameters, logger=False)
+        policy_options = redacted(self.policy_config.to_dict())
+        self.save_hyperparameters(
+            {"policy": policy_options, "rollout": asdict(self.rollout), "seed": seed}, logger=False
+        )
 
         self.policy: Policy | None = None
         self.engine = engine
@@ -133,7 +127,7 @@ class GRPOLightningModule(LightningModule):
         self._checkpoint = RunCheckpoint(self)
         self.state = TrainingState()
         self._evaluation = Evaluation([reward.name for reward in self.rewards], self.evaluation)
-        self._evaluated: list[Scores] = []  # of a split so far
+        self._held_out = HeldOut(self._evaluation)
         self._newest: tuple[Sample, list[float] | None] | None = None  # what `last_records` is made of
 
     # What callbacks may look at ---------------------------------------------------------------------------------------
@@ -151,7 +145,7 @@ class GRPOLightningModule(LightningModule):
     @property
     def last_records(self) -> list[CompletionRecord]:
         """Completions of the newest episode or evaluation batch of this rank."""
-        return self._records_of(self._newest)
+        return [] if self._newest is None else make_records(*self._newest)
 
     @property
     def reference(self) -> Policy | AdapterReference | None:
@@ -206,12 +200,10 @@ class GRPOLightningModule(LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self._loaded_policy.parameters() if p.requires_grad])
         self._checkpoint.given_options = given_options(optimizer)
-        if self.lr_scheduler is None:
+        if (given := self.lr_scheduler) is None:
             return optimizer
-        if isinstance(self.lr_scheduler, Schedule):
-            scheduler: Any = self.lr_scheduler.build(optimizer, optimizer_steps_of_run(self.trainer))
-        else:
-            scheduler = self.lr_scheduler(optimizer)
+        steps = optimizer_steps_of_run(self.trainer)
+        scheduler: Any = given.build(optimizer, steps) if isinstance(given, Schedule) else given(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
@@ -241,7 +233,7 @@ class GRPOLightningModule(LightningModule):
             call_episode_hook(self.trainer, "on_episode_start", batch.episode_index)
         loss = self._step.loss(batch)
         if begins:
-            self._newest = self._sample_of_episode
+            self._newest = self.state.sample_and_advantages
             self._show_metrics()
         bar = {name: self.metrics.last[name] for name in PROGRESS_BAR if name in self.metrics.last}
         self.log_dict(bar, prog_bar=True, logger=False, batch_size=1)
@@ -251,7 +243,8 @@ class GRPOLightningModule(LightningModule):
         norm = self._step.check_gradient(optimizer)
         if norm is not None:
             assert self.state.episode is not None
-            records, step = self._records_of(self._sample_of_episode), self.state.step_of_pass
+            made_of, step = self.state.sample_and_advantages, self.state.step_of_pass
+            records = [] if made_of is None else make_records(*made_of)
             file = write_bad_step(self.trainer, self.state.episode, step, norm, records, self.tokenizer)
             rank_zero_warn(
                 f"the gradient is not finite ({norm}): optimizer step skipped; see what it would have trained in {file}"
@@ -284,10 +277,9 @@ class GRPOLightningModule(LightningModule):
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        self._evaluate(batch)
+        self._newest = (self._held_out.answer(self._sampler, self._sampled_policy, batch), None)
 
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        self._evaluate(batch)
+    test_step = validation_step
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One greedy completion per prompt, as rows for a file. Rewards that fail are null: there may be no target."""
@@ -304,29 +296,13 @@ class GRPOLightningModule(LightningModule):
         if self._unsharded is not None:
             self._unsharded.empty()
 
-    def _evaluate(self, batch: PromptBatch) -> None:
-        greedy = self._sampler.sample(self._sampled_policy, batch, 1, greedy=True)
-        self._newest = (greedy, None)
-        samples = None
-        if count := self.evaluation.samples:
-            sampler = replace(self._sampler, config=self.evaluation.sampling(self.rollout))
-            drawn = sampler.sample(self._sampled_policy, batch, count)
-            samples = (drawn.rollout, drawn.scores)
-            self._evaluated.append(drawn.scores)
-        self._evaluated.append(greedy.scores)
-        self._evaluation.update(batch.scenarios, (greedy.rollout, greedy.scores), samples)
-
     def _log_evaluation(self, stage: str) -> None:
         self.on_predict_epoch_end()
-        evaluated, self._evaluated = self._evaluated, []
-        # A mean over what little is left would choose the best checkpoint.
-        check_scores(self.scorer, evaluated, self._ranks)
-        values = {f"{stage}/{name}": value for name, value in self._evaluation.compute().items()}
-        self._evaluation.reset()
+        metrics = self._held_out.compute(self.scorer, self._ranks)
+        values = {f"{stage}/{name}": value for name, value in metrics.items()}
         # "step" is Lightning's name for the x-axis; without it, it counts from 0 and ours, like `max_steps`, from 1.
         values["step"] = float(self.trainer.global_step)
-        # They are of all ranks already: "max" leaves them as they are to the last bit, and Lightning, which cannot
-        # know, does not advise.
+        # They are of all ranks already: "max" leaves them as they are to the last bit, without Lightning's advice.
         self.log_dict(values, sync_dist=True, reduce_fx="max")
 
     # The parts, as the run has them now -------------------------------------------------------------------------------
@@ -352,23 +328,8 @@ class GRPOLightningModule(LightningModule):
     @property
     def _sampler(self) -> Sampler:
         assert self.engine is not None, "configure_model() makes the engine"
-        data = data_of(self.trainer)
-        replacements = None if data is None else data.replacements
+        replacements = None if (data := data_of(self.trainer)) is None else data.replacements
         return Sampler(self.engine, self.scorer, self.rollout, self.seed, self._ahead, replacements)
-
-    @property
-    def _sample_of_episode(self) -> tuple[Sample, list[float] | None] | None:
-        """What the episode was made of, with its advantages; None in a run that was resumed inside the episode."""
-        if self.state.collection is None or self.state.episode is None:
-            return None
-        return self.state.collection.sample, self.state.episode.advantages_N.tolist()
-
-    @staticmethod
-    def _records_of(made_of: tuple[Sample, list[float] | None] | None) -> list[CompletionRecord]:
-        if made_of is None:
-            return []
-        sample, advantages = made_of
-        return make_records(sample.batch, sample.rollout, sample.scores, advantages)
 
     @property
     def _ranks(self) -> Ranks:
@@ -380,8 +341,7 @@ class GRPOLightningModule(LightningModule):
         return self.policy
 
     @property
-    def _sampled_policy(self) -> Policy:
-        """What samples and scores without gradient; of a sharded policy, while its unsharded copy is filled."""
+    def _sampled_policy(self) -> Policy:  # of a sharded policy, while its unsharded copy is filled
         return self._loaded_policy if self._unsharded is None else self._unsharded.policy
 
     def _show_metrics(self) -> None:

@@ -56,7 +56,7 @@ class Evaluation(PromptMeans):
         rollout, scores = greedy
         measures = {f"reward/{name}": values_P for name, values_P in zip(scores.names, scores.values_NF.T, strict=True)}
         measures |= {"reward": scores.totals_N, "reward_failures": ~scores.totals_N.isfinite()}
-        measures |= {"mean_tokens": rollout.lengths_N, "solved": self._solved(scores)}
+        measures |= {"mean_tokens": rollout.sampled_lengths_N, "solved": self._solved(scores)}
         if samples is not None:
             measures |= self._sampled(*samples)
         values_PM = torch.stack([measures[name].to(self.device).double() for name in self.names], dim=1)

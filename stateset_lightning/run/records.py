@@ -19,7 +19,7 @@ from stateset_lightning.files import append_lines, atomic_write
 from stateset_lightning.policy import Group, Policy
 from stateset_lightning.run.folder import run_folder
 from stateset_lightning.training.episode import Episode
-from stateset_lightning.types import PromptBatch, Rollout, Scores
+from stateset_lightning.training.resample import Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,14 +46,13 @@ class CompletionRecord:
         return {key: value for key, value in asdict(self).items() if value is not None or key == "reward"}
 
 
-def make_records(
-    batch: PromptBatch, rollout: Rollout, scores: Scores, advantages: Sequence[float] | None = None
-) -> list[CompletionRecord]:
+def make_records(sample: Sample, advantages: Sequence[float] | None = None) -> list[CompletionRecord]:
     """Records of all completions, in order."""
+    batch, rollout, scores = sample.batch, sample.rollout, sample.scores
     errors: dict[int, list[str]] = {}
     for failure in scores.failures:
         errors.setdefault(failure.completion, []).append(f"{failure.reward}: {failure.error}: {failure.message}")
-    records = []
+    records, lengths_N = [], rollout.sampled_lengths_N
     for n, text in enumerate(rollout.texts):
         scenario = batch.scenarios[n // rollout.num_generations]
         records.append(
@@ -67,7 +66,7 @@ def make_records(
                     name: _finite(value) for name, value in zip(scores.names, scores.values_NF[n].tolist(), strict=True)
                 },
                 finish_reason=str(rollout.finish_reasons[n]),
-                num_tokens=int(rollout.lengths_N[n]),
+                num_tokens=int(lengths_N[n]),
                 advantage=None if advantages is None else _finite(advantages[n]),
                 target=_json(scenario.target),
                 breakdown=_plain(scores.breakdowns[n]) if n < len(scores.breakdowns) else None,

@@ -9,6 +9,7 @@ from stateset_lightning.training.metrics import RunMetrics
 if TYPE_CHECKING:
     from stateset_lightning.training.collect import Collection
     from stateset_lightning.training.episode import Episode
+    from stateset_lightning.training.resample import Sample
 
 
 class TrainingState:
@@ -27,3 +28,10 @@ class TrainingState:
         self.bad_steps = 0  # in a row: skipped, since their gradient was not finite
         self.started: float | None = None  # the optimizer step under way, by `time.perf_counter`
         self.collect_seconds = 0.0  # of it
+
+    @property
+    def sample_and_advantages(self) -> tuple[Sample, list[float] | None] | None:
+        """What the episode was made of, and its advantages; None in a run that was resumed inside the episode."""
+        if self.collection is None or self.episode is None:
+            return None
+        return self.collection.sample, self.episode.advantages_N.tolist()

@@ -24,6 +24,7 @@ from stateset_lightning.run.records import (
 from stateset_lightning.training.checks import is_bad
 from stateset_lightning.training.episode import Episode
 from stateset_lightning.training.loss import nan_if_not_finite
+from stateset_lightning.training.resample import Sample
 from stateset_lightning.types import NOT_APPLICABLE, FinishReason, PromptBatch, RewardFailure, Rollout, Scenario, Scores
 
 
@@ -189,7 +190,7 @@ def make(values, totals, failures=(), advantages=None):
         list(failures),
         0.0,
     )
-    return make_records(batch, rollout, scores, advantages)
+    return make_records(Sample(batch, rollout, scores), advantages)
 
 
 def test_completions_belong_to_their_prompts():
