@@ -25,6 +25,7 @@ GONE = {
     "callbacks.live_view": "Lightning's progress bars show a run live, `stateset-lightning report` shows it as a page",
     "completion": "the command line has no shell completion any more; --help lists every key",
     "estimate": "`stateset-lightning doctor` measures memory and time",
+    "evaluation.rewards": "stateset_lightning.evaluation.Evaluation measures rewards too",
     "rewards.retry": "retry inside the reward, with the library tenacity, say; a ModelJudge retries by itself",
     "tiny.arithmetic": "scripts/arithmetic.py of the repository",
     "tiny.train": "scripts/make_tiny.py of the repository",
@@ -33,6 +34,8 @@ GONE = {
 
 _MOVED = """
     algorithm.base=algorithm.algorithm algorithm.beta_normalisation=algorithm.advantages
+    algorithm.clipped_presets=algorithm.presets algorithm.ratio_presets=algorithm.presets
+    algorithm.reinforce_presets=algorithm.presets
     algorithm.entropy=algorithm.terms algorithm.kl=algorithm.terms algorithm.mismatch=algorithm.terms
     algorithm.pass_at_k=algorithm.advantages algorithm.segments=algorithm.aggregation
     algorithm.selection=algorithm.terms algorithm.sequence_losses=algorithm.losses bad_steps=run.records
@@ -42,7 +45,7 @@ _MOVED = """
     daemon_threads=threads data.control_tokens=data.prompts data.curriculum=data.order data.holdout=data.sources
     data.packing=data.ragged data.tasks=data.reasoning_gym doctor=cli.doctor dynamic_sampling=training.resample
     environment=run.system episode=training.episode evaluation.prompts=evaluation.means
-    evaluation.rewards=evaluation.means export=cli.export extras=errors fixed_logprobs=training.loss
+    export=cli.export extras=errors fixed_logprobs=training.loss
     generate=cli.generate lightning_cli=cli.config loss=training.loss metrics=training.metrics
     micro_steps=training.episode policy.adapter_state=policy.lora_state policy.adapters=policy.lora
     policy.lean_layers=policy.recomputed_layers policy.prefix_attention=policy.packed_attention
