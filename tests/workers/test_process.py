@@ -1,4 +1,4 @@
-"""Worker processes and training scripts: rewards that are defined in `__main__`, missing guards, orphans."""
+"""Worker processes and training scripts: functions that are defined in `__main__`, missing guards, orphans."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The judge's cache: what it keeps, how much, and what it refuses."""
+"""The cache of replies: what it keeps, how much, and what it refuses. The client itself is tested with the judge."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.rewards.judge import ReplyCache
+from stateset_lightning.workers.openai_client import ReplyCache
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -24,7 +24,7 @@ def test_it_keeps_the_newest_replies(tmp_path, on_disk):
 def test_several_processes_share_a_file(tmp_path):
     file = str(tmp_path / "replies")
     code = (
-        "import sys; from stateset_lightning.rewards.judge import ReplyCache\n"
+        "import sys; from stateset_lightning.workers.openai_client import ReplyCache\n"
         "cache = ReplyCache(sys.argv[1], 1000)\nfor i in range(10): cache.put(f'{sys.argv[2]} {i}', 'x')"
     )
     writers = [subprocess.Popen([sys.executable, "-c", code, file, str(n)]) for n in range(2)]
