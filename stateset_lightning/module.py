@@ -247,7 +247,7 @@ class GRPOLightningModule(LightningModule):
             records = [] if made_of is None else make_records(*made_of)
             file = write_bad_step(self.trainer, self.state.episode, step, norm, records, self.tokenizer)
             rank_zero_warn(
-                f"the gradient is not finite ({norm}): optimizer step skipped; see what it would have trained in {file}"
+                f"the gradient is not finite ({norm}): step skipped; see what it would have trained in {file}"
             )
         check_bad_steps(self.state.bad_steps, self.max_bad_steps, self.trainer.global_step + 1)
 
@@ -300,7 +300,7 @@ class GRPOLightningModule(LightningModule):
         self.on_predict_epoch_end()
         metrics = self._held_out.compute(self.scorer, self._ranks)
         values = {f"{stage}/{name}": value for name, value in metrics.items()}
-        # "step" is Lightning's name for the x-axis; without it, it counts from 0 and ours, like `max_steps`, from 1.
+        # Lightning's name for the x-axis; without it, it counts from 0 and ours, like `max_steps`, from 1.
         values["step"] = float(self.trainer.global_step)
         # They are of all ranks already: "max" leaves them as they are to the last bit, without Lightning's advice.
         self.log_dict(values, sync_dist=True, reduce_fx="max")
@@ -337,7 +337,7 @@ class GRPOLightningModule(LightningModule):
 
     @property
     def _loaded_policy(self) -> Policy:
-        assert self.policy is not None, "configure_model() loads the policy"
+        assert self.policy is not None, "configure_model() loads it"
         return self.policy
 
     @property

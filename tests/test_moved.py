@@ -38,5 +38,5 @@ def test_what_replaces_a_name_is_there(new: str) -> None:
 
 
 def test_a_name_that_never_was_is_pythons_own_error() -> None:
-    with pytest.raises(ModuleNotFoundError, match="No module named 'stateset_lightning.nothing'"):
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'stateset_lightning\.nothing'"):
         import_module("stateset_lightning.nothing")

@@ -75,7 +75,7 @@ class TextModelReward(BatchReward):
         import torch
         from transformers import AutoModel, AutoModelForSequenceClassification
 
-        from stateset_lightning.policy.loading_errors import check_complete, loading_errors
+        from stateset_lightning.policy import check_complete, loading_errors
 
         auto = AutoModelForSequenceClassification if self.kind == "classifier" else AutoModel
         options = {"dtype": getattr(torch, self.dtype), "revision": self.revision, "weights_only": True}
@@ -93,15 +93,15 @@ class TextModelReward(BatchReward):
         """The model's tokenizer."""
         from transformers import AutoTokenizer
 
-        from stateset_lightning.data.prompts import control_tokens
-        from stateset_lightning.policy.loading_errors import loading_errors
+        from stateset_lightning.data import special_tokens
+        from stateset_lightning.policy import loading_errors
 
         with loading_errors(self.key):
             tokenizer = AutoTokenizer.from_pretrained(self.path, revision=self.revision)
         if tokenizer.pad_token_id is None:
             log.info("%s has no pad token: it reads one text at a time", self.key)
         tokenizer.padding_side = "right"
-        tokenizer.chat_control_tokens = control_tokens(tokenizer)
+        tokenizer.chat_control_tokens = special_tokens(tokenizer)
         return tokenizer
 
     @cached_property

@@ -25,7 +25,7 @@ class HeldOut:
         self._scores: list[Scores] = []  # of the split so far
 
     def answer(self, sampler: Sampler, policy: Policy, batch: PromptBatch) -> Sample:
-        """A greedy completion per prompt, and the samples that the evaluation asks for; both are added to the metrics."""
+        """A greedy completion per prompt and, where the evaluation asks for them, samples; all enter the metrics."""
         greedy = sampler.sample(policy, batch, 1, greedy=True)
         samples = None
         if count := self.metrics.config.samples:

@@ -55,7 +55,7 @@ An optimizer step
 
 Validation and test (`val/`, `test/`): see evaluation/
 
-    val/<name>                          reward, solved, pass@k and their like over held-out prompts, with intervals and by topic
+    val/<name>                          reward, solved, pass@k, ... of held-out prompts, with intervals and by topic
 """
 
 from __future__ import annotations

@@ -73,7 +73,8 @@ def test_the_completion_is_the_last_turn():
 
 
 def test_a_missing_target_is_a_data_error():
-    with pytest.raises(DataError, match="reward 'exact_match' needs an answer, but target=None of scenario 'q7' is missing"):
+    expected = "reward 'exact_match' needs an answer, but target=None of scenario 'q7' is missing"
+    with pytest.raises(DataError, match=expected):
         target_of({"id": "q7", "target": None}, "exact_match")
     with pytest.raises(DataError, match="'rewards' column"):
         target_of(None, "exact_match")
