@@ -66,16 +66,13 @@ class GRPOLightningModule(LightningModule):
         reward_timeout: Seconds that a reward may take for one completion, unless it has a time-out of its own.
         reward_concurrency: Rewards that run at a time.
         max_reward_failures: Share of an episode's completions whose reward may fail before the run stops.
-        max_tokens_per_step: Tokens that a micro-step forwards at most: groups are split where that keeps it.
-            Micro-steps are of even work in any case; what cannot be kept is counted (`work/over_budget_tokens`) and
-            announced.
-        max_bad_steps: Optimizer steps in a row that may be skipped because loss or gradient is not finite, before the
-            run stops.
+        max_tokens_per_step: Tokens that a micro-step forwards at most, where splitting groups can keep that; what
+            cannot be kept is counted (`work/over_budget_tokens`) and announced. None: even work alone.
+        max_bad_steps: Optimizer steps in a row that may be skipped because their gradient is not finite.
         seed: Seed of all sampling; None for that of `seed_everything`.
     """
 
-    tokenizer: Any
-    """The policy's tokenizer, loaded at once; the weights are loaded when a run starts."""
+    tokenizer: Any  # the policy's, loaded at once; the weights are loaded when a run starts
 
     def __init__(
         self,
@@ -247,7 +244,7 @@ class GRPOLightningModule(LightningModule):
             records = [] if made_of is None else make_records(*made_of)
             file = write_bad_step(self.trainer, self.state.episode, step, norm, records, self.tokenizer)
             rank_zero_warn(
-                f"the gradient is not finite ({norm}): step skipped; see what it would have trained in {file}"
+                f"the gradient is not finite ({norm}): optimizer step skipped; see what it would have trained in {file}"
             )
         check_bad_steps(self.state.bad_steps, self.max_bad_steps, self.trainer.global_step + 1)
 
