@@ -342,4 +342,4 @@ def test_a_curriculum_is_parsed_from_text():
     parser = jsonargparse.ArgumentParser()
     parser.add_subclass_arguments(ScenarioDataModule, "data")
     config = parser.parse_args(["--data=ScenarioDataModule", "--data.train=x.jsonl", "--data.curriculum.floor=0.3"])
-    assert parser.instantiate_classes(config).data.curriculum.floor == 0.3
+    assert parser.instantiate(config).data.curriculum.floor == 0.3

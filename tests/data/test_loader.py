@@ -56,6 +56,15 @@ def test_an_episode_is_served_for_each_micro_step_and_the_epochs_end_is_filled_f
     assert key(next(iter(loader)))[2:] == (4, 0)  # epochs advance, and episodes count on
 
 
+def test_the_next_episode_is_shown_and_served_all_the_same():
+    loader = make(6, num_iterations=2)
+    batches = iter(loader)
+    first = next(batches)
+    following = key(loader.next_episode())
+    assert following[2:] == (1, 0)
+    assert [key(next(batches)) for _ in range(2)] == [(*key(first)[:3], 1), following]
+
+
 def test_a_data_set_smaller_than_a_batch_repeats_its_prompts():
     (batch,) = make(2, batch_size=5, shuffle=False)
     assert key(batch) == (("0", "1", "0", "1", "0"), (0, 1, 2, 3, 4), 0, 0)
