@@ -1,5 +1,6 @@
-"""LightningCLI with this kit's parser, errors and default callbacks. Importing it imports Lightning, which takes
-seconds.
+"""LightningCLI with this package's parser, errors and default callbacks.
+
+Importing this file imports Lightning, which takes seconds.
 """
 
 from __future__ import annotations
@@ -29,15 +30,14 @@ from stateset_lightning.run.find_checkpoint import continue_run, find_checkpoint
 from stateset_lightning.run.folder import config_file
 from stateset_lightning.run.system import ENVIRONMENT_FILE, environment
 
+# A tie to a private function of jsonargparse, as it is in 4.53; tests/cli/test_config.py fails when that changes. By
+# itself jsonargparse keeps, of a class chosen before, all options that the class chosen now has too, defaults among
+# them: GSPO chosen over a config with GRPO would clip at GRPO's bounds, a thousand times its own.
 _keep_shared_options = _typehints.discard_init_args_on_class_path_change
 
 
-def _forget_options_of_another_algorithm(parser_or_action: Any, previous: Any, value: Any) -> None:
-    """Another algorithm starts from its own defaults: its name means its paper.
-
-    By itself jsonargparse keeps what the earlier class shares with the later one, defaults among them: GSPO chosen over
-    a config with GRPO would clip at GRPO's bounds, a thousand times its own (test_cli.py).
-    """
+def forget_options_of_another_algorithm(parser_or_action: Any, previous: Any, value: Any) -> None:
+    """Another algorithm starts from its own defaults: its name means its paper."""
     _keep_shared_options(parser_or_action, previous, value)
     if previous and "init_args" in previous and previous["class_path"] != value["class_path"]:
         chosen = locate(value["class_path"])
@@ -46,7 +46,7 @@ def _forget_options_of_another_algorithm(parser_or_action: Any, previous: Any, v
                 del previous["init_args"][name]
 
 
-_typehints.discard_init_args_on_class_path_change = _forget_options_of_another_algorithm
+_typehints.discard_init_args_on_class_path_change = forget_options_of_another_algorithm
 
 
 class Parser(LightningArgumentParser):
@@ -69,12 +69,10 @@ class Parser(LightningArgumentParser):
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes the resolved config, and what it runs on, to the run's own folder, also with W&B, whose `log_dir` all runs
-    share.
-    """
+    """Writes the resolved config, and what it runs on, to the run's own folder.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
+    Also with W&B, where Lightning would write to a `log_dir` that all runs share.
+    """
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         file = config_file(trainer)
@@ -90,10 +88,13 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class StatesetCLI(LightningCLI):
-    """LightningCLI with this kit's parser, errors and default callbacks.
+    """LightningCLI with this package's parser, errors and default callbacks.
 
     Args:
-        args: The command line, without the program.
+        args: The command line, without the program's name.
+
+    Raises:
+        UserError: For whatever the user can mend.
     """
 
     def __init__(self, args: ArgsType) -> None:
@@ -103,23 +104,27 @@ class StatesetCLI(LightningCLI):
         self._wanted = [name for name in super().subcommands() if name in words] or list(super().subcommands())
         set_parsing_settings(docstring_parse_attribute_docstrings=any("help" in word or word == "-h" for word in words))
         progress = [RunSummary()] if sys.stdout.isatty() else [RunSummary(), ConsoleProgress()]
-        super().__init__(
-            GRPOLightningModule,
-            ScenarioDataModule,
-            seed_everything_default=42,
-            auto_configure_optimizers=False,  # it would build the optimizer before the weights are loaded
-            save_config_callback=SaveRunConfig,
-            trainer_defaults={
-                "callbacks": progress,
-                "num_sanity_val_steps": 0,
-                "use_distributed_sampler": False,  # the loader shards by rank itself
-                "log_every_n_steps": 1,
-                "enable_progress_bar": sys.stdout.isatty(),
-                "enable_model_summary": False,  # its one useful line is announced instead
-            },
-            parser_kwargs={"prog": PROGRAM, "default_env": False},
-            args=args,
-        )
+        try:
+            super().__init__(
+                GRPOLightningModule,
+                ScenarioDataModule,
+                seed_everything_default=42,
+                auto_configure_optimizers=False,  # it would build the optimizer before the weights are loaded
+                save_config_callback=SaveRunConfig,
+                save_config_kwargs={"save_to_log_dir": False},
+                trainer_defaults={
+                    "callbacks": progress,
+                    "num_sanity_val_steps": 0,
+                    "use_distributed_sampler": False,  # the loader shards by rank itself
+                    "log_every_n_steps": 1,
+                    "enable_progress_bar": sys.stdout.isatty(),
+                    "enable_model_summary": False,  # its one useful line is announced instead
+                },
+                parser_kwargs={"prog": PROGRAM, "default_env": False},
+                args=args,
+            )
+        except MisconfigurationException as error:
+            raise ConfigError(str(error)) from error
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         return {name: skipped for name, skipped in super().subcommands().items() if name in self._wanted}
@@ -136,18 +141,14 @@ class StatesetCLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument(
-            "--baseline", type=bool, default=False, help="fit: validate before training, to compare with."
-        )
+        parser.add_argument("--baseline", type=bool, default=False, help="fit: validate before training as well.")
         parser.add_lightning_class_args(SampleWriter, "samples")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         # An instance, which the signature's default is, could not be written to the run's config.yaml.
         parser.set_defaults({"model.algorithm": {"class_path": "stateset_lightning.algorithm.GRPO"}})
 
     def _parse_ckpt_path(self) -> None:
-        """Not done: Lightning merges a checkpoint's hyperparameters over the flags, so that a new learning rate is
-        ignored.
-        """
+        """Does nothing: Lightning would merge a checkpoint's hyperparameters over the flags, a new rate too."""
 
     def before_fit(self) -> None:
         config = self.config.fit
@@ -160,14 +161,15 @@ class StatesetCLI(LightningCLI):
             self.datamodule.setup("fit")
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
-    def before_validate(self) -> None:
-        self._find_checkpoint()
+    def _find_checkpoint(self) -> None:
+        path = self.config[self.subcommand].ckpt_path
+        if path is None:
+            return
+        self._set_checkpoint(find_checkpoint(self.trainer, path))
+        # A run of its own has a folder of its own, and keeps no best checkpoints.
+        warnings.filterwarnings("ignore", "The dirpath has changed from")
 
-    def before_test(self) -> None:
-        self._find_checkpoint()
-
-    def before_predict(self) -> None:
-        self._find_checkpoint()
+    before_validate = before_test = before_predict = _find_checkpoint
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         try:
@@ -191,14 +193,6 @@ class StatesetCLI(LightningCLI):
             raise ConfigError(
                 f"a class of the config refuses its arguments: {type(cause).__name__}: {cause}"
             ) from error
-
-    def _find_checkpoint(self) -> None:
-        path = self.config[self.subcommand].ckpt_path
-        if path is None:
-            return
-        self._set_checkpoint(find_checkpoint(self.trainer, path))
-        # A run of its own has a folder of its own, and keeps no best checkpoints.
-        warnings.filterwarnings("ignore", "The dirpath has changed from")
 
     def _set_checkpoint(self, path: str | None) -> None:
         """Lightning runs with the instantiated config, and the other one is saved."""

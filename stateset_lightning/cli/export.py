@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stateset_lightning.cli.generate import Arguments, add_loading_options, loading_options
+from stateset_lightning.cli.arguments import Arguments, loading_options
+from stateset_lightning.cli.messages import class_name
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.files import atomic_folder
 
 if TYPE_CHECKING:
     from stateset_lightning.cli.trained import TrainedModel
+    from stateset_lightning.data import PromptEncoder
     from stateset_lightning.policy import LoadingOptions
 
 _log = logging.getLogger("stateset_lightning")
@@ -23,49 +26,6 @@ MERGE_ERROR = 0.05
 
 LIBRARIES = ("stateset-lightning", "lightning", "transformers", "torch")
 
-CARD = """\
----
-library_name: {library}
-pipeline_tag: text-generation
-tags: [grpo, stateset-lightning]{base_line}
----
-
-# {title}
-
-`{base}`, trained by group-relative policy optimisation{steps}.
-
-## Training
-
-{training}
-{metrics}
-## Use
-
-Answers are greedy by default, as in the evaluation above. In this folder:
-
-```python
-{load_code}
-{prompt_code}
-output = model.generate(**inputs, max_new_tokens={max_new_tokens})
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```
-
-Made with {versions}.
-"""
-
-LOAD = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(".")
-model = AutoModelForCausalLM.from_pretrained(".")"""
-
-LOAD_ADAPTER = """\
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-tokenizer = AutoTokenizer.from_pretrained(".")
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), ".")
-model.generation_config = GenerationConfig.from_pretrained(".")"""
-
 
 def main(words: Sequence[str]) -> None:
     """Runs the subcommand with the words that follow it.
@@ -73,26 +33,17 @@ def main(words: Sequence[str]) -> None:
     Raises:
         UserError: If the checkpoint cannot be read, or the folder not be written.
     """
-    parser = Arguments(
-        prog="stateset-lightning export", description="Write a plain Hugging Face folder.", allow_abbrev=False
-    )
+    parser = Arguments("export", "Write a plain Hugging Face folder.")
     parser.add_argument("ckpt", metavar="CKPT", help="a checkpoint of a run, a model folder, or a Hugging Face id")
     parser.add_argument("out", metavar="OUT", help="the folder to write")
     parser.add_argument("--config", help="the run's resolved config; by default the one in the run's folder")
     parser.add_argument("--merge", action="store_true", help="add the run's adapter into the model, for a whole one")
     parser.add_argument("--overwrite", action="store_true", help="take the place of a folder that is there")
-    add_loading_options(parser)
-    options = parser.parse_args(words)
-    loading = loading_options(options)
-    export(
-        options.ckpt,
-        options.out,
-        config=options.config,
-        overwrite=options.overwrite,
-        merge=options.merge,
-        loading=loading,
-    )
-    print(f"exported: {options.out}")
+    parser.add_loading_options()
+    given = parser.parse_args(words)
+    loading = loading_options(given)
+    export(given.ckpt, given.out, config=given.config, overwrite=given.overwrite, merge=given.merge, loading=loading)
+    print(f"exported: {given.out}")
 
 
 def export(
@@ -139,46 +90,59 @@ def export(
 
 
 def model_card(trained: TrainedModel, title: str) -> str:
-    """What the model is, how it was trained and measured, and how to use it, in Markdown."""
+    """What the model is, how it was trained and measured, and how to use it, in Markdown (see model_card.md)."""
+    from jinja2 import Environment
+
     from stateset_lightning.policy.lora import is_adapted
 
-    base = trained.policy.public_name
-    step = trained.checkpoint.get("stateset", {}).get("step")
-    adapted = is_adapted(trained.model)
-    encoder = trained.encoder()
-    turns = [{"role": "system", "content": encoder.system_prompt}] if encoder.system_prompt else []
-    if encoder.applies_template:
-        messages = [*turns, {"role": "user", "content": "What is 2 + 2?"}]
-        options = {
-            "add_generation_prompt": True,
-            "return_tensors": "pt",
-            "return_dict": True,
-            **encoder.chat_template_kwargs,
-        }
-        arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())
-        code = f"messages = {messages!r}\ninputs = tokenizer.apply_chat_template(messages, {arguments})"
-    else:
-        text = "\n\n".join([*(turn["content"] for turn in turns), "What is 2 + 2?"])
-        code = f'inputs = tokenizer({text!r}, return_tensors="pt")'
-    return CARD.format(
-        base_line="" if trained.policy.is_local else f"\nbase_model: {base}",
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters["repr"] = repr
+    template = environment.from_string(files(__package__).joinpath("model_card.md").read_text(encoding="utf-8"))
+    callbacks = trained.checkpoint.get("callbacks") or {}
+    return template.render(
         title=title,
-        base=base,
-        steps="" if step is None else f" for {step} optimizer steps",
-        training=_training(trained.config) or "The run's config was not found.",
-        metrics=_metrics(trained.checkpoint),
-        prompt_code=code,
-        library="peft" if adapted else "transformers",
-        load_code=_load_adapter(base) if adapted else LOAD,
+        base=trained.policy.public_name,
+        is_local=trained.policy.is_local,
+        library="peft" if is_adapted(trained.model) else "transformers",
+        step=trained.checkpoint.get("stateset", {}).get("step"),
+        validations=next(
+            (state["validations"] for name, state in callbacks.items() if name.startswith("RunSummary")), []
+        ),
         max_new_tokens=trained.rollout.max_new_tokens,
         versions=", ".join(f"{library} {version(library)}" for library in LIBRARIES),
+        **_training(trained.config),
+        **_prompt(trained.encoder()),
     )
 
 
-def _load_adapter(base: str) -> str:
-    if base == "tiny":
-        return "from stateset_lightning.tiny import TINY_FOLDER\n" + LOAD_ADAPTER.format(base="TINY_FOLDER")
-    return LOAD_ADAPTER.format(base=repr(base))
+def _training(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the card says of task, rewards, algorithm and sampling; empty without a config."""
+    if not config:
+        return {}
+    model, data = config["model"], config.get("data") or {}
+    rollout, task, rewards = model.get("rollout") or {}, data.get("train"), model.get("reward") or []
+    sampling = {key: rollout[key] for key in ("num_generations", "max_new_tokens", "temperature") if key in rollout}
+    return {
+        "task": Path(task).name if isinstance(task, str) else None,
+        "system_prompt": data.get("system_prompt"),
+        "rewards": [
+            (class_name(reward), (reward.get("init_args") or {}).get("weight") if isinstance(reward, dict) else None)
+            for reward in (rewards if isinstance(rewards, list) else [rewards])
+        ],
+        "algorithm": class_name(model.get("algorithm") or "GRPO"),
+        "sampling": ", ".join(f"{key} {value}" for key, value in sampling.items()),
+    }
+
+
+def _prompt(encoder: PromptEncoder) -> dict[str, Any]:
+    """What the card's code needs to ask as in training."""
+    turns = [{"role": "system", "content": encoder.system_prompt}] if encoder.system_prompt else []
+    turns.append({"role": "user", "content": "What is 2 + 2?"})
+    if not encoder.applies_template:
+        return {"text": "\n\n".join(turn["content"] for turn in turns)}
+    tensors = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    options = {**tensors, **encoder.chat_template_kwargs}
+    return {"messages": turns, "options": ", ".join(f"{key}={value!r}" for key, value in options.items())}
 
 
 def _merge(trained: TrainedModel) -> None:
@@ -196,8 +160,9 @@ def _merge(trained: TrainedModel) -> None:
 
 
 def _set_generation(trained: TrainedModel) -> None:
-    """Greedy, ended by all tokens that ended a completion in training: a base's own penalties and temperature were no
-    part of that.
+    """Greedy, and ended by all tokens that ended a completion in training.
+
+    The base's own penalties and temperature go: they were no part of training.
     """
     from transformers import GenerationConfig
 
@@ -209,52 +174,3 @@ def _set_generation(trained: TrainedModel) -> None:
     trained.model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=trained.rollout.max_new_tokens, **options
     )
-
-
-def _training(config: Mapping[str, Any]) -> str:
-    """Task, rewards, algorithm and sampling, as a list; empty without a config."""
-    if not config:
-        return ""
-    model, data = config["model"], config.get("data") or {}
-    rollout = model.get("rollout") or {}
-    task = data.get("train")
-    lines = [f"- task: `{Path(task).name}`"] if isinstance(task, str) else []
-    if data.get("system_prompt"):
-        lines.append(f"- system prompt: {data['system_prompt']!r}")
-    given = model.get("reward") or []
-    for reward in given if isinstance(given, list) else [given]:
-        options = (reward.get("init_args") or {}) if isinstance(reward, dict) else {}
-        weight = options.get("weight")
-        share = "" if weight is None else f", weight {weight:g}" if weight else ", held out"
-        lines.append(f"- reward: `{_class_name(reward)}`{share}")
-    lines.append(f"- algorithm: `{_class_name(model.get('algorithm') or 'GRPO')}`")
-    sampling = {key: rollout[key] for key in ("num_generations", "max_new_tokens", "temperature") if key in rollout}
-    lines.append(f"- sampling: {', '.join(f'{key} {value}' for key, value in sampling.items())}")
-    return "\n".join(lines) + "\n"
-
-
-def _metrics(checkpoint: Mapping[str, Any]) -> str:
-    """A table of the first and the last validation before the checkpoint; empty if there was none."""
-    states = checkpoint.get("callbacks") or {}
-    validations: list[Any] = next(
-        (state["validations"] for name, state in states.items() if name.startswith("RunSummary")), []
-    )
-    if not validations:
-        return ""
-    (first_step, first), (last_step, last) = validations[0], validations[-1]
-    rows = [f"| {name} | {first[name]:.4g} | {value:.4g} |" for name, value in last.items() if name in first]
-    return "\n".join(
-        [
-            "## Validation",
-            "",
-            f"| metric | after step {first_step} | after step {last_step} |",
-            "|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
-
-
-def _class_name(given: Any) -> str:
-    path = given.get("class_path", "") if isinstance(given, dict) else str(given)
-    return str(path).rpartition(".")[2]

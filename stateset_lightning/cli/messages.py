@@ -1,7 +1,7 @@
-"""What the parser says about a config -> a line that names the key, the value and what is accepted.
+"""Messages of the command line: one line that names the key, the value and what is accepted.
 
-jsonargparse lists every member of a union type that did not fit, over many lines. The most telling of these is kept;
-wording that is not known here is cut to its first lines, so that nothing is lost but length.
+jsonargparse lists every member of a union type that did not fit, over many lines. The most telling one is kept. Wording
+that is not known here is cut to its first lines, so that nothing is lost but length. Seen in jsonargparse 4.53.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -33,7 +34,6 @@ _WORDS = {
     "Iterable": "a list",
     "NoneType": "null",
 }
-# Where the classes that a key takes are found, to suggest one whose name is close.
 CLASS_HOMES = {
     "model.reward": "stateset_lightning.rewards",
     "model.algorithm": "stateset_lightning.algorithm",
@@ -42,24 +42,25 @@ CLASS_HOMES = {
     "trainer.callbacks": "lightning.pytorch.callbacks",
     "trainer.logger": "lightning.pytorch.loggers",
 }
+"""Where the classes that a key takes are found, to suggest one whose name is close."""
+
 CLASSES = {
     "model.policy": "stateset_lightning.policy.PolicyConfig",
     "model.rollout": "stateset_lightning.rollout.RolloutConfig",
+    "model.evaluation": "stateset_lightning.evaluation.EvaluationConfig",
 }
-CLASSES["model.evaluation"] = "stateset_lightning.evaluation.EvaluationConfig"
-# From the most telling to the least; the first that is found is reported.
-_TELLING = tuple(
-    re.compile(pattern)
-    for pattern in (
-        r"Input should be (?P<bound>.*?)(?:, unable.*)? ?\[type=",
-        r"Option '(?P<unknown>.+?)' is not accepted",
-        r"arguments are required: (?P<required>.+)",
-        r"Problem with given class_path '(?P<path>.+?)'",
-        r"Import path (?P<no_subclass>\S+) does not correspond to a subclass of (?P<base>\w+)",
-        r"(?P<abstract>\S+) is abstract",
-        r"Expected a dot import path string: (?P<name>.+)",
-    )
+"""The class that a key always takes, to suggest one of its options."""
+
+_TELLING = (
+    r"Input should be (?P<bound>.*?)(?:, unable.*)? ?\[type=",
+    r"Option '(?P<unknown>.+?)' is not accepted",
+    r"arguments are required: (?P<required>.+)",
+    r"Problem with given class_path '(?P<path>.+?)'",
+    r"Import path (?P<no_subclass>\S+) does not correspond to a subclass of (?P<base>\w+)",
+    r"(?P<abstract>\S+) is abstract",
+    r"Expected a dot import path string: (?P<name>.+)",
 )
+"""From the most telling to the least; the first that is found is reported."""
 
 
 def shorten(message: str, keys: Sequence[str] = ()) -> str:
@@ -74,7 +75,7 @@ def shorten(message: str, keys: Sequence[str] = ()) -> str:
         return f"there is no key {match[1]}{_suggest(match[1], keys) or '; --help lists all keys'}"
     for pattern in _TELLING:
         for number, line in enumerate(lines):
-            if match := pattern.search(line):
+            if match := re.search(pattern, line):
                 key, value = _key(lines, number), _value("\n".join(lines[number : number + 3])) or _value(message)
                 return _told(key, value, {name: text for name, text in match.groupdict().items() if text}, message)
     accepted = _accepted(message)
@@ -90,31 +91,44 @@ def check_config_files(words: Sequence[str]) -> None:
     Raises:
         ConfigError: If one is not.
     """
-    pairs = [word.split("=", 1) for word in words if word.startswith("--config=")]
-    pairs += [list(pair) for pair in itertools.pairwise(words) if pair[0] in ("--config", "-c")]
-    for _, name in pairs:
-        if name.lstrip().startswith("{") or "\n" in name:  # a config written out on the command line
-            continue
-        try:
-            content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(
-                f"--config {name}: cannot be read ({error.strerror}); paths are relative to {Path.cwd()}"
-            ) from error
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"--config {name}: not valid UTF-8; save the file as UTF-8") from error
-        except yaml.MarkedYAMLError as error:
-            line = error.problem_mark.line + 1 if error.problem_mark else 1
-            raise ConfigError(
-                f"{name}:{line}: malformed YAML: {error.problem}; check indentation, brackets and quotes"
-            ) from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{name}: malformed YAML: {str(error).splitlines()[0]}") from error
-        if not isinstance(content, dict):
-            found = "empty" if content is None else f"not a mapping of keys but {content!r:.60}"
-            raise ConfigError(
-                f"--config {name}: the file is {found}; it must hold keys such as model:, data: and trainer:"
-            )
+    given = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    given += [value for flag, value in itertools.pairwise(words) if flag in ("--config", "-c")]
+    for name in given:
+        if not name.lstrip().startswith("{") and "\n" not in name:  # else it is a config itself
+            read_yaml(name, f"--config {name}", "keys such as model:, data: and trainer:")
+
+
+def read_yaml(file: str | Path, name: str, keys: str) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Args:
+        file: Its path.
+        name: What the user calls it, for the error.
+        keys: What it must hold, for the error.
+
+    Raises:
+        ConfigError: If it cannot be read or holds something else.
+    """
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot be read ({error.strerror}); paths are relative to {Path.cwd()}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name}: not valid UTF-8; save the file as UTF-8") from error
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        place, reason = f":{mark.line + 1}" if mark else "", problem or str(error).splitlines()[0]
+        raise ConfigError(f"{file}{place}: malformed YAML: {reason}; check indentation, brackets and quotes") from error
+    if not isinstance(content, dict):
+        found = "empty" if content is None else f"not a mapping of keys but {content!r:.60}"
+        raise ConfigError(f"{name}: the file is {found}; it must hold {keys}")
+    return content
+
+
+def class_name(given: Any) -> str:
+    """The name of a class in a config, given by its path or as {class_path, init_args}; empty for None."""
+    path = given.get("class_path", "") if isinstance(given, dict) else str(given or "")
+    return str(path).rpartition(".")[2]
 
 
 def without_traceback(message: str) -> str:
@@ -123,47 +137,50 @@ def without_traceback(message: str) -> str:
     if not found:
         return message
     here = str(Path(__file__).parents[1])
-    places = [
-        place for place in re.findall(r'File "(.+?)", line (\d+), in (\S+)', trace) if not place[0].startswith(here)
-    ]
-    return "\n  ".join(
-        [before.strip(), *(f"raised at {file}:{line}, in {function}" for file, line, function in places[-1:])]
-    )
+    places = re.findall(r'File "(.+?)", line (\d+), in (\S+)', trace)
+    own = [f"raised at {file}:{line}, in {function}" for file, line, function in places if not file.startswith(here)]
+    return "\n  ".join([before.strip(), *own[-1:]])
 
 
 def _told(key: str, value: str, found: dict[str, str], message: str) -> str:
-    if "bound" in found:
-        bound = found["bound"]
-        if bound.endswith(("than", "to")):  # jsonargparse 4.53 loses the number of some bounds
-            bound = " ".join([bound, *re.findall(r"G[te]\(g[te]=([^)]+)\)", message)[:1]])
-        return f"{key}={value}: must be {bound}"
-    if "unknown" in found:
-        known = _parameters_near(message, key)
-        return f"{key}: there is no key {found['unknown']}{_suggest(found['unknown'], known) or _listed(known)}"
-    if "path" in found:
-        module, _, name = found["path"].rpartition(".")
-        try:
-            near = _suggest(name, dir(importlib.import_module(module)))
-        except (ImportError, ValueError):
-            return (
-                f"{key}: class_path {found['path']}: module {module or name} cannot be imported; is it spelt right, and"
-                " on PYTHONPATH?"
-            )
-        return f"{key}: class_path {found['path']}: {module} has no {name}{near or '; check its spelling'}"
-    if "no_subclass" in found:
-        return f"{key}: {found['no_subclass']} is no {found['base']}; give the class path of one"
-    if "abstract" in found:
-        return f"{key}: {found['abstract']} is abstract: it lacks a method that its base class wants"
-    if "required" in found:
-        names = [re.sub(r"^(fit|validate|test|predict)\.", "", name) for name in found["required"].split(", ")]
-        return (
-            f"missing: {', '.join(f'{key}.{name}' if key else name for name in names)}; set it in a config (--config)"
-            " or as a flag"
-        )
+    """The message of one of `_TELLING`; `found` holds what its group matched."""
+    match found:
+        case {"bound": bound}:
+            if bound.endswith(("than", "to")):  # jsonargparse 4.53 loses the number of some bounds
+                bound = " ".join([bound, *re.findall(r"G[te]\(g[te]=([^)]+)\)", message)[:1]])
+            return f"{key}={value}: must be {bound}"
+        case {"unknown": unknown}:
+            known = _parameters_near(message, key)
+            listed = f"; its keys are {', '.join(known)}" if known else ""
+            return f"{key}: there is no key {unknown}{_suggest(unknown, known) or listed}"
+        case {"path": path}:
+            module, _, name = path.rpartition(".")
+            return f"{key}: class_path {path}: {_absence(module or name, name)}"
+        case {"no_subclass": path, "base": base}:
+            return f"{key}: {path} is no {base}; give the class path of one"
+        case {"abstract": path}:
+            return f"{key}: {path} is abstract: it lacks a method that its base class wants"
+        case {"required": required}:
+            names = [re.sub(r"^(fit|validate|test|predict)\.", "", name) for name in required.split(", ")]
+            missing = ", ".join(f"{key}.{name}" if key else name for name in names)
+            return f"missing: {missing}; set it in a config (--config) or as a flag"
     home = next((module for start, module in CLASS_HOMES.items() if key.startswith(start)), None)
-    near = _suggest(found["name"], dir(importlib.import_module(home))) if home else ""
-    example = f", such as those of {home}" if home else ""
-    return f"{key}={found['name']}: no such class{near or f'; give class_path (and init_args){example}'}"
+    reason = _absence(home, found["name"]) if home else "no such class; give class_path and init_args"
+    return f"{key}={found['name']}: {reason}"
+
+
+def _absence(module: str, name: str) -> str:
+    """Why a name cannot be had from a module."""
+    try:
+        home = importlib.import_module(module)
+    except (ImportError, ValueError):
+        return f"module {module} cannot be imported; is it spelt right, and on PYTHONPATH?"
+    try:
+        getattr(home, name)
+    except AttributeError as error:
+        if not str(error).startswith("module "):  # a `__getattr__` of the module's own says what replaces the name
+            return str(error)
+    return f"{module} has no {name}{_suggest(name, dir(home)) or '; give the class_path of one that there is'}"
 
 
 def _key(lines: Sequence[str], number: int) -> str:
@@ -195,12 +212,8 @@ def _value(message: str) -> str:
 def _accepted(message: str) -> str:
     """What types and choices would have been accepted, in words."""
     kinds = [_WORDS.get(name.rpartition(".")[2], name) for name in re.findall(r"Expected a <class '(.+?)'>", message)]
-    choices = [
-        choice
-        for group in re.findall(r"Expected a typing\.Literal\[(.+?)\]", message)
-        for choice in re.findall(r"'(.+?)'", group)
-    ]
-    if choices:
+    literals = " ".join(re.findall(r"Expected a typing\.Literal\[(.+?)\]", message))
+    if choices := re.findall(r"'(.+?)'", literals):
         kinds = [f"one of {', '.join(dict.fromkeys(choices))}"]
     return " or ".join(dict.fromkeys(kinds))
 
@@ -222,7 +235,3 @@ def _parameters_near(message: str, key: str) -> list[str]:
 def _suggest(word: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, [name for name in known if not name.startswith("_")], n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
-
-
-def _listed(known: Sequence[str]) -> str:
-    return f"; its keys are {', '.join(known)}" if known else ""

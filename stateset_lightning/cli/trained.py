@@ -1,6 +1,4 @@
-"""A checkpoint, model folder or model name -> model, tokenizer and prompts as in training; for `generate` and
-`export`.
-"""
+"""A checkpoint, model folder or model name -> model, tokenizer and prompts as in training: what two commands load."""
 
 from __future__ import annotations
 
@@ -11,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from torch import Tensor
 
+from stateset_lightning.cli.messages import read_yaml
 from stateset_lightning.data import PromptEncoder
 from stateset_lightning.errors import CheckpointError, ConfigError
 from stateset_lightning.policy import LoadingOptions, PolicyConfig, load_model, load_tokenizer
@@ -118,9 +116,8 @@ def _load_adapted(
     """The base, with the checkpoint's adapter; an adapter that the run started from is not needed any more."""
     model = load_model(replace(policy, lora=None, adapter=None), getattr(torch, saved["base"]["dtype"]))
     inject(model, config_from_plain(saved["config"]), source)
-    check_base(
-        {"model_name": policy.model_name, "revision": policy.revision, "digest": base_digest(model)}, saved["base"]
-    )
+    base = {"model_name": policy.model_name, "revision": policy.revision, "digest": base_digest(model)}
+    check_base(base, saved["base"])
     if (names := set(trained_names(model))) != set(weights):
         raise CheckpointError(f"{source}: its adapter does not fit: {', '.join(sorted(names ^ set(weights))[:3])}")
     model.load_state_dict(weights, strict=False)
@@ -141,10 +138,7 @@ def _config_of_run(file: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as a run's config: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(content, dict) or "model" not in content:
+    content = read_yaml(path, str(path), "a run's resolved config")
+    if "model" not in content:
         raise ConfigError(f"{path} is no config of a run: it has no model:")
     return content

@@ -115,9 +115,9 @@ def test_the_command_writes_a_config_once(tmp_path: Path, capsys: pytest.Capture
         ("agent: [", "malformed YAML"),
         (
             "model: {}\n",
-            "must be a mapping with the keys agent, environment and training, but is a mapping with the keys model",
+            "must hold the keys agent, environment, training, but holds model",
         ),
-        ("3\n", "but is 3"),
+        ("3\n", "not a mapping of keys but 3; it must hold the keys agent, environment, training"),
     ],
 )
 def test_a_file_that_is_none_of_the_guides(

@@ -238,7 +238,7 @@ def test_without_its_run_a_checkpoint_says_so(run, tmp_path, caplog):
 
 
 def test_the_commands_of_the_docs_run(run, tmp_path, monkeypatch, capsys):
-    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
     commands = [
         line for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL) for line in block.splitlines()
     ]

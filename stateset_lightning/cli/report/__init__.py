@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from stateset_lightning.cli.generate import Arguments
+from jinja2 import Environment
+
+from stateset_lightning.cli.arguments import Arguments
 from stateset_lightning.cli.report.run_data import read_run
 from stateset_lightning.files import atomic_write
 
@@ -26,9 +27,7 @@ def main(words: Sequence[str]) -> None:
     Raises:
         UserError: If the folder holds no run, or the page cannot be written.
     """
-    parser = Arguments(
-        prog="stateset-lightning report", description="Write one HTML page about a run.", allow_abbrev=False
-    )
+    parser = Arguments("report", "Write one HTML page about a run.")
     parser.add_argument(
         "run", metavar="RUN", help="a run's folder, such as runs/single_turn/version_0; the run may still be going on"
     )
@@ -57,25 +56,11 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
 
 def render(data: Mapping[str, Any]) -> str:
     """The page, with the data of `read_run` in it."""
-    parts = {
-        name: files(__package__).joinpath(name).read_text(encoding="utf-8")
-        for name in ("page.html", "page.css", "page.js")
-    }
-    style, script = parts["page.css"], parts["page.js"]
-    policy = (
-        f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; base-uri 'none';"
-        " form-action 'none'"
+    page, style, script = (
+        files(__package__).joinpath(f"page.{ending}").read_text(encoding="utf-8") for ending in ("html", "css", "js")
     )
-    fill = {
-        "TITLE": html.escape(str(data["run"])),
-        "POLICY": policy,
-        "STYLE": style,
-        "SCRIPT": script,
-        "DATA": script_safe(data),
-    }
-    head, *pieces = parts["page.html"].split("{{")
-    # Piece by piece, and not by replacing: a completion may hold a place's name.
-    return head + "".join(fill[name] + rest for name, rest in (piece.split("}}", 1) for piece in pieces))
+    template = Environment(autoescape=True, keep_trailing_newline=True).from_string(page)
+    return template.render(title=data["run"], style=style, script=script, data=script_safe(data), digest=_digest)
 
 
 def script_safe(data: Any) -> str:

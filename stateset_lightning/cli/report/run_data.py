@@ -6,15 +6,18 @@ import csv
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
+from stateset_lightning.cli.messages import class_name
 from stateset_lightning.errors import ConfigError
 
 METRICS, SAMPLES, ENVIRONMENT = "metrics.csv", "samples.jsonl", "environment.json"
 CONFIGS = ("config.yaml", "resolved_config.yaml")
+SPLITS = ("train", "validation", "test")
 
 MAX_POINTS = 1500
 """Points of a curve; of longer ones, means of equally many neighbours."""
@@ -37,26 +40,23 @@ def read_run(folder: Path) -> dict[str, Any]:
         ConfigError: If the folder holds no run, or one of its files is damaged.
     """
     _check_folder(folder)
-    metrics, samples, environment = (folder / name for name in (METRICS, SAMPLES, ENVIRONMENT))
-    config = next((path for name in CONFIGS if (path := folder / name).is_file()), None)
-    present = {
-        METRICS: metrics.is_file(),
-        SAMPLES: samples.is_file(),
-        CONFIGS[0]: config is not None,
-        ENVIRONMENT: environment.is_file(),
-    }
+    files = {name: folder / name for name in (METRICS, SAMPLES, CONFIGS[0], ENVIRONMENT)}
+    if not files[CONFIGS[0]].is_file():
+        files[CONFIGS[0]] = folder / CONFIGS[1]
+    there = {name: path for name, path in files.items() if path.is_file()}
+    config = there.get(CONFIGS[0])
     text = "" if config is None else config.read_text(encoding="utf-8", errors="replace")
-    train, evaluations, shown = _read_samples(samples) if present[SAMPLES] else ([], [], {})
+    train, evaluations, shown = _read_samples(there[SAMPLES]) if SAMPLES in there else ([], [], {})
     return {
         "run": f"{folder.absolute().parent.name}/{folder.absolute().name}",
-        "metrics": _read_metrics(metrics) if present[METRICS] else {},
+        "metrics": _read_metrics(there[METRICS]) if METRICS in there else {},
         "train": train,
         "evaluations": evaluations,
         "shown": shown,
         "config": text,
         "facts": _facts(text, config),
-        "environment": _read_json(environment) if present[ENVIRONMENT] else {},
-        "missing": [name for name, there in present.items() if not there],
+        "environment": _read_json(there[ENVIRONMENT]) if ENVIRONMENT in there else {},
+        "missing": [name for name in files if name not in there],
     }
 
 
@@ -108,11 +108,10 @@ def _binned(points: Sequence[tuple[int, float]]) -> list[list[float]]:
 
 
 def _number(text: str | None) -> float | None:
-    try:
-        value = float(text or "nan")
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
+    with suppress(ValueError):
+        if math.isfinite(value := float(text or "nan")):
+            return value
+    return None
 
 
 # Samples
@@ -168,16 +167,9 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                 return
             try:
                 row = json.loads(line, parse_constant=lambda _: None)  # NaN and inf
-                known = (
-                    row["split"] in ("train", "validation", "test")
-                    and isinstance(row["step"], int)
-                    and isinstance(row["id"], str)
-                )
-                if (
-                    not known
-                    or not isinstance(row["completion"], str)
-                    or (row["split"] == "train" and "episode" not in row)
-                ):
+                kinds = {"step": int, "id": str, "completion": str}
+                is_sample = all(isinstance(row[name], kind) for name, kind in kinds.items())
+                if not is_sample or row["split"] not in SPLITS or (row["split"] == "train" and "episode" not in row):
                     raise ValueError("not what the samples callback writes")
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfigError(f"{path}, line {number} is no sample of a run: {error!r}") from error
@@ -185,12 +177,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _heading(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "id": row["id"],
-        "topic": row.get("topic"),
-        "prompt": _cut(row.get("prompt", "")),
-        "target": row.get("target"),
-    }
+    return {name: row.get(name) for name in ("id", "topic", "target")} | {"prompt": _cut(row.get("prompt", ""))}
 
 
 _KEPT = ("reward", "rewards", "advantage", "finish_reason", "num_tokens", "breakdown", "errors", "tokens")
@@ -246,13 +233,8 @@ def _facts(text: str, path: Path | None) -> dict[str, Any]:
     policy, rewards = model.get("policy"), model.get("reward") or []
     facts = {
         "model": policy.get("model_name") if isinstance(policy, dict) else policy,
-        "algorithm": _class_name(model.get("algorithm")),
-        "reward": ", ".join(map(_class_name, rewards if isinstance(rewards, list) else [rewards])),
+        "algorithm": class_name(model.get("algorithm")),
+        "reward": ", ".join(map(class_name, rewards if isinstance(rewards, list) else [rewards])),
         "data": data.get("train") if isinstance(data.get("train"), str) else None,
     }
     return {name: value for name, value in facts.items() if value}
-
-
-def _class_name(given: Any) -> str:
-    path = given.get("class_path", "") if isinstance(given, dict) else str(given or "")
-    return str(path).rpartition(".")[2]

@@ -1,0 +1,68 @@
+"""Arguments of the commands that are not LightningCLI's."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from stateset_lightning.cli.messages import PROGRAM
+from stateset_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from stateset_lightning.policy import LoadingOptions
+
+
+class Arguments(argparse.ArgumentParser):
+    """The parser of a command; it reports an error in one line, as `ConfigError`."""
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(prog=f"{PROGRAM} {command}", description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+    def add_loading_options(self) -> None:
+        """The flags of `LoadingOptions`: which code a model runs with is for the user to say, not a checkpoint."""
+        self.add_argument(
+            "--trust_remote_code",
+            action="store_true",
+            help="run code that comes with the model; a checkpoint cannot ask for that itself",
+        )
+        self.add_argument("--revision", help="branch, tag or commit of a Hugging Face id; never the checkpoint's own")
+        self.add_argument(
+            "--attn_implementation",
+            metavar="NAME",
+            help="attention of transformers (sdpa, eager, ...); by default the model's",
+        )
+        self.add_argument(
+            "--model_kwargs",
+            type=_mapping,
+            default={},
+            metavar="JSON",
+            help="further arguments of from_pretrained, as a JSON object",
+        )
+
+
+def loading_options(options: argparse.Namespace) -> LoadingOptions:
+    """What the user has given of `add_loading_options`."""
+    from stateset_lightning.policy import LoadingOptions  # not for `--help`: it imports torch
+
+    return LoadingOptions(
+        options.revision, options.attn_implementation, options.trust_remote_code, options.model_kwargs
+    )
+
+
+def count(text: str) -> int:
+    """A type of argument: a whole number, at least 1."""
+    if not text.isdigit() or text == "0":
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
+    return int(text)
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    with suppress(ValueError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    raise argparse.ArgumentTypeError(f"""{text} must be a JSON object, such as '{{"variant": "fp16"}}'""")

@@ -1,0 +1,32 @@
+"""usage: stateset-lightning doctor --config FILE [--config OVERLAY] [--KEY VALUE] ... [--sample false]
+
+What a config amounts to, before a long run: the config without defaults, the data, one completion and its reward,
+seconds and peak memory of an episode, and contradictions. It takes the flags of `fit` (see fit --help) and writes
+nothing (but a judge's replies into their cache). Exit code 0 if the run can start, 1 if not.
+
+  --sample false   score a target instead of sampling; the worst case is measured without sampling
+"""
+
+# The text above is what `doctor --help` prints, without importing torch.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stateset_lightning.cli.messages import check_config_files
+
+
+def main(words: Sequence[str]) -> None:
+    """Runs the command with the words that follow it.
+
+    Raises:
+        SystemExit: With code 0 or 1.
+        UserError: If the command line or the config cannot be read.
+    """
+    if {"-h", "--help"} & set(words):
+        print(__doc__, end="")
+        raise SystemExit(0)
+    check_config_files(words)
+    from stateset_lightning.cli.doctor.sections import DoctorCLI
+
+    DoctorCLI(["fit", *words])

@@ -1,0 +1,192 @@
+"""An episode on the device, for real: sampled, scored, and one of its micro-steps trained, with the config's own sizes.
+
+Two cases are measured: lengths as they are sampled, and the worst case: the longest prompts, every completion of
+`max_new_tokens`. No weight changes. Letters: N completions, T completion tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+
+from stateset_lightning.cli.doctor.meter import Meter
+from stateset_lightning.datamodule import ScenarioDataModule
+from stateset_lightning.module import GRPOLightningModule
+from stateset_lightning.policy import AdapterReference, Group, Policy, load_model, make_reference
+from stateset_lightning.policy.precision import sampling_dtype, weights_dtype
+from stateset_lightning.rollout import InProcessEngine
+from stateset_lightning.seeding import sample_seeds
+from stateset_lightning.training.episode import Part
+from stateset_lightning.training.loss import part_loss
+from stateset_lightning.types import Rollout, Scenario, Scores, Turn
+
+SAMPLED, WORST = "as sampled", "worst case"
+
+
+class EpisodeMeasurement:
+    """Measures the phases of an episode.
+
+    Args:
+        trainer: Of the run; with its optimizer once anything is trained.
+        module: Gets its policy from `load`; its engine must be ready for `sample`.
+        data: Set up.
+        meter: Runs the phases.
+    """
+
+    def __init__(self, trainer: Trainer, module: GRPOLightningModule, data: ScenarioDataModule, meter: Meter) -> None:
+        self.trainer, self.module, self.data, self.meter = trainer, module, data, meter
+        self.policy: Policy
+        self.reference: Policy | AdapterReference | None = None
+        self.optimizer_steps = data.num_iterations * data.steps_per_episode // trainer.accumulate_grad_batches
+        # Whether the policy scores an episode before it is trained on.
+        self.needs_old = self.optimizer_steps > 1 or module.algorithm.selects_tokens or module.algorithm.kl_in_reward
+
+    def load(self) -> None:
+        """Policy and reference, on the device; not by `configure_model`, which would shard the policy."""
+        module, device = self.module, self.meter.device
+        dtype = weights_dtype(module.policy_config.dtype, str(self.trainer.precision))
+
+        def load() -> None:
+            model = load_model(module.policy_config, dtype, module.seed).to(device)
+            module.policy = self.policy = Policy(model, module.policy_config).train()
+            if module.algorithm.needs_reference:
+                self.reference = make_reference(self.policy, dtype)
+                if isinstance(self.reference, Policy):
+                    self.reference.to(device)
+
+        self.meter.run(SAMPLED, "load", load, limit=0)
+
+    def take_first_step(self) -> None:
+        """A step of one token: every later one finds the optimizer's state in memory, and the device ready."""
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = 0 * group["lr"]  # see `_update`
+        if self.meter.run("first step", "training", lambda: self._backward([Group([3], [[3]])])):
+            self.meter.run("first step", "update", self._update)
+
+    def sample(self) -> Rollout | None:
+        """An episode of prompts spread over the training data."""
+        return self._sample(SAMPLED, self.spread_rows(), self.module.engine, self.module.rollout.stop)
+
+    def score(self, scenarios_N: Sequence[Scenario], texts: Sequence[str], lengths: Sequence[int]) -> Scores | None:
+        """Scores of completions of so many tokens, each of a scenario."""
+
+        def score() -> Scores:
+            with self.module.scorer.start(len(texts), self.meter.device) as session:
+                for n, (scenario, text) in enumerate(zip(scenarios_N, texts, strict=True)):
+                    turns = [*scenario.turns(self.data.system_prompt), Turn("assistant", text)]
+                    session.submit(n, turns, scenario.columns(), completion_tokens=lengths[n])
+                return session.collect()
+
+        return self.meter.run(SAMPLED, "scoring", score)
+
+    def train(self, rollout: Rollout) -> str:
+        """Trains a micro-step of these completions; says how large it is."""
+        completions = iter([tokens or [3] for tokens in rollout.completions()])  # an engine may return an empty one
+        size, prompts = rollout.num_generations, rollout.prompt_tokens
+        return self._train(SAMPLED, [Group(prompt, list(islice(completions, size))) for prompt in prompts])
+
+    def run_worst_case(self, samples: bool) -> str:
+        """The worst case, with sampling or without; says what was done. Nothing can be sampled afterwards."""
+        prompts, limit = self.data.served("train")[1], self.module.rollout.max_new_tokens
+        longest = np.resize(np.argsort(-prompts.lengths, kind="stable"), self.data.batch_size).tolist()
+        if samples:
+            self.policy.model.generation_config = None  # it names tokens that end a completion, too
+            engine = InProcessEngine(EndlessTokenizer(), sampling_dtype(str(self.trainer.precision)))
+            self._sample(WORST, longest, engine, stop=[])
+        size = self.module.rollout.num_generations
+        share = self._train(WORST, [Group(prompts[i], [(prompts[i] * limit)[:limit]] * size) for i in longest])
+        how = "sampled on past the end of sequence, trained" if samples else "trained"
+        return f"the longest prompts, completions of {limit} tokens, {how} with made-up tokens; {share}"
+
+    def seconds(self) -> tuple[float, bool]:
+        """Of an episode as sampled, one phase after the other; and whether it is only known to take longer."""
+        times = {"training": self.data.num_iterations * self.data.steps_per_episode, "update": self.optimizer_steps}
+        costs = {phase: cost for (case, phase), cost in self.meter.costs.items() if case == SAMPLED and phase != "load"}
+        seconds = sum(times.get(phase, 1) * cost.seconds for phase, cost in costs.items())
+        return seconds, any(cost.stopped for cost in costs.values())
+
+    def spread_rows(self) -> list[int]:
+        """The rows of the training data that `sample` takes; some of them twice where there are too few."""
+        size = self.data.batch_size
+        return [i * len(self.data.served("train")[1]) // size for i in range(size)]
+
+    def _sample(self, case: str, rows: Sequence[int], engine: Any, stop: list[str]) -> Rollout | None:
+        config, prompts = replace(self.module.rollout, stop=stop), self.data.served("train")[1]
+        size, chosen = config.num_generations, [prompts[i] for i in rows]
+        seeds_N = sample_seeds(self.module.seed, "doctor", 0, range(len(rows)), size)
+        engine.sync(self.policy)
+        return self.meter.run(case, "sampling", lambda: engine.generate(chosen, size, config, seeds_N))
+
+    def _train(self, case: str, groups: Sequence[Group]) -> str:
+        """Log-probs of all groups, then a micro-step with its share of them, and the update; says what the share is."""
+        temperature, packed = self.module.rollout.temperature, self.policy.uses_packed_scoring
+        if scorers := [scorer for scorer in (self.policy if self.needs_old else None, self.reference) if scorer]:
+            self.meter.run(
+                case, "log-probs", lambda: [each.score_without_gradient(groups, temperature) for each in scorers]
+            )
+        share = share_of_micro_step(groups, self.data.steps_per_episode)
+        if self.meter.run(case, "training", lambda: self._backward(share)):
+            self.meter.run(case, "update", self._update)
+        self.trainer.optimizers[0].zero_grad(set_to_none=True)  # also of what was stopped
+        rows = [len(group.prompt) + len(completion) for group in share for completion in group.completions]
+        once = sum(len(group.prompt) + group.num_completion_tokens for group in share)
+        form = "each prompt once per group" if packed else "a padded row per completion"
+        tokens = once if packed else len(rows) * max(rows)
+        return f"a micro-step of {len(rows)} completions, {tokens:,} tokens ({form})"
+
+    def _backward(self, groups: Sequence[Group]) -> bool:
+        """Loss and gradient of a micro-step, as in training, where every completion counts."""
+        algorithm = self.module.algorithm
+        if self.trainer.accumulate_grad_batches > 1:  # it finds the gradient of the micro-steps before
+            for weight in self.policy.parameters():
+                weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
+        lengths_N = torch.tensor([len(completion) for group in groups for completion in group.completions])
+        zeros_T = torch.zeros(int(lengths_N.sum()))
+        part = Part(
+            groups=list(groups),
+            advantages_N=torch.ones(len(lengths_N)),
+            weights_N=torch.ones(len(lengths_N)) / len(zeros_T),
+            lengths_N=lengths_N,
+            sampling_logprobs_T=zeros_T,
+            old_logprobs_T=zeros_T if self.needs_old else None,
+            ref_logprobs_T=zeros_T if self.reference else None,
+            select_T=zeros_T == 0 if algorithm.selects_tokens else None,
+        )
+        with self.trainer.precision_plugin.forward_context():
+            loss, _ = part_loss(self.policy, algorithm, part, self.module.rollout.temperature)
+        loss.backward()
+        return True
+
+    def _update(self) -> None:
+        """The optimizer's step with gradients and learning rate of zero: as much work, and no weight changes."""
+        for weight in self.policy.parameters():
+            if weight.grad is not None:
+                weight.grad.zero_()
+        self.trainer.optimizers[0].step()
+
+
+def share_of_micro_step(groups: Sequence[Group], micro_steps: int) -> list[Group]:
+    """The first of so many equal shares of the completions; a group is taken apart where the share ends inside it."""
+    rows = math.ceil(sum(len(group.completions) for group in groups) / micro_steps)
+    share = []
+    for group in groups:
+        if rows > 0:
+            share.append(Group(group.prompt, group.completions[:rows]))
+            rows -= len(group.completions)
+    return share
+
+
+class EndlessTokenizer:
+    """No token of it ends a completion, so that each is sampled to `max_new_tokens`."""
+
+    eos_token_id = -1
+
+    def decode(self, tokens: Sequence[int], **_: Any) -> str:
+        return ""

@@ -1,0 +1,244 @@
+"""The sections that doctor prints, one after the other; what goes wrong in one is a problem, and the next goes on."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+from stateset_lightning.cli.config import StatesetCLI
+from stateset_lightning.cli.doctor.measure import SAMPLED, WORST, EpisodeMeasurement
+from stateset_lightning.cli.doctor.meter import LIMIT, Meter
+from stateset_lightning.cli.messages import without_traceback
+from stateset_lightning.errors import UserError
+from stateset_lightning.redaction import redacted
+from stateset_lightning.rollout import InProcessEngine
+from stateset_lightning.run.checkpoint import continue_run
+from stateset_lightning.run.checkpoint_io import local_path, read_checkpoint
+from stateset_lightning.training.checks import check_resumable, checks_of_run, optimizer_steps_of_run
+from stateset_lightning.training.collect import prepared
+from stateset_lightning.types import FinishReason, Rollout, Scenario
+
+BARS = 8
+"""Of the histogram of prompt lengths."""
+
+TEXT = 300
+"""Characters of a prompt or completion that are shown."""
+
+
+class DoctorCLI(StatesetCLI):
+    """Takes the command line of `fit`, and looks at the run instead of starting it."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--sample", type=bool, default=True)
+
+    def before_fit(self) -> None:
+        raise SystemExit(1 if Doctor(self).run() else 0)
+
+
+class Doctor:
+    """Looks at all that a run is made of, and prints what it finds as soon as it is known."""
+
+    def __init__(self, cli: StatesetCLI) -> None:
+        self.config = cli.config.fit
+        self.given = yaml.safe_load(cli._parser("fit").dump(cli.config.fit, skip_default=True))
+        self.trainer, self.module, self.data = cli.trainer, cli.model, cli.datamodule
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        device = self.trainer.strategy.root_device
+        self.episode = EpisodeMeasurement(self.trainer, self.module, self.data, Meter(device, self.problems))
+
+    def run(self) -> list[str]:
+        """Prints all sections; returns the problems."""
+        shown = {key: value for key, value in redacted(self.given).items() if key not in ("config", "sample")}
+        print("config, without defaults")
+        _show(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=120).splitlines())
+        # As `fit` does, without its set-up of loggers, checkpoints and processes.
+        self.trainer.datamodule = self.data  # type: ignore[attr-defined]
+        self.data.trainer = self.module.trainer = self.trainer
+        self.data.tokenizer = self.data.tokenizer or self.module.tokenizer
+        with self._section("data"):
+            self.data.setup("fit")
+            self._show_data()
+        has_data = not self.problems  # without, most checks have nothing to look at
+        with self._section("model"):
+            self.episode.load()
+            if self.module.policy is not None:
+                self._make_optimizer_and_engine()
+        if has_data and self.module.policy is not None:
+            self._check()
+        if self.problems:
+            self.notes.append("reward, time and memory are looked at when there is no problem before them")
+        else:
+            with self._section(f"an episode, seconds and peak memory of each phase (stopped after {LIMIT:g} s)"):
+                self._measure()
+        self.module.teardown("fit")
+        for line in [*(f"note: {note}" for note in self.notes), *(f"problem: {each}" for each in self.problems)]:
+            print(line)
+        print(f"problems: {len(self.problems)}" if self.problems else "no contradictions: the run can start")
+        return self.problems
+
+    def _show_data(self) -> None:
+        for split in ("train", "validation"):
+            if split not in self.data.num_scenarios:
+                continue
+            scenarios, prompts = self.data.served(split)
+            lengths, limit = prompts.lengths, self.data.max_prompt_tokens
+            tokens = f"{lengths.min()} to {lengths.max()} tokens, {lengths.mean():.1f} on average"
+            if limit is not None:
+                dropped, cut = self.data.dropped[split], self.data.truncated[split]
+                share = f"{(dropped + cut) / (len(lengths) + dropped):.1%} above data.max_prompt_tokens={limit}"
+                tokens += f", {share}; {dropped} dropped, {cut} cut to their last tokens"
+            _show([f"{split}: {len(lengths):,} rows of {tokens}", *_histogram(lengths)])
+            if topics := Counter(s.topic for s in scenarios.scenarios if s.topic is not None):
+                common = ", ".join(f"{topic} {count}" for topic, count in topics.most_common(BARS))
+                _show([f"{len(topics)} topics: {common}{', ...' if len(topics) > BARS else ''}"])
+        if "validation" in self.data.num_scenarios:
+            seen = {tuple(prompt) for prompt in self.data.served("train")[1]}
+            if both := sum(tuple(prompt) in seen for prompt in self.data.served("validation")[1]):
+                self.notes.append(
+                    f"{both} prompts of the validation are among those of the training: its reward will flatter"
+                )
+        self.data.train_dataloader()  # refuses a curriculum beside overfit_batches
+
+    def _make_optimizer_and_engine(self) -> None:
+        module = self.module
+        # refuses a schedule without an end, and options that the optimizer does not take
+        made = module.configure_optimizers()
+        self.trainer.optimizers = [made["optimizer"] if isinstance(made, dict) else made]
+        if self.config.sample and not isinstance(module.engine, InProcessEngine | None):
+            self.notes.append(
+                "a target is scored instead of a completion: sampling would load weights into the servers of"
+                " model.engine"
+            )
+            self.config.sample = False
+        if self.config.sample:
+            module.engine = prepared(module.engine, module.tokenizer, module.rollout, str(self.trainer.precision))
+
+    # An episode
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _measure(self) -> None:
+        self.episode.take_first_step()
+        rollout = self.episode.sample() if self.config.sample else None
+        scenario = self.data.served("train")[0].scenarios[0]
+        _show([f"prompt      {scenario.id}: {_shortened(scenario.turns()[-1].content)}"])
+        if rollout is not None:
+            self._show_completions(rollout)
+            scenarios = self.data.served("train")[0].scenarios
+            scenarios_N = [scenarios[row] for row in self.episode.spread_rows() for _ in range(rollout.num_generations)]
+            self._score(scenarios_N, rollout.texts, rollout.lengths_N.tolist())
+            done = {SAMPLED: self.episode.train(rollout)}
+        else:
+            text = "" if scenario.target is None else str(scenario.target)
+            _show([f"target      {_shortened(text)}"])
+            self._score([scenario], [text], [len(self.module.tokenizer(text, add_special_tokens=False)["input_ids"])])
+            done = {}
+        done[WORST] = self.episode.run_worst_case(self.config.sample)
+        _show([f"{case}: {what}" for case, what in done.items()])
+        self._show_length_of_run(SAMPLED in done)
+
+    def _show_completions(self, rollout: Rollout) -> None:
+        truncated, count = sum(reason == FinishReason.LENGTH for reason in rollout.finish_reasons), len(rollout.texts)
+        lengths = f"{rollout.lengths_N.double().mean():.1f} tokens on average; {truncated} are cut at max_new_tokens"
+        _show([f"completion  {_shortened(rollout.texts[0])}", f"            one of {count}, which have {lengths}"])
+        if truncated == count:
+            limit = self.module.rollout.max_new_tokens
+            self.notes.append(
+                f"all {count} completions are cut at model.rollout.max_new_tokens={limit}: raise it, if they should end"
+            )
+
+    def _score(self, scenarios_N: Sequence[Scenario], texts: Sequence[str], lengths: Sequence[int]) -> None:
+        """Shows the first completion's scores; each reward that fails is a problem."""
+        if (scores := self.episode.score(scenarios_N, texts, lengths)) is None:
+            return
+        parts = [f"{name} {value:.3f}" for name, value in zip(scores.names, scores.values_NF[0].tolist(), strict=True)]
+        _show([f"reward      {scores.totals_N[0]:.3f} = {', '.join(parts)}"])
+        failed = Counter(failure.reward for failure in scores.failures)
+        for failure in {failure.reward: failure for failure in reversed(scores.failures)}.values():
+            place = without_traceback(f"{failure.error}: {failure.message}\n{failure.traceback}").strip()
+            where = f"{failure.reward} fails on scenario {scenarios_N[failure.completion].id}"
+            self.problems.append(f"reward {where} ({failed[failure.reward]} of {len(texts)} completions): {place}")
+
+    def _show_length_of_run(self, is_measured: bool) -> None:
+        steps, per_epoch = self.episode.optimizer_steps, self.data.episodes_per_epoch
+        seconds, is_longer = self.episode.seconds()
+        about = "more than" if is_longer else "about"
+        each = f", {about} {seconds:,.1f} s" if is_measured else ""
+        _show([f"an episode: {steps} optimizer steps{each}; {per_epoch:,} episodes an epoch"])
+        if (run := optimizer_steps_of_run(self.trainer)) is None:
+            _show(["the run has no end in optimizer steps"])
+            return
+        episodes = run / steps
+        total = f", {about} {timedelta(seconds=round(episodes * seconds))} without validation" if is_measured else ""
+        _show([f"the run: {run:,} optimizer steps, {episodes:,.0f} episodes, {episodes / per_epoch:.1f} epochs{total}"])
+
+    # Contradictions
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        trainer, module = self.trainer, self.module
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for check in checks_of_run(trainer, module):
+                with self._section():
+                    check()
+        self.notes += [str(warning.message) for warning in caught]
+        self._check_validates()
+        if (path := self.config.ckpt_path) is not None and path != "hpc":
+            with self._section():
+                found = continue_run(trainer, path)
+                if found is not None and local_path(found) is not None:
+                    state = read_checkpoint(Path(found), map_location="cpu", mmap=True)["stateset"]
+                    check_resumable(state, module.seed, trainer.accumulate_grad_batches, trainer.world_size)
+
+    def _check_validates(self) -> None:
+        """Lightning says nothing of an interval that is longer than the run."""
+        interval, steps = self.trainer.val_check_interval, optimizer_steps_of_run(self.trainer)
+        counts_steps = isinstance(interval, int) and self.trainer.check_val_every_n_epoch is None
+        if not self.data.has_validation or steps is None or not counts_steps:
+            return
+        if interval > (micro_steps := steps * self.trainer.accumulate_grad_batches):
+            self.notes.append(
+                f"validation never runs: trainer.val_check_interval={interval}, and the run has {micro_steps:,}"
+                " micro-steps"
+            )
+
+    @contextmanager
+    def _section(self, title: str | None = None) -> Iterator[None]:
+        """What stops a section is a problem, and the next one goes on."""
+        if title is not None:
+            print(title)
+        try:
+            yield
+        except UserError as error:
+            self.problems.append(without_traceback(str(error)))
+
+
+def _show(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(f"  {line}")
+
+
+def _shortened(text: str) -> str:
+    """On one line, without what a terminal would obey."""
+    shown = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return shown if len(shown) <= TEXT else f"{shown[:TEXT]}..."
+
+
+def _histogram(lengths: np.ndarray) -> list[str]:
+    edges = np.unique(np.linspace(lengths.min(), lengths.max() + 1, BARS + 1).astype(int))
+    counts, _ = np.histogram(lengths, bins=edges)
+    width = max(len(str(edges[-1])), 1)
+    return [
+        f"  {first:>{width}}-{last - 1:<{width}} {'#' * round(30 * count / counts.max()):<30} {count:,}"
+        for first, last, count in zip(edges[:-1], edges[1:], counts, strict=True)
+    ]

@@ -1,0 +1,147 @@
+"""What doctor measures of an episode: the config's own sizes, both cases, and no weight changed."""
+
+import re
+
+import pytest
+import torch
+
+from stateset_lightning.cli.doctor import meter as meter_module
+from stateset_lightning.cli.doctor import sections
+from stateset_lightning.cli.doctor.measure import share_of_micro_step
+from stateset_lightning.policy import Group, Policy, PolicyConfig, load_model
+from stateset_lightning.rollout import InProcessEngine
+
+PHASE = re.compile(r"^  (first step|as sampled|worst case) +(\S+) +(?:> )?[\d.,]+ s, [\d.,]+ MB$", re.MULTILINE)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What sampling and training were given: (prompts, completions of each) and groups, in order."""
+    seen = {"sampled": [], "trained": []}
+    generate, score = InProcessEngine.generate, Policy.score
+
+    def watched_generate(self, prompts, *args, **kwargs):
+        rollout = generate(self, prompts, *args, **kwargs)
+        seen["sampled"].append((prompts, rollout.lengths_N.tolist()))
+        return rollout
+
+    def watched_score(self, groups, *args, **kwargs):
+        if torch.is_grad_enabled():
+            seen["trained"].append([(len(group.prompt), list(map(len, group.completions))) for group in groups])
+        return score(self, groups, *args, **kwargs)
+
+    monkeypatch.setattr(InProcessEngine, "generate", watched_generate)
+    monkeypatch.setattr(Policy, "score", watched_score)
+    return seen
+
+
+ROWS = [{"prompt": f"What is {i} + 1?" + "?" * i, "target": "1"} for i in range(8)]
+
+
+def test_an_episode_of_the_configs_sizes_is_sampled_and_one_of_its_micro_steps_trained(examine, seen):
+    code, said = examine("--data.steps_per_episode=2", "--trainer.accumulate_grad_batches=2", rows=ROWS)
+    assert code == 0
+    (spread, lengths), (longest, worst_lengths) = seen["sampled"]
+    assert [len(prompt) for prompt in spread] == [11, 15]  # rows 0 and 4
+    assert [len(prompt) for prompt in longest] == [18, 17]
+    assert len(lengths) == 2 * 4
+    assert worst_lengths == [5] * 8
+    assert seen["trained"] == [[(1, [1])], [(11, lengths[:4])], [(18, [5] * 4)]]  # half of the episode
+    assert PHASE.findall(said) == [
+        ("as sampled", "load"),
+        ("first step", "training"),
+        ("first step", "update"),
+        ("as sampled", "sampling"),
+        ("as sampled", "scoring"),
+        ("as sampled", "training"),
+        ("as sampled", "update"),
+        ("worst case", "sampling"),
+        ("worst case", "training"),
+        ("worst case", "update"),
+    ]
+    assert "as sampled: a micro-step of 4 completions, " in said
+    assert f"{11 + sum(lengths[:4])} tokens (each prompt once per group)" in said
+    assert "a micro-step of 4 completions, 38 tokens (each prompt once per group)" in said
+
+
+def test_reference_and_old_log_probs_count_where_there_are_any(examine):
+    grpo = {"class_path": "stateset_lightning.algorithm.GRPO", "init_args": {"beta": 0.1}}
+    code, said = examine("--data.num_iterations=2", model={"algorithm": grpo})
+    assert code == 0
+    assert ("worst case", "log-probs") in PHASE.findall(said)
+    assert "an episode: 2 optimizer steps, about " in said
+    seconds = {phase: float(cost) for phase, cost in re.findall(r"as sampled +(\S+) +([\d.]+) s", said)}
+    expected = seconds["sampling"] + seconds["scoring"] + seconds["log-probs"]
+    expected += 2 * (seconds["training"] + seconds["update"])
+    told = float(re.search(r"2 optimizer steps, about ([\d.]+) s", said)[1])
+    assert told == pytest.approx(expected, abs=0.1)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_no_weight_changes(examine, monkeypatch, precision):
+    looked_at = []
+    run = sections.Doctor.run
+
+    def keeps_the_model(self):
+        problems = run(self)
+        looked_at.append(self.module.policy.model)
+        return problems
+
+    monkeypatch.setattr(sections.Doctor, "run", keeps_the_model)
+    sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 10.0, "weight_decay": 0.5, "momentum": 0.9}}
+    assert examine(model={"optimizer": sgd}, trainer={"precision": precision})[0] == 0
+    loaded = load_model(PolicyConfig("tiny")).state_dict()
+    for name, weight in looked_at[0].state_dict().items():
+        assert torch.equal(weight, loaded[name]), name
+
+
+def test_out_of_memory_in_training_is_a_result(examine, monkeypatch):
+    score = Policy.score
+
+    def needs_much(self, groups, *args, **kwargs):
+        if torch.is_grad_enabled() and sum(len(group.completions) for group in groups) > 4:
+            torch.empty(2**52)
+        return score(self, groups, *args, **kwargs)
+
+    monkeypatch.setattr(Policy, "score", needs_much)
+    code, said = examine()
+    problems = [line for line in said.splitlines() if line.startswith("problem: ")]
+    remedy = "raise data.steps_per_episode and trainer.accumulate_grad_batches alike"
+    assert [problem.split(": ")[1] for problem in problems] == [
+        "out of memory on cpu, as sampled, training",
+        "out of memory on cpu, worst case, training",
+    ]
+    assert all(remedy in problem for problem in problems)
+    assert code == 1
+    assert ("worst case", "sampling") in PHASE.findall(said)  # what can be measured still is
+    assert examine("--data.steps_per_episode=2", "--trainer.accumulate_grad_batches=2")[0] == 0  # as it says
+
+
+def test_out_of_memory_in_sampling_leaves_the_worst_case_of_training(examine, monkeypatch):
+    monkeypatch.setattr(InProcessEngine, "generate", lambda *args, **kwargs: torch.empty(2**52))
+    code, said = examine()
+    assert code == 1
+    assert "problem: out of memory on cpu, as sampled, sampling: lower model.rollout.max_batch_rows" in said
+    assert "target      1" in said
+    assert ("worst case", "training") in PHASE.findall(said)
+
+
+def test_a_worst_case_that_takes_too_long_is_stopped(examine, monkeypatch):
+    monkeypatch.setattr(meter_module, "LIMIT", 1.0)
+    # Two thousand tokens take more than a second; the model ends its completions after a few.
+    code, said = examine("--model.rollout.max_new_tokens=2000", "--data.batch_size=8")
+    assert code == 0
+    assert re.search(r"worst case +sampling +> 1\.\d\d s", said)
+    assert re.search(r"as sampled +sampling +[\d.]+ s", said)
+
+
+def test_a_share_takes_groups_apart_where_it_must():
+    groups = [Group([1], [[1], [2], [3]]), Group([2], [[4], [5], [6]])]
+
+    def sizes(micro_steps):
+        return [(group.prompt, len(group.completions)) for group in share_of_micro_step(groups, micro_steps)]
+
+    assert sizes(1) == [([1], 3), ([2], 3)]
+    assert sizes(2) == [([1], 3)]
+    assert sizes(4) == [([1], 2)]
+    assert sizes(6) == [([1], 1)]
