@@ -1,8 +1,8 @@
 """Every metric of a run: its name, what it says, and how it is added up over micro-steps and ranks.
 
-A metric is a pair (sum, count): pairs add up over micro-steps and ranks and are divided once. The names stand here, all
-of them. Those of a loss are counted in `algorithm/`, where its numbers are, those of held-out prompts in `evaluation/`,
-all others below. Letters: P prompts, G completions per prompt, N = P * G completions, F rewards.
+A metric is a pair (sum, count): pairs add up over micro-steps and ranks and are divided once. All names stand here.
+Most are counted below; those of a loss in `algorithm/`, of held-out prompts in `evaluation/`, of vLLM servers in
+`rollout/`. Letters: P prompts, G completions per prompt, N = P * G completions, F rewards.
 
 An episode
 
@@ -25,15 +25,17 @@ An episode
     advantage/std                       root mean square of the advantages
     policy/kl_reward                    KL from the reference in the reward, summed over a completion, nats
     time/sample_s                       seconds that training waited for completions and scores
-    time/score_s                        seconds that scoring took after the last completion was there
+    time/score_s                        seconds of it that scoring took after the last completion was there
+    time/sync_s                         seconds that the last transfer of weights to vLLM servers took
+    mismatch/after_sync                 largest difference of a log-prob after it, between server and policy, nats
     work/tokens_per_s                   sampled tokens per second, of all ranks together
     work/token_ratio                    tokens of a padded training pass over those of the pass that was made
     work/skipped                        share of completions that need no training
     work/over_budget_tokens             tokens of micro-steps beyond max_tokens_per_step
     work/extra_prompts                  prompts that dynamic sampling drew
     work/sampled_ahead                  whether the episode was sampled while the one before was trained on
+    work/server_restarts                how often a vLLM server came back since the episode before
     memory/peak_mb                      peak memory: allocated on a CUDA device, resident of the process elsewhere
-    vllm/<what>                         weight transfers and requests of a vLLM engine
 
 An optimizer step
 
@@ -43,19 +45,35 @@ An optimizer step
     policy/grad_norm                    norm of the gradient before clipping; 0 of a skipped step
     policy/empty_steps                  whether the step had nothing to train
     policy/bad_steps                    whether the step was skipped because its gradient was not finite
+    policy/ratio_mean                   mean importance ratio, of tokens or of completions as the loss has it
+    policy/clip_low, policy/clip_high   share of them whose gradient the lower, the upper bound of the ratio removes
+    policy/off_policy                   share of completions that off_policy_threshold leaves out
     policy/kl                           mean KL estimate per token, nats
     policy/kl_coefficient               coefficient of the KL term, where it adapts
     policy/entropy_coefficient          coefficient of the entropy bonus, where it adapts
-    policy/ratio_mean                   mean importance ratio
-    policy/<loss's own>                 what a policy loss counts: clip_low, clip_high, off_policy, ...
-    mismatch/<what>                     how far sampler and trainer differ, and what the correction leaves out
+    mismatch/kl                         KL of the sampler from the trainer per token, nats
+    mismatch/ess                        effective sample size of the weights trainer over sampler, as a share
+    mismatch/masked                     share of tokens that the correction leaves out
     lr                                  learning rate of the first parameter group
     time/step_s                         seconds of the optimizer step
     time/train_s                        seconds of it that were not sampling and scoring
 
-Validation and test (`val/`, `test/`): see evaluation/
+Validation; of a test, `test/` takes the place of `val/`
 
-    val/<name>                          reward, solved, pass@k, ... of held-out prompts, with intervals and by topic
+    val/reward, val/reward_ci95         mean total reward of the greedy completions; half of its 95% interval
+    val/reward/<name>                   mean score of a reward
+    val/reward_failures                 share of greedy completions without a score
+    val/solved                          share of prompts that the greedy completion solves
+    val/solved_low, val/solved_high     its 95% interval
+    val/mean_tokens                     mean number of sampled tokens of a greedy completion
+    val/num_completions                 number of greedy completions
+    val/pass@<k>, val/pass^<k>          chance that at least one, that all of k samples are right
+    val/avg@<n>, val/avg@<n>_ci95       mean total reward of the n samples of a prompt; half of its 95% interval
+    val/majority@<n>                    chance that the commonest answer of the n samples is right
+    val/sample_failures                 share of samples without a score
+    val/topic/<topic>/<what>            reward, solved and avg@<n> of the prompts of a topic
+
+A loss or an engine of one's own may add more.
 """
 
 from __future__ import annotations
