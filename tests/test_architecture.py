@@ -202,4 +202,4 @@ def test_nothing_draws_from_a_global_generator_or_unpickles(path: Path) -> None:
 def test_every_file_says_what_it_is_for(path: Path) -> None:
     docstring = ast.get_docstring(ast.parse(path.read_text()))
     assert docstring
-    assert docstring[0].isupper() or docstring[0] in "`'\"" or docstring.startswith(("stateset", "pass"))
+    assert docstring[0].isupper() or docstring[0] in "`'\"" or docstring.startswith(("stateset", "pass", "usage"))
