@@ -15,7 +15,7 @@ Letters, used as suffixes of names throughout (`logprobs_T`, `scores_NF`):
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
@@ -248,8 +248,3 @@ class TokenBatch:
 
 Metrics = dict[str, tuple["Tensor | float", "Tensor | float"]]
 """Metrics as (sum, count): they add up over micro-steps and ranks, and are divided once."""
-
-
-def conversation(scenario: Scenario, completion: str, system_prompt: str | None = None) -> Sequence[Turn]:
-    """The turns that a reward sees: the scenario's, then the completion as the assistant's."""
-    return [*scenario.turns(system_prompt), Turn("assistant", completion)]

