@@ -37,6 +37,9 @@ class Tracer:
         if not self.on or event != "call" or not frame.f_code.co_filename.startswith(PACKAGE):
             return
         called = frame.f_code.co_filename.removeprefix(PACKAGE)
+        if called == "data/loader.py":  # the step has ended: the next batch is asked for
+            self.on = False
+            return
         self.files.add(called)
         caller = frame.f_back
         while caller is not None and not caller.f_code.co_filename.startswith(PACKAGE):

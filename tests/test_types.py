@@ -59,10 +59,6 @@ def test_further_columns_are_kept_and_given_to_rewards() -> None:
         scenario.target = 8  # type: ignore[misc]
 
 
-def test_a_reward_sees_the_scenarios_turns_then_the_completion() -> None:
-    scenario = Scenario(id="1", prompt="hi", context="be brief")
-
-
 def test_a_rollout_splits_its_tokens() -> None:
     rollout = Rollout(
         [[1], [2]],
