@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -172,11 +171,3 @@ def test_the_tables_of_what_to_expect_are_those_that_are_computed() -> None:
     # Parameters of Qwen2.5-1.5B, Llama-3.1-8B, Qwen2.5-32B and Llama-3.1-70B, as their model cards give them.
     published = [1.54e9, 8.03e9, 32.8e9, 70.6e9]
     assert [model.parameters for model in MODELS] == [pytest.approx(count, rel=0.003) for count in published]
-
-
-def test_benchmarks_find_what_they_import(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take minutes and are run by hand: a name that the package no longer has must not wait for that."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    for path in sorted((ROOT / "benchmarks").glob("*.py")):
-        monkeypatch.delitem(sys.modules, path.stem, raising=False)
-        runpy.run_path(str(path), run_name="imported")

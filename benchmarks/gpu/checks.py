@@ -16,7 +16,7 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import varlen_attention
@@ -148,7 +148,7 @@ def own_gpu_tests() -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def scores(name: str, dtype: torch.dtype, scoring: str) -> str:
+def scores(name: str, dtype: torch.dtype, scoring: Literal["auto", "padded"]) -> str:
     """Log-probs of the completions of GROUPS, against float64 on the CPU."""
     policy = Policy(small_model(name).to(DEVICE, dtype), PolicyConfig(name, scoring=scoring))
     exact = Policy(small_model(name).double(), PolicyConfig(name, scoring="padded"))
@@ -208,7 +208,7 @@ def samples(name: str, dtype: torch.dtype, **options: Any) -> str:
 
 
 def run(
-    precision: str = "32-true",
+    precision: Any = "32-true",
     *,
     accelerator: str = ACCELERATOR,
     beta: float = 0.0,
@@ -218,7 +218,9 @@ def run(
 ) -> dict[str, float]:
     """Four optimizer steps of two passes over two micro-steps each; the last metrics."""
     seed_everything(1, verbose=False)
-    rows = [{"prompt": f"What is {a} + {b}?", "target": str(a + b)} for a in range(15, 40) for b in range(26, 30)]
+    rows: list[Any] = [
+        {"prompt": f"What is {a} + {b}?", "target": str(a + b)} for a in range(15, 40) for b in range(26, 30)
+    ]
     module = GRPOLightningModule(
         PolicyConfig("tiny", **policy),
         reward=ExactMatch(),

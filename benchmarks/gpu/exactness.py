@@ -52,9 +52,9 @@ def varlen_against_plain() -> str:
     mask = plain_mask()
     q, k, v = (torch.randn(len(mask), heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
     out = SharedPromptAttention.apply(q, k, v, Layout.of(PROMPTS, COMPLETIONS, CPU), 0.3)
-    rows = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
     attend = torch.nn.functional.scaled_dot_product_attention
-    plain = attend(*rows, attn_mask=mask, scale=0.3, enable_gqa=True)[0].transpose(0, 1)
+    plain = attend(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)[0].transpose(0, 1)
     grad = torch.randn_like(out)
     grads = (torch.autograd.grad(x, (q, k, v), grad) for x in (out, plain))
     outputs, gradients = largest_difference((out,), (plain,)), largest_difference(*grads)

@@ -122,11 +122,12 @@ def installed(dtype: torch.dtype, chunk_tokens: int) -> Iterator[None]:
     original = policy_file.token_logprobs
 
     def token_logprobs(
-        hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions
+        hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_T: Tensor, options: HeadOptions
     ) -> tuple[Tensor, Tensor]:
-        with torch.autocast(hidden.device.type, enabled=False):
-            logprobs, entropies = MixedHead.apply(hidden, weight, bias, targets, options, dtype, chunk_tokens)
-        return logprobs, entropies
+        inputs = (hidden_TH, weight_VH, bias_V, targets_T, options, dtype, chunk_tokens)
+        with torch.autocast(hidden_TH.device.type, enabled=False):
+            logprobs_T, entropies_T = MixedHead.apply(*inputs)
+        return logprobs_T, entropies_T
 
     policy_file.token_logprobs = token_logprobs
     try:

@@ -88,7 +88,7 @@ class OnDevice(torch.Tensor):
         made.elem = elem
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:
         return f"OnDevice({self.elem!r})"
 
     def tolist(self) -> Any:  # the stock one reads the host's memory
@@ -99,7 +99,9 @@ class OnDevice(torch.Tensor):
         raise TypeError("can't convert a device tensor to numpy: use Tensor.cpu() to copy it to host memory first")
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return run(func, args, kwargs or {})
 
 

@@ -318,7 +318,7 @@ def optimizer_step(policy: Policy, fused: bool) -> str:
     reset_peak()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0, fused=fused)
     step = timed(optimizer.step)
-    grads = [parameter.grad for parameter in policy.parameters()]
+    grads = [parameter.grad for parameter in policy.parameters() if parameter.grad is not None]
     weights = [parameter.detach() for parameter in policy.parameters()]
     norms = timed(lambda: [float(torch.nn.utils.get_total_norm(tensors)) for tensors in (grads, weights)])
     policy.zero_grad(set_to_none=True)
@@ -336,7 +336,7 @@ def profile(policy: Policy, number: int) -> str:
         RolloutConfig(num_generations=GROUP, max_new_tokens=16),
         sample_seeds(1, "train", 0, range(4), GROUP),
     )
-    parts = {
+    parts: dict[str, Callable[[], object]] = {
         "train": partial(micro_step, policy, random_groups(number, True, 5)),
         "decode": partial(engine.generate, prompts, GROUP, config, seeds),
     }
