@@ -30,23 +30,35 @@ THREADS = 2
 LEARNING_RATE = 1e-6
 
 
-def run_ours(folder: Path, case: Case) -> list[float]:
-    """Seconds of each optimizer step, sampling included."""
+class StepTimes:
+    """Wall and CPU seconds of each optimizer step; CPU seconds are those of all threads of the process."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[float, float]] = []
+
+    def start(self) -> None:
+        self.begun = time.perf_counter(), time.process_time()
+
+    def stop(self) -> None:
+        self.rows.append((time.perf_counter() - self.begun[0], time.process_time() - self.begun[1]))
+
+
+def run_ours(folder: Path, case: Case) -> StepTimes:
+    """Times of each optimizer step, sampling included."""
     import torch
     from lightning.pytorch import Callback, Trainer, seed_everything
 
     from stateset_lightning import GRPOLightningModule, RolloutConfig, ScenarioDataModule
     from stateset_lightning.algorithm import GRPO
 
-    class Clock(Callback):
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
+    times = StepTimes()
 
+    class Clock(Callback):
         def on_train_batch_start(self, *args: Any) -> None:
-            self.start = time.perf_counter()
+            times.start()
 
         def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
-            self.seconds.append(time.perf_counter() - self.start)
+            times.stop()
             if os.environ.get("PHASES"):
                 print(
                     {name: round(value, 3) for name, value in module.metrics.last.items() if name.startswith("time/")}
@@ -61,7 +73,6 @@ def run_ours(folder: Path, case: Case) -> list[float]:
         algorithm=GRPO(beta=0.0),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True),
     )
-    clock = Clock()
     quiet = {
         "logger": False,
         "enable_checkpointing": False,
@@ -73,30 +84,28 @@ def run_ours(folder: Path, case: Case) -> list[float]:
         accelerator="cpu",
         gradient_clip_val=1.0,
         use_distributed_sampler=False,
-        callbacks=[clock],
+        callbacks=[Clock()],
         **quiet,
     )
     trainer.fit(module, datamodule=ScenarioDataModule(train=rows, batch_size=NUM_PROMPTS, use_chat_template=False))
-    return clock.seconds
+    return times
 
 
-def run_trl(folder: Path, case: Case) -> list[float]:
+def run_trl(folder: Path, case: Case) -> StepTimes:
     """The same for TRL: from the start of one step to its end, generation included."""
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    class Clock(TrainerCallback):
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
+    times = StepTimes()
 
+    class Clock(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.start = time.perf_counter()
+            times.start()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            self.seconds.append(time.perf_counter() - self.start)
+            times.stop()
 
-    clock = Clock()
     trainer = GRPOTrainer(
         model=str(folder),
         processing_class=AutoTokenizer.from_pretrained(folder),
@@ -104,7 +113,7 @@ def run_trl(folder: Path, case: Case) -> list[float]:
         train_dataset=Dataset.from_list(
             [{"prompt": prompt} for prompt in make_prompts(case, NUM_PROMPTS * (WARMUP_STEPS + STEPS))]
         ),
-        callbacks=[clock],
+        callbacks=[Clock()],
         args=GRPOConfig(
             output_dir=str(folder / "trl"),
             max_steps=WARMUP_STEPS + STEPS,
@@ -131,7 +140,7 @@ def run_trl(folder: Path, case: Case) -> list[float]:
         ),
     )
     trainer.train()
-    return clock.seconds
+    return times
 
 
 def work(side: str, folder: Path, case: Case) -> None:
@@ -139,12 +148,15 @@ def work(side: str, folder: Path, case: Case) -> None:
     import torch
 
     torch.set_num_threads(THREADS)
-    seconds = (run_ours if side == "ours" else run_trl)(folder, case)
+    times = (run_ours if side == "ours" else run_trl)(folder, case)
+    seconds, cpu_seconds = map(statistics.median, zip(*times.rows[WARMUP_STEPS:], strict=True))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": statistics.median(seconds[WARMUP_STEPS:]), "peak_mb": peak}))
+    package = sys.modules["stateset_lightning"].__file__ if side == "ours" else None
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": peak, "package": package}))
 
 
-def measure(side: str, python: str, folder: Path, index: int) -> dict[str, float]:
+def measure(side: str, python: str, folder: Path, index: int, checkout: Path | None = None) -> dict[str, Any]:
+    """One measurement in a process of its own, with the package of `checkout` or the installed one."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(THREADS),
@@ -152,11 +164,14 @@ def measure(side: str, python: str, folder: Path, index: int) -> dict[str, float
         "CUDA_VISIBLE_DEVICES": "",
         "PL_GLOBAL_SEED": "0",
     }
+    if checkout is not None:
+        environment["PYTHONPATH"] = str(checkout)
     command = [python, __file__, "--side", side, "--folder", str(folder), "--case", str(index)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     if run.returncode:
         raise RuntimeError(f"{side} failed:\n{run.stderr[-3000:]}")
-    return json.loads(run.stdout.strip().splitlines()[-1])
+    result: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
+    return result
 
 
 def main() -> None:
@@ -180,7 +195,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             save_workload(folder, CASES[index])
-            results: dict[str, list[dict[str, float]]] = {"trl": [], "ours": []}
+            results: dict[str, list[dict[str, Any]]] = {"trl": [], "ours": []}
             for _ in range(options.rounds):
                 results["trl"].append(measure("trl", options.trl_python, folder, index))
                 results["ours"].append(measure("ours", sys.executable, folder, index))

@@ -47,9 +47,9 @@ from stateset_lightning.callbacks import SampleWriter
 from stateset_lightning.data.order import Curriculum
 from stateset_lightning.policy import LoRAConfig, PolicyConfig, load_model
 from stateset_lightning.run import checkpoint_io
-from stateset_lightning.run.checkpoint import continue_run
 from stateset_lightning.run.checkpoint_io import read_checkpoint
-from stateset_lightning.training.fsdp import FSDP2Strategy
+from stateset_lightning.run.find_checkpoint import continue_run
+from stateset_lightning.run.fsdp_strategy import FSDP2Strategy
 from stateset_lightning.training.schedule import Schedule
 
 PLACES = (
@@ -386,8 +386,8 @@ def main() -> int:
         attempt(killed, settings, None)
         different = differences(end_state(killed), end_state(straight))
     print(
-        f"{args.precision}, {args.ranks} rank(s), {settings.steps} optimizer steps ({one_run:.0f} s), {places.total()} kills: "
-        + ", ".join(f"{count} {place}" for place, count in sorted(places.items()))
+        f"{args.precision}, {args.ranks} rank(s), {settings.steps} optimizer steps ({one_run:.0f} s), "
+        f"{places.total()} kills: " + ", ".join(f"{count} {place}" for place, count in sorted(places.items()))
     )
     print(
         f"{time.perf_counter() - start:.0f} s in all; "

@@ -62,8 +62,7 @@ def work(side: str, folder: Path) -> None:
 
     from stateset_lightning import GRPOLightningModule, RolloutConfig, ScenarioDataModule
     from stateset_lightning.algorithm import GRPO
-    from stateset_lightning.policy import LoRAConfig, PolicyConfig
-    from stateset_lightning.rollout import in_process
+    from stateset_lightning.policy import LoRAConfig, Policy, PolicyConfig
 
     class Clock(Callback):
         def __init__(self) -> None:
@@ -79,7 +78,7 @@ def work(side: str, folder: Path) -> None:
     if "lora" in policy:
         policy["lora"] = LoRAConfig(**policy["lora"])
     if "not merged" in side:
-        in_process.merged_adapter = lambda model: nullcontext()  # type: ignore[attr-defined]
+        Policy.merged_adapter = lambda self: nullcontext()  # type: ignore[method-assign]
     is_fused = "mixed" not in side  # Lightning clips no gradients of a fused optimizer under mixed precision
     module = GRPOLightningModule(
         PolicyConfig(str(folder), **policy),

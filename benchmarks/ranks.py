@@ -29,7 +29,7 @@ from kill_test import Kill, Settings, differences, end_state, fork, free_port
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from stateset_lightning.policy import PolicyConfig, load_model
-from stateset_lightning.training.fsdp import whole
+from stateset_lightning.training.fsdp import unsharded
 
 LOST = "another rank has ended"
 LIMIT = 60  # seconds in which all ranks have to end after one has died
@@ -58,10 +58,10 @@ class Recorder(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         named = pl_module.named_parameters()
-        self.gradients.append({name: whole(p.grad).detach().clone() for name, p in named if p.grad is not None})
+        self.gradients.append({name: unsharded(p.grad).detach().clone() for name, p in named if p.grad is not None})
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        weights = {name: whole(p).detach() for name, p in pl_module.named_parameters()}
+        weights = {name: unsharded(p).detach() for name, p in pl_module.named_parameters()}
         with (self.folder / f"rank{trainer.global_rank}.pt").open("wb") as file:
             torch.save({"samples": self.samples, "gradients": self.gradients, "weights": weights}, file)
 

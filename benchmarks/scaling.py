@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from stateset_lightning.policy import Group, Policy, PolicyConfig
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig
-from stateset_lightning.rollout.cpu_decoding import fast_linears, make_lean_decoder
+from stateset_lightning.rollout.cpu_decoding import LlamaDecoder, prepacked_linears
 from stateset_lightning.rollout.running_batch import make_running_batch
 
 
@@ -124,7 +124,7 @@ def product_times(rows: int) -> tuple[float, ...]:
     with torch.inference_mode():
         weights = [layer.weight.detach() for layer in layers]
         laid_out = [torch.ops.mkldnn._reorder_linear_weight(weight, rows) for weight in weights]
-        # As the lean decoder has them: inputs are columns, one behind the other.
+        # As `LlamaDecoder` has them: inputs are columns, one behind the other.
         columns = {size: x.t().contiguous().t() for size, x in inputs.items()}
         ways: list[Callable[[], object]] = [
             lambda: [torch.nn.functional.linear(inputs[w.shape[1]], w) for w in weights],
@@ -149,11 +149,10 @@ def in_turns(ways: Sequence[Callable[[], object]], times: int) -> tuple[float, .
 
 
 def compare_decoders(rows: int, prompt: int, tokens: int = 64) -> tuple[float, ...]:
-    """Median seconds of a token by the model with fast linear layers and by the lean decoder, in turns."""
+    """Median seconds of a token by the model with prepacked linear layers and by `LlamaDecoder`, in turns."""
     model = Policy(workload.make_model(), PolicyConfig("random")).model.eval()
-    with torch.inference_mode(), fast_linears(model, rows):
-        decoder = make_lean_decoder(model)
-        batches = [make_running_batch(model, tokens, prompt, by) for by in (None, decoder)]
+    with torch.inference_mode(), prepacked_linears(model, rows):
+        batches = [make_running_batch(model, tokens, prompt, by) for by in (None, LlamaDecoder(model))]
         for batch in batches:
             batch.admit(
                 [[2 + (7 * p + i) % 200 for i in range(prompt)] for p in range(2)],
@@ -176,7 +175,9 @@ def main() -> None:
         "--profile", action="store_true", help="where the time of the base shape goes, operation by operation"
     )
     parser.add_argument("--products", action="store_true", help="a token's matrix products in three ways")
-    parser.add_argument("--decoding", action="store_true", help="a token by the model and by the lean decoder")
+    parser.add_argument(
+        "--decoding", action="store_true", help="a token by the model and by the decoder of Llama-like models"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     if arguments.products:
@@ -185,13 +186,13 @@ def main() -> None:
             print(f"| {rows} | {' | '.join(f'{1e3 * seconds:.1f}' for seconds in product_times(rows))} |", flush=True)
         return
     if arguments.decoding:
-        print("| rows | prompt | model ms | lean decoder ms | less |\n|---|---|---|---|---|")
+        print("| rows | prompt | model ms | decoder ms | less |\n|---|---|---|---|---|")
         for rows, prompt in ((2, 32), (6, 32), (16, 32), (16, 256), (64, 32)):
-            by_model, lean = (
+            by_model, by_decoder = (
                 statistics.median(times) * 1e3
                 for times in zip(*(compare_decoders(rows, prompt) for _ in range(3)), strict=True)
             )
-            print(f"| {rows} | {prompt} | {by_model:.1f} | {lean:.1f} | {1 - lean / by_model:.0%} |")
+            print(f"| {rows} | {prompt} | {by_model:.1f} | {by_decoder:.1f} | {1 - by_decoder / by_model:.0%} |")
         return
     if arguments.profile:
         step = Step(BASE)

@@ -1,5 +1,6 @@
-"""What several devices need and where they stop helping, by formula; the tables of docs/scaling.md (tests/test_docs.py
-compares them).
+"""What several devices need and where they stop helping, by formula: the tables of docs/scaling.md.
+
+`tests/test_docs.py` compares them.
 
     python benchmarks/scaling_estimate.py
 
@@ -9,11 +10,12 @@ counted. Device figures are those of the data sheets. Letters: N parameters, W d
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
-from stateset_lightning.estimate import saved_bytes
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROWS, CAPACITY = 64, 1024  # completions decoded at a time; tokens of prompt and completion
@@ -72,6 +74,26 @@ MODELS = [
     Model("32B", 64, 5120, 27648, 40, 8, 152064),
     Model("70B", 80, 8192, 28672, 64, 8, 128256),
 ]
+
+
+def saved_bytes(forward: Callable[[], object], weights: Iterable[Tensor]) -> int:
+    """Bytes that a forward pass keeps for its backward pass, beside the weights."""
+    seen = {tensor.untyped_storage().data_ptr() for tensor in weights}
+    held = []  # so that no address comes twice
+    total = 0
+
+    def keep(tensor: Tensor) -> Tensor:
+        nonlocal total
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            held.append(tensor.detach())
+            total += storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return total
 
 
 @cache

@@ -39,14 +39,14 @@ class Case:
 CASES = [Case(32, 64), Case(256, 64), Case(1024, 32), Case(32, 128, 1 / 40), Case(256, 128, 1 / 40)]
 
 
-def make_tokenizer(unreachable_eos: bool) -> PreTrainedTokenizerFast:
+def make_tokenizer(unreachable_eos: bool, vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
     """One token per byte, and enough others to name every token that the model may sample."""
     letters = {letter: 2 + i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    names = {f"<{i}>": i for i in range(VOCABULARY + 1) if i not in letters.values()}
+    names = {f"<{i}>": i for i in range(vocabulary + 1) if i not in letters.values()}
     tokenizer = Tokenizer(models.BPE({**letters, **names}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    eos = UNREACHABLE_EOS if unreachable_eos else EOS
+    eos = vocabulary if unreachable_eos else EOS
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=f"<{eos}>", pad_token=f"<{PAD}>", unk_token=f"<{PAD}>"
     )

@@ -1,8 +1,9 @@
 """Arithmetic questions: the text that the bundled model is taught, and the scenarios of the demo.
 
-Every question belongs to one of three splits for good: `pretrain` text teaches the bundled model, `train` is what the
-demo learns from by reward, `validation` is seen by neither. Run `python scripts/arithmetic.py FOLDER`
-to write the demo's scenario files.
+    python scripts/arithmetic.py examples/arithmetic     # writes the demo's train.jsonl and validation.jsonl
+
+Every question belongs to one of three splits for good: `pretrain` teaches the bundled model, `train` is what the demo
+learns from by reward, `validation` is seen by neither.
 """
 
 from __future__ import annotations
@@ -48,12 +49,11 @@ def prompt_and_answer(question: Question) -> tuple[str, str]:
 
 
 def careless_answer(question: Question, keep_hundreds: bool = False) -> str:
-    """The answer of somebody who never carries and takes the smaller digit from the larger; right where neither
-    matters.
+    """The answer of somebody who never carries and always takes the smaller digit from the larger.
 
-    Two of the most frequent mistakes of learners (Brown and Burton, "Diagnostic models for procedural bugs in basic
-    mathematical skills", Cognitive Science 2, 1978). Unless `keep_hundreds`, nothing is carried into the hundreds
-    either.
+    It is right where neither matters. These are two of the most frequent mistakes of learners (Brown and Burton,
+    "Diagnostic models for procedural bugs in basic mathematical skills", Cognitive Science 2, 1978). Unless
+    `keep_hundreds`, nothing is carried into the hundreds either.
     """
     a, operator, b = question
     if operator == "-":

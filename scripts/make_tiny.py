@@ -1,10 +1,12 @@
 """Makes the bundled model: `python scripts/make_tiny.py [FOLDER]`, a few minutes on two cores.
 
-A byte-level BPE tokenizer (digits apart, so that numbers are spelled) and a Qwen2 of one million parameters, taught by
-next-token prediction on arithmetic questions and answers that the demo never sees. Most of the answers it is taught are
-careless: they forget the carry, in the second lesson also into the hundreds. So its likeliest answer is right about
-    four times in ten, and the
-right one is among its samples: reward has something to find and something to mend.
+Without FOLDER it overwrites the model in `stateset_lightning/tiny/model`.
+
+The tokenizer is a byte-level BPE that keeps digits apart, so that numbers are spelled. The model is a Qwen2 of one
+million parameters, taught by next-token prediction on arithmetic questions that the demo never sees. Most of the
+answers it is taught are careless: they forget the carry, in the second lesson also into the hundreds. So its likeliest
+answer is right about four times in ten, and the right one is often among its samples: there is something for reward to
+find.
 """
 
 from __future__ import annotations
@@ -29,9 +31,12 @@ CHAT_TEMPLATE = (
 )
 SENTENCES = """
 Answer the question with a number and nothing else. Classify the message. Answer with the name of the intent.
-The user asks a question about a card, a payment, a transfer or an account. Think step by step, then write the answer after the mark.
-Machine learning is the study of programs that learn from data. Neural networks are made of layers. Explain what a variable is.
-How many does she have left in all? He buys some and sells the other half. Each one costs more money. There were people in the room.
+The user asks a question about a card, a payment, a transfer or an account. Think step by step, \
+then write the answer after the mark.
+Machine learning is the study of programs that learn from data. Neural networks are made of layers. \
+Explain what a variable is.
+How many does she have left in all? He buys some and sells the other half. Each one costs more money. \
+There were people in the room.
 """
 
 

@@ -6,6 +6,8 @@ Public names are imported when they are first used, so that `--help` and reward 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from stateset_lightning.moved import install
+
 if TYPE_CHECKING:
     from stateset_lightning.callbacks import EpisodeCallback
     from stateset_lightning.datamodule import ScenarioDataModule
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from stateset_lightning.rewards import RewardFunction, RewardResult
     from stateset_lightning.rollout import RolloutConfig
     from stateset_lightning.types import PromptBatch, Scenario, Turn
+
+install()
 
 __version__ = "0.1.0"
 

@@ -4,32 +4,30 @@
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from functools import partial
+from typing import Annotated, Any, get_args
 
 from annotated_types import Ge, Lt
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader
+from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader, Prompts, Split
 from stateset_lightning.data.order import Curriculum, EpochOrder, SolveRates
-from stateset_lightning.data.prompts import EncodedPrompts, PromptEncoder
-from stateset_lightning.data.ragged import PackedTokens
+from stateset_lightning.data.prompts import EncodedPrompts, OverlongPolicy, PromptEncoder
+from stateset_lightning.data.ragged import RaggedTokens
 from stateset_lightning.data.sources import ScenarioSet, Source, hold_out, read_split
-from stateset_lightning.errors import ConfigError, check_bounds
+from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.seeding import run_seed
 from stateset_lightning.types import PromptBatch
 
-_log = logging.getLogger("stateset_lightning")
+_announce = rank_zero_only(logging.getLogger("stateset_lightning").log)
 
-Split = Literal["train", "validation", "test", "predict"]
-_STAGES: dict[str, tuple[Split, ...]] = {
-    "fit": ("train", "validation"),
-    "validate": ("validation",),
-    "test": ("test",),
-    "predict": ("predict",),
-}
+# The split that a stage cannot do without.
+_SPLITS: dict[str, Split] = {"fit": "train", "validate": "validation", "test": "test", "predict": "predict"}
 
 
+@bounded("data")
 class ScenarioDataModule(LightningDataModule):
     """Scenarios to train and evaluate on.
 
@@ -47,12 +45,12 @@ class ScenarioDataModule(LightningDataModule):
         num_iterations: Passes over an episode (GRPO's mu).
         steps_per_episode: Micro-steps that a pass is split into.
         fields: Our name -> the files' column, such as `prompt: question` and `target: answer`.
-        system_prompt: Stands before each scenario's own context in the system turn.
+        system_prompt: Comes before each scenario's own context in the system turn.
         use_chat_template: Whether prompts are made by the tokenizer's chat template; by default if it has one.
         chat_template_kwargs: Further variables of the chat template.
         max_prompt_tokens: Longest prompt in tokens; by default there is no limit.
         overlong_prompts: What happens to longer prompts: they are an error, are dropped, or keep their last tokens.
-        parse_special_tokens: Whether control tokens in the scenarios' own text (`<|im_end|>`, say) count as such; by
+        parse_special_tokens: Whether special tokens in the scenarios' own text (`<|im_end|>`, say) count as such; by
             default they are plain text, so that no row changes who speaks.
         validation_fraction: Fraction of `train` to hold out for validation, if there is no `validation`.
         shuffle: Whether each epoch has an order of its own.
@@ -77,7 +75,7 @@ class ScenarioDataModule(LightningDataModule):
         use_chat_template: bool | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         max_prompt_tokens: Annotated[int, Ge(1)] | None = None,
-        overlong_prompts: Literal["error", "drop", "truncate_left"] = "error",
+        overlong_prompts: OverlongPolicy = "error",
         parse_special_tokens: bool = False,
         validation_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0,
         shuffle: bool = True,
@@ -88,16 +86,12 @@ class ScenarioDataModule(LightningDataModule):
         super().__init__()
         self.specs: dict[Split, Any] = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.batch_size = batch_size
-        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
         self.num_iterations = num_iterations
         self.steps_per_episode = steps_per_episode
         self.fields = fields
         self.system_prompt = system_prompt
-        self.use_chat_template = use_chat_template
-        self.chat_template_kwargs = chat_template_kwargs or {}
         self.max_prompt_tokens = max_prompt_tokens
-        self.overlong_prompts = overlong_prompts
-        self.parse_special_tokens = parse_special_tokens
         self.validation_fraction = validation_fraction
         self.shuffle = shuffle
         self.curriculum = Curriculum(**curriculum) if isinstance(curriculum, Mapping) else curriculum
@@ -106,11 +100,20 @@ class ScenarioDataModule(LightningDataModule):
         self.dropped: dict[str, int] = {}
         self.truncated: dict[str, int] = {}
         self._scenarios: dict[Split, ScenarioSet] = {}
+        self._make_encoder = partial(
+            PromptEncoder,
+            system_prompt=system_prompt,
+            use_chat_template=use_chat_template,
+            chat_template_kwargs=chat_template_kwargs or {},
+            max_prompt_tokens=max_prompt_tokens,
+            overlong_prompts=overlong_prompts,
+            parse_special_tokens=parse_special_tokens,
+        )
         self._encoder: PromptEncoder | None = None
         self._prompts: dict[Split, EncodedPrompts] = {}
         self._train_loader: EpisodeLoader | None = None
         self._resume_state: dict[str, Any] | None = None
-        self._check_options()
+        self._check_options(overlong_prompts)
 
     @property
     def num_scenarios(self) -> dict[str, int]:
@@ -137,29 +140,35 @@ class ScenarioDataModule(LightningDataModule):
         return self._is_given("validation")
 
     def named_rewards(self) -> dict[str, tuple[str, ...]]:
-        """The rewards that scenarios name, by `split: scenario id`; scenarios that leave it open are not among them."""
-        sets = self._scenarios.items()
+        """The rewards that scenarios name, by `data.split: scenario id`; other scenarios are left out."""
         return {
-            f"data.{split}: {s.id}": s.rewards
-            for split, scenarios in sets
-            for s in scenarios.scenarios
-            if s.rewards is not None
+            f"data.{split}: {scenario.id}": scenario.rewards
+            for split, found in self._scenarios.items()
+            for scenario in found.scenarios
+            if scenario.rewards is not None
         }
 
     def setup(self, stage: str | None = None) -> None:
-        """Read and check the files that the stage needs, and make their prompts; once, also if called again.
+        """Reads and checks the files that the stage needs, and makes their prompts; only once, however often called.
 
         Raises:
             ConfigError: If the stage's split is not given, or there is no tokenizer.
             DataError: If files or rows cannot be used.
         """
         self._train_loader = self._resume_state = None
-        wanted = [split for split in (_STAGES[stage] if stage else self.specs) if self._is_given(split)]
-        if stage and _STAGES[stage][0] not in wanted:
-            raise self._missing(_STAGES[stage][0])
+        if stage and not self._is_given(_SPLITS[stage]):
+            raise self._missing(_SPLITS[stage])
+        splits: list[Split] = [_SPLITS[stage]] if stage else [*self.specs]
+        if stage == "fit":
+            splits.append("validation")
+        wanted = [split for split in splits if self._is_given(split)]
         for split in wanted:
-            self._read(split)
-        self._encode(wanted)
+            if split not in self._scenarios:
+                self._read(split)
+        encoder = self._current_encoder()
+        for split in wanted:
+            if split not in self._prompts:
+                self._encode(split, encoder)
 
     def train_dataloader(self) -> EpisodeLoader:
         scenarios, tokens = self.served("train")
@@ -172,9 +181,8 @@ class ScenarioDataModule(LightningDataModule):
                 f"trainer.overfit_batches={overfit} repeats the same prompts, data.curriculum draws others: leave"
                 " one out"
             )
-        loader = EpisodeLoader(
-            scenarios.scenarios,
-            tokens,
+        self._train_loader = loader = EpisodeLoader(
+            Prompts(scenarios.scenarios, tokens, self.system_prompt),
             order,
             batch_size=self.batch_size,
             num_iterations=self.num_iterations,
@@ -193,17 +201,14 @@ class ScenarioDataModule(LightningDataModule):
             },
         )
         if loader.num_filled and curriculum is None:
-            self._announce(
-                f"data.train: {order.size} prompts make {loader.episodes_per_epoch} episodes of"
-                f" {self.batch_size * world_size}; the last of an epoch is filled up with {loader.num_filled} from its"
-                " start"
-            )
-        self._train_loader = loader
+            made = f"{order.size} prompts make {loader.episodes_per_epoch} episodes of {self.batch_size * world_size}"
+            filled = f"the last of an epoch is filled up with {loader.num_filled} from its start"
+            _announce(logging.INFO, f"data.train: {made}; {filled}")
         self._resume()
         return loader
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
-        if self._is_given("validation") or not self._is_fitting:
+        if self.has_validation or not self._is_fitting:
             return self._evaluation_loader("validation")
         # Lightning asks for a loader whether or not there is something to validate on.
         warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
@@ -214,6 +219,24 @@ class ScenarioDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> EvaluationLoader:
         return self._evaluation_loader("predict")
+
+    def served(self, split: Split) -> tuple[ScenarioSet, RaggedTokens]:
+        """The scenarios of a split that were kept, and their prompt tokens."""
+        if not self._is_given(split):
+            raise self._missing(split)
+        assert split in self._prompts, f"setup() has not been called for the {split} split"
+        prompts = self._prompts[split]
+        return self._scenarios[split].select(prompts.kept), prompts.tokens
+
+    def replacements(self, batch: PromptBatch, slots: Sequence[int], round_number: int) -> PromptBatch:
+        """Other training prompts in place of some of a batch's; see `EpisodeLoader.replacements`."""
+        assert self._train_loader is not None, "there are batches to replace prompts of"
+        return self._train_loader.replacements(batch, slots, round_number)
+
+    def report_rewards(self, episode: int, rows: Sequence[int], totals_PG: Tensor) -> None:
+        """Total rewards of an episode's groups, for the curriculum, if there is one; see `SolveRates.report`."""
+        if self._train_loader is not None and self._train_loader.solve_rates is not None:
+            self._train_loader.solve_rates.report(episode, rows, totals_PG)
 
     def state_dict(self) -> dict[str, Any]:
         """The training loader's state.
@@ -227,18 +250,6 @@ class ScenarioDataModule(LightningDataModule):
         rates = {} if loader.solve_rates is None else {"solve_rates": loader.solve_rates.state_dict()}
         return {"train": loader.state_dict(), **rates}
 
-    def replacements(self, batch: PromptBatch, slots: Sequence[int], round_number: int) -> PromptBatch:
-        """Other training prompts in place of some of a batch's; see `EpisodeLoader.replacements`."""
-        assert self._train_loader is not None, "there are batches to replace prompts of"
-        return self._train_loader.replacements(batch, slots, round_number)
-
-    def report_rewards(self, episode: int, rows: Sequence[int], totals_PG: Tensor) -> None:
-        """What an episode's groups, of all ranks and in one order on each, scored; see `SolveRates.report`. Without
-        curriculum: nothing.
-        """
-        if self._train_loader is not None and self._train_loader.solve_rates is not None:
-            self._train_loader.solve_rates.report(episode, rows, totals_PG)
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # A checkpoint that is evaluated must not decide where a later fit starts.
         self._resume_state = state_dict if self._is_fitting and "train" in state_dict else None
@@ -250,23 +261,18 @@ class ScenarioDataModule(LightningDataModule):
             if loader.solve_rates is not None:
                 loader.solve_rates.load_state_dict(state["solve_rates"])
 
-    def _check_options(self) -> None:
-        check_bounds("data", ScenarioDataModule.__init__, vars(self))
+    def _check_options(self, overlong_prompts: str) -> None:
         if self.curriculum is not None and not self.shuffle:
             raise ConfigError(
                 "data.shuffle=False keeps the rows' order, data.curriculum draws by solve rate: leave one of them out"
             )
-        if self.overlong_prompts not in ("error", "drop", "truncate_left"):
-            raise ConfigError(f"data.overlong_prompts={self.overlong_prompts!r} must be error, drop or truncate_left")
+        if overlong_prompts not in get_args(OverlongPolicy):
+            raise ConfigError(f"data.overlong_prompts={overlong_prompts!r} must be error, drop or truncate_left")
+        fraction = f"data.validation_fraction={self.validation_fraction}"
         if self.validation_fraction and self.specs["validation"] is not None:
-            raise ConfigError(
-                f"data.validation and data.validation_fraction={self.validation_fraction} are both given; leave one of"
-                " them out"
-            )
+            raise ConfigError(f"data.validation and {fraction} are both given; leave one of them out")
         if self.validation_fraction and self.specs["train"] is None:
-            raise ConfigError(
-                f"data.validation_fraction={self.validation_fraction} is a fraction of data.train, which is not given"
-            )
+            raise ConfigError(f"{fraction} is a fraction of data.train, which is not given")
         if isinstance(self.tokenizer, str):
             raise ConfigError(
                 f"data.tokenizer={self.tokenizer!r} must be a tokenizer object; leave it out to use the model's"
@@ -284,64 +290,41 @@ class ScenarioDataModule(LightningDataModule):
         return ConfigError(f"data.{split} is not given; set it{alternative} to a path, a hub id or a list of scenarios")
 
     def _read(self, split: Split) -> None:
-        if split in self._scenarios:
-            return
         held_out = self.validation_fraction > 0 and split in ("train", "validation")
-        source: Split = "train" if held_out else split
-        scenarios = read_split(self.specs[source], source, self.fields)
-        self._announce(f"data.{source}: {len(scenarios)} scenarios from {', '.join(scenarios.names)}")
-        if not held_out:
-            self._scenarios[split] = scenarios
-            return
-        train, validation = hold_out(scenarios, self.validation_fraction, self._resolved_seed())
-        self._scenarios["train"], self._scenarios["validation"] = train, validation
-        self._announce(
-            f"data.validation: {len(validation)} of them held out (data.validation_fraction={self.validation_fraction})"
-        )
+        split = "train" if held_out else split
+        found = self._scenarios[split] = read_split(self.specs[split], split, self.fields)
+        _announce(logging.INFO, f"data.{split}: {len(found)} scenarios from {', '.join(found.names)}")
+        if held_out:
+            fraction = self.validation_fraction
+            train, validation = hold_out(found, fraction, self._resolved_seed())
+            self._scenarios |= {"train": train, "validation": validation}
+            held = f"{len(validation)} of them held out (data.validation_fraction={fraction})"
+            _announce(logging.INFO, f"data.validation: {held}")
 
-    def _encode(self, splits: list[Split]) -> None:
-        tokenizer = self._resolved_tokenizer()
+    def _current_encoder(self) -> PromptEncoder:
+        """Makes the prompts; a new one, and all prompts anew, if the tokenizer is another one than before."""
+        tokenizer = self.tokenizer or getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
+        if tokenizer is None:
+            raise ConfigError("there is no tokenizer: the module has none; give ScenarioDataModule(tokenizer=...)")
         if self._encoder is None or self._encoder.tokenizer is not tokenizer:
-            self._encoder = PromptEncoder(
-                tokenizer=tokenizer,
-                system_prompt=self.system_prompt,
-                use_chat_template=self.use_chat_template,
-                chat_template_kwargs=self.chat_template_kwargs,
-                max_prompt_tokens=self.max_prompt_tokens,
-                overlong_prompts=self.overlong_prompts,
-                parse_special_tokens=self.parse_special_tokens,
-            )
+            self._encoder = self._make_encoder(tokenizer=tokenizer)
             self._prompts.clear()
-            if self.use_chat_template is None and not self._encoder.applies_template:
-                self._announce(
-                    "the tokenizer has no chat template: prompts are plain text, their turns joined by blank lines"
-                )
-        for split in splits:
-            if split not in self._prompts:
-                self._prompts[split] = prompts = self._encoder.encode(self._scenarios[split].scenarios, f"data.{split}")
-                self._count_overlong(split, prompts)
+            if self._encoder.use_chat_template is None and not self._encoder.applies_template:
+                how = "prompts are plain text, their turns joined by blank lines"
+                _announce(logging.INFO, f"the tokenizer has no chat template: {how}")
+        return self._encoder
 
-    def _count_overlong(self, split: Split, prompts: EncodedPrompts) -> None:
-        self.dropped[split] = prompts.num_dropped
-        self.truncated[split] = prompts.num_truncated
+    def _encode(self, split: Split, encoder: PromptEncoder) -> None:
+        scenarios = self._scenarios[split].scenarios
+        prompts = self._prompts[split] = encoder.encode(scenarios, f"data.{split}")
+        self.dropped[split], self.truncated[split] = prompts.num_dropped, prompts.num_truncated
         if count := prompts.num_dropped or prompts.num_truncated:
-            fate = "dropped" if prompts.num_dropped else "cut to their last tokens"
             limit = f"data.max_prompt_tokens={self.max_prompt_tokens}"
-            message = (
-                f"data.{split}: {count} of {len(self._scenarios[split])} prompts have more than {limit} tokens and are"
-                f" {fate}"
-            )
-            self._announce(message, logging.WARNING)
+            fate = "dropped" if prompts.num_dropped else "cut to their last tokens"
+            message = f"{count} of {len(scenarios)} prompts have more than {limit} tokens and are {fate}"
+            _announce(logging.WARNING, f"data.{split}: {message}")
 
-    def served(self, split: Split) -> tuple[ScenarioSet, PackedTokens]:
-        """The scenarios of a split that were kept, and their prompts."""
-        if not self._is_given(split):
-            raise self._missing(split)
-        assert split in self._prompts, f"setup() has not been called for the {split} split"
-        prompts = self._prompts[split]
-        return self._scenarios[split].select(prompts.kept), prompts.tokens
-
-    def _evaluation_loader(self, split: Literal["validation", "test", "predict"]) -> EvaluationLoader:
+    def _evaluation_loader(self, split: Split) -> EvaluationLoader:
         scenarios, tokens = self.served(split)
         rank, world_size = self._rank_and_world()
         if len(scenarios) < world_size:
@@ -350,9 +333,8 @@ class ScenarioDataModule(LightningDataModule):
                 f"data.{split} has {len(scenarios)} scenarios for {world_size} devices; give at least one for each"
                 " device"
             )
-        return EvaluationLoader(
-            scenarios.scenarios, tokens, split, batch_size=self.eval_batch_size, rank=rank, world_size=world_size
-        )
+        prompts = Prompts(scenarios.scenarios, tokens, self.system_prompt)
+        return EvaluationLoader(prompts, split, batch_size=self.eval_batch_size, rank=rank, world_size=world_size)
 
     def _limit(self) -> int | None:
         """Training batches that the trainer takes per epoch, if it says so; `overfit_batches` sets this too."""
@@ -366,14 +348,3 @@ class ScenarioDataModule(LightningDataModule):
 
     def _resolved_seed(self) -> int:
         return run_seed() if self.seed is None else self.seed
-
-    def _resolved_tokenizer(self) -> Any:
-        module = None if self.trainer is None else self.trainer.lightning_module
-        tokenizer = getattr(module, "tokenizer", None) if self.tokenizer is None else self.tokenizer
-        if tokenizer is None:
-            raise ConfigError("there is no tokenizer: the module has none; give ScenarioDataModule(tokenizer=...)")
-        return tokenizer
-
-    def _announce(self, message: str, level: int = logging.INFO) -> None:
-        if self._rank_and_world()[0] == 0:
-            _log.log(level, message)

@@ -1,55 +1,56 @@
-"""GRPOLightningModule: wires sampling, scoring, advantages and loss into Lightning's automatic optimisation.
+"""GRPOLightningModule: Lightning's hooks, composed of the rooms; it holds no algorithm of its own.
 
-A training step is one micro-step of an episode. The first one samples the prompts, scores the completions and makes the
-episode; every one returns the loss of its part. Clipping, accumulation, precision, schedules and checkpoints are
-Lightning's.
+A batch is one micro-step of an episode, and `training/step.py` shows what happens in it. Clipping, accumulation,
+precision, schedules and checkpoints are Lightning's.
 """
 
+# No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 import copy
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Gt, Le
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from stateset_lightning.algorithm import GRPO, Algorithm
+from stateset_lightning.errors import bounded
 from stateset_lightning.evaluation import Evaluation, EvaluationConfig
 from stateset_lightning.policy import AdapterReference, Policy, PolicyConfig, load_model, load_tokenizer, make_reference
 from stateset_lightning.policy.precision import weights_dtype
+from stateset_lightning.ranks import Ranks
 from stateset_lightning.redaction import redacted
 from stateset_lightning.rewards import Reward, Scorer, as_rewards
-from stateset_lightning.rollout import InProcessEngine, RemoteEngine, RolloutConfig, RolloutEngine
+from stateset_lightning.rollout import RemoteEngine, RolloutConfig, RolloutEngine
 from stateset_lightning.run.callbacks import call_episode_hook
-from stateset_lightning.run.checkpoint import ResumableModule
-from stateset_lightning.run.records import CompletionRecord, is_bad, make_records, spoil_if_not_finite, write_bad_step
-from stateset_lightning.seeding import derive_seed
-from stateset_lightning.training.checks import (
-    check_bad_steps,
-    check_sampling_difference,
-    check_strategy,
-    check_weights,
-    checks_of_run,
-    optimizer_steps_of_run,
-)
-from stateset_lightning.training.collect import Collector, Sampler, check_failures, prepared
-from stateset_lightning.training.episode import Episode, Part
-from stateset_lightning.training.fsdp import total_norm
-from stateset_lightning.training.loss import part_loss, seeded_dropout, zero_loss
-from stateset_lightning.training.metrics import RunMetrics
+from stateset_lightning.run.checkpoint import RunCheckpoint
+from stateset_lightning.run.fsdp_strategy import SUPPORTED_STRATEGIES, FSDP2Strategy
+from stateset_lightning.run.install import install
+from stateset_lightning.run.records import CompletionRecord, make_records, write_bad_step
+from stateset_lightning.seeding import run_seed
+from stateset_lightning.training.checks import check_bad_steps, check_strategy, checks_of_run
+from stateset_lightning.training.collect import Sampler, ready_engine
+from stateset_lightning.training.data import data_of
+from stateset_lightning.training.episode import Episode
+from stateset_lightning.training.evaluate import HeldOut
+from stateset_lightning.training.fsdp import UnshardedCopy
+from stateset_lightning.training.metrics import PROGRESS_BAR, RunMetrics
+from stateset_lightning.training.resample import Sample
 from stateset_lightning.training.sampling_ahead import next_batch, sampling_ahead
-from stateset_lightning.training.schedule import Schedule, given_options
-from stateset_lightning.types import PromptBatch, Scores
+from stateset_lightning.training.schedule import Schedule, given_options, optimizer_steps_of_run
+from stateset_lightning.training.state import TrainingState
+from stateset_lightning.training.step import TrainingStep
+from stateset_lightning.types import PromptBatch
 
-PROGRESS_BAR = ("train/reward", "completion/mean_tokens", "work/tokens_per_s")
 
-
-class GRPOLightningModule(ResumableModule):
+@bounded("model")
+class GRPOLightningModule(LightningModule):
     """Improves a language model on prompts whose answers can be scored, by group-relative policy optimisation.
 
     Args:
@@ -65,16 +66,13 @@ class GRPOLightningModule(ResumableModule):
         reward_timeout: Seconds that a reward may take for one completion, unless it has a time-out of its own.
         reward_concurrency: Rewards that run at a time.
         max_reward_failures: Share of an episode's completions whose reward may fail before the run stops.
-        max_tokens_per_step: Tokens that a micro-step forwards at most: groups are taken apart where that keeps it.
-            Micro-steps are of even work in any case; what cannot be kept is counted (`work/over_budget_tokens`) and
-            announced.
-        max_bad_steps: Optimizer steps in a row that may be skipped because loss or gradient is not finite, before the
-            run stops.
+        max_tokens_per_step: Tokens that a micro-step forwards at most, where splitting groups can keep that; what
+            cannot be kept is counted (`work/over_budget_tokens`) and announced. None: even work alone.
+        max_bad_steps: Optimizer steps in a row that may be skipped because their gradient is not finite.
         seed: Seed of all sampling; None for that of `seed_everything`.
     """
 
-    tokenizer: Any
-    """The policy's tokenizer, loaded at once; the weights are loaded when a run starts."""
+    tokenizer: Any  # the policy's, loaded at once; the weights are loaded when a run starts
 
     def __init__(
         self,
@@ -94,7 +92,7 @@ class GRPOLightningModule(ResumableModule):
         max_bad_steps: Annotated[int, Ge(0)] = 10,
         seed: int | None = None,
     ) -> None:
-        super().__init__(seed)
+        super().__init__()
         self.policy_config = PolicyConfig.of(policy)
         self.rollout = RolloutConfig(**rollout) if isinstance(rollout, Mapping) else rollout
         self.algorithm = copy.copy(algorithm)
@@ -102,13 +100,8 @@ class GRPOLightningModule(ResumableModule):
         self.rewards = as_rewards(reward)
         self.evaluation = EvaluationConfig(**evaluation) if isinstance(evaluation, Mapping) else evaluation
         self.evaluation.check_rewards([reward.name for reward in self.rewards])
-        self._make_scorer = partial(
-            Scorer,
-            self.rewards,
-            timeout=reward_timeout,
-            max_concurrency=reward_concurrency,
-            max_failures=max_reward_failures,
-        )
+        limits = {"timeout": reward_timeout, "max_concurrency": reward_concurrency, "max_failures": max_reward_failures}
+        self._make_scorer: Callable[[], Scorer] = partial(Scorer, self.rewards, **limits)  # type: ignore[arg-type]
         self.scorer = self._make_scorer()
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -116,34 +109,68 @@ class GRPOLightningModule(ResumableModule):
         self.max_bad_steps = max_bad_steps
         self.tokenizer = load_tokenizer(self.policy_config)
         # Plain containers only: a checkpoint must load with `weights_only=True`.
-        hyperparameters = {
-            "policy": redacted(self.policy_config.to_dict()),
-            "rollout": asdict(self.rollout),
-            "seed": seed,
-        }
-        self.save_hyperparameters(hyperparameters, logger=False)
+        policy_options = redacted(self.policy_config.to_dict())
+        self.save_hyperparameters(
+            {"policy": policy_options, "rollout": asdict(self.rollout), "seed": seed}, logger=False
+        )
 
         self.policy: Policy | None = None
-        # in a tuple, so that it is no submodule: not trained, not saved
-        self._reference: tuple[Policy | AdapterReference, ...] = ()
         self.engine = engine
+        # In a tuple, so that it is no submodule: not trained, not saved.
+        self._reference: tuple[Policy | AdapterReference, ...] = ()
+        self._unsharded: UnshardedCopy | None = None  # of a policy whose weights are sharded
+        self._seed = seed
         self._ahead = sampling_ahead(self.rollout, engine)
-        self._step_of_pass = 0
-        self._episode_ends = False  # with this micro-step
-        self._samples_are_fresh = False  # whether the weights are those that sampled
-        self._collect_seconds = 0.0
-        self.metrics = RunMetrics()
-        self._evaluated: list[Scores] = []  # of a split so far
+        self._checkpoint = RunCheckpoint(self)
+        self.state = TrainingState()
         self._evaluation = Evaluation([reward.name for reward in self.rewards], self.evaluation)
-        self.last_records: list[CompletionRecord] = []
-        """Completions of the newest episode or evaluation batch of this rank, for callbacks."""
-        self._episode_records: list[CompletionRecord] = []
+        self._held_out = HeldOut(self._evaluation)
+        self._newest: tuple[Sample, list[float] | None] | None = None  # what `last_records` is made of
 
-    # Set-up
-    # ------------------------------------------------------------------------------------------------------------------
+    # What callbacks may look at ---------------------------------------------------------------------------------------
+
+    @property
+    def metrics(self) -> RunMetrics:
+        """The run's metrics; `metrics.last` has the newest value of each."""
+        return self.state.metrics
+
+    @property
+    def episode(self) -> Episode | None:
+        """What is being trained on, of this rank."""
+        return self.state.episode
+
+    @property
+    def last_records(self) -> list[CompletionRecord]:
+        """Completions of the newest episode or evaluation batch of this rank."""
+        return [] if self._newest is None else make_records(*self._newest)
+
+    @property
+    def reference(self) -> Policy | AdapterReference | None:
+        """The reference policy, while a run trains with one."""
+        return self._reference[0] if self._reference else None
+
+    @property
+    def inside_optimizer_step(self) -> bool:
+        """Whether a gradient is being accumulated or applied: a checkpoint made now could not be resumed exactly."""
+        return self.state.started is not None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds a part of the weights."""
+        return self._unsharded is not None
+
+    @property
+    def seed(self) -> int:
+        """The seed of all sampling: the one given, or that of `seed_everything`, also if that was called later."""
+        return run_seed() if self._seed is None else self._seed
+
+    # Set-up -----------------------------------------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> list[Callback]:
+        return install(self.trainer)
 
     def setup(self, stage: str) -> None:
-        self._step_started = None  # an earlier run may have ended inside an optimizer step
+        self.state.started = None  # an earlier run may have ended inside an optimizer step
         self.scorer = self._make_scorer()
 
     def teardown(self, stage: str) -> None:
@@ -154,26 +181,26 @@ class GRPOLightningModule(ResumableModule):
     def configure_model(self) -> None:
         """Loads the weights, once; called by the Trainer after the data has been read and checked."""
         if self._trainer is not None:
-            check_strategy(self.trainer)
+            check_strategy(self.trainer, SUPPORTED_STRATEGIES)
         precision = "32-true" if self._trainer is None else str(self.trainer.precision)
         dtype = weights_dtype(self.policy_config.dtype, precision)
         if self.policy is None:
             self.policy = Policy(load_model(self.policy_config, dtype, self.seed), self.policy_config)
-        self._shard_policy()
-        self.engine = prepared(self.engine, self.tokenizer, self.rollout, precision)
+        if self._trainer is not None and isinstance(self.trainer.strategy, FSDP2Strategy) and self._unsharded is None:
+            mesh = self.trainer.strategy.device_mesh["data_parallel"]
+            self._unsharded = UnshardedCopy(self.policy, mesh, self.trainer.strategy.root_device, self.engine)
+        self.engine = ready_engine(self.engine, self.tokenizer, self.rollout, precision)
         fits = self._trainer is not None and self.trainer.state.fn == "fit"
         if fits and self.algorithm.needs_reference and not self._reference:
             self._reference = (make_reference(self._sampled_policy, dtype),)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer([p for p in self._loaded_policy.parameters() if p.requires_grad])
-        self._given_options = given_options(optimizer)
-        if self.lr_scheduler is None:
+        self._checkpoint.given_options = given_options(optimizer)
+        if (given := self.lr_scheduler) is None:
             return optimizer
-        if isinstance(self.lr_scheduler, Schedule):
-            scheduler: Any = self.lr_scheduler.build(optimizer, optimizer_steps_of_run(self.trainer))
-        else:
-            scheduler = self.lr_scheduler(optimizer)
+        steps = optimizer_steps_of_run(self.trainer)
+        scheduler: Any = given.build(optimizer, steps) if isinstance(given, Schedule) else given(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
@@ -183,114 +210,77 @@ class GRPOLightningModule(ResumableModule):
         if isinstance(self.reference, Policy):
             self.reference.to(self.device)
 
-    # Training
-    # ----------------------------------------------------------------------------------------------------------------
+    # Checkpoints ------------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._checkpoint.save(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._checkpoint.load(checkpoint, training=self._trainer is not None and self.trainer.training)
+
+    def on_train_start(self) -> None:
+        self._checkpoint.restore_options()
+
+    # Training ---------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """Loss of one micro-step, summed over its tokens with the weights of the whole optimizer step."""
-        if self._step_started is None:
-            self._step_started = time.perf_counter()
-        if batch.micro_step == 0:
-            self._episode = self._collect(batch)
-        episode = self._episode
-        if episode is None or episode.index != batch.episode_index:
-            raise RuntimeError(
-                f"micro-step {batch.micro_step} of episode {batch.episode_index} came without the episode's first"
-                " micro-step"
-            )
-        self._episode_ends = batch.micro_step == batch.num_micro_steps - 1
-        if self._episode_ends:
-            self._episode_states = None  # the next checkpoint comes after the episode's end
+        begins = batch.micro_step == 0
+        if begins:
+            call_episode_hook(self.trainer, "on_episode_start", batch.episode_index)
+        loss = self._step.loss(batch)
+        if begins:
+            self._newest = self.state.sample_and_advantages
+            self._show_metrics()
         bar = {name: self.metrics.last[name] for name in PROGRESS_BAR if name in self.metrics.last}
         self.log_dict(bar, prog_bar=True, logger=False, batch_size=1)
-        micro_step = batch.micro_step % batch.steps_per_episode
-        self._step_of_pass = micro_step // self._accumulate
-        self._samples_are_fresh = batch.micro_step < self._accumulate
-        loss = self._loss(episode.part(micro_step), episode.index, batch.micro_step)
-        factor = self._ranks.world * self._accumulate
-        self.metrics.step.add({"policy/loss": (loss.detach(), 1.0 / factor)})
-        # DDP averages over ranks and Lightning divides by the accumulation: the sum over tokens is meant.
-        return spoil_if_not_finite(loss) * factor
+        return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        norm = total_norm([p.grad for p in self._loaded_policy.parameters() if p.grad is not None])
-        empty = self._episode is not None and self._episode.active_by_step[self._step_of_pass] == 0
-        bad = not empty and is_bad(norm)
-        if empty or bad:
-            # None rather than zero, on which AdamW would still move the weights. The same on every rank: gradients are
-            # reduced by now.
-            optimizer.zero_grad(set_to_none=True)
-        if bad:
-            assert self._episode is not None
-            file = write_bad_step(
-                self.trainer, self._episode, self._step_of_pass, norm, self._episode_records, self.tokenizer
-            )
+        norm = self._step.check_gradient(optimizer)
+        if norm is not None:
+            assert self.state.episode is not None
+            made_of, step = self.state.sample_and_advantages, self.state.step_of_pass
+            records = [] if made_of is None else make_records(*made_of)
+            file = write_bad_step(self.trainer, self.state.episode, step, norm, records, self.tokenizer)
             rank_zero_warn(
                 f"the gradient is not finite ({norm}): optimizer step skipped; see what it would have trained in {file}"
             )
-        if not empty:
-            self._bad_steps = self._bad_steps + 1 if bad else 0
-        self.metrics.step.add({"policy/empty_steps": (float(empty), 1), "policy/bad_steps": (float(bad), 1)})
-        self.metrics.step.add({"policy/grad_norm": (0.0 if empty or bad else norm, 1)})
-        check_bad_steps(self._bad_steps, self.max_bad_steps, self.trainer.global_step + 1)
+        check_bad_steps(self.state.bad_steps, self.max_bad_steps, self.trainer.global_step + 1)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
         lr = optimizer.param_groups[0]["lr"]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        check_weights(self._loaded_policy.parameters(), self.trainer.global_step + 1)
-        optimizer.zero_grad(set_to_none=True)  # or they would lie beside the cache while the next episode is sampled
-        assert self._step_started is not None
-        seconds = time.perf_counter() - self._step_started
-        self.metrics.step.add(
-            {"lr": (lr, 1), "time/step_s": (seconds, 1), "time/train_s": (seconds - self._collect_seconds, 1)}
-        )
-        self._step_started, self._collect_seconds = None, 0.0
-        self._publish(self.trainer.global_step + 1)
-        # before any checkpoint of this step: a resumed run would not call it again
-        if self._episode is not None and self._episode_ends:
-            call_episode_hook(self.trainer, "on_episode_end", self._episode.index, self.metrics.last)
+        step = self.trainer.global_step + 1
+        row = self._step.finish(optimizer, lr, step)
+        self._show_metrics()
+        if self.trainer.is_global_zero:
+            # To every logger at once: what `self.log` gets at an episode's start is lost under `log_every_n_steps`.
+            for logger in self.trainer.loggers:
+                logger.log_metrics(row, step=step)
+        # Before any checkpoint of this step: a resumed run would not call it again.
+        if self.state.episode_ends and self.state.episode is not None:
+            call_episode_hook(self.trainer, "on_episode_end", self.state.episode.index, self.metrics.last)
 
-    def _collect(self, batch: PromptBatch) -> Episode:
-        """Samples, scores and plans an episode."""
-        call_episode_hook(self.trainer, "on_episode_start", batch.episode_index)
-        start = time.perf_counter()
-        with self._gathered():
-            collected = self._collector.collect(batch)
-        episode, sample = collected.episode, collected.sample
-        # Gathered now and not when a checkpoint is written, which would hang if one rank had failed by then.
-        self._episode_states = self._ranks.gather(episode.state_dict()) if batch.num_micro_steps > 1 else None
-        records = make_records(sample.batch, sample.rollout, sample.scores, episode.advantages_N.tolist())
-        self.last_records = self._episode_records = records
-        self.metrics.add_episode(collected.metrics, sample.rollout, batch.episode_index, self._ranks)
-        self._show()
-        self._collect_seconds = time.perf_counter() - start
-        return episode
+    # Evaluation -------------------------------------------------------------------------------------------------------
 
-    def _loss(self, part: Part, episode: int, micro_step: int) -> Tensor:
-        if not part.groups:
-            return zero_loss(self._loaded_policy)
-        drops = self.policy_config.has_dropout
-        seed = derive_seed(self.seed, "dropout", episode, micro_step, self._ranks.rank) if drops else None
-        with seeded_dropout(self.device, seed):
-            loss, metrics = part_loss(self._loaded_policy, self.algorithm, part, self.rollout.temperature)
-        self.metrics.step.add(metrics)
-        return loss
+    def on_validation_epoch_start(self) -> None:
+        # Here and not batch by batch: ranks may have different numbers of batches.
+        if self._unsharded is not None:
+            self._unsharded.fill()
 
-    # Evaluation
-    # --------------------------------------------------------------------------------------------------------------
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        self._evaluate(batch)
+        self._newest = (self._held_out.answer(self._sampler, self._sampled_policy, batch), None)
 
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        self._evaluate(batch)
+    test_step = validation_step
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One greedy completion per prompt, as rows for a file. Rewards that fail are null: there may be no target."""
-        rollout, scores = self._sampler.sample(self._sampled_policy, batch, 1, greedy=True)
-        self.last_records = make_records(batch, rollout, scores)
+        self._newest = (self._sampler.sample(self._sampled_policy, batch, 1, greedy=True), None)
         return [record.to_dict() for record in self.last_records]
 
     def on_validation_epoch_end(self) -> None:
@@ -299,85 +289,60 @@ class GRPOLightningModule(ResumableModule):
     def on_test_epoch_end(self) -> None:
         self._log_evaluation("test")
 
-    def _evaluate(self, batch: PromptBatch) -> None:
-        rollout, scores = self._sampler.sample(self._sampled_policy, batch, 1, greedy=True)
-        self.last_records = make_records(batch, rollout, scores)
-        samples = None
-        if count := self.evaluation.samples:
-            sampler = replace(self._sampler, config=self.evaluation.sampling(self.rollout))
-            samples = sampler.sample(self._sampled_policy, batch, count, greedy=False)
-            self._evaluated.append(samples[1])
-        self._evaluated.append(scores)
-        self._evaluation.update(batch.scenarios, (rollout, scores), samples)
+    def on_predict_epoch_end(self) -> None:
+        if self._unsharded is not None:
+            self._unsharded.empty()
 
     def _log_evaluation(self, stage: str) -> None:
-        self._release()
-        evaluated, self._evaluated = self._evaluated, []
-        # a mean over what little is left would choose the best checkpoint
-        check_failures(self.scorer, evaluated, self._ranks)
-        values = {f"{stage}/{name}": value for name, value in self._evaluation.compute().items()}
-        self._evaluation.reset()
-        # "step" is Lightning's name for the x-axis; without it, it counts from 0 and ours, like `max_steps`, from 1.
+        self.on_predict_epoch_end()
+        metrics = self._held_out.compute(self.scorer, self._ranks)
+        values = {f"{stage}/{name}": value for name, value in metrics.items()}
+        # Lightning's name for the x-axis; without it, it counts from 0 and ours, like `max_steps`, from 1.
         values["step"] = float(self.trainer.global_step)
-        # They are of all ranks already: "max" leaves them as they are to the last bit, and Lightning, which cannot
-        # know, does not advise.
+        # They are of all ranks already: "max" leaves them as they are to the last bit, without Lightning's advice.
         self.log_dict(values, sync_dist=True, reduce_fx="max")
 
-    # Small things
-    # ------------------------------------------------------------------------------------------------------------
+    # The parts, as the run has them now -------------------------------------------------------------------------------
 
     @property
-    def _sampler(self) -> Sampler:
-        assert self.engine is not None, "configure_model() makes the engine"
-        system_prompt = getattr(getattr(self.trainer, "datamodule", None), "system_prompt", None)
-        return Sampler(self.engine, self.scorer, self.rollout, self.seed, system_prompt, self._ahead)
-
-    @property
-    def _collector(self) -> Collector:
-        data: Any = getattr(self.trainer, "datamodule", None)
-        asks = getattr(data, "curriculum", None) is not None
-        return Collector(
-            self._sampler,
-            self.algorithm,
-            self._sampled_policy,
-            self.reference,
-            self._ranks,
-            self._accumulate,
-            self.max_tokens_per_step,
-            replacements=getattr(data, "replacements", None),
-            report=data.report_rewards if asks else None,
+    def _step(self) -> TrainingStep:
+        data = data_of(self.trainer)
+        return TrainingStep(
+            state=self.state,
+            policy=self._loaded_policy,
+            sampled_policy=self._sampled_policy,
+            unsharded=nullcontext if self._unsharded is None else self._unsharded.filled,
+            reference=self.reference,
+            algorithm=self.algorithm,
+            sampler=self._sampler,
+            ranks=self._ranks,
+            accumulate=self.trainer.accumulate_grad_batches,
+            max_tokens_per_step=self.max_tokens_per_step,
+            report=None if data is None or data.curriculum is None else data.report_rewards,
             upcoming=partial(next_batch, self.trainer),
         )
 
     @property
-    def reference(self) -> Policy | AdapterReference | None:
-        """The reference policy, while a run trains with one."""
-        return self._reference[0] if self._reference else None
+    def _sampler(self) -> Sampler:
+        assert self.engine is not None, "configure_model() makes the engine"
+        replacements = None if (data := data_of(self.trainer)) is None else data.replacements
+        return Sampler(self.engine, self.scorer, self.rollout, self.seed, self._ahead, replacements)
+
+    @property
+    def _ranks(self) -> Ranks:
+        return Ranks() if self._trainer is None else Ranks(self.trainer.global_rank, self.trainer.world_size)
 
     @property
     def _loaded_policy(self) -> Policy:
-        assert self.policy is not None, "configure_model() loads the policy"
+        assert self.policy is not None, "configure_model() loads it"
         return self.policy
 
-    def _publish(self, step: int) -> None:
-        """To every logger at once: a value that `self.log` gets at an episode's start is lost under
-        `log_every_n_steps`.
-        """
-        coefficients = {
-            name: value for name, value in self.algorithm.state_dict().items() if name.endswith("_coefficient")
-        }
-        self.metrics.step.add({f"policy/{name}": (value, 1) for name, value in coefficients.items()})
-        row = self.metrics.end_step(self._ranks)
-        if self._samples_are_fresh and isinstance(self.engine, InProcessEngine) and not self.policy_config.has_dropout:
-            dtype = self.engine.dtype or self._loaded_policy.model.dtype
-            check_sampling_difference(row, dtype, self.rollout.temperature)
-        if not row["policy/empty_steps"] and not row["policy/bad_steps"]:
-            self.algorithm.adapt(row)  # the same means on every rank
-        self._show()
-        if self.trainer.is_global_zero:
-            for logger in self.trainer.loggers:
-                logger.log_metrics(row, step=step)
+    @property
+    def _sampled_policy(self) -> Policy:  # of a sharded policy, while its unsharded copy is filled
+        return self._loaded_policy if self._unsharded is None else self._unsharded.policy
 
-    def _show(self) -> None:
+    def _show_metrics(self) -> None:
         """The newest values for callbacks that monitor; `self.log` is slow for so many, and the loggers have theirs."""
-        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.metrics.last.items()})
+        shown = self.trainer.callback_metrics
+        shown.pop("step", None)  # the last validation's: every later checkpoint would be named by it
+        shown.update({name: torch.tensor(value) for name, value in self.metrics.last.items()})

@@ -1,25 +1,32 @@
-"""Threads for blocking calls that nobody can hurry: user code, servers."""
+"""Threads for calls that block, and an event loop on a thread of its own for coroutines.
+
+Both serve user code and servers that may hang for ever. All threads are daemon threads: a call that hangs keeps neither
+the interpreter from ending nor Ctrl-C from working.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 _Call = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
+_CLOSE_SECONDS = 1.0  # an event loop that is blocked for longer than this is left to its daemon thread
 
 
 class DaemonThreads:
     """A pool of threads, started as calls come.
 
-    `concurrent.futures.ThreadPoolExecutor` joins its threads at interpreter exit, so that one call that hangs would
-    hang Ctrl-C as well. These are daemon threads.
+    `concurrent.futures.ThreadPoolExecutor` joins its threads when the interpreter exits, so one call that hangs would
+    block the exit. This pool does not.
 
     Args:
         max_threads: Calls that run at the same time; the others wait.
-        name: Of the threads, with a number behind it.
+        name: Name of the threads; each has a number appended.
     """
 
     def __init__(self, max_threads: int, name: str) -> None:
@@ -30,29 +37,28 @@ class DaemonThreads:
         self._closed = False
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
-        """Runs a call; what it returns or raises is the future's."""
+        """Run `function(*args)` on a thread. The future gets what it returns or raises.
+
+        Raises:
+            RuntimeError: If the pool is closed.
+        """
         if self._closed:
             raise RuntimeError(f"the threads '{self._name}' are closed")
         future: Future[Any] = Future()
         self._queue.put((future, function, args))
         if len(self._threads) < self._max_threads:
-            thread = threading.Thread(
-                target=_serve, args=(self._queue,), name=f"{self._name}-{len(self._threads)}", daemon=True
-            )
-            self._threads.append(thread)
-            thread.start()
+            name = f"{self._name}-{len(self._threads)}"
+            self._threads.append(threading.Thread(target=_serve, args=(self._queue,), name=name, daemon=True))
+            self._threads[-1].start()
         return future
 
     def close(self, seconds: float = 1.0) -> None:
-        """Cancels what waits, and waits this long for what runs; a thread that hangs longer is left behind."""
+        """Cancel the calls that wait, and give those that run `seconds` to end; a thread that hangs is left behind."""
         self._closed = True
-        while not self._queue.empty():
-            try:
-                item = self._queue.get_nowait()
-            except queue.Empty:  # a thread was quicker
-                break
-            if item is not None:
-                item[0].cancel()
+        with suppress(queue.Empty):
+            while True:
+                if (call := self._queue.get_nowait()) is not None:
+                    call[0].cancel()
         threads, self._threads = self._threads, []
         for _ in threads:
             self._queue.put(None)
@@ -67,8 +73,84 @@ def _serve(calls: queue.SimpleQueue[_Call | None]) -> None:
             continue
         try:
             result = function(*args)
-        except BaseException as error:  # not swallowed: whoever waits for the future gets it
+        except BaseException as error:  # not swallowed: the future raises it for whoever waits
             future.set_exception(error)
         else:
             future.set_result(result)
         del call, future, function, args  # an idle thread must not keep a finished episode's texts alive
+
+
+class EventLoopThread:
+    """Runs coroutines concurrently on an event loop of its own.
+
+    So the caller may be inside a running loop (a notebook). The thread starts with the first call.
+
+    Args:
+        max_concurrency: Calls that run at the same time; the others wait.
+        name: Name of the thread.
+    """
+
+    def __init__(self, max_concurrency: int, name: str) -> None:
+        self._slots = asyncio.Semaphore(max_concurrency)
+        self._name = name
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def submit(self, function: Callable[..., Awaitable[Any]], *args: Any, timeout: float | None = None) -> Future[Any]:
+        """Await `function(*args)` on the loop. The future gets what it returns or raises.
+
+        Args:
+            function: Called on the loop's thread.
+            args: Its arguments.
+            timeout: Seconds until the call is cancelled and the future raises TimeoutError. Waiting for other calls
+                does not count. None means no limit.
+
+        Raises:
+            RuntimeError: If the loop is closed.
+        """
+        loop = self._started()
+        return asyncio.run_coroutine_threadsafe(self._run(function, args, timeout), loop)
+
+    def close(self) -> None:
+        """Cancel all calls and end the thread."""
+        with self._lock:
+            loop, self._loop, self._closed = self._loop, None, True
+        if loop is None:
+            return
+        asyncio.run_coroutine_threadsafe(_cancel_and_stop(), loop)
+        self._thread.join(_CLOSE_SECONDS)
+        if not self._thread.is_alive():
+            loop.close()
+
+    def _started(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._closed:
+                raise RuntimeError(f"the event loop '{self._name}' is closed")
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(target=self._loop.run_forever, name=self._name, daemon=True)
+                self._thread.start()
+            return self._loop
+
+    async def _run(self, function: Callable[..., Awaitable[Any]], args: tuple[Any, ...], timeout: float | None) -> Any:
+        async with self._slots:
+            task = asyncio.ensure_future(function(*args))
+            try:
+                # Not `wait_for`: it waits until the cancelled call has ended, and one that swallows cancellation never
+                # does.
+                await asyncio.wait({task}, timeout=timeout)
+                if not task.done():
+                    raise TimeoutError(f"no result within {timeout:g} s")
+                return task.result()
+            finally:
+                task.cancel()
+
+
+async def _cancel_and_stop() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=_CLOSE_SECONDS / 2)  # one that swallows its cancellation is left behind
+    asyncio.get_running_loop().stop()

@@ -1,5 +1,9 @@
 """What passes between rooms, and the letters that name tensor axes.
 
+An episode is one prompt batch sampled, scored and trained on (the guide's word): completions are sampled for its
+prompts once, the rewards score them, and the policy is then updated on them for `num_iterations` passes of
+`steps_per_episode` micro-steps each. A data loader serves the same prompts at each of these micro-steps.
+
 Letters, used as suffixes of names throughout (`logprobs_T`, `scores_NF`):
     P   prompts of a batch (on this rank unless said otherwise)
     G   completions per prompt
@@ -11,7 +15,7 @@ Letters, used as suffixes of names throughout (`logprobs_T`, `scores_NF`):
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
@@ -86,17 +90,29 @@ class Scenario(BaseModel):
 
 
 class PromptBatch:
-    """The prompts of one episode on this rank, and which of the episode's micro-steps this is.
-
-    `positions` are those of the prompts in the episode's global batch (or, outside training, in the whole split): noise
-    is derived from them, so it does not depend on the number of ranks or, outside training, on the batch size. `rows`
-    are the indices of the scenarios among those of the split; a batch that no data module made may do without.
+    """The P prompts of one episode on this rank, and which of the episode's micro-steps this is.
 
     Not a dataclass on purpose: Lightning's half-precision plugins walk through dataclasses and containers, token by
     token.
+
+    Args:
+        prompt_tokens: Tokens of each prompt.
+        conversations: Turns of each prompt, with the system turn (the data module's system prompt, then the scenario's
+            context). What a reward sees is these turns and the completion.
+        scenarios: The scenario of each prompt.
+        positions: Index of each prompt in the episode's batch of all ranks (outside training: in the whole split).
+            Sampling seeds are derived from it, so completions depend neither on the number of ranks nor, outside
+            training, on the batch size.
+        episode_index: Counts the run's episodes; 0 outside training.
+        micro_step: Which of the episode's micro-steps this is, from 0.
+        num_micro_steps: Micro-steps of the episode, all passes together.
+        steps_per_episode: Micro-steps of one pass over the episode.
+        split: The split that the scenarios belong to.
+        rows: Index of each scenario in its split; None in a batch that no data module made.
     """
 
     __slots__ = (
+        "conversations",
         "episode_index",
         "micro_step",
         "num_micro_steps",
@@ -111,6 +127,7 @@ class PromptBatch:
     def __init__(
         self,
         prompt_tokens: list[list[int]],
+        conversations: list[list[Turn]],
         scenarios: list[Scenario],
         positions: list[int],
         episode_index: int,
@@ -121,6 +138,7 @@ class PromptBatch:
         rows: list[int] | None = None,
     ) -> None:
         self.prompt_tokens = prompt_tokens
+        self.conversations = conversations
         self.scenarios = scenarios
         self.positions = positions
         self.episode_index = episode_index
@@ -143,22 +161,37 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """N = P * G completions. The end-of-sequence token is among the tokens, not in the text.
+    """N = P * G completions, packed. The end-of-sequence token is among the tokens, but not in the text.
 
-    `logprobs_T` are those of the sampled tokens: log-softmax of the logits divided by the temperature, before top-k,
-    top-p and min-p.
+    Args:
+        prompt_tokens: Of the P prompts.
+        completion_tokens_T: int64; the tokens of all completions, one completion behind the other.
+        lengths_N: int64; tokens of each completion, sampled or not. Their sum is T.
+        logprobs_T: float32, nats: log-softmax of the logits divided by the temperature, before top-k, top-p and min-p.
+            Of no meaning where `sampled_T` is False.
+        sampled_T: bool; True where the model sampled the token, False where an environment wrote it. Only sampled
+            tokens are trained on.
+        finish_reasons: Why each completion ended.
+        texts: Of the completions, decoded without special tokens.
     """
 
     prompt_tokens: list[list[int]]
     completion_tokens_T: Tensor
     lengths_N: Tensor
     logprobs_T: Tensor
+    sampled_T: Tensor
     finish_reasons: list[FinishReason]
     texts: list[str]
 
     @property
     def num_generations(self) -> int:
         return len(self.texts) // len(self.prompt_tokens)
+
+    @property
+    def sampled_lengths_N(self) -> Tensor:
+        """How many tokens of each completion the model sampled, int64."""
+        parts = self.sampled_T.split(self.lengths_N.tolist())
+        return self.lengths_N.new_tensor([int(part.sum()) for part in parts])
 
     def completions(self) -> list[list[int]]:
         """The tokens of each completion, as lists."""
@@ -195,10 +228,11 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """What a policy loss sees: the packed completion tokens of a part of an episode.
+    """What a policy loss sees: the sampled tokens of some completions, packed.
 
-    `advantages_N` holds one value per completion, `lengths_N` its number of tokens (their sum is T). `select_T` marks
-    the tokens that a selection (top entropy, say) keeps; None keeps all.
+    `lengths_N` counts each completion's sampled tokens (their sum is T). `advantages_N` holds one advantage per
+    completion; `advantages_T`, where turns or a teacher give one per token, takes its place in the policy loss.
+    `select_T` marks the tokens that a selection (top entropy, say) keeps; None keeps all.
     """
 
     logprobs_T: Tensor
@@ -209,12 +243,8 @@ class TokenBatch:
     sampling_logprobs_T: Tensor | None = None
     entropies_T: Tensor | None = None
     select_T: Tensor | None = None
+    advantages_T: Tensor | None = None
 
 
 Metrics = dict[str, tuple["Tensor | float", "Tensor | float"]]
 """Metrics as (sum, count): they add up over micro-steps and ranks, and are divided once."""
-
-
-def conversation(scenario: Scenario, completion: str, system_prompt: str | None = None) -> Sequence[Turn]:
-    """The turns that a reward sees: the scenario's, then the completion as the assistant's."""
-    return [*scenario.turns(system_prompt), Turn("assistant", completion)]

@@ -14,7 +14,7 @@ from stateset_lightning.data.order import Curriculum
 from stateset_lightning.data.sources import Source
 from stateset_lightning.datamodule import ScenarioDataModule
 from stateset_lightning.errors import ConfigError, DataError
-from stateset_lightning.types import PromptBatch
+from stateset_lightning.types import PromptBatch, Turn
 
 ROWS = [{"prompt": f"p{i}"} for i in range(5)]
 
@@ -209,6 +209,20 @@ def test_the_tokenizer_is_the_modules_unless_given():
     assert len(module.seen) == 1
 
 
+def test_batches_of_every_split_carry_the_conversations_that_were_encoded():
+    rows = [{"prompt": "a", "context": "Be kind"}, {"messages": [{"role": "user", "content": "b"}]}]
+    data = make(rows, validation=rows, system_prompt="You help", shuffle=False)
+    data.setup("fit")
+    wanted = [
+        [Turn("system", "You help\n\nBe kind"), Turn("user", "a")],
+        [Turn("system", "You help"), Turn("user", "b")],
+    ]
+    loader = data.train_dataloader()
+    train, validation = next(iter(loader)), next(iter(data.val_dataloader()))
+    assert train.conversations == validation.conversations == wanted
+    assert data.replacements(train, [0, 1], 1).conversations == wanted[::-1]
+
+
 def test_dropped_prompts_are_counted_and_announced(caplog):
     data = make([{"prompt": "a"}, {"prompt": "a b c"}], max_prompt_tokens=2, overlong_prompts="drop")
     with caplog.at_level(logging.INFO, logger="stateset_lightning"):
@@ -328,4 +342,4 @@ def test_a_curriculum_is_parsed_from_text():
     parser = jsonargparse.ArgumentParser()
     parser.add_subclass_arguments(ScenarioDataModule, "data")
     config = parser.parse_args(["--data=ScenarioDataModule", "--data.train=x.jsonl", "--data.curriculum.floor=0.3"])
-    assert parser.instantiate_classes(config).data.curriculum.floor == 0.3
+    assert parser.instantiate(config).data.curriculum.floor == 0.3

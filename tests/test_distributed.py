@@ -58,7 +58,7 @@ def test_torchrun_starts_a_sharded_run_whose_checkpoint_is_exported(tmp_path: Pa
         "--trainer.callbacks.save_last=true",
     ]
     strategy = [
-        "--trainer.strategy=stateset_lightning.training.fsdp.FSDP2Strategy",
+        "--trainer.strategy=stateset_lightning.run.fsdp_strategy.FSDP2Strategy",
         "--trainer.strategy.save_distributed_checkpoint=true",
     ]
     command = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -22,7 +21,8 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
-    ROOT / "examples" / "README.md",
+    ROOT / "SECURITY.md",
+    *sorted((ROOT / "examples").glob("**/README.md")),
 ]
 README = (ROOT / "README.md").read_text()
 
@@ -99,7 +99,7 @@ def test_the_json_row_of_the_readme_is_a_scenario() -> None:
     assert read_split(rows, "train").scenarios[0].target == "4"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_yaml_blocks_name_existing_keys(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     for number, block in enumerate(blocks("yaml", page.read_text())):
@@ -110,33 +110,20 @@ def test_yaml_blocks_name_existing_keys(page: Path, tmp_path: Path, monkeypatch:
         assert exit_.value.code == 0
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files(page: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
 
 
-def test_every_metric_that_a_run_logs_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    main(
-        [
-            "fit",
-            "--config=configs/single_turn.yaml",
-            "--trainer.max_steps=1",
-            f"--trainer.logger.init_args.save_dir={tmp_path}",
-            "--data.batch_size=2",
-        ]
-    )
-    (table,) = tmp_path.rglob("metrics.csv")
-    page = (ROOT / "docs" / "metrics.md").read_text()
-    explained = set()
-    for names in re.findall(r"`([^`]+)`", page):
-        prefix, group, suffix = re.fullmatch(r"([^{]*)(?:\{([^}]*)\})?(.*)", names).groups()  # type: ignore[union-attr]
-        explained |= {prefix + name + suffix for name in group.split(",")} if group else {names}
-    logged = set(table.read_text().splitlines()[0].split(",")) - {"step", "epoch", "episode"}
-    unexplained = {name for name in logged if name not in explained and not re.match(r"(val/)?(reward|topic)/", name)}
-    assert unexplained <= {"val/num_completions"}
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_are_named_exist(page: Path) -> None:
+    """Inside the text; a command may name files of the reader's."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    places = (ROOT, page.parent, ROOT / "stateset_lightning")
+    for name in re.findall(r"`([\w.-]+/[\w/.-]+\.(?:py|yaml|md|sh))`", text):
+        assert any((place / name).exists() for place in places), name
 
 
 def test_every_fault_names_tests_that_exist() -> None:
@@ -184,11 +171,3 @@ def test_the_tables_of_what_to_expect_are_those_that_are_computed() -> None:
     # Parameters of Qwen2.5-1.5B, Llama-3.1-8B, Qwen2.5-32B and Llama-3.1-70B, as their model cards give them.
     published = [1.54e9, 8.03e9, 32.8e9, 70.6e9]
     assert [model.parameters for model in MODELS] == [pytest.approx(count, rel=0.003) for count in published]
-
-
-def test_benchmarks_find_what_they_import(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take minutes and are run by hand: a name that the package no longer has must not wait for that."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    for path in sorted((ROOT / "benchmarks").glob("*.py")):
-        monkeypatch.delitem(sys.modules, path.stem, raising=False)
-        runpy.run_path(str(path), run_name="imported")

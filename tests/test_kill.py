@@ -31,7 +31,8 @@ import kill_test
 torch.set_num_threads(1)
 folder = Path(sys.argv[2])
 reader, writer = os.pipe()
-pids = [kill_test.fork(folder, kill_test.Settings(400, ranks=2), None, rank, int(sys.argv[3]), writer) for rank in range(2)]
+settings = kill_test.Settings(400, ranks=2)
+pids = [kill_test.fork(folder, settings, None, rank, int(sys.argv[3]), writer) for rank in range(2)]
 started = [os.read(reader, 1) for _ in pids]
 os.kill(pids[1], signal.SIGTERM)
 print([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids])

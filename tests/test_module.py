@@ -32,6 +32,7 @@ from stateset_lightning.algorithm import DAPO, GRPO, Algorithm, DrGRPO
 from stateset_lightning.callbacks import EpisodeCallback
 from stateset_lightning.errors import ConfigError, NonFiniteError, RewardError
 from stateset_lightning.policy import PolicyConfig
+from stateset_lightning.run.fsdp_strategy import SUPPORTED_STRATEGIES
 from stateset_lightning.training.checks import check_strategy
 from stateset_lightning.training.schedule import Schedule
 
@@ -81,7 +82,8 @@ devices = int(sys.argv[1])
 module = make_module(algorithm=DAPO(), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
 data = make_data(batch_size=8 // devices, steps_per_episode=2, num_iterations=2)
 fit(Path({folder!r}), module, data,
-    callbacks=[Recorder()], devices=devices, strategy="ddp" if devices > 1 else "auto", max_steps=3, gradient_clip_val=1.0)
+    callbacks=[Recorder()], devices=devices, strategy="ddp" if devices > 1 else "auto", max_steps=3,
+    gradient_clip_val=1.0)
 """
 
 
@@ -132,7 +134,7 @@ def test_log_probs_of_the_sampler_are_those_of_the_loss(tmp_path: Path) -> None:
     rollout = RolloutConfig(num_generations=4, max_new_tokens=5, temperature=0.7, top_p=0.9)
     episode = fit(
         tmp_path, make_module(rollout=rollout), make_data(num_iterations=2), max_steps=1
-    ).lightning_module._episode
+    ).lightning_module.episode
     tokens_T = episode.active_N.repeat_interleave(episode.lengths_N)
     assert tokens_T.any()
     assert (episode.old_logprobs_T - episode.sampling_logprobs_T)[tokens_T].abs().max() < 1e-5
@@ -169,7 +171,7 @@ class FailsOnShortAnswers(DigitReward):
 def test_a_failed_reward_trains_nothing_and_is_counted(tmp_path: Path) -> None:
     module = make_module(reward=FailsOnShortAnswers(), max_reward_failures=1.0)
     fit(tmp_path, module, max_steps=1)
-    episode = module._episode
+    episode = module.episode
     short_N = torch.tensor([len(record.completion) < 2 for record in module.last_records])
     assert short_N.any()
     assert (~short_N).any()
@@ -357,14 +359,6 @@ def test_it_runs_inside_a_running_event_loop(tmp_path: Path) -> None:
     assert asyncio.run(notebook_cell()) == 1
 
 
-def test_a_missing_first_micro_step_is_an_error_not_another_episode() -> None:
-    module = make_module()
-    batch = next(iter(_train_loader(module)))
-    batch.micro_step = 1
-    with pytest.raises(RuntimeError, match="without the episode's first micro-step"):
-        module.training_step(batch, 0)
-
-
 def _train_loader(module: Any) -> Any:
     data = make_data(tokenizer=module.tokenizer)
     data.setup("fit")
@@ -403,7 +397,7 @@ def test_a_sharded_strategy_is_refused() -> None:
         r" does not fit"
     )
     with pytest.raises(ConfigError, match=expected):
-        check_strategy(SimpleNamespace(strategy=type("ShardedStrategy", (), {})()))  # type: ignore[arg-type]
+        check_strategy(SimpleNamespace(strategy=type("ShardedStrategy", (), {})()), SUPPORTED_STRATEGIES)  # type: ignore[arg-type]
 
 
 def test_metrics_of_an_episode_do_not_outlive_it(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from stateset_lightning.cli.main import main
 from stateset_lightning.redaction import is_secret_name, redacted, redacted_text
-from stateset_lightning.rewards.outcome import failure
+from stateset_lightning.rewards.base import failure
 
 KEY = "sk-proj-0123456789abcdefghij"
 

@@ -1,10 +1,12 @@
-"""Threads that run blocking calls and hold up nobody."""
+"""Threads that run blocking calls, and the event loop on a thread of its own."""
 
+import asyncio
+import contextlib
 import threading
 
 import pytest
 
-from stateset_lightning.threads import DaemonThreads
+from stateset_lightning.threads import DaemonThreads, EventLoopThread
 
 
 def test_threads_are_reused_up_to_their_number_and_return_exceptions():
@@ -26,3 +28,59 @@ def test_closing_cancels_what_waits():
     threads.close()
     assert second.cancelled()
     assert first.result(60) is not None
+
+
+@pytest.fixture
+def loop():
+    loop = EventLoopThread(2, "test-loop")
+    yield loop
+    loop.close()
+
+
+async def sleep(seconds, value=None):
+    await asyncio.sleep(seconds)
+    return value or threading.current_thread().name
+
+
+def test_coroutines_run_on_the_loops_thread_and_return_exceptions(loop):
+    async def divide():
+        return 1 // 0
+
+    assert loop.submit(sleep, 0).result(60) == "test-loop"
+    with pytest.raises(ZeroDivisionError):
+        loop.submit(divide).result(60)
+
+
+def test_a_time_out_ends_a_call_that_swallows_cancellation_too(loop):
+    async def stubborn():
+        while True:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(60)
+
+    with pytest.raises(TimeoutError, match=r"no result within 0\.05 s"):
+        loop.submit(stubborn, timeout=0.05).result(60)
+
+
+def test_calls_run_at_the_same_time_up_to_their_number_and_waiting_does_not_count(loop):
+    running, most = 0, 0
+
+    async def count():
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.05)
+        running -= 1
+
+    for future in [loop.submit(count, timeout=5) for _ in range(6)]:
+        future.result(60)
+    assert most == 2
+
+
+def test_closing_cancels_what_runs_and_refuses_more(loop):
+    running = loop.submit(sleep, 60)
+    loop.submit(sleep, 0).result(60)
+    loop.close()
+    assert running.cancelled()
+    with pytest.raises(RuntimeError, match="the event loop 'test-loop' is closed"):
+        loop.submit(sleep, 0)
+    EventLoopThread(1, "unused").close()

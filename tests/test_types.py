@@ -4,7 +4,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from stateset_lightning.types import FinishReason, PromptBatch, Rollout, Scenario, Turn, conversation
+from stateset_lightning.types import FinishReason, PromptBatch, Rollout, Scenario, Turn
 
 
 def test_a_turn_is_a_mapping_too() -> None:
@@ -59,22 +59,19 @@ def test_further_columns_are_kept_and_given_to_rewards() -> None:
         scenario.target = 8  # type: ignore[misc]
 
 
-def test_a_reward_sees_the_scenarios_turns_then_the_completion() -> None:
-    scenario = Scenario(id="1", prompt="hi", context="be brief")
-    assert conversation(scenario, "yes") == [Turn("system", "be brief"), Turn("user", "hi"), Turn("assistant", "yes")]
-    assert conversation(Scenario(id="1", prompt="hi"), "", "general")[0] == Turn("system", "general")
-
-
 def test_a_rollout_splits_its_tokens() -> None:
     rollout = Rollout(
         [[1], [2]],
         torch.tensor([5, 6, 7, 8, 9]),
         torch.tensor([2, 0, 1, 2]),
         torch.zeros(5),
+        torch.tensor([True, False, True, True, True]),
         [FinishReason.STOP] * 4,
         [""] * 4,
     )
     assert rollout.completions() == [[5, 6], [], [7], [8, 9]]
+    assert rollout.sampled_lengths_N.tolist() == [1, 0, 1, 2]
+    assert rollout.sampled_lengths_N.dtype == torch.int64
     assert rollout.num_generations == 2
 
 
@@ -84,8 +81,8 @@ def test_a_finish_reason_is_its_name() -> None:
 
 
 def test_a_prompt_batch_counts_its_prompts() -> None:
-    batch = PromptBatch(
-        [[1], [2]], [Scenario(id="1", prompt="a"), Scenario(id="2", prompt="b")], [4, 6], episode_index=3
-    )
+    scenarios = [Scenario(id="1", prompt="a"), Scenario(id="2", prompt="b")]
+    batch = PromptBatch([[1], [2]], [scenario.turns() for scenario in scenarios], scenarios, [4, 6], episode_index=3)
     assert len(batch) == 2
+    assert batch.conversations == [[Turn("user", "a")], [Turn("user", "b")]]
     assert (batch.micro_step, batch.num_micro_steps, batch.steps_per_episode, batch.split) == (0, 1, 1, "train")

@@ -1,19 +1,26 @@
-"""Scores -> loss: advantages, policy losses, KL, aggregation. Pure torch; no Lightning, no transformers."""
+"""Scores become a loss: advantages, policy losses, KL, aggregation. Pure torch; no Lightning, no transformers."""
 
-from stateset_lightning.algorithm.algorithm import Algorithm
-from stateset_lightning.algorithm.clipped_presets import (
+from stateset_lightning.algorithm.algorithm import Algorithm, fixed, preset
+from stateset_lightning.algorithm.presets import (
     BNPO,
+    CISPO,
     DAPO,
+    DPPO,
     GDPO,
     GRPO,
+    OPO,
+    RLOO,
+    SAPO,
+    ClipCov,
     Clipped,
     DrGRPO,
+    KLCov,
+    MaxRL,
     PassK,
     ReinforcePlusPlusBaseline,
+    ReMax,
     TopEntropy,
 )
-from stateset_lightning.algorithm.ratio_presets import CISPO, DPPO, SAPO, ClipCov, KLCov
-from stateset_lightning.algorithm.reinforce_presets import OPO, RLOO, MaxRL, ReMax
 from stateset_lightning.algorithm.sequence_presets import DRO, GMPO, GSPO, LUSPO, GSPOToken
 from stateset_lightning.algorithm.terms import KL, AdaptiveEntropy, Mismatch
 from stateset_lightning.types import TokenBatch
@@ -47,4 +54,6 @@ __all__ = [
     "ReinforcePlusPlusBaseline",
     "TokenBatch",
     "TopEntropy",
+    "fixed",
+    "preset",
 ]

@@ -1,10 +1,12 @@
-"""Scores -> advantages: how much better a completion is than its group (or, for ReMax, than the greedy one).
+"""From scores to advantages: how much better a completion is than its group (or, for ReMax, than the greedy one).
 
-Scores are in reward units; advantages are detached, one value per completion, float64. A score of NaN fails its
-completion: it leaves the group's baseline and its advantage is NaN. A group with fewer than two survivors is dropped:
-    all its advantages are
-NaN. A constant group has advantages of exactly zero. Letters: P prompts (of all ranks), G completions per prompt, F
-rewards.
+Scores are in reward units; advantages are detached, one per completion, float64. A completion with a score of NaN has
+failed: it does not count in its group's baseline, and its advantage is NaN. A group with fewer than two survivors is
+dropped: all its advantages are NaN. A constant group, whose survivors all have the same reward, has advantages of
+exactly zero. Letters: P prompts (of all ranks), G completions per prompt, F rewards.
+
+The parameters of an advantage function are the scores (`scores_PGF`, `weights_F`), their weighted sums (`rewards_PG`),
+`lengths_PG`, the greedy completions' rewards (`baseline_P`), or options of the preset.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ STD_EPSILON = 1e-4
 
 Scale = Literal["group", "batch", "none"]
 
+# What the formulas share ----------------------------------------------------------------------------------------------
+
 
 def total_scores(scores_PGF: Tensor, weights_F: Tensor) -> Tensor:
     """Weighted sum over the rewards that apply, float64 [P, G]; NaN where one failed or none applies."""
@@ -32,13 +36,13 @@ def total_scores(scores_PGF: Tensor, weights_F: Tensor) -> Tensor:
 
 
 def drop_small_groups(rewards_PG: Tensor) -> Tensor:
-    """NaN for all of a group that has fewer than two survivors: nothing can be said relative to a group of one."""
+    """NaN for a group with fewer than two survivors, which has nothing to compare with, and for failed completions."""
     survivors_P = rewards_PG.isfinite().sum(-1)
     return torch.where((survivors_P >= 2)[:, None] & rewards_PG.isfinite(), rewards_PG, torch.nan)
 
 
 def is_constant(rewards_PG: Tensor) -> Tensor:
-    """Whether all survivors of a group have the same reward, bool [P]; true for a dropped group."""
+    """Whether all survivors of a group have the same reward, bool [P]; True for a dropped group."""
     finite_PG = rewards_PG.isfinite()
     largest_P = rewards_PG.where(finite_PG, -torch.inf).amax(-1)
     smallest_P = rewards_PG.where(finite_PG, torch.inf).amin(-1)
@@ -60,6 +64,9 @@ def nan_std(values: Tensor, dim: int) -> Tensor:
     return (squares / (count - 1).clamp(min=1)).sqrt()
 
 
+# One formula per preset, or several presets ---------------------------------------------------------------------------
+
+
 def group_advantages(rewards_PG: Tensor, scale: Scale = "group") -> Tensor:
     """Group-relative advantages, float64 [P, G].
 
@@ -76,11 +83,10 @@ def group_advantages(rewards_PG: Tensor, scale: Scale = "group") -> Tensor:
 
 
 def whitened_advantages(rewards_PG: Tensor) -> Tensor:
-    """REINFORCE++-baseline's, float64 [P, G]: centred rewards over their standard deviation in the whole batch
-    (arXiv:2501.03262).
+    """REINFORCE++-baseline's, float64 [P, G]: centred rewards over their standard deviation in the whole batch.
 
-    The batch's mean, which the paper subtracts too, is zero: every group's is. Unlike scale "batch" of
-    `group_advantages`, which divides by the spread of the rewards, differences between groups do not count.
+    arXiv:2501.03262. The paper subtracts the batch's mean too; it is zero, as every group's is. Scale "batch" of
+    `group_advantages` divides by the spread of the rewards instead, in which differences between groups count.
     """
     difference_PG = centred(drop_small_groups(rewards_PG.double()))
     return difference_PG / (nan_std(difference_PG.flatten(), dim=0) + STD_EPSILON)
@@ -112,8 +118,8 @@ def length_weighted_advantages(rewards_PG: Tensor, lengths_PG: Tensor) -> Tensor
 def greedy_advantages(rewards_PG: Tensor, baseline_P: Tensor) -> Tensor:
     """ReMax's, float64 [P, G]: reward minus that of the prompt's greedy completion (arXiv:2310.10505).
 
-    A group whose completions are all alike has an advantage here, if the greedy one is not. A failed greedy completion
-    (NaN) drops its group.
+    So a constant group has an advantage here, unless the greedy completion has the same reward. A failed greedy
+    completion (NaN) drops its group.
     """
     return drop_small_groups(rewards_PG.double() - baseline_P.double()[:, None])
 
@@ -125,7 +131,7 @@ def mean_normalised_advantages(rewards_PG: Tensor) -> Tensor:
     with G.
 
     Raises:
-        ConfigError: If a reward is negative: a mean near zero, or below, would turn the gradient around.
+        ConfigError: If a reward is negative: a mean near zero would blow the gradient up, one below turn it around.
     """
     rewards_PG = drop_small_groups(rewards_PG.double())
     finite_PG = rewards_PG.isfinite()
@@ -139,12 +145,12 @@ def mean_normalised_advantages(rewards_PG: Tensor) -> Tensor:
 
 
 def decoupled_advantages(scores_PGF: Tensor, weights_F: Tensor) -> Tensor:
-    """GDPO's, float64 [P, G]: each reward standardised in its group, weighed, added up, then divided by the batch's
-    spread.
+    """GDPO's, float64 [P, G]: rewards standardised in their group, weighed, added up, over the batch's deviation.
 
-    arXiv:2601.05242. The spread is that over completions; the batch's mean, which the paper subtracts too, is zero:
-    every reward's is, in every group. A failed completion leaves the baseline of every reward. A reward that does not
-    apply to a completion, or to no other of its group, adds nothing to it.
+    arXiv:2601.05242. The standard deviation is that over the completions of the batch. The paper subtracts the batch's
+    mean too; it is zero, as that of every reward in every group is. A completion that failed in one reward does not
+    count in the baseline of any. A reward that does not apply to a completion, or to no other of its group, adds
+    nothing to it.
     """
     total_PG = drop_small_groups(total_scores(scores_PGF, weights_F))
     survives_PG = total_PG.isfinite()
@@ -155,17 +161,17 @@ def decoupled_advantages(scores_PGF: Tensor, weights_F: Tensor) -> Tensor:
     return combined_PG / (nan_std(combined_PG.flatten(), dim=0) + STD_EPSILON)
 
 
-# MERGED: BNPO's advantages: a Beta density that follows the batch takes the place of the standard deviation.
-
-
 def beta_normalised_advantages(rewards_PG: Tensor) -> Tensor:
-    """BNPO's advantages for rewards in [0, 1], float64 [P, G] (arXiv:2506.02864).
+    """BNPO's, for rewards in [0, 1], float64 [P, G]: centred rewards over a Beta density (arXiv:2506.02864).
 
     With p a group's mean reward, the advantage is (r - p) / f(p; alpha, beta), where f is the density of a Beta
     distribution. Its parameters minimise the variance of the gradient when p itself is Beta(a, b): alpha = 1 + a/3 and
     beta = 1 + b/3; a and b are those of the batch's p by the method of moments. Where the moments fit no Beta
     distribution (fewer than two groups, no variance, or more than a Bernoulli's) a = b = 0, so f = 1 and the advantage
-    is the difference alone.
+    is r - p.
+
+    Raises:
+        ConfigError: If a reward is outside [0, 1].
     """
     rewards_PG = drop_small_groups(rewards_PG.double())
     survivors = rewards_PG[rewards_PG.isfinite()]
@@ -194,63 +200,61 @@ def _beta_parameters(p: Tensor) -> tuple[Tensor, Tensor]:
     return 1 + mean * total / 3, 1 + (1 - mean) * total / 3
 
 
-# MERGED: Advantages of the best of k: what a completion adds to the largest reward of k completions of its group.
-
-
 def pass_at_k_advantages(rewards_PG: Tensor, k: int) -> Tensor:
-    """Pass@k training, float64 [P, G] (arXiv:2508.10751, its analytical form).
+    """Pass@k training's, float64 [P, G]: what a completion adds to the best of k (arXiv:2508.10751, analytical form).
 
     Every subset of k completions of a group has a reward, the largest of its members'. With M and S the mean and the
-    (biased) standard deviation of that reward over all subsets, a completion's advantage is (its mean over the subsets
-    that hold the completion
-    - M) / S. For rewards of 0 and 1 with w wrong ones of n these are the paper's closed forms, M = 1 - C(w, k) / C(n,
-      k) and so on;
-    here they hold for any rewards: sorted, the j-th smallest is the largest of C(j - 1, k - 1) subsets.
+    (biased) standard deviation of that reward over all subsets, a completion's advantage is (m - M) / S, where m is the
+    mean over the subsets that hold the completion. For rewards of 0 and 1 with w wrong ones of n these are the paper's
+    closed forms, M = 1 - C(w, k) / C(n, k) and so on. Here they hold for any rewards: sorted, the j-th smallest is the
+    largest of C(j - 1, k - 1) subsets.
 
     A group with fewer than k survivors is dropped. Where all subsets have the same reward, as in a constant group,
     advantages are 0.
+
+    Raises:
+        ConfigError: If k is not below G.
     """
     num_generations = rewards_PG.shape[-1]
+    if k >= num_generations:
+        raise ConfigError(
+            f"model.algorithm.k={k} must be below model.rollout.num_generations={num_generations}: "
+            "a group needs several subsets of k completions to compare; lower k or raise num_generations"
+        )
     rewards_PG = drop_small_groups(rewards_PG.double())
-    n_P1 = rewards_PG.isfinite().sum(-1, keepdim=True)
+    n_P1 = rewards_PG.isfinite().sum(-1, keepdim=True).double()
     rewards_PG = rewards_PG.where(n_P1 >= k, torch.nan)
     finite_PG = rewards_PG.isfinite()
-    # In float, the smallest reward is best taken off first. Failed completions sort to the end, where every count below
-    # is zero.
+    # Rewards may be huge: differences from the smallest one keep their precision. Failed completions sort to the end,
+    # where every count below is zero.
     lowest_P1 = rewards_PG.where(finite_PG, torch.inf).amin(-1, keepdim=True)
     sorted_PG, order_PG = (rewards_PG - lowest_P1).where(finite_PG, torch.inf).sort(-1)
     values_PG = sorted_PG.where(sorted_PG.isfinite(), 0.0)
     j_G = torch.arange(1, num_generations + 1, dtype=torch.float64, device=rewards_PG.device)
 
     def share(members_G: Tensor, chosen: int, out_of_P1: Tensor) -> Tensor:
-        """C(members, chosen) / C(out_of, chosen) for each rank of a survivor, [P, G]; `chosen` others make up a
-        subset.
-        """
+        """C(members, chosen) / C(out_of, chosen) for each rank of a survivor, [P, G]."""
         return (_log_choose(members_G, chosen) - _log_choose(out_of_P1, chosen)).exp().where(j_G <= n_P1, 0.0)
 
-    n_P1 = n_P1.double()
-    # Of all subsets, those whose largest member is the j-th: C(j - 1, k - 1) / C(n, k) = C(j - 1, k - 1) / C(n - 1, k -
-    # 1) k / n.
-    largest_PG = share(j_G - 1, k - 1, n_P1 - 1) * k / n_P1.clamp(min=1)
+    # The j-th smallest is the largest of this share of all subsets:
+    # C(j - 1, k - 1) / C(n, k) = C(j - 1, k - 1) / C(n - 1, k - 1) x k / n.
+    own_share_PG = share(j_G - 1, k - 1, n_P1 - 1)
+    largest_PG = own_share_PG * k / n_P1.clamp(min=1)
     mean_P1 = (largest_PG * values_PG).sum(-1, keepdim=True)
     std_P1 = (largest_PG * (values_PG - mean_P1).square()).sum(-1, keepdim=True).sqrt()
-    # Of the subsets that hold the i-th: its own reward where the others rank below; the j-th's, j > i, where that is
-    # the largest, which leaves k - 2 of j - 2 others: C(j - 2, k - 2) / C(n - 1, k - 1) = C(j - 2, k - 2) / C(n - 2, k
-    # - 2) (k - 1) / (n - 1).
-    own_PG = share(j_G - 1, k - 1, n_P1 - 1) * values_PG
-    above_PG = (
-        share(j_G - 2, k - 2, n_P1 - 2) * (k - 1) / (n_P1 - 1).clamp(min=1) * values_PG
-        if k > 1
-        else torch.zeros_like(values_PG)
-    )
+    # Of the subsets that hold the i-th, own_share have its own reward, since their other members rank below. The j-th,
+    # j > i, is the largest of the share
+    # C(j - 2, k - 2) / C(n - 1, k - 1) = C(j - 2, k - 2) / C(n - 2, k - 2) x (k - 1) / (n - 1).
+    own_PG = own_share_PG * values_PG
+    above_PG = torch.zeros_like(values_PG)
+    if k > 1:
+        above_PG = share(j_G - 2, k - 2, n_P1 - 2) * (k - 1) / (n_P1 - 1).clamp(min=1) * values_PG
     from_here_PG = above_PG.flip(-1).cumsum(-1).flip(-1)
-    advantages_PG = torch.empty_like(values_PG).scatter(
-        -1, order_PG, (own_PG + from_here_PG - above_PG - mean_P1) / std_P1
-    )
+    sorted_advantages_PG = (own_PG + from_here_PG - above_PG - mean_P1) / std_P1
+    advantages_PG = torch.empty_like(values_PG).scatter(-1, order_PG, sorted_advantages_PG)
 
     # The smallest reward that a subset can have is the k-th, the largest the n-th: if they are equal, all subsets are.
-    biggest_P1 = values_PG.amax(-1, keepdim=True)
-    alike_P1 = values_PG[:, k - 1 : k] >= biggest_P1
+    alike_P1 = values_PG[:, k - 1 : k] >= values_PG.amax(-1, keepdim=True)
     return torch.where(finite_PG, torch.where(alike_P1, 0.0, advantages_PG), torch.nan)
 
 

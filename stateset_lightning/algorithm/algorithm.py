@@ -1,50 +1,124 @@
-"""The interface between an algorithm and the loop around it, and all that algorithms share.
+"""What every algorithm shares, and how a preset is made.
 
-An algorithm is three choices: an advantage, a policy loss and an aggregation. It sees packed tensors and knows nothing
-of models, prompts or Lightning. Letters: P prompts, G completions per prompt, N completions, T completion tokens, F
+An algorithm is an advantage, a policy loss, an aggregation and further terms. It sees packed tensors and knows nothing
+of models, prompts or Lightning. Letters: P prompts, G completions per prompt, N completions, T sampled tokens, F
 rewards.
 
-A preset is a subclass that overrides `policy_loss` or `advantages`. An option that its formula does not read is hidden
-by giving it a value in `super().__init__(...)`, or is not inherited at all; so it can be set neither from Python nor on
-the command line.
+No `from __future__ import annotations`: the command line reads the types of the options.
 """
 
+import inspect
 import logging
-from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, TypeVar, dataclass_transform
 
 import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from stateset_lightning.algorithm.advantages import Scale, group_advantages, total_scores
-from stateset_lightning.algorithm.aggregation import (
-    Aggregation,
-    per_token,
-    sequence_means,
-    sequence_sums,
-    token_weights,
-)
-from stateset_lightning.algorithm.losses import policy_gradient_loss
+from stateset_lightning.algorithm.aggregation import Aggregation, per_token, sequence_sums, token_weights
+from stateset_lightning.algorithm.losses import advantages_of, policy_gradient_loss
 from stateset_lightning.algorithm.terms import (
     KL,
     AdaptiveEntropy,
     Mismatch,
-    adapted_coefficient,
     kl_estimate,
     mismatch_metrics,
     mismatch_weights,
+    needed,
+    on_policy,
     top_entropy_tokens,
 )
-from stateset_lightning.errors import ConfigError, check_bounds
+from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.types import Metrics, TokenBatch
 
 log = logging.getLogger("stateset_lightning")
 
+C = TypeVar("C")
 
-class Algorithm:
-    """Plain policy gradient on group-relative advantages, with what all algorithms share: further terms, corrections,
-    aggregation.
+
+@dataclass_transform(kw_only_default=True, eq_default=False)
+def preset(
+    *,
+    advantage: Callable[..., Tensor] | None = None,
+    loss: Callable[..., tuple[Tensor, Metrics]] | None = None,
+) -> Callable[[type[C]], type[C]]:
+    """Class decorator: a subclass of `Algorithm` as data, namely its formulas and its options.
+
+    As in a dataclass, annotated attributes are options: keyword arguments that are held against the bounds of their
+    annotations. An inherited option that is assigned again has a new default; assigned `fixed(value)`, it is no longer
+    an option. Formulas get their parameters by name, see `Formulas`.
+
+    Args:
+        advantage: How scores become advantages; None for the base class's.
+        loss: The policy loss; None for the base class's.
+    """
+
+    def decorate(cls: type[C]) -> type[C]:
+        inherited = getattr(cls, "__dataclass_fields__", {})
+        for name in inherited.keys() & vars(cls).keys():
+            cls.__annotations__.setdefault(name, inherited[name].type)
+        for name, formula in (("advantage_formula", advantage), ("loss_formula", loss)):
+            if formula is not None:
+                setattr(cls, name, staticmethod(formula))
+        return bounded("model.algorithm")(dataclass(kw_only=True, eq=False)(cls))
+
+    return decorate
+
+
+def fixed(value: Any) -> Any:
+    """An option of the base class that this preset's formulas contradict or do not read: it cannot be set."""
+    return field(default=value, init=False)
+
+
+class Formulas:
+    """The two formulas of an algorithm: functions that get each of their parameters by its name.
+
+    A parameter is a quantity (`advantages` and `policy_loss` say which there are) or an option of the algorithm. So an
+    option is read by the formula that names it.
+
+    A class of its own, and no dataclass: of a class that is a dataclass throughout, jsonargparse takes no subclass.
+    """
+
+    advantage_formula: ClassVar[Callable[..., Tensor]] = staticmethod(group_advantages)
+    loss_formula: ClassVar[Callable[..., tuple[Tensor, Metrics]]] = staticmethod(policy_gradient_loss)
+
+    def advantages(
+        self, scores_PGF: Tensor, weights_F: Tensor, lengths_PG: Tensor | None = None, baseline_PF: Tensor | None = None
+    ) -> Tensor:
+        """Advantages of the completions of all ranks, float64 [P, G]; NaN for failed completions and dropped groups.
+
+        The formula may also name `rewards_PG`, the weighted sums of the scores, and `baseline_P`, those of the greedy
+        completions.
+
+        Args:
+            scores_PGF: Scores by reward; NaN = failed, `NOT_APPLICABLE` = left out of the sum.
+            weights_F: Weights of the rewards.
+            lengths_PG: Sampled tokens of each completion, for algorithms that weigh by length.
+            baseline_PF: Scores of a greedy completion per prompt, for algorithms that compare with it.
+        """
+        given = {"scores_PGF": scores_PGF, "weights_F": weights_F, "rewards_PG": total_scores(scores_PGF, weights_F)}
+        if lengths_PG is not None:
+            given["lengths_PG"] = lengths_PG
+        if baseline_PF is not None:
+            # The KL may be one more score, the last one; greedy completions do not have it.
+            given["baseline_P"] = total_scores(baseline_PF, weights_F[: baseline_PF.shape[-1]])
+        return self._evaluate(self.advantage_formula, given)
+
+    def policy_loss(self, tokens: TokenBatch) -> tuple[Tensor, Metrics]:
+        """The advantage's part of each token's loss, [T], and metrics as (sum, count)."""
+        return self._evaluate(self.loss_formula, {"tokens": tokens})
+
+    def _evaluate(self, formula: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+        names = inspect.signature(formula).parameters
+        return formula(**{name: given[name] if name in given else getattr(self, name) for name in names})
+
+
+@preset()
+class Algorithm(Formulas):
+    """Plain policy gradient on group-relative advantages, with the terms and corrections that all algorithms share.
 
     Args:
         beta: Coefficient of the KL divergence from the reference policy. 0 means that no reference exists.
@@ -65,48 +139,62 @@ class Algorithm:
         mask_truncated: Leave completions that were cut at `max_new_tokens` out of the loss (and out of its normaliser).
     """
 
-    def __init__(
-        self,
-        *,
-        beta: Annotated[float, Ge(0)] = 0.0,
-        kl: KL = KL(),  # noqa: B008 (frozen)
-        entropy_coefficient: Annotated[float, Ge(0)] = 0.0,
-        adaptive_entropy: AdaptiveEntropy | None = None,
-        top_entropy: Annotated[float, Gt(0), Lt(1)] | None = None,
-        mismatch: Mismatch | None = None,
-        off_policy_threshold: Annotated[float, Gt(0)] | None = None,
-        scale: Scale = "group",
-        aggregation: Aggregation = "sequence_mean",
-        constant_length: Annotated[int, Ge(1)] | None = None,
-        mask_truncated: bool = False,
-    ) -> None:
-        if constant_length is not None and aggregation != "constant_length":
+    beta: Annotated[float, Ge(0)] = 0.0
+    kl: KL = KL()
+    entropy_coefficient: Annotated[float, Ge(0)] = 0.0
+    adaptive_entropy: AdaptiveEntropy | None = None
+    top_entropy: Annotated[float, Gt(0), Lt(1)] | None = None
+    mismatch: Mismatch | None = None
+    off_policy_threshold: Annotated[float, Gt(0)] | None = None
+    scale: Scale = "group"
+    aggregation: Aggregation = "sequence_mean"
+    constant_length: Annotated[int, Ge(1)] | None = None
+    mask_truncated: bool = False
+
+    # What a preset says of itself
+    needs_greedy_baseline: ClassVar[bool] = False
+    """Whether `advantages` compares with the scores of a greedy completion per prompt."""
+    weighs_completions: ClassVar[bool] = False
+    """Whether the loss weighs whole completions, which a mismatch correction of single tokens contradicts."""
+    why_no_kl_in_reward: ClassVar[str] = ""
+    """Why the KL cannot be part of the reward; empty where it can."""
+
+    def __post_init__(self) -> None:
+        name, kind = type(self).__name__, None if self.mismatch is None else self.mismatch.kind
+        if self.constant_length is not None and self.aggregation != "constant_length":
             raise ConfigError(
-                f"algorithm.constant_length={constant_length} has no effect with aggregation={aggregation!r}: "
-                "remove it, or set aggregation to 'constant_length'"
+                f"model.algorithm.constant_length={self.constant_length} has no effect with"
+                f" aggregation={self.aggregation!r}: remove it, or set aggregation to 'constant_length'"
             )
-        values = {"beta": beta, "entropy_coefficient": entropy_coefficient, "top_entropy": top_entropy}
-        values |= {"off_policy_threshold": off_policy_threshold, "constant_length": constant_length}
-        check_bounds("model.algorithm", Algorithm.__init__, values)
-        if kl.target is not None and beta == 0:
+        if self.kl.target is not None and self.beta == 0:
             raise ConfigError(
-                f"model.algorithm.kl.target={kl.target} has no effect with beta=0: set beta, where the adaptive"
+                f"model.algorithm.kl.target={self.kl.target} has no effect with beta=0: set beta, where the adaptive"
                 " coefficient starts, or remove the target"
             )
-        self.beta = beta
-        self.kl = kl
-        self.kl_coefficient = beta
-        self.entropy_coefficient = entropy_coefficient
-        self.adaptive_entropy = adaptive_entropy
+        if self.why_no_kl_in_reward and self.kl.place == "reward":
+            raise ConfigError(
+                f"model.algorithm.kl.place='reward' does not go with {name}: {self.why_no_kl_in_reward}; use"
+                " kl.place='loss'"
+            )
+        if self.weighs_completions and kind in ("token_tis", "icepop"):
+            raise ConfigError(
+                f"model.algorithm.mismatch.kind={kind!r} weighs single tokens, and {name}'s ratio is of whole"
+                " completions: choose sequence_tis or sequence_mask"
+            )
+        self.kl_coefficient = self.beta
         # In force now: an adaptive one has measured no entropy yet.
-        self.entropy_bonus = entropy_coefficient if adaptive_entropy is None else 0.0
-        self.top_entropy = top_entropy
-        self.mismatch = mismatch
-        self.off_policy_threshold = off_policy_threshold
-        self.scale = scale
-        self.aggregation = aggregation
-        self.constant_length = constant_length
-        self.mask_truncated = mask_truncated
+        self.entropy_bonus = self.entropy_coefficient if self.adaptive_entropy is None else 0.0
+
+    def setup(self, max_new_tokens: int, samples_elsewhere: bool = False) -> None:
+        """Fills in what follows from the rollout; called once, before training."""
+        if samples_elsewhere and self.mismatch is None:
+            self.mismatch = Mismatch("sequence_tis" if self.weighs_completions else "token_tis")
+            log.info(
+                "model.algorithm.mismatch: %s, since another process samples (kind: none for no correction)",
+                self.mismatch,
+            )
+        if self.aggregation == "constant_length" and self.constant_length is None:
+            self.constant_length = max_new_tokens
 
     # What the training side has to provide
 
@@ -121,62 +209,24 @@ class Algorithm:
         return self.beta > 0 and self.kl.place == "reward"
 
     @property
-    def needs_greedy_baseline(self) -> bool:
-        """Whether `advantages` compares with the scores of a greedy completion per prompt."""
-        return False
-
-    @property
     def selects_tokens(self) -> bool:
         """Whether `select` is to be called, once per optimizer step."""
         return self.top_entropy is not None
 
     @property
     def trains_on_zero_advantage(self) -> bool:
-        """Whether the loss has a term beside the advantage's, so that completions with an advantage of zero still
-        train.
-        """
+        """Whether completions with an advantage of zero train too, by a term of the loss that does not depend on it."""
         return (self.beta > 0 and self.kl.place == "loss") or self._has_entropy_bonus
 
     @property
     def _has_entropy_bonus(self) -> bool:
         return self.entropy_coefficient > 0 or self.adaptive_entropy is not None
 
-    elsewhere: ClassVar[Mismatch | None] = Mismatch()
-    """The correction where an engine outside of this process samples, unless one is given."""
-
-    def setup(self, max_new_tokens: int, samples_elsewhere: bool = False) -> None:
-        """Fills in what follows from the rollout; called once, before training."""
-        if samples_elsewhere and self.mismatch is None and self.elsewhere is not None:
-            self.mismatch = self.elsewhere
-            log.info(
-                "model.algorithm.mismatch: %s, since another process samples (kind: none for no correction)",
-                self.mismatch,
-            )
-        if self.aggregation == "constant_length" and self.constant_length is None:
-            self.constant_length = max_new_tokens
-
-    # Scores -> advantages
-
-    def advantages(
-        self, scores_PGF: Tensor, weights_F: Tensor, lengths_PG: Tensor | None = None, baseline_PF: Tensor | None = None
-    ) -> Tensor:
-        """Advantages of the completions of all ranks, float64 [P, G]; NaN for failed completions and dropped groups.
-
-        Args:
-            scores_PGF: Scores by reward; NaN = failed, `NOT_APPLICABLE` = left out of the sum.
-            weights_F: Weights of the rewards.
-            lengths_PG: Completion lengths in tokens, for algorithms that weigh by length.
-            baseline_PF: Scores of a greedy completion per prompt, for algorithms that compare with it.
-        """
-        return group_advantages(total_scores(scores_PGF, weights_F), self.scale)
-
     def kl_scores(self, logprobs_T: Tensor, ref_logprobs_T: Tensor, lengths_N: Tensor) -> Tensor:
-        """The KL estimate summed over each completion's tokens, nats, [N]; a score to be weighted by
-        -kl_coefficient.
-        """
+        """The KL estimate summed over each completion's tokens, nats, [N]: a score with weight -kl_coefficient."""
         return sequence_sums(kl_estimate(self.kl.estimator, logprobs_T, ref_logprobs_T).detach(), lengths_N)
 
-    # Tokens -> loss
+    # From tokens to a loss
 
     def select(self, tokens: TokenBatch, seed: int) -> Tensor:
         """Which tokens the policy loss treats as usual, bool [T]; called before an optimizer step's first backward.
@@ -186,17 +236,12 @@ class Algorithm:
             seed: For selections that draw.
         """
         assert self.top_entropy is not None
-        assert tokens.entropies_T is not None
-        return top_entropy_tokens(tokens.entropies_T, self.top_entropy)
-
-    def policy_loss(self, tokens: TokenBatch) -> tuple[Tensor, Metrics]:
-        """The advantage's part of each token's loss, [T], and metrics as (sum, count)."""
-        return policy_gradient_loss(tokens.logprobs_T, self.advantages_per_token(tokens)), {}
+        return top_entropy_tokens(needed(tokens, "entropies_T", "top_entropy"), self.top_entropy)
 
     @staticmethod
     def advantages_per_token(tokens: TokenBatch) -> Tensor:
-        """The advantage of each token's completion, [T], in the precision of the log-probs."""
-        return per_token(tokens.advantages_N, tokens.lengths_N).to(tokens.logprobs_T.dtype)
+        """The advantage of each token, its own or its completion's, [T], in the precision of the log-probs."""
+        return advantages_of(tokens)
 
     def per_token_loss(self, tokens: TokenBatch) -> tuple[Tensor, Metrics]:
         """Loss of each token, [T], and metrics as (sum, count). Not yet weighted: see `token_weights`.
@@ -206,7 +251,7 @@ class Algorithm:
         """
         loss_T, metrics = self.policy_loss(tokens)
         if self.top_entropy is not None:
-            loss_T = torch.where(needed(tokens.select_T, "top_entropy", "select_T"), loss_T, 0.0)
+            loss_T = torch.where(needed(tokens, "select_T", "top_entropy"), loss_T, 0.0)
         if self.off_policy_threshold is not None:
             keep_N = on_policy(tokens, self.off_policy_threshold)
             loss_T = torch.where(per_token(keep_N, tokens.lengths_N), loss_T, 0.0)
@@ -215,27 +260,26 @@ class Algorithm:
         if self.beta > 0:
             loss_T = self._with_kl(loss_T, tokens, metrics)
         if self._has_entropy_bonus:
-            entropies_T = needed(tokens.entropies_T, "entropy_coefficient", "entropies_T")
+            entropies_T = needed(tokens, "entropies_T", "entropy_coefficient")
             metrics["policy/entropy"] = (entropies_T.detach().sum(), entropies_T.numel())
             loss_T = loss_T - self.entropy_bonus * entropies_T
         return loss_T, metrics
 
     def _corrected(self, loss_T: Tensor, tokens: TokenBatch, metrics: Metrics) -> Tensor:
+        """The loss times the mismatch weights."""
         if tokens.sampling_logprobs_T is not None:
             metrics |= mismatch_metrics(tokens.old_logprobs_T, tokens.sampling_logprobs_T)
         if self.mismatch is None or self.mismatch.kind == "none":
             return loss_T
-        sampling_T = needed(tokens.sampling_logprobs_T, "mismatch", "sampling_logprobs_T")
-        weights_T = mismatch_weights(tokens.old_logprobs_T, sampling_T, tokens.lengths_N, self.mismatch).to(
-            loss_T.dtype
-        )
+        sampling_T = needed(tokens, "sampling_logprobs_T", "mismatch")
+        weights_T = mismatch_weights(tokens.old_logprobs_T, sampling_T, tokens.lengths_N, self.mismatch)
         metrics["mismatch/masked"] = ((weights_T == 0).sum(), weights_T.numel())
-        return weights_T * loss_T
+        return weights_T.to(loss_T.dtype) * loss_T
 
     def _with_kl(self, loss_T: Tensor, tokens: TokenBatch, metrics: Metrics) -> Tensor:
-        if tokens.ref_logprobs_T is None:
-            raise ValueError(f"algorithm.beta={self.beta} needs the reference's log-probs, and there are none")
-        kl_T = kl_estimate(self.kl.estimator, tokens.logprobs_T, tokens.ref_logprobs_T, tokens.old_logprobs_T)
+        """The loss plus the KL term, unless the KL is part of the reward."""
+        ref_T = needed(tokens, "ref_logprobs_T", f"beta={self.beta}")
+        kl_T = kl_estimate(self.kl.estimator, tokens.logprobs_T, ref_T, tokens.old_logprobs_T)
         metrics["policy/kl"] = (kl_T.detach().sum(), kl_T.numel())
         return loss_T + self.kl_coefficient * kl_T if self.kl.place == "loss" else loss_T
 
@@ -243,34 +287,33 @@ class Algorithm:
         """Weight of each token of a completion, float64 [N]; called once per optimizer step on all its completions.
 
         Args:
-            lengths_N: Tokens of each completion of the optimizer step, of all ranks and micro-steps.
+            lengths_N: Sampled tokens of each completion of the optimizer step, of all ranks and micro-steps.
             groups_N: Which prompt each completion answers.
             trains_N: Which completions train; None for all.
         """
         trains_N = torch.ones_like(lengths_N, dtype=torch.bool) if trains_N is None else trains_N
         return token_weights(lengths_N, groups_N, trains_N, self.aggregation, self.constant_length)
 
-    # Adaptive quantities
+    # Adaptive coefficients
 
     def adapt(self, metrics: Mapping[str, float]) -> None:
-        """Moves adaptive coefficients; called after each optimizer step with the means of its metrics over all
-        ranks.
-        """
+        """Moves adaptive coefficients; called after each optimizer step with the means of its metrics, of all ranks."""
         if self.kl.target is not None:
-            self.kl_coefficient = adapted_coefficient(self.kl_coefficient, metrics["policy/kl"], self.kl)
+            self.kl_coefficient = self.kl.adapted(self.kl_coefficient, metrics["policy/kl"])
         if self.adaptive_entropy is not None:
             entropy = metrics["policy/entropy"]
             self.entropy_coefficient = self.adaptive_entropy.adapted(self.entropy_coefficient, entropy)
             self.entropy_bonus = self.entropy_coefficient if entropy <= self.adaptive_entropy.target else 0.0
 
     def state_dict(self) -> dict[str, float]:
-        """Adaptive quantities, as plain floats; empty for an algorithm without any."""
+        """Adaptive coefficients, as plain floats; empty for an algorithm without any."""
         state = {} if self.kl.target is None else {"kl_coefficient": self.kl_coefficient}
         if self.adaptive_entropy is not None:
             state |= {"entropy_coefficient": self.entropy_coefficient, "entropy_bonus": self.entropy_bonus}
         return state
 
     def load_state_dict(self, state: dict[str, float]) -> None:
+        """Takes over a checkpoint's adaptive coefficients; ConfigError for one that this algorithm does not adapt."""
         if unknown := sorted(set(state) - set(self.state_dict())):
             raise ConfigError(
                 f"the checkpoint holds the adaptive {', '.join(unknown)}, and {type(self).__name__} is not set to adapt"
@@ -278,21 +321,3 @@ class Algorithm:
             )
         for name, value in state.items():
             setattr(self, name, value)
-
-
-@torch.no_grad()
-def on_policy(tokens: TokenBatch, threshold: float) -> Tensor:
-    """Completions that the off-policy sequence mask keeps, bool [N] (DeepSeek-V3.2, arXiv:2512.02556, equation 9).
-
-    Left out are those with a negative advantage whose mean of (sampling log-prob - log-prob) is above `threshold`; the
-    log-probs are the sampler's where they are known, else the old ones.
-    """
-    sampling_T = tokens.old_logprobs_T if tokens.sampling_logprobs_T is None else tokens.sampling_logprobs_T
-    drift_N = sequence_means(sampling_T - tokens.logprobs_T, tokens.lengths_N)
-    return (tokens.advantages_N >= 0) | (drift_N <= threshold)
-
-
-def needed(values_T: Tensor | None, option: str, name: str) -> Tensor:
-    if values_T is None:
-        raise ValueError(f"algorithm.{option} needs TokenBatch.{name}, and there is none")
-    return values_T

@@ -1,6 +1,6 @@
-"""KL(policy || reference): its estimates, where it enters, and its coefficient. Estimates are in nats, [T].
+"""What an algorithm adds to a policy loss, and which tokens it acts on: KL, entropy, sampler mismatch, selections.
 
-No `from __future__ import annotations`: the command line reads `KL`.
+No `from __future__ import annotations`: the command line reads the types of `KL`, `AdaptiveEntropy` and `Mismatch`.
 """
 
 import math
@@ -11,10 +11,25 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from stateset_lightning.algorithm.aggregation import per_token, sequence_means, sequence_sums
+from stateset_lightning.algorithm.aggregation import per_token, sequence_means, sequence_sums, token_advantages
 from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.seeding import uniforms
 from stateset_lightning.types import Metrics, TokenBatch
+
+
+def needed(tokens: TokenBatch, name: str, option: str) -> Tensor:
+    """A field of the batch that an option needs; ValueError where it was not filled in."""
+    if (values := getattr(tokens, name)) is None:
+        raise ValueError(f"model.algorithm.{option} needs TokenBatch.{name}, and there is none")
+    return values
+
+
+def sampler_logprobs(tokens: TokenBatch) -> Tensor:
+    """Log-probs under the policy that sampled, [T]: the sampler's where they are known, else the old ones."""
+    return tokens.old_logprobs_T if tokens.sampling_logprobs_T is None else tokens.sampling_logprobs_T
+
+
+# KL(policy || reference), in nats -------------------------------------------------------------------------------------
 
 Estimator = Literal["k1", "k2", "k3", "k3_unbiased"]
 
@@ -22,24 +37,23 @@ Estimator = Literal["k1", "k2", "k3", "k3_unbiased"]
 @bounded("model.algorithm.kl")
 @dataclass(frozen=True)
 class KL:
-    """How the divergence from the reference is estimated and used. Its coefficient is the algorithm's `beta`."""
+    """How the divergence from the reference policy is estimated and used. Its coefficient is the algorithm's `beta`.
+
+    Args:
+        estimator: `k1`, `k2` and `k3` are Schulman's; `k3_unbiased` is k3 times the importance ratio, whose gradient is
+            that of the KL.
+        place: `loss`: a term of every token's loss. `reward`: summed over a completion and subtracted from its reward,
+            without gradient.
+        target: Nats per token that an adaptive coefficient steers towards, starting at `beta`; None keeps the
+            coefficient fixed.
+        horizon: Optimizer steps over which an adaptive coefficient corrects an error; 10 is the paper's K_beta = 0.1
+            (arXiv:1909.08593).
+    """
 
     estimator: Estimator = "k3"
-    """`k1`, `k2` and `k3` are Schulman's; `k3_unbiased` is k3 times the importance ratio, whose gradient is that of the
-    KL.
-    """
     place: Literal["loss", "reward"] = "loss"
-    """`loss`: a term of every token's loss. `reward`: summed over a completion and subtracted from its reward, without
-    gradient.
-    """
     target: Annotated[float, Gt(0)] | None = None
-    """Nats per token that an adaptive coefficient steers towards, starting at `beta`; None keeps the coefficient
-    fixed.
-    """
     horizon: Annotated[int, Ge(1)] = 10
-    """Optimizer steps over which an adaptive coefficient corrects an error; 10 is the paper's K_beta = 0.1
-    (arXiv:1909.08593).
-    """
 
     def __post_init__(self) -> None:
         if (self.estimator, self.place) == ("k1", "loss"):
@@ -53,12 +67,26 @@ class KL:
                 " none: choose k1 (whose policy gradient is that of the KL) or k3, or kl.place='loss'"
             )
 
+    def adapted(self, coefficient: float, kl: float) -> float:
+        """The next coefficient, given the KL per token of the step that just ended (arXiv:1909.08593, section 2.2).
+
+        It moves by at most 20 % / horizon: up while the KL is above its target, down while it is below.
+        """
+        assert self.target is not None
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        return coefficient * (1 + error / self.horizon)
+
 
 def kl_estimate(
     estimator: Estimator, logprobs_T: Tensor, ref_logprobs_T: Tensor, old_logprobs_T: Tensor | None = None
 ) -> Tensor:
-    """One estimate per token, [T]. `old_logprobs_T` are those of the policy that sampled; only k3_unbiased reads
-    them.
+    """One estimate per token, [T]; `old_logprobs_T`, of the policy that sampled, are read by `k3_unbiased` alone.
+
+    `k3_unbiased` (DeepSeek-V3.2, arXiv:2512.02556) is k3 times the importance ratio exp(policy - old), differentiated
+    through both. The mean over the sampling policy of ratio x k3 is the mean of k3 over the policy itself, which is the
+    KL, as a function of the policy's parameters; so value and gradient are unbiased, also after the first optimizer
+    step of an episode. While the policy is the one that sampled, the ratio is 1, the value is k3's and the gradient is
+    (policy - reference) x that of the log-prob, as k2's.
     """
     if estimator == "k1":
         return logprobs_T - ref_logprobs_T
@@ -67,7 +95,7 @@ def kl_estimate(
     if estimator == "k3":
         return k3(logprobs_T, ref_logprobs_T)
     assert old_logprobs_T is not None
-    return k3_unbiased(logprobs_T, ref_logprobs_T, old_logprobs_T)
+    return (logprobs_T - old_logprobs_T).exp() * k3(logprobs_T, ref_logprobs_T)
 
 
 def k3(logprobs_T: Tensor, ref_logprobs_T: Tensor) -> Tensor:
@@ -80,31 +108,7 @@ def k3(logprobs_T: Tensor, ref_logprobs_T: Tensor) -> Tensor:
     return torch.expm1(difference_T) - difference_T
 
 
-def k3_unbiased(logprobs_T: Tensor, ref_logprobs_T: Tensor, old_logprobs_T: Tensor) -> Tensor:
-    """k3 times the importance ratio exp(policy - old), differentiated through both, [T] (DeepSeek-V3.2,
-    arXiv:2512.02556).
-
-    The mean over the sampling policy of ratio x k3 is the mean of k3 over the policy itself, hence the KL, as a
-    function of the policy's parameters; so value and gradient are both unbiased, also after the first optimizer step of
-    an episode. While the policy is the one that sampled, the ratio is 1, the value is k3's and the gradient is (policy
-    - reference) x that of the log-prob, as k2's.
-    """
-    return (logprobs_T - old_logprobs_T).exp() * k3(logprobs_T, ref_logprobs_T)
-
-
-def adapted_coefficient(coefficient: float, kl: float, config: KL) -> float:
-    """The next KL coefficient, arXiv:1909.08593, section 2.2: it grows by at most 20 % / horizon while the KL is above
-    its target.
-    """
-    assert config.target is not None
-    error = min(max(kl / config.target - 1, -0.2), 0.2)
-    return coefficient * (1 + error / config.horizon)
-
-
-# MERGED: An entropy bonus whose coefficient follows the entropy.
-#
-# No `from __future__ import annotations`: the command line reads `AdaptiveEntropy`.
-#
+# Entropy bonus --------------------------------------------------------------------------------------------------------
 
 
 @bounded("model.algorithm.adaptive_entropy")
@@ -112,18 +116,20 @@ def adapted_coefficient(coefficient: float, kl: float, config: KL) -> float:
 class AdaptiveEntropy:
     """Keeps the entropy from falling below a target (Skywork-OR1, arXiv:2505.22312).
 
-    After each optimizer step the coefficient rises by `delta` if the entropy was below the target, and falls by
-    `delta`, to no less than 0, if not. The bonus is applied only while the newest entropy is at or below the target.
+    After each optimizer step the coefficient of the bonus rises by `delta` if the entropy was below the target, and
+    falls by `delta`, to no less than 0, if not. The bonus is applied only while the newest entropy is at or below the
+    target.
+
+    Args:
+        target: Mean entropy of a token, in nats. Sensible values are below the entropy at the start of the run
+            (`policy/entropy`).
+        delta: Change of the coefficient per optimizer step.
+        maximum: The coefficient never exceeds this.
     """
 
     target: Annotated[float, Gt(0)] = 0.2
-    """Mean entropy of a token, in nats. Sensible values are below the entropy at the start of the run
-    (`policy/entropy`).
-    """
     delta: Annotated[float, Gt(0)] = 0.005
-    """Change of the coefficient per optimizer step."""
     maximum: Annotated[float, Ge(0)] = 1.0
-    """The coefficient never exceeds this."""
 
     def adapted(self, coefficient: float, entropy: float) -> float:
         """The next coefficient, given the entropy of the step that just ended."""
@@ -131,12 +137,10 @@ class AdaptiveEntropy:
         return min(max(coefficient + step, 0.0), self.maximum)
 
 
-# MERGED: Correction for a sampler whose log-probs differ from the trainer's: weights exp(old - sampling), without gradient.
+# A sampler whose log-probs differ from the trainer's ------------------------------------------------------------------
 #
-# A serving engine with other kernels, or another precision, samples from a slightly different policy than the one
-# trained. With an engine in this process there is nothing to correct. No `from __future__ import annotations`: the
-# command line reads `Mismatch`.
-#
+# A serving engine with other kernels, or another precision, samples from a slightly different policy than the one that
+# is trained. An engine in this process samples from the same one, so there is nothing to correct.
 
 # (low, high) of each kind; truncation has an upper bound alone.
 _BOUNDS = {
@@ -153,22 +157,24 @@ _BOUNDS = {
 class Mismatch:
     """Which correction, and its bounds.
 
-    With w_t = exp(old - sampling) of a token:
-        token_tis       min(w_t, high), high 2: truncated importance sampling (Yao et al., "Your efficient RL framework
-        secretly
-                        brings you off-policy RL training", 2025)
-        sequence_tis    min(product of the completion's w_t, high), high 2, for all its tokens
-        icepop          w_t where low <= w_t <= high, 0 elsewhere, 0.5 and 5 (arXiv:2510.18855)
-        sequence_mask   w_t where low <= geometric mean of the completion's w_t <= high, 0 elsewhere, 0.999 and 1.002
-        none            1, also where a correction is the default
+    With w = exp(old - sampling) of a token, its policy loss is multiplied by this factor, without gradient:
+
+    - `token_tis`: min(w, high), high 2: truncated importance sampling (Yao et al., "Your efficient RL framework
+      secretly brings you off-policy RL training", 2025);
+    - `sequence_tis`: min(product of the completion's w, high), high 2, for all its tokens;
+    - `icepop`: w where low <= w <= high, else 0; low 0.5, high 5 (arXiv:2510.18855);
+    - `sequence_mask`: w where low <= geometric mean of the completion's w <= high, else 0; low 0.999, high 1.002;
+    - `none`: 1, also where another correction would be the default.
+
+    Args:
+        kind: Truncate or mask, by token or by completion.
+        low: Lower bound of a mask; None for the kind's own.
+        high: Upper bound; None for the kind's own.
     """
 
     kind: Literal["none", "token_tis", "sequence_tis", "icepop", "sequence_mask"] = "token_tis"
-    """Truncate or mask, by token or by completion."""
     low: Annotated[float, Ge(0)] | None = None
-    """Lower bound of a mask; None for the kind's own."""
     high: Annotated[float, Gt(0)] | None = None
-    """Upper bound; None for the kind's own."""
 
     def __post_init__(self) -> None:
         if self.low is not None and _BOUNDS[self.kind][0] == 0:
@@ -213,21 +219,31 @@ def mismatch_metrics(old_logprobs_T: Tensor, sampling_logprobs_T: Tensor) -> Met
 
     `mismatch/kl` is KL(sampler || trainer) per token, by k3. `mismatch/ess` is the effective sample size as a share, 1
     / mean(w^2): the mean of w is 1 in expectation, so this is 1 / (1 + chi-square divergence), and its sum and count
-    add up over parts.
+    add up over micro-steps and ranks.
     """
     log_weights_T = old_logprobs_T - sampling_logprobs_T
     count = log_weights_T.numel()
     return {
-        "mismatch/kl": ((torch.expm1(log_weights_T) - log_weights_T).sum(), count),
+        "mismatch/kl": (k3(sampling_logprobs_T, old_logprobs_T).sum(), count),
         "mismatch/ess": (float(count), (2 * log_weights_T).exp().sum()),
     }
 
 
-# MERGED: Which tokens of an optimizer step are treated apart: chosen once, before its first backward, over the tokens of all
-# ranks.
+# Which completions and tokens the policy loss acts on -----------------------------------------------------------------
 #
-# A selection depends on the policy, so it never changes what a loss is divided by.
-#
+# A selection depends on the policy, so it never changes what a loss is divided by. Tokens are selected once per
+# optimizer step, before its first backward, among the tokens of all ranks.
+
+
+@torch.no_grad()
+def on_policy(tokens: TokenBatch, threshold: float) -> Tensor:
+    """Completions that the off-policy sequence mask keeps, bool [N] (DeepSeek-V3.2, arXiv:2512.02556, equation 9).
+
+    Left out are those with a negative advantage whose mean of (sampling log-prob - log-prob) is above `threshold`; the
+    log-probs are the sampler's where they are known, else the old ones.
+    """
+    drift_N = sequence_means(sampler_logprobs(tokens) - tokens.logprobs_T, tokens.lengths_N)
+    return (tokens.advantages_N >= 0) | (drift_N <= threshold)
 
 
 def top_entropy_tokens(entropies_T: Tensor, share: float) -> Tensor:
@@ -251,8 +267,7 @@ def covariances(tokens: TokenBatch) -> Tensor:
 
     (log-prob - mean) (advantage - mean), the means over the tokens given. Its mean is what drives the entropy down.
     """
-    advantages_T = per_token(tokens.advantages_N, tokens.lengths_N).double()
-    logprobs_T = tokens.logprobs_T.double()
+    advantages_T, logprobs_T = token_advantages(tokens).double(), tokens.logprobs_T.double()
     return (logprobs_T - logprobs_T.mean()) * (advantages_T - advantages_T.mean())
 
 

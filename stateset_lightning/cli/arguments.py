@@ -49,9 +49,8 @@ def loading_options(options: argparse.Namespace) -> LoadingOptions:
     """What the user has given of `add_loading_options`."""
     from stateset_lightning.policy import LoadingOptions  # not for `--help`: it imports torch
 
-    return LoadingOptions(
-        options.revision, options.attn_implementation, options.trust_remote_code, options.model_kwargs
-    )
+    names = ("revision", "attn_implementation", "trust_remote_code", "model_kwargs")
+    return LoadingOptions(**{name: getattr(options, name) for name in names})
 
 
 def count(text: str) -> int:

@@ -26,7 +26,7 @@ from stateset_lightning.errors import ConfigError, UserError
 from stateset_lightning.files import atomic_write
 from stateset_lightning.module import GRPOLightningModule
 from stateset_lightning.redaction import redacted, redacted_text
-from stateset_lightning.run.checkpoint import continue_run, find_checkpoint
+from stateset_lightning.run.find_checkpoint import continue_run, find_checkpoint
 from stateset_lightning.run.folder import config_file
 from stateset_lightning.run.system import ENVIRONMENT_FILE, environment
 

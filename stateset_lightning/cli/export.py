@@ -166,7 +166,7 @@ def _set_generation(trained: TrainedModel) -> None:
     """
     from transformers import GenerationConfig
 
-    from stateset_lightning.policy.loading import end_of_sequence_ids
+    from stateset_lightning.policy import end_of_sequence_ids
 
     tokenizer = trained.tokenizer
     ends = sorted(end_of_sequence_ids(trained.model, tokenizer))

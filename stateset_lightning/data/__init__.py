@@ -1,44 +1,19 @@
-"""Scenarios: reading and checking files, prompts, and the loaders that serve them. See
-`stateset_lightning.datamodule`.
+"""A row becomes a `PromptBatch`: reading, scenarios, sources, prompts, order, loader.
+
+`stateset_lightning.datamodule` puts them together.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader
-    from stateset_lightning.data.order import EpochOrder
-    from stateset_lightning.data.prompts import EncodedPrompts, OverlongPolicy, PromptEncoder
-    from stateset_lightning.data.sources import ScenarioSet, Source, hold_out, read_split
-
-_HOMES = {
-    "EncodedPrompts": "prompts",
-    "EpisodeLoader": "loader",
-    "EpochOrder": "order",
-    "EvaluationLoader": "loader",
-    "OverlongPolicy": "prompts",
-    "PromptEncoder": "prompts",
-    "ScenarioSet": "sources",
-    "Source": "sources",
-    "hold_out": "holdout",
-    "read_split": "sources",
-}
+from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader
+from stateset_lightning.data.order import Curriculum
+from stateset_lightning.data.prompts import PromptEncoder, special_tokens
+from stateset_lightning.data.sources import Source, read_split
 
 __all__ = [
-    "EncodedPrompts",
+    "Curriculum",
     "EpisodeLoader",
-    "EpochOrder",
     "EvaluationLoader",
-    "OverlongPolicy",
     "PromptEncoder",
-    "ScenarioSet",
     "Source",
-    "hold_out",
     "read_split",
+    "special_tokens",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -20,7 +20,7 @@ def is_hub_id(text: str) -> bool:
 
 
 def read_hub(hub_id: str, split: str) -> list[RawRow]:
-    """All rows of a data set on the hub. Without a split in `hub_id`, the one named like ours (for predict: test).
+    """All rows of a data set on the hub; without a split in `hub_id`, of its split of this name (for predict: test).
 
     Raises:
         ConfigError: If `datasets` is not installed.

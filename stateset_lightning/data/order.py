@@ -1,4 +1,7 @@
-"""Which scenario stands where in an epoch: a pure function of (seed, epoch), so that nothing needs to be stored."""
+"""Which prompts an episode holds: the order of an epoch, or a curriculum that draws by how often they are solved.
+
+Both follow from the run's seed and a counter, so that resuming needs no generator's state.
+"""
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 import math
@@ -19,18 +22,18 @@ from stateset_lightning.seeding import derive_seed, permutation
 class EpochOrder:
     """The order of the scenarios in each epoch.
 
-    Without weights an epoch holds every scenario once. With weights it is as long, and each source has its share of the
-    positions; a source goes through all its scenarios before it repeats one, across epochs.
+    Without weights an epoch holds every scenario once. With weights it has as many positions, and each source gets its
+    share of them; a source goes through all its scenarios before it repeats one, across epochs.
 
     Args:
-        rows_by_source: Indices of each source's scenarios.
-        weights: Weight of each source; None holds every scenario once.
+        rows_by_source: Row numbers of each source's scenarios.
+        weights: Weight of each source; None: every scenario once.
         seed: The run's seed.
-        shuffle: False keeps the sources' own order, spread evenly over the epoch.
+        shuffle: False keeps the sources' own order; several weighted sources are then spread evenly over the epoch.
         names: The sources' names, for messages.
 
     Raises:
-        ConfigError: If a weighted source has no scenarios, or so little weight that it has no position in an epoch.
+        ConfigError: If a weighted source has no scenarios, or so little weight that it gets no position in an epoch.
     """
 
     def __init__(
@@ -44,32 +47,30 @@ class EpochOrder:
         self.size = sum(len(rows) for rows in rows_by_source)
         self.seed = seed
         self._shuffle = shuffle
-        if weights is None:  # one pool
+        # Chance of each scenario in a draw by weight, relative to the others, float64 [size].
+        self.row_weights = np.ones(self.size)
+        if weights is None:  # all sources are one
             self._rows = [np.array(sorted(row for rows in rows_by_source for row in rows), dtype=np.int64)]
             self._counts = [self.size]
-            self.row_weights = np.ones(self.size)
             return
         self._rows = [np.array(rows, dtype=np.int64) for rows in rows_by_source]
         self._counts = largest_remainder(weights, self.size)
-        for index, (count, rows) in enumerate(zip(self._counts, rows_by_source, strict=True)):
+        for index, (count, rows, weight) in enumerate(zip(self._counts, self._rows, weights, strict=True)):
             name = names[index] if names else f"number {index + 1}"
-            if not rows:
+            if not len(rows):
                 raise ConfigError(
                     f"data.train: no scenario of the source {name} is left; check data.max_prompt_tokens and"
                     " data.validation_fraction"
                 )
             if count == 0:
                 raise ConfigError(
-                    f"data.train: the source {name} with weight {weights[index]} gets none of the {self.size} positions"
-                    " of an epoch; raise its weight or leave it out"
+                    f"data.train: the source {name} with weight {weight} gets none of the {self.size} positions of an"
+                    " epoch; raise its weight or leave it out"
                 )
-        self.row_weights = np.zeros(self.size)
-        """Chance of each scenario in a free draw, relative to the others, float64 [size]."""
-        for share, members in zip(weights, self._rows, strict=True):
-            self.row_weights[members] = share / len(members)
+            self.row_weights[rows] = weight / len(rows)
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """Indices of the scenarios in order, int64 [size]."""
+        """The rows of an epoch in order, int64 [size]."""
         streams = [self._stream(source, epoch * count, count) for source, count in enumerate(self._counts)]
         positions: np.ndarray = np.concatenate(streams)
         if len(streams) == 1:
@@ -80,9 +81,7 @@ class EpochOrder:
         return positions[np.argsort(even, kind="stable")]
 
     def _stream(self, source: int, start: int, count: int) -> np.ndarray:
-        """`count` indices from position `start` of a source's endless stream: one permutation of its scenarios after
-        another.
-        """
+        """`count` rows from position `start` of a source's endless stream of permutations of its rows."""
         rows = self._rows[source]
         rounds = range(start // len(rows), (start + count - 1) // len(rows) + 1)
         stream = np.concatenate([rows[self._round(source, number)] for number in rounds])
@@ -92,7 +91,7 @@ class EpochOrder:
         size = len(self._rows[source])
         if not self._shuffle:
             return np.arange(size)
-        # One pool has the name that other code may rely on: permutation(seed, "order", epoch).
+        # With one source the seed's name is one that other code may rely on: permutation(seed, "order", epoch).
         counters = (number,) if len(self._rows) == 1 else (number, source)
         return permutation(self.seed, "order", *counters, size=size)
 
@@ -108,34 +107,34 @@ def largest_remainder(weights: Sequence[float], total: int) -> list[int]:
     return counts
 
 
-# MERGED: A difficulty curriculum: prompts are drawn by how often they are solved, so that most groups have something to
-# compare.
-#
+# Curriculum -----------------------------------------------------------------------------------------------------------
 
+# The prompts of an episode depend on the rewards of the episodes that came at least this many earlier.
 REPORT_DELAY = 2
-"""An episode's prompts depend on the reports of the episodes that came at least so many earlier."""
 
+# A sum of reward weights, such as ten times 0.1, may fall short of `solved_at` by a rounding error.
 SOLVED_TOLERANCE = 1e-9
-"""A sum of reward weights such as ten times 0.1 falls short of `solved_at` by float error."""
 
 
 @bounded("data.curriculum")
 @dataclass(frozen=True)
 class Curriculum:
-    """Prompts are drawn in proportion to floor + (1 - floor) * 4 p (1 - p), p the running share of a prompt's
-    completions that are solved.
+    """Draws prompts in proportion to floor + (1 - floor) * 4 p (1 - p), where p is a prompt's solve rate.
 
-    That is p (1 - p), the learnability of arXiv:2502.12272, with a floor so that no prompt starves. A prompt that was
-    not scored yet counts as p = 1/2. Within an episode no prompt comes twice (unless there are fewer than an episode
-    holds), and an epoch has as many episodes as without a curriculum; which prompts it holds is open.
+    p is the running share of the prompt's completions that are solved, and p (1 - p) the learnability of
+    arXiv:2502.12272; the floor keeps every prompt in the run. A prompt that has no score yet counts as p = 1/2. Within
+    an episode no prompt comes twice (unless there are fewer than an episode holds). An epoch has as many episodes as
+    without a curriculum, but which prompts it holds is open.
+
+    Args:
+        floor: Weight of a prompt that is always or never solved, relative to one that is solved half of the time.
+        decay: Share of the old solve rate in the new one, each time that the prompt is scored.
+        solved_at: Total reward from which on a completion counts as solved.
     """
 
     floor: Annotated[float, Gt(0), Le(1)] = 0.1
-    """Weight of a prompt that is always or never solved, relative to one that is solved half of the time."""
     decay: Annotated[float, Ge(0), Lt(1)] = 0.5
-    """Share of the old solve rate in the new one, at each report."""
     solved_at: float = 1.0
-    """Total reward from which on a completion counts as solved."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.solved_at):
@@ -152,12 +151,12 @@ class Curriculum:
 class SolveRates:
     """How often each prompt is solved, and the draws that follow from it; equal on all ranks, given equal reports.
 
-    Lightning may ask for an episode's first batch before the one before has ended, or after. So that both draw the
-    same, episode e depends on the reports of episodes up to e - 2 alone; younger ones wait, and are in the state.
+    Lightning may ask for an episode's first batch before the previous episode has ended, or after. For the same draw in
+    both cases, episode e depends on the reports of episodes up to e - 2 alone; later ones wait, and are in the state.
 
     Args:
-        options: How rates become weights.
-        base_weights: Weight of each prompt beside its solve rate's, float64 [prompts]; that of its source, say.
+        options: How solve rates become weights.
+        base_weights: Weight of each prompt apart from its solve rate (its source's share, say), float64 [prompts].
         seed: The run's seed.
     """
 
@@ -165,16 +164,16 @@ class SolveRates:
         self._options = options
         self._base_weights = base_weights
         self._seed = seed
-        self._rates = np.full(len(base_weights), np.nan)  # NaN: not scored yet
+        self._rates = np.full(len(base_weights), np.nan)  # NaN: no score yet
         self._waiting: list[tuple[int, int, int, int]] = []  # episode, prompt, completions solved, completions scored
 
     def report(self, episode: int, rows: Sequence[int], totals_PG: Tensor) -> None:
-        """Takes in what an episode's groups, of all ranks and in one order for all, scored.
+        """Takes in the rewards of an episode's groups: those of all ranks, in the same order on every rank.
 
         Args:
             episode: The episode's index.
-            rows: Index of each group's prompt.
-            totals_PG: Total rewards, NaN where they failed.
+            rows: Row of each group's prompt.
+            totals_PG: Total rewards, NaN where a reward failed.
         """
         solved_P = (totals_PG >= self._options.solved_at - SOLVED_TOLERANCE).sum(-1).tolist()
         scored_P = totals_PG.isfinite().sum(-1).tolist()
@@ -189,17 +188,16 @@ class SolveRates:
         return weights
 
     def draw(self, episode: int, size: int) -> np.ndarray:
-        """Prompts of an episode, int64 [size], drawn without replacement; repeated from the start where there are too
-        few.
+        """The rows of an episode, int64 [size]: drawn without replacement, and repeated where there are too few.
 
-        The largest of log(u) / weight are a draw without replacement (Efraimidis and Spirakis, 2006).
+        The prompts with the largest log(u) / weight are such a draw (Efraimidis and Spirakis, 2006).
         """
         generator = np.random.default_rng(derive_seed(self._seed, "curriculum", episode))
         keys = np.log1p(-generator.random(len(self._rates))) / self.weights(episode)
         return np.resize(np.argsort(-keys, kind="stable")[:size], size)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Rates float64 [prompts], and waiting reports int64 [reports, 4]."""
+        """Solve rates, float64 [prompts], and the reports that wait, int64 [reports, 4]."""
         waiting = torch.tensor(self._waiting, dtype=torch.int64).reshape(-1, 4)
         return {"rates": torch.from_numpy(self._rates.copy()), "waiting": waiting}
 

@@ -1,4 +1,9 @@
-"""Scenarios -> prompt tokens: chat template or plain text, and what happens to prompts that are too long."""
+"""Scenarios -> prompt tokens: chat template or plain text, special tokens in a text, and overlong prompts.
+
+A tokenizer reads `<|im_end|>` as one token wherever it stands, in a scenario's text as in the chat template's own.
+Unless that is wanted, special tokens in a scenario's text are encoded as plain text: no text can end a turn, open
+another or end the sequence.
+"""
 
 import copy
 import logging
@@ -6,23 +11,21 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from stateset_lightning.data.ragged import PackedTokens, garbage_left_alone
+from stateset_lightning.data.ragged import RaggedTokens, garbage_collection_paused
 from stateset_lightning.errors import ConfigError, DataError
 from stateset_lightning.types import Scenario
 
 _log = logging.getLogger(__name__)
 
-Conversation = list[dict[str, str]]
-"""Turns as chat templates take them."""
-
 OverlongPolicy = Literal["error", "drop", "truncate_left"]
 
-_BATCH = 1024
+_BATCH = 1024  # texts that are tokenized at a time
 _IDS_SHOWN = 5
 _RESERVED_TEMPLATE_KWARGS = (
     "conversation",
@@ -37,9 +40,9 @@ _RESERVED_TEMPLATE_KWARGS = (
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompts:
-    """Prompt tokens of the scenarios that were kept: `tokens[i]` belongs to scenario `kept[i]`."""
+    """Prompt tokens of the scenarios that are kept: `tokens[i]` belongs to scenario `kept[i]`."""
 
-    tokens: PackedTokens
+    tokens: RaggedTokens
     kept: list[int]
     num_dropped: int = 0
     num_truncated: int = 0
@@ -51,17 +54,21 @@ class PromptEncoder:
 
     Args:
         tokenizer: A transformers tokenizer.
-        system_prompt: Stands before each scenario's own context in the system turn.
-        use_chat_template: None uses the tokenizer's template if it has one. Otherwise the contents of the turns are
-            joined by blank lines and get the tokenizer's own special tokens, except for an end of sequence.
+        system_prompt: Comes before each scenario's own context in the system turn.
+        use_chat_template: Whether the tokenizer's chat template makes the prompts; None: if it has one. Otherwise the
+            contents of the turns are joined by blank lines and get the special tokens that the tokenizer adds to every
+            text, except for an end of sequence.
         chat_template_kwargs: Further variables of the template (`enable_thinking`, say).
-        max_prompt_tokens: Longest prompt that is accepted; None accepts all.
+        max_prompt_tokens: Length of the longest prompt that is accepted; None accepts all.
         overlong_prompts: What happens to longer ones.
-        parse_special_tokens: Whether control tokens in a scenario's own text (`<|im_end|>`, say) count as such. By
-            default they are plain text, so that no text changes who speaks.
+        parse_special_tokens: Whether special tokens in a scenario's own text (`<|im_end|>`, say) are encoded as such.
+            By default they are plain text, so that no text changes who speaks.
+
+    Raises:
+        ConfigError: If options contradict each other or the tokenizer.
     """
 
-    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer: PreTrainedTokenizerBase
     system_prompt: str | None = None
     use_chat_template: bool | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -84,104 +91,109 @@ class PromptEncoder:
 
     @property
     def applies_template(self) -> bool:
-        """Whether prompts are made by the tokenizer's chat template (otherwise: plain text)."""
+        """Whether the tokenizer's chat template makes the prompts (otherwise: plain text)."""
         return self._has_template if self.use_chat_template is None else self.use_chat_template
 
     def encode(self, scenarios: Sequence[Scenario], key: str) -> EncodedPrompts:
-        """Prompt tokens of the scenarios of the split `key`.
+        """Prompt tokens of the scenarios of the split `key` (`data.train`, say).
 
         Raises:
             DataError: If the template refuses a scenario, a prompt has no tokens, prompts are too long under
                 `overlong_prompts="error"`, or all are dropped.
         """
-        # The tokenizer works without Python's lock: it runs beside the templates.
-        with garbage_left_alone(), ThreadPoolExecutor(1) as beside:
-            parts = list(beside.map(self._tokenize, self._batches(scenarios, key)))
-        tokens = PackedTokens.concatenate([packed for packed, _ in parts])
-        if len(empty := (tokens.lengths == 0).nonzero()[0]):
+        # The tokenizer works without Python's lock: while it encodes a batch, the template renders the next one.
+        with garbage_collection_paused(), ThreadPoolExecutor(1) as thread:
+            encoded = list(thread.map(partial(self._tokenize, key), self._batches(scenarios, key)))
+        tokens = RaggedTokens.concatenate(batch for batch, _ in encoded)
+        if len(empty := np.flatnonzero(tokens.lengths == 0)):
             raise DataError(
                 f"{key}: the prompt of scenario '{scenarios[empty[0]].id}' has no tokens; give it a text that the"
                 " tokenizer knows"
             )
-        if marked := sum(count for _, count in parts):
+        if marked := sum(count for _, count in encoded):
             _log.warning(
-                "%s: the text of %d of %d scenarios holds control tokens (%s); they are encoded as plain text. "
-                "data.parse_special_tokens=true takes them for what they are",
-                *(key, marked, len(scenarios), ", ".join(self._control_tokens[:_IDS_SHOWN])),
+                "%s: the text of %d of %d scenarios holds special tokens (%s); they are encoded as plain text. "
+                "data.parse_special_tokens=true encodes them as special tokens",
+                *(key, marked, len(scenarios), ", ".join(self._special_tokens[:_IDS_SHOWN])),
             )
-        return self._limit(scenarios, tokens, key)
+        return self._limit_lengths(scenarios, tokens, key)
 
     @property
     def _has_template(self) -> bool:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     @cached_property
-    def _control_tokens(self) -> list[str]:
-        return control_tokens(self.tokenizer)
+    def _special_tokens(self) -> list[str]:
+        return special_tokens(self.tokenizer)
 
     @cached_property
-    def _control_pattern(self) -> re.Pattern[str] | None:
-        return None if self.parse_special_tokens else pattern_of(self._control_tokens)
+    def _special_pattern(self) -> re.Pattern[str]:
+        """Finds the special tokens that are to be plain text; longer tokens first, for those that hold others."""
+        tokens = [] if self.parse_special_tokens else sorted(self._special_tokens, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, tokens)) or "(?!)")  # (?!) is never found
 
-    def _batches(self, scenarios: Sequence[Scenario], key: str) -> Iterator["_Batch"]:
+    def _messages(self, scenario: Scenario) -> list[dict[str, str]]:
+        """A scenario's turns as chat templates take them."""
+        return [{"role": turn.role, "content": turn.content} for turn in scenario.turns(self.system_prompt)]
+
+    def _batches(self, scenarios: Sequence[Scenario], key: str) -> Iterator[tuple[list[str], dict[int, Scenario]]]:
+        """Batches of prompts as text; of each batch also those scenarios, by index, whose text holds special tokens."""
         for start in range(0, len(scenarios), _BATCH):
-            part = scenarios[start : start + _BATCH]
-            conversations = [
-                [{"role": turn.role, "content": turn.content} for turn in s.turns(self.system_prompt)] for s in part
-            ]
-            pattern = self._control_pattern
-            marked = [
-                i
-                for i, turns in enumerate(conversations)
-                if pattern and any(pattern.search(turn["content"]) for turn in turns)
-            ]
-            texts = (
-                self._templated(part, conversations, key)
-                if self.applies_template
-                else [_plain(turns) for turns in conversations]
-            )
-            yield _Batch(key, part, texts, {i: conversations[i] for i in marked})
+            texts: list[str] = []
+            marked: dict[int, Scenario] = {}
+            for i, scenario in enumerate(scenarios[start : start + _BATCH]):
+                messages = self._messages(scenario)
+                texts.append(self._text(scenario, messages, key))
+                if any(self._special_pattern.search(message["content"]) for message in messages):
+                    marked[i] = scenario
+            yield texts, marked
 
-    def _templated(self, scenarios: Sequence[Scenario], conversations: list[Conversation], key: str) -> list[str]:
+    def _text(self, scenario: Scenario, messages: list[dict[str, str]], key: str) -> str:
+        if not self.applies_template:
+            return "\n\n".join(message["content"] for message in messages)
         options = {"add_generation_prompt": True, "tokenize": False, **self.chat_template_kwargs}
         try:
-            return [str(text) for text in self.tokenizer.apply_chat_template(conversations, **options)]
-        except Exception:  # a template is foreign code; which conversation it fails on is found below
-            texts = []
-            for scenario, conversation in zip(scenarios, conversations, strict=True):
-                try:
-                    texts.append(str(self.tokenizer.apply_chat_template(conversation, **options)))
-                except Exception as error:
-                    raise _refusal(key, scenario, conversation, error) from error
-            return texts
+            return str(self.tokenizer.apply_chat_template(messages, **options))
+        except Exception as error:  # a template is foreign code
+            roles = [message["role"] for message in messages]
+            advice = "if it takes no system turn, leave out data.system_prompt and the scenarios' context; "
+            raise DataError(
+                f"{key}: the chat template refuses scenario '{scenario.id}' (roles: {', '.join(roles)}): {error};"
+                f" {advice if roles[0] == 'system' else ''}data.use_chat_template=false joins the turns as plain text"
+            ) from error
 
-    def _tokenize(self, batch: "_Batch") -> tuple[PackedTokens, int]:
-        """The batch's tokens, and how many of its scenarios hold control tokens in their text."""
+    def _tokenize(self, key: str, batch: tuple[list[str], dict[int, Scenario]]) -> tuple[RaggedTokens, int]:
+        """The tokens of a batch, and how many of its scenarios hold special tokens in their text."""
+        texts, marked = batch
         # A template writes the special tokens itself: adding the tokenizer's would double the first one.
-        add_special_tokens = not self.applies_template
-        options: dict[str, Any] = (
-            {} if self.applies_template else {"split_special_tokens": not self.parse_special_tokens}
-        )
-        # `verbose=False`: lengths are our own policy, and transformers would warn of the model's.
-        tokens: list[list[int]] = self.tokenizer(
-            batch.texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False, **options
-        )["input_ids"]
+        options: dict[str, Any] = {"add_special_tokens": not self.applies_template}
+        if not self.applies_template:
+            options["split_special_tokens"] = not self.parse_special_tokens
+        # `verbose=False`: transformers would warn of prompts longer than the model's context.
+        tokens: list[list[int]] = self.tokenizer(texts, return_attention_mask=False, verbose=False, **options)[
+            "input_ids"
+        ]
         if self.applies_template:
-            for i, conversation in batch.marked.items():
-                tokens[i] = self._as_text(batch, i, conversation)
+            for i, scenario in marked.items():
+                tokens[i] = self._tokenize_as_text(scenario, key)
         elif self._appends_eos:
             # The model would take the end of the prompt for the end of its answer.
             tokens = [prompt[:-1] for prompt in tokens]
-        return PackedTokens.pack(tokens), len(batch.marked)
+        return RaggedTokens.from_lists(tokens), len(marked)
 
-    def _as_text(self, batch: "_Batch", i: int, conversation: Conversation) -> list[int]:
+    def _tokenize_as_text(self, scenario: Scenario, key: str) -> list[int]:
+        """Prompt tokens in which only the template's own special tokens are such, not those in the scenario's text."""
+        tokenizer = copy.copy(self.tokenizer)
+        tokenizer.chat_control_tokens = self._special_tokens
+        options = {"add_generation_prompt": True, "return_dict": False, **self.chat_template_kwargs}
         try:
-            return encode_as_text(self.tokenizer, self._control_tokens, conversation, self.chat_template_kwargs)
+            ids = tokenizer.apply_chat_template(self._messages(scenario), sanitize_control_tokens=True, **options)
         except ValueError as error:
             raise DataError(
-                f"{batch.key}: the text of scenario '{batch.scenarios[i].id}' holds a control token that this tokenizer"
-                f" cannot write as plain text: {error}; remove it from the text, or set data.parse_special_tokens=true"
+                f"{key}: the text of scenario '{scenario.id}' holds a special token that this tokenizer cannot write as"
+                f" plain text: {error}; remove it from the text, or set data.parse_special_tokens=true"
             ) from error
+        return [int(i) for i in ids]
 
     @cached_property
     def _appends_eos(self) -> bool:
@@ -190,16 +202,14 @@ class PromptEncoder:
         without = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         return eos is not None and with_special[-1:] == [eos] and without[-1:] != [eos]
 
-    def _limit(self, scenarios: Sequence[Scenario], tokens: PackedTokens, key: str) -> EncodedPrompts:
-        lengths, limit = tokens.lengths, self.max_prompt_tokens
-        everything = list(range(len(tokens)))
-        overlong = [] if limit is None else (lengths > limit).nonzero()[0].tolist()
+    def _limit_lengths(self, scenarios: Sequence[Scenario], tokens: RaggedTokens, key: str) -> EncodedPrompts:
+        lengths, limit, everything = tokens.lengths, self.max_prompt_tokens, list(range(len(tokens)))
+        overlong = [] if limit is None else np.flatnonzero(lengths > limit).tolist()
         if limit is None or not overlong:
             return EncodedPrompts(tokens, everything)
         if self.overlong_prompts == "truncate_left":
-            return EncodedPrompts(
-                PackedTokens.pack([prompt[-limit:] for prompt in tokens]), everything, num_truncated=len(overlong)
-            )
+            cut = RaggedTokens.from_lists([prompt[-limit:] for prompt in tokens])
+            return EncodedPrompts(cut, everything, num_truncated=len(overlong))
         if self.overlong_prompts == "error":
             shown = ", ".join(f"{scenarios[i].id} ({lengths[i]})" for i in overlong[:_IDS_SHOWN])
             more = f" and {len(overlong) - _IDS_SHOWN} more" if len(overlong) > _IDS_SHOWN else ""
@@ -208,76 +218,22 @@ class PromptEncoder:
                 f" {shown}{more}; set data.max_prompt_tokens={lengths.max()}, or data.overlong_prompts to drop or"
                 " truncate_left"
             )
-        kept = (lengths <= limit).nonzero()[0].tolist()
+        kept = np.flatnonzero(lengths <= limit).tolist()
         if not kept:
             raise DataError(
                 f"{key}: data.max_prompt_tokens={limit} drops all {len(tokens)} prompts; the shortest has"
                 f" {lengths.min()} tokens"
             )
-        return EncodedPrompts(PackedTokens.pack([tokens[i] for i in kept]), kept, num_dropped=len(overlong))
+        return EncodedPrompts(RaggedTokens.from_lists([tokens[i] for i in kept]), kept, num_dropped=len(overlong))
 
 
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """Some scenarios with their prompts as text; `marked` has the conversations of those that hold control tokens."""
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Tokens that must not be read out of a text: the special ones, and those that the chat template writes.
 
-    key: str
-    scenarios: Sequence[Scenario]
-    texts: list[str]
-    marked: dict[int, Conversation]
-
-
-def _plain(conversation: Conversation) -> str:
-    return "\n\n".join(turn["content"] for turn in conversation)
-
-
-def _refusal(key: str, scenario: Scenario, conversation: Conversation, error: Exception) -> DataError:
-    has_system = conversation[0]["role"] == "system"
-    advice = (
-        "if it takes no system turn, leave out data.system_prompt and the scenarios' context; " if has_system else ""
-    )
-    return DataError(
-        f"{key}: the chat template refuses scenario '{scenario.id}' (roles:"
-        f" {', '.join(t['role'] for t in conversation)}): {error}; {advice}data.use_chat_template=false joins the turns"
-        " as plain text"
-    )
-
-
-# MERGED: Control tokens in a scenario's text: found, so that text never ends a turn, opens another or ends the sequence.
-#
-# A tokenizer reads `<|im_end|>` as one token wherever it stands, in a user's text as in the template's own.
-#
-
-
-def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """The tokenizer's special tokens, and other added tokens that its chat template writes (whitespace aside, which is
-    ordinary text).
+    The latter are added tokens that stand in the template's source; whitespace among them is ordinary text.
     """
     template = str(getattr(tokenizer, "chat_template", None) or "")
     added = tokenizer.added_tokens_decoder.values()
     return [
         t.content for t in added if t.content and (t.special or (not t.content.isspace() and t.content in template))
     ]
-
-
-def pattern_of(tokens: Sequence[str]) -> re.Pattern[str] | None:
-    """Finds any of the tokens in a text; None if there are none."""
-    longest_first = sorted(tokens, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-
-
-def encode_as_text(
-    tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str], conversation: Conversation, kwargs: Mapping[str, Any]
-) -> list[int]:
-    """Prompt tokens of a conversation whose contents hold some of `tokens`: these are spelt out there, but not in the
-    template's own text.
-
-    Raises:
-        ValueError: If the tokenizer has no other way to write such a token.
-    """
-    own = copy.copy(tokenizer)
-    own.chat_control_tokens = list(tokens)
-    ids = own.apply_chat_template(
-        conversation, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False, **kwargs
-    )
-    return [int(i) for i in ids]

@@ -1,21 +1,20 @@
-"""Token lists packed into one array, and reading without pauses: what a million rows need."""
+"""Many token lists in one array, and reading them without pauses: what a data set of a million rows needs."""
 
 import gc
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import overload
 
 import numpy as np
 
 
-class PackedTokens(Sequence[list[int]]):
-    """Lists of tokens in one int32 array: 4 bytes a token, where a list of Python integers takes ten times as much.
+class RaggedTokens:
+    """Token lists of different lengths in one int32 array: 4 bytes a token, a tenth of a list of Python integers.
 
     Args:
-        flat: All tokens, one list behind the other.
-        lengths: Tokens of each list.
+        flat: The tokens of all lists, one list after the other, int32.
+        lengths: Number of tokens of each list, int32.
     """
 
     __slots__ = ("_ends", "_flat", "lengths")
@@ -26,49 +25,37 @@ class PackedTokens(Sequence[list[int]]):
         self._ends = np.cumsum(lengths, dtype=np.int64)
 
     @classmethod
-    def pack(cls, lists: Sequence[Sequence[int]]) -> "PackedTokens":
+    def from_lists(cls, lists: Sequence[Sequence[int]]) -> "RaggedTokens":
         lengths = np.fromiter(map(len, lists), dtype=np.int32, count=len(lists))
         flat = np.fromiter(chain.from_iterable(lists), dtype=np.int32, count=int(lengths.sum()))
         return cls(flat, lengths)
 
     @classmethod
-    def concatenate(cls, parts: Sequence["PackedTokens"]) -> "PackedTokens":
-        if not parts:
-            return cls.pack([])
+    def concatenate(cls, parts: Iterable["RaggedTokens"]) -> "RaggedTokens":
+        parts = [cls.from_lists([]), *parts]
         return cls(np.concatenate([part._flat for part in parts]), np.concatenate([part.lengths for part in parts]))
 
     def digest(self) -> str:
-        """Equal for equal lists of tokens, and for no others."""
+        """A hash of the tokens: the same for the same lists, another for others."""
         return hashlib.sha256(self.lengths.tobytes() + self._flat.tobytes()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @overload
-    def __getitem__(self, index: int) -> list[int]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[list[int]]: ...
-    def __getitem__(self, index: int | slice) -> list[int] | list[list[int]]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> list[int]:
         end = int(self._ends[index])
         tokens: list[int] = self._flat[end - int(self.lengths[index]) : end].tolist()
         return tokens
 
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Sequence)
-            and len(self) == len(other)
-            and all(mine == theirs for mine, theirs in zip(self, other, strict=True))
-        )
-
-    __hash__ = None  # type: ignore[assignment]
+    def __iter__(self) -> Iterator[list[int]]:
+        return map(self.__getitem__, range(len(self)))
 
 
 @contextmanager
-def garbage_left_alone() -> Iterator[None]:
-    """No garbage collection in the block: it would walk through all rows again and again, which doubles the time they
-    take to read.
+def garbage_collection_paused() -> Iterator[None]:
+    """No garbage collection inside the block.
+
+    While many rows are read, the collector would walk through all of them again and again, which doubles the time.
     """
     was_enabled = gc.isenabled()
     gc.disable()

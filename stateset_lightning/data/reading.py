@@ -8,7 +8,7 @@ read at all is a `DataError` at once. Nothing in a file is executed: no pickle, 
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ Readings = Iterator[RawRow | Problem]
 
 
 def read_file(path: Path) -> tuple[list[RawRow], list[Problem]]:
-    """All rows of a file whose suffix is a key of `READERS`, and the problems of those that could not be read.
+    """All rows of a file whose suffix is a key of `READERS`, and the problems of those that cannot be read.
 
     Raises:
         DataError: If the file as a whole cannot be read: missing, a directory, not UTF-8, empty, without rows,
@@ -54,22 +54,20 @@ def read_file(path: Path) -> tuple[list[RawRow], list[Problem]]:
         raise DataError(
             f"{path}: unknown suffix '{path.suffix}'; scenarios are read from {', '.join([*READERS, '.parquet'])}"
         )
-    rows: list[RawRow] = []
-    problems: list[Problem] = []
-    for reading in reader(path, _read_text(path)):
-        if isinstance(reading, RawRow):
-            rows.append(reading)
-        else:
-            problems.append(reading)
+    rows, problems = separate(reader(path, _read_text(path)))
     if not rows and not problems:
         raise DataError(f"{path}: the file has no rows; give at least one scenario")
     return rows, problems
 
 
+def separate(readings: Iterable[RawRow | Problem]) -> tuple[list[RawRow], list[Problem]]:
+    """The rows, and the problems of those that cannot be read."""
+    readings = list(readings)
+    return [r for r in readings if isinstance(r, RawRow)], [r for r in readings if isinstance(r, Problem)]
+
+
 def raise_problems(key: str, problems: Sequence[Problem]) -> None:
-    """Raise a `DataError` that lists the problems of the split `key` (the first 20, and how many more), if there are
-    any.
-    """
+    """Raises a `DataError` that lists the problems of the split `key` (the first 20, and how many more), if any."""
     if not problems:
         return
     shown = [f"  {problem.place}: {problem.reason}" for problem in problems[:MAX_PROBLEMS_SHOWN]]
@@ -89,6 +87,14 @@ def rows_of(items: Sequence[Any], prefix: str) -> Readings:
             yield Problem(place, f"column names must be strings, not {unnamed[0]!r}; put it in quotes")
         else:
             yield RawRow(item, place, number)
+
+
+def kind(value: object) -> str:
+    """What a value read from a file is, in words that need no Python."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return "a number"
+    names = {dict: "a mapping", list: "a list", str: "text", bool: "true/false", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
 
 
 def _read_text(path: Path) -> str:
@@ -118,11 +124,8 @@ def _read_jsonl(path: Path, text: str) -> Readings:
         place = f"{path}:{line_number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            yield Problem(place, f"malformed JSON at column {error.colno}: {error.msg}")
-            continue
-        except (ValueError, RecursionError) as error:  # an integer of thousands of digits, or nesting as deep
-            yield Problem(place, f"malformed JSON: {error}")
+        except (ValueError, RecursionError) as error:
+            yield Problem(place, _json_reason(error))
             continue
         if isinstance(row, dict):
             yield RawRow(row, place, number)
@@ -130,15 +133,20 @@ def _read_jsonl(path: Path, text: str) -> Readings:
             yield Problem(place, f"a row must be a JSON object, not {kind(row)}")
 
 
+def _json_reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"malformed JSON at column {error.colno}: {error.msg}"
+    return f"malformed JSON: {error}"  # an integer of thousands of digits, or lists nested thousands deep
+
+
 def _read_json(path: Path, text: str) -> Readings:
     try:
         items = json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = "; for one JSON object per line, name the file .jsonl" if error.msg == "Extra data" else ""
-        raise DataError(f"{path}:{error.lineno}: malformed JSON at column {error.colno}: {error.msg}{hint}") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: malformed JSON: {error}") from error
-    return rows_of(_as_list(path, items), str(path))
+        place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else path
+        hint = "; for one JSON object per line, name the file .jsonl" if "Extra data" in str(error) else ""
+        raise DataError(f"{place}: {_json_reason(error)}{hint}") from error
+    return _rows_of_list(path, items)
 
 
 def _read_yaml(path: Path, text: str) -> Readings:
@@ -150,7 +158,14 @@ def _read_yaml(path: Path, text: str) -> Readings:
         raise DataError(f"{path}:{line}: malformed YAML: {error.problem}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-13-40
         raise DataError(f"{path}: malformed YAML: {error}") from error
-    return rows_of(_as_list(path, items), str(path))
+    return _rows_of_list(path, items)
+
+
+def _rows_of_list(path: Path, items: object) -> Readings:
+    if not isinstance(items, list):
+        keys = f" with the keys {', '.join(map(str, list(items)[:5]))}" if isinstance(items, dict) else ""
+        raise DataError(f"{path}: must hold a list of rows, not {kind(items)}{keys}")
+    return rows_of(items, str(path))
 
 
 def _read_csv(path: Path, text: str) -> Readings:
@@ -167,56 +182,28 @@ def _csv_rows(path: Path, text: str) -> Readings:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
     number = last_line = 0
-    while True:
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:  # the reader cannot find the next row's start
-            yield Problem(f"{path}:{last_line + 1}", f"malformed CSV: {error}; no row after it was read")
-            return
-        if cells is None:
-            return
-        # A quoted cell may span lines: the row starts where the last one ended, and the reader stands at its end.
-        place, last_line = f"{path}:{last_line + 1}", reader.line_num
-        if not cells:  # a blank line
-            continue
-        if header is None:
-            header = cells
-            _check_header(path, header)
-            continue
-        number += 1
-        if len(cells) == len(header):
-            yield RawRow(dict(zip(header, cells, strict=True)), place, number)
-        else:
-            hint = "; put cells that contain commas in quotes" if len(cells) > len(header) else ""
-            yield Problem(place, f"{len(cells)} cells, but the header has {len(header)} ({', '.join(header)}){hint}")
+    try:
+        for cells in reader:
+            # A quoted cell may span lines: the row starts after the last one's end, and the reader is at its end.
+            place, last_line = f"{path}:{last_line + 1}", reader.line_num
+            if not cells:  # a blank line
+                continue
+            if header is None:
+                header = cells
+                if twice := sorted({name for name in header if header.count(name) > 1}):
+                    raise DataError(f"{path}: the header names the column '{twice[0]}' twice; rename one of them")
+                continue
+            number += 1
+            if len(cells) == len(header):
+                yield RawRow(dict(zip(header, cells, strict=True)), place, number)
+            else:
+                hint = "; put cells that contain commas in quotes" if len(cells) > len(header) else ""
+                yield Problem(
+                    place, f"{len(cells)} cells, but the header has {len(header)} ({', '.join(header)}){hint}"
+                )
+    except csv.Error as error:  # the reader cannot find the start of the next row
+        yield Problem(f"{path}:{last_line + 1}", f"malformed CSV: {error}; no row after it was read")
 
 
-def _check_header(path: Path, header: list[str]) -> None:
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        raise DataError(f"{path}: the header names the column '{twice[0]}' twice; rename one of them")
-
-
-def _as_list(path: Path, items: object) -> list[Any]:
-    if isinstance(items, list):
-        return items
-    keys = f" with the keys {', '.join(map(str, list(items)[:5]))}" if isinstance(items, dict) else ""
-    raise DataError(f"{path}: must hold a list of rows, not {kind(items)}{keys}")
-
-
-def kind(value: object) -> str:
-    """What a value read from a file is, in words that need no Python."""
-    names = {
-        dict: "a mapping",
-        list: "a list",
-        str: "text",
-        bool: "true/false",
-        int: "a number",
-        float: "a number",
-        type(None): "null",
-    }
-    return names.get(type(value), type(value).__name__)
-
-
+# How files are read, by suffix.
 READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".yaml": _read_yaml, ".yml": _read_yaml}
-"""How files are read, by suffix."""

@@ -1,14 +1,13 @@
 """Raw rows -> checked scenarios.
 
-A row asks its question in one of three forms: `prompt` (text), `messages` (a conversation whose last turn is the
-user's; TRL's data sets call it `prompt` too), or `user_responses` (several texts, each of which becomes a scenario of
-its own). `fields` maps our names to the file's columns; the file's own columns stay available to rewards under their
-own names.
+A row has its prompt in one of three forms: `prompt` (text), `messages` (a conversation that ends with a turn of the
+user; TRL's data sets call it `prompt` too), or `user_responses` (several texts, each of which becomes a scenario of its
+own). `fields` maps our names to the file's columns. Rewards see all columns of the file under their own names, too.
 """
 
 import datetime
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args, get_type_hints
 
 from stateset_lightning.data.reading import Problem, RawRow, kind
@@ -21,15 +20,15 @@ _LIKELY_QUESTIONS = ("question", "text", "query", "input", "instruction", "probl
 
 
 class _BadRow(Exception):
-    """Why a row is no scenario; becomes a `Problem` with the row's place."""
+    """Why a row cannot be a scenario; becomes a `Problem` with the row's place."""
 
 
 def check_columns(rows: Sequence[RawRow], fields: Mapping[str, str], origin: str) -> None:
-    """Check that the rows of `origin` (a file, say) have the columns that `fields` names, and a question.
+    """Checks that the rows of `origin` (a file, say) have the columns that `fields` names, and one with a prompt.
 
     Raises:
-        DataError: If a column is in none of the rows. It names those that there are. A column that only some rows lack
-            is reported with these rows, by `to_scenarios`.
+        DataError: If none of the rows has such a column; it names the columns that there are. A column that only some
+            rows lack is reported with these rows, by `to_scenarios`.
     """
     present = list(dict.fromkeys(name for row in rows for name in row.columns))
     has = f"it has: {', '.join(present) or 'none'}"
@@ -47,7 +46,7 @@ def check_columns(rows: Sequence[RawRow], fields: Mapping[str, str], origin: str
 def to_scenarios(
     rows: Sequence[RawRow], fields: Mapping[str, str], label: str, rewards: Sequence[str] | None = None
 ) -> tuple[list[tuple[Scenario, str]], list[Problem]]:
-    """The scenarios of the rows, each with its place, and the problems of the rows that are none.
+    """The scenarios of the rows, each with its place, and the problems of the rows that cannot be used.
 
     Args:
         rows: Rows of one file or list.
@@ -65,9 +64,7 @@ def to_scenarios(
     return scenarios, problems
 
 
-def _row_scenarios(
-    row: RawRow, fields: Mapping[str, str], label: str, rewards: Sequence[str] | None
-) -> Iterator[Scenario]:
+def _row_scenarios(row: RawRow, fields: Mapping[str, str], label: str, rewards: Sequence[str] | None) -> list[Scenario]:
     columns = _renamed(row.columns, fields)
     columns["id"] = _checked_id(columns.get("id"), f"{label}:{row.number}")
     for name in ("context", "topic"):
@@ -79,18 +76,15 @@ def _row_scenarios(
     if len(given) != 1:
         found = " and ".join(f"'{name}'" for name in given) or "none of them"
         raise _BadRow(f"needs exactly one of 'prompt', 'messages' and 'user_responses', but has {found}")
-    if given == ["user_responses"]:
-        prompts = _checked_texts("user_responses", columns.pop("user_responses"))
-        return (
-            Scenario.model_validate({**columns, "id": f"{columns['id']}/{i}", "prompt": text})
-            for i, text in enumerate(prompts)
-        )
-    columns.pop("user_responses", None)
+    responses = columns.pop("user_responses", None)
+    if responses is not None:
+        prompts = enumerate(_checked_texts("user_responses", responses))
+        return [Scenario.model_validate({**columns, "id": f"{columns['id']}/{i}", "prompt": p}) for i, p in prompts]
     if given == ["messages"]:
         columns["messages"] = _checked_messages(columns["messages"])
     else:
         columns["prompt"] = _checked_text("the prompt", columns["prompt"])
-    return iter([Scenario.model_validate(columns)])
+    return [Scenario.model_validate(columns)]
 
 
 def _renamed(columns: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
@@ -140,7 +134,7 @@ def _checked_texts(name: str, value: object) -> list[str]:
 
 
 def _checked_rewards(value: object) -> list[str]:
-    # The column is reserved: it says which reward functions score the row.
+    # The name of this column is reserved: it says which reward functions score the row.
     names = _checked_texts("rewards", value)
     if len(set(names)) < len(names):
         raise _BadRow(f"'rewards' names a reward twice: {', '.join(names)}")
@@ -161,13 +155,11 @@ def _checked_messages(value: object) -> tuple[Turn, ...]:
 
 def _checked_turn(number: int, message: object) -> Turn:
     if isinstance(message, Turn):
-        message = {"role": message.role, "content": message.content}
+        message = dict(message)
     if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-        found = (
-            f"a mapping with {', '.join(map(str, message)) or 'nothing'}"
-            if isinstance(message, Mapping)
-            else kind(message)
-        )
+        found = kind(message)
+        if isinstance(message, Mapping):
+            found = f"a mapping with {', '.join(map(str, message)) or 'nothing'}"
         raise _BadRow(f"message {number} must have 'role' and 'content' and nothing else, but is {found}")
     role, content = message["role"], message["content"]
     if role not in ROLES:
@@ -179,6 +171,6 @@ def _checked_turn(number: int, message: object) -> Turn:
 
 
 def _shown(value: object, width: int = 40) -> str:
-    # Not repr(): of YAML that refers to itself again and again it has no end.
+    # Not repr(), which never ends for YAML whose anchors repeat each other again and again.
     text = reprlib.repr(value)
     return text if len(text) <= width else text[:width] + "..."

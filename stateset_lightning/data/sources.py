@@ -1,7 +1,7 @@
 """What `data.train` and its like say -> the scenarios of a split, and which source each one comes from.
 
-A split is a path, a glob, a hub id, a list of rows, or a list of sources. Weighted sources are mixed by the loader;
-here they are only read.
+A split is a path, a glob, a hub id, a list of rows, or a list of sources. Here the sources are read; the loader mixes
+them by their weights.
 """
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
@@ -17,8 +17,8 @@ from typing import Annotated, Any
 from annotated_types import Ge, Gt, Le
 
 from stateset_lightning.data.hub import is_hub_id, read_hub, read_parquet
-from stateset_lightning.data.ragged import garbage_left_alone
-from stateset_lightning.data.reading import READERS, Problem, RawRow, raise_problems, read_file, rows_of
+from stateset_lightning.data.ragged import garbage_collection_paused
+from stateset_lightning.data.reading import READERS, Problem, RawRow, raise_problems, read_file, rows_of, separate
 from stateset_lightning.data.reasoning_gym import MAX_SEED, MAX_SIZE, read_task
 from stateset_lightning.data.scenarios import QUESTION_COLUMNS, check_columns, to_scenarios
 from stateset_lightning.errors import ConfigError, DataError, check_bounds
@@ -89,8 +89,13 @@ class ScenarioSet:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """The rows of one file or list."""
+class _RowList:
+    """The rows of one file or list.
+
+    Args:
+        origin: What messages call it.
+        stem: Begins the ids of its rows; `path` does where two have the same stem and the source has no name.
+    """
 
     rows: list[RawRow]
     problems: list[Problem]
@@ -104,7 +109,7 @@ SplitSpec = str | os.PathLike[str] | Sequence[Source | Mapping[str, Any]]
 
 
 def read_split(spec: SplitSpec, split: str, data_fields: Mapping[str, str] | None = None) -> ScenarioSet:
-    """Read and check all scenarios of a split.
+    """Reads and checks all scenarios of a split.
 
     Args:
         spec: A path, glob or hub id, a list of rows, or a list of sources.
@@ -113,40 +118,34 @@ def read_split(spec: SplitSpec, split: str, data_fields: Mapping[str, str] | Non
 
     Raises:
         ConfigError: If `spec` or a source is none of these.
-        DataError: If a file cannot be read, or rows are no scenarios: all of them are listed.
+        DataError: If a file cannot be read, or rows cannot be used: all of them are listed.
     """
-    with garbage_left_alone():
-        return _read_split(spec, f"data.{split}", split, data_fields)
-
-
-def _read_split(spec: SplitSpec, key: str, split: str, data_fields: Mapping[str, str] | None) -> ScenarioSet:
+    key = f"data.{split}"
     sources = _as_sources(spec, key)
-    parts = [
-        (index, part) for index, source in enumerate(sources) for part in _parts(source, index, len(sources), split)
-    ]
-    stems = Counter(part.stem for _, part in parts)
-    checked: list[tuple[Scenario, str]] = []
-    source_of: list[int] = []
-    problems: list[Problem] = []
-    for index, part in parts:
-        source = sources[index]
-        names = {} if source.reasoning_gym else (data_fields if source.fields is None else source.fields) or {}
-        if part.rows:
-            check_columns(part.rows, names, part.origin)
-        label = part.stem if stems[part.stem] == 1 else source.name or part.path
-        scenarios, bad = to_scenarios(part.rows, names, label, source.rewards)
-        checked += scenarios
-        source_of += [index] * len(scenarios)
-        problems += [*part.problems, *bad]
-    raise_problems(key, [*problems, *_repeated_ids(checked)])
+    with garbage_collection_paused():
+        lists = [(i, rows) for i, source in enumerate(sources) for rows in _row_lists(source, i, len(sources), split)]
+        stems = Counter(rows.stem for _, rows in lists)
+        checked: list[tuple[Scenario, str]] = []
+        source_of: list[int] = []
+        problems: list[Problem] = []
+        for index, part in lists:
+            source = sources[index]
+            names = {} if source.reasoning_gym else (data_fields if source.fields is None else source.fields) or {}
+            if part.rows:
+                check_columns(part.rows, names, part.origin)
+            label = part.stem if stems[part.stem] == 1 else source.name or part.path
+            scenarios, bad = to_scenarios(part.rows, names, label, source.rewards)
+            checked += scenarios
+            source_of += [index] * len(scenarios)
+            problems += [*part.problems, *bad]
+        raise_problems(key, [*problems, *_repeated_ids(checked)])
     weights = None if sources[0].weight is None else [source.weight or 0.0 for source in sources]
-    return ScenarioSet(
-        [scenario for scenario, _ in checked], source_of, [_name(s, i, key) for i, s in enumerate(sources)], weights
-    )
+    source_names = [s.name or s.path or s.reasoning_gym or f"{key} item {i}" for i, s in enumerate(sources, start=1)]
+    return ScenarioSet([scenario for scenario, _ in checked], source_of, source_names, weights)
 
 
 def _as_sources(spec: SplitSpec, key: str) -> list[Source]:
-    """The sources that a split's value stands for. A mapping without any of _ORIGINS, or with a question, is a row."""
+    """The sources that a split's value stands for. A mapping without any of _ORIGINS, or with a prompt, is a row."""
     if isinstance(spec, str | os.PathLike):
         return [Source(path=os.fspath(spec))]
     if not isinstance(spec, Sequence):
@@ -158,7 +157,7 @@ def _as_sources(spec: SplitSpec, key: str) -> list[Source]:
     items: list[Any] = list(spec)
     are_sources = [isinstance(item, Source) or (isinstance(item, Mapping) and _is_source(item)) for item in items]
     if not any(are_sources):
-        # others are reported as rows
+        # What is no mapping is reported with the bad rows.
         return [Source(rows=[dict(item) if isinstance(item, Mapping) else item for item in items])]
     if not all(are_sources):
         position = are_sources.index(False) + 1
@@ -166,11 +165,7 @@ def _as_sources(spec: SplitSpec, key: str) -> list[Source]:
             f"{key} mixes sources and rows: item {position} has none of {', '.join(_ORIGINS)}; put rows into a source's"
             " 'rows'"
         )
-    sources = [
-        item if isinstance(item, Source) else _source(item, f"{key} item {i}") for i, item in enumerate(items, start=1)
-    ]
-    for i, source in enumerate(sources, start=1):
-        _check_source(source, f"{key} item {i}")
+    sources = [_checked_source(item, f"{key} item {i}") for i, item in enumerate(items, start=1)]
     if len({source.weight is None for source in sources}) > 1:
         raise ConfigError(f"{key}: some sources have a weight and some have none; give all of them one, or none")
     return sources
@@ -180,14 +175,11 @@ def _is_source(item: Mapping[str, Any]) -> bool:
     return any(name in item for name in _ORIGINS) and not any(name in item for name in QUESTION_COLUMNS)
 
 
-def _source(item: Mapping[str, Any], place: str) -> Source:
+def _checked_source(item: Source | Mapping[str, Any], place: str) -> Source:
     known = [field.name for field in fields(Source)]
-    if unknown := [name for name in item if name not in known]:
+    if not isinstance(item, Source) and (unknown := [name for name in item if name not in known]):
         raise ConfigError(f"{place}: a source has no key '{unknown[0]}'; its keys are {', '.join(known)}")
-    return Source(**item)
-
-
-def _check_source(source: Source, place: str) -> None:
+    source = item if isinstance(item, Source) else Source(**item)
     given = [name for name in _ORIGINS if getattr(source, name) is not None]
     if len(given) != 1:
         raise ConfigError(
@@ -202,49 +194,44 @@ def _check_source(source: Source, place: str) -> None:
                 " fields"
             )
         check_bounds(place, Source, {"size": source.size, "seed": source.seed})
-    if source.path is not None and not isinstance(source.path, str | os.PathLike):
+    if not isinstance(source.path, str | os.PathLike | None):
         raise ConfigError(f"{place}: path={source.path!r} must be text")
-    if source.rows is not None and not isinstance(source.rows, list):
+    if not isinstance(source.rows, list | None):
         raise ConfigError(f"{place}: rows must be a list of scenarios, not {type(source.rows).__name__}")
-    if source.weight is not None and not (isinstance(source.weight, int | float) and 0 < source.weight < float("inf")):
-        raise ConfigError(
-            f"{place}: weight={source.weight!r} must be a number above 0; leave the source out to ignore it"
-        )
-    if source.rewards is not None and not (
-        isinstance(source.rewards, list) and all(isinstance(n, str) for n in source.rewards)
-    ):
-        raise ConfigError(f"{place}: rewards={source.rewards!r} must be a list of reward names")
-    if source.fields is not None and not isinstance(source.fields, dict):
+    weight, rewards = source.weight, source.rewards
+    if weight is not None and not (isinstance(weight, int | float) and 0 < weight < float("inf")):
+        raise ConfigError(f"{place}: weight={weight!r} must be a number above 0; leave the source out to ignore it")
+    if not isinstance(rewards, list | None) or not all(isinstance(name, str) for name in rewards or []):
+        raise ConfigError(f"{place}: rewards={rewards!r} must be a list of reward names")
+    if not isinstance(source.fields, dict | None):
         raise ConfigError(
             f"{place}: fields={source.fields!r} must map our names to the source's columns, for example prompt:"
             " question"
         )
+    return source
 
 
-def _parts(source: Source, index: int, num_sources: int, split: str) -> Iterator[_Part]:
+def _row_lists(source: Source, index: int, num_sources: int, split: str) -> Iterator[_RowList]:
     """The files or the list of rows that a source stands for."""
+    place = f"data.{split} item {index + 1}"
     if source.rows is not None:
-        origin = f"data.{split}" if num_sources == 1 else f"data.{split} item {index + 1} rows"
+        origin = f"data.{split}" if num_sources == 1 else f"{place} rows"
         stem = source.name or (split if num_sources == 1 else f"{split}.{index + 1}")
         if not source.rows:
             raise DataError(f"{origin} has no rows; give at least one scenario")
-        readings = list(rows_of(source.rows, origin))
-        rows = [reading for reading in readings if isinstance(reading, RawRow)]
-        yield _Part(rows, [reading for reading in readings if isinstance(reading, Problem)], origin, stem, stem)
-        return
-    if source.reasoning_gym is not None:
+        yield _RowList(*separate(rows_of(source.rows, origin)), origin, stem, stem)
+    elif source.reasoning_gym is not None:
         stem = source.name or f"{source.reasoning_gym}.{source.seed}"
-        rows = read_task(
-            source.reasoning_gym, source.size or 0, source.seed, source.options or {}, f"data.{split} item {index + 1}"
-        )
-        yield _Part(rows, [], stem, stem, f"{stem}.{index + 1}")
-        return
-    path = os.fspath(source.path or "")
-    for file in _files(path, f"data.{split}"):
-        rows, problems = (read_parquet(file), []) if file.suffix.lower() == ".parquet" else read_file(file)
-        yield _Part(rows, problems, str(file), file.stem, str(file.with_suffix("")))
-    if not _is_local(path):
-        yield _Part(read_hub(path, split), [], path, path, path)
+        rows = read_task(source.reasoning_gym, source.size or 0, source.seed, source.options or {}, place)
+        yield _RowList(rows, [], stem, stem, f"{stem}.{index + 1}")
+    else:
+        path = os.fspath(source.path or "")
+        files = _files(path, f"data.{split}")
+        for file in files:
+            rows, problems = (read_parquet(file), []) if file.suffix.lower() == ".parquet" else read_file(file)
+            yield _RowList(rows, problems, str(file), file.stem, str(file.with_suffix("")))
+        if not files:
+            yield _RowList(read_hub(path, split), [], path, path, path)
 
 
 def _files(path: str, key: str) -> list[Path]:
@@ -252,26 +239,17 @@ def _files(path: str, key: str) -> list[Path]:
     expanded = os.path.expanduser(path)
     if os.path.exists(expanded):
         return [Path(expanded)]
+    here = f"paths are relative to {os.getcwd()}"
     if glob.has_magic(expanded):
         found = sorted(name for name in glob.glob(expanded, recursive=True) if os.path.isfile(name))
         if not found:
-            raise DataError(f"{key}={path}: no file matches; paths are relative to {os.getcwd()}")
+            raise DataError(f"{key}={path}: no file matches; {here}")
         return [Path(name) for name in found]
-    if _is_local(path):
-        raise DataError(
-            f"{key}={path}: there is no such file, and it does not look like a hub id (owner/name); paths are relative"
-            f" to {os.getcwd()}"
-        )
+    # `data/train.jsonl` has the form of a hub id, but one of our suffixes, or begins with a folder that is here.
+    is_ours = os.path.splitext(path)[1].lower() in (*READERS, ".parquet") or os.path.isdir(path.split("/")[0])
+    if is_ours or not is_hub_id(path):
+        raise DataError(f"{key}={path}: there is no such file, and it does not look like a hub id (owner/name); {here}")
     return []
-
-
-def _is_local(path: str) -> bool:
-    """Whether `path` means files. `data/train.jsonl` has the form of a hub id, but a suffix of ours or a folder that is
-    here.
-    """
-    if os.path.exists(os.path.expanduser(path)) or glob.has_magic(path) or not is_hub_id(path):
-        return True
-    return os.path.splitext(path)[1].lower() in (*READERS, ".parquet") or os.path.isdir(path.split("/")[0])
 
 
 def _repeated_ids(checked: Sequence[tuple[Scenario, str]]) -> Iterator[Problem]:
@@ -285,20 +263,16 @@ def _repeated_ids(checked: Sequence[tuple[Scenario, str]]) -> Iterator[Problem]:
             first[scenario.id] = place
 
 
-def _name(source: Source, index: int, key: str) -> str:
-    return source.name or source.path or source.reasoning_gym or f"{key} item {index + 1}"
-
-
-# MERGED: Hold out a fraction of the training scenarios for validation.
+# Validation held out of the training scenarios ------------------------------------------------------------------------
 
 
 def hold_out(scenarios: ScenarioSet, fraction: float, seed: int) -> tuple[ScenarioSet, ScenarioSet]:
-    """Split into (training, validation); equal for equal seeds.
+    """Splits into (training, validation); the same for the same seed.
 
-    Scenarios that ask the same question stay on one side, so that validation never asks what was trained on.
+    Scenarios with the same question stay on one side, so that validation never asks what was trained on.
 
     Args:
-        scenarios: At least two different questions.
+        scenarios: With at least two different questions.
         fraction: Fraction of the scenarios to hold out; at least one is, and one question stays.
         seed: The run's seed.
 
@@ -320,11 +294,10 @@ def hold_out(scenarios: ScenarioSet, fraction: float, seed: int) -> tuple[Scenar
         if len(held) >= wanted:
             break
         held.update(members[group])
-    everything = range(len(scenarios))
-    return scenarios.select([i for i in everything if i not in held]), scenarios.select(sorted(held))
+    rest = [i for i in range(len(scenarios)) if i not in held]
+    return scenarios.select(rest), scenarios.select(sorted(held))
 
 
 def _question(scenario: Scenario) -> tuple[tuple[str, str], ...]:
     """What is asked, without instructions: the turns that are not the system's."""
-    turns = scenario.messages or scenario.turns()
-    return tuple((turn.role, turn.content) for turn in turns if turn.role != "system")
+    return tuple((turn.role, turn.content) for turn in scenario.turns() if turn.role != "system")

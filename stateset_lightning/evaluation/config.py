@@ -16,26 +16,25 @@ from stateset_lightning.rollout import RolloutConfig
 @bounded("model.evaluation")
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How `validate`, `test` and the validations of `fit` evaluate: one greedy completion per prompt, and samples if
-    asked for.
+    """How `validate`, `test` and the validations of `fit` evaluate: one greedy completion per prompt, and samples.
+
+    Args:
+        samples: Completions sampled per prompt beside the greedy one, for pass@k, pass^k, avg@k and majority@k. 0: the
+            greedy one alone.
+        temperature: Of these samples. None: that of training.
+        top_p: Of these samples. None: that of training.
+        solved_at: Score from which on a completion counts as solved.
+        solved_by: Name of the reward whose score that is. None: the total.
+        answer_pattern: Regular expression for majority@k: the first group (or all) of its last match is a completion's
+            answer. None: the whole text.
     """
 
     samples: Annotated[int, Ge(0)] = 0
-    """Completions sampled per prompt beside the greedy one, for pass@k, pass^k, avg@k and majority@k. 0: the greedy one
-    alone.
-    """
     temperature: Annotated[float, Gt(0)] | None = None
-    """Of these samples. None: that of training."""
     top_p: Annotated[float, Gt(0), Le(1)] | None = None
-    """Of these samples. None: that of training."""
     solved_at: float = 1.0
-    """Score from which on a completion counts as solved."""
     solved_by: str | None = None
-    """Name of the reward whose score that is. None: the total."""
     answer_pattern: str | None = None
-    """Regular expression for majority@k: the first group (or all) of its last match is a completion's answer. None: the
-    whole text.
-    """
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.solved_at):
@@ -48,7 +47,7 @@ class EvaluationConfig:
             ) from error
 
     def check_rewards(self, names: Sequence[str]) -> None:
-        """Raise ConfigError if `solved_by` is none of the rewards."""
+        """Raises ConfigError if `solved_by` is none of the rewards."""
         if self.solved_by is not None and self.solved_by not in names:
             raise ConfigError(
                 f"model.evaluation.solved_by={self.solved_by!r} is no reward of model.reward; they are"
@@ -62,16 +61,11 @@ class EvaluationConfig:
     @property
     def ks(self) -> list[int]:
         """The k of pass@k: powers of two below `samples`, and `samples`."""
-        return (
-            sorted({2**i for i in range(self.samples.bit_length()) if 2**i < self.samples} | {self.samples})
-            if self.samples
-            else []
-        )
+        powers = {2**i for i in range(self.samples.bit_length())}
+        return sorted(powers | {self.samples}) if self.samples else []
 
     def answer(self, text: str) -> str | None:
-        """What a completion votes for, runs of white space as one space; None, no vote, where the pattern is not
-        found.
-        """
+        """What a completion votes for, with runs of white space as one space; None, no vote, without a match."""
         if self.answer_pattern is not None:
             matches = list(re.finditer(self.answer_pattern, text))
             if not matches:

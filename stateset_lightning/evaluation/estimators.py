@@ -1,22 +1,20 @@
-"""Estimates from several samples of a prompt, and how far a mean over prompts can be trusted. Plain numbers, no
-torch.
-"""
+"""Estimates from several samples of a prompt, and how far a mean over prompts can be trusted. No torch."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Sequence
+from statistics import stdev
 
 Z95 = 1.959963984540054
 """Quantile of the normal distribution that leaves 2.5% above."""
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that k of n samples, c of which are right, hold a right one: 1 - C(n - c, k) / C(n, k) (arXiv:2107.03374,
-    unbiased).
+    """pass@k, the chance that k of n samples, c of which are right, hold a right one: 1 - C(n - c, k) / C(n, k).
 
-    NaN if there are fewer than k samples.
+    arXiv:2107.03374, unbiased. NaN if there are fewer than k samples.
 
     Example:
         >>> pass_at_k(4, 1, 2)
@@ -26,8 +24,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def pass_hat_k(n: int, c: int, k: int) -> float:
-    """pass^k, the chance that all k of n samples are right: C(c, k) / C(n, k) (arXiv:2406.12045, unbiased). NaN if n <
-    k.
+    """pass^k, the chance that all k of n samples are right: C(c, k) / C(n, k) (arXiv:2406.12045, unbiased).
+
+    NaN if there are fewer than k samples.
     """
     return math.comb(c, k) / math.comb(n, k) if n >= k else math.nan
 
@@ -46,24 +45,20 @@ def majority(answers: Sequence[str | None], solved: Sequence[bool]) -> float:
     if not votes:
         return 0.0
     most = max(votes.values())
-    tied = {answer for answer, count in votes.items() if count == most}
     # All tied answers have the same number of votes, so the mean of their shares is the share among their completions.
-    right = [ok for answer, ok in zip(answers, solved, strict=True) if answer in tied]
+    right = [ok for answer, ok in zip(answers, solved, strict=True) if answer is not None and votes[answer] == most]
     return sum(right) / len(right)
 
 
 def half_width(values: Sequence[float]) -> float:
     """Half the width of a mean's 95% interval, by the normal approximation; NaN for fewer than two values."""
-    n = len(values)
-    if n < 2:
-        return math.nan
-    mean = math.fsum(values) / n
-    return Z95 * math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    return Z95 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share of n prompts (Wilson 1927, doi:10.1080/01621459.1927.10502953): also right near
-    0 and 1.
+    """Wilson's 95% interval of a share of n prompts, which also holds near 0 and 1.
+
+    Wilson 1927, doi:10.1080/01621459.1927.10502953.
     """
     centre = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     reach = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n * n))

@@ -1,16 +1,16 @@
-"""The model: loading, adapters, packed shared-prefix scoring, chunked log-probabilities, learning-rate schedules."""
+"""The model scores tokens: loading, adapters, each prompt computed once per group, log-probs chunk by chunk."""
 
 from stateset_lightning.policy.config import LoadingOptions, LoRAConfig, PolicyConfig
 from stateset_lightning.policy.loading import (
-    context_length,
-    end_of_sequence_ids,
+    AdapterReference,
+    check_complete,
     load_model,
     load_tokenizer,
+    loading_errors,
+    make_reference,
     resolve_model_name,
 )
-from stateset_lightning.policy.lora import save_adapter
-from stateset_lightning.policy.policy import Group, Policy
-from stateset_lightning.policy.reference import AdapterReference, make_reference
+from stateset_lightning.policy.policy import Group, Policy, context_length, end_of_sequence_ids, save_adapter
 
 __all__ = [
     "AdapterReference",
@@ -19,10 +19,12 @@ __all__ = [
     "LoadingOptions",
     "Policy",
     "PolicyConfig",
+    "check_complete",
     "context_length",
     "end_of_sequence_ids",
     "load_model",
     "load_tokenizer",
+    "loading_errors",
     "make_reference",
     "resolve_model_name",
     "save_adapter",

@@ -1,8 +1,8 @@
-"""Log-probs and entropies of completion tokens from hidden states, without ever holding all logits.
+"""Log-probs and entropies of sampled tokens from hidden states, without ever holding all logits.
 
 The last linear layer is applied to a chunk of tokens at a time and recomputed in the backward pass, so memory does not
-grow with tokens x vocabulary. Softmax is float32 whatever the model's dtype. Letters: T completion tokens, H hidden
-size, V vocabulary.
+grow with tokens x vocabulary. Softmax is float32 whatever the model's dtype. Letters: T sampled tokens, H hidden size,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,8 +18,12 @@ CHUNK_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """temperature divides the logits; `softcap` c bounds them as c tanh(x / c) before that; `chunk_tokens` at a
-    time.
+    """How hidden states become log-probs.
+
+    Args:
+        temperature: Divides the logits.
+        softcap: A bound c of the logits, as c tanh(x / c), applied before the temperature.
+        chunk_tokens: Tokens whose logits exist at a time. None: as many as fit in `CHUNK_BYTES`, at least 16.
     """
 
     temperature: float = 1.0
@@ -35,10 +39,8 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy of each distribution (both in nats, float32 [T]), differentiable."""
     with torch.autocast(hidden_TH.device.type, enabled=False):
-        logprobs_T, entropies_T = _ChunkedHead.apply(
-            hidden_TH.to(weight_VH.dtype), weight_VH, bias_V, targets_T, options
-        )
-    return logprobs_T, entropies_T
+        hidden_TH = hidden_TH.to(weight_VH.dtype)
+        return _ChunkedHead.apply(hidden_TH, weight_VH, bias_V, targets_T, options)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> Tensor:
@@ -49,7 +51,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOp
 
 
 class _ChunkedHead(torch.autograd.Function):
-    """Keeps the hidden states and two numbers per token; logits come back chunk by chunk in `backward`."""
+    """Keeps the hidden states and two numbers per token; `backward` computes the logits again, chunk by chunk."""
 
     @staticmethod
     def forward(
@@ -69,10 +71,9 @@ class _ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        grad_logprobs_T, grad_entropies_T = grads
         hidden_TH, weight_VH, bias_V, targets_T, normalisers_T, entropies_T = ctx.saved_tensors
         options: HeadOptions = ctx.options
-        if grad_logprobs_T is None and grad_entropies_T is None:
+        if grads == (None, None):
             return None, None, None, None, None
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden_TH = torch.empty_like(hidden_TH) if needs_hidden else None
@@ -81,14 +82,8 @@ class _ChunkedHead(torch.autograd.Function):
         grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias and bias_V is not None else None
         for chunk in _chunks(len(targets_T), options.chunk(len(weight_VH))):
             logits = _logits(hidden_TH[chunk], weight_VH, bias_V, options)
-            grad = _grad_logits(
-                logits,
-                targets_T[chunk],
-                normalisers_T[chunk],
-                entropies_T[chunk],
-                _take(grad_logprobs_T, chunk),
-                _take(grad_entropies_T, chunk),
-            )
+            incoming = [None if grad_T is None else grad_T[chunk] for grad_T in grads]
+            grad = _grad_logits(logits - normalisers_T[chunk, None], targets_T[chunk], entropies_T[chunk], *incoming)
             if options.temperature != 1.0:
                 grad /= options.temperature
             if options.softcap is not None:
@@ -103,25 +98,13 @@ class _ChunkedHead(torch.autograd.Function):
                     grad_weight_VH.addmm_(grad.t(), hidden_TH[chunk])
                 else:
                     grad_weight_VH += grad.t() @ hidden_TH[chunk]
-        return (
-            grad_hidden_TH,
-            grad_weight_VH.to(weight_VH.dtype) if grad_weight_VH is not None else None,
-            grad_bias_V.to(bias_V.dtype) if grad_bias_V is not None else None,
-            None,
-            None,
-        )
+        return grad_hidden_TH, _cast(grad_weight_VH, weight_VH), _cast(grad_bias_V, bias_V), None, None
 
 
 def _grad_logits(
-    logits: Tensor,
-    targets: Tensor,
-    normalisers: Tensor,
-    entropies: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropies: Tensor | None,
+    logp: Tensor, targets: Tensor, entropies: Tensor, grad_logprobs: Tensor | None, grad_entropies: Tensor | None
 ) -> Tensor:
-    """d(log p_y)/dz = onehot - p;  dH/dz = -p (log p + H). Both scaled by what comes from above; float32."""
-    logp = logits - normalisers[:, None]
+    """d(log p_y)/dz = onehot - p;  dH/dz = -p (log p + H). Both scaled by the incoming gradients; float32."""
     p = logp.exp()
     if grad_entropies is None:
         grad = p.mul_(-grad_logprobs[:, None])  # type: ignore[index]
@@ -138,5 +121,5 @@ def _chunks(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _take(values: Tensor | None, chunk: slice) -> Tensor | None:
-    return None if values is None else values[chunk]
+def _cast(grad: Tensor | None, like: Any) -> Tensor | None:
+    return None if grad is None else grad.to(like.dtype)

@@ -1,18 +1,23 @@
-"""Model and tokenizer from a name: the bundled `tiny`, a folder, or a Hugging Face id, through the same code."""
+"""Model, tokenizer and reference policy from a name: the bundled `tiny`, a folder, or a Hugging Face id."""
 
 from __future__ import annotations
 
 import logging
 import os
+import pickle
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
+from torch import Tensor
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy.config import PolicyConfig
-from stateset_lightning.policy.loading_errors import check_complete, first_line, loading_errors
-from stateset_lightning.policy.lora import add_adapter, is_adapted
+from stateset_lightning.policy.lora import add_adapter, is_adapted, load_adapter
+from stateset_lightning.policy.policy import Group, Policy
 from stateset_lightning.tiny import TINY_FOLDER
 
 if TYPE_CHECKING:
@@ -22,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def resolve_model_name(model_name: str, key: str = "model.policy.model_name") -> str:
-    """`tiny` -> its folder; a folder must hold a model; anything else is taken for a Hugging Face id.
+    """What transformers is given: the folder of `tiny`, a folder that holds a model, or a Hugging Face id as it is.
 
     Raises:
         ConfigError: Naming `key`, if there is no such folder or no model in it.
@@ -38,32 +43,26 @@ def resolve_model_name(model_name: str, key: str = "model.policy.model_name") ->
                 f"{key}={model_name!r} is a folder without config.json: give one that `save_pretrained` wrote"
             )
         return folder
-    looks_like_path = (
-        model_name.startswith((".", "/", "~")) or model_name.count("/") > 1 or (os.sep != "/" and os.sep in model_name)
-    )
-    if looks_like_path:
+    if model_name.startswith((".", "/", "~")) or model_name.count("/") > 1 or (os.sep != "/" and os.sep in model_name):
         raise ConfigError(f"{key}={model_name!r}: there is no such folder")
     return model_name
 
 
 def load_tokenizer(policy: PolicyConfig) -> PreTrainedTokenizerBase:
-    """The policy's tokenizer. One without a pad token pads with its end-of-sequence token (announced)."""
+    """The policy's tokenizer. One without a pad token pads with its end-of-sequence token (announced).
+
+    Raises:
+        ConfigError: If it cannot be loaded, or has no end-of-sequence token.
+    """
     from transformers import AutoTokenizer
 
-    name = resolve_model_name(policy.model_name)
+    name, option = resolve_model_name(policy.model_name), f"model.policy.model_name={policy.model_name!r}"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=policy.revision or "main", trust_remote_code=policy.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name, **_hub_options(policy))
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.policy.model_name={policy.model_name!r}: no tokenizer can be loaded: {first_line(error)}"
-        ) from error
+        raise ConfigError(f"{option}: no tokenizer can be loaded: {_first_line(error)}") from error
     if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"model.policy.model_name={policy.model_name!r}: its tokenizer has no end-of-sequence token; set"
-            " `eos_token` in it"
-        )
+        raise ConfigError(f"{option}: its tokenizer has no end-of-sequence token; set `eos_token` in it")
     if tokenizer.pad_token_id is None:
         log.info("The tokenizer of %s has no pad token: %r pads instead.", policy.model_name, tokenizer.eos_token)
         tokenizer.pad_token = tokenizer.eos_token
@@ -71,20 +70,24 @@ def load_tokenizer(policy: PolicyConfig) -> PreTrainedTokenizerBase:
 
 
 def load_model(policy: PolicyConfig, default_dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """The policy's model, in evaluation mode; every parameter is trainable, or its adapter alone, which `seed`
-    initialises.
+    """The policy's model in evaluation mode, with its adapter if it has one.
+
+    All parameters are trainable, or those of the adapter only.
+
+    Args:
+        policy: Which model, and how it is loaded.
+        default_dtype: Of the weights, where `policy.dtype` is None.
+        seed: The run's; a new adapter is initialised from it.
 
     Raises:
         ConfigError: If the model cannot be found or loaded, lacks weights, or a checkpoint file holds pickled objects.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    name = resolve_model_name(policy.model_name)
-    common: dict[str, Any] = {"revision": policy.revision or "main", "trust_remote_code": policy.trust_remote_code}
-    option = f"model.policy.model_name={policy.model_name!r}"
+    name, option = resolve_model_name(policy.model_name), f"model.policy.model_name={policy.model_name!r}"
     with loading_errors(option):
-        config = AutoConfig.from_pretrained(name, **common)
-        set_dropout(config, policy.dropout)
+        config = AutoConfig.from_pretrained(name, **_hub_options(policy))
+        _set_dropout(config, policy.dropout)
         model: PreTrainedModel
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
@@ -93,46 +96,121 @@ def load_model(policy: PolicyConfig, default_dtype: torch.dtype = torch.float32,
             attn_implementation=policy.attn_implementation,
             weights_only=True,
             output_loading_info=True,
-            **common,
+            **_hub_options(policy),
             **policy.model_kwargs,
         )
     check_complete(option, report["missing_keys"], "causal language model")
     if is_adapted(model):
         raise _is_an_adapter(policy.model_name)
     if policy.gradient_checkpointing:
-        # Non-reentrant: the reentrant form neither passes keyword arguments on nor works when no input requires a
-        # gradient.
+        # Non-reentrant: the reentrant form does not pass keyword arguments on, and does not work when no input requires
+        # a gradient.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if policy.lora is not None or policy.adapter is not None:
-        add_adapter(model, policy, seed)
+    if policy.adapter is not None:
+        with loading_errors(f"model.policy.adapter={policy.adapter!r}"):
+            load_adapter(model, policy.adapter, policy.lora)
+    elif policy.lora is not None:
+        add_adapter(model, policy.lora, seed)
     return model.eval()
 
 
-def set_dropout(config: PretrainedConfig, probability: float) -> None:
-    """Sets every dropout of a model's configuration; attention dropout is functional and sits in no module."""
+def _hub_options(policy: PolicyConfig) -> dict[str, Any]:
+    return {"revision": policy.revision or "main", "trust_remote_code": policy.trust_remote_code}
+
+
+def _set_dropout(config: PretrainedConfig, probability: float) -> None:
+    """Sets every dropout of a model's configuration; attention dropout is a function call and not a module."""
     for key, value in config.to_dict().items():
-        if (
-            ("dropout" in key or key.endswith("pdrop"))
-            and isinstance(value, (int, float))
-            and not isinstance(value, bool)
-        ):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and ("dropout" in key or key.endswith("pdrop")):
             setattr(config, key, probability)
 
 
-def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """All tokens that end a completion: the tokenizer's and those of the model's generation config."""
-    ids = {tokenizer.eos_token_id}
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids.update([configured] if isinstance(configured, int) else configured or [])
-    return frozenset(ids)
+# The reference policy: the policy as it was when the run started
 
 
-def context_length(model: PreTrainedModel) -> int | None:
-    """The most tokens, prompt and completion together, that the model has positions for; None if it does not say."""
-    for key in ("max_position_embeddings", "n_positions"):
-        if isinstance(value := getattr(model.config, key, None), int):
-            return value
-    return None
+class AdapterReference:
+    """The reference of a policy with an adapter: the same model, with its adapter as at the start.
+
+    No second model is in memory.
+
+    Args:
+        policy: With an adapter.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        assert policy.adapter is not None
+        self.policy = policy
+        self.adapter = policy.adapter
+
+    def score_without_gradient(self, groups: Sequence[Group], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """See `Policy.score_without_gradient`."""
+        with self.adapter.at_start():
+            return self.policy.score_without_gradient(groups, temperature)
+
+
+def make_reference(policy: Policy, dtype: torch.dtype) -> Policy | AdapterReference:
+    """The reference of a policy: itself with its adapter as it started, or a second model, loaded from the source.
+
+    Not a copy of the policy, which may have been trained or restored since it was loaded.
+    """
+    if policy.adapter is not None:
+        return AdapterReference(policy)
+    return Policy(load_model(policy.config, dtype), policy.config).requires_grad_(False)
+
+
+# Errors of loading, which name the option
+
+
+@contextmanager
+def loading_errors(option: str) -> Iterator[None]:
+    """Turns what goes wrong while something is loaded for `option` (`key=value`) into an error that names it.
+
+    Raises:
+        ConfigError: In place of whatever transformers, peft or the file raises.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            f"{option} cannot be loaded: its weights are a pickle file with more in it than tensors, which could run"
+            " code; convert it to safetensors where you trust it"
+        ) from error
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"{option} cannot be loaded: {_first_line(error)}") from error
+
+
+def check_complete(option: str, missing: Iterable[str], kind: str) -> None:
+    """Checks that every weight of a loaded model came from the file, since the others would be random.
+
+    Args:
+        option: `key=value`.
+        missing: Names of the weights that the file did not have.
+        kind: What should have been given.
+
+    Raises:
+        ConfigError: If there are any.
+    """
+    if names := sorted(missing):
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ConfigError(
+            f"{option} cannot be loaded: it has no weights for {', '.join(names[:3])}{more}, which would be random;"
+            f" give a complete {kind}"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says, without the page of advice that often follows."""
+    text = str(error).strip()
+    hint = ""
+    if "trust_remote_code" in text:
+        hint = (
+            "; set model.policy.trust_remote_code=true if you trust its authors (generate and export:"
+            " --trust_remote_code)"
+        )
+    return text.split("\n")[0][:300] + hint
 
 
 def _is_an_adapter(name: str, key: str = "model.policy.model_name") -> ConfigError:

@@ -1,8 +1,7 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685), by peft: made, loaded, switched off, merged, saved.
+"""Low-rank adapters (LoRA, arXiv:2106.09685) of a transformers model, by peft: make, load, switch off, merge, save.
 
-An adapter is injected into the transformers model and not wrapped around it (`PeftModel`), so that all else goes on to
-see a transformers model: its body, its output embedding, its attention. What is trained and saved of such a policy is
-the adapter alone.
+An adapter is injected into the model and not wrapped around it (`PeftModel`), so that all other code still sees a
+transformers model: its body, its output embedding, its attention. Only the adapter is trained and saved.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stateset_lightning.errors import ConfigError, require
-from stateset_lightning.policy.config import LoRAConfig, PolicyConfig
-from stateset_lightning.policy.loading_errors import loading_errors
+from stateset_lightning.policy.config import LoRAConfig
 from stateset_lightning.policy.precision import replaced_parameters
 from stateset_lightning.seeding import derive_seed
 
@@ -27,54 +25,80 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel
 
-    from stateset_lightning.policy.policy import Policy
-
 log = logging.getLogger(__name__)
 
-NAME = "default"
-"""Of the adapter inside the model, as peft calls an only one."""
+NAME = "default"  # of the adapter inside the model, as peft calls a single one
 
+# How peft's config names our options.
 _OWN_KEYS = {"r": "rank", "lora_alpha": "alpha", "target_modules": "target_modules", "lora_dropout": "dropout"}
-_SMALL = (torch.bfloat16, torch.float16)
 
 
 def is_adapted(model: nn.Module) -> bool:
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
-def add_adapter(model: PreTrainedModel, policy: PolicyConfig, seed: int) -> None:
-    """Adds the adapter that `policy` asks for, new (B is zero: the policy starts as the model) or loaded, and freezes
-    the rest.
+def add_adapter(model: PreTrainedModel, lora: LoRAConfig, seed: int) -> None:
+    """Adds a new adapter and freezes the rest. Its B is zero, so the policy starts as the model.
 
     Args:
         model: Of transformers; changed in place.
-        policy: With `lora` or `adapter`.
-        seed: The run's; the noise of a new adapter's A follows from it alone.
+        lora: The adapter's options.
+        seed: The run's; the random numbers of the adapter's A depend on nothing else.
 
     Raises:
-        ConfigError: If peft is not installed, refuses the options, or the loaded adapter does not fit the model.
+        ConfigError: If peft is not installed or refuses the options.
     """
-    if policy.adapter is None:
-        assert policy.lora is not None
-        inject(model, _new_config(policy.lora), "model.policy.lora", seed)
-        return
-    place = f"model.policy.adapter={policy.adapter!r}"
-    config, weights = _read(policy.adapter, place)
-    config.lora_dropout = policy.lora.dropout if policy.lora is not None else 0.0
-    if policy.lora is not None:
-        own = {name: getattr(config, key) for key, name in _OWN_KEYS.items()}
-        log.info(
-            "%s has its own config, which is used instead of model.policy.lora: rank %s, alpha %s",
-            place,
-            own["rank"],
-            own["alpha"],
+    require("peft", "lora", "model.policy.lora")
+    import peft
+
+    own = {key: getattr(lora, name) for key, name in _OWN_KEYS.items()}
+    if taken := sorted(own.keys() & lora.peft_kwargs.keys()):
+        raise ConfigError(
+            f"model.policy.lora.peft_kwargs.{taken[0]}: set model.policy.lora.{_OWN_KEYS[taken[0]]} instead"
         )
-    inject(model, config, place, seed)
+    try:
+        config = peft.LoraConfig(task_type="CAUSAL_LM", **own, **lora.peft_kwargs)
+    except (TypeError, ValueError, ImportError) as error:
+        raise ConfigError(f"model.policy.lora.peft_kwargs={lora.peft_kwargs}: {_one_line(error)}") from error
+    inject(model, config, "model.policy.lora", seed)
+
+
+def load_adapter(model: PreTrainedModel, adapter: str, lora: LoRAConfig | None) -> None:
+    """Adds an adapter that peft has saved and freezes the rest.
+
+    Args:
+        model: Of transformers; changed in place.
+        adapter: A folder or a Hugging Face id.
+        lora: Of these options only `dropout` is used; without them there is no dropout.
+
+    Raises:
+        ConfigError: If peft is not installed, or the adapter does not fit the model.
+        Exception: Whatever peft raises where it cannot read the adapter.
+    """
+    require("peft", "lora", "model.policy.adapter")
+    import peft
+
+    source = str(Path(adapter).expanduser()) if adapter.startswith("~") else adapter
+    place = f"model.policy.adapter={adapter!r}"
+    config, weights = peft.PeftConfig.from_pretrained(source), peft.load_peft_weights(source, device="cpu")
+    if not isinstance(config, peft.LoraConfig):
+        raise ConfigError(f"{place} is an adapter of the kind {config.peft_type}, and not LoRA")
+    config.lora_dropout = 0.0 if lora is None else lora.dropout
+    if lora is not None:
+        used = "%s has its own config, which is used instead of model.policy.lora: rank %s, alpha %s"
+        log.info(used, place, config.r, config.lora_alpha)
+    inject(model, config, place)
     load_weights(model, weights, place)
 
 
 def inject(model: PreTrainedModel, config: LoraConfig, place: str, seed: int = 0) -> None:
-    """Puts an adapter of this config into the model, trainable and in float32 also where the model is smaller.
+    """Puts an adapter of this config into the model: trainable, and float32 even where the model is smaller.
+
+    Args:
+        model: Of transformers; changed in place.
+        config: Of peft.
+        place: What errors call the adapter: an option, or a checkpoint.
+        seed: Of the random numbers of its A.
 
     Raises:
         ConfigError: If the config does not fit the model, or its start is not the model itself.
@@ -87,16 +111,17 @@ def inject(model: PreTrainedModel, config: LoraConfig, place: str, seed: int = 0
         )
     config.inference_mode = False
     try:
-        # The initial A comes from the global generator: a seeded fork leaves it untouched.
+        # peft draws A from the global generator: a seeded fork leaves that as it was.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive_seed(seed, "adapter"))
             model.add_adapter(config, NAME)
     except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"{place}: {' '.join(str(error).split())[:300]}") from error
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype in _SMALL:
+        raise ConfigError(f"{place}: {_one_line(error)}") from error
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        if parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()  # a step of 1e-4 would round away
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    if not trained:
         raise ConfigError(f"{place}: nothing is left to train")
 
 
@@ -112,26 +137,30 @@ def load_weights(model: PreTrainedModel, weights: Mapping[str, Tensor], place: s
     try:
         report = set_peft_model_state_dict(model, dict(weights), NAME)
     except (RuntimeError, KeyError) as error:
-        raise ConfigError(f"{place} does not fit the model: {' '.join(str(error).split())[:300]}") from error
-    missing = sorted(set(report.missing_keys) & set(trained))
-    for what, names in (
-        ("no weights for", missing),
-        ("weights that the model has no place for:", sorted(report.unexpected_keys)),
-    ):
+        raise ConfigError(f"{place} does not fit the model: {_one_line(error)}") from error
+    missing = set(report.missing_keys) & set(trained)
+    problems = {"no weights for": missing, "weights that the model has no place for:": report.unexpected_keys}
+    for what, names in problems.items():
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ConfigError(f"{place} does not fit the model: it has {what} {', '.join(names[:3])}{more}")
+            raise ConfigError(f"{place} does not fit the model: it has {what} {', '.join(sorted(names)[:3])}{more}")
 
 
 def trained_names(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
+# Switched off and merged
+
+
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """The model under the adapter, while the context lasts."""
-    # The flag alone: peft's own switch also turns `requires_grad`, of which optimizer and DDP have taken note.
-    layers = _peft_layers(model)
+    """The model without its adapter, while the context lasts."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    # Only the flag: peft's own switch also changes `requires_grad`, which optimizer and DDP have already read.
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     for layer in layers:
         layer._disable_adapters = True
     try:
@@ -143,20 +172,15 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def merged_adapter(model: nn.Module) -> Iterator[None]:
-    """A model whose adapter is added into copies of the matrices under it: faster token by token; the matrices are not
-    touched.
+    """The model with its adapter added into copies of its weights, which is faster token by token; the weights stay.
 
-    Only where they are float32 or wider: rounded to bfloat16, the sum of a matrix and a small update is often the
-    matrix alone.
+    Only weights of float32 or wider are merged: rounded to bfloat16, the sum of a weight and a small update is often
+    the weight itself.
     """
-    if not is_adapted(model):
-        yield
-        return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = [
-        layer for layer in model.modules() if isinstance(layer, BaseTunerLayer) and _is_wide(layer.get_base_layer())
-    ]
+    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers = [layer for layer in adapted if _base_dtype(layer) in (torch.float32, torch.float64)]
     bases = [layer.get_base_layer() for layer in layers]
     try:
         with replaced_parameters(bases, lambda weight: nn.Parameter(weight.detach().clone(), requires_grad=False)):
@@ -169,22 +193,22 @@ def merged_adapter(model: nn.Module) -> Iterator[None]:
 
 
 def merge_adapter(model: PreTrainedModel) -> float:
-    """Adds the adapter into the model for good, which is a plain transformers model then.
+    """Adds the adapter into the model for good, which is a plain transformers model afterwards.
 
     Returns:
-        The share of the update that rounding to the model's dtype changes, by norm; 0 in float32.
+        How much of the update rounding to the model's dtype changes: norm of the error over norm of the update; 0 in
+        float32.
 
     Raises:
-        ConfigError: If embeddings are tied and one of them is adapted: they are two matrices afterwards, and saved as
-            one.
+        ConfigError: If weights are quantized, or embeddings are tied and one of them is adapted: they are two matrices
+            afterwards, and saved as one.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
-    if model.config.tie_word_embeddings and any(
-        isinstance(e, BaseTunerLayer | AuxiliaryTrainingWrapper) for e in embeddings
-    ):
+    adapted = [isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper) for layer in embeddings]
+    if model.config.tie_word_embeddings and any(adapted):
         raise ConfigError(
             "the adapter sits on an embedding that is tied to another, and cannot be merged: export it without --merge"
         )
@@ -193,8 +217,8 @@ def merge_adapter(model: PreTrainedModel) -> float:
         if isinstance(module, AuxiliaryTrainingWrapper):
             model.set_submodule(name, module.modules_to_save[NAME])
         elif isinstance(module, BaseTunerLayer):
-            base = module.get_base_layer()
-            if not (isinstance(getattr(base, "weight", None), Tensor) and base.weight.is_floating_point()):
+            base, dtype = module.get_base_layer(), _base_dtype(module)
+            if dtype is None or not dtype.is_floating_point:
                 raise ConfigError(
                     f"the adapter of {name} cannot be merged, its weights are quantized: export it without --merge"
                 )
@@ -202,7 +226,7 @@ def merge_adapter(model: PreTrainedModel) -> float:
             base.weight = nn.Parameter(before.float(), requires_grad=False)  # summed before it is rounded
             module.merge()
             exact = base.weight.detach()
-            base.weight = nn.Parameter(exact.to(before.dtype), requires_grad=False)
+            base.weight = nn.Parameter(exact.to(dtype), requires_grad=False)
             change += float((exact - before).square().sum())
             error += float((base.weight - exact).square().sum())
             model.set_submodule(name, base)
@@ -211,20 +235,22 @@ def merge_adapter(model: PreTrainedModel) -> float:
     return (error / change) ** 0.5 if change else 0.0
 
 
-def save_adapter(policy: Policy, folder: str | Path) -> None:
-    """Writes the policy's adapter as `PeftModel.from_pretrained` reads it: adapter_config.json and
-    adapter_model.safetensors.
+def _base_dtype(layer: Any) -> torch.dtype | None:
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    return weight.dtype if isinstance(weight, Tensor) else None
 
-    Args:
-        policy: With an adapter.
-        folder: Made if it is not there. The base is named in it as in `model.policy.model_name`, a folder by its last
-            part.
-    """
-    write_adapter(policy.model, policy.config.public_name, Path(folder))
+
+# Saved
 
 
 def write_adapter(model: PreTrainedModel, base: str, folder: Path) -> None:
-    """As `save_adapter`, of a model."""
+    """Writes adapter_config.json and adapter_model.safetensors, as `PeftModel.from_pretrained` reads them.
+
+    Args:
+        model: With an adapter.
+        base: What the config calls the model under it.
+        folder: Made if it is not there.
+    """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -251,48 +277,5 @@ def config_from_plain(content: Mapping[str, Any]) -> LoraConfig:
     return peft.PeftConfig.from_peft_type(**content)
 
 
-def _new_config(lora: LoRAConfig) -> LoraConfig:
-    require("peft", "lora", "model.policy.lora")
-    import peft
-
-    if taken := sorted(_OWN_KEYS.keys() & lora.peft_kwargs.keys()):
-        raise ConfigError(
-            f"model.policy.lora.peft_kwargs.{taken[0]}: set model.policy.lora.{_OWN_KEYS[taken[0]]} instead"
-        )
-    own = {
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "target_modules": lora.target_modules,
-        "lora_dropout": lora.dropout,
-    }
-    try:
-        return peft.LoraConfig(task_type="CAUSAL_LM", **own, **lora.peft_kwargs)
-    except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(
-            f"model.policy.lora.peft_kwargs={lora.peft_kwargs}: {' '.join(str(error).split())[:300]}"
-        ) from error
-
-
-def _read(source: str, place: str) -> tuple[LoraConfig, dict[str, Tensor]]:
-    require("peft", "lora", "model.policy.adapter")
-    import peft
-
-    source = str(Path(source).expanduser()) if source.startswith("~") else source
-    with loading_errors(place):
-        config = peft.PeftConfig.from_pretrained(source)
-        weights = peft.load_peft_weights(source, device="cpu")
-    if not isinstance(config, peft.LoraConfig):
-        raise ConfigError(f"{place} is an adapter of the kind {config.peft_type}, and not LoRA")
-    return config, weights
-
-
-def _peft_layers(model: nn.Module) -> list[Any]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-
-
-def _is_wide(base: nn.Module) -> bool:
-    weight = getattr(base, "weight", None)
-    return isinstance(weight, Tensor) and weight.dtype in (torch.float32, torch.float64)
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,14 +1,14 @@
-"""What a checkpoint holds of a policy with an adapter: the adapter, its config, and by what its base is recognised."""
+"""What a checkpoint holds of a policy with an adapter: the adapter, its config, and a digest of the model under it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy.config import PolicyConfig
@@ -17,20 +17,11 @@ from stateset_lightning.policy.lora import adapter_off, plain_config, trained_na
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from stateset_lightning.policy.policy import Policy
+VALUES_PER_MATRIX = 1024  # that the digest of the model under the adapter is made of
 
-VALUES_PER_MATRIX = 1024
-"""Of the base, that its digest is made of."""
-
-_MAY_CHANGE = {
-    "lora_dropout",
-    "base_model_name_or_path",
-    "inference_mode",
-    "peft_version",
-    "auto_mapping",
-    "task_type",
-    "revision",
-}
+# Keys of peft's config: its bookkeeping, and what may change when a run is resumed.
+_BOOKKEEPING = {"inference_mode", "peft_version", "auto_mapping", "task_type"}
+_MAY_CHANGE = _BOOKKEEPING | {"lora_dropout", "base_model_name_or_path", "revision"}
 
 
 class AdapterState:
@@ -38,37 +29,36 @@ class AdapterState:
 
     Args:
         model: With its adapter, new or loaded, before anything is trained, moved or sharded.
-        config: What it was made from.
+        config: What the model was made from.
     """
 
     def __init__(self, model: PreTrainedModel, config: PolicyConfig) -> None:
         self.model = model
         self.names = trained_names(model)
-        dtype = str(model.dtype).removeprefix("torch.")
         self.base = {
             "model_name": config.model_name,
             "revision": config.revision,
-            "dtype": dtype,
+            "dtype": str(model.dtype).removeprefix("torch."),
             "digest": base_digest(model),
         }
+        # The weights of an adapter that was loaded; None for a new one, which starts as the model without it.
         self.start: dict[str, Tensor] | None = None
-        """The weights of an adapter that was loaded; None for a new one, which starts as the model without it."""
         if config.adapter is not None:
             self.start = {name: p.detach().clone() for name, p in self._trained().items()}
 
-    def _trained(self) -> dict[str, torch.nn.Parameter]:
+    def _trained(self) -> dict[str, nn.Parameter]:
         parameters = dict(self.model.named_parameters())
         return {name: parameters[name] for name in self.names}
 
     def state_dict(self) -> dict[str, Any]:
-        """Beside the adapter's weights: plain containers and tensors."""
+        """What a checkpoint holds besides the adapter's weights: plain containers and tensors."""
         return {"config": plain_config(self.model), "base": self.base, "start": self.start}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Takes the start of the run that is resumed.
 
         Raises:
-            ConfigError: If the checkpoint's adapter has another config, or was trained on another base.
+            ConfigError: If the checkpoint's adapter has another config, or was trained on another model.
         """
         mine, theirs = plain_config(self.model), saved["config"]
         for name in sorted((mine.keys() | theirs.keys()) - _MAY_CHANGE):
@@ -79,12 +69,10 @@ class AdapterState:
                 )
         check_base(self.base, saved["base"])
         if (self.start is None) != (saved["start"] is None):
-            here, there = (
-                ("is given, but was not" if self.start is not None else "is not given, but was"),
-                "when the run started",
-            )
+            here = "is not given, but was" if self.start is None else "is given, but was not"
             raise ConfigError(
-                f"model.policy.adapter {here} {there}, and the reference is the policy as it started: give it as before"
+                f"model.policy.adapter {here} when the run started, and the reference is the policy as it started:"
+                " give it as before"
             )
         self.start = saved["start"]
 
@@ -104,22 +92,21 @@ class AdapterState:
             _fill(trained, kept)
 
 
-def base_digest(model: torch.nn.Module) -> str:
-    """Of some values of each frozen weight, rounded to bfloat16: the same whether a model is loaded in float32 or in
-    bfloat16.
-    """
+def base_digest(model: nn.Module) -> str:
+    """A digest of some values of each frozen weight, rounded to bfloat16: equal for float32 and bfloat16 weights."""
     hashed = sha256()
     for weight in model.parameters():
         if not weight.requires_grad:
             values = weight.detach().flatten()
-            values = values[:: len(values) // VALUES_PER_MATRIX | 1]  # odd, or it might meet one column only
+            # An odd step: an even one might read a single column only.
+            values = values[:: len(values) // VALUES_PER_MATRIX | 1]
             values = values.bfloat16().view(torch.int16) if values.is_floating_point() else values
             hashed.update(values.cpu().numpy().tobytes())
     return hashed.hexdigest()[:16]
 
 
 def check_base(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """The model under an adapter is the one that the adapter was trained on, whatever its name.
+    """Checks that the model under an adapter is the one that the adapter was trained on, whatever its name.
 
     Raises:
         ConfigError: If not.
@@ -134,27 +121,24 @@ def check_base(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         )
 
 
-def save_adapter_alone(policy: Policy) -> None:
-    """From now on `policy.state_dict()` holds its adapter and nothing else, and `load_state_dict` is strict about that
-    alone.
-    """
-    assert policy.adapter is not None
-    names = tuple(f"model.{name}" for name in policy.adapter.names)
+def keep_only_in_state_dict(holder: nn.Module, names: Sequence[str]) -> None:
+    """From now on `holder.state_dict()` has only these names, and `load_state_dict` is strict about these only."""
+    names = tuple(names)
 
-    def drop_base(module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    def drop_others(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         kept = {prefix + name for name in names}
         for name in [name for name in state if name.startswith(prefix) and name not in kept]:
             del state[name]
 
-    def forgive_base(module: torch.nn.Module, keys: Any) -> None:
+    def forgive_others(module: nn.Module, keys: Any) -> None:
         keys.missing_keys[:] = [name for name in keys.missing_keys if name.endswith(names)]
 
-    policy.register_state_dict_post_hook(drop_base)
-    policy.register_load_state_dict_post_hook(forgive_base)
+    holder.register_state_dict_post_hook(drop_others)
+    holder.register_load_state_dict_post_hook(forgive_others)
 
 
 def check_same_kind(adapter: AdapterState | None, saved: Mapping[str, Any] | None) -> None:
-    """Policy and checkpoint both have an adapter, or both have none.
+    """Checks that policy and checkpoint both have an adapter, or both have none.
 
     Raises:
         ConfigError: If not.
@@ -175,4 +159,4 @@ def check_same_kind(adapter: AdapterState | None, saved: Mapping[str, Any] | Non
 def _fill(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, parameter in parameters.items():
         parameter.copy_(values[name])
-    torch.clear_autocast_cache()  # autocast would go on with casts of the values before
+    torch.clear_autocast_cache()  # or autocast would go on with its casts of the old values

@@ -1,54 +1,77 @@
 """The policy: a causal language model that scores completions, and chooses by itself how to do so cheaply.
 
 Two paths give the same log-probs. `packed` computes each prompt once per group and pads nothing; `padded` has a row per
-completion, prompt repeated, and serves every architecture. A probe compares the two when the policy is made: `packed`
-is used where it is exact, and where not, the reason is announced once. Letters: T completion tokens of all groups,
-packed; H hidden size.
+completion with its prompt repeated, and works for every architecture. A probe compares the two when the policy is made:
+`packed` is used where it is exact; where it is not, a warning gives the reason. Letters: T sampled tokens of all
+completions, packed; H hidden size; B rows of S tokens.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import compress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.policy import packed_attention
+from stateset_lightning.policy import lora, packed_attention
 from stateset_lightning.policy.config import PolicyConfig
 from stateset_lightning.policy.head import HeadOptions, token_logprobs
-from stateset_lightning.policy.lora import is_adapted
-from stateset_lightning.policy.lora_state import AdapterState, save_adapter_alone
-from stateset_lightning.policy.recomputed_layers import use_lean_layers
+from stateset_lightning.policy.lora_state import AdapterState, keep_only_in_state_dict
+from stateset_lightning.policy.recomputed_layers import use_recomputed_layers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
+# Largest difference between two paths that counts as the same, in nats: far above float error, far below a wrong mask.
 PROBE_TOLERANCE = 1e-3
-"""Largest difference, in nats, between two paths that counts as the same: far above float error, far below a wrong
-mask.
-"""
 
-
+# Tokens of a forward pass that keeps nothing for a backward pass.
 TOKENS_WITHOUT_GRADIENT = 16_384
-"""Tokens of a forward that keeps nothing for a backward pass."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt and some of its completions, as token ids. Completions are never empty."""
+    """A prompt and some of its completions, as token ids.
+
+    Args:
+        prompt: At least one token.
+        completions: Each has at least one token.
+        sampled: Of each completion, which of its tokens the policy sampled; only these are scored. None: all of them.
+    """
 
     prompt: Sequence[int]
     completions: Sequence[Sequence[int]]
+    sampled: Sequence[Sequence[bool]] | None = None
+
+    def __post_init__(self) -> None:
+        assert self.sampled is None or list(map(len, self.sampled)) == list(map(len, self.completions))
 
     @property
     def num_completion_tokens(self) -> int:
+        """All tokens of the completions."""
         return sum(map(len, self.completions))
+
+    @property
+    def num_sampled_tokens(self) -> int:
+        """Tokens that are scored."""
+        return sum(map(len, self.sampled_places))
+
+    @property
+    def sampled_places(self) -> list[Sequence[int]]:
+        """Of each completion, at which of its places the sampled tokens stand, from 0."""
+        places: list[Sequence[int]] = [range(len(completion)) for completion in self.completions]
+        if self.sampled is None:
+            return places
+        return [list(compress(*pair)) for pair in zip(places, self.sampled, strict=True)]
 
 
 class Policy(nn.Module):
@@ -57,16 +80,25 @@ class Policy(nn.Module):
     Args:
         model: The language model; any that transformers loads.
         config: How it scores. `scoring` "packed" is an error where it is not exact.
+
+    Attributes:
+        has_dropout: Whether training uses any dropout.
+        context_length: See the function of this name.
+        adapter: State of the low-rank adapter; None without one.
+        uses_packed_scoring: Whether each prompt is computed once per group.
+        uses_chunked_head: Whether logits exist for a chunk of tokens at a time only.
     """
 
     def __init__(self, model: PreTrainedModel, config: PolicyConfig) -> None:
         super().__init__()
         self.model = model
         self.config = config
-        self.adapter = AdapterState(model, config) if is_adapted(model) else None
+        self.has_dropout = config.has_dropout
+        self.context_length = context_length(model)
+        self.adapter = AdapterState(model, config) if lora.is_adapted(model) else None
         if self.adapter is not None:
-            save_adapter_alone(self)
-        use_lean_layers(model)
+            keep_only_in_state_dict(self, [f"model.{name}" for name in self.adapter.names])
+        use_recomputed_layers(model)
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self.uses_chunked_head = self._probe_head()
         self.uses_packed_scoring = config.scoring != "padded" and self._probe_packed()
@@ -80,12 +112,24 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return self.model.device
 
+    def end_of_sequence_ids(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+        """See the function of this name."""
+        return end_of_sequence_ids(self.model, tokenizer)
+
+    def merged_adapter(self) -> AbstractContextManager[None]:
+        """For sampling: the adapter added into copies of the weights, while the context lasts (`lora.merged_adapter`).
+
+        Nothing happens where the policy has no adapter.
+        """
+        return nullcontext() if self.adapter is None else lora.merged_adapter(self.model)
+
     def score(self, groups: Sequence[Group], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies (nats, float32 [T]) of all completion tokens, in order; differentiable.
+        """Log-probs and entropies (nats, float32 [T]) of the sampled tokens, completion by completion; differentiable.
 
         Log-probs are those of the logits divided by `temperature`, before any top-k, top-p or min-p.
         """
-        targets_T = self._ids([token for group in groups for completion in group.completions for token in completion])
+        rows = [row for group in groups for row in zip(group.completions, group.sampled_places, strict=True)]
+        targets_T = self._ids([completion[place] for completion, places in rows for place in places])
         outputs_TX = (self._packed if self.uses_packed_scoring else self._padded)(groups)
         if not self.uses_chunked_head:
             logps = (outputs_TX.float() / temperature).log_softmax(-1)
@@ -100,16 +144,16 @@ class Policy(nn.Module):
         training = self.model.training
         self.model.eval()
         try:
-            parts = [self.score(batch, temperature) for batch in _batches(groups)]
+            scores = [self.score(batch, temperature) for batch in _batches(groups)]
         finally:
             self.model.train(training)
-        if not parts:
+        if not scores:
             return torch.empty(0), torch.empty(0)
-        logprobs, entropies = zip(*parts, strict=True)
+        logprobs, entropies = zip(*scores, strict=True)
         return torch.cat(logprobs), torch.cat(entropies)
 
     def _packed(self, groups: Sequence[Group]) -> Tensor:
-        """Outputs at the positions that predict completion tokens, each prompt computed once: [T, H]."""
+        """Outputs at the positions that predict sampled tokens, each prompt computed once: [T, H]."""
         ids: list[int] = []
         positions: list[int] = []
         sources: list[int] = []
@@ -117,9 +161,9 @@ class Policy(nn.Module):
             ids += group.prompt
             positions += range(len(group.prompt))
             last = len(ids) - 1
-            for completion in group.completions:
-                # The prompt's last position predicts the first token; each token but the last predicts the next.
-                sources += [last, *range(len(ids), len(ids) + len(completion) - 1)]
+            for completion, places in zip(group.completions, group.sampled_places, strict=True):
+                # The prompt's last position predicts a completion's first token; each of its tokens predicts the next.
+                sources += [len(ids) - 1 + place if place else last for place in places]
                 ids += completion
                 positions += range(len(group.prompt), len(group.prompt) + len(completion))
         layout = packed_attention.make_layout(
@@ -129,24 +173,21 @@ class Policy(nn.Module):
         )
         # Any mask of four dimensions keeps transformers from building one of S x S; the layout is what counts.
         unused_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
-        arguments = {packed_attention.LAYOUT_ARGUMENT: layout}
-        outputs = self._forward(
-            self._ids(ids)[None], self._ids(positions)[None], attention_mask=unused_mask, **arguments
-        )
+        arguments = {"attention_mask": unused_mask, packed_attention.LAYOUT_ARGUMENT: layout}
+        outputs = self._forward(self._ids(ids)[None], self._ids(positions)[None], **arguments)
         return outputs[0].index_select(0, self._ids(sources))
 
     def _padded(self, groups: Sequence[Group]) -> Tensor:
         """The same from one row per completion, padded on the right, where causal attention never looks."""
-        rows = [(list(group.prompt), list(completion)) for group in groups for completion in group.completions]
-        width = max(len(prompt) + len(completion) for prompt, completion in rows)
-        ids = [prompt + completion + [0] * (width - len(prompt) - len(completion)) for prompt, completion in rows]
-        positions = torch.arange(width, device=self.device).expand(len(rows), -1)
-        outputs = self._forward(torch.tensor(ids, device=self.device), positions)
-        sources = [
-            i * width + len(prompt) - 1 + t
-            for i, (prompt, completion) in enumerate(rows)
-            for t in range(len(completion))
+        rows = [
+            (len(group.prompt), [*group.prompt, *completion], places)
+            for group in groups
+            for completion, places in zip(group.completions, group.sampled_places, strict=True)
         ]
+        width = max(len(ids) for _, ids, _ in rows)
+        input_ids = self._ids([ids + [0] * (width - len(ids)) for _, ids, _ in rows])
+        outputs = self._forward(input_ids, torch.arange(width, device=self.device).expand(len(rows), -1))
+        sources = [i * width + prompt - 1 + place for i, (prompt, _, places) in enumerate(rows) for place in places]
         return outputs.flatten(0, 1).index_select(0, self._ids(sources))
 
     def _forward(self, input_ids: Tensor, position_ids: Tensor, **arguments: Any) -> Tensor:
@@ -155,7 +196,7 @@ class Policy(nn.Module):
         output = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **arguments)
         return output.last_hidden_state if self.uses_chunked_head else output.logits
 
-    def _ids(self, values: Sequence[int]) -> Tensor:
+    def _ids(self, values: Sequence[Any]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
 
     @torch.no_grad()
@@ -164,7 +205,7 @@ class Policy(nn.Module):
         head = self.model.get_output_embeddings()
         reason = "it has no output embedding"
         if head is not None and not set(dict(head.named_parameters())) <= {"weight", "bias"}:
-            # an adapter is nothing at first, so that logits would agree all the same
+            # A new adapter changes nothing yet, so the comparison below would not notice it.
             reason = "its output embedding is adapted"
         elif head is not None:
             ids = torch.arange(3, 7, device=self.device)[None]
@@ -189,24 +230,23 @@ class Policy(nn.Module):
             if reason is None:
                 return True
             self.model.set_attn_implementation(previous)
+        name = self.config.model_name
         if self.config.scoring == "packed":
             raise ConfigError(
-                f"model.policy.scoring='packed' is not exact for {self.config.model_name}: {reason}. Use 'auto' or"
-                " 'padded'."
+                f"model.policy.scoring='packed' is not exact for {name}: {reason}. Use 'auto' or 'padded'."
             )
-        log.warning("%s is scored a row per completion, prompt repeated: %s.", self.config.model_name, reason)
+        log.warning("%s is scored a row per completion, prompt repeated: %s.", name, reason)
         return False
 
     def _obstacle_to_packing(self) -> str | None:
         """What in the model's configuration rules packing out, if anything."""
         config = self.model.config
-        # the latter: the model has had a policy before
+        # Ours already, if the model has had a policy before.
         if config._attn_implementation not in ("sdpa", packed_attention.NAME):
             return f"its attention is {config._attn_implementation!r}, not 'sdpa'"
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"} or (
-            getattr(config, "sliding_window", None) and not hasattr(config, "layer_types")
-        ):
+        is_windowed = getattr(config, "sliding_window", None) and not hasattr(config, "layer_types")
+        if kinds != {"full_attention"} or is_windowed:
             return f"it has layers other than full attention ({', '.join(sorted(kinds))})"
         if getattr(config, "attn_logit_softcapping", None):
             return "its attention logits are soft-capped"
@@ -220,15 +260,13 @@ class Policy(nn.Module):
         # Relative to the size of the outputs: hidden states have no unit. bfloat16 has three digits.
         tolerance = PROBE_TOLERANCE if self.model.dtype == torch.float32 else 5e-2
         difference = ((packed - padded).abs().max() / padded.abs().max().clamp(min=1e-6)).item()
-        return (
-            None
-            if difference < tolerance
-            else f"its packed outputs differ from its padded ones by {difference:.1e} relative"
-        )
+        if difference < tolerance:
+            return None
+        return f"its packed outputs differ from its padded ones by {difference:.1e} relative"
 
 
 def _batches(groups: Sequence[Group]) -> list[list[Group]]:
-    """Groups in order, so many together as stay below `TOKENS_WITHOUT_GRADIENT` in padded rows; one at least."""
+    """Groups in order, as many together as stay below `TOKENS_WITHOUT_GRADIENT` in padded rows; at least one."""
     batches: list[list[Group]] = []
     tokens = TOKENS_WITHOUT_GRADIENT
     for group in groups:
@@ -239,3 +277,28 @@ def _batches(groups: Sequence[Group]) -> list[list[Group]]:
         batches[-1].append(group)
         tokens += size
     return batches
+
+
+def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """All tokens that end a completion: the tokenizer's and those of the model's generation config."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return frozenset([tokenizer.eos_token_id, *([configured] if isinstance(configured, int) else configured or [])])
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The most tokens, prompt and completion together, that the model has positions for; None if it does not say."""
+    values = (getattr(model.config, key, None) for key in ("max_position_embeddings", "n_positions"))
+    return next((value for value in values if isinstance(value, int)), None)
+
+
+def save_adapter(policy: Policy, folder: str | Path) -> None:
+    """Writes the policy's adapter as `PeftModel.from_pretrained` reads it.
+
+    Two files: adapter_config.json and adapter_model.safetensors.
+
+    Args:
+        policy: With an adapter.
+        folder: Made if it is not there. The config names the model under the adapter as `model.policy.model_name` does,
+            a folder by its last part.
+    """
+    lora.write_adapter(policy.model, policy.config.public_name, Path(folder))

@@ -1,10 +1,10 @@
-"""Norms and gated layers that keep less for the backward pass: what is cheap to compute is computed again.
+"""Norms and gated MLPs that keep less for the backward pass: what is cheap to compute is computed again there.
 
 Plain PyTorch keeps every intermediate of a root-mean-square norm and of a gated MLP. The norm needs its input and one
-number per token (arXiv:1910.07467), the gate its two inputs (SwiGLU, arXiv:2002.05202), also for the layer behind it:
-20 kB less per token and layer at hidden size 512 and intermediate size 2048 in float32, two fifths of what a layer
-keeps. The operations are those of the layers that they stand in for, and a layer is replaced only where its output on a
-probe is the same.
+number per token (arXiv:1910.07467); the gate needs its two inputs (SwiGLU, arXiv:2002.05202), and so does the layer
+behind it: 20 kB less per token and layer at hidden size 512 and intermediate size 2048 in float32, two fifths of what a
+layer keeps. The operations are those of the layers that are replaced, and a layer is replaced only where its output on
+a probe is the same.
 """
 
 from __future__ import annotations
@@ -86,62 +86,54 @@ class _GatedProjection(torch.autograd.Function):
 def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return _root_mean_square_norm(hidden_states, self.weight, self.variance_epsilon)[0]
-    output: Tensor = _RootMeanSquareNorm.apply(hidden_states, self.weight, self.variance_epsilon)
-    return output
+    return _RootMeanSquareNorm.apply(hidden_states, self.weight, self.variance_epsilon)
 
 
 def _mlp_forward(self: Any, x: Tensor) -> Tensor:
     gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
-    output: Tensor
     if not torch.is_grad_enabled():
-        output = down(_gated(gate, up))
-    elif _is_plain(down, gate):
-        output = _GatedProjection.apply(gate, up, down.weight, down.bias)
-    else:
-        output = down(_SwiGLU.apply(gate, up))
-    return output
+        return down(_gated(gate, up))
+    if _is_plain(down, gate):
+        return _GatedProjection.apply(gate, up, down.weight, down.bias)
+    return down(_SwiGLU.apply(gate, up))
 
 
 def _is_plain(linear: nn.Module, x: Tensor) -> bool:
     """Whether calling the layer is a product with its weights as they are: no adapter, hooks or other precision."""
     is_watched = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
-    return (
-        type(linear) is nn.Linear
-        and not is_watched
-        and x.dtype == linear.weight.dtype
-        and not torch.is_autocast_enabled(x.device.type)
-    )
+    has_own_dtype = x.dtype == linear.weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    return type(linear) is nn.Linear and not is_watched and has_own_dtype
 
 
-def use_lean_layers(model: nn.Module) -> int:
-    """Replaces the forward of norms and gated MLPs that have one of the usual forms; the number of layers replaced."""
+def use_recomputed_layers(model: nn.Module) -> int:
+    """Replaces the forward of norms and gated MLPs that have one of the usual forms.
+
+    Returns:
+        The number of layers replaced.
+    """
     replaced = 0
     for module in model.modules():
-        forward = _lean_forward(module)
+        forward = _recomputed_forward(module)
         if forward is not None and _is_same(module, forward):
             vars(module)["forward"] = MethodType(forward, module)
             replaced += 1
     return replaced
 
 
-def is_lean(module: nn.Module) -> bool:
-    """Whether `use_lean_layers` has found the module to have one of the usual forms."""
+def is_recomputed(module: nn.Module) -> bool:
+    """Whether `use_recomputed_layers` has replaced the layer's forward, and so knows its form."""
     return getattr(vars(module).get("forward"), "__func__", None) in (_norm_forward, _mlp_forward)
 
 
-def _lean_forward(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
-    """What could stand in for a layer's forward, by what the layer is made of."""
+def _recomputed_forward(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
+    """What could replace a layer's forward, judged by what the layer is made of."""
     if "forward" in vars(module):
         return None  # somebody else's, or ours
     if hasattr(module, "variance_epsilon") and [name for name, _ in module.named_parameters()] == ["weight"]:
         return _norm_forward
-    kinds = dict(module.named_children())
-    if kinds.keys() == {"gate_proj", "up_proj", "down_proj", "act_fn"} and type(kinds["act_fn"]).__name__ in (
-        "SiLU",
-        "SiLUActivation",
-    ):
-        return _mlp_forward
-    return None
+    parts = {name: type(part).__name__ for name, part in module.named_children()}
+    is_gated = parts.keys() == {"gate_proj", "up_proj", "down_proj", "act_fn"}
+    return _mlp_forward if is_gated and parts["act_fn"] in ("SiLU", "SiLUActivation") else None
 
 
 @torch.no_grad()
@@ -150,10 +142,7 @@ def _is_same(module: Any, forward: Callable[[Any, Tensor], Tensor]) -> bool:
     weight = module.weight if hasattr(module, "weight") else module.gate_proj.weight
     if not weight.is_floating_point():
         return False  # quantized: neither its shape nor its dtype is that of the layer
-    x = (
-        torch.linspace(-2, 3, 3 * weight.shape[-1], device=weight.device, dtype=torch.float32)
-        .view(1, 3, -1)
-        .to(weight.dtype)
-    )
+    values = torch.linspace(-2, 3, 3 * weight.shape[-1], device=weight.device, dtype=torch.float32)
+    x = values.view(1, 3, -1).to(weight.dtype)
     expected, output = module(x), forward(module, x)
     return output.dtype == expected.dtype and torch.allclose(output.float(), expected.float(), rtol=1e-5, atol=1e-6)

@@ -1,33 +1,48 @@
-"""What a reward is: a function of a conversation that ends in a completion, with a weight, a name and a time-out.
+"""What a reward is, what built-in rewards read from a conversation, and what a call of a reward comes to.
 
-A reward returns a number (`float`, `int`, `bool`, or a numpy or torch scalar), a `RewardResult`, or None for "does not
-apply to this completion". Whatever else it does (it raises, takes too long, returns NaN, infinity or something that is
-no number) fails the completion: a failure is never a score of zero.
+A reward is a function of a conversation that ends in a completion, with a weight, a name and a time-out. It returns a
+number (`float`, `int`, `bool`, or a numpy or torch scalar), a `RewardResult`, or None for "does not apply to this
+completion". Whatever else it does (raise, take too long, return NaN, infinity or something that is no number) fails the
+completion: a failure is never a score of zero.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import math
+import os
 import re
+import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from stateset_lightning.errors import ConfigError
-from stateset_lightning.types import Turn
+from stateset_lightning.errors import DataError, RewardError
+from stateset_lightning.redaction import redacted_text
+from stateset_lightning.types import NOT_APPLICABLE, Turn
+
+# A conversation; its last turn is the completion.
+Turns = Sequence[Turn]
+
+# All columns of the scenario by name (`target`, ...), and `completion_tokens`, the completion's number of tokens.
+Context = Mapping[str, Any] | None
+
+# Float32's largest number: scores beyond it become infinite in the arithmetic that follows.
+LARGEST_SCORE = 3.4028234e38
 
 
 @dataclass
 class RewardResult:
-    """A score with its parts.
+    """A score and what it is made of.
 
     Attributes:
         score: The reward of the completion; any finite number.
         breakdown: Named parts of the score, for logs and sample tables. They do not enter the score.
-        metadata: Anything else; kept by nobody.
+        metadata: Anything else; it is not kept.
     """
 
     score: float
@@ -36,14 +51,14 @@ class RewardResult:
 
 
 class RewardFunction(ABC):
-    """Base of all rewards: subclass it and write `compute_reward`, as `def` or `async def`.
+    """Base class of all rewards: subclass it and write `compute_reward`, as `def` or `async def`.
 
     A subclass may define its own `__init__` without calling this one: the defaults are class attributes.
 
     Args:
-        weight: Factor of this reward in a completion's total. 0 holds it out: it is scored and shown, and neither its
-            scores nor its failures touch the training. Beside the trained ones it tells a better answer from a reward
-            that has been gamed.
+        weight: Factor of this reward in a completion's total. A reward of weight 0 is held out: it is computed and
+            logged, and neither its scores nor its failures affect the training. Beside the trained rewards it shows
+            whether answers get better, or only better at gaming those.
         name: Name in logs and in a scenario's `rewards` column; by default the class name in snake case, without
             `Reward`.
         timeout: Seconds that one completion may take; None means no limit of its own. A `def` reward with a time-out
@@ -72,7 +87,7 @@ class RewardFunction(ABC):
         self._name = name
 
     @abstractmethod
-    def compute_reward(self, turns: Sequence[Turn], context: Mapping[str, Any] | None = None) -> Any:
+    def compute_reward(self, turns: Turns, context: Context = None) -> Any:
         """Score the conversation's last turn.
 
         Args:
@@ -85,8 +100,9 @@ class RewardFunction(ABC):
         """
 
     def take_counts(self) -> Mapping[str, float]:
-        """What this reward has counted since the last call (tokens bought, say): logged as `cost/<name>/<key>`, added
-        up over ranks.
+        """What this reward has counted since the last call (tokens bought, say).
+
+        Logged as `cost/<name>/<key>`, summed over ranks.
         """
         return {}
 
@@ -99,13 +115,10 @@ class BatchReward(RewardFunction):
     decoding for the device. It runs in the training process and cannot be stopped, so it has no time-out.
     """
 
-    device: Any = "cpu"
-    """The policy's device; set before each call."""
+    device: Any = "cpu"  # the policy's; set before each call
 
     @abstractmethod
-    def compute_rewards(
-        self, conversations: Sequence[Sequence[Turn]], contexts: Sequence[Mapping[str, Any]]
-    ) -> Sequence[Any]:
+    def compute_rewards(self, conversations: Sequence[Turns], contexts: Sequence[Mapping[str, Any]]) -> Sequence[Any]:
         """Score the last turn of each conversation.
 
         Returns:
@@ -113,7 +126,7 @@ class BatchReward(RewardFunction):
             alone. What is raised fails all of them; a `ConfigError` ends the run.
         """
 
-    def compute_reward(self, turns: Sequence[Turn], context: Mapping[str, Any] | None = None) -> Any:
+    def compute_reward(self, turns: Turns, context: Context = None) -> Any:
         (output,) = self.compute_rewards([turns], [context or {}])
         if isinstance(output, Exception):
             raise output
@@ -125,146 +138,169 @@ class FunctionReward(RewardFunction):
 
     Args:
         function: The function; it returns what `RewardFunction.compute_reward` may return.
-        weight: Factor of this reward in a completion's total.
-        name: Name in logs; by default the function's.
-        timeout: Seconds that one completion may take.
+        **common: `weight`, `name` and `timeout` of every reward; the name is by default the function's.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        *,
-        weight: float = 1.0,
-        name: str | None = None,
-        timeout: float | None = None,
-    ) -> None:
-        super().__init__(weight=weight, name=name or _function_name(function), timeout=timeout)
+    def __init__(self, function: Callable[..., Any], **common: Any) -> None:
+        super().__init__(**common)
         self.function = function
+        if not self._name:
+            while isinstance(function, functools.partial):
+                function = function.func
+            name = getattr(function, "__name__", None) or snake_case(type(function).__name__)
+            self._name = "function" if name == "<lambda>" else name
 
-    def compute_reward(self, turns: Sequence[Turn], context: Mapping[str, Any] | None = None) -> Any:
+    def compute_reward(self, turns: Turns, context: Context = None) -> Any:
         return self.function(turns, context)
 
 
-LARGEST_WEIGHT = 1e30
-"""Times the largest score, and added up over rewards, this is still a finite total."""
-
-# In this order: jsonargparse tries the members from the left, and could not save a config with the callable first.
-Reward = list[RewardFunction] | RewardFunction | Callable[..., Any]
-"""What is accepted as a reward: a list of `RewardFunction`s, one of them, or a function `f(turns, context)` or of TRL's
-kind.
-"""
-
-
-def as_rewards(reward: Any) -> list[RewardFunction]:
-    """Turn what a user gave as reward into a list of `RewardFunction`s with unique names.
-
-    A name that is taken gets `_2`, `_3`, ... appended; it is set on the reward itself.
-
-    Args:
-        reward: A `RewardFunction`, a function `f(turns, context)` or `f(prompts, completions, **columns)` as TRL's, or
-            a list of these.
-
-    Raises:
-        ConfigError: If it is something else, empty, contains one object twice, or a weight, name or time-out is
-            unusable.
-    """
-    given = list(reward) if isinstance(reward, list | tuple) else [reward]
-    if not given:
-        raise ConfigError(
-            "reward=[] is empty: give at least one reward, such as stateset_lightning.rewards.ExactMatch()"
-        )
-    rewards = [_as_reward(item) for item in given]
-    if not any(item.weight for item in rewards):
-        raise ConfigError(
-            f"all rewards have weight 0 ({', '.join(item.name for item in rewards)}): nothing would be trained"
-        )
-    if len({id(item) for item in rewards}) < len(rewards):
-        raise ConfigError(
-            "the same reward object stands twice in the list; construct a second one, or raise its weight"
-        )
-    taken: set[str] = set()
-    explicit = {item.name for item in rewards}
-    for item in rewards:
-        if item.name in taken:
-            name, count = item.name, 2
-            while f"{name}_{count}" in explicit | taken:
-                count += 1
-            item.name = f"{name}_{count}"
-        taken.add(item.name)
-    return rewards
-
-
 def is_async(reward: RewardFunction) -> bool:
-    """Whether the reward, or the one that it wraps, is written as `async def` (a `def` that returns an awaitable is
-    not).
-    """
-    while isinstance(inner := getattr(reward, "wrapped", None), RewardFunction):
-        reward = inner
+    """Whether the reward is written as `async def`; a `def` that returns an awaitable is not."""
     call = reward.function if isinstance(reward, FunctionReward) else reward.compute_reward
-    return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(
-        getattr(call, "__call__", None)  # noqa: B004
-    )
+    return any(map(inspect.iscoroutinefunction, (call, getattr(call, "__call__", None))))  # noqa: B004
 
 
 def snake_case(class_name: str) -> str:
     """`JSONValidReward` -> `json_valid`."""
-    words = re.sub(
-        r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", class_name.removesuffix("Reward") or class_name
-    )
-    return words.strip("_").lower()
+    name = class_name.removesuffix("Reward") or class_name
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).strip("_").lower()
 
 
-def check_timeout(key: str, timeout: float | None) -> None:
-    """Raise ConfigError unless `timeout` is None or a positive, finite number of seconds."""
-    if timeout is None:
-        return
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
-        raise ConfigError(f"{key}={timeout!r} must be a positive number of seconds, or None for no limit")
+# What built-in rewards read from a conversation and its scenario -----------------------------------------------------
 
 
-def _as_reward(item: Any) -> RewardFunction:
-    if isinstance(item, type):
-        raise ConfigError(f"reward {item.__name__} is a class; give an instance: {item.__name__}()")
-    if not isinstance(item, RewardFunction):
-        if not callable(item):
-            raise ConfigError(
-                f"reward={item!r} ({type(item).__name__}) is no reward; accepted are a RewardFunction, a function "
-                "f(turns, context), or a list of these (in YAML: class_path and init_args)"
-            )
-        from stateset_lightning.rewards.trl import TRLReward, is_trl_function  # here, since it builds on this file
-
-        item = TRLReward(item) if is_trl_function(item) else FunctionReward(item)
-    _check(item)
-    return item
+def completion(turns: Turns) -> str:
+    """The text of the last turn."""
+    return str(turns[-1].get("content", "")) if turns else ""
 
 
-def _check(reward: RewardFunction) -> None:
-    name, weight = reward.name, reward.weight
-    if not isinstance(name, str) or not name:
-        raise ConfigError(f"name={name!r} of {type(reward).__name__} must be a non-empty string")
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= LARGEST_WEIGHT:
-        raise ConfigError(f"weight={weight!r} of reward '{name}' must be a finite number, at most {LARGEST_WEIGHT:g}")
-    check_timeout(f"timeout of reward '{name}'", reward.timeout)
-    if isinstance(reward, BatchReward) and reward.timeout is not None:
-        raise ConfigError(
-            f"timeout={reward.timeout} of reward '{name}': it scores a whole batch in the training process; leave"
-            " it out"
-        )
-    call = reward.function if type(reward) is FunctionReward else reward.compute_reward
+def target_of(context: Context, reward: str) -> Any:
+    """The scenario's target.
+
+    Raises:
+        DataError: If it has none. A score of zero would train the policy as if the answer were wrong.
+    """
+    target = (context or {}).get("target")
+    if target is None:
+        raise bad_target(context, reward, "is missing: add it, or leave this reward out of the row's 'rewards' column")
+    return target
+
+
+def target_texts(context: Context, reward: str, content: Callable[[str], str] | None = None) -> list[str]:
+    """The accepted answers of a scenario, as texts: its target, or each item if that is a list.
+
+    Args:
+        context: The scenario's columns.
+        reward: Name of the reward, for errors.
+        content: What counts of a text. By default an empty text is accepted.
+
+    Raises:
+        DataError: If there is no target, it is an empty list, or a text has no `content`.
+    """
+    target = target_of(context, reward)
+    texts = [str(item) for item in target] if isinstance(target, list | tuple | set | frozenset) else [str(target)]
+    if not texts or (content is not None and not all(map(content, texts))):
+        raise bad_target(context, reward, "is empty")
+    return texts
+
+
+def bad_target(context: Context, reward: str, problem: str) -> DataError:
+    """The error of a scenario whose target a reward cannot use; `problem` says why: `holds no number`."""
+    target, scenario = (context or {}).get("target"), (context or {}).get("id")
+    return DataError(f"reward '{reward}' needs an answer, but target={target!r} of scenario {scenario!r} {problem}")
+
+
+# What a call of a reward comes to ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one reward said of one completion.
+
+    `value` is its score, `NOT_APPLICABLE`, or NaN after a failure; then `error` names the exception's type.
+    """
+
+    value: float
+    breakdown: Mapping[str, Any] = field(default_factory=dict)
+    error: str = ""
+    message: str = ""
+    traceback: str = ""
+
+
+def call(reward: RewardFunction, turns: Turns, context: Mapping[str, Any]) -> Outcome | Coroutine[Any, Any, Outcome]:
+    """Call a reward and catch whatever it raises.
+
+    Returns:
+        The outcome; or, if the reward returned an awaitable, a coroutine that ends in the outcome.
+    """
+    with _forked_child_ends():
+        try:
+            output = reward.compute_reward(turns, context)
+            return _awaited(output) if inspect.isawaitable(output) else to_outcome(output)
+        except (Exception, SystemExit) as error:  # SystemExit: code under test may call exit()
+            return failure(error)
+
+
+async def call_async(reward: RewardFunction, turns: Turns, context: Mapping[str, Any]) -> Outcome:
+    """Call an async reward."""
+    outcome = call(reward, turns, context)
+    return outcome if isinstance(outcome, Outcome) else await outcome
+
+
+def to_outcome(output: Any) -> Outcome:
+    """Read what a reward returned.
+
+    Raises:
+        RewardError: If it is neither a finite number, nor a `RewardResult` with one, nor None.
+    """
+    if output is None:
+        return Outcome(NOT_APPLICABLE)
+    if not isinstance(output, RewardResult):
+        return Outcome(_finite(output))
+    if output.score is None:
+        raise RewardError("RewardResult.score is None; return None itself to say that the reward does not apply")
+    return Outcome(_finite(output.score), dict(output.breakdown or {}))
+
+
+def failure(error: BaseException) -> Outcome:
+    """The outcome of a reward that raised `error`."""
     try:
-        signature = inspect.signature(call)
-    except ValueError:  # some builtins have none; calling them tells
-        return
+        message = redacted_text(str(error))
+    except Exception:  # a user's exception may fail to print
+        message = "(its message could not be printed)"
+    trace = redacted_text("".join(traceback.format_exception(error)))
+    return Outcome(math.nan, {}, type(error).__name__, message, trace)
+
+
+async def _awaited(output: Awaitable[Any]) -> Outcome:
+    with _forked_child_ends():
+        try:
+            return to_outcome(await output)
+        # SystemExit would end the event loop. A call that was cancelled from outside has nobody who waits for it.
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            return failure(error)
+
+
+@contextmanager
+def _forked_child_ends() -> Iterator[None]:
+    """End the child of a reward that forked and let the child return too: it would go on as a second trainer."""
+    process = os.getpid()
     try:
-        signature.bind([], {})
-    except TypeError as error:
-        raise ConfigError(
-            f"reward '{name}' must accept two arguments, (turns, context), but is {name}{signature}: {error}"
-        ) from error
+        yield
+    finally:
+        if os.getpid() != process:
+            os._exit(0)
 
 
-def _function_name(function: Callable[..., Any]) -> str:
-    while isinstance(function, functools.partial):
-        function = function.func
-    name = getattr(function, "__name__", None) or snake_case(type(function).__name__)
-    return "function" if name == "<lambda>" else name
+def _finite(value: Any) -> float:
+    """A float from a number-like value. A string is no number: `float("nan")` and `float("1_0")` would both succeed."""
+    if isinstance(value, str | bytes | bytearray):
+        raise RewardError(f"the reward returned the {type(value).__name__} {value[:80]!r}, which is no number")
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # RuntimeError: a tensor of several elements
+        kind = type(value).__name__
+        raise RewardError(f"the reward returned {repr(value)[:80]} ({kind}), which is no finite number") from error
+    if not abs(number) <= LARGEST_SCORE:
+        raise RewardError(f"the reward returned {number}, which is no finite float32 number")
+    return number

@@ -1,18 +1,19 @@
-"""Rewards that compare the completion's text: equal to the target, containing it, or matching a pattern. All score 0 or
-1.
+"""Rewards that check the completion's text: equal to the target, containing it, matching a pattern or a form, JSON.
+
+All score 0 or 1.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from stateset_lightning.errors import ConfigError, DataError
-from stateset_lightning.rewards.base import RewardFunction, RewardResult
-from stateset_lightning.rewards.text import completion, target_texts
-from stateset_lightning.types import Turn
+from stateset_lightning.errors import ConfigError, require
+from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion, target_texts
+
+_FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL | re.IGNORECASE)
 
 
 class ExactMatch(RewardFunction):
@@ -41,13 +42,8 @@ class ExactMatch(RewardFunction):
         self.ignore_whitespace = ignore_whitespace
         self.ignore_punctuation = ignore_punctuation
 
-    def compute_reward(self, turns: Sequence[Turn], context: Mapping[str, Any] | None = None) -> RewardResult:
-        accepted = [self._normalized(text) for text in target_texts(context, self.name)]
-        if not all(accepted):
-            target = (context or {}).get("target")
-            raise DataError(
-                f"target={target!r} of scenario {(context or {}).get('id')!r} is empty for reward '{self.name}'"
-            )
+    def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
+        accepted = map(self._normalized, target_texts(context, self.name, content=self._normalized))
         return RewardResult(float(self._normalized(completion(turns)) in accepted))
 
     def _normalized(self, text: str) -> str:
@@ -85,21 +81,15 @@ class Contains(RewardFunction):
     ) -> None:
         super().__init__(**common)
         if strings is not None and (isinstance(strings, str) or not strings or not all(strings)):
-            raise ConfigError(
-                f"strings={strings!r} must be a list of non-empty strings; leave it out to look for the target"
-            )
+            raise ConfigError(f"strings={strings!r} must be a list of non-empty strings; leave it out for the target")
         if require not in ("all", "any"):
             raise ConfigError(f"require={require!r} must be 'all' or 'any'")
         self.strings = strings
         self.require = require
         self.ignore_case = ignore_case
 
-    def compute_reward(self, turns: Sequence[Turn], context: Mapping[str, Any] | None = None) -> RewardResult:
-        strings = self.strings if self.strings is not None else target_texts(context, self.name)
-        if not all(strings):
-            raise DataError(
-                f"target={strings!r} of scenario {(context or {}).get('id')!r} is empty: every text contains it"
-            )
+    def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
+        strings = self.strings if self.strings is not None else target_texts(context, self.name, content=str)
         text = completion(turns)
         if self.ignore_case:
             text, strings = text.casefold(), [string.casefold() for string in strings]
@@ -131,9 +121,85 @@ class RegexMatch(RewardFunction):
         self.pattern = compiled(pattern)
         self.match = match
 
-    def compute_reward(self, turns: Sequence[Turn], context: Mapping[str, Any] | None = None) -> float:
+    def compute_reward(self, turns: Turns, context: Context = None) -> float:
         find = self.pattern.search if self.match == "search" else self.pattern.fullmatch
         return float(find(completion(turns)) is not None)
+
+
+class FormatReward(RewardFunction):
+    """1 if the completion has the wanted form, else 0. Exactly one of `tags` and `pattern` is given.
+
+    Args:
+        tags: Names of tags, such as `[think, answer]`: `<think>...</think>` and then `<answer>...</answer>` must each
+            occur exactly once, in this order, not inside each other, and hold some text.
+        pattern: A regular expression (Python's `re`) that the completion, without space around it, must match as a
+            whole. `.` matches line ends too. Give a `timeout` if it has nested repetitions.
+        only_tags: Whether text outside the tags is forbidden.
+        **common: `weight`, `name` and `timeout` of every reward.
+
+    Raises:
+        ConfigError: If not exactly one of `tags` and `pattern` is given, or either is unusable.
+    """
+
+    def __init__(
+        self, *, tags: list[str] | None = None, pattern: str | None = None, only_tags: bool = False, **common: Any
+    ) -> None:
+        super().__init__(**common)
+        if (tags is None) == (pattern is None):
+            raise ConfigError(f"exactly one of tags={tags!r} and pattern={pattern!r} must be given")
+        if tags is not None and (isinstance(tags, str) or not tags or len(set(tags)) < len(tags)):
+            raise ConfigError(f"tags={tags!r} must be a list of different names, such as [think, answer]")
+        if not all(re.fullmatch(r"\w[\w-]*", tag) for tag in tags or []):
+            raise ConfigError(f"tags={tags!r}: give bare names, such as think for <think>...</think>")
+        if only_tags and tags is None:
+            raise ConfigError("only_tags=True goes with tags; a pattern says itself what may stand where")
+        self.tags = tags
+        self.only_tags = only_tags
+        if pattern is None:  # groups of even number stand inside the tags, the others outside
+            pattern = "".join(f"(.*?)<{tag}>(.*?)</{tag}>" for tag in tags or []) + "(.*)"
+        self.pattern = compiled(pattern, re.DOTALL)
+
+    def compute_reward(self, turns: Turns, context: Context = None) -> float:
+        text = completion(turns).strip()
+        marks = [mark for tag in self.tags or [] for mark in (f"<{tag}>", f"</{tag}>")]
+        if any(text.count(mark) != 1 for mark in marks) or (found := self.pattern.fullmatch(text)) is None:
+            return 0.0
+        if self.tags is None:
+            return 1.0
+        inside, outside = found.groups()[1::2], found.groups()[::2]
+        return float(all(map(str.strip, inside)) and not (self.only_tags and "".join(outside).strip()))
+
+
+class JsonValid(RewardFunction):
+    """1 if the completion is one valid JSON value (and satisfies a schema), else 0.
+
+    JSON as in RFC 8259: `NaN` and `Infinity`, which Python would read, are not valid.
+
+    Args:
+        schema: A JSON Schema (https://json-schema.org) that the value must satisfy; needs the package `jsonschema`.
+        allow_fence: Whether the whole completion may stand in a Markdown code fence, three backticks with or without
+            `json`.
+        **common: `weight`, `name` and `timeout` of every reward.
+
+    Raises:
+        ConfigError: If the schema is no schema, or `jsonschema` is not installed.
+    """
+
+    def __init__(self, *, schema: dict[str, Any] | None = None, allow_fence: bool = False, **common: Any) -> None:
+        super().__init__(**common)
+        if schema is not None:
+            _check_schema(schema)
+        self.schema = schema
+        self.allow_fence = allow_fence
+
+    def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
+        text = completion(turns).strip()
+        fenced = _FENCE.fullmatch(text) if self.allow_fence else None
+        try:
+            value = json.loads(fenced[1] if fenced else text, parse_constant=_reject_constant)
+            return RewardResult(float(self.schema is None or _satisfies(value, self.schema)), {"parses": 1.0})
+        except (ValueError, RecursionError):  # RecursionError: thousands of opening brackets
+            return RewardResult(0.0, {"parses": 0.0})
 
 
 def compiled(pattern: str, flags: int = 0) -> re.Pattern[str]:
@@ -146,3 +212,25 @@ def compiled(pattern: str, flags: int = 0) -> re.Pattern[str]:
         return re.compile(pattern, flags)
     except re.error as error:
         raise ConfigError(f"pattern={pattern!r} is no regular expression: {error}") from error
+
+
+def _reject_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _check_schema(schema: dict[str, Any]) -> None:
+    require("jsonschema", "json", "JsonValid(schema=...)")
+    from jsonschema import SchemaError
+    from jsonschema.validators import validator_for
+
+    try:
+        validator_for(schema).check_schema(schema)
+    except SchemaError as error:
+        raise ConfigError(f"schema={schema!r} is no JSON Schema: {error.message} (at {error.json_path})") from error
+
+
+def _satisfies(value: Any, schema: dict[str, Any]) -> bool:
+    from jsonschema.validators import validator_for
+    from referencing.jsonschema import EMPTY_REGISTRY  # the default one would fetch a remote $ref over the network
+
+    return bool(validator_for(schema)(schema, registry=EMPTY_REGISTRY).is_valid(value))

@@ -4,30 +4,36 @@
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Annotated, Any
 
 from annotated_types import Gt
 
-from stateset_lightning.errors import ConfigError, DataError, require
-from stateset_lightning.rewards.base import RewardFunction, RewardResult
-from stateset_lightning.rewards.text import completion, target_of
-from stateset_lightning.types import Turn
+from stateset_lightning.errors import ConfigError, bounded, require
+from stateset_lightning.rewards.base import (
+    Context,
+    RewardFunction,
+    RewardResult,
+    Turns,
+    bad_target,
+    completion,
+    target_of,
+)
 
 _LATEX = re.compile(r"\$|\\boxed|\\\(|\\\[")
 
 
+@bounded("math_equivalence")
 class MathEquivalence(RewardFunction):
     r"""1 if the answer in the completion equals the scenario's `target` mathematically, else 0 (extra `math`).
 
-    Fractions, roots, intervals, sets, matrices, equations and units in LaTeX; `50%` equals both 0.5 and 50. The answer
-    is what stands in `\boxed{}`, else behind words such as `the final answer is`, else the last formula or number.
-    Outside of `\boxed{}` and `$...$` only numbers, fractions and percentages are read. A completion without an answer
-    scores 0.
+    It reads fractions, roots, intervals, sets, matrices, equations and units in LaTeX; `50%` equals both 0.5 and 50.
+    The answer is what stands in `\boxed{}`, else behind words such as `the final answer is`, else the last formula or
+    number. Outside of `\boxed{}` and `$...$` only numbers, fractions and percentages are read. A completion without an
+    answer scores 0.
 
-    Sympy takes for ever over some formulas, and a policy learns to write them: each completion is compared in a process
-    that is killed at the time-out, and then fails.
+    Sympy never finishes on some formulas, and a policy learns to write them: each completion is compared in a worker
+    process, which is killed at the time-out; the completion then fails.
 
     Args:
         target_marker: What stands before the answer in a target that is a longer text, as in GSM8K (`... #### 72`). A
@@ -42,22 +48,19 @@ class MathEquivalence(RewardFunction):
     def __init__(self, *, target_marker: str = "####", timeout: Annotated[float, Gt(0)] = 10.0, **common: Any) -> None:
         super().__init__(timeout=timeout, **common)
         if timeout is None:
-            raise ConfigError(f"timeout=None of reward '{self.name}': give seconds, since some formulas take for ever")
+            raise ConfigError(f"timeout=None of reward '{self.name}': give seconds; sympy hangs on some formulas")
         if not target_marker:
             raise ConfigError("target_marker='': a marker must not be empty")
         require("math_verify", "math", f"reward '{self.name}'")
         self.target_marker = target_marker
 
-    def compute_reward(self, turns: Sequence[Turn], context: Mapping[str, Any] | None = None) -> RewardResult:
+    def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
         from math_verify import verify
 
         target = target_of(context, self.name)
         golds = [self._gold(item) for item in (target if isinstance(target, list | tuple) else [target])]
         if not golds or not all(golds):
-            raise DataError(
-                f"target={target!r} of scenario {(context or {}).get('id')!r} holds no formula, which reward"
-                f" '{self.name}' needs"
-            )
+            raise bad_target(context, self.name, "holds no formula")
         answer = _parsed(completion(turns))
         equal = any(verify(gold, answer, timeout_seconds=None) for gold in golds)
         return RewardResult(float(equal), {"answer": str(answer[-1]) if answer else None, "target": str(golds[0][-1])})
@@ -71,17 +74,16 @@ class MathEquivalence(RewardFunction):
         return _parsed(target if _LATEX.search(target) else rf"\boxed{{{target}}}")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # In a worker process. Imported now, before the clock of the first completion starts: sympy takes a second or
-        # two.
+        # In a worker process. Imported now, before the first completion's time-out begins: sympy takes a second or two.
         self.__dict__.update(state)
         import math_verify  # noqa: F401
 
 
 def _parsed(text: str) -> list[Any]:
-    """The formula that a text ends in, as sympy's object and as text; empty if there is none."""
+    """The last formula of a text, as a sympy object and as text; empty if there is none."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no time-out; the process has one
-    # Without its own time-out, by a signal: that is the worker's way to end when the trainer has died.
+    # Not with its own time-out: that uses the signal by which a worker ends when the trainer has died.
     config = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
     return list(parse(text.replace("\\$", ""), config, parsing_timeout=None))

@@ -1,184 +1,45 @@
-"""A frozen model that reads texts for a reward: a sequence classifier or an encoder, with its tokenizer.
+"""Rewards that are a frozen model of transformers: a sequence classifier, or an encoder that compares meanings.
 
-It is no submodule of anything: neither trained, nor saved, nor touched by the Trainer's precision.
+The model is no submodule of the policy's module: neither trained, nor saved, nor touched by the Trainer's precision.
 """
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
+# Torch, transformers and the policy are imported where they are used: worker processes import this file without them.
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from annotated_types import Ge
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stateset_lightning.data.prompts import control_tokens
-from stateset_lightning.errors import ConfigError, DataError, check_bounds
-from stateset_lightning.policy import context_length, resolve_model_name
-from stateset_lightning.policy.loading_errors import check_complete, loading_errors
-from stateset_lightning.rewards.base import BatchReward
-from stateset_lightning.rewards.text import completion, target_texts
-from stateset_lightning.types import Turn
+from stateset_lightning.errors import ConfigError, DataError, bounded
+from stateset_lightning.rewards.base import BatchReward, Turns, completion, target_texts
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger("stateset_lightning")
 
+# `input_ids` of a text, and what else its model takes (`attention_mask`, `token_type_ids`).
 Encoded = Mapping[str, list[int]]
-"""`input_ids` of a text, and what else its model takes (`attention_mask`, `token_type_ids`)."""
 
 
-class TextModel:
-    """Reads texts in batches of similar length, without gradient.
-
-    Equal texts are read once: rounding that differs with the padding would make different scores of equal completions.
-
-    Args:
-        key: What errors call the model, such as `reward_model.model_name`.
-        model_name: A folder or a Hugging Face id.
-        kind: `classifier` has a head of one or several labels, `encoder` gives hidden states.
-        dtype: Precision of weights and computation.
-        batch_size: Texts at a time. A model without a pad token reads one at a time (announced).
-        max_tokens: Longest text; by default what the model has positions for.
-        revision: Branch, tag or commit of a Hugging Face id.
-
-    Raises:
-        ConfigError: If the model cannot be loaded or lacks weights.
-    """
-
-    def __init__(
-        self,
-        key: str,
-        model_name: str,
-        kind: Literal["classifier", "encoder"],
-        *,
-        dtype: str = "float32",
-        batch_size: int = 16,
-        max_tokens: int | None = None,
-        revision: str | None = None,
-    ) -> None:
-        self.key = f"{key}={model_name!r}"
-        self.model, self.tokenizer = _load(key, model_name, kind, dtype, revision)
-        self.batch_size = batch_size
-        if self.tokenizer.pad_token_id is None:
-            log.info("%s has no pad token: it reads one text at a time", self.key)
-            self.batch_size = 1
-        elif self.model.config.pad_token_id is None:
-            self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        self.tokenizer.padding_side = "right"
-        self.tokenizer.chat_control_tokens = control_tokens(self.tokenizer)
-        positions = context_length(self.model)
-        table = next(
-            (m for name, m in self.model.named_modules() if name.endswith("embeddings.position_embeddings")), None
-        )
-        padding = getattr(table, "padding_idx", None)
-        if positions is not None and padding is not None:  # RoBERTa's begin behind the padding's
-            positions -= padding + 1
-        limits = [limit for limit in (max_tokens, positions, self.tokenizer.model_max_length) if limit is not None]
-        self.max_tokens = min(limits)
-
-    def encode(self, text: str, second: str | None = None) -> Encoded | DataError:
-        """A text, or a pair of them; control tokens in it (`[SEP]`, `<|im_end|>`) are ordinary text."""
-        return self._checked(self.tokenizer(text, second, split_special_tokens=True, verbose=False))
-
-    def encode_conversation(self, turns: Sequence[Turn]) -> Encoded | DataError:
-        """By the chat template; without one the last turn is the second of a pair, behind the others joined by blank
-        lines.
-        """
-        if not self.tokenizer.chat_template:
-            return self.encode("\n\n".join(turn["content"] for turn in turns[:-1]), turns[-1]["content"])
-        messages = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-        try:
-            return self._checked(
-                self.tokenizer.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=True)
-            )
-        except Exception as error:  # a template is foreign code
-            return DataError(f"{self.key}: its chat template refuses the conversation: {error}")
-
-    def read(
-        self, texts: Sequence[Encoded | DataError], device: torch.device | str, head: Callable[[Any, Tensor], Tensor]
-    ) -> list[Tensor | DataError]:
-        """`head(output, attention_mask)` of each text, float32 on the CPU; errors stay in their places.
-
-        Args:
-            texts: From `encode`.
-            device: Where to compute; the model is moved there and stays.
-            head: Makes of a batch's output one row per text.
-        """
-        if self.model.device != torch.device(device):
-            self.model.to(device)
-        unique = {_identity(text): text for text in texts if not isinstance(text, DataError)}
-        order = sorted(unique, key=lambda identity: (len(unique[identity]["input_ids"]), identity))
-        rows: dict[Any, Tensor] = {}
-        for start in range(0, len(order), self.batch_size):
-            part = order[start : start + self.batch_size]
-            rows |= zip(part, self._forward([unique[identity] for identity in part], head), strict=True)
-        return [text if isinstance(text, DataError) else rows[_identity(text)] for text in texts]
-
-    def _forward(self, texts: Sequence[Encoded], head: Callable[[Any, Tensor], Tensor]) -> Tensor:
-        device = self.model.device
-        batch = self.tokenizer.pad(list(texts), padding=len(texts) > 1, return_tensors="pt").to(device)
-        # Called inside the training step: its autocast must not decide the reward's precision.
-        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-            return head(self.model(**batch), batch["attention_mask"]).float().cpu()
-
-    def _checked(self, encoded: Any) -> Encoded | DataError:
-        count = len(encoded["input_ids"])
-        if 0 < count <= self.max_tokens:
-            return dict(encoded)
-        return DataError(f"{self.key} reads texts of 1 to {self.max_tokens} tokens; this one has {count}")
-
-
-def mean_pooled(output: Any, mask: Tensor) -> Tensor:
-    """Mean of the last hidden states over the tokens that are no padding, [texts, width]."""
-    weights = mask.unsqueeze(-1).float()
-    return (output.last_hidden_state.float() * weights).sum(1) / weights.sum(1)
-
-
-def _identity(text: Encoded) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(values) for _, values in sorted(text.items()))
-
-
-def _load(
-    key: str, model_name: str, kind: str, dtype: str, revision: str | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
-
-    name = resolve_model_name(model_name, key)
-    auto = AutoModelForSequenceClassification if kind == "classifier" else AutoModel
-    option = f"{key}={model_name!r}"
-    with loading_errors(option):
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
-        # an encoder's pooler, which is not used, may be missing: it is filled at random
-        with torch.random.fork_rng(devices=[]):
-            model, report = auto.from_pretrained(
-                name,
-                dtype=getattr(torch, dtype),
-                revision=revision or "main",
-                weights_only=True,
-                output_loading_info=True,
-            )
-    check_complete(
-        option, (weight for weight in report["missing_keys"] if kind == "classifier" or "pooler" not in weight), kind
-    )
-    return model.eval().requires_grad_(False), tokenizer
-
-
-# MERGED: A trained sequence classifier as a reward, and what all rewards that are models have in common.
-
-
+@bounded("model.reward")
 class TextModelReward(BatchReward):
-    """Base of rewards that are a model of transformers. It lies on the policy's device and is neither trained nor
-    saved.
+    """Base class of rewards that are a model of transformers.
 
-    A text that is too long for the model fails its completion. Control tokens that a text spells out (`[SEP]`) are
-    ordinary text.
+    The model is loaded when the first batch is scored, and stays on the policy's device. Texts are read in batches of
+    similar length, without gradient. Equal texts are read once: rounding differs with the padding, so that equal
+    completions would get different scores.
+
+    A text that is too long for the model fails its completion. Special tokens that a text spells out (`[SEP]`,
+    `<|im_end|>`) are ordinary text.
 
     Args:
         model_name: A folder or a Hugging Face id.
         dtype: Precision of weights and computation, whatever the Trainer's is.
-        batch_size: Texts at a time.
+        batch_size: Texts at a time. A model without a pad token reads one at a time (announced).
         max_tokens: Longest text; by default what the model has positions for.
         revision: Branch, tag or commit of a Hugging Face id.
         **common: `weight` and `name` of every reward.
@@ -188,7 +49,7 @@ class TextModelReward(BatchReward):
             weights.
     """
 
-    kind: Literal["classifier", "encoder"]
+    kind: Literal["classifier", "encoder"]  # with a head of one or several labels, or giving hidden states
 
     def __init__(
         self,
@@ -200,25 +61,116 @@ class TextModelReward(BatchReward):
         revision: str | None = None,
         **common: Any,
     ) -> None:
-        from stateset_lightning.policy import resolve_model_name  # here: worker processes do without torch
+        from stateset_lightning.policy import resolve_model_name
 
         super().__init__(**common)
-        self.model_name = model_name
-        self.options: dict[str, Any] = {
-            "dtype": dtype,
-            "batch_size": batch_size,
-            "max_tokens": max_tokens,
-            "revision": revision,
-        }
-        check_bounds(self.name, TextModelReward.__init__, self.options)
-        resolve_model_name(model_name, f"{self.name}.model_name")
+        self.path = resolve_model_name(model_name, f"{self.name}.model_name")
+        self.key = f"{self.name}.model_name={model_name!r}"
+        self.dtype, self.batch_size, self.max_tokens = dtype, batch_size, max_tokens
+        self.revision = revision or "main"
 
     @cached_property
-    def model(self) -> "TextModel":
-        """The model, loaded when it is first asked for."""
-        from stateset_lightning.rewards.models import TextModel
+    def model(self) -> Any:
+        """The model, in evaluation mode; loaded when it is first asked for."""
+        import torch
+        from transformers import AutoModel, AutoModelForSequenceClassification
 
-        return TextModel(f"{self.name}.model_name", self.model_name, self.kind, **self.options)
+        from stateset_lightning.policy import check_complete, loading_errors
+
+        auto = AutoModelForSequenceClassification if self.kind == "classifier" else AutoModel
+        options = {"dtype": getattr(torch, self.dtype), "revision": self.revision, "weights_only": True}
+        # An encoder's pooler, which is not used, may be missing: it is initialised at random.
+        with loading_errors(self.key), torch.random.fork_rng(devices=[]):
+            model, report = auto.from_pretrained(self.path, **options, output_loading_info=True)
+        missing = [name for name in report["missing_keys"] if self.kind == "classifier" or "pooler" not in name]
+        check_complete(self.key, missing, self.kind)
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = self.tokenizer.pad_token_id
+        return model.eval().requires_grad_(False)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        from transformers import AutoTokenizer
+
+        from stateset_lightning.data import special_tokens
+        from stateset_lightning.policy import loading_errors
+
+        with loading_errors(self.key):
+            tokenizer = AutoTokenizer.from_pretrained(self.path, revision=self.revision)
+        if tokenizer.pad_token_id is None:
+            log.info("%s has no pad token: it reads one text at a time", self.key)
+        tokenizer.padding_side = "right"
+        tokenizer.chat_control_tokens = special_tokens(tokenizer)
+        return tokenizer
+
+    @cached_property
+    def limit(self) -> int:
+        """Tokens that the model can read."""
+        from stateset_lightning.policy import context_length
+
+        positions = context_length(self.model)
+        tables = [m for name, m in self.model.named_modules() if name.endswith("embeddings.position_embeddings")]
+        if positions is not None and tables and (padding := getattr(tables[0], "padding_idx", None)) is not None:
+            positions -= padding + 1  # RoBERTa's positions begin after the padding's
+        limits = [self.max_tokens, positions, self.tokenizer.model_max_length]
+        return min(limit for limit in limits if limit is not None)
+
+    def encode(self, text: str, second: str | None = None) -> Encoded:
+        """A text, or a pair of texts, as tokens.
+
+        Raises:
+            DataError: If it is empty, or longer than the model can read.
+        """
+        return self._checked(self.tokenizer(text, second, split_special_tokens=True, verbose=False))
+
+    def encode_conversation(self, turns: Turns) -> Encoded:
+        """A conversation by the chat template.
+
+        Without a template the last turn is the second of a pair; the first are the others, joined by blank lines.
+
+        Raises:
+            DataError: If it is longer than the model can read, or its template refuses the conversation.
+        """
+        if not self.tokenizer.chat_template:
+            return self.encode("\n\n".join(turn["content"] for turn in turns[:-1]), turns[-1]["content"])
+        messages = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+        try:
+            encoded = self.tokenizer.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=True)
+        except Exception as error:  # a template is foreign code
+            raise DataError(f"{self.key}: its chat template refuses the conversation: {error}") from error
+        return self._checked(encoded)
+
+    def read(self, texts: Sequence[Encoded | DataError], head: Callable[[Any, "Tensor"], "Tensor"]) -> list[Any]:
+        """`head(output, attention_mask)` of each text, float32 on the CPU; errors stay in their places.
+
+        Args:
+            texts: Results of `encode`, or its errors.
+            head: Makes one row per text of a batch's output.
+        """
+        import torch
+
+        if self.model.device != torch.device(self.device):
+            self.model.to(self.device)
+        size = 1 if self.tokenizer.pad_token_id is None else self.batch_size
+        unique = {_identity(text): text for text in texts if not isinstance(text, DataError)}
+        order = sorted(unique, key=lambda identity: (len(unique[identity]["input_ids"]), identity))
+        rows: dict[Any, Tensor] = {}
+        for start in range(0, len(order), size):
+            keys = order[start : start + size]
+            batch = self.tokenizer.pad([unique[key] for key in keys], padding=len(keys) > 1, return_tensors="pt")
+            batch = batch.to(self.model.device)
+            # Called inside the training step: its autocast must not decide the reward's precision.
+            with torch.inference_mode(), torch.autocast(self.model.device.type, enabled=False):
+                output = head(self.model(**batch), batch["attention_mask"]).float().cpu()
+            rows |= zip(keys, output, strict=True)
+        return [text if isinstance(text, DataError) else rows[_identity(text)] for text in texts]
+
+    def _checked(self, encoded: Any) -> Encoded:
+        count = len(encoded["input_ids"])
+        if 0 < count <= self.limit:
+            return dict(encoded)
+        raise DataError(f"{self.key} reads texts of 1 to {self.limit} tokens; this one has {count}")
 
 
 class RewardModel(TextModelReward):
@@ -249,40 +201,31 @@ class RewardModel(TextModelReward):
         super().__init__(model_name, **options)
         self.label, self.reads = label, reads
 
-    def compute_rewards(
-        self, conversations: Sequence[Sequence[Turn]], contexts: Sequence[Mapping[str, Any]]
-    ) -> list[Any]:
-        model, label = self.model, self._label
-        encode = (
-            model.encode_conversation if self.reads == "conversation" else lambda turns: model.encode(completion(turns))
-        )
-        rows = model.read([encode(turns) for turns in conversations], self.device, lambda output, _: output.logits)
+    def compute_rewards(self, conversations: Sequence[Turns], contexts: Sequence[Mapping[str, Any]]) -> list[Any]:
+        label = self._label
+        encode = self.encode_conversation if self.reads == "conversation" else lambda t: self.encode(completion(t))
+        rows = self.read([_attempt(encode, turns) for turns in conversations], lambda output, _: output.logits)
         if label is not None:
             rows = [row if isinstance(row, Exception) else row.softmax(-1)[label] for row in rows]
         return [row if isinstance(row, Exception) else float(row) for row in rows]
 
     @cached_property
     def _label(self) -> int | None:
-        names: dict[int, str] = self.model.model.config.id2label
+        names: dict[int, str] = self.model.config.id2label
         if self.label is None and len(names) == 1:
             return None
         found = [number for number, name in names.items() if self.label in (number, name)]
         if not found:
-            raise ConfigError(
-                f"{self.name}.label={self.label!r} must be one of the model's: {', '.join(names.values())}"
-            )
+            known = ", ".join(names.values())
+            raise ConfigError(f"{self.name}.label={self.label!r} must be one of the model's: {known}")
         return found[0]
 
 
-# MERGED: How near the completion is to the target in meaning, by a small encoder.
-
-
 class EmbeddingSimilarity(TextModelReward):
-    """Cosine, -1 to 1, between the embeddings of the completion and the scenario's `target`; the best of several
-    targets.
+    """Cosine similarity, -1 to 1, between the completion and the scenario's `target`; the best of several targets.
 
-    An embedding is the mean of the encoder's last hidden states. A completion without text scores 0. Similar is not
-    right: `5 pm` and `6 pm` are neighbours. Give it beside a reward that checks facts.
+    The embedding of a text is the mean of the encoder's last hidden states. A completion without text scores 0. Similar
+    is not right: `5 pm` and `6 pm` are neighbours. Give it beside a reward that checks facts.
 
     Args:
         model_name: A folder or a Hugging Face id that `AutoModel` loads: `sentence-transformers/all-MiniLM-L6-v2`, say.
@@ -299,48 +242,48 @@ class EmbeddingSimilarity(TextModelReward):
         super().__init__(model_name, **options)
         self.prefix = prefix
 
-    def compute_rewards(
-        self, conversations: Sequence[Sequence[Turn]], contexts: Sequence[Mapping[str, Any]]
-    ) -> list[Any]:
+    def compute_rewards(self, conversations: Sequence[Turns], contexts: Sequence[Mapping[str, Any]]) -> list[Any]:
         answers = [completion(turns) for turns in conversations]
-        targets = [self._targets(context) for context in contexts]
-        embeddings = self._embeddings(
-            {*answers, *(text for texts in targets if isinstance(texts, list) for text in texts)}
-        )
-        return [self._similarity(answer, texts, embeddings) for answer, texts in zip(answers, targets, strict=True)]
-
-    def _targets(self, context: Mapping[str, Any]) -> list[str] | DataError:
-        try:
-            texts = target_texts(context, self.name)
-        except DataError as error:
-            return error
-        return (
-            texts
-            if all(map(str.strip, texts))
-            else DataError(f"target={texts!r} of scenario {context.get('id')!r} is empty")
-        )
+        targets = [_attempt(target_texts, context, self.name, str.strip) for context in contexts]
+        texts = {text for found in targets if isinstance(found, list) for text in found}
+        vectors = self._embeddings(texts.union(answers))
+        pairs = zip(answers, targets, strict=True)
+        return [_attempt(self._similarity, answer, targets, vectors) for answer, targets in pairs]
 
     def _embeddings(self, texts: set[str]) -> dict[str, Any]:
         """Text -> unit vector, or why there is none."""
-        from stateset_lightning.rewards.models import mean_pooled
-
         some = sorted(text for text in texts if text.strip())
-        rows = self.model.read([self.model.encode(self.prefix + text) for text in some], self.device, mean_pooled)
-        return {
-            text: row if isinstance(row, DataError) else row / row.norm() for text, row in zip(some, rows, strict=True)
-        }
+        rows = self.read([_attempt(self.encode, self.prefix + text) for text in some], _mean_pooled)
+        return {t: row if isinstance(row, DataError) else row / row.norm() for t, row in zip(some, rows, strict=True)}
 
-    def _similarity(
-        self, answer: str, targets: list[str] | DataError, embeddings: Mapping[str, Any]
-    ) -> float | DataError:
+    def _similarity(self, answer: str, targets: list[str] | DataError, embeddings: Mapping[str, Any]) -> float:
         if isinstance(targets, DataError):
-            return targets
+            raise targets
         if not answer.strip():
             return 0.0
-        mine, *theirs = [embeddings[text] for text in (answer, *targets)]
-        if error := next((item for item in (mine, *theirs) if isinstance(item, DataError)), None):
-            return error
-        similarities = [float(mine @ other) for other in theirs]
-        if any(map(math.isnan, similarities)):  # of which min and max would make a score
+        vectors = [embeddings[text] for text in (answer, *targets)]
+        for vector in vectors:
+            if isinstance(vector, DataError):
+                raise vector
+        similarities = [float(vectors[0] @ other) for other in vectors[1:]]
+        if any(map(math.isnan, similarities)):  # `max` might pass over it
             return math.nan
-        return min(1.0, max(similarities))  # rounding may go beyond
+        return min(1.0, max(similarities))  # rounding may go beyond 1
+
+
+def _attempt(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function returns, or the DataError that it raises: the failure of one completion of a batch."""
+    try:
+        return function(*args)
+    except DataError as error:
+        return error
+
+
+def _mean_pooled(output: Any, mask: "Tensor") -> "Tensor":
+    """Mean of the last hidden states over the tokens that are no padding, [texts, width]."""
+    weights = mask.unsqueeze(-1).float()
+    return (output.last_hidden_state.float() * weights).sum(1) / weights.sum(1)
+
+
+def _identity(text: Encoded) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(values) for _, values in sorted(text.items()))

@@ -1,28 +1,37 @@
-"""A reward for answers that are numbers, and the reading of numbers from text.
+"""A reward for answers that are numbers, and how numbers are read from text.
 
-Read are thousands separators (1,000), signs, decimals, fractions (3/4, 2 1/2, LaTeX's frac), percent, currency signs,
-scientific notation (1e5, 1.5 x 10^5). Decimal commas (3,14) and number words are not. For formulas use a mathematics
-package.
+Understood are thousands separators (1,000), signs, decimals, fractions (3/4, 2 1/2, LaTeX's frac), percent, currency
+signs and scientific notation (1e5, 1.5 x 10^5). Decimal commas (3,14) and number words are not. For formulas use
+`MathEquivalence`.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 
 import math
 import numbers
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Annotated, Any
 
-from stateset_lightning.errors import ConfigError, DataError
-from stateset_lightning.rewards.base import RewardFunction, RewardResult
-from stateset_lightning.rewards.text import completion, target_of
-from stateset_lightning.types import Turn
+from annotated_types import Ge, Lt
+
+from stateset_lightning.errors import ConfigError, bounded
+from stateset_lightning.rewards.base import (
+    Context,
+    RewardFunction,
+    RewardResult,
+    Turns,
+    bad_target,
+    completion,
+    target_of,
+)
 
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\.)\.[0-9]+"
 _NUMBER = re.compile(
     rf"""
     (?<!\w) (?<![0-9]\.)                                    # not inside a word (H2O) or a version (1.2.3)
-    (?: (?<![)\]%]) (?P<sign> [-+\u2212] ) )? [$€£¥₹]? (?P<sign_2> (?<=[$€£¥₹]) [-\u2212] )?   # 5-3 and (5)-3 are differences
+    (?: (?<![)\]%]) (?P<sign> [-+\u2212] ) )? [$€£¥₹]?       # 5-3 and (5)-3 are differences
+    (?P<sign_2> (?<=[$€£¥₹]) [-\u2212] )?
     (?: (?P<whole> [0-9]+ ) [ ] (?= [0-9]+/[0-9]) )?        # 2 1/2
     (?P<number> {_DIGITS} )
     (?: (?: [eE] | [ ]?(?:×|x|\*|\\times)[ ]?10(?:\^|\*\*)\{{? ) (?P<exponent> [-+\u2212]?[0-9]+ ) \}}? )?
@@ -38,6 +47,7 @@ _LATEX = (
 )
 
 
+@bounded("numeric_answer")
 class NumericAnswer(RewardFunction):
     """1 if the number in the completion equals the scenario's `target`, else 0.
 
@@ -65,22 +75,19 @@ class NumericAnswer(RewardFunction):
         *,
         marker: str | None = None,
         target_marker: str = "####",
-        absolute_tolerance: float = 0.0,
-        relative_tolerance: float = 1e-9,
+        absolute_tolerance: Annotated[float, Ge(0), Lt(math.inf)] = 0.0,
+        relative_tolerance: Annotated[float, Ge(0), Lt(math.inf)] = 1e-9,
         **common: Any,
     ) -> None:
         super().__init__(**common)
         if marker == "" or target_marker == "":
             raise ConfigError(f"marker={marker!r}, target_marker={target_marker!r}: a marker must not be empty")
-        for key, value in {"absolute_tolerance": absolute_tolerance, "relative_tolerance": relative_tolerance}.items():
-            if not 0 <= value < math.inf:
-                raise ConfigError(f"{key}={value} must be a finite number that is not negative")
         self.marker = marker
         self.target_marker = target_marker
         self.absolute_tolerance = absolute_tolerance
         self.relative_tolerance = relative_tolerance
 
-    def compute_reward(self, turns: Sequence[Turn], context: Mapping[str, Any] | None = None) -> RewardResult:
+    def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
         targets = self._target(context)
         answers = _number(completion(turns), self.marker, required=True)
         equal = any(self._equal(answer, target) for answer in answers for target in targets)
@@ -89,7 +96,7 @@ class NumericAnswer(RewardFunction):
     def _equal(self, answer: float, target: float) -> bool:
         return abs(answer - target) <= max(self.absolute_tolerance, self.relative_tolerance * abs(target))
 
-    def _target(self, context: Mapping[str, Any] | None) -> list[float]:
+    def _target(self, context: Context) -> list[float]:
         target = target_of(context, self.name)
         values: list[float] = []
         if isinstance(target, str):
@@ -97,15 +104,12 @@ class NumericAnswer(RewardFunction):
         elif isinstance(target, numbers.Real) and not isinstance(target, bool):
             values = [float(target)]
         if not values or not math.isfinite(values[0]):
-            raise DataError(
-                f"target={target!r} of scenario {(context or {}).get('id')!r} holds no number, which reward"
-                f" '{self.name}' needs"
-            )
+            raise bad_target(context, self.name, "holds no number")
         return values
 
 
 def find_numbers(text: str) -> Iterator[list[float]]:
-    """The numbers in a text, in order; each with all its readings (`50%` reads 50 and 0.5)."""
+    """The numbers in a text, in order; each with all its values (`50%` is 50 and 0.5)."""
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
     for match in _NUMBER.finditer(text):
@@ -127,7 +131,7 @@ def _value(match: re.Match[str]) -> float:
 
 
 def _number(text: str, marker: str | None, *, required: bool) -> list[float]:
-    """Readings of the first number behind the last marker, or of the last number; empty if there is none."""
+    """The values of the first number behind the last marker, or of the last number; empty if there is none."""
     if marker is not None:
         places = [match.end() for match in re.finditer(re.escape(marker), text, re.IGNORECASE)]
         if places:

@@ -1,16 +1,19 @@
-"""Rewards that are never positive: too long, overlong in tokens, repetitive."""
+"""Penalties, never positive: too long, too long in tokens, repetitive."""
 
-from __future__ import annotations
+# No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from annotated_types import Ge
 
-from stateset_lightning.errors import ConfigError, DataError
-from stateset_lightning.rewards.base import RewardFunction
-from stateset_lightning.rewards.text import completion, repeated_share, words
-from stateset_lightning.types import Turn
+from stateset_lightning.errors import ConfigError, DataError, bounded
+from stateset_lightning.rewards.base import Context, RewardFunction, Turns, completion
+
+_WORD = re.compile(r"\d+(?:[.,:]\d+)+|\w+(?:['’]\w+)*")
 
 
+@bounded("length_penalty")
 class LengthPenalty(RewardFunction):
     """0 up to `max_length`, then falling by `per_unit` for each word or character beyond, down to `-max_penalty`.
 
@@ -27,17 +30,14 @@ class LengthPenalty(RewardFunction):
 
     def __init__(
         self,
-        max_length: int,
+        max_length: Annotated[int, Ge(0)],
         *,
         unit: Literal["words", "characters"] = "words",
-        per_unit: float = 0.01,
-        max_penalty: float = 1.0,
+        per_unit: Annotated[float, Ge(0)] = 0.01,
+        max_penalty: Annotated[float, Ge(0)] = 1.0,
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        for key, value in {"max_length": max_length, "per_unit": per_unit, "max_penalty": max_penalty}.items():
-            if value < 0:
-                raise ConfigError(f"{key}={value} must not be negative; the penalty is subtracted")
         if unit not in ("words", "characters"):
             raise ConfigError(f"unit={unit!r} must be 'words' or 'characters'")
         self.max_length = max_length
@@ -45,7 +45,7 @@ class LengthPenalty(RewardFunction):
         self.per_unit = per_unit
         self.max_penalty = max_penalty
 
-    def compute_reward(self, turns: Sequence[Turn], context: Mapping[str, Any] | None = None) -> float:
+    def compute_reward(self, turns: Turns, context: Context = None) -> float:
         text = completion(turns)
         length = len(text.split()) if self.unit == "words" else len(text)
         return -min(self.max_penalty, self.per_unit * max(0, length - self.max_length))
@@ -74,15 +74,14 @@ class OverlongPenalty(RewardFunction):
         self.max_tokens = max_tokens
         self.buffer = buffer
 
-    def compute_reward(self, turns: Sequence[Turn], context: Mapping[str, Any] | None = None) -> float:
+    def compute_reward(self, turns: Turns, context: Context = None) -> float:
         num_tokens = (context or {}).get("completion_tokens")
         if num_tokens is None:
-            raise DataError(
-                f"reward '{self.name}' needs context['completion_tokens'], the completion's number of tokens"
-            )
+            raise DataError(f"reward '{self.name}' needs context['completion_tokens'], the number of tokens")
         return -min(1.0, max(0.0, (num_tokens - (self.max_tokens - self.buffer)) / self.buffer))
 
 
+@bounded("repetition_penalty")
 class RepetitionPenalty(RewardFunction):
     """Minus the share of the completion's n-grams of words that occurred before in it: 0 (none) to almost -1.
 
@@ -96,11 +95,20 @@ class RepetitionPenalty(RewardFunction):
         ConfigError: If `ngram` is less than 1.
     """
 
-    def __init__(self, *, ngram: int = 3, **common: Any) -> None:
+    def __init__(self, *, ngram: Annotated[int, Ge(1)] = 3, **common: Any) -> None:
         super().__init__(**common)
-        if ngram < 1:
-            raise ConfigError(f"ngram={ngram} must be at least 1")
         self.ngram = ngram
 
-    def compute_reward(self, turns: Sequence[Turn], context: Mapping[str, Any] | None = None) -> float:
+    def compute_reward(self, turns: Turns, context: Context = None) -> float:
         return -repeated_share(words(completion(turns)), self.ngram)
+
+
+def words(text: str) -> list[str]:
+    """The words and numbers of a text, in lower case. Languages without spaces come out as few long words."""
+    return _WORD.findall(text.casefold().replace("’", "'"))
+
+
+def repeated_share(items: Sequence[str], n: int) -> float:
+    """Share of the n-grams of `items` that have occurred before; 0 if there are fewer than `n` items."""
+    ngrams = [tuple(items[i : i + n]) for i in range(len(items) - n + 1)]
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0

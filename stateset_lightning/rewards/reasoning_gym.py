@@ -2,36 +2,29 @@
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from annotated_types import Gt
 
-from stateset_lightning.errors import ConfigError, require
-from stateset_lightning.rewards.base import RewardFunction, RewardResult
+from stateset_lightning.errors import ConfigError, bounded, require
+from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion
 from stateset_lightning.rewards.match import compiled
-from stateset_lightning.rewards.text import completion
-from stateset_lightning.types import Turn
 
+# Tasks whose scoring evaluates the answer as code, in version 0.1.25.
 RUNS_ANSWERS = frozenset(
-    [
-        "binary_matrix",
-        "countdown",
-        "intermediate_integration",
-        "n_queens",
-        "polynomial_multiplication",
-        "puzzle24",
-        "simple_integration",
-        "spiral_matrix",
-        "string_insertion",
-    ]
+    """
+    binary_matrix countdown intermediate_integration n_queens polynomial_multiplication puzzle24 simple_integration
+    spiral_matrix string_insertion
+    """.split()  # noqa: SIM905 (as in the library's list)
 )
-"""Tasks whose scoring evaluates the answer as code, in version 0.1.25."""
 
 
+@bounded("reasoning_gym")
 class ReasoningGymReward(RewardFunction):
-    """0 to 1, by the task's own scoring; for scenarios of a source `{reasoning_gym: TASK}` (extra `gym`). It does not
-    apply to others.
+    """0 to 1, by the task's own scoring, for scenarios of a source `{reasoning_gym: TASK}` (extra `gym`).
+
+    It does not apply to other scenarios.
 
     Some tasks give a wrong answer of the right form a little more than 0. A few (`RUNS_ANSWERS`) hand the answer to
     `eval`, or to sympy's parser, which evaluates as well: whatever the policy writes runs as Python, with your rights.
@@ -40,7 +33,7 @@ class ReasoningGymReward(RewardFunction):
     Args:
         allow_code: Score tasks whose scoring runs the answer as code, too.
         answer_pattern: Where the answer stands: the pattern's last match, its first group if it has one
-            (`<answer>(.*?)</answer>`). By default the whole completion. One without a match scores 0.
+            (`<answer>(.*?)</answer>`). By default the whole completion. A completion without a match scores 0.
         timeout: Seconds per completion.
         **common: `weight` and `name` of every reward.
 
@@ -58,15 +51,13 @@ class ReasoningGymReward(RewardFunction):
     ) -> None:
         super().__init__(timeout=timeout, **common)
         if timeout is None:
-            raise ConfigError(
-                f"timeout=None of reward '{self.name}': give seconds, since sympy takes for ever over some answers"
-            )
+            raise ConfigError(f"timeout=None of reward '{self.name}': give seconds; sympy hangs on some answers")
         require("reasoning_gym", "gym", f"reward '{self.name}'")
         self.answer_pattern = None if answer_pattern is None else compiled(answer_pattern)
         self.allow_code = allow_code
         self._scorers: dict[str, Any] = {}
 
-    def compute_reward(self, turns: Sequence[Turn], context: Mapping[str, Any] | None = None) -> RewardResult | None:
+    def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult | None:
         row = dict(context or {})
         if (needed := row.get("reasoning_gym")) is None:
             return None
@@ -75,12 +66,12 @@ class ReasoningGymReward(RewardFunction):
                 f"reasoning_gym={needed['task']} scores an answer by running it as Python: leave the task out, or set"
                 f" allow_code=true of reward '{self.name}' where you let a model run code"
             )
-        answer: str | None = completion(turns).strip()
+        answer = completion(turns).strip()
         if self.answer_pattern is not None:
             matches = list(self.answer_pattern.finditer(completion(turns)))
-            answer = matches[-1][min(1, self.answer_pattern.groups)] if matches else None
-        if answer is None:
-            return RewardResult(0.0, {"answer": None})
+            if not matches:
+                return RewardResult(0.0, {"answer": None})
+            answer = matches[-1][min(1, self.answer_pattern.groups)]
         entry = {"question": row.get("prompt"), "answer": row.get("target"), "metadata": needed["metadata"]}
         return RewardResult(self._scorer(needed["task"], needed["options"])(answer, entry), {"answer": answer})
 
@@ -93,6 +84,6 @@ class ReasoningGymReward(RewardFunction):
         return self._scorers[key]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # In a worker process. Imported now, before the clock of the first completion starts: it takes seconds.
+        # In a worker process. Imported now, before the first completion's time-out begins: it takes seconds.
         self.__dict__.update(state)
         import reasoning_gym  # noqa: F401

@@ -1,8 +1,8 @@
 """Completions -> scores: run every reward on every completion, while others are still being sampled.
 
 Async rewards run concurrently on an event loop of their own, blocking ones on threads, blocking ones with a time-out in
-worker processes that can be killed, batched ones when all is sampled. The order of results never depends on which
-reward is quicker.
+worker processes that can be killed, batched ones when all completions are sampled. The order of results never depends
+on which reward is quicker.
 """
 
 from __future__ import annotations
@@ -13,38 +13,34 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Annotated, Any
 
-from stateset_lightning.errors import ConfigError, DataError, RewardError
-from stateset_lightning.rewards.background import EventLoopThread
-from stateset_lightning.rewards.base import BatchReward, RewardFunction, as_rewards, check_timeout, is_async
-from stateset_lightning.rewards.outcome import Outcome, evaluate, evaluate_batch
-from stateset_lightning.rewards.worker_pool import WorkerPool
-from stateset_lightning.threads import DaemonThreads
-from stateset_lightning.types import NOT_APPLICABLE, RewardFailure, Scores, Turn
+from annotated_types import Ge, Gt, Le, Lt
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from stateset_lightning.errors import ConfigError, DataError, RewardError, bounded
+from stateset_lightning.rewards import base
+from stateset_lightning.rewards.base import BatchReward, Context, Outcome, RewardFunction, Turns, failure
+from stateset_lightning.rewards.reward_list import as_rewards
+from stateset_lightning.threads import DaemonThreads, EventLoopThread
+from stateset_lightning.types import NOT_APPLICABLE, RewardFailure, Scores
+from stateset_lightning.workers import WorkerPool
 
-Run = Callable[[Sequence[Turn], Mapping[str, Any]], Future[Outcome]]
-"""Starts one reward on one completion and returns at once."""
-
-
-_Waiting = tuple[int, Sequence[Turn], Mapping[str, Any], Future[Outcome]]
-"""A completion that a batched reward has yet to score: its number, conversation, columns, and where the outcome
-goes.
-"""
+# A completion that waits for a batched reward: its conversation, its columns, and the future of the outcome.
+_Waiting = tuple[Turns, Mapping[str, Any], Future[Outcome]]
 
 
-class Scorer:
+@bounded("scorer")
+class Scorer(AbstractContextManager["Scorer"]):
     """Scores completions with a list of rewards.
 
     Use it as a context manager, or call `close`: it holds threads and worker processes.
 
     Args:
         rewards: A `RewardFunction`, a function `f(turns, context)`, or a list of these.
-        timeout: Seconds per completion for rewards that set none themselves, batched ones aside; None means no limit.
-        max_concurrency: Async rewards, and blocking rewards without a time-out, that run at the same time.
+        timeout: Seconds per completion for rewards that set none themselves, except batched ones; None means no limit.
+        max_concurrency: Async rewards that run at the same time, and blocking rewards without a time-out that do.
         max_failures: `check_failures` raises if more than this share of completions failed.
 
     Raises:
@@ -53,35 +49,35 @@ class Scorer:
     """
 
     def __init__(
-        self, rewards: Any, *, timeout: float | None = None, max_concurrency: int = 16, max_failures: float = 0.5
+        self,
+        rewards: Any,
+        *,
+        timeout: Annotated[float, Gt(0), Lt(math.inf)] | None = None,
+        max_concurrency: Annotated[int, Ge(1)] = 16,
+        max_failures: Annotated[float, Ge(0), Le(1)] = 0.5,
     ) -> None:
-        check_timeout("timeout", timeout)
-        if max_concurrency < 1:
-            raise ConfigError(f"max_concurrency={max_concurrency} must be at least 1")
-        if not 0 <= max_failures <= 1:
-            raise ConfigError(
-                f"max_reward_failures={max_failures} is a share of completions: give a number from 0 to 1"
-            )
         self.rewards = as_rewards(rewards)
         self.names = tuple(reward.name for reward in self.rewards)
         self.max_failures = max_failures
-        loop, threads = EventLoopThread(max_concurrency), DaemonThreads(max_concurrency, "blocking-rewards")
-        limits = [
-            reward.timeout if reward.timeout is not None or isinstance(reward, BatchReward) else timeout
-            for reward in self.rewards
-        ]
-        timeouts = dict(zip(self.names, limits, strict=True))
-        in_workers = [reward for reward in self.rewards if timeouts[reward.name] is not None and not is_async(reward)]
-        workers = WorkerPool(in_workers)
-        self._runs = [
-            _run(reward, timeouts[reward.name], loop, threads, workers, in_workers) for reward in self.rewards
-        ]
-        # Also at interpreter exit and when the scorer is collected as garbage; workers first, since threads wait for
-        # them.
+        loop = EventLoopThread(max_concurrency, "async-rewards")
+        threads = DaemonThreads(max_concurrency, "blocking-rewards")
+        workers = WorkerPool(remedy="; or write compute_reward as `async def`; or drop the time-out")
+        # Each starts a reward on a completion and returns at once.
+        self.starts: list[Callable[[Turns, Mapping[str, Any]], Future[Outcome]]] = []
+        for reward in self.rewards:
+            limit = timeout if reward.timeout is None and not isinstance(reward, BatchReward) else reward.timeout
+            if base.is_async(reward):
+                self.starts.append(partial(loop.submit, base.call_async, reward, timeout=limit))
+            elif limit is None:
+                self.starts.append(partial(threads.submit, _call_on_thread, loop, reward))
+            else:
+                workers.add(f"reward '{reward.name}'", partial(base.call, reward))
+                self.starts.append(partial(workers.submit, f"reward '{reward.name}'", limit))
+        # Also at interpreter exit, and when the scorer is collected as garbage. Workers first: threads wait for them.
         self._close = weakref.finalize(self, _close_all, (workers, loop, threads))
 
     def start(self, num_completions: int, device: Any = "cpu") -> ScoringSession:
-        """Begin to score N completions; rewards that are models do so on `device`.
+        """Begin to score N completions; rewards that are models compute on `device`.
 
         Raises:
             RuntimeError: If the scorer is closed.
@@ -91,13 +87,11 @@ class Scorer:
         for reward in self.rewards:
             if isinstance(reward, BatchReward):
                 reward.device = device
-        return ScoringSession(self.rewards, self._runs, num_completions)
+        return ScoringSession(self, num_completions)
 
     def take_counts(self) -> dict[str, float]:
         """What rewards have counted since the last call, as `cost/<reward>/<key>`."""
-        return {
-            f"cost/{reward.name}/{key}": count for reward in self.rewards for key, count in reward.take_counts().items()
-        }
+        return {f"cost/{r.name}/{key}": count for r in self.rewards for key, count in r.take_counts().items()}
 
     def check_failures(self, scores: Scores) -> None:
         """Raise RewardError if more than `max_failures` of the completions failed."""
@@ -107,37 +101,25 @@ class Scorer:
         """Stop what runs, end all threads and kill all worker processes."""
         self._close()
 
-    def __enter__(self) -> Scorer:
-        return self
-
     def __exit__(self, *exception: object) -> None:
         self.close()
 
 
-class ScoringSession:
+class ScoringSession(AbstractContextManager["ScoringSession"]):
     """The scoring of one episode's N completions; made by `Scorer.start`.
 
     As a context manager it cancels what has not begun when an exception leaves the block; so does dropping it.
     """
 
-    def __init__(self, rewards: Sequence[RewardFunction], runs: Sequence[Run], num_completions: int) -> None:
-        self._rewards = rewards
-        self._runs = runs
-        self._names = tuple(reward.name for reward in rewards)
-        self._batches: dict[int, list[_Waiting]] = {
-            f: [] for f, reward in enumerate(rewards) if isinstance(reward, BatchReward)
-        }
-        self._futures_NF: list[list[Future[Outcome] | None] | None] = [None] * num_completions
-        self._cancel = weakref.finalize(self, _cancel_all, self._futures_NF)
+    def __init__(self, scorer: Scorer, num_completions: int) -> None:
+        self._scorer = scorer
+        self._num_completions = num_completions
+        self._futures: dict[int, list[Future[Outcome] | None]] = {}  # of each completion: one per reward, if chosen
+        batched = [f for f, reward in enumerate(scorer.rewards) if isinstance(reward, BatchReward)]
+        self._batches: dict[int, dict[int, _Waiting]] = {f: {} for f in batched}
+        self._cancel = weakref.finalize(self, _cancel_all, self._futures)
 
-    def submit(
-        self,
-        n: int,
-        turns: Sequence[Turn],
-        context: Mapping[str, Any] | None = None,
-        *,
-        completion_tokens: int | None = None,
-    ) -> None:
+    def submit(self, n: int, turns: Turns, context: Context = None, *, completion_tokens: int | None = None) -> None:
         """Start scoring completion `n` and return at once.
 
         Args:
@@ -149,61 +131,51 @@ class ScoringSession:
         Raises:
             DataError: If `context["rewards"]` names a reward that does not exist.
         """
-        assert self._futures_NF[n] is None, f"completion {n} was submitted twice"
+        assert n not in self._futures, f"completion {n} was submitted twice"
         columns = dict(context or {})
         if completion_tokens is not None:
             columns["completion_tokens"] = completion_tokens
         chosen = self._chosen(columns.get("rewards"), columns.get("id"))
         # Each reward gets its own list and mapping: one that changes them must not disturb the others.
-        self._futures_NF[n] = [
-            self._start(f, n, list(turns), dict(columns)) if name in chosen else None
-            for f, name in enumerate(self._names)
+        names = enumerate(self._scorer.names)
+        self._futures[n] = [
+            self._start(f, n, list(turns), dict(columns)) if name in chosen else None for f, name in names
         ]
 
     def collect(self) -> Scores:
-        """Run the batched rewards, and wait for all others of all completions.
+        """Run the batched rewards, and wait for all others.
 
         Raises:
             ConfigError: If a worker process could not load its rewards, or a batched reward its model.
         """
         begin = time.perf_counter()
         for f, waiting in self._batches.items():
-            _run_batch(self._rewards[f], sorted(waiting, key=lambda item: item[0]))
-        outcomes_NF = []
-        for n, futures in enumerate(self._futures_NF):
-            assert futures is not None, f"completion {n} was not submitted"
-            outcomes_NF.append([Outcome(NOT_APPLICABLE) if future is None else future.result() for future in futures])
-        return _scores(self._rewards, outcomes_NF, time.perf_counter() - begin)
+            _call_batch(self._scorer.rewards[f], [waiting[n] for n in sorted(waiting)])
+        outcomes_NF = [[_outcome(future) for future in self._futures[n]] for n in range(self._num_completions)]
+        return _scores(self._scorer.rewards, outcomes_NF, time.perf_counter() - begin)
 
     def close(self) -> None:
         """Cancel what has not begun."""
         self._cancel()
 
-    def __enter__(self) -> ScoringSession:
-        return self
-
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _start(self, f: int, n: int, turns: Sequence[Turn], context: Mapping[str, Any]) -> Future[Outcome]:
+    def _start(self, f: int, n: int, turns: Turns, context: Mapping[str, Any]) -> Future[Outcome]:
         if f not in self._batches:
-            return self._runs[f](turns, context)
-        future: Future[Outcome] = Future()
-        self._batches[f].append((n, turns, context, future))
-        return future
+            return self._scorer.starts[f](turns, context)
+        self._batches[f][n] = turns, context, Future()
+        return self._batches[f][n][2]
 
-    def _chosen(self, names: Iterable[str] | None, scenario: Any) -> set[str]:
+    def _chosen(self, names: Iterable[str] | None, scenario: Any) -> Iterable[str]:
         if names is None:
-            return set(self._names)
-        known = ", ".join(self._names)
-        if isinstance(names, str) or not isinstance(names, list | tuple | set | frozenset):
+            return self._scorer.names
+        known = ", ".join(self._scorer.names)
+        if not isinstance(names, list | tuple | set | frozenset):
             raise DataError(f"rewards={names!r} of scenario {scenario!r} must be a list of reward names ({known})")
-        unknown = [name for name in names if name not in self._names]
-        if unknown:
-            raise DataError(
-                f"rewards={list(names)!r} of scenario {scenario!r} names unknown rewards {unknown}; known are: {known}"
-            )
-        return set(names)
+        if unknown := [name for name in names if name not in self._scorer.names]:
+            raise DataError(f"rewards of scenario {scenario!r} names unknown rewards {unknown}; known are: {known}")
+        return names
 
 
 def failure_counts(scores: Scores) -> dict[str, int]:
@@ -211,9 +183,7 @@ def failure_counts(scores: Scores) -> dict[str, int]:
 
     A completion to which no reward applies counts as `reward_failures/all/NotApplicable`.
     """
-    return dict(
-        sorted(Counter(f"reward_failures/{failure.reward}/{failure.error}" for failure in scores.failures).items())
-    )
+    return dict(sorted(Counter(f"reward_failures/{f.reward}/{f.error}" for f in scores.failures).items()))
 
 
 def check_failures(scores: Scores, max_failures: float = 0.5) -> None:
@@ -226,48 +196,52 @@ def check_failures(scores: Scores, max_failures: float = 0.5) -> None:
     failed = int(scores.totals_N.isnan().sum())
     if failed <= max_failures * total:
         return
-    counts = ", ".join(
-        f"{key.removeprefix('reward_failures/')}: {count}" for key, count in failure_counts(scores).items()
-    )
+    counts = [f"{key.removeprefix('reward_failures/')}: {count}" for key, count in failure_counts(scores).items()]
     message = (
         f"{failed} of {total} completions have no score, more than max_reward_failures={max_failures:g} allows"
-        f" ({counts})."
+        f" ({', '.join(counts)})."
     )
     if scores.failures:
         last = max(scores.failures, key=lambda failure: (bool(failure.traceback), failure.completion))
         message += (
             f" The last failure, of reward '{last.reward}' on completion {last.completion}: {last.error}:"
-            f" {last.message}"
+            f" {last.message}\n{last.traceback}"
         )
-        message += f"\n{last.traceback}".rstrip()
-    raise RewardError(message)
+    raise RewardError(message.rstrip())
 
 
-def _run(
-    reward: RewardFunction,
-    timeout: float | None,
-    loop: EventLoopThread,
-    threads: DaemonThreads,
-    workers: WorkerPool,
-    in_workers: Sequence[RewardFunction],
-) -> Run:
-    """How this reward is started."""
-    if is_async(reward):
-        return lambda turns, context: loop.submit(reward, turns, context, timeout)
-    if timeout is None:
-        return lambda turns, context: threads.submit(evaluate, reward, turns, context, loop.run)
-    index = next(i for i, other in enumerate(in_workers) if other is reward)
-    return lambda turns, context: workers.submit(index, turns, context, timeout)
+def _call_on_thread(loop: EventLoopThread, reward: RewardFunction, turns: Turns, context: Mapping[str, Any]) -> Outcome:
+    outcome = base.call(reward, turns, context)
+    return outcome if isinstance(outcome, Outcome) else loop.submit(lambda: outcome).result()
 
 
-def _run_batch(reward: RewardFunction, waiting: Sequence[_Waiting]) -> None:
-    if waiting:
-        assert isinstance(reward, BatchReward)
-        outcomes = evaluate_batch(
-            reward, [turns for _, turns, _, _ in waiting], [context for _, _, context, _ in waiting]
-        )
-        for (_, _, _, future), outcome in zip(waiting, outcomes, strict=True):
-            future.set_result(outcome)
+def _call_batch(reward: RewardFunction, waiting: Sequence[_Waiting]) -> None:
+    assert isinstance(reward, BatchReward)
+    if not waiting:
+        return
+    try:
+        outputs = list(reward.compute_rewards([item[0] for item in waiting], [item[1] for item in waiting]))
+        if len(outputs) != len(waiting):
+            raise RewardError(f"reward '{reward.name}' returned {len(outputs)} scores for {len(waiting)} completions")
+    except ConfigError:  # its model cannot be loaded, say
+        raise
+    except (Exception, SystemExit) as error:
+        outputs = [error] * len(waiting)
+    for (_, _, future), output in zip(waiting, outputs, strict=True):
+        try:
+            future.set_result(failure(output) if isinstance(output, BaseException) else base.to_outcome(output))
+        except RewardError as error:
+            future.set_result(failure(error))
+
+
+def _outcome(future: Future[Outcome] | None) -> Outcome:
+    """Wait for an outcome. A time-out, a dead worker, or a result that cannot be pickled is a failure of the reward."""
+    try:
+        return Outcome(NOT_APPLICABLE) if future is None else future.result()
+    except Exception as error:
+        if isinstance(error, ConfigError) or (future is not None and future.cancelled()):
+            raise
+        return failure(error)
 
 
 def _scores(rewards: Sequence[RewardFunction], outcomes_NF: list[list[Outcome]], seconds: float) -> Scores:
@@ -277,34 +251,29 @@ def _scores(rewards: Sequence[RewardFunction], outcomes_NF: list[list[Outcome]],
     names = tuple(reward.name for reward in rewards)
     failures: list[RewardFailure] = []
     for n, outcomes in enumerate(outcomes_NF):
-        failures += [
-            RewardFailure(n, name, o.error, o.message, o.traceback)
-            for name, o in zip(names, outcomes, strict=True)
-            if o.error
-        ]
+        named = zip(names, outcomes, strict=True)
+        failures += [RewardFailure(n, name, o.error, o.message, o.traceback) for name, o in named if o.error]
         if all(outcome.value == NOT_APPLICABLE for outcome, weight in zip(outcomes, weights, strict=True) if weight):
             failures.append(RewardFailure(n, "all", "NotApplicable", "no reward applies to this completion"))
-    values_NF: Tensor = torch.tensor([[o.value for o in row] for row in outcomes_NF], dtype=torch.float64).reshape(
-        -1, len(names)
-    )
-    totals_N: Tensor = torch.tensor([_total(row, weights) for row in outcomes_NF], dtype=torch.float64)
+    values_NF = torch.tensor([[o.value for o in row] for row in outcomes_NF], dtype=torch.float64)
+    totals_N = torch.tensor([_total(row, weights) for row in outcomes_NF], dtype=torch.float64)
     breakdowns = [{name: o.breakdown for name, o in zip(names, row, strict=True) if o.breakdown} for row in outcomes_NF]
-    return Scores(names, values_NF, totals_N, breakdowns, failures, seconds)
+    return Scores(names, values_NF.reshape(-1, len(names)), totals_N, breakdowns, failures, seconds)
 
 
 def _total(outcomes: Sequence[Outcome], weights: Sequence[float]) -> float:
-    """The weighted sum over the rewards that apply; NaN if one failed (NaN adds up to NaN) or none applies. Held-out
-    ones do not count.
+    """The weighted sum over the rewards that apply: NaN if one failed (NaN adds up to NaN) or none applies.
+
+    Held-out rewards, of weight 0, do not count.
     """
-    parts = [
-        weight * o.value for o, weight in zip(outcomes, weights, strict=True) if weight and o.value != NOT_APPLICABLE
-    ]
+    weighted = zip(outcomes, weights, strict=True)
+    parts = [weight * outcome.value for outcome, weight in weighted if weight and outcome.value != NOT_APPLICABLE]
     return sum(parts) if parts else math.nan
 
 
-def _cancel_all(futures_NF: list[list[Future[Outcome] | None] | None]) -> None:
+def _cancel_all(futures: Mapping[int, list[Future[Outcome] | None]]) -> None:
     # The last first: one that runs would make room, when it is cancelled, for one that waits.
-    for future in reversed([future for futures in futures_NF for future in futures or [] if future is not None]):
+    for future in reversed([future for of_completion in futures.values() for future in of_completion if future]):
         future.cancel()
 
 

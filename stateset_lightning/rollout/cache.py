@@ -1,7 +1,7 @@
-"""A key-value cache in preallocated buffers: a token is written in place, finished rows leave by compaction.
+"""A key-value cache in preallocated buffers: a new token is written in place, finished rows are removed by copying.
 
-The stock dynamic cache concatenates, which copies everything once per token and layer. Letters: B rows, C capacity in
-tokens.
+Transformers' own dynamic cache concatenates, which copies everything once per token and layer. Letters: B rows,
+C capacity in tokens, d size of a head.
 """
 
 from __future__ import annotations
@@ -22,63 +22,64 @@ class BufferLayer(DynamicLayer):
 
     A sliding-window layer keeps all its keys as well: the mask, which transformers derives from positions, hides the
     old ones.
+
+    Args:
+        capacity: Tokens per row that the buffers have room for.
     """
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
         self.capacity = capacity
         self.length = 0
-        self.key_buffer: Tensor | None = None
-        self.value_buffer: Tensor | None = None
+        self.buffers: list[Tensor] = []  # keys and values, once there are any
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Writes the new keys and values behind the old ones and returns all of them."""
-        if not self.is_initialized:
+        """Writes new keys and values behind the old ones and returns all of them."""
+        states = key_states, value_states
+        if not self.buffers:
             self.lazy_initialization(key_states, value_states)
-        if self.key_buffer is None or self.value_buffer is None:
-            self.key_buffer = _allocate(key_states, self.capacity)
-            self.value_buffer = _allocate(value_states, self.capacity)
-        end = self.length + key_states.shape[2]
-        self.key_buffer[:, :, self.length : end] = key_states
-        self.value_buffer[:, :, self.length : end] = value_states
-        self.length = end
-        return self._view()
+            self.buffers = [new.new_empty(*new.shape[:2], self.capacity, new.shape[3]) for new in states]
+        start, self.length = self.length, self.length + key_states.shape[2]
+        for buffer, new in zip(self.buffers, states, strict=True):
+            buffer[:, :, start : self.length] = new
+        self._update_views()
+        return self.keys, self.values
 
     def get_seq_length(self) -> int:
         return self.length
 
     def select(self, rows: Tensor) -> None:
-        """Row i becomes what row `rows[i]` was. Rows may repeat: that is how a prompt's cache becomes its group's."""
-        if self.key_buffer is not None and self.value_buffer is not None:
-            self.key_buffer = _select(self.key_buffer, rows, self.length)
-            self.value_buffer = _select(self.value_buffer, rows, self.length)
-            self._view()
+        """Makes row i what row `rows[i]` was. Rows may repeat: so a prompt's cache becomes that of its group."""
+        self.buffers = [_select(buffer, rows, self.length) for buffer in self.buffers]
+        self._update_views()
 
     def join(self, other: BufferLayer, first: int, column: int, capacity: int) -> None:
-        """Adds the rows of another layer. Columns from `first` on move so that those of both layers end before
-        `column`.
+        """Adds the rows of another layer, which loses them.
+
+        Args:
+            other: The layer.
+            first: Columns of this layer before it are dropped.
+            column: The columns of both layers move so that they end before it.
+            capacity: Of the new buffers.
         """
-        (keys, values), (added_keys, added_values) = self._view(), other._view()
-        self.key_buffer = _join(keys[:, :, first:], added_keys, column, capacity)
-        self.value_buffer = _join(values[:, :, first:], added_values, column, capacity)
+        layers = zip(self.buffers, other.buffers, strict=True)
+        self.buffers = [
+            _join(mine[:, :, first : self.length], added[:, :, : other.length], column, capacity)
+            for mine, added in layers
+        ]
+        del other.buffers, other.keys, other.values  # so that the peak is one layer above the size of both caches
         self.length = column
-        self._view()
+        self._update_views()
 
     def grow(self, rows: int, first: int, capacity: int) -> None:
-        """Adds empty rows, and lets the columns before `first` go."""
-        keys, values = (x[:, :, first:] for x in self._view())
-        empty = keys.new_empty(rows, keys.shape[1], 0, keys.shape[3])
-        self.length -= first
-        self.key_buffer = _join(keys, empty, self.length, capacity)
-        self.value_buffer = _join(values, empty, self.length, capacity)
-        self._view()
+        """Adds empty rows, and drops the columns before `first`."""
+        empty = BufferLayer(0)
+        empty.buffers = [x.new_empty(rows, x.shape[1], 0, x.shape[3]) for x in self.buffers]
+        self.join(empty, first, self.length - first, capacity)
 
-    def _view(self) -> tuple[Tensor, Tensor]:
-        assert self.key_buffer is not None
-        assert self.value_buffer is not None
-        self.keys = self.key_buffer[:, :, : self.length]
-        self.values = self.value_buffer[:, :, : self.length]
-        return self.keys, self.values
+    def _update_views(self) -> None:
+        if self.buffers:
+            self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
 
 
 def make_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:
@@ -88,13 +89,11 @@ def make_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:
         ConfigError: If the model has layers whose state is not keys and values of attention (recurrent ones, say).
     """
     cache = DynamicCache(config=model.config)
-    others = {
-        type(layer).__name__ for layer in cache.layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
-    }
-    if others:
+    kinds = {type(layer) for layer in cache.layers}
+    if others := sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer}):
         raise ConfigError(
-            f"{type(model).__name__} keeps {', '.join(sorted(others))} beside attention keys and values: the in-process"
-            " engine samples from full and sliding-window attention only; choose another model"
+            f"{type(model).__name__} keeps {', '.join(others)} beside attention keys and values: the in-process engine"
+            " samples from full and sliding-window attention only; choose another model"
         )
     # A model without a layer list in its config grows its cache as layers ask for it.
     num_layers = len(cache.layers) or model.config.num_hidden_layers
@@ -103,16 +102,15 @@ def make_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:
 
 
 def select_rows(cache: DynamicCache, rows: Tensor) -> None:
-    """Keeps, drops or repeats rows of every layer."""
+    """Keeps, drops or repeats rows of every layer; see `BufferLayer.select`."""
     for layer in cache.layers:
         layer.select(rows)
 
 
 def join(cache: DynamicCache, other: DynamicCache, first: int, column: int, capacity: int) -> None:
-    """Adds the rows of `other` to `cache`, layer by layer; see `BufferLayer.join`. `other` is used up."""
+    """Moves the rows of `other` into `cache`, layer by layer; see `BufferLayer.join`."""
     for layer, added in zip(cache.layers, other.layers, strict=True):
         layer.join(added, first, column, capacity)
-        added.key_buffer = added.value_buffer = None  # so that the peak is one layer above the two caches' size
 
 
 def grow(cache: DynamicCache, rows: int, first: int, capacity: int) -> None:
@@ -128,10 +126,6 @@ def _join(rows: Tensor, added: Tensor, column: int, capacity: int) -> Tensor:
     joined[: len(rows), :, column - rows.shape[2] : column] = rows
     joined[len(rows) :, :, column - added.shape[2] : column] = added
     return joined
-
-
-def _allocate(states: Tensor, capacity: int) -> Tensor:
-    return states.new_empty(states.shape[0], states.shape[1], capacity, states.shape[3])
 
 
 def _select(buffer: Tensor, rows: Tensor, length: int) -> Tensor:

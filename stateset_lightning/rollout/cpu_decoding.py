@@ -1,9 +1,14 @@
-"""Linear layers for decoding on a CPU: the weights are laid out once per sampling for a few rows at a time.
+"""Fast decoding steps in float32 on a CPU. `CPUDecoding` is the way in; other devices and precisions need none of it.
 
-A decoding step multiplies a handful of rows with every weight. The stock kernel then reads float32 weights at a
-fraction of the memory's speed; oneDNN with weights in its own layout is 1.5 to 2 times as fast
-(`benchmarks/RESULTS.md`). The layout is a copy of the weights, held while sampling, when there are no gradients or
-activations.
+A decoding step multiplies a few rows with every weight of the model. The stock kernel then reads float32 weights at a
+fraction of the memory's speed; oneDNN is 1.5 to 2 times as fast (`benchmarks/RESULTS.md`). It is used in two ways:
+
+* `LlamaDecoder` computes a whole step of Llama-like models in few operations. The rows of the batch are columns there,
+  so the weights are the left matrix of a product, which oneDNN reads row after row where it lies.
+* `prepacked_linears` serves every other model: its linear layers multiply with a copy of the weights in oneDNN's
+  layout, held while sampling, when there are no gradients or activations.
+
+Letters: B rows, H hidden size, d size of a head, C columns of the cache, K inputs and N outputs of a product.
 """
 
 from __future__ import annotations
@@ -18,70 +23,88 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stateset_lightning.policy.precision import LOGPROB_TOLERANCE
-from stateset_lightning.policy.recomputed_layers import is_lean
 from stateset_lightning.rollout.cache import make_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import DynamicCache
 
-
 MAX_ROWS = 64
 """Inputs with more rows (a prefill) take the stock kernel, which is as fast there."""
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+"""Whose layers `LlamaDecoder` computes."""
+
+Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+"""Layer, query [B, heads, 1, d], keys and values [B, key heads, C, d], scaling -> [B, 1, heads, d]."""
+
+
+class CPUDecoding:
+    """What makes the decoding steps of one model fast.
+
+    Args:
+        model: On any device, in any precision.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._is_exact: bool | None = None  # whether a decoder gives the model's logits, once one has been tried
+
+    @contextmanager
+    def prepared(self, num_rows: int) -> Iterator[LlamaDecoder | None]:
+        """Sampling of at most `num_rows` rows at a time, during which weights must not change.
+
+        Yields a decoder that makes the steps in place of the model, or None if the model makes them itself, whose
+        linear layers are then as fast as can be.
+        """
+        if self._is_exact is not False and has_llama_layers(self.model):
+            decoder = LlamaDecoder(self.model)
+            if self._is_exact is None:
+                self._is_exact = decoder.is_exact(self.model)
+            if self._is_exact:
+                yield decoder
+                return
+        with prepacked_linears(self.model, num_rows):
+            yield None
 
 
 def is_supported(module: nn.Module) -> bool:
-    """Whether this torch has the operations, and the weights are float32 on a CPU (in lower precisions the stock kernel
-    is oneDNN's).
-    """
+    """Whether torch has the operations, and all weights are float32 on a CPU (others have oneDNN's kernel already)."""
     has_operations = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return has_operations and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in module.parameters())
 
 
+# Any model: linear layers with weights in oneDNN's layout ------------------------------------------------------------
+
+
 @contextmanager
-def fast_linears(model: nn.Module, num_rows: int) -> Iterator[None]:
+def prepacked_linears(model: nn.Module, num_rows: int) -> Iterator[None]:
     """Replaces the forward of every plain linear layer while the context lasts; weights must not change in it."""
-    plain = (
-        [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)] if is_supported(model) else []
-    )
+    candidates = model.modules() if is_supported(model) else ()
+    plain = [m for m in candidates if type(m) is nn.Linear and "forward" not in vars(m)]
     try:
         for linear in plain:
-            laid_out = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), min(num_rows, MAX_ROWS))
-            vars(linear)["forward"] = partial(_forward, linear, laid_out)
+            packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), min(num_rows, MAX_ROWS))
+            vars(linear)["forward"] = partial(_prepacked_forward, linear, packed)
         yield
     finally:
         for linear in plain:
             vars(linear).pop("forward", None)
 
 
-def _forward(linear: nn.Linear, laid_out: Tensor, x: Tensor) -> Tensor:
+def _prepacked_forward(linear: nn.Linear, packed: Tensor, x: Tensor) -> Tensor:
     if x.numel() > MAX_ROWS * linear.in_features:
-        return nn.functional.linear(x, linear.weight, linear.bias)
-    output: Tensor = torch.ops.mkldnn._linear_pointwise(x, laid_out, linear.bias, "none", [], "")
+        return F.linear(x, linear.weight, linear.bias)
+    output: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, linear.bias, "none", [], "")
     return output
 
 
-# MERGED: A decoding step of Llama-like models in few operations on a CPU, with every weight read once, where it lies.
-#
-# The layer is Llama's (arXiv:2302.13971) with what Mistral, Qwen2 and Qwen3 add to it. Rows of the batch are columns
-# here: oneDNN then reads the weights, as the left matrix of a product, row after row, and is faster than with the layout
-#     of `fast_linears`, without its copy.
-# Queries and keys are rotated together, and no module's wrapping is called. A probe compares the decoder with the model's
-# own forward; whatever is not known to be this layer decodes with that one. What it saves per token is in
-# `benchmarks/RESULTS.md`.
-# Letters: B rows, H hidden size, d of a head, C columns of the cache, K inputs and N outputs of a product.
-#
-
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-
-Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
-"""Layer, query [B, heads, 1, d], keys and values [B, key heads, C, d], scaling -> [B, 1, heads, d]."""
+# Llama-like models: a step in few operations -------------------------------------------------------------------------
 
 
 def attend_to_cache(
     hidden: Tensor | None, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
 ) -> Tensor:
-    """An `Attend`, but for the columns to hide, bool, broadcast to [B, 1, 1, C].
+    """An `Attend`, once `hidden` is given: bool, broadcast to [B, 1, 1, C], the columns that a row does not see.
 
     Plain products: for one query per row they are faster than the fused kernel, which is made for many.
     """
@@ -91,33 +114,26 @@ def attend_to_cache(
     return (scores.softmax(-1) @ value).view(len(query), 1, -1, query.shape[-1])
 
 
-def make_lean_decoder(model: PreTrainedModel) -> LeanDecoder | None:
-    """A decoder for the weights as they are now, or None where `is_known` says no."""
-    return LeanDecoder(model) if is_known(model) else None
-
-
-def is_known(model: PreTrainedModel) -> bool:
-    """Whether the model is known to be made of this layer, in float32 on a CPU, and not watched by hooks."""
-    has_type = model.config.model_type in MODEL_TYPES and not getattr(model.config, "sliding_window", None)
-    if (
-        not has_type
-        or not is_supported(model)
-        or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    ):
+def has_llama_layers(model: PreTrainedModel) -> bool:
+    """Whether `LlamaDecoder` knows the model: transformers' own code, float32 on a CPU, plain layers without hooks."""
+    config, kind = model.config, model.config.model_type
+    is_known = kind in MODEL_TYPES and type(model).__module__ == f"transformers.models.{kind}.modeling_{kind}"
+    if not is_known or config.hidden_act != "silu" or getattr(config, "sliding_window", None):
         return False
-    layers = list(model.model.layers)
-    parts = [
-        part for layer in layers for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp)
-    ] + [model.model.norm]
-    linears = [linear for layer in layers for linear in _linears(layer)] + [_plain(model.lm_head)]
-    return all(map(is_lean, parts)) and all(type(linear) is nn.Linear for linear in linears)
+    if not is_supported(model) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+        return False
+    linears = [_plain(model.lm_head), *(linear for layer in model.model.layers for linear in _linears(layer))]
+    return all(type(linear) is nn.Linear for linear in linears)
 
 
-class LeanDecoder:
-    """See the module's docstring; `make_lean_decoder` checks that the model is one.
+class LlamaDecoder:
+    """A decoding step of Llama (arXiv:2302.13971), with what Mistral, Qwen2 and Qwen3 add to its layer.
+
+    No module's wrapping is called, and queries and keys are rotated together. `is_exact` compares it with the model.
 
     Args:
-        model: Its weights must not change while the decoder is in use: those of queries, keys and values are copied.
+        model: For which `has_llama_layers` holds. Its weights must not change while the decoder is in use: those of
+            queries, keys and values are copied.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -128,17 +144,17 @@ class LeanDecoder:
         self.head = _Product([_plain(model.lm_head)])
 
     def step(self, tokens_B: Tensor, positions_B: Tensor, cache: DynamicCache, attend: Attend) -> Tensor:
-        """Appends a token to each row of the cache; the logits that predict the next one, [B, V]."""
+        """Appends a token to each row of the cache; returns the logits [B, V] that predict the next one."""
         embedded_BH = self.embed(tokens_B)
         cos_dB, sin_dB = (x[0].t().contiguous() for x in self.rotary(embedded_BH[None], positions_B[None]))
-        sin_dB[: len(sin_dB) // 2].neg_()  # of `_rotated`'s first half
+        sin_dB[: len(sin_dB) // 2].neg_()  # the sign of the first half of a rotation
         hidden_HB = embedded_BH.t().contiguous()
         for layer in self.layers:
             hidden_HB = layer.step(hidden_HB, cos_dB, sin_dB, cache, attend)
         return self.head(self.norm(hidden_HB)).t().contiguous()
 
     def is_exact(self, model: PreTrainedModel) -> bool:
-        """Whether a step gives the model's own log-probs, but for float error."""
+        """Whether a step gives the model's own log-probs, apart from float error."""
         ids = (torch.arange(12, device=model.device) % model.config.vocab_size).view(2, 6)
         expected = model(input_ids=ids, use_cache=False).logits[:, -1]
         cache = make_cache(model, ids.shape[1])
@@ -156,16 +172,13 @@ class _Layer:
         self.output, self.gate, self.up, self.down = (_Product([linear]) for linear in (output, gate, up, down))
         self.sizes = [linear.out_features // self.head_dim for linear in inputs]  # heads of queries, keys, values
         self.attention_norm, self.mlp_norm = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
-        self.head_norms = [
-            _Norm(norm)
-            for norm in (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
-            if norm is not None
-        ]
+        head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]  # Qwen3's
+        self.head_norms = [_Norm(norm) for norm in head_norms if norm is not None]
 
     def step(self, hidden_HB: Tensor, cos_dB: Tensor, sin_dB: Tensor, cache: DynamicCache, attend: Attend) -> Tensor:
         heads = self.inputs(self.attention_norm(hidden_HB)).unflatten(0, (-1, self.head_dim))
-        turned = self._rotated(heads[: self.sizes[0] + self.sizes[1]], cos_dB, sin_dB)
-        parts = turned[: self.sizes[0]], turned[self.sizes[0] :], heads[-self.sizes[2] :]
+        rotated = self._rotated(heads[: self.sizes[0] + self.sizes[1]], cos_dB, sin_dB)
+        parts = rotated[: self.sizes[0]], rotated[self.sizes[0] :], heads[-self.sizes[2] :]
         query, key, value = (part.permute(2, 0, 1)[:, :, None] for part in parts)
         keys, values = cache.layers[self.index].update(key, value)
         attended_BN = attend(self.index, query.contiguous(), keys, values, self.scaling).flatten(1)
@@ -174,9 +187,7 @@ class _Layer:
         return self.down(F.silu(self.gate(normed_HB), inplace=True).mul_(self.up(normed_HB))).add_(hidden_HB)
 
     def _rotated(self, heads: Tensor, cos_dB: Tensor, sin_dB: Tensor) -> Tensor:
-        """Queries and keys [heads, d, B] turned by their positions (arXiv:2104.09864); `sin_dB` has the sign of each
-        half.
-        """
+        """Queries and keys [heads, d, B] rotated by their positions (arXiv:2104.09864); `sin_dB` has the signs."""
         if self.head_norms:
             parts = heads.split(self.sizes[:2])
             heads = torch.cat([norm(part) for norm, part in zip(self.head_norms, parts, strict=True)])
@@ -184,18 +195,13 @@ class _Layer:
 
 
 class _Product:
-    """The product of a layer's weights, or of several with the same input, one behind the other, with columns of
-    inputs.
-    """
+    """A linear layer, or several with the same input stacked into one, for inputs that are columns."""
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         weights = [linear.weight.detach() for linear in linears]
+        biases = [linear.bias.detach() for linear in linears if linear.bias is not None]  # all have one, or none
         self.weight_NK = torch.cat(weights) if len(weights) > 1 else weights[0]
-        biases = [
-            linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
-            for linear in linears
-        ]
-        self.bias_N1 = torch.cat(biases)[:, None] if any(linear.bias is not None for linear in linears) else None
+        self.bias_N1 = torch.cat(biases)[:, None] if biases else None
 
     def __call__(self, x_KB: Tensor) -> Tensor:
         """[N, B]."""
@@ -218,21 +224,13 @@ class _Norm:
 
 
 def _linears(layer: Any) -> list[nn.Linear]:
-    """Of queries, keys and values; of their output; of gate, up and down."""
+    """Of queries, keys and values; of the attention's output; of gate, up and down."""
     attention, mlp = layer.self_attn, layer.mlp
-    linears = (
-        attention.q_proj,
-        attention.k_proj,
-        attention.v_proj,
-        attention.o_proj,
-        mlp.gate_proj,
-        mlp.up_proj,
-        mlp.down_proj,
-    )
-    return [_plain(linear) for linear in linears]
+    inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
+    return [_plain(linear) for linear in (*inputs, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
 
 
 def _plain(linear: Any) -> nn.Linear:
-    """The layer, or the one under an adapter that is merged into it."""
+    """The layer itself, or the one under an adapter that is merged into it."""
     base: nn.Linear = linear.get_base_layer() if getattr(linear, "merged", False) else linear
     return base

@@ -1,30 +1,26 @@
-"""The in-process engine: samples from the policy itself, in the same process.
+"""The in-process engine: samples from the policy itself, in the process that trains it.
 
 A prompt is prefilled once and its cache repeated for its group; rows that finish leave the batch, and waiting prompts
 take their place; keys and values go into preallocated buffers. The noise of a completion is counted (see
 `stateset_lightning.seeding`), so it is the same whatever else is in the batch. Letters: B rows of the running batch, N
-completions.
+completions, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from stateset_lightning.errors import ConfigError, NonFiniteError
-from stateset_lightning.policy.loading import context_length, end_of_sequence_ids
-from stateset_lightning.policy.lora import merged_adapter
+from stateset_lightning.errors import NonFiniteError
 from stateset_lightning.policy.precision import replaced_parameters
-from stateset_lightning.rollout.cpu_decoding import LeanDecoder, fast_linears, make_lean_decoder
-from stateset_lightning.rollout.engine import OnFinished, RolloutConfig, rollout_of
-from stateset_lightning.rollout.running_batch import make_running_batch
-from stateset_lightning.rollout.sampling import StopStrings, sample_tokens
+from stateset_lightning.rollout.cpu_decoding import CPUDecoding
+from stateset_lightning.rollout.running_batch import RunningBatch, make_running_batch
+from stateset_lightning.rollout.sampling import StopStrings, check_length, sample_tokens
 from stateset_lightning.seeding import uniforms
 from stateset_lightning.types import FinishReason, Rollout
 
@@ -32,16 +28,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from stateset_lightning.policy import Policy
+    from stateset_lightning.rollout.engine import OnFinished, RolloutConfig
 
 COMPACT_BELOW = 0.75
 """Finished rows leave the batch when fewer than this share of its rows is still running: leaving copies the cache."""
-
-
-@dataclass
-class _Completion:
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: FinishReason = FinishReason.LENGTH
 
 
 class InProcessEngine:
@@ -55,14 +45,17 @@ class InProcessEngine:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None = None) -> None:
         self.tokenizer = tokenizer
         self.dtype = dtype
+        self.decoded_rows = 0  # rows x steps of the last `generate`, for the metrics of work done
         self._policy: Policy | None = None
-        # whether a lean decoder gives the policy's logits, once it has been tried
-        self._decodes_lean: bool | None = None
-        self.decoded_rows = 0  # rows x steps of the last `generate`, for the account of work done
+
+    @property
+    def policy(self) -> Policy:
+        assert self._policy is not None, "sync(policy) comes before generate"
+        return self._policy
 
     def sync(self, policy: Policy) -> None:
         if policy is not self._policy:
-            self._policy, self._decodes_lean = policy, None
+            self._policy, self._cpu_decoding = policy, CPUDecoding(policy.model)
 
     @torch.no_grad()
     def generate(
@@ -78,47 +71,33 @@ class InProcessEngine:
 
         Raises:
             ConfigError: If a prompt and its completion do not fit into the model's positions.
+            NonFiniteError: If the policy's logits are not finite.
         """
-        assert self._policy is not None, "sync(policy) comes before generate"
         assert len(seeds_N) == len(prompts) * num_generations
-        self._check_context(prompts, sampling.max_new_tokens)
-        stop = StopStrings(sampling.stop, self.tokenizer)
-        completions = [_Completion() for _ in seeds_N]
-        texts = [""] * len(completions)
-        with self._sampling_mode(), self._decoder(min(len(completions), sampling.max_batch_rows)) as decoder:
-            decoding = _Decoding(self, decoder, prompts, num_generations, sampling, None if greedy else seeds_N, stop)
-            for n, completion in decoding.run():
-                completions[n] = completion
-                texts[n] = stop.cut(self._text(completion.tokens))
-                if on_finished is not None:
-                    on_finished(n, texts[n], len(completion.tokens))
-        self.decoded_rows = decoding.decoded_rows
-        tokens_N, logprobs_N = [c.tokens for c in completions], [c.logprobs for c in completions]
-        return rollout_of(prompts, tokens_N, logprobs_N, [c.finish_reason for c in completions], texts)
-
-    @property
-    def policy(self) -> Policy:
-        assert self._policy is not None
-        return self._policy
-
-    def _text(self, tokens: list[int]) -> str:
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
-
-    def _check_context(self, prompts: list[list[int]], max_new_tokens: int) -> None:
-        limit = context_length(self.policy.model)
-        longest = max(map(len, prompts))
-        if limit is not None and longest + max_new_tokens > limit:
-            raise ConfigError(
-                f"a prompt of {longest} tokens and model.rollout.max_new_tokens={max_new_tokens} exceed the model's"
-                f" {limit} positions: set data.max_prompt_tokens to at most {max(limit - max_new_tokens, 0)}, or lower"
-                " max_new_tokens"
+        if (limit := self.policy.context_length) is not None:
+            check_length(prompts, sampling.max_new_tokens, limit, f"the model's {limit} positions")
+        texts = [""] * len(seeds_N)
+        with self._sampling_mode(), self._cpu_decoding.prepared(min(len(texts), sampling.max_batch_rows)) as decoder:
+            batch = make_running_batch(self.policy.model, sampling.max_new_tokens, max(map(len, prompts)), decoder)
+            decoding = _Decoding(
+                batch,
+                prompts,
+                num_generations,
+                sampling,
+                seeds_N=None if greedy else seeds_N,
+                ends=sorted(self.policy.end_of_sequence_ids(self.tokenizer)),
+                stop=StopStrings(sampling.stop, self.tokenizer),
             )
+            for n, tokens in decoding.run():
+                texts[n] = decoding.stop.text(tokens)
+                if on_finished is not None:
+                    on_finished(n, texts[n], len(tokens))
+        self.decoded_rows = decoding.decoded_rows
+        return decoding.rollout(texts)
 
     @contextmanager
     def _sampling_mode(self) -> Iterator[None]:
-        """Evaluation mode (no dropout; a cache, which gradient checkpointing forbids in training mode), weights cast
-        once.
-        """
+        """Evaluation mode, with weights cast once: no dropout, and a cache (which gradient checkpointing forbids)."""
         model = self.policy.model
         training = {module: module.training for module in model.modules()}
         model.eval()
@@ -128,30 +107,17 @@ class InProcessEngine:
             with (
                 torch.autocast(model.device.type, enabled=False),
                 self._weights_cast(),
-                merged_adapter(model),
+                self.policy.merged_adapter(),
                 torch.inference_mode(),
             ):
                 yield
         finally:
-            for module in training:
-                for name, buffer in module._buffers.items():
-                    # rotary frequencies that grew; DDP, say, could not write to it
-                    if buffer is not None and buffer.is_inference():
-                        module._buffers[name] = buffer.clone()
             for module, was_training in training.items():
                 module.training = was_training
-
-    @contextmanager
-    def _decoder(self, num_rows: int) -> Iterator[LeanDecoder | None]:
-        """What makes the steps; None for the model itself, whose linear layers are fast then."""
-        decoder = None if self._decodes_lean is False else make_lean_decoder(self.policy.model)
-        if decoder is not None and self._decodes_lean is None:
-            self._decodes_lean = decoder.is_exact(self.policy.model)
-        if decoder is not None and self._decodes_lean:
-            yield decoder
-        else:
-            with fast_linears(self.policy.model, num_rows):
-                yield None
+                for name, buffer in module._buffers.items():
+                    # Rotary frequencies that grew while sampling: DDP, for one, could not write to them.
+                    if buffer is not None and buffer.is_inference():
+                        module._buffers[name] = buffer.clone()
 
     def _weights_cast(self) -> AbstractContextManager[None]:
         if self.dtype is None:
@@ -166,125 +132,140 @@ class InProcessEngine:
 
 
 class _Decoding:
-    """One call of `generate`: which completions run, what has been sampled for them, and who waits."""
+    """One call of `generate`: which completions are being decoded, and what has been sampled for them.
+
+    Args:
+        batch: Empty; it is filled as room allows.
+        prompts: Token ids.
+        num_generations: Completions per prompt.
+        sampling: How to sample.
+        seeds_N: Of the noise; None decodes greedily.
+        ends: Tokens that end a completion.
+        stop: Strings that end a completion.
+    """
 
     def __init__(
         self,
-        engine: InProcessEngine,
-        decoder: LeanDecoder | None,
+        batch: RunningBatch,
         prompts: list[list[int]],
         num_generations: int,
         sampling: RolloutConfig,
         seeds_N: Sequence[int] | None,
+        ends: list[int],
         stop: StopStrings,
     ) -> None:
-        model = engine.policy.model
-        self.device = model.device
-        self.batch = make_running_batch(model, sampling.max_new_tokens, max(map(len, prompts)), decoder)
-        self.eos = torch.tensor(sorted(end_of_sequence_ids(model, engine.tokenizer)), device=self.device)
+        self.batch = batch
         self.prompts = prompts
         self.num_generations = num_generations
         self.sampling = sampling
         self.seeds_N = seeds_N
         self.stop = stop
-        self.waiting = list(range(len(prompts) * num_generations))
         self.decoded_rows = 0
-        # Per row of the running batch: which completion, whether finished, and what it has so far.
+        num_completions = len(prompts) * num_generations
+        self.device = batch.model.device
+        self.ends = torch.tensor(ends, device=self.device)
+        # A column more than a completion has tokens: there go those of rows that have finished, but not left yet.
+        shape = (num_completions, sampling.max_new_tokens + 1)
+        self.tokens_NT = torch.zeros(shape, dtype=torch.long, device=self.device)
+        self.logprobs_NT = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        self.noise_NT = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        self.lengths = [0] * num_completions  # 0 until a completion is finished
+        self.finish_reasons = [FinishReason.LENGTH] * num_completions
+        self.tails: list[list[int]] = [[] for _ in self.lengths]  # tokens on the host, for stop strings alone
+        self.num_admitted = 0
+        # Per row of the batch: which completion it is, on the host and on the device, and how many tokens it has.
         self.numbers: list[int] = []
-        self.finished: list[bool] = []
-        self.tails: list[list[int]] = []  # tokens on the host, for stop strings alone
-        self.counts_B = torch.empty(0, dtype=torch.long, device=self.device)
-        empty_BT = torch.empty(0, sampling.max_new_tokens, device=self.device)
-        # not the default dtype
-        self.noise_BT, self.logprobs_BT, self.tokens_BT = empty_BT.double(), empty_BT.float(), empty_BT.long()
+        self.numbers_B = self.counts_B = torch.empty(0, dtype=torch.long, device=self.device)
 
-    def run(self) -> Iterator[tuple[int, _Completion]]:
-        """Decodes everything; yields each completion, with its number, when it is finished."""
+    def run(self) -> Iterator[tuple[int, list[int]]]:
+        """Decodes everything; yields the number and the tokens of each completion when it is finished."""
         self._admit()
         while self.numbers:
             tokens_B, logprobs_B = self._sample()
             yield from self._finish(tokens_B, logprobs_B)
-            running = self.finished.count(False)
-            if running < COMPACT_BELOW * len(self.numbers):
+            num_running = sum(self.lengths[n] == 0 for n in self.numbers)
+            if num_running < COMPACT_BELOW * len(self.numbers):
                 tokens_B = tokens_B[self._drop_finished()]
-            if running:
+            if num_running:
                 self.batch.step(tokens_B)
             self._admit()
 
+    def rollout(self, texts: list[str]) -> Rollout:
+        """All completions, once they are finished."""
+        lengths_N = torch.tensor(self.lengths)
+        is_token_NT = torch.arange(self.tokens_NT.shape[1]) < lengths_N[:, None]
+        completion_tokens_T = self.tokens_NT.cpu()[is_token_NT]
+        return Rollout(
+            prompt_tokens=self.prompts,
+            completion_tokens_T=completion_tokens_T,
+            lengths_N=lengths_N,
+            logprobs_T=self.logprobs_NT.cpu()[is_token_NT],
+            sampled_T=torch.ones_like(completion_tokens_T, dtype=torch.bool),
+            finish_reasons=self.finish_reasons,
+            texts=texts,
+        )
+
     def _admit(self) -> None:
-        """Lets waiting completions in as room allows: whole groups, so that a prompt is prefilled once, unless none
-        fits at all.
-        """
-        room = self.sampling.max_batch_rows - len(self.numbers)
-        if self.num_generations <= self.sampling.max_batch_rows:
-            room -= room % self.num_generations
-        admitted, self.waiting = self.waiting[:room], self.waiting[room:]
+        """Lets waiting completions in as room allows: whole groups, so that a prompt is prefilled once, if one fits."""
+        size, room = self.num_generations, self.sampling.max_batch_rows - len(self.numbers)
+        if size <= self.sampling.max_batch_rows:
+            room -= room % size
+        admitted = range(len(self.lengths))[self.num_admitted :][:room]
         if not admitted:
             return
-        first, last = admitted[0] // self.num_generations, admitted[-1] // self.num_generations
-        self.batch.admit(self.prompts[first : last + 1], [n // self.num_generations - first for n in admitted])
+        self.num_admitted += len(admitted)
+        first, last = admitted[0] // size, admitted[-1] // size
+        self.batch.admit(self.prompts[first : last + 1], [n // size - first for n in admitted])
         self.numbers += admitted
-        self.finished += [False] * len(admitted)
-        self.tails += [[] for _ in admitted]
-        shape = (len(admitted), self.sampling.max_new_tokens)
+        self.numbers_B = torch.tensor(self.numbers, device=self.device)
         self.counts_B = torch.cat([self.counts_B, self.counts_B.new_zeros(len(admitted))])
-        self.tokens_BT = torch.cat([self.tokens_BT, self.tokens_BT.new_zeros(shape)])
-        self.logprobs_BT = torch.cat([self.logprobs_BT, self.logprobs_BT.new_zeros(shape)])
         if self.seeds_N is not None:
-            noise = uniforms([self.seeds_N[n] for n in admitted], shape[1])
-            self.noise_BT = torch.cat([self.noise_BT, torch.from_numpy(noise).to(self.device)])
+            noise = uniforms([self.seeds_N[n] for n in admitted], self.noise_NT.shape[1])
+            self.noise_NT[admitted[0] : admitted[-1] + 1] = torch.from_numpy(noise)
 
     def _sample(self) -> tuple[Tensor, Tensor]:
         """The next token of every row and its log-prob, written down; finished rows get one that nobody reads."""
-        place_B1 = self.counts_B.clamp(max=self.sampling.max_new_tokens - 1)[:, None]
-        noise_B = None if self.seeds_N is None else self.noise_BT.gather(1, place_B1)[:, 0]
+        width = self.tokens_NT.shape[1]
+        place_B = self.numbers_B * width + self.counts_B.clamp(max=width - 1)
+        noise_B = None if self.seeds_N is None else self.noise_NT.take(place_B)
         tokens_B, logprobs_B = sample_tokens(self.batch.logits_BV, noise_B, self.sampling)
-        self.tokens_BT.scatter_(1, place_B1, tokens_B[:, None])
-        self.logprobs_BT.scatter_(1, place_B1, logprobs_B[:, None])
+        self.tokens_NT.put_(place_B, tokens_B)
+        self.logprobs_NT.put_(place_B, logprobs_B)
         self.counts_B += 1
         self.decoded_rows += len(self.numbers)
         return tokens_B, logprobs_B
 
-    def _finish(self, tokens_B: Tensor, logprobs_B: Tensor) -> Iterator[tuple[int, _Completion]]:
-        """The completions that these tokens finish. Asks the device once per token, and again only when there are
-        any.
-        """
-        stopped_B = torch.isin(tokens_B, self.eos)
+    def _finish(self, tokens_B: Tensor, logprobs_B: Tensor) -> Iterator[tuple[int, list[int]]]:
+        """The completions that these tokens finish. Waits for the device once, and again only if there are any."""
+        stopped_B = torch.isin(tokens_B, self.ends)
         ended_B = stopped_B | (self.counts_B >= self.sampling.max_new_tokens) | ~logprobs_B.isfinite()
         ended = ended_B.tolist()
-        stopped = [False] * len(ended)
         if self.stop.strings:
-            for row, token in enumerate(tokens_B.tolist()):
-                self.tails[row].append(token)
-                stopped[row] = not self.finished[row] and self.stop.found(self.tails[row])
-        rows = [row for row in range(len(ended)) if (ended[row] or stopped[row]) and not self.finished[row]]
+            for row, (n, token) in enumerate(zip(self.numbers, tokens_B.tolist(), strict=True)):
+                self.tails[n].append(token)
+                if self.lengths[n] == 0 and self.stop.found(self.tails[n]):
+                    ended[row], self.finish_reasons[n] = True, FinishReason.STOP
+        rows = [row for row, n in enumerate(self.numbers) if ended[row] and self.lengths[n] == 0]
         if not rows:
             return
-        stopped_by_token, counts = stopped_B[rows].tolist(), self.counts_B[rows].tolist()
-        tokens, logprobs = self.tokens_BT[rows].tolist(), self.logprobs_BT[rows].tolist()
-        for i, row in enumerate(rows):
-            self.finished[row] = True
-            if logprobs[i][counts[i] - 1] != logprobs[i][counts[i] - 1]:
+        numbers = [self.numbers[row] for row in rows]
+        values = (values[rows].tolist() for values in (stopped_B, self.counts_B, logprobs_B))
+        for n, tokens, stopped, count, logprob in zip(numbers, self.tokens_NT[numbers].tolist(), *values, strict=True):
+            if logprob != logprob:
                 raise NonFiniteError(
                     "the policy's logits are not finite, so nothing can be sampled: its weights have diverged; go back"
                     " to an earlier checkpoint, with a lower learning rate or trainer.gradient_clip_val"
                 )
-            reason = FinishReason.STOP if stopped[row] or stopped_by_token[i] else FinishReason.LENGTH
-            yield self.numbers[row], _Completion(tokens[i][: counts[i]], logprobs[i][: counts[i]], reason)
+            self.lengths[n] = count
+            if stopped:
+                self.finish_reasons[n] = FinishReason.STOP
+            yield n, tokens[:count]
 
     def _drop_finished(self) -> Tensor:
-        """Drops finished rows from everything; the rows that stay, as they were numbered before."""
-        rows = [row for row, finished in enumerate(self.finished) if not finished]
+        """Drops finished rows from the batch; returns the former indices of the rows that stay."""
+        rows = [row for row, n in enumerate(self.numbers) if self.lengths[n] == 0]
         keep = torch.tensor(rows, dtype=torch.long, device=self.device)
         self.batch.keep(keep)
         self.numbers = [self.numbers[row] for row in rows]
-        self.tails = [self.tails[row] for row in rows]
-        self.finished = [False] * len(rows)
-        self.counts_B, self.tokens_BT, self.logprobs_BT = (
-            self.counts_B[keep],
-            self.tokens_BT[keep],
-            self.logprobs_BT[keep],
-        )
-        if self.seeds_N is not None:
-            self.noise_BT = self.noise_BT[keep]
+        self.numbers_B, self.counts_B = self.numbers_B[keep], self.counts_B[keep]
         return keep

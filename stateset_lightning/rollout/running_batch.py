@@ -1,7 +1,7 @@
 """The rows that are decoded together: admitted when there is room, dropped when they are finished.
 
 All rows write their next token at the same column of the cache, so each is padded on the left to end there; a mask
-hides the padding. Letters: B rows of the batch, C columns of the cache, V vocabulary.
+hides the padding. Letters: B rows of the batch, C columns of the cache, P prompts, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stateset_lightning.policy import packed_attention
-from stateset_lightning.policy.packed_attention import SharedPrompts
+from stateset_lightning.policy.packed_attention import NAME as PACKED_ATTENTION
+from stateset_lightning.policy.packed_attention import SHARED_PROMPTS_ARGUMENT, SharedPrompts
 from stateset_lightning.rollout.cache import grow, join, make_cache, select_rows
 from stateset_lightning.rollout.cpu_decoding import attend_to_cache
 
@@ -22,30 +22,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import DynamicCache
 
-    from stateset_lightning.rollout.cpu_decoding import Attend, LeanDecoder
+    from stateset_lightning.rollout.cpu_decoding import Attend, LlamaDecoder
 
 SHARE_FROM = 256
 """Tokens of the longest prompt from which sharing is faster than a kernel call over copies (benchmarks/RESULTS.md)."""
 
 
 def make_running_batch(
-    model: PreTrainedModel, max_new_tokens: int, longest_prompt: int, decoder: LeanDecoder | None = None
+    model: PreTrainedModel, max_new_tokens: int, longest_prompt: int, decoder: LlamaDecoder | None = None
 ) -> RunningBatch:
-    """A batch whose rows share their prompts' keys and values, where the model's attention can do that and it is
-    faster.
-    """
+    """A batch whose rows share their prompts' keys and values, if the model's attention can and it is faster so."""
     # The kernels of other devices and precisions are fast enough, and accumulate in float32.
-    shares = (
-        model.config._attn_implementation == packed_attention.NAME
-        and model.device.type == "cpu"
-        and model.dtype == torch.float32
-    )
+    is_float32_on_cpu = model.device.type == "cpu" and model.dtype == torch.float32
+    shares = model.config._attn_implementation == PACKED_ATTENTION and is_float32_on_cpu
     kind = SharingBatch if shares and longest_prompt >= SHARE_FROM else RunningBatch
     return kind(model, max_new_tokens, decoder)
 
 
 class RunningBatch:
-    """The state of decoding, without what is sampled: a model's cache, and the logits of the next tokens.
+    """The state of decoding: the model's cache, and the logits that predict each row's next token.
 
     Args:
         model: A causal language model.
@@ -53,14 +48,14 @@ class RunningBatch:
         decoder: Makes the steps in place of the model.
     """
 
-    def __init__(self, model: PreTrainedModel, max_new_tokens: int, decoder: LeanDecoder | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, max_new_tokens: int, decoder: LlamaDecoder | None = None) -> None:
         self.model = model
         self.decoder = decoder
         self.max_new_tokens = max_new_tokens
         self.cache = make_cache(model, 0)
         self.column = 0  # where the next token goes
         self.starts_B = torch.empty(0, dtype=torch.long, device=model.device)  # first column of each row
-        # last position of each row: a finished one that has not left must not run beyond the model's
+        # Last position of each row: a finished row that is still in the batch must not exceed the model's positions.
         self.limits_B = self.starts_B
         self.logits_BV = torch.empty(0)
         self._padded = False
@@ -69,26 +64,19 @@ class RunningBatch:
         return len(self.starts_B)
 
     def admit(self, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int]) -> None:
-        """Prefills each prompt once and adds `len(prompt_of_row)` rows that go on from them."""
-        width = max(map(len, prompts))
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.model.device)
+        """Prefills each prompt once and adds `len(prompt_of_row)` rows that continue them."""
+        width, rows = max(map(len, prompts)), torch.tensor(prompt_of_row, device=self.model.device)
         # Room for the completions where the buffers stay, none where they are copied into the running batch's.
-        capacity = width if len(self) else width + self.max_new_tokens
-        cache, logits_BV = self._prefill(prompts, width, lengths, capacity)
-        rows = torch.tensor(prompt_of_row, device=self.model.device)
+        cache, logits_PV, lengths_P = self._prefill(prompts, width if len(self) else width + self.max_new_tokens)
         select_rows(cache, rows)
-        starts_B, limits_B = width - lengths[rows], lengths[rows] + self.max_new_tokens - 1
         if len(self):
             first = int(self.starts_B.min())  # columns before it are padding of every row
             column = max(self.column - first, width)
             join(self.cache, cache, first, column, column + self.max_new_tokens)
-            self.starts_B = torch.cat([self.starts_B + column - self.column, starts_B + column - width])
-            self.limits_B = torch.cat([self.limits_B, limits_B])
-            self.logits_BV = torch.cat([self.logits_BV, logits_BV[rows]])
-            self.column = column
         else:
-            self.limits_B = limits_B
-            self.cache, self.starts_B, self.logits_BV, self.column = cache, starts_B, logits_BV[rows], width
+            self.cache, column = cache, width
+        starts_B = self._extended(self.starts_B + column - self.column, column - lengths_P[rows])
+        self._add_rows(logits_PV[rows], lengths_P[rows], starts_B, column)
         self._padded = bool((self.starts_B > 0).any())
 
     def keep(self, rows: Tensor) -> None:
@@ -97,20 +85,13 @@ class RunningBatch:
         self.starts_B, self.limits_B = self.starts_B[rows], self.limits_B[rows]
 
     def step(self, tokens_B: Tensor) -> None:
-        """Appends a token to each row; `logits_BV` are those that predict the next one."""
+        """Appends a token to each row; `logits_BV` are then those that predict the next one."""
         positions_B = torch.minimum(self._positions(), self.limits_B)
         if self.decoder is not None:
             self.logits_BV = self.decoder.step(tokens_B, positions_B, self.cache, self._attend())
         else:
-            output = self.model(
-                input_ids=tokens_B[:, None],
-                position_ids=positions_B[:, None],
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-                **self._attention_arguments(),
-            )
-            self.logits_BV = output.logits[:, -1]
+            arguments = self._attention_arguments()
+            self.logits_BV = self._forward(tokens_B[:, None], positions_B[:, None], self.cache, **arguments)
         self.column += 1
 
     def _positions(self) -> Tensor:
@@ -119,90 +100,88 @@ class RunningBatch:
 
     def _attention_arguments(self) -> dict[str, Any]:
         """What else the attention of the model's step needs to know."""
-        return {"attention_mask": self._mask(self.starts_B, self.column + 1)}
+        mask = self._mask()
+        return {"attention_mask": mask[:, None, None] if mask is not None and self._takes_ready_masks else mask}
 
     def _attend(self) -> Attend:
         """The attention of the decoder's step."""
-        mask = self._mask(self.starts_B, self.column + 1)
-        return partial(attend_to_cache, None if mask is None else ~mask.view(len(self), 1, 1, -1))
+        mask = self._mask()
+        return partial(attend_to_cache, None if mask is None else ~mask[:, None, None])
 
-    def _prefill(
-        self, prompts: Sequence[Sequence[int]], width: int, lengths: Tensor, capacity: int
-    ) -> tuple[DynamicCache, Tensor]:
-        """The cache of all prompts, each once, and the logits that predict their first token."""
+    def _extended(self, values_B: Tensor, added: Tensor) -> Tensor:
+        """Values of the running rows, then those of new ones."""
+        return torch.cat([values_B, added]) if len(self) else added
+
+    def _add_rows(self, logits: Tensor, prompt_lengths: Tensor, starts_B: Tensor, column: int) -> None:
+        self.logits_BV = self._extended(self.logits_BV, logits)
+        self.limits_B = self._extended(self.limits_B, prompt_lengths + self.max_new_tokens - 1)
+        self.starts_B, self.column = starts_B, column
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[DynamicCache, Tensor, Tensor]:
+        """Each prompt once: the cache, the logits [P, V] that predict the first token, and the lengths [P]."""
+        width, device = max(map(len, prompts)), self.model.device
         cache = make_cache(self.model, capacity)
-        ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=self.model.device)
+        lengths_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
         # Positions count from the first real token; models with learned positions need them.
-        positions = (torch.arange(width, device=self.model.device)[None] - (width - lengths)[:, None]).clamp(min=0)
-        padded = any(len(prompt) != width for prompt in prompts)
-        mask = torch.arange(width, device=self.model.device)[None] >= (width - lengths)[:, None] if padded else None
-        output = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return cache, output.logits[:, -1]
+        positions = torch.arange(width, device=device) - (width - lengths_P)[:, None]
+        mask = positions >= 0 if any(len(prompt) != width for prompt in prompts) else None
+        return cache, self._forward(ids, positions.clamp(min=0), cache, attention_mask=mask), lengths_P
 
-    def _mask(self, starts_B: Tensor, length: int) -> Tensor | None:
-        """Bool [B, length], or [B, 1, 1, length] where that is what attention takes; None when nothing is padded."""
+    def _forward(self, ids: Tensor, positions: Tensor, cache: DynamicCache, **arguments: Any) -> Tensor:
+        """The model's logits at the last column, [B, V]; keys and values go into the cache."""
+        options: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        output = self.model(input_ids=ids, position_ids=positions, **options, **arguments)
+        logits_BV: Tensor = output.logits[:, -1]
+        return logits_BV
+
+    def _mask(self) -> Tensor | None:
+        """Bool [B, C]: whether a row sees a column, the next token's included; None when nothing is padded."""
         if not self._padded:
             return None
-        mask = torch.arange(length, device=starts_B.device)[None] >= starts_B[:, None]
-        return mask[:, None, None, :] if self._takes_ready_masks else mask
+        return torch.arange(self.column + 1, device=self.starts_B.device) >= self.starts_B[:, None]
 
     @property
     def _takes_ready_masks(self) -> bool:
-        """Whether a boolean mask of four dimensions serves every layer: not for windows, nor for additive masks."""
+        """Whether a bool mask [B, 1, 1, C] serves every layer: not with sliding windows, nor where masks are added."""
         config = self.model.config
-        windowed = getattr(config, "sliding_window", None) or "sliding_attention" in (
-            getattr(config, "layer_types", None) or []
-        )
-        return config._attn_implementation in ("sdpa", "stateset_prefix") and not windowed
+        layer_types = getattr(config, "layer_types", None) or []
+        windowed = getattr(config, "sliding_window", None) or "sliding_attention" in layer_types
+        return config._attn_implementation in ("sdpa", PACKED_ATTENTION) and not windowed
 
 
 class SharingBatch(RunningBatch):
-    """The same with each prompt's keys and values kept once: the cache holds what the rows have decoded themselves."""
+    """A batch that keeps each prompt's keys and values once: the cache holds only what the rows have decoded."""
 
-    def __init__(self, model: PreTrainedModel, max_new_tokens: int, decoder: LeanDecoder | None = None) -> None:
-        super().__init__(model, max_new_tokens, decoder)
-        self.prompts: SharedPrompts | None = None
-        # Any mask of four dimensions keeps transformers from building one.
-        self._unused_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)
+    prompts: SharedPrompts
+    """There are some as soon as there are rows."""
 
     def admit(self, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int]) -> None:
-        width = max(map(len, prompts))
-        lengths_P = torch.tensor([len(prompt) for prompt in prompts], device=self.model.device)
-        prefilled, logits_PV = self._prefill(prompts, width, lengths_P, width)
         rows = torch.tensor(prompt_of_row, device=self.model.device)
+        prefilled, logits_PV, lengths_P = self._prefill(prompts, max(map(len, prompts)))
         keys, values = [layer.keys for layer in prefilled.layers], [layer.values for layer in prefilled.layers]
         added = SharedPrompts(keys, values, lengths_P, rows, torch.zeros_like(rows))
-        limits_B = lengths_P[rows] + self.max_new_tokens - 1
-        self.limits_B = torch.cat([self.limits_B, limits_B]) if len(self) else limits_B
-        if self.prompts is not None and len(self):
+        if len(self):
             first = int(self.starts_B.min())
-            self.column -= first
-            grow(self.cache, len(rows), first, self.column + self.max_new_tokens)
-            self.prompts = self.prompts.join(added, first, self.column)
-            self.logits_BV = torch.cat([self.logits_BV, logits_PV[rows]])
+            column = self.column - first
+            grow(self.cache, len(rows), first, column + self.max_new_tokens)
+            self.prompts = self.prompts.join(added, first, column)
         else:
-            self.cache, self.column = make_cache(self.model, self.max_new_tokens), 0
-            self.prompts, self.logits_BV = added, logits_PV[rows]
-        self.starts_B = self.prompts.starts_B
+            self.cache, column, self.prompts = make_cache(self.model, self.max_new_tokens), 0, added
+        self._add_rows(logits_PV[rows], lengths_P[rows], self.prompts.starts_B, column)
 
     def keep(self, rows: Tensor) -> None:
         super().keep(rows)
-        self.prompts = self.prompts.select(rows) if self.prompts is not None and len(rows) else None
+        if len(rows):
+            self.prompts = self.prompts.select(rows)
 
     def _positions(self) -> Tensor:
-        assert self.prompts is not None
         return super()._positions() + self.prompts.lengths_P[self.prompts.prompt_of_row_B]
 
     def _attention_arguments(self) -> dict[str, Any]:
-        return {"attention_mask": self._unused_mask, packed_attention.SHARED_PROMPTS_ARGUMENT: self.prompts}
+        # Any mask of four dimensions keeps transformers from building one.
+        unused_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.model.device)
+        return {"attention_mask": unused_mask, SHARED_PROMPTS_ARGUMENT: self.prompts}
 
     def _attend(self) -> Attend:
-        assert self.prompts is not None
         return self.prompts.attend

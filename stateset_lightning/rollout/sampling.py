@@ -1,4 +1,7 @@
-"""Logits -> next tokens, with the randomness given from outside. Letters: B rows of the batch, V vocabulary."""
+"""Logits become tokens, with the randomness given from outside; tokens become text, which stop strings end.
+
+Letters: B rows of the batch, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,33 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stateset_lightning.rollout.engine import RolloutConfig
+from stateset_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from stateset_lightning.rollout.engine import RolloutConfig
+
+
+def check_length(prompts: Sequence[Sequence[int]], max_new_tokens: int, limit: int, whose: str) -> None:
+    """Every prompt and its completion must fit into `limit` tokens together; `whose` limit it is, for the error.
+
+    Raises:
+        ConfigError: If the longest prompt does not.
+    """
+    if (longest := max(map(len, prompts))) + max_new_tokens > limit:
+        raise ConfigError(
+            f"a prompt of {longest} tokens and model.rollout.max_new_tokens={max_new_tokens} exceed {whose}: set"
+            f" data.max_prompt_tokens to at most {max(limit - max_new_tokens, 0)}, or lower max_new_tokens"
+        )
+
 
 def sample_tokens(logits_BV: Tensor, uniforms_B: Tensor | None, sampling: RolloutConfig) -> tuple[Tensor, Tensor]:
-    """Draws one token per row by inverting the cumulative distribution at `uniforms_B`; greedy where that is None.
+    """Draws one token per row by inverting the cumulative distribution at `uniforms_B`; greedy if that is None.
 
-    Returns the tokens [B] and their log-probs [B] (nats, float32): log-softmax of logits / temperature, before top-k,
-    top-p and min-p.
+    Returns:
+        The tokens [B] and their log-probs [B] (nats, float32): log-softmax of logits / temperature, before top-k, top-p
+        and min-p. Where logits are not finite, the log-prob is NaN.
     """
     logprobs_BV = (logits_BV.float() / sampling.temperature).log_softmax(-1)
     if uniforms_B is None:
@@ -29,17 +48,17 @@ def sample_tokens(logits_BV: Tensor, uniforms_B: Tensor | None, sampling: Rollou
         total_B = cumulative_BV[:, -1]
         # Strictly below the total, so that the index is that of a token with some probability.
         point_B = torch.minimum(uniforms_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))
-        # Clamped for logits that are not finite: the caller sees a log-prob of NaN rather than an index out of range.
-        tokens_B = torch.searchsorted(cumulative_BV, point_B[:, None], right=True)[:, 0].clamp(
-            max=logits_BV.shape[-1] - 1
-        )
+        # Logits that are not finite give an index out of range; clamped, so that the caller sees the log-prob of NaN.
+        index_B = torch.searchsorted(cumulative_BV, point_B[:, None], right=True)[:, 0]
+        tokens_B = index_B.clamp(max=logits_BV.shape[-1] - 1)
     return tokens_B, logprobs_BV.gather(-1, tokens_B[:, None])[:, 0]
 
 
 def filter_probabilities(probs_BV: Tensor, sampling: RolloutConfig) -> Tensor:
-    """Zeroes what top-k, then top-p, then min-p exclude (each on what the one before left); not renormalised.
+    """Sets to zero what top-k, then top-p, then min-p exclude, each applied to what the one before kept.
 
-    The likeliest token always stays. Ties at a boundary are kept or dropped by token id, lower first.
+    The result is not renormalised. The likeliest token always stays. Of tokens that tie at a boundary, those with the
+    lower ids stay.
     """
     if sampling.top_k is not None and sampling.top_k < probs_BV.shape[-1]:
         order_BV = probs_BV.sort(dim=-1, descending=True, stable=True).indices
@@ -54,11 +73,13 @@ def filter_probabilities(probs_BV: Tensor, sampling: RolloutConfig) -> Tensor:
     return probs_BV
 
 
-# MERGED: Stop strings: a completion ends where one of them appears, also in the middle of a token or across tokens.
-
-
 class StopStrings:
-    """Looks for any of some strings at the end of a growing completion."""
+    """Finds stop strings in a growing completion, also inside a token or across tokens.
+
+    Args:
+        strings: Any of them ends a completion; may be empty.
+        tokenizer: Decodes tokens, without special tokens.
+    """
 
     def __init__(self, strings: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
         self.strings = list(strings)
@@ -68,13 +89,16 @@ class StopStrings:
         self.window = max((len(text.encode()) for text in strings), default=0) + 4
 
     def found(self, tokens: list[int]) -> bool:
-        """Whether a stop string appears among the last tokens."""
+        """Whether the last tokens contain a stop string."""
         if not self.strings:
             return False
-        tail = self.tokenizer.decode(tokens[-self.window :], skip_special_tokens=True)
+        tail = self._decode(tokens[-self.window :])
         return any(text in tail for text in self.strings)
 
-    def cut(self, text: str) -> str:
-        """The text before the first stop string."""
-        ends = [position for stop in self.strings if (position := text.find(stop)) >= 0]
-        return text[: min(ends)] if ends else text
+    def text(self, tokens: list[int]) -> str:
+        """The text of a finished completion, cut before the first stop string."""
+        text = self._decode(tokens)
+        return text[: min((end for stop in self.strings if (end := text.find(stop)) >= 0), default=None)]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))

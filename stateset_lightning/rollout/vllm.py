@@ -1,8 +1,8 @@
-"""The vLLM engine: samples on running vLLM servers, token ids in, token ids and log-probs out.
+"""The vLLM engine: samples on running vLLM servers. Token ids go out, token ids and their log-probs come back.
 
 The servers get the policy's weights before they sample: an adapter is swapped in, a whole model is reloaded from a
-shared folder. After each time the log-probs of a few tokens are compared with the policy's: no run goes on with a
-server that computes something else.
+shared folder. Each time the log-probs of a few tokens are compared with the policy's, so no run goes on with a server
+that computes something else.
 """
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
@@ -12,13 +12,14 @@ from concurrent.futures import as_completed
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 from annotated_types import Gt
 
-from stateset_lightning.errors import ConfigError, NonFiniteError, check_bounds
-from stateset_lightning.policy import Policy, end_of_sequence_ids
+from stateset_lightning.errors import ConfigError, NonFiniteError, bounded
+from stateset_lightning.policy import Policy
 from stateset_lightning.policy.config import Dtype
-from stateset_lightning.rollout.engine import OnFinished, RolloutConfig, rollout_of
-from stateset_lightning.rollout.sampling import StopStrings
+from stateset_lightning.rollout.engine import OnFinished, RolloutConfig
+from stateset_lightning.rollout.sampling import StopStrings, check_length
 from stateset_lightning.rollout.vllm_client import VLLMServer
 from stateset_lightning.rollout.vllm_weights import WeightSync, filters_of, request
 from stateset_lightning.threads import DaemonThreads
@@ -30,22 +31,23 @@ if TYPE_CHECKING:
 log = logging.getLogger("stateset_lightning")
 
 
+@bounded("model.engine")
 class VLLMEngine:
     """Samples from the policy on vLLM servers.
 
-    One request per completion, with a seed of its own: its noise follows from that alone, whatever is sampled beside
+    Each completion is a request of its own with its own seed, so its noise does not depend on what is sampled beside
     it. The same tokens come again as far as the server's kernels give the same logits in another batch. Greedy
     completions have log-probs at temperature 1.
 
     Args:
-        urls: The servers. Prompts are dealt out to them in turn, the completions of one prompt to one server, which
-            computes it once.
+        urls: The servers. Prompts are dealt out to them in turn; all completions of a prompt go to one server, which
+            prefills it once.
         folder: Where weights are handed over; the servers must see it under the same path. None: the system's for
             temporary files.
         dtype: That the servers compute in (their --dtype); it decides the tolerance. None: the policy's.
         tolerance: Nats per token by which log-probs of servers and policy may differ after a sync. None: by dtype
             (`logprob_tolerance`).
-        request_timeout: Seconds for one completion, with the time that it waits in the server's queue.
+        request_timeout: Seconds for one completion, including the time that it waits in the server's queue.
         max_wait_minutes: How long a server may be away before the run stops.
     """
 
@@ -59,15 +61,12 @@ class VLLMEngine:
         request_timeout: Annotated[float, Gt(0)] = 1800.0,
         max_wait_minutes: Annotated[float, Gt(0)] = 10.0,
     ) -> None:
-        values = {"tolerance": tolerance, "request_timeout": request_timeout, "max_wait_minutes": max_wait_minutes}
-        check_bounds("model.engine", VLLMEngine.__init__, values)
         if not urls or isinstance(urls, str):
             raise ConfigError(
                 f"model.engine.urls={urls!r} must be a list of addresses, such as [http://127.0.0.1:8000]"
             )
-        self.servers = [
-            VLLMServer(url, request_timeout=request_timeout, max_wait=60 * max_wait_minutes) for url in urls
-        ]
+        max_wait = 60 * max_wait_minutes
+        self.servers = [VLLMServer(url, request_timeout=request_timeout, max_wait=max_wait) for url in urls]
         self._make_sync = partial(WeightSync, self.servers, folder=folder, dtype=dtype, tolerance=tolerance)
         self._restored = 0
 
@@ -82,9 +81,9 @@ class VLLMEngine:
         self._weights = self._make_sync(sampling)
         if sampling.temperature != 1 and (filters := filters_of(sampling)):
             raise ConfigError(
-                f"model.rollout.temperature={sampling.temperature} with {', '.join(filters)}: vLLM's log-probs are"
-                " either those behind the filters or those of undivided logits, and training needs neither: set"
-                " temperature to 1, or leave the filters out"
+                f"model.rollout.temperature={sampling.temperature} with {filters}: vLLM's log-probs are either those"
+                " behind the filters or those of undivided logits, and training needs neither: set temperature to 1,"
+                " or leave the filters out"
             )
         lengths = []
         for server in self.servers:
@@ -96,7 +95,7 @@ class VLLMEngine:
         self.max_length = min(lengths)
 
     def pop_metrics(self) -> Metrics:
-        """Of what happened since the last call, as (sum, count): the last sync, and how often servers came back."""
+        """What happened since the last call, as (sum, count): the last sync, and how often servers came back."""
         restored = sum(server.restored for server in self.servers)
         metrics = {**self._weights.metrics, "work/server_restarts": (restored - self._restored, 1.0)}
         self._weights.metrics, self._restored = {}, restored
@@ -107,9 +106,9 @@ class VLLMEngine:
 
         Raises:
             SamplingError: If a server does not compute the policy.
-            ServerError: If one does not take the weights.
+            ServerError: If a server does not take the weights.
         """
-        self._eos = sorted(end_of_sequence_ids(policy.model, self.tokenizer))
+        self._ends = sorted(policy.end_of_sequence_ids(self.tokenizer))
         self._weights.update(policy)
 
     def generate(
@@ -125,18 +124,15 @@ class VLLMEngine:
 
         Raises:
             ConfigError: If a prompt and its completion are longer than the servers allow.
+            NonFiniteError: If a server's log-probs are not finite.
             ServerError: If a server refuses, or stays away for too long.
         """
-        synced = self._weights.synced
+        synced, limit = self._weights.synced, self.max_length
         assert synced is not None, "sync(policy) comes before generate"
         assert len(seeds_N) == len(prompts) * num_generations
-        self._check_length(prompts, sampling.max_new_tokens)
-        common = {
-            "max_tokens": sampling.max_new_tokens,
-            "stop_token_ids": self._eos,
-            "logprobs": 0,
-            "return_token_ids": True,
-        }
+        whose = f"the server's --max-model-len of {limit} (raise it, if the model allows)"
+        check_length(prompts, sampling.max_new_tokens, limit, whose)
+        common: dict[str, Any] = {"max_tokens": sampling.max_new_tokens, "stop_token_ids": self._ends}
         if sampling.stop:
             common |= {"stop": sampling.stop, "include_stop_str_in_output": True}
         calls = []
@@ -153,28 +149,28 @@ class VLLMEngine:
             numbers = {threads.submit(call): n for n, call in enumerate(calls)}
             for future in as_completed(numbers):
                 n, (choice,) = numbers[future], future.result()
-                choices[n] = choice
-                texts[n] = stop.cut(str(self.tokenizer.decode(choice["token_ids"], skip_special_tokens=True)))
+                choices[n], texts[n] = choice, stop.text(choice["token_ids"])
                 if on_finished is not None:
                     on_finished(n, texts[n], len(choice["token_ids"]))
         finally:
             threads.close(seconds=0)
-        tokens_N, logprobs_N = (
-            [choice["token_ids"] for choice in choices],
-            [choice["logprobs"]["token_logprobs"] for choice in choices],
-        )
-        reasons = [FinishReason(choice["finish_reason"]) for choice in choices]
-        rollout = rollout_of(prompts, tokens_N, logprobs_N, reasons, texts)
-        if not rollout.logprobs_T.isfinite().all():
-            raise NonFiniteError(
-                "a server's log-probs are not finite: the weights have diverged; go back to an earlier checkpoint"
-            )
-        return rollout
+        return _rollout(prompts, choices, texts)
 
-    def _check_length(self, prompts: list[list[int]], max_new_tokens: int) -> None:
-        longest = max(map(len, prompts))
-        if longest + max_new_tokens > self.max_length:
-            raise ConfigError(
-                f"a prompt of {longest} tokens and model.rollout.max_new_tokens={max_new_tokens} exceed the server's"
-                f" --max-model-len of {self.max_length}: raise it, or lower max_new_tokens or data.max_prompt_tokens"
-            )
+
+def _rollout(prompts: list[list[int]], choices: list[dict[str, Any]], texts: list[str]) -> Rollout:
+    tokens = [token for choice in choices for token in choice["token_ids"]]
+    logprobs = [logprob for choice in choices for logprob in choice["logprobs"]["token_logprobs"]]
+    logprobs_T = torch.tensor(logprobs, dtype=torch.float32)
+    if not logprobs_T.isfinite().all():
+        raise NonFiniteError(
+            "a server's log-probs are not finite: the weights have diverged; go back to an earlier checkpoint"
+        )
+    return Rollout(
+        prompt_tokens=prompts,
+        completion_tokens_T=torch.tensor(tokens, dtype=torch.long),
+        lengths_N=torch.tensor([len(choice["token_ids"]) for choice in choices]),
+        logprobs_T=logprobs_T,
+        sampled_T=torch.ones(len(tokens), dtype=torch.bool),
+        finish_reasons=[FinishReason(choice["finish_reason"]) for choice in choices],
+        texts=texts,
+    )

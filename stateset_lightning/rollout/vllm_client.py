@@ -1,6 +1,4 @@
-"""One vLLM server as its client sees it: JSON over HTTP, patience while it is away, and its weights given back when it
-returns.
-"""
+"""The HTTP client of one vLLM server: JSON requests, patience while the server is away, its weights when it returns."""
 
 from __future__ import annotations
 
@@ -24,21 +22,26 @@ T = TypeVar("T")
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 10.0
 """Seconds between two attempts; each pause is twice the one before."""
 
-# The servers stand beside the trainer: a proxy that the environment names is for elsewhere.
+# The servers stand beside the trainer: a proxy that the environment names is for other addresses.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class ServerLost(Exception):
-    """No answer, or one that says that the server cannot at the moment, or no longer knows its weights."""
+    """The server gave no answer, or one that says that it cannot at the moment or no longer has its weights."""
 
 
 class VLLMServer:
-    """A server of vLLM's OpenAI-compatible API; every method may be called by several threads.
+    """A server of vLLM's OpenAI-compatible API; several threads may call every method.
 
     Args:
         url: Such as http://127.0.0.1:8000. The environment's VLLM_API_KEY is sent along, if there is one.
         request_timeout: Seconds that a request may take.
         max_wait: Seconds to wait for a server that is away.
+
+    Attributes:
+        model: Name of the model that the server was started with.
+        restored: How often it went away and came back.
+        give_weights: Called when it is back, since a server that was started again has the weights of its start.
     """
 
     def __init__(self, url: str, *, request_timeout: float, max_wait: float) -> None:
@@ -48,21 +51,19 @@ class VLLMServer:
         self.request_timeout = request_timeout
         self.max_wait = max_wait
         self.model = ""
-        """Name of the model that it was started with."""
         self.restored = 0
-        """How often it went away and came back."""
         self.give_weights: Callable[[VLLMServer], None] = lambda server: None
-        """Called when it is back: a server that was started again has the weights it was started with."""
         self._lock = threading.Lock()
-        key = os.environ.get("VLLM_API_KEY")
-        self._headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+        self._headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("VLLM_API_KEY"):
+            self._headers["Authorization"] = f"Bearer {key}"
 
     def call(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """One request, and what it answers: JSON, or text where it is none.
+        """One request (GET without a body). Returns the answer: JSON, or text if it is none.
 
         Raises:
             ServerLost: If there is no answer, or the server is overloaded or broken.
-            ServerError: If it refuses.
+            ServerError: If the server refuses.
         """
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, self._headers)
@@ -80,7 +81,7 @@ class VLLMServer:
             raise ServerLost(f"{type(error).__name__}: {error}") from error
 
     def complete(self, body: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The choices of a completion request. Waits for a server that is lost, and asks again when it is back.
+        """The choices of a completion request. If the server is lost, waits for it and asks again.
 
         Raises:
             ServerError: If the server refuses, or stays away for longer than `max_wait`.
@@ -90,20 +91,21 @@ class VLLMServer:
             try:
                 answer = self.call("/v1/completions", body)
             except ServerError as error:
-                if error.status == 404:  # it has been started again, and has not our weights
+                if error.status == 404:  # the server has been started again, and does not have our weights
                     raise ServerLost(str(error)) from error
                 raise
             if not isinstance(answer, dict):
                 raise ServerLost(f"it answers {str(answer)[:100]!r}")
             choices: list[dict[str, Any]] = answer["choices"]
-            if any(choice["finish_reason"] not in ("stop", "length") for choice in choices):  # it is shutting down
-                raise ServerLost(f"it broke off: finish_reason={[choice['finish_reason'] for choice in choices]}")
+            reasons = [choice["finish_reason"] for choice in choices]
+            if not {"stop", "length"}.issuperset(reasons):  # the server is shutting down
+                raise ServerLost(f"it broke off: finish_reason={reasons}")
             return choices
 
         return self.patiently(attempt)
 
     def patiently(self, attempt: Callable[[], T]) -> T:
-        """Calls `attempt` until it is not lost.
+        """Calls `attempt` until it does not raise `ServerLost`.
 
         Raises:
             ServerError: If the server stays away for longer than `max_wait`.
@@ -115,24 +117,28 @@ class VLLMServer:
                 return attempt()
             except ServerLost as error:
                 now = time.monotonic()
-                # An attempt that lasted so long was not away: its time starts anew.
+                # During an attempt that lasted so long the server was not away: its time starts anew.
                 deadline = now + self.max_wait if deadline is None or now - begun > self.max_wait else deadline
                 self._restore(restored, deadline, error)
 
     def _restore(self, seen: int, deadline: float, reason: ServerLost) -> None:
-        """Waits until it answers and gives it its weights; one thread does, the others wait for that."""
+        """Waits until the server answers, and gives it its weights. One thread does; the others wait for that one.
+
+        Args:
+            seen: `restored` before the attempt that failed.
+            deadline: By `time.monotonic`.
+            reason: Why the server is thought to be away.
+        """
+        minutes, pause = f"{self.max_wait / 60:.3g} minutes", FIRST_PAUSE
         with self._lock:
             if self.restored != seen:
                 return
-            log.warning(
-                "%s does not answer (%s): waiting for it, %.3g minutes at most", self.url, reason, self.max_wait / 60
-            )
-            pause = FIRST_PAUSE
+            log.warning("%s does not answer (%s): waiting for it, %s at most", self.url, reason, minutes)
             while True:
                 if time.monotonic() + pause > deadline:
                     raise ServerError(
-                        f"{self.url} has been away for {self.max_wait / 60:.3g} minutes (model.engine.max_wait_minutes;"
-                        f" {reason}): start it again, then the run with --ckpt_path last"
+                        f"{self.url} has been away for {minutes} (model.engine.max_wait_minutes; {reason}): start it"
+                        " again, then the run with --ckpt_path last"
                     ) from reason
                 time.sleep(pause)
                 try:
@@ -146,7 +152,7 @@ class VLLMServer:
 
 
 def _message(error: urllib.error.HTTPError) -> str:
-    """What a refusal says; vLLM's are JSON, a proxy's perhaps a page."""
+    """What a refusal says: vLLM's are JSON, those of a proxy perhaps a page."""
     try:
         text = error.read().decode(errors="replace")
         content = json.loads(text)
@@ -155,6 +161,6 @@ def _message(error: urllib.error.HTTPError) -> str:
     except (OSError, http.client.HTTPException):
         return str(error.reason)
     inner = content.get("error", content) if isinstance(content, dict) else content
-    return (
-        str(inner.get("message") or inner.get("detail") or inner)[:300] if isinstance(inner, dict) else str(inner)[:300]
-    )
+    if isinstance(inner, dict):
+        inner = inner.get("message") or inner.get("detail") or inner
+    return str(inner)[:300]

@@ -1,4 +1,4 @@
-"""The policy's weights on vLLM servers: handed over, and compared with the policy by what the servers then answer."""
+"""The policy's weights on vLLM servers: handed over, and checked by what the servers answer with them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,8 @@ from stateset_lightning.rollout.vllm_client import VLLMServer
 from stateset_lightning.types import Metrics
 
 PROBE_PROMPT = list(range(3, 16))
-PROBE = {
-    "prompt": PROBE_PROMPT,
-    "n": 4,
-    "max_tokens": 8,
-    "seed": 0,
-    "ignore_eos": True,
-    "logprobs": 0,
-    "return_token_ids": True,
-}
-"""Asks for the few tokens whose log-probs are compared. Any tokens do: the policy is asked about the same ones."""
+PROBE = {"prompt": PROBE_PROMPT, "n": 4, "max_tokens": 8, "seed": 0, "ignore_eos": True}
+"""Asks for the few tokens whose log-probs are compared. Any tokens do: the policy scores the same ones."""
 
 Completions = list[tuple[list[int], Tensor]]
 """Tokens and their log-probs, float32, of some completions."""
@@ -40,18 +33,27 @@ Completions = list[tuple[list[int], Tensor]]
 
 @dataclass(frozen=True)
 class Synced:
-    """What the servers have."""
+    """The weights that the servers have.
 
-    path: str  # of the weights
-    adapter: str | None  # its name on the servers; None for a whole model
-    answers: Completions = field(default_factory=list)  # the policy's, to `PROBE`
+    Args:
+        path: Where they were handed over.
+        adapter: Its name on the servers; None for a whole model.
+        answers: The policy's to `PROBE`.
+        tolerance: Nats per token by which answers of servers may differ from them.
+        difference: The largest difference of a log-prob that was found, in nats.
+    """
+
+    path: str
+    adapter: str | None
+    answers: Completions = field(default_factory=list)
     tolerance: float = 0.0
-    difference: float = 0.0  # the largest of a log-prob, nats
+    difference: float = 0.0
 
 
 def request(server: VLLMServer, synced: Synced, sampling: RolloutConfig, greedy: bool = False) -> dict[str, Any]:
-    """What every completion request says. All of it: what is left out, a server takes from the model's generation
-    config.
+    """What every completion request says.
+
+    Nothing is left out: what a request does not say, a server takes from the model's generation_config.json.
     """
     return {
         "model": synced.adapter or server.model,
@@ -63,11 +65,13 @@ def request(server: VLLMServer, synced: Synced, sampling: RolloutConfig, greedy:
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
+        "logprobs": 0,  # of the sampled tokens alone
+        "return_token_ids": True,
     }
 
 
 class WeightSync:
-    """Keeps the weights of servers those of the policy.
+    """Keeps the servers' weights equal to the policy's.
 
     Args:
         servers: Those that sample.
@@ -75,6 +79,10 @@ class WeightSync:
         folder: Where weights are handed over; None for the system's for temporary files.
         dtype: That the servers compute in; None for the policy's.
         tolerance: Nats per token; None for `logprob_tolerance`.
+
+    Attributes:
+        synced: What the servers have; None before the first sync.
+        metrics: Of the last sync, as (sum, count).
     """
 
     def __init__(
@@ -92,18 +100,17 @@ class WeightSync:
         self.tolerance = tolerance
         self.synced: Synced | None = None
         self.metrics: Metrics = {}
-        """Of the last sync, as (sum, count)."""
         self._folder = folder
         self._home: tempfile.TemporaryDirectory[str] | None = None
         self._version = 0
         self._fingerprint: list[int] = []  # of the weights that the servers have
 
     def update(self, policy: Policy) -> None:
-        """Gives the servers the policy's weights, if they have others. Every rank calls it; the first one acts.
+        """Gives the servers the policy's weights, unless they have them. Every rank calls it; the first one acts.
 
         Raises:
             SamplingError: If a server does not compute the policy.
-            ServerError: If one does not take the weights.
+            ServerError: If a server does not take the weights.
         """
         fingerprint = _fingerprint(policy)
         if self.synced is not None and fingerprint == self._fingerprint:
@@ -114,11 +121,11 @@ class WeightSync:
             return
         start = time.perf_counter()
         ranks = Ranks.current()
-        ranks.gather(None)  # none is sampling any more: each comes here when its own samples are drawn
+        ranks.gather(None)  # no rank is sampling any more: each gets here when it has its own samples
         outcome: Synced | UserError | None = None
         try:
             outcome = self._hand_over(policy) if ranks.rank == 0 else None
-        except UserError as error:  # gathered: all ranks end where the first one fails
+        except UserError as error:  # gathered, so that all ranks end when the first one fails
             outcome = error
         outcome = ranks.gather(outcome)[0]
         if not isinstance(outcome, Synced):
@@ -135,8 +142,8 @@ class WeightSync:
                 prefix="stateset-lightning-", dir=self._folder, ignore_cleanup_errors=True
             )
         home = Path(self._home.name)
-        # A new path for each version: vLLM's prefix cache would go on with keys and values of old weights (it tells
-        # adapters apart by name and path, and requests by their salt, which is made of the path).
+        # A new path for each version, or vLLM's prefix cache would go on with keys and values of old weights: it tells
+        # adapters apart by name and path, and requests by their salt, which is made of the path.
         self._version += 1
         path = home / str(self._version)
         if policy.adapter is None:
@@ -153,115 +160,107 @@ class WeightSync:
 
     def _load(self, server: VLLMServer, synced: Synced) -> None:
         """Makes a server load weights."""
-        try:
-            if synced.adapter is None:
-                server.call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": synced.path}})
-            else:
-                server.call(
-                    "/v1/load_lora_adapter",
-                    {"lora_name": synced.adapter, "lora_path": synced.path, "load_inplace": True},
-                )
-        except ServerError as error:
+        if synced.adapter is None:
+            path = "/collective_rpc"
+            body: dict[str, Any] = {"method": "reload_weights", "kwargs": {"weights_path": synced.path}}
             needed = "VLLM_SERVER_DEV_MODE=1"
-            if synced.adapter is not None:
-                needed = (
-                    "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and a --max-lora-rank of at least"
-                    " model.policy.lora.rank"
-                )
+        else:
+            path = "/v1/load_lora_adapter"
+            body = {"lora_name": synced.adapter, "lora_path": synced.path, "load_inplace": True}
+            rank = "a --max-lora-rank of at least model.policy.lora.rank"
+            needed = f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and {rank}"
+        try:
+            server.call(path, body)
+        except ServerError as error:
             raise ServerError(
                 f"{error}. The server is started with {needed}, and sees the folder (model.engine.folder)"
             ) from error
 
     def _keep(self, server: VLLMServer, synced: Synced) -> None:
+        """Weights again for a server that has lost them."""
         if not _difference(self._answers(server, synced), synced.answers) <= synced.tolerance:
             self._restore(server, synced)
 
     def _restore(self, server: VLLMServer, synced: Synced) -> None:
-        """Weights for a server that was started again, perhaps while the policy is being trained: its last answers are
-        the measure.
+        """Weights for a server that was started again.
+
+        The policy may be in training meanwhile, so the server's answers are compared with those of the last sync.
         """
         self._load(server, synced)
         difference = _difference(self._answers(server, synced), synced.answers)
         if not difference <= synced.tolerance:
-            raise SamplingError(
-                f"{server.url} came back and answers differently: its log-probs are off by {difference:.2g} nats per"
-                " token"
-            )
+            off = f"its log-probs are off by {difference:.2g} nats per token"
+            raise SamplingError(f"{server.url} came back and answers differently: {off}")
 
     def _answers(self, server: VLLMServer, synced: Synced) -> Completions:
         choices = server.call("/v1/completions", {**request(server, synced, self.sampling), **PROBE})["choices"]
         return [(choice["token_ids"], torch.tensor(choice["logprobs"]["token_logprobs"])) for choice in choices]
 
     def _compared(self, server: VLLMServer, synced: Synced, policy: Policy) -> Synced:
-        """The server's answers, of which the policy's log-probs are the same.
+        """Compares the server's answers with the policy, and notes the policy's.
 
         Raises:
-            SamplingError: If they are not.
+            SamplingError: If their log-probs differ by more than float error.
         """
-        answers = server.patiently(partial(self._answers, server, synced))
-        temperature = self.sampling.temperature
-        dtype = policy.model.dtype
-        limit = self.tolerance or logprob_tolerance(
-            dtype, getattr(torch, self.dtype) if self.dtype else dtype, temperature=temperature
-        )
-        groups = [Group(PROBE_PROMPT, [tokens for tokens, _ in answers])]
-        theirs_T = torch.cat([logprobs for _, logprobs in answers])
+        tokens, logprobs = zip(*server.patiently(partial(self._answers, server, synced)), strict=True)
+        temperature, dtype = self.sampling.temperature, policy.model.dtype
+        served_dtype = getattr(torch, self.dtype) if self.dtype else dtype
+        limit = self.tolerance or logprob_tolerance(dtype, served_dtype, temperature=temperature)
+        groups, theirs_T = [Group(PROBE_PROMPT, tokens)], torch.cat(logprobs)
         with torch.autocast(policy.device.type, enabled=False):
             ours_T, undivided_T = (policy.score_without_gradient(groups, t)[0].cpu() for t in (temperature, 1.0))
         difference = float((theirs_T - ours_T).abs().mean())
         if not difference <= limit:
-            if filters := filters_of(self.sampling):
-                guess = (
-                    f"behind {', '.join(filters)}, vLLM's log-probs are ours with --logprobs-mode raw_logprobs alone"
-                )
-            elif float((theirs_T - undivided_T).abs().mean()) <= limit:
-                guess = (
-                    "its log-probs are of logits not divided by the temperature: start it with --logprobs-mode"
-                    " processed_logprobs"
-                )
-            elif synced.adapter is None:
-                guess = (
-                    "it serves another model, or cannot reload weights, as vLLM's CPU build: then train an adapter,"
-                    " model.policy.lora"
-                )
-            else:
-                guess = (
-                    "it serves another model than model.policy.model_name, or in a precision that model.engine.dtype"
-                    " does not say"
-                )
+            reason = self._guess(synced, is_undivided=float((theirs_T - undivided_T).abs().mean()) <= limit)
             raise SamplingError(
                 f"{server.url} does not compute the policy: with its weights, log-probs differ by {difference:.2g} nats"
-                f" per token, and float error is below {limit:.2g} (temperature {temperature:g}). Probably {guess}"
+                f" per token, and float error is below {limit:.2g} (temperature {temperature:g}). Probably {reason}"
             )
-        largest = float((theirs_T - ours_T).abs().max())
-        lengths = [len(tokens) for tokens, _ in answers]
-        ours = list(zip((tokens for tokens, _ in answers), ours_T.split(lengths), strict=True))
-        return replace(synced, answers=ours, tolerance=limit, difference=max(synced.difference, largest))
+        answers = list(zip(tokens, ours_T.split([len(completion) for completion in tokens]), strict=True))
+        largest = max(synced.difference, float((theirs_T - ours_T).abs().max()))
+        return replace(synced, answers=answers, tolerance=limit, difference=largest)
+
+    def _guess(self, synced: Synced, is_undivided: bool) -> str:
+        """Why the log-probs of a server are probably others than the policy's.
+
+        Args:
+            synced: What it should have.
+            is_undivided: Whether they are the policy's at temperature 1.
+        """
+        if filters := filters_of(self.sampling):
+            return f"behind {filters}, vLLM's log-probs are ours with --logprobs-mode raw_logprobs alone"
+        if is_undivided:
+            return "its log-probs ignore the temperature: start it with --logprobs-mode processed_logprobs"
+        another = "it serves another model"
+        if synced.adapter is None:
+            remedy = "train an adapter, model.policy.lora"
+            return f"{another}, or cannot reload weights, as vLLM's CPU build: then {remedy}"
+        return f"{another} than model.policy.model_name, or in a precision that model.engine.dtype does not say"
 
 
-def filters_of(sampling: RolloutConfig) -> list[str]:
-    """What shapes the samples beside the temperature, as `name=value`."""
-    values = {name: getattr(sampling, name) for name in ("top_k", "top_p", "min_p")}
-    return [
-        f"{name}={value}" for name, value in values.items() if value is not None and (name, value) != ("top_p", 1.0)
-    ]
+def filters_of(sampling: RolloutConfig) -> str:
+    """What changes the samples beside the temperature, as `name=value, ...`; empty if nothing does."""
+    values = {
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p if sampling.top_p != 1 else None,
+        "min_p": sampling.min_p,
+    }
+    return ", ".join(f"{name}={value}" for name, value in values.items() if value is not None)
 
 
 def _difference(answers: Completions, expected: Completions) -> float:
-    """Mean absolute difference of log-probs in nats, as far as the tokens are the same; infinite where none is."""
+    """Mean absolute difference of log-probs in nats, as far as the tokens are the same; infinite if none is."""
     differences = []
     for (tokens, logprobs), (other_tokens, other_logprobs) in zip(answers, expected, strict=True):
-        for token, logprob, other_token, other_logprob in zip(
-            tokens, logprobs, other_tokens, other_logprobs, strict=True
-        ):
-            if token != other_token:  # a near tie, decided by float error
-                break
-            differences.append(abs(float(logprob - other_logprob)))
+        pairs = zip(tokens, other_tokens, logprobs.tolist(), other_logprobs.tolist(), strict=True)
+        # Tokens that follow a near tie, which float error decides, have other log-probs.
+        same = takewhile(lambda pair: pair[0] == pair[1], pairs)
+        differences += [abs(logprob - other) for _, _, logprob, other in same]
     return sum(differences) / len(differences) if differences else float("inf")
 
 
 def _fingerprint(policy: Policy) -> list[int]:
-    """Sums of the bits of what is trained: other weights, other sums."""
+    """Sums of the bits of the trained weights: other weights, other sums."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     trained = [p.detach() for p in policy.parameters() if p.requires_grad] or [p.detach() for p in policy.parameters()]
     return torch.stack([p.view(integers[p.element_size()]).sum(dtype=torch.int64) for p in trained]).tolist()

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from annotated_types import Ge
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from stateset_lightning.training.checks import optimizer_steps_of_run
+from stateset_lightning.training.schedule import optimizer_steps_of_run
 
 
 class ConsoleProgress(Callback):

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -20,7 +19,7 @@ from stateset_lightning.files import append_lines, atomic_write
 from stateset_lightning.policy import Group, Policy
 from stateset_lightning.run.folder import run_folder
 from stateset_lightning.training.episode import Episode
-from stateset_lightning.types import PromptBatch, Rollout, Scores
+from stateset_lightning.training.resample import Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,14 +46,13 @@ class CompletionRecord:
         return {key: value for key, value in asdict(self).items() if value is not None or key == "reward"}
 
 
-def make_records(
-    batch: PromptBatch, rollout: Rollout, scores: Scores, advantages: Sequence[float] | None = None
-) -> list[CompletionRecord]:
+def make_records(sample: Sample, advantages: Sequence[float] | None = None) -> list[CompletionRecord]:
     """Records of all completions, in order."""
+    batch, rollout, scores = sample.batch, sample.rollout, sample.scores
     errors: dict[int, list[str]] = {}
     for failure in scores.failures:
         errors.setdefault(failure.completion, []).append(f"{failure.reward}: {failure.error}: {failure.message}")
-    records = []
+    records, lengths_N = [], rollout.sampled_lengths_N
     for n, text in enumerate(rollout.texts):
         scenario = batch.scenarios[n // rollout.num_generations]
         records.append(
@@ -68,7 +66,7 @@ def make_records(
                     name: _finite(value) for name, value in zip(scores.names, scores.values_NF[n].tolist(), strict=True)
                 },
                 finish_reason=str(rollout.finish_reasons[n]),
-                num_tokens=int(rollout.lengths_N[n]),
+                num_tokens=int(lengths_N[n]),
                 advantage=None if advantages is None else _finite(advantages[n]),
                 target=_json(scenario.target),
                 breakdown=_plain(scores.breakdowns[n]) if n < len(scores.breakdowns) else None,
@@ -162,25 +160,9 @@ def _json(value: Any) -> Any:
     return value if isinstance(value, str | int | bool | None) else str(value)
 
 
-# MERGED: Optimizer steps that are skipped because loss or gradient is not finite: what they would have trained is written
-# down.
+# MERGED: Optimizer steps that are skipped because loss or gradient is not finite: what they would have trained is
+# written down.
 #
-
-
-def is_bad(norm: float) -> bool:
-    """Whether a gradient of this norm is to be skipped: NaN, infinite, or so large that its square is infinite in
-    float32.
-
-    AdamW keeps squares: an infinite one would never leave its second moment, and stop the parameter for good.
-    """
-    return not norm**2 < torch.finfo(torch.float32).max
-
-
-def spoil_if_not_finite(loss: Tensor) -> Tensor:
-    """The loss, times NaN if it is not finite: its gradient could be finite, and only gradients reach the other
-    ranks.
-    """
-    return loss * torch.where(loss.detach().isfinite(), loss.new_ones(()), loss.new_full((), torch.nan))
 
 
 def bad_steps_file(trainer: Trainer) -> Path:

@@ -1,5 +1,7 @@
-"""What must hold between data, model and the Trainer's options, checked before the first step; and how long the run
-is.
+"""What must hold before the first step, between data, model and the Trainer's options; and after every step.
+
+Before the first step each check raises ConfigError with the remedy, or warns. Lightning and the engine would find out
+later: after an episode has been sampled, after the first validation, or never.
 """
 
 from __future__ import annotations
@@ -8,59 +10,53 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from stateset_lightning.errors import ConfigError, NonFiniteError, SamplingError
 from stateset_lightning.evaluation import Evaluation
-from stateset_lightning.policy import context_length
 from stateset_lightning.policy.precision import has_bfloat16_products, logprob_tolerance, sampling_dtype
-from stateset_lightning.run.checkpoint_io import read_checkpoint
-from stateset_lightning.training.fsdp import FSDP2Strategy, total_norm
+from stateset_lightning.training.data import TrainingData, data_of
+from stateset_lightning.training.schedule import batches_per_epoch
 
 
 def checks_of_run(trainer: Trainer, module: Any) -> list[Callable[[], None]]:
-    """All that can be known to go wrong before the first step; each raises ConfigError, the last one only warns.
+    """The checks before the first step; the last one only warns.
 
     Args:
         trainer: With its datamodule set up, and its optimizers.
         module: A GRPOLightningModule with its policy loaded.
     """
+    data, rollout = data_of(trainer), module.rollout
     rewards = [reward.name for reward in module.rewards]
     metrics = [f"val/{name}" for name in Evaluation(rewards, module.evaluation).logged_names()]
     return [
-        partial(check_reward_names, trainer, rewards),
-        partial(check_strategy, trainer),
-        partial(check_episode_fits_trainer, trainer),
+        partial(check_reward_names, data, rewards),
+        partial(check_episode_fits_trainer, trainer, data),
         partial(check_saves, trainer),
-        partial(check_monitors, trainer, metrics),
-        partial(check_context, trainer, context_length(module.policy.model), module.rollout.max_new_tokens),
-        partial(
-            check_dynamic_sampling, trainer, module.rollout.dynamic_sampling, module.algorithm.needs_greedy_baseline
-        ),
+        partial(check_monitors, trainer, data, metrics),
+        partial(check_context, data, module.policy.context_length, rollout.max_new_tokens),
+        partial(check_dynamic_sampling, data, rollout.dynamic_sampling, module.algorithm.needs_greedy_baseline),
         *(partial(check_clipping, trainer, optimizer) for optimizer in trainer.optimizers),
         partial(check_speed, trainer, module.policy.model.dtype),
     ]
 
 
-def check_episode_fits_trainer(trainer: Trainer) -> None:
+def check_episode_fits_trainer(trainer: Trainer, data: TrainingData | None) -> None:
     """An optimizer step never straddles two passes over an episode, and a run never ends an epoch inside an episode.
 
     Raises:
         ConfigError: If `accumulate_grad_batches` does not divide `steps_per_episode`, or `limit_train_batches` cuts an
             episode.
     """
-    data: Any = getattr(trainer, "datamodule", None)
-    steps_per_episode = getattr(data, "steps_per_episode", 1)
-    num_iterations = getattr(data, "num_iterations", 1)
+    steps_per_episode = 1 if data is None else data.steps_per_episode
     accumulate = trainer.accumulate_grad_batches
     if steps_per_episode % accumulate:
         multiple = accumulate * math.ceil(steps_per_episode / accumulate)
@@ -68,15 +64,17 @@ def check_episode_fits_trainer(trainer: Trainer) -> None:
             f"trainer.accumulate_grad_batches={accumulate} must divide data.steps_per_episode={steps_per_episode}, so"
             f" that an optimizer step stays inside a pass over an episode: set data.steps_per_episode to {multiple}"
         )
-    prompts = getattr(data, "batch_size", steps_per_episode) * trainer.world_size
+    if data is None:
+        return
+    prompts = data.batch_size * trainer.world_size
     if steps_per_episode // accumulate > prompts:
         raise ConfigError(
             f"data.steps_per_episode={steps_per_episode} makes {steps_per_episode // accumulate} optimizer steps of"
             f" {prompts} prompts, some of them empty: set it to at most {prompts * accumulate}, or raise"
             " data.batch_size"
         )
-    micro_steps = steps_per_episode * num_iterations
-    batches = _batches_per_epoch(trainer, getattr(data, "micro_steps_per_epoch", 0))
+    micro_steps = steps_per_episode * data.num_iterations
+    batches = batches_per_epoch(trainer, data.micro_steps_per_epoch)
     if batches % micro_steps:
         raise ConfigError(
             f"trainer.limit_train_batches={trainer.limit_train_batches} ends an epoch inside an episode of"
@@ -100,13 +98,13 @@ def check_saves(trainer: Trainer) -> None:
             )
 
 
-def check_strategy(trainer: Trainer) -> None:
-    """Sampling and reductions are right for these; others would hang, or reduce by another rule, without a word.
+def check_strategy(trainer: Trainer, supported: tuple[type, ...]) -> None:
+    """Sampling and reductions are right for these strategies; others would hang, or reduce by another rule.
 
     Raises:
-        ConfigError: For any strategy but a single device, DDP and our FSDP2.
+        ConfigError: For any other.
     """
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy | FSDP2Strategy):
+    if not isinstance(trainer.strategy, supported):
         raise ConfigError(
             f"trainer.strategy={type(trainer.strategy).__name__} is not supported: use auto, ddp for several devices,"
             " or fsdp2 where a model does not fit on each of them"
@@ -117,11 +115,11 @@ def check_clipping(trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
     """Gradients can be clipped. Lightning would say so at the first optimizer step, when an episode has been sampled.
 
     Raises:
-        ConfigError: If the optimizer undoes loss scaling by itself, as a fused one does: its gradients are scaled when
-            they are clipped.
+        ConfigError: If the optimizer undoes loss scaling by itself, as a fused one does: its gradients are still scaled
+            when they are clipped.
     """
     is_mixed = isinstance(trainer.precision_plugin, MixedPrecision)
-    # as Lightning asks
+    # The attribute that Lightning asks (2.6.6).
     if trainer.gradient_clip_val and is_mixed and getattr(optimizer, "_step_supports_amp_scaling", False):
         raise ConfigError(
             f"trainer.gradient_clip_val={trainer.gradient_clip_val} with trainer.precision={trainer.precision}:"
@@ -130,9 +128,8 @@ def check_clipping(trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def check_dynamic_sampling(trainer: Trainer, rounds: int, needs_greedy_baseline: bool) -> None:
-    """Dynamic sampling has a data module to take other prompts from, and an algorithm to which a constant group says
-    nothing.
+def check_dynamic_sampling(data: TrainingData | None, rounds: int, needs_greedy_baseline: bool) -> None:
+    """Dynamic sampling has other prompts to take, and an algorithm that learns nothing from a constant group.
 
     Raises:
         ConfigError: If not.
@@ -143,21 +140,20 @@ def check_dynamic_sampling(trainer: Trainer, rounds: int, needs_greedy_baseline:
             " learns all the same, since it compares with a greedy completion: set it to 0, or choose another"
             " algorithm"
         )
-    if rounds and not hasattr(getattr(trainer, "datamodule", None), "replacements"):
+    if rounds and data is None:
         raise ConfigError(
             f"model.rollout.dynamic_sampling={rounds} replaces prompts by others of data.train, and fit() got no data"
             " module to ask: use a ScenarioDataModule, or set it to 0"
         )
 
 
-def check_reward_names(trainer: Trainer, known: Sequence[str]) -> None:
+def check_reward_names(data: TrainingData | None, known: Sequence[str]) -> None:
     """Rewards that rows or sources name exist; the scorer would find out when it meets the row.
 
     Raises:
         ConfigError: With the first scenarios that name others.
     """
-    data: Any = getattr(trainer, "datamodule", None)
-    named = data.named_rewards() if hasattr(data, "named_rewards") else {}
+    named = {} if data is None else data.named_rewards()
     unknown = {place: sorted(set(names) - set(known)) for place, names in named.items() if set(names) - set(known)}
     if unknown:
         examples = "; ".join(f"{place}: {', '.join(names)}" for place, names in list(unknown.items())[:5])
@@ -166,21 +162,19 @@ def check_reward_names(trainer: Trainer, known: Sequence[str]) -> None:
         )
 
 
-def check_monitors(trainer: Trainer, metrics: Iterable[str]) -> None:
+def check_monitors(trainer: Trainer, data: TrainingData | None, metrics: Iterable[str]) -> None:
     """A callback that monitors validation gets its metric. Lightning would say so after the first validation, or never.
 
     Raises:
         ConfigError: If there is no validation data, or validation logs no such metric.
     """
     known = list(metrics)
-    data: Any = getattr(trainer, "datamodule", None)
-    validates = data is None or getattr(data, "has_validation", True)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         monitor = getattr(callback, "monitor", None)
         if not isinstance(monitor, str) or not monitor.startswith("val"):
             continue
         place = f"{type(callback).__name__}.monitor={monitor}"
-        if not validates:
+        if data is not None and not data.has_validation:
             raise ConfigError(
                 f"{place}: nothing to validate on; set data.validation or data.validation_fraction, or another monitor"
             )
@@ -189,9 +183,7 @@ def check_monitors(trainer: Trainer, metrics: Iterable[str]) -> None:
 
 
 def check_speed(trainer: Trainer, dtype: torch.dtype) -> None:
-    """Warns of half precision, by the weights' dtype or the Trainer, where it only costs time: most CPUs have no
-    arithmetic for it.
-    """
+    """Warns of half precision, by the weights' dtype or the Trainer, on a CPU that has no arithmetic for it."""
     is_half = dtype.itemsize == 2 or sampling_dtype(str(trainer.precision)) is not None
     if is_half and trainer.strategy.root_device.type == "cpu" and not has_bfloat16_products():
         rank_zero_warn(
@@ -201,13 +193,13 @@ def check_speed(trainer: Trainer, dtype: torch.dtype) -> None:
         )
 
 
-def check_context(trainer: Trainer, context_length: int | None, max_new_tokens: int) -> None:
+def check_context(data: TrainingData | None, context_length: int | None, max_new_tokens: int) -> None:
     """The longest prompt and its completion fit into the model; the engine would find out when it meets the prompt.
 
     Raises:
         ConfigError: If they do not.
     """
-    longest = getattr(getattr(trainer, "datamodule", None), "longest_prompt", 0)
+    longest = 0 if data is None else data.longest_prompt
     if context_length is not None and longest + max_new_tokens > context_length:
         room = context_length - max_new_tokens
         remedy = (
@@ -219,62 +211,21 @@ def check_context(trainer: Trainer, context_length: int | None, max_new_tokens: 
         )
 
 
-def check_checkpoint(path: str) -> None:
-    """A checkpoint file can be read and is one of ours. Lightning's own `hpc`, remote and sharded ones are left to it.
+# After every step -----------------------------------------------------------------------------------------------------
 
-    Raises:
-        CheckpointError: If there is no such file, or it is no whole checkpoint of this package.
+
+def total_norm(tensors: Sequence[Tensor], norm_type: float = 2.0) -> float:
+    """Norm of all tensors together, over all ranks where they are sharded; 0 of none."""
+    norm = torch.nn.utils.get_total_norm(tensors, norm_type)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def is_bad(norm: float) -> bool:
+    """Whether a gradient of this norm must not be applied: NaN, infinite, or its square is infinite in float32.
+
+    AdamW keeps squares: an infinite one would never leave its second moment, and stop the parameter for good.
     """
-    if path != "hpc" and not path.startswith("registry") and "://" not in path and not Path(path).is_dir():
-        read_checkpoint(Path(path), map_location="cpu", mmap=True)
-
-
-def check_resumable(state: Mapping[str, Any], seed: int, accumulate: int, world: int) -> None:
-    """A run goes on exactly where its checkpoint left it, or not at all.
-
-    Raises:
-        ConfigError: If the seed differs, or, inside an episode, the accumulation or the number of ranks.
-    """
-    if state["seed"] != seed:
-        raise ConfigError(
-            f"seed_everything={seed} differs from the checkpoint's {state['seed']}: give the checkpoint's to resume"
-            " its run"
-        )
-    if state["episode"] is None:
-        return
-    if state["accumulate"] != accumulate:
-        raise ConfigError(
-            f"trainer.accumulate_grad_batches={accumulate} differs from that of the checkpoint, {state['accumulate']},"
-            " which was made inside an episode: resume with that, or from a checkpoint at an episode's end"
-        )
-    if len(state["episode"]) != world:
-        raise ConfigError(
-            f"the checkpoint was made inside an episode of {len(state['episode'])} ranks and cannot be resumed by"
-            f" {world}"
-        )
-
-
-def check_sampling_difference(metrics: Mapping[str, float], dtype: torch.dtype, temperature: float) -> None:
-    """Before the first update of an episode, sampler and trainer are the same policy: their log-probs differ by float
-    error alone.
-
-    Args:
-        metrics: Of the optimizer step; nothing is checked where nothing trained.
-        dtype: That the sampler computes in.
-        temperature: Divides the logits, and so multiplies their error.
-
-    Raises:
-        SamplingError: If they differ by more than `logprob_tolerance` on average.
-    """
-    difference = metrics.get("policy/sampling_difference", 0.0)
-    limit = logprob_tolerance(dtype, temperature=temperature)
-    if difference > limit:
-        raise SamplingError(
-            f"the log-probs of sampling and of training differ by {difference:.2g} nats per token, where float error"
-            f" ({dtype}) is below {limit:.2g}: sampler and trainer do not compute the same policy, and gradients would"
-            " be wrong. Set model.policy.scoring to padded; if that helps, the model does not support packed scoring;"
-            " if not, its cached decoding differs from its forward pass"
-        )
+    return not norm**2 < torch.finfo(torch.float32).max
 
 
 def check_bad_steps(in_a_row: int, limit: int, step: int) -> None:
@@ -307,23 +258,23 @@ def check_weights(parameters: Iterable[Tensor], step: int) -> None:
         )
 
 
-def optimizer_steps_of_run(trainer: Trainer) -> int | None:
-    """Optimizer steps of the whole run; None where it has no end in steps (`max_time` alone).
+def check_sampling_difference(metrics: Mapping[str, float], dtype: torch.dtype, temperature: float) -> None:
+    """Before an episode's first update, sampler and trainer are the same policy: log-probs differ by float error alone.
 
-    `trainer.estimated_stepping_batches` would do, but touching it with `max_epochs` set makes Lightning forget the
-    loader's position on resume (github.com/Lightning-AI/pytorch-lightning/issues/20550).
+    Args:
+        metrics: Of the optimizer step; nothing is checked where nothing trained.
+        dtype: That the sampler computes in.
+        temperature: Divides the logits, and so multiplies their error.
+
+    Raises:
+        SamplingError: If they differ by more than `logprob_tolerance` on average.
     """
-    bounds = []
-    if trainer.max_steps >= 0:
-        bounds.append(trainer.max_steps)
-    size = getattr(getattr(trainer, "datamodule", None), "micro_steps_per_epoch", None)
-    if trainer.max_epochs is not None and trainer.max_epochs >= 0 and size is not None:
-        bounds.append(trainer.max_epochs * (_batches_per_epoch(trainer, size) // trainer.accumulate_grad_batches))
-    return min(bounds) if bounds else None
-
-
-def _batches_per_epoch(trainer: Trainer, size: int) -> int:
-    """How many of the loader's `size` batches an epoch takes."""
-    limit = trainer.limit_train_batches
-    # An integer is a number of batches, a float a share: 1 is one batch, 1.0 is all.
-    return min(limit, size) if isinstance(limit, int) else math.floor(limit * size)
+    difference = metrics.get("policy/sampling_difference", 0.0)
+    limit = logprob_tolerance(dtype, temperature=temperature)
+    if difference > limit:
+        raise SamplingError(
+            f"the log-probs of sampling and of training differ by {difference:.2g} nats per token, where float error"
+            f" ({dtype}) is below {limit:.2g}: sampler and trainer do not compute the same policy, and gradients would"
+            " be wrong. Set model.policy.scoring to padded; if that helps, the model does not support packed scoring;"
+            " if not, its cached decoding differs from its forward pass"
+        )

@@ -1,12 +1,18 @@
-"""Which micro-step trains which completion: even work inside an optimizer step, whole groups where possible.
+"""An episode: one prompt batch sampled, scored and ready to be trained on, micro-step by micro-step.
 
-Work is counted in tokens of a packed forward: a prompt once, its completions behind it. Taking a group apart computes
-its prompt again, so it is done only where there are fewer groups than micro-steps, or where a budget would be exceeded.
+Which micro-step trains which completion is fixed when the episode is made. Optimizer step k of a pass trains a
+contiguous range of the episode's global prompt positions, the same in every pass; inside that range the micro-steps
+share the work evenly, in whole groups where possible. Work is counted in tokens of a packed forward: a prompt once, its
+completions behind it. Splitting a group computes its prompt again, so it is done only where there are fewer groups than
+micro-steps, or where `max_tokens_per_step` would be exceeded.
+
+Letters: P prompts and N = P * G completions of this rank, T tokens of all N completions.
 """
 
 from __future__ import annotations
 
 import heapq
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -18,87 +24,12 @@ from torch import Tensor
 from stateset_lightning.algorithm import Algorithm
 from stateset_lightning.policy import Group
 from stateset_lightning.ranks import Ranks
-from stateset_lightning.types import FinishReason, Rollout, Scores
+from stateset_lightning.types import FinishReason, PromptBatch, Rollout, Scores
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A prompt of `prompt_tokens` and some of its completions, as (number, tokens)."""
-
-    prompt_tokens: int
-    completions: tuple[tuple[int, int], ...]
-
-    @property
-    def tokens(self) -> int:
-        return self.prompt_tokens + sum(tokens for _, tokens in self.completions)
-
-    def halves(self) -> tuple[Piece, Piece]:
-        """The same completions in two pieces of about as many tokens each."""
-        total, before, cut = sum(tokens for _, tokens in self.completions), 0, 0
-        while cut < len(self.completions) - 1 and 2 * before < total:
-            before += self.completions[cut][1]
-            cut += 1
-        return Piece(self.prompt_tokens, self.completions[:cut]), Piece(self.prompt_tokens, self.completions[cut:])
-
-
-def share_out(groups: Sequence[Piece], micro_steps: int, max_tokens: int | None = None) -> list[list[Piece]]:
-    """The pieces of each micro-step.
-
-    No micro-step is above `max_tokens` where taking groups apart can help; see `tokens_over` for what cannot be helped.
-    """
-    pieces = list(groups)
-    while True:
-        steps = _balance(pieces, micro_steps)
-        if len(pieces) < micro_steps:
-            candidates = pieces
-        elif max_tokens is not None and load(pieces) <= micro_steps * max_tokens < micro_steps * load(
-            fullest := max(steps, key=load)
-        ):
-            candidates = fullest
-        else:
-            return steps
-        divisible = [piece for piece in candidates if len(piece.completions) > 1]
-        if not divisible:
-            return steps
-        largest = max(divisible, key=lambda piece: piece.tokens)
-        pieces.remove(largest)
-        pieces += largest.halves()
-
-
-def load(pieces: Sequence[Piece]) -> int:
-    """Tokens of a micro-step."""
-    return sum(piece.tokens for piece in pieces)
-
-
-def tokens_over(steps: Sequence[Sequence[Piece]], max_tokens: int) -> int:
-    """Tokens of all micro-steps beyond `max_tokens` each."""
-    return sum(max(0, load(pieces) - max_tokens) for pieces in steps)
-
-
-def _balance(pieces: Sequence[Piece], micro_steps: int) -> list[list[Piece]]:
-    """The largest piece first, each to the micro-step with the least work so far (Graham, 1969: at most 4/3 of the
-    best).
-    """
-    steps: list[list[Piece]] = [[] for _ in range(micro_steps)]
-    loads = [(0, k) for k in range(micro_steps)]
-    for piece in sorted(pieces, key=lambda piece: -piece.tokens):
-        tokens, k = heapq.heappop(loads)
-        steps[k].append(piece)
-        heapq.heappush(loads, (tokens + piece.tokens, k))
-    return steps
-
-
-# MERGED: An episode: one prompt batch sampled, scored and ready to be trained on, micro-step by micro-step.
-#
-# The plan of an episode is fixed when it is made. Optimizer step k of a pass trains a contiguous range of the episode's
-# global prompt positions, the same in every pass; its micro-steps share out this rank's prompts of that range. Letters: P
-# prompts and N = P * G completions of this rank, T completion tokens.
-#
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one micro-step trains: groups of completions with their per-completion and per-token values."""
+class MicroBatch:
+    """What one micro-step trains. Its T counts sampled tokens alone: an environment's are read, not trained."""
 
     groups: list[Group]
     advantages_N: Tensor
@@ -112,8 +43,9 @@ class Part:
 
 @dataclass
 class Episode:
-    """Tensors and lists only, so that a checkpoint can hold it. `active_N` marks the completions that need a policy
-    forward.
+    """Tensors and lists only, so that a checkpoint can hold it.
+
+    Values per token ([T]) stand for all tokens of the completions; those of tokens that were not sampled mean nothing.
     """
 
     index: int
@@ -123,31 +55,37 @@ class Episode:
     sampling_logprobs_T: Tensor
     advantages_N: Tensor
     weights_N: Tensor
-    active_N: Tensor
+    active_N: Tensor  # whether a completion needs a policy forward
     micro_step_N: Tensor  # which micro-step of a pass trains a completion
     active_by_step: list[int]  # completions of all ranks to train, by optimizer step of a pass
     old_logprobs_T: Tensor | None = None
     ref_logprobs_T: Tensor | None = None
     select_T: Tensor | None = None  # what the algorithm's selection keeps
-    tokens_over_budget: int = 0  # of this rank's micro-steps of a pass
+    tokens_over_budget: int | None = 0  # of this rank's micro-steps of a pass; None without a budget
+    sampled_T: Tensor | None = None  # None: all tokens were sampled
 
     @property
     def num_generations(self) -> int:
         return len(self.lengths_N) // len(self.prompt_tokens)
 
-    def part(self, micro_step: int) -> Part:
+    def micro_batch(self, micro_step: int) -> MicroBatch:
         """The completions of a micro-step of a pass that need training; none, perhaps."""
         return self._select((self.micro_step_N == micro_step) & self.active_N)
 
-    def active_part(self) -> Part:
+    def active_batch(self) -> MicroBatch:
         """All completions that need training: what old and reference log-probs are computed for."""
         return self._select(self.active_N)
 
     def scatter(self, values: Tensor) -> Tensor:
-        """Values of the active completions' tokens -> [T], zero for the others."""
+        """Values of the active completions' sampled tokens -> [T], zero for the others."""
         all_T = torch.zeros(len(self.completion_tokens_T), dtype=values.dtype)
-        all_T[self._tokens_of(self.active_N)] = values.cpu()
+        all_T[self.sampled_tokens_of(self.active_N)] = values.cpu()
         return all_T
+
+    def sampled_tokens_of(self, rows_N: Tensor) -> Tensor:
+        """Which tokens are sampled ones of these completions, bool [T]."""
+        tokens_T = rows_N.repeat_interleave(self.lengths_N)
+        return tokens_T if self.sampled_T is None else tokens_T & self.sampled_T
 
     def state_dict(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -156,24 +94,34 @@ class Episode:
     def from_state_dict(cls, state: dict[str, Any]) -> Episode:
         return cls(**state)
 
-    def _tokens_of(self, rows_N: Tensor) -> Tensor:
-        return rows_N.repeat_interleave(self.lengths_N)
-
-    def _select(self, rows_N: Tensor) -> Part:
-        completions = self.completion_tokens_T.split(self.lengths_N.tolist())
-        by_prompt: dict[int, list[list[int]]] = {}
+    def _select(self, rows_N: Tensor) -> MicroBatch:
+        lengths = self.lengths_N.tolist()
+        tokens = self.completion_tokens_T.split(lengths)
+        sampled = None if self.sampled_T is None else self.sampled_T.split(lengths)
+        by_prompt: dict[int, list[int]] = {}
         for n in rows_N.nonzero().flatten().tolist():
-            by_prompt.setdefault(n // self.num_generations, []).append(completions[n].tolist())
-        tokens_T = self._tokens_of(rows_N)
-        return Part(
-            groups=[Group(self.prompt_tokens[p], group) for p, group in by_prompt.items()],
+            by_prompt.setdefault(n // self.num_generations, []).append(n)
+        tokens_T = self.sampled_tokens_of(rows_N)
+
+        def of_tokens(values_T: Tensor | None) -> Tensor | None:
+            return None if values_T is None else values_T[tokens_T]
+
+        return MicroBatch(
+            groups=[
+                Group(
+                    self.prompt_tokens[p],
+                    [tokens[n].tolist() for n in rows],
+                    None if sampled is None else [sampled[n].tolist() for n in rows],
+                )
+                for p, rows in by_prompt.items()
+            ],
             advantages_N=self.advantages_N[rows_N],
             weights_N=self.weights_N[rows_N],
-            lengths_N=self.lengths_N[rows_N],
+            lengths_N=_sums(tokens_T, self.lengths_N)[rows_N],
             sampling_logprobs_T=self.sampling_logprobs_T[tokens_T],
-            old_logprobs_T=None if self.old_logprobs_T is None else self.old_logprobs_T[tokens_T],
-            ref_logprobs_T=None if self.ref_logprobs_T is None else self.ref_logprobs_T[tokens_T],
-            select_T=None if self.select_T is None else self.select_T[tokens_T],
+            old_logprobs_T=of_tokens(self.old_logprobs_T),
+            ref_logprobs_T=of_tokens(self.ref_logprobs_T),
+            select_T=of_tokens(self.select_T),
         )
 
 
@@ -182,7 +130,7 @@ class Plan:
     """How an episode is cut: `steps_per_episode` micro-steps per pass, `accumulate` of them to an optimizer step.
 
     Completions that need no training take no part in the balance; `max_tokens_per_step` is what a micro-step holds at
-    most.
+    most, where splitting groups can keep it.
     """
 
     num_prompts: int
@@ -191,6 +139,14 @@ class Plan:
     accumulate: int
     ranks: Ranks = field(default_factory=Ranks)
     max_tokens_per_step: int | None = None
+
+    @classmethod
+    def of(
+        cls, batch: PromptBatch, rollout: Rollout, accumulate: int, ranks: Ranks, max_tokens_per_step: int | None
+    ) -> Plan:
+        """The plan of a batch's episode."""
+        steps = batch.steps_per_episode
+        return cls(len(batch), rollout.num_generations, steps, accumulate, ranks, max_tokens_per_step)
 
     @property
     def optimizer_steps(self) -> int:
@@ -203,24 +159,24 @@ class Plan:
 
     def micro_steps(
         self, prompt_tokens: Sequence[Sequence[int]], lengths_N: Tensor, active_N: Tensor
-    ) -> tuple[Tensor, int]:
+    ) -> tuple[Tensor, int | None]:
         """The micro-step of each of this rank's completions, int64 [N], and the tokens beyond `max_tokens_per_step`."""
         step_P = self.step_of_position(np.arange(self.num_prompts) * self.ranks.world + self.ranks.rank)
         micro_step_N = torch.from_numpy(step_P * self.accumulate).repeat_interleave(self.num_generations)
-        groups: list[list[Piece]] = [[] for _ in range(self.optimizer_steps)]
+        groups: list[list[GroupShare]] = [[] for _ in range(self.optimizer_steps)]
         lengths, active = lengths_N.tolist(), active_N.tolist()
         for p, step in enumerate(step_P.tolist()):
             members = range(p * self.num_generations, (p + 1) * self.num_generations)
             completions = tuple((n, lengths[n]) for n in members if active[n])
             if completions:
-                groups[step].append(Piece(len(prompt_tokens[p]), completions))
+                groups[step].append(GroupShare(len(prompt_tokens[p]), completions))
         over = 0
-        for step, pieces in enumerate(groups):
-            shares = share_out(pieces, self.accumulate, self.max_tokens_per_step)
-            for k, share in enumerate(shares):
-                micro_step_N[[n for piece in share for n, _ in piece.completions]] = step * self.accumulate + k
-            over += tokens_over(shares, self.max_tokens_per_step) if self.max_tokens_per_step else 0
-        return micro_step_N, over
+        for step, shares in enumerate(groups):
+            micro_steps = balance(shares, self.accumulate, self.max_tokens_per_step)
+            for k, micro_step in enumerate(micro_steps):
+                micro_step_N[[n for share in micro_step for n, _ in share.completions]] = step * self.accumulate + k
+            over += tokens_over(micro_steps, self.max_tokens_per_step) if self.max_tokens_per_step else 0
+        return micro_step_N, None if self.max_tokens_per_step is None else over
 
 
 def make_episode(
@@ -238,15 +194,14 @@ def make_episode(
     """
     ranks = plan.ranks
     shape_PG = (plan.num_prompts, plan.num_generations)
-    lengths_PG = ranks.by_position(rollout.lengths_N.reshape(shape_PG))
+    lengths_PG = ranks.by_position(rollout.sampled_lengths_N.reshape(shape_PG))
     scores_PGF = ranks.by_position(scores.values_NF.reshape(*shape_PG, -1))
     truncated = torch.tensor([reason == FinishReason.LENGTH for reason in rollout.finish_reasons])
     truncated_PG = ranks.by_position(truncated.reshape(shape_PG))
-
     baseline_PF = None if baseline_PF is None else ranks.by_position(baseline_PF)
-    advantages_PG = algorithm.advantages(
-        scores_PGF, torch.tensor(reward_weights, dtype=torch.float64), lengths_PG, baseline_PF
-    )
+
+    weights_F = torch.tensor(reward_weights, dtype=torch.float64)
+    advantages_PG = algorithm.advantages(scores_PGF, weights_F, lengths_PG, baseline_PF)
     trains_PG = advantages_PG.isfinite()
     if algorithm.mask_truncated:
         trains_PG = trains_PG & ~truncated_PG
@@ -266,6 +221,14 @@ def make_episode(
     mine = slice(ranks.rank, None, ranks.world)
     active_N = active_PG[mine].flatten()
     micro_step_N, tokens_over_budget = plan.micro_steps(rollout.prompt_tokens, rollout.lengths_N, active_N)
+    if tokens_over_budget:
+        # The same text each time, so that Python shows it once; the metric has the numbers.
+        warnings.warn(
+            f"an episode has micro-steps of more than model.max_tokens_per_step={plan.max_tokens_per_step} tokens,"
+            " however they are balanced (metric work/over_budget_tokens): raise data.steps_per_episode and"
+            " trainer.accumulate_grad_batches alike",
+            stacklevel=2,
+        )
     return Episode(
         index=index,
         prompt_tokens=rollout.prompt_tokens,
@@ -278,4 +241,80 @@ def make_episode(
         micro_step_N=micro_step_N,
         active_by_step=[int(active_PG[step_P == step].sum()) for step in range(plan.optimizer_steps)],
         tokens_over_budget=tokens_over_budget,
+        sampled_T=None if bool(rollout.sampled_T.all()) else rollout.sampled_T,
     )
+
+
+# Even work per micro-step ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GroupShare:
+    """A prompt of `prompt_tokens` and some of its completions, as (number, tokens)."""
+
+    prompt_tokens: int
+    completions: tuple[tuple[int, int], ...]
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + sum(tokens for _, tokens in self.completions)
+
+    def halves(self) -> tuple[GroupShare, GroupShare]:
+        """The same completions in two shares of about as many tokens each."""
+        total, before, cut = sum(tokens for _, tokens in self.completions), 0, 0
+        while cut < len(self.completions) - 1 and 2 * before < total:
+            before += self.completions[cut][1]
+            cut += 1
+        first, second = self.completions[:cut], self.completions[cut:]
+        return GroupShare(self.prompt_tokens, first), GroupShare(self.prompt_tokens, second)
+
+
+def balance(groups: Sequence[GroupShare], micro_steps: int, max_tokens: int | None = None) -> list[list[GroupShare]]:
+    """What each micro-step trains.
+
+    No micro-step is above `max_tokens` where splitting groups can help; see `tokens_over` for what cannot be helped.
+    """
+    shares = list(groups)
+    while True:
+        steps = _fill(shares, micro_steps)
+        if len(shares) < micro_steps:
+            candidates = shares
+        elif max_tokens is not None and load(shares) <= micro_steps * max_tokens < micro_steps * load(
+            max(steps, key=load)
+        ):
+            candidates = max(steps, key=load)
+        else:
+            return steps
+        divisible = [share for share in candidates if len(share.completions) > 1]
+        if not divisible:
+            return steps
+        largest = max(divisible, key=lambda share: share.tokens)
+        shares.remove(largest)
+        shares += largest.halves()
+
+
+def load(shares: Sequence[GroupShare]) -> int:
+    """Tokens of a micro-step."""
+    return sum(share.tokens for share in shares)
+
+
+def tokens_over(steps: Sequence[Sequence[GroupShare]], max_tokens: int) -> int:
+    """Tokens of all micro-steps beyond `max_tokens` each."""
+    return sum(max(0, load(shares) - max_tokens) for shares in steps)
+
+
+def _fill(shares: Sequence[GroupShare], micro_steps: int) -> list[list[GroupShare]]:
+    """The largest first, each to the micro-step with the least work so far (Graham, 1969: at most 4/3 of the best)."""
+    steps: list[list[GroupShare]] = [[] for _ in range(micro_steps)]
+    loads = [(0, k) for k in range(micro_steps)]
+    for share in sorted(shares, key=lambda share: -share.tokens):
+        tokens, k = heapq.heappop(loads)
+        steps[k].append(share)
+        heapq.heappush(loads, (tokens + share.tokens, k))
+    return steps
+
+
+def _sums(marks_T: Tensor, lengths_N: Tensor) -> Tensor:
+    """Marked tokens of each completion, int64 [N]."""
+    completion_T = torch.arange(len(lengths_N)).repeat_interleave(lengths_N)
+    return torch.zeros_like(lengths_N).index_add_(0, completion_T, marks_T.to(lengths_N.dtype))

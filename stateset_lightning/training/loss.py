@@ -1,10 +1,14 @@
-"""A part of an episode -> its loss: scores the tokens, asks the algorithm, and adds up by the one reduction rule."""
+"""The loss of a micro-batch, and the log-probs that stay fixed while an episode is trained on.
+
+Letters: P prompts, G completions per prompt, N = P * G completions, T sampled tokens, F rewards.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,23 +18,81 @@ from stateset_lightning.algorithm import Algorithm, TokenBatch
 from stateset_lightning.algorithm.aggregation import per_token
 from stateset_lightning.policy import AdapterReference, Group, Policy
 from stateset_lightning.seeding import derive_seed
-from stateset_lightning.training.episode import Episode, Part, Plan
+from stateset_lightning.training import metrics
+from stateset_lightning.training.episode import Episode, MicroBatch, Plan
 from stateset_lightning.types import Metrics, Rollout, Scores
+
+if TYPE_CHECKING:
+    from stateset_lightning.training.collect import Collection
+
+ROUNDING = 1e-4
+"""Nats that log-probs and entropies are rounded to before tokens are selected by them, and the KL before it is a score.
+
+Far above float error (float32), which depends on what else is in the batch, and far below any difference that matters.
+So equal contexts are equal for every split and number of ranks, and a group of equal rewards stays constant while the
+policy is its reference: otherwise a standard deviation of float noise would be divided by, and make advantages of it.
+"""
+
+
+def micro_batch_loss(
+    policy: Policy, algorithm: Algorithm, batch: MicroBatch, temperature: float, dropout_seed: int
+) -> tuple[Tensor, Metrics]:
+    """Sum over the batch's tokens of weight x per-token loss, and metrics as (sum, count).
+
+    Args:
+        policy: Scores the tokens, with dropout if it has any.
+        algorithm: Makes a loss of them.
+        batch: What the micro-step trains; nothing, perhaps.
+        temperature: Divides the logits.
+        dropout_seed: Of this micro-step.
+    """
+    if not batch.groups:
+        return zero_loss(policy), {}
+    with seeded_dropout(policy.device, dropout_seed if policy.has_dropout else None):
+        logprobs_T, entropies_T = policy.score(batch.groups, temperature)
+    device = logprobs_T.device
+
+    def here(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.to(device)
+
+    sampling_logprobs_T = batch.sampling_logprobs_T.to(device)
+    tokens = TokenBatch(
+        logprobs_T=logprobs_T,
+        # With one optimizer step per episode the old log-probs are the new ones: no pass is made for them.
+        old_logprobs_T=logprobs_T.detach() if batch.old_logprobs_T is None else batch.old_logprobs_T.to(device),
+        advantages_N=batch.advantages_N.to(device),
+        lengths_N=batch.lengths_N.to(device),
+        ref_logprobs_T=here(batch.ref_logprobs_T),
+        sampling_logprobs_T=sampling_logprobs_T,
+        entropies_T=entropies_T,
+        select_T=here(batch.select_T),
+    )
+    loss_T, sums = algorithm.per_token_loss(tokens)
+    weights_T = per_token(batch.weights_N.to(device, loss_T.dtype), tokens.lengths_N)
+    return (weights_T * loss_T).sum(), sums | metrics.of_tokens(
+        logprobs_T.detach(), sampling_logprobs_T, entropies_T.detach()
+    )
 
 
 def zero_loss(policy: Policy) -> Tensor:
-    """Zero, but a function of every parameter: each rank must take part in every reduction, and in every gathering of
-    shards.
-    """
+    """Zero, but a function of every parameter: each rank must take part in every reduction, and in every unsharding."""
     if isinstance(policy, FSDPModule):
         return policy.score([Group([0], [[0]])])[0].sum() * 0.0
     return torch.stack([p.flatten()[0] for p in policy.parameters() if p.requires_grad]).sum() * 0.0
 
 
+def nan_if_not_finite(loss: Tensor) -> Tensor:
+    """The loss, times NaN if it is not finite: its gradient could be finite, and only gradients reach the other
+    ranks.
+    """
+    return loss * torch.where(loss.detach().isfinite(), loss.new_ones(()), loss.new_full((), torch.nan))
+
+
 @contextmanager
 def seeded_dropout(device: torch.device, seed: int | None) -> Iterator[None]:
-    """Dropout draws from the global generator: a seeded fork of it resumes exactly and leaves it untouched. None: no
-    dropout.
+    """Dropout draws from the global generator: a seeded fork of it resumes exactly and leaves it untouched.
+
+    None: there is no dropout.
     """
     if seed is None:
         yield
@@ -40,72 +102,86 @@ def seeded_dropout(device: torch.device, seed: int | None) -> Iterator[None]:
         yield
 
 
-def part_loss(policy: Policy, algorithm: Algorithm, part: Part, temperature: float) -> tuple[Tensor, Metrics]:
-    """Sum over the part's tokens of weight x per-token loss, and metrics as (sum, count)."""
-    logprobs_T, entropies_T = policy.score(part.groups, temperature)
-    device = logprobs_T.device
-
-    def here(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.to(device)
-
-    tokens = TokenBatch(
-        logprobs_T=logprobs_T,
-        # With one optimizer step per episode the old log-probs are the new ones: no pass is made for them.
-        old_logprobs_T=logprobs_T.detach() if part.old_logprobs_T is None else part.old_logprobs_T.to(device),
-        advantages_N=part.advantages_N.to(device),
-        lengths_N=part.lengths_N.to(device),
-        ref_logprobs_T=here(part.ref_logprobs_T),
-        sampling_logprobs_T=here(part.sampling_logprobs_T),
-        entropies_T=entropies_T,
-        select_T=here(part.select_T),
-    )
-    loss_T, metrics = algorithm.per_token_loss(tokens)
-    difference_T = (logprobs_T.detach() - part.sampling_logprobs_T.to(device)).abs()
-    metrics["policy/entropy"] = (entropies_T.detach().sum(), entropies_T.numel())
-    metrics["policy/sampling_difference"] = (difference_T.sum(), difference_T.numel())
-    weights_T = per_token(part.weights_N.to(device, loss_T.dtype), tokens.lengths_N)
-    return (weights_T * loss_T).sum(), metrics
+# Log-probs that stay fixed --------------------------------------------------------------------------------------------
 
 
-# MERGED: What stays fixed while an episode is trained on: log-probs of the policy that sampled and of the reference, and the
-# selected tokens.
-#
+@dataclass(frozen=True)
+class TrainedScores:
+    """The scores that advantages are made of.
 
-ROUNDING = 1e-4
-"""Nats that log-probs and entropies are rounded to before tokens are selected by them, and the KL before it is a score.
+    Args:
+        scores: Of the rewards that are trained on, and the KL as a last column "kl" where it is part of the reward.
+        weights: Of these columns.
+        baseline_PF: Scores of a greedy completion per prompt by the rewards alone, where the algorithm compares with
+            it.
+        logprobs_T: Of the policy that sampled, where they had to be computed.
+        ref_logprobs_T: Of the reference, likewise.
+    """
 
-Far above float error (float32), which depends on what else is in the batch, and far below any difference that matters.
-Equal contexts are so equal for every split and number of ranks, and a group of equal rewards stays constant while the
-policy is its reference: a standard deviation of float noise would be divided by, and make advantages of it.
-"""
+    scores: Scores
+    weights: list[float]
+    baseline_PF: Tensor | None = None
+    logprobs_T: Tensor | None = None
+    ref_logprobs_T: Tensor | None = None
 
 
-def with_kl_scores(
+def trained_scores(
+    collection: Collection,
+    reward_weights: Sequence[float],
+    policy: Policy,
+    reference: Policy | AdapterReference | None,
+    algorithm: Algorithm,
+    temperature: float,
+) -> TrainedScores:
+    """The scores of an episode that are trained on.
+
+    A held-out reward, of weight 0, is shown and never trained on: where it fails, 0 x NaN would fail the completion.
+    """
+    columns = [f for f, weight in enumerate(reward_weights) if weight]
+    weights = [reward_weights[f] for f in columns]
+    scores, rollout = collection.sample.scores, collection.sample.rollout
+    names = tuple(scores.names[f] for f in columns)
+    scores = replace(scores, names=names, values_NF=scores.values_NF[:, columns])
+    baseline_PF = None if collection.baseline is None else collection.baseline.scores.values_NF[:, columns]
+    if not algorithm.kl_in_reward:
+        return TrainedScores(scores, weights, baseline_PF)
+    assert reference is not None
+    # Both from the same kind of pass: a sampler of lower precision would add noise, of which a constant group makes
+    # advantages.
+    logprobs_T, ref_logprobs_T = (all_logprobs(model, rollout, temperature) for model in (policy, reference))
+    kl_N = kl_scores(scores, rollout, algorithm, logprobs_T, ref_logprobs_T)
+    scores = replace(scores, names=(*names, "kl"), values_NF=torch.cat([scores.values_NF, kl_N[:, None]], dim=1))
+    return TrainedScores(scores, [*weights, -algorithm.kl_coefficient], baseline_PF, logprobs_T, ref_logprobs_T)
+
+
+def kl_scores(
     scores: Scores, rollout: Rollout, algorithm: Algorithm, logprobs_T: Tensor, ref_logprobs_T: Tensor
-) -> Scores:
-    """The scores with a further column "kl": the KL estimate summed over each completion, nats. `totals_N` stays the
-    rewards'.
+) -> Tensor:
+    """The KL estimate summed over each completion, nats, float64 [N].
 
-    It is NaN for a failed completion: where no reward applies, the column must not be what makes the completion scored.
+    It is NaN for a failed completion: where no reward applies, the KL must not be what makes the completion scored.
     """
     kl_N = _rounded(algorithm.kl_scores(logprobs_T, ref_logprobs_T, rollout.lengths_N).to(scores.values_NF))
-    kl_N = kl_N.where(scores.totals_N.isfinite(), torch.nan)
-    return replace(scores, names=(*scores.names, "kl"), values_NF=torch.cat([scores.values_NF, kl_N[:, None]], dim=1))
+    return kl_N.where(scores.totals_N.isfinite(), torch.nan)
 
 
 def all_logprobs(policy: Policy | AdapterReference, rollout: Rollout, temperature: float) -> Tensor:
-    """Log-probs of all completions of a rollout, float32 [T] on the CPU."""
-    completions, size = rollout.completions(), rollout.num_generations
-    groups = [
-        # an engine may return an empty completion
-        Group(prompt, [c for c in completions[p * size : (p + 1) * size] if c])
-        for p, prompt in enumerate(rollout.prompt_tokens)
-    ]
-    return policy.score_without_gradient([group for group in groups if group.completions], temperature)[0].cpu()
+    """Log-probs of all tokens of a rollout, float32 [T] on the CPU; 0 for those that were not sampled."""
+    size, lengths = rollout.num_generations, rollout.lengths_N.tolist()
+    completions, sampled = rollout.completions(), [part.tolist() for part in rollout.sampled_T.split(lengths)]
+    groups = []
+    for p, prompt in enumerate(rollout.prompt_tokens):
+        rows = [n for n in range(p * size, (p + 1) * size) if completions[n]]  # an engine may return an empty one
+        if rows:
+            groups.append(Group(prompt, [completions[n] for n in rows], [sampled[n] for n in rows]))
+    all_T = torch.zeros(len(rollout.completion_tokens_T))
+    all_T[rollout.sampled_T] = policy.score_without_gradient(groups, temperature)[0].cpu()
+    return all_T
 
 
 def add_fixed_logprobs(
     episode: Episode,
+    scored: TrainedScores,
     policy: Policy,
     reference: Policy | AdapterReference | None,
     algorithm: Algorithm,
@@ -118,7 +194,8 @@ def add_fixed_logprobs(
     """Fills in the reference's log-probs, the old ones and the selected tokens, as far as they are needed.
 
     Args:
-        episode: Log-probs that it has already are kept.
+        episode: Gets them.
+        scored: Log-probs that were needed for the scores already.
         policy: As it was when it sampled.
         reference: None where the algorithm has none.
         algorithm: Says whether tokens are selected.
@@ -128,7 +205,9 @@ def add_fixed_logprobs(
         old: Whether the loss needs old log-probs. With a single optimizer step they are the new ones, and no pass is
             made.
     """
-    groups = episode.active_part().groups
+    groups = episode.active_batch().groups
+    episode.ref_logprobs_T = scored.ref_logprobs_T
+    episode.old_logprobs_T = scored.logprobs_T if old else None
     if reference is not None and episode.ref_logprobs_T is None:
         episode.ref_logprobs_T = episode.scatter(reference.score_without_gradient(groups, temperature)[0])
     if not algorithm.selects_tokens and (not old or episode.old_logprobs_T is not None):
@@ -144,20 +223,26 @@ def add_fixed_logprobs(
 def selected_tokens(
     episode: Episode, logprobs_T: Tensor, entropies_T: Tensor, algorithm: Algorithm, plan: Plan, seed: int
 ) -> Tensor:
-    """`algorithm.select` for each optimizer step of a pass, on the active completions of all ranks in global order;
-    bool [T].
+    """`algorithm.select` for each optimizer step of a pass, on the active completions of all ranks in global order.
 
-    The result is the same for every split into micro-steps and every number of ranks. Tokens of other completions are
-    False.
+    The result, bool [T] over all tokens, is the same for every split into micro-steps and every number of ranks. Tokens
+    of other completions, and those that were not sampled, are False.
     """
-    ranks, size = plan.ranks, episode.num_generations
-    n = torch.arange(len(episode.lengths_N))
+    ranks, size, lengths = plan.ranks, episode.num_generations, episode.lengths_N.tolist()
+    n = torch.arange(len(lengths))
     position_N = (n // size * ranks.world + ranks.rank) * size + n % size  # of a completion among those of all ranks
     step_N = episode.micro_step_N // plan.accumulate
     rows = [int(i) for i in episode.active_N.nonzero()]
-    parts = [values_T.split(episode.lengths_N.tolist()) for values_T in (logprobs_T, entropies_T)]
+    sampled = episode.sampled_tokens_of(episode.active_N).split(lengths)
+    logprobs, entropies = logprobs_T.split(lengths), entropies_T.split(lengths)
     mine = {
-        int(position_N[i]): (int(step_N[i]), float(episode.advantages_N[i]), parts[0][i], parts[1][i]) for i in rows
+        int(position_N[i]): (
+            int(step_N[i]),
+            float(episode.advantages_N[i]),
+            logprobs[i][sampled[i]],
+            entropies[i][sampled[i]],
+        )
+        for i in rows
     }
     everyone = {position: values for of_rank in ranks.gather(mine) for position, values in of_rank.items()}
 
@@ -169,9 +254,9 @@ def selected_tokens(
             kept_T = algorithm.select(tokens, derive_seed(seed, "select", episode.index, step))
             chosen.update(zip(positions, kept_T.cpu().split(tokens.lengths_N.tolist()), strict=True))
     select_T = torch.zeros(len(logprobs_T), dtype=torch.bool)
-    views = select_T.split(episode.lengths_N.tolist())
+    views = select_T.split(lengths)
     for i in rows:
-        views[i].copy_(chosen[int(position_N[i])])
+        views[i][sampled[i]] = chosen[int(position_N[i])]
     return select_T
 
 

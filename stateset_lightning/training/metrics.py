@@ -1,5 +1,79 @@
-"""Metrics of an episode and of an optimizer step: sums and counts that add up over micro-steps and ranks, divided
-once.
+"""Every metric of a run: its name, what it says, and how it is added up over micro-steps and ranks.
+
+A metric is a pair (sum, count): pairs add up over micro-steps and ranks and are divided once. All names stand here.
+Most are counted below; those of a loss in `algorithm/`, of held-out prompts in `evaluation/`, of vLLM servers in
+`rollout/`. Letters: P prompts, G completions per prompt, N = P * G completions, F rewards.
+
+An episode
+
+    episode                             number of the episode, from 0
+    train/reward                        mean total reward of the completions that were scored
+    train/reward_std                    mean over groups of the standard deviation of the total reward
+    train/baseline_reward               mean total reward of the greedy completions that an algorithm compares with
+    reward/<name>                       mean score of a reward over the completions that it scored
+    reward_failures/<name>/<error>      completions for which a reward failed, by type of error
+    cost/<name>/<what>                  what a reward has counted: requests, tokens, cache hits of a judge
+    groups/all_right                    share of groups with one and the same total reward above 0
+    groups/all_wrong                    share of groups with one and the same total reward of 0 or below
+    groups/mixed                        share of groups whose total rewards differ
+    groups/dropped                      share of groups with fewer than two scored completions
+    groups/resampled                    share of groups that dynamic sampling replaced
+    completion/mean_tokens              mean number of sampled tokens
+    completion/min_tokens               the smallest number of sampled tokens
+    completion/max_tokens               the largest number of sampled tokens
+    completion/truncated                share of completions that were cut at max_new_tokens
+    advantage/std                       root mean square of the advantages
+    policy/kl_reward                    KL from the reference in the reward, summed over a completion, nats
+    time/sample_s                       seconds that training waited for completions and scores
+    time/score_s                        seconds of it that scoring took after the last completion was there
+    time/sync_s                         seconds that the last transfer of weights to vLLM servers took
+    mismatch/after_sync                 largest difference of a log-prob after it, between server and policy, nats
+    work/tokens_per_s                   sampled tokens per second, of all ranks together
+    work/token_ratio                    tokens of a padded training pass over those of the pass that was made
+    work/skipped                        share of completions that need no training
+    work/over_budget_tokens             tokens of micro-steps beyond max_tokens_per_step
+    work/extra_prompts                  prompts that dynamic sampling drew
+    work/sampled_ahead                  whether the episode was sampled while the one before was trained on
+    work/server_restarts                how often a vLLM server came back since the episode before
+    memory/peak_mb                      peak memory: allocated on a CUDA device, resident of the process elsewhere
+
+An optimizer step
+
+    policy/loss                         the loss: a sum over tokens of weight x per-token loss
+    policy/entropy                      mean entropy of the policy's next-token distribution, nats
+    policy/sampling_difference          mean absolute difference of log-probs between sampling and training, nats
+    policy/grad_norm                    norm of the gradient before clipping; 0 of a skipped step
+    policy/empty_steps                  whether the step had nothing to train
+    policy/bad_steps                    whether the step was skipped because its gradient was not finite
+    policy/ratio_mean                   mean importance ratio, of tokens or of completions as the loss has it
+    policy/clip_low, policy/clip_high   share of them whose gradient the lower, the upper bound of the ratio removes
+    policy/off_policy                   share of completions that off_policy_threshold leaves out
+    policy/kl                           mean KL estimate per token, nats
+    policy/kl_coefficient               coefficient of the KL term, where it adapts
+    policy/entropy_coefficient          coefficient of the entropy bonus, where it adapts
+    mismatch/kl                         KL of the sampler from the trainer per token, nats
+    mismatch/ess                        effective sample size of the weights trainer over sampler, as a share
+    mismatch/masked                     share of tokens that the correction leaves out
+    lr                                  learning rate of the first parameter group
+    time/step_s                         seconds of the optimizer step
+    time/train_s                        seconds of it that were not sampling and scoring
+
+Validation; of a test, `test/` takes the place of `val/`
+
+    val/reward, val/reward_ci95         mean total reward of the greedy completions; half of its 95% interval
+    val/reward/<name>                   mean score of a reward
+    val/reward_failures                 share of greedy completions without a score
+    val/solved                          share of prompts that the greedy completion solves
+    val/solved_low, val/solved_high     its 95% interval
+    val/mean_tokens                     mean number of sampled tokens of a greedy completion
+    val/num_completions                 number of greedy completions
+    val/pass@<k>, val/pass^<k>          chance that at least one, that all of k samples are right
+    val/avg@<n>, val/avg@<n>_ci95       mean total reward of the n samples of a prompt; half of its 95% interval
+    val/majority@<n>                    chance that the commonest answer of the n samples is right
+    val/sample_failures                 share of samples without a score
+    val/topic/<topic>/<what>            reward, solved and avg@<n> of the prompts of a topic
+
+A loss or an engine of one's own may add more.
 """
 
 from __future__ import annotations
@@ -7,7 +81,8 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +91,15 @@ from stateset_lightning.algorithm.advantages import is_constant
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.rewards import failure_counts
 from stateset_lightning.types import FinishReason, Metrics, Rollout, Scores
+
+if TYPE_CHECKING:
+    from stateset_lightning.policy import Policy
+    from stateset_lightning.training.collect import Collection
+    from stateset_lightning.training.episode import Episode
+    from stateset_lightning.training.resample import Sample
+
+PROGRESS_BAR = ("train/reward", "completion/mean_tokens", "work/tokens_per_s")
+"""Shown by Lightning's progress bars."""
 
 
 class SumCounts:
@@ -64,7 +148,8 @@ class RunMetrics:
         sums.add(metrics)
         means = sums.means(ranks)
         means["advantage/std"] = math.sqrt(means.get("advantage/std", 0.0))  # was averaged as a square
-        ranges = ranks.gather((float(rollout.lengths_N.min()), float(rollout.lengths_N.max())))
+        lengths_N = rollout.sampled_lengths_N
+        ranges = ranks.gather((float(lengths_N.min()), float(lengths_N.max())))
         means["completion/min_tokens"] = min(low for low, _ in ranges)
         means["completion/max_tokens"] = max(high for _, high in ranges)
         self._of_episode = self._unlogged = {**means, "episode": float(index)}
@@ -83,40 +168,58 @@ class RunMetrics:
         self._of_episode, self._of_step = dict(state["episode"]), dict(state["step"])
 
 
-def episode_metrics(
-    rollout: Rollout, scores: Scores, advantages_N: Tensor, world: int = 1, sampled: Sequence[Scores] | None = None
-) -> Metrics:
-    """What can be said of this rank's completions before training on them. Failed rewards enter no mean.
+# An episode -----------------------------------------------------------------------------------------------------------
 
-    Failures are counted over all that was sampled for the episode, where that is more than it trains on.
+
+def of_episode(collection: Collection, episode: Episode, scores: Scores, policy: Policy, ranks: Ranks) -> Metrics:
+    """What can be said of this rank's completions before they are trained on. Failed rewards enter no mean.
+
+    Args:
+        collection: What was sampled for the episode. Failures are counted over all of it.
+        episode: What is trained on.
+        scores: What the advantages were made of: with the KL as its last column, where that is part of the reward.
+        policy: That is trained.
+        ranks: Of the run.
     """
-    lengths_N = rollout.lengths_N.double()
+    sample = collection.sample
+    metrics = {
+        **sample_metrics(sample, episode.advantages_N),
+        **work_metrics(episode, policy),
+        **collection.engine_metrics,
+        **_times(collection, ranks),
+    }
+    if scores.names[-1:] == ("kl",):
+        metrics["policy/kl_reward"] = _mean(scores.values_NF[:, -1])
+    if collection.baseline is not None:
+        metrics["train/baseline_reward"] = _mean(collection.baseline.scores.totals_N)
+    if collection.replaced is not None:
+        metrics["groups/resampled"] = (
+            len(collection.replaced[0].batch) if collection.replaced else 0,
+            len(sample.batch),
+        )
+    for name, number in _counts(collection, episode).items():
+        metrics[name] = (number, 1 / ranks.world)  # a sum over ranks, not a mean
+    return metrics
+
+
+def sample_metrics(sample: Sample, advantages_N: Tensor) -> Metrics:
+    """What the completions that are trained on say. Failed rewards enter no mean."""
+    rollout, scores = sample.rollout, sample.scores
+    lengths_N, trained_N = rollout.sampled_lengths_N.double(), advantages_N.isfinite()
     count = len(lengths_N)
-    truncated = sum(reason == FinishReason.LENGTH for reason in rollout.finish_reasons)
-    totals_PG = scores.totals_N.reshape(-1, rollout.num_generations)
-    scored_N = scores.totals_N.isfinite()
-    trained_N = advantages_N.isfinite()
-    metrics: Metrics = {
-        "train/reward": (scores.totals_N[scored_N].sum(), int(scored_N.sum())),
+    return {
+        "train/reward": _mean(scores.totals_N),
         "completion/mean_tokens": (lengths_N.sum(), count),
-        "completion/truncated": (truncated, count),
+        "completion/truncated": (sum(reason == FinishReason.LENGTH for reason in rollout.finish_reasons), count),
         "advantage/std": (advantages_N[trained_N].square().sum(), int(trained_N.sum())),
         **reward_metrics(scores),
-        **group_metrics(totals_PG),
+        **group_metrics(sample.totals_PG),
     }
-    failures = sum((Counter(failure_counts(some)) for some in sampled or [scores]), Counter[str]())
-    for key, number in failures.items():
-        metrics[key] = (number, 1 / world)  # a sum over ranks, not a mean
-    return metrics
 
 
 def reward_metrics(scores: Scores, prefix: str = "reward/") -> Metrics:
     """Mean of each reward over the completions that it scored."""
-    metrics: Metrics = {}
-    for column, name in zip(scores.values_NF.T, scores.names, strict=True):
-        scored = column[column.isfinite()]
-        metrics[f"{prefix}{name}"] = (scored.sum(), len(scored))
-    return metrics
+    return {f"{prefix}{name}": _mean(column) for column, name in zip(scores.values_NF.T, scores.names, strict=True)}
 
 
 def group_metrics(totals_PG: Tensor) -> Metrics:
@@ -144,6 +247,21 @@ def constant_groups(totals_PG: Tensor) -> tuple[Tensor, Tensor]:
     return is_constant(totals_PG) & ~dropped_P, dropped_P
 
 
+def work_metrics(episode: Episode, policy: Policy) -> Metrics:
+    """How much of an episode's training is spared, and the memory so far."""
+    groups = episode.active_batch().groups
+    packed = sum(len(group.prompt) + group.num_completion_tokens for group in groups)
+    longest_prompt = max((len(group.prompt) for group in groups), default=0)
+    longest_completion = max((len(c) for group in groups for c in group.completions), default=0)
+    padded = sum(len(group.completions) for group in groups) * (longest_prompt + longest_completion)
+    count = len(episode.active_N)
+    return {
+        "work/token_ratio": (padded, packed if policy.uses_packed_scoring else padded),
+        "work/skipped": (count - int(episode.active_N.sum()), count),
+        "memory/peak_mb": (peak_memory_mb(policy.device), 1),
+    }
+
+
 def peak_memory_mb(device: torch.device) -> float:
     """Peak memory in MB: allocated on a CUDA device since the start, resident of the process elsewhere."""
     if device.type == "cuda":
@@ -152,3 +270,72 @@ def peak_memory_mb(device: torch.device) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes on macOS, KiB on Linux
+
+
+def _counts(collection: Collection, episode: Episode) -> Mapping[str, float]:
+    counts: Counter[str] = Counter()
+    for sample in collection.everything:
+        counts.update(failure_counts(sample.scores))
+    numbers: dict[str, float] = {**counts, **collection.costs}
+    if collection.replaced is not None:
+        numbers["work/extra_prompts"] = sum(len(sample.batch) for sample in collection.replaced)
+    if episode.tokens_over_budget is not None:
+        numbers["work/over_budget_tokens"] = episode.tokens_over_budget
+    return numbers
+
+
+def _times(collection: Collection, ranks: Ranks) -> Metrics:
+    tokens = sum(int(sample.rollout.sampled_T.sum()) for sample in collection.everything)
+    seconds = max(collection.seconds, collection.seconds_ahead or 0.0)
+    times: Metrics = {
+        "time/sample_s": (collection.seconds, 1),
+        "time/score_s": (sum(sample.scores.seconds for sample in collection.everything), 1),
+        "work/tokens_per_s": (tokens / seconds, 1 / ranks.world),  # ranks add up
+    }
+    if collection.seconds_ahead is not None:
+        times["work/sampled_ahead"] = (float(collection.seconds_ahead > 0), 1)
+    return times
+
+
+def _mean(values: Tensor) -> tuple[Tensor, int]:
+    """(sum, count) of the values that are numbers: rewards that failed or do not apply are none."""
+    known = values[values.isfinite()]
+    return known.sum(), len(known)
+
+
+# An optimizer step ----------------------------------------------------------------------------------------------------
+
+
+def of_loss(loss: Tensor, micro_steps: int) -> Metrics:
+    """The share of one micro-step, of the optimizer step's `micro_steps` on all ranks, in its loss."""
+    return {"policy/loss": (loss, 1 / micro_steps)}
+
+
+def of_tokens(logprobs_T: Tensor, sampling_logprobs_T: Tensor, entropies_T: Tensor) -> Metrics:
+    """What a micro-batch says of the policy, beside what its loss counts."""
+    difference_T = (logprobs_T - sampling_logprobs_T).abs()
+    return {
+        "policy/entropy": (entropies_T.sum(), entropies_T.numel()),
+        "policy/sampling_difference": (difference_T.sum(), difference_T.numel()),
+    }
+
+
+def of_gradient(norm: float, *, empty: bool, bad: bool) -> Metrics:
+    """The gradient's norm before clipping; a skipped step's counts as 0."""
+    return {
+        "policy/empty_steps": (float(empty), 1),
+        "policy/bad_steps": (float(bad), 1),
+        "policy/grad_norm": (0.0 if empty or bad else norm, 1),
+    }
+
+
+def of_step(lr: float, seconds: float, collect_seconds: float, coefficients: Mapping[str, float]) -> Metrics:
+    """What is known when the optimizer has stepped; `coefficients` are the adaptive ones that the step was made
+    with.
+    """
+    return {
+        "lr": (lr, 1),
+        "time/step_s": (seconds, 1),
+        "time/train_s": (seconds - collect_seconds, 1),
+        **{f"policy/{name}": (value, 1) for name, value in coefficients.items() if name.endswith("_coefficient")},
+    }

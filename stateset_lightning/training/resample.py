@@ -32,7 +32,7 @@ class Sample:
 
     @property
     def totals_PG(self) -> Tensor:
-        return self.scores.totals_N.reshape(len(self.batch), -1)
+        return self.scores.totals_N.reshape(-1, self.rollout.num_generations)
 
     def uninformative(self) -> list[int]:
         """Prompts whose completions all have one total reward, or of which fewer than two have any."""
@@ -79,6 +79,7 @@ def _batch(mine: PromptBatch, other: PromptBatch, prompts: Mapping[int, int]) ->
     assert other.rows is not None
     return PromptBatch(
         prompt_tokens=_merged(mine.prompt_tokens, other.prompt_tokens, prompts),
+        conversations=_merged(mine.conversations, other.conversations, prompts),
         scenarios=_merged(mine.scenarios, other.scenarios, prompts),
         positions=mine.positions,
         episode_index=mine.episode_index,
@@ -101,6 +102,7 @@ def _rollout(mine: Rollout, other: Rollout, prompts: Mapping[int, int], completi
         completion_tokens_T=packed(mine.completion_tokens_T, other.completion_tokens_T),
         lengths_N=torch.stack(_merged(list(mine.lengths_N), list(other.lengths_N), completions)),
         logprobs_T=packed(mine.logprobs_T, other.logprobs_T),
+        sampled_T=packed(mine.sampled_T, other.sampled_T),
         finish_reasons=_merged(mine.finish_reasons, other.finish_reasons, completions),
         texts=_merged(mine.texts, other.texts, completions),
     )

@@ -18,7 +18,7 @@ from stateset_lightning.data.loader import EpisodeLoader
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.rollout import RemoteEngine, RolloutConfig, RolloutEngine
 from stateset_lightning.threads import DaemonThreads
-from stateset_lightning.training.checks import optimizer_steps_of_run
+from stateset_lightning.training.schedule import optimizer_steps_of_run
 from stateset_lightning.types import PromptBatch
 
 log = logging.getLogger("stateset_lightning")

@@ -1,4 +1,4 @@
-"""Learning-rate schedules in optimizer steps, with a horizon that follows from the run."""
+"""The length of a run in optimizer steps, and learning-rate schedules over it."""
 
 import math
 from collections.abc import Sequence
@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
+from lightning.pytorch import Trainer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from stateset_lightning.errors import ConfigError, bounded
+from stateset_lightning.training.data import data_of
 
 
 @bounded("model.lr_scheduler")
@@ -82,3 +84,27 @@ def keep_given_options(
     if isinstance(scheduler, LambdaLR):  # its shape may have changed as well: a longer run, another decay
         for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
             group["lr"] = base * factor(scheduler.last_epoch)
+
+
+# The run's length -----------------------------------------------------------------------------------------------------
+
+
+def optimizer_steps_of_run(trainer: Trainer) -> int | None:
+    """Optimizer steps of the whole run; None where it has no end in steps (`max_time` alone).
+
+    `trainer.estimated_stepping_batches` would do, but touching it with `max_epochs` set makes Lightning forget the
+    loader's position on resume (github.com/Lightning-AI/pytorch-lightning/issues/20550).
+    """
+    bounds = [trainer.max_steps] if trainer.max_steps >= 0 else []
+    data = data_of(trainer)
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0 and data is not None:
+        batches = batches_per_epoch(trainer, data.micro_steps_per_epoch)
+        bounds.append(trainer.max_epochs * (batches // trainer.accumulate_grad_batches))
+    return min(bounds, default=None)
+
+
+def batches_per_epoch(trainer: Trainer, size: int) -> int:
+    """How many of the loader's `size` batches an epoch takes."""
+    limit = trainer.limit_train_batches
+    # An integer is a number of batches, a float a share: 1 is one batch, 1.0 is all.
+    return min(limit, size) if isinstance(limit, int) else math.floor(limit * size)

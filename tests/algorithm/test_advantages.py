@@ -1,6 +1,7 @@
 """Advantages by hand: a group's mean, its deviations, and what failed or constant groups do."""
 
 import math
+from itertools import combinations
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from stateset_lightning.algorithm import PassK
 from stateset_lightning.algorithm.advantages import (
     beta_normalised_advantages,
     decoupled_advantages,
@@ -16,6 +18,7 @@ from stateset_lightning.algorithm.advantages import (
     leave_one_out_advantages,
     length_weighted_advantages,
     mean_normalised_advantages,
+    pass_at_k_advantages,
     total_scores,
     whitened_advantages,
 )
@@ -33,8 +36,7 @@ def assert_rows(got: Tensor, *expected: tuple[float, ...], tolerance: float = 1e
     torch.testing.assert_close(got, rows(*expected), atol=tolerance, rtol=tolerance, equal_nan=True)
 
 
-# Totals
-# -----------------------------------------------------------------------------------------------------------------------
+# Totals ---------------------------------------------------------------------------------------------------------------
 
 
 def test_totals_are_weighted_sums() -> None:
@@ -62,8 +64,7 @@ def test_a_weight_of_zero_neither_hides_a_failure_nor_trips_over_what_does_not_a
     assert_rows(total_scores(scores, torch.tensor([1.0, 0.0])), (NAN, 1.0, 1.0))
 
 
-# Group-relative
-# ---------------------------------------------------------------------------------------------------------------
+# Group-relative -------------------------------------------------------------------------------------------------------
 
 
 def test_one_right_of_four() -> None:
@@ -169,8 +170,7 @@ def test_survivors_advantages_sum_to_zero_and_keep_the_order_of_rewards(rewards:
             assert r1 <= r2 or a1 >= a2
 
 
-# BNPO
-# -------------------------------------------------------------------------------------------------------------------------
+# BNPO -----------------------------------------------------------------------------------------------------------------
 
 
 def beta_density(x: float, alpha: float, beta: float) -> float:
@@ -245,8 +245,7 @@ def test_bnpo_refuses_rewards_outside_zero_and_one(outside: float) -> None:
         beta_normalised_advantages(rows((outside, 0.5, 0.5)))
 
 
-# Other baselines
-# --------------------------------------------------------------------------------------------------------------
+# Other baselines ------------------------------------------------------------------------------------------------------
 
 
 def test_leave_one_out_by_hand() -> None:
@@ -357,3 +356,92 @@ def test_negative_rewards_count_like_any_other_for_every_baseline(function: str)
     torch.testing.assert_close(
         one_reward(function, rows((-4, -5, -6))), one_reward(function, rows((6, 5, 4))), atol=1e-9, rtol=0
     )
+
+
+# Pass@k, against an enumeration of all subsets and the paper's closed forms ------------------------------------------
+
+
+def by_enumeration(rewards: list[float], k: int) -> list[float]:
+    """For each completion the mean over its subsets of (largest reward - mean) / standard deviation over all."""
+    subsets = list(combinations(range(len(rewards)), k))
+    best = {subset: max(rewards[i] for i in subset) for subset in subsets}
+    mean = math.fsum(best.values()) / len(subsets)
+    std = math.sqrt(math.fsum((value - mean) ** 2 for value in best.values()) / len(subsets))
+    if max(best.values()) == min(best.values()):
+        return [0.0] * len(rewards)
+    own = [[value for subset, value in best.items() if i in subset] for i in range(len(rewards))]
+    return [(math.fsum(values) / len(values) - mean) / std for values in own]
+
+
+def best_of(rewards: list[float], k: int) -> list[float]:
+    """Advantages of a group that has one more completion, which failed, so that k may be the number of survivors."""
+    return pass_at_k_advantages(torch.tensor([[*rewards, NAN]], dtype=torch.float64), k)[0, :-1].tolist()
+
+
+def test_the_best_of_two_by_hand() -> None:
+    # Subsets of two: {right, a}, {right, b} have 1, {a, b} has 0: mean 2/3, standard deviation sqrt(2/9).
+    # The right one is in the first two: (1 - 2/3) / std. A wrong one is in one of each: (1/2 - 2/3) / std.
+    std = math.sqrt(2 / 9)
+    assert best_of([1, 0, 0], 2) == pytest.approx([(1 / 3) / std, (-1 / 6) / std, (-1 / 6) / std])
+
+
+@pytest.mark.parametrize("size", range(2, 9))
+def test_every_binary_group_agrees_with_the_enumeration_and_the_papers_closed_forms(size: int) -> None:
+    for right in range(size + 1):
+        for k in range(1, size + 1):
+            rewards = [1.0] * right + [0.0] * (size - right)
+            got = best_of(rewards, k)
+            assert got == pytest.approx(by_enumeration(rewards, k), abs=1e-9)
+            wrong = size - right
+            mean = 1 - math.comb(wrong, k) / math.comb(size, k)
+            if 0 < mean < 1:
+                std = math.sqrt(mean * (1 - mean))
+                assert got[:right] == pytest.approx([(1 - mean) / std] * right)
+                alone = math.comb(wrong - 1, k - 1) / math.comb(size - 1, k - 1)
+                assert got[right:] == pytest.approx([(1 - mean - alone) / std] * wrong)
+            else:
+                assert got == [0.0] * size
+
+
+@given(rewards=st.lists(st.sampled_from([-2.0, -0.5, 0.0, 0.1, 0.3, 1.0, 7.0]), min_size=2, max_size=8), data=st.data())
+def test_the_best_of_k_of_any_rewards_agrees_with_the_enumeration(rewards: list[float], data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, len(rewards)))
+    assert best_of(rewards, k) == pytest.approx(by_enumeration(rewards, k), abs=1e-9)
+
+
+def test_failures_leave_their_group_before_the_best_of_k_is_taken() -> None:
+    got = best_of([math.nan, 1.0, 0.0, math.nan, 0.0], 2)
+    assert [value for value in got if not math.isnan(value)] == pytest.approx(best_of([1.0, 0.0, 0.0], 2))
+    assert math.isnan(got[0])
+    assert math.isnan(got[3])
+
+
+def test_a_group_with_fewer_than_k_survivors_is_dropped() -> None:
+    assert all(map(math.isnan, best_of([1.0, 0.0, math.nan], 3)))
+    assert all(map(math.isnan, best_of([1.0, math.nan, math.nan], 1)))
+
+
+@pytest.mark.parametrize("rewards", [[0.1 + 0.2] * 6, [1 / 3] * 5, [1e30] * 4, [-7.3] * 7])
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_a_constant_group_is_exactly_zero_for_the_best_of_k(rewards: list[float], k: int) -> None:
+    assert best_of(rewards, k) == [0.0] * len(rewards)
+
+
+def test_where_every_subset_holds_a_right_one_nothing_is_left_to_gain() -> None:
+    assert best_of([1.0, 1.0, 1.0, 0.0], 2) == [0.0] * 4
+
+
+def test_the_best_of_k_of_huge_rewards_and_large_groups_stays_finite() -> None:
+    assert best_of([1e30, 0.0, 0.0], 2) == pytest.approx(best_of([1.0, 0.0, 0.0], 2))
+    large = torch.arange(512, dtype=torch.float64)[None]
+    got = pass_at_k_advantages(large, 200)
+    assert got.isfinite().all()
+    assert got.mean().item() == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("k", [3, 4])
+def test_k_without_several_subsets_is_refused(k: int) -> None:
+    with pytest.raises(ConfigError, match=rf"algorithm\.k={k} must be below model\.rollout\.num_generations=3"):
+        PassK(k=k).advantages(torch.zeros(1, 3, 1), torch.ones(1))
+    with pytest.raises(ConfigError, match=r"algorithm\.k=0 must be at least 1"):
+        PassK(k=0)

@@ -1,4 +1,6 @@
-"""Weights of tokens by hand, and that a loss is the same however an optimizer step is split."""
+"""Sums and weights of tokens by hand, and that a loss is the same however an optimizer step is split."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,11 +10,53 @@ from torch import Tensor
 
 from stateset_lightning import algorithm as algorithms
 from stateset_lightning.algorithm import GRPO, Algorithm, TokenBatch
-from stateset_lightning.algorithm.aggregation import per_token, sequence_means, sequence_sums, token_weights
+from stateset_lightning.algorithm.aggregation import (
+    per_token,
+    sequence_means,
+    sequence_sums,
+    token_advantages,
+    token_weights,
+)
 
 AGGREGATIONS = ("sequence_mean", "token_mean", "sequence_sum", "constant_length", "prompt_mean")
 EXPORTED = [getattr(algorithms, name) for name in algorithms.__all__]
 PRESETS = [found for found in EXPORTED if isinstance(found, type) and issubclass(found, Algorithm)]
+
+
+# Completions and their tokens -----------------------------------------------------------------------------------------
+
+PACKED = torch.tensor([2, 0, 3])
+
+
+def test_a_value_per_completion_is_repeated_for_its_tokens() -> None:
+    assert per_token(torch.tensor([1.5, -2.0, 7.0]), PACKED).tolist() == [1.5, 1.5, 7.0, 7.0, 7.0]
+
+
+def test_sums_and_means_by_completion() -> None:
+    values_T = torch.tensor([1.0, 2.0, 3.0, 4.0, 8.0])
+    assert sequence_sums(values_T, PACKED).tolist() == [3.0, 0.0, 15.0]
+    assert sequence_means(values_T, PACKED).tolist() == [1.5, 0.0, 5.0]
+
+
+def test_a_token_has_its_own_advantage_where_there_is_one() -> None:
+    tokens = TokenBatch(torch.zeros(3), torch.zeros(3), torch.tensor([2.0, -1.0]), torch.tensor([1, 2]))
+    assert token_advantages(tokens).tolist() == [2.0, -1.0, -1.0]
+    own_T = torch.tensor([0.5, 3.0, -4.0])
+    assert token_advantages(replace(tokens, advantages_T=own_T)).tolist() == [0.5, 3.0, -4.0]
+
+
+def test_a_mean_shares_its_gradient_among_the_tokens() -> None:
+    values_T = torch.ones(5, dtype=torch.float64, requires_grad=True)
+    (sequence_means(values_T, PACKED) * torch.tensor([1.0, 1.0, 6.0])).sum().backward()
+    assert values_T.grad is not None
+    assert values_T.grad.tolist() == [0.5, 0.5, 2.0, 2.0, 2.0]
+
+
+def test_nothing_gives_nothing() -> None:
+    assert sequence_sums(torch.zeros(0), torch.zeros(0, dtype=torch.long)).tolist() == []
+
+
+# The weight of a token ------------------------------------------------------------------------------------------------
 
 
 def weights(
@@ -138,9 +182,7 @@ def check_a_split(algorithm: Algorithm, number: int, generator: torch.Generator)
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
 def test_any_split_into_micro_steps_sums_to_the_whole(preset: type[Algorithm], aggregation: str) -> None:
-    """Loss and gradient of an optimizer step equal the sums over its parts, whoever is in which; with every term that
-    exists.
-    """
+    """Loss and gradient of an optimizer step are the sums over its micro-steps, with every term that exists."""
     algorithm = preset(aggregation=aggregation, beta=0.1, entropy_coefficient=0.01, off_policy_threshold=0.05)  # type: ignore[call-arg]
     algorithm.setup(max_new_tokens=6)
     generator = torch.Generator().manual_seed(1)
@@ -151,29 +193,3 @@ def test_any_split_into_micro_steps_sums_to_the_whole(preset: type[Algorithm], a
 def test_weights_are_float64() -> None:
     lengths_N = torch.tensor([3, 5])
     assert GRPO().token_weights(lengths_N, torch.tensor([0, 0])).dtype == torch.float64
-
-
-# MERGED: Completions and their tokens.
-
-LENGTHS = torch.tensor([2, 0, 3])
-
-
-def test_a_value_per_completion_is_repeated_for_its_tokens() -> None:
-    assert per_token(torch.tensor([1.5, -2.0, 7.0]), LENGTHS).tolist() == [1.5, 1.5, 7.0, 7.0, 7.0]
-
-
-def test_sums_and_means_by_completion() -> None:
-    values_T = torch.tensor([1.0, 2.0, 3.0, 4.0, 8.0])
-    assert sequence_sums(values_T, LENGTHS).tolist() == [3.0, 0.0, 15.0]
-    assert sequence_means(values_T, LENGTHS).tolist() == [1.5, 0.0, 5.0]
-
-
-def test_a_mean_shares_its_gradient_among_the_tokens() -> None:
-    values_T = torch.ones(5, dtype=torch.float64, requires_grad=True)
-    (sequence_means(values_T, LENGTHS) * torch.tensor([1.0, 1.0, 6.0])).sum().backward()
-    assert values_T.grad is not None
-    assert values_T.grad.tolist() == [0.5, 0.5, 2.0, 2.0, 2.0]
-
-
-def test_nothing_gives_nothing() -> None:
-    assert sequence_sums(torch.zeros(0), torch.zeros(0, dtype=torch.long)).tolist() == []

@@ -1,13 +1,31 @@
-"""The stock algorithm: its options, its metrics and its terms."""
+"""What algorithms share: options, terms, corrections; and how a preset or a class of one's own is made."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Annotated, Any
 
 import pytest
 import torch
+from annotated_types import Gt, Lt
+from jsonargparse import ArgumentParser
+from torch import Tensor
 
-from stateset_lightning.algorithm import KL, AdaptiveEntropy, Algorithm, Clipped, Mismatch, TokenBatch
+from stateset_lightning.algorithm import (
+    DPPO,
+    GRPO,
+    GSPO,
+    KL,
+    AdaptiveEntropy,
+    Algorithm,
+    Clipped,
+    Mismatch,
+    TokenBatch,
+    fixed,
+    preset,
+)
 from stateset_lightning.errors import ConfigError
+from stateset_lightning.types import Metrics
 
 
 def batch(
@@ -59,7 +77,7 @@ def test_a_coefficient_needs_a_reference_and_trains_completions_without_advantag
     algorithm = Algorithm(beta=0.1)
     assert algorithm.needs_reference
     assert algorithm.trains_on_zero_advantage
-    with pytest.raises(ValueError, match=r"beta=0.1 needs the reference's log-probs"):
+    with pytest.raises(ValueError, match=r"algorithm\.beta=0\.1 needs TokenBatch\.ref_logprobs_T"):
         algorithm.per_token_loss(batch([1.0], [2.0], [1]))
 
 
@@ -102,8 +120,21 @@ def test_the_plain_policy_gradient_by_hand() -> None:
     assert logprobs_T.grad.tolist() == [-2.0, -2.0, 1.0]
 
 
-# Terms and corrections
-# --------------------------------------------------------------------------------------------------------
+def test_tokens_may_have_advantages_of_their_own() -> None:
+    # -A log-prob with A by token; those of the completions, 2 and -1, are not read.
+    logprobs_T = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
+    own_T = torch.tensor([0.5, 0.0, 4.0], dtype=torch.float64)
+    tokens = TokenBatch(logprobs_T, torch.zeros(3), torch.tensor([2.0, -1.0]), torch.tensor([2, 1]), advantages_T=own_T)
+    assert Algorithm.advantages_per_token(tokens).tolist() == [0.5, 0.0, 4.0]
+    assert Algorithm.advantages_per_token(tokens).dtype == torch.float32
+    loss_T, _ = Algorithm().per_token_loss(tokens)
+    loss_T.sum().backward()
+    assert loss_T.tolist() == [0.5, 0.0, 12.0]
+    assert logprobs_T.grad is not None
+    assert logprobs_T.grad.tolist() == [-0.5, 0.0, -4.0]
+
+
+# Terms and corrections ------------------------------------------------------------------------------------------------
 
 
 def test_kl_in_the_reward_leaves_the_loss_alone_and_is_reported() -> None:
@@ -237,8 +268,7 @@ def test_a_mismatch_weighs_the_policy_loss_and_not_the_kl() -> None:
         Clipped(mismatch=Mismatch()).per_token_loss(batch([1.0], [1.0], [1]))
 
 
-# Bad options
-# ------------------------------------------------------------------------------------------------------------------
+# Bad options ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -267,3 +297,112 @@ def test_an_algorithm_without_state_refuses_anothers() -> None:
     Algorithm().load_state_dict({})
     with pytest.raises(ConfigError, match=r"holds the adaptive kl_coefficient, and Algorithm is not set to adapt them"):
         Algorithm().load_state_dict({"kl_coefficient": 0.1})
+
+
+def test_a_sampler_elsewhere_is_corrected_unless_told_otherwise() -> None:
+    def after_setup(algorithm: Algorithm) -> Mismatch | None:
+        algorithm.setup(8, samples_elsewhere=True)
+        return algorithm.mismatch
+
+    assert after_setup(Algorithm()) == Mismatch("token_tis")
+    assert after_setup(Algorithm(mismatch=Mismatch("none"))) == Mismatch("none")
+    assert after_setup(GSPO()) == Mismatch("sequence_tis")
+    assert after_setup(DPPO()) == Mismatch("none")
+
+
+# Presets and classes of one's own -------------------------------------------------------------------------------------
+
+
+def halved_loss(tokens: TokenBatch, *, factor: float, epsilon_low: float) -> tuple[Tensor, Metrics]:
+    return -factor * (1 - epsilon_low) * tokens.advantages_N, {}
+
+
+def constant_advantages(rewards_PG: Tensor, lengths_PG: Tensor, factor: float) -> Tensor:
+    return rewards_PG * lengths_PG * factor
+
+
+@preset(advantage=constant_advantages, loss=halved_loss)
+class Own(Clipped):
+    """A formula of one's own.
+
+    Args:
+        factor: Read by both formulas.
+    """
+
+    factor: Annotated[float, Gt(0), Lt(1)] = 0.5
+    epsilon_low = 0.25
+    aggregation = "token_mean"
+    top_entropy = fixed(None)
+
+
+@preset()
+class Later(Own):
+    """Inherits formulas and options."""
+
+    factor = 0.25
+
+
+class WithConstructor(GRPO):
+    """An ordinary class, with a constructor of its own.
+
+    Args:
+        gain: A factor.
+    """
+
+    def __init__(self, *, gain: Annotated[float, Gt(0)] = 2.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.gain = gain
+
+    def policy_loss(self, tokens: TokenBatch) -> tuple[Tensor, Metrics]:
+        return -self.gain * self.advantages_per_token(tokens), {}
+
+
+def test_a_formula_gets_quantities_and_options_by_the_names_of_its_parameters() -> None:
+    scores_PGF, weights_F = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([1.0, 0.5])
+    tokens = TokenBatch(torch.zeros(1), torch.zeros(1), torch.tensor([2.0]), torch.tensor([1]))
+    for algorithm, factor in ((Own(), 0.5), (Own(factor=0.1), 0.1), (Later(), 0.25)):
+        # Weighted sums 2 and 5, lengths 10 and 20.
+        got_PG = algorithm.advantages(scores_PGF, weights_F, torch.tensor([[10, 20]]))
+        assert got_PG[0].tolist() == pytest.approx([20 * factor, 100 * factor])
+        assert algorithm.per_token_loss(tokens)[0].item() == pytest.approx(-factor * 0.75 * 2)
+
+
+def test_a_preset_changes_adds_and_fixes_options_and_leaves_its_base_alone() -> None:
+    assert (Own().epsilon_low, Own().epsilon_high, Own().aggregation) == (0.25, 0.25, "token_mean")
+    assert (Clipped().epsilon_low, Clipped().aggregation) == (0.2, "sequence_mean")
+    assert Later(beta=0.1).beta == 0.1
+    with pytest.raises(TypeError, match="top_entropy"):
+        Later(top_entropy=0.5)
+    with pytest.raises(ConfigError, match=r"model\.algorithm\.factor=1\.0 must be below 1"):
+        Later(factor=1.0)
+    with pytest.raises(ConfigError, match=r"model\.algorithm\.epsilon_low=0 must be above 0"):
+        Own(epsilon_low=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "others"),
+    [("Later", "factor", {"epsilon_low", "beta"}), ("WithConstructor", "gain", {"epsilon_low", "beta", "top_entropy"})],
+)
+def test_the_command_line_reads_a_class_of_ones_own(
+    name: str, option: str, others: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "own_module", sys.modules[__name__])
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--algorithm", type=Algorithm)
+    chosen = [f"--algorithm=own_module.{name}", "--algorithm.delta=3.0"]
+    config = parser.parse_args([*chosen, f"--algorithm.{option}=0.75"])
+    assert {option} | others <= set(vars(config.algorithm.init_args))
+    assert ("top_entropy" in vars(config.algorithm.init_args)) == (name == "WithConstructor")
+    algorithm = parser.instantiate(config).algorithm
+    assert (getattr(algorithm, option), algorithm.delta) == (0.75, 3.0)
+    with pytest.raises(Exception, match="greater than 0"):
+        parser.parse_args([*chosen, f"--algorithm.{option}=0"])
+
+
+def test_a_constructor_of_ones_own_works_with_all_that_is_inherited() -> None:
+    algorithm = WithConstructor(beta=0.5, gain=3.0)
+    tokens = batch([1.0], [2.0], [1], reference=[-1 + 0.6931472])
+    assert algorithm.per_token_loss(tokens)[0].item() == pytest.approx(-6 + 0.5 * 0.3068528)
+    assert (WithConstructor().beta, WithConstructor().gain) == (0.04, 2.0)
+    with pytest.raises(TypeError, match="scal"):
+        WithConstructor(scal="none")

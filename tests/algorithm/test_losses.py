@@ -9,10 +9,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stateset_lightning.algorithm.losses import clipped_loss, covariance_penalised_loss, importance_loss, sapo_loss
+from stateset_lightning.algorithm.losses import (
+    clipped_loss,
+    geometric_mean_loss,
+    importance_loss,
+    kl_cov_loss,
+    quadratic_loss,
+    sapo_loss,
+    sequence_clipped_loss,
+    sequence_token_clipped_loss,
+)
+from stateset_lightning.types import TokenBatch
 
-OLD = torch.full((6,), -1.0, dtype=torch.float64)
 ADVANTAGES = torch.tensor([1.0, 1, 1, -1, -1, -1], dtype=torch.float64)
+
+
+def batch(logprobs_T: Tensor, old_T: Tensor, advantages_N: Tensor, select_T: Tensor | None = None) -> TokenBatch:
+    """Completions of one token each."""
+    return TokenBatch(logprobs_T, old_T, advantages_N, torch.ones(len(logprobs_T), dtype=torch.long), select_T=select_T)
 
 
 def clipped(
@@ -21,7 +35,7 @@ def clipped(
     """Value, gradient with respect to the log-prob, and metrics of one token."""
     logprob = torch.tensor([math.log(ratio) - 1.5], dtype=torch.float64, requires_grad=True)
     old, advantages = torch.tensor([-1.5], dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64)
-    loss, metrics = clipped_loss(logprob, old, advantages, epsilon_low=low, epsilon_high=high, delta=delta)
+    loss, metrics = clipped_loss(batch(logprob, old, advantages), epsilon_low=low, epsilon_high=high, delta=delta)
     loss.sum().backward()
     assert logprob.grad is not None
     return (
@@ -75,7 +89,7 @@ def test_a_zero_advantage_gives_zero_loss_and_is_never_counted_as_clipped() -> N
 def test_metrics_are_sums_and_counts_over_tokens() -> None:
     ratios = torch.tensor([1.0, 1.5, 1.5, 0.5, 0.5])
     advantages = torch.tensor([1.0, 1.0, -1.0, -1.0, -1.0])
-    _, metrics = clipped_loss(ratios.log(), torch.zeros(5), advantages, epsilon_low=0.2, epsilon_high=0.2)
+    _, metrics = clipped_loss(batch(ratios.log(), torch.zeros(5), advantages), epsilon_low=0.2, epsilon_high=0.2)
     assert {name: (float(total), float(count)) for name, (total, count) in metrics.items()} == {
         "policy/ratio_mean": (5.0, 5.0),
         "policy/clip_low": (2.0, 5.0),
@@ -87,7 +101,7 @@ def test_metrics_are_sums_and_counts_over_tokens() -> None:
 def test_on_policy_the_gradient_is_minus_the_advantage() -> None:
     logprobs = torch.tensor([-0.3, -2.0, -5.0], requires_grad=True)
     advantages = torch.tensor([1.5, -0.5, 0.0])
-    loss, _ = clipped_loss(logprobs, logprobs.detach(), advantages, epsilon_low=0.2, epsilon_high=0.2)
+    loss, _ = clipped_loss(batch(logprobs, logprobs.detach(), advantages), epsilon_low=0.2, epsilon_high=0.2)
     loss.sum().backward()
     assert torch.equal(loss, -advantages)
     assert logprobs.grad is not None
@@ -111,21 +125,74 @@ def test_dual_clip_and_the_two_sided_bound_are_one(log_ratio: float, advantage: 
 
 
 @pytest.mark.parametrize(
-    "function",
+    "loss",
     [
-        lambda x: clipped_loss(
-            x,
-            torch.full((6,), -1.0).double(),
-            torch.tensor([1.0, 1, 1, -1, -1, -1]).double(),
-            epsilon_low=0.2,
-            epsilon_high=0.28,
-        )[0],
-        lambda x: clipped_loss(x, OLD, ADVANTAGES, epsilon_low=0.2, epsilon_high=0.2, delta=1.5)[0],
-        lambda x: sapo_loss(x, OLD, ADVANTAGES, tau_positive=1.0, tau_negative=1.05)[0],
-        lambda x: importance_loss(x, OLD, ADVANTAGES)[0],
-        lambda x: covariance_penalised_loss(x, OLD, ADVANTAGES, ADVANTAGES > 0, 0.7)[0],
+        lambda tokens: clipped_loss(tokens, epsilon_low=0.2, epsilon_high=0.28),
+        lambda tokens: clipped_loss(tokens, epsilon_low=0.2, epsilon_high=0.2, delta=1.5),
+        lambda tokens: sapo_loss(tokens, tau_positive=1.0, tau_negative=1.05),
+        importance_loss,
+        lambda tokens: kl_cov_loss(tokens, coefficient=0.7),
     ],
 )
-def test_gradients_are_those_of_finite_differences(function: Callable[[Tensor], Tensor]) -> None:
+def test_gradients_are_those_of_finite_differences(loss: Callable[[TokenBatch], tuple[Tensor, object]]) -> None:
     x = (-1.0 + torch.tensor([0.5, -0.5, 0.1, 0.5, -0.5, 0.1])).double().requires_grad_()
-    assert torch.autograd.gradcheck(function, (x,), eps=1e-6, atol=1e-8)
+    old_T = torch.full((6,), -1.0, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda x: loss(batch(x, old_T, ADVANTAGES, ADVANTAGES <= 0))[0], (x,), eps=1e-6, atol=1e-8
+    )
+
+
+# Advantages of single tokens ------------------------------------------------------------------------------------------
+
+
+def with_token_advantages(ratios: list[float], advantages: list[float]) -> TokenBatch:
+    """One completion, whose own advantage of 9 must not be read."""
+    logprobs_T = (torch.tensor(ratios, dtype=torch.float64).log() - 1).requires_grad_()
+    return TokenBatch(
+        logprobs_T,
+        torch.full((len(ratios),), -1.0, dtype=torch.float64),
+        torch.tensor([9.0]),
+        torch.tensor([len(ratios)]),
+        advantages_T=torch.tensor(advantages, dtype=torch.float64),
+    )
+
+
+def test_a_clip_bounds_each_token_by_its_own_advantage() -> None:
+    # Ratio 1.5: bounded at 1.2 for A = 2, not bounded for A = -3.
+    tokens = with_token_advantages([1.5, 1.5, 1.0], [2.0, -3.0, 0.0])
+    loss_T, metrics = clipped_loss(tokens, epsilon_low=0.2, epsilon_high=0.2)
+    loss_T.sum().backward()
+    assert loss_T.tolist() == pytest.approx([-2.4, 4.5, 0.0])
+    assert tokens.logprobs_T.grad is not None
+    assert tokens.logprobs_T.grad.tolist() == pytest.approx([0.0, 4.5, 0.0])
+    assert tuple(map(float, metrics["policy/clip_high"])) == (1.0, 3.0)
+
+
+def test_gspo_token_gives_the_ratio_of_the_completion_to_each_tokens_advantage() -> None:
+    # The ratio is sqrt(4 x 1) = 2, for both tokens and both gradients.
+    tokens = with_token_advantages([4.0, 1.0], [2.0, -3.0])
+    loss_T, _ = sequence_token_clipped_loss(tokens, epsilon_low=0.5, epsilon_high=2.0)
+    loss_T.sum().backward()
+    assert loss_T.tolist() == pytest.approx([-4.0, 6.0])
+    assert tokens.logprobs_T.grad is not None
+    assert tokens.logprobs_T.grad.tolist() == pytest.approx([-4.0, 6.0])
+
+
+def test_dro_takes_them_in_its_policy_gradient() -> None:
+    # -A log-prob, plus 0.1 / 2 x (log 2)^2 shared by two tokens.
+    tokens = with_token_advantages([2.0, 1.0], [2.0, -3.0])
+    square = 0.05 * math.log(2) ** 2 / 2
+    expected = [-2 * (math.log(2) - 1) + square, 3 * -1 + square]
+    assert quadratic_loss(tokens, tau=0.1)[0].tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda tokens: sequence_clipped_loss(tokens, epsilon_low=0.2, epsilon_high=0.2),
+        lambda tokens: geometric_mean_loss(tokens, log_epsilon_low=0.4, log_epsilon_high=0.4),
+    ],
+)
+def test_a_ratio_of_whole_completions_refuses_them(loss: Callable[[TokenBatch], object]) -> None:
+    with pytest.raises(ValueError, match="takes no advantages of single tokens: use GSPOToken"):
+        loss(with_token_advantages([1.0, 1.0], [1.0, -1.0]))

@@ -1,5 +1,4 @@
-"""Each preset as its paper defines it: a loss and its gradient worked out by hand, finite differences, defaults,
-options.
+"""Each preset as its paper defines it: a loss and its gradient by hand, finite differences, defaults, options.
 
 The case: one prompt with rewards (1, 0), completions of 1 and 3 tokens, a second prompt with rewards (1, 1) and 2
 tokens each. Ratios are 1.5 for the first token, 1.25 for the last of the second completion, 1 elsewhere; old log-probs
@@ -8,6 +7,7 @@ are -2.
 
 import math
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -69,8 +69,9 @@ def loss_and_gradient(
     select: list[bool] | None = None,
     greedy: list[float] | None = None,
 ) -> tuple[float, list[float]]:
-    """The loss of the case and its gradient with respect to the log-probs; the reference's are `reference_gap` above
-    the policy's.
+    """The loss of the case and its gradient with respect to the log-probs.
+
+    The reference's log-probs are `reference_gap` above the policy's.
     """
     algorithm.setup(max_new_tokens=10)
     logprobs_T = LOGPROBS.clone().requires_grad_()
@@ -168,7 +169,7 @@ def test_gdpo() -> None:
 
 
 def test_pass_at_k() -> None:
-    # The best of one is the reward itself: (r - 1/2) / (1/2) = +-1. Larger k: test_pass_at_k.py.
+    # The best of one is the reward itself: (r - 1/2) / (1/2) = +-1. Larger k: test_advantages.py.
     check(PassK(k=1), -1.2 / 4 + 3.25 / 12, [0, 1 / 12, 1 / 12, 1.25 / 12])
 
 
@@ -317,8 +318,7 @@ def test_dro() -> None:
     check(DRO(tau=0.1), value, [first, second, second, second])
 
 
-# Finite differences
-# -----------------------------------------------------------------------------------------------------------
+# Finite differences ---------------------------------------------------------------------------------------------------
 
 STEADY = torch.tensor([1.1, 0.9, 1.05, 1.15, 0.7, 1.3, 1.02, 0.95], dtype=torch.float64).log() - 2  # no ratio at a kink
 SELECT = torch.tensor([True, False, True, True, False, True, True, False])
@@ -380,8 +380,7 @@ def geometric_mean(ratio_T: Tensor) -> Tensor:
     return torch.stack([part.log().mean().exp() for part in ratio_T.split(LENGTHS.tolist())])
 
 
-# Defaults and options
-# ---------------------------------------------------------------------------------------------------------
+# Defaults and options -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -434,6 +433,15 @@ def test_the_defaults_are_the_papers(algorithm: Algorithm, defaults: dict[str, o
     assert {name: getattr(algorithm, name) for name in defaults} == defaults
     assert not algorithm.mask_truncated
     assert algorithm.needs_reference == isinstance(algorithm, GRPO)
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
+def test_a_preset_has_all_that_its_formulas_name(preset: type[Algorithm]) -> None:
+    given = {"scores_PGF", "weights_F", "rewards_PG", "lengths_PG", "tokens"}
+    given |= {"baseline_P"} if preset.needs_greedy_baseline else set()
+    for formula in (preset.advantage_formula, preset.loss_formula):
+        missing = {name for name in signature(formula).parameters if not hasattr(preset(), name)} - given
+        assert not missing, formula
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)

@@ -1,6 +1,7 @@
-"""KL estimates: values and gradients by hand, and what they average to over a whole distribution."""
+"""KL estimates, adaptive coefficients, mismatch corrections and selections of tokens, by hand."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ from stateset_lightning.algorithm import ClipCov, KLCov, TokenBatch
 from stateset_lightning.algorithm.terms import (
     KL,
     Mismatch,
-    adapted_coefficient,
     covariances,
     draw,
     k3,
@@ -21,6 +21,8 @@ from stateset_lightning.algorithm.terms import (
     mismatch_weights,
     top_entropy_tokens,
 )
+
+# KL -------------------------------------------------------------------------------------------------------------------
 
 P_LOGITS = torch.tensor([0.3, -0.2, 0.9, 0.0], dtype=torch.float64)
 Q = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
@@ -132,11 +134,11 @@ def test_k3_averages_to_the_kl_divergence() -> None:
 
 @pytest.mark.parametrize(("kl", "expected"), [(0.2, 1.02), (0.11, 1.01), (0.1, 1.0), (0.09, 0.99), (-3.0, 0.98)])
 def test_the_adaptive_coefficient_moves_by_a_bounded_share(kl: float, expected: float) -> None:
-    assert adapted_coefficient(1.0, kl, KL(target=0.1, horizon=10)) == pytest.approx(expected)
-    assert adapted_coefficient(2.0, kl, KL(target=0.1, horizon=20)) == pytest.approx(2 * (1 + (expected - 1) / 2))
+    assert KL(target=0.1, horizon=10).adapted(1.0, kl) == pytest.approx(expected)
+    assert KL(target=0.1, horizon=20).adapted(2.0, kl) == pytest.approx(2 * (1 + (expected - 1) / 2))
 
 
-# MERGED: Corrections for a sampler that differs from the trainer, by hand.
+# A sampler that differs from the trainer ------------------------------------------------------------------------------
 
 # The trainer's probability over the sampler's: two completions of 3 and 2 tokens.
 RATIOS = torch.tensor([1.0, 4.0, 0.25, 1.5, 3.0], dtype=torch.float64)
@@ -201,7 +203,7 @@ def test_on_average_untruncated_weights_turn_the_samplers_mean_into_the_trainers
     torch.testing.assert_close((sampler * weights_T * values).sum(), (trainer * values).sum())
 
 
-# MERGED: Selections of tokens: how many, which, and that they draw from their own seed alone.
+# Selections of tokens: how many, which, and that they draw from their own seed alone ----------------------------------
 
 
 def test_the_tokens_above_the_quantile_are_kept() -> None:
@@ -236,6 +238,9 @@ def batch() -> TokenBatch:
 def test_covariances_by_hand() -> None:
     # Log-probs minus their mean -3: 2, 0, 1, -3. Advantages by token 2, 2, -2, -2, mean 0.
     assert covariances(batch()).tolist() == [4.0, 0.0, -2.0, 6.0]
+    # Tokens with advantages of their own: 4, 0, 0, 0, mean 1.
+    own = replace(batch(), advantages_T=torch.tensor([4.0, 0.0, 0.0, 0.0]))
+    assert covariances(own).tolist() == [6.0, 0.0, -1.0, 3.0]
 
 
 def test_kl_cov_holds_the_tokens_of_the_largest_covariance() -> None:

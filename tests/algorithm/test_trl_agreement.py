@@ -262,8 +262,7 @@ def test_the_entropy_bonus_agrees_where_tokens_are_averaged(case: Case) -> None:
     assert differs > 1e-4
 
 
-# Where the two differ
-# ---------------------------------------------------------------------------------------------------------
+# Where the two differ -------------------------------------------------------------------------------------------------
 
 
 def test_cispo_differs_by_what_its_bound_means(case: Case) -> None:

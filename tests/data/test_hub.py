@@ -75,6 +75,12 @@ def test_a_parquet_file(tmp_path, write):
         read_split(write("broken.parquet", b"PAR1"), "train")
 
 
+def test_a_folder_that_is_called_parquet_is_no_file(tmp_path):
+    (tmp_path / "a.parquet").mkdir()
+    with pytest.raises(DataError, match=r"a\.parquet is a directory; give a file, or a glob such as"):
+        read_split(tmp_path / "a.parquet", "train")
+
+
 def test_failures_name_the_data_set(calls):
     with pytest.raises(
         DataError,

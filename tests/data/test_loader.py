@@ -2,28 +2,35 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader
+from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader, Prompts, _draw_other
 from stateset_lightning.data.order import Curriculum, EpochOrder, SolveRates
+from stateset_lightning.data.ragged import RaggedTokens
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.types import Scenario
+from stateset_lightning.types import Scenario, Turn
 
 COUNTS = st.integers(1, 3)
 
 
+def prompts(n):
+    tokens = RaggedTokens.from_lists([[i, i] for i in range(n)])
+    return Prompts([Scenario(id=str(i), prompt=f"p{i}") for i in range(n)], tokens)
+
+
 def make(n, **options):
     options = {"batch_size": 2, **options}
-    scenarios = [Scenario(id=str(i), prompt=f"p{i}") for i in range(n)]
     order = EpochOrder([list(range(n))], None, 7, options.pop("shuffle", True))
-    return EpisodeLoader(scenarios, [[i, i] for i in range(n)], order, **options)
+    return EpisodeLoader(prompts(n), order, **options)
 
 
 def key(batch):
     assert [tokens[0] for tokens in batch.prompt_tokens] == [int(s.id) for s in batch.scenarios]
+    assert batch.conversations == [s.turns() for s in batch.scenarios]
     return tuple(s.id for s in batch.scenarios), tuple(batch.positions), batch.episode_index, batch.micro_step
 
 
@@ -47,6 +54,15 @@ def test_an_episode_is_served_for_each_micro_step_and_the_epochs_end_is_filled_f
     ]
     assert [batch.num_micro_steps for batch in loader] == [4] * 8
     assert key(next(iter(loader)))[2:] == (4, 0)  # epochs advance, and episodes count on
+
+
+def test_the_next_episode_is_shown_and_served_all_the_same():
+    loader = make(6, num_iterations=2)
+    batches = iter(loader)
+    first = next(batches)
+    following = key(loader.next_episode())
+    assert following[2:] == (1, 0)
+    assert [key(next(batches)) for _ in range(2)] == [(*key(first)[:3], 1), following]
 
 
 def test_a_data_set_smaller_than_a_batch_repeats_its_prompts():
@@ -131,22 +147,21 @@ def test_a_checkpoint_of_another_order_is_refused(options, message):
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 4), COUNTS)
 def test_evaluation_serves_every_row_once_without_filling(n, batch_size, world_size):
-    scenarios, tokens = [Scenario(id=str(i), prompt="p") for i in range(n)], [[i] for i in range(n)]
     positions = []
     for rank in range(world_size):
-        loader = EvaluationLoader(scenarios, tokens, "test", batch_size=batch_size, rank=rank, world_size=world_size)
+        loader = EvaluationLoader(prompts(n), "test", batch_size=batch_size, rank=rank, world_size=world_size)
         batches = list(loader)
         assert len(batches) == len(loader)
         for batch in batches:
             assert (batch.split, batch.episode_index, batch.micro_step) == ("test", 0, 0)
             assert [s.id for s in batch.scenarios] == [str(p) for p in batch.positions]
-            assert batch.prompt_tokens == [[p] for p in batch.positions]
+            assert batch.prompt_tokens == [[p, p] for p in batch.positions]
+            assert batch.conversations == [[Turn("user", f"p{p}")] for p in batch.positions]
             positions += batch.positions
     assert sorted(positions) == list(range(n))
 
 
-# Replacements for dynamic sampling
-# ----------------------------------------------------------------------------------------------
+# Replacements for dynamic sampling ------------------------------------------------------------------------------------
 
 
 def rows(batch):
@@ -162,6 +177,7 @@ def test_replacements_are_the_same_for_any_number_of_ranks_and_are_other_prompts
     other = loader.replacements(whole, range(len(whole)), round_number)
     assert all(new != old for new, old in zip(rows(other), rows(whole), strict=True))
     assert other.rows == rows(other)
+    assert other.conversations == [[Turn("user", f"p{row}")] for row in other.rows]
     assert other.episode_index == whole.episode_index
     assert other.positions == [p + round_number * len(whole) for p in range(len(whole))]
     for rank in range(world_size):
@@ -181,9 +197,8 @@ def test_a_replacement_depends_on_its_round_and_not_on_what_else_is_replaced():
 
 
 def test_replacements_follow_the_weights_of_the_sources():
-    scenarios = [Scenario(id=str(i), prompt=f"p{i}") for i in range(12)]
     order = EpochOrder([list(range(10)), [10, 11]], [1.0, 3.0], 7, True)
-    loader = EpisodeLoader(scenarios, [[i, i] for i in range(12)], order, batch_size=100)
+    loader = EpisodeLoader(prompts(12), order, batch_size=100)
     batch = next(iter(loader))
     drawn = [row for number in range(1, 31) for row in rows(loader.replacements(batch, range(100), number))]
     # A quarter from the first source and three from the second, less the prompt in the slot: 10 and 11 hold three slots
@@ -202,21 +217,27 @@ def test_replacements_of_repeated_prompts_are_among_them():
     assert len(served) == 4
 
 
+def test_a_draw_in_proportion_to_weights_leaves_one_out_by_hand():
+    # 1 + 4 are left: the first has a fifth of the draws.
+    draws = [_draw_other(np.array([1.0, 2.0, 4.0]), 1, u) for u in (0.01, 0.19, 0.21, 0.99)]
+    assert draws == [0, 0, 2, 2]
+    assert [_draw_other(np.array([1.0, 1.0]), excluded, 0.5) for excluded in (0, 1)] == [1, 0]
+    assert _draw_other(np.array([0.0, 3.0]), 1, 0.5) == 1  # there is no other
+
+
 def test_a_single_prompt_is_replaced_by_itself_with_other_noise():
     batch = next(iter(loader := make(1, batch_size=2)))
     other = loader.replacements(batch, [1], 1)
     assert (rows(other), other.positions) == ([0], [3])
 
 
-# Curriculum
-# ---------------------------------------------------------------------------------------------------------------------
+# Curriculum -----------------------------------------------------------------------------------------------------------
 
 
 def with_rates(n, **options):
-    scenarios = [Scenario(id=str(i), prompt=f"p{i}") for i in range(n)]
     order = EpochOrder([list(range(n))], None, 7, True)
     solve_rates = SolveRates(Curriculum(floor=0.01), order.row_weights, 7)
-    return EpisodeLoader(scenarios, [[i, i] for i in range(n)], order, solve_rates=solve_rates, **options)
+    return EpisodeLoader(prompts(n), order, solve_rates=solve_rates, **options)
 
 
 def test_a_curriculum_decides_the_prompts_of_an_episode_and_of_its_replacements():

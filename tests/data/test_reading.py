@@ -95,6 +95,8 @@ def test_items_of_json_and_yaml_are_counted(write):
             "a.json:2: malformed JSON at column 1: Extra data; for one JSON object per line, name the file .jsonl",
         ),
         ("a.yaml", "- ok: 1\n- a: b: c\n", "a.yaml:2: malformed YAML"),
+        ("a.yaml", "- prompt: 2024-13-40\n", "a.yaml: malformed YAML: month must be in 1..12"),
+        ("a.json", "[" * 100_000, "a.json: malformed JSON: "),
         ("a.yaml", "- !!python/object/apply:os.system ['true']\n", "malformed YAML: could not determine a constructor"),
         (
             "a.txt",

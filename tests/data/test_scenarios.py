@@ -95,6 +95,10 @@ USER = {"role": "user", "content": "a"}
     [
         ({"prompt": ""}, "the prompt is empty"),
         ({"prompt": " \n"}, "the prompt is empty"),
+        (
+            {"prompt": "a\ud83d"},
+            "the prompt holds \\ud83d, half of a character (a surrogate without its pair); replace it",
+        ),
         ({"prompt": 7}, "the prompt must be text, not a number (7); put it in quotes"),
         ({"prompt": True}, "the prompt must be text, not true/false (True); put it in quotes"),
         ({"prompt": None}, "needs exactly one of 'prompt', 'messages' and 'user_responses', but has none of them"),

@@ -1,5 +1,6 @@
-"""Holding out part of the training scenarios."""
+"""What a split's value may be, the source and id that its scenarios get, and validation held out of it."""
 
+import math
 from pathlib import Path
 
 import jsonargparse
@@ -8,51 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stateset_lightning.data.sources import Source, hold_out, read_split
-from stateset_lightning.errors import ConfigError, DataError, UserError
-
-
-def scenarios(prompts):
-    return read_split([{"prompt": prompt} for prompt in prompts], "train")
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=30), st.floats(0.01, 0.99), st.integers(0, 5))
-def test_both_sides_have_rows_and_no_question_is_on_both(prompts, fraction, seed):
-    if len(set(prompts)) < 2:
-        return
-    train, validation = hold_out(scenarios(prompts), fraction, seed)
-    assert len(train) > 0
-    assert len(validation) > 0
-    assert sorted(s.id for part in (train, validation) for s in part.scenarios) == sorted(
-        s.id for s in scenarios(prompts).scenarios
-    )
-    assert not {s.prompt for s in train.scenarios} & {s.prompt for s in validation.scenarios}
-
-
-def test_the_fraction_is_exact_and_the_seed_decides():
-    rows = scenarios([str(i) for i in range(30)])
-    train, validation = hold_out(rows, 0.1, seed=1)
-    assert (len(train), len(validation)) == (27, 3)
-    assert hold_out(rows, 0.1, seed=1)[1].scenarios == validation.scenarios
-    assert hold_out(rows, 0.1, seed=2)[1].scenarios != validation.scenarios
-    assert len(hold_out(rows, 0.001, seed=1)[1]) == 1
-
-
-def test_the_same_question_as_prompt_or_message_under_another_instruction_stays_together():
-    rows = read_split(
-        [{"prompt": "a", "context": "x"}, {"messages": [{"role": "user", "content": "a"}]}, {"prompt": "b"}], "train"
-    )
-    for seed in range(5):
-        sides = [{s.id for s in part.scenarios} for part in hold_out(rows, 0.3, seed)]
-        assert {"train:3"} in sides
-
-
-def test_one_question_cannot_be_split():
-    with pytest.raises(DataError, match=r"all of data.train asks one question"):
-        hold_out(scenarios(["a", "a"]), 0.5, 0)
-
-
-# MERGED: What a split's value may be, and which source and id its scenarios get.
+from stateset_lightning.errors import DataError, UserError
 
 REAL = Path(__file__).parents[2].parent / "shared/data"
 
@@ -144,6 +101,8 @@ def test_all_bad_rows_of_all_files_are_reported_together(write):
         ([{"rows": []}], "data.train has no rows"),
         ([{"rows": "abc"}], "data.train item 1: rows must be a list of scenarios, not str"),
         ([{"path": "a", "weight": -1}], "data.train item 1: weight=-1 must be a number above 0"),
+        ([Source(path="a", weight=math.inf)], "data.train item 1: weight=inf must be a number above 0"),
+        ([{"path": 7}], "data.train item 1: path=7 must be text"),
         ([{"path": "a", "weight": 1}, {"path": "b"}], "some sources have a weight and some have none"),
         ([{"path": "a", "rewards": "exact"}], "data.train item 1: rewards='exact' must be a list of reward names"),
         ([{"path": "a", "fields": "x"}], "data.train item 1: fields='x' must map our names"),
@@ -179,6 +138,45 @@ def test_the_command_line_refuses_a_weight_that_is_not_positive():
         parser.parse_args(["--source.weight=0"])
 
 
-def test_a_config_error_is_raised_for_a_fraction_of_weights():
-    with pytest.raises(ConfigError):
-        read_split([Source(rows=[{"prompt": "a"}], weight=float("inf"))], "train")
+# Validation held out of the training scenarios ------------------------------------------------------------------------
+
+
+def scenarios(prompts):
+    return read_split([{"prompt": prompt} for prompt in prompts], "train")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from("abcdefgh"), min_size=2, max_size=30), st.floats(0.01, 0.99), st.integers(0, 5))
+def test_both_sides_have_rows_and_no_question_is_on_both(prompts, fraction, seed):
+    if len(set(prompts)) < 2:
+        return
+    train, validation = hold_out(scenarios(prompts), fraction, seed)
+    assert len(train) > 0
+    assert len(validation) > 0
+    assert sorted(s.id for part in (train, validation) for s in part.scenarios) == sorted(
+        s.id for s in scenarios(prompts).scenarios
+    )
+    assert not {s.prompt for s in train.scenarios} & {s.prompt for s in validation.scenarios}
+
+
+def test_the_fraction_is_exact_and_the_seed_decides():
+    rows = scenarios([str(i) for i in range(30)])
+    train, validation = hold_out(rows, 0.1, seed=1)
+    assert (len(train), len(validation)) == (27, 3)
+    assert hold_out(rows, 0.1, seed=1)[1].scenarios == validation.scenarios
+    assert hold_out(rows, 0.1, seed=2)[1].scenarios != validation.scenarios
+    assert len(hold_out(rows, 0.001, seed=1)[1]) == 1
+
+
+def test_the_same_question_as_prompt_or_message_under_another_instruction_stays_together():
+    rows = read_split(
+        [{"prompt": "a", "context": "x"}, {"messages": [{"role": "user", "content": "a"}]}, {"prompt": "b"}], "train"
+    )
+    for seed in range(5):
+        sides = [{s.id for s in part.scenarios} for part in hold_out(rows, 0.3, seed)]
+        assert {"train:3"} in sides
+
+
+def test_one_question_cannot_be_split():
+    with pytest.raises(DataError, match=r"all of data.train asks one question"):
+        hold_out(scenarios(["a", "a"]), 0.5, 0)

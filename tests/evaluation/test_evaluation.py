@@ -1,10 +1,12 @@
-"""What several samples of a prompt show, by hand and in runs; a held-out reward beside the trained one."""
+"""Measures of greedy completions and of samples, by hand and in runs; a held-out reward beside the trained one."""
 
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,8 @@ def completions(texts, values):
     values_NF = torch.tensor(values, dtype=torch.float64)
     totals_N = torch.where(values_NF == NOT_APPLICABLE, 0.0, values_NF) @ torch.tensor([1.0, 0.5], dtype=torch.float64)
     lengths_N = torch.ones(len(texts), dtype=torch.long)
-    rollout = Rollout([[1]], lengths_N, lengths_N, lengths_N.float(), [FinishReason.STOP] * len(texts), texts)
+    reasons = [FinishReason.STOP] * len(texts)
+    rollout = Rollout([[1]], lengths_N, lengths_N, lengths_N.float(), lengths_N.bool(), reasons, texts)
     return rollout, Scores(("right", "format"), values_NF, totals_N)
 
 
@@ -75,6 +78,76 @@ def test_solved_is_the_total_unless_a_reward_is_named():
         metric = Evaluation(["right", "format"], EvaluationConfig(**options))
         metric.update(scenarios, greedy)
         assert metric.compute()["solved"] == pytest.approx(share), options
+
+
+def greedy_means(*batches):
+    """An evaluation of the greedy completions' rewards and lengths: batches of (values_NF, totals_N, lengths_N)."""
+    metric = Evaluation(["right", "tone"], EvaluationConfig())
+    for batch in batches:
+        add(metric, *batch)
+    return metric
+
+
+def add(metric, values, totals, lengths):
+    rollout, scores = completions(["a"] * len(values), values)
+    rollout = replace(rollout, lengths_N=torch.tensor(lengths))
+    scores = Scores(("right", "tone"), scores.values_NF, torch.tensor(totals, dtype=torch.float64))
+    metric.update([Scenario(id="0", prompt="a")] * len(values), (rollout, scores))
+
+
+def test_means_are_over_completions_and_not_over_batches():
+    metric = greedy_means(
+        ([[1.0, 0.5], [0.0, 0.5], [0.0, 0.5]], [1.0, 0.0, 0.0], [1, 2, 3]), ([[1.0, 0.5]], [1.0], [6])
+    )
+    expected = {"num_completions": 4, "mean_tokens": 3.0, "reward_failures": 0.0, "reward": 0.5, "reward/right": 0.5}
+    assert metric.compute().items() >= expected.items()
+    assert set(metric.compute()) <= set(metric.logged_names())
+
+
+def test_failures_are_counted_and_enter_no_mean():
+    values = [[1.0, 0.5], [NAN, 0.25], [0.0, NOT_APPLICABLE], [NAN, NAN]]
+    metric = greedy_means((values, [1.5, NAN, 0.0, NAN], [1, 1, 1, 1]))
+    expected = {"reward": 0.75, "reward/right": 0.5, "reward/tone": 0.375, "reward_failures": 0.5, "num_completions": 4}
+    assert metric.compute().items() >= expected.items()
+
+
+def test_what_was_never_scored_has_no_mean():
+    with pytest.warns(UserWarning, match="before the ``update``"):
+        assert greedy_means().compute() == {"num_completions": 0}
+    metric = greedy_means(([[NAN, 1.0]], [NAN], [2]))
+    assert metric.compute() == {"num_completions": 1, "mean_tokens": 2.0, "reward_failures": 1.0, "reward/tone": 1.0}
+
+
+def test_a_reset_under_inference_mode_can_be_followed_by_updates_outside():
+    metric = greedy_means()
+    with torch.inference_mode():
+        add(metric, [[1.0, 1.0]], [1.0], [9])
+        metric.reset()
+    add(metric, [[0.5, 1.0]], [0.5], [1])
+    add(metric, [[0.0, 1.0]], [0.0], [1])
+    assert metric.compute()["reward"] == 0.25
+    with torch.inference_mode():
+        add(metric, [[0.25, 1.0]], [0.25], [1])
+    assert metric.compute()["reward"] == pytest.approx(0.25)
+    assert metric.compute()["num_completions"] == 3
+
+
+def test_two_ranks_merge_into_the_whole():
+    one, other = ([[1.0, NAN], [NAN, 1.0]], [1.0, NAN], [3, 4]), ([[0.0, 0.0]], [0.0], [5])
+    first = greedy_means(one)
+    first.merge_state(greedy_means(other))
+    merged, whole = first.compute(), greedy_means(one, other).compute()
+    assert merged == whole
+
+
+def test_sums_keep_their_precision_over_many_completions():
+    metric = greedy_means(([[2.0**24, 0.0]], [2.0**24], [1]), *[([[1.0, 0.0]], [1.0], [1])] * 8)
+    assert metric.compute()["reward"] * 9 == pytest.approx(2.0**24 + 8, abs=1e-3)  # float32 would have lost the ones
+
+
+def test_an_evaluation_can_be_pickled_for_another_process():
+    metric = greedy_means(([[1.0, 0.0]], [1.0], [2]))
+    assert pickle.loads(pickle.dumps(metric)).compute() == metric.compute()
 
 
 def test_samples_do_not_change_greedy_metrics_and_do_not_depend_on_the_batch(tmp_path):

@@ -8,7 +8,6 @@ import pytest
 
 from stateset_lightning.errors import CheckpointError
 from stateset_lightning.policy import LoadingOptions, LoRAConfig, PolicyConfig
-from stateset_lightning.policy.config import FROM_CHECKPOINT
 
 
 def test_the_model_has_no_default() -> None:
@@ -70,7 +69,10 @@ def test_what_chooses_code_never_comes_from_a_checkpoint(caplog: pytest.LogCaptu
             "the run's model.policy.trust_remote_code is not taken from a checkpoint: give --trust_remote_code where"
             " you trust it"
         ),
-        """the run's model.policy.model_kwargs is not taken from a checkpoint: give --model_kwargs '{"a": [1]}' where you trust it""",
+        (
+            "the run's model.policy.model_kwargs is not taken from a checkpoint: give --model_kwargs '{\"a\": [1]}'"
+            " where you trust it"
+        ),
     ]
     caplog.clear()
     given = LoadingOptions(revision="v3", attn_implementation="sdpa", trust_remote_code=True, model_kwargs={"b": 1})
@@ -88,11 +90,9 @@ def test_a_checkpoint_cannot_write_to_the_terminal(caplog: pytest.LogCaptureFixt
 
 
 def test_every_option_is_either_a_checkpoints_or_the_users() -> None:
-    of_the_user = [item.name for item in fields(LoadingOptions)]
-    assert sorted([*FROM_CHECKPOINT, *of_the_user]) == sorted(item.name for item in fields(PolicyConfig))
-    assert [item.type for item in fields(PolicyConfig) if item.name in of_the_user] == [
-        item.type for item in fields(LoadingOptions)
-    ]
+    """A new option must be added here, after a thought: what chooses code must be one of `LoadingOptions`."""
+    assert {item.name for item in fields(LoadingOptions)} == LOADING.keys()
+    assert {item.name for item in fields(PolicyConfig)} == {"model_name", *FROM_FILE, *LOADING}
 
 
 @pytest.mark.parametrize(

@@ -6,23 +6,26 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from policy.test_lora import move
+from policy.test_policy import GROUPS
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import (
+    AdapterReference,
     Group,
+    LoRAConfig,
     Policy,
     PolicyConfig,
-    context_length,
     end_of_sequence_ids,
     load_model,
     load_tokenizer,
+    make_reference,
     resolve_model_name,
 )
 from stateset_lightning.tiny import TINY_FOLDER
@@ -48,7 +51,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 # Models
-# -----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_of_each_architecture_loads_as_it_was_saved(
@@ -68,7 +71,7 @@ def test_a_folder_of_each_architecture_loads_as_it_was_saved(
         assert torch.equal(parameter, expected)
     torch.testing.assert_close(model(IDS).logits, original(IDS).logits, atol=1e-6, rtol=0)
     assert end_of_sequence_ids(model, load_tokenizer(config)) == {1}
-    assert context_length(model) == 128
+    assert Policy(model, config).context_length == 128
 
 
 def test_tiny_is_the_bundled_folder(tiny_model: Any, tiny_tokenizer: Any) -> None:
@@ -147,7 +150,7 @@ def test_a_models_own_dropout_is_replaced_by_ours(
 
 
 # Gradient checkpointing
-# -------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_gradient_checkpointing_is_switched_on_in_the_form_that_works_with_frozen_inputs(
@@ -166,7 +169,7 @@ def test_gradient_checkpointing_is_switched_on_in_the_form_that_works_with_froze
 
 
 # Refusals
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["./no/such/folder", "/no/such/folder", "a/b/c", "../x"])
@@ -281,7 +284,7 @@ def test_a_folders_own_code_does_not_run_unless_trusted(folder_of: Callable[...,
 
 
 # Tokenizers
-# -------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def folder_with_tokenizer(folder: Path, **special_tokens: str) -> PolicyConfig:
@@ -323,27 +326,33 @@ def test_a_folder_without_a_tokenizer_is_refused(folder_of: Callable[..., Path])
         load_tokenizer(PolicyConfig(str(folder)))
 
 
-# End tokens and context
-# -------------------------------------------------------------------------------------------------------
+# Reference
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("configured", "expected"), [(None, {1}), (5, {1, 5}), ([5, 6], {1, 5, 6}), ([], {1})])
-def test_end_tokens_are_the_tokenizers_and_the_generation_configs(
-    make_model: Callable[..., Any], tiny_tokenizer: Any, configured: Any, expected: set[int]
-) -> None:
-    model = make_model("llama")
-    model.generation_config.eos_token_id = configured
-    assert end_of_sequence_ids(model, tiny_tokenizer) == expected
+def test_an_adapter_s_reference_is_the_model_under_it(model_folder: Callable[..., Path]) -> None:
+    name = str(model_folder("llama"))
+    config = PolicyConfig(name, lora=LoRAConfig(rank=4, dropout=0.5))
+    policy, plain = Policy(load_model(config), config), Policy(load_model(PolicyConfig(name)), PolicyConfig(name))
+    reference = make_reference(policy, torch.float32)
+    assert isinstance(reference, AdapterReference)
+    expected = plain.score_without_gradient(GROUPS, 0.7)
+    # B is zero
+    assert all(torch.equal(x, y) for x, y in zip(policy.score_without_gradient(GROUPS, 0.7), expected, strict=True))
+    policy.train()
+    move(policy.model)
+    moved = policy.score_without_gradient(GROUPS, 0.7)[0]
+    assert all(torch.equal(x, y) for x, y in zip(reference.score_without_gradient(GROUPS, 0.7), expected, strict=True))
+    assert torch.equal(policy.score_without_gradient(GROUPS, 0.7)[0], moved)
+    assert not torch.allclose(moved, expected[0], atol=0.1)
 
 
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        ({}, None),
-        ({"n_positions": 7}, 7),
-        ({"max_position_embeddings": 9}, 9),
-        ({"max_position_embeddings": None}, None),
-    ],
-)
-def test_the_context_length_is_what_the_config_says(config: dict[str, Any], expected: int | None) -> None:
-    assert context_length(SimpleNamespace(config=SimpleNamespace(**config))) == expected  # type: ignore[arg-type]
+def test_without_an_adapter_it_is_a_second_model_from_the_source(model_folder: Callable[..., Path]) -> None:
+    config = PolicyConfig(str(model_folder("llama")))
+    policy = Policy(load_model(config), config)
+    expected = policy.score_without_gradient(GROUPS)[0]
+    move(policy.model)
+    reference = make_reference(policy, torch.float32)
+    assert isinstance(reference, Policy)
+    assert torch.equal(reference.score_without_gradient(GROUPS)[0], expected)
+    assert not any(parameter.requires_grad for parameter in reference.parameters())

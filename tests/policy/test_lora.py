@@ -32,7 +32,7 @@ IDS = torch.arange(20, 60)[None]
 
 def adapted(model: Any, seed: int = 1, **options: Any) -> Any:
     """The model with an adapter of rank 4."""
-    add_adapter(model, PolicyConfig("random", lora=LoRAConfig(**{"rank": 4, "alpha": 8, **options})), seed)
+    add_adapter(model, LoRAConfig(**{"rank": 4, "alpha": 8, **options}), seed)
     return model
 
 
@@ -64,7 +64,7 @@ def gradients(model: nn.Module, scores: tuple[Tensor, Tensor]) -> dict[str, Tens
 
 
 # New
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_new_adapter_changes_nothing_and_is_all_that_trains(
@@ -218,7 +218,7 @@ def test_quantization_settings_reach_transformers(
 
 
 # Off and merged
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 MANY = (
     {},
@@ -247,10 +247,11 @@ def test_merging_for_a_while_leaves_every_bit_in_place(
 ) -> None:
     model = adapted(make_model(name), **options)
     move(model)
+    policy = Policy(model, PolicyConfig("random"))
     before, places, moved = copy.deepcopy(model.state_dict()), dict(model.named_parameters()), logits(model)
 
     def fail_inside() -> None:
-        with merged_adapter(model):
+        with policy.merged_adapter():
             assert any(layer.merged for layer in model.modules() if hasattr(layer, "merged_adapters"))
             torch.testing.assert_close(logits(model), moved, atol=2e-4, rtol=1e-4)
             raise KeyError  # an exception while sampling
@@ -293,7 +294,7 @@ def test_a_tied_embedding_cannot_take_an_adapter(make_model: Callable[..., Any])
 
 
 # Saved and loaded
-# -------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

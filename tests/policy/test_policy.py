@@ -2,7 +2,10 @@
 
 import copy
 import logging
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.policy import Group, Policy, PolicyConfig, packed_attention
+from stateset_lightning.policy import Group, LoRAConfig, Policy, PolicyConfig, context_length, head, packed_attention
 
 GROUPS = [
     Group([20, 31, 42, 53, 64, 75], [[86, 97, 108, 119, 130, 141], [152], [163, 174]]),
@@ -82,7 +85,7 @@ def assert_same_scores(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tenso
 
 
 # Values and gradients
-# -------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -170,7 +173,7 @@ def test_no_score_reaches_beyond_its_own_past(make_model: Callable[..., Any]) ->
 
 
 # Choosing a path
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_packed_scoring_is_refused_where_it_is_not_exact(make_model: Callable[..., Any]) -> None:
@@ -273,7 +276,7 @@ def test_saving_does_not_write_the_packed_attention_into_the_folder(
 
 
 # Without gradient
-# -----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_scores_without_gradient_have_no_graph_and_no_dropout_and_leave_the_mode(
@@ -329,5 +332,130 @@ def test_bfloat16_weights_are_scored_packed_within_their_precision(make_model: C
     assert (logprobs - expected).abs().mean() < 0.05
 
 
-def test_a_group_knows_its_number_of_completion_tokens() -> None:
+# Tokens that the policy has not sampled
+# ----------------------------------------------------------------------------------------------------------------------
+
+MASKS = [
+    [[True, False, False, True, True, False], [False], [False, True]],
+    [[False, False, False]],  # a group of which nothing is scored
+    [[True], [False], [True, False, True, True, False]],
+]
+MIXED = [Group(group.prompt, group.completions, mask) for group, mask in zip(GROUPS, MASKS, strict=True)]
+SAMPLED = [token for mask in MASKS for completion in mask for token in completion]
+
+
+@pytest.mark.parametrize("scoring", ["auto", "padded"])
+def test_only_sampled_tokens_are_scored(
+    make_model: Callable[..., Any], architecture: str, scoring: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy(make_model(architecture), scoring=scoring)
+    assert policy.uses_packed_scoring == (scoring == "auto" and architecture in PACKED)
+    everything = policy.score(GROUPS)
+    expected = everything[0][SAMPLED], everything[1][SAMPLED]
+    expected_gradients = gradients(policy.model, expected)
+    rows: list[int] = []
+    computed = head._logits
+    monkeypatch.setattr(head, "_logits", lambda hidden, *rest: rows.append(len(hidden)) or computed(hidden, *rest))
+    got = policy.score(MIXED)
+    assert len(got[0]) == 8
+    assert_same_scores(got, expected)
+    assert_same_gradients(gradients(policy.model, got), expected_gradients)
+    assert rows == [8, 8]  # forward and backward: the head computes nothing for other tokens
+    assert_same_scores(policy.score_without_gradient(MIXED), expected)
+
+
+def test_only_sampled_tokens_are_scored_by_a_model_s_own_head(make_model: Callable[..., Any]) -> None:
+    model = make_model("llama")
+    model.register_forward_hook(lambda module, args, output: setattr(output, "logits", output.logits * 2.0))
+    policy = make_policy(model)
+    assert not policy.uses_chunked_head
+    everything = policy.score(GROUPS)
+    expected = everything[0][SAMPLED], everything[1][SAMPLED]
+    got = policy.score(MIXED)
+    assert_same_scores(got, expected)
+    assert_same_gradients(gradients(policy.model, got), gradients(policy.model, expected))
+
+
+@pytest.mark.parametrize("scoring", ["packed", "padded"])
+def test_a_batch_without_sampled_tokens_scores_nothing_and_trains_nothing(
+    make_model: Callable[..., Any], scoring: str
+) -> None:
+    policy = make_policy(make_model("qwen2"), scoring=scoring)
+    logprobs, entropies = policy.score([MIXED[1]])
+    assert logprobs.shape == entropies.shape == (0,)
+    (logprobs.sum() + entropies.sum()).backward()
+    assert all(p.grad is None or not p.grad.any() for p in policy.parameters())
+
+
+def test_a_group_knows_its_numbers_of_tokens() -> None:
+    assert [group.num_completion_tokens for group in MIXED] == [group.num_completion_tokens for group in GROUPS]
     assert [group.num_completion_tokens for group in GROUPS] == [9, 3, 7]
+    assert [group.num_sampled_tokens for group in GROUPS] == [9, 3, 7]
+    assert [group.num_sampled_tokens for group in MIXED] == [4, 0, 4]
+
+
+def test_a_mask_that_does_not_fit_the_completions_is_our_own_mistake() -> None:
+    with pytest.raises(AssertionError):
+        Group([1], [[2, 3], [4]], [[True, True], [True, True]])
+
+
+# What else callers ask of a policy
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("configured", "expected"), [(None, {1}), (5, {1, 5}), ([5, 6], {1, 5, 6}), ([], {1})])
+def test_end_tokens_are_the_tokenizers_and_the_generation_configs(
+    make_model: Callable[..., Any], tiny_tokenizer: Any, configured: Any, expected: set[int]
+) -> None:
+    model = make_model("llama")
+    model.generation_config.eos_token_id = configured
+    assert make_policy(model).end_of_sequence_ids(tiny_tokenizer) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, None),
+        ({"n_positions": 7}, 7),
+        ({"max_position_embeddings": 9}, 9),
+        ({"max_position_embeddings": None}, None),
+    ],
+)
+def test_the_context_length_is_what_the_config_says(config: dict[str, Any], expected: int | None) -> None:
+    assert context_length(SimpleNamespace(config=SimpleNamespace(**config))) == expected  # type: ignore[arg-type]
+
+
+def test_a_policy_says_whether_training_uses_dropout(make_model: Callable[..., Any]) -> None:
+    assert not make_policy(make_model("llama")).has_dropout
+    assert make_policy(make_model("llama"), dropout=0.1).has_dropout
+    assert make_policy(make_model("llama"), lora=LoRAConfig(dropout=0.1)).has_dropout
+
+
+def test_without_an_adapter_nothing_is_merged(make_model: Callable[..., Any]) -> None:
+    policy = make_policy(make_model("llama"))
+    places = dict(policy.named_parameters())
+    with policy.merged_adapter():
+        assert all(parameter is places[name] for name, parameter in policy.named_parameters())
+
+
+def test_scoring_enters_few_of_our_files(make_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    """What a reader must know of the policy to follow a training step."""
+    policy = make_policy(make_model("qwen2"))
+    entered: set[str] = set()
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.parent.name == "policy" and path.parent.parent.name == "stateset_lightning":
+            entered.add(path.stem)
+
+    sys.setprofile(note)
+    try:
+        policy.score_without_gradient(MIXED)
+        policy.score(GROUPS)[0].sum().backward()
+        with policy.merged_adapter():
+            policy.end_of_sequence_ids(tiny_tokenizer)
+        assert not policy.has_dropout
+        assert policy.context_length == 128
+    finally:
+        sys.setprofile(None)
+    assert entered == {"policy", "head", "packed_attention", "recomputed_layers"}

@@ -12,7 +12,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
-from stateset_lightning.policy.recomputed_layers import use_lean_layers
+from stateset_lightning.policy.recomputed_layers import use_recomputed_layers
 
 IDS = torch.tensor([[3, 17, 29, 4, 98], [55, 6, 7, 81, 9]])
 
@@ -31,16 +31,16 @@ def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
 def test_a_model_has_the_same_outputs_and_gradients(make_model: Callable[..., Any], name: str) -> None:
     stock = make_model(name)
-    lean = copy.deepcopy(stock)
+    changed = copy.deepcopy(stock)
     layers = stock.config.num_hidden_layers
     norms = {"llama": 2, "qwen2": 2, "qwen3": 4}[name]  # Qwen3 has norms of query and key, too
-    assert use_lean_layers(lean) == layers * (norms + 1) + 1
-    torch.testing.assert_close(lean(IDS).logits, stock(IDS).logits, rtol=1e-5, atol=1e-6)
+    assert use_recomputed_layers(changed) == layers * (norms + 1) + 1
+    torch.testing.assert_close(changed(IDS).logits, stock(IDS).logits, rtol=1e-5, atol=1e-6)
     expected = gradients(stock)
-    for parameter, grad in gradients(lean).items():
+    for parameter, grad in gradients(changed).items():
         assert relative_difference(grad, expected[parameter]) < 1e-5, parameter
     with torch.no_grad():  # as in sampling
-        torch.testing.assert_close(lean(IDS).logits, stock(IDS).logits, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(changed(IDS).logits, stock(IDS).logits, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
@@ -49,10 +49,10 @@ def test_in_lower_precision_they_differ_by_its_rounding(make_model: Callable[...
     exact = gradients(stock)
     if precision == "bf16-true":
         stock = stock.to(torch.bfloat16)
-    lean = copy.deepcopy(stock)
-    assert use_lean_layers(lean)
+    changed = copy.deepcopy(stock)
+    assert use_recomputed_layers(changed)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
-        rounded, recomputed = gradients(stock), gradients(lean)
+        rounded, recomputed = gradients(stock), gradients(changed)
     for name, grad in recomputed.items():
         assert grad.dtype == rounded[name].dtype
         error = relative_difference(rounded[name], exact[name])
@@ -80,14 +80,14 @@ def test_what_is_kept_counted_by_hand(make_model: Callable[..., Any]) -> None:
     x = torch.randn(1, tokens, hidden, generator=torch.Generator().manual_seed(0)).requires_grad_()
     norm = LlamaRMSNorm(hidden)
     assert saved_floats(norm, x) == tokens * (2 * hidden + 1)  # x, x / rms(x), 1 / rms(x)
-    use_lean_layers(norm)
+    use_recomputed_layers(norm)
     assert saved_floats(norm, x) == tokens * (hidden + 1)
 
     config = make_model("qwen2").config
     config.hidden_size, config.intermediate_size = hidden, inner
     mlp = Qwen2MLP(config)
     assert saved_floats(mlp, x) == tokens * (hidden + 4 * inner)  # x, gate, silu(gate), up, their product
-    use_lean_layers(mlp)
+    use_recomputed_layers(mlp)
     assert saved_floats(mlp, x) == tokens * (hidden + 2 * inner)  # x, gate, up
     mlp.down_proj.register_forward_hook(lambda *args: None)
     assert saved_floats(mlp, x) == tokens * (hidden + 3 * inner)  # called as a layer, which keeps its input
@@ -106,7 +106,7 @@ def test_a_layer_keeps_two_fifths_less(make_model: Callable[..., Any]) -> None:
     positions = model.model.rotary_emb(x, torch.arange(64)[None])
     layer.forward = partial(layer.forward, position_embeddings=positions)
     kept = saved_floats(layer, x)
-    use_lean_layers(layer)
+    use_recomputed_layers(layer)
     assert 1 - saved_floats(layer, x) / kept == pytest.approx(0.4, abs=0.02)
 
 
@@ -117,11 +117,11 @@ def test_biases_and_frozen_weights_of_the_layer_behind_the_gate(
     make_model: Callable[..., Any], frozen: list[str]
 ) -> None:
     stock = LlamaMLP(make_model("llama", mlp_bias=True).config)
-    lean = copy.deepcopy(stock)
-    assert use_lean_layers(lean) == 1
+    changed = copy.deepcopy(stock)
+    assert use_recomputed_layers(changed) == 1
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     found = []
-    for mlp in (stock, lean):
+    for mlp in (stock, changed):
         for name in frozen:
             mlp.get_parameter(name).requires_grad_(False)
         given = x.clone().requires_grad_()
@@ -135,18 +135,18 @@ def test_biases_and_frozen_weights_of_the_layer_behind_the_gate(
 
 def test_hooks_of_the_layer_behind_the_gate_are_called(make_model: Callable[..., Any]) -> None:
     mlp = Qwen2MLP(make_model("qwen2").config)
-    use_lean_layers(mlp)
+    use_recomputed_layers(mlp)
     mlp.down_proj.register_forward_hook(lambda module, args, output: output * 0)
     assert not mlp(torch.ones(1, 3, 32)).any()
 
 
 def test_layers_of_another_form_stay(make_model: Callable[..., Any]) -> None:
-    assert use_lean_layers(make_model("gpt2")) == 0
-    assert use_lean_layers(Gemma2RMSNorm(8)) == 0
+    assert use_recomputed_layers(make_model("gpt2")) == 0
+    assert use_recomputed_layers(Gemma2RMSNorm(8)) == 0
     config = make_model("qwen2").config
     mlp = Qwen2MLP(config)
     mlp.act_fn = nn.GELU()
-    assert use_lean_layers(mlp) == 0
+    assert use_recomputed_layers(mlp) == 0
 
     class Shifted(LlamaRMSNorm):
         """Scales by 1 + weight, as Gemma does, under the names of Llama's norm."""
@@ -154,21 +154,21 @@ def test_layers_of_another_form_stay(make_model: Callable[..., Any]) -> None:
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
             return super().forward(hidden_states) * (1 + 1 / self.weight)
 
-    assert use_lean_layers(Shifted(8)) == 0
+    assert use_recomputed_layers(Shifted(8)) == 0
 
 
 def test_quantized_layers_stay() -> None:
     """Their weights are packed integers, of another shape than the layer."""
     norm = LlamaRMSNorm(8)
     norm.weight = nn.Parameter(torch.ones(4, dtype=torch.uint8), requires_grad=False)
-    assert use_lean_layers(norm) == 0
+    assert use_recomputed_layers(norm) == 0
 
 
 def test_a_copy_has_its_own_weights(make_model: Callable[..., Any]) -> None:
     model = make_model("llama")
-    use_lean_layers(model)
+    use_recomputed_layers(model)
     copied = copy.deepcopy(model)
-    assert use_lean_layers(copied) == 0  # it has them already
+    assert use_recomputed_layers(copied) == 0  # it has them already
     before = model(IDS).logits
     with torch.no_grad():
         for parameter in copied.parameters():

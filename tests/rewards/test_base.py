@@ -1,14 +1,27 @@
-"""The reward interface: names, weights, what is accepted, and the command line's view of it."""
+"""The reward interface: names, what built-in rewards read, what counts as a score and what as a failure."""
 
-import functools
-import sys
+import asyncio
+import math
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
-from jsonargparse import ArgumentParser
+import torch
 
-from stateset_lightning.errors import ConfigError
-from stateset_lightning.rewards import ExactMatch, NumericAnswer, Reward, RewardFunction, RewardResult, as_rewards
-from stateset_lightning.rewards.base import FunctionReward, is_async, snake_case
+from stateset_lightning.errors import DataError, RewardError
+from stateset_lightning.rewards import FunctionReward, RewardFunction, RewardResult
+from stateset_lightning.rewards.base import (
+    bad_target,
+    call,
+    call_async,
+    completion,
+    snake_case,
+    target_of,
+    target_texts,
+    to_outcome,
+)
+from stateset_lightning.types import NOT_APPLICABLE, Turn
 
 
 class CustomSingleTurnReward(RewardFunction):  # the guide's, word for word
@@ -25,19 +38,6 @@ class OwnInit(RewardFunction):
         self.letters = letters
 
     def compute_reward(self, turns, context=None):
-        return 1.0
-
-
-async def judge(turns, context):
-    return 1.0
-
-
-def plain(turns, context):
-    return 1.0
-
-
-class Callable:
-    async def __call__(self, turns, context):
         return 1.0
 
 
@@ -61,105 +61,133 @@ def test_a_subclass_needs_no_super_init():
     assert reward.name == "mine"
 
 
-def test_a_class_attribute_names_a_reward():
-    class Named(OwnInit):
-        name = "given"
-        weight = 2.0
-
-    assert [r.name for r in as_rewards([Named("a"), Named("b")])] == ["given", "given_2"]
-    assert Named("a").weight == 2.0
-
-
 def test_constructor_sets_weight_name_and_timeout():
     reward = CustomSingleTurnReward(weight=0.5, name="length", timeout=3)
     assert (reward.weight, reward.name, reward.timeout) == (0.5, "length", 3)
 
 
-def test_one_a_list_and_functions_are_accepted():
-    reward = ExactMatch()
-    assert as_rewards(reward) == [reward]
-    partial = functools.partial(plain)
-    rewards = as_rewards([reward, plain, judge, partial, lambda turns, context: 1, Callable()])
-    assert [r.name for r in rewards] == ["exact_match", "plain", "judge", "plain_2", "function", "callable"]
-    assert [is_async(r) for r in rewards] == [False, False, True, False, False, True]
-    assert isinstance(rewards[1], FunctionReward)
+def test_the_completion_is_the_last_turn():
+    turns = [Turn("user", "one"), Turn("assistant", "a"), Turn("user", "two"), Turn("assistant", "b")]
+    assert (completion(turns), completion([])) == ("b", "")
+    assert completion([{"role": "assistant", "content": "as a mapping"}]) == "as a mapping"
 
 
-def test_duplicate_names_do_not_take_a_given_one():
-    names = [r.name for r in as_rewards([ExactMatch(), ExactMatch(), ExactMatch(name="exact_match_2"), ExactMatch()])]
-    assert names == ["exact_match", "exact_match_3", "exact_match_2", "exact_match_4"]
+def test_a_missing_target_is_a_data_error():
+    expected = "reward 'exact_match' needs an answer, but target=None of scenario 'q7' is missing"
+    with pytest.raises(DataError, match=expected):
+        target_of({"id": "q7", "target": None}, "exact_match")
+    with pytest.raises(DataError, match="'rewards' column"):
+        target_of(None, "exact_match")
 
 
-def test_naming_twice_changes_nothing():
-    rewards = [ExactMatch(), ExactMatch()]
-    assert [r.name for r in as_rewards(as_rewards(rewards))] == ["exact_match", "exact_match_2"]
+def test_a_target_that_cannot_be_used_is_shown():
+    error = bad_target({"id": "q7", "target": "x"}, "numeric", "holds no number")
+    assert str(error) == "reward 'numeric' needs an answer, but target='x' of scenario 'q7' holds no number"
+
+
+def test_targets_are_texts():
+    assert target_texts({"target": 72}, "r") == ["72"]
+    assert target_texts({"target": ("a", 1)}, "r") == ["a", "1"]
+    with pytest.raises(DataError, match="empty"):
+        target_texts({"target": []}, "r")
 
 
 @pytest.mark.parametrize(
-    ("reward", "message"),
+    ("output", "value"),
     [
-        (None, "reward=None .* accepted are a RewardFunction, a function f\\(turns, context\\), or a list"),
-        ("exact_match", "reward='exact_match' \\(str\\) is no reward"),
-        ([{"class_path": "x"}], "is no reward"),
-        ([], "at least one reward"),
-        (ExactMatch, "is a class; give an instance: ExactMatch\\(\\)"),
-        (ExactMatch(weight=float("nan")), "weight=nan of reward 'exact_match' must be a finite number"),
-        (ExactMatch(weight="1"), "weight='1'"),
-        (ExactMatch(timeout=0), "timeout of reward 'exact_match'=0 must be a positive number of seconds"),
-        (ExactMatch(name=3), "name=3 of ExactMatch"),
-        (lambda turns: 1.0, "must accept two arguments, \\(turns, context\\), but is function\\(turns\\)"),
+        (0.5, 0.5),
+        (2, 2.0),
+        (True, 1.0),
+        (False, 0.0),
+        (None, NOT_APPLICABLE),
+        (np.float32(0.25), 0.25),
+        (np.int64(3), 3.0),
+        (torch.tensor(0.75), 0.75),
+        (torch.tensor([0.5]), 0.5),
+        (Fraction(1, 4), 0.25),
+        (Decimal("0.5"), 0.5),
+        (RewardResult(0.1), 0.1),
+        (RewardResult(np.float64(0.1)), 0.1),
     ],
 )
-def test_anything_else_is_an_error_that_says_why(reward, message):
-    with pytest.raises(ConfigError, match=message):
-        as_rewards(reward)
+def test_numbers_are_scores(output, value):
+    assert to_outcome(output).value == value
 
 
-def test_one_object_twice_is_an_error():
-    reward = ExactMatch()
-    with pytest.raises(ConfigError, match="stands twice"):
-        as_rewards([reward, reward])
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (math.nan, "returned nan, which is no finite"),
+        (math.inf, "returned inf"),
+        (-math.inf, "returned -inf"),
+        (1e39, "no finite float32 number"),
+        (10**400, "no finite number"),
+        ("0.5", "returned the str '0.5', which is no number"),
+        (np.str_("0.5"), "which is no number"),
+        (b"1", "returned the bytes"),
+        (1j, "complex"),
+        ([1.0], "list"),
+        ({}, "dict"),
+        (torch.tensor([1.0, 2.0]), "Tensor"),
+        (torch.tensor(math.nan), "returned nan"),
+        (RewardResult(math.nan), "returned nan"),
+        (RewardResult(None), "return None itself"),
+    ],
+)
+def test_anything_else_is_a_failure_with_its_reason(output, message):
+    outcome = call(FunctionReward(lambda turns, context: output), [], {})
+    assert math.isnan(outcome.value)
+    assert outcome.error == "RewardError"
+    assert message in outcome.message
+    with pytest.raises(RewardError):
+        to_outcome(output)
 
 
-class Model:
-    def __init__(self, *, reward: Reward) -> None:
-        self.rewards = as_rewards(reward)
+def raising(turns, context):
+    raise KeyError("missing")
 
 
-@pytest.fixture
-def own_module(tmp_path, monkeypatch):
-    """A user's module with a reward class and a reward function."""
-    (tmp_path / "my_own_rewards.py").write_text(
-        "from stateset_lightning.rewards import RewardFunction\n"
-        "class Brevity(RewardFunction):\n"
-        "    def __init__(self, limit: int = 5):\n        self.limit = limit\n"
-        "    def compute_reward(self, turns, context=None):\n        return 1.0\n"
-        "def polite(turns, context):\n    return 1.0\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    yield "my_own_rewards"
-    sys.modules.pop("my_own_rewards", None)
+def exiting(turns, context):
+    raise SystemExit(3)
 
 
-def test_yaml_lists_single_classes_and_functions_parse_and_save(own_module):
-    numeric = (
-        "{class_path: stateset_lightning.rewards.NumericAnswer, init_args: {marker: 'answer:', weight: 2, timeout: 3}}"
-    )
-    brevity = f"{{class_path: {own_module}.Brevity, init_args: {{limit: 7}}}}"
-    seen = []
-    for reward in (f"[{numeric}, {brevity}]", numeric, f"{own_module}.Brevity", f"{own_module}.polite"):
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(Model, "model")
-        config = parser.parse_string(f"model: {{reward: {reward}}}")
-        saved = parser.dump(config)
-        assert parser.dump(parser.parse_string(saved)) == saved
-        seen.append(parser.instantiate(config).model.rewards)
-    assert [[r.name for r in rewards] for rewards in seen] == [
-        ["numeric_answer", "brevity"],
-        ["numeric_answer"],
-        ["brevity"],
-        ["polite"],
-    ]
-    assert isinstance(seen[0][0], NumericAnswer)
-    assert (seen[0][0].marker, seen[0][0].weight, seen[0][0].timeout) == ("answer:", 2.0, 3.0)
-    assert seen[0][1].limit == 7
+class Unprintable(Exception):
+    def __str__(self):
+        raise RuntimeError
+
+
+def unprintable(turns, context):
+    raise Unprintable
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        (raising, "KeyError", "'missing'"),
+        (exiting, "SystemExit", "3"),
+        (unprintable, "Unprintable", "could not be printed"),
+    ],
+)
+def test_exceptions_are_failures_with_a_traceback(function, error, message):
+    outcome = call(FunctionReward(function), [], {})
+    assert math.isnan(outcome.value)
+    assert outcome.error == error
+    assert message in outcome.message
+    assert f"in {function.__name__}" in outcome.traceback
+
+
+def test_an_awaitable_of_a_def_reward_is_awaited():
+    async def later():
+        await asyncio.sleep(0)
+        return RewardResult(0.5, {"part": 1})
+
+    outcome = asyncio.run(call(FunctionReward(lambda turns, context: later()), [], {}))
+    assert (outcome.value, outcome.breakdown) == (0.5, {"part": 1})
+
+
+def test_async_rewards_fail_alike():
+    async def exits(turns, context):
+        raise SystemExit
+
+    assert asyncio.run(call_async(FunctionReward(exits), [], {})).error == "SystemExit"
+    assert asyncio.run(call_async(FunctionReward(lambda: None), [], {})).error == "TypeError"

@@ -33,7 +33,8 @@ def score(prompt, answer, target=None):
         ),
         (
             GRAVITY,
-            "Gravity pulls the Moon toward Earth while it moves sideways, so it keeps falling around the planet in an orbit.",
+            "Gravity pulls the Moon toward Earth while it moves sideways,"
+            " so it keeps falling around the planet in an orbit.",
         ),
         (
             "My order has not arrived. What can I do?",

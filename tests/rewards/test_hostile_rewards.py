@@ -1,6 +1,4 @@
-"""Rewards that fork, leak, start processes of their own, or change global random state: the run goes on as if they did
-not.
-"""
+"""Rewards that fork, leak, start processes of their own, or change global random state do not reach the run."""
 
 import os
 import random
@@ -15,8 +13,9 @@ from module_runs import fit, weights
 
 from stateset_lightning import GRPOLightningModule, RolloutConfig
 from stateset_lightning.policy import PolicyConfig, load_model
-from stateset_lightning.rewards import RewardFunction, Scorer, failure_counts, worker_pool
+from stateset_lightning.rewards import RewardFunction, Scorer, failure_counts
 from stateset_lightning.types import Turn
+from stateset_lightning.workers import pool
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -65,7 +64,7 @@ def run(scorer, texts, context=None):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_fork_in_a_worker_does_not_answer_twice(doing, monkeypatch):
-    monkeypatch.setattr(worker_pool, "MAX_WORKERS", 1)
+    monkeypatch.setattr(pool, "MAX_WORKERS", 1)
     with Scorer(doing(timeout=20)) as scorer:
         for i in range(5):  # a second answer would be taken for that of the next request
             assert run(scorer, ["fork", str(i), "7"]).totals_N.tolist() == [1.0, i, 7.0]
@@ -109,8 +108,8 @@ def _runs(pid):
 
 @linux
 def test_a_worker_that_leaks_is_replaced(doing, monkeypatch):
-    monkeypatch.setattr(worker_pool, "LEAK_BYTES", 100_000_000)
-    monkeypatch.setattr(worker_pool, "MAX_WORKERS", 1)
+    monkeypatch.setattr(pool, "LEAK_BYTES", 100_000_000)
+    monkeypatch.setattr(pool, "MAX_WORKERS", 1)
     with Scorer(doing(timeout=20)) as scorer:
         pids = [run(scorer, ["leak"]).breakdowns[0]["doing"]["pid"] for _ in range(8)]
     # 40 MB a call: the first is the base, the fourth is beyond it by 120 MB.

@@ -1,6 +1,4 @@
-"""ModelJudge: against a server on loopback that answers as told, well and badly, and against the real server of
-transformers.
-"""
+"""ModelJudge against a server on loopback that answers as told, and against the real server of transformers."""
 
 import gc
 import json
@@ -19,7 +17,7 @@ from module_runs import fit, make_data, make_module
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stateset_lightning.errors import ConfigError, RewardError
-from stateset_lightning.rewards import ModelJudge, Retry, Scorer, failure_counts
+from stateset_lightning.rewards import ModelJudge, Scorer, failure_counts
 from stateset_lightning.types import Turn
 
 TURNS = [Turn("system", "Be brief."), Turn("user", "Where is my parcel?"), Turn("assistant", "It comes today.")]
@@ -27,9 +25,7 @@ RUBRIC = "Is the answer polite? A perfect one: {target}"
 
 
 class Server(ThreadingHTTPServer):
-    """Answers each request with the next of `replies`, the last one for ever: a text, a status, or a function of the
-    request.
-    """
+    """Answers each request with the next of `replies`, the last one for ever: a text, a status, or a function."""
 
     daemon_threads = True
 
@@ -252,7 +248,7 @@ def test_retry_after_is_kept(server):
         ([401], "AuthenticationError"),
         ([429], "RateLimitError"),
         ([b"<html>"], ""),
-        ([b'{"choices": []}'], "RewardError"),
+        ([b'{"choices": []}'], "ServerError"),
     ],
 )
 def test_what_stays_wrong_fails_under_its_name(server, replies, error):
@@ -308,7 +304,7 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(server, monkey
     assert b"secret-of" not in (tmp_path / "c").read_bytes()
     monkeypatch.delenv("JUDGE_API_KEY")
     with pytest.raises(
-        ConfigError, match="environment variable JUDGE_API_KEY, which holds the judge's key, is not set"
+        ConfigError, match=r"model_judge\.api_key_env: the environment variable JUDGE_API_KEY is not set"
     ):
         judge(server, api_key_env="JUDGE_API_KEY")
     monkeypatch.delenv("OPENAI_API_KEY")
@@ -328,13 +324,6 @@ def test_clients_end_with_their_event_loops(server, caplog):
 def test_parameters_of_a_request_can_be_changed(server):
     run(judge(server, request={"temperature": None, "max_completion_tokens": None, "max_tokens": 9, "seed": 1}))
     assert server.requests[0].keys() == {"model", "messages", "max_tokens", "seed"}
-
-
-def test_a_judge_may_stand_in_retry(server):
-    server.replies = ["no idea", "Score: 5"]
-    reward = Retry(judge(server), exceptions=["RewardError"], backoff=0.01)
-    assert run(reward).totals_N.tolist() == [0.5]
-    assert reward.take_counts()["calls"] == 2
 
 
 @pytest.mark.parametrize(
@@ -369,14 +358,11 @@ def test_what_it_costs_is_logged(server, tmp_path):
     assert last["cost/model_judge/prompt_tokens"] == 100 * len(server.requests)
 
 
-# The real thing
-# -------------------------------------------------------------------------------------------------------------------
+# The real server of transformers ------------------------------------------------------------------
 
 
 def save_judge(folder: Path, tokenizer) -> Path:
-    """A chat model that says `Score: 9` of the answer `good` and `Score: 2` of `bad`, after a moment of training on
-    these two prompts.
-    """
+    """A chat model that says `Score: 9` of the answer `good` and `Score: 2` of `bad`, trained on these two prompts."""
     reward = ModelJudge("m", "Is it polite?", base_url="http://127.0.0.1:9/v1")
     rows = []
     for answer, score in (("good", 9), ("bad", 2)):

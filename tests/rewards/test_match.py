@@ -1,11 +1,12 @@
-"""ExactMatch, Contains, RegexMatch."""
+"""ExactMatch, Contains, RegexMatch, FormatReward, JsonValid."""
 
 import pickle
+import sys
 
 import pytest
 
 from stateset_lightning.errors import ConfigError, DataError
-from stateset_lightning.rewards import Contains, ExactMatch, RegexMatch
+from stateset_lightning.rewards import Contains, ExactMatch, FormatReward, JsonValid, RegexMatch
 from stateset_lightning.types import Turn
 
 
@@ -64,7 +65,7 @@ def test_contains(options, text, target, expected):
 
 
 def test_contains_rejects_what_every_text_contains():
-    with pytest.raises(DataError, match="every text contains it"):
+    with pytest.raises(DataError, match="target='' of scenario 's1' is empty"):
         score(Contains(), "x", "")
     for strings in ([], [""], "red"):
         with pytest.raises(ConfigError, match="list of non-empty strings"):
@@ -94,3 +95,106 @@ def test_regex_match_rejects_bad_options_and_pickles():
     with pytest.raises(ConfigError, match="match='match'"):
         RegexMatch("a", match="match")
     assert score(pickle.loads(pickle.dumps(RegexMatch("a", timeout=1))), "cat") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think>a\nb</think>\n<answer>c</answer>", 1.0),
+        ("Well. <think>a</think> So: <answer>c</answer> Done.", 1.0),
+        ("<answer>c</answer><think>a</think>", 0.0),
+        ("<think>a<answer>c</answer></think>", 0.0),
+        ("<think>a<answer>b</think>c</answer>", 0.0),
+        ("<think>a</think><think>b</think><answer>c</answer>", 0.0),
+        ("<think>a</think><answer>c", 0.0),
+        ("</think>a<think><answer>c</answer>", 0.0),
+        ("<think> </think><answer>c</answer>", 0.0),
+        ("<think>a</think>", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_tags_occur_once_in_order_and_unnested(text, expected):
+    assert score(FormatReward(tags=["think", "answer"]), text) == expected
+
+
+def test_text_outside_tags_can_be_forbidden():
+    reward = FormatReward(tags=["think", "answer"], only_tags=True)
+    assert score(reward, " <think>a</think>\n<answer>c</answer>\n") == 1.0
+    for text in (
+        "x<think>a</think><answer>c</answer>",
+        "<think>a</think>x<answer>c</answer>",
+        "<think>a</think><answer>c</answer>x",
+    ):
+        assert score(reward, text) == 0.0
+
+
+def test_a_pattern_matches_the_whole_completion():
+    reward = FormatReward(pattern=r"Answer: .+")
+    assert [score(reward, text) for text in ("\nAnswer: 1\n2\n", "The Answer: 1")] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "exactly one of tags=None and pattern=None"),
+        ({"tags": ["a"], "pattern": "b"}, "exactly one of"),
+        ({"tags": []}, "list of different names"),
+        ({"tags": ["a", "a"]}, "list of different names"),
+        ({"tags": "think"}, "list of different names"),
+        ({"tags": ["<think>"]}, "give bare names"),
+        ({"pattern": "("}, "no regular expression"),
+        ({"pattern": "a", "only_tags": True}, "only_tags=True goes with tags"),
+    ],
+)
+def test_bad_formats_are_rejected(options, message):
+    with pytest.raises(ConfigError, match=message):
+        FormatReward(**options)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"a": [1, null]}', 1.0),
+        (" 3 ", 1.0),
+        ("NaN", 0.0),
+        ('{"a": Infinity}', 0.0),
+        ("{'a': 1}", 0.0),
+        ('{"a": 1} done', 0.0),
+        ("", 0.0),
+        ("[" * 100_000, 0.0),
+        ('```json\n{"a": 1}\n```', 0.0),
+    ],
+)
+def test_json_is_valid_or_not(text, expected):
+    assert score(JsonValid(), text) == expected
+
+
+def test_a_fence_may_be_allowed():
+    reward = JsonValid(allow_fence=True)
+    texts = [
+        '```json\n{"a": 1}\n```',
+        '```\n{"a": 1}\n```',
+        '{"a": 1}',
+        'Here:\n```json\n{"a": 1}\n```',
+        "```json\nno\n```",
+    ]
+    assert [score(reward, text) for text in texts] == [1.0, 1.0, 1.0, 0.0, 0.0]
+
+
+def test_json_satisfies_a_schema():
+    reward = JsonValid(schema={"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}})
+    assert [score(reward, text) for text in ('{"name": "x"}', '{"name": 1}', "{}", "[]")] == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_a_bad_schema_and_a_missing_package_are_config_errors(monkeypatch):
+    with pytest.raises(ConfigError, match="is no JSON Schema: 'objekt' is not valid"):
+        JsonValid(schema={"type": "objekt"})
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
+    with pytest.raises(ConfigError, match=r'pip install "stateset-lightning\[json\]"'):
+        JsonValid(schema={"type": "object"})
+
+
+def test_a_remote_reference_fails_instead_of_using_the_network():
+    reward = JsonValid(schema={"$ref": "http://127.0.0.1:9/schema.json"})
+    with pytest.raises(Exception, match=r"schema\.json"):
+        score(reward, "{}")

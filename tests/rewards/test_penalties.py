@@ -4,6 +4,7 @@ import pytest
 
 from stateset_lightning.errors import ConfigError, DataError
 from stateset_lightning.rewards import LengthPenalty, OverlongPenalty, RepetitionPenalty
+from stateset_lightning.rewards.penalties import repeated_share, words
 from stateset_lightning.types import Turn
 
 
@@ -12,8 +13,8 @@ def score(reward, text, **context):
 
 
 def test_length_penalty_grows_beyond_the_limit_and_is_bounded():
-    words = LengthPenalty(3, per_unit=0.25, max_penalty=0.6)
-    assert [score(words, "w " * n) for n in (0, 3, 4, 5, 6, 100)] == [0, 0, -0.25, -0.5, -0.6, -0.6]
+    penalty = LengthPenalty(3, per_unit=0.25, max_penalty=0.6)
+    assert [score(penalty, "w " * n) for n in (0, 3, 4, 5, 6, 100)] == [0, 0, -0.25, -0.5, -0.6, -0.6]
     assert score(LengthPenalty(3, unit="characters", per_unit=0.5), "abcd") == -0.5
 
 
@@ -38,7 +39,7 @@ def test_repetition_penalty_is_the_share_of_repeated_ngrams():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LengthPenalty(-1), "max_length=-1 must not be negative"),
+        (lambda: LengthPenalty(-1), "length_penalty.max_length=-1 must be at least 0"),
         (lambda: LengthPenalty(1, per_unit=-0.1), "per_unit=-0.1"),
         (lambda: LengthPenalty(1, unit="tokens"), "unit='tokens' must be 'words' or 'characters'"),
         (lambda: OverlongPenalty(10, 0), "buffer=0 must be at least 1 and at most max_tokens=10"),
@@ -49,3 +50,12 @@ def test_repetition_penalty_is_the_share_of_repeated_ngrams():
 def test_bad_options_are_rejected(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_words_keep_numbers_and_apostrophes_together():
+    assert words("I’d pay 1,234.50 at 10:30, Émile!") == ["i'd", "pay", "1,234.50", "at", "10:30", "émile"]
+
+
+def test_repeated_share_counts_ngrams_seen_before():
+    assert repeated_share(["a", "b", "a", "b", "a"], 2) == 0.5  # ab ba ab ba
+    assert repeated_share(["a"], 2) == 0.0

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import math
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -13,8 +14,16 @@ import torch
 from timing import within
 
 from stateset_lightning.errors import ConfigError, DataError, RewardError
-from stateset_lightning.rewards import ExactMatch, RewardFunction, RewardResult, Scorer, check_failures, failure_counts
-from stateset_lightning.rewards.base import FunctionReward
+from stateset_lightning.rewards import (
+    BatchReward,
+    ExactMatch,
+    FunctionReward,
+    RewardFunction,
+    RewardResult,
+    Scorer,
+    check_failures,
+    failure_counts,
+)
 from stateset_lightning.types import NOT_APPLICABLE, Scores, Turn
 
 BLOCKING_REWARDS = '''
@@ -44,7 +53,8 @@ class Blocking(RewardFunction):
             print("noise " * 1000)
             os.system("echo more noise")
         if order == "modules":
-            return RewardResult(1.0, {"heavy": sorted({"torch", "transformers", "lightning"} & set(sys.modules)), "pid": os.getpid()})
+            heavy = sorted({"torch", "transformers", "lightning"} & set(sys.modules))
+            return RewardResult(1.0, {"heavy": heavy, "pid": os.getpid()})
         if order == "unpicklable":
             return RewardResult(1.0, {"f": lambda: 1})
         if order == "alarm":  # as mathematics packages do: signals only work in the main thread
@@ -320,7 +330,7 @@ def test_what_happens_in_a_worker_stays_there(blocking, capfd):
         "sys.exit": "SystemExit",
         "unpicklable": scores.failures[-1].error,
     }
-    assert scores.failures[0].message == "the worker process ended with code 3 while the reward ran"
+    assert scores.failures[0].message == "the worker process ended with code 3 during the call"
     assert 'raise KeyError("missing")' in scores.failures[2].traceback
     assert scores.totals_N[[4, 6, 7]].tolist() == [1.0, 1.0, 0.5]
     out, err = capfd.readouterr()
@@ -363,7 +373,8 @@ def test_the_default_timeout_holds_for_rewards_without_one(blocking):
 )
 def test_a_reward_that_cannot_be_pickled_is_a_config_error(make):
     with pytest.raises(
-        ConfigError, match=r"worker process, but it cannot be pickled .* top level of a module .* or drop the time-out"
+        ConfigError,
+        match=r"worker process, .* but it cannot be pickled .* top level of a module .* or drop the time-out",
     ):
         Scorer(make())
 
@@ -464,11 +475,128 @@ def test_failures_are_counted_and_too_many_stop_the_run():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"timeout": -1}, "timeout=-1 must be a positive number of seconds"),
+        ({"timeout": -1}, "scorer.timeout=-1 must be above 0"),
+        ({"timeout": math.inf}, "scorer.timeout=inf must be below inf"),
         ({"max_concurrency": 0}, "max_concurrency=0 must be at least 1"),
-        ({"max_failures": 50}, "max_reward_failures=50 is a share"),
+        ({"max_failures": 50}, "max_failures=50 must be at most 1"),
     ],
 )
 def test_bad_options_are_rejected(options, message):
     with pytest.raises(ConfigError, match=message):
         Scorer(Half(), **options)
+
+
+def test_a_reward_that_hangs_does_not_keep_the_interpreter_alive():
+    code = (
+        "import time\n"
+        "from stateset_lightning.rewards import Scorer\n"
+        "from stateset_lightning.types import Turn\n"
+        "async def blocks(turns, context): time.sleep(60)\n"
+        "scorer = Scorer([lambda turns, context: time.sleep(60), blocks])\n"
+        "scorer.start(1).submit(0, [Turn('assistant', 'x')])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=20, check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# Rewards that score a batch in one call -----------------------------------------------------------
+
+
+class Lengths(BatchReward):
+    """The length of each answer; notes every call."""
+
+    def __init__(self, output=None, **common):
+        super().__init__(**common)
+        self.output, self.calls = output, []
+
+    def compute_rewards(self, conversations, contexts):
+        self.calls.append(
+            ([turns[-1].content for turns in conversations], [context["k"] for context in contexts], self.device)
+        )
+        if isinstance(self.output, Exception):
+            raise self.output
+        return self.output if self.output is not None else [len(turns[-1].content) for turns in conversations]
+
+
+class Early(RewardFunction):
+    def compute_reward(self, turns, context=None):
+        self.begun = time.perf_counter()
+        return 1.0
+
+
+def run_batch(rewards, texts, order=None, device="cpu", columns=None):
+    with Scorer(rewards, timeout=None) as scorer:
+        session = scorer.start(len(texts), device)
+        for n in order or range(len(texts)):
+            session.submit(n, [Turn("user", "q"), Turn("assistant", texts[n])], {"k": n, **(columns or {})})
+        return session.collect()
+
+
+def test_one_call_in_the_order_of_completions():
+    reward = Lengths()
+    scores = run_batch(reward, ["a", "bb", "ccc"], order=[2, 0, 1], device="meta")
+    assert scores.totals_N.tolist() == [1, 2, 3]
+    assert reward.calls == [(["a", "bb", "ccc"], [0, 1, 2], "meta")]
+
+
+def test_items_may_be_anything_a_reward_returns_or_an_exception():
+    outputs = [RewardResult(2.0, {"part": 1}), None, KeyError("x"), math.nan, "text", 4]
+    scores = run_batch([Lengths(outputs), Early(weight=0.5)], ["x"] * 6)
+    assert [value for value in scores.totals_N.tolist() if value == value] == [2.5, 0.5, 4.5]
+    assert scores.breakdowns[0] == {"lengths": {"part": 1}}
+    assert {failure.completion: failure.error for failure in scores.failures} == {
+        2: "KeyError",
+        3: "RewardError",
+        4: "RewardError",
+    }
+
+
+@pytest.mark.parametrize(
+    ("output", "error"),
+    [
+        (RuntimeError("out of memory"), "RuntimeError"),
+        ([1.0], "RewardError"),
+        (7, "TypeError"),
+        (iter([]), "RewardError"),
+    ],
+)
+def test_a_call_that_fails_fails_all(output, error):
+    scores = run_batch([Lengths(output), Early()], ["a", "b"])
+    assert scores.totals_N.isnan().all()
+    assert failure_counts(scores) == {f"reward_failures/lengths/{error}": 2}
+
+
+def test_a_config_error_ends_the_run():
+    with pytest.raises(ConfigError, match="no such model"):
+        run_batch(Lengths(ConfigError("no such model")), ["a"])
+
+
+def test_scenarios_choose_it_as_any_reward():
+    reward = Lengths()
+    assert run_batch([reward, Early()], ["aa", "b"], columns={"rewards": ["early"]}).totals_N.tolist() == [1, 1]
+    assert reward.calls == []
+
+
+def test_alone_it_is_an_ordinary_reward():
+    turns = [Turn("user", "q"), Turn("assistant", "abc")]
+    assert Lengths().compute_reward(turns, {"k": 0}) == 3
+    with pytest.raises(KeyError):
+        Lengths([KeyError("x")]).compute_reward(turns, {"k": 0})
+
+
+def test_a_time_out_is_refused_or_not_applied():
+    with pytest.raises(ConfigError, match="timeout=1 of reward 'lengths', which scores a whole batch"):
+        Scorer(Lengths(timeout=1))
+    with Scorer(Lengths(), timeout=0.01) as scorer:  # the default of the module is for the others
+        session = scorer.start(1)
+        session.submit(0, [Turn("assistant", "abc")], {"k": 0})
+        assert session.collect().totals_N.tolist() == [3]
+
+
+def test_counts_are_named_after_their_reward():
+    class Counting(Early):
+        def take_counts(self):
+            return {"tokens": 5}
+
+    with Scorer([Counting(name="mine"), Counting(name="again"), Early()]) as scorer:
+        assert scorer.take_counts() == {"cost/mine/tokens": 5, "cost/again/tokens": 5}

@@ -1,4 +1,4 @@
-"""Linear layers laid out for decoding: the same numbers, and gone without a trace afterwards."""
+"""Decoding on a CPU: the same numbers as the model's own, and no trace of it afterwards."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from stateset_lightning.policy import LoRAConfig, Policy, PolicyConfig, load_model
-from stateset_lightning.policy.lora import merged_adapter
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig, cpu_decoding
-from stateset_lightning.rollout.cpu_decoding import MAX_ROWS, fast_linears, is_supported, make_lean_decoder
+from stateset_lightning.rollout.cpu_decoding import (
+    MAX_ROWS,
+    LlamaDecoder,
+    has_llama_layers,
+    is_supported,
+    prepacked_linears,
+)
 from stateset_lightning.rollout.running_batch import RunningBatch, SharingBatch
+
+# Linear layers with weights in oneDNN's layout -----------------------------------------------------------------------
 
 
 def make_layers() -> nn.Sequential:
@@ -31,7 +38,7 @@ def test_outputs_are_those_of_the_stock_layers(rows: int) -> None:
     layers = make_layers()
     x = torch.randn(rows, 1, 48, generator=torch.Generator().manual_seed(1))
     expected = layers(x)
-    with fast_linears(layers, num_rows=16):
+    with prepacked_linears(layers, num_rows=16):
         assert "forward" in vars(layers[0])
         torch.testing.assert_close(layers(x), expected, rtol=1e-5, atol=1e-4)
 
@@ -39,7 +46,7 @@ def test_outputs_are_those_of_the_stock_layers(rows: int) -> None:
 @torch.no_grad()
 def test_the_stock_forward_comes_back_after_an_error() -> None:
     layers = make_layers()
-    with pytest.raises(KeyError), fast_linears(layers, num_rows=4):
+    with pytest.raises(KeyError), prepacked_linears(layers, num_rows=4):
         raise KeyError
     assert all("forward" not in vars(layer) for layer in layers)
     layers[0].weight.data.zero_()
@@ -53,17 +60,15 @@ def test_other_layers_and_precisions_are_left_alone() -> None:
         pass
 
     layers = nn.Sequential(Adapted(8, 8), nn.Linear(8, 8))
-    with fast_linears(layers, num_rows=4):
+    with prepacked_linears(layers, num_rows=4):
         assert "forward" not in vars(layers[0])
         assert "forward" in vars(layers[1])
     assert not is_supported(make_layers().to(torch.bfloat16))
-    with fast_linears(half := make_layers().to(torch.bfloat16), num_rows=4):
+    with prepacked_linears(half := make_layers().to(torch.bfloat16), num_rows=4):
         assert "forward" not in vars(half[0])
 
 
-# MERGED: The lean decoder: the model's own logits, token by token, and only for models that are known to be made of its
-# layer.
-#
+# The decoder of Llama-like models: the model's own logits, and only for models that are made of its layer ------------
 
 KNOWN = ["llama", "qwen2", "qwen3"]
 PROMPTS = [[3, 4, 5, 6, 7], [8, 9], [10, 11, 12]]
@@ -95,8 +100,8 @@ def test_logits_are_the_models_for_rows_that_come_and_go(
     """Ragged prompts, rows that leave, rows that join: the padding, positions and caches of both are the same."""
     biases = {"attention_bias": True, "mlp_bias": True} if name == "llama" else {}
     model = policy_model(make_model(name, **biases))
-    decoder = make_lean_decoder(model)
-    assert decoder is not None
+    assert has_llama_layers(model)
+    decoder = LlamaDecoder(model)
     assert decoder.is_exact(model)
     batches = [kind(model, 12), kind(model, 12, decoder)]
     generator = torch.Generator().manual_seed(0)
@@ -130,29 +135,36 @@ def test_a_merged_adapter_is_part_of_the_weights_and_another_is_not_known() -> N
         if "lora_B" in name:
             parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     model = policy.model.eval()
-    assert make_lean_decoder(model) is None
-    with merged_adapter(model):
-        decoder = make_lean_decoder(model)
-        assert decoder is not None
+    assert not has_llama_layers(model)
+    with policy.merged_adapter():
+        assert has_llama_layers(model)
+        decoder = LlamaDecoder(model)
         assert decoder.is_exact(model)
     assert not decoder.is_exact(load_model(PolicyConfig("tiny")))  # the adapter does something
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt2"])
 def test_other_architectures_are_not_known(make_model: Callable[..., Any], name: str) -> None:
-    assert make_lean_decoder(policy_model(make_model(name))) is None
+    assert not has_llama_layers(policy_model(make_model(name)))
 
 
 def test_windows_other_precisions_and_watched_modules_are_not_known(make_model: Callable[..., Any]) -> None:
-    assert make_lean_decoder(mistral(None)) is not None
-    assert make_lean_decoder(mistral(8)) is None
-    assert make_lean_decoder(policy_model(make_model("llama")).to(torch.bfloat16)) is None
+    assert has_llama_layers(mistral(None))
+    assert not has_llama_layers(mistral(8))
+    assert not has_llama_layers(policy_model(make_model("llama")).to(torch.bfloat16))
     watched = policy_model(make_model("llama"))
     handle = watched.model.layers[1].mlp.register_forward_hook(lambda *args: None)
-    assert make_lean_decoder(watched) is None
+    assert not has_llama_layers(watched)
     handle.remove()
-    assert make_lean_decoder(watched) is not None
-    assert make_lean_decoder(make_model("llama")) is None  # norms that nobody has compared with the usual form
+    assert has_llama_layers(watched)
+    assert not has_llama_layers(policy_model(make_model("llama", hidden_act="gelu")))
+
+
+def test_code_that_is_not_transformers_own_is_not_known(make_model: Callable[..., Any]) -> None:
+    """A model's own code may say "llama" and compute something else, which weights near zero would not show."""
+    model = make_model("llama")
+    model.__class__ = type("LlamaForCausalLM", (type(model),), {"__module__": "modeling_own"})
+    assert not has_llama_layers(policy_model(model))
 
 
 def test_a_model_that_computes_something_else_is_found_by_the_probe(
@@ -163,10 +175,9 @@ def test_a_model_that_computes_something_else_is_found_by_the_probe(
     attention = policy.model.model.layers[0].self_attn
     stock = attention.forward
     attention.forward = lambda *args, **kwargs: (0.5 * stock(*args, **kwargs)[0], None)
-    decoder = make_lean_decoder(policy.model)
-    assert decoder is not None
+    assert has_llama_layers(policy.model)
     with torch.no_grad():
-        assert not decoder.is_exact(policy.model)
+        assert not LlamaDecoder(policy.model).is_exact(policy.model)
     assert min(forwards(policy, InProcessEngine(tiny_tokenizer), 2)) > 5  # a token each
 
 

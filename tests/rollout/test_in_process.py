@@ -86,8 +86,7 @@ def record_forwards(engine: InProcessEngine) -> list[tuple[int, int]]:
     return shapes
 
 
-# The same completions in any company
-# ----------------------------------------------------------------------------------------
+# The same completions in any company ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("share_from", [0, 256])  # every prompt is shared, or none of these short ones
@@ -138,8 +137,7 @@ def test_top_k_of_one_samples_the_greedy_completion(make_engine: Callable[..., I
         assert tokens == greedy[position, 0][0]
 
 
-# Against oracles
-# ------------------------------------------------------------------------------------------------------------
+# Against oracles -----------------------------------------------------------------------------------------------------
 
 
 def test_greedy_agrees_with_transformers_on_left_padded_prompts(
@@ -203,8 +201,7 @@ def test_the_bundled_model_answers_like_transformers(tiny_model: Any, tiny_token
     assert rollout.texts == [tiny_tokenizer.decode(tokens[:-1]) for tokens in rollout.completions()]
 
 
-# Ends
-# -----------------------------------------------------------------------------------------------------------------------
+# Ends ----------------------------------------------------------------------------------------------------------------
 
 
 def test_the_end_token_is_among_the_tokens_and_not_in_the_text(
@@ -266,8 +263,7 @@ def test_a_stop_string_across_tokens_ends_a_completion_and_is_cut_from_its_text(
     assert "llowo" not in tiny_tokenizer.decode(rollout.completions()[0][:-1])
 
 
-# Callbacks and state
-# --------------------------------------------------------------------------------------------------------
+# Callbacks and state -------------------------------------------------------------------------------------------------
 
 
 def test_each_completion_is_reported_once_and_at_once(make_engine: Callable[..., InProcessEngine]) -> None:
@@ -360,7 +356,7 @@ def test_a_model_can_be_trained_after_its_rotary_frequencies_grew_in_sampling(
     engine = make_engine("llama", rope_parameters=rope, max_position_embeddings=8, ends=[])
     before = [buffer.clone() for buffer in engine.policy.model.buffers()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(in_process, "context_length", lambda model: None)
+        patch.setattr(Policy, "context_length", None)
         generate(engine, [1])
     assert any(not torch.equal(old, new) for old, new in zip(before, engine.policy.model.buffers(), strict=True))
     assert not any(buffer.is_inference() for buffer in engine.policy.model.buffers())  # DDP writes into them
@@ -398,8 +394,7 @@ def test_sampling_follows_the_weights_as_they_are_now(
     assert after[0, 0][0] != before[0, 0][0]
 
 
-# Work
-# ---------------------------------------------------------------------------------------------------------------------------
+# Work ----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_prompt_is_prefilled_once_for_its_group(make_engine: Callable[..., InProcessEngine]) -> None:
@@ -476,8 +471,7 @@ def test_finished_rows_do_not_run_beyond_the_models_positions(
     assert max(seen) <= 6 + 24 - 1
 
 
-# Refusals
-# -------------------------------------------------------------------------------------------------------------------
+# Refusals ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_prompt_too_long_for_the_models_positions_is_refused_with_the_numbers(
@@ -513,6 +507,8 @@ def test_a_rollout_splits_into_completions(make_engine: Callable[..., InProcessE
     assert [len(tokens) for tokens in rollout.completions()] == rollout.lengths_N.tolist()
     assert [token for tokens in rollout.completions() for token in tokens] == rollout.completion_tokens_T.tolist()
     assert rollout.logprobs_T.dtype == torch.float32
+    assert rollout.sampled_T.tolist() == [True] * len(rollout.completion_tokens_T)
+    assert not rollout.logprobs_T.is_inference()  # autograd saves it for the backward pass
 
 
 def test_a_sliding_window_under_sdpa_hides_old_tokens(

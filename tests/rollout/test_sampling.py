@@ -1,4 +1,4 @@
-"""Tokens from logits and uniform numbers: exact at chosen points, and in the long run distributed as the softmax."""
+"""Tokens from logits and uniform numbers, exact at chosen points and distributed as the softmax; stop strings."""
 
 import math
 from typing import Any
@@ -147,7 +147,7 @@ def test_logprobs_are_float32_whatever_the_logits() -> None:
     assert torch.equal(logprobs, expected)
 
 
-# MERGED: Stop strings within a token, across tokens and across the bytes of a character.
+# Stop strings within a token, across tokens and across the bytes of a character --------------------------------------
 
 
 def first_stop(text: str, stops: list[str], tokenizer: Any) -> int | None:
@@ -189,13 +189,11 @@ def test_a_string_at_the_edge_of_the_window_is_found(tiny_tokenizer: Any) -> Non
 
 def test_the_text_ends_before_the_first_stop_string(tiny_tokenizer: Any) -> None:
     stop = StopStrings(["bb", "c"], tiny_tokenizer)
-    assert stop.cut("aabbacc") == "aa"
-    assert stop.cut("aacbb") == "aa"
-    assert stop.cut("aab") == "aab"
-    assert stop.cut("c") == ""
+    for text, kept in (("aabbacc", "aa"), ("aacbb", "aa"), ("aab", "aab"), ("c", "")):
+        assert stop.text([*tiny_tokenizer.encode(text), tiny_tokenizer.eos_token_id]) == kept
 
 
 def test_without_stop_strings_nothing_is_found_or_cut(tiny_tokenizer: Any) -> None:
     stop = StopStrings([], tiny_tokenizer)
     assert not stop.found(tiny_tokenizer.encode("anything"))
-    assert stop.cut("anything") == "anything"
+    assert stop.text(tiny_tokenizer.encode("anything")) == "anything"

@@ -69,8 +69,7 @@ def synced(server: Running, policy: Policy, sampling: RolloutConfig = SAMPLING, 
     return engine
 
 
-# Sampling
-# -----------------------------------------------------------------------------------------------------------------------
+# Sampling ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -93,6 +92,7 @@ def test_a_rollout_is_what_the_in_process_engine_gives(server: Running, sampling
         PROMPTS,
     )
     assert rollout.lengths_N.tolist() == wanted.lengths_N.tolist()
+    assert rollout.sampled_T.tolist() == [True] * len(rollout.completion_tokens_T)
     # a row alone, and among others
     torch.testing.assert_close(rollout.logprobs_T, wanted.logprobs_T, atol=1e-4, rtol=0)
     assert finished == {
@@ -149,8 +149,7 @@ def test_prompts_are_dealt_out_to_the_servers() -> None:
         assert len(rollout.texts) == 6
 
 
-# Weights
-# ------------------------------------------------------------------------------------------------------------------------
+# Weights -------------------------------------------------------------------------------------------------------------
 
 
 def test_weights_are_handed_over_when_they_change_and_only_then(server: Running) -> None:
@@ -236,8 +235,7 @@ def test_the_tolerance_follows_the_coarser_dtype(server: Running) -> None:
         synced(server, policy, tolerance=1e-12)
 
 
-# Servers that fail
-# --------------------------------------------------------------------------------------------------------------
+# Servers that fail ---------------------------------------------------------------------------------------------------
 
 
 def test_a_server_that_is_started_again_gets_its_weights_back(server: Running) -> None:
@@ -372,8 +370,7 @@ def test_a_server_may_be_away_more_than_once_for_one_request(server: Running) ->
     assert lost.restored == 3
 
 
-# At the door
-# --------------------------------------------------------------------------------------------------------------------
+# At the door ---------------------------------------------------------------------------------------------------------
 
 
 def test_what_no_server_can_do_is_refused(server: Running) -> None:

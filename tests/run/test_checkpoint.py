@@ -25,8 +25,9 @@ from module_runs import fit, make_data, make_module, weights
 from stateset_lightning.cli.main import main
 from stateset_lightning.errors import CheckpointError, ConfigError, DiskError
 from stateset_lightning.rollout import RolloutConfig
-from stateset_lightning.run.checkpoint import continue_run, find_checkpoint
+from stateset_lightning.run.checkpoint import check_resumable
 from stateset_lightning.run.checkpoint_io import AtomicCheckpointIO
+from stateset_lightning.run.find_checkpoint import check_checkpoint, continue_run, find_checkpoint
 from stateset_lightning.training.schedule import Schedule
 
 CONFIG = {
@@ -431,3 +432,28 @@ def test_a_schedule_survives_the_resume(tmp_path):
     keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
     straight = run(callbacks=[keep], enable_checkpointing=True)
     assert run(ckpt_path=tmp_path / "step=2.ckpt") == straight
+
+
+def test_checkpoints_are_told_from_other_files(tmp_path):
+    for name in ("hpc", "registry:model", "s3://bucket/x.ckpt", str(tmp_path)):
+        check_checkpoint(name)
+    good = tmp_path / "good.ckpt"
+    torch.save({"state_dict": {}, "stateset": {}}, good)
+    check_checkpoint(str(good))
+    good.write_bytes(good.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match="damaged"):
+        check_checkpoint(str(good))
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        ({"seed": 2}, "seed_everything=2 differs from the checkpoint's 1"),
+        ({"accumulate": 1}, "accumulate_grad_batches=1 differs"),
+        ({"world": 2}, "an episode of 1 ranks and cannot be resumed by 2"),
+    ],
+)
+def test_a_run_that_cannot_go_on_exactly_is_refused(now, message):
+    state = {"seed": 1, "episode": [{}], "accumulate": 2}
+    with pytest.raises(ConfigError, match=message):
+        check_resumable(state, **{"seed": 1, "accumulate": 2, "world": 1, **now})

@@ -16,14 +16,15 @@ from stateset_lightning.errors import NonFiniteError
 from stateset_lightning.policy import Policy, PolicyConfig
 from stateset_lightning.run import records
 from stateset_lightning.run.records import (
-    is_bad,
     logprobs_now,
     make_records,
-    spoil_if_not_finite,
     token_rows,
     token_texts,
 )
+from stateset_lightning.training.checks import is_bad
 from stateset_lightning.training.episode import Episode
+from stateset_lightning.training.loss import nan_if_not_finite
+from stateset_lightning.training.resample import Sample
 from stateset_lightning.types import NOT_APPLICABLE, FinishReason, PromptBatch, RewardFailure, Rollout, Scenario, Scores
 
 
@@ -90,7 +91,7 @@ def test_what_a_skipped_step_would_have_trained_is_written_down(tmp_path):
         fit(tmp_path, module, data, accumulate_grad_batches=2, max_steps=2)
     rows = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
     trained = [
-        record.to_dict() for record, active in zip(module.last_records, module._episode.active_N, strict=True) if active
+        record.to_dict() for record, active in zip(module.last_records, module.episode.active_N, strict=True) if active
     ]
     assert trained
     told = [{name: row[name] for name in ("id", "prompt", "completion", "reward", "rewards")} for row in rows]
@@ -156,10 +157,10 @@ def test_norms_whose_square_overflows_are_bad(norm, bad):
 
 def test_spoiling_leaves_a_finite_loss_and_its_gradient_alone():
     x = torch.tensor(3.0, requires_grad=True)
-    spoil_if_not_finite(x * x).backward()
+    nan_if_not_finite(x * x).backward()
     assert x.grad == 6.0
     y = torch.tensor(3.0, requires_grad=True)
-    spoil_if_not_finite(y + math.inf).backward()
+    nan_if_not_finite(y + math.inf).backward()
     assert y.grad.isnan()
 
 
@@ -176,6 +177,7 @@ def make(values, totals, failures=(), advantages=None):
         completion_tokens_T=torch.tensor([1, 2, 3, 4, 5]),
         lengths_N=torch.tensor([1, 2, 1, 1]),
         logprobs_T=torch.zeros(5),
+        sampled_T=torch.ones(5, dtype=torch.bool),
         finish_reasons=[FinishReason.STOP, FinishReason.LENGTH, FinishReason.STOP, FinishReason.STOP],
         texts=["A", "B", "C", "D"],
     )
@@ -188,7 +190,7 @@ def make(values, totals, failures=(), advantages=None):
         list(failures),
         0.0,
     )
-    return make_records(batch, rollout, scores, advantages)
+    return make_records(Sample(batch, rollout, scores), advantages)
 
 
 def test_completions_belong_to_their_prompts():

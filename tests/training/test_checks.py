@@ -11,15 +11,14 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from stateset_lightning.errors import ConfigError, NonFiniteError, SamplingError
 from stateset_lightning.training import checks as run_checks
 from stateset_lightning.training.checks import (
-    check_checkpoint,
     check_clipping,
     check_context,
     check_dynamic_sampling,
     check_episode_fits_trainer,
     check_monitors,
     check_sampling_difference,
-    optimizer_steps_of_run,
 )
+from stateset_lightning.training.schedule import optimizer_steps_of_run
 
 
 def make_trainer(
@@ -31,6 +30,9 @@ def make_trainer(
         "micro_steps_per_epoch": 12,
         "has_validation": True,
         "longest_prompt": 10,
+        "batch_size": 8,
+        "named_rewards": dict,
+        "replacements": None,
         **data,
     }
     return SimpleNamespace(
@@ -45,6 +47,14 @@ def make_trainer(
     )
 
 
+def monitors(trainer, metrics):
+    check_monitors(trainer, trainer.datamodule, metrics)
+
+
+def fits_trainer(trainer):
+    check_episode_fits_trainer(trainer, trainer.datamodule)
+
+
 @pytest.mark.parametrize(
     ("options", "remedy"),
     [
@@ -57,7 +67,7 @@ def make_trainer(
 )
 def test_what_cuts_an_episode_is_refused_with_the_remedy(options, remedy):
     with pytest.raises(ConfigError, match=remedy):
-        check_episode_fits_trainer(make_trainer(**options))
+        fits_trainer(make_trainer(**options))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +83,7 @@ def test_what_cuts_an_episode_is_refused_with_the_remedy(options, remedy):
     ],
 )
 def test_whole_episodes_pass(options):
-    check_episode_fits_trainer(make_trainer(**options))
+    fits_trainer(make_trainer(**options))
 
 
 @pytest.mark.parametrize(
@@ -95,14 +105,12 @@ def test_steps_of_a_run(options, steps):
 
 
 def test_monitors_get_their_metric():
-    check_monitors(make_trainer(callbacks=[ModelCheckpoint(monitor="val/reward"), ModelCheckpoint()]), ["val/reward"])
-    check_monitors(
-        make_trainer(callbacks=[ModelCheckpoint(monitor="train/reward")], has_validation=False), ["val/reward"]
-    )
+    monitors(make_trainer(callbacks=[ModelCheckpoint(monitor="val/reward"), ModelCheckpoint()]), ["val/reward"])
+    monitors(make_trainer(callbacks=[ModelCheckpoint(monitor="train/reward")], has_validation=False), ["val/reward"])
     with pytest.raises(ConfigError, match=r"EarlyStopping.monitor=val_reward.*it logs val/reward"):
-        check_monitors(make_trainer(callbacks=[EarlyStopping("val_reward")]), ["val/reward"])
+        monitors(make_trainer(callbacks=[EarlyStopping("val_reward")]), ["val/reward"])
     with pytest.raises(ConfigError, match=r"nothing to validate on"):
-        check_monitors(make_trainer(callbacks=[EarlyStopping("val/reward")], has_validation=False), ["val/reward"])
+        monitors(make_trainer(callbacks=[EarlyStopping("val/reward")], has_validation=False), ["val/reward"])
 
 
 @pytest.mark.parametrize(
@@ -126,48 +134,23 @@ def test_what_lightning_cannot_clip_is_refused_at_the_start(precision, clip, fus
 
 
 def test_the_longest_prompt_fits_with_its_completion():
-    check_context(make_trainer(), 30, 20)
-    check_context(make_trainer(), None, 10**9)
+    check_context(make_trainer().datamodule, 30, 20)
+    check_context(make_trainer().datamodule, None, 10**9)
     with pytest.raises(ConfigError, match=r"max_new_tokens=21.*10 tokens.*30 positions: set data.max_prompt_tokens=9"):
-        check_context(make_trainer(), 30, 21)
+        check_context(make_trainer().datamodule, 30, 21)
     with pytest.raises(ConfigError, match=r"positions: lower it"):
-        check_context(make_trainer(), 30, 30)
-
-
-def test_checkpoints_are_told_from_other_files(tmp_path):
-    for name in ("hpc", "registry:model", "s3://bucket/x.ckpt", str(tmp_path)):
-        check_checkpoint(name)
-    good = tmp_path / "good.ckpt"
-    torch.save({"state_dict": {}, "stateset": {}}, good)
-    check_checkpoint(str(good))
-    good.write_bytes(good.read_bytes()[:-100])
-    with pytest.raises(ConfigError, match="damaged"):
-        check_checkpoint(str(good))
+        check_context(make_trainer().datamodule, 30, 30)
 
 
 def test_more_optimizer_steps_than_prompts_are_refused():
     with pytest.raises(ConfigError, match=r"steps_per_episode=8 makes 8 optimizer steps of 4 prompts.*at most 4"):
-        run_checks.check_episode_fits_trainer(make_trainer(steps_per_episode=8, batch_size=4, micro_steps_per_epoch=16))
+        fits_trainer(make_trainer(steps_per_episode=8, batch_size=4, micro_steps_per_epoch=16))
 
 
 def test_a_reward_name_that_nobody_has_is_refused_with_its_place():
     trainer = make_trainer(named_rewards=lambda: {"data.train: a": ("exact_match",), "data.train: b": ("exact_mtach",)})
     with pytest.raises(ConfigError, match=r"1 scenarios name rewards .*\(exact_match\): data.train: b: exact_mtach"):
-        run_checks.check_reward_names(trainer, ["exact_match"])
-
-
-@pytest.mark.parametrize(
-    ("now", "message"),
-    [
-        ({"seed": 2}, "seed_everything=2 differs from the checkpoint's 1"),
-        ({"accumulate": 1}, "accumulate_grad_batches=1 differs"),
-        ({"world": 2}, "an episode of 1 ranks and cannot be resumed by 2"),
-    ],
-)
-def test_a_run_that_cannot_go_on_exactly_is_refused(now, message):
-    state = {"seed": 1, "episode": [{}], "accumulate": 2}
-    with pytest.raises(ConfigError, match=message):
-        run_checks.check_resumable(state, **{"seed": 1, "accumulate": 2, "world": 1, **now})
+        run_checks.check_reward_names(trainer.datamodule, ["exact_match"])
 
 
 def test_bad_steps_stop_the_run_only_when_they_do_not_end():
@@ -206,7 +189,7 @@ def test_a_sampler_may_differ_by_float_error_alone(
 
 def test_dynamic_sampling_is_refused_where_constant_groups_teach():
     trainer = make_trainer(replacements=None)
-    check_dynamic_sampling(trainer, 2, needs_greedy_baseline=False)
-    check_dynamic_sampling(trainer, 0, needs_greedy_baseline=True)
+    check_dynamic_sampling(trainer.datamodule, 2, needs_greedy_baseline=False)
+    check_dynamic_sampling(trainer.datamodule, 0, needs_greedy_baseline=True)
     with pytest.raises(ConfigError, match=r"model\.rollout\.dynamic_sampling=2 replaces groups of equal rewards"):
-        check_dynamic_sampling(trainer, 2, needs_greedy_baseline=True)
+        check_dynamic_sampling(trainer.datamodule, 2, needs_greedy_baseline=True)

@@ -115,8 +115,8 @@ def test_the_kl_is_taken_from_the_reward_and_not_shown_in_it(tmp_path: Path) -> 
     trainer = fit(tmp_path, module, max_steps=3)
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     module.setup("fit")  # the end of the run closed the scorer
-    collected = module._collector.collect(next(iter(data.train_dataloader())))
-    sample, episode = collected.sample, collected.episode
+    module._step.start_episode(next(iter(data.train_dataloader())))
+    sample, episode = module.state.collection.sample, module.episode
     completions = sample.rollout.completions()
     groups = [Group(prompt, completions[4 * p : 4 * p + 4]) for p, prompt in enumerate(sample.rollout.prompt_tokens)]
     assert module.policy is not None
@@ -128,11 +128,10 @@ def test_the_kl_is_taken_from_the_reward_and_not_shown_in_it(tmp_path: Path) -> 
     expected_PG = totals_PG - totals_PG.mean(-1, keepdim=True)
     # the KL is rounded
     torch.testing.assert_close(episode.advantages_N.double(), expected_PG.flatten(), atol=1e-4, rtol=1e-4)
-    total, count = collected.metrics["policy/kl_reward"]
-    assert float(total) / float(count) == pytest.approx(float(kl_N.mean()), abs=1e-4)
-    total, count = collected.metrics["train/reward"]
-    assert float(total) / float(count) == pytest.approx(float(sample.scores.totals_N.mean()))
-    assert not any(name.startswith("reward/kl") for name in collected.metrics)
+    metrics = module.metrics.last
+    assert metrics["policy/kl_reward"] == pytest.approx(float(kl_N.mean()), abs=1e-4)
+    assert metrics["train/reward"] == pytest.approx(float(sample.scores.totals_N.mean()))
+    assert not any(name.startswith("reward/kl") for name in metrics)
 
 
 def test_an_adaptive_coefficient_moves_after_steps_that_trained(tmp_path: Path) -> None:
@@ -170,7 +169,7 @@ def test_steps_without_training_are_not_reported(tmp_path: Path) -> None:
 
 
 # ReMax
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class FailsOn(DigitReward):
@@ -194,24 +193,25 @@ def test_remax_compares_with_the_greedy_answer_and_its_failure_fails_the_group(t
     batch = next(iter(data.train_dataloader()))
     module.setup("fit")
     assert module.policy is not None
-    greedy, scores = module._sampler.sample(module.policy, batch, 1, greedy=True)
+    baseline = module._sampler.sample(module.policy, batch, 1, greedy=True)
+    greedy, scores = baseline.rollout, baseline.scores
     rewards_PG = torch.tensor([record.reward for record in module.last_records], dtype=torch.float64).reshape(4, 4)
     expected = (rewards_PG - scores.totals_N[:, None]).flatten()
-    torch.testing.assert_close(module._episode.advantages_N.double(), expected, atol=1e-6, rtol=0)  # type: ignore[union-attr]
+    torch.testing.assert_close(module.episode.advantages_N.double(), expected, atol=1e-6, rtol=0)  # type: ignore[union-attr]
     assert module.metrics.last["train/baseline_reward"] == pytest.approx(float(scores.totals_N.mean()))
 
     reward = FailsOn()
     reward.text = greedy.texts[0]
     module = make_module(algorithm=ReMax(), reward=reward, max_reward_failures=0.9)
     fit(tmp_path, module, make_data(train=SCENARIOS[:4], validation=None, shuffle=False), max_steps=1)
-    failed_PG = module._episode.advantages_N.isnan().reshape(4, 4)  # type: ignore[union-attr]
+    failed_PG = module.episode.advantages_N.isnan().reshape(4, 4)  # type: ignore[union-attr]
     same = [text == greedy.texts[0] for text in greedy.texts]
     assert failed_PG.all(-1).tolist() == same
     assert module.metrics.last["reward_failures/fails_on/OSError"] >= sum(same)
 
 
 # Guards
-# -----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class Shifted(InProcessEngine):
@@ -295,7 +295,7 @@ def test_masked_truncations_and_the_overlong_penalty_go_with_dynamic_sampling(tm
         algorithm=Clipped(mask_truncated=True),
     )
     fit(tmp_path, module, make_data(train=HALF_FLAT, validation=None), max_steps=1)
-    episode = module._episode
+    episode = module.episode
     assert episode is not None
     truncated_N = torch.tensor([record.finish_reason == "length" for record in module.last_records])
     assert truncated_N.any()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stateset_lightning.algorithm import GRPO, DrGRPO
 from stateset_lightning.ranks import Ranks
-from stateset_lightning.training.episode import Episode, Piece, Plan, load, make_episode, share_out, tokens_over
+from stateset_lightning.training.episode import Episode, GroupShare, Plan, balance, load, make_episode, tokens_over
 from stateset_lightning.types import FinishReason, Rollout, Scores
 
 NAN = math.nan
@@ -65,6 +65,7 @@ def make_rollout(lengths: list[int], num_prompts: int, truncated: tuple[int, ...
         completion_tokens_T=torch.tensor(tokens, dtype=torch.long),
         lengths_N=torch.tensor(lengths),
         logprobs_T=-torch.tensor(tokens, dtype=torch.float32) / 1000,
+        sampled_T=torch.ones(len(tokens), dtype=torch.bool),
         finish_reasons=[FinishReason.LENGTH if n in truncated else FinishReason.STOP for n in range(len(lengths))],
         texts=[""] * len(lengths),
     )
@@ -158,17 +159,17 @@ def test_plans_by_hand() -> None:
     ]
 
 
-def test_a_budget_takes_a_group_apart_and_counts_what_does_not_fit() -> None:
+def test_a_budget_splits_a_group_and_counts_what_does_not_fit() -> None:
     lengths, active = torch.tensor([6, 6, 2, 2]), torch.tensor([True] * 4)
     prompts = [[0] * 3, [0] * 3]
 
-    def plan(budget: int | None) -> tuple[list[int], int]:
+    def plan(budget: int | None) -> tuple[list[int], int | None]:
         micro_N, over = Plan(2, 2, 2, 2, max_tokens_per_step=budget).micro_steps(prompts, lengths, active)
         return micro_N.tolist(), over
 
-    assert plan(None) == ([0, 0, 1, 1], 0)  # 15 and 7 tokens
+    assert plan(None) == ([0, 0, 1, 1], None)  # 15 and 7 tokens
     assert plan(15) == ([0, 0, 1, 1], 0)
-    assert plan(14) == ([0, 1, 0, 1], 0)  # both groups taken apart: 3 + 6 and 3 + 2 in each
+    assert plan(14) == ([0, 1, 0, 1], 0)  # both groups split: 3 + 6 and 3 + 2 in each
     assert plan(13) == ([0, 1, 0, 1], 2)  # no completion is divided
     assert plan(10) == ([0, 0, 1, 1], 5)  # 22 do not fit into two times 10: left whole
 
@@ -264,14 +265,14 @@ def test_advantages_and_weights_are_the_same_for_any_number_of_ranks() -> None:
 
 
 # Parts
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_part_holds_the_active_completions_of_its_micro_step() -> None:
     episode = make_episode(
         0, make_rollout([1, 2, 3, 2, 1, 2], 2), make_scores([1, 0, NAN, 1, 0, 1]), [1.0], GRPO(beta=0), Plan(2, 3, 2, 1)
     )
-    first, second = episode.part(0), episode.part(1)
+    first, second = episode.micro_batch(0), episode.micro_batch(1)
     assert [(group.prompt, group.completions) for group in first.groups] == [([0], [[0], [100, 101]])]
     assert [(group.prompt, group.completions) for group in second.groups] == [([1], [[300, 301], [400], [500, 501]])]
     assert second.lengths_N.tolist() == [2, 1, 2]
@@ -280,7 +281,7 @@ def test_a_part_holds_the_active_completions_of_its_micro_step() -> None:
     assert first.advantages_N.sum() == 0
     assert first.old_logprobs_T is None
     assert first.ref_logprobs_T is None
-    everything = episode.active_part()
+    everything = episode.active_batch()
     assert [group.prompt for group in everything.groups] == [[0], [1]]
     assert everything.lengths_N.tolist() == [1, 2, 2, 1, 2]
 
@@ -289,14 +290,14 @@ def test_parts_make_up_the_active_part() -> None:
     episode = make_episode(
         0, make_rollout([2] * 12, 3), make_scores([float(n) for n in range(12)]), [1.0], GRPO(beta=0), Plan(3, 4, 4, 4)
     )
-    parts = [episode.part(step) for step in range(4)]
+    parts = [episode.micro_batch(step) for step in range(4)]
     tokens = sorted(c[0] for part in parts for group in part.groups for c in group.completions)
-    assert tokens == sorted(c[0] for group in episode.active_part().groups for c in group.completions)
+    assert tokens == sorted(c[0] for group in episode.active_batch().groups for c in group.completions)
     assert len(tokens) == 12
 
 
 def test_a_micro_step_without_active_completions_is_empty() -> None:
-    part = small_episode(plan=Plan(3, 2, 3, 1)).part(1)
+    part = small_episode(plan=Plan(3, 2, 3, 1)).micro_batch(1)
     assert part.groups == []
     assert len(part.advantages_N) == len(part.sampling_logprobs_T) == 0
 
@@ -308,7 +309,7 @@ def test_scatter_puts_values_back_at_the_active_tokens() -> None:
     episode.old_logprobs_T = episode.scatter(torch.tensor([-1.0, -2.0, -3.0, -4.0]))
     assert episode.old_logprobs_T.tolist() == [-1.0, 0, 0, -2.0, -3.0, -4.0]
     episode.ref_logprobs_T = episode.scatter(torch.tensor([-5.0, -6.0, -7.0, -8.0]))
-    part = episode.part(0)
+    part = episode.micro_batch(0)
     assert part.old_logprobs_T is not None
     assert part.ref_logprobs_T is not None
     assert part.old_logprobs_T.tolist() == [-1.0, -2.0, -3.0, -4.0]
@@ -329,7 +330,7 @@ def test_an_episode_survives_a_checkpoint_without_pickled_objects() -> None:
             torch.testing.assert_close(other, value, rtol=0, atol=0, equal_nan=True)
         else:
             assert other == value
-    before, after = episode.part(0), restored.part(0)
+    before, after = episode.micro_batch(0), restored.micro_batch(0)
     assert before.groups == after.groups
     assert torch.equal(before.weights_N, after.weights_N)
 
@@ -338,26 +339,26 @@ def test_an_episode_survives_a_checkpoint_without_pickled_objects() -> None:
 
 GROUPS = st.lists(
     st.tuples(st.integers(1, 40), st.lists(st.integers(1, 30), min_size=1, max_size=6)).map(
-        lambda group: Piece(group[0], tuple(enumerate(group[1])))
+        lambda group: GroupShare(group[0], tuple(enumerate(group[1])))
     ),
     max_size=8,
 )
 
 
-def numbers(piece: Piece) -> list[int]:
+def numbers(piece: GroupShare) -> list[int]:
     return [n for n, _ in piece.completions]
 
 
 def test_halves_have_about_as_many_tokens() -> None:
-    first, second = Piece(5, ((0, 8), (1, 1), (2, 1), (3, 6))).halves()
+    first, second = GroupShare(5, ((0, 8), (1, 1), (2, 1), (3, 6))).halves()
     assert (numbers(first), first.tokens) == ([0], 13)
     assert (numbers(second), second.tokens) == ([1, 2, 3], 13)
-    assert [numbers(half) for half in Piece(1, ((0, 1), (1, 99))).halves()] == [[0], [1]]
+    assert [numbers(half) for half in GroupShare(1, ((0, 1), (1, 99))).halves()] == [[0], [1]]
 
 
 @given(GROUPS, st.integers(1, 4), st.none() | st.integers(1, 200))
-def test_every_completion_is_trained_once(groups: list[Piece], micro_steps: int, max_tokens: int | None) -> None:
-    steps = share_out(groups, micro_steps, max_tokens)
+def test_every_completion_is_trained_once(groups: list[GroupShare], micro_steps: int, max_tokens: int | None) -> None:
+    steps = balance(groups, micro_steps, max_tokens)
     assert len(steps) == micro_steps
     given_out = sorted(
         (piece.prompt_tokens, *completion) for pieces in steps for piece in pieces for completion in piece.completions
@@ -368,8 +369,8 @@ def test_every_completion_is_trained_once(groups: list[Piece], micro_steps: int,
 
 
 @given(GROUPS, st.integers(1, 4))
-def test_without_a_budget_work_is_even_up_to_one_piece(groups: list[Piece], micro_steps: int) -> None:
-    steps = share_out(groups, micro_steps)
+def test_without_a_budget_work_is_even_up_to_one_piece(groups: list[GroupShare], micro_steps: int) -> None:
+    steps = balance(groups, micro_steps)
     largest = max((piece.tokens for pieces in steps for piece in pieces), default=0)
     assert max(map(load, steps)) - min(map(load, steps)) <= largest
     if len(groups) >= micro_steps:
@@ -377,17 +378,17 @@ def test_without_a_budget_work_is_even_up_to_one_piece(groups: list[Piece], micr
 
 
 def test_a_budget_is_kept_where_it_can_be() -> None:
-    groups = [Piece(2, ((0, 10), (1, 10), (2, 10), (3, 10))), Piece(2, ((4, 3), (5, 3)))]
-    whole = share_out(groups, 2)
+    groups = [GroupShare(2, ((0, 10), (1, 10), (2, 10), (3, 10))), GroupShare(2, ((4, 3), (5, 3)))]
+    whole = balance(groups, 2)
     assert [load(pieces) for pieces in whole] == [42, 8]
     assert tokens_over(whole, 30) == 12
-    halved = share_out(groups, 2, max_tokens=30)
+    halved = balance(groups, 2, max_tokens=30)
     assert [load(pieces) for pieces in halved] == [30, 22]
     assert tokens_over(halved, 30) == 0
 
 
 def test_a_group_is_left_whole_where_a_budget_cannot_be_kept() -> None:
-    groups = [Piece(2, ((0, 10), (1, 10)))]
-    steps = share_out(groups, 1, max_tokens=15)
+    groups = [GroupShare(2, ((0, 10), (1, 10)))]
+    steps = balance(groups, 1, max_tokens=15)
     assert steps == [groups]
     assert tokens_over(steps, 15) == 7

@@ -25,8 +25,9 @@ from stateset_lightning.callbacks import ReferenceSync
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import Group, Policy, PolicyConfig
 from stateset_lightning.run.checkpoint_io import is_sharded, newest_checkpoints, read_checkpoint
-from stateset_lightning.training.checks import check_strategy
-from stateset_lightning.training.fsdp import FSDP2Strategy, WholePolicy, total_norm, whole
+from stateset_lightning.run.fsdp_strategy import SUPPORTED_STRATEGIES, FSDP2Strategy
+from stateset_lightning.training.checks import check_strategy, total_norm
+from stateset_lightning.training.fsdp import UnshardedCopy, unsharded
 from stateset_lightning.training.loss import zero_loss
 
 GROUPS = [Group([3, 4, 5, 6], [[7, 8, 9], [9, 5]]), Group([8, 3], [[4], [5, 6, 7, 3]])]
@@ -40,16 +41,16 @@ def mesh() -> Iterator[DeviceMesh]:
     torch.distributed.destroy_process_group()
 
 
-def make_pair(model: PreTrainedModel, mesh: DeviceMesh) -> tuple[Policy, Policy, WholePolicy]:
-    """A policy as it is, the same sharded, and the latter's whole copy."""
+def make_pair(model: PreTrainedModel, mesh: DeviceMesh) -> tuple[Policy, Policy, UnshardedCopy]:
+    """A policy as it is, the same sharded, and the latter's unsharded copy."""
     plain, sharded = Policy(copy.deepcopy(model), PolicyConfig("some")), Policy(model, PolicyConfig("some"))
-    return plain, sharded, WholePolicy(sharded, mesh, torch.device("cpu"))
+    return plain, sharded, UnshardedCopy(sharded, mesh, torch.device("cpu"), None)
 
 
 def gradients(policy: Policy) -> dict[str, torch.Tensor]:
     logprobs_T, entropies_T = policy.score(GROUPS, temperature=0.7)
     (logprobs_T.sum() + 0.1 * entropies_T.sum()).backward()  # type: ignore[no-untyped-call]
-    return {name: whole(p.grad) for name, p in policy.named_parameters() if p.grad is not None}
+    return {name: unsharded(p.grad) for name, p in policy.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -70,7 +71,7 @@ def test_a_sharded_policy_scores_and_learns_as_a_plain_one(
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_whole_copy_has_the_weights_of_the_moment(
+def test_the_unsharded_copy_has_the_weights_of_the_moment(
     name: str, make_model: Callable[..., Any], mesh: DeviceMesh
 ) -> None:
     _, sharded, copied = make_pair(make_model(name), mesh)
@@ -78,23 +79,23 @@ def test_the_whole_copy_has_the_weights_of_the_moment(
         for p in sharded.parameters():
             p.add_(0.01)
         expected, _ = sharded.score(GROUPS)
-    copied.gather()
+    copied.fill()
     assert torch.equal(copied.policy.score_without_gradient(GROUPS)[0], expected)
     tied = copied.policy.model.get_output_embeddings().weight is copied.policy.model.get_input_embeddings().weight
     assert tied == (name != "llama")
     assert not any(p.requires_grad for p in copied.policy.parameters())
 
 
-def test_a_released_copy_takes_no_memory(make_model: Callable[..., Any], mesh: DeviceMesh) -> None:
+def test_an_emptied_copy_takes_no_memory(make_model: Callable[..., Any], mesh: DeviceMesh) -> None:
     _, sharded, copied = make_pair(make_model("llama"), mesh)
 
     def size() -> int:
         return sum(p.untyped_storage().nbytes() for p in copied.policy.parameters())
 
     assert size() == 0
-    copied.gather()
+    copied.fill()
     assert size() == 4 * sum(p.numel() for p in sharded.parameters())
-    copied.release()
+    copied.empty()
     assert size() == 0
 
 
@@ -108,7 +109,7 @@ def test_a_rank_with_nothing_to_train_takes_part_in_every_gathering(
             module.register_forward_hook(lambda *args: forwards.append("block"))
     zero_loss(sharded).backward()  # type: ignore[no-untyped-call]
     assert len(forwards) == 2
-    assert all(p.grad is not None and not whole(p.grad).any() for p in sharded.parameters())
+    assert all(p.grad is not None and not unsharded(p.grad).any() for p in sharded.parameters())
 
 
 def test_a_model_that_does_not_say_what_its_blocks_are_is_refused(
@@ -128,8 +129,8 @@ def test_total_norm_of_nothing_is_zero() -> None:
 
 def test_lightnings_own_sharded_strategies_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"trainer\.strategy=ModelParallelStrategy is not supported: .* or fsdp2"):
-        check_strategy(SimpleNamespace(strategy=ModelParallelStrategy()))  # type: ignore[arg-type]
-    check_strategy(SimpleNamespace(strategy=FSDP2Strategy()))  # type: ignore[arg-type]
+        check_strategy(SimpleNamespace(strategy=ModelParallelStrategy()), SUPPORTED_STRATEGIES)  # type: ignore[arg-type]
+    check_strategy(SimpleNamespace(strategy=FSDP2Strategy()), SUPPORTED_STRATEGIES)  # type: ignore[arg-type]
 
 
 def run(folder: Path, **options: Any) -> Any:
@@ -166,7 +167,7 @@ def test_a_folder_of_shards_is_a_checkpoint_that_takes_its_name_when_it_is_whole
     assert [path.name for path in tmp_path.iterdir()] == ["some.ckpt"]
     assert newest_checkpoints(tmp_path) == [file]
     content = read_checkpoint(file)
-    weights = {name: whole(p) for name, p in trainer.lightning_module.named_parameters()}
+    weights = {name: unsharded(p) for name, p in trainer.lightning_module.named_parameters()}
     assert weights.keys() <= content["state_dict"].keys()
     assert all(torch.equal(content["state_dict"][name], value) for name, value in weights.items())
     assert content["stateset"]["step"] == 2
@@ -205,7 +206,7 @@ def test_a_sharded_run_is_the_plain_one(tmp_path: Path, mesh: DeviceMesh, precis
                 before,
                 after,
                 predicted,
-                {name: whole(p) for name, p in module.policy.named_parameters()},
+                {name: unsharded(p) for name, p in module.policy.named_parameters()},
                 dict(module.metrics.last),
             )
         )

@@ -10,14 +10,16 @@ import torch
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.training.metrics import (
     SumCounts,
-    episode_metrics,
     group_metrics,
     peak_memory_mb,
     reward_metrics,
+    sample_metrics,
 )
-from stateset_lightning.types import NOT_APPLICABLE, FinishReason, Metrics, RewardFailure, Rollout, Scores
+from stateset_lightning.training.resample import Sample
+from stateset_lightning.types import NOT_APPLICABLE, FinishReason, Metrics, PromptBatch, RewardFailure, Rollout, Scores
 
 NAN = math.nan
+NO_BATCH = PromptBatch([], [], [], [], 0)  # nothing here looks at the prompts
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,11 @@ def test_an_episodes_metrics_by_hand() -> None:
         torch.zeros(10, dtype=torch.long),
         torch.tensor([1, 2, 3, 4]),
         torch.zeros(10),
+        torch.ones(10, dtype=torch.bool),
         [FinishReason.STOP, FinishReason.LENGTH, FinishReason.LENGTH, FinishReason.LENGTH],
         [""] * 4,
     )
-    metrics = plain(episode_metrics(rollout, scores, torch.tensor([3.0, -1.0, NAN, NAN])))
+    metrics = plain(sample_metrics(Sample(NO_BATCH, rollout, scores), torch.tensor([3.0, -1.0, NAN, NAN])))
     assert metrics == {
         "train/reward": (2.0, 3.0),
         "completion/mean_tokens": (10.0, 4.0),
@@ -116,18 +119,22 @@ def test_an_episodes_metrics_by_hand() -> None:
         "groups/all_wrong": (0.0, 2.0),
         "groups/mixed": (1.0, 2.0),
         "groups/dropped": (1.0, 2.0),
-        "reward_failures/right/KeyError": (2.0, 1.0),
-        "reward_failures/tone/TimeoutError": (1.0, 1.0),
     }
 
 
 def test_an_episode_whose_rewards_all_failed_has_no_reward() -> None:
     totals_N = torch.full((2,), NAN, dtype=torch.float64)
     rollout = Rollout(
-        [[1]], torch.zeros(2, dtype=torch.long), torch.tensor([1, 1]), torch.zeros(2), [FinishReason.STOP] * 2, [""] * 2
+        [[1]],
+        torch.zeros(2, dtype=torch.long),
+        torch.tensor([1, 1]),
+        torch.zeros(2),
+        torch.ones(2, dtype=torch.bool),
+        [FinishReason.STOP] * 2,
+        [""] * 2,
     )
     sums = SumCounts()
-    sums.add(episode_metrics(rollout, Scores(("right",), totals_N[:, None], totals_N), totals_N))
+    sums.add(sample_metrics(Sample(NO_BATCH, rollout, Scores(("right",), totals_N[:, None], totals_N)), totals_N))
     means = sums.means(Ranks())
     assert not {"train/reward", "reward/right", "train/reward_std", "advantage/std"} & set(means)
     assert means["groups/dropped"] == 1.0

@@ -5,9 +5,15 @@ import math
 import torch
 
 from stateset_lightning.training.resample import Sample, resample
-from stateset_lightning.types import FinishReason, PromptBatch, RewardFailure, Rollout, Scenario, Scores
+from stateset_lightning.types import FinishReason, PromptBatch, RewardFailure, Rollout, Scenario, Scores, Turn
 
 NAN = math.nan
+
+
+def prompts(rows: list[int], positions: list[int]) -> PromptBatch:
+    scenarios = [Scenario(id=str(row), prompt=f"{row}?") for row in rows]
+    conversations = [scenario.turns() for scenario in scenarios]
+    return PromptBatch([[row] for row in rows], conversations, scenarios, positions, 4, rows=rows)
 
 
 def make(rows: list[int], groups: list[list[float]], first_position: int = 0) -> Sample:
@@ -17,18 +23,13 @@ def make(rows: list[int], groups: list[list[float]], first_position: int = 0) ->
     values_N = torch.tensor([value for group in groups for value in group], dtype=torch.float64)
     tokens = [100 * row + g for row, g in names for _ in range(g + 1)]
     return Sample(
-        PromptBatch(
-            [[row] for row in rows],
-            [Scenario(id=str(row), prompt="?") for row in rows],
-            list(range(first_position, first_position + len(rows))),
-            4,
-            rows=rows,
-        ),
+        prompts(rows, list(range(first_position, first_position + len(rows)))),
         Rollout(
             prompt_tokens=[[row] for row in rows],
             completion_tokens_T=torch.tensor(tokens),
             lengths_N=torch.tensor([g + 1 for _, g in names]),
             logprobs_T=-torch.tensor(tokens, dtype=torch.float32),
+            sampled_T=torch.tensor([(row + g) % 2 == 0 for row, g in names for _ in range(g + 1)]),
             finish_reasons=[FinishReason.LENGTH if g else FinishReason.STOP for _, g in names],
             texts=[f"{row}.{g}" for row, g in names],
         ),
@@ -58,8 +59,9 @@ def test_groups_are_replaced_with_all_that_belongs_to_them() -> None:
     assert merged.batch.positions == [0, 1, 2]
     assert (merged.batch.rows, merged.batch.prompt_tokens) == ([7, 1, 8], [[7], [1], [8]])
     assert [scenario.id for scenario in merged.batch.scenarios] == ["7", "1", "8"]
+    assert merged.batch.conversations == [[Turn("user", f"{row}?")] for row in (7, 1, 8)]
     assert (merged.batch.episode_index, merged.batch.num_micro_steps) == (4, 1)
-    for name in ("completion_tokens_T", "lengths_N", "logprobs_T"):
+    for name in ("completion_tokens_T", "lengths_N", "logprobs_T", "sampled_T"):
         assert getattr(merged.rollout, name).tolist() == getattr(wanted.rollout, name).tolist()
     assert merged.rollout.texts == wanted.rollout.texts
     assert merged.rollout.finish_reasons == wanted.rollout.finish_reasons
@@ -77,9 +79,7 @@ def run(rounds: int, rewards_of: dict[int, list[float]]) -> tuple[Sample, list[l
 
     def replacements(batch: PromptBatch, slots: list[int], number: int) -> PromptBatch:
         rows = [10 * number + slot for slot in slots]
-        return PromptBatch(
-            [[row] for row in rows], [Scenario(id=str(row), prompt="?") for row in rows], rows, 4, rows=rows
-        )
+        return prompts(rows, rows)
 
     def sample(batch: PromptBatch) -> Sample:
         assert batch.rows is not None

@@ -200,7 +200,8 @@ def test_truncated_importance_sampling_is_the_default_with_servers(
     )
     # its ratio is of whole completions
     assert make(server, algorithm=GSPO()).algorithm.mismatch == Mismatch("sequence_tis")
-    assert make(server, algorithm=DPPO()).algorithm.mismatch is None  # its own ratio has the sampler's log-probs
+    # DPPO's own ratio has the sampler's log-probs.
+    assert make(server, algorithm=DPPO()).algorithm.mismatch == Mismatch("none")
     given = Mismatch("icepop")
     assert make(server, algorithm=GRPO(mismatch=given)).algorithm.mismatch == given
     assert make_module().algorithm.mismatch is None

@@ -23,8 +23,8 @@ from stateset_lightning.policy import AdapterReference, Group, Policy, load_mode
 from stateset_lightning.policy.precision import sampling_dtype, weights_dtype
 from stateset_lightning.rollout import InProcessEngine
 from stateset_lightning.seeding import sample_seeds
-from stateset_lightning.training.episode import Part
-from stateset_lightning.training.loss import part_loss
+from stateset_lightning.training.episode import MicroBatch
+from stateset_lightning.training.loss import micro_batch_loss
 from stateset_lightning.types import Rollout, Scenario, Scores, Turn
 
 SAMPLED, WORST = "as sampled", "worst case"
@@ -149,7 +149,7 @@ class EpisodeMeasurement:
                 weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
         lengths_N = torch.tensor([len(completion) for group in groups for completion in group.completions])
         zeros_T = torch.zeros(int(lengths_N.sum()))
-        part = Part(
+        batch = MicroBatch(
             groups=list(groups),
             advantages_N=torch.ones(len(lengths_N)),
             weights_N=torch.ones(len(lengths_N)) / len(zeros_T),
@@ -160,7 +160,7 @@ class EpisodeMeasurement:
             select_T=zeros_T == 0 if algorithm.selects_tokens else None,
         )
         with self.trainer.precision_plugin.forward_context():
-            loss, _ = part_loss(self.policy, algorithm, part, self.module.rollout.temperature)
+            loss, _ = micro_batch_loss(self.policy, algorithm, batch, self.module.rollout.temperature, dropout_seed=0)
         loss.backward()
         return True
 
@@ -173,7 +173,7 @@ class EpisodeMeasurement:
 
 
 def share_of_micro_step(groups: Sequence[Group], micro_steps: int) -> list[Group]:
-    """The first of so many equal shares of the completions; a group is taken apart where the share ends inside it."""
+    """The first of so many equal shares of the completions; a group is split where the share ends inside it."""
     rows = math.ceil(sum(len(group.completions) for group in groups) / micro_steps)
     share = []
     for group in groups:

@@ -20,10 +20,12 @@ from stateset_lightning.cli.messages import without_traceback
 from stateset_lightning.errors import UserError
 from stateset_lightning.redaction import redacted
 from stateset_lightning.rollout import InProcessEngine
-from stateset_lightning.run.checkpoint import continue_run
+from stateset_lightning.run.checkpoint import check_resumable
 from stateset_lightning.run.checkpoint_io import local_path, read_checkpoint
-from stateset_lightning.training.checks import check_resumable, checks_of_run, optimizer_steps_of_run
-from stateset_lightning.training.collect import prepared
+from stateset_lightning.run.find_checkpoint import continue_run
+from stateset_lightning.training.checks import checks_of_run
+from stateset_lightning.training.collect import ready_engine
+from stateset_lightning.training.schedule import optimizer_steps_of_run
 from stateset_lightning.types import FinishReason, Rollout, Scenario
 
 BARS = 8
@@ -121,7 +123,7 @@ class Doctor:
             )
             self.config.sample = False
         if self.config.sample:
-            module.engine = prepared(module.engine, module.tokenizer, module.rollout, str(self.trainer.precision))
+            module.engine = ready_engine(module.engine, module.tokenizer, module.rollout, str(self.trainer.precision))
 
     # An episode
     # ------------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,10 @@ frame.addEventListener("load", () => {{
   const all = (selector) => [...page.querySelectorAll(selector)], one = (selector) => page.querySelector(selector);
   const texts = (selector) => all(selector).map((element) => element.textContent);
   const press = (selector, label) => all(selector).find((element) => element.textContent === label).click();
-  const set = (id, value, kind) => {{ one("#" + id).value = value; one("#" + id).dispatchEvent(new view.Event(kind, {{bubbles: true}})); }};
+  const set = (id, value, kind) => {{
+    one("#" + id).value = value;
+    one("#" + id).dispatchEvent(new view.Event(kind, {{bubbles: true}}));
+  }};
   let result;
   try {{ result = (() => {{ {script} }})(); }} catch (error) {{ result = {{error: String(error)}}; }}
   document.body.dataset.result = JSON.stringify(result);
@@ -69,9 +72,10 @@ def use(run: Path, script: str, width: int = 1200) -> Any:
 def test_it_shows_the_run_and_runs_nothing_that_a_model_wrote(run: Path) -> None:
     seen = use(
         run,
-        """return {ready: page.documentElement.dataset.ready, title: page.title, images: all("img").length, said: texts(".said"),
-            tiles: texts(".tile .value"), charts: texts(".chart h3"), curves: all(".chart path.curve").length, push: texts(".push"),
-            scores: texts(".score"), table: texts("#evaluation td, #evaluation th"), config: one("#config pre").textContent,
+        """return {ready: page.documentElement.dataset.ready, title: page.title, images: all("img").length,
+            said: texts(".said"), tiles: texts(".tile .value"), charts: texts(".chart h3"),
+            curves: all(".chart path.curve").length, push: texts(".push"), scores: texts(".score"),
+            table: texts("#evaluation td, #evaluation th"), config: one("#config pre").textContent,
             environment: texts("#environment dd"), chips: texts(".chip"),
             labels: all(".chart svg").map((image) => image.getAttribute("aria-label"))}""",
     )
@@ -99,9 +103,12 @@ def test_everything_can_be_chosen(run: Path) -> None:
         set("smoothing", 0, "input"); seen.raw = all(".chart path.raw").length;
         const up = all(".tok.up").map((token) => [token.textContent, token.style.getPropertyValue("--a")]);
         seen.up = up[0]; seen.down = all(".tok.down")[0].textContent; seen.legend = one("#legend").textContent;
-        one(".tok").dispatchEvent(new view.PointerEvent("pointerover", {bubbles: true})); seen.tip = one("#tip").textContent;
-        set("colour", "surprise", "change"); seen.rare = all(".tok.rare").length; seen.coloured = all(".tok.up, .tok.down").length;
-        one(".size summary").click(); one(".size").dispatchEvent(new view.Event("toggle")); seen.rows = texts(".size tr").slice(0, 2);
+        one(".tok").dispatchEvent(new view.PointerEvent("pointerover", {bubbles: true}));
+        seen.tip = one("#tip").textContent;
+        set("colour", "surprise", "change");
+        seen.rare = all(".tok.rare").length; seen.coloured = all(".tok.up, .tok.down").length;
+        one(".size summary").click(); one(".size").dispatchEvent(new view.Event("toggle"));
+        seen.rows = texts(".size tr").slice(0, 2);
         one("#next").click(); seen.place = one("#place").textContent; seen.last = one("#next").disabled;
         seen.breakdown = texts(".score small");
         press("#views button", "validation"); seen.steps = texts(".push small"); seen.prompts = texts(".prompt");
@@ -131,7 +138,8 @@ def test_everything_can_be_chosen(run: Path) -> None:
 
 def test_it_fits_a_phone(run: Path) -> None:
     write_samples(run, [completion("a" * 300, 1.0), completion("word " * 100, 0.0)])
-    script = """const outside = (e) => e.getBoundingClientRect().right > view.innerWidth + 1 && !e.closest("pre, .scroll");
+    script = """const right = (e) => e.getBoundingClientRect().right;
+        const outside = (e) => right(e) > view.innerWidth + 1 && !e.closest("pre, .scroll");
         const wide = all("main *").filter(outside).map((element) => element.tagName);
         return {inner: view.innerWidth, width: page.documentElement.scrollWidth, wide}"""
     seen = use(run, script, width=360)

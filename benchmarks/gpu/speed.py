@@ -1,0 +1,453 @@
+"""Where a step's time and memory go on the GPU, what each candidate gives, and the hardware's ceilings beside them.
+
+    python speed.py [--model 0.5B] [--folder FOLDER] [--parts ceilings head train sample optimizer profile step]
+
+ceilings   TFLOP/s of matrix products by precision, GB/s of a copy
+head       forward and backward of the last layer alone: as it is, and with products in half precision
+train      forward and backward of a micro-step under bf16-mixed, by candidate; on one shape and on shapes that are new
+           each time, as in a run
+sample     milliseconds per decoding step: the engine, a CUDA graph, transformers' continuous batching
+optimizer  AdamW, and the norms of gradients and weights that guard a step
+profile    tables of kernels into OUT: profile_train.txt, profile_decode.txt
+step       whole steps under Lightning's Trainer; needs --folder, where the model is put for the peers as well
+
+On a CPU all of it runs with a toy model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mixed_head
+import torch
+import varlen_attention
+import workload
+from graph_decoder import GraphDecoder
+from harness import ACCELERATOR, DEVICE, IS_GPU, OUT, check, exit_status, peak_gib, record, reset_peak, sync, timed
+from torch import Tensor, nn
+
+from stateset_lightning import GRPOLightningModule, ScenarioDataModule
+from stateset_lightning.algorithm import GRPO
+from stateset_lightning.policy import Group, Policy, PolicyConfig, packed_attention
+from stateset_lightning.policy.head import HeadOptions, token_logprobs
+from stateset_lightning.rollout import InProcessEngine, RolloutConfig
+from stateset_lightning.seeding import sample_seeds
+
+# Hidden size, intermediate size, layers, heads, key heads, tied embeddings: shapes of Qwen2.5.
+SHAPES = {
+    "0.5B": (896, 4864, 24, 14, 2, True),
+    "1.5B": (1536, 8960, 28, 12, 2, True),
+    "7B": (3584, 18944, 28, 28, 4, False),
+    "toy": (64, 128, 2, 4, 2, True),
+}
+VOCABULARY = 151_936 if IS_GPU else 512
+PROMPT, COMPLETION, GROUP = (512, 512, 8) if IS_GPU else (16, 12, 4)
+STEP_PROMPTS, MICRO_STEPS = (16, 4) if IS_GPU else (2, 2)
+DTYPE = torch.bfloat16 if IS_GPU else torch.float32
+CANDIDATES = [
+    (),
+    ("no cuDNN",),
+    ("no cuDNN", "repeated key heads"),
+    ("no cuDNN", "repeated key heads", "large buckets"),
+    ("TF32",),
+    ("mixed head",),
+    ("varlen",),
+    ("varlen", "mixed head"),
+]
+
+
+def make_model(name: str) -> Any:
+    """Random weights, float32; no completion ends early, since the model has no logit for the end token."""
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    hidden, intermediate, layers, heads, key_heads, tied = SHAPES[name]
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        tie_word_embeddings=tied,
+        max_position_embeddings=8192,
+        pad_token_id=0,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    with DEVICE:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    model.generation_config.eos_token_id = VOCABULARY
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+def autocast() -> Any:
+    """As Lightning's bf16-mixed."""
+    return torch.autocast(DEVICE.type, torch.bfloat16, cache_enabled=False)
+
+
+def ceilings() -> str:
+    n, megabytes = (8192, 2048) if IS_GPU else (512, 4)
+    seen = []
+    cases = (("bf16", torch.bfloat16, "highest"), ("tf32", torch.float32, "high"), ("fp32", torch.float32, "highest"))
+    for name, dtype, precision in cases:
+        torch.set_float32_matmul_precision(precision)
+        a, b = torch.randn(n, n, device=DEVICE, dtype=dtype), torch.randn(n, n, device=DEVICE, dtype=dtype)
+        seconds = timed(partial(torch.mm, a, b), 5, 2)
+        seen.append(f"{name} {2e-12 * n**3 / seconds:.3g} TFLOP/s")
+    torch.set_float32_matmul_precision("highest")
+    x = torch.randn(megabytes * 2**18, device=DEVICE)
+    seconds = timed(partial(torch.empty_like(x).copy_, x), 5, 2)
+    return ", ".join(seen) + f", copy {2e-9 * x.nbytes / seconds:.3g} GB/s"
+
+
+def head(hidden_size: int) -> None:
+    """One line for each precision and chunk size."""
+    tokens = 8192 if IS_GPU else 64
+    hidden = torch.randn(tokens, hidden_size, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    weight = nn.Parameter(0.02 * torch.randn(VOCABULARY, hidden_size, device=DEVICE))
+    targets = torch.randint(VOCABULARY, (tokens,), device=DEVICE)
+    grad = torch.randn(tokens, device=DEVICE)
+
+    def measure(name: str, function: Callable[[], tuple[Tensor, Tensor]]) -> str:
+        reset_peak()
+        seconds = timed(lambda: torch.autograd.grad(function()[0], (hidden, weight), grad), 2, 1)
+        rate = 8e-12 * tokens * hidden_size * VOCABULARY / seconds  # forward, again, and two gradients
+        record(head=name, hidden=hidden_size, tokens=tokens, seconds=seconds, peak=peak_gib())
+        return f"{1e3 * seconds:.1f} ms, {rate:.3g} TFLOP/s, peak {peak_gib()} GiB"
+
+    for precision in ("highest", "high"):
+        for size in (None, 2048):
+            name = f"head, float32 {precision}, chunks of {HeadOptions(chunk_tokens=size).chunk(VOCABULARY)}"
+            torch.set_float32_matmul_precision(precision)
+            now = partial(token_logprobs, hidden, weight, None, targets, HeadOptions(chunk_tokens=size))
+            check(name, partial(measure, name, now), 5)
+    torch.set_float32_matmul_precision("highest")
+    for size in (110, 512, 2048, 4096):
+        name = f"head, bfloat16 products, chunks of {size}"
+        inputs = (hidden, weight, None, targets, HeadOptions(), torch.bfloat16, size)
+        check(name, partial(measure, name, partial(mixed_head.MixedHead.apply, *inputs)), 5)
+
+
+# A micro-step of training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def random_groups(number: int, ragged: bool, seed: int) -> list[Group]:
+    """Groups of the largest lengths, or of random ones down to a quarter of a prompt, an eighth of a completion."""
+    generator = torch.Generator().manual_seed(seed)
+    shortest = (PROMPT // 4, COMPLETION // 8) if ragged else (PROMPT, COMPLETION)
+
+    def tokens(least: int, most: int) -> list[int]:
+        length = int(torch.randint(least, most + 1, (1,), generator=generator))
+        return torch.randint(5, VOCABULARY, (length,), generator=generator).tolist()
+
+    return [
+        Group(tokens(shortest[0], PROMPT), [tokens(shortest[1], COMPLETION) for _ in range(GROUP)])
+        for _ in range(number)
+    ]
+
+
+def with_repeated_key_heads(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Grouped heads rule out some kernels; copies of the key heads do not."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+        if options.pop("enable_gqa", False):
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        return attend(query, key, value, *args, **options)
+
+    return attention
+
+
+@contextmanager
+def candidates(names: tuple[str, ...]) -> Iterator[None]:
+    """Candidates and settings, switched on while the context lasts."""
+    functional = torch.nn.functional
+    attend, bucket_tokens = functional.scaled_dot_product_attention, packed_attention.BUCKET_TOKENS
+    with ExitStack() as stack:
+        if "varlen" in names:
+            stack.enter_context(varlen_attention.installed())
+        if "mixed head" in names:
+            stack.enter_context(mixed_head.installed(torch.bfloat16, 4096))
+        try:
+            torch.set_float32_matmul_precision("high" if "TF32" in names else "highest")
+            torch.backends.cuda.enable_cudnn_sdp("no cuDNN" not in names)
+            if "repeated key heads" in names:
+                functional.scaled_dot_product_attention = with_repeated_key_heads(attend)
+            if "large buckets" in names:
+                packed_attention.BUCKET_TOKENS = 2**18
+            yield
+        finally:
+            functional.scaled_dot_product_attention, packed_attention.BUCKET_TOKENS = attend, bucket_tokens
+            torch.set_float32_matmul_precision("highest")
+            torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+def micro_step(policy: Policy, groups: list[Group]) -> None:
+    """Forward and backward; any loss that is linear in the log-probs costs what GRPO's does."""
+    policy.zero_grad(set_to_none=True)
+    with autocast():
+        logprobs_T, _ = policy.score(groups)
+    logprobs_T.mean().backward()
+
+
+def train(policy: Policy, number: int) -> None:
+    head_weights = policy.model.get_output_embeddings().weight.numel()
+    body = sum(p.numel() for name, p in policy.named_parameters() if "embed" not in name and "lm_head" not in name)
+    seeds = iter(range(1000, 10_000))
+
+    def measure(title: str, names: tuple[str, ...], ragged: bool) -> str:
+        micro_steps = [random_groups(number, ragged, next(seeds) if ragged else 1) for _ in range(3)]
+        with candidates(names):
+            micro_step(policy, micro_steps[0])
+            reset_peak()
+            sync()
+            start = time.perf_counter()
+            for groups in micro_steps[1:]:
+                micro_step(policy, groups)
+            sync()
+            seconds = (time.perf_counter() - start) / 2
+        timed_groups = [group for groups in micro_steps[1:] for group in groups]
+        completions = sum(group.num_completion_tokens for group in timed_groups) / 2
+        tokens = completions + sum(len(group.prompt) for group in timed_groups) / 2
+        rate = 1e-12 * (6 * body * tokens + 8 * head_weights * completions) / seconds
+        record(train=title, seconds=seconds, tokens=tokens, tflops=rate, peak=peak_gib())
+        return f"{seconds:.3f} s for {tokens:,.0f} tokens, {rate:.3g} TFLOP/s, peak {peak_gib()} GiB"
+
+    for ragged in (False, True):
+        for names in CANDIDATES:
+            if ragged and names in (("TF32",), ("mixed head",)):
+                continue  # the shapes change nothing for these
+            title = f"{'new shapes' if ragged else 'one shape'}: {' + '.join(names) or 'as it is'}"
+            check(title, partial(measure, title, names, ragged), 20)
+    policy.zero_grad(set_to_none=True)
+
+
+# Sampling
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def sample(policy: Policy, rows: int, tokens: int) -> None:
+    prompts = [torch.randint(5, VOCABULARY, (PROMPT,)).tolist() for _ in range(rows // GROUP)]
+    config = RolloutConfig(num_generations=GROUP, max_new_tokens=tokens, max_batch_rows=rows)
+    seeds = sample_seeds(1, "train", 0, range(len(prompts)), GROUP)
+    tokenizer = workload.make_tokenizer(unreachable_eos=True, vocabulary=VOCABULARY)
+
+    def measure(name: str, function: Callable[[], int]) -> str:
+        reset_peak()
+        sync()
+        start = time.perf_counter()
+        made = function()
+        sync()
+        seconds = time.perf_counter() - start
+        record(sample=name, rows=rows, tokens=tokens, seconds=seconds, peak=peak_gib())
+        step = 1e3 * seconds / tokens
+        return f"{seconds:.2f} s, {step:.2f} ms per step, {made / seconds:,.0f} tokens/s, peak {peak_gib()} GiB"
+
+    def engine(names: tuple[str, ...]) -> str:
+        made = InProcessEngine(tokenizer, DTYPE if IS_GPU else None)
+        made.sync(policy)
+        few = RolloutConfig(num_generations=GROUP, max_new_tokens=4, max_batch_rows=rows)
+        with candidates(names):
+            made.generate(prompts, GROUP, few, seeds)
+            return measure(f"engine {names}", lambda: int(made.generate(prompts, GROUP, config, seeds).lengths_N.sum()))
+
+    def small_model() -> Any:
+        """A copy with weights in half precision and plain attention; the rotation stays float32."""
+        model = copy.deepcopy(policy.model)
+        for parameter in model.parameters():
+            parameter.data = parameter.detach().to(DTYPE)
+        model.set_attn_implementation("sdpa")
+        return model
+
+    def graph() -> str:
+        def decode() -> int:
+            decoder = GraphDecoder(model, prompts, GROUP, config, seeds, [VOCABULARY])
+            return sum(map(len, decoder.run(look_every=32)[0]))
+
+        model = small_model()
+        with torch.inference_mode():
+            return measure("graph", decode) + ", prefill and capture included"
+
+    def continuous_batching() -> str:
+        from transformers import GenerationConfig
+        from transformers.generation import ContinuousBatchingConfig
+
+        model = small_model()
+        generation = GenerationConfig(
+            max_new_tokens=tokens, do_sample=True, temperature=1.0, top_k=0, eos_token_id=VOCABULARY, pad_token_id=0
+        )
+        rows_of_prompts = [prompt for prompt in prompts for _ in range(GROUP)]
+
+        def generate() -> int:
+            outputs = model.generate_batch(
+                rows_of_prompts,
+                generation_config=generation,
+                continuous_batching_config=ContinuousBatchingConfig(max_memory_percent=0.4),
+                progress_bar=False,
+            )
+            return sum(len(output.generated_tokens) for output in outputs.values())
+
+        with torch.no_grad():
+            generate()  # captures graphs
+            return measure("continuous batching", generate)
+
+    check(f"sampling {rows} rows: the engine", partial(engine, ()), 15)
+    if IS_GPU:
+        check(f"sampling {rows} rows: the engine, no cuDNN", partial(engine, ("no cuDNN",)), 15)
+    check(f"sampling {rows} rows: one CUDA graph", graph, 15)
+    if IS_GPU:
+        check(f"sampling {rows} rows: continuous batching", continuous_batching, 30)
+
+
+# Optimizer, profile, whole steps
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def optimizer_step(policy: Policy, fused: bool) -> str:
+    for parameter in policy.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    reset_peak()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0, fused=fused)
+    step = timed(optimizer.step)
+    grads = [parameter.grad for parameter in policy.parameters() if parameter.grad is not None]
+    weights = [parameter.detach() for parameter in policy.parameters()]
+    norms = timed(lambda: [float(torch.nn.utils.get_total_norm(tensors)) for tensors in (grads, weights)])
+    policy.zero_grad(set_to_none=True)
+    return f"{1e3 * step:.1f} ms, peak {peak_gib()} GiB; norms of gradients and of weights {1e3 * norms:.1f} ms"
+
+
+def profile(policy: Policy, number: int) -> str:
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    engine = InProcessEngine(workload.make_tokenizer(unreachable_eos=True, vocabulary=VOCABULARY), DTYPE)
+    engine.sync(policy)
+    prompts = [torch.randint(5, VOCABULARY, (PROMPT,)).tolist() for _ in range(4)]
+    config, seeds = (
+        RolloutConfig(num_generations=GROUP, max_new_tokens=16),
+        sample_seeds(1, "train", 0, range(4), GROUP),
+    )
+    parts: dict[str, Callable[[], object]] = {
+        "train": partial(micro_step, policy, random_groups(number, True, 5)),
+        "decode": partial(engine.generate, prompts, GROUP, config, seeds),
+    }
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if IS_GPU else [])]
+    order = "cuda_time_total" if IS_GPU else "cpu_time_total"
+    OUT.mkdir(parents=True, exist_ok=True)
+    for name, function in parts.items():
+        function()
+        with profiler(activities=activities) as seen:
+            function()
+            sync()
+        table = seen.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=70)
+        (OUT / f"profile_{name}.txt").write_text(table)
+    policy.zero_grad(set_to_none=True)
+    return ""
+
+
+def whole_steps(folder: Path, steps: int = 3) -> str:
+    """Seconds of each step but the first, in bf16-mixed on a GPU."""
+    from lightning.pytorch import Callback, Trainer, seed_everything
+
+    rows: list[dict[str, float]] = []
+
+    class Clock(Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+            if index % MICRO_STEPS == 0:
+                self.start = time.perf_counter()
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+            if index % MICRO_STEPS == MICRO_STEPS - 1:
+                sync()
+                seconds = {"step": time.perf_counter() - self.start}
+                names = {"sample": "time/sample_s", "train": "time/train_s"}
+                rows.append(seconds | {key: module.metrics.last[name] for key, name in names.items()})
+
+    seed_everything(0, verbose=False)
+    prompts = workload.make_prompts(workload.Case(PROMPT, COMPLETION), STEP_PROMPTS * steps)
+    data = ScenarioDataModule(
+        train=[{"prompt": prompt} for prompt in prompts],
+        batch_size=STEP_PROMPTS,
+        use_chat_template=False,
+        steps_per_episode=MICRO_STEPS,
+    )
+    module = GRPOLightningModule(
+        str(folder),
+        reward=lambda turns, context: workload.score(turns[-1].content),
+        rollout=RolloutConfig(num_generations=GROUP, max_new_tokens=COMPLETION),
+        algorithm=GRPO(beta=0.0),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
+    )
+    trainer = Trainer(
+        max_steps=steps,
+        accelerator=ACCELERATOR,
+        devices=1,
+        precision="bf16-mixed" if IS_GPU else "32-true",
+        gradient_clip_val=1.0,
+        accumulate_grad_batches=MICRO_STEPS,
+        use_distributed_sampler=False,
+        callbacks=[Clock()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    reset_peak()
+    trainer.fit(module, datamodule=data)
+    record(step="ours", rows=rows, peak=peak_gib())
+    lines = [", ".join(f"{key} {seconds:.2f}" for key, seconds in row.items()) for row in rows[1:]]
+    return f"{'; '.join(lines)}; peak {peak_gib()} GiB"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="0.5B" if IS_GPU else "toy", choices=SHAPES)
+    parser.add_argument("--folder", type=Path)
+    parts = ["ceilings", "head", "train", "sample", "optimizer", "profile", "step"]
+    parser.add_argument("--parts", nargs="*", choices=parts, default=parts)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    if "ceilings" in options.parts:
+        check("ceilings", ceilings)
+    if "head" in options.parts:
+        head(SHAPES[options.model][0])
+    model = make_model(options.model)
+    print(
+        f"{options.model}: {model.num_parameters():,} parameters, vocabulary {VOCABULARY:,}, {PROMPT} / {COMPLETION}"
+        f" tokens, groups of {GROUP}",
+        flush=True,
+    )
+    if options.folder is not None:
+        model.save_pretrained(options.folder)
+        workload.make_tokenizer(unreachable_eos=True, vocabulary=VOCABULARY).save_pretrained(options.folder)
+    policy = Policy(model, PolicyConfig(options.model))
+    policy.train()
+    number = 4 if IS_GPU else 2
+    if "train" in options.parts:
+        train(policy, number)
+    if "sample" in options.parts:
+        for rows, tokens in ((128, 128), (512, 64)) if IS_GPU else ((8, 8),):
+            sample(policy, rows, tokens)
+    if "optimizer" in options.parts:
+        for fused in (False, True):
+            check(f"AdamW, {'fused' if fused else 'foreach'}", partial(optimizer_step, policy, fused), 5)
+    if "profile" in options.parts:
+        check("profile", partial(profile, policy, number), 20)
+    del policy, model
+    if "step" in options.parts and options.folder is not None:
+        check(f"whole steps, {STEP_PROMPTS} x {GROUP}", partial(whole_steps, options.folder), 60)
+    return exit_status()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

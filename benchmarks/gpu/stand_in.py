@@ -1,0 +1,174 @@
+"""Runs on the stand-in of `pretend_cuda.py`: the metrics are the CPU's, no devices are mixed, the host rarely waits.
+
+python stand_in.py          three runs of 3 steps, each beside the same on the CPU; about a minute, needs no GPU
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from harness import check, exit_status
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from pretend_cuda import CUDA, PretendCuda
+
+from stateset_lightning import GRPOLightningModule, RolloutConfig, ScenarioDataModule
+from stateset_lightning.algorithm import GRPO
+from stateset_lightning.policy import LoRAConfig, Policy, PolicyConfig
+from stateset_lightning.rewards import ExactMatch
+
+NEW_TOKENS = 8
+SAMPLING_WAITS, OTHER_WAITS = 2 * NEW_TOKENS, 20  # of one micro-step: which rows have finished is read once per token
+UNLIKE = ("time/", "memory/", "work/tokens")  # metrics that depend on the machine
+
+
+class StandIn(Accelerator):
+    """What Lightning asks of an accelerator."""
+
+    def setup_device(self, device: torch.device) -> None: ...
+
+    def teardown(self) -> None: ...
+
+    def get_device_stats(self, device: Any) -> dict[str, Any]:
+        return {}
+
+    @staticmethod
+    def parse_devices(devices: Any) -> Any:
+        return devices
+
+    @staticmethod
+    def get_parallel_devices(devices: Any) -> list[torch.device]:
+        return [CUDA]
+
+    @staticmethod
+    def auto_device_count() -> int:
+        return 1
+
+    @staticmethod
+    def is_available() -> bool:
+        return True
+
+    @staticmethod
+    def name() -> str:
+        return "stand-in"
+
+
+class OneDevice(SingleDeviceStrategy):
+    """The model is made on the CPU: the stand-in cannot load weights."""
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        yield
+
+
+class Waits(Callback):
+    """Waits of each micro-step by place."""
+
+    def __init__(self, gpu: PretendCuda) -> None:
+        self.gpu = gpu
+        self.steps: list[dict[str, int]] = []
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.gpu.take()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.steps.append(dict(self.gpu.take().waits))
+
+
+def run(beta: float, lora: bool, gpu: PretendCuda | None) -> tuple[dict[str, float], list[dict[str, int]]]:
+    """Metrics of the last step, and the waits of each micro-step; on the CPU where `gpu` is None."""
+    seed_everything(1, verbose=False)
+    rows: list[Any] = [
+        {"prompt": f"What is {a} + {b}?", "target": str(a + b)} for a in range(15, 30) for b in range(26, 30)
+    ]
+    module = GRPOLightningModule(
+        PolicyConfig("tiny", lora=LoRAConfig(rank=4) if lora else None),
+        reward=ExactMatch(),
+        rollout=RolloutConfig(num_generations=4, max_new_tokens=NEW_TOKENS),
+        algorithm=GRPO(beta=beta),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-4, foreach=False),
+    )
+    data = ScenarioDataModule(train=rows, validation=rows[:4], batch_size=8, steps_per_episode=2, num_iterations=2)
+    where: dict[str, Any] = {"accelerator": "cpu"}
+    waits = None if gpu is None else Waits(gpu)
+    if gpu is not None:
+        where = {"accelerator": StandIn(), "strategy": OneDevice(device=CUDA)}
+    trainer = Trainer(
+        max_steps=3,
+        devices=1,
+        accumulate_grad_batches=2,
+        gradient_clip_val=1.0,
+        use_distributed_sampler=False,
+        val_check_interval=4,
+        num_sanity_val_steps=0,
+        callbacks=waits,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **where,
+    )
+    trainer.fit(module, datamodule=data)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if not name.startswith(UNLIKE)}
+    return metrics, [] if waits is None else waits.steps
+
+
+def same_as_on_the_cpu(beta: float, lora: bool) -> str:
+    on_cpu, _ = run(beta, lora, None)
+    make_policy = Policy.__init__
+
+    def on_the_stand_in(policy: Policy, model: Any, *args: Any, **options: Any) -> None:
+        make_policy(policy, gpu.move(model), *args, **options)
+
+    with PretendCuda() as gpu, patch.object(Policy, "__init__", on_the_stand_in):
+        there, waits = run(beta, lora, gpu)
+    assert there.keys() == on_cpu.keys()
+    different = {
+        name: (value, there[name])
+        for name, value in on_cpu.items()
+        if not torch.isclose(torch.tensor(there[name]), torch.tensor(value), rtol=1e-4, atol=1e-6, equal_nan=True)
+    }
+    assert not different, f"not as on the CPU: {different}"
+    sampling, other = (
+        max(
+            sum(count for place, count in step.items() if place.startswith("rollout/") == is_sampling) for step in waits
+        )
+        for is_sampling in (True, False)
+    )
+    seen = f"{len(on_cpu)} metrics; waits of a micro-step: {sampling} in sampling, {other} elsewhere"
+    assert 0 < sampling <= SAMPLING_WAITS, f"{seen}: {max(waits, key=len)}"
+    assert 0 < other <= OTHER_WAITS, f"{seen}: {max(waits, key=len)}"
+    return seen
+
+
+def mixing_is_noticed() -> str:
+    with PretendCuda():
+        there = torch.ones(2, device=CUDA)
+        try:
+            there + torch.ones(2)
+        except RuntimeError as error:
+            return str(error)
+    raise AssertionError("a tensor of the host was added to one of the device")
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.INFO)
+    check("stand-in for a GPU notices mixed devices", mixing_is_noticed)
+    check("stand-in for a GPU, plain", partial(same_as_on_the_cpu, 0.0, False))
+    check("stand-in for a GPU, with a reference", partial(same_as_on_the_cpu, 0.04, False))
+    check("stand-in for a GPU, with an adapter", partial(same_as_on_the_cpu, 0.04, True))
+    return exit_status()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,66 @@
+"""`trainer.strategy: fsdp2`: Lightning's strategy over all devices, with checkpoints that are whole or absent."""
+
+# No `from __future__ import annotations`: the command line reads the strategy's signature.
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, StrategyRegistry
+
+from stateset_lightning.files import atomic_folder
+from stateset_lightning.run.checkpoint_io import is_sharded, plain_shards, read_checkpoint
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """`trainer.strategy: fsdp2`: Lightning's `ModelParallelStrategy` over all devices of all machines.
+
+    By itself "auto" would mean tensor parallelism inside a machine. A checkpoint takes its name when it is whole.
+
+    Args:
+        save_distributed_checkpoint: Every rank writes its shards to a folder; otherwise rank 0 gathers all and writes
+            one file.
+        process_group_backend: By default NCCL on GPUs, gloo on CPUs.
+        timeout: That a rank waits for another.
+    """
+
+    def __init__(
+        self,
+        save_distributed_checkpoint: bool = False,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__("auto", 1, save_distributed_checkpoint, process_group_backend, timeout)
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        # Lightning writes into the folder itself, over the shards of an earlier checkpoint of that name. It takes rank
+        # 0's path.
+        path = Path(filepath)
+        if self.is_global_zero and path.is_file():
+            path.unlink()
+        with atomic_folder(path, overwrite=True) if self.is_global_zero else nullcontext(path) as partial:
+            super().save_checkpoint(checkpoint, partial, storage_options)
+            self.barrier()
+        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        path = Path(self.broadcast(checkpoint_path))
+        if path.is_file():
+            read_checkpoint(path, check_sums=True, map_location="cpu", mmap=True)
+        with plain_shards(path) if is_sharded(path) else nullcontext():
+            return super().load_checkpoint(path, weights_only=True)
+
+
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Fully sharded data parallel over all devices")
+
+SUPPORTED_STRATEGIES = (SingleDeviceStrategy, DDPStrategy, FSDP2Strategy)
+"""Those under which sampling and reductions are right."""

@@ -1,0 +1,21 @@
+"""What every run gets of us: writers of checkpoints and metrics, and the callbacks that guard its end."""
+
+from __future__ import annotations
+
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Callback, Trainer
+
+from stateset_lightning.run.checkpoint_io import AtomicCheckpointIO
+from stateset_lightning.run.last_checkpoint import LastCheckpoint, keeping_last
+from stateset_lightning.run.metrics_file import install_metrics_files
+from stateset_lightning.run.step_end import StepEnd
+
+
+def install(trainer: Trainer) -> list[Callback]:
+    """Puts our writers in place where the user has chosen none, and returns the callbacks that the run still needs."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+    install_metrics_files(trainer)
+    needed: list[type[Callback]] = [StepEnd, LastCheckpoint] if keeping_last(trainer) else [StepEnd]
+    present = {type(callback) for callback in trainer.callbacks}  # type: ignore[attr-defined]
+    return [kind() for kind in needed if kind not in present]

@@ -1,0 +1,149 @@
+"""One step of GRPO, from prompts to updated weights, in the order in which it happens.
+
+TrainingStep.loss             every batch (Lightning's `training_step`)
+    start_episode             the first batch of an episode:
+        1. sample             G completions of each prompt; each is scored while others are still decoded
+        2. advantages         each completion's score compared with those of its group,
+        3. token weights      what each of its tokens counts in its optimizer step,
+        4. micro-batches      and which micro-step trains it
+        5. fixed log-probs    of the policy that sampled and of the reference, before anything is updated
+    6. policy loss            of one micro-batch, summed over its tokens
+(Lightning)                   backward, accumulation over micro-steps
+TrainingStep.check_gradient   7. a step with nothing to train, or a gradient that is not finite, is skipped
+(Lightning)                   clipping, optimizer, learning rate schedule
+TrainingStep.finish           8. weights are checked, metrics added up, coefficients adapted
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stateset_lightning.algorithm import Algorithm
+from stateset_lightning.policy import AdapterReference, Policy
+from stateset_lightning.ranks import Ranks
+from stateset_lightning.seeding import derive_seed
+from stateset_lightning.training import checks, metrics
+from stateset_lightning.training.collect import Sampler, check_failures
+from stateset_lightning.training.episode import Plan, make_episode
+from stateset_lightning.training.loss import add_fixed_logprobs, micro_batch_loss, nan_if_not_finite, trained_scores
+from stateset_lightning.training.state import TrainingState
+from stateset_lightning.types import PromptBatch
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """The steps of a run, with all they need."""
+
+    state: TrainingState  # goes from step to step
+    policy: Policy  # what is trained
+    sampled_policy: Policy  # samples and scores without gradient: the policy, or an unsharded copy of it
+    unsharded: Callable[[], AbstractContextManager[None]]  # while `sampled_policy` is used
+    reference: Policy | AdapterReference | None  # None where the algorithm needs none
+    algorithm: Algorithm  # scores -> advantages, tokens -> loss
+    sampler: Sampler  # prompts -> completions with their scores
+    ranks: Ranks  # all of them take the same steps
+    accumulate: int  # micro-steps of an optimizer step
+    max_tokens_per_step: int | None  # of a micro-step, where that can be kept
+    report: Callable[[int, list[int], Tensor], None] | None  # is told (episode, rows, total scores [P, G])
+    upcoming: Callable[[], PromptBatch | None]  # the next episode's prompts, asked where the run samples ahead
+
+    def loss(self, batch: PromptBatch) -> Tensor:
+        """Loss of one micro-step, summed over its tokens, times what DDP and Lightning divide it by.
+
+        Raises:
+            RewardError: When too many rewards fail, on every rank.
+        """
+        state = self.state
+        state.started = state.started or time.perf_counter()
+        if batch.micro_step == 0:
+            with self.unsharded():
+                self.start_episode(batch)
+        episode = state.episode
+        if episode is None or episode.index != batch.episode_index:
+            raise RuntimeError(f"micro-step {batch.micro_step} came without the first of episode {batch.episode_index}")
+        micro_step = batch.micro_step % batch.steps_per_episode
+        state.step_of_pass = micro_step // self.accumulate
+        state.samples_are_fresh = batch.micro_step < self.accumulate
+        state.episode_ends = batch.micro_step == batch.num_micro_steps - 1
+        if state.episode_ends:
+            state.episode_of_ranks = None  # the next checkpoint comes after the episode's end
+
+        seed = derive_seed(self.sampler.seed, "dropout", episode.index, batch.micro_step, self.ranks.rank)
+        temperature = self.sampler.config.temperature
+        loss, sums = micro_batch_loss(self.policy, self.algorithm, episode.micro_batch(micro_step), temperature, seed)
+        # DDP averages over ranks and Lightning divides by the accumulation: the sum over tokens is meant.
+        factor = self.ranks.world * self.accumulate
+        state.metrics.step.add(sums | metrics.of_loss(loss.detach(), factor))
+        return nan_if_not_finite(loss) * factor
+
+    def start_episode(self, batch: PromptBatch) -> None:
+        """Samples and scores the prompts, and computes what stays fixed while the episode is trained on."""
+        start, policy, algorithm = time.perf_counter(), self.sampled_policy, self.algorithm
+        collection = self.sampler.collect(policy, batch, greedy_baseline=algorithm.needs_greedy_baseline)
+        check_failures(self.sampler.scorer, collection, self.ranks)
+        if self.report is not None:
+            self.report(batch.episode_index, *collection.groups_of_all_ranks(self.ranks))
+        collection = self.sampler.start_next(policy, collection, self.upcoming)
+
+        temperature = self.sampler.config.temperature
+        scored = trained_scores(collection, self.sampler.reward_weights, policy, self.reference, algorithm, temperature)
+        rollout = collection.sample.rollout
+        plan = Plan.of(batch, rollout, self.accumulate, self.ranks, self.max_tokens_per_step)
+        episode = make_episode(
+            batch.episode_index, rollout, scored.scores, scored.weights, algorithm, plan, scored.baseline_PF
+        )
+        several_steps = batch.num_micro_steps > self.accumulate
+        add_fixed_logprobs(
+            episode, scored, policy, self.reference, algorithm, plan, temperature, self.sampler.seed, old=several_steps
+        )
+
+        sums = metrics.of_episode(collection, episode, scored.scores, policy, self.ranks)
+        state = self.state
+        state.metrics.add_episode(sums, rollout, batch.episode_index, self.ranks)
+        state.episode, state.collection = episode, collection
+        # Gathered now and not when a checkpoint is written, which would hang if one rank had failed by then.
+        state.episode_of_ranks = self.ranks.gather(episode.state_dict()) if batch.num_micro_steps > 1 else None
+        state.collect_seconds = time.perf_counter() - start
+
+    def check_gradient(self, optimizer: torch.optim.Optimizer) -> float | None:
+        """Skips an optimizer step that has nothing to train, or whose gradient is not finite (a bad step).
+
+        Returns:
+            The norm of a bad step's gradient; None for any other step.
+        """
+        state = self.state
+        assert state.episode is not None
+        norm = checks.total_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
+        empty = state.episode.active_by_step[state.step_of_pass] == 0
+        bad = not empty and checks.is_bad(norm)
+        if empty or bad:  # the same on every rank: gradients are reduced by now
+            optimizer.zero_grad(set_to_none=True)  # None rather than zero, on which AdamW would still move the weights
+        if not empty:
+            state.bad_steps = state.bad_steps + 1 if bad else 0
+        state.metrics.step.add(metrics.of_gradient(norm, empty=empty, bad=bad))
+        return norm if bad else None
+
+    def finish(self, optimizer: torch.optim.Optimizer, lr: float, step: int) -> dict[str, float]:
+        """The metrics of the optimizer step `step`, just made with `lr`; its episode's, too, if they are new.
+
+        Raises:
+            NonFiniteError: If the weights are not finite any more.
+        """
+        state = self.state
+        checks.check_weights(self.policy.parameters(), step)
+        optimizer.zero_grad(set_to_none=True)  # gradients would lie beside the cache while the next episode is sampled
+        seconds = time.perf_counter() - (state.started or 0.0)
+        state.metrics.step.add(metrics.of_step(lr, seconds, state.collect_seconds, self.algorithm.state_dict()))
+        state.started, state.collect_seconds = None, 0.0
+        row = state.metrics.end_step(self.ranks)
+        if state.samples_are_fresh:
+            self.sampler.check_difference(row, self.policy)
+        if not row["policy/empty_steps"] and not row["policy/bad_steps"]:
+            self.algorithm.adapt(row)  # the same means on every rank
+        return row

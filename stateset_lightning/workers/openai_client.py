@@ -1,0 +1,213 @@
+"""A client of servers that speak OpenAI's chat completions: retries, a limit on requests, a cache, counts of tokens."""
+
+# No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
+import asyncio
+import hashlib
+import json
+import os
+import sqlite3
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+from weakref import WeakValueDictionary
+
+from annotated_types import Ge, Gt
+
+from stateset_lightning.errors import ConfigError, ServerError, check_bounds, require
+from stateset_lightning.redaction import is_secret_name
+
+T = TypeVar("T")
+
+COUNTS = ("calls", "retries", "cache_hits", "prompt_tokens", "completion_tokens")
+_TABLE = "CREATE TABLE IF NOT EXISTS replies (number INTEGER PRIMARY KEY, key TEXT UNIQUE, reply TEXT NOT NULL)"
+_OLDEST = "DELETE FROM replies WHERE number <= (SELECT MAX(number) FROM replies) - ?"
+_WAIT_SECONDS = 30.0  # for another process that writes to the cache
+
+
+class ReplyCache:
+    """The newest replies by request, in one SQLite file that several processes may share, or in memory.
+
+    Args:
+        path: The file, created if there is none; None keeps replies in memory, for this process.
+        max_replies: Replies at most; the oldest are deleted.
+
+    Raises:
+        ConfigError: If the file cannot be opened, or is no cache.
+    """
+
+    def __init__(self, path: str | None, max_replies: int) -> None:
+        self._max_replies = max_replies
+        self._lock = threading.Lock()
+        file = ":memory:" if path is None else os.path.expanduser(path)
+        try:
+            if path is not None:
+                Path(file).parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(file, _WAIT_SECONDS, check_same_thread=False, isolation_level=None)
+            self._connection.execute("PRAGMA synchronous = NORMAL")
+            self._connection.execute(_TABLE)
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(f"cache={path!r} cannot be opened: {error}; give a file of its own") from error
+
+    def get(self, key: str) -> str | None:
+        """The reply under `key`, if there is one."""
+        with self._lock:
+            row = self._connection.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def put(self, key: str, reply: str) -> None:
+        """Keep a reply; it is on disk when this returns."""
+        with self._lock:
+            self._connection.execute("INSERT OR REPLACE INTO replies (key, reply) VALUES (?, ?)", (key, reply))
+            self._connection.execute(_OLDEST, (self._max_replies,))
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
+
+
+@dataclass(frozen=True)
+class _Connection:
+    loop: asyncio.AbstractEventLoop
+    client: Any
+    slots: asyncio.Semaphore
+    closing: asyncio.Task[None]
+    pending: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
+
+
+async def _closed_with_loop(client: Any) -> None:
+    """Close the client when the loop ends and cancels its tasks. One left to the garbage collector complains."""
+    try:
+        await asyncio.Event().wait()
+    finally:
+        await client.close()
+
+
+class OpenAIClient:
+    """Sends chat requests to one model (extra `judge`).
+
+    Equal requests are sent once: replies are cached. Server errors (5xx, 429, time-outs, broken connections) are
+    retried by the library, which waits twice as long each time, or as long as the server says.
+
+    Args:
+        key: What errors call the owner of this client, such as `model_judge`.
+        model: The model's name on the server.
+        request: Further parameters of each request.
+        base_url: The server (`http://localhost:8000/v1`); by default OpenAI's.
+        api_key_env: Environment variable that holds the key. By default OPENAI_API_KEY with OpenAI's server, and no key
+            with another.
+        max_concurrency: Requests at the same time.
+        max_retries: Further attempts after the first.
+        request_timeout: Seconds that one attempt may take.
+        cache: File of the cache; None keeps replies in memory.
+        max_cached: Replies that are kept at most.
+
+    Raises:
+        ConfigError: If the library `openai` is not installed, the key is missing, or an argument cannot be used.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        model: str,
+        *,
+        request: Mapping[str, Any],
+        base_url: str | None = None,
+        api_key_env: str | None = None,
+        max_concurrency: Annotated[int, Ge(1)] = 16,
+        max_retries: Annotated[int, Ge(0)] = 4,
+        request_timeout: Annotated[float, Gt(0)] = 60.0,
+        cache: str | None = None,
+        max_cached: Annotated[int, Ge(1)] = 100_000,
+    ) -> None:
+        check_bounds(key, OpenAIClient.__init__, locals())  # not `bounded`: the key is the owner's name
+        require("openai", "judge", key)
+        import openai  # noqa: F401 (takes a second, which must not count as the first request's time)
+
+        self.base_url, self.request = base_url, {"model": model, **request}
+        self._key_env = api_key_env or (None if base_url else "OPENAI_API_KEY")
+        self._max_concurrency = max_concurrency
+        self._limits: dict[str, Any] = {"max_retries": max_retries, "timeout": request_timeout}
+        self._cache, self._max_cached = cache, max_cached
+        self._counts: Counter[str] = Counter()
+        if taken := {"model", "messages", "stream", "n"} & request.keys():
+            raise ConfigError(f"{key}.request sets '{min(taken)}', which is set elsewhere: remove it")
+        if self._key_env is not None and not is_secret_name(self._key_env):
+            raise ConfigError(f"{key}.api_key_env={self._key_env!r}: take a name that ends in API_KEY; logs hide it")
+        if self._key_env is not None and not os.environ.get(self._key_env):
+            raise ConfigError(f"{key}.api_key_env: the environment variable {self._key_env} is not set")
+        if cache is not None:  # a file that cannot be opened is an error now
+            ReplyCache(cache, max_cached).close()
+
+    async def ask(self, messages: list[dict[str, str]], read: Callable[[str, bool], T]) -> tuple[str, T]:
+        """The reply to a conversation, from the cache or the server.
+
+        Args:
+            messages: The conversation, as dicts of `role` and `content`.
+            read: Reads what is wanted from the reply's text; its second argument is whether the token limit cut the
+                reply off. If it raises, the reply is not cached.
+
+        Returns:
+            The reply's text, and what `read` returned.
+
+        Raises:
+            ServerError: If the reply holds no text at all. Besides, what `openai` raises after the last retry.
+        """
+        request = {**self.request, "messages": messages}
+        asked = json.dumps([self.base_url, request], sort_keys=True)
+        key = hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()
+        connection = self._connection()
+        # Whoever sends the same request meanwhile waits for this reply.
+        async with connection.pending.setdefault(key, asyncio.Lock()):
+            if (text := self._replies.get(key)) is not None:
+                value = read(text, False)
+                self._counts["cache_hits"] += 1
+                return text, value
+            async with connection.slots:
+                text, truncated = await self._send(connection.client, request)
+            value = read(text, truncated)
+            self._replies.put(key, text)
+            return text, value
+
+    def take_counts(self) -> dict[str, float]:
+        """Calls, retries, cache hits and tokens since the last call."""
+        counts, self._counts = self._counts, Counter()
+        return {name: counts[name] for name in COUNTS}
+
+    async def _send(self, client: Any, request: Mapping[str, Any]) -> tuple[str, bool]:
+        raw = await client.chat.completions.with_raw_response.create(**request)
+        answer = raw.parse()
+        self._counts["calls"] += 1
+        self._counts["retries"] += raw.retries_taken
+        if answer.usage is not None:
+            self._counts["prompt_tokens"] += answer.usage.prompt_tokens
+            self._counts["completion_tokens"] += answer.usage.completion_tokens
+        if not answer.choices:
+            raise ServerError("the server's reply has no choices")
+        choice = answer.choices[0]
+        return choice.message.content or "", choice.finish_reason == "length"
+
+    @cached_property
+    def _replies(self) -> ReplyCache:
+        return ReplyCache(self._cache, self._max_cached)
+
+    def _connection(self) -> _Connection:
+        """Client and locks of the running event loop: they are bound to it, and every scorer has its own loop."""
+        loop = asyncio.get_running_loop()
+        connection: _Connection | None = self.__dict__.get("_current")
+        if connection is None or connection.loop is not loop:
+            from openai import AsyncOpenAI
+
+            # Never without a key: the client would then send OPENAI_API_KEY to whatever server this is.
+            key = os.environ[self._key_env] if self._key_env else "none"
+            client = AsyncOpenAI(api_key=key, base_url=self.base_url, **self._limits)
+            # nor with OPENAI_ORG_ID, _PROJECT_ID and _CUSTOM_HEADERS, which may hold another server's key
+            if self.base_url is not None:
+                client.organization = client.project = None
+                client._custom_headers = {}
+            closing = loop.create_task(_closed_with_loop(client))
+            self._current = connection = _Connection(loop, client, asyncio.Semaphore(self._max_concurrency), closing)
+        return connection

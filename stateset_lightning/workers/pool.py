@@ -1,0 +1,215 @@
+"""A pool of worker processes, from the parent's side: start them, give them calls, kill and replace them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import threading
+import traceback
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
+from multiprocessing import Pipe, spawn
+from pathlib import Path
+from typing import Any
+
+from stateset_lightning.errors import ConfigError
+from stateset_lightning.threads import DaemonThreads
+from stateset_lightning.workers import process
+
+MAX_WORKERS = 4
+LEAK_BYTES = 2**30
+_LONGEST_POLL = 2e6  # seconds; the system call takes at most about 2.1 million
+_START_SECONDS = 120.0  # importing a user's module may take long, from a cold disk in particular
+_REMEDY = "define it at the top level of a module that can be imported, without lambdas, open files or clients in it"
+
+
+class WorkerDied(Exception):
+    """The worker process ended during a call (`os._exit`, a segmentation fault, out of memory)."""
+
+
+class WorkerPool:
+    """Runs functions with a time-out in a few persistent worker processes, which start when they are needed.
+
+    A call that takes too long is stopped by killing its process, with all processes that it started.
+
+    Args:
+        remedy: What else a user may do if a function cannot be sent to a worker; it ends such an error's message.
+        num_workers: Workers at most; by default the number of processors, at most 4.
+    """
+
+    def __init__(self, *, remedy: str = "", num_workers: int | None = None) -> None:
+        self._remedy = _REMEDY + remedy
+        self._functions: dict[str, bytes] = {}
+        self._threads = DaemonThreads(num_workers or min(MAX_WORKERS, os.cpu_count() or 1), "worker")
+        self._lock = threading.Lock()
+        self._idle: list[_Worker] = []
+        self._started: set[_Worker] = set()
+        self._closed = False
+
+    def add(self, name: str, function: Callable[..., Any]) -> None:
+        """Add a function that workers can run, before the first call. It may be async.
+
+        It is pickled here, once, and loaded when a worker starts, before any time-out begins.
+
+        Args:
+            name: For `submit` and for error messages: `reward 'judge'`.
+            function: Any callable that can be pickled.
+
+        Raises:
+            ConfigError: If it cannot be pickled, or is defined where a worker cannot import it.
+        """
+        if process.inside_worker:
+            raise ConfigError(
+                f"a worker process imports the training script, where {name} is defined, and the script starts training"
+                " again: put what starts it under `if __name__ == '__main__':`, or move the definition to a module"
+            )
+        why = f"{name} runs in a worker process, which can be killed at its time-out"
+        try:
+            self._functions[name] = pickle.dumps(function)
+        except Exception as error:  # what a user's object holds may fail in any way
+            raise ConfigError(f"{why}, but it cannot be pickled ({error}): {self._remedy}") from error
+        if b"__main__" in self._functions[name] and not _main_script():
+            raise ConfigError(
+                f"{why}, but it is defined in a notebook or in typed-in code, which a worker cannot import:"
+                f" {self._remedy}"
+            )
+
+    def submit(self, name: str, timeout: float, *args: Any) -> Future[Any]:
+        """Call a function in a worker.
+
+        The future gets what the function returns or raises. It raises TimeoutError after `timeout` seconds, which count
+        from when a worker begins; WorkerDied if the process ended; ConfigError if the worker could not load its
+        functions; or what pickling raises if arguments or result cannot be sent.
+
+        Raises:
+            RuntimeError: If the pool is closed.
+        """
+        return self._threads.submit(self._call, name, timeout, args)
+
+    def close(self) -> None:
+        """Kill all workers, whatever they do."""
+        with self._lock:
+            self._closed = True
+            workers, self._started, self._idle = self._started, set(), []
+        for worker in workers:
+            worker.kill()
+        self._threads.close()
+
+    def _call(self, name: str, timeout: float, args: tuple[Any, ...]) -> Any:
+        request = pickle.dumps((name, timeout, args))
+        worker = self._take()
+        try:
+            return worker.call(request, timeout)
+        finally:
+            if worker.has_grown():
+                worker.kill()
+            with self._lock:
+                if worker.alive and not self._closed:
+                    self._idle.append(worker)
+                else:
+                    self._started.discard(worker)
+
+    def _take(self) -> _Worker:
+        with self._lock:
+            while self._idle:
+                worker = self._idle.pop()
+                if worker.alive:
+                    return worker
+                self._started.discard(worker)  # it ended between two calls
+            if self._closed:
+                raise CancelledError("the worker pool is closed")
+            worker = _Worker()
+            self._started.add(worker)
+        script = _main_script() if any(b"__main__" in function for function in self._functions.values()) else {}
+        try:
+            worker.call(pickle.dumps((process.LOAD, _START_SECONDS, (script, self._functions))), _START_SECONDS)
+        except Exception as error:  # importing a user's code may raise anything
+            worker.kill()
+            raise ConfigError(
+                f"a worker process, which runs {', '.join(self._functions)}, could not load them. For each:"
+                f" {self._remedy}. What the worker says:\n{''.join(traceback.format_exception_only(error))}"
+            ) from error
+        return worker
+
+
+class _Worker:
+    """One worker process. Used by one thread at a time, except for `kill`."""
+
+    def __init__(self) -> None:
+        self._connection, theirs = Pipe()
+        # In a session of its own: Ctrl-C reaches the parent only, and what a function starts is killed with it.
+        self._process = subprocess.Popen(
+            process.command(theirs.fileno()),
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=2,
+            start_new_session=True,
+        )
+        theirs.close()
+        self._first_resident = 0
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def call(self, request: bytes, timeout: float) -> Any:
+        """Send a call and wait for its result; the process is killed after `timeout` seconds."""
+        try:
+            self._connection.send_bytes(request)
+            in_time = self._connection.poll(min(timeout, _LONGEST_POLL))
+            answer = self._connection.recv_bytes() if in_time else b""
+        except (EOFError, OSError):
+            self.kill()
+            raise WorkerDied(f"the worker process ended with code {self._process.returncode} during the call") from None
+        if not in_time:
+            self.kill()
+            raise TimeoutError(f"no result within {timeout:g} s; the worker process was killed")
+        succeeded, value = pickle.loads(answer)
+        if not succeeded:
+            raise value
+        return value
+
+    def has_grown(self) -> bool:
+        """Whether it holds a GiB more than after its first call: a function that leaks gets a fresh process.
+
+        Linux only; elsewhere false.
+        """
+        try:
+            resident = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        except (OSError, IndexError):  # no /proc, or the process has ended
+            return False
+        self._first_resident = self._first_resident or resident
+        return resident > self._first_resident + LEAK_BYTES
+
+    def kill(self) -> None:
+        """Kill the process and all that it started."""
+        descendants = _descendants(self._process.pid)
+        # ProcessLookupError: it has ended; PermissionError: macOS says so where only the ended process is left
+        with suppress(ProcessLookupError, PermissionError):
+            # not waited for yet, so its process group is still its own, even if it has ended
+            if self._process.returncode is None:
+                os.killpg(self._process.pid, signal.SIGKILL)
+        for pid in descendants:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def _descendants(pid: int) -> list[int]:
+    """The processes below one, also those in sessions of their own. Linux only; elsewhere none."""
+    below: list[int] = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # it has ended meanwhile
+            for child in map(int, children.read_text().split()):
+                below += [child, *_descendants(child)]
+    return below
+
+
+def _main_script() -> dict[str, Any]:
+    """Where the parent's `__main__` comes from; empty if it has no file (a notebook, `python -c`)."""
+    data: dict[str, Any] = dict(spawn.get_preparation_data("worker"))
+    script = {key: value for key, value in data.items() if key == "sys_argv" or key.startswith("init_main")}
+    return script if len(script) > 1 else {}

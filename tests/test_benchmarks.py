@@ -1,0 +1,83 @@
+"""The benchmarks take minutes and are run by hand: what breaks them without a sound is found here."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+GPU_CHECK = BENCHMARKS / "gpu" / "check.sh"
+
+
+def test_benchmarks_find_what_they_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for path in sorted(BENCHMARKS.glob("*.py")):
+        monkeypatch.delitem(sys.modules, path.stem, raising=False)
+        runpy.run_path(str(path), run_name="imported")
+
+
+IMPORT_ALL = """
+import importlib, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+sys.path[:0] = [str(folder), str(folder.parent), str(folder.parents[1] / "tests")]
+for path in sorted(folder.glob("*.py")):
+    importlib.import_module(path.stem)
+"""
+
+
+@pytest.mark.slow  # a fresh interpreter imports torch and Lightning
+def test_the_gpu_check_finds_what_it_imports() -> None:
+    """In a process of its own: the stand-in for CUDA is registered with PyTorch for good."""
+    program = [sys.executable, "-c", IMPORT_ALL, str(BENCHMARKS / "gpu")]
+    run = subprocess.run(program, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_a_gpu_check_that_fails_is_said_and_ends_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"GPU_CHECK_DEVICE": "cpu", "GPU_CHECK_SECONDS": "50", "OUT": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    harness = runpy.run_path(str(BENCHMARKS / "gpu" / "harness.py"))
+    check, exit_status = harness["check"], harness["exit_status"]
+
+    def fails() -> str:
+        raise AssertionError("one is not two")
+
+    def breaks() -> str:
+        raise KeyError("a")
+
+    check("good", lambda: "seen")
+    check("late", lambda: "never", seconds=100)
+    assert exit_status() == 0
+    check("bad", fails)
+    check("broken", breaks)
+    check("next", lambda: None)
+    assert exit_status() == 1
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    states = {"good": "ok", "late": "SKIP", "bad": "FAIL", "broken": "ERROR", "next": "ok"}
+    assert {row["check"]: row["state"] for row in rows} == states
+    printed = capsys.readouterr().out
+    assert "failed: bad; broken" in printed
+    assert "one is not two" in printed
+    assert "KeyError: 'a'" in (tmp_path / "errors.txt").read_text()
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_the_gpu_rehearsal_ends_as_its_parts_do(tmp_path: Path, status: int) -> None:
+    """Every part runs, also after one that failed."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "part $(basename "$1")"\ncase $1 in *stand_in.py) exit {status};; esac\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path)}
+    run = subprocess.run([GPU_CHECK, "rehearse"], capture_output=True, text=True, timeout=60, env=environment)
+    assert run.returncode == status, run.stdout + run.stderr
+    parts = [line.removeprefix("part ") for line in run.stdout.splitlines() if line.startswith("part ")]
+    assert parts == ["exactness.py", "stand_in.py", "checks.py", "speed.py", "peer_trl.py"]
+    assert (tmp_path / "log.txt").read_text() == run.stdout
