@@ -170,16 +170,16 @@ def _told(key: str, value: str, found: dict[str, str], message: str) -> str:
 
 
 def _absence(module: str, name: str) -> str:
-    """Why a name cannot be had from a module."""
+    """Why a name cannot be had from a module; what this package says of names that have moved or left comes first."""
+    home = None
     try:
         home = importlib.import_module(module)
-    except (ImportError, ValueError):
-        return f"module {module} cannot be imported; is it spelt right, and on PYTHONPATH?"
-    try:
         getattr(home, name)
-    except AttributeError as error:
-        if not str(error).startswith("module "):  # a `__getattr__` of the module's own says what replaces the name
+    except (ImportError, AttributeError, ValueError) as error:
+        if not str(error).startswith(("No module named", "module ", "Empty module name")):  # as Python says it
             return str(error)
+    if home is None:
+        return f"module {module} cannot be imported; is it spelt right, and on PYTHONPATH?"
     return f"{module} has no {name}{_suggest(name, dir(home)) or '; give the class_path of one that there is'}"
 
 
