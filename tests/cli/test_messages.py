@@ -85,7 +85,8 @@ def test_no_bounded_signature_is_read_from_a_string():
             continue
         module = importlib.import_module(found.name)
         source = inspect.getsource(module)
-        if found.name == "stateset_lightning.errors":  # talks of bounds, has none
+        # The one talks of bounds and has none; the other's are held from Python, and no config reaches it.
+        if found.name in ("stateset_lightning.errors", "stateset_lightning.rewards.scorer"):
             continue
         uses_bounds = re.search(r"Annotated\[[^\]]*\b(Ge|Gt|Le|Lt)\(", source)
         bounded += bool(uses_bounds)
