@@ -12,9 +12,7 @@ from typing import Any, TypeVar
 import yaml
 
 from stateset_lightning.errors import ConfigError
-
-METRICS, SAMPLES, ENVIRONMENT = "metrics.csv", "samples.jsonl", "environment.json"
-CONFIGS = ("config.yaml", "resolved_config.yaml")
+from stateset_lightning.run.folder import CONFIGS, ENVIRONMENT, METRICS, SAMPLES
 
 MAX_POINTS = 1500
 """Points of a curve; of longer ones, means of equally many neighbours."""
