@@ -1,26 +1,29 @@
-"""Files that are whole or absent: written under a temporary name, flushed to disk, then renamed; lines are appended
-whole or not at all.
+"""Files that are complete or absent, and lines that are appended completely or not at all.
+
+A file is written under a temporary name, flushed to disk, then renamed.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from stateset_lightning.errors import ConfigError, DiskError
 
 PARTIAL = ".partial"
-"""Ending of a file that is being written. One that no process is writing was left behind by a kill, and may go."""
+"""Ending of a file while it is being written. A file with this ending that nobody writes is what a kill left."""
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to. It takes the place of `path` when the block ends well; until then, and if it does not, `path`
-    stays as it was.
+    """A file to write to, which takes the place of `path` when the block ends without an error.
+
+    Until then, and after an error, `path` stays as it was.
 
     Raises:
         DiskError: If the disk is full or cannot be written.
@@ -30,26 +33,23 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave the new name with the old disk blocks
+        _sync(partial)  # or a power cut could leave the new name with the old disk blocks
         os.replace(partial, path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise disk_error(path, error) from error
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    finally:
+        with suppress(OSError):
+            partial.unlink()
 
 
 @contextmanager
 def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill, of flat or nested files. It becomes `path` when the block ends well, and vanishes if it does
-    not.
+    """A folder to fill, which becomes `path` when the block ends without an error, and is removed otherwise.
 
     Args:
-        path: The folder to be; an empty one may be there.
-        overwrite: Whether it may take the place of one with files in it, which is deleted last.
+        path: The final folder; it must not exist, or be empty.
+        overwrite: Whether it may replace a folder that has files in it. The old folder is deleted last.
 
     Raises:
         ConfigError: If `path` is there already.
@@ -68,13 +68,12 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        for file in (file for file in partial.rglob("*") if file.is_file()):
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
+        for file in filter(Path.is_file, partial.rglob("*")):
+            _sync(file)
         if path.exists():
             path.rename(old)
         partial.rename(path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
     except OSError as error:
         raise disk_error(path, error) from error
     finally:
@@ -85,7 +84,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def append_lines(path: Path, text: str) -> None:
-    """Appends whole lines, or nothing. A line that a kill tore at the file's end is cut off first.
+    """Appends complete lines, or nothing. An incomplete last line, left by a kill, is cut off first.
 
     Raises:
         DiskError: If the disk is full or cannot be written.
@@ -94,9 +93,8 @@ def append_lines(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+", buffering=0) as file:
-            end = _end_of_last_line(file)
+            end = file.truncate(_end_of_last_line(file))
             try:
-                file.truncate(end)
                 rest = memoryview(text.encode())
                 while rest:
                     rest = rest[file.write(rest) :]
@@ -108,7 +106,7 @@ def append_lines(path: Path, text: str) -> None:
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Removes what killed writes left in a folder, which must have no other writer; returns their paths."""
+    """Removes the temporary files of killed writers from a folder, which must have no other writer; returns them."""
     leftovers = sorted(folder.glob(f".*{PARTIAL}")) if folder.is_dir() else []
     for path in leftovers:
         path.unlink(missing_ok=True)
@@ -123,21 +121,16 @@ def disk_error(path: Path, error: OSError) -> DiskError:
 
 
 def _end_of_last_line(file: IO[bytes]) -> int:
-    """Size of the file without a torn last line."""
-    end = file.seek(0, os.SEEK_END)
-    while end > 0:
-        start = max(0, end - 65536)
-        file.seek(start)
-        newline = file.read(end - start).rfind(b"\n")
-        if newline >= 0:
-            return start + newline + 1
-        end = start
-    return 0
+    """Size in bytes of the file without an incomplete last line."""
+    if not file.seek(0, os.SEEK_END):
+        return 0  # an empty file cannot be mapped
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.rfind(b"\n") + 1
 
 
-def _sync_folder(folder: Path) -> None:
-    """The new name reaches the disk too."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Flushes a file's content, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

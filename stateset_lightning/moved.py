@@ -39,7 +39,7 @@ _MOVED = """
     algorithm.entropy=algorithm.terms algorithm.kl=algorithm.terms algorithm.mismatch=algorithm.terms
     algorithm.pass_at_k=algorithm.advantages algorithm.segments=algorithm.aggregation
     algorithm.selection=algorithm.terms algorithm.sequence_losses=algorithm.losses bad_steps=run.records
-    bounds=errors callbacks.last_checkpoint=run.last_checkpoint callbacks.metrics_file=run.metrics_file
+    bounds=errors callbacks.last_checkpoint=run.step_end callbacks.metrics_file=run.metrics_file
     callbacks.run_folder=run.folder callbacks.sample_tables=run.samples callbacks.step_end=run.step_end
     checkpoint_io=run.checkpoint_io cli_messages=cli.messages collection=training.collect convert=cli.convert
     daemon_threads=threads data.control_tokens=data.prompts data.curriculum=data.order data.holdout=data.sources

@@ -260,7 +260,7 @@ class PretendCuda(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "scaled_dot_product_attention":
             return _attention(*args, **kwargs)
-        if name in ("to", "cuda") and isinstance(args[0], torch.Tensor):
+        if name in ("to", "cpu", "cuda") and isinstance(args[0], torch.Tensor):
             return _to(name, args[0], args[1:], kwargs)
         if name == "is_available" or not is_there(kwargs.get("device")):
             return func(*args, **kwargs)
@@ -274,14 +274,14 @@ class PretendCuda(TorchFunctionMode):
 
 
 def _to(name: str, x: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
-    """`Tensor.to` and `Tensor.cuda`, whose arguments are a device, a dtype, both, or another tensor."""
+    """`Tensor.to`, `cpu` and `cuda`: the arguments are a device, a dtype, both, or another tensor."""
     given = [*args, kwargs.get("device"), kwargs.get("dtype"), kwargs.get("other")]
     devices = [torch.device(value) for value in given if isinstance(value, str | torch.device)]
     dtypes = [value for value in given if isinstance(value, torch.dtype)]
     for other in (value for value in given if isinstance(value, torch.Tensor)):
         devices, dtypes = [other.device], [other.dtype]
-    if name == "cuda":
-        devices = [CUDA]
+    if name in ("cpu", "cuda"):
+        devices = [CUDA if name == "cuda" else torch.device("cpu")]
     dtype = dtypes[0] if dtypes else x.dtype
     if devices and devices[0].type == NAME and not isinstance(x, OnDevice):
         note("upload", "to(cuda)")

@@ -27,8 +27,8 @@ from stateset_lightning.files import atomic_write
 from stateset_lightning.module import GRPOLightningModule
 from stateset_lightning.redaction import redacted, redacted_text
 from stateset_lightning.run.find_checkpoint import continue_run, find_checkpoint
-from stateset_lightning.run.folder import config_file
-from stateset_lightning.run.system import ENVIRONMENT_FILE, environment
+from stateset_lightning.run.folder import ENVIRONMENT, config_file
+from stateset_lightning.run.system import environment
 
 # A tie to a private function of jsonargparse, as it is in 4.53; tests/cli/test_config.py fails when that changes. By
 # itself jsonargparse keeps, of a class chosen before, all options that the class chosen now has too, defaults among
@@ -81,7 +81,7 @@ class SaveRunConfig(SaveConfigCallback):
         with atomic_write(file) as opened:
             opened.write(yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
         if trainer.loggers:  # else it would stand among the user's own files
-            with atomic_write(file.with_name(ENVIRONMENT_FILE)) as opened:
+            with atomic_write(file.with_name(ENVIRONMENT)) as opened:
                 opened.write(json.dumps(environment(trainer), indent=1).encode())
         for logger in trainer.loggers:
             logger.log_hyperparams(config)

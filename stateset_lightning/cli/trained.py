@@ -19,6 +19,7 @@ from stateset_lightning.policy.lora import config_from_plain, inject, trained_na
 from stateset_lightning.policy.lora_state import base_digest, check_base
 from stateset_lightning.rollout import RolloutConfig
 from stateset_lightning.run.checkpoint_io import read_checkpoint
+from stateset_lightning.run.folder import CONFIGS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -126,7 +127,7 @@ def _load_adapted(
 
 def _config_of_run(file: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     folders = [file.absolute().parent.parent, Path(checkpoint["stateset"]["run_folder"])]
-    for path in (folder / name for folder in folders for name in ("config.yaml", "resolved_config.yaml")):
+    for path in (folder / name for folder in folders for name in CONFIGS):
         if path.is_file():
             return _read_config(path)
     _log.info(

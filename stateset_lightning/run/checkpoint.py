@@ -1,4 +1,4 @@
-"""A checkpoint is the whole run: what goes into one beside Lightning's own state, and what comes out of it.
+"""What a checkpoint holds beside Lightning's own state, and how a run goes on from it: a checkpoint is the whole run.
 
 Everything is a tensor or a plain container, so that it loads with `weights_only=True`.
 """
@@ -41,15 +41,13 @@ class RunCheckpoint:
         """Adds the run's state.
 
         Raises:
-            ConfigError: Inside an optimizer step: the gradient so far would be lost, and the run could not go on
-                exactly.
+            ConfigError: Inside an optimizer step, whose gradient so far would be lost.
         """
         module, trainer, state = self._module, self._module.trainer, self._module.state
         if state.started is not None:
             raise ConfigError(
-                "trainer.save_checkpoint was called inside an optimizer step, whose gradient so far no checkpoint"
-                " holds: call it where `pl_module.inside_optimizer_step` is false, or use a ModelCheckpoint, which"
-                " waits"
+                "trainer.save_checkpoint was called inside an optimizer step, whose gradient so far no checkpoint holds"
+                ": call it where `pl_module.inside_optimizer_step` is false, or use a ModelCheckpoint, which waits"
             )
         for logger in trainer.loggers:
             logger.save()  # metrics up to here survive together with the checkpoint
@@ -71,7 +69,7 @@ class RunCheckpoint:
         }
 
     def load(self, checkpoint: dict[str, Any], *, training: bool) -> None:
-        """Takes the run's state and, in a run that trains, its files if it goes on in the same folder.
+        """Restores the run's state and, if it trains on in the same folder, cuts its files back to the checkpoint.
 
         Raises:
             ConfigError: If the run cannot go on exactly.
@@ -102,7 +100,7 @@ class RunCheckpoint:
             drop_later_events(trainer, saved["step"])
 
     def restore_options(self) -> None:
-        """Options that were given win over the checkpoint's, and the log names those that differ.
+        """Makes options that were given win over the checkpoint's, and logs those that differ.
 
         Called when training starts: optimizer and scheduler have been restored by then.
         """
@@ -116,9 +114,8 @@ class RunCheckpoint:
         for now, then in zip(given, before, strict=True):
             pairs += [(f"model.optimizer {name}", now[name], then[name]) for name in sorted(now.keys() & then.keys())]
         changed = [pair for pair in pairs if pair[1] != pair[2]]
-        if trainer.is_global_zero:
-            for pair in changed:
-                _log.info("%s=%s, and %s in the checkpoint: the new value is used", *pair)
+        for pair in changed if trainer.is_global_zero else []:
+            _log.info("%s=%s, and %s in the checkpoint: the new value is used", *pair)
         if not changed and continues(trainer, saved["run_folder"]):
             skip_known_rows(trainer, saved["wandb_rows"])
 
@@ -141,19 +138,15 @@ def check_resumable(state: Mapping[str, Any], seed: int, accumulate: int, world:
         ConfigError: If the seed differs, or, inside an episode, the accumulation or the number of ranks.
     """
     if state["seed"] != seed:
-        raise ConfigError(
-            f"seed_everything={seed} differs from the checkpoint's {state['seed']}: give the checkpoint's to resume"
-            " its run"
-        )
+        raise ConfigError(f"seed_everything={seed} differs from the checkpoint's {state['seed']}: resume with that")
     if state["episode"] is None:
         return
     if state["accumulate"] != accumulate:
         raise ConfigError(
-            f"trainer.accumulate_grad_batches={accumulate} differs from that of the checkpoint, {state['accumulate']},"
-            " which was made inside an episode: resume with that, or from a checkpoint at an episode's end"
+            f"trainer.accumulate_grad_batches={accumulate} differs from the checkpoint's {state['accumulate']}, which"
+            " was made inside an episode: resume with that, or from a checkpoint at an episode's end"
         )
-    if len(state["episode"]) != world:
+    if (ranks := len(state["episode"])) != world:
         raise ConfigError(
-            f"the checkpoint was made inside an episode of {len(state['episode'])} ranks and cannot be resumed by"
-            f" {world}"
+            f"the checkpoint was made inside an episode of {ranks} ranks and cannot be resumed by {world}"
         )

@@ -1,19 +1,36 @@
-"""Where a run's files go: beside its checkpoints, whatever the logger."""
+"""Where a run's files go, and what each of them is called: one folder per run, whatever the logger.
+
+Lightning is imported where a logger is looked at: the names serve commands that need not wait for torch.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+CHECKPOINTS = "checkpoints"
+"""The folder that ModelCheckpoint writes to by default."""
+LAST_CHECKPOINT = "last.ckpt"
+CONFIGS = "config.yaml", "resolved_config.yaml"
+"""The resolved config; the second name without a logger, when the folder may hold the user's own `config.yaml`."""
+ENVIRONMENT = "environment.json"
+METRICS = "metrics.csv"
+SAMPLES = "samples.jsonl"
+PREDICTIONS = "predictions.jsonl"
+BAD_STEPS = "bad_steps.jsonl"
+REPORT = "report.html"
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """`save_dir/name/version` of the first logger, as ModelCheckpoint builds it; the Trainer's root folder without a
-    logger.
+    """`save_dir/name/version` of the first logger, as ModelCheckpoint builds it; else the Trainer's root folder.
 
     `trainer.log_dir` would do for most loggers, but with W&B it is a folder that all runs share.
     """
+    from lightning.pytorch.loggers import WandbLogger
+
     if not trainer.loggers:
         return Path(trainer.default_root_dir)
     logger = trainer.loggers[0]
@@ -24,25 +41,28 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 def continues(trainer: Trainer, folder: str) -> bool:
-    """Whether this run goes on in the files of the one whose checkpoint it resumes from, and which wrote to
-    `folder`.
-    """
+    """Whether this run goes on in the folder of the run that it resumes, which wrote its checkpoint from `folder`."""
     mine = run_folder(trainer).absolute()
     return Path(folder) == mine or Path(str(trainer.ckpt_path)).absolute().is_relative_to(mine)  # or it has been moved
 
 
+def of_rank(trainer: Trainer, path: Path) -> Path:
+    """The file of this rank, where every rank writes its own: `name.jsonl`, `name-rank1.jsonl`, ..."""
+    return path.with_stem(f"{path.stem}-rank{trainer.global_rank}") if trainer.global_rank else path
+
+
 def config_file(trainer: Trainer) -> Path:
-    """Where the resolved config goes. Without a logger the folder may be the one that the user's own `config.yaml` is
-    in.
-    """
-    return run_folder(trainer) / ("config.yaml" if trainer.loggers else "resolved_config.yaml")
+    """Where the resolved config goes."""
+    return run_folder(trainer) / CONFIGS[0 if trainer.loggers else 1]
 
 
 def metrics_place(trainer: Trainer) -> str:
-    """Where the metrics of the first logger are; empty without one."""
+    """Where the metrics of the first logger are: a file, a folder or an address; empty without a logger."""
+    from lightning.pytorch.loggers import CSVLogger, WandbLogger
+
     if not trainer.loggers:
         return ""
     logger = trainer.loggers[0]
     if isinstance(logger, WandbLogger):
         return str(logger.experiment.url or Path(logger.experiment.dir).parent)
-    return str(run_folder(trainer) / "metrics.csv" if isinstance(logger, CSVLogger) else logger.log_dir or "")
+    return str(run_folder(trainer) / METRICS if isinstance(logger, CSVLogger) else logger.log_dir or "")

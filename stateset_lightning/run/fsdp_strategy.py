@@ -1,4 +1,4 @@
-"""`trainer.strategy: fsdp2`: Lightning's strategy over all devices, with checkpoints that are whole or absent."""
+"""`trainer.strategy: fsdp2`: Lightning's strategy over all devices, with checkpoints that are complete or absent."""
 
 # No `from __future__ import annotations`: the command line reads the strategy's signature.
 from contextlib import nullcontext
@@ -11,19 +11,19 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, StrategyRegistry
 
 from stateset_lightning.files import atomic_folder
-from stateset_lightning.run.checkpoint_io import is_sharded, plain_shards, read_checkpoint
+from stateset_lightning.run.checkpoint_io import is_sharded, read_checkpoint, safe_shards
 
 
 class FSDP2Strategy(ModelParallelStrategy):
     """`trainer.strategy: fsdp2`: Lightning's `ModelParallelStrategy` over all devices of all machines.
 
-    By itself "auto" would mean tensor parallelism inside a machine. A checkpoint takes its name when it is whole.
+    By itself "auto" would mean tensor parallelism inside a machine. A checkpoint takes its name when it is complete.
 
     Args:
-        save_distributed_checkpoint: Every rank writes its shards to a folder; otherwise rank 0 gathers all and writes
-            one file.
+        save_distributed_checkpoint: Every rank writes its shards to a folder; otherwise rank 0 unshards the weights and
+            writes one file.
         process_group_backend: By default NCCL on GPUs, gloo on CPUs.
-        timeout: That a rank waits for another.
+        timeout: How long a rank waits for another.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().__init__("auto", 1, save_distributed_checkpoint, process_group_backend, timeout)
 
     def setup_environment(self) -> None:
+        # Private in lightning 2.6.6: with "auto", its base would count the devices of one machine alone.
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
@@ -42,8 +43,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         if not self._save_distributed_checkpoint:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
-        # Lightning writes into the folder itself, over the shards of an earlier checkpoint of that name. It takes rank
-        # 0's path.
+        # Lightning writes into the folder itself, over the shards of an earlier checkpoint of that name, and every rank
+        # to the path of rank 0.
         path = Path(filepath)
         if self.is_global_zero and path.is_file():
             path.unlink()
@@ -56,7 +57,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         if path.is_file():
             read_checkpoint(path, check_sums=True, map_location="cpu", mmap=True)
-        with plain_shards(path) if is_sharded(path) else nullcontext():
+        with safe_shards(path) if is_sharded(path) else nullcontext():
             return super().load_checkpoint(path, weights_only=True)
 
 

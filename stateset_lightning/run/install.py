@@ -1,14 +1,11 @@
-"""What every run gets of us: writers of checkpoints and metrics, and the callbacks that guard its end."""
-
-from __future__ import annotations
+"""What every run gets: writers of complete checkpoints and metrics, and the callbacks of step_end.py."""
 
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
 
 from stateset_lightning.run.checkpoint_io import AtomicCheckpointIO
-from stateset_lightning.run.last_checkpoint import LastCheckpoint, keeping_last
 from stateset_lightning.run.metrics_file import install_metrics_files
-from stateset_lightning.run.step_end import StepEnd
+from stateset_lightning.run.step_end import LastCheckpoint, StepEnd, keeping_last
 
 
 def install(trainer: Trainer) -> list[Callback]:

@@ -1,7 +1,10 @@
-"""Completions as JSON lines: some of every few episodes, all of an evaluation, all predictions."""
+"""Completions for people to read: some of every few episodes, all of an evaluation, all predictions.
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+They go to files of JSON lines, and those of a run to loggers that can show them: a table in W&B, text in TensorBoard.
+"""
+
+# No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,29 +12,33 @@ from typing import Annotated, Any
 from annotated_types import Ge
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from stateset_lightning.files import append_lines, atomic_write
+from stateset_lightning.errors import bounded
+from stateset_lightning.policy import Group, Policy
 from stateset_lightning.ranks import Ranks
-from stateset_lightning.run.folder import continues, run_folder
-from stateset_lightning.run.records import logprobs_now, token_rows
+from stateset_lightning.run.folder import PREDICTIONS, SAMPLES, continues, of_rank, run_folder
+from stateset_lightning.run.records import append_rows, keep_rows, read_rows
+from stateset_lightning.training.episode import Episode
 
-EVALUATED = 16
+SHOWN = 16
 """Completions of an evaluation that loggers show; the file has all."""
 
 
+@bounded("samples")
 class SampleWriter(Callback):
-    """Writes completions with their rewards to `samples.jsonl` in the run's folder, and shows them in W&B and
-    TensorBoard.
+    """Writes completions and their rewards to `samples.jsonl` in the run's folder; shows them in W&B and TensorBoard.
 
     Training completions are written when their episode ends: token by token, `logprobs` are those of the policy that
-    sampled and `logprobs_after` those of the policy that the episode's optimizer steps have made of it (nats, at the
-    temperature of sampling).
+    sampled and `logprobs_after` those of the policy after the episode's optimizer steps (nats, at the temperature of
+    sampling).
 
     Args:
         every_n_episodes: An episode's completions are written every so many episodes.
         num_prompts: Groups written of such an episode.
         evaluation: Whether the completions of validation and test are written too.
-        max_tokens: Tokens of a completion that are written one by one; its text is always whole.
+        max_tokens: Tokens of a completion that are written one by one; its text is always complete.
         max_megabytes: Size from which on the file is thinned out: every second episode and evaluation goes; the first
             and the last stay.
     """
@@ -49,14 +56,12 @@ class SampleWriter(Callback):
         self.evaluation = evaluation
         self.max_tokens = max_tokens
         self.max_megabytes = max_megabytes
-        self._episode: list[dict[str, Any]] = []  # rows of the episode under way
-        self._evaluated: list[dict[str, Any]] = []  # this rank's rows of the evaluation under way
-        self._validated_step = -1  # of the last whole validation
+        self._episode: list[dict[str, Any]] = []  # rows of the running episode
+        self._evaluated: list[dict[str, Any]] = []  # this rank's rows of the running evaluation
+        self._validated_step = -1  # of the last complete validation
         self._size_after_thinning = 0
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch.episode_index % self.every_n_episodes or not trainer.is_global_zero:
             return
         if batch.micro_step == 0:
@@ -68,18 +73,15 @@ class SampleWriter(Callback):
         self._evaluated = []
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
-        self._keep_evaluated(pl_module)
+        if self.evaluation:
+            self._evaluated += [record.to_dict() for record in pl_module.last_records]
+
+    on_test_start, on_test_batch_end = on_validation_start, on_validation_batch_end
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
             self._validated_step = trainer.global_step
             self._write_evaluation(trainer, "validation")
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluated = []
-
-    def on_test_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
-        self._keep_evaluated(pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write_evaluation(trainer, "test")
@@ -94,63 +96,44 @@ class SampleWriter(Callback):
         if not saved or trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
         self._episode, self._validated_step = saved["episode"], saved["validated_step"]
-        under_way = {row["episode"] for row in self._episode}
-        if continues(trainer, saved["folder"]) and self.file(trainer).exists():
-            last = {"train": saved["step"], "validation": saved["validated_step"], "test": saved["step"]}
-            _keep_rows(
-                self.file(trainer),
-                lambda row: row["step"] <= last[row["split"]] and row.get("episode") not in under_way,
-            )
+        running = {row["episode"] for row in self._episode}
+        last = {"train": saved["step"], "validation": saved["validated_step"], "test": saved["step"]}
+        file = run_folder(trainer) / SAMPLES
+        if continues(trainer, saved["folder"]) and file.exists():
+            keep_rows(file, lambda row: row["step"] <= last[row["split"]] and row.get("episode") not in running)
 
     def _episode_rows(self, pl_module: Any, num_prompts: int) -> list[dict[str, Any]]:
-        episode = pl_module.episode
-        records = pl_module.last_records[: num_prompts * episode.num_generations]
-        tokens = token_rows(episode, num_prompts, pl_module.tokenizer, self.max_tokens)
-        return [
-            {"episode": episode.index, **record.to_dict(), **row} for record, row in zip(records, tokens, strict=True)
-        ]
+        index, tokenizer = pl_module.episode.index, pl_module.tokenizer
+        tokens = token_rows(pl_module.episode, num_prompts, tokenizer, self.max_tokens)
+        records = pl_module.last_records[: len(tokens)]
+        return [{"episode": index, **record.to_dict(), **row} for record, row in zip(records, tokens, strict=True)]
 
     def _write_episode(self, trainer: Trainer, pl_module: Any) -> None:
         rows, self._episode = self._episode, []
-        if not rows:
-            return
-        episode = pl_module.episode
-        num_prompts = len(rows) // episode.num_generations
-        now = logprobs_now(episode, num_prompts, pl_module.policy, pl_module.rollout.temperature, self.max_tokens)
-        if now is not None:
-            rows = [{**row, "logprobs_after": values} for row, values in zip(rows, now, strict=True)]
-        rows = [{"split": "train", "step": trainer.global_step, **row} for row in rows]
-        append_rows(self.file(trainer), rows)
-        log_samples(trainer, "train", rows)
-        self._thin_out(trainer)
-
-    def _keep_evaluated(self, pl_module: Any) -> None:
-        if self.evaluation:
-            self._evaluated += [record.to_dict() for record in pl_module.last_records]
+        if rows:  # none if the run was resumed inside the episode, and its checkpoint had no samples
+            num_prompts, temperature = len(rows) // pl_module.episode.num_generations, pl_module.rollout.temperature
+            now = logprobs_now(pl_module.episode, num_prompts, pl_module.policy, temperature, self.max_tokens)
+            rows = [{**row, **after} for row, after in zip(rows, now, strict=True)]
+            self._write(trainer, "train", rows, len(rows))
 
     def _write_evaluation(self, trainer: Trainer, split: str) -> None:
         mine, self._evaluated = self._evaluated, []
-        if not self.evaluation:
-            return
-        # Ranks take turns with the prompts; at the end, since one of them may have a batch more.
-        turns = zip_longest(*Ranks.current().gather(mine))
-        rows = [
-            {"split": split, "step": trainer.global_step, **row} for turn in turns for row in turn if row is not None
-        ]
-        if rows and trainer.is_global_zero:
-            append_rows(self.file(trainer), rows)
-            log_samples(trainer, split, rows[:EVALUATED])
-            self._thin_out(trainer)
+        if self.evaluation:
+            # Ranks take turns with the prompts; at the end, since one of them may have a batch more.
+            turns = zip_longest(*Ranks.current().gather(mine))
+            self._write(trainer, split, [row for turn in turns for row in turn if row is not None], SHOWN)
 
-    def _thin_out(self, trainer: Trainer) -> None:
+    def _write(self, trainer: Trainer, split: str, rows: Iterable[Mapping[str, Any]], num_shown: int) -> None:
+        rows = [{"split": split, "step": trainer.global_step, **row} for row in rows]
+        if not rows or not trainer.is_global_zero:
+            return
+        file = run_folder(trainer) / SAMPLES
+        append_rows(file, rows)
+        log_samples(trainer, split, rows[:num_shown])
         # Twice what thinning left: where that is above the limit already, the file is not rewritten for every row.
-        file, limit = self.file(trainer), max(self.max_megabytes * 2**20, 2 * self._size_after_thinning)
-        if file.stat().st_size > limit:
+        if file.stat().st_size > max(self.max_megabytes * 2**20, 2 * self._size_after_thinning):
             thin_out(file)
             self._size_after_thinning = file.stat().st_size
-
-    def file(self, trainer: Trainer) -> Path:
-        return run_folder(trainer) / "samples.jsonl"
 
 
 class PredictionWriter(Callback):
@@ -169,22 +152,14 @@ class PredictionWriter(Callback):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("", encoding="utf-8")
 
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
-    ) -> None:
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *args: Any, **kwargs: Any) -> None:
         append_rows(self.file(trainer), outputs)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         print(f"predictions: {self.file(trainer)}")
 
     def file(self, trainer: Trainer) -> Path:
-        path = Path(self.path) if self.path is not None else run_folder(trainer) / "predictions.jsonl"
-        return path if trainer.global_rank == 0 else path.with_stem(f"{path.stem}-rank{trainer.global_rank}")
-
-
-def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Appends rows as JSON lines, all or none, making the folder if need be."""
-    append_lines(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return of_rank(trainer, run_folder(trainer) / PREDICTIONS if self.path is None else Path(self.path))
 
 
 def block_of(row: Mapping[str, Any]) -> tuple[str, int, int]:
@@ -193,48 +168,97 @@ def block_of(row: Mapping[str, Any]) -> tuple[str, int, int]:
 
 
 def thin_out(path: Path) -> None:
-    """Drops every second block of each split, but neither the first nor the last, so that what is left is spread over
-    the run.
-    """
+    """Drops every second block of each split, but not the first and the last: what stays is spread over the run."""
     blocks: dict[str, dict[Any, None]] = {}
-    for _, row in _rows(path):
+    for _, row in read_rows(path):
         blocks.setdefault(row["split"], {})[block_of(row)] = None
     kept = {block for of_split in blocks.values() for block in [*list(of_split)[::2], list(of_split)[-1]]}
-    _keep_rows(path, lambda row: block_of(row) in kept)
+    keep_rows(path, lambda row: block_of(row) in kept)
 
 
-def _keep_rows(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
-    with atomic_write(path) as file:
-        file.writelines(line for line, row in _rows(path) if keep(row))
+# Token by token -------------------------------------------------------------------------------------------------------
 
 
-def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Lines with what they hold, but for a last one that a kill tore."""
-    with path.open("rb") as file:
-        yield from ((line, json.loads(line)) for line in file if line.endswith(b"\n"))
+def token_rows(episode: Episode, num_prompts: int, tokenizer: Any, max_tokens: int) -> list[dict[str, Any]]:
+    """The first `max_tokens` tokens of each completion of the first groups, and their log-probs.
+
+    `tokens` are texts, which join to the completion's; `logprobs` are of the policy that sampled, at the temperature of
+    sampling, in nats. Where a reference scored the completion, `ref_logprobs` are its own.
+    """
+    rows = []
+    for n, part in enumerate(_first_tokens(episode, num_prompts, max_tokens)):
+        tokens = token_texts(tokenizer, episode.completion_tokens_T[part].tolist())
+        rows.append({"tokens": tokens, "logprobs": _rounded(episode.sampling_logprobs_T[part])})
+        if episode.ref_logprobs_T is not None and episode.active_N[n]:
+            rows[n]["ref_logprobs"] = _rounded(episode.ref_logprobs_T[part])
+    return rows
 
 
-# MERGED: Completions in loggers that can show them: a table in W&B, text in TensorBoard.
+def logprobs_now(
+    episode: Episode, num_prompts: int, policy: Policy, temperature: float, max_tokens: int
+) -> list[dict[str, list[float]]]:
+    """`logprobs_after` of the same tokens: under the policy as it is now, by a pass without gradient.
+
+    Not known if its weights are sharded: all ranks would have to take part.
+    """
+    parts, size = _first_tokens(episode, num_prompts, max_tokens), episode.num_generations
+    if any(isinstance(parameter, DTensor) for parameter in policy.parameters()):
+        return [{} for _ in parts]
+    completions = [episode.completion_tokens_T[part].tolist() for part in parts]
+    groups = [
+        Group(prompt, [c for c in completions[p * size : (p + 1) * size] if c])  # some may be empty
+        for p, prompt in enumerate(episode.prompt_tokens[:num_prompts])
+    ]
+    logprobs_T, _ = policy.score_without_gradient([group for group in groups if group.completions], temperature)
+    values = logprobs_T.cpu().split([len(completion) for completion in completions])
+    return [{"logprobs_after": _rounded(logprobs)} for logprobs in values]
+
+
+def _first_tokens(episode: Episode, num_prompts: int, max_tokens: int) -> list[slice]:
+    """Where in [T] the first `max_tokens` tokens of each completion of the first groups stand."""
+    lengths_N = episode.lengths_N[: num_prompts * episode.num_generations]
+    starts_N = lengths_N.cumsum(0) - lengths_N
+    ends_N = starts_N + lengths_N.clamp(max=max_tokens)
+    return [slice(start, end) for start, end in zip(starts_N.tolist(), ends_N.tolist(), strict=True)]
+
+
+def _rounded(values_T: Tensor) -> list[float]:
+    return [round(value, 4) for value in values_T.tolist()]
+
+
+def token_texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+    """The text that each token adds to those before it.
+
+    A token by itself would lose its leading space (SentencePiece) or be half a character (bytes). A character of
+    several tokens is added by the last of them; the others are "".
+    """
+    texts, start, read = [], 0, 0  # decoding begins one text before the one that is to be read
+    for end in range(1, len(tokens) + 1):
+        before, text = (
+            tokenizer.decode(tokens[start:stop], clean_up_tokenization_spaces=False) for stop in (read, end)
+        )
+        if text.endswith("\ufffd") and end < len(tokens):
+            texts.append("")
+        else:
+            texts.append(text[len(before) :])
+            start, read = read, end
+    return texts
+
+
+# In loggers -----------------------------------------------------------------------------------------------------------
 
 COLUMNS = (
-    "step",
-    "episode",
-    "id",
-    "prompt",
-    "target",
-    "completion",
-    "reward",
-    "advantage",
-    "finish_reason",
-    "num_tokens",
+    *("step", "episode", "id", "prompt", "target", "completion"),
+    *("reward", "advantage", "finish_reason", "num_tokens"),
 )
 
 
 def log_samples(trainer: Trainer, split: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Shows rows of `samples.jsonl` as `samples/<split>`; in W&B as a table of its own for each call, which nothing
-    keeps in memory.
+    """Shows rows of `samples.jsonl` as `samples/<split>`.
+
+    In W&B each call makes a table of its own, which nothing keeps in memory.
     """
-    for logger in trainer.loggers if trainer.is_global_zero else []:
+    for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             columns, data = sample_table(rows)
             logger.log_table(f"samples/{split}", columns=columns, data=data, step=trainer.global_step)

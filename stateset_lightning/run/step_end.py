@@ -1,5 +1,4 @@
-"""Saves, stops and signals that come inside an optimizer step wait for its end; SIGTERM and Ctrl-C then end the run
-with a last checkpoint.
+"""What waits for the end of an optimizer step: saves, early stops and signals; and `last`, the run's newest state.
 
 A checkpoint made between two micro-steps of an accumulation would lose the gradient so far, and a stop there the work.
 """
@@ -8,69 +7,60 @@ import os
 import signal
 import threading
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from stateset_lightning.ranks import Ranks, explain_lost_rank
-from stateset_lightning.run.folder import run_folder
+from stateset_lightning.run import lightning_internals
+from stateset_lightning.run.folder import CHECKPOINTS, LAST_CHECKPOINT, run_folder
 
 SIGNALS: dict[int, str] = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 
 class StepEnd(Callback):
-    """Makes checkpoints, early stops and signals wait for the end of the running optimizer step. The module adds it to
-    every run.
+    """Makes checkpoints, early stops and signals wait for the end of the running optimizer step; every run has it.
 
     On SIGTERM and on Ctrl-C a last checkpoint is written, `last.ckpt` beside the others, and `SystemExit` raised with
     code 143 and 130. A second Ctrl-C interrupts at once and saves nothing. An exception saves nothing either: it could
     hold the state that failed.
 
-    The validation that a checkpoint came before is made up for when a run resumes from it; Lightning would leave it
-    out.
+    A validation that was due right after a checkpoint is made up for when a run resumes from it; Lightning would leave
+    it out.
     """
 
     def __init__(self) -> None:
-        self._received = 0
-        self._stop = False
+        self._received = 0  # the signal to act on; 0: none
+        self._requeue: Any = None  # Lightning's handler of SLURM's signal
+        self._stop = False  # an early stop was asked for inside the optimizer step
         self._validating = False
-        self._validated_batch = -1
-        self._validation_progress: dict[str, Any] = {}
+        self._validated_batch = -1  # the last validation came after this training batch
+        self._validation_progress: dict[str, Any] = {}  # as the running validation found it
         self._missed_validation = False
-        self._requeue: Any = None
 
-    # Saves and stops
-    # ---------------------------------------------------------------------------------------------------------
+    # Saves and stops --------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Checkpoint):
-                _make_wait(callback)
+        for callback in trainer.checkpoint_callbacks:
+            _wait_for_step_end(callback)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop = self._validating = False
         self._validated_batch = -1
-        self._validation_progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress.state_dict()
         self._listen(trainer)
-        if self._missed_validation:
-            self._validate(trainer)
+        self._make_up_for_validation(trainer)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         if self._waits(trainer, pl_module):
             return
-        self._validation_progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress.state_dict()
-        received = max(Ranks(trainer.global_rank, trainer.world_size).gather(self._received))
-        if received:
+        if received := max(Ranks(trainer.global_rank, trainer.world_size).gather(self._received)):
             self._act(trainer, received)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validating = True
+        self._validation_progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress.state_dict()
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         # Several ranks may have different numbers of batches, and could not agree here: they end after the validation.
@@ -84,83 +74,64 @@ class StepEnd(Callback):
         self._waits(trainer, pl_module)
 
     def _waits(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Whether an optimizer step is under way; holds a stop (early stopping, `max_time`) back until it is not."""
-        inside = bool(pl_module.inside_optimizer_step)
-        if inside and trainer.should_stop:
-            trainer.should_stop, self._stop = False, True
-        elif self._stop and not inside:
-            trainer.should_stop, self._stop = True, False
+        """Whether an optimizer step is running; holds a stop (early stopping, `max_time`) back until it is not."""
+        inside, stop = bool(pl_module.inside_optimizer_step), trainer.should_stop or self._stop
+        trainer.should_stop, self._stop = stop and not inside, stop and inside
         return inside
 
-    # The validation that was due
-    # ---------------------------------------------------------------------------------------------
+    # The validation that was due --------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        loop = trainer.fit_loop.epoch_loop
-        due = trainer.training and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
-        checkpoint["missed_validation"] = self._validating or (due and loop.total_batch_idx != self._validated_batch)
+        validated = trainer.fit_loop.epoch_loop.total_batch_idx == self._validated_batch
+        missed = trainer.training and not validated and lightning_internals.validation_follows(trainer)
+        checkpoint["missed_validation"] = self._validating or missed
+        progress = checkpoint["loops"]["fit_loop"]
         if self._validating:  # it starts anew when the run resumes, and its progress with it
-            checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"] = self._validation_progress
-        _as_after_last_batch(checkpoint["loops"]["fit_loop"])
+            progress["epoch_loop.val_loop.batch_progress"] = self._validation_progress
+        lightning_internals.turn_back_to_last_batch(progress)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._missed_validation = trainer.state.fn == "fit" and checkpoint["missed_validation"]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._missed_validation:  # the checkpoint was the run's last, and there was nothing left to train
-            self._validate(trainer)
+        self._make_up_for_validation(trainer)  # the checkpoint was the run's last, and there was nothing left to train
 
-    def _validate(self, trainer: Trainer) -> None:
-        self._missed_validation = False
-        loop = trainer.fit_loop.epoch_loop.val_loop
-        loop.restarting = False
-        trainer.validating = True
-        loop.run()
-        # A resumed epoch counts as done once a validation has run, and one whose last batch is done would never leave
-        # its restart.
-        loop._has_run = False
-        trainer.training = True
+    def _make_up_for_validation(self, trainer: Trainer) -> None:
+        if self._missed_validation:
+            self._missed_validation = False
+            lightning_internals.validate_now(trainer)
 
-    # Errors
-    # ------------------------------------------------------------------------------------------------------------------
+    # Errors and signals -----------------------------------------------------------------------------------------------
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         explain_lost_rank(exception)
 
-    # Signals
-    # -----------------------------------------------------------------------------------------------------------------
-
     def _listen(self, trainer: Trainer) -> None:
         """Takes the place of Lightning's handlers, which act, and talk to other ranks, wherever the signal finds them.
 
-        Lightning puts back all handlers from before the run at its end.
+        Lightning restores all handlers from before the run at its end.
         """
         self._received = 0
         if threading.current_thread() is not threading.main_thread():
             return
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
-        environment = trainer._accelerator_connector.cluster_environment
-        if (
-            isinstance(environment, SLURMEnvironment)
-            and environment.auto_requeue
-            and environment.requeue_signal is not None
-        ):
-            self._requeue = signal.getsignal(environment.requeue_signal)
-            signal.signal(environment.requeue_signal, self._on_signal)
+        if requeue := lightning_internals.requeue_signal(trainer):
+            self._requeue = signal.getsignal(requeue)
+            signal.signal(requeue, self._on_signal)
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: Any) -> None:
         if number == self._received == signal.SIGINT:
             raise KeyboardInterrupt
         if self._received not in SIGNALS:
             self._received = number
-        again = ", Ctrl-C again at once and without" if number == signal.SIGINT else ""
-        message = f"\n{signal.Signals(number).name}: ending after this optimizer step with a last checkpoint{again}\n"
         if number in SIGNALS:
-            os.write(2, message.encode())  # a handler may interrupt a `print` and must not print itself
+            again = ", Ctrl-C again at once and without" if number == signal.SIGINT else ""
+            said = f"\n{signal.Signals(number).name}: ending after this optimizer step with a last checkpoint{again}\n"
+            os.write(2, said.encode())  # a handler may interrupt a `print` and must not print itself
 
     def _act(self, trainer: Trainer, number: int) -> None:
-        """What a signal asked for, now that nothing is half done.
+        """What a signal asked for, at the end of an optimizer step.
 
         Raises:
             SystemExit: With code 128 + the signal's number.
@@ -169,40 +140,20 @@ class StepEnd(Callback):
             self._received = 0
             self._requeue(number, None)  # Lightning's: a checkpoint, and the job back into the queue
             return
-        path = _last_checkpoint(trainer)
+        path = _last_path(trainer)
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            print(
-                f"stopped by {SIGNALS[number]} after optimizer step {trainer.global_step}; resume with --ckpt_path"
-                f" {path}",
-                flush=True,
-            )
+            after = f"stopped by {SIGNALS[number]} after optimizer step {trainer.global_step}"
+            print(f"{after}; resume with --ckpt_path {path}", flush=True)
         raise SIGTERMException(128 + number) if number == signal.SIGTERM else SystemExit(128 + number)
 
 
-def _as_after_last_batch(progress: dict[str, Any]) -> None:
-    """Turns the progress that a fit loop has in `on_train_epoch_end` back by what it counted since the epoch's last
-    batch.
-
-    With `max_steps`, Lightning would otherwise end a resumed epoch a second time, or train a batch too many.
-    """
-    epoch, batch = progress["epoch_progress"], progress["epoch_loop.batch_progress"]
-    if not epoch["current"]["completed"] < epoch["current"]["processed"] == epoch["current"]["ready"]:
-        return
-    for span in ("total", "current"):
-        epoch[span]["processed"] -= 1
-        batch[span]["completed"] -= 1
-    progress["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
-
-
-def _make_wait(callback: Checkpoint) -> None:
-    """Lets a checkpoint callback act only where no optimizer step is under way; a save that came inside one is made at
-    its end.
-    """
+def _wait_for_step_end(callback: Checkpoint) -> None:
+    """Lets a checkpoint callback act between optimizer steps only; its turn inside a step comes at the step's end."""
     if hasattr(callback, "waits_for_step_end"):
         return
     after_batch, after_validation = callback.on_train_batch_end, callback.on_validation_end
-    waiting = False
+    waiting = False  # for its turn after a validation
 
     def on_validation_end(trainer: Trainer, pl_module: LightningModule) -> None:
         nonlocal waiting
@@ -211,27 +162,107 @@ def _make_wait(callback: Checkpoint) -> None:
             after_validation(trainer, pl_module)
 
     def on_train_batch_end(trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        nonlocal waiting
         if pl_module.inside_optimizer_step:
             return
         if waiting:
-            waiting = False
-            after_validation(trainer, pl_module)
+            on_validation_end(trainer, pl_module)
         after_batch(trainer, pl_module, *args, **kwargs)
 
     callback.waits_for_step_end = True  # type: ignore[attr-defined]
     callback.on_validation_end, callback.on_train_batch_end = on_validation_end, on_train_batch_end  # type: ignore[method-assign]
 
 
-def _last_checkpoint(trainer: Trainer) -> Path:
+# The last checkpoint --------------------------------------------------------------------------------------------------
+# Private fields of ModelCheckpoint (seen in lightning 2.6.6) are used below, and nowhere else.
+
+
+class LastCheckpoint(Checkpoint):
+    """What `save_last` promises: after every opportunity to save, and at the run's end, `last` is the newest state.
+
+    ModelCheckpoint alone writes `last` only together with a file that is among the best, and nothing before the
+    monitored metric is there. This saves `last` where a ModelCheckpoint had the opportunity and left it as it was, at
+    most once per optimizer step. Every run with such a ModelCheckpoint has it. It is a `Checkpoint`, because Lightning
+    calls those after all other callbacks, in their order: it comes after every ModelCheckpoint.
+    """
+
+    def __init__(self) -> None:
+        self._saved_step: dict[ModelCheckpoint, int] = {}
+        self._clock: dict[ModelCheckpoint, float | None] = {}  # when a ModelCheckpoint's `train_time_interval` began
+        self._owed: set[ModelCheckpoint] = set()  # a save, after the validation that follows
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._saved_step, self._owed = {}, set()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock = {callback: callback._last_time_checked for callback in keeping_last(trainer)}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        ends = _is_last_step(trainer)
+        for callback in keeping_last(trainer):
+            steps, clock = callback._every_n_train_steps, callback._last_time_checked
+            if ends or clock != self._clock[callback] or (steps and trainer.global_step % steps == 0):
+                self._owed.add(callback)
+            self._clock[callback] = clock
+            # The state after a validation is worth more, and ModelCheckpoint may be about to save it.
+            if callback in self._owed and not lightning_internals.validation_follows(trainer):
+                self._save(trainer, callback)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save_due(trainer, _is_last_step(trainer), at_epoch_end=False)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save_due(trainer, _is_stopped(trainer), at_epoch_end=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save_due(trainer, True, at_epoch_end=True)  # if the run was stopped from a hook that comes after these
+
+    def _save_due(self, trainer: Trainer, ends: bool, at_epoch_end: bool) -> None:
+        """Saves what is owed, at the run's end all, and for those ModelCheckpoints that count epochs and save now."""
+        for callback in keeping_last(trainer):
+            epochs = callback.every_n_epochs
+            due = epochs and (trainer.current_epoch + 1) % epochs == 0
+            now = due and callback._should_save_on_train_epoch_end(trainer) == at_epoch_end
+            if ends or now or callback in self._owed:
+                self._save(trainer, callback)
+
+    def _save(self, trainer: Trainer, callback: ModelCheckpoint) -> None:
+        """As `callback` would, unless its `last` is of this step."""
+        self._owed.discard(callback)
+        if self._saved_step.get(callback) == trainer.global_step or callback._should_skip_saving_checkpoint(trainer):
+            return
+        self._saved_step[callback] = trainer.global_step
+        last, step = callback.last_model_path, callback._last_global_step_saved
+        if trainer.is_global_zero and os.path.islink(last):
+            os.remove(last)  # or a writer that opens it would write over the file that it names
+        callback._last_checkpoint_saved = ""  # what `save_last: link` would link to, and an older state
+        callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
+        callback._last_global_step_saved = step  # or it would not save the best of this step's validation
+
+
+def keeping_last(trainer: Trainer) -> list[ModelCheckpoint]:
+    """The callbacks that promise a `last`."""
+    return [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.save_last]
+
+
+def _last_path(trainer: Trainer) -> Path:
     """Where `--ckpt_path last` looks for the newest state: beside the checkpoints of the run."""
     callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     if not callbacks:
-        return run_folder(trainer) / "checkpoints" / "last.ckpt"
-    callback = next((callback for callback in callbacks if callback.save_last), callbacks[0])
-    candidates = callback._monitor_candidates(trainer)
+        return run_folder(trainer) / CHECKPOINTS / LAST_CHECKPOINT
+    callback = (keeping_last(trainer) or callbacks)[0]
+    name = callback.format_checkpoint_name(callback._monitor_candidates(trainer), callback.CHECKPOINT_NAME_LAST)
     # Kept in the callback's state, so that the resumed run writes to the same file.
-    callback.last_model_path = callback.last_model_path or callback.format_checkpoint_name(
-        candidates, callback.CHECKPOINT_NAME_LAST
-    )
+    callback.last_model_path = callback.last_model_path or name
     return Path(callback.last_model_path)
+
+
+def _is_stopped(trainer: Trainer) -> bool:
+    """Whether an early stop ends the run now, and not only after `min_epochs` and `min_steps`."""
+    enough = trainer.current_epoch >= (trainer.min_epochs or 0) and trainer.global_step >= (trainer.min_steps or 0)
+    return trainer.should_stop and enough
+
+
+def _is_last_step(trainer: Trainer) -> bool:
+    """Whether the run ends with this step; to be asked before Lightning counts the epoch as done, or saves later."""
+    last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
+    return trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch) or _is_stopped(trainer)

@@ -85,7 +85,7 @@ def test_no_bounded_signature_is_read_from_a_string():
             continue
         module = importlib.import_module(found.name)
         source = inspect.getsource(module)
-        # Where bounds are explained, and a class that no config names: `bounded` reads its strings.
+        # The one talks of bounds and has none; the other's are held from Python, and no config reaches it.
         if found.name in ("stateset_lightning.errors", "stateset_lightning.rewards.scorer"):
             continue
         uses_bounds = re.search(r"Annotated\[[^\]]*\b(Ge|Gt|Le|Lt)\(", source)
@@ -147,7 +147,7 @@ def test_a_traceback_is_cut_to_the_users_last_place():
         (
             "--trainer.callbacks",
             '[{"class_path": "stateset_lightning.callbacks.LiveView", "init_args": {"sample_seconds": 10}}]',
-            "stateset_lightning.callbacks.LiveView is gone: Lightning's progress bar shows a run live, and `stateset-",
+            "stateset_lightning.callbacks.LiveView is gone: Lightning's progress bars show a run live, `stateset-",
         ),
         (
             "--trainer.callbacks",

@@ -90,7 +90,8 @@ def greedy_means(*batches):
 
 def add(metric, values, totals, lengths):
     rollout, scores = completions(["a"] * len(values), values)
-    rollout = replace(rollout, lengths_N=torch.tensor(lengths))
+    lengths_N = torch.tensor(lengths)
+    rollout = replace(rollout, lengths_N=lengths_N, sampled_T=torch.ones(int(lengths_N.sum()), dtype=torch.bool))
     scores = Scores(("right", "tone"), scores.values_NF, torch.tensor(totals, dtype=torch.float64))
     metric.update([Scenario(id="0", prompt="a")] * len(values), (rollout, scores))
 

@@ -1,6 +1,7 @@
-"""Episode hooks: of plain objects, sync and async, and of Lightning callbacks; also inside a running event loop."""
+"""Episode hooks, a reference that moves, and the summary of a run."""
 
 import asyncio
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +10,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from module_runs import fit, make_data, make_module, weights
 
 from stateset_lightning import EpisodeCallback, GRPOLightningModule, RolloutConfig, ScenarioDataModule
 from stateset_lightning.algorithm import GRPO
-from stateset_lightning.callbacks import ReferenceSync
+from stateset_lightning.callbacks import ReferenceSync, RunSummary, SampleWriter
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import LoRAConfig, PolicyConfig
 from stateset_lightning.run.callbacks import call_episode_hook
@@ -129,8 +131,6 @@ def test_an_object_without_hooks_is_refused():
         EpisodeCallback(object())
 
 
-# MERGED: A reference that moves: by hand, in checkpoints, and exactly resumed.
-
 NAME = "policy.model.model.norm.weight"
 
 
@@ -222,3 +222,67 @@ def test_a_reference_without_weights_of_its_own_is_refused(tmp_path: Path) -> No
 def test_bounds(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ReferenceSync(**options)
+
+
+VALIDATING = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None, "max_steps": 4}
+
+
+def test_the_summary_names_first_and_last_validation_and_places(tmp_path, capsys):
+    checkpoints = ModelCheckpoint(save_last=True, every_n_train_steps=2)
+    options = {"logger": CSVLogger(tmp_path, "run"), "enable_checkpointing": True, **VALIDATING}
+    fit(tmp_path, callbacks=[RunSummary(), SampleWriter(1), checkpoints], **options)
+    said = capsys.readouterr().out
+    assert "trained for 4 optimizer steps" in said
+    assert re.search(r"validation reward: \d\.\d{3} after step 2 -> \d\.\d{3} after step 4 \([+-]\d\.\d{3}\)", said)
+    folder = tmp_path / "run" / "version_0"
+    assert f"checkpoint: {checkpoints.best_model_path}" in said
+    assert f"metrics: {folder / 'metrics.csv'}" in said
+    assert f"samples: {folder / 'samples.jsonl'}" in said
+    assert "config:" not in said  # the command line writes it
+    assert Path(checkpoints.best_model_path).is_relative_to(folder)
+
+
+def test_the_summary_finds_best_and_last_of_two_that_keep_one_each(tmp_path, capsys):
+    best = ModelCheckpoint(tmp_path, monitor="val/reward", mode="max", filename="best")
+    last = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=0, save_last=True)
+    fit(tmp_path, callbacks=[RunSummary(), best, last], enable_checkpointing=True, **VALIDATING)
+    said = capsys.readouterr().out
+    assert f"\ncheckpoint: {tmp_path / 'best.ckpt'}\nlast checkpoint: {tmp_path / 'last.ckpt'}\n" in said
+
+
+def test_the_summary_remembers_validations_across_a_resume(tmp_path, capsys):
+    def callbacks():
+        return [
+            RunSummary(),
+            ModelCheckpoint(dirpath=tmp_path, filename="x", every_n_train_steps=4, save_top_k=-1, save_last=True),
+        ]
+
+    options = {"enable_checkpointing": True, **VALIDATING}
+    fit(tmp_path, callbacks=callbacks(), **options)
+    capsys.readouterr()
+    fit(tmp_path, callbacks=callbacks(), ckpt_path=tmp_path / "last.ckpt", **{**options, "max_steps": 6})
+    assert re.search(r"validation reward: \S+ after step 2 -> \S+ after step 6", capsys.readouterr().out)
+
+
+def test_a_single_validation_is_no_comparison():
+    summary = RunSummary()
+    summary.load_state_dict({"validations": [[7, {"reward": 0.5, "reward/right": 0.5, "solved": 0.25}]]})
+    trainer = SimpleNamespace(global_step=7, loggers=[], default_root_dir="/nowhere", checkpoint_callbacks=[])
+    assert summary.lines(trainer) == ["trained for 7 optimizer steps", "validation reward: 0.500 after step 7"]
+    assert summary.state_dict() == {"validations": [[7, {"reward": 0.5, "reward/right": 0.5, "solved": 0.25}]]}
+
+
+def test_a_held_out_reward_stands_beside_the_trained_one_at_the_end():
+    summary = RunSummary()
+    trained, held_out = "reward/contains", "reward/exact_match"
+    summary.validations = [
+        (0, {"reward": 0.2, trained: 0.2, held_out: 0.1}),
+        (9, {"reward": 0.9, trained: 0.9, held_out: 0.0, "pass@4": 0.5}),
+    ]
+    trainer = SimpleNamespace(global_step=9, loggers=[], default_root_dir="/nowhere", checkpoint_callbacks=[])
+    assert summary.lines(trainer)[1:] == [
+        "validation reward: 0.200 after step 0 -> 0.900 after step 9 (+0.700)",
+        "validation reward/contains: 0.200 after step 0 -> 0.900 after step 9 (+0.700)",
+        "validation reward/exact_match: 0.100 after step 0 -> 0.000 after step 9 (-0.100)",
+        "validation pass@4: 0.500 after step 9",
+    ]

@@ -4,8 +4,11 @@ import csv
 from types import SimpleNamespace
 
 import pytest
+import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from module_runs import fit, make_module
 from test_files import full_disk
 
 from stateset_lightning.errors import DiskError
@@ -107,3 +110,12 @@ def test_rows_that_wandb_has_are_not_sent_again(tmp_path, stored):
         logger.log_metrics({}, step)
     assert [row["trainer/global_step"] for row in logger.experiment.rows] == [1, 2, 3, 4, 5]
     assert wandb_rows(trainer) == [5]
+
+
+def test_the_learning_rate_is_monitored(tmp_path):
+    module = make_module(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.25))
+    options = {"logger": CSVLogger(tmp_path, "run"), "log_every_n_steps": 1}
+    fit(tmp_path, module, callbacks=[LearningRateMonitor("step")], **options)
+    text = (tmp_path / "run" / "version_0" / "metrics.csv").read_text()
+    assert "lr-SGD" in text.splitlines()[0]
+    assert "0.25" in text

@@ -1,4 +1,4 @@
-"""Sample tables in W&B and TensorBoard, read back from what the two have stored."""
+"""Which completions become lines of which file, token by token, and what W&B and TensorBoard show of them."""
 
 import json
 import re
@@ -15,103 +15,11 @@ from wandb_files import history
 from stateset_lightning import GRPOLightningModule, RolloutConfig, ScenarioDataModule
 from stateset_lightning.algorithm import GRPO
 from stateset_lightning.callbacks import PredictionWriter, SampleWriter
-from stateset_lightning.run.samples import append_rows, sample_table, sample_text, thin_out
-
-ROW = {
-    "step": 3,
-    "episode": 2,
-    "id": "a",
-    "prompt": "Say\nit",
-    "target": ["x"],
-    "completion": "![](http://x/y.png)\n<b>|</b>",
-    "reward": 0.5,
-    "rewards": {"right": 1.0, "brief": -0.5},
-    "advantage": -0.25,
-    "finish_reason": "length",
-    "num_tokens": 7,
-    "tokens": ["a"],
-}
-FAILED = {**ROW, "completion": "", "reward": None, "rewards": {"right": None, "brief": None}, "finish_reason": "stop"}
-VALIDATING = {"limit_val_batches": 1.0, "val_check_interval": 1, "check_val_every_n_epoch": None}
-
-
-def test_a_table_has_a_column_per_reward_and_none_for_a_failure():
-    columns, data = sample_table([ROW, FAILED])
-    assert columns[-2:] == ["reward/right", "reward/brief"]
-    assert "tokens" not in columns
-    assert dict(zip(columns, data[0], strict=True))["target"] == "['x']"
-    assert [row[columns.index("reward")] for row in data] == [0.5, None]
-    assert data[1][-2:] == [None, None]
-    greedy = {name: value for name, value in ROW.items() if name not in ("episode", "advantage")}
-    assert not {"episode", "advantage"} & set(sample_table([greedy])[0])
-
-
-def test_text_is_code_so_that_a_completion_cannot_show_an_image():
-    text = sample_text([ROW, FAILED])
-    assert text.count("**prompt**") == 1  # of the group
-    assert "    Say\n    it" in text
-    assert "reward 0.5, right 1, brief -0.5, advantage -0.25, 7 tokens, length" in text
-    assert "advantage -0.25, 7 tokens, stop" in text
-    assert all(line.startswith("    ") for line in text.splitlines() if re.search(r"[<!]", line))
-
-
-@pytest.mark.slow  # starts the process of W&B
-def test_an_offline_wandb_run_holds_the_promised_tables_and_metrics(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.chdir(tmp_path)
-    wandb.teardown()  # its service, if an earlier test has started it, works in that test's folder
-    logger = WandbLogger(project="p", save_dir=tmp_path, offline=True)
-    fit(tmp_path, callbacks=[SampleWriter(1, num_prompts=2)], logger=logger, max_steps=2, **VALIDATING)
-    wandb.finish()
-    (file,) = tmp_path.rglob("*.wandb")
-    rows = history(file)
-    train, validation = ([row for row in rows if f"samples/{split}/path" in row] for split in ("train", "validation"))
-    assert [row["trainer/global_step"] for row in train] == [row["trainer/global_step"] for row in validation] == [1, 2]
-    assert {row["samples/train/_type"] for row in train} == {"table-file"}
-    table = json.loads((file.parent / "files" / train[1]["samples/train/path"]).read_text())
-    samples = [json.loads(line) for line in next(tmp_path.rglob("samples.jsonl")).read_text().splitlines()]
-    written = [row for row in samples if row["split"] == "train" and row["step"] == 2]
-    assert len(written) == 8
-    assert (table["columns"], table["data"]) == sample_table(written)
-    metrics, _ = [row for row in rows if "train/reward" in row]
-    promised = {
-        "train/reward",
-        "reward/digit",
-        "groups/mixed",
-        "completion/mean_tokens",
-        "policy/entropy",
-        "policy/grad_norm",
-        "work/tokens_per_s",
-    }
-    assert promised <= set(metrics)
-    assert [row["trainer/global_step"] for row in rows if "val/reward" in row] == [1, 2]
-
-
-def test_tensorboard_holds_the_text_and_a_resumed_run_doubles_nothing(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator  # TensorBoard's own
-
-    def run(**options):
-        checkpoints = ModelCheckpoint(dirpath=tmp_path / "c", filename="{step}", every_n_train_steps=1, save_top_k=-1)
-        logger = TensorBoardLogger(tmp_path, "board", version="v")
-        fit(tmp_path, callbacks=[SampleWriter(1), checkpoints], logger=logger, enable_checkpointing=True, **options)
-        events = EventAccumulator(str(tmp_path / "board" / "v"))
-        events.Reload()
-        texts, scalars = (events.Tensors(tag) for tag in ("samples/train/text_summary", "train/reward"))
-        return [text.step for text in texts], [value.step for value in scalars], texts[-1].tensor_proto.string_val[0]
-
-    steps, scalars, text = run(max_steps=3)
-    assert steps == scalars == [1, 2, 3]
-    assert b"**prompt**" in text
-    assert run(max_steps=4, ckpt_path=tmp_path / "c" / "step=1.ckpt")[:2] == ([1, 2, 3, 4], [1, 2, 3, 4])
-
-
-def test_other_loggers_get_none(tmp_path):
-    fit(tmp_path, callbacks=[SampleWriter(1)], logger=CSVLogger(tmp_path, "a"), max_steps=1)
-    assert "samples" not in next(tmp_path.rglob("metrics.csv")).read_text()
-
-
-# MERGED: SampleWriter and PredictionWriter: which completions become lines of which file.
+from stateset_lightning.policy import Policy, PolicyConfig
+from stateset_lightning.run import samples
+from stateset_lightning.run.records import append_rows
+from stateset_lightning.run.samples import logprobs_now, sample_table, sample_text, thin_out, token_rows, token_texts
+from stateset_lightning.training.episode import Episode
 
 ROWS = [{"id": str(i), "prompt": f"What is {i} + 1?", "target": str(i + 1)} for i in range(6)]
 
@@ -271,8 +179,165 @@ def test_predictions_start_afresh(make, tmp_path):
     assert "é" in file.read_text(encoding="utf-8")  # readable, not escaped
 
 
-def test_lines_are_appended(tmp_path):
-    path = tmp_path / "new" / "rows.jsonl"
-    append_rows(path, [{"a": 1}])
-    append_rows(path, [{"a": 2}, {"a": None}])
-    assert read(path) == [{"a": 1}, {"a": 2}, {"a": None}]
+def test_tokens_join_to_the_text_and_a_character_is_not_torn(tiny_tokenizer):
+    text = "12 é 🦊, what?"
+    tokens = tiny_tokenizer.encode(text, add_special_tokens=False)
+    texts = token_texts(tiny_tokenizer, tokens)
+    assert "".join(texts) == text
+    assert len(texts) == len(tokens)
+    assert [piece for piece in texts if "🦊" in piece] == [piece for piece in texts if piece.strip() == "🦊"]
+    assert "" in texts  # the first bytes of the fox
+    half = token_texts(tiny_tokenizer, tokens[: texts.index("🦊")])  # a completion cut inside a character
+    assert half[-1].endswith("\ufffd")
+
+
+class Pieces:
+    """As SentencePiece does it: a text loses its leading space."""
+
+    def decode(self, tokens, **options):
+        return "".join([" the", " cat", "s"][token] for token in tokens).removeprefix(" ")
+
+
+def test_leading_spaces_are_kept():
+    assert token_texts(Pieces(), [0, 1, 2, 1]) == ["the", " cat", "s", " cat"]
+
+
+def make_fixed_episode():
+    return Episode(
+        index=0,
+        prompt_tokens=[[3, 4], [5]],
+        completion_tokens_T=torch.tensor([40, 41, 42, 43, 44]),
+        lengths_N=torch.tensor([2, 0, 1, 2]),
+        sampling_logprobs_T=torch.tensor([-0.12345, -1.0, -2.0, -3.0, -4.0]),
+        advantages_N=torch.zeros(4),
+        weights_N=torch.ones(4),
+        active_N=torch.tensor([True, False, False, True]),
+        micro_step_N=torch.zeros(4),
+        active_by_step=[2],
+        ref_logprobs_T=torch.tensor([-0.5, -0.6, 0.0, -0.7, -0.8]),
+    )
+
+
+def test_token_rows_hold_what_is_known(tiny_tokenizer):
+    rows = token_rows(make_fixed_episode(), 2, tiny_tokenizer, max_tokens=9)
+    assert [row["logprobs"] for row in rows] == [[-0.1235, -1.0], [], [-2.0], [-3.0, -4.0]]
+    # The reference scored active completions alone: what stands for the others is no log-prob.
+    assert [row.get("ref_logprobs") for row in rows] == [[-0.5, -0.6], None, None, [-0.7, -0.8]]
+    assert len(token_rows(make_fixed_episode(), 1, tiny_tokenizer, 9)) == 2
+
+
+def test_log_probs_now_are_those_of_a_plain_forward(tiny_model):
+    policy = Policy(tiny_model, PolicyConfig("tiny"))
+    rows = logprobs_now(make_fixed_episode(), 2, policy, temperature=2.0, max_tokens=9)
+    now = [row["logprobs_after"] for row in rows]
+    assert [len(row) for row in now] == [2, 0, 1, 2]
+    logits = tiny_model(input_ids=torch.tensor([[5, 43, 44]])).logits[0] / 2.0
+    assert now[3] == pytest.approx(
+        [float(logits.log_softmax(-1)[i, token]) for i, token in enumerate((43, 44))], abs=2e-4
+    )
+    (one,) = logprobs_now(make_fixed_episode(), 2, policy, 2.0, max_tokens=1)[3].values()
+    assert one == now[3][:1]
+
+
+def test_sharded_weights_are_not_asked(tiny_model, monkeypatch):
+    monkeypatch.setattr(samples, "DTensor", torch.nn.Parameter)  # as if all were
+    policy = Policy(tiny_model, PolicyConfig("tiny"))
+    assert logprobs_now(make_fixed_episode(), 2, policy, 1.0, max_tokens=9) == [{}] * 4
+
+
+ROW = {
+    "step": 3,
+    "episode": 2,
+    "id": "a",
+    "prompt": "Say\nit",
+    "target": ["x"],
+    "completion": "![](http://x/y.png)\n<b>|</b>",
+    "reward": 0.5,
+    "rewards": {"right": 1.0, "brief": -0.5},
+    "advantage": -0.25,
+    "finish_reason": "length",
+    "num_tokens": 7,
+    "tokens": ["a"],
+}
+
+
+FAILED = {**ROW, "completion": "", "reward": None, "rewards": {"right": None, "brief": None}, "finish_reason": "stop"}
+
+
+VALIDATING = {"limit_val_batches": 1.0, "val_check_interval": 1, "check_val_every_n_epoch": None}
+
+
+def test_a_table_has_a_column_per_reward_and_none_for_a_failure():
+    columns, data = sample_table([ROW, FAILED])
+    assert columns[-2:] == ["reward/right", "reward/brief"]
+    assert "tokens" not in columns
+    assert dict(zip(columns, data[0], strict=True))["target"] == "['x']"
+    assert [row[columns.index("reward")] for row in data] == [0.5, None]
+    assert data[1][-2:] == [None, None]
+    greedy = {name: value for name, value in ROW.items() if name not in ("episode", "advantage")}
+    assert not {"episode", "advantage"} & set(sample_table([greedy])[0])
+
+
+def test_text_is_code_so_that_a_completion_cannot_show_an_image():
+    text = sample_text([ROW, FAILED])
+    assert text.count("**prompt**") == 1  # of the group
+    assert "    Say\n    it" in text
+    assert "reward 0.5, right 1, brief -0.5, advantage -0.25, 7 tokens, length" in text
+    assert "advantage -0.25, 7 tokens, stop" in text
+    assert all(line.startswith("    ") for line in text.splitlines() if re.search(r"[<!]", line))
+
+
+@pytest.mark.slow  # starts the process of W&B
+def test_an_offline_wandb_run_holds_the_promised_tables_and_metrics(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.chdir(tmp_path)
+    wandb.teardown()  # its service, if an earlier test has started it, works in that test's folder
+    logger = WandbLogger(project="p", save_dir=tmp_path, offline=True)
+    fit(tmp_path, callbacks=[SampleWriter(1, num_prompts=2)], logger=logger, max_steps=2, **VALIDATING)
+    wandb.finish()
+    (file,) = tmp_path.rglob("*.wandb")
+    rows = history(file)
+    train, validation = ([row for row in rows if f"samples/{split}/path" in row] for split in ("train", "validation"))
+    assert [row["trainer/global_step"] for row in train] == [row["trainer/global_step"] for row in validation] == [1, 2]
+    assert {row["samples/train/_type"] for row in train} == {"table-file"}
+    table = json.loads((file.parent / "files" / train[1]["samples/train/path"]).read_text())
+    samples = [json.loads(line) for line in next(tmp_path.rglob("samples.jsonl")).read_text().splitlines()]
+    written = [row for row in samples if row["split"] == "train" and row["step"] == 2]
+    assert len(written) == 8
+    assert (table["columns"], table["data"]) == sample_table(written)
+    metrics, _ = [row for row in rows if "train/reward" in row]
+    promised = {
+        "train/reward",
+        "reward/digit",
+        "groups/mixed",
+        "completion/mean_tokens",
+        "policy/entropy",
+        "policy/grad_norm",
+        "work/tokens_per_s",
+    }
+    assert promised <= set(metrics)
+    assert [row["trainer/global_step"] for row in rows if "val/reward" in row] == [1, 2]
+
+
+def test_tensorboard_holds_the_text_and_a_resumed_run_doubles_nothing(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator  # TensorBoard's own
+
+    def run(**options):
+        checkpoints = ModelCheckpoint(dirpath=tmp_path / "c", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        logger = TensorBoardLogger(tmp_path, "board", version="v")
+        fit(tmp_path, callbacks=[SampleWriter(1), checkpoints], logger=logger, enable_checkpointing=True, **options)
+        events = EventAccumulator(str(tmp_path / "board" / "v"))
+        events.Reload()
+        texts, scalars = (events.Tensors(tag) for tag in ("samples/train/text_summary", "train/reward"))
+        return [text.step for text in texts], [value.step for value in scalars], texts[-1].tensor_proto.string_val[0]
+
+    steps, scalars, text = run(max_steps=3)
+    assert steps == scalars == [1, 2, 3]
+    assert b"**prompt**" in text
+    assert run(max_steps=4, ckpt_path=tmp_path / "c" / "step=1.ckpt")[:2] == ([1, 2, 3, 4], [1, 2, 3, 4])
+
+
+def test_other_loggers_get_none(tmp_path):
+    fit(tmp_path, callbacks=[SampleWriter(1)], logger=CSVLogger(tmp_path, "a"), max_steps=1)
+    assert "samples" not in next(tmp_path.rglob("metrics.csv")).read_text()

@@ -19,6 +19,7 @@ from jinja2 import Environment
 from stateset_lightning.cli.arguments import Arguments
 from stateset_lightning.cli.report.run_data import read_run
 from stateset_lightning.files import atomic_write
+from stateset_lightning.run.folder import REPORT
 
 
 def main(words: Sequence[str]) -> None:
@@ -47,7 +48,7 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
         ConfigError: If the folder holds no run, or one of its files is damaged.
         DiskError: If the page cannot be written.
     """
-    path = Path(run, "report.html") if output is None else Path(output)
+    path = Path(run, REPORT) if output is None else Path(output)
     page = render(read_run(Path(run)))
     with atomic_write(path) as file:
         file.write(page.encode(errors="replace"))

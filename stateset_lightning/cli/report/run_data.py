@@ -14,9 +14,8 @@ import yaml
 
 from stateset_lightning.cli.messages import class_name
 from stateset_lightning.errors import ConfigError
+from stateset_lightning.run.folder import CONFIGS, ENVIRONMENT, METRICS, SAMPLES
 
-METRICS, SAMPLES, ENVIRONMENT = "metrics.csv", "samples.jsonl", "environment.json"
-CONFIGS = ("config.yaml", "resolved_config.yaml")
 SPLITS = ("train", "validation", "test")
 
 MAX_POINTS = 1500

@@ -1,0 +1,74 @@
+"""Lightning's private fields that a run depends on, each behind a function that says what for.
+
+Seen in lightning 2.6.6; tests/run/test_lightning_internals.py fails first when a release changes one. Those of
+ModelCheckpoint are in step_end.py, beside their only use.
+"""
+
+from typing import Any
+
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+
+# Loops ----------------------------------------------------------------------------------------------------------------
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """Whether Lightning validates right after this training batch, on any rank: it may go by clocks, which differ."""
+    loop, fetcher = trainer.fit_loop, trainer.fit_loop._data_fetcher
+    return trainer.strategy.reduce_boolean_decision(loop.epoch_loop._should_check_val_fx(fetcher), all=False)  # type: ignore[arg-type]
+
+
+def validate_now(trainer: Trainer) -> None:
+    """A validation between two training batches, or before the first, outside Lightning's own schedule."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.restarting = False
+    trainer.validating = True
+    loop.run()
+    # A resumed epoch counts as done once a validation has run, and one whose last batch is done would never leave its
+    # restart.
+    loop._has_run = False
+    trainer.training = True
+
+
+def turn_back_to_last_batch(progress: dict[str, Any]) -> None:
+    """Takes from a fit loop's saved progress what `on_train_epoch_end` found counted after the epoch's last batch.
+
+    With `max_steps`, Lightning would otherwise end a resumed epoch a second time, or train a batch too many.
+    """
+    epoch, batch = progress["epoch_progress"], progress["epoch_loop.batch_progress"]
+    if epoch["current"]["completed"] < epoch["current"]["processed"] == epoch["current"]["ready"]:
+        for span in ("total", "current"):
+            epoch[span]["processed"] -= 1
+            batch[span]["completed"] -= 1
+        progress["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+
+
+def requeue_signal(trainer: Trainer) -> int | None:
+    """The signal on which Lightning saves and puts the SLURM job back into the queue; None if it does not."""
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+        return environment.requeue_signal
+    return None
+
+
+# Loggers --------------------------------------------------------------------------------------------------------------
+
+
+def writer_of(logger: CSVLogger) -> Any:
+    """What the logger writes with; None before its first use."""
+    return logger._experiment
+
+
+def set_writer(logger: CSVLogger, writer: Any) -> None:
+    logger._experiment = writer
+
+
+def continue_version(logger: Logger, folder: str) -> None:
+    """Makes a logger go on in the folder of an earlier run, unless it was given a version (W&B: an id) of its own."""
+    if isinstance(logger, CSVLogger | TensorBoardLogger) and logger._version is None:
+        number = folder.removeprefix("version_")
+        logger._version = int(number) if number.isdigit() else folder
+    elif isinstance(logger, WandbLogger) and logger._id is None:
+        logger._id = folder
+        logger._wandb_init.update(id=folder, resume="allow")
