@@ -11,7 +11,11 @@ from stateset_lightning.data import read_split
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.rewards import ExactMatch, ReasoningGymReward, Scorer, failure_counts
 from stateset_lightning.rewards.reasoning_gym import RUNS_ANSWERS
-from stateset_lightning.types import conversation
+from stateset_lightning.types import Turn
+
+
+def conversation(scenario, completion):
+    return [*scenario.turns(), Turn("assistant", completion)]
 
 
 def scenarios(task, size=4, **options):
