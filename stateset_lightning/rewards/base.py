@@ -182,7 +182,7 @@ def target_of(context: Context, reward: str) -> Any:
     """
     target = (context or {}).get("target")
     if target is None:
-        raise bad_target(context, reward, "is missing: add it, or leave this reward out of the row's 'rewards' column")
+        raise bad_target(context, reward, "is missing: add the column, or leave this reward out of the row's 'rewards'")
     return target
 
 
@@ -299,8 +299,7 @@ def _finite(value: Any) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # RuntimeError: a tensor of several elements
-        kind = type(value).__name__
-        raise RewardError(f"the reward returned {repr(value)[:80]} ({kind}), which is no finite number") from error
+        raise RewardError(f"the reward returned {value!r:.80} ({type(value).__name__}), no finite number") from error
     if not abs(number) <= LARGEST_SCORE:
         raise RewardError(f"the reward returned {number}, which is no finite float32 number")
     return number

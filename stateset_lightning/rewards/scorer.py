@@ -5,8 +5,7 @@ worker processes that can be killed, batched ones when all completions are sampl
 on which reward is quicker.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: bounds would be lost from annotated types that are read from text.
 import math
 import time
 import weakref
@@ -76,7 +75,7 @@ class Scorer(AbstractContextManager["Scorer"]):
         # Also at interpreter exit, and when the scorer is collected as garbage. Workers first: threads wait for them.
         self._close = weakref.finalize(self, _close_all, (workers, loop, threads))
 
-    def start(self, num_completions: int, device: Any = "cpu") -> ScoringSession:
+    def start(self, num_completions: int, device: Any = "cpu") -> "ScoringSession":
         """Begin to score N completions; rewards that are models compute on `device`.
 
         Raises:

@@ -61,8 +61,8 @@ class TRLReward(FunctionReward):
     def _arguments(self, turns: Turns, context: Mapping[str, Any], logged: dict[str, Any]) -> dict[str, Any]:
         conversational = context.get("messages") is not None if self.conversational is None else self.conversational
         *prompt, completion = [{"role": turn.role, "content": turn.content} for turn in turns]
-        columns = context.keys() - {"prompt", "messages"} - _OWN
-        arguments: dict[str, Any] = {name: [context[name]] for name in columns}
+        hidden = {"prompt", "messages", *_OWN}
+        arguments: dict[str, Any] = {name: [value] for name, value in context.items() if name not in hidden}
         arguments.update(
             prompts=[prompt if conversational else prompt[-1]["content"]],
             completions=[[completion] if conversational else completion["content"]],

@@ -73,10 +73,11 @@ def test_the_completion_is_the_last_turn():
 
 
 def test_a_missing_target_is_a_data_error():
-    expected = "reward 'exact_match' needs an answer, but target=None of scenario 'q7' is missing"
-    with pytest.raises(DataError, match=expected):
+    with pytest.raises(
+        DataError, match="reward 'exact_match' needs an answer, but target=None of scenario 'q7' is missing"
+    ):
         target_of({"id": "q7", "target": None}, "exact_match")
-    with pytest.raises(DataError, match="'rewards' column"):
+    with pytest.raises(DataError, match="add the column, or leave this reward out of the row's 'rewards'"):
         target_of(None, "exact_match")
 
 

@@ -303,9 +303,7 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(server, monkey
     run(reward)
     assert b"secret-of" not in (tmp_path / "c").read_bytes()
     monkeypatch.delenv("JUDGE_API_KEY")
-    with pytest.raises(
-        ConfigError, match=r"model_judge\.api_key_env: the environment variable JUDGE_API_KEY is not set"
-    ):
+    with pytest.raises(ConfigError, match="api_key_env: the environment variable JUDGE_API_KEY is not set"):
         judge(server, api_key_env="JUDGE_API_KEY")
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(ConfigError, match="OPENAI_API_KEY"):

@@ -5,13 +5,17 @@ import re
 
 import pytest
 import reasoning_gym
-from conversations import conversation
 from module_runs import fit, make_data, make_module
 
 from stateset_lightning.data import read_split
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.rewards import ExactMatch, ReasoningGymReward, Scorer, failure_counts
 from stateset_lightning.rewards.reasoning_gym import RUNS_ANSWERS
+from stateset_lightning.types import Turn
+
+
+def conversation(scenario, completion):
+    return [*scenario.turns(), Turn("assistant", completion)]
 
 
 def scenarios(task, size=4, **options):

@@ -4,15 +4,18 @@ import functools
 
 import pytest
 import torch
-from conversations import conversation
 
 from stateset_lightning.errors import ConfigError, RewardError
 from stateset_lightning.rewards import Scorer, TRLReward, as_rewards
 from stateset_lightning.rewards.base import FunctionReward, is_async
-from stateset_lightning.types import Scenario
+from stateset_lightning.types import Scenario, Turn
 
 PLAIN = Scenario(id="a", prompt="2 + 2?", target="4", difficulty=3)
 CHAT = Scenario(id="b", messages=({"role": "user", "content": "2 + 2?"},), context="Be brief.", target="4")
+
+
+def conversation(scenario, completion):
+    return [*scenario.turns(), Turn("assistant", completion)]
 
 
 def call(function, scenario=PLAIN, completion="4", **options):
