@@ -175,7 +175,9 @@ def main() -> None:
         "--profile", action="store_true", help="where the time of the base shape goes, operation by operation"
     )
     parser.add_argument("--products", action="store_true", help="a token's matrix products in three ways")
-    parser.add_argument("--decoding", action="store_true", help="a token by the model and by the decoder of Llama-like models")
+    parser.add_argument(
+        "--decoding", action="store_true", help="a token by the model and by the decoder of Llama-like models"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     if arguments.products:
