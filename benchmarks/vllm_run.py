@@ -1,5 +1,4 @@
-"""Trains on a real vLLM server that this script starts, kills once and stops: that engine and policy agree, and that
-nothing is lost.
+"""Trains with a real vLLM server, which this script starts, kills once and stops: do engine and policy agree?
 
     python benchmarks/vllm_run.py --vllm-python VLLM_ENVIRONMENT/bin/python        (`make test-vllm`)
 
@@ -106,7 +105,7 @@ class VLLM:
 
 
 class Watch(Callback):
-    """Keeps the metrics of every step, and kills the server while the completions of one episode are being sampled."""
+    """Keeps the metrics of every step, and kills the server while one episode is being sampled."""
 
     def __init__(self, server: VLLM, kill_at: int | None) -> None:
         self.server = server
@@ -129,8 +128,12 @@ class Watch(Callback):
 
 @dataclass(frozen=True)
 class Trained:
-    """Metrics of every optimizer step, and the share of held-out questions answered, greedily and by the server, before
-    and after.
+    """What a run gave.
+
+    Args:
+        rows: Metrics of every optimizer step.
+        before: Share of held-out questions that greedy answers of the server get right, before training.
+        after: Likewise, after training.
     """
 
     rows: list[dict[str, float]]
@@ -177,8 +180,9 @@ def adapted() -> Policy:
 
 
 def prefix_cache(server: VLLM, syncs: int = 5) -> float:
-    """Largest difference of a log-prob behind a prompt of 400 tokens, which the server caches, over syncs of adapters
-    that differ.
+    """Largest difference of a log-prob after a prompt of 400 tokens, which the server caches, over several syncs.
+
+    Each sync has another adapter, so cached keys and values of the one before would show.
     """
     sampling = RolloutConfig(num_generations=2, max_new_tokens=8)
     engine, policy, worst = VLLMEngine([server.url]), adapted(), 0.0
@@ -198,7 +202,7 @@ def prefix_cache(server: VLLM, syncs: int = 5) -> float:
 
 
 def whole_model(server: VLLM) -> str:
-    """What a sync of a whole model comes to: it must work or be found out."""
+    """What happens when a whole model is synced: it works, or the failure is noticed."""
     config = PolicyConfig("tiny")
     policy = Policy(load_model(config), config)
     engine = VLLMEngine([server.url])

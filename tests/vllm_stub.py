@@ -1,5 +1,6 @@
-"""A server that answers as vLLM 0.32 does, with a small real model behind it: what it says is what a recorded server
-said, form by form.
+"""A server that answers as vLLM 0.32 does, with a small real model behind it, and an engine that samples from it.
+
+The forms of its answers are those of a recorded server.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ from safetensors.torch import load_file
 
 from stateset_lightning.policy import Group, LoRAConfig, Policy, PolicyConfig, load_model, load_tokenizer
 from stateset_lightning.policy.lora import load_weights
-from stateset_lightning.rollout import InProcessEngine, RolloutConfig
+from stateset_lightning.rollout import InProcessEngine, RolloutConfig, VLLMEngine
+
+PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15, 16]]
+SAMPLING = RolloutConfig(num_generations=2, max_new_tokens=6, temperature=0.7)
+SEEDS = [11, 2**62 + 1, 13, 14, 15, 16]
+TOKENIZER = load_tokenizer(PolicyConfig("tiny"))
 
 MODEL_CARD = {
     "object": "model",
@@ -41,7 +47,7 @@ UNKNOWN = {
 
 
 class Stub:
-    """What the server does; tests turn its knobs and read what it was asked."""
+    """What the server does. Tests set its attributes, and read what it was asked."""
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, dict[str, Any]]] = []
@@ -52,7 +58,6 @@ class Stub:
         self.reason: str | None = None  # given once instead of the finish reason
         self.gate = threading.Event()  # completions wait for it
         self.gate.set()
-        self.tokenizer = load_tokenizer(PolicyConfig("tiny"))
         self._weights: dict[str, Any] = {}  # by folder, which does not stay
 
     def bodies(self, path: str = "/v1/completions") -> list[dict[str, Any]]:
@@ -103,7 +108,7 @@ class Stub:
     def choice(self, body: dict[str, Any], index: int) -> dict[str, Any]:
         """One completion, by the sampler of this package: vLLM, too, gives the i-th of several the seed + i."""
         policy = self.policy(self.adapters.get(body["model"]))
-        engine = InProcessEngine(self.tokenizer)
+        engine = InProcessEngine(TOKENIZER)
         engine.sync(policy)
         greedy = body["temperature"] == 0
         temperature = 1.0 if greedy else body["temperature"]
@@ -195,3 +200,38 @@ def running() -> Iterator[Running]:
         yield server
     finally:
         server.stop()
+
+
+# The engine, and a policy to sample from ------------------------------------------------------------------------------
+
+
+@cache
+def _adapted() -> tuple[Policy, dict[str, torch.Tensor]]:
+    config = PolicyConfig("tiny", lora=LoRAConfig(rank=4))
+    policy = Policy(load_model(config), config)
+    change(policy)
+    return policy, {name: value.clone() for name, value in policy.state_dict().items()}
+
+
+def adapted() -> Policy:
+    """A policy whose adapter does something; the same for each test."""
+    policy, weights = _adapted()
+    policy.load_state_dict(weights)
+    return policy
+
+
+def change(policy: Policy, scale: float = 0.1) -> None:
+    """Moves the trained weights, by the same noise each time."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def synced_engine(server: Running, policy: Policy, sampling: RolloutConfig = SAMPLING, **options: Any) -> VLLMEngine:
+    """An engine whose server has the policy's weights."""
+    engine = VLLMEngine([server.url], **options)
+    engine.setup(TOKENIZER, sampling)
+    engine.sync(policy)
+    return engine

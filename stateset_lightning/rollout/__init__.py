@@ -1,6 +1,4 @@
-"""Prompts -> completions: the engine interface, the in-process engine with its KV cache and sampling, the vLLM
-engine.
-"""
+"""A prompt becomes completions: what an engine is, the engine in this process, and the one on vLLM servers."""
 
 from stateset_lightning.rollout.engine import OnFinished, RemoteEngine, RolloutConfig, RolloutEngine
 from stateset_lightning.rollout.in_process import InProcessEngine

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from docstring_parser import parse
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.rollout import RolloutConfig
@@ -24,3 +25,17 @@ def test_a_config_cannot_change_and_has_its_own_list() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.temperature = 2.0  # type: ignore[misc]
     assert config.stop is not RolloutConfig().stop
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "bound"),
+    [("num_generations", 1, "at least 2"), ("temperature", 0.0, "above 0"), ("top_p", 1.5, "at most 1")],
+)
+def test_bounds_are_named(name: str, value: float, bound: str) -> None:
+    with pytest.raises(ConfigError, match=f"model.rollout.{name}={value} must be {bound}"):
+        RolloutConfig(**{name: value})  # type: ignore[arg-type]
+
+
+def test_every_option_is_documented_where_the_command_line_looks() -> None:
+    described = {param.arg_name for param in parse(RolloutConfig.__doc__ or "").params}
+    assert described == {field.name for field in dataclasses.fields(RolloutConfig)}

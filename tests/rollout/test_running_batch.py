@@ -1,0 +1,84 @@
+"""Rows that come and go: their logits are those of the model alone, with prompts copied for each row or shared."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from stateset_lightning.policy import Policy, PolicyConfig
+from stateset_lightning.rollout.running_batch import SHARE_FROM, RunningBatch, SharingBatch, make_running_batch
+
+PROMPTS = [[20, 31, 42, 53, 64], [75, 86], [97, 108, 119]]
+
+
+def policy_model(model: Any) -> Any:
+    """The model with the attention that can share prompts, where it is able to."""
+    return Policy(model, PolicyConfig("random")).model
+
+
+@pytest.mark.parametrize("kind", [RunningBatch, SharingBatch])
+def test_logits_are_those_of_each_row_alone(make_model: Callable[..., Any], kind: type[RunningBatch]) -> None:
+    model = policy_model(make_model("llama"))
+    batch, rows = kind(model, max_new_tokens=8), []  # rows: prompt and completion of each
+
+    def check() -> None:
+        expected = torch.stack([model(torch.tensor([row])).logits[0, -1] for row in rows])
+        torch.testing.assert_close(batch.logits_BV, expected, atol=1e-5, rtol=1e-5)
+
+    def admit(prompts: Sequence[list[int]], prompt_of_row: list[int]) -> None:
+        batch.admit(prompts, prompt_of_row)
+        rows.extend(list(prompts[p]) for p in prompt_of_row)
+        check()
+
+    def step(*tokens: int) -> None:
+        batch.step(torch.tensor(tokens))
+        for row, token in zip(rows, tokens, strict=True):
+            row.append(token)
+        check()
+
+    with torch.inference_mode():
+        admit(PROMPTS[:2], [0, 0, 1])
+        step(7, 8, 9)
+        step(10, 11, 12)
+        batch.keep(torch.tensor([1, 2]))
+        del rows[0]
+        step(13, 14)
+        admit(PROMPTS[2:], [0, 0])
+        step(15, 16, 17, 18)
+        batch.keep(torch.tensor([2]))
+        rows[:] = [rows[2]]
+        step(19)
+        batch.keep(torch.tensor([], dtype=torch.long))
+        rows.clear()
+        assert len(batch) == 0
+        admit(PROMPTS[:1], [0])  # as if nothing had been before
+        step(21)
+
+
+def test_prompts_are_shared_where_that_is_possible_and_faster(make_model: Callable[..., Any]) -> None:
+    model = policy_model(make_model("llama"))
+    assert type(make_running_batch(model, 8, SHARE_FROM)) is SharingBatch
+    assert type(make_running_batch(model, 8, SHARE_FROM - 1)) is RunningBatch
+    assert type(make_running_batch(make_model("llama"), 8, SHARE_FROM)) is RunningBatch  # its attention cannot
+    assert type(make_running_batch(model.to(torch.bfloat16), 8, SHARE_FROM)) is RunningBatch
+
+
+@pytest.mark.parametrize("kind", [RunningBatch, SharingBatch])
+def test_a_finished_row_stays_within_its_last_position(
+    make_model: Callable[..., Any], kind: type[RunningBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = policy_model(make_model("llama"))
+    seen: list[list[int]] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"][:, -1].tolist()), with_kwargs=True
+    )
+    batch = kind(model, max_new_tokens=3)
+    with torch.inference_mode():
+        batch.admit([[20] * 4], [0])
+        for _ in range(2):
+            batch.step(torch.tensor([7]))
+        batch.admit([[30] * 6], [0])  # the first row has its three tokens, and has not left
+        for _ in range(2):
+            batch.step(torch.tensor([7, 8]))
+    assert seen == [[3], [4], [5], [5], [6, 6], [6, 7]]
