@@ -42,6 +42,9 @@ kill-test: $(READY) ## kill a run some 90 times and compare its end with that of
 ranks-test: $(READY) ## 1, 2 and 4 ranks give the same samples, gradients and weights, and a lost rank ends the run; ten minutes
 	$(BIN)/python benchmarks/ranks.py
 
+mutants: $(READY) ## break the maths, the resume and the packing in small ways and see that the tests notice; some minutes
+	$(BIN)/python benchmarks/mutants.py
+
 gpu-rehearsal: $(READY) ## the GPU check on a CPU, with small sizes and a stand-in for CUDA; some minutes
 	PYTHON=$(BIN)/python benchmarks/gpu/check.sh rehearse
 
@@ -51,4 +54,4 @@ test-vllm: $(READY) ## train on a real vLLM server, which is killed once; needs 
 clean: ## remove the virtual environment, caches and runs
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis runs *.egg-info
 
-.PHONY: help install demo check test test-long benchmark compare-algorithms kill-test ranks-test gpu-rehearsal test-vllm clean
+.PHONY: help install demo check test test-long benchmark compare-algorithms kill-test ranks-test mutants gpu-rehearsal test-vllm clean
