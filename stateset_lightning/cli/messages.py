@@ -173,11 +173,13 @@ def _absence(module: str, name: str) -> str:
     """Why a name cannot be had from a module."""
     try:
         home = importlib.import_module(module)
-    except (ImportError, ValueError):
+    except (ImportError, ValueError) as error:
+        if module.startswith("stateset_lightning."):  # of an earlier version: the error says what replaces it
+            return str(error)
         return f"module {module} cannot be imported; is it spelt right, and on PYTHONPATH?"
     try:
         getattr(home, name)
-    except AttributeError as error:
+    except (AttributeError, ImportError) as error:
         if not str(error).startswith("module "):  # a `__getattr__` of the module's own says what replaces the name
             return str(error)
     return f"{module} has no {name}{_suggest(name, dir(home)) or '; give the class_path of one that there is'}"
