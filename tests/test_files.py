@@ -66,6 +66,13 @@ def test_a_full_disk_is_named_and_leaves_the_old_file_alone(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_folder_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "file").write_text("good")
+    for write in (lambda path: atomic_write(path).__enter__(), lambda path: append_lines(path, "x\n")):
+        with pytest.raises(DiskError, match=r"file/deep: cannot be written"):
+            write(tmp_path / "file" / "deep")
+
+
 def test_leftovers_of_a_kill_are_told_from_other_files(tmp_path):
     for name in (".step=3.ckpt.partial", "step=2.ckpt", ".hidden", "notes.partial"):
         (tmp_path / name).write_text("x")

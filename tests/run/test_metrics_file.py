@@ -5,11 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import wandb
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from module_runs import fit, make_module
 from test_files import full_disk
+from wandb_files import history
 
 from stateset_lightning.errors import DiskError
 from stateset_lightning.run.metrics_file import (
@@ -110,6 +112,26 @@ def test_rows_that_wandb_has_are_not_sent_again(tmp_path, stored):
         logger.log_metrics({}, step)
     assert [row["trainer/global_step"] for row in logger.experiment.rows] == [1, 2, 3, 4, 5]
     assert wandb_rows(trainer) == [5]
+
+
+@pytest.mark.slow  # starts the process of W&B
+def test_a_wandb_run_stores_what_it_did_not_know(tmp_path, monkeypatch):
+    """With W&B itself: Lightning's logger calls the run's `log`, which can be replaced, and `step` counts its rows."""
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.chdir(tmp_path)
+    wandb.teardown()  # its service, if an earlier test has started it, works in that test's folder
+    logger = WandbLogger(project="p", save_dir=tmp_path, offline=True)
+    trainer = SimpleNamespace(loggers=[logger], is_global_zero=True)
+    for step in (1, 2, 3):
+        logger.log_metrics({"a": step}, step)
+    assert wandb_rows(trainer) == [3]
+    skip_known_rows(trainer, [1])  # the checkpoint was made after one row
+    for step in (2, 3, 4):
+        logger.log_metrics({"a": step}, step)
+    assert wandb_rows(trainer) == [4]
+    wandb.finish()
+    (file,) = tmp_path.rglob("*.wandb")
+    assert [row["a"] for row in history(file)] == [1, 2, 3, 4]
 
 
 def test_the_learning_rate_is_monitored(tmp_path):

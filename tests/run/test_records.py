@@ -76,8 +76,8 @@ def test_a_failure_is_null_and_says_why():
     assert "advantage" not in failed
 
 
-class Spoiled(Clipped):
-    """Its loss is spoiled in some micro-steps: `how` maps the losses of a micro-step."""
+class Faulty(Clipped):
+    """Its loss is not finite in some micro-steps: `how` maps the losses of a micro-step."""
 
     def __init__(self, how, calls):
         super().__init__()
@@ -89,7 +89,7 @@ class Spoiled(Clipped):
         return (self.how(loss_T) if self.count in self.calls else loss_T), metrics
 
 
-SPOILS = {
+FAULTS = {
     "NaN loss": lambda loss_T: loss_T * math.nan,
     "infinite loss": lambda loss_T: loss_T * math.inf,
     "infinite loss of finite gradient": lambda loss_T: loss_T + math.inf,
@@ -99,13 +99,13 @@ SPOILS = {
 }
 
 
-@pytest.mark.parametrize("how", SPOILS.values(), ids=SPOILS.keys())
-def test_a_spoiled_step_trains_nothing_and_the_next_one_trains(tmp_path, how):
+@pytest.mark.parametrize("how", FAULTS.values(), ids=FAULTS.keys())
+def test_a_step_that_is_not_finite_trains_nothing_and_the_next_one_trains(tmp_path, how):
     before = {name: value.clone() for name, value in _initial().items()}
-    skipped = fit(tmp_path / "a", make_module(algorithm=Spoiled(how, {1})), max_steps=1)
+    skipped = fit(tmp_path / "a", make_module(algorithm=Faulty(how, {1})), max_steps=1)
     assert skipped.lightning_module.metrics.last["policy/bad_steps"] == 1
     assert all(torch.equal(value, before[name]) for name, value in weights(skipped).items())
-    trainer = fit(tmp_path / "b", make_module(algorithm=Spoiled(how, {1})), max_steps=2)
+    trainer = fit(tmp_path / "b", make_module(algorithm=Faulty(how, {1})), max_steps=2)
     assert trainer.lightning_module.metrics.last["policy/bad_steps"] == 0
     after = weights(trainer)
     assert all(value.isfinite().all() for value in after.values())
@@ -131,7 +131,7 @@ def test_huge_rewards_leave_the_weights_finite(tmp_path, algorithm):
 
 
 def test_what_a_skipped_step_would_have_trained_is_written_down(tmp_path):
-    module = make_module(algorithm=Spoiled(SPOILS["NaN loss"], range(1, 100)))
+    module = make_module(algorithm=Faulty(FAULTS["NaN loss"], range(1, 100)))
     data = make_data(steps_per_episode=4, batch_size=8)
     with pytest.warns(
         UserWarning, match=r"the gradient is not finite \(nan\): optimizer step skipped; see .* in .*bad_steps.jsonl"
@@ -154,7 +154,7 @@ def test_after_a_resume_inside_the_episode_the_completions_are_still_told(tmp_pa
     keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     data = {"num_iterations": 2}
     fit(tmp_path, make_module(), make_data(**data), callbacks=[keep], enable_checkpointing=True, max_steps=1)
-    module = make_module(algorithm=Spoiled(SPOILS["NaN loss"], {1}))
+    module = make_module(algorithm=Faulty(FAULTS["NaN loss"], {1}))
     with pytest.warns(UserWarning, match="optimizer step skipped"):
         fit(tmp_path, module, make_data(**data), ckpt_path=tmp_path / "step=1.ckpt", max_steps=2)
     rows = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
@@ -164,17 +164,17 @@ def test_after_a_resume_inside_the_episode_the_completions_are_still_told(tmp_pa
 
 def test_bad_steps_after_the_checkpoint_are_not_told_twice(tmp_path):
     keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    spoiled = {"algorithm": Spoiled(SPOILS["NaN loss"], {1, 2, 3})}
-    fit(tmp_path, make_module(**spoiled), callbacks=[keep], enable_checkpointing=True, max_steps=3)
+    faulty = {"algorithm": Faulty(FAULTS["NaN loss"], {1, 2, 3})}
+    fit(tmp_path, make_module(**faulty), callbacks=[keep], enable_checkpointing=True, max_steps=3)
     whole = (tmp_path / "bad_steps.jsonl").read_text()
-    resumed = make_module(algorithm=Spoiled(SPOILS["NaN loss"], {1, 2}))
+    resumed = make_module(algorithm=Faulty(FAULTS["NaN loss"], {1, 2}))
     fit(tmp_path, resumed, ckpt_path=tmp_path / "step=1.ckpt", max_steps=3)
     assert (tmp_path / "bad_steps.jsonl").read_text() == whole
 
 
 @pytest.mark.parametrize("limit", [0, 2])
 def test_max_bad_steps_counts_steps_in_a_row_and_across_a_resume(tmp_path, limit):
-    always = {"algorithm": Spoiled(SPOILS["NaN loss"], range(1, 100)), "max_bad_steps": limit}
+    always = {"algorithm": Faulty(FAULTS["NaN loss"], range(1, 100)), "max_bad_steps": limit}
     with pytest.raises(
         NonFiniteError,
         match=rf"in {limit + 1} optimizer steps in a row \(model.max_bad_steps={limit}\), .* step {limit + 1}:",
@@ -189,7 +189,7 @@ def test_max_bad_steps_counts_steps_in_a_row_and_across_a_resume(tmp_path, limit
 
 def test_weights_that_a_finite_gradient_made_infinite_are_never_saved(tmp_path):
     keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    large = Spoiled(lambda loss_T: loss_T * 1e6, {1})
+    large = Faulty(lambda loss_T: loss_T * 1e6, {1})
     module = make_module(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e38), algorithm=large)
     with pytest.raises(NonFiniteError, match=r"weights are not finite after optimizer step 1: lower the learning rate"):
         fit(tmp_path, module, callbacks=[keep], enable_checkpointing=True)
@@ -203,7 +203,7 @@ def test_norms_whose_square_overflows_are_bad(norm, bad):
     assert is_bad(norm) is bad
 
 
-def test_spoiling_leaves_a_finite_loss_and_its_gradient_alone():
+def test_a_finite_loss_and_its_gradient_are_left_alone():
     x = torch.tensor(3.0, requires_grad=True)
     nan_if_not_finite(x * x).backward()
     assert x.grad == 6.0
