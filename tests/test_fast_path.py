@@ -70,7 +70,7 @@ def test_a_token_budget_changes_the_micro_steps_and_not_the_gradient(tmp_path: P
     assert "work/over_budget_tokens" not in metrics
     data = {"data": make_data(steps_per_episode=4), "accumulate_grad_batches": 4}
     if budget == 1:
-        with pytest.warns(UserWarning, match=r"model\.max_tokens_per_step=1 tokens, whatever is moved between them"):
+        with pytest.warns(UserWarning, match=r"model\.max_tokens_per_step=1 tokens, however they are balanced"):
             split, metrics = gradient(budget, **data)
         assert metrics["work/over_budget_tokens"] > 0
     else:

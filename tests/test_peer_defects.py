@@ -48,7 +48,7 @@ def test_d02_a_resume_inside_an_episode_does_not_sample_it_again():
 
 
 def test_d03_a_reference_that_moves_is_in_the_checkpoint():
-    proved_by("callbacks/test_reference_sync.py::test_a_moved_reference_is_in_the_checkpoint_and_goes_on_exactly")
+    proved_by("run/test_callbacks.py::test_a_moved_reference_is_in_the_checkpoint_and_goes_on_exactly")
 
 
 def test_d04_a_loss_or_gradient_that_is_not_finite_never_reaches_the_weights():
@@ -66,7 +66,7 @@ def test_d05_an_infinite_reward_fails_its_completion_and_not_its_group():
 
 
 def test_d06_evaluation_is_a_mean_over_completions_and_not_over_batches():
-    proved_by("evaluation/test_rewards.py::test_means_are_over_completions_and_not_over_batches")
+    proved_by("evaluation/test_evaluation.py::test_means_are_over_completions_and_not_over_batches")
 
 
 def test_d07_constant_groups_are_counted_whatever_the_scale():
@@ -75,7 +75,7 @@ def test_d07_constant_groups_are_counted_whatever_the_scale():
     for scale in ("group", "batch", "none"):
         advantages = GRPO(scale=scale).advantages(scores_PGF, torch.ones(1))
         assert (advantages == 0).all(1).tolist() == [True, False, True, False]
-    proved_by("test_metrics.py::test_groups_by_kind")
+    proved_by("training/test_metrics.py::test_groups_by_kind")
 
 
 def test_d08_and_d09_every_completion_is_written_and_evaluation_overwrites_none(tmp_path):
@@ -136,12 +136,12 @@ def test_d15_cispo_with_defaults_trains_an_on_policy_token_with_its_whole_weight
 
 
 def test_d16_a_prompt_beyond_the_models_context_is_refused_at_the_start():
-    proved_by("test_run_checks.py::test_the_longest_prompt_fits_with_its_completion")
+    proved_by("training/test_checks.py::test_the_longest_prompt_fits_with_its_completion")
 
 
 def test_d17_an_empty_completion_is_one_like_others():
     assert score(DigitReward(), [""]).totals_N.tolist() == [0.0]
-    proved_by("test_episode.py::test_an_empty_completion_is_not_active")
+    proved_by("training/test_episode.py::test_an_empty_completion_is_not_active")
 
 
 def test_d18_a_data_set_smaller_than_a_batch_trains_and_no_prompt_is_left_out(tmp_path):

@@ -1,6 +1,7 @@
 """What SECURITY.md promises: no data, config, model or checkpoint file runs code. Secrets: `test_redaction.py`."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -199,4 +200,4 @@ def test_no_reward_of_the_package_runs_code():
     """Should one be added, it belongs into a process with limits, and `SECURITY.md` has to say so."""
     for file in (Path(__file__).parents[1] / "stateset_lightning" / "rewards").glob("*.py"):
         text = file.read_text()
-        assert not any(call in text for call in ("exec(", "eval(", "os.system(")), file
+        assert not re.search(r"(?<![.\w])(exec|eval)\(|os\.system\(", text), file  # `model.eval()` is something else

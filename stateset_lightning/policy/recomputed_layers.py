@@ -120,11 +120,6 @@ def use_recomputed_layers(model: nn.Module) -> int:
     return replaced
 
 
-def is_recomputed(module: nn.Module) -> bool:
-    """Whether `use_recomputed_layers` has replaced the layer's forward, and so knows its form."""
-    return getattr(vars(module).get("forward"), "__func__", None) in (_norm_forward, _mlp_forward)
-
-
 def _recomputed_forward(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
     """What could replace a layer's forward, judged by what the layer is made of."""
     if "forward" in vars(module):
