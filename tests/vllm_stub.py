@@ -51,10 +51,11 @@ class Stub:
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.authorizations: list[str | None] = []  # the header of each request
         self.adapters: dict[str, str] = {}  # name -> folder
         self.logprobs_mode = "processed_logprobs"
         self.loads = True  # False: says that it has loaded weights, and has not
-        self.answers: list[tuple[int, str]] = []  # given instead of the next completions: status and body
+        self.answers: list[tuple[int, Any]] = []  # given instead of the next completions: status and body
         self.reason: str | None = None  # given once instead of the finish reason
         self.gate = threading.Event()  # completions wait for it
         self.gate.set()
@@ -150,6 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(*self.stub.answer(self.path, body))
 
     def _send(self, status: int, content: Any) -> None:
+        self.stub.authorizations.append(self.headers["Authorization"])
         text = content if isinstance(content, str) else "" if content is None else json.dumps(content)
         self.send_response(status)
         self.send_header("Content-Type", "text/plain" if isinstance(content, str) else "application/json")

@@ -163,11 +163,10 @@ class StatesetCLI(LightningCLI):
 
     def _find_checkpoint(self) -> None:
         path = self.config[self.subcommand].ckpt_path
-        if path is None:
-            return
-        self._set_checkpoint(find_checkpoint(self.trainer, path))
-        # A run of its own has a folder of its own, and keeps no best checkpoints.
-        warnings.filterwarnings("ignore", "The dirpath has changed from")
+        if path is not None:
+            self._set_checkpoint(find_checkpoint(self.trainer, path))
+            # A run of its own has a folder of its own, and keeps no best checkpoints.
+            warnings.filterwarnings("ignore", "The dirpath has changed from")
 
     before_validate = before_test = before_predict = _find_checkpoint
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from stateset_lightning.errors import ConfigError
+from stateset_lightning.errors import ConfigError, NonFiniteError
 from stateset_lightning.policy import Group, Policy, PolicyConfig
 from stateset_lightning.rollout import FinishReason, InProcessEngine, Rollout, RolloutConfig, in_process, running_batch
 from stateset_lightning.seeding import sample_seeds
@@ -485,6 +485,14 @@ def test_a_prompt_too_long_for_the_models_positions_is_refused_with_the_numbers(
         generate(engine, list(range(8)))
     fits = RolloutConfig(num_generations=G, max_new_tokens=11)
     assert max(len(tokens) for tokens, *_ in generate(engine, list(range(8)), fits).values()) == 11
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_logits_that_are_not_finite_end_the_run(make_engine: Callable[..., InProcessEngine], greedy: bool) -> None:
+    engine = make_engine("llama")
+    engine.policy.model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="the policy's logits are not finite, so nothing can be sampled"):
+        generate(engine, [0, 1], greedy=greedy)
 
 
 def test_a_recurrent_model_is_refused(tiny_tokenizer: Any) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from vllm_stub import PROMPTS, SAMPLING, SEEDS, TOKENIZER, Running, adapted, running, synced_engine
 
-from stateset_lightning.errors import ConfigError
+from stateset_lightning.errors import ConfigError, NonFiniteError
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig, VLLMEngine
 
 
@@ -107,3 +107,11 @@ def test_what_no_server_can_do_is_refused(server: Running) -> None:
         ConfigError, match=r"a prompt of 510 tokens and .*=6 exceed the server's --max-model-len of 512"
     ):
         engine.generate([[5] * 510], 2, SAMPLING, SEEDS[:2])
+
+
+def test_logprobs_that_are_not_finite_end_the_run(server: Running) -> None:
+    engine = synced_engine(server, adapted())
+    choice = {"finish_reason": "stop", "token_ids": [5, 1], "logprobs": {"token_logprobs": [-1.0, float("nan")]}}
+    server.stub.answers = [(200, {"choices": [choice]})]
+    with pytest.raises(NonFiniteError, match="a server's log-probs are not finite: the weights have diverged"):
+        engine.generate(PROMPTS[:1], 2, SAMPLING, SEEDS[:2])

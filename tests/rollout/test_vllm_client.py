@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 
@@ -74,3 +75,26 @@ def test_a_server_may_be_away_more_than_once_for_one_request(server: Running) ->
 
     assert lost.patiently(attempt) == "answer"
     assert lost.restored == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ('{"error": {"message": "no such model"}}', "no such model"),
+        ('{"error": {"code": 7}}', "{'code': 7}"),
+        ('["first", "second"]', "['first', 'second']"),
+        ("<html>\n  a proxy's\n</html>", "<html> a proxy's </html>"),
+        ("", "Bad Request"),
+    ],
+)
+def test_a_refusal_is_told_whatever_its_form(server: Running, answer: str, said: str) -> None:
+    server.stub.answers = [(400, answer)]
+    with pytest.raises(ServerError, match=rf"/v1/completions refuses \(400\): {re.escape(said)}$"):
+        VLLMServer(server.url, request_timeout=10, max_wait=1).complete({"model": "tiny"})
+
+
+def test_the_key_in_the_environment_is_sent_along(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    VLLMServer(server.url, request_timeout=10, max_wait=1).call("/health")
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    VLLMServer(server.url, request_timeout=10, max_wait=1).call("/health")
+    assert server.stub.authorizations == [None, "Bearer secret"]

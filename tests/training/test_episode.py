@@ -4,7 +4,7 @@ import io
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -392,3 +392,22 @@ def test_a_group_is_left_whole_where_a_budget_cannot_be_kept() -> None:
     steps = balance(groups, 1, max_tokens=15)
     assert steps == [groups]
     assert tokens_over(steps, 15) == 7
+
+
+def test_tokens_that_were_not_sampled_are_read_but_not_trained() -> None:
+    """An environment's tokens stand in the middle of the first completion."""
+    rollout = make_rollout([3, 2], 1)
+    rollout = replace(rollout, sampled_T=torch.tensor([True, False, True, True, True]))
+    episode = make_episode(0, rollout, make_scores([1.0, 0.0]), [1.0], GRPO(beta=0), Plan(1, 2, 1, 1))
+    assert episode.weights_N.tolist() == pytest.approx([1 / 4, 1 / 4])  # two sampled tokens each, of two completions
+    batch = episode.micro_batch(0)
+    assert batch.lengths_N.tolist() == [2, 2]
+    assert [list(map(len, group.completions)) for group in batch.groups] == [[3, 2]]
+    assert batch.groups[0].sampled == [[True, False, True], [True, True]]
+    assert torch.equal(batch.sampling_logprobs_T, rollout.logprobs_T[rollout.sampled_T])
+    assert episode.scatter(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [1, 0, 2, 3, 4]
+    again = Episode.from_state_dict({k: v for k, v in episode.state_dict().items() if k != "sampled_T"})
+    assert again.micro_batch(0).lengths_N.tolist() == [
+        3,
+        2,
+    ]  # version 0.1 knew sampled tokens alone

@@ -118,6 +118,7 @@ def stopped_after(seconds: float) -> Iterator[None]:
 def reset_peak_memory(device: torch.device) -> None:
     """Begins a new peak, where the system can: a process outside Linux has one peak since its start."""
     if device.type == "cuda":
+        torch.cuda.init()  # before it there are no statistics to reset
         torch.cuda.reset_peak_memory_stats(device)
         return
     with suppress(OSError):
