@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import yaml
 
-from stateset_lightning.checkpoint_io import read_checkpoint
+from stateset_lightning.checkpoint_io import local_path, read_checkpoint
 from stateset_lightning.cli_messages import without_traceback
 from stateset_lightning.collection import prepared
 from stateset_lightning.errors import UserError
@@ -268,10 +268,10 @@ class Examination:
                     check()
         self.notes += [str(warning.message) for warning in caught]
         self._check_validates()
-        if (path := self.config.ckpt_path) is not None and path not in ("best", "hpc"):
+        if (path := self.config.ckpt_path) is not None and path != "hpc":
             with self._part():
                 found = continue_run(self.trainer, path)
-                if found is not None:
+                if found is not None and local_path(found) is not None:
                     state = read_checkpoint(Path(found), map_location="cpu", mmap=True)["stateset"]
                     check_resumable(state, self.module.seed, self.trainer.accumulate_grad_batches, self.trainer.world_size)
 

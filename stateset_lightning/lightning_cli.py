@@ -25,8 +25,7 @@ from stateset_lightning.errors import ConfigError, UserError
 from stateset_lightning.files import atomic_write
 from stateset_lightning.module import GRPOLightningModule
 from stateset_lightning.redaction import redacted, redacted_text
-from stateset_lightning.resume import continue_run
-from stateset_lightning.run_checks import check_checkpoint
+from stateset_lightning.resume import continue_run, find_checkpoint
 
 _keep_shared_options = _typehints.discard_init_args_on_class_path_change
 
@@ -143,8 +142,8 @@ class StatesetCLI(LightningCLI):
 
     def before_fit(self) -> None:
         config = self.config.fit
-        if config.ckpt_path is not None and config.ckpt_path not in ("best", "hpc"):
-            config.ckpt_path = continue_run(self.trainer, config.ckpt_path)
+        if config.ckpt_path is not None:
+            self._set_checkpoint(continue_run(self.trainer, config.ckpt_path))
         if config.baseline and not config.ckpt_path:
             # All data is read before any model is loaded, also what the baseline itself does not need.
             if self.datamodule.tokenizer is None:
@@ -153,13 +152,13 @@ class StatesetCLI(LightningCLI):
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
     def before_validate(self) -> None:
-        self._check_checkpoint()
+        self._find_checkpoint()
 
     def before_test(self) -> None:
-        self._check_checkpoint()
+        self._find_checkpoint()
 
     def before_predict(self) -> None:
-        self._check_checkpoint()
+        self._find_checkpoint()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         try:
@@ -181,10 +180,14 @@ class StatesetCLI(LightningCLI):
                 raise
             raise ConfigError(f"a class of the config refuses its arguments: {type(cause).__name__}: {cause}") from error
 
-    def _check_checkpoint(self) -> None:
-        path = self.config[self.subcommand].get("ckpt_path")
+    def _find_checkpoint(self) -> None:
+        path = self.config[self.subcommand].ckpt_path
         if path is None:
             return
-        check_checkpoint(path)
+        self._set_checkpoint(find_checkpoint(self.trainer, path))
         # A run of its own has a folder of its own, and keeps no best checkpoints.
         warnings.filterwarnings("ignore", "The dirpath has changed from")
+
+    def _set_checkpoint(self, path: str | None) -> None:
+        """Lightning runs with the instantiated config, and the other one is saved."""
+        self.config[self.subcommand].ckpt_path = self.config_init[self.subcommand].ckpt_path = path

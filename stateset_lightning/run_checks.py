@@ -198,12 +198,12 @@ def check_context(trainer: Trainer, context_length: int | None, max_new_tokens: 
 
 
 def check_checkpoint(path: str) -> None:
-    """A checkpoint file can be read and is one of ours. Lightning's own names (`last`, `best`, ...) and sharded folders are left to it.
+    """A checkpoint file can be read and is one of ours. Lightning's own `hpc`, remote and sharded ones are left to it.
 
     Raises:
         CheckpointError: If there is no such file, or it is no whole checkpoint of this package.
     """
-    if path not in ("last", "best", "hpc") and not path.startswith("registry") and "://" not in path and not Path(path).is_dir():
+    if path != "hpc" and not path.startswith("registry") and "://" not in path and not Path(path).is_dir():
         read_checkpoint(Path(path), map_location="cpu", mmap=True)
 
 

@@ -205,3 +205,16 @@ def test_a_checkpoint_that_cannot_be_resumed_is_told(examine):
     code, said = examine("--sample=false", "--ckpt_path", "rows.jsonl")
     assert code == 1
     assert "problem: " in said
+
+
+def test_a_checkpoint_is_named_as_in_fit(examine):
+    for name, expected in (("last", 0), ("best", 1), ("", 1)):
+        code, said = examine("--sample=false", f"--ckpt_path={name}")
+        assert code == expected, said
+    checkpoint = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"every_n_train_steps": 1}}
+    Path("save.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [checkpoint]}}))
+    main(["fit", "--config", "config.yaml", "--config", "save.yaml", "--trainer.max_steps=1"])
+    code, said = examine("--sample=false", "--ckpt_path=last")
+    assert (code, "resuming runs/doctor/version_0/checkpoints/epoch=0-step=1.ckpt" in said) == (0, True)
+    code, said = examine("--sample=false", "--ckpt_path=best")
+    assert (code, "problem: ckpt_path=best: " in said, "knows no best checkpoint" in said) == (1, True, True)

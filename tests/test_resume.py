@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 import yaml
@@ -23,7 +24,7 @@ from stateset_lightning.checkpoint_io import AtomicCheckpointIO
 from stateset_lightning.cli import main
 from stateset_lightning.errors import CheckpointError, ConfigError, DiskError
 from stateset_lightning.policy.schedule import Schedule
-from stateset_lightning.resume import continue_run
+from stateset_lightning.resume import continue_run, find_checkpoint
 from stateset_lightning.rollout import RolloutConfig
 
 CONFIG = {
@@ -113,6 +114,115 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_offered(folder
     assert [path.name for path in (folder / "runs" / "r").iterdir()] == ["version_0"]
 
 
+def save(*callbacks):
+    """Flags of `fit` with ModelCheckpoints of these options."""
+    # A list of the same class in a later file would inherit what it does not say.
+    options = [{"every_n_train_steps": None, "save_last": None, **given} for given in callbacks]
+    callbacks = [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": given} for given in options]
+    Path("save.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    return ["--config", "config.yaml", "--config", "save.yaml"]
+
+
+def stopped_with(capsys, *args):
+    """The message of a command that ends with code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(list(args))
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+BY_STEPS = {"every_n_train_steps": 1}
+IN_FOLDERS = {"every_n_train_steps": 1, "filename": "{step}-{val/reward:.2f}"}  # a slash of a metric's name makes a folder
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        BY_STEPS,
+        {"train_time_interval": "0:00:00"},
+        {**BY_STEPS, "save_last": "link", "save_top_k": -1},
+        IN_FOLDERS,
+        {**BY_STEPS, "dirpath": "elsewhere"},
+        {**IN_FOLDERS, "dirpath": "elsewhere"},
+    ],
+    ids=["by steps", "by time", "dangling link", "metric with a slash", "dirpath", "dirpath and slash"],
+)
+def test_last_goes_on_whatever_the_checkpoints_are_called(folder, capsys, options):
+    main(["fit", "--config", "config.yaml", "--trainer.max_steps=5", "--trainer.logger.init_args.name=straight"])
+    flags = save(options)
+    main(["fit", *flags])
+    last = folder / "runs" / "r" / "version_0" / "checkpoints" / "last.ckpt"
+    if options.get("save_last"):
+        last.resolve().unlink()
+        assert last.is_symlink()
+    assert not last.exists()
+    capsys.readouterr()
+    main(["fit", *flags, "--trainer.max_steps=5", "--ckpt_path=last"])
+    said = capsys.readouterr().out
+    assert "resuming " in said
+    assert "trainer.max_steps=5, and 3 in the checkpoint" in said  # read, not only found
+    assert [path.name for path in (folder / "runs" / "r").iterdir()] == ["version_0"]
+    assert logged(folder / "runs" / "r" / "version_0") == logged(folder / "runs" / "straight" / "version_0")
+
+
+def test_a_dirpath_that_holds_other_runs_too_is_not_searched_below(folder, capsys):
+    main(["fit", "--config", "config.yaml"])
+    capsys.readouterr()
+    main(["fit", *save({**BY_STEPS, "dirpath": "."}), "--trainer.logger.init_args.name=new", "--ckpt_path=last"])
+    assert "a new run starts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_last_and_best_name_the_same_checkpoints_wherever_they_are_evaluated(folder, command):
+    first = {"monitor": "step", "mode": "min", "filename": "first"}  # the lowest step is the best one
+    flags = save({**BY_STEPS, **first}, BY_STEPS)
+    main(["fit", *flags])
+    files = list((folder / "runs" / "r" / "version_0").rglob("*"))
+    written = {path: path.stat().st_mtime_ns for path in files}
+    for name, step in (("last", 3), ("best", 1)):
+        cli = main([command, *flags, "--data.test=rows.jsonl", "--data.predict=rows.jsonl", f"--ckpt_path={name}"])
+        saved = torch.load(cli.trainer.ckpt_path, weights_only=True)
+        assert saved["global_step"] == step
+        assert all(torch.equal(weight, saved["state_dict"][key]) for key, weight in cli.model.state_dict().items())
+    assert {path: path.stat().st_mtime_ns for path in files} == written  # evaluations write beside the run, not into it
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_a_checkpoint_that_is_not_there_yet_is_no_untrained_model(folder, capsys, command, name):
+    said = stopped_with(
+        capsys, command, "--config", "config.yaml", "--data.test=rows.jsonl", "--data.predict=rows.jsonl", f"--ckpt_path={name}"
+    )
+    assert f"ckpt_path={name}: there is no checkpoint in runs/r/*/checkpoints/ yet" in said
+    assert said.count("\n") == 1
+    assert not (folder / "runs").exists()
+
+
+def test_what_is_no_best_checkpoint_is_said(folder, capsys):
+    main(["fit", *save({"monitor": "val/reward", "mode": "max", "filename": "{step}", "save_last": True})])
+    best = next((folder / "runs" / "r" / "version_0" / "checkpoints").glob("step=*.ckpt"))
+    moved = best.rename(folder / best.name)
+    said = stopped_with(capsys, "fit", "--config", "config.yaml", "--ckpt_path=best")
+    assert f"{best.relative_to(folder)}, the best by val/reward, is gone: give `last` or a .ckpt file" in said
+    moved.rename(best)
+    (folder / "runs" / "r").rename(folder / "runs" / "renamed")
+    cli = main(["fit", "--config", "config.yaml", "--trainer.logger.init_args.name=renamed", "--trainer.max_steps=4", "--ckpt_path=best"])
+    assert cli.trainer.global_step == 4
+    assert [path.name for path in (folder / "runs" / "renamed").iterdir()] == ["version_0"]  # it goes on there
+    main(["fit", "--config", "config.yaml"])
+    said = stopped_with(capsys, "fit", "--config", "config.yaml", "--ckpt_path=best")
+    assert "knows no best checkpoint: its run had no ModelCheckpoint with a `monitor`" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_an_empty_checkpoint_path_is_refused(folder, capsys, command):
+    said = stopped_with(capsys, command, "--config", "config.yaml", "--data.test=rows.jsonl", "--data.predict=rows.jsonl", "--ckpt_path=")
+    assert "ckpt_path is empty: give a .ckpt file, `last` or `best`" in said
+    assert said.count("\n") == 1
+
+
 def run_program(*args):
     command = [sys.executable, "-m", "stateset_lightning", "fit", "--config", "config.yaml", "--trainer.max_steps=100000", *args]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -168,6 +278,24 @@ def test_a_folder_of_ones_own_and_a_given_version_are_kept(tmp_path):
 def test_without_a_logger_last_is_in_the_root_folder(tmp_path):
     file = checkpoint_file(tmp_path / "checkpoints" / "last.ckpt", age=0)
     assert continue_run(make(tmp_path, False), "last") == str(file)
+
+
+def test_last_is_also_found_where_checkpoints_are_remote(tmp_path):
+    folder = f"memory://{tmp_path.name}/checkpoints"
+    trainer = make(tmp_path, False, ModelCheckpoint(folder))
+    assert continue_run(trainer, "last") is None
+    system = fsspec.filesystem("memory")
+    for name in ("last.ckpt", "step=2.ckpt"):
+        system.pipe_file(f"{folder}/{name}", b"")
+    assert continue_run(trainer, "last") == f"memory:///{tmp_path.name}/checkpoints/step=2.ckpt"
+
+
+def test_several_bests_are_named(tmp_path):
+    states = {name: {"monitor": name, "best_model_path": f"{name}.ckpt"} for name in ("val/reward", "val/solved")}
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"state_dict": {}, "stateset": {}, "callbacks": {**states, "Mine": 3}}, tmp_path / "checkpoints" / "last.ckpt")
+    with pytest.raises(CheckpointError, match=r"give one of val/reward.ckpt \(val/reward\), val/solved.ckpt \(val/solved\)"):
+        find_checkpoint(make(tmp_path, False), "best")
 
 
 def test_a_wandb_run_goes_on_under_its_id(tmp_path):

@@ -117,7 +117,7 @@ def test_the_longest_prompt_fits_with_its_completion():
 
 
 def test_checkpoints_are_told_from_other_files(tmp_path):
-    for name in ("last", "best", "hpc", "registry:model", "s3://bucket/x.ckpt", str(tmp_path)):
+    for name in ("hpc", "registry:model", "s3://bucket/x.ckpt", str(tmp_path)):
         check_checkpoint(name)
     good = tmp_path / "good.ckpt"
     torch.save({"state_dict": {}, "stateset": {}}, good)
