@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.files import atomic_folder
-from stateset_lightning.generate import Arguments
+from stateset_lightning.generate import Arguments, add_loading_options, loading_options
 
 if TYPE_CHECKING:
+    from stateset_lightning.policy import LoadingOptions
     from stateset_lightning.trained import TrainedModel
 
 _log = logging.getLogger("stateset_lightning")
@@ -78,12 +79,22 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--config", help="the run's resolved config; by default the one in the run's folder")
     parser.add_argument("--merge", action="store_true", help="add the run's adapter into the model, for a whole one")
     parser.add_argument("--overwrite", action="store_true", help="take the place of a folder that is there")
+    add_loading_options(parser)
     options = parser.parse_args(words)
-    export(options.ckpt, options.out, config=options.config, overwrite=options.overwrite, merge=options.merge)
+    loading = loading_options(options)
+    export(options.ckpt, options.out, config=options.config, overwrite=options.overwrite, merge=options.merge, loading=loading)
     print(f"exported: {options.out}")
 
 
-def export(source: str, out: str | Path, *, config: str | None = None, overwrite: bool = False, merge: bool = False) -> None:
+def export(
+    source: str,
+    out: str | Path,
+    *,
+    config: str | None = None,
+    overwrite: bool = False,
+    merge: bool = False,
+    loading: LoadingOptions | None = None,
+) -> None:
     """Writes model (safetensors), tokenizer, generation config and model card to `out`, which is whole or absent.
 
     Of a model with an adapter, the adapter alone is written, as peft loads it, unless it is merged.
@@ -94,16 +105,18 @@ def export(source: str, out: str | Path, *, config: str | None = None, overwrite
         config: The run's resolved config; by default the one in the run's folder.
         overwrite: Whether `out` may replace a folder with files in it.
         merge: Add the adapter into the model.
+        loading: What only the user decides; a checkpoint's own are not used.
 
     Raises:
         CheckpointError: If the checkpoint is damaged.
         ConfigError: If `out` is there already, the model cannot be loaded, or there is no adapter to merge.
     """
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
+        from stateset_lightning.policy import LoadingOptions
         from stateset_lightning.policy.adapters import is_adapted, write_adapter
         from stateset_lightning.trained import load_trained
 
-        trained = load_trained(source, config)
+        trained = load_trained(source, config, loading or LoadingOptions())
         _set_generation(trained)
         if merge:
             _merge(trained)

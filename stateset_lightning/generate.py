@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from stateset_lightning.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from stateset_lightning.policy import LoadingOptions
 
 
 class Arguments(argparse.ArgumentParser):
@@ -16,6 +20,22 @@ class Arguments(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
+    """The flags of `LoadingOptions`: which code a model runs with is for the user to say, never for a checkpoint."""
+    add: Any = parser.add_argument
+    add("--trust_remote_code", action="store_true", help="run code that comes with the model; a checkpoint cannot ask for that itself")
+    add("--revision", help="branch, tag or commit of a Hugging Face id; never the checkpoint's own")
+    add("--attn_implementation", metavar="NAME", help="attention of transformers (sdpa, eager, ...); by default the model's")
+    add("--model_kwargs", type=_mapping, default={}, metavar="JSON", help="further arguments of from_pretrained, as a JSON object")
+
+
+def loading_options(options: argparse.Namespace) -> LoadingOptions:
+    """What the user has given of them."""
+    from stateset_lightning.policy import LoadingOptions
+
+    return LoadingOptions(options.revision, options.attn_implementation, options.trust_remote_code, options.model_kwargs)
 
 
 def main(words: Sequence[str]) -> None:
@@ -31,7 +51,7 @@ def main(words: Sequence[str]) -> None:
     from stateset_lightning.rollout import InProcessEngine
     from stateset_lightning.trained import load_trained
 
-    trained = load_trained(options.ckpt_path, options.config)
+    trained = load_trained(options.ckpt_path, options.config, loading_options(options))
     given = {name: value for name in ("temperature", "top_p", "max_new_tokens") if (value := getattr(options, name)) is not None}
     rollout = replace(trained.rollout, **given)
     greedy = options.samples is None and options.temperature is None and options.top_p is None
@@ -95,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", help="the run's resolved config; by default the one in the run's folder")
     add("--seed", type=int, help="of sampling; by default the run's")
     add("--device", help="cpu, cuda, cuda:1, ...; by default a GPU if there is one")
+    add_loading_options(parser)
     return parser
 
 
@@ -102,3 +123,13 @@ def _count(text: str) -> int:
     if not text.isdigit() or text == "0":
         raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
     return int(text)
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"""{text} must be a JSON object, such as '{{"variant": "fp16"}}'""")
+    return value

@@ -53,7 +53,7 @@ class GRPOLightningModule(ResumableModule):
     """Improves a language model on prompts whose answers can be scored, by group-relative policy optimisation.
 
     Args:
-        policy: The model: a name or folder, or a `PolicyConfig`.
+        policy: The model: a name or folder, or a `PolicyConfig`. With `load_from_checkpoint`, the checkpoint's, but for `LoadingOptions`.
         reward: What scores a completion: a list of reward functions, one, or a plain function `f(turns, context)`.
         rollout: How completions are sampled.
         algorithm: How scores become a loss; see `stateset_lightning.algorithm`.

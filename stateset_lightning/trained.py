@@ -15,7 +15,7 @@ from torch import Tensor
 from stateset_lightning.checkpoint_io import read_checkpoint
 from stateset_lightning.data import PromptEncoder
 from stateset_lightning.errors import CheckpointError, ConfigError
-from stateset_lightning.policy import PolicyConfig, load_model, load_tokenizer
+from stateset_lightning.policy import LoadingOptions, PolicyConfig, load_model, load_tokenizer
 from stateset_lightning.policy.adapter_state import base_digest, check_base
 from stateset_lightning.policy.adapters import config_from_plain, inject, trained_names
 from stateset_lightning.rollout import RolloutConfig
@@ -55,12 +55,13 @@ class TrainedModel:
         return PromptEncoder(tokenizer=self.tokenizer, **options)
 
 
-def load_trained(source: str, config: str | None = None) -> TrainedModel:
+def load_trained(source: str, config: str | None = None, loading: LoadingOptions = LoadingOptions()) -> TrainedModel:  # noqa: B008 (frozen)
     """Loads what a run has trained, or any model.
 
     Args:
         source: A checkpoint file, a folder that `save_pretrained` wrote, or a Hugging Face id.
-        config: The run's resolved config; by default the one in the run's folder.
+        config: The run's resolved config; by default the one in the run's folder. It says how prompts are made, and nothing of the model.
+        loading: What only the user decides; a checkpoint's own are not used.
 
     Raises:
         CheckpointError: If the checkpoint is damaged, or none of this package's.
@@ -68,13 +69,13 @@ def load_trained(source: str, config: str | None = None) -> TrainedModel:
     """
     file = Path(source).expanduser()
     if file.suffix != ".ckpt" and not file.is_file():
-        policy = PolicyConfig(source)
+        policy = PolicyConfig(source, **vars(loading))
         read = _read_config(Path(config)) if config else {}
         return TrainedModel(source, policy, load_model(policy), load_tokenizer(policy), RolloutConfig(), config=read)
     checkpoint = read_checkpoint(file, check_sums=True, map_location="cpu")
     weights = {name.removeprefix(_WEIGHTS): value for name, value in checkpoint.pop("state_dict").items() if name.startswith(_WEIGHTS)}
     given = checkpoint["hyper_parameters"]
-    policy = PolicyConfig.of(given["policy"])
+    policy = PolicyConfig.from_checkpoint(given["policy"], loading)
     adapter = checkpoint["stateset"].get("adapter")
     model = _load_whole(source, policy, weights) if adapter is None else _load_adapted(source, policy, weights, adapter)
     found = _read_config(Path(config)) if config else _config_of_run(file, checkpoint)
@@ -83,9 +84,9 @@ def load_trained(source: str, config: str | None = None) -> TrainedModel:
 
 
 def _load_whole(source: str, policy: PolicyConfig, weights: Mapping[str, Tensor]) -> PreTrainedModel:
-    # As it was trained; its base is loaded for the architecture alone.
-    dtype = next((value.dtype for value in weights.values() if value.is_floating_point()), None)
-    model = load_model(policy) if dtype is None else load_model(policy, dtype)
+    # As it was trained; its base is loaded for the architecture alone, without any adapter: there is none in the weights.
+    dtype = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
+    model = load_model(replace(policy, lora=None, adapter=None), dtype)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

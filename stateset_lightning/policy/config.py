@@ -4,14 +4,19 @@ No `from __future__ import annotations` in files whose signatures the command li
 `Annotated[...]` without a word (test_cli.py).
 """
 
+import json
+import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
 from stateset_lightning.bounds import check_bounds
+from stateset_lightning.errors import CheckpointError
+
+_log = logging.getLogger("stateset_lightning")
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -33,6 +38,20 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         check_bounds("model.policy.lora", type(self), vars(self))
+
+
+@dataclass(frozen=True)
+class LoadingOptions:
+    """Which code a model runs with and what it is told: for its user to say, never for a file. Each field is that of `PolicyConfig`."""
+
+    revision: str | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+FROM_CHECKPOINT = ("model_name", "dtype", "gradient_checkpointing", "dropout", "scoring", "head_chunk_tokens", "lora", "adapter")
+"""What a checkpoint may say of its policy. Every other field of `PolicyConfig` is one of `LoadingOptions` (test_config.py)."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +106,38 @@ class PolicyConfig:
 
     @classmethod
     def of(cls, policy: "str | Mapping[str, Any] | PolicyConfig") -> "PolicyConfig":
-        """A config from a model name, a mapping (as a checkpoint holds it) or a config."""
+        """A config from a model name, a mapping (taken for a checkpoint's: `from_checkpoint`) or a config."""
         if isinstance(policy, PolicyConfig):
             return policy
-        return cls(model_name=policy) if isinstance(policy, str) else cls(**policy)
+        return cls(model_name=policy) if isinstance(policy, str) else cls.from_checkpoint(policy)
+
+    @classmethod
+    def from_checkpoint(cls, saved: Mapping[str, Any], loading: LoadingOptions = LoadingOptions()) -> "PolicyConfig":
+        """The policy that a checkpoint names, loaded with the user's options and none of the file's own.
+
+        Args:
+            saved: `hyper_parameters.policy` of the checkpoint, as anybody may have written it.
+            loading: The user's. An option that the file has and the user has not given is left out, which is announced.
+
+        Raises:
+            CheckpointError: If the checkpoint names no model, or has an option that this version does not know.
+        """
+        if unknown := sorted(map(str, saved.keys() - {item.name for item in fields(cls)})):
+            raise CheckpointError(f"the checkpoint's model.policy.{unknown[0]} is unknown here: load it with the version that wrote it")
+        if not isinstance(saved.get("model_name"), str):
+            raise CheckpointError(f"the checkpoint's model.policy.model_name={saved.get('model_name')!r:.80} is no model's name")
+        for item in fields(LoadingOptions):
+            if (value := saved.get(item.name)) and not getattr(loading, item.name):
+                flag = _flag(item.name, value)
+                _log.warning("the run's model.policy.%s is not taken from a checkpoint: give %.200s where you trust it", item.name, flag)
+        return cls(**{name: saved[name] for name in FROM_CHECKPOINT if name in saved}, **vars(loading))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _flag(name: str, value: Any) -> str:
+    """How `generate` and `export` are told a loading option; without the control characters that a file may hold."""
+    if name == "trust_remote_code":
+        return "--trust_remote_code"
+    return f"--{name} '{json.dumps(value, default=str)}'" if isinstance(value, Mapping) else f"--{name} {value!a}"

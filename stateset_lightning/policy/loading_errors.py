@@ -49,5 +49,8 @@ def check_complete(option: str, missing: Iterable[str], kind: str) -> None:
 
 def first_line(error: BaseException) -> str:
     """What an error says, without the page of advice that often follows."""
-    hint = "; set model.policy.trust_remote_code=true if you trust its authors" if "trust_remote_code" in str(error) else ""
-    return str(error).strip().split("\n")[0][:300] + hint
+    text = str(error).strip()
+    hint = ""
+    if "trust_remote_code" in text:
+        hint = "; set model.policy.trust_remote_code=true if you trust its authors (generate and export: --trust_remote_code)"
+    return text.split("\n")[0][:300] + hint

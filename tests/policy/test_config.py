@@ -1,8 +1,14 @@
 """Making a `PolicyConfig` from what users and checkpoints give."""
 
+import logging
+from dataclasses import asdict, fields
+from typing import Any
+
 import pytest
 
-from stateset_lightning.policy import PolicyConfig
+from stateset_lightning.errors import CheckpointError
+from stateset_lightning.policy import LoadingOptions, LoRAConfig, PolicyConfig
+from stateset_lightning.policy.config import FROM_CHECKPOINT
 
 
 def test_the_model_has_no_default() -> None:
@@ -21,18 +27,69 @@ def test_a_config_comes_from_a_name_a_mapping_or_itself() -> None:
     config = PolicyConfig("tiny", dropout=0.1, model_kwargs={"use_cache": False})
     assert PolicyConfig.of("tiny") == PolicyConfig(model_name="tiny")
     assert PolicyConfig.of(config) is config
-    assert PolicyConfig.of({"model_name": "tiny", "dropout": 0.1, "model_kwargs": {"use_cache": False}}) == config
+    assert PolicyConfig.of({"model_name": "tiny", "dropout": 0.1}) == PolicyConfig("tiny", dropout=0.1)
+
+
+FROM_FILE: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "gradient_checkpointing": True,
+    "dropout": 0.1,
+    "scoring": "padded",
+    "head_chunk_tokens": 7,
+    "lora": LoRAConfig(rank=3, peft_kwargs={"use_rslora": True}),
+    "adapter": "some",
+}
+LOADING: dict[str, Any] = {"revision": "v2", "attn_implementation": "eager", "trust_remote_code": True, "model_kwargs": {"a": [1]}}
 
 
 def test_a_config_survives_the_checkpoint_as_plain_containers() -> None:
-    config = PolicyConfig("tiny", dtype="bfloat16", scoring="padded", head_chunk_tokens=7, model_kwargs={"a": [1]})
+    config = PolicyConfig("tiny", **FROM_FILE, **LOADING)
     state = config.to_dict()
-    assert type(state) is dict
-    assert PolicyConfig.of(state) == config
+    assert type(state) is type(state["lora"]) is dict
+    assert PolicyConfig.from_checkpoint(state, LoadingOptions(**LOADING)) == config
     state["model_kwargs"]["a"].append(2)
     assert config.model_kwargs == {"a": [1]}
 
 
-def test_an_unknown_field_is_named() -> None:
-    with pytest.raises(TypeError, match="dorpout"):
-        PolicyConfig.of({"model_name": "tiny", "dorpout": 0.1})
+def test_what_chooses_code_never_comes_from_a_checkpoint(caplog: pytest.LogCaptureFixture) -> None:
+    state = PolicyConfig("tiny", **FROM_FILE, **LOADING).to_dict()
+    with caplog.at_level(logging.INFO, "stateset_lightning"):
+        assert PolicyConfig.of(state) == PolicyConfig("tiny", **FROM_FILE)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the run's model.policy.revision is not taken from a checkpoint: give --revision 'v2' where you trust it",
+        "the run's model.policy.attn_implementation is not taken from a checkpoint: give --attn_implementation 'eager' where you trust it",
+        "the run's model.policy.trust_remote_code is not taken from a checkpoint: give --trust_remote_code where you trust it",
+        """the run's model.policy.model_kwargs is not taken from a checkpoint: give --model_kwargs '{"a": [1]}' where you trust it""",
+    ]
+    caplog.clear()
+    given = LoadingOptions(revision="v3", attn_implementation="sdpa", trust_remote_code=True, model_kwargs={"b": 1})
+    with caplog.at_level(logging.INFO, "stateset_lightning"):
+        assert PolicyConfig.from_checkpoint(state, given) == PolicyConfig("tiny", **FROM_FILE, **asdict(given))
+    assert caplog.records == []
+
+
+def test_a_checkpoint_cannot_write_to_the_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    state = {"model_name": "tiny", "revision": "\x1b[2J" + "v" * 999, "model_kwargs": {"\x1b[2J": "\x9b"}}
+    with caplog.at_level(logging.INFO, "stateset_lightning"):
+        PolicyConfig.from_checkpoint(state)
+    assert len(caplog.records) == 2
+    assert all(record.getMessage().isprintable() and len(record.getMessage()) < 400 for record in caplog.records)
+
+
+def test_every_option_is_either_a_checkpoints_or_the_users() -> None:
+    of_the_user = [item.name for item in fields(LoadingOptions)]
+    assert sorted([*FROM_CHECKPOINT, *of_the_user]) == sorted(item.name for item in fields(PolicyConfig))
+    assert [item.type for item in fields(PolicyConfig) if item.name in of_the_user] == [item.type for item in fields(LoadingOptions)]
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"model_name": "tiny", "dorpout": 0.1}, "dorpout is unknown here"),
+        ({}, "model_name=None"),
+        ({"model_name": [1]}, r"model_name=\[1\]"),
+    ],
+)
+def test_what_is_no_policy_is_named(state: dict[str, Any], said: str) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        PolicyConfig.of(state)
