@@ -107,6 +107,8 @@ class StepEnd(Callback):
         loop.restarting = False
         trainer.validating = True
         loop.run()
+        # A resumed epoch counts as done once a validation has run, and one whose last batch is done would never leave its restart.
+        loop._has_run = False
         trainer.training = True
 
     # Errors ------------------------------------------------------------------------------------------------------------------

@@ -144,6 +144,28 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint_from_which_it_go
     assert found == expected
 
 
+@pytest.mark.parametrize(
+    ("limits", "last_step"),
+    [({"max_steps": -1, "max_epochs": 2}, 16), ({"max_steps": 11, "max_epochs": 9}, 11),
+     ({"max_steps": 11, "max_epochs": 9, "val_check_interval": 16, "check_val_every_n_epoch": None}, 11)],
+    ids=["max_epochs", "max_steps", "val_check_interval"],
+)  # fmt: skip
+@pytest.mark.parametrize(("hook", "count"), [("on_train_batch_end", 16), ("on_validation_batch_end", 1)])
+def test_a_run_that_a_signal_ended_at_the_end_of_an_epoch_goes_on_exactly(tmp_path, limits, last_step, hook, count):
+    options = {**limits, "limit_val_batches": 1.0}  # an epoch has 16 micro-steps, and then a validation of two batches
+    expected_weights, *expected = end_state(tmp_path / "a", run(tmp_path / "a", **options))
+    path = tmp_path / "b" / "run" / "version_0" / "checkpoints" / "last.ckpt"
+    for sends, ckpt_path in [(Sends(hook, count, signal.SIGTERM), None), (Sends("on_validation_batch_end", 1, signal.SIGTERM), path)]:
+        with pytest.raises(SystemExit):
+            run(tmp_path / "b", sends, ckpt_path=ckpt_path, **options)
+        assert torch.load(path, weights_only=True)["global_step"] == 8
+    resumed = run(tmp_path / "b", ckpt_path=path, **options)
+    assert resumed.global_step == last_step
+    found_weights, *found = end_state(tmp_path / "b", resumed)
+    assert all(torch.equal(found_weights[name], value) for name, value in expected_weights.items())
+    assert found == expected
+
+
 def test_a_second_ctrl_c_ends_at_once_and_saves_nothing(tmp_path):
     with pytest.raises(SystemExit) as ended:
         run(tmp_path, *(Sends("on_train_batch_start", n, signal.SIGINT) for n in (2, 3)), accumulate_grad_batches=4)
