@@ -236,8 +236,7 @@ class GRPOLightningModule(ResumableModule):
         episode, sample = collected.episode, collected.sample
         # Gathered now and not when a checkpoint is written, which would hang if one rank had failed by then.
         self._episode_states = self._ranks.gather(episode.state_dict()) if batch.num_micro_steps > 1 else None
-        records = make_records(sample.batch, sample.rollout, sample.scores, episode.advantages_N.tolist())
-        self.last_records = self._episode_records = records
+        self.last_records = self._episode_records = make_records(sample.batch, sample.rollout, sample.scores, episode.advantages_N.tolist())
         self.metrics.add_episode(collected.metrics, sample.rollout, batch.episode_index, self._ranks)
         self._show()
         self._collect_seconds = time.perf_counter() - start
@@ -347,4 +346,5 @@ class GRPOLightningModule(ResumableModule):
 
     def _show(self) -> None:
         """The newest values for callbacks that monitor; `self.log` is slow for so many, and the loggers have theirs."""
+        self.trainer.callback_metrics.pop("step", None)  # the last validation's: every later checkpoint would be named by it
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.metrics.last.items()})

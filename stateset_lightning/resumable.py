@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 
 from stateset_lightning.algorithm import Algorithm
 from stateset_lightning.bad_steps import drop_later_steps
+from stateset_lightning.callbacks.last_checkpoint import LastCheckpoint, keeping_last
 from stateset_lightning.callbacks.metrics_file import (
     drop_later_events,
     install_metrics_files,
@@ -77,12 +78,13 @@ class ResumableModule(ShardableModule):
         return int(self.trainer.accumulate_grad_batches)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Installs our writers of checkpoints and metrics where the user has chosen none, and adds the callback that every run needs."""
+        """Installs our writers of checkpoints and metrics where the user has chosen none, and adds the callbacks that a run needs."""
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         install_metrics_files(self.trainer)
-        has_one = any(isinstance(callback, StepEnd) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
-        return [] if has_one else [StepEnd()]
+        needed: list[type[Callback]] = [StepEnd, LastCheckpoint] if keeping_last(self.trainer) else [StepEnd]
+        present = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
+        return [kind() for kind in needed if kind not in present]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the run's state.

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
 
 from stateset_lightning import GRPOLightningModule, RewardFunction, RolloutConfig, ScenarioDataModule
 from stateset_lightning.algorithm import Clipped
+from stateset_lightning.callbacks import SampleWriter
 from stateset_lightning.policy import PolicyConfig
 
 SCENARIOS = [{"prompt": f"What is {a} + {b}?", "target": str(a + b)} for a in range(3, 7) for b in (4, 9)]
@@ -75,6 +77,30 @@ def fit(folder: Path, module: GRPOLightningModule | None = None, data: ScenarioD
     trainer = make_trainer(folder, **overrides)
     trainer.fit(module or make_module(), datamodule=data or make_data(), ckpt_path=ckpt_path)
     return trainer
+
+
+def accumulating_run(folder: Path, *callbacks: Callback, ckpt_path: Path | None = None, **overrides: Any) -> Trainer:
+    """A run of two micro-steps per optimizer step and 16 per epoch, with a metrics file and samples in `folder/run/version_0`."""
+    data = make_data(num_iterations=2, steps_per_episode=4, eval_batch_size=2)
+    options = {"accumulate_grad_batches": 2, "max_steps": 6, "logger": CSVLogger(folder, "run", version=0), **overrides}
+    return fit(folder, make_module(), data, callbacks=[*callbacks, SampleWriter(every_n_episodes=1)], ckpt_path=ckpt_path, **options)
+
+
+EndState = tuple[dict[str, torch.Tensor], str, list[list[str]]]
+
+
+def end_state(folder: Path, trainer: Trainer) -> EndState:
+    """Weights, samples, and the steady columns of the metrics, of a run in `folder/run/version_0`."""
+    version = folder / "run" / "version_0"
+    header, *rows = [line.split(",") for line in (version / "metrics.csv").read_text().splitlines()]
+    steady = [i for i, name in enumerate(header) if not name.startswith(("time/", "memory/", "work/tokens_per_s"))]
+    return weights(trainer), (version / "samples.jsonl").read_text(), [[row[i] for i in steady] for row in [header, *rows]]
+
+
+def assert_same_end(expected: EndState, found: EndState) -> None:
+    """Bit by bit."""
+    assert all(torch.equal(found[0][name], value) for name, value in expected[0].items())
+    assert found[1:] == expected[1:]
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -108,6 +108,13 @@ def test_every_key_of_the_reference_config_is_explained():
 
 
 @pytest.mark.parametrize("name", BASES)
+def test_a_config_keeps_a_last_checkpoint_of_the_last_five_minutes(name):
+    keeps = [callback["init_args"] for callback in printed_config(FOLDER / name)["trainer"]["callbacks"]]
+    last = [options for options in keeps if options.get("save_last")]
+    assert [(options["train_time_interval"], options["monitor"]) for options in last] == [("0:05:00", None)]
+
+
+@pytest.mark.parametrize("name", BASES)
 def test_a_config_trains(name, tmp_path):
     require_data(name)
     checkpoints = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"every_n_train_steps": 2, "save_last": True}}

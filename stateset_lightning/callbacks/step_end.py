@@ -93,6 +93,7 @@ class StepEnd(Callback):
         checkpoint["missed_validation"] = self._validating or (due and loop.total_batch_idx != self._validated_batch)
         if self._validating:  # it starts anew when the run resumes, and its progress with it
             checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"] = self._validation_progress
+        _as_after_last_batch(checkpoint["loops"]["fit_loop"])
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._missed_validation = trainer.state.fn == "fit" and checkpoint["missed_validation"]
@@ -107,6 +108,8 @@ class StepEnd(Callback):
         loop.restarting = False
         trainer.validating = True
         loop.run()
+        # A resumed epoch counts as done once a validation has run, and one whose last batch is done would never leave its restart.
+        loop._has_run = False
         trainer.training = True
 
     # Errors ------------------------------------------------------------------------------------------------------------------
@@ -156,6 +159,20 @@ class StepEnd(Callback):
         if trainer.is_global_zero:
             print(f"stopped by {SIGNALS[number]} after optimizer step {trainer.global_step}; resume with --ckpt_path {path}", flush=True)
         raise SIGTERMException(128 + number) if number == signal.SIGTERM else SystemExit(128 + number)
+
+
+def _as_after_last_batch(progress: dict[str, Any]) -> None:
+    """Turns the progress that a fit loop has in `on_train_epoch_end` back by what it counted since the epoch's last batch.
+
+    With `max_steps`, Lightning would otherwise end a resumed epoch a second time, or train a batch too many.
+    """
+    epoch, batch = progress["epoch_progress"], progress["epoch_loop.batch_progress"]
+    if not epoch["current"]["completed"] < epoch["current"]["processed"] == epoch["current"]["ready"]:
+        return
+    for span in ("total", "current"):
+        epoch[span]["processed"] -= 1
+        batch[span]["completed"] -= 1
+    progress["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
 
 
 def _make_wait(callback: Checkpoint) -> None:

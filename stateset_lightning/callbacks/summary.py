@@ -53,8 +53,8 @@ def _headlines(metrics: Mapping[str, float]) -> list[str]:
 
 def _places(trainer: Trainer) -> Iterator[tuple[str, str | Path]]:
     """What the run left, by name, if it is there."""
-    checkpoints = trainer.checkpoint_callback
-    best, last = (getattr(checkpoints, name, "") for name in ("best_model_path", "last_model_path"))
+    names = ("best_model_path", "last_model_path")
+    best, last = (next((p for c in trainer.checkpoint_callbacks if (p := getattr(c, name, ""))), "") for name in names)
     if best or last:
         yield "checkpoint", best or last
     if best and last and best != last:

@@ -59,6 +59,14 @@ def test_the_summary_names_first_and_last_validation_and_places(tmp_path, capsys
     assert Path(checkpoints.best_model_path).is_relative_to(folder)
 
 
+def test_the_summary_finds_best_and_last_of_two_that_keep_one_each(tmp_path, capsys):
+    best = ModelCheckpoint(tmp_path, monitor="val/reward", mode="max", filename="best")
+    last = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=0, save_last=True)
+    fit(tmp_path, [RunSummary(), best, last], checkpointing=True, validation=ROWS, val_check_interval=2)
+    said = capsys.readouterr().out
+    assert f"\ncheckpoint: {tmp_path / 'best.ckpt'}\nlast checkpoint: {tmp_path / 'last.ckpt'}\n" in said
+
+
 def test_the_summary_remembers_validations_across_a_resume(tmp_path, capsys):
     def callbacks():
         return [RunSummary(), ModelCheckpoint(dirpath=tmp_path, filename="x", every_n_train_steps=4, save_top_k=-1, save_last=True)]
@@ -73,7 +81,7 @@ def test_the_summary_remembers_validations_across_a_resume(tmp_path, capsys):
 def test_a_single_validation_is_no_comparison():
     summary = RunSummary()
     summary.load_state_dict({"validations": [[7, {"reward": 0.5, "reward/right": 0.5, "solved": 0.25}]]})
-    trainer = SimpleNamespace(global_step=7, loggers=[], default_root_dir="/nowhere", checkpoint_callback=None)
+    trainer = SimpleNamespace(global_step=7, loggers=[], default_root_dir="/nowhere", checkpoint_callbacks=[])
     assert summary.lines(trainer) == ["trained for 7 optimizer steps", "validation reward: 0.500 after step 7"]
     assert summary.state_dict() == {"validations": [[7, {"reward": 0.5, "reward/right": 0.5, "solved": 0.25}]]}
 
@@ -85,7 +93,7 @@ def test_a_held_out_reward_stands_beside_the_trained_one_at_the_end():
         (0, {"reward": 0.2, trained: 0.2, held_out: 0.1}),
         (9, {"reward": 0.9, trained: 0.9, held_out: 0.0, "pass@4": 0.5}),
     ]
-    trainer = SimpleNamespace(global_step=9, loggers=[], default_root_dir="/nowhere", checkpoint_callback=None)
+    trainer = SimpleNamespace(global_step=9, loggers=[], default_root_dir="/nowhere", checkpoint_callbacks=[])
     assert summary.lines(trainer)[1:] == [
         "validation reward: 0.200 after step 0 -> 0.900 after step 9 (+0.700)",
         "validation reward/contains: 0.200 after step 0 -> 0.900 after step 9 (+0.700)",

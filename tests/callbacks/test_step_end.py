@@ -8,14 +8,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from lightning.pytorch.loggers import CSVLogger
-from module_runs import fit, make_data, make_module, weights
+from module_runs import accumulating_run as run
+from module_runs import assert_same_end, end_state, fit, make_data, make_module
 
-from stateset_lightning.callbacks import SampleWriter
 from stateset_lightning.callbacks.step_end import StepEnd
 from stateset_lightning.errors import ConfigError
 
-ACCUMULATING = {"accumulate_grad_batches": 2, "max_steps": 6}
 VALIDATING = {"limit_val_batches": 1.0, "val_check_interval": 3, "check_val_every_n_epoch": None}  # every other one inside a step
 
 
@@ -33,17 +31,6 @@ class Sends(Callback):
                 os.kill(os.getpid(), self.what)
             else:
                 raise self.what
-
-
-def data():
-    return make_data(num_iterations=2, steps_per_episode=4, eval_batch_size=2)
-
-
-def run(folder, *callbacks, ckpt_path=None, version=None, **options):
-    """A run with a metrics file and samples in `folder/run/version_0`."""
-    logger = CSVLogger(folder, "run", version=0 if version is None else version)
-    callbacks = [*callbacks, SampleWriter(every_n_episodes=1)]
-    return fit(folder, make_module(), data(), logger=logger, callbacks=callbacks, ckpt_path=ckpt_path, **{**ACCUMULATING, **options})
 
 
 def steps_saved(folder):
@@ -112,14 +99,6 @@ def straight(tmp_path_factory):
     return end_state(folder, run(folder, **VALIDATING))
 
 
-def end_state(folder, trainer):
-    """Weights, samples, and the steady columns of the metrics."""
-    version = folder / "run" / "version_0"
-    header, *rows = [line.split(",") for line in (version / "metrics.csv").read_text().splitlines()]
-    steady = [i for i, name in enumerate(header) if not name.startswith(("time/", "memory/", "work/tokens_per_s"))]
-    return weights(trainer), (version / "samples.jsonl").read_text(), [[row[i] for i in steady] for row in [header, *rows]]
-
-
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
     ("hook", "count", "step"),
@@ -138,10 +117,27 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint_from_which_it_go
     said = capfd.readouterr()
     assert f"{sent.name}: ending after this optimizer step with a last checkpoint" in said.err
     assert f"after optimizer step {step}; resume with --ckpt_path {path}" in said.out
-    expected_weights, *expected = straight
-    found_weights, *found = end_state(tmp_path, run(tmp_path, ckpt_path=path, **VALIDATING))
-    assert all(torch.equal(found_weights[name], value) for name, value in expected_weights.items())
-    assert found == expected
+    assert_same_end(straight, end_state(tmp_path, run(tmp_path, ckpt_path=path, **VALIDATING)))
+
+
+@pytest.mark.parametrize(
+    ("limits", "last_step"),
+    [({"max_steps": -1, "max_epochs": 2}, 16), ({"max_steps": 11, "max_epochs": 9}, 11),
+     ({"max_steps": 11, "max_epochs": 9, "val_check_interval": 16, "check_val_every_n_epoch": None}, 11)],
+    ids=["max_epochs", "max_steps", "val_check_interval"],
+)  # fmt: skip
+@pytest.mark.parametrize(("hook", "count"), [("on_train_batch_end", 16), ("on_validation_batch_end", 1)])
+def test_a_run_that_a_signal_ended_at_the_end_of_an_epoch_goes_on_exactly(tmp_path, limits, last_step, hook, count):
+    options = {**limits, "limit_val_batches": 1.0}  # an epoch has 16 micro-steps, and then a validation of two batches
+    expected = end_state(tmp_path / "a", run(tmp_path / "a", **options))
+    path = tmp_path / "b" / "run" / "version_0" / "checkpoints" / "last.ckpt"
+    for sends, ckpt_path in [(Sends(hook, count, signal.SIGTERM), None), (Sends("on_validation_batch_end", 1, signal.SIGTERM), path)]:
+        with pytest.raises(SystemExit):
+            run(tmp_path / "b", sends, ckpt_path=ckpt_path, **options)
+        assert torch.load(path, weights_only=True)["global_step"] == 8
+    resumed = run(tmp_path / "b", ckpt_path=path, **options)
+    assert resumed.global_step == last_step
+    assert_same_end(expected, end_state(tmp_path / "b", resumed))
 
 
 def test_a_second_ctrl_c_ends_at_once_and_saves_nothing(tmp_path):
