@@ -335,7 +335,7 @@ def test_an_episode_survives_a_checkpoint_without_pickled_objects() -> None:
     assert torch.equal(before.weights_N, after.weights_N)
 
 
-# MERGED: Even work among the micro-steps of an optimizer step.
+# Even work per micro-step ---------------------------------------------------------------------------------------------
 
 GROUPS = st.lists(
     st.tuples(st.integers(1, 40), st.lists(st.integers(1, 30), min_size=1, max_size=6)).map(
