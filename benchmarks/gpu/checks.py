@@ -96,7 +96,9 @@ def starts_without_accelerate() -> str:
         "import sys; sys.modules['accelerate'] = None; from stateset_lightning.cli.main import main; main(sys.argv[1:])"
     )
     few = ("--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--baseline=false")
-    fit(*few, "--trainer.logger=false", "--trainer.callbacks=null", program=("-c", code))
+    with tempfile.TemporaryDirectory() as folder:
+        nothing_kept = ("--trainer.logger=false", "--trainer.callbacks=null", f"--trainer.default_root_dir={folder}")
+        fit(*few, *nothing_kept, program=("-c", code))
     return ""
 
 

@@ -61,11 +61,6 @@ class Group:
         return sum(map(len, self.completions))
 
     @property
-    def num_sampled_tokens(self) -> int:
-        """Tokens that are scored."""
-        return sum(map(len, self.sampled_places))
-
-    @property
     def sampled_places(self) -> list[Sequence[int]]:
         """Of each completion, at which of its places the sampled tokens stand, from 0."""
         places: list[Sequence[int]] = [range(len(completion)) for completion in self.completions]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from stateset_lightning.algorithm import Algorithm
+from stateset_lightning.algorithm.aggregation import sequence_sums
 from stateset_lightning.policy import Group
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.types import FinishReason, PromptBatch, Rollout, Scores
@@ -117,7 +118,7 @@ class Episode:
             ],
             advantages_N=self.advantages_N[rows_N],
             weights_N=self.weights_N[rows_N],
-            lengths_N=_sums(tokens_T, self.lengths_N)[rows_N],
+            lengths_N=sequence_sums(tokens_T.long(), self.lengths_N)[rows_N],
             sampling_logprobs_T=self.sampling_logprobs_T[tokens_T],
             old_logprobs_T=of_tokens(self.old_logprobs_T),
             ref_logprobs_T=of_tokens(self.ref_logprobs_T),
@@ -312,9 +313,3 @@ def _fill(shares: Sequence[GroupShare], micro_steps: int) -> list[list[GroupShar
         steps[k].append(share)
         heapq.heappush(loads, (tokens + share.tokens, k))
     return steps
-
-
-def _sums(marks_T: Tensor, lengths_N: Tensor) -> Tensor:
-    """Marked tokens of each completion, int64 [N]."""
-    completion_T = torch.arange(len(lengths_N)).repeat_interleave(lengths_N)
-    return torch.zeros_like(lengths_N).index_add_(0, completion_T, marks_T.to(lengths_N.dtype))

@@ -390,8 +390,8 @@ def test_a_batch_without_sampled_tokens_scores_nothing_and_trains_nothing(
 def test_a_group_knows_its_numbers_of_tokens() -> None:
     assert [group.num_completion_tokens for group in MIXED] == [group.num_completion_tokens for group in GROUPS]
     assert [group.num_completion_tokens for group in GROUPS] == [9, 3, 7]
-    assert [group.num_sampled_tokens for group in GROUPS] == [9, 3, 7]
-    assert [group.num_sampled_tokens for group in MIXED] == [4, 0, 4]
+    assert [sum(map(len, group.sampled_places)) for group in GROUPS] == [9, 3, 7]
+    assert [sum(map(len, group.sampled_places)) for group in MIXED] == [4, 0, 4]
 
 
 def test_a_mask_that_does_not_fit_the_completions_is_our_own_mistake() -> None:
