@@ -272,7 +272,9 @@ def test_last_is_the_newest_state_after_every_opportunity_and_at_the_end(tmp_pat
     assert step_of(looks.file) == 7
     assert keeps.last_model_path == str(looks.file)
     assert not (tmp_path / "c" / "last-v1.ckpt").exists()
-    assert max(Counter(written).values()) == 1  # no file twice in a step
+    # no file twice in a step, but where the step's validation was the best
+    twice = {(name, step) for (name, step), count in Counter(written).items() if count > 1}
+    assert twice <= {(str(looks.file), 2)}
 
 
 @pytest.mark.parametrize("save_last", [True, "link"])
