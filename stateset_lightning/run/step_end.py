@@ -88,7 +88,7 @@ class StepEnd(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             monitor = getattr(callback, "monitor", None)
-            if monitor is not None and monitor not in trainer.callback_metrics:
+            if monitor not in {None, "step", "epoch", *trainer.callback_metrics}:
                 name = type(callback).__name__
                 _announce(trainer, f"{name}.monitor={monitor} was never logged in this run: {name} did nothing by it")
 

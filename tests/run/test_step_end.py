@@ -314,6 +314,126 @@ def test_a_run_that_stops_early_keeps_its_last_state(tmp_path):
     assert step_of(keeps.last_model_path) == 4
 
 
+class LooksWhileValidating(Looks):
+    """The same as each validation begins."""
+
+    def on_train_batch_start(self, *args):
+        """Does not look."""
+
+    def on_validation_start(self, *args):
+        self.seen.append(step_of(self.file) if self.file.exists() else None)
+
+
+@pytest.mark.parametrize("saves", [{"train_time_interval": timedelta(0)}, {"every_n_train_steps": 2}], ids=str)
+@pytest.mark.parametrize("save_last", [True, "link"])
+def test_what_may_be_saved_is_saved_before_a_validation_which_may_be_long(tmp_path, saves, save_last):
+    looks = LooksWhileValidating(tmp_path / "c")
+    keeps = ModelCheckpoint(tmp_path / "c", **{**MONITORED, "save_last": save_last}, **saves)
+    unchanging_run(tmp_path, looks, keeps, **EVERY_SECOND)
+    assert looks.seen == [2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("saves", "kept"),
+    [
+        ({}, {7}),
+        ({"save_top_k": -1}, {2, 4, 6, 7}),
+        ({"every_n_epochs": 2}, {7}),
+        ({"every_n_train_steps": 3}, {7}),
+        ({"every_n_train_steps": 3, "save_top_k": -1}, {3, 6, 7}),
+        ({"every_n_train_steps": 100}, {7}),
+        ({"train_time_interval": timedelta(days=1)}, {7}),
+        ({"monitor": "train/reward", "mode": "max"}, {2}),  # keeps what is best, not what is newest
+    ],
+    ids=str,
+)
+def test_the_last_steps_are_saved_where_the_interval_does_not_divide(tmp_path, saves, kept):
+    unchanging_run(tmp_path, ModelCheckpoint(tmp_path / "c", filename="{step}", **saves))
+    assert {step_of(file) for file in (tmp_path / "c").iterdir()} == kept
+    assert {file.stem for file in (tmp_path / "c").iterdir()} == {f"step={step}" for step in kept}
+
+
+@pytest.mark.parametrize(
+    ("callback", "validation", "said"),
+    [
+        (ModelCheckpoint(save_top_k=0), {}, ["no checkpoint was saved"]),
+        (
+            ModelCheckpoint(monitor="train/rewardd"),
+            {},
+            ["no checkpoint was saved", "ModelCheckpoint.monitor=train/rewardd was never logged"],
+        ),
+        (
+            ModelCheckpoint(monitor="train/reward", mode="max", train_time_interval=timedelta(days=1)),
+            {},
+            ["no checkpoint was saved"],
+        ),
+        (
+            EarlyStopping("policy/kl", check_on_train_epoch_end=False),
+            {},
+            ["EarlyStopping.monitor=policy/kl was never logged"],
+        ),
+        (ModelCheckpoint(monitor="step"), {}, []),
+        (ModelCheckpoint(monitor="val/reward", mode="max"), EVERY_SECOND, []),
+        (ModelCheckpoint(), {}, []),
+    ],
+)
+def test_a_run_that_saved_nothing_or_whose_monitor_never_came_says_so(tmp_path, callback, validation, said, caplog):
+    class Own(Callback):
+        """May log anything, so that no monitor can be refused at the start."""
+
+    # Lightning itself fails on a missing metric once a validation has run; here none runs.
+    unchanging_run(tmp_path, callback, Own(), max_steps=3, **validation)
+    warned = [record.getMessage() for record in caplog.records if record.name == "stateset_lightning"]
+    for text in said:
+        assert any(text in line for line in warned), (text, warned)
+    if not said:
+        assert not [line for line in warned if "never logged" in line or "no checkpoint" in line]
+
+
+@pytest.mark.parametrize("saves", [{"every_n_train_steps": 2}, {"every_n_train_steps": 2, "save_last": True}], ids=str)
+def test_runs_that_share_a_folder_leave_each_others_last_alone(tmp_path, saves):
+    def stopped_run(name, ckpt_path=None, at=5):
+        keeps = ModelCheckpoint(tmp_path / "c", filename=name + "-{step}", **saves)
+        with pytest.raises(SystemExit):
+            run(
+                tmp_path / name,
+                keeps,
+                Sends("on_train_batch_end", at, signal.SIGTERM),
+                enable_checkpointing=True,
+                ckpt_path=ckpt_path,
+            )
+        return keeps.last_model_path
+
+    first, second = stopped_run("a"), stopped_run("b")
+    assert [os.path.basename(path) for path in (first, second)] == ["last.ckpt", "last-v1.ckpt"]
+    before = os.stat(second).st_mtime_ns
+    # From its last, and from a file that knows of none.
+    assert stopped_run("a", first, at=1) == first
+    assert step_of(first) == 4
+    assert stopped_run("a", tmp_path / "c" / "a-step=2.ckpt", at=1) == first
+    assert step_of(first) == 3
+    # Another run that goes on from there, in a folder of its own.
+    assert os.path.basename(stopped_run("d", first, at=1)) == "last-v2.ckpt"
+    assert (step_of(first), step_of(second), os.stat(second).st_mtime_ns) == (3, 3, before)
+
+
+def test_several_callbacks_of_a_run_share_a_folder_and_no_file(tmp_path):
+    def callbacks():
+        weights = ModelCheckpoint(tmp_path / "c", save_last=True, save_weights_only=True, every_n_train_steps=2)
+        whole = ModelCheckpoint(tmp_path / "c", save_last=True, train_time_interval=timedelta(0), save_top_k=0)
+        return [weights, whole]
+
+    first = callbacks()
+    run(tmp_path, *first, max_steps=3, enable_checkpointing=True)
+    again = callbacks()
+    run(tmp_path, *again, max_steps=5, enable_checkpointing=True, ckpt_path=first[1].last_model_path)
+    assert [c.last_model_path for c in again] == [c.last_model_path for c in first]
+    assert len({c.last_model_path for c in again}) == 2
+    whole = torch.load(again[1].last_model_path, weights_only=True)
+    assert whole["global_step"] == 5
+    assert "optimizer_states" in whole
+
+
 def test_without_save_last_there_is_no_last(tmp_path):
     unchanging_run(tmp_path, ModelCheckpoint(tmp_path / "c", **{**MONITORED, "save_last": None}), **EVERY_SECOND)
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["step=2.ckpt"]
