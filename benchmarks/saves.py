@@ -1,17 +1,18 @@
 """Every way to save, stopped at every moment: no optimizer step is lost, and the end is that of a run left alone.
 
-    python benchmarks/saves.py [--cases 40] [--seed 1] [--config FILE]
+    python benchmarks/saves.py [--cases 40] [--config-cases 4] [--seed 1]
 
-A case is the options of ModelCheckpoint and of validation, and a moment: SIGKILL, SIGTERM or Ctrl-C in sampling,
-scoring, update, save, validation, baseline or last step, or the normal end of a shorter run. The run is stopped there,
-every other one again while it resumes, and then resumed by `--ckpt_path last` to its end. Checked are
+A case is a set of options of ModelCheckpoint and of validation, and a moment: SIGKILL, SIGTERM or Ctrl-C in sampling,
+scoring, update, save, validation or the last step, or the normal end of a shorter run. The run is stopped there, every
+other one again while it resumes, and then resumed by `--ckpt_path last` to its end. Checked are
 
 - what it resumes from: the step at which a signal or the normal end came; after SIGKILL no older step than the newest
   at which the options allow a save;
 - its end, bit by bit: weights, optimizer, loader, every logged metric but time and memory, every sample.
 
-All combinations take an hour; `--cases` draws some. `--config` does the same with a configuration of the command line.
-Attempts are forks, as in kill_test.py.
+Each set of options meets one moment; all of them take three quarters of an hour, and `--cases` draws some. The same
+moments, and the baseline, stop `configs/single_turn.yaml` on the command line as it is, but for its length and sizes,
+by a clock that runs fast. Attempts are forks, as in kill_test.py.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import kill_test
 import torch
 from kill_test import SCENARIOS, EvenDigits, Kill, Settings, differences, end_state, pass_by
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, model_checkpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from stateset_lightning import GRPOLightningModule, RolloutConfig, ScenarioDataModule
@@ -130,8 +132,9 @@ class Story:
 
 
 def all_cases() -> Iterator[Case]:
-    """Every combination that Lightning takes."""
+    """Every set of options that Lightning takes and that can save, each with one of the moments."""
     tops = {None: (0, 1, -1)}
+    numbers = itertools.count()
     for monitor, last, trigger, validation, at_epoch_end in itertools.product(
         MONITORS, (True, "link"), TRIGGERS, VALIDATIONS, (None, True, False)
     ):
@@ -143,8 +146,13 @@ def all_cases() -> Iterator[Case]:
             saves = {"save_last": last, "save_top_k": top, "save_on_train_epoch_end": at_epoch_end, **trigger}
             if monitor is not None:
                 saves |= {"monitor": monitor, "mode": "max"}
-            for number, moment in enumerate(MOMENTS):
-                yield Case(saves, validation, moment, again=number % 2 == 0)
+            number = next(numbers)
+            yield Case(saves, validation, MOMENTS[number % len(MOMENTS)], again=number % 2 == 0)
+
+
+def case_of_config(moment: Kill | None, again: bool) -> Case:
+    """Of the reference config, which has its own options."""
+    return Case({"config": "single_turn.yaml"}, "by steps", moment, again)
 
 
 # A run ----------------------------------------------------------------------------------------------------------------
@@ -186,10 +194,10 @@ def run_case(folder: Path, settings: Settings, started: int | None, *, case: Cas
     save_end(trainer, folder)
 
 
-def run_config(folder: Path, settings: Settings, started: int | None, *, arguments: Sequence[str]) -> None:
-    """`stateset-lightning fit`, with the same moments."""
-    place = ["--trainer.logger.init_args.save_dir", str(folder), "--trainer.logger.init_args.name", "run"]
-    steps = ["--trainer.max_steps", str(settings.steps), "--ckpt_path", "last"]
+def run_config(folder: Path, settings: Settings, started: int | None) -> None:
+    """`stateset-lightning fit` of the reference config. Two readings of the clock are half of its five minutes."""
+    readings = itertools.count(step=80)
+    model_checkpoint.time = SimpleNamespace(monotonic=lambda: next(readings))  # type: ignore[attr-defined]
     fit = StatesetCLI.before_fit
 
     def before_fit(cli: StatesetCLI) -> None:
@@ -197,7 +205,10 @@ def run_config(folder: Path, settings: Settings, started: int | None, *, argumen
         fit(cli)
 
     StatesetCLI.before_fit = before_fit  # type: ignore[method-assign]
-    cli = StatesetCLI(["fit", *arguments, *place, *steps])
+    place = [f"--trainer.logger.init_args.save_dir={folder}", "--trainer.logger.init_args.name=run"]
+    size = ["--data.batch_size=8", "--data.eval_batch_size=32", "--trainer.limit_val_batches=2"]
+    length = [f"--trainer.max_steps={settings.steps}", "--trainer.val_check_interval=4", "--ckpt_path=last"]
+    cli = StatesetCLI(["fit", "--config=configs/single_turn.yaml", *place, *size, *length])
     save_end(cli.trainer, folder)
 
 
@@ -270,10 +281,12 @@ def check(case: Case, folder: Path, run: Callable[..., None], expected: dict[str
     stopped = []  # (signal, step at which the run ended, newest opportunity)
     for strike in strikes:
         code = attempt(folder, run, steps if strike is not None else steps - 3, strike)
-        wanted = {0} if strike is None else {0, -9 if strike.sent == signal.SIGKILL else 128 + strike.sent}
-        if code not in wanted:
-            return [f"exit code {code}: {(folder / 'output.txt').read_text()[-1500:]}"]
         wrote = story.read()
+        # Outside training Python's own handlers act, where no others are.
+        outside = {-strike.sent, 1} if strike is not None and not any(what == "step" for what, _ in wrote) else set()
+        wanted = {0} if strike is None else {0, -9 if strike.sent == signal.SIGKILL else 128 + strike.sent}
+        if code not in wanted | outside:
+            return [f"exit code {code}: {(folder / 'output.txt').read_text()[-1500:]}"]
         stopped.append((None if code == 0 else code, wrote))
         if wrong := check_start(wrote, stopped[:-1], case):
             return wrong
@@ -302,6 +315,8 @@ def check_start(wrote: list[tuple[str, int]], stopped: list[Any], case: Case) ->
 def newest_opportunity(story: Sequence[tuple[str, int]], case: Case) -> int:
     """The newest step at which the options allow a save."""
     saves = case.saves
+    if case == case_of_config(case.moment, case.again):
+        return max((step for what, step in story if what == "step"), default=0) - 1  # a save every other step
     steps = [step for what, step in story if what == "step"]
     if "train_time_interval" in saves:
         return max(steps, default=0)
@@ -322,35 +337,45 @@ def attempt(folder: Path, run: Callable[..., None], steps: int, strike: Kill | N
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def run_cases(cases: Sequence[Case], root: Path) -> int:
+    """How many fail."""
+    failed, straight = 0, dict[str, Any]()
+    for number, case in enumerate(cases):
+        of_config = "config" in case.saves
+        run = run_config if of_config else partial(run_case, case=case)
+        kind = "of the config" if of_config else case.validation
+        if kind not in straight:
+            folder = root / f"straight {kind}"
+            folder.mkdir(parents=True)
+            if attempt(folder, run, STEPS, None):
+                raise RuntimeError((folder / "output.txt").read_text()[-3000:])
+            straight[kind] = end_state(folder, folder / "end.ckpt")
+        if wrong := check(case, root / f"case {number}", run, straight[kind], STEPS):
+            failed += 1
+            print(f"case {number}: {case}: {'; '.join(wrong)}", flush=True)
+    return failed
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--cases", type=int, help="how many to draw; all by default")
+    parser.add_argument("--config-cases", type=int, help="the same, of the reference config")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--config", nargs="+", help="arguments of `fit` instead: --config configs/single_turn.yaml")
     parser.add_argument("--folder", type=Path, help="an empty folder to keep the files in")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     load_model(PolicyConfig("tiny"))  # imports the model's code before the first fork
-    begin, failed, places = time.perf_counter(), 0, Counter[str]()
-    cases = list(all_cases())
-    if args.cases:
-        cases = random.Random(args.seed).sample(cases, min(args.cases, len(cases)))
+    begin, draw = time.perf_counter(), random.Random(args.seed)
+    cases, of_config = list(all_cases()), [case_of_config(moment, again=False) for moment in MOMENTS]
+    if args.cases is not None:
+        cases = draw.sample(cases, min(args.cases, len(cases)))
+    if args.config_cases is not None:
+        of_config = draw.sample(of_config, min(args.config_cases, len(of_config)))
+    cases += of_config
     with tempfile.TemporaryDirectory() as temporary:
-        root = args.folder or Path(temporary)
-        straight: dict[str, Any] = {}
-        for number, case in enumerate(cases):
-            run = partial(run_case, case=case)
-            if case.validation not in straight:
-                folder = root / f"straight {case.validation}"
-                folder.mkdir(parents=True)
-                if attempt(folder, run, STEPS, None):
-                    raise RuntimeError((folder / "output.txt").read_text()[-3000:])
-                straight[case.validation] = end_state(folder, folder / "end.ckpt")
-            if wrong := check(case, root / f"case {number}", run, straight[case.validation], STEPS):
-                failed += 1
-                print(f"{case}: {'; '.join(wrong)}", flush=True)
-            places["normal end" if case.moment is None else case.moment.place] += 1
+        failed = run_cases(cases, args.folder or Path(temporary))
+    places = Counter("normal end" if case.moment is None else case.moment.place for case in cases)
     print(f"{len(cases)} cases: " + ", ".join(f"{count} {place}" for place, count in sorted(places.items())))
     print(f"{time.perf_counter() - begin:.0f} s in all; " + (f"{failed} FAILED" if failed else "all of them hold"))
     return 1 if failed else 0
