@@ -39,6 +39,9 @@ kill-test: $(READY) ## kill a run some 90 times and compare its end with that of
 	$(BIN)/python benchmarks/kill_test.py --kills 20 --precision bf16-mixed
 	$(BIN)/python benchmarks/kill_test.py --kills 20 --ranks 2
 
+saves-test: $(READY) ## stop runs of every way to save at every moment and compare their ends; a quarter of an hour
+	$(BIN)/python benchmarks/saves.py --cases 400
+
 ranks-test: $(READY) ## 1, 2 and 4 ranks give the same samples, gradients and weights, and a lost rank ends the run; ten minutes
 	$(BIN)/python benchmarks/ranks.py
 
@@ -54,4 +57,4 @@ test-vllm: $(READY) ## train on a real vLLM server, which is killed once; needs 
 clean: ## remove the virtual environment, caches and runs
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis runs *.egg-info
 
-.PHONY: help install demo check test test-long benchmark compare-algorithms kill-test ranks-test mutants gpu-rehearsal test-vllm clean
+.PHONY: help install demo check test test-long benchmark compare-algorithms kill-test saves-test ranks-test mutants gpu-rehearsal test-vllm clean

@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning.pytorch  # noqa: F401 (here, so that its log handlers do not hold the stream of the first test)
 import pytest
 import yaml
+from guide_yaml import GUIDE
 
 from stateset_lightning.cli.main import main
 
@@ -113,9 +114,18 @@ def test_every_key_of_the_reference_config_is_explained():
             assert "#" in line, line
 
 
-@pytest.mark.parametrize("name", BASES)
-def test_a_config_keeps_a_last_checkpoint_of_the_last_five_minutes(name):
-    keeps = [callback["init_args"] for callback in printed_config(FOLDER / name)["trainer"]["callbacks"]]
+EXAMPLES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "examples").rglob("config.yaml"))
+
+
+@pytest.mark.parametrize("name", [*(f"configs/{name}" for name in BASES), *EXAMPLES, "convert"])
+def test_a_config_keeps_a_last_checkpoint_of_the_last_five_minutes(name, tmp_path):
+    """Also before its first validation, and where validation is rare: it monitors nothing."""
+    file = ROOT / name
+    if name == "convert":
+        (tmp_path / "guide.yaml").write_text(GUIDE)
+        file = tmp_path / "ours.yaml"
+        main(["convert", str(tmp_path / "guide.yaml"), "-o", str(file)])
+    keeps = [callback["init_args"] for callback in printed_config(file)["trainer"]["callbacks"]]
     last = [options for options in keeps if options.get("save_last")]
     assert [(options["train_time_interval"], options["monitor"]) for options in last] == [("0:05:00", None)]
 

@@ -5,7 +5,7 @@ from lightning.pytorch import Callback, Trainer
 
 from stateset_lightning.run.checkpoint_io import AtomicCheckpointIO
 from stateset_lightning.run.metrics_file import install_metrics_files
-from stateset_lightning.run.step_end import LastCheckpoint, StepEnd, keeping_last
+from stateset_lightning.run.step_end import LastCheckpoint, StepEnd, model_checkpoints
 
 
 def install(trainer: Trainer) -> list[Callback]:
@@ -13,6 +13,6 @@ def install(trainer: Trainer) -> list[Callback]:
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     install_metrics_files(trainer)
-    needed: list[type[Callback]] = [StepEnd, LastCheckpoint] if keeping_last(trainer) else [StepEnd]
+    needed: list[type[Callback]] = [StepEnd, LastCheckpoint] if model_checkpoints(trainer) else [StepEnd]
     present = {type(callback) for callback in trainer.callbacks}  # type: ignore[attr-defined]
     return [kind() for kind in needed if kind not in present]

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -23,8 +24,17 @@ from torch.distributed.tensor import DTensor
 from stateset_lightning.errors import ConfigError, NonFiniteError, SamplingError
 from stateset_lightning.evaluation import Evaluation
 from stateset_lightning.policy.precision import has_bfloat16_products, logprob_tolerance, sampling_dtype
+from stateset_lightning.rewards import FunctionReward
 from stateset_lightning.training.data import TrainingData, data_of
-from stateset_lightning.training.schedule import batches_per_epoch
+from stateset_lightning.training.metrics import NAMES
+from stateset_lightning.training.schedule import batches_per_epoch, optimizer_steps_of_run
+
+REWARDS = "stateset_lightning.rewards."
+
+HIGHER_IS_BETTER = (
+    r"train/(baseline_)?reward|groups/all_right|val/(topic/.+/)?(reward|solved(_low|_high)?|(avg|majority|pass)[@^]\d+)"
+)
+"""Names of metrics that nobody minimises."""
 
 
 def checks_of_run(trainer: Trainer, module: Any) -> list[Callable[[], None]]:
@@ -37,11 +47,16 @@ def checks_of_run(trainer: Trainer, module: Any) -> list[Callable[[], None]]:
     data, rollout = data_of(trainer), module.rollout
     rewards = [reward.name for reward in module.rewards]
     metrics = [f"val/{name}" for name in Evaluation(rewards, module.evaluation).logged_names()]
+    # One of the user's own may be a cost, whose lowest mean is the best.
+    bundled = [
+        r for r in module.rewards if type(r).__module__.startswith(REWARDS) and not isinstance(r, FunctionReward)
+    ]
+    maximised = [reward.name for reward in bundled if reward.weight > 0]
     return [
         partial(check_reward_names, data, rewards),
         partial(check_episode_fits_trainer, trainer, data),
         partial(check_saves, trainer),
-        partial(check_monitors, trainer, data, metrics),
+        partial(check_monitors, trainer, data, metrics, module, maximised),
         partial(check_context, data, module.policy.context_length, rollout.max_new_tokens),
         partial(check_dynamic_sampling, data, rollout.dynamic_sampling, module.algorithm.needs_greedy_baseline),
         *(partial(check_clipping, trainer, optimizer) for optimizer in trainer.optimizers),
@@ -162,24 +177,77 @@ def check_reward_names(data: TrainingData | None, known: Sequence[str]) -> None:
         )
 
 
-def check_monitors(trainer: Trainer, data: TrainingData | None, metrics: Iterable[str]) -> None:
-    """A callback that monitors validation gets its metric. Lightning would say so after the first validation, or never.
+def check_monitors(
+    trainer: Trainer,
+    data: TrainingData | None,
+    metrics: Iterable[str],
+    module: Any = None,
+    maximised: Sequence[str] = (),
+) -> None:
+    """A callback that monitors a metric gets it, and keeps its best. Lightning would say so later, or never.
+
+    Args:
+        trainer: Of the callbacks.
+        data: Of the run.
+        metrics: What validation logs.
+        module: Whose metrics the others are; without one they are not looked at.
+        maximised: Names of rewards whose scores are surely meant to rise.
 
     Raises:
-        ConfigError: If there is no validation data, or validation logs no such metric.
+        ConfigError: If there is no validation data, the metric is never logged, or it is a reward and `mode` is `min`.
+            Not for want of a validation where a ModelCheckpoint keeps the newest state anyway: it may be a short try.
     """
     known = list(metrics)
+    never = no_validation(trainer, data)
+    checkpoints = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]  # type: ignore[attr-defined]
+    saves = any(callback.save_last or (callback.monitor is None and callback.save_top_k) for callback in checkpoints)
+    higher = re.compile("|".join((HIGHER_IS_BETTER, *(f"(val/)?reward/{re.escape(name)}" for name in maximised))))
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         monitor = getattr(callback, "monitor", None)
-        if not isinstance(monitor, str) or not monitor.startswith("val"):
+        if not isinstance(monitor, str):
             continue
         place = f"{type(callback).__name__}.monitor={monitor}"
-        if data is not None and not data.has_validation:
+        if not monitor.startswith("val"):
+            _check_train_metric(place, monitor, trainer, module)
+        elif data is not None and not data.has_validation:
             raise ConfigError(
                 f"{place}: nothing to validate on; set data.validation or data.validation_fraction, or another monitor"
             )
-        if monitor not in known and re.sub(r"^val/topic/.+/", "val/topic/<topic>/", monitor) not in known:
+        elif monitor not in known and re.sub(r"^val/topic/.+/", "val/topic/<topic>/", monitor) not in known:
             raise ConfigError(f"{place}: validation logs no such metric; it logs {', '.join(known)}")
+        elif never and not (saves and isinstance(callback, ModelCheckpoint)):
+            raise ConfigError(f"{place}: {never}; validate within the run, or choose another monitor")
+        if higher.fullmatch(monitor) and getattr(callback, "mode", "max") == "min":
+            raise ConfigError(f"{place} with mode=min takes the worst for the best: set mode: max")
+
+
+def _check_train_metric(place: str, monitor: str, trainer: Trainer, module: Any) -> None:
+    parts = [] if module is None else [module, module.algorithm, module.engine, *trainer.callbacks]  # type: ignore[attr-defined]
+    makers = {type(part).__module__.partition(".")[0] for part in parts if part is not None}
+    # Code of the user's own may log whatever it likes, and so does LearningRateMonitor.
+    if not makers or makers - {"stateset_lightning", "lightning"} or monitor.startswith("lr-") or not NAMES:
+        return
+    names = {*NAMES, "step", *(f"reward/{reward.name}" for reward in module.rewards)} - {"reward/<name>"}
+    if not any(re.fullmatch(re.sub("<.+?>", ".+", re.escape(name)), monitor) for name in names):
+        close = " or ".join(get_close_matches(monitor, names, 2)) or "one of docs/metrics.md"
+        raise ConfigError(f"{place}: training logs no such metric; did you mean {close}?")
+
+
+def no_validation(trainer: Trainer, data: TrainingData | None) -> str:
+    """Why the run never validates, as far as its options tell; empty if it does."""
+    if trainer.limit_val_batches == 0:
+        return "validation never runs: trainer.limit_val_batches=0"
+    steps = optimizer_steps_of_run(trainer)
+    # by a clock (the attribute that Lightning asks, 2.6.6), or without an end
+    if data is None or steps is None or getattr(trainer, "_val_check_time_interval", None) is not None:
+        return ""
+    interval, epochs = trainer.val_check_interval, trainer.check_val_every_n_epoch
+    per_epoch, run = batches_per_epoch(trainer, data.micro_steps_per_epoch), steps * trainer.accumulate_grad_batches
+    first = interval if isinstance(interval, int) else max(1, int(per_epoch * interval))
+    if run >= first + per_epoch * ((epochs or 1) - 1):
+        return ""
+    epoch = f" ({per_epoch:,} an epoch, trainer.check_val_every_n_epoch={epochs})" if epochs else ""
+    return f"validation never runs: trainer.val_check_interval={interval}, and the run has {run:,} micro-steps{epoch}"
 
 
 def check_speed(trainer: Trainer, dtype: torch.dtype) -> None:

@@ -79,6 +79,7 @@ A loss or an engine of one's own may add more.
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -97,6 +98,13 @@ if TYPE_CHECKING:
     from stateset_lightning.training.collect import Collection
     from stateset_lightning.training.episode import Episode
     from stateset_lightning.training.resample import Sample
+
+NAMES = [
+    name
+    for names in re.findall(r"^    (\S+(?:, \S+)?)  +\S", __doc__ or "", flags=re.MULTILINE)
+    for name in names.split(", ")
+]
+"""Those of the text above, `<name>` standing for anything; none if Python drops docstrings (-OO)."""
 
 PROGRESS_BAR = ("train/reward", "completion/mean_tokens", "work/tokens_per_s")
 """Shown by Lightning's progress bars."""

@@ -55,7 +55,7 @@ def test_timed_saves_come_at_the_end_of_steps_only(tmp_path):
 
 
 def test_a_save_by_a_validation_inside_a_step_comes_at_its_end(tmp_path):
-    best = ModelCheckpoint(tmp_path / "c", monitor="val/reward", save_top_k=-1, filename="{step}")
+    best = ModelCheckpoint(tmp_path / "c", monitor="val/reward", mode="max", save_top_k=-1, filename="{step}")
     run(tmp_path, best, enable_checkpointing=True, **VALIDATING)
     # validations after micro-steps 3, 6, 9 and 12
     assert steps_saved(tmp_path / "c") == [(2, 4), (3, 6), (5, 10), (6, 12)]
@@ -211,7 +211,7 @@ def test_under_slurm_the_requeue_signal_waits_for_the_end_of_the_step(tmp_path, 
 EVERY_SECOND = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
 
 
-MONITORED = {"monitor": "val/reward", "save_last": True, "filename": "{step}"}
+MONITORED = {"monitor": "val/reward", "mode": "max", "save_last": True, "filename": "{step}"}
 
 
 class Records(AtomicCheckpointIO):
@@ -272,7 +272,8 @@ def test_last_is_the_newest_state_after_every_opportunity_and_at_the_end(tmp_pat
     assert step_of(looks.file) == 7
     assert keeps.last_model_path == str(looks.file)
     assert not (tmp_path / "c" / "last-v1.ckpt").exists()
-    assert max(Counter(written).values()) == 1  # no file twice in a step
+    again = [entry for entry, count in Counter(written).items() if count > 1]  # before a validation, and after it
+    assert set(again) <= {(str(looks.file), step) for step in (2, 4, 6)}
 
 
 @pytest.mark.parametrize("save_last", [True, "link"])
@@ -299,7 +300,7 @@ def test_a_link_is_not_written_through(tmp_path):
 
 
 def test_one_keeps_the_best_and_another_the_last(tmp_path):
-    best = ModelCheckpoint(tmp_path / "c", monitor="val/reward", filename="{step}")
+    best = ModelCheckpoint(tmp_path / "c", monitor="val/reward", mode="max", filename="{step}")
     last = ModelCheckpoint(tmp_path / "c", train_time_interval=timedelta(0), save_top_k=0, save_last=True)
     unchanging_run(tmp_path, best, last, **EVERY_SECOND)
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["last.ckpt", "step=2.ckpt"]
@@ -308,9 +309,129 @@ def test_one_keeps_the_best_and_another_the_last(tmp_path):
 
 def test_a_run_that_stops_early_keeps_its_last_state(tmp_path):
     keeps = ModelCheckpoint(tmp_path / "c", **MONITORED)
-    trainer, _ = unchanging_run(tmp_path, EarlyStopping("val/reward", patience=1), keeps, **EVERY_SECOND)
+    trainer, _ = unchanging_run(tmp_path, EarlyStopping("val/reward", patience=1, mode="max"), keeps, **EVERY_SECOND)
     assert trainer.global_step == 4
     assert step_of(keeps.last_model_path) == 4
+
+
+class LooksWhileValidating(Looks):
+    """The same as each validation begins."""
+
+    def on_train_batch_start(self, *args):
+        """Does not look."""
+
+    def on_validation_start(self, *args):
+        self.seen.append(step_of(self.file) if self.file.exists() else None)
+
+
+@pytest.mark.parametrize("saves", [{"train_time_interval": timedelta(0)}, {"every_n_train_steps": 2}], ids=str)
+@pytest.mark.parametrize("save_last", [True, "link"])
+def test_what_may_be_saved_is_saved_before_a_validation_which_may_be_long(tmp_path, saves, save_last):
+    looks = LooksWhileValidating(tmp_path / "c")
+    keeps = ModelCheckpoint(tmp_path / "c", **{**MONITORED, "save_last": save_last}, **saves)
+    unchanging_run(tmp_path, looks, keeps, **EVERY_SECOND)
+    assert looks.seen == [2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("saves", "kept"),
+    [
+        ({}, {7}),
+        ({"save_top_k": -1}, {2, 4, 6, 7}),
+        ({"every_n_epochs": 2}, {7}),
+        ({"every_n_train_steps": 3}, {7}),
+        ({"every_n_train_steps": 3, "save_top_k": -1}, {3, 6, 7}),
+        ({"every_n_train_steps": 100}, {7}),
+        ({"train_time_interval": timedelta(days=1)}, {7}),
+        ({"monitor": "train/reward", "mode": "max"}, {2}),  # keeps what is best, not what is newest
+    ],
+    ids=str,
+)
+def test_the_last_steps_are_saved_where_the_interval_does_not_divide(tmp_path, saves, kept):
+    unchanging_run(tmp_path, ModelCheckpoint(tmp_path / "c", filename="{step}", **saves))
+    assert {step_of(file) for file in (tmp_path / "c").iterdir()} == kept
+    assert {file.stem for file in (tmp_path / "c").iterdir()} == {f"step={step}" for step in kept}
+
+
+@pytest.mark.parametrize(
+    ("callback", "validation", "said"),
+    [
+        (ModelCheckpoint(save_top_k=0), {}, ["no checkpoint was saved"]),
+        (
+            ModelCheckpoint(monitor="train/rewardd"),
+            {},
+            ["no checkpoint was saved", "ModelCheckpoint.monitor=train/rewardd was never logged"],
+        ),
+        (
+            ModelCheckpoint(monitor="train/reward", mode="max", train_time_interval=timedelta(days=1)),
+            {},
+            ["no checkpoint was saved"],
+        ),
+        (
+            EarlyStopping("policy/kl", check_on_train_epoch_end=False),
+            {},
+            ["EarlyStopping.monitor=policy/kl was never logged"],
+        ),
+        (ModelCheckpoint(monitor="step"), {}, []),
+        (ModelCheckpoint(monitor="val/reward", mode="max"), EVERY_SECOND, []),
+        (ModelCheckpoint(), {}, []),
+    ],
+)
+def test_a_run_that_saved_nothing_or_whose_monitor_never_came_says_so(tmp_path, callback, validation, said, caplog):
+    class Own(Callback):
+        """May log anything, so that no monitor can be refused at the start."""
+
+    # Lightning itself fails on a missing metric once a validation has run; here none runs.
+    unchanging_run(tmp_path, callback, Own(), max_steps=3, **validation)
+    warned = [record.getMessage() for record in caplog.records if record.name == "stateset_lightning"]
+    for text in said:
+        assert any(text in line for line in warned), (text, warned)
+    if not said:
+        assert not [line for line in warned if "never logged" in line or "no checkpoint" in line]
+
+
+@pytest.mark.parametrize("saves", [{"every_n_train_steps": 2}, {"every_n_train_steps": 2, "save_last": True}], ids=str)
+def test_runs_that_share_a_folder_leave_each_others_last_alone(tmp_path, saves):
+    def stopped_run(name, ckpt_path=None, at=5):
+        keeps = ModelCheckpoint(tmp_path / "c", filename=name + "-{step}", **saves)
+        with pytest.raises(SystemExit):
+            run(
+                tmp_path / name,
+                keeps,
+                Sends("on_train_batch_end", at, signal.SIGTERM),
+                enable_checkpointing=True,
+                ckpt_path=ckpt_path,
+            )
+        return keeps.last_model_path
+
+    first, second = stopped_run("a"), stopped_run("b")
+    assert [os.path.basename(path) for path in (first, second)] == ["last.ckpt", "last-v1.ckpt"]
+    before = os.stat(second).st_mtime_ns
+    # From its last, and from a file that knows of none.
+    assert stopped_run("a", first, at=1) == first
+    assert step_of(first) == 4
+    assert stopped_run("a", tmp_path / "c" / "a-step=2.ckpt", at=1) == first
+    assert step_of(first) == 3
+    # Another run that goes on from there, in a folder of its own.
+    assert os.path.basename(stopped_run("d", first, at=1)) == "last-v2.ckpt"
+    assert (step_of(first), step_of(second), os.stat(second).st_mtime_ns) == (3, 3, before)
+
+
+def test_several_callbacks_of_a_run_share_a_folder_and_no_file(tmp_path):
+    def callbacks():
+        weights = ModelCheckpoint(tmp_path / "c", save_last=True, save_weights_only=True, every_n_train_steps=2)
+        whole = ModelCheckpoint(tmp_path / "c", save_last=True, train_time_interval=timedelta(0), save_top_k=0)
+        return [weights, whole]
+
+    first = callbacks()
+    run(tmp_path, *first, max_steps=3, enable_checkpointing=True)
+    again = callbacks()
+    run(tmp_path, *again, max_steps=5, enable_checkpointing=True, ckpt_path=first[1].last_model_path)
+    assert [c.last_model_path for c in again] == [c.last_model_path for c in first]
+    assert len({c.last_model_path for c in again}) == 2
+    whole = torch.load(again[1].last_model_path, weights_only=True)
+    assert whole["global_step"] == 5
+    assert "optimizer_states" in whole
 
 
 def test_without_save_last_there_is_no_last(tmp_path):
@@ -347,7 +468,7 @@ def test_a_run_goes_on_exactly_from_a_save_at_an_epochs_end(tmp_path, validation
 def test_files_are_named_by_the_step_that_they_hold(tmp_path):
     """Also after a validation, which logs a `step` of its own as its place on the x-axis."""
     by_step = ModelCheckpoint(tmp_path / "c", filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    best = ModelCheckpoint(tmp_path / "best", filename="{step}", monitor="val/reward", save_top_k=-1)
+    best = ModelCheckpoint(tmp_path / "best", filename="{step}", monitor="val/reward", mode="max", save_top_k=-1)
     run(tmp_path, by_step, best, max_steps=7, enable_checkpointing=True, **{**EVERY_SECOND, "val_check_interval": 3})
     named = {path.stem: step_of(path) for folder in ("c", "best") for path in (tmp_path / folder).iterdir()}
     assert named == {f"step={step}": step for step in range(1, 8)}

@@ -5,10 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from module_runs import make_module
 
 from stateset_lightning.errors import ConfigError, NonFiniteError, SamplingError
+from stateset_lightning.evaluation import EvaluationConfig
+from stateset_lightning.rewards import ExactMatch, FunctionReward, JsonValid
 from stateset_lightning.training import checks as run_checks
 from stateset_lightning.training.checks import (
     check_clipping,
@@ -17,13 +20,16 @@ from stateset_lightning.training.checks import (
     check_episode_fits_trainer,
     check_monitors,
     check_sampling_difference,
+    checks_of_run,
+    no_validation,
 )
 from stateset_lightning.training.schedule import optimizer_steps_of_run
 
 
 def make_trainer(
-    *, accumulate=1, limit=1.0, max_steps=-1, max_epochs=None, callbacks=(), val_check_interval=1.0, **data
+    *, accumulate=1, limit=1.0, max_steps=-1, max_epochs=None, callbacks=(), validation=(1.0, 1, 1.0), **data
 ):
+    interval, every_n_epochs, batches = validation
     data = {
         "steps_per_episode": 1,
         "num_iterations": 1,
@@ -42,7 +48,9 @@ def make_trainer(
         max_steps=max_steps,
         max_epochs=max_epochs,
         callbacks=list(callbacks),
-        val_check_interval=val_check_interval,
+        val_check_interval=interval,
+        check_val_every_n_epoch=every_n_epochs,
+        limit_val_batches=batches,
         world_size=1,
     )
 
@@ -104,13 +112,126 @@ def test_steps_of_a_run(options, steps):
     assert optimizer_steps_of_run(make_trainer(**options)) == steps
 
 
+def check_of(callbacks, **module):
+    """The check of monitors, as a run makes it."""
+    module = make_module(**module)
+    module.policy = SimpleNamespace(context_length=None, model=SimpleNamespace(dtype=torch.float32))
+    trainer = make_trainer(callbacks=callbacks)
+    trainer.optimizers = []
+    return next(check for check in checks_of_run(trainer, module) if check.func is check_monitors)
+
+
+BEST = {"monitor": "val/reward", "mode": "max"}
+NEWEST = ModelCheckpoint(save_last=True, save_top_k=0)
+
+
 def test_monitors_get_their_metric():
-    monitors(make_trainer(callbacks=[ModelCheckpoint(monitor="val/reward"), ModelCheckpoint()]), ["val/reward"])
-    monitors(make_trainer(callbacks=[ModelCheckpoint(monitor="train/reward")], has_validation=False), ["val/reward"])
+    monitors(make_trainer(callbacks=[ModelCheckpoint(**BEST), ModelCheckpoint()]), ["val/reward"])
+    train = ModelCheckpoint(monitor="train/reward", mode="max")
+    monitors(make_trainer(callbacks=[train], has_validation=False), ["val/reward"])
     with pytest.raises(ConfigError, match=r"EarlyStopping.monitor=val_reward.*it logs val/reward"):
         monitors(make_trainer(callbacks=[EarlyStopping("val_reward")]), ["val/reward"])
     with pytest.raises(ConfigError, match=r"nothing to validate on"):
         monitors(make_trainer(callbacks=[EarlyStopping("val/reward")], has_validation=False), ["val/reward"])
+
+
+@pytest.mark.parametrize(
+    ("run", "never"),
+    [
+        ({"validation": (1.0, 1, 0)}, "trainer.limit_val_batches=0"),
+        ({"validation": (1.0, 1, 0.0)}, "trainer.limit_val_batches=0"),
+        ({"validation": (7, None, 1.0), "max_steps": 6}, "val_check_interval=7, and the run has 6 micro-steps"),
+        ({"validation": (7, None, 1.0), "max_steps": 3, "accumulate": 2}, "and the run has 6 micro-steps"),
+        ({"validation": (1.0, 1, 1.0), "max_steps": 11}, r"11 micro-steps \(12 an epoch"),
+        ({"validation": (0.5, 1, 1.0), "max_steps": 5}, "and the run has 5"),
+        ({"validation": (1.0, 3, 1.0), "max_epochs": 2}, "check_val_every_n_epoch=3"),
+        ({"validation": (7, None, 1.0), "max_steps": 7}, None),
+        ({"validation": (0.5, 1, 1.0), "max_steps": 6}, None),
+        ({"validation": (1.0, 3, 1.0), "max_epochs": 3}, None),
+        ({"validation": (1.0, 3, 1.0)}, None),  # no end is known
+    ],
+)
+@pytest.mark.parametrize("callback", [ModelCheckpoint(**BEST), EarlyStopping(**BEST)], ids=lambda c: type(c).__name__)
+def test_a_monitor_of_a_validation_that_never_comes_is_refused(run, never, callback):
+    with pytest.raises(ConfigError, match=f"validation never runs: .*{never}") if never else nullcontext():
+        monitors(make_trainer(callbacks=[callback], **run), ["val/reward"])
+
+
+def test_a_short_try_may_never_validate_if_its_newest_state_is_kept():
+    never = {"validation": (1.0, 1, 0)}
+    for keeps in (NEWEST, ModelCheckpoint(every_n_train_steps=2)):
+        monitors(make_trainer(callbacks=[ModelCheckpoint(**BEST), keeps], **never), ["val/reward"])
+    with pytest.raises(ConfigError, match="EarlyStopping"):
+        monitors(make_trainer(callbacks=[EarlyStopping(**BEST), NEWEST], **never), ["val/reward"])
+
+
+def test_a_validation_by_the_clock_may_come(tmp_path):
+    trainer = Trainer(max_steps=1, val_check_interval="00:00:05:00", logger=False, default_root_dir=tmp_path)
+    assert no_validation(trainer, make_trainer().datamodule) == ""
+
+
+@pytest.mark.parametrize("callback", [ModelCheckpoint, EarlyStopping])
+@pytest.mark.parametrize(
+    ("monitor", "refused"),
+    [
+        ("train/reward", True),
+        ("train/baseline_reward", True),
+        ("reward/exact_match", True),
+        ("val/reward", True),
+        ("val/reward/exact_match", True),
+        ("val/solved", True),
+        ("val/solved_low", True),
+        ("val/pass@2", True),
+        ("val/pass^2", True),
+        ("val/avg@4", True),
+        ("val/majority@4", True),
+        ("val/topic/sums/reward", True),
+        ("val/topic/a/b/solved", True),
+        ("val/topic/sums/avg@4", True),
+        ("val/reward_ci95", False),
+        ("val/reward/cost", False),  # of the user's own
+        ("val/reward/penalty", False),  # its weight is negative
+        ("val/mean_tokens", False),
+        ("val/sample_failures", False),
+        ("policy/loss", False),
+    ],
+)
+def test_the_worst_is_not_kept_as_the_best(callback, monitor, refused):
+    def cost(turns, context):
+        return 1.0
+
+    rewards = [ExactMatch(), FunctionReward(cost), JsonValid(weight=-1.0, name="penalty")]
+    module = {"reward": rewards, "evaluation": EvaluationConfig(samples=4)}
+    with pytest.raises(ConfigError, match="with mode=min takes the worst") if refused else nullcontext():
+        check_of([callback(monitor=monitor, mode="min")], **module)()
+    check_of([callback(monitor=monitor, mode="max")], **module)()
+
+
+@pytest.mark.parametrize("callback", [ModelCheckpoint, EarlyStopping])
+@pytest.mark.parametrize(
+    ("monitor", "meant"),
+    [
+        ("train/rewards", "train/reward"),
+        ("train_reward", "train/reward"),
+        ("reward/exat_match", "reward/exact_match"),
+        ("policy/kll", "policy/kl"),
+        ("loss", "docs/metrics.md"),
+        ("test/reward", "train/reward"),
+    ],
+)
+def test_a_misspelt_metric_of_training_is_refused(callback, monitor, meant):
+    with pytest.raises(ConfigError, match=f"monitor={monitor}: training logs no such metric; did you mean .*{meant}.*"):
+        check_of([callback(monitor=monitor, mode="max")], reward=ExactMatch())()
+
+
+def test_metrics_of_training_and_of_the_users_own_are_monitored():
+    class Own(Callback):
+        """May log anything."""
+
+    good = ["train/reward_std", "reward/exact_match", "policy/kl", "lr", "cost/judge/requests", "step", "lr-AdamW"]
+    callbacks = [ModelCheckpoint(monitor=monitor, mode="max") for monitor in good]
+    check_of(callbacks, reward=ExactMatch())()
+    check_of([EarlyStopping("mine"), Own()], reward=ExactMatch())()
 
 
 @pytest.mark.parametrize(

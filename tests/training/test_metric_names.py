@@ -15,16 +15,9 @@ from stateset_lightning import RolloutConfig
 from stateset_lightning.algorithm import KL, AdaptiveEntropy, Clipped, Mismatch, ReMax
 from stateset_lightning.cli.main import main
 from stateset_lightning.evaluation import Evaluation, EvaluationConfig
-from stateset_lightning.training import metrics
+from stateset_lightning.training.metrics import NAMES
 
 ROOT = Path(__file__).parents[2]
-NAMES = [
-    name
-    for line in re.findall(r"^    (\S+(?:, \S+)?)  +\S", metrics.__doc__ or "", flags=re.MULTILINE)
-    for name in line.split(", ")
-]
-"""Those of the docstring; `<name>` stands for anything."""
-
 ELSEWHERE = {"time/sync_s", "mismatch/after_sync", "work/server_restarts", "work/sampled_ahead"}
 """Names that need a server: tests/rollout/test_vllm.py and tests/training/test_sampling_ahead.py see them logged."""
 

@@ -23,7 +23,7 @@ from stateset_lightning.rollout import InProcessEngine
 from stateset_lightning.run.checkpoint import check_resumable
 from stateset_lightning.run.checkpoint_io import local_path, read_checkpoint
 from stateset_lightning.run.find_checkpoint import continue_run
-from stateset_lightning.training.checks import checks_of_run
+from stateset_lightning.training.checks import checks_of_run, no_validation
 from stateset_lightning.training.collect import ready_engine
 from stateset_lightning.training.schedule import optimizer_steps_of_run
 from stateset_lightning.types import FinishReason, Rollout, Scenario
@@ -194,25 +194,14 @@ class Doctor:
                 with self._section():
                     check()
         self.notes += [str(warning.message) for warning in caught]
-        self._check_validates()
+        if never := no_validation(trainer, self.data) if self.data.has_validation else "":
+            self.notes.append(never)  # Lightning says nothing of it
         if (path := self.config.ckpt_path) is not None and path != "hpc":
             with self._section():
                 found = continue_run(trainer, path)
                 if found is not None and local_path(found) is not None:
                     state = read_checkpoint(Path(found), map_location="cpu", mmap=True)["stateset"]
                     check_resumable(state, module.seed, trainer.accumulate_grad_batches, trainer.world_size)
-
-    def _check_validates(self) -> None:
-        """Lightning says nothing of an interval that is longer than the run."""
-        interval, steps = self.trainer.val_check_interval, optimizer_steps_of_run(self.trainer)
-        counts_steps = isinstance(interval, int) and self.trainer.check_val_every_n_epoch is None
-        if not self.data.has_validation or steps is None or not counts_steps:
-            return
-        if interval > (micro_steps := steps * self.trainer.accumulate_grad_batches):
-            self.notes.append(
-                f"validation never runs: trainer.val_check_interval={interval}, and the run has {micro_steps:,}"
-                " micro-steps"
-            )
 
     @contextmanager
     def _section(self, title: str | None = None) -> Iterator[None]:
