@@ -1,18 +1,20 @@
-"""Threads for calls that block, and an event loop on a thread of its own for coroutines.
+"""Threads for calls that block, an event loop on a thread of its own for coroutines, and a sign of life.
 
-Both serve user code and servers that may hang for ever. All threads are daemon threads: a call that hangs keeps neither
+The first two serve user code and servers that may hang for ever. All threads are daemon threads: a call that hangs keeps neither
 the interpreter from ending nor Ctrl-C from working.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any
+from typing import IO, Any
 
 _Call = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 _CLOSE_SECONDS = 1.0  # an event loop that is blocked for longer than this is left to its daemon thread
@@ -154,3 +156,73 @@ async def _cancel_and_stop() -> None:
     if tasks:
         await asyncio.wait(tasks, timeout=_CLOSE_SECONDS / 2)  # one that swallows its cancellation is left behind
     asyncio.get_running_loop().stop()
+
+
+# A sign of life -------------------------------------------------------------------------------------------------------
+
+
+class Heartbeat:
+    """A line whenever there was none for `seconds`: what the program is doing, and for how long.
+
+    So a log shows that a slow run is alive, with `LONGEST_SILENCE` a line at least every 30 s. There is one for the
+    process, `heartbeat`, since there is one log. Only rank 0 has one, and a forked child none until it starts its own.
+
+    Args:
+        seconds: Of silence, before a line is printed.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._doing = ("starting", time.monotonic())
+        self._spoke = 0.0
+        self._thread = threading.Thread()
+        self._stopped = threading.Event()
+
+    def start(self, file: IO[str] | None = None) -> bool:
+        """Begins to print, to `file` or to the standard output of the moment; False where another rank is to."""
+        if self._thread.is_alive() or any(os.environ.get(name, "0") != "0" for name in _RANKS):
+            return False
+        self._doing = ("starting", time.monotonic())
+        self._spoke = time.monotonic()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._beat, args=(file, self._stopped), name="heartbeat", daemon=True)
+        self._thread.start()
+        return True
+
+    def stop(self) -> None:
+        """Nothing is printed any more."""
+        if self._thread.is_alive():  # not in a forked child, where the event's lock may be held for ever
+            self._stopped.set()
+            self._thread.join(_CLOSE_SECONDS)  # of a pipe that nobody reads, it does not return from its print
+
+    def doing(self, what: str) -> None:
+        """What the main thread does from now on; empty while it waits for the user. Other threads work beside it."""
+        if what != self._doing[0] and threading.current_thread() is threading.main_thread():
+            self._doing = (what, time.monotonic())
+
+    def say(self, line: str, file: IO[str] | None = None) -> None:
+        """Prints a line at once, in one piece: another thread may print, too."""
+        print(f"{line}\n", end="", file=file, flush=True)
+        self._spoke = time.monotonic()
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the last line."""
+        return time.monotonic() - self._spoke
+
+    def _beat(self, file: IO[str] | None, stopped: threading.Event) -> None:
+        with suppress(OSError, ValueError):  # the output is gone: the main thread's next line will tell
+            while not stopped.wait(max(self.seconds - self.silence, 0.0)):
+                what, since = self._doing
+                if self.silence >= self.seconds:
+                    self._spoke = time.monotonic()
+                    if what:
+                        self.say(f"{what}, {self._spoke - since:.0f} s so far", file)
+
+
+_RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+"""What launchers call the number of a process."""
+
+LONGEST_SILENCE = 25.0
+
+heartbeat = Heartbeat(LONGEST_SILENCE)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from stateset_lightning.cli.arguments import Arguments, count, loading_options
 from stateset_lightning.errors import UserError
+from stateset_lightning.threads import heartbeat
 
 SAMPLING = ("temperature", "top_p", "max_new_tokens")
 """Options of sampling that can be given."""
@@ -41,6 +42,7 @@ def main(words: Sequence[str]) -> None:
     encoder = trained.encoder(options.system_prompt)
 
     def answer(prompt: str, number: int) -> None:
+        heartbeat.doing("answering")
         tokens = encoder.encode([Scenario(id=str(number), prompt=prompt)], "generate").tokens[0]
         seeds_N = sample_seeds(seed, "generate", 0, [number], num_samples)
         texts = engine.generate([tokens], num_samples, rollout, seeds_N, greedy=greedy).texts
@@ -63,6 +65,7 @@ def main(words: Sequence[str]) -> None:
 
 def _line() -> str:
     """The next line without its end; empty at the end of input."""
+    heartbeat.doing("")
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:

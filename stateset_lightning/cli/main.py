@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING
 
 from stateset_lightning.cli.messages import PROGRAM, check_config_files, without_traceback
 from stateset_lightning.errors import ConfigError, UserError
+from stateset_lightning.threads import heartbeat
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import ArgsType
@@ -49,6 +50,9 @@ LIGHT = ("convert", "report")
 """Those of them that load no model."""
 
 REMOVED = {"completion": "completion of the shell is gone: `stateset-lightning fit --help` lists all keys"}
+
+PRINTING = ("-h", "--help", "--print_config")
+"""Flags whose output is for a file or a pager, which no further line may enter."""
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -81,6 +85,8 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
     command = words[0] if words else None
     if os.getcwd() not in sys.path:  # a console script does not look beside the config for `my_rewards.ShortAndRight`
         sys.path.append(os.getcwd())
+    if command not in LIGHT and not sys.stdout.isatty() and not any(word.startswith(PRINTING) for word in words):
+        heartbeat.start(sys.stderr if command == "generate" else sys.stdout)
     try:
         if command in REMOVED:
             raise ConfigError(REMOVED[command])
@@ -99,6 +105,8 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
     except UserError as error:
         print(f"{PROGRAM}: error: {without_traceback(str(error)).strip()}", file=sys.stderr)
         raise SystemExit(1 if command == "doctor" else 2) from None
+    finally:
+        heartbeat.stop()
 
 
 def _run_lightning(args: ArgsType, words: list[str]) -> StatesetCLI:
@@ -141,7 +149,7 @@ class _Stdout(logging.Handler):
     """Prints announcements; on the stream of the moment, since a notebook or a test may have replaced `sys.stdout`."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(record.getMessage(), flush=True)
+        heartbeat.say(record.getMessage())
 
 
 def _is_telling(record: logging.LogRecord) -> bool:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,12 +15,14 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from stateset_lightning.files import append_lines, atomic_write
 from stateset_lightning.run.checkpoint_io import local_path
 from stateset_lightning.run.lightning_internals import set_writer, writer_of
+from stateset_lightning.run.rows import read_metrics
 
 
 class MetricsFile(ExperimentWriter):
     """What a CSVLogger writes with; Lightning's own deletes the file of an earlier run, and rewrites in place.
 
     `num_rows` rows stand in the file. A new run begins with none; `resume` keeps those of the run that it continues.
+    A row is on disk at once.
     """
 
     def __init__(self, log_dir: str) -> None:
@@ -28,10 +31,24 @@ class MetricsFile(ExperimentWriter):
         self.num_rows = 0
 
     def resume(self, num_rows: int) -> None:
-        """Goes on behind the first `num_rows` rows; the later ones were logged after the checkpoint and come again."""
-        self.metrics_keys, rows = self._read()
-        self.num_rows = min(num_rows, len(rows))
-        self._write(rows[:num_rows])
+        """Goes on behind the first `num_rows` rows; the later ones were logged after the checkpoint and come again.
+
+        A file of which none can be read, since its header is damaged, is kept under another name.
+        """
+        rows = [row for number, row in read_metrics(self.file) if number <= num_rows]
+        if num_rows and not rows and self.file.exists():
+            os.replace(self.file, self.file.with_suffix(".damaged.csv"))
+        self.num_rows = len(rows)
+        self.metrics_keys = list(rows[0]) if rows else []
+        if rows:
+            self._write(rows)
+        else:
+            self.file.unlink(missing_ok=True)
+
+    def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
+        """At once, not at the logger's `flush_logs_every_n_steps`: a kill takes no row, and a report has the newest."""
+        super().log_metrics(metrics_dict, step)
+        self.save()
 
     def save(self) -> None:
         rows, self.metrics = self.metrics, []
@@ -40,20 +57,14 @@ class MetricsFile(ExperimentWriter):
         if set().union(*rows) <= set(self.metrics_keys) and self.file.exists():
             append_lines(self.file, self._lines(rows))
         else:  # a new column, or a new run's first row, which replaces the file of an earlier run
-            kept = self._read()[1] if self.num_rows else []
+            kept = [row for _, row in read_metrics(self.file)] if self.num_rows else []
+            self.num_rows = len(kept)
             self.metrics_keys = sorted(set(self.metrics_keys).union(*rows))
             self._write([*kept, *rows])
         self.num_rows += len(rows)
 
     def _check_log_dir_exists(self) -> None:
         """Private in lightning 2.6.6: deletes an earlier file at once. Nothing is deleted before there is a row."""
-
-    def _read(self) -> tuple[list[str], list[dict[str, Any]]]:
-        if not self.file.exists():
-            return [], []
-        with self.file.open(newline="") as file:
-            reader = csv.DictReader(file)
-            return list(reader.fieldnames or []), list(reader)
 
     def _write(self, rows: Iterable[dict[str, Any]]) -> None:
         with atomic_write(self.file) as file:

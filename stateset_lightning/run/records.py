@@ -1,16 +1,15 @@
-"""Rows of a run's files: a record of each completion, what a skipped optimizer step would have trained, JSON lines."""
+"""Rows of a run's files: a record of each completion, what a skipped optimizer step would have trained."""
 
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 
-from stateset_lightning.files import append_lines, atomic_write
 from stateset_lightning.run.folder import BAD_STEPS, of_rank, run_folder
+from stateset_lightning.run.rows import append_rows, is_bad_step, keep_rows
 from stateset_lightning.training.episode import Episode
 from stateset_lightning.training.resample import Sample
 
@@ -116,24 +115,4 @@ def drop_later_steps(trainer: Trainer, step: int) -> None:
     """Drops the rows of skipped steps after optimizer step `step`, from which the run now goes on."""
     file = of_rank(trainer, run_folder(trainer) / BAD_STEPS)
     if file.exists():
-        keep_rows(file, lambda row: row["step"] <= step)
-
-
-# JSON lines -----------------------------------------------------------------------------------------------------------
-
-
-def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Appends rows as JSON lines, all or none, making the folder if need be."""
-    append_lines(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def keep_rows(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
-    """Rewrites a file with some of its rows, which stay as they are."""
-    with atomic_write(path) as file:
-        file.writelines(line for line, row in read_rows(path) if keep(row))
-
-
-def read_rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Lines and what they hold, without an incomplete last one, left by a kill."""
-    with path.open("rb") as file:
-        yield from ((line, json.loads(line)) for line in file if line.endswith(b"\n"))
+        keep_rows(file, is_bad_step, lambda row: row["step"] <= step)

@@ -28,6 +28,7 @@ from stateset_lightning.algorithm import Algorithm
 from stateset_lightning.policy import AdapterReference, Policy
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.seeding import derive_seed
+from stateset_lightning.threads import heartbeat
 from stateset_lightning.training import checks, metrics
 from stateset_lightning.training.collect import Sampler, check_failures
 from stateset_lightning.training.episode import Plan, make_episode
@@ -64,6 +65,7 @@ class TrainingStep:
         if batch.micro_step == 0:
             with self.unsharded():
                 self.start_episode(batch)
+        heartbeat.doing(f"training on episode {batch.episode_index}")
         episode = state.episode
         if episode is None or episode.index != batch.episode_index:
             raise RuntimeError(f"micro-step {batch.micro_step} came without the first of episode {batch.episode_index}")
@@ -85,8 +87,10 @@ class TrainingStep:
     def start_episode(self, batch: PromptBatch) -> None:
         """Samples and scores the prompts, and computes what stays fixed while the episode is trained on."""
         start, policy, algorithm = time.perf_counter(), self.sampled_policy, self.algorithm
+        heartbeat.doing(f"sampling episode {batch.episode_index}")
         collection = self.sampler.collect(policy, batch, greedy_baseline=algorithm.needs_greedy_baseline)
         check_failures(self.sampler.scorer, collection, self.ranks)
+        heartbeat.doing(f"training on episode {batch.episode_index}")
         if self.report is not None:
             self.report(batch.episode_index, *collection.groups_of_all_ranks(self.ranks))
         collection = self.sampler.start_next(policy, collection, self.upcoming)
