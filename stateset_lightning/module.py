@@ -300,7 +300,8 @@ class GRPOLightningModule(LightningModule):
         # Lightning's name for the x-axis; without it, it counts from 0 and ours, like `max_steps`, from 1.
         values["step"] = float(self.trainer.global_step)
         # They are of all ranks already: "max" leaves them as they are to the last bit, without Lightning's advice.
-        self.log_dict(values, sync_dist=True, reduce_fx="max")
+        for name, value in values.items():
+            self.log(name, value, prog_bar=name == f"{stage}/reward", sync_dist=True, reduce_fx="max")
 
     # The parts, as the run has them now -------------------------------------------------------------------------------
 

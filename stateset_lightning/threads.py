@@ -1,13 +1,12 @@
 """Threads for calls that block, an event loop on a thread of its own for coroutines, and a sign of life.
 
-The first two serve user code and servers that may hang for ever. All threads are daemon threads: a call that hangs keeps neither
-the interpreter from ending nor Ctrl-C from working.
+The first two serve user code and servers that may hang for ever. All threads are daemon threads: a call that hangs
+keeps neither the interpreter from ending nor Ctrl-C from working.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import queue
 import threading
 import time
@@ -164,8 +163,8 @@ async def _cancel_and_stop() -> None:
 class Heartbeat:
     """A line whenever there was none for `seconds`: what the program is doing, and for how long.
 
-    So a log shows that a slow run is alive, with `LONGEST_SILENCE` a line at least every 30 s. There is one for the
-    process, `heartbeat`, since there is one log. Only rank 0 has one, and a forked child none until it starts its own.
+    A log so shows that a slow run is alive. There is one for the process, `heartbeat`, since there is one log. A forked
+    child has none until it starts its own.
 
     Args:
         seconds: Of silence, before a line is printed.
@@ -173,56 +172,40 @@ class Heartbeat:
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self._doing = ("starting", time.monotonic())
-        self._spoke = 0.0
+        self.spoke = 0.0  # when the last line was printed, of `time.monotonic`
+        self._doing = ("", 0.0)  # what, and since when
         self._thread = threading.Thread()
-        self._stopped = threading.Event()
 
-    def start(self, file: IO[str] | None = None) -> bool:
-        """Begins to print, to `file` or to the standard output of the moment; False where another rank is to."""
-        if self._thread.is_alive() or any(os.environ.get(name, "0") != "0" for name in _RANKS):
-            return False
-        self._doing = ("starting", time.monotonic())
-        self._spoke = time.monotonic()
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._beat, args=(file, self._stopped), name="heartbeat", daemon=True)
-        self._thread.start()
-        return True
+    def start(self, what: str, file: IO[str] | None = None) -> None:
+        """Begins to print, on the standard output of the moment unless a file is given."""
+        self.doing(what)
+        if not self._thread.is_alive():
+            self.spoke, self._stopped = time.monotonic(), threading.Event()
+            self._thread = threading.Thread(target=self._beat, args=(file, self._stopped), daemon=True)
+            self._thread.start()
 
     def stop(self) -> None:
         """Nothing is printed any more."""
         if self._thread.is_alive():  # not in a forked child, where the event's lock may be held for ever
             self._stopped.set()
-            self._thread.join(_CLOSE_SECONDS)  # of a pipe that nobody reads, it does not return from its print
+            self._thread.join(_CLOSE_SECONDS)  # not for ever: it may be printing to a pipe that nobody reads
 
     def doing(self, what: str) -> None:
-        """What the main thread does from now on; empty while it waits for the user. Other threads work beside it."""
+        """What the main thread does from now on; other threads work beside it."""
         if what != self._doing[0] and threading.current_thread() is threading.main_thread():
             self._doing = (what, time.monotonic())
 
     def say(self, line: str, file: IO[str] | None = None) -> None:
-        """Prints a line at once, in one piece: another thread may print, too."""
+        """Prints a line at once, and in one piece, as another thread may print too."""
+        self.spoke = time.monotonic()
         print(f"{line}\n", end="", file=file, flush=True)
-        self._spoke = time.monotonic()
-
-    @property
-    def silence(self) -> float:
-        """Seconds since the last line."""
-        return time.monotonic() - self._spoke
 
     def _beat(self, file: IO[str] | None, stopped: threading.Event) -> None:
-        with suppress(OSError, ValueError):  # the output is gone: the main thread's next line will tell
-            while not stopped.wait(max(self.seconds - self.silence, 0.0)):
+        with suppress(OSError, ValueError):  # the output is closed: the main thread's next line will tell
+            while not stopped.wait(self.spoke + self.seconds - time.monotonic()):
                 what, since = self._doing
-                if self.silence >= self.seconds:
-                    self._spoke = time.monotonic()
-                    if what:
-                        self.say(f"{what}, {self._spoke - since:.0f} s so far", file)
+                if (now := time.monotonic()) >= self.spoke + self.seconds:
+                    self.say(f"{what}, {now - since:.0f} s so far", file)
 
 
-_RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
-"""What launchers call the number of a process."""
-
-LONGEST_SILENCE = 25.0
-
-heartbeat = Heartbeat(LONGEST_SILENCE)
+heartbeat = Heartbeat(seconds=25)  # with what a print may take, a line at least every 30 s

@@ -13,7 +13,6 @@ from stateset_lightning.cli.arguments import Arguments, loading_options
 from stateset_lightning.cli.messages import class_name
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.files import atomic_folder
-from stateset_lightning.threads import heartbeat
 
 if TYPE_CHECKING:
     from stateset_lightning.cli.trained import TrainedModel
@@ -78,7 +77,6 @@ def export(
         from stateset_lightning.policy.lora import is_adapted, write_adapter
 
         trained = load_trained(source, config, loading or LoadingOptions())
-        heartbeat.doing("writing the model")
         _set_generation(trained)
         if merge:
             _merge(trained)

@@ -42,7 +42,6 @@ def main(words: Sequence[str]) -> None:
     encoder = trained.encoder(options.system_prompt)
 
     def answer(prompt: str, number: int) -> None:
-        heartbeat.doing("answering")
         tokens = encoder.encode([Scenario(id=str(number), prompt=prompt)], "generate").tokens[0]
         seeds_N = sample_seeds(seed, "generate", 0, [number], num_samples)
         texts = engine.generate([tokens], num_samples, rollout, seeds_N, greedy=greedy).texts
@@ -52,6 +51,7 @@ def main(words: Sequence[str]) -> None:
     if options.prompt is not None:
         answer(options.prompt, 0)
         return
+    heartbeat.stop()  # from here on, the user is waited for
     if sys.stdin.isatty():
         print("a prompt per line; an empty line or Ctrl-D ends")
     number = 0
@@ -65,7 +65,6 @@ def main(words: Sequence[str]) -> None:
 
 def _line() -> str:
     """The next line without its end; empty at the end of input."""
-    heartbeat.doing("")
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:

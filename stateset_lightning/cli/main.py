@@ -51,9 +51,6 @@ LIGHT = ("convert", "report")
 
 REMOVED = {"completion": "completion of the shell is gone: `stateset-lightning fit --help` lists all keys"}
 
-PRINTING = ("-h", "--help", "--print_config")
-"""Flags whose output is for a file or a pager, which no further line may enter."""
-
 INTERRUPTED = 128 + signal.SIGINT
 
 _NOISE = (
@@ -85,8 +82,9 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
     command = words[0] if words else None
     if os.getcwd() not in sys.path:  # a console script does not look beside the config for `my_rewards.ShortAndRight`
         sys.path.append(os.getcwd())
-    if command not in LIGHT and not sys.stdout.isatty() and not any(word.startswith(PRINTING) for word in words):
-        heartbeat.start(sys.stderr if command == "generate" else sys.stdout)
+    # Not into a config or an answer that is written to a file.
+    if command not in LIGHT and not sys.stdout.isatty() and not any("--print_config" in word for word in words):
+        heartbeat.start(str(command), sys.stderr if command == "generate" else sys.stdout)
     try:
         if command in REMOVED:
             raise ConfigError(REMOVED[command])

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,17 +11,16 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from stateset_lightning.files import append_lines, atomic_write
+from stateset_lightning.files import append_lines, atomic_write, read_table
 from stateset_lightning.run.checkpoint_io import local_path
 from stateset_lightning.run.lightning_internals import set_writer, writer_of
-from stateset_lightning.run.rows import read_metrics
 
 
 class MetricsFile(ExperimentWriter):
     """What a CSVLogger writes with; Lightning's own deletes the file of an earlier run, and rewrites in place.
 
     `num_rows` rows stand in the file. A new run begins with none; `resume` keeps those of the run that it continues.
-    A row is on disk at once.
+    Each row is written at once, not at `flush_logs_every_n_steps`: a kill takes none, and a report has the newest.
     """
 
     def __init__(self, log_dir: str) -> None:
@@ -35,36 +33,31 @@ class MetricsFile(ExperimentWriter):
 
         A file of which none can be read, since its header is damaged, is kept under another name.
         """
-        rows = [row for number, row in read_metrics(self.file) if number <= num_rows]
-        if num_rows and not rows and self.file.exists():
-            os.replace(self.file, self.file.with_suffix(".damaged.csv"))
+        rows = [row for place, row in self._read() if place <= num_rows]
         self.num_rows = len(rows)
-        self.metrics_keys = list(rows[0]) if rows else []
         if rows:
+            self.metrics_keys = list(rows[0])
             self._write(rows)
-        else:
-            self.file.unlink(missing_ok=True)
+        elif num_rows and self.file.exists():
+            self.file.replace(self.file.with_suffix(".damaged.csv"))
 
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
-        """At once, not at the logger's `flush_logs_every_n_steps`: a kill takes no row, and a report has the newest."""
         super().log_metrics(metrics_dict, step)
-        self.save()
-
-    def save(self) -> None:
         rows, self.metrics = self.metrics, []
-        if not rows:
-            return
-        if set().union(*rows) <= set(self.metrics_keys) and self.file.exists():
+        if rows[0].keys() <= set(self.metrics_keys) and self.file.exists():
             append_lines(self.file, self._lines(rows))
         else:  # a new column, or a new run's first row, which replaces the file of an earlier run
-            kept = [row for _, row in read_metrics(self.file)] if self.num_rows else []
+            kept = [row for _, row in self._read()] if self.num_rows else []
             self.num_rows = len(kept)
-            self.metrics_keys = sorted(set(self.metrics_keys).union(*rows))
+            self.metrics_keys = sorted({*self.metrics_keys, *rows[0]})
             self._write([*kept, *rows])
-        self.num_rows += len(rows)
+        self.num_rows += 1
 
     def _check_log_dir_exists(self) -> None:
         """Private in lightning 2.6.6: deletes an earlier file at once. Nothing is deleted before there is a row."""
+
+    def _read(self) -> Iterable[tuple[int, dict[str, Any]]]:
+        return read_table(self.file, "step") if self.file.exists() else ()
 
     def _write(self, rows: Iterable[dict[str, Any]]) -> None:
         with atomic_write(self.file) as file:

@@ -19,17 +19,13 @@ FIELDS = (
     ("tokens/s", "work/tokens_per_s", ".0f"),
 )
 """Of a line: label, metric, format."""
-RECENT = 10
-"""Optimizer steps whose median duration the time left follows from, with what lies between them."""
-QUIET = 10.0
-"""Seconds without a line after which every step has one."""
 
 
 @bounded("ConsoleProgress")
 class ConsoleProgress(Callback):
     """Prints a line every few optimizer steps: reward, mixed groups, completion length, tokens per second, time left.
 
-    Where steps are slow, after every one that ends `QUIET` seconds or more after the last line; and at least every 30 s
+    Where steps are slow, after every one that ends 10 s or more after the last line; and at least every 30 s
     a line that says what the run is doing. The time left follows from the newest steps.
 
     Args:
@@ -38,22 +34,18 @@ class ConsoleProgress(Callback):
 
     def __init__(self, every_n_steps: Annotated[int, Ge(1)] = 20) -> None:
         self.every_n_steps = every_n_steps
-        self._beats = False  # whether this callback has started the heartbeat; on the command line, that has
         self._step = 0  # the newest one that has ended
         self._ended = 0.0  # when, of `time.monotonic`
-        self._seconds: deque[float] = deque(maxlen=RECENT)
+        self._seconds: deque[float] = deque(maxlen=10)  # of the newest optimizer steps, with what lies between them
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._beats = trainer.is_global_zero and heartbeat.start()
-        heartbeat.doing("loading the model")
+        if trainer.is_global_zero:
+            heartbeat.start("loading the model")
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        heartbeat.doing("ending")
-        if self._beats:
-            heartbeat.stop()
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: Any) -> None:
+        heartbeat.stop()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, "")  # which Lightning leaves out
+    on_exception = teardown  # type: ignore[assignment]  # Lightning leaves `teardown` out then
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         heartbeat.doing("saving a checkpoint")
@@ -68,7 +60,7 @@ class ConsoleProgress(Callback):
             return
         self._seconds.append(now - self._ended)
         self._step, self._ended = step, now
-        is_due = step % self.every_n_steps == 0 or step == 1 or heartbeat.silence >= QUIET
+        is_due = step % self.every_n_steps == 0 or step == 1 or now - heartbeat.spoke >= 10
         if is_due and trainer.is_global_zero:
             heartbeat.say(self._line(trainer, step))
 

@@ -1,15 +1,16 @@
-"""Rows of a run's files: a record of each completion, what a skipped optimizer step would have trained."""
+"""Rows of a run's files: a record of each completion, what a skipped optimizer step would have trained, JSON lines."""
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 
+from stateset_lightning.files import append_lines, atomic_write, read_lines
 from stateset_lightning.run.folder import BAD_STEPS, of_rank, run_folder
-from stateset_lightning.run.rows import append_rows, is_bad_step, keep_rows
 from stateset_lightning.training.episode import Episode
 from stateset_lightning.training.resample import Sample
 
@@ -115,4 +116,20 @@ def drop_later_steps(trainer: Trainer, step: int) -> None:
     """Drops the rows of skipped steps after optimizer step `step`, from which the run now goes on."""
     file = of_rank(trainer, run_folder(trainer) / BAD_STEPS)
     if file.exists():
-        keep_rows(file, is_bad_step, lambda row: row["step"] <= step)
+        keep_rows(file, lambda row: row["step"] <= step)
+
+
+# JSON lines -----------------------------------------------------------------------------------------------------------
+
+
+def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Appends rows as JSON lines, all or none, making the folder if need be; returns how many bytes."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    append_lines(path, text)
+    return len(text.encode())
+
+
+def keep_rows(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Rewrites a file with some of its rows, which stay as they are; one at which `keep` fails is damaged."""
+    with atomic_write(path) as file:
+        file.writelines(line for _, line, kept in read_lines(path, lambda text: keep(json.loads(text))) if kept)

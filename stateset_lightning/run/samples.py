@@ -19,7 +19,7 @@ from stateset_lightning.errors import bounded
 from stateset_lightning.policy import Group, Policy
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.run.folder import PREDICTIONS, SAMPLES, continues, of_rank, run_folder
-from stateset_lightning.run.rows import append_rows, is_sample, keep_rows
+from stateset_lightning.run.records import append_rows, keep_rows
 from stateset_lightning.training.episode import Episode
 
 Block = tuple[str, int, int]
@@ -61,9 +61,7 @@ class SampleWriter(Callback):
         self.max_megabytes = max_megabytes
         self._episode: list[dict[str, Any]] = []  # rows of the running episode
         self._evaluated: list[dict[str, Any]] = []  # this rank's rows of the running evaluation
-        self._validated_step = -1  # of the last complete validation
-        self._sizes: dict[Block, int] = {}  # bytes of each block that the file of a run without a kill would hold
-        self._size_after_thinning = 0
+        self._sizes: dict[Block, int] = {}  # bytes of each block in the file of a run that nothing interrupts
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch.episode_index % self.every_n_episodes or not trainer.is_global_zero:
@@ -84,35 +82,30 @@ class SampleWriter(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._validated_step = trainer.global_step
             self._write_evaluation(trainer, "validation")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write_evaluation(trainer, "test")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        state = {"step": trainer.global_step, "validated_step": self._validated_step, "episode": self._episode}
-        sizes = {"sizes": list(self._sizes.items()), "size_after_thinning": self._size_after_thinning}
-        checkpoint["samples"] = {"folder": str(run_folder(trainer).absolute()), **state, **sizes}
+        state = {"step": trainer.global_step, "episode": self._episode, "sizes": list(self._sizes.items())}
+        checkpoint["samples"] = {"folder": str(run_folder(trainer).absolute()), **state}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Drops the rows that the run wrote after the checkpoint; the resumed run writes them again."""
         saved = checkpoint.get("samples")  # none if this callback was not there
         if not saved or trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
-        self._episode, self._validated_step = saved["episode"], saved["validated_step"]
-        running = {row["episode"] for row in self._episode}
-        last = {"train": saved["step"], "validation": saved["validated_step"], "test": saved["step"]}
-        file = run_folder(trainer) / SAMPLES
+        self._episode = saved["episode"]
+
+        def written_before(row: Mapping[str, Any]) -> bool:
+            is_known = block_of(row) in self._sizes or "sizes" not in saved  # as in version 0.1: by the step alone
+            return row["step"] <= saved["step"] and (is_known or row["split"] == "test")
+
         if continues(trainer, saved["folder"]):
-            self._sizes = dict(saved.get("sizes", ()))  # none in a checkpoint of version 0.1
-            self._size_after_thinning = saved.get("size_after_thinning", 0)
-            if file.exists():
-                keep_rows(
-                    file,
-                    is_sample,
-                    lambda row: row["step"] <= last[row["split"]] and row.get("episode") not in running,
-                )
+            self._sizes = dict(saved.get("sizes", ()))
+            if (file := run_folder(trainer) / SAMPLES).exists():
+                keep_rows(file, written_before)
 
     def _episode_rows(self, pl_module: Any, num_prompts: int) -> list[dict[str, Any]]:
         index, tokenizer = pl_module.episode.index, pl_module.tokenizer
@@ -142,13 +135,13 @@ class SampleWriter(Callback):
         file, block = run_folder(trainer) / SAMPLES, block_of(rows[0])
         self._sizes[block] = self._sizes.get(block, 0) + append_rows(file, rows)
         log_samples(trainer, split, rows[:num_shown])
-        # By what was written and not by the file: after a kill it may lack what was thinned out after the checkpoint.
-        # Twice what thinning left: where that is above the limit already, the file is not rewritten for every row.
-        if sum(self._sizes.values()) > max(self.max_megabytes * 2**20, 2 * self._size_after_thinning):
-            dropped = thinned_out(self._sizes)
-            keep_rows(file, is_sample, lambda row: block_of(row) not in dropped)
+        # By what was written and not by the file: after a kill, that lacks what was thinned out after the checkpoint.
+        dropped = thinned_out(self._sizes)
+        size, size_of_dropped = sum(self._sizes.values()), sum(self._sizes[block] for block in dropped)
+        # The file is not rewritten for every row where its first and last blocks alone are above the limit.
+        if size > self.max_megabytes * 2**20 and size_of_dropped > size / 4:
+            keep_rows(file, lambda row: block_of(row) not in dropped)
             self._sizes = {block: size for block, size in self._sizes.items() if block not in dropped}
-            self._size_after_thinning = sum(self._sizes.values())
 
 
 class PredictionWriter(Callback):

@@ -134,6 +134,7 @@ class Sampler:
         Returns:
             The collection with all counts.
         """
+        heartbeat.doing(f"training on episode {collection.sample.batch.episode_index}")
         costs = self.scorer.take_counts()
         if self.ahead is not None and (batch := upcoming()) is not None:
             self.engine.sync(policy)

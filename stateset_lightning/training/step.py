@@ -60,12 +60,12 @@ class TrainingStep:
         Raises:
             RewardError: When too many rewards fail, on every rank.
         """
+        heartbeat.doing(f"training on episode {batch.episode_index}")
         state = self.state
         state.started = state.started or time.perf_counter()
         if batch.micro_step == 0:
             with self.unsharded():
                 self.start_episode(batch)
-        heartbeat.doing(f"training on episode {batch.episode_index}")
         episode = state.episode
         if episode is None or episode.index != batch.episode_index:
             raise RuntimeError(f"micro-step {batch.micro_step} came without the first of episode {batch.episode_index}")
@@ -87,10 +87,8 @@ class TrainingStep:
     def start_episode(self, batch: PromptBatch) -> None:
         """Samples and scores the prompts, and computes what stays fixed while the episode is trained on."""
         start, policy, algorithm = time.perf_counter(), self.sampled_policy, self.algorithm
-        heartbeat.doing(f"sampling episode {batch.episode_index}")
         collection = self.sampler.collect(policy, batch, greedy_baseline=algorithm.needs_greedy_baseline)
         check_failures(self.sampler.scorer, collection, self.ranks)
-        heartbeat.doing(f"training on episode {batch.episode_index}")
         if self.report is not None:
             self.report(batch.episode_index, *collection.groups_of_all_ranks(self.ranks))
         collection = self.sampler.start_next(policy, collection, self.upcoming)

@@ -11,8 +11,7 @@ from module_runs import fit, make_data, make_module, weights
 from stateset_lightning import RewardFunction
 from stateset_lightning.algorithm import Clipped, DrGRPO
 from stateset_lightning.errors import NonFiniteError
-from stateset_lightning.run.records import make_records
-from stateset_lightning.run.rows import append_rows
+from stateset_lightning.run.records import append_rows, make_records
 from stateset_lightning.training.checks import is_bad
 from stateset_lightning.training.loss import nan_if_not_finite
 from stateset_lightning.training.resample import Sample

@@ -23,7 +23,6 @@ from stateset_lightning.rollout import InProcessEngine
 from stateset_lightning.run.checkpoint import check_resumable
 from stateset_lightning.run.checkpoint_io import local_path, read_checkpoint
 from stateset_lightning.run.find_checkpoint import continue_run
-from stateset_lightning.threads import heartbeat
 from stateset_lightning.training.checks import checks_of_run
 from stateset_lightning.training.collect import ready_engine
 from stateset_lightning.training.schedule import optimizer_steps_of_run
@@ -219,7 +218,6 @@ class Doctor:
     def _section(self, title: str | None = None) -> Iterator[None]:
         """What stops a section is a problem, and the next one goes on."""
         if title is not None:
-            heartbeat.doing(title)
             print(title)
         try:
             yield

@@ -14,8 +14,10 @@ import yaml
 
 from stateset_lightning.cli.messages import class_name
 from stateset_lightning.errors import ConfigError
+from stateset_lightning.files import read_lines, read_table
 from stateset_lightning.run.folder import CONFIGS, ENVIRONMENT, METRICS, SAMPLES
-from stateset_lightning.run.rows import is_sample, read_metrics, read_rows
+
+SPLITS = ("train", "validation", "test")
 
 MAX_POINTS = 1500
 """Points of a curve; of longer ones, means of equally many neighbours."""
@@ -61,9 +63,9 @@ def read_run(folder: Path) -> dict[str, Any]:
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder: give a run's, such as runs/single_turn/version_0")
-    # The first rows come after the config and the folder itself, by minutes where a model is large.
-    written = any((folder / name).is_file() for name in (METRICS, SAMPLES, ENVIRONMENT, *CONFIGS))
-    if written or re.fullmatch(r"version_\d+", folder.absolute().name):
+    # A run's first rows come minutes after its folder and its config, where a model is large.
+    files = (METRICS, SAMPLES, ENVIRONMENT, *CONFIGS)
+    if any((folder / name).is_file() for name in files) or re.match(r"version_\d", folder.absolute().name):
         return
     runs = sorted(
         {path.parent for name in (METRICS, SAMPLES) for depth in ("*/", "*/*/") for path in folder.glob(depth + name)},
@@ -80,7 +82,7 @@ def _check_folder(folder: Path) -> None:
 def _read_metrics(path: Path) -> dict[str, list[list[float]]]:
     """Steps and values by name; of several values of a step, the last one. What is no finite number is left out."""
     columns: dict[str, dict[int, float]] = {}
-    for _, row in read_metrics(path):
+    for _, row in read_table(path, "step"):
         for name, text in row.items():
             value = _number(text) if name not in ("step", "epoch") else None
             if value is not None:
@@ -100,7 +102,7 @@ def _binned(points: Sequence[tuple[int, float]]) -> list[list[float]]:
     ]
 
 
-def _number(text: str) -> float | None:
+def _number(text: str | None) -> float | None:
     with suppress(ValueError):
         if math.isfinite(value := float(text or "nan")):
             return value
@@ -120,7 +122,7 @@ def _read_samples(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]
     episodes: dict[Any, None] = {}
     prompts: dict[str, dict[str, None]] = {"validation": {}, "test": {}}
     steps: dict[str, dict[int, None]] = {"validation": {}, "test": {}}
-    for _, row in read_rows(path, is_sample):
+    for _, _, row in read_lines(path, _sample):
         if row["split"] == "train":
             episodes[row["step"], row["episode"]] = None
         else:
@@ -132,7 +134,7 @@ def _read_samples(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]
 
     groups: dict[Any, dict[str, Any]] = {}
     evaluated: dict[Any, dict[str, Any]] = {}
-    for _, row in read_rows(path, is_sample):
+    for _, _, row in read_lines(path, _sample):
         split, step = row["split"], row["step"]
         if split == "train" and (step, row["episode"]) in of_train:
             key = (step, row["episode"], row["id"])
@@ -150,6 +152,14 @@ def _read_samples(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]
         "evaluations": [sum(map(len, of_steps.values())), sum(map(len, steps.values()))],
     }
     return train, _within(list(evaluated.values())), shown
+
+
+def _sample(line: str) -> dict[str, Any]:
+    row = json.loads(line, parse_constant=lambda _: None)  # NaN and inf
+    kinds = {"step": int, "id": str, "completion": str, **({"episode": int} if row["split"] == "train" else {})}
+    if row["split"] not in SPLITS or not all(isinstance(row[name], kind) for name, kind in kinds.items()):
+        raise ValueError("not what the samples callback writes")
+    return dict(row)
 
 
 def _heading(row: Mapping[str, Any]) -> dict[str, Any]:
