@@ -19,7 +19,6 @@ from stateset_lightning.data.ragged import RaggedTokens
 from stateset_lightning.data.sources import ScenarioSet, Source, hold_out, read_split
 from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.seeding import run_seed
-from stateset_lightning.threads import heartbeat
 from stateset_lightning.types import PromptBatch
 
 _announce = rank_zero_only(logging.getLogger("stateset_lightning").log)
@@ -156,7 +155,6 @@ class ScenarioDataModule(LightningDataModule):
             ConfigError: If the stage's split is not given, or there is no tokenizer.
             DataError: If files or rows cannot be used.
         """
-        heartbeat.doing("reading the data")
         self._train_loader = self._resume_state = None
         if stage and not self._is_given(_SPLITS[stage]):
             raise self._missing(_SPLITS[stage])

@@ -7,11 +7,12 @@ keeps neither the interpreter from ending nor Ctrl-C from working.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import queue
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import IO, Any
 
@@ -146,6 +147,16 @@ class EventLoopThread:
                 return task.result()
             finally:
                 task.cancel()
+
+
+def call_episode_hook(trainer: Any, hook: str, *args: Any) -> None:
+    """Calls a hook of every callback that has it, in order, and waits for the async ones."""
+    for callback in trainer.callbacks:
+        result = getattr(callback, hook)(*args) if hasattr(callback, hook) else None
+        if inspect.iscoroutine(result):
+            # In a thread, since `asyncio.run` refuses inside a running event loop (a notebook).
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(asyncio.run, result).result()
 
 
 async def _cancel_and_stop() -> None:

@@ -13,7 +13,7 @@ from stateset_lightning import module
 from stateset_lightning.cli.main import main
 from stateset_lightning.cli.report import render
 from stateset_lightning.cli.report.run_data import read_run
-from stateset_lightning.datamodule import ScenarioDataModule
+from stateset_lightning.data import sources
 from stateset_lightning.rewards import RewardFunction
 from stateset_lightning.rollout import InProcessEngine
 from stateset_lightning.run.checkpoint_io import AtomicCheckpointIO
@@ -31,14 +31,17 @@ class SlowReward(RewardFunction):
 
 
 class Log:
-    """A standard output that is no terminal; with each line, a report of the run is made, if it has a folder yet."""
+    """A standard output that is no terminal; in each phase, a report of the run is made, if it has a folder yet."""
 
     def __init__(self):
         self.text = ""
+        self.phases = set()
 
     def write(self, text):
         self.text += text
-        if RUN.exists():
+        phase = text.split(", ")[0]
+        if RUN.exists() and phase not in self.phases:
+            self.phases.add(phase)
             render(read_run(RUN))
 
     def flush(self):
@@ -61,7 +64,7 @@ def said(monkeypatch):
 
         monkeypatch.setattr(owner, name, call)
 
-    slow(ScenarioDataModule, "_read")
+    slow(sources, "read_file")
     slow(module, "load_model")
     slow(module, "load_tokenizer")
     slow(InProcessEngine, "generate")
@@ -112,7 +115,7 @@ def test_every_slow_phase_of_a_run_has_lines_and_at_each_of_them_a_report_can_be
         "scoring for validation",
         "saving a checkpoint",
     ]
-    assert text.splitlines()[-1].startswith("config: ")
+    assert f"config: {RUN}/config.yaml" in text.splitlines()
     evaluated = said("validate", "--config", config, "--config", changes, "--ckpt_path", f"{RUN}/checkpoints/last.ckpt")
     assert {"validate, 0 s so far", "sampling for validation, 0 s so far"} <= set(evaluated.splitlines())
 
