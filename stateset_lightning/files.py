@@ -1,17 +1,20 @@
-"""Files that are complete or absent, and lines that are appended completely or not at all.
+"""Files that are complete or absent, and lines that are appended completely or not at all, and read one by one.
 
 A file is written under a temporary name, flushed to disk, then renamed.
 """
 
 from __future__ import annotations
 
+import csv
+import logging
 import mmap
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from stateset_lightning.errors import ConfigError, DiskError
 
@@ -103,6 +106,55 @@ def append_lines(path: Path, text: str) -> None:
                 raise
     except OSError as error:
         raise disk_error(path, error) from error
+
+
+T = TypeVar("T")
+
+
+def read_lines(path: Path, parse: Callable[[str], T]) -> Iterator[tuple[int, bytes, T]]:
+    """Number, bytes and meaning of each line; damaged ones, at which `parse` raises, are left out and told once.
+
+    Lines end in "\n" alone: other separators of Unicode may stand inside a text. A last line without it is being
+    written, or was torn by a kill.
+    """
+    damaged = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.endswith(b"\n"):
+                try:
+                    row = parse(line.decode())
+                except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError, csv.Error):
+                    damaged.append(number)
+                else:
+                    yield number, line, row
+    if damaged:
+        _tell_once(f"{path}, line {str(damaged[:20])[1:-1]}: damaged, left out ({len(damaged)} in all)")
+
+
+@cache  # a file may be read several times
+def _tell_once(told: str) -> None:
+    logging.getLogger("stateset_lightning").warning(told)
+
+
+def read_table(path: Path, number: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Rows of a CSV file with a line each, and their places behind the header, from 1.
+
+    Args:
+        path: The file.
+        number: A column of numbers, by which a damaged row is known, beside one that has not a cell for each column.
+    """
+    names: list[str] = []
+
+    def parse(text: str) -> dict[str, str]:
+        cells = next(csv.reader([text], strict=True))
+        if not names:
+            names.extend(cells)
+            return {}
+        row = dict(zip(names, cells, strict=True))
+        int(float(row[number]))
+        return row
+
+    return ((place - 1, row) for place, _, row in read_lines(path, parse) if row)
 
 
 def remove_leftovers(folder: Path) -> list[Path]:

@@ -28,12 +28,12 @@ from stateset_lightning.ranks import Ranks
 from stateset_lightning.redaction import redacted
 from stateset_lightning.rewards import Reward, Scorer, as_rewards
 from stateset_lightning.rollout import RemoteEngine, RolloutConfig, RolloutEngine
-from stateset_lightning.run.callbacks import call_episode_hook
 from stateset_lightning.run.checkpoint import RunCheckpoint
 from stateset_lightning.run.fsdp_strategy import SUPPORTED_STRATEGIES, FSDP2Strategy
 from stateset_lightning.run.install import install
 from stateset_lightning.run.records import CompletionRecord, make_records, write_bad_step
 from stateset_lightning.seeding import run_seed
+from stateset_lightning.threads import call_episode_hook
 from stateset_lightning.training.checks import check_bad_steps, check_strategy, checks_of_run
 from stateset_lightning.training.collect import Sampler, ready_engine
 from stateset_lightning.training.data import data_of
@@ -300,7 +300,8 @@ class GRPOLightningModule(LightningModule):
         # Lightning's name for the x-axis; without it, it counts from 0 and ours, like `max_steps`, from 1.
         values["step"] = float(self.trainer.global_step)
         # They are of all ranks already: "max" leaves them as they are to the last bit, without Lightning's advice.
-        self.log_dict(values, sync_dist=True, reduce_fx="max")
+        for name, value in values.items():
+            self.log(name, value, prog_bar=name == f"{stage}/reward", sync_dist=True, reduce_fx="max")
 
     # The parts, as the run has them now -------------------------------------------------------------------------------
 

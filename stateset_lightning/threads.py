@@ -1,18 +1,20 @@
-"""Threads for calls that block, and an event loop on a thread of its own for coroutines.
+"""Threads for calls that block, an event loop on a thread of its own for coroutines, and a sign of life.
 
-Both serve user code and servers that may hang for ever. All threads are daemon threads: a call that hangs keeps neither
-the interpreter from ending nor Ctrl-C from working.
+The first two serve user code and servers that may hang for ever. All threads are daemon threads: a call that hangs
+keeps neither the interpreter from ending nor Ctrl-C from working.
 """
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import queue
 import threading
+import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from typing import IO, Any
 
 _Call = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 _CLOSE_SECONDS = 1.0  # an event loop that is blocked for longer than this is left to its daemon thread
@@ -147,6 +149,16 @@ class EventLoopThread:
                 task.cancel()
 
 
+def call_episode_hook(trainer: Any, hook: str, *args: Any) -> None:
+    """Calls a hook of every callback that has it, in order, and waits for the async ones."""
+    for callback in trainer.callbacks:
+        result = getattr(callback, hook)(*args) if hasattr(callback, hook) else None
+        if inspect.iscoroutine(result):
+            # In a thread, since `asyncio.run` refuses inside a running event loop (a notebook).
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(asyncio.run, result).result()
+
+
 async def _cancel_and_stop() -> None:
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
@@ -154,3 +166,57 @@ async def _cancel_and_stop() -> None:
     if tasks:
         await asyncio.wait(tasks, timeout=_CLOSE_SECONDS / 2)  # one that swallows its cancellation is left behind
     asyncio.get_running_loop().stop()
+
+
+# A sign of life -------------------------------------------------------------------------------------------------------
+
+
+class Heartbeat:
+    """A line whenever there was none for `seconds`: what the program is doing, and for how long.
+
+    A log so shows that a slow run is alive. There is one for the process, `heartbeat`, since there is one log. A forked
+    child has none until it starts its own.
+
+    Args:
+        seconds: Of silence, before a line is printed.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.spoke = 0.0  # when the last line was printed, of `time.monotonic`
+        self._doing = ("", 0.0)  # what, and since when
+        self._thread = threading.Thread()
+
+    def start(self, what: str, file: IO[str] | None = None) -> None:
+        """Begins to print, on the standard output of the moment unless a file is given."""
+        self.doing(what)
+        if not self._thread.is_alive():
+            self.spoke, self._stopped = time.monotonic(), threading.Event()
+            self._thread = threading.Thread(target=self._beat, args=(file, self._stopped), daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Nothing is printed any more."""
+        if self._thread.is_alive():  # not in a forked child, where the event's lock may be held for ever
+            self._stopped.set()
+            self._thread.join(_CLOSE_SECONDS)  # not for ever: it may be printing to a pipe that nobody reads
+
+    def doing(self, what: str) -> None:
+        """What the main thread does from now on; other threads work beside it."""
+        if what != self._doing[0] and threading.current_thread() is threading.main_thread():
+            self._doing = (what, time.monotonic())
+
+    def say(self, line: str, file: IO[str] | None = None) -> None:
+        """Prints a line at once, and in one piece, as another thread may print too."""
+        self.spoke = time.monotonic()
+        print(f"{line}\n", end="", file=file, flush=True)
+
+    def _beat(self, file: IO[str] | None, stopped: threading.Event) -> None:
+        with suppress(OSError, ValueError):  # the output is closed: the main thread's next line will tell
+            while not stopped.wait(self.spoke + self.seconds - time.monotonic()):
+                what, since = self._doing
+                if (now := time.monotonic()) >= self.spoke + self.seconds:
+                    self.say(f"{what}, {now - since:.0f} s so far", file)
+
+
+heartbeat = Heartbeat(seconds=25)  # with what a print may take, a line at least every 30 s

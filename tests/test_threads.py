@@ -1,12 +1,15 @@
-"""Threads that run blocking calls, and the event loop on a thread of its own."""
+"""Threads that run blocking calls, the event loop on a thread of its own, and the heartbeat."""
 
 import asyncio
 import contextlib
+import io
+import os
 import threading
+import time
 
 import pytest
 
-from stateset_lightning.threads import DaemonThreads, EventLoopThread
+from stateset_lightning.threads import DaemonThreads, EventLoopThread, Heartbeat
 
 
 def test_threads_are_reused_up_to_their_number_and_return_exceptions():
@@ -84,3 +87,66 @@ def test_closing_cancels_what_runs_and_refuses_more(loop):
     with pytest.raises(RuntimeError, match="the event loop 'test-loop' is closed"):
         loop.submit(sleep, 0)
     EventLoopThread(1, "unused").close()
+
+
+@pytest.fixture
+def heart():
+    heart = Heartbeat(seconds=0.1)
+    yield heart
+    heart.stop()
+
+
+def wait_for(text, capsys):
+    said, deadline = "", time.monotonic() + 20
+    while text not in said and time.monotonic() < deadline:
+        time.sleep(0.02)
+        said += capsys.readouterr().out
+    return said
+
+
+def test_a_heartbeat_says_what_is_done_and_for_how_long_and_nothing_after_its_end(heart, capsys):
+    heart.start("loading")
+    assert wait_for("loading, 0 s so far\n", capsys)
+    heart.doing("sampling")
+    aside = threading.Thread(target=heart.doing, args=("sampling ahead",))
+    aside.start()
+    aside.join()
+    said = wait_for("sampling, 1 s so far\n", capsys)
+    assert "sampling ahead" not in said
+    assert said.endswith("sampling, 1 s so far\n")
+    heart.stop()
+    capsys.readouterr()
+    time.sleep(0.3)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_heartbeat_is_silent_while_others_speak(heart, capsys):
+    heart.seconds = 1.0
+    heart.start("sampling")
+    for step in range(15):
+        time.sleep(0.1)
+        heart.say(f"step {step}")
+    assert capsys.readouterr().out == "".join(f"step {step}\n" for step in range(15))
+
+
+def test_a_forked_child_has_no_heartbeat_and_may_stop_and_start_one(heart, capfd):
+    heart.start("in the parent")
+    if (pid := os.fork()) == 0:
+        heart.stop()
+        heart.start("in the child")
+        time.sleep(0.3)
+        heart.stop()
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    said = capfd.readouterr().out
+    assert "in the child, 0 s so far" in said
+    assert "in the parent, 0 s so far" in said
+
+
+def test_a_closed_output_ends_the_heartbeat_without_a_word(heart, capsys):
+    file = io.StringIO()
+    heart.start("sampling", file)
+    file.close()
+    time.sleep(0.3)
+    heart.stop()
+    assert capsys.readouterr().err == ""

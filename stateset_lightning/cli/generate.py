@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from stateset_lightning.cli.arguments import Arguments, count, loading_options
 from stateset_lightning.errors import UserError
+from stateset_lightning.threads import heartbeat
 
 SAMPLING = ("temperature", "top_p", "max_new_tokens")
 """Options of sampling that can be given."""
@@ -50,6 +51,7 @@ def main(words: Sequence[str]) -> None:
     if options.prompt is not None:
         answer(options.prompt, 0)
         return
+    heartbeat.stop()  # from here on, the user is waited for
     if sys.stdin.isatty():
         print("a prompt per line; an empty line or Ctrl-D ends")
     number = 0

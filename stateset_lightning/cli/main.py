@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING
 
 from stateset_lightning.cli.messages import PROGRAM, check_config_files, without_traceback
 from stateset_lightning.errors import ConfigError, UserError
+from stateset_lightning.threads import heartbeat
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import ArgsType
@@ -81,6 +82,9 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
     command = words[0] if words else None
     if os.getcwd() not in sys.path:  # a console script does not look beside the config for `my_rewards.ShortAndRight`
         sys.path.append(os.getcwd())
+    # Not into a config or an answer that is written to a file.
+    if command not in LIGHT and not sys.stdout.isatty() and not any("--print_config" in word for word in words):
+        heartbeat.start(str(command), sys.stderr if command == "generate" else sys.stdout)
     try:
         if command in REMOVED:
             raise ConfigError(REMOVED[command])
@@ -99,6 +103,8 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
     except UserError as error:
         print(f"{PROGRAM}: error: {without_traceback(str(error)).strip()}", file=sys.stderr)
         raise SystemExit(1 if command == "doctor" else 2) from None
+    finally:
+        heartbeat.stop()
 
 
 def _run_lightning(args: ArgsType, words: list[str]) -> StatesetCLI:
@@ -141,7 +147,7 @@ class _Stdout(logging.Handler):
     """Prints announcements; on the stream of the moment, since a notebook or a test may have replaced `sys.stdout`."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(record.getMessage(), flush=True)
+        heartbeat.say(record.getMessage())
 
 
 def _is_telling(record: logging.LogRecord) -> bool:

@@ -23,6 +23,7 @@ from stateset_lightning.data.reasoning_gym import MAX_SEED, MAX_SIZE, read_task
 from stateset_lightning.data.scenarios import QUESTION_COLUMNS, check_columns, to_scenarios
 from stateset_lightning.errors import ConfigError, DataError, check_bounds
 from stateset_lightning.seeding import permutation
+from stateset_lightning.threads import heartbeat
 from stateset_lightning.types import Scenario
 
 
@@ -120,6 +121,7 @@ def read_split(spec: SplitSpec, split: str, data_fields: Mapping[str, str] | Non
         ConfigError: If `spec` or a source is none of these.
         DataError: If a file cannot be read, or rows cannot be used: all of them are listed.
     """
+    heartbeat.doing("reading the data")
     key = f"data.{split}"
     sources = _as_sources(spec, key)
     with garbage_collection_paused():

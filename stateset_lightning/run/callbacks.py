@@ -1,10 +1,7 @@
 """Callbacks of a run: hooks around every episode, a reference policy that moves, and a summary at the end."""
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
-import asyncio
-import inspect
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 import torch
@@ -15,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.run.folder import SAMPLES, config_file, metrics_place, run_folder
+from stateset_lightning.threads import heartbeat
 
 
 class EpisodeCallback(Callback):
@@ -49,16 +47,6 @@ class EpisodeCallback(Callback):
 
     def _call(self, hook: str, *args: Any) -> Any:
         return getattr(self.callback, hook)(*args) if hasattr(self.callback, hook) else None
-
-
-def call_episode_hook(trainer: Trainer, hook: str, *args: Any) -> None:
-    """Calls a hook of every callback that has it, in order, and waits for the async ones."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        result = getattr(callback, hook)(*args) if hasattr(callback, hook) else None
-        if inspect.iscoroutine(result):
-            # In a thread, since `asyncio.run` refuses inside a running event loop (a notebook).
-            with ThreadPoolExecutor(1) as pool:
-                pool.submit(asyncio.run, result).result()
 
 
 @bounded("ReferenceSync")
@@ -135,7 +123,7 @@ class RunSummary(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            print("\n".join(self.lines(trainer)), flush=True)
+            heartbeat.say("\n".join(self.lines(trainer)))
 
     def lines(self, trainer: Trainer) -> list[str]:
         lines = [f"trained for {trainer.global_step} optimizer steps"]

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from stateset_lightning.files import append_lines, atomic_write
+from stateset_lightning.files import append_lines, atomic_write, read_table
 from stateset_lightning.run.checkpoint_io import local_path
 from stateset_lightning.run.lightning_internals import set_writer, writer_of
 
@@ -20,6 +20,7 @@ class MetricsFile(ExperimentWriter):
     """What a CSVLogger writes with; Lightning's own deletes the file of an earlier run, and rewrites in place.
 
     `num_rows` rows stand in the file. A new run begins with none; `resume` keeps those of the run that it continues.
+    Each row is written at once, not at `flush_logs_every_n_steps`: a kill takes none, and a report has the newest.
     """
 
     def __init__(self, log_dir: str) -> None:
@@ -28,32 +29,35 @@ class MetricsFile(ExperimentWriter):
         self.num_rows = 0
 
     def resume(self, num_rows: int) -> None:
-        """Goes on behind the first `num_rows` rows; the later ones were logged after the checkpoint and come again."""
-        self.metrics_keys, rows = self._read()
-        self.num_rows = min(num_rows, len(rows))
-        self._write(rows[:num_rows])
+        """Goes on behind the first `num_rows` rows; the later ones were logged after the checkpoint and come again.
 
-    def save(self) -> None:
+        A file of which none can be read, since its header is damaged, is kept under another name.
+        """
+        rows = [row for place, row in self._read() if place <= num_rows]
+        self.num_rows = len(rows)
+        if rows:
+            self.metrics_keys = list(rows[0])
+            self._write(rows)
+        elif num_rows and self.file.exists():
+            self.file.replace(self.file.with_suffix(".damaged.csv"))
+
+    def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
+        super().log_metrics(metrics_dict, step)
         rows, self.metrics = self.metrics, []
-        if not rows:
-            return
-        if set().union(*rows) <= set(self.metrics_keys) and self.file.exists():
+        if rows[0].keys() <= set(self.metrics_keys) and self.file.exists():
             append_lines(self.file, self._lines(rows))
         else:  # a new column, or a new run's first row, which replaces the file of an earlier run
-            kept = self._read()[1] if self.num_rows else []
-            self.metrics_keys = sorted(set(self.metrics_keys).union(*rows))
+            kept = [row for _, row in self._read()] if self.num_rows else []
+            self.num_rows = len(kept)
+            self.metrics_keys = sorted({*self.metrics_keys, *rows[0]})
             self._write([*kept, *rows])
-        self.num_rows += len(rows)
+        self.num_rows += 1
 
     def _check_log_dir_exists(self) -> None:
         """Private in lightning 2.6.6: deletes an earlier file at once. Nothing is deleted before there is a row."""
 
-    def _read(self) -> tuple[list[str], list[dict[str, Any]]]:
-        if not self.file.exists():
-            return [], []
-        with self.file.open(newline="") as file:
-            reader = csv.DictReader(file)
-            return list(reader.fieldnames or []), list(reader)
+    def _read(self) -> Iterable[tuple[int, dict[str, Any]]]:
+        return read_table(self.file, "step") if self.file.exists() else ()
 
     def _write(self, rows: Iterable[dict[str, Any]]) -> None:
         with atomic_write(self.file) as file:

@@ -2,14 +2,14 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 
-from stateset_lightning.files import append_lines, atomic_write
+from stateset_lightning.files import append_lines, atomic_write, read_lines
 from stateset_lightning.run.folder import BAD_STEPS, of_rank, run_folder
 from stateset_lightning.training.episode import Episode
 from stateset_lightning.training.resample import Sample
@@ -122,18 +122,14 @@ def drop_later_steps(trainer: Trainer, step: int) -> None:
 # JSON lines -----------------------------------------------------------------------------------------------------------
 
 
-def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Appends rows as JSON lines, all or none, making the folder if need be."""
-    append_lines(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Appends rows as JSON lines, all or none, making the folder if need be; returns how many bytes."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    append_lines(path, text)
+    return len(text.encode())
 
 
 def keep_rows(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
-    """Rewrites a file with some of its rows, which stay as they are."""
+    """Rewrites a file with some of its rows, which stay as they are; one at which `keep` fails is damaged."""
     with atomic_write(path) as file:
-        file.writelines(line for line, row in read_rows(path) if keep(row))
-
-
-def read_rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Lines and what they hold, without an incomplete last one, left by a kill."""
-    with path.open("rb") as file:
-        yield from ((line, json.loads(line)) for line in file if line.endswith(b"\n"))
+        file.writelines(line for _, line, kept in read_lines(path, lambda text: keep(json.loads(text))) if kept)

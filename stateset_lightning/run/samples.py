@@ -19,8 +19,11 @@ from stateset_lightning.errors import bounded
 from stateset_lightning.policy import Group, Policy
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.run.folder import PREDICTIONS, SAMPLES, continues, of_rank, run_folder
-from stateset_lightning.run.records import append_rows, keep_rows, read_rows
+from stateset_lightning.run.records import append_rows, keep_rows
 from stateset_lightning.training.episode import Episode
+
+Block = tuple[str, int, int]
+"""Rows that are written together: their split, step and episode (-1 in an evaluation)."""
 
 SHOWN = 16
 """Completions of an evaluation that loggers show; the file has all."""
@@ -58,8 +61,7 @@ class SampleWriter(Callback):
         self.max_megabytes = max_megabytes
         self._episode: list[dict[str, Any]] = []  # rows of the running episode
         self._evaluated: list[dict[str, Any]] = []  # this rank's rows of the running evaluation
-        self._validated_step = -1  # of the last complete validation
-        self._size_after_thinning = 0
+        self._sizes: dict[Block, int] = {}  # bytes of each block in the file of a run that nothing interrupts
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch.episode_index % self.every_n_episodes or not trainer.is_global_zero:
@@ -80,14 +82,13 @@ class SampleWriter(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._validated_step = trainer.global_step
             self._write_evaluation(trainer, "validation")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write_evaluation(trainer, "test")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        state = {"step": trainer.global_step, "validated_step": self._validated_step, "episode": self._episode}
+        state = {"step": trainer.global_step, "episode": self._episode, "sizes": list(self._sizes.items())}
         checkpoint["samples"] = {"folder": str(run_folder(trainer).absolute()), **state}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -95,12 +96,16 @@ class SampleWriter(Callback):
         saved = checkpoint.get("samples")  # none if this callback was not there
         if not saved or trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
-        self._episode, self._validated_step = saved["episode"], saved["validated_step"]
-        running = {row["episode"] for row in self._episode}
-        last = {"train": saved["step"], "validation": saved["validated_step"], "test": saved["step"]}
-        file = run_folder(trainer) / SAMPLES
-        if continues(trainer, saved["folder"]) and file.exists():
-            keep_rows(file, lambda row: row["step"] <= last[row["split"]] and row.get("episode") not in running)
+        self._episode = saved["episode"]
+
+        def written_before(row: Mapping[str, Any]) -> bool:
+            is_known = block_of(row) in self._sizes or "sizes" not in saved  # as in version 0.1: by the step alone
+            return row["step"] <= saved["step"] and (is_known or row["split"] == "test")
+
+        if continues(trainer, saved["folder"]):
+            self._sizes = dict(saved.get("sizes", ()))
+            if (file := run_folder(trainer) / SAMPLES).exists():
+                keep_rows(file, written_before)
 
     def _episode_rows(self, pl_module: Any, num_prompts: int) -> list[dict[str, Any]]:
         index, tokenizer = pl_module.episode.index, pl_module.tokenizer
@@ -127,13 +132,16 @@ class SampleWriter(Callback):
         rows = [{"split": split, "step": trainer.global_step, **row} for row in rows]
         if not rows or not trainer.is_global_zero:
             return
-        file = run_folder(trainer) / SAMPLES
-        append_rows(file, rows)
+        file, block = run_folder(trainer) / SAMPLES, block_of(rows[0])
+        self._sizes[block] = self._sizes.get(block, 0) + append_rows(file, rows)
         log_samples(trainer, split, rows[:num_shown])
-        # Twice what thinning left: where that is above the limit already, the file is not rewritten for every row.
-        if file.stat().st_size > max(self.max_megabytes * 2**20, 2 * self._size_after_thinning):
-            thin_out(file)
-            self._size_after_thinning = file.stat().st_size
+        # By what was written and not by the file: after a kill, that lacks what was thinned out after the checkpoint.
+        dropped = thinned_out(self._sizes)
+        size, size_of_dropped = sum(self._sizes.values()), sum(self._sizes[block] for block in dropped)
+        # The file is not rewritten for every row where its first and last blocks alone are above the limit.
+        if size > self.max_megabytes * 2**20 and size_of_dropped > size / 4:
+            keep_rows(file, lambda row: block_of(row) not in dropped)
+            self._sizes = {block: size for block, size in self._sizes.items() if block not in dropped}
 
 
 class PredictionWriter(Callback):
@@ -162,18 +170,17 @@ class PredictionWriter(Callback):
         return of_rank(trainer, run_folder(trainer) / PREDICTIONS if self.path is None else Path(self.path))
 
 
-def block_of(row: Mapping[str, Any]) -> tuple[str, int, int]:
-    """What a row of `samples.jsonl` was written with: its split, step and episode (-1 in an evaluation)."""
+def block_of(row: Mapping[str, Any]) -> Block:
+    """What a row of `samples.jsonl` was written with."""
     return row["split"], row["step"], row.get("episode", -1)
 
 
-def thin_out(path: Path) -> None:
-    """Drops every second block of each split, but not the first and the last: what stays is spread over the run."""
-    blocks: dict[str, dict[Any, None]] = {}
-    for _, row in read_rows(path):
-        blocks.setdefault(row["split"], {})[block_of(row)] = None
-    kept = {block for of_split in blocks.values() for block in [*list(of_split)[::2], list(of_split)[-1]]}
-    keep_rows(path, lambda row: block_of(row) in kept)
+def thinned_out(blocks: Iterable[Block]) -> set[Block]:
+    """Every second block of each split, but not the first and the last: what stays is spread over the run."""
+    of_split: dict[str, list[Block]] = {}
+    for block in blocks:
+        of_split.setdefault(block[0], []).append(block)
+    return {block for some in of_split.values() for block in some[1:-1:2]}
 
 
 # Token by token -------------------------------------------------------------------------------------------------------

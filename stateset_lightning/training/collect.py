@@ -18,6 +18,7 @@ from stateset_lightning.ranks import Ranks
 from stateset_lightning.rewards import Scorer
 from stateset_lightning.rollout import InProcessEngine, RemoteEngine, RolloutConfig, RolloutEngine
 from stateset_lightning.seeding import sample_seeds
+from stateset_lightning.threads import heartbeat
 from stateset_lightning.training.checks import check_sampling_difference
 from stateset_lightning.training.resample import Replacements, Sample, resample
 from stateset_lightning.training.sampling_ahead import SamplingAhead
@@ -133,6 +134,7 @@ class Sampler:
         Returns:
             The collection with all counts.
         """
+        heartbeat.doing(f"training on episode {collection.sample.batch.episode_index}")
         costs = self.scorer.take_counts()
         if self.ahead is not None and (batch := upcoming()) is not None:
             self.engine.sync(policy)
@@ -168,6 +170,8 @@ class Sampler:
 
     def _draw(self, policy: Policy, batch: PromptBatch, num_generations: int, greedy: bool) -> Sample:
         seeds_N = sample_seeds(self.seed, batch.split, batch.episode_index, batch.positions, num_generations)
+        place = f"episode {batch.episode_index}" if batch.split == "train" else f"for {batch.split}"
+        heartbeat.doing(f"sampling {place}")
         with self.scorer.start(len(seeds_N), policy.device) as session:
 
             def score(n: int, text: str, num_tokens: int) -> None:
@@ -178,6 +182,7 @@ class Sampler:
             rollout = self.engine.generate(
                 batch.prompt_tokens, num_generations, self.config, seeds_N, greedy=greedy, on_finished=score
             )
+            heartbeat.doing(f"scoring {place}")
             return Sample(batch, rollout, session.collect())
 
 

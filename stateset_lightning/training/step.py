@@ -28,6 +28,7 @@ from stateset_lightning.algorithm import Algorithm
 from stateset_lightning.policy import AdapterReference, Policy
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.seeding import derive_seed
+from stateset_lightning.threads import heartbeat
 from stateset_lightning.training import checks, metrics
 from stateset_lightning.training.collect import Sampler, check_failures
 from stateset_lightning.training.episode import Plan, make_episode
@@ -59,6 +60,7 @@ class TrainingStep:
         Raises:
             RewardError: When too many rewards fail, on every rank.
         """
+        heartbeat.doing(f"training on episode {batch.episode_index}")
         state = self.state
         state.started = state.started or time.perf_counter()
         if batch.micro_step == 0:

@@ -19,7 +19,7 @@ from stateset_lightning.callbacks import ReferenceSync, RunSummary, SampleWriter
 from stateset_lightning.cli.main import main
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import LoRAConfig, PolicyConfig
-from stateset_lightning.run.callbacks import call_episode_hook
+from stateset_lightning.threads import call_episode_hook
 
 ROWS = [{"prompt": f"What is {i} + 1?", "target": str(i + 1)} for i in range(4)]
 

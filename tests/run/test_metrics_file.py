@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import wandb
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from module_runs import fit, make_module
@@ -26,7 +26,6 @@ from stateset_lightning.run.metrics_file import (
 def log(writer, *steps, **metrics):
     for step in steps:
         writer.log_metrics({"a": step * 10, **metrics}, step)
-    writer.save()
 
 
 def read(folder):
@@ -62,7 +61,6 @@ def test_a_resumed_run_goes_on_behind_the_checkpoint(tmp_path):
 def test_a_new_run_in_an_old_folder_starts_afresh_but_not_before_it_has_a_row(tmp_path):
     log(MetricsFile(str(tmp_path)), 1, 2)
     writer = MetricsFile(str(tmp_path))
-    writer.save()
     assert len(read(tmp_path)) == 2
     log(writer, 9)
     assert [row["step"] for row in read(tmp_path)] == ["9"]
@@ -70,13 +68,64 @@ def test_a_new_run_in_an_old_folder_starts_afresh_but_not_before_it_has_a_row(tm
 
 def test_a_full_disk_leaves_whole_rows(tmp_path):
     writer = MetricsFile(str(tmp_path))
-    log(writer, 1)
     with full_disk(1000), pytest.raises(DiskError, match=r"metrics.csv: cannot be written"):
-        log(writer, *range(2, 300))
-    assert [row["step"] for row in read(tmp_path)] == ["1"]
+        log(writer, *range(1, 300))
+    rows = read(tmp_path)
+    assert len(rows) > 50
+    assert rows == [{"a": f"{step}0", "step": str(step)} for step in range(1, len(rows) + 1)]
     with full_disk(1000), pytest.raises(DiskError):
         log(writer, 2, b="x" * 2000)  # a new column rewrites the file
-    assert [row["step"] for row in read(tmp_path)] == ["1"]
+    assert read(tmp_path) == rows
+
+
+DAMAGE = {
+    "zeros": b"\0" * 9,
+    "a cell too few": b"20",
+    "a cell too many": b"20,2,2",
+    "no number": b"20,two",
+    "infinite": b"20,inf",
+    "not UTF-8": b"\xff,2",
+    "an open quote": b'"20,2',
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_row_costs_that_row_and_none_comes_twice(tmp_path, caplog, damage):
+    log(MetricsFile(str(tmp_path)), 1, 2, 3, 4)
+    file = tmp_path / "metrics.csv"
+    lines = file.read_bytes().split(b"\n")
+    file.write_bytes(b"\n".join([*lines[:2], damage, *lines[3:]]))
+    writer = MetricsFile(str(tmp_path))
+    writer.resume(3)
+    log(writer, 4, 5)
+    log(writer, 6, b=1)
+    assert [row["step"] for row in read(tmp_path)] == ["1", "3", "4", "5", "6"]
+    assert writer.num_rows == 5
+    assert caplog.messages == [f"{file}, line 3: damaged, left out (1 in all)"]
+
+
+@pytest.mark.parametrize("header", [b"\0" * 6, b"a", b"\xff", b'"a,step'])
+def test_a_file_with_a_damaged_header_is_kept_beside_the_new_one(tmp_path, header):
+    log(MetricsFile(str(tmp_path)), 1, 2)
+    file = tmp_path / "metrics.csv"
+    damaged = header + file.read_bytes().removeprefix(b"a,step")
+    file.write_bytes(damaged)
+    writer = MetricsFile(str(tmp_path))
+    writer.resume(2)
+    log(writer, 3)
+    assert [row["step"] for row in read(tmp_path)] == ["3"]
+    assert (tmp_path / "metrics.damaged.csv").read_bytes() == damaged
+
+
+def test_a_row_is_on_disk_when_its_step_ends(tmp_path):
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            seen.append([row["step"] for row in read(tmp_path / "run" / "version_0")])
+
+    seen = []
+    logger = CSVLogger(tmp_path, "run", flush_logs_every_n_steps=100)
+    fit(tmp_path, callbacks=[Look()], logger=logger, log_every_n_steps=1, max_steps=2)
+    assert seen == [["1"], ["1", "2"]]
 
 
 def test_it_is_installed_in_stock_loggers_that_have_not_begun(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from module_runs import fit, make_data, make_module, weights
 from stateset_lightning import RewardFunction
 from stateset_lightning.algorithm import Clipped, DrGRPO
 from stateset_lightning.errors import NonFiniteError
-from stateset_lightning.run.records import append_rows, make_records
+from stateset_lightning.run.records import append_rows, drop_later_steps, make_records
 from stateset_lightning.training.checks import is_bad
 from stateset_lightning.training.loss import nan_if_not_finite
 from stateset_lightning.training.resample import Sample
@@ -170,6 +171,17 @@ def test_bad_steps_after_the_checkpoint_are_not_told_twice(tmp_path):
     resumed = make_module(algorithm=Faulty(FAULTS["NaN loss"], {1, 2}))
     fit(tmp_path, resumed, ckpt_path=tmp_path / "step=1.ckpt", max_steps=3)
     assert (tmp_path / "bad_steps.jsonl").read_text() == whole
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 40, b'{"step": 1', b'{"step": "1"}', b"{}", b"7"], ids=str)
+def test_a_damaged_line_costs_that_line_and_other_separators_end_none(tmp_path, caplog, damage):
+    file = tmp_path / "bad_steps.jsonl"
+    lines = [json.dumps({"step": step, "prompt": "a\u2028b\x85c\x0bd"}, ensure_ascii=False).encode() for step in (1, 2)]
+    file.write_bytes(b"\n".join([lines[0], damage, lines[0], lines[1], b'{"torn']))
+    trainer = SimpleNamespace(loggers=[], default_root_dir=tmp_path, global_rank=0)
+    drop_later_steps(trainer, 1)
+    assert file.read_bytes() == (lines[0] + b"\n") * 2
+    assert caplog.messages == [f"{file}, line 2: damaged, left out (1 in all)"]
 
 
 @pytest.mark.parametrize("limit", [0, 2])

@@ -17,8 +17,7 @@ from stateset_lightning.algorithm import GRPO
 from stateset_lightning.callbacks import PredictionWriter, SampleWriter
 from stateset_lightning.policy import Policy, PolicyConfig
 from stateset_lightning.run import samples
-from stateset_lightning.run.records import append_rows
-from stateset_lightning.run.samples import logprobs_now, sample_table, sample_text, thin_out, token_rows, token_texts
+from stateset_lightning.run.samples import logprobs_now, sample_table, sample_text, thinned_out, token_rows, token_texts
 from stateset_lightning.training.episode import Episode
 
 ROWS = [{"id": str(i), "prompt": f"What is {i} + 1?", "target": str(i + 1)} for i in range(6)]
@@ -138,33 +137,56 @@ def test_a_run_that_goes_on_inside_an_episode_writes_it_once(tmp_path):
         )
 
 
-def test_a_file_is_thinned_out_evenly_and_keeps_its_ends(tmp_path):
-    path = tmp_path / "samples.jsonl"
-    rows = [{"split": "train", "step": k, "episode": k, "i": i} for k in range(1, 7) for i in range(2)]
-    rows += [{"split": "validation", "step": k} for k in (0, 3, 6)]
-    append_rows(path, rows)
-    with path.open("a") as file:
-        file.write('{"torn')
-    thin_out(path)
-    kept = read(path)
-    assert [(row["step"], row["i"]) for row in kept if row["split"] == "train"] == [
-        (k, i) for k in (1, 3, 5, 6) for i in range(2)
-    ]
-    assert [row["step"] for row in kept if row["split"] == "validation"] == [0, 6]
-    thin_out(path)
-    assert [row["step"] for row in read(path) if row["split"] == "train"] == [1, 1, 5, 5, 6, 6]
+def test_a_file_is_thinned_out_evenly_and_keeps_its_ends():
+    train = [("train", k, k) for k in range(1, 7)]
+    validation = [("validation", k, -1) for k in (0, 3, 6)]
+    blocks = [*train[:3], *validation, *train[3:]]
+    dropped = thinned_out(blocks)
+    assert dropped == {train[1], train[3], validation[1]}
+    assert thinned_out([block for block in blocks if block not in dropped]) == {train[2]}
 
 
-def test_the_file_stays_below_its_limit(tmp_path, monkeypatch):
-    writer = SampleWriter(1)
-    writer.max_megabytes = 0.004
-    fit(tmp_path, callbacks=[writer], max_steps=8)
-    rows = read(tmp_path / "samples.jsonl")
-    assert (tmp_path / "samples.jsonl").stat().st_size < 2 * 8000
-    episodes = [row["episode"] for row in rows[::8]]
-    assert episodes[0] == 0
-    assert episodes[-1] == 7
-    assert len(episodes) < 8
+def test_the_file_stays_below_its_limit_and_is_the_same_after_any_kill(tmp_path):
+    def run(folder, **options):
+        checkpoints = ModelCheckpoint(folder / "c", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        writer = SampleWriter(1)
+        writer.max_megabytes = 0.004
+        callbacks = [writer, checkpoints]
+        validating = {"limit_val_batches": 1, "val_check_interval": 1, "check_val_every_n_epoch": None}
+        fit(folder, callbacks=callbacks, enable_checkpointing=True, max_steps=9, **validating, **options)
+        return read(folder / "samples.jsonl")
+
+    straight = run(tmp_path)
+    assert (tmp_path / "samples.jsonl").stat().st_size < 3 * 4000
+    for split in ("train", "validation"):
+        steps = sorted({row["step"] for row in straight if row["split"] == split})
+        assert steps[0] == 1
+        assert steps[-1] == 9
+        assert len(steps) < 9
+    for step in (6, 4, 1):  # thinned out since then, more than once
+        assert run(tmp_path, ckpt_path=tmp_path / "c" / f"step={step}.ckpt") == straight
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b'{"split": "tr', b'{"split": "train", "step": "x"}', b"[" * 9999],
+    ids=["torn", "no step", "nested"],
+)
+def test_a_damaged_line_costs_that_line_and_is_told_once(tmp_path, caplog, damage):
+    def run(**options):
+        checkpoints = ModelCheckpoint(tmp_path / "c", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        fit(tmp_path, callbacks=[SampleWriter(1), checkpoints], enable_checkpointing=True, **options)
+
+    run(max_steps=1)
+    file = tmp_path / "samples.jsonl"
+    first, *others = whole = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(first + damage + b"\n" + b"".join(others[1:]))
+    run(max_steps=2, ckpt_path=tmp_path / "c" / "step=1.ckpt")
+    lines = file.read_bytes().splitlines(keepends=True)
+    assert lines[: len(whole) - 1] == [first, *others[1:]]
+    assert len(lines) == 2 * len(whole) - 1
+    told = [message for message in caplog.messages if "damaged, left out" in message]
+    assert told == [f"{file}, line 2: damaged, left out (1 in all)"]
 
 
 def test_predictions_start_afresh(make, tmp_path):

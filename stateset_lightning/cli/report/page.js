@@ -201,7 +201,7 @@ function tabs(place, options, current, choose) {
 }
 function curves() {
   const groups = [...new Set(Object.keys(run.metrics).map((name) => name.split("/")[0]))].filter((name) => name !== "episode");
-  if (!groups.length) { at("charts").append(el("p", { class: "note" }, "This run has no metrics.csv: add lightning.pytorch.loggers.CSVLogger to trainer.logger.")); return; }
+  if (!groups.length) { at("charts").append(el("p", { class: "note" }, "This run has no metrics.csv yet; without lightning.pytorch.loggers.CSVLogger in trainer.logger it will have none.")); return; }
   const order = ["train", "reward", "val", "test", "completion", "groups", "policy", "advantage", "lr", "time", "work", "memory"];
   groups.sort((a, b) => (order.indexOf(a) + 99) % 99 - (order.indexOf(b) + 99) % 99);
   tabs(at("groups"), [["overview", "Overview"], ...groups.map((name) => [name, name])], chosen, (name) => { chosen = name; drawCharts(); });
@@ -357,7 +357,7 @@ function completions() {
   const splits = [["train", "training"], ["validation", "validation"], ["test", "test"]].filter(([name]) => (name === "train" ? run.train.length : run.evaluations.some((group) => group.split === name)));
   if (!splits.length) {
     document.querySelectorAll("#completions .bar").forEach((bar) => bar.remove());
-    at("legend").textContent = "This run has no samples.jsonl: add stateset_lightning.callbacks.SampleWriter to the Trainer's callbacks.";
+    at("legend").textContent = "This run has no samples.jsonl yet; without stateset_lightning.callbacks.SampleWriter among its callbacks it will have none.";
     return;
   }
   const select = (place, options) => at(place).replaceChildren(...options.map(([value, label]) => el("option", { value }, label)));

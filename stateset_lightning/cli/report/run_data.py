@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ import yaml
 
 from stateset_lightning.cli.messages import class_name
 from stateset_lightning.errors import ConfigError
+from stateset_lightning.files import read_lines, read_table
 from stateset_lightning.run.folder import CONFIGS, ENVIRONMENT, METRICS, SAMPLES
 
 SPLITS = ("train", "validation", "test")
@@ -36,7 +37,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         evaluation; `config`: YAML text; `environment`; `missing`: files that are not there.
 
     Raises:
-        ConfigError: If the folder holds no run, or one of its files is damaged.
+        ConfigError: If the folder holds no run, or its config or environment is damaged.
     """
     _check_folder(folder)
     files = {name: folder / name for name in (METRICS, SAMPLES, CONFIGS[0], ENVIRONMENT)}
@@ -62,7 +63,9 @@ def read_run(folder: Path) -> dict[str, Any]:
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder: give a run's, such as runs/single_turn/version_0")
-    if any((folder / name).is_file() for name in (METRICS, SAMPLES)):
+    # A run's first rows come minutes after its folder and its config, where a model is large.
+    files = (METRICS, SAMPLES, ENVIRONMENT, *CONFIGS)
+    if any((folder / name).is_file() for name in files) or re.match(r"version_\d", folder.absolute().name):
         return
     runs = sorted(
         {path.parent for name in (METRICS, SAMPLES) for depth in ("*/", "*/*/") for path in folder.glob(depth + name)},
@@ -79,18 +82,11 @@ def _check_folder(folder: Path) -> None:
 def _read_metrics(path: Path) -> dict[str, list[list[float]]]:
     """Steps and values by name; of several values of a step, the last one. What is no finite number is left out."""
     columns: dict[str, dict[int, float]] = {}
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        reader = csv.DictReader(file)
-        if "step" not in (reader.fieldnames or []):
-            raise ConfigError(f"{path}: its first line has no column `step`; a CSVLogger writes one")
-        for row in reader:
-            step = _number(row["step"])
-            if step is None:
-                raise ConfigError(f"{path}, line {reader.line_num}: the step is {row['step']!r}, which is no number")
-            for name, text in row.items():
-                value = _number(text) if name not in ("step", "epoch") and isinstance(text, str) else None
-                if value is not None:
-                    columns.setdefault(str(name), {})[int(step)] = value
+    for _, row in read_table(path, "step"):
+        for name, text in row.items():
+            value = _number(text) if name not in ("step", "epoch") else None
+            if value is not None:
+                columns.setdefault(name, {})[int(float(row["step"]))] = value
     return {name: _binned(sorted(points.items())) for name, points in sorted(columns.items())}
 
 
@@ -126,7 +122,7 @@ def _read_samples(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]
     episodes: dict[Any, None] = {}
     prompts: dict[str, dict[str, None]] = {"validation": {}, "test": {}}
     steps: dict[str, dict[int, None]] = {"validation": {}, "test": {}}
-    for row in _rows(path):
+    for _, _, row in read_lines(path, _sample):
         if row["split"] == "train":
             episodes[row["step"], row["episode"]] = None
         else:
@@ -138,7 +134,7 @@ def _read_samples(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]
 
     groups: dict[Any, dict[str, Any]] = {}
     evaluated: dict[Any, dict[str, Any]] = {}
-    for row in _rows(path):
+    for _, _, row in read_lines(path, _sample):
         split, step = row["split"], row["step"]
         if split == "train" and (step, row["episode"]) in of_train:
             key = (step, row["episode"], row["id"])
@@ -158,21 +154,12 @@ def _read_samples(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]
     return train, _within(list(evaluated.values())), shown
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Whole lines; the last one may be in the middle of being written."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                row = json.loads(line, parse_constant=lambda _: None)  # NaN and inf
-                kinds = {"step": int, "id": str, "completion": str}
-                is_sample = all(isinstance(row[name], kind) for name, kind in kinds.items())
-                if not is_sample or row["split"] not in SPLITS or (row["split"] == "train" and "episode" not in row):
-                    raise ValueError("not what the samples callback writes")
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(f"{path}, line {number} is no sample of a run: {error!r}") from error
-            yield row
+def _sample(line: str) -> dict[str, Any]:
+    row = json.loads(line, parse_constant=lambda _: None)  # NaN and inf
+    kinds = {"step": int, "id": str, "completion": str, **({"episode": int} if row["split"] == "train" else {})}
+    if row["split"] not in SPLITS or not all(isinstance(row[name], kind) for name, kind in kinds.items()):
+        raise ValueError("not what the samples callback writes")
+    return dict(row)
 
 
 def _heading(row: Mapping[str, Any]) -> dict[str, Any]:

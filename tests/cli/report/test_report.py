@@ -89,8 +89,8 @@ def test_what_is_wrong_is_said_in_a_line(tmp_path, capsys):
 def test_a_page_that_cannot_be_made_leaves_the_old_one(run):
     page = write_report(run)
     before = page.read_text()
-    (run / "samples.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match="line 1"):
+    (run / "environment.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read as JSON"):
         write_report(run)
     assert page.read_text() == before
 

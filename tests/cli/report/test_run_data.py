@@ -7,7 +7,7 @@ import json
 import pytest
 from report_runs import completion, evaluated, write_samples
 
-from stateset_lightning.cli.report import run_data
+from stateset_lightning.cli.report import run_data, write_report
 from stateset_lightning.cli.report.run_data import read_run
 from stateset_lightning.errors import ConfigError
 
@@ -96,16 +96,76 @@ def test_a_folder_without_a_run_is_refused_and_its_newest_run_named(run, tmp_pat
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
-    [
-        ("metrics.csv", "a,b\n1,2\n", "no column `step`"),
-        ("metrics.csv", "a,step\n1,x\n", r"line 2: the step is 'x', which is no number"),
-        ("samples.jsonl", '{"split": "train"}\n', "line 1 is no sample of a run"),
-        ("samples.jsonl", "[]\n", "line 1 is no sample of a run"),
-        ("config.yaml", "a: [", "cannot be read as YAML"),
-        ("environment.json", "{", "cannot be read as JSON"),
-    ],
+    [("config.yaml", "a: [", "cannot be read as YAML"), ("environment.json", "{", "cannot be read as JSON")],
 )
 def test_a_damaged_file_is_named(run, name, content, said):
     (run / name).write_text(content)
     with pytest.raises(ConfigError, match=f"{name}.*{said}"):
         read_run(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "damage"),
+    [
+        ("metrics.csv", 3, b"1,0.1,0.1"),  # a cell for each column, or none
+        ("metrics.csv", 3, b'1,"0.1,0.1,0.5,0.4,,,'),  # a quote that nothing ends
+        ("metrics.csv", 3, b"x,0.1,0.1,0.5,0.4,,,"),
+        ("metrics.csv", 3, b"inf,0.1,0.1,0.5,0.4,,,"),
+        ("metrics.csv", 3, b"1,\xff,0.1,0.5,0.4,,,"),
+        ("samples.jsonl", 3, b'{"split": "train"}'),
+        ("samples.jsonl", 3, b"[]"),
+        ("samples.jsonl", 3, b'{"split": "train", "step": 1, "id": "a", "completion": null, "episode": 0}'),
+        ("samples.jsonl", 3, b'{"split": "dev", "step": 1, "id": "a", "completion": "x"}'),
+        ("samples.jsonl", 3, b"{" + b"\0" * 99),
+        ("samples.jsonl", 3, b"[" * 99_999),
+        ("samples.jsonl", 3, b"9" * 5000),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_a_damaged_line_costs_that_line_and_is_told_once(run, caplog, name, line, damage):
+    before = read_run(run)
+    lines = (run / name).read_bytes().split(b"\n")
+    lines[line - 1] = damage
+    (run / name).write_bytes(b"\n".join(lines))
+    data = read_run(run)
+    if name == "metrics.csv":
+        assert data["metrics"]["train/reward"] == [[2, 3, 4, 5], [0.2, 0.3, 0.4, 0.5]]
+        assert data["train"] == before["train"]
+    else:
+        assert [len(group["completions"]) for group in data["train"]] == [3, 2]
+        assert data["metrics"] == before["metrics"]
+    assert caplog.messages == [f"{run / name}, line {line}: damaged, left out (1 in all)"]
+
+
+def test_other_line_separators_of_unicode_end_no_line(run, caplog):
+    text = "one\u2028two\x85three\x0bfour"
+    rows = json.dumps(completion(text, 1.0), ensure_ascii=False) + "\n"
+    (run / "samples.jsonl").write_text(rows, encoding="utf-8", newline="")
+    assert read_run(run)["train"][0]["completions"][0]["text"] == text
+    assert not caplog.messages
+
+
+NEW = {"config.yaml": "model: {}\n", "environment.json": "{}"}
+BEGINNINGS = {
+    "an empty folder": {},
+    "a config": {"config.yaml": NEW["config.yaml"]},
+    "no row yet": NEW,
+    "empty files": {**NEW, "metrics.csv": "", "samples.jsonl": ""},
+    "half a header": {**NEW, "metrics.csv": "step,train/re"},
+    "a header": {**NEW, "metrics.csv": "step,train/reward\n"},
+    "half a row": {**NEW, "metrics.csv": "step,train/reward\n1,0.", "samples.jsonl": '{"split": "tr'},
+    "a broken header": {**NEW, "metrics.csv": "\0\0\0\0\n1,0.5\n"},
+}
+
+
+@pytest.mark.parametrize("files", BEGINNINGS.values(), ids=BEGINNINGS.keys())
+def test_a_run_that_has_just_begun_has_a_page(tmp_path, files):
+    folder = tmp_path / "version_0"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    data = read_run(folder)
+    assert data["metrics"] == {}
+    assert data["train"] == data["evaluations"] == []
+    assert set(data["missing"]) == {"metrics.csv", "samples.jsonl", "config.yaml", "environment.json"} - set(files)
+    assert write_report(folder).read_text().endswith("</html>\n")
