@@ -6,6 +6,8 @@ A checkpoint made between two micro-steps of an accumulation would lose the grad
 import os
 import signal
 import threading
+from contextlib import suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +18,29 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from stateset_lightning.ranks import Ranks, explain_lost_rank
 from stateset_lightning.run import lightning_internals
 from stateset_lightning.run.folder import CHECKPOINTS, LAST_CHECKPOINT, run_folder
+from stateset_lightning.threads import Interruption, cut_off_waits
 
-SIGNALS: dict[int, str] = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+SIGNALS: dict[int, str] = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C", signal.SIGHUP: "SIGHUP"}
 
 
 class StepEnd(Callback):
     """Makes checkpoints, early stops and signals wait for the end of the running optimizer step; every run has it.
 
-    On SIGTERM and on Ctrl-C a last checkpoint is written, `last.ckpt` beside the others, and `SystemExit` raised with
-    code 143 and 130. A second Ctrl-C interrupts at once and saves nothing. An exception saves nothing either: it could
-    hold the state that failed.
+    On SIGTERM, Ctrl-C and SIGHUP a last checkpoint is written, `last.ckpt` beside the others, and `SystemExit` raised
+    with code 143, 130 and 129. A wait for a reward or a server is cut off, and the checkpoint is then of the optimizer
+    step before. Before the first batch, in an evaluation, and on a second Ctrl-C a signal ends the run at once and
+    saves nothing. An exception saves nothing either: it could hold the state that failed.
 
     A validation that was due right after a checkpoint is made up for when a run resumes from it; Lightning would leave
     it out.
     """
 
     def __init__(self) -> None:
+        self._trains = False  # a signal waits for the end of the optimizer step
         self._received = 0  # the signal to act on; 0: none
+        self._finished: Any = None  # progress of loops and data at the end of the last optimizer step
+        self._launcher: Any = None  # of the other ranks of this machine, if this one started them
+        self._gave_up = False  # the optimizer step under way: the next checkpoint is of the last one's end
         self._requeue: Any = None  # Lightning's handler of SLURM's signal
         self._stop = False  # an early stop was asked for inside the optimizer step
         self._validating = False
@@ -50,15 +58,23 @@ class StepEnd(Callback):
         self._stop = self._validating = False
         self._validated_batch = -1
         self._listen(trainer)
+        self._trains = True
+        self._keep(trainer, pl_module)
         self._make_up_for_validation(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        if self._waits(trainer, pl_module):
-            return
-        if received := max(Ranks(trainer.global_rank, trainer.world_size).gather(self._received)):
-            self._act(trainer, received)
+        if not self._waits(trainer, pl_module):
+            self._act_on_signal(trainer)
+            self._keep(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._listen(trainer)
+
+    on_predict_start = on_test_start
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            self._listen(trainer)
         self._validating = True
         self._validation_progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress.state_dict()
 
@@ -85,6 +101,11 @@ class StepEnd(Callback):
         validated = trainer.fit_loop.epoch_loop.total_batch_idx == self._validated_batch
         missed = trainer.training and not validated and lightning_internals.validation_follows(trainer)
         checkpoint["missed_validation"] = self._validating or missed
+        if self._gave_up:  # any validation that followed the last step has been done
+            loops, data = self._finished
+            checkpoint["loops"]["fit_loop"], checkpoint["missed_validation"] = loops, False
+            checkpoint.update({type(trainer.datamodule).__qualname__: data} if data else {})
+            return
         progress = checkpoint["loops"]["fit_loop"]
         if self._validating:  # it starts anew when the run resumes, and its progress with it
             progress["epoch_loop.val_loop.batch_progress"] = self._validation_progress
@@ -95,6 +116,8 @@ class StepEnd(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._make_up_for_validation(trainer)  # the checkpoint was the run's last, and there was nothing left to train
+        self._act_on_signal(trainer)
+        self._trains = False
 
     def _make_up_for_validation(self, trainer: Trainer) -> None:
         if self._missed_validation:
@@ -105,30 +128,52 @@ class StepEnd(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         explain_lost_rank(exception)
+        if isinstance(exception, Interruption) and (trainer.world_size == 1 or not self._validating):
+            if pl_module.inside_optimizer_step:
+                self._gave_up = True
+                pl_module.state.turn_back()  # type: ignore[operator, union-attr]
+            self._save_last(trainer, self._received or exception.code - 128)
+        cut_off_waits(0)
+
+    def _keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self._finished = deepcopy((trainer.fit_loop.state_dict(), data and data.state_dict()))
+        pl_module.state.keep()  # type: ignore[operator, union-attr]
 
     def _listen(self, trainer: Trainer) -> None:
         """Takes the place of Lightning's handlers, which act, and talk to other ranks, wherever the signal finds them.
 
         Lightning restores all handlers from before the run at its end.
         """
-        self._received = 0
+        self._received, self._trains, self._gave_up = 0, False, False
         if threading.current_thread() is not threading.main_thread():
             return
+        cut_off_waits(0)
+        self._launcher = trainer.strategy.launcher
         for number in SIGNALS:
-            signal.signal(number, self._on_signal)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self._on_signal)
         if requeue := lightning_internals.requeue_signal(trainer):
             self._requeue = signal.getsignal(requeue)
             signal.signal(requeue, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if number == self._received == signal.SIGINT:
-            raise KeyboardInterrupt
+        if self._launcher is not None and number in SIGNALS and number != signal.SIGINT:  # a terminal's reaches all
+            self._launcher.kill(number)
+        if number in SIGNALS and (not self._trains or number == self._received == signal.SIGINT):
+            raise SystemExit(128 + number)
         if self._received not in SIGNALS:
             self._received = number
         if number in SIGNALS:
             again = ", Ctrl-C again at once and without" if number == signal.SIGINT else ""
             said = f"\n{signal.Signals(number).name}: ending after this optimizer step with a last checkpoint{again}\n"
-            os.write(2, said.encode())  # a handler may interrupt a `print` and must not print itself
+            with suppress(OSError):  # a terminal that is gone
+                os.write(2, said.encode())  # a handler may interrupt a `print` and must not print itself
+            cut_off_waits(128 + number)
+
+    def _act_on_signal(self, trainer: Trainer) -> None:
+        if received := max(Ranks(trainer.global_rank, trainer.world_size).gather(self._received)):
+            self._act(trainer, received)
 
     def _act(self, trainer: Trainer, number: int) -> None:
         """What a signal asked for, at the end of an optimizer step.
@@ -140,12 +185,15 @@ class StepEnd(Callback):
             self._received = 0
             self._requeue(number, None)  # Lightning's: a checkpoint, and the job back into the queue
             return
+        self._save_last(trainer, number)
+        raise SIGTERMException(128 + number) if number == signal.SIGTERM else SystemExit(128 + number)
+
+    def _save_last(self, trainer: Trainer, number: int) -> None:
         path = _last_path(trainer)
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             after = f"stopped by {SIGNALS[number]} after optimizer step {trainer.global_step}"
             print(f"{after}; resume with --ckpt_path {path}", flush=True)
-        raise SIGTERMException(128 + number) if number == signal.SIGTERM else SystemExit(128 + number)
 
 
 def _wait_for_step_end(callback: Checkpoint) -> None:

@@ -28,8 +28,9 @@ from stateset_lightning.algorithm import Algorithm
 from stateset_lightning.policy import AdapterReference, Policy
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.seeding import derive_seed
+from stateset_lightning.threads import Interruption
 from stateset_lightning.training import checks, metrics
-from stateset_lightning.training.collect import Sampler, check_failures
+from stateset_lightning.training.collect import Collection, Sampler, check_failures
 from stateset_lightning.training.episode import Plan, make_episode
 from stateset_lightning.training.loss import add_fixed_logprobs, micro_batch_loss, nan_if_not_finite, trained_scores
 from stateset_lightning.training.state import TrainingState
@@ -85,7 +86,7 @@ class TrainingStep:
     def start_episode(self, batch: PromptBatch) -> None:
         """Samples and scores the prompts, and computes what stays fixed while the episode is trained on."""
         start, policy, algorithm = time.perf_counter(), self.sampled_policy, self.algorithm
-        collection = self.sampler.collect(policy, batch, greedy_baseline=algorithm.needs_greedy_baseline)
+        collection = self._collect(batch)
         check_failures(self.sampler.scorer, collection, self.ranks)
         if self.report is not None:
             self.report(batch.episode_index, *collection.groups_of_all_ranks(self.ranks))
@@ -110,6 +111,23 @@ class TrainingStep:
         # Gathered now and not when a checkpoint is written, which would hang if one rank had failed by then.
         state.episode_of_ranks = self.ranks.gather(episode.state_dict()) if batch.num_micro_steps > 1 else None
         state.collect_seconds = time.perf_counter() - start
+
+    def _collect(self, batch: PromptBatch) -> Collection:
+        """What an episode needs. If a signal cuts off the wait of one rank, all end alike, and can save together.
+
+        Raises:
+            Interruption: On every rank.
+        """
+        collection, code = None, 0
+        try:
+            greedy = self.algorithm.needs_greedy_baseline
+            collection = self.sampler.collect(self.sampled_policy, batch, greedy_baseline=greedy)
+        except Interruption as interruption:
+            code = interruption.code
+        if code := max(self.ranks.gather(code)):
+            raise Interruption(code)
+        assert collection is not None
+        return collection
 
     def check_gradient(self, optimizer: torch.optim.Optimizer) -> float | None:
         """Skips an optimizer step that has nothing to train, or whose gradient is not finite (a bad step).
