@@ -34,8 +34,7 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from stateset_lightning.cli.messages import PROGRAM, check_config_files, without_traceback
-from stateset_lightning.errors import ConfigError, UserError
+from stateset_lightning.cli import program
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import ArgsType
@@ -49,8 +48,6 @@ LIGHT = ("convert", "report")
 """Those of them that load no model."""
 
 REMOVED = {"completion": "completion of the shell is gone: `stateset-lightning fit --help` lists all keys"}
-
-INTERRUPTED = 128 + signal.SIGINT
 
 _NOISE = (
     "litlogger",
@@ -71,8 +68,25 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
 
     Raises:
         SystemExit: With code 2 for whatever the user can mend, after a message of a few lines on stderr; with 143 after
-            SIGTERM and 130 after Ctrl-C; with 0 or 1 from `doctor`.
+            SIGTERM, 130 after Ctrl-C and 129 after SIGHUP; with 0 or 1 from `doctor`.
     """
+    if args is not None:
+        return _run(args)
+    program.begin()
+    try:
+        return _run(args)
+    except SystemExit as exit_:
+        if exit_.code in program.EXIT_CODES:
+            program.leave(int(exit_.code))
+        raise
+    finally:
+        program.end()
+
+
+def _run(args: ArgsType) -> StatesetCLI | None:
+    from stateset_lightning.cli.messages import PROGRAM, without_traceback
+    from stateset_lightning.errors import ConfigError, UserError
+
     given = sys.argv[1:] if args is None else args
     words = given if isinstance(given, list) else []
     if given in ([], ["-h"], ["--help"]):
@@ -92,16 +106,15 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
         cli = _run_lightning(args, words)
         return None if args is None else cli
     except KeyboardInterrupt:
-        raise SystemExit(INTERRUPTED) from None
-    except SystemExit as exit_:
-        # The second Ctrl-C of a run: Lightning turns it into exit code 1.
-        raise SystemExit(INTERRUPTED if isinstance(exit_.__context__, KeyboardInterrupt) else exit_.code) from None
+        raise SystemExit(128 + signal.SIGINT) from None
     except UserError as error:
         print(f"{PROGRAM}: error: {without_traceback(str(error)).strip()}", file=sys.stderr)
         raise SystemExit(1 if command == "doctor" else 2) from None
 
 
 def _run_lightning(args: ArgsType, words: list[str]) -> StatesetCLI:
+    from stateset_lightning.cli.messages import check_config_files
+
     check_config_files(words)
     if args is None:
         gc.disable()  # what is imported stays: looking for garbage in it takes a second of `fit --help`
