@@ -5,18 +5,22 @@ A file is written under a temporary name, flushed to disk, then renamed.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import shutil
+import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import IO
 
 from stateset_lightning.errors import ConfigError, DiskError
 
 PARTIAL = ".partial"
-"""Ending of a file while it is being written. A file with this ending that nobody writes is what a kill left."""
+"""Ending of a file while it is being written, and locked by its writer. One that is not locked is what a kill left."""
 
 
 @contextmanager
@@ -28,13 +32,18 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         DiskError: If the disk is full or cannot be written.
     """
-    partial = path.with_name(f".{path.name}{PARTIAL}")
+    # Two writers of one name do not meet: a thread's number is unique on its machine.
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}-{threading.get_native_id()}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, escape(path.name))
         with partial.open("wb") as file:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
-        _sync(partial)  # or a power cut could leave the new name with the old disk blocks
-        os.replace(partial, path)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the new name with the old disk blocks
+            os.replace(partial, path)
         _sync(path.parent)
     except OSError as error:
         raise disk_error(path, error) from error
@@ -105,11 +114,17 @@ def append_lines(path: Path, text: str) -> None:
         raise disk_error(path, error) from error
 
 
-def remove_leftovers(folder: Path) -> list[Path]:
-    """Removes the temporary files of killed writers from a folder, which must have no other writer; returns them."""
-    leftovers = sorted(folder.glob(f".*{PARTIAL}")) if folder.is_dir() else []
-    for path in leftovers:
-        path.unlink(missing_ok=True)
+def remove_leftovers(folder: Path, name: str = "") -> list[Path]:
+    """Removes the temporary files of killed writers from a folder, and returns them; writers that live keep theirs.
+
+    The kernel releases the lock of a process that ends, however it ends. Where there are no locks, nothing is removed.
+    """
+    leftovers = []
+    for path in sorted(folder.glob(f".{name}*{PARTIAL}")):
+        with suppress(OSError), path.open("rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+            leftovers.append(path)
     return leftovers
 
 
