@@ -90,7 +90,11 @@ def claim_versions(trainer: Trainer) -> None:
     """
     claimed: dict[str, int] = {}
     for logger in trainer.loggers:
-        if isinstance(logger, CSVLogger | TensorBoardLogger) and logger._version is None and "://" not in logger.root_dir:
+        if (
+            isinstance(logger, CSVLogger | TensorBoardLogger)
+            and logger._version is None
+            and "://" not in logger.root_dir
+        ):
             if logger.root_dir not in claimed:
                 claimed[logger.root_dir] = _new_version(Path(logger.root_dir), logger._get_next_version())
             logger._version = claimed[logger.root_dir]

@@ -42,7 +42,7 @@ class RunLock(Callback):
                 self._file.seek(0)
                 holder = self._file.read()
                 self.release()
-                raise ConfigError(f"{path.parent}: {holder} trains in this folder: wait for its end, or end it") from None
+                raise ConfigError(f"{path.parent}: {holder} trains in this folder: wait for it, or end it") from None
             _log.warning("%s cannot be locked (%s): nothing keeps a second run out", path, error.strerror)
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -56,7 +56,7 @@ class RunLock(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         lightning_internals.share_versions(trainer)
 
-    def teardown(self, *_: Any) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.release()
 
     def on_exception(self, *_: Any) -> None:

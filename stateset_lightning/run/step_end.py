@@ -104,7 +104,7 @@ class StepEnd(Callback):
         if self._gave_up:  # any validation that followed the last step has been done
             loops, data = self._finished
             checkpoint["loops"]["fit_loop"], checkpoint["missed_validation"] = loops, False
-            checkpoint.update({type(trainer.datamodule).__qualname__: data} if data else {})
+            checkpoint.update(data)
             return
         progress = checkpoint["loops"]["fit_loop"]
         if self._validating:  # it starts anew when the run resumes, and its progress with it
@@ -136,8 +136,9 @@ class StepEnd(Callback):
         cut_off_waits(0)
 
     def _keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        self._finished = deepcopy((trainer.fit_loop.state_dict(), data and data.state_dict()))
+        data = getattr(trainer, "datamodule", None)
+        states = {type(data).__qualname__: data.state_dict()} if data else {}
+        self._finished = deepcopy((trainer.fit_loop.state_dict(), states))
         pl_module.state.keep()  # type: ignore[operator, union-attr]
 
     def _listen(self, trainer: Trainer) -> None:

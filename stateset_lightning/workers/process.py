@@ -1,8 +1,8 @@
 """The worker process: runs one call at a time in its main thread.
 
 A worker is started with `command`. Each message names a function, its time-out and its arguments; the answer is a
-result or an exception, behind the token of its call: a function may write into the pipe. The first call is of `LOAD`, which brings the other functions. The process may be killed at any
-moment: it holds no state that matters.
+result or an exception, behind the token of its call: a function may write into the pipe. The first call is of `LOAD`,
+which brings the other functions. The process may be killed at any moment: it holds no state that matters.
 
 It is a fresh interpreter and no `multiprocessing` child: those import the training script, and with it torch, every
 time. This one imports the script only if a function is defined in it. Its standard output is the parent's standard
