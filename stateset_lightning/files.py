@@ -92,6 +92,21 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def make_folder(path: Path) -> bool:
+    """Makes a folder, and says whether it is new: of several processes, one alone is told so.
+
+    Raises:
+        DiskError: If it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise disk_error(path, error) from error
+    return True
+
+
 def append_lines(path: Path, text: str) -> None:
     """Appends complete lines, or nothing. An incomplete last line, left by a kill, is cut off first.
 
@@ -114,18 +129,15 @@ def append_lines(path: Path, text: str) -> None:
         raise disk_error(path, error) from error
 
 
-def remove_leftovers(folder: Path, name: str = "") -> list[Path]:
-    """Removes the temporary files of killed writers from a folder, and returns them; writers that live keep theirs.
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Removes the temporary files of killed writers from a folder; writers that live keep theirs.
 
     The kernel releases the lock of a process that ends, however it ends. Where there are no locks, nothing is removed.
     """
-    leftovers = []
-    for path in sorted(folder.glob(f".{name}*{PARTIAL}")):
+    for path in folder.glob(f".{name}*{PARTIAL}"):
         with suppress(OSError), path.open("rb+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
-            leftovers.append(path)
-    return leftovers
 
 
 def disk_error(path: Path, error: OSError) -> DiskError:

@@ -78,9 +78,9 @@ def test_a_folder_that_is_a_file_is_named(tmp_path):
 def test_leftovers_of_a_kill_are_told_from_other_files(tmp_path):
     for name in (".step=3.ckpt.partial", "step=2.ckpt", ".hidden", "notes.partial"):
         (tmp_path / name).write_text("x")
-    assert [path.name for path in remove_leftovers(tmp_path)] == [".step=3.ckpt.partial"]
+    remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "notes.partial", "step=2.ckpt"]
-    assert remove_leftovers(tmp_path / "absent") == []
+    remove_leftovers(tmp_path / "absent")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_what_another_process_is_writing_stays(tmp_path):
     command = [sys.executable, "-c", WRITES, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout.readline() == "writing\n"
-        assert remove_leftovers(tmp_path) == []
+        remove_leftovers(tmp_path)
         with atomic_write(path) as file:
             file.write(b"mine")
         assert path.read_bytes() == b"mine"

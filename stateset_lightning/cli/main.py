@@ -79,8 +79,6 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
         if exit_.code in program.EXIT_CODES:
             program.leave(int(exit_.code))
         raise
-    finally:
-        program.end()
 
 
 def _run(args: ArgsType) -> StatesetCLI | None:

@@ -55,12 +55,6 @@ def leave(code: int) -> NoReturn:
     raise SystemExit(code)
 
 
-def end() -> None:
-    """What Python does behind the last line raises nothing any more, so that a signal has to end it there."""
-    if not signal.getitimer(signal.ITIMER_REAL)[0]:
-        _on_signals(lambda number, frame: os._exit(128 + number))
-
-
 def _on_signals(handler: Callable[[int, Any], object]) -> None:
     for number in EXIT_CODES.values():
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup

@@ -1,4 +1,4 @@
-"""What every run gets: a folder of its own, writers of complete checkpoints and metrics, the callbacks of step_end.py."""
+"""What every run gets: a folder of its own, writers of complete checkpoints and metrics, and callbacks."""
 
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer

@@ -4,8 +4,7 @@ Seen in lightning 2.6.6; tests/run/test_lightning_internals.py fails first when 
 ModelCheckpoint are in step_end.py, beside their only use.
 """
 
-from contextlib import suppress
-from itertools import count
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
-from stateset_lightning.files import disk_error
+from stateset_lightning.files import make_folder
 
 # Loops ----------------------------------------------------------------------------------------------------------------
 
@@ -95,21 +94,11 @@ def claim_versions(trainer: Trainer) -> None:
             and logger._version is None
             and "://" not in logger.root_dir
         ):
-            if logger.root_dir not in claimed:
-                claimed[logger.root_dir] = _new_version(Path(logger.root_dir), logger._get_next_version())
-            logger._version = claimed[logger.root_dir]
-
-
-def _new_version(folder: Path, first: int) -> int:
-    for version in count(first):
-        path = folder / f"version_{version}"
-        try:
-            with suppress(FileExistsError):
-                path.mkdir(parents=True)
-                break
-        except OSError as error:
-            raise disk_error(path, error) from error
-    return version
+            root = logger.root_dir
+            if root not in claimed:
+                numbers = itertools.count(logger._get_next_version())
+                claimed[root] = next(n for n in numbers if make_folder(Path(root, f"version_{n}")))
+            logger._version = claimed[root]
 
 
 def share_versions(trainer: Trainer) -> None:

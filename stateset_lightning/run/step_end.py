@@ -28,8 +28,8 @@ class StepEnd(Callback):
 
     On SIGTERM, Ctrl-C and SIGHUP a last checkpoint is written, `last.ckpt` beside the others, and `SystemExit` raised
     with code 143, 130 and 129. A wait for a reward or a server is cut off, and the checkpoint is then of the optimizer
-    step before. Before the first batch, in an evaluation, and on a second Ctrl-C a signal ends the run at once and
-    saves nothing. An exception saves nothing either: it could hold the state that failed.
+    step before. A second Ctrl-C ends the run at once and saves nothing. An exception saves nothing either: it could
+    hold the state that failed.
 
     A validation that was due right after a checkpoint is made up for when a run resumes from it; Lightning would leave
     it out.
@@ -39,7 +39,6 @@ class StepEnd(Callback):
         self._trains = False  # a signal waits for the end of the optimizer step
         self._received = 0  # the signal to act on; 0: none
         self._finished: Any = None  # progress of loops and data at the end of the last optimizer step
-        self._launcher: Any = None  # of the other ranks of this machine, if this one started them
         self._gave_up = False  # the optimizer step under way: the next checkpoint is of the last one's end
         self._requeue: Any = None  # Lightning's handler of SLURM's signal
         self._stop = False  # an early stop was asked for inside the optimizer step
@@ -58,7 +57,6 @@ class StepEnd(Callback):
         self._stop = self._validating = False
         self._validated_batch = -1
         self._listen(trainer)
-        self._trains = True
         self._keep(trainer, pl_module)
         self._make_up_for_validation(trainer)
 
@@ -67,14 +65,7 @@ class StepEnd(Callback):
             self._act_on_signal(trainer)
             self._keep(trainer, pl_module)
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._listen(trainer)
-
-    on_predict_start = on_test_start
-
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit":
-            self._listen(trainer)
         self._validating = True
         self._validation_progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress.state_dict()
 
@@ -132,7 +123,7 @@ class StepEnd(Callback):
             if pl_module.inside_optimizer_step:
                 self._gave_up = True
                 pl_module.state.turn_back()  # type: ignore[operator, union-attr]
-            self._save_last(trainer, self._received or exception.code - 128)
+            self._save_last(trainer, exception.code - 128)
         cut_off_waits(0)
 
     def _keep(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -146,11 +137,10 @@ class StepEnd(Callback):
 
         Lightning restores all handlers from before the run at its end.
         """
-        self._received, self._trains, self._gave_up = 0, False, False
+        self._received, self._trains, self._gave_up = 0, True, False
         if threading.current_thread() is not threading.main_thread():
             return
         cut_off_waits(0)
-        self._launcher = trainer.strategy.launcher
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self._on_signal)
@@ -159,8 +149,6 @@ class StepEnd(Callback):
             signal.signal(requeue, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self._launcher is not None and number in SIGNALS and number != signal.SIGINT:  # a terminal's reaches all
-            self._launcher.kill(number)
         if number in SIGNALS and (not self._trains or number == self._received == signal.SIGINT):
             raise SystemExit(128 + number)
         if self._received not in SIGNALS:

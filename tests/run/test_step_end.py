@@ -407,10 +407,21 @@ class HangsBatch(BatchReward):
         return [self.one.compute_reward(*pair) for pair in zip(turns, contexts, strict=True)]
 
 
-@pytest.mark.parametrize("kind", [HangsReward, HangsAsync, HangsBatch], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize(
-    ("count", "step"),  # 16 completions of an episode of four steps, 4 of a validation: inside step 2 and 5, after 3
-    [(5, 0), (18, 1), (22, 3), (27, 4), (42, 4)],
+    (
+        "kind",
+        "count",
+        "step",
+    ),  # 16 completions of an episode of four steps, 4 of a validation: inside steps 2, 5; after 3
+    [
+        (HangsReward, 5, 0),
+        (HangsReward, 18, 1),
+        (HangsReward, 22, 3),
+        (HangsReward, 27, 4),
+        (HangsReward, 42, 4),
+        (HangsAsync, 27, 4),
+        (HangsBatch, 27, 4),
+    ],
 )
 def test_a_signal_cuts_off_a_reward_that_hangs(tmp_path, straight, monkeypatch, kind, count, step):
     monkeypatch.setattr(threads, "_WAIT_SECONDS", 0.05)
