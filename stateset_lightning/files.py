@@ -6,20 +6,24 @@ A file is written under a temporary name, flushed to disk, then renamed.
 from __future__ import annotations
 
 import csv
+import fcntl
 import logging
 import mmap
 import os
 import shutil
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from glob import escape
 from pathlib import Path
 from typing import IO, TypeVar
 
 from stateset_lightning.errors import ConfigError, DiskError
 
 PARTIAL = ".partial"
-"""Ending of a file while it is being written. A file with this ending that nobody writes is what a kill left."""
+"""Ending of a file while it is being written, and locked by its writer. One that is not locked is what a kill left."""
 
 
 @contextmanager
@@ -31,13 +35,18 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         DiskError: If the disk is full or cannot be written.
     """
-    partial = path.with_name(f".{path.name}{PARTIAL}")
+    # Two writers of one name do not meet: a thread's number is unique on its machine.
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}-{threading.get_native_id()}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, escape(path.name))
         with partial.open("wb") as file:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
-        _sync(partial)  # or a power cut could leave the new name with the old disk blocks
-        os.replace(partial, path)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the new name with the old disk blocks
+            os.replace(partial, path)
         _sync(path.parent)
     except OSError as error:
         raise disk_error(path, error) from error
@@ -84,6 +93,21 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             old.rename(path)
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def make_folder(path: Path) -> bool:
+    """Makes a folder, and says whether it is new: of several processes, one alone is told so.
+
+    Raises:
+        DiskError: If it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise disk_error(path, error) from error
+    return True
 
 
 def append_lines(path: Path, text: str) -> None:
@@ -157,12 +181,15 @@ def read_table(path: Path, number: str) -> Iterator[tuple[int, dict[str, str]]]:
     return ((place - 1, row) for place, _, row in read_lines(path, parse) if row)
 
 
-def remove_leftovers(folder: Path) -> list[Path]:
-    """Removes the temporary files of killed writers from a folder, which must have no other writer; returns them."""
-    leftovers = sorted(folder.glob(f".*{PARTIAL}")) if folder.is_dir() else []
-    for path in leftovers:
-        path.unlink(missing_ok=True)
-    return leftovers
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Removes the temporary files of killed writers from a folder; writers that live keep theirs.
+
+    The kernel releases the lock of a process that ends, however it ends. Where there are no locks, nothing is removed.
+    """
+    for path in folder.glob(f".{name}*{PARTIAL}"):
+        with suppress(OSError), path.open("rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 def disk_error(path: Path, error: OSError) -> DiskError:

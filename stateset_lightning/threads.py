@@ -1,7 +1,8 @@
 """Threads for calls that block, an event loop on a thread of its own for coroutines, and a sign of life.
 
 The first two serve user code and servers that may hang for ever. All threads are daemon threads: a call that hangs
-keeps neither the interpreter from ending nor Ctrl-C from working.
+keeps neither the interpreter from ending nor Ctrl-C from working. A wait for such a call is `interruptible`: a signal
+cuts it off.
 """
 
 from __future__ import annotations
@@ -9,15 +10,64 @@ from __future__ import annotations
 import asyncio
 import inspect
 import queue
+import signal
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 _Call = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 _CLOSE_SECONDS = 1.0  # an event loop that is blocked for longer than this is left to its daemon thread
+_WAIT_SECONDS = 3.0  # that a wait may go on once a signal has asked for the end
+
+
+class Interruption(SystemExit):
+    """A signal has asked for the end, and what is waited for has not come in time."""
+
+    code: int
+
+
+class _MainThread:
+    """Handlers of signals run in the main thread alone, wherever it is."""
+
+    waits = False
+    exit_code = 0  # that a signal asked for; 0: none
+
+
+def cut_off_waits(exit_code: int) -> None:
+    """From now on each `interruptible` wait raises `Interruption(exit_code)` after 3 seconds; with 0 none does.
+
+    To be called in the main thread, by a handler of signals say. It takes the alarm signal.
+    """
+    _MainThread.exit_code = exit_code
+    if exit_code:
+        signal.signal(signal.SIGALRM, _cut_off)
+        signal.setitimer(signal.ITIMER_REAL, _WAIT_SECONDS if _MainThread.waits else 0)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """A block that waits for user code or for a server, which may hang for ever.
+
+    Raises:
+        Interruption: After `cut_off_waits`. In other threads than the main one never.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _MainThread.waits = True
+    cut_off_waits(_MainThread.exit_code)
+    try:
+        yield
+    finally:
+        _MainThread.waits = False
+
+
+def _cut_off(*_: object) -> None:
+    if _MainThread.waits:
+        raise Interruption(_MainThread.exit_code)
 
 
 class DaemonThreads:

@@ -2,6 +2,8 @@
 
 import resource
 import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -76,9 +78,9 @@ def test_a_folder_that_is_a_file_is_named(tmp_path):
 def test_leftovers_of_a_kill_are_told_from_other_files(tmp_path):
     for name in (".step=3.ckpt.partial", "step=2.ckpt", ".hidden", "notes.partial"):
         (tmp_path / name).write_text("x")
-    assert [path.name for path in remove_leftovers(tmp_path)] == [".step=3.ckpt.partial"]
+    remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "notes.partial", "step=2.ckpt"]
-    assert remove_leftovers(tmp_path / "absent") == []
+    remove_leftovers(tmp_path / "absent")
 
 
 @pytest.mark.parametrize(
@@ -104,3 +106,26 @@ def test_lines_for_which_there_is_no_room_are_not_written_in_part(tmp_path):
     with full_disk(1000), pytest.raises(DiskError, match="rows: cannot be written"):
         append_lines(path, "two\n" * 500)
     assert path.read_text() == "one\n"
+
+
+WRITES = """
+import pathlib, sys
+from stateset_lightning.files import atomic_write
+with atomic_write(pathlib.Path(sys.argv[1])) as file:
+    file.write(b"theirs")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_another_process_is_writing_stays(tmp_path):
+    path = tmp_path / "file"
+    command = [sys.executable, "-c", WRITES, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout.readline() == "writing\n"
+        remove_leftovers(tmp_path)
+        with atomic_write(path) as file:
+            file.write(b"mine")
+        assert path.read_bytes() == b"mine"
+    assert path.read_bytes() == b"theirs"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -1,4 +1,4 @@
-"""The short form of `benchmarks/saves.py`: some sets of options stopped at some moments; the whole is `make saves-test`."""
+"""The short form of `benchmarks/saves.py`: some sets of options, stopped at some moments (whole: `make saves-test`)."""
 
 import os
 import subprocess

@@ -34,9 +34,7 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from stateset_lightning.cli.messages import PROGRAM, check_config_files, without_traceback
-from stateset_lightning.errors import ConfigError, UserError
-from stateset_lightning.threads import heartbeat
+from stateset_lightning.cli import program
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import ArgsType
@@ -50,8 +48,6 @@ LIGHT = ("convert", "report")
 """Those of them that load no model."""
 
 REMOVED = {"completion": "completion of the shell is gone: `stateset-lightning fit --help` lists all keys"}
-
-INTERRUPTED = 128 + signal.SIGINT
 
 _NOISE = (
     "litlogger",
@@ -72,8 +68,24 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
 
     Raises:
         SystemExit: With code 2 for whatever the user can mend, after a message of a few lines on stderr; with 143 after
-            SIGTERM and 130 after Ctrl-C; with 0 or 1 from `doctor`.
+            SIGTERM, 130 after Ctrl-C and 129 after SIGHUP; with 0 or 1 from `doctor`.
     """
+    if args is not None:
+        return _run(args)
+    program.begin()
+    try:
+        return _run(args)
+    except SystemExit as exit_:
+        if exit_.code in program.EXIT_CODES:
+            program.leave(int(exit_.code))
+        raise
+
+
+def _run(args: ArgsType) -> StatesetCLI | None:
+    from stateset_lightning.cli.messages import PROGRAM, without_traceback
+    from stateset_lightning.errors import ConfigError, UserError
+    from stateset_lightning.threads import heartbeat
+
     given = sys.argv[1:] if args is None else args
     words = given if isinstance(given, list) else []
     if given in ([], ["-h"], ["--help"]):
@@ -96,10 +108,7 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
         cli = _run_lightning(args, words)
         return None if args is None else cli
     except KeyboardInterrupt:
-        raise SystemExit(INTERRUPTED) from None
-    except SystemExit as exit_:
-        # The second Ctrl-C of a run: Lightning turns it into exit code 1.
-        raise SystemExit(INTERRUPTED if isinstance(exit_.__context__, KeyboardInterrupt) else exit_.code) from None
+        raise SystemExit(128 + signal.SIGINT) from None
     except UserError as error:
         print(f"{PROGRAM}: error: {without_traceback(str(error)).strip()}", file=sys.stderr)
         raise SystemExit(1 if command == "doctor" else 2) from None
@@ -108,6 +117,8 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
 
 
 def _run_lightning(args: ArgsType, words: list[str]) -> StatesetCLI:
+    from stateset_lightning.cli.messages import check_config_files
+
     check_config_files(words)
     if args is None:
         gc.disable()  # what is imported stays: looking for garbage in it takes a second of `fit --help`
@@ -147,6 +158,8 @@ class _Stdout(logging.Handler):
     """Prints announcements; on the stream of the moment, since a notebook or a test may have replaced `sys.stdout`."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        from stateset_lightning.threads import heartbeat
+
         heartbeat.say(record.getMessage())
 
 

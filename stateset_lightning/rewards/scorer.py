@@ -22,7 +22,7 @@ from stateset_lightning.errors import ConfigError, DataError, RewardError, bound
 from stateset_lightning.rewards import base
 from stateset_lightning.rewards.base import BatchReward, Context, Outcome, RewardFunction, Turns, failure
 from stateset_lightning.rewards.reward_list import as_rewards
-from stateset_lightning.threads import DaemonThreads, EventLoopThread
+from stateset_lightning.threads import DaemonThreads, EventLoopThread, Interruption
 from stateset_lightning.types import NOT_APPLICABLE, RewardFailure, Scores
 from stateset_lightning.workers import WorkerPool
 
@@ -222,7 +222,7 @@ def _call_batch(reward: RewardFunction, waiting: Sequence[_Waiting]) -> None:
         outputs = list(reward.compute_rewards([item[0] for item in waiting], [item[1] for item in waiting]))
         if len(outputs) != len(waiting):
             raise RewardError(f"reward '{reward.name}' returned {len(outputs)} scores for {len(waiting)} completions")
-    except ConfigError:  # its model cannot be loaded, say
+    except (ConfigError, Interruption):  # its model cannot be loaded, say
         raise
     except (Exception, SystemExit) as error:
         outputs = [error] * len(waiting)

@@ -70,7 +70,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         if (file := local_path(path)) is None:
             return super().load_checkpoint(path, map_location, weights_only=True)
-        remove_leftovers(file.parent)
         return read_checkpoint(file, check_sums=True, map_location=map_location)
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 CHECKPOINTS = "checkpoints"
 """The folder that ModelCheckpoint writes to by default."""
 LAST_CHECKPOINT = "last.ckpt"
+LOCK = ".lock"
 CONFIGS = "config.yaml", "resolved_config.yaml"
 """The resolved config; the second name without a logger, when the folder may hold the user's own `config.yaml`."""
 ENVIRONMENT = "environment.json"

@@ -4,11 +4,15 @@ Seen in lightning 2.6.6; tests/run/test_lightning_internals.py fails first when 
 ModelCheckpoint are in step_end.py, beside their only use.
 """
 
+import itertools
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+
+from stateset_lightning.files import make_folder
 
 # Loops ----------------------------------------------------------------------------------------------------------------
 
@@ -72,3 +76,33 @@ def continue_version(logger: Logger, folder: str) -> None:
     elif isinstance(logger, WandbLogger) and logger._id is None:
         logger._id = folder
         logger._wandb_init.update(id=folder, resume="allow")
+
+
+def claim_versions(trainer: Trainer) -> None:
+    """Makes the folder `version_N` for loggers that count them: runs that start together never share one.
+
+    Lightning counts the folders that are there, and makes its own much later. Loggers of one run that write to the same
+    place share a version.
+
+    Raises:
+        DiskError: If the folder cannot be made.
+    """
+    claimed: dict[str, int] = {}
+    for logger in trainer.loggers:
+        if (
+            isinstance(logger, CSVLogger | TensorBoardLogger)
+            and logger._version is None
+            and "://" not in logger.root_dir
+        ):
+            root = logger.root_dir
+            if root not in claimed:
+                numbers = itertools.count(logger._get_next_version())
+                claimed[root] = next(n for n in numbers if make_folder(Path(root, f"version_{n}")))
+            logger._version = claimed[root]
+
+
+def share_versions(trainer: Trainer) -> None:
+    """Gives the loggers of every rank the first one's version; called by all."""
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger | TensorBoardLogger):
+            logger._version = trainer.strategy.broadcast(logger._version)

@@ -54,6 +54,9 @@ class ConsoleProgress(Callback):
         self._step, self._ended = trainer.global_step, time.monotonic()
         self._seconds.clear()
 
+    def on_train_batch_start(self, *args: Any) -> None:
+        heartbeat.doing("training")
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         step, now = trainer.global_step, time.monotonic()
         if step == self._step:  # it may have further micro-steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from stateset_lightning.training.metrics import RunMetrics
@@ -28,6 +29,16 @@ class TrainingState:
         self.bad_steps = 0  # in a row: skipped, since their gradient was not finite
         self.started: float | None = None  # the optimizer step under way, by `time.perf_counter`
         self.collect_seconds = 0.0  # of it
+        self.keep()
+
+    def keep(self) -> None:
+        """Remembers the end of an optimizer step, for `turn_back`."""
+        self._kept = deepcopy(self.metrics.state_dict()), self.episode_of_ranks
+
+    def turn_back(self) -> None:
+        """As a checkpoint at the last optimizer step's end would have found it: the one under way is given up."""
+        self.started, (metrics, self.episode_of_ranks) = None, self._kept
+        self.metrics.load_state_dict(metrics)
 
     @property
     def sample_and_advantages(self) -> tuple[Sample, list[float] | None] | None:

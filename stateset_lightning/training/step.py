@@ -28,9 +28,8 @@ from stateset_lightning.algorithm import Algorithm
 from stateset_lightning.policy import AdapterReference, Policy
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.seeding import derive_seed
-from stateset_lightning.threads import heartbeat
 from stateset_lightning.training import checks, metrics
-from stateset_lightning.training.collect import Sampler, check_failures
+from stateset_lightning.training.collect import Sampler, check_failures, collect_together
 from stateset_lightning.training.episode import Plan, make_episode
 from stateset_lightning.training.loss import add_fixed_logprobs, micro_batch_loss, nan_if_not_finite, trained_scores
 from stateset_lightning.training.state import TrainingState
@@ -60,7 +59,6 @@ class TrainingStep:
         Raises:
             RewardError: When too many rewards fail, on every rank.
         """
-        heartbeat.doing(f"training on episode {batch.episode_index}")
         state = self.state
         state.started = state.started or time.perf_counter()
         if batch.micro_step == 0:
@@ -87,7 +85,7 @@ class TrainingStep:
     def start_episode(self, batch: PromptBatch) -> None:
         """Samples and scores the prompts, and computes what stays fixed while the episode is trained on."""
         start, policy, algorithm = time.perf_counter(), self.sampled_policy, self.algorithm
-        collection = self.sampler.collect(policy, batch, greedy_baseline=algorithm.needs_greedy_baseline)
+        collection = collect_together(self.sampler, policy, batch, algorithm.needs_greedy_baseline, self.ranks)
         check_failures(self.sampler.scorer, collection, self.ranks)
         if self.report is not None:
             self.report(batch.episode_index, *collection.groups_of_all_ranks(self.ranks))

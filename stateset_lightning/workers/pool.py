@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
@@ -21,7 +23,7 @@ from stateset_lightning.workers import process
 
 MAX_WORKERS = 4
 LEAK_BYTES = 2**30
-_LONGEST_POLL = 2e6  # seconds; the system call takes at most about 2.1 million
+_LARGEST_ANSWER = 2**30  # bytes; what a function writes into the pipe may be read as the length of an answer
 _START_SECONDS = 120.0  # importing a user's module may take long, from a cold disk in particular
 _REMEDY = "define it at the top level of a module that can be imported, without lambdas, open files or clients in it"
 
@@ -157,17 +159,25 @@ class _Worker:
 
     def call(self, request: bytes, timeout: float) -> Any:
         """Send a call and wait for its result; the process is killed after `timeout` seconds."""
+        token, begun = os.urandom(16), time.monotonic()
+        timer = threading.Timer(min(timeout, threading.TIMEOUT_MAX), self.kill)  # ends whatever this thread waits for
+        timer.daemon = True
+        timer.start()
         try:
+            self._connection.send_bytes(token)
             self._connection.send_bytes(request)
-            in_time = self._connection.poll(min(timeout, _LONGEST_POLL))
-            answer = self._connection.recv_bytes() if in_time else b""
+            answer = self._connection.recv_bytes(_LARGEST_ANSWER)
+            if not answer.startswith(token):
+                raise EOFError("the function wrote this into the pipe")
         except (EOFError, OSError):
             self.kill()
-            raise WorkerDied(f"the worker process ended with code {self._process.returncode} during the call") from None
-        if not in_time:
-            self.kill()
-            raise TimeoutError(f"no result within {timeout:g} s; the worker process was killed")
-        succeeded, value = pickle.loads(answer)
+            if time.monotonic() - begun >= timeout:
+                raise TimeoutError(f"no result within {timeout:g} s; the worker process was killed") from None
+            code = self._process.returncode
+            raise WorkerDied(f"the worker process ended with code {code} during the call") from None
+        finally:
+            timer.cancel()
+        succeeded, value = pickle.loads(answer.removeprefix(token))
         if not succeeded:
             raise value
         return value
@@ -196,6 +206,9 @@ class _Worker:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         self._process.wait()
+        # One that has left the process tree may still hold the other end.
+        with suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as pipe:
+            pipe.shutdown(socket.SHUT_RDWR)
 
 
 def _descendants(pid: int) -> list[int]:

@@ -1,8 +1,8 @@
 """The worker process: runs one call at a time in its main thread.
 
 A worker is started with `command`. Each message names a function, its time-out and its arguments; the answer is a
-result or an exception. The first call is of `LOAD`, which brings the other functions. The process may be killed at any
-moment: it holds no state that matters.
+result or an exception, behind the token of its call: a function may write into the pipe. The first call is of `LOAD`,
+which brings the other functions. The process may be killed at any moment: it holds no state that matters.
 
 It is a fresh interpreter and no `multiprocessing` child: those import the training script, and with it torch, every
 time. This one imports the script only if a function is defined in it. Its standard output is the parent's standard
@@ -53,10 +53,10 @@ def main(file_descriptor: int) -> None:
     loop = asyncio.new_event_loop()  # one for the worker's life: clients that a function keeps are bound to it
     while True:
         try:
-            request = connection.recv_bytes()
+            token, request = connection.recv_bytes(), connection.recv_bytes()
         except (EOFError, ConnectionResetError):
             return
-        connection.send_bytes(_answer(functions, request, loop))
+        connection.send_bytes(token + _answer(functions, request, loop))
 
 
 def _load(functions: dict[str, Callable[..., Any]], script: dict[str, Any], pickled: Mapping[str, bytes]) -> None:

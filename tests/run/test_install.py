@@ -7,7 +7,8 @@ from module_runs import fit, make_data, make_module
 
 from stateset_lightning.run.checkpoint_io import AtomicCheckpointIO
 from stateset_lightning.run.metrics_file import MetricsFile
-from stateset_lightning.run.step_end import LastCheckpoint, StepEnd
+from stateset_lightning.run.last_checkpoint import LastCheckpoint
+from stateset_lightning.run.step_end import StepEnd
 
 
 def test_a_run_has_one_of_each_however_often_it_fits(tmp_path):

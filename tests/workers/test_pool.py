@@ -36,6 +36,15 @@ async def later(value):
 def forks():
     os.fork()
     return "once"
+
+def scribbles(what):
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        try:
+            if os.readlink(f"/proc/self/fd/{descriptor}").startswith("socket"):
+                os.write(descriptor, what)
+        except OSError:
+            pass
+    return "answer"
 """
 
 
@@ -166,3 +175,21 @@ def test_closing_kills_what_runs(pool):
         time.sleep(0.01)
     pool.close()
     assert isinstance(running.exception(20), WorkerDied | ConfigError)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for the pipe in /proc")
+@pytest.mark.parametrize(
+    ("what", "error"),
+    [
+        (b"\0\0\x7f\0half", TimeoutError),  # the length of an answer that never comes
+        (b"\0\0\0\4" + b"full", WorkerDied),
+        (b"\x7f" * 12, WorkerDied),
+        (b"\xff" * 12, WorkerDied),
+    ],
+    ids=["half", "whole", "too long", "endless"],
+)
+def test_what_a_function_writes_into_the_pipe_is_no_answer(pool, functions, what, error):
+    pool.add("scribbles", functions.scribbles)
+    with pytest.raises(error):
+        pool.submit("scribbles", 1.0, what).result(timeout=20)
+    assert pool.submit("add", 20.0, 1, 2).result(timeout=30) == 3
