@@ -26,7 +26,7 @@ from stateset_lightning.errors import ConfigError, UserError
 from stateset_lightning.files import atomic_write
 from stateset_lightning.module import GRPOLightningModule
 from stateset_lightning.redaction import redacted, redacted_text
-from stateset_lightning.run.find_checkpoint import continue_run, find_checkpoint
+from stateset_lightning.run.find_checkpoint import continue_run
 from stateset_lightning.run.folder import ENVIRONMENT, config_file
 from stateset_lightning.run.system import environment
 
@@ -161,14 +161,11 @@ class StatesetCLI(LightningCLI):
             self.datamodule.setup("fit")
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
-    def _find_checkpoint(self) -> None:
-        path = self.config[self.subcommand].ckpt_path
-        if path is not None:
-            self._set_checkpoint(find_checkpoint(self.trainer, path))
-            # A run of its own has a folder of its own, and keeps no best checkpoints.
-            warnings.filterwarnings("ignore", "The dirpath has changed from")
+    def before_validate(self) -> None:
+        # A run of its own has a folder of its own, and keeps no best checkpoints.
+        warnings.filterwarnings("ignore", "The dirpath has changed from")
 
-    before_validate = before_test = before_predict = _find_checkpoint
+    before_test = before_predict = before_validate
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         try:

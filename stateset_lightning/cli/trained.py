@@ -18,7 +18,8 @@ from stateset_lightning.policy import LoadingOptions, PolicyConfig, load_model, 
 from stateset_lightning.policy.lora import config_from_plain, inject, trained_names
 from stateset_lightning.policy.lora_state import base_digest, check_base
 from stateset_lightning.rollout import RolloutConfig
-from stateset_lightning.run.checkpoint_io import read_checkpoint
+from stateset_lightning.run.checkpoint_io import check_weights, is_sharded, newest_checkpoints, read_checkpoint
+from stateset_lightning.run.find_checkpoint import find_among
 from stateset_lightning.run.folder import CONFIGS
 
 if TYPE_CHECKING:
@@ -73,26 +74,45 @@ def load_trained(
         CheckpointError: If the checkpoint is damaged, or none of this package's.
         ConfigError: If the model cannot be loaded, or the config cannot be read.
     """
-    file = Path(source).expanduser()
-    if file.suffix != ".ckpt" and not file.is_file():
+    given = _read_config(Path(config)) if config else {}
+    file = _checkpoint_of(source, given)
+    if file is None:
         policy = PolicyConfig(source, **vars(loading))
-        read = _read_config(Path(config)) if config else {}
-        return TrainedModel(source, policy, load_model(policy), load_tokenizer(policy), RolloutConfig(), config=read)
+        return TrainedModel(source, policy, load_model(policy), load_tokenizer(policy), RolloutConfig(), config=given)
     checkpoint = read_checkpoint(file, check_sums=True, map_location="cpu")
     weights = {
         name.removeprefix(_WEIGHTS): value
         for name, value in checkpoint.pop("state_dict").items()
         if name.startswith(_WEIGHTS)
     }
-    given = checkpoint["hyper_parameters"]
-    policy = PolicyConfig.from_checkpoint(given["policy"], loading)
+    saved = checkpoint["hyper_parameters"]
+    policy = PolicyConfig.from_checkpoint(saved["policy"], loading)
     adapter = checkpoint["stateset"].get("adapter")
     model = _load_whole(source, policy, weights) if adapter is None else _load_adapted(source, policy, weights, adapter)
-    found = _read_config(Path(config)) if config else _config_of_run(file, checkpoint)
-    seed = given["seed"] if given["seed"] is not None else checkpoint["stateset"]["seed"]
+    found = given or _config_of_run(file, checkpoint)
+    seed = saved["seed"] if saved["seed"] is not None else checkpoint["stateset"]["seed"]
     return TrainedModel(
-        source, policy, model, load_tokenizer(policy), RolloutConfig(**given["rollout"]), seed, found, checkpoint
+        source, policy, model, load_tokenizer(policy), RolloutConfig(**saved["rollout"]), seed, found, checkpoint
     )
+
+
+def _checkpoint_of(source: str, config: Mapping[str, Any]) -> Path | None:
+    """The checkpoint that is meant, as in the other commands; None for a model folder or a Hugging Face id.
+
+    `last` and `best` are looked for in the folder of the config's logger, without a config below `runs`.
+    """
+    path = Path(source).expanduser()
+    if source not in ("last", "best"):
+        if not path.is_dir():
+            return path if path.suffix == ".ckpt" or path.is_file() else None
+        if not is_sharded(path) and not newest_checkpoints(path, "**/*.ckpt"):
+            return None
+    logger = (config.get("trainer") or {}).get("logger")
+    options = logger.get("init_args", {}) if isinstance(logger, Mapping) else {}
+    runs = Path(options.get("save_dir") or "runs", options.get("name") or "")
+    file = find_among([(str(runs), "**/*.ckpt")], source if source in ("last", "best") else str(path))
+    _log.info("%s: %s", source, file)
+    return Path(file)
 
 
 def _load_whole(source: str, policy: PolicyConfig, weights: Mapping[str, Tensor]) -> PreTrainedModel:
@@ -100,13 +120,8 @@ def _load_whole(source: str, policy: PolicyConfig, weights: Mapping[str, Tensor]
     # weights.
     dtype = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
     model = load_model(replace(policy, lora=None, adapter=None), dtype)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{source}: its weights do not fit {policy.model_name}, which the run started from: {reason}"
-        ) from error
+    check_weights(model.state_dict(), weights, f"{policy.model_name}, which the run started from")
+    model.load_state_dict(weights)
     model.tie_weights()
     return model
 

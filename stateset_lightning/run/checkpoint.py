@@ -6,12 +6,14 @@ Everything is a tensor or a plain container, so that it loads with `weights_only
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy.lora_state import check_same_kind
+from stateset_lightning.run.checkpoint_io import FORMAT, check_weights
 from stateset_lightning.run.folder import continues, run_folder
 from stateset_lightning.run.metrics_file import drop_later_events, metrics_files, skip_known_rows, wandb_rows
 from stateset_lightning.run.records import drop_later_steps
@@ -34,6 +36,7 @@ class RunCheckpoint:
     def __init__(self, module: GRPOLightningModule) -> None:
         self._module = module
         self._resumed: Mapping[str, Any] | None = None  # state of the checkpoint, until training starts
+        self._saved_at = 0.0  # of the run's newest checkpoint
         self.given_options: list[dict[str, Any]] = []
         """Options of the optimizer, by parameter group, as it was made with them."""
 
@@ -52,7 +55,12 @@ class RunCheckpoint:
         for logger in trainer.loggers:
             logger.save()  # metrics up to here survive together with the checkpoint
         adapter = None if module.policy is None else module.policy.adapter
+        # Seconds since 1970, and never back: another machine, on which the run goes on, may have another clock.
+        self._saved_at = max(time.time(), self._saved_at + 1e-5)
         checkpoint["stateset"] = {
+            "format": FORMAT,
+            "saved_at": self._saved_at,
+            "resumable": "lr_schedulers" in checkpoint,  # and not `save_weights_only`
             "seed": module.seed,
             "step": trainer.global_step,
             "algorithm": module.algorithm.state_dict(),
@@ -72,9 +80,9 @@ class RunCheckpoint:
         """Restores the run's state and, if it trains on in the same folder, cuts its files back to the checkpoint.
 
         Raises:
-            ConfigError: If the run cannot go on exactly.
+            ConfigError: If the run cannot go on exactly, or another model was trained.
         """
-        module, saved = self._module, checkpoint["stateset"]
+        module, saved = self._module, {"resumable": "lr_schedulers" in checkpoint, **checkpoint["stateset"]}
         module.algorithm.load_state_dict(saved["algorithm"])
         module.state.metrics.load_state_dict(saved["metrics"])
         if module.policy is not None:
@@ -82,13 +90,16 @@ class RunCheckpoint:
             check_same_kind(adapter, adapter_state)
             if adapter is not None and adapter_state is not None:
                 adapter.load_state_dict(adapter_state)
+            if module.strict_loading and not module.is_sharded:
+                name = f"model.policy.model_name={module.policy_config.model_name}"
+                check_weights(module.state_dict(), checkpoint["state_dict"], name)
         if not training:
             return
         trainer = module.trainer
         check_resumable(saved, module.seed, trainer.accumulate_grad_batches, trainer.world_size)
         if not module.is_sharded and "optimizer_states" not in checkpoint:
             raise ConfigError("the checkpoint is a folder of shards: its run goes on with trainer.strategy=fsdp2 alone")
-        self._resumed = saved
+        self._resumed, self._saved_at = saved, saved.get("saved_at", 0.0)
         module.state.bad_steps = saved["bad_steps"]
         if (episodes := saved["episode"]) is not None:
             module.state.episode = Episode.from_state_dict(episodes[trainer.global_rank])
@@ -135,8 +146,14 @@ def check_resumable(state: Mapping[str, Any], seed: int, accumulate: int, world:
     """A run goes on exactly where its checkpoint left it, or not at all.
 
     Raises:
-        ConfigError: If the seed differs, or, inside an episode, the accumulation or the number of ranks.
+        ConfigError: If it holds weights alone, the seed differs, or, inside an episode, the accumulation or the number
+            of ranks.
     """
+    if not state.get("resumable", True):
+        raise ConfigError(
+            "the checkpoint was saved with save_weights_only, without the optimizer's state: it can be evaluated, and a"
+            " run cannot go on from it; to start another from its weights, export it and give model.policy.model_name"
+        )
     if state["seed"] != seed:
         raise ConfigError(f"seed_everything={seed} differs from the checkpoint's {state['seed']}: resume with that")
     if state["episode"] is None:

@@ -4,11 +4,16 @@ Seen in lightning 2.6.6; tests/run/test_lightning_internals.py fails first when 
 ModelCheckpoint are in step_end.py, beside their only use.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+T = TypeVar("T")
 
 # Loops ----------------------------------------------------------------------------------------------------------------
 
@@ -50,6 +55,35 @@ def requeue_signal(trainer: Trainer) -> int | None:
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
         return environment.requeue_signal
     return None
+
+
+# Start of a run -------------------------------------------------------------------------------------------------------
+
+
+def search_with(trainer: Trainer, find: Callable[[Trainer, str], str | None]) -> None:
+    """Lets `find` say which file the `ckpt_path` of fit, validate, test and predict names; None: no file is loaded."""
+    connector = trainer._checkpoint_connector
+    search = type(connector)._select_ckpt_path
+
+    def select(state_fn: Any, ckpt_path: Any, **given: bool) -> Any:
+        found = None if ckpt_path is None else find(trainer, str(ckpt_path))
+        return search(connector, state_fn, found, **given)
+
+    connector._select_ckpt_path = select  # type: ignore[method-assign]
+
+
+def with_all_ranks(trainer: Trainer, function: Callable[[], T]) -> T:
+    """Calls a function in which ranks talk to each other; ranks that are not running yet are started for it."""
+    strategy = trainer.strategy
+
+    def connected() -> T:
+        if isinstance(strategy, ParallelStrategy):
+            strategy._setup_distributed() if isinstance(strategy, ModelParallelStrategy) else strategy.setup_distributed()
+            strategy.accelerator.setup_device(strategy.root_device)
+        return function()
+
+    launcher = strategy.launcher
+    return launcher.launch(connected, trainer=trainer) if isinstance(launcher, _SubprocessScriptLauncher) else connected()
 
 
 # Loggers --------------------------------------------------------------------------------------------------------------
