@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from collections.abc import Sequence
 from pydoc import locate
 from typing import Any, NoReturn
@@ -153,19 +152,14 @@ class StatesetCLI(LightningCLI):
     def before_fit(self) -> None:
         config = self.config.fit
         if config.ckpt_path is not None:
-            self._set_checkpoint(continue_run(self.trainer, config.ckpt_path))
+            # Lightning runs with the instantiated config, and the other one is saved.
+            config.ckpt_path = self.config_init.fit.ckpt_path = continue_run(self.trainer, config.ckpt_path)
         if config.baseline and not config.ckpt_path:
             # All data is read before any model is loaded, also what the baseline itself does not need.
             if self.datamodule.tokenizer is None:
                 self.datamodule.tokenizer = self.model.tokenizer
             self.datamodule.setup("fit")
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
-
-    def before_validate(self) -> None:
-        # A run of its own has a folder of its own, and keeps no best checkpoints.
-        warnings.filterwarnings("ignore", "The dirpath has changed from")
-
-    before_test = before_predict = before_validate
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         try:
@@ -189,7 +183,3 @@ class StatesetCLI(LightningCLI):
             raise ConfigError(
                 f"a class of the config refuses its arguments: {type(cause).__name__}: {cause}"
             ) from error
-
-    def _set_checkpoint(self, path: str | None) -> None:
-        """Lightning runs with the instantiated config, and the other one is saved."""
-        self.config[self.subcommand].ckpt_path = self.config_init[self.subcommand].ckpt_path = path

@@ -18,7 +18,7 @@ from stateset_lightning.policy import LoadingOptions, PolicyConfig, load_model, 
 from stateset_lightning.policy.lora import config_from_plain, inject, trained_names
 from stateset_lightning.policy.lora_state import base_digest, check_base
 from stateset_lightning.rollout import RolloutConfig
-from stateset_lightning.run.checkpoint_io import check_weights, is_sharded, newest_checkpoints, read_checkpoint
+from stateset_lightning.run.checkpoint_io import check_weights, newest_checkpoints, read_checkpoint
 from stateset_lightning.run.find_checkpoint import find_among
 from stateset_lightning.run.folder import CONFIGS
 
@@ -75,7 +75,7 @@ def load_trained(
         ConfigError: If the model cannot be loaded, or the config cannot be read.
     """
     given = _read_config(Path(config)) if config else {}
-    file = _checkpoint_of(source, given)
+    file = _checkpoint_of(source)
     if file is None:
         policy = PolicyConfig(source, **vars(loading))
         return TrainedModel(source, policy, load_model(policy), load_tokenizer(policy), RolloutConfig(), config=given)
@@ -96,21 +96,13 @@ def load_trained(
     )
 
 
-def _checkpoint_of(source: str, config: Mapping[str, Any]) -> Path | None:
-    """The checkpoint that is meant, as in the other commands; None for a model folder or a Hugging Face id.
-
-    `last` and `best` are looked for in the folder of the config's logger, without a config below `runs`.
-    """
+def _checkpoint_of(source: str) -> Path | None:
+    """The checkpoint that is meant, as in the other commands; None for a model folder or a Hugging Face id."""
     path = Path(source).expanduser()
-    if source not in ("last", "best"):
-        if not path.is_dir():
-            return path if path.suffix == ".ckpt" or path.is_file() else None
-        if not is_sharded(path) and not newest_checkpoints(path, "**/*.ckpt"):
-            return None
-    logger = (config.get("trainer") or {}).get("logger")
-    options = logger.get("init_args", {}) if isinstance(logger, Mapping) else {}
-    runs = Path(options.get("save_dir") or "runs", options.get("name") or "")
-    file = find_among([(str(runs), "**/*.ckpt")], source if source in ("last", "best") else str(path))
+    is_file = path.suffix == ".ckpt" or path.is_file()
+    if not (source in ("last", "best") or is_file or newest_checkpoints(path, "**/*.ckpt")):
+        return None
+    file = find_among([("runs", "**/*.ckpt")], str(path))
     _log.info("%s: %s", source, file)
     return Path(file)
 

@@ -151,8 +151,8 @@ def check_resumable(state: Mapping[str, Any], seed: int, accumulate: int, world:
     """
     if not state.get("resumable", True):
         raise ConfigError(
-            "the checkpoint was saved with save_weights_only, without the optimizer's state: it can be evaluated, and a"
-            " run cannot go on from it; to start another from its weights, export it and give model.policy.model_name"
+            "the checkpoint was saved with save_weights_only, and no run can go on from it: evaluate it, or export it"
+            " and give that as model.policy.model_name to start anew from its weights"
         )
     if state["seed"] != seed:
         raise ConfigError(f"seed_everything={seed} differs from the checkpoint's {state['seed']}: resume with that")

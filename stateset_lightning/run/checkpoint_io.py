@@ -28,7 +28,7 @@ from stateset_lightning.files import atomic_write, remove_leftovers
 from stateset_lightning.ranks import Ranks
 
 FORMAT = 1
-"""Number of what `checkpoint["stateset"]` holds, and how; version 0.1 wrote none. A higher one is of a newer version."""
+"""Of what `checkpoint["stateset"]` holds, and how; version 0.1 wrote none. A higher one is of a newer version."""
 
 _DAMAGE = (RuntimeError, EOFError, OSError, ValueError, KeyError, UnpicklingError, BadZipFile, CheckpointException)
 """What reading raises on a file that is cut short, has flipped bits, or is no checkpoint at all."""
@@ -72,7 +72,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 if isinstance(error.__context__, OSError):  # torch hides why its stream failed
                     raise error.__context__ from None
                 raise
-            if "saved_at" in (state := checkpoint["stateset"] if "stateset" in checkpoint else {}):
+            if "saved_at" in (state := checkpoint.get("stateset", {})):
                 stamp = f"stateset-lightning saved_at={state['saved_at']:.6f} resumable={state['resumable']:d}"
                 stream.seek(-2, os.SEEK_END)  # where torch wrote that there is no comment
                 stream.write(len(stamp).to_bytes(2, "little") + stamp.encode())
@@ -152,10 +152,8 @@ def read_checkpoint(file: Path, *, check_sums: bool = False, **options: Any) -> 
             f"ckpt_path={file}: no checkpoint of stateset-lightning; for other weights set model.policy.model_name"
         )
     if (number := content["stateset"].get("format", 0)) > FORMAT:
-        raise CheckpointError(
-            f"ckpt_path={file}: written by a newer version of stateset-lightning (format {number}, and this one reads up"
-            f" to {FORMAT}): update it"
-        )
+        newer = f"of a newer version of stateset-lightning (format {number}, and this one knows {FORMAT}): update it"
+        raise CheckpointError(f"ckpt_path={file}: {newer}")
     return content
 
 
@@ -176,13 +174,11 @@ def check_weights(mine: Mapping[str, Any], saved: Mapping[str, Any], model: str)
     Raises:
         CheckpointError: Naming the first that is not.
     """
-    for name in [*mine, *saved]:
-        here, there = ("absent" if name not in has else [*has[name].shape] for has in (mine, saved))
-        if here != there:
-            raise CheckpointError(
-                f"the checkpoint is of another model, and its weights do not fit {model}: {name} is {there} in the"
-                f" checkpoint and {here} in the model"
-            )
+    here, there = ({name: (*tensor.shape,) for name, tensor in tensors.items()} for tensors in (mine, saved))
+    for name in {**here, **there}:
+        if here.get(name) != there.get(name):
+            shapes = f"{name} is {there.get(name, 'absent')} in the checkpoint, {here.get(name, 'absent')} in the model"
+            raise CheckpointError(f"the checkpoint is of another model, its weights do not fit {model}: {shapes}")
 
 
 def _read(file: Path, check_sums: bool, **options: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,14 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from stateset_lightning.errors import CheckpointError, ConfigError, UserError
 from stateset_lightning.ranks import Ranks
-from stateset_lightning.run.checkpoint_io import (
-    age,
-    is_foreign,
-    is_sharded,
-    local_path,
-    newest_checkpoints,
-    read_checkpoint,
-)
+from stateset_lightning.run.checkpoint_io import age, is_foreign, is_sharded, newest_checkpoints, read_checkpoint
 from stateset_lightning.run.folder import CHECKPOINTS
 from stateset_lightning.run.lightning_internals import continue_version, search_with, with_all_ranks
 
@@ -28,18 +22,16 @@ T = TypeVar("T")
 _log = logging.getLogger("stateset_lightning")
 
 
+def _attach(module: LightningModule, trainer: Trainer | None) -> None:
+    LightningModule.trainer.fset(module, trainer)  # type: ignore[attr-defined]
+    if trainer is not None:
+        search_with(trainer, _found_by_trainer)
+
+
 class SearchedCheckpoints(LightningModule):
     """A module whose Trainer finds `ckpt_path` as the command line does, in fit, validate, test and predict."""
 
-    @property
-    def trainer(self) -> Trainer:
-        return super().trainer
-
-    @trainer.setter
-    def trainer(self, trainer: Trainer | None) -> None:  # set before the Trainer looks for a checkpoint
-        LightningModule.trainer.fset(self, trainer)  # type: ignore[attr-defined]
-        if trainer is not None:
-            search_with(trainer, _found_by_trainer)
+    trainer = LightningModule.trainer.setter(_attach)  # type: ignore[attr-defined]  # set before Lightning searches
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **given: Any) -> Any:
@@ -49,7 +41,9 @@ class SearchedCheckpoints(LightningModule):
             ConfigError: If there is no reward among them.
         """
         if "reward" not in given:
-            raise ConfigError(f"load_from_checkpoint({str(checkpoint_path)!r}) needs reward=...: a checkpoint holds none")
+            raise ConfigError(
+                f"load_from_checkpoint({str(checkpoint_path)!r}) needs reward=...: a checkpoint holds none"
+            )
         return super().load_from_checkpoint(checkpoint_path, *args, **given)
 
 
@@ -71,19 +65,23 @@ def continue_run(trainer: Trainer, ckpt_path: str) -> str | None:
     """
 
     def find() -> tuple[str | None, str | None]:
-        if ckpt_path == "last" and _newest(places := list(_places(trainer))) is None:
-            _log.info("--ckpt_path last: there is no checkpoint in %s yet; a new run starts", _shown(places))
-            return None, None
-        path = find_checkpoint(trainer, ckpt_path)
-        if path != ckpt_path:
-            _log.info("resuming %s", path)
-        runs = [Path(logger.save_dir or "", str(logger.name)).absolute() for logger in trainer.loggers[:1]]
-        folder = _folder_of_run(path, runs[0]) if runs and path != "hpc" else None
-        return path, folder and folder.name
+        path = find_resumed(trainer, ckpt_path)
+        return path, path and _folder_of_run(trainer, path)
 
     path, folder = _agreed(trainer, find)
-    for logger in trainer.loggers[:1] if folder else []:
-        continue_version(logger, folder)
+    if folder and trainer.logger:
+        continue_version(trainer.logger, folder)
+    return path
+
+
+def find_resumed(trainer: Trainer, ckpt_path: str) -> str | None:
+    """`find_checkpoint` for `fit`: None, announced, if `last` finds none."""
+    if ckpt_path == "last" and _newest(places := [*_places(trainer)]) is None:
+        _log.info("--ckpt_path last: there is no checkpoint in %s yet; a new run starts", _shown(places))
+        return None
+    path = find_checkpoint(trainer, ckpt_path)
+    if path != ckpt_path:
+        _log.info("resuming %s", path)
     return path
 
 
@@ -124,6 +122,8 @@ def find_among(places: Sequence[tuple[str, str]], ckpt_path: str) -> str:
 def _found_by_trainer(trainer: Trainer, ckpt_path: str) -> str | None:
     if trainer.state.fn == "fit":
         return continue_run(trainer, ckpt_path)
+    # An evaluation has a folder of its own, and keeps no best checkpoints.
+    warnings.filterwarnings("ignore", "The dirpath has changed from")
     return _agreed(trainer, lambda: find_checkpoint(trainer, ckpt_path))
 
 
@@ -167,8 +167,9 @@ def _best_of_run(newest: str) -> Path:
     Raises:
         CheckpointError: If they know none or more than one, or the file is gone.
     """
-    if (file := local_path(newest)) is None:
+    if "://" in newest:
         raise CheckpointError(f"ckpt_path=best finds local files alone, and the newest is {newest}: give a file")
+    file = Path(newest)
     states = [state for state in _read(file).get("callbacks", {}).values() if isinstance(state, dict)]
     # Where there is no monitor, Lightning calls the newest checkpoint the best.
     best = {s["best_model_path"]: s for s in states if s.get("best_model_path") and s.get("monitor")}
@@ -184,16 +185,20 @@ def _best_of_run(newest: str) -> Path:
     for place in [*(folder / name for folder in file.parents[:3]), Path(path)]:
         if place.exists():
             return place
-    raise CheckpointError(f"ckpt_path=best: {path}, the best by {state['monitor']}, is gone: give `last` or a .ckpt file")
+    raise CheckpointError(
+        f"ckpt_path=best: {path}, the best by {state['monitor']}, is gone: give `last` or a .ckpt file"
+    )
 
 
-def _folder_of_run(path: str, runs: Path) -> Path | None:
-    """The folder of the run that wrote a checkpoint, if it is one of those below `runs`."""
-    file = Path(path)
+def _folder_of_run(trainer: Trainer, path: str) -> str | None:
+    """The name of the folder of the run that wrote a checkpoint, if it is one of those of the logger."""
+    if trainer.logger is None or path == "hpc":
+        return None
+    runs, file = Path(trainer.logger.save_dir or "", str(trainer.logger.name)).absolute(), Path(path)
     folders = list(file.absolute().parents)
     if file.is_file():  # ModelCheckpoint's `dirpath` may lie elsewhere
         folders.append(Path(_read(file)["stateset"].get("run_folder", "")))
-    return next((folder for folder in folders if folder.parent == runs and folder.is_dir()), None)
+    return next((folder.name for folder in folders if folder.parent == runs and folder.is_dir()), None)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -202,20 +207,19 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _newest(places: Iterable[tuple[str, str]]) -> str | None:
     """The newest checkpoint in all places; files that are none of ours are passed over, each with a line."""
-    remote: list[tuple[float, str]] = []
-    files: list[Path] = []
+    found: list[tuple[tuple[bool, float, str], str]] = []
     for folder, pattern in places:
         if "://" in folder:
             system, root = url_to_fs(folder)
-            found = system.glob(f"{root}/{pattern}")
-            remote += [(system.modified(file).timestamp(), system.unstrip_protocol(file)) for file in found]
+            files = system.glob(f"{root}/{pattern}")
+            found += [((True, system.modified(file).timestamp(), ""), system.unstrip_protocol(file)) for file in files]
         else:
-            files += newest_checkpoints(Path(folder), pattern)
-    for file in sorted(files, key=age, reverse=True):
-        if not is_foreign(file):
-            return max([*remote, (age(file)[1], str(file))])[1]
-        _log.info("%s is passed over: it is no checkpoint of stateset-lightning", file)
-    return max(remote, default=(0.0, None))[1]
+            found += [(age(file), str(file)) for file in newest_checkpoints(Path(folder), pattern)]
+    for _, path in sorted(found, reverse=True):
+        if "://" in path or not is_foreign(Path(path)):
+            return path
+        _log.info("%s is passed over: it is no checkpoint of stateset-lightning", path)
+    return None
 
 
 def _shown(places: Iterable[tuple[str, str]]) -> str:

@@ -60,7 +60,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         with of_first_rank(Path(self.broadcast(checkpoint_path))) as path:
             if path.is_file():
                 content = read_checkpoint(path, check_sums=True, map_location="cpu", mmap=True)
-                check_weights(self.lightning_module.state_dict(), content["state_dict"], "model.policy.model_name")
+                assert self.model is not None
+                check_weights(self.model.state_dict(), content["state_dict"], "model.policy.model_name")
             state = {f"optimizer_{i}": optimizer for i, optimizer in enumerate(self.optimizers)}
             with safe_shards(path) if is_sharded(path) else nullcontext():
                 # As Lightning's, which would take rank 0's path on every rank.

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 T = TypeVar("T")
@@ -62,28 +61,28 @@ def requeue_signal(trainer: Trainer) -> int | None:
 
 def search_with(trainer: Trainer, find: Callable[[Trainer, str], str | None]) -> None:
     """Lets `find` say which file the `ckpt_path` of fit, validate, test and predict names; None: no file is loaded."""
-    connector = trainer._checkpoint_connector
+    connector: Any = trainer._checkpoint_connector
     search = type(connector)._select_ckpt_path
 
     def select(state_fn: Any, ckpt_path: Any, **given: bool) -> Any:
         found = None if ckpt_path is None else find(trainer, str(ckpt_path))
         return search(connector, state_fn, found, **given)
 
-    connector._select_ckpt_path = select  # type: ignore[method-assign]
+    connector._select_ckpt_path = select
 
 
 def with_all_ranks(trainer: Trainer, function: Callable[[], T]) -> T:
     """Calls a function in which ranks talk to each other; ranks that are not running yet are started for it."""
-    strategy = trainer.strategy
+    strategy: Any = trainer.strategy
 
     def connected() -> T:
-        if isinstance(strategy, ParallelStrategy):
-            strategy._setup_distributed() if isinstance(strategy, ModelParallelStrategy) else strategy.setup_distributed()
-            strategy.accelerator.setup_device(strategy.root_device)
+        connect = getattr(strategy, "setup_distributed", None) or strategy._setup_distributed  # DDP, or sharded
+        connect()
+        strategy.accelerator.setup_device(strategy.root_device)
         return function()
 
-    launcher = strategy.launcher
-    return launcher.launch(connected, trainer=trainer) if isinstance(launcher, _SubprocessScriptLauncher) else connected()
+    launches = isinstance(strategy.launcher, _SubprocessScriptLauncher)
+    return strategy.launcher.launch(connected, trainer=trainer) if launches else connected()
 
 
 # Loggers --------------------------------------------------------------------------------------------------------------
