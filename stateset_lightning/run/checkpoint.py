@@ -60,7 +60,6 @@ class RunCheckpoint:
         checkpoint["stateset"] = {
             "format": FORMAT,
             "saved_at": self._saved_at,
-            "resumable": "lr_schedulers" in checkpoint,  # and not `save_weights_only`
             "seed": module.seed,
             "step": trainer.global_step,
             "algorithm": module.algorithm.state_dict(),
@@ -82,7 +81,7 @@ class RunCheckpoint:
         Raises:
             ConfigError: If the run cannot go on exactly, or another model was trained.
         """
-        module, saved = self._module, {"resumable": "lr_schedulers" in checkpoint, **checkpoint["stateset"]}
+        module, saved = self._module, checkpoint["stateset"]
         module.algorithm.load_state_dict(saved["algorithm"])
         module.state.metrics.load_state_dict(saved["metrics"])
         if module.policy is not None:
@@ -146,14 +145,8 @@ def check_resumable(state: Mapping[str, Any], seed: int, accumulate: int, world:
     """A run goes on exactly where its checkpoint left it, or not at all.
 
     Raises:
-        ConfigError: If it holds weights alone, the seed differs, or, inside an episode, the accumulation or the number
-            of ranks.
+        ConfigError: If the seed differs, or, inside an episode, the accumulation or the number of ranks.
     """
-    if not state.get("resumable", True):
-        raise ConfigError(
-            "the checkpoint was saved with save_weights_only, and no run can go on from it: evaluate it, or export it"
-            " and give that as model.policy.model_name to start anew from its weights"
-        )
     if state["seed"] != seed:
         raise ConfigError(f"seed_everything={seed} differs from the checkpoint's {state['seed']}: resume with that")
     if state["episode"] is None:

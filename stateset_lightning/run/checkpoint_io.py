@@ -72,10 +72,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 if isinstance(error.__context__, OSError):  # torch hides why its stream failed
                     raise error.__context__ from None
                 raise
-            if "saved_at" in (state := checkpoint.get("stateset", {})):
-                stamp = f"stateset-lightning saved_at={state['saved_at']:.6f} resumable={state['resumable']:d}"
+            if saved_at := checkpoint.get("stateset", {}).get("saved_at"):
+                stamp = b"stateset-lightning saved_at=%.6f resumable=%d" % (saved_at, "lr_schedulers" in checkpoint)
                 stream.seek(-2, os.SEEK_END)  # where torch wrote that there is no comment
-                stream.write(len(stamp).to_bytes(2, "little") + stamp.encode())
+                stream.write(len(stamp).to_bytes(2, "little") + stamp)
 
     def load_checkpoint(
         self, path: _PATH, map_location: Any = "cpu", weights_only: bool | None = None
@@ -120,10 +120,10 @@ def of_first_rank(file: Path) -> Iterator[Path]:
         yield Path(copy.name) if ranks.rank in others else file
 
 
-def _tail(path: Path) -> bytes | None:
+def _tail(path: Path, size: int = _TAIL) -> bytes | None:
     """The end of a file, which differs between any two checkpoints; None if there is none."""
     with suppress(OSError), (path / ".metadata" if is_sharded(path) else path).open("rb") as stream:
-        stream.seek(max(stream.seek(0, os.SEEK_END) - _TAIL, 0))
+        stream.seek(max(stream.seek(0, os.SEEK_END) - size, 0))
         return stream.read()
     return None
 
@@ -250,7 +250,7 @@ def age(path: Path) -> tuple[bool, float, str]:
         if is_sharded(path):
             state = torch.load(path / _METADATA_FILENAME, weights_only=True)["stateset"]
             return True, state["saved_at"], path.name
-        if stamp := _STAMP.search(_tail(path) or b""):
+        if stamp := _STAMP.search(_tail(path, 100) or b""):
             return stamp[2] == b"1", float(stamp[1]), path.name
     return True, path.stat().st_mtime, path.name
 

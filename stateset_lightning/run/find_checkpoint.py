@@ -41,9 +41,7 @@ class SearchedCheckpoints(LightningModule):
             ConfigError: If there is no reward among them.
         """
         if "reward" not in given:
-            raise ConfigError(
-                f"load_from_checkpoint({str(checkpoint_path)!r}) needs reward=...: a checkpoint holds none"
-            )
+            raise ConfigError(f"load_from_checkpoint of {checkpoint_path} needs reward=...: a checkpoint holds none")
         return super().load_from_checkpoint(checkpoint_path, *args, **given)
 
 
@@ -80,6 +78,9 @@ def find_resumed(trainer: Trainer, ckpt_path: str) -> str | None:
         _log.info("--ckpt_path last: there is no checkpoint in %s yet; a new run starts", _shown(places))
         return None
     path = find_checkpoint(trainer, ckpt_path)
+    if Path(path).is_file() and {"loops", "lr_schedulers"} & set(_read(Path(path))) == {"loops"}:
+        reason = "saved with save_weights_only, and no run can go on from it: evaluate it, or export it for a new run"
+        raise CheckpointError(f"ckpt_path={path}: {reason}")
     if path != ckpt_path:
         _log.info("resuming %s", path)
     return path
@@ -179,15 +180,13 @@ def _best_of_run(newest: str) -> Path:
     if len(best) > 1:
         several = ", ".join(f"{path} ({state['monitor']})" for path, state in best.items())
         raise CheckpointError(f"ckpt_path=best: the run has several, by different callbacks: give one of {several}")
-    path, state = next(iter(best.items()))
-    name = os.path.relpath(path, state.get("dirpath") or os.path.dirname(path))
+    path, monitor, dirpath = next((path, state["monitor"], state.get("dirpath")) for path, state in best.items())
+    name = os.path.relpath(path, dirpath)
     # Near the newest first: the run's folder may have been moved, and another run be where it was.
     for place in [*(folder / name for folder in file.parents[:3]), Path(path)]:
         if place.exists():
             return place
-    raise CheckpointError(
-        f"ckpt_path=best: {path}, the best by {state['monitor']}, is gone: give `last` or a .ckpt file"
-    )
+    raise CheckpointError(f"ckpt_path=best: {path}, the best by {monitor}, is gone: give `last` or a .ckpt file")
 
 
 def _folder_of_run(trainer: Trainer, path: str) -> str | None:
