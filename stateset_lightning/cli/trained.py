@@ -20,7 +20,7 @@ from stateset_lightning.policy.lora_state import base_digest, check_base
 from stateset_lightning.rollout import RolloutConfig
 from stateset_lightning.run.checkpoint_io import check_weights, newest_checkpoints, read_checkpoint
 from stateset_lightning.run.find_checkpoint import find_among
-from stateset_lightning.run.folder import CONFIGS
+from stateset_lightning.run.folder import CHECKPOINTS, CONFIGS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,7 +65,8 @@ def load_trained(
     """Loads what a run has trained, or any model.
 
     Args:
-        source: A checkpoint file, a folder that `save_pretrained` wrote, or a Hugging Face id.
+        source: A checkpoint file, `last` or `best` of the runs below `runs`, a folder of checkpoints for the newest, a
+            folder that `save_pretrained` wrote, or a Hugging Face id.
         config: The run's resolved config; by default the one in the run's folder. It says how prompts are made, and
             nothing of the model.
         loading: What only the user decides; a checkpoint's own are not used.
@@ -133,7 +134,8 @@ def _load_adapted(
 
 
 def _config_of_run(file: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    folders = [file.absolute().parent.parent, Path(checkpoint["stateset"]["run_folder"])]
+    folder = next((place for place in file.absolute().parents if place.name == CHECKPOINTS), file.absolute().parent)
+    folders = [folder.parent, Path(checkpoint["stateset"]["run_folder"])]
     for path in (folder / name for folder in folders for name in CONFIGS):
         if path.is_file():
             return _read_config(path)
