@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Gt, Le
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -29,6 +29,7 @@ from stateset_lightning.redaction import redacted
 from stateset_lightning.rewards import Reward, Scorer, as_rewards
 from stateset_lightning.rollout import RemoteEngine, RolloutConfig, RolloutEngine
 from stateset_lightning.run.checkpoint import RunCheckpoint
+from stateset_lightning.run.find_checkpoint import SearchedCheckpoints
 from stateset_lightning.run.fsdp_strategy import SUPPORTED_STRATEGIES, FSDP2Strategy
 from stateset_lightning.run.install import install
 from stateset_lightning.run.records import CompletionRecord, make_records, write_bad_step
@@ -50,7 +51,7 @@ from stateset_lightning.types import PromptBatch
 
 
 @bounded("model")
-class GRPOLightningModule(LightningModule):
+class GRPOLightningModule(SearchedCheckpoints):
     """Improves a language model on prompts whose answers can be scored, by group-relative policy optimisation.
 
     Args:

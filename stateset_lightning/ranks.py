@@ -42,6 +42,13 @@ class Ranks:
         torch.distributed.all_gather_object(values, value)
         return values  # type: ignore[return-value]
 
+    def from_first(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        values = [value]
+        if self.world > 1:
+            torch.distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
     def by_position(self, values: Tensor) -> Tensor:
         """Values of this rank's prompts [P, ...] -> those of all ranks in order of global position, [P * world, ...].
 

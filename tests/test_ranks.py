@@ -16,6 +16,15 @@ def test_a_single_rank_gathers_its_own_value_without_a_process_group() -> None:
     assert torch.equal(Ranks().by_position(values), values)
 
 
+def test_the_first_ranks_value_is_everyones(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broadcast_object_list(values: list[Any], src: int) -> None:
+        values[:] = [f"of rank {src}"]
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast_object_list)
+    assert Ranks(1, 2).from_first("mine") == "of rank 0"
+    assert Ranks().from_first("mine") == "mine"
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_values_come_in_order_of_global_position(monkeypatch: pytest.MonkeyPatch, world: int) -> None:
     positions = torch.arange(4 * world)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from collections.abc import Sequence
 from pydoc import locate
 from typing import Any, NoReturn
@@ -26,7 +25,7 @@ from stateset_lightning.errors import ConfigError, UserError
 from stateset_lightning.files import atomic_write
 from stateset_lightning.module import GRPOLightningModule
 from stateset_lightning.redaction import redacted, redacted_text
-from stateset_lightning.run.find_checkpoint import continue_run, find_checkpoint
+from stateset_lightning.run.find_checkpoint import continue_run
 from stateset_lightning.run.folder import ENVIRONMENT, config_file
 from stateset_lightning.run.system import environment
 
@@ -153,22 +152,14 @@ class StatesetCLI(LightningCLI):
     def before_fit(self) -> None:
         config = self.config.fit
         if config.ckpt_path is not None:
-            self._set_checkpoint(continue_run(self.trainer, config.ckpt_path))
+            # Lightning runs with the instantiated config, and the other one is saved.
+            config.ckpt_path = self.config_init.fit.ckpt_path = continue_run(self.trainer, config.ckpt_path)
         if config.baseline and not config.ckpt_path:
             # All data is read before any model is loaded, also what the baseline itself does not need.
             if self.datamodule.tokenizer is None:
                 self.datamodule.tokenizer = self.model.tokenizer
             self.datamodule.setup("fit")
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
-
-    def _find_checkpoint(self) -> None:
-        path = self.config[self.subcommand].ckpt_path
-        if path is not None:
-            self._set_checkpoint(find_checkpoint(self.trainer, path))
-            # A run of its own has a folder of its own, and keeps no best checkpoints.
-            warnings.filterwarnings("ignore", "The dirpath has changed from")
-
-    before_validate = before_test = before_predict = _find_checkpoint
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         try:
@@ -192,7 +183,3 @@ class StatesetCLI(LightningCLI):
             raise ConfigError(
                 f"a class of the config refuses its arguments: {type(cause).__name__}: {cause}"
             ) from error
-
-    def _set_checkpoint(self, path: str | None) -> None:
-        """Lightning runs with the instantiated config, and the other one is saved."""
-        self.config[self.subcommand].ckpt_path = self.config_init[self.subcommand].ckpt_path = path

@@ -34,7 +34,7 @@ def main(words: Sequence[str]) -> None:
         UserError: If the checkpoint cannot be read, or the folder not be written.
     """
     parser = Arguments("export", "Write a plain Hugging Face folder.")
-    parser.add_argument("ckpt", metavar="CKPT", help="a checkpoint of a run, a model folder, or a Hugging Face id")
+    parser.add_argument("ckpt", metavar="CKPT", help="as --ckpt_path of generate")
     parser.add_argument("out", metavar="OUT", help="the folder to write")
     parser.add_argument("--config", help="the run's resolved config; by default the one in the run's folder")
     parser.add_argument("--merge", action="store_true", help="add the run's adapter into the model, for a whole one")
@@ -60,7 +60,7 @@ def export(
     Of a model with an adapter, the adapter alone is written, as peft loads it, unless it is merged.
 
     Args:
-        source: A checkpoint file, a model folder, or a Hugging Face id.
+        source: A checkpoint file, `last` or `best`, a run's folder, a model folder, or a Hugging Face id.
         out: The folder; there may be an empty one.
         config: The run's resolved config; by default the one in the run's folder.
         overwrite: Whether `out` may replace a folder with files in it.

@@ -77,7 +77,7 @@ def _parser() -> Arguments:
         "--ckpt_path",
         required=True,
         metavar="CKPT",
-        help="a checkpoint of a run, a model folder, or a Hugging Face id (`tiny`: the bundled one)",
+        help="a checkpoint of a run, `last` or `best` (below runs/), a run's folder, a model folder, or a hub id",
     )
     parser.add_argument("--prompt", help="what to ask; without it, prompts are read line by line")
     parser.add_argument(

@@ -18,8 +18,9 @@ from stateset_lightning.policy import LoadingOptions, PolicyConfig, load_model, 
 from stateset_lightning.policy.lora import config_from_plain, inject, trained_names
 from stateset_lightning.policy.lora_state import base_digest, check_base
 from stateset_lightning.rollout import RolloutConfig
-from stateset_lightning.run.checkpoint_io import read_checkpoint
-from stateset_lightning.run.folder import CONFIGS
+from stateset_lightning.run.checkpoint_io import check_weights, newest_checkpoints, read_checkpoint
+from stateset_lightning.run.find_checkpoint import find_among
+from stateset_lightning.run.folder import CHECKPOINTS, CONFIGS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,7 +65,8 @@ def load_trained(
     """Loads what a run has trained, or any model.
 
     Args:
-        source: A checkpoint file, a folder that `save_pretrained` wrote, or a Hugging Face id.
+        source: A checkpoint file, `last` or `best` of the runs below `runs`, a folder of checkpoints for the newest, a
+            folder that `save_pretrained` wrote, or a Hugging Face id.
         config: The run's resolved config; by default the one in the run's folder. It says how prompts are made, and
             nothing of the model.
         loading: What only the user decides; a checkpoint's own are not used.
@@ -73,26 +75,37 @@ def load_trained(
         CheckpointError: If the checkpoint is damaged, or none of this package's.
         ConfigError: If the model cannot be loaded, or the config cannot be read.
     """
-    file = Path(source).expanduser()
-    if file.suffix != ".ckpt" and not file.is_file():
+    given = _read_config(Path(config)) if config else {}
+    file = _checkpoint_of(source)
+    if file is None:
         policy = PolicyConfig(source, **vars(loading))
-        read = _read_config(Path(config)) if config else {}
-        return TrainedModel(source, policy, load_model(policy), load_tokenizer(policy), RolloutConfig(), config=read)
+        return TrainedModel(source, policy, load_model(policy), load_tokenizer(policy), RolloutConfig(), config=given)
     checkpoint = read_checkpoint(file, check_sums=True, map_location="cpu")
     weights = {
         name.removeprefix(_WEIGHTS): value
         for name, value in checkpoint.pop("state_dict").items()
         if name.startswith(_WEIGHTS)
     }
-    given = checkpoint["hyper_parameters"]
-    policy = PolicyConfig.from_checkpoint(given["policy"], loading)
+    saved = checkpoint["hyper_parameters"]
+    policy = PolicyConfig.from_checkpoint(saved["policy"], loading)
     adapter = checkpoint["stateset"].get("adapter")
     model = _load_whole(source, policy, weights) if adapter is None else _load_adapted(source, policy, weights, adapter)
-    found = _read_config(Path(config)) if config else _config_of_run(file, checkpoint)
-    seed = given["seed"] if given["seed"] is not None else checkpoint["stateset"]["seed"]
+    found = given or _config_of_run(file, checkpoint)
+    seed = saved["seed"] if saved["seed"] is not None else checkpoint["stateset"]["seed"]
     return TrainedModel(
-        source, policy, model, load_tokenizer(policy), RolloutConfig(**given["rollout"]), seed, found, checkpoint
+        source, policy, model, load_tokenizer(policy), RolloutConfig(**saved["rollout"]), seed, found, checkpoint
     )
+
+
+def _checkpoint_of(source: str) -> Path | None:
+    """The checkpoint that is meant, as in the other commands; None for a model folder or a Hugging Face id."""
+    path = Path(source).expanduser()
+    is_file = path.suffix == ".ckpt" or path.is_file()
+    if not (source in ("last", "best") or is_file or newest_checkpoints(path, "**/*.ckpt")):
+        return None
+    file = find_among([("runs", "**/*.ckpt")], str(path))
+    _log.info("%s: %s", source, file)
+    return Path(file)
 
 
 def _load_whole(source: str, policy: PolicyConfig, weights: Mapping[str, Tensor]) -> PreTrainedModel:
@@ -100,13 +113,8 @@ def _load_whole(source: str, policy: PolicyConfig, weights: Mapping[str, Tensor]
     # weights.
     dtype = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
     model = load_model(replace(policy, lora=None, adapter=None), dtype)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{source}: its weights do not fit {policy.model_name}, which the run started from: {reason}"
-        ) from error
+    check_weights(model.state_dict(), weights, f"{policy.model_name}, which the run started from")
+    model.load_state_dict(weights)
     model.tie_weights()
     return model
 
@@ -126,7 +134,8 @@ def _load_adapted(
 
 
 def _config_of_run(file: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    folders = [file.absolute().parent.parent, Path(checkpoint["stateset"]["run_folder"])]
+    folder = next((place for place in file.absolute().parents if place.name == CHECKPOINTS), file.absolute().parent)
+    folders = [folder.parent, Path(checkpoint["stateset"]["run_folder"])]
     for path in (folder / name for folder in folders for name in CONFIGS):
         if path.is_file():
             return _read_config(path)

@@ -6,12 +6,14 @@ Everything is a tensor or a plain container, so that it loads with `weights_only
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy.lora_state import check_same_kind
+from stateset_lightning.run.checkpoint_io import FORMAT, check_weights
 from stateset_lightning.run.folder import continues, run_folder
 from stateset_lightning.run.metrics_file import drop_later_events, metrics_files, skip_known_rows, wandb_rows
 from stateset_lightning.run.records import drop_later_steps
@@ -34,6 +36,7 @@ class RunCheckpoint:
     def __init__(self, module: GRPOLightningModule) -> None:
         self._module = module
         self._resumed: Mapping[str, Any] | None = None  # state of the checkpoint, until training starts
+        self._saved_at = 0.0  # of the run's newest checkpoint
         self.given_options: list[dict[str, Any]] = []
         """Options of the optimizer, by parameter group, as it was made with them."""
 
@@ -52,7 +55,11 @@ class RunCheckpoint:
         for logger in trainer.loggers:
             logger.save()  # metrics up to here survive together with the checkpoint
         adapter = None if module.policy is None else module.policy.adapter
+        # Seconds since 1970, and never back: another machine, on which the run goes on, may have another clock.
+        self._saved_at = max(time.time(), self._saved_at + 1e-5)
         checkpoint["stateset"] = {
+            "format": FORMAT,
+            "saved_at": self._saved_at,
             "seed": module.seed,
             "step": trainer.global_step,
             "algorithm": module.algorithm.state_dict(),
@@ -72,7 +79,7 @@ class RunCheckpoint:
         """Restores the run's state and, if it trains on in the same folder, cuts its files back to the checkpoint.
 
         Raises:
-            ConfigError: If the run cannot go on exactly.
+            ConfigError: If the run cannot go on exactly, or another model was trained.
         """
         module, saved = self._module, checkpoint["stateset"]
         module.algorithm.load_state_dict(saved["algorithm"])
@@ -82,13 +89,16 @@ class RunCheckpoint:
             check_same_kind(adapter, adapter_state)
             if adapter is not None and adapter_state is not None:
                 adapter.load_state_dict(adapter_state)
+            if module.strict_loading and not module.is_sharded:
+                name = f"model.policy.model_name={module.policy_config.model_name}"
+                check_weights(module.state_dict(), checkpoint["state_dict"], name)
         if not training:
             return
         trainer = module.trainer
         check_resumable(saved, module.seed, trainer.accumulate_grad_batches, trainer.world_size)
         if not module.is_sharded and "optimizer_states" not in checkpoint:
             raise ConfigError("the checkpoint is a folder of shards: its run goes on with trainer.strategy=fsdp2 alone")
-        self._resumed = saved
+        self._resumed, self._saved_at = saved, saved.get("saved_at", 0.0)
         module.state.bad_steps = saved["bad_steps"]
         if (episodes := saved["episode"]) is not None:
             module.state.episode = Episode.from_state_dict(episodes[trainer.global_rank])

@@ -4,10 +4,12 @@ A sharded checkpoint is a folder to which every rank wrote its shards, described
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from pickle import Unpickler, UnpicklingError
+from tempfile import NamedTemporaryFile
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
@@ -23,6 +25,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from stateset_lightning.errors import CheckpointError
 from stateset_lightning.files import atomic_write, remove_leftovers
+from stateset_lightning.ranks import Ranks
+
+FORMAT = 1
+"""Of what `checkpoint["stateset"]` holds, and how; version 0.1 wrote none. A higher one is of a newer version."""
 
 _DAMAGE = (RuntimeError, EOFError, OSError, ValueError, KeyError, UnpicklingError, BadZipFile, CheckpointException)
 """What reading raises on a file that is cut short, has flipped bits, or is no checkpoint at all."""
@@ -37,6 +43,13 @@ _METADATA_CLASSES = {
     "pathlib._local": "PosixPath",  # in Python 3.13
 }
 """All that a `.metadata` is made of (torch 2.13)."""
+
+
+_STAMP = re.compile(rb"stateset-lightning saved_at=(\d+\.\d+) resumable=([01])$")
+"""What a file says of itself at its end, as the comment of a zip file: read without loading it. See `age`."""
+
+_TAIL = 2**16  # bytes; the check sums of small checkpoints' entries are among them
+_PIECE = 2**26  # bytes that are sent at a time
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -59,18 +72,59 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 if isinstance(error.__context__, OSError):  # torch hides why its stream failed
                     raise error.__context__ from None
                 raise
+            if saved_at := checkpoint.get("stateset", {}).get("saved_at"):
+                stamp = b"stateset-lightning saved_at=%.6f resumable=%d" % (saved_at, "lr_schedulers" in checkpoint)
+                stream.seek(-2, os.SEEK_END)  # where torch wrote that there is no comment
+                stream.write(len(stamp).to_bytes(2, "little") + stamp)
 
     def load_checkpoint(
         self, path: _PATH, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Reads a checkpoint; never runs code that it holds, whatever `weights_only` says.
 
+        Called by all ranks: each gets what rank 0 has.
+
         Raises:
             CheckpointError: If it is damaged, or holds anything but tensors and plain containers.
         """
         if (file := local_path(path)) is None:
             return super().load_checkpoint(path, map_location, weights_only=True)
-        return read_checkpoint(file, check_sums=True, map_location=map_location)
+        with of_first_rank(file) as copy:
+            return read_checkpoint(copy, check_sums=True, map_location=map_location)
+
+
+@contextmanager
+def of_first_rank(file: Path) -> Iterator[Path]:
+    """The checkpoint that rank 0 has at a path: the path where the same is there, else a copy that goes at the end.
+
+    For machines without a shared disk: rank 0 alone writes checkpoints. Copies are in the folder for temporary files
+    (`TMPDIR`). Called by all ranks.
+
+    Raises:
+        CheckpointError: If it is a folder of shards, and not the same everywhere: it cannot be sent.
+    """
+    ranks = Ranks.current()
+    tails = ranks.gather(_tail(file))
+    others = [rank for rank, tail in enumerate(tails) if tail != tails[0]]
+    if not others:
+        yield file
+        return
+    if ranks.from_first(is_sharded(file)):
+        raise CheckpointError(f"ckpt_path={file}: rank {others[0]} lacks this folder of shards: use a shared disk")
+    with nullcontext() if ranks.rank else file.open("rb") as source, NamedTemporaryFile(suffix=file.suffix) as copy:
+        while piece := ranks.from_first(source.read(_PIECE) if source else b""):
+            if ranks.rank in others:
+                copy.write(piece)
+        copy.flush()
+        yield Path(copy.name) if ranks.rank in others else file
+
+
+def _tail(path: Path, size: int = _TAIL) -> bytes | None:
+    """The end of a file, which differs between any two checkpoints; None if there is none."""
+    with suppress(OSError), (path / ".metadata" if is_sharded(path) else path).open("rb") as stream:
+        stream.seek(max(stream.seek(0, os.SEEK_END) - size, 0))
+        return stream.read()
+    return None
 
 
 def read_checkpoint(file: Path, *, check_sums: bool = False, **options: Any) -> dict[str, Any]:
@@ -92,11 +146,38 @@ def read_checkpoint(file: Path, *, check_sums: bool = False, **options: Any) -> 
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:150]
         damaged = f"ckpt_path={file}: the file is damaged or no checkpoint ({reason})"
         raise CheckpointError(f"{damaged}; {_instead_of(file)}") from error
-    if not isinstance(content, dict) or not {"state_dict", "stateset"} <= set(content):
+    if not _is_ours(content):
         raise CheckpointError(
             f"ckpt_path={file}: no checkpoint of stateset-lightning; for other weights set model.policy.model_name"
         )
+    if (number := content["stateset"].get("format", 0)) > FORMAT:
+        newer = f"of a newer version of stateset-lightning (format {number}, and this one knows {FORMAT}): update it"
+        raise CheckpointError(f"ckpt_path={file}: {newer}")
     return content
+
+
+def _is_ours(content: Any) -> bool:
+    return isinstance(content, dict) and {"state_dict", "stateset"} <= set(content)
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a file is none of this package's checkpoints, and not a damaged one either."""
+    with suppress(*_DAMAGE), path.open("rb") as stream:  # not a folder of shards, which is ours
+        return stream.read(2) != b"PK" or not _is_ours(_read(path, False, map_location="cpu", mmap=True))
+    return False
+
+
+def check_weights(mine: Mapping[str, Any], saved: Mapping[str, Any], model: str) -> None:
+    """A checkpoint's weights are those of this model, by name and shape.
+
+    Raises:
+        CheckpointError: Naming the first that is not.
+    """
+    here, there = ({name: (*tensor.shape,) for name, tensor in tensors.items()} for tensors in (mine, saved))
+    for name in {**here, **there}:
+        if here.get(name) != there.get(name):
+            shapes = f"{name} is {there.get(name, 'absent')} in the checkpoint, {here.get(name, 'absent')} in the model"
+            raise CheckpointError(f"the checkpoint is of another model, its weights do not fit {model}: {shapes}")
 
 
 def _read(file: Path, check_sums: bool, **options: Any) -> Any:
@@ -152,10 +233,25 @@ def safe_shards(folder: Path) -> Iterator[None]:
 
 
 def newest_checkpoints(folder: Path, pattern: str = "*.ckpt") -> list[Path]:
-    """Checkpoints in a folder, the newest first; `pattern` may reach into folders below."""
+    """Checkpoints in a folder, the newest first (see `age`); `pattern` may reach into folders below."""
     # without links to files that are gone
     files = [path for path in folder.glob(pattern) if path.is_file() or is_sharded(path)]
-    return sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+    return sorted(files, key=age, reverse=True)
+
+
+def age(path: Path) -> tuple[bool, float, str]:
+    """Grows with what a checkpoint is worth as the last: whether a run can go on from it, when it was saved, its name.
+
+    By what the file says itself: copied, moved or touched it stays the same. The time of the file counts only where it
+    says nothing, because version 0.1 wrote it or its end is missing.
+    """
+    with suppress(*_DAMAGE):
+        if is_sharded(path):
+            state = torch.load(path / _METADATA_FILENAME, weights_only=True)["stateset"]
+            return True, state["saved_at"], path.name
+        if stamp := _STAMP.search(_tail(path, 100) or b""):
+            return stamp[2] == b"1", float(stamp[1]), path.name
+    return True, path.stat().st_mtime, path.name
 
 
 def is_sharded(path: Path) -> bool:

@@ -2,24 +2,53 @@
 
 import logging
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fsspec.core import url_to_fs
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from stateset_lightning.errors import CheckpointError, ConfigError
-from stateset_lightning.run.checkpoint_io import local_path, newest_checkpoints, read_checkpoint
+from stateset_lightning.errors import CheckpointError, ConfigError, UserError
+from stateset_lightning.ranks import Ranks
+from stateset_lightning.run.checkpoint_io import age, is_foreign, is_sharded, newest_checkpoints, read_checkpoint
 from stateset_lightning.run.folder import CHECKPOINTS
-from stateset_lightning.run.lightning_internals import continue_version
+from stateset_lightning.run.lightning_internals import continue_version, search_with, with_all_ranks
+
+T = TypeVar("T")
 
 _log = logging.getLogger("stateset_lightning")
 
 
+def _attach(module: LightningModule, trainer: Trainer | None) -> None:
+    LightningModule.trainer.fset(module, trainer)  # type: ignore[attr-defined]
+    if trainer is not None:
+        search_with(trainer, _found_by_trainer)
+
+
+class SearchedCheckpoints(LightningModule):
+    """A module whose Trainer finds `ckpt_path` as the command line does, in fit, validate, test and predict."""
+
+    trainer = LightningModule.trainer.setter(_attach)  # type: ignore[attr-defined]  # set before Lightning searches
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **given: Any) -> Any:
+        """As Lightning's; arguments that no checkpoint holds are given again, the reward at least.
+
+        Raises:
+            ConfigError: If there is no reward among them.
+        """
+        if "reward" not in given:
+            raise ConfigError(f"load_from_checkpoint of {checkpoint_path} needs reward=...: a checkpoint holds none")
+        return super().load_from_checkpoint(checkpoint_path, *args, **given)
+
+
 def continue_run(trainer: Trainer, ckpt_path: str) -> str | None:
     """Makes a resumed run write to the folder of the run that it continues, if that is one of the logger's.
+
+    What rank 0 finds is every rank's.
 
     Args:
         trainer: Before its `fit`. A logger that was given a version (W&B: an id) keeps it.
@@ -32,20 +61,33 @@ def continue_run(trainer: Trainer, ckpt_path: str) -> str | None:
     Raises:
         UserError: If the checkpoint cannot be found or used.
     """
-    if ckpt_path == "last" and _newest(trainer) is None:
-        _log.info("--ckpt_path last: there is no checkpoint in %s yet; a new run starts", _searched(trainer))
+
+    def find() -> tuple[str | None, str | None]:
+        path = find_resumed(trainer, ckpt_path)
+        return path, path and _folder_of_run(trainer, path)
+
+    path, folder = _agreed(trainer, find)
+    if folder and trainer.logger:
+        continue_version(trainer.logger, folder)
+    return path
+
+
+def find_resumed(trainer: Trainer, ckpt_path: str) -> str | None:
+    """`find_checkpoint` for `fit`: None, announced, if `last` finds none."""
+    if ckpt_path == "last" and _newest(places := [*_places(trainer)]) is None:
+        _log.info("--ckpt_path last: there is no checkpoint in %s yet; a new run starts", _shown(places))
         return None
     path = find_checkpoint(trainer, ckpt_path)
-    if path != "hpc":
-        for logger in trainer.loggers[:1]:
-            if folder := _folder_of_run(path, Path(logger.save_dir or "", str(logger.name)).absolute()):
-                continue_version(logger, folder.name)
+    if Path(path).is_file() and {"loops", "lr_schedulers"} & set(_read(Path(path))) == {"loops"}:
+        reason = "saved with save_weights_only, and no run can go on from it: evaluate it, or export it for a new run"
+        raise CheckpointError(f"ckpt_path={path}: {reason}")
+    if path != ckpt_path:
         _log.info("resuming %s", path)
     return path
 
 
 def find_checkpoint(trainer: Trainer, ckpt_path: str) -> str:
-    """The path of the checkpoint that `ckpt_path` names.
+    """The path of the checkpoint that `ckpt_path` names, where the Trainer's runs are.
 
     Lightning's own search is not used. It takes as `last` only files of that name in the folder of the run that starts,
     and goes on without weights where there is none; it knows a `best` only in the process that trained it.
@@ -53,21 +95,61 @@ def find_checkpoint(trainer: Trainer, ckpt_path: str) -> str:
     Args:
         trainer: Its logger and checkpoint callbacks say where to look.
         ckpt_path: A file; `last` for the newest checkpoint of the runs that have the logger's name; `best` for the best
-            one, by its callback's `monitor`, of the run that wrote the last; `hpc` is left to Lightning.
+            one, by its callback's `monitor`, of the run that wrote the last; a folder (of checkpoints, of a run, of
+            runs) for the newest below it. `hpc` is left to Lightning.
 
     Raises:
         ConfigError: If `ckpt_path` is empty.
         CheckpointError: If there is no such checkpoint, or it is damaged or none of this package.
     """
+    return find_among(list(_places(trainer)), ckpt_path)
+
+
+def find_among(places: Sequence[tuple[str, str]], ckpt_path: str) -> str:
+    """`find_checkpoint` where `last` and `best` are looked for in these folders, by these patterns."""
     if not ckpt_path:
         raise ConfigError("ckpt_path is empty: give a .ckpt file, `last` or `best`, or leave it out for the base model")
-    if ckpt_path in ("last", "best"):
-        if (newest := _newest(trainer)) is None:
-            absent = f"ckpt_path={ckpt_path}: there is no checkpoint in {_searched(trainer)} yet"
+    is_name = ckpt_path in ("last", "best")
+    if is_name or (Path(ckpt_path).is_dir() and not is_sharded(Path(ckpt_path))):
+        places = places if is_name else [(ckpt_path, "**/*.ckpt")]
+        if (newest := _newest(places)) is None:
+            absent = f"ckpt_path={ckpt_path}: there is no checkpoint in {_shown(places)} yet"
             raise CheckpointError(f"{absent}: give a .ckpt file, or leave ckpt_path out to use the base model")
-        ckpt_path = newest if ckpt_path == "last" else str(_best_of_run(newest))
+        ckpt_path = str(_best_of_run(newest)) if ckpt_path == "best" else newest
     check_checkpoint(ckpt_path)
     return ckpt_path
+
+
+def _found_by_trainer(trainer: Trainer, ckpt_path: str) -> str | None:
+    if trainer.state.fn == "fit":
+        return continue_run(trainer, ckpt_path)
+    # An evaluation has a folder of its own, and keeps no best checkpoints.
+    warnings.filterwarnings("ignore", "The dirpath has changed from")
+    return _agreed(trainer, lambda: find_checkpoint(trainer, ckpt_path))
+
+
+def _agreed(trainer: Trainer, find: Callable[[], T]) -> T:
+    """Rank 0's answer on every rank: each disk may hold something else.
+
+    Raises:
+        UserError: On every rank, if there is none.
+    """
+    if trainer.world_size == 1:
+        return find()
+
+    def ask_first() -> T | UserError:
+        answer: Any = None
+        if trainer.is_global_zero:
+            try:
+                answer = find()
+            except UserError as error:
+                answer = error
+        return Ranks.current().from_first(answer)
+
+    answer = with_all_ranks(trainer, ask_first)
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
 
 
 def check_checkpoint(path: str) -> None:
@@ -86,54 +168,62 @@ def _best_of_run(newest: str) -> Path:
     Raises:
         CheckpointError: If they know none or more than one, or the file is gone.
     """
-    if (file := local_path(newest)) is None:
+    if "://" in newest:
         raise CheckpointError(f"ckpt_path=best finds local files alone, and the newest is {newest}: give a file")
+    file = Path(newest)
     states = [state for state in _read(file).get("callbacks", {}).values() if isinstance(state, dict)]
     # Where there is no monitor, Lightning calls the newest checkpoint the best.
-    best = {s["best_model_path"]: s["monitor"] for s in states if s.get("best_model_path") and s.get("monitor")}
+    best = {s["best_model_path"]: s for s in states if s.get("best_model_path") and s.get("monitor")}
     if not best:
         reason = "its run had no ModelCheckpoint with a `monitor`, or did not reach its first value"
         raise CheckpointError(f"ckpt_path=best: {file} knows no best checkpoint: {reason}; give `last` or a .ckpt file")
     if len(best) > 1:
-        several = ", ".join(f"{path} ({monitor})" for path, monitor in best.items())
+        several = ", ".join(f"{path} ({state['monitor']})" for path, state in best.items())
         raise CheckpointError(f"ckpt_path=best: the run has several, by different callbacks: give one of {several}")
-    path, monitor = next(iter(best.items()))
-    for place in (Path(path), file.with_name(Path(path).name)):  # the run's folder may have been moved
+    path, monitor, dirpath = next((path, state["monitor"], state.get("dirpath")) for path, state in best.items())
+    name = os.path.relpath(path, dirpath)
+    # Near the newest first: the run's folder may have been moved, and another run be where it was.
+    for place in [*(folder / name for folder in file.parents[:3]), Path(path)]:
         if place.exists():
             return place
     raise CheckpointError(f"ckpt_path=best: {path}, the best by {monitor}, is gone: give `last` or a .ckpt file")
 
 
-def _folder_of_run(path: str, runs: Path) -> Path | None:
-    """The folder of the run that wrote a checkpoint, if it is one of those below `runs`."""
-    file = Path(path)
+def _folder_of_run(trainer: Trainer, path: str) -> str | None:
+    """The name of the folder of the run that wrote a checkpoint, if it is one of those of the logger."""
+    if trainer.logger is None or path == "hpc":
+        return None
+    runs, file = Path(trainer.logger.save_dir or "", str(trainer.logger.name)).absolute(), Path(path)
     folders = list(file.absolute().parents)
     if file.is_file():  # ModelCheckpoint's `dirpath` may lie elsewhere
         folders.append(Path(_read(file)["stateset"].get("run_folder", "")))
-    return next((folder for folder in folders if folder.parent == runs and folder.is_dir()), None)
+    return next((folder.name for folder in folders if folder.parent == runs and folder.is_dir()), None)
 
 
 def _read(file: Path) -> dict[str, Any]:
     return read_checkpoint(file, map_location="cpu", mmap=True)
 
 
-def _newest(trainer: Trainer) -> str | None:
-    """The newest checkpoint in all places, by the time when it was written."""
-    found: list[tuple[float, str]] = []
-    for folder, pattern in _places(trainer):
+def _newest(places: Iterable[tuple[str, str]]) -> str | None:
+    """The newest checkpoint in all places; files that are none of ours are passed over, each with a line."""
+    found: list[tuple[tuple[bool, float, str], str]] = []
+    for folder, pattern in places:
         if "://" in folder:
             system, root = url_to_fs(folder)
             files = system.glob(f"{root}/{pattern}")
-            found += [(system.modified(file).timestamp(), system.unstrip_protocol(file)) for file in files]
+            found += [((True, system.modified(file).timestamp(), ""), system.unstrip_protocol(file)) for file in files]
         else:
-            found += [(file.stat().st_mtime, str(file)) for file in newest_checkpoints(Path(folder), pattern)[:1]]
-    return max(found, default=(0.0, None))[1]
+            found += [(age(file), str(file)) for file in newest_checkpoints(Path(folder), pattern)]
+    for _, path in sorted(found, reverse=True):
+        if "://" in path or not is_foreign(Path(path)):
+            return path
+        _log.info("%s is passed over: it is no checkpoint of stateset-lightning", path)
+    return None
 
 
-def _searched(trainer: Trainer) -> str:
+def _shown(places: Iterable[tuple[str, str]]) -> str:
     """The places, for a message."""
-    shown = ((folder, pattern.removesuffix("*.ckpt").removesuffix("**/")) for folder, pattern in _places(trainer))
-    return " or ".join(os.path.join(*place) for place in shown)
+    return " or ".join(os.path.join(f, pattern.removesuffix("*.ckpt").removesuffix("**/")) for f, pattern in places)
 
 
 def _places(trainer: Trainer) -> Iterator[tuple[str, str]]:

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+
+# Private in lightning 2.6.6: the reader of a file or a folder of shards into sharded weights.
+from lightning.fabric.strategies.model_parallel import _load_checkpoint
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, StrategyRegistry
 
 from stateset_lightning.files import atomic_folder
-from stateset_lightning.run.checkpoint_io import is_sharded, read_checkpoint, safe_shards
+from stateset_lightning.run.checkpoint_io import check_weights, is_sharded, of_first_rank, read_checkpoint, safe_shards
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -54,11 +57,15 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        path = Path(self.broadcast(checkpoint_path))
-        if path.is_file():
-            read_checkpoint(path, check_sums=True, map_location="cpu", mmap=True)
-        with safe_shards(path) if is_sharded(path) else nullcontext():
-            return super().load_checkpoint(path, weights_only=True)
+        with of_first_rank(Path(self.broadcast(checkpoint_path))) as path:
+            if path.is_file():
+                content = read_checkpoint(path, check_sums=True, map_location="cpu", mmap=True)
+                assert self.model is not None
+                check_weights(self.model.state_dict(), content["state_dict"], "model.policy.model_name")
+            state = {f"optimizer_{i}": optimizer for i, optimizer in enumerate(self.optimizers)}
+            with safe_shards(path) if is_sharded(path) else nullcontext():
+                # As Lightning's, which would take rank 0's path on every rank.
+                return _load_checkpoint(path, {"state_dict": self.model, **state}, True, True, True)
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Fully sharded data parallel over all devices")

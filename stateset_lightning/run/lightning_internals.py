@@ -1,18 +1,22 @@
 """Lightning's private fields that a run depends on, each behind a function that says what for.
 
 Seen in lightning 2.6.6; tests/run/test_lightning_internals.py fails first when a release changes one. Those of
-ModelCheckpoint are in step_end.py, beside their only use.
+ModelCheckpoint are in last_checkpoint.py, beside their only use.
 """
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from stateset_lightning.files import make_folder
+
+T = TypeVar("T")
 
 # Loops ----------------------------------------------------------------------------------------------------------------
 
@@ -54,6 +58,35 @@ def requeue_signal(trainer: Trainer) -> int | None:
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
         return environment.requeue_signal
     return None
+
+
+# Start of a run -------------------------------------------------------------------------------------------------------
+
+
+def search_with(trainer: Trainer, find: Callable[[Trainer, str], str | None]) -> None:
+    """Lets `find` say which file the `ckpt_path` of fit, validate, test and predict names; None: no file is loaded."""
+    connector: Any = trainer._checkpoint_connector
+    search = type(connector)._select_ckpt_path
+
+    def select(state_fn: Any, ckpt_path: Any, **given: bool) -> Any:
+        found = None if ckpt_path is None else find(trainer, str(ckpt_path))
+        return search(connector, state_fn, found, **given)
+
+    connector._select_ckpt_path = select
+
+
+def with_all_ranks(trainer: Trainer, function: Callable[[], T]) -> T:
+    """Calls a function in which ranks talk to each other; ranks that are not running yet are started for it."""
+    strategy: Any = trainer.strategy
+
+    def connected() -> T:
+        connect = getattr(strategy, "setup_distributed", None) or strategy._setup_distributed  # DDP, or sharded
+        connect()
+        strategy.accelerator.setup_device(strategy.root_device)
+        return function()
+
+    launches = isinstance(strategy.launcher, _SubprocessScriptLauncher)
+    return strategy.launcher.launch(connected, trainer=trainer) if launches else connected()
 
 
 # Loggers --------------------------------------------------------------------------------------------------------------

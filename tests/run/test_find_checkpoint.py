@@ -1,6 +1,10 @@
 """Which checkpoint `last`, `best` and a path name, and in which folder a resumed run goes on."""
 
+import logging
 import os
+import shutil
+import socket
+import sys
 import time
 from pathlib import Path
 
@@ -11,11 +15,14 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from module_runs import DigitReward, fit, make_data, make_module, make_trainer
 from run_of_cli import logged
 
 from stateset_lightning.cli.main import main
 from stateset_lightning.errors import CheckpointError, ConfigError
+from stateset_lightning.run.checkpoint_io import AtomicCheckpointIO
 from stateset_lightning.run.find_checkpoint import check_checkpoint, continue_run, find_checkpoint
+from stateset_lightning.run.folder import run_folder
 
 
 def save(*callbacks):
@@ -263,3 +270,281 @@ def test_checkpoints_are_told_from_other_files(tmp_path):
     good.write_bytes(good.read_bytes()[:-100])
     with pytest.raises(ConfigError, match="damaged"):
         check_checkpoint(str(good))
+
+
+# What files say of themselves -----------------------------------------------------------------------------------------
+
+
+def saved(path, step, **more):
+    """A checkpoint as a run writes it, saved `step` seconds after the first."""
+    state = {"format": 1, "saved_at": 1.7e9 + step}
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "stateset": state, "lr_schedulers": [], **more}, path)
+    return path
+
+
+def touch(run):
+    os.utime(run / "checkpoints" / "step=3.ckpt", (1.6e9,) * 2)
+    os.utime(run / "checkpoints" / "step=1.ckpt")
+    return run / "checkpoints" / "step=3.ckpt"
+
+
+def copy_an_older_one(run):
+    for place in (run / "checkpoints" / "last.ckpt", run.with_name("version_9") / "checkpoints" / "last.ckpt"):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(run / "checkpoints" / "step=1.ckpt", place)
+    return run / "checkpoints" / "step=3.ckpt"
+
+
+def move(run):
+    for path in (run / "checkpoints").iterdir():
+        os.utime(path, (1.6e9 - int(path.stem[-1]),) * 2)
+    return run.rename(run.with_name("moved")) / "checkpoints" / "step=3.ckpt"
+
+
+def another_clock(run):
+    """A file of version 0.1 says nothing: its time counts."""
+    return checkpoint_file(run / "checkpoints" / "old.ckpt", age=0)
+
+
+def foreign(run):
+    (run / "checkpoints" / "notes.ckpt").write_text("not a checkpoint")
+    (run / "checkpoints" / "empty.ckpt").touch()
+    torch.save({"weight": torch.zeros(2)}, run / "checkpoints" / "weights.ckpt")
+    return run / "checkpoints" / "step=3.ckpt"
+
+
+def half_an_older_one(run):
+    content = (run / "checkpoints" / "step=1.ckpt").read_bytes()
+    half = run / "checkpoints" / "half.ckpt"
+    half.write_bytes(content[: len(content) // 2])
+    os.utime(half, (1.6e9,) * 2)
+    return run / "checkpoints" / "step=3.ckpt"
+
+
+def weights_alone(run):
+    saved(run / "checkpoints" / "weights.ckpt", 4)
+    path = run / "checkpoints" / "weights.ckpt"
+    content = torch.load(path, weights_only=True)
+    del content["lr_schedulers"]
+    AtomicCheckpointIO().save_checkpoint(content, path)
+    return run / "checkpoints" / "step=3.ckpt"
+
+
+@pytest.mark.parametrize(
+    "change", [touch, copy_an_older_one, move, another_clock, foreign, half_an_older_one, weights_alone]
+)
+def test_last_is_what_the_files_say_of_themselves(tmp_path, caplog, change):
+    run = tmp_path / "a" / "version_0"
+    for step in (3, 1, 2):
+        saved(run / "checkpoints" / f"step={step}.ckpt", step)
+    expected = change(run)
+    trainer = make(tmp_path, CSVLogger(tmp_path, "a"))
+    with caplog.at_level(logging.INFO, "stateset_lightning"):
+        assert find_checkpoint(trainer, "last") == str(expected)
+    passed = ["empty.ckpt", "notes.ckpt", "weights.ckpt"] if change is foreign else []
+    assert sorted(m.split(" is passed over")[0].rpartition("/")[2] for m in caplog.messages) == passed
+
+
+def test_a_damaged_newest_is_no_reason_to_take_an_older_one(tmp_path):
+    saved(tmp_path / "checkpoints" / "step=1.ckpt", 1)
+    newest = saved(tmp_path / "checkpoints" / "step=2.ckpt", 2)
+    newest.write_bytes(newest.read_bytes()[:-150])
+    with pytest.raises(CheckpointError, match=r"step=2.ckpt: the file is damaged.*whole: --ckpt_path .*step=1.ckpt"):
+        find_checkpoint(make(tmp_path, False), "last")
+
+
+def test_a_clock_that_goes_back_does_not_hide_what_a_resumed_run_saves(tmp_path, monkeypatch):
+    fit(tmp_path, max_steps=1).save_checkpoint(tmp_path / "checkpoints" / "a.ckpt")
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    resumed = fit(tmp_path, max_steps=2, ckpt_path="last")
+    resumed.save_checkpoint(tmp_path / "checkpoints" / "0.ckpt")
+    assert find_checkpoint(resumed, "last") == str(tmp_path / "checkpoints" / "0.ckpt")
+
+
+# Everywhere alike -----------------------------------------------------------------------------------------------------
+
+
+NAMES = {"last": 3, "best": 1, "runs": 3, "runs/r/version_0": 3, "runs/r/version_0/checkpoints": 3}
+
+
+def test_generate_and_export_take_what_the_other_commands_take(folder, capsys):
+    first = {"monitor": "step", "mode": "min", "filename": "first"}
+    main(["fit", *save({**BY_STEPS, **first}, BY_STEPS)])
+    for name, step in NAMES.items():
+        capsys.readouterr()
+        main(["generate", f"--ckpt_path={name}", "--prompt=What is 1 + 1?", "--device=cpu"])
+        meant = capsys.readouterr().out.splitlines()[0].removeprefix(f"{name}: ")
+        assert torch.load(meant, weights_only=True)["global_step"] == step
+        main(["export", name, "exported", "--overwrite"])
+        assert f"{name}: {meant}" in capsys.readouterr().out
+        assert f"for {step} optimizer step" in Path("exported/README.md").read_text()
+    cli = main(["validate", "--config=config.yaml", "--ckpt_path=runs"])
+    assert torch.load(cli.trainer.ckpt_path, weights_only=True)["global_step"] == 3
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+@pytest.mark.parametrize("words", [["generate", "--prompt=Hi", "--ckpt_path"], ["export"]], ids=lambda words: words[0])
+def test_generate_and_export_say_where_there_is_no_checkpoint(folder, capsys, words, name):
+    said = stopped_with(capsys, *words, name, *(["exported"] if words == ["export"] else []))
+    assert f"ckpt_path={name}: there is no checkpoint in runs/ yet" in said
+    assert said.count("\n") == 1
+
+
+def test_a_folder_without_checkpoints_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"ckpt_path=.*empty: there is no checkpoint in .*empty/ yet"):
+        find_checkpoint(make(tmp_path, False), str(tmp_path / "empty"))
+
+
+EVALUATIONS = pytest.mark.parametrize("evaluate", ["validate", "test", "predict"])
+
+
+@EVALUATIONS
+@pytest.mark.parametrize("name", ["last", "best", "", "absent.ckpt"])
+def test_from_python_no_untrained_model_is_evaluated(tmp_path, evaluate, name):
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ConfigError, match=r"ckpt_path.*: .*give a .ckpt file"):
+        getattr(trainer, evaluate)(make_module(), make_data(test=[], predict=[]), ckpt_path=name)
+
+
+def test_from_python_names_mean_the_same_after_a_fit_and_without_one(tmp_path):
+    def trainer(max_steps=3):
+        callbacks = [ModelCheckpoint(every_n_train_steps=1, monitor="step", mode="min", save_top_k=1, filename="first")]
+        return make_trainer(tmp_path, max_steps=max_steps, callbacks=callbacks, enable_checkpointing=True)
+
+    data = make_data(test=[{"prompt": "What is 3 + 4?", "target": "7"}])
+    fitted = trainer()
+    assert fitted.fit(make_module(), data, ckpt_path="last") is None  # nothing was saved yet: a new run
+    fitted.save_checkpoint(tmp_path / "checkpoints" / "end.ckpt")
+    for each in (fitted, trainer()):
+        for name, step in (("last", 3), ("best", 1), (str(tmp_path), 3)):
+            each.test(module := make_module(), data, ckpt_path=name, verbose=False)
+            content = torch.load(each.ckpt_path, weights_only=True)
+            assert content["global_step"] == step
+            assert all(torch.equal(content["state_dict"][key], value) for key, value in module.state_dict().items())
+    resumed = trainer(max_steps=4)
+    resumed.fit(make_module(), data, ckpt_path="last")
+    assert resumed.global_step == 4
+
+
+def test_best_of_a_run_that_has_been_moved_is_not_that_of_the_run_in_its_place(tmp_path):
+    def run(where, step):
+        path = tmp_path / "a" / "version_0" / "checkpoints" / "step-val" / "reward=1.ckpt"
+        state = {"best_model_path": str(path), "monitor": "val/reward", "dirpath": str(path.parents[1])}
+        saved(where / "checkpoints" / "last.ckpt", step, callbacks={"ModelCheckpoint": state})
+        return saved(where / "checkpoints" / "step-val" / "reward=1.ckpt", step - 1)
+
+    run(tmp_path / "a" / "version_0", 10)
+    best = run(tmp_path / "a" / "moved", 20)
+    assert find_checkpoint(make(tmp_path, CSVLogger(tmp_path, "a")), "best") == str(best)
+
+
+# Another version, another model, weights alone ------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_a_newer_version_is_named_as_such(folder, capsys):
+    main(["fit", "--config", "config.yaml"])
+    last = "runs/r/version_0/checkpoints/last.ckpt"
+    content = torch.load(last, weights_only=True)
+    content["stateset"] = {"format": 1000}
+    torch.save(content, last)
+    for words in (["fit", "--config=config.yaml", "--ckpt_path"], ["generate", "--prompt=Hi", "--ckpt_path"]):
+        said = stopped_with(capsys, *words, last)
+        assert "of a newer version of stateset-lightning (format 1000, and this one knows 1): update it" in said
+        assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_a_checkpoint_of_another_model_is_named_as_such(folder, capsys, model_folder, command):
+    main(["fit", "--config", "config.yaml"])
+    words = ["--config=config.yaml", f"--model.policy.model_name={model_folder('llama')}", "--ckpt_path=last"]
+    said = stopped_with(capsys, command, *words)
+    assert "the checkpoint is of another model, its weights do not fit model.policy.model_name=/" in said
+    assert " in the checkpoint, (" in said
+    assert said.count("\n") == 1
+
+
+def test_a_run_does_not_go_on_from_weights_alone(folder, capsys):
+    main(["fit", *save({"every_n_train_steps": 1, "save_weights_only": True})])
+    for words in (["fit"], ["doctor", "--sample=false"]):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            main([*words, "--config=config.yaml", "--ckpt_path=last"])
+        said = capsys.readouterr()
+        assert "saved with save_weights_only, and no run can go on from it: evaluate it, or export it" in "".join(said)
+    cli = main(["validate", "--config=config.yaml", "--ckpt_path=last"])
+    assert torch.load(cli.trainer.ckpt_path, weights_only=True)["global_step"] == 3
+
+
+def test_load_from_checkpoint_says_that_it_needs_the_reward(tmp_path):
+    fit(tmp_path, max_steps=1).save_checkpoint(tmp_path / "run.ckpt")
+    kind = type(make_module())
+    with pytest.raises(ConfigError, match=r"run.ckpt needs reward=\.\.\.: a checkpoint holds none"):
+        kind.load_from_checkpoint(tmp_path / "run.ckpt")
+    assert kind.load_from_checkpoint(tmp_path / "run.ckpt", reward=DigitReward()).policy is not None
+
+
+# Several machines -----------------------------------------------------------------------------------------------------
+
+
+def node(place, rank, port, *words):
+    """Runs the command as torchrun does on a machine of one rank, in its folder; returns the process id."""
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        os.chdir(place)
+        sys.stdout = sys.stderr = open("output.txt", "w")  # noqa: SIM115
+        ranks = {"RANK": rank, "GROUP_RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1}
+        os.environ.update({name: str(value) for name, value in ranks.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
+        cli = main(list(words))
+        torch.save(
+            {
+                "weights": cli.model.state_dict(),
+                "step": cli.trainer.global_step,
+                "folder": str(run_folder(cli.trainer)),
+            },
+            "end.pt",
+        )
+        code = 0
+    except SystemExit as stopped:
+        code = stopped.code
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def run_on_two_machines(folder, *words):
+    """Their exit codes and outputs; each has a folder of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    places = [folder / name for name in ("first", "second")]
+    ids = [node(place, rank, port, *words, "--trainer.num_nodes=2") for rank, place in enumerate(places)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ids]
+    return codes, [(place / "output.txt").read_text() for place in places]
+
+
+@pytest.mark.slow  # three runs of two processes
+def test_what_the_first_machine_finds_is_sent_to_one_without_a_shared_disk(folder):
+    for name in ("first", "second"):
+        (folder / name).mkdir()
+        for file in ("config.yaml", "rows.jsonl"):
+            shutil.copy(folder / file, folder / name)
+    words = ["fit", "--config=config.yaml", "--trainer.devices=1"]
+    codes, said = run_on_two_machines(folder, *words)
+    assert codes == [0, 0], said
+    (folder / "second" / "runs" / "r" / "version_6").mkdir(parents=True)  # it does not go on beside this
+    codes, said = run_on_two_machines(folder, *words, "--trainer.max_steps=4", "--ckpt_path=last")
+    assert codes == [0, 0], said
+    assert "resuming runs/r/version_0/checkpoints/last.ckpt" in said[0]
+    mine, other = (torch.load(folder / name / "end.pt", weights_only=True) for name in ("first", "second"))
+    assert mine["step"] == other["step"] == 4
+    assert mine["folder"] == other["folder"] == "runs/r/version_0"
+    assert all(torch.equal(value, other["weights"][name]) for name, value in mine["weights"].items())
+    assert not list((folder / "second" / "runs").rglob("*.ckpt"))
+    assert len(logged(folder / "first" / "runs" / "r" / "version_0")) == 6  # four steps and two validations
+    codes, said = run_on_two_machines(folder, *words, "--ckpt_path=best")
+    assert codes == [2, 2], said
+    assert all("knows no best checkpoint" in each for each in said)

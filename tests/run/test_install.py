@@ -6,8 +6,8 @@ from lightning.pytorch.plugins import AsyncCheckpointIO
 from module_runs import fit, make_data, make_module
 
 from stateset_lightning.run.checkpoint_io import AtomicCheckpointIO
-from stateset_lightning.run.metrics_file import MetricsFile
 from stateset_lightning.run.last_checkpoint import LastCheckpoint
+from stateset_lightning.run.metrics_file import MetricsFile
 from stateset_lightning.run.step_end import StepEnd
 
 

@@ -10,6 +10,7 @@ import signal
 from datetime import timedelta
 
 import pytest
+import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -20,10 +21,12 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from stateset_lightning.run.lightning_internals import (
     continue_version,
     requeue_signal,
+    search_with,
     set_writer,
     turn_back_to_last_batch,
     validate_now,
     validation_follows,
+    with_all_ranks,
     writer_of,
 )
 
@@ -214,3 +217,39 @@ def test_a_last_checkpoint_can_be_written_without_the_best_taking_notice(tmp_pat
     fit(tmp_path, keeps, Hook("on_train_batch_end", save), max_steps=3)
     assert keeps.last_model_path == str(tmp_path / "last.ckpt")
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["best.ckpt", "last.ckpt"]
+
+
+def test_a_trainer_asks_for_the_file_that_a_ckpt_path_names_after_it_has_met_its_module(tmp_path):
+    file = tmp_path / "some.ckpt"
+    fit(tmp_path).save_checkpoint(file)
+    asked = []
+
+    class Searching(Model):
+        trainer = Model.trainer.setter(
+            lambda self, trainer: (
+                search_with(trainer, lambda trainer, path: asked.append((trainer.state.fn, path)) or str(file)),
+                Model.trainer.fset(self, trainer),
+            )
+        )
+
+    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, max_steps=8, barebones=True)
+    for name in ("fit", "validate", "test", "predict"):
+        getattr(trainer, name)(Searching(), ckpt_path="last")
+        assert trainer.ckpt_path == str(file)
+        trainer.validate(Searching())  # without a path it is not asked
+    assert asked == [(name, "last") for name in ("fit", "validate", "test", "predict")]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_ranks_are_connected_before_a_run_and_once(monkeypatch, strategy):
+    """Both strategies have their own method, of which one is private; a run calls it again."""
+    ids = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0, "GROUP_RANK": 0}
+    for name, value in {**ids, "TORCHELASTIC_RUN_ID": "test"}.items():
+        monkeypatch.setenv(name, str(value))
+    trainer = Trainer(accelerator="cpu", devices=1, strategy=strategy, logger=False, enable_checkpointing=False)
+    assert trainer.world_size == 1
+    try:
+        for _ in range(2):
+            assert with_all_ranks(trainer, torch.distributed.get_world_size) == 1
+    finally:
+        torch.distributed.destroy_process_group()

@@ -22,7 +22,7 @@ from stateset_lightning.redaction import redacted
 from stateset_lightning.rollout import InProcessEngine
 from stateset_lightning.run.checkpoint import check_resumable
 from stateset_lightning.run.checkpoint_io import local_path, read_checkpoint
-from stateset_lightning.run.find_checkpoint import continue_run
+from stateset_lightning.run.find_checkpoint import find_resumed
 from stateset_lightning.training.checks import checks_of_run, no_validation
 from stateset_lightning.training.collect import ready_engine
 from stateset_lightning.training.schedule import optimizer_steps_of_run
@@ -198,7 +198,7 @@ class Doctor:
             self.notes.append(never)  # Lightning says nothing of it
         if (path := self.config.ckpt_path) is not None and path != "hpc":
             with self._section():
-                found = continue_run(trainer, path)
+                found = find_resumed(trainer, path)
                 if found is not None and local_path(found) is not None:
                     state = read_checkpoint(Path(found), map_location="cpu", mmap=True)["stateset"]
                     check_resumable(state, module.seed, trainer.accumulate_grad_batches, trainer.world_size)
