@@ -34,7 +34,7 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from stateset_lightning.cli.messages import PROGRAM, check_config_files, without_traceback
+from stateset_lightning.cli.messages import PROGRAM, without_traceback
 from stateset_lightning.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
                 quieten()
             import_module(f"stateset_lightning.cli.{command}").main(words[1:])
             return None
-        cli = _run_lightning(args, words)
+        cli = _run_lightning(args)
         return None if args is None else cli
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
@@ -101,8 +101,7 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
         raise SystemExit(1 if command == "doctor" else 2) from None
 
 
-def _run_lightning(args: ArgsType, words: list[str]) -> StatesetCLI:
-    check_config_files(words)
+def _run_lightning(args: ArgsType) -> StatesetCLI:
     if args is None:
         gc.disable()  # what is imported stays: looking for garbage in it takes a second of `fit --help`
     quieten()
