@@ -29,8 +29,9 @@ from stateset_lightning.run.find_checkpoint import continue_run, find_checkpoint
 from stateset_lightning.run.folder import ENVIRONMENT, config_file
 from stateset_lightning.run.system import environment
 
-# Two ties to private functions of jsonargparse 4.53; tests/cli/test_config.py fails when they change. By itself
-# jsonargparse takes what YAML reads as null, `####` or `~`, for no value, and keeps all options of a default's class that the class chosen now has too: GSPO would clip at GRPO's bounds, a thousand times its own.
+# Two ties to private functions of jsonargparse 4.53; tests/cli/test_config.py fails when they change. By itself it
+# takes what YAML reads as null, `####` or `~`, for no value, and keeps all options of a default's class that the class
+# chosen now has too: GSPO would clip at GRPO's bounds, a thousand times its own.
 _parse_as_yaml = _typehints.parse_value_or_config
 _keep_shared_options = _typehints.discard_init_args_on_class_path_change
 
@@ -185,12 +186,26 @@ class StatesetCLI(LightningCLI):
 
     before_validate = before_test = before_predict = _find_checkpoint
 
+    def _add_instantiators(self) -> None:
+        super()._add_instantiators()
+        self.refused: list[tuple[type, Exception]] = []
+        self.parser.add_instantiator(self._make, object)
+
+    def _make(self, cls: type, *args: Any, **kwargs: Any) -> Any:
+        """Makes an object; what its class raises, jsonargparse would hide behind types that do not fit."""
+        try:
+            return cls(*args, **kwargs)
+        except Exception as error:
+            self.refused = [(cls, error)]
+            raise
+
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
         except Exception as error:
-            told = refusal(error, self._parser(self.subcommand), self.given)
-            if told is None:
+            by = [(Trainer, error)] if hasattr(self, "model") else self.refused or [(GRPOLightningModule, error)]
+            told = refusal(*by[0], self._parser(self.subcommand), self.given)
+            if told in (None, error):
                 raise
             raise told from error
 

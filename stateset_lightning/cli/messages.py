@@ -10,21 +10,22 @@ import difflib
 import importlib
 import inspect
 import re
+import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
+from jsonargparse import ArgumentParser
+
+from stateset_lightning.cli.options import MISSING, Option, classes, options
+from stateset_lightning.cli.overlays import as_list, is_class
 from stateset_lightning.errors import ConfigError, UserError
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
-
-    from stateset_lightning.cli.options import Option
 
 PROGRAM = "stateset-lightning"
 
-_WORDS = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+_WORDS = {"int": "an integer", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null"}
+_WORDS |= {"list": "a list", "Iterable": "a list", "Any": "anything"}
 _BOUNDS = {
     "ge": "greater than or equal to",
     "gt": "greater than",
@@ -48,8 +49,6 @@ def explain(parser: ArgumentParser, given: dict[str, Any]) -> str:
         parser: Knows the options.
         given: What the user wrote.
     """
-    from stateset_lightning.cli.options import MISSING, options
-
     missing: list[str] = []
     for option in options(parser, given):
         if option.value is MISSING:
@@ -59,27 +58,20 @@ def explain(parser: ArgumentParser, given: dict[str, Any]) -> str:
     return f"missing: {', '.join(missing)}; set it in a config (--config) or as a flag" if missing else ""
 
 
-def refusal(error: Exception, parser: ArgumentParser, given: dict[str, Any]) -> UserError | None:
-    """What a class of the config said when it was made; None if the mistake is this package's own.
+def refusal(cls: type, error: Exception, parser: ArgumentParser, given: dict[str, Any]) -> Exception:
+    """What a class of the config raised when it was made, as an error with its key.
 
-    Args:
-        error: What jsonargparse made of it.
-        parser: Knows the options.
-        given: What the user wrote.
+    The error itself if it says enough, or if the mistake is this package's own and needs its traceback.
     """
-    from stateset_lightning.cli.options import options
-
-    chain = list(_causes(error))
-    if told := next((each for each in chain if isinstance(each, UserError)), None):
-        return told
-    cause = next((each for each in chain if "jsonargparse" not in _files(each)[-1]), chain[-1])
-    if _files(cause)[-1].startswith(_PACKAGE) and not isinstance(cause, ValueError | TypeError):
-        return None
-    named = {class_name(option.value): option.name for option in options(parser, given)} | _SECTIONS
-    frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__) if frame.f_code.co_name == "__init__"]
-    owners = [type(frame.f_locals.get("self")).__name__ for frame in reversed(frames)]
-    key = next((f"{named[owner]}: {owner}: " for owner in owners if owner in named), "a class of the config: ")
-    return ConfigError(f"{key}{_raised(cause)}")
+    frames = traceback.extract_tb(error.__traceback__)
+    own = frames[-1].filename.startswith(_PACKAGE) and not isinstance(error, ValueError | TypeError)
+    if isinstance(error, UserError) or own:
+        return error
+    if fault := explain(parser, given):  # what jsonargparse lets pass, such as a list for a section
+        return ConfigError(fault)
+    keys = {class_name(item): option.name for option in options(parser, given) for item in as_list(option.value)}
+    key = (keys | _SECTIONS).get(cls.__name__, "a class of the config")
+    return ConfigError(f"{key}: {cls.__name__}: {_raised(error)}")
 
 
 def class_name(given: Any) -> str:
@@ -101,19 +93,15 @@ def without_traceback(message: str) -> str:
 
 def _fault(option: Option) -> str:
     """What is wrong with one option; empty if nothing is."""
-    from stateset_lightning.cli.options import classes
-    from stateset_lightning.cli.overlays import loaded
-
     if option.action is None:
         return _unknown(option)
     try:
         option.check()
     except Exception:  # a user's module may raise anything
-        bases, value = classes(option.hint), loaded(option.value)
-        for item in value if isinstance(value, list) else [value]:
-            path = item.get("class_path") if isinstance(item, dict) else item
-            is_name = isinstance(item, dict) or not any(kind in (int, float, str) for kind in get_args(option.hint))
-            if bases and is_name and isinstance(path, str) and (reason := _class_fault(bases, path)):
+        bases = classes(option.hint)
+        for item in as_list(option.value):
+            path = str(item.get("class_path", "") if isinstance(item, dict) else item)
+            if bases and is_class(path) and (reason := _class_fault(bases, path)):
                 place = f": class_path {path}" if "." in path else f"={path}"
                 return f"{option.name}{place}: {reason}"
         return f"{option.name}={str(option.value)[:80]}: must be {_in_words(option.hint)}"
@@ -123,6 +111,8 @@ def _fault(option: Option) -> str:
 def _unknown(option: Option) -> str:
     known = [action.dest for action in option.parser._actions if not action.dest.endswith(("help", "print_config"))]
     place, dest, value = option.name.removesuffix(option.dest), option.dest, option.value
+    if any(name.startswith(f"{dest}.") for name in known):
+        return f"{option.name}={str(value)[:80]}: must be a mapping"
     while isinstance(value, dict) and value:  # of a section that does not exist, the first option
         dest, value = f"{dest}.{next(iter(value))}", next(iter(value.values()))
     if not place:
@@ -134,10 +124,12 @@ def _unknown(option: Option) -> str:
 def _class_fault(bases: list[type], path: str) -> str:
     """Why the class that a path names cannot be had; empty if it can."""
     module, _, name = path.rpartition(".")
-    base = bases[0]
     if not module:
-        package = importlib.import_module(base.__module__.rpartition(".")[0])
-        module = package.__name__ if hasattr(package, base.__name__) else base.__module__
+        modules = [home for base in bases for home in (base.__module__.rpartition(".")[0], base.__module__) if home]
+        names = {home: dir(sys.modules[home]) for home in modules}
+        homes = [home for home in modules if any(base.__name__ in names[home] for base in bases)]
+        homes.sort(key=lambda home: (name not in names[home], not _suggest(name, names[home])))
+        module = next((home for home in homes if "." in home), homes[0])
     try:
         found = getattr(importlib.import_module(module), name)
     except AttributeError as error:
@@ -152,7 +144,7 @@ def _class_fault(bases: list[type], path: str) -> str:
     except Exception as error:  # a user's module may raise anything
         return _raised(error)
     if isinstance(found, type) and not issubclass(found, tuple(bases)):
-        return f"{path} is no {base.__name__}; give the class path of one"
+        return f"{path} is no {bases[0].__name__}; give the class path of one"
     if inspect.isabstract(found):
         return f"{path} is abstract: it lacks {', '.join(sorted(found.__abstractmethods__))}"
     return ""
@@ -161,55 +153,35 @@ def _class_fault(bases: list[type], path: str) -> str:
 def _in_words(hint: Any) -> str:
     """What a type accepts."""
     origin, members = get_origin(hint), get_args(hint)
-    if hint is None or (isinstance(hint, type) and issubclass(hint, Mapping)):
-        return "a mapping"
-    if hint in _WORDS or not members:
+    if hint is None or (isinstance(origin or hint, type) and issubclass(origin or hint, Mapping)):
+        return "a mapping" + (f" to {_in_words(members[1])}" if members else "")
+    if not members:
         name = getattr(hint, "__name__", str(hint))
-        return _WORDS.get(hint) or {"dict": "a mapping", "list": "a list"}.get(
-            name, f"class_path and init_args of a {name}"
-        )
+        return _WORDS.get(name, f"a {name} (class_path and init_args)")
     if origin is Literal:
         return f"one of {', '.join(map(str, members))}"
     if metadata := getattr(hint, "__metadata__", None):
-        bounds = [
-            f"{words} {getattr(item, name)}"
-            for item in metadata
-            for name, words in _BOUNDS.items()
-            if hasattr(item, name)
-        ]
+        limits = [(words, getattr(item, key, None)) for item in metadata for key, words in _BOUNDS.items()]
+        bounds = [f"{words} {limit}" for words, limit in limits if limit is not None]
         return f"{_in_words(members[0])} {' and '.join(bounds)}"
-    if inspect.isclass(origin) and issubclass(origin, dict):
-        return f"a mapping to {_in_words(members[1])}"
-    if inspect.isclass(origin) and issubclass(origin, Iterable):
+    if origin is Callable:
+        return _in_words(members[-1]) if isinstance(members[-1], type) else "a function"
+    if isinstance(origin, type) and issubclass(origin, Iterable):
         return f"a list of {_in_words(members[0])}"
-    if not inspect.isclass(origin) or origin.__name__ in ("Union", "UnionType"):
-        ordered = sorted(members, key=lambda member: member is type(None))
-        return " or ".join(dict.fromkeys(_in_words(member) for member in ordered))
-    return f"class_path and init_args of a {getattr(members[-1], '__name__', 'function')}"
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and what it was raised from, the outermost first."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _files(error: BaseException) -> list[str]:
-    """Where an error was raised, the innermost last."""
-    return [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)] or [""]
+    ordered = sorted(members, key=lambda member: member is type(None))
+    return " or ".join(dict.fromkeys(map(_in_words, ordered)))
 
 
 def _raised(error: BaseException) -> str:
     """What a user's code or a library raised, with the place in the user's code."""
     places = [
-        f" ({frame.f_code.co_filename}:{line})"
-        for frame, line in traceback.walk_tb(error.__traceback__)
-        if not re.search(rf"{re.escape(_PACKAGE)}|site-packages|importlib|<", frame.f_code.co_filename)
+        f" ({frame.filename}:{frame.lineno})"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not re.search(rf"{re.escape(_PACKAGE)}|site-packages|importlib|<", frame.filename)
     ]
-    if isinstance(error, SyntaxError):
-        places, error = [f" ({error.filename}:{error.lineno})"], SyntaxError(error.msg)
     reason = " ".join(str(error).split())[:300]
+    if isinstance(error, SyntaxError):
+        places, reason = [f" ({error.filename}:{error.lineno})"], error.msg
     if not places and isinstance(error, ImportError):
         return reason
     return f"{type(error).__name__}: {reason}{places[-1] if places else ''}"

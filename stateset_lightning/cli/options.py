@@ -20,9 +20,10 @@ from jsonargparse._typehints import (
 )
 from jsonargparse._util import import_object
 
-from stateset_lightning.cli.overlays import REMOVED, loaded
+from stateset_lightning.cli.overlays import REMOVED, as_list, is_class, loaded
 
 _NO_OPTIONS = {"help", "config", "print_config"}
+_CALLED_WITH = {"params", "optimizer"}  # what the trainer adds to the options of an optimizer or scheduler
 _SPECIFIED = {"class_path", "init_args"}
 
 MISSING = object()
@@ -75,8 +76,10 @@ def options(parser: ArgumentParser, given: dict[str, Any], name: str = "", dest:
             if isinstance(value, dict):
                 yield from options(parser, value, f"{option.name}.", f"{option_dest}.")
                 continue
+            option.action = None
         elif option.action is not None:
-            for number, item in enumerate(value if isinstance(value, list) else [value]):
+            for number, item in enumerate(as_list(value)):
+                item = {"class_path": item} if is_class(item) and classes(option.hint) else item
                 if isinstance(item, dict) and (inner := class_parser(option, item)):
                     place = (
                         f"{option.name}[{number}]." if isinstance(value, list) and len(value) > 1 else f"{option.name}."
@@ -85,7 +88,7 @@ def options(parser: ArgumentParser, given: dict[str, Any], name: str = "", dest:
         yield option
     for required in iter_required_keys(parser):
         key = required.removeprefix(dest)
-        if required.startswith(dest) and key.split(".")[0] not in given:
+        if required.startswith(dest) and key.split(".")[0] not in given and key not in _CALLED_WITH:
             yield Option(f"{name}{key}", key, given, parser, required, actions[required])
 
 
@@ -98,7 +101,11 @@ def class_parser(option: Option, value: Mapping[str, Any]) -> ArgumentParser | N
     path = value.get("class_path") or (default.get("class_path") if isinstance(default, Mapping | Namespace) else None)
     try:
         cls = (
-            import_object(next((resolve_class_path_by_name(base, path) for base in bases), path)) if path else bases[0]
+            import_object(
+                next((full for base in bases if "." in (full := resolve_class_path_by_name(base, path))), path)
+            )
+            if path
+            else bases[0]
         )
         with parser_context(parent_parser=option.parser):
             return ActionTypeHint.get_class_parser(cls, getattr(option.action, "sub_add_kwargs", None))
@@ -122,8 +129,10 @@ def resolve_removed(parser: ArgumentParser, given: dict[str, Any]) -> None:
         free = any(get_typehint_origin(hint) in mapping_origin_types for hint in (option.hint, *get_args(option.hint)))
         if free and isinstance(option.value, dict):
             option.holder[option.key] = _without_removed(option.value)
-        elif option.value is REMOVED:
+        elif option.value in (None, REMOVED):
             option.holder[option.key] = None
+            if option.action is not None and type(None) not in get_args(option.hint):
+                del option.holder[option.key]  # the default
 
 
 def _without_removed(value: Any) -> Any:

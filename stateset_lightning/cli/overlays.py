@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -133,10 +133,13 @@ def _check_nodes(root: yaml.Node | None, file: str) -> None:
             lines: dict[str, int] = {}
             for key, value in node.value:
                 line = key.start_mark.line + 1
-                if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
-                    raise ConfigError(
-                        f"{file}:{line}: the key {key.value} stands in line {lines[key.value]} already; merge the two"
-                    )
+                if isinstance(key, yaml.ScalarNode):
+                    if key.value in lines:
+                        first = f"line {lines[key.value]}"
+                        raise ConfigError(
+                            f"{file}:{line}: the key {key.value} stands in {first} already; merge the two"
+                        )
+                    lines[key.value] = line
                 nodes.append((value, depth + 1))
         elif isinstance(node, yaml.SequenceNode):
             nodes += [(item, depth + 1) for item in node.value]
@@ -148,7 +151,7 @@ def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]
     for key, value in overlay.items():
         name = str(key).removesuffix("+")
         if name != str(key):
-            merged[name] = [*_as_list(merged.get(name)), *_as_list(value)]
+            merged[name] = [*as_list(merged.get(name)), *as_list(value)]
         elif value is None and key in base and key not in _SPECIFICATION:
             merged[key] = REMOVED
         else:
@@ -159,7 +162,7 @@ def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]
 def _merge_values(key: str, old: Any, new: Any) -> Any:
     if isinstance(old, dict):
         new = loaded(new)
-        if _is_class(new) and ("class_path" in old or key == "optimizer"):
+        if is_class(new) and ("class_path" in old or key == "optimizer"):
             new = {"class_path": new}
     if not isinstance(new, dict):
         return new
@@ -170,7 +173,7 @@ def _merge_values(key: str, old: Any, new: Any) -> Any:
     old = loaded(old)
     if isinstance(old, list) and old:
         return [*old[:-1], _merge_values(key, old[-1], new)]
-    if _is_class(old):
+    if is_class(old):
         old = {"class_path": old}
     elif isinstance(old, str) and key == "policy":
         old = {"model_name": old}
@@ -190,7 +193,7 @@ def _is_same_class(old: Any, path: str) -> bool:
     return known == path or path.endswith(f".{known}") or known.endswith(f".{path}")
 
 
-def _is_class(value: Any) -> bool:
+def is_class(value: Any) -> bool:
     """Whether a text names a class, as AdamW or torch.optim.AdamW; not so tiny, rows.jsonl, False."""
     name = str(value).rpartition(".")[2]
     return (
@@ -206,6 +209,7 @@ def loaded(value: Any) -> Any:
     return value
 
 
-def _as_list(value: Any) -> Iterable[Any]:
+def as_list(value: Any) -> list[Any]:
+    """The items of a list, or the one value that stands for a list of it."""
     value = loaded(value)
     return value if isinstance(value, list) else [] if value in (None, REMOVED) else [value]
