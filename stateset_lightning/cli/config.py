@@ -18,7 +18,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from stateset_lightning.callbacks import ConsoleProgress, PredictionWriter, RunSummary, SampleWriter
 from stateset_lightning.cli.messages import PROGRAM, explain, refusal, shorten
-from stateset_lightning.cli.options import resolve_removed
+from stateset_lightning.cli.options import options
 from stateset_lightning.cli.overlays import dump_yaml, merged_words
 from stateset_lightning.datamodule import ScenarioDataModule
 from stateset_lightning.errors import ConfigError, UserError
@@ -137,19 +137,16 @@ class StatesetCLI(LightningCLI):
         if not isinstance(words, list) or not words or words[0] not in self._wanted:
             super().parse_arguments(parser, args)
             return
-        given, rest = merged_words(words[1:])
-        resolve_removed(self._parser(words[0]), given)
-        self.given = given
+        self.given, rest = merged_words(words[1:])
+        list(options(self._parser(words[0]), self.given))  # gives nulls their meaning
         try:
-            super().parse_arguments(parser, [words[0], "--config", dump_yaml(given), *rest])
+            super().parse_arguments(parser, [words[0], "--config", dump_yaml(self.given), *rest])
         except UserError as error:
             raise ConfigError(redacted_text(explain(self._parser(words[0]), self.given) or str(error))) from error
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         seed = Annotated[int, Ge(0), Le(2**32 - 1)] | bool
-        parser.add_argument(
-            "--seed_everything", type=seed, default=42, help="Of all randomness; true for a random one."
-        )
+        parser.add_argument("--seed_everything", type=seed, default=42, help="Of all randomness; true: a random one.")
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = Parser(**kwargs, allow_abbrev=False)  # a shortened key is more often a slip than meant

@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from jsonargparse import set_dumper
@@ -28,15 +28,15 @@ REMOVED = object()
 
 _SPECIFICATION = {"class_path", "init_args", "dict_kwargs"}
 _MAX_VALUES, _MAX_DEPTH = 100_000, 100
+_TOO_LARGE = "more than 100,000 values, or nested more than 100 deep; a config is neither (look for aliases, *name)"
 
 
 class _Dumper(yaml.SafeDumper):
     """Writes text that jsonargparse would read as a number, 1e3, in quotes; PyYAML itself takes that for text."""
 
 
-_Dumper.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+_NUMBER = re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$")
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789"))
 
 
 def dump_yaml(content: Any) -> str:
@@ -56,93 +56,72 @@ def merged_words(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     Raises:
         ConfigError: If a config file cannot be read.
     """
-    files, flags, rest = list[dict[str, Any]](), list[dict[str, Any]](), list[str]()
-    left = iter(words)
-    for word in left:
+    files, flags, rest, left = list[Any](), list[Any](), list[str](), list(words)
+    while left:
+        word = left.pop(0)
         flag, given, value = word.partition("=")
-        name = flag.removeprefix("--")
-        if name == flag != "-c" or name.startswith("print_config") or name.split(".")[-1] == "help":
+        is_option = flag == "-c" or (flag.startswith("--") and not flag.endswith(("help", "print_config")))
+        if not is_option or not (given or (left and not left[0].startswith("--"))):
             rest.append(word)
             continue
-        if not given and (value := next(left, "--")).startswith("--"):
-            rest.append(word)
-            left = iter([value, *left] if value != "--" else [])
-        elif flag in ("-c", "--config"):
-            files.append(read_config(value))
+        value = value if given else left.pop(0)
+        if flag in ("-c", "--config"):
+            text = value if value.lstrip().startswith("{") or "\n" in value else None
+            files.append(read_yaml(value, f"--config {value}", "keys such as model:, data: and trainer:", text))
         else:
-            flags.append(functools.reduce(lambda inner, key: {key: inner}, reversed(name.split(".")), value))  # type: ignore[arg-type]
+            flags.append(functools.reduce(lambda inner, key: {key: inner}, flag[2:].split(".")[::-1], cast(Any, value)))
     return functools.reduce(merge, [*files, *flags], {}), rest
 
 
-def read_config(name: str) -> dict[str, Any]:
-    """The mapping of a --config: a file, or the text of a config itself."""
-    if name.lstrip().startswith("{") or "\n" in name:
-        return parse_yaml(name, "--config", "keys")
-    return read_yaml(name, f"--config {name}", "keys such as model:, data: and trainer:")
-
-
-def read_yaml(file: str | Path, name: str, keys: str) -> dict[str, Any]:
+def read_yaml(file: str | Path, name: str, keys: str, text: str | None = None) -> dict[str, Any]:
     """The mapping that a YAML file holds.
 
     Args:
         file: Its path.
         name: What the user calls it, for the error.
         keys: What it must hold, for the error.
+        text: What stands in it, if there is no such file.
 
     Raises:
         ConfigError: If it cannot be read, holds something else, or a key twice.
     """
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        if isinstance(error, UnicodeDecodeError):
-            raise ConfigError(f"{name}: not valid UTF-8; save the file as UTF-8") from error
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{name}: cannot be read ({reason}); paths are relative to {Path.cwd()}") from error
-    return parse_yaml(text, name, keys, str(file))
-
-
-def parse_yaml(text: str, name: str, keys: str, file: str = "--config") -> dict[str, Any]:
-    """The mapping that a text in YAML holds; arguments and errors as of `read_yaml`."""
     loader = get_yaml_default_loader()
     try:
+        text = Path(file).read_text(encoding="utf-8") if text is None else text
         _check_nodes(yaml.compose(text, loader), file)
         content = yaml.load(text, loader)
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot be read ({error.strerror}); paths are relative to {Path.cwd()}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name}: not valid UTF-8; save the file as UTF-8") from error
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         place, reason = f":{mark.line + 1}" if mark else "", problem or str(error).splitlines()[0]
         raise ConfigError(f"{file}{place}: malformed YAML: {reason}; check indentation, brackets and quotes") from error
     except RecursionError as error:
-        raise ConfigError(f"{file}: nested more than {_MAX_DEPTH} deep") from error
+        raise ConfigError(f"{file}: {_TOO_LARGE}") from error
     if not isinstance(content, dict):
         found = "empty" if content is None else f"not a mapping of keys but {content!r:.60}"
         raise ConfigError(f"{name}: the file is {found}; it must hold {keys}")
     return content
 
 
-def _check_nodes(root: yaml.Node | None, file: str) -> None:
+def _check_nodes(root: yaml.Node | None, file: str | Path) -> None:
     """No key twice, and no more values than a config can have: aliases of aliases make billions."""
     nodes, seen = [(root, 0)], 0
     while nodes:
         node, depth = nodes.pop()
         seen += 1
         if depth > _MAX_DEPTH or seen > _MAX_VALUES:
-            what = f"nested more than {_MAX_DEPTH} deep" if depth > _MAX_DEPTH else f"more than {_MAX_VALUES:,} values"
-            raise ConfigError(f"{file}: {what}; a config has neither (look for aliases, *name)")
-        if isinstance(node, yaml.MappingNode):
-            lines: dict[str, int] = {}
-            for key, value in node.value:
-                line = key.start_mark.line + 1
-                if isinstance(key, yaml.ScalarNode):
-                    if key.value in lines:
-                        first = f"line {lines[key.value]}"
-                        raise ConfigError(
-                            f"{file}:{line}: the key {key.value} stands in {first} already; merge the two"
-                        )
-                    lines[key.value] = line
-                nodes.append((value, depth + 1))
-        elif isinstance(node, yaml.SequenceNode):
-            nodes += [(item, depth + 1) for item in node.value]
+            raise ConfigError(f"{file}: {_TOO_LARGE}")
+        items = node.value if isinstance(node, yaml.CollectionNode) else []
+        nodes += [(item[1] if isinstance(item, tuple) else item, depth + 1) for item in items]
+        lines: dict[str, int] = {}
+        for key, _ in items if isinstance(node, yaml.MappingNode) else []:
+            line = key.start_mark.line + 1
+            if (written := f"the key {key.value}") in lines:
+                raise ConfigError(f"{file}:{line}: {written} stands in line {lines[written]} already; merge the two")
+            lines[written] = line
 
 
 def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
