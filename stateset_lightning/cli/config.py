@@ -3,23 +3,22 @@
 Importing this file imports Lightning, which takes seconds.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 import json
 import sys
-from collections.abc import Sequence
-from pydoc import locate
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import yaml
+from annotated_types import Ge, Le
 from jsonargparse import _typehints, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from stateset_lightning.algorithm import Algorithm
 from stateset_lightning.callbacks import ConsoleProgress, PredictionWriter, RunSummary, SampleWriter
-from stateset_lightning.cli.messages import PROGRAM, shorten
+from stateset_lightning.cli.messages import PROGRAM, explain, refusal, shorten
+from stateset_lightning.cli.options import options
+from stateset_lightning.cli.overlays import dump_yaml, merged_words
 from stateset_lightning.datamodule import ScenarioDataModule
 from stateset_lightning.errors import ConfigError, UserError
 from stateset_lightning.files import atomic_write
@@ -29,34 +28,38 @@ from stateset_lightning.run.find_checkpoint import continue_run
 from stateset_lightning.run.folder import ENVIRONMENT, config_file
 from stateset_lightning.run.system import environment
 
-# A tie to a private function of jsonargparse, as it is in 4.53; tests/cli/test_config.py fails when that changes. By
-# itself jsonargparse keeps, of a class chosen before, all options that the class chosen now has too, defaults among
-# them: GSPO chosen over a config with GRPO would clip at GRPO's bounds, a thousand times its own.
+# Two ties to private functions of jsonargparse 4.53; tests/cli/test_config.py fails when they change. By itself it
+# takes what YAML reads as null, `####` or `~`, for no value, and keeps all options of a default's class that the class
+# chosen now has too: GSPO would clip at GRPO's bounds, a thousand times its own.
+_parse_as_yaml = _typehints.parse_value_or_config
 _keep_shared_options = _typehints.discard_init_args_on_class_path_change
 
 
-def forget_options_of_another_algorithm(parser_or_action: Any, previous: Any, value: Any) -> None:
-    """Another algorithm starts from its own defaults: its name means its paper."""
-    _keep_shared_options(parser_or_action, previous, value)
+def keep_text(value: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """Text stays text, unless it is literally null."""
+    parsed, path = _parse_as_yaml(value, *args, **kwargs)
+    return (value if parsed is None and isinstance(value, str) and value != "null" else parsed), path
+
+
+def keep_learning_rate(parser_or_action: Any, previous: Any, value: Any) -> None:
+    """Another class starts from its own defaults, but for the learning rate of an optimizer."""
     if previous and "init_args" in previous and previous["class_path"] != value["class_path"]:
-        chosen = locate(value["class_path"])
-        if isinstance(chosen, type) and issubclass(chosen, Algorithm):
-            for name in list(vars(previous["init_args"])):
-                del previous["init_args"][name]
+        for name in set(vars(previous["init_args"])) - {"lr"}:
+            del previous["init_args"][name]
+    _keep_shared_options(parser_or_action, previous, value)
 
 
-_typehints.discard_init_args_on_class_path_change = forget_options_of_another_algorithm
+_typehints.parse_value_or_config = keep_text
+_typehints.discard_init_args_on_class_path_change = keep_learning_rate
 
 
 class Parser(LightningArgumentParser):
     """Reports an error in a few lines, without the usage of some hundred options."""
 
-    known_keys: Sequence[str] = ()
-
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # the parser of a nested class: its message becomes part of the outer one's
             super().error(message, ex)
-        raise UserError(redacted_text(shorten(message, self.known_keys)))
+        raise UserError(shorten(message))
 
     def add_lightning_class_args(
         self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
@@ -78,7 +81,7 @@ class SaveRunConfig(SaveConfigCallback):
         config = redacted(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
         # The resolved config of a second command in the same folder (a baseline, then `fit`) is the same one.
         with atomic_write(file) as opened:
-            opened.write(yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
+            opened.write(dump_yaml(config).encode())
         if trainer.loggers:  # else it would stand among the user's own files
             with atomic_write(file.with_name(ENVIRONMENT)) as opened:
                 opened.write(json.dumps(environment(trainer), indent=1).encode())
@@ -107,7 +110,6 @@ class StatesetCLI(LightningCLI):
             super().__init__(
                 GRPOLightningModule,
                 ScenarioDataModule,
-                seed_everything_default=42,
                 auto_configure_optimizers=False,  # it would build the optimizer before the weights are loaded
                 save_config_callback=SaveRunConfig,
                 save_config_kwargs={"save_to_log_dir": False},
@@ -128,11 +130,22 @@ class StatesetCLI(LightningCLI):
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         return {name: skipped for name, skipped in super().subcommands().items() if name in self._wanted}
 
-    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        super()._add_subcommands(parser, **kwargs)
-        keys = [action.dest for sub in self._subcommand_parsers.values() for action in sub._actions]
-        for each in (parser, *self._subcommand_parsers.values()):
-            each.known_keys = keys  # type: ignore[attr-defined]
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        self.given: dict[str, Any] = {}
+        words = sys.argv[1:] if args is None else args
+        if not isinstance(words, list) or not words or words[0] not in self._wanted:
+            super().parse_arguments(parser, args)
+            return
+        self.given, rest = merged_words(words[1:])
+        list(options(self._parser(words[0]), self.given))  # gives nulls their meaning
+        try:
+            super().parse_arguments(parser, [words[0], "--config", dump_yaml(self.given), *rest])
+        except UserError as error:
+            raise ConfigError(redacted_text(explain(self._parser(words[0]), self.given) or str(error))) from error
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        seed = Annotated[int, Ge(0), Le(2**32 - 1)] | bool
+        parser.add_argument("--seed_everything", type=seed, default=42, help="Of all randomness; true: a random one.")
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = Parser(**kwargs, allow_abbrev=False)  # a shortened key is more often a slip than meant
@@ -161,25 +174,25 @@ class StatesetCLI(LightningCLI):
             self.datamodule.setup("fit")
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+    def _add_instantiators(self) -> None:
+        super()._add_instantiators()
+        self.refused: list[tuple[type, Exception]] = []
+        self.parser.add_instantiator(self._make, object)
+
+    def _make(self, cls: type, *args: Any, **kwargs: Any) -> Any:
+        """Makes an object; what its class raises, jsonargparse would hide behind types that do not fit."""
         try:
-            return super().instantiate_trainer(**kwargs)
-        # the Trainer's own checks of its arguments
-        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
-            raise ConfigError(f"trainer: {error}") from error
+            return cls(*args, **kwargs)
+        except Exception as error:
+            self.refused = [(cls, error)]
+            raise
 
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except ValueError as error:
-            # jsonargparse wraps what a constructor raised into a list of all types that did not fit.
-            cause: BaseException = error
-            while not isinstance(cause, UserError) and isinstance(cause.__cause__, ValueError | TypeError):
-                cause = cause.__cause__
-            if isinstance(cause, UserError):
-                raise cause from error
-            if cause is error:
+        except Exception as error:
+            by = [(Trainer, error)] if hasattr(self, "model") else self.refused or [(GRPOLightningModule, error)]
+            told = refusal(*by[0], self._parser(self.subcommand), self.given)
+            if told in (None, error):
                 raise
-            raise ConfigError(
-                f"a class of the config refuses its arguments: {type(cause).__name__}: {cause}"
-            ) from error
+            raise told from error

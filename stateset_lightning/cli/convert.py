@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from stateset_lightning.cli.arguments import Arguments
-from stateset_lightning.cli.messages import read_yaml
+from stateset_lightning.cli.overlays import read_yaml
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.files import atomic_write
 from stateset_lightning.redaction import redacted

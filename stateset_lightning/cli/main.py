@@ -105,7 +105,7 @@ def _run(args: ArgsType) -> StatesetCLI | None:
                 quieten()
             import_module(f"stateset_lightning.cli.{command}").main(words[1:])
             return None
-        cli = _run_lightning(args, words)
+        cli = _run_lightning(args)
         return None if args is None else cli
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
@@ -116,10 +116,7 @@ def _run(args: ArgsType) -> StatesetCLI | None:
         heartbeat.stop()
 
 
-def _run_lightning(args: ArgsType, words: list[str]) -> StatesetCLI:
-    from stateset_lightning.cli.messages import check_config_files
-
-    check_config_files(words)
+def _run_lightning(args: ArgsType) -> StatesetCLI:
     if args is None:
         gc.disable()  # what is imported stays: looking for garbage in it takes a second of `fit --help`
     quieten()

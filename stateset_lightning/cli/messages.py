@@ -1,128 +1,72 @@
 """Messages of the command line: one line that names the key, the value and what is accepted.
 
-jsonargparse lists every member of a union type that did not fit, over many lines. The most telling one is kept. Wording
-that is not known here is cut to its first lines, so that nothing is lost but length. Seen in jsonargparse 4.53.
+jsonargparse says at length which member of a type did not fit, and hides what a class raised. Here each option is held
+against its type again, by itself, from the inside out: the first that does not fit is what is wrong.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
-import itertools
+import inspect
 import re
-from collections.abc import Iterable, Sequence
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
-import yaml
 from jsonargparse import ArgumentParser
 
-from stateset_lightning.errors import ConfigError
+from stateset_lightning.cli.options import MISSING, Option, classes, options
+from stateset_lightning.cli.overlays import as_list, is_class
+from stateset_lightning.errors import ConfigError, UserError
 
 PROGRAM = "stateset-lightning"
 
-_KEY = re.compile(r'Parser key "([^"]+)"')
-_GIVEN = re.compile(r"(?:Given value: |Got value: )(.*)")
-_NESTED = re.compile(r"NestedArg\(key='(.+)', val=(.*)\)$")
-_WORDS = {
-    "int": "an integer",
-    "float": "a number",
-    "str": "text",
-    "bool": "true or false",
-    "dict": "a mapping",
-    "list": "a list",
-    "Iterable": "a list",
-    "NoneType": "null",
-}
-CLASS_HOMES = {
-    "model.reward": "stateset_lightning.rewards",
-    "model.algorithm": "stateset_lightning.algorithm",
-    "model.optimizer": "torch.optim",
-    "model.lr_scheduler": "torch.optim.lr_scheduler",
-    "trainer.callbacks": "lightning.pytorch.callbacks",
-    "trainer.logger": "lightning.pytorch.loggers",
-}
-"""Where the classes that a key takes are found, to suggest one whose name is close."""
-
-CLASSES = {
-    "model.policy": "stateset_lightning.policy.PolicyConfig",
-    "model.rollout": "stateset_lightning.rollout.RolloutConfig",
-    "model.evaluation": "stateset_lightning.evaluation.EvaluationConfig",
-}
-"""The class that a key always takes, to suggest one of its options."""
-
-_TELLING = (
-    r"Input should be (?P<bound>.*?)(?:, unable.*)? ?\[type=",
-    r"Option '(?P<unknown>.+?)' is not accepted",
-    r"arguments are required: (?P<required>.+)",
-    r"Problem with given class_path '(?P<path>.+?)'",
-    r"Import path (?P<no_subclass>\S+) does not correspond to a subclass of (?P<base>\w+)",
-    r"(?P<abstract>\S+) is abstract",
-    r"Expected a dot import path string: (?P<name>.+)",
-)
-"""From the most telling to the least; the first that is found is reported."""
+_WORDS = {"int": "an integer", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null"}
+_WORDS |= {"list": "a list", "Iterable": "a list", "Any": "anything"}
+_BOUNDS = {"ge": "greater than or equal to", "gt": "greater than", "le": "less than or equal to", "lt": "less than"}
+_SECTIONS = {"Trainer": "trainer", "GRPOLightningModule": "model", "ScenarioDataModule": "data"}
+_PACKAGE = str(Path(__file__).parents[1])
 
 
-def shorten(message: str, keys: Sequence[str] = ()) -> str:
-    """A parser's message in a line or two.
-
-    Args:
-        message: What jsonargparse says.
-        keys: All keys that the parser knows, to suggest a close one.
-    """
-    lines = message.splitlines()
-    if match := re.search(r"(?:does not accept option|[Uu]nrecognized arguments:|^Option) '?(?:--)?([^' =]+)", message):
-        return f"there is no key {match[1]}{_suggest(match[1], keys) or '; --help lists all keys'}"
-    for pattern in _TELLING:
-        for number, line in enumerate(lines):
-            if match := re.search(pattern, line):
-                key, value = _key(lines, number), _value("\n".join(lines[number : number + 3])) or _value(message)
-                return _told(key, value, {name: text for name, text in match.groupdict().items() if text}, message)
-    accepted = _accepted(message)
-    if accepted and _KEY.search(message):
-        return f"{_key(lines, len(lines))}={_value(message)}: must be {accepted}"
-    told = [line.strip() for line in lines if line.strip()]
+def shorten(message: str) -> str:
+    """The first lines of a message."""
+    told = [line.strip() for line in message.splitlines() if line.strip()]
     return "\n  ".join(line[:300] for line in told[:4])
 
 
-def check_config_files(words: Sequence[str]) -> None:
-    """The files given by --config are there and hold a mapping in YAML; jsonargparse would not name the file and line.
-
-    Raises:
-        ConfigError: If one is not.
-    """
-    given = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
-    given += [value for flag, value in itertools.pairwise(words) if flag in ("--config", "-c")]
-    for name in given:
-        if not name.lstrip().startswith("{") and "\n" not in name:  # else it is a config itself
-            read_yaml(name, f"--config {name}", "keys such as model:, data: and trainer:")
-
-
-def read_yaml(file: str | Path, name: str, keys: str) -> dict[str, Any]:
-    """The mapping that a YAML file holds.
+def explain(parser: ArgumentParser, given: dict[str, Any]) -> str:
+    """What is wrong with a config; empty if each option fits its type.
 
     Args:
-        file: Its path.
-        name: What the user calls it, for the error.
-        keys: What it must hold, for the error.
-
-    Raises:
-        ConfigError: If it cannot be read or holds something else.
+        parser: Knows the options.
+        given: What the user wrote.
     """
-    try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{name}: cannot be read ({error.strerror}); paths are relative to {Path.cwd()}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{name}: not valid UTF-8; save the file as UTF-8") from error
-    except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        place, reason = f":{mark.line + 1}" if mark else "", problem or str(error).splitlines()[0]
-        raise ConfigError(f"{file}{place}: malformed YAML: {reason}; check indentation, brackets and quotes") from error
-    if not isinstance(content, dict):
-        found = "empty" if content is None else f"not a mapping of keys but {content!r:.60}"
-        raise ConfigError(f"{name}: the file is {found}; it must hold {keys}")
-    return content
+    missing: list[str] = []
+    for option in options(parser, given):
+        if option.value is MISSING:
+            missing.append(option.name)
+        elif not any(name.startswith(option.name) for name in missing) and (fault := _fault(option)):
+            return fault
+    return f"missing: {', '.join(missing)}; set it in a config (--config) or as a flag" if missing else ""
+
+
+def refusal(cls: type, error: Exception, parser: ArgumentParser, given: dict[str, Any]) -> Exception:
+    """What a class of the config raised when it was made, as an error with its key.
+
+    The error itself if it says enough, or if the mistake is this package's own and needs its traceback.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    own = frames[-1].filename.startswith(_PACKAGE) and not isinstance(error, ValueError | TypeError)
+    if isinstance(error, UserError) or own:
+        return error
+    if fault := explain(parser, given):  # what jsonargparse lets pass, such as a list for a section
+        return ConfigError(fault)
+    keys = {class_name(item): option.name for option in options(parser, given) for item in as_list(option.value)}
+    key = (keys | _SECTIONS).get(cls.__name__, "a class of the config")
+    return ConfigError(f"{key}: {cls.__name__}: {_raised(error)}")
 
 
 def class_name(given: Any) -> str:
@@ -136,100 +80,105 @@ def without_traceback(message: str) -> str:
     before, found, trace = message.partition("Traceback (most recent call last):")
     if not found:
         return message
-    here = str(Path(__file__).parents[1])
     places = re.findall(r'File "(.+?)", line (\d+), in (\S+)', trace)
-    own = [f"raised at {file}:{line}, in {function}" for file, line, function in places if not file.startswith(here)]
+    own = [
+        f"raised at {file}:{line}, in {function}" for file, line, function in places if not file.startswith(_PACKAGE)
+    ]
     return "\n  ".join([before.strip(), *own[-1:]])
 
 
-def _told(key: str, value: str, found: dict[str, str], message: str) -> str:
-    """The message of one of `_TELLING`; `found` holds what its group matched."""
-    match found:
-        case {"bound": bound}:
-            if bound.endswith(("than", "to")):  # jsonargparse 4.53 loses the number of some bounds
-                bound = " ".join([bound, *re.findall(r"G[te]\(g[te]=([^)]+)\)", message)[:1]])
-            return f"{key}={value}: must be {bound}"
-        case {"unknown": unknown}:
-            known = _parameters_near(message, key)
-            listed = f"; its keys are {', '.join(known)}" if known else ""
-            return f"{key}: there is no key {unknown}{_suggest(unknown, known) or listed}"
-        case {"path": path}:
-            module, _, name = path.rpartition(".")
-            return f"{key}: class_path {path}: {_absence(module or name, name)}"
-        case {"no_subclass": path, "base": base}:
-            return f"{key}: {path} is no {base}; give the class path of one"
-        case {"abstract": path}:
-            return f"{key}: {path} is abstract: it lacks a method that its base class wants"
-        case {"required": required}:
-            names = [re.sub(r"^(fit|validate|test|predict)\.", "", name) for name in required.split(", ")]
-            missing = ", ".join(f"{key}.{name}" if key else name for name in names)
-            return f"missing: {missing}; set it in a config (--config) or as a flag"
-    home = next((module for start, module in CLASS_HOMES.items() if key.startswith(start)), None)
-    reason = _absence(home, found["name"]) if home else "no such class; give class_path and init_args"
-    return f"{key}={found['name']}: {reason}"
-
-
-def _absence(module: str, name: str) -> str:
-    """Why a name cannot be had from a module; what this package says of names that have moved or left comes first."""
-    home = None
+def _fault(option: Option) -> str:
+    """What is wrong with one option; empty if nothing is."""
+    if option.action is None:
+        return _unknown(option)
     try:
-        home = importlib.import_module(module)
-        getattr(home, name)
-    except (ImportError, AttributeError, ValueError) as error:
-        if not str(error).startswith(("No module named", "module ", "Empty module name")):  # as Python says it
+        option.check()
+    except Exception:  # a user's module may raise anything
+        bases = classes(option.hint)
+        for item in as_list(option.value):
+            path = str(item.get("class_path", "") if isinstance(item, dict) else item)
+            if bases and is_class(path) and (reason := _class_fault(bases, path)):
+                place = f": class_path {path}" if "." in path else f"={path}"
+                return f"{option.name}{place}: {reason}"
+        return f"{option.name}={str(option.value)[:80]}: must be {_in_words(option.hint)}"
+    return ""
+
+
+def _unknown(option: Option) -> str:
+    known = [action.dest for action in option.parser._actions if not action.dest.endswith(("help", "print_config"))]
+    place, dest, value = option.name.removesuffix(option.dest), option.dest, option.value
+    if any(name.startswith(f"{dest}.") for name in known):
+        return f"{option.name}={str(value)[:80]}: must be a mapping"
+    while isinstance(value, dict) and value:  # of a section that does not exist, the first option
+        dest, value = f"{dest}.{next(iter(value))}", next(iter(value.values()))
+    if not place:
+        return f"there is no key {dest}{_suggest(dest, known) or '; --help lists all keys'}"
+    listed = ", ".join(known) or "none"
+    return f"{place[:-1]}: there is no key {dest}{_suggest(dest, known) or f'; its keys are {listed}'}"
+
+
+def _class_fault(bases: list[type], path: str) -> str:
+    """Why the class that a path names cannot be had; empty if it can."""
+    module, _, name = path.rpartition(".")
+    if not module:
+        modules = [home for base in bases for home in (base.__module__.rpartition(".")[0], base.__module__) if home]
+        names = {home: dir(sys.modules[home]) for home in modules}
+        homes = [home for home in modules if any(base.__name__ in names[home] for base in bases)]
+        homes.sort(key=lambda home: (name not in names[home], not _suggest(name, names[home])))
+        module = next((home for home in homes if "." in home), homes[0])
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except AttributeError as error:
+        if not str(error).startswith("module "):  # not Python's words: those of a module whose name has moved
             return str(error)
-    if home is None:
-        return f"module {module} cannot be imported; is it spelt right, and on PYTHONPATH?"
-    return f"{module} has no {name}{_suggest(name, dir(home)) or '; give the class_path of one that there is'}"
+        close = _suggest(name, dir(importlib.import_module(module)))
+        return f"{module} has no {name}{close or '; give the class_path of one that there is'}"
+    except ModuleNotFoundError as error:
+        if str(error).startswith("No module named") and f"{module}.".startswith(f"{error.name}."):
+            return f"module {module} cannot be imported; is it spelt right, and on PYTHONPATH?"
+        return _raised(error)
+    except Exception as error:  # a user's module may raise anything
+        return _raised(error)
+    if inspect.isabstract(found):
+        return f"{path} is abstract: it lacks {', '.join(sorted(found.__abstractmethods__))}"
+    return ""
 
 
-def _key(lines: Sequence[str], number: int) -> str:
-    """The key that a line is about: those of the lines above it that it is nested in."""
-    names: list[str] = []
-    depth = 1_000 if number == len(lines) else _indent(lines[number]) + 1
-    for line in reversed(lines[: number + 1]):
-        match = _KEY.search(line)
-        if match and _indent(line) < depth:
-            names.insert(0, match[1])
-            depth = _indent(line)
-    nested = _NESTED.search(lines[-1]) if lines else None
-    if nested and len(names) == 1:
-        names.append(nested[1])
-    return ".".join(names)
+def _in_words(hint: Any) -> str:
+    """What a type accepts."""
+    origin, members = get_origin(hint), get_args(hint)
+    if hint is None or (isinstance(origin or hint, type) and issubclass(origin or hint, Mapping)):
+        return "a mapping" + (f" to {_in_words(members[1])}" if members else "")
+    if not members:
+        name = getattr(hint, "__name__", str(hint))
+        return _WORDS.get(name, f"a {name} (class_path and init_args)")
+    if origin is Literal:
+        return f"one of {', '.join(map(str, members))}"
+    if metadata := getattr(hint, "__metadata__", None):
+        limits = [(words, getattr(item, key, None)) for item in metadata for key, words in _BOUNDS.items()]
+        bounds = [f"{words} {limit}" for words, limit in limits if limit is not None]
+        return f"{_in_words(members[0])} {' and '.join(bounds)}"
+    if origin is Callable:
+        return _in_words(members[-1]) if isinstance(members[-1], type) else "a function"
+    if isinstance(origin, type) and issubclass(origin, Iterable):
+        return f"a list of {_in_words(members[0])}"
+    ordered = sorted(members, key=lambda member: member is type(None))
+    return " or ".join(dict.fromkeys(map(_in_words, ordered)))
 
 
-def _indent(line: str) -> int:
-    return len(line) - len(line.lstrip(" -"))
-
-
-def _value(message: str) -> str:
-    given = re.findall(r"input_value=(.+?), input_type", message)[:1] or _GIVEN.findall(message)
-    value = given[-1] if given else ""
-    nested = _NESTED.search(value)
-    return (nested[2] if nested else value).strip("'")[:80]
-
-
-def _accepted(message: str) -> str:
-    """What types and choices would have been accepted, in words."""
-    kinds = [_WORDS.get(name.rpartition(".")[2], name) for name in re.findall(r"Expected a <class '(.+?)'>", message)]
-    literals = " ".join(re.findall(r"Expected a typing\.Literal\[(.+?)\]", message))
-    if choices := re.findall(r"'(.+?)'", literals):
-        kinds = [f"one of {', '.join(dict.fromkeys(choices))}"]
-    return " or ".join(dict.fromkeys(kinds))
-
-
-def _parameters_near(message: str, key: str) -> list[str]:
-    """Parameters of the classes that the message's value names, or of the one that the key always takes."""
-    names: list[str] = []
-    named = re.findall(r"(?:class_path'?[:=] ?|given class_path )'([\w.]+)'", message)
-    for path in named or ([CLASSES[key]] if key in CLASSES else []):
-        module, _, name = path.rpartition(".")
-        cls = getattr(importlib.import_module(module), name, None)
-        if isinstance(cls, type):  # the parser's own view: a class may hide options of its base
-            parser = ArgumentParser()
-            parser.add_class_arguments(cls, fail_untyped=False)
-            names += [option for option in vars(parser.get_defaults()) if option not in ("args", "kwargs", "common")]
-    return list(dict.fromkeys(names))
+def _raised(error: BaseException) -> str:
+    """What a user's code or a library raised, with the place in the user's code."""
+    places = [
+        f" ({frame.filename}:{frame.lineno})"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not re.search(rf"{re.escape(_PACKAGE)}|site-packages|importlib|<", frame.filename)
+    ]
+    reason = " ".join(str(error).split())[:300]
+    if isinstance(error, SyntaxError):
+        places, reason = [f" ({error.filename}:{error.lineno})"], error.msg
+    if not places and isinstance(error, ImportError):
+        return reason
+    return f"{type(error).__name__}: {reason}{places[-1] if places else ''}"
 
 
 def _suggest(word: str, known: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stateset_lightning.cli.messages import read_yaml
+from stateset_lightning.cli.overlays import read_yaml
 from stateset_lightning.data import PromptEncoder
 from stateset_lightning.errors import CheckpointError, ConfigError
 from stateset_lightning.policy import LoadingOptions, PolicyConfig, load_model, load_tokenizer

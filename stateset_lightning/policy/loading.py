@@ -44,7 +44,7 @@ def resolve_model_name(model_name: str, key: str = "model.policy.model_name") ->
             )
         return folder
     if model_name.startswith((".", "/", "~")) or model_name.count("/") > 1 or (os.sep != "/" and os.sep in model_name):
-        raise ConfigError(f"{key}={model_name!r}: there is no such folder")
+        raise ConfigError(f"{key}={model_name!r}: there is no such folder; paths are relative to {Path.cwd()}")
     return model_name
 
 

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, get_args, get_origin
 
@@ -167,3 +168,79 @@ def test_a_name_that_has_moved_or_left_is_told_in_the_words_of_its_module(
     with pytest.raises(SystemExit, match="2"):
         main(["fit", "--config", config, flag, value])
     assert said in capsys.readouterr().err
+
+
+USER = """
+from stateset_lightning.rewards import RewardFunction
+class Base(RewardFunction):
+    def compute_reward(self, turns, context=None):
+        return 0.0
+class NoFile(Base):
+    def __init__(self):
+        open("/nonexistent")
+class NoKey(Base):
+    def __init__(self):
+        {}["k"]
+class Wrapped(Base):
+    def __init__(self):
+        try:
+            {}["k"]
+        except KeyError as error:
+            raise RuntimeError("no judge") from error
+class Needs(Base):
+    def __init__(self, url: str):
+        pass
+"""
+SCHEDULE = '{"class_path": "stateset_lightning.training.schedule.Schedule", "init_args": {"decay": "cos"}}'
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--model.policy.dtype fp16", "model.policy.dtype=fp16: must be one of float32, bfloat16, float16 or null"),
+        ("--model.algorithm.kl k3", "model.algorithm.kl=k3: must be a mapping"),
+        ("--model.algorithm.kl.place no", "model.algorithm.kl.place=no: must be one of loss, reward"),
+        ("--model.algorithm.scale std", "model.algorithm.scale=std: must be one of group, batch, none"),
+        ("--model.lr_scheduler.decay cos", "model.lr_scheduler.decay=cos: must be one of constant, linear, cosine"),
+        (f"--model.lr_scheduler={SCHEDULE}", "model.lr_scheduler.decay=cos: must be one of constant, linear, cosine"),
+        ("--model.lr_scheduler StepLR", "missing: model.lr_scheduler.step_size; set it"),
+        ("--model.lr_scheduler StepL", "torch.optim.lr_scheduler has no StepL; did you mean StepLR?"),
+        ("--model.reward.weight high", "model.reward.weight=high: must be a number"),
+        ("--model.optimizer.lr abc", "model.optimizer.lr=abc: must be a number"),
+        ("--model.policy.lora.rnk 5", "model.policy.lora: there is no key rnk; did you mean rank?"),
+        ("--model.reward broken_syntax.A", "model.reward: class_path broken_syntax.A: SyntaxError: "),
+        ("--model.reward broken_syntax.A", "broken_syntax.py:2)"),
+        ("--model.reward broken_import.A", "No module named 'nowhere_at_all' ("),
+        ("--model.reward broken_raise.A", "RuntimeError: no licence ("),
+        ("--model.reward user_rewards.NoFile", "model.reward: NoFile: FileNotFoundError: "),
+        ("--model.reward user_rewards.NoFile", "user_rewards.py:8)"),
+        ("--model.reward user_rewards.NoKey", "model.reward: NoKey: KeyError: 'k' ("),
+        ("--model.reward user_rewards.Wrapped", "model.reward: Wrapped: RuntimeError: no judge ("),
+        ("--model.reward user_rewards.Needs", "missing: model.reward.url; set it"),
+        ("--trainer.callbacks Timer --trainer.callbacks.interval x", "trainer.callbacks: Timer: "),
+        ("--trainer.accelerator nope", "trainer: Trainer: ValueError: You selected an invalid accelerator name"),
+        ("--trainer.gradient_clip_algorithm abc", "`gradient_clip_algorithm` abc is invalid"),
+        ("--trainer.logger TensorBoardLoger", "did you mean TensorBoardLogger?"),
+        ("--config={data: [1]}", "data=[1]: must be a mapping"),
+        ("--data.batch_size 1e9", "data.batch_size=1e9: must be an integer greater than or equal to 1"),
+        ("--seed_everything -1", "seed_everything=-1: must be an integer greater than or equal to 0"),
+        ("--data.batch_size", "argument --data.batch_size: expected one argument"),
+    ],
+)
+def test_the_true_cause_and_its_key_are_told_in_one_line(config, monkeypatch, tmp_path, capsys, flags, said):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, code in {
+        "user_rewards": USER,
+        "broken_syntax": "x = 1\ndef f(:\n",
+        "broken_import": "import nowhere_at_all",
+        "broken_raise": "raise RuntimeError('no licence')",
+    }.items():
+        Path(f"{name}.py").write_text(code)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    words = [flags] if "{" in flags else flags.split()
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config", config, *words])
+    told = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Seed set")]
+    assert len(told) == 1
+    assert told[0].startswith("stateset-lightning: error: ")
+    assert said in told[0]

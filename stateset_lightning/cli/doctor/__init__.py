@@ -15,8 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stateset_lightning.cli.messages import check_config_files
-
 
 def main(words: Sequence[str]) -> None:
     """Runs the command with the words that follow it.
@@ -28,7 +26,6 @@ def main(words: Sequence[str]) -> None:
     if {"-h", "--help"} & set(words):
         print(__doc__, end="")
         raise SystemExit(0)
-    check_config_files(words)
     from stateset_lightning.cli.doctor.sections import DoctorCLI
 
     DoctorCLI(["fit", *words])
