@@ -28,6 +28,7 @@ from stateset_lightning.module import GRPOLightningModule
 from stateset_lightning.redaction import redacted, redacted_text
 from stateset_lightning.run.find_checkpoint import continue_run, find_checkpoint
 from stateset_lightning.run.folder import ENVIRONMENT, config_file
+from stateset_lightning.run.made_of import KINDS, accepted
 from stateset_lightning.run.system import environment
 
 # A tie to a private function of jsonargparse, as it is in 4.53; tests/cli/test_config.py fails when that changes. By
@@ -142,6 +143,7 @@ class StatesetCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--baseline", type=bool, default=False, help="fit: validate before training as well.")
+        parser.add_argument("--accept_changes", type=str | list[str] | None, help=f"fit: of {', '.join(KINDS)}.")
         parser.add_lightning_class_args(SampleWriter, "samples")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         # An instance, which the signature's default is, could not be written to the run's config.yaml.
@@ -152,6 +154,9 @@ class StatesetCLI(LightningCLI):
 
     def before_fit(self) -> None:
         config = self.config.fit
+        self.model.accept_changes = accepted(config.accept_changes)
+        # For this once: the run's config serves later resumes, too.
+        config.accept_changes = self.config_init.fit.accept_changes = None
         if config.ckpt_path is not None:
             self._set_checkpoint(continue_run(self.trainer, config.ckpt_path))
         if config.baseline and not config.ckpt_path:

@@ -53,9 +53,6 @@ class Prompts:
 
 # What entries of a loader's state are called that are not options of the data module.
 _DESCRIPTIONS = {
-    "scenarios": "the number of scenarios in data.train",
-    "prompts": "what the prompts of data.train are (a digest)",
-    "sources": "the sizes and weights of the sources in data.train",
     "world_size": "the number of processes (trainer.devices * trainer.num_nodes)",
 }
 
@@ -117,7 +114,6 @@ class EpisodeLoader:
         self._repeated_episodes = -(-self._pass_length // self.num_micro_steps) if repeat else 0
         self.solve_rates = solve_rates
         self._fingerprint: dict[str, int | bool | str] = {
-            "scenarios": order.size,
             "batch_size": batch_size,
             "num_iterations": num_iterations,
             "steps_per_episode": steps_per_episode,
@@ -167,7 +163,8 @@ class EpisodeLoader:
                     f" mean other prompts; resume with {state.get(key)!r}, or start a new run from the checkpoint's"
                     " weights"
                 )
-        self._completed = int(state["epoch"]) * len(self) + int(state["completed"])
+        # Where Lightning counts itself to be; an epoch may be shorter now, with fewer rows.
+        self._completed = int(state["epoch"]) * len(self) + min(int(state["completed"]), len(self))
 
     def next_episode(self) -> PromptBatch:
         """The first batch of the episode after the current one. It is served again when its turn comes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -93,15 +93,20 @@ class AdapterState:
 
 
 def base_digest(model: nn.Module) -> str:
-    """A digest of some values of each frozen weight, rounded to bfloat16: equal for float32 and bfloat16 weights."""
+    """A digest of a model before it is trained: of the weights under its adapter, or of all."""
+    frozen = [weight for weight in model.parameters() if not weight.requires_grad]
+    return weights_digest(frozen or model.parameters())
+
+
+def weights_digest(weights: Iterable[Tensor]) -> str:
+    """A digest of some values of each weight, rounded to bfloat16: equal for float32 and bfloat16 weights."""
     hashed = sha256()
-    for weight in model.parameters():
-        if not weight.requires_grad:
-            values = weight.detach().flatten()
-            # An odd step: an even one might read a single column only.
-            values = values[:: len(values) // VALUES_PER_MATRIX | 1]
-            values = values.bfloat16().view(torch.int16) if values.is_floating_point() else values
-            hashed.update(values.cpu().numpy().tobytes())
+    for weight in weights:
+        values = weight.detach().flatten()
+        # An odd step: an even one might read a single column only.
+        values = values[:: len(values) // VALUES_PER_MATRIX | 1]
+        values = values.bfloat16().view(torch.int16) if values.is_floating_point() else values
+        hashed.update(values.cpu().numpy().tobytes())
     return hashed.hexdigest()[:16]
 
 
