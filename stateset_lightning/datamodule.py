@@ -199,7 +199,9 @@ class ScenarioDataModule(LightningDataModule):
             fingerprint={
                 "seed": seed,
                 "shuffle": self.shuffle,
+                "sources": scenarios.mixture,
                 "curriculum": "" if curriculum is None else curriculum.fingerprint,
+                "prompts": tokens.digest(),
             },
         )
         if loader.num_filled and curriculum is None:

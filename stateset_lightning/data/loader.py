@@ -53,8 +53,14 @@ class Prompts:
 
 # What entries of a loader's state are called that are not options of the data module.
 _DESCRIPTIONS = {
+    "scenarios": "the number of scenarios in data.train",
+    "prompts": "what the prompts of data.train are (a digest)",
+    "sources": "the sizes and weights of the sources in data.train",
     "world_size": "the number of processes (trainer.devices * trainer.num_nodes)",
 }
+
+# Entries that say which rows are served: a state without them may serve others.
+ROWS = "scenarios", "prompts", "sources"
 
 
 class EpisodeLoader:
@@ -114,6 +120,7 @@ class EpisodeLoader:
         self._repeated_episodes = -(-self._pass_length // self.num_micro_steps) if repeat else 0
         self.solve_rates = solve_rates
         self._fingerprint: dict[str, int | bool | str] = {
+            "scenarios": order.size,
             "batch_size": batch_size,
             "num_iterations": num_iterations,
             "steps_per_episode": steps_per_episode,
@@ -156,7 +163,7 @@ class EpisodeLoader:
             ConfigError: If an option that decides the order differs: the position would mean other prompts.
         """
         for key, value in self._fingerprint.items():
-            if state.get(key) != value:
+            if state.get(key, value if key in ROWS else None) != value:
                 name = _DESCRIPTIONS.get(key, f"data.{key}")
                 raise ConfigError(
                     f"{name} is {value!r}, but {state.get(key)!r} in the checkpoint, whose position in the data would"

@@ -28,6 +28,7 @@ OverlongPolicy = Literal["error", "drop", "truncate_left"]
 
 _BATCH = 1024  # texts that are tokenized at a time
 _IDS_SHOWN = 5
+_DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _RESERVED_TEMPLATE_KWARGS = (
     "conversation",
     "add_generation_prompt",
@@ -128,9 +129,11 @@ class PromptEncoder:
 
     @cached_property
     def _template_kwargs(self) -> dict[str, Any]:
-        # A variable takes the place of transformers' function of the same name.
-        date = {} if self.now is None or not self.writes_date else {"strftime_now": self.now.strftime}
-        return {**self.chat_template_kwargs, **date}
+        if (now := self.now) is None or not self.writes_date:
+            return dict(self.chat_template_kwargs)
+        # In its text: transformers lets a caller replace no function of a template.
+        written = _DATE.sub(lambda call: repr(now.strftime(call[2])), self.tokenizer.get_chat_template())
+        return {"chat_template": written, **self.chat_template_kwargs}
 
     @property
     def _has_template(self) -> bool:

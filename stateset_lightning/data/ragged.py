@@ -1,6 +1,7 @@
 """Many token lists in one array, and reading them without pauses: what a data set of a million rows needs."""
 
 import gc
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -33,6 +34,10 @@ class RaggedTokens:
     def concatenate(cls, parts: Iterable["RaggedTokens"]) -> "RaggedTokens":
         parts = [cls.from_lists([]), *parts]
         return cls(np.concatenate([part._flat for part in parts]), np.concatenate([part.lengths for part in parts]))
+
+    def digest(self) -> str:
+        """A hash of the tokens: the same for the same lists, another for others."""
+        return hashlib.sha256(self.lengths.tobytes() + self._flat.tobytes()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -93,15 +93,12 @@ class AdapterState:
 
 
 def base_digest(model: nn.Module) -> str:
-    """A digest of a model before it is trained: of the weights under its adapter, or of all."""
-    frozen = [weight for weight in model.parameters() if not weight.requires_grad]
-    return weights_digest(frozen or model.parameters())
+    """A digest of some values of each weight under an adapter, or of all, before any is trained.
 
-
-def weights_digest(weights: Iterable[Tensor]) -> str:
-    """A digest of some values of each weight, rounded to bfloat16: equal for float32 and bfloat16 weights."""
+    Rounded to bfloat16: equal for float32 and bfloat16 weights.
+    """
     hashed = sha256()
-    for weight in weights:
+    for weight in [weight for weight in model.parameters() if not weight.requires_grad] or model.parameters():
         values = weight.detach().flatten()
         # An odd step: an even one might read a single column only.
         values = values[:: len(values) // VALUES_PER_MATRIX | 1]
@@ -122,7 +119,8 @@ def check_base(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         )
         raise ConfigError(
             f"model.policy.model_name={mine_is} is not the model that the checkpoint's adapter was trained on"
-            f" ({saved_is}): their weights differ, and an adapter holds only the change"
+            f" ({saved_is}): their weights differ, and an adapter holds only the change (fit goes on all the"
+            " same with --accept_changes base)"
         )
 
 

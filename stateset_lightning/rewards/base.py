@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 from stateset_lightning.errors import DataError, RewardError
 from stateset_lightning.redaction import redacted_text
@@ -71,13 +71,6 @@ class RewardFunction(ABC):
     weight: float = 1.0
     timeout: float | None = None
     _name: str | None = None
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Keeps what a reward is made with, as `given_arguments`: a run remembers it."""
-        reward = super().__new__(cls)
-        names = list(inspect.signature(cls.__init__).parameters)[1:]
-        reward.given_arguments = {**dict(zip(names, args, strict=False)), **kwargs}  # type: ignore[attr-defined]
-        return reward
 
     def __init__(self, *, weight: float = 1.0, name: str | None = None, timeout: float | None = None) -> None:
         self.weight = weight

@@ -9,10 +9,12 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from stateset_lightning.data.loader import ROWS
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy.lora_state import check_same_kind
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.run.folder import continues, run_folder
+from stateset_lightning.run.lightning_internals import loader_states
 from stateset_lightning.run.made_of import (
     accepted,
     check_ranks_agree,
@@ -84,6 +86,9 @@ class RunCheckpoint:
             checkpoint["lr_schedulers"] = []
         if "optimizer" in self._accepted:
             checkpoint["optimizer_states"] = []
+        if self._accept & {"rows", "tokenizer", "template"}:
+            for state in loader_states(checkpoint, self._module.trainer):
+                [state.pop(name, None) for name in ROWS]
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Adds the run's state.
@@ -126,17 +131,18 @@ class RunCheckpoint:
         adapter, adapter_state = None if module.policy is None else module.policy.adapter, saved.get("adapter")
         if module.policy is not None:
             check_same_kind(adapter, adapter_state)
-        self._resumed = checkpoint if training else None
-        self._check_same()
+        if adapter is not None and adapter_state is not None:
+            adapter.load_state_dict(adapter_state | ({"base": adapter.base} if "base" in self._accept else {}))
+        if training:
+            trainer = module.trainer
+            check_resumable(saved, module.seed, trainer.accumulate_grad_batches, trainer.world_size)
+            self._resumed = checkpoint
+            self._check_same()
         if "algorithm" not in self._accepted:
             module.algorithm.load_state_dict(saved["algorithm"])
         module.state.metrics.load_state_dict(saved["metrics"])
-        if adapter is not None and adapter_state is not None:
-            adapter.load_state_dict(adapter_state | ({"base": adapter.base} if "base" in self._accept else {}))
         if not training:
             return
-        trainer = module.trainer
-        check_resumable(saved, module.seed, trainer.accumulate_grad_batches, trainer.world_size)
         if not module.is_sharded and "optimizer_states" not in checkpoint:
             raise ConfigError("the checkpoint is a folder of shards: its run goes on with trainer.strategy=fsdp2 alone")
         if "made_of" not in saved and trainer.is_global_zero:

@@ -18,7 +18,6 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.policy.lora_state import weights_digest
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.redaction import redacted
 from stateset_lightning.training.data import data_of
@@ -63,8 +62,7 @@ def made_of(trainer: Trainer, module: GRPOLightningModule) -> dict[str, Any]:
     data: Any = data_of(trainer)
     assert policy is not None, "configure_model() loads it"
     found: dict[str, Any] = {name: version(name) for name in ("torch", "transformers", "lightning")}
-    start = None if policy.adapter is None else policy.adapter.start
-    found["base weights"] = f"{policy.base_digest} {weights_digest(start.values()) if start else ''}"
+    found["base weights"] = policy.base_digest
     vocabulary = sorted(tokenizer.get_vocab().items())
     found["tokenizer"] = digest(vocabulary, tokenizer.eos_token_id, tokenizer(PROBE)["input_ids"])
     options = {"trainer": options_of(trainer), "model": options_of(module), "data": options_of(data)}

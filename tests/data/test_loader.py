@@ -134,6 +134,7 @@ def test_repeating_serves_the_first_batches_again_with_new_episode_numbers():
             r"the number of processes \(trainer.devices \* trainer.num_nodes\) is 2, but 1 in the checkpoint",
         ),
         ({"fingerprint": {"seed": 1}}, "data.seed is 1, but 0 in the checkpoint"),
+        ({"n": 7}, "the number of scenarios in data.train is 7, but 6 in the checkpoint"),
     ],
 )
 def test_a_checkpoint_of_another_order_is_refused(options, message):
@@ -143,11 +144,12 @@ def test_a_checkpoint_of_another_order_is_refused(options, message):
         loader.load_state_dict(state)
 
 
-def test_with_fewer_rows_the_epoch_goes_on_or_ends_where_lightning_counts_itself_to_be():
+def test_with_other_rows_that_were_accepted_the_epoch_goes_on_or_ends_where_lightning_counts_itself_to_be():
     long = make(12)
     list(zip(range(10), (batch for _ in range(2) for batch in long), strict=False))
     state = long.state_dict()
     assert (state["epoch"], state["completed"]) == (1, 4)
+    del state["scenarios"]
     for n, left in [(12, 2), (10, 1), (8, 4), (4, 2)]:  # left of the epoch, or all of the next one
         loader = make(n)
         loader.load_state_dict(state)

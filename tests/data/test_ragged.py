@@ -27,6 +27,12 @@ def test_parts_are_joined_in_order():
     assert RaggedTokens.concatenate(parts)._flat.dtype == np.int32
 
 
+def test_a_digest_tells_lists_apart_also_those_of_equal_tokens():
+    digests = {RaggedTokens.from_lists(lists).digest() for lists in (LISTS, [[3], [1], [7], [2, 2, 2]], [[3, 1]], [])}
+    assert len(digests) == 4
+    assert RaggedTokens.from_lists(LISTS).digest() in digests
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_the_garbage_collector_is_left_as_it_was_also_after_an_error(enabled):
     def fail():
