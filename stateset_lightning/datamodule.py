@@ -4,8 +4,9 @@
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import partial
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 from annotated_types import Ge, Lt
 from lightning.pytorch import LightningDataModule
@@ -16,8 +17,9 @@ from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader, Prom
 from stateset_lightning.data.order import Curriculum, EpochOrder, SolveRates
 from stateset_lightning.data.prompts import EncodedPrompts, OverlongPolicy, PromptEncoder
 from stateset_lightning.data.ragged import RaggedTokens
-from stateset_lightning.data.sources import ScenarioSet, Source, hold_out, read_split
+from stateset_lightning.data.sources import ScenarioSet, Source, check_options, hold_out, read_split
 from stateset_lightning.errors import ConfigError, bounded
+from stateset_lightning.ranks import Ranks
 from stateset_lightning.seeding import run_seed
 from stateset_lightning.types import PromptBatch
 
@@ -109,11 +111,12 @@ class ScenarioDataModule(LightningDataModule):
             overlong_prompts=overlong_prompts,
             parse_special_tokens=parse_special_tokens,
         )
+        self._now: datetime | None = None  # for templates that write the date: of the run's start, on rank 0
         self._encoder: PromptEncoder | None = None
         self._prompts: dict[Split, EncodedPrompts] = {}
         self._train_loader: EpisodeLoader | None = None
         self._resume_state: dict[str, Any] | None = None
-        self._check_options(overlong_prompts)
+        check_options(self, overlong_prompts)
 
     @property
     def num_scenarios(self) -> dict[str, int]:
@@ -156,6 +159,7 @@ class ScenarioDataModule(LightningDataModule):
             DataError: If files or rows cannot be used.
         """
         self._train_loader = self._resume_state = None
+        self._now = self._now or Ranks.current().gather(datetime.now().replace(microsecond=0))[0]
         if stage and not self._is_given(_SPLITS[stage]):
             raise self._missing(_SPLITS[stage])
         splits: list[Split] = [_SPLITS[stage]] if stage else [*self.specs]
@@ -248,9 +252,13 @@ class ScenarioDataModule(LightningDataModule):
         if (loader := self._train_loader) is None:
             return {}
         rates = {} if loader.solve_rates is None else {"solve_rates": loader.solve_rates.state_dict()}
-        return {"train": loader.state_dict(), **rates}
+        return {"train": loader.state_dict(), "now": str(self._now), **rates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if "now" in state_dict and self._encoder is not None and self._encoder.writes_date:
+            self._now = datetime.fromisoformat(state_dict["now"])
+            for split in [*self._prompts]:
+                self._encode(split, self._current_encoder())  # which drops all prompts if the date is another one
         # A checkpoint that is evaluated must not decide where a later fit starts.
         self._resume_state = state_dict if self._is_fitting and "train" in state_dict else None
         self._resume()  # the loader may be made early, as above, and restored late, as some strategies do
@@ -260,23 +268,6 @@ class ScenarioDataModule(LightningDataModule):
             loader.load_state_dict(state["train"])  # refuses another curriculum
             if loader.solve_rates is not None:
                 loader.solve_rates.load_state_dict(state["solve_rates"])
-
-    def _check_options(self, overlong_prompts: str) -> None:
-        if self.curriculum is not None and not self.shuffle:
-            raise ConfigError(
-                "data.shuffle=False keeps the rows' order, data.curriculum draws by solve rate: leave one of them out"
-            )
-        if overlong_prompts not in get_args(OverlongPolicy):
-            raise ConfigError(f"data.overlong_prompts={overlong_prompts!r} must be error, drop or truncate_left")
-        fraction = f"data.validation_fraction={self.validation_fraction}"
-        if self.validation_fraction and self.specs["validation"] is not None:
-            raise ConfigError(f"data.validation and {fraction} are both given; leave one of them out")
-        if self.validation_fraction and self.specs["train"] is None:
-            raise ConfigError(f"{fraction} is a fraction of data.train, which is not given")
-        if isinstance(self.tokenizer, str):
-            raise ConfigError(
-                f"data.tokenizer={self.tokenizer!r} must be a tokenizer object; leave it out to use the model's"
-            )
 
     @property
     def _is_fitting(self) -> bool:
@@ -306,12 +297,15 @@ class ScenarioDataModule(LightningDataModule):
         tokenizer = self.tokenizer or getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
         if tokenizer is None:
             raise ConfigError("there is no tokenizer: the module has none; give ScenarioDataModule(tokenizer=...)")
-        if self._encoder is None or self._encoder.tokenizer is not tokenizer:
-            self._encoder = self._make_encoder(tokenizer=tokenizer)
+        if self._encoder is None or self._encoder.tokenizer is not tokenizer or self._encoder.now != self._now:
+            self._encoder = self._make_encoder(tokenizer=tokenizer, now=self._now)
             self._prompts.clear()
             if self._encoder.use_chat_template is None and not self._encoder.applies_template:
                 how = "prompts are plain text, their turns joined by blank lines"
                 _announce(logging.INFO, f"the tokenizer has no chat template: {how}")
+            if self._encoder.writes_date:
+                kept = f"in this run it is always {self._now}, also when it is resumed"
+                _announce(logging.INFO, f"the chat template writes the date: {kept}")
         return self._encoder
 
     def _encode(self, split: Split, encoder: PromptEncoder) -> None:

@@ -68,7 +68,7 @@ def bounded(prefix: str) -> Callable[[type[C]], type[C]]:
     """Class decorator: the arguments of `__init__` are held against the bounds that its signature states.
 
     The command line holds them by itself; this is for Python. Each class of a hierarchy is decorated by itself, for the
-    arguments that it names itself.
+    arguments that it names itself. An object keeps them as `given_arguments`.
 
     Args:
         prefix: Of the config's key, such as `model.rollout`.
@@ -82,8 +82,10 @@ def bounded(prefix: str) -> Callable[[type[C]], type[C]]:
 
         @functools.wraps(initialise)
         def checked(self: C, *args: Any, **kwargs: Any) -> None:
-            check_bounds(prefix, initialise, signature.bind(self, *args, **kwargs).arguments)
+            bound = signature.bind(self, *args, **kwargs)
+            check_bounds(prefix, initialise, bound.arguments)
             initialise(self, *args, **kwargs)
+            vars(self)["given_arguments"] = {name: value for name, value in bound.arguments.items() if name != "self"}
 
         cls.__init__ = checked  # type: ignore[method-assign, assignment]
         return cls

@@ -6,7 +6,7 @@ precision, schedules and checkpoints are Lightning's.
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -73,6 +73,7 @@ class GRPOLightningModule(SearchedCheckpoints):
         seed: Seed of all sampling; None for that of `seed_everything`.
     """
 
+    accept_changes: str | Sequence[str] = ()  # of what a resumed run is made of: docs/reliability.md
     tokenizer: Any  # the policy's, loaded at once; the weights are loaded when a run starts
 
     def __init__(
@@ -187,11 +188,12 @@ class GRPOLightningModule(SearchedCheckpoints):
         dtype = weights_dtype(self.policy_config.dtype, precision)
         if self.policy is None:
             self.policy = Policy(load_model(self.policy_config, dtype, self.seed), self.policy_config)
+        if fits := self._trainer is not None and self.trainer.state.fn == "fit":
+            self._checkpoint.start()
         if self._trainer is not None and isinstance(self.trainer.strategy, FSDP2Strategy) and self._unsharded is None:
             mesh = self.trainer.strategy.device_mesh["data_parallel"]
             self._unsharded = UnshardedCopy(self.policy, mesh, self.trainer.strategy.root_device, self.engine)
         self.engine = ready_engine(self.engine, self.tokenizer, self.rollout, precision)
-        fits = self._trainer is not None and self.trainer.state.fn == "fit"
         if fits and self.algorithm.needs_reference and not self._reference:
             self._reference = (make_reference(self._sampled_policy, dtype),)
 
@@ -205,7 +207,7 @@ class GRPOLightningModule(SearchedCheckpoints):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        for check in checks_of_run(self.trainer, self):
+        for check in [*checks_of_run(self.trainer, self), self._checkpoint.check_optimizer]:
             check()
         self._loaded_policy.train()  # transformers loads in evaluation mode, where gradient checkpointing does nothing
         if isinstance(self.reference, Policy):

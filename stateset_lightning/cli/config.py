@@ -26,6 +26,7 @@ from stateset_lightning.module import GRPOLightningModule
 from stateset_lightning.redaction import redacted, redacted_text
 from stateset_lightning.run.find_checkpoint import continue_run
 from stateset_lightning.run.folder import ENVIRONMENT, config_file
+from stateset_lightning.run.made_of import KINDS, accepted
 from stateset_lightning.run.system import environment
 
 # Two ties to private functions of jsonargparse 4.53; tests/cli/test_config.py fails when they change. By itself it
@@ -154,6 +155,7 @@ class StatesetCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--baseline", type=bool, default=False, help="fit: validate before training as well.")
+        parser.add_argument("--accept_changes", type=str | list[str] | None, help=f"fit: of {', '.join(KINDS)}.")
         parser.add_lightning_class_args(SampleWriter, "samples")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         # An instance, which the signature's default is, could not be written to the run's config.yaml.
@@ -164,6 +166,9 @@ class StatesetCLI(LightningCLI):
 
     def before_fit(self) -> None:
         config = self.config.fit
+        self.model.accept_changes = accepted(config.accept_changes)
+        # For this once: the run's config serves later resumes, too.
+        config.accept_changes = self.config_init.fit.accept_changes = None
         if config.ckpt_path is not None:
             # Lightning runs with the instantiated config, and the other one is saved.
             config.ckpt_path = self.config_init.fit.ckpt_path = continue_run(self.trainer, config.ckpt_path)

@@ -59,6 +59,9 @@ _DESCRIPTIONS = {
     "world_size": "the number of processes (trainer.devices * trainer.num_nodes)",
 }
 
+# Entries that say which rows are served: a state without them may serve others.
+ROWS = "scenarios", "prompts", "sources"
+
 
 class EpisodeLoader:
     """Serves the prompts of each episode `num_iterations * steps_per_episode` times, as micro-steps 0, 1, ...
@@ -160,14 +163,15 @@ class EpisodeLoader:
             ConfigError: If an option that decides the order differs: the position would mean other prompts.
         """
         for key, value in self._fingerprint.items():
-            if state.get(key) != value:
+            if state.get(key, value if key in ROWS else None) != value:
                 name = _DESCRIPTIONS.get(key, f"data.{key}")
                 raise ConfigError(
                     f"{name} is {value!r}, but {state.get(key)!r} in the checkpoint, whose position in the data would"
                     f" mean other prompts; resume with {state.get(key)!r}, or start a new run from the checkpoint's"
                     " weights"
                 )
-        self._completed = int(state["epoch"]) * len(self) + int(state["completed"])
+        # Where Lightning counts itself to be; an epoch may be shorter now, with fewer rows.
+        self._completed = int(state["epoch"]) * len(self) + min(int(state["completed"]), len(self))
 
     def next_episode(self) -> PromptBatch:
         """The first batch of the episode after the current one. It is served again when its turn comes."""

@@ -202,6 +202,8 @@ class SolveRates:
         return {"rates": torch.from_numpy(self._rates.copy()), "waiting": waiting}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if len(state["rates"]) != len(self._rates):
+            return  # of other rows, whose change was accepted: nothing is known of the new ones
         self._rates = state["rates"].numpy().copy()
         self._waiting = [(episode, row, solved, scored) for episode, row, solved, scored in state["waiting"].tolist()]
 

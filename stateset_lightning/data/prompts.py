@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ OverlongPolicy = Literal["error", "drop", "truncate_left"]
 
 _BATCH = 1024  # texts that are tokenized at a time
 _IDS_SHOWN = 5
+_DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _RESERVED_TEMPLATE_KWARGS = (
     "conversation",
     "add_generation_prompt",
@@ -63,6 +65,7 @@ class PromptEncoder:
         overlong_prompts: What happens to longer ones.
         parse_special_tokens: Whether special tokens in a scenario's own text (`<|im_end|>`, say) are encoded as such.
             By default they are plain text, so that no text changes who speaks.
+        now: When it is, for templates that write the date; None: when a prompt is made.
 
     Raises:
         ConfigError: If options contradict each other or the tokenizer.
@@ -75,6 +78,7 @@ class PromptEncoder:
     max_prompt_tokens: int | None = None
     overlong_prompts: OverlongPolicy = "error"
     parse_special_tokens: bool = False
+    now: datetime | None = None
 
     def __post_init__(self) -> None:
         if self.use_chat_template and not self._has_template:
@@ -119,6 +123,19 @@ class PromptEncoder:
         return self._limit_lengths(scenarios, tokens, key)
 
     @property
+    def writes_date(self) -> bool:
+        """Whether the template asks for the date."""
+        return self.applies_template and "strftime_now" in str(self.tokenizer.chat_template)
+
+    @cached_property
+    def _template_kwargs(self) -> dict[str, Any]:
+        if (now := self.now) is None or not self.writes_date:
+            return dict(self.chat_template_kwargs)
+        # In its text: transformers lets a caller replace no function of a template.
+        written = _DATE.sub(lambda call: repr(now.strftime(call[2])), self.tokenizer.get_chat_template())
+        return {"chat_template": written, **self.chat_template_kwargs}
+
+    @property
     def _has_template(self) -> bool:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
@@ -151,7 +168,7 @@ class PromptEncoder:
     def _text(self, scenario: Scenario, messages: list[dict[str, str]], key: str) -> str:
         if not self.applies_template:
             return "\n\n".join(message["content"] for message in messages)
-        options = {"add_generation_prompt": True, "tokenize": False, **self.chat_template_kwargs}
+        options = {"add_generation_prompt": True, "tokenize": False, **self._template_kwargs}
         try:
             return str(self.tokenizer.apply_chat_template(messages, **options))
         except Exception as error:  # a template is foreign code
@@ -185,7 +202,7 @@ class PromptEncoder:
         """Prompt tokens in which only the template's own special tokens are such, not those in the scenario's text."""
         tokenizer = copy.copy(self.tokenizer)
         tokenizer.chat_control_tokens = self._special_tokens
-        options = {"add_generation_prompt": True, "return_dict": False, **self.chat_template_kwargs}
+        options = {"add_generation_prompt": True, "return_dict": False, **self._template_kwargs}
         try:
             ids = tokenizer.apply_chat_template(self._messages(scenario), sanitize_control_tokens=True, **options)
         except ValueError as error:

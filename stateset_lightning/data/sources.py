@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from annotated_types import Ge, Gt, Le
 
 from stateset_lightning.data.hub import is_hub_id, read_hub, read_parquet
+from stateset_lightning.data.prompts import OverlongPolicy
 from stateset_lightning.data.ragged import garbage_collection_paused
 from stateset_lightning.data.reading import READERS, Problem, RawRow, raise_problems, read_file, rows_of, separate
 from stateset_lightning.data.reasoning_gym import MAX_SEED, MAX_SIZE, read_task
@@ -263,6 +264,29 @@ def _repeated_ids(checked: Sequence[tuple[Scenario, str]]) -> Iterator[Problem]:
             )
         else:
             first[scenario.id] = place
+
+
+def check_options(data: Any, overlong_prompts: str) -> None:
+    """The options of a data module do not contradict each other.
+
+    Raises:
+        ConfigError: If they do.
+    """
+    if data.curriculum is not None and not data.shuffle:
+        raise ConfigError(
+            "data.shuffle=False keeps the rows' order, data.curriculum draws by solve rate: leave one of them out"
+        )
+    if overlong_prompts not in get_args(OverlongPolicy):
+        raise ConfigError(f"data.overlong_prompts={overlong_prompts!r} must be error, drop or truncate_left")
+    fraction = f"data.validation_fraction={data.validation_fraction}"
+    if data.validation_fraction and data.specs["validation"] is not None:
+        raise ConfigError(f"data.validation and {fraction} are both given; leave one of them out")
+    if data.validation_fraction and data.specs["train"] is None:
+        raise ConfigError(f"{fraction} is a fraction of data.train, which is not given")
+    if isinstance(data.tokenizer, str):
+        raise ConfigError(
+            f"data.tokenizer={data.tokenizer!r} must be a tokenizer object; leave it out to use the model's"
+        )
 
 
 # Validation held out of the training scenarios ------------------------------------------------------------------------

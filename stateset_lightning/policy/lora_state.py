@@ -93,15 +93,17 @@ class AdapterState:
 
 
 def base_digest(model: nn.Module) -> str:
-    """A digest of some values of each frozen weight, rounded to bfloat16: equal for float32 and bfloat16 weights."""
+    """A digest of some values of each weight under an adapter, or of all, before any is trained.
+
+    Rounded to bfloat16: equal for float32 and bfloat16 weights.
+    """
     hashed = sha256()
-    for weight in model.parameters():
-        if not weight.requires_grad:
-            values = weight.detach().flatten()
-            # An odd step: an even one might read a single column only.
-            values = values[:: len(values) // VALUES_PER_MATRIX | 1]
-            values = values.bfloat16().view(torch.int16) if values.is_floating_point() else values
-            hashed.update(values.cpu().numpy().tobytes())
+    for weight in [weight for weight in model.parameters() if not weight.requires_grad] or model.parameters():
+        values = weight.detach().flatten()
+        # An odd step: an even one might read a single column only.
+        values = values[:: len(values) // VALUES_PER_MATRIX | 1]
+        values = values.bfloat16().view(torch.int16) if values.is_floating_point() else values
+        hashed.update(values.cpu().numpy().tobytes())
     return hashed.hexdigest()[:16]
 
 
@@ -117,7 +119,8 @@ def check_base(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         )
         raise ConfigError(
             f"model.policy.model_name={mine_is} is not the model that the checkpoint's adapter was trained on"
-            f" ({saved_is}): their weights differ, and an adapter holds only the change"
+            f" ({saved_is}): their weights differ, and an adapter holds only the change (fit goes on all the"
+            " same with --accept_changes base)"
         )
 
 

@@ -23,7 +23,7 @@ from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import lora, packed_attention
 from stateset_lightning.policy.config import PolicyConfig
 from stateset_lightning.policy.head import HeadOptions, token_logprobs
-from stateset_lightning.policy.lora_state import AdapterState, keep_only_in_state_dict
+from stateset_lightning.policy.lora_state import AdapterState, base_digest, keep_only_in_state_dict
 from stateset_lightning.policy.recomputed_layers import use_recomputed_layers
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class Policy(nn.Module):
         has_dropout: Whether training uses any dropout.
         context_length: See the function of this name.
         adapter: State of the low-rank adapter; None without one.
+        base_digest: Of the weights as they were loaded, without an adapter's.
         uses_packed_scoring: Whether each prompt is computed once per group.
         uses_chunked_head: Whether logits exist for a chunk of tokens at a time only.
     """
@@ -91,6 +92,7 @@ class Policy(nn.Module):
         self.has_dropout = config.has_dropout
         self.context_length = context_length(model)
         self.adapter = AdapterState(model, config) if lora.is_adapted(model) else None
+        self.base_digest = base_digest(model) if self.adapter is None else self.adapter.base["digest"]
         if self.adapter is not None:
             keep_only_in_state_dict(self, [f"model.{name}" for name in self.adapter.names])
         use_recomputed_layers(model)

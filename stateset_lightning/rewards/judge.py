@@ -9,7 +9,7 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
-from stateset_lightning.errors import ConfigError, DataError, RewardError
+from stateset_lightning.errors import ConfigError, DataError, RewardError, bounded
 from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns
 from stateset_lightning.workers import OpenAIClient
 
@@ -32,6 +32,7 @@ _BARE_NUMBER = re.compile(r"\s*(-?\d+(?:\.\d+)?)\s*")
 _DEFAULTS: dict[str, Any] = {"temperature": 0.0, "max_completion_tokens": 512}
 
 
+@bounded("model_judge")
 class ModelJudge(RewardFunction):
     """The score that a language model gives by a rubric, scaled to the range 0 to 1 (extra `judge`).
 

@@ -8,17 +8,29 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
+from stateset_lightning.data.loader import ROWS
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy.lora_state import check_same_kind
+from stateset_lightning.ranks import Ranks
 from stateset_lightning.run.checkpoint_io import FORMAT, check_weights
 from stateset_lightning.run.folder import continues, run_folder
+from stateset_lightning.run.lightning_internals import loader_states
+from stateset_lightning.run.made_of import (
+    accepted,
+    check_ranks_agree,
+    check_same,
+    differences,
+    made_by,
+    made_of,
+    options_of,
+    told,
+)
 from stateset_lightning.run.metrics_file import drop_later_events, metrics_files, skip_known_rows, wandb_rows
 from stateset_lightning.run.records import drop_later_steps
 from stateset_lightning.training.episode import Episode
-from stateset_lightning.training.schedule import keep_given_options
+from stateset_lightning.training.schedule import Schedule, keep_given_options, start_at
 
 if TYPE_CHECKING:
     from stateset_lightning.module import GRPOLightningModule
@@ -35,10 +47,51 @@ class RunCheckpoint:
 
     def __init__(self, module: GRPOLightningModule) -> None:
         self._module = module
-        self._resumed: Mapping[str, Any] | None = None  # state of the checkpoint, until training starts
+        self._resumed: dict[str, Any] | None = None  # the checkpoint, until training starts
         self._saved_at = 0.0  # of the run's newest checkpoint
+        self._accept: set[str] = set()  # what may have changed since, by `accept_changes`
+        self._accepted: set[str] = set()  # what has
+        self._made_of: dict[str, Any] = {}
+        self._scheduler_options: dict[str, Any] = {}  # as it was made with them
         self.given_options: list[dict[str, Any]] = []
         """Options of the optimizer, by parameter group, as it was made with them."""
+
+    def start(self) -> None:
+        """Notes what the run is made of, when the weights are loaded; called by all ranks, before anything is restored.
+
+        Raises:
+            ConfigError: If ranks differ, or `accept_changes` has an unknown name.
+        """
+        self._resumed, self._accepted = None, set()
+        self._accept = accepted(self._module.accept_changes)
+        self._made_of = made_of(self._module.trainer, self._module)
+        check_ranks_agree(self._made_of, Ranks.current())
+
+    def check_optimizer(self) -> None:
+        """The same for optimizer and scheduler, when they are made, and before their states are restored.
+
+        Raises:
+            ConfigError: If ranks differ, or the run cannot go on from the checkpoint.
+        """
+        given = self._module.lr_scheduler
+        scheduler = given if isinstance(given, Schedule) else self._module.lr_schedulers()
+        self._scheduler_options = options_of(scheduler)
+        self._made_of |= made_by(self.given_options, self._module.trainer.optimizers[0], scheduler)
+        check_ranks_agree(self._made_of, Ranks.current())
+        self._check_same()
+
+    def _check_same(self) -> None:
+        """Compares what is known by now with the checkpoint, if there is one; drops states of replaced classes."""
+        if (checkpoint := self._resumed) is None:
+            return
+        self._accepted = check_same(self._made_of, checkpoint["stateset"].get("made_of", {}), self._accept)
+        if self._accepted & {"optimizer", "scheduler"}:
+            checkpoint["lr_schedulers"] = []
+        if "optimizer" in self._accepted:
+            checkpoint["optimizer_states"] = []
+        if self._accept & {"rows", "tokenizer", "template"}:
+            for state in loader_states(checkpoint, self._module.trainer):
+                [state.pop(name, None) for name in ROWS]
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Adds the run's state.
@@ -69,7 +122,7 @@ class RunCheckpoint:
             "adapter": None if adapter is None else adapter.state_dict(),
             "accumulate": trainer.accumulate_grad_batches,
             "optimizer_options": self.given_options,
-            "options": self._options(),
+            "made_of": self._made_of,
             "run_folder": str(run_folder(trainer).absolute()),
             "wandb_rows": wandb_rows(trainer),
             "metrics_rows": [writer.num_rows for writer in metrics_files(trainer)],
@@ -82,23 +135,30 @@ class RunCheckpoint:
             ConfigError: If the run cannot go on exactly, or another model was trained.
         """
         module, saved = self._module, checkpoint["stateset"]
-        module.algorithm.load_state_dict(saved["algorithm"])
-        module.state.metrics.load_state_dict(saved["metrics"])
+        adapter, adapter_state = None if module.policy is None else module.policy.adapter, saved.get("adapter")
         if module.policy is not None:
-            adapter, adapter_state = module.policy.adapter, saved.get("adapter")
             check_same_kind(adapter, adapter_state)
-            if adapter is not None and adapter_state is not None:
-                adapter.load_state_dict(adapter_state)
             if module.strict_loading and not module.is_sharded:
                 name = f"model.policy.model_name={module.policy_config.model_name}"
                 check_weights(module.state_dict(), checkpoint["state_dict"], name)
+        if adapter is not None and adapter_state is not None:
+            adapter.load_state_dict(adapter_state | ({"base": adapter.base} if "base" in self._accept else {}))
+        if training:
+            trainer = module.trainer
+            check_resumable(saved, module.seed, trainer.accumulate_grad_batches, trainer.world_size)
+            self._resumed, self._saved_at = checkpoint, saved.get("saved_at", 0.0)
+            self._check_same()
+        if "algorithm" not in self._accepted:
+            module.algorithm.load_state_dict(saved["algorithm"])
+        module.state.metrics.load_state_dict(saved["metrics"])
         if not training:
             return
-        trainer = module.trainer
-        check_resumable(saved, module.seed, trainer.accumulate_grad_batches, trainer.world_size)
         if not module.is_sharded and "optimizer_states" not in checkpoint:
             raise ConfigError("the checkpoint is a folder of shards: its run goes on with trainer.strategy=fsdp2 alone")
-        self._resumed, self._saved_at = saved, saved.get("saved_at", 0.0)
+        if "made_of" not in saved and trainer.is_global_zero:
+            _log.info(
+                "the checkpoint does not say what its run was made of (version 0.1): whether it differs is unknown"
+            )
         module.state.bad_steps = saved["bad_steps"]
         if (episodes := saved["episode"]) is not None:
             module.state.episode = Episode.from_state_dict(episodes[trainer.global_rank])
@@ -114,31 +174,24 @@ class RunCheckpoint:
 
         Called when training starts: optimizer and scheduler have been restored by then.
         """
-        saved, self._resumed = self._resumed, None
-        if saved is None:
+        checkpoint, self._resumed = self._resumed, None
+        if checkpoint is None:
             return
-        module, trainer = self._module, self._module.trainer
-        given, before = self.given_options, saved["optimizer_options"]
-        keep_given_options(trainer.optimizers[0], module.lr_schedulers(), given, before)
-        pairs = [(name, value, saved["options"].get(name, value)) for name, value in self._options().items()]
-        for now, then in zip(given, before, strict=True):
-            pairs += [(f"model.optimizer {name}", now[name], then[name]) for name in sorted(now.keys() & then.keys())]
-        changed = [pair for pair in pairs if pair[1] != pair[2]]
-        for pair in changed if trainer.is_global_zero else []:
-            _log.info("%s=%s, and %s in the checkpoint: the new value is used", *pair)
+        module, trainer, saved = self._module, self._module.trainer, checkpoint["stateset"]
+        before, scheduler = saved["optimizer_options"], module.lr_schedulers()
+        plain = {key: value for key, value in saved.get("options", {}).items() if not isinstance(value, dict | list)}
+        changed = differences(self._made_of, saved.get("made_of") or plain | made_by(before))
+        if self._accepted & {"optimizer", "scheduler"}:
+            start_at(trainer.global_step, trainer.optimizers[0], scheduler, self.given_options)
+        else:
+            keep_given_options(trainer.optimizers[0], scheduler, self.given_options, before)
+            for name, value in self._scheduler_options.items():
+                if f"model.lr_scheduler.{name}" in changed and hasattr(scheduler, name):
+                    setattr(scheduler, name, value)
+        for line in told(changed, "in the checkpoint") if trainer.is_global_zero else []:
+            _log.info("%s: the new value is used", line)
         if not changed and continues(trainer, saved["run_folder"]):
             skip_known_rows(trainer, saved["wandb_rows"])
-
-    def _options(self) -> dict[str, Any]:
-        """Options that may change between a checkpoint and its resume."""
-        module = self._module
-        names = ("max_steps", "max_epochs", "gradient_clip_val")
-        options = {f"trainer.{name}": getattr(module.trainer, name) for name in names}
-        options |= {f"model.rollout.{name}": value for name, value in asdict(module.rollout).items()}
-        own = {name: asdict(value) if is_dataclass(value) else value for name, value in vars(module.algorithm).items()}  # type: ignore[arg-type]
-        plain = {name: value for name, value in own.items() if isinstance(value, float | int | str | dict | None)}
-        adaptive = module.algorithm.state_dict()
-        return options | {f"model.algorithm.{name}": value for name, value in plain.items() if name not in adaptive}
 
 
 def check_resumable(state: Mapping[str, Any], seed: int, accumulate: int, world: int) -> None:

@@ -52,6 +52,12 @@ def turn_back_to_last_batch(progress: dict[str, Any]) -> None:
         progress["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
 
 
+def loader_states(checkpoint: dict[str, Any], trainer: Trainer) -> list[dict[str, Any]]:
+    """What a checkpoint holds of the training loader: the data module's state, and Lightning's own copy."""
+    own = checkpoint.get(type(getattr(trainer, "datamodule", None)).__qualname__, {}).get("train")
+    return [own, *checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])] if own else []
+
+
 def requeue_signal(trainer: Trainer) -> int | None:
     """The signal on which Lightning saves and puts the SLURM job back into the queue; None if it does not."""
     environment = trainer._accelerator_connector.cluster_environment

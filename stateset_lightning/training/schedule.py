@@ -1,6 +1,7 @@
 """The length of a run in optimizer steps, and learning-rate schedules over it."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -8,7 +9,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Le
 from lightning.pytorch import Trainer
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.training.data import data_of
@@ -84,6 +85,24 @@ def keep_given_options(
     if isinstance(scheduler, LambdaLR):  # its shape may have changed as well: a longer run, another decay
         for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
             group["lr"] = base * factor(scheduler.last_epoch)
+
+
+def start_at(step: int, optimizer: Optimizer, scheduler: Any | None, given: Sequence[dict[str, Any]]) -> None:
+    """After a resume with an optimizer or a scheduler of another class: the options given, and the rate of the step.
+
+    Args:
+        step: Optimizer steps of the run so far.
+        optimizer: With its restored state, or none.
+        scheduler: Without any.
+        given: `given_options` of this run.
+    """
+    rates = [now["lr"] for now in given] if scheduler is None else scheduler.get_last_lr()
+    for group, now, rate in zip(optimizer.param_groups, given, rates, strict=True):
+        group.update(now | {"initial_lr": now["lr"], "lr": rate})
+    if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
+        with warnings.catch_warnings(action="ignore"):  # "lr_scheduler.step() before optimizer.step()"
+            for _ in range(step):
+                scheduler.step()
 
 
 # The run's length -----------------------------------------------------------------------------------------------------

@@ -144,6 +144,18 @@ def test_a_checkpoint_of_another_order_is_refused(options, message):
         loader.load_state_dict(state)
 
 
+def test_with_other_rows_that_were_accepted_the_epoch_goes_on_or_ends_where_lightning_counts_itself_to_be():
+    long = make(12)
+    list(zip(range(10), (batch for _ in range(2) for batch in long), strict=False))
+    state = long.state_dict()
+    assert (state["epoch"], state["completed"]) == (1, 4)
+    del state["scenarios"]
+    for n, left in [(12, 2), (10, 1), (8, 4), (4, 2)]:  # left of the epoch, or all of the next one
+        loader = make(n)
+        loader.load_state_dict(state)
+        assert len(list(loader)) == left
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 4), COUNTS)
 def test_evaluation_serves_every_row_once_without_filling(n, batch_size, world_size):
