@@ -64,9 +64,11 @@ def difference(mine: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 
 @runs
-def test_a_run_goes_on_and_ends_as_it_did_uninterrupted(name: str) -> None:
+def test_a_run_goes_on_and_ends_as_it_did_uninterrupted(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     main(["export", checkpoint(name), "middle"])
+    capsys.readouterr()
     cli = run("fit", "--config", f"{name}.yaml", "--ckpt_path", checkpoint(name))
+    assert "the checkpoint does not say what its run was made of (version 0.1)" in capsys.readouterr().out
     assert cli.trainer.global_step == 5
     cli.trainer.save_checkpoint("end.ckpt")
     main(["export", "end.ckpt", "end"])

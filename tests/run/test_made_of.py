@@ -1,7 +1,6 @@
 """What a run is made of is remembered: what may change is named, what may not is refused, and ranks compare it."""
 
 import inspect
-import json
 import logging
 import os
 import socket
@@ -280,15 +279,13 @@ def test_ranks_may_differ_in_places_alone(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--data.train=fewer.jsonl"], "rows of data.train"),
-        (["--data.train=edited.jsonl", "--model.rollout.temperature=0.5"], "model.rollout.temperature=0.5, and 1.0"),
+        (["--data.train=rows1.jsonl", "--model.rollout.temperature=0.5"], "rows of data.train; model.rollout.temp"),
         (["--model.optimizer.init_args.lr=0.5"], "model.optimizer lr=0.5, and 0.001 on rank 0"),
     ],
 )
 def test_machines_that_disagree_all_end_in_one_line(folder, options, said):
     lines = Path("rows.jsonl").read_text().splitlines(keepends=True)
-    Path("fewer.jsonl").write_text("".join(lines[:2]))
-    Path("edited.jsonl").write_text("".join([*lines[:3], json.dumps({"prompt": "What?", "target": "1"})]))
+    Path("rows1.jsonl").write_text("".join(lines[:2]))
     Path("config.yaml").write_text(yaml.safe_dump({**CONFIG, "data": {**CONFIG["data"], "batch_size": 1}}))
     with socket.create_server(("localhost", 0)) as server:
         port = str(server.getsockname()[1])
