@@ -45,7 +45,7 @@ class SearchedCheckpoints(LightningModule):
         return super().load_from_checkpoint(checkpoint_path, *args, **given)
 
 
-def continue_run(trainer: Trainer, ckpt_path: str) -> str | None:
+def continue_run(trainer: Trainer, ckpt_path: str, *, announce: bool = True) -> str | None:
     """Makes a resumed run write to the folder of the run that it continues, if that is one of the logger's.
 
     What rank 0 finds is every rank's.
@@ -53,6 +53,7 @@ def continue_run(trainer: Trainer, ckpt_path: str) -> str | None:
     Args:
         trainer: Before its `fit`. A logger that was given a version (W&B: an id) keeps it.
         ckpt_path: As in `find_checkpoint`.
+        announce: Whether a line says which checkpoint it is.
 
     Returns:
         The checkpoint's path, for `trainer.fit(ckpt_path=...)`. None if `last` finds none, which is announced: a job
@@ -63,7 +64,7 @@ def continue_run(trainer: Trainer, ckpt_path: str) -> str | None:
     """
 
     def find() -> tuple[str | None, str | None]:
-        path = find_resumed(trainer, ckpt_path)
+        path = find_resumed(trainer, ckpt_path, announce=announce)
         return path, path and _folder_of_run(trainer, path)
 
     path, folder = _agreed(trainer, find)
@@ -72,7 +73,7 @@ def continue_run(trainer: Trainer, ckpt_path: str) -> str | None:
     return path
 
 
-def find_resumed(trainer: Trainer, ckpt_path: str) -> str | None:
+def find_resumed(trainer: Trainer, ckpt_path: str, *, announce: bool = True) -> str | None:
     """`find_checkpoint` for `fit`: None, announced, if `last` finds none."""
     if ckpt_path == "last" and _newest(places := [*_places(trainer)]) is None:
         _log.info("--ckpt_path last: there is no checkpoint in %s yet; a new run starts", _shown(places))
@@ -81,7 +82,7 @@ def find_resumed(trainer: Trainer, ckpt_path: str) -> str | None:
     if Path(path).is_file() and {"loops", "lr_schedulers"} & set(_read(Path(path))) == {"loops"}:
         reason = "saved with save_weights_only, and no run can go on from it: evaluate it, or export it for a new run"
         raise CheckpointError(f"ckpt_path={path}: {reason}")
-    if path != ckpt_path:
+    if announce:
         _log.info("resuming %s", path)
     return path
 
@@ -122,7 +123,7 @@ def find_among(places: Sequence[tuple[str, str]], ckpt_path: str) -> str:
 
 def _found_by_trainer(trainer: Trainer, ckpt_path: str) -> str | None:
     if trainer.state.fn == "fit":
-        return continue_run(trainer, ckpt_path)
+        return continue_run(trainer, ckpt_path, announce=not Path(ckpt_path).is_file())  # else Lightning names it
     # An evaluation has a folder of its own, and keeps no best checkpoints.
     warnings.filterwarnings("ignore", "The dirpath has changed from")
     return _agreed(trainer, lambda: find_checkpoint(trainer, ckpt_path))
