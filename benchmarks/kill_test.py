@@ -5,6 +5,8 @@ killed.
     python benchmarks/kill_test.py --kills 20 --precision bf16-mixed
     python benchmarks/kill_test.py --kills 20 --ranks 2        two processes with gloo; one is killed, the other a
     moment later
+    python benchmarks/kill_test.py --kills 20 --everything     LoRA, dynamic sampling and saves by time, too
+    python benchmarks/kill_test.py --kills 20 --reference      configs/single_turn.yaml, by the command line
 
 The run has all that could be lost: two passes over an episode in four micro-steps, two of them to an optimizer step, a
 KL term with an adaptive coefficient, dropout, a learning-rate schedule, a curriculum, validations inside optimizer
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import itertools
 import logging
 import os
 import random
@@ -30,7 +33,9 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork has no use for a pool of threads
@@ -38,14 +43,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, model_checkpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from stateset_lightning import GRPOLightningModule, RewardFunction, RolloutConfig, ScenarioDataModule, files
 from stateset_lightning.algorithm import GRPO, KL
 from stateset_lightning.callbacks import SampleWriter
+from stateset_lightning.cli.config import StatesetCLI
 from stateset_lightning.data.order import Curriculum
 from stateset_lightning.policy import LoRAConfig, PolicyConfig, load_model
+from stateset_lightning.rewards.scorer import ScoringSession
 from stateset_lightning.run import checkpoint_io
 from stateset_lightning.run.checkpoint_io import read_checkpoint
 from stateset_lightning.run.find_checkpoint import continue_run
@@ -79,6 +86,8 @@ class Settings:
     file_per_rank: bool = False  # sharded checkpoints, with fsdp2
     max_reward_failures: float = 0.5
     lora: bool = False
+    dynamic_sampling: int = 0
+    seconds_between_saves: float | None = None  # None: a save at each step
 
     @property
     def policy(self) -> PolicyConfig:
@@ -175,7 +184,7 @@ def train(folder: Path, settings: Settings, started: int | None = None, callback
     module = GRPOLightningModule(
         settings.policy,
         reward=EvenDigits(),
-        rollout=RolloutConfig(num_generations=4, max_new_tokens=5),
+        rollout=RolloutConfig(num_generations=4, max_new_tokens=5, dynamic_sampling=settings.dynamic_sampling),
         algorithm=GRPO(beta=0.05, kl=KL(target=0.02)),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-4, weight_decay=0.01),
         lr_scheduler=Schedule(decay="cosine", warmup_steps=5),
@@ -207,7 +216,7 @@ def train(folder: Path, settings: Settings, started: int | None = None, callback
             Passes(started),
             SampleWriter(1),
             *callbacks,
-            ModelCheckpoint(every_n_train_steps=1, save_last=True, filename="{step}"),
+            ModelCheckpoint(save_last=True, filename="{step}", **saves(settings)),
         ],
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -216,6 +225,52 @@ def train(folder: Path, settings: Settings, started: int | None = None, callback
         log_every_n_steps=1,
     )
     trainer.fit(module, datamodule=data, ckpt_path=continue_run(trainer, "last"))
+
+
+def train_reference(folder: Path, settings: Settings, started: int | None = None) -> None:
+    """`stateset-lightning fit` of the reference config."""
+
+    def prepare(trainer: Trainer) -> None:
+        trainer.callbacks.insert(0, Passes(started))  # type: ignore[attr-defined]
+        submit = ScoringSession.submit
+
+        def passing(*args: Any, **kwargs: Any) -> None:
+            pass_by("scoring")
+            submit(*args, **kwargs)
+
+        ScoringSession.submit = passing  # type: ignore[method-assign]
+
+    fit_reference(folder, settings.steps, prepare)
+
+
+def fit_reference(folder: Path, steps: int, prepare: Callable[[Trainer], None]) -> Trainer:
+    """Runs configs/single_turn.yaml as it is, but smaller. Two readings of the clock are half of its five minutes.
+
+    Args:
+        folder: For the run's files.
+        steps: Optimizer steps.
+        prepare: Called with the Trainer before it starts.
+    """
+    readings = itertools.count(step=80)
+    model_checkpoint.time = SimpleNamespace(monotonic=lambda: next(readings))  # type: ignore[attr-defined]
+    fit = StatesetCLI.before_fit
+
+    def before_fit(cli: StatesetCLI) -> None:
+        prepare(cli.trainer)
+        fit(cli)
+
+    StatesetCLI.before_fit = before_fit  # type: ignore[method-assign]
+    place = [f"--trainer.logger.init_args.save_dir={folder}", "--trainer.logger.init_args.name=run"]
+    size = ["--data.batch_size=8", "--data.eval_batch_size=32", "--trainer.limit_val_batches=2"]
+    length = [f"--trainer.max_steps={steps}", "--trainer.val_check_interval=4", "--ckpt_path=last"]
+    return StatesetCLI(["fit", "--config=configs/single_turn.yaml", *place, *size, *length]).trainer
+
+
+def saves(settings: Settings) -> dict[str, Any]:
+    """When ModelCheckpoint saves."""
+    if settings.seconds_between_saves is None:
+        return {"every_n_train_steps": 1}
+    return {"train_time_interval": timedelta(seconds=settings.seconds_between_saves)}
 
 
 def strategy(settings: Settings) -> Any:
@@ -266,7 +321,7 @@ def fork(
         os._exit(status)
 
 
-def attempt(folder: Path, settings: Settings, plan: Kill | None) -> bool:
+def attempt(folder: Path, settings: Settings, plan: Kill | None, run: Callable[..., None] = train) -> bool:
     """Runs until the end or the kill; returns whether the end was reached.
 
     Raises:
@@ -275,7 +330,7 @@ def attempt(folder: Path, settings: Settings, plan: Kill | None) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     reader, writer = os.pipe()
-    pids = [fork(folder, settings, plan, rank, port, writer) for rank in range(settings.ranks)]
+    pids = [fork(folder, settings, plan, rank, port, writer, run) for rank in range(settings.ranks)]
     os.close(writer)
     if plan is not None and plan.place == "any time" and os.read(reader, 1):
         time.sleep(plan.seconds)
@@ -312,11 +367,14 @@ def draw(rng: random.Random, ranks: int) -> Kill:
 
 def end_state(folder: Path, checkpoint_file: Path | None = None) -> dict[str, Any]:
     """All that has to be equal at the end."""
-    run = max((folder / "run").iterdir())  # a run that is killed before its first save starts anew, in the next one
+    # A run that is killed before its first save starts anew, in the next version.
+    run = max((folder / "run").iterdir(), key=lambda version: int(version.name.rpartition("_")[2]))
     checkpoint = read_checkpoint(checkpoint_file or run / "checkpoints" / "last.ckpt")
     names = ("state_dict", "optimizer_states", "optimizer_0", "lr_schedulers", "ScenarioDataModule", "global_step")
     state = {name: checkpoint[name] for name in names if name in checkpoint}
-    stateset = {name: value for name, value in checkpoint["stateset"].items() if name != "run_folder"}
+    state["ScenarioDataModule"].pop("now")  # what the clock said at the start
+    stateset = {name: value for name, value in checkpoint["stateset"].items() if name not in ("run_folder", "saved_at")}
+    stateset["made_of"] = {name: value for name, value in stateset["made_of"].items() if not name.endswith("dirpath")}
     stateset["metrics"] = {part: steady(values) for part, values in stateset["metrics"].items()}
     with (run / "metrics.csv").open() as file:
         rows = [steady(row) for row in csv.DictReader(file)]
@@ -363,28 +421,38 @@ def main() -> int:
     parser.add_argument("--strategy", choices=["ddp", "fsdp2"], default="ddp")
     parser.add_argument("--file-per-rank", action="store_true", help="fsdp2: sharded checkpoints")
     parser.add_argument("--lora", action="store_true", help="train an adapter")
+    parser.add_argument("--everything", action="store_true", help="an adapter, dynamic sampling and saves by time")
+    parser.add_argument("--reference", action="store_true", help="configs/single_turn.yaml, by the command line")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="an empty folder to keep the files of both runs in")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     settings = Settings(
-        3 * args.kills + 4, args.precision, args.ranks, args.strategy, file_per_rank=args.file_per_rank, lora=args.lora
+        3 * args.kills + 4,
+        args.precision,
+        args.ranks,
+        args.strategy,
+        file_per_rank=args.file_per_rank,
+        lora=args.lora or args.everything,
+        dynamic_sampling=2 if args.everything else 0,
+        seconds_between_saves=0.1 if args.everything else None,
     )
+    run = train_reference if args.reference else train
     load_model(settings.policy)  # imports the model's code before the first fork
     rng, places, start = random.Random(args.seed), Counter[str](), time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         straight, killed = folder / "straight", folder / "killed"
-        attempt(straight, settings, None)
+        attempt(straight, settings, None, run)
         one_run = time.perf_counter() - start
         while places.total() < args.kills:
             plan = draw(rng, args.ranks)
-            if attempt(killed, settings, plan):
+            if attempt(killed, settings, plan, run):
                 print(f"the run ended after {places.total()} kills: raise the number of steps")
                 return 1
             places[plan.place] += 1
-        attempt(killed, settings, None)
+        attempt(killed, settings, None, run)
         different = differences(end_state(killed), end_state(straight))
     print(
         f"{args.precision}, {args.ranks} rank(s), {settings.steps} optimizer steps ({one_run:.0f} s), "

@@ -32,20 +32,18 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import kill_test
 import torch
-from kill_test import SCENARIOS, EvenDigits, Kill, Settings, differences, end_state, pass_by
+from kill_test import SCENARIOS, EvenDigits, Kill, Settings, differences, end_state, fit_reference, pass_by
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint, model_checkpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from stateset_lightning import GRPOLightningModule, RolloutConfig, ScenarioDataModule
 from stateset_lightning.algorithm import Clipped
 from stateset_lightning.callbacks import SampleWriter
-from stateset_lightning.cli.config import StatesetCLI
 from stateset_lightning.policy import PolicyConfig, load_model
 from stateset_lightning.rewards.scorer import ScoringSession
 from stateset_lightning.run.find_checkpoint import continue_run
@@ -195,21 +193,8 @@ def run_case(folder: Path, settings: Settings, started: int | None, *, case: Cas
 
 
 def run_config(folder: Path, settings: Settings, started: int | None) -> None:
-    """`stateset-lightning fit` of the reference config. Two readings of the clock are half of its five minutes."""
-    readings = itertools.count(step=80)
-    model_checkpoint.time = SimpleNamespace(monotonic=lambda: next(readings))  # type: ignore[attr-defined]
-    fit = StatesetCLI.before_fit
-
-    def before_fit(cli: StatesetCLI) -> None:
-        observe(cli.trainer, folder)
-        fit(cli)
-
-    StatesetCLI.before_fit = before_fit  # type: ignore[method-assign]
-    place = [f"--trainer.logger.init_args.save_dir={folder}", "--trainer.logger.init_args.name=run"]
-    size = ["--data.batch_size=8", "--data.eval_batch_size=32", "--trainer.limit_val_batches=2"]
-    length = [f"--trainer.max_steps={settings.steps}", "--trainer.val_check_interval=4", "--ckpt_path=last"]
-    cli = StatesetCLI(["fit", "--config=configs/single_turn.yaml", *place, *size, *length])
-    save_end(cli.trainer, folder)
+    """The reference config."""
+    save_end(fit_reference(folder, settings.steps, partial(observe, folder=folder)), folder)
 
 
 def observe(trainer: Trainer, folder: Path) -> None:

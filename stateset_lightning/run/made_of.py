@@ -68,6 +68,7 @@ def made_of(trainer: Trainer, module: GRPOLightningModule) -> dict[str, Any]:
     options = {"trainer": options_of(trainer), "model": options_of(module), "data": options_of(data)}
     options["model"] |= {"policy": module.policy_config, "engine": vars(module)["given_arguments"].get("engine")}
     if data is not None:
+        del options["data"]["tokenizer"]  # known by its digest; the module's is only set where a baseline comes first
         options["data"] |= {split: spec if isinstance(spec, str) else "" for split, spec in data.specs.items()}
         splits = ["train", "validation"] if data.has_validation else ["train"]
         found |= {f"rows of data.{split}": _rows_digest(data, split) for split in splits}
