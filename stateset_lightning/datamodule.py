@@ -171,6 +171,8 @@ class ScenarioDataModule(LightningDataModule):
                 self._encode(split, encoder)
 
     def train_dataloader(self) -> EpisodeLoader:
+        if self._train_loader is not None:  # `reload_dataloaders_every_n_epochs`: a new one would start anew
+            return self._train_loader
         scenarios, tokens = self.served("train")
         rank, world_size = self._rank_and_world()
         seed = self._resolved_seed()

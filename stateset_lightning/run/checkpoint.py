@@ -16,7 +16,7 @@ from stateset_lightning.run.folder import continues, run_folder
 from stateset_lightning.run.metrics_file import drop_later_events, metrics_files, skip_known_rows, wandb_rows
 from stateset_lightning.run.records import drop_later_steps
 from stateset_lightning.training.episode import Episode
-from stateset_lightning.training.schedule import keep_given_options
+from stateset_lightning.training.schedule import accumulation, keep_given_options
 
 if TYPE_CHECKING:
     from stateset_lightning.module import GRPOLightningModule
@@ -85,7 +85,7 @@ class RunCheckpoint:
         if not training:
             return
         trainer = module.trainer
-        check_resumable(saved, module.seed, trainer.accumulate_grad_batches, trainer.world_size)
+        check_resumable(saved, module.seed, accumulation(trainer, checkpoint["epoch"]), trainer.world_size)
         if not module.is_sharded and "optimizer_states" not in checkpoint:
             raise ConfigError("the checkpoint is a folder of shards: its run goes on with trainer.strategy=fsdp2 alone")
         self._resumed = saved
@@ -108,6 +108,8 @@ class RunCheckpoint:
         if saved is None:
             return
         module, trainer = self._module, self._module.trainer
+        # Lightning asks a GradientAccumulationScheduler at the start of an epoch, which lies before the checkpoint.
+        trainer.accumulate_grad_batches = accumulation(trainer, trainer.current_epoch)
         given, before = self.given_options, saved["optimizer_options"]
         keep_given_options(trainer.optimizers[0], module.lr_schedulers(), given, before)
         pairs = [(name, value, saved["options"].get(name, value)) for name, value in self._options().items()]

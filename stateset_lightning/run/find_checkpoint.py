@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from stateset_lightning.errors import CheckpointError, ConfigError
 from stateset_lightning.run.checkpoint_io import local_path, newest_checkpoints, read_checkpoint
-from stateset_lightning.run.folder import CHECKPOINTS
+from stateset_lightning.run.folder import CHECKPOINTS, run_folder
 from stateset_lightning.run.lightning_internals import continue_version
 
 _log = logging.getLogger("stateset_lightning")
@@ -153,4 +153,4 @@ def _places(trainer: Trainer) -> Iterator[tuple[str, str]]:
         runs = os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name))
         yield runs, f"*/{CHECKPOINTS}/**/*.ckpt"
     else:
-        yield os.path.join(trainer.default_root_dir, CHECKPOINTS), "**/*.ckpt"
+        yield str(run_folder(trainer) / CHECKPOINTS), "**/*.ckpt"

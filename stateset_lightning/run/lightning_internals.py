@@ -6,9 +6,11 @@ ModelCheckpoint are in step_end.py, beside their only use.
 
 from typing import Any
 
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
 # Loops ----------------------------------------------------------------------------------------------------------------
 
@@ -50,6 +52,31 @@ def requeue_signal(trainer: Trainer) -> int | None:
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
         return environment.requeue_signal
     return None
+
+
+# Modules --------------------------------------------------------------------------------------------------------------
+
+
+def is_compiled(module: LightningModule) -> bool:
+    """Whether the Trainer was given `torch.compile(module)`: it unwraps that, and compiles the module's steps."""
+    return module._compiler_ctx is not None
+
+
+def is_watched_by_wandb(module: LightningModule) -> bool:
+    """Whether W&B has looked for weights to watch (wandb 0.31 leaves the names of what it found)."""
+    return hasattr(module, "_wandb_hook_names")
+
+
+# Checkpoint plugins ---------------------------------------------------------------------------------------------------
+
+
+def replace_checkpoint_io(trainer: Trainer, kind: type[CheckpointIO], replacement: CheckpointIO) -> None:
+    """Puts a plugin in the place of one of exactly this kind, also inside those that wrap it (AsyncCheckpointIO)."""
+    holder, plugin = trainer.strategy, trainer.strategy.checkpoint_io
+    while isinstance(plugin, _WrappingCheckpointIO):
+        holder, plugin = plugin, plugin.checkpoint_io
+    if type(plugin) is kind:
+        holder._checkpoint_io = replacement
 
 
 # Loggers --------------------------------------------------------------------------------------------------------------
