@@ -6,6 +6,7 @@ Importing this file imports Lightning, which takes seconds.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ def forget_options_of_another_algorithm(parser_or_action: Any, previous: Any, va
     """Another algorithm starts from its own defaults: its name means its paper."""
     _keep_shared_options(parser_or_action, previous, value)
     if previous and "init_args" in previous and previous["class_path"] != value["class_path"]:
+        previous.pop(_typehints.subclasses_disabled_meta_key, None)  # of a dataclass: the class chosen now has a path
         chosen = locate(value["class_path"])
         if isinstance(chosen, type) and issubclass(chosen, Algorithm):
             for name in list(vars(previous["init_args"])):
@@ -47,6 +49,9 @@ def forget_options_of_another_algorithm(parser_or_action: Any, previous: Any, va
 
 
 _typehints.discard_init_args_on_class_path_change = forget_options_of_another_algorithm
+
+
+_CLASS_GIVEN = r"\b(model|data)\.(?:class_path|init_args)\b|^Parser key \"(model|data|trainer)\":\s+Unable to load config '[\w.]+(?<!.yaml)'"
 
 
 class Parser(LightningArgumentParser):
@@ -57,6 +62,11 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # the parser of a nested class: its message becomes part of the outer one's
             super().error(message, ex)
+        if key := re.search(_CLASS_GIVEN, message):
+            raise UserError(
+                f"{key[1] or key[2]}: takes options and no class; a subclass of ours runs from Python:"
+                " Trainer(...).fit(MyModule(...), datamodule=MyData(...))"
+            )
         raise UserError(redacted_text(shorten(message, self.known_keys)))
 
     def add_lightning_class_args(
