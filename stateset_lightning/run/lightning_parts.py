@@ -97,7 +97,7 @@ class RunsInTrainer(LightningModule):
     def __getstate__(self) -> dict[str, Any]:
         if get_spawning_popen() is not None:
             raise ConfigError(_SPAWN)
-        return self.__dict__
+        return {**super().__getstate__(), "scorer": None}  # its threads cannot be copied: `setup` makes another
 
     @property
     def _fabric(self) -> None:  # Fabric.setup() sets it (lightning 2.6.6)
