@@ -80,7 +80,7 @@ def averages(folder: Path) -> None:
     def keep(trainer: Trainer, module: LightningModule, *_: Any) -> None:
         seen.append(torch.cat([parameter.detach().flatten() for parameter in module.parameters()]))
 
-    for kind in (lc.WeightAveraging, lambda: lc.EMAWeightAveraging(0.5)):
+    for kind in (lc.WeightAveraging, lambda: lc.EMAWeightAveraging(decay=0.5)):
         seen.clear()
         trainer = fit(folder, callbacks=[kind(), lc.LambdaCallback(on_train_batch_end=keep)], max_steps=2)
         end = torch.cat([parameter.detach().flatten() for parameter in trainer.lightning_module.parameters()])
@@ -336,7 +336,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "Fabric": (with_fabric, r"use Trainer\.fit\(\)"),
     "`LBFGS`, other optimizers that need a closure": (
         each(
-            lambda folder: fit(folder, **optimizer(torch.optim.LBFGS)), lambda folder: fit(folder, **optimizer(NeedsClosure))
+            lambda folder: fit(folder, **optimizer(torch.optim.LBFGS)),
+            lambda folder: fit(folder, **optimizer(NeedsClosure)),
         ),
         "NeedsClosure evaluates the loss several times a step.* use one that needs no closure",
     ),
@@ -347,7 +348,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "`AdamW` on float16 weights": (
         lambda folder: fit(folder, precision="16-true"),
-        r"eps=1e-08 of AdamW is 0 in float16.*trainer\.precision: 16-mixed",
+        r"AdamW divides by its eps, which is 0 in float16.*trainer\.precision: 16-mixed",
     ),
     "options that torch refuses (`lr: -1`)": (options_of_torch, r"model\.optimizer: ValueError: Invalid learning rate"),
     "`OneCycleLR` shorter than the run": (

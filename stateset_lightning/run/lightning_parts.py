@@ -8,44 +8,32 @@ from collections.abc import Mapping
 from multiprocessing.context import get_spawning_popen
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    BaseFinetuning,
-    BatchSizeFinder,
-    LearningRateFinder,
-    ModelPruning,
-    OnExceptionCheckpoint,
-    StochasticWeightAveraging,
-)
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.run.install import install
 from stateset_lightning.run.lightning_internals import is_compiled, is_watched_by_wandb
 from stateset_lightning.types import PromptBatch
 
-_ON_EXCEPTION = (
-    "saves on any exception, in the middle of whatever failed: leave it out. SIGTERM and Ctrl-C end a run with a"
-    " checkpoint anyway; after an error it goes on from the one before"
-)
+_ON_EXCEPTION = "saves in the middle of whatever failed: leave it out; signals save by themselves, and errors never"
 REFUSED: dict[type[Callback], str] = {
-    StochasticWeightAveraging: "copies the module before its weights are loaded, and averages nothing: use"
+    callbacks.StochasticWeightAveraging: "copies the module before its weights are loaded, and averages nothing: use"
     " WeightAveraging or EMAWeightAveraging",
-    BatchSizeFinder: "starts the run again and again, inside an episode: set data.batch_size and"
+    callbacks.BatchSizeFinder: "starts the run again and again, inside an episode: set data.batch_size and"
     " model.max_tokens_per_step, for which `stateset-lightning doctor` measures memory and time",
-    LearningRateFinder: "judges a rate by one loss, which says nothing here: compare train/reward of short runs with"
-    " several values of model.optimizer.init_args.lr",
-    BaseFinetuning: "freezes layers before the weights are loaded: use model.policy.lora, or freeze them in a"
+    callbacks.LearningRateFinder: "judges a rate by one loss, which says nothing here: compare train/reward of short"
+    " runs with several values of model.optimizer.init_args.lr",
+    callbacks.BaseFinetuning: "freezes layers before the weights are loaded: use model.policy.lora, or freeze them in a"
     " subclass's configure_model(), after super().configure_model()",
-    ModelPruning: "looks for the weights before they are loaded: prune the model first, and give its folder as"
-    " model.policy.model_name",
-    OnExceptionCheckpoint: _ON_EXCEPTION,
+    callbacks.ModelPruning: "looks for the weights before they are loaded: prune the model first, and give its folder"
+    " as model.policy.model_name",
+    callbacks.OnExceptionCheckpoint: _ON_EXCEPTION,
 }
 """Callbacks that cannot work, with their subclasses: why, and what to use."""
 
 _FABRIC = "Fabric runs no data module, callbacks or checkpoints, of which an episode is made: use Trainer.fit()"
 _SPAWN = (
-    "trainer.strategy=ddp_spawn copies the module to new processes, which its optimizer and open files do not survive:"
-    " use ddp (or ddp_notebook in a notebook)"
+    "trainer.strategy=ddp_spawn: the module cannot be copied to new processes: use ddp (in a notebook ddp_notebook)"
 )
 _COMPILED = "torch.compile(module) compiles training_step, which samples completions: give the module as it is"
 _WATCHED = (
@@ -60,15 +48,14 @@ def check_parts(trainer: Trainer, module: Any) -> None:
     Raises:
         ConfigError: If it has.
     """
+    reasons = [_COMPILED] if is_compiled(module) else []
+    reasons += [_WATCHED] if module.policy is None and is_watched_by_wandb(module) else []
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        reasons = [why for kind, why in REFUSED.items() if isinstance(callback, kind)]
-        reasons += [_ON_EXCEPTION] if getattr(callback, "save_on_exception", False) else []
-        if reasons:
-            raise ConfigError(f"{type(callback).__name__} {reasons[0]}")
-    if is_compiled(module):
-        raise ConfigError(_COMPILED)
-    if module.policy is None and is_watched_by_wandb(module):
-        raise ConfigError(_WATCHED)
+        name = type(callback).__name__
+        reasons += [f"{name} {why}" for kind, why in REFUSED.items() if isinstance(callback, kind)]
+        reasons += [f"{name} {_ON_EXCEPTION}"] if getattr(callback, "save_on_exception", False) else []
+    for reason in reasons:
+        raise ConfigError(reason)
 
 
 class RunsInTrainer(LightningModule):

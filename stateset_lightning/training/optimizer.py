@@ -33,21 +33,15 @@ def make_optimizer(make: Callable[..., Any], parameters: Iterable[nn.Parameter])
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(f"model.optimizer makes a {name}: a run has one torch optimizer, with parameter groups")
     closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ConfigError(
-            f"model.optimizer: {name} evaluates the loss several times a step, and each time would sample anew: use one"
-            " that needs no closure, such as AdamW"
-        )
-    if isinstance(optimizer, SparseAdam):
-        raise ConfigError(f"model.optimizer: {name} takes sparse gradients alone, and these are dense: use AdamW")
-    for group in optimizer.param_groups:
-        eps = group.get("eps")
-        is_half = any(parameter.dtype == torch.float16 for parameter in group["params"])
-        if is_half and isinstance(eps, float) and torch.tensor(eps, dtype=torch.float16) == 0:
-            raise ConfigError(
-                f"model.optimizer: eps={eps} of {name} is 0 in float16, the dtype of the weights, and a step would"
-                " divide by it: train float32 weights (model.policy.dtype: float32, trainer.precision: 16-mixed)"
-            )
+    problems = {
+        "evaluates the loss several times a step, and each time would sample anew: use one that needs no closure, such"
+        " as AdamW": closure is not None and closure.default is inspect.Parameter.empty,
+        "takes sparse gradients alone, and these are dense: use AdamW": isinstance(optimizer, SparseAdam),
+        "divides by its eps, which is 0 in float16, the dtype of the weights: train float32 weights"
+        " (model.policy.dtype: float32, trainer.precision: 16-mixed)": any(map(_eps_is_zero, optimizer.param_groups)),
+    }
+    for problem in (problem for problem, is_there in problems.items() if is_there):
+        raise ConfigError(f"model.optimizer: {name} {problem}")
     return optimizer
 
 
@@ -69,34 +63,30 @@ def with_scheduler(optimizer: Optimizer, given: Any, trainer: Trainer) -> Any:
     steps = optimizer_steps_of_run(trainer)
     with _errors_of("model.lr_scheduler"):
         scheduler = given.build(optimizer, steps) if isinstance(given, Schedule) else given(optimizer)
-    config = {"scheduler": scheduler, "interval": "step"}
-    end = getattr(scheduler, "total_steps", None)
+    name, monitor = type(scheduler).__name__, str(getattr(scheduler, "monitor", ""))
+    rises, end = re.search(r"/(reward|solved|pass@\d+)$", monitor), getattr(scheduler, "total_steps", None)
+    config = {"scheduler": scheduler, "interval": "step", "monitor": monitor}
+    problem = ""
     if end is not None and steps is not None and end < steps:
-        raise ConfigError(
-            f"model.lr_scheduler: total_steps={end} of {type(scheduler).__name__} is less than the run's {steps}"
-            f" optimizer steps: set it to {steps}"
-        )
-    if isinstance(scheduler, ReduceLROnPlateau):
-        config |= _plateau(scheduler, trainer)
+        problem = f"total_steps={end} of {name} is less than the run's {steps} optimizer steps: set it to {steps}"
+    elif isinstance(scheduler, ReduceLROnPlateau):
+        if not monitor:
+            problem = f"torch's {name} names no metric: use lightning.pytorch.cli.{name}, with monitor: train/reward"
+        elif scheduler.mode == "min" and rises:
+            problem = f"mode=min would lower the rate while {monitor} rises: set its mode to max"
+        elif monitor.startswith("val/"):
+            every = trainer.check_val_every_n_epoch
+            config |= {"interval": "epoch", "frequency": every or 1, "strict": every is not None}
+    if problem:
+        raise ConfigError(f"model.lr_scheduler: {problem}")
     return {"optimizer": optimizer, "lr_scheduler": config}
 
 
-def _plateau(scheduler: ReduceLROnPlateau, trainer: Trainer) -> dict[str, Any]:
-    """Lightning's options of a scheduler that follows a metric."""
-    monitor = getattr(scheduler, "monitor", None)
-    if monitor is None:
-        raise ConfigError(
-            "model.lr_scheduler: torch's ReduceLROnPlateau names no metric: use lightning.pytorch.cli.ReduceLROnPlateau"
-            " with monitor: train/reward and mode: max"
-        )
-    if scheduler.mode == "min" and re.search(r"/(reward|solved|pass@\d+)$", monitor):
-        raise ConfigError(
-            f"model.lr_scheduler: mode=min would lower the rate while {monitor} rises: set its mode to max"
-        )
-    if not monitor.startswith("val/"):
-        return {"monitor": monitor}
-    every = trainer.check_val_every_n_epoch
-    return {"monitor": monitor, "interval": "epoch", "frequency": every or 1, "strict": every is not None}
+def _eps_is_zero(group: dict[str, Any]) -> bool:
+    """Whether a parameter group has float16 weights, in which the option `eps` rounds to zero."""
+    eps = group.get("eps")
+    is_half = any(parameter.dtype == torch.float16 for parameter in group["params"])
+    return is_half and isinstance(eps, float) and float(torch.tensor(eps, dtype=torch.float16)) == 0
 
 
 @contextmanager
