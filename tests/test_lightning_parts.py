@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch.callbacks as lc
 import pytest
 import torch
+from cli_runs import CONFIG, overlay
 from lightning.fabric import Fabric
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
@@ -18,7 +19,6 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.tuner import Tuner
 from module_runs import SCENARIOS, fit, make_data, make_module, make_trainer, weights
-from cli_runs import CONFIG, overlay
 
 from stateset_lightning.callbacks import PredictionWriter, SampleWriter
 from stateset_lightning.cli.main import main
@@ -329,7 +329,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
             data=make_data(steps_per_episode=4),
             callbacks=[lc.GradientAccumulationScheduler({1: 2, 2: 3})],
         ),
-        r"GradientAccumulationScheduler's \[1, 2, 3\] must divide data.steps_per_episode=4.*to 6",
+        r"GradientAccumulationScheduler: each of \[1, 2, 3\] must divide data.steps_per_episode=4.*to 6",
     ),
     "`WandbLogger.watch` before `fit`": (watches, "call it in a callback's on_fit_start"),
     "`torch.compile(module)`": (compiles, "give the module as it is"),

@@ -51,7 +51,10 @@ def forget_options_of_another_algorithm(parser_or_action: Any, previous: Any, va
 _typehints.discard_init_args_on_class_path_change = forget_options_of_another_algorithm
 
 
-_CLASS_GIVEN = r"\b(model|data)\.(?:class_path|init_args)\b|^Parser key \"(model|data|trainer)\":\s+Unable to load config '[\w.]+(?<!.yaml)'"
+_CLASS_GIVEN = (
+    r"\b(model|data)\.(?:class_path|init_args)\b"
+    r"|^Parser key \"(model|data|trainer)\":\s+Unable to load config '[\w.]+(?<!\.yaml)'"
+)
 
 
 class Parser(LightningArgumentParser):

@@ -18,7 +18,7 @@ def install(trainer: Trainer) -> list[Callback]:
     """Puts our writers in place where the user has chosen none, and returns the callbacks that the run still needs."""
     replace_checkpoint_io(trainer, TorchCheckpointIO, AtomicCheckpointIO())
     install_metrics_files(trainer)
-    if trainer.fast_dev_run:  # it leaves nothing behind
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]  # it leaves nothing behind
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         trainer.callbacks = [callback for callback in callbacks if not isinstance(callback, _WRITERS)]  # type: ignore[attr-defined]
     for callback in trainer.checkpoint_callbacks if not trainer.loggers else []:

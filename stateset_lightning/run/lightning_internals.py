@@ -72,7 +72,8 @@ def is_watched_by_wandb(module: LightningModule) -> bool:
 
 def replace_checkpoint_io(trainer: Trainer, kind: type[CheckpointIO], replacement: CheckpointIO) -> None:
     """Puts a plugin in the place of one of exactly this kind, also inside those that wrap it (AsyncCheckpointIO)."""
-    holder, plugin = trainer.strategy, trainer.strategy.checkpoint_io
+    holder: Any = trainer.strategy
+    plugin: Any = trainer.strategy.checkpoint_io
     while isinstance(plugin, _WrappingCheckpointIO):
         holder, plugin = plugin, plugin.checkpoint_io
     if type(plugin) is kind:

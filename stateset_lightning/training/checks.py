@@ -59,10 +59,11 @@ def check_episode_fits_trainer(trainer: Trainer, data: TrainingData | None) -> N
     accumulate = math.lcm(*scheduled)
     if steps_per_episode % accumulate:
         multiple = accumulate * math.ceil(steps_per_episode / accumulate)
-        every = f"each of GradientAccumulationScheduler's {scheduled}"
+        one = f"trainer.accumulate_grad_batches={accumulate}"
         raise ConfigError(
-            f"{every if len(scheduled) > 1 else f'trainer.accumulate_grad_batches={accumulate}'} must divide data.steps_per_episode={steps_per_episode}, so"
-            f" that an optimizer step stays inside a pass over an episode: set data.steps_per_episode to {multiple}"
+            f"{one if len(scheduled) == 1 else f'GradientAccumulationScheduler: each of {scheduled}'} must divide"
+            f" data.steps_per_episode={steps_per_episode}, so that an optimizer step stays inside a pass over an"
+            f" episode: set data.steps_per_episode to {multiple}"
         )
     if data is None:
         return
