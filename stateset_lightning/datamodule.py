@@ -25,7 +25,6 @@ from stateset_lightning.types import PromptBatch
 
 _announce = rank_zero_only(logging.getLogger("stateset_lightning").log)
 
-# The split that a stage cannot do without.
 _SPLITS: dict[str, Split] = {"fit": "train", "validate": "validation", "test": "test", "predict": "predict"}
 
 
@@ -175,6 +174,8 @@ class ScenarioDataModule(LightningDataModule):
                 self._encode(split, encoder)
 
     def train_dataloader(self) -> EpisodeLoader:
+        if self._train_loader is not None and self.trainer is not None and self.trainer.training:
+            return self._train_loader  # `reload_dataloaders_every_n_epochs`: a new one would start anew
         scenarios, tokens = self.served("train")
         rank, world_size = self._rank_and_world()
         seed = self._resolved_seed()
@@ -245,9 +246,8 @@ class ScenarioDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The training loader's state.
 
-        Lightning saves and restores the loader's state too, but drops it where `trainer.estimated_stepping_batches` was
-        read in `configure_optimizers` while `max_epochs` is set (its issue 20550): the loader is then made before the
-        state is restored.
+        Lightning saves and restores it too, but drops it where `trainer.estimated_stepping_batches` was read in
+        `configure_optimizers` while `max_epochs` is set (its issue 20550): the loader is made before it is restored.
         """
         if (loader := self._train_loader) is None:
             return {}

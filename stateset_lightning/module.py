@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Gt, Le
-from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -29,9 +28,8 @@ from stateset_lightning.redaction import redacted
 from stateset_lightning.rewards import Reward, Scorer, as_rewards
 from stateset_lightning.rollout import RemoteEngine, RolloutConfig, RolloutEngine
 from stateset_lightning.run.checkpoint import RunCheckpoint
-from stateset_lightning.run.find_checkpoint import SearchedCheckpoints
 from stateset_lightning.run.fsdp_strategy import SUPPORTED_STRATEGIES, FSDP2Strategy
-from stateset_lightning.run.install import install
+from stateset_lightning.run.lightning_parts import RunsInTrainer
 from stateset_lightning.run.records import CompletionRecord, make_records, write_bad_step
 from stateset_lightning.seeding import run_seed
 from stateset_lightning.threads import call_episode_hook
@@ -42,16 +40,17 @@ from stateset_lightning.training.episode import Episode
 from stateset_lightning.training.evaluate import HeldOut
 from stateset_lightning.training.fsdp import UnshardedCopy
 from stateset_lightning.training.metrics import PROGRESS_BAR, RunMetrics
+from stateset_lightning.training.optimizer import make_optimizer, with_scheduler
 from stateset_lightning.training.resample import Sample
 from stateset_lightning.training.sampling_ahead import next_batch, sampling_ahead
-from stateset_lightning.training.schedule import Schedule, given_options, optimizer_steps_of_run
+from stateset_lightning.training.schedule import Schedule, given_options
 from stateset_lightning.training.state import TrainingState
 from stateset_lightning.training.step import TrainingStep
 from stateset_lightning.types import PromptBatch
 
 
 @bounded("model")
-class GRPOLightningModule(SearchedCheckpoints):
+class GRPOLightningModule(RunsInTrainer):
     """Improves a language model on prompts whose answers can be scored, by group-relative policy optimisation.
 
     Args:
@@ -168,9 +167,6 @@ class GRPOLightningModule(SearchedCheckpoints):
 
     # Set-up -----------------------------------------------------------------------------------------------------------
 
-    def configure_callbacks(self) -> list[Callback]:
-        return install(self.trainer)
-
     def setup(self, stage: str) -> None:
         self.state.started = None  # an earlier run may have ended inside an optimizer step
         self.scorer = self._make_scorer()
@@ -198,13 +194,9 @@ class GRPOLightningModule(SearchedCheckpoints):
             self._reference = (make_reference(self._sampled_policy, dtype),)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer([p for p in self._loaded_policy.parameters() if p.requires_grad])
+        optimizer = make_optimizer(self.optimizer, self._loaded_policy.parameters())
         self._checkpoint.given_options = given_options(optimizer)
-        if (given := self.lr_scheduler) is None:
-            return optimizer
-        steps = optimizer_steps_of_run(self.trainer)
-        scheduler: Any = given.build(optimizer, steps) if isinstance(given, Schedule) else given(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return with_scheduler(optimizer, self.lr_scheduler, self.trainer)
 
     def on_fit_start(self) -> None:
         for check in [*checks_of_run(self.trainer, self), self._checkpoint.check_optimizer]:

@@ -5,6 +5,7 @@ Importing this file imports Lightning, which takes seconds.
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 import json
+import re
 import sys
 from typing import Annotated, Any, NoReturn
 
@@ -45,6 +46,7 @@ def keep_text(value: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
 def keep_learning_rate(parser_or_action: Any, previous: Any, value: Any) -> None:
     """Another class starts from its own defaults, but for the learning rate of an optimizer."""
     if previous and "init_args" in previous and previous["class_path"] != value["class_path"]:
+        previous.pop(_typehints.subclasses_disabled_meta_key, None)  # of a dataclass: the class chosen now has a path
         for name in set(vars(previous["init_args"])) - {"lr"}:
             del previous["init_args"][name]
     _keep_shared_options(parser_or_action, previous, value)
@@ -54,12 +56,23 @@ _typehints.parse_value_or_config = keep_text
 _typehints.discard_init_args_on_class_path_change = keep_learning_rate
 
 
+_CLASS_GIVEN = (
+    r"\b(model|data)\.(?:class_path|init_args)\b"
+    r"|^Parser key \"(model|data|trainer)\":\s+Unable to load config '[\w.]+(?<!\.yaml)'"
+)
+
+
 class Parser(LightningArgumentParser):
     """Reports an error in a few lines, without the usage of some hundred options."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # the parser of a nested class: its message becomes part of the outer one's
             super().error(message, ex)
+        if key := re.search(_CLASS_GIVEN, message):
+            raise UserError(
+                f"{key[1] or key[2]}: takes options and no class; a subclass of ours runs from Python:"
+                " Trainer(...).fit(MyModule(...), datamodule=MyData(...))"
+            )
         raise UserError(shorten(message))
 
     def add_lightning_class_args(

@@ -18,6 +18,7 @@ one wins.
   stateset-lightning fit --config configs/single_turn.yaml --print_config   the resolved config, without running it
   stateset-lightning fit --config FILE --ckpt_path CHECKPOINT               resume
   stateset-lightning fit --help                                             all keys
+  stateset-lightning --version
 """
 
 # The text above is what `--help` prints. An error that the user can mend is reported in a few lines; any other keeps
@@ -32,6 +33,7 @@ import signal
 import sys
 import warnings
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from stateset_lightning.cli import program
@@ -90,6 +92,9 @@ def _run(args: ArgsType) -> StatesetCLI | None:
     words = given if isinstance(given, list) else []
     if given in ([], ["-h"], ["--help"]):
         print(__doc__, end="")
+        raise SystemExit(0)
+    if given == ["--version"]:
+        print(PROGRAM, version(PROGRAM))
         raise SystemExit(0)
     command = words[0] if words else None
     if os.getcwd() not in sys.path:  # a console script does not look beside the config for `my_rewards.ShortAndRight`

@@ -30,7 +30,7 @@ from stateset_lightning.run.made_of import (
 from stateset_lightning.run.metrics_file import drop_later_events, metrics_files, skip_known_rows, wandb_rows
 from stateset_lightning.run.records import drop_later_steps
 from stateset_lightning.training.episode import Episode
-from stateset_lightning.training.schedule import Schedule, keep_given_options, start_at
+from stateset_lightning.training.schedule import Schedule, accumulation, keep_given_options, start_at
 
 if TYPE_CHECKING:
     from stateset_lightning.module import GRPOLightningModule
@@ -145,7 +145,7 @@ class RunCheckpoint:
             adapter.load_state_dict(adapter_state | ({"base": adapter.base} if "base" in self._accept else {}))
         if training:
             trainer = module.trainer
-            check_resumable(saved, module.seed, trainer.accumulate_grad_batches, trainer.world_size)
+            check_resumable(saved, module.seed, accumulation(trainer, checkpoint["epoch"]), trainer.world_size)
             self._resumed, self._saved_at = checkpoint, saved.get("saved_at", 0.0)
             self._check_same()
         if "algorithm" not in self._accepted:
@@ -178,6 +178,8 @@ class RunCheckpoint:
         if checkpoint is None:
             return
         module, trainer, saved = self._module, self._module.trainer, checkpoint["stateset"]
+        # Lightning asks a GradientAccumulationScheduler at the start of an epoch, which lies before the checkpoint.
+        trainer.accumulate_grad_batches = accumulation(trainer, trainer.current_epoch)
         before, scheduler = saved["optimizer_options"], module.lr_schedulers()
         plain = {key: value for key, value in saved.get("options", {}).items() if not isinstance(value, dict | list)}
         changed = differences(self._made_of, saved.get("made_of") or plain | made_by(before))

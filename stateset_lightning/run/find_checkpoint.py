@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from stateset_lightning.errors import CheckpointError, ConfigError, UserError
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.run.checkpoint_io import age, is_foreign, is_sharded, newest_checkpoints, read_checkpoint
-from stateset_lightning.run.folder import CHECKPOINTS
+from stateset_lightning.run.folder import CHECKPOINTS, run_folder
 from stateset_lightning.run.lightning_internals import continue_version, search_with, with_all_ranks
 
 T = TypeVar("T")
@@ -244,4 +244,4 @@ def _places(trainer: Trainer) -> Iterator[tuple[str, str]]:
         runs = os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name))
         yield runs, f"*/{CHECKPOINTS}/**/*.ckpt"
     else:
-        yield os.path.join(trainer.default_root_dir, CHECKPOINTS), "**/*.ckpt"
+        yield str(run_folder(trainer) / CHECKPOINTS), "**/*.ckpt"

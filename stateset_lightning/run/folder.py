@@ -23,17 +23,21 @@ SAMPLES = "samples.jsonl"
 PREDICTIONS = "predictions.jsonl"
 BAD_STEPS = "bad_steps.jsonl"
 REPORT = "report.html"
+UNLOGGED = "lightning_logs/without_logger"
+"""The folder of a run without a logger that was given no `default_root_dir`: the working folder's files are others'."""
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """`save_dir/name/version` of the first logger, as ModelCheckpoint builds it; else the Trainer's root folder.
+    """`save_dir/name/version` of the first logger, as ModelCheckpoint builds it; else the Trainer's root folder, or one
+    of its own where that is the working folder.
 
     `trainer.log_dir` would do for most loggers, but with W&B it is a folder that all runs share.
     """
     from lightning.pytorch.loggers import WandbLogger
 
     if not trainer.loggers:
-        return Path(trainer.default_root_dir)
+        root = Path(trainer.default_root_dir)
+        return root / UNLOGGED if root.absolute() == Path.cwd() else root
     logger = trainer.loggers[0]
     if isinstance(logger, WandbLogger):
         _ = logger.experiment  # starts the run: before that it has no id, and so no version

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from stateset_lightning.files import make_folder
@@ -93,6 +95,32 @@ def with_all_ranks(trainer: Trainer, function: Callable[[], T]) -> T:
 
     launches = isinstance(strategy.launcher, _SubprocessScriptLauncher)
     return strategy.launcher.launch(connected, trainer=trainer) if launches else connected()
+
+
+# Modules --------------------------------------------------------------------------------------------------------------
+
+
+def is_compiled(module: LightningModule) -> bool:
+    """Whether the Trainer was given `torch.compile(module)`: it unwraps that, and compiles the module's steps."""
+    return module._compiler_ctx is not None
+
+
+def is_watched_by_wandb(module: LightningModule) -> bool:
+    """Whether W&B has looked for weights to watch (wandb 0.31 leaves the names of what it found)."""
+    return hasattr(module, "_wandb_hook_names")
+
+
+# Checkpoint plugins ---------------------------------------------------------------------------------------------------
+
+
+def replace_checkpoint_io(trainer: Trainer, kind: type[CheckpointIO], replacement: CheckpointIO) -> None:
+    """Puts a plugin in the place of one of exactly this kind, also inside those that wrap it (AsyncCheckpointIO)."""
+    holder: Any = trainer.strategy
+    plugin: Any = trainer.strategy.checkpoint_io
+    while isinstance(plugin, _WrappingCheckpointIO):
+        holder, plugin = plugin, plugin.checkpoint_io
+    if type(plugin) is kind:
+        holder._checkpoint_io = replacement
 
 
 # Loggers --------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -27,7 +27,7 @@ from stateset_lightning.policy.precision import has_bfloat16_products, logprob_t
 from stateset_lightning.rewards import FunctionReward
 from stateset_lightning.training.data import TrainingData, data_of
 from stateset_lightning.training.metrics import NAMES
-from stateset_lightning.training.schedule import batches_per_epoch, optimizer_steps_of_run
+from stateset_lightning.training.schedule import accumulations, batches_per_epoch, optimizer_steps_of_run
 
 REWARDS = "stateset_lightning.rewards."
 
@@ -55,7 +55,6 @@ def checks_of_run(trainer: Trainer, module: Any) -> list[Callable[[], None]]:
     return [
         partial(check_reward_names, data, rewards),
         partial(check_episode_fits_trainer, trainer, data),
-        partial(check_saves, trainer),
         partial(check_monitors, trainer, data, metrics, module, maximised),
         partial(check_context, data, module.policy.context_length, rollout.max_new_tokens),
         partial(check_dynamic_sampling, data, rollout.dynamic_sampling, module.algorithm.needs_greedy_baseline),
@@ -72,12 +71,15 @@ def check_episode_fits_trainer(trainer: Trainer, data: TrainingData | None) -> N
             episode.
     """
     steps_per_episode = 1 if data is None else data.steps_per_episode
-    accumulate = trainer.accumulate_grad_batches
+    scheduled = accumulations(trainer)
+    accumulate = math.lcm(*scheduled)
     if steps_per_episode % accumulate:
         multiple = accumulate * math.ceil(steps_per_episode / accumulate)
+        one = f"trainer.accumulate_grad_batches={accumulate}"
         raise ConfigError(
-            f"trainer.accumulate_grad_batches={accumulate} must divide data.steps_per_episode={steps_per_episode}, so"
-            f" that an optimizer step stays inside a pass over an episode: set data.steps_per_episode to {multiple}"
+            f"{one if len(scheduled) == 1 else f'GradientAccumulationScheduler: each of {scheduled}'} must divide"
+            f" data.steps_per_episode={steps_per_episode}, so that an optimizer step stays inside a pass over an"
+            f" episode: set data.steps_per_episode to {multiple}"
         )
     if data is None:
         return
@@ -96,21 +98,6 @@ def check_episode_fits_trainer(trainer: Trainer, data: TrainingData | None) -> N
             f" {micro_steps} micro-steps (data.num_iterations x data.steps_per_episode): set it to"
             f" {max(1, batches // micro_steps) * micro_steps}"
         )
-
-
-def check_saves(trainer: Trainer) -> None:
-    """Checkpoints are made where a run can go on exactly; after an exception it cannot.
-
-    Raises:
-        ConfigError: If a callback saves on every exception.
-    """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
-            raise ConfigError(
-                f"{type(callback).__name__} saves on any exception, in the middle of whatever failed: remove it, or"
-                " save_on_exception. SIGTERM and Ctrl-C end a run with a checkpoint anyway; after an error it goes on"
-                " from the one before"
-            )
 
 
 def check_strategy(trainer: Trainer, supported: tuple[type, ...]) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
@@ -118,8 +119,22 @@ def optimizer_steps_of_run(trainer: Trainer) -> int | None:
     data = data_of(trainer)
     if trainer.max_epochs is not None and trainer.max_epochs >= 0 and data is not None:
         batches = batches_per_epoch(trainer, data.micro_steps_per_epoch)
-        bounds.append(trainer.max_epochs * (batches // trainer.accumulate_grad_batches))
+        bounds.append(sum(batches // accumulation(trainer, epoch) for epoch in range(trainer.max_epochs)))
     return min(bounds, default=None)
+
+
+def accumulation(trainer: Trainer, epoch: int) -> int:
+    """Micro-steps of an optimizer step in an epoch: a GradientAccumulationScheduler may give each its own."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            return callback.get_accumulate_grad_batches(epoch)
+    return trainer.accumulate_grad_batches
+
+
+def accumulations(trainer: Trainer) -> list[int]:
+    """All values that `accumulation` may have."""
+    schedules = [c.scheduling for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    return sorted(set(schedules[0].values())) if schedules else [trainer.accumulate_grad_batches]
 
 
 def batches_per_epoch(trainer: Trainer, size: int) -> int:

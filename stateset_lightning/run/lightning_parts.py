@@ -1,0 +1,97 @@
+"""Lightning's own parts beside a run: what cannot work is refused before anything is loaded, in one line each.
+
+docs/lightning.md lists what works and what is refused. Trainer options are checked in training/checks.py, optimizers in
+training/optimizer.py.
+"""
+
+from collections.abc import Mapping
+from multiprocessing.context import get_spawning_popen
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer, callbacks
+
+from stateset_lightning.errors import ConfigError
+from stateset_lightning.run.find_checkpoint import SearchedCheckpoints
+from stateset_lightning.run.install import install
+from stateset_lightning.run.lightning_internals import is_compiled, is_watched_by_wandb
+from stateset_lightning.types import PromptBatch
+
+_ON_EXCEPTION = "saves in the middle of whatever failed: leave it out; signals save by themselves, and errors never"
+REFUSED: dict[type[Callback], str] = {
+    callbacks.StochasticWeightAveraging: "copies the module before its weights are loaded, and averages nothing: use"
+    " WeightAveraging or EMAWeightAveraging",
+    callbacks.BatchSizeFinder: "starts the run again and again, inside an episode: set data.batch_size and"
+    " model.max_tokens_per_step, for which `stateset-lightning doctor` measures memory and time",
+    callbacks.LearningRateFinder: "judges a rate by one loss, which says nothing here: compare train/reward of short"
+    " runs with several values of model.optimizer.init_args.lr",
+    callbacks.BaseFinetuning: "freezes layers before the weights are loaded: use model.policy.lora, or freeze them in a"
+    " subclass's configure_model(), after super().configure_model()",
+    callbacks.ModelPruning: "looks for the weights before they are loaded: prune the model first, and give its folder"
+    " as model.policy.model_name",
+    callbacks.OnExceptionCheckpoint: _ON_EXCEPTION,
+}
+"""Callbacks that cannot work, with their subclasses: why, and what to use."""
+
+_FABRIC = "Fabric runs no data module, callbacks or checkpoints, of which an episode is made: use Trainer.fit()"
+_SPAWN = (
+    "trainer.strategy=ddp_spawn: the module cannot be copied to new processes: use ddp (in a notebook ddp_notebook)"
+)
+_COMPILED = "torch.compile(module) compiles training_step, which samples completions: give the module as it is"
+_WATCHED = (
+    "the logger's watch(module) found no weights, which are loaded when the run starts: call it in a callback's"
+    ' on_fit_start, as trainer.logger.watch(pl_module, log="gradients", log_graph=False)'
+)
+
+
+def check_parts(trainer: Trainer, module: Any) -> None:
+    """The Trainer has no part that cannot work; called first of all in a run.
+
+    Raises:
+        ConfigError: If it has.
+    """
+    reasons = [_COMPILED] if is_compiled(module) else []
+    reasons += [_WATCHED] if module.policy is None and is_watched_by_wandb(module) else []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        name = type(callback).__name__
+        reasons += [f"{name} {why}" for kind, why in REFUSED.items() if isinstance(callback, kind)]
+        reasons += [f"{name} {_ON_EXCEPTION}"] if getattr(callback, "save_on_exception", False) else []
+    for reason in reasons:
+        raise ConfigError(reason)
+
+
+class RunsInTrainer(SearchedCheckpoints):
+    """A module that the Trainer alone runs, in whatever processes its launcher makes."""
+
+    policy: Any
+
+    def configure_callbacks(self) -> list[Callback]:
+        check_parts(self.trainer, self)
+        return install(self.trainer)
+
+    def on_train_batch_start(self, batch: Any, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(batch, PromptBatch):
+            raise ConfigError(
+                f"the loader serves batches of {type(batch).__name__}, and not PromptBatch: give the rows to"
+                " ScenarioDataModule(train=...), or one of its loaders to the Trainer"
+            )
+
+    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.policy is None and state_dict:  # trained by processes that were forked before they loaded weights
+            self.configure_model()
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if get_spawning_popen() is not None:
+            raise ConfigError(_SPAWN)
+        return {**super().__getstate__(), "scorer": None}  # its threads cannot be copied: `setup` makes another
+
+    @property
+    def _fabric(self) -> None:  # Fabric.setup() sets it (lightning 2.6.6)
+        return None
+
+    @_fabric.setter
+    def _fabric(self, fabric: Any) -> None:
+        if fabric is not None:
+            raise ConfigError(_FABRIC)
