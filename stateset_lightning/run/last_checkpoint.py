@@ -38,7 +38,7 @@ class LastCheckpoint(Checkpoint):
         self._saved_step = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for callback in _keeping_newest(trainer):
+        for callback in model_checkpoints(trainer):
             self._clock[callback] = callback._last_time_checked
             if trainer.ckpt_path is not None:
                 callback.last_model_path = _last_of_run(trainer, callback)
@@ -61,9 +61,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save_due(trainer, True, at_epoch_end=True)  # if the run was stopped from a hook that comes after these
         if not any(c.best_model_path or c._last_checkpoint_saved for c in model_checkpoints(trainer)):
-            announce(
-                trainer, "no checkpoint was saved: no ModelCheckpoint had the opportunity; set its save_last: true"
-            )
+            announce(trainer, "no checkpoint was saved: no ModelCheckpoint had the opportunity; set save_last: true")
 
     def _save_due(self, trainer: Trainer, ends: bool, at_epoch_end: bool) -> None:
         """Saves at the run's end, and for those ModelCheckpoints that count epochs and save now."""
@@ -93,13 +91,8 @@ def announce(trainer: Trainer, what: str) -> None:
         _log.warning(what)
 
 
-def _keeping_last(trainer: Trainer) -> list[ModelCheckpoint]:
-    """The callbacks that promise a `last`."""
-    return [callback for callback in model_checkpoints(trainer) if callback.save_last]
-
-
 def _keeping_newest(trainer: Trainer) -> list[ModelCheckpoint]:
-    """Those, and the callbacks that compare nothing and so keep what is newest."""
+    """The callbacks that promise a `last`, and those that compare nothing and so keep what is newest."""
     callbacks = model_checkpoints(trainer)
     return [c for c in callbacks if c.save_last or (c.monitor is None and c.save_top_k)]
 
@@ -111,8 +104,8 @@ def model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
 
 def last_path(trainer: Trainer) -> str:
     """Where `--ckpt_path last` looks for the newest state: beside the checkpoints of the run."""
-    default = ModelCheckpoint(run_folder(trainer) / CHECKPOINTS)
-    callback = (_keeping_last(trainer) or model_checkpoints(trainer) or [default])[0]
+    callbacks = [*model_checkpoints(trainer), ModelCheckpoint(run_folder(trainer) / CHECKPOINTS)]
+    callback = min(callbacks, key=lambda callback: not callback.save_last)  # the first that promises it, or the first
     # Kept in the callback's state, so that the resumed run writes to the same file.
     callback.last_model_path = callback.last_model_path or _last_of_run(trainer, callback, new=True)
     return callback.last_model_path

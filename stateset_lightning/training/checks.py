@@ -24,13 +24,12 @@ from torch.distributed.tensor import DTensor
 from stateset_lightning.errors import ConfigError, NonFiniteError, SamplingError
 from stateset_lightning.evaluation import Evaluation
 from stateset_lightning.policy.precision import has_bfloat16_products, logprob_tolerance, sampling_dtype
-from stateset_lightning.rewards import FunctionReward
+from stateset_lightning.rewards import FunctionReward, TRLReward
 from stateset_lightning.training.data import TrainingData, data_of
 from stateset_lightning.training.metrics import NAMES
 from stateset_lightning.training.schedule import accumulations, batches_per_epoch, optimizer_steps_of_run
 
-REWARDS = "stateset_lightning.rewards."
-
+BUNDLED, WRAPPERS = "stateset_lightning.rewards.", (FunctionReward, TRLReward)
 HIGHER_IS_BETTER = (
     r"train/(baseline_)?reward|groups/all_right|val/(topic/.+/)?(reward|solved(_low|_high)?|(avg|majority|pass)[@^]\d+)"
 )
@@ -48,9 +47,7 @@ def checks_of_run(trainer: Trainer, module: Any) -> list[Callable[[], None]]:
     rewards = [reward.name for reward in module.rewards]
     metrics = [f"val/{name}" for name in Evaluation(rewards, module.evaluation).logged_names()]
     # One of the user's own may be a cost, whose lowest mean is the best.
-    bundled = [
-        r for r in module.rewards if type(r).__module__.startswith(REWARDS) and not isinstance(r, FunctionReward)
-    ]
+    bundled = [r for r in module.rewards if type(r).__module__.startswith(BUNDLED) and type(r) not in WRAPPERS]
     maximised = [reward.name for reward in bundled if reward.weight > 0]
     return [
         partial(check_reward_names, data, rewards),
@@ -233,8 +230,10 @@ def no_validation(trainer: Trainer, data: TrainingData | None) -> str:
     first = interval if isinstance(interval, int) else max(1, int(per_epoch * interval))
     if run >= first + per_epoch * ((epochs or 1) - 1):
         return ""
-    epoch = f" ({per_epoch:,} an epoch, trainer.check_val_every_n_epoch={epochs})" if epochs else ""
-    return f"validation never runs: trainer.val_check_interval={interval}, and the run has {run:,} micro-steps{epoch}"
+    of_epochs = f" and check_val_every_n_epoch={epochs}" if epochs else ""
+    return (
+        f"validation never runs: trainer.val_check_interval={interval}{of_epochs}, and the run has {run:,} micro-steps"
+    )
 
 
 def check_speed(trainer: Trainer, dtype: torch.dtype) -> None:

@@ -142,7 +142,7 @@ def test_monitors_get_their_metric():
         ({"validation": (1.0, 1, 0.0)}, "trainer.limit_val_batches=0"),
         ({"validation": (7, None, 1.0), "max_steps": 6}, "val_check_interval=7, and the run has 6 micro-steps"),
         ({"validation": (7, None, 1.0), "max_steps": 3, "accumulate": 2}, "and the run has 6 micro-steps"),
-        ({"validation": (1.0, 1, 1.0), "max_steps": 11}, r"11 micro-steps \(12 an epoch"),
+        ({"validation": (1.0, 1, 1.0), "max_steps": 11}, "check_val_every_n_epoch=1, and the run has 11"),
         ({"validation": (0.5, 1, 1.0), "max_steps": 5}, "and the run has 5"),
         ({"validation": (1.0, 3, 1.0), "max_epochs": 2}, "check_val_every_n_epoch=3"),
         ({"validation": (7, None, 1.0), "max_steps": 7}, None),
