@@ -41,10 +41,11 @@ def cut_off_waits(exit_code: int) -> None:
 
     To be called in the main thread, by a handler of signals say. It takes the alarm signal.
     """
-    _MainThread.exit_code = exit_code
     if exit_code:
         signal.signal(signal.SIGALRM, _cut_off)
-        signal.setitimer(signal.ITIMER_REAL, _WAIT_SECONDS if _MainThread.waits else 0)
+    if exit_code or _MainThread.exit_code:  # a timer that outlived its handler would end the process
+        signal.setitimer(signal.ITIMER_REAL, _WAIT_SECONDS if exit_code and _MainThread.waits else 0)
+    _MainThread.exit_code = exit_code
 
 
 @contextmanager
@@ -63,6 +64,7 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         _MainThread.waits = False
+        cut_off_waits(_MainThread.exit_code)
 
 
 def _cut_off(*_: object) -> None:

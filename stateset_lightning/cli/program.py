@@ -5,10 +5,12 @@ Imports nothing heavy: a signal that comes before `begin` ends the process in Py
 
 from __future__ import annotations
 
+import _thread
 import io
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
@@ -50,9 +52,13 @@ def leave(code: int) -> NoReturn:
         SystemExit: Always. A library may swallow it, or hang while it closes something.
     """
     _on_signals(lambda *_: os._exit(code))
-    signal.signal(signal.SIGALRM, lambda *_: os._exit(code))
-    signal.setitimer(signal.ITIMER_REAL, _LEAVE_SECONDS)
+    _thread.start_new_thread(_leave_later, (code,))  # not `threading`, whose locks this handler may have interrupted
     raise SystemExit(code)
+
+
+def _leave_later(code: int) -> None:
+    time.sleep(_LEAVE_SECONDS)
+    os._exit(code)
 
 
 def _on_signals(handler: Callable[[int, Any], object]) -> None:

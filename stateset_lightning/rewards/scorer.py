@@ -22,7 +22,7 @@ from stateset_lightning.errors import ConfigError, DataError, RewardError, bound
 from stateset_lightning.rewards import base
 from stateset_lightning.rewards.base import BatchReward, Context, Outcome, RewardFunction, Turns, failure
 from stateset_lightning.rewards.reward_list import as_rewards
-from stateset_lightning.threads import DaemonThreads, EventLoopThread, Interruption
+from stateset_lightning.threads import DaemonThreads, EventLoopThread, Interruption, interruptible
 from stateset_lightning.types import NOT_APPLICABLE, RewardFailure, Scores
 from stateset_lightning.workers import WorkerPool
 
@@ -141,6 +141,7 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
             self._start(f, n, list(turns), dict(columns)) if name in chosen else None for f, name in names
         ]
 
+    @interruptible()
     def collect(self) -> Scores:
         """Run the batched rewards, and wait for all others.
 

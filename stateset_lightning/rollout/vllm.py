@@ -22,7 +22,7 @@ from stateset_lightning.rollout.engine import OnFinished, RolloutConfig
 from stateset_lightning.rollout.sampling import StopStrings, check_length
 from stateset_lightning.rollout.vllm_client import VLLMServer
 from stateset_lightning.rollout.vllm_weights import WeightSync, filters_of, request
-from stateset_lightning.threads import DaemonThreads
+from stateset_lightning.threads import DaemonThreads, interruptible
 from stateset_lightning.types import FinishReason, Metrics, Rollout
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ class VLLMEngine:
         self._weights.metrics, self._restored = {}, restored
         return metrics
 
+    @interruptible()
     def sync(self, policy: Policy) -> None:
         """See `RolloutEngine.sync`. Every rank calls it; the first one acts.
 
@@ -111,6 +112,7 @@ class VLLMEngine:
         self._ends = sorted(policy.end_of_sequence_ids(self.tokenizer))
         self._weights.update(policy)
 
+    @interruptible()
     def generate(
         self,
         prompts: list[list[int]],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from stateset_lightning.ranks import Ranks
 from stateset_lightning.rewards import Scorer
 from stateset_lightning.rollout import InProcessEngine, RemoteEngine, RolloutConfig, RolloutEngine
 from stateset_lightning.seeding import sample_seeds
-from stateset_lightning.threads import Interruption, heartbeat, interruptible
+from stateset_lightning.threads import Interruption, heartbeat
 from stateset_lightning.training.checks import check_sampling_difference
 from stateset_lightning.training.resample import Replacements, Sample, resample
 from stateset_lightning.training.sampling_ahead import SamplingAhead
@@ -112,8 +111,7 @@ class Sampler:
         Ranks may sample different numbers of rounds (dynamic sampling), so nothing here waits for another rank.
         """
         start = time.perf_counter()
-        with self._server_wait:
-            ahead = None if self.ahead is None else self.ahead.take(batch.episode_index)
+        ahead = None if self.ahead is None else self.ahead.take(batch.episode_index)
         first, seconds_ahead = (self.sample(policy, batch), 0.0) if ahead is None else ahead
         sample, replaced = first, None
         if rounds := self.config.dynamic_sampling:
@@ -139,8 +137,7 @@ class Sampler:
         heartbeat.doing(f"training on episode {collection.sample.batch.episode_index}")
         costs = self.scorer.take_counts()
         if self.ahead is not None and (batch := upcoming()) is not None:
-            with self._server_wait:
-                self.engine.sync(policy)
+            self.engine.sync(policy)
             draw = partial(self._draw, policy, batch, self.config.num_generations, False)
             self.ahead.start(batch.episode_index, draw)
         counted = self.engine.pop_metrics() if isinstance(self.engine, RemoteEngine) else {}
@@ -153,10 +150,9 @@ class Sampler:
 
         Noise follows from the seed, the split, the episode and the positions.
         """
-        with self._server_wait:
-            if self.ahead is not None:
-                self.ahead.wait()
-            self.engine.sync(policy)
+        if self.ahead is not None:
+            self.ahead.wait()
+        self.engine.sync(policy)
         return self._draw(policy, batch, num_generations or self.config.num_generations, greedy)
 
     def check_difference(self, row: Mapping[str, float], policy: Policy) -> None:
@@ -176,7 +172,7 @@ class Sampler:
         seeds_N = sample_seeds(self.seed, batch.split, batch.episode_index, batch.positions, num_generations)
         place = f"episode {batch.episode_index}" if batch.split == "train" else f"for {batch.split}"
         heartbeat.doing(f"sampling {place}")
-        with self._server_wait, self.scorer.start(len(seeds_N), policy.device) as session:
+        with self.scorer.start(len(seeds_N), policy.device) as session:
 
             def score(n: int, text: str, num_tokens: int) -> None:
                 prompt = n // num_generations
@@ -187,13 +183,7 @@ class Sampler:
                 batch.prompt_tokens, num_generations, self.config, seeds_N, greedy=greedy, on_finished=score
             )
             heartbeat.doing(f"scoring {place}")
-            with interruptible():
-                return Sample(batch, rollout, session.collect())
-
-    @property
-    def _server_wait(self) -> AbstractContextManager[None]:
-        """Around calls of the engine that wait for another process; to sample in this one takes its time."""
-        return interruptible() if isinstance(self.engine, RemoteEngine) else nullcontext()
+            return Sample(batch, rollout, session.collect())
 
 
 def collect_together(sampler: Sampler, policy: Policy, batch: PromptBatch, greedy: bool, ranks: Ranks) -> Collection:

@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from stateset_lightning.data.loader import EpisodeLoader
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.rollout import RemoteEngine, RolloutConfig, RolloutEngine
-from stateset_lightning.threads import DaemonThreads
+from stateset_lightning.threads import DaemonThreads, interruptible
 from stateset_lightning.training.schedule import optimizer_steps_of_run
 from stateset_lightning.types import PromptBatch
 
@@ -44,6 +44,7 @@ class SamplingAhead(Generic[T]):
 
         self._episode, self._future = episode, self._threads.submit(timed)
 
+    @interruptible()
     def take(self, episode: int) -> tuple[T, float] | None:
         """The sample of an episode and the seconds that it took; None if it was not begun. Raises what drawing it
         raised.
@@ -53,6 +54,7 @@ class SamplingAhead(Generic[T]):
             return None
         return future.result()
 
+    @interruptible()
     def wait(self) -> None:
         """Until nothing is being drawn: the engine then may take other weights."""
         if self._future is not None:

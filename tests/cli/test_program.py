@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from cli_runs import CSV_LOGGER, overlay
-from timing import within
 
 PROLOGUE = """
 import os, signal, sys, threading, time
@@ -38,8 +37,9 @@ def ended(code, **options):
 )
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_program_soon_with_its_code_and_without_a_traceback(sent, wait):
-    with within(8):
-        done = ended(f"threading.Timer(0.1, send, [{int(sent)}]).start()\n{wait}")
+    begin = time.monotonic()
+    done = ended(f"threading.Timer(0.1, send, [{int(sent)}]).start()\n{wait}")
+    assert time.monotonic() - begin < 8
     assert (done.returncode, done.stdout, done.stderr) == (128 + sent, "", "")
 
 
@@ -93,6 +93,5 @@ def test_a_signal_while_a_reward_hangs_ends_every_command_within_ten_seconds(con
             assert run.poll() is None, run.stderr.read()
             time.sleep(0.05)
         run.send_signal(signal.SIGTERM)
-        with within(10):
-            assert run.wait(30) == 143
+        assert run.wait(10) == 143
     assert Path("runs/cli/version_0/checkpoints/last.ckpt").exists() == (command == "fit")
