@@ -10,15 +10,19 @@ import signal
 from datetime import timedelta
 
 import pytest
+from lightning.fabric.plugins import TorchCheckpointIO, XLACheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
+from stateset_lightning.run.checkpoint_io import AtomicCheckpointIO
 from stateset_lightning.run.lightning_internals import (
     continue_version,
+    replace_checkpoint_io,
     requeue_signal,
     set_writer,
     turn_back_to_last_batch,
@@ -214,3 +218,24 @@ def test_a_last_checkpoint_can_be_written_without_the_best_taking_notice(tmp_pat
     fit(tmp_path, keeps, Hook("on_train_batch_end", save), max_steps=3)
     assert keeps.last_model_path == str(tmp_path / "last.ckpt")
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["best.ckpt", "last.ckpt"]
+
+
+@pytest.mark.parametrize("wrappers", [0, 1, 2])
+def test_a_plain_writer_is_replaced_inside_all_that_wrap_it(wrappers):
+    plugin = None
+    for _ in range(wrappers):
+        plugin = AsyncCheckpointIO(plugin)
+    trainer = Trainer(accelerator="cpu", logger=False, plugins=[plugin] if plugin else None)
+    mine = AtomicCheckpointIO()
+    replace_checkpoint_io(trainer, XLACheckpointIO, mine)  # none is of that kind
+    assert mine not in writers(trainer)
+    replace_checkpoint_io(trainer, TorchCheckpointIO, mine)
+    assert writers(trainer)[wrappers:] == [mine]
+
+
+def writers(trainer):
+    """The checkpoint plugins, the outermost first."""
+    found = [trainer.strategy.checkpoint_io]
+    while (inner := getattr(found[-1], "checkpoint_io", None)) is not None:
+        found.append(inner)
+    return found
