@@ -117,6 +117,11 @@ def inject(model: PreTrainedModel, config: LoraConfig, place: str, seed: int = 0
             model.add_adapter(config, NAME)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"{place}: {_one_line(error)}") from error
+    bare = [name for name, layer in model.named_modules() if hasattr(layer, "lora_bias") and not _has_bias(layer)]
+    if config.lora_bias and bare:
+        raise ConfigError(
+            f"{place}: lora_bias=True and {bare[0]} has no bias that it could be merged into: leave it out"
+        )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         if parameter.dtype in (torch.bfloat16, torch.float16):
@@ -200,8 +205,8 @@ def merge_adapter(model: PreTrainedModel) -> float:
         float32.
 
     Raises:
-        ConfigError: If weights are quantized, or embeddings are tied and one of them is adapted: they are two matrices
-            afterwards, and saved as one.
+        ConfigError: If weights are quantized or fused, or embeddings are tied and one of them is adapted: they are two
+            matrices afterwards, and saved as one.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -219,9 +224,8 @@ def merge_adapter(model: PreTrainedModel) -> float:
         elif isinstance(module, BaseTunerLayer):
             base, dtype = module.get_base_layer(), _base_dtype(module)
             if dtype is None or not dtype.is_floating_point:
-                raise ConfigError(
-                    f"the adapter of {name} cannot be merged, its weights are quantized: export it without --merge"
-                )
+                why = "experts are fused into one tensor" if dtype is None else "weights are quantized"
+                raise ConfigError(f"the adapter of {name} cannot be merged, its {why}: export it without --merge")
             before = base.weight.detach()
             base.weight = nn.Parameter(before.float(), requires_grad=False)  # summed before it is rounded
             module.merge()
@@ -233,6 +237,10 @@ def merge_adapter(model: PreTrainedModel) -> float:
     model._hf_peft_config_loaded = False
     del model.peft_config
     return (error / change) ** 0.5 if change else 0.0
+
+
+def _has_bias(layer: Any) -> bool:
+    return getattr(layer.get_base_layer(), "bias", None) is not None
 
 
 def _base_dtype(layer: Any) -> torch.dtype | None:
@@ -257,7 +265,10 @@ def write_adapter(model: PreTrainedModel, base: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # `auto` would ask the hub whether the vocabulary has grown.
     weights = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
-    tensors = {f"base_model.model.{name}": weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    # Copies: tied modules, which `modules_to_save` and `ensure_weight_tying` make, would share memory.
+    tensors = {
+        f"base_model.model.{name}": weight.detach().cpu().contiguous().clone() for name, weight in weights.items()
+    }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {**plain_config(model), "base_model_name_or_path": base, "inference_mode": True}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -15,6 +15,7 @@ import torch
 from policy.test_policy import GROUPS, PACKED, assert_same_gradients, assert_same_scores, naive_scores
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import LoRAConfig, Policy, PolicyConfig, load_model, save_adapter
@@ -173,6 +174,7 @@ def test_the_adapter_is_float32_on_a_smaller_model(model_folder: Callable[..., P
             "init_lora_weights='pissa' changes the model under the adapter",
         ),
         ({"peft_kwargs": {"init_lora_weights": False}}, "starts away from it"),
+        ({"peft_kwargs": {"lora_bias": True}}, r"lora_bias=True and model\.layers\.0\.self_attn\.q_proj has no bias"),
     ],
 )
 def test_options_that_cannot_be_honoured(options: dict[str, Any], message: str, make_model: Callable[..., Any]) -> None:
@@ -291,6 +293,25 @@ def test_a_tied_embedding_cannot_take_an_adapter(make_model: Callable[..., Any])
     model = adapted(make_model("qwen2"), target_modules=["q_proj", "embed_tokens"])
     with pytest.raises(ConfigError, match="tied to another"):
         merge_adapter(model)
+
+
+def test_fused_experts_cannot_be_merged_and_are_called_so() -> None:
+    sizes = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1}
+    config = Qwen3MoeConfig(vocab_size=384, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, **sizes)
+    with pytest.raises(ConfigError, match=r"mlp\.experts cannot be merged, its experts are fused .* without --merge"):
+        merge_adapter(adapted(AutoModelForCausalLM.from_config(config)))
+
+
+def test_a_tied_copy_that_is_trained_is_saved_for_peft(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    tied = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    config = PolicyConfig(str(model_folder("qwen2")), lora=LoRAConfig(rank=4, peft_kwargs=tied))
+    policy = Policy(load_model(config), config)
+    move(policy.model)
+    save_adapter(policy, tmp_path)
+    loaded = PeftModel.from_pretrained(load_model(PolicyConfig(config.model_name)), str(tmp_path)).eval()
+    assert torch.equal(logits(loaded), logits(policy.model))
 
 
 # Saved and loaded

@@ -15,13 +15,15 @@ from stateset_lightning.run import folder
 from stateset_lightning.run.folder import config_file, continues, metrics_place, of_rank, run_folder
 
 
-def test_the_folder_of_a_run(tmp_path):
+def test_the_folder_of_a_run(tmp_path, monkeypatch):
     bare = SimpleNamespace(loggers=[], default_root_dir=str(tmp_path))
     assert (run_folder(bare), config_file(bare), metrics_place(bare)) == (
         tmp_path,
         tmp_path / "resolved_config.yaml",
         "",
     )
+    monkeypatch.chdir(tmp_path)  # whose files are the user's own
+    assert run_folder(bare) == tmp_path / folder.UNLOGGED
     csv = SimpleNamespace(loggers=[CSVLogger(tmp_path, "a", version=3)], default_root_dir="x")
     assert config_file(csv) == tmp_path / "a" / "version_3" / "config.yaml"
     pytest.importorskip("tensorboard")

@@ -29,5 +29,6 @@ def test_a_run_gets_our_writers_and_only_what_it_needs(tmp_path):
 
 def test_a_checkpoint_writer_that_the_user_chose_is_kept(tmp_path):
     assert type(fit(tmp_path, max_steps=1).strategy.checkpoint_io) is AtomicCheckpointIO
-    chosen = fit(tmp_path, max_steps=1, plugins=[AsyncCheckpointIO()])
-    assert type(chosen.strategy.checkpoint_io) is AsyncCheckpointIO
+    chosen = fit(tmp_path, max_steps=1, plugins=[AsyncCheckpointIO()]).strategy.checkpoint_io
+    assert type(chosen) is AsyncCheckpointIO
+    assert type(chosen.checkpoint_io) is AtomicCheckpointIO  # it writes with ours

@@ -11,15 +11,19 @@ from datetime import timedelta
 
 import pytest
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO, XLACheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
+from stateset_lightning.run.checkpoint_io import AtomicCheckpointIO
 from stateset_lightning.run.lightning_internals import (
     continue_version,
+    replace_checkpoint_io,
     requeue_signal,
     search_with,
     set_writer,
@@ -253,3 +257,24 @@ def test_ranks_are_connected_before_a_run_and_once(monkeypatch, strategy):
             assert with_all_ranks(trainer, torch.distributed.get_world_size) == 1
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrappers", [0, 1, 2])
+def test_a_plain_writer_is_replaced_inside_all_that_wrap_it(wrappers):
+    plugin = None
+    for _ in range(wrappers):
+        plugin = AsyncCheckpointIO(plugin)
+    trainer = Trainer(accelerator="cpu", logger=False, plugins=[plugin] if plugin else None)
+    mine = AtomicCheckpointIO()
+    replace_checkpoint_io(trainer, XLACheckpointIO, mine)  # none is of that kind
+    assert mine not in writers(trainer)
+    replace_checkpoint_io(trainer, TorchCheckpointIO, mine)
+    assert writers(trainer)[wrappers:] == [mine]
+
+
+def writers(trainer):
+    """The checkpoint plugins, the outermost first."""
+    found = [trainer.strategy.checkpoint_io]
+    while (inner := getattr(found[-1], "checkpoint_io", None)) is not None:
+        found.append(inner)
+    return found
