@@ -14,19 +14,10 @@ from stateset_lightning.data.loader import ROWS
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy.lora_state import check_same_kind
 from stateset_lightning.ranks import Ranks
+from stateset_lightning.run import made_of
 from stateset_lightning.run.checkpoint_io import FORMAT, check_weights
 from stateset_lightning.run.folder import continues, run_folder
 from stateset_lightning.run.lightning_internals import loader_states
-from stateset_lightning.run.made_of import (
-    accepted,
-    check_ranks_agree,
-    check_same,
-    differences,
-    made_by,
-    made_of,
-    options_of,
-    told,
-)
 from stateset_lightning.run.metrics_file import drop_later_events, metrics_files, skip_known_rows, wandb_rows
 from stateset_lightning.run.records import drop_later_steps
 from stateset_lightning.training.episode import Episode
@@ -63,9 +54,9 @@ class RunCheckpoint:
             ConfigError: If ranks differ, or `accept_changes` has an unknown name.
         """
         self._resumed, self._accepted = None, set()
-        self._accept = accepted(self._module.accept_changes)
-        self._made_of = made_of(self._module.trainer, self._module)
-        check_ranks_agree(self._made_of, Ranks.current())
+        self._accept = made_of.accepted(self._module.accept_changes)
+        self._made_of = made_of.made_of(self._module.trainer, self._module)
+        made_of.check_ranks_agree(self._made_of, Ranks.current())
 
     def check_optimizer(self) -> None:
         """The same for optimizer and scheduler, when they are made, and before their states are restored.
@@ -75,23 +66,24 @@ class RunCheckpoint:
         """
         given = self._module.lr_scheduler
         scheduler = given if isinstance(given, Schedule) else self._module.lr_schedulers()
-        self._scheduler_options = options_of(scheduler)
-        self._made_of |= made_by(self.given_options, self._module.trainer.optimizers[0], scheduler)
-        check_ranks_agree(self._made_of, Ranks.current())
+        self._scheduler_options = made_of.options_of(scheduler)
+        self._made_of |= made_of.made_by(self.given_options, self._module.trainer.optimizers[0], scheduler)
+        made_of.check_ranks_agree(self._made_of, Ranks.current())
         self._check_same()
 
     def _check_same(self) -> None:
         """Compares what is known by now with the checkpoint, if there is one; drops states of replaced classes."""
         if (checkpoint := self._resumed) is None:
             return
-        self._accepted = check_same(self._made_of, checkpoint["stateset"].get("made_of", {}), self._accept)
+        self._accepted = made_of.check_same(self._made_of, checkpoint["stateset"].get("made_of", {}), self._accept)
         if self._accepted & {"optimizer", "scheduler"}:
             checkpoint["lr_schedulers"] = []
         if "optimizer" in self._accepted:
             checkpoint["optimizer_states"] = []
         if self._accept & {"rows", "tokenizer", "template"}:
             for state in loader_states(checkpoint, self._module.trainer):
-                [state.pop(name, None) for name in ROWS]
+                for name in ROWS:
+                    state.pop(name, None)
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Adds the run's state.
@@ -182,7 +174,7 @@ class RunCheckpoint:
         trainer.accumulate_grad_batches = accumulation(trainer, trainer.current_epoch)
         before, scheduler = saved["optimizer_options"], module.lr_schedulers()
         plain = {key: value for key, value in saved.get("options", {}).items() if not isinstance(value, dict | list)}
-        changed = differences(self._made_of, saved.get("made_of") or plain | made_by(before))
+        changed = made_of.differences(self._made_of, saved.get("made_of") or plain | made_of.made_by(before))
         if self._accepted & {"optimizer", "scheduler"}:
             start_at(trainer.global_step, trainer.optimizers[0], scheduler, self.given_options)
         else:
@@ -190,7 +182,7 @@ class RunCheckpoint:
             for name, value in self._scheduler_options.items():
                 if f"model.lr_scheduler.{name}" in changed and hasattr(scheduler, name):
                     setattr(scheduler, name, value)
-        for line in told(changed, "in the checkpoint") if trainer.is_global_zero else []:
+        for line in made_of.told(changed, "in the checkpoint") if trainer.is_global_zero else []:
             _log.info("%s: the new value is used", line)
         if not changed and continues(trainer, saved["run_folder"]):
             skip_known_rows(trainer, saved["wandb_rows"])
