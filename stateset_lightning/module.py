@@ -40,10 +40,9 @@ from stateset_lightning.training.episode import Episode
 from stateset_lightning.training.evaluate import HeldOut
 from stateset_lightning.training.fsdp import UnshardedCopy
 from stateset_lightning.training.metrics import PROGRESS_BAR, RunMetrics
-from stateset_lightning.training.optimizer import make_optimizer, with_scheduler
 from stateset_lightning.training.resample import Sample
 from stateset_lightning.training.sampling_ahead import next_batch, sampling_ahead
-from stateset_lightning.training.schedule import Schedule, given_options
+from stateset_lightning.training.schedule import Schedule, given_options, make_optimizer, with_scheduler
 from stateset_lightning.training.state import TrainingState
 from stateset_lightning.training.step import TrainingStep
 from stateset_lightning.types import PromptBatch

@@ -357,7 +357,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "`ReduceLROnPlateau` of torch, or with `mode: min` on a reward": (plateaus, "set its mode to max"),
     "loaders of dicts": (serves_dicts, r"batches of dict, and not PromptBatch.*ScenarioDataModule"),
-    "`--model my.Subclass`": (names_a_class, "model: takes options and no class; a subclass of ours runs from Python"),
+    "`--model my.Subclass`": (names_a_class, "model and data take options, and no class: a subclass runs from Python"),
 }
 
 

@@ -57,9 +57,9 @@ _typehints.discard_init_args_on_class_path_change = keep_learning_rate
 
 
 _CLASS_GIVEN = (
-    r"\b(model|data)\.(?:class_path|init_args)\b"
-    r"|^Parser key \"(model|data|trainer)\":\s+Unable to load config '[\w.]+(?<!\.yaml)'"
+    r"\b(?:model|data)\.(?:class_path|init_args)\b|^Parser key \"\w+\":\s+Unable to load config '[\w.]+(?<!\.yaml)'"
 )
+_NO_CLASS = "model and data take options, and no class: a subclass runs from Python, by Trainer(...).fit(MyModule(...))"
 
 
 class Parser(LightningArgumentParser):
@@ -68,12 +68,18 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # the parser of a nested class: its message becomes part of the outer one's
             super().error(message, ex)
+<<<<<<< HEAD
         if key := re.search(_CLASS_GIVEN, message):
             raise UserError(
                 f"{key[1] or key[2]}: takes options and no class; a subclass of ours runs from Python:"
                 " Trainer(...).fit(MyModule(...), datamodule=MyData(...))"
             )
         raise UserError(shorten(message))
+=======
+        if re.search(_CLASS_GIVEN, message):
+            raise UserError(_NO_CLASS)
+        raise UserError(redacted_text(shorten(message, self.known_keys)))
+>>>>>>> parts
 
     def add_lightning_class_args(
         self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True

@@ -119,9 +119,7 @@ def inject(model: PreTrainedModel, config: LoraConfig, place: str, seed: int = 0
         raise ConfigError(f"{place}: {_one_line(error)}") from error
     bare = [name for name, layer in model.named_modules() if hasattr(layer, "lora_bias") and not _has_bias(layer)]
     if config.lora_bias and bare:
-        raise ConfigError(
-            f"{place}: lora_bias=True and {bare[0]} has no bias that it could be merged into: leave it out"
-        )
+        raise ConfigError(f"{place}: lora_bias=True, and {bare[0]} has no bias to merge it into: leave it out")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         if parameter.dtype in (torch.bfloat16, torch.float16):
@@ -266,9 +264,7 @@ def write_adapter(model: PreTrainedModel, base: str, folder: Path) -> None:
     # `auto` would ask the hub whether the vocabulary has grown.
     weights = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
     # Copies: tied modules, which `modules_to_save` and `ensure_weight_tying` make, would share memory.
-    tensors = {
-        f"base_model.model.{name}": weight.detach().cpu().contiguous().clone() for name, weight in weights.items()
-    }
+    tensors = {f"base_model.model.{name}": w.detach().cpu().contiguous().clone() for name, w in weights.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {**plain_config(model), "base_model_name_or_path": base, "inference_mode": True}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

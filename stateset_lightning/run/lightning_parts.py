@@ -1,7 +1,7 @@
 """Lightning's own parts beside a run: what cannot work is refused before anything is loaded, in one line each.
 
 docs/lightning.md lists what works and what is refused. Trainer options are checked in training/checks.py, optimizers in
-training/optimizer.py.
+training/schedule.py.
 """
 
 from collections.abc import Mapping
@@ -33,9 +33,7 @@ REFUSED: dict[type[Callback], str] = {
 """Callbacks that cannot work, with their subclasses: why, and what to use."""
 
 _FABRIC = "Fabric runs no data module, callbacks or checkpoints, of which an episode is made: use Trainer.fit()"
-_SPAWN = (
-    "trainer.strategy=ddp_spawn: the module cannot be copied to new processes: use ddp (in a notebook ddp_notebook)"
-)
+_SPAWN = "trainer.strategy=ddp_spawn copies the module, which does not survive it: use ddp (in a notebook ddp_notebook)"
 _COMPILED = "torch.compile(module) compiles training_step, which samples completions: give the module as it is"
 _WATCHED = (
     "the logger's watch(module) found no weights, which are loaded when the run starts: call it in a callback's"
@@ -70,10 +68,8 @@ class RunsInTrainer(SearchedCheckpoints):
 
     def on_train_batch_start(self, batch: Any, *args: Any, **kwargs: Any) -> None:
         if not isinstance(batch, PromptBatch):
-            raise ConfigError(
-                f"the loader serves batches of {type(batch).__name__}, and not PromptBatch: give the rows to"
-                " ScenarioDataModule(train=...), or one of its loaders to the Trainer"
-            )
+            served = f"the loader serves batches of {type(batch).__name__}, and not PromptBatch"
+            raise ConfigError(f"{served}: give its rows to ScenarioDataModule(train=...)")
 
     on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start
 
@@ -87,11 +83,5 @@ class RunsInTrainer(SearchedCheckpoints):
             raise ConfigError(_SPAWN)
         return {**super().__getstate__(), "scorer": None}  # its threads cannot be copied: `setup` makes another
 
-    @property
-    def _fabric(self) -> None:  # Fabric.setup() sets it (lightning 2.6.6)
-        return None
-
-    @_fabric.setter
-    def _fabric(self, fabric: Any) -> None:
-        if fabric is not None:
-            raise ConfigError(_FABRIC)
+    def on_after_setup(self, **kwargs: Any) -> None:  # called by Fabric.setup() alone
+        raise ConfigError(_FABRIC)

@@ -68,7 +68,7 @@ def check_episode_fits_trainer(trainer: Trainer, data: TrainingData | None) -> N
             episode.
     """
     steps_per_episode = 1 if data is None else data.steps_per_episode
-    scheduled = accumulations(trainer)
+    scheduled = sorted(set(accumulations(trainer).values()))
     accumulate = math.lcm(*scheduled)
     if steps_per_episode % accumulate:
         multiple = accumulate * math.ceil(steps_per_episode / accumulate)

@@ -1,15 +1,29 @@
-"""The length of a run in optimizer steps, and learning-rate schedules over it."""
+"""The length of a run in optimizer steps, its optimizer, and learning-rate schedules.
 
+What torch refuses, and what could not train, is an error of one line before anything is sampled.
+"""
+
+import inspect
 import math
+<<<<<<< HEAD
 import warnings
 from collections.abc import Sequence
+=======
+import re
+from collections.abc import Callable, Iterable, Sequence
+>>>>>>> parts
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import torch
 from annotated_types import Ge, Le
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+<<<<<<< HEAD
 from torch.optim import Optimizer
+=======
+from torch.optim import Optimizer, SparseAdam
+>>>>>>> parts
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from stateset_lightning.errors import ConfigError, bounded
@@ -88,6 +102,7 @@ def keep_given_options(
             group["lr"] = base * factor(scheduler.last_epoch)
 
 
+<<<<<<< HEAD
 def start_at(step: int, optimizer: Optimizer, scheduler: Any | None, given: Sequence[dict[str, Any]]) -> None:
     """After a resume with an optimizer or a scheduler of another class: the options given, and the rate of the step.
 
@@ -104,6 +119,84 @@ def start_at(step: int, optimizer: Optimizer, scheduler: Any | None, given: Sequ
         with warnings.catch_warnings(action="ignore"):  # "lr_scheduler.step() before optimizer.step()"
             for _ in range(step):
                 scheduler.step()
+=======
+# Made from what the user gave -----------------------------------------------------------------------------------------
+
+
+def make_optimizer(make: Callable[..., Any], parameters: Iterable[torch.Tensor]) -> Optimizer:
+    """The optimizer of the trainable parameters.
+
+    Raises:
+        ConfigError: If it cannot be made, or could not train.
+    """
+    optimizer = _made("model.optimizer", make, [parameter for parameter in parameters if parameter.requires_grad])
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError(f"model.optimizer makes a {name}: a run has one torch optimizer, with parameter groups")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    problems = {
+        "evaluates the loss several times a step, and each time would sample anew: use one that needs no closure, such"
+        " as AdamW": closure is not None and closure.default is inspect.Parameter.empty,
+        "takes sparse gradients alone, and these are dense: use AdamW": isinstance(optimizer, SparseAdam),
+        "divides by its eps, which is 0 in float16, the dtype of the weights: train float32 weights"
+        " (model.policy.dtype: float32, trainer.precision: 16-mixed)": any(map(_eps_is_zero, optimizer.param_groups)),
+    }
+    for problem in (problem for problem, is_there in problems.items() if is_there):
+        raise ConfigError(f"model.optimizer: {name} {problem}")
+    return optimizer
+
+
+def _eps_is_zero(group: dict[str, Any]) -> bool:
+    """Whether a parameter group has float16 weights, in which its option `eps` rounds to zero."""
+    eps, is_half = group.get("eps"), any(parameter.dtype == torch.float16 for parameter in group["params"])
+    return is_half and isinstance(eps, float) and float(torch.tensor(eps, dtype=torch.float16)) == 0
+
+
+def with_scheduler(optimizer: Optimizer, given: Any, trainer: Trainer) -> Any:
+    """What `configure_optimizers` returns: the optimizer, with a scheduler if one was given.
+
+    A ReduceLROnPlateau looks at a metric of `val/` when an epoch with a validation ends, at any other after each step.
+
+    Args:
+        optimizer: Of the run.
+        given: A `Schedule`, or what makes a torch scheduler of the optimizer.
+        trainer: Says how long the run is.
+
+    Raises:
+        ConfigError: If it cannot be made, or the run is longer than the scheduler.
+    """
+    if given is None:
+        return optimizer
+    steps = optimizer_steps_of_run(trainer)
+    is_ours = isinstance(given, Schedule)
+    scheduler = given.build(optimizer, steps) if is_ours else _made("model.lr_scheduler", given, optimizer)
+    name, monitor = type(scheduler).__name__, str(getattr(scheduler, "monitor", ""))
+    rises, end = re.search(r"/(reward|solved|pass@\d+)$", monitor), getattr(scheduler, "total_steps", None)
+    config, problem = {"scheduler": scheduler, "interval": "step", "monitor": monitor}, ""
+    if end is not None and steps is not None and end < steps:
+        problem = f"total_steps={end} of {name} is less than the run's {steps} optimizer steps: set it to {steps}"
+    elif isinstance(scheduler, ReduceLROnPlateau):
+        if not monitor:
+            problem = f"torch's {name} names no metric: use lightning.pytorch.cli.{name}, with monitor: train/reward"
+        elif scheduler.mode == "min" and rises:
+            problem = f"mode=min would lower the rate while {monitor} rises: set its mode to max"
+        elif monitor.startswith("val/"):
+            every = trainer.check_val_every_n_epoch
+            config |= {"interval": "epoch", "frequency": every or 1, "strict": every is not None}
+    if problem:
+        raise ConfigError(f"model.lr_scheduler: {problem}")
+    return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+def _made(key: str, make: Callable[..., Any], argument: Any) -> Any:
+    """What `make` makes; what torch or a user's function refuses becomes an error that names the key."""
+    try:
+        return make(argument)
+    except (ValueError, TypeError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
+        remedy = ": use model.policy.lora, whose weights are, or AdamW" if "2D parameters" in str(error) else ""
+        told = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{key}: {type(error).__name__}: {told}{remedy}") from error
+>>>>>>> parts
 
 
 # The run's length -----------------------------------------------------------------------------------------------------
@@ -123,18 +216,15 @@ def optimizer_steps_of_run(trainer: Trainer) -> int | None:
     return min(bounds, default=None)
 
 
-def accumulation(trainer: Trainer, epoch: int) -> int:
-    """Micro-steps of an optimizer step in an epoch: a GradientAccumulationScheduler may give each its own."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, GradientAccumulationScheduler):
-            return callback.get_accumulate_grad_batches(epoch)
-    return trainer.accumulate_grad_batches
-
-
-def accumulations(trainer: Trainer) -> list[int]:
-    """All values that `accumulation` may have."""
+def accumulations(trainer: Trainer) -> dict[int, int]:
+    """Micro-steps of an optimizer step, by the epoch from which on it has so many."""
     schedules = [c.scheduling for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
-    return sorted(set(schedules[0].values())) if schedules else [trainer.accumulate_grad_batches]
+    return schedules[0] if schedules else {0: trainer.accumulate_grad_batches}
+
+
+def accumulation(trainer: Trainer, epoch: int) -> int:
+    """Micro-steps of an optimizer step in an epoch."""
+    return max(item for item in accumulations(trainer).items() if item[0] <= epoch)[1]
 
 
 def batches_per_epoch(trainer: Trainer, size: int) -> int:

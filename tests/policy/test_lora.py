@@ -174,7 +174,7 @@ def test_the_adapter_is_float32_on_a_smaller_model(model_folder: Callable[..., P
             "init_lora_weights='pissa' changes the model under the adapter",
         ),
         ({"peft_kwargs": {"init_lora_weights": False}}, "starts away from it"),
-        ({"peft_kwargs": {"lora_bias": True}}, r"lora_bias=True and model\.layers\.0\.self_attn\.q_proj has no bias"),
+        ({"peft_kwargs": {"lora_bias": True}}, r"lora_bias=True, and model\.layers\.0\.self_attn\.q_proj has no bias"),
     ],
 )
 def test_options_that_cannot_be_honoured(options: dict[str, Any], message: str, make_model: Callable[..., Any]) -> None:
