@@ -68,18 +68,7 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # the parser of a nested class: its message becomes part of the outer one's
             super().error(message, ex)
-<<<<<<< HEAD
-        if key := re.search(_CLASS_GIVEN, message):
-            raise UserError(
-                f"{key[1] or key[2]}: takes options and no class; a subclass of ours runs from Python:"
-                " Trainer(...).fit(MyModule(...), datamodule=MyData(...))"
-            )
-        raise UserError(shorten(message))
-=======
-        if re.search(_CLASS_GIVEN, message):
-            raise UserError(_NO_CLASS)
-        raise UserError(redacted_text(shorten(message, self.known_keys)))
->>>>>>> parts
+        raise UserError(_NO_CLASS if re.search(_CLASS_GIVEN, message) else shorten(message))
 
     def add_lightning_class_args(
         self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True

@@ -5,13 +5,9 @@ What torch refuses, and what could not train, is an error of one line before any
 
 import inspect
 import math
-<<<<<<< HEAD
-import warnings
-from collections.abc import Sequence
-=======
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
->>>>>>> parts
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -19,11 +15,7 @@ import torch
 from annotated_types import Ge, Le
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-<<<<<<< HEAD
-from torch.optim import Optimizer
-=======
 from torch.optim import Optimizer, SparseAdam
->>>>>>> parts
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from stateset_lightning.errors import ConfigError, bounded
@@ -102,7 +94,6 @@ def keep_given_options(
             group["lr"] = base * factor(scheduler.last_epoch)
 
 
-<<<<<<< HEAD
 def start_at(step: int, optimizer: Optimizer, scheduler: Any | None, given: Sequence[dict[str, Any]]) -> None:
     """After a resume with an optimizer or a scheduler of another class: the options given, and the rate of the step.
 
@@ -119,7 +110,8 @@ def start_at(step: int, optimizer: Optimizer, scheduler: Any | None, given: Sequ
         with warnings.catch_warnings(action="ignore"):  # "lr_scheduler.step() before optimizer.step()"
             for _ in range(step):
                 scheduler.step()
-=======
+
+
 # Made from what the user gave -----------------------------------------------------------------------------------------
 
 
@@ -196,7 +188,6 @@ def _made(key: str, make: Callable[..., Any], argument: Any) -> Any:
         remedy = ": use model.policy.lora, whose weights are, or AdamW" if "2D parameters" in str(error) else ""
         told = " ".join(str(error).split())[:300]
         raise ConfigError(f"{key}: {type(error).__name__}: {told}{remedy}") from error
->>>>>>> parts
 
 
 # The run's length -----------------------------------------------------------------------------------------------------
