@@ -252,7 +252,8 @@ class ScenarioDataModule(LightningDataModule):
         if (loader := self._train_loader) is None:
             return {}
         rates = {} if loader.solve_rates is None else {"solve_rates": loader.solve_rates.state_dict()}
-        return {"train": loader.state_dict(), "now": str(self._now), **rates}
+        date = {"now": str(self._now)} if self._current_encoder().writes_date else {}
+        return {"train": loader.state_dict(), **date, **rates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "now" in state_dict and self._encoder is not None and self._encoder.writes_date:

@@ -42,7 +42,8 @@ CONTENTS = "base", "rows", "tokenizer", "template"  # known by a digest
 REASONS = {"base": "model.policy.", "rows": "data.", "template": "data."}  # options that may be why they have changed
 
 # Options that may differ among ranks, each with a disk of its own: the contents of these places are compared.
-PLACES = re.compile(r"data\.(train|validation|test|predict)|.*\.(model_name|adapter|logger|\w*dir|dirpath)")
+PLACES = re.compile(r"data\.(train|validation|test|predict)|.*\.(model_name|adapter|logger)")
+OUTPUT = "dirpath", "default_root_dir"  # no part of what a run is made of
 
 # Not described as an option: made of several, or made by it when it is called.
 BY_THEMSELVES = "trainer.callbacks", "model.reward", "model.optimizer", "model.lr_scheduler"
@@ -82,7 +83,7 @@ def made_of(trainer: Trainer, module: GRPOLightningModule) -> dict[str, Any]:
     objects |= {f"trainer.callbacks.{type(each).__name__}": each for each in trainer.callbacks}  # type: ignore[attr-defined]
     for key, value in objects.items():
         found |= dict(flat(key, value, is_object=True))
-    return found
+    return {key: value for key, value in found.items() if not key.endswith(OUTPUT)}
 
 
 def made_by(groups: Sequence[Mapping[str, Any]], optimizer: Any = None, scheduler: Any = None) -> dict[str, Any]:
