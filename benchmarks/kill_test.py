@@ -372,9 +372,10 @@ def end_state(folder: Path, checkpoint_file: Path | None = None) -> dict[str, An
     checkpoint = read_checkpoint(checkpoint_file or run / "checkpoints" / "last.ckpt")
     names = ("state_dict", "optimizer_states", "optimizer_0", "lr_schedulers", "ScenarioDataModule", "global_step")
     state = {name: checkpoint[name] for name in names if name in checkpoint}
-    state["ScenarioDataModule"].pop("now")  # what the clock said at the start
     stateset = {name: value for name, value in checkpoint["stateset"].items() if name not in ("run_folder", "saved_at")}
-    stateset["made_of"] = {name: value for name, value in stateset["made_of"].items() if not name.endswith("dirpath")}
+    stateset["made_of"] = {
+        name: value for name, value in stateset["made_of"].items() if not name.startswith("trainer.callbacks.")
+    }
     stateset["metrics"] = {part: steady(values) for part, values in stateset["metrics"].items()}
     with (run / "metrics.csv").open() as file:
         rows = [steady(row) for row in csv.DictReader(file)]

@@ -33,9 +33,9 @@ from stateset_lightning.run.lightning_parts import RunsInTrainer
 from stateset_lightning.run.records import CompletionRecord, make_records, write_bad_step
 from stateset_lightning.seeding import run_seed
 from stateset_lightning.threads import call_episode_hook
-from stateset_lightning.training.checks import check_bad_steps, check_strategy, checks_of_run
+from stateset_lightning.training.checks import check_bad_steps, check_batch, check_strategy, checks_of_run
 from stateset_lightning.training.collect import Sampler, ready_engine
-from stateset_lightning.training.data import data_of
+from stateset_lightning.training.data import TrainingData, data_of
 from stateset_lightning.training.episode import Episode
 from stateset_lightning.training.evaluate import HeldOut
 from stateset_lightning.training.fsdp import UnshardedCopy
@@ -120,6 +120,7 @@ class GRPOLightningModule(RunsInTrainer):
         self._reference: tuple[Policy | AdapterReference, ...] = ()
         self._unsharded: UnshardedCopy | None = None  # of a policy whose weights are sharded
         self._seed = seed
+        self._data: TrainingData | None = None  # of the run, if its data module is ours
         self._ahead = sampling_ahead(self.rollout, engine)
         self._checkpoint = RunCheckpoint(self)
         self.state = TrainingState()
@@ -167,6 +168,7 @@ class GRPOLightningModule(RunsInTrainer):
     # Set-up -----------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
+        self._data = data_of(self.trainer)
         self.state.started = None  # an earlier run may have ended inside an optimizer step
         self.scorer = self._make_scorer()
 
@@ -216,6 +218,11 @@ class GRPOLightningModule(RunsInTrainer):
         self._checkpoint.restore_options()
 
     # Training ---------------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: Any, *args: Any) -> None:
+        check_batch(batch)
+
+    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start  # type: ignore[assignment]
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """Loss of one micro-step, summed over its tokens with the weights of the whole optimizer step."""
@@ -301,7 +308,7 @@ class GRPOLightningModule(RunsInTrainer):
 
     @property
     def _step(self) -> TrainingStep:
-        data = data_of(self.trainer)
+        data = self._data
         return TrainingStep(
             state=self.state,
             policy=self._loaded_policy,
@@ -320,7 +327,7 @@ class GRPOLightningModule(RunsInTrainer):
     @property
     def _sampler(self) -> Sampler:
         assert self.engine is not None, "configure_model() makes the engine"
-        replacements = None if (data := data_of(self.trainer)) is None else data.replacements
+        replacements = None if self._data is None else self._data.replacements
         return Sampler(self.engine, self.scorer, self.rollout, self.seed, self._ahead, replacements)
 
     @property

@@ -86,11 +86,13 @@ def accumulating_run(folder: Path, *callbacks: Callback, ckpt_path: Path | None 
     `folder/run/version_0`.
     """
     model = {"reward": overrides.pop("reward")} if "reward" in overrides else {}
+    module = make_module(**model)
+    module.accept_changes = overrides.pop("accept_changes", ())
     data = make_data(num_iterations=2, steps_per_episode=4, eval_batch_size=2)
     options = {"accumulate_grad_batches": 2, "max_steps": 6, "logger": CSVLogger(folder, "run", version=0), **overrides}
     return fit(
         folder,
-        make_module(**model),
+        module,
         data,
         callbacks=[*callbacks, SampleWriter(every_n_episodes=1)],
         ckpt_path=ckpt_path,

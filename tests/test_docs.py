@@ -127,7 +127,8 @@ def test_files_that_are_named_exist(page: Path) -> None:
 
 
 def test_every_fault_names_tests_that_exist() -> None:
-    rows = re.findall(r"^\| .* \|$", (ROOT / "docs" / "reliability.md").read_text(), flags=re.MULTILINE)
+    page = (ROOT / "docs" / "reliability.md").read_text().partition("## Faults")[2]
+    rows = re.findall(r"^\| .* \|$", page, flags=re.MULTILINE)
     faults = [row for row in rows if not row.startswith("| fault")]
     tests = set(
         re.findall(r"def (test_\w+)", "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py")))

@@ -233,7 +233,7 @@ def test_samples_are_of_the_adapted_policy(dtype: torch.dtype | None, tiny_token
         with policy.adapter.at_start():  # type: ignore[union-attr]
             base = policy.score_without_gradient(groups)[0]
     assert (rollout.logprobs_T - mine).abs().mean() < (1e-5 if dtype is None else 0.05)
-    assert (rollout.logprobs_T - base).abs().mean() > 0.5
+    assert (rollout.logprobs_T - base).abs().mean() > 0.1
     assert all(torch.equal(value, before[name]) for name, value in policy.model.state_dict().items())
     assert all(parameter.dtype == torch.float32 for parameter in policy.parameters())
 

@@ -56,9 +56,6 @@ _typehints.parse_value_or_config = keep_text
 _typehints.discard_init_args_on_class_path_change = keep_learning_rate
 
 
-_CLASS_GIVEN = (
-    r"\b(?:model|data)\.(?:class_path|init_args)\b|^Parser key \"\w+\":\s+Unable to load config '[\w.]+(?<!\.yaml)'"
-)
 _NO_CLASS = "model and data take options, and no class: a subclass runs from Python, by Trainer(...).fit(MyModule(...))"
 
 
@@ -68,7 +65,7 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # the parser of a nested class: its message becomes part of the outer one's
             super().error(message, ex)
-        raise UserError(_NO_CLASS if re.search(_CLASS_GIVEN, message) else shorten(message))
+        raise UserError(shorten(message))
 
     def add_lightning_class_args(
         self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
@@ -146,6 +143,10 @@ class StatesetCLI(LightningCLI):
             super().parse_arguments(parser, args)
             return
         self.given, rest = merged_words(words[1:])
+        for section in (self.given.get("model"), self.given.get("data")):
+            named = section.keys() & {"class_path", "init_args"} if isinstance(section, dict) else {section}
+            if any(isinstance(name, str) and re.fullmatch(r"(\w+\.)*\w+", name) for name in named):
+                raise ConfigError(_NO_CLASS)
         list(options(self._parser(words[0]), self.given))  # gives nulls their meaning
         try:
             super().parse_arguments(parser, [words[0], "--config", dump_yaml(self.given), *rest])

@@ -122,7 +122,7 @@ class PromptEncoder:
             )
         return self._limit_lengths(scenarios, tokens, key)
 
-    @property
+    @cached_property
     def writes_date(self) -> bool:
         """Whether the template asks for the date."""
         return self.applies_template and "strftime_now" in str(self.tokenizer.chat_template)

@@ -130,11 +130,11 @@ class RunCheckpoint:
         adapter, adapter_state = None if module.policy is None else module.policy.adapter, saved.get("adapter")
         if module.policy is not None:
             check_same_kind(adapter, adapter_state)
-            if module.strict_loading and not module.is_sharded:
-                name = f"model.policy.model_name={module.policy_config.model_name}"
-                check_weights(module.state_dict(), checkpoint["state_dict"], name)
         if adapter is not None and adapter_state is not None:
             adapter.load_state_dict(adapter_state | ({"base": adapter.base} if "base" in self._accept else {}))
+        if module.policy is not None and module.strict_loading and not module.is_sharded:
+            name = f"model.policy.model_name={module.policy_config.model_name}"
+            check_weights(module.state_dict(), checkpoint["state_dict"], name)
         if training:
             trainer = module.trainer
             check_resumable(saved, module.seed, accumulation(trainer, checkpoint["epoch"]), trainer.world_size)

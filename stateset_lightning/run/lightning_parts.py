@@ -14,7 +14,6 @@ from stateset_lightning.errors import ConfigError
 from stateset_lightning.run.find_checkpoint import SearchedCheckpoints
 from stateset_lightning.run.install import install
 from stateset_lightning.run.lightning_internals import is_compiled, is_watched_by_wandb
-from stateset_lightning.types import PromptBatch
 
 _ON_EXCEPTION = "saves in the middle of whatever failed: leave it out; signals save by themselves, and errors never"
 REFUSED: dict[type[Callback], str] = {
@@ -65,13 +64,6 @@ class RunsInTrainer(SearchedCheckpoints):
     def configure_callbacks(self) -> list[Callback]:
         check_parts(self.trainer, self)
         return install(self.trainer)
-
-    def on_train_batch_start(self, batch: Any, *args: Any, **kwargs: Any) -> None:
-        if not isinstance(batch, PromptBatch):
-            served = f"the loader serves batches of {type(batch).__name__}, and not PromptBatch"
-            raise ConfigError(f"{served}: give its rows to ScenarioDataModule(train=...)")
-
-    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self.policy is None and state_dict:  # trained by processes that were forked before they loaded weights

@@ -28,6 +28,7 @@ from stateset_lightning.rewards import FunctionReward, TRLReward
 from stateset_lightning.training.data import TrainingData, data_of
 from stateset_lightning.training.metrics import NAMES
 from stateset_lightning.training.schedule import accumulations, batches_per_epoch, optimizer_steps_of_run
+from stateset_lightning.types import PromptBatch
 
 BUNDLED, WRAPPERS = "stateset_lightning.rewards.", (FunctionReward, TRLReward)
 HIGHER_IS_BETTER = (
@@ -262,6 +263,19 @@ def check_context(data: TrainingData | None, context_length: int | None, max_new
         raise ConfigError(
             f"model.rollout.max_new_tokens={max_new_tokens} and the longest prompt of {longest} tokens exceed the"
             f" model's {context_length} positions: {remedy}"
+        )
+
+
+def check_batch(batch: Any) -> None:
+    """A loader serves what a step is made of.
+
+    Raises:
+        ConfigError: If it is a loader of the user's own, which serves something else.
+    """
+    if not isinstance(batch, PromptBatch):
+        raise ConfigError(
+            f"the loader serves batches of {type(batch).__name__}, and not PromptBatch: give the rows to"
+            " ScenarioDataModule(train=...), or one of its loaders to the Trainer"
         )
 
 
