@@ -144,7 +144,7 @@ class StatesetCLI(LightningCLI):
             return
         self.given, rest = merged_words(words[1:])
         for section in (self.given.get("model"), self.given.get("data")):
-            named = section.keys() & {"class_path", "init_args"} if isinstance(section, dict) else {section}
+            named = section.keys() & {"class_path", "init_args"} if isinstance(section, dict) else [section]
             if any(isinstance(name, str) and re.fullmatch(r"(\w+\.)*\w+", name) for name in named):
                 raise ConfigError(_NO_CLASS)
         list(options(self._parser(words[0]), self.given))  # gives nulls their meaning

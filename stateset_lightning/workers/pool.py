@@ -177,6 +177,7 @@ class _Worker:
             raise WorkerDied(f"the worker process ended with code {code} during the call") from None
         finally:
             timer.cancel()
+            timer.join()
         succeeded, value = pickle.loads(answer.removeprefix(token))
         if not succeeded:
             raise value
