@@ -190,8 +190,8 @@ class Rollout:
     @property
     def sampled_lengths_N(self) -> Tensor:
         """How many tokens of each completion the model sampled, int64."""
-        parts = self.sampled_T.split(self.lengths_N.tolist())
-        return self.lengths_N.new_tensor([int(part.sum()) for part in parts])
+        completion_T = self.lengths_N.new_tensor(range(len(self.lengths_N))).repeat_interleave(self.lengths_N)
+        return self.lengths_N.new_zeros(len(self.lengths_N)).index_add_(0, completion_T, self.sampled_T.long())
 
     def completions(self) -> list[list[int]]:
         """The tokens of each completion, as lists."""

@@ -1,7 +1,10 @@
-"""A small config, and overlays of it, for the tests of the command line."""
+"""Small runs of the command line: their configs and overlays, where they start, and the metrics that they logged."""
 
 import contextlib
+import csv
 import io
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,7 +30,42 @@ CONFIG = {
         "default_root_dir": "out",
     },
 }
+RUN_CONFIG = {
+    "seed_everything": 3,
+    "model": {
+        "policy": {"model_name": "tiny"},
+        "reward": [{"class_path": "stateset_lightning.rewards.ExactMatch"}],
+        "rollout": {"num_generations": 4, "max_new_tokens": 4},
+        "algorithm": {"class_path": "stateset_lightning.algorithm.DrGRPO"},
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
+    },
+    "data": {"train": "rows.jsonl", "validation": "rows.jsonl", "batch_size": 2},
+    "trainer": {
+        "max_steps": 3,
+        "max_epochs": -1,
+        "accelerator": "cpu",
+        "val_check_interval": 2,
+        "check_val_every_n_epoch": None,
+        "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "r"}},
+        "callbacks": [
+            {
+                "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                "init_args": {"every_n_train_steps": 1, "save_last": True},
+            }
+        ],
+    },
+}
+"""Of a run that logs, validates and saves."""
 CSV_LOGGER = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "cli"}}
+
+
+def start_in(folder, monkeypatch, config, num_rows):
+    """Makes `folder` the working folder, with `config.yaml` and the rows that it names."""
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.chdir(folder)
+    rows = [{"prompt": f"What is {i} + 1?", "target": str(i + 1)} for i in range(num_rows)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("config.yaml").write_text(yaml.safe_dump(config))
 
 
 def overlay(name, content):
@@ -54,3 +92,12 @@ def with_checkpoints(tmp_name="ck.yaml", **model):
 
 
 LAST = "runs/cli/version_0/checkpoints/last.ckpt"
+
+
+def logged(folder):
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return [
+        {name: value for name, value in row.items() if not name.startswith(("time/", "memory/", "work/tokens_per_s"))}
+        for row in rows
+    ]

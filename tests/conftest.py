@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import wandb
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -72,6 +73,14 @@ def small_model(name: str, **changes: Any) -> PreTrainedModel:
                         else 0.0
                     )
     return model.eval()
+
+
+@pytest.fixture
+def wandb_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working folder is the test's own, and what W&B writes goes there."""
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.chdir(tmp_path)
+    wandb.teardown()  # its service, if an earlier test has started it, works in that test's folder
 
 
 @pytest.fixture(scope="session", autouse=True)

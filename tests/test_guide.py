@@ -67,10 +67,7 @@ def test_the_guides_yaml_is_the_one_that_the_tests_convert(guide: str) -> None:
 
 
 @pytest.mark.slow  # four short trainings, one of them with the process of W&B
-def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    wandb.teardown()  # its service, if an earlier test has started it, works in that test's folder
+def test_the_snippets_run(tmp_path: Path, wandb_here: None, capsys: pytest.CaptureFixture[str]) -> None:
     namespace = run_python_blocks(PAGE)
     assert (tmp_path / "checkpoints" / "single_turn_model.ckpt").exists()
     assert (tmp_path / "checkpoints" / "single_turn_model" / "config.json").exists()

@@ -22,7 +22,7 @@ import torch
 import varlen_attention
 from conftest import small_model
 from graph_decoder import GraphDecoder
-from harness import ACCELERATOR, DEVICE, IS_GPU, ROOT, check, exit_status, peak_gib, sync
+from harness import ACCELERATOR, BARE_RUN, DEVICE, IS_GPU, ROOT, check, exit_status, peak_gib, sync
 from lightning.pytorch import Trainer, seed_everything
 
 from stateset_lightning import GRPOLightningModule, RolloutConfig, ScenarioDataModule
@@ -238,12 +238,7 @@ def run(
         gradient_clip_val=clip,
         accumulate_grad_batches=2,
         val_check_interval=4,
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
+        **BARE_RUN,
     )
     data = ScenarioDataModule(train=rows, validation=rows[:16], batch_size=16, steps_per_episode=2, num_iterations=2)
     trainer.fit(module, datamodule=data)

@@ -70,9 +70,11 @@ def varlen_in_policy(name: str) -> str:
         logprobs, entropies = policy.score(GROUPS)
         return logprobs, *torch.autograd.grad(logprobs.sum() + 0.3 * entropies.sum(), list(policy.parameters()))
 
-    as_it_is = score()
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    as_it_is, plain = score(), policy.model(ids).logits
     with varlen_attention.installed():
         difference = largest_difference(as_it_is, score())
+        assert torch.equal(plain, policy.model(ids).logits), "a forward without a layout is not left alone"
     assert 0 < difference < 1e-3, f"{difference:.1e}; 0 says that the candidate was not used"
     return f"log-probs and gradients {difference:.1e}"
 

@@ -22,6 +22,15 @@ OUT = Path(os.environ.get("OUT") or ROOT / "runs" / "gpu_check")
 DEVICE = torch.device(os.environ.get("GPU_CHECK_DEVICE", "cuda"))
 IS_GPU = DEVICE.type == "cuda"
 ACCELERATOR = "gpu" if IS_GPU else "cpu"
+BARE_RUN: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+}
+"""Options of a Trainer that leaves and prints nothing."""
 FAILED: list[str] = []
 _DEADLINE = time.monotonic() + float(os.environ.get("GPU_CHECK_SECONDS", "inf"))
 

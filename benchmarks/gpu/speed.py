@@ -31,7 +31,20 @@ import torch
 import varlen_attention
 import workload
 from graph_decoder import GraphDecoder
-from harness import ACCELERATOR, DEVICE, IS_GPU, OUT, check, exit_status, peak_gib, record, reset_peak, sync, timed
+from harness import (
+    ACCELERATOR,
+    BARE_RUN,
+    DEVICE,
+    IS_GPU,
+    OUT,
+    check,
+    exit_status,
+    peak_gib,
+    record,
+    reset_peak,
+    sync,
+    timed,
+)
 from torch import Tensor, nn
 
 from stateset_lightning import GRPOLightningModule, ScenarioDataModule
@@ -394,12 +407,8 @@ def whole_steps(folder: Path, steps: int = 3) -> str:
         precision="bf16-mixed" if IS_GPU else "32-true",
         gradient_clip_val=1.0,
         accumulate_grad_batches=MICRO_STEPS,
-        use_distributed_sampler=False,
         callbacks=[Clock()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **BARE_RUN,
     )
     reset_peak()
     trainer.fit(module, datamodule=data)

@@ -14,7 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from harness import check, exit_status
+from harness import BARE_RUN, check, exit_status
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -106,14 +106,9 @@ def run(beta: float, lora: bool, gpu: PretendCuda | None) -> tuple[dict[str, flo
         devices=1,
         accumulate_grad_batches=2,
         gradient_clip_val=1.0,
-        use_distributed_sampler=False,
         val_check_interval=4,
-        num_sanity_val_steps=0,
         callbacks=waits,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **BARE_RUN,
         **where,
     )
     trainer.fit(module, datamodule=data)

@@ -199,10 +199,10 @@ def attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Takes the place of `packed_attention.prefix_attention` for a `Layout` of this file; all else goes there."""
+    """Takes the place of `packed_attention.packed_attention` for a `Layout` of this file; all else goes there."""
     layout = kwargs.get(packed_attention.LAYOUT_ARGUMENT)
     if not isinstance(layout, Layout):
-        return packed_attention.prefix_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return packed_attention.packed_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     # Under autocast queries and keys come in float32 from the rotation, values in half precision.
     q, k, v = (x[0].transpose(0, 1).to(value.dtype).contiguous() for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -9,9 +9,9 @@ import time
 
 import pytest
 import torch
+from cli_runs import logged
 from lightning.pytorch.callbacks import ModelCheckpoint
 from module_runs import fit, make_data, make_module, weights
-from run_of_cli import logged
 
 from stateset_lightning.cli.main import main
 from stateset_lightning.errors import ConfigError, DiskError

@@ -12,11 +12,11 @@ import fsspec
 import pytest
 import torch
 import yaml
+from cli_runs import logged
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from module_runs import DigitReward, fit, make_data, make_module, make_trainer
-from run_of_cli import logged
 
 from stateset_lightning.cli.main import main
 from stateset_lightning.errors import CheckpointError, ConfigError
@@ -32,6 +32,9 @@ def save(*callbacks):
     callbacks = [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": given} for given in options]
     Path("save.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
     return ["--config", "config.yaml", "--config", "save.yaml"]
+
+
+ON_ROWS = ["--config", "config.yaml", "--data.test=rows.jsonl", "--data.predict=rows.jsonl"]
 
 
 def stopped_with(capsys, *args):
@@ -95,7 +98,7 @@ def test_last_and_best_name_the_same_checkpoints_wherever_they_are_evaluated(fol
     files = list((folder / "runs" / "r" / "version_0").rglob("*"))
     written = {path: path.stat().st_mtime_ns for path in files}
     for name, step in (("last", 3), ("best", 1)):
-        cli = main([command, *flags, "--data.test=rows.jsonl", "--data.predict=rows.jsonl", f"--ckpt_path={name}"])
+        cli = main([command, *flags, *ON_ROWS[2:], f"--ckpt_path={name}"])
         saved = torch.load(cli.trainer.ckpt_path, weights_only=True)
         assert saved["global_step"] == step
         assert all(torch.equal(weight, saved["state_dict"][key]) for key, weight in cli.model.state_dict().items())
@@ -105,15 +108,7 @@ def test_last_and_best_name_the_same_checkpoints_wherever_they_are_evaluated(fol
 @pytest.mark.parametrize("name", ["last", "best"])
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
 def test_a_checkpoint_that_is_not_there_yet_is_no_untrained_model(folder, capsys, command, name):
-    said = stopped_with(
-        capsys,
-        command,
-        "--config",
-        "config.yaml",
-        "--data.test=rows.jsonl",
-        "--data.predict=rows.jsonl",
-        f"--ckpt_path={name}",
-    )
+    said = stopped_with(capsys, command, *ON_ROWS, f"--ckpt_path={name}")
     assert f"ckpt_path={name}: there is no checkpoint in runs/r/*/checkpoints/ yet" in said
     assert said.count("\n") == 1
     assert not (folder / "runs").exists()
@@ -147,15 +142,7 @@ def test_what_is_no_best_checkpoint_is_said(folder, capsys):
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
 def test_an_empty_checkpoint_path_is_refused(folder, capsys, command):
-    said = stopped_with(
-        capsys,
-        command,
-        "--config",
-        "config.yaml",
-        "--data.test=rows.jsonl",
-        "--data.predict=rows.jsonl",
-        "--ckpt_path=",
-    )
+    said = stopped_with(capsys, command, *ON_ROWS, "--ckpt_path=")
     assert "ckpt_path is empty: give a .ckpt file, `last` or `best`" in said
     assert said.count("\n") == 1
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from cli_runs import RUN_CONFIG
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from module_runs import SCENARIOS, DigitReward, fit, make_data, make_module
-from run_of_cli import CONFIG
 
 from stateset_lightning import GRPOLightningModule, ScenarioDataModule, rewards
 from stateset_lightning.algorithm import GSPO, Clipped
@@ -287,7 +287,7 @@ def test_ranks_may_differ_in_places_alone(monkeypatch):
 def test_machines_that_disagree_all_end_in_one_line(folder, options, said):
     lines = Path("rows.jsonl").read_text().splitlines(keepends=True)
     Path("rows1.jsonl").write_text("".join(lines[:2]))
-    Path("config.yaml").write_text(yaml.safe_dump({**CONFIG, "data": {**CONFIG["data"], "batch_size": 1}}))
+    Path("config.yaml").write_text(yaml.safe_dump({**RUN_CONFIG, "data": {**RUN_CONFIG["data"], "batch_size": 1}}))
     with socket.create_server(("localhost", 0)) as server:
         port = str(server.getsockname()[1])
     command = [sys.executable, "-m", "stateset_lightning", "fit", "--config", "config.yaml", "--trainer.num_nodes=2"]

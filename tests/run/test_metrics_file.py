@@ -164,11 +164,8 @@ def test_rows_that_wandb_has_are_not_sent_again(tmp_path, stored):
 
 
 @pytest.mark.slow  # starts the process of W&B
-def test_a_wandb_run_stores_what_it_did_not_know(tmp_path, monkeypatch):
+def test_a_wandb_run_stores_what_it_did_not_know(tmp_path, wandb_here):
     """With W&B itself: Lightning's logger calls the run's `log`, which can be replaced, and `step` counts its rows."""
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.chdir(tmp_path)
-    wandb.teardown()  # its service, if an earlier test has started it, works in that test's folder
     logger = WandbLogger(project="p", save_dir=tmp_path, offline=True)
     trainer = SimpleNamespace(loggers=[logger], is_global_zero=True)
     for step in (1, 2, 3):

@@ -310,10 +310,7 @@ def test_text_is_code_so_that_a_completion_cannot_show_an_image():
 
 
 @pytest.mark.slow  # starts the process of W&B
-def test_an_offline_wandb_run_holds_the_promised_tables_and_metrics(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.chdir(tmp_path)
-    wandb.teardown()  # its service, if an earlier test has started it, works in that test's folder
+def test_an_offline_wandb_run_holds_the_promised_tables_and_metrics(tmp_path, wandb_here):
     logger = WandbLogger(project="p", save_dir=tmp_path, offline=True)
     fit(tmp_path, callbacks=[SampleWriter(1, num_prompts=2)], logger=logger, max_steps=2, **VALIDATING)
     wandb.finish()
