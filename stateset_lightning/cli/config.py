@@ -25,7 +25,7 @@ from stateset_lightning.datamodule import ScenarioDataModule
 from stateset_lightning.errors import ConfigError, UserError
 from stateset_lightning.files import atomic_write
 from stateset_lightning.module import GRPOLightningModule
-from stateset_lightning.redaction import redacted, redacted_text
+from stateset_lightning.redaction import redacted, redacted_text, remember
 from stateset_lightning.run.find_checkpoint import continue_run, find_checkpoint
 from stateset_lightning.run.folder import ENVIRONMENT, config_file
 from stateset_lightning.run.system import environment
@@ -57,7 +57,7 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # the parser of a nested class: its message becomes part of the outer one's
             super().error(message, ex)
-        raise UserError(redacted_text(shorten(message, self.known_keys)))
+        raise UserError(shorten(redacted_text(message), self.known_keys))  # before a secret is cut in two
 
     def add_lightning_class_args(
         self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
@@ -146,6 +146,10 @@ class StatesetCLI(LightningCLI):
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         # An instance, which the signature's default is, could not be written to the run's config.yaml.
         parser.set_defaults({"model.algorithm": {"class_path": "stateset_lightning.algorithm.GRPO"}})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        super().parse_arguments(parser, args)
+        remember(self.config.as_dict())  # also what defaults and configs of single keys hold
 
     def _parse_ckpt_path(self) -> None:
         """Does nothing: Lightning would merge a checkpoint's hyperparameters over the flags, a new rate too."""

@@ -18,6 +18,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from stateset_lightning.errors import ConfigError
+from stateset_lightning.redaction import remember
 
 PROGRAM = "stateset-lightning"
 
@@ -122,6 +123,7 @@ def read_yaml(file: str | Path, name: str, keys: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         found = "empty" if content is None else f"not a mapping of keys but {content!r:.60}"
         raise ConfigError(f"{name}: the file is {found}; it must hold {keys}")
+    remember(content)
     return content
 
 
