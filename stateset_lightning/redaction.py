@@ -1,14 +1,13 @@
 """Secrets (keys, tokens, passwords) are cut out of what is saved with a run, logged or printed.
 
 First by value: what the environment, a config or a flag holds under a secret's name is remembered, and `***` takes its
-place wherever it turns up, also encoded. Second by look: keys of known providers, passwords in addresses, `api_key=...`.
+place wherever it turns up, also encoded. Second by look: keys of known providers, passwords in addresses, `key=`.
 All of it takes time in proportion to the text.
 """
 
 from __future__ import annotations
 
 import base64
-import html
 import json
 import os
 import re
@@ -29,16 +28,16 @@ SHORTEST = 8
 # Names ----------------------------------------------------------------------------------------------------------------
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-_SECRET_WORD = re.compile(
-    r"key|token|pat|dsn|pass|pwd|passcode|passphrases?|creds?|credentials?|o?auth|authorization|connection|cookies?|jwt"
-    r"|bearer|\w*(?:passwords?|passwd|secrets?|apikeys?|secretkey|accesskey|privatekey|accesstoken|authtoken)"
+_SECRET_NAME = re.compile(
+    r"(?:.*_)?(?:key|token|pat|dsn|pass|pwd|passcode|passphrases?|creds?|credentials?|o?auth|authorization|connection"
+    r"|cookies?|jwt|bearer|[a-z]*(?:passwords?|passwd|secrets?|apikeys?|secretkey|accesskey|privatekey|accesstoken)"
+    r"|(?:api|access|private|secret|auth)_(?:keys|tokens))(?:_.*)?"
 )
-_SECRET_PLURAL = re.compile(r"(?:.*_)?(?:api|access|private|secret|auth)_(?:keys|tokens)")
-_OF_TOKENIZERS = "pad eos bos unk sep cls mask stop end start image video audio special per".split()
-_OF_TABLES = "sort primary foreign public group cache answer prompt question target label text column reward".split()
+_OF_TOKENIZERS = "pad|eos|bos|unk|sep|cls|mask|stop|end|start|image|video|audio|special|per"
+_OF_TABLES = "sort|primary|foreign|public|group|cache|answer|prompt|question|target|label|text|column|reward"
 # Besides those, what is said about a secret (where it is, how it is used), and a `key` alone.
 _HARMLESS_NAME = re.compile(
-    rf"(?:.*_)?(?:{'|'.join(_OF_TOKENIZERS)})_token|(?:.*_)?(?:{'|'.join(_OF_TABLES)})_key|key"
+    rf"(?:.*_)?(?:{_OF_TOKENIZERS})_token|(?:.*_)?(?:{_OF_TABLES})_key|key"
     r"|.*_(?:env|file|path|dir|name|type|mode|method|scheme|url|uri|host|port|timeout|limit|count|size|length|format)"
 )
 # Paths, words that headers and switches hold, and what stands for a secret already.
@@ -53,32 +52,27 @@ def is_secret_name(name: str) -> bool:
 
     `max_new_tokens`, `eos_token`, `sort_key` and `api_key_env` hold none.
     """
-    words = [word.lower() for word in _WORD.findall(name.rpartition(".")[2])]
-    plain = "_".join(words)
-    if _HARMLESS_NAME.fullmatch(plain):
-        return False
-    return any(map(_SECRET_WORD.fullmatch, words)) or _SECRET_PLURAL.fullmatch(plain) is not None
+    words = "_".join(_WORD.findall(name.rpartition(".")[2][:200])).lower()
+    return bool(_SECRET_NAME.fullmatch(words)) and not _HARMLESS_NAME.fullmatch(words)
 
 
 # The look of secrets --------------------------------------------------------------------------------------------------
-# Each pattern begins with fixed letters, which are found quickly, and takes what follows once (`++`) or with a bound, so
-# that no character is looked at again and again. For the same reason letter case is spelt out: re.IGNORECASE takes ten
-# times as long.
+# Each pattern begins with fixed letters, which are found quickly, and takes what follows once (`++`) or with a bound:
+# nothing is looked at again and again. Letter case is spelt out for speed: re.IGNORECASE takes ten times as long.
 
 _SCHEMES = ("Bearer ", "Basic ", "Token ", "Digest ", "bearer ", "basic ")
 
 
 def _last_words() -> Iterator[str]:
     """Patterns of the end of a secret's name in a text, where the rule is narrower than for a key of a mapping."""
-    for word in "secret password passwd passphrase credential authorization apikey token key dsn pwd".split():
+    words = "secret|password|passwd|passphrase|credential|authorization|apikey|token|key|dsn|pwd"
+    harmless = {"token": _OF_TOKENIZERS.split("|"), "key": _OF_TABLES.split("|")}
+    for word in words.split("|"):
         for form in (word, word.capitalize(), word.upper()):
-            if len(word) > len("token"):
-                yield f"{form}s?"
-                continue
             part = rf"(?<=[{'a-z' if form.istitle() else ''}_-]{form})"
             alone = "" if word == "key" else rf"|(?<![A-Za-z]{form})(?=['\"=])"  # no `unexpected token: }`
-            harmless = {"token": _OF_TOKENIZERS, "key": _OF_TABLES}.get(form, ())
-            yield f"{form}(?:{part}{alone}){''.join(f'(?<!{other}_{form})' for other in harmless)}"
+            is_short = f"(?:{part}{alone}){''.join(f'(?<!{other}_{form})' for other in harmless.get(form, ()))}"
+            yield form + ("s?" if len(word) > len("token") else is_short)
 
 
 _PRIVATE_KEY = r"-----BEGIN [A-Z ]{0,60}KEY[A-Z ]{0,20}-----[^-]*+(?:-{1,4}[^-]++)*+(?:-----END[A-Z ]{0,80}-----)?"
@@ -105,7 +99,7 @@ _PATTERNS = tuple(
 
 # Values ---------------------------------------------------------------------------------------------------------------
 
-_written: list[str] = []  # all that is remembered, in every form; the longest first, for one may be a part of another
+_written: tuple[str, ...] = ()  # all that is remembered, in every form; the longest first: one may be a part of another
 _spared: set[str] = set()
 _environment: dict[Any, Any] = {}  # as it was looked at last
 _DATA = ("train", "validation", "test", "predict", "rows", "scenarios")  # keys whose lists hold the data itself
@@ -130,10 +124,11 @@ def remember_flags(words: Sequence[str]) -> None:
 
 def spare(texts: Iterable[str]) -> None:
     """What the data holds is no secret, whatever the environment calls it: a run's samples show what was asked."""
+    global _written
     suspects = [found for name, value in os.environ.items() for found in _secrets_of(value, name)]
-    _spared.update(found for text in texts if suspects for found in suspects if found in text)
-    for form in {form for value in _spared for form in _forms(value)}.intersection(_written):
-        _written.remove(form)
+    _spared.update(found for text in (texts if suspects else ()) for found in suspects if found in text)
+    forms = {form for value in _spared for form in _forms(value)}
+    _written = tuple(form for form in _written if form not in forms)
 
 
 def redacted(value: Any, name: str = "") -> Any:
@@ -158,10 +153,11 @@ def known_cut(text: str) -> str:
     """A text without what is remembered; what only looks like a secret stays."""
     # A tie to a private field of CPython: to compare what it holds takes microseconds, to read it a hundred times as
     # long, which would be most of the time that a short text takes. `tests/test_redaction.py` would notice.
+    global _environment
     if (now := os.environ._data) != _environment:  # type: ignore[attr-defined]
-        _environment.clear()
-        _environment.update(now)
-        remember(dict(os.environ))
+        now = dict(now)
+        _remember(found for name, value in os.environ.items() for found in _secrets_of(value, name))
+        _environment = now
     for form in _written:
         if form in text:
             text = text.replace(form, HIDDEN)
@@ -172,23 +168,21 @@ def _copy(value: Any, name: str, done: dict[tuple[int, str], Any]) -> Any:
     """See `redacted`. `done` holds what was copied: the aliases of a YAML file can make a tree of any size."""
     if isinstance(value, Mapping | list | tuple):
         if (place := (id(value), name)) not in done:
+            done[place] = value  # it may hold itself
             if isinstance(value, Mapping):
-                done[place] = {
-                    known_cut(k) if isinstance(k, str) else k: _copy(v, str(k), done) for k, v in value.items()
-                }
-            else:
-                is_data = isinstance(value, list) and name in _DATA
-                done[place] = value if is_data else type(value)(_copy(item, name, done) for item in value)
+                names = {key: key if isinstance(key, str) else "" for key in value}
+                done[place] = {known_cut(names[key]) or key: _copy(value[key], names[key], done) for key in value}
+            elif not (name in _DATA and value and isinstance(value[0], Mapping) and "path" not in value[0]):
+                done[place] = type(value)(_copy(item, name, done) for item in value)
         return done[place]
     if hasattr(value, "get_secret_value"):
         value, name = value.get_secret_value(), "secret"
-    if not isinstance(value, str | bytes | int) or isinstance(value, bool):
+    is_number = isinstance(value, int) and 10 ** (SHORTEST - 1) <= value < 10**99  # larger ones may have no text
+    if not isinstance(value, str | bytes) and not is_number:
         return value
     text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-    for found in _secrets_of(text, name):
-        _remember(found)
-    hides = is_secret_name(name) and not _HARMLESS_VALUE.fullmatch(text)
-    if hides and (len(text) >= SHORTEST or not isinstance(value, int)):
+    _remember(_secrets_of(text, name))
+    if is_secret_name(name) and not _HARMLESS_VALUE.fullmatch(text):
         return HIDDEN
     return redacted_text(value) if isinstance(value, str) else value
 
@@ -202,18 +196,19 @@ def _secrets_of(text: str, name: str) -> Iterator[str]:
             yield found
 
 
-def _remember(value: str) -> None:
-    if value not in _written:
-        _written[:] = sorted({*_written, *_forms(value)}, key=len, reverse=True)
+def _remember(values: Iterable[str]) -> None:
+    global _written
+    if new := {form for value in values if value not in _written for form in _forms(value)}:
+        _written = tuple(sorted(new.union(_written), key=len, reverse=True))
 
 
 def _forms(value: str) -> Iterator[str]:
-    """A value as it may be written: plain, line by line, quoted for addresses, Python, JSON and HTML, and in base64."""
+    """A value as it may be written: plain, line by line, quoted for addresses, Python and JSON, and in base64."""
+    data = value.encode(errors="surrogatepass")
+    yield from (quote(data, safe=""), quote_plus(data))
     for text in (value, *(line.strip() for line in value.splitlines())):
         if len(text) >= SHORTEST:
-            yield from (text, quote(text, safe=""), quote_plus(text), html.escape(text))
-            yield from (repr(text)[1:-1], json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1])
-    data = value.encode(errors="surrogateescape")
+            yield from (text, repr(text)[1:-1], json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1])
     for before in range(3):  # bytes of `user:`, say; characters that hold bits of what stands beside are left out
         for encode in (base64.b64encode, base64.urlsafe_b64encode):
             yield encode(bytes(before) + data).decode()[(0, 2, 3)[before] : (before + len(data)) * 8 // 6]
@@ -232,7 +227,7 @@ class RedactedStream:
     def write(self) -> Callable[[str], Any]:
         """W&B puts a function in the place of this one, which records what it gets and calls this one."""
         write = self._write
-        return lambda text: [write(redacted_text(part)) for part in _parts(text)] and len(text)
+        return lambda text: [write(redacted_text(text[i : i + LONGEST])) for i in range(0, len(text), LONGEST)]
 
     @write.setter
     def write(self, write: Callable[[str], Any]) -> None:
@@ -245,13 +240,10 @@ class RedactedStream:
         return getattr(self._stream, name)
 
 
-def redact_streams() -> Callable[[], None]:
-    """Standard output and standard error get no secrets from now on; returns what ends that."""
-    before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
-    vars(sys).update({name: stream and RedactedStream(stream) for name, stream in before.items()})  # it may be None
-    return lambda: vars(sys).update(before)
-
-
-def _parts(text: str) -> list[str]:
-    """What is printed is never cut."""
-    return [text] if len(text) <= LONGEST else text.splitlines(keepends=True)
+def redact_streams() -> None:
+    """Standard output and standard error get no secrets from now on, also when the caller has returned: an error that
+    nobody catches is printed last of all.
+    """
+    for name in ("stdout", "stderr"):
+        if not isinstance(stream := getattr(sys, name), RedactedStream | None):
+            setattr(sys, name, RedactedStream(stream))

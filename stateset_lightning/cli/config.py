@@ -197,6 +197,10 @@ class StatesetCLI(LightningCLI):
                 f"a class of the config refuses its arguments: {type(cause).__name__}: {cause}"
             ) from error
 
+    def after_instantiate_classes(self) -> None:
+        if self.trainer.strategy.launcher is None:  # else the other ranks are started with this command line
+            sys.argv[1:] = map(redacted_text, sys.argv[1:])  # W&B records it
+
     def _set_checkpoint(self, path: str | None) -> None:
         """Lightning runs with the instantiated config, and the other one is saved."""
         self.config[self.subcommand].ckpt_path = self.config_init[self.subcommand].ckpt_path = path

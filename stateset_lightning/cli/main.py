@@ -74,21 +74,13 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
         SystemExit: With code 2 for whatever the user can mend, after a message of a few lines on stderr; with 143 after
             SIGTERM and 130 after Ctrl-C; with 0 or 1 from `doctor`.
     """
-    end_redaction = redact_streams()
-    try:
-        return _run(args)
-    finally:
-        if args is not None:  # else Python has yet to print the traceback of an error that is no user's
-            end_redaction()
-
-
-def _run(args: ArgsType) -> StatesetCLI | None:
     given = sys.argv[1:] if args is None else args
     words = given if isinstance(given, list) else []
     if given in ([], ["-h"], ["--help"]):
         print(__doc__, end="")
         raise SystemExit(0)
     command = words[0] if words else None
+    redact_streams()
     remember_flags(words)
     if os.getcwd() not in sys.path:  # a console script does not look beside the config for `my_rewards.ShortAndRight`
         sys.path.append(os.getcwd())
