@@ -49,7 +49,6 @@ class VLLMServer:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"model.engine.urls: {url!r} is no address: give one such as http://127.0.0.1:8000")
         remember(url)
-        remember(os.environ.get("VLLM_API_KEY"), "api_key")
         self.url = url.rstrip("/").removesuffix("/v1")
         self.request_timeout = request_timeout
         self.max_wait = max_wait
