@@ -11,9 +11,14 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from stateset_lightning.redaction import redacted_text
+
 
 class UserError(ValueError):
-    """Something the user gave cannot be honoured. Base of every error of this package."""
+    """Something the user gave cannot be honoured. Base of every error of this package. Its text holds no secrets."""
+
+    def __str__(self) -> str:
+        return redacted_text(super().__str__())
 
 
 class ConfigError(UserError):

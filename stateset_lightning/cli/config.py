@@ -24,7 +24,7 @@ from stateset_lightning.datamodule import ScenarioDataModule
 from stateset_lightning.errors import ConfigError, UserError
 from stateset_lightning.files import atomic_write
 from stateset_lightning.module import GRPOLightningModule
-from stateset_lightning.redaction import redacted, redacted_text
+from stateset_lightning.redaction import redacted, redacted_text, remember
 from stateset_lightning.run.find_checkpoint import continue_run
 from stateset_lightning.run.folder import ENVIRONMENT, config_file
 from stateset_lightning.run.made_of import KINDS, accepted
@@ -65,7 +65,7 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # the parser of a nested class: its message becomes part of the outer one's
             super().error(message, ex)
-        raise UserError(shorten(message))
+        raise UserError(shorten(redacted_text(message)))  # before a secret is cut in two
 
     def add_lightning_class_args(
         self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
@@ -170,6 +170,9 @@ class StatesetCLI(LightningCLI):
         # An instance, which the signature's default is, could not be written to the run's config.yaml.
         parser.set_defaults({"model.algorithm": {"class_path": "stateset_lightning.algorithm.GRPO"}})
 
+    def before_instantiate_classes(self) -> None:
+        remember(self.config.as_dict())  # also what defaults and configs of single keys hold
+
     def _parse_ckpt_path(self) -> None:
         """Does nothing: Lightning would merge a checkpoint's hyperparameters over the flags, a new rate too."""
 
@@ -210,3 +213,7 @@ class StatesetCLI(LightningCLI):
             if told in (None, error):
                 raise
             raise told from error
+
+    def after_instantiate_classes(self) -> None:
+        if self.trainer.strategy.launcher is None:  # else the other ranks are started with this command line
+            sys.argv[1:] = map(redacted_text, sys.argv[1:])  # W&B records it

@@ -22,6 +22,7 @@ from jsonargparse import set_dumper
 from jsonargparse._loaders_dumpers import get_yaml_default_loader  # numbers as flags have them: 1e-4
 
 from stateset_lightning.errors import ConfigError
+from stateset_lightning.redaction import remember
 
 REMOVED = object()
 """Stands where a null was written over a key; what it means depends on the key's type."""
@@ -103,6 +104,7 @@ def read_yaml(file: str | Path, name: str, keys: str, text: str | None = None) -
     if not isinstance(content, dict):
         found = "empty" if content is None else f"not a mapping of keys but {content!r:.60}"
         raise ConfigError(f"{name}: the file is {found}; it must hold {keys}")
+    remember(content)
     return content
 
 

@@ -23,6 +23,7 @@ from stateset_lightning.data.reading import READERS, Problem, RawRow, raise_prob
 from stateset_lightning.data.reasoning_gym import MAX_SEED, MAX_SIZE, read_task
 from stateset_lightning.data.scenarios import QUESTION_COLUMNS, check_columns, to_scenarios
 from stateset_lightning.errors import ConfigError, DataError, check_bounds
+from stateset_lightning.redaction import spare
 from stateset_lightning.seeding import permutation
 from stateset_lightning.threads import heartbeat
 from stateset_lightning.types import Scenario
@@ -142,6 +143,12 @@ def read_split(spec: SplitSpec, split: str, data_fields: Mapping[str, str] | Non
             source_of += [index] * len(scenarios)
             problems += [*part.problems, *bad]
         raise_problems(key, [*problems, *_repeated_ids(checked)])
+    spare(
+        text
+        for scenario, _ in checked
+        for text in (*(turn.content for turn in scenario.turns()), *scenario.columns().values())
+        if isinstance(text, str)
+    )
     weights = None if sources[0].weight is None else [source.weight or 0.0 for source in sources]
     source_names = [s.name or s.path or s.reasoning_gym or f"{key} item {i}" for i, s in enumerate(sources, start=1)]
     return ScenarioSet([scenario for scenario, _ in checked], source_of, source_names, weights)

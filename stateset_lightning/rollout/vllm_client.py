@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from stateset_lightning.errors import ConfigError, ServerError
+from stateset_lightning.redaction import redacted_text, remember
 
 log = logging.getLogger("stateset_lightning")
 
@@ -47,6 +48,7 @@ class VLLMServer:
     def __init__(self, url: str, *, request_timeout: float, max_wait: float) -> None:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"model.engine.urls: {url!r} is no address: give one such as http://127.0.0.1:8000")
+        remember(url)
         self.url = url.rstrip("/").removesuffix("/v1")
         self.request_timeout = request_timeout
         self.max_wait = max_wait
@@ -154,7 +156,7 @@ class VLLMServer:
 def _message(error: urllib.error.HTTPError) -> str:
     """What a refusal says: vLLM's are JSON, those of a proxy perhaps a page."""
     try:
-        text = error.read().decode(errors="replace")
+        text = redacted_text(error.read().decode(errors="replace"))  # before a secret is cut in two
         content = json.loads(text)
     except json.JSONDecodeError:
         return " ".join(text.split())[:300] or str(error.reason)

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from stateset_lightning.files import append_lines, atomic_write, read_lines
+from stateset_lightning.redaction import known_cut, redacted
 from stateset_lightning.run.folder import BAD_STEPS, of_rank, run_folder
 from stateset_lightning.training.episode import Episode
 from stateset_lightning.training.resample import Sample
@@ -60,7 +61,7 @@ def make_records(sample: Sample, advantages: Sequence[float] | None = None) -> l
                 num_tokens=int(lengths_N[n]),
                 advantage=None if advantages is None else _plain(advantages[n]),
                 target=_plain(scenario.target),
-                breakdown={name: _plain_values(parts) for name, parts in breakdown.items() if parts} or None,
+                breakdown=redacted({name: _plain_values(parts) for name, parts in breakdown.items() if parts}) or None,
                 errors=[f"{failure.reward}: {failure.error}: {failure.message}" for failure in failures] or None,
             )
         )
@@ -124,7 +125,7 @@ def drop_later_steps(trainer: Trainer, step: int) -> None:
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Appends rows as JSON lines, all or none, making the folder if need be; returns how many bytes."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = "".join(known_cut(json.dumps(row, ensure_ascii=False)) + "\n" for row in rows)
     append_lines(path, text)
     return len(text.encode())
 

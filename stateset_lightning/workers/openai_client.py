@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 from annotated_types import Ge, Gt
 
 from stateset_lightning.errors import ConfigError, ServerError, check_bounds, require
-from stateset_lightning.redaction import is_secret_name
+from stateset_lightning.redaction import is_secret_name, remember
 
 T = TypeVar("T")
 
@@ -127,6 +127,7 @@ class OpenAIClient:
         require("openai", "judge", key)
         import openai  # noqa: F401 (takes a second, which must not count as the first request's time)
 
+        remember({"base_url": base_url, "request": request})
         self.base_url, self.request = base_url, {"model": model, **request}
         self._key_env = api_key_env or (None if base_url else "OPENAI_API_KEY")
         self._max_concurrency = max_concurrency

@@ -26,6 +26,8 @@ from multiprocessing import spawn
 from multiprocessing.connection import Connection
 from typing import Any
 
+from stateset_lightning.redaction import redact_streams
+
 LOAD = "load"
 
 # Whether this process is a worker. A training script that a worker imports must not start workers in turn.
@@ -47,6 +49,7 @@ def main(file_descriptor: int) -> None:
     """Serve until the parent closes its end of the connection or dies."""
     global inside_worker
     inside_worker = True
+    redact_streams()
     connection = Connection(file_descriptor)
     functions: dict[str, Callable[..., Any]] = {}
     functions[LOAD] = partial(_load, functions)

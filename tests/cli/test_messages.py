@@ -178,7 +178,7 @@ class Base(RewardFunction):
 class NoFile(Base):
     def __init__(self):
         open("/nonexistent")
-class NoKey(Base):
+class NoEntry(Base):
     def __init__(self):
         {}["k"]
 class Wrapped(Base):
@@ -214,7 +214,7 @@ SCHEDULE = '{"class_path": "stateset_lightning.training.schedule.Schedule", "ini
         ("--model.reward broken_raise.A", "RuntimeError: no licence ("),
         ("--model.reward user_rewards.NoFile", "model.reward: NoFile: FileNotFoundError: "),
         ("--model.reward user_rewards.NoFile", "user_rewards.py:8)"),
-        ("--model.reward user_rewards.NoKey", "model.reward: NoKey: KeyError: 'k' ("),
+        ("--model.reward user_rewards.NoEntry", "model.reward: NoEntry: KeyError: 'k' ("),
         ("--model.reward user_rewards.Wrapped", "model.reward: Wrapped: RuntimeError: no judge ("),
         ("--model.reward user_rewards.Needs", "missing: model.reward.url; set it"),
         ("--trainer.callbacks Timer --trainer.callbacks.interval x", "trainer.callbacks: Timer: "),
