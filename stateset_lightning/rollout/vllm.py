@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 from annotated_types import Gt
 
-from stateset_lightning.errors import ConfigError, NonFiniteError, bounded
+from stateset_lightning.errors import ConfigError, ServerError, bounded
 from stateset_lightning.policy import Policy
 from stateset_lightning.policy.config import Dtype
 from stateset_lightning.rollout.engine import OnFinished, RolloutConfig
 from stateset_lightning.rollout.sampling import StopStrings, check_length
-from stateset_lightning.rollout.vllm_client import VLLMServer
+from stateset_lightning.rollout.vllm_client import Choice, Models, VLLMServer
 from stateset_lightning.rollout.vllm_weights import WeightSync, filters_of, request
 from stateset_lightning.threads import DaemonThreads, interruptible
-from stateset_lightning.types import FinishReason, Metrics, Rollout
+from stateset_lightning.types import Metrics, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +47,8 @@ class VLLMEngine:
         dtype: That the servers compute in (their --dtype); it decides the tolerance. None: the policy's.
         tolerance: Nats per token by which log-probs of servers and policy may differ after a sync. None: by dtype
             (`logprob_tolerance`).
-        request_timeout: Seconds for one completion, including the time that it waits in the server's queue.
+        request_timeout: Seconds for one completion, including the time that it waits in the server's queue, from the
+            first byte to the last. After three that come too late the run stops.
         max_wait_minutes: How long a server may be away before the run stops.
     """
 
@@ -75,7 +76,7 @@ class VLLMEngine:
 
         Raises:
             ConfigError: If no server could give the log-probs that `sampling` needs.
-            ServerError: If a server does not answer.
+            ServerError: If a server does not answer, or not as vLLM does.
         """
         self.tokenizer = tokenizer
         self._weights = self._make_sync(sampling)
@@ -87,11 +88,13 @@ class VLLMEngine:
             )
         lengths = []
         for server in self.servers:
-            models = server.patiently(partial(server.call, "/v1/models"))["data"]
-            served = next(model for model in models if not model["parent"])  # the others are adapters
-            server.model = served["id"]
-            lengths.append(served["max_model_len"])
-            log.info("%s serves %s, up to %s tokens", server.url, served["id"], served["max_model_len"])
+            models = server.patiently(partial(server.ask, "/v1/models", Models)).data
+            served = next((model for model in models if not model.parent), None)  # the others are adapters
+            if served is None or served.max_model_len is None:
+                raise ServerError(f"{server.url} (model.engine.urls) names no model that it serves: is it vLLM?")
+            server.model = served.id
+            lengths.append(served.max_model_len)
+            log.info("%s serves %r, up to %s tokens", server.url, served.id, served.max_model_len)
         self.max_length = min(lengths)
 
     def pop_metrics(self) -> Metrics:
@@ -110,6 +113,8 @@ class VLLMEngine:
             ServerError: If a server does not take the weights.
         """
         self._ends = sorted(policy.end_of_sequence_ids(self.tokenizer))
+        for server in self.servers:
+            server.vocabulary = policy.model.config.get_text_config().vocab_size
         self._weights.update(policy)
 
     @interruptible()
@@ -127,7 +132,7 @@ class VLLMEngine:
         Raises:
             ConfigError: If a prompt and its completion are longer than the servers allow.
             NonFiniteError: If a server's log-probs are not finite.
-            ServerError: If a server refuses, or stays away for too long.
+            ServerError: If a server refuses, answers badly, or stays away for too long.
         """
         synced, limit = self._weights.synced, self.max_length
         assert synced is not None, "sync(policy) comes before generate"
@@ -144,35 +149,29 @@ class VLLMEngine:
             own = {"prompt": prompts[p], "seed": seed}
             calls.append(partial(server.complete, {**request(server, synced, sampling, greedy), **common, **own}))
         stop = StopStrings(sampling.stop, self.tokenizer)
-        choices: list[dict[str, Any]] = [{}] * len(calls)
-        texts = [""] * len(calls)
+        choices, texts = [Choice.model_construct()] * len(calls), [""] * len(calls)
         threads = DaemonThreads(sampling.max_batch_rows, "vllm-request")
         try:
             numbers = {threads.submit(call): n for n, call in enumerate(calls)}
             for future in as_completed(numbers):
                 n, (choice,) = numbers[future], future.result()
-                choices[n], texts[n] = choice, stop.text(choice["token_ids"])
+                choices[n], texts[n] = choice, stop.text(choice.token_ids)
                 if on_finished is not None:
-                    on_finished(n, texts[n], len(choice["token_ids"]))
+                    on_finished(n, texts[n], len(choice.token_ids))
         finally:
             threads.close(seconds=0)
         return _rollout(prompts, choices, texts)
 
 
-def _rollout(prompts: list[list[int]], choices: list[dict[str, Any]], texts: list[str]) -> Rollout:
-    tokens = [token for choice in choices for token in choice["token_ids"]]
-    logprobs = [logprob for choice in choices for logprob in choice["logprobs"]["token_logprobs"]]
-    logprobs_T = torch.tensor(logprobs, dtype=torch.float32)
-    if not logprobs_T.isfinite().all():
-        raise NonFiniteError(
-            "a server's log-probs are not finite: the weights have diverged; go back to an earlier checkpoint"
-        )
+def _rollout(prompts: list[list[int]], choices: list[Choice], texts: list[str]) -> Rollout:
+    tokens = [token for choice in choices for token in choice.token_ids]
+    logprobs = [logprob for choice in choices for logprob in choice.logprobs.token_logprobs]
     return Rollout(
         prompt_tokens=prompts,
         completion_tokens_T=torch.tensor(tokens, dtype=torch.long),
-        lengths_N=torch.tensor([len(choice["token_ids"]) for choice in choices]),
-        logprobs_T=logprobs_T,
+        lengths_N=torch.tensor([len(choice.token_ids) for choice in choices]),
+        logprobs_T=torch.tensor(logprobs, dtype=torch.float32),
         sampled_T=torch.ones(len(tokens), dtype=torch.bool),
-        finish_reasons=[FinishReason(choice["finish_reason"]) for choice in choices],
+        finish_reasons=[choice.finish_reason for choice in choices],
         texts=texts,
     )

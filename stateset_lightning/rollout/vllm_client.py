@@ -1,108 +1,243 @@
-"""The HTTP client of one vLLM server: JSON requests, patience while the server is away, its weights when it returns."""
+"""The HTTP client of one vLLM server: JSON requests, patience while the server is away, its weights when it returns.
+
+No answer is taken as it is: each is bounded in size and in time, has a schema, and must be one to what was asked.
+"""
 
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import logging
+import math
 import os
+import re
+import socket
 import threading
 import time
-import urllib.error
-import urllib.request
+from base64 import b64encode
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from contextlib import closing
+from typing import Annotated, Any, TypeVar
+from urllib.parse import unquote, urlsplit
 
-from stateset_lightning.errors import ConfigError, ServerError
+from annotated_types import Ge, Lt
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from stateset_lightning.errors import ConfigError, NonFiniteError, ServerError
 from stateset_lightning.redaction import redacted_text, remember
+from stateset_lightning.types import FinishReason
 
 log = logging.getLogger("stateset_lightning")
 
 T = TypeVar("T")
+Schema = TypeVar("Schema", bound=BaseModel)
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 10.0
 """Seconds between two attempts; each pause is twice the one before."""
 
-# The servers stand beside the trainer: a proxy that the environment names is for other addresses.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+ATTEMPTS = 3
+"""Bad answers to one request that end the run, where the server is there all the time."""
+
+BYTES, BYTES_PER_TOKEN = 2**20, 500
+"""Of an answer at most, with its headers. A token with its text and log-prob takes about a hundred."""
+
+LARGEST_LOGPROB = 0.01
+"""Nats; rounding may make the log-prob of a certain token that much larger than 0."""
+
+INT64 = 2**63
+
+
+class Answer(BaseModel):
+    """What is read of an answer of vLLM's OpenAI-compatible API. `true` is no number, and no text is one."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Model(Answer):
+    """A model that a server has; those with a parent are adapters."""
+
+    id: str
+    parent: str | None = None
+    max_model_len: Annotated[int, Ge(1), Lt(INT64)] | None = None
+
+
+class Models(Answer):
+    data: list[Model]
+
+
+class Logprobs(Answer):
+    token_logprobs: list[float]
+
+
+class Choice(Answer):
+    """A completion."""
+
+    token_ids: list[Annotated[int, Ge(0), Lt(INT64)]]
+    logprobs: Logprobs
+    finish_reason: FinishReason  # `abort` comes from a server that is shutting down
+
+
+class Choices(Answer):
+    choices: list[Choice]
 
 
 class ServerLost(Exception):
     """The server gave no answer, or one that says that it cannot at the moment or no longer has its weights."""
 
+    def __init__(self, reason: str) -> None:
+        super().__init__(_line(reason))
+
+
+class BadAnswer(ServerLost):
+    """The server is there, and its answer is too late, too large, or none to what was asked."""
+
 
 class VLLMServer:
     """A server of vLLM's OpenAI-compatible API; several threads may call every method.
 
+    The servers stand beside the trainer: neither a proxy that the environment names nor a redirect is followed.
+
     Args:
-        url: Such as http://127.0.0.1:8000. The environment's VLLM_API_KEY is sent along, if there is one.
-        request_timeout: Seconds that a request may take.
+        url: Such as http://127.0.0.1:8000. The environment's VLLM_API_KEY is sent along, if there is one, or the user
+            and the password that the address names.
+        request_timeout: Seconds that a request may take, from the first byte to the last.
         max_wait: Seconds to wait for a server that is away.
 
     Attributes:
+        url: Without user and password.
         model: Name of the model that the server was started with.
+        vocabulary: Token ids are below it.
         restored: How often it went away and came back.
         give_weights: Called when it is back, since a server that was started again has the weights of its start.
+
+    Raises:
+        ConfigError: If the address is none, or the key cannot be sent.
     """
 
     def __init__(self, url: str, *, request_timeout: float, max_wait: float) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"model.engine.urls: {url!r} is no address: give one such as http://127.0.0.1:8000")
         remember(url)
-        self.url = url.rstrip("/").removesuffix("/v1")
+        try:
+            parts = urlsplit(url.rstrip("/").removesuffix("/v1"))
+            self._address = (parts.hostname or "", parts.port)
+            is_address = re.fullmatch(r"https?://[!-~]+", url) and self._address[0].encode("idna")
+        except ValueError:  # the port is no number, or a part of the host's name too long
+            is_address = None
+        if not is_address:
+            shown = url.rpartition("@")[2]
+            raise ConfigError(f"model.engine.urls: {shown!r} is no address: give one such as http://127.0.0.1:8000")
+        self._connection = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self._path = parts.path
+        self.url = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
         self.request_timeout = request_timeout
         self.max_wait = max_wait
         self.model = ""
+        self.vocabulary = INT64
         self.restored = 0
         self.give_weights: Callable[[VLLMServer], None] = lambda server: None
         self._lock = threading.Lock()
         self._headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("VLLM_API_KEY"):
+        if parts.username:
+            pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+            self._headers["Authorization"] = f"Basic {b64encode(pair.encode()).decode()}"
+        elif key := os.environ.get("VLLM_API_KEY", "").strip():
+            if not re.fullmatch("[!-~]+", key):
+                raise ConfigError("VLLM_API_KEY holds characters that cannot be sent: check it for blanks and quotes")
             self._headers["Authorization"] = f"Bearer {key}"
 
-    def call(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """One request (GET without a body). Returns the answer: JSON, or text if it is none.
+    def call(self, path: str, body: Mapping[str, Any] | None = None, *, seconds: float | None = None) -> bytes:
+        """One request (GET without a body). Returns the answer.
+
+        Args:
+            path: Behind the server's address.
+            body: Sent as JSON. An answer to its prompt may be as long as `max_tokens` and `n` say.
+            seconds: That it may take; None for `request_timeout`.
 
         Raises:
             ServerLost: If there is no answer, or the server is overloaded or broken.
             ServerError: If the server refuses.
         """
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, self._headers)
-        try:
-            with _OPENER.open(request, timeout=self.request_timeout) as answer:
-                content = answer.read()
-                is_json = content and answer.headers.get_content_type() == "application/json"
-                return json.loads(content) if is_json else content.decode(errors="replace")
-        except urllib.error.HTTPError as error:
-            message = _message(error)
-            if error.code >= 500 or error.code in (408, 429):
-                raise ServerLost(f"HTTP {error.code}: {message}") from error
-            raise ServerError(f"{self.url}{path} refuses ({error.code}): {message}", error.code) from error
-        except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
-            raise ServerLost(f"{type(error).__name__}: {error}") from error
+        seconds = self.request_timeout if seconds is None else seconds
+        deadline, limit = time.monotonic() + seconds, BYTES + BYTES_PER_TOKEN * _tokens(body or {})
+        with closing(self._connection(*self._address, timeout=seconds)) as connection:
+            try:
+                connection.connect()
+            except OSError as error:
+                raise ServerLost(f"{type(error).__name__}: {error}") from error
+            try:
+                connection.request("GET" if data is None else "POST", self._path + path, data, self._headers)
+                answer = http.client.HTTPResponse(_Incoming(connection.sock, deadline, limit))  # type: ignore[arg-type]
+                answer.begin()
+                content = answer.read(limit)
+            except TimeoutError as error:
+                raise BadAnswer(f"no whole answer within {seconds:g} s (model.engine.request_timeout)") from error
+            except (OSError, http.client.HTTPException) as error:
+                raise ServerLost(f"{type(error).__name__}: {error}") from error
+        if 200 <= answer.status < 300:
+            return content
+        message = _message(content) or _line(answer.reason)
+        if answer.status >= 500 or answer.status in (408, 429):
+            raise ServerLost(f"HTTP {answer.status}: {message}")
+        if place := answer.headers["Location"]:
+            message += f"; it sends us to {_line(place)}, where we do not go: give the address itself"
+        raise ServerError(f"model.engine.urls: {self.url}{path} refuses ({answer.status}): {message}", answer.status)
 
-    def complete(self, body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def ask(self, path: str, schema: type[Schema], body: Mapping[str, Any] | None = None) -> Schema:
+        """As `call`, and reads the answer.
+
+        Raises:
+            BadAnswer: If it does not have this form.
+        """
+        try:
+            return schema.model_validate_json(self.call(path, body))
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            place = ".".join(map(str, first["loc"]))
+            raise BadAnswer(f"{path} answers in another form than vLLM's: {place}: {first['msg']}") from error
+
+    def choices(self, body: Mapping[str, Any]) -> list[Choice]:
+        """The choices of a completion request.
+
+        Raises:
+            BadAnswer: If they are none to this request.
+            NonFiniteError: If their log-probs are not finite.
+        """
+        choices = self.ask("/v1/completions", Choices, body).choices
+        if len(choices) != body.get("n", 1):
+            raise BadAnswer(f"{len(choices)} completions where {body.get('n', 1)} were asked for")
+        for choice in choices:
+            count, logprobs = len(choice.token_ids), choice.logprobs.token_logprobs
+            if not 1 <= count <= body["max_tokens"]:
+                raise BadAnswer(f"{count} tokens where 1 to {body['max_tokens']} were asked for")
+            if len(logprobs) != count:
+                raise BadAnswer(f"{len(logprobs)} log-probs of {count} tokens")
+            if max(choice.token_ids) >= self.vocabulary:
+                raise BadAnswer(f"token {max(choice.token_ids)} of a vocabulary of {self.vocabulary}")
+            if not all(map(math.isfinite, logprobs)):
+                raise NonFiniteError(
+                    f"a server's log-probs are not finite: the weights have diverged ({self.url}); go back to an"
+                    " earlier checkpoint"
+                )
+            if max(logprobs) > LARGEST_LOGPROB:
+                raise BadAnswer(f"a log-prob of {max(logprobs):g}, above 0")
+        return choices
+
+    def complete(self, body: Mapping[str, Any]) -> list[Choice]:
         """The choices of a completion request. If the server is lost, waits for it and asks again.
 
         Raises:
-            ServerError: If the server refuses, or stays away for longer than `max_wait`.
+            NonFiniteError: If their log-probs are not finite.
+            ServerError: If the server refuses, answers badly, or stays away for longer than `max_wait`.
         """
 
-        def attempt() -> list[dict[str, Any]]:
+        def attempt() -> list[Choice]:
             try:
-                answer = self.call("/v1/completions", body)
+                return self.choices(body)
             except ServerError as error:
                 if error.status == 404:  # the server has been started again, and does not have our weights
                     raise ServerLost(str(error)) from error
                 raise
-            if not isinstance(answer, dict):
-                raise ServerLost(f"it answers {str(answer)[:100]!r}")
-            choices: list[dict[str, Any]] = answer["choices"]
-            reasons = [choice["finish_reason"] for choice in choices]
-            if not {"stop", "length"}.issuperset(reasons):  # the server is shutting down
-                raise ServerLost(f"it broke off: finish_reason={reasons}")
-            return choices
 
         return self.patiently(attempt)
 
@@ -110,9 +245,9 @@ class VLLMServer:
         """Calls `attempt` until it does not raise `ServerLost`.
 
         Raises:
-            ServerError: If the server stays away for longer than `max_wait`.
+            ServerError: If the server stays away for longer than `max_wait`, or answers badly again and again.
         """
-        deadline = None
+        deadline, pause, failures = None, FIRST_PAUSE, 0
         while True:
             restored, begun = self.restored, time.monotonic()
             try:
@@ -120,18 +255,27 @@ class VLLMServer:
             except ServerLost as error:
                 now = time.monotonic()
                 # During an attempt that lasted so long the server was not away: its time starts anew.
-                deadline = now + self.max_wait if deadline is None or now - begun > self.max_wait else deadline
-                self._restore(restored, deadline, error)
+                was_there = now - begun > self.max_wait
+                failures += was_there or isinstance(error, BadAnswer)
+                if failures == ATTEMPTS:
+                    raise ServerError(
+                        f"{self.url} (model.engine.urls) is there and gives no answer that can be used: {error}"
+                        f" (attempt {ATTEMPTS} of {ATTEMPTS})"
+                    ) from error
+                deadline = now + self.max_wait if deadline is None or was_there else deadline
+                self._restore(restored, deadline, error, pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _restore(self, seen: int, deadline: float, reason: ServerLost) -> None:
+    def _restore(self, seen: int, deadline: float, reason: ServerLost, pause: float) -> None:
         """Waits until the server answers, and gives it its weights. One thread does; the others wait for that one.
 
         Args:
             seen: `restored` before the attempt that failed.
             deadline: By `time.monotonic`.
             reason: Why the server is thought to be away.
+            pause: Seconds before the server is asked, twice as many each time.
         """
-        minutes, pause = f"{self.max_wait / 60:.3g} minutes", FIRST_PAUSE
+        minutes = f"{self.max_wait / 60:.3g} minutes"
         with self._lock:
             if self.restored != seen:
                 return
@@ -144,7 +288,7 @@ class VLLMServer:
                     ) from reason
                 time.sleep(pause)
                 try:
-                    self.call("/health")
+                    self.call("/health", seconds=LONGEST_PAUSE)
                     self.give_weights(self)
                     break
                 except ServerLost as error:
@@ -153,16 +297,49 @@ class VLLMServer:
             log.info("%s is back, with its weights", self.url)
 
 
-def _message(error: urllib.error.HTTPError) -> str:
+class _Incoming(io.RawIOBase):
+    """What a server sends, until a moment and up to a size. The time-out of a socket begins anew with each byte."""
+
+    def __init__(self, connection: socket.socket, deadline: float, limit: int) -> None:
+        self._connection, self._deadline, self._left = connection, deadline, limit
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """In place of a socket's, which http.client reads from."""
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if (seconds := self._deadline - time.monotonic()) <= 0:
+            raise TimeoutError
+        self._connection.settimeout(seconds)
+        count = self._connection.recv_into(buffer)
+        self._left -= count
+        if self._left < 0:
+            raise BadAnswer("its answer is far longer than what was asked for")
+        return count
+
+
+def _tokens(body: Mapping[str, Any]) -> int:
+    """Those of prompts and completions in the answer to a request."""
+    return int(body.get("n", 1) * (len(body.get("prompt", ())) + body.get("max_tokens", 0)))
+
+
+def _message(content: bytes) -> str:
     """What a refusal says: vLLM's are JSON, those of a proxy perhaps a page."""
+    text = redacted_text(content.decode(errors="replace"))  # before a secret is cut in two
     try:
-        text = redacted_text(error.read().decode(errors="replace"))  # before a secret is cut in two
-        content = json.loads(text)
-    except json.JSONDecodeError:
-        return " ".join(text.split())[:300] or str(error.reason)
-    except (OSError, http.client.HTTPException):
-        return str(error.reason)
-    inner = content.get("error", content) if isinstance(content, dict) else content
-    if isinstance(inner, dict):
-        inner = inner.get("message") or inner.get("detail") or inner
-    return str(inner)[:300]
+        said = json.loads(text)
+        inner = said.get("error", said) if isinstance(said, dict) else said
+        if isinstance(inner, dict):
+            inner = inner.get("message") or inner.get("detail") or inner
+        return _line(str(inner))
+    except (ValueError, RecursionError):
+        return _line(text)
+
+
+def _line(text: str) -> str:
+    """One short line without secrets, and without what moves the cursor of a terminal."""
+    text = redacted_text(text)[:3000]
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]

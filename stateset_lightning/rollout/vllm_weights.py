@@ -193,8 +193,8 @@ class WeightSync:
             raise SamplingError(f"{server.url} came back and answers differently: {off}")
 
     def _answers(self, server: VLLMServer, synced: Synced) -> Completions:
-        choices = server.call("/v1/completions", {**request(server, synced, self.sampling), **PROBE})["choices"]
-        return [(choice["token_ids"], torch.tensor(choice["logprobs"]["token_logprobs"])) for choice in choices]
+        choices = server.choices({**request(server, synced, self.sampling), **PROBE})
+        return [(choice.token_ids, torch.tensor(choice.logprobs.token_logprobs)) for choice in choices]
 
     def _compared(self, server: VLLMServer, synced: Synced, policy: Policy) -> Synced:
         """Compares the server's answers with the policy, and notes the policy's.

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import socketserver
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import chain, count, cycle, repeat
+from typing import Any
 
 import pytest
 from timing import within
-from vllm_stub import PROMPTS, SAMPLING, SEEDS, Running, adapted, synced_engine
+from vllm_stub import PROMPTS, SAMPLING, SEEDS, TOKENIZER, Running, adapted, synced_engine
 
-from stateset_lightning.errors import ServerError
+from stateset_lightning.errors import ConfigError, NonFiniteError, ServerError
+from stateset_lightning.rollout import VLLMEngine, vllm_client
 from stateset_lightning.rollout.vllm_client import ServerLost, VLLMServer
 
 
@@ -97,4 +103,217 @@ def test_the_key_in_the_environment_is_sent_along(server: Running, monkeypatch: 
     VLLMServer(server.url, request_timeout=10, max_wait=1).call("/health")
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     VLLMServer(server.url, request_timeout=10, max_wait=1).call("/health")
-    assert server.stub.authorizations == [None, "Bearer secret"]
+    url = server.url.replace("://", "://me:pass%20word@")
+    VLLMServer(url, request_timeout=10, max_wait=1).call("/health")
+    assert server.stub.authorizations == [None, "Bearer secret", "Basic bWU6cGFzcyB3b3Jk"]
+
+
+# Answers that no vLLM gives -------------------------------------------------------------------------------------------
+
+BODY = {"model": "tiny", "prompt": [5, 6], "max_tokens": 4}
+CHOICE = {"token_ids": [5, 1], "logprobs": {"token_logprobs": [-1.5, 0]}, "finish_reason": "stop"}
+Written = bytes | Iterator[bytes]
+
+
+class Hostile(socketserver.ThreadingTCPServer):
+    """Answers completions (and the question for its models) with bytes that a test gives; all else with an empty 200.
+
+    What comes from an iterator goes out piece by piece, every 20 ms, as long as anybody listens.
+    """
+
+    daemon_threads, allow_reuse_address, request_queue_size = True, True, 64
+
+    def __init__(self, written: Callable[[], Written]) -> None:
+        super().__init__(("127.0.0.1", 0), _HostileHandler)
+        self.written, self.asked = written, 0
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server_address[1]}"
+
+
+class _HostileHandler(socketserver.StreamRequestHandler):
+    server: Hostile
+
+    def handle(self) -> None:
+        path = self.rfile.readline().split()[1]
+        headers = dict(line.rstrip().split(b": ", 1) for line in iter(self.rfile.readline, b"\r\n"))
+        self.rfile.read(int(headers.get(b"Content-Length", 0)))
+        if path not in (b"/v1/completions", b"/v1/models"):
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            return
+        self.server.asked += 1
+        written = self.server.written()
+        with suppress(OSError):  # nobody listens any more
+            for part in [written] if isinstance(written, bytes) else written:
+                self.wfile.write(part)
+                if len(part) < 2:
+                    time.sleep(0.02)
+
+
+def told(content: Any, status: str = "200 OK", headers: str = "") -> Callable[[], bytes]:
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return lambda: f"HTTP/1.1 {status}\r\n{headers}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def of_choice(**changes: Any) -> Callable[[], bytes]:
+    return told({"choices": [CHOICE | changes]})
+
+
+def of_logprobs(*logprobs: Any) -> Callable[[], bytes]:
+    return of_choice(logprobs={"token_logprobs": logprobs})
+
+
+def dripping(begin: bytes, endless: bytes) -> Callable[[], Iterator[bytes]]:
+    """A byte every 20 ms, for ever."""
+    return lambda: (bytes([byte]) for byte in chain(begin, cycle(endless)))
+
+
+def flooding(begin: bytes, endless: bytes) -> Callable[[], Iterator[bytes]]:
+    return lambda: chain([begin], repeat(endless * (65536 // len(endless))))
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+REFUSED = "400 Bad Request"
+HOSTILE = {
+    # asked again, and then the end
+    "no JSON": (told(b"<html>\x1b[2J</html>"), "Invalid JSON"),
+    "cut off": (lambda: OK + b'Content-Length: 999\r\n\r\n{"choices": [', "Invalid JSON"),
+    "nothing": (told(b""), "Invalid JSON"),
+    "no UTF-8": (told(b'{"choices": "\xff"}'), "Invalid JSON"),
+    "packed": (told(b"\x1f\x8b\x08\x00", headers="Content-Encoding: gzip\r\n"), "Invalid JSON"),
+    "deep": (told(b"[" * 100_000), "Invalid JSON: recursion limit"),
+    "a list": (told([]), "valid dictionary|object"),
+    "no choices": (told({"error": "\x1b]0;title\x07"}), "choices: Field required"),
+    "choices null": (told({"choices": None}), "choices: Input should be a valid array"),
+    "none": (told({"choices": []}), "0 completions where 1 were"),
+    "two": (told({"choices": [CHOICE, CHOICE]}), "2 completions where 1 were"),
+    "a choice null": (told({"choices": [None]}), "choices.0: Input should be an object"),
+    "no tokens": (of_choice(token_ids=[], logprobs={"token_logprobs": []}), "0 tokens where 1 to 4"),
+    "tokens null": (of_choice(token_ids=None), "token_ids: Input should be a valid array"),
+    "50 times the tokens": (of_choice(token_ids=[5] * 200, logprobs={"token_logprobs": [-1] * 200}), "200 tokens"),
+    "other id": (of_choice(token_ids=[5, 100]), "token 100 of a vocabulary of 100"),
+    "negative id": (of_choice(token_ids=[5, -1]), r"token_ids\.1: Input should be greater than or equal to 0"),
+    "no int64": (of_choice(token_ids=[5, 2**63]), r"token_ids\.1: Input should be less than"),
+    "5,000 digits": (told(b'{"choices": [{"token_ids": [' + b"9" * 5000 + b"]}]}"), "Invalid JSON|token_ids"),
+    "true as id": (of_choice(token_ids=[5, True]), r"token_ids\.1: Input should be a valid integer"),
+    "text as id": (of_choice(token_ids=[5, "1"]), r"token_ids\.1: Input should be a valid integer"),
+    "half an id": (of_choice(token_ids=[5, 1.5]), r"token_ids\.1: Input should be a valid integer"),
+    "no log-probs": (of_choice(logprobs=None), "logprobs: Input should be an object"),
+    "fewer log-probs": (of_logprobs(-1.0), "1 log-probs of 2 tokens"),
+    "log-prob above 0": (of_logprobs(-1.0, 0.02), r"a log-prob of 0\.02, above 0"),
+    "log-prob null": (of_logprobs(-1.0, None), r"token_logprobs\.1: Input should be a valid number"),
+    "true as log-prob": (of_logprobs(-1.0, False), r"token_logprobs\.1: Input should be a valid number"),
+    "text as log-prob": (of_logprobs(-1.0, "-1"), r"token_logprobs\.1: Input should be a valid number"),
+    "broken off": (of_choice(finish_reason="abort"), "finish_reason: Input should be 'stop' or 'length'"),
+    "no reason": (of_choice(finish_reason=None), "finish_reason: Input should be 'stop' or 'length'"),
+    "100 MB told": (lambda: OK + b"Content-Length: 100000000\r\n\r\n" + b" " * 2**21, "far longer"),
+    "endless body": (flooding(OK + b"\r\n", b" "), "far longer"),
+    "endless chunks": (flooding(OK + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"), "far longer"),
+    "endless 100s": (flooding(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), "far longer"),
+    "dripping status": (dripping(b"HTTP/1.1 200 ", b"x"), r"no whole answer within 0\.2 s \(model.engine.request"),
+    "dripping headers": (dripping(OK + b"X: ", b"x"), r"no whole answer within 0\.2 s"),
+    "dripping body": (dripping(OK + b"\r\n", b" "), r"no whole answer within 0\.2 s"),
+    "dripping chunks": (dripping(OK + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"), "no whole answer"),
+    "hanging": (lambda: (b"" for _ in count()), r"no whole answer within 0\.2 s"),
+    # asked once
+    "NaN": (of_logprobs(-1.0, float("nan")), "log-probs are not finite"),
+    "infinite": (of_logprobs(-1.0, float("-inf")), "log-probs are not finite"),
+    "redirected": (told(b"", "302 Found", "Location: http://10.0.0.1/\x1b[2J\r\n"), r"\(302\).* http://10.0.0.1/ \[2J"),
+    "nested refusal": (told(b'{"error":' * 100_000, REFUSED), r"refuses \(400\)"),
+    "a number's refusal": (told(b'{"error": ' + b"9" * 5000 + b"}", REFUSED), r"refuses \(400\): \{\"error\": 999"),
+    "lines": (told({"message": "a\nb\u2028c\x1b[2J\ud800"}, REFUSED), r"refuses \(400\): a b c \[2J$"),
+    # no answer
+    "no HTTP": (lambda: b"SSH-2.0-OpenSSH_9.6\r\n", "has been away .*BadStatusLine: SSH-2.0"),
+    "too many headers": (lambda: OK + b"A: b\r\n" * 200, "has been away .*more than 100 headers"),
+    "a long header": (lambda: OK + b"A: " + b"b" * 70_000, "has been away .*LineTooLong"),
+    "silence": (lambda: b"", "has been away .*RemoteDisconnected"),
+    "always 500": (told(b"\x1b[2J" * 10_000, "500 Internal Server Error"), r"has been away .*HTTP 500: \[2J"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_an_answer_that_cannot_be_used_ends_the_run_in_one_line(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a number of attempts, in bounded time; with the server's address, and without the password in it."""
+    written, expected = HOSTILE[case]
+    is_slow, is_bad = "no whole answer" in expected, list(HOSTILE).index(case) < list(HOSTILE).index("NaN")
+    monkeypatch.setattr(vllm_client, "FIRST_PAUSE", 0.01)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # where nobody is: it is not asked
+    with Hostile(written) as server:
+        client = VLLMServer(
+            f"http://user:hunter2hunter2@{server.address}/v1", request_timeout=0.2 if is_slow else 30, max_wait=0.1
+        )
+        client.vocabulary = 100
+        begun = time.monotonic()
+        with pytest.raises((ServerError, NonFiniteError), match=expected) as error:
+            client.complete(BODY)
+        assert time.monotonic() - begun < 10
+        message = str(error.value)
+        assert f"http://{server.address}" in message
+        assert "hunter2" not in message
+        assert len(message) < 700
+        assert message.isprintable()
+        if is_bad:
+            assert (server.asked, "attempt 3 of 3" in message) == (3, True)
+        server.shutdown()
+
+
+def test_a_usable_answer_is_taken() -> None:
+    """So the cases above fail for what each changes; rounding may lift a log-prob above 0 by a little."""
+    for written in (of_choice(), of_logprobs(-9999.0, 1e-4), of_choice(finish_reason="length", token_ids=[0, 99])):
+        with Hostile(written) as server:
+            client = VLLMServer(f"http://{server.address}", request_timeout=30, max_wait=1)
+            client.vocabulary = 100
+            (choice,) = client.complete(BODY)
+            assert len(choice.token_ids) == 2
+            server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ({"data": []}, "names no model that it serves"),
+        ({"data": [{"id": "lora", "parent": "tiny"}]}, "names no model that it serves"),
+        ({"data": [{"id": "tiny", "max_model_len": None}]}, "names no model that it serves"),
+        ({"data": [{"id": "tiny", "max_model_len": True}]}, "data.0.max_model_len: Input should be a valid integer"),
+        ({"data": [{"id": 7, "max_model_len": 512}]}, "data.0.id: Input should be a valid string"),
+        ({"models": []}, "data: Field required"),
+    ],
+)
+def test_a_server_that_is_no_vllm_is_told_at_the_start(
+    answer: Any, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_client, "FIRST_PAUSE", 0.01)
+    with Hostile(told(answer)) as server:
+        with pytest.raises(ServerError, match=rf"http://{server.address} .*{expected}"):
+            VLLMEngine([f"http://{server.address}"]).setup(TOKENIZER, SAMPLING)
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:99999",
+        "http://127.0.0.1:port",
+        "http://",
+        "http://user:hunter2hunter2@:8000",
+        "user:hunter2hunter2@10.0.0.1:8000",
+        "http://a..b:8000",
+        "http://127.0.0.1:8000/a b",
+        "http://127.0.0.1:8000/\r\nX: y",
+        "http://[::1:8000",
+        "file:///etc/passwd",
+    ],
+)
+def test_what_is_no_address_is_refused_at_once(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.engine\.urls: .* is no address") as error:
+        VLLMServer(url, request_timeout=10, max_wait=1)
+    assert "hunter2" not in str(error.value)
+
+
+def test_a_key_that_no_header_holds_is_refused_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "first line\nsecond line")
+    with pytest.raises(ConfigError, match="VLLM_API_KEY holds characters that cannot be sent") as error:
+        VLLMServer("http://127.0.0.1:8000", request_timeout=10, max_wait=1)
+    assert "line\n" not in str(error.value)
