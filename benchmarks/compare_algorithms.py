@@ -35,11 +35,10 @@ BETA_0, TRL = "GRPO beta 0", "TRL GRPO beta 0"
 def preset_names() -> list[str]:
     from stateset_lightning import algorithm
 
-    kinds = {name: getattr(algorithm, name) for name in algorithm.__all__}
     bases = (algorithm.Algorithm, algorithm.Clipped)
     return [
         name
-        for name, kind in kinds.items()
+        for name, kind in vars(algorithm).items()
         if isinstance(kind, type) and issubclass(kind, algorithm.Algorithm) and kind not in bases
     ]
 

@@ -22,11 +22,7 @@ from stateset_lightning.algorithm.aggregation import Aggregation
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import Policy
 
-PRESETS = [
-    value
-    for name in algorithm.__all__
-    if isinstance(value := getattr(algorithm, name), type) and issubclass(value, Algorithm)
-]
+PRESETS = [value for value in vars(algorithm).values() if isinstance(value, type) and issubclass(value, Algorithm)]
 OPTIONS: dict[str, Any] = {"PassK": {"k": 2}}  # with the default, the group of four would have nothing to compare
 STOP = list("abcdefghijklmnopqrstuvwxyz0123456789")  # so that lengths differ, and some completions are truncated
 STEPS = 4  # two passes of two optimizer steps

@@ -17,20 +17,11 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
+from stateset_lightning.algorithm import terms
 from stateset_lightning.algorithm.advantages import Scale, group_advantages, total_scores
 from stateset_lightning.algorithm.aggregation import Aggregation, per_token, sequence_sums, token_weights
 from stateset_lightning.algorithm.losses import advantages_of, policy_gradient_loss
-from stateset_lightning.algorithm.terms import (
-    KL,
-    AdaptiveEntropy,
-    Mismatch,
-    kl_estimate,
-    mismatch_metrics,
-    mismatch_weights,
-    needed,
-    on_policy,
-    top_entropy_tokens,
-)
+from stateset_lightning.algorithm.terms import KL, AdaptiveEntropy, Mismatch, needed
 from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.types import Metrics, TokenBatch
 
@@ -224,7 +215,7 @@ class Algorithm(Formulas):
 
     def kl_scores(self, logprobs_T: Tensor, ref_logprobs_T: Tensor, lengths_N: Tensor) -> Tensor:
         """The KL estimate summed over each completion's tokens, nats, [N]: a score with weight -kl_coefficient."""
-        return sequence_sums(kl_estimate(self.kl.estimator, logprobs_T, ref_logprobs_T).detach(), lengths_N)
+        return sequence_sums(terms.kl_estimate(self.kl.estimator, logprobs_T, ref_logprobs_T).detach(), lengths_N)
 
     # From tokens to a loss
 
@@ -236,7 +227,7 @@ class Algorithm(Formulas):
             seed: For selections that draw.
         """
         assert self.top_entropy is not None
-        return top_entropy_tokens(needed(tokens, "entropies_T", "top_entropy"), self.top_entropy)
+        return terms.top_entropy_tokens(needed(tokens, "entropies_T", "top_entropy"), self.top_entropy)
 
     @staticmethod
     def advantages_per_token(tokens: TokenBatch) -> Tensor:
@@ -253,7 +244,7 @@ class Algorithm(Formulas):
         if self.top_entropy is not None:
             loss_T = torch.where(needed(tokens, "select_T", "top_entropy"), loss_T, 0.0)
         if self.off_policy_threshold is not None:
-            keep_N = on_policy(tokens, self.off_policy_threshold)
+            keep_N = terms.on_policy(tokens, self.off_policy_threshold)
             loss_T = torch.where(per_token(keep_N, tokens.lengths_N), loss_T, 0.0)
             metrics["policy/off_policy"] = ((~keep_N).sum(), keep_N.numel())
         loss_T = self._corrected(loss_T, tokens, metrics)
@@ -268,18 +259,18 @@ class Algorithm(Formulas):
     def _corrected(self, loss_T: Tensor, tokens: TokenBatch, metrics: Metrics) -> Tensor:
         """The loss times the mismatch weights."""
         if tokens.sampling_logprobs_T is not None:
-            metrics |= mismatch_metrics(tokens.old_logprobs_T, tokens.sampling_logprobs_T)
+            metrics |= terms.mismatch_metrics(tokens.old_logprobs_T, tokens.sampling_logprobs_T)
         if self.mismatch is None or self.mismatch.kind == "none":
             return loss_T
         sampling_T = needed(tokens, "sampling_logprobs_T", "mismatch")
-        weights_T = mismatch_weights(tokens.old_logprobs_T, sampling_T, tokens.lengths_N, self.mismatch)
+        weights_T = terms.mismatch_weights(tokens.old_logprobs_T, sampling_T, tokens.lengths_N, self.mismatch)
         metrics["mismatch/masked"] = ((weights_T == 0).sum(), weights_T.numel())
         return weights_T.to(loss_T.dtype) * loss_T
 
     def _with_kl(self, loss_T: Tensor, tokens: TokenBatch, metrics: Metrics) -> Tensor:
         """The loss plus the KL term, unless the KL is part of the reward."""
         ref_T = needed(tokens, "ref_logprobs_T", f"beta={self.beta}")
-        kl_T = kl_estimate(self.kl.estimator, tokens.logprobs_T, ref_T, tokens.old_logprobs_T)
+        kl_T = terms.kl_estimate(self.kl.estimator, tokens.logprobs_T, ref_T, tokens.old_logprobs_T)
         metrics["policy/kl"] = (kl_T.detach().sum(), kl_T.numel())
         return loss_T + self.kl_coefficient * kl_T if self.kl.place == "loss" else loss_T
 

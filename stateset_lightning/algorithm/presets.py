@@ -12,25 +12,8 @@ from typing import Annotated, ClassVar
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
-from stateset_lightning.algorithm.advantages import (
-    beta_normalised_advantages,
-    decoupled_advantages,
-    greedy_advantages,
-    leave_one_out_advantages,
-    length_weighted_advantages,
-    mean_normalised_advantages,
-    pass_at_k_advantages,
-    whitened_advantages,
-)
+from stateset_lightning.algorithm import advantages, losses
 from stateset_lightning.algorithm.algorithm import Algorithm, fixed, preset
-from stateset_lightning.algorithm.losses import (
-    cispo_loss,
-    clip_cov_loss,
-    clipped_loss,
-    dppo_loss,
-    kl_cov_loss,
-    sapo_loss,
-)
 from stateset_lightning.algorithm.terms import KL, Mismatch, covariances, draw, largest
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.types import TokenBatch
@@ -38,7 +21,7 @@ from stateset_lightning.types import TokenBatch
 # PPO's clipped surrogate, told apart by the advantage -----------------------------------------------------------------
 
 
-@preset(loss=clipped_loss)
+@preset(loss=losses.clipped_loss)
 class Clipped(Algorithm):
     """PPO's clipped surrogate on group-relative advantages: what GRPO and its closest relatives share.
 
@@ -111,7 +94,7 @@ class TopEntropy(DAPO):
     top_entropy: Annotated[float, Gt(0), Lt(1)] = 0.2  # never None
 
 
-@preset(advantage=beta_normalised_advantages)
+@preset(advantage=advantages.beta_normalised_advantages)
 class BNPO(Clipped):
     """Beta normalisation policy optimisation (arXiv:2506.02864), for rewards in [0, 1].
 
@@ -125,7 +108,7 @@ class BNPO(Clipped):
     why_no_kl_in_reward = "its advantages need rewards between 0 and 1"
 
 
-@preset(advantage=decoupled_advantages)
+@preset(advantage=advantages.decoupled_advantages)
 class GDPO(Clipped):
     """Group reward-decoupled normalisation policy optimisation (arXiv:2601.05242), for several rewards.
 
@@ -137,7 +120,7 @@ class GDPO(Clipped):
     why_no_kl_in_reward = "it standardises each reward, and the KL would lose its scale"
 
 
-@preset(advantage=pass_at_k_advantages)
+@preset(advantage=advantages.pass_at_k_advantages)
 class PassK(Clipped):
     """Pass@k training (arXiv:2508.10751), for tasks where one right answer of k is enough.
 
@@ -152,7 +135,7 @@ class PassK(Clipped):
     scale = fixed("none")
 
 
-@preset(advantage=whitened_advantages)
+@preset(advantage=advantages.whitened_advantages)
 class ReinforcePlusPlusBaseline(Clipped):
     """REINFORCE++ with a group baseline (arXiv:2501.03262).
 
@@ -173,7 +156,7 @@ class ReinforcePlusPlusBaseline(Clipped):
 # completions averaged.
 
 
-@preset(advantage=leave_one_out_advantages)
+@preset(advantage=advantages.leave_one_out_advantages)
 class RLOO(Algorithm):
     """REINFORCE leave-one-out (arXiv:2402.14740).
 
@@ -186,7 +169,7 @@ class RLOO(Algorithm):
     aggregation = "sequence_sum"
 
 
-@preset(advantage=length_weighted_advantages)
+@preset(advantage=advantages.length_weighted_advantages)
 class OPO(Algorithm):
     """On-policy RL with optimal reward baseline (arXiv:2505.23585).
 
@@ -197,7 +180,7 @@ class OPO(Algorithm):
     aggregation = "sequence_sum"
 
 
-@preset(advantage=greedy_advantages)
+@preset(advantage=advantages.greedy_advantages)
 class ReMax(Algorithm):
     """ReMax (arXiv:2310.10505).
 
@@ -211,7 +194,7 @@ class ReMax(Algorithm):
     needs_greedy_baseline = True
 
 
-@preset(advantage=mean_normalised_advantages)
+@preset(advantage=advantages.mean_normalised_advantages)
 class MaxRL(Algorithm):
     """Maximum likelihood reinforcement learning (arXiv:2602.02710), for rewards of 0 and 1.
 
@@ -228,7 +211,7 @@ class MaxRL(Algorithm):
 # Other losses on GRPO's advantages ------------------------------------------------------------------------------------
 
 
-@preset(loss=cispo_loss)
+@preset(loss=losses.cispo_loss)
 class CISPO(Algorithm):
     """Clipped importance-sampling weights (MiniMax-M1, arXiv:2506.13585).
 
@@ -244,7 +227,7 @@ class CISPO(Algorithm):
     aggregation = "token_mean"
 
 
-@preset(loss=sapo_loss)
+@preset(loss=losses.sapo_loss)
 class SAPO(Algorithm):
     """Soft adaptive policy optimisation (arXiv:2511.20347).
 
@@ -259,7 +242,7 @@ class SAPO(Algorithm):
     tau_negative: Annotated[float, Gt(0)] = 1.05
 
 
-@preset(loss=dppo_loss)
+@preset(loss=losses.dppo_loss)
 class DPPO(Algorithm):
     """Divergence proximal policy optimisation with binary total variation (arXiv:2602.04879).
 
@@ -281,7 +264,7 @@ class DPPO(Algorithm):
     aggregation = "constant_length"
 
 
-@preset(loss=clip_cov_loss)
+@preset(loss=losses.clip_cov_loss)
 class ClipCov(Algorithm):
     """Clip-Cov (arXiv:2505.22617).
 
@@ -312,7 +295,7 @@ class ClipCov(Algorithm):
         return ~draw(within_T, max(int(self.share * within_T.numel()), 1), seed)
 
 
-@preset(loss=kl_cov_loss)
+@preset(loss=losses.kl_cov_loss)
 class KLCov(Algorithm):
     """KL-Cov (arXiv:2505.22617).
 

@@ -10,17 +10,12 @@ from typing import Annotated, ClassVar
 
 from annotated_types import Gt
 
+from stateset_lightning.algorithm import losses
 from stateset_lightning.algorithm.algorithm import Algorithm, fixed, preset
-from stateset_lightning.algorithm.losses import (
-    geometric_mean_loss,
-    quadratic_loss,
-    sequence_clipped_loss,
-    sequence_token_clipped_loss,
-)
 from stateset_lightning.algorithm.presets import Clipped
 
 
-@preset(loss=sequence_clipped_loss)
+@preset(loss=losses.sequence_clipped_loss)
 class GSPO(Clipped):
     """Group sequence policy optimisation (arXiv:2507.18071; bounds of section 5.1).
 
@@ -45,7 +40,7 @@ class LUSPO(GSPO):
     aggregation = "sequence_sum"
 
 
-@preset(loss=sequence_token_clipped_loss)
+@preset(loss=losses.sequence_token_clipped_loss)
 class GSPOToken(Clipped):
     """GSPO-token (arXiv:2507.18071, section 4.3).
 
@@ -56,7 +51,7 @@ class GSPOToken(Clipped):
     epsilon_high = 4e-4
 
 
-@preset(loss=geometric_mean_loss)
+@preset(loss=losses.geometric_mean_loss)
 class GMPO(Algorithm):
     """Geometric-mean policy optimisation (arXiv:2507.20673).
 
@@ -76,7 +71,7 @@ class GMPO(Algorithm):
     weighs_completions = True
 
 
-@preset(loss=quadratic_loss)
+@preset(loss=losses.quadratic_loss)
 class DRO(Algorithm):
     """Direct reward optimisation (arXiv:2405.19107) in the form of Kimi k1.5 (arXiv:2501.12599).
 

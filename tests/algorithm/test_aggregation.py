@@ -19,7 +19,7 @@ from stateset_lightning.algorithm.aggregation import (
 )
 
 AGGREGATIONS = ("sequence_mean", "token_mean", "sequence_sum", "constant_length", "prompt_mean")
-EXPORTED = [getattr(algorithms, name) for name in algorithms.__all__]
+EXPORTED = list(vars(algorithms).values())
 PRESETS = [found for found in EXPORTED if isinstance(found, type) and issubclass(found, Algorithm)]
 
 

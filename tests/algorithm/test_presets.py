@@ -48,7 +48,7 @@ from stateset_lightning.algorithm import (
 from stateset_lightning.algorithm.aggregation import per_token
 from stateset_lightning.errors import ConfigError
 
-EXPORTED = [getattr(algorithms, name) for name in algorithms.__all__]
+EXPORTED = list(vars(algorithms).values())
 PRESETS = [
     found
     for found in EXPORTED
