@@ -48,9 +48,9 @@ class BufferLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.length
 
-    def select(self, rows: Tensor) -> None:
-        """Makes row i what row `rows[i]` was. Rows may repeat: so a prompt's cache becomes that of its group."""
-        self.buffers = [_select(buffer, rows, self.length) for buffer in self.buffers]
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Makes row i what row `indices[i]` was. Rows may repeat: so a prompt's cache becomes that of its group."""
+        self.buffers = [_select(buffer, indices, self.length) for buffer in self.buffers]
         self._update_views()
 
     def join(self, other: BufferLayer, first: int, column: int, capacity: int) -> None:
@@ -99,24 +99,6 @@ def make_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:
     num_layers = len(cache.layers) or model.config.num_hidden_layers
     cache.layers = [BufferLayer(capacity) for _ in range(num_layers)]
     return cache
-
-
-def select_rows(cache: DynamicCache, rows: Tensor) -> None:
-    """Keeps, drops or repeats rows of every layer; see `BufferLayer.select`."""
-    for layer in cache.layers:
-        layer.select(rows)
-
-
-def join(cache: DynamicCache, other: DynamicCache, first: int, column: int, capacity: int) -> None:
-    """Moves the rows of `other` into `cache`, layer by layer; see `BufferLayer.join`."""
-    for layer, added in zip(cache.layers, other.layers, strict=True):
-        layer.join(added, first, column, capacity)
-
-
-def grow(cache: DynamicCache, rows: int, first: int, capacity: int) -> None:
-    """Adds empty rows to every layer; see `BufferLayer.grow`."""
-    for layer in cache.layers:
-        layer.grow(rows, first, capacity)
 
 
 def _join(rows: Tensor, added: Tensor, column: int, capacity: int) -> Tensor:

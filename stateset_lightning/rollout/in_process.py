@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -85,7 +86,7 @@ class InProcessEngine:
                 num_generations,
                 sampling,
                 seeds_N=None if greedy else seeds_N,
-                ends=sorted(self.policy.end_of_sequence_ids(self.tokenizer)),
+                ends=torch.tensor(sorted(self.policy.end_of_sequence_ids(self.tokenizer)), device=self.policy.device),
                 stop=StopStrings(sampling.stop, self.tokenizer),
             )
             for n, tokens in decoding.run():
@@ -131,6 +132,7 @@ class InProcessEngine:
         return replaced_parameters(self.policy.model.modules(), cast)
 
 
+@dataclass(eq=False)
 class _Decoding:
     """One call of `generate`: which completions are being decoded, and what has been sampled for them.
 
@@ -144,28 +146,20 @@ class _Decoding:
         stop: Strings that end a completion.
     """
 
-    def __init__(
-        self,
-        batch: RunningBatch,
-        prompts: list[list[int]],
-        num_generations: int,
-        sampling: RolloutConfig,
-        seeds_N: Sequence[int] | None,
-        ends: list[int],
-        stop: StopStrings,
-    ) -> None:
-        self.batch = batch
-        self.prompts = prompts
-        self.num_generations = num_generations
-        self.sampling = sampling
-        self.seeds_N = seeds_N
-        self.stop = stop
+    batch: RunningBatch
+    prompts: list[list[int]]
+    num_generations: int
+    sampling: RolloutConfig
+    seeds_N: Sequence[int] | None
+    ends: Tensor
+    stop: StopStrings
+
+    def __post_init__(self) -> None:
         self.decoded_rows = 0
-        num_completions = len(prompts) * num_generations
-        self.device = batch.model.device
-        self.ends = torch.tensor(ends, device=self.device)
+        self.device = self.batch.model.device
+        num_completions = len(self.prompts) * self.num_generations
         # A column more than a completion has tokens: there go those of rows that have finished, but not left yet.
-        shape = (num_completions, sampling.max_new_tokens + 1)
+        shape = (num_completions, self.sampling.max_new_tokens + 1)
         self.tokens_NT = torch.zeros(shape, dtype=torch.long, device=self.device)
         self.logprobs_NT = torch.zeros(shape, dtype=torch.float32, device=self.device)
         self.noise_NT = torch.zeros(shape, dtype=torch.float64, device=self.device)
@@ -195,15 +189,9 @@ class _Decoding:
         lengths_N = torch.tensor(self.lengths)
         is_token_NT = torch.arange(self.tokens_NT.shape[1]) < lengths_N[:, None]
         completion_tokens_T = self.tokens_NT.cpu()[is_token_NT]
-        return Rollout(
-            prompt_tokens=self.prompts,
-            completion_tokens_T=completion_tokens_T,
-            lengths_N=lengths_N,
-            logprobs_T=self.logprobs_NT.cpu()[is_token_NT],
-            sampled_T=torch.ones_like(completion_tokens_T, dtype=torch.bool),
-            finish_reasons=self.finish_reasons,
-            texts=texts,
-        )
+        logprobs_T = self.logprobs_NT.cpu()[is_token_NT]
+        sampled_T = torch.ones_like(completion_tokens_T, dtype=torch.bool)
+        return Rollout(self.prompts, completion_tokens_T, lengths_N, logprobs_T, sampled_T, self.finish_reasons, texts)
 
     def _admit(self) -> None:
         """Lets waiting completions in as room allows: whole groups, so that a prompt is prefilled once, if one fits."""

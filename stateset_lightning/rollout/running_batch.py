@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stateset_lightning.policy.packed_attention import NAME as PACKED_ATTENTION
 from stateset_lightning.policy.packed_attention import SHARED_PROMPTS_ARGUMENT, SharedPrompts
-from stateset_lightning.rollout.cache import grow, join, make_cache, select_rows
+from stateset_lightning.rollout.cache import make_cache
 from stateset_lightning.rollout.cpu_decoding import attend_to_cache
 
 if TYPE_CHECKING:
@@ -68,11 +68,12 @@ class RunningBatch:
         width, rows = max(map(len, prompts)), torch.tensor(prompt_of_row, device=self.model.device)
         # Room for the completions where the buffers stay, none where they are copied into the running batch's.
         cache, logits_PV, lengths_P = self._prefill(prompts, width if len(self) else width + self.max_new_tokens)
-        select_rows(cache, rows)
+        cache.batch_select_indices(rows)
         if len(self):
             first = int(self.starts_B.min())  # columns before it are padding of every row
             column = max(self.column - first, width)
-            join(self.cache, cache, first, column, column + self.max_new_tokens)
+            for layer, added in zip(self.cache.layers, cache.layers, strict=True):
+                layer.join(added, first, column, column + self.max_new_tokens)
         else:
             self.cache, column = cache, width
         starts_B = self._extended(self.starts_B + column - self.column, column - lengths_P[rows])
@@ -81,7 +82,7 @@ class RunningBatch:
 
     def keep(self, rows: Tensor) -> None:
         """Drops all rows but these."""
-        select_rows(self.cache, rows)
+        self.cache.batch_select_indices(rows)
         self.starts_B, self.limits_B = self.starts_B[rows], self.limits_B[rows]
 
     def step(self, tokens_B: Tensor) -> None:
@@ -164,7 +165,8 @@ class SharingBatch(RunningBatch):
         if len(self):
             first = int(self.starts_B.min())
             column = self.column - first
-            grow(self.cache, len(rows), first, column + self.max_new_tokens)
+            for layer in self.cache.layers:
+                layer.grow(len(rows), first, column + self.max_new_tokens)
             self.prompts = self.prompts.join(added, first, column)
         else:
             self.cache, column, self.prompts = make_cache(self.model, self.max_new_tokens), 0, added

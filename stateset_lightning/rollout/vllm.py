@@ -160,18 +160,14 @@ class VLLMEngine:
                     on_finished(n, texts[n], len(choice.token_ids))
         finally:
             threads.close(seconds=0)
-        return _rollout(prompts, choices, texts)
-
-
-def _rollout(prompts: list[list[int]], choices: list[Choice], texts: list[str]) -> Rollout:
-    tokens = [token for choice in choices for token in choice.token_ids]
-    logprobs = [logprob for choice in choices for logprob in choice.logprobs.token_logprobs]
-    return Rollout(
-        prompt_tokens=prompts,
-        completion_tokens_T=torch.tensor(tokens, dtype=torch.long),
-        lengths_N=torch.tensor([len(choice.token_ids) for choice in choices]),
-        logprobs_T=torch.tensor(logprobs, dtype=torch.float32),
-        sampled_T=torch.ones(len(tokens), dtype=torch.bool),
-        finish_reasons=[choice.finish_reason for choice in choices],
-        texts=texts,
-    )
+        tokens = [token for choice in choices for token in choice.token_ids]
+        logprobs = [logprob for choice in choices for logprob in choice.logprobs.token_logprobs]
+        return Rollout(
+            prompts,
+            completion_tokens_T=torch.tensor(tokens, dtype=torch.long),
+            lengths_N=torch.tensor([len(choice.token_ids) for choice in choices]),
+            logprobs_T=torch.tensor(logprobs, dtype=torch.float32),
+            sampled_T=torch.ones(len(tokens), dtype=torch.bool),
+            finish_reasons=[choice.finish_reason for choice in choices],
+            texts=texts,
+        )

@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.rollout.cache import BufferLayer, make_cache, select_rows
+from stateset_lightning.rollout.cache import BufferLayer, make_cache
 
 
 def states(rows: int, tokens: int, start: float) -> torch.Tensor:
@@ -36,11 +36,11 @@ def test_rows_can_be_repeated_reordered_and_dropped() -> None:
     layer = BufferLayer(capacity=5)
     first = states(3, 2, 0)
     layer.update(first, -first)
-    layer.select(torch.tensor([2, 0, 0, 1]))
+    layer.batch_select_indices(torch.tensor([2, 0, 0, 1]))
     second = states(4, 1, 1000)
     keys, values = layer.update(second, -second)
     assert torch.equal(keys, torch.cat([first[[2, 0, 0, 1]], second], dim=2))
-    layer.select(torch.tensor([1]))
+    layer.batch_select_indices(torch.tensor([1]))
     assert torch.equal(layer.keys, keys[[1]])
     assert torch.equal(layer.values, values[[1]])
 
@@ -48,7 +48,7 @@ def test_rows_can_be_repeated_reordered_and_dropped() -> None:
 def test_repeated_rows_do_not_share_memory() -> None:
     layer = BufferLayer(capacity=3)
     layer.update(states(1, 1, 0), states(1, 1, 0))
-    layer.select(torch.tensor([0, 0]))
+    layer.batch_select_indices(torch.tensor([0, 0]))
     new = states(2, 1, 50)
     keys, _ = layer.update(new, new)
     assert torch.equal(keys[0, :, 1], new[0, :, 0])
@@ -88,7 +88,7 @@ def test_empty_rows_can_be_added_and_old_columns_go() -> None:
 
 def test_an_unused_layer_can_lose_rows() -> None:
     layer = BufferLayer(capacity=3)
-    layer.select(torch.tensor([0]))
+    layer.batch_select_indices(torch.tensor([0]))
     assert layer.get_seq_length() == 0
 
 
@@ -111,7 +111,7 @@ def test_dropping_rows_leaves_the_others_outputs_alone(make_model: Callable[...,
     cache = make_cache(model, capacity=6)
     with torch.no_grad():
         model(ids, past_key_values=cache, use_cache=True)
-        select_rows(cache, torch.tensor([2, 0]))
+        cache.batch_select_indices(torch.tensor([2, 0]))
         logits = model(torch.tensor([[7], [8]]), past_key_values=cache, use_cache=True).logits[:, -1]
         expected = model(torch.tensor([[*ids[2].tolist(), 7], [*ids[0].tolist(), 8]])).logits[:, -1]
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
