@@ -1,7 +1,6 @@
 """This process among the data-parallel ranks, and what it can ask of the others."""
 
-from __future__ import annotations
-
+import re
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -10,14 +9,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-_LOST = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "gloo/transport",
-    "NCCL",
-    "Watchdog caught collective operation timeout",
-)
-"""What the backends say when the other end of a connection has gone, or does not answer in time."""
+# What the backends say when the other end of a connection has gone, or does not answer in time.
+_LOST = re.compile("Connection (closed|reset) by peer|gloo/transport|NCCL|Watchdog caught collective operation timeout")
 
 
 @dataclass(frozen=True)
@@ -28,7 +21,7 @@ class Ranks:
     world: int = 1
 
     @classmethod
-    def current(cls) -> Ranks:
+    def current(cls) -> "Ranks":
         """Those of torch.distributed, or this process alone."""
         distributed = torch.distributed
         is_distributed = distributed.is_available() and distributed.is_initialized()
@@ -59,9 +52,7 @@ class Ranks:
 
 def explain_lost_rank(error: BaseException) -> None:
     """Adds to an error of a collective what it means; a traceback ends with that. Does nothing to other errors."""
-    if isinstance(error, torch.distributed.DistError) or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST)
-    ):
+    if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and _LOST.search(str(error))):
         error.add_note(
             "another rank has ended, by an error of its own or killed (out of memory, perhaps), and this one cannot go"
             " on without it: see the other ranks' output, then resume from the last checkpoint (--ckpt_path last)"

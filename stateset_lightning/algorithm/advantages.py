@@ -9,8 +9,6 @@ The parameters of an advantage function are the scores (`scores_PGF`, `weights_F
 `lengths_PG`, the greedy completions' rewards (`baseline_P`), or options of the preset.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch
@@ -19,8 +17,7 @@ from torch import Tensor
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.types import NOT_APPLICABLE
 
-STD_EPSILON = 1e-4
-"""Added to a standard deviation, outside the root."""
+STD_EPSILON = 1e-4  # added to a standard deviation, outside the root
 
 Scale = Literal["group", "batch", "none"]
 
@@ -49,9 +46,12 @@ def is_constant(rewards_PG: Tensor) -> Tensor:
     return largest_P <= smallest_P
 
 
-def centred(rewards_PG: Tensor) -> Tensor:
-    """Rewards minus their group's mean; exactly zero in a constant group (the mean itself is not exact), NaN kept."""
-    difference_PG = rewards_PG - rewards_PG.nanmean(-1, keepdim=True)
+def centred(rewards_PG: Tensor, baseline_P1: Tensor | None = None) -> Tensor:
+    """Rewards minus a baseline of their group, which lies among them; None for the group's mean. NaN is kept.
+
+    Exactly zero in a constant group (the mean itself is not exact).
+    """
+    difference_PG = rewards_PG - (rewards_PG.nanmean(-1, keepdim=True) if baseline_P1 is None else baseline_P1)
     return torch.where(is_constant(rewards_PG)[:, None] & rewards_PG.isfinite(), 0.0, difference_PG)
 
 
@@ -111,8 +111,7 @@ def length_weighted_advantages(rewards_PG: Tensor, lengths_PG: Tensor) -> Tensor
     finite_PG = rewards_PG.isfinite()
     lengths_PG = lengths_PG.to(rewards_PG).where(finite_PG, 0.0)
     weighted_P1 = (rewards_PG.where(finite_PG, 0.0) * lengths_PG).sum(-1, keepdim=True)
-    difference_PG = rewards_PG - weighted_P1 / lengths_PG.sum(-1, keepdim=True).clamp(min=1)
-    return torch.where(is_constant(rewards_PG)[:, None] & finite_PG, 0.0, difference_PG)
+    return centred(rewards_PG, weighted_P1 / lengths_PG.sum(-1, keepdim=True).clamp(min=1))
 
 
 def greedy_advantages(rewards_PG: Tensor, baseline_P: Tensor) -> Tensor:

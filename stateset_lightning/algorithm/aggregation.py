@@ -3,8 +3,6 @@
 Letters: N completions, T their sampled tokens, packed one completion after the other.
 """
 
-from __future__ import annotations
-
 from typing import Literal, get_args
 
 import torch

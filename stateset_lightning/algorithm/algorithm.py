@@ -142,13 +142,12 @@ class Algorithm(Formulas):
     constant_length: Annotated[int, Ge(1)] | None = None
     mask_truncated: bool = False
 
-    # What a preset says of itself
+    # What a preset says of itself: whether `advantages` compares with the scores of a greedy completion per prompt;
+    # whether the loss weighs whole completions, which a mismatch correction of single tokens contradicts; and why the
+    # KL cannot be part of the reward, empty where it can.
     needs_greedy_baseline: ClassVar[bool] = False
-    """Whether `advantages` compares with the scores of a greedy completion per prompt."""
     weighs_completions: ClassVar[bool] = False
-    """Whether the loss weighs whole completions, which a mismatch correction of single tokens contradicts."""
     why_no_kl_in_reward: ClassVar[str] = ""
-    """Why the KL cannot be part of the reward; empty where it can."""
 
     def __post_init__(self) -> None:
         name, kind = type(self).__name__, None if self.mismatch is None else self.mismatch.kind

@@ -5,8 +5,6 @@ importance ratio is exp(log-prob now - log-prob when the episode was sampled). W
 sg) is detached. A is the advantage.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -5,8 +5,6 @@ grow with tokens x vocabulary. Softmax is float32 whatever the model's dtype. Le
 V vocabulary.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,11 +73,10 @@ class _ChunkedHead(torch.autograd.Function):
         options: HeadOptions = ctx.options
         if grads == (None, None):
             return None, None, None, None, None
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden_TH = torch.empty_like(hidden_TH) if needs_hidden else None
+        grad_hidden_TH = torch.empty_like(hidden_TH) if ctx.needs_input_grad[0] else None
         # Summed in float32: in bfloat16 the sum over many chunks would lose most of its digits.
-        grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_weight else None
-        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias and bias_V is not None else None
+        grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         for chunk in _chunks(len(targets_T), options.chunk(len(weight_VH))):
             logits = _logits(hidden_TH[chunk], weight_VH, bias_V, options)
             incoming = [None if grad_T is None else grad_T[chunk] for grad_T in grads]

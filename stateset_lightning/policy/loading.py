@@ -7,6 +7,7 @@ import os
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,6 +130,7 @@ def _set_dropout(config: PretrainedConfig, probability: float) -> None:
 # The reference policy: the policy as it was when the run started
 
 
+@dataclass(frozen=True)
 class AdapterReference:
     """The reference of a policy with an adapter: the same model, with its adapter as at the start.
 
@@ -138,14 +140,12 @@ class AdapterReference:
         policy: With an adapter.
     """
 
-    def __init__(self, policy: Policy) -> None:
-        assert policy.adapter is not None
-        self.policy = policy
-        self.adapter = policy.adapter
+    policy: Policy
 
     def score_without_gradient(self, groups: Sequence[Group], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """See `Policy.score_without_gradient`."""
-        with self.adapter.at_start():
+        assert self.policy.adapter is not None
+        with self.policy.adapter.at_start():
             return self.policy.score_without_gradient(groups, temperature)
 
 
@@ -204,13 +204,8 @@ def check_complete(option: str, missing: Iterable[str], kind: str) -> None:
 def _first_line(error: BaseException) -> str:
     """What an error says, without the page of advice that often follows."""
     text = str(error).strip()
-    hint = ""
-    if "trust_remote_code" in text:
-        hint = (
-            "; set model.policy.trust_remote_code=true if you trust its authors (generate and export:"
-            " --trust_remote_code)"
-        )
-    return text.split("\n")[0][:300] + hint
+    flags = "model.policy.trust_remote_code=true if you trust its authors (generate and export: --trust_remote_code)"
+    return text.split("\n")[0][:300] + (f"; set {flags}" if "trust_remote_code" in text else "")
 
 
 def _is_an_adapter(name: str, key: str = "model.policy.model_name") -> ConfigError:

@@ -117,7 +117,8 @@ def inject(model: PreTrainedModel, config: LoraConfig, place: str, seed: int = 0
             model.add_adapter(config, NAME)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"{place}: {_one_line(error)}") from error
-    bare = [name for name, layer in model.named_modules() if hasattr(layer, "lora_bias") and not _has_bias(layer)]
+    adapted = ((name, layer) for name, layer in model.named_modules() if hasattr(layer, "lora_bias"))
+    bare = [name for name, layer in adapted if getattr(layer.get_base_layer(), "bias", None) is None]
     if config.lora_bias and bare:
         raise ConfigError(f"{place}: lora_bias=True, and {bare[0]} has no bias to merge it into: leave it out")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -136,12 +137,11 @@ def load_weights(model: PreTrainedModel, weights: Mapping[str, Tensor], place: s
     """
     from peft import set_peft_model_state_dict
 
-    trained = trained_names(model)
     try:
         report = set_peft_model_state_dict(model, dict(weights), NAME)
     except (RuntimeError, KeyError) as error:
         raise ConfigError(f"{place} does not fit the model: {_one_line(error)}") from error
-    missing = set(report.missing_keys) & set(trained)
+    missing = set(report.missing_keys).intersection(trained_names(model))
     problems = {"no weights for": missing, "weights that the model has no place for:": report.unexpected_keys}
     for what, names in problems.items():
         if names:
@@ -237,10 +237,6 @@ def merge_adapter(model: PreTrainedModel) -> float:
     return (error / change) ** 0.5 if change else 0.0
 
 
-def _has_bias(layer: Any) -> bool:
-    return getattr(layer.get_base_layer(), "bias", None) is not None
-
-
 def _base_dtype(layer: Any) -> torch.dtype | None:
     weight = getattr(layer.get_base_layer(), "weight", None)
     return weight.dtype if isinstance(weight, Tensor) else None
@@ -272,8 +268,7 @@ def write_adapter(model: PreTrainedModel, base: str, folder: Path) -> None:
 
 def plain_config(model: PreTrainedModel) -> dict[str, Any]:
     """The adapter's config in plain containers, with the layers that it found."""
-    content: dict[str, Any] = json.loads(json.dumps(model.peft_config[NAME].to_dict(), default=sorted))
-    return content
+    return json.loads(json.dumps(model.peft_config[NAME].to_dict(), default=sorted))
 
 
 def config_from_plain(content: Mapping[str, Any]) -> LoraConfig:

@@ -5,8 +5,6 @@ Registered with transformers' attention interface. A forward with a `Layout` (tr
 used for anything else.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -65,7 +63,7 @@ def packed_attention(
         outputs.append(_flat(attend(*(_take(x, bucket.prompts_PL) for x in packed), is_causal=True)))
         if not len(bucket.queries_RM):
             continue
-        if torch.is_grad_enabled() and bucket.repeated_tokens >= RECOMPUTE_FROM:
+        if torch.is_grad_enabled() and bucket.prompts_PL.shape[1] * len(bucket.queries_RM) >= RECOMPUTE_FROM:
             # Kept for the backward pass, the repeated prompts of all layers would take more memory than the rest of
             # attention.
             options = {"use_reentrant": False, "preserve_rng_state": dropout > 0}
@@ -101,10 +99,6 @@ class Bucket:
     queries_RM: Tensor
     keys_RK: Tensor  # K = L + M: a completion's prompt, then itself
     mask: Tensor  # bool [1 or R, 1, M, K]: sees the prompt, and its own past
-
-    @property
-    def repeated_tokens(self) -> int:
-        return len(self.queries_RM) * self.prompts_PL.shape[1]
 
 
 @dataclass(frozen=True)
@@ -248,7 +242,7 @@ class SharedPrompts:
         self.padding_PL = padding_PL if bool(padding_PL.any()) else None
         self.hides_columns = bool((self.starts_B > 0).any())
 
-    def select(self, rows: Tensor) -> SharedPrompts:
+    def select(self, rows: Tensor) -> "SharedPrompts":
         """These rows only, and the prompts that they need."""
         needed, prompt_of_row_B = self.prompt_of_row_B[rows].unique(return_inverse=True)
         keys, values = self.keys, self.values
@@ -256,7 +250,7 @@ class SharedPrompts:
             keys, values = ([x[needed] for x in layers] for layers in (keys, values))
         return SharedPrompts(keys, values, self.lengths_P[needed], prompt_of_row_B, self.starts_B[rows])
 
-    def join(self, other: SharedPrompts, first: int, column: int) -> SharedPrompts:
+    def join(self, other: "SharedPrompts", first: int, column: int) -> "SharedPrompts":
         """Adds other prompts and their rows.
 
         Args:

@@ -109,10 +109,6 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return self.model.device
 
-    def end_of_sequence_ids(self, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-        """See the function of this name."""
-        return end_of_sequence_ids(self.model, tokenizer)
-
     def merged_adapter(self) -> AbstractContextManager[None]:
         """For sampling: the adapter added into copies of the weights, while the context lasts (`lora.merged_adapter`).
 
@@ -163,11 +159,8 @@ class Policy(nn.Module):
                 sources += [len(ids) - 1 + place if place else last for place in places]
                 ids += completion
                 positions += range(len(group.prompt), len(group.prompt) + len(completion))
-        layout = packed_attention.make_layout(
-            [len(group.prompt) for group in groups],
-            [[len(c) for c in group.completions] for group in groups],
-            self.device,
-        )
+        lengths = [[len(completion) for completion in group.completions] for group in groups]
+        layout = packed_attention.make_layout([len(group.prompt) for group in groups], lengths, self.device)
         # Any mask of four dimensions keeps transformers from building one of S x S; the layout is what counts.
         unused_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         arguments = {"attention_mask": unused_mask, packed_attention.LAYOUT_ARGUMENT: layout}

@@ -1,7 +1,5 @@
 """What a precision means for the weights, for sampling, and for how far two computations of a log-prob may differ."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 

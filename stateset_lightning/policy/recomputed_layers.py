@@ -7,8 +7,6 @@ layer keeps. The operations are those of the layers that are replaced, and a lay
 a probe is the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import MethodType
 from typing import Any

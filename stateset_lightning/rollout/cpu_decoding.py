@@ -29,13 +29,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import DynamicCache
 
+# Inputs with more rows (a prefill) take the stock kernel, which is as fast there.
 MAX_ROWS = 64
-"""Inputs with more rows (a prefill) take the stock kernel, which is as fast there."""
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-"""Whose layers `LlamaDecoder` computes."""
 
+# Whose layers `LlamaDecoder` computes.
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+# Layer, query [B, heads, 1, d], keys and values [B, key heads, C, d], scaling -> [B, 1, heads, d].
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
-"""Layer, query [B, heads, 1, d], keys and values [B, key heads, C, d], scaling -> [B, 1, heads, d]."""
 
 
 class CPUDecoding:
@@ -94,8 +95,7 @@ def prepacked_linears(model: nn.Module, num_rows: int) -> Iterator[None]:
 def _prepacked_forward(linear: nn.Linear, packed: Tensor, x: Tensor) -> Tensor:
     if x.numel() > MAX_ROWS * linear.in_features:
         return F.linear(x, linear.weight, linear.bias)
-    output: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, linear.bias, "none", [], "")
-    return output
+    return torch.ops.mkldnn._linear_pointwise(x, packed, linear.bias, "none", [], "")
 
 
 # Llama-like models: a step in few operations -------------------------------------------------------------------------
@@ -232,5 +232,4 @@ def _linears(layer: Any) -> list[nn.Linear]:
 
 def _plain(linear: Any) -> nn.Linear:
     """The layer itself, or the one under an adapter that is merged into it."""
-    base: nn.Linear = linear.get_base_layer() if getattr(linear, "merged", False) else linear
-    return base
+    return linear.get_base_layer() if getattr(linear, "merged", False) else linear

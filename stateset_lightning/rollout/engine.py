@@ -63,8 +63,8 @@ class RolloutConfig:
             )
 
 
+# Called with (completion, text, tokens) as soon as a completion is finished, in no particular order.
 OnFinished = Callable[[int, str, int], None]
-"""Called with (completion, text, tokens) as soon as a completion is finished, in no particular order."""
 
 
 class RolloutEngine(Protocol):

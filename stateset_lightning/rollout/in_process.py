@@ -6,33 +6,27 @@ take their place; keys and values go into preallocated buffers. The noise of a c
 completions, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from stateset_lightning.errors import NonFiniteError
+from stateset_lightning.policy import Policy, end_of_sequence_ids
 from stateset_lightning.policy.precision import replaced_parameters
 from stateset_lightning.rollout.cpu_decoding import CPUDecoding
+from stateset_lightning.rollout.engine import OnFinished, RolloutConfig
 from stateset_lightning.rollout.running_batch import RunningBatch, make_running_batch
 from stateset_lightning.rollout.sampling import StopStrings, check_length, sample_tokens
 from stateset_lightning.seeding import uniforms
 from stateset_lightning.types import FinishReason, Rollout
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from stateset_lightning.policy import Policy
-    from stateset_lightning.rollout.engine import OnFinished, RolloutConfig
-
+# Finished rows leave the batch when fewer than this share of its rows is still running: leaving copies the cache.
 COMPACT_BELOW = 0.75
-"""Finished rows leave the batch when fewer than this share of its rows is still running: leaving copies the cache."""
 
 
 class InProcessEngine:
@@ -80,17 +74,11 @@ class InProcessEngine:
         texts = [""] * len(seeds_N)
         with self._sampling_mode(), self._cpu_decoding.prepared(min(len(texts), sampling.max_batch_rows)) as decoder:
             batch = make_running_batch(self.policy.model, sampling.max_new_tokens, max(map(len, prompts)), decoder)
-            decoding = _Decoding(
-                batch,
-                prompts,
-                num_generations,
-                sampling,
-                seeds_N=None if greedy else seeds_N,
-                ends=torch.tensor(sorted(self.policy.end_of_sequence_ids(self.tokenizer)), device=self.policy.device),
-                stop=StopStrings(sampling.stop, self.tokenizer),
-            )
+            ends = torch.tensor(sorted(end_of_sequence_ids(batch.model, self.tokenizer)), device=batch.model.device)
+            stop, noise = StopStrings(sampling.stop, self.tokenizer), None if greedy else seeds_N
+            decoding = _Decoding(batch, prompts, num_generations, sampling, noise, ends, stop)
             for n, tokens in decoding.run():
-                texts[n] = decoding.stop.text(tokens)
+                texts[n] = stop.text(tokens)
                 if on_finished is not None:
                     on_finished(n, texts[n], len(tokens))
         self.decoded_rows = decoding.decoded_rows

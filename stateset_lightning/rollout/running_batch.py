@@ -16,16 +16,14 @@ from torch import Tensor
 from stateset_lightning.policy.packed_attention import NAME as PACKED_ATTENTION
 from stateset_lightning.policy.packed_attention import SHARED_PROMPTS_ARGUMENT, SharedPrompts
 from stateset_lightning.rollout.cache import make_cache
-from stateset_lightning.rollout.cpu_decoding import attend_to_cache
+from stateset_lightning.rollout.cpu_decoding import Attend, LlamaDecoder, attend_to_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import DynamicCache
 
-    from stateset_lightning.rollout.cpu_decoding import Attend, LlamaDecoder
-
+# Tokens of the longest prompt from which sharing is faster than a kernel call over copies (benchmarks/RESULTS.md).
 SHARE_FROM = 256
-"""Tokens of the longest prompt from which sharing is faster than a kernel call over copies (benchmarks/RESULTS.md)."""
 
 
 def make_running_batch(
@@ -132,9 +130,7 @@ class RunningBatch:
     def _forward(self, ids: Tensor, positions: Tensor, cache: DynamicCache, **arguments: Any) -> Tensor:
         """The model's logits at the last column, [B, V]; keys and values go into the cache."""
         options: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-        output = self.model(input_ids=ids, position_ids=positions, **options, **arguments)
-        logits_BV: Tensor = output.logits[:, -1]
-        return logits_BV
+        return self.model(input_ids=ids, position_ids=positions, **options, **arguments).logits[:, -1]
 
     def _mask(self) -> Tensor | None:
         """Bool [B, C]: whether a row sees a column, the next token's included; None when nothing is padded."""
@@ -154,8 +150,7 @@ class RunningBatch:
 class SharingBatch(RunningBatch):
     """A batch that keeps each prompt's keys and values once: the cache holds only what the rows have decoded."""
 
-    prompts: SharedPrompts
-    """There are some as soon as there are rows."""
+    prompts: SharedPrompts  # there are some as soon as there are rows
 
     def admit(self, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int]) -> None:
         rows = torch.tensor(prompt_of_row, device=self.model.device)

@@ -3,20 +3,14 @@
 Letters: B rows of the batch, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from stateset_lightning.errors import ConfigError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from stateset_lightning.rollout.engine import RolloutConfig
+from stateset_lightning.rollout.engine import RolloutConfig
 
 
 def check_length(prompts: Sequence[Sequence[int]], max_new_tokens: int, limit: int, whose: str) -> None:

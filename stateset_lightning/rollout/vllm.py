@@ -10,13 +10,14 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import as_completed
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Gt
+from transformers import PreTrainedTokenizerBase
 
 from stateset_lightning.errors import ConfigError, ServerError, bounded
-from stateset_lightning.policy import Policy
+from stateset_lightning.policy import Policy, end_of_sequence_ids
 from stateset_lightning.policy.config import Dtype
 from stateset_lightning.rollout.engine import OnFinished, RolloutConfig
 from stateset_lightning.rollout.sampling import StopStrings, check_length
@@ -24,9 +25,6 @@ from stateset_lightning.rollout.vllm_client import Choice, Models, VLLMServer
 from stateset_lightning.rollout.vllm_weights import WeightSync, filters_of, request
 from stateset_lightning.threads import DaemonThreads, interruptible
 from stateset_lightning.types import Metrics, Rollout
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("stateset_lightning")
 
@@ -71,7 +69,7 @@ class VLLMEngine:
         self._make_sync = partial(WeightSync, self.servers, folder=folder, dtype=dtype, tolerance=tolerance)
         self._restored = 0
 
-    def setup(self, tokenizer: "PreTrainedTokenizerBase", sampling: RolloutConfig) -> None:
+    def setup(self, tokenizer: PreTrainedTokenizerBase, sampling: RolloutConfig) -> None:
         """Waits for the servers and asks what they serve; called before a run.
 
         Raises:
@@ -112,7 +110,7 @@ class VLLMEngine:
             SamplingError: If a server does not compute the policy.
             ServerError: If a server does not take the weights.
         """
-        self._ends = sorted(policy.end_of_sequence_ids(self.tokenizer))
+        self._ends = sorted(end_of_sequence_ids(policy.model, self.tokenizer))
         for server in self.servers:
             server.vocabulary = policy.model.config.get_text_config().vocab_size
         self._weights.update(policy)
@@ -142,17 +140,16 @@ class VLLMEngine:
         common: dict[str, Any] = {"max_tokens": sampling.max_new_tokens, "stop_token_ids": self._ends}
         if sampling.stop:
             common |= {"stop": sampling.stop, "include_stop_str_in_output": True}
-        calls = []
-        for n, seed in enumerate(seeds_N):
-            p = n // num_generations
-            server = self.servers[p % len(self.servers)]
-            own = {"prompt": prompts[p], "seed": seed}
-            calls.append(partial(server.complete, {**request(server, synced, sampling, greedy), **common, **own}))
         stop = StopStrings(sampling.stop, self.tokenizer)
-        choices, texts = [Choice.model_construct()] * len(calls), [""] * len(calls)
-        threads = DaemonThreads(sampling.max_batch_rows, "vllm-request")
+        choices, texts = [Choice.model_construct()] * len(seeds_N), [""] * len(seeds_N)
+        threads, numbers = DaemonThreads(sampling.max_batch_rows, "vllm-request"), {}
         try:
-            numbers = {threads.submit(call): n for n, call in enumerate(calls)}
+            for n, seed in enumerate(seeds_N):
+                p = n // num_generations
+                server = self.servers[p % len(self.servers)]
+                own = {"prompt": prompts[p], "seed": seed}
+                body = {**request(server, synced, sampling, greedy), **common, **own}
+                numbers[threads.submit(server.complete, body)] = n
             for future in as_completed(numbers):
                 n, (choice,) = numbers[future], future.result()
                 choices[n], texts[n] = choice, stop.text(choice.token_ids)
@@ -161,7 +158,7 @@ class VLLMEngine:
         finally:
             threads.close(seconds=0)
         tokens = [token for choice in choices for token in choice.token_ids]
-        logprobs = [logprob for choice in choices for logprob in choice.logprobs.token_logprobs]
+        logprobs = [logprob for choice in choices for logprob in choice.logprobs]
         return Rollout(
             prompts,
             completion_tokens_T=torch.tensor(tokens, dtype=torch.long),

@@ -3,8 +3,6 @@
 No answer is taken as it is: each is bounded in size and in time, has a schema, and must be one to what was asked.
 """
 
-from __future__ import annotations
-
 import http.client
 import io
 import json
@@ -18,11 +16,12 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from functools import partial
 from typing import Annotated, Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from annotated_types import Ge, Lt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError
 
 from stateset_lightning.errors import ConfigError, NonFiniteError, ServerError
 from stateset_lightning.redaction import redacted_text, remember
@@ -33,17 +32,17 @@ log = logging.getLogger("stateset_lightning")
 T = TypeVar("T")
 Schema = TypeVar("Schema", bound=BaseModel)
 
+# Seconds between two attempts; each pause is twice the one before.
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 10.0
-"""Seconds between two attempts; each pause is twice the one before."""
 
+# Bad answers to one request that end the run, where the server is there all the time.
 ATTEMPTS = 3
-"""Bad answers to one request that end the run, where the server is there all the time."""
 
+# Of an answer at most, with its headers. A token with its text and log-prob takes about a hundred.
 BYTES, BYTES_PER_TOKEN = 2**20, 500
-"""Of an answer at most, with its headers. A token with its text and log-prob takes about a hundred."""
 
+# Nats; rounding may make the log-prob of a certain token that much larger than 0.
 LARGEST_LOGPROB = 0.01
-"""Nats; rounding may make the log-prob of a certain token that much larger than 0."""
 
 INT64 = 2**63
 
@@ -66,15 +65,11 @@ class Models(Answer):
     data: list[Model]
 
 
-class Logprobs(Answer):
-    token_logprobs: list[float]
-
-
 class Choice(Answer):
     """A completion."""
 
     token_ids: list[Annotated[int, Ge(0), Lt(INT64)]]
-    logprobs: Logprobs
+    logprobs: list[float] = Field(validation_alias=AliasPath("logprobs", "token_logprobs"))
     finish_reason: FinishReason  # `abort` comes from a server that is shutting down
 
 
@@ -201,13 +196,20 @@ class VLLMServer:
 
         Raises:
             BadAnswer: If they are none to this request.
+            ServerLost: If there is no answer, or the server does not have our weights.
+            ServerError: If the server refuses.
             NonFiniteError: If their log-probs are not finite.
         """
-        choices = self.ask("/v1/completions", Choices, body).choices
+        try:
+            choices = self.ask("/v1/completions", Choices, body).choices
+        except ServerError as error:
+            if error.status == 404:  # the server has been started again, and does not have our weights
+                raise ServerLost(str(error)) from error
+            raise
         if len(choices) != body.get("n", 1):
             raise BadAnswer(f"{len(choices)} completions where {body.get('n', 1)} were asked for")
         for choice in choices:
-            count, logprobs = len(choice.token_ids), choice.logprobs.token_logprobs
+            count, logprobs = len(choice.token_ids), choice.logprobs
             if not 1 <= count <= body["max_tokens"]:
                 raise BadAnswer(f"{count} tokens where 1 to {body['max_tokens']} were asked for")
             if len(logprobs) != count:
@@ -230,16 +232,7 @@ class VLLMServer:
             NonFiniteError: If their log-probs are not finite.
             ServerError: If the server refuses, answers badly, or stays away for longer than `max_wait`.
         """
-
-        def attempt() -> list[Choice]:
-            try:
-                return self.choices(body)
-            except ServerError as error:
-                if error.status == 404:  # the server has been started again, and does not have our weights
-                    raise ServerLost(str(error)) from error
-                raise
-
-        return self.patiently(attempt)
+        return self.patiently(partial(self.choices, body))
 
     def patiently(self, attempt: Callable[[], T]) -> T:
         """Calls `attempt` until it does not raise `ServerLost`.
@@ -329,13 +322,10 @@ def _tokens(body: Mapping[str, Any]) -> int:
 def _message(content: bytes) -> str:
     """What a refusal says: vLLM's are JSON, those of a proxy perhaps a page."""
     text = redacted_text(content.decode(errors="replace"))  # before a secret is cut in two
+    found = re.search(r'"(?:message|detail)"\s*:\s*("(?:[^"\\]|\\.)*")', text)
     try:
-        said = json.loads(text)
-        inner = said.get("error", said) if isinstance(said, dict) else said
-        if isinstance(inner, dict):
-            inner = inner.get("message") or inner.get("detail") or inner
-        return _line(str(inner))
-    except (ValueError, RecursionError):
+        return _line(json.loads(found[1]) if found else text)
+    except ValueError:  # it only looks like JSON
         return _line(text)
 
 

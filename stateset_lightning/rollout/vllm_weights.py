@@ -1,7 +1,5 @@
 """The policy's weights on vLLM servers: handed over, and checked by what the servers answer with them."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 import time
@@ -15,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stateset_lightning.errors import SamplingError, ServerError, UserError
+from stateset_lightning.errors import DiskError, SamplingError, ServerError, UserError
 from stateset_lightning.policy import Group, Policy, save_adapter
 from stateset_lightning.policy.precision import logprob_tolerance
 from stateset_lightning.ranks import Ranks
@@ -24,11 +22,11 @@ from stateset_lightning.rollout.vllm_client import VLLMServer
 from stateset_lightning.types import Metrics
 
 PROBE_PROMPT = list(range(3, 16))
+# Asks for the few tokens whose log-probs are compared. Any tokens do: the policy scores the same ones.
 PROBE = {"prompt": PROBE_PROMPT, "n": 4, "max_tokens": 8, "seed": 0, "ignore_eos": True}
-"""Asks for the few tokens whose log-probs are compared. Any tokens do: the policy scores the same ones."""
 
+# Tokens and their log-probs, float32, of some completions.
 Completions = list[tuple[list[int], Tensor]]
-"""Tokens and their log-probs, float32, of some completions."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,7 @@ def request(server: VLLMServer, synced: Synced, sampling: RolloutConfig, greedy:
     }
 
 
+@dataclass(eq=False)
 class WeightSync:
     """Keeps the servers' weights equal to the policy's.
 
@@ -85,25 +84,16 @@ class WeightSync:
         metrics: Of the last sync, as (sum, count).
     """
 
-    def __init__(
-        self,
-        servers: Sequence[VLLMServer],
-        sampling: RolloutConfig,
-        *,
-        folder: str | None,
-        dtype: str | None,
-        tolerance: float | None,
-    ) -> None:
-        self.servers = servers
-        self.sampling = sampling
-        self.dtype = dtype
-        self.tolerance = tolerance
-        self.synced: Synced | None = None
-        self.metrics: Metrics = {}
-        self._folder = folder
-        self._home: tempfile.TemporaryDirectory[str] | None = None
-        self._version = 0
-        self._fingerprint: list[int] = []  # of the weights that the servers have
+    servers: Sequence[VLLMServer]
+    sampling: RolloutConfig
+    folder: str | None
+    dtype: str | None
+    tolerance: float | None
+    synced: Synced | None = None
+    metrics: Metrics = field(default_factory=dict)
+    _home: tempfile.TemporaryDirectory[str] | None = None
+    _version: int = 0
+    _fingerprint: list[int] = field(default_factory=list)  # of the weights that the servers have
 
     def update(self, policy: Policy) -> None:
         """Gives the servers the policy's weights, unless they have them. Every rank calls it; the first one acts.
@@ -127,6 +117,8 @@ class WeightSync:
             outcome = self._hand_over(policy) if ranks.rank == 0 else None
         except UserError as error:  # gathered, so that all ranks end when the first one fails
             outcome = error
+        except OSError as error:
+            outcome = DiskError(f"model.engine.folder={self.folder!r}: no weights can be handed over there: {error}")
         outcome = ranks.gather(outcome)[0]
         if not isinstance(outcome, Synced):
             assert outcome is not None
@@ -139,7 +131,7 @@ class WeightSync:
     def _hand_over(self, policy: Policy) -> Synced:
         if self._home is None:
             self._home = tempfile.TemporaryDirectory(
-                prefix="stateset-lightning-", dir=self._folder, ignore_cleanup_errors=True
+                prefix="stateset-lightning-", dir=self.folder, ignore_cleanup_errors=True
             )
         home = Path(self._home.name)
         # A new path for each version, or vLLM's prefix cache would go on with keys and values of old weights: it tells
@@ -194,7 +186,7 @@ class WeightSync:
 
     def _answers(self, server: VLLMServer, synced: Synced) -> Completions:
         choices = server.choices({**request(server, synced, self.sampling), **PROBE})
-        return [(choice.token_ids, torch.tensor(choice.logprobs.token_logprobs)) for choice in choices]
+        return [(choice.token_ids, torch.tensor(choice.logprobs)) for choice in choices]
 
     def _compared(self, server: VLLMServer, synced: Synced, policy: Policy) -> Synced:
         """Compares the server's answers with the policy, and notes the policy's.
@@ -242,7 +234,7 @@ def filters_of(sampling: RolloutConfig) -> str:
     """What changes the samples beside the temperature, as `name=value, ...`; empty if nothing does."""
     values = {
         "top_k": sampling.top_k,
-        "top_p": sampling.top_p if sampling.top_p != 1 else None,
+        "top_p": None if sampling.top_p == 1 else sampling.top_p,
         "min_p": sampling.min_p,
     }
     return ", ".join(f"{name}={value}" for name, value in values.items() if value is not None)

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.policy import Group, LoRAConfig, Policy, PolicyConfig, context_length, head, packed_attention
+from stateset_lightning.policy import (
+    Group,
+    LoRAConfig,
+    Policy,
+    PolicyConfig,
+    context_length,
+    end_of_sequence_ids,
+    head,
+    packed_attention,
+)
 
 GROUPS = [
     Group([20, 31, 42, 53, 64, 75], [[86, 97, 108, 119, 130, 141], [152], [163, 174]]),
@@ -409,7 +418,7 @@ def test_end_tokens_are_the_tokenizers_and_the_generation_configs(
 ) -> None:
     model = make_model("llama")
     model.generation_config.eos_token_id = configured
-    assert make_policy(model).end_of_sequence_ids(tiny_tokenizer) == expected
+    assert end_of_sequence_ids(model, tiny_tokenizer) == expected
 
 
 @pytest.mark.parametrize(
@@ -453,7 +462,7 @@ def test_scoring_enters_few_of_our_files(make_model: Callable[..., Any], tiny_to
         policy.score_without_gradient(MIXED)
         policy.score(GROUPS)[0].sum().backward()
         with policy.merged_adapter():
-            policy.end_of_sequence_ids(tiny_tokenizer)
+            end_of_sequence_ids(policy.model, tiny_tokenizer)
         assert not policy.has_dropout
         assert policy.context_length == 128
     finally:

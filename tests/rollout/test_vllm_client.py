@@ -87,8 +87,10 @@ def test_a_server_may_be_away_more_than_once_for_one_request(server: Running) ->
     ("answer", "said"),
     [
         ('{"error": {"message": "no such model"}}', "no such model"),
-        ('{"error": {"code": 7}}', "{'code': 7}"),
-        ('["first", "second"]', "['first', 'second']"),
+        ('{"error": {"code": 7}}', '{"error": {"code": 7}}'),
+        ('{"detail": "a\\nb \\" c", "message": 7}', 'a b " c'),
+        ('{"detail": "\\x"}', '{"detail": "\\x"}'),
+        ('["first", "second"]', '["first", "second"]'),
         ("<html>\n  a proxy's\n</html>", "<html> a proxy's </html>"),
         ("", "Bad Request"),
     ],
