@@ -77,9 +77,8 @@ def group_advantages(rewards_PG: Tensor, scale: Scale = "group") -> Tensor:
     difference_PG = centred(rewards_PG)
     if scale == "none":
         return difference_PG
-    if scale == "group":
-        return difference_PG / (nan_std(rewards_PG, dim=-1) + STD_EPSILON)
-    return difference_PG / (nan_std(rewards_PG.flatten(), dim=0) + STD_EPSILON)
+    std = nan_std(rewards_PG, dim=-1) if scale == "group" else nan_std(rewards_PG.flatten(), dim=0)
+    return difference_PG / (std + STD_EPSILON)
 
 
 def whitened_advantages(rewards_PG: Tensor) -> Tensor:
@@ -190,9 +189,7 @@ def beta_normalised_advantages(rewards_PG: Tensor) -> Tensor:
 def _beta_parameters(p: Tensor) -> tuple[Tensor, Tensor]:
     """(1 + a/3, 1 + b/3) with Beta(a, b) fitted to `p` by the method of moments."""
     one = torch.ones((), dtype=torch.float64)
-    if len(p) < 2:
-        return one, one
-    mean, variance = p.mean(), p.var(unbiased=False)
+    mean, variance = p.mean(), p.var(unbiased=False) if len(p) > 1 else 0.0
     if not 0 < variance < mean * (1 - mean):
         return one, one
     total = mean * (1 - mean) / variance - 1

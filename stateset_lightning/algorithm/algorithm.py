@@ -179,10 +179,8 @@ class Algorithm(Formulas):
         """Fills in what follows from the rollout; called once, before training."""
         if samples_elsewhere and self.mismatch is None:
             self.mismatch = Mismatch("sequence_tis" if self.weighs_completions else "token_tis")
-            log.info(
-                "model.algorithm.mismatch: %s, since another process samples (kind: none for no correction)",
-                self.mismatch,
-            )
+            said = "model.algorithm.mismatch: %s, since another process samples (kind: none for no correction)"
+            log.info(said, self.mismatch)
         if self.aggregation == "constant_length" and self.constant_length is None:
             self.constant_length = max_new_tokens
 

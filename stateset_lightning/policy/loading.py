@@ -89,7 +89,6 @@ def load_model(policy: PolicyConfig, default_dtype: torch.dtype = torch.float32,
     with loading_errors(option):
         config = AutoConfig.from_pretrained(name, **_hub_options(policy))
         _set_dropout(config, policy.dropout)
-        model: PreTrainedModel
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,

@@ -275,8 +275,7 @@ class SharedPrompts:
         """Query [B, k r, 1, d], own keys and values [B, k, C, d] -> output [B, 1, k r, d]."""
         prompt_keys, prompt_values = self.keys[layer], self.values[layer]
         _, key_heads, longest, d = prompt_keys.shape
-        rows = len(query)
-        grouped_BkrD = (query * scaling).view(rows, key_heads, -1, d)
+        grouped_BkrD = (query * scaling).view(len(query), key_heads, -1, d)
         per_key = grouped_BkrD.shape[2]
         scores = self._to_prompts(grouped_BkrD) @ prompt_keys.transpose(-1, -2)
         if self.padding_PL is not None:
@@ -289,7 +288,7 @@ class SharedPrompts:
         weights = torch.cat([prompt_scores, own_scores], dim=-1).softmax(-1)
         prompt_weights, own_weights = weights[..., :longest], weights[..., longest:]
         output = self._to_rows(self._to_prompts(prompt_weights) @ prompt_values, per_key) + own_weights @ value
-        return output.reshape(rows, 1, -1, d)
+        return output.reshape(len(query), 1, -1, d)
 
     def _to_prompts(self, values: Tensor) -> Tensor:
         """[B, k, r, x] -> [P, k, R r, x]: all rows of a prompt together, for one product with its keys or values."""

@@ -109,13 +109,11 @@ def use_recomputed_layers(model: nn.Module) -> int:
     Returns:
         The number of layers replaced.
     """
-    replaced = 0
-    for module in model.modules():
-        forward = _recomputed_forward(module)
-        if forward is not None and _is_same(module, forward):
-            vars(module)["forward"] = MethodType(forward, module)
-            replaced += 1
-    return replaced
+    found = [(module, forward) for module in model.modules() if (forward := _recomputed_forward(module)) is not None]
+    same = [(module, forward) for module, forward in found if _is_same(module, forward)]
+    for module, forward in same:
+        vars(module)["forward"] = MethodType(forward, module)
+    return len(same)
 
 
 def _recomputed_forward(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:

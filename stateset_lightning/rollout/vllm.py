@@ -157,14 +157,9 @@ class VLLMEngine:
                     on_finished(n, texts[n], len(choice.token_ids))
         finally:
             threads.close(seconds=0)
-        tokens = [token for choice in choices for token in choice.token_ids]
-        logprobs = [logprob for choice in choices for logprob in choice.logprobs]
-        return Rollout(
-            prompts,
-            completion_tokens_T=torch.tensor(tokens, dtype=torch.long),
-            lengths_N=torch.tensor([len(choice.token_ids) for choice in choices]),
-            logprobs_T=torch.tensor(logprobs, dtype=torch.float32),
-            sampled_T=torch.ones(len(tokens), dtype=torch.bool),
-            finish_reasons=[choice.finish_reason for choice in choices],
-            texts=texts,
-        )
+        completion_tokens_T = torch.tensor([token for choice in choices for token in choice.token_ids])
+        logprobs_T = torch.tensor([logprob for choice in choices for logprob in choice.logprobs], dtype=torch.float32)
+        lengths_N = torch.tensor([len(choice.token_ids) for choice in choices])
+        sampled_T = torch.ones_like(completion_tokens_T, dtype=torch.bool)
+        finish_reasons = [choice.finish_reason for choice in choices]
+        return Rollout(prompts, completion_tokens_T, lengths_N, logprobs_T, sampled_T, finish_reasons, texts)
