@@ -107,6 +107,7 @@ class VLLMEngine:
         """See `RolloutEngine.sync`. Every rank calls it; the first one acts.
 
         Raises:
+            DiskError: If weights cannot be written into the folder.
             SamplingError: If a server does not compute the policy.
             ServerError: If a server does not take the weights.
         """

@@ -99,6 +99,7 @@ class WeightSync:
         """Gives the servers the policy's weights, unless they have them. Every rank calls it; the first one acts.
 
         Raises:
+            DiskError: If the folder cannot be written.
             SamplingError: If a server does not compute the policy.
             ServerError: If a server does not take the weights.
         """

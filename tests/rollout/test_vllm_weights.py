@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from vllm_stub import PROMPTS, SAMPLING, SEEDS, Running, adapted, change, synced_engine
 
-from stateset_lightning.errors import SamplingError, ServerError
+from stateset_lightning.errors import DiskError, SamplingError, ServerError
 from stateset_lightning.policy import Policy, PolicyConfig, load_model
 from stateset_lightning.rollout import RolloutConfig, vllm_weights
 
@@ -115,6 +115,14 @@ def test_a_server_without_adapters_says_what_it_needs(server: Running, monkeypat
         ServerError, match=r"\(404\): Not Found. The server is started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
     ):
         synced_engine(server, adapted())
+
+
+def test_a_folder_that_cannot_be_written_is_named(server: Running, tmp_path: Path) -> None:
+    folder = str(tmp_path / "not mounted")
+    with pytest.raises(
+        DiskError, match=rf"model\.engine\.folder='{folder}': no weights can be handed over there: .*No such"
+    ):
+        synced_engine(server, adapted(), folder=folder)
 
 
 def test_only_the_first_rank_hands_over_and_all_end_where_it_fails(
