@@ -130,6 +130,10 @@ class Hostile(socketserver.ThreadingTCPServer):
         self.written, self.asked = written, 0
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
+    def server_close(self) -> None:
+        self.shutdown()
+        super().server_close()
+
     @property
     def address(self) -> str:
         return f"127.0.0.1:{self.server_address[1]}"
@@ -139,10 +143,11 @@ class _HostileHandler(socketserver.StreamRequestHandler):
     server: Hostile
 
     def handle(self) -> None:
-        path = self.rfile.readline().split()[1]
+        if not (words := self.rfile.readline().split()):
+            return  # the client has given up
         headers = dict(line.rstrip().split(b": ", 1) for line in iter(self.rfile.readline, b"\r\n"))
         self.rfile.read(int(headers.get(b"Content-Length", 0)))
-        if path not in (b"/v1/completions", b"/v1/models"):
+        if words[1] not in (b"/v1/completions", b"/v1/models"):
             self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
             return
         self.server.asked += 1
@@ -258,7 +263,6 @@ def test_an_answer_that_cannot_be_used_ends_the_run_in_one_line(case: str, monke
         assert message.isprintable()
         if is_bad:
             assert (server.asked, "attempt 3 of 3" in message) == (3, True)
-        server.shutdown()
 
 
 def test_a_usable_answer_is_taken() -> None:
@@ -269,7 +273,6 @@ def test_a_usable_answer_is_taken() -> None:
             client.vocabulary = 100
             (choice,) = client.complete(BODY)
             assert len(choice.token_ids) == 2
-            server.shutdown()
 
 
 @pytest.mark.parametrize(
@@ -287,10 +290,8 @@ def test_a_server_that_is_no_vllm_is_told_at_the_start(
     answer: Any, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm_client, "FIRST_PAUSE", 0.01)
-    with Hostile(told(answer)) as server:
-        with pytest.raises(ServerError, match=rf"http://{server.address} .*{expected}"):
-            VLLMEngine([f"http://{server.address}"]).setup(TOKENIZER, SAMPLING)
-        server.shutdown()
+    with Hostile(told(answer)) as server, pytest.raises(ServerError, match=rf"http://{server.address} .*{expected}"):
+        VLLMEngine([f"http://{server.address}"]).setup(TOKENIZER, SAMPLING)
 
 
 @pytest.mark.parametrize(
