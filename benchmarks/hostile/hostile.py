@@ -31,8 +31,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork has no use for a pool of
 os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", WANDB_MODE="offline", CUDA_VISIBLE_DEVICES="")
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1] / "tests")]
-os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-
+sys.path.append(str(HERE.parents[1]))
 import attempt
 import disks
 import files
@@ -42,6 +41,8 @@ import signals
 import torch
 import vllm_stub
 from cases import Place, Plan
+
+import stateset_lightning
 
 # what commands import when they run
 from stateset_lightning.cli import config, convert, doctor, export, generate, report, trained  # noqa: F401
@@ -152,6 +153,7 @@ def main() -> int:
     args = parser.parse_args()
     began = time.monotonic()
     torch.set_num_threads(1)
+    os.environ["PYTHONPATH"] = str(Path(stateset_lightning.__file__).parents[1])  # whole processes run the same package
     warnings.filterwarnings("ignore")
     load_model(PolicyConfig("tiny"))  # imports the model's code before the first fork
     vllm_stub._model(2)
