@@ -228,9 +228,10 @@ def tracebacks(output: str) -> Iterator[str]:
             places = re.findall(r'File ".*/(.+?)", line (\d+), in', match[0])[-3:]
             last = match[0].strip().splitlines()[-1][:300]
             yield f"{' > '.join(':'.join(place) for place in places)}: {last}"
-    for sign in ("Fatal Python error", "never retrieved", "was never awaited", "Task was destroyed", "Segmentation"):
-        if sign in output:
-            yield next(line for line in output.splitlines() if sign in line)[:300]
+    signs = "Fatal Python error|never retrieved|was never awaited|Task was destroyed|Segmentation fault"
+    for match in re.finditer(rf"^.*(?:{signs}).*\n(?:.*\n){{0,2}}", output, re.MULTILINE):
+        if REWARDS not in match[0] and "'fails'" not in match[0]:  # of the reward's own tasks
+            yield match[0].strip()[:300]
 
 
 def forms(secret: str) -> list[bytes]:

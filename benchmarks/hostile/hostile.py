@@ -129,7 +129,7 @@ def run_case(given: tuple[Case, Path, Path, float]) -> Result:
 
 
 def draw_cases(cases: int, whole: int, kinds: list[str], seed: int) -> list[Case]:
-    """Of each kind its share; whole processes last."""
+    """Of each kind its share."""
     total = sum(count for _, count in KINDS.values())
     drawn = [
         Case(kind, seed * 1_000_000 + number)
@@ -137,7 +137,9 @@ def draw_cases(cases: int, whole: int, kinds: list[str], seed: int) -> list[Case
         if kind in kinds
         for number in range(round(count * cases / total))
     ]
-    return drawn + [Case("whole", seed * 1_000_000 + number) for number in range(whole if "whole" in kinds else 0)]
+    drawn += [Case("whole", seed * 1_000_000 + number) for number in range(whole if "whole" in kinds else 0)]
+    random.Random(seed).shuffle(drawn)  # an early look shows all kinds
+    return drawn
 
 
 def main() -> int:
