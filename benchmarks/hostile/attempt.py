@@ -189,7 +189,8 @@ def faults(plan: Plan, ended: Ended, place: Place, before: Files, secrets: Mappi
     wrong += [f"{name}: is gone" for name in sorted(before.keys() - after.keys()) if not allowed(name, plan, ended)]
     wrong += [f"{process} runs on" for process in ended.outlived]
     texts = {"output": ended.output.encode()}
-    texts |= {name: (place.root / name).read_bytes() for name in new if (place.root / name).is_file()}
+    written = (name for name in new if "/" in name and (place.root / name).is_file())
+    texts |= {name: (place.root / name).read_bytes() for name in written}
     for where, secret in secrets.items():
         for name, text in texts.items():
             if form := next((form for form in forms(secret) if form in text), None):
@@ -250,7 +251,7 @@ def around(text: bytes, form: bytes) -> str:
 
 def leftovers(place: Place, pid: int) -> list[str]:
     """Processes of a case that are still there some seconds after its end; they are killed."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 3
     while (left := list(processes(place, pid))) and time.monotonic() < deadline:
         time.sleep(0.05)
     told = []

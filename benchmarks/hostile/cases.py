@@ -95,11 +95,12 @@ class Place:
     root: Path
     world: Path
     rng: random.Random
+    seed: int
     secrets: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def make(cls, root: Path, world: Path, rng: random.Random) -> Place:
-        place = cls(root, world, rng)
+    def make(cls, root: Path, world: Path, rng: random.Random, seed: int = 0) -> Place:
+        place = cls(root, world, rng, seed)
         for folder in (place.work, place.home, place.temporary, place.work / "runs"):
             folder.mkdir(parents=True)
         return place

@@ -59,7 +59,7 @@ def row_text(place: Place) -> tuple[str, bytes]:
     makers: tuple[Callable[[], tuple[str, str | bytes]], ...] = (
         lambda: ("a.jsonl", "".join(json.dumps(row) + "\n" for row in hostile_rows(rng))),
         lambda: ("a.json", json.dumps(hostile_rows(rng))),
-        lambda: ("a.yaml", yaml.safe_dump(json.loads(json.dumps(hostile_rows(rng))))),
+        lambda: ("a.yaml", json.dumps(hostile_rows(rng), indent=1)),  # which is YAML, too
         lambda: ("a.jsonl", damaged(good.encode(), rng)),
         lambda: ("a.json", damaged(json.dumps(ROWS).encode(), rng)),
         lambda: ("a.yaml", damaged(yaml.safe_dump(ROWS).encode(), rng)),
@@ -139,7 +139,7 @@ def hostile_config(place: Place) -> str:
     if kind < 3:
         place_of = rng.choice([leaf for leaf in leaves(config) if leaf[-1] not in OUTPUTS])
         put(config, place_of, rng.choice(VALUES) if rng.random() < 0.6 else hostile_value(rng, 2))
-        return yaml.safe_dump(json.loads(json.dumps(config)), allow_unicode=True)
+        return json.dumps(config, indent=1)  # which is YAML, too
     if kind == 3:
         section = rng.choice(("model", "data", "trainer", "samples"))
         config[section] = rng.choice(VALUES)
@@ -424,7 +424,7 @@ def guide_plan(place: Place) -> Plan:
     guide = json.loads(json.dumps(GUIDE))
     for _ in range(rng.randrange(1, 3)):
         put(guide, rng.choice([leaf for leaf in leaves(guide) if leaf]), hostile_value(rng))
-    text = yaml.safe_dump(json.loads(json.dumps(guide)), allow_unicode=True).encode("utf-8", "surrogatepass")
+    text = json.dumps(guide, indent=1).encode()
     if rng.random() < 0.5:
         text = rng.choice((damaged(text, rng), alias_bomb(rng).encode(), b"agent: " + b"[" * 5_000, b"\xff\xfe", b""))
     (place.work / "guide.yaml").write_bytes(text)

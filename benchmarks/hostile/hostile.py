@@ -33,6 +33,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1] / "tests")]
 sys.path.append(str(HERE.parents[1]))
 import attempt
+import broken
 import disks
 import files
 import rewards
@@ -74,8 +75,8 @@ class Case:
             attempt.remove(root)
             rng = random.Random(f"{self} {draw}" if draw else str(self))
             kind = self.kind if self.kind != "whole" else rng.choices(list(KINDS), [c for _, c in KINDS.values()])[0]
-            place = Place.make(root, world, rng)
-            plan = KINDS[kind][0](place)
+            place = Place.make(root, world, rng, self.seed)
+            plan = broken.plan(place) if kind == "broken" else KINDS[kind][0](place)
             if self.kind != "whole":
                 return plan, place
             if kind == "signals" and plan.sent is not None:  # the moment is one of the whole process's life
@@ -163,9 +164,9 @@ def main() -> int:
     if args.only:
         cases = [Case(kind, int(seed)) for kind, seed in (name.split(":") for name in args.only.split(","))]
     failed = []
-    with tempfile.TemporaryDirectory(prefix="hostile-") as temporary:
-        folder = (args.folder or Path(temporary)).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
+    # not a TemporaryDirectory, which a fork would remove at its end
+    folder = args.folder.absolute() if args.folder else Path(tempfile.mkdtemp(prefix="hostile-"))
+    try:
         make_world(folder / "world")
         given = [(case, folder, folder / "world", args.slack) for case in cases]
         with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
@@ -175,6 +176,8 @@ def main() -> int:
                     print(f"{result.case} FAILS: {result.title}", *result.wrong, sep="\n  ", flush=True)
                     command = f"python benchmarks/hostile/hostile.py --only {result.case} --folder /tmp/hostile"
                     print(f"  again: {command}", flush=True)
+    finally:
+        attempt.remove(folder / "world" if args.folder else folder)
     counts = Counter(case.kind for case in cases)
     print(f"{len(cases)} cases: " + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
     end = f"{len(failed)} FAILED: {', '.join(str(result.case) for result in failed)}" if failed else "all of them hold"
