@@ -123,7 +123,7 @@ def run_case(given: tuple[Case, Path, Path, float]) -> Result:
         if plan.listening is not None:
             plan.listening.close()
     except Exception:
-        wrong = [f"the harness itself failed: {traceback.format_exc()}"]
+        wrong = [f"the harness itself failed: {traceback.format_exc()[-600:]}"]
     if not wrong:
         attempt.remove(root)
     return Result(case, title, wrong, time.monotonic() - began)
