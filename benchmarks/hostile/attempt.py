@@ -229,7 +229,7 @@ def tracebacks(output: str) -> Iterator[str]:
             places = re.findall(r'File ".*/(.+?)", line (\d+), in', match[0])[-3:]
             last = match[0].strip().splitlines()[-1][:300]
             yield f"{' > '.join(':'.join(place) for place in places)}: {last}"
-    signs = "Fatal Python error|never retrieved|was never awaited|Task was destroyed|Segmentation fault"
+    signs = "Fatal Python error|never retrieved|Segmentation fault"
     for match in re.finditer(rf"^.*(?:{signs}).*\n(?:.*\n){{0,2}}", output, re.MULTILINE):
         if REWARDS not in match[0] and "'fails'" not in match[0]:  # of the reward's own tasks
             yield match[0].strip()[:300]
@@ -257,7 +257,9 @@ def leftovers(place: Place, pid: int) -> list[str]:
     told = []
     for number in left:
         with suppress(OSError):
-            told.append(Path(f"/proc/{number}/cmdline").read_bytes().replace(b"\0", b" ")[:100].decode(errors="replace"))
+            told.append(
+                Path(f"/proc/{number}/cmdline").read_bytes().replace(b"\0", b" ")[:100].decode(errors="replace")
+            )
         with suppress(ProcessLookupError):
             os.kill(number, signal.SIGKILL)
     return told

@@ -37,7 +37,7 @@ def faulty(folder: Path, fault: Fault) -> Callable[[], None]:
         raw = File(file, mode.replace("b", "").replace("t", ""))
         if buffering == 0:
             return raw
-        buffered = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)  # type: ignore[type-var]
+        buffered = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
         return buffered if "b" in mode else io.TextIOWrapper(buffered, *args, **kwargs)
 
     def changing(name: str) -> Callable[..., Any]:

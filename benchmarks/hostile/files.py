@@ -125,7 +125,25 @@ def data_plan(place: Place) -> Plan:
 
 # Configs --------------------------------------------------------------------------------------------------------------
 
-VALUES = (-1, 0, 1, 0.5, 1e30, float("nan"), float("inf"), True, None, "", "text", "1e-4", [], [1], {}, {"a": 1}, "💥")
+VALUES: tuple[Any, ...] = (
+    -1,
+    0,
+    1,
+    0.5,
+    1e30,
+    float("nan"),
+    float("inf"),
+    True,
+    None,
+    "",
+    "text",
+    "1e-4",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    "💥",
+)
 OUTPUTS = ("save_dir", "name")
 """Options that say where files go: what the user names there, is the user's word."""
 
@@ -217,13 +235,19 @@ def with_code(place: Place, folder: Path) -> None:
     for name in ("own.py", "modeling.py", "tokenization.py", "custom_generate/generate.py"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(OWN_CODE.format(executed=executed))
-    edit(folder / "config.json", model_type="own", auto_map={
-        "AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel", "AutoTokenizer": "own.OwnTokenizer"
-    })
+    edit(
+        folder / "config.json",
+        model_type="own",
+        auto_map={
+            "AutoConfig": "own.OwnConfig",
+            "AutoModelForCausalLM": "own.OwnModel",
+            "AutoTokenizer": "own.OwnTokenizer",
+        },
+    )
 
 
 def edit(file: Path, **changes: Any) -> None:
-    content = json.loads(file.read_text())
+    content = json.loads(file.read_text()) if file.exists() else {}  # an adapter has some of a model's files
     content.update(changes)
     file.write_text(json.dumps(content))
 
@@ -281,9 +305,11 @@ def hostile_model(place: Place, folder: Path) -> str:
         edit(folder / "config.json", **{rng.choice(("vocab_size", "hidden_size", "num_hidden_layers")): 10**9})
         return "a size of 10**9"
     if kind == 8:
-        edit(folder / "tokenizer_config.json", tokenizer_class=rng.choice(("Own", 5, "os.system")), auto_map={
-            "AutoTokenizer": ["own.OwnTokenizer", None]
-        })
+        edit(
+            folder / "tokenizer_config.json",
+            tokenizer_class=rng.choice(("Own", 5, "os.system")),
+            auto_map={"AutoTokenizer": ["own.OwnTokenizer", None]},
+        )
         (folder / "own.py").write_text(OWN_CODE.format(executed=str(executed)))
         return "a tokenizer of its own"
     file = rng.choice(sorted(path for path in folder.iterdir() if path.is_file()))
@@ -300,9 +326,11 @@ def model_plan(place: Place) -> Plan:
     if name == "adapter" and rng.random() < 0.4:
         base = place.from_world("model", "base")
         with_code(place, base)
-        edit(folder / "adapter_config.json", base_model_name_or_path=str(base), auto_mapping={
-            "base_model_class": "OwnModel", "parent_library": "own"
-        })
+        edit(
+            folder / "adapter_config.json",
+            base_model_name_or_path=str(base),
+            auto_mapping={"base_model_class": "OwnModel", "parent_library": "own"},
+        )
         what = "a base with code of its own"
     else:
         what = hostile_model(place, folder)
@@ -329,7 +357,7 @@ def hostile_checkpoint(place: Place, file: Path) -> str:
         file.write_bytes(damaged(file.read_bytes(), rng))
         return "damage"
     if kind == 1:
-        content = rng.choice((Pickled(place.root / "executed"), [], {}, {"state_dict": 5}, torch.ones(3)))
+        content: Any = rng.choice((Pickled(place.root / "executed"), [], {}, {"state_dict": 5}, torch.ones(3)))
         with file.open("wb") as opened:
             torch.save(content, opened)
         return f"a {type(content).__name__}"

@@ -29,9 +29,9 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork has no use for a pool of threads
 os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", WANDB_MODE="offline", CUDA_VISIBLE_DEVICES="")
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1] / "tests")]
-sys.path.append(str(HERE.parents[1]))
+sys.path.insert(1, str(Path(__file__).parents[1]))
+sys.path.insert(2, str(Path(__file__).parents[2] / "tests"))
+
 import attempt
 import broken
 import disks
@@ -44,10 +44,11 @@ import vllm_stub
 from cases import Place, Plan
 
 import stateset_lightning
-
-# what commands import when they run
-from stateset_lightning.cli import config, convert, doctor, export, generate, report, trained  # noqa: F401
+from stateset_lightning.cli import config, convert, doctor, export, generate, report, trained
 from stateset_lightning.policy import PolicyConfig, load_model
+
+IMPORTED = (config, convert, doctor, export, generate, report, trained)
+"""What commands import when they run: not again in each fork."""
 
 KINDS = {
     "rewards": (rewards.plan, 280),
@@ -81,6 +82,7 @@ class Case:
                 return plan, place
             if kind == "signals" and plan.sent is not None:  # the moment is one of the whole process's life
                 plan.inside, plan.seconds = None, rng.uniform(0.5, 9)
+                plan.title = f"whole process, signalled after {plan.seconds:.2f} s: {plan.title}"
                 plan.codes = (*plan.codes, -plan.sent)  # before Python's first line nothing can be done
                 return plan, place
             if plan.inside is None:
@@ -144,7 +146,7 @@ def draw_cases(cases: int, whole: int, kinds: list[str], seed: int) -> list[Case
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=900, help="in forks of one process")
     parser.add_argument("--whole", type=int, default=100, help="whole processes")
     parser.add_argument("--kinds", default=",".join([*KINDS, "whole"]), help="with commas between")
@@ -170,7 +172,9 @@ def main() -> int:
         make_world(folder / "world")
         given = [(case, folder, folder / "world", args.slack) for case in cases]
         with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
-            for result in pool.imap_unordered(run_case, given):
+            for number, result in enumerate(pool.imap_unordered(run_case, given), start=1):
+                if number % 50 == 0:
+                    print(f"{number} of {len(cases)}, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
                 if result.wrong:
                     failed.append(result)
                     print(f"{result.case} FAILS: {result.title}", *result.wrong, sep="\n  ", flush=True)

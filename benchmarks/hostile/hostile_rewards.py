@@ -192,7 +192,7 @@ class NoNumber:
     __str__ = __repr__
 
 
-class HalfMapping(dict):  # type: ignore[type-arg]
+class HalfMapping(dict):
     def items(self) -> Any:
         raise KeyError("items")
 
@@ -465,7 +465,7 @@ def bad_pickle() -> Any:
 @of(IN_WORKERS)
 def profiles() -> float:
     counter = itertools.count()
-    sys.settrace(lambda *event: next(counter) and None)
+    sys.settrace(lambda *event: next(counter) and None)  # type: ignore[arg-type]
     return 1.0
 
 

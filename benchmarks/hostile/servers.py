@@ -173,7 +173,7 @@ def judged(rng: random.Random, mutate: bool) -> bytes:
     if mutate and rng.random() < 0.5:
         content["choices"][0]["message"]["content"] = rng.choice(REPLIES)
     elif mutate:
-        put(content, rng.choice(leaves(content) + [("choices",), ("usage",), ("choices", 0, "message")]), odd(rng))
+        put(content, rng.choice([*leaves(content), ("choices",), ("usage",), ("choices", 0, "message")]), odd(rng))
     return json.dumps(content).encode()
 
 

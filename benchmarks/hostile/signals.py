@@ -59,7 +59,7 @@ def at_a_place(moment: Kill) -> Callable[[], None]:
         )
         for owner, method, name in places:
             setattr(owner, method, passing(getattr(owner, method), name))
-        checkpoint_io.torch.save, files.os.replace = save_in_halves, replace
+        checkpoint_io.torch.save, files.os.replace = save_in_halves, replace  # type: ignore[assignment]
         kill_test._plan = moment
 
     return prepare
@@ -82,7 +82,7 @@ def plan(place: Place) -> Plan:
     rng = place.rng
     sent = rng.choice(SIGNALS)
     name = signal.Signals(sent).name
-    codes = (0, 128 + sent)
+    codes: tuple[int, ...] = (0, 128 + sent)
     fit = ["fit", "--config", "config.yaml", *place.flags()]
     resume = [*fit, "--ckpt_path", "last"]
     if rng.random() < 0.5:
