@@ -4,6 +4,7 @@ that would be written over inputs.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -45,7 +46,7 @@ def hostile_rows(rng: random.Random) -> list[Any]:
 def alias_bomb(rng: random.Random) -> str:
     names = [f"n{number}" for number in range(rng.choice((8, 30)))]
     lines = ["- prompt: x", f"  {names[0]}: &{names[0]} [x, x, x, x, x, x, x, x, x]"]
-    for old, new in zip(names, names[1:], strict=False):
+    for old, new in itertools.pairwise(names):
         lines.append(f"  {new}: &{new} [{', '.join([f'*{old}'] * 9)}]")
     column = rng.choice(("target", "context", "prompt", "id", "messages"))
     return "\n".join([*lines, f"- {{prompt: y, {column}: *{names[-1]}}}", "- {prompt: z}"])
