@@ -246,7 +246,7 @@ RETURNING |= {
     "coroutine": lambda: asyncio.sleep(0, 1.0),
     "class": int,
     "no_number": lambda: NoNumber(ZeroDivisionError),
-    "no_base_number": lambda: NoNumber(KeyboardInterrupt),
+    "no_base_number": lambda: NoNumber(GeneratorExit),
     "no_score": lambda: RewardResult(None, {}),  # type: ignore[arg-type]
     "text_score": lambda: RewardResult("1", {}),  # type: ignore[arg-type]
     "breakdown_list": lambda: RewardResult(1.0, [1, 2]),  # type: ignore[arg-type]
@@ -256,7 +256,7 @@ RETURNING |= {
     "breakdown_keys": breakdown(((1, 2), "tuple"), (np.int64(3), "numpy"), (None, "none"), (b"x", 1), (1, 2), ("1", 3)),
     "breakdown_numbers": breakdown(("int", 10**5000), ("nan", float("nan")), ("numpy", np.float64("inf")), ("c", 1j)),
     "breakdown_objects": breakdown(
-        ("object", lambda: NoNumber(OSError)), ("base", lambda: NoNumber(KeyboardInterrupt)), ("type", int)
+        ("object", lambda: NoNumber(OSError)), ("base", lambda: NoNumber(GeneratorExit)), ("type", int)
     ),
     "breakdown_octets": breakdown(("bytes", b"\xff\xfe"), ("array", np.ones((300, 300))), ("set", {1, 2})),
     "breakdown_deep": breakdown(("deep", lambda: nested(3_000))),

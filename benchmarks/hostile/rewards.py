@@ -54,6 +54,6 @@ def plan(place: Place) -> Plan:
     # a worker's start, and each call in turn, in 2 steps and 2 validations
     patience = 0.0 if timeout is None else 25.0
     how = f"{'async ' * is_async}{does}, every {every}, time-out {timeout}"
-    codes = (0, 2, 130) if does in ("keyboard_interrupt", "no_base_number") and timeout is None else (0, 2)
+    codes = (0, 2, 130) if does == "keyboard_interrupt" and timeout is None else (0, 2)  # it may be taken for Ctrl-C
     words = [command, "--config", "config.yaml", *place.flags()]
     return Plan(words, f"a reward in {command}: {how}", codes=codes, patience=patience)
