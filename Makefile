@@ -47,6 +47,9 @@ saves-test: $(READY) ## stop runs of every way to save at every moment and compa
 ranks-test: $(READY) ## 1, 2 and 4 ranks give the same samples, gradients and weights, and a lost rank ends the run; ten minutes
 	$(BIN)/python benchmarks/ranks.py
 
+hostile: $(READY) ## rewards, servers, files, signals and disks that do what they should not, a thousand times; twenty minutes
+	$(BIN)/python benchmarks/hostile/hostile.py
+
 mutants: $(READY) ## break the maths, the resume and the packing in small ways and see that the tests notice; some minutes
 	$(BIN)/python benchmarks/mutants.py
 
@@ -59,4 +62,4 @@ test-vllm: $(READY) ## train on a real vLLM server, which is killed once; needs 
 clean: ## remove the virtual environment, caches and runs
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis runs *.egg-info
 
-.PHONY: help install demo check test test-long benchmark compare-algorithms kill-test saves-test ranks-test mutants gpu-rehearsal test-vllm clean
+.PHONY: help install demo check test test-long benchmark compare-algorithms kill-test saves-test ranks-test hostile mutants gpu-rehearsal test-vllm clean

@@ -126,16 +126,20 @@ def test_files_that_are_named_exist(page: Path) -> None:
         assert any((place / name).exists() for place in places), name
 
 
-def test_every_fault_names_tests_that_exist() -> None:
-    page = (ROOT / "docs" / "reliability.md").read_text().partition("## Faults")[2]
-    rows = re.findall(r"^\| .* \|$", page, flags=re.MULTILINE)
-    faults = [row for row in rows if not row.startswith("| fault")]
+@pytest.mark.parametrize(
+    ("page", "after", "column"),
+    [("docs/reliability.md", "## Faults", 4), ("SECURITY.md", "## What is promised", 2)],
+    ids=["faults", "promises"],
+)
+def test_every_fault_and_promise_names_tests_that_exist(page: str, after: str, column: int) -> None:
+    rows = re.findall(r"^\| .* \|$", (ROOT / page).read_text().partition(after)[2], flags=re.MULTILINE)
+    rows = [row for row in rows if not row.startswith(("| fault", "| promise"))]
     tests = set(
         re.findall(r"def (test_\w+)", "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py")))
     )
-    assert len(faults) > 15
-    for row in faults:
-        named = re.findall(r"`(test_\w+)`", row.split("|")[4])
+    assert len(rows) > 15
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row.split("|")[column])
         assert named, row
         assert set(named) <= tests, row
 

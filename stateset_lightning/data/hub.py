@@ -32,7 +32,7 @@ def read_hub(hub_id: str, split: str) -> list[RawRow]:
 
     try:
         rows = datasets.load_dataset(name, config, split=wanted or _HUB_SPLITS[split])
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # RuntimeError: a script
         raise DataError(
             f"'{hub_id}' is no file here and cannot be loaded from the Hugging Face hub: {_first_line(error)}; "
             "check the name, or write owner/name:config:split"

@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from stateset_lightning.data.hub import is_hub_id
+from stateset_lightning.data.hub import is_hub_id, read_hub
 from stateset_lightning.data.sources import read_split
 from stateset_lightning.errors import ConfigError, DataError
 
@@ -96,3 +96,14 @@ def test_without_the_library_the_message_says_what_to_install(monkeypatch, write
     for spec in ("openai/gsm8k", write("a.parquet", b"PAR1")):
         with pytest.raises(ConfigError, match=r'pip install "stateset-lightning\[hub\]"'):
             read_split(spec, "train")
+
+
+def test_a_hub_data_set_runs_no_script(tmp_path, monkeypatch):
+    """A folder stands in for the hub: the library looks for `name/name.py` in both."""
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    (tmp_path / "owner/name/name.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    with pytest.raises(DataError, match="scripts are no longer supported"):
+        read_hub("owner/name", "train")
+    assert not (tmp_path / "executed").exists()
