@@ -8,7 +8,7 @@ completion: a failure is never a score of zero.
 
 from __future__ import annotations
 
-import asyncio
+import copy
 import functools
 import inspect
 import math
@@ -18,7 +18,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stateset_lightning.errors import DataError, RewardError
@@ -30,6 +30,9 @@ Turns = Sequence[Turn]
 
 # All columns of the scenario by name (`target`, ...), and `completion_tokens`, the completion's number of tokens.
 Context = Mapping[str, Any] | None
+
+# What a reward is called with.
+Given = tuple[Turns, Mapping[str, Any]]
 
 # Float32's largest number: scores beyond it become infinite in the arithmetic that follows.
 LARGEST_SCORE = 3.4028234e38
@@ -217,7 +220,8 @@ def bad_target(context: Context, reward: str, problem: str) -> DataError:
 class Outcome:
     """What one reward said of one completion.
 
-    `value` is its score, `NOT_APPLICABLE`, or NaN after a failure; then `error` names the exception's type.
+    `value` is its score, `NOT_APPLICABLE`, or NaN after a failure; then `error` names the exception's type. `changed`:
+    it has changed the conversation or the columns that it was given.
     """
 
     value: float
@@ -225,19 +229,26 @@ class Outcome:
     error: str = ""
     message: str = ""
     traceback: str = ""
+    changed: bool = False
 
 
 def call(reward: RewardFunction, turns: Turns, context: Mapping[str, Any]) -> Outcome | Coroutine[Any, Any, Outcome]:
-    """Call a reward and catch whatever it raises.
+    """Call a reward with copies of a conversation and columns, and catch whatever it raises.
+
+    Not only `Exception`: code under test may call exit(), a library written in Rust panics with a `BaseException`, and
+    what is cancelled raises one. A user's Ctrl-C does not come here: rewards are called in threads other than the main
+    one, or in processes.
 
     Returns:
         The outcome; or, if the reward returned an awaitable, a coroutine that ends in the outcome.
     """
     with _forked_child_ends():
         try:
-            output = reward.compute_reward(turns, context)
-            return _awaited(output) if inspect.isawaitable(output) else to_outcome(output)
-        except (Exception, SystemExit) as error:  # SystemExit: code under test may call exit()
+            given = turns, context
+            own = own_copies(*given)
+            output = reward.compute_reward(*own)
+            return _awaited(output, own, given) if inspect.isawaitable(output) else to_outcome(output, own, given)
+        except BaseException as error:
             return failure(error)
 
 
@@ -247,38 +258,50 @@ async def call_async(reward: RewardFunction, turns: Turns, context: Mapping[str,
     return outcome if isinstance(outcome, Outcome) else await outcome
 
 
-def to_outcome(output: Any) -> Outcome:
-    """Read what a reward returned.
+def own_copies(turns: Turns, context: Mapping[str, Any]) -> Given:
+    """A conversation and columns for one call alone: other calls, and later epochs, see nothing of what it changes."""
+    return copy.deepcopy((list(turns), dict(context)))
+
+
+def to_outcome(output: Any, own: Given = ((), {}), given: Given = ((), {})) -> Outcome:
+    """Read what a reward returned, which was called with its `own` copies of what was `given`.
 
     Raises:
         RewardError: If it is neither a finite number, nor a `RewardResult` with one, nor None.
     """
-    if output is None:
-        return Outcome(NOT_APPLICABLE)
-    if not isinstance(output, RewardResult):
-        return Outcome(_finite(output))
-    if output.score is None:
-        raise RewardError("RewardResult.score is None; return None itself to say that the reward does not apply")
-    return Outcome(_finite(output.score), dict(output.breakdown or {}))
+    if isinstance(output, RewardResult):
+        if output.score is None:
+            raise RewardError("RewardResult.score is None; return None itself to say that the reward does not apply")
+        outcome = Outcome(_finite(output.score), dict(output.breakdown or {}))
+    else:
+        outcome = Outcome(NOT_APPLICABLE if output is None else _finite(output))
+    return replace(outcome, changed=_differ(own, given))
 
 
 def failure(error: BaseException) -> Outcome:
     """The outcome of a reward that raised `error`."""
     try:
         message = redacted_text(str(error))
-    except Exception:  # a user's exception may fail to print
+    except BaseException:  # a user's exception may fail to print
         message = "(its message could not be printed)"
     trace = redacted_text("".join(traceback.format_exception(error)))
     return Outcome(math.nan, {}, type(error).__name__, message, trace)
 
 
-async def _awaited(output: Awaitable[Any]) -> Outcome:
+async def _awaited(output: Awaitable[Any], own: Given, given: Given) -> Outcome:
     with _forked_child_ends():
         try:
-            return to_outcome(await output)
-        # SystemExit would end the event loop. A call that was cancelled from outside has nobody who waits for it.
-        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            return to_outcome(await output, own, given)
+        # Some would end the event loop. A call that was cancelled from outside has nobody who waits for it.
+        except BaseException as error:
             return failure(error)
+
+
+def _differ(own: Given, given: Given) -> bool:
+    try:
+        return own != given
+    except Exception:  # the values of foreign classes: arrays say neither yes nor no
+        return False
 
 
 @contextmanager

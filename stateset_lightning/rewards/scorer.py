@@ -6,28 +6,32 @@ on which reward is quicker.
 """
 
 # No `from __future__ import annotations`: bounds would be lost from annotated types that are read from text.
+import logging
 import math
 import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import AbstractContextManager
 from functools import partial
+from itertools import islice
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Lt
 
 from stateset_lightning.errors import ConfigError, DataError, RewardError, bounded
 from stateset_lightning.rewards import base
-from stateset_lightning.rewards.base import BatchReward, Context, Outcome, RewardFunction, Turns, failure
+from stateset_lightning.rewards.base import BatchReward, Context, Given, Outcome, RewardFunction, Turns, failure
 from stateset_lightning.rewards.reward_list import as_rewards
-from stateset_lightning.threads import DaemonThreads, EventLoopThread, Interruption, interruptible
+from stateset_lightning.threads import DaemonThreads, EventLoopThread, interruptible
 from stateset_lightning.types import NOT_APPLICABLE, RewardFailure, Scores
 from stateset_lightning.workers import WorkerPool
 
-# A completion that waits for a batched reward: its conversation, its columns, and the future of the outcome.
-_Waiting = tuple[Turns, Mapping[str, Any], Future[Outcome]]
+log = logging.getLogger("stateset_lightning")
+
+# A completion that waits for a batched reward: its conversation and columns, and the future of the outcome.
+_Waiting = tuple[Given, Future[Outcome]]
 
 
 @bounded("scorer")
@@ -59,8 +63,9 @@ class Scorer(AbstractContextManager["Scorer"]):
         self.names = tuple(reward.name for reward in self.rewards)
         self.max_failures = max_failures
         loop = EventLoopThread(max_concurrency, "async-rewards")
-        threads = DaemonThreads(max_concurrency, "blocking-rewards")
+        self.threads = threads = DaemonThreads(max_concurrency, "blocking-rewards")
         workers = WorkerPool(remedy="; or write compute_reward as `async def`; or drop the time-out")
+        self.told: set[str] = set()  # rewards of which a line has said that they change what they are given
         # Each starts a reward on a completion and returns at once.
         self.starts: list[Callable[[Turns, Mapping[str, Any]], Future[Outcome]]] = []
         for reward in self.rewards:
@@ -135,11 +140,8 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
         if completion_tokens is not None:
             columns["completion_tokens"] = completion_tokens
         chosen = self._chosen(columns.get("rewards"), columns.get("id"))
-        # Each reward gets its own list and mapping: one that changes them must not disturb the others.
         names = enumerate(self._scorer.names)
-        self._futures[n] = [
-            self._start(f, n, list(turns), dict(columns)) if name in chosen else None for f, name in names
-        ]
+        self._futures[n] = [self._start(f, n, turns, columns) if name in chosen else None for f, name in names]
 
     @interruptible()
     def collect(self) -> Scores:
@@ -149,9 +151,15 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
             ConfigError: If a worker process could not load its rewards, or a batched reward its model.
         """
         begin = time.perf_counter()
+        # Not in this thread: what a reward raises could not be told from what a signal does (Ctrl-C).
         for f, waiting in self._batches.items():
-            _call_batch(self._scorer.rewards[f], [waiting[n] for n in sorted(waiting)])
+            batch = [waiting[n] for n in sorted(waiting)]
+            self._scorer.threads.submit(_call_batch, self._scorer.rewards[f], batch).result()
         outcomes_NF = [[_outcome(future) for future in self._futures[n]] for n in range(self._num_completions)]
+        changed = {name for row in outcomes_NF for name, o in zip(self._scorer.names, row, strict=True) if o.changed}
+        for name in sorted(changed - self._scorer.told):
+            log.warning("reward '%s' changes its columns or its conversation: copies, which nothing else sees", name)
+        self._scorer.told |= changed
         return _scores(self._scorer.rewards, outcomes_NF, time.perf_counter() - begin)
 
     def close(self) -> None:
@@ -164,8 +172,8 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
     def _start(self, f: int, n: int, turns: Turns, context: Mapping[str, Any]) -> Future[Outcome]:
         if f not in self._batches:
             return self._scorer.starts[f](turns, context)
-        self._batches[f][n] = turns, context, Future()
-        return self._batches[f][n][2]
+        self._batches[f][n] = (turns, context), Future()
+        return self._batches[f][n][1]
 
     def _chosen(self, names: Iterable[str] | None, scenario: Any) -> Iterable[str]:
         if names is None:
@@ -219,29 +227,36 @@ def _call_batch(reward: RewardFunction, waiting: Sequence[_Waiting]) -> None:
     assert isinstance(reward, BatchReward)
     if not waiting:
         return
+    copies = [base.own_copies(*given) for given, _ in waiting]
     try:
-        outputs = list(reward.compute_rewards([item[0] for item in waiting], [item[1] for item in waiting]))
+        # One more than needed: there may be no end.
+        outputs = list(islice(reward.compute_rewards(*zip(*copies, strict=True)), len(waiting) + 1))
         if len(outputs) != len(waiting):
             raise RewardError(f"reward '{reward.name}' returned {len(outputs)} scores for {len(waiting)} completions")
-    except (ConfigError, Interruption):  # its model cannot be loaded, say
+    except ConfigError:  # its model cannot be loaded, say
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         outputs = [error] * len(waiting)
-    for (_, _, future), output in zip(waiting, outputs, strict=True):
+    for (given, future), own, output in zip(waiting, copies, outputs, strict=True):
         try:
-            future.set_result(failure(output) if isinstance(output, BaseException) else base.to_outcome(output))
-        except RewardError as error:
+            if isinstance(output, BaseException):
+                raise output
+            future.set_result(base.to_outcome(output, own, given))
+        except BaseException as error:
             future.set_result(failure(error))
 
 
 def _outcome(future: Future[Outcome] | None) -> Outcome:
     """Wait for an outcome. A time-out, a dead worker, or a result that cannot be pickled is a failure of the reward."""
+    if future is None:
+        return Outcome(NOT_APPLICABLE)
     try:
-        return Outcome(NOT_APPLICABLE) if future is None else future.result()
-    except Exception as error:
-        if isinstance(error, ConfigError) or (future is not None and future.cancelled()):
-            raise
-        return failure(error)
+        error = future.exception()  # not `result`, which raises what a signal raises here, too
+    except CancelledError as cancelled:  # a reward can cancel whatever runs beside it
+        error = cancelled
+    if isinstance(error, ConfigError):
+        raise error
+    return failure(error) if error else future.result()
 
 
 def _scores(rewards: Sequence[RewardFunction], outcomes_NF: list[list[Outcome]], seconds: float) -> Scores:
