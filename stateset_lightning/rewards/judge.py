@@ -115,7 +115,7 @@ class ModelJudge(RewardFunction):
         score = float(found[1])
         out_of = float(found[2]) if found.re is _SCORE_LINE and found[2] else self.high
         if not self.low <= score <= self.high or out_of != self.high:
-            raise RewardError(f"the judge's score is {found[0].strip()!r}, outside {self.low:g} to {self.high:g}")
+            raise RewardError(f"the judge's score is {found[0].strip()[:80]!r}, outside {self.low:g} to {self.high:g}")
         return score
 
     def _checked_columns(self) -> list[str]:

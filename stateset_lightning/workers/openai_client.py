@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
 from annotated_types import Ge, Gt, Le, Len
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, HttpUrl, TypeAdapter, ValidationError
 
 from stateset_lightning.errors import ConfigError, ServerError, check_bounds, require
 from stateset_lightning.redaction import is_secret_name, remember
@@ -163,6 +163,10 @@ class OpenAIClient:
         self._counts: Counter[str] = Counter()
         if taken := {"model", "messages", "stream", "n"} & request.keys():
             raise ConfigError(f"{key}.request sets '{min(taken)}', which is set elsewhere: remove it")
+        try:
+            TypeAdapter(HttpUrl).validate_python(self._url)
+        except ValidationError as error:
+            raise ConfigError(f"{key}.base_url={self._url!r} is no address such as http://localhost:8000/v1") from error
         if self._key_env is not None and not is_secret_name(self._key_env):
             raise ConfigError(f"{key}.api_key_env={self._key_env!r}: take a name that ends in API_KEY; logs hide it")
         if self._key_env is not None and not os.environ.get(self._key_env):
