@@ -12,18 +12,17 @@ import copy
 import functools
 import inspect
 import math
-import os
 import re
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stateset_lightning.errors import DataError, RewardError
 from stateset_lightning.redaction import redacted_text
 from stateset_lightning.types import NOT_APPLICABLE, Turn
+from stateset_lightning.workers import forked_child_ends
 
 # A conversation; its last turn is the completion.
 Turns = Sequence[Turn]
@@ -242,7 +241,7 @@ def call(reward: RewardFunction, turns: Turns, context: Mapping[str, Any]) -> Ou
     Returns:
         The outcome; or, if the reward returned an awaitable, a coroutine that ends in the outcome.
     """
-    with _forked_child_ends():
+    with forked_child_ends():
         try:
             given = turns, context
             own = own_copies(*given)
@@ -289,7 +288,7 @@ def failure(error: BaseException) -> Outcome:
 
 
 async def _awaited(output: Awaitable[Any], own: Given, given: Given) -> Outcome:
-    with _forked_child_ends():
+    with forked_child_ends():
         try:
             return to_outcome(await output, own, given)
         # Some would end the event loop. A call that was cancelled from outside has nobody who waits for it.
@@ -302,17 +301,6 @@ def _differ(own: Given, given: Given) -> bool:
         return own != given
     except Exception:  # the values of foreign classes: arrays say neither yes nor no
         return False
-
-
-@contextmanager
-def _forked_child_ends() -> Iterator[None]:
-    """End the child of a reward that forked and let the child return too: it would go on as a second trainer."""
-    process = os.getpid()
-    try:
-        yield
-    finally:
-        if os.getpid() != process:
-            os._exit(0)
 
 
 def _finite(value: Any) -> float:

@@ -13,7 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from itertools import islice
 from typing import Annotated, Any
@@ -78,7 +78,10 @@ class Scorer(AbstractContextManager["Scorer"]):
                 workers.add(f"reward '{reward.name}'", partial(base.call, reward))
                 self.starts.append(partial(workers.submit, f"reward '{reward.name}'", limit))
         # Also at interpreter exit, and when the scorer is collected as garbage. Workers first: threads wait for them.
-        self._close = weakref.finalize(self, _close_all, (workers, loop, threads))
+        parts = ExitStack()
+        for part in (threads, loop, workers):
+            parts.callback(part.close)
+        self._close = weakref.finalize(self, parts.close)
 
     def start(self, num_completions: int, device: Any = "cpu") -> "ScoringSession":
         """Begin to score N completions; rewards that are models compute on `device`.
@@ -162,12 +165,8 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
         self._scorer.told |= changed
         return _scores(self._scorer.rewards, outcomes_NF, time.perf_counter() - begin)
 
-    def close(self) -> None:
-        """Cancel what has not begun."""
-        self._cancel()
-
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        self._cancel()
 
     def _start(self, f: int, n: int, turns: Turns, context: Mapping[str, Any]) -> Future[Outcome]:
         if f not in self._batches:
@@ -262,36 +261,26 @@ def _outcome(future: Future[Outcome] | None) -> Outcome:
 def _scores(rewards: Sequence[RewardFunction], outcomes_NF: list[list[Outcome]], seconds: float) -> Scores:
     import torch  # here, since worker processes import this module and do without torch
 
-    weights = [reward.weight for reward in rewards]
     names = tuple(reward.name for reward in rewards)
+    values_NF = torch.tensor([[o.value for o in row] for row in outcomes_NF], dtype=torch.float64)
+    values_NF = values_NF.reshape(-1, len(names))
+    # The weighted sum over the rewards that apply: NaN if one failed (NaN adds up to NaN) or none applies. Held-out
+    # rewards, of weight 0, do not count.
+    weights_F = torch.tensor([reward.weight for reward in rewards], dtype=torch.float64)
+    counts_NF = (values_NF != NOT_APPLICABLE) & (weights_F != 0)
+    totals_N = torch.where(counts_NF, values_NF * weights_F, 0.0).sum(1)
+    totals_N[~counts_NF.any(1)] = math.nan
     failures: list[RewardFailure] = []
     for n, outcomes in enumerate(outcomes_NF):
         named = zip(names, outcomes, strict=True)
         failures += [RewardFailure(n, name, o.error, o.message, o.traceback) for name, o in named if o.error]
-        if all(outcome.value == NOT_APPLICABLE for outcome, weight in zip(outcomes, weights, strict=True) if weight):
+        if not counts_NF[n].any():
             failures.append(RewardFailure(n, "all", "NotApplicable", "no reward applies to this completion"))
-    values_NF = torch.tensor([[o.value for o in row] for row in outcomes_NF], dtype=torch.float64)
-    totals_N = torch.tensor([_total(row, weights) for row in outcomes_NF], dtype=torch.float64)
     breakdowns = [{name: o.breakdown for name, o in zip(names, row, strict=True) if o.breakdown} for row in outcomes_NF]
-    return Scores(names, values_NF.reshape(-1, len(names)), totals_N, breakdowns, failures, seconds)
-
-
-def _total(outcomes: Sequence[Outcome], weights: Sequence[float]) -> float:
-    """The weighted sum over the rewards that apply: NaN if one failed (NaN adds up to NaN) or none applies.
-
-    Held-out rewards, of weight 0, do not count.
-    """
-    weighted = zip(outcomes, weights, strict=True)
-    parts = [weight * outcome.value for outcome, weight in weighted if weight and outcome.value != NOT_APPLICABLE]
-    return sum(parts) if parts else math.nan
+    return Scores(names, values_NF, totals_N, breakdowns, failures, seconds)
 
 
 def _cancel_all(futures: Mapping[int, list[Future[Outcome] | None]]) -> None:
     # The last first: one that runs would make room, when it is cancelled, for one that waits.
     for future in reversed([future for of_completion in futures.values() for future in of_completion if future]):
         future.cancel()
-
-
-def _close_all(parts: Iterable[WorkerPool | EventLoopThread | DaemonThreads]) -> None:
-    for part in parts:
-        part.close()

@@ -2,5 +2,6 @@
 
 from stateset_lightning.workers.openai_client import OpenAIClient
 from stateset_lightning.workers.pool import WorkerDied, WorkerPool
+from stateset_lightning.workers.process import forked_child_ends
 
-__all__ = ["OpenAIClient", "WorkerDied", "WorkerPool"]
+__all__ = ["OpenAIClient", "WorkerDied", "WorkerPool", "forked_child_ends"]

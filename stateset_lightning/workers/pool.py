@@ -16,6 +16,7 @@ from contextlib import suppress
 from multiprocessing import Pipe, spawn
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.threads import DaemonThreads
@@ -49,7 +50,7 @@ class WorkerPool:
         self._threads = DaemonThreads(num_workers or min(MAX_WORKERS, os.cpu_count() or 1), "worker")
         self._lock = threading.Lock()
         self._idle: list[_Worker] = []
-        self._started: set[_Worker] = set()
+        self._started: WeakSet[_Worker] = WeakSet()  # those that run, or may run
         self._closed = False
 
     def add(self, name: str, function: Callable[..., Any]) -> None:
@@ -96,8 +97,7 @@ class WorkerPool:
         """Kill all workers, whatever they do."""
         with self._lock:
             self._closed = True
-            workers, self._started, self._idle = self._started, set(), []
-        for worker in workers:
+        for worker in list(self._started):
             worker.kill()
         self._threads.close()
 
@@ -109,19 +109,13 @@ class WorkerPool:
         finally:
             if worker.has_grown():
                 worker.kill()
-            with self._lock:
-                if worker.alive and not self._closed:
-                    self._idle.append(worker)
-                else:
-                    self._started.discard(worker)
+            self._idle.append(worker)
 
     def _take(self) -> _Worker:
         with self._lock:
             while self._idle:
-                worker = self._idle.pop()
-                if worker.alive:
+                if (worker := self._idle.pop()).alive:
                     return worker
-                self._started.discard(worker)  # it ended between two calls
             if self._closed:
                 raise CancelledError("the worker pool is closed")
             worker = _Worker()

@@ -27,8 +27,8 @@ import sysconfig
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import spawn
 from multiprocessing.connection import Connection
@@ -175,12 +175,12 @@ def _load(functions: dict[str, Callable[..., Any]], script: dict[str, Any], pick
 
 def _answer(functions: Mapping[str, Callable[..., Any]], request: bytes, loop: asyncio.AbstractEventLoop) -> bytes:
     """Run a call. The answer is a pickled (True, result) or (False, exception)."""
-    process = os.getpid()
     try:
-        name, args = pickle.loads(request)
-        result = functions[name](*args)
-        if inspect.isawaitable(result):
-            result = loop.run_until_complete(result)
+        with forked_child_ends():
+            name, args = pickle.loads(request)
+            result = functions[name](*args)
+            if inspect.isawaitable(result):
+                result = loop.run_until_complete(result)
         answer = pickle.dumps((True, result))
         if len(answer) >= LARGEST_ANSWER:
             raise ValueError(f"the result is too large: {len(answer):,} bytes")
@@ -188,9 +188,18 @@ def _answer(functions: Mapping[str, Callable[..., Any]], request: bytes, loop: a
     except BaseException as error:  # code under test, or an imported script, may call exit(); a panic is no Exception
         return _pickled(error)
     finally:
-        if os.getpid() != process:  # the function forked, and this is the child: it would answer a second time
-            os._exit(0)
         signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm that the function left would end a later call
+
+
+@contextmanager
+def forked_child_ends() -> Iterator[None]:
+    """End the child of a function that forked and let the child return, too: it would go on as a second caller."""
+    process = os.getpid()
+    try:
+        yield
+    finally:
+        if os.getpid() != process:
+            os._exit(0)
 
 
 def _pickled(error: BaseException) -> bytes:
