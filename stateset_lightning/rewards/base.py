@@ -114,7 +114,7 @@ class BatchReward(RewardFunction):
 
     It is called once per episode, when all completions are sampled, in their order. Batches that fill up as completions
     finish would differ from run to run, and with them the last digits of the scores; and the model would compete with
-    decoding for the device. It runs in the training process and cannot be stopped, so it has no time-out.
+    decoding for the device. It runs in a thread of the training process and cannot be stopped, so it has no time-out.
     """
 
     device: Any = "cpu"  # the policy's; set before each call

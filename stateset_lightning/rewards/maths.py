@@ -84,6 +84,6 @@ def _parsed(text: str) -> list[Any]:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no time-out; the process has one
-    # Not with its own time-out: that uses the signal by which a worker ends when the trainer has died.
+    # Not with its own time-out: the process has one.
     config = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
     return list(parse(text.replace("\\$", ""), config, parsing_timeout=None))

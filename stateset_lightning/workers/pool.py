@@ -194,7 +194,7 @@ class _Worker:
 
     def kill(self) -> None:
         """Kill the process and all that it started."""
-        for number in (signal.SIGTERM, signal.SIGCONT):  # a function may have stopped the guard
+        for number in (signal.SIGCONT, signal.SIGTERM):  # a function may have stopped the guard
             self._process.send_signal(number)
         try:
             self._process.wait(_END_SECONDS)
