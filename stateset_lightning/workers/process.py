@@ -86,14 +86,17 @@ def main(file_descriptor: int) -> None:
 
 def _guard(worker: int, connection: int, output: int) -> NoReturn:
     """Wait for the worker's end, and end all that it started."""
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(worker, signal.SIGKILL))
-    threading.Thread(target=_end_with_trainer, args=(worker, connection), daemon=True).start()
+    # Not with a handler: it would run in this thread, and a signal that reaches another one does not end its wait.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    hang_up = select.poll()
+    hang_up.register(connection, 0)
+    for end in (hang_up.poll, partial(signal.sigwait, {signal.SIGTERM})):
+        threading.Thread(target=_kill_after, args=(end, worker), daemon=True).start()
     forwarding = threading.Thread(target=_forward, args=(output,), daemon=True)
     forwarding.start()
     ended = status = 0
     while ended != worker:  # orphans end here, too
         ended, status = os.waitpid(-1, 0)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # Its group at once, also where there is no /proc. PermissionError: macOS says so where only the ended one is left.
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(worker, signal.SIGKILL)
@@ -109,12 +112,11 @@ def _guard(worker: int, connection: int, output: int) -> NoReturn:
     os._exit(os.waitstatus_to_exitcode(status) % 256)
 
 
-def _end_with_trainer(worker: int, connection: int) -> None:
-    """Kill the worker when nobody holds the connection's other end. It could not do so: it may hold the interpreter."""
-    hang_up = select.poll()
-    hang_up.register(connection, 0)
-    hang_up.poll()
-    os.kill(worker, signal.SIGKILL)
+def _kill_after(end: Callable[[], object], worker: int) -> None:
+    """Kill the worker at the trainer's end or at its word. It could not do so: it may hold the interpreter."""
+    end()
+    with suppress(ProcessLookupError):
+        os.kill(worker, signal.SIGKILL)
 
 
 def _forward(output: int) -> None:
