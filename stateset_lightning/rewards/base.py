@@ -72,21 +72,17 @@ class RewardFunction(ABC):
 
     weight: float = 1.0
     timeout: float | None = None
-    _name: str | None = None
 
     def __init__(self, *, weight: float = 1.0, name: str | None = None, timeout: float | None = None) -> None:
         self.weight = weight
         self.timeout = timeout
-        self._name = name
+        if name:
+            self.name = name
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """Name in logs and in a scenario's `rewards` column."""
-        return self._name or snake_case(type(self).__name__)
-
-    @name.setter
-    def name(self, name: str) -> None:
-        self._name = name
+        return snake_case(type(self).__name__)
 
     @abstractmethod
     def compute_reward(self, turns: Turns, context: Context = None) -> Any:
@@ -144,13 +140,12 @@ class FunctionReward(RewardFunction):
     """
 
     def __init__(self, function: Callable[..., Any], **common: Any) -> None:
-        super().__init__(**common)
         self.function = function
-        if not self._name:
-            while isinstance(function, functools.partial):
-                function = function.func
-            name = getattr(function, "__name__", None) or snake_case(type(function).__name__)
-            self._name = "function" if name == "<lambda>" else name
+        while isinstance(function, functools.partial):
+            function = function.func
+        name = getattr(function, "__name__", None) or snake_case(type(function).__name__)
+        self.name = "function" if name == "<lambda>" else name
+        super().__init__(**common)
 
     def compute_reward(self, turns: Turns, context: Context = None) -> Any:
         return self.function(turns, context)
