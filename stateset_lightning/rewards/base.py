@@ -17,7 +17,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from stateset_lightning.errors import DataError, RewardError
 from stateset_lightning.redaction import redacted_text
@@ -29,6 +29,8 @@ Turns = Sequence[Turn]
 
 # All columns of the scenario by name (`target`, ...), and `completion_tokens`, the completion's number of tokens.
 Context = Mapping[str, Any] | None
+
+T = TypeVar("T")
 
 # What a reward is called with.
 Given = tuple[Turns, Mapping[str, Any]]
@@ -171,19 +173,28 @@ def completion(turns: Turns) -> str:
     return str(turns[-1].get("content", "")) if turns else ""
 
 
-def target_of(context: Context, reward: str) -> Any:
-    """The scenario's target.
+def target_of(context: Context, reward: str, read: Callable[[Any], list[T]], problem: str) -> list[T]:
+    """What a reward reads of the scenario's target.
+
+    Args:
+        context: The scenario's columns.
+        reward: Name of the reward, for errors.
+        read: Reads a target; it returns nothing of one that the reward cannot use.
+        problem: Says then what is wrong with it: `holds no number`.
 
     Raises:
-        DataError: If it has none. A score of zero would train the policy as if the answer were wrong.
+        DataError: If there is no target, or `read` returns nothing. A score of zero would train the policy as if the
+            answer were wrong.
     """
-    target = (context or {}).get("target")
+    target, scenario = (context or {}).get("target"), (context or {}).get("id")
     if target is None:
-        raise bad_target(context, reward, "is missing: add the column, or leave this reward out of the row's 'rewards'")
-    return target
+        problem = "is missing: add the column, or leave this reward out of the row's 'rewards'"
+    elif found := read(target):
+        return found
+    raise DataError(f"reward '{reward}' needs an answer, but target={target!r} of scenario {scenario!r} {problem}")
 
 
-def target_texts(context: Context, reward: str, content: Callable[[str], str] | None = None) -> list[str]:
+def target_texts(context: Context, reward: str, content: Callable[[str], object] = lambda text: True) -> list[str]:
     """The accepted answers of a scenario, as texts: its target, or each item if that is a list.
 
     Args:
@@ -194,17 +205,12 @@ def target_texts(context: Context, reward: str, content: Callable[[str], str] | 
     Raises:
         DataError: If there is no target, it is an empty list, or a text has no `content`.
     """
-    target = target_of(context, reward)
-    texts = [str(item) for item in target] if isinstance(target, list | tuple | set | frozenset) else [str(target)]
-    if not texts or (content is not None and not all(map(content, texts))):
-        raise bad_target(context, reward, "is empty")
-    return texts
 
+    def read(target: Any) -> list[str]:
+        texts = list(map(str, target if isinstance(target, list | tuple | set | frozenset) else [target]))
+        return texts if all(map(content, texts)) else []
 
-def bad_target(context: Context, reward: str, problem: str) -> DataError:
-    """The error of a scenario whose target a reward cannot use; `problem` says why: `holds no number`."""
-    target, scenario = (context or {}).get("target"), (context or {}).get("id")
-    return DataError(f"reward '{reward}' needs an answer, but target={target!r} of scenario {scenario!r} {problem}")
+    return target_of(context, reward, read, "is empty")
 
 
 # What a call of a reward comes to ------------------------------------------------------------------------------------
