@@ -38,6 +38,8 @@ Given = tuple[Turns, Mapping[str, Any]]
 # Float32's largest number: scores beyond it become infinite in the arithmetic that follows.
 LARGEST_SCORE = 3.4028234e38
 
+_SCALARS = (str, bytes, int, float, type(None))
+
 
 @dataclass
 class RewardResult:
@@ -260,7 +262,8 @@ async def call_async(reward: RewardFunction, turns: Turns, context: Mapping[str,
 
 def own_copies(turns: Turns, context: Mapping[str, Any]) -> Given:
     """A conversation and columns for one call alone: other calls, and later epochs, see nothing of what it changes."""
-    return copy.deepcopy((list(turns), dict(context)))
+    columns = {k: value if isinstance(value, _SCALARS) else copy.deepcopy(value) for k, value in context.items()}
+    return copy.deepcopy(list(turns)), columns
 
 
 def to_outcome(output: Any, own: Given = ((), {}), given: Given = ((), {})) -> Outcome:
