@@ -226,8 +226,9 @@ def _call_batch(reward: RewardFunction, waiting: Sequence[_Waiting]) -> None:
     assert isinstance(reward, BatchReward)
     if not waiting:
         return
-    copies = [base.own_copies(*given) for given, _ in waiting]
+    copies = given_N = [given for given, _ in waiting]
     try:
+        copies = [base.own_copies(*given) for given in given_N]
         # One more than needed: there may be no end.
         outputs = list(islice(reward.compute_rewards(*zip(*copies, strict=True)), len(waiting) + 1))
         if len(outputs) != len(waiting):

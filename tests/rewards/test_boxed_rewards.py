@@ -6,6 +6,7 @@ import asyncio
 import copy
 import subprocess
 import sys
+import threading
 import time
 from decimal import Decimal
 
@@ -483,6 +484,12 @@ def test_each_call_gets_its_own_columns_and_a_change_is_told_once(reward, caplog
     assert repr(given) == repr(COLUMNS)
     told = [record.message for record in caplog.records if "changes its columns" in record.message]
     assert told == [f"reward '{reward.name}' changes its columns or its conversation: copies, which nothing else sees"]
+
+
+@pytest.mark.parametrize("reward", [Looks(), Looks(timeout=60), ChangesAsync(), ChangesBatch()])
+def test_what_cannot_be_copied_fails_the_completion_that_has_it(reward):
+    with Scorer(reward) as scorer:
+        assert "pickle" in run(scorer, ["x"], {"lock": threading.Lock()}).failures[0].message
 
 
 def test_what_changes_nothing_is_not_told_and_copies_are_cheap(caplog):
