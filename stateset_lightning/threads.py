@@ -181,11 +181,16 @@ class EventLoopThread:
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"the event loop '{self._name}' is closed")
-            if self._loop is None:
+            if self._loop is None or self._loop.is_closed():
                 self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._loop.run_forever, name=self._name, daemon=True)
+                self._thread = threading.Thread(target=self._serve, args=(self._loop,), name=self._name, daemon=True)
                 self._thread.start()
             return self._loop
+
+    def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
+        while not (self._closed or loop.is_closed()):
+            with suppress(BaseException):  # what a coroutine calls back may stop the loop, or raise SystemExit
+                loop.run_forever()
 
     async def _run(self, function: Callable[..., Awaitable[Any]], args: tuple[Any, ...], timeout: float | None) -> Any:
         async with self._slots:

@@ -49,6 +49,9 @@ class Turn:
     def keys(self) -> Iterator[str]:
         return iter(("role", "content"))
 
+    def __deepcopy__(self, memo: Any) -> Turn:
+        return self  # nothing in it can change
+
 
 class Scenario(BaseModel):
     """One prompt to be answered, with all that its rewards need. Any further column is kept.

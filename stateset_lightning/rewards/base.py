@@ -8,22 +8,21 @@ completion: a failure is never a score of zero.
 
 from __future__ import annotations
 
-import asyncio
+import copy
 import functools
 import inspect
 import math
-import os
 import re
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from stateset_lightning.errors import DataError, RewardError
 from stateset_lightning.redaction import redacted_text
 from stateset_lightning.types import NOT_APPLICABLE, Turn
+from stateset_lightning.workers import forked_child_ends
 
 # A conversation; its last turn is the completion.
 Turns = Sequence[Turn]
@@ -31,8 +30,15 @@ Turns = Sequence[Turn]
 # All columns of the scenario by name (`target`, ...), and `completion_tokens`, the completion's number of tokens.
 Context = Mapping[str, Any] | None
 
+T = TypeVar("T")
+
+# What a reward is called with.
+Given = tuple[Turns, Mapping[str, Any]]
+
 # Float32's largest number: scores beyond it become infinite in the arithmetic that follows.
 LARGEST_SCORE = 3.4028234e38
+
+_SCALARS = (str, bytes, int, float, type(None))
 
 
 @dataclass
@@ -70,21 +76,17 @@ class RewardFunction(ABC):
 
     weight: float = 1.0
     timeout: float | None = None
-    _name: str | None = None
 
     def __init__(self, *, weight: float = 1.0, name: str | None = None, timeout: float | None = None) -> None:
         self.weight = weight
         self.timeout = timeout
-        self._name = name
+        if name:
+            self.name = name
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """Name in logs and in a scenario's `rewards` column."""
-        return self._name or snake_case(type(self).__name__)
-
-    @name.setter
-    def name(self, name: str) -> None:
-        self._name = name
+        return snake_case(type(self).__name__)
 
     @abstractmethod
     def compute_reward(self, turns: Turns, context: Context = None) -> Any:
@@ -112,7 +114,7 @@ class BatchReward(RewardFunction):
 
     It is called once per episode, when all completions are sampled, in their order. Batches that fill up as completions
     finish would differ from run to run, and with them the last digits of the scores; and the model would compete with
-    decoding for the device. It runs in the training process and cannot be stopped, so it has no time-out.
+    decoding for the device. It runs in a thread of the training process and cannot be stopped, so it has no time-out.
     """
 
     device: Any = "cpu"  # the policy's; set before each call
@@ -142,13 +144,12 @@ class FunctionReward(RewardFunction):
     """
 
     def __init__(self, function: Callable[..., Any], **common: Any) -> None:
-        super().__init__(**common)
         self.function = function
-        if not self._name:
-            while isinstance(function, functools.partial):
-                function = function.func
-            name = getattr(function, "__name__", None) or snake_case(type(function).__name__)
-            self._name = "function" if name == "<lambda>" else name
+        while isinstance(function, functools.partial):
+            function = function.func
+        name = getattr(function, "__name__", None) or snake_case(type(function).__name__)
+        self.name = "function" if name == "<lambda>" else name
+        super().__init__(**common)
 
     def compute_reward(self, turns: Turns, context: Context = None) -> Any:
         return self.function(turns, context)
@@ -174,19 +175,28 @@ def completion(turns: Turns) -> str:
     return str(turns[-1].get("content", "")) if turns else ""
 
 
-def target_of(context: Context, reward: str) -> Any:
-    """The scenario's target.
+def target_of(context: Context, reward: str, read: Callable[[Any], list[T]], problem: str) -> list[T]:
+    """What a reward reads of the scenario's target.
+
+    Args:
+        context: The scenario's columns.
+        reward: Name of the reward, for errors.
+        read: Reads a target; it returns nothing of one that the reward cannot use.
+        problem: Says then what is wrong with it: `holds no number`.
 
     Raises:
-        DataError: If it has none. A score of zero would train the policy as if the answer were wrong.
+        DataError: If there is no target, or `read` returns nothing. A score of zero would train the policy as if the
+            answer were wrong.
     """
-    target = (context or {}).get("target")
+    target, scenario = (context or {}).get("target"), (context or {}).get("id")
     if target is None:
-        raise bad_target(context, reward, "is missing: add the column, or leave this reward out of the row's 'rewards'")
-    return target
+        problem = "is missing: add the column, or leave this reward out of the row's 'rewards'"
+    elif found := read(target):
+        return found
+    raise DataError(f"reward '{reward}' needs an answer, but target={target!r} of scenario {scenario!r} {problem}")
 
 
-def target_texts(context: Context, reward: str, content: Callable[[str], str] | None = None) -> list[str]:
+def target_texts(context: Context, reward: str, content: Callable[[str], object] = lambda text: True) -> list[str]:
     """The accepted answers of a scenario, as texts: its target, or each item if that is a list.
 
     Args:
@@ -197,17 +207,12 @@ def target_texts(context: Context, reward: str, content: Callable[[str], str] | 
     Raises:
         DataError: If there is no target, it is an empty list, or a text has no `content`.
     """
-    target = target_of(context, reward)
-    texts = [str(item) for item in target] if isinstance(target, list | tuple | set | frozenset) else [str(target)]
-    if not texts or (content is not None and not all(map(content, texts))):
-        raise bad_target(context, reward, "is empty")
-    return texts
 
+    def read(target: Any) -> list[str]:
+        texts = list(map(str, target if isinstance(target, list | tuple | set | frozenset) else [target]))
+        return texts if all(map(content, texts)) else []
 
-def bad_target(context: Context, reward: str, problem: str) -> DataError:
-    """The error of a scenario whose target a reward cannot use; `problem` says why: `holds no number`."""
-    target, scenario = (context or {}).get("target"), (context or {}).get("id")
-    return DataError(f"reward '{reward}' needs an answer, but target={target!r} of scenario {scenario!r} {problem}")
+    return target_of(context, reward, read, "is empty")
 
 
 # What a call of a reward comes to ------------------------------------------------------------------------------------
@@ -217,7 +222,8 @@ def bad_target(context: Context, reward: str, problem: str) -> DataError:
 class Outcome:
     """What one reward said of one completion.
 
-    `value` is its score, `NOT_APPLICABLE`, or NaN after a failure; then `error` names the exception's type.
+    `value` is its score, `NOT_APPLICABLE`, or NaN after a failure; then `error` names the exception's type. `changed`:
+    it has changed the conversation or the columns that it was given.
     """
 
     value: float
@@ -225,19 +231,26 @@ class Outcome:
     error: str = ""
     message: str = ""
     traceback: str = ""
+    changed: bool = False
 
 
 def call(reward: RewardFunction, turns: Turns, context: Mapping[str, Any]) -> Outcome | Coroutine[Any, Any, Outcome]:
-    """Call a reward and catch whatever it raises.
+    """Call a reward with copies of a conversation and columns, and catch whatever it raises.
+
+    Not only `Exception`: code under test may call exit(), a library written in Rust panics with a `BaseException`, and
+    what is cancelled raises one. A user's Ctrl-C does not come here: rewards are called in threads other than the main
+    one, or in processes.
 
     Returns:
         The outcome; or, if the reward returned an awaitable, a coroutine that ends in the outcome.
     """
-    with _forked_child_ends():
+    with forked_child_ends():
         try:
-            output = reward.compute_reward(turns, context)
-            return _awaited(output) if inspect.isawaitable(output) else to_outcome(output)
-        except (Exception, SystemExit) as error:  # SystemExit: code under test may call exit()
+            given = turns, context
+            own = own_copies(*given)
+            output = reward.compute_reward(*own)
+            return _awaited(output, own, given) if inspect.isawaitable(output) else to_outcome(output, own, given)
+        except BaseException as error:
             return failure(error)
 
 
@@ -247,49 +260,51 @@ async def call_async(reward: RewardFunction, turns: Turns, context: Mapping[str,
     return outcome if isinstance(outcome, Outcome) else await outcome
 
 
-def to_outcome(output: Any) -> Outcome:
-    """Read what a reward returned.
+def own_copies(turns: Turns, context: Mapping[str, Any]) -> Given:
+    """A conversation and columns for one call alone: other calls, and later epochs, see nothing of what it changes."""
+    columns = {k: value if isinstance(value, _SCALARS) else copy.deepcopy(value) for k, value in context.items()}
+    return copy.deepcopy(list(turns)), columns
+
+
+def to_outcome(output: Any, own: Given = ((), {}), given: Given = ((), {})) -> Outcome:
+    """Read what a reward returned, which was called with its `own` copies of what was `given`.
 
     Raises:
         RewardError: If it is neither a finite number, nor a `RewardResult` with one, nor None.
     """
-    if output is None:
-        return Outcome(NOT_APPLICABLE)
-    if not isinstance(output, RewardResult):
-        return Outcome(_finite(output))
-    if output.score is None:
-        raise RewardError("RewardResult.score is None; return None itself to say that the reward does not apply")
-    return Outcome(_finite(output.score), dict(output.breakdown or {}))
+    if isinstance(output, RewardResult):
+        if output.score is None:
+            raise RewardError("RewardResult.score is None; return None itself to say that the reward does not apply")
+        outcome = Outcome(_finite(output.score), dict(output.breakdown or {}))
+    else:
+        outcome = Outcome(NOT_APPLICABLE if output is None else _finite(output))
+    return replace(outcome, changed=_differ(own, given))
 
 
 def failure(error: BaseException) -> Outcome:
     """The outcome of a reward that raised `error`."""
     try:
         message = redacted_text(str(error))
-    except Exception:  # a user's exception may fail to print
+    except BaseException:  # a user's exception may fail to print
         message = "(its message could not be printed)"
     trace = redacted_text("".join(traceback.format_exception(error)))
     return Outcome(math.nan, {}, type(error).__name__, message, trace)
 
 
-async def _awaited(output: Awaitable[Any]) -> Outcome:
-    with _forked_child_ends():
+async def _awaited(output: Awaitable[Any], own: Given, given: Given) -> Outcome:
+    with forked_child_ends():
         try:
-            return to_outcome(await output)
-        # SystemExit would end the event loop. A call that was cancelled from outside has nobody who waits for it.
-        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            return to_outcome(await output, own, given)
+        # Some would end the event loop. A call that was cancelled from outside has nobody who waits for it.
+        except BaseException as error:
             return failure(error)
 
 
-@contextmanager
-def _forked_child_ends() -> Iterator[None]:
-    """End the child of a reward that forked and let the child return too: it would go on as a second trainer."""
-    process = os.getpid()
+def _differ(own: Given, given: Given) -> bool:
     try:
-        yield
-    finally:
-        if os.getpid() != process:
-            os._exit(0)
+        return own != given
+    except Exception:  # the values of foreign classes: arrays say neither yes nor no
+        return False
 
 
 def _finite(value: Any) -> float:

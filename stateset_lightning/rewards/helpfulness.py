@@ -5,43 +5,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion, target_texts
 from stateset_lightning.rewards.penalties import repeated_share, words
 
 MAX_WORDS = 300  # answers of up to this many words lose nothing for their length
 
-_FUNCTION_WORDS = frozenset(
-    """
-    a about above after again against all also am an and any are as at be because been before being below between
-    both but by can could did do does doing down during each either every few for from further had has have having
-    he her here hers him his how however i if in into is it its itself just let like may me might more most much
-    must my no nor not of off on once one only onto or other our out over own per same shall she should so some such
-    than that the their them then there these they this those through thus to too under until up upon us very was we
-    were what when where whether which while who whom whose why will with within without would yet you your tell
-    explain describe give please define it's that's
-    """.split()  # noqa: SIM905 (a list of strings would fill a page)
-)
-
-# The phrases end with their clause: after the next punctuation mark an answer may begin.
-_STOCK_PHRASES = re.compile(
-    r"\b(?:(?:that(?:'s| is) )?(?:such )?(?:an? )?(?:great|good|excellent|wonderful|fantastic|interesting) question"
-    r"|(?:i|we)(?:'d|'m|'re| would| am| are) (?:be )?(?:more than )?"
-    r"(?:happy|glad|delighted|pleased|here) to (?:help|assist|answer)"
-    r"|(?:thank you|thanks) (?:so much |very much )?for (?:asking|your|reaching|the question)"
-    r"|i hope (?:this|that|it) (?:helps|answers|is helpful|was helpful)"
-    r"|(?:please )?(?:let me know|feel free|do not hesitate|don't hesitate|reach out)"
-    r"|(?:is|if) there(?:'s| is)? anything else"
-    r"|if you have any (?:other|further|more|additional|questions)"
-    r"|as an? (?:ai|large) (?:language )?(?:model|assistant)"
-    r"|i(?:'m| am) (?:sorry|afraid|unable|just an? ai)|i apologi[sz]e"
-    r"|i (?:can't|cannot|can not|do not|don't) (?:help|assist|answer|know)"
-    r"|i (?:completely |fully |totally )?understand (?:your|how|that you)"
-    r"|(?:sure|certainly|absolutely|of course)(?: thing)?(?=[\s!,.:]|$)"
-    r"|it(?:'s| is) (?:important|worth|crucial) (?:to note|noting|to remember)"
-    r"|here(?:'s| is| are) (?:the|your|an?|my) (?:answer|explanation|overview|response)"
-    r"|let me (?:give|provide|share|explain|answer|break))[^.!?,:;\n]{0,80}"
-)
+_FOLDER = Path(__file__).parent
+_FUNCTION_WORDS = frozenset((_FOLDER / "function_words.txt").read_text().split())
+# One a line. The phrases end with their clause: after the next punctuation mark an answer may begin.
+_PHRASES = "|".join((_FOLDER / "stock_phrases.txt").read_text().splitlines())
+_STOCK_PHRASES = re.compile(rf"\b(?:{_PHRASES})[^.!?,:;\n]{{0,80}}")
 
 
 class HelpfulnessReward(RewardFunction):

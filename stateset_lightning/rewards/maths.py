@@ -10,15 +10,7 @@ from typing import Annotated, Any
 from annotated_types import Gt
 
 from stateset_lightning.errors import ConfigError, bounded, require
-from stateset_lightning.rewards.base import (
-    Context,
-    RewardFunction,
-    RewardResult,
-    Turns,
-    bad_target,
-    completion,
-    target_of,
-)
+from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion, target_of
 
 _LATEX = re.compile(r"\$|\\boxed|\\\(|\\\[")
 
@@ -57,13 +49,14 @@ class MathEquivalence(RewardFunction):
     def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
         from math_verify import verify
 
-        target = target_of(context, self.name)
-        golds = [self._gold(item) for item in (target if isinstance(target, list | tuple) else [target])]
-        if not golds or not all(golds):
-            raise bad_target(context, self.name, "holds no formula")
+        golds = target_of(context, self.name, self._golds, "holds no formula")
         answer = _parsed(completion(turns))
         equal = any(verify(gold, answer, timeout_seconds=None) for gold in golds)
         return RewardResult(float(equal), {"answer": str(answer[-1]) if answer else None, "target": str(golds[0][-1])})
+
+    def _golds(self, target: Any) -> list[list[Any]]:
+        golds = [self._gold(item) for item in (target if isinstance(target, list | tuple) else [target])]
+        return golds if all(golds) else []
 
     def _gold(self, target: Any) -> list[Any]:
         if isinstance(target, int | float) and not isinstance(target, bool) and math.isfinite(target):
@@ -84,6 +77,6 @@ def _parsed(text: str) -> list[Any]:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no time-out; the process has one
-    # Not with its own time-out: that uses the signal by which a worker ends when the trainer has died.
+    # Not with its own time-out: the process has one.
     config = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
     return list(parse(text.replace("\\$", ""), config, parsing_timeout=None))

@@ -16,15 +16,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Lt
 
 from stateset_lightning.errors import ConfigError, bounded
-from stateset_lightning.rewards.base import (
-    Context,
-    RewardFunction,
-    RewardResult,
-    Turns,
-    bad_target,
-    completion,
-    target_of,
-)
+from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion, target_of
 
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\.)\.[0-9]+"
 _NUMBER = re.compile(
@@ -88,7 +80,7 @@ class NumericAnswer(RewardFunction):
         self.relative_tolerance = relative_tolerance
 
     def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
-        targets = self._target(context)
+        targets = target_of(context, self.name, self._targets, "holds no number")
         answers = _number(completion(turns), self.marker, required=True)
         equal = any(self._equal(answer, target) for answer in answers for target in targets)
         return RewardResult(float(equal), {"answer": answers[0] if answers else None, "target": targets[0]})
@@ -96,16 +88,11 @@ class NumericAnswer(RewardFunction):
     def _equal(self, answer: float, target: float) -> bool:
         return abs(answer - target) <= max(self.absolute_tolerance, self.relative_tolerance * abs(target))
 
-    def _target(self, context: Context) -> list[float]:
-        target = target_of(context, self.name)
-        values: list[float] = []
+    def _targets(self, target: Any) -> list[float]:
         if isinstance(target, str):
-            values = _number(target, self.target_marker, required=False)
-        elif isinstance(target, numbers.Real) and not isinstance(target, bool):
-            values = [float(target)]
-        if not values or not math.isfinite(values[0]):
-            raise bad_target(context, self.name, "holds no number")
-        return values
+            return _number(target, self.target_marker, required=False)
+        is_number = isinstance(target, numbers.Real) and not isinstance(target, bool) and math.isfinite(target)
+        return [float(target)] if is_number else []
 
 
 def find_numbers(text: str) -> Iterator[list[float]]:

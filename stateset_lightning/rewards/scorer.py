@@ -6,28 +6,32 @@ on which reward is quicker.
 """
 
 # No `from __future__ import annotations`: bounds would be lost from annotated types that are read from text.
+import logging
 import math
 import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from concurrent.futures import CancelledError, Future
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
+from itertools import islice
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Lt
 
 from stateset_lightning.errors import ConfigError, DataError, RewardError, bounded
 from stateset_lightning.rewards import base
-from stateset_lightning.rewards.base import BatchReward, Context, Outcome, RewardFunction, Turns, failure
+from stateset_lightning.rewards.base import BatchReward, Context, Given, Outcome, RewardFunction, Turns, failure
 from stateset_lightning.rewards.reward_list import as_rewards
-from stateset_lightning.threads import DaemonThreads, EventLoopThread, Interruption, interruptible
+from stateset_lightning.threads import DaemonThreads, EventLoopThread, interruptible
 from stateset_lightning.types import NOT_APPLICABLE, RewardFailure, Scores
 from stateset_lightning.workers import WorkerPool
 
-# A completion that waits for a batched reward: its conversation, its columns, and the future of the outcome.
-_Waiting = tuple[Turns, Mapping[str, Any], Future[Outcome]]
+log = logging.getLogger("stateset_lightning")
+
+# A completion that waits for a batched reward: its conversation and columns, and the future of the outcome.
+_Waiting = tuple[Given, Future[Outcome]]
 
 
 @bounded("scorer")
@@ -59,8 +63,9 @@ class Scorer(AbstractContextManager["Scorer"]):
         self.names = tuple(reward.name for reward in self.rewards)
         self.max_failures = max_failures
         loop = EventLoopThread(max_concurrency, "async-rewards")
-        threads = DaemonThreads(max_concurrency, "blocking-rewards")
+        self.threads = threads = DaemonThreads(max_concurrency, "blocking-rewards")
         workers = WorkerPool(remedy="; or write compute_reward as `async def`; or drop the time-out")
+        self.told: set[str] = set()  # rewards of which a line has said that they change what they are given
         # Each starts a reward on a completion and returns at once.
         self.starts: list[Callable[[Turns, Mapping[str, Any]], Future[Outcome]]] = []
         for reward in self.rewards:
@@ -73,7 +78,10 @@ class Scorer(AbstractContextManager["Scorer"]):
                 workers.add(f"reward '{reward.name}'", partial(base.call, reward))
                 self.starts.append(partial(workers.submit, f"reward '{reward.name}'", limit))
         # Also at interpreter exit, and when the scorer is collected as garbage. Workers first: threads wait for them.
-        self._close = weakref.finalize(self, _close_all, (workers, loop, threads))
+        parts = ExitStack()
+        for part in (threads, loop, workers):
+            parts.callback(part.close)
+        self._close = weakref.finalize(self, parts.close)
 
     def start(self, num_completions: int, device: Any = "cpu") -> "ScoringSession":
         """Begin to score N completions; rewards that are models compute on `device`.
@@ -135,11 +143,8 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
         if completion_tokens is not None:
             columns["completion_tokens"] = completion_tokens
         chosen = self._chosen(columns.get("rewards"), columns.get("id"))
-        # Each reward gets its own list and mapping: one that changes them must not disturb the others.
         names = enumerate(self._scorer.names)
-        self._futures[n] = [
-            self._start(f, n, list(turns), dict(columns)) if name in chosen else None for f, name in names
-        ]
+        self._futures[n] = [self._start(f, n, turns, columns) if name in chosen else None for f, name in names]
 
     @interruptible()
     def collect(self) -> Scores:
@@ -149,23 +154,25 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
             ConfigError: If a worker process could not load its rewards, or a batched reward its model.
         """
         begin = time.perf_counter()
+        # Not in this thread: what a reward raises could not be told from what a signal does (Ctrl-C).
         for f, waiting in self._batches.items():
-            _call_batch(self._scorer.rewards[f], [waiting[n] for n in sorted(waiting)])
+            batch = [waiting[n] for n in sorted(waiting)]
+            self._scorer.threads.submit(_call_batch, self._scorer.rewards[f], batch).result()
         outcomes_NF = [[_outcome(future) for future in self._futures[n]] for n in range(self._num_completions)]
+        changed = {name for row in outcomes_NF for name, o in zip(self._scorer.names, row, strict=True) if o.changed}
+        for name in sorted(changed - self._scorer.told):
+            log.warning("reward '%s' changes its columns or its conversation: copies, which nothing else sees", name)
+        self._scorer.told |= changed
         return _scores(self._scorer.rewards, outcomes_NF, time.perf_counter() - begin)
 
-    def close(self) -> None:
-        """Cancel what has not begun."""
-        self._cancel()
-
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        self._cancel()
 
     def _start(self, f: int, n: int, turns: Turns, context: Mapping[str, Any]) -> Future[Outcome]:
         if f not in self._batches:
             return self._scorer.starts[f](turns, context)
-        self._batches[f][n] = turns, context, Future()
-        return self._batches[f][n][2]
+        self._batches[f][n] = (turns, context), Future()
+        return self._batches[f][n][1]
 
     def _chosen(self, names: Iterable[str] | None, scenario: Any) -> Iterable[str]:
         if names is None:
@@ -219,64 +226,62 @@ def _call_batch(reward: RewardFunction, waiting: Sequence[_Waiting]) -> None:
     assert isinstance(reward, BatchReward)
     if not waiting:
         return
+    copies = given_N = [given for given, _ in waiting]
     try:
-        outputs = list(reward.compute_rewards([item[0] for item in waiting], [item[1] for item in waiting]))
+        copies = [base.own_copies(*given) for given in given_N]
+        # One more than needed: there may be no end.
+        outputs = list(islice(reward.compute_rewards(*zip(*copies, strict=True)), len(waiting) + 1))
         if len(outputs) != len(waiting):
             raise RewardError(f"reward '{reward.name}' returned {len(outputs)} scores for {len(waiting)} completions")
-    except (ConfigError, Interruption):  # its model cannot be loaded, say
+    except ConfigError:  # its model cannot be loaded, say
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         outputs = [error] * len(waiting)
-    for (_, _, future), output in zip(waiting, outputs, strict=True):
+    for (given, future), own, output in zip(waiting, copies, outputs, strict=True):
         try:
-            future.set_result(failure(output) if isinstance(output, BaseException) else base.to_outcome(output))
-        except RewardError as error:
+            if isinstance(output, BaseException):
+                raise output
+            future.set_result(base.to_outcome(output, own, given))
+        except BaseException as error:
             future.set_result(failure(error))
 
 
 def _outcome(future: Future[Outcome] | None) -> Outcome:
     """Wait for an outcome. A time-out, a dead worker, or a result that cannot be pickled is a failure of the reward."""
+    if future is None:
+        return Outcome(NOT_APPLICABLE)
     try:
-        return Outcome(NOT_APPLICABLE) if future is None else future.result()
-    except Exception as error:
-        if isinstance(error, ConfigError) or (future is not None and future.cancelled()):
-            raise
-        return failure(error)
+        error = future.exception()  # not `result`, which raises what a signal raises here, too
+    except CancelledError as cancelled:  # a reward can cancel whatever runs beside it
+        error = cancelled
+    if isinstance(error, ConfigError):
+        raise error
+    return failure(error) if error else future.result()
 
 
 def _scores(rewards: Sequence[RewardFunction], outcomes_NF: list[list[Outcome]], seconds: float) -> Scores:
     import torch  # here, since worker processes import this module and do without torch
 
-    weights = [reward.weight for reward in rewards]
     names = tuple(reward.name for reward in rewards)
+    values_NF = torch.tensor([[o.value for o in row] for row in outcomes_NF], dtype=torch.float64)
+    values_NF = values_NF.reshape(-1, len(names))
+    # The weighted sum over the rewards that apply: NaN if one failed (NaN adds up to NaN) or none applies. Held-out
+    # rewards, of weight 0, do not count.
+    weights_F = torch.tensor([reward.weight for reward in rewards], dtype=torch.float64)
+    counts_NF = (values_NF != NOT_APPLICABLE) & (weights_F != 0)
+    totals_N = torch.where(counts_NF, values_NF * weights_F, 0.0).sum(1)
+    totals_N[~counts_NF.any(1)] = math.nan
     failures: list[RewardFailure] = []
     for n, outcomes in enumerate(outcomes_NF):
         named = zip(names, outcomes, strict=True)
         failures += [RewardFailure(n, name, o.error, o.message, o.traceback) for name, o in named if o.error]
-        if all(outcome.value == NOT_APPLICABLE for outcome, weight in zip(outcomes, weights, strict=True) if weight):
+        if not counts_NF[n].any():
             failures.append(RewardFailure(n, "all", "NotApplicable", "no reward applies to this completion"))
-    values_NF = torch.tensor([[o.value for o in row] for row in outcomes_NF], dtype=torch.float64)
-    totals_N = torch.tensor([_total(row, weights) for row in outcomes_NF], dtype=torch.float64)
     breakdowns = [{name: o.breakdown for name, o in zip(names, row, strict=True) if o.breakdown} for row in outcomes_NF]
-    return Scores(names, values_NF.reshape(-1, len(names)), totals_N, breakdowns, failures, seconds)
-
-
-def _total(outcomes: Sequence[Outcome], weights: Sequence[float]) -> float:
-    """The weighted sum over the rewards that apply: NaN if one failed (NaN adds up to NaN) or none applies.
-
-    Held-out rewards, of weight 0, do not count.
-    """
-    weighted = zip(outcomes, weights, strict=True)
-    parts = [weight * outcome.value for outcome, weight in weighted if weight and outcome.value != NOT_APPLICABLE]
-    return sum(parts) if parts else math.nan
+    return Scores(names, values_NF, totals_N, breakdowns, failures, seconds)
 
 
 def _cancel_all(futures: Mapping[int, list[Future[Outcome] | None]]) -> None:
     # The last first: one that runs would make room, when it is cancelled, for one that waits.
     for future in reversed([future for of_completion in futures.values() for future in of_completion if future]):
         future.cancel()
-
-
-def _close_all(parts: Iterable[WorkerPool | EventLoopThread | DaemonThreads]) -> None:
-    for part in parts:
-        part.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
+from itertools import islice
 from typing import Any
 
 from stateset_lightning.errors import ConfigError, RewardError
@@ -81,7 +82,7 @@ class TRLReward(FunctionReward):
 
     def _score(self, output: Any, logged: dict[str, Any]) -> RewardResult | None:
         try:
-            scores = list(output)
+            scores = list(islice(output, 2))  # there may be no end
         except TypeError:
             scores = []
         if isinstance(output, str) or len(scores) != 1:

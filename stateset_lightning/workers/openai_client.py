@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
+from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le, Len
+from pydantic import BaseModel, HttpUrl, TypeAdapter, ValidationError
 
 from stateset_lightning.errors import ConfigError, ServerError, check_bounds, require
 from stateset_lightning.redaction import is_secret_name, remember
@@ -26,6 +28,30 @@ COUNTS = ("calls", "retries", "cache_hits", "prompt_tokens", "completion_tokens"
 _TABLE = "CREATE TABLE IF NOT EXISTS replies (number INTEGER PRIMARY KEY, key TEXT UNIQUE, reply TEXT NOT NULL)"
 _OLDEST = "DELETE FROM replies WHERE number <= (SELECT MAX(number) FROM replies) - ?"
 _WAIT_SECONDS = 30.0  # for another process that writes to the cache
+_LONGEST_MESSAGE = 500  # characters of a server's message that an error shows
+
+_Tokens = Annotated[int, Ge(0), Le(10**9)]
+
+
+class _Message(BaseModel):
+    content: Annotated[str, Len(0, 1_000_000)] | None = None
+
+
+class _Choice(BaseModel):
+    message: _Message
+    finish_reason: str | None = None
+
+
+class _Usage(BaseModel):
+    prompt_tokens: _Tokens = 0
+    completion_tokens: _Tokens = 0
+
+
+class _Answer(BaseModel):
+    """What is read of a chat completion; whatever else it holds is passed over."""
+
+    choices: Annotated[list[_Choice], Len(1)]
+    usage: _Usage | None = None
 
 
 class ReplyCache:
@@ -101,7 +127,7 @@ class OpenAIClient:
             with another.
         max_concurrency: Requests at the same time.
         max_retries: Further attempts after the first.
-        request_timeout: Seconds that one attempt may take.
+        request_timeout: Seconds that one attempt may take, to the last byte of the answer.
         cache: File of the cache; None keeps replies in memory.
         max_cached: Replies that are kept at most.
 
@@ -125,17 +151,22 @@ class OpenAIClient:
     ) -> None:
         check_bounds(key, OpenAIClient.__init__, locals())  # not `bounded`: the key is the owner's name
         require("openai", "judge", key)
-        import openai  # noqa: F401 (takes a second, which must not count as the first request's time)
+        from stateset_lightning.workers import bounded_http  # noqa: F401 (a second that must not count as a request's)
 
         remember({"base_url": base_url, "request": request})
         self.base_url, self.request = base_url, {"model": model, **request}
         self._key_env = api_key_env or (None if base_url else "OPENAI_API_KEY")
         self._max_concurrency = max_concurrency
+        self._url = base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
         self._limits: dict[str, Any] = {"max_retries": max_retries, "timeout": request_timeout}
         self._cache, self._max_cached = cache, max_cached
         self._counts: Counter[str] = Counter()
         if taken := {"model", "messages", "stream", "n"} & request.keys():
             raise ConfigError(f"{key}.request sets '{min(taken)}', which is set elsewhere: remove it")
+        try:
+            TypeAdapter(HttpUrl).validate_python(self._url)
+        except ValidationError as error:
+            raise ConfigError(f"{key}.base_url={self._url!r} is no address such as http://localhost:8000/v1") from error
         if self._key_env is not None and not is_secret_name(self._key_env):
             raise ConfigError(f"{key}.api_key_env={self._key_env!r}: take a name that ends in API_KEY; logs hide it")
         if self._key_env is not None and not os.environ.get(self._key_env):
@@ -155,7 +186,8 @@ class OpenAIClient:
             The reply's text, and what `read` returned.
 
         Raises:
-            ServerError: If the reply holds no text at all. Besides, what `openai` raises after the last retry.
+            ServerError: If the answer is no chat completion, or too large. Besides, what `openai` raises after the last
+                retry. Both name the server in one line.
         """
         request = {**self.request, "messages": messages}
         asked = json.dumps([self.base_url, request], sort_keys=True)
@@ -174,22 +206,34 @@ class OpenAIClient:
             return text, value
 
     def take_counts(self) -> dict[str, float]:
-        """Calls, retries, cache hits and tokens since the last call."""
+        """Calls, retries, cache hits and tokens since the last call; calls that failed count, too."""
         counts, self._counts = self._counts, Counter()
+        counts["retries"] = max(0, counts["attempts"] - counts["calls"])
         return {name: counts[name] for name in COUNTS}
 
     async def _send(self, client: Any, request: Mapping[str, Any]) -> tuple[str, bool]:
-        raw = await client.chat.completions.with_raw_response.create(**request)
-        answer = raw.parse()
+        import openai
+
         self._counts["calls"] += 1
-        self._counts["retries"] += raw.retries_taken
+        try:
+            raw = await client.chat.completions.with_raw_response.create(**request)
+            answer = _Answer.model_validate_json(raw.content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ServerError(self._line(f"no chat completion: {first['loc']}: {first['msg']}")) from None
+        except (openai.OpenAIError, ServerError) as error:
+            error.args = (self._line(f"{error} ({error.__cause__})" if error.__cause__ else str(error)),)
+            raise
         if answer.usage is not None:
             self._counts["prompt_tokens"] += answer.usage.prompt_tokens
             self._counts["completion_tokens"] += answer.usage.completion_tokens
-        if not answer.choices:
-            raise ServerError("the server's reply has no choices")
-        choice = answer.choices[0]
-        return choice.message.content or "", choice.finish_reason == "length"
+        return answer.choices[0].message.content or "", answer.choices[0].finish_reason == "length"
+
+    def _line(self, text: str) -> str:
+        """A line that names the server, without a password that its address may hold."""
+        address = urlsplit(self._url)
+        place = address._replace(netloc=address.netloc.rpartition("@")[2]).geturl()
+        return f"{place}: {' '.join(text[:_LONGEST_MESSAGE].split())}"
 
     @cached_property
     def _replies(self) -> ReplyCache:
@@ -202,9 +246,12 @@ class OpenAIClient:
         if connection is None or connection.loop is not loop:
             from openai import AsyncOpenAI
 
+            from stateset_lightning.workers.bounded_http import BoundedClient
+
             # Never without a key: the client would then send OPENAI_API_KEY to whatever server this is.
             key = os.environ[self._key_env] if self._key_env else "none"
-            client = AsyncOpenAI(api_key=key, base_url=self.base_url, **self._limits)
+            http = BoundedClient(self._url, self._limits["timeout"], lambda: self._counts.update(attempts=1))
+            client = AsyncOpenAI(api_key=key, base_url=self._url, http_client=http, **self._limits)
             # nor with OPENAI_ORG_ID, _PROJECT_ID and _CUSTOM_HEADERS, which may hold another server's key
             if self.base_url is not None:
                 client.organization = client.project = None

@@ -16,6 +16,7 @@ from contextlib import suppress
 from multiprocessing import Pipe, spawn
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.threads import DaemonThreads
@@ -23,8 +24,8 @@ from stateset_lightning.workers import process
 
 MAX_WORKERS = 4
 LEAK_BYTES = 2**30
-_LARGEST_ANSWER = 2**30  # bytes; what a function writes into the pipe may be read as the length of an answer
 _START_SECONDS = 120.0  # importing a user's module may take long, from a cold disk in particular
+_END_SECONDS = 5.0  # that the guard of a worker may take to end all that the worker started
 _REMEDY = "define it at the top level of a module that can be imported, without lambdas, open files or clients in it"
 
 
@@ -35,7 +36,8 @@ class WorkerDied(Exception):
 class WorkerPool:
     """Runs functions with a time-out in a few persistent worker processes, which start when they are needed.
 
-    A call that takes too long is stopped by killing its process, with all processes that it started.
+    A call that takes too long is stopped by killing its process, with all processes that it started. So are all workers
+    when this process ends, however it does.
 
     Args:
         remedy: What else a user may do if a function cannot be sent to a worker; it ends such an error's message.
@@ -48,7 +50,7 @@ class WorkerPool:
         self._threads = DaemonThreads(num_workers or min(MAX_WORKERS, os.cpu_count() or 1), "worker")
         self._lock = threading.Lock()
         self._idle: list[_Worker] = []
-        self._started: set[_Worker] = set()
+        self._started: WeakSet[_Worker] = WeakSet()  # those that run, or may run
         self._closed = False
 
     def add(self, name: str, function: Callable[..., Any]) -> None:
@@ -95,39 +97,32 @@ class WorkerPool:
         """Kill all workers, whatever they do."""
         with self._lock:
             self._closed = True
-            workers, self._started, self._idle = self._started, set(), []
-        for worker in workers:
+        for worker in list(self._started):
             worker.kill()
         self._threads.close()
 
     def _call(self, name: str, timeout: float, args: tuple[Any, ...]) -> Any:
-        request = pickle.dumps((name, timeout, args))
+        request = pickle.dumps((name, args))
         worker = self._take()
         try:
             return worker.call(request, timeout)
         finally:
             if worker.has_grown():
                 worker.kill()
-            with self._lock:
-                if worker.alive and not self._closed:
-                    self._idle.append(worker)
-                else:
-                    self._started.discard(worker)
+            self._idle.append(worker)
 
     def _take(self) -> _Worker:
         with self._lock:
             while self._idle:
-                worker = self._idle.pop()
-                if worker.alive:
+                if (worker := self._idle.pop()).alive:
                     return worker
-                self._started.discard(worker)  # it ended between two calls
             if self._closed:
                 raise CancelledError("the worker pool is closed")
             worker = _Worker()
             self._started.add(worker)
         script = _main_script() if any(b"__main__" in function for function in self._functions.values()) else {}
         try:
-            worker.call(pickle.dumps((process.LOAD, _START_SECONDS, (script, self._functions))), _START_SECONDS)
+            worker.pid = worker.call(pickle.dumps((process.LOAD, (script, self._functions))), _START_SECONDS)
         except Exception as error:  # importing a user's code may raise anything
             worker.kill()
             raise ConfigError(
@@ -138,19 +133,20 @@ class WorkerPool:
 
 
 class _Worker:
-    """One worker process. Used by one thread at a time, except for `kill`."""
+    """One worker process, behind its guard. Used by one thread at a time, except for `kill`."""
 
     def __init__(self) -> None:
         self._connection, theirs = Pipe()
-        # In a session of its own: Ctrl-C reaches the parent only, and what a function starts is killed with it.
+        # In a session of its own: Ctrl-C reaches the trainer only.
         self._process = subprocess.Popen(
             process.command(theirs.fileno()),
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            stdout=2,
+            stdout=subprocess.DEVNULL,
             start_new_session=True,
         )
         theirs.close()
+        self.pid = 0  # known when it has loaded its functions
         self._first_resident = 0
 
     @property
@@ -166,15 +162,16 @@ class _Worker:
         try:
             self._connection.send_bytes(token)
             self._connection.send_bytes(request)
-            answer = self._connection.recv_bytes(_LARGEST_ANSWER)
+            answer = self._connection.recv_bytes(process.LARGEST_ANSWER)
             if not answer.startswith(token):
-                raise EOFError("the function wrote this into the pipe")
-        except (EOFError, OSError):
+                raise OSError("the function wrote into the worker's pipe")
+        except (EOFError, OSError) as error:
             self.kill()
             if time.monotonic() - begun >= timeout:
                 raise TimeoutError(f"no result within {timeout:g} s; the worker process was killed") from None
+            why = f": {error}" if str(error) else ""
             code = self._process.returncode
-            raise WorkerDied(f"the worker process ended with code {code} during the call") from None
+            raise WorkerDied(f"the worker process ended with code {code} during the call{why}") from None
         finally:
             timer.cancel()
             timer.join()
@@ -189,7 +186,7 @@ class _Worker:
         Linux only; elsewhere false.
         """
         try:
-            resident = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            resident = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         except (OSError, IndexError):  # no /proc, or the process has ended
             return False
         self._first_resident = self._first_resident or resident
@@ -197,29 +194,15 @@ class _Worker:
 
     def kill(self) -> None:
         """Kill the process and all that it started."""
-        descendants = _descendants(self._process.pid)
-        # ProcessLookupError: it has ended; PermissionError: macOS says so where only the ended process is left
-        with suppress(ProcessLookupError, PermissionError):
-            # not waited for yet, so its process group is still its own, even if it has ended
-            if self._process.returncode is None:
-                os.killpg(self._process.pid, signal.SIGKILL)
-        for pid in descendants:
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-        self._process.wait()
-        # One that has left the process tree may still hold the other end.
+        for number in (signal.SIGCONT, signal.SIGTERM):  # a function may have stopped the guard
+            self._process.send_signal(number)
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # the worker ends with its guard
+        # One that nobody could end may still hold the other end.
         with suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as pipe:
             pipe.shutdown(socket.SHUT_RDWR)
-
-
-def _descendants(pid: int) -> list[int]:
-    """The processes below one, also those in sessions of their own. Linux only; elsewhere none."""
-    below: list[int] = []
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):  # it has ended meanwhile
-            for child in map(int, children.read_text().split()):
-                below += [child, *_descendants(child)]
-    return below
 
 
 def _main_script() -> dict[str, Any]:

@@ -12,7 +12,6 @@ import torch
 from stateset_lightning.errors import DataError, RewardError
 from stateset_lightning.rewards import FunctionReward, RewardFunction, RewardResult
 from stateset_lightning.rewards.base import (
-    bad_target,
     call,
     call_async,
     completion,
@@ -76,14 +75,16 @@ def test_a_missing_target_is_a_data_error():
     with pytest.raises(
         DataError, match="reward 'exact_match' needs an answer, but target=None of scenario 'q7' is missing"
     ):
-        target_of({"id": "q7", "target": None}, "exact_match")
+        target_of({"id": "q7", "target": None}, "exact_match", list, "is empty")
     with pytest.raises(DataError, match="add the column, or leave this reward out of the row's 'rewards'"):
-        target_of(None, "exact_match")
+        target_of(None, "exact_match", list, "is empty")
 
 
 def test_a_target_that_cannot_be_used_is_shown():
-    error = bad_target({"id": "q7", "target": "x"}, "numeric", "holds no number")
-    assert str(error) == "reward 'numeric' needs an answer, but target='x' of scenario 'q7' holds no number"
+    with pytest.raises(DataError) as caught:
+        target_of({"id": "q7", "target": "x"}, "numeric", lambda target: [], "holds no number")
+    assert str(caught.value) == "reward 'numeric' needs an answer, but target='x' of scenario 'q7' holds no number"
+    assert target_of({"target": "x"}, "numeric", lambda target: [target, 2], "holds no number") == ["x", 2]
 
 
 def test_targets_are_texts():

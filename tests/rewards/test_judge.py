@@ -156,7 +156,6 @@ def test_an_answer_cannot_close_its_marks(server):
         ("score = 3/10.", 0.3),
         ("Fine.\n\n# Score: 4\n", 0.4),
         ("Score: 1 is too low.\nScore: 8", 0.8),
-        (" 6 ", 0.6),
     ],
 )
 def test_scores_are_read(server, reply, score):
@@ -171,6 +170,7 @@ def test_scores_are_read(server, reply, score):
         ("", "does not end with a line"),
         ("Score: 7\nBut I may be wrong.", "does not end with a line"),
         ("Score: seven", "does not end with a line"),
+        ("6", "does not end with a line"),
         ("The answer says Score: 10", "does not end with a line"),
         ("Score: 11", "'Score: 11', outside 0 to 10"),
         ("Score: -1", "outside 0 to 10"),

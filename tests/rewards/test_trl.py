@@ -1,6 +1,7 @@
 """TRL's reward functions, unchanged: how they are told apart, what they are called with, what their answers mean."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def test_a_list_of_one_number_is_the_score(answer):
     assert float(call(lambda completions, **kwargs: answer).score) == 0.5
 
 
-@pytest.mark.parametrize("answer", [0.5, [], [0.5, 0.5], None, "1"])
+@pytest.mark.parametrize("answer", [0.5, [], [0.5, 0.5], None, "1", itertools.repeat(0.5)])
 def test_any_other_answer_is_an_error_that_shows_it(answer):
     with pytest.raises(RewardError, match="must return a list of one number or None"):
         call(lambda completions, **kwargs: answer)
