@@ -26,7 +26,7 @@ from stateset_lightning.files import atomic_write
 from stateset_lightning.module import GRPOLightningModule
 from stateset_lightning.redaction import redacted, redacted_text, remember
 from stateset_lightning.run.find_checkpoint import continue_run
-from stateset_lightning.run.folder import ENVIRONMENT, config_file
+from stateset_lightning.run.folder import CONFIGS, ENVIRONMENT, config_file, continues
 from stateset_lightning.run.made_of import KINDS, accepted
 from stateset_lightning.run.system import environment
 
@@ -85,8 +85,10 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         file = config_file(trainer)
         config = redacted(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
-        # The resolved config of a second command in the same folder (a baseline, then `fit`) is the same one.
-        with atomic_write(file) as opened:
+        # The resolved config of a second command in the same folder (a baseline, then `fit`) is the same one; that of
+        # the run may be what it is resumed with.
+        is_runs = file.name != CONFIGS[0] or (trainer.ckpt_path is not None and continues(trainer, ""))
+        with atomic_write(file, over_input=is_runs) as opened:
             opened.write(dump_yaml(config).encode())
         if trainer.loggers:  # else it would stand among the user's own files
             with atomic_write(file.with_name(ENVIRONMENT)) as opened:

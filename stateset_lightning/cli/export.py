@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from stateset_lightning.cli.arguments import Arguments, loading_options
 from stateset_lightning.cli.messages import class_name
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.files import atomic_folder
+from stateset_lightning.files import atomic_folder, keep_inputs
 
 if TYPE_CHECKING:
     from stateset_lightning.cli.trained import TrainedModel
@@ -71,6 +71,7 @@ def export(
         CheckpointError: If the checkpoint is damaged.
         ConfigError: If `out` is there already, the model cannot be loaded, or there is no adapter to merge.
     """
+    keep_inputs(source, config)
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
         from stateset_lightning.cli.trained import load_trained
         from stateset_lightning.policy import LoadingOptions

@@ -86,6 +86,7 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
 def _run(args: ArgsType) -> StatesetCLI | None:
     from stateset_lightning.cli.messages import PROGRAM, without_traceback
     from stateset_lightning.errors import ConfigError, UserError
+    from stateset_lightning.files import forget_inputs
     from stateset_lightning.redaction import redact_streams, remember_flags
     from stateset_lightning.threads import heartbeat
 
@@ -99,6 +100,7 @@ def _run(args: ArgsType) -> StatesetCLI | None:
         raise SystemExit(0)
     command = words[0] if words else None
     redact_streams()
+    forget_inputs()
     remember_flags(words)
     if os.getcwd() not in sys.path:  # a console script does not look beside the config for `my_rewards.ShortAndRight`
         sys.path.append(os.getcwd())

@@ -22,6 +22,7 @@ from jsonargparse import set_dumper
 from jsonargparse._loaders_dumpers import get_yaml_default_loader  # numbers as flags have them: 1e-4
 
 from stateset_lightning.errors import ConfigError
+from stateset_lightning.files import keep_inputs
 from stateset_lightning.redaction import remember
 
 REMOVED = object()
@@ -68,6 +69,7 @@ def merged_words(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         value = value if given else left.pop(0)
         if flag in ("-c", "--config"):
             text = value if value.lstrip().startswith("{") or "\n" in value else None
+            keep_inputs(value if text is None else None)
             files.append(read_yaml(value, f"--config {value}", "keys such as model:, data: and trainer:", text))
         else:
             flags.append(functools.reduce(lambda inner, key: {key: inner}, flag[2:].split(".")[::-1], cast(Any, value)))

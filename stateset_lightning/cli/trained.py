@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from stateset_lightning.cli.overlays import read_yaml
 from stateset_lightning.data import PromptEncoder
 from stateset_lightning.errors import CheckpointError, ConfigError
-from stateset_lightning.policy import LoadingOptions, PolicyConfig, load_model, load_tokenizer
+from stateset_lightning.files import keep_inputs
+from stateset_lightning.policy import LoadingOptions, PolicyConfig, check_saved, load_model, load_tokenizer
 from stateset_lightning.policy.lora import config_from_plain, inject, trained_names
 from stateset_lightning.policy.lora_state import base_digest, check_base
 from stateset_lightning.rollout import RolloutConfig
@@ -28,7 +30,15 @@ if TYPE_CHECKING:
 _log = logging.getLogger("stateset_lightning")
 
 _WEIGHTS = "policy.model."
-_PROMPT_OPTIONS = ("system_prompt", "use_chat_template", "chat_template_kwargs", "parse_special_tokens")
+
+
+class _PromptOptions(BaseModel):
+    """All that a run's config says of prompts; anybody may have written it."""
+
+    system_prompt: str | None = None
+    use_chat_template: bool | None = None
+    chat_template_kwargs: dict[str, Any] = {}
+    parse_special_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,11 +60,14 @@ class TrainedModel:
 
     def encoder(self, system_prompt: str | None = None) -> PromptEncoder:
         """Makes prompts as in training, with another system prompt if one is given."""
-        data = self.config.get("data") or {}
-        options = {name: data[name] for name in _PROMPT_OPTIONS if data.get(name) is not None}
-        if system_prompt is not None:
-            options["system_prompt"] = system_prompt
-        return PromptEncoder(tokenizer=self.tokenizer, **options)
+        given = {**(self.config.get("data") or {}), **({} if system_prompt is None else {"system_prompt": system_prompt})}
+        try:
+            options = _PromptOptions.model_validate({key: value for key, value in given.items() if value is not None})
+        except ValidationError as error:
+            fault = error.errors()[0]
+            key = ".".join(map(str, ["data", *fault["loc"]]))
+            raise ConfigError(f"the run's config: {key}={fault['input']!r:.80} cannot be used") from error
+        return PromptEncoder(tokenizer=self.tokenizer, **dict(options))
 
 
 def load_trained(
@@ -77,6 +90,7 @@ def load_trained(
     """
     given = _read_config(Path(config)) if config else {}
     file = _checkpoint_of(source)
+    keep_inputs(file, config)
     if file is None:
         policy = PolicyConfig(source, **vars(loading))
         return TrainedModel(source, policy, load_model(policy), load_tokenizer(policy), RolloutConfig(), config=given)
@@ -88,6 +102,7 @@ def load_trained(
     }
     saved = checkpoint["hyper_parameters"]
     policy = PolicyConfig.from_checkpoint(saved["policy"], loading)
+    check_saved("model.rollout", RolloutConfig, saved["rollout"])
     adapter = checkpoint["stateset"].get("adapter")
     model = _load_whole(source, policy, weights) if adapter is None else _load_adapted(source, policy, weights, adapter)
     found = given or _config_of_run(file, checkpoint)
@@ -123,7 +138,9 @@ def _load_adapted(
     source: str, policy: PolicyConfig, weights: Mapping[str, Tensor], saved: Mapping[str, Any]
 ) -> PreTrainedModel:
     """The base, with the checkpoint's adapter; an adapter that the run started from is not needed any more."""
-    model = load_model(replace(policy, lora=None, adapter=None), getattr(torch, saved["base"]["dtype"]))
+    if not isinstance(dtype := getattr(torch, str(saved["base"]["dtype"]), None), torch.dtype):
+        raise CheckpointError(f"{source}: {saved['base']['dtype']!r:.80} is no dtype")
+    model = load_model(replace(policy, lora=None, adapter=None), dtype)
     inject(model, config_from_plain(saved["config"]), source)
     base = {"model_name": policy.model_name, "revision": policy.revision, "digest": base_digest(model)}
     check_base(base, saved["base"])
@@ -149,6 +166,6 @@ def _config_of_run(file: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     content = read_yaml(path, str(path), "a run's resolved config")
-    if "model" not in content:
-        raise ConfigError(f"{path} is no config of a run: it has no model:")
+    if not isinstance(content.get("model"), Mapping) or not isinstance(content.get("data", {}), Mapping | None):
+        raise ConfigError(f"{path} is no config of a run, which has model: and data:")
     return content

@@ -9,9 +9,10 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from annotated_types import Ge, Gt, Lt
+from pydantic import TypeAdapter, ValidationError
 
 from stateset_lightning.errors import CheckpointError, bounded
 
@@ -93,6 +94,7 @@ class PolicyConfig(LoadingOptions):
 
     def __post_init__(self) -> None:
         if isinstance(self.lora, Mapping):
+            check_saved("model.policy.lora", LoRAConfig, self.lora)
             object.__setattr__(self, "lora", LoRAConfig(**self.lora))
 
     @property
@@ -128,16 +130,8 @@ class PolicyConfig(LoadingOptions):
                 says so.
 
         Raises:
-            CheckpointError: If the checkpoint names no model, or has an option that this version does not know.
+            CheckpointError: If the checkpoint names no model, or has an option that is none of this version's.
         """
-        if unknown := sorted(map(str, saved.keys() - {item.name for item in fields(cls)})):
-            raise CheckpointError(
-                f"the checkpoint's model.policy.{unknown[0]} is unknown here: load it with the version that wrote it"
-            )
-        if not isinstance(saved.get("model_name"), str):
-            raise CheckpointError(
-                f"the checkpoint's model.policy.model_name={saved.get('model_name')!r:.80} is no model's name"
-            )
         users = {item.name: getattr(loading, item.name) for item in fields(LoadingOptions)}
         for name, given in users.items():
             if (value := saved.get(name)) and not given:
@@ -146,10 +140,28 @@ class PolicyConfig(LoadingOptions):
                     name,
                     _flag(name, value),
                 )
-        return cls(**{name: value for name, value in saved.items() if name not in users}, **users)
+        options = {"model_name": None, **{name: value for name, value in saved.items() if name not in users}}
+        check_saved("model.policy", cls, options)
+        return cls(**options, **users)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def check_saved(key: str, cls: type, saved: Mapping[str, Any]) -> None:
+    """Holds what a checkpoint says of a class's options against their types; anybody may have written it.
+
+    Raises:
+        CheckpointError: Naming the first option that this version does not know, or whose value does not fit.
+    """
+    hints = get_type_hints(cls, include_extras=True)
+    for name, value in saved.items():
+        if name not in hints:
+            raise CheckpointError(f"checkpoint: {key}.{name} is unknown here: load it with the version that wrote it")
+        try:
+            TypeAdapter(hints[name]).validate_python(value)
+        except ValidationError as error:
+            raise CheckpointError(f"checkpoint: {key}.{name}={value!r:.80} cannot be used") from error
 
 
 def _flag(name: str, value: Any) -> str:
