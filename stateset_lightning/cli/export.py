@@ -96,7 +96,10 @@ def model_card(trained: TrainedModel, title: str) -> str:
 
     from stateset_lightning.policy.lora import is_adapted
 
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    # Foreign files say much of this: no value ends its line.
+    environment = Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=lambda value: _one_line(str(value))
+    )
     environment.filters["repr"] = repr
     template = environment.from_string(files(__package__).joinpath("model_card.md").read_text(encoding="utf-8"))
     callbacks = trained.checkpoint.get("callbacks") or {}
@@ -141,9 +144,14 @@ def _prompt(encoder: PromptEncoder) -> dict[str, Any]:
     turns.append({"role": "user", "content": "What is 2 + 2?"})
     if not encoder.applies_template:
         return {"text": "\n\n".join(turn["content"] for turn in turns)}
-    tensors = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-    options = {**tensors, **encoder.chat_template_kwargs}
-    return {"messages": turns, "options": ", ".join(f"{key}={value!r}" for key, value in options.items())}
+    options = 'add_generation_prompt=True, return_tensors="pt", return_dict=True'
+    if encoder.chat_template_kwargs:
+        options += f", **{encoder.chat_template_kwargs!r}"
+    return {"messages": turns, "options": options}
+
+
+def _one_line(text: str) -> str:
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _merge(trained: TrainedModel) -> None:
