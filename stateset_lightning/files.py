@@ -103,10 +103,11 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         ConfigError: If `path` is there already.
         DiskError: If the disk is full or cannot be written.
     """
+    check_output(path)
     path = path.absolute()
     partial, old = (path.with_name(f".{path.name}.{state}") for state in ("unfinished", "old"))
-    for place in (path, partial, old):
-        check_output(place)
+    for leftover in (partial, old):
+        check_output(leftover)
     if old.exists() and not path.exists():
         old.rename(path)  # the process was killed between two renames
     if path.exists() and not path.is_dir():
