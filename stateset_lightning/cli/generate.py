@@ -73,18 +73,11 @@ def _line() -> str:
 
 def _parser() -> Arguments:
     parser = Arguments("generate", "Try a checkpoint, or any model, on a prompt.")
-    parser.add_argument(
-        "--ckpt_path",
-        required=True,
-        metavar="CKPT",
-        help="a checkpoint of a run, `last` or `best` (below runs/), a run's folder, a model folder, or a hub id",
-    )
+    source = "a checkpoint of a run, `last` or `best` (below runs/), a run's folder, a model folder, or a hub id"
+    parser.add_argument("--ckpt_path", required=True, metavar="CKPT", help=source)
     parser.add_argument("--prompt", help="what to ask; without it, prompts are read line by line")
-    parser.add_argument(
-        "--samples",
-        type=count,
-        help="completions to sample; without it, one greedy completion, unless a temperature or top-p is given",
-    )
+    samples = "completions to sample; without it, one greedy completion, unless a temperature or top-p is given"
+    parser.add_argument("--samples", type=count, help=samples)
     parser.add_argument("--temperature", type=float, help="of sampling; by default that of training")
     parser.add_argument("--top_p", type=float, help="of sampling; by default that of training")
     parser.add_argument("--max_new_tokens", type=int, help="by default as in training")
