@@ -94,17 +94,15 @@ def model_card(trained: TrainedModel, title: str) -> str:
     from jinja2 import Environment
 
     # Foreign files say much of this: no value ends its line.
-    environment = Environment(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=lambda value: _one_line(str(value))
-    )
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=_one_line)
     environment.filters |= {"repr": repr, "class_name": class_name}
     template = environment.from_string(files(__package__).joinpath("model_card.md").read_text(encoding="utf-8"))
     versions = ", ".join(f"{library} {version(library)}" for library in LIBRARIES)
     return template.render(title=title, trained=trained, encoder=trained.encoder(), versions=versions)
 
 
-def _one_line(text: str) -> str:
-    return "".join(character if character.isprintable() else " " for character in text)
+def _one_line(value: object) -> str:
+    return "".join(character if character.isprintable() else " " for character in str(value))
 
 
 def _merge(trained: TrainedModel) -> None:

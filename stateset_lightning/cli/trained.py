@@ -83,10 +83,9 @@ class TrainedModel:
 
     def encoder(self, system_prompt: str | None = None) -> PromptEncoder:
         """Makes prompts as in training, with another system prompt if one is given."""
-        given = {
-            **(self.config.get("data") or {}),
-            **({} if system_prompt is None else {"system_prompt": system_prompt}),
-        }
+        given = dict(self.config.get("data") or {})
+        if system_prompt is not None:
+            given["system_prompt"] = system_prompt
         try:
             options = _PromptOptions.model_validate({key: value for key, value in given.items() if value is not None})
         except ValidationError as error:
