@@ -152,9 +152,13 @@ def _load(
 ) -> PreTrainedModel:
     """The policy's base, with the checkpoint's weights or adapter; what adapter it started from is not needed."""
     if adapter is None:  # as it was trained
-        dtype = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
-    elif not isinstance(dtype := getattr(torch, str(adapter["base"]["dtype"]), None), torch.dtype):
-        raise CheckpointError(f"{source}: {adapter['base']['dtype']!r:.80} is no dtype")
+        dtype: torch.dtype | None = next(
+            (value.dtype for value in weights.values() if value.is_floating_point()), torch.float32
+        )
+    else:
+        dtype = getattr(torch, name := str(adapter["base"]["dtype"]), None)
+        if not isinstance(dtype, torch.dtype):
+            raise CheckpointError(f"{source}: {name!r:.80} is no dtype")
     model = load_model(replace(policy, lora=None, adapter=None), dtype)
     if adapter is None:
         check_weights(model.state_dict(), weights, f"{policy.model_name}, which the run started from")
