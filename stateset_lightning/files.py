@@ -43,13 +43,15 @@ def forget_inputs() -> None:
 def check_output(path: str | Path) -> None:
     """A file or folder that is to be written is on this machine, and nothing that this process reads lies there.
 
-    Links and relative paths are followed. Called by all that writes; what writes late calls it early.
+    Links of both kinds and relative paths are followed. Called by all that writes; what writes late calls it early.
 
     Raises:
         ConfigError: If not.
     """
     place = os.path.realpath(path)
-    if any(each == place or each.startswith(place + os.sep) for each in _inputs):
+    names = os.stat(place).st_nlink if os.path.isfile(place) else 1
+    same = [each for each in _inputs if names > 1 and os.path.exists(each) and os.path.samefile(each, place)]
+    if same or any(each == place or each.startswith(place + os.sep) for each in _inputs):
         raise ConfigError(f"{path} is not overwritten: it is read by this command, or holds what is; give another path")
     if re.match(r"\w[\w+.-]+:/", str(path)):  # `Path` has made one slash of two
         raise ConfigError(f"{path} is an address, and this goes to local files only; give a path")

@@ -125,7 +125,7 @@ ADAPTER = ["--model.policy.adapter", "adapter"]
 @pytest.mark.parametrize(
     ("said_by", "words", "said"),
     [
-        *((model_class, [command, *OF_CONFIG], "contains custom code") for command in ("fit", "test", "doctor")),
+        *((model_class, [command, *OF_CONFIG], "contains custom code") for command in ("test", "doctor")),
         (model_class, [*GENERATE, "model"], "contains custom code"),
         (model_class, ["export", "model", "out"], "contains custom code"),
         (model_class_and_claim, [*GENERATE, str(CHECKPOINT)], "contains custom code"),
@@ -133,7 +133,6 @@ ADAPTER = ["--model.policy.adapter", "adapter"]
         (tokenizer_class, ["fit", *OF_CONFIG], "contains custom code"),
         (tokenizer_class, [*GENERATE, str(CHECKPOINT)], "contains custom code"),
         (adapter_module, ["fit", *OF_CONFIG, *ADAPTER], "megatron_config would have 'foreign' imported"),
-        (adapter_module, ["doctor", *OF_CONFIG, *ADAPTER], "megatron_config would have 'foreign' imported"),
         (module_in_checkpoint, [*GENERATE, str("lora" / CHECKPOINT)], "megatron_config would have 'foreign' imported"),
         (lambda: policy_says(dtype="load"), [*GENERATE, str(CHECKPOINT)], "model.policy.dtype='load' cannot be used"),
         (lambda: policy_says(lora={"rnk": 1}), [*GENERATE, str(CHECKPOINT)], "model.policy.lora.rnk is unknown here"),

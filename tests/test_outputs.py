@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from cli_runs import RUN_CONFIG, start_in
 
@@ -41,9 +42,13 @@ def here(run, tmp_path, monkeypatch):
     shutil.copytree(run, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["pytest"])
+    checkpoint = torch.load(CHECKPOINT, weights_only=True)
+    checkpoint["stateset"]["run_folder"] = str(tmp_path / RUN)
+    torch.save(checkpoint, "moved.ckpt")
     (tmp_path / "data").mkdir()
     (tmp_path / "data/samples.jsonl").symlink_to("../rows.jsonl")
     (tmp_path / "link.jsonl").symlink_to("rows.jsonl")
+    (tmp_path / "hard.jsonl").hardlink_to("rows.jsonl")
     (tmp_path / "linked").symlink_to("model")
 
 
@@ -64,13 +69,15 @@ HERE = [f"--trainer.logger.{key}={value}" for key, value in {"save_dir": ".", "n
 @pytest.mark.parametrize(
     "words",
     [
-        *([*PREDICT, path] for path in ("rows.jsonl", "model/../rows.jsonl", "link.jsonl", "config.yaml")),
-        *([*PREDICT, path] for path in ("model/config.json", "linked/tokenizer.json")),
+        *([*PREDICT, path] for path in ("model/../rows.jsonl", "link.jsonl", "hard.jsonl", "config.yaml")),
+        [*PREDICT, "linked/config.json"],
         [*PREDICT, str(CHECKPOINT), "--ckpt_path", str(CHECKPOINT)],
         [*PREDICT, "adapter/adapter_config.json", "--model.policy.adapter", "adapter"],
         [*PREDICT, "s3://bucket/rows.jsonl"],
         *([*EXPORT, out] for out in (".", "runs", str(RUN), str(RUN / "checkpoints"), "model", "linked")),
         ["export", "--overwrite", "model", "model"],
+        ["export", "--overwrite", "tiny", "."],
+        ["export", "--overwrite", "moved.ckpt", str(RUN)],
         ["export", "--overwrite", "linked", "model/../model"],
         [*EXPORT, "s3://bucket/model"],
         *([*REPORT, str(RUN / name)] for name in ("metrics.csv", "samples.jsonl", "config.yaml", "../version_0/.lock")),
@@ -99,11 +106,10 @@ def test_a_path_with_double_colons_is_a_path(tmp_path, monkeypatch):
     paths = ["--trainer.logger.save_dir", "runs/a::b", "--trainer.callbacks.dirpath", "c/d::e"]
     for words in ([], ["--ckpt_path", "last", "--trainer.max_steps", "2"]):
         main([*FIT, *paths, "--trainer.max_steps", "1", *words])
-    main([*PREDICT, "p::q.jsonl", *paths, "--ckpt_path", "last"])
     main(["export", "c/d::e/last.ckpt", "m::n"])
     main(["report", "runs/a::b/r/version_0", "-o", "r::s.html"])
     assert {path.name for path in Path().iterdir()} == {
-        *("config.yaml", "rows.jsonl", "runs", "c", "p::q.jsonl", "m::n", "r::s.html")
+        *("config.yaml", "rows.jsonl", "runs", "c", "m::n", "r::s.html")
     }
     assert [path.name for path in Path("runs").iterdir()] == ["a::b"]
     assert {path.name for path in Path("c").rglob("*")} == {"d::e", "last.ckpt", "epoch=0-step=2.ckpt"}

@@ -70,7 +70,7 @@ def export(
         CheckpointError: If the checkpoint is damaged.
         ConfigError: If `out` is there already, the model cannot be loaded, or there is no adapter to merge.
     """
-    keep_inputs(source, config)
+    keep_inputs(source, config, Path.cwd())  # which nobody means to have replaced
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
         from stateset_lightning.cli.trained import load_trained
         from stateset_lightning.policy import LoadingOptions

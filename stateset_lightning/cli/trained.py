@@ -115,7 +115,7 @@ def load_trained(
     """
     given = _read_config(Path(config)) if config else {}
     file = _checkpoint_of(source)
-    keep_inputs(file, config)
+    keep_inputs(file)
     if file is None:
         policy = PolicyConfig(source, **vars(loading))
         return TrainedModel(source, policy, load_model(policy), load_tokenizer(policy), RolloutConfig(), config=given)
@@ -152,9 +152,8 @@ def _load(
 ) -> PreTrainedModel:
     """The policy's base, with the checkpoint's weights or adapter; what adapter it started from is not needed."""
     if adapter is None:  # as it was trained
-        dtype: torch.dtype | None = next(
-            (value.dtype for value in weights.values() if value.is_floating_point()), torch.float32
-        )
+        floating = (value.dtype for value in weights.values() if value.is_floating_point())
+        dtype: torch.dtype | None = next(floating, torch.float32)
     else:
         dtype = getattr(torch, name := str(adapter["base"]["dtype"]), None)
         if not isinstance(dtype, torch.dtype):
@@ -188,6 +187,7 @@ def _config_of_run(file: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    keep_inputs(path)
     content = read_yaml(path, str(path), "a run's resolved config")
     if not isinstance(content.get("model"), Mapping) or not isinstance(content.get("data", {}), Mapping | None):
         raise ConfigError(f"{path} is no config of a run, which has model: and data:")
