@@ -27,8 +27,7 @@ UNKNOWN = "the guide does not explain it; `stateset-lightning fit --help` lists 
 
 KINDS = {"text": StrictStr, "true or false": StrictBool, "a whole number": StrictInt, "a number": FiniteFloat}
 
-MOST_PROMPTS = 8
-"""Per batch, where the guide names no batch size."""
+MOST_PROMPTS = 8  # per batch, where the guide names no batch size
 
 
 def main(words: Sequence[str]) -> None:

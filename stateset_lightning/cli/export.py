@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("stateset_lightning")
 
-MERGE_ERROR = 0.05
-"""Share of what an adapter adds, by norm, that rounding may change before it is announced."""
+MERGE_ERROR = 0.05  # share of what an adapter adds, by norm, that rounding may change before it is announced
 
 LIBRARIES = ("stateset-lightning", "lightning", "transformers", "torch")
 

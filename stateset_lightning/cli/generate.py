@@ -10,8 +10,7 @@ from stateset_lightning.cli.arguments import Arguments, count, loading_options
 from stateset_lightning.errors import ConfigError, UserError
 from stateset_lightning.threads import heartbeat
 
-SAMPLING = ("temperature", "top_p", "max_new_tokens")
-"""Options of sampling that can be given."""
+SAMPLING = ("temperature", "top_p", "max_new_tokens")  # options of sampling that can be given
 
 
 def main(words: Sequence[str]) -> None:

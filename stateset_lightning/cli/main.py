@@ -43,11 +43,10 @@ if TYPE_CHECKING:
 
     from stateset_lightning.cli.config import StatesetCLI
 
+# Those that are not LightningCLI's: each is the `main` of its file, called with the words behind it.
 COMMANDS = ("convert", "doctor", "export", "generate", "report")
-"""Those that are not LightningCLI's: each is the `main` of its file, called with the words behind it."""
 
-LIGHT = ("convert", "report")
-"""Those of them that load no model."""
+LIGHT = ("convert", "report")  # those of them that load no model
 
 REMOVED = {"completion": "completion of the shell is gone: `stateset-lightning fit --help` lists all keys"}
 

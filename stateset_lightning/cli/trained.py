@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ValidationError
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -17,14 +16,8 @@ from stateset_lightning.cli.overlays import read_yaml
 from stateset_lightning.data import PromptEncoder
 from stateset_lightning.errors import CheckpointError, ConfigError
 from stateset_lightning.files import keep_inputs
-from stateset_lightning.policy import (
-    LoadingOptions,
-    PolicyConfig,
-    check_saved,
-    end_of_sequence_ids,
-    load_model,
-    load_tokenizer,
-)
+from stateset_lightning.policy import end_of_sequence_ids, load_model, load_tokenizer
+from stateset_lightning.policy.config import LoadingOptions, PolicyConfig, check_saved
 from stateset_lightning.policy.lora import config_from_plain, inject, is_adapted, trained_names
 from stateset_lightning.policy.lora_state import base_digest, check_base
 from stateset_lightning.rollout import RolloutConfig
@@ -38,15 +31,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("stateset_lightning")
 
 _WEIGHTS = "policy.model."
-
-
-class _PromptOptions(BaseModel):
-    """All that a run's config says of prompts; anybody may have written it."""
-
-    system_prompt: str | None = None
-    use_chat_template: bool | None = None
-    chat_template_kwargs: dict[str, Any] = {}
-    parse_special_tokens: bool = False
+_PROMPT_OPTIONS = ("system_prompt", "use_chat_template", "chat_template_kwargs", "parse_special_tokens")
 
 
 @dataclass(frozen=True)
@@ -86,13 +71,9 @@ class TrainedModel:
         given = dict(self.config.get("data") or {})
         if system_prompt is not None:
             given["system_prompt"] = system_prompt
-        try:
-            options = _PromptOptions.model_validate({key: value for key, value in given.items() if value is not None})
-        except ValidationError as error:
-            fault = error.errors()[0]
-            key = ".".join(map(str, ["data", *fault["loc"]]))
-            raise ConfigError(f"the run's config: {key}={fault['input']!r:.80} cannot be used") from error
-        return PromptEncoder(tokenizer=self.tokenizer, **dict(options))
+        options = {name: value for name in _PROMPT_OPTIONS if (value := given.get(name)) is not None}
+        check_saved("data", PromptEncoder, options)
+        return PromptEncoder(tokenizer=self.tokenizer, **options)
 
 
 def load_trained(

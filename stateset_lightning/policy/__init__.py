@@ -1,6 +1,6 @@
 """The model scores tokens: loading, adapters, each prompt computed once per group, log-probs chunk by chunk."""
 
-from stateset_lightning.policy.config import LoadingOptions, LoRAConfig, PolicyConfig, check_saved
+from stateset_lightning.policy.config import LoadingOptions, LoRAConfig, PolicyConfig
 from stateset_lightning.policy.loading import (
     AdapterReference,
     check_complete,
@@ -20,7 +20,6 @@ __all__ = [
     "Policy",
     "PolicyConfig",
     "check_complete",
-    "check_saved",
     "context_length",
     "end_of_sequence_ids",
     "load_model",

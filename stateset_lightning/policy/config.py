@@ -4,7 +4,6 @@ No `from __future__ import annotations` in files whose signatures the command li
 the bounds in `Annotated[...]` without a word (test_cli.py).
 """
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -135,11 +134,8 @@ class PolicyConfig(LoadingOptions):
         users = {item.name: getattr(loading, item.name) for item in fields(LoadingOptions)}
         for name, given in users.items():
             if (value := saved.get(name)) and not given:
-                _log.warning(
-                    "the run's model.policy.%s is not taken from a checkpoint: give %.200s where you trust it",
-                    name,
-                    _flag(name, value),
-                )
+                told = "the run's model.policy.%s=%.200s is not taken from a checkpoint: give --%s where you trust it"
+                _log.warning(told, name, ascii(value), name)
         options = {"model_name": None, **{name: value for name, value in saved.items() if name not in users}}
         check_saved("model.policy", cls, options)
         return cls(**options, **users)
@@ -149,7 +145,7 @@ class PolicyConfig(LoadingOptions):
 
 
 def check_saved(key: str, cls: type, saved: Mapping[str, Any]) -> None:
-    """Holds what a checkpoint says of a class's options against their types; anybody may have written it.
+    """Holds what a checkpoint, or a config beside it, says of a class's options against their types.
 
     Raises:
         CheckpointError: Naming the first option that this version does not know, or whose value does not fit.
@@ -161,11 +157,4 @@ def check_saved(key: str, cls: type, saved: Mapping[str, Any]) -> None:
         try:
             TypeAdapter(hints[name]).validate_python(value)
         except ValidationError as error:
-            raise CheckpointError(f"checkpoint: {key}.{name}={value!r:.80} cannot be used") from error
-
-
-def _flag(name: str, value: Any) -> str:
-    """How `generate` and `export` are told a loading option; without the control characters that a file may hold."""
-    if name == "trust_remote_code":
-        return "--trust_remote_code"
-    return f"--{name} '{json.dumps(value, default=str)}'" if isinstance(value, Mapping) else f"--{name} {value!a}"
+            raise CheckpointError(f"checkpoint or its config: {key}.{name}={value!r:.80} cannot be used") from error
