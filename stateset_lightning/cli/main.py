@@ -29,6 +29,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -50,14 +51,7 @@ LIGHT = ("convert", "report")  # those of them that load no model
 
 REMOVED = {"completion": "completion of the shell is gone: `stateset-lightning fit --help` lists all keys"}
 
-_NOISE = (
-    "litlogger",
-    "GPU available",
-    "TPU available",
-    "HPU available",
-    "💡 Tip",
-    "Loaded model weights from the checkpoint",
-)
+_NOISE = re.compile("litlogger|[GTH]PU available|💡 Tip|Loaded model weights from the checkpoint")
 
 
 def main(args: ArgsType = None) -> StatesetCLI | None:
@@ -170,4 +164,4 @@ class _Stdout(logging.Handler):
 
 
 def _is_telling(record: logging.LogRecord) -> bool:
-    return not any(noise in record.getMessage() for noise in _NOISE)
+    return not _NOISE.search(record.getMessage())

@@ -134,9 +134,9 @@ def _load(
     """The policy's base, with the checkpoint's weights or adapter; what adapter it started from is not needed."""
     if adapter is None:  # as it was trained
         floating = (value.dtype for value in weights.values() if value.is_floating_point())
-        dtype: torch.dtype | None = next(floating, torch.float32)
+        dtype = next(floating, torch.float32)
     else:
-        dtype = getattr(torch, name := str(adapter["base"]["dtype"]), None)
+        dtype = getattr(torch, name := str(adapter["base"]["dtype"]), None)  # type: ignore[assignment]
         if not isinstance(dtype, torch.dtype):
             raise CheckpointError(f"{source}: {name!r:.80} is no dtype")
     model = load_model(replace(policy, lora=None, adapter=None), dtype)
