@@ -10,6 +10,7 @@ import fcntl
 import logging
 import mmap
 import os
+import re
 import shutil
 import socket
 import threading
@@ -26,15 +27,52 @@ PARTIAL = ".partial"
 """Ending of a file while it is being written, and locked by its writer. One that is not locked is what a kill left."""
 
 
+_inputs: set[str] = set()
+
+
+def keep_inputs(*paths: str | Path | None) -> None:
+    """Files and folders that the user gives to be read: nothing that is written below takes their places."""
+    _inputs.update(os.path.realpath(path) for path in paths if path)
+
+
+def forget_inputs() -> None:
+    """Another command begins: what the last one read may be written again."""
+    _inputs.clear()
+
+
+def check_output(path: str | Path) -> None:
+    """A file or folder that is to be written is on this machine, and nothing that this process reads lies there.
+
+    Links of both kinds and relative paths are followed. Called by all that writes; what writes late calls it early.
+
+    Raises:
+        ConfigError: If not.
+    """
+    place = os.path.realpath(path)
+    names = os.stat(place).st_nlink if os.path.isfile(place) else 1
+    same = [each for each in _inputs if names > 1 and os.path.exists(each) and os.path.samefile(each, place)]
+    if same or any(each == place or each.startswith(place + os.sep) for each in _inputs):
+        raise ConfigError(f"{path} is not overwritten: it is read by this command, or holds what is; give another path")
+    if re.match(r"\w[\w+.-]+:/", str(path)):  # `Path` has made one slash of two
+        raise ConfigError(f"{path} is an address, and this goes to local files only; give a path")
+
+
 @contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path, *, over_input: bool = False) -> Iterator[IO[bytes]]:
     """A file to write to, which takes the place of `path` when the block ends without an error.
 
     Until then, and after an error, `path` stays as it was.
 
+    Args:
+        path: The file.
+        over_input: Whether it may be one that this process reads.
+
     Raises:
+        ConfigError: See `check_output`.
         DiskError: If the disk is full or cannot be written.
     """
+    if not over_input:
+        check_output(path)
     # Two writers of one name do not meet: a thread's number is unique on its machine.
     partial = path.with_name(f".{path.name}.{socket.gethostname()}-{threading.get_native_id()}{PARTIAL}")
     try:
@@ -67,8 +105,11 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         ConfigError: If `path` is there already.
         DiskError: If the disk is full or cannot be written.
     """
+    check_output(path)
     path = path.absolute()
     partial, old = (path.with_name(f".{path.name}.{state}") for state in ("unfinished", "old"))
+    for leftover in (partial, old):
+        check_output(leftover)
     if old.exists() and not path.exists():
         old.rename(path)  # the process was killed between two renames
     if path.exists() and not path.is_dir():
@@ -82,6 +123,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield partial
         for file in filter(Path.is_file, partial.rglob("*")):
             _sync(file)
+        check_output(path)  # by now it is known all that was read
         if path.exists():
             path.rename(old)
         partial.rename(path)
@@ -117,6 +159,7 @@ def append_lines(path: Path, text: str) -> None:
         DiskError: If the disk is full or cannot be written.
     """
     assert not text or text.endswith("\n")
+    check_output(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+", buffering=0) as file:

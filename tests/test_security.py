@@ -132,7 +132,7 @@ def test_a_checkpoint_cannot_have_foreign_code_run(words, capsys):
         main(words)
     said = capsys.readouterr()
     assert stopped.value.code == 2
-    assert "the run's model.policy.trust_remote_code is not taken from a checkpoint" in said.out
+    assert "the run's model.policy.trust_remote_code=True is not taken from a checkpoint" in said.out
     assert "contains custom code" in said.err
     assert (
         "set model.policy.trust_remote_code=true if you trust its authors (generate and export: --trust_remote_code)"

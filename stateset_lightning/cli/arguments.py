@@ -25,24 +25,11 @@ class Arguments(argparse.ArgumentParser):
 
     def add_loading_options(self) -> None:
         """The flags of `LoadingOptions`: which code a model runs with is for the user to say, not a checkpoint."""
-        self.add_argument(
-            "--trust_remote_code",
-            action="store_true",
-            help="run code that comes with the model; a checkpoint cannot ask for that itself",
-        )
+        self.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
         self.add_argument("--revision", help="branch, tag or commit of a Hugging Face id; never the checkpoint's own")
-        self.add_argument(
-            "--attn_implementation",
-            metavar="NAME",
-            help="attention of transformers (sdpa, eager, ...); by default the model's",
-        )
-        self.add_argument(
-            "--model_kwargs",
-            type=_mapping,
-            default={},
-            metavar="JSON",
-            help="further arguments of from_pretrained, as a JSON object",
-        )
+        self.add_argument("--attn_implementation", metavar="NAME", help="attention of transformers (sdpa, eager, ...)")
+        kwargs = "further arguments of from_pretrained, as a JSON object"
+        self.add_argument("--model_kwargs", type=_mapping, default={}, metavar="JSON", help=kwargs)
 
 
 def loading_options(options: argparse.Namespace) -> LoadingOptions:

@@ -26,7 +26,7 @@ from stateset_lightning.files import atomic_write
 from stateset_lightning.module import GRPOLightningModule
 from stateset_lightning.redaction import redacted, redacted_text, remember
 from stateset_lightning.run.find_checkpoint import continue_run
-from stateset_lightning.run.folder import ENVIRONMENT, config_file
+from stateset_lightning.run.folder import CONFIGS, ENVIRONMENT, config_file, continues
 from stateset_lightning.run.made_of import KINDS, accepted
 from stateset_lightning.run.system import environment
 
@@ -34,7 +34,6 @@ from stateset_lightning.run.system import environment
 # takes what YAML reads as null, `####` or `~`, for no value, and keeps all options of a default's class that the class
 # chosen now has too: GSPO would clip at GRPO's bounds, a thousand times its own.
 _parse_as_yaml = _typehints.parse_value_or_config
-_keep_shared_options = _typehints.discard_init_args_on_class_path_change
 
 
 def keep_text(value: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -43,17 +42,16 @@ def keep_text(value: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     return (value if parsed is None and isinstance(value, str) and value != "null" else parsed), path
 
 
-def keep_learning_rate(parser_or_action: Any, previous: Any, value: Any) -> None:
-    """Another class starts from its own defaults, but for the learning rate of an optimizer."""
+def start_anew(parser_or_action: Any, previous: Any, value: Any) -> None:
+    """Another class than the default's starts from its own defaults."""
     if previous and "init_args" in previous and previous["class_path"] != value["class_path"]:
         previous.pop(_typehints.subclasses_disabled_meta_key, None)  # of a dataclass: the class chosen now has a path
-        for name in set(vars(previous["init_args"])) - {"lr"}:
+        for name in list(vars(previous["init_args"])):
             del previous["init_args"][name]
-    _keep_shared_options(parser_or_action, previous, value)
 
 
 _typehints.parse_value_or_config = keep_text
-_typehints.discard_init_args_on_class_path_change = keep_learning_rate
+_typehints.discard_init_args_on_class_path_change = start_anew
 
 
 _NO_CLASS = "model and data take options, and no class: a subclass runs from Python, by Trainer(...).fit(MyModule(...))"
@@ -85,8 +83,10 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         file = config_file(trainer)
         config = redacted(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
-        # The resolved config of a second command in the same folder (a baseline, then `fit`) is the same one.
-        with atomic_write(file) as opened:
+        # The resolved config of a second command in the same folder (a baseline, then `fit`) is the same one; that of
+        # the run may be what it is resumed with.
+        is_runs = file.name != CONFIGS[0] or (trainer.ckpt_path is not None and continues(trainer, ""))
+        with atomic_write(file, over_input=is_runs) as opened:
             opened.write(dump_yaml(config).encode())
         if trainer.loggers:  # else it would stand among the user's own files
             with atomic_write(file.with_name(ENVIRONMENT)) as opened:

@@ -6,15 +6,14 @@ Whatever is not carried over is named, with the reason. What cannot be single-tu
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import FiniteFloat, StrictBool, StrictInt, StrictStr, TypeAdapter
 
 from stateset_lightning.cli.arguments import Arguments
 from stateset_lightning.cli.overlays import read_yaml
@@ -26,10 +25,9 @@ SECTIONS = ("agent", "environment", "training")
 
 UNKNOWN = "the guide does not explain it; `stateset-lightning fit --help` lists our keys"
 
-KINDS = {"text": str, "true or false": bool, "a whole number": int, "a number": float}
+KINDS = {"text": StrictStr, "true or false": StrictBool, "a whole number": StrictInt, "a number": FiniteFloat}
 
-MOST_PROMPTS = 8
-"""Per batch, where the guide names no batch size."""
+MOST_PROMPTS = 8  # per batch, where the guide names no batch size
 
 
 def main(words: Sequence[str]) -> None:
@@ -155,11 +153,9 @@ def _precision(given: dict[str, Any]) -> str | None:
 
 def _checked(key: str, value: Any, kind: str) -> Any:
     """The value as its kind. YAML 1.1 takes `5e-5` for text; here it is the number that was meant."""
-    checked = value
-    if kind == "a number" and isinstance(value, int | str):
-        with suppress(ValueError):
-            checked = float(value)
-    is_right = isinstance(checked, KINDS[kind]) and isinstance(value, bool) == (kind == "true or false")
-    if not is_right or (isinstance(checked, float) and not math.isfinite(checked)):
-        raise ConfigError(f"{key}={value!r} must be {kind}")
-    return checked
+    try:
+        if kind == "a number" and isinstance(value, bool):
+            raise ValueError
+        return TypeAdapter(KINDS[kind]).validate_python(value)
+    except ValueError:
+        raise ConfigError(f"{key}={value!r} must be {kind}") from None

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stateset_lightning.cli.arguments import Arguments, loading_options
 from stateset_lightning.cli.messages import class_name
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.files import atomic_folder
+from stateset_lightning.files import atomic_folder, keep_inputs
 
 if TYPE_CHECKING:
     from stateset_lightning.cli.trained import TrainedModel
-    from stateset_lightning.data import PromptEncoder
     from stateset_lightning.policy import LoadingOptions
 
 _log = logging.getLogger("stateset_lightning")
 
-MERGE_ERROR = 0.05
-"""Share of what an adapter adds, by norm, that rounding may change before it is announced."""
+MERGE_ERROR = 0.05  # share of what an adapter adds, by norm, that rounding may change before it is announced
 
 LIBRARIES = ("stateset-lightning", "lightning", "transformers", "torch")
 
@@ -71,16 +69,17 @@ def export(
         CheckpointError: If the checkpoint is damaged.
         ConfigError: If `out` is there already, the model cannot be loaded, or there is no adapter to merge.
     """
+    keep_inputs(source, config, Path.cwd())  # which nobody means to have replaced
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
         from stateset_lightning.cli.trained import load_trained
         from stateset_lightning.policy import LoadingOptions
-        from stateset_lightning.policy.lora import is_adapted, write_adapter
+        from stateset_lightning.policy.lora import write_adapter
 
         trained = load_trained(source, config, loading or LoadingOptions())
-        _set_generation(trained)
+        trained.model.generation_config = trained.generation_config()
         if merge:
             _merge(trained)
-        if is_adapted(trained.model):
+        if trained.is_adapted:
             write_adapter(trained.model, trained.policy.public_name, folder)
             trained.model.generation_config.save_pretrained(folder)
         else:
@@ -93,84 +92,24 @@ def model_card(trained: TrainedModel, title: str) -> str:
     """What the model is, how it was trained and measured, and how to use it, in Markdown (see model_card.md)."""
     from jinja2 import Environment
 
-    from stateset_lightning.policy.lora import is_adapted
-
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    environment.filters["repr"] = repr
+    # Foreign files say much of this: no value ends its line.
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=_one_line)
+    environment.filters |= {"repr": repr, "class_name": class_name}
     template = environment.from_string(files(__package__).joinpath("model_card.md").read_text(encoding="utf-8"))
-    callbacks = trained.checkpoint.get("callbacks") or {}
-    return template.render(
-        title=title,
-        base=trained.policy.public_name,
-        is_local=trained.policy.is_local,
-        library="peft" if is_adapted(trained.model) else "transformers",
-        step=trained.checkpoint.get("stateset", {}).get("step"),
-        validations=next(
-            (state["validations"] for name, state in callbacks.items() if name.startswith("RunSummary")), []
-        ),
-        max_new_tokens=trained.rollout.max_new_tokens,
-        versions=", ".join(f"{library} {version(library)}" for library in LIBRARIES),
-        **_training(trained.config),
-        **_prompt(trained.encoder()),
-    )
+    versions = ", ".join(f"{library} {version(library)}" for library in LIBRARIES)
+    return template.render(title=title, trained=trained, encoder=trained.encoder(), versions=versions)
 
 
-def _training(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the card says of task, rewards, algorithm and sampling; empty without a config."""
-    if not config:
-        return {}
-    model, data = config["model"], config.get("data") or {}
-    rollout, task, rewards = model.get("rollout") or {}, data.get("train"), model.get("reward") or []
-    sampling = {key: rollout[key] for key in ("num_generations", "max_new_tokens", "temperature") if key in rollout}
-    return {
-        "task": Path(task).name if isinstance(task, str) else None,
-        "system_prompt": data.get("system_prompt"),
-        "rewards": [
-            (class_name(reward), (reward.get("init_args") or {}).get("weight") if isinstance(reward, dict) else None)
-            for reward in (rewards if isinstance(rewards, list) else [rewards])
-        ],
-        "algorithm": class_name(model.get("algorithm") or "GRPO"),
-        "sampling": ", ".join(f"{key} {value}" for key, value in sampling.items()),
-    }
-
-
-def _prompt(encoder: PromptEncoder) -> dict[str, Any]:
-    """What the card's code needs to ask as in training."""
-    turns = [{"role": "system", "content": encoder.system_prompt}] if encoder.system_prompt else []
-    turns.append({"role": "user", "content": "What is 2 + 2?"})
-    if not encoder.applies_template:
-        return {"text": "\n\n".join(turn["content"] for turn in turns)}
-    tensors = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-    options = {**tensors, **encoder.chat_template_kwargs}
-    return {"messages": turns, "options": ", ".join(f"{key}={value!r}" for key, value in options.items())}
+def _one_line(value: object) -> str:
+    return "".join(character if character.isprintable() else " " for character in str(value))
 
 
 def _merge(trained: TrainedModel) -> None:
-    from stateset_lightning.policy.lora import is_adapted, merge_adapter
+    from stateset_lightning.policy.lora import merge_adapter
 
-    if not is_adapted(trained.model):
+    if not trained.is_adapted:
         raise ConfigError(f"--merge: {trained.source} has no adapter")
     if (error := merge_adapter(trained.model)) > MERGE_ERROR:
         dtype = str(trained.model.dtype).removeprefix("torch.")
-        _log.warning(
-            "--merge: rounding to %s changes what the adapter adds by %.0f%%; without --merge it stays exact",
-            dtype,
-            100 * error,
-        )
-
-
-def _set_generation(trained: TrainedModel) -> None:
-    """Greedy, and ended by all tokens that ended a completion in training.
-
-    The base's own penalties and temperature go: they were no part of training.
-    """
-    from transformers import GenerationConfig
-
-    from stateset_lightning.policy import end_of_sequence_ids
-
-    tokenizer = trained.tokenizer
-    ends = sorted(end_of_sequence_ids(trained.model, tokenizer))
-    options = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
-    trained.model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=trained.rollout.max_new_tokens, **options
-    )
+        rounding = "--merge: rounding to %s changes what the adapter adds by %.0f%%; without --merge it stays exact"
+        _log.warning(rounding, dtype, 100 * error)

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from stateset_lightning.cli.arguments import Arguments, count, loading_options
-from stateset_lightning.errors import UserError
+from stateset_lightning.errors import ConfigError, UserError
 from stateset_lightning.threads import heartbeat
 
-SAMPLING = ("temperature", "top_p", "max_new_tokens")
-"""Options of sampling that can be given."""
+SAMPLING = ("temperature", "top_p", "max_new_tokens")  # options of sampling that can be given
 
 
 def main(words: Sequence[str]) -> None:
@@ -38,14 +37,17 @@ def main(words: Sequence[str]) -> None:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     # Nothing is scored, so packed scoring, which would be faster, need not be probed.
     engine = InProcessEngine(trained.tokenizer)
-    engine.sync(Policy(trained.model.to(device), replace(trained.policy, scoring="padded")))
+    try:
+        engine.sync(Policy(trained.model.to(device), replace(trained.policy, scoring="padded")))
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from error
     encoder = trained.encoder(options.system_prompt)
 
     def answer(prompt: str, number: int) -> None:
         tokens = encoder.encode([Scenario(id=str(number), prompt=prompt)], "generate").tokens[0]
         seeds_N = sample_seeds(seed, "generate", 0, [number], num_samples)
         texts = engine.generate([tokens], num_samples, rollout, seeds_N, greedy=greedy).texts
-        for i, text in enumerate(texts, start=1):
+        for i, text in enumerate(map(_shown, texts), start=1):
             print(f"[{i}] {text}" if len(texts) > 1 else text, flush=True)
 
     if options.prompt is not None:
@@ -63,6 +65,13 @@ def main(words: Sequence[str]) -> None:
         number += 1
 
 
+def _shown(text: str) -> str:
+    """A completion as a terminal may have it: without the sequences that would control it."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
+
+
 def _line() -> str:
     """The next line without its end; empty at the end of input."""
     try:
@@ -73,18 +82,11 @@ def _line() -> str:
 
 def _parser() -> Arguments:
     parser = Arguments("generate", "Try a checkpoint, or any model, on a prompt.")
-    parser.add_argument(
-        "--ckpt_path",
-        required=True,
-        metavar="CKPT",
-        help="a checkpoint of a run, `last` or `best` (below runs/), a run's folder, a model folder, or a hub id",
-    )
+    source = "a checkpoint of a run, `last` or `best` (below runs/), a run's folder, a model folder, or a hub id"
+    parser.add_argument("--ckpt_path", required=True, metavar="CKPT", help=source)
     parser.add_argument("--prompt", help="what to ask; without it, prompts are read line by line")
-    parser.add_argument(
-        "--samples",
-        type=count,
-        help="completions to sample; without it, one greedy completion, unless a temperature or top-p is given",
-    )
+    samples = "completions to sample; without it, one greedy completion, unless a temperature or top-p is given"
+    parser.add_argument("--samples", type=count, help=samples)
     parser.add_argument("--temperature", type=float, help="of sampling; by default that of training")
     parser.add_argument("--top_p", type=float, help="of sampling; by default that of training")
     parser.add_argument("--max_new_tokens", type=int, help="by default as in training")

@@ -29,6 +29,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -43,22 +44,14 @@ if TYPE_CHECKING:
 
     from stateset_lightning.cli.config import StatesetCLI
 
+# Those that are not LightningCLI's: each is the `main` of its file, called with the words behind it.
 COMMANDS = ("convert", "doctor", "export", "generate", "report")
-"""Those that are not LightningCLI's: each is the `main` of its file, called with the words behind it."""
 
-LIGHT = ("convert", "report")
-"""Those of them that load no model."""
+LIGHT = ("convert", "report")  # those of them that load no model
 
 REMOVED = {"completion": "completion of the shell is gone: `stateset-lightning fit --help` lists all keys"}
 
-_NOISE = (
-    "litlogger",
-    "GPU available",
-    "TPU available",
-    "HPU available",
-    "💡 Tip",
-    "Loaded model weights from the checkpoint",
-)
+_NOISE = re.compile("litlogger|[GTH]PU available|💡 Tip|Loaded model weights from the checkpoint")
 
 
 def main(args: ArgsType = None) -> StatesetCLI | None:
@@ -86,6 +79,7 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
 def _run(args: ArgsType) -> StatesetCLI | None:
     from stateset_lightning.cli.messages import PROGRAM, without_traceback
     from stateset_lightning.errors import ConfigError, UserError
+    from stateset_lightning.files import forget_inputs
     from stateset_lightning.redaction import redact_streams, remember_flags
     from stateset_lightning.threads import heartbeat
 
@@ -99,6 +93,7 @@ def _run(args: ArgsType) -> StatesetCLI | None:
         raise SystemExit(0)
     command = words[0] if words else None
     redact_streams()
+    forget_inputs()
     remember_flags(words)
     if os.getcwd() not in sys.path:  # a console script does not look beside the config for `my_rewards.ShortAndRight`
         sys.path.append(os.getcwd())
@@ -169,4 +164,4 @@ class _Stdout(logging.Handler):
 
 
 def _is_telling(record: logging.LogRecord) -> bool:
-    return not any(noise in record.getMessage() for noise in _NOISE)
+    return not _NOISE.search(record.getMessage())

@@ -16,8 +16,7 @@ _CALLED_WITH = {"params", "optimizer"}  # what the trainer adds to the options o
 _MAPPINGS, _LISTS = _typehints.mapping_origin_types, _typehints.sequence_origin_types
 _origin = _typehints.get_typehint_origin
 
-MISSING = object()
-"""The value of an option that must be given and is not."""
+MISSING = object()  # the value of an option that must be given and is not
 
 
 @dataclass

@@ -22,10 +22,10 @@ from jsonargparse import set_dumper
 from jsonargparse._loaders_dumpers import get_yaml_default_loader  # numbers as flags have them: 1e-4
 
 from stateset_lightning.errors import ConfigError
+from stateset_lightning.files import keep_inputs
 from stateset_lightning.redaction import remember
 
-REMOVED = object()
-"""Stands where a null was written over a key; what it means depends on the key's type."""
+REMOVED = object()  # stands where a null was written over a key; what it means depends on the key's type
 
 _SPECIFICATION = {"class_path", "init_args", "dict_kwargs"}
 _MAX_VALUES, _MAX_DEPTH = 100_000, 100
@@ -36,8 +36,7 @@ class _Dumper(yaml.SafeDumper):
     """Writes text that jsonargparse would read as a number, 1e3, in quotes; PyYAML itself takes that for text."""
 
 
-_NUMBER = re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$")
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789"))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*[eE][-+]?\d+$"), [*"-+0123456789"])
 
 
 def dump_yaml(content: Any) -> str:
@@ -68,6 +67,7 @@ def merged_words(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         value = value if given else left.pop(0)
         if flag in ("-c", "--config"):
             text = value if value.lstrip().startswith("{") or "\n" in value else None
+            keep_inputs(value if text is None else None)
             files.append(read_yaml(value, f"--config {value}", "keys such as model:, data: and trainer:", text))
         else:
             flags.append(functools.reduce(lambda inner, key: {key: inner}, flag[2:].split(".")[::-1], cast(Any, value)))

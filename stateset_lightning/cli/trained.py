@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from stateset_lightning.cli.overlays import read_yaml
 from stateset_lightning.data import PromptEncoder
 from stateset_lightning.errors import CheckpointError, ConfigError
-from stateset_lightning.policy import LoadingOptions, PolicyConfig, load_model, load_tokenizer
-from stateset_lightning.policy.lora import config_from_plain, inject, trained_names
+from stateset_lightning.files import keep_inputs
+from stateset_lightning.policy import end_of_sequence_ids, load_model, load_tokenizer
+from stateset_lightning.policy.config import LoadingOptions, PolicyConfig, check_saved
+from stateset_lightning.policy.lora import config_from_plain, inject, is_adapted, trained_names
 from stateset_lightning.policy.lora_state import base_digest, check_base
 from stateset_lightning.rollout import RolloutConfig
 from stateset_lightning.run.checkpoint_io import check_weights, newest_checkpoints, read_checkpoint
@@ -48,12 +51,28 @@ class TrainedModel:
     config: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_adapted(self) -> bool:
+        """Whether the model has an adapter that is not merged."""
+        return is_adapted(self.model)
+
+    def generation_config(self) -> GenerationConfig:
+        """Greedy, and ended by all tokens that ended a completion in training.
+
+        The base's own penalties and temperature are not in it: they were no part of training.
+        """
+        ends = sorted(end_of_sequence_ids(self.model, self.tokenizer))
+        others = {"bos_token_id": self.tokenizer.bos_token_id, "pad_token_id": self.tokenizer.pad_token_id}
+        length = self.rollout.max_new_tokens
+        return GenerationConfig(do_sample=False, max_new_tokens=length, eos_token_id=ends, **others)
+
     def encoder(self, system_prompt: str | None = None) -> PromptEncoder:
         """Makes prompts as in training, with another system prompt if one is given."""
-        data = self.config.get("data") or {}
-        options = {name: data[name] for name in _PROMPT_OPTIONS if data.get(name) is not None}
+        given = dict(self.config.get("data") or {})
         if system_prompt is not None:
-            options["system_prompt"] = system_prompt
+            given["system_prompt"] = system_prompt
+        options = {name: value for name in _PROMPT_OPTIONS if (value := given.get(name)) is not None}
+        check_saved("data", PromptEncoder, options)
         return PromptEncoder(tokenizer=self.tokenizer, **options)
 
 
@@ -77,6 +96,7 @@ def load_trained(
     """
     given = _read_config(Path(config)) if config else {}
     file = _checkpoint_of(source)
+    keep_inputs(file)
     if file is None:
         policy = PolicyConfig(source, **vars(loading))
         return TrainedModel(source, policy, load_model(policy), load_tokenizer(policy), RolloutConfig(), config=given)
@@ -88,8 +108,8 @@ def load_trained(
     }
     saved = checkpoint["hyper_parameters"]
     policy = PolicyConfig.from_checkpoint(saved["policy"], loading)
-    adapter = checkpoint["stateset"].get("adapter")
-    model = _load_whole(source, policy, weights) if adapter is None else _load_adapted(source, policy, weights, adapter)
+    check_saved("model.rollout", RolloutConfig, saved["rollout"])
+    model = _load(source, policy, weights, checkpoint["stateset"].get("adapter"))
     found = given or _config_of_run(file, checkpoint)
     seed = saved["seed"] if saved["seed"] is not None else checkpoint["stateset"]["seed"]
     return TrainedModel(
@@ -108,28 +128,28 @@ def _checkpoint_of(source: str) -> Path | None:
     return Path(file)
 
 
-def _load_whole(source: str, policy: PolicyConfig, weights: Mapping[str, Tensor]) -> PreTrainedModel:
-    # As it was trained; its base is loaded for the architecture alone, without any adapter: there is none in the
-    # weights.
-    dtype = next((value.dtype for value in weights.values() if value.is_floating_point()), torch.float32)
-    model = load_model(replace(policy, lora=None, adapter=None), dtype)
-    check_weights(model.state_dict(), weights, f"{policy.model_name}, which the run started from")
-    model.load_state_dict(weights)
-    model.tie_weights()
-    return model
-
-
-def _load_adapted(
-    source: str, policy: PolicyConfig, weights: Mapping[str, Tensor], saved: Mapping[str, Any]
+def _load(
+    source: str, policy: PolicyConfig, weights: Mapping[str, Tensor], adapter: Mapping[str, Any] | None
 ) -> PreTrainedModel:
-    """The base, with the checkpoint's adapter; an adapter that the run started from is not needed any more."""
-    model = load_model(replace(policy, lora=None, adapter=None), getattr(torch, saved["base"]["dtype"]))
-    inject(model, config_from_plain(saved["config"]), source)
-    base = {"model_name": policy.model_name, "revision": policy.revision, "digest": base_digest(model)}
-    check_base(base, saved["base"])
-    if (names := set(trained_names(model))) != set(weights):
-        raise CheckpointError(f"{source}: its adapter does not fit: {', '.join(sorted(names ^ set(weights))[:3])}")
-    model.load_state_dict(weights, strict=False)
+    """The policy's base, with the checkpoint's weights or adapter; what adapter it started from is not needed."""
+    if adapter is None:  # as it was trained
+        floating = (value.dtype for value in weights.values() if value.is_floating_point())
+        dtype = next(floating, torch.float32)
+    else:
+        dtype = getattr(torch, name := str(adapter["base"]["dtype"]), None)  # type: ignore[assignment]
+        if not isinstance(dtype, torch.dtype):
+            raise CheckpointError(f"{source}: {name!r:.80} is no dtype")
+    model = load_model(replace(policy, lora=None, adapter=None), dtype)
+    if adapter is None:
+        check_weights(model.state_dict(), weights, f"{policy.model_name}, which the run started from")
+    else:
+        inject(model, config_from_plain(adapter["config"]), source)
+        base = {"model_name": policy.model_name, "revision": policy.revision, "digest": base_digest(model)}
+        check_base(base, adapter["base"])
+        if (names := set(trained_names(model))) != set(weights):
+            raise CheckpointError(f"{source}: its adapter does not fit: {', '.join(sorted(names ^ set(weights))[:3])}")
+    model.load_state_dict(weights, strict=adapter is None)
+    model.tie_weights()
     return model.eval()
 
 
@@ -148,7 +168,8 @@ def _config_of_run(file: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    keep_inputs(path)
     content = read_yaml(path, str(path), "a run's resolved config")
-    if "model" not in content:
-        raise ConfigError(f"{path} is no config of a run: it has no model:")
+    if not isinstance(content.get("model"), Mapping) or not isinstance(content.get("data", {}), Mapping | None):
+        raise ConfigError(f"{path} is no config of a run, which has model: and data:")
     return content

@@ -23,6 +23,7 @@ from stateset_lightning.data.reading import READERS, Problem, RawRow, raise_prob
 from stateset_lightning.data.reasoning_gym import MAX_SEED, MAX_SIZE, read_task
 from stateset_lightning.data.scenarios import QUESTION_COLUMNS, check_columns, to_scenarios
 from stateset_lightning.errors import ConfigError, DataError, check_bounds
+from stateset_lightning.files import keep_inputs
 from stateset_lightning.redaction import spare
 from stateset_lightning.seeding import permutation
 from stateset_lightning.threads import heartbeat
@@ -237,6 +238,7 @@ def _row_lists(source: Source, index: int, num_sources: int, split: str) -> Iter
     else:
         path = os.fspath(source.path or "")
         files = _files(path, f"data.{split}")
+        keep_inputs(*files)
         for file in files:
             rows, problems = (read_parquet(file), []) if file.suffix.lower() == ".parquet" else read_file(file)
             yield _RowList(rows, problems, str(file), file.stem, str(file.with_suffix("")))

@@ -4,14 +4,14 @@ No `from __future__ import annotations` in files whose signatures the command li
 the bounds in `Annotated[...]` without a word (test_cli.py).
 """
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from annotated_types import Ge, Gt, Lt
+from pydantic import TypeAdapter, ValidationError
 
 from stateset_lightning.errors import CheckpointError, bounded
 
@@ -93,6 +93,7 @@ class PolicyConfig(LoadingOptions):
 
     def __post_init__(self) -> None:
         if isinstance(self.lora, Mapping):
+            check_saved("model.policy.lora", LoRAConfig, self.lora)
             object.__setattr__(self, "lora", LoRAConfig(**self.lora))
 
     @property
@@ -128,32 +129,32 @@ class PolicyConfig(LoadingOptions):
                 says so.
 
         Raises:
-            CheckpointError: If the checkpoint names no model, or has an option that this version does not know.
+            CheckpointError: If the checkpoint names no model, or has an option that is none of this version's.
         """
-        if unknown := sorted(map(str, saved.keys() - {item.name for item in fields(cls)})):
-            raise CheckpointError(
-                f"the checkpoint's model.policy.{unknown[0]} is unknown here: load it with the version that wrote it"
-            )
-        if not isinstance(saved.get("model_name"), str):
-            raise CheckpointError(
-                f"the checkpoint's model.policy.model_name={saved.get('model_name')!r:.80} is no model's name"
-            )
         users = {item.name: getattr(loading, item.name) for item in fields(LoadingOptions)}
         for name, given in users.items():
             if (value := saved.get(name)) and not given:
-                _log.warning(
-                    "the run's model.policy.%s is not taken from a checkpoint: give %.200s where you trust it",
-                    name,
-                    _flag(name, value),
-                )
-        return cls(**{name: value for name, value in saved.items() if name not in users}, **users)
+                told = "the run's model.policy.%s=%.200s is not taken from a checkpoint: give --%s where you trust it"
+                _log.warning(told, name, ascii(value), name)
+        options = {"model_name": None, **{name: value for name, value in saved.items() if name not in users}}
+        check_saved("model.policy", cls, options)
+        return cls(**options, **users)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def _flag(name: str, value: Any) -> str:
-    """How `generate` and `export` are told a loading option; without the control characters that a file may hold."""
-    if name == "trust_remote_code":
-        return "--trust_remote_code"
-    return f"--{name} '{json.dumps(value, default=str)}'" if isinstance(value, Mapping) else f"--{name} {value!a}"
+def check_saved(key: str, cls: type, saved: Mapping[str, Any]) -> None:
+    """Holds what a checkpoint, or a config beside it, says of a class's options against their types.
+
+    Raises:
+        CheckpointError: Naming the first option that this version does not know, or whose value does not fit.
+    """
+    hints = get_type_hints(cls, include_extras=True)
+    for name, value in saved.items():
+        if name not in hints:
+            raise CheckpointError(f"checkpoint: {key}.{name} is unknown here: load it with the version that wrote it")
+        try:
+            TypeAdapter(hints[name]).validate_python(value)
+        except ValidationError as error:
+            raise CheckpointError(f"checkpoint or its config: {key}.{name}={value!r:.80} cannot be used") from error

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from stateset_lightning.errors import ConfigError
+from stateset_lightning.files import keep_inputs
 from stateset_lightning.policy.config import PolicyConfig
 from stateset_lightning.policy.lora import add_adapter, is_adapted, load_adapter
 from stateset_lightning.policy.policy import Group, Policy
@@ -43,6 +44,7 @@ def resolve_model_name(model_name: str, key: str = "model.policy.model_name") ->
             raise ConfigError(
                 f"{key}={model_name!r} is a folder without config.json: give one that `save_pretrained` wrote"
             )
+        keep_inputs(*Path(folder).iterdir())
         return folder
     if model_name.startswith((".", "/", "~")) or model_name.count("/") > 1 or (os.sep != "/" and os.sep in model_name):
         raise ConfigError(f"{key}={model_name!r}: there is no such folder; paths are relative to {Path.cwd()}")
@@ -97,7 +99,7 @@ def load_model(policy: PolicyConfig, default_dtype: torch.dtype = torch.float32,
             weights_only=True,
             output_loading_info=True,
             **_hub_options(policy),
-            **policy.model_kwargs,
+            **{"experts_implementation": None, **policy.model_kwargs},  # nor is attention taken from a config.json
         )
     check_complete(option, report["missing_keys"], "causal language model")
     if is_adapted(model):

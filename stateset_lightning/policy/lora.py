@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stateset_lightning.errors import ConfigError, require
+from stateset_lightning.files import keep_inputs
 from stateset_lightning.policy.config import LoRAConfig
 from stateset_lightning.policy.precision import replaced_parameters
 from stateset_lightning.seeding import derive_seed
@@ -81,13 +82,12 @@ def load_adapter(model: PreTrainedModel, adapter: str, lora: LoRAConfig | None) 
     source = str(Path(adapter).expanduser()) if adapter.startswith("~") else adapter
     place = f"model.policy.adapter={adapter!r}"
     config, weights = peft.PeftConfig.from_pretrained(source), peft.load_peft_weights(source, device="cpu")
-    if not isinstance(config, peft.LoraConfig):
-        raise ConfigError(f"{place} is an adapter of the kind {config.peft_type}, and not LoRA")
+    keep_inputs(*Path(source).glob("*"))
     config.lora_dropout = 0.0 if lora is None else lora.dropout
+    inject(model, config, place)
     if lora is not None:
         used = "%s has its own config, which is used instead of model.policy.lora: rank %s, alpha %s"
         log.info(used, place, config.r, config.lora_alpha)
-    inject(model, config, place)
     load_weights(model, weights, place)
 
 
@@ -103,6 +103,12 @@ def inject(model: PreTrainedModel, config: LoraConfig, place: str, seed: int = 0
     Raises:
         ConfigError: If the config does not fit the model, or its start is not the model itself.
     """
+    import peft
+
+    if not isinstance(config, peft.LoraConfig):
+        raise ConfigError(f"{place} is an adapter of the kind {config.peft_type}, and not LoRA")
+    if config.megatron_config:  # anybody may have written an adapter's config, and this one names a module
+        raise ConfigError(f"{place}: megatron_config would have {config.megatron_core!a} imported: leave it out")
     if config.init_lora_weights not in (True, "gaussian"):
         raise ConfigError(
             f"{place}: init_lora_weights={config.init_lora_weights!r} changes the model under the adapter or starts"

@@ -261,5 +261,7 @@ def is_sharded(path: Path) -> bool:
 
 def local_path(path: _PATH) -> Path | None:
     """The path of a local file; None for a remote one."""
+    if "://" not in str(path):  # `::` in it, which fsspec takes for a chain of file systems, is part of a name
+        return Path(path)
     system, stripped = url_to_fs(str(path))
     return Path(stripped) if isinstance(system, LocalFileSystem) else None

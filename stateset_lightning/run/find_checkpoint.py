@@ -42,6 +42,7 @@ class SearchedCheckpoints(LightningModule):
         """
         if "reward" not in given:
             raise ConfigError(f"load_from_checkpoint of {checkpoint_path} needs reward=...: a checkpoint holds none")
+        given["_instantiator"] = None  # a file could name one, and classes for it to import
         return super().load_from_checkpoint(checkpoint_path, *args, **given)
 
 

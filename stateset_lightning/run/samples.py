@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from stateset_lightning.errors import bounded
+from stateset_lightning.files import check_output, keep_inputs
 from stateset_lightning.policy import Group, Policy
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.run.folder import PREDICTIONS, SAMPLES, continues, of_rank, run_folder
@@ -62,6 +63,10 @@ class SampleWriter(Callback):
         self._episode: list[dict[str, Any]] = []  # rows of the running episode
         self._evaluated: list[dict[str, Any]] = []  # this rank's rows of the running evaluation
         self._sizes: dict[Block, int] = {}  # bytes of each block in the file of a run that nothing interrupts
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.is_global_zero:
+            check_output(run_folder(trainer) / SAMPLES)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch.episode_index % self.every_n_episodes or not trainer.is_global_zero:
@@ -157,6 +162,8 @@ class PredictionWriter(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         file = self.file(trainer)
+        keep_inputs(trainer.ckpt_path)
+        check_output(file if self.path is None else self.path)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("", encoding="utf-8")
 

@@ -186,14 +186,13 @@ def test_what_is_private_to_libraries_is_as_it_was():
 
     Where this fails, see whether a public hook has come, and whether the tests around still pass.
     """
-    assert _typehints.discard_init_args_on_class_path_change is cli_config.keep_learning_rate
+    assert _typehints.discard_init_args_on_class_path_change is cli_config.start_anew
     assert _typehints.parse_value_or_config is cli_config.keep_text
-    for function, parameters in (
-        (cli_config._keep_shared_options, ["parser_or_action", "prev_val", "value"]),
-        (cli_config._parse_as_yaml, ["value", "enable_path", "simple_types"]),
-    ):
-        assert list(inspect.signature(function).parameters) == parameters
-    assert "discard_init_args_on_class_path_change(" in inspect.getsource(_typehints.adapt_class_type)
+    parameters = list(inspect.signature(cli_config._parse_as_yaml).parameters)
+    assert parameters == ["value", "enable_path", "simple_types"]
+    assert "discard_init_args_on_class_path_change(parser, prev_val, value)" in inspect.getsource(
+        _typehints.adapt_class_type
+    )
     assert "parse_value_or_config(val" in inspect.getsource(_typehints.ActionTypeHint._check_type)
     for name, parameters in {
         "_parse_ckpt_path": ["self"],

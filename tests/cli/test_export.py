@@ -2,6 +2,7 @@
 right.
 """
 
+import dataclasses
 import io
 import json
 import re
@@ -161,6 +162,7 @@ def test_samples_are_counted_and_repeatable(run, capsys):
             ["generate", "--ckpt_path", "tiny", "--prompt", "a", "--temperature", "0"],
             "model.rollout.temperature=0.0 must be above 0",
         ),
+        (["generate", "--ckpt_path", "tiny", "--prompt", "a", "--device", "nope"], "--device nope: Expected one of"),
         (["export", "tiny", "out"], "out has files in it; choose another folder, or say --overwrite"),
         (["export", "tiny", "config.yaml"], "config.yaml is a file; give a folder that is yet to be made"),
         (["export", "none.ckpt", "new"], "ckpt_path=none.ckpt: there is no such file"),
@@ -173,6 +175,21 @@ def test_what_cannot_be_done_is_said(run, monkeypatch, capsys, words, said):
     assert stopped.value.code == 2
     assert said in capsys.readouterr().err
     assert not (run / "new").exists()
+
+
+def test_a_completion_cannot_control_the_terminal(run, monkeypatch, capsys):
+    from stateset_lightning.rollout import InProcessEngine
+
+    sampled = InProcessEngine.generate
+
+    def hostile(self, *args, **kwargs):
+        return dataclasses.replace(sampled(self, *args, **kwargs), texts=["\x1b]0;x\x07 a\nb\x9b2J"])
+
+    monkeypatch.setattr(InProcessEngine, "generate", hostile)
+    for is_terminal, said in ((True, "\\x1b]0;x\\x07 a\nb\\x9b2J\n"), (False, "\x1b]0;x\x07 a\nb\x9b2J\n")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda answer=is_terminal: answer)
+        main(["generate", "--ckpt_path", "tiny", "--prompt", "a", "--device", "cpu"])
+        assert capsys.readouterr().out.endswith(said)
 
 
 def test_a_long_prompt_does_not_end_the_conversation(run, capsys, monkeypatch):

@@ -60,19 +60,8 @@ def test_what_chooses_code_never_comes_from_a_checkpoint(caplog: pytest.LogCaptu
     with caplog.at_level(logging.INFO, "stateset_lightning"):
         assert PolicyConfig.of(state) == PolicyConfig("tiny", **FROM_FILE)
     assert [record.getMessage() for record in caplog.records] == [
-        "the run's model.policy.revision is not taken from a checkpoint: give --revision 'v2' where you trust it",
-        (
-            "the run's model.policy.attn_implementation is not taken from a checkpoint: give --attn_implementation"
-            " 'eager' where you trust it"
-        ),
-        (
-            "the run's model.policy.trust_remote_code is not taken from a checkpoint: give --trust_remote_code where"
-            " you trust it"
-        ),
-        (
-            "the run's model.policy.model_kwargs is not taken from a checkpoint: give --model_kwargs '{\"a\": [1]}'"
-            " where you trust it"
-        ),
+        f"the run's model.policy.{name}={value!r} is not taken from a checkpoint: give --{name} where you trust it"
+        for name, value in LOADING.items()
     ]
     caplog.clear()
     given = LoadingOptions(revision="v3", attn_implementation="sdpa", trust_remote_code=True, model_kwargs={"b": 1})

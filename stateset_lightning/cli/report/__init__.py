@@ -18,7 +18,7 @@ from jinja2 import Environment
 
 from stateset_lightning.cli.arguments import Arguments
 from stateset_lightning.cli.report.run_data import read_run
-from stateset_lightning.files import atomic_write
+from stateset_lightning.files import atomic_write, keep_inputs
 from stateset_lightning.redaction import known_cut
 from stateset_lightning.run.folder import REPORT
 
@@ -51,6 +51,7 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
     """
     path = Path(run, REPORT) if output is None else Path(output)
     page = render(read_run(Path(run)))
+    keep_inputs(*(file for file in Path(run).rglob("*") if file.name != REPORT))
     with atomic_write(path) as file:
         file.write(page.encode(errors="replace"))
     return path
