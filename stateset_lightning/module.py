@@ -35,7 +35,7 @@ from stateset_lightning.seeding import run_seed
 from stateset_lightning.threads import call_episode_hook
 from stateset_lightning.training.checks import check_bad_steps, check_batch, check_strategy, checks_of_run
 from stateset_lightning.training.collect import Sampler, ready_engine
-from stateset_lightning.training.data import TrainingData, data_of
+from stateset_lightning.training.data import data_of
 from stateset_lightning.training.episode import Episode
 from stateset_lightning.training.evaluate import HeldOut
 from stateset_lightning.training.fsdp import UnshardedCopy
@@ -120,7 +120,6 @@ class GRPOLightningModule(RunsInTrainer):
         self._reference: tuple[Policy | AdapterReference, ...] = ()
         self._unsharded: UnshardedCopy | None = None  # of a policy whose weights are sharded
         self._seed = seed
-        self._data: TrainingData | None = None  # of the run, if its data module is ours
         self._ahead = sampling_ahead(self.rollout, engine)
         self._checkpoint = RunCheckpoint(self)
         self.state = TrainingState()
@@ -168,7 +167,6 @@ class GRPOLightningModule(RunsInTrainer):
     # Set-up -----------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        self._data = data_of(self.trainer)
         self.state.started = None  # an earlier run may have ended inside an optimizer step
         self.scorer = self._make_scorer()
 
@@ -308,7 +306,7 @@ class GRPOLightningModule(RunsInTrainer):
 
     @property
     def _step(self) -> TrainingStep:
-        data = self._data
+        data = data_of(self.trainer)
         return TrainingStep(
             state=self.state,
             policy=self._loaded_policy,
@@ -327,7 +325,8 @@ class GRPOLightningModule(RunsInTrainer):
     @property
     def _sampler(self) -> Sampler:
         assert self.engine is not None, "configure_model() makes the engine"
-        replacements = None if self._data is None else self._data.replacements
+        data = None if self._trainer is None else data_of(self._trainer)
+        replacements = None if data is None else data.replacements
         return Sampler(self.engine, self.scorer, self.rollout, self.seed, self._ahead, replacements)
 
     @property

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -25,10 +25,13 @@ from stateset_lightning.errors import ConfigError, NonFiniteError, SamplingError
 from stateset_lightning.evaluation import Evaluation
 from stateset_lightning.policy.precision import has_bfloat16_products, logprob_tolerance, sampling_dtype
 from stateset_lightning.rewards import FunctionReward, TRLReward
-from stateset_lightning.training.data import TrainingData, data_of
+from stateset_lightning.training.data import data_of
 from stateset_lightning.training.metrics import NAMES
 from stateset_lightning.training.schedule import accumulations, batches_per_epoch, optimizer_steps_of_run
 from stateset_lightning.types import PromptBatch
+
+if TYPE_CHECKING:
+    from stateset_lightning.datamodule import ScenarioDataModule
 
 BUNDLED, WRAPPERS = "stateset_lightning.rewards.", (FunctionReward, TRLReward)
 HIGHER_IS_BETTER = (
@@ -61,7 +64,7 @@ def checks_of_run(trainer: Trainer, module: Any) -> list[Callable[[], None]]:
     ]
 
 
-def check_episode_fits_trainer(trainer: Trainer, data: TrainingData | None) -> None:
+def check_episode_fits_trainer(trainer: Trainer, data: ScenarioDataModule | None) -> None:
     """An optimizer step never straddles two passes over an episode, and a run never ends an epoch inside an episode.
 
     Raises:
@@ -128,7 +131,7 @@ def check_clipping(trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def check_dynamic_sampling(data: TrainingData | None, rounds: int, needs_greedy_baseline: bool) -> None:
+def check_dynamic_sampling(data: ScenarioDataModule | None, rounds: int, needs_greedy_baseline: bool) -> None:
     """Dynamic sampling has other prompts to take, and an algorithm that learns nothing from a constant group.
 
     Raises:
@@ -147,7 +150,7 @@ def check_dynamic_sampling(data: TrainingData | None, rounds: int, needs_greedy_
         )
 
 
-def check_reward_names(data: TrainingData | None, known: Sequence[str]) -> None:
+def check_reward_names(data: ScenarioDataModule | None, known: Sequence[str]) -> None:
     """Rewards that rows or sources name exist; the scorer would find out when it meets the row.
 
     Raises:
@@ -164,7 +167,7 @@ def check_reward_names(data: TrainingData | None, known: Sequence[str]) -> None:
 
 def check_monitors(
     trainer: Trainer,
-    data: TrainingData | None,
+    data: ScenarioDataModule | None,
     metrics: Iterable[str],
     module: Any = None,
     maximised: Sequence[str] = (),
@@ -218,7 +221,7 @@ def _check_train_metric(place: str, monitor: str, trainer: Trainer, module: Any)
         raise ConfigError(f"{place}: training logs no such metric; did you mean {close}?")
 
 
-def no_validation(trainer: Trainer, data: TrainingData | None) -> str:
+def no_validation(trainer: Trainer, data: ScenarioDataModule | None) -> str:
     """Why the run never validates, as far as its options tell; empty if it does."""
     if trainer.limit_val_batches == 0:
         return "validation never runs: trainer.limit_val_batches=0"
@@ -248,7 +251,7 @@ def check_speed(trainer: Trainer, dtype: torch.dtype) -> None:
         )
 
 
-def check_context(data: TrainingData | None, context_length: int | None, max_new_tokens: int) -> None:
+def check_context(data: ScenarioDataModule | None, context_length: int | None, max_new_tokens: int) -> None:
     """The longest prompt and its completion fit into the model; the engine would find out when it meets the prompt.
 
     Raises:
