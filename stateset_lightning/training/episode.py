@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from stateset_lightning.algorithm import Algorithm
 from stateset_lightning.algorithm.aggregation import sequence_sums
 from stateset_lightning.policy import Group
 from stateset_lightning.ranks import Ranks
-from stateset_lightning.types import FinishReason, PromptBatch, Rollout, Scores
+from stateset_lightning.types import FinishReason, Rollout, Scores
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,8 @@ class Episode:
         return tokens_T if self.sampled_T is None else tokens_T & self.sampled_T
 
     def state_dict(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> Episode:
-        return cls(**state)
+        """The arguments that make it."""
+        return {**vars(self)}
 
     def _select(self, rows_N: Tensor) -> MicroBatch:
         lengths = self.lengths_N.tolist()
@@ -140,14 +137,6 @@ class Plan:
     accumulate: int
     ranks: Ranks = field(default_factory=Ranks)
     max_tokens_per_step: int | None = None
-
-    @classmethod
-    def of(
-        cls, batch: PromptBatch, rollout: Rollout, accumulate: int, ranks: Ranks, max_tokens_per_step: int | None
-    ) -> Plan:
-        """The plan of a batch's episode."""
-        steps = batch.steps_per_episode
-        return cls(len(batch), rollout.num_generations, steps, accumulate, ranks, max_tokens_per_step)
 
     @property
     def optimizer_steps(self) -> int:

@@ -7,6 +7,7 @@ completions per prompt, N = P * G completions.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -44,8 +45,11 @@ class Sample:
         size = self.rollout.num_generations
         prompts = {slot: i for i, slot in enumerate(slots)}  # slot -> prompt of `other`
         completions = {slot * size + g: i * size + g for slot, i in prompts.items() for g in range(size)}
+        batch = copy(self.batch)
+        for name in ("prompt_tokens", "conversations", "scenarios", "rows"):
+            setattr(batch, name, _merged(getattr(self.batch, name), getattr(other.batch, name), prompts))
         return Sample(
-            _batch(self.batch, other.batch, prompts),
+            batch,
             _rollout(self.rollout, other.rollout, prompts, completions),
             _scores(self.scores, other.scores, completions),
         )
@@ -72,23 +76,6 @@ def resample(
 def _merged(mine: Sequence[T], other: Sequence[T], place: Mapping[int, int]) -> list[T]:
     """`mine`, with `other[place[i]]` instead of each item i in `place`."""
     return [other[place[i]] if i in place else value for i, value in enumerate(mine)]
-
-
-def _batch(mine: PromptBatch, other: PromptBatch, prompts: Mapping[int, int]) -> PromptBatch:
-    assert mine.rows is not None
-    assert other.rows is not None
-    return PromptBatch(
-        prompt_tokens=_merged(mine.prompt_tokens, other.prompt_tokens, prompts),
-        conversations=_merged(mine.conversations, other.conversations, prompts),
-        scenarios=_merged(mine.scenarios, other.scenarios, prompts),
-        positions=mine.positions,
-        episode_index=mine.episode_index,
-        micro_step=mine.micro_step,
-        num_micro_steps=mine.num_micro_steps,
-        steps_per_episode=mine.steps_per_episode,
-        split=mine.split,
-        rows=_merged(mine.rows, other.rows, prompts),
-    )
 
 
 def _rollout(mine: Rollout, other: Rollout, prompts: Mapping[int, int], completions: Mapping[int, int]) -> Rollout:

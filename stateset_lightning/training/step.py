@@ -91,17 +91,13 @@ class TrainingStep:
             self.report(batch.episode_index, *collection.groups_of_all_ranks(self.ranks))
         collection = self.sampler.start_next(policy, collection, self.upcoming)
 
-        temperature = self.sampler.config.temperature
-        scored = trained_scores(collection, self.sampler.reward_weights, policy, self.reference, algorithm, temperature)
-        rollout = collection.sample.rollout
-        plan = Plan.of(batch, rollout, self.accumulate, self.ranks, self.max_tokens_per_step)
+        scored, rollout = trained_scores(self, collection), collection.sample.rollout
+        shape = len(batch), rollout.num_generations, batch.steps_per_episode
+        plan = Plan(*shape, self.accumulate, self.ranks, self.max_tokens_per_step)
         episode = make_episode(
             batch.episode_index, rollout, scored.scores, scored.weights, algorithm, plan, scored.baseline_PF
         )
-        several_steps = batch.num_micro_steps > self.accumulate
-        add_fixed_logprobs(
-            episode, scored, policy, self.reference, algorithm, plan, temperature, self.sampler.seed, old=several_steps
-        )
+        add_fixed_logprobs(self, episode, scored, plan, old=batch.num_micro_steps > self.accumulate)
 
         sums = metrics.of_episode(collection, episode, scored.scores, policy, self.ranks)
         state = self.state

@@ -322,7 +322,7 @@ def test_an_episode_survives_a_checkpoint_without_pickled_objects() -> None:
     file = io.BytesIO()
     torch.save(episode.state_dict(), file)
     file.seek(0)
-    restored = Episode.from_state_dict(torch.load(file, weights_only=True))
+    restored = Episode(**torch.load(file, weights_only=True))
     for name, value in episode.state_dict().items():
         other = getattr(restored, name)
         if isinstance(value, Tensor):
@@ -406,7 +406,7 @@ def test_tokens_that_were_not_sampled_are_read_but_not_trained() -> None:
     assert batch.groups[0].sampled == [[True, False, True], [True, True]]
     assert torch.equal(batch.sampling_logprobs_T, rollout.logprobs_T[rollout.sampled_T])
     assert episode.scatter(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [1, 0, 2, 3, 4]
-    again = Episode.from_state_dict({k: v for k, v in episode.state_dict().items() if k != "sampled_T"})
+    again = Episode(**{k: v for k, v in episode.state_dict().items() if k != "sampled_T"})
     assert again.micro_batch(0).lengths_N.tolist() == [
         3,
         2,
