@@ -48,15 +48,10 @@ def checks_of_run(trainer: Trainer, module: Any) -> list[Callable[[], None]]:
         module: A GRPOLightningModule with its policy loaded.
     """
     data, rollout = data_of(trainer), module.rollout
-    rewards = [reward.name for reward in module.rewards]
-    metrics = [f"val/{name}" for name in Evaluation(rewards, module.evaluation).logged_names()]
-    # One of the user's own may be a cost, whose lowest mean is the best.
-    bundled = [r for r in module.rewards if type(r).__module__.startswith(BUNDLED) and type(r) not in WRAPPERS]
-    maximised = [reward.name for reward in bundled if reward.weight > 0]
     return [
-        partial(check_reward_names, data, rewards),
+        partial(check_reward_names, data, [reward.name for reward in module.rewards]),
         partial(check_episode_fits_trainer, trainer, data),
-        partial(check_monitors, trainer, data, metrics, module, maximised),
+        partial(check_monitors, trainer, module),
         partial(check_context, data, module.policy.context_length, rollout.max_new_tokens),
         partial(check_dynamic_sampling, data, rollout.dynamic_sampling, module.algorithm.needs_greedy_baseline),
         *(partial(check_clipping, trainer, optimizer) for optimizer in trainer.optimizers),
@@ -75,10 +70,10 @@ def check_episode_fits_trainer(trainer: Trainer, data: ScenarioDataModule | None
     scheduled = sorted(set(accumulations(trainer).values()))
     accumulate = math.lcm(*scheduled)
     if steps_per_episode % accumulate:
+        several = f"GradientAccumulationScheduler: each of {scheduled}"
         multiple = accumulate * math.ceil(steps_per_episode / accumulate)
-        one = f"trainer.accumulate_grad_batches={accumulate}"
         raise ConfigError(
-            f"{one if len(scheduled) == 1 else f'GradientAccumulationScheduler: each of {scheduled}'} must divide"
+            f"{several if len(scheduled) > 1 else f'trainer.accumulate_grad_batches={accumulate}'} must divide"
             f" data.steps_per_episode={steps_per_episode}, so that an optimizer step stays inside a pass over an"
             f" episode: set data.steps_per_episode to {multiple}"
         )
@@ -165,31 +160,22 @@ def check_reward_names(data: ScenarioDataModule | None, known: Sequence[str]) ->
         )
 
 
-def check_monitors(
-    trainer: Trainer,
-    data: ScenarioDataModule | None,
-    metrics: Iterable[str],
-    module: Any = None,
-    maximised: Sequence[str] = (),
-) -> None:
+def check_monitors(trainer: Trainer, module: Any) -> None:
     """A callback that monitors a metric gets it, and keeps its best. Lightning would say so later, or never.
-
-    Args:
-        trainer: Of the callbacks.
-        data: Of the run.
-        metrics: What validation logs.
-        module: Whose metrics the others are; without one they are not looked at.
-        maximised: Names of rewards whose scores are surely meant to rise.
 
     Raises:
         ConfigError: If there is no validation data, the metric is never logged, or it is a reward and `mode` is `min`.
             Not for want of a validation where a ModelCheckpoint keeps the newest state anyway: it may be a short try.
     """
-    known = list(metrics)
+    data = data_of(trainer)
+    known = [f"val/{name}" for name in Evaluation([r.name for r in module.rewards], module.evaluation).logged_names()]
     never = no_validation(trainer, data)
+    # One of the user's own may be a cost, whose lowest mean is the best.
+    bundled = [r for r in module.rewards if type(r).__module__.startswith(BUNDLED) and type(r) not in WRAPPERS]
+    maximised = [f"(val/)?reward/{re.escape(reward.name)}" for reward in bundled if reward.weight > 0]
+    higher = re.compile("|".join((HIGHER_IS_BETTER, *maximised)))
     checkpoints = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]  # type: ignore[attr-defined]
     saves = any(callback.save_last or (callback.monitor is None and callback.save_top_k) for callback in checkpoints)
-    higher = re.compile("|".join((HIGHER_IS_BETTER, *(f"(val/)?reward/{re.escape(name)}" for name in maximised))))
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         monitor = getattr(callback, "monitor", None)
         if not isinstance(monitor, str):
@@ -210,10 +196,10 @@ def check_monitors(
 
 
 def _check_train_metric(place: str, monitor: str, trainer: Trainer, module: Any) -> None:
-    parts = [] if module is None else [module, module.algorithm, module.engine, *trainer.callbacks]  # type: ignore[attr-defined]
+    parts = [module, module.algorithm, module.engine, *trainer.callbacks]  # type: ignore[attr-defined]
     makers = {type(part).__module__.partition(".")[0] for part in parts if part is not None}
     # Code of the user's own may log whatever it likes, and so does LearningRateMonitor.
-    if not makers or makers - {"stateset_lightning", "lightning"} or monitor.startswith("lr-") or not NAMES:
+    if makers - {"stateset_lightning", "lightning"} or monitor.startswith("lr-") or not NAMES:
         return
     names = {*NAMES, "step", *(f"reward/{reward.name}" for reward in module.rewards)} - {"reward/<name>"}
     if not any(re.fullmatch(re.sub("<.+?>", ".+", re.escape(name)), monitor) for name in names):
