@@ -189,25 +189,33 @@ def of_episode(collection: Collection, episode: Episode, scores: Scores, policy:
         policy: That is trained.
         ranks: Of the run.
     """
-    sample = collection.sample
-    metrics = {
+    sample, everything = collection.sample, collection.everything
+    tokens = sum(int(each.rollout.sampled_T.sum()) for each in everything)
+    seconds = max(collection.seconds, collection.seconds_ahead or 0.0)
+    metrics: Metrics = {
         **sample_metrics(sample, episode.advantages_N),
         **work_metrics(episode, policy),
         **collection.engine_metrics,
-        **_times(collection, ranks),
+        "time/sample_s": (collection.seconds, 1),
+        "time/score_s": (sum(each.scores.seconds for each in everything), 1),
     }
+    failures: Counter[str] = Counter()
+    for each in everything:
+        failures.update(failure_counts(each.scores))
+    counts: dict[str, float] = {**failures, **collection.costs, "work/tokens_per_s": tokens / seconds}
+    if collection.seconds_ahead is not None:
+        metrics["work/sampled_ahead"] = (float(collection.seconds_ahead > 0), 1)
     if scores.names[-1:] == ("kl",):
         metrics["policy/kl_reward"] = _mean(scores.values_NF[:, -1])
     if collection.baseline is not None:
         metrics["train/baseline_reward"] = _mean(collection.baseline.scores.totals_N)
-    if collection.replaced is not None:
-        metrics["groups/resampled"] = (
-            len(collection.replaced[0].batch) if collection.replaced else 0,
-            len(sample.batch),
-        )
-    for name, number in _counts(collection, episode).items():
-        metrics[name] = (number, 1 / ranks.world)  # a sum over ranks, not a mean
-    return metrics
+    if (replaced := collection.replaced) is not None:
+        metrics["groups/resampled"] = (len(replaced[0].batch) if replaced else 0, len(sample.batch))
+        counts["work/extra_prompts"] = sum(len(each.batch) for each in replaced)
+    if episode.tokens_over_budget is not None:
+        counts["work/over_budget_tokens"] = episode.tokens_over_budget
+    # a sum over ranks, not a mean
+    return metrics | {name: (number, 1 / ranks.world) for name, number in counts.items()}
 
 
 def sample_metrics(sample: Sample, advantages_N: Tensor) -> Metrics:
@@ -225,9 +233,9 @@ def sample_metrics(sample: Sample, advantages_N: Tensor) -> Metrics:
     }
 
 
-def reward_metrics(scores: Scores, prefix: str = "reward/") -> Metrics:
+def reward_metrics(scores: Scores) -> Metrics:
     """Mean of each reward over the completions that it scored."""
-    return {f"{prefix}{name}": _mean(column) for column, name in zip(scores.values_NF.T, scores.names, strict=True)}
+    return {f"reward/{name}": _mean(column) for column, name in zip(scores.values_NF.T, scores.names, strict=True)}
 
 
 def group_metrics(totals_PG: Tensor) -> Metrics:
@@ -280,31 +288,6 @@ def peak_memory_mb(device: torch.device) -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes on macOS, KiB on Linux
 
 
-def _counts(collection: Collection, episode: Episode) -> Mapping[str, float]:
-    counts: Counter[str] = Counter()
-    for sample in collection.everything:
-        counts.update(failure_counts(sample.scores))
-    numbers: dict[str, float] = {**counts, **collection.costs}
-    if collection.replaced is not None:
-        numbers["work/extra_prompts"] = sum(len(sample.batch) for sample in collection.replaced)
-    if episode.tokens_over_budget is not None:
-        numbers["work/over_budget_tokens"] = episode.tokens_over_budget
-    return numbers
-
-
-def _times(collection: Collection, ranks: Ranks) -> Metrics:
-    tokens = sum(int(sample.rollout.sampled_T.sum()) for sample in collection.everything)
-    seconds = max(collection.seconds, collection.seconds_ahead or 0.0)
-    times: Metrics = {
-        "time/sample_s": (collection.seconds, 1),
-        "time/score_s": (sum(sample.scores.seconds for sample in collection.everything), 1),
-        "work/tokens_per_s": (tokens / seconds, 1 / ranks.world),  # ranks add up
-    }
-    if collection.seconds_ahead is not None:
-        times["work/sampled_ahead"] = (float(collection.seconds_ahead > 0), 1)
-    return times
-
-
 def _mean(values: Tensor) -> tuple[Tensor, int]:
     """(sum, count) of the values that are numbers: rewards that failed or do not apply are none."""
     known = values[values.isfinite()]
@@ -312,11 +295,6 @@ def _mean(values: Tensor) -> tuple[Tensor, int]:
 
 
 # An optimizer step ----------------------------------------------------------------------------------------------------
-
-
-def of_loss(loss: Tensor, micro_steps: int) -> Metrics:
-    """The share of one micro-step, of the optimizer step's `micro_steps` on all ranks, in its loss."""
-    return {"policy/loss": (loss, 1 / micro_steps)}
 
 
 def of_tokens(logprobs_T: Tensor, sampling_logprobs_T: Tensor, entropies_T: Tensor) -> Metrics:

@@ -79,7 +79,7 @@ class TrainingStep:
         loss, sums = micro_batch_loss(self.policy, self.algorithm, episode.micro_batch(micro_step), temperature, seed)
         # DDP averages over ranks and Lightning divides by the accumulation: the sum over tokens is meant.
         factor = self.ranks.world * self.accumulate
-        state.metrics.step.add(sums | metrics.of_loss(loss.detach(), factor))
+        state.metrics.step.add(sums | {"policy/loss": (loss.detach(), 1 / factor)})
         return nan_if_not_finite(loss) * factor
 
     def start_episode(self, batch: PromptBatch) -> None:
