@@ -21,6 +21,7 @@ from stateset_lightning.data.sources import ScenarioSet, Source, check_options, 
 from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.seeding import run_seed
+from stateset_lightning.training.schedule import batches_per_epoch
 from stateset_lightning.types import PromptBatch
 
 _announce = rank_zero_only(logging.getLogger("stateset_lightning").log)
@@ -194,7 +195,8 @@ class ScenarioDataModule(LightningDataModule):
             steps_per_episode=self.steps_per_episode,
             rank=rank,
             world_size=world_size,
-            limit=self._limit(),
+            # `overfit_batches` sets the Trainer's limit, too.
+            limit=None if self.trainer is None else max(1, batches_per_epoch(self.trainer, self.micro_steps_per_epoch)),
             repeat=overfit > 0,
             solve_rates=None if curriculum is None else SolveRates(curriculum, order.row_weights, seed),
             fingerprint={
@@ -330,13 +332,6 @@ class ScenarioDataModule(LightningDataModule):
             )
         prompts = Prompts(scenarios.scenarios, tokens, self.system_prompt)
         return EvaluationLoader(prompts, split, batch_size=self.eval_batch_size, rank=rank, world_size=world_size)
-
-    def _limit(self) -> int | None:
-        """Training batches that the trainer takes per epoch, if it says so; `overfit_batches` sets this too."""
-        limit = None if self.trainer is None else self.trainer.limit_train_batches
-        if isinstance(limit, float):  # a fraction
-            limit = int(self.micro_steps_per_epoch * limit)
-        return max(1, limit) if limit is not None else None
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

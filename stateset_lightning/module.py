@@ -282,25 +282,21 @@ class GRPOLightningModule(RunsInTrainer):
         self._newest = (self._sampler.sample(self._sampled_policy, batch, 1, greedy=True), None)
         return [record.to_dict() for record in self.last_records]
 
-    def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._log_evaluation("test")
-
     def on_predict_epoch_end(self) -> None:
         if self._unsharded is not None:
             self._unsharded.empty()
 
-    def _log_evaluation(self, stage: str) -> None:
+    def on_validation_epoch_end(self) -> None:
         self.on_predict_epoch_end()
-        metrics = self._held_out.compute(self.scorer, self._ranks)
+        metrics, stage = self._held_out.compute(self.scorer, self._ranks), "test" if self.trainer.testing else "val"
         values = {f"{stage}/{name}": value for name, value in metrics.items()}
         # Lightning's name for the x-axis; without it, it counts from 0 and ours, like `max_steps`, from 1.
         values["step"] = float(self.trainer.global_step)
         # They are of all ranks already: "max" leaves them as they are to the last bit, without Lightning's advice.
         for name, value in values.items():
             self.log(name, value, prog_bar=name == f"{stage}/reward", sync_dist=True, reduce_fx="max")
+
+    on_test_epoch_end = on_validation_epoch_end
 
     # The parts, as the run has them now -------------------------------------------------------------------------------
 
