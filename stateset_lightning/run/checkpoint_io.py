@@ -128,12 +128,12 @@ def _tail(path: Path, size: int = _TAIL) -> bytes | None:
 
 
 def read_checkpoint(file: Path, *, check_sums: bool = False, **options: Any) -> dict[str, Any]:
-    """The content of a local checkpoint; a sharded one is put together in memory, on the CPU.
+    """The content of a local checkpoint, on the CPU.
 
     Args:
-        file: A file, or a folder of shards.
-        check_sums: Whether all of a file is read to find flipped bits.
-        options: For `torch.load`, of a file.
+        file: A file, whose tensors are read when they are looked at; or a folder of shards, put together in memory.
+        check_sums: Whether all of a file is read at once, to find flipped bits.
+        options: Others for `torch.load`, of a file.
 
     Raises:
         CheckpointError: If it is damaged or no checkpoint of this package; names the newest undamaged one beside it.
@@ -163,7 +163,7 @@ def _is_ours(content: Any) -> bool:
 def is_foreign(path: Path) -> bool:
     """Whether a file is none of this package's checkpoints, and not a damaged one either."""
     with suppress(*_DAMAGE), path.open("rb") as stream:  # not a folder of shards, which is ours
-        return stream.read(2) != b"PK" or not _is_ours(_read(path, False, map_location="cpu", mmap=True))
+        return stream.read(2) != b"PK" or not _is_ours(_read(path))
     return False
 
 
@@ -180,7 +180,7 @@ def check_weights(mine: Mapping[str, Any], saved: Mapping[str, Any], model: str)
             raise CheckpointError(f"the checkpoint is of another model, its weights do not fit {model}: {shapes}")
 
 
-def _read(file: Path, check_sums: bool, **options: Any) -> Any:
+def _read(file: Path, check_sums: bool = False, map_location: Any = "cpu", mmap: bool | None = None) -> Any:
     if is_sharded(file):
         with safe_shards(file):
             return _load_distributed_checkpoint(file)
@@ -189,7 +189,7 @@ def _read(file: Path, check_sums: bool, **options: Any) -> Any:
         with ZipFile(file) as archive:
             if entry := archive.testzip():
                 raise BadZipFile(f"wrong check sum of {entry}")
-    return torch.load(file, weights_only=True, **options)
+    return torch.load(file, map_location, weights_only=True, mmap=not check_sums if mmap is None else mmap)
 
 
 def _instead_of(damaged: Path) -> str:
@@ -197,7 +197,7 @@ def _instead_of(damaged: Path) -> str:
         if file.resolve() != damaged.resolve():
             with suppress(*_DAMAGE):
                 if not is_sharded(file):
-                    _read(file, check_sums=True, map_location="cpu", mmap=True)
+                    _read(file, check_sums=True, mmap=True)
                 return f"the one before it is whole: --ckpt_path {file}"
     return f"there is no other whole checkpoint in {damaged.parent}"
 

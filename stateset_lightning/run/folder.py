@@ -45,10 +45,17 @@ def run_folder(trainer: Trainer) -> Path:
     return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version
 
 
-def continues(trainer: Trainer, folder: str) -> bool:
-    """Whether this run goes on in the folder of the run that it resumes, which wrote its checkpoint from `folder`."""
+def continues(trainer: Trainer, folder: str, file: Path | None = None) -> bool:
+    """Whether this run goes on in the folder of the run that wrote a checkpoint.
+
+    Args:
+        trainer: Of this run.
+        folder: Of the other run, by what its checkpoint says.
+        file: The checkpoint; by default the one from which this run is resumed.
+    """
     mine = run_folder(trainer).absolute()
-    return Path(folder) == mine or Path(str(trainer.ckpt_path)).absolute().is_relative_to(mine)  # or it has been moved
+    # the second where it has been moved
+    return Path(folder) == mine or Path(file or str(trainer.ckpt_path)).absolute().is_relative_to(mine)
 
 
 def of_rank(trainer: Trainer, path: Path) -> Path:

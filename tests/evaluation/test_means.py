@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from stateset_lightning.evaluation import PromptMeans
+from stateset_lightning.evaluation.means import PromptMeans
 
 NAN = math.nan
 
