@@ -40,7 +40,7 @@ class Evaluation(PromptMeans):
         names += [f"pass@{k}" for k in config.ks] + [f"pass^{k}" for k in config.ks[1:]]
         names += [f"avg@{n}", f"majority@{n}", "sample_failures"] if n else []
         means = ["reward", f"avg@{n}"] if n else ["reward"]
-        super().__init__(names, intervals=means, shares=["solved"], by_topic=[*means, "solved"], **kwargs)
+        super().__init__(names, intervals=means, shares=["solved"], **kwargs)
         self.config = config
 
     def logged_names(self) -> list[str]:

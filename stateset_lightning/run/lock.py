@@ -5,7 +5,6 @@ import logging
 import os
 import socket
 from contextlib import ExitStack
-from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -54,5 +53,4 @@ class RunLock(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._held.close()
 
-    def on_exception(self, *_: Any) -> None:
-        self._held.close()
+    on_exception = teardown  # type: ignore[assignment]  # Lightning leaves `teardown` out then

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -143,7 +142,7 @@ class Plan:
         """Optimizer steps of one pass."""
         return self.steps_per_episode // self.accumulate
 
-    def step_of_position(self, positions: np.ndarray) -> np.ndarray:
+    def step_of_position(self, positions: Tensor) -> Tensor:
         """The optimizer step of a pass that trains a global prompt position."""
         return positions * self.optimizer_steps // (self.num_prompts * self.ranks.world)
 
@@ -151,8 +150,8 @@ class Plan:
         self, prompt_tokens: Sequence[Sequence[int]], lengths_N: Tensor, active_N: Tensor
     ) -> tuple[Tensor, int | None]:
         """The micro-step of each of this rank's completions, int64 [N], and the tokens beyond `max_tokens_per_step`."""
-        step_P = self.step_of_position(np.arange(self.num_prompts) * self.ranks.world + self.ranks.rank)
-        micro_step_N = torch.from_numpy(step_P * self.accumulate).repeat_interleave(self.num_generations)
+        step_P = self.step_of_position(torch.arange(self.num_prompts) * self.ranks.world + self.ranks.rank)
+        micro_step_N = (step_P * self.accumulate).repeat_interleave(self.num_generations)
         groups: list[list[GroupShare]] = [[] for _ in range(self.optimizer_steps)]
         lengths, active = lengths_N.tolist(), active_N.tolist()
         for p, step in enumerate(step_P.tolist()):
@@ -200,7 +199,7 @@ def make_episode(
     if not algorithm.trains_on_zero_advantage:
         active_PG = active_PG & (advantages_PG != 0)
 
-    step_P = torch.from_numpy(plan.step_of_position(np.arange(plan.num_prompts * ranks.world)))
+    step_P = plan.step_of_position(torch.arange(plan.num_prompts * ranks.world))
     weights_PG = torch.zeros_like(advantages_PG)
     for step in range(plan.optimizer_steps):
         here = step_P == step

@@ -80,9 +80,9 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -209,9 +209,10 @@ def of_episode(collection: Collection, episode: Episode, scores: Scores, policy:
         metrics["policy/kl_reward"] = _mean(scores.values_NF[:, -1])
     if collection.baseline is not None:
         metrics["train/baseline_reward"] = _mean(collection.baseline.scores.totals_N)
-    if (replaced := collection.replaced) is not None:
-        metrics["groups/resampled"] = (len(replaced[0].batch) if replaced else 0, len(sample.batch))
-        counts["work/extra_prompts"] = sum(len(each.batch) for each in replaced)
+    if collection.is_dynamic:
+        drawn = [len(each.batch) for each in collection.trained[1:]]
+        metrics["groups/resampled"] = (drawn[0] if drawn else 0, len(sample.batch))
+        counts["work/extra_prompts"] = sum(drawn)
     if episode.tokens_over_budget is not None:
         counts["work/over_budget_tokens"] = episode.tokens_over_budget
     # a sum over ranks, not a mean
@@ -282,10 +283,11 @@ def peak_memory_mb(device: torch.device) -> float:
     """Peak memory in MB: allocated on a CUDA device since the start, resident of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if (status := Path("/proc/self/status")).exists():  # Linux
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**10  # kB
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
 
 
 def _mean(values: Tensor) -> tuple[Tensor, int]:

@@ -29,7 +29,7 @@ from stateset_lightning.policy import AdapterReference, Policy
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.seeding import derive_seed
 from stateset_lightning.training import checks, metrics
-from stateset_lightning.training.collect import Sampler, check_failures, collect_together
+from stateset_lightning.training.collect import Sampler, collect_together
 from stateset_lightning.training.episode import Plan, make_episode
 from stateset_lightning.training.loss import add_fixed_logprobs, micro_batch_loss, nan_if_not_finite, trained_scores
 from stateset_lightning.training.state import TrainingState
@@ -86,7 +86,6 @@ class TrainingStep:
         """Samples and scores the prompts, and computes what stays fixed while the episode is trained on."""
         start, policy, algorithm = time.perf_counter(), self.sampled_policy, self.algorithm
         collection = collect_together(self.sampler, policy, batch, algorithm.needs_greedy_baseline, self.ranks)
-        check_failures(self.sampler.scorer, collection, self.ranks)
         if self.report is not None:
             self.report(batch.episode_index, *collection.groups_of_all_ranks(self.ranks))
         collection = self.sampler.start_next(policy, collection, self.upcoming)

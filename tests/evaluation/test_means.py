@@ -11,7 +11,7 @@ NAN = math.nan
 
 
 def make(**options):
-    return PromptMeans(["reward", "solved"], intervals=["reward"], shares=["solved"], by_topic=["solved"], **options)
+    return PromptMeans(["reward", "solved"], intervals=["reward"], shares=["solved"], **options)
 
 
 def test_means_intervals_and_topics_by_hand():
@@ -25,6 +25,8 @@ def test_means_intervals_and_topics_by_hand():
     assert values == {
         "reward": 1.0,
         "solved": pytest.approx(2 / 3),
+        "topic/sums/reward": 0.5,
+        "topic/dates/iso/reward": 1.5,
         "topic/sums/solved": 1.0,
         "topic/dates/iso/solved": 0.0,
     }

@@ -90,7 +90,7 @@ class Meter:
                 raise
             self.problems.append(f"out of memory on {self.device}, {case}, {phase}: {REMEDIES[phase]}")
             return None
-        seconds, peak = time.perf_counter() - start, peak_memory(self.device)
+        seconds, peak = time.perf_counter() - start, peak_memory_mb(self.device)
         self.costs[case, phase] = Cost(seconds, peak, stopped)
         print(f"  {case:11} {phase:9} {'> ' * stopped}{seconds:,.2f} s, {peak:,.1f} MB", flush=True)
         return result
@@ -123,10 +123,3 @@ def reset_peak_memory(device: torch.device) -> None:
         return
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc_pid_clear_refs(5)
-
-
-def peak_memory(device: torch.device) -> float:
-    """MB at most since `reset_peak_memory`."""
-    if device.type != "cuda" and (status := Path("/proc/self/status")).exists():
-        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**10  # kB
-    return peak_memory_mb(device)
