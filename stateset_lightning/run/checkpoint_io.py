@@ -65,7 +65,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         remove_leftovers(file.parent)
-        # It takes the place of a link, such as `save_last: link` makes, and leaves the file alone that it names.
         with atomic_write(file) as stream:
             try:
                 torch.save(checkpoint, stream)

@@ -49,7 +49,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         # Lightning writes into the folder itself, over the shards of an earlier checkpoint of that name, and every rank
         # to the path of rank 0.
         path = Path(filepath)
-        if self.is_global_zero and (path.is_file() or path.is_symlink()):
+        if self.is_global_zero and path.is_file():
             path.unlink()
         with atomic_folder(path, overwrite=True) if self.is_global_zero else nullcontext(path) as partial:
             super().save_checkpoint(checkpoint, partial, storage_options)

@@ -4,6 +4,7 @@ Private fields of ModelCheckpoint (seen in lightning 2.6.6) are used here, and n
 """
 
 import logging
+import os
 from contextlib import suppress
 from itertools import chain, count
 from typing import Any
@@ -77,6 +78,7 @@ class LastCheckpoint(Checkpoint):
         self._saved_step[callback] = trainer.global_step
         step, metrics = callback._last_global_step_saved, callback._monitor_candidates(trainer)
         if callback.save_last:
+            remove_link(trainer, callback.last_model_path)
             callback._last_checkpoint_saved = ""  # what `save_last: link` would link to, and an older state
             callback._save_last_checkpoint(trainer, metrics)
             callback._last_global_step_saved = step  # or it would not save the best of this step's validation
@@ -135,6 +137,12 @@ def _is_of_run(trainer: Trainer, path: str) -> bool:
     with suppress(CheckpointError):
         return continues(trainer, read_checkpoint(file)["stateset"].get("run_folder", ""), file)
     return False
+
+
+def remove_link(trainer: Trainer, path: str) -> None:
+    """A writer that opened it would write over the file that it names."""
+    if trainer.is_global_zero and os.path.islink(path):
+        os.remove(path)
 
 
 def _is_stopped(trainer: Trainer) -> bool:

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from stateset_lightning.ranks import Ranks, explain_lost_rank
 from stateset_lightning.run import lightning_internals
-from stateset_lightning.run.last_checkpoint import announce, last_path
+from stateset_lightning.run.last_checkpoint import announce, last_path, remove_link
 from stateset_lightning.threads import Interruption, cut_off_waits
 
 SIGNALS: dict[int, str] = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C", signal.SIGHUP: "SIGHUP"}
@@ -185,6 +185,7 @@ class StepEnd(Callback):
 
     def _save_last(self, trainer: Trainer, number: int) -> None:
         path = last_path(trainer)
+        remove_link(trainer, path)
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             after = f"stopped by {SIGNALS[number]} after optimizer step {trainer.global_step}"
