@@ -161,10 +161,6 @@ class Sampler:
         if isinstance(self.engine, InProcessEngine) and not policy.has_dropout:
             check_sampling_difference(row, self.engine.dtype or policy.model.dtype, self.config.temperature)
 
-    @property
-    def reward_weights(self) -> list[float]:
-        return [reward.weight for reward in self.scorer.rewards]
-
     def _draw(self, policy: Policy, batch: PromptBatch, num_generations: int, greedy: bool) -> Sample:
         seeds_N = sample_seeds(self.seed, batch.split, batch.episode_index, batch.positions, num_generations)
         place = f"episode {batch.episode_index}" if batch.split == "train" else f"for {batch.split}"

@@ -131,8 +131,9 @@ def trained_scores(step: TrainingStep, collection: Collection) -> TrainedScores:
 
     A held-out reward, of weight 0, is shown and never trained on: where it fails, 0 x NaN would fail the completion.
     """
-    algorithm, weights = step.algorithm, [weight for weight in step.sampler.reward_weights if weight]
-    columns = [f for f, weight in enumerate(step.sampler.reward_weights) if weight]
+    algorithm, weights = step.algorithm, [reward.weight for reward in step.sampler.scorer.rewards]
+    columns = [f for f, weight in enumerate(weights) if weight]
+    weights = [weights[f] for f in columns]
     scores, rollout = collection.sample.scores, collection.sample.rollout
     names = tuple(scores.names[f] for f in columns)
     scores = replace(scores, names=names, values_NF=scores.values_NF[:, columns])
