@@ -288,7 +288,7 @@ class GRPOLightningModule(RunsInTrainer):
 
     def on_validation_epoch_end(self) -> None:
         self.on_predict_epoch_end()
-        metrics, stage = self._held_out.compute(self.scorer, self._ranks), "test" if self.trainer.testing else "val"
+        metrics, stage = self._held_out.compute(self.scorer, Ranks.current()), "test" if self.trainer.testing else "val"
         values = {f"{stage}/{name}": value for name, value in metrics.items()}
         # Lightning's name for the x-axis; without it, it counts from 0 and ours, like `max_steps`, from 1.
         values["step"] = float(self.trainer.global_step)
@@ -311,7 +311,7 @@ class GRPOLightningModule(RunsInTrainer):
             reference=self.reference,
             algorithm=self.algorithm,
             sampler=self._sampler,
-            ranks=self._ranks,
+            ranks=Ranks.current(),
             accumulate=self.trainer.accumulate_grad_batches,
             max_tokens_per_step=self.max_tokens_per_step,
             report=None if data is None or data.curriculum is None else data.report_rewards,
@@ -324,10 +324,6 @@ class GRPOLightningModule(RunsInTrainer):
         data = None if self._trainer is None else data_of(self._trainer)
         replacements = None if data is None else data.replacements
         return Sampler(self.engine, self.scorer, self.rollout, self.seed, self._ahead, replacements)
-
-    @property
-    def _ranks(self) -> Ranks:
-        return Ranks() if self._trainer is None else Ranks(self.trainer.global_rank, self.trainer.world_size)
 
     @property
     def _loaded_policy(self) -> Policy:

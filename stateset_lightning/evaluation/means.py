@@ -22,11 +22,12 @@ TOPIC_BYTES = 64
 class PromptMeans(Metric):
     """Means of some measures over all prompts, of those where the measure is finite.
 
-    `compute` gives each measure by name (none that is finite nowhere), and also:
+    `compute` gives each measure by name (none that is finite nowhere) over all ranks, and also:
 
     - `<name>_ci95`, half of its 95% interval by the normal approximation, for those in `intervals`;
     - `<name>_low` and `<name>_high`, Wilson's 95% interval, for those in `shares`, which are 0 or 1;
-    - `topic/<topic>/<name>` for those in either.
+    - `topic/<topic>/<name>` for those in either;
+    - `num_completions`, the number of prompts, of which each has one.
 
     Prompts are taken as independent of each other.
 
@@ -38,8 +39,8 @@ class PromptMeans(Metric):
     Example:
         >>> metric = PromptMeans(["right"], shares=["right"])
         >>> metric.update(torch.tensor([[1.0], [0.0], [1.0]]), ["sums", "sums", None])
-        >>> {name: round(value, 3) for name, value in metric.compute().items()}
-        {'solved': 0.667, 'topic/sums/solved': 0.5}
+        >>> {name: round(value, 3) for name, value in metric.compute().items() if name.endswith("right")}
+        {'right': 0.667, 'topic/sums/right': 0.5}
     """
 
     full_state_update = False
@@ -58,7 +59,7 @@ class PromptMeans(Metric):
         """Names of all that `compute` may give; `<topic>` stands for any."""
         names = [*self.names, *(f"{name}_ci95" for name in self.intervals)]
         names += [f"{name}_{end}" for name in self.shares for end in ("low", "high")]
-        return names + [f"topic/<topic>/{name}" for name in (*self.intervals, *self.shares)]
+        return names + [f"topic/<topic>/{name}" for name in (*self.intervals, *self.shares)] + ["num_completions"]
 
     def update(self, values_PM: Tensor, topics: Sequence[str | None]) -> None:
         """Adds prompts: the measures of each, and its topic."""
@@ -68,10 +69,10 @@ class PromptMeans(Metric):
 
     def compute(self) -> dict[str, float]:
         if not len(self.values_PM):
-            return {}
+            return {"num_completions": 0.0}
         values_PM = dim_zero_cat(self.values_PM).cpu()
         topics = [bytes(row).rstrip(b"\0").decode() for row in dim_zero_cat(self.topics_PB).tolist()]
-        result: dict[str, float] = {}
+        result = {"num_completions": float(len(values_PM))}
         for name, values_P in zip(self.names, values_PM.T, strict=True):
             if not (known := _finite(values_P)):
                 continue

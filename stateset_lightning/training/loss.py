@@ -6,7 +6,7 @@ Letters: P prompts, G completions per prompt, N = P * G completions, T sampled t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -49,7 +49,7 @@ def micro_batch_loss(
     """
     if not batch.groups:
         return zero_loss(policy), {}
-    with seeded_dropout(policy.device, dropout_seed if policy.has_dropout else None):
+    with seeded_dropout(policy.device, dropout_seed) if policy.has_dropout else nullcontext():
         logprobs_T, entropies_T = policy.score(batch.groups, temperature)
     device = logprobs_T.device
 
@@ -90,14 +90,8 @@ def nan_if_not_finite(loss: Tensor) -> Tensor:
 
 
 @contextmanager
-def seeded_dropout(device: torch.device, seed: int | None) -> Iterator[None]:
-    """Dropout draws from the global generator: a seeded fork of it resumes exactly and leaves it untouched.
-
-    None: there is no dropout.
-    """
-    if seed is None:
-        yield
-        return
+def seeded_dropout(device: torch.device, seed: int) -> Iterator[None]:
+    """Dropout draws from the global generator: a seeded fork of it resumes exactly and leaves it untouched."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

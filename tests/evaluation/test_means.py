@@ -29,6 +29,7 @@ def test_means_intervals_and_topics_by_hand():
         "topic/dates/iso/reward": 1.5,
         "topic/sums/solved": 1.0,
         "topic/dates/iso/solved": 0.0,
+        "num_completions": 4,
     }
     assert set(metric.logged_names()) == {
         "reward",
@@ -38,19 +39,20 @@ def test_means_intervals_and_topics_by_hand():
         "solved_high",
         "topic/<topic>/reward",
         "topic/<topic>/solved",
+        "num_completions",
     }
 
 
 def test_nothing_known_gives_nothing():
     metric = make()
     with pytest.warns(UserWarning, match="before the ``update``"):
-        assert metric.compute() == {}
+        assert metric.compute() == {"num_completions": 0}
     metric.update(torch.tensor([[NAN, NAN]]), ["sums"])
-    assert metric.compute() == {}
+    assert metric.compute() == {"num_completions": 1}
     metric.reset()
     metric.update(torch.tensor([[2.0, 1.0]]), [None])
     # no spread can be told from one prompt
-    assert set(metric.compute()) == {"reward", "solved", "solved_low", "solved_high"}
+    assert set(metric.compute()) == {"reward", "solved", "solved_low", "solved_high", "num_completions"}
 
 
 def test_long_topics_stay_apart():
