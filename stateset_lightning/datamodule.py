@@ -160,8 +160,8 @@ class ScenarioDataModule(LightningDataModule):
         """
         self._train_loader = self._resume_state = None
         self._now = self._now or Ranks.current().gather(datetime.now().replace(microsecond=0))[0]
-        if stage and not self._is_given(_SPLITS[stage]):
-            raise self._missing(_SPLITS[stage])
+        if stage:
+            self._check_given(_SPLITS[stage])
         splits: list[Split] = [_SPLITS[stage]] if stage else [*self.specs]
         if stage == "fit":
             splits.append("validation")
@@ -229,8 +229,7 @@ class ScenarioDataModule(LightningDataModule):
 
     def served(self, split: Split) -> tuple[ScenarioSet, RaggedTokens]:
         """The scenarios of a split that were kept, and their prompt tokens."""
-        if not self._is_given(split):
-            raise self._missing(split)
+        self._check_given(split)
         assert split in self._prompts, f"setup() has not been called for the {split} split"
         prompts = self._prompts[split]
         return self._scenarios[split].select(prompts.kept), prompts.tokens
@@ -279,9 +278,10 @@ class ScenarioDataModule(LightningDataModule):
     def _is_given(self, split: Split) -> bool:
         return self.specs[split] is not None or (split == "validation" and self.validation_fraction > 0)
 
-    def _missing(self, split: Split) -> ConfigError:
-        alternative = " or data.validation_fraction" if split == "validation" else ""
-        return ConfigError(f"data.{split} is not given; set it{alternative} to a path, a hub id or a list of scenarios")
+    def _check_given(self, split: Split) -> None:
+        if not self._is_given(split):
+            also = " or data.validation_fraction" if split == "validation" else ""
+            raise ConfigError(f"data.{split} is not given; set it{also} to a path, a hub id or a list of scenarios")
 
     def _read(self, split: Split) -> None:
         held_out = self.validation_fraction > 0 and split in ("train", "validation")

@@ -48,9 +48,6 @@ _METADATA_CLASSES = {
 _STAMP = re.compile(rb"stateset-lightning saved_at=(\d+\.\d+) resumable=([01])$")
 """What a file says of itself at its end, as the comment of a zip file: read without loading it. See `age`."""
 
-_TAIL = 2**16  # bytes; the check sums of small checkpoints' entries are among them
-_PIECE = 2**26  # bytes that are sent at a time
-
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's reader and writer, but a local file is complete or absent, and loads with `weights_only=True`.
@@ -112,15 +109,18 @@ def of_first_rank(file: Path) -> Iterator[Path]:
     if ranks.from_first(is_sharded(file)):
         raise CheckpointError(f"ckpt_path={file}: rank {others[0]} lacks this folder of shards: use a shared disk")
     with nullcontext() if ranks.rank else file.open("rb") as source, NamedTemporaryFile(suffix=file.suffix) as copy:
-        while piece := ranks.from_first(source.read(_PIECE) if source else b""):
+        while piece := ranks.from_first(source.read(2**26) if source else b""):
             if ranks.rank in others:
                 copy.write(piece)
         copy.flush()
         yield Path(copy.name) if ranks.rank in others else file
 
 
-def _tail(path: Path, size: int = _TAIL) -> bytes | None:
-    """The end of a file, which differs between any two checkpoints; None if there is none."""
+def _tail(path: Path, size: int = 2**16) -> bytes | None:
+    """The end of a file, which differs between any two checkpoints; None if there is none.
+
+    Among so many bytes are the check sums of the entries of small checkpoints.
+    """
     with suppress(OSError), (path / ".metadata" if is_sharded(path) else path).open("rb") as stream:
         stream.seek(max(stream.seek(0, os.SEEK_END) - size, 0))
         return stream.read()

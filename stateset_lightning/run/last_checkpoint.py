@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
-from stateset_lightning.errors import CheckpointError
+from stateset_lightning.errors import CheckpointError, DiskError
 from stateset_lightning.run import lightning_internals
 from stateset_lightning.run.checkpoint_io import local_path, read_checkpoint
 from stateset_lightning.run.folder import CHECKPOINTS, continues, run_folder
@@ -140,9 +140,16 @@ def _is_of_run(trainer: Trainer, path: str) -> bool:
 
 
 def remove_link(trainer: Trainer, path: str) -> None:
-    """A writer that opened it would write over the file that it names."""
+    """A writer that opened it would write over the file that it names.
+
+    Raises:
+        DiskError: If it cannot be removed.
+    """
     if trainer.is_global_zero and os.path.islink(path):
-        os.remove(path)
+        try:
+            os.remove(path)
+        except OSError as error:
+            raise DiskError(f"{path}: the link cannot be removed ({error.strerror}): choose another folder") from error
 
 
 def _is_stopped(trainer: Trainer) -> bool:

@@ -65,10 +65,6 @@ class Collection:
     costs: dict[str, float] = field(default_factory=dict)
     engine_metrics: Metrics = field(default_factory=dict)
 
-    @property
-    def everything(self) -> list[Sample]:
-        return self.trained + ([] if self.baseline is None else [self.baseline])
-
     def groups_of_all_ranks(self, ranks: Ranks) -> tuple[list[int], Tensor]:
         """Rows and total scores [P, G] of all groups, replaced ones too, in order of position, which is unique."""
         mine = [

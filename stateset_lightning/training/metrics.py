@@ -189,7 +189,8 @@ def of_episode(collection: Collection, episode: Episode, scores: Scores, policy:
         policy: That is trained.
         ranks: Of the run.
     """
-    sample, everything = collection.sample, collection.everything
+    sample = collection.sample
+    everything = [each for each in (*collection.trained, collection.baseline) if each is not None]
     tokens = sum(int(each.rollout.sampled_T.sum()) for each in everything)
     seconds = max(collection.seconds, collection.seconds_ahead or 0.0)
     metrics: Metrics = {
