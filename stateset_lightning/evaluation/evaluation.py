@@ -15,8 +15,8 @@ from stateset_lightning.evaluation.estimators import majority, pass_at_k, pass_h
 from stateset_lightning.evaluation.means import PromptMeans
 from stateset_lightning.types import NOT_APPLICABLE, Rollout, Scenario, Scores
 
+# Weighted sums such as 0.6 + 0.3 + 0.1 fall short of 1 by rounding.
 TOLERANCE = 1e-9
-"""Weighted sums such as 0.6 + 0.3 + 0.1 fall short of 1 by rounding."""
 
 
 class Evaluation(PromptMeans):

@@ -27,12 +27,13 @@ from stateset_lightning.errors import CheckpointError
 from stateset_lightning.files import atomic_write, remove_leftovers
 from stateset_lightning.ranks import Ranks
 
+# Of what `checkpoint["stateset"]` holds, and how; version 0.1 wrote none. A higher one is of a newer version.
 FORMAT = 1
-"""Of what `checkpoint["stateset"]` holds, and how; version 0.1 wrote none. A higher one is of a newer version."""
 
+# What reading raises on a file that is cut short, has flipped bits, or is no checkpoint at all.
 _DAMAGE = (RuntimeError, EOFError, OSError, ValueError, KeyError, UnpicklingError, BadZipFile, CheckpointException)
-"""What reading raises on a file that is cut short, has flipped bits, or is no checkpoint at all."""
 
+# All that a `.metadata` is made of (torch 2.13).
 _METADATA_CLASSES = {
     "torch": "Size float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool",
     "torch.distributed.checkpoint.metadata": "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex"
@@ -42,11 +43,10 @@ _METADATA_CLASSES = {
     "pathlib": "PosixPath",
     "pathlib._local": "PosixPath",  # in Python 3.13
 }
-"""All that a `.metadata` is made of (torch 2.13)."""
 
 
+# What a file says of itself at its end, as the comment of a zip file: read without loading it. See `age`.
 _STAMP = re.compile(rb"stateset-lightning saved_at=(\d+\.\d+) resumable=([01])$")
-"""What a file says of itself at its end, as the comment of a zip file: read without loading it. See `age`."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
+# The folder that ModelCheckpoint writes to by default.
 CHECKPOINTS = "checkpoints"
-"""The folder that ModelCheckpoint writes to by default."""
 LAST_CHECKPOINT = "last.ckpt"
 LOCK = ".lock"
+# The resolved config; the second name without a logger, when the folder may hold the user's own `config.yaml`.
 CONFIGS = "config.yaml", "resolved_config.yaml"
-"""The resolved config; the second name without a logger, when the folder may hold the user's own `config.yaml`."""
 ENVIRONMENT = "environment.json"
 METRICS = "metrics.csv"
 SAMPLES = "samples.jsonl"
 PREDICTIONS = "predictions.jsonl"
 BAD_STEPS = "bad_steps.jsonl"
 REPORT = "report.html"
+# The folder of a run without a logger that was given no `default_root_dir`: the working folder's files are others'.
 UNLOGGED = "lightning_logs/without_logger"
-"""The folder of a run without a logger that was given no `default_root_dir`: the working folder's files are others'."""
 
 
 def run_folder(trainer: Trainer) -> Path:

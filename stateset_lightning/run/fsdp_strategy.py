@@ -70,5 +70,5 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Fully sharded data parallel over all devices")
 
+# Those under which sampling and reductions are right.
 SUPPORTED_STRATEGIES = (SingleDeviceStrategy, DDPStrategy, FSDP2Strategy)
-"""Those under which sampling and reductions are right."""

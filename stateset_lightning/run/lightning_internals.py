@@ -20,8 +20,8 @@ from stateset_lightning.files import make_folder
 
 T = TypeVar("T")
 
+# Loggers that count the runs in their folder, and call each `version_N`.
 COUNTING = CSVLogger | TensorBoardLogger
-"""Loggers that count the runs in their folder, and call each `version_N`."""
 
 # Loops ----------------------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from stateset_lightning.run.install import install
 from stateset_lightning.run.lightning_internals import is_compiled, is_watched_by_wandb, search_with
 
 _ON_EXCEPTION = "saves in the middle of whatever failed: leave it out; signals save by themselves, and errors never"
+# Callbacks that cannot work, with their subclasses: why, and what to use.
 REFUSED: dict[type[Callback], str] = {
     callbacks.StochasticWeightAveraging: "copies the module before its weights are loaded, and averages nothing: use"
     " WeightAveraging or EMAWeightAveraging",
@@ -29,7 +30,6 @@ REFUSED: dict[type[Callback], str] = {
     " as model.policy.model_name",
     callbacks.OnExceptionCheckpoint: _ON_EXCEPTION,
 }
-"""Callbacks that cannot work, with their subclasses: why, and what to use."""
 
 _FABRIC = "Fabric runs no data module, callbacks or checkpoints, of which an episode is made: use Trainer.fit()"
 _SPAWN = "trainer.strategy=ddp_spawn copies the module, which does not survive it: use ddp (in a notebook ddp_notebook)"

@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from stateset_lightning.datamodule import ScenarioDataModule
 
 BUNDLED, WRAPPERS = "stateset_lightning.rewards.", (FunctionReward, TRLReward)
+# Names of metrics that nobody minimises.
 HIGHER_IS_BETTER = (
     r"train/(baseline_)?reward|groups/all_right|val/(topic/.+/)?(reward|solved(_low|_high)?|(avg|majority|pass)[@^]\d+)"
 )
-"""Names of metrics that nobody minimises."""
 
 
 def checks_of_run(trainer: Trainer, module: Any) -> list[Callable[[], None]]:

@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from stateset_lightning.training.collect import Collection
     from stateset_lightning.training.step import TrainingStep
 
+# Nats that log-probs and entropies are rounded to before tokens are selected by them, and the KL before it is a score.
+#
+# Far above float error (float32), which depends on what else is in the batch, and far below any difference that
+# matters. So equal contexts are equal for every split and number of ranks, and a group of equal rewards stays constant
+# while the policy is its reference: otherwise a standard deviation of float noise would be divided by, and make
+# advantages of it.
 ROUNDING = 1e-4
-"""Nats that log-probs and entropies are rounded to before tokens are selected by them, and the KL before it is a score.
-
-Far above float error (float32), which depends on what else is in the batch, and far below any difference that matters.
-So equal contexts are equal for every split and number of ranks, and a group of equal rewards stays constant while the
-policy is its reference: otherwise a standard deviation of float noise would be divided by, and make advantages of it.
-"""
 
 
 def micro_batch_loss(

@@ -19,8 +19,8 @@ from stateset_lightning.types import PromptBatch, Rollout, Scores
 
 T = TypeVar("T")
 
+# (batch, slots of it, round) -> other prompts for these slots; see `EpisodeLoader.replacements`.
 Replacements = Callable[[PromptBatch, Sequence[int], int], PromptBatch]
-"""(batch, slots of it, round) -> other prompts for these slots; see `EpisodeLoader.replacements`."""
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,13 @@ from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_e
 
 from stateset_lightning.training.metrics import peak_memory_mb
 
+# Seconds after which a phase is stopped: a large model on a CPU must not take hours.
 LIMIT = 120.0
-"""Seconds after which a phase is stopped: a large model on a CPU must not take hours."""
 
+# The phases, and what to change where one runs out of memory.
+#
+# `log-probs`: the reference's and the old ones, computed once per episode; `training`: forward and backward of a
+# micro-step; `update`: the optimizer's step.
 REMEDIES = {
     "load": "set model.policy.lora (no second model for a reference) or trainer.precision, or choose a smaller model",
     "sampling": "lower model.rollout.max_batch_rows or model.rollout.max_new_tokens",
@@ -30,11 +34,6 @@ REMEDIES = {
     " model.policy.gradient_checkpointing or model.policy.lora",
     "update": "set model.policy.lora, or choose an optimizer with less state",
 }
-"""The phases, and what to change where one runs out of memory.
-
-`log-probs`: the reference's and the old ones, computed once per episode; `training`: forward and backward of a
-micro-step; `update`: the optimizer's step.
-"""
 
 Result = TypeVar("Result")
 

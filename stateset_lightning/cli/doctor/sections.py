@@ -27,11 +27,11 @@ from stateset_lightning.training.collect import ready_engine
 from stateset_lightning.training.schedule import optimizer_steps_of_run
 from stateset_lightning.types import FinishReason, Rollout, Scenario
 
+# The commonest, that are shown.
 TOPICS = 8
-"""The commonest, that are shown."""
 
+# Characters of a prompt or completion that are shown.
 TEXT = 300
-"""Characters of a prompt or completion that are shown."""
 
 
 class DoctorCLI(StatesetCLI):

@@ -19,12 +19,12 @@ from stateset_lightning.run.folder import CONFIGS, ENVIRONMENT, METRICS, SAMPLES
 
 SPLITS = ("train", "validation", "test")
 
+# Points of a curve; of longer ones, means of equally many neighbours.
 MAX_POINTS = 1500
-"""Points of a curve; of longer ones, means of equally many neighbours."""
 MAX_EPISODES, MAX_PROMPTS, MAX_EVALUATIONS = 60, 60, 12
 MAX_SAMPLE_BYTES = 6_000_000
+# Characters of a prompt or completion.
 MAX_TEXT = 6_000
-"""Characters of a prompt or completion."""
 
 Item = TypeVar("Item")
 
