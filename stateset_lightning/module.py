@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from annotated_types import Ge, Gt, Le
@@ -46,6 +46,9 @@ from stateset_lightning.training.schedule import Schedule, given_options, make_o
 from stateset_lightning.training.state import TrainingState
 from stateset_lightning.training.step import TrainingStep
 from stateset_lightning.types import PromptBatch
+
+if TYPE_CHECKING:
+    from stateset_lightning.datamodule import ScenarioDataModule
 
 
 @bounded("model")
@@ -120,6 +123,7 @@ class GRPOLightningModule(RunsInTrainer):
         self._reference: tuple[Policy | AdapterReference, ...] = ()
         self._unsharded: UnshardedCopy | None = None  # of a policy whose weights are sharded
         self._seed = seed
+        self._data: ScenarioDataModule | None = None  # of the run, if it is ours
         self._ahead = sampling_ahead(self.rollout, engine)
         self._checkpoint = RunCheckpoint(self)
         self.state = TrainingState()
@@ -167,6 +171,7 @@ class GRPOLightningModule(RunsInTrainer):
     # Set-up -----------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
+        self._data = data_of(self.trainer)
         self.state.started = None  # an earlier run may have ended inside an optimizer step
         self.scorer = self._make_scorer()
 
@@ -302,7 +307,7 @@ class GRPOLightningModule(RunsInTrainer):
 
     @property
     def _step(self) -> TrainingStep:
-        data = data_of(self.trainer)
+        data = self._data
         return TrainingStep(
             state=self.state,
             policy=self._loaded_policy,
@@ -321,8 +326,7 @@ class GRPOLightningModule(RunsInTrainer):
     @property
     def _sampler(self) -> Sampler:
         assert self.engine is not None, "configure_model() makes the engine"
-        data = None if self._trainer is None else data_of(self._trainer)
-        replacements = None if data is None else data.replacements
+        replacements = None if self._data is None else self._data.replacements
         return Sampler(self.engine, self.scorer, self.rollout, self.seed, self._ahead, replacements)
 
     @property
