@@ -21,6 +21,7 @@ from stateset_lightning.data.sources import ScenarioSet, Source, check_options, 
 from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.seeding import run_seed
+from stateset_lightning.training.schedule import batches_per_epoch
 from stateset_lightning.types import PromptBatch
 
 _announce = rank_zero_only(logging.getLogger("stateset_lightning").log)
@@ -159,8 +160,8 @@ class ScenarioDataModule(LightningDataModule):
         """
         self._train_loader = self._resume_state = None
         self._now = self._now or Ranks.current().gather(datetime.now().replace(microsecond=0))[0]
-        if stage and not self._is_given(_SPLITS[stage]):
-            raise self._missing(_SPLITS[stage])
+        if stage:
+            self._check_given(_SPLITS[stage])
         splits: list[Split] = [_SPLITS[stage]] if stage else [*self.specs]
         if stage == "fit":
             splits.append("validation")
@@ -194,7 +195,8 @@ class ScenarioDataModule(LightningDataModule):
             steps_per_episode=self.steps_per_episode,
             rank=rank,
             world_size=world_size,
-            limit=self._limit(),
+            # `overfit_batches` sets the Trainer's limit, too.
+            limit=None if self.trainer is None else max(1, batches_per_epoch(self.trainer, self.micro_steps_per_epoch)),
             repeat=overfit > 0,
             solve_rates=None if curriculum is None else SolveRates(curriculum, order.row_weights, seed),
             fingerprint={
@@ -227,8 +229,7 @@ class ScenarioDataModule(LightningDataModule):
 
     def served(self, split: Split) -> tuple[ScenarioSet, RaggedTokens]:
         """The scenarios of a split that were kept, and their prompt tokens."""
-        if not self._is_given(split):
-            raise self._missing(split)
+        self._check_given(split)
         assert split in self._prompts, f"setup() has not been called for the {split} split"
         prompts = self._prompts[split]
         return self._scenarios[split].select(prompts.kept), prompts.tokens
@@ -277,9 +278,10 @@ class ScenarioDataModule(LightningDataModule):
     def _is_given(self, split: Split) -> bool:
         return self.specs[split] is not None or (split == "validation" and self.validation_fraction > 0)
 
-    def _missing(self, split: Split) -> ConfigError:
-        alternative = " or data.validation_fraction" if split == "validation" else ""
-        return ConfigError(f"data.{split} is not given; set it{alternative} to a path, a hub id or a list of scenarios")
+    def _check_given(self, split: Split) -> None:
+        if not self._is_given(split):
+            also = " or data.validation_fraction" if split == "validation" else ""
+            raise ConfigError(f"data.{split} is not given; set it{also} to a path, a hub id or a list of scenarios")
 
     def _read(self, split: Split) -> None:
         held_out = self.validation_fraction > 0 and split in ("train", "validation")
@@ -330,13 +332,6 @@ class ScenarioDataModule(LightningDataModule):
             )
         prompts = Prompts(scenarios.scenarios, tokens, self.system_prompt)
         return EvaluationLoader(prompts, split, batch_size=self.eval_batch_size, rank=rank, world_size=world_size)
-
-    def _limit(self) -> int | None:
-        """Training batches that the trainer takes per epoch, if it says so; `overfit_batches` sets this too."""
-        limit = None if self.trainer is None else self.trainer.limit_train_batches
-        if isinstance(limit, float):  # a fraction
-            limit = int(self.micro_steps_per_epoch * limit)
-        return max(1, limit) if limit is not None else None
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

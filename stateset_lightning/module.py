@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from annotated_types import Ge, Gt, Le
@@ -35,7 +35,7 @@ from stateset_lightning.seeding import run_seed
 from stateset_lightning.threads import call_episode_hook
 from stateset_lightning.training.checks import check_bad_steps, check_batch, check_strategy, checks_of_run
 from stateset_lightning.training.collect import Sampler, ready_engine
-from stateset_lightning.training.data import TrainingData, data_of
+from stateset_lightning.training.data import data_of
 from stateset_lightning.training.episode import Episode
 from stateset_lightning.training.evaluate import HeldOut
 from stateset_lightning.training.fsdp import UnshardedCopy
@@ -46,6 +46,9 @@ from stateset_lightning.training.schedule import Schedule, given_options, make_o
 from stateset_lightning.training.state import TrainingState
 from stateset_lightning.training.step import TrainingStep
 from stateset_lightning.types import PromptBatch
+
+if TYPE_CHECKING:
+    from stateset_lightning.datamodule import ScenarioDataModule
 
 
 @bounded("model")
@@ -120,7 +123,7 @@ class GRPOLightningModule(RunsInTrainer):
         self._reference: tuple[Policy | AdapterReference, ...] = ()
         self._unsharded: UnshardedCopy | None = None  # of a policy whose weights are sharded
         self._seed = seed
-        self._data: TrainingData | None = None  # of the run, if its data module is ours
+        self._data: ScenarioDataModule | None = None  # of the run, if it is ours
         self._ahead = sampling_ahead(self.rollout, engine)
         self._checkpoint = RunCheckpoint(self)
         self.state = TrainingState()
@@ -284,25 +287,21 @@ class GRPOLightningModule(RunsInTrainer):
         self._newest = (self._sampler.sample(self._sampled_policy, batch, 1, greedy=True), None)
         return [record.to_dict() for record in self.last_records]
 
-    def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._log_evaluation("test")
-
     def on_predict_epoch_end(self) -> None:
         if self._unsharded is not None:
             self._unsharded.empty()
 
-    def _log_evaluation(self, stage: str) -> None:
+    def on_validation_epoch_end(self) -> None:
         self.on_predict_epoch_end()
-        metrics = self._held_out.compute(self.scorer, self._ranks)
+        metrics, stage = self._held_out.compute(self.scorer, Ranks.current()), "test" if self.trainer.testing else "val"
         values = {f"{stage}/{name}": value for name, value in metrics.items()}
         # Lightning's name for the x-axis; without it, it counts from 0 and ours, like `max_steps`, from 1.
         values["step"] = float(self.trainer.global_step)
         # They are of all ranks already: "max" leaves them as they are to the last bit, without Lightning's advice.
         for name, value in values.items():
             self.log(name, value, prog_bar=name == f"{stage}/reward", sync_dist=True, reduce_fx="max")
+
+    on_test_epoch_end = on_validation_epoch_end
 
     # The parts, as the run has them now -------------------------------------------------------------------------------
 
@@ -317,7 +316,7 @@ class GRPOLightningModule(RunsInTrainer):
             reference=self.reference,
             algorithm=self.algorithm,
             sampler=self._sampler,
-            ranks=self._ranks,
+            ranks=Ranks.current(),
             accumulate=self.trainer.accumulate_grad_batches,
             max_tokens_per_step=self.max_tokens_per_step,
             report=None if data is None or data.curriculum is None else data.report_rewards,
@@ -329,10 +328,6 @@ class GRPOLightningModule(RunsInTrainer):
         assert self.engine is not None, "configure_model() makes the engine"
         replacements = None if self._data is None else self._data.replacements
         return Sampler(self.engine, self.scorer, self.rollout, self.seed, self._ahead, replacements)
-
-    @property
-    def _ranks(self) -> Ranks:
-        return Ranks() if self._trainer is None else Ranks(self.trainer.global_rank, self.trainer.world_size)
 
     @property
     def _loaded_policy(self) -> Policy:

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import stdev
 
+# Quantile of the normal distribution that leaves 2.5% above.
 Z95 = 1.959963984540054
-"""Quantile of the normal distribution that leaves 2.5% above."""
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.utilities import dim_zero_cat
 
 from stateset_lightning.evaluation.config import EvaluationConfig
 from stateset_lightning.evaluation.estimators import majority, pass_at_k, pass_hat_k
 from stateset_lightning.evaluation.means import PromptMeans
 from stateset_lightning.types import NOT_APPLICABLE, Rollout, Scenario, Scores
 
+# Weighted sums such as 0.6 + 0.3 + 0.1 fall short of 1 by rounding.
 TOLERANCE = 1e-9
-"""Weighted sums such as 0.6 + 0.3 + 0.1 fall short of 1 by rounding."""
 
 
 class Evaluation(PromptMeans):
@@ -40,11 +39,8 @@ class Evaluation(PromptMeans):
         names += [f"pass@{k}" for k in config.ks] + [f"pass^{k}" for k in config.ks[1:]]
         names += [f"avg@{n}", f"majority@{n}", "sample_failures"] if n else []
         means = ["reward", f"avg@{n}"] if n else ["reward"]
-        super().__init__(names, intervals=means, shares=["solved"], by_topic=[*means, "solved"], **kwargs)
+        super().__init__(names, intervals=means, shares=["solved"], **kwargs)
         self.config = config
-
-    def logged_names(self) -> list[str]:
-        return [*super().logged_names(), "num_completions"]
 
     def update(  # type: ignore[override]
         self,
@@ -61,11 +57,6 @@ class Evaluation(PromptMeans):
             measures |= self._sampled(*samples)
         values_PM = torch.stack([measures[name].to(self.device).double() for name in self.names], dim=1)
         super().update(values_PM, [scenario.topic for scenario in scenarios])
-
-    def compute(self) -> dict[str, float]:
-        """Every metric by name, over all ranks."""
-        count = len(dim_zero_cat(self.values_PM)) if len(self.values_PM) else 0
-        return super().compute() | {"num_completions": float(count)}
 
     def _solved(self, scores: Scores) -> Tensor:
         """1 or 0 for each completion, float64 [N]; NaN where a reward failed or does not apply."""

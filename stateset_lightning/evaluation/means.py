@@ -22,11 +22,12 @@ TOPIC_BYTES = 64
 class PromptMeans(Metric):
     """Means of some measures over all prompts, of those where the measure is finite.
 
-    `compute` gives each measure by name (none that is finite nowhere), and also:
+    `compute` gives each measure by name (none that is finite nowhere) over all ranks, and also:
 
     - `<name>_ci95`, half of its 95% interval by the normal approximation, for those in `intervals`;
     - `<name>_low` and `<name>_high`, Wilson's 95% interval, for those in `shares`, which are 0 or 1;
-    - `topic/<topic>/<name>` for those in `by_topic`.
+    - `topic/<topic>/<name>` for those in either;
+    - `num_completions`, the number of prompts, of which each has one.
 
     Prompts are taken as independent of each other.
 
@@ -34,13 +35,12 @@ class PromptMeans(Metric):
         names: The M measures.
         intervals: Those with a normal interval.
         shares: Those with Wilson's.
-        by_topic: Those shown for every topic.
 
     Example:
-        >>> metric = PromptMeans(["solved"], by_topic=["solved"])
+        >>> metric = PromptMeans(["right"], shares=["right"])
         >>> metric.update(torch.tensor([[1.0], [0.0], [1.0]]), ["sums", "sums", None])
-        >>> {name: round(value, 3) for name, value in metric.compute().items()}
-        {'solved': 0.667, 'topic/sums/solved': 0.5}
+        >>> {name: round(value, 3) for name, value in metric.compute().items() if name.endswith("right")}
+        {'right': 0.667, 'topic/sums/right': 0.5}
     """
 
     full_state_update = False
@@ -48,16 +48,10 @@ class PromptMeans(Metric):
     topics_PB: list[Tensor]  # as bytes: ranks see different topics, and torchmetrics gathers only tensors
 
     def __init__(
-        self,
-        names: Sequence[str],
-        *,
-        intervals: Sequence[str] = (),
-        shares: Sequence[str] = (),
-        by_topic: Sequence[str] = (),
-        **kwargs: Any,
+        self, names: Sequence[str], *, intervals: Sequence[str] = (), shares: Sequence[str] = (), **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        self.names, self.intervals, self.shares, self.by_topic = names, intervals, shares, by_topic
+        self.names, self.intervals, self.shares = names, intervals, shares
         self.add_state("values_PM", [], dist_reduce_fx="cat")
         self.add_state("topics_PB", [], dist_reduce_fx="cat")
 
@@ -65,7 +59,7 @@ class PromptMeans(Metric):
         """Names of all that `compute` may give; `<topic>` stands for any."""
         names = [*self.names, *(f"{name}_ci95" for name in self.intervals)]
         names += [f"{name}_{end}" for name in self.shares for end in ("low", "high")]
-        return names + [f"topic/<topic>/{name}" for name in self.by_topic]
+        return names + [f"topic/<topic>/{name}" for name in (*self.intervals, *self.shares)] + ["num_completions"]
 
     def update(self, values_PM: Tensor, topics: Sequence[str | None]) -> None:
         """Adds prompts: the measures of each, and its topic."""
@@ -75,10 +69,10 @@ class PromptMeans(Metric):
 
     def compute(self) -> dict[str, float]:
         if not len(self.values_PM):
-            return {}
+            return {"num_completions": 0.0}
         values_PM = dim_zero_cat(self.values_PM).cpu()
         topics = [bytes(row).rstrip(b"\0").decode() for row in dim_zero_cat(self.topics_PB).tolist()]
-        result: dict[str, float] = {}
+        result = {"num_completions": float(len(values_PM))}
         for name, values_P in zip(self.names, values_PM.T, strict=True):
             if not (known := _finite(values_P)):
                 continue
@@ -89,7 +83,7 @@ class PromptMeans(Metric):
                 result[f"{name}_low"], result[f"{name}_high"] = wilson_interval(result[name], len(known))
         for topic in sorted(set(topics) - {""}):
             rows_PM = values_PM[torch.tensor([other == topic for other in topics])]
-            for name in self.by_topic:
+            for name in (*self.intervals, *self.shares):
                 if known := _finite(rows_PM[:, self.names.index(name)]):
                     result[f"topic/{topic}/{name}"] = sum(known) / len(known)
         return result

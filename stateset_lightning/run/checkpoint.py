@@ -153,7 +153,7 @@ class RunCheckpoint:
             )
         module.state.bad_steps = saved["bad_steps"]
         if (episodes := saved["episode"]) is not None:
-            module.state.episode = Episode.from_state_dict(episodes[trainer.global_rank])
+            module.state.episode = Episode(**episodes[trainer.global_rank])
             module.state.episode_of_ranks = episodes
         if continues(trainer, saved["run_folder"]):
             for writer, rows in zip(metrics_files(trainer), saved["metrics_rows"], strict=False):

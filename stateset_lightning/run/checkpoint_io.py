@@ -27,12 +27,13 @@ from stateset_lightning.errors import CheckpointError
 from stateset_lightning.files import atomic_write, remove_leftovers
 from stateset_lightning.ranks import Ranks
 
+# Of what `checkpoint["stateset"]` holds, and how; version 0.1 wrote none. A higher one is of a newer version.
 FORMAT = 1
-"""Of what `checkpoint["stateset"]` holds, and how; version 0.1 wrote none. A higher one is of a newer version."""
 
+# What reading raises on a file that is cut short, has flipped bits, or is no checkpoint at all.
 _DAMAGE = (RuntimeError, EOFError, OSError, ValueError, KeyError, UnpicklingError, BadZipFile, CheckpointException)
-"""What reading raises on a file that is cut short, has flipped bits, or is no checkpoint at all."""
 
+# All that a `.metadata` is made of (torch 2.13).
 _METADATA_CLASSES = {
     "torch": "Size float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool",
     "torch.distributed.checkpoint.metadata": "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex"
@@ -42,14 +43,10 @@ _METADATA_CLASSES = {
     "pathlib": "PosixPath",
     "pathlib._local": "PosixPath",  # in Python 3.13
 }
-"""All that a `.metadata` is made of (torch 2.13)."""
 
 
+# What a file says of itself at its end, as the comment of a zip file: read without loading it. See `age`.
 _STAMP = re.compile(rb"stateset-lightning saved_at=(\d+\.\d+) resumable=([01])$")
-"""What a file says of itself at its end, as the comment of a zip file: read without loading it. See `age`."""
-
-_TAIL = 2**16  # bytes; the check sums of small checkpoints' entries are among them
-_PIECE = 2**26  # bytes that are sent at a time
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -112,15 +109,18 @@ def of_first_rank(file: Path) -> Iterator[Path]:
     if ranks.from_first(is_sharded(file)):
         raise CheckpointError(f"ckpt_path={file}: rank {others[0]} lacks this folder of shards: use a shared disk")
     with nullcontext() if ranks.rank else file.open("rb") as source, NamedTemporaryFile(suffix=file.suffix) as copy:
-        while piece := ranks.from_first(source.read(_PIECE) if source else b""):
+        while piece := ranks.from_first(source.read(2**26) if source else b""):
             if ranks.rank in others:
                 copy.write(piece)
         copy.flush()
         yield Path(copy.name) if ranks.rank in others else file
 
 
-def _tail(path: Path, size: int = _TAIL) -> bytes | None:
-    """The end of a file, which differs between any two checkpoints; None if there is none."""
+def _tail(path: Path, size: int = 2**16) -> bytes | None:
+    """The end of a file, which differs between any two checkpoints; None if there is none.
+
+    Among so many bytes are the check sums of the entries of small checkpoints.
+    """
     with suppress(OSError), (path / ".metadata" if is_sharded(path) else path).open("rb") as stream:
         stream.seek(max(stream.seek(0, os.SEEK_END) - size, 0))
         return stream.read()
@@ -128,12 +128,12 @@ def _tail(path: Path, size: int = _TAIL) -> bytes | None:
 
 
 def read_checkpoint(file: Path, *, check_sums: bool = False, **options: Any) -> dict[str, Any]:
-    """The content of a local checkpoint; a sharded one is put together in memory, on the CPU.
+    """The content of a local checkpoint, on the CPU.
 
     Args:
-        file: A file, or a folder of shards.
-        check_sums: Whether all of a file is read to find flipped bits.
-        options: For `torch.load`, of a file.
+        file: A file, whose tensors are read when they are looked at; or a folder of shards, put together in memory.
+        check_sums: Whether all of a file is read at once, to find flipped bits.
+        options: Others for `torch.load`, of a file.
 
     Raises:
         CheckpointError: If it is damaged or no checkpoint of this package; names the newest undamaged one beside it.
@@ -163,7 +163,7 @@ def _is_ours(content: Any) -> bool:
 def is_foreign(path: Path) -> bool:
     """Whether a file is none of this package's checkpoints, and not a damaged one either."""
     with suppress(*_DAMAGE), path.open("rb") as stream:  # not a folder of shards, which is ours
-        return stream.read(2) != b"PK" or not _is_ours(_read(path, False, map_location="cpu", mmap=True))
+        return stream.read(2) != b"PK" or not _is_ours(_read(path))
     return False
 
 
@@ -180,7 +180,7 @@ def check_weights(mine: Mapping[str, Any], saved: Mapping[str, Any], model: str)
             raise CheckpointError(f"the checkpoint is of another model, its weights do not fit {model}: {shapes}")
 
 
-def _read(file: Path, check_sums: bool, **options: Any) -> Any:
+def _read(file: Path, check_sums: bool = False, map_location: Any = "cpu", mmap: bool | None = None) -> Any:
     if is_sharded(file):
         with safe_shards(file):
             return _load_distributed_checkpoint(file)
@@ -189,7 +189,7 @@ def _read(file: Path, check_sums: bool, **options: Any) -> Any:
         with ZipFile(file) as archive:
             if entry := archive.testzip():
                 raise BadZipFile(f"wrong check sum of {entry}")
-    return torch.load(file, weights_only=True, **options)
+    return torch.load(file, map_location, weights_only=True, mmap=not check_sums if mmap is None else mmap)
 
 
 def _instead_of(damaged: Path) -> str:
@@ -197,7 +197,7 @@ def _instead_of(damaged: Path) -> str:
         if file.resolve() != damaged.resolve():
             with suppress(*_DAMAGE):
                 if not is_sharded(file):
-                    _read(file, check_sums=True, map_location="cpu", mmap=True)
+                    _read(file, check_sums=True, mmap=True)
                 return f"the one before it is whole: --ckpt_path {file}"
     return f"there is no other whole checkpoint in {damaged.parent}"
 

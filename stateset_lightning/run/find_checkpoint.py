@@ -8,42 +8,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fsspec.core import url_to_fs
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from stateset_lightning.errors import CheckpointError, ConfigError, UserError
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.run.checkpoint_io import age, is_foreign, is_sharded, newest_checkpoints, read_checkpoint
 from stateset_lightning.run.folder import CHECKPOINTS, run_folder
-from stateset_lightning.run.lightning_internals import continue_version, search_with, with_all_ranks
+from stateset_lightning.run.lightning_internals import continue_version, with_all_ranks
 
 T = TypeVar("T")
 
 _log = logging.getLogger("stateset_lightning")
-
-
-def _attach(module: LightningModule, trainer: Trainer | None) -> None:
-    LightningModule.trainer.fset(module, trainer)  # type: ignore[attr-defined]
-    if trainer is not None:
-        search_with(trainer, _found_by_trainer)
-
-
-class SearchedCheckpoints(LightningModule):
-    """A module whose Trainer finds `ckpt_path` as the command line does, in fit, validate, test and predict."""
-
-    trainer = LightningModule.trainer.setter(_attach)  # type: ignore[attr-defined]  # set before Lightning searches
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **given: Any) -> Any:
-        """As Lightning's; arguments that no checkpoint holds are given again, the reward at least.
-
-        Raises:
-            ConfigError: If there is no reward among them.
-        """
-        if "reward" not in given:
-            raise ConfigError(f"load_from_checkpoint of {checkpoint_path} needs reward=...: a checkpoint holds none")
-        given["_instantiator"] = None  # a file could name one, and classes for it to import
-        return super().load_from_checkpoint(checkpoint_path, *args, **given)
 
 
 def continue_run(trainer: Trainer, ckpt_path: str, *, announce: bool = True) -> str | None:
@@ -80,7 +56,7 @@ def find_resumed(trainer: Trainer, ckpt_path: str, *, announce: bool = True) -> 
         _log.info("--ckpt_path last: there is no checkpoint in %s yet; a new run starts", _shown(places))
         return None
     path = find_checkpoint(trainer, ckpt_path)
-    if Path(path).is_file() and {"loops", "lr_schedulers"} & set(_read(Path(path))) == {"loops"}:
+    if Path(path).is_file() and {"loops", "lr_schedulers"} & set(read_checkpoint(Path(path))) == {"loops"}:
         reason = "saved with save_weights_only, and no run can go on from it: evaluate it, or export it for a new run"
         raise CheckpointError(f"ckpt_path={path}: {reason}")
     if announce:
@@ -118,11 +94,15 @@ def find_among(places: Sequence[tuple[str, str]], ckpt_path: str) -> str:
             absent = f"ckpt_path={ckpt_path}: there is no checkpoint in {_shown(places)} yet"
             raise CheckpointError(f"{absent}: give a .ckpt file, or leave ckpt_path out to use the base model")
         ckpt_path = str(_best_of_run(newest)) if ckpt_path == "best" else newest
-    check_checkpoint(ckpt_path)
+    # Lightning's `hpc`, remote and sharded ones are left to it.
+    is_left = ckpt_path == "hpc" or ckpt_path.startswith("registry") or "://" in ckpt_path
+    if not is_left and not Path(ckpt_path).is_dir():
+        read_checkpoint(Path(ckpt_path))
     return ckpt_path
 
 
-def _found_by_trainer(trainer: Trainer, ckpt_path: str) -> str | None:
+def found_by_trainer(trainer: Trainer, ckpt_path: str) -> str | None:
+    """The checkpoint of a fit, validate, test or predict, as the command line finds it."""
     if trainer.state.fn == "fit":
         return continue_run(trainer, ckpt_path, announce=not Path(ckpt_path).is_file())  # else Lightning names it
     # An evaluation has a folder of its own, and keeps no best checkpoints.
@@ -154,16 +134,6 @@ def _agreed(trainer: Trainer, find: Callable[[], T]) -> T:
     return answer
 
 
-def check_checkpoint(path: str) -> None:
-    """A checkpoint file can be read and is one of ours; Lightning's `hpc`, remote and sharded ones are left to it.
-
-    Raises:
-        CheckpointError: If there is no such file, or it is damaged or none of this package.
-    """
-    if path != "hpc" and not path.startswith("registry") and "://" not in path and not Path(path).is_dir():
-        _read(Path(path))
-
-
 def _best_of_run(newest: str) -> Path:
     """The best checkpoint of a run, by what its checkpoint callbacks wrote into its newest one.
 
@@ -173,7 +143,7 @@ def _best_of_run(newest: str) -> Path:
     if "://" in newest:
         raise CheckpointError(f"ckpt_path=best finds local files alone, and the newest is {newest}: give a file")
     file = Path(newest)
-    states = [state for state in _read(file).get("callbacks", {}).values() if isinstance(state, dict)]
+    states = [state for state in read_checkpoint(file).get("callbacks", {}).values() if isinstance(state, dict)]
     # Where there is no monitor, Lightning calls the newest checkpoint the best.
     best = {s["best_model_path"]: s for s in states if s.get("best_model_path") and s.get("monitor")}
     if not best:
@@ -198,12 +168,8 @@ def _folder_of_run(trainer: Trainer, path: str) -> str | None:
     runs, file = Path(trainer.logger.save_dir or "", str(trainer.logger.name)).absolute(), Path(path)
     folders = list(file.absolute().parents)
     if file.is_file():  # ModelCheckpoint's `dirpath` may lie elsewhere
-        folders.append(Path(_read(file)["stateset"].get("run_folder", "")))
+        folders.append(Path(read_checkpoint(file)["stateset"].get("run_folder", "")))
     return next((folder.name for folder in folders if folder.parent == runs and folder.is_dir()), None)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return read_checkpoint(file, map_location="cpu", mmap=True)
 
 
 def _newest(places: Iterable[tuple[str, str]]) -> str | None:

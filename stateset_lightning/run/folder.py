@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
+# The folder that ModelCheckpoint writes to by default.
 CHECKPOINTS = "checkpoints"
-"""The folder that ModelCheckpoint writes to by default."""
 LAST_CHECKPOINT = "last.ckpt"
 LOCK = ".lock"
+# The resolved config; the second name without a logger, when the folder may hold the user's own `config.yaml`.
 CONFIGS = "config.yaml", "resolved_config.yaml"
-"""The resolved config; the second name without a logger, when the folder may hold the user's own `config.yaml`."""
 ENVIRONMENT = "environment.json"
 METRICS = "metrics.csv"
 SAMPLES = "samples.jsonl"
 PREDICTIONS = "predictions.jsonl"
 BAD_STEPS = "bad_steps.jsonl"
 REPORT = "report.html"
+# The folder of a run without a logger that was given no `default_root_dir`: the working folder's files are others'.
 UNLOGGED = "lightning_logs/without_logger"
-"""The folder of a run without a logger that was given no `default_root_dir`: the working folder's files are others'."""
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -45,10 +45,17 @@ def run_folder(trainer: Trainer) -> Path:
     return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version
 
 
-def continues(trainer: Trainer, folder: str) -> bool:
-    """Whether this run goes on in the folder of the run that it resumes, which wrote its checkpoint from `folder`."""
+def continues(trainer: Trainer, folder: str, file: Path | None = None) -> bool:
+    """Whether this run goes on in the folder of the run that wrote a checkpoint.
+
+    Args:
+        trainer: Of this run.
+        folder: Of the other run, by what its checkpoint says.
+        file: The checkpoint; by default the one from which this run is resumed.
+    """
     mine = run_folder(trainer).absolute()
-    return Path(folder) == mine or Path(str(trainer.ckpt_path)).absolute().is_relative_to(mine)  # or it has been moved
+    # the second where it has been moved
+    return Path(folder) == mine or Path(file or str(trainer.ckpt_path)).absolute().is_relative_to(mine)
 
 
 def of_rank(trainer: Trainer, path: Path) -> Path:

@@ -59,7 +59,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         with of_first_rank(Path(self.broadcast(checkpoint_path))) as path:
             if path.is_file():
-                content = read_checkpoint(path, check_sums=True, map_location="cpu", mmap=True)
+                content = read_checkpoint(path, check_sums=True, mmap=True)
                 assert self.model is not None
                 check_weights(self.model.state_dict(), content["state_dict"], "model.policy.model_name")
             state = {f"optimizer_{i}": optimizer for i, optimizer in enumerate(self.optimizers)}
@@ -70,5 +70,5 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Fully sharded data parallel over all devices")
 
+# Those under which sampling and reductions are right.
 SUPPORTED_STRATEGIES = (SingleDeviceStrategy, DDPStrategy, FSDP2Strategy)
-"""Those under which sampling and reductions are right."""

@@ -12,10 +12,10 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
-from stateset_lightning.errors import CheckpointError
+from stateset_lightning.errors import CheckpointError, DiskError
 from stateset_lightning.run import lightning_internals
 from stateset_lightning.run.checkpoint_io import local_path, read_checkpoint
-from stateset_lightning.run.folder import CHECKPOINTS, run_folder
+from stateset_lightning.run.folder import CHECKPOINTS, continues, run_folder
 
 _log = logging.getLogger("stateset_lightning")
 
@@ -132,19 +132,24 @@ def _last_of_run(trainer: Trainer, callback: ModelCheckpoint, *, new: bool = Fal
 
 def _is_of_run(trainer: Trainer, path: str) -> bool:
     """Whether the run that is resumed here wrote a checkpoint, by what that says of itself."""
-    mine = run_folder(trainer).absolute()
     if trainer.ckpt_path is None or (file := local_path(path)) is None:
         return False
     with suppress(CheckpointError):
-        folder = read_checkpoint(file, map_location="cpu", mmap=True)["stateset"].get("run_folder")
-        return folder == str(mine) or file.absolute().is_relative_to(mine)  # or it has been moved
+        return continues(trainer, read_checkpoint(file)["stateset"].get("run_folder", ""), file)
     return False
 
 
 def remove_link(trainer: Trainer, path: str) -> None:
-    """A writer that opened it would write over the file that it names."""
+    """A writer that opened it would write over the file that it names.
+
+    Raises:
+        DiskError: If it cannot be removed.
+    """
     if trainer.is_global_zero and os.path.islink(path):
-        os.remove(path)
+        try:
+            os.remove(path)
+        except OSError as error:
+            raise DiskError(f"{path}: the link cannot be removed ({error.strerror}): choose another folder") from error
 
 
 def _is_stopped(trainer: Trainer) -> bool:

@@ -20,6 +20,9 @@ from stateset_lightning.files import make_folder
 
 T = TypeVar("T")
 
+# Loggers that count the runs in their folder, and call each `version_N`.
+COUNTING = CSVLogger | TensorBoardLogger
+
 # Loops ----------------------------------------------------------------------------------------------------------------
 
 
@@ -137,7 +140,7 @@ def set_writer(logger: CSVLogger, writer: Any) -> None:
 
 def continue_version(logger: Logger, folder: str) -> None:
     """Makes a logger go on in the folder of an earlier run, unless it was given a version (W&B: an id) of its own."""
-    if isinstance(logger, CSVLogger | TensorBoardLogger) and logger._version is None:
+    if isinstance(logger, COUNTING) and logger._version is None:
         number = folder.removeprefix("version_")
         logger._version = int(number) if number.isdigit() else folder
     elif isinstance(logger, WandbLogger) and logger._id is None:
@@ -156,12 +159,7 @@ def claim_versions(trainer: Trainer) -> None:
     """
     claimed: dict[str, int] = {}
     for logger in trainer.loggers:
-        if (
-            isinstance(logger, CSVLogger | TensorBoardLogger)
-            and logger._version is None
-            and "://" not in logger.root_dir
-        ):
-            root = logger.root_dir
+        if isinstance(logger, COUNTING) and logger._version is None and "://" not in (root := logger.root_dir):
             if root not in claimed:
                 numbers = itertools.count(logger._get_next_version())
                 claimed[root] = next(n for n in numbers if make_folder(Path(root, f"version_{n}")))
@@ -171,5 +169,5 @@ def claim_versions(trainer: Trainer) -> None:
 def share_versions(trainer: Trainer) -> None:
     """Gives the loggers of every rank the first one's version; called by all."""
     for logger in trainer.loggers:
-        if isinstance(logger, CSVLogger | TensorBoardLogger):
+        if isinstance(logger, COUNTING):
             logger._version = trainer.strategy.broadcast(logger._version)

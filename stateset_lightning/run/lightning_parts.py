@@ -8,14 +8,15 @@ from collections.abc import Mapping
 from multiprocessing.context import get_spawning_popen
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer, callbacks
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.run.find_checkpoint import SearchedCheckpoints
+from stateset_lightning.run.find_checkpoint import found_by_trainer
 from stateset_lightning.run.install import install
-from stateset_lightning.run.lightning_internals import is_compiled, is_watched_by_wandb
+from stateset_lightning.run.lightning_internals import is_compiled, is_watched_by_wandb, search_with
 
 _ON_EXCEPTION = "saves in the middle of whatever failed: leave it out; signals save by themselves, and errors never"
+# Callbacks that cannot work, with their subclasses: why, and what to use.
 REFUSED: dict[type[Callback], str] = {
     callbacks.StochasticWeightAveraging: "copies the module before its weights are loaded, and averages nothing: use"
     " WeightAveraging or EMAWeightAveraging",
@@ -29,7 +30,6 @@ REFUSED: dict[type[Callback], str] = {
     " as model.policy.model_name",
     callbacks.OnExceptionCheckpoint: _ON_EXCEPTION,
 }
-"""Callbacks that cannot work, with their subclasses: why, and what to use."""
 
 _FABRIC = "Fabric runs no data module, callbacks or checkpoints, of which an episode is made: use Trainer.fit()"
 _SPAWN = "trainer.strategy=ddp_spawn copies the module, which does not survive it: use ddp (in a notebook ddp_notebook)"
@@ -56,10 +56,32 @@ def check_parts(trainer: Trainer, module: Any) -> None:
         raise ConfigError(reason)
 
 
-class RunsInTrainer(SearchedCheckpoints):
-    """A module that the Trainer alone runs, in whatever processes its launcher makes."""
+def _attach(module: LightningModule, trainer: Trainer | None) -> None:
+    LightningModule.trainer.fset(module, trainer)  # type: ignore[attr-defined]
+    if trainer is not None:
+        search_with(trainer, found_by_trainer)
+
+
+class RunsInTrainer(LightningModule):
+    """A module that the Trainer alone runs, in whatever processes its launcher makes.
+
+    Its Trainer finds `ckpt_path` as the command line does, in fit, validate, test and predict.
+    """
 
     policy: Any
+    trainer = LightningModule.trainer.setter(_attach)  # type: ignore[attr-defined]  # set before Lightning searches
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **given: Any) -> Any:
+        """As Lightning's; arguments that no checkpoint holds are given again, the reward at least.
+
+        Raises:
+            ConfigError: If there is no reward among them.
+        """
+        if "reward" not in given:
+            raise ConfigError(f"load_from_checkpoint of {checkpoint_path} needs reward=...: a checkpoint holds none")
+        given["_instantiator"] = None  # a file could name one, and classes for it to import
+        return super().load_from_checkpoint(checkpoint_path, *args, **given)
 
     def configure_callbacks(self) -> list[Callback]:
         check_parts(self.trainer, self)

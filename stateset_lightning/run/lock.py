@@ -5,7 +5,8 @@ import logging
 import os
 import socket
 from contextlib import ExitStack
-from typing import Any
+from pathlib import Path
+from typing import IO
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -34,8 +35,14 @@ class RunLock(Callback):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = self._held.enter_context(path.open("a+"))
+            self._lock(file, path)
+            file.truncate(0)
+            # Not by the file's buffer, which would fail once more when it is closed.
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         except OSError as error:
             raise disk_error(path, error) from error
+
+    def _lock(self, file: IO[str], path: Path) -> None:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # one of `flock` would live on in what a reward has forked
         except (BlockingIOError, PermissionError):
@@ -45,8 +52,6 @@ class RunLock(Callback):
             raise ConfigError(f"{path.parent}: {holder} trains in this folder: wait for it, or end it") from None
         except OSError as error:
             _log.warning("%s cannot be locked (%s): nothing keeps a second run out", path, error.strerror)
-        file.truncate(0)
-        print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         lightning_internals.share_versions(trainer)
@@ -54,5 +59,4 @@ class RunLock(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._held.close()
 
-    def on_exception(self, *_: Any) -> None:
-        self._held.close()
+    on_exception = teardown  # type: ignore[assignment]  # Lightning leaves `teardown` out then

@@ -43,8 +43,6 @@ REASONS = {"base": "model.policy.", "rows": "data.", "template": "data."}  # opt
 
 # Options that may differ among ranks, each with a disk of its own: the contents of these places are compared.
 PLACES = re.compile(r"data\.(train|validation|test|predict)|.*\.(model_name|adapter|logger)")
-OUTPUT = "dirpath", "default_root_dir"  # no part of what a run is made of
-
 # Not described as an option: made of several, or made by it when it is called.
 BY_THEMSELVES = "trainer.callbacks", "model.reward", "model.optimizer", "model.lr_scheduler"
 
@@ -83,7 +81,8 @@ def made_of(trainer: Trainer, module: GRPOLightningModule) -> dict[str, Any]:
     objects |= {f"trainer.callbacks.{type(each).__name__}": each for each in trainer.callbacks}  # type: ignore[attr-defined]
     for key, value in objects.items():
         found |= dict(flat(key, value, is_object=True))
-    return {key: value for key, value in found.items() if not key.endswith(OUTPUT)}
+    # Where its output goes is no part of what a run is made of.
+    return {key: value for key, value in found.items() if not key.endswith(("dirpath", "default_root_dir"))}
 
 
 def made_by(groups: Sequence[Mapping[str, Any]], optimizer: Any = None, scheduler: Any = None) -> dict[str, Any]:

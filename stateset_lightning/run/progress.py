@@ -12,13 +12,13 @@ from stateset_lightning.errors import bounded
 from stateset_lightning.threads import heartbeat
 from stateset_lightning.training.schedule import optimizer_steps_of_run
 
+# Of a line: label, metric, format.
 FIELDS = (
     ("reward", "train/reward", ".3f"),
     ("mixed groups", "groups/mixed", ".2f"),
     ("tokens", "completion/mean_tokens", ".1f"),
     ("tokens/s", "work/tokens_per_s", ".0f"),
 )
-"""Of a line: label, metric, format."""
 
 
 @bounded("ConsoleProgress")

@@ -167,7 +167,7 @@ class StepEnd(Callback):
             cut_off_waits(128 + number)
 
     def _act_on_signal(self, trainer: Trainer) -> None:
-        if received := max(Ranks(trainer.global_rank, trainer.world_size).gather(self._received)):
+        if received := max(Ranks.current().gather(self._received)):
             self._act(trainer, received)
 
     def _act(self, trainer: Trainer, number: int) -> None:

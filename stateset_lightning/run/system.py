@@ -9,10 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-PACKAGES = (
-    *("stateset-lightning", "lightning", "torch", "transformers", "tokenizers"),
-    *("safetensors", "torchmetrics", "numpy", "peft", "vllm"),
-)
+PACKAGES = "stateset-lightning lightning torch transformers tokenizers safetensors torchmetrics numpy peft vllm"
 
 
 def environment(trainer: Trainer) -> dict[str, Any]:
@@ -28,7 +25,7 @@ def environment(trainer: Trainer) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
-    for name in PACKAGES:
+    for name in PACKAGES.split():
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

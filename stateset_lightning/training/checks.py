@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -25,16 +25,19 @@ from stateset_lightning.errors import ConfigError, NonFiniteError, SamplingError
 from stateset_lightning.evaluation import Evaluation
 from stateset_lightning.policy.precision import has_bfloat16_products, logprob_tolerance, sampling_dtype
 from stateset_lightning.rewards import FunctionReward, TRLReward
-from stateset_lightning.training.data import TrainingData, data_of
+from stateset_lightning.training.data import data_of
 from stateset_lightning.training.metrics import NAMES
 from stateset_lightning.training.schedule import accumulations, batches_per_epoch, optimizer_steps_of_run
 from stateset_lightning.types import PromptBatch
 
+if TYPE_CHECKING:
+    from stateset_lightning.datamodule import ScenarioDataModule
+
 BUNDLED, WRAPPERS = "stateset_lightning.rewards.", (FunctionReward, TRLReward)
+# Names of metrics that nobody minimises.
 HIGHER_IS_BETTER = (
     r"train/(baseline_)?reward|groups/all_right|val/(topic/.+/)?(reward|solved(_low|_high)?|(avg|majority|pass)[@^]\d+)"
 )
-"""Names of metrics that nobody minimises."""
 
 
 def checks_of_run(trainer: Trainer, module: Any) -> list[Callable[[], None]]:
@@ -45,15 +48,10 @@ def checks_of_run(trainer: Trainer, module: Any) -> list[Callable[[], None]]:
         module: A GRPOLightningModule with its policy loaded.
     """
     data, rollout = data_of(trainer), module.rollout
-    rewards = [reward.name for reward in module.rewards]
-    metrics = [f"val/{name}" for name in Evaluation(rewards, module.evaluation).logged_names()]
-    # One of the user's own may be a cost, whose lowest mean is the best.
-    bundled = [r for r in module.rewards if type(r).__module__.startswith(BUNDLED) and type(r) not in WRAPPERS]
-    maximised = [reward.name for reward in bundled if reward.weight > 0]
     return [
-        partial(check_reward_names, data, rewards),
+        partial(check_reward_names, data, [reward.name for reward in module.rewards]),
         partial(check_episode_fits_trainer, trainer, data),
-        partial(check_monitors, trainer, data, metrics, module, maximised),
+        partial(check_monitors, trainer, module),
         partial(check_context, data, module.policy.context_length, rollout.max_new_tokens),
         partial(check_dynamic_sampling, data, rollout.dynamic_sampling, module.algorithm.needs_greedy_baseline),
         *(partial(check_clipping, trainer, optimizer) for optimizer in trainer.optimizers),
@@ -61,7 +59,7 @@ def checks_of_run(trainer: Trainer, module: Any) -> list[Callable[[], None]]:
     ]
 
 
-def check_episode_fits_trainer(trainer: Trainer, data: TrainingData | None) -> None:
+def check_episode_fits_trainer(trainer: Trainer, data: ScenarioDataModule | None) -> None:
     """An optimizer step never straddles two passes over an episode, and a run never ends an epoch inside an episode.
 
     Raises:
@@ -72,10 +70,10 @@ def check_episode_fits_trainer(trainer: Trainer, data: TrainingData | None) -> N
     scheduled = sorted(set(accumulations(trainer).values()))
     accumulate = math.lcm(*scheduled)
     if steps_per_episode % accumulate:
+        several = f"GradientAccumulationScheduler: each of {scheduled}"
         multiple = accumulate * math.ceil(steps_per_episode / accumulate)
-        one = f"trainer.accumulate_grad_batches={accumulate}"
         raise ConfigError(
-            f"{one if len(scheduled) == 1 else f'GradientAccumulationScheduler: each of {scheduled}'} must divide"
+            f"{several if len(scheduled) > 1 else f'trainer.accumulate_grad_batches={accumulate}'} must divide"
             f" data.steps_per_episode={steps_per_episode}, so that an optimizer step stays inside a pass over an"
             f" episode: set data.steps_per_episode to {multiple}"
         )
@@ -128,7 +126,7 @@ def check_clipping(trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def check_dynamic_sampling(data: TrainingData | None, rounds: int, needs_greedy_baseline: bool) -> None:
+def check_dynamic_sampling(data: ScenarioDataModule | None, rounds: int, needs_greedy_baseline: bool) -> None:
     """Dynamic sampling has other prompts to take, and an algorithm that learns nothing from a constant group.
 
     Raises:
@@ -147,7 +145,7 @@ def check_dynamic_sampling(data: TrainingData | None, rounds: int, needs_greedy_
         )
 
 
-def check_reward_names(data: TrainingData | None, known: Sequence[str]) -> None:
+def check_reward_names(data: ScenarioDataModule | None, known: Sequence[str]) -> None:
     """Rewards that rows or sources name exist; the scorer would find out when it meets the row.
 
     Raises:
@@ -162,31 +160,22 @@ def check_reward_names(data: TrainingData | None, known: Sequence[str]) -> None:
         )
 
 
-def check_monitors(
-    trainer: Trainer,
-    data: TrainingData | None,
-    metrics: Iterable[str],
-    module: Any = None,
-    maximised: Sequence[str] = (),
-) -> None:
+def check_monitors(trainer: Trainer, module: Any) -> None:
     """A callback that monitors a metric gets it, and keeps its best. Lightning would say so later, or never.
-
-    Args:
-        trainer: Of the callbacks.
-        data: Of the run.
-        metrics: What validation logs.
-        module: Whose metrics the others are; without one they are not looked at.
-        maximised: Names of rewards whose scores are surely meant to rise.
 
     Raises:
         ConfigError: If there is no validation data, the metric is never logged, or it is a reward and `mode` is `min`.
             Not for want of a validation where a ModelCheckpoint keeps the newest state anyway: it may be a short try.
     """
-    known = list(metrics)
+    data = data_of(trainer)
+    known = [f"val/{name}" for name in Evaluation([r.name for r in module.rewards], module.evaluation).logged_names()]
     never = no_validation(trainer, data)
+    # One of the user's own may be a cost, whose lowest mean is the best.
+    bundled = [r for r in module.rewards if type(r).__module__.startswith(BUNDLED) and type(r) not in WRAPPERS]
+    maximised = [f"(val/)?reward/{re.escape(reward.name)}" for reward in bundled if reward.weight > 0]
+    higher = re.compile("|".join((HIGHER_IS_BETTER, *maximised)))
     checkpoints = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]  # type: ignore[attr-defined]
     saves = any(callback.save_last or (callback.monitor is None and callback.save_top_k) for callback in checkpoints)
-    higher = re.compile("|".join((HIGHER_IS_BETTER, *(f"(val/)?reward/{re.escape(name)}" for name in maximised))))
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         monitor = getattr(callback, "monitor", None)
         if not isinstance(monitor, str):
@@ -207,10 +196,10 @@ def check_monitors(
 
 
 def _check_train_metric(place: str, monitor: str, trainer: Trainer, module: Any) -> None:
-    parts = [] if module is None else [module, module.algorithm, module.engine, *trainer.callbacks]  # type: ignore[attr-defined]
+    parts = [module, module.algorithm, module.engine, *trainer.callbacks]  # type: ignore[attr-defined]
     makers = {type(part).__module__.partition(".")[0] for part in parts if part is not None}
     # Code of the user's own may log whatever it likes, and so does LearningRateMonitor.
-    if not makers or makers - {"stateset_lightning", "lightning"} or monitor.startswith("lr-") or not NAMES:
+    if makers - {"stateset_lightning", "lightning"} or monitor.startswith("lr-") or not NAMES:
         return
     names = {*NAMES, "step", *(f"reward/{reward.name}" for reward in module.rewards)} - {"reward/<name>"}
     if not any(re.fullmatch(re.sub("<.+?>", ".+", re.escape(name)), monitor) for name in names):
@@ -218,7 +207,7 @@ def _check_train_metric(place: str, monitor: str, trainer: Trainer, module: Any)
         raise ConfigError(f"{place}: training logs no such metric; did you mean {close}?")
 
 
-def no_validation(trainer: Trainer, data: TrainingData | None) -> str:
+def no_validation(trainer: Trainer, data: ScenarioDataModule | None) -> str:
     """Why the run never validates, as far as its options tell; empty if it does."""
     if trainer.limit_val_batches == 0:
         return "validation never runs: trainer.limit_val_batches=0"
@@ -248,7 +237,7 @@ def check_speed(trainer: Trainer, dtype: torch.dtype) -> None:
         )
 
 
-def check_context(data: TrainingData | None, context_length: int | None, max_new_tokens: int) -> None:
+def check_context(data: ScenarioDataModule | None, context_length: int | None, max_new_tokens: int) -> None:
     """The longest prompt and its completion fit into the model; the engine would find out when it meets the prompt.
 
     Raises:
@@ -257,12 +246,10 @@ def check_context(data: TrainingData | None, context_length: int | None, max_new
     longest = 0 if data is None else data.longest_prompt
     if context_length is not None and longest + max_new_tokens > context_length:
         room = context_length - max_new_tokens
-        remedy = (
-            f"set data.max_prompt_tokens={room} (and data.overlong_prompts), or lower it" if room > 0 else "lower it"
-        )
+        shorter = f"set data.max_prompt_tokens={room} (and data.overlong_prompts), or " if room > 0 else ""
         raise ConfigError(
             f"model.rollout.max_new_tokens={max_new_tokens} and the longest prompt of {longest} tokens exceed the"
-            f" model's {context_length} positions: {remedy}"
+            f" model's {context_length} positions: {shorter}lower it"
         )
 
 

@@ -46,8 +46,8 @@ class Collection:
 
     Args:
         sample: What the episode trains on.
-        first: What was sampled first; another object than `sample` where groups of it were replaced.
-        replaced: The samples that dynamic sampling drew; None without dynamic sampling.
+        trained: Every sample that could have been trained on: the first, and those that dynamic sampling drew.
+        is_dynamic: Whether dynamic sampling could draw any.
         baseline: A greedy completion of each prompt, for an algorithm that compares with it.
         seconds: That training waited.
         seconds_ahead: That sampling ahead took beside the training before; 0 if this episode was not sampled ahead,
@@ -57,22 +57,13 @@ class Collection:
     """
 
     sample: Sample
-    first: Sample
-    replaced: list[Sample] | None
+    trained: list[Sample]
+    is_dynamic: bool
     baseline: Sample | None
     seconds: float
     seconds_ahead: float | None
     costs: dict[str, float] = field(default_factory=dict)
     engine_metrics: Metrics = field(default_factory=dict)
-
-    @property
-    def trained(self) -> list[Sample]:
-        """Every sample that could have been trained on."""
-        return [self.first, *(self.replaced or [])]
-
-    @property
-    def everything(self) -> list[Sample]:
-        return self.trained + ([] if self.baseline is None else [self.baseline])
 
     def groups_of_all_ranks(self, ranks: Ranks) -> tuple[list[int], Tensor]:
         """Rows and total scores [P, G] of all groups, replaced ones too, in order of position, which is unique."""
@@ -113,13 +104,15 @@ class Sampler:
         start = time.perf_counter()
         ahead = None if self.ahead is None else self.ahead.take(batch.episode_index)
         first, seconds_ahead = (self.sample(policy, batch), 0.0) if ahead is None else ahead
-        sample, replaced = first, None
+        sample, trained = first, [first]
         if rounds := self.config.dynamic_sampling:
             assert self.replacements is not None, "checked before the run"
-            sample, replaced = resample(partial(self.sample, policy), self.replacements, first, rounds)
+            sample, drawn = resample(partial(self.sample, policy), self.replacements, first, rounds)
+            trained += drawn
         baseline = self.sample(policy, sample.batch, num_generations=1, greedy=True) if greedy_baseline else None
         seconds = time.perf_counter() - start
-        return Collection(sample, first, replaced, baseline, seconds, None if self.ahead is None else seconds_ahead)
+        ahead_s = None if self.ahead is None else seconds_ahead
+        return Collection(sample, trained, rounds > 0, baseline, seconds, ahead_s)
 
     def start_next(
         self, policy: Policy, collection: Collection, upcoming: Callable[[], PromptBatch | None]
@@ -164,10 +157,6 @@ class Sampler:
         if isinstance(self.engine, InProcessEngine) and not policy.has_dropout:
             check_sampling_difference(row, self.engine.dtype or policy.model.dtype, self.config.temperature)
 
-    @property
-    def reward_weights(self) -> list[float]:
-        return [reward.weight for reward in self.scorer.rewards]
-
     def _draw(self, policy: Policy, batch: PromptBatch, num_generations: int, greedy: bool) -> Sample:
         seeds_N = sample_seeds(self.seed, batch.split, batch.episode_index, batch.positions, num_generations)
         place = f"episode {batch.episode_index}" if batch.split == "train" else f"for {batch.split}"
@@ -191,6 +180,7 @@ def collect_together(sampler: Sampler, policy: Policy, batch: PromptBatch, greed
 
     Raises:
         Interruption: On every rank.
+        RewardError: On every rank, if the rewards of all ranks together failed too often.
     """
     collection, code = None, 0
     try:
@@ -200,25 +190,18 @@ def collect_together(sampler: Sampler, policy: Policy, batch: PromptBatch, greed
     if code := max(ranks.gather(code)):
         raise Interruption(code)
     assert collection is not None
+    check_scores(sampler.scorer, [sample.scores for sample in collection.trained], ranks)
+    if collection.baseline is not None:
+        check_scores(sampler.scorer, [collection.baseline.scores], ranks)
     return collection
 
 
-def check_failures(scorer: Scorer, collection: Collection, ranks: Ranks) -> None:
+def check_scores(scorer: Scorer, scores: Sequence[Scores], ranks: Ranks) -> None:
     """Stops the run when the rewards of all ranks together failed too often; every rank comes to the same end.
 
     Raises:
-        RewardError: With the last traceback, on the ranks that have one.
-    """
-    check_scores(scorer, [sample.scores for sample in collection.trained], ranks)
-    if collection.baseline is not None:
-        check_scores(scorer, [collection.baseline.scores], ranks)
-
-
-def check_scores(scorer: Scorer, scores: Sequence[Scores], ranks: Ranks) -> None:
-    """As `check_failures`, for some scores.
-
-    Raises:
-        RewardError: If more than `scorer.max_failures` of all completions have none.
+        RewardError: If more than `scorer.max_failures` of all completions have no score; with the last traceback, on
+            the ranks that have one.
     """
     totals_N = torch.cat([some.totals_N for some in scores])
     counts = ranks.gather((int(totals_N.isnan().sum()), totals_N.numel()))

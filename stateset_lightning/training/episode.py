@@ -14,10 +14,9 @@ from __future__ import annotations
 import heapq
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from stateset_lightning.algorithm import Algorithm
 from stateset_lightning.algorithm.aggregation import sequence_sums
 from stateset_lightning.policy import Group
 from stateset_lightning.ranks import Ranks
-from stateset_lightning.types import FinishReason, PromptBatch, Rollout, Scores
+from stateset_lightning.types import FinishReason, Rollout, Scores
 
 
 @dataclass(frozen=True)
@@ -89,11 +88,8 @@ class Episode:
         return tokens_T if self.sampled_T is None else tokens_T & self.sampled_T
 
     def state_dict(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> Episode:
-        return cls(**state)
+        """The arguments that make it."""
+        return {**vars(self)}
 
     def _select(self, rows_N: Tensor) -> MicroBatch:
         lengths = self.lengths_N.tolist()
@@ -141,20 +137,12 @@ class Plan:
     ranks: Ranks = field(default_factory=Ranks)
     max_tokens_per_step: int | None = None
 
-    @classmethod
-    def of(
-        cls, batch: PromptBatch, rollout: Rollout, accumulate: int, ranks: Ranks, max_tokens_per_step: int | None
-    ) -> Plan:
-        """The plan of a batch's episode."""
-        steps = batch.steps_per_episode
-        return cls(len(batch), rollout.num_generations, steps, accumulate, ranks, max_tokens_per_step)
-
     @property
     def optimizer_steps(self) -> int:
         """Optimizer steps of one pass."""
         return self.steps_per_episode // self.accumulate
 
-    def step_of_position(self, positions: np.ndarray) -> np.ndarray:
+    def step_of_position(self, positions: Tensor) -> Tensor:
         """The optimizer step of a pass that trains a global prompt position."""
         return positions * self.optimizer_steps // (self.num_prompts * self.ranks.world)
 
@@ -162,8 +150,8 @@ class Plan:
         self, prompt_tokens: Sequence[Sequence[int]], lengths_N: Tensor, active_N: Tensor
     ) -> tuple[Tensor, int | None]:
         """The micro-step of each of this rank's completions, int64 [N], and the tokens beyond `max_tokens_per_step`."""
-        step_P = self.step_of_position(np.arange(self.num_prompts) * self.ranks.world + self.ranks.rank)
-        micro_step_N = torch.from_numpy(step_P * self.accumulate).repeat_interleave(self.num_generations)
+        step_P = self.step_of_position(torch.arange(self.num_prompts) * self.ranks.world + self.ranks.rank)
+        micro_step_N = (step_P * self.accumulate).repeat_interleave(self.num_generations)
         groups: list[list[GroupShare]] = [[] for _ in range(self.optimizer_steps)]
         lengths, active = lengths_N.tolist(), active_N.tolist()
         for p, step in enumerate(step_P.tolist()):
@@ -211,7 +199,7 @@ def make_episode(
     if not algorithm.trains_on_zero_advantage:
         active_PG = active_PG & (advantages_PG != 0)
 
-    step_P = torch.from_numpy(plan.step_of_position(np.arange(plan.num_prompts * ranks.world)))
+    step_P = plan.step_of_position(torch.arange(plan.num_prompts * ranks.world))
     weights_PG = torch.zeros_like(advantages_PG)
     for step in range(plan.optimizer_steps):
         here = step_P == step

@@ -5,8 +5,8 @@ Letters: P prompts, G completions per prompt, N = P * G completions, T sampled t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -24,14 +24,15 @@ from stateset_lightning.types import Metrics, Rollout, Scores
 
 if TYPE_CHECKING:
     from stateset_lightning.training.collect import Collection
+    from stateset_lightning.training.step import TrainingStep
 
+# Nats that log-probs and entropies are rounded to before tokens are selected by them, and the KL before it is a score.
+#
+# Far above float error (float32), which depends on what else is in the batch, and far below any difference that
+# matters. So equal contexts are equal for every split and number of ranks, and a group of equal rewards stays constant
+# while the policy is its reference: otherwise a standard deviation of float noise would be divided by, and make
+# advantages of it.
 ROUNDING = 1e-4
-"""Nats that log-probs and entropies are rounded to before tokens are selected by them, and the KL before it is a score.
-
-Far above float error (float32), which depends on what else is in the batch, and far below any difference that matters.
-So equal contexts are equal for every split and number of ranks, and a group of equal rewards stays constant while the
-policy is its reference: otherwise a standard deviation of float noise would be divided by, and make advantages of it.
-"""
 
 
 def micro_batch_loss(
@@ -48,7 +49,7 @@ def micro_batch_loss(
     """
     if not batch.groups:
         return zero_loss(policy), {}
-    with seeded_dropout(policy.device, dropout_seed if policy.has_dropout else None):
+    with seeded_dropout(policy.device, dropout_seed) if policy.has_dropout else nullcontext():
         logprobs_T, entropies_T = policy.score(batch.groups, temperature)
     device = logprobs_T.device
 
@@ -89,14 +90,8 @@ def nan_if_not_finite(loss: Tensor) -> Tensor:
 
 
 @contextmanager
-def seeded_dropout(device: torch.device, seed: int | None) -> Iterator[None]:
-    """Dropout draws from the global generator: a seeded fork of it resumes exactly and leaves it untouched.
-
-    None: there is no dropout.
-    """
-    if seed is None:
-        yield
-        return
+def seeded_dropout(device: torch.device, seed: int) -> Iterator[None]:
+    """Dropout draws from the global generator: a seeded fork of it resumes exactly and leaves it untouched."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -125,30 +120,25 @@ class TrainedScores:
     ref_logprobs_T: Tensor | None = None
 
 
-def trained_scores(
-    collection: Collection,
-    reward_weights: Sequence[float],
-    policy: Policy,
-    reference: Policy | AdapterReference | None,
-    algorithm: Algorithm,
-    temperature: float,
-) -> TrainedScores:
+def trained_scores(step: TrainingStep, collection: Collection) -> TrainedScores:
     """The scores of an episode that are trained on.
 
     A held-out reward, of weight 0, is shown and never trained on: where it fails, 0 x NaN would fail the completion.
     """
-    columns = [f for f, weight in enumerate(reward_weights) if weight]
-    weights = [reward_weights[f] for f in columns]
+    algorithm, weights = step.algorithm, [reward.weight for reward in step.sampler.scorer.rewards]
+    columns = [f for f, weight in enumerate(weights) if weight]
+    weights = [weights[f] for f in columns]
     scores, rollout = collection.sample.scores, collection.sample.rollout
     names = tuple(scores.names[f] for f in columns)
     scores = replace(scores, names=names, values_NF=scores.values_NF[:, columns])
     baseline_PF = None if collection.baseline is None else collection.baseline.scores.values_NF[:, columns]
     if not algorithm.kl_in_reward:
         return TrainedScores(scores, weights, baseline_PF)
-    assert reference is not None
+    assert step.reference is not None
     # Both from the same kind of pass: a sampler of lower precision would add noise, of which a constant group makes
     # advantages.
-    logprobs_T, ref_logprobs_T = (all_logprobs(model, rollout, temperature) for model in (policy, reference))
+    models, temperature = (step.sampled_policy, step.reference), step.sampler.config.temperature
+    logprobs_T, ref_logprobs_T = (all_logprobs(model, rollout, temperature) for model in models)
     kl_N = kl_scores(scores, rollout, algorithm, logprobs_T, ref_logprobs_T)
     scores = replace(scores, names=(*names, "kl"), values_NF=torch.cat([scores.values_NF, kl_N[:, None]], dim=1))
     return TrainedScores(scores, [*weights, -algorithm.kl_coefficient], baseline_PF, logprobs_T, ref_logprobs_T)
@@ -179,45 +169,29 @@ def all_logprobs(policy: Policy | AdapterReference, rollout: Rollout, temperatur
     return all_T
 
 
-def add_fixed_logprobs(
-    episode: Episode,
-    scored: TrainedScores,
-    policy: Policy,
-    reference: Policy | AdapterReference | None,
-    algorithm: Algorithm,
-    plan: Plan,
-    temperature: float,
-    seed: int,
-    *,
-    old: bool,
-) -> None:
+def add_fixed_logprobs(step: TrainingStep, episode: Episode, scored: TrainedScores, plan: Plan, *, old: bool) -> None:
     """Fills in the reference's log-probs, the old ones and the selected tokens, as far as they are needed.
 
     Args:
+        step: Its policy is as it was when it sampled.
         episode: Gets them.
         scored: Log-probs that were needed for the scores already.
-        policy: As it was when it sampled.
-        reference: None where the algorithm has none.
-        algorithm: Says whether tokens are selected.
         plan: The episode's.
-        temperature: Divides the logits.
-        seed: The run's.
         old: Whether the loss needs old log-probs. With a single optimizer step they are the new ones, and no pass is
             made.
     """
-    groups = episode.active_batch().groups
+    groups, algorithm, temperature = episode.active_batch().groups, step.algorithm, step.sampler.config.temperature
     episode.ref_logprobs_T = scored.ref_logprobs_T
     episode.old_logprobs_T = scored.logprobs_T if old else None
-    if reference is not None and episode.ref_logprobs_T is None:
-        episode.ref_logprobs_T = episode.scatter(reference.score_without_gradient(groups, temperature)[0])
+    if step.reference is not None and episode.ref_logprobs_T is None:
+        episode.ref_logprobs_T = episode.scatter(step.reference.score_without_gradient(groups, temperature)[0])
     if not algorithm.selects_tokens and (not old or episode.old_logprobs_T is not None):
         return
-    logprobs, entropies = policy.score_without_gradient(groups, temperature)
-    episode.old_logprobs_T = episode.scatter(logprobs)
+    scored_T = step.sampled_policy.score_without_gradient(groups, temperature)
+    logprobs_T, entropies_T = (episode.scatter(values) for values in scored_T)
+    episode.old_logprobs_T = logprobs_T
     if algorithm.selects_tokens:
-        episode.select_T = selected_tokens(
-            episode, episode.old_logprobs_T, episode.scatter(entropies), algorithm, plan, seed
-        )
+        episode.select_T = selected_tokens(episode, logprobs_T, entropies_T, algorithm, plan, step.sampler.seed)
 
 
 def selected_tokens(
@@ -231,18 +205,13 @@ def selected_tokens(
     ranks, size, lengths = plan.ranks, episode.num_generations, episode.lengths_N.tolist()
     n = torch.arange(len(lengths))
     position_N = (n // size * ranks.world + ranks.rank) * size + n % size  # of a completion among those of all ranks
-    step_N = episode.micro_step_N // plan.accumulate
+    positions_N, steps_N = position_N.tolist(), (episode.micro_step_N // plan.accumulate).tolist()
+    advantages_N = episode.advantages_N.tolist()
     rows = [int(i) for i in episode.active_N.nonzero()]
     sampled = episode.sampled_tokens_of(episode.active_N).split(lengths)
     logprobs, entropies = logprobs_T.split(lengths), entropies_T.split(lengths)
     mine = {
-        int(position_N[i]): (
-            int(step_N[i]),
-            float(episode.advantages_N[i]),
-            logprobs[i][sampled[i]],
-            entropies[i][sampled[i]],
-        )
-        for i in rows
+        positions_N[i]: (steps_N[i], advantages_N[i], logprobs[i][sampled[i]], entropies[i][sampled[i]]) for i in rows
     }
     everyone = {position: values for of_rank in ranks.gather(mine) for position, values in of_rank.items()}
 
@@ -256,7 +225,7 @@ def selected_tokens(
     select_T = torch.zeros(len(logprobs_T), dtype=torch.bool)
     views = select_T.split(lengths)
     for i in rows:
-        views[i][sampled[i]] = chosen[int(position_N[i])]
+        views[i][sampled[i]] = chosen[positions_N[i]]
     return select_T
 
 

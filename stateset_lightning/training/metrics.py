@@ -80,9 +80,9 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -99,15 +99,15 @@ if TYPE_CHECKING:
     from stateset_lightning.training.episode import Episode
     from stateset_lightning.training.resample import Sample
 
+# Those of the text above, `<name>` standing for anything; none if Python drops docstrings (-OO).
 NAMES = [
     name
     for names in re.findall(r"^    (\S+(?:, \S+)?)  +\S", __doc__ or "", flags=re.MULTILINE)
     for name in names.split(", ")
 ]
-"""Those of the text above, `<name>` standing for anything; none if Python drops docstrings (-OO)."""
 
+# Shown by Lightning's progress bars.
 PROGRESS_BAR = ("train/reward", "completion/mean_tokens", "work/tokens_per_s")
-"""Shown by Lightning's progress bars."""
 
 
 class SumCounts:
@@ -190,24 +190,34 @@ def of_episode(collection: Collection, episode: Episode, scores: Scores, policy:
         ranks: Of the run.
     """
     sample = collection.sample
-    metrics = {
+    everything = [each for each in (*collection.trained, collection.baseline) if each is not None]
+    tokens = sum(int(each.rollout.sampled_T.sum()) for each in everything)
+    seconds = max(collection.seconds, collection.seconds_ahead or 0.0)
+    metrics: Metrics = {
         **sample_metrics(sample, episode.advantages_N),
         **work_metrics(episode, policy),
         **collection.engine_metrics,
-        **_times(collection, ranks),
+        "time/sample_s": (collection.seconds, 1),
+        "time/score_s": (sum(each.scores.seconds for each in everything), 1),
     }
+    failures: Counter[str] = Counter()
+    for each in everything:
+        failures.update(failure_counts(each.scores))
+    counts: dict[str, float] = {**failures, **collection.costs, "work/tokens_per_s": tokens / seconds}
+    if collection.seconds_ahead is not None:
+        metrics["work/sampled_ahead"] = (float(collection.seconds_ahead > 0), 1)
     if scores.names[-1:] == ("kl",):
         metrics["policy/kl_reward"] = _mean(scores.values_NF[:, -1])
     if collection.baseline is not None:
         metrics["train/baseline_reward"] = _mean(collection.baseline.scores.totals_N)
-    if collection.replaced is not None:
-        metrics["groups/resampled"] = (
-            len(collection.replaced[0].batch) if collection.replaced else 0,
-            len(sample.batch),
-        )
-    for name, number in _counts(collection, episode).items():
-        metrics[name] = (number, 1 / ranks.world)  # a sum over ranks, not a mean
-    return metrics
+    if collection.is_dynamic:
+        drawn = [len(each.batch) for each in collection.trained[1:]]
+        metrics["groups/resampled"] = (drawn[0] if drawn else 0, len(sample.batch))
+        counts["work/extra_prompts"] = sum(drawn)
+    if episode.tokens_over_budget is not None:
+        counts["work/over_budget_tokens"] = episode.tokens_over_budget
+    # a sum over ranks, not a mean
+    return metrics | {name: (number, 1 / ranks.world) for name, number in counts.items()}
 
 
 def sample_metrics(sample: Sample, advantages_N: Tensor) -> Metrics:
@@ -225,9 +235,9 @@ def sample_metrics(sample: Sample, advantages_N: Tensor) -> Metrics:
     }
 
 
-def reward_metrics(scores: Scores, prefix: str = "reward/") -> Metrics:
+def reward_metrics(scores: Scores) -> Metrics:
     """Mean of each reward over the completions that it scored."""
-    return {f"{prefix}{name}": _mean(column) for column, name in zip(scores.values_NF.T, scores.names, strict=True)}
+    return {f"reward/{name}": _mean(column) for column, name in zip(scores.values_NF.T, scores.names, strict=True)}
 
 
 def group_metrics(totals_PG: Tensor) -> Metrics:
@@ -274,35 +284,11 @@ def peak_memory_mb(device: torch.device) -> float:
     """Peak memory in MB: allocated on a CUDA device since the start, resident of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if (status := Path("/proc/self/status")).exists():  # Linux
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**10  # kB
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes on macOS, KiB on Linux
-
-
-def _counts(collection: Collection, episode: Episode) -> Mapping[str, float]:
-    counts: Counter[str] = Counter()
-    for sample in collection.everything:
-        counts.update(failure_counts(sample.scores))
-    numbers: dict[str, float] = {**counts, **collection.costs}
-    if collection.replaced is not None:
-        numbers["work/extra_prompts"] = sum(len(sample.batch) for sample in collection.replaced)
-    if episode.tokens_over_budget is not None:
-        numbers["work/over_budget_tokens"] = episode.tokens_over_budget
-    return numbers
-
-
-def _times(collection: Collection, ranks: Ranks) -> Metrics:
-    tokens = sum(int(sample.rollout.sampled_T.sum()) for sample in collection.everything)
-    seconds = max(collection.seconds, collection.seconds_ahead or 0.0)
-    times: Metrics = {
-        "time/sample_s": (collection.seconds, 1),
-        "time/score_s": (sum(sample.scores.seconds for sample in collection.everything), 1),
-        "work/tokens_per_s": (tokens / seconds, 1 / ranks.world),  # ranks add up
-    }
-    if collection.seconds_ahead is not None:
-        times["work/sampled_ahead"] = (float(collection.seconds_ahead > 0), 1)
-    return times
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
 
 
 def _mean(values: Tensor) -> tuple[Tensor, int]:
@@ -312,11 +298,6 @@ def _mean(values: Tensor) -> tuple[Tensor, int]:
 
 
 # An optimizer step ----------------------------------------------------------------------------------------------------
-
-
-def of_loss(loss: Tensor, micro_steps: int) -> Metrics:
-    """The share of one micro-step, of the optimizer step's `micro_steps` on all ranks, in its loss."""
-    return {"policy/loss": (loss, 1 / micro_steps)}
 
 
 def of_tokens(logprobs_T: Tensor, sampling_logprobs_T: Tensor, entropies_T: Tensor) -> Metrics:

@@ -6,7 +6,8 @@ completions per prompt, N = P * G completions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -18,8 +19,8 @@ from stateset_lightning.types import PromptBatch, Rollout, Scores
 
 T = TypeVar("T")
 
+# (batch, slots of it, round) -> other prompts for these slots; see `EpisodeLoader.replacements`.
 Replacements = Callable[[PromptBatch, Sequence[int], int], PromptBatch]
-"""(batch, slots of it, round) -> other prompts for these slots; see `EpisodeLoader.replacements`."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,15 @@ class Sample:
 
     def with_groups(self, slots: Sequence[int], other: Sample) -> Sample:
         """The groups of `other` in place of those in the given slots, whose positions they take over."""
-        size = self.rollout.num_generations
-        prompts = {slot: i for i, slot in enumerate(slots)}  # slot -> prompt of `other`
-        completions = {slot * size + g: i * size + g for slot, i in prompts.items() for g in range(size)}
-        return Sample(
-            _batch(self.batch, other.batch, prompts),
-            _rollout(self.rollout, other.rollout, prompts, completions),
-            _scores(self.scores, other.scores, completions),
-        )
+        size, prompts = self.rollout.num_generations, list(range(len(self.batch)))
+        for i, slot in enumerate(slots):
+            prompts[slot] = len(prompts) + i  # counted through both
+        completions = [prompt * size + g for prompt in prompts for g in range(size)]
+        batch = copy(self.batch)
+        for name in ("prompt_tokens", "conversations", "scenarios", "rows"):
+            setattr(batch, name, _picked(getattr(self.batch, name), getattr(other.batch, name), prompts))
+        rollout = _rollout(self.rollout, other.rollout, prompts, completions)
+        return Sample(batch, rollout, _scores(self.scores, other.scores, completions))
 
 
 def resample(
@@ -69,53 +71,38 @@ def resample(
     return current, drawn
 
 
-def _merged(mine: Sequence[T], other: Sequence[T], place: Mapping[int, int]) -> list[T]:
-    """`mine`, with `other[place[i]]` instead of each item i in `place`."""
-    return [other[place[i]] if i in place else value for i, value in enumerate(mine)]
+def _picked(mine: Sequence[T], other: Sequence[T], rows: Sequence[int]) -> list[T]:
+    """Items of both, in this order."""
+    both = [*mine, *other]
+    return [both[row] for row in rows]
 
 
-def _batch(mine: PromptBatch, other: PromptBatch, prompts: Mapping[int, int]) -> PromptBatch:
-    assert mine.rows is not None
-    assert other.rows is not None
-    return PromptBatch(
-        prompt_tokens=_merged(mine.prompt_tokens, other.prompt_tokens, prompts),
-        conversations=_merged(mine.conversations, other.conversations, prompts),
-        scenarios=_merged(mine.scenarios, other.scenarios, prompts),
-        positions=mine.positions,
-        episode_index=mine.episode_index,
-        micro_step=mine.micro_step,
-        num_micro_steps=mine.num_micro_steps,
-        steps_per_episode=mine.steps_per_episode,
-        split=mine.split,
-        rows=_merged(mine.rows, other.rows, prompts),
-    )
-
-
-def _rollout(mine: Rollout, other: Rollout, prompts: Mapping[int, int], completions: Mapping[int, int]) -> Rollout:
+def _rollout(mine: Rollout, other: Rollout, prompts: Sequence[int], completions: Sequence[int]) -> Rollout:
     def packed(values_T: Tensor, other_T: Tensor) -> Tensor:
         parts = values_T.split(mine.lengths_N.tolist()), other_T.split(other.lengths_N.tolist())
-        return torch.cat(_merged(*parts, completions))
+        return torch.cat(_picked(*parts, completions))
 
     return replace(
         mine,
-        prompt_tokens=_merged(mine.prompt_tokens, other.prompt_tokens, prompts),
+        prompt_tokens=_picked(mine.prompt_tokens, other.prompt_tokens, prompts),
         completion_tokens_T=packed(mine.completion_tokens_T, other.completion_tokens_T),
-        lengths_N=torch.stack(_merged(list(mine.lengths_N), list(other.lengths_N), completions)),
+        lengths_N=torch.cat([mine.lengths_N, other.lengths_N])[completions],
         logprobs_T=packed(mine.logprobs_T, other.logprobs_T),
         sampled_T=packed(mine.sampled_T, other.sampled_T),
-        finish_reasons=_merged(mine.finish_reasons, other.finish_reasons, completions),
-        texts=_merged(mine.texts, other.texts, completions),
+        finish_reasons=_picked(mine.finish_reasons, other.finish_reasons, completions),
+        texts=_picked(mine.texts, other.texts, completions),
     )
 
 
-def _scores(mine: Scores, other: Scores, completions: Mapping[int, int]) -> Scores:
-    back = {there: n for n, there in completions.items()}
-    kept = [failure for failure in mine.failures if failure.completion not in completions]
+def _scores(mine: Scores, other: Scores, completions: Sequence[int]) -> Scores:
+    place = {completion: n for n, completion in enumerate(completions)}
+    failures = [(failure.completion, failure) for failure in mine.failures]
+    failures += [(len(completions) + failure.completion, failure) for failure in other.failures]
     return replace(
         mine,
-        values_NF=torch.stack(_merged(list(mine.values_NF), list(other.values_NF), completions)),
-        totals_N=torch.stack(_merged(list(mine.totals_N), list(other.totals_N), completions)),
-        breakdowns=_merged(mine.breakdowns, other.breakdowns, completions) if mine.breakdowns else [],
-        failures=kept + [replace(failure, completion=back[failure.completion]) for failure in other.failures],
+        values_NF=torch.cat([mine.values_NF, other.values_NF])[completions],
+        totals_N=torch.cat([mine.totals_N, other.totals_N])[completions],
+        breakdowns=_picked(mine.breakdowns, other.breakdowns, completions) if mine.breakdowns else [],
+        failures=[replace(failure, completion=place[n]) for n, failure in failures if n in place],
         seconds=mine.seconds + other.seconds,
     )

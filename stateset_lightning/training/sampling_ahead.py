@@ -32,7 +32,8 @@ class SamplingAhead(Generic[T]):
     def __init__(self) -> None:
         self._episode = -1
         self._future: Future[tuple[T, float]] | None = None
-        self._threads = _one_thread()
+        # a server that hangs must not hold up the end of the program
+        self._threads = DaemonThreads(1, "sampling-ahead")
 
     def start(self, episode: int, draw: Callable[[], T]) -> None:
         """Begins to draw an episode's sample."""
@@ -64,11 +65,7 @@ class SamplingAhead(Generic[T]):
         """Forgets what is being drawn; its thread ends with the requests that are under way. Another run may follow."""
         self._future = None
         self._threads.close(seconds=0)
-        self._threads = _one_thread()
-
-
-def _one_thread() -> DaemonThreads:
-    return DaemonThreads(1, "sampling-ahead")  # a server that hangs must not hold up the end of the program
+        self._threads = DaemonThreads(1, "sampling-ahead")
 
 
 def sampling_ahead(sampling: RolloutConfig, engine: RolloutEngine | None) -> SamplingAhead[Any] | None:

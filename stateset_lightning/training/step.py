@@ -29,7 +29,7 @@ from stateset_lightning.policy import AdapterReference, Policy
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.seeding import derive_seed
 from stateset_lightning.training import checks, metrics
-from stateset_lightning.training.collect import Sampler, check_failures, collect_together
+from stateset_lightning.training.collect import Sampler, collect_together
 from stateset_lightning.training.episode import Plan, make_episode
 from stateset_lightning.training.loss import add_fixed_logprobs, micro_batch_loss, nan_if_not_finite, trained_scores
 from stateset_lightning.training.state import TrainingState
@@ -79,29 +79,24 @@ class TrainingStep:
         loss, sums = micro_batch_loss(self.policy, self.algorithm, episode.micro_batch(micro_step), temperature, seed)
         # DDP averages over ranks and Lightning divides by the accumulation: the sum over tokens is meant.
         factor = self.ranks.world * self.accumulate
-        state.metrics.step.add(sums | metrics.of_loss(loss.detach(), factor))
+        state.metrics.step.add(sums | {"policy/loss": (loss.detach(), 1 / factor)})
         return nan_if_not_finite(loss) * factor
 
     def start_episode(self, batch: PromptBatch) -> None:
         """Samples and scores the prompts, and computes what stays fixed while the episode is trained on."""
         start, policy, algorithm = time.perf_counter(), self.sampled_policy, self.algorithm
         collection = collect_together(self.sampler, policy, batch, algorithm.needs_greedy_baseline, self.ranks)
-        check_failures(self.sampler.scorer, collection, self.ranks)
         if self.report is not None:
             self.report(batch.episode_index, *collection.groups_of_all_ranks(self.ranks))
         collection = self.sampler.start_next(policy, collection, self.upcoming)
 
-        temperature = self.sampler.config.temperature
-        scored = trained_scores(collection, self.sampler.reward_weights, policy, self.reference, algorithm, temperature)
-        rollout = collection.sample.rollout
-        plan = Plan.of(batch, rollout, self.accumulate, self.ranks, self.max_tokens_per_step)
+        scored, rollout = trained_scores(self, collection), collection.sample.rollout
+        shape = len(batch), rollout.num_generations, batch.steps_per_episode
+        plan = Plan(*shape, self.accumulate, self.ranks, self.max_tokens_per_step)
         episode = make_episode(
             batch.episode_index, rollout, scored.scores, scored.weights, algorithm, plan, scored.baseline_PF
         )
-        several_steps = batch.num_micro_steps > self.accumulate
-        add_fixed_logprobs(
-            episode, scored, policy, self.reference, algorithm, plan, temperature, self.sampler.seed, old=several_steps
-        )
+        add_fixed_logprobs(self, episode, scored, plan, old=batch.num_micro_steps > self.accumulate)
 
         sums = metrics.of_episode(collection, episode, scored.scores, policy, self.ranks)
         state = self.state

@@ -5,8 +5,7 @@ import math
 
 import pytest
 
-from stateset_lightning.evaluation import majority, pass_at_k, pass_hat_k, wilson_interval
-from stateset_lightning.evaluation.estimators import half_width
+from stateset_lightning.evaluation.estimators import half_width, majority, pass_at_k, pass_hat_k, wilson_interval
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7])

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from stateset_lightning.evaluation import PromptMeans
+from stateset_lightning.evaluation.means import PromptMeans
 
 NAN = math.nan
 
 
 def make(**options):
-    return PromptMeans(["reward", "solved"], intervals=["reward"], shares=["solved"], by_topic=["solved"], **options)
+    return PromptMeans(["reward", "solved"], intervals=["reward"], shares=["solved"], **options)
 
 
 def test_means_intervals_and_topics_by_hand():
@@ -25,8 +25,11 @@ def test_means_intervals_and_topics_by_hand():
     assert values == {
         "reward": 1.0,
         "solved": pytest.approx(2 / 3),
+        "topic/sums/reward": 0.5,
+        "topic/dates/iso/reward": 1.5,
         "topic/sums/solved": 1.0,
         "topic/dates/iso/solved": 0.0,
+        "num_completions": 4,
     }
     assert set(metric.logged_names()) == {
         "reward",
@@ -34,26 +37,28 @@ def test_means_intervals_and_topics_by_hand():
         "reward_ci95",
         "solved_low",
         "solved_high",
+        "topic/<topic>/reward",
         "topic/<topic>/solved",
+        "num_completions",
     }
 
 
 def test_nothing_known_gives_nothing():
     metric = make()
     with pytest.warns(UserWarning, match="before the ``update``"):
-        assert metric.compute() == {}
+        assert metric.compute() == {"num_completions": 0}
     metric.update(torch.tensor([[NAN, NAN]]), ["sums"])
-    assert metric.compute() == {}
+    assert metric.compute() == {"num_completions": 1}
     metric.reset()
     metric.update(torch.tensor([[2.0, 1.0]]), [None])
     # no spread can be told from one prompt
-    assert set(metric.compute()) == {"reward", "solved", "solved_low", "solved_high"}
+    assert set(metric.compute()) == {"reward", "solved", "solved_low", "solved_high", "num_completions"}
 
 
 def test_long_topics_stay_apart():
     metric = make()
     metric.update(torch.tensor([[0.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), ["é" * 60 + "a", "é" * 60 + "b", "x" * 64])
-    topics = {name: value for name, value in metric.compute().items() if name.startswith("topic/")}
+    topics = {name: value for name, value in metric.compute().items() if name.endswith("/solved")}
     assert sorted(topics.values()) == [0.0, 1.0, 1.0]
     assert f"topic/{'x' * 64}/solved" in topics
 

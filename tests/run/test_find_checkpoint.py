@@ -21,7 +21,7 @@ from module_runs import DigitReward, fit, make_data, make_module, make_trainer
 from stateset_lightning.cli.main import main
 from stateset_lightning.errors import CheckpointError, ConfigError
 from stateset_lightning.run.checkpoint_io import AtomicCheckpointIO
-from stateset_lightning.run.find_checkpoint import check_checkpoint, continue_run, find_checkpoint
+from stateset_lightning.run.find_checkpoint import continue_run, find_among, find_checkpoint
 from stateset_lightning.run.folder import run_folder
 
 
@@ -249,14 +249,14 @@ def test_an_absent_or_foreign_checkpoint_is_refused(tmp_path):
 
 
 def test_checkpoints_are_told_from_other_files(tmp_path):
-    for name in ("hpc", "registry:model", "s3://bucket/x.ckpt", str(tmp_path)):
-        check_checkpoint(name)
+    for name in ("hpc", "registry:model", "s3://bucket/x.ckpt"):
+        find_among([], name)
     good = tmp_path / "good.ckpt"
     torch.save({"state_dict": {}, "stateset": {}}, good)
-    check_checkpoint(str(good))
+    find_among([], str(good))
     good.write_bytes(good.read_bytes()[:-100])
     with pytest.raises(ConfigError, match="damaged"):
-        check_checkpoint(str(good))
+        find_among([], str(good))
 
 
 # What files say of themselves -----------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """One run at a time writes to a folder, and runs that start together get folders of their own."""
 
+import errno
 import os
 import signal
 import socket
@@ -12,9 +13,12 @@ import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from module_runs import fit, make_trainer
+from test_files import full_disk
 
-from stateset_lightning.errors import ConfigError
+from stateset_lightning.errors import ConfigError, DiskError
+from stateset_lightning.run.last_checkpoint import remove_link
 from stateset_lightning.run.lightning_internals import claim_versions
+from stateset_lightning.run.lock import RunLock
 
 HOLDS = """
 import fcntl, os, sys, time
@@ -45,6 +49,43 @@ class Forks(Callback):
             signal.alarm(30)
             signal.pause()
         self.child = child
+
+
+def taken(folder):
+    RunLock().take(make_trainer(folder, logger=logger(folder)))
+
+
+def no_folder(folder, monkeypatch):
+    (folder / "run").write_text("in the way")
+    taken(folder)
+
+
+def full(folder, monkeypatch):
+    with full_disk(0):
+        taken(folder)
+
+
+def read_only(folder, monkeypatch):
+    def refuse(path):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+
+    monkeypatch.setattr(os, "remove", refuse)
+    (folder / "last.ckpt").symlink_to("best.ckpt")
+    remove_link(make_trainer(folder), str(folder / "last.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("cause", "said"),
+    [
+        (no_folder, r"version_0/\.lock: cannot be written \(Not a directory\)"),
+        (full, r"version_0/\.lock: cannot be written \(File too large\)"),
+        (read_only, r"last\.ckpt: the link cannot be removed \(Read-only file system\)"),
+    ],
+)
+def test_a_disk_that_refuses_gives_one_line(tmp_path, monkeypatch, cause, said):
+    with pytest.raises(DiskError, match=said) as caught:
+        cause(tmp_path, monkeypatch)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_second_run_in_the_folder_of_one_that_trains_is_refused_and_changes_nothing(tmp_path):

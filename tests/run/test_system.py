@@ -27,7 +27,8 @@ def test_it_names_versions_and_hardware_and_no_machine():
     assert found["torch"] == version("torch")
     assert found["python"] == platform.python_version()
     assert (
-        platform.node() not in json.dumps({name: value for name, value in found.items() if name not in PACKAGES})
+        platform.node()
+        not in json.dumps({name: value for name, value in found.items() if name not in PACKAGES.split()})
         or not platform.node()
     )
 

@@ -55,8 +55,8 @@ def make_trainer(
     )
 
 
-def monitors(trainer, metrics):
-    check_monitors(trainer, trainer.datamodule, metrics)
+def monitors(trainer):
+    check_monitors(trainer, make_module())
 
 
 def fits_trainer(trainer):
@@ -126,13 +126,13 @@ NEWEST = ModelCheckpoint(save_last=True, save_top_k=0)
 
 
 def test_monitors_get_their_metric():
-    monitors(make_trainer(callbacks=[ModelCheckpoint(**BEST), ModelCheckpoint()]), ["val/reward"])
+    monitors(make_trainer(callbacks=[ModelCheckpoint(**BEST), ModelCheckpoint()]))
     train = ModelCheckpoint(monitor="train/reward", mode="max")
-    monitors(make_trainer(callbacks=[train], has_validation=False), ["val/reward"])
+    monitors(make_trainer(callbacks=[train], has_validation=False))
     with pytest.raises(ConfigError, match=r"EarlyStopping.monitor=val_reward.*it logs val/reward"):
-        monitors(make_trainer(callbacks=[EarlyStopping("val_reward")]), ["val/reward"])
+        monitors(make_trainer(callbacks=[EarlyStopping("val_reward")]))
     with pytest.raises(ConfigError, match=r"nothing to validate on"):
-        monitors(make_trainer(callbacks=[EarlyStopping("val/reward")], has_validation=False), ["val/reward"])
+        monitors(make_trainer(callbacks=[EarlyStopping("val/reward")], has_validation=False))
 
 
 @pytest.mark.parametrize(
@@ -154,15 +154,15 @@ def test_monitors_get_their_metric():
 @pytest.mark.parametrize("callback", [ModelCheckpoint(**BEST), EarlyStopping(**BEST)], ids=lambda c: type(c).__name__)
 def test_a_monitor_of_a_validation_that_never_comes_is_refused(run, never, callback):
     with pytest.raises(ConfigError, match=f"validation never runs: .*{never}") if never else nullcontext():
-        monitors(make_trainer(callbacks=[callback], **run), ["val/reward"])
+        monitors(make_trainer(callbacks=[callback], **run))
 
 
 def test_a_short_try_may_never_validate_if_its_newest_state_is_kept():
     never = {"validation": (1.0, 1, 0)}
     for keeps in (NEWEST, ModelCheckpoint(every_n_train_steps=2)):
-        monitors(make_trainer(callbacks=[ModelCheckpoint(**BEST), keeps], **never), ["val/reward"])
+        monitors(make_trainer(callbacks=[ModelCheckpoint(**BEST), keeps], **never))
     with pytest.raises(ConfigError, match="EarlyStopping"):
-        monitors(make_trainer(callbacks=[EarlyStopping(**BEST), NEWEST], **never), ["val/reward"])
+        monitors(make_trainer(callbacks=[EarlyStopping(**BEST), NEWEST], **never))
 
 
 def test_a_validation_by_the_clock_may_come(tmp_path):

@@ -108,7 +108,7 @@ def test_every_completion_has_a_micro_step_of_the_optimizer_step_of_its_prompt(
         cut = Plan(prompts, generations, steps * accumulate, accumulate, Ranks(rank, world), budget)
         micro_N = np.array(micro_steps(cut, lengths, active))
         assert ((micro_N >= 0) & (micro_N < steps * accumulate)).all()
-        positions = np.arange(prompts) * world + rank
+        positions = torch.arange(prompts) * world + rank
         assert (micro_N // accumulate == np.repeat(cut.step_of_position(positions), generations)).all()
 
 
@@ -118,14 +118,14 @@ def test_optimizer_steps_are_contiguous_ranges_equal_for_any_number_of_ranks(pla
     for world in (1, 2, 4):
         total = prompts * 4
         cut = Plan(total // world, generations, steps * accumulate, accumulate, Ranks(0, world))
-        step_of = cut.step_of_position(np.arange(total))
+        step_of = cut.step_of_position(torch.arange(total))
         assert (np.diff(step_of) >= 0).all()
         assert step_of[0] == 0
         assert step_of[-1] < steps
         counts = np.bincount(step_of, minlength=steps)
         assert counts.max() - counts.min() <= 1
         assert (
-            step_of == Plan(total, generations, steps * accumulate, accumulate).step_of_position(np.arange(total))
+            step_of == Plan(total, generations, steps * accumulate, accumulate).step_of_position(torch.arange(total))
         ).all()
 
 
@@ -322,7 +322,7 @@ def test_an_episode_survives_a_checkpoint_without_pickled_objects() -> None:
     file = io.BytesIO()
     torch.save(episode.state_dict(), file)
     file.seek(0)
-    restored = Episode.from_state_dict(torch.load(file, weights_only=True))
+    restored = Episode(**torch.load(file, weights_only=True))
     for name, value in episode.state_dict().items():
         other = getattr(restored, name)
         if isinstance(value, Tensor):
@@ -406,7 +406,7 @@ def test_tokens_that_were_not_sampled_are_read_but_not_trained() -> None:
     assert batch.groups[0].sampled == [[True, False, True], [True, True]]
     assert torch.equal(batch.sampling_logprobs_T, rollout.logprobs_T[rollout.sampled_T])
     assert episode.scatter(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [1, 0, 2, 3, 4]
-    again = Episode.from_state_dict({k: v for k, v in episode.state_dict().items() if k != "sampled_T"})
+    again = Episode(**{k: v for k, v in episode.state_dict().items() if k != "sampled_T"})
     assert again.micro_batch(0).lengths_N.tolist() == [
         3,
         2,

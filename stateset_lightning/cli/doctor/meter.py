@@ -18,9 +18,13 @@ from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_e
 
 from stateset_lightning.training.metrics import peak_memory_mb
 
+# Seconds after which a phase is stopped: a large model on a CPU must not take hours.
 LIMIT = 120.0
-"""Seconds after which a phase is stopped: a large model on a CPU must not take hours."""
 
+# The phases, and what to change where one runs out of memory.
+#
+# `log-probs`: the reference's and the old ones, computed once per episode; `training`: forward and backward of a
+# micro-step; `update`: the optimizer's step.
 REMEDIES = {
     "load": "set model.policy.lora (no second model for a reference) or trainer.precision, or choose a smaller model",
     "sampling": "lower model.rollout.max_batch_rows or model.rollout.max_new_tokens",
@@ -30,11 +34,6 @@ REMEDIES = {
     " model.policy.gradient_checkpointing or model.policy.lora",
     "update": "set model.policy.lora, or choose an optimizer with less state",
 }
-"""The phases, and what to change where one runs out of memory.
-
-`log-probs`: the reference's and the old ones, computed once per episode; `training`: forward and backward of a
-micro-step; `update`: the optimizer's step.
-"""
 
 Result = TypeVar("Result")
 
@@ -90,7 +89,7 @@ class Meter:
                 raise
             self.problems.append(f"out of memory on {self.device}, {case}, {phase}: {REMEDIES[phase]}")
             return None
-        seconds, peak = time.perf_counter() - start, peak_memory(self.device)
+        seconds, peak = time.perf_counter() - start, peak_memory_mb(self.device)
         self.costs[case, phase] = Cost(seconds, peak, stopped)
         print(f"  {case:11} {phase:9} {'> ' * stopped}{seconds:,.2f} s, {peak:,.1f} MB", flush=True)
         return result
@@ -123,10 +122,3 @@ def reset_peak_memory(device: torch.device) -> None:
         return
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc_pid_clear_refs(5)
-
-
-def peak_memory(device: torch.device) -> float:
-    """MB at most since `reset_peak_memory`."""
-    if device.type != "cuda" and (status := Path("/proc/self/status")).exists():
-        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**10  # kB
-    return peak_memory_mb(device)

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -28,11 +27,11 @@ from stateset_lightning.training.collect import ready_engine
 from stateset_lightning.training.schedule import optimizer_steps_of_run
 from stateset_lightning.types import FinishReason, Rollout, Scenario
 
-BARS = 8
-"""Of the histogram of prompt lengths."""
+# The commonest, that are shown.
+TOPICS = 8
 
+# Characters of a prompt or completion that are shown.
 TEXT = 300
-"""Characters of a prompt or completion that are shown."""
 
 
 class DoctorCLI(StatesetCLI):
@@ -99,10 +98,10 @@ class Doctor:
                 dropped, cut = self.data.dropped[split], self.data.truncated[split]
                 share = f"{(dropped + cut) / (len(lengths) + dropped):.1%} above data.max_prompt_tokens={limit}"
                 tokens += f", {share}; {dropped} dropped, {cut} cut to their last tokens"
-            _show([f"{split}: {len(lengths):,} rows of {tokens}", *_histogram(lengths)])
+            _show([f"{split}: {len(lengths):,} rows of {tokens}"])
             if topics := Counter(s.topic for s in scenarios.scenarios if s.topic is not None):
-                common = ", ".join(f"{topic} {count}" for topic, count in topics.most_common(BARS))
-                _show([f"{len(topics)} topics: {common}{', ...' if len(topics) > BARS else ''}"])
+                common = ", ".join(f"{topic} {count}" for topic, count in topics.most_common(TOPICS))
+                _show([f"{len(topics)} topics: {common}{', ...' if len(topics) > TOPICS else ''}"])
         if "validation" in self.data.num_scenarios:
             seen = {tuple(prompt) for prompt in self.data.served("train")[1]}
             if both := sum(tuple(prompt) in seen for prompt in self.data.served("validation")[1]):
@@ -200,7 +199,7 @@ class Doctor:
             with self._section():
                 found = find_resumed(trainer, path)
                 if found is not None and local_path(found) is not None:
-                    state = read_checkpoint(Path(found), map_location="cpu", mmap=True)["stateset"]
+                    state = read_checkpoint(Path(found))["stateset"]
                     check_resumable(state, module.seed, trainer.accumulate_grad_batches, trainer.world_size)
 
     @contextmanager
@@ -223,13 +222,3 @@ def _shortened(text: str) -> str:
     """On one line, without what a terminal would obey."""
     shown = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return shown if len(shown) <= TEXT else f"{shown[:TEXT]}..."
-
-
-def _histogram(lengths: np.ndarray) -> list[str]:
-    edges = np.unique(np.linspace(lengths.min(), lengths.max() + 1, BARS + 1).astype(int))
-    counts, _ = np.histogram(lengths, bins=edges)
-    width = max(len(str(edges[-1])), 1)
-    return [
-        f"  {first:>{width}}-{last - 1:<{width}} {'#' * round(30 * count / counts.max()):<30} {count:,}"
-        for first, last, count in zip(edges[:-1], edges[1:], counts, strict=True)
-    ]

@@ -19,12 +19,12 @@ from stateset_lightning.run.folder import CONFIGS, ENVIRONMENT, METRICS, SAMPLES
 
 SPLITS = ("train", "validation", "test")
 
+# Points of a curve; of longer ones, means of equally many neighbours.
 MAX_POINTS = 1500
-"""Points of a curve; of longer ones, means of equally many neighbours."""
 MAX_EPISODES, MAX_PROMPTS, MAX_EVALUATIONS = 60, 60, 12
 MAX_SAMPLE_BYTES = 6_000_000
+# Characters of a prompt or completion.
 MAX_TEXT = 6_000
-"""Characters of a prompt or completion."""
 
 Item = TypeVar("Item")
 
@@ -54,8 +54,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         "evaluations": evaluations,
         "shown": shown,
         "config": text,
-        "facts": _facts(text, config),
-        "environment": _read_json(there[ENVIRONMENT]) if ENVIRONMENT in there else {},
+        "facts": {} if config is None else _facts(_parsed(config) or {}),
+        "environment": _parsed(there[ENVIRONMENT]) if ENVIRONMENT in there else {},
         "missing": [name for name in files if name not in there],
     }
 
@@ -179,9 +179,8 @@ def _completion(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cut(text: str) -> str:
-    return (
-        text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} … ({len(text) - MAX_TEXT} more characters in {SAMPLES})"
-    )
+    more = len(text) - MAX_TEXT
+    return text if more <= 0 else f"{text[:MAX_TEXT]} … ({more} more characters in {SAMPLES})"
 
 
 def _spread(items: Sequence[Item], count: int) -> list[Item]:
@@ -202,19 +201,16 @@ def _within(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------------
 
 
-def _read_json(path: Path) -> Any:
+def _parsed(path: Path) -> Any:
+    parse, kind = (json.loads, "JSON") if path.suffix == ".json" else (yaml.safe_load, "YAML")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from error
+        return parse(path.read_text(encoding="utf-8", errors="replace"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as {kind}: {' '.join(str(error).split())[:200]}") from error
 
 
-def _facts(text: str, path: Path | None) -> dict[str, Any]:
+def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
     """Model, algorithm, rewards and data in a word each."""
-    try:
-        config = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())[:200]}") from error
     model, data = (config.get(name) or {} for name in ("model", "data"))
     policy, rewards = model.get("policy"), model.get("reward") or []
     facts = {
