@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from stateset_lightning.data.reading import RawRow
+from stateset_lightning.data.reading import RawRow, check_file
 from stateset_lightning.errors import DataError, require
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
@@ -45,10 +45,9 @@ def read_parquet(path: Path) -> list[RawRow]:
 
     Raises:
         ConfigError: If `datasets` is not installed.
-        DataError: If the file is not Parquet.
+        DataError: If it is no file, or not Parquet.
     """
-    if path.is_dir():
-        raise DataError(f"{path} is a directory; give a file, or a glob such as '{path}/*.parquet'")
+    check_file(path)
     require("datasets", "hub", f"{path}: Parquet")
     import datasets
 

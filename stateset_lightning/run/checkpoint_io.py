@@ -24,7 +24,7 @@ from lightning.fabric.utilities.types import _PATH
 from torch.distributed.checkpoint.api import CheckpointException
 
 from stateset_lightning.errors import CheckpointError
-from stateset_lightning.files import atomic_write, remove_leftovers
+from stateset_lightning.files import atomic_write
 from stateset_lightning.ranks import Ranks
 
 FORMAT = 1
@@ -64,7 +64,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if (file := local_path(path)) is None or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        remove_leftovers(file.parent)
         with atomic_write(file) as stream:
             try:
                 torch.save(checkpoint, stream)

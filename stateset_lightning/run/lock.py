@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.files import disk_error
+from stateset_lightning.files import writing
 from stateset_lightning.run import lightning_internals
 from stateset_lightning.run.folder import LOCK, run_folder
 
@@ -31,11 +31,9 @@ class RunLock(Callback):
             DiskError: If the folder cannot be written.
         """
         path = run_folder(trainer) / LOCK
-        try:
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = self._held.enter_context(path.open("a+"))
-        except OSError as error:
-            raise disk_error(path, error) from error
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # one of `flock` would live on in what a reward has forked
         except (BlockingIOError, PermissionError):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from stateset_lightning.errors import bounded
+from stateset_lightning.files import atomic_write
 from stateset_lightning.policy import Group, Policy
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.run.folder import PREDICTIONS, SAMPLES, continues, of_rank, run_folder
@@ -156,9 +157,8 @@ class PredictionWriter(Callback):
         self.path = path
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        file = self.file(trainer)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("", encoding="utf-8")
+        with atomic_write(self.file(trainer)):
+            pass  # an empty file
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *args: Any, **kwargs: Any) -> None:
         append_rows(self.file(trainer), outputs)
