@@ -29,7 +29,7 @@ LONGEST = 1_000_000
 MAX_DEPTH = 100
 """How deep lists and mappings may be nested in what is read; half of it in what is written."""
 
-MAX_VALUES = 1_000_000
+MAX_VALUES = 200_000
 """How many values a row may hold, in what is read as in what is written; those of an alias count each time."""
 
 SHORTEST = 8
@@ -246,14 +246,16 @@ def plain(value: Any) -> Any:
 
 def _plain(value: Any, depth: int, left: Iterator[int]) -> Any:
     try:
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, str):
+            return _text(value)
         if isinstance(value, Mapping | list | tuple) and not depth:
             return "..."
         if isinstance(value, Mapping):
             return {_text(key): _plain(value.get(key), depth - 1, left) for key in _first(value, left)}
         if isinstance(value, list | tuple):
             return [_plain(item, depth - 1, left) for item in _first(value, left)]
-        if value is None or isinstance(value, bool):
-            return value
         if isinstance(value, Integral):
             return number if -(2**63) <= (number := int(value)) < 2**63 else _text(value)
         if isinstance(value, Real):

@@ -156,7 +156,8 @@ def _read_jsonl(path: Path, text: str) -> Readings:
 def _json_reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"malformed JSON at column {error.colno}: {error.msg}"
-    return f"malformed JSON: {str(error).partition(';')[0]}"  # an integer of thousands of digits, or lists nested thousands deep
+    # An integer of thousands of digits, or lists nested thousands deep.
+    return f"malformed JSON: {str(error).partition(';')[0]}"
 
 
 def _read_json(path: Path, text: str) -> Readings:
