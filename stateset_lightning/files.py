@@ -127,12 +127,10 @@ def make_folder(path: Path) -> bool:
     Raises:
         DiskError: If it cannot be made.
     """
-    with writing(path):
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            return False
-    return True
+    with writing(path), suppress(FileExistsError):
+        path.mkdir(parents=True)
+        return True
+    return False
 
 
 def append_lines(path: Path, text: str) -> None:
