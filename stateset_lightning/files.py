@@ -274,12 +274,9 @@ def load_yaml(text: str, file: str | Path, loader: Any, most: int | None, refusa
     try:
         _check_depth(text, loader)
         reader = loader(text)
-        try:
-            root = reader.get_single_node()
-            _check_nodes(root, most)
-            return None if root is None else reader.construct_document(root)
-        finally:
-            reader.dispose()
+        root = reader.get_single_node()
+        _check_nodes(root, most)
+        return None if root is None else reader.construct_document(root)
     except _Refused as error:
         raise refusal(f"{file}:{error.line}: {error.problem}") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-40
