@@ -8,7 +8,6 @@ own). `fields` maps our names to the file's columns. Rewards see all columns of 
 import datetime
 import math
 import re
-import reprlib
 from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any, get_args, get_type_hints
@@ -113,7 +112,7 @@ def _checked_id(value: object, default: str) -> str:
 
 def _checked_text(what: str, value: object) -> str:
     if not isinstance(value, str):
-        raise _BadRow(f"{what} must be text, not {kind(value)} ({_shown(value)}); put it in quotes")
+        raise _BadRow(f"{what} must be text, not {kind(value)} ({value!r:.40}); put it in quotes")
     if not value or value.isspace():
         raise _BadRow(f"{what} is empty")
     return value
@@ -189,9 +188,3 @@ def _checked_turn(number: int, message: object) -> Turn:
     if not isinstance(content, str):
         raise _BadRow(f"the content of message {number} must be text, not {kind(content)}")
     return Turn(role, content)
-
-
-def _shown(value: object, width: int = 40) -> str:
-    # Not repr(), which never ends for YAML whose anchors repeat each other again and again.
-    text = reprlib.repr(value)
-    return text if len(text) <= width else text[:width] + "..."

@@ -79,14 +79,15 @@ class SampleWriter(Callback):
         if self.evaluation:
             self._evaluated += [record.to_dict() for record in pl_module.last_records]
 
-    on_test_start, on_test_batch_end = on_validation_start, on_validation_batch_end
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._write_evaluation(trainer, "validation")
+        mine, self._evaluated = self._evaluated, []
+        if self.evaluation and not trainer.sanity_checking:
+            # Ranks take turns with the prompts; at the end, since one of them may have a batch more.
+            turns = zip_longest(*Ranks.current().gather(mine))
+            rows = [row for turn in turns for row in turn if row is not None]
+            self._write(trainer, "test" if trainer.testing else "validation", rows, SHOWN)
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write_evaluation(trainer, "test")
+    on_test_start, on_test_batch_end, on_test_end = on_validation_start, on_validation_batch_end, on_validation_end
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         state = {"step": trainer.global_step, "episode": self._episode, "sizes": list(self._sizes.items())}
@@ -121,13 +122,6 @@ class SampleWriter(Callback):
             now = logprobs_now(pl_module.episode, num_prompts, pl_module.policy, temperature, self.max_tokens)
             rows = [{**row, **after} for row, after in zip(rows, now, strict=True)]
             self._write(trainer, "train", rows, len(rows))
-
-    def _write_evaluation(self, trainer: Trainer, split: str) -> None:
-        mine, self._evaluated = self._evaluated, []
-        if self.evaluation:
-            # Ranks take turns with the prompts; at the end, since one of them may have a batch more.
-            turns = zip_longest(*Ranks.current().gather(mine))
-            self._write(trainer, split, [row for turn in turns for row in turn if row is not None], SHOWN)
 
     def _write(self, trainer: Trainer, split: str, rows: Iterable[Mapping[str, Any]], num_shown: int) -> None:
         rows = [{"split": split, "step": trainer.global_step, **row} for row in rows]
