@@ -34,8 +34,8 @@ is not locked is what a kill left."""
 MAX_DIGITS = 4_000
 """Of an integer: Python itself makes no text of one with more than 4,300."""
 
-OLD = ".old"
-"""Ending of a folder that is being replaced."""
+NEW, OLD = ".new", ".old"
+"""Endings of what is not locked yet, and of a folder that is being replaced."""
 
 
 @contextmanager
@@ -64,8 +64,8 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         DiskError: If the disk is full or cannot be written.
     """
     with writing(path), _partial(path) as partial:
-        with partial.open("xb") as file:
-            _lock(file.fileno())
+        with partial.with_suffix(NEW).open("xb") as file:
+            _claim(partial, file.fileno())
             yield file
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave the new name with the old disk blocks
@@ -87,15 +87,16 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     path = path.absolute()
     with writing(path), _partial(path) as partial:
-        for old in path.parent.glob(f".{escape(path.name)}.*-*{OLD}"):
+        for old in path.parent.glob(f".{escape(path.name)}.*-{'[0-9a-f]' * 16}{OLD}"):
             _put_back(old, path)  # the process was killed between two renames, or after the second one
         if path.exists() and not path.is_dir():
             raise ConfigError(f"{path} is a file; give a folder that is yet to be made")
         if path.exists() and any(path.iterdir()) and not overwrite:
             raise ConfigError(f"{path} has files in it; choose another folder, or say --overwrite")
-        partial.mkdir()
-        with _opened(partial) as descriptor:
-            _lock(descriptor)
+        new = partial.with_suffix(NEW)
+        new.mkdir()
+        with _opened(new) as descriptor:
+            _claim(partial, descriptor)
             yield partial
             for file in filter(Path.is_file, partial.rglob("*")):
                 _sync(file)
@@ -206,21 +207,21 @@ def remove_leftovers(folder: Path) -> None:
     """Removes from a folder what killed writers of this machine left; living writers and other files keep theirs.
 
     The kernel releases the lock of a process that ends, however it ends. Where there are no locks, nothing is removed;
-    nor is what another machine wrote, whose locks may not be seen here.
+    nor is what another machine wrote, whose locks may not be seen here. Version 0.1 left `.NAME.ckpt.partial`.
     """
-    name = re.compile(rf"\..+\.{re.escape(socket.gethostname())}-[0-9a-f]+{re.escape(PARTIAL)}", re.DOTALL)
+    name = re.compile(rf"\..+\.(ckpt|{re.escape(socket.gethostname())}-[0-9a-f]+){re.escape(PARTIAL)}", re.DOTALL)
     for path in folder.glob(f".*{PARTIAL}"):
         if name.fullmatch(path.name):
             with suppress(OSError), _opened(path) as descriptor:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # An empty one may be another writer's, who has made it and not locked it yet.
-                if os.listdir(descriptor) if path.is_dir() else os.fstat(descriptor).st_size:
-                    _remove(path)
+                _remove(path)
 
 
-def _lock(descriptor: int) -> None:
+def _claim(partial: Path, descriptor: int) -> None:
+    """Locks what has been made under another ending: with this one, and without the lock, it might be removed."""
     with suppress(OSError):  # a file system without locks
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    partial.with_suffix(NEW).rename(partial)
 
 
 @contextmanager

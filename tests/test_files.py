@@ -1,6 +1,7 @@
 """Files that are whole or absent: what a raising writer, a full disk and a kill leave behind."""
 
 import errno
+import fcntl
 import resource
 import signal
 import socket
@@ -93,7 +94,12 @@ NOT_LEFT_BY_US = {
 
 
 def test_leftovers_of_a_kill_are_told_from_other_files(tmp_path):
-    for name in (f".step=3.ckpt.{HOST}-1f.partial", f".a\nb.{HOST}-2f.partial", *NOT_LEFT_BY_US.values()):
+    for name in (
+        ".step=3.ckpt.partial",
+        f".step=3.ckpt.{HOST}-1f.partial",
+        f".a\nb.{HOST}-2f.partial",
+        *NOT_LEFT_BY_US.values(),
+    ):
         (tmp_path / name).write_text("x")
     (tmp_path / f".out.{HOST}-3f.partial").mkdir()
     (tmp_path / f".out.{HOST}-3f.partial" / "weights").write_text("x")
@@ -117,6 +123,21 @@ def test_writers_of_one_name_do_not_meet_whatever_their_machines_are_called(tmp_
         (first / "first").touch()
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["first"]
     assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
+
+
+@pytest.mark.parametrize("write", [atomic_write, atomic_folder])
+def test_what_a_writer_has_made_and_not_locked_yet_stays(tmp_path, monkeypatch, write):
+    lock = fcntl.flock
+
+    def late(*arguments):
+        monkeypatch.setattr("fcntl.flock", lock)
+        remove_leftovers(tmp_path)
+        lock(*arguments)
+
+    monkeypatch.setattr("fcntl.flock", late)
+    with write(tmp_path / "it"):
+        remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["it"]
 
 
 def _refuse(*_):

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,6 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from stateset_lightning.files import append_lines, atomic_write, read_table, writing
-from stateset_lightning.redaction import json_text
 from stateset_lightning.run.checkpoint_io import local_path
 from stateset_lightning.run.lightning_internals import set_writer, writer_of
 
@@ -45,7 +45,9 @@ class MetricsFile(ExperimentWriter):
                 self.file.replace(self.file.with_suffix(".damaged.csv"))
 
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
-        super().log_metrics({json_text(name)[1:-1]: value for name, value in metrics_dict.items()}, step)
+        # A name may be the user's, or hold the type of an exception; a row is one line.
+        names = {name: name if name.isprintable() else json.dumps(name)[1:-1] for name in metrics_dict}
+        super().log_metrics({names[name]: value for name, value in metrics_dict.items()}, step)
         rows, self.metrics = self.metrics, []
         if rows[0].keys() <= set(self.metrics_keys) and self.file.exists():
             append_lines(self.file, self._lines(rows))
