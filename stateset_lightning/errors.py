@@ -6,6 +6,7 @@ The command line prints them in a line or two, without a traceback. Our own mist
 import functools
 import importlib.util
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -61,11 +62,11 @@ class CheckpointError(ConfigError):
 
 C = TypeVar("C")
 
-_CHECKS: dict[type, tuple[str, str]] = {
-    Ge: ("ge", "at least"),
-    Gt: ("gt", "above"),
-    Le: ("le", "at most"),
-    Lt: ("lt", "below"),
+_CHECKS: dict[type, tuple[Callable[[Any, Any], bool], str]] = {
+    Ge: (operator.ge, "at least"),
+    Gt: (operator.gt, "above"),
+    Le: (operator.le, "at most"),
+    Lt: (operator.lt, "below"),
 }
 
 
@@ -107,12 +108,9 @@ def check_bounds(prefix: str, signature: Callable[..., Any], values: Mapping[str
     for name, hint in _hints(signature).items():
         if (value := values.get(name)) is not None:
             for bound in _bounds(hint):
-                attribute, words = _CHECKS[type(bound)]
-                limit = getattr(bound, attribute)
-                inside = {"ge": value >= limit, "gt": value > limit, "le": value <= limit, "lt": value < limit}[
-                    attribute
-                ]
-                if not inside:
+                holds, words = _CHECKS[type(bound)]
+                limit = getattr(bound, holds.__name__)
+                if not holds(value, limit):
                     raise ConfigError(f"{prefix}.{name}={value} must be {words} {limit}")
 
 

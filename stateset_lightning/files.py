@@ -1,6 +1,6 @@
-"""Files that are complete or absent, and lines that are appended completely or not at all, and read one by one.
+"""Files that are complete or absent, lines that are appended completely or not at all, and YAML that ends.
 
-A file is written under a temporary name, flushed to disk, then renamed.
+A file is written under a temporary name of its writer's own, flushed to disk, then renamed.
 """
 
 from __future__ import annotations
@@ -8,23 +8,50 @@ from __future__ import annotations
 import csv
 import fcntl
 import logging
+import math
 import mmap
 import os
 import re
 import shutil
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from glob import escape
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
+from uuid import uuid4
 
-from stateset_lightning.errors import ConfigError, DiskError
+import yaml
+
+from stateset_lightning.errors import ConfigError, DiskError, UserError
+from stateset_lightning.redaction import MAX_DEPTH, MAX_VALUES
 
 PARTIAL = ".partial"
-"""Ending of a file while it is being written, and locked by its writer. One that is not locked is what a kill left."""
+"""Ending of a file or folder while it is being written, and locked by its writer: `.NAME.HOST-NUMBER.partial`. One that
+is not locked is what a kill left."""
+
+MAX_DIGITS = 4_000
+"""Of an integer: Python itself makes no text of one with more than 4,300."""
+
+NEW, OLD = ".new", ".old"
+"""Endings of what is not locked yet, and of a folder that is being replaced."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system refuses inside the block is told as one line that names `path`.
+
+    Raises:
+        DiskError: If the disk is full or cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(
+            f"{path}: cannot be written ({error.strerror or error}); what was there before is untouched. Make room, or"
+            " choose another folder; a run goes on from its last checkpoint"
+        ) from error
 
 
 _inputs: set[str] = set()
@@ -73,24 +100,14 @@ def atomic_write(path: Path, *, over_input: bool = False) -> Iterator[IO[bytes]]
     """
     if not over_input:
         check_output(path)
-    # Two writers of one name do not meet: a thread's number is unique on its machine.
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}-{threading.get_native_id()}{PARTIAL}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent, escape(path.name))
-        with partial.open("wb") as file:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with writing(path), _partial(path) as partial:
+        with partial.with_suffix(NEW).open("xb") as file:
+            _claim(partial, file.fileno())
             yield file
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave the new name with the old disk blocks
             os.replace(partial, path)
         _sync(path.parent)
-    except OSError as error:
-        raise disk_error(path, error) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 @contextmanager
@@ -107,34 +124,41 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     check_output(path)
     path = path.absolute()
-    partial, old = (path.with_name(f".{path.name}.{state}") for state in ("unfinished", "old"))
-    for leftover in (partial, old):
-        check_output(leftover)
-    if old.exists() and not path.exists():
-        old.rename(path)  # the process was killed between two renames
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"{path} is a file; give a folder that is yet to be made")
-    if path.exists() and any(path.iterdir()) and not overwrite:
-        raise ConfigError(f"{path} has files in it; choose another folder, or say --overwrite")
-    try:
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        for file in filter(Path.is_file, partial.rglob("*")):
-            _sync(file)
-        check_output(path)  # by now it is known all that was read
-        if path.exists():
-            path.rename(old)
-        partial.rename(path)
+    with writing(path), _partial(path) as partial:
+        for old in path.parent.glob(f".{escape(path.name)}.*-{'[0-9a-f]' * 16}{OLD}"):
+            _put_back(old, path)  # the process was killed between two renames, or after the second one
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{path} is a file; give a folder that is yet to be made")
+        if path.exists() and any(path.iterdir()) and not overwrite:
+            raise ConfigError(f"{path} has files in it; choose another folder, or say --overwrite")
+        new = partial.with_suffix(NEW)
+        new.mkdir()
+        with _opened(new) as descriptor:
+            _claim(partial, descriptor)
+            yield partial
+            for file in filter(Path.is_file, partial.rglob("*")):
+                _sync(file)
+            check_output(path)  # by now it is known all that was read
+            old = partial.with_suffix(OLD)
+            try:
+                if path.exists():
+                    path.rename(old)
+                partial.rename(path)
+            finally:
+                _put_back(old, path)
         _sync(path.parent)
-    except OSError as error:
-        raise disk_error(path, error) from error
+
+
+@contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """A name beside `path` that no other writer has, on whatever machine; what is there at the end is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent)
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}-{uuid4().hex[:16]}{PARTIAL}")
+    try:
+        yield partial
     finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _remove(partial)
 
 
 def make_folder(path: Path) -> bool:
@@ -143,13 +167,10 @@ def make_folder(path: Path) -> bool:
     Raises:
         DiskError: If it cannot be made.
     """
-    try:
+    with writing(path), suppress(FileExistsError):
         path.mkdir(parents=True)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise disk_error(path, error) from error
-    return True
+        return True
+    return False
 
 
 def append_lines(path: Path, text: str) -> None:
@@ -160,7 +181,7 @@ def append_lines(path: Path, text: str) -> None:
     """
     assert not text or text.endswith("\n")
     check_output(path)
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+", buffering=0) as file:
             end = file.truncate(_end_of_last_line(file))
@@ -171,8 +192,6 @@ def append_lines(path: Path, text: str) -> None:
             except OSError:
                 file.truncate(end)
                 raise
-    except OSError as error:
-        raise disk_error(path, error) from error
 
 
 T = TypeVar("T")
@@ -224,22 +243,46 @@ def read_table(path: Path, number: str) -> Iterator[tuple[int, dict[str, str]]]:
     return ((place - 1, row) for place, _, row in read_lines(path, parse) if row)
 
 
-def remove_leftovers(folder: Path, name: str = "") -> None:
-    """Removes the temporary files of killed writers from a folder; writers that live keep theirs.
+def remove_leftovers(folder: Path) -> None:
+    """Removes from a folder what killed writers of this machine left; living writers and other files keep theirs.
 
-    The kernel releases the lock of a process that ends, however it ends. Where there are no locks, nothing is removed.
+    The kernel releases the lock of a process that ends, however it ends. Where there are no locks, nothing is removed;
+    nor is what another machine wrote, whose locks may not be seen here. Version 0.1 left `.NAME.ckpt.partial`.
     """
-    for path in folder.glob(f".{name}*{PARTIAL}"):
-        with suppress(OSError), path.open("rb+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+    name = re.compile(rf"\..+\.(ckpt|{re.escape(socket.gethostname())}-[0-9a-f]+){re.escape(PARTIAL)}", re.DOTALL)
+    for path in folder.glob(f".*{PARTIAL}"):
+        if name.fullmatch(path.name):
+            with suppress(OSError), _opened(path) as descriptor:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(path)
 
 
-def disk_error(path: Path, error: OSError) -> DiskError:
-    return DiskError(
-        f"{path}: cannot be written ({error.strerror or error}); what was there before is untouched. Make room, or"
-        " choose another folder; a run goes on from its last checkpoint"
-    )
+def _claim(partial: Path, descriptor: int) -> None:
+    """Locks what has been made under another ending: with this one, and without the lock, it might be removed."""
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    partial.with_suffix(NEW).rename(partial)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # NFS locks no file that is only read
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Removes what was written in vain; where the disk does not let it, it stays: the error that led here is told."""
+    with suppress(OSError):
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+
+
+def _put_back(old: Path, path: Path) -> None:
+    """The folder that was to be replaced, where nothing took its place; else it is removed."""
+    with suppress(OSError):
+        old.rename(path) if old.exists() and not path.exists() else shutil.rmtree(old)
 
 
 def _end_of_last_line(file: IO[bytes]) -> int:
@@ -252,8 +295,77 @@ def _end_of_last_line(file: IO[bytes]) -> int:
 
 def _sync(path: Path) -> None:
     """Flushes a file's content, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+    with _opened(path) as descriptor:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+
+
+# YAML that ends -------------------------------------------------------------------------------------------------------
+
+
+def load_yaml(text: str, file: str | Path, loader: Any, most: int | None, refusal: type[UserError]) -> Any:
+    """What a YAML text holds, if it is no more than it seems: aliases of aliases make billions of values.
+
+    Args:
+        text: The content of the file.
+        file: What the user calls it, for the error.
+        loader: `yaml.SafeLoader`, or one derived from it.
+        most: Values that there may be, counting those of an alias each time; None if nobody writes them out.
+        refusal: What is raised if the text is malformed, holds too much, or a key twice; it names the line.
+    """
+    try:
+        _check_depth(text, loader)
+        reader = loader(text)
+        root = reader.get_single_node()
+        _check_nodes(root, most)
+        return None if root is None else reader.construct_document(root)
+    except _Refused as error:
+        raise refusal(f"{file}:{error.line}: {error.problem}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-40
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        place, reason = f":{mark.line + 1}" if mark else "", problem or str(error).splitlines()[0]
+        raise refusal(f"{file}{place}: malformed YAML: {reason}; check indentation, brackets and quotes") from error
+
+
+class _Refused(yaml.MarkedYAMLError):
+    """What YAML allows, and no file of ours needs."""
+
+    def __init__(self, problem: str, place: Any) -> None:
+        super().__init__(problem=problem)
+        self.line = place.start_mark.line + 1
+
+
+def _too_large(place: Any, most: int = MAX_VALUES) -> _Refused:
+    return _Refused(f"more than {most:,} values, or nested more than {MAX_DEPTH} deep (look for aliases, *name)", place)
+
+
+def _check_depth(text: str, loader: Any) -> None:
+    """By events, one at a time: to read nodes, PyYAML 6.0.3 calls itself, and 30,000 brackets end the process."""
+    depth = 0
+    for event in yaml.parse(text, loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise _too_large(event)
+
+
+def _check_nodes(root: yaml.Node | None, most: int | None) -> None:
+    nodes, seen, known = [(root, 0)] if root else [], 0, set()
+    while nodes:
+        node, depth = nodes.pop()
+        if most is None and node in known:
+            continue
+        known.add(node)
+        seen += 1
+        if depth > MAX_DEPTH or seen > (most or math.inf):
+            raise _too_large(node, most or MAX_VALUES)
+        if isinstance(node, yaml.ScalarNode):
+            if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MAX_DIGITS:
+                raise _Refused(f"an integer of {len(node.value):,} characters; put it in quotes", node)
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += [(item, depth + 1) for item in node.value]
+        else:
+            nodes += [(item, depth + 1) for pair in node.value for item in pair]
+            lines: dict[str, int] = {}
+            for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+                if key.value in lines:
+                    raise _Refused(f"the key {key.value} stands in line {lines[key.value]} already; merge the two", key)
+                lines[key.value] = key.start_mark.line + 1

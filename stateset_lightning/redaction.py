@@ -3,17 +3,21 @@
 First by value: what the environment, a config or a flag holds under a secret's name is remembered, and `***` takes its
 place wherever it turns up, also encoded. Second by look: keys of known providers, passwords in addresses, `key=`.
 All of it takes time in proportion to the text.
+
+What is saved is made text that files can hold here, too: see `plain`.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from numbers import Integral, Real
 from typing import Any
 from urllib.parse import quote, quote_plus, unquote
 
@@ -21,6 +25,12 @@ HIDDEN = "***"
 
 LONGEST = 1_000_000
 """Characters of a text that are looked at and kept; a longer one is cut, and says so."""
+
+MAX_DEPTH = 100
+"""How deep lists and mappings may be nested in what is read; half of it in what is written."""
+
+MAX_VALUES = 200_000
+"""How many values a row may hold, in what is read as in what is written; those of an alias count each time."""
 
 SHORTEST = 8
 """Characters of a value that is remembered; to cut out shorter ones would hide ordinary words."""
@@ -211,6 +221,65 @@ def _forms(value: str) -> Iterator[str]:
     for before in range(3):  # bytes of `user:`, say; characters that hold bits of what stands beside are left out
         for encode in (base64.b64encode, base64.urlsafe_b64encode):
             yield encode(bytes(before) + data).decode()[(0, 2, 3)[before] : (before + len(data)) * 8 // 6]
+
+
+# What files can hold --------------------------------------------------------------------------------------------------
+
+_LINE_ENDS = re.compile("[\x85\u2028\u2029]")  # JSON escapes the others by itself
+
+
+def json_text(value: Any, **layout: Any) -> str:
+    """Any value as JSON without secrets, in one line whatever ends a line for its reader; never an exception."""
+    text = known_cut(json.dumps(plain(value), ensure_ascii=False, allow_nan=False, **layout))
+    return _LINE_ENDS.sub(lambda end: f"\\u{ord(end[0]):04x}", text)
+
+
+def plain(value: Any) -> Any:
+    """A copy of any value that every file and every reader of JSON can hold; never an exception.
+
+    NaN and infinity are None. Keys, integers of more than 64 bits and what JSON has no form for are text, in which half
+    of a character (a surrogate without its pair) is written as its number. What is too long, too deep or too much ends
+    in "...".
+    """
+    return _plain(value, MAX_DEPTH // 2, iter(range(MAX_VALUES)))
+
+
+def _plain(value: Any, depth: int, left: Iterator[int]) -> Any:
+    try:
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, str):
+            return _text(value)
+        if isinstance(value, Mapping | list | tuple) and not depth:
+            return "..."
+        if isinstance(value, Mapping):
+            return {_text(key): _plain(value.get(key), depth - 1, left) for key in _first(value, left)}
+        if isinstance(value, list | tuple):
+            return [_plain(item, depth - 1, left) for item in _first(value, left)]
+        if isinstance(value, Integral):
+            return number if -(2**63) <= (number := int(value)) < 2**63 else _text(value)
+        if isinstance(value, Real):
+            return float(value) if math.isfinite(value) else None
+        return _text(value)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # foreign code, such as `__str__`
+        return f"<{type(value).__name__}: {type(error).__name__}>"
+
+
+def _first(values: Iterable[Any], left: Iterator[int]) -> Iterator[Any]:
+    """The values for which there is room."""
+    for value in values:
+        if next(left, None) is None:
+            yield "..."
+            return
+        yield value
+
+
+def _text(value: Any) -> str:
+    text = str(value)
+    cut = text[:LONGEST].encode(errors="backslashreplace").decode()
+    return cut if len(text) <= LONGEST else f"{cut}... ({len(text) - LONGEST:,} more characters)"
 
 
 # The console ----------------------------------------------------------------------------------------------------------

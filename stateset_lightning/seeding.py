@@ -33,15 +33,16 @@ def run_seed(default: int = 0) -> int:
 
 def derive_seed(seed: int, purpose: str, *counters: int) -> int:
     """A 63-bit seed from the run's seed, what it is for, and any number of counters."""
-    state = np.array([_start(purpose)], dtype=np.uint64)
-    for counter in (seed, *counters):
-        state = _advance(state, np.array([counter & _MASK], dtype=np.uint64))
-    return int(state[0]) >> 1
+    return int(_state(purpose, seed, *counters)[0]) >> 1
 
 
-def _start(purpose: str) -> int:
+def _state(purpose: str, *counters: int) -> np.ndarray:
     # Python's hash of a string differs between processes; a digest does not.
-    return int.from_bytes(blake2b(purpose.encode(), digest_size=8).digest(), "little")
+    start = int.from_bytes(blake2b(purpose.encode(), digest_size=8).digest(), "little")
+    state = np.array([start], dtype=np.uint64)
+    for counter in counters:
+        state = _advance(state, np.array([counter & _MASK], dtype=np.uint64))
+    return state
 
 
 def _advance(state: np.ndarray, counter: np.ndarray) -> np.ndarray:
@@ -51,10 +52,7 @@ def _advance(state: np.ndarray, counter: np.ndarray) -> np.ndarray:
 
 def sample_seeds(seed: int, purpose: str, episode: int, positions: Sequence[int], num_samples: int) -> list[int]:
     """Seeds of P x num_samples completions, those of one prompt next to each other."""
-    state = np.array(_start(purpose), dtype=np.uint64)
-    for counter in (seed, episode):
-        state = _advance(state, np.array(counter & _MASK, dtype=np.uint64))
-    states_P = _advance(state, np.asarray(positions, dtype=np.int64).astype(np.uint64))
+    states_P = _advance(_state(purpose, seed, episode), np.asarray(positions, dtype=np.int64).astype(np.uint64))
     states_PG = _advance(states_P[:, None], np.arange(num_samples, dtype=np.uint64)[None, :])
     return [int(value) for value in (states_PG >> np.uint64(1)).flatten()]
 

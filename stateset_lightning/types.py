@@ -92,11 +92,12 @@ class Scenario(BaseModel):
         return {**{name: getattr(self, name) for name in type(self).model_fields}, **(self.model_extra or {})}
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class PromptBatch:
     """The P prompts of one episode on this rank, and which of the episode's micro-steps this is.
 
-    Not a dataclass on purpose: Lightning's half-precision plugins walk through dataclasses and containers, token by
-    token.
+    Known to nobody as a dataclass: Lightning's half-precision plugins walk through dataclasses and containers, token
+    by token.
 
     Args:
         prompt_tokens: Tokens of each prompt.
@@ -114,45 +115,22 @@ class PromptBatch:
         rows: Index of each scenario in its split; None in a batch that no data module made.
     """
 
-    __slots__ = (
-        "conversations",
-        "episode_index",
-        "micro_step",
-        "num_micro_steps",
-        "positions",
-        "prompt_tokens",
-        "rows",
-        "scenarios",
-        "split",
-        "steps_per_episode",
-    )
-
-    def __init__(
-        self,
-        prompt_tokens: list[list[int]],
-        conversations: list[list[Turn]],
-        scenarios: list[Scenario],
-        positions: list[int],
-        episode_index: int,
-        micro_step: int = 0,
-        num_micro_steps: int = 1,
-        steps_per_episode: int = 1,
-        split: Literal["train", "validation", "test", "predict"] = "train",
-        rows: list[int] | None = None,
-    ) -> None:
-        self.prompt_tokens = prompt_tokens
-        self.conversations = conversations
-        self.scenarios = scenarios
-        self.positions = positions
-        self.episode_index = episode_index
-        self.micro_step = micro_step
-        self.num_micro_steps = num_micro_steps
-        self.steps_per_episode = steps_per_episode
-        self.split = split
-        self.rows = rows
+    prompt_tokens: list[list[int]]
+    conversations: list[list[Turn]]
+    scenarios: list[Scenario]
+    positions: list[int]
+    episode_index: int
+    micro_step: int = 0
+    num_micro_steps: int = 1
+    steps_per_episode: int = 1
+    split: Literal["train", "validation", "test", "predict"] = "train"
+    rows: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.scenarios)
+
+
+del PromptBatch.__dataclass_fields__
 
 
 class FinishReason(StrEnum):

@@ -2,14 +2,19 @@
 
 import base64
 import io
+import itertools
 import json
+import math
 import random
 import statistics
 import sys
 import time
+from datetime import date
+from fractions import Fraction
 from pathlib import Path
 from urllib.parse import quote
 
+import numpy
 import pytest
 import yaml
 from pydantic import SecretStr
@@ -22,7 +27,9 @@ from stateset_lightning.redaction import (
     LONGEST,
     RedactedStream,
     is_secret_name,
+    json_text,
     known_cut,
+    plain,
     redacted,
     redacted_text,
     remember,
@@ -464,3 +471,80 @@ def test_a_message_of_the_parser_holds_no_key(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--model.policy.model_name=tiny", f"--model.reward=[{reward}]"])
     assert KEY not in capsys.readouterr().err
+
+
+# What files can hold --------------------------------------------------------------------------------------------------
+
+
+class Raises:
+    def __init__(self, error):
+        self.error = error
+
+    def __str__(self):
+        raise self.error
+
+
+class Endless(dict):
+    def __iter__(self):
+        return itertools.count()
+
+    def get(self, key, default=None):
+        return key
+
+
+def _deep(depth, leaf):
+    for _ in range(depth):
+        leaf = [leaf]
+    return leaf
+
+
+def _bomb():
+    value = ["x"] * 9
+    for _ in range(40):
+        value = [value] * 9  # 9 ** 40 items
+    return value
+
+
+BIG = redaction.MAX_VALUES
+FOREIGN = {
+    "half of a character": ("a\ud83d", "a\\ud83d"),
+    "ends of lines": ("a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\rh\ni", "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\rh\ni"),
+    "zero": ("a\0b", "a\0b"),
+    "keys": ({(1, 2): 1, None: 2, numpy.int64(3): 4, "\ud800": 5}, {"(1, 2)": 1, "None": 2, "3": 4, "\\ud800": 5}),
+    "an integer of 64 bits": (2**63 - 1, 2**63 - 1),
+    "an integer of more": (2**63, str(2**63)),
+    "an integer that has no text": (-(10**5000), "<int: ValueError>"),
+    "a fraction too large": (Fraction(10**400), "<Fraction: OverflowError>"),
+    "no numbers": ([math.nan, math.inf, -math.inf, numpy.float32("nan")], [None] * 4),
+    "numbers of numpy": ([numpy.float32(0.5), numpy.int8(7), numpy.bool_(True)], [0.5, 7, "True"]),
+    "other objects": ([b"x", {1}, Fraction(1, 2), date(2026, 1, 2)], ["b'x'", "{1}", 0.5, "2026-01-02"]),
+    "an object that raises": (Raises(KeyError()), "<Raises: KeyError>"),
+    "an object that ends the program": (
+        [Raises(SystemExit(1)), Raises(GeneratorExit())],
+        ["<Raises: SystemExit>", "<Raises: GeneratorExit>"],
+    ),
+    "a key that raises": ({"a": 1, Raises(ValueError()): 2}, "<dict: ValueError>"),
+    "depth": (_deep(60, 1), _deep(50, "...")),
+    "length": ("x" * (LONGEST + 1), "x" * LONGEST + "... (1 more characters)"),
+}
+
+
+@pytest.mark.parametrize(("value", "expected"), FOREIGN.values(), ids=FOREIGN.keys())
+def test_any_value_becomes_a_line_that_every_file_can_hold(value, expected):
+    assert plain(value) == expected
+    text = json_text(value)
+    assert len(text.splitlines()) == 1
+    assert json.loads(text.encode()) == expected
+
+
+@pytest.mark.parametrize("value", [_bomb(), Endless(), [0] * (2 * BIG)], ids=["shared", "endless", "long"])
+def test_what_is_too_much_is_cut_in_time(value):
+    begin = time.perf_counter()
+    assert '"..."' in (text := json_text(value))
+    assert len(text) < 20 * BIG
+    assert time.perf_counter() - begin < 10
+
+
+def test_ctrl_c_is_no_fault_of_a_value():
+    with pytest.raises(KeyboardInterrupt):
+        plain([Raises(KeyboardInterrupt())])

@@ -70,7 +70,7 @@ def test_a_bomb_of_aliases_is_refused_quickly(tmp_path):
     ]
     lines += ["- prompt: *l", "- messages: *l", "- {prompt: y, id: *l}"]
     (tmp_path / "bomb.yaml").write_text("\n".join(lines))
-    with pytest.raises(DataError, match="3 rows cannot be used"):
+    with pytest.raises(DataError, match="4 rows cannot be used"):  # the first for its further columns
         read_split(str(tmp_path / "bomb.yaml"), "train")
     rows = [{"prompt": _nested(40)}, {"prompt": "a", "context": _nested(40)}, {"messages": [_nested(40)]}]
     with pytest.raises(DataError, match="3 rows cannot be used"):

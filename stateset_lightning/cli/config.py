@@ -4,7 +4,6 @@ Importing this file imports Lightning, which takes seconds.
 """
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
-import json
 import re
 import sys
 from typing import Annotated, Any, NoReturn
@@ -24,7 +23,7 @@ from stateset_lightning.datamodule import ScenarioDataModule
 from stateset_lightning.errors import ConfigError, UserError
 from stateset_lightning.files import atomic_write
 from stateset_lightning.module import GRPOLightningModule
-from stateset_lightning.redaction import redacted, redacted_text, remember
+from stateset_lightning.redaction import json_text, redacted, redacted_text, remember
 from stateset_lightning.run.find_checkpoint import continue_run
 from stateset_lightning.run.folder import CONFIGS, ENVIRONMENT, config_file, continues
 from stateset_lightning.run.made_of import KINDS, accepted
@@ -90,7 +89,7 @@ class SaveRunConfig(SaveConfigCallback):
             opened.write(dump_yaml(config).encode())
         if trainer.loggers:  # else it would stand among the user's own files
             with atomic_write(file.with_name(ENVIRONMENT)) as opened:
-                opened.write(json.dumps(environment(trainer), indent=1).encode())
+                opened.write(json_text(environment(trainer), indent=1).encode())
         for logger in trainer.loggers:
             logger.log_hyperparams(config)
 

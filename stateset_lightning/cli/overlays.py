@@ -10,6 +10,7 @@ A later one wins over an earlier one, and a flag over each file:
 
 from __future__ import annotations
 
+import errno
 import functools
 import re
 from collections.abc import Mapping, Sequence
@@ -22,14 +23,14 @@ from jsonargparse import set_dumper
 from jsonargparse._loaders_dumpers import get_yaml_default_loader  # numbers as flags have them: 1e-4
 
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.files import keep_inputs
+from stateset_lightning.files import keep_inputs, load_yaml
 from stateset_lightning.redaction import remember
+from stateset_lightning.threads import DaemonThreads
 
 REMOVED = object()  # stands where a null was written over a key; what it means depends on the key's type
 
 _SPECIFICATION = {"class_path", "init_args", "dict_kwargs"}
-_MAX_VALUES, _MAX_DEPTH = 100_000, 100
-_TOO_LARGE = "more than 100,000 values, or nested more than 100 deep; a config is neither (look for aliases, *name)"
+_MAX_VALUES, _MAX_BYTES, _MAX_SECONDS = 100_000, 5_000_000, 5
 
 
 class _Dumper(yaml.SafeDumper):
@@ -71,7 +72,19 @@ def merged_words(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             files.append(read_yaml(value, f"--config {value}", "keys such as model:, data: and trainer:", text))
         else:
             flags.append(functools.reduce(lambda inner, key: {key: inner}, flag[2:].split(".")[::-1], cast(Any, value)))
-    return functools.reduce(merge, [*files, *flags], {}), rest
+    merged = functools.reduce(merge, [*files, *flags], dict[str, Any]())
+    _check_ends(merged)
+    return merged, rest
+
+
+def _check_ends(value: Any, key: str = "") -> None:
+    """No value names a pipe, which jsonargparse, or whoever reads it later, would wait for."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_ends(item, f"{key}.{name}")
+    with suppress(OSError):  # no path at all
+        if isinstance(value, str) and Path(value).is_fifo():
+            raise ConfigError(f"{key[1:]}={value} is a pipe, which may never end; give a file")
 
 
 def read_yaml(file: str | Path, name: str, keys: str, text: str | None = None) -> dict[str, Any]:
@@ -86,21 +99,13 @@ def read_yaml(file: str | Path, name: str, keys: str, text: str | None = None) -
     Raises:
         ConfigError: If it cannot be read, holds something else, or a key twice.
     """
-    loader = get_yaml_default_loader()
     try:
-        text = Path(file).read_text(encoding="utf-8") if text is None else text
-        _check_nodes(yaml.compose(text, loader), file)
-        content = yaml.load(text, loader)
+        text = _read_text(Path(file)) if text is None else text
     except OSError as error:
         raise ConfigError(f"{name}: cannot be read ({error.strerror}); paths are relative to {Path.cwd()}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name}: not valid UTF-8; save the file as UTF-8") from error
-    except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        place, reason = f":{mark.line + 1}" if mark else "", problem or str(error).splitlines()[0]
-        raise ConfigError(f"{file}{place}: malformed YAML: {reason}; check indentation, brackets and quotes") from error
-    except RecursionError as error:
-        raise ConfigError(f"{file}: {_TOO_LARGE}") from error
+    content = load_yaml(text, file, get_yaml_default_loader(), _MAX_VALUES, ConfigError)
     if not isinstance(content, dict):
         found = "empty" if content is None else f"not a mapping of keys but {content!r:.60}"
         raise ConfigError(f"{name}: the file is {found}; it must hold {keys}")
@@ -108,22 +113,24 @@ def read_yaml(file: str | Path, name: str, keys: str, text: str | None = None) -
     return content
 
 
-def _check_nodes(root: yaml.Node | None, file: str | Path) -> None:
-    """No key twice, and no more values than a config can have: aliases of aliases make billions."""
-    nodes, seen = [(root, 0)], 0
-    while nodes:
-        node, depth = nodes.pop()
-        seen += 1
-        if depth > _MAX_DEPTH or seen > _MAX_VALUES:
-            raise ConfigError(f"{file}: {_TOO_LARGE}")
-        items = node.value if isinstance(node, yaml.CollectionNode) else []
-        nodes += [(item[1] if isinstance(item, tuple) else item, depth + 1) for item in items]
-        lines: dict[str, int] = {}
-        for key, _ in items if isinstance(node, yaml.MappingNode) else []:
-            line = key.start_mark.line + 1
-            if (written := f"the key {key.value}") in lines:
-                raise ConfigError(f"{file}:{line}: {written} stands in line {lines[written]} already; merge the two")
-            lines[written] = line
+def _read_text(path: Path) -> str:
+    """The text of a file that is no longer than a config; also of a pipe, if it comes within seconds.
+
+    Raises:
+        OSError: If it cannot be read, or does not end: a device, a pipe that nobody writes to.
+    """
+
+    def read() -> bytes:
+        with path.open("rb") as file:
+            return file.read(_MAX_BYTES + 1)
+
+    try:
+        content: bytes = DaemonThreads(1, "config").submit(read).result(_MAX_SECONDS)
+    except TimeoutError:
+        raise OSError(errno.ETIMEDOUT, f"it does not end within {_MAX_SECONDS} s") from None
+    if len(content) > _MAX_BYTES:
+        raise OSError(errno.EFBIG, f"more than {_MAX_BYTES:,} bytes")
+    return content.decode()
 
 
 def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:

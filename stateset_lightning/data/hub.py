@@ -4,10 +4,12 @@ A hub id is `owner/name`, `owner/name:config` or `owner/name:config:split`. No c
 """
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stateset_lightning.data.reading import RawRow
+from stateset_lightning.data.reading import RawRow, check_file
 from stateset_lightning.errors import DataError, require
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
@@ -27,17 +29,13 @@ def read_hub(hub_id: str, split: str) -> list[RawRow]:
         DataError: If the data set, its configuration or its split cannot be loaded.
     """
     name, config, wanted = [*hub_id.split(":"), None, None][:3]
-    require("datasets", "hub", f"'{hub_id}' is no file here, and a hub id")
+    what = f"'{hub_id}' is no file here"
+    require("datasets", "hub", f"{what}, and a hub id")
     import datasets
 
-    try:
-        rows = datasets.load_dataset(name, config, split=wanted or _HUB_SPLITS[split])
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # RuntimeError: a script
-        raise DataError(
-            f"'{hub_id}' is no file here and cannot be loaded from the Hugging Face hub: {_first_line(error)}; "
-            "check the name, or write owner/name:config:split"
-        ) from error
-    return _rows(rows, hub_id)
+    load = partial(datasets.load_dataset, name, config, split=wanted or _HUB_SPLITS[split])
+    instead = "check the name, or write owner/name:config:split"
+    return _rows(load, hub_id, f"{what} and cannot be loaded from the Hugging Face hub", instead)
 
 
 def read_parquet(path: Path) -> list[RawRow]:
@@ -45,27 +43,24 @@ def read_parquet(path: Path) -> list[RawRow]:
 
     Raises:
         ConfigError: If `datasets` is not installed.
-        DataError: If the file is not Parquet.
+        DataError: If it is no file, or not Parquet.
     """
-    if path.is_dir():
-        raise DataError(f"{path} is a directory; give a file, or a glob such as '{path}/*.parquet'")
+    check_file(path)
     require("datasets", "hub", f"{path}: Parquet")
     import datasets
 
+    load = partial(datasets.Dataset.from_parquet, str(path))
+    return _rows(load, str(path), f"{path}: cannot be read as Parquet", "write the file again, or as .jsonl")
+
+
+def _rows(load: Callable[[], Any], prefix: str, failed: str, instead: str) -> list[RawRow]:
+    import datasets
+
     try:
-        rows = datasets.Dataset.from_parquet(str(path))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"{path}: cannot be read as Parquet: {_first_line(error)}; write the file again, or as .jsonl"
-        ) from error
-    return _rows(rows, str(path))
-
-
-def _rows(rows: Any, prefix: str) -> list[RawRow]:
+        rows = load()
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # RuntimeError: a script
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"{failed}: {reason}; {instead}") from error
     if len(rows) == 0:
         raise DataError(f"{prefix}: has no rows; give at least one scenario")
     return [RawRow(dict(columns), f"{prefix} item {number}", number) for number, columns in enumerate(rows, start=1)]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

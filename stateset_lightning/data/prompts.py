@@ -29,15 +29,10 @@ OverlongPolicy = Literal["error", "drop", "truncate_left"]
 _BATCH = 1024  # texts that are tokenized at a time
 _IDS_SHOWN = 5
 _DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
-_RESERVED_TEMPLATE_KWARGS = (
-    "conversation",
-    "add_generation_prompt",
-    "tokenize",
-    "continue_final_message",
-    "return_tensors",
-    "return_dict",
-    "sanitize_control_tokens",
-)
+_RESERVED_TEMPLATE_KWARGS = {
+    *("conversation", "add_generation_prompt", "tokenize", "continue_final_message"),
+    *("return_tensors", "return_dict", "sanitize_control_tokens"),
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,14 +8,17 @@ read at all is a `DataError` at once. Nothing in a file is executed: no pickle, 
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from stateset_lightning.errors import DataError
+from stateset_lightning.files import load_yaml
 
 MAX_PROBLEMS_SHOWN = 20
 
@@ -44,11 +47,10 @@ def read_file(path: Path) -> tuple[list[RawRow], list[Problem]]:
     """All rows of a file whose suffix is a key of `READERS`, and the problems of those that cannot be read.
 
     Raises:
-        DataError: If the file as a whole cannot be read: missing, a directory, not UTF-8, empty, without rows,
-            malformed beyond one row, or of an unknown kind.
+        DataError: If the file as a whole cannot be read: missing, not UTF-8, empty, without rows, malformed beyond one
+            row, or of an unknown kind.
     """
-    if path.is_dir():
-        raise DataError(f"{path} is a directory; give a file, or a glob such as '{path}/*.jsonl'")
+    check_file(path)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(
@@ -58,6 +60,18 @@ def read_file(path: Path) -> tuple[list[RawRow], list[Problem]]:
     if not rows and not problems:
         raise DataError(f"{path}: the file has no rows; give at least one scenario")
     return rows, problems
+
+
+def check_file(path: Path) -> None:
+    """What a path names is a file, which ends.
+
+    Raises:
+        DataError: If it is a directory, or a device, a pipe or a socket.
+    """
+    if path.is_dir():
+        raise DataError(f"{path} is a directory; give a file, or a glob such as '{path}/*.jsonl'")
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is a device, a pipe or a socket, which may never end; give a file")
 
 
 def separate(readings: Iterable[RawRow | Problem]) -> tuple[list[RawRow], list[Problem]]:
@@ -95,6 +109,12 @@ def kind(value: object) -> str:
         return "a number"
     names = {dict: "a mapping", list: "a list", str: "text", bool: "true/false", type(None): "null"}
     return names.get(type(value), type(value).__name__)
+
+
+def listed(names: Iterable[str]) -> str:
+    """The names of columns, of which a file may have thousands."""
+    first = list(islice(names, MAX_PROBLEMS_SHOWN + 1))
+    return ", ".join([*first[:MAX_PROBLEMS_SHOWN], *(["..."] if len(first) > MAX_PROBLEMS_SHOWN else [])]) or "none"
 
 
 def _read_text(path: Path) -> str:
@@ -136,7 +156,8 @@ def _read_jsonl(path: Path, text: str) -> Readings:
 def _json_reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"malformed JSON at column {error.colno}: {error.msg}"
-    return f"malformed JSON: {error}"  # an integer of thousands of digits, or lists nested thousands deep
+    # An integer of thousands of digits, or lists nested thousands deep.
+    return f"malformed JSON: {str(error).partition(';')[0]}"
 
 
 def _read_json(path: Path, text: str) -> Readings:
@@ -150,15 +171,11 @@ def _read_json(path: Path, text: str) -> Readings:
 
 
 def _read_yaml(path: Path, text: str) -> Readings:
-    try:
-        # The C loader is ten times as fast and as safe, but not in every build of PyYAML.
-        items = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise DataError(f"{path}:{line}: malformed YAML: {error.problem}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-13-40
-        raise DataError(f"{path}: malformed YAML: {error}") from error
-    return _rows_of_list(path, items)
+    # The C loader is ten times as fast and as safe, but not in every build of PyYAML.
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    # Merging (<<) writes aliases out. Others are looked at row by row.
+    most = len(text) if "<<" in text else None
+    return _rows_of_list(path, load_yaml(text, path, loader, most, DataError))
 
 
 def _rows_of_list(path: Path, items: object) -> Readings:
@@ -190,17 +207,16 @@ def _csv_rows(path: Path, text: str) -> Readings:
                 continue
             if header is None:
                 header = cells
-                if twice := sorted({name for name in header if header.count(name) > 1}):
-                    raise DataError(f"{path}: the header names the column '{twice[0]}' twice; rename one of them")
+                name, times = Counter(header).most_common(1)[0]
+                if times > 1:
+                    raise DataError(f"{path}: the header names the column '{name}' twice; rename one of them")
                 continue
             number += 1
             if len(cells) == len(header):
                 yield RawRow(dict(zip(header, cells, strict=True)), place, number)
             else:
                 hint = "; put cells that contain commas in quotes" if len(cells) > len(header) else ""
-                yield Problem(
-                    place, f"{len(cells)} cells, but the header has {len(header)} ({', '.join(header)}){hint}"
-                )
+                yield Problem(place, f"{len(cells)} cells, but the header has {len(header)} ({listed(header)}){hint}")
     except csv.Error as error:  # the reader cannot find the start of the next row
         yield Problem(f"{path}:{last_line + 1}", f"malformed CSV: {error}; no row after it was read")
 

@@ -6,17 +6,22 @@ own). `fields` maps our names to the file's columns. Rewards see all columns of 
 """
 
 import datetime
-import reprlib
+import math
+import re
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any, get_args, get_type_hints
 
-from stateset_lightning.data.reading import Problem, RawRow, kind
+from stateset_lightning.data.reading import Problem, RawRow, kind, listed
 from stateset_lightning.errors import DataError
+from stateset_lightning.files import MAX_DIGITS
+from stateset_lightning.redaction import MAX_DEPTH, MAX_VALUES
 from stateset_lightning.types import Scenario, Turn
 
 QUESTION_COLUMNS = ("prompt", "messages", "user_responses")
 ROLES: tuple[str, ...] = get_args(get_type_hints(Turn)["role"])
 _LIKELY_QUESTIONS = ("question", "text", "query", "input", "instruction", "problem", "content", "sentence")
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 class _BadRow(Exception):
@@ -31,7 +36,7 @@ def check_columns(rows: Sequence[RawRow], fields: Mapping[str, str], origin: str
             rows lack is reported with these rows, by `to_scenarios`.
     """
     present = list(dict.fromkeys(name for row in rows for name in row.columns))
-    has = f"it has: {', '.join(present) or 'none'}"
+    has = f"it has: {listed(present)}"
     for ours, theirs in fields.items():
         if theirs not in present:
             raise DataError(f"{origin}: data.fields.{ours} names the column '{theirs}', which is not there; {has}")
@@ -65,6 +70,8 @@ def to_scenarios(
 
 
 def _row_scenarios(row: RawRow, fields: Mapping[str, str], label: str, rewards: Sequence[str] | None) -> list[Scenario]:
+    for column in row.columns.items():
+        _check_values(*column)
     columns = _renamed(row.columns, fields)
     columns["id"] = _checked_id(columns.get("id"), f"{label}:{row.number}")
     for name in ("context", "topic"):
@@ -90,7 +97,7 @@ def _row_scenarios(row: RawRow, fields: Mapping[str, str], label: str, rewards: 
 def _renamed(columns: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
     for ours, theirs in fields.items():
         if theirs not in columns:
-            raise _BadRow(f"no column '{theirs}' (data.fields.{ours}); the row has: {', '.join(columns) or 'none'}")
+            raise _BadRow(f"no column '{theirs}' (data.fields.{ours}); the row has: {listed(columns)}")
     return {**columns, **{ours: columns[theirs] for ours, theirs in fields.items()}}
 
 
@@ -100,25 +107,39 @@ def _checked_id(value: object, default: str) -> str:
     # YAML makes numbers and dates of what looks like them; true/false is a slip.
     if isinstance(value, bool) or not isinstance(value, str | int | float | datetime.date):
         raise _BadRow(f"the id must be text or a number, not {kind(value)}")
-    _check_unicode("the id", text := str(value))
-    return text
+    return str(value)
 
 
 def _checked_text(what: str, value: object) -> str:
     if not isinstance(value, str):
-        raise _BadRow(f"{what} must be text, not {kind(value)} ({_shown(value)}); put it in quotes")
+        raise _BadRow(f"{what} must be text, not {kind(value)} ({value!r:.40}); put it in quotes")
     if not value or value.isspace():
         raise _BadRow(f"{what} is empty")
-    _check_unicode(what, value)
     return value
 
 
-def _check_unicode(what: str, text: str) -> None:
-    # JSON can write half a surrogate pair, which no tokenizer takes and no file can hold.
-    if not text.isascii() and (half := next((c for c in text if "\ud800" <= c <= "\udfff"), None)):
-        raise _BadRow(
-            f"{what} holds \\u{ord(half):04x}, half of a character (a surrogate without its pair); replace it"
-        )
+def _check_values(name: str, value: object) -> None:
+    """A column holds what can be read to its end, copied and written."""
+    if isinstance(value, str) and value.isascii() and name.isascii():
+        return  # quickly: nearly all are such
+    what = f"the {repr(name)[1:-1]} holds"
+    left: list[tuple[object, int]] = [(name, 0), (value, 0)]
+    for seen in count():
+        if not left:
+            return
+        item, depth = left.pop()
+        if seen > MAX_VALUES or depth > MAX_DEPTH:
+            raise _BadRow(f"{what} more than {MAX_VALUES:,} values, or is nested more than {MAX_DEPTH} deep")
+        if isinstance(item, str) and (half := None if item.isascii() else _HALF.search(item)):
+            # JSON can write half of a surrogate pair, which no tokenizer takes and no file can hold.
+            code = f"\\u{ord(half[0]):04x}"
+            raise _BadRow(f"{what} {code}, half of a character (a surrogate without its pair); replace it")
+        if isinstance(item, int) and item.bit_length() > MAX_DIGITS * math.log2(10):
+            raise _BadRow(f"{what} an integer of more than {MAX_DIGITS:,} digits; make it text")
+        if isinstance(item, Mapping):
+            left += [(part, depth + 1) for pair in item.items() for part in pair]
+        elif isinstance(item, list | tuple):
+            left += [(part, depth + 1) for part in item]
 
 
 def _checked_optional_text(name: str, value: object) -> str | None:
@@ -166,11 +187,4 @@ def _checked_turn(number: int, message: object) -> Turn:
         raise _BadRow(f"message {number} has the role {role!r}; the roles are {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise _BadRow(f"the content of message {number} must be text, not {kind(content)}")
-    _check_unicode(f"the content of message {number}", content)
     return Turn(role, content)
-
-
-def _shown(value: object, width: int = 40) -> str:
-    # Not repr(), which never ends for YAML whose anchors repeat each other again and again.
-    text = reprlib.repr(value)
-    return text if len(text) <= width else text[:width] + "..."

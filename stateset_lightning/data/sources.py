@@ -192,33 +192,25 @@ def _checked_source(item: Source | Mapping[str, Any], place: str) -> Source:
         raise ConfigError(f"{place}: a source has no key '{unknown[0]}'; its keys are {', '.join(known)}")
     source = item if isinstance(item, Source) else Source(**item)
     given = [name for name in _ORIGINS if getattr(source, name) is not None]
-    if len(given) != 1:
-        raise ConfigError(
-            f"{place}: a source needs one of {', '.join(_ORIGINS)}, but has {' and '.join(given) or 'none'}"
-        )
-    if source.reasoning_gym is None and (source.size, source.seed, source.options) != (None, 0, None):
-        raise ConfigError(f"{place}: size, seed and options belong to a source of reasoning_gym; remove them")
-    if source.reasoning_gym is not None:
-        if not isinstance(source.size, int) or not isinstance(source.seed, int) or source.fields is not None:
-            raise ConfigError(
-                f"{place}: reasoning_gym={source.reasoning_gym} needs a size (instances), may have a seed, and takes no"
-                " fields"
-            )
-        check_bounds(place, Source, {"size": source.size, "seed": source.seed})
-    if not isinstance(source.path, str | os.PathLike | None):
-        raise ConfigError(f"{place}: path={source.path!r} must be text")
-    if not isinstance(source.rows, list | None):
-        raise ConfigError(f"{place}: rows must be a list of scenarios, not {type(source.rows).__name__}")
-    weight, rewards = source.weight, source.rewards
-    if weight is not None and not (isinstance(weight, int | float) and 0 < weight < float("inf")):
-        raise ConfigError(f"{place}: weight={weight!r} must be a number above 0; leave the source out to ignore it")
-    if not isinstance(rewards, list | None) or not all(isinstance(name, str) for name in rewards or []):
-        raise ConfigError(f"{place}: rewards={rewards!r} must be a list of reward names")
-    if not isinstance(source.fields, dict | None):
-        raise ConfigError(
-            f"{place}: fields={source.fields!r} must map our names to the source's columns, for example prompt:"
-            " question"
-        )
+    task, weight, rewards = source.reasoning_gym, source.weight, source.rewards
+    is_task = isinstance(source.size, int) and isinstance(source.seed, int) and source.fields is None
+    is_weight = weight is None or (isinstance(weight, int | float) and 0 < weight < float("inf"))
+    are_names = isinstance(rewards, list | None) and all(isinstance(name, str) for name in rewards or [])
+    is_map = isinstance(source.fields, dict | None)
+    needs = {
+        f"a source needs one of {', '.join(_ORIGINS)}, but has {' and '.join(given) or 'none'}": len(given) == 1,
+        "size, seed and options belong to a source of reasoning_gym; remove them": task is not None
+        or (source.size, source.seed, source.options) == (None, 0, None),
+        f"reasoning_gym={task} needs a size (instances), may have a seed, and takes no fields": task is None or is_task,
+        f"path={source.path!r} must be text": isinstance(source.path, str | os.PathLike | None),
+        f"rows must be a list of scenarios, not {type(source.rows).__name__}": isinstance(source.rows, list | None),
+        f"weight={weight!r} must be a number above 0; leave the source out to ignore it": is_weight,
+        f"rewards={rewards!r} must be a list of reward names": are_names,
+        f"fields={source.fields!r} must map our names to the source's columns, for example prompt: question": is_map,
+    }
+    if broken := [told for told, holds in needs.items() if not holds]:
+        raise ConfigError(f"{place}: {broken[0]}")
+    check_bounds(place, Source, {"size": source.size, "seed": source.seed})
     return source
 
 

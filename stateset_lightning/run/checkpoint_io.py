@@ -24,7 +24,7 @@ from lightning.fabric.utilities.types import _PATH
 from torch.distributed.checkpoint.api import CheckpointException
 
 from stateset_lightning.errors import CheckpointError
-from stateset_lightning.files import atomic_write, remove_leftovers
+from stateset_lightning.files import atomic_write
 from stateset_lightning.ranks import Ranks
 
 # Of what `checkpoint["stateset"]` holds, and how; version 0.1 wrote none. A higher one is of a newer version.
@@ -61,7 +61,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if (file := local_path(path)) is None or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        remove_leftovers(file.parent)
         with atomic_write(file) as stream:
             try:
                 torch.save(checkpoint, stream)

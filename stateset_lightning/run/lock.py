@@ -11,7 +11,7 @@ from typing import IO
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.files import disk_error
+from stateset_lightning.files import writing
 from stateset_lightning.run import lightning_internals
 from stateset_lightning.run.folder import LOCK, run_folder
 
@@ -32,15 +32,13 @@ class RunLock(Callback):
             DiskError: If the folder cannot be written.
         """
         path = run_folder(trainer) / LOCK
-        try:
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = self._held.enter_context(path.open("a+"))
             self._lock(file, path)
             file.truncate(0)
             # Not by the file's buffer, which would fail once more when it is closed.
             os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
-        except OSError as error:
-            raise disk_error(path, error) from error
 
     def _lock(self, file: IO[str], path: Path) -> None:
         try:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from stateset_lightning.files import append_lines, atomic_write, read_table
+from stateset_lightning.files import append_lines, atomic_write, read_table, writing
 from stateset_lightning.run.checkpoint_io import local_path
 from stateset_lightning.run.lightning_internals import set_writer, writer_of
 
@@ -24,7 +25,8 @@ class MetricsFile(ExperimentWriter):
     """
 
     def __init__(self, log_dir: str) -> None:
-        super().__init__(log_dir)
+        with writing(Path(log_dir)):
+            super().__init__(log_dir)
         self.file = Path(self.metrics_file_path)
         self.num_rows = 0
 
@@ -39,10 +41,13 @@ class MetricsFile(ExperimentWriter):
             self.metrics_keys = list(rows[0])
             self._write(rows)
         elif num_rows and self.file.exists():
-            self.file.replace(self.file.with_suffix(".damaged.csv"))
+            with writing(self.file):
+                self.file.replace(self.file.with_suffix(".damaged.csv"))
 
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
-        super().log_metrics(metrics_dict, step)
+        # A name may be the user's, or hold the type of an exception; a row is one line.
+        names = {name: name if name.isprintable() else json.dumps(name)[1:-1] for name in metrics_dict}
+        super().log_metrics({names[name]: value for name, value in metrics_dict.items()}, step)
         rows, self.metrics = self.metrics, []
         if rows[0].keys() <= set(self.metrics_keys) and self.file.exists():
             append_lines(self.file, self._lines(rows))

@@ -1,7 +1,6 @@
 """Rows of a run's files: a record of each completion, what a skipped optimizer step would have trained, JSON lines."""
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from stateset_lightning.files import append_lines, atomic_write, read_lines
-from stateset_lightning.redaction import known_cut, redacted
+from stateset_lightning.redaction import json_text, plain, redacted
 from stateset_lightning.run.folder import BAD_STEPS, of_rank, run_folder
 from stateset_lightning.training.episode import Episode
 from stateset_lightning.training.resample import Sample
@@ -55,28 +54,17 @@ def make_records(sample: Sample, advantages: Sequence[float] | None = None) -> l
                 topic=scenario.topic,
                 prompt=scenario.turns()[-1].content,
                 completion=text,
-                reward=_plain(scores.totals_N[n].item()),
-                rewards={name: _plain(value) for name, value in rewards},
+                reward=plain(scores.totals_N[n].item()),
+                rewards=plain(dict(rewards)),
                 finish_reason=str(rollout.finish_reasons[n]),
                 num_tokens=int(lengths_N[n]),
-                advantage=None if advantages is None else _plain(advantages[n]),
-                target=_plain(scenario.target),
-                breakdown=redacted({name: _plain_values(parts) for name, parts in breakdown.items() if parts}) or None,
-                errors=[f"{failure.reward}: {failure.error}: {failure.message}" for failure in failures] or None,
+                advantage=None if advantages is None else plain(advantages[n]),
+                target=plain(scenario.target),
+                breakdown=redacted(plain(breakdown)) or None,
+                errors=plain([f"{failure.reward}: {failure.error}: {failure.message}" for failure in failures]) or None,
             )
         )
     return records
-
-
-def _plain(value: Any) -> Any:
-    """As JSON holds it: NaN and infinity as null, what JSON has no form for as text."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, str | int | None) else str(value)
-
-
-def _plain_values(parts: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _plain(value) for name, value in parts.items()}
 
 
 # Optimizer steps that are skipped, because loss or gradient is not finite ---------------------------------------------
@@ -125,7 +113,7 @@ def drop_later_steps(trainer: Trainer, step: int) -> None:
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Appends rows as JSON lines, all or none, making the folder if need be; returns how many bytes."""
-    text = "".join(known_cut(json.dumps(row, ensure_ascii=False)) + "\n" for row in rows)
+    text = "".join(f"{json_text(row)}\n" for row in rows)
     append_lines(path, text)
     return len(text.encode())
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from stateset_lightning.errors import bounded
-from stateset_lightning.files import check_output, keep_inputs
+from stateset_lightning.files import atomic_write, check_output, keep_inputs
 from stateset_lightning.policy import Group, Policy
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.run.folder import PREDICTIONS, SAMPLES, continues, of_rank, run_folder
@@ -83,14 +83,15 @@ class SampleWriter(Callback):
         if self.evaluation:
             self._evaluated += [record.to_dict() for record in pl_module.last_records]
 
-    on_test_start, on_test_batch_end = on_validation_start, on_validation_batch_end
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._write_evaluation(trainer, "validation")
+        mine, self._evaluated = self._evaluated, []
+        if self.evaluation and not trainer.sanity_checking:
+            # Ranks take turns with the prompts; at the end, since one of them may have a batch more.
+            turns = zip_longest(*Ranks.current().gather(mine))
+            rows = [row for turn in turns for row in turn if row is not None]
+            self._write(trainer, "test" if trainer.testing else "validation", rows, SHOWN)
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write_evaluation(trainer, "test")
+    on_test_start, on_test_batch_end, on_test_end = on_validation_start, on_validation_batch_end, on_validation_end
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         state = {"step": trainer.global_step, "episode": self._episode, "sizes": list(self._sizes.items())}
@@ -126,13 +127,6 @@ class SampleWriter(Callback):
             rows = [{**row, **after} for row, after in zip(rows, now, strict=True)]
             self._write(trainer, "train", rows, len(rows))
 
-    def _write_evaluation(self, trainer: Trainer, split: str) -> None:
-        mine, self._evaluated = self._evaluated, []
-        if self.evaluation:
-            # Ranks take turns with the prompts; at the end, since one of them may have a batch more.
-            turns = zip_longest(*Ranks.current().gather(mine))
-            self._write(trainer, split, [row for turn in turns for row in turn if row is not None], SHOWN)
-
     def _write(self, trainer: Trainer, split: str, rows: Iterable[Mapping[str, Any]], num_shown: int) -> None:
         rows = [{"split": split, "step": trainer.global_step, **row} for row in rows]
         if not rows or not trainer.is_global_zero:
@@ -161,11 +155,10 @@ class PredictionWriter(Callback):
         self.path = path
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        file = self.file(trainer)
         keep_inputs(trainer.ckpt_path)
-        check_output(file if self.path is None else self.path)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("", encoding="utf-8")
+        check_output(self.file(trainer) if self.path is None else self.path)
+        with atomic_write(self.file(trainer)):
+            pass  # an empty file
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *args: Any, **kwargs: Any) -> None:
         append_rows(self.file(trainer), outputs)

@@ -225,7 +225,7 @@ def test_an_overwritten_folder_is_replaced_as_a_whole(tmp_path):
         (folder / "new").write_text("y")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
     # Killed between the two renames, the old folder comes back first.
-    (tmp_path / "out").rename(tmp_path / ".out.old")
+    (tmp_path / "out").rename(tmp_path / ".out.host-0123456789abcdef.old")
     with pytest.raises(ConfigError, match="has files in it"), atomic_folder(tmp_path / "out"):
         pass
     assert (tmp_path / "out" / "new").read_text() == "y"

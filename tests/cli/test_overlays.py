@@ -1,6 +1,7 @@
 """Configs and flags -> one mapping: text stays text, mappings merge, lists replace, classes start anew."""
 
 import os
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -9,7 +10,9 @@ import pytest
 import yaml
 from cli_runs import overlay, printed_config
 
-from stateset_lightning.cli.overlays import dump_yaml, merge, read_yaml
+from stateset_lightning.cli import overlays
+from stateset_lightning.cli.main import main
+from stateset_lightning.cli.overlays import dump_yaml, merge, merged_words, read_yaml
 from stateset_lightning.errors import ConfigError
 
 TEXTS = ["####", "# You are", "~", "&x", "*x", "null ", "Null", "yes", "off", "1_000", "0x10", "1e3", "1.5", "true"]
@@ -136,6 +139,11 @@ def aliases(levels):
         (aliases(12), "more than 100,000 values, or nested more than 100 deep"),
         ("a: &a [*a]", "nested more than 100 deep"),
         ('a: "\0"', "malformed YAML"),
+        ("a: " * 3000, "malformed YAML"),
+        ("- " * 40_000, "nested more than 100 deep"),
+        (aliases(12) + "\n? [*a11]\n: 1", "more than 100,000 values"),
+        (f"a: 1{':59' * 200_000}", "x.yaml:1: an integer of 600,001 characters"),
+        ("a: " + "x" * 5_000_000, "cannot be read (more than 5,000,000 bytes)"),
     ],
 )
 def test_a_file_that_is_no_config(tmp_path, monkeypatch, text, said):
@@ -150,3 +158,36 @@ def test_a_config_from_a_pipe(config, tmp_path):
     os.mkfifo("pipe")
     threading.Thread(target=lambda: Path("pipe").write_text("data: {batch_size: 6}")).start()
     assert printed_config("fit", "--config", config, "--config", "pipe")["data"]["batch_size"] == 6
+
+
+NO_FILES = {
+    "pipe": (os.mkfifo, "cannot be read (it does not end within 0.2 s)"),
+    "endless device": (lambda path: path.symlink_to("/dev/zero"), "cannot be read (more than 5,000,000 bytes)"),
+    "empty device": (lambda path: path.symlink_to("/dev/null"), "the file is empty"),
+    "socket": (lambda path: socket.socket(socket.AF_UNIX).bind(path.name), "cannot be read (No such device"),
+    "folder": (Path.mkdir, "cannot be read (Is a directory)"),
+}
+
+
+@pytest.mark.parametrize(("make", "said"), NO_FILES.values(), ids=NO_FILES.keys())
+@pytest.mark.parametrize("words", [["fit", "--config"], ["doctor", "--config"], ["convert"]], ids=str)
+def test_a_config_that_is_no_file_or_does_not_end_is_one_line(tmp_path, monkeypatch, capsys, make, said, words):
+    monkeypatch.setattr(overlays, "_MAX_SECONDS", 0.2)
+    monkeypatch.chdir(tmp_path)
+    make(Path("x.yaml"))
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "x.yaml"])
+    assert ended.value.code == (1 if words[0] == "doctor" else 2)
+    assert said in (told := capsys.readouterr().err.strip())
+    assert len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize("key", ["trainer", "model.optimizer", "model.policy", "data.train", "ckpt_path"])
+@pytest.mark.parametrize("in_file", [False, True], ids=["flag", "config"])
+def test_a_pipe_in_place_of_a_value_is_not_waited_for(tmp_path, monkeypatch, key, in_file):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    *sections, name = key.split(".")
+    Path("x.yaml").write_text(f"{sections[0]}: {{{name}: pipe}}" if sections else f"{name}: pipe")
+    with pytest.raises(ConfigError, match=rf"{key}=pipe is a pipe, which may never end"):
+        merged_words(["--config", "x.yaml"] if in_file else [f"--{key}", "pipe"])

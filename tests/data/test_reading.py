@@ -1,10 +1,14 @@
 """Files -> raw rows: real line numbers, all bad rows, and a reason for whatever cannot be read."""
 
 import os
+import socket
+import time
+from pathlib import Path
 
 import pytest
 
 from stateset_lightning.data.reading import Problem, raise_problems, read_file
+from stateset_lightning.data.sources import read_split
 from stateset_lightning.errors import DataError
 
 
@@ -144,3 +148,90 @@ def test_twenty_problems_are_shown_and_the_rest_counted():
     assert lines[1] == "  f:1: bad"
     assert lines[-2:] == ["  f:20: bad", "  ... and 3 more"]
     raise_problems("data.train", [])
+
+
+BOMB = "- &a0 {x: 1, prompt: a}\n" + "".join(
+    f"- &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 9)
+)
+TOO_MUCH = {
+    "lists in YAML": ("a.yaml", "- prompt: a\n- x: " + "[" * 1_000_000, r"a.yaml:2: .*nested more than 100 deep"),
+    "mappings in YAML": ("a.yaml", "- " + "{a: " * 40_000, r"a.yaml:1: .*nested more than 100 deep"),
+    "blocks in YAML": ("a.yaml", "- " * 40_000, r"a.yaml:1: .*nested more than 100 deep"),
+    "merged aliases": ("a.yaml", BOMB, r"a.yaml:1: more than \d+ values"),
+    "an alias of itself": ("a.yaml", "- prompt: a\n  x: &x [*x]", "the x holds .* nested more than 100 deep"),
+    "a key twice": ("a.yaml", "- prompt: a\n  x: 1\n  prompt: b", "a.yaml:3: the key prompt stands in line 1 already"),
+    "a date that is none": ("a.yaml", "- {prompt: a, x: 2024-13-40}", "malformed YAML: month must be in 1..12"),
+    "digits in YAML": (
+        "a.yaml",
+        f"- prompt: a\n  x: {'1' * 1_000_000}",
+        "a.yaml:2: an integer of 1,000,000 characters",
+    ),
+    "hexadecimal digits": ("a.yaml", f"- prompt: a\n  x: 0x{'f' * 9000}", "a.yaml:2: an integer of 9,002 characters"),
+    "base 60": ("a.yaml", f"- prompt: a\n  x: 1{':59' * 200_000}", "a.yaml:2: an integer of 600,001 characters"),
+    "digits in JSON lines": ("a.jsonl", '{"prompt": "a"}\n{"x": ' + "1" * 1_000_000 + "}", "a.jsonl:2: malformed JSON"),
+    "digits that just pass": (
+        "a.jsonl",
+        '{"prompt": "a", "x": [' + "1" * 4200 + "]}",
+        "a.jsonl:1: the x holds an integer",
+    ),
+    "lists in JSON lines": (
+        "a.jsonl",
+        '{"prompt": "a", "x": ' + "[" * 500 + "]" * 500 + "}",
+        "a.jsonl:1: the x .* deep",
+    ),
+    "lists in JSON": ("a.json", '[{"x": ' + "[" * 1_000_000, "a.json: malformed JSON: maximum recursion"),
+    "half of a character": (
+        "a.jsonl",
+        '{"prompt": "a", "x": [{"y": "\\udc00"}]}',
+        r"a.jsonl:1: the x holds \\udc00, half",
+    ),
+    "half of a character as name": (
+        "a.jsonl",
+        '{"prompt": "a", "\\ud800": 1}',
+        r"a.jsonl:1: the \\ud800 holds \\ud800",
+    ),
+    "half of a character as key": (
+        "a.jsonl",
+        '{"prompt": "a", "x": {"\\ud800": 1}}',
+        r"a.jsonl:1: the x holds \\ud800",
+    ),
+    "columns": (
+        "a.csv",
+        ",".join(map(str, range(30_000))) + "\n" + "1," * 29_999 + "1",
+        r"it has: 0, 1, [\d, ]*, \.\.\.",
+    ),
+    "a quote that stays open": (
+        "a.csv",
+        'prompt\n"' + "a\n" * 100_000,
+        "a.csv:2: malformed CSV: unexpected end of data",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "said"), TOO_MUCH.values(), ids=TOO_MUCH.keys())
+def test_what_is_too_much_or_cannot_be_written_is_refused_in_time_with_its_place(write, name, content, said):
+    path, begin = write(name, content), time.perf_counter()
+    with pytest.raises(DataError, match=said) as error:
+        read_split(str(path), "train")
+    assert time.perf_counter() - begin < 5
+    assert len(str(error.value)) < 1000
+
+
+NO_FILES = {
+    "pipe": os.mkfifo,
+    "endless device": lambda path: path.symlink_to("/dev/zero"),
+    "empty device": lambda path: path.symlink_to("/dev/null"),
+    "standard input": lambda path: path.symlink_to("/dev/stdin"),
+    "socket": lambda path: socket.socket(socket.AF_UNIX).bind(path.name),
+    "folder": Path.mkdir,
+}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "yaml", "parquet"])
+@pytest.mark.parametrize("make", NO_FILES.values(), ids=NO_FILES.keys())
+def test_what_is_no_file_is_refused_at_once(tmp_path, monkeypatch, make, suffix):
+    monkeypatch.chdir(tmp_path)
+    make(Path(f"rows.{suffix}"))
+    for spec in (f"rows.{suffix}", [{"path": f"rows.{suffix}"}]):
+        with pytest.raises(DataError, match=rf"rows\.{suffix} is a (directory|device, a pipe or a socket)"):
+            read_split(spec, "train")

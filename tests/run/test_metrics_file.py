@@ -14,6 +14,7 @@ from test_files import full_disk
 from wandb_files import history
 
 from stateset_lightning.errors import DiskError
+from stateset_lightning.files import read_table
 from stateset_lightning.run.metrics_file import (
     MetricsFile,
     install_metrics_files,
@@ -76,6 +77,17 @@ def test_a_full_disk_leaves_whole_rows(tmp_path):
     with full_disk(1000), pytest.raises(DiskError):
         log(writer, 2, b="x" * 2000)  # a new column rewrites the file
     assert read(tmp_path) == rows
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\r", "\ud800", "\u2028", 'a"b', "a,b", "é"], ids=ascii)
+def test_a_name_takes_one_line_whatever_is_in_it(tmp_path, name):
+    for steps in ((1, 2), (3,)):
+        writer = MetricsFile(str(tmp_path))
+        writer.resume(2)
+        log(writer, *steps, **{name: 7})
+    rows = [row for _, row in read_table(tmp_path / "metrics.csv", "step")]
+    assert [row["step"] for row in rows] == ["1", "2", "3"]
+    assert {row[name if name.isprintable() else name.encode("unicode_escape").decode()] for row in rows} == {"7"}
 
 
 DAMAGE = {

@@ -7,11 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from module_runs import fit, make_data, make_module, weights
 
-from stateset_lightning import RewardFunction
+from stateset_lightning import RewardFunction, RewardResult
 from stateset_lightning.algorithm import Clipped, DrGRPO
+from stateset_lightning.callbacks import SampleWriter
+from stateset_lightning.cli.report import write_report
 from stateset_lightning.errors import NonFiniteError
+from stateset_lightning.files import read_table
 from stateset_lightning.run.records import append_rows, drop_later_steps, make_records
 from stateset_lightning.training.checks import is_bad
 from stateset_lightning.training.loss import nan_if_not_finite
@@ -234,3 +238,47 @@ def test_lines_are_appended(tmp_path):
     append_rows(path, [{"a": 1}])
     append_rows(path, [{"a": 2}, {"a": None}])
     assert read(path) == [{"a": 1}, {"a": 2}, {"a": None}]
+
+
+class Hostile(RewardFunction):
+    """Half of its scores come with a breakdown that no file can hold, the others are such failures."""
+
+    def compute_reward(self, turns, context=None):
+        text = "\ud800\u2028\x85\x0b\n"
+        if len(turns[-1].content) % 2:
+            raise type(f"Odd{text}", (Exception,), {})(text)
+        itself: list = []
+        itself.append(itself)
+        bad = {(1, text): text, "number": 10**5000, "nan": math.nan, "object": Unprintable(), "itself": itself}
+        return RewardResult(float(len(turns[-1].content) % 3), bad)
+
+
+class Unprintable:
+    def __str__(self):
+        raise GeneratorExit
+
+
+def test_what_no_file_can_hold_ends_neither_a_run_nor_its_resumption_nor_its_report(tmp_path):
+    loggers = [CSVLogger(tmp_path, "run", version=0), TensorBoardLogger(tmp_path, "board", version=0)]
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    target = [{"a": ["é\u2028", 2**70]}]
+    data = {"train": [{"prompt": f"What is {a} + 2?", "target": target} for a in range(8)]}
+    options = {"logger": loggers, "enable_checkpointing": True, "log_every_n_steps": 1}
+    for steps, ckpt_path in ((2, None), (3, tmp_path / "step=1.ckpt")):
+        module = make_module(reward=Hostile(), max_reward_failures=1.0)
+        callbacks = [keep, SampleWriter(every_n_episodes=1)]
+        trainer = fit(
+            tmp_path, module, make_data(**data), callbacks=callbacks, ckpt_path=ckpt_path, max_steps=steps, **options
+        )
+    folder = tmp_path / "run" / "version_0"
+    text = (folder / "samples.jsonl").read_bytes().decode()
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert {row["step"] for row in rows} == {1, 2, 3}
+    assert {bool(row.get("errors")) for row in rows} == {True, False}
+    assert all(row["target"] == [{"a": ["é\u2028", str(2**70)]}] for row in rows)
+    parts = [part for row in rows for part in row.get("breakdown", {}).values()]
+    assert {part["number"] for part in parts} == {"<int: ValueError>"}
+    json.dumps(rows, ensure_ascii=False).encode()
+    assert [row["step"] for _, row in read_table(folder / "metrics.csv", "step")] == ["1", "2", "3"]
+    assert write_report(folder).stat().st_size > 10_000
+    assert trainer.global_step == 3

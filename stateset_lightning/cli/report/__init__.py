@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +18,7 @@ from jinja2 import Environment
 from stateset_lightning.cli.arguments import Arguments
 from stateset_lightning.cli.report.run_data import read_run
 from stateset_lightning.files import atomic_write, keep_inputs
-from stateset_lightning.redaction import known_cut
+from stateset_lightning.redaction import json_text
 from stateset_lightning.run.folder import REPORT
 
 
@@ -68,7 +67,7 @@ def render(data: Mapping[str, Any]) -> str:
 
 def script_safe(data: Any) -> str:
     """JSON without the characters that could end a script element, or begin a comment or an entity."""
-    text = known_cut(json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
+    text = json_text(data, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
