@@ -234,14 +234,14 @@ def json_text(value: Any, **layout: Any) -> str:
     return _LINE_ENDS.sub(lambda end: f"\\u{ord(end[0]):04x}", text)
 
 
-def plain(value: Any) -> Any:
+def plain(value: Any, max_values: int = MAX_VALUES) -> Any:
     """A copy of any value that every file and every reader of JSON can hold; never an exception.
 
     NaN and infinity are None. Keys, integers of more than 64 bits and what JSON has no form for are text, in which half
     of a character (a surrogate without its pair) is written as its number. What is too long, too deep or too much ends
     in "...".
     """
-    return _plain(value, MAX_DEPTH // 2, iter(range(MAX_VALUES)))
+    return _plain(value, MAX_DEPTH // 2, iter(range(max_values)))
 
 
 def _plain(value: Any, depth: int, left: Iterator[int]) -> Any:

@@ -71,6 +71,8 @@ def export(
     """
     keep_inputs(source, config, Path.cwd())  # which nobody means to have replaced
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
+        from safetensors import SafetensorError
+
         from stateset_lightning.cli.trained import load_trained
         from stateset_lightning.policy import LoadingOptions
         from stateset_lightning.policy.lora import write_adapter
@@ -83,7 +85,10 @@ def export(
             write_adapter(trained.model, trained.policy.public_name, folder)
             trained.model.generation_config.save_pretrained(folder)
         else:
-            trained.model.save_pretrained(folder)
+            try:
+                trained.model.save_pretrained(folder)
+            except SafetensorError as error:  # of Rust: a full disk is no OSError there
+                raise OSError(str(error)) from error
         trained.tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(model_card(trained, Path(out).name), encoding="utf-8")
 

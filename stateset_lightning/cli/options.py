@@ -102,9 +102,12 @@ def _inside(option: Option) -> Iterator[Option]:
             yield from options(parser, (item.get("init_args") or {}) if is_specified else item, name)
 
 
-def _class_parser(option: Option, bases: list[type], path: str | None) -> ArgumentParser | None:
+def _class_parser(option: Option, bases: list[type], path: Any) -> ArgumentParser | None:
     """Knows the options of a class, by default of the one that the option takes; None if there is no such class."""
-    path = path or (getattr(option.action, "default", None) or {}).get("class_path")
+    default = getattr(option.action, "default", None)
+    path = path or (default.get("class_path") if isinstance(default, Namespace | dict) else None)
+    if not isinstance(path, str | None):
+        return None
     full = [_typehints.resolve_class_path_by_name(base, path) for base in bases] if path else []
     try:
         cls = _typehints.import_object(next((each for each in full if "." in each), path)) if path else bases[0]

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from stateset_lightning.errors import ConfigError
@@ -179,8 +178,9 @@ def loading_errors(option: str) -> Iterator[None]:
             f"{option} cannot be loaded: its weights are a pickle file with more in it than tensors, which could run"
             " code; convert it to safetensors where you trust it"
         ) from error
-    except (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"{option} cannot be loaded: {_first_line(error)}") from error
+    except Exception as error:  # a foreign config.json can have a model's code raise anything
+        told = "" if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: "
+        raise ConfigError(f"{option} cannot be loaded: {told}{_first_line(error)}") from error
 
 
 def check_complete(option: str, missing: Iterable[str], kind: str) -> None:

@@ -39,6 +39,9 @@ class CompletionRecord:
         return {key: value for key, value in asdict(self).items() if value is not None or key == "reward"}
 
 
+MAX_PARTS = 10_000  # values of a breakdown, of which each is searched for secrets
+
+
 def make_records(sample: Sample, advantages: Sequence[float] | None = None) -> list[CompletionRecord]:
     """Records of all completions, in order."""
     batch, rollout, scores = sample.batch, sample.rollout, sample.scores
@@ -60,7 +63,7 @@ def make_records(sample: Sample, advantages: Sequence[float] | None = None) -> l
                 num_tokens=int(lengths_N[n]),
                 advantage=None if advantages is None else plain(advantages[n]),
                 target=plain(scenario.target),
-                breakdown=redacted(plain(breakdown)) or None,
+                breakdown=redacted(plain(breakdown, MAX_PARTS)) or None,
                 errors=plain([f"{failure.reward}: {failure.error}: {failure.message}" for failure in failures]) or None,
             )
         )
