@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from stateset_lightning.moved import install
 
-if TYPE_CHECKING:
-    from stateset_lightning.callbacks import EpisodeCallback
-    from stateset_lightning.datamodule import ScenarioDataModule
-    from stateset_lightning.evaluation import EvaluationConfig
-    from stateset_lightning.module import GRPOLightningModule
-    from stateset_lightning.policy import PolicyConfig
-    from stateset_lightning.rewards import RewardFunction, RewardResult
-    from stateset_lightning.rollout import RolloutConfig
-    from stateset_lightning.types import PromptBatch, Scenario, Turn
+if TYPE_CHECKING:  # `X as X`: this is exported, to type checkers as well (PEP 484)
+    from stateset_lightning.callbacks import EpisodeCallback as EpisodeCallback
+    from stateset_lightning.datamodule import ScenarioDataModule as ScenarioDataModule
+    from stateset_lightning.evaluation import EvaluationConfig as EvaluationConfig
+    from stateset_lightning.module import GRPOLightningModule as GRPOLightningModule
+    from stateset_lightning.policy import PolicyConfig as PolicyConfig
+    from stateset_lightning.rewards import RewardFunction as RewardFunction
+    from stateset_lightning.rewards import RewardResult as RewardResult
+    from stateset_lightning.rollout import RolloutConfig as RolloutConfig
+    from stateset_lightning.types import PromptBatch as PromptBatch
+    from stateset_lightning.types import Scenario as Scenario
+    from stateset_lightning.types import Turn as Turn
 
 install()
 
@@ -36,19 +39,7 @@ _HOMES = {
     "Turn": "types",
 }
 
-__all__ = [
-    "EpisodeCallback",
-    "EvaluationConfig",
-    "GRPOLightningModule",
-    "PolicyConfig",
-    "PromptBatch",
-    "RewardFunction",
-    "RewardResult",
-    "RolloutConfig",
-    "Scenario",
-    "ScenarioDataModule",
-    "Turn",
-]
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:

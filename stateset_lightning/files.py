@@ -27,15 +27,15 @@ import yaml
 from stateset_lightning.errors import ConfigError, DiskError, UserError
 from stateset_lightning.redaction import MAX_DEPTH, MAX_VALUES
 
+# Ending of a file or folder while it is being written, and locked by its writer: `.NAME.HOST-NUMBER.partial`. One that
+# is not locked is what a kill left.
 PARTIAL = ".partial"
-"""Ending of a file or folder while it is being written, and locked by its writer: `.NAME.HOST-NUMBER.partial`. One that
-is not locked is what a kill left."""
 
+# Of an integer: Python itself makes no text of one with more than 4,300.
 MAX_DIGITS = 4_000
-"""Of an integer: Python itself makes no text of one with more than 4,300."""
 
+# Endings of what is not locked yet, and of a folder that is being replaced.
 NEW, OLD = ".new", ".old"
-"""Endings of what is not locked yet, and of a folder that is being replaced."""
 
 
 @contextmanager

@@ -11,17 +11,17 @@ from types import ModuleType
 
 PACKAGE = "stateset_lightning."
 
+# Old name -> the module that it stands for.
 STILL_WORKS = {
     "policy.schedule": "training.schedule",
     "sharding": "run.fsdp_strategy",
 }
-"""Old name -> the module that it stands for."""
 
+# Old name -> what to use instead.
 GONE = {
     "callbacks.live_view": "Lightning's progress bars show a run live, `stateset-lightning report` shows it as a page",
     "rewards.retry": "retry inside the reward, with the library tenacity, say; a ModelJudge retries by itself",
 }
-"""Old name -> what to use instead."""
 
 
 class _OldNames(MetaPathFinder, Loader):

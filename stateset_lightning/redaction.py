@@ -23,17 +23,17 @@ from urllib.parse import quote, quote_plus, unquote
 
 HIDDEN = "***"
 
+# Characters of a text that are looked at and kept; a longer one is cut, and says so.
 LONGEST = 1_000_000
-"""Characters of a text that are looked at and kept; a longer one is cut, and says so."""
 
+# How deep lists and mappings may be nested in what is read; half of it in what is written.
 MAX_DEPTH = 100
-"""How deep lists and mappings may be nested in what is read; half of it in what is written."""
 
+# How many values a row may hold, in what is read as in what is written; those of an alias count each time.
 MAX_VALUES = 200_000
-"""How many values a row may hold, in what is read as in what is written; those of an alias count each time."""
 
+# Characters of a value that is remembered; to cut out shorter ones would hide ordinary words.
 SHORTEST = 8
-"""Characters of a value that is remembered; to cut out shorter ones would hide ordinary words."""
 
 # Names ----------------------------------------------------------------------------------------------------------------
 

@@ -25,10 +25,9 @@ from pydantic import BaseModel, ConfigDict, model_validator
 if TYPE_CHECKING:  # torch takes a second to import, and reward workers and `--help` do without it
     from torch import Tensor
 
+# Score of a reward that does not apply to a completion (it returned None). NaN is the score of a reward that
+# failed.
 NOT_APPLICABLE = float("-inf")
-"""Score of a reward that does not apply to a completion (it returned None). NaN is the score of a reward that
-failed.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,5 +226,5 @@ class TokenBatch:
     advantages_T: Tensor | None = None
 
 
+# Metrics as (sum, count): they add up over micro-steps and ranks, and are divided once.
 Metrics = dict[str, tuple["Tensor | float", "Tensor | float"]]
-"""Metrics as (sum, count): they add up over micro-steps and ranks, and are divided once."""

@@ -23,11 +23,11 @@ from stateset_lightning.run.folder import PREDICTIONS, SAMPLES, continues, of_ra
 from stateset_lightning.run.records import append_rows, keep_rows
 from stateset_lightning.training.episode import Episode
 
+# Rows that are written together: their split, step and episode (-1 in an evaluation).
 Block = tuple[str, int, int]
-"""Rows that are written together: their split, step and episode (-1 in an evaluation)."""
 
+# Completions of an evaluation that loggers show; the file has all.
 SHOWN = 16
-"""Completions of an evaluation that loggers show; the file has all."""
 
 
 @bounded("samples")

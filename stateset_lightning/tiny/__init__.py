@@ -7,5 +7,5 @@ in a few minutes.
 
 from pathlib import Path
 
+# Folder of the bundled model, as `save_pretrained` writes it.
 TINY_FOLDER = Path(__file__).parent / "model"
-"""Folder of the bundled model, as `save_pretrained` writes it."""

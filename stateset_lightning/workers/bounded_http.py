@@ -14,8 +14,8 @@ from openai import DefaultAsyncHttpxClient
 
 from stateset_lightning.errors import ServerError
 
+# Bytes of an answer, unpacked; a chat completion has kilobytes.
 LARGEST_ANSWER = 2**23
-"""Bytes of an answer, unpacked; a chat completion has kilobytes."""
 
 _httpx = import_module(DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0])  # openai 3 takes httpx2
 

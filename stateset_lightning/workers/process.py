@@ -38,8 +38,9 @@ from typing import Any, NoReturn
 from stateset_lightning.redaction import redact_streams
 
 LOAD = "load"
+
+# Bytes; what a function writes into the pipe may be read as the length of an answer.
 LARGEST_ANSWER = 2**26
-"""Bytes; what a function writes into the pipe may be read as the length of an answer."""
 
 # Whether this process is a worker. A training script that a worker imports must not start workers in turn.
 inside_worker = False
