@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import queue
 import signal
 import threading
@@ -204,6 +205,17 @@ class EventLoopThread:
                 return task.result()
             finally:
                 task.cancel()
+
+
+@contextmanager
+def forked_child_ends() -> Iterator[None]:
+    """End the child of a function that forked and let the child return, too: it would go on as a second caller."""
+    process = os.getpid()
+    try:
+        yield
+    finally:
+        if os.getpid() != process:
+            os._exit(0)
 
 
 def call_episode_hook(trainer: Any, hook: str, *args: Any) -> None:

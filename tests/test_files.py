@@ -150,7 +150,9 @@ WRITERS = {
     "lines": lambda path: append_lines(path, "x\n"),
     "new folder": make_folder,
     "metrics": lambda path: MetricsFile(str(path)),
-    "predictions": lambda path: PredictionWriter(str(path)).on_predict_start(SimpleNamespace(global_rank=0), None),
+    "predictions": lambda path: PredictionWriter(str(path)).on_predict_start(
+        SimpleNamespace(global_rank=0, ckpt_path=None), None
+    ),
 }
 
 

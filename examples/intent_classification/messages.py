@@ -67,7 +67,8 @@ def split_messages(messages: Sequence[Message], *, labelled: float, held_out: fl
 
 def write_scenarios(messages: Sequence[Message], file: Path) -> None:
     """Rows that `data.train` and `data.validation` of a config read."""
-    with atomic_write(file) as opened:  # two seeds may run at a time
+    # Two seeds may run at a time, and the second of one process writes what the first has read.
+    with atomic_write(file, over_input=True) as opened:
         opened.writelines(
             json.dumps({"prompt": message.text, "target": message.intent}).encode() + b"\n" for message in messages
         )

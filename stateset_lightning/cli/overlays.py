@@ -23,7 +23,8 @@ from jsonargparse import set_dumper
 from jsonargparse._loaders_dumpers import get_yaml_default_loader  # numbers as flags have them: 1e-4
 
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.files import keep_inputs, load_yaml
+from stateset_lightning.files import keep_inputs
+from stateset_lightning.files.yaml_text import load_yaml
 from stateset_lightning.redaction import remember
 from stateset_lightning.threads import DaemonThreads
 

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from stateset_lightning.errors import DataError
-from stateset_lightning.files import load_yaml
+from stateset_lightning.files.yaml_text import load_yaml
 
 MAX_PROBLEMS_SHOWN = 20
 

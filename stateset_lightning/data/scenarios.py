@@ -14,7 +14,7 @@ from typing import Any, get_args, get_type_hints
 
 from stateset_lightning.data.reading import Problem, RawRow, kind, listed
 from stateset_lightning.errors import DataError
-from stateset_lightning.files import MAX_DIGITS
+from stateset_lightning.files.yaml_text import MAX_DIGITS
 from stateset_lightning.redaction import MAX_DEPTH, MAX_VALUES
 from stateset_lightning.types import Scenario, Turn
 

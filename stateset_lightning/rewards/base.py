@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 
 from stateset_lightning.errors import DataError, RewardError
 from stateset_lightning.redaction import redacted_text
+from stateset_lightning.threads import forked_child_ends
 from stateset_lightning.types import NOT_APPLICABLE, Turn
-from stateset_lightning.workers import forked_child_ends
 
 # A conversation; its last turn is the completion.
 Turns = Sequence[Turn]

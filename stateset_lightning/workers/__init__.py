@@ -3,4 +3,3 @@
 # ruff: noqa: F401 (what is imported here is this room's public names)
 from stateset_lightning.workers.openai_client import OpenAIClient
 from stateset_lightning.workers.pool import WorkerDied, WorkerPool
-from stateset_lightning.workers.process import forked_child_ends

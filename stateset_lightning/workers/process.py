@@ -27,8 +27,8 @@ import sysconfig
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from multiprocessing import spawn
 from multiprocessing.connection import Connection
@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from stateset_lightning.redaction import redact_streams
+from stateset_lightning.threads import forked_child_ends
 
 LOAD = "load"
 
@@ -192,17 +193,6 @@ def _answer(functions: Mapping[str, Callable[..., Any]], request: bytes, loop: a
         return _pickled(error)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)  # an alarm that the function left would end a later call
-
-
-@contextmanager
-def forked_child_ends() -> Iterator[None]:
-    """End the child of a function that forked and let the child return, too: it would go on as a second caller."""
-    process = os.getpid()
-    try:
-        yield
-    finally:
-        if os.getpid() != process:
-            os._exit(0)
 
 
 def _pickled(error: BaseException) -> bytes:

@@ -249,7 +249,9 @@ def test_an_answer_that_cannot_be_used_ends_the_run_in_one_line(case: str, monke
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # where nobody is: it is not asked
     with Hostile(written) as server:
         client = VLLMServer(
-            f"http://user:hunter2hunter2@{server.address}/v1", request_timeout=0.2 if is_slow else 30, max_wait=0.1
+            f"http://user:hunter2hunter2@{server.address}/v1",
+            request_timeout=0.2 if is_slow else 30,
+            max_wait=5 if is_bad else 0.1,
         )
         client.vocabulary = 100
         begun = time.monotonic()

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, lines that are appended completely or not at all, and YAML that ends.
+"""Files that are complete or absent, and lines that are appended completely or not at all.
 
 A file is written under a temporary name of its writer's own, flushed to disk, then renamed.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import fcntl
 import logging
-import math
 import mmap
 import os
 import re
@@ -19,20 +18,14 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from glob import escape
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, TypeVar
 from uuid import uuid4
 
-import yaml
-
-from stateset_lightning.errors import ConfigError, DiskError, UserError
-from stateset_lightning.redaction import MAX_DEPTH, MAX_VALUES
+from stateset_lightning.errors import ConfigError, DiskError
 
 # Ending of a file or folder while it is being written, and locked by its writer: `.NAME.HOST-NUMBER.partial`. One that
 # is not locked is what a kill left.
 PARTIAL = ".partial"
-
-# Of an integer: Python itself makes no text of one with more than 4,300.
-MAX_DIGITS = 4_000
 
 # Endings of what is not locked yet, and of a folder that is being replaced.
 NEW, OLD = ".new", ".old"
@@ -297,75 +290,3 @@ def _sync(path: Path) -> None:
     """Flushes a file's content, or the names in a folder, to the disk."""
     with _opened(path) as descriptor:
         os.fsync(descriptor)
-
-
-# YAML that ends -------------------------------------------------------------------------------------------------------
-
-
-def load_yaml(text: str, file: str | Path, loader: Any, most: int | None, refusal: type[UserError]) -> Any:
-    """What a YAML text holds, if it is no more than it seems: aliases of aliases make billions of values.
-
-    Args:
-        text: The content of the file.
-        file: What the user calls it, for the error.
-        loader: `yaml.SafeLoader`, or one derived from it.
-        most: Values that there may be, counting those of an alias each time; None if nobody writes them out.
-        refusal: What is raised if the text is malformed, holds too much, or a key twice; it names the line.
-    """
-    try:
-        _check_depth(text, loader)
-        reader = loader(text)
-        root = reader.get_single_node()
-        _check_nodes(root, most)
-        return None if root is None else reader.construct_document(root)
-    except _Refused as error:
-        raise refusal(f"{file}:{error.line}: {error.problem}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-40
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        place, reason = f":{mark.line + 1}" if mark else "", problem or str(error).splitlines()[0]
-        raise refusal(f"{file}{place}: malformed YAML: {reason}; check indentation, brackets and quotes") from error
-
-
-class _Refused(yaml.MarkedYAMLError):
-    """What YAML allows, and no file of ours needs."""
-
-    def __init__(self, problem: str, place: Any) -> None:
-        super().__init__(problem=problem)
-        self.line = place.start_mark.line + 1
-
-
-def _too_large(place: Any, most: int = MAX_VALUES) -> _Refused:
-    return _Refused(f"more than {most:,} values, or nested more than {MAX_DEPTH} deep (look for aliases, *name)", place)
-
-
-def _check_depth(text: str, loader: Any) -> None:
-    """By events, one at a time: to read nodes, PyYAML 6.0.3 calls itself, and 30,000 brackets end the process."""
-    depth = 0
-    for event in yaml.parse(text, loader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_DEPTH:
-            raise _too_large(event)
-
-
-def _check_nodes(root: yaml.Node | None, most: int | None) -> None:
-    nodes, seen, known = [(root, 0)] if root else [], 0, set()
-    while nodes:
-        node, depth = nodes.pop()
-        if most is None and node in known:
-            continue
-        known.add(node)
-        seen += 1
-        if depth > MAX_DEPTH or seen > (most or math.inf):
-            raise _too_large(node, most or MAX_VALUES)
-        if isinstance(node, yaml.ScalarNode):
-            if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MAX_DIGITS:
-                raise _Refused(f"an integer of {len(node.value):,} characters; put it in quotes", node)
-        elif isinstance(node, yaml.SequenceNode):
-            nodes += [(item, depth + 1) for item in node.value]
-        else:
-            nodes += [(item, depth + 1) for pair in node.value for item in pair]
-            lines: dict[str, int] = {}
-            for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
-                if key.value in lines:
-                    raise _Refused(f"the key {key.value} stands in line {lines[key.value]} already; merge the two", key)
-                lines[key.value] = key.start_mark.line + 1

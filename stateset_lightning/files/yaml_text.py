@@ -1,0 +1,84 @@
+"""YAML that ends: no more values, and no deeper, than a file of ours can have."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stateset_lightning.errors import UserError
+from stateset_lightning.redaction import MAX_DEPTH, MAX_VALUES
+
+# Of an integer: Python itself makes no text of one with more than 4,300.
+MAX_DIGITS = 4_000
+
+
+def load_yaml(text: str, file: str | Path, loader: Any, most: int | None, refusal: type[UserError]) -> Any:
+    """What a YAML text holds, if it is no more than it seems: aliases of aliases make billions of values.
+
+    Args:
+        text: The content of the file.
+        file: What the user calls it, for the error.
+        loader: `yaml.SafeLoader`, or one derived from it.
+        most: Values that there may be, counting those of an alias each time; None if nobody writes them out.
+        refusal: What is raised if the text is malformed, holds too much, or a key twice; it names the line.
+    """
+    try:
+        _check_depth(text, loader)
+        reader = loader(text)
+        root = reader.get_single_node()
+        _check_nodes(root, most)
+        return None if root is None else reader.construct_document(root)
+    except _Refused as error:
+        raise refusal(f"{file}:{error.line}: {error.problem}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-40
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        place, reason = f":{mark.line + 1}" if mark else "", problem or str(error).splitlines()[0]
+        raise refusal(f"{file}{place}: malformed YAML: {reason}; check indentation, brackets and quotes") from error
+
+
+class _Refused(yaml.MarkedYAMLError):
+    """What YAML allows, and no file of ours needs."""
+
+    def __init__(self, problem: str, place: Any) -> None:
+        super().__init__(problem=problem)
+        self.line = place.start_mark.line + 1
+
+
+def _too_large(place: Any, most: int = MAX_VALUES) -> _Refused:
+    return _Refused(f"more than {most:,} values, or nested more than {MAX_DEPTH} deep (look for aliases, *name)", place)
+
+
+def _check_depth(text: str, loader: Any) -> None:
+    """By events, one at a time: to read nodes, PyYAML 6.0.3 calls itself, and 30,000 brackets end the process."""
+    depth = 0
+    for event in yaml.parse(text, loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise _too_large(event)
+
+
+def _check_nodes(root: yaml.Node | None, most: int | None) -> None:
+    nodes, seen, known = [(root, 0)] if root else [], 0, set()
+    while nodes:
+        node, depth = nodes.pop()
+        if most is None and node in known:
+            continue
+        known.add(node)
+        seen += 1
+        if depth > MAX_DEPTH or seen > (most or math.inf):
+            raise _too_large(node, most or MAX_VALUES)
+        if isinstance(node, yaml.ScalarNode):
+            if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MAX_DIGITS:
+                raise _Refused(f"an integer of {len(node.value):,} characters; put it in quotes", node)
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += [(item, depth + 1) for item in node.value]
+        else:
+            nodes += [(item, depth + 1) for pair in node.value for item in pair]
+            lines: dict[str, int] = {}
+            for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+                if key.value in lines:
+                    raise _Refused(f"the key {key.value} stands in line {lines[key.value]} already; merge the two", key)
+                lines[key.value] = key.start_mark.line + 1
