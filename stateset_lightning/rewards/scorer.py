@@ -13,7 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from itertools import islice
 from typing import Annotated, Any
@@ -223,14 +223,19 @@ def _call_on_thread(loop: EventLoopThread, reward: RewardFunction, turns: Turns,
 
 
 def _call_batch(reward: RewardFunction, waiting: Sequence[_Waiting]) -> None:
+    import torch  # not where workers would import it, too
+
     assert isinstance(reward, BatchReward)
     if not waiting:
         return
     copies = given_N = [given for given, _ in waiting]
     try:
         copies = [base.own_copies(*given) for given in given_N]
-        # One more than needed: there may be no end.
-        outputs = list(islice(reward.compute_rewards(*zip(*copies, strict=True)), len(waiting) + 1))
+        # A thread has neither the gradient mode nor the device of the one that has started it.
+        is_cuda = torch.device(reward.device).type == "cuda"
+        with torch.no_grad(), torch.cuda.device(reward.device) if is_cuda else nullcontext():
+            # One more than needed: there may be no end.
+            outputs = list(islice(reward.compute_rewards(*zip(*copies, strict=True)), len(waiting) + 1))
         if len(outputs) != len(waiting):
             raise RewardError(f"reward '{reward.name}' returned {len(outputs)} scores for {len(waiting)} completions")
     except ConfigError:  # its model cannot be loaded, say

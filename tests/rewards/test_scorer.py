@@ -502,6 +502,16 @@ def test_a_reward_that_hangs_does_not_keep_the_interpreter_alive():
 # Rewards that score a batch in one call -----------------------------------------------------------
 
 
+class WithGradient(BatchReward):
+    def compute_rewards(self, conversations, contexts):
+        return [torch.is_grad_enabled() for _ in conversations]
+
+
+def test_batched_rewards_keep_no_graph():
+    with Scorer(WithGradient()) as scorer:
+        assert run(scorer, ["a", "b"]).totals_N.tolist() == [0.0, 0.0]
+
+
 class Lengths(BatchReward):
     """The length of each answer; notes every call."""
 
