@@ -13,7 +13,7 @@ from lightning.fabric.strategies.model_parallel import _load_checkpoint
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, StrategyRegistry
 
-from stateset_lightning.files import atomic_folder
+from stateset_lightning.files import atomic_folder, writing
 from stateset_lightning.run.checkpoint_io import check_weights, is_sharded, of_first_rank, read_checkpoint, safe_shards
 
 
@@ -50,7 +50,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         # to the path of rank 0.
         path = Path(filepath)
         if self.is_global_zero and path.is_file():
-            path.unlink()
+            with writing(path):
+                path.unlink()
         with atomic_folder(path, overwrite=True) if self.is_global_zero else nullcontext(path) as partial:
             super().save_checkpoint(checkpoint, partial, storage_options)
             self.barrier()
