@@ -285,7 +285,7 @@ def check(case: Case, folder: Path, run: Callable[..., None], expected: dict[str
 
 def check_start(wrote: list[tuple[str, int]], stopped: list[Any], case: Case) -> list[str]:
     """That an attempt started where the ones before it had come to."""
-    if not stopped:
+    if not stopped or not wrote:  # a signal ended it outside training, before it had come to anything
         return []
     started = next((step for what, step in wrote if what == "started"), None)
     code, before = stopped[-1]
