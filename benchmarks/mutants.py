@@ -90,7 +90,7 @@ MUTANTS = [
     ),
     Mutant(
         "data/loader.py",
-        'self._completed = int(state["epoch"]) * len(self) + int(state["completed"])',
+        'self._completed = int(state["epoch"]) * len(self) + min(int(state["completed"]), len(self))',
         'self._completed = int(state["epoch"]) * len(self)',
         ("data/test_loader.py",),
     ),
@@ -108,8 +108,8 @@ MUTANTS = [
     ),
     Mutant(
         "seeding.py",
-        "for counter in (seed, episode):",
-        "for counter in (seed,):",
+        "_advance(_state(purpose, seed, episode), np",
+        "_advance(_state(purpose, seed), np",
         ("test_seeding.py",),
     ),
 ]

@@ -22,6 +22,12 @@ def test_benchmarks_find_what_they_import(monkeypatch: pytest.MonkeyPatch) -> No
         runpy.run_path(str(path), run_name="imported")
 
 
+def test_each_mutant_changes_one_place() -> None:
+    for mutant in runpy.run_path(str(BENCHMARKS / "mutants.py"))["MUTANTS"]:
+        text = (BENCHMARKS.parent / "stateset_lightning" / mutant.file).read_text()
+        assert text.count(mutant.old) == 1, mutant
+
+
 IMPORT_ALL = """
 import importlib, pathlib, sys
 folder = pathlib.Path(sys.argv[1])
