@@ -52,6 +52,7 @@ def leave(code: int) -> NoReturn:
         SystemExit: Always. A library may swallow it, or hang while it closes something.
     """
     _on_signals(lambda *_: os._exit(code))
+    sys.unraisablehook = lambda unraisable: None  # the signal may have come inside a destructor
     _thread.start_new_thread(_leave_later, (code,))  # not `threading`, whose locks this handler may have interrupted
     raise SystemExit(code)
 
