@@ -2,13 +2,11 @@
 
 from typing import Any
 
-# `X as X`: this is exported, to type checkers as well (PEP 484).
-from stateset_lightning.run.callbacks import EpisodeCallback as EpisodeCallback
-from stateset_lightning.run.callbacks import ReferenceSync as ReferenceSync
-from stateset_lightning.run.callbacks import RunSummary as RunSummary
-from stateset_lightning.run.progress import ConsoleProgress as ConsoleProgress
-from stateset_lightning.run.samples import PredictionWriter as PredictionWriter
-from stateset_lightning.run.samples import SampleWriter as SampleWriter
+from stateset_lightning.run.callbacks import EpisodeCallback, ReferenceSync, RunSummary
+from stateset_lightning.run.progress import ConsoleProgress
+from stateset_lightning.run.samples import PredictionWriter, SampleWriter
+
+__all__ = ["ConsoleProgress", "EpisodeCallback", "PredictionWriter", "ReferenceSync", "RunSummary", "SampleWriter"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,11 +3,10 @@
 `stateset_lightning.datamodule` puts them together.
 """
 
-# `X as X`: this is exported, to type checkers as well (PEP 484).
-from stateset_lightning.data.loader import EpisodeLoader as EpisodeLoader
-from stateset_lightning.data.loader import EvaluationLoader as EvaluationLoader
-from stateset_lightning.data.order import Curriculum as Curriculum
-from stateset_lightning.data.prompts import PromptEncoder as PromptEncoder
-from stateset_lightning.data.prompts import special_tokens as special_tokens
-from stateset_lightning.data.sources import Source as Source
-from stateset_lightning.data.sources import read_split as read_split
+from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader
+from stateset_lightning.data.order import Curriculum
+from stateset_lightning.data.prompts import PromptEncoder, special_tokens
+from stateset_lightning.data.sources import Source, read_split
+
+__all__ = ["Curriculum", "EpisodeLoader", "EvaluationLoader", "PromptEncoder", "Source", "read_split"]
+__all__ += ["special_tokens"]

@@ -1,6 +1,5 @@
 """Completions -> scores: the reward interface, built-in rewards, the scorer."""
 
-# ruff: noqa: F401 (what is imported here is this room's public names)
 from typing import Any
 
 from stateset_lightning.rewards.base import BatchReward, FunctionReward, RewardFunction, RewardResult
@@ -15,6 +14,12 @@ from stateset_lightning.rewards.reasoning_gym import ReasoningGymReward
 from stateset_lightning.rewards.reward_list import Reward, as_rewards
 from stateset_lightning.rewards.scorer import Scorer, ScoringSession, check_failures, failure_counts
 from stateset_lightning.rewards.trl import TRLReward
+
+__all__ = ["BatchReward", "Contains", "EmbeddingSimilarity", "ExactMatch", "FormatReward", "FunctionReward"]
+__all__ += ["HelpfulnessReward", "JsonValid", "LengthPenalty", "MathEquivalence", "ModelJudge", "NumericAnswer"]
+__all__ += ["OverlongPenalty", "ReasoningGymReward", "RegexMatch", "RepetitionPenalty", "Reward", "RewardFunction"]
+__all__ += ["RewardModel", "RewardResult", "Scorer", "ScoringSession", "TRLReward", "as_rewards", "check_failures"]
+__all__ += ["failure_counts"]
 
 
 def __getattr__(name: str) -> Any:
