@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from stateset_lightning.callbacks import PredictionWriter
 from stateset_lightning.errors import DiskError
-from stateset_lightning.files import append_lines, atomic_folder, atomic_write, make_folder, remove_leftovers
+from stateset_lightning.files import append_lines, atomic_folder, atomic_write, make_folder, remove_leftovers, writing
 from stateset_lightning.run.metrics_file import MetricsFile
 
 
@@ -142,6 +144,12 @@ def test_what_a_writer_has_made_and_not_locked_yet_stays(tmp_path, monkeypatch, 
 
 def _refuse(*_):
     raise OSError(errno.EROFS, "Read-only file system")
+
+
+def test_a_full_disk_under_safetensors_is_one_line_too(tmp_path):
+    path = tmp_path / "it"
+    with full_disk(10_000), pytest.raises(DiskError, match=r"it: cannot be written \(.*File too large"), writing(path):
+        save_file({"a": torch.zeros(10_000)}, path)
 
 
 WRITERS = {

@@ -71,8 +71,6 @@ def export(
     """
     keep_inputs(source, config, Path.cwd())  # which nobody means to have replaced
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
-        from safetensors import SafetensorError
-
         from stateset_lightning.cli.trained import load_trained
         from stateset_lightning.policy import LoadingOptions
         from stateset_lightning.policy.lora import write_adapter
@@ -85,10 +83,7 @@ def export(
             write_adapter(trained.model, trained.policy.public_name, folder)
             trained.model.generation_config.save_pretrained(folder)
         else:
-            try:
-                trained.model.save_pretrained(folder)
-            except SafetensorError as error:  # of Rust: a full disk is no OSError there
-                raise OSError(str(error)) from error
+            trained.model.save_pretrained(folder)
         trained.tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(model_card(trained, Path(out).name), encoding="utf-8")
 

@@ -21,11 +21,16 @@ from pathlib import Path
 from typing import IO, TypeVar
 from uuid import uuid4
 
+from safetensors import SafetensorError
+
 from stateset_lightning.errors import ConfigError, DiskError
 
 # Ending of a file or folder while it is being written, and locked by its writer: `.NAME.HOST-NUMBER.partial`. One that
 # is not locked is what a kill left.
 PARTIAL = ".partial"
+
+# What a disk that is full or cannot be written raises; safetensors, written in Rust, has an error of its own.
+DISK_ERRORS = (OSError, SafetensorError)
 
 # Endings of what is not locked yet, and of a folder that is being replaced.
 NEW, OLD = ".new", ".old"
@@ -40,10 +45,11 @@ def writing(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
+    except DISK_ERRORS as error:
+        reason = getattr(error, "strerror", None) or error
         raise DiskError(
-            f"{path}: cannot be written ({error.strerror or error}); what was there before is untouched. Make room, or"
-            " choose another folder; a run goes on from its last checkpoint"
+            f"{path}: cannot be written ({reason}); what was there before is untouched. Make room, or choose another"
+            " folder; a run goes on from its last checkpoint"
         ) from error
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stateset_lightning.errors import DiskError, SamplingError, ServerError, UserError
+from stateset_lightning.files import DISK_ERRORS
 from stateset_lightning.policy import Group, Policy, save_adapter
 from stateset_lightning.policy.precision import logprob_tolerance
 from stateset_lightning.ranks import Ranks
@@ -118,7 +119,7 @@ class WeightSync:
             outcome = self._hand_over(policy) if ranks.rank == 0 else None
         except UserError as error:  # gathered, so that all ranks end when the first one fails
             outcome = error
-        except OSError as error:
+        except DISK_ERRORS as error:
             outcome = DiskError(f"model.engine.folder={self.folder!r}: no weights can be handed over there: {error}")
         outcome = ranks.gather(outcome)[0]
         if not isinstance(outcome, Synced):
