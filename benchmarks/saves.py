@@ -73,6 +73,16 @@ VALIDATIONS: dict[str, dict[str, Any]] = {
     "never": {"limit_val_batches": 0},
 }
 
+PLACES = (
+    (Sampler, "sample", "sampling"),
+    (ScoringSession, "submit", "scoring"),
+    (GRPOLightningModule, "training_step", "micro-step"),
+    (GRPOLightningModule, "on_before_optimizer_step", "optimizer step"),
+    (GRPOLightningModule, "validation_step", "validation"),
+    (GRPOLightningModule, "on_validation_epoch_end", "end of validation"),
+)
+"""Methods of a run, and what the place is called that each comes by."""
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
 
 MOMENTS: tuple[Kill | None, ...] = (
@@ -199,15 +209,7 @@ def run_config(folder: Path, settings: Settings, started: int | None) -> None:
 
 def observe(trainer: Trainer, folder: Path) -> None:
     """Comes by the places, and notes what would be an opportunity to save."""
-    for owner, method, place in (
-        (Sampler, "sample", "sampling"),
-        (ScoringSession, "submit", "scoring"),
-        (GRPOLightningModule, "training_step", "micro-step"),
-        (GRPOLightningModule, "on_before_optimizer_step", "optimizer step"),
-        (GRPOLightningModule, "validation_step", "validation"),
-        (GRPOLightningModule, "on_validation_epoch_end", "end of validation"),
-    ):
-        setattr(owner, method, passing(getattr(owner, method), place))
+    come_by(PLACES)
     owed: list[str] = []
 
     def seen(what: str, *ignored: Any) -> None:
@@ -226,6 +228,12 @@ def observe(trainer: Trainer, folder: Path) -> None:
     GRPOLightningModule.on_train_batch_end = lambda *hook: seen("step")  # type: ignore[method-assign, misc, assignment]
     GRPOLightningModule.on_validation_end = lambda *hook: seen(f"validated {trainer.current_epoch + 1}")  # type: ignore[method-assign, misc, assignment]
     GRPOLightningModule.on_train_epoch_start = lambda *hook: seen(f"epoch {trainer.current_epoch}")  # type: ignore[method-assign, misc, assignment]
+
+
+def come_by(places: Sequence[tuple[Any, str, str]]) -> None:
+    """From now on each of these methods comes by its place."""
+    for owner, method, place in places:
+        setattr(owner, method, passing(getattr(owner, method), place))
 
 
 def passing(method: Callable[..., Any], place: str) -> Callable[..., Any]:

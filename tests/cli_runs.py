@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from stateset_lightning.cli.main import main
+from stateset_lightning.policy import LoRAConfig, Policy, PolicyConfig, load_model, save_adapter
 
 CONFIG = {
     "seed_everything": 3,
@@ -57,6 +59,21 @@ RUN_CONFIG = {
 }
 """Of a run that logs, validates and saves."""
 CSV_LOGGER = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "cli"}}
+
+
+RUN = Path("runs/r/version_0")
+"""Where the first run of `RUN_CONFIG` leaves its files."""
+
+
+def run_model_folder(folder, patch, source, *flags):
+    """In `folder`: a run of one step of the model in `model`, a copy of `source`, and an adapter in `adapter`."""
+    config = {**RUN_CONFIG, "model": {**RUN_CONFIG["model"], "policy": {"model_name": "model"}}}
+    config["trainer"] = {**RUN_CONFIG["trainer"], "max_steps": 1, "limit_val_batches": 0}
+    start_in(folder, patch, config, 4)
+    shutil.copytree(source, "model")
+    main(["fit", "--config", "config.yaml", *flags])
+    policy = PolicyConfig("model", lora=LoRAConfig(rank=2))
+    save_adapter(Policy(load_model(policy), policy), Path("adapter"))
 
 
 def start_in(folder, monkeypatch, config, num_rows):

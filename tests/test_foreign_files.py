@@ -8,47 +8,26 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from cli_runs import RUN_CONFIG, start_in
+from cli_runs import RUN, run_model_folder
+from foreign_code import OWN_CODE
 from module_runs import DigitReward
 from transformers import dynamic_module_utils
 
 from stateset_lightning import GRPOLightningModule
 from stateset_lightning.cli.main import main
 from stateset_lightning.cli.trained import load_trained
-from stateset_lightning.policy import LoRAConfig, PolicyConfig, load_model, save_adapter
-from stateset_lightning.policy.policy import Policy
 
-RUN = Path("runs/r/version_0")
 CHECKPOINT = RUN / "checkpoints/last.ckpt"
-
-FOREIGN = """
-open({executed!r}, "w").close()
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-class OwnConfig(LlamaConfig):
-    model_type = "own"
-class OwnModel(LlamaForCausalLM):
-    config_class = OwnConfig
-class OwnTokenizer(PreTrainedTokenizerFast):
-    pass
-class Engine:
-    pass
-"""
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, model_folder):
     """The folder of two runs of a small model in the folder `model`: `runs` of the whole model, `lora/runs`."""
     folder = tmp_path_factory.mktemp("runs")
-    config = {**RUN_CONFIG, "model": {**RUN_CONFIG["model"], "policy": {"model_name": "model"}}}
-    config["trainer"] = {**RUN_CONFIG["trainer"], "max_steps": 1, "limit_val_batches": 0}
     with pytest.MonkeyPatch.context() as patch:
-        start_in(folder, patch, config, 4)
-        shutil.copytree(model_folder("llama"), "model")
-        main(["fit", "--config", "config.yaml"])
+        run_model_folder(folder, patch, model_folder("llama"))
         lora = ["--model.policy.lora.rank=2", "--trainer.logger.save_dir=lora/runs"]
         main(["fit", "--config", "config.yaml", *lora])
-        policy = PolicyConfig("model", lora=LoRAConfig(rank=2))
-        save_adapter(Policy(load_model(policy), policy), Path("adapter"))
     return folder
 
 
@@ -62,7 +41,7 @@ def here(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.delitem(sys.modules, "foreign", raising=False)
     for place in ("", "model"):
-        Path(place, "foreign.py").write_text(FOREIGN.format(executed=str(tmp_path / "executed")))
+        Path(place, "foreign.py").write_text(OWN_CODE.format(executed=str(tmp_path / "executed")))
 
 
 def edit(file, **said):

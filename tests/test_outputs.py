@@ -7,13 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from cli_runs import RUN_CONFIG, start_in
+from cli_runs import RUN, RUN_CONFIG, run_model_folder, start_in
 
 from stateset_lightning.cli.main import main
-from stateset_lightning.policy import LoRAConfig, PolicyConfig, load_model, save_adapter
-from stateset_lightning.policy.policy import Policy
 
-RUN = Path("runs/r/version_0")
 CHECKPOINT = RUN / "checkpoints/last.ckpt"
 
 
@@ -21,14 +18,8 @@ CHECKPOINT = RUN / "checkpoints/last.ckpt"
 def run(tmp_path_factory, model_folder):
     """The folder of a run of the model in `model`, with links to what it reads, and an adapter."""
     folder = tmp_path_factory.mktemp("outputs")
-    config = {**RUN_CONFIG, "model": {**RUN_CONFIG["model"], "policy": {"model_name": "model"}}}
-    config["trainer"] = {**RUN_CONFIG["trainer"], "max_steps": 1, "limit_val_batches": 0}
     with pytest.MonkeyPatch.context() as patch:
-        start_in(folder, patch, config, 4)
-        shutil.copytree(model_folder("llama"), "model")
-        main(["fit", "--config", "config.yaml", "--data.validation", "null"])
-        policy = PolicyConfig("model", lora=LoRAConfig(rank=2))
-        save_adapter(Policy(load_model(policy), policy), Path("adapter"))
+        run_model_folder(folder, patch, model_folder("llama"), "--data.validation", "null")
     guide = {"agent": {"model_name": "tiny"}, "training": {"num_episodes": 1}}
     (folder / "guide.yaml").write_text(
         yaml.safe_dump(guide | {"environment": {"scenarios": [{"user_responses": ["a"]}]}})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from foreign_code import OWN_CODE
 from module_runs import DigitReward, fit, make_module
 from safetensors.torch import load_file, save_file
 from transformers import dynamic_module_utils
@@ -86,16 +87,6 @@ def _nested(depth):
 
 def test_code_of_the_hub_needs_a_flag():
     assert PolicyConfig("tiny").trust_remote_code is False
-
-
-OWN_CODE = """
-from transformers import LlamaConfig, LlamaForCausalLM
-open({executed!r}, "w").close()
-class OwnConfig(LlamaConfig):
-    model_type = "own"
-class OwnModel(LlamaForCausalLM):
-    config_class = OwnConfig
-"""
 
 
 @pytest.fixture(params=["whole", "lora"])

@@ -16,37 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from cli_runs import RUN_CONFIG
 
 HERE = Path(__file__).parent
 REWARDS = "hostile_rewards"
 """Module of the rewards, which is copied beside each config."""
 
 CONFIG: dict[str, Any] = {
-    "seed_everything": 3,
+    "seed_everything": RUN_CONFIG["seed_everything"],
     "model": {
-        "policy": {"model_name": "tiny"},
-        "reward": [{"class_path": "stateset_lightning.rewards.ExactMatch"}],
+        **RUN_CONFIG["model"],
         "rollout": {"num_generations": 2, "max_new_tokens": 4},
-        "algorithm": {"class_path": "stateset_lightning.algorithm.DrGRPO"},
-        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
         "max_reward_failures": 1.0,
     },
     "data": {"train": "rows.jsonl", "validation": "rows.jsonl", "predict": "rows.jsonl", "batch_size": 2},
     "samples": {"every_n_episodes": 1},
-    "trainer": {
-        "max_steps": 2,
-        "max_epochs": -1,
-        "accelerator": "cpu",
-        "val_check_interval": 2,
-        "check_val_every_n_epoch": None,
-        "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "r"}},
-        "callbacks": [
-            {
-                "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-                "init_args": {"every_n_train_steps": 1, "save_last": True},
-            }
-        ],
-    },
+    "trainer": {**RUN_CONFIG["trainer"], "max_steps": 2},
 }
 ROWS = [{"prompt": f"What is {i} + 1?", "target": str(i + 1), "steps": [i, 1]} for i in range(4)]
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 from cases import CONFIG, ROWS, TEXTS, Place, Plan, damaged, hostile_value, leaves, put
+from foreign_code import OWN_CODE
 
 COLUMNS = ("prompt", "messages", "target", "id", "topic", "context", "rewards", "user_responses", "path", "x", "")
 
@@ -219,15 +220,6 @@ def config_plan(place: Place) -> Plan:
 
 
 # Checkpoints and models -----------------------------------------------------------------------------------------------
-
-OWN_CODE = """
-from transformers import LlamaConfig, LlamaForCausalLM
-open({executed!r}, "w").close()
-class OwnConfig(LlamaConfig):
-    model_type = "own"
-class OwnModel(LlamaForCausalLM):
-    config_class = OwnConfig
-"""
 
 
 def with_code(place: Place, folder: Path) -> None:

@@ -14,7 +14,7 @@ import rewards
 import yaml
 from cases import Place, Plan
 from kill_test import Kill, replace, save_in_halves
-from saves import passing
+from saves import PLACES, come_by
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PHASES = {  # how often a run of two steps comes by
@@ -38,27 +38,18 @@ def at_a_place(moment: Kill) -> Callable[[], None]:
     """Has the process send itself a signal when it comes by."""
 
     def prepare() -> None:
-        from stateset_lightning import GRPOLightningModule, ScenarioDataModule, files
+        from stateset_lightning import ScenarioDataModule, files
         from stateset_lightning.cli.config import StatesetCLI
         from stateset_lightning.policy import loading
-        from stateset_lightning.rewards.scorer import ScoringSession
         from stateset_lightning.run import checkpoint_io
-        from stateset_lightning.training.collect import Sampler
 
         places: tuple[tuple[Any, str, str], ...] = (
             (StatesetCLI, "parse_arguments", "parsing"),
             (StatesetCLI, "instantiate_classes", "building"),
             (loading, "load_model", "loading"),
             (ScenarioDataModule, "setup", "reading"),
-            (Sampler, "sample", "sampling"),
-            (ScoringSession, "submit", "scoring"),
-            (GRPOLightningModule, "training_step", "micro-step"),
-            (GRPOLightningModule, "on_before_optimizer_step", "optimizer step"),
-            (GRPOLightningModule, "validation_step", "validation"),
-            (GRPOLightningModule, "on_validation_epoch_end", "end of validation"),
         )
-        for owner, method, name in places:
-            setattr(owner, method, passing(getattr(owner, method), name))
+        come_by([*places, *PLACES])
         checkpoint_io.torch.save, files.os.replace = save_in_halves, replace  # type: ignore[assignment]
         kill_test._plan = moment
 
