@@ -58,6 +58,12 @@ class CheckpointError(ConfigError):
     """A checkpoint is damaged, or is none of this package."""
 
 
+def one_line(text: object, most: int = 300) -> str:
+    """At most so many characters of a text on one line, without what moves the cursor of a terminal."""
+    start = str(text)[: 10 * most]  # it may have megabytes
+    return " ".join("".join(c if c.isprintable() else " " for c in start).split())[:most]
+
+
 # Bounds ---------------------------------------------------------------------------------------------------------------
 
 C = TypeVar("C")

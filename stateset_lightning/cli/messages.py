@@ -20,7 +20,7 @@ from jsonargparse import ArgumentParser
 
 from stateset_lightning.cli.options import MISSING, Option, classes, options
 from stateset_lightning.cli.overlays import as_list, is_class
-from stateset_lightning.errors import ConfigError, UserError
+from stateset_lightning.errors import ConfigError, UserError, one_line
 
 PROGRAM = "stateset-lightning"
 
@@ -173,7 +173,7 @@ def _raised(error: BaseException) -> str:
         for frame in traceback.extract_tb(error.__traceback__)
         if not re.search(rf"{re.escape(_PACKAGE)}|site-packages|importlib|<", frame.filename)
     ]
-    reason = " ".join(str(error).split())[:300]
+    reason = one_line(error)
     if isinstance(error, SyntaxError):
         places, reason = [f" ({error.filename}:{error.lineno})"], error.msg
     if not places and isinstance(error, ImportError):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from stateset_lightning.errors import ConfigError, require
+from stateset_lightning.errors import ConfigError, one_line, require
 from stateset_lightning.files import keep_inputs
 from stateset_lightning.policy.config import LoRAConfig
 from stateset_lightning.policy.precision import replaced_parameters
@@ -60,7 +60,7 @@ def add_adapter(model: PreTrainedModel, lora: LoRAConfig, seed: int) -> None:
     try:
         config = peft.LoraConfig(task_type="CAUSAL_LM", **own, **lora.peft_kwargs)
     except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(f"model.policy.lora.peft_kwargs={lora.peft_kwargs}: {_one_line(error)}") from error
+        raise ConfigError(f"model.policy.lora.peft_kwargs={lora.peft_kwargs}: {one_line(error)}") from error
     inject(model, config, "model.policy.lora", seed)
 
 
@@ -122,7 +122,7 @@ def inject(model: PreTrainedModel, config: LoraConfig, place: str, seed: int = 0
             torch.default_generator.manual_seed(derive_seed(seed, "adapter"))
             model.add_adapter(config, NAME)
     except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"{place}: {_one_line(error)}") from error
+        raise ConfigError(f"{place}: {one_line(error)}") from error
     adapted = ((name, layer) for name, layer in model.named_modules() if hasattr(layer, "lora_bias"))
     bare = [name for name, layer in adapted if getattr(layer.get_base_layer(), "bias", None) is None]
     if config.lora_bias and bare:
@@ -146,7 +146,7 @@ def load_weights(model: PreTrainedModel, weights: Mapping[str, Tensor], place: s
     try:
         report = set_peft_model_state_dict(model, dict(weights), NAME)
     except (RuntimeError, KeyError) as error:
-        raise ConfigError(f"{place} does not fit the model: {_one_line(error)}") from error
+        raise ConfigError(f"{place} does not fit the model: {one_line(error)}") from error
     missing = set(report.missing_keys).intersection(trained_names(model))
     problems = {"no weights for": missing, "weights that the model has no place for:": report.unexpected_keys}
     for what, names in problems.items():
@@ -283,7 +283,3 @@ def config_from_plain(content: Mapping[str, Any]) -> LoraConfig:
     import peft
 
     return peft.PeftConfig.from_peft_type(**content)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

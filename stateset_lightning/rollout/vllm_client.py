@@ -23,7 +23,7 @@ from urllib.parse import unquote, urlsplit
 from annotated_types import Ge, Lt
 from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError
 
-from stateset_lightning.errors import ConfigError, NonFiniteError, ServerError
+from stateset_lightning.errors import ConfigError, NonFiniteError, ServerError, one_line
 from stateset_lightning.redaction import redacted_text, remember
 from stateset_lightning.types import FinishReason
 
@@ -330,6 +330,4 @@ def _message(content: bytes) -> str:
 
 
 def _line(text: str) -> str:
-    """One short line without secrets, and without what moves the cursor of a terminal."""
-    text = redacted_text(text)[:3000]
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]
+    return one_line(redacted_text(text))

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.optim import Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from stateset_lightning.errors import ConfigError, bounded
+from stateset_lightning.errors import ConfigError, bounded, one_line
 from stateset_lightning.training.data import data_of
 
 
@@ -186,8 +186,7 @@ def _made(key: str, make: Callable[..., Any], argument: Any) -> Any:
         return make(argument)
     except (ValueError, TypeError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
         remedy = ": use model.policy.lora, whose weights are, or AdamW" if "2D parameters" in str(error) else ""
-        told = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{key}: {type(error).__name__}: {told}{remedy}") from error
+        raise ConfigError(f"{key}: {type(error).__name__}: {one_line(error)}{remedy}") from error
 
 
 # The run's length -----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 from annotated_types import Ge, Gt, Le, Len
 from pydantic import BaseModel, HttpUrl, TypeAdapter, ValidationError
 
-from stateset_lightning.errors import ConfigError, ServerError, check_bounds, require
+from stateset_lightning.errors import ConfigError, ServerError, check_bounds, one_line, require
 from stateset_lightning.redaction import is_secret_name, remember
 
 T = TypeVar("T")
@@ -233,7 +233,7 @@ class OpenAIClient:
         """A line that names the server, without a password that its address may hold."""
         address = urlsplit(self._url)
         place = address._replace(netloc=address.netloc.rpartition("@")[2]).geturl()
-        return f"{place}: {' '.join(text[:_LONGEST_MESSAGE].split())}"
+        return f"{place}: {one_line(text, _LONGEST_MESSAGE)}"
 
     @cached_property
     def _replies(self) -> ReplyCache:

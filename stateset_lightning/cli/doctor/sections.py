@@ -16,7 +16,7 @@ from stateset_lightning.cli.config import StatesetCLI
 from stateset_lightning.cli.doctor.measure import SAMPLED, WORST, EpisodeMeasurement
 from stateset_lightning.cli.doctor.meter import LIMIT, Meter
 from stateset_lightning.cli.messages import without_traceback
-from stateset_lightning.errors import UserError
+from stateset_lightning.errors import UserError, one_line
 from stateset_lightning.redaction import redacted
 from stateset_lightning.rollout import InProcessEngine
 from stateset_lightning.run.checkpoint import check_resumable
@@ -219,6 +219,5 @@ def _show(lines: Sequence[str]) -> None:
 
 
 def _shortened(text: str) -> str:
-    """On one line, without what a terminal would obey."""
-    shown = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    shown = one_line(text, TEXT + 1)
     return shown if len(shown) <= TEXT else f"{shown[:TEXT]}..."

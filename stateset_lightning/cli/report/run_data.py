@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import yaml
 
 from stateset_lightning.cli.messages import class_name
-from stateset_lightning.errors import ConfigError
+from stateset_lightning.errors import ConfigError, one_line
 from stateset_lightning.files import read_lines, read_table
 from stateset_lightning.run.folder import CONFIGS, ENVIRONMENT, METRICS, SAMPLES
 
@@ -206,7 +206,7 @@ def _parsed(path: Path) -> Any:
     try:
         return parse(path.read_text(encoding="utf-8", errors="replace"))
     except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as {kind}: {' '.join(str(error).split())[:200]}") from error
+        raise ConfigError(f"{path}: cannot be read as {kind}: {one_line(error, 200)}") from error
 
 
 def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
