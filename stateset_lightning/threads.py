@@ -1,8 +1,8 @@
 """Threads for calls that block, an event loop on a thread of its own for coroutines, and a sign of life.
 
-The first two serve user code and servers that may hang for ever. All threads are daemon threads: a call that hangs
-keeps neither the interpreter from ending nor Ctrl-C from working. A wait for such a call is `interruptible`: a signal
-cuts it off.
+The first two serve user code, which may fork, and servers that may hang for ever. All threads are daemon threads: a
+call that hangs keeps neither the interpreter from ending nor Ctrl-C from working. A wait for such a call is
+`interruptible`: a signal cuts it off.
 """
 
 from __future__ import annotations
