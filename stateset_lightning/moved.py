@@ -12,10 +12,7 @@ from types import ModuleType
 PACKAGE = "stateset_lightning."
 
 # Old name -> the module that it stands for.
-STILL_WORKS = {
-    "policy.schedule": "training.schedule",
-    "sharding": "run.fsdp_strategy",
-}
+STILL_WORKS = {"policy.schedule": "training.schedule", "sharding": "run.fsdp_strategy"}
 
 # Old name -> what to use instead.
 GONE = {

@@ -1,5 +1,6 @@
 """Users' own files are never overwritten: what a command reads it does not write, by whatever name it is given."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -104,3 +105,13 @@ def test_a_path_with_double_colons_is_a_path(tmp_path, monkeypatch):
     }
     assert [path.name for path in Path("runs").iterdir()] == ["a::b"]
     assert {path.name for path in Path("c").rglob("*")} == {"d::e", "last.ckpt", "epoch=0-step=2.ckpt"}
+
+
+@pytest.mark.parametrize("name", ["samples.jsonl", "hparams.yaml"])
+def test_a_pipe_in_the_place_of_a_runs_file_is_not_waited_for(here, capsys, name):
+    (RUN / name).unlink(missing_ok=True)
+    os.mkfifo(RUN / name)
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", "config.yaml", "--ckpt_path", str(CHECKPOINT), "--trainer.max_steps", "2"])
+    assert end.value.code == 2
+    assert f"{name} is not written: it is a device, a pipe or a socket" in capsys.readouterr().err

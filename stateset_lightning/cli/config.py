@@ -21,7 +21,7 @@ from stateset_lightning.cli.options import options
 from stateset_lightning.cli.overlays import dump_yaml, merged_words
 from stateset_lightning.datamodule import ScenarioDataModule
 from stateset_lightning.errors import ConfigError, UserError
-from stateset_lightning.files import atomic_write
+from stateset_lightning.files import atomic_write, check_output, writing
 from stateset_lightning.module import GRPOLightningModule
 from stateset_lightning.redaction import json_text, redacted, redacted_text, remember
 from stateset_lightning.run.find_checkpoint import continue_run
@@ -90,8 +90,10 @@ class SaveRunConfig(SaveConfigCallback):
         if trainer.loggers:  # else it would stand among the user's own files
             with atomic_write(file.with_name(ENVIRONMENT)) as opened:
                 opened.write(json_text(environment(trainer), indent=1).encode())
-        for logger in trainer.loggers:
-            logger.log_hyperparams(config)
+        check_output(file.with_name("hparams.yaml"))  # which Lightning's loggers write there
+        with writing(file.parent):
+            for logger in trainer.loggers:
+                logger.log_hyperparams(config)
 
 
 class StatesetCLI(LightningCLI):

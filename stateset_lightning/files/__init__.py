@@ -75,8 +75,9 @@ def check_output(path: str | Path) -> None:
         ConfigError: If not.
     """
     place = os.path.realpath(path)
-    names = os.stat(place).st_nlink if os.path.isfile(place) else 1
-    same = [each for each in _inputs if names > 1 and os.path.exists(each) and os.path.samefile(each, place)]
+    same = os.path.isfile(place) and any(os.path.exists(each) and os.path.samefile(each, place) for each in _inputs)
+    if os.path.exists(place) and not (os.path.isfile(place) or os.path.isdir(place)):
+        raise ConfigError(f"{path} is not written: it is a device, a pipe or a socket; give a file")
     if same or any(each == place or each.startswith(place + os.sep) for each in _inputs):
         raise ConfigError(f"{path} is not overwritten: it is read by this command, or holds what is; give another path")
     if re.match(r"\w[\w+.-]+:/", str(path)):  # `Path` has made one slash of two

@@ -61,7 +61,7 @@ def load_tokenizer(policy: PolicyConfig) -> PreTrainedTokenizerBase:
     name, option = resolve_model_name(policy.model_name), f"model.policy.model_name={policy.model_name!r}"
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **_hub_options(policy))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a foreign tokenizer_config.json can have any error raised
         raise ConfigError(f"{option}: no tokenizer can be loaded: {_first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"{option}: its tokenizer has no end-of-sequence token; set `eos_token` in it")
@@ -179,8 +179,7 @@ def loading_errors(option: str) -> Iterator[None]:
             " code; convert it to safetensors where you trust it"
         ) from error
     except Exception as error:  # a foreign config.json can have a model's code raise anything
-        told = "" if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: "
-        raise ConfigError(f"{option} cannot be loaded: {told}{_first_line(error)}") from error
+        raise ConfigError(f"{option} cannot be loaded: {_first_line(error)}") from error
 
 
 def check_complete(option: str, missing: Iterable[str], kind: str) -> None:
@@ -204,7 +203,8 @@ def check_complete(option: str, missing: Iterable[str], kind: str) -> None:
 
 def _first_line(error: BaseException) -> str:
     """What an error says, without the page of advice that often follows."""
-    text = str(error).strip()
+    kind = "" if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: "
+    text = kind + str(error).strip()
     flags = "model.policy.trust_remote_code=true if you trust its authors (generate and export: --trust_remote_code)"
     return text.split("\n")[0][:300] + (f"; set {flags}" if "trust_remote_code" in text else "")
 

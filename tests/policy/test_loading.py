@@ -356,3 +356,11 @@ def test_without_an_adapter_it_is_a_second_model_from_the_source(model_folder: C
     assert isinstance(reference, Policy)
     assert torch.equal(reference.score_without_gradient(GROUPS)[0], expected)
     assert not any(parameter.requires_grad for parameter in reference.parameters())
+
+
+def test_a_hostile_tokenizer_config_is_one_line(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(model_folder("llama"), folder := tmp_path / "model")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": 5}))
+    with pytest.raises(ConfigError, match="no tokenizer can be loaded: AttributeError: 'int'"):
+        load_tokenizer(PolicyConfig(str(folder)))
