@@ -138,10 +138,9 @@ def _dequantize(config: PretrainedConfig, name: str) -> None:
     saved = getattr(config, "quantization_config", None)
     if saved is None:
         return
-    method = AutoQuantizationConfig.from_dict(saved)
-    if hasattr(method, "dequantize"):
+    if hasattr(AutoQuantizationConfig.from_dict(saved), "dequantize"):
         config.quantization_config = {**saved, "dequantize": True}
-        log.info("%s has weights in %s: dequantized, since no gradient passes them", name, method.quant_method.value)
+        log.info("%s has weights in %s: dequantized, since no gradient passes them", name, saved["quant_method"])
 
 
 # The reference policy: the policy as it was when the run started

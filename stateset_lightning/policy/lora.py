@@ -20,7 +20,7 @@ from stateset_lightning.errors import ConfigError, require
 from stateset_lightning.files import keep_inputs
 from stateset_lightning.policy.config import LoRAConfig
 from stateset_lightning.policy.precision import replaced_parameters
-from stateset_lightning.policy.text_model import outside_text
+from stateset_lightning.policy.text_model import never_adapted
 from stateset_lightning.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -59,8 +59,7 @@ def add_adapter(model: PreTrainedModel, lora: LoRAConfig, seed: int) -> None:
             f"model.policy.lora.peft_kwargs.{taken[0]}: set model.policy.lora.{_OWN_KEYS[taken[0]]} instead"
         )
     try:
-        # What a composite model sees or hears with stays as it is.
-        options = {"exclude_modules": outside_text(model), **own, **lora.peft_kwargs}
+        options = {"exclude_modules": never_adapted(model), **own, **lora.peft_kwargs}
         config = peft.LoraConfig(task_type="CAUSAL_LM", **options)
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"model.policy.lora.peft_kwargs={lora.peft_kwargs}: {_one_line(error)}") from error

@@ -29,7 +29,9 @@ def auto_class(config: PretrainedConfig) -> Any:
     """Of transformers, the one that loads all of a checkpoint: of some composite ones, another loads the text model."""
     from transformers import MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM
 
-    is_whole = is_composite(config) and not config.is_encoder_decoder and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+    is_whole = (
+        is_composite(config) and not config.is_encoder_decoder and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+    )
     return AutoModelForMultimodalLM if is_whole else AutoModelForCausalLM
 
 
@@ -45,13 +47,22 @@ def freeze_all_but_text(model: PreTrainedModel, name: str) -> None:
     log.info("%s is a %s: its text model is trained, the rest (%s parameters) frozen", name, kind, f"{count:,}")
 
 
-def outside_text(model: PreTrainedModel) -> str | None:
-    """A regular expression for the whole names of all modules but those of the text model; None if there are none."""
-    if not is_composite(model.config):
-        return None
-    text = _text_modules(model)
-    names = [re.escape(name) for name, module in model.named_modules() if any(module is part for part in text)]
-    return rf"(?!({'|'.join(names)})(\.|$)).*"
+def never_adapted(model: PreTrainedModel) -> str | None:
+    """A regular expression for the whole names of what no adapter sits on; None if there is nothing of the kind.
+
+    That is all of a composite model but its text model, and the routers of experts: a router that moves sends tokens to
+    experts that were trained on others.
+    """
+    patterns = []
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    routers = [name for name, module in model.named_modules() if re.search("Router|Gating", type(module).__name__)]
+    if inside := [re.escape(name) for name in linears if any(f"{name}.".startswith(f"{part}.") for part in routers)]:
+        patterns.append("|".join(inside))
+    if is_composite(model.config):
+        text = _text_modules(model)
+        parts = [re.escape(name) for name, module in model.named_modules() if any(module is part for part in text)]
+        patterns.append(rf"(?!({'|'.join(parts)})(\.|$)).*")
+    return "|".join(patterns) or None
 
 
 def _text_modules(model: PreTrainedModel) -> list[nn.Module]:

@@ -17,24 +17,29 @@ from transformers import (
     AutoModelForMultimodalLM,
     Gemma3Config,
     Gemma4Config,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
     Llama4Config,
     LlamaConfig,
     LlamaForCausalLM,
     Mistral3Config,
     Phi3Config,
-    PhimoeConfig,
     Phi3ForCausalLM,
+    PhimoeConfig,
     PhimoeForCausalLM,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen3VLConfig,
 )
 
-from stateset_lightning.algorithm import Clipped
+from stateset_lightning.algorithm import GRPO
 from stateset_lightning.cli.export import export
-from stateset_lightning.policy import Group, LoRAConfig, Policy, PolicyConfig, load_model
+from stateset_lightning.errors import ConfigError
+from stateset_lightning.policy import Group, LoRAConfig, Policy, PolicyConfig, load_model, text_model
+from stateset_lightning.policy.lora import add_adapter
 from stateset_lightning.policy.lora_state import base_digest
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig
+from stateset_lightning.training.checks import check_quantized
 
 GROUPS = [Group(list(range(20, 60)), [list(range(5, 35)), [7, 8, 9]]), Group([30, 31], [[4, 5]])]
 
@@ -139,6 +144,11 @@ def own_logprobs(model: PreTrainedModel, groups: Sequence[Group] = GROUPS) -> Te
     return torch.cat(logprobs)
 
 
+def length(turns: Any, context: Any) -> float:
+    """A reward that differs within most groups."""
+    return float(len(turns[-1].content))
+
+
 def greedy(policy: Policy, tokenizer: Any) -> list[int]:
     """The first group's completion, sampled beside a shorter prompt."""
     engine = InProcessEngine(tokenizer)
@@ -170,14 +180,23 @@ def test_the_text_model_of_a_composite_checkpoint_is_scored_sampled_and_trained_
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "o_proj"]])
-@pytest.mark.parametrize("name", ["gemma3", "llama4"])
+@pytest.mark.parametrize("name", ["gemma3", "llama4"])  # the latter has a router that is a linear layer
 def test_an_adapter_sits_on_the_text_model_alone(
     composite: Callable[[str], Path], name: str, targets: str | list[str]
 ) -> None:
     model = load_model(PolicyConfig(str(composite(name)), lora=LoRAConfig(rank=2, target_modules=targets)))
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(trained) >= 8
-    assert all("language_model" in name and "lora_" in name for name in trained)
+    assert all("language_model" in name and "lora_" in name and "router" not in name for name in trained)
+
+
+def test_routers_of_experts_stay_under_an_adapter() -> None:
+    granite = GraniteMoeConfig(**TEXT, num_local_experts=2, num_experts_per_tok=1)
+    for model in (GraniteMoeForCausalLM(granite), phimoe()):
+        add_adapter(model, LoRAConfig(rank=2), seed=0)
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert trained
+        assert not [name for name in trained if "router" in name]
 
 
 def test_what_a_composite_checkpoint_is_known_by_holds_its_text_model(composite: Callable[[str], Path]) -> None:
@@ -191,26 +210,16 @@ def test_what_a_composite_checkpoint_is_known_by_holds_its_text_model(composite:
 def test_a_trained_composite_checkpoint_is_exported_whole_under_the_names_of_its_source(
     composite: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    # Gemma 3's checkpoints on the hub have the names of an earlier version, and a server knows these.
-    source = tmp_path / "source"
-    shutil.copytree(composite("gemma3"), source)
-    weights = load_file(source / "model.safetensors")
-    old = {
-        re.sub(r"^model\.(vision_tower|multi_modal_projector)", r"\1", name).replace(
-            "model.language_model.", "language_model.model."
-        ): value
-        for name, value in weights.items()
-    }
-    assert old.keys() != weights.keys()
-    save_file(old, source / "model.safetensors", {"format": "pt"})
-    trainer = fit(tmp_path, make_module(str(source)), make_data(batch_size=2), max_steps=1)
+    source = composite("gemma3")
+    old = load_file(source / "model.safetensors")
+    trainer = fit(tmp_path, make_module(str(source), reward=length), make_data(batch_size=2), max_steps=1)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     export(str(tmp_path / "run.ckpt"), tmp_path / "out")
     new = load_file(tmp_path / "out" / "model.safetensors")
     assert new.keys() == old.keys()
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert changed
-    assert all(name.startswith("language_model.") for name in changed)
+    assert all(name.startswith("language_model.model.") for name in changed)  # as on the hub, which servers know
     assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"size": 28}'
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [
         "Gemma3ForConditionalGeneration"
@@ -268,7 +277,7 @@ def test_a_run_uses_the_frequencies_of_its_longest_sequence(
 ) -> None:
     phi3().save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
-    module = make_module(str(tmp_path / "model"), algorithm=Clipped(kl_coef=0.1))
+    module = make_module(str(tmp_path / "model"), algorithm=GRPO(beta=0.1))
     rows = [{"prompt": "1" * length, "target": "1"} for length in (4, 70)]
     with caplog.at_level(logging.INFO, logger="stateset_lightning"):
         trainer = fit(tmp_path, module, make_data(train=rows, validation=None, batch_size=2), max_steps=1)
@@ -309,3 +318,27 @@ def test_a_checkpoint_in_fp8_is_loaded_dequantized(
         torch.testing.assert_close(parameter.detach(), expected[name], atol=1e-6, rtol=1e-6)
     model.save_pretrained(tmp_path / "saved")
     assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+
+
+def test_quantized_weights_are_trained_by_an_adapter_alone(tiny_model: PreTrainedModel) -> None:
+    tiny_model.hf_quantizer = object()  # as transformers marks it
+    policy = Policy(tiny_model, PolicyConfig("tiny"))
+    with pytest.raises(ConfigError, match=r"its weights are quantized.*train an adapter, model.policy.lora"):
+        check_quantized(policy)
+    add_adapter(tiny_model, LoRAConfig(), seed=0)
+    check_quantized(Policy(tiny_model, PolicyConfig("tiny", lora=LoRAConfig())))
+
+
+def test_every_reading_of_a_models_configuration_goes_through_its_text_configuration() -> None:
+    """Sizes, windows and positions of a composite model stand in the configuration of its text model."""
+    package = Path(text_model.__file__).parents[1]
+    # What transformers itself keeps at the top: tied embeddings, labels, and which layers a cache has.
+    top = r"model\.config\b(?!\.get_text_config\(\)|\.tie_word|\.id2label|\.model_type|\)|,)"
+    found = [
+        f"{path.name}: {line.strip()}"
+        for room in ("policy", "rollout", "training", "rewards", "cli")
+        for path in (package / room).rglob("*.py")
+        for line in path.read_text().splitlines()
+        if re.search(top, line)
+    ]
+    assert found == []
