@@ -188,6 +188,8 @@ class GRPOLightningModule(RunsInTrainer):
         dtype = weights_dtype(self.policy_config.dtype, precision)
         if self.policy is None:
             self.policy = Policy(load_model(self.policy_config, dtype, self.seed), self.policy_config)
+        prompt = None if self._data is None else self._data.longest_prompt
+        self.policy.prepare_for(self.policy.context_length if prompt is None else prompt + self.rollout.max_new_tokens)
         if fits := self._trainer is not None and self.trainer.state.fn == "fit":
             self._checkpoint.start()
         if self._trainer is not None and isinstance(self.trainer.strategy, FSDP2Strategy) and self._unsharded is None:

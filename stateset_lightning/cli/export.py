@@ -72,8 +72,9 @@ def export(
     keep_inputs(source, config, Path.cwd())  # which nobody means to have replaced
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
         from stateset_lightning.cli.trained import load_trained
-        from stateset_lightning.policy import LoadingOptions
+        from stateset_lightning.policy import LoadingOptions, resolve_model_name
         from stateset_lightning.policy.lora import write_adapter
+        from stateset_lightning.policy.text_model import copy_processor, is_composite
 
         trained = load_trained(source, config, loading or LoadingOptions())
         trained.model.generation_config = trained.generation_config()
@@ -85,6 +86,8 @@ def export(
         else:
             trained.model.save_pretrained(folder)
         trained.tokenizer.save_pretrained(folder)
+        if is_composite(trained.model.config) and not trained.is_adapted:
+            copy_processor(resolve_model_name(trained.policy.model_name), folder, revision=trained.policy.revision)
         (folder / "README.md").write_text(model_card(trained, Path(out).name), encoding="utf-8")
 
 

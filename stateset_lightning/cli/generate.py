@@ -45,6 +45,7 @@ def main(words: Sequence[str]) -> None:
 
     def answer(prompt: str, number: int) -> None:
         tokens = encoder.encode([Scenario(id=str(number), prompt=prompt)], "generate").tokens[0]
+        engine.policy.prepare_for(len(tokens) + rollout.max_new_tokens)
         seeds_N = sample_seeds(seed, "generate", 0, [number], num_samples)
         texts = engine.generate([tokens], num_samples, rollout, seeds_N, greedy=greedy).texts
         for i, text in enumerate(map(_shown, texts), start=1):

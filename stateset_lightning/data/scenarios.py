@@ -186,5 +186,9 @@ def _checked_turn(number: int, message: object) -> Turn:
     if role not in ROLES:
         raise _BadRow(f"message {number} has the role {role!r}; the roles are {', '.join(ROLES)}")
     if not isinstance(content, str):
+        parts = content if isinstance(content, list | tuple) else ()
+        media = [part["type"] for part in parts if isinstance(part, Mapping) and part.get("type", "text") != "text"]
+        if media:
+            raise _BadRow(f"message {number} holds {media[0]!r:.40}: only the text model is trained, so leave it out")
         raise _BadRow(f"the content of message {number} must be text, not {kind(content)}")
     return Turn(role, content)

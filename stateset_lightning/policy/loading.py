@@ -19,6 +19,7 @@ from stateset_lightning.files import keep_inputs
 from stateset_lightning.policy.config import PolicyConfig
 from stateset_lightning.policy.lora import add_adapter, is_adapted, load_adapter
 from stateset_lightning.policy.policy import Group, Policy
+from stateset_lightning.policy.text_model import auto_class, freeze_all_but_text
 from stateset_lightning.tiny import TINY_FOLDER
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def load_tokenizer(policy: PolicyConfig) -> PreTrainedTokenizerBase:
 def load_model(policy: PolicyConfig, default_dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """The policy's model in evaluation mode, with its adapter if it has one.
 
-    All parameters are trainable, or those of the adapter only.
+    All parameters of its text model are trainable, or those of the adapter only.
 
     Args:
         policy: Which model, and how it is loaded.
@@ -84,13 +85,15 @@ def load_model(policy: PolicyConfig, default_dtype: torch.dtype = torch.float32,
     Raises:
         ConfigError: If the model cannot be found or loaded, lacks weights, or a checkpoint file holds pickled objects.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     name, option = resolve_model_name(policy.model_name), f"model.policy.model_name={policy.model_name!r}"
     with loading_errors(option):
         config = AutoConfig.from_pretrained(name, **_hub_options(policy))
-        _set_dropout(config, policy.dropout)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        _set_dropout(config.get_text_config(), policy.dropout)
+        if "quantization_config" not in policy.model_kwargs:
+            _dequantize(config, policy.model_name)
+        model, report = auto_class(config).from_pretrained(
             name,
             config=config,
             dtype=getattr(torch, policy.dtype) if policy.dtype else default_dtype,
@@ -103,6 +106,7 @@ def load_model(policy: PolicyConfig, default_dtype: torch.dtype = torch.float32,
     check_complete(option, report["missing_keys"], "causal language model")
     if is_adapted(model):
         raise _is_an_adapter(policy.model_name)
+    freeze_all_but_text(model, policy.model_name)
     if policy.gradient_checkpointing:
         # Non-reentrant: the reentrant form does not pass keyword arguments on, and does not work when no input requires
         # a gradient.
@@ -125,6 +129,18 @@ def _set_dropout(config: PretrainedConfig, probability: float) -> None:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if is_number and ("dropout" in key or key.endswith("pdrop")):
             setattr(config, key, probability)
+
+
+def _dequantize(config: PretrainedConfig, name: str) -> None:
+    """Has a checkpoint that was quantised by MXFP4, FP8 or the like loaded in the policy's dtype, to be trained."""
+    from transformers.quantizers import AutoQuantizationConfig
+
+    saved = getattr(config, "quantization_config", None)
+    if saved is None:
+        return
+    if hasattr(AutoQuantizationConfig.from_dict(saved), "dequantize"):
+        config.quantization_config = {**saved, "dequantize": True}
+        log.info("%s has weights in %s: dequantized, since no gradient passes them", name, saved["quant_method"])
 
 
 # The reference policy: the policy as it was when the run started
@@ -156,7 +172,9 @@ def make_reference(policy: Policy, dtype: torch.dtype) -> Policy | AdapterRefere
     """
     if policy.adapter is not None:
         return AdapterReference(policy)
-    return Policy(load_model(policy.config, dtype), policy.config).requires_grad_(False)
+    reference = Policy(load_model(policy.config, dtype), policy.config).requires_grad_(False)
+    reference.prepare_for(policy.longest)
+    return reference
 
 
 # Errors of loading, which name the option

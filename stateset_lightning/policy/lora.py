@@ -20,6 +20,7 @@ from stateset_lightning.errors import ConfigError, one_line, require
 from stateset_lightning.files import keep_inputs
 from stateset_lightning.policy.config import LoRAConfig
 from stateset_lightning.policy.precision import replaced_parameters
+from stateset_lightning.policy.text_model import never_adapted
 from stateset_lightning.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def add_adapter(model: PreTrainedModel, lora: LoRAConfig, seed: int) -> None:
             f"model.policy.lora.peft_kwargs.{taken[0]}: set model.policy.lora.{_OWN_KEYS[taken[0]]} instead"
         )
     try:
-        config = peft.LoraConfig(task_type="CAUSAL_LM", **own, **lora.peft_kwargs)
+        options = {"exclude_modules": never_adapted(model), **own, **lora.peft_kwargs}
+        config = peft.LoraConfig(task_type="CAUSAL_LM", **options)
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"model.policy.lora.peft_kwargs={lora.peft_kwargs}: {one_line(error)}") from error
     inject(model, config, "model.policy.lora", seed)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy.config import PolicyConfig
-from stateset_lightning.policy.lora import adapter_off, plain_config, trained_names
+from stateset_lightning.policy.lora import adapter_off, is_adapted, plain_config, trained_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,7 +98,8 @@ def base_digest(model: nn.Module) -> str:
     Rounded to bfloat16: equal for float32 and bfloat16 weights.
     """
     hashed = sha256()
-    for weight in [weight for weight in model.parameters() if not weight.requires_grad] or model.parameters():
+    weights = [weight for weight in model.parameters() if not (is_adapted(model) and weight.requires_grad)]
+    for weight in weights:
         values = weight.detach().flatten()
         # An odd step: an even one might read a single column only.
         values = values[:: len(values) // VALUES_PER_MATRIX | 1]

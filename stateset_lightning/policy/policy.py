@@ -25,6 +25,7 @@ from stateset_lightning.policy.config import PolicyConfig
 from stateset_lightning.policy.head import HeadOptions, token_logprobs
 from stateset_lightning.policy.lora_state import AdapterState, base_digest, keep_only_in_state_dict
 from stateset_lightning.policy.recomputed_layers import use_recomputed_layers
+from stateset_lightning.policy.text_model import use_one_rope_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -79,6 +80,7 @@ class Policy(nn.Module):
     Attributes:
         has_dropout: Whether training uses any dropout.
         context_length: See the function of this name.
+        longest: Tokens of the run's longest sequence; None as long as it is not known.
         adapter: State of the low-rank adapter; None without one.
         base_digest: Of the weights as they were loaded, without an adapter's.
         uses_packed_scoring: Whether each prompt is computed once per group.
@@ -91,12 +93,13 @@ class Policy(nn.Module):
         self.config = config
         self.has_dropout = config.has_dropout
         self.context_length = context_length(model)
+        self.longest: int | None = None
         self.adapter = AdapterState(model, config) if lora.is_adapted(model) else None
         self.base_digest = base_digest(model) if self.adapter is None else self.adapter.base["digest"]
         if self.adapter is not None:
             keep_only_in_state_dict(self, [f"model.{name}" for name in self.adapter.names])
         use_recomputed_layers(model)
-        self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.uses_chunked_head = self._probe_head()
         self.uses_packed_scoring = config.scoring != "padded" and self._probe_packed()
         dtype, path = str(model.dtype).removeprefix("torch."), "packed" if self.uses_packed_scoring else "padded"
@@ -108,6 +111,13 @@ class Policy(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    def prepare_for(self, longest: int | None) -> None:
+        """Has rotary frequencies that depend on the length be those of the run's longest sequence (announced)."""
+        if longest is not None and use_one_rope_table(self.model, longest) and longest != self.longest:
+            told = "%s chooses rotary frequencies by the length: this run uses those of %d tokens, its longest prompt"
+            log.info(told + " and max_new_tokens, for all sequences", self.config.model_name, longest)
+        self.longest = longest
 
     def merged_adapter(self) -> AbstractContextManager[None]:
         """For sampling: the adapter added into copies of the weights, while the context lasts (`lora.merged_adapter`).
@@ -197,6 +207,8 @@ class Policy(nn.Module):
         if head is not None and not set(dict(head.named_parameters())) <= {"weight", "bias"}:
             # A new adapter changes nothing yet, so the comparison below would not notice it.
             reason = "its output embedding is adapted"
+        elif self.model.base_model is self.model:
+            reason = "it has no body without its output embedding"
         elif head is not None:
             ids = torch.arange(3, 7, device=self.device)[None]
             logits = self.model(input_ids=ids, use_cache=False).logits.float()
@@ -213,7 +225,7 @@ class Policy(nn.Module):
         """Whether packed scoring gives the padded path's log-probs; switches the model's attention if so."""
         reason = self._obstacle_to_packing()
         if reason is None:
-            previous = self.model.config._attn_implementation
+            previous = self.model.config.get_text_config()._attn_implementation
             packed_attention.register()
             self.model.set_attn_implementation(packed_attention.NAME)
             reason = self._compare_packed_with_padded()
@@ -230,7 +242,7 @@ class Policy(nn.Module):
 
     def _obstacle_to_packing(self) -> str | None:
         """What in the model's configuration rules packing out, if anything."""
-        config = self.model.config
+        config = self.model.config.get_text_config()
         # Ours already, if the model has had a policy before.
         if config._attn_implementation not in ("sdpa", packed_attention.NAME):
             return f"its attention is {config._attn_implementation!r}, not 'sdpa'"
@@ -277,7 +289,8 @@ def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 def context_length(model: PreTrainedModel) -> int | None:
     """The most tokens, prompt and completion together, that the model has positions for; None if it does not say."""
-    values = (getattr(model.config, key, None) for key in ("max_position_embeddings", "n_positions"))
+    config = model.config.get_text_config()
+    values = (getattr(config, key, None) for key in ("max_position_embeddings", "n_positions"))
     return next((value for value in values if isinstance(value, int)), None)
 
 

@@ -84,8 +84,9 @@ class TextModelReward(BatchReward):
             model, report = auto.from_pretrained(self.path, **options, output_loading_info=True)
         missing = [name for name in report["missing_keys"] if self.kind == "classifier" or "pooler" not in name]
         check_complete(self.key, missing, self.kind)
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = self.tokenizer.pad_token_id
+        config = model.config.get_text_config()  # which is where transformers looks
+        if config.pad_token_id is None:
+            config.pad_token_id = self.tokenizer.pad_token_id
         return model.eval().requires_grad_(False)
 
     @cached_property

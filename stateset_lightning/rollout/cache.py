@@ -96,7 +96,7 @@ def make_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:
             " samples from full and sliding-window attention only; choose another model"
         )
     # A model without a layer list in its config grows its cache as layers ask for it.
-    num_layers = len(cache.layers) or model.config.num_hidden_layers
+    num_layers = len(cache.layers) or model.config.get_text_config().num_hidden_layers
     cache.layers = [BufferLayer(capacity) for _ in range(num_layers)]
     return cache
 

@@ -116,7 +116,7 @@ def attend_to_cache(
 
 def has_llama_layers(model: PreTrainedModel) -> bool:
     """Whether `LlamaDecoder` knows the model: transformers' own code, float32 on a CPU, plain layers without hooks."""
-    config, kind = model.config, model.config.model_type
+    config, kind = model.config.get_text_config(), model.config.model_type  # a composite model is another kind
     is_known = kind in MODEL_TYPES and type(model).__module__ == f"transformers.models.{kind}.modeling_{kind}"
     if not is_known or config.hidden_act != "silu" or getattr(config, "sliding_window", None):
         return False
@@ -155,7 +155,7 @@ class LlamaDecoder:
 
     def is_exact(self, model: PreTrainedModel) -> bool:
         """Whether a step gives the model's own log-probs, apart from float error."""
-        ids = (torch.arange(12, device=model.device) % model.config.vocab_size).view(2, 6)
+        ids = (torch.arange(12, device=model.device) % model.config.get_text_config().vocab_size).view(2, 6)
         expected = model(input_ids=ids, use_cache=False).logits[:, -1]
         cache = make_cache(model, ids.shape[1])
         model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)

@@ -32,7 +32,7 @@ def make_running_batch(
     """A batch whose rows share their prompts' keys and values, if the model's attention can and it is faster so."""
     # The kernels of other devices and precisions are fast enough, and accumulate in float32.
     is_float32_on_cpu = model.device.type == "cpu" and model.dtype == torch.float32
-    shares = model.config._attn_implementation == PACKED_ATTENTION and is_float32_on_cpu
+    shares = model.config.get_text_config()._attn_implementation == PACKED_ATTENTION and is_float32_on_cpu
     kind = SharingBatch if shares and longest_prompt >= SHARE_FROM else RunningBatch
     return kind(model, max_new_tokens, decoder)
 
@@ -141,9 +141,9 @@ class RunningBatch:
     @property
     def _takes_ready_masks(self) -> bool:
         """Whether a bool mask [B, 1, 1, C] serves every layer: not with sliding windows, nor where masks are added."""
-        config = self.model.config
-        layer_types = getattr(config, "layer_types", None) or []
-        windowed = getattr(config, "sliding_window", None) or "sliding_attention" in layer_types
+        config = self.model.config.get_text_config()
+        layer_types = set(getattr(config, "layer_types", None) or [])
+        windowed = getattr(config, "sliding_window", None) or layer_types - {"full_attention"}
         return config._attn_implementation in ("sdpa", PACKED_ATTENTION) and not windowed
 
 

@@ -32,6 +32,7 @@ from stateset_lightning.types import PromptBatch
 
 if TYPE_CHECKING:
     from stateset_lightning.datamodule import ScenarioDataModule
+    from stateset_lightning.policy import Policy
 
 BUNDLED, WRAPPERS = "stateset_lightning.rewards.", (FunctionReward, TRLReward)
 # Names of metrics that nobody minimises.
@@ -52,6 +53,7 @@ def checks_of_run(trainer: Trainer, module: Any) -> list[Callable[[], None]]:
         partial(check_reward_names, data, [reward.name for reward in module.rewards]),
         partial(check_episode_fits_trainer, trainer, data),
         partial(check_monitors, trainer, module),
+        partial(check_quantized, module.policy),
         partial(check_context, data, module.policy.context_length, rollout.max_new_tokens),
         partial(check_dynamic_sampling, data, rollout.dynamic_sampling, module.algorithm.needs_greedy_baseline),
         *(partial(check_clipping, trainer, optimizer) for optimizer in trainer.optimizers),
@@ -234,6 +236,19 @@ def check_speed(trainer: Trainer, dtype: torch.dtype) -> None:
             f"trainer.precision={trainer.precision} with {str(dtype).removeprefix('torch.')} weights: this CPU has no"
             " arithmetic for half precision, so a step takes many times as long as in float32 (trainer.precision:"
             " 32-true, model.policy.dtype: float32)"
+        )
+
+
+def check_quantized(policy: Policy) -> None:
+    """Gradients pass the weights that are trained.
+
+    Raises:
+        ConfigError: If they are quantized: only norms and biases would be trained.
+    """
+    if policy.adapter is None and getattr(policy.model, "hf_quantizer", None) is not None:
+        raise ConfigError(
+            f"model.policy.model_name={policy.config.model_name!r}: its weights are quantized, and no gradient passes"
+            " them: train an adapter, model.policy.lora"
         )
 
 

@@ -121,6 +121,10 @@ USER = {"role": "user", "content": "a"}
             {"messages": [{"role": ["user"], "content": "a"}]},
             "message 1 has the role ['user']; the roles are system, user, assistant, tool",
         ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image", "url": "b"}]}]},
+            "message 1 holds 'image': only the text model is trained, so leave it out",
+        ),
         ({"messages": [{"role": "user", "content": [1]}]}, "the content of message 1 must be text, not a list"),
         (
             {"messages": [USER, {"role": "assistant", "content": "b"}]},

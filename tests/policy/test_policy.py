@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import (
@@ -431,7 +432,7 @@ def test_end_tokens_are_the_tokenizers_and_the_generation_configs(
     ],
 )
 def test_the_context_length_is_what_the_config_says(config: dict[str, Any], expected: int | None) -> None:
-    assert context_length(SimpleNamespace(config=SimpleNamespace(**config))) == expected  # type: ignore[arg-type]
+    assert context_length(SimpleNamespace(config=PretrainedConfig(**config))) == expected  # type: ignore[arg-type]
 
 
 def test_a_policy_says_whether_training_uses_dropout(make_model: Callable[..., Any]) -> None:

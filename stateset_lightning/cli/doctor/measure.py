@@ -56,6 +56,7 @@ class EpisodeMeasurement:
         def load() -> None:
             model = load_model(module.policy_config, dtype, module.seed).to(device)
             module.policy = self.policy = Policy(model, module.policy_config).train()
+            self.policy.prepare_for(self.data.longest_prompt + module.rollout.max_new_tokens)
             if module.algorithm.needs_reference:
                 self.reference = make_reference(self.policy, dtype)
                 if isinstance(self.reference, Policy):

@@ -1,0 +1,120 @@
+"""The text model of a checkpoint that also sees or hears, and the one table of rotary frequencies of a run."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+# What a composite folder has beside model and tokenizer, under the names of transformers.
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
+
+def is_composite(config: PretrainedConfig) -> bool:
+    """Whether a model's configuration has that of its text model inside, beside those of what sees or hears."""
+    return config.get_text_config() is not config
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """Of transformers, the one that loads all of a checkpoint: of some composite ones, another loads the text model."""
+    from transformers import MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    is_whole = (
+        is_composite(config) and not config.is_encoder_decoder and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+    )
+    return AutoModelForMultimodalLM if is_whole else AutoModelForCausalLM
+
+
+def freeze_all_but_text(model: PreTrainedModel, name: str) -> None:
+    """Leaves only the text model of a composite one trainable (announced); of any other nothing changes."""
+    if not is_composite(model.config):
+        return
+    trained = {p for module in _text_modules(model) for p in module.parameters()}
+    frozen = [parameter for parameter in model.parameters() if parameter not in trained]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    count, kind = sum(parameter.numel() for parameter in frozen), type(model).__name__
+    log.info("%s is a %s: its text model is trained, the rest (%s parameters) frozen", name, kind, f"{count:,}")
+
+
+def never_adapted(model: PreTrainedModel) -> str | None:
+    """A regular expression for the whole names of what no adapter sits on; None if there is nothing of the kind.
+
+    That is all of a composite model but its text model, and the routers of experts: a router that moves sends tokens to
+    experts that were trained on others.
+    """
+    patterns = []
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    routers = [name for name, module in model.named_modules() if re.search("Router|Gating", type(module).__name__)]
+    if inside := [re.escape(name) for name in linears if any(f"{name}.".startswith(f"{part}.") for part in routers)]:
+        patterns.append("|".join(inside))
+    if is_composite(model.config):
+        text = _text_modules(model)
+        parts = [re.escape(name) for name, module in model.named_modules() if any(module is part for part in text)]
+        patterns.append(rf"(?!({'|'.join(parts)})(\.|$)).*")
+    return "|".join(patterns) or None
+
+
+def _text_modules(model: PreTrainedModel) -> list[nn.Module]:
+    parts = (model.get_decoder(), model.get_output_embeddings())
+    return [part for part in parts if part is not None]
+
+
+def copy_processor(source: str, folder: Path, **hub_options: Any) -> None:
+    """Copies what makes inputs of images or sounds, as it is, from a model's folder or Hugging Face id."""
+    from transformers.utils import cached_file
+
+    for name in PROCESSOR_FILES:
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_options)
+        if found is not None:
+            shutil.copyfile(found, folder / name)
+
+
+# One table of rotary frequencies. Some models (longrope, arXiv:2402.13753; dynamic NTK) choose theirs by the longest
+# sequence of a forward: the log-probs of a completion would depend on what else is in its batch, and change while it is
+# sampled.
+
+
+def use_one_rope_table(model: nn.Module, longest: int) -> bool:
+    """Has every forward use the rotary frequencies of one with `longest` tokens, until the next call.
+
+    Returns:
+        Whether the model's frequencies depend on the length; another model stays as it is.
+    """
+    rotary: list[Any] = [module for module in model.modules() if _depends_on_length(module)]
+    for module in rotary:
+        if not hasattr(module, "longest"):
+            module.register_forward_pre_hook(_add_position, with_kwargs=True)
+            module.register_forward_hook(_drop_position)
+        module.longest = longest
+    return bool(rotary)
+
+
+def _depends_on_length(module: nn.Module) -> bool:
+    kinds = getattr(module, "rope_type", None)  # of some models, one by the kind of layer
+    kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+    return any(isinstance(kind, str) and ("longrope" in kind or "dynamic" in kind) for kind in kinds)
+
+
+def _add_position(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Puts a last position behind those of a forward, by which the module takes the sequence to be that long."""
+    given: dict[Any, Any] = dict(enumerate(args)) | kwargs
+    place = "position_ids" if "position_ids" in kwargs else 1
+    positions: Tensor = given[place]
+    given[place] = torch.cat([positions, torch.full_like(positions[..., :1], module.longest - 1)], dim=-1)
+    return tuple(given[i] for i in range(len(args))), {key: given[key] for key in kwargs}
+
+
+def _drop_position(module: Any, args: tuple[Any, ...], output: Any) -> Any:
+    """Takes the table's row of that position away."""
+    return tuple(x[..., :-1, :] for x in output) if isinstance(output, tuple) else output[..., :-1, :]
