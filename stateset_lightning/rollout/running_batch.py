@@ -33,6 +33,8 @@ def make_running_batch(
     # The kernels of other devices and precisions are fast enough, and accumulate in float32.
     is_float32_on_cpu = model.device.type == "cpu" and model.dtype == torch.float32
     shares = model.config._attn_implementation == PACKED_ATTENTION and is_float32_on_cpu
+    # Layers that read the keys of others (Gemma 3n's, Gemma 4's) have no prompt of their own.
+    shares = shares and not any(getattr(module, "is_kv_shared_layer", False) for module in model.modules())
     kind = SharingBatch if shares and longest_prompt >= SHARE_FROM else RunningBatch
     return kind(model, max_new_tokens, decoder)
 
