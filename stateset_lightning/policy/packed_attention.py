@@ -106,7 +106,8 @@ def _special_attention(
     if is_causal and query.shape[2] > 1:
         attn_mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
     if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -torch.inf)
+        # Finite, as the left padding of a prompt sees nothing, and its output becomes values that others weigh with zero.
+        scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
     weights = F.dropout(_softmax(scores, None if sinks is None else sinks[:, None, None]), dropout_p)
     return (weights.unflatten(1, grouped.shape[1:3]) @ value[:, :, None]).flatten(1, 2)
 
