@@ -1,4 +1,4 @@
-"""Small models with sliding windows, of every family that has its own attention around them; soft caps and sinks too."""
+"""Small models with sliding windows, a family for each way to attend; soft caps and sinks too."""
 
 from typing import Any
 

@@ -50,7 +50,7 @@ def packed_attention(
     Args:
         sliding_window: A token sees this many, itself included; without a layout or prompts the mask hides the others.
         softcap: Bound of the attention logits (`c tanh(logit / c)`, Gemma 2's).
-        s_aux: Attention sinks [heads] (gpt-oss's): a logit per head that takes its share of the weights and has no value.
+        s_aux: Attention sinks [heads] (gpt-oss's): a logit per head that takes its share of the weights, without a value.
     """
     layout: Layout | None = kwargs.pop(LAYOUT_ARGUMENT, None)
     prompts: SharedPrompts | None = kwargs.pop(SHARED_PROMPTS_ARGUMENT, None)
@@ -106,7 +106,7 @@ def _special_attention(
     if is_causal and query.shape[2] > 1:
         attn_mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
     if attn_mask is not None:
-        # Finite, as the left padding of a prompt sees nothing, and its output becomes values that others weigh with zero.
+        # Finite: the left padding of a prompt sees nothing, and others weigh what becomes of it with zero.
         scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
     weights = F.dropout(_softmax(scores, None if sinks is None else sinks[:, None, None]), dropout_p)
     return (weights.unflatten(1, grouped.shape[1:3]) @ value[:, :, None]).flatten(1, 2)

@@ -239,8 +239,8 @@ class Policy(nn.Module):
     def _obstacle_to_packing(self) -> str | None:
         """What in the model's configuration rules packing out, if anything."""
         config = self.model.config.get_text_config()
-        # Ours already, if the model has had a policy before; "eager" where transformers has nothing else (Gemma 2's soft
-        # caps, gpt-oss's sinks).
+        # Ours already, if the model has had a policy before; "eager" where transformers has nothing else (Gemma 2's
+        # soft caps, gpt-oss's sinks).
         name, known = config._attn_implementation, ["sdpa", packed_attention.NAME]
         if name not in (known if self.model._supports_sdpa else [*known, "eager"]):
             return f"its attention is {name!r}, not 'sdpa'"

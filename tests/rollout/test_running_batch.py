@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from windowed_models import FAMILIES, random_tokens, windowed_model
 
 from stateset_lightning.policy import Policy, PolicyConfig
