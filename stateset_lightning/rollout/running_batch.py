@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from stateset_lightning.policy.packed_attention import NAME as PACKED_ATTENTION
-from stateset_lightning.policy.packed_attention import SHARED_PROMPTS_ARGUMENT, SharedPrompts
+from stateset_lightning.policy.packed_attention import SHARED_PROMPTS_ARGUMENT
+from stateset_lightning.policy.shared_prompts import SharedPrompts
 from stateset_lightning.rollout.cache import make_cache
 from stateset_lightning.rollout.cpu_decoding import Attend, LlamaDecoder, attend_to_cache
 
