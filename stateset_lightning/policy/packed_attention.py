@@ -6,7 +6,7 @@ used for anything else.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from stateset_lightning.policy.shared_prompts import SharedPrompts, capped, softmax_with_sinks
 
 NAME = "stateset_prefix"
 LAYOUT_ARGUMENT = "prefix_layout"
@@ -38,17 +40,30 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """With a layout: query [1, heads, S, d], key and value [1, key heads, S, d] -> output [1, S, heads, d].
 
-    With shared prompts: see `SharedPrompts.attend`. With neither: `sdpa` of transformers.
+    With shared prompts: see `SharedPrompts.attend`. With neither: `sdpa` of transformers, or what it cannot.
+
+    Args:
+        sliding_window: A token sees this many, itself included; without a layout or prompts the mask hides the others.
+        softcap: Bound of the attention logits (`c tanh(logit / c)`, Gemma 2's).
+        s_aux: Attention sinks [heads] (gpt-oss's): a logit per head that takes its share of weights, without a value.
     """
     layout: Layout | None = kwargs.pop(LAYOUT_ARGUMENT, None)
     prompts: SharedPrompts | None = kwargs.pop(SHARED_PROMPTS_ARGUMENT, None)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if prompts is not None:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return prompts.attend(module.layer_idx, query, key, value, scale), None  # type: ignore[arg-type]
+        options = {"window": sliding_window, "softcap": softcap, "sinks": s_aux}
+        return prompts.attend(module.layer_idx, query, key, value, scale, **options), None  # type: ignore[arg-type]
+    is_plain = softcap is None and s_aux is None
+    special = partial(_special_attention, scale=scale, dropout_p=dropout, softcap=softcap, sinks=s_aux)
+    if layout is None and not is_plain:
+        return special(query, key, value, attention_mask, attention_mask is None).transpose(1, 2), None
     if layout is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -56,21 +71,47 @@ def packed_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
     has_shared_keys = query.shape[1] != key.shape[1]
-    attend = partial(F.scaled_dot_product_attention, scale=scaling, dropout_p=dropout, enable_gqa=has_shared_keys)
+    stock = partial(F.scaled_dot_product_attention, scale=scaling, dropout_p=dropout, enable_gqa=has_shared_keys)
+    attend = stock if is_plain else special
     packed = [x[0].transpose(0, 1) for x in (query, key, value)]  # [S, heads, d] each
     outputs = []
-    for bucket in layout.buckets:
-        outputs.append(_flat(attend(*(_take(x, bucket.prompts_PL) for x in packed), is_causal=True)))
+    for bucket in layout.windowed(sliding_window):
+        prompts_PL, mask = bucket.prompts_PL, bucket.prompt_mask
+        outputs.append(_flat(attend(*(_take(x, prompts_PL) for x in packed), attn_mask=mask, is_causal=mask is None)))
         if not len(bucket.queries_RM):
             continue
         if torch.is_grad_enabled() and bucket.prompts_PL.shape[1] * len(bucket.queries_RM) >= RECOMPUTE_FROM:
             # Kept for the backward pass, the repeated prompts of all layers would take more memory than the rest of
             # attention.
-            options = {"use_reentrant": False, "preserve_rng_state": dropout > 0}
-            outputs.append(checkpoint(_attend_completions, bucket, attend, *packed, **options))
+            rules = {"use_reentrant": False, "preserve_rng_state": dropout > 0}
+            outputs.append(checkpoint(_attend_completions, bucket, attend, *packed, **rules))
         else:
             outputs.append(_attend_completions(bucket, attend, *packed))
     return torch.cat(outputs).index_select(0, layout.rows_S)[None], None
+
+
+def _special_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    *,
+    scale: float,
+    dropout_p: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """As `scaled_dot_product_attention`, for bool masks, with what no stock kernel has: soft caps and sinks."""
+    grouped = query.unflatten(1, (key.shape[1], -1))
+    scores = capped((grouped @ key[:, :, None].transpose(-1, -2)).flatten(1, 2) * scale, softcap)
+    if is_causal and query.shape[2] > 1:
+        attn_mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if attn_mask is not None:
+        # Finite: the left padding of a prompt sees nothing, and others weigh what becomes of it with zero.
+        scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+    weights = F.dropout(softmax_with_sinks(scores, None if sinks is None else sinks[:, None, None]), dropout_p)
+    return (weights.unflatten(1, grouped.shape[1:3]) @ value[:, :, None]).flatten(1, 2)
 
 
 # Training: groups packed in one sequence, each prompt once, its completions behind it.
@@ -99,6 +140,19 @@ class Bucket:
     queries_RM: Tensor
     keys_RK: Tensor  # K = L + M: a completion's prompt, then itself
     mask: Tensor  # bool [1 or R, 1, M, K]: sees the prompt, and its own past
+    lengths_R: np.ndarray  # of each completion's prompt
+    prompt_mask: Tensor | None = None  # bool [L, L], where a prompt does not see all of its past
+
+    def windowed(self, window: int) -> "Bucket":
+        """The bucket where a token sees `window` tokens, itself included; keys that nobody sees any more leave."""
+        longest, num_queries = self.prompts_PL.shape[1], self.queries_RM.shape[1]
+        if longest + num_queries <= window:
+            return self
+        first = max(self.lengths_R.min(initial=longest) - window + 1, 0)
+        mask = _mask(self.lengths_R, longest, num_queries, window)[..., first:]
+        prompt_mask = np.tril(np.triu(np.ones((longest, longest), dtype=bool), 1 - window))
+        mask, prompt_mask = (torch.from_numpy(x).to(self.mask.device) for x in (mask, prompt_mask))
+        return replace(self, keys_RK=self.keys_RK[:, first:], mask=mask, prompt_mask=prompt_mask)
 
 
 @dataclass(frozen=True)
@@ -107,6 +161,15 @@ class Layout:
 
     buckets: list[Bucket]
     rows_S: Tensor
+    _windowed: dict[int, list[Bucket]] = field(default_factory=dict)  # for all layers with that window
+
+    def windowed(self, window: int | None) -> list[Bucket]:
+        """The buckets of a layer with this sliding window; None: without one."""
+        if window is None:
+            return self.buckets
+        if window not in self._windowed:
+            self._windowed[window] = [bucket.windowed(window) for bucket in self.buckets]
+        return self._windowed[window]
 
 
 def make_layout(
@@ -129,7 +192,8 @@ def make_layout(
         keys_RK = np.concatenate([prompts_PL[prompt_of_row], queries_RM], axis=1)
         lengths_R = np.array([prompts[i][1] for i in prompt_of_row])
         mask = _mask(lengths_R, prompts_PL.shape[1], queries_RM.shape[1])
-        buckets.append(Bucket(*(torch.from_numpy(x).to(device) for x in (prompts_PL, queries_RM, keys_RK, mask))))
+        tensors = (torch.from_numpy(x).to(device) for x in (prompts_PL, queries_RM, keys_RK, mask))
+        buckets.append(Bucket(*tensors, lengths_R))
         places += [prompt_places, completion_places]
     # Row by row we have the places in the sequence; turned round, the row of each place. Padding (-1) is written to an
     # extra last place, which is cut off.
@@ -186,116 +250,21 @@ def _rows(spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
     return rows, np.where(columns < lengths[:, None], rows, -1).reshape(-1)
 
 
-def _mask(prompt_lengths_R: np.ndarray, longest_prompt: int, longest: int) -> np.ndarray:
-    """Bool [R, 1, M, L + M], or [1, 1, M, L + M] where all prompts are equally long."""
+def _mask(prompt_lengths_R: np.ndarray, longest_prompt: int, longest: int, window: int | None = None) -> np.ndarray:
+    """Bool [R, 1, M, L + M], or [1, 1, M, L + M] where all prompts are equally long.
+
+    With a window, a token sees that many, itself included.
+    """
     if (prompt_lengths_R == longest_prompt).all():
         prompt_lengths_R = prompt_lengths_R[:1]
     sees_prompt = np.arange(longest_prompt) < prompt_lengths_R[:, None]
     shape = (len(sees_prompt), longest)
     prompt = np.broadcast_to(sees_prompt[:, None], (*shape, longest_prompt))
     past = np.broadcast_to(np.tri(longest, dtype=bool), (*shape, longest))
-    return np.concatenate([prompt, past], axis=2)[:, None]
-
-
-# Sampling: a decoding step of rows that share prompts. A prompt's keys and values are kept and read once for its whole
-# group.
-#
-# Each row attends to its prompt, whose keys and values lie beside the cache, and to its own tokens, which are the
-# cache. One softmax runs over both, so the result is that of plain attention over the two one behind the other. The
-# stock kernel reads a repeated copy of the prompt for every row, and reading is what decoding on a CPU waits for.
-#
-# Letters: B rows, P prompts, L their longest length, R the most rows of a prompt, k key heads, r query heads per key
-# head, C own tokens, d size of a head.
-
-
-@dataclass(eq=False)
-class SharedPrompts:
-    """Prompts and the rows that go on from them.
-
-    Args:
-        keys: Of each layer, [P, k, L, d]; shorter prompts are padded on the left.
-        values: Likewise.
-        lengths_P: Tokens of each prompt.
-        prompt_of_row_B: Which prompt a row goes on from.
-        starts_B: First column of the cache that is a row's own.
-    """
-
-    keys: Sequence[Tensor]
-    values: Sequence[Tensor]
-    lengths_P: Tensor
-    prompt_of_row_B: Tensor
-    starts_B: Tensor
-
-    def __post_init__(self) -> None:
-        device, num_prompts, longest = self.lengths_P.device, len(self.lengths_P), self.keys[0].shape[2]
-        self.most_rows = int(torch.bincount(self.prompt_of_row_B, minlength=num_prompts).max())
-        # A row stands at [its prompt, its number among the prompt's rows] of [P, R].
-        one_hot_BP = F.one_hot(self.prompt_of_row_B, num_prompts)
-        number_B = (one_hot_BP.cumsum(0) * one_hot_BP).sum(1) - 1
-        self.place_B = self.prompt_of_row_B * self.most_rows + number_B
-        rows_B = torch.arange(len(self.prompt_of_row_B), device=device)
-        self.row_of_place = torch.zeros(num_prompts * self.most_rows, dtype=torch.long, device=device)
-        self.row_of_place[self.place_B] = rows_B
-        # Whole groups in order, as before any row has finished: rows and places are the same.
-        self.in_order = len(rows_B) == len(self.row_of_place) and bool((self.place_B == rows_B).all())
-        padding_PL = torch.arange(longest, device=device) < (longest - self.lengths_P)[:, None]
-        self.padding_PL = padding_PL if bool(padding_PL.any()) else None
-        self.hides_columns = bool((self.starts_B > 0).any())
-
-    def select(self, rows: Tensor) -> "SharedPrompts":
-        """These rows only, and the prompts that they need."""
-        needed, prompt_of_row_B = self.prompt_of_row_B[rows].unique(return_inverse=True)
-        keys, values = self.keys, self.values
-        if len(needed) < len(self.lengths_P):
-            keys, values = ([x[needed] for x in layers] for layers in (keys, values))
-        return SharedPrompts(keys, values, self.lengths_P[needed], prompt_of_row_B, self.starts_B[rows])
-
-    def join(self, other: "SharedPrompts", first: int, column: int) -> "SharedPrompts":
-        """Adds other prompts and their rows.
-
-        Args:
-            other: What is added.
-            first: The cache's columns before this one have gone.
-            column: Where the new rows start in the cache.
-        """
-        width = max(self.keys[0].shape[2], other.keys[0].shape[2])
-        keys, values = (
-            [torch.cat([F.pad(x, (0, 0, width - x.shape[2], 0)) for x in layer]) for layer in zip(*pair, strict=True)]
-            for pair in ((self.keys, other.keys), (self.values, other.values))
-        )
-        return SharedPrompts(
-            keys,
-            values,
-            torch.cat([self.lengths_P, other.lengths_P]),
-            torch.cat([self.prompt_of_row_B, other.prompt_of_row_B + len(self.lengths_P)]),
-            torch.cat([self.starts_B - first, torch.full_like(other.starts_B, column)]),
-        )
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Query [B, k r, 1, d], own keys and values [B, k, C, d] -> output [B, 1, k r, d]."""
-        prompt_keys, prompt_values = self.keys[layer], self.values[layer]
-        _, key_heads, longest, d = prompt_keys.shape
-        grouped_BkrD = (query * scaling).view(len(query), key_heads, -1, d)
-        per_key = grouped_BkrD.shape[2]
-        scores = self._to_prompts(grouped_BkrD) @ prompt_keys.transpose(-1, -2)
-        if self.padding_PL is not None:
-            scores = scores.masked_fill(self.padding_PL[:, None, None], -torch.inf)
-        prompt_scores = self._to_rows(scores, per_key)
-        own_scores = grouped_BkrD @ key.transpose(-1, -2)
-        if self.hides_columns:
-            hidden_BC = torch.arange(key.shape[2], device=key.device) < self.starts_B[:, None]
-            own_scores = own_scores.masked_fill(hidden_BC[:, None, None], -torch.inf)
-        weights = torch.cat([prompt_scores, own_scores], dim=-1).softmax(-1)
-        prompt_weights, own_weights = weights[..., :longest], weights[..., longest:]
-        output = self._to_rows(self._to_prompts(prompt_weights) @ prompt_values, per_key) + own_weights @ value
-        return output.reshape(len(query), 1, -1, d)
-
-    def _to_prompts(self, values: Tensor) -> Tensor:
-        """[B, k, r, x] -> [P, k, R r, x]: all rows of a prompt together, for one product with its keys or values."""
-        values = values if self.in_order else values.index_select(0, self.row_of_place)
-        return values.unflatten(0, (-1, self.most_rows)).transpose(1, 2).flatten(2, 3)
-
-    def _to_rows(self, values: Tensor, per_key: int) -> Tensor:
-        """[P, k, R r, x] -> [B, k, r, x]."""
-        values = values.unflatten(2, (self.most_rows, per_key)).transpose(1, 2).flatten(0, 1)
-        return values if self.in_order else values.index_select(0, self.place_B)
+    mask = np.concatenate([prompt, past], axis=2)
+    if window is not None:
+        # Places counted from the end of a row's prompt.
+        prompt_places = np.arange(longest_prompt) - prompt_lengths_R[:, None]
+        own_places = np.broadcast_to(np.arange(longest), shape)
+        mask &= np.concatenate([prompt_places, own_places], axis=1)[:, None] > own_places[..., None] - window
+    return mask[:, None]

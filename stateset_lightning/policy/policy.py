@@ -9,8 +9,8 @@ completions, packed; H hidden size; B rows of S tokens.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
@@ -68,6 +68,11 @@ class Group:
         if self.sampled is None:
             return places
         return [list(compress(*pair)) for pair in zip(places, self.sampled, strict=True)]
+
+
+# A small ragged batch. Prompts and completions are longer than the window that a probe shortens all windows to.
+PROBE_WINDOW = 3
+PROBE_GROUPS = [Group([3, 4, 5, 6], [[7, 8, 9, 5], [9, 5]]), Group([8, 3], [[4], [5, 6, 7, 3], [6, 6]])]
 
 
 class Policy(nn.Module):
@@ -221,14 +226,17 @@ class Policy(nn.Module):
         log.warning("%s is scored with all logits in memory: %s.", self.config.model_name, reason)
         return False
 
+    @torch.no_grad()
     def _probe_packed(self) -> bool:
         """Whether packed scoring gives the padded path's log-probs; switches the model's attention if so."""
         reason = self._obstacle_to_packing()
         if reason is None:
             previous = self.model.config.get_text_config()._attn_implementation
             packed_attention.register()
-            self.model.set_attn_implementation(packed_attention.NAME)
-            reason = self._compare_packed_with_padded()
+            with _short_windows(self.model):
+                expected = self._padded(PROBE_GROUPS)
+                self.model.set_attn_implementation(packed_attention.NAME)
+                reason = self._difference_from(expected)
             if reason is None:
                 return True
             self.model.set_attn_implementation(previous)
@@ -243,28 +251,47 @@ class Policy(nn.Module):
     def _obstacle_to_packing(self) -> str | None:
         """What in the model's configuration rules packing out, if anything."""
         config = self.model.config.get_text_config()
-        # Ours already, if the model has had a policy before.
-        if config._attn_implementation not in ("sdpa", packed_attention.NAME):
-            return f"its attention is {config._attn_implementation!r}, not 'sdpa'"
+        # Ours already, if the model has had a policy before; "eager" where transformers has nothing else (Gemma 2's
+        # soft caps, gpt-oss's sinks).
+        name, known = config._attn_implementation, ["sdpa", packed_attention.NAME]
+        if name not in (known if self.model._supports_sdpa else [*known, "eager"]):
+            return f"its attention is {name!r}, not 'sdpa'"
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        is_windowed = getattr(config, "sliding_window", None) and not hasattr(config, "layer_types")
-        if kinds != {"full_attention"} or is_windowed:
-            return f"it has layers other than full attention ({', '.join(sorted(kinds))})"
-        if getattr(config, "attn_logit_softcapping", None):
-            return "its attention logits are soft-capped"
+        if not kinds <= {"full_attention", "sliding_attention"}:
+            return f"it has layers other than full and sliding-window attention ({', '.join(sorted(kinds))})"
         return None
 
-    @torch.no_grad()
-    def _compare_packed_with_padded(self) -> str | None:
-        """A small ragged batch through both paths; the reason if they differ."""
-        groups = [Group([3, 4, 5, 6], [[7, 8, 9], [9, 5]]), Group([8, 3], [[4], [5, 6, 7, 3], [6, 6]])]
-        packed, padded = self._packed(groups).float(), self._padded(groups).float()
+    def _difference_from(self, expected: Tensor) -> str | None:
+        """The probe, packed and padded under our attention; the reason if either differs from what is expected."""
         # Relative to the size of the outputs: hidden states have no unit. bfloat16 has three digits.
         tolerance = PROBE_TOLERANCE if self.model.dtype == torch.float32 else 5e-2
-        difference = ((packed - padded).abs().max() / padded.abs().max().clamp(min=1e-6)).item()
+        outputs = torch.stack([self._packed(PROBE_GROUPS), self._padded(PROBE_GROUPS)]).float()
+        difference = ((outputs - expected).abs().max() / expected.float().abs().max().clamp(min=1e-6)).item()
         if difference < tolerance:
             return None
         return f"its packed outputs differ from its padded ones by {difference:.1e} relative"
+
+
+@contextmanager
+def _short_windows(model: PreTrainedModel) -> Iterator[None]:
+    """While the context lasts, sliding windows have `PROBE_WINDOW` tokens, so that a short probe reaches beyond them.
+
+    Models read their windows from configurations (for the padded path's masks) and from attributes of their attention.
+    """
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    owners = {id(owner): owner for owner in (model.config.get_text_config(), *configs, *model.modules())}
+    windows = [(owner, owner.sliding_window) for owner in owners.values() if _has_window(owner)]
+    try:
+        for owner, _ in windows:
+            owner.sliding_window = PROBE_WINDOW
+        yield
+    finally:
+        for owner, window in windows:
+            owner.sliding_window = window
+
+
+def _has_window(owner: Any) -> bool:
+    return isinstance(getattr(owner, "sliding_window", None), int)
 
 
 def _batches(groups: Sequence[Group]) -> list[list[Group]]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from stateset_lightning.policy.packed_attention import NAME as PACKED_ATTENTION
-from stateset_lightning.policy.packed_attention import SHARED_PROMPTS_ARGUMENT, SharedPrompts
+from stateset_lightning.policy.packed_attention import SHARED_PROMPTS_ARGUMENT
+from stateset_lightning.policy.shared_prompts import SharedPrompts
 from stateset_lightning.rollout.cache import make_cache
 from stateset_lightning.rollout.cpu_decoding import Attend, LlamaDecoder, attend_to_cache
 
@@ -33,6 +34,8 @@ def make_running_batch(
     # The kernels of other devices and precisions are fast enough, and accumulate in float32.
     is_float32_on_cpu = model.device.type == "cpu" and model.dtype == torch.float32
     shares = model.config.get_text_config()._attn_implementation == PACKED_ATTENTION and is_float32_on_cpu
+    # Layers that read the keys of others (Gemma 3n's, Gemma 4's) have no prompt of their own.
+    shares = shares and not any(getattr(module, "is_kv_shared_layer", False) for module in model.modules())
     kind = SharingBatch if shares and longest_prompt >= SHARE_FROM else RunningBatch
     return kind(model, max_new_tokens, decoder)
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from stateset_lightning.policy import packed_attention as packed_attention_file
-from stateset_lightning.policy.packed_attention import LAYOUT_ARGUMENT, SharedPrompts, make_layout, packed_attention
+from stateset_lightning.policy.packed_attention import LAYOUT_ARGUMENT, make_layout, packed_attention
+from stateset_lightning.policy.shared_prompts import SharedPrompts
 
 CPU = torch.device("cpu")
 CASES = [

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
+from windowed_models import FAMILIES, WINDOW, random_tokens, windowed_model
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import (
@@ -31,11 +32,18 @@ GROUPS = [
     Group([33, 44, 55, 66, 77, 88, 99, 111, 122, 133], [[21], [22], [144, 155, 166, 177, 188]]),
 ]
 NUM_TOKENS = 19
-PACKED = ("llama", "qwen2", "qwen3", "gpt2")
+PACKED = ("llama", "qwen2", "qwen3", "gpt2", "gemma2")
 
 
 def make_policy(model: Any, **options: Any) -> Policy:
     return Policy(model, PolicyConfig("random", **options))
+
+
+def eager(make_model: Callable[..., Any]) -> Any:
+    """A model that could be packed, but for the attention that its user has set."""
+    model = make_model("llama")
+    model.set_attn_implementation("eager")
+    return model
 
 
 def naive_scores(model: Any, groups: Sequence[Group], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -130,7 +138,41 @@ def test_scores_and_gradients_are_those_of_one_row_at_a_time(
     assert len(forwards) == (2 if checkpointing else 1)  # recomputed in backward, or not
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recompute_from", [512, 0])
+def test_windowed_models_are_packed_with_the_scores_and_gradients_of_their_own_forward(
+    family: str, recompute_from: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_attention, "RECOMPUTE_FROM", recompute_from)
+    # Prompts and completions on both sides of the window, of one length in a bucket and of several.
+    tokens = random_tokens(3 * WINDOW, 12, 5, 9, 4, 3, 11, 33, 1, 2)
+    groups = [Group(tokens[0], tokens[1:4]), Group(tokens[4], tokens[5:7]), Group(tokens[7], tokens[8:])]
+    plain, policy = windowed_model(family), make_policy(windowed_model(family), scoring="packed")
+    for some in (groups, groups[:1]):
+        expected, got = naive_scores(plain, some), policy.score(some)
+        assert expected[0].std() > 0.3
+        assert_same_scores(got, expected)
+        assert_same_gradients(gradients(policy.model, got), gradients(plain, expected))
+    longer = windowed_model(family, sliding_window=WINDOW + 1)
+    assert (naive_scores(longer, groups)[0] - naive_scores(plain, groups)[0]).abs().max() > 1e-3
+
+
+def test_a_window_that_attention_is_not_told_of_is_found_by_the_probe(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in Qwen2-MoE, whose window stands in the mask alone; far longer than the probe."""
+    model = windowed_model("mistral", sliding_window=1000)
+    correct = packed_attention.packed_attention
+    monkeypatch.setattr(
+        packed_attention, "packed_attention", lambda *args, sliding_window, **options: correct(*args, **options)
+    )
+    policy = make_policy(model)
+    assert not policy.uses_packed_scoring
+    assert "differ from its padded ones" in caplog.text
+    assert (model.config.sliding_window, model.config._attn_implementation) == (1000, "sdpa")
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2"])
 def test_packed_scores_and_gradients_are_those_of_an_explicit_mask(make_model: Callable[..., Any], name: str) -> None:
     plain = make_model(name)
     policy = make_policy(make_model(name), scoring="packed")
@@ -190,23 +232,14 @@ def test_packed_scoring_is_refused_where_it_is_not_exact(make_model: Callable[..
     with pytest.raises(
         ConfigError, match=r"scoring='packed' is not exact for random: its attention is 'eager'.*'auto' or 'padded'"
     ):
-        make_policy(make_model("gemma2"), scoring="packed")
-
-
-def test_sliding_windows_are_not_packed(make_model: Callable[..., Any]) -> None:
-    windowed = make_model("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1)
-    assert windowed.config.layer_types == ["full_attention", "sliding_attention"]
-    with pytest.raises(ConfigError, match="layers other than full attention"):
-        make_policy(windowed, scoring="packed")
-    policy = make_policy(windowed)
-    assert_same_scores(policy.score(GROUPS), naive_scores(windowed, GROUPS))
+        make_policy(eager(make_model), scoring="packed")
 
 
 def test_the_slower_path_is_announced_once_with_the_reason(
     make_model: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="stateset_lightning"):
-        policy = make_policy(make_model("gemma2"))
+        policy = make_policy(eager(make_model))
         policy.score(GROUPS)
         policy.score(GROUPS)
     assert [record.getMessage() for record in caplog.records] == [

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from windowed_models import FAMILIES, random_tokens, windowed_model
 
 from stateset_lightning.policy import Policy, PolicyConfig
 from stateset_lightning.rollout.running_batch import SHARE_FROM, RunningBatch, SharingBatch, make_running_batch
@@ -82,3 +83,43 @@ def test_a_finished_row_stays_within_its_last_position(
         for _ in range(2):
             batch.step(torch.tensor([7, 8]))
     assert seen == [[3], [4], [5], [5], [6, 6], [6, 7]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_windowed_models_with_shared_prompts_decode_what_transformers_generates(family: str) -> None:
+    """Prompts around the window of 7, rows that come later, and completions longer than it."""
+    prompts, steps = random_tokens(SHARE_FROM, 4, 20, 7), 12
+    plain, model = windowed_model(family), policy_model(windowed_model(family))
+    expected = [
+        plain.generate(
+            torch.tensor([prompt]), max_new_tokens=steps, min_new_tokens=steps, do_sample=False, pad_token_id=0
+        )
+        for prompt in prompts
+    ]
+    batch = make_running_batch(model, steps, SHARE_FROM)
+    assert type(batch) is SharingBatch
+    decoded: list[tuple[int, list[int]]] = []
+
+    def decode(number: int) -> None:
+        for _ in range(number):
+            batch.logits_BV[:, 1] = -torch.inf  # the end, which transformers does not choose either
+            tokens_B = batch.logits_BV.argmax(-1)
+            batch.step(tokens_B)
+            for (_, tokens), token in zip(decoded, tokens_B.tolist(), strict=True):
+                tokens.append(token)
+
+    with torch.inference_mode():
+        batch.admit(prompts[:2], [0, 0, 1])
+        decoded += [(p, []) for p in (0, 0, 1)]
+        decode(8)
+        batch.admit(prompts[2:], [0, 1, 1])
+        decoded += [(p, []) for p in (2, 3, 3)]
+        decode(4)
+        batch.keep(torch.tensor([3, 4, 5]))
+        batch.logits_BV = batch.logits_BV[
+            3:
+        ]  # those of the rows that stay; the engine has sampled before it drops rows
+        finished, decoded[:] = decoded[:3], decoded[3:]
+        decode(8)
+    for p, tokens in [*finished, *decoded]:
+        assert tokens == expected[p][0, len(prompts[p]) :].tolist()

@@ -1,0 +1,143 @@
+"""A decoding step of rows that share prompts. A prompt's keys and values are kept and read once for its whole
+group.
+
+Each row attends to its prompt, whose keys and values lie beside the cache, and to its own tokens, which are the
+cache. One softmax runs over both, so the result is that of plain attention over the two one behind the other. The
+stock kernel reads a repeated copy of the prompt for every row, and reading is what decoding on a CPU waits for.
+
+Letters: B rows, P prompts, L their longest length, R the most rows of a prompt, k key heads, r query heads per key
+head, C own tokens, d size of a head.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+
+
+def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Weights of the last dimension; sinks, broadcast to it, take their share and leave."""
+    if sinks is None:
+        return scores.softmax(-1)
+    with_sinks = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)], dim=-1)
+    return with_sinks.softmax(-1)[..., :-1]
+
+
+@dataclass(eq=False)
+class SharedPrompts:
+    """Prompts and the rows that go on from them.
+
+    Args:
+        keys: Of each layer, [P, k, L, d]; shorter prompts are padded on the left.
+        values: Likewise.
+        lengths_P: Tokens of each prompt.
+        prompt_of_row_B: Which prompt a row goes on from.
+        starts_B: First column of the cache that is a row's own.
+    """
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    lengths_P: Tensor
+    prompt_of_row_B: Tensor
+    starts_B: Tensor
+
+    def __post_init__(self) -> None:
+        device, num_prompts, longest = self.lengths_P.device, len(self.lengths_P), self.keys[0].shape[2]
+        self.most_rows = int(torch.bincount(self.prompt_of_row_B, minlength=num_prompts).max())
+        # A row stands at [its prompt, its number among the prompt's rows] of [P, R].
+        one_hot_BP = F.one_hot(self.prompt_of_row_B, num_prompts)
+        number_B = (one_hot_BP.cumsum(0) * one_hot_BP).sum(1) - 1
+        self.place_B = self.prompt_of_row_B * self.most_rows + number_B
+        rows_B = torch.arange(len(self.prompt_of_row_B), device=device)
+        self.row_of_place = torch.zeros(num_prompts * self.most_rows, dtype=torch.long, device=device)
+        self.row_of_place[self.place_B] = rows_B
+        # Whole groups in order, as before any row has finished: rows and places are the same.
+        self.in_order = len(rows_B) == len(self.row_of_place) and bool((self.place_B == rows_B).all())
+        padding_PL = torch.arange(longest, device=device) < (longest - self.lengths_P)[:, None]
+        self.padding_PL = padding_PL if bool(padding_PL.any()) else None
+        self.hides_columns = bool((self.starts_B > 0).any())
+        self.last_start = int(self.starts_B.max())
+
+    def select(self, rows: Tensor) -> "SharedPrompts":
+        """These rows only, and the prompts that they need."""
+        needed, prompt_of_row_B = self.prompt_of_row_B[rows].unique(return_inverse=True)
+        keys, values = self.keys, self.values
+        if len(needed) < len(self.lengths_P):
+            keys, values = ([x[needed] for x in layers] for layers in (keys, values))
+        return SharedPrompts(keys, values, self.lengths_P[needed], prompt_of_row_B, self.starts_B[rows])
+
+    def join(self, other: "SharedPrompts", first: int, column: int) -> "SharedPrompts":
+        """Adds other prompts and their rows.
+
+        Args:
+            other: What is added.
+            first: The cache's columns before this one have gone.
+            column: Where the new rows start in the cache.
+        """
+        width = max(self.keys[0].shape[2], other.keys[0].shape[2])
+        keys, values = (
+            [torch.cat([F.pad(x, (0, 0, width - x.shape[2], 0)) for x in layer]) for layer in zip(*pair, strict=True)]
+            for pair in ((self.keys, other.keys), (self.values, other.values))
+        )
+        return SharedPrompts(
+            keys,
+            values,
+            torch.cat([self.lengths_P, other.lengths_P]),
+            torch.cat([self.prompt_of_row_B, other.prompt_of_row_B + len(self.lengths_P)]),
+            torch.cat([self.starts_B - first, torch.full_like(other.starts_B, column)]),
+        )
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Query [B, k r, 1, d], own keys and values [B, k, C, d] -> output [B, 1, k r, d]."""
+        _, key_heads, longest, d = self.keys[layer].shape
+        columns = key.shape[2]
+        # Columns of prompts and of rows before these ones are outside of every row's window.
+        first = 0 if window is None else min(max(longest + columns - self.last_start - window, 0), longest)
+        first_own = 0 if window is None else max(columns - window, 0)
+        key, value = key[:, :, first_own:], value[:, :, first_own:]
+        prompt_keys, prompt_values = self.keys[layer][:, :, first:], self.values[layer][:, :, first:]
+        grouped_BkrD = (query * scaling).view(len(query), key_heads, -1, d)
+        per_key = grouped_BkrD.shape[2]
+        scores = capped(self._to_prompts(grouped_BkrD) @ prompt_keys.transpose(-1, -2), softcap)
+        if self.padding_PL is not None:
+            scores = scores.masked_fill(self.padding_PL[:, None, None, first:], -torch.inf)
+        prompt_scores = self._to_rows(scores, per_key)
+        own_scores = capped(grouped_BkrD @ key.transpose(-1, -2), softcap)
+        if self.hides_columns:
+            hidden_BC = torch.arange(first_own, columns, device=key.device) < self.starts_B[:, None]
+            own_scores = own_scores.masked_fill(hidden_BC[:, None, None], -torch.inf)
+            if window is not None:  # rows that came earlier have left more of their prompts behind
+                starts_B1 = longest + columns - self.starts_B[:, None] - window
+                hidden_BL = torch.arange(first, longest, device=key.device) < starts_B1
+                prompt_scores = prompt_scores.masked_fill(hidden_BL[:, None, None], -torch.inf)
+        scores = torch.cat([prompt_scores, own_scores], dim=-1)
+        weights = softmax_with_sinks(scores, None if sinks is None else sinks.view(key_heads, per_key, 1))
+        prompt_weights, own_weights = weights[..., : longest - first], weights[..., longest - first :]
+        output = self._to_rows(self._to_prompts(prompt_weights) @ prompt_values, per_key) + own_weights @ value
+        return output.reshape(len(query), 1, -1, d)
+
+    def _to_prompts(self, values: Tensor) -> Tensor:
+        """[B, k, r, x] -> [P, k, R r, x]: all rows of a prompt together, for one product with its keys or values."""
+        values = values if self.in_order else values.index_select(0, self.row_of_place)
+        return values.unflatten(0, (-1, self.most_rows)).transpose(1, 2).flatten(2, 3)
+
+    def _to_rows(self, values: Tensor, per_key: int) -> Tensor:
+        """[P, k, R r, x] -> [B, k, r, x]."""
+        values = values.unflatten(2, (self.most_rows, per_key)).transpose(1, 2).flatten(0, 1)
+        return values if self.in_order else values.index_select(0, self.place_B)
