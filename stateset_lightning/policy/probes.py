@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,9 +72,9 @@ def exact_on(model: PreTrainedModel, path: str, difference: Callable[[PreTrained
     try:
         off, limit = difference(model), PROBE_TOLERANCE
         if off > limit and model.dtype.itemsize < 4:
-            # Of all tokens, and the largest; the noise is the mean over likely ones.
+            # The largest of all tokens is far above the noise, which is the mean over likely ones.
             limit = max(limit, 10 * NOISE_FACTOR * float_noise(model, model.dtype))
-        if not off > limit and key not in _vouched:
+        if off <= limit and key not in _vouched:
             off, limit = difference(make_twin(model)), PROBE_TOLERANCE
     except Exception as error:  # whatever a model's code raises on a path that it was not written for
         return reason_of(error)
@@ -167,41 +167,20 @@ def float_noise(model: PreTrainedModel, dtype: torch.dtype) -> float:
     fallback = LOGPROB_TOLERANCE[dtype] / NOISE_FACTOR
     if not all(type(p) is nn.Parameter for p in model.parameters()):
         return fallback
+
+    def cast(weight: nn.Parameter, to: torch.dtype) -> nn.Parameter:
+        return nn.Parameter(weight.detach().to(to), False) if weight.is_floating_point() else weight
+
     logprobs = []
     try:
-        for computed_in in (torch.float32, dtype):
-            with torch.autocast(model.device.type, enabled=False), _computed_in(model, computed_in):
+        for to in (torch.float32, dtype):
+            with (
+                torch.autocast(model.device.type, enabled=False),
+                replaced_parameters(model.modules(), partial(cast, to=to)),
+            ):
                 logprobs.append(own_logprobs(model, probe_tokens(64)))
-    except RuntimeError:  # a module reads another's weights, so that dtypes do not match
+    except RuntimeError:  # there is no memory for a float32 copy, or a part of the model fixes its dtype
         return fallback
     exact, rounded = logprobs
     noise = float((exact.exp() * (rounded - exact).abs()).sum(-1).mean())
     return noise if math.isfinite(noise) else fallback
-
-
-@contextmanager
-def _computed_in(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
-    """The model with its weights in another dtype, layer by layer: a copy of one layer exists at a time."""
-
-    def cast(weight: nn.Parameter) -> nn.Parameter:
-        return nn.Parameter(weight.detach().to(dtype), False) if weight.is_floating_point() else weight
-
-    copies: dict[nn.Module, ExitStack] = {}
-
-    def enter(layer: nn.Module, *_: Any) -> None:
-        copies[layer] = ExitStack()
-        copies[layer].enter_context(replaced_parameters(layer.modules(), cast))
-
-    def leave(layer: nn.Module, *_: Any) -> None:
-        copies.pop(layer).close()
-
-    inside: set[nn.Module] = set()
-    with ExitStack() as stack:
-        for modules in model.modules():
-            if isinstance(modules, nn.ModuleList) and modules not in inside:
-                for layer in modules:
-                    inside.update(layer.modules())
-                    stack.callback(layer.register_forward_pre_hook(enter).remove)
-                    stack.callback(layer.register_forward_hook(leave, always_call=True).remove)
-        stack.enter_context(replaced_parameters((m for m in model.modules() if m not in inside), cast))
-        yield
