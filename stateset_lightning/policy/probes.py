@@ -112,12 +112,13 @@ def _shrink(config: PretrainedConfig) -> None:
         if "layer" in key and isinstance(value, list) and len(value) == num_layers
         if all(isinstance(x, str) or x in (0, 1) for x in value)
     }
-    kinds = list(zip(*per_layer.values(), strict=True)) or [()]
+    # Where kinds follow from other keys, the first layers are kept, as many as have all kinds.
+    kinds = list(zip(*per_layer.values(), strict=True)) or getattr(config, "layer_types", None) or [()]
     kept = [i for i, kind in enumerate(kinds) if kind not in kinds[:i]]
     for key, value in per_layer.items():
         setattr(config, key, [value[i] for i in kept])
     if hasattr(config, "num_hidden_layers"):
-        config.num_hidden_layers = len(kept)
+        config.num_hidden_layers = len(kept) if per_layer else kept[-1] + 1
     if hasattr(config, "pad_token_id"):
         config.pad_token_id = None  # it may lie beyond the twin's vocabulary
     for key, value in vars(config).items():

@@ -62,7 +62,7 @@ def decode_plainly(
     model.generation_config = GenerationConfig(**options)
     hooks = {"logits_processor": [logits_processor], "stopping_criteria": [stop]}
     try:
-        return model.generate(ids, attention_mask=torch.ones_like(ids), **hooks)  # type: ignore[operator, no-any-return]
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **hooks)
     finally:
         model.generation_config = models
 

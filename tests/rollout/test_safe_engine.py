@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,10 @@ def family(name: str) -> Any:
         return AutoModelForCausalLM.from_config(config).eval()
 
 
+def varied(turns: Any, context: Any) -> float:
+    return sum(map(ord, turns[-1].content)) % 7 / 7
+
+
 @pytest.fixture(params=[*RECURRENT, *UNSHARED])
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -103,7 +108,8 @@ def test_a_family_is_sampled_and_scored_as_its_own_forward_does(
 def test_a_family_trains_for_two_steps(name: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
     family(name).save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
-    module = make_module(str(tmp_path / "model"), rollout=RolloutConfig(num_generations=2, max_new_tokens=3))
+    sampling = RolloutConfig(num_generations=4, max_new_tokens=3)
+    module = make_module(str(tmp_path / "model"), rollout=sampling, reward=varied)
     trainer = fit(tmp_path, module, make_data(batch_size=2, validation=None))
     assert trainer.global_step == 2
     assert module.metrics.last["policy/sampling_difference"] < 1e-4
@@ -122,7 +128,7 @@ def test_completions_follow_their_seeds_and_end_like_those_of_the_fast_engine(
         model.generation_config.repetition_penalty = 5.0  # of `generate`, and no part of the policy
         engine, reported = InProcessEngine(tiny_tokenizer), []
         engine.sync(Policy(model, PolicyConfig("random")))
-        sampling = RolloutConfig(max_new_tokens=12, stop=stop, top_k=50, temperature=1.5, max_batch_rows=rows)
+        sampling = RolloutConfig(max_new_tokens=5, stop=stop, top_k=50, temperature=1.5, max_batch_rows=rows)
         rollout = engine.generate(prompts, 6, sampling, range(12), on_finished=lambda *done: reported.append(done))
         assert model.generation_config.repetition_penalty == 5.0
         return rollout, sorted(reported)
@@ -166,8 +172,7 @@ def test_evaluation_compares_sampling_with_scoring(tmp_path: Path, run: str, mon
 
     def shifted(*args: Any, **kwargs: Any) -> Any:
         rollout = generate(*args, **kwargs)
-        rollout.logprobs_T += 0.01
-        return rollout
+        return replace(rollout, logprobs_T=rollout.logprobs_T + 0.01)
 
     monkeypatch.setattr(InProcessEngine, "generate", shifted)
     trainer, data = make_trainer(tmp_path, limit_val_batches=1), make_data(predict=[{"prompt": "What is 1 + 1?"}])
