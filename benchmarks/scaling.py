@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from stateset_lightning.policy import Group, Policy, PolicyConfig
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig
 from stateset_lightning.rollout.cpu_decoding import LlamaDecoder, prepacked_linears
-from stateset_lightning.rollout.running_batch import make_running_batch
+from stateset_lightning.rollout.running_batch import batch_kinds
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def compare_decoders(rows: int, prompt: int, tokens: int = 64) -> tuple[float, .
     """Median seconds of a token by the model with prepacked linear layers and by `LlamaDecoder`, in turns."""
     model = Policy(workload.make_model(), PolicyConfig("random")).model.eval()
     with torch.inference_mode(), prepacked_linears(model, rows):
-        batches = [make_running_batch(model, tokens, prompt, by) for by in (None, LlamaDecoder(model))]
+        batches = [batch_kinds(model, prompt)[0](model, tokens, by) for by in (None, LlamaDecoder(model))]
         for batch in batches:
             batch.admit(
                 [[2 + (7 * p + i) % 200 for i in range(prompt)] for p in range(2)],

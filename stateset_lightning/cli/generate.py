@@ -47,9 +47,10 @@ def main(words: Sequence[str]) -> None:
         tokens = encoder.encode([Scenario(id=str(number), prompt=prompt)], "generate").tokens[0]
         engine.policy.prepare_for(len(tokens) + rollout.max_new_tokens)
         seeds_N = sample_seeds(seed, "generate", 0, [number], num_samples)
-        texts = engine.generate([tokens], num_samples, rollout, seeds_N, greedy=greedy).texts
-        for i, text in enumerate(map(_shown, texts), start=1):
-            print(f"[{i}] {text}" if len(texts) > 1 else text, flush=True)
+        sampled = engine.generate([tokens], num_samples, rollout, seeds_N, greedy=greedy)
+        engine.check(sampled, rollout.temperature)
+        for i, text in enumerate(map(_shown, sampled.texts), start=1):
+            print(f"[{i}] {text}" if num_samples > 1 else text, flush=True)
 
     if options.prompt is not None:
         answer(options.prompt, 0)

@@ -9,9 +9,10 @@ completions, packed; H hidden size; B rows of S tokens.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from stateset_lightning.policy import lora, packed_attention
 from stateset_lightning.policy.config import PolicyConfig
 from stateset_lightning.policy.head import HeadOptions, token_logprobs
 from stateset_lightning.policy.lora_state import AdapterState, base_digest, keep_only_in_state_dict
+from stateset_lightning.policy.probes import PROBE_TOLERANCE, exact_on, own_logprobs, probe_tokens, reason_of
 from stateset_lightning.policy.recomputed_layers import use_recomputed_layers
 from stateset_lightning.policy.text_model import use_one_rope_table
 
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Largest difference between two paths that counts as the same, in nats: far above float error, far below a wrong mask.
-PROBE_TOLERANCE = 1e-3
+# Of the prompts and their completions in the probe: on both sides of every threshold of a twin, 64 tokens together.
+PROBE_LENGTHS = ((21, (12, 5)), (13, (7,)), (3, (2, 1)))
 
 # Tokens of a forward pass that keeps nothing for a backward pass.
 TOKENS_WITHOUT_GRADIENT = 16_384
@@ -70,11 +72,6 @@ class Group:
         return [list(compress(*pair)) for pair in zip(places, self.sampled, strict=True)]
 
 
-# A small ragged batch. Prompts and completions are longer than the window that a probe shortens all windows to.
-PROBE_WINDOW = 3
-PROBE_GROUPS = [Group([3, 4, 5, 6], [[7, 8, 9, 5], [9, 5]]), Group([8, 3], [[4], [5, 6, 7, 3], [6, 6]])]
-
-
 class Policy(nn.Module):
     """A causal language model with the one operation that training needs: `score`.
 
@@ -89,6 +86,7 @@ class Policy(nn.Module):
         adapter: State of the low-rank adapter; None without one.
         base_digest: Of the weights as they were loaded, without an adapter's.
         uses_packed_scoring: Whether each prompt is computed once per group.
+        scores_alone: Whether each completion has a forward of its own, as a model's rows are not independent.
         uses_chunked_head: Whether logits exist for a chunk of tokens at a time only.
     """
 
@@ -106,7 +104,9 @@ class Policy(nn.Module):
         use_recomputed_layers(model)
         self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.uses_chunked_head = self._probe_head()
+        self.scores_alone = False
         self.uses_packed_scoring = config.scoring != "padded" and self._probe_packed()
+        self.scores_alone = not self.uses_packed_scoring and self._probe_padded()
         dtype, path = str(model.dtype).removeprefix("torch."), "packed" if self.uses_packed_scoring else "padded"
         size = f"{model.num_parameters():,} parameters"
         if self.adapter is not None:
@@ -189,6 +189,10 @@ class Policy(nn.Module):
             for group in groups
             for completion, places in zip(group.completions, group.sampled_places, strict=True)
         ]
+        return torch.cat([self._rows([row]) for row in rows]) if self.scores_alone else self._rows(rows)
+
+    def _rows(self, rows: Sequence[tuple[int, list[int], Sequence[int]]]) -> Tensor:
+        """Outputs of (length of the prompt, all tokens, places of the sampled ones) that stand in one batch."""
         width = max(len(ids) for _, ids, _ in rows)
         input_ids = self._ids([ids + [0] * (width - len(ids)) for _, ids, _ in rows])
         outputs = self._forward(input_ids, torch.arange(width, device=self.device).expand(len(rows), -1))
@@ -215,14 +219,17 @@ class Policy(nn.Module):
         elif self.model.base_model is self.model:
             reason = "it has no body without its output embedding"
         elif head is not None:
-            ids = torch.arange(3, 7, device=self.device)[None]
-            logits = self.model(input_ids=ids, use_cache=False).logits.float()
-            own = head(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
-            if self.softcap is not None:
-                own = torch.tanh(own / self.softcap) * self.softcap
-            if torch.allclose(logits, own, atol=PROBE_TOLERANCE, rtol=1e-2):
-                return True
             reason = "its logits are not its output embedding applied to its last hidden states"
+            ids = self._ids([probe_tokens(4)])
+            logits = self.model(input_ids=ids, use_cache=False).logits.float()
+            try:
+                own = head(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+                if self.softcap is not None:
+                    own = torch.tanh(own / self.softcap) * self.softcap
+                if torch.allclose(logits, own, atol=PROBE_TOLERANCE, rtol=1e-2):
+                    return True
+            except Exception as error:  # of a model whose parts are others than a decoder and a head
+                reason = reason_of(error)
         log.warning("%s is scored with all logits in memory: %s.", self.config.model_name, reason)
         return False
 
@@ -233,10 +240,8 @@ class Policy(nn.Module):
         if reason is None:
             previous = self.model.config.get_text_config()._attn_implementation
             packed_attention.register()
-            with _short_windows(self.model):
-                expected = self._padded(PROBE_GROUPS)
-                self.model.set_attn_implementation(packed_attention.NAME)
-                reason = self._difference_from(expected)
+            self.model.set_attn_implementation(packed_attention.NAME)
+            reason = exact_on(self.model, "packed", partial(self._compare_with_own, self._packed))
             if reason is None:
                 return True
             self.model.set_attn_implementation(previous)
@@ -261,37 +266,31 @@ class Policy(nn.Module):
             return f"it has layers other than full and sliding-window attention ({', '.join(sorted(kinds))})"
         return None
 
-    def _difference_from(self, expected: Tensor) -> str | None:
-        """The probe, packed and padded under our attention; the reason if either differs from what is expected."""
-        # Relative to the size of the outputs: hidden states have no unit. bfloat16 has three digits.
-        tolerance = PROBE_TOLERANCE if self.model.dtype == torch.float32 else 5e-2
-        outputs = torch.stack([self._packed(PROBE_GROUPS), self._padded(PROBE_GROUPS)]).float()
-        difference = ((outputs - expected).abs().max() / expected.float().abs().max().clamp(min=1e-6)).item()
-        if difference < tolerance:
-            return None
-        return f"its packed outputs differ from its padded ones by {difference:.1e} relative"
+    def _probe_padded(self) -> bool:
+        """Whether completions must be scored one by one, as padding or a neighbour changes their log-probs."""
+        reason = exact_on(self.model, "padded", partial(self._compare_with_own, self._padded))
+        if reason is not None:
+            log.warning("%s is scored a completion at a time: %s.", self.config.model_name, reason)
+        return reason is not None
 
-
-@contextmanager
-def _short_windows(model: PreTrainedModel) -> Iterator[None]:
-    """While the context lasts, sliding windows have `PROBE_WINDOW` tokens, so that a short probe reaches beyond them.
-
-    Models read their windows from configurations (for the padded path's masks) and from attributes of their attention.
-    """
-    configs = [module.config for module in model.modules() if hasattr(module, "config")]
-    owners = {id(owner): owner for owner in (model.config.get_text_config(), *configs, *model.modules())}
-    windows = [(owner, owner.sliding_window) for owner in owners.values() if _has_window(owner)]
-    try:
-        for owner, _ in windows:
-            owner.sliding_window = PROBE_WINDOW
-        yield
-    finally:
-        for owner, window in windows:
-            owner.sliding_window = window
-
-
-def _has_window(owner: Any) -> bool:
-    return isinstance(getattr(owner, "sliding_window", None), int)
+    def _compare_with_own(self, path: Callable[[Sequence[Group]], Tensor], model: PreTrainedModel) -> float:
+        """The largest difference in nats between a path and the forward of one row, in a small ragged batch."""
+        groups = [Group(probe_tokens(n, n), [probe_tokens(m, m) for m in lengths]) for n, lengths in PROBE_LENGTHS]
+        expected = [
+            own_logprobs(model, [*group.prompt, *completion])[len(group.prompt) - 1 : -1]
+            for group in groups
+            for completion in group.completions
+        ]
+        policys, self.model = self.model, model
+        try:
+            outputs = path(groups)
+            if self.uses_chunked_head:
+                outputs = model.get_output_embeddings()(outputs)
+                if self.softcap is not None:
+                    outputs = torch.tanh(outputs / self.softcap) * self.softcap
+        finally:
+            self.model = policys
+        return float((outputs.float().log_softmax(-1) - torch.cat(expected)).abs().max())
 
 
 def _batches(groups: Sequence[Group]) -> list[list[Group]]:

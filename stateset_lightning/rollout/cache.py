@@ -92,8 +92,7 @@ def make_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:
     kinds = {type(layer) for layer in cache.layers}
     if others := sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer}):
         raise ConfigError(
-            f"{type(model).__name__} keeps {', '.join(others)} beside attention keys and values: the in-process engine"
-            " samples from full and sliding-window attention only; choose another model"
+            f"{type(model).__name__} keeps {', '.join(others)} beside attention keys and values, which this cannot"
         )
     # A model without a layer list in its config grows its cache as layers ask for it.
     num_layers = len(cache.layers) or model.config.get_text_config().num_hidden_layers

@@ -6,21 +6,23 @@ take their place; keys and values go into preallocated buffers. The noise of a c
 completions, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stateset_lightning.errors import NonFiniteError
-from stateset_lightning.policy import Policy, end_of_sequence_ids
+from stateset_lightning.policy import Group, Policy, end_of_sequence_ids
 from stateset_lightning.policy.precision import replaced_parameters
-from stateset_lightning.rollout.cpu_decoding import CPUDecoding
+from stateset_lightning.policy.probes import check_sampler
+from stateset_lightning.rollout.cpu_decoding import CPUDecoding, LlamaDecoder
 from stateset_lightning.rollout.engine import OnFinished, RolloutConfig
-from stateset_lightning.rollout.running_batch import RunningBatch, make_running_batch
+from stateset_lightning.rollout.probe import decode_plainly, has_exact_cache, obstacle
+from stateset_lightning.rollout.running_batch import RunningBatch, batch_kinds
 from stateset_lightning.rollout.sampling import StopStrings, check_length, sample_tokens
 from stateset_lightning.seeding import uniforms
 from stateset_lightning.types import FinishReason, Rollout
@@ -51,6 +53,9 @@ class InProcessEngine:
     def sync(self, policy: Policy) -> None:
         if policy is not self._policy:
             self._policy, self._cpu_decoding = policy, CPUDecoding(policy.model)
+            # Why a way of decoding is not exact, None where it is: of each that has been asked for.
+            self._obstacles: dict[tuple[type[RunningBatch], bool], str | None] = {}
+            self._caches: bool | None = None  # whether transformers' own decoding with a cache is exact
 
     @torch.no_grad()
     def generate(
@@ -73,16 +78,53 @@ class InProcessEngine:
             check_length(prompts, sampling.max_new_tokens, limit, f"the model's {limit} positions")
         texts = [""] * len(seeds_N)
         with self._sampling_mode(), self._cpu_decoding.prepared(min(len(texts), sampling.max_batch_rows)) as decoder:
-            batch = make_running_batch(self.policy.model, sampling.max_new_tokens, max(map(len, prompts)), decoder)
-            ends = torch.tensor(sorted(end_of_sequence_ids(batch.model, self.tokenizer)), device=batch.model.device)
+            model, kind = self.policy.model, self._exact_kind(max(map(len, prompts)), decoder)
+            ends = torch.tensor(sorted(end_of_sequence_ids(model, self.tokenizer)), device=model.device)
             stop, noise = StopStrings(sampling.stop, self.tokenizer), None if greedy else seeds_N
-            decoding = _Decoding(batch, prompts, num_generations, sampling, noise, ends, stop)
-            for n, tokens in decoding.run():
+
+            def report(n: int, tokens: list[int]) -> None:
                 texts[n] = stop.text(tokens)
                 if on_finished is not None:
                     on_finished(n, texts[n], len(tokens))
+
+            parts = model, prompts, num_generations, sampling, noise, ends, stop, report
+            if kind is None:
+                if self._caches is None:
+                    self._caches = has_exact_cache(model, self.policy.config.model_name)
+                decoding: _Decoding = _SafeDecoding(*parts, self._caches)
+            else:
+                decoding = _BatchDecoding(*parts, kind(model, sampling.max_new_tokens, decoder))
+            decoding.run()
         self.decoded_rows = decoding.decoded_rows
         return decoding.rollout(texts)
+
+    def check(self, rollout: Rollout, temperature: float) -> None:
+        """Compares the longest completion with scoring, where no training does so.
+
+        Raises:
+            SamplingError: If their log-probs differ by more than float error.
+        """
+        completions, logprobs = rollout.completions(), rollout.logprobs_T.split(rollout.lengths_N.tolist())
+        sizes = [len(prompt) for prompt in rollout.prompt_tokens for _ in range(rollout.num_generations)]
+        n = max(range(len(completions)), key=lambda n: sizes[n] + len(completions[n]))
+        group = Group(rollout.prompt_tokens[n // rollout.num_generations], [completions[n]])
+        scored_T, _ = self.policy.score_without_gradient([group], temperature)
+        self.check_difference(float((scored_T.cpu() - logprobs[n]).abs().mean()), temperature)
+
+    def check_difference(self, difference: float, temperature: float) -> None:
+        """See `check_sampler`; `difference` is that of this engine's log-probs to those of scoring."""
+        check_sampler(difference, self.policy.model, self.dtype or self.policy.model.dtype, temperature)
+
+    def _exact_kind(self, longest_prompt: int, decoder: LlamaDecoder | None) -> type[RunningBatch] | None:
+        """The fastest batch that gives the model's own log-probs; None if transformers' own decoding must do."""
+        model = self.policy.model
+        for kind in batch_kinds(model, longest_prompt):
+            key = kind, decoder is not None
+            if key not in self._obstacles:
+                self._obstacles[key] = obstacle(kind, model, self.policy.config.model_name, decodes=decoder is not None)
+            if self._obstacles[key] is None:
+                return kind
+        return None
 
     @contextmanager
     def _sampling_mode(self) -> Iterator[None]:
@@ -125,26 +167,28 @@ class _Decoding:
     """One call of `generate`: which completions are being decoded, and what has been sampled for them.
 
     Args:
-        batch: Empty; it is filled as room allows.
+        model: That samples.
         prompts: Token ids.
         num_generations: Completions per prompt.
         sampling: How to sample.
         seeds_N: Of the noise; None decodes greedily.
         ends: Tokens that end a completion.
         stop: Strings that end a completion.
+        report: Called with the number and the tokens of each completion when it is finished.
     """
 
-    batch: RunningBatch
+    model: PreTrainedModel
     prompts: list[list[int]]
     num_generations: int
     sampling: RolloutConfig
     seeds_N: Sequence[int] | None
     ends: Tensor
     stop: StopStrings
+    report: Callable[[int, list[int]], None]
 
     def __post_init__(self) -> None:
         self.decoded_rows = 0
-        self.device = self.batch.model.device
+        self.device = self.model.device
         num_completions = len(self.prompts) * self.num_generations
         # A column more than a completion has tokens: there go those of rows that have finished, but not left yet.
         shape = (num_completions, self.sampling.max_new_tokens + 1)
@@ -159,18 +203,9 @@ class _Decoding:
         self.numbers: list[int] = []
         self.numbers_B = self.counts_B = torch.empty(0, dtype=torch.long, device=self.device)
 
-    def run(self) -> Iterator[tuple[int, list[int]]]:
-        """Decodes everything; yields the number and the tokens of each completion when it is finished."""
-        self._admit()
-        while self.numbers:
-            tokens_B, logprobs_B = self._sample()
-            yield from self._finish(tokens_B, logprobs_B)
-            num_running = sum(self.lengths[n] == 0 for n in self.numbers)
-            if num_running < COMPACT_BELOW * len(self.numbers):
-                tokens_B = tokens_B[self._drop_finished()]
-            if num_running:
-                self.batch.step(tokens_B)
-            self._admit()
+    def run(self) -> None:
+        """Decodes everything."""
+        raise NotImplementedError
 
     def rollout(self, texts: list[str]) -> Rollout:
         """All completions, once they are finished."""
@@ -181,17 +216,8 @@ class _Decoding:
         sampled_T = torch.ones_like(completion_tokens_T, dtype=torch.bool)
         return Rollout(self.prompts, completion_tokens_T, lengths_N, logprobs_T, sampled_T, self.finish_reasons, texts)
 
-    def _admit(self) -> None:
-        """Lets waiting completions in as room allows: whole groups, so that a prompt is prefilled once, if one fits."""
-        size, room = self.num_generations, self.sampling.max_batch_rows - len(self.numbers)
-        if size <= self.sampling.max_batch_rows:
-            room -= room % size
-        admitted = range(len(self.lengths))[self.num_admitted :][:room]
-        if not admitted:
-            return
-        self.num_admitted += len(admitted)
-        first, last = admitted[0] // size, admitted[-1] // size
-        self.batch.admit(self.prompts[first : last + 1], [n // size - first for n in admitted])
+    def _enter(self, admitted: range) -> None:
+        """Makes these completions the last rows of those that are decoded."""
         self.numbers += admitted
         self.numbers_B = torch.tensor(self.numbers, device=self.device)
         self.counts_B = torch.cat([self.counts_B, self.counts_B.new_zeros(len(admitted))])
@@ -199,20 +225,21 @@ class _Decoding:
             noise = uniforms([self.seeds_N[n] for n in admitted], self.noise_NT.shape[1])
             self.noise_NT[admitted[0] : admitted[-1] + 1] = torch.from_numpy(noise)
 
-    def _sample(self) -> tuple[Tensor, Tensor]:
-        """The next token of every row and its log-prob, written down; finished rows get one that nobody reads."""
+    def _sample(self, logits_BV: Tensor) -> Tensor:
+        """The next token of every row, written down with its log-prob; finished rows get one that nobody reads."""
         width = self.tokens_NT.shape[1]
         place_B = self.numbers_B * width + self.counts_B.clamp(max=width - 1)
         noise_B = None if self.seeds_N is None else self.noise_NT.take(place_B)
-        tokens_B, logprobs_B = sample_tokens(self.batch.logits_BV, noise_B, self.sampling)
+        tokens_B, logprobs_B = sample_tokens(logits_BV, noise_B, self.sampling)
         self.tokens_NT.put_(place_B, tokens_B)
         self.logprobs_NT.put_(place_B, logprobs_B)
         self.counts_B += 1
         self.decoded_rows += len(self.numbers)
-        return tokens_B, logprobs_B
+        self._finish(tokens_B, logprobs_B)
+        return tokens_B
 
-    def _finish(self, tokens_B: Tensor, logprobs_B: Tensor) -> Iterator[tuple[int, list[int]]]:
-        """The completions that these tokens finish. Waits for the device once, and again only if there are any."""
+    def _finish(self, tokens_B: Tensor, logprobs_B: Tensor) -> None:
+        """Reports the completions that these tokens finish. Waits for the device once, again only if there are any."""
         stopped_B = torch.isin(tokens_B, self.ends)
         ended_B = stopped_B | (self.counts_B >= self.sampling.max_new_tokens) | ~logprobs_B.isfinite()
         ended = ended_B.tolist()
@@ -235,7 +262,45 @@ class _Decoding:
             self.lengths[n] = count
             if stopped:
                 self.finish_reasons[n] = FinishReason.STOP
-            yield n, tokens[:count]
+            self.report(n, tokens[:count])
+
+    def _num_running(self) -> int:
+        return sum(self.lengths[n] == 0 for n in self.numbers)
+
+
+@dataclass(eq=False)
+class _BatchDecoding(_Decoding):
+    """By a batch that is filled as room allows.
+
+    Args:
+        batch: Empty.
+    """
+
+    batch: RunningBatch
+
+    def run(self) -> None:
+        self._admit()
+        while self.numbers:
+            tokens_B = self._sample(self.batch.logits_BV)
+            num_running = self._num_running()
+            if num_running < COMPACT_BELOW * len(self.numbers):
+                tokens_B = tokens_B[self._drop_finished()]
+            if num_running:
+                self.batch.step(tokens_B)
+            self._admit()
+
+    def _admit(self) -> None:
+        """Lets waiting completions in as room allows: whole groups, so that a prompt is prefilled once, if one fits."""
+        size, room = self.num_generations, self.sampling.max_batch_rows - len(self.numbers)
+        if size <= self.sampling.max_batch_rows:
+            room -= room % size
+        admitted = range(len(self.lengths))[self.num_admitted :][:room]
+        if not admitted:
+            return
+        self.num_admitted += len(admitted)
+        first, last = admitted[0] // size, admitted[-1] // size
+        self.batch.admit(self.prompts[first : last + 1], [n // size - first for n in admitted])
+        self._enter(admitted)
 
     def _drop_finished(self) -> Tensor:
         """Drops finished rows from the batch; returns the former indices of the rows that stay."""
@@ -245,3 +310,37 @@ class _Decoding:
         self.numbers = [self.numbers[row] for row in rows]
         self.numbers_B, self.counts_B = self.numbers_B[keep], self.counts_B[keep]
         return keep
+
+
+@dataclass(eq=False)
+class _SafeDecoding(_Decoding):
+    """By transformers' `generate`, with nothing padded or shared.
+
+    The rows of a batch have one prompt, and stay until the last of them is finished.
+
+    Args:
+        use_cache: Whether the model's own cache is exact.
+    """
+
+    use_cache: bool
+
+    def run(self) -> None:
+        for p, prompt in enumerate(self.prompts):
+            group = range(p * self.num_generations, (p + 1) * self.num_generations)
+            for start in range(0, len(group), self.sampling.max_batch_rows):
+                self._generate(prompt, group[start : start + self.sampling.max_batch_rows])
+
+    def _generate(self, prompt: list[int], numbers: range) -> None:
+        def only_the_sampled(ids: Tensor, logits_BV: Tensor) -> Tensor:
+            tokens_B = self._sample(logits_BV)
+            return torch.zeros_like(logits_BV).scatter(-1, tokens_B[:, None], 1.0)
+
+        def all_are_finished(ids: Tensor, scores: Tensor) -> Tensor:
+            return torch.full((len(ids),), self._num_running() == 0, device=ids.device)
+
+        self.numbers, self.counts_B = [], self.counts_B[:0]
+        self._enter(numbers)
+        ids = torch.tensor([prompt] * len(numbers), device=self.device)
+        decode_plainly(
+            self.model, ids, self.sampling.max_new_tokens, self.use_cache, only_the_sampled, all_are_finished
+        )

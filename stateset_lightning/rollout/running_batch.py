@@ -27,17 +27,14 @@ if TYPE_CHECKING:
 SHARE_FROM = 256
 
 
-def make_running_batch(
-    model: PreTrainedModel, max_new_tokens: int, longest_prompt: int, decoder: LlamaDecoder | None = None
-) -> RunningBatch:
-    """A batch whose rows share their prompts' keys and values, if the model's attention can and it is faster so."""
+def batch_kinds(model: PreTrainedModel, longest_prompt: int) -> list[type[RunningBatch]]:
+    """The fastest first: one whose rows share their prompts' keys and values, where it is faster so."""
     # The kernels of other devices and precisions are fast enough, and accumulate in float32.
     is_float32_on_cpu = model.device.type == "cpu" and model.dtype == torch.float32
     shares = model.config.get_text_config()._attn_implementation == PACKED_ATTENTION and is_float32_on_cpu
     # Layers that read the keys of others (Gemma 3n's, Gemma 4's) have no prompt of their own.
     shares = shares and not any(getattr(module, "is_kv_shared_layer", False) for module in model.modules())
-    kind = SharingBatch if shares and longest_prompt >= SHARE_FROM else RunningBatch
-    return kind(model, max_new_tokens, decoder)
+    return [SharingBatch, RunningBatch] if shares and longest_prompt >= SHARE_FROM else [RunningBatch]
 
 
 class RunningBatch:

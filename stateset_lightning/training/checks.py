@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,9 +21,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from stateset_lightning.errors import ConfigError, NonFiniteError, SamplingError
+from stateset_lightning.errors import ConfigError, NonFiniteError
 from stateset_lightning.evaluation import Evaluation
-from stateset_lightning.policy.precision import has_bfloat16_products, logprob_tolerance, sampling_dtype
+from stateset_lightning.policy.precision import has_bfloat16_products, sampling_dtype
 from stateset_lightning.rewards import FunctionReward, TRLReward
 from stateset_lightning.training.data import data_of
 from stateset_lightning.training.metrics import NAMES
@@ -325,26 +325,4 @@ def check_weights(parameters: Iterable[Tensor], step: int) -> None:
         raise NonFiniteError(
             f"weights are not finite after optimizer step {step}: lower the learning rate and set"
             " trainer.gradient_clip_val, then go on from the last checkpoint, which was made before"
-        )
-
-
-def check_sampling_difference(metrics: Mapping[str, float], dtype: torch.dtype, temperature: float) -> None:
-    """Before an episode's first update, sampler and trainer are the same policy: log-probs differ by float error alone.
-
-    Args:
-        metrics: Of the optimizer step; nothing is checked where nothing trained.
-        dtype: That the sampler computes in.
-        temperature: Divides the logits, and so multiplies their error.
-
-    Raises:
-        SamplingError: If they differ by more than `logprob_tolerance` on average.
-    """
-    difference = metrics.get("policy/sampling_difference", 0.0)
-    limit = logprob_tolerance(dtype, temperature=temperature)
-    if difference > limit:
-        raise SamplingError(
-            f"the log-probs of sampling and of training differ by {difference:.2g} nats per token, where float error"
-            f" ({dtype}) is below {limit:.2g}: sampler and trainer do not compute the same policy, and gradients would"
-            " be wrong. Set model.policy.scoring to padded; if that helps, the model does not support packed scoring;"
-            " if not, its cached decoding differs from its forward pass"
         )

@@ -19,7 +19,6 @@ from stateset_lightning.rewards import Scorer
 from stateset_lightning.rollout import InProcessEngine, RemoteEngine, RolloutConfig, RolloutEngine
 from stateset_lightning.seeding import sample_seeds
 from stateset_lightning.threads import Interruption, heartbeat
-from stateset_lightning.training.checks import check_sampling_difference
 from stateset_lightning.training.resample import Replacements, Sample, resample
 from stateset_lightning.training.sampling_ahead import SamplingAhead
 from stateset_lightning.types import Metrics, PromptBatch, Scores, Turn
@@ -155,7 +154,7 @@ class Sampler:
             SamplingError: If their log-probs differ by more than float error.
         """
         if isinstance(self.engine, InProcessEngine) and not policy.has_dropout:
-            check_sampling_difference(row, self.engine.dtype or policy.model.dtype, self.config.temperature)
+            self.engine.check_difference(row.get("policy/sampling_difference", 0.0), self.config.temperature)
 
     def _draw(self, policy: Policy, batch: PromptBatch, num_generations: int, greedy: bool) -> Sample:
         seeds_N = sample_seeds(self.seed, batch.split, batch.episode_index, batch.positions, num_generations)
@@ -171,6 +170,8 @@ class Sampler:
             rollout = self.engine.generate(
                 batch.prompt_tokens, num_generations, self.config, seeds_N, greedy=greedy, on_finished=score
             )
+            if batch.split != "train" and isinstance(self.engine, InProcessEngine):
+                self.engine.check(rollout, self.config.temperature)  # training compares all that it trains on
             heartbeat.doing(f"scoring {place}")
             return Sample(batch, rollout, session.collect())
 

@@ -270,7 +270,7 @@ def test_a_wrong_packed_path_is_found_by_the_probe(
         return layout
 
     monkeypatch.setattr(packed_attention, "make_layout", blind)
-    with pytest.raises(ConfigError, match="packed outputs differ from its padded ones by"):
+    with pytest.raises(ConfigError, match="in a probe its log-probs were off by"):
         make_policy(make_model("llama"), scoring="packed")
     model = make_model("llama")
     assert not make_policy(model).uses_packed_scoring

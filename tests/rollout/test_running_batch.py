@@ -8,7 +8,7 @@ import torch
 from windowed_models import FAMILIES, random_tokens, windowed_model
 
 from stateset_lightning.policy import Policy, PolicyConfig
-from stateset_lightning.rollout.running_batch import SHARE_FROM, RunningBatch, SharingBatch, make_running_batch
+from stateset_lightning.rollout.running_batch import SHARE_FROM, RunningBatch, SharingBatch, batch_kinds
 
 PROMPTS = [[20, 31, 42, 53, 64], [75, 86], [97, 108, 119]]
 
@@ -59,10 +59,10 @@ def test_logits_are_those_of_each_row_alone(make_model: Callable[..., Any], kind
 
 def test_prompts_are_shared_where_that_is_possible_and_faster(make_model: Callable[..., Any]) -> None:
     model = policy_model(make_model("llama"))
-    assert type(make_running_batch(model, 8, SHARE_FROM)) is SharingBatch
-    assert type(make_running_batch(model, 8, SHARE_FROM - 1)) is RunningBatch
-    assert type(make_running_batch(make_model("llama"), 8, SHARE_FROM)) is RunningBatch  # its attention cannot
-    assert type(make_running_batch(model.to(torch.bfloat16), 8, SHARE_FROM)) is RunningBatch
+    assert batch_kinds(model, SHARE_FROM)[0] is SharingBatch
+    assert batch_kinds(model, SHARE_FROM - 1)[0] is RunningBatch
+    assert batch_kinds(make_model("llama"), SHARE_FROM)[0] is RunningBatch  # its attention cannot
+    assert batch_kinds(model.to(torch.bfloat16), SHARE_FROM)[0] is RunningBatch
 
 
 @pytest.mark.parametrize("kind", [RunningBatch, SharingBatch])

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from module_runs import make_module
 
-from stateset_lightning.errors import ConfigError, NonFiniteError, SamplingError
+from stateset_lightning.errors import ConfigError, NonFiniteError
 from stateset_lightning.evaluation import EvaluationConfig
 from stateset_lightning.rewards import ExactMatch, FunctionReward, JsonValid
 from stateset_lightning.training import checks as run_checks
@@ -19,7 +19,6 @@ from stateset_lightning.training.checks import (
     check_dynamic_sampling,
     check_episode_fits_trainer,
     check_monitors,
-    check_sampling_difference,
     checks_of_run,
     no_validation,
 )
@@ -280,32 +279,6 @@ def test_bad_steps_stop_the_run_only_when_they_do_not_end():
         NonFiniteError, match=r"11 optimizer steps in a row .*max_bad_steps=10.*, the last of them step 21"
     ):
         run_checks.check_bad_steps(11, 10, step=21)
-
-
-@pytest.mark.parametrize(
-    ("difference", "dtype", "temperature", "stops"),
-    [
-        (9e-4, torch.float32, 1.0, False),
-        (2e-3, torch.float32, 1.0, True),
-        (2e-3, torch.float32, 0.4, False),  # the temperature divides the logits, and multiplies their error
-        (2e-3, torch.float64, 2.0, True),
-        (0.05, torch.bfloat16, 1.0, False),
-        (0.2, torch.bfloat16, 1.0, True),
-        (0.05, torch.float16, 1.0, True),
-    ],
-)
-def test_a_sampler_may_differ_by_float_error_alone(
-    difference: float, dtype: torch.dtype, temperature: float, stops: bool
-) -> None:
-    metrics = {"policy/sampling_difference": difference}
-    if stops:
-        with pytest.raises(
-            SamplingError, match=r"nats per token, where float error .* Set model\.policy\.scoring to padded"
-        ):
-            check_sampling_difference(metrics, dtype, temperature)
-    else:
-        check_sampling_difference(metrics, dtype, temperature)
-    check_sampling_difference({}, dtype, temperature)  # nothing trained
 
 
 def test_dynamic_sampling_is_refused_where_constant_groups_teach():

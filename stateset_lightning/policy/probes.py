@@ -1,0 +1,187 @@
+"""What vouches for a shortcut: small inputs, a small twin of the model that passes every threshold, float noise.
+
+A shortcut (packed rows, a decoding step of our own) is compared with the model's own forward on two models: the real
+one with few tokens, and a twin of the same class in which windows and other thresholds are so short that the probe
+passes all of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from stateset_lightning.errors import SamplingError
+from stateset_lightning.policy.precision import LOGPROB_TOLERANCE, replaced_parameters
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# Largest difference between two paths that counts as the same, in nats: far above float error, far below a wrong mask.
+PROBE_TOLERANCE = 1e-3
+
+# Keys of a configuration, and the value that a twin has for them at most: thresholds at which a model changes what it
+# computes, shorter than the probes, and sizes that change nothing but the cost.
+SCALED = {
+    "sliding_window": 8,
+    "attention_chunk_size": 8,
+    "original_max_position_embeddings": 16,
+    "vocab_size": 64,
+    "vocab_size_per_layer_input": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 64,
+}
+
+_vouched: set[tuple[Any, ...]] = set()
+
+# Times the measured noise: sampler and scorer have their own each, and other contexts have more of it.
+NOISE_FACTOR = 4
+
+
+def probe_tokens(count: int, start: int = 0) -> list[int]:
+    """Token ids of no pattern that every model, and every twin, has."""
+    return [3 + (17 * i * i + 5 * i) % 59 for i in range(start, start + count)]
+
+
+def own_logprobs(model: PreTrainedModel, ids: list[int]) -> Tensor:
+    """Log-probs [S, V] behind each token by the model's own forward, of one row, without cache or mask."""
+    logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
+    return logits[0].float().log_softmax(-1)
+
+
+def reason_of(error: Exception) -> str:
+    """A probe that raises vouches for nothing; what it says, for the announcement."""
+    return f"a probe raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+@torch.no_grad()
+def exact_on(model: PreTrainedModel, path: str, difference: Callable[[PreTrainedModel], float]) -> str | None:
+    """Why a shortcut does not give the model's own log-probs; None if it does, on the real weights and on a twin.
+
+    Args:
+        model: The real one.
+        path: The shortcut's name; a twin vouches once for all models of its class and configuration.
+        difference: The largest difference of a log-prob, in nats, on a model.
+    """
+    key = type(model), model.config.to_json_string(), path, model.config._attn_implementation, model.device.type
+    try:
+        off, limit = difference(model), PROBE_TOLERANCE
+        if off > limit and model.dtype.itemsize < 4:
+            # The largest of all tokens is far above the noise, which is the mean over likely ones.
+            limit = max(limit, 10 * NOISE_FACTOR * float_noise(model, model.dtype))
+        if off <= limit and key not in _vouched:
+            off, limit = difference(make_twin(model)), PROBE_TOLERANCE
+    except Exception as error:  # whatever a model's code raises on a path that it was not written for
+        return reason_of(error)
+    if not off <= limit:
+        return f"in a probe its log-probs were off by {off:.1e} nats"
+    _vouched.add(key)
+    return None
+
+
+def make_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A small model of the same class in float32: one layer of each kind, short thresholds, random weights."""
+    from transformers.initialization import no_init_weights
+
+    config = copy.deepcopy(model.config)
+    for part in [config, *(getattr(config, key, None) for key in config.sub_configs)]:
+        if part is not None:
+            _shrink(part)
+    if config._attn_implementation not in ("eager", "stateset_prefix"):
+        config._attn_implementation = "sdpa"  # other kernels may not take float32
+    with torch.random.fork_rng(devices=[]), no_init_weights():
+        twin = type(model)(config)
+    generator = torch.Generator().manual_seed(0)
+    for name, p in twin.named_parameters():
+        # Matrices of gain 1, so that attention is far from uniform; norms and biases near their usual values.
+        scale, offset = (p.shape[-1] ** -0.5, 0.0) if p.dim() > 1 else (0.1, float(name.endswith("weight")))
+        p.data.normal_(generator=generator).mul_(scale).add_(offset)
+    return twin.to(model.device, torch.float32).eval().requires_grad_(False)
+
+
+def _shrink(config: PretrainedConfig) -> None:
+    num_layers = getattr(config, "num_hidden_layers", 1)
+    per_layer = {
+        key: value
+        for key, value in vars(config).items()
+        if "layer" in key and isinstance(value, list) and len(value) == num_layers
+        if all(isinstance(x, str) or x in (0, 1) for x in value)
+    }
+    # Where kinds follow from other keys, the first layers are kept, as many as have all kinds.
+    kinds = list(zip(*per_layer.values(), strict=True)) or getattr(config, "layer_types", None) or [()]
+    kept = [i for i, kind in enumerate(kinds) if kind not in kinds[:i]]
+    for key, value in per_layer.items():
+        setattr(config, key, [value[i] for i in kept])
+    if hasattr(config, "num_hidden_layers"):
+        config.num_hidden_layers = len(kept) if per_layer else kept[-1] + 1
+    if hasattr(config, "pad_token_id"):
+        config.pad_token_id = None  # it may lie beyond the twin's vocabulary
+    for key, value in vars(config).items():
+        if key in SCALED or isinstance(value, dict):
+            setattr(config, key, _scaled(value, SCALED.get(key)))
+
+
+def _scaled(value: Any, most: int | None) -> Any:
+    if isinstance(value, dict):
+        return {key: _scaled(item, SCALED.get(key)) for key, item in value.items()}
+    return min(value, most) if most is not None and isinstance(value, int) and value else value
+
+
+# Float noise ----------------------------------------------------------------------------------------------------------
+
+
+def check_sampler(difference: float, model: PreTrainedModel, dtype: torch.dtype, temperature: float) -> None:
+    """Sampler and trainer are the same policy: log-probs differ by float error alone.
+
+    Args:
+        difference: Mean absolute difference in nats per token.
+        model: The policy's; what float error amounts to is measured on it, where it may matter.
+        dtype: That the sampler computes in.
+        temperature: Divides the logits, and so multiplies their error.
+
+    Raises:
+        SamplingError: If they differ by more than float error.
+    """
+    limit = LOGPROB_TOLERANCE[torch.float32] / min(temperature, 1.0)
+    if difference > limit and dtype.itemsize < 4:
+        limit = max(limit, NOISE_FACTOR * float_noise(model, dtype) / min(temperature, 1.0))
+    if difference > limit:
+        raise SamplingError(
+            f"the log-probs of sampling and of training differ by {difference:.2g} nats per token, where float error"
+            f" ({dtype}) is below {limit:.2g}: sampler and trainer do not compute the same policy, and gradients would"
+            " be wrong. Set model.policy.scoring to padded; if that helps, the model does not support packed scoring;"
+            " if not, its cached decoding differs from its forward pass"
+        )
+
+
+@torch.no_grad()
+def float_noise(model: PreTrainedModel, dtype: torch.dtype) -> float:
+    """Nats by which a sampled token's log-prob in `dtype` differs from that in float32, on average, on 64 tokens.
+
+    Where weights are sharded or cannot be cast, it is taken from `LOGPROB_TOLERANCE`.
+    """
+    fallback = LOGPROB_TOLERANCE[dtype] / NOISE_FACTOR
+    if not all(type(p) is nn.Parameter for p in model.parameters()):
+        return fallback
+
+    def cast(weight: nn.Parameter, to: torch.dtype) -> nn.Parameter:
+        return nn.Parameter(weight.detach().to(to), False) if weight.is_floating_point() else weight
+
+    logprobs = []
+    try:
+        for to in (torch.float32, dtype):
+            with (
+                torch.autocast(model.device.type, enabled=False),
+                replaced_parameters(model.modules(), partial(cast, to=to)),
+            ):
+                logprobs.append(own_logprobs(model, probe_tokens(64)))
+    except RuntimeError:  # there is no memory for a float32 copy, or a part of the model fixes its dtype
+        return fallback
+    exact, rounded = logprobs
+    noise = float((exact.exp() * (rounded - exact).abs()).sum(-1).mean())
+    return noise if math.isfinite(noise) else fallback

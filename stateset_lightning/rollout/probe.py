@@ -1,0 +1,116 @@
+"""Whether a way of decoding gives the model's own log-probs, tried on a few short prompts; and the slowest way."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from stateset_lightning.policy.probes import exact_on, own_logprobs, probe_tokens
+from stateset_lightning.rollout.cpu_decoding import LlamaDecoder
+from stateset_lightning.rollout.running_batch import RunningBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+# Rows [B, S] and their logits [B, V] -> the answer.
+Hook = Callable[[Tensor, Tensor], Tensor]
+
+log = logging.getLogger(__name__)
+
+
+def obstacle(kind: type[RunningBatch], model: PreTrainedModel, name: str, *, decodes: bool) -> str | None:
+    """Why a kind of batch is not exact for a model, announced under its name; None where it is."""
+    reason = exact_on(model, f"{kind.__name__} {decodes}", partial(difference_of_decoding, kind, decodes=decodes))
+    if reason is not None:
+        instead = "by transformers' own decoding" if kind is RunningBatch else "without sharing prompts"
+        log.warning("%s is sampled %s, which is slower: %s.", name, instead, reason)
+    return reason
+
+
+def has_exact_cache(model: PreTrainedModel, name: str) -> bool:
+    """Whether transformers' own decoding with a cache gives the log-probs of the forward; announced where not."""
+    reason = exact_on(model, "generate", difference_of_cache)
+    if reason is not None:
+        log.warning("%s is sampled without a cache, a whole forward per token: %s.", name, reason)
+    return reason is None
+
+
+def decode_plainly(
+    model: PreTrainedModel, ids: Tensor, max_new_tokens: int, use_cache: bool, logits_processor: Hook, stop: Hook
+) -> Tensor:
+    """The rows with what transformers' `generate` adds to them: its own forward, cache and positions.
+
+    Args:
+        model: Any that generates.
+        ids: Rows [B, S] of one prompt length.
+        max_new_tokens: Of each row.
+        use_cache: False computes each row anew for each token.
+        logits_processor: Gets rows and logits, and returns the logits whose largest is the next token.
+        stop: Says after each token, for each row, whether this was the last one.
+    """
+    from transformers import GenerationConfig
+
+    options = {"max_new_tokens": max_new_tokens, "use_cache": use_cache, "do_sample": False, "pad_token_id": 0}
+    models = model.generation_config
+    # In place of the model's own, whose penalties and suppressed tokens would change the samples.
+    model.generation_config = GenerationConfig(**options)
+    hooks = {"logits_processor": [logits_processor], "stopping_criteria": [stop]}
+    try:
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **hooks)
+    finally:
+        model.generation_config = models
+
+
+def difference_of_cache(model: PreTrainedModel) -> float:
+    """As `difference_of_decoding`, of transformers' own decoding with a cache."""
+    seen: list[Tensor] = []
+
+    def note(ids: Tensor, logits: Tensor) -> Tensor:
+        seen.append(logits[0].float().log_softmax(-1))
+        return logits
+
+    prompt = probe_tokens(13)
+    never = torch.zeros(2, dtype=torch.bool, device=model.device)
+    ids = torch.tensor([prompt, prompt], device=model.device)
+    rows = decode_plainly(model, ids, 12, True, note, lambda *_: never)
+    expected = own_logprobs(model, rows[0].tolist())[len(prompt) - 1 : -1]
+    return float((torch.stack(seen) - expected).abs().max())
+
+
+def difference_of_decoding(kind: type[RunningBatch], model: PreTrainedModel, *, decodes: bool) -> float:
+    """The largest difference of a log-prob, in nats, between a batch and the model's own forward of each row.
+
+    Rows of prompts of three lengths are admitted at two times, decoded and dropped: all that a batch can do, on both
+    sides of every threshold of a twin.
+
+    Args:
+        kind: Of the batch.
+        model: The real one, or its twin.
+        decodes: Whether a `LlamaDecoder` makes the steps.
+    """
+    batch = kind(model, 24, LlamaDecoder(model) if decodes else None)
+    rows: list[list[int]] = []
+    largest = 0.0
+    for lengths, steps in (((13, 3), 6), ((21,), 9)):
+        prompts = [probe_tokens(n, n) for n in lengths]
+        batch.admit(prompts, [p for p in range(len(prompts)) for _ in range(2)])
+        rows += [list(prompt) for prompt in prompts for _ in range(2)]
+        for step in range(steps):
+            tokens = probe_tokens(len(rows), 7 * step)
+            for row, token in zip(rows, tokens, strict=True):
+                row.append(token)
+            batch.step(torch.tensor(tokens, device=model.device))
+            if step == 2:
+                kept = list(range(0, len(rows), 2))
+                batch.keep(torch.tensor(kept, device=model.device))
+                rows = [rows[i] for i in kept]
+                batch.logits_BV = batch.logits_BV[kept]
+        expected_BV = torch.stack([own_logprobs(model, row)[-1] for row in rows])
+        largest = max(largest, float((batch.logits_BV.float().log_softmax(-1) - expected_BV).abs().max()))
+    return largest

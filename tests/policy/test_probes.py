@@ -1,0 +1,88 @@
+"""Probes find what changes log-probs beyond a threshold, and the noise of a dtype is measured on the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from stateset_lightning.errors import SamplingError
+from stateset_lightning.policy import Policy, PolicyConfig, probes
+
+
+@pytest.mark.parametrize(
+    ("difference", "dtype", "temperature", "stops"),
+    [
+        (9e-4, torch.float32, 1.0, False),
+        (2e-3, torch.float32, 1.0, True),
+        (2e-3, torch.float32, 0.4, False),  # the temperature divides the logits, and multiplies their error
+        (2e-3, torch.float64, 2.0, True),
+        (9e-4, torch.bfloat16, 1.0, False),
+        (5.0, torch.bfloat16, 1.0, True),
+    ],
+)
+def test_a_sampler_may_differ_by_float_error_alone(
+    make_model: Callable[..., Any], difference: float, dtype: torch.dtype, temperature: float, stops: bool
+) -> None:
+    model = make_model("llama")
+    if stops:
+        match = r"nats per token, where float error .* Set model\.policy\.scoring to padded"
+        with pytest.raises(SamplingError, match=match):
+            probes.check_sampler(difference, model, dtype, temperature)
+    else:
+        probes.check_sampler(difference, model, dtype, temperature)
+
+
+def test_the_noise_of_bfloat16_is_that_of_the_model(make_model: Callable[..., Any]) -> None:
+    """A model with small weights has less of it than a constant for all models says: 0.025 nats."""
+    noises = [probes.float_noise(make_model("llama", initializer_range=scale), torch.bfloat16) for scale in (0.02, 0.2)]
+    assert 1e-5 < noises[0] < noises[1] / 2 < 0.05
+    assert probes.float_noise(make_model("llama"), torch.float32) == 0
+
+
+def test_a_twin_has_each_kind_of_layer_once_and_short_thresholds(make_model: Callable[..., Any]) -> None:
+    window = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3, "num_hidden_layers": 6}
+    model = make_model(
+        "qwen2",
+        **window,
+        rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 1e4},
+    )
+    before = torch.get_rng_state()
+    twin = probes.make_twin(model)
+    assert twin.config.layer_types == ["full_attention", "sliding_attention"]
+    assert twin.config.sliding_window == twin.model.layers[1].self_attn.sliding_window == 8
+    assert twin.config.rope_parameters["original_max_position_embeddings"] == 16
+    assert type(twin) is type(model)
+    assert model.config.sliding_window == 64
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_path_that_is_wrong_beyond_a_threshold_or_raises_vouches_for_nothing(make_model: Callable[..., Any]) -> None:
+    model = make_model("llama", max_position_embeddings=1024)
+
+    def wrong_on_a_twin(probed: Any) -> float:
+        return 0.0 if probed is model else 0.5
+
+    def raises(probed: Any) -> float:
+        raise IndexError("no such layer")
+
+    assert probes.exact_on(model, "a path", lambda probed: 1e-6) is None
+    assert "off by 5.0e-01 nats" in str(probes.exact_on(model, "another", wrong_on_a_twin))
+    assert probes.exact_on(model, "a third", raises) == "a probe raised IndexError: no such layer"
+    assert "nan" in str(probes.exact_on(model, "a fourth", lambda probed: float("nan")))
+
+
+def test_rows_that_depend_on_their_neighbours_are_scored_alone(
+    make_model: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model("gemma2")
+
+    def leaks(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        output.last_hidden_state = output.last_hidden_state + 0.1 * (kwargs["input_ids"].shape[0] - 1)
+
+    model.model.register_forward_hook(leaks, with_kwargs=True)
+    policy = Policy(model, PolicyConfig("random"))
+    assert policy.scores_alone
+    assert "scored a completion at a time: in a probe its log-probs were off" in caplog.text
