@@ -22,7 +22,7 @@ from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.seeding import run_seed
 from stateset_lightning.training.schedule import batches_per_epoch
-from stateset_lightning.types import PromptBatch
+from stateset_lightning.types import PromptBatch, Scenario, Turn
 
 _announce = rank_zero_only(logging.getLogger("stateset_lightning").log)
 
@@ -188,7 +188,7 @@ class ScenarioDataModule(LightningDataModule):
                 " one out"
             )
         self._train_loader = loader = EpisodeLoader(
-            Prompts(scenarios.scenarios, tokens, self.system_prompt),
+            Prompts(scenarios.scenarios, tokens, self.conversation),
             order,
             batch_size=self.batch_size,
             num_iterations=self.num_iterations,
@@ -233,6 +233,10 @@ class ScenarioDataModule(LightningDataModule):
         assert split in self._prompts, f"setup() has not been called for the {split} split"
         prompts = self._prompts[split]
         return self._scenarios[split].select(prompts.kept), prompts.tokens
+
+    def conversation(self, scenario: Scenario) -> list[Turn]:
+        """The turns that a scenario's prompt is made of; see `PromptEncoder.conversation`."""
+        return self._current_encoder().conversation(scenario)
 
     def replacements(self, batch: PromptBatch, slots: Sequence[int], round_number: int) -> PromptBatch:
         """Other training prompts in place of some of a batch's; see `EpisodeLoader.replacements`."""
@@ -306,6 +310,9 @@ class ScenarioDataModule(LightningDataModule):
             if self._encoder.use_chat_template is None and not self._encoder.applies_template:
                 how = "prompts are plain text, their turns joined by blank lines"
                 _announce(logging.INFO, f"the tokenizer has no chat template: {how}")
+            if (last := self._encoder.conversation(Scenario(id="", prompt="Question"))[-1]).role == "assistant":
+                how = "rewards see that before each completion"
+                _announce(logging.INFO, f"the chat template opens the answer with {last.content!r}: {how}")
             if self._encoder.writes_date:
                 kept = f"in this run it is always {self._now}, also when it is resumed"
                 _announce(logging.INFO, f"the chat template writes the date: {kept}")
@@ -330,7 +337,7 @@ class ScenarioDataModule(LightningDataModule):
                 f"data.{split} has {len(scenarios)} scenarios for {world_size} devices; give at least one for each"
                 " device"
             )
-        prompts = Prompts(scenarios.scenarios, tokens, self.system_prompt)
+        prompts = Prompts(scenarios.scenarios, tokens, self.conversation)
         return EvaluationLoader(prompts, split, batch_size=self.eval_batch_size, rank=rank, world_size=world_size)
 
     def _rank_and_world(self) -> tuple[int, int]:

@@ -15,7 +15,7 @@ Letters, used as suffixes of names throughout (`logprobs_T`, `scores_NF`):
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
@@ -50,6 +50,14 @@ class Turn:
 
     def __deepcopy__(self, memo: Any) -> Turn:
         return self  # nothing in it can change
+
+
+def answered(conversation: Sequence[Turn], text: str) -> list[Turn]:
+    """A conversation with its completion. Where the prompt has opened the answer (`<think>`), that comes before it."""
+    last = conversation[-1]
+    if last.role == "assistant":
+        return [*conversation[:-1], Turn("assistant", last.content + text)]
+    return [*conversation, Turn("assistant", text)]
 
 
 class Scenario(BaseModel):
@@ -101,7 +109,8 @@ class PromptBatch:
     Args:
         prompt_tokens: Tokens of each prompt.
         conversations: Turns of each prompt, with the system turn (the data module's system prompt, then the scenario's
-            context). What a reward sees is these turns and the completion.
+            context), and a turn of the assistant where the prompt opens its answer. What a reward sees is `answered`
+            of these turns and the completion.
         scenarios: The scenario of each prompt.
         positions: Index of each prompt in the episode's batch of all ranks (outside training: in the whole split).
             Sampling seeds are derived from it, so completions depend neither on the number of ranks nor, outside
@@ -152,7 +161,7 @@ class Rollout:
         sampled_T: bool; True where the model sampled the token, False where an environment wrote it. Only sampled
             tokens are trained on.
         finish_reasons: Why each completion ended.
-        texts: Of the completions, decoded without special tokens.
+        texts: Of the completions, without the tokens that end one, padding, and what a stop string cuts off.
     """
 
     prompt_tokens: list[list[int]]

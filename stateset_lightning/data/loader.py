@@ -4,7 +4,7 @@ Both are plain iterables with a length, not torch `DataLoader`s: the batches are
 would have nothing to do, and Lightning would rebuild a `DataLoader` with a sampler of its own.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from stateset_lightning.data.order import EpochOrder, SolveRates
 from stateset_lightning.data.ragged import RaggedTokens
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.seeding import derive_seed, uniforms
-from stateset_lightning.types import PromptBatch, Scenario
+from stateset_lightning.types import PromptBatch, Scenario, Turn
 
 Split = Literal["train", "validation", "test", "predict"]
 
@@ -27,12 +27,12 @@ class Prompts:
     Args:
         scenarios: The scenarios that are served.
         tokens: Prompt tokens of each scenario.
-        system_prompt: Comes before each scenario's own context in the system turn.
+        conversation: The turns that a scenario's prompt is made of.
     """
 
     scenarios: Sequence[Scenario]
     tokens: RaggedTokens
-    system_prompt: str | None = None
+    conversation: Callable[[Scenario], list[Turn]] = Scenario.turns
 
     def batch(
         self, rows: list[int], positions: list[int], split: Split, episode_index: int = 0, **steps: int
@@ -41,7 +41,7 @@ class Prompts:
         scenarios = [self.scenarios[row] for row in rows]
         return PromptBatch(
             prompt_tokens=[self.tokens[row] for row in rows],
-            conversations=[scenario.turns(self.system_prompt) for scenario in scenarios],
+            conversations=[self.conversation(scenario) for scenario in scenarios],
             scenarios=scenarios,
             positions=positions,
             episode_index=episode_index,

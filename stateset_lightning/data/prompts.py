@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stateset_lightning.data.ragged import RaggedTokens, garbage_collection_paused
 from stateset_lightning.errors import ConfigError, DataError
-from stateset_lightning.types import Scenario
+from stateset_lightning.types import Scenario, Turn
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +28,9 @@ OverlongPolicy = Literal["error", "drop", "truncate_left"]
 
 _BATCH = 1024  # texts that are tokenized at a time
 _IDS_SHOWN = 5
+# Thoughts that a template puts before an answer without any (`<think></think>`, or the end alone), and a tag's end.
+_NO_THOUGHTS = re.compile(r"([<\[]([^<>\[\]]+)[>\]]\s*[<\[]/\2[>\]]|</[^<>]+>)\s*$")
+_CLOSED = re.compile(r"\W/[^\s/]+\W\s*$")
 _DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _RESERVED_TEMPLATE_KWARGS = {
     *("conversation", "add_generation_prompt", "tokenize", "continue_final_message"),
@@ -117,6 +120,38 @@ class PromptEncoder:
             )
         return self._limit_lengths(scenarios, tokens, key)
 
+    def conversation(self, scenario: Scenario) -> list[Turn]:
+        """The turns that a scenario's prompt is made of; the last is the assistant's where the prompt opens it.
+
+        A template may do so in its generation prompt (`<think>`): the completion then begins in the midst of the
+        answer. What it opens and closes again (thoughts that are switched off) is no part of the answer.
+        """
+        turns = scenario.turns(self.system_prompt)
+        if not self._assistant_header:
+            return turns
+        opened = self._text(scenario, self._messages(scenario), "data").rpartition(self._assistant_header)[2].lstrip()
+        return [*turns, Turn("assistant", opened)] if opened and not _CLOSED.search(opened) else turns
+
+    @cached_property
+    def _assistant_header(self) -> str:
+        """What stands between the user's text and the assistant's in a conversation that goes on; "" if not in prompts.
+
+        The last answer of a conversation would not tell: templates keep its thoughts, and open them.
+        """
+        asked, said = {"role": "user", "content": "Question"}, {"role": "assistant", "content": "Its-answer"}
+        options = {"tokenize": False, **self._template_kwargs}
+        if not self.applies_template:
+            return ""
+        try:
+            answered = self.tokenizer.apply_chat_template([asked, said, {**asked, "content": "Next"}], **options)
+            prompt = self.tokenizer.apply_chat_template([asked], add_generation_prompt=True, **options)
+        except Exception as error:  # a template is foreign code
+            _log.info("The chat template refuses a plain conversation: rewards see no text that it opens: %s", error)
+            return ""
+        before = str(answered).partition(said["content"])[0].rpartition(asked["content"])[2]
+        header = _NO_THOUGHTS.sub("", before).rstrip()
+        return header if str(prompt).rpartition(asked["content"])[2].startswith(header) else ""
+
     @cached_property
     def writes_date(self) -> bool:
         """Whether the template asks for the date."""
@@ -188,9 +223,12 @@ class PromptEncoder:
         if self.applies_template:
             for i, scenario in marked.items():
                 tokens[i] = self._tokenize_as_text(scenario, key)
-        elif self._appends_eos:
+        else:
             # The model would take the end of the prompt for the end of its answer.
-            tokens = [prompt[:-1] for prompt in tokens]
+            tokens = [prompt[:-1] for prompt in tokens] if self._appends_eos else tokens
+            # Markup may begin with what the tokenizer puts before every text (BOS): once is enough.
+            first = self._prepended
+            tokens = [p[len(first) :] if first and p[: 2 * len(first)] == first * 2 else p for p in tokens]
         return RaggedTokens.from_lists(tokens), len(marked)
 
     def _tokenize_as_text(self, scenario: Scenario, key: str) -> list[int]:
@@ -213,6 +251,12 @@ class PromptEncoder:
         with_special = self.tokenizer("a")["input_ids"]
         without = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         return eos is not None and with_special[-1:] == [eos] and without[-1:] != [eos]
+
+    @cached_property
+    def _prepended(self) -> list[int]:
+        """Tokens that the tokenizer puts before every text."""
+        ids: list[int] = self.tokenizer("a")["input_ids"]
+        return ids[: len(ids) - len(self.tokenizer("a", add_special_tokens=False)["input_ids"]) - self._appends_eos]
 
     def _limit_lengths(self, scenarios: Sequence[Scenario], tokens: RaggedTokens, key: str) -> EncodedPrompts:
         lengths, limit, everything = tokens.lengths, self.max_prompt_tokens, list(range(len(tokens)))

@@ -6,6 +6,7 @@ from stateset_lightning.policy.config import LoRAConfig as LoRAConfig
 from stateset_lightning.policy.config import PolicyConfig as PolicyConfig
 from stateset_lightning.policy.loading import AdapterReference as AdapterReference
 from stateset_lightning.policy.loading import check_complete as check_complete
+from stateset_lightning.policy.loading import check_vocabulary as check_vocabulary
 from stateset_lightning.policy.loading import load_model as load_model
 from stateset_lightning.policy.loading import load_tokenizer as load_tokenizer
 from stateset_lightning.policy.loading import loading_errors as loading_errors

@@ -74,9 +74,9 @@ class InProcessEngine:
         texts = [""] * len(seeds_N)
         with self._sampling_mode(), self._cpu_decoding.prepared(min(len(texts), sampling.max_batch_rows)) as decoder:
             batch = make_running_batch(self.policy.model, sampling.max_new_tokens, max(map(len, prompts)), decoder)
-            ends = torch.tensor(sorted(end_of_sequence_ids(batch.model, self.tokenizer)), device=batch.model.device)
-            stop, noise = StopStrings(sampling.stop, self.tokenizer), None if greedy else seeds_N
-            decoding = _Decoding(batch, prompts, num_generations, sampling, noise, ends, stop)
+            ends, noise = end_of_sequence_ids(batch.model, self.tokenizer), None if greedy else seeds_N
+            stop = StopStrings(sampling.stop, self.tokenizer, ends)
+            decoding = _Decoding(batch, prompts, num_generations, sampling, noise, stop)
             for n, tokens in decoding.run():
                 texts[n] = stop.text(tokens)
                 if on_finished is not None:
@@ -130,8 +130,7 @@ class _Decoding:
         num_generations: Completions per prompt.
         sampling: How to sample.
         seeds_N: Of the noise; None decodes greedily.
-        ends: Tokens that end a completion.
-        stop: Strings that end a completion.
+        stop: Strings and tokens that end a completion.
     """
 
     batch: RunningBatch
@@ -139,12 +138,12 @@ class _Decoding:
     num_generations: int
     sampling: RolloutConfig
     seeds_N: Sequence[int] | None
-    ends: Tensor
     stop: StopStrings
 
     def __post_init__(self) -> None:
         self.decoded_rows = 0
         self.device = self.batch.model.device
+        self.ends = torch.tensor(sorted(self.stop.ends), device=self.device)
         num_completions = len(self.prompts) * self.num_generations
         # A column more than a completion has tokens: there go those of rows that have finished, but not left yet.
         shape = (num_completions, self.sampling.max_new_tokens + 1)

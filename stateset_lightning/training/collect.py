@@ -22,7 +22,7 @@ from stateset_lightning.threads import Interruption, heartbeat
 from stateset_lightning.training.checks import check_sampling_difference
 from stateset_lightning.training.resample import Replacements, Sample, resample
 from stateset_lightning.training.sampling_ahead import SamplingAhead
-from stateset_lightning.types import Metrics, PromptBatch, Scores, Turn
+from stateset_lightning.types import Metrics, PromptBatch, Scores, answered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -165,7 +165,7 @@ class Sampler:
 
             def score(n: int, text: str, num_tokens: int) -> None:
                 prompt = n // num_generations
-                turns = [*batch.conversations[prompt], Turn("assistant", text)]
+                turns = answered(batch.conversations[prompt], text)
                 session.submit(n, turns, batch.scenarios[prompt].columns(), completion_tokens=num_tokens)
 
             rollout = self.engine.generate(

@@ -25,7 +25,7 @@ from stateset_lightning.rollout import InProcessEngine
 from stateset_lightning.seeding import sample_seeds
 from stateset_lightning.training.episode import MicroBatch
 from stateset_lightning.training.loss import micro_batch_loss
-from stateset_lightning.types import Rollout, Scenario, Scores, Turn
+from stateset_lightning.types import Rollout, Scenario, Scores, answered
 
 SAMPLED, WORST = "as sampled", "worst case"
 
@@ -54,7 +54,7 @@ class EpisodeMeasurement:
         dtype = weights_dtype(module.policy_config.dtype, str(self.trainer.precision))
 
         def load() -> None:
-            model = load_model(module.policy_config, dtype, module.seed).to(device)
+            model = load_model(module.policy_config, dtype, module.seed, module.tokenizer).to(device)
             module.policy = self.policy = Policy(model, module.policy_config).train()
             if module.algorithm.needs_reference:
                 self.reference = make_reference(self.policy, dtype)
@@ -80,7 +80,7 @@ class EpisodeMeasurement:
         def score() -> Scores:
             with self.module.scorer.start(len(texts), self.meter.device) as session:
                 for n, (scenario, text) in enumerate(zip(scenarios_N, texts, strict=True)):
-                    turns = [*scenario.turns(self.data.system_prompt), Turn("assistant", text)]
+                    turns = answered(self.data.conversation(scenario), text)
                     session.submit(n, turns, scenario.columns(), completion_tokens=lengths[n])
                 return session.collect()
 
@@ -186,7 +186,7 @@ def share_of_micro_step(groups: Sequence[Group], micro_steps: int) -> list[Group
 class EndlessTokenizer:
     """No token of it ends a completion, so that each is sampled to `max_new_tokens`."""
 
-    eos_token_id = -1
+    eos_token_id = pad_token_id = -1
 
     def decode(self, tokens: Sequence[int], **_: Any) -> str:
         return ""
