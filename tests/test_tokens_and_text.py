@@ -124,9 +124,7 @@ CASES = {
         WITHOUT_ENDS, said("42 <|im_end|> xyz"), "42", ["<|im_end|>"], {"pad_token": "<|im_end|>"}
     ),
     "a stop string with a special token in it": Case(WITHOUT_ENDS, said("42 <think> xyz"), "42", ["<think>x"]),
-    "thoughts between special tokens": Case(
-        WITHOUT_ENDS, said("<think> a </think> 42 <eos>"), "<think>a</think>42"
-    ),
+    "thoughts between special tokens": Case(WITHOUT_ENDS, said("<think> a </think> 42 <eos>"), "<think>a</think>42"),
     "an end of turn that is not eos": Case(
         ENDED + OPEN, said("42 <|im_end|> xyz"), "42", told="ends turns with '<|im_end|>'"
     ),
@@ -161,6 +159,17 @@ CASES = {
     ),
     "thoughts that are opened and closed": Case(
         THINKING + opening("<think>\n\n</think>\n\n"), said("42 <eos>", after="\n"), "42"
+    ),
+    "thoughts that are closed in other words": Case(
+        THINKING + opening("<|channel>thought\n<channel|>\n"), said("42 <eos>", after="\n"), "42"
+    ),
+    "an answer of which the prompt has the first words": Case(
+        THINKING + opening("Sum\n"), said("42 <eos>", after="\n"), "Sum\n42", opened="Sum\n"
+    ),
+    "turns of the user that end in several ways": Case(
+        "{% for m in messages %}{{ m.content }}{{ '' if m.content.endswith('?') else '.' }}<eos>{% endfor %}" + OPEN,
+        said("42 <eos>"),
+        "42",
     ),
     "spaces that a clean-up would take": Case(
         WITHOUT_ENDS, [*said("42"), " ", ".", "<eos>"], "42 .", tokenizer={"clean_up_tokenization_spaces": True}

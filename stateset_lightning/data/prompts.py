@@ -28,9 +28,9 @@ OverlongPolicy = Literal["error", "drop", "truncate_left"]
 
 _BATCH = 1024  # texts that are tokenized at a time
 _IDS_SHOWN = 5
-# Thoughts that a template puts before an answer without any (`<think></think>`, or the end alone), and a tag's end.
+# Thoughts that a template puts before an answer without any: `<think></think>`, or the end alone.
 _NO_THOUGHTS = re.compile(r"([<\[]([^<>\[\]]+)[>\]]\s*[<\[]/\2[>\]]|</[^<>]+>)\s*$")
-_CLOSED = re.compile(r"\W/[^\s/]+\W\s*$")
+_TAG = re.compile(r"[<\[◁]([^\s<>\[\]◁▷]+)[>\]▷]")
 _DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _RESERVED_TEMPLATE_KWARGS = {
     *("conversation", "add_generation_prompt", "tokenize", "continue_final_message"),
@@ -129,8 +129,11 @@ class PromptEncoder:
         turns = scenario.turns(self.system_prompt)
         if not self._assistant_header:
             return turns
-        opened = self._text(scenario, self._messages(scenario), "data").rpartition(self._assistant_header)[2].lstrip()
-        return [*turns, Turn("assistant", opened)] if opened and not _CLOSED.search(opened) else turns
+        text = self._text(scenario, self._messages(scenario), "data")
+        _, found, opened = text.rpartition(self._assistant_header)
+        *others, last = ["", *(tag.strip("|") for tag in _TAG.findall(opened))]
+        is_closed = "/" in last or last in others[1:]  # `</think>`; Gemma 4 has `<|channel>` and `<channel|>`
+        return [*turns, Turn("assistant", opened.lstrip())] if found and opened.strip() and not is_closed else turns
 
     @cached_property
     def _assistant_header(self) -> str:
