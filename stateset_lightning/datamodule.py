@@ -22,7 +22,7 @@ from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.seeding import run_seed
 from stateset_lightning.training.schedule import batches_per_epoch
-from stateset_lightning.types import PromptBatch, Scenario, Turn
+from stateset_lightning.types import PromptBatch, Scenario, Turn, asked
 
 _announce = rank_zero_only(logging.getLogger("stateset_lightning").log)
 
@@ -188,7 +188,7 @@ class ScenarioDataModule(LightningDataModule):
                 " one out"
             )
         self._train_loader = loader = EpisodeLoader(
-            Prompts(scenarios.scenarios, tokens, self.conversation),
+            Prompts(scenarios.scenarios, tokens, self.system_prompt, self._prompts["train"].opened),
             order,
             batch_size=self.batch_size,
             num_iterations=self.num_iterations,
@@ -235,8 +235,8 @@ class ScenarioDataModule(LightningDataModule):
         return self._scenarios[split].select(prompts.kept), prompts.tokens
 
     def conversation(self, scenario: Scenario) -> list[Turn]:
-        """The turns that a scenario's prompt is made of; see `PromptEncoder.conversation`."""
-        return self._current_encoder().conversation(scenario)
+        """What a completion of the scenario goes on from."""
+        return asked(scenario, self._current_encoder().opened(scenario), self.system_prompt)
 
     def replacements(self, batch: PromptBatch, slots: Sequence[int], round_number: int) -> PromptBatch:
         """Other training prompts in place of some of a batch's; see `EpisodeLoader.replacements`."""
@@ -310,9 +310,6 @@ class ScenarioDataModule(LightningDataModule):
             if self._encoder.use_chat_template is None and not self._encoder.applies_template:
                 how = "prompts are plain text, their turns joined by blank lines"
                 _announce(logging.INFO, f"the tokenizer has no chat template: {how}")
-            if (last := self._encoder.conversation(Scenario(id="", prompt="Question"))[-1]).role == "assistant":
-                how = "rewards see that before each completion"
-                _announce(logging.INFO, f"the chat template opens the answer with {last.content!r}: {how}")
             if self._encoder.writes_date:
                 kept = f"in this run it is always {self._now}, also when it is resumed"
                 _announce(logging.INFO, f"the chat template writes the date: {kept}")
@@ -321,6 +318,9 @@ class ScenarioDataModule(LightningDataModule):
     def _encode(self, split: Split, encoder: PromptEncoder) -> None:
         scenarios = self._scenarios[split].scenarios
         prompts = self._prompts[split] = encoder.encode(scenarios, f"data.{split}")
+        if first := next(filter(None, prompts.opened), ""):
+            how = "rewards see that before each completion"
+            _announce(logging.INFO, f"data.{split}: the chat template opens the answer with {first!r}: {how}")
         self.dropped[split], self.truncated[split] = prompts.num_dropped, prompts.num_truncated
         if count := prompts.num_dropped or prompts.num_truncated:
             limit = f"data.max_prompt_tokens={self.max_prompt_tokens}"
@@ -337,7 +337,7 @@ class ScenarioDataModule(LightningDataModule):
                 f"data.{split} has {len(scenarios)} scenarios for {world_size} devices; give at least one for each"
                 " device"
             )
-        prompts = Prompts(scenarios.scenarios, tokens, self.conversation)
+        prompts = Prompts(scenarios.scenarios, tokens, self.system_prompt, self._prompts[split].opened)
         return EvaluationLoader(prompts, split, batch_size=self.eval_batch_size, rank=rank, world_size=world_size)
 
     def _rank_and_world(self) -> tuple[int, int]:

@@ -15,7 +15,7 @@ Letters, used as suffixes of names throughout (`logprobs_T`, `scores_NF`):
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
@@ -52,12 +52,10 @@ class Turn:
         return self  # nothing in it can change
 
 
-def answered(conversation: Sequence[Turn], text: str) -> list[Turn]:
-    """A conversation with its completion. Where the prompt has opened the answer (`<think>`), that comes before it."""
-    last = conversation[-1]
-    if last.role == "assistant":
-        return [*conversation[:-1], Turn("assistant", last.content + text)]
-    return [*conversation, Turn("assistant", text)]
+def asked(scenario: Scenario, opened: str, system_prompt: str | None = None) -> list[Turn]:
+    """A scenario's turns, and one of the assistant if its prompt has `opened` the answer."""
+    turns = scenario.turns(system_prompt)
+    return [*turns, Turn("assistant", opened)] if opened else turns
 
 
 class Scenario(BaseModel):
@@ -109,8 +107,8 @@ class PromptBatch:
     Args:
         prompt_tokens: Tokens of each prompt.
         conversations: Turns of each prompt, with the system turn (the data module's system prompt, then the scenario's
-            context), and a turn of the assistant where the prompt opens its answer. What a reward sees is `answered`
-            of these turns and the completion.
+            context), and a turn of the assistant where the prompt opens its answer. What a reward sees is these turns
+            and the completion, which goes on from such a turn.
         scenarios: The scenario of each prompt.
         positions: Index of each prompt in the episode's batch of all ranks (outside training: in the whole split).
             Sampling seeds are derived from it, so completions depend neither on the number of ranks nor, outside

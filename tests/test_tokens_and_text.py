@@ -10,6 +10,7 @@ import logging
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def save_model(folder: Path, tokenizer: PreTrainedTokenizerFast, says: Sequence[
     sizes = {"hidden_size": size, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=size, head_dim=4, eos_token_id=2, **sizes))
     layer, successor = model.model.layers[0], torch.zeros(size, size)
-    for before, after in zip(says, says[1:], strict=False):
+    for before, after in pairwise(says):
         successor[tokenizer.convert_tokens_to_ids(after), tokenizer.convert_tokens_to_ids(before)] = 5.0
     with torch.no_grad():
         layer.self_attn.o_proj.weight.zero_()

@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stateset_lightning.data.ragged import RaggedTokens, garbage_collection_paused
 from stateset_lightning.errors import ConfigError, DataError
-from stateset_lightning.types import Scenario, Turn
+from stateset_lightning.types import Scenario
 
 _log = logging.getLogger(__name__)
 
@@ -40,12 +40,16 @@ _RESERVED_TEMPLATE_KWARGS = {
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompts:
-    """Prompt tokens of the scenarios that are kept: `tokens[i]` belongs to scenario `kept[i]`."""
+    """Prompt tokens of the scenarios that are kept: `tokens[i]` belongs to scenario `kept[i]`.
+
+    `opened[i]` is what the prompt has of its answer; see `PromptEncoder.opened`.
+    """
 
     tokens: RaggedTokens
     kept: list[int]
     num_dropped: int = 0
     num_truncated: int = 0
+    opened: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,34 +110,36 @@ class PromptEncoder:
         # The tokenizer works without Python's lock: while it encodes a batch, the template renders the next one.
         with garbage_collection_paused(), ThreadPoolExecutor(1) as thread:
             encoded = list(thread.map(partial(self._tokenize, key), self._batches(scenarios, key)))
-        tokens = RaggedTokens.concatenate(batch for batch, _ in encoded)
+        tokens = RaggedTokens.concatenate(batch for batch, *_ in encoded)
         if len(empty := np.flatnonzero(tokens.lengths == 0)):
             raise DataError(
                 f"{key}: the prompt of scenario '{scenarios[empty[0]].id}' has no tokens; give it a text that the"
                 " tokenizer knows"
             )
-        if marked := sum(count for _, count in encoded):
+        if marked := sum(count for *_, count in encoded):
             _log.warning(
                 "%s: the text of %d of %d scenarios holds special tokens (%s); they are encoded as plain text. "
                 "data.parse_special_tokens=true encodes them as special tokens",
                 *(key, marked, len(scenarios), ", ".join(self._special_tokens[:_IDS_SHOWN])),
             )
-        return self._limit_lengths(scenarios, tokens, key)
+        limited = self._limit_lengths(scenarios, tokens, key)
+        opened = [text for _, texts, _ in encoded for text in texts]
+        return replace(limited, opened=[opened[i] for i in limited.kept])
 
-    def conversation(self, scenario: Scenario) -> list[Turn]:
-        """The turns that a scenario's prompt is made of; the last is the assistant's where the prompt opens it.
+    def opened(self, scenario: Scenario) -> str:
+        """What the prompt of a scenario has of its answer: a template may open that (`<think>`).
 
-        A template may do so in its generation prompt (`<think>`): the completion then begins in the midst of the
-        answer. What it opens and closes again (thoughts that are switched off) is no part of the answer.
+        What it opens and closes again (thoughts that are switched off) is no part of the answer.
         """
-        turns = scenario.turns(self.system_prompt)
+        return self._opened(self._text(scenario, self._messages(scenario), "data"))
+
+    def _opened(self, text: str) -> str:
         if not self._assistant_header:
-            return turns
-        text = self._text(scenario, self._messages(scenario), "data")
+            return ""
         _, found, opened = text.rpartition(self._assistant_header)
         *others, last = ["", *(tag.strip("|") for tag in _TAG.findall(opened))]
         is_closed = "/" in last or last in others[1:]  # `</think>`; Gemma 4 has `<|channel>` and `<channel|>`
-        return [*turns, Turn("assistant", opened.lstrip())] if found and opened.strip() and not is_closed else turns
+        return opened.lstrip() if found and not is_closed else ""
 
     @cached_property
     def _assistant_header(self) -> str:
@@ -212,8 +218,8 @@ class PromptEncoder:
                 f" {advice if roles[0] == 'system' else ''}data.use_chat_template=false joins the turns as plain text"
             ) from error
 
-    def _tokenize(self, key: str, batch: tuple[list[str], dict[int, Scenario]]) -> tuple[RaggedTokens, int]:
-        """The tokens of a batch, and how many of its scenarios hold special tokens in their text."""
+    def _tokenize(self, key: str, batch: tuple[list[str], dict[int, Scenario]]) -> tuple[RaggedTokens, list[str], int]:
+        """The tokens of a batch, what they open, and how many of its scenarios hold special tokens in their text."""
         texts, marked = batch
         # A template writes the special tokens itself: adding the tokenizer's would double the first one.
         options: dict[str, Any] = {"add_special_tokens": not self.applies_template}
@@ -232,7 +238,7 @@ class PromptEncoder:
             # Markup may begin with what the tokenizer puts before every text (BOS): once is enough.
             first = self._prepended
             tokens = [p[len(first) :] if first and p[: 2 * len(first)] == first * 2 else p for p in tokens]
-        return RaggedTokens.from_lists(tokens), len(marked)
+        return RaggedTokens.from_lists(tokens), [self._opened(text) for text in texts], len(marked)
 
     def _tokenize_as_text(self, scenario: Scenario, key: str) -> list[int]:
         """Prompt tokens in which only the template's own special tokens are such, not those in the scenario's text."""

@@ -22,7 +22,7 @@ from stateset_lightning.threads import Interruption, heartbeat
 from stateset_lightning.training.checks import check_sampling_difference
 from stateset_lightning.training.resample import Replacements, Sample, resample
 from stateset_lightning.training.sampling_ahead import SamplingAhead
-from stateset_lightning.types import Metrics, PromptBatch, Scores, answered
+from stateset_lightning.types import Metrics, PromptBatch, Scores, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -173,6 +173,14 @@ class Sampler:
             )
             heartbeat.doing(f"scoring {place}")
             return Sample(batch, rollout, session.collect())
+
+
+def answered(conversation: Sequence[Turn], text: str) -> list[Turn]:
+    """A conversation with its completion. Where the prompt has opened the answer (`<think>`), that comes before it."""
+    last = conversation[-1]
+    if last.role == "assistant":
+        return [*conversation[:-1], Turn("assistant", last.content + text)]
+    return [*conversation, Turn("assistant", text)]
 
 
 def collect_together(sampler: Sampler, policy: Policy, batch: PromptBatch, greedy: bool, ranks: Ranks) -> Collection:

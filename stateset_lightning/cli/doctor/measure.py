@@ -23,9 +23,10 @@ from stateset_lightning.policy import AdapterReference, Group, Policy, load_mode
 from stateset_lightning.policy.precision import sampling_dtype, weights_dtype
 from stateset_lightning.rollout import InProcessEngine
 from stateset_lightning.seeding import sample_seeds
+from stateset_lightning.training.collect import answered
 from stateset_lightning.training.episode import MicroBatch
 from stateset_lightning.training.loss import micro_batch_loss
-from stateset_lightning.types import Rollout, Scenario, Scores, answered
+from stateset_lightning.types import Rollout, Scenario, Scores
 
 SAMPLED, WORST = "as sampled", "worst case"
 
