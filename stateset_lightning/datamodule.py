@@ -22,7 +22,7 @@ from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.seeding import run_seed
 from stateset_lightning.training.schedule import batches_per_epoch
-from stateset_lightning.types import PromptBatch
+from stateset_lightning.types import PromptBatch, Scenario, Turn, asked
 
 _announce = rank_zero_only(logging.getLogger("stateset_lightning").log)
 
@@ -188,7 +188,7 @@ class ScenarioDataModule(LightningDataModule):
                 " one out"
             )
         self._train_loader = loader = EpisodeLoader(
-            Prompts(scenarios.scenarios, tokens, self.system_prompt),
+            Prompts(scenarios.scenarios, tokens, self.system_prompt, self._prompts["train"].opened),
             order,
             batch_size=self.batch_size,
             num_iterations=self.num_iterations,
@@ -233,6 +233,10 @@ class ScenarioDataModule(LightningDataModule):
         assert split in self._prompts, f"setup() has not been called for the {split} split"
         prompts = self._prompts[split]
         return self._scenarios[split].select(prompts.kept), prompts.tokens
+
+    def conversation(self, scenario: Scenario) -> list[Turn]:
+        """What a completion of the scenario goes on from."""
+        return asked(scenario, self._current_encoder().opened(scenario), self.system_prompt)
 
     def replacements(self, batch: PromptBatch, slots: Sequence[int], round_number: int) -> PromptBatch:
         """Other training prompts in place of some of a batch's; see `EpisodeLoader.replacements`."""
@@ -314,6 +318,9 @@ class ScenarioDataModule(LightningDataModule):
     def _encode(self, split: Split, encoder: PromptEncoder) -> None:
         scenarios = self._scenarios[split].scenarios
         prompts = self._prompts[split] = encoder.encode(scenarios, f"data.{split}")
+        if first := next(filter(None, prompts.opened), ""):
+            how = "rewards see that before each completion"
+            _announce(logging.INFO, f"data.{split}: the chat template opens the answer with {first!r}: {how}")
         self.dropped[split], self.truncated[split] = prompts.num_dropped, prompts.num_truncated
         if count := prompts.num_dropped or prompts.num_truncated:
             limit = f"data.max_prompt_tokens={self.max_prompt_tokens}"
@@ -330,7 +337,7 @@ class ScenarioDataModule(LightningDataModule):
                 f"data.{split} has {len(scenarios)} scenarios for {world_size} devices; give at least one for each"
                 " device"
             )
-        prompts = Prompts(scenarios.scenarios, tokens, self.system_prompt)
+        prompts = Prompts(scenarios.scenarios, tokens, self.system_prompt, self._prompts[split].opened)
         return EvaluationLoader(prompts, split, batch_size=self.eval_batch_size, rank=rank, world_size=world_size)
 
     def _rank_and_world(self) -> tuple[int, int]:

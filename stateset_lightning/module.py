@@ -187,7 +187,7 @@ class GRPOLightningModule(RunsInTrainer):
         precision = "32-true" if self._trainer is None else str(self.trainer.precision)
         dtype = weights_dtype(self.policy_config.dtype, precision)
         if self.policy is None:
-            self.policy = Policy(load_model(self.policy_config, dtype, self.seed), self.policy_config)
+            self.policy = Policy(load_model(self.policy_config, dtype, self.seed, self.tokenizer), self.policy_config)
         prompt = None if self._data is None else self._data.longest_prompt
         self.policy.prepare_for(self.policy.context_length if prompt is None else prompt + self.rollout.max_new_tokens)
         if fits := self._trainer is not None and self.trainer.state.fn == "fit":

@@ -52,6 +52,12 @@ class Turn:
         return self  # nothing in it can change
 
 
+def asked(scenario: Scenario, opened: str, system_prompt: str | None = None) -> list[Turn]:
+    """A scenario's turns, and one of the assistant if its prompt has `opened` the answer."""
+    turns = scenario.turns(system_prompt)
+    return [*turns, Turn("assistant", opened)] if opened else turns
+
+
 class Scenario(BaseModel):
     """One prompt to be answered, with all that its rewards need. Any further column is kept.
 
@@ -101,7 +107,8 @@ class PromptBatch:
     Args:
         prompt_tokens: Tokens of each prompt.
         conversations: Turns of each prompt, with the system turn (the data module's system prompt, then the scenario's
-            context). What a reward sees is these turns and the completion.
+            context), and a turn of the assistant where the prompt opens its answer. What a reward sees is these turns
+            and the completion, which goes on from such a turn.
         scenarios: The scenario of each prompt.
         positions: Index of each prompt in the episode's batch of all ranks (outside training: in the whole split).
             Sampling seeds are derived from it, so completions depend neither on the number of ranks nor, outside
@@ -152,7 +159,7 @@ class Rollout:
         sampled_T: bool; True where the model sampled the token, False where an environment wrote it. Only sampled
             tokens are trained on.
         finish_reasons: Why each completion ended.
-        texts: Of the completions, decoded without special tokens.
+        texts: Of the completions, without the tokens that end one, padding, and what a stop string cuts off.
     """
 
     prompt_tokens: list[list[int]]

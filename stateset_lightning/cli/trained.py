@@ -99,7 +99,9 @@ def load_trained(
     keep_inputs(file)
     if file is None:
         policy = PolicyConfig(source, **vars(loading))
-        return TrainedModel(source, policy, load_model(policy), load_tokenizer(policy), RolloutConfig(), config=given)
+        tokenizer = load_tokenizer(policy)
+        model = load_model(policy, tokenizer=tokenizer)
+        return TrainedModel(source, policy, model, tokenizer, RolloutConfig(), config=given)
     checkpoint = read_checkpoint(file, check_sums=True, map_location="cpu")
     weights = {
         name.removeprefix(_WEIGHTS): value

@@ -15,7 +15,7 @@ from stateset_lightning.data.order import EpochOrder, SolveRates
 from stateset_lightning.data.ragged import RaggedTokens
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.seeding import derive_seed, uniforms
-from stateset_lightning.types import PromptBatch, Scenario
+from stateset_lightning.types import PromptBatch, Scenario, asked
 
 Split = Literal["train", "validation", "test", "predict"]
 
@@ -28,20 +28,23 @@ class Prompts:
         scenarios: The scenarios that are served.
         tokens: Prompt tokens of each scenario.
         system_prompt: Comes before each scenario's own context in the system turn.
+        opened: What each prompt has of its answer; none has anything where this is empty.
     """
 
     scenarios: Sequence[Scenario]
     tokens: RaggedTokens
     system_prompt: str | None = None
+    opened: Sequence[str] = ()
 
     def batch(
         self, rows: list[int], positions: list[int], split: Split, episode_index: int = 0, **steps: int
     ) -> PromptBatch:
         """The prompts at `rows`; `steps` are those arguments of `PromptBatch` that count micro-steps."""
         scenarios = [self.scenarios[row] for row in rows]
+        opened = [self.opened[row] for row in rows] if self.opened else [""] * len(rows)
         return PromptBatch(
             prompt_tokens=[self.tokens[row] for row in rows],
-            conversations=[scenario.turns(self.system_prompt) for scenario in scenarios],
+            conversations=[asked(*each, self.system_prompt) for each in zip(scenarios, opened, strict=True)],
             scenarios=scenarios,
             positions=positions,
             episode_index=episode_index,

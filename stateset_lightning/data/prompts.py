@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property, partial
 from typing import Any, Literal
@@ -28,6 +28,9 @@ OverlongPolicy = Literal["error", "drop", "truncate_left"]
 
 _BATCH = 1024  # texts that are tokenized at a time
 _IDS_SHOWN = 5
+# Thoughts that a template puts before an answer without any: `<think></think>`, or the end alone.
+_NO_THOUGHTS = re.compile(r"([<\[]([^<>\[\]]+)[>\]]\s*[<\[]/\2[>\]]|</[^<>]+>)\s*$")
+_TAG = re.compile(r"[<\[◁]([^\s<>\[\]◁▷]+)[>\]▷]")
 _DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _RESERVED_TEMPLATE_KWARGS = {
     *("conversation", "add_generation_prompt", "tokenize", "continue_final_message"),
@@ -37,12 +40,16 @@ _RESERVED_TEMPLATE_KWARGS = {
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompts:
-    """Prompt tokens of the scenarios that are kept: `tokens[i]` belongs to scenario `kept[i]`."""
+    """Prompt tokens of the scenarios that are kept: `tokens[i]` belongs to scenario `kept[i]`.
+
+    `opened[i]` is what the prompt has of its answer; see `PromptEncoder.opened`.
+    """
 
     tokens: RaggedTokens
     kept: list[int]
     num_dropped: int = 0
     num_truncated: int = 0
+    opened: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,19 +110,56 @@ class PromptEncoder:
         # The tokenizer works without Python's lock: while it encodes a batch, the template renders the next one.
         with garbage_collection_paused(), ThreadPoolExecutor(1) as thread:
             encoded = list(thread.map(partial(self._tokenize, key), self._batches(scenarios, key)))
-        tokens = RaggedTokens.concatenate(batch for batch, _ in encoded)
+        tokens = RaggedTokens.concatenate(batch for batch, *_ in encoded)
         if len(empty := np.flatnonzero(tokens.lengths == 0)):
             raise DataError(
                 f"{key}: the prompt of scenario '{scenarios[empty[0]].id}' has no tokens; give it a text that the"
                 " tokenizer knows"
             )
-        if marked := sum(count for _, count in encoded):
+        if marked := sum(count for *_, count in encoded):
             _log.warning(
                 "%s: the text of %d of %d scenarios holds special tokens (%s); they are encoded as plain text. "
                 "data.parse_special_tokens=true encodes them as special tokens",
                 *(key, marked, len(scenarios), ", ".join(self._special_tokens[:_IDS_SHOWN])),
             )
-        return self._limit_lengths(scenarios, tokens, key)
+        limited = self._limit_lengths(scenarios, tokens, key)
+        opened = [text for _, texts, _ in encoded for text in texts]
+        return replace(limited, opened=[opened[i] for i in limited.kept])
+
+    def opened(self, scenario: Scenario) -> str:
+        """What the prompt of a scenario has of its answer: a template may open that (`<think>`).
+
+        What it opens and closes again (thoughts that are switched off) is no part of the answer.
+        """
+        return self._opened(self._text(scenario, self._messages(scenario), "data"))
+
+    def _opened(self, text: str) -> str:
+        if not self._assistant_header:
+            return ""
+        _, found, opened = text.rpartition(self._assistant_header)
+        *others, last = ["", *(tag.strip("|") for tag in _TAG.findall(opened))]
+        is_closed = "/" in last or last in others[1:]  # `</think>`; Gemma 4 has `<|channel>` and `<channel|>`
+        return opened.lstrip() if found and not is_closed else ""
+
+    @cached_property
+    def _assistant_header(self) -> str:
+        """What stands between the user's text and the assistant's in a conversation that goes on; "" if not in prompts.
+
+        The last answer of a conversation would not tell: templates keep its thoughts, and open them.
+        """
+        asked, said = {"role": "user", "content": "Question"}, {"role": "assistant", "content": "Its-answer"}
+        options = {"tokenize": False, **self._template_kwargs}
+        if not self.applies_template:
+            return ""
+        try:
+            answered = self.tokenizer.apply_chat_template([asked, said, {**asked, "content": "Next"}], **options)
+            prompt = self.tokenizer.apply_chat_template([asked], add_generation_prompt=True, **options)
+        except Exception as error:  # a template is foreign code
+            _log.info("The chat template refuses a plain conversation: rewards see no text that it opens: %s", error)
+            return ""
+        before = str(answered).partition(said["content"])[0].rpartition(asked["content"])[2]
+        header = _NO_THOUGHTS.sub("", before).rstrip()
+        return header if str(prompt).rpartition(asked["content"])[2].startswith(header) else ""
 
     @cached_property
     def writes_date(self) -> bool:
@@ -174,8 +218,8 @@ class PromptEncoder:
                 f" {advice if roles[0] == 'system' else ''}data.use_chat_template=false joins the turns as plain text"
             ) from error
 
-    def _tokenize(self, key: str, batch: tuple[list[str], dict[int, Scenario]]) -> tuple[RaggedTokens, int]:
-        """The tokens of a batch, and how many of its scenarios hold special tokens in their text."""
+    def _tokenize(self, key: str, batch: tuple[list[str], dict[int, Scenario]]) -> tuple[RaggedTokens, list[str], int]:
+        """The tokens of a batch, what they open, and how many of its scenarios hold special tokens in their text."""
         texts, marked = batch
         # A template writes the special tokens itself: adding the tokenizer's would double the first one.
         options: dict[str, Any] = {"add_special_tokens": not self.applies_template}
@@ -188,10 +232,13 @@ class PromptEncoder:
         if self.applies_template:
             for i, scenario in marked.items():
                 tokens[i] = self._tokenize_as_text(scenario, key)
-        elif self._appends_eos:
+        else:
             # The model would take the end of the prompt for the end of its answer.
-            tokens = [prompt[:-1] for prompt in tokens]
-        return RaggedTokens.from_lists(tokens), len(marked)
+            tokens = [prompt[:-1] for prompt in tokens] if self._appends_eos else tokens
+            # Markup may begin with what the tokenizer puts before every text (BOS): once is enough.
+            first = self._prepended
+            tokens = [p[len(first) :] if first and p[: 2 * len(first)] == first * 2 else p for p in tokens]
+        return RaggedTokens.from_lists(tokens), [self._opened(text) for text in texts], len(marked)
 
     def _tokenize_as_text(self, scenario: Scenario, key: str) -> list[int]:
         """Prompt tokens in which only the template's own special tokens are such, not those in the scenario's text."""
@@ -213,6 +260,12 @@ class PromptEncoder:
         with_special = self.tokenizer("a")["input_ids"]
         without = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         return eos is not None and with_special[-1:] == [eos] and without[-1:] != [eos]
+
+    @cached_property
+    def _prepended(self) -> list[int]:
+        """Tokens that the tokenizer puts before every text."""
+        ids: list[int] = self.tokenizer("a")["input_ids"]
+        return ids[: len(ids) - len(self.tokenizer("a", add_special_tokens=False)["input_ids"]) - self._appends_eos]
 
     def _limit_lengths(self, scenarios: Sequence[Scenario], tokens: RaggedTokens, key: str) -> EncodedPrompts:
         lengths, limit, everything = tokens.lengths, self.max_prompt_tokens, list(range(len(tokens)))

@@ -4,6 +4,7 @@ from stateset_lightning.policy.config import LoadingOptions, LoRAConfig, PolicyC
 from stateset_lightning.policy.loading import (
     AdapterReference,
     check_complete,
+    check_vocabulary,
     load_model,
     load_tokenizer,
     loading_errors,
@@ -13,5 +14,5 @@ from stateset_lightning.policy.loading import (
 from stateset_lightning.policy.policy import Group, Policy, context_length, end_of_sequence_ids, save_adapter
 
 __all__ = ["AdapterReference", "Group", "LoRAConfig", "LoadingOptions", "Policy", "PolicyConfig", "check_complete"]
-__all__ += ["context_length", "end_of_sequence_ids", "load_model", "load_tokenizer", "loading_errors"]
-__all__ += ["make_reference", "resolve_model_name", "save_adapter"]
+__all__ += ["check_vocabulary", "context_length", "end_of_sequence_ids", "load_model", "load_tokenizer"]
+__all__ += ["loading_errors", "make_reference", "resolve_model_name", "save_adapter"]

@@ -18,7 +18,7 @@ from stateset_lightning.errors import ConfigError
 from stateset_lightning.files import keep_inputs
 from stateset_lightning.policy.config import PolicyConfig
 from stateset_lightning.policy.lora import add_adapter, is_adapted, load_adapter
-from stateset_lightning.policy.policy import Group, Policy
+from stateset_lightning.policy.policy import Group, Policy, end_of_turn_ids
 from stateset_lightning.policy.text_model import auto_class, freeze_all_but_text
 from stateset_lightning.tiny import TINY_FOLDER
 
@@ -54,6 +54,8 @@ def resolve_model_name(model_name: str, key: str = "model.policy.model_name") ->
 def load_tokenizer(policy: PolicyConfig) -> PreTrainedTokenizerBase:
     """The policy's tokenizer. One without a pad token pads with its end-of-sequence token (announced).
 
+    An end of turn that is not the end of a sequence is announced, too.
+
     Raises:
         ConfigError: If it cannot be loaded, or has no end-of-sequence token.
     """
@@ -69,10 +71,20 @@ def load_tokenizer(policy: PolicyConfig) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         log.info("The tokenizer of %s has no pad token: %r pads instead.", policy.model_name, tokenizer.eos_token)
         tokenizer.pad_token = tokenizer.eos_token
+    if others := set(end_of_turn_ids(tokenizer)) - {tokenizer.eos_token_id}:
+        log.info(
+            "The chat template of %s ends turns with %r, and its tokenizer sequences with %r: both end a completion.",
+            *(policy.model_name, tokenizer.convert_ids_to_tokens(others.pop()), tokenizer.eos_token),
+        )
     return tokenizer
 
 
-def load_model(policy: PolicyConfig, default_dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+def load_model(
+    policy: PolicyConfig,
+    default_dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> PreTrainedModel:
     """The policy's model in evaluation mode, with its adapter if it has one.
 
     All parameters of its text model are trainable, or those of the adapter only.
@@ -81,6 +93,7 @@ def load_model(policy: PolicyConfig, default_dtype: torch.dtype = torch.float32,
         policy: Which model, and how it is loaded.
         default_dtype: Of the weights, where `policy.dtype` is None.
         seed: The run's; a new adapter is initialised from it.
+        tokenizer: That the model must have weights for.
 
     Raises:
         ConfigError: If the model cannot be found or loaded, lacks weights, or a checkpoint file holds pickled objects.
@@ -104,6 +117,8 @@ def load_model(policy: PolicyConfig, default_dtype: torch.dtype = torch.float32,
             **{"experts_implementation": None, **policy.model_kwargs},  # nor is attention taken from a config.json
         )
     check_complete(option, report["missing_keys"], "causal language model")
+    if tokenizer is not None:
+        check_vocabulary(option, model, tokenizer)
     if is_adapted(model):
         raise _is_an_adapter(policy.model_name)
     freeze_all_but_text(model, policy.model_name)
@@ -216,6 +231,29 @@ def check_complete(option: str, missing: Iterable[str], kind: str) -> None:
         raise ConfigError(
             f"{option} cannot be loaded: it has no weights for {', '.join(names[:3])}{more}, which would be random;"
             f" give a complete {kind}"
+        )
+
+
+def check_vocabulary(option: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks that a loaded model knows every token of its tokenizer.
+
+    Except the place of an image, a sound or a video: Gemma 3's smallest model has no row for it, and sees none.
+
+    Args:
+        option: `key=value`.
+        model: As loaded.
+        tokenizer: Beside it.
+
+    Raises:
+        ConfigError: If a token's number is beyond the embedding.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    places = {getattr(tokenizer, f"{kind}_token", None) for kind in ("image", "audio", "video")}
+    if beyond := [text for text, i in tokenizer.get_vocab().items() if i >= rows and text not in places]:
+        raise ConfigError(
+            f"{option}: its tokenizer has {len(beyond)} tokens ({', '.join(map(repr, sorted(beyond)[:3]))}) beyond the"
+            f" {rows} that its embedding holds; call resize_token_embeddings({len(tokenizer)}) on the model and save"
+            " it, or give the model's own tokenizer"
         )
 
 

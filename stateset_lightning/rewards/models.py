@@ -75,7 +75,7 @@ class TextModelReward(BatchReward):
         import torch
         from transformers import AutoModel, AutoModelForSequenceClassification
 
-        from stateset_lightning.policy import check_complete, loading_errors
+        from stateset_lightning.policy import check_complete, check_vocabulary, loading_errors
 
         auto = AutoModelForSequenceClassification if self.kind == "classifier" else AutoModel
         options = {"dtype": getattr(torch, self.dtype), "revision": self.revision, "weights_only": True}
@@ -84,6 +84,7 @@ class TextModelReward(BatchReward):
             model, report = auto.from_pretrained(self.path, **options, output_loading_info=True)
         missing = [name for name in report["missing_keys"] if self.kind == "classifier" or "pooler" not in name]
         check_complete(self.key, missing, self.kind)
+        check_vocabulary(self.key, model, self.tokenizer)
         config = model.config.get_text_config()  # which is where transformers looks
         if config.pad_token_id is None:
             config.pad_token_id = self.tokenizer.pad_token_id

@@ -79,15 +79,15 @@ class InProcessEngine:
         texts = [""] * len(seeds_N)
         with self._sampling_mode(), self._cpu_decoding.prepared(min(len(texts), sampling.max_batch_rows)) as decoder:
             model, kind = self.policy.model, self._exact_kind(max(map(len, prompts)), decoder)
-            ends = torch.tensor(sorted(end_of_sequence_ids(model, self.tokenizer)), device=model.device)
-            stop, noise = StopStrings(sampling.stop, self.tokenizer), None if greedy else seeds_N
+            stop = StopStrings(sampling.stop, self.tokenizer, end_of_sequence_ids(model, self.tokenizer))
+            noise = None if greedy else seeds_N
 
             def report(n: int, tokens: list[int]) -> None:
                 texts[n] = stop.text(tokens)
                 if on_finished is not None:
                     on_finished(n, texts[n], len(tokens))
 
-            parts = model, prompts, num_generations, sampling, noise, ends, stop, report
+            parts = model, prompts, num_generations, sampling, noise, stop, report
             if kind is None:
                 if self._caches is None:
                     self._caches = has_exact_cache(model, self.policy.config.model_name)
@@ -172,8 +172,7 @@ class _Decoding:
         num_generations: Completions per prompt.
         sampling: How to sample.
         seeds_N: Of the noise; None decodes greedily.
-        ends: Tokens that end a completion.
-        stop: Strings that end a completion.
+        stop: Strings and tokens that end a completion.
         report: Called with the number and the tokens of each completion when it is finished.
     """
 
@@ -182,13 +181,13 @@ class _Decoding:
     num_generations: int
     sampling: RolloutConfig
     seeds_N: Sequence[int] | None
-    ends: Tensor
     stop: StopStrings
     report: Callable[[int, list[int]], None]
 
     def __post_init__(self) -> None:
         self.decoded_rows = 0
         self.device = self.model.device
+        self.ends = torch.tensor(sorted(self.stop.ends), device=self.device)
         num_completions = len(self.prompts) * self.num_generations
         # A column more than a completion has tokens: there go those of rows that have finished, but not left yet.
         shape = (num_completions, self.sampling.max_new_tokens + 1)

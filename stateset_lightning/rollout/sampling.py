@@ -3,7 +3,7 @@
 Letters: B rows of the batch, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -70,14 +70,22 @@ def filter_probabilities(probs_BV: Tensor, sampling: RolloutConfig) -> Tensor:
 class StopStrings:
     """Finds stop strings in a growing completion, also inside a token or across tokens.
 
+    Of the special tokens only those that end a completion, and padding, are left out of its text: others are its
+    content (`<think>`, `<tool_call>`), which rewards read.
+
     Args:
         strings: Any of them ends a completion; may be empty.
-        tokenizer: Decodes tokens, without special tokens.
+        tokenizer: Decodes tokens.
+        ends: Tokens that end a completion.
+
+    Attributes:
+        ends: These, and the stop strings that are a token of their own (`<|im_end|>`).
     """
 
-    def __init__(self, strings: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, strings: Sequence[str], tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> None:
         self.strings = list(strings)
         self.tokenizer = tokenizer
+        self.ends = {*ends, *(i for text in strings if (i := tokenizer.get_added_vocab().get(text)) is not None)}
         # Every token is at least one byte, so a string lies within as many tokens as it has bytes. The extra ones
         # complete a character that is cut at the window's start.
         self.window = max((len(text.encode()) for text in strings), default=0) + 4
@@ -95,4 +103,6 @@ class StopStrings:
         return text[: min((end for stop in self.strings if (end := text.find(stop)) >= 0), default=None)]
 
     def _decode(self, tokens: list[int]) -> str:
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        shown = [token for token in tokens if token not in self.ends and token != self.tokenizer.pad_token_id]
+        # Clean-up would take spaces that were sampled, and other ones from a completion's end than from all of it.
+        return str(self.tokenizer.decode(shown, clean_up_tokenization_spaces=False))

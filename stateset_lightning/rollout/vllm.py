@@ -111,7 +111,7 @@ class VLLMEngine:
             SamplingError: If a server does not compute the policy.
             ServerError: If a server does not take the weights.
         """
-        self._ends = sorted(end_of_sequence_ids(policy.model, self.tokenizer))
+        self._ends = end_of_sequence_ids(policy.model, self.tokenizer)
         for server in self.servers:
             server.vocabulary = policy.model.config.get_text_config().vocab_size
         self._weights.update(policy)
@@ -138,10 +138,10 @@ class VLLMEngine:
         assert len(seeds_N) == len(prompts) * num_generations
         whose = f"the server's --max-model-len of {limit} (raise it, if the model allows)"
         check_length(prompts, sampling.max_new_tokens, limit, whose)
-        common: dict[str, Any] = {"max_tokens": sampling.max_new_tokens, "stop_token_ids": self._ends}
-        if sampling.stop:
-            common |= {"stop": sampling.stop, "include_stop_str_in_output": True}
-        stop = StopStrings(sampling.stop, self.tokenizer)
+        stop = StopStrings(sampling.stop, self.tokenizer, self._ends)
+        common: dict[str, Any] = {"max_tokens": sampling.max_new_tokens, "stop_token_ids": sorted(stop.ends)}
+        if sampling.stop:  # looked for in a text with special tokens, as `stop` does
+            common |= {"stop": sampling.stop, "include_stop_str_in_output": True, "skip_special_tokens": False}
         choices, texts = [Choice.model_construct()] * len(seeds_N), [""] * len(seeds_N)
         threads, numbers = DaemonThreads(sampling.max_batch_rows, "vllm-request"), {}
         try:

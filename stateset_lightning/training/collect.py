@@ -164,7 +164,7 @@ class Sampler:
 
             def score(n: int, text: str, num_tokens: int) -> None:
                 prompt = n // num_generations
-                turns = [*batch.conversations[prompt], Turn("assistant", text)]
+                turns = answered(batch.conversations[prompt], text)
                 session.submit(n, turns, batch.scenarios[prompt].columns(), completion_tokens=num_tokens)
 
             rollout = self.engine.generate(
@@ -174,6 +174,14 @@ class Sampler:
                 self.engine.check(rollout, self.config.temperature)  # training compares all that it trains on
             heartbeat.doing(f"scoring {place}")
             return Sample(batch, rollout, session.collect())
+
+
+def answered(conversation: Sequence[Turn], text: str) -> list[Turn]:
+    """A conversation with its completion. Where the prompt has opened the answer (`<think>`), that comes before it."""
+    last = conversation[-1]
+    if last.role == "assistant":
+        return [*conversation[:-1], Turn("assistant", last.content + text)]
+    return [*conversation, Turn("assistant", text)]
 
 
 def collect_together(sampler: Sampler, policy: Policy, batch: PromptBatch, greedy: bool, ranks: Ranks) -> Collection:

@@ -96,8 +96,8 @@ def test_windowed_models_with_shared_prompts_decode_what_transformers_generates(
         )
         for prompt in prompts
     ]
-    batch = make_running_batch(model, steps, SHARE_FROM)
-    assert type(batch) is SharingBatch
+    assert batch_kinds(model, SHARE_FROM)[0] is SharingBatch
+    batch = SharingBatch(model, steps)
     decoded: list[tuple[int, list[int]]] = []
 
     def decode(number: int) -> None:

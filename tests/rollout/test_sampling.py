@@ -153,7 +153,7 @@ def test_logprobs_are_float32_whatever_the_logits() -> None:
 def first_stop(text: str, stops: list[str], tokenizer: Any) -> int | None:
     """After how many tokens of `text` a stop string is found."""
     tokens = tokenizer.encode(text)
-    stop = StopStrings(stops, tokenizer)
+    stop = StopStrings(stops, tokenizer, [])
     return next((length for length in range(1, len(tokens) + 1) if stop.found(tokens[:length])), None)
 
 
@@ -175,7 +175,7 @@ def test_a_string_of_several_byte_characters_is_found_across_tokens(tiny_tokeniz
 
 
 def test_a_long_completion_is_searched_only_at_its_end(tiny_tokenizer: Any) -> None:
-    stop = StopStrings(["XY"], tiny_tokenizer)
+    stop = StopStrings(["XY"], tiny_tokenizer, [])
     early = [*tiny_tokenizer.encode("XY"), *tiny_tokenizer.encode("abcdefgh" * 20)]
     assert not stop.found(early)  # it would have been found when it was the end
     assert stop.found([*early, *tiny_tokenizer.encode("XY")])
@@ -188,12 +188,12 @@ def test_a_string_at_the_edge_of_the_window_is_found(tiny_tokenizer: Any) -> Non
 
 
 def test_the_text_ends_before_the_first_stop_string(tiny_tokenizer: Any) -> None:
-    stop = StopStrings(["bb", "c"], tiny_tokenizer)
+    stop = StopStrings(["bb", "c"], tiny_tokenizer, [tiny_tokenizer.eos_token_id])
     for text, kept in (("aabbacc", "aa"), ("aacbb", "aa"), ("aab", "aab"), ("c", "")):
         assert stop.text([*tiny_tokenizer.encode(text), tiny_tokenizer.eos_token_id]) == kept
 
 
 def test_without_stop_strings_nothing_is_found_or_cut(tiny_tokenizer: Any) -> None:
-    stop = StopStrings([], tiny_tokenizer)
+    stop = StopStrings([], tiny_tokenizer, [])
     assert not stop.found(tiny_tokenizer.encode("anything"))
     assert stop.text(tiny_tokenizer.encode("anything")) == "anything"

@@ -68,6 +68,7 @@ def test_what_a_completion_request_says(server: Running) -> None:
     told |= {
         "stop": ["x"],
         "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
         "prompt": PROMPTS[0],
         "seed": 11,
         "cache_salt": f"{adapter}-1",
@@ -115,3 +116,14 @@ def test_logprobs_that_are_not_finite_end_the_run(server: Running) -> None:
     server.stub.answers = [(200, {"choices": [choice]})]
     with pytest.raises(NonFiniteError, match="a server's log-probs are not finite: the weights have diverged"):
         engine.generate(PROMPTS[:1], 2, SAMPLING, SEEDS[:2])
+
+
+def test_special_tokens_end_a_servers_completion_by_number_and_stay_in_the_text_before(server: Running) -> None:
+    user, system = TOKENIZER.convert_tokens_to_ids(["<|user|>", "<|system|>"])
+    tokens = [system, *TOKENIZER.encode("4"), user]
+    choice = {"finish_reason": "stop", "token_ids": tokens, "logprobs": {"token_logprobs": [-1.0] * len(tokens)}}
+    engine = synced_engine(server, adapted())
+    server.stub.answers = [(200, {"choices": [choice]})]
+    rollout = engine.generate(PROMPTS[:1], 1, RolloutConfig(max_new_tokens=5, stop=["<|user|>"]), SEEDS[:1])
+    assert rollout.texts == ["<|system|>4"]
+    assert server.stub.samples()[-1]["stop_token_ids"] == sorted([TOKENIZER.eos_token_id, user])

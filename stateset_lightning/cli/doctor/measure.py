@@ -23,9 +23,10 @@ from stateset_lightning.policy import AdapterReference, Group, Policy, load_mode
 from stateset_lightning.policy.precision import sampling_dtype, weights_dtype
 from stateset_lightning.rollout import InProcessEngine
 from stateset_lightning.seeding import sample_seeds
+from stateset_lightning.training.collect import answered
 from stateset_lightning.training.episode import MicroBatch
 from stateset_lightning.training.loss import micro_batch_loss
-from stateset_lightning.types import Rollout, Scenario, Scores, Turn
+from stateset_lightning.types import Rollout, Scenario, Scores
 
 SAMPLED, WORST = "as sampled", "worst case"
 
@@ -54,7 +55,7 @@ class EpisodeMeasurement:
         dtype = weights_dtype(module.policy_config.dtype, str(self.trainer.precision))
 
         def load() -> None:
-            model = load_model(module.policy_config, dtype, module.seed).to(device)
+            model = load_model(module.policy_config, dtype, module.seed, module.tokenizer).to(device)
             module.policy = self.policy = Policy(model, module.policy_config).train()
             self.policy.prepare_for(self.data.longest_prompt + module.rollout.max_new_tokens)
             if module.algorithm.needs_reference:
@@ -81,7 +82,7 @@ class EpisodeMeasurement:
         def score() -> Scores:
             with self.module.scorer.start(len(texts), self.meter.device) as session:
                 for n, (scenario, text) in enumerate(zip(scenarios_N, texts, strict=True)):
-                    turns = [*scenario.turns(self.data.system_prompt), Turn("assistant", text)]
+                    turns = answered(self.data.conversation(scenario), text)
                     session.submit(n, turns, scenario.columns(), completion_tokens=lengths[n])
                 return session.collect()
 
@@ -187,7 +188,7 @@ def share_of_micro_step(groups: Sequence[Group], micro_steps: int) -> list[Group
 class EndlessTokenizer:
     """No token of it ends a completion, so that each is sampled to `max_new_tokens`."""
 
-    eos_token_id = -1
+    eos_token_id = pad_token_id = -1
 
     def decode(self, tokens: Sequence[int], **_: Any) -> str:
         return ""
