@@ -39,7 +39,7 @@ RULES: list[tuple[str, int]] = [
     (r"num_experts|n_routed_experts|num_local_experts|moe_num_experts|zero_expert_num", 4),
     (r"num_experts_per_(tok|token)|moe_topk|moe_top_k|moe_k|top_k_experts", 2),
     (r"n_groups?|topk_group|num_expert_group|mamba_n_?groups|o_groups|n_shared_experts|num_shared_experts", 1),
-    (r"(num_)?hidden_layers|n_layers?|num_layers|num_blocks|(encoder|decoder)_layers|num_layers_per_stack", 2),
+    (r"(num_)?hidden_layers|n_layers?|num_layers|num_blocks|(encoder|decoder)_layers", 2),
     (r"depth", 2),
     (r"mamba_d_state|state_size|ssm_state_size", 16),
     (r"mamba_n_heads|n_mamba_heads|mamba_num_heads", 8),
@@ -74,12 +74,20 @@ _QWEN4 |= {"indexer_compress_ratio": 4}
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 
 EXCEPTIONS: dict[str, dict[str, Any]] = {
-    "bamba": {"layer_types": _MAMBA_ATTENTION, "num_hidden_layers": 2, "attn_layer_indices": [1]},
+    "bamba": {"num_hidden_layers": 2, "attn_layer_indices": [1]},
+    "cohere": {"logit_scale": 1.0},
+    "cohere2": {"logit_scale": 1.0},
+    "cohere2_moe": {"logit_scale": 1.0},
+    "inkling_text": {"logits_mup_width_multiplier": 1.0},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
+    "xlstm": {"qk_dim_factor": 1.0},
     "granitemoehybrid": {"layer_types": _MAMBA_ATTENTION, "num_hidden_layers": 2},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "layer_types": None, "num_hidden_layers": 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 2},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
-    "falcon_h1": {"mamba_d_ssm": 128},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "dots3_note": {"text_config": {"head_dim": 32}},
+    "dots3_note_text": {"head_dim": 32},
+    "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "mamba2": {"num_heads": 8},
     "qwen2_5_vl": {"text_config": {"rope_parameters": _MROPE}},
@@ -89,7 +97,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [32, 32]},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32},
-    "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32},
+    "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32, "hybrid_layer_ids": [1]},
 }
 """By model type, what its class wants beyond the rules."""
 
@@ -136,8 +144,7 @@ def small_config(entry: Entry) -> PretrainedConfig:
     """The configuration of an entry's class, made small."""
     kind = CONFIG_MAPPING[entry.model_type]
     given = EXCEPTIONS.get(entry.model_type, {})
-    needed = {key: value for key, value in given.items() if not key.endswith(("_config", "decoder"))}
-    options = _small(kind(**needed), given)
+    options = _small(kind(), given)
     options |= {"tie_word_embeddings": False} if "tie_word_embeddings" in options else {}
     options |= {"is_decoder": True} if "is_decoder" in options and "encoder_layers" not in options else {}
     return kind(**{**options, **{key: value for key, value in given.items() if not isinstance(options.get(key), dict)}, **entry.changes})
@@ -166,9 +173,9 @@ def _small(config: PretrainedConfig, given: Mapping[str, Any]) -> dict[str, Any]
             options[key] = TOKENS[key]
         elif key == "per_layer_config" and isinstance(value, Mapping):
             options[key] = {
-                new: {k: min(v, _limit(k, {**values, k: v}) or v) for k, v in value[str(old)].items()}
-                for new, old in enumerate(layers)
-                if str(old) in value
+                layers.index(int(layer)): {k: min(v, _limit(k, {**values, k: v}) or v) for k, v in changes.items()}
+                for layer, changes in value.items()
+                if int(layer) in layers
             }
         elif value is None and key in UNSET:
             options[key] = UNSET[key]
