@@ -272,7 +272,7 @@ def _logprobs(own: Any, prompt: Sequence[int], completion: Sequence[int], long: 
 
 def _said(error: BaseException) -> str:
     """An error in one line, with the place of a crash."""
-    text = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
+    text = " ".join(str(error).split())[:200] or type(error).__name__
     if isinstance(error, Wrong):
         return f"{WRONG}: {text}"
     if isinstance(error, UserError):
@@ -299,7 +299,8 @@ def _child(entry: Entry, checks: Sequence[str], pipe: Connection) -> None:
                     getattr(model, check)()
                     states[check] = OK
                 except (Exception, SystemExit) as error:
-                    states[check] = f"{NOT_BUILT}: {_said(error)}" if check == "build" else _said(error)
+                    said = _said(error).replace(folder, "FOLDER")
+                    states[check] = f"{NOT_BUILT}: {said}" if check == "build" else said
             gc.collect()
             pipe.send((check, states[check], time.monotonic() - began, model.facts))
 
@@ -396,7 +397,9 @@ def main() -> int:
     shown = {name: rows[name] for name in names if name in rows}
     for line in (lines := list(failures(shown))):
         print(line)
-    print(f"{len(shown)} models, {sum(map(is_right, shown.values()))} right, refused or not built; {len(lines)} failures")
+    print(
+        f"{len(shown)} models, {sum(map(is_right, shown.values()))} right, refused or not built; {len(lines)} failures"
+    )
     return 0 if all(map(is_right, shown.values())) else 1
 
 

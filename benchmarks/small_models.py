@@ -26,7 +26,10 @@ LONG = 64  # original_max_position_embeddings: beyond it, long-context tables of
 
 RULES: list[tuple[str, int]] = [
     (r"(decoder_)?vocab_size(_per_layer_input)?|n_words", VOCABULARY),
-    (r"hidden_size|d_model|n_embd|dim_model|embedding_dim|embedding_size|hidden_size_global|backbone_hidden_size|emb_dim", 64),
+    (
+        r"hidden_size|d_model|n_embd|dim_model|embedding_dim|embedding_size|hidden_size_global|backbone_hidden_size|emb_dim",
+        64,
+    ),
     (r"(num_(key_value_)?heads|n_heads?|num_attention_heads|num_kv_heads|num_key_value_heads|kv_n_heads)", 4),
     (r"(encoder|decoder)_attention_heads|swa_num_(attention|key_value)_heads|num_query_groups", 4),
     (r"linear_num_(key_|value_)?heads|(num_)?(decoder|encoder)_attention_heads", 4),
@@ -79,6 +82,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "cohere2": {"logit_scale": 1.0},
     "cohere2_moe": {"logit_scale": 1.0},
     "inkling_text": {"logits_mup_width_multiplier": 1.0},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
     "xlstm": {"qk_dim_factor": 1.0},
     "granitemoehybrid": {"layer_types": _MAMBA_ATTENTION, "num_hidden_layers": 2},
@@ -147,7 +151,13 @@ def small_config(entry: Entry) -> PretrainedConfig:
     options = _small(kind(), given)
     options |= {"tie_word_embeddings": False} if "tie_word_embeddings" in options else {}
     options |= {"is_decoder": True} if "is_decoder" in options and "encoder_layers" not in options else {}
-    return kind(**{**options, **{key: value for key, value in given.items() if not isinstance(options.get(key), dict)}, **entry.changes})
+    return kind(
+        **{
+            **options,
+            **{key: value for key, value in given.items() if not isinstance(options.get(key), dict)},
+            **entry.changes,
+        }
+    )
 
 
 def _small(config: PretrainedConfig, given: Mapping[str, Any]) -> dict[str, Any]:
