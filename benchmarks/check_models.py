@@ -2,12 +2,12 @@
 
     python benchmarks/check_models.py [--only gemma3,phi3] [--trl] [--page docs/models.md]
 
-Of each class the smallest model is built (`small_models.py`) and saved to disk, and from there on everything is done as
-for a user's model: it is loaded, scored against the model's own forward, sampled greedily against `generate`, at lengths
-beyond every threshold; trained for two steps by `Trainer.fit`; resumed from the checkpoint between them. `--trl` has
-TRL's GRPOTrainer train it for two steps, too, and lists what TRL trains and we do not. Each model has a process of its
-own, which is killed after `--limit` seconds. Results are JSON lines, so that a run goes on where the last one stopped;
-the page is made of all of them. The exit code is 1 if any model is neither right nor refused.
+Of each class the smallest model is built (`small_models.py`) and saved to disk, and from there on everything is done
+as for a user's model: it is loaded, scored against the model's own forward, sampled greedily against `generate`, at
+lengths beyond every threshold; trained for two steps by `Trainer.fit`; resumed from the checkpoint between them.
+`--trl` has TRL's GRPOTrainer train it for two steps, too, and lists what TRL trains and we do not. Each model has a
+process of its own, which is killed after `--limit` seconds. Results are JSON lines (`--results`), so that a run goes on
+where the last one stopped; the page is made of all of them. Exit code 1 if any model is neither right nor refused.
 """
 
 from __future__ import annotations
@@ -391,10 +391,11 @@ def main() -> int:
             file.write(json.dumps(row) + "\n")
         said = "; ".join(f"{check} {state}" for check, state in row["states"].items() if state not in (OK, SKIPPED))
         print(f"{number}/{len(names)} {name} {sum(row['seconds'].values()):.1f} s: {said or OK}", flush=True)
-    rows = {name: row for name, row in read_results(args.results).items() if name in every}
+    found = read_results(args.results)
+    rows = {name: found.get(name, {"model": name, "states": {}, "seconds": {}}) for name in every}
     if args.page:
         write_page(args.page, rows, LENGTHS, WINDOW, LONG)
-    shown = {name: rows[name] for name in names if name in rows}
+    shown = {name: found[name] for name in names if name in found}
     for line in (lines := list(failures(shown))):
         print(line)
     print(

@@ -46,7 +46,7 @@ def write_page(file: Path, rows: dict[str, dict[str, Any]], lengths: list[int], 
 
 
 def _tables(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
-    built = {name: row for name, row in sorted(rows.items()) if row["states"]["build"] == "ok"}
+    built = {name: row for name, row in sorted(rows.items()) if row["states"].get("build") == "ok"}
     right = {name: row for name, row in built.items() if not _reasons(row)}
     yield f"## Right: {len(right)}"
     yield ""
@@ -65,13 +65,22 @@ def _tables(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
         why = _reasons(row)[0]
         yield f"| {name} | {_layers(row)} | {row.get('scoring', '-')} | {' | '.join(cells)} | {why} |"
     yield ""
-    yield f"## Not built: {len(rows) - len(built)}"
+    yield from _list("Not built", "What their classes need is missing, or not known to the script:", "not built", rows)
     yield ""
-    yield "No causal language model of its own, or what its class needs is not known to the script:"
-    yield ""
-    for name, row in sorted(rows.items()):
-        if name not in built:
-            yield f"- {name}: {_escaped(row['states']['build'].removeprefix('not built: '), 100)}"
+    yield from _list("Not tried yet", "By the run that wrote this page:", None, rows)
+
+
+def _list(title: str, words: str, state: str | None, rows: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """The models whose building ended in this state; None: that have not been tried."""
+    told = {name: row["states"].get("build") for name, row in sorted(rows.items())}
+    names = [name for name, said in told.items() if (said and said.split(":")[0]) == state]
+    yield f"## {title}: {len(names)}"
+    if names:
+        yield ""
+        yield words
+        yield ""
+    for name in names:
+        yield f"- {name}: {_escaped(told[name] or 'not tried', 120)}"
 
 
 def _short(state: str) -> str:
