@@ -94,7 +94,7 @@ def _layers(row: dict[str, Any]) -> str:
 def _reasons(row: dict[str, Any]) -> list[str]:
     """What the checks of a model say, the first cause first; TRL's aside."""
     states = [state for check, state in row["states"].items() if check != "trl"]
-    return [_escaped(state, 100) for state in states if state not in SHORT]
+    return [_escaped(state, 55) for state in states if state not in SHORT]
 
 
 def _escaped(text: str, most: int) -> str:
