@@ -22,6 +22,7 @@ from stateset_lightning.policy import PolicyConfig, load_tokenizer
 
 VOCABULARY, PAD, EOS = 384, 0, 1  # the bundled tokenizer's
 WINDOW = 32  # of sliding and chunked attention, and of what an indexer selects
+POSITIONS = 1024  # also of models that have fewer: every check fits
 LONG = 64  # original_max_position_embeddings: beyond it, long-context tables of rotary frequencies change
 
 RULES: list[tuple[str, int]] = [
@@ -52,7 +53,7 @@ RULES: list[tuple[str, int]] = [
     (r"sliding_window(_size)?|attention_chunk_size|index_topk|keep_window_size|local_attention(_window_len)?", WINDOW),
     (r"attention_window_size|window_size|local_attn_chunk_length|lsh_attn_chunk_length", WINDOW),
     (r"original_max_position_embeddings", LONG),
-    (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_target_positions|model_max_length", 1024),
+    (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_target_positions|model_max_length", POSITIONS),
     (r"encoder_hash_byte_group_vocab|ngram_vocab_size_base", 512),
     (r"floor_scale|log_scaling_n_floor", LONG),
 ]
@@ -174,7 +175,7 @@ def _small(config: PretrainedConfig, given: Mapping[str, Any]) -> dict[str, Any]
         elif isinstance(value, list) and re.fullmatch(INDICES, key):
             options[key] = [i for i in value if isinstance(i, int) and i < max(len(layers), 2)]
         elif isinstance(value, int) and not isinstance(value, bool) and (limit := _limit(key, values)) is not None:
-            options[key] = min(value, limit)
+            options[key] = limit if limit == POSITIONS else min(value, limit)
         elif re.fullmatch(RANGES, key):
             options[key] = 0.1
         elif key in ("is_decoder", "tie_word_embeddings") or "drop" in key:
