@@ -50,6 +50,9 @@ ranks-test: $(READY) ## 1, 2 and 4 ranks give the same samples, gradients and we
 hostile: $(READY) ## rewards, servers, files, signals and disks that do what they should not, a thousand times; twenty minutes
 	$(BIN)/python benchmarks/hostile/hostile.py
 
+check-models: $(READY) ## every causal language model that transformers has: right, or refused; writes docs/models.md; half an hour, resumable
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/check_models.py --page docs/models.md
+
 mutants: $(READY) ## break the maths, the resume and the packing in small ways and see that the tests notice; some minutes
 	$(BIN)/python benchmarks/mutants.py
 
@@ -62,4 +65,4 @@ test-vllm: $(READY) ## train on a real vLLM server, which is killed once; needs 
 clean: ## remove the virtual environment, caches and runs
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis runs *.egg-info
 
-.PHONY: help install demo check test test-long benchmark compare-algorithms kill-test saves-test ranks-test hostile mutants gpu-rehearsal test-vllm clean
+.PHONY: help install demo check test test-long benchmark compare-algorithms kill-test saves-test ranks-test hostile check-models mutants gpu-rehearsal test-vllm clean

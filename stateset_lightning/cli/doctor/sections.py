@@ -17,6 +17,7 @@ from stateset_lightning.cli.doctor.measure import SAMPLED, WORST, EpisodeMeasure
 from stateset_lightning.cli.doctor.meter import LIMIT, Meter
 from stateset_lightning.cli.messages import without_traceback
 from stateset_lightning.errors import UserError, one_line
+from stateset_lightning.module import GRPOLightningModule
 from stateset_lightning.redaction import redacted
 from stateset_lightning.rollout import InProcessEngine
 from stateset_lightning.run.checkpoint import check_resumable
@@ -74,6 +75,7 @@ class Doctor:
             self.episode.load()
             if self.module.policy is not None:
                 self._make_optimizer_and_engine()
+                _show([model_row(self.module)])
         if has_data and self.module.policy is not None:
             self._check()
         if self.problems:
@@ -211,6 +213,22 @@ class Doctor:
             yield
         except UserError as error:
             self.problems.append(without_traceback(str(error)))
+
+
+def model_row(module: GRPOLightningModule) -> str:
+    """What was decided for the model when it was loaded, as a row of docs/models.md: class, layers, scoring, engine."""
+    assert module.policy is not None
+    policy, config = module.policy, module.policy.model.config.get_text_config()
+    kinds = sorted(set(getattr(config, "layer_types", None) or ["full_attention"]))
+    parts = [
+        f"model: {config.model_type}, {type(policy.model).__name__}",
+        f"layers of {', '.join(kinds)}",
+        f"{'packed' if policy.uses_packed_scoring else 'padded'} scoring",
+        f"logits {'in chunks' if policy.uses_chunked_head else 'all in memory'}",
+        f"sampled by {type(module.engine).__name__ if module.engine else 'nothing here'}",
+        "all weights trained" if policy.adapter is None else "an adapter trained",
+    ]
+    return "; ".join(parts)
 
 
 def _show(lines: Sequence[str]) -> None:
