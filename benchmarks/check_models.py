@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from models_page import write_page
+from models_page import only_trl_trains, write_page
 from small_models import EOS, LONG, PAD, WINDOW, Entry, entries, full_class, save_small_model
 from torch import Tensor
 
@@ -72,7 +72,7 @@ class Model:
 
     def load(self) -> None:
         self.policy = Policy(load_model(self._config()), self._config())
-        self.facts["scoring"] = "packed" if self.policy.uses_packed_scoring else "padded"
+        self.facts["scoring"] = self.policy.scoring
 
     def scoring(self) -> None:
         """Log-probs of groups of all lengths together, against the model's own forward a row at a time."""
@@ -105,6 +105,7 @@ class Model:
         for batch in (prompts[:-1], prompts):  # the second with a prompt that is long enough to be shared
             rollout = engine.generate(batch, 2, sampling, range(2 * len(batch)), greedy=True)
             logprobs = rollout.logprobs_T.split(rollout.lengths_N.tolist())
+            self.facts["sampling"] = {None: "batch", True: "generate", False: "no cache"}[engine._caches]
             for n, (tokens, sampled) in enumerate(zip(rollout.completions(), logprobs, strict=True)):
                 self._compare(own, batch[n // 2], tokens, sampled)
 
@@ -284,13 +285,13 @@ def _said(error: BaseException) -> str:
 
 
 def _child(entry: Entry, checks: Sequence[str], pipe: Connection) -> None:
-    """Sends (check, state, seconds, facts) after each check, and nothing after the last."""
+    """Sends (check, state, CPU seconds, facts) after each check, and nothing after the last."""
     devnull = open(os.devnull, "w")  # noqa: SIM115 (the process ends with it)
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(devnull), redirect_stderr(devnull):
         model, states = Model(entry, Path(folder)), dict.fromkeys(CHECKS, "")
         for check in checks:
-            began = time.monotonic()
+            began = time.process_time()
             needs = {"build": [], "load": ["build"], "resume": ["train"], "trl": ["build"], "train": ["build"]}
             if any(states[need] != OK for need in needs.get(check, ["build", "load"])):
                 states[check] = SKIPPED
@@ -302,7 +303,7 @@ def _child(entry: Entry, checks: Sequence[str], pipe: Connection) -> None:
                     said = _said(error).replace(folder, "FOLDER")
                     states[check] = f"{NOT_BUILT}: {said}" if check == "build" else said
             gc.collect()
-            pipe.send((check, states[check], time.monotonic() - began, model.facts))
+            pipe.send((check, states[check], time.process_time() - began, model.facts))
 
 
 def check_model(name: str, entry: Entry, checks: Sequence[str], limit: float) -> dict[str, Any]:
@@ -352,7 +353,7 @@ def failures(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
         for check, state in row["states"].items():
             if check != "trl" and state.startswith((WRONG, CRASH, KILLED)):
                 yield f"{name} {check}: {state}"
-        if row["states"].get("trl") == OK and row["states"].get("train") != OK:
+        if only_trl_trains(row):
             yield f"{name}: TRL trains it, we do not"
 
 

@@ -49,7 +49,7 @@ RULES: list[tuple[str, int]] = [
     (r"mamba_n_heads|n_mamba_heads|mamba_num_heads", 8),
     (r"mamba_dt_rank|time_step_rank", 4),
     (r"(mamba_)?chunk_size|block_size", 16),
-    (r"index(er)?_n_heads", 2),
+    (r"index(er)?_n_heads", 16),  # with few, many keys score 0, and which of equals are selected is left open
     (r"sliding_window(_size)?|attention_chunk_size|index_topk|keep_window_size|local_attention(_window_len)?", WINDOW),
     (r"attention_window_size|window_size|local_attn_chunk_length|lsh_attn_chunk_length", WINDOW),
     (r"original_max_position_embeddings", LONG),
@@ -89,9 +89,18 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": _MAMBA_ATTENTION, "num_hidden_layers": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 2},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4}},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
-    "dots3_note": {"text_config": {"head_dim": 32}},
+    "dots3_note": {
+        "text_config": {"head_dim": 32},
+        "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    },
     "dots3_note_text": {"head_dim": 32},
+    "emu3": {
+        "vq_config": {"base_channels": 32},
+        "vocabulary_map": {"<image>": 5, "<|extra_200|>": 6, "<|visual token 000000|>": 7},
+    },
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "mamba2": {"num_heads": 8},
@@ -184,7 +193,7 @@ def _small(config: PretrainedConfig, given: Mapping[str, Any]) -> dict[str, Any]
             options[key] = TOKENS[key]
         elif key == "per_layer_config" and isinstance(value, Mapping):
             options[key] = {
-                layers.index(int(layer)): {k: min(v, _limit(k, {**values, k: v}) or v) for k, v in changes.items()}
+                layers.index(int(layer)): _small_layer(values, changes)
                 for layer, changes in value.items()
                 if int(layer) in layers
             }
@@ -193,6 +202,14 @@ def _small(config: PretrainedConfig, given: Mapping[str, Any]) -> dict[str, Any]
         elif isinstance(value, Mapping) and "original_max_position_embeddings" in value:
             options[key] = {**value, "original_max_position_embeddings": LONG}
     return options
+
+
+def _small_layer(values: Mapping[str, Any], changes: Mapping[str, int]) -> dict[str, int]:
+    """What one layer has other than the rest of the model."""
+    small = {key: min(value, _limit(key, {**values, **changes}) or value) for key, value in changes.items()}
+    if {"head_dim", "qk_nope_head_dim", "qk_rope_head_dim"} <= small.keys():
+        small["head_dim"] = small["qk_nope_head_dim"] + small["qk_rope_head_dim"]
+    return small
 
 
 def _limit(key: str, values: Mapping[str, Any]) -> int | None:
