@@ -15,8 +15,8 @@ transformers' own forward and `generate`. This page is written by `make check-mo
 
 - **scoring**: how log-probs are computed: *packed*, each prompt once per group; *padded*, a row per completion; or
   *one-by-one*, a forward per completion, as the model's rows depend on each other or on what pads them.
-- **sampling by**: *batch*, the fast engine; *generate*, transformers' own decoding, a prompt at a time; or *no cache*, a
-  forward of the whole text per token, as the model's own cache gives other log-probs than its forward.
+- **sampling by**: *batch*, the fast engine; *generate*, transformers' own decoding, a prompt at a time; or *no cache*,
+  a forward of the whole text per token, as the model's own cache gives other log-probs than its forward.
 - **log-probs**: those of scoring equal the model's own forward within 1e-5 nats (float32; up to twice the model's own
   float error), with prompts of {lengths} tokens: beyond windows (made {window} tokens long), long tables of rotary
   frequencies (from {long} tokens) and the length from which a group shares its prompt while sampling (256).
