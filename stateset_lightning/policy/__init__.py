@@ -1,6 +1,7 @@
 """The model scores tokens: loading, adapters, each prompt computed once per group, log-probs chunk by chunk."""
 
 from stateset_lightning.policy.config import LoadingOptions, LoRAConfig, PolicyConfig
+from stateset_lightning.policy.ends import end_of_sequence_ids
 from stateset_lightning.policy.loading import (
     AdapterReference,
     check_complete,
@@ -11,7 +12,7 @@ from stateset_lightning.policy.loading import (
     make_reference,
     resolve_model_name,
 )
-from stateset_lightning.policy.policy import Group, Policy, context_length, end_of_sequence_ids, save_adapter
+from stateset_lightning.policy.policy import Group, Policy, context_length, save_adapter
 
 __all__ = ["AdapterReference", "Group", "LoRAConfig", "LoadingOptions", "Policy", "PolicyConfig", "check_complete"]
 __all__ += ["check_vocabulary", "context_length", "end_of_sequence_ids", "load_model", "load_tokenizer"]

@@ -17,8 +17,9 @@ from torch import Tensor
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.files import keep_inputs
 from stateset_lightning.policy.config import PolicyConfig
+from stateset_lightning.policy.ends import end_of_turn_ids
 from stateset_lightning.policy.lora import add_adapter, is_adapted, load_adapter
-from stateset_lightning.policy.policy import Group, Policy, end_of_turn_ids
+from stateset_lightning.policy.policy import Group, Policy
 from stateset_lightning.policy.text_model import auto_class, freeze_all_but_text
 from stateset_lightning.tiny import TINY_FOLDER
 

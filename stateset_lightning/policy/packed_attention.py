@@ -83,8 +83,11 @@ def packed_attention(
         if torch.is_grad_enabled() and bucket.prompts_PL.shape[1] * len(bucket.queries_RM) >= RECOMPUTE_FROM:
             # Kept for the backward pass, the repeated prompts of all layers would take more memory than the rest of
             # attention.
-            rules = {"use_reentrant": False, "preserve_rng_state": dropout > 0}
-            outputs.append(checkpoint(_attend_completions, bucket, attend, *packed, **rules))
+            outputs.append(
+                checkpoint(
+                    _attend_completions, bucket, attend, *packed, use_reentrant=False, preserve_rng_state=dropout > 0
+                )
+            )
         else:
             outputs.append(_attend_completions(bucket, attend, *packed))
     return torch.cat(outputs).index_select(0, layout.rows_S)[None], None
@@ -149,10 +152,9 @@ class Bucket:
         if longest + num_queries <= window:
             return self
         first = max(self.lengths_R.min(initial=longest) - window + 1, 0)
-        mask = _mask(self.lengths_R, longest, num_queries, window)[..., first:]
-        prompt_mask = np.tril(np.triu(np.ones((longest, longest), dtype=bool), 1 - window))
-        mask, prompt_mask = (torch.from_numpy(x).to(self.mask.device) for x in (mask, prompt_mask))
-        return replace(self, keys_RK=self.keys_RK[:, first:], mask=mask, prompt_mask=prompt_mask)
+        mask = torch.from_numpy(_mask(self.lengths_R, longest, num_queries, window)[..., first:])
+        prompt_mask = self.mask.new_ones(longest, longest).triu(1 - window).tril()
+        return replace(self, keys_RK=self.keys_RK[:, first:], mask=mask.to(self.mask.device), prompt_mask=prompt_mask)
 
 
 @dataclass(frozen=True)
@@ -192,8 +194,9 @@ def make_layout(
         keys_RK = np.concatenate([prompts_PL[prompt_of_row], queries_RM], axis=1)
         lengths_R = np.array([prompts[i][1] for i in prompt_of_row])
         mask = _mask(lengths_R, prompts_PL.shape[1], queries_RM.shape[1])
-        tensors = (torch.from_numpy(x).to(device) for x in (prompts_PL, queries_RM, keys_RK, mask))
-        buckets.append(Bucket(*tensors, lengths_R))
+        arrays = prompts_PL, queries_RM, keys_RK, mask
+        at_prompts, at_queries, at_keys, sees = (torch.from_numpy(x).to(device) for x in arrays)
+        buckets.append(Bucket(at_prompts, at_queries, at_keys, sees, lengths_R))
         places += [prompt_places, completion_places]
     # Row by row we have the places in the sequence; turned round, the row of each place. Padding (-1) is written to an
     # extra last place, which is cut off.

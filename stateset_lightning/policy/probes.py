@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from stateset_lightning.errors import SamplingError
 from stateset_lightning.policy.precision import LOGPROB_TOLERANCE, replaced_parameters
+from stateset_lightning.policy.text_model import use_one_rope_table
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -36,6 +37,9 @@ SCALED = {
     "intermediate_size": 64,
     "moe_intermediate_size": 64,
 }
+
+# Tokens by which a twin chooses rotary frequencies that depend on the length: it has one table, as every run does.
+TWIN_LONGEST = 64
 
 _vouched: set[tuple[Any, ...]] = set()
 
@@ -75,7 +79,8 @@ def exact_on(model: PreTrainedModel, path: str, difference: Callable[[PreTrained
         path: The shortcut's name; a twin vouches once for all models of its class and configuration.
         difference: The largest difference of a log-prob, in nats, on a model.
     """
-    key = type(model), model.config.to_json_string(), path, model.config._attn_implementation, model.device.type
+    attention = model.config.get_text_config()._attn_implementation
+    key = type(model), model.config.to_json_string(), path, attention, model.device.type
     try:
         off, limit = difference(model), PROBE_TOLERANCE
         if off > limit and model.dtype.itemsize < 4:
@@ -108,6 +113,7 @@ def make_twin(model: PreTrainedModel) -> PreTrainedModel:
         # Matrices of gain 1, so that attention is far from uniform; norms and biases near their usual values.
         scale, offset = (p.shape[-1] ** -0.5, 0.0) if p.dim() > 1 else (0.1, float(name.endswith("weight")))
         p.data.normal_(generator=generator).mul_(scale).add_(offset)
+    use_one_rope_table(twin, TWIN_LONGEST)
     return twin.to(model.device, torch.float32).eval().requires_grad_(False)
 
 

@@ -168,7 +168,7 @@ def test_a_window_that_attention_is_not_told_of_is_found_by_the_probe(
     )
     policy = make_policy(model)
     assert not policy.uses_packed_scoring
-    assert "differ from its padded ones" in caplog.text
+    assert "in a probe its log-probs were off" in caplog.text
     assert (model.config.sliding_window, model.config._attn_implementation) == (1000, "sdpa")
 
 
@@ -501,4 +501,4 @@ def test_scoring_enters_few_of_our_files(make_model: Callable[..., Any], tiny_to
         assert policy.context_length == 128
     finally:
         sys.setprofile(None)
-    assert entered == {"policy", "head", "packed_attention", "recomputed_layers"}
+    assert entered == {"policy", "ends", "head", "packed_attention", "recomputed_layers"}

@@ -83,6 +83,6 @@ def test_rows_that_depend_on_their_neighbours_are_scored_alone(
         output.last_hidden_state = output.last_hidden_state + 0.1 * (kwargs["input_ids"].shape[0] - 1)
 
     model.model.register_forward_hook(leaks, with_kwargs=True)
-    policy = Policy(model, PolicyConfig("random"))
+    policy = Policy(model, PolicyConfig("random", scoring="padded"))
     assert policy.scores_alone
     assert "scored a completion at a time: in a probe its log-probs were off" in caplog.text

@@ -34,7 +34,9 @@ def make_engine(make_model: Callable[..., Any], tiny_tokenizer: Any) -> Callable
         model.generation_config.eos_token_id = ends
         engine = InProcessEngine(tiny_tokenizer, dtype)
         engine.sync(Policy(model, PolicyConfig("random")))
-        engine.generate([[5]], 1, RolloutConfig(max_new_tokens=1), [0])  # probes are made now, and counted by no test
+        with engine._sampling_mode(), engine._cpu_decoding.prepared(1) as decoder:
+            for way in (decoder, None):  # probes are made now, and counted by no test
+                engine._exact_kind(1, way)
         return engine
 
     return make
