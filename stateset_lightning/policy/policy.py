@@ -21,18 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.policy import lora, packed_attention
+from stateset_lightning.policy import lora, packed_attention, probes
 from stateset_lightning.policy.config import PolicyConfig
 from stateset_lightning.policy.head import HeadOptions, token_logprobs
 from stateset_lightning.policy.lora_state import AdapterState, base_digest, keep_only_in_state_dict
-from stateset_lightning.policy.probes import (
-    PROBE_TOLERANCE,
-    exact_on,
-    own_logprobs,
-    probe_tokens,
-    reason_of,
-    sees_ahead,
-)
 from stateset_lightning.policy.recomputed_layers import use_recomputed_layers
 from stateset_lightning.policy.text_model import use_one_rope_table
 
@@ -225,11 +217,12 @@ class Policy(nn.Module):
     @torch.no_grad()
     def _probe_head(self) -> bool:
         """Whether the model's logits are its output embedding applied to its last hidden states (and a soft cap)."""
-        head, ids, name = self.model.get_output_embeddings(), self._ids([probe_tokens(4)]), self.config.model_name
+        head, name = self.model.get_output_embeddings(), self.config.model_name
+        ids = self._ids([probes.probe_tokens(4)])
         try:
             logits = self.model(input_ids=ids, use_cache=False).logits.float()
         except Exception as error:  # whatever it lacks: a library, an encoder's output, a device
-            raise ConfigError(f"{name} cannot be trained on text alone: {reason_of(error)}") from error
+            raise ConfigError(f"{name} cannot be trained on text alone: {probes.reason_of(error)}") from error
         reason = "it has no output embedding"
         if head is not None and not set(dict(head.named_parameters())) <= {"weight", "bias"}:
             # A new adapter changes nothing yet, so the comparison below would not notice it.
@@ -242,10 +235,10 @@ class Policy(nn.Module):
                 own = head(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
                 if self.softcap is not None:
                     own = torch.tanh(own / self.softcap) * self.softcap
-                if torch.allclose(logits, own, atol=PROBE_TOLERANCE, rtol=1e-2):
+                if torch.allclose(logits, own, atol=probes.PROBE_TOLERANCE, rtol=1e-2):
                     return True
             except Exception as error:  # of a model whose parts are others than a decoder and a head
-                reason = reason_of(error)
+                reason = probes.reason_of(error)
         log.warning("%s is scored with all logits in memory: %s.", name, reason)
         return False
 
@@ -257,7 +250,7 @@ class Policy(nn.Module):
             previous = self.model.config.get_text_config()._attn_implementation
             packed_attention.register()
             self.model.set_attn_implementation(packed_attention.NAME)
-            reason = exact_on(self.model, "packed", partial(self._compare_with_own, self._packed))
+            reason = probes.exact_on(self.model, "packed", partial(self._compare_with_own, self._packed))
             if reason is None:
                 return True
             self.model.set_attn_implementation(previous)
@@ -284,27 +277,28 @@ class Policy(nn.Module):
 
     def _probe_padded(self) -> bool:
         """Whether completions must be scored one by one, as padding or a neighbour changes their log-probs."""
-        reason = exact_on(self.model, "padded", partial(self._compare_with_own, self._padded))
-        if reason is not None and sees_ahead(self.model):
-            if self.model.config.get_text_config()._attn_implementation == "eager":
+        name, model = self.config.model_name, self.model
+        reason = probes.exact_on(model, "padded", partial(self._compare_with_own, self._padded))
+        if reason is None:
+            return False
+        if probes.sees_ahead(model):
+            if model.config.get_text_config()._attn_implementation == "eager":
                 raise ConfigError(
-                    f"{self.config.model_name} is no causal language model: its tokens see those that follow them; set"
-                    " `is_decoder` to true in its config.json if it has this key, or choose another model"
+                    f"{name} is no causal language model: its tokens see those that follow them; set `is_decoder` to"
+                    " true in its config.json if it has this key, or choose another model"
                 )
-            log.warning(
-                "%s is run with eager attention: else its tokens see those that follow.", self.config.model_name
-            )
-            self.model.set_attn_implementation("eager")
+            log.warning("%s is run with eager attention: with other kinds its tokens see those that follow.", name)
+            model.set_attn_implementation("eager")
             return self._probe_padded()
-        if reason is not None:
-            log.warning("%s is scored a completion at a time: %s.", self.config.model_name, reason)
-        return reason is not None
+        log.warning("%s is scored a completion at a time: %s.", name, reason)
+        return True
 
     def _compare_with_own(self, path: Callable[[Sequence[Group]], Tensor], model: PreTrainedModel) -> float:
         """The largest difference in nats between a path and the forward of one row, in a small ragged batch."""
-        groups = [Group(probe_tokens(n, n), [probe_tokens(m, m) for m in lengths]) for n, lengths in PROBE_LENGTHS]
+        draw = probes.probe_tokens
+        groups = [Group(draw(n, n), [draw(m, m) for m in lengths]) for n, lengths in PROBE_LENGTHS]
         expected = [
-            own_logprobs(model, [*group.prompt, *completion])[len(group.prompt) - 1 : -1]
+            probes.own_logprobs(model, [*group.prompt, *completion])[len(group.prompt) - 1 : -1]
             for group in groups
             for completion in group.completions
         ]
