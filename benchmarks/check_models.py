@@ -239,7 +239,7 @@ CHECKS = ("build", "load", "scoring", "greedy", "train", "resume", "lora")
 
 def _prompts() -> list[str]:
     """Short ones and one that is long enough to be shared, in turn."""
-    return [text for i in range(4) for text in (f"What is {i} + {2 * i}?", f"{i}a b c d e f " * 40)]
+    return [text for i in range(4) for text in (f"What is {i} + {2 * i}?", f"{i}a b c d e f " * 25)]
 
 
 def _reward(text: str) -> float:

@@ -50,7 +50,8 @@ RULES: list[tuple[str, int]] = [
     (r"mamba_dt_rank|time_step_rank", 4),
     (r"(mamba_)?chunk_size|block_size", 16),
     (r"index(er)?_n_heads", 16),  # with few, many keys score 0, and which of equals are selected is left open
-    (r"sliding_window(_size)?|attention_chunk_size|index_topk|keep_window_size|local_attention(_window_len)?", WINDOW),
+    (r"keep_window_size", POSITIONS),  # as of Doge's checkpoints, so that no top-k has to break ties
+    (r"sliding_window(_size)?|attention_chunk_size|index_topk|local_attention(_window_len)?", WINDOW),
     (r"attention_window_size|window_size|local_attn_chunk_length|lsh_attn_chunk_length", WINDOW),
     (r"original_max_position_embeddings", LONG),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_target_positions|model_max_length", POSITIONS),

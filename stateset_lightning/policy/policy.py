@@ -277,19 +277,15 @@ class Policy(nn.Module):
 
     def _probe_padded(self) -> bool:
         """Whether completions must be scored one by one, as padding or a neighbour changes their log-probs."""
-        name, model = self.config.model_name, self.model
-        reason = probes.exact_on(model, "padded", partial(self._compare_with_own, self._padded))
+        name = self.config.model_name
+        reason = probes.exact_on(self.model, "padded", partial(self._compare_with_own, self._padded))
         if reason is None:
             return False
-        if probes.sees_ahead(model):
-            if model.config.get_text_config()._attn_implementation == "eager":
-                raise ConfigError(
-                    f"{name} is no causal language model: its tokens see those that follow them; set `is_decoder` to"
-                    " true in its config.json if it has this key, or choose another model"
-                )
-            log.warning("%s is run with eager attention: with other kinds its tokens see those that follow.", name)
-            model.set_attn_implementation("eager")
-            return self._probe_padded()
+        if probes.sees_ahead(self.model):
+            raise ConfigError(
+                f"{name} is no causal language model: its tokens see those that follow them; set `is_decoder` to true"
+                " in its config.json if it has this key, or choose another model"
+            )
         log.warning("%s is scored a completion at a time: %s.", name, reason)
         return True
 

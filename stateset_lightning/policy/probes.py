@@ -58,8 +58,9 @@ def own_logprobs(model: PreTrainedModel, ids: list[int]) -> Tensor:
     return logits[0].float().log_softmax(-1)
 
 
+@torch.no_grad()
 def sees_ahead(model: PreTrainedModel) -> bool:
-    """Whether a token's log-probs depend on those that follow it (an encoder, or no mask where attention has none)."""
+    """Whether a token's log-probs depend on those that follow it, as an encoder's do."""
     ids = probe_tokens(32)
     whole, prefix = (own_logprobs(model, ids[:length])[:20] for length in (32, 20))
     return float((whole - prefix).abs().mean()) > LOGPROB_TOLERANCE[model.dtype]
