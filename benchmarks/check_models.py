@@ -102,34 +102,49 @@ class Model:
         generator = torch.Generator().manual_seed(2)
         prompts = [torch.randint(3, 256, (length,), generator=generator).tolist() for length in LENGTHS]
         sampling = RolloutConfig(num_generations=2, max_new_tokens=NEW_TOKENS)
-        for batch in (prompts[:-1], prompts):  # the second with a prompt that is long enough to be shared
+        # In the second, a prompt is long enough to be shared.
+        for batch in (prompts[:-1], [prompts[0], prompts[-1]]):
             rollout = engine.generate(batch, 2, sampling, range(2 * len(batch)), greedy=True)
             logprobs = rollout.logprobs_T.split(rollout.lengths_N.tolist())
             self.facts["sampling"] = {None: "batch", True: "generate", False: "no cache"}[engine._caches]
-            for n, (tokens, sampled) in enumerate(zip(rollout.completions(), logprobs, strict=True)):
-                self._compare(own, batch[n // 2], tokens, sampled)
+            completions = rollout.completions()
+            for n, (tokens, sampled) in enumerate(zip(completions, logprobs, strict=True)):
+                self._compare_logprobs(own, batch[n // 2], tokens, sampled)
+            if not self._changes_tables():  # `generate` would do so in the middle of a completion
+                for prompt, pair in zip(batch, zip(completions[::2], completions[1::2], strict=True), strict=True):
+                    self._compare_tokens(own, prompt, pair)
 
-    def _compare(self, own: Any, prompt: list[int], tokens: list[int], sampled: Tensor) -> None:
+    def _compare_logprobs(self, own: Any, prompt: list[int], tokens: list[int], sampled: Tensor) -> None:
         longs = (0, max(LENGTHS) + NEW_TOKENS) if self._changes_tables() else (0,)
-        off = min((sampled - _logprobs(own, prompt, tokens, long)).abs().max().item() for long in longs)
+        own_TV = [_all_logprobs(own, [*prompt, *tokens], len(prompt), long) for long in longs]
+        own_T = [rows.gather(-1, torch.tensor(tokens)[:, None])[:, 0] for rows in own_TV]
+        off = min((sampled - each).abs().max().item() for each in own_T)
         if off > 10 * TOLERANCE:
             raise Wrong(f"sampled log-probs differ by {off:.1e} nats from the model's own, prompt of {len(prompt)}")
-        if len(longs) > 1:
-            return  # `generate` changes tables in the middle of a completion
-        with torch.no_grad():
-            ids = torch.tensor([prompt])
-            options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": NEW_TOKENS}
-            expected = own.generate(ids, **options, pad_token_id=PAD, eos_token_id=EOS)[0, len(prompt) :].tolist()
-        place = next((i for i, pair in enumerate(zip(tokens, expected, strict=False)) if pair[0] != pair[1]), None)
-        if place is None:
-            if len(tokens) != len(expected):
-                raise Wrong(f"{len(tokens)} greedy tokens, `generate` gives {len(expected)}, prompt of {len(prompt)}")
+        if min((rows.max(-1).values - each).max() for rows, each in zip(own_TV, own_T, strict=True)) > TIE:
+            raise Wrong(f"a greedy token is not the likeliest by the model's own forward, prompt of {len(prompt)}")
+
+    def _compare_tokens(self, own: Any, prompt: list[int], completions: Sequence[list[int]]) -> None:
+        """Of one prompt, against what `generate` makes of it."""
+        ids = torch.tensor([prompt])
+        options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": NEW_TOKENS}
+        try:
+            with torch.no_grad():
+                expected = own.generate(ids, **options, pad_token_id=PAD, eos_token_id=EOS)[0, len(prompt) :].tolist()
+        except Exception:  # theirs to mend: the forward alone is the judge then
+            self.facts["generate"] = "`generate` raises"
             return
-        best = _all_logprobs(own, [*prompt, *tokens[:place], PAD], len(prompt) + place, 0)[0]
-        if best.max() - best[tokens[place]] > TIE:
-            raise Wrong(f"greedy token {place} differs from that of `generate`, prompt of {len(prompt)}")
-        if best.max() - best[expected[place]] > TIE:
-            self.facts["generate"] = "`generate` differs from the model's own forward"
+        for tokens in completions:
+            place = next((i for i, pair in enumerate(zip(tokens, expected, strict=False)) if pair[0] != pair[1]), None)
+            if place is None:
+                if len(tokens) != len(expected):
+                    raise Wrong(f"{len(tokens)} tokens, `generate` gives {len(expected)}, prompt of {len(prompt)}")
+                continue
+            best = _all_logprobs(own, [*prompt, *tokens[:place], PAD], len(prompt) + place, 0)[0]
+            if best.max() - best[tokens[place]] > TIE:
+                raise Wrong(f"greedy token {place} differs from that of `generate`, prompt of {len(prompt)}")
+            if best.max() - best[expected[place]] > TIE:
+                self.facts["generate"] = "`generate` differs from the model's own forward"
 
     def train(self) -> None:
         """Two steps, with a checkpoint after each."""
@@ -162,7 +177,7 @@ class Model:
         rows = rollout.completions()
         groups = [Group(prompt, rows[2 * i : 2 * i + 2]) for i, prompt in enumerate(prompts)]
         difference = (policy.score_without_gradient(groups)[0] - rollout.logprobs_T).abs().max().item()
-        if difference > 10 * TOLERANCE:
+        if difference > 30 * TOLERANCE:  # the adapter is large, and so are outputs and their rounding
             raise Wrong(f"with an adapter, sampling and scoring differ by up to {difference:.1e} nats")
         policy.score(groups[:1])[0].sum().backward()
         if not any(p.grad is not None and p.grad.abs().max() > 0 for p in policy.parameters()):
