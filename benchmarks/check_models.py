@@ -72,6 +72,7 @@ class Model:
 
     def load(self) -> None:
         self.policy = Policy(load_model(self._config()), self._config())
+        self.policy.prepare_for(max(LENGTHS) + NEW_TOKENS)  # as a run does that knows its longest prompt
         self.facts["scoring"] = self.policy.scoring
 
     def scoring(self) -> None:
@@ -301,6 +302,7 @@ def _said(error: BaseException) -> str:
 
 def _child(entry: Entry, checks: Sequence[str], pipe: Connection) -> None:
     """Sends (check, state, CPU seconds, facts) after each check, and nothing after the last."""
+    gc.freeze()  # what was there before the fork: collecting would copy its pages
     devnull = open(os.devnull, "w")  # noqa: SIM115 (the process ends with it)
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(devnull), redirect_stderr(devnull):
