@@ -114,6 +114,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [32, 32]},
+    "xlm": {"causal": True},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32},
     "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32, "hybrid_layer_ids": [1]},

@@ -218,29 +218,32 @@ class Policy(nn.Module):
     def _probe_head(self) -> bool:
         """Whether the model's logits are its output embedding applied to its last hidden states (and a soft cap)."""
         head, name = self.model.get_output_embeddings(), self.config.model_name
-        ids = self._ids([probes.probe_tokens(4)])
         try:
-            logits = self.model(input_ids=ids, use_cache=False).logits.float()
+            probes.own_logprobs(self.model, probes.probe_tokens(4))
         except Exception as error:  # whatever it lacks: a library, an encoder's output, a device
             raise ConfigError(f"{name} cannot be trained on text alone: {probes.reason_of(error)}") from error
-        reason = "it has no output embedding"
+        reason: str | None = "it has no output embedding"
         if head is not None and not set(dict(head.named_parameters())) <= {"weight", "bias"}:
             # A new adapter changes nothing yet, so the comparison below would not notice it.
             reason = "its output embedding is adapted"
         elif self.model.base_model is self.model:
             reason = "it has no body without its output embedding"
         elif head is not None:
-            reason = "its logits are not its output embedding applied to its last hidden states"
-            try:
-                own = head(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
-                if self.softcap is not None:
-                    own = torch.tanh(own / self.softcap) * self.softcap
-                if torch.allclose(logits, own, atol=probes.PROBE_TOLERANCE, rtol=1e-2):
-                    return True
-            except Exception as error:  # of a model whose parts are others than a decoder and a head
-                reason = probes.reason_of(error)
+            reason = probes.exact_on(self.model, "head", self._compare_head)
+            if reason is None:
+                return True
         log.warning("%s is scored with all logits in memory: %s.", name, reason)
         return False
+
+    def _compare_head(self, model: PreTrainedModel) -> float:
+        """The largest difference in nats between the output embedding behind the body and the whole model."""
+        ids = probes.probe_tokens(21)
+        body = model.base_model(input_ids=self._ids([ids]), use_cache=False).last_hidden_state[0]
+        return float((self._head_logprobs(model, body) - probes.own_logprobs(model, ids)).abs().max())
+
+    def _head_logprobs(self, model: PreTrainedModel, outputs: Tensor) -> Tensor:
+        logits = model.get_output_embeddings()(outputs).float()
+        return (logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap).log_softmax(-1)
 
     @torch.no_grad()
     def _probe_packed(self) -> bool:
@@ -301,13 +304,10 @@ class Policy(nn.Module):
         policys, self.model = self.model, model
         try:
             outputs = path(groups)
-            if self.uses_chunked_head:
-                outputs = model.get_output_embeddings()(outputs)
-                if self.softcap is not None:
-                    outputs = torch.tanh(outputs / self.softcap) * self.softcap
         finally:
             self.model = policys
-        return float((outputs.float().log_softmax(-1) - torch.cat(expected)).abs().max())
+        logps = self._head_logprobs(model, outputs) if self.uses_chunked_head else outputs.float().log_softmax(-1)
+        return float((logps - torch.cat(expected)).abs().max())
 
 
 def _batches(groups: Sequence[Group]) -> list[list[Group]]:
