@@ -219,7 +219,7 @@ class Policy(nn.Module):
         """Whether the model's logits are its output embedding applied to its last hidden states (and a soft cap)."""
         head, name = self.model.get_output_embeddings(), self.config.model_name
         try:
-            probes.own_logprobs(self.model, probes.probe_tokens(4))
+            probes.own_logprobs(self.model, probes.probe_tokens(8))
         except Exception as error:  # whatever it lacks: a library, an encoder's output, a device
             raise ConfigError(f"{name} cannot be trained on text alone: {probes.reason_of(error)}") from error
         reason: str | None = "it has no output embedding"
@@ -237,7 +237,7 @@ class Policy(nn.Module):
 
     def _compare_head(self, model: PreTrainedModel) -> float:
         """The largest difference in nats between the output embedding behind the body and the whole model."""
-        ids = probes.probe_tokens(21)
+        ids = probes.probe_tokens(8)
         body = model.base_model(input_ids=self._ids([ids]), use_cache=False).last_hidden_state[0]
         return float((self._head_logprobs(model, body) - probes.own_logprobs(model, ids)).abs().max())
 
