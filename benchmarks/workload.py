@@ -11,11 +11,18 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 VOCABULARY = 512
 EOS, PAD = 1, 0
-UNREACHABLE_EOS = VOCABULARY  # a token that the model has no logit for: every completion runs to its limit
+UNREACHABLE_EOS = VOCABULARY  # see `add_unreachable_end`
 NUM_PROMPTS, NUM_GENERATIONS = 2, 8
 
 
@@ -52,8 +59,11 @@ def make_tokenizer(unreachable_eos: bool, vocabulary: int = VOCABULARY) -> PreTr
     )
 
 
-def make_model(**sizes: int) -> Qwen2ForCausalLM:
-    """31.7M parameters unless told otherwise, random, tied embeddings."""
+def make_model(family: str = "qwen2", **sizes: int) -> PreTrainedModel:
+    """About 32M parameters unless told otherwise, random, tied embeddings.
+
+    "gemma3" has Gemma 3's smallest window, in five of six layers.
+    """
     torch.manual_seed(0)
     shape = {
         "hidden_size": 512,
@@ -63,12 +73,27 @@ def make_model(**sizes: int) -> Qwen2ForCausalLM:
         "intermediate_size": 2048,
     }
     options: dict[str, Any] = {**shape, "vocab_size": VOCABULARY, **sizes}
-    return Qwen2ForCausalLM(
-        Qwen2Config(**options, tie_word_embeddings=True, pad_token_id=PAD, eos_token_id=None, bos_token_id=None)
-    )
+    options |= {"tie_word_embeddings": True, "pad_token_id": PAD, "eos_token_id": None, "bos_token_id": None}
+    if family == "gemma3":
+        return Gemma3ForCausalLM(Gemma3TextConfig(**options, head_dim=64, sliding_window=512))
+    return Qwen2ForCausalLM(Qwen2Config(**options))
 
 
-def teach_eos_rate(model: Qwen2ForCausalLM, rate: float, steps: int = 40) -> None:
+@torch.no_grad()
+def add_unreachable_end(model: PreTrainedModel) -> None:
+    """Appends a token whose logit is far below all others, so that every completion runs to its limit.
+
+    The first number of the residual stream is made large and positive in every token, and only that token's output
+    embedding looks at it, with a minus.
+    """
+    model.resize_token_embeddings(model.config.vocab_size + 1, mean_resizing=False)
+    inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    inputs[:, 0] = 1.0
+    outputs[-1] = 0.0
+    outputs[-1, 0] = -50.0
+
+
+def teach_eos_rate(model: PreTrainedModel, rate: float, steps: int = 40) -> None:
     """Trains on random token streams that end with probability `rate` per token, so that samples end about as often."""
     generator = torch.Generator().manual_seed(1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
@@ -81,11 +106,13 @@ def teach_eos_rate(model: Qwen2ForCausalLM, rate: float, steps: int = 40) -> Non
         optimizer.step()
 
 
-def save_workload(folder: Path, case: Case) -> None:
+def save_workload(folder: Path, case: Case, family: str = "qwen2") -> None:
     """Model and tokenizer of a case, as a folder that both sides load."""
-    model = make_model()
+    model = make_model(family)
     if case.eos_rate:
         teach_eos_rate(model, case.eos_rate)
+    else:
+        add_unreachable_end(model)
     eos = EOS if case.eos_rate else UNREACHABLE_EOS
     model.generation_config.eos_token_id = eos
     model.generation_config.pad_token_id = PAD

@@ -102,6 +102,8 @@ def test_the_work_of_a_step_is_what_it_has_to_be(
     engine.sync(policy)
     prompts, group, length = [[5] * 30, [6] * 50], 4, 10
     tokens = forwarded_tokens(model)
+    engine.generate(prompts, group, RolloutConfig(max_new_tokens=1), range(8))  # probes what it may do
+    tokens.clear()
     rollout = engine.generate(prompts, group, RolloutConfig(max_new_tokens=length), range(8))
     # Two prompts in one prefill (padded to the longer one), then a token per row; the last one is sampled and not
     # forwarded.

@@ -107,7 +107,9 @@ def saves_asynchronously(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = checkpoint_io.atomic_write
     monkeypatch.setattr(checkpoint_io, "atomic_write", lambda file: written.append(file.name) or original(file))
     keeps = ModelCheckpoint(folder, "{step}", every_n_train_steps=1)
-    fit(folder, callbacks=[keeps], enable_checkpointing=True, plugins=[AsyncCheckpointIO(AsyncCheckpointIO())])
+    inner = AsyncCheckpointIO()
+    fit(folder, callbacks=[keeps], enable_checkpointing=True, plugins=[AsyncCheckpointIO(inner)])
+    inner.teardown()  # the outer one waits for its own thread alone
     assert written == ["step=1.ckpt", "step=2.ckpt"]
 
 

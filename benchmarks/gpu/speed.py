@@ -437,6 +437,7 @@ def main() -> int:
         flush=True,
     )
     if options.folder is not None:
+        workload.add_unreachable_end(model)
         model.save_pretrained(options.folder)
         workload.make_tokenizer(unreachable_eos=True, vocabulary=VOCABULARY).save_pretrained(options.folder)
     policy = Policy(model, PolicyConfig(options.model))

@@ -53,6 +53,7 @@ class InProcessEngine:
     def sync(self, policy: Policy) -> None:
         if policy is not self._policy:
             self._policy, self._cpu_decoding = policy, CPUDecoding(policy.model)
+            self._ends = end_of_sequence_ids(policy.model, self.tokenizer)
             # Why a way of decoding is not exact, None where it is: of each that has been asked for.
             self._obstacles: dict[tuple[type[RunningBatch], bool], str | None] = {}
             self._caches: bool | None = None  # whether transformers' own decoding with a cache is exact
@@ -79,8 +80,7 @@ class InProcessEngine:
         texts = [""] * len(seeds_N)
         with self._sampling_mode(), self._cpu_decoding.prepared(min(len(texts), sampling.max_batch_rows)) as decoder:
             model, kind = self.policy.model, self._exact_kind(max(map(len, prompts)), decoder)
-            stop = StopStrings(sampling.stop, self.tokenizer, end_of_sequence_ids(model, self.tokenizer))
-            noise = None if greedy else seeds_N
+            stop, noise = StopStrings(sampling.stop, self.tokenizer, self._ends), None if greedy else seeds_N
 
             def report(n: int, tokens: list[int]) -> None:
                 texts[n] = stop.text(tokens)

@@ -17,6 +17,7 @@ from cli_runs import RUN_CONFIG
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from module_runs import SCENARIOS, DigitReward, fit, make_data, make_module
+from tokenizers import normalizers
 
 from stateset_lightning import GRPOLightningModule, ScenarioDataModule, rewards
 from stateset_lightning.algorithm import GSPO, Clipped
@@ -171,6 +172,10 @@ def set_template(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}\n"
 
 
+def set_normalizer(tokenizer):
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+
+
 class Weighed(DigitReward):
     def __init__(self, bonus=0.0):
         super().__init__(name="digit")
@@ -183,7 +188,7 @@ CHANGES = {
     "rows: fewer": (with_data(train=SCENARIOS[:3]), r"\(rows of data.train\)"),
     "rows: system prompt": (with_data(system_prompt="Hm."), r"rows of data.train; .*data.system_prompt=Hm., and None"),
     "rows: validation": (with_data(validation=SCENARIOS[:3]), r"\(rows of data.validation\)"),
-    "tokenizer": (with_tokenizer(lambda tokenizer: tokenizer.add_tokens(["zzz"])), r"\(tokenizer\)"),
+    "tokenizer": (with_tokenizer(set_normalizer), r"\(tokenizer\)"),
     "template": (with_tokenizer(set_template), r"\(chat template\)"),
     "rewards: weight": (with_module(reward=DigitReward(weight=2.0)), "model.reward.digit.weight=2.0, and 1.0"),
     "rewards: class": (with_module(reward=Weighed()), "model.reward.digit=Weighed, and DigitReward"),
