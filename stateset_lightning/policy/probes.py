@@ -61,8 +61,8 @@ def own_logprobs(model: PreTrainedModel, ids: list[int]) -> Tensor:
 @torch.no_grad()
 def sees_ahead(model: PreTrainedModel) -> bool:
     """Whether a token's log-probs depend on those that follow it, as an encoder's do."""
-    ids = probe_tokens(8)
-    whole, prefix = (own_logprobs(model, ids[:length])[:5] for length in (8, 5))
+    ids = probe_tokens(6)
+    whole, prefix = (own_logprobs(model, ids[:length])[:4] for length in (6, 4))
     return float((whole - prefix).abs().mean()) > LOGPROB_TOLERANCE[model.dtype]
 
 
