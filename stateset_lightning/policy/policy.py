@@ -9,6 +9,7 @@ completions, packed; H hidden size; B rows of S tokens.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -35,7 +36,6 @@ log = logging.getLogger(__name__)
 
 # Of the prompts and their completions in the probe: on both sides of every threshold of a twin, 64 tokens together.
 PROBE_LENGTHS = ((21, (12, 5)), (13, (7,)), (3, (2, 1)))
-
 # Tokens of a forward pass that keeps nothing for a backward pass.
 TOKENS_WITHOUT_GRADIENT = 16_384
 
@@ -121,6 +121,13 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return self.model.device
 
+    def train(self, mode: bool = True) -> Policy:
+        """As torch's, but routers stay in evaluation mode: some (PhiMoE's) choose at random what they train."""
+        super().train(mode)
+        for module in self.modules():
+            module.training &= not re.search("Router|MoeBlock", type(module).__name__)
+        return self
+
     def prepare_for(self, longest: int | None) -> None:
         """Has rotary frequencies that depend on the length be those of the run's longest sequence (announced)."""
         if longest is not None and use_one_rope_table(self.model, longest) and longest != self.longest:
@@ -154,11 +161,11 @@ class Policy(nn.Module):
     def score_without_gradient(self, groups: Sequence[Group], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """As `score`, some groups at a time and without dropout: for old log-probs and for the reference."""
         training = self.model.training
-        self.model.eval()
+        self.eval()
         try:
             scores = [self.score(batch, temperature) for batch in _batches(groups)]
         finally:
-            self.model.train(training)
+            self.train(training)
         if not scores:
             return torch.empty(0), torch.empty(0)
         logprobs, entropies = zip(*scores, strict=True)
@@ -282,15 +289,14 @@ class Policy(nn.Module):
         """Whether completions must be scored one by one, as padding or a neighbour changes their log-probs."""
         name = self.config.model_name
         reason = probes.exact_on(self.model, "padded", partial(self._compare_with_own, self._padded))
-        if reason is None:
-            return False
-        if probes.sees_ahead(self.model):
+        if reason is not None and probes.sees_ahead(self.model):
             raise ConfigError(
                 f"{name} is no causal language model: its tokens see those that follow them; set `is_decoder` to true"
                 " in its config.json if it has this key, or choose another model"
             )
-        log.warning("%s is scored a completion at a time: %s.", name, reason)
-        return True
+        if reason is not None:
+            log.warning("%s is scored a completion at a time: %s.", name, reason)
+        return reason is not None
 
     def _compare_with_own(self, path: Callable[[Sequence[Group]], Tensor], model: PreTrainedModel) -> float:
         """The largest difference in nats between a path and the forward of one row, in a small ragged batch."""

@@ -201,6 +201,18 @@ def test_routers_of_experts_stay_under_an_adapter() -> None:
         assert not [name for name in trained if "router" in name]
 
 
+def test_routers_choose_while_training_as_they_do_while_sampling() -> None:
+    """PhiMoE's draw at random in training mode."""
+    config = PhimoeConfig(**TEXT, num_local_experts=4, num_experts_per_tok=2, input_jitter_noise=0.1)
+    policy = Policy(PhimoeForCausalLM(config), PolicyConfig("random"))
+    groups = [Group([3, 4, 5, 6], [[7, 8, 9, 10], [11, 12, 13]])]
+    expected, _ = policy.eval().score(groups)
+    scored, _ = policy.train().score(groups)
+    torch.testing.assert_close(scored, expected, atol=1e-6, rtol=0)
+    assert policy.training
+    assert policy.model.training
+
+
 @pytest.mark.parametrize("kind", ["jamba", "mamba2"])
 def test_no_adapter_sits_where_mamba_reads_weights_past_their_layer(kind: str) -> None:
     """There it would change nothing but what is sampled, where it is merged."""
