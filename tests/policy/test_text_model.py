@@ -204,7 +204,7 @@ def test_routers_of_experts_stay_under_an_adapter() -> None:
 def test_routers_choose_while_training_as_they_do_while_sampling() -> None:
     """PhiMoE's draw at random in training mode."""
     config = PhimoeConfig(**TEXT, num_local_experts=4, num_experts_per_tok=2, input_jitter_noise=0.1)
-    policy = Policy(PhimoeForCausalLM(config), PolicyConfig("random"))
+    policy = Policy(PhimoeForCausalLM(config).eval(), PolicyConfig("random"))
     groups = [Group([3, 4, 5, 6], [[7, 8, 9, 10], [11, 12, 13]])]
     expected, _ = policy.eval().score(groups)
     scored, _ = policy.train().score(groups)
