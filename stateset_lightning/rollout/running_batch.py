@@ -1,13 +1,15 @@
 """The rows that are decoded together: admitted when there is room, dropped when they are finished.
 
 All rows write their next token at the same column of the cache, so each is padded on the left to end there; a mask
-hides the padding. Letters: B rows of the batch, C columns of the cache, P prompts, V vocabulary.
+hides the padding. The state of a recurrent layer must not see padding: where there are some, prompts of one length are
+prefilled together, and no others. Letters: B rows of the batch, C columns of the cache, P prompts, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from stateset_lightning.policy.packed_attention import NAME as PACKED_ATTENTION
 from stateset_lightning.policy.packed_attention import SHARED_PROMPTS_ARGUMENT
 from stateset_lightning.policy.shared_prompts import SharedPrompts
-from stateset_lightning.rollout.cache import make_cache
+from stateset_lightning.rollout.cache import BufferLayer, StateLayer, make_cache
 from stateset_lightning.rollout.cpu_decoding import Attend, LlamaDecoder, attend_to_cache
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ class RunningBatch:
         self.limits_B = self.starts_B
         self.logits_BV = torch.empty(0)
         self._padded = False
+        self._has_states = any(isinstance(layer, StateLayer) for layer in self.cache.layers)
+        self._has_columns = any(isinstance(layer, BufferLayer) for layer in self.cache.layers)
 
     def __len__(self) -> int:
         return len(self.starts_B)
@@ -76,7 +80,7 @@ class RunningBatch:
             self.cache, column = cache, width
         starts_B = self._extended(self.starts_B + column - self.column, column - lengths_P[rows])
         self._add_rows(logits_PV[rows], lengths_P[rows], starts_B, column)
-        self._padded = bool((self.starts_B > 0).any())
+        self._padded = self._has_columns and bool((self.starts_B > 0).any())
 
     def keep(self, rows: Tensor) -> None:
         """Drops all rows but these."""
@@ -118,7 +122,10 @@ class RunningBatch:
 
     def _prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[DynamicCache, Tensor, Tensor]:
         """Each prompt once: the cache, the logits [P, V] that predict the first token, and the lengths [P]."""
-        width, device = max(map(len, prompts)), self.model.device
+        widths = sorted({len(prompt) for prompt in prompts})
+        if self._has_states and len(widths) > 1:
+            return self._prefill_by_length(prompts, widths, capacity)
+        width, device = widths[-1], self.model.device
         cache = make_cache(self.model, capacity)
         lengths_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
         ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
@@ -127,9 +134,25 @@ class RunningBatch:
         mask = positions >= 0 if any(len(prompt) != width for prompt in prompts) else None
         return cache, self._forward(ids, positions.clamp(min=0), cache, attention_mask=mask), lengths_P
 
+    def _prefill_by_length(
+        self, prompts: Sequence[Sequence[int]], widths: list[int], capacity: int
+    ) -> tuple[DynamicCache, Tensor, Tensor]:
+        """As `_prefill`, without padding."""
+        of_width = [[p for p, prompt in enumerate(prompts) if len(prompt) == width] for width in widths]
+        parts = [self._prefill([prompts[p] for p in numbers], capacity) for numbers in of_width]
+        cache = parts[0][0]
+        for width, (added, _, _) in zip(widths[1:], parts[1:], strict=True):
+            for layer, added_layer in zip(cache.layers, added.layers, strict=True):
+                layer.join(added_layer, 0, width, capacity)
+        order = torch.tensor(sum(of_width, []), device=self.model.device).argsort()
+        cache.batch_select_indices(order)
+        logits_PV, lengths_P = (torch.cat([part[i] for part in parts])[order] for i in (1, 2))
+        return cache, logits_PV, lengths_P
+
     def _forward(self, ids: Tensor, positions: Tensor, cache: DynamicCache, **arguments: Any) -> Tensor:
         """The model's logits at the last column, [B, V]; keys and values go into the cache."""
-        options: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        name = "cache_params" if "cache_params" in signature(self.model.forward).parameters else "past_key_values"
+        options: dict[str, Any] = {name: cache, "use_cache": True, "logits_to_keep": 1}
         return self.model(input_ids=ids, position_ids=positions, **options, **arguments).logits[:, -1]
 
     def _mask(self) -> Tensor | None:
