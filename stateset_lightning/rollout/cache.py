@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import (
     DummyLayer,
     DynamicCache,
@@ -96,15 +96,13 @@ class StateLayer(LinearAttentionLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """See `BufferLayer.batch_select_indices`."""
-        LinearAttentionLayer.reorder_cache(self, indices)
+        for states in (self.conv_states, self.recurrent_states):
+            states.update({i: state.index_select(0, indices) for i, state in states.items() if state is not None})
 
     def join(self, other: StateLayer, first: int, column: int, capacity: int) -> None:
         """See `BufferLayer.join`."""
-        for states, added in (
-            (self.conv_states, other.conv_states),
-            (self.recurrent_states, other.recurrent_states),
-        ):
-            states |= {i: torch.cat([state, added[i]]) for i, state in states.items() if state is not None}
+        for states, added in ((self.conv_states, other.conv_states), (self.recurrent_states, other.recurrent_states)):
+            states.update({i: torch.cat([state, added[i]]) for i, state in states.items() if state is not None})
 
 
 class StateAndBufferLayer(StateLayer, LinearAttentionAndFullAttentionLayer, BufferLayer):
@@ -140,6 +138,9 @@ OURS: dict[type, type[BufferLayer | StateLayer | EmptyLayer]] = {
 }
 """In place of transformers' layers."""
 
+MODULE_STATES = ("conv1d_state", "recurrent_states")
+"""Attributes of modules that keep states of rows themselves, as RecurrentGemma's do."""
+
 
 def make_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:
     """An empty cache for `capacity` tokens per row.
@@ -154,12 +155,18 @@ def make_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:
             f"{type(model).__name__} keeps {', '.join(others)} beside attention keys and values, which this cannot"
         )
     # A model without a layer list in its config grows its cache as layers ask for it.
-    layers = cache.layers or [DynamicLayer() for _ in range(model.config.get_text_config().num_hidden_layers)]
+    layers = cache.layers or [DynamicLayer()] * model.config.get_text_config().num_hidden_layers
     cache.layers = [
-        OURS[type(layer)](capacity=capacity, number_of_states=getattr(layer, "number_of_states", 1))
-        for layer in layers
+        OURS[type(layer)](capacity=capacity, number_of_states=getattr(layer, "number_of_states", 1)) for layer in layers
     ]
+    if modules := modules_with_states(model):
+        cache.layers.append(StateLayer(len(modules)))
     return cache
+
+
+def modules_with_states(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
+    """Modules with an attribute of `MODULE_STATES`, and its name. A cache keeps these states in one more layer."""
+    return [(module, name) for module in model.modules() for name in MODULE_STATES if hasattr(module, name)]
 
 
 def _join(rows: Tensor, added: Tensor, column: int, capacity: int) -> Tensor:
