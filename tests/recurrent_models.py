@@ -32,7 +32,7 @@ RECURRENT: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 8},
     "mamba2": {"state_size": 8, "num_heads": 8, "n_groups": 1},
     "nemotron_h": {
-        "layers_block_type": ["mamba", "attention"],
+        "layers_block_type": ["moe", "mamba", "attention"],
         **{"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1},
         **{"moe_intermediate_size": 16, "n_routed_experts": 4},
     },

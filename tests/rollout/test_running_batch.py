@@ -11,6 +11,7 @@ from windowed_models import FAMILIES, random_tokens, windowed_model
 from stateset_lightning.policy import Policy, PolicyConfig
 from stateset_lightning.rollout.running_batch import SHARE_FROM, RunningBatch, SharingBatch, batch_kinds
 
+STATES = ["qwen3_5_text", "lfm2", "falcon_h1", "mamba", "nemotron_h", "recurrent_gemma"]
 PROMPTS = [[20, 31, 42, 53, 64], [75, 86], [97, 108, 119]]
 
 
@@ -20,7 +21,7 @@ def policy_model(model: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [(SharingBatch, "llama"), *((RunningBatch, name) for name in ["llama", *RECURRENT])]
+    ("kind", "name"), [(SharingBatch, "llama"), *((RunningBatch, name) for name in ["llama", *STATES])]
 )
 def test_logits_are_those_of_each_row_alone(
     make_model: Callable[..., Any], kind: type[RunningBatch], name: str
