@@ -45,4 +45,9 @@ def small_family(name: str, options: dict[str, Any]) -> Any:
     config = CONFIG_MAPPING[name](**{**SIZES, **options})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config).eval()
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:  # biases and norms, away from the trivial
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()

@@ -10,15 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import (
-    DummyLayer,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
-    LinearAttentionLayer,
-)
+from transformers import cache_utils
 
 from stateset_lightning.errors import ConfigError
 
@@ -26,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class BufferLayer(DynamicLayer):
+class BufferLayer(cache_utils.DynamicLayer):
     """Keys and values [B, heads, C, d] of one attention layer; `keys` and `values` are views of what has been written.
 
     A sliding-window layer keeps all its keys as well: the mask, which transformers derives from positions, hides the
@@ -91,7 +83,7 @@ class BufferLayer(DynamicLayer):
             self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
 
 
-class StateLayer(LinearAttentionLayer):
+class StateLayer(cache_utils.LinearAttentionLayer):
     """The states of a recurrent layer: convolutions' last inputs, and what has been summed up. They have no columns."""
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -105,12 +97,12 @@ class StateLayer(LinearAttentionLayer):
             states.update({i: torch.cat([state, added[i]]) for i, state in states.items() if state is not None})
 
 
-class StateAndBufferLayer(StateLayer, LinearAttentionAndFullAttentionLayer, BufferLayer):
+class StateAndBufferLayer(StateLayer, cache_utils.LinearAttentionAndFullAttentionLayer, BufferLayer):
     """A layer that is both: attention, with or without a window, beside a recurrence."""
 
     def __init__(self, capacity: int, number_of_states: int) -> None:
         BufferLayer.__init__(self, capacity)
-        StateLayer.__init__(self, number_of_states)
+        cache_utils.LinearAttentionLayer.__init__(self, number_of_states)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         for kind in (StateLayer, BufferLayer):
@@ -121,7 +113,7 @@ class StateAndBufferLayer(StateLayer, LinearAttentionAndFullAttentionLayer, Buff
             kind.join(self, other, first, column, capacity)
 
 
-class EmptyLayer(DummyLayer):
+class EmptyLayer(cache_utils.DummyLayer):
     """Of a layer that has nothing to remember, such as one of experts alone."""
 
     def join(self, other: EmptyLayer, first: int, column: int, capacity: int) -> None:
@@ -129,12 +121,12 @@ class EmptyLayer(DummyLayer):
 
 
 OURS: dict[type, type[BufferLayer | StateLayer | EmptyLayer]] = {
-    DynamicLayer: BufferLayer,
-    DynamicSlidingWindowLayer: BufferLayer,
-    LinearAttentionLayer: StateLayer,
-    LinearAttentionAndFullAttentionLayer: StateAndBufferLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer: StateAndBufferLayer,
-    DummyLayer: EmptyLayer,
+    cache_utils.DynamicLayer: BufferLayer,
+    cache_utils.DynamicSlidingWindowLayer: BufferLayer,
+    cache_utils.LinearAttentionLayer: StateLayer,
+    cache_utils.LinearAttentionAndFullAttentionLayer: StateAndBufferLayer,
+    cache_utils.LinearAttentionAndSlidingWindowAttentionLayer: StateAndBufferLayer,
+    cache_utils.DummyLayer: EmptyLayer,
 }
 """In place of transformers' layers."""
 
@@ -142,20 +134,20 @@ MODULE_STATES = ("conv1d_state", "recurrent_states")
 """Attributes of modules that keep states of rows themselves, as RecurrentGemma's do."""
 
 
-def make_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:
+def make_cache(model: PreTrainedModel, capacity: int) -> cache_utils.DynamicCache:
     """An empty cache for `capacity` tokens per row.
 
     Raises:
         ConfigError: If the model has layers that keep something else than attention's keys and values or the states of
             transformers' recurrent layers.
     """
-    cache = DynamicCache(config=model.config)
+    cache = cache_utils.DynamicCache(config=model.config)
     if others := sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in OURS}):
         raise ConfigError(
             f"{type(model).__name__} keeps {', '.join(others)} beside attention keys and values, which this cannot"
         )
     # A model without a layer list in its config grows its cache as layers ask for it.
-    layers = cache.layers or [DynamicLayer()] * model.config.get_text_config().num_hidden_layers
+    layers = cache.layers or [cache_utils.DynamicLayer()] * model.config.get_text_config().num_hidden_layers
     cache.layers = [
         OURS[type(layer)](capacity=capacity, number_of_states=getattr(layer, "number_of_states", 1)) for layer in layers
     ]

@@ -61,7 +61,7 @@ class RunningBatch:
         self.logits_BV = torch.empty(0)
         self._padded = False
         takes = signature(model.forward).parameters
-        self._cache_argument = "cache_params" if "cache_params" in takes else "past_key_values"
+        self._cache_name = "cache_params" if "cache_params" in takes else "past_key_values"
         self._modules_with_states = modules_with_states(model)
 
     def __len__(self) -> int:
@@ -149,7 +149,7 @@ class RunningBatch:
 
     def _forward(self, ids: Tensor, positions: Tensor, cache: DynamicCache, **arguments: Any) -> Tensor:
         """The model's logits at the last column, [B, V]; keys and values go into the cache."""
-        options: dict[str, Any] = {self._cache_argument: cache, "use_cache": True, "logits_to_keep": 1}
+        options: dict[str, Any] = {self._cache_name: cache, "use_cache": True, "logits_to_keep": 1}
         for i, (module, name) in enumerate(self._modules_with_states):
             setattr(module, name, cache.layers[-1].conv_states[i])
         logits = self.model(input_ids=ids, position_ids=positions, **options, **arguments).logits[:, -1]

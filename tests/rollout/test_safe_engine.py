@@ -71,7 +71,7 @@ def test_a_family_is_sampled_and_scored_as_its_own_forward_does(
         with torch.no_grad():
             logprobs = own(input_ids=torch.tensor([[*prompt, *completion]]), use_cache=False).logits[0].log_softmax(-1)
         expected_N.append(logprobs[len(prompt) - 1 : -1].gather(-1, torch.tensor(completion)[:, None])[:, 0])
-    torch.testing.assert_close(scored_T, torch.cat(expected_N), atol=1e-5, rtol=2e-5)
+    torch.testing.assert_close(scored_T, torch.cat(expected_N), atol=1e-5, rtol=0)
     torch.testing.assert_close(
         sampled.logprobs_T, scored_T, atol=1e-3, rtol=0
     )  # cached states have rounding of their own
