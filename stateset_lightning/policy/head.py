@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 CHUNK_BYTES = 64 * 2**20
 
@@ -30,6 +31,12 @@ class HeadOptions:
 
     def chunk(self, vocabulary: int) -> int:
         return self.chunk_tokens or max(16, CHUNK_BYTES // (4 * vocabulary))
+
+
+def softcap(config: PretrainedConfig) -> float | None:
+    """The bound of a model's logits, under the name that its family has for it; None without one."""
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return next((cap for name in names if (cap := getattr(config, name, None))), None)
 
 
 def token_logprobs(

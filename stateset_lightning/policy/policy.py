@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import lora, packed_attention
 from stateset_lightning.policy.config import PolicyConfig
-from stateset_lightning.policy.head import HeadOptions, token_logprobs
+from stateset_lightning.policy.head import HeadOptions, softcap, token_logprobs
 from stateset_lightning.policy.lora_state import AdapterState, base_digest, keep_only_in_state_dict
 from stateset_lightning.policy.probes import PROBE_TOLERANCE, exact_on, own_logprobs, probe_tokens, reason_of
 from stateset_lightning.policy.recomputed_layers import use_recomputed_layers
@@ -102,7 +102,7 @@ class Policy(nn.Module):
         if self.adapter is not None:
             keep_only_in_state_dict(self, [f"model.{name}" for name in self.adapter.names])
         use_recomputed_layers(model)
-        self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self.softcap = softcap(model.config.get_text_config())
         self.uses_chunked_head = self._probe_head()
         self.scores_alone = False
         self.uses_packed_scoring = config.scoring != "padded" and self._probe_packed()
