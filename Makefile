@@ -51,7 +51,7 @@ hostile: $(READY) ## rewards, servers, files, signals and disks that do what the
 	$(BIN)/python benchmarks/hostile/hostile.py
 
 check-models: $(READY) ## every causal language model that transformers has: right, or refused; writes docs/models.md; half an hour, resumable
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/check_models.py --page docs/models.md
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/check_models.py --trl --page docs/models.md
 
 mutants: $(READY) ## break the maths, the resume and the packing in small ways and see that the tests notice; some minutes
 	$(BIN)/python benchmarks/mutants.py

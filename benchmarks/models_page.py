@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 HEAD = """# Models
 
 What of each class of causal language model works, by building the smallest model of it and comparing it with
-transformers' own forward and `generate`. This page is written by `make check-models`; the versions it was written with:
-{versions}.
+transformers' own forward and `generate`. This page is written by `make check-models`; last on {date}, with {versions}.
 
-- **scoring**: how log-probs are computed: *packed*, each prompt once per group, or *padded*, a row per completion.
+- **scoring**: how log-probs are computed: *packed*, each prompt once per group; *padded*, a row per completion; or
+  *one-by-one*, a forward per completion, as the model's rows depend on each other or on what pads them.
+- **sampling by**: *batch*, the fast engine; *generate*, transformers' own decoding, a prompt at a time; or *no cache*,
+  a forward of the whole text per token, as the model's own cache gives other log-probs than its forward.
 - **log-probs**: those of scoring equal the model's own forward within 1e-5 nats (float32; up to twice the model's own
   float error), with prompts of {lengths} tokens: beyond windows (made {window} tokens long), long tables of rotary
   frequencies (from {long} tokens) and the length from which a group shares its prompt while sampling (256).
-- **sampling**: greedy tokens equal those of `generate`, and their log-probs the model's own, at the same lengths.
+- **tokens**: greedy tokens equal those of `generate`, and their log-probs the model's own, at the same lengths.
 - **training**: two steps of `Trainer.fit`. **resume**: the second again from the first one's checkpoint, bit by bit.
 - **LoRA**: an adapter gets gradients, and sampling with it merged agrees with scoring.
+- **TRL**: whether its `GRPOTrainer` makes two steps of the same model; nothing compares its log-probs with the model's.
 
 `stateset-lightning doctor` shows the row of the model in a config. A model that is not listed, or one with code of its
 own, is probed when it is loaded, like every other.
 
 """
-COLUMNS = {"scoring": "log-probs", "greedy": "sampling", "train": "training", "resume": "resume", "lora": "LoRA"}
+COLUMNS = {"scoring": "log-probs", "greedy": "tokens", "train": "training", "resume": "resume", "lora": "LoRA"}
+COLUMNS |= {"trl": "TRL"}
 SHORT = {"": "not tried", "-": "-", "ok": "yes"}
 
 
@@ -39,9 +44,10 @@ def write_page(file: Path, rows: dict[str, dict[str, Any]], lengths: list[int], 
         window: Tokens of the small models' sliding windows.
         long: Tokens from which they take other rotary frequencies.
     """
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "torch"))
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "torch", "trl"))
     named = f"{', '.join(map(str, lengths[:-1]))} and {lengths[-1]}"
-    lines = [HEAD.format(versions=versions, lengths=named, window=window, long=long).rstrip("\n"), "", *_tables(rows)]
+    head = HEAD.format(date=datetime.now(UTC).date(), versions=versions, lengths=named, window=window, long=long)
+    lines = [head.rstrip("\n"), "", *_tables(rows)]
     file.write_text("\n".join(lines) + "\n")
 
 
@@ -50,20 +56,23 @@ def _tables(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
     right = {name: row for name, row in built.items() if not _reasons(row)}
     yield f"## Right: {len(right)}"
     yield ""
-    yield "| model type | class | layers | scoring |"
-    yield "|---|---|---|---|"
+    yield "| model type | class | layers | scoring | sampling by | TRL |"
+    yield "|---|---|---|---|---|---|"
     for name, row in right.items():
-        yield f"| {name} | {row['class']} | {_layers(row)} | {row.get('scoring', '-')} |"
+        cells = [name, row["class"], _layers(row), *_paths(row), _short(row["states"].get("trl", ""))]
+        yield f"| {' | '.join(cells)} |"
     others = {name: row for name, row in built.items() if name not in right}
     yield ""
     yield f"## Refused or wrong: {len(others)}"
     yield ""
-    yield f"| model type | layers | scoring | {' | '.join(COLUMNS.values())} | why |"
-    yield f"|---|---|---|{'---|' * len(COLUMNS)}---|"
+    yield f"| model type | layers | scoring | sampling by | {' | '.join(COLUMNS.values())} | why |"
+    yield f"|---|---|---|---|{'---|' * len(COLUMNS)}---|"
     for name, row in others.items():
-        cells = [_short(row["states"].get(check, "")) for check in COLUMNS]
-        why = _reasons(row)[0]
-        yield f"| {name} | {_layers(row)} | {row.get('scoring', '-')} | {' | '.join(cells)} | {why} |"
+        cells = [name, _layers(row), *_paths(row), *(_short(row["states"].get(check, "")) for check in COLUMNS)]
+        yield f"| {' | '.join(cells)} | {_reasons(row)[0]} |"
+    yield ""
+    exceptions = [name for name, row in built.items() if only_trl_trains(row)]
+    yield f"TRL trains, we do not: {', '.join(exceptions) or 'none'}."
     yield ""
     yield from _list("Not built", "What their classes need is missing, or not known to the script:", "not built", rows)
     yield ""
@@ -81,6 +90,16 @@ def _list(title: str, words: str, state: str | None, rows: dict[str, dict[str, A
         yield ""
     for name in names:
         yield f"- {name}: {_escaped(told[name] or 'not tried', 120)}"
+
+
+def only_trl_trains(row: dict[str, Any]) -> bool:
+    """Whether TRL makes two steps of a model that we do not train."""
+    return row["states"].get("trl") == "ok" and row["states"].get("train") != "ok"
+
+
+def _paths(row: dict[str, Any]) -> list[str]:
+    """How log-probs and how tokens are computed."""
+    return [row.get("scoring", "-"), row.get("sampling", "-")]
 
 
 def _short(state: str) -> str:

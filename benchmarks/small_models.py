@@ -49,8 +49,9 @@ RULES: list[tuple[str, int]] = [
     (r"mamba_n_heads|n_mamba_heads|mamba_num_heads", 8),
     (r"mamba_dt_rank|time_step_rank", 4),
     (r"(mamba_)?chunk_size|block_size", 16),
-    (r"index(er)?_n_heads", 2),
-    (r"sliding_window(_size)?|attention_chunk_size|index_topk|keep_window_size|local_attention(_window_len)?", WINDOW),
+    (r"index(er)?_n_heads", 16),  # with few, many keys score 0, and which of equals are selected is left open
+    (r"keep_window_size", POSITIONS),  # as of Doge's checkpoints, so that no top-k has to break ties
+    (r"sliding_window(_size)?|attention_chunk_size|index_topk|local_attention(_window_len)?", WINDOW),
     (r"attention_window_size|window_size|local_attn_chunk_length|lsh_attn_chunk_length", WINDOW),
     (r"original_max_position_embeddings", LONG),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_target_positions|model_max_length", POSITIONS),
@@ -79,6 +80,10 @@ _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"num_hidden_layers": 2, "attn_layer_indices": [1]},
+    "blt": {
+        "vocab_size": VOCABULARY,
+        **{f"{part}_config": {"vocab_size": VOCABULARY} for part in ("patcher", "encoder", "decoder")},
+    },
     "cohere": {"logit_scale": 1.0},
     "cohere2": {"logit_scale": 1.0},
     "cohere2_moe": {"logit_scale": 1.0},
@@ -89,9 +94,18 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": _MAMBA_ATTENTION, "num_hidden_layers": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 2},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8}},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
-    "dots3_note": {"text_config": {"head_dim": 32}},
+    "dots3_note": {
+        "text_config": {"head_dim": 32},
+        "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    },
     "dots3_note_text": {"head_dim": 32},
+    "emu3": {
+        "vq_config": {"base_channels": 32},
+        "vocabulary_map": {"<image>": 5, "<|extra_200|>": 6, "<|visual token 000000|>": 7},
+    },
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "mamba2": {"num_heads": 8},
@@ -99,7 +113,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"text_config": {"rope_parameters": _MROPE}, "vision_config": {"embed_dim": 64}},
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
-    "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [32, 32]},
+    "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [32, 32], "vocab_size": VOCABULARY},
+    "xlm": {"causal": True},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32},
     "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32, "hybrid_layer_ids": [1]},
@@ -184,7 +199,7 @@ def _small(config: PretrainedConfig, given: Mapping[str, Any]) -> dict[str, Any]
             options[key] = TOKENS[key]
         elif key == "per_layer_config" and isinstance(value, Mapping):
             options[key] = {
-                layers.index(int(layer)): {k: min(v, _limit(k, {**values, k: v}) or v) for k, v in changes.items()}
+                layers.index(int(layer)): _small_layer(values, changes)
                 for layer, changes in value.items()
                 if int(layer) in layers
             }
@@ -193,6 +208,14 @@ def _small(config: PretrainedConfig, given: Mapping[str, Any]) -> dict[str, Any]
         elif isinstance(value, Mapping) and "original_max_position_embeddings" in value:
             options[key] = {**value, "original_max_position_embeddings": LONG}
     return options
+
+
+def _small_layer(values: Mapping[str, Any], changes: Mapping[str, int]) -> dict[str, int]:
+    """What one layer has other than the rest of the model."""
+    small = {key: min(value, _limit(key, {**values, **changes}) or value) for key, value in changes.items()}
+    if {"head_dim", "qk_nope_head_dim", "qk_rope_head_dim"} <= small.keys():
+        small["head_dim"] = small["qk_nope_head_dim"] + small["qk_rope_head_dim"]
+    return small
 
 
 def _limit(key: str, values: Mapping[str, Any]) -> int | None:

@@ -21,11 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.policy import lora, packed_attention
+from stateset_lightning.policy import lora, packed_attention, probes
 from stateset_lightning.policy.config import PolicyConfig
 from stateset_lightning.policy.head import HeadOptions, softcap, token_logprobs
 from stateset_lightning.policy.lora_state import AdapterState, base_digest, keep_only_in_state_dict
-from stateset_lightning.policy.probes import PROBE_TOLERANCE, exact_on, own_logprobs, probe_tokens, reason_of
 from stateset_lightning.policy.recomputed_layers import use_recomputed_layers
 from stateset_lightning.policy.text_model import use_one_rope_table
 
@@ -107,11 +106,16 @@ class Policy(nn.Module):
         self.scores_alone = False
         self.uses_packed_scoring = config.scoring != "padded" and self._probe_packed()
         self.scores_alone = not self.uses_packed_scoring and self._probe_padded()
-        dtype, path = str(model.dtype).removeprefix("torch."), "packed" if self.uses_packed_scoring else "padded"
+        dtype = str(model.dtype).removeprefix("torch.")
         size = f"{model.num_parameters():,} parameters"
         if self.adapter is not None:
             size += f" ({model.num_parameters(only_trainable=True):,} of them an adapter, trained)"
-        log.info("policy: %s, %s, %s, %s scoring", config.model_name, size, dtype, path)
+        log.info("policy: %s, %s, %s, %s scoring", config.model_name, size, dtype, self.scoring)
+
+    @property
+    def scoring(self) -> str:
+        """How log-probs are computed: "packed", "padded", or "one-by-one"."""
+        return "packed" if self.uses_packed_scoring else "one-by-one" if self.scores_alone else "padded"
 
     @property
     def device(self) -> torch.device:
@@ -179,7 +183,7 @@ class Policy(nn.Module):
         # Any mask of four dimensions keeps transformers from building one of S x S; the layout is what counts.
         unused_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         arguments = {"attention_mask": unused_mask, packed_attention.LAYOUT_ARGUMENT: layout}
-        outputs = self._forward(self._ids(ids)[None], self._ids(positions)[None], **arguments)
+        outputs = self._forward(self._ids(ids)[None], position_ids=self._ids(positions)[None], **arguments)
         return outputs[0].index_select(0, self._ids(sources))
 
     def _padded(self, groups: Sequence[Group]) -> Tensor:
@@ -195,14 +199,16 @@ class Policy(nn.Module):
         """Outputs of (length of the prompt, all tokens, places of the sampled ones) that stand in one batch."""
         width = max(len(ids) for _, ids, _ in rows)
         input_ids = self._ids([ids + [0] * (width - len(ids)) for _, ids, _ in rows])
-        outputs = self._forward(input_ids, torch.arange(width, device=self.device).expand(len(rows), -1))
+        # Positions are the model's own business where it is not known to count them from 0 (RoBERTa's begin at 2).
+        positions = torch.arange(width, device=self.device).expand(len(rows), -1)
+        outputs = self._forward(input_ids, **({} if self.scores_alone else {"position_ids": positions}))
         sources = [i * width + prompt - 1 + place for i, (prompt, _, places) in enumerate(rows) for place in places]
         return outputs.flatten(0, 1).index_select(0, self._ids(sources))
 
-    def _forward(self, input_ids: Tensor, position_ids: Tensor, **arguments: Any) -> Tensor:
+    def _forward(self, input_ids: Tensor, **arguments: Any) -> Tensor:
         """Hidden states [B, S, H], or logits [B, S, V] of a model whose head is not a plain linear layer."""
         model = self.model.base_model if self.uses_chunked_head else self.model
-        output = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **arguments)
+        output = model(input_ids=input_ids, use_cache=False, **arguments)
         return output.last_hidden_state if self.uses_chunked_head else output.logits
 
     def _ids(self, values: Sequence[Any]) -> Tensor:
@@ -211,27 +217,33 @@ class Policy(nn.Module):
     @torch.no_grad()
     def _probe_head(self) -> bool:
         """Whether the model's logits are its output embedding applied to its last hidden states (and a soft cap)."""
-        head = self.model.get_output_embeddings()
-        reason = "it has no output embedding"
+        head, name = self.model.get_output_embeddings(), self.config.model_name
+        try:
+            probes.own_logprobs(self.model, probes.probe_tokens(8))
+        except Exception as error:  # whatever it lacks: a library, an encoder's output, a device
+            raise ConfigError(f"{name} cannot be trained on text alone: {probes.reason_of(error)}") from error
+        reason: str | None = "it has no output embedding"
         if head is not None and not set(dict(head.named_parameters())) <= {"weight", "bias"}:
             # A new adapter changes nothing yet, so the comparison below would not notice it.
             reason = "its output embedding is adapted"
         elif self.model.base_model is self.model:
             reason = "it has no body without its output embedding"
         elif head is not None:
-            reason = "its logits are not its output embedding applied to its last hidden states"
-            ids = self._ids([probe_tokens(4)])
-            logits = self.model(input_ids=ids, use_cache=False).logits.float()
-            try:
-                own = head(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
-                if self.softcap is not None:
-                    own = torch.tanh(own / self.softcap) * self.softcap
-                if torch.allclose(logits, own, atol=PROBE_TOLERANCE, rtol=1e-2):
-                    return True
-            except Exception as error:  # of a model whose parts are others than a decoder and a head
-                reason = reason_of(error)
-        log.warning("%s is scored with all logits in memory: %s.", self.config.model_name, reason)
+            reason = probes.exact_on(self.model, "head", self._compare_head)
+            if reason is None:
+                return True
+        log.warning("%s is scored with all logits in memory: %s.", name, reason)
         return False
+
+    def _compare_head(self, model: PreTrainedModel) -> float:
+        """The largest difference in nats between the output embedding behind the body and the whole model."""
+        ids = probes.probe_tokens(8)
+        body = model.base_model(input_ids=self._ids([ids]), use_cache=False).last_hidden_state[0]
+        return float((self._head_logprobs(model, body) - probes.own_logprobs(model, ids)).abs().max())
+
+    def _head_logprobs(self, model: PreTrainedModel, outputs: Tensor) -> Tensor:
+        logits = model.get_output_embeddings()(outputs).float()
+        return (logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap).log_softmax(-1)
 
     @torch.no_grad()
     def _probe_packed(self) -> bool:
@@ -241,7 +253,7 @@ class Policy(nn.Module):
             previous = self.model.config.get_text_config()._attn_implementation
             packed_attention.register()
             self.model.set_attn_implementation(packed_attention.NAME)
-            reason = exact_on(self.model, "packed", partial(self._compare_with_own, self._packed))
+            reason = probes.exact_on(self.model, "packed", partial(self._compare_with_own, self._packed))
             if reason is None:
                 return True
             self.model.set_attn_implementation(previous)
@@ -268,29 +280,34 @@ class Policy(nn.Module):
 
     def _probe_padded(self) -> bool:
         """Whether completions must be scored one by one, as padding or a neighbour changes their log-probs."""
-        reason = exact_on(self.model, "padded", partial(self._compare_with_own, self._padded))
-        if reason is not None:
-            log.warning("%s is scored a completion at a time: %s.", self.config.model_name, reason)
-        return reason is not None
+        name = self.config.model_name
+        reason = probes.exact_on(self.model, "padded", partial(self._compare_with_own, self._padded))
+        if reason is None:
+            return False
+        if probes.sees_ahead(self.model):
+            raise ConfigError(
+                f"{name} is no causal language model: its tokens see those that follow them; set `is_decoder` to true"
+                " in its config.json if it has this key, or choose another model"
+            )
+        log.warning("%s is scored a completion at a time: %s.", name, reason)
+        return True
 
     def _compare_with_own(self, path: Callable[[Sequence[Group]], Tensor], model: PreTrainedModel) -> float:
         """The largest difference in nats between a path and the forward of one row, in a small ragged batch."""
-        groups = [Group(probe_tokens(n, n), [probe_tokens(m, m) for m in lengths]) for n, lengths in PROBE_LENGTHS]
+        draw = probes.probe_tokens
+        groups = [Group(draw(n, n), [draw(m, m) for m in lengths]) for n, lengths in PROBE_LENGTHS]
         expected = [
-            own_logprobs(model, [*group.prompt, *completion])[len(group.prompt) - 1 : -1]
+            probes.own_logprobs(model, [*group.prompt, *completion])[len(group.prompt) - 1 : -1]
             for group in groups
             for completion in group.completions
         ]
         policys, self.model = self.model, model
         try:
             outputs = path(groups)
-            if self.uses_chunked_head:
-                outputs = model.get_output_embeddings()(outputs)
-                if self.softcap is not None:
-                    outputs = torch.tanh(outputs / self.softcap) * self.softcap
         finally:
             self.model = policys
-        return float((outputs.float().log_softmax(-1) - torch.cat(expected)).abs().max())
+        logps = self._head_logprobs(model, outputs) if self.uses_chunked_head else outputs.float().log_softmax(-1)
+        return float((logps - torch.cat(expected)).abs().max())
 
 
 def _batches(groups: Sequence[Group]) -> list[list[Group]]:

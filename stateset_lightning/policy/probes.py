@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,11 +27,10 @@ if TYPE_CHECKING:
 # Largest difference between two paths that counts as the same, in nats: far above float error, far below a wrong mask.
 PROBE_TOLERANCE = 1e-3
 
-# Keys of a configuration, and the value that a twin has for them at most: thresholds at which a model changes what it
-# computes, shorter than the probes, and sizes that change nothing but the cost.
+# Keys of a configuration (whole, as regular expressions), and the value that a twin has for them at most: thresholds at
+# which a model changes what it computes, shorter than the probes, and sizes that change nothing but the cost.
 SCALED = {
-    "sliding_window": 8,
-    "attention_chunk_size": 8,
+    r"(\w+_)?(window|chunk)(_size|_len|_length)?|index_topk|indexer_budget|floor_scale|log_scaling_n_floor": 8,
     "original_max_position_embeddings": 16,
     "vocab_size": 64,
     "vocab_size_per_layer_input": 64,
@@ -56,6 +56,14 @@ def own_logprobs(model: PreTrainedModel, ids: list[int]) -> Tensor:
     """Log-probs [S, V] behind each token by the model's own forward, of one row, without cache or mask."""
     logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits
     return logits[0].float().log_softmax(-1)
+
+
+@torch.no_grad()
+def sees_ahead(model: PreTrainedModel) -> bool:
+    """Whether a token's log-probs depend on those that follow it, as an encoder's do."""
+    ids = probe_tokens(8)
+    whole, prefix = (own_logprobs(model, ids[:length])[:5] for length in (8, 5))
+    return float((whole - prefix).abs().mean()) > LOGPROB_TOLERANCE[model.dtype]
 
 
 def reason_of(error: Exception) -> str:
@@ -128,14 +136,15 @@ def _shrink(config: PretrainedConfig) -> None:
     if hasattr(config, "pad_token_id"):
         config.pad_token_id = None  # it may lie beyond the twin's vocabulary
     for key, value in vars(config).items():
-        if key in SCALED or isinstance(value, dict):
-            setattr(config, key, _scaled(value, SCALED.get(key)))
+        if (scaled := _scaled(key, value)) != value:
+            setattr(config, key, scaled)
 
 
-def _scaled(value: Any, most: int | None) -> Any:
+def _scaled(key: Any, value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _scaled(item, SCALED.get(key)) for key, item in value.items()}
-    return min(value, most) if most is not None and isinstance(value, int) and value else value
+        return {inner: _scaled(inner, item) for inner, item in value.items()}
+    limits = [most for pattern, most in SCALED.items() if re.fullmatch(pattern, str(key))]
+    return min([value, *limits]) if isinstance(value, int) and value else value
 
 
 # Float noise ----------------------------------------------------------------------------------------------------------

@@ -50,14 +50,17 @@ def freeze_all_but_text(model: PreTrainedModel, name: str) -> None:
 def never_adapted(model: PreTrainedModel) -> str | None:
     """A regular expression for the whole names of what no adapter sits on; None if there is nothing of the kind.
 
-    That is all of a composite model but its text model, and the routers of experts: a router that moves sends tokens to
-    experts that were trained on others.
+    That is all of a composite model but its text model; the routers of experts: a router that moves sends tokens to
+    experts that were trained on others; and layers of Mamba's mixers whose weights are used without calling the layer:
+    an adapter on them would have no effect.
     """
     patterns = []
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     routers = [name for name, module in model.named_modules() if re.search("Router|Gating", type(module).__name__)]
     if inside := [re.escape(name) for name in linears if any(f"{name}.".startswith(f"{part}.") for part in routers)]:
         patterns.append("|".join(inside))
+    mixers = [name for name, module in model.named_modules() if hasattr(module, "A_log") and hasattr(module, "D")]
+    patterns += [rf"{re.escape(name)}\.(dt_proj|out_proj)" for name in mixers]
     if is_composite(model.config):
         text = _text_modules(model)
         parts = [re.escape(name) for name, module in model.named_modules() if any(module is part for part in text)]

@@ -44,19 +44,26 @@ def has_exact_cache(model: PreTrainedModel, name: str) -> bool:
 def decode_plainly(
     model: PreTrainedModel, ids: Tensor, max_new_tokens: int, use_cache: bool, logits_processor: Hook, stop: Hook
 ) -> Tensor:
-    """The rows with what transformers' `generate` adds to them: its own forward, cache and positions.
+    """The rows with what is added to them by transformers' `generate`, or by the model's forward alone.
 
     Args:
         model: Any that generates.
         ids: Rows [B, S] of one prompt length.
         max_new_tokens: Of each row.
-        use_cache: False computes each row anew for each token.
+        use_cache: False computes each row anew for each token, and leaves positions to the model, too.
         logits_processor: Gets rows and logits, and returns the logits whose largest is the next token.
         stop: Says after each token, for each row, whether this was the last one.
     """
     from transformers import GenerationConfig
 
-    options = {"max_new_tokens": max_new_tokens, "use_cache": use_cache, "do_sample": False, "pad_token_id": 0}
+    if not use_cache:
+        for _ in range(max_new_tokens):
+            logits = logits_processor(ids, model(input_ids=ids, use_cache=False).logits[:, -1])
+            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=-1)
+            if stop(ids, logits).all():
+                break
+        return ids
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": 0}
     models = model.generation_config
     # In place of the model's own, whose penalties and suppressed tokens would change the samples.
     model.generation_config = GenerationConfig(**options)

@@ -14,6 +14,8 @@ from module_runs import fit, make_data, make_module
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
     AutoModelForMultimodalLM,
     Gemma3Config,
     Gemma4Config,
@@ -197,6 +199,19 @@ def test_routers_of_experts_stay_under_an_adapter() -> None:
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         assert trained
         assert not [name for name in trained if "router" in name]
+
+
+@pytest.mark.parametrize("kind", ["jamba", "mamba2"])
+def test_no_adapter_sits_where_mamba_reads_weights_past_their_layer(kind: str) -> None:
+    """There it would change nothing but what is sampled, where it is merged."""
+    sizes = {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32}
+    kinds = {"mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1}}
+    config = CONFIG_MAPPING[kind](**sizes, **kinds.get(kind, {"num_experts": 2, "attn_layer_period": 9}))
+    model = AutoModelForCausalLM.from_config(config).eval()
+    add_adapter(model, LoRAConfig(rank=2), seed=0)
+    adapted = {name.split(".")[-4] for name, _ in model.named_parameters() if "lora_B" in name}
+    assert "in_proj" in adapted
+    assert not adapted & {"dt_proj", "out_proj"}
 
 
 def test_what_a_composite_checkpoint_is_known_by_holds_its_text_model(composite: Callable[[str], Path]) -> None:

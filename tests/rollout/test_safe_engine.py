@@ -13,8 +13,9 @@ import torch
 from module_runs import fit, make_data, make_module
 from recurrent_models import EXPERTS, LINEAR, RECURRENT, small_family
 
-from stateset_lightning.errors import SamplingError
+from stateset_lightning.errors import ConfigError, SamplingError
 from stateset_lightning.policy import Group, Policy, PolicyConfig
+from stateset_lightning.policy.probes import own_logprobs
 from stateset_lightning.rollout import FinishReason, InProcessEngine, RolloutConfig
 
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
@@ -139,6 +140,28 @@ def test_a_cache_that_is_not_exact_is_not_used(
     scored_T, _ = policy.score_without_gradient([Group([20, 31, 42], rollout.completions())])
     torch.testing.assert_close(rollout.logprobs_T, scored_T, atol=1e-5, rtol=0)
     assert "is sampled without a cache, a whole forward per token" in caplog.text
+
+
+def test_a_family_counts_positions_as_its_own_forward_does(tiny_tokenizer: Any, caplog: Any) -> None:
+    """RoBERTa's begin behind the number of the padding token."""
+    changes = {"is_decoder": True, "pad_token_id": 2}
+    policy, engine = Policy(small_family("camembert", changes), PolicyConfig("random")), InProcessEngine(tiny_tokenizer)
+    engine.sync(policy)
+    prompts = [[20, 31, 42, 53, 64, 75, 86], [9, 8]]
+    rollout = engine.generate(prompts, 1, RolloutConfig(max_new_tokens=6), [0, 1])
+    groups = [Group(prompt, [tokens]) for prompt, tokens in zip(prompts, rollout.completions(), strict=True)]
+    scored_T, _ = policy.score_without_gradient(groups)
+    own = small_family("camembert", changes)
+    rows = [own_logprobs(own, [*each.prompt, *each.completions[0]])[len(each.prompt) - 1 : -1] for each in groups]
+    expected_T = torch.cat(rows).gather(-1, rollout.completion_tokens_T[:, None])[:, 0].detach()
+    torch.testing.assert_close(scored_T, expected_T, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rollout.logprobs_T, expected_T, atol=1e-5, rtol=0)
+    assert "scored a completion at a time" in caplog.text
+
+
+def test_an_encoder_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"random is no causal language model: .* set `is_decoder` to true"):
+        Policy(small_family("camembert", {"is_decoder": False}), PolicyConfig("random"))
 
 
 @pytest.mark.parametrize("run", ["validate", "predict"])

@@ -223,7 +223,7 @@ def model_row(module: GRPOLightningModule) -> str:
     parts = [
         f"model: {config.model_type}, {type(policy.model).__name__}",
         f"layers of {', '.join(kinds)}",
-        f"{'packed' if policy.uses_packed_scoring else 'padded'} scoring",
+        f"{policy.scoring} scoring",
         f"logits {'in chunks' if policy.uses_chunked_head else 'all in memory'}",
         f"sampled by {type(module.engine).__name__ if module.engine else 'nothing here'}",
         "all weights trained" if policy.adapter is None else "an adapter trained",
