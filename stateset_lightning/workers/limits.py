@@ -10,10 +10,9 @@ import resource
 import signal
 from collections.abc import Iterator
 from contextlib import suppress
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
+from multiprocessing import Pipe, connection
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from stateset_lightning.errors import DataError
 
@@ -21,10 +20,8 @@ SECONDS = 5.0  # of processor time, for each item
 _BYTES = 2**31  # beyond what this process has
 _LOST_SECONDS = 120.0  # a fork of a process with threads may find a lock that nobody opens any more
 
-T = TypeVar("T")
 
-
-def limited(items: Iterator[T], what: str) -> Iterator[T]:
+def limited(items: Iterator[Any], what: str) -> Iterator[Any]:
     """What an iterator yields that runs foreign code; each item is made in a fork of this process, with limits.
 
     A fork, as it starts in milliseconds and has what it needs. It must touch neither a GPU nor another thread's things.
@@ -44,11 +41,11 @@ def limited(items: Iterator[T], what: str) -> Iterator[T]:
     theirs.close()
     try:
         while ours.poll(_LOST_SECONDS):
-            items, error = ours.recv()
-            yield from items
+            found, error = ours.recv()
+            yield from found
             if error is not None:
                 raise error
-            if not items:
+            if not found:
                 return
         raise EOFError
     except EOFError:
@@ -63,7 +60,7 @@ def limited(items: Iterator[T], what: str) -> Iterator[T]:
         ours.close()
 
 
-def _send(items: Iterator[T], pipe: Connection) -> NoReturn:
+def _send(items: Iterator[Any], pipe: connection.Connection) -> NoReturn:
     """Be the fork: the kernel ends it at its time, whatever it does."""
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {signal.SIGPROF})  # the parent ends it
