@@ -99,8 +99,8 @@ class PromptEncoder:
         """Prompt tokens of the scenarios of the split `key` (`data.train`, say).
 
         Raises:
-            DataError: If the template refuses a scenario, a prompt has no tokens, prompts are too long under
-                `overlong_prompts="error"`, or all are dropped.
+            DataError: If the template refuses a scenario or takes too much (see `limited`), a prompt has no tokens,
+                prompts are too long under `overlong_prompts="error"`, or all are dropped.
         """
         batches = self._batches(scenarios, key)
         if self.applies_template:  # foreign code
