@@ -53,11 +53,10 @@ def never_adapted(model: PreTrainedModel) -> str | None:
     That is all of a composite model but its text model, and the routers of experts: a router that moves sends tokens to
     experts that were trained on others.
     """
-    patterns = []
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    routers = [name for name, module in model.named_modules() if re.search("Router|Gating", type(module).__name__)]
-    if inside := [re.escape(name) for name in linears if any(f"{name}.".startswith(f"{part}.") for part in routers)]:
-        patterns.append("|".join(inside))
+    # Modules and not linear layers: the weights of many routers are a parameter of their own.
+    is_router = re.compile(r"Router|Gating$|MoE\w*Gate$").search
+    routers = [re.escape(name) for name, module in model.named_modules() if is_router(type(module).__name__)]
+    patterns = [rf"({'|'.join(routers)})(\..*)?"] if routers else []
     if is_composite(model.config):
         text = _text_modules(model)
         parts = [re.escape(name) for name, module in model.named_modules() if any(module is part for part in text)]
