@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel
 
+    from stateset_lightning.policy.policy import Policy
+
 log = logging.getLogger(__name__)
 
 NAME = "default"  # of the adapter inside the model, as peft calls a single one
@@ -276,6 +278,19 @@ def _base_dtype(layer: Any) -> torch.dtype | None:
 
 
 # Saved
+
+
+def save_adapter(policy: Policy, folder: str | Path) -> None:
+    """Writes the policy's adapter as `PeftModel.from_pretrained` reads it.
+
+    Two files: adapter_config.json and adapter_model.safetensors.
+
+    Args:
+        policy: With an adapter.
+        folder: Made if it is not there. The config names the model under the adapter as `model.policy.model_name` does,
+            a folder by its last part.
+    """
+    write_adapter(policy.model, policy.config.public_name, Path(folder))
 
 
 def write_adapter(model: PreTrainedModel, base: str, folder: Path) -> None:
