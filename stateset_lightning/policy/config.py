@@ -80,8 +80,7 @@ class PolicyConfig(LoadingOptions):
         lora: Train a low-rank adapter and leave the model as it is. None: train the model.
         adapter: Continue from an adapter that peft has saved (a folder or a Hugging Face id). All but `lora.dropout`
             comes from its own config.
-        router_aux_loss: Coefficient of the loss that has the routers of experts use all of them (docs/algorithms.md);
-            1 is the least the loss can be per expert chosen. 0: none.
+        router_aux_loss: Coefficient of the loss that has routers use all experts (docs/algorithms.md). 0: none.
     """
 
     model_name: str

@@ -128,8 +128,12 @@ def inject(model: PreTrainedModel, config: LoraConfig, place: str, seed: int = 0
             model.add_adapter(config, NAME)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"{place}: {one_line(error)}") from error
-    if isinstance(config.exclude_modules, str):
-        _exclude_parameters(model, config, config.exclude_modules)
+    # peft puts adapters on fused experts, and on their routers, by parameter, and does not exclude any of those.
+    excluded = config.exclude_modules if isinstance(config.exclude_modules, str) else ""
+    for name, layer in reversed(list(model.named_modules())):  # the adapters of a module's parameters are nested
+        if hasattr(layer, "parameter_name") and re.fullmatch(excluded, name):
+            model.set_submodule(name, layer.base_layer)
+            config.target_parameters.discard(f"{name.rpartition('.')[2]}.{layer.parameter_name}")
     adapted = ((name, layer) for name, layer in model.named_modules() if hasattr(layer, "lora_bias"))
     bare = [name for name, layer in adapted if getattr(layer.get_base_layer(), "bias", None) is None]
     if config.lora_bias and bare:
@@ -140,22 +144,6 @@ def inject(model: PreTrainedModel, config: LoraConfig, place: str, seed: int = 0
             parameter.data = parameter.data.float()  # a step of 1e-4 would round away
     if not trained:
         raise ConfigError(f"{place}: nothing is left to train")
-
-
-def _exclude_parameters(model: PreTrainedModel, config: LoraConfig, excluded: str) -> None:
-    """Takes adapters off the parameters of excluded modules: peft puts them on fused experts and on their routers, by
-    parameter, and excludes nothing there.
-    """
-    from peft.tuners.lora.layer import ParamWrapper
-
-    kept = set()
-    for name, layer in reversed(list(model.named_modules())):  # the adapters of a module's parameters are nested
-        if isinstance(layer, ParamWrapper) and re.fullmatch(excluded, name):
-            model.set_submodule(name, layer.base_layer)
-        elif isinstance(layer, ParamWrapper):
-            kept.add(layer.parameter_name)
-    if config.target_parameters:
-        config.target_parameters = {key for key in config.target_parameters if key.rpartition(".")[2] in kept}
 
 
 def load_weights(model: PreTrainedModel, weights: Mapping[str, Tensor], place: str) -> None:
@@ -251,8 +239,7 @@ def merge_adapter(model: PreTrainedModel) -> float:
         elif isinstance(module, BaseTunerLayer):
             base, key, dtype = module.get_base_layer(), _base_key(module), _base_dtype(module)
             if dtype is None or not dtype.is_floating_point:
-                why = "its weights are quantized: export it without --merge"
-                raise ConfigError(f"the adapter of {name} cannot be merged, {why}")
+                raise ConfigError(f"the adapter of {name} sits on quantized weights: export it without --merge")
             before = getattr(base, key).detach()
             setattr(base, key, nn.Parameter(before.float(), requires_grad=False))  # summed before it is rounded
             module.merge()

@@ -7,8 +7,6 @@ all layers together. Letters: L layers; T sampled tokens, at the positions that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from inspect import signature
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy.probes import probe_tokens
 
 
-def routed_sums(model: Any, router_logits: Sequence[Tensor], places_T: Tensor) -> Tensor:
+def routed_sums(model: Any, router_logits: tuple[Tensor, ...], places_T: Tensor) -> Tensor:
     """Of each expert, its probability and how often it is chosen; summed over tokens, mean over layers: [2, E]."""
     top_k = getattr(model, "num_experts_per_tok", None) or model.config.get_text_config().num_experts_per_tok
     logits_LTE = torch.stack([logits.flatten(0, -2).index_select(0, places_T) for logits in router_logits])
@@ -40,12 +38,13 @@ def check_routers(model: Any, coefficient: float) -> None:
         ConfigError: If it has none, or another: DeepSeek's models, for one, balance experts by a bias.
     """
     ids, own = torch.tensor([probe_tokens(16)], device=model.device), None
-    if "output_router_logits" in signature(type(model).forward).parameters:
+    if hasattr(model.config.get_text_config(), "output_router_logits"):
         output = model(input_ids=ids, use_cache=False, output_router_logits=True)
         own = getattr(output, "aux_loss", None)
-    if not own or not torch.isclose(  # 0 where a model of such a class has no experts
-        balance(*routed_sums(model, output.router_logits, torch.arange(16, device=ids.device)) / 16), own, rtol=0.05
-    ):
+    if own:  # 0 where a model of such a class has no experts
+        sums = routed_sums(model, output.router_logits, torch.arange(16, device=ids.device))
+        own = torch.isclose(balance(*sums / 16), own, rtol=0.05)
+    if not own:
         raise ConfigError(
             f"model.policy.router_aux_loss={coefficient}: {type(model).__name__} has no such loss in transformers (it"
             " has no experts, or balances them in another way): set it to 0"

@@ -58,8 +58,7 @@ def never_adapted(model: PreTrainedModel) -> str | None:
     routers = [re.escape(name) for name, module in model.named_modules() if is_router(type(module).__name__)]
     patterns = [rf"({'|'.join(routers)})(\..*)?"] if routers else []
     if is_composite(model.config):
-        text = _text_modules(model)
-        parts = [re.escape(name) for name, module in model.named_modules() if any(module is part for part in text)]
+        parts = [re.escape(name) for name, module in model.named_modules() if module in _text_modules(model)]
         patterns.append(rf"(?!({'|'.join(parts)})(\.|$)).*")
     return "|".join(patterns) or None
 
