@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stateset_lightning.policy.shared_prompts import capped
+
 CHUNK_BYTES = 64 * 2**20
 
 
@@ -42,9 +44,7 @@ def token_logprobs(
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> Tensor:
-    logits = torch.nn.functional.linear(hidden, weight, bias).float()
-    if options.softcap is not None:
-        logits = torch.tanh(logits / options.softcap) * options.softcap
+    logits = capped(torch.nn.functional.linear(hidden, weight, bias).float(), options.softcap)
     return logits / options.temperature if options.temperature != 1.0 else logits
 
 

@@ -27,7 +27,8 @@ from stateset_lightning.policy.lora_state import AdapterState, base_digest, keep
 from stateset_lightning.policy.probes import PROBE_TOLERANCE, exact_on, own_logprobs, probe_tokens, reason_of
 from stateset_lightning.policy.recomputed_layers import use_recomputed_layers
 from stateset_lightning.policy.routing import check_routers, routed_sums
-from stateset_lightning.policy.text_model import use_one_rope_table
+from stateset_lightning.policy.shared_prompts import capped
+from stateset_lightning.policy.text_model import context_length, use_one_rope_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -121,6 +122,13 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return self.model.device
 
+    def train(self, mode: bool = True) -> Policy:
+        """As of any module; but routers that add noise while they are trained choose experts as in sampling."""
+        super().train(mode)
+        for module in self.model.modules():
+            module.training &= not any("jitter" in key for key in vars(module))
+        return self
+
     def prepare_for(self, longest: int | None) -> None:
         """Has rotary frequencies that depend on the length be those of the run's longest sequence (announced)."""
         if longest is not None and use_one_rope_table(self.model, longest) and longest != self.longest:
@@ -158,7 +166,7 @@ class Policy(nn.Module):
         try:
             scores = [self.score(batch, temperature) for batch in _batches(groups)]
         finally:
-            self.model.train(training)
+            self.train(training)
         if not scores:
             return torch.empty(0), torch.empty(0)
         logprobs, entropies = zip(*scores, strict=True)
@@ -231,9 +239,7 @@ class Policy(nn.Module):
             logits = self.model(input_ids=ids, use_cache=False).logits.float()
             try:
                 own = head(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
-                if self.softcap is not None:
-                    own = torch.tanh(own / self.softcap) * self.softcap
-                if torch.allclose(logits, own, atol=PROBE_TOLERANCE, rtol=1e-2):
+                if torch.allclose(logits, capped(own, self.softcap), atol=PROBE_TOLERANCE, rtol=1e-2):
                     return True
             except Exception as error:  # of a model whose parts are others than a decoder and a head
                 reason = reason_of(error)
@@ -292,9 +298,7 @@ class Policy(nn.Module):
         try:
             outputs = path(groups)
             if self.uses_chunked_head:
-                outputs = model.get_output_embeddings()(outputs)
-                if self.softcap is not None:
-                    outputs = torch.tanh(outputs / self.softcap) * self.softcap
+                outputs = capped(model.get_output_embeddings()(outputs), self.softcap)
         finally:
             self.model = policys
         return float((outputs.float().log_softmax(-1) - torch.cat(expected)).abs().max())
@@ -341,10 +345,3 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if found := [token for token in tokens if token.strip() and behind.startswith(token)]:
             return [tokens[max(found, key=len)]]
     return []
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """The most tokens, prompt and completion together, that the model has positions for; None if it does not say."""
-    config = model.config.get_text_config()
-    values = (getattr(config, key, None) for key in ("max_position_embeddings", "n_positions"))
-    return next((value for value in values if isinstance(value, int)), None)

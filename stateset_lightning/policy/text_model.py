@@ -78,6 +78,13 @@ def copy_processor(source: str, folder: Path, **hub_options: Any) -> None:
             shutil.copyfile(found, folder / name)
 
 
+def context_length(model: PreTrainedModel) -> int | None:
+    """The most tokens, prompt and completion together, that the model has positions for; None if it does not say."""
+    config = model.config.get_text_config()
+    values = (getattr(config, key, None) for key in ("max_position_embeddings", "n_positions"))
+    return next((value for value in values if isinstance(value, int)), None)
+
+
 # One table of rotary frequencies. Some models (longrope, arXiv:2402.13753; dynamic NTK) choose theirs by the longest
 # sequence of a forward: the log-probs of a completion would depend on what else is in its batch, and change while it is
 # sampled.

@@ -12,7 +12,14 @@ import pytest
 import torch
 from module_runs import GradientRecorder, fit, make_data, make_module, weights
 from torch import Tensor
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+)
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from stateset_lightning.errors import ConfigError
@@ -20,6 +27,7 @@ from stateset_lightning.policy import Group, LoRAConfig, Policy, PolicyConfig
 from stateset_lightning.policy.routing import balance
 
 COEFFICIENT = 0.5
+GROUPS = [Group(list(range(20, 40)), [[4, 5, 6], [7]])]
 
 
 def policy_of(model: Any, **options: Any) -> Policy:
@@ -77,6 +85,21 @@ def test_a_model_without_such_a_loss_is_refused(make_model: Callable[..., Any]) 
     for model in (make_model("llama"), DeepseekV3ForCausalLM(by_bias).eval()):
         with pytest.raises(ConfigError, match=r"^model\.policy\.router_aux_loss=0\.5: .* has no such loss .* to 0$"):
             policy_of(model)
+
+
+@pytest.mark.parametrize(("kind", "config"), [(MixtralForCausalLM, MixtralConfig), (PhimoeForCausalLM, PhimoeConfig)])
+def test_routers_choose_in_training_as_in_sampling(kind: Any, config: Any) -> None:
+    """Mixtral's may multiply what they see by noise in training, and PhiMoE's draw experts."""
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 4}
+    options = {"num_hidden_layers": 2, "num_local_experts": 4, "router_jitter_noise": 0.3, "initializer_range": 0.2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = kind(config(vocab_size=384, pad_token_id=0, **sizes, **options)).eval()
+    policy = Policy(model, PolicyConfig("random", scoring="padded")).train()
+    trained = policy.score(GROUPS)[0]
+    assert torch.equal(policy.score_without_gradient(GROUPS)[0], trained)
+    assert torch.equal(policy.score(GROUPS)[0], trained)  # the mode is as it was
+    assert model.model.layers[0].training
 
 
 # Through fit
