@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stateset_lightning.policy.shared_prompts import capped
-
 CHUNK_BYTES = 64 * 2**20
 
 
@@ -41,6 +39,11 @@ def token_logprobs(
     with torch.autocast(hidden_TH.device.type, enabled=False):
         hidden_TH = hidden_TH.to(weight_VH.dtype)
         return _ChunkedHead.apply(hidden_TH, weight_VH, bias_V, targets_T, options)
+
+
+def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """Scores within a bound, by c tanh(x / c)."""
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> Tensor:

@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import lora, packed_attention
 from stateset_lightning.policy.config import PolicyConfig
-from stateset_lightning.policy.head import HeadOptions, token_logprobs
+from stateset_lightning.policy.head import HeadOptions, capped, token_logprobs
 from stateset_lightning.policy.lora_state import AdapterState, base_digest, keep_only_in_state_dict
 from stateset_lightning.policy.probes import PROBE_TOLERANCE, exact_on, own_logprobs, probe_tokens, reason_of
 from stateset_lightning.policy.recomputed_layers import use_recomputed_layers
 from stateset_lightning.policy.routing import check_routers, routed_sums
-from stateset_lightning.policy.shared_prompts import capped
 from stateset_lightning.policy.text_model import context_length, use_one_rope_table
 
 if TYPE_CHECKING:

@@ -39,7 +39,7 @@ class MicroBatch:
     old_logprobs_T: Tensor | None
     ref_logprobs_T: Tensor | None
     select_T: Tensor | None
-    experts_per_token_E: Tensor | None
+    experts_per_token_E: Tensor | None = None
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -201,7 +201,7 @@ def add_fixed_logprobs(step: TrainingStep, episode: Episode, scored: TrainedScor
     if old or algorithm.selects_tokens:
         episode.old_logprobs_T = logprobs_T
     if balances:  # over the episode, so that the loss is linear in its tokens, however they are divided
-        chosen = step.ranks.gather(step.sampled_policy.routed[1].cpu() if groups else 0)
+        chosen: list[Any] = step.ranks.gather(step.sampled_policy.routed[1].cpu() if groups else 0)
         episode.experts_per_token_E = sum(chosen) / sum(episode.active_by_step)
     if algorithm.selects_tokens:
         episode.select_T = selected_tokens(episode, logprobs_T, entropies_T, algorithm, plan, step.sampler.seed)
