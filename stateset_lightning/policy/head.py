@@ -48,10 +48,13 @@ def token_logprobs(
         return _ChunkedHead.apply(hidden_TH, weight_VH, bias_V, targets_T, options)
 
 
+def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """Scores within a bound, by c tanh(x / c)."""
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+
+
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> Tensor:
-    logits = torch.nn.functional.linear(hidden, weight, bias).float()
-    if options.softcap is not None:
-        logits = torch.tanh(logits / options.softcap) * options.softcap
+    logits = capped(torch.nn.functional.linear(hidden, weight, bias).float(), options.softcap)
     return logits / options.temperature if options.temperature != 1.0 else logits
 
 

@@ -21,10 +21,14 @@ from transformers import (
     Gemma4Config,
     GraniteMoeConfig,
     GraniteMoeForCausalLM,
+    HunYuanMoEV1Config,
+    HunYuanMoEV1ForCausalLM,
     Llama4Config,
     LlamaConfig,
     LlamaForCausalLM,
     Mistral3Config,
+    MixtralConfig,
+    MixtralForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PhimoeConfig,
@@ -193,12 +197,17 @@ def test_an_adapter_sits_on_the_text_model_alone(
 
 
 def test_routers_of_experts_stay_under_an_adapter() -> None:
-    granite = GraniteMoeConfig(**TEXT, num_local_experts=2, num_experts_per_tok=1)
-    for model in (GraniteMoeForCausalLM(granite), phimoe()):
+    """As linear layers, and as parameters, on which peft puts adapters where it knows the model's experts."""
+    granite = GraniteMoeForCausalLM(GraniteMoeConfig(**TEXT, num_local_experts=2, num_experts_per_tok=1))
+    mixtral = MixtralForCausalLM(MixtralConfig(**TEXT, num_local_experts=4))
+    hunyuan = HunYuanMoEV1ForCausalLM(HunYuanMoEV1Config(**TEXT, num_experts=4, moe_topk=2))
+    for model in (granite, phimoe(), mixtral, hunyuan):
         add_adapter(model, LoRAConfig(rank=2), seed=0)
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         assert trained
-        assert not [name for name in trained if "router" in name]
+        assert not [name for name in trained if re.search(r"router|\.gate\.", name)]
+        assert not {key for key in model.peft_config["default"].target_parameters or () if "gate." in key}
+    assert any("experts" in name for name in trained)
 
 
 @pytest.mark.parametrize("kind", ["jamba", "mamba2"])

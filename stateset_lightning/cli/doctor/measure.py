@@ -165,7 +165,7 @@ class EpisodeMeasurement:
             select_T=zeros_T == 0 if algorithm.selects_tokens else None,
         )
         with self.trainer.precision_plugin.forward_context():
-            loss, _ = micro_batch_loss(self.policy, algorithm, batch, self.module.rollout.temperature, dropout_seed=0)
+            loss, _ = micro_batch_loss(self.policy, algorithm, batch, self.module.rollout.temperature, 0, 1)
         loss.backward()
         return True
 
