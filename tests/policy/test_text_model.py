@@ -206,8 +206,8 @@ def test_routers_of_experts_stay_under_an_adapter() -> None:
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         assert trained
         assert not [name for name in trained if re.search(r"router|\.gate\.", name)]
-        assert not {key for key in model.peft_config["default"].target_parameters or () if "gate." in key}
     assert any("experts" in name for name in trained)
+    assert mixtral.peft_config["default"].target_parameters == {"gate_up_proj", "down_proj"}  # as it is saved
 
 
 @pytest.mark.parametrize("kind", ["jamba", "mamba2"])
