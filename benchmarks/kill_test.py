@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import faulthandler
 import io
 import itertools
 import logging
@@ -310,6 +311,7 @@ def fork(
         log = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        faulthandler.enable()  # a signal that ends it, SIGSEGV say, leaves every thread's stack in the output
         checkpoint_io.torch.save, files.os.replace = save_in_halves, replace
         run(folder, settings, started)
         status = 0

@@ -134,7 +134,7 @@ def launch(
 def print_failure(ended: Ended) -> bool:
     """Whether a run that should end well did not."""
     if any(ended.codes):
-        print(f"a run ended with {ended.codes}:\n{ended.output[-3000:]}")
+        print(f"a run ended with {ended.codes}:\n{ended.output[-20_000:]}")  # with the stacks of a rank that crashed
     return any(ended.codes)
 
 

@@ -4,8 +4,8 @@
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from datetime import datetime
-from functools import partial
 from typing import Annotated, Any
 
 from annotated_types import Ge, Lt
@@ -102,15 +102,6 @@ class ScenarioDataModule(LightningDataModule):
         self.dropped: dict[str, int] = {}
         self.truncated: dict[str, int] = {}
         self._scenarios: dict[Split, ScenarioSet] = {}
-        self._make_encoder = partial(
-            PromptEncoder,
-            system_prompt=system_prompt,
-            use_chat_template=use_chat_template,
-            chat_template_kwargs=chat_template_kwargs or {},
-            max_prompt_tokens=max_prompt_tokens,
-            overlong_prompts=overlong_prompts,
-            parse_special_tokens=parse_special_tokens,
-        )
         self._now: datetime | None = None  # for templates that write the date: of the run's start, on rank 0
         self._encoder: PromptEncoder | None = None
         self._prompts: dict[Split, EncodedPrompts] = {}
@@ -305,7 +296,9 @@ class ScenarioDataModule(LightningDataModule):
         if tokenizer is None:
             raise ConfigError("there is no tokenizer: the module has none; give ScenarioDataModule(tokenizer=...)")
         if self._encoder is None or self._encoder.tokenizer is not tokenizer or self._encoder.now != self._now:
-            self._encoder = self._make_encoder(tokenizer=tokenizer, now=self._now)
+            given = {**vars(self)["given_arguments"], "tokenizer": tokenizer, "now": self._now}
+            names = [option.name for option in fields(PromptEncoder)]
+            self._encoder = PromptEncoder(**{name: value for name in names if (value := given.get(name)) is not None})
             self._prompts.clear()
             if self._encoder.use_chat_template is None and not self._encoder.applies_template:
                 how = "prompts are plain text, their turns joined by blank lines"

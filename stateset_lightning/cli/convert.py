@@ -6,6 +6,8 @@ Whatever is not carried over is named, with the reason. What cannot be single-tu
 
 from __future__ import annotations
 
+import functools
+import operator
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
@@ -74,7 +76,9 @@ def convert(guide: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         f"{key}={value!r:.60} is not carried over: {known['reasons'].get(key, UNKNOWN)}"
         for key, value in left_out.items()
     ]
-    _check_single_turn(given, known["accepted"])
+    for key, values in known["accepted"].items():
+        if given.get(key, values[-1]) not in values:
+            raise ConfigError(f"{key}={given[key]!r} is not single-turn: it must be {values[-1]!r}, or left out")
     scenarios = _scenarios(given)
     required = {"agent.model_name": "name the model", "training.num_episodes": "say how many episodes"}
     if missing := [key for key in required if given.get(key) is None]:
@@ -87,10 +91,7 @@ def convert(guide: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     for key, (ours, kind) in known["carried"].items():
         if given.get(key) is not None:
             *sections, name = ours.split(".")
-            place = config
-            for section in sections:
-                place = place[section]
-            place[name] = _checked(key, given[key], kind)
+            functools.reduce(operator.getitem, sections, config)[name] = _checked(key, given[key], kind)
     notes.append(
         "model.reward is HelpfulnessReward, as in the guide's quick start: its YAML names none; put your own there"
     )
@@ -121,18 +122,6 @@ def _flat(guide: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             raise ConfigError(f"{section}={content!r:.60} must be a mapping of keys")
         else:
             yield from ((f"{section}.{name}", value) for name, value in content.items())
-
-
-def _check_single_turn(given: dict[str, Any], accepted: dict[str, list[str]]) -> None:
-    for key in ("environment.max_turns", "training.max_turns"):
-        if given.get(key, 1) != 1:
-            raise ConfigError(
-                f"{key}={given[key]!r}: only single-turn tasks can be converted; set it to 1 if one answer ends a"
-                " conversation"
-            )
-    for key, values in accepted.items():
-        if key in given and given[key] not in values:
-            raise ConfigError(f"{key}={given[key]!r} is not single-turn: it must be {values[1]!r}, or left out")
 
 
 def _scenarios(given: dict[str, Any]) -> list[dict[str, Any]]:

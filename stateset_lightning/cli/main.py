@@ -49,8 +49,6 @@ COMMANDS = ("convert", "doctor", "export", "generate", "report")
 
 LIGHT = ("convert", "report")  # those of them that load no model
 
-REMOVED = {"completion": "completion of the shell is gone: `stateset-lightning fit --help` lists all keys"}
-
 _NOISE = re.compile("litlogger|[GTH]PU available|💡 Tip|Loaded model weights from the checkpoint")
 
 
@@ -78,7 +76,7 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
 
 def _run(args: ArgsType) -> StatesetCLI | None:
     from stateset_lightning.cli.messages import PROGRAM, without_traceback
-    from stateset_lightning.errors import ConfigError, UserError
+    from stateset_lightning.errors import UserError
     from stateset_lightning.files import forget_inputs
     from stateset_lightning.redaction import redact_streams, remember_flags
     from stateset_lightning.threads import heartbeat
@@ -101,8 +99,6 @@ def _run(args: ArgsType) -> StatesetCLI | None:
     if command not in LIGHT and not sys.stdout.isatty() and not any("--print_config" in word for word in words):
         heartbeat.start(str(command), sys.stderr if command == "generate" else sys.stdout)
     try:
-        if command in REMOVED:
-            raise ConfigError(REMOVED[command])
         if command in COMMANDS:
             if command not in LIGHT and not {"-h", "--help"} & set(words):
                 quieten()

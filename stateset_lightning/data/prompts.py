@@ -5,7 +5,6 @@ Unless that is wanted, special tokens in a scenario's text are encoded as plain 
 another or end the sequence.
 """
 
-import copy
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,21 +16,24 @@ from typing import Any, Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import mark_control_tokens
 
 from stateset_lightning.data.ragged import RaggedTokens, garbage_collection_paused
-from stateset_lightning.errors import ConfigError, DataError
+from stateset_lightning.errors import ConfigError, DataError, one_line
 from stateset_lightning.types import Scenario
+from stateset_lightning.workers import limited, rendered
 
 _log = logging.getLogger(__name__)
 
 OverlongPolicy = Literal["error", "drop", "truncate_left"]
 
-_BATCH = 1024  # texts that are tokenized at a time
+_BATCH = 256  # texts that are rendered, and tokenized, at a time
+_MOST_CHARACTERS, _MOST_TIMES = 2**16, 10  # that a template writes of its own, and of what it is given
 _IDS_SHOWN = 5
 # Thoughts that a template puts before an answer without any: `<think></think>`, or the end alone.
 _NO_THOUGHTS = re.compile(r"([<\[]([^<>\[\]]+)[>\]]\s*[<\[]/\2[>\]]|</[^<>]+>)\s*$")
 _TAG = re.compile(r"[<\[◁]([^\s<>\[\]◁▷]+)[>\]▷]")
-_DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+_DATE = re.compile(r"""strftime_now\(\s*(['"])(.{0,99}?)\1\s*\)""")
 _RESERVED_TEMPLATE_KWARGS = {
     *("conversation", "add_generation_prompt", "tokenize", "continue_final_message"),
     *("return_tensors", "return_dict", "sanitize_control_tokens"),
@@ -104,12 +106,15 @@ class PromptEncoder:
         """Prompt tokens of the scenarios of the split `key` (`data.train`, say).
 
         Raises:
-            DataError: If the template refuses a scenario, a prompt has no tokens, prompts are too long under
-                `overlong_prompts="error"`, or all are dropped.
+            DataError: If the template refuses a scenario or takes too much (see `limited`), a prompt has no tokens,
+                prompts are too long under `overlong_prompts="error"`, or all are dropped.
         """
-        # The tokenizer works without Python's lock: while it encodes a batch, the template renders the next one.
+        batches = self._batches(scenarios, key)
+        if self.applies_template:  # foreign code
+            batches = limited(batches, f"{key}: the chat template of {self.tokenizer.name_or_path!r}")
+        # The tokenizer works without Python's lock: while it encodes a batch, the next ones arrive.
         with garbage_collection_paused(), ThreadPoolExecutor(1) as thread:
-            encoded = list(thread.map(partial(self._tokenize, key), self._batches(scenarios, key)))
+            encoded = list(thread.map(partial(self._tokenize, key), batches))
         tokens = RaggedTokens.concatenate(batch for batch, *_ in encoded)
         if len(empty := np.flatnonzero(tokens.lengths == 0)):
             raise DataError(
@@ -122,9 +127,9 @@ class PromptEncoder:
                 "data.parse_special_tokens=true encodes them as special tokens",
                 *(key, marked, len(scenarios), ", ".join(self._special_tokens[:_IDS_SHOWN])),
             )
-        limited = self._limit_lengths(scenarios, tokens, key)
+        found = self._limit_lengths(scenarios, tokens, key)
         opened = [text for _, texts, _ in encoded for text in texts]
-        return replace(limited, opened=[opened[i] for i in limited.kept])
+        return replace(found, opened=[opened[i] for i in found.kept])
 
     def opened(self, scenario: Scenario) -> str:
         """What the prompt of a scenario has of its answer: a template may open that (`<think>`).
@@ -145,21 +150,21 @@ class PromptEncoder:
     def _assistant_header(self) -> str:
         """What stands between the user's text and the assistant's in a conversation that goes on; "" if not in prompts.
 
-        The last answer of a conversation would not tell: templates keep its thoughts, and open them.
+        The last answer of a conversation would not tell: templates keep its thoughts, and open them. Where the template
+        refuses a plain conversation, rewards see no text that it opens.
         """
         asked, said = {"role": "user", "content": "Question"}, {"role": "assistant", "content": "Its-answer"}
-        options = {"tokenize": False, **self._template_kwargs}
         if not self.applies_template:
             return ""
-        try:
-            answered = self.tokenizer.apply_chat_template([asked, said, {**asked, "content": "Next"}], **options)
-            prompt = self.tokenizer.apply_chat_template([asked], add_generation_prompt=True, **options)
-        except Exception as error:  # a template is foreign code
-            _log.info("The chat template refuses a plain conversation: rewards see no text that it opens: %s", error)
-            return ""
-        before = str(answered).partition(said["content"])[0].rpartition(asked["content"])[2]
+        options = self._template_kwargs
+        answered, prompt = rendered(
+            self.tokenizer,
+            {"conversation": [asked, said, {**asked, "content": "Next"}], **options},
+            {"conversation": [asked], "add_generation_prompt": True, **options},
+        )
+        before = answered.partition(said["content"])[0].rpartition(asked["content"])[2]
         header = _NO_THOUGHTS.sub("", before).rstrip()
-        return header if str(prompt).rpartition(asked["content"])[2].startswith(header) else ""
+        return header if prompt.rpartition(asked["content"])[2].startswith(header) else ""
 
     @cached_property
     def writes_date(self) -> bool:
@@ -199,23 +204,30 @@ class PromptEncoder:
             marked: dict[int, Scenario] = {}
             for i, scenario in enumerate(scenarios[start : start + _BATCH]):
                 messages = self._messages(scenario)
-                texts.append(self._text(scenario, messages, key))
                 if any(self._special_pattern.search(message["content"]) for message in messages):
                     marked[i] = scenario
+                    if self.applies_template:
+                        messages = mark_control_tokens(messages, self._special_pattern)
+                texts.append(self._text(scenario, messages, key))
             yield texts, marked
 
     def _text(self, scenario: Scenario, messages: list[dict[str, str]], key: str) -> str:
         if not self.applies_template:
             return "\n\n".join(message["content"] for message in messages)
         options = {"add_generation_prompt": True, "tokenize": False, **self._template_kwargs}
+        most = _MOST_CHARACTERS + _MOST_TIMES * len(str([messages, self.chat_template_kwargs]))
         try:
-            return str(self.tokenizer.apply_chat_template(messages, **options))
+            text = str(self.tokenizer.apply_chat_template(messages, **options))
+            if len(text) > most:
+                raise ValueError(f"it makes a text of {len(text):,} characters, more than {most:,}")
+            return text
         except Exception as error:  # a template is foreign code
             roles = [message["role"] for message in messages]
             advice = "if it takes no system turn, leave out data.system_prompt and the scenarios' context; "
             raise DataError(
-                f"{key}: the chat template refuses scenario '{scenario.id}' (roles: {', '.join(roles)}): {error};"
-                f" {advice if roles[0] == 'system' else ''}data.use_chat_template=false joins the turns as plain text"
+                f"{key}: the chat template refuses scenario '{scenario.id}' (roles: {', '.join(roles)}):"
+                f" {one_line(error) or type(error).__name__}; {advice if roles[0] == 'system' else ''}"
+                "data.use_chat_template=false joins the turns as plain text"
             ) from error
 
     def _tokenize(self, key: str, batch: tuple[list[str], dict[int, Scenario]]) -> tuple[RaggedTokens, list[str], int]:
@@ -231,7 +243,7 @@ class PromptEncoder:
         ]
         if self.applies_template:
             for i, scenario in marked.items():
-                tokens[i] = self._tokenize_as_text(scenario, key)
+                tokens[i] = self._tokenize_as_text(texts[i], scenario, key)
         else:
             # The model would take the end of the prompt for the end of its answer.
             tokens = [prompt[:-1] for prompt in tokens] if self._appends_eos else tokens
@@ -240,13 +252,10 @@ class PromptEncoder:
             tokens = [p[len(first) :] if first and p[: 2 * len(first)] == first * 2 else p for p in tokens]
         return RaggedTokens.from_lists(tokens), [self._opened(text) for text in texts], len(marked)
 
-    def _tokenize_as_text(self, scenario: Scenario, key: str) -> list[int]:
+    def _tokenize_as_text(self, text: str, scenario: Scenario, key: str) -> list[int]:
         """Prompt tokens in which only the template's own special tokens are such, not those in the scenario's text."""
-        tokenizer = copy.copy(self.tokenizer)
-        tokenizer.chat_control_tokens = self._special_tokens
-        options = {"add_generation_prompt": True, "return_dict": False, **self._template_kwargs}
         try:
-            ids = tokenizer.apply_chat_template(self._messages(scenario), sanitize_control_tokens=True, **options)
+            ids = self.tokenizer(text, sanitize_control_tokens=True, add_special_tokens=False)["input_ids"]
         except ValueError as error:
             raise DataError(
                 f"{key}: the text of scenario '{scenario.id}' holds a special token that this tokenizer cannot write as"

@@ -75,7 +75,7 @@ def _row_scenarios(row: RawRow, fields: Mapping[str, str], label: str, rewards: 
     columns = _renamed(row.columns, fields)
     columns["id"] = _checked_id(columns.get("id"), f"{label}:{row.number}")
     for name in ("context", "topic"):
-        columns[name] = _checked_optional_text(name, columns.get(name))
+        columns[name] = _checked_text(f"'{name}'", columns[name]) if columns.get(name) not in (None, "") else None
     columns["rewards"] = _checked_rewards(columns["rewards"]) if columns.get("rewards") is not None else rewards
     if isinstance(columns.get("prompt"), list | tuple) and columns.get("messages") is None:
         columns["messages"] = columns.pop("prompt")
@@ -140,10 +140,6 @@ def _check_values(name: str, value: object) -> None:
             left += [(part, depth + 1) for pair in item.items() for part in pair]
         elif isinstance(item, list | tuple):
             left += [(part, depth + 1) for part in item]
-
-
-def _checked_optional_text(name: str, value: object) -> str | None:
-    return None if value is None or value == "" else _checked_text(f"'{name}'", value)
 
 
 def _checked_texts(name: str, value: object) -> list[str]:

@@ -12,7 +12,9 @@ from stateset_lightning.policy.loading import (
     make_reference,
     resolve_model_name,
 )
-from stateset_lightning.policy.policy import Group, Policy, context_length, save_adapter
+from stateset_lightning.policy.lora import save_adapter
+from stateset_lightning.policy.policy import Group, Policy
+from stateset_lightning.policy.text_model import context_length
 
 __all__ = ["AdapterReference", "Group", "LoRAConfig", "LoadingOptions", "Policy", "PolicyConfig", "check_complete"]
 __all__ += ["check_vocabulary", "context_length", "end_of_sequence_ids", "load_model", "load_tokenizer"]

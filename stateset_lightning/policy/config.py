@@ -80,6 +80,7 @@ class PolicyConfig(LoadingOptions):
         lora: Train a low-rank adapter and leave the model as it is. None: train the model.
         adapter: Continue from an adapter that peft has saved (a folder or a Hugging Face id). All but `lora.dropout`
             comes from its own config.
+        router_aux_loss: Coefficient of the loss that has routers use all experts (docs/algorithms.md). 0: none.
     """
 
     model_name: str
@@ -90,6 +91,7 @@ class PolicyConfig(LoadingOptions):
     head_chunk_tokens: Annotated[int, Gt(0)] | None = None
     lora: LoRAConfig | None = None
     adapter: str | None = None
+    router_aux_loss: Annotated[float, Ge(0)] = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.lora, Mapping):

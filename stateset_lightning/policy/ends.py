@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
+
+from stateset_lightning.workers import rendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-log = logging.getLogger(__name__)
 
 
 def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -21,19 +20,15 @@ def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token by which the chat template ends a turn of the assistant, or opens the next one; empty without one.
 
-    It may be another than the end of a sequence: `<|im_end|>` beside `<|endoftext|>`.
+    It may be another than the end of a sequence: `<|im_end|>` beside `<|endoftext|>`. Not known where the template
+    refuses a plain conversation.
     """
     if not getattr(tokenizer, "chat_template", None):
         return []
     asked, said = {"role": "user", "content": "Question"}, {"role": "assistant", "content": "Its-answer"}
     tokens = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
     # As the last turn first: gpt-oss ends an earlier one by what also stands between its thoughts and its answer.
-    for turns in ([asked, said], [asked, said, asked]):
-        try:
-            text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-        except Exception as error:  # a template is foreign code
-            log.info("The chat template refuses a plain conversation, so its end of turn is not known: %s", error)
-            return []
+    for text in rendered(tokenizer, {"conversation": [asked, said]}, {"conversation": [asked, said, asked]}):
         behind = text.partition(said["content"])[2].lstrip()
         if found := [token for token in tokens if token.strip() and behind.startswith(token)]:
             return [tokens[max(found, key=len)]]

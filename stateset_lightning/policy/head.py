@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 CHUNK_BYTES = 64 * 2**20
 
@@ -32,6 +33,12 @@ class HeadOptions:
         return self.chunk_tokens or max(16, CHUNK_BYTES // (4 * vocabulary))
 
 
+def softcap(config: PretrainedConfig) -> float | None:
+    """The bound of a model's logits, under the name that its family has for it; None without one."""
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return next((cap for name in names if (cap := getattr(config, name, None))), None)
+
+
 def token_logprobs(
     hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_T: Tensor, options: HeadOptions
 ) -> tuple[Tensor, Tensor]:
@@ -41,10 +48,13 @@ def token_logprobs(
         return _ChunkedHead.apply(hidden_TH, weight_VH, bias_V, targets_T, options)
 
 
+def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """Scores within a bound, by c tanh(x / c)."""
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+
+
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> Tensor:
-    logits = torch.nn.functional.linear(hidden, weight, bias).float()
-    if options.softcap is not None:
-        logits = torch.tanh(logits / options.softcap) * options.softcap
+    logits = capped(torch.nn.functional.linear(hidden, weight, bias).float(), options.softcap)
     return logits / options.temperature if options.temperature != 1.0 else logits
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ from stateset_lightning.seeding import derive_seed
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel
+
+    from stateset_lightning.policy.policy import Policy
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +128,12 @@ def inject(model: PreTrainedModel, config: LoraConfig, place: str, seed: int = 0
             model.add_adapter(config, NAME)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"{place}: {one_line(error)}") from error
+    # peft puts adapters on fused experts, and on their routers, by parameter, and does not exclude any of those.
+    excluded = config.exclude_modules if isinstance(config.exclude_modules, str) else ""
+    for name, layer in reversed(list(model.named_modules())):  # the adapters of a module's parameters are nested
+        if hasattr(layer, "parameter_name") and re.fullmatch(excluded, name):
+            model.set_submodule(name, layer.base_layer)
+            config.target_parameters.discard(f"{name.rpartition('.')[2]}.{layer.parameter_name}")
     adapted = ((name, layer) for name, layer in model.named_modules() if hasattr(layer, "lora_bias"))
     bare = [name for name, layer in adapted if getattr(layer.get_base_layer(), "bias", None) is None]
     if config.lora_bias and bare:
@@ -192,7 +201,7 @@ def merged_adapter(model: nn.Module) -> Iterator[None]:
 
     adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     layers = [layer for layer in adapted if _base_dtype(layer) in (torch.float32, torch.float64)]
-    bases = [layer.get_base_layer() for layer in layers]
+    bases = {layer.get_base_layer() for layer in layers}  # fused experts have several adapters
     try:
         with replaced_parameters(bases, lambda weight: nn.Parameter(weight.detach().clone(), requires_grad=False)):
             for layer in layers:
@@ -211,7 +220,7 @@ def merge_adapter(model: PreTrainedModel) -> float:
         float32.
 
     Raises:
-        ConfigError: If weights are quantized or fused, or embeddings are tied and one of them is adapted: they are two
+        ConfigError: If weights are quantized, or embeddings are tied and one of them is adapted: they are two
             matrices afterwards, and saved as one.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -224,33 +233,51 @@ def merge_adapter(model: PreTrainedModel) -> float:
             "the adapter sits on an embedding that is tied to another, and cannot be merged: export it without --merge"
         )
     change, error = 0.0, 0.0
-    for name, module in list(model.named_modules()):
+    for name, module in reversed(list(model.named_modules())):  # adapters of fused experts are nested
         if isinstance(module, AuxiliaryTrainingWrapper):
             model.set_submodule(name, module.modules_to_save[NAME])
         elif isinstance(module, BaseTunerLayer):
-            base, dtype = module.get_base_layer(), _base_dtype(module)
+            base, key, dtype = module.get_base_layer(), _base_key(module), _base_dtype(module)
             if dtype is None or not dtype.is_floating_point:
-                why = "experts are fused into one tensor" if dtype is None else "weights are quantized"
-                raise ConfigError(f"the adapter of {name} cannot be merged, its {why}: export it without --merge")
-            before = base.weight.detach()
-            base.weight = nn.Parameter(before.float(), requires_grad=False)  # summed before it is rounded
+                raise ConfigError(f"the adapter of {name} sits on quantized weights: export it without --merge")
+            before = getattr(base, key).detach()
+            setattr(base, key, nn.Parameter(before.float(), requires_grad=False))  # summed before it is rounded
             module.merge()
-            exact = base.weight.detach()
-            base.weight = nn.Parameter(exact.to(dtype), requires_grad=False)
+            exact = getattr(base, key).detach()
+            rounded = nn.Parameter(exact.to(dtype), requires_grad=False)
+            setattr(base, key, rounded)
             change += float((exact - before).square().sum())
-            error += float((base.weight - exact).square().sum())
+            error += float((rounded - exact).square().sum())
             model.set_submodule(name, base)
     model._hf_peft_config_loaded = False
     del model.peft_config
     return (error / change) ** 0.5 if change else 0.0
 
 
+def _base_key(layer: Any) -> str:
+    """Of what an adapter is added to in its layer; fused experts are a parameter of another name."""
+    return getattr(layer, "parameter_name", "weight")
+
+
 def _base_dtype(layer: Any) -> torch.dtype | None:
-    weight = getattr(layer.get_base_layer(), "weight", None)
+    weight = getattr(layer.get_base_layer(), _base_key(layer), None)
     return weight.dtype if isinstance(weight, Tensor) else None
 
 
 # Saved
+
+
+def save_adapter(policy: Policy, folder: str | Path) -> None:
+    """Writes the policy's adapter as `PeftModel.from_pretrained` reads it.
+
+    Two files: adapter_config.json and adapter_model.safetensors.
+
+    Args:
+        policy: With an adapter.
+        folder: Made if it is not there. The config names the model under the adapter as `model.policy.model_name` does,
+            a folder by its last part.
+    """
+    write_adapter(policy.model, policy.config.public_name, Path(folder))
 
 
 def write_adapter(model: PreTrainedModel, base: str, folder: Path) -> None:

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from stateset_lightning.policy.shared_prompts import SharedPrompts, capped, softmax_with_sinks
+from stateset_lightning.policy.head import capped
+from stateset_lightning.policy.shared_prompts import SharedPrompts, softmax_with_sinks
 
 NAME = "stateset_prefix"
 LAYOUT_ARGUMENT = "prefix_layout"

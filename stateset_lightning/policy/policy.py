@@ -9,13 +9,11 @@ completions, packed; H hidden size; B rows of S tokens.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import compress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,10 +22,11 @@ from torch import Tensor, nn
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import lora, packed_attention, probes
 from stateset_lightning.policy.config import PolicyConfig
-from stateset_lightning.policy.head import HeadOptions, token_logprobs
+from stateset_lightning.policy.head import HeadOptions, capped, softcap, token_logprobs
 from stateset_lightning.policy.lora_state import AdapterState, base_digest, keep_only_in_state_dict
 from stateset_lightning.policy.recomputed_layers import use_recomputed_layers
-from stateset_lightning.policy.text_model import use_one_rope_table
+from stateset_lightning.policy.routing import check_routers, routed_sums
+from stateset_lightning.policy.text_model import context_length, use_one_rope_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,6 +86,7 @@ class Policy(nn.Module):
         uses_packed_scoring: Whether each prompt is computed once per group.
         scores_alone: Whether each completion has a forward of its own, as a model's rows are not independent.
         uses_chunked_head: Whether logits exist for a chunk of tokens at a time only.
+        routed: With `router_aux_loss`, the `routed_sums` of all forwards since it was last set to 0.
     """
 
     def __init__(self, model: PreTrainedModel, config: PolicyConfig) -> None:
@@ -101,8 +101,11 @@ class Policy(nn.Module):
         if self.adapter is not None:
             keep_only_in_state_dict(self, [f"model.{name}" for name in self.adapter.names])
         use_recomputed_layers(model)
-        self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self.softcap = softcap(model.config.get_text_config())
         self.uses_chunked_head = self._probe_head()
+        self.routed: Any = 0
+        if config.router_aux_loss:
+            check_routers(model, config.router_aux_loss)
         self.scores_alone = False
         self.uses_packed_scoring = config.scoring != "padded" and self._probe_packed()
         self.scores_alone = not self.uses_packed_scoring and self._probe_padded()
@@ -122,10 +125,10 @@ class Policy(nn.Module):
         return self.model.device
 
     def train(self, mode: bool = True) -> Policy:
-        """As torch's, but routers stay in evaluation mode: some (PhiMoE's) choose at random what they train."""
+        """As of any module; but routers that add noise while they are trained choose experts as in sampling."""
         super().train(mode)
-        for module in self.modules():
-            module.training &= not re.search("Router|MoeBlock", type(module).__name__)
+        for module in self.model.modules():
+            module.training &= not any("jitter" in key for key in vars(module))
         return self
 
     def prepare_for(self, longest: int | None) -> None:
@@ -190,8 +193,7 @@ class Policy(nn.Module):
         # Any mask of four dimensions keeps transformers from building one of S x S; the layout is what counts.
         unused_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         arguments = {"attention_mask": unused_mask, packed_attention.LAYOUT_ARGUMENT: layout}
-        outputs = self._forward(self._ids(ids)[None], position_ids=self._ids(positions)[None], **arguments)
-        return outputs[0].index_select(0, self._ids(sources))
+        return self._forward(self._ids(ids)[None], sources, position_ids=self._ids(positions)[None], **arguments)
 
     def _padded(self, groups: Sequence[Group]) -> Tensor:
         """The same from one row per completion, padded on the right, where causal attention never looks."""
@@ -208,15 +210,19 @@ class Policy(nn.Module):
         input_ids = self._ids([ids + [0] * (width - len(ids)) for _, ids, _ in rows])
         # Positions are the model's own business where it is not known to count them from 0 (RoBERTa's begin at 2).
         positions = torch.arange(width, device=self.device).expand(len(rows), -1)
-        outputs = self._forward(input_ids, **({} if self.scores_alone else {"position_ids": positions}))
         sources = [i * width + prompt - 1 + place for i, (prompt, _, places) in enumerate(rows) for place in places]
-        return outputs.flatten(0, 1).index_select(0, self._ids(sources))
+        return self._forward(input_ids, sources, **({} if self.scores_alone else {"position_ids": positions}))
 
-    def _forward(self, input_ids: Tensor, **arguments: Any) -> Tensor:
-        """Hidden states [B, S, H], or logits [B, S, V] of a model whose head is not a plain linear layer."""
-        model = self.model.base_model if self.uses_chunked_head else self.model
+    def _forward(self, input_ids: Tensor, sources: Sequence[int], **arguments: Any) -> Tensor:
+        """Hidden states at some places [T, H], or logits [T, V] of a model whose head is not a plain linear layer."""
+        model, places_T = self.model.base_model if self.uses_chunked_head else self.model, self._ids(sources)
+        if self.config.router_aux_loss:
+            arguments["output_router_logits"] = True
         output = model(input_ids=input_ids, use_cache=False, **arguments)
-        return output.last_hidden_state if self.uses_chunked_head else output.logits
+        if self.config.router_aux_loss:
+            self.routed = self.routed + routed_sums(self.model, output.router_logits, places_T)
+        outputs = output.last_hidden_state if self.uses_chunked_head else output.logits
+        return outputs.flatten(0, 1).index_select(0, places_T)
 
     def _ids(self, values: Sequence[Any]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
@@ -249,8 +255,7 @@ class Policy(nn.Module):
         return float((self._head_logprobs(model, body) - probes.own_logprobs(model, ids)).abs().max())
 
     def _head_logprobs(self, model: PreTrainedModel, outputs: Tensor) -> Tensor:
-        logits = model.get_output_embeddings()(outputs).float()
-        return (logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap).log_softmax(-1)
+        return capped(model.get_output_embeddings()(outputs).float(), self.softcap).log_softmax(-1)
 
     @torch.no_grad()
     def _probe_packed(self) -> bool:
@@ -328,23 +333,3 @@ def _batches(groups: Sequence[Group]) -> list[list[Group]]:
         batches[-1].append(group)
         tokens += size
     return batches
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """The most tokens, prompt and completion together, that the model has positions for; None if it does not say."""
-    config = model.config.get_text_config()
-    values = (getattr(config, key, None) for key in ("max_position_embeddings", "n_positions"))
-    return next((value for value in values if isinstance(value, int)), None)
-
-
-def save_adapter(policy: Policy, folder: str | Path) -> None:
-    """Writes the policy's adapter as `PeftModel.from_pretrained` reads it.
-
-    Two files: adapter_config.json and adapter_model.safetensors.
-
-    Args:
-        policy: With an adapter.
-        folder: Made if it is not there. The config names the model under the adapter as `model.policy.model_name` does,
-            a folder by its last part.
-    """
-    lora.write_adapter(policy.model, policy.config.public_name, Path(folder))

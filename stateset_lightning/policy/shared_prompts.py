@@ -16,9 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def capped(scores: Tensor, softcap: float | None) -> Tensor:
-    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+from stateset_lightning.policy.head import capped
 
 
 def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:

@@ -54,16 +54,14 @@ def never_adapted(model: PreTrainedModel) -> str | None:
     experts that were trained on others; and layers of Mamba's mixers whose weights are used without calling the layer:
     an adapter on them would have no effect.
     """
-    patterns = []
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    routers = [name for name, module in model.named_modules() if re.search("Router|Gating", type(module).__name__)]
-    if inside := [re.escape(name) for name in linears if any(f"{name}.".startswith(f"{part}.") for part in routers)]:
-        patterns.append("|".join(inside))
+    # Modules and not linear layers: the weights of many routers are a parameter of their own.
+    is_router = re.compile(r"Router|Gating$|MoE\w*Gate$").search
+    routers = [re.escape(name) for name, module in model.named_modules() if is_router(type(module).__name__)]
+    patterns = [rf"({'|'.join(routers)})(\..*)?"] if routers else []
     mixers = [name for name, module in model.named_modules() if hasattr(module, "A_log") and hasattr(module, "D")]
     patterns += [rf"{re.escape(name)}\.(dt_proj|out_proj)" for name in mixers]
     if is_composite(model.config):
-        text = _text_modules(model)
-        parts = [re.escape(name) for name, module in model.named_modules() if any(module is part for part in text)]
+        parts = [re.escape(name) for name, module in model.named_modules() if module in _text_modules(model)]
         patterns.append(rf"(?!({'|'.join(parts)})(\.|$)).*")
     return "|".join(patterns) or None
 
@@ -81,6 +79,13 @@ def copy_processor(source: str, folder: Path, **hub_options: Any) -> None:
         found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_options)
         if found is not None:
             shutil.copyfile(found, folder / name)
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The most tokens, prompt and completion together, that the model has positions for; None if it does not say."""
+    config = model.config.get_text_config()
+    values = (getattr(config, key, None) for key in ("max_position_embeddings", "n_positions"))
+    return next((value for value in values if isinstance(value, int)), None)
 
 
 # One table of rotary frequencies. Some models (longrope, arXiv:2402.13753; dynamic NTK) choose theirs by the longest

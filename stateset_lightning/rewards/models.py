@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from stateset_lightning.errors import ConfigError, DataError, bounded
+from stateset_lightning.errors import ConfigError, DataError, bounded, one_line
 from stateset_lightning.rewards.base import BatchReward, Turns, completion, target_texts
+from stateset_lightning.workers import limited
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,21 +127,27 @@ class TextModelReward(BatchReward):
         """
         return self._checked(self.tokenizer(text, second, split_special_tokens=True, verbose=False))
 
-    def encode_conversation(self, turns: Turns) -> Encoded:
-        """A conversation by the chat template.
+    def encode_conversations(self, conversations: Sequence[Turns]) -> list[Encoded | DataError]:
+        """Conversations by the chat template, or why one has no tokens: it is too long, or the template refuses it.
 
         Without a template the last turn is the second of a pair; the first are the others, joined by blank lines.
 
         Raises:
-            DataError: If it is longer than the model can read, or its template refuses the conversation.
+            DataError: If the template takes too much time or memory.
         """
         if not self.tokenizer.chat_template:
-            return self.encode("\n\n".join(turn["content"] for turn in turns[:-1]), turns[-1]["content"])
+            asked = ["\n\n".join(turn["content"] for turn in turns[:-1]) for turns in conversations]
+            return [_attempt(self.encode, *pair) for pair in zip(asked, map(completion, conversations), strict=True)]
+        _ = self.limit  # asks the model, which is not to be loaded in the fork
+        texts = (_attempt(self._by_template, turns) for turns in conversations)
+        return list(limited(texts, f"the chat template of {self.key}"))
+
+    def _by_template(self, turns: Turns) -> Encoded:
         messages = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
         try:
             encoded = self.tokenizer.apply_chat_template(messages, sanitize_control_tokens=True, return_dict=True)
         except Exception as error:  # a template is foreign code
-            raise DataError(f"{self.key}: its chat template refuses the conversation: {error}") from error
+            raise DataError(f"{self.key}: its chat template refuses the conversation: {one_line(error)}") from error
         return self._checked(encoded)
 
     def read(self, texts: Sequence[Encoded | DataError], head: Callable[[Any, "Tensor"], "Tensor"]) -> list[Any]:
@@ -205,8 +212,11 @@ class RewardModel(TextModelReward):
 
     def compute_rewards(self, conversations: Sequence[Turns], contexts: Sequence[Mapping[str, Any]]) -> list[Any]:
         label = self._label
-        encode = self.encode_conversation if self.reads == "conversation" else lambda t: self.encode(completion(t))
-        rows = self.read([_attempt(encode, turns) for turns in conversations], lambda output, _: output.logits)
+        if self.reads == "conversation":
+            texts = self.encode_conversations(conversations)
+        else:
+            texts = [_attempt(self.encode, completion(turns)) for turns in conversations]
+        rows = self.read(texts, lambda output, _: output.logits)
         if label is not None:
             rows = [row if isinstance(row, Exception) else row.softmax(-1)[label] for row in rows]
         return [row if isinstance(row, Exception) else float(row) for row in rows]

@@ -1,15 +1,16 @@
 """A key-value cache in preallocated buffers: a new token is written in place, finished rows are removed by copying.
 
-Transformers' own dynamic cache concatenates, which copies everything once per token and layer. Letters: B rows,
-C capacity in tokens, d size of a head.
+Transformers' own dynamic cache concatenates, which copies everything once per token and layer. The states of recurrent
+layers, which do not grow, are kept as transformers keeps them. Letters: B rows, C capacity in tokens, d size of a head.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+import torch
+from torch import Tensor, nn
+from transformers import cache_utils
 
 from stateset_lightning.errors import ConfigError
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class BufferLayer(DynamicLayer):
+class BufferLayer(cache_utils.DynamicLayer):
     """Keys and values [B, heads, C, d] of one attention layer; `keys` and `values` are views of what has been written.
 
     A sliding-window layer keeps all its keys as well: the mask, which transformers derives from positions, hides the
@@ -27,7 +28,7 @@ class BufferLayer(DynamicLayer):
         capacity: Tokens per row that the buffers have room for.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, **kwargs: Any) -> None:
         super().__init__()
         self.capacity = capacity
         self.length = 0
@@ -82,22 +83,82 @@ class BufferLayer(DynamicLayer):
             self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
 
 
-def make_cache(model: PreTrainedModel, capacity: int) -> DynamicCache:
+class StateLayer(cache_utils.LinearAttentionLayer):
+    """The states of a recurrent layer: convolutions' last inputs, and what has been summed up. They have no columns."""
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """See `BufferLayer.batch_select_indices`."""
+        for states in (self.conv_states, self.recurrent_states):
+            states.update({i: state.index_select(0, indices) for i, state in states.items() if state is not None})
+
+    def join(self, other: StateLayer, first: int, column: int, capacity: int) -> None:
+        """See `BufferLayer.join`."""
+        for states, added in ((self.conv_states, other.conv_states), (self.recurrent_states, other.recurrent_states)):
+            states.update({i: torch.cat([state, added[i]]) for i, state in states.items() if state is not None})
+
+
+class StateAndBufferLayer(StateLayer, cache_utils.LinearAttentionAndFullAttentionLayer, BufferLayer):
+    """A layer that is both: attention, with or without a window, beside a recurrence."""
+
+    def __init__(self, capacity: int, number_of_states: int) -> None:
+        BufferLayer.__init__(self, capacity)
+        cache_utils.LinearAttentionLayer.__init__(self, number_of_states)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        for kind in (StateLayer, BufferLayer):
+            kind.batch_select_indices(self, indices)
+
+    def join(self, other: StateAndBufferLayer, first: int, column: int, capacity: int) -> None:
+        for kind in (StateLayer, BufferLayer):
+            kind.join(self, other, first, column, capacity)
+
+
+class EmptyLayer(cache_utils.DummyLayer):
+    """Of a layer that has nothing to remember, such as one of experts alone."""
+
+    def join(self, other: EmptyLayer, first: int, column: int, capacity: int) -> None:
+        """There is nothing to join."""
+
+
+OURS: dict[type, type[BufferLayer | StateLayer | EmptyLayer]] = {
+    cache_utils.DynamicLayer: BufferLayer,
+    cache_utils.DynamicSlidingWindowLayer: BufferLayer,
+    cache_utils.LinearAttentionLayer: StateLayer,
+    cache_utils.LinearAttentionAndFullAttentionLayer: StateAndBufferLayer,
+    cache_utils.LinearAttentionAndSlidingWindowAttentionLayer: StateAndBufferLayer,
+    cache_utils.DummyLayer: EmptyLayer,
+}
+"""In place of transformers' layers."""
+
+MODULE_STATES = ("conv1d_state", "recurrent_states")
+"""Attributes of modules that keep states of rows themselves, as RecurrentGemma's do."""
+
+
+def make_cache(model: PreTrainedModel, capacity: int) -> cache_utils.DynamicCache:
     """An empty cache for `capacity` tokens per row.
 
     Raises:
-        ConfigError: If the model has layers whose state is not keys and values of attention (recurrent ones, say).
+        ConfigError: If the model has layers that keep something else than attention's keys and values or the states of
+            transformers' recurrent layers.
     """
-    cache = DynamicCache(config=model.config)
-    kinds = {type(layer) for layer in cache.layers}
-    if others := sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer}):
+    cache = cache_utils.DynamicCache(config=model.config)
+    if others := sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in OURS}):
         raise ConfigError(
             f"{type(model).__name__} keeps {', '.join(others)} beside attention keys and values, which this cannot"
         )
     # A model without a layer list in its config grows its cache as layers ask for it.
-    num_layers = len(cache.layers) or model.config.get_text_config().num_hidden_layers
-    cache.layers = [BufferLayer(capacity) for _ in range(num_layers)]
+    layers = cache.layers or [cache_utils.DynamicLayer()] * model.config.get_text_config().num_hidden_layers
+    cache.layers = [
+        OURS[type(layer)](capacity=capacity, number_of_states=getattr(layer, "number_of_states", 1)) for layer in layers
+    ]
+    if modules := modules_with_states(model):
+        cache.layers.append(StateLayer(len(modules)))
     return cache
+
+
+def modules_with_states(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
+    """Modules with an attribute of `MODULE_STATES`, and its name. A cache keeps these states in one more layer."""
+    return [(module, name) for module in model.modules() for name in MODULE_STATES if hasattr(module, name)]
 
 
 def _join(rows: Tensor, added: Tensor, column: int, capacity: int) -> Tensor:

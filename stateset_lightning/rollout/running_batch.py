@@ -1,13 +1,16 @@
 """The rows that are decoded together: admitted when there is room, dropped when they are finished.
 
 All rows write their next token at the same column of the cache, so each is padded on the left to end there; a mask
-hides the padding. Letters: B rows of the batch, C columns of the cache, P prompts, V vocabulary.
+hides the padding. The state of a recurrent layer must not see padding: where there are some, prompts of one length are
+prefilled together, and no others. Letters: B rows of the batch, C columns of the cache, P prompts, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from inspect import signature
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +19,7 @@ from torch import Tensor
 from stateset_lightning.policy.packed_attention import NAME as PACKED_ATTENTION
 from stateset_lightning.policy.packed_attention import SHARED_PROMPTS_ARGUMENT
 from stateset_lightning.policy.shared_prompts import SharedPrompts
-from stateset_lightning.rollout.cache import make_cache
+from stateset_lightning.rollout.cache import BufferLayer, StateLayer, make_cache, modules_with_states
 from stateset_lightning.rollout.cpu_decoding import Attend, LlamaDecoder, attend_to_cache
 
 if TYPE_CHECKING:
@@ -57,6 +60,9 @@ class RunningBatch:
         self.limits_B = self.starts_B
         self.logits_BV = torch.empty(0)
         self._padded = False
+        takes = signature(model.forward).parameters
+        self._cache_name = "cache_params" if "cache_params" in takes else "past_key_values"
+        self._modules_with_states = modules_with_states(model)
 
     def __len__(self) -> int:
         return len(self.starts_B)
@@ -76,7 +82,7 @@ class RunningBatch:
             self.cache, column = cache, width
         starts_B = self._extended(self.starts_B + column - self.column, column - lengths_P[rows])
         self._add_rows(logits_PV[rows], lengths_P[rows], starts_B, column)
-        self._padded = bool((self.starts_B > 0).any())
+        self._padded = self._has(BufferLayer) and bool((self.starts_B > 0).any())
 
     def keep(self, rows: Tensor) -> None:
         """Drops all rows but these."""
@@ -119,6 +125,8 @@ class RunningBatch:
     def _prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[DynamicCache, Tensor, Tensor]:
         """Each prompt once: the cache, the logits [P, V] that predict the first token, and the lengths [P]."""
         width, device = max(map(len, prompts)), self.model.device
+        if min(map(len, prompts)) < width and self._has(StateLayer):
+            return self._prefill_unpadded(prompts, capacity)
         cache = make_cache(self.model, capacity)
         lengths_P = torch.tensor([len(prompt) for prompt in prompts], device=device)
         ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
@@ -127,10 +135,30 @@ class RunningBatch:
         mask = positions >= 0 if any(len(prompt) != width for prompt in prompts) else None
         return cache, self._forward(ids, positions.clamp(min=0), cache, attention_mask=mask), lengths_P
 
+    def _prefill_unpadded(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[DynamicCache, Tensor, Tensor]:
+        """As `_prefill`, without padding."""
+        parts = [self._prefill(list(same), capacity) for _, same in groupby(sorted(prompts, key=len), key=len)]
+        cache = parts[0][0]
+        for added, _, lengths_P in parts[1:]:
+            for layer, added_layer in zip(cache.layers, added.layers, strict=True):
+                layer.join(added_layer, 0, int(lengths_P[0]), capacity)
+        order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
+        places = torch.tensor(order, device=self.model.device).argsort()
+        cache.batch_select_indices(places)
+        return cache, torch.cat([part[1] for part in parts])[places], torch.cat([part[2] for part in parts])[places]
+
     def _forward(self, ids: Tensor, positions: Tensor, cache: DynamicCache, **arguments: Any) -> Tensor:
         """The model's logits at the last column, [B, V]; keys and values go into the cache."""
-        options: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-        return self.model(input_ids=ids, position_ids=positions, **options, **arguments).logits[:, -1]
+        options: dict[str, Any] = {self._cache_name: cache, "use_cache": True, "logits_to_keep": 1}
+        for i, (module, name) in enumerate(self._modules_with_states):
+            setattr(module, name, cache.layers[-1].conv_states[i])
+        logits = self.model(input_ids=ids, position_ids=positions, **options, **arguments).logits[:, -1]
+        for i, (module, name) in enumerate(self._modules_with_states):
+            cache.layers[-1].conv_states[i] = getattr(module, name)
+        return logits
+
+    def _has(self, kind: type) -> bool:
+        return any(isinstance(layer, kind) for layer in self.cache.layers)
 
     def _mask(self) -> Tensor | None:
         """Bool [B, C]: whether a row sees a column, the next token's included; None when nothing is padded."""

@@ -12,9 +12,25 @@ from lightning.fabric.plugins.collectives.torch_collective import default_pg_tim
 from lightning.fabric.strategies.model_parallel import _load_checkpoint
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, StrategyRegistry
+from torch.distributed import HashStore, ProcessGroupGloo, Store, distributed_c10d
 
 from stateset_lightning.files import atomic_folder, writing
 from stateset_lightning.run.checkpoint_io import check_weights, is_sharded, of_first_rank, read_checkpoint, safe_shards
+
+
+class _OneThread(ProcessGroupGloo):
+    """Gloo with one thread that runs the collectives of a group, not two.
+
+    Two crash the process (torch 2.13), seldom and on a busy machine: each writes the name of the collective that it has
+    ended into one string of the group, without a lock (`ProcessGroupGloo::runLoop`). A name of more than 15 letters has
+    memory of its own, which both then free. `ALLGATHER_COALESCED` has, the collective that makes a DTensor whole; those
+    of DDP are shorter.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
+        options: Any = ProcessGroupGloo(HashStore(), 0, 1, timeout).options  # with the devices that torch would choose
+        options._threads = 1
+        super().__init__(store, rank, size, options)
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -40,7 +56,13 @@ class FSDP2Strategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         # Private in lightning 2.6.6: with "auto", its base would count the devices of one machine alone.
         self._data_parallel_size = self.num_nodes * self.num_processes
-        super().setup_environment()
+        # Private in torch 2.13: the class of its groups. A backend of another name would not do, as Lightning asks for
+        # "gloo".
+        distributed_c10d.ProcessGroupGloo = _OneThread  # type: ignore[misc]
+        try:
+            super().setup_environment()
+        finally:
+            distributed_c10d.ProcessGroupGloo = ProcessGroupGloo  # type: ignore[misc]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         if not self._save_distributed_checkpoint:

@@ -39,6 +39,7 @@ class MicroBatch:
     old_logprobs_T: Tensor | None
     ref_logprobs_T: Tensor | None
     select_T: Tensor | None
+    experts_per_token_E: Tensor | None = None
 
 
 @dataclass
@@ -57,12 +58,13 @@ class Episode:
     weights_N: Tensor
     active_N: Tensor  # whether a completion needs a policy forward
     micro_step_N: Tensor  # which micro-step of a pass trains a completion
-    active_by_step: list[int]  # completions of all ranks to train, by optimizer step of a pass
+    active_by_step: list[int]  # sampled tokens of all ranks to train, by optimizer step of a pass
     old_logprobs_T: Tensor | None = None
     ref_logprobs_T: Tensor | None = None
     select_T: Tensor | None = None  # what the algorithm's selection keeps
     tokens_over_budget: int | None = 0  # of this rank's micro-steps of a pass; None without a budget
     sampled_T: Tensor | None = None  # None: all tokens were sampled
+    experts_per_token_E: Tensor | None = None  # how often routers choose each expert; None where that is not trained
 
     @property
     def num_generations(self) -> int:
@@ -119,6 +121,7 @@ class Episode:
             old_logprobs_T=of_tokens(self.old_logprobs_T),
             ref_logprobs_T=of_tokens(self.ref_logprobs_T),
             select_T=of_tokens(self.select_T),
+            experts_per_token_E=self.experts_per_token_E,
         )
 
 
@@ -228,7 +231,7 @@ def make_episode(
         weights_N=weights_PG[mine].flatten(),
         active_N=active_N,
         micro_step_N=micro_step_N,
-        active_by_step=[int(active_PG[step_P == step].sum()) for step in range(plan.optimizer_steps)],
+        active_by_step=[int((lengths_PG * active_PG)[step_P == k].sum()) for k in range(plan.optimizer_steps)],
         tokens_over_budget=tokens_over_budget,
         sampled_T=None if bool(rollout.sampled_T.all()) else rollout.sampled_T,
     )

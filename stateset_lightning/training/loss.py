@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from stateset_lightning.algorithm import Algorithm, TokenBatch
 from stateset_lightning.algorithm.aggregation import per_token
 from stateset_lightning.policy import AdapterReference, Group, Policy
+from stateset_lightning.policy.routing import balance
 from stateset_lightning.seeding import derive_seed
 from stateset_lightning.training import metrics
 from stateset_lightning.training.episode import Episode, MicroBatch, Plan
@@ -36,7 +37,7 @@ ROUNDING = 1e-4
 
 
 def micro_batch_loss(
-    policy: Policy, algorithm: Algorithm, batch: MicroBatch, temperature: float, dropout_seed: int
+    policy: Policy, algorithm: Algorithm, batch: MicroBatch, temperature: float, dropout_seed: int, step_tokens: int
 ) -> tuple[Tensor, Metrics]:
     """Sum over the batch's tokens of weight x per-token loss, and metrics as (sum, count).
 
@@ -46,9 +47,11 @@ def micro_batch_loss(
         batch: What the micro-step trains; nothing, perhaps.
         temperature: Divides the logits.
         dropout_seed: Of this micro-step.
+        step_tokens: What its optimizer step trains, of all ranks.
     """
     if not batch.groups:
         return zero_loss(policy), {}
+    policy.routed = 0
     with seeded_dropout(policy.device, dropout_seed) if policy.has_dropout else nullcontext():
         logprobs_T, entropies_T = policy.score(batch.groups, temperature)
     device = logprobs_T.device
@@ -70,9 +73,13 @@ def micro_batch_loss(
     )
     loss_T, sums = algorithm.per_token_loss(tokens)
     weights_T = per_token(batch.weights_N.to(device, loss_T.dtype), tokens.lengths_N)
-    return (weights_T * loss_T).sum(), sums | metrics.of_tokens(
-        logprobs_T.detach(), sampling_logprobs_T, entropies_T.detach()
-    )
+    loss = (weights_T * loss_T).sum()
+    sums |= metrics.of_tokens(logprobs_T.detach(), sampling_logprobs_T, entropies_T.detach())
+    if batch.experts_per_token_E is not None:
+        router_loss = balance(policy.routed[0], batch.experts_per_token_E.to(device))
+        loss = loss + policy.config.router_aux_loss / step_tokens * router_loss
+        sums["train/router_aux_loss"] = (router_loss.detach(), len(logprobs_T))
+    return loss, sums
 
 
 def zero_loss(policy: Policy) -> Tensor:
@@ -178,18 +185,24 @@ def add_fixed_logprobs(step: TrainingStep, episode: Episode, scored: TrainedScor
         scored: Log-probs that were needed for the scores already.
         plan: The episode's.
         old: Whether the loss needs old log-probs. With a single optimizer step they are the new ones, and no pass is
-            made.
+            made for them.
     """
     groups, algorithm, temperature = episode.active_batch().groups, step.algorithm, step.sampler.config.temperature
     episode.ref_logprobs_T = scored.ref_logprobs_T
     episode.old_logprobs_T = scored.logprobs_T if old else None
     if step.reference is not None and episode.ref_logprobs_T is None:
         episode.ref_logprobs_T = episode.scatter(step.reference.score_without_gradient(groups, temperature)[0])
-    if not algorithm.selects_tokens and (not old or episode.old_logprobs_T is not None):
+    balances = step.policy.config.router_aux_loss > 0 and any(episode.active_by_step)
+    if not (algorithm.selects_tokens or balances) and (not old or episode.old_logprobs_T is not None):
         return
+    step.sampled_policy.routed = 0
     scored_T = step.sampled_policy.score_without_gradient(groups, temperature)
     logprobs_T, entropies_T = (episode.scatter(values) for values in scored_T)
-    episode.old_logprobs_T = logprobs_T
+    if old or algorithm.selects_tokens:
+        episode.old_logprobs_T = logprobs_T
+    if balances:  # over the episode, so that the loss is linear in its tokens, however they are divided
+        chosen: list[Any] = step.ranks.gather(step.sampled_policy.routed[1].cpu() if groups else 0)
+        episode.experts_per_token_E = sum(chosen) / sum(episode.active_by_step)
     if algorithm.selects_tokens:
         episode.select_T = selected_tokens(episode, logprobs_T, entropies_T, algorithm, plan, step.sampler.seed)
 

@@ -76,7 +76,8 @@ class TrainingStep:
 
         seed = derive_seed(self.sampler.seed, "dropout", episode.index, batch.micro_step, self.ranks.rank)
         temperature = self.sampler.config.temperature
-        loss, sums = micro_batch_loss(self.policy, self.algorithm, episode.micro_batch(micro_step), temperature, seed)
+        trained, step_tokens = episode.micro_batch(micro_step), episode.active_by_step[state.step_of_pass]
+        loss, sums = micro_batch_loss(self.policy, self.algorithm, trained, temperature, seed, step_tokens)
         # DDP averages over ranks and Lightning divides by the accumulation: the sum over tokens is meant.
         factor = self.ranks.world * self.accumulate
         state.metrics.step.add(sums | {"policy/loss": (loss.detach(), 1 / factor)})

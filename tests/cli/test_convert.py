@@ -71,8 +71,8 @@ def test_what_is_not_carried_over_is_named_without_secrets() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"training__max_turns": 3}, "training.max_turns=3: only single-turn tasks can be converted"),
-        ({"environment__max_turns": 10}, "environment.max_turns=10: only single-turn"),
+        ({"training__max_turns": 3}, "training.max_turns=3 is not single-turn: it must be 1, or left out"),
+        ({"environment__max_turns": 10}, "environment.max_turns=10 is not single-turn"),
         ({"agent__type": "MultiTurnAgent"}, "agent.type='MultiTurnAgent' is not single-turn"),
         ({"environment__type": "task"}, "environment.type='task' is not single-turn: it must be 'conversation'"),
         ({"environment__scenarios": "rows.json"}, "environment.scenarios='rows.json' must be a list of scenarios"),

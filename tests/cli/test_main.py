@@ -131,12 +131,3 @@ def test_a_checkpoint_is_evaluated(config):
     saved = torch.load(LAST, weights_only=True)["state_dict"]
     name, weight = next(iter(cli.model.state_dict().items()))
     assert torch.equal(weight, saved[name])
-
-
-def test_a_command_that_is_gone_says_what_replaces_it(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["completion", "bash"])
-    said = capsys.readouterr().err
-    assert said == (
-        "stateset-lightning: error: completion of the shell is gone: `stateset-lightning fit --help` lists all keys\n"
-    )

@@ -1,6 +1,7 @@
 """Scenarios -> tokens: chat template and plain text, overlong prompts, special tokens in a text."""
 
 import logging
+import time
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from stateset_lightning.data.prompts import PromptEncoder, special_tokens
 from stateset_lightning.errors import ConfigError, DataError
 from stateset_lightning.types import Scenario, Turn
+from stateset_lightning.workers import limits
 
 # The byte tokenizer of conftest makes token counts equal to bytes plus special tokens.
 
@@ -311,3 +313,32 @@ def test_a_models_template_reaches_nothing_outside(attack, tmp_path, monkeypatch
     with pytest.raises(DataError, match="the chat template refuses scenario 's'"):
         PromptEncoder(tokenizer=tokenizer).encode([Scenario(id="s", prompt="a")], "data.train")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+STOPPED = "of '.*' was stopped: it takes more than 0.3 s or 2 GiB at a time; mend the template"
+REFUSED = "refuses scenario 's1' .*; data.use_chat_template=false"
+EITHER = f"{STOPPED}|{REFUSED}"
+
+
+@pytest.mark.parametrize(
+    ("bomb", "message"),
+    [
+        ("{% if messages[0].content == 'b' %}" + LOOPS + "{% endif %}", STOPPED),
+        ("{{ 10 ** (10 ** 8) }}", STOPPED),
+        ("{{ 'x' * 10 ** 10 }}", REFUSED),
+        ("{{ '%1000000000d' % 1 }}", EITHER),
+        (
+            "{% set a = namespace(x='x') %}{% for i in range(60) %}{% set a.x = a.x ~ a.x %}{% endfor %}",
+            EITHER,
+        ),
+        ("{{ messages[0].content * 200000 }}", REFUSED),
+    ],
+)
+def test_a_template_that_takes_too_much_is_stopped_in_time(bomb, message, make_tokenizer, monkeypatch):
+    monkeypatch.setattr(limits, "SECONDS", 0.3)
+    template = "{% if messages[0].content != 'a' %}" + bomb + "{% endif %}x"
+    began = time.process_time()
+    with pytest.raises(DataError, match=f"data.train: the chat template ({message})"):
+        PromptEncoder(tokenizer=make_tokenizer(template=template)).encode(prompts("a", "b"), "data.train")
+    assert time.process_time() - began < 2  # of this process

@@ -15,7 +15,7 @@ import torch
 from policy.test_policy import GROUPS, PACKED, assert_same_gradients, assert_same_scores, naive_scores
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import LoRAConfig, Policy, PolicyConfig, load_model, save_adapter
@@ -295,11 +295,32 @@ def test_a_tied_embedding_cannot_take_an_adapter(make_model: Callable[..., Any])
         merge_adapter(model)
 
 
-def test_fused_experts_cannot_be_merged_and_are_called_so() -> None:
-    sizes = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1}
-    config = Qwen3MoeConfig(vocab_size=384, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, **sizes)
-    with pytest.raises(ConfigError, match=r"mlp\.experts cannot be merged, its experts are fused .* without --merge"):
-        merge_adapter(adapted(AutoModelForCausalLM.from_config(config)))
+EXPERTS = {"qwen3_moe": {"moe_intermediate_size": 16, "num_experts": 4}, "gpt_oss": {"num_local_experts": 4}}
+BY_PARAMETER = {"peft_kwargs": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}}
+
+
+@pytest.mark.parametrize(("name", "options"), [("qwen3_moe", {}), ("gpt_oss", BY_PARAMETER)])
+def test_fused_experts_are_merged_for_a_while_and_for_good(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Which peft finds by itself, and which it is told; one transposed, one not."""
+    sizes = {"num_experts_per_tok": 2, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = CONFIG_MAPPING[name](vocab_size=384, hidden_size=32, intermediate_size=16, **sizes, **EXPERTS[name])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    names = set(model.state_dict())
+    adapted(model, **options)
+    assert sum("experts" in name for name in trained_names(model)) == 4
+    move(model)
+    moved = logits(model)
+    with merged_adapter(model):
+        experts = [layer for layer in model.modules() if hasattr(layer, "parameter_name")]
+        assert all(layer.merged for layer in experts)
+        torch.testing.assert_close(logits(model), moved, atol=1e-5, rtol=1e-4)
+    assert torch.equal(logits(model), moved)
+    assert merge_adapter(model) == 0
+    assert set(model.state_dict()) == names
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(load_model(PolicyConfig(str(tmp_path)))), moved, atol=1e-5, rtol=1e-4)
 
 
 def test_a_tied_copy_that_is_trained_is_saved_for_peft(model_folder: Callable[..., Path], tmp_path: Path) -> None:

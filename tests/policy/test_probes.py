@@ -89,11 +89,14 @@ def test_rows_that_depend_on_their_neighbours_are_scored_alone(
     assert "scored a completion at a time: in a probe its log-probs were off" in caplog.text
 
 
-def test_a_soft_cap_of_another_name_is_found() -> None:
+def test_a_soft_cap_of_another_name_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """It changes the small logits of these weights by less than a probe allows for, and larger ones by more."""
     sizes = {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 32, "lru_width": 32}
     config = RecurrentGemmaConfig(**sizes, num_attention_heads=2, head_dim=16, logits_soft_cap=30.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).eval()
+    assert Policy(model, PolicyConfig("random")).uses_chunked_head
+    monkeypatch.setattr("stateset_lightning.policy.policy.softcap", lambda config: None)  # as if nobody knew this name
+    probes._vouched.clear()
     assert not Policy(model, PolicyConfig("random")).uses_chunked_head

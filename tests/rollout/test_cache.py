@@ -1,6 +1,7 @@
 """The preallocated cache against transformers' own, and what it refuses."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,11 +118,9 @@ def test_dropping_rows_leaves_the_others_outputs_alone(make_model: Callable[...,
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_model_with_recurrent_layers_is_refused() -> None:
-    from transformers import AutoModelForCausalLM, MambaConfig
+def test_a_model_whose_layers_keep_something_else_is_refused() -> None:
+    from transformers import CONFIG_MAPPING
 
-    model = AutoModelForCausalLM.from_config(
-        MambaConfig(vocab_size=32, hidden_size=8, num_hidden_layers=1, state_size=2)
-    )
-    with pytest.raises(ConfigError, match="LinearAttentionLayer beside attention keys and values"):
+    model = SimpleNamespace(config=CONFIG_MAPPING["deepseek_v32"](num_hidden_layers=2))
+    with pytest.raises(ConfigError, match="DynamicIndexedLayer beside attention keys and values"):
         make_cache(model, 4)

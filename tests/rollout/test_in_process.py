@@ -356,11 +356,11 @@ def test_a_model_can_be_trained_after_its_rotary_frequencies_grew_in_sampling(
     make_engine: Callable[..., InProcessEngine],
 ) -> None:
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-    engine = make_engine("llama", rope_parameters=rope, max_position_embeddings=8, ends=[])
+    engine = make_engine("llama", rope_parameters=rope, max_position_embeddings=64, ends=[])
     before = [buffer.clone() for buffer in engine.policy.model.buffers()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(in_process, "check_length", lambda *arguments: None)
-        generate(engine, [1])
+        generate(engine, [1], RolloutConfig(num_generations=G, max_new_tokens=70))
     assert any(not torch.equal(old, new) for old, new in zip(before, engine.policy.model.buffers(), strict=True))
     assert not any(buffer.is_inference() for buffer in engine.policy.model.buffers())  # DDP writes into them
     engine.policy.score([Group(PROMPTS[1], [[5, 6, 7]])], 1.0)[0].sum().backward()

@@ -1,4 +1,6 @@
-"""Families whose layers the fast engine does not know: sampled by transformers' own decoding, scored, trained."""
+"""Families of other kinds than Llama's, sampled, scored and trained; and transformers' own decoding, by which those are
+sampled that the fast engine does not know.
+"""
 
 from __future__ import annotations
 
@@ -9,69 +11,43 @@ from typing import Any
 import pytest
 import torch
 from module_runs import fit, make_data, make_module
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from recurrent_models import EXPERTS, LINEAR, RECURRENT, small_family
 
 from stateset_lightning.errors import ConfigError, SamplingError
 from stateset_lightning.policy import Group, Policy, PolicyConfig
 from stateset_lightning.policy.probes import own_logprobs
 from stateset_lightning.rollout import FinishReason, InProcessEngine, RolloutConfig
 
-SIZES = {
-    "vocab_size": 384,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "initializer_range": 0.2,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-}
-GATED = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
-MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 ROUTED = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4}
-RECURRENT: dict[str, dict[str, Any]] = {
-    "qwen3_5_text": {**GATED, **LINEAR},
-    "qwen3_next": {**GATED, **LINEAR, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16},
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
-    "falcon_h1": {**MAMBA, "mamba_n_heads": 4, "mamba_d_ssm": 32},
-    "bamba": {**MAMBA, "attn_layer_indices": [1]},
-    "mamba2": {"state_size": 8, "num_heads": 8, "n_groups": 1},
-    "nemotron_h": {
-        "layers_block_type": ["mamba", "attention"],
-        **{"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1},
-        **{"moe_intermediate_size": 16, "n_routed_experts": 4},
-    },
-}
 UNSHARED: dict[str, dict[str, Any]] = {
     "diffllama": {},
     "deepseek_v3": {**LATENT, **ROUTED, **EXPERTS},
     "jetmoe": {"num_local_experts": 2, "num_experts_per_tok": 2, "kv_channels": 8},
 }
-WARNINGS = {"recurrent": "is sampled by transformers' own decoding", "unshared": "is sampled without sharing prompts"}
+OWN_CACHE: dict[str, dict[str, Any]] = {"minimax": {**LINEAR, **EXPERTS, "num_local_experts": 2, "block_size": 8}}
+FAMILIES = RECURRENT | UNSHARED | OWN_CACHE
+ANNOUNCED = {
+    **dict.fromkeys(UNSHARED, "is sampled without sharing prompts"),
+    **dict.fromkeys(OWN_CACHE, "is sampled by transformers' own decoding"),
+}
 LONG = [3 + 17 * i * i % 300 for i in range(260)]  # beyond every threshold of sharing
 PROMPTS = [LONG, [8, 9, 11]]
 
 
-def family(name: str, changes: dict[str, Any] | None = None) -> Any:
-    """A small model; `changes` to its configuration, of those that are in none of the tables above."""
-    config = CONFIG_MAPPING[name](**{**SIZES, **((RECURRENT | UNSHARED)[name] if changes is None else changes)})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config).eval()
+def family(name: str) -> Any:
+    return small_family(name, FAMILIES[name])
+
+
+def announced(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [message for message in caplog.messages if "is sampled" in message]
 
 
 def varied(turns: Any, context: Any) -> float:
     return sum(map(ord, turns[-1].content)) % 7 / 7
 
 
-@pytest.fixture(params=[*RECURRENT, *UNSHARED])
+@pytest.fixture(params=[*FAMILIES])
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -101,13 +77,12 @@ def test_a_family_is_sampled_and_scored_as_its_own_forward_does(
         sampled.logprobs_T, scored_T, atol=1e-3, rtol=0
     )  # cached states have rounding of their own
     engine.check(sampled, 1.0)
-    announced = [
-        record for record in caplog.messages if WARNINGS["recurrent" if name in RECURRENT else "unshared"] in record
-    ]
-    assert len(announced) == 1
+    assert [ANNOUNCED[name] in message for message in announced(caplog)] == [True] * (name in ANNOUNCED)
 
 
-def test_a_family_trains_for_two_steps(name: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_a_family_trains_for_two_steps(
+    name: str, tiny_tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     family(name).save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     sampling = RolloutConfig(num_generations=4, max_new_tokens=3)
@@ -115,6 +90,7 @@ def test_a_family_trains_for_two_steps(name: str, tiny_tokenizer: Any, tmp_path:
     trainer = fit(tmp_path, module, make_data(batch_size=2, validation=None))
     assert trainer.global_step == 2
     assert module.metrics.last["policy/sampling_difference"] < 1e-4
+    assert name not in RECURRENT or not announced(caplog)  # by the fast engine
 
 
 def test_completions_follow_their_seeds_and_end_like_those_of_the_fast_engine(
@@ -169,13 +145,13 @@ def test_a_cache_that_is_not_exact_is_not_used(
 def test_a_family_counts_positions_as_its_own_forward_does(tiny_tokenizer: Any, caplog: Any) -> None:
     """RoBERTa's begin behind the number of the padding token."""
     changes = {"is_decoder": True, "pad_token_id": 2}
-    policy, engine = Policy(family("camembert", changes), PolicyConfig("random")), InProcessEngine(tiny_tokenizer)
+    policy, engine = Policy(small_family("camembert", changes), PolicyConfig("random")), InProcessEngine(tiny_tokenizer)
     engine.sync(policy)
     prompts = [[20, 31, 42, 53, 64, 75, 86], [9, 8]]
     rollout = engine.generate(prompts, 1, RolloutConfig(max_new_tokens=6), [0, 1])
     groups = [Group(prompt, [tokens]) for prompt, tokens in zip(prompts, rollout.completions(), strict=True)]
     scored_T, _ = policy.score_without_gradient(groups)
-    own = family("camembert", changes)
+    own = small_family("camembert", changes)
     rows = [own_logprobs(own, [*each.prompt, *each.completions[0]])[len(each.prompt) - 1 : -1] for each in groups]
     expected_T = torch.cat(rows).gather(-1, rollout.completion_tokens_T[:, None])[:, 0].detach()
     torch.testing.assert_close(scored_T, expected_T, atol=1e-5, rtol=0)
@@ -185,7 +161,7 @@ def test_a_family_counts_positions_as_its_own_forward_does(tiny_tokenizer: Any, 
 
 def test_an_encoder_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"random is no causal language model: .* set `is_decoder` to true"):
-        Policy(family("camembert", {"is_decoder": False}), PolicyConfig("random"))
+        Policy(small_family("camembert", {"is_decoder": False}), PolicyConfig("random"))
 
 
 @pytest.mark.parametrize("run", ["validate", "predict"])

@@ -196,7 +196,7 @@ def test_an_episode_by_hand() -> None:
     # Four completions train, the constant group among them; of the dropped group neither does.
     assert episode.weights_N.tolist() == pytest.approx([1 / 4, 1 / 8, 1 / 12, 1 / 16, 0, 0])
     assert episode.active_N.tolist() == [True, True, False, False, False, False]
-    assert episode.active_by_step == [2]
+    assert episode.active_by_step == [3]  # tokens
     assert episode.num_generations == 2
 
 
@@ -217,7 +217,7 @@ def test_masked_truncations_leave_loss_and_normaliser_but_not_the_baseline() -> 
 def test_weights_are_those_of_the_optimizer_step() -> None:
     episode = small_episode(plan=Plan(3, 2, 3, 1))
     assert episode.weights_N.tolist() == pytest.approx([1 / 2, 1 / 4, 1 / 6, 1 / 8, 0, 0])
-    assert episode.active_by_step == [2, 0, 0]
+    assert episode.active_by_step == [3, 0, 0]
     assert episode.micro_step_N.tolist() == [0, 0, 1, 1, 2, 2]
 
 

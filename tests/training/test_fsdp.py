@@ -133,6 +133,21 @@ def test_lightnings_own_sharded_strategies_are_refused() -> None:
     check_strategy(SimpleNamespace(strategy=FSDP2Strategy()), SUPPORTED_STRATEGIES)  # type: ignore[arg-type]
 
 
+def test_one_thread_runs_the_collectives_of_a_group(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two crash the process within seconds when 200 `allgather_coalesced` are in flight, on torch's own group."""
+    threads: list[int] = []
+
+    def setup_environment(strategy: ModelParallelStrategy) -> None:
+        group = torch.distributed.new_group(backend="gloo")
+        threads.append(group._get_backend(torch.device("cpu")).options._threads)  # type: ignore[attr-defined, union-attr]
+        torch.distributed.destroy_process_group(group)
+
+    monkeypatch.setattr(ModelParallelStrategy, "setup_environment", setup_environment)
+    FSDP2Strategy().setup_environment()
+    setup_environment(FSDP2Strategy())  # outside, all is torch's own
+    assert threads == [1, 2]
+
+
 def run(folder: Path, **options: Any) -> Any:
     return fit(
         folder,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from stateset_lightning import RolloutConfig
 from stateset_lightning.algorithm import KL, AdaptiveEntropy, Clipped, Mismatch, ReMax
 from stateset_lightning.cli.main import main
 from stateset_lightning.evaluation import Evaluation, EvaluationConfig
+from stateset_lightning.policy import PolicyConfig
 from stateset_lightning.training.metrics import NAMES
 
 ROOT = Path(__file__).parents[2]
@@ -49,16 +50,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "KL in the reward": {"algorithm": Clipped(beta=0.1, kl=KL(estimator="k1", place="reward"))},
     "greedy baseline": {"algorithm": ReMax()},
     "bounded micro-steps": {"max_tokens_per_step": 20},
+    "experts": {"policy": "mixtral"},
     "a reward that fails": {"reward": FailsAndCounts(), "max_reward_failures": 1.0},
 }
 
 
 @pytest.fixture(scope="module")
-def logged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+def logged(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., Path]) -> dict[str, set[str]]:
     """Setting -> the names that a short run with it logs, validation included."""
     names = {}
     for setting, options in SETTINGS.items():
         folder = tmp_path_factory.mktemp("run")
+        if "policy" in options:
+            policy = PolicyConfig(str(model_folder(options["policy"])), router_aux_loss=0.1)
+            options = {"policy": policy, "reward": lambda turns, context: float(sum(map(ord, turns[-1].content)) % 7)}
         fit(folder, make_module(**options), make_data(), max_steps=1, logger=CSVLogger(folder, "", version=""))
         names[setting] = columns(folder)
     folder = tmp_path_factory.mktemp("demo")

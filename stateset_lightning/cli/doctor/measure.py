@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,9 @@ class EpisodeMeasurement:
         longest = np.resize(np.argsort(-prompts.lengths, kind="stable"), self.data.batch_size).tolist()
         if samples:
             self.policy.model.generation_config = None  # it names tokens that end a completion, too
-            engine = InProcessEngine(EndlessTokenizer(), sampling_dtype(str(self.trainer.precision)))
+            # No token of this tokenizer ends a completion, so that each is sampled to `max_new_tokens`.
+            endless: Any = SimpleNamespace(eos_token_id=-1, pad_token_id=-1, decode=lambda tokens, **_: "")
+            engine = InProcessEngine(endless, sampling_dtype(str(self.trainer.precision)))
             self._sample(WORST, longest, engine, stop=[])
         size = self.module.rollout.num_generations
         share = self._train(WORST, [Group(prompts[i], [(prompts[i] * limit)[:limit]] * size) for i in longest])
@@ -162,7 +165,7 @@ class EpisodeMeasurement:
             select_T=zeros_T == 0 if algorithm.selects_tokens else None,
         )
         with self.trainer.precision_plugin.forward_context():
-            loss, _ = micro_batch_loss(self.policy, algorithm, batch, self.module.rollout.temperature, dropout_seed=0)
+            loss, _ = micro_batch_loss(self.policy, algorithm, batch, self.module.rollout.temperature, 0, 1)
         loss.backward()
         return True
 
@@ -183,12 +186,3 @@ def share_of_micro_step(groups: Sequence[Group], micro_steps: int) -> list[Group
             share.append(Group(group.prompt, group.completions[:rows]))
             rows -= len(group.completions)
     return share
-
-
-class EndlessTokenizer:
-    """No token of it ends a completion, so that each is sampled to `max_new_tokens`."""
-
-    eos_token_id = pad_token_id = -1
-
-    def decode(self, tokens: Sequence[int], **_: Any) -> str:
-        return ""
