@@ -19,6 +19,7 @@ from stateset_lightning.redaction import MAX_DEPTH, MAX_VALUES
 from stateset_lightning.types import Scenario, Turn
 
 QUESTION_COLUMNS = ("prompt", "messages", "user_responses")
+MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")  # where they hold more than a name
 ROLES: tuple[str, ...] = get_args(get_type_hints(Turn)["role"])
 _LIKELY_QUESTIONS = ("question", "text", "query", "input", "instruction", "problem", "content", "sentence")
 _HALF = re.compile("[\ud800-\udfff]")
@@ -79,6 +80,8 @@ def _row_scenarios(row: RawRow, fields: Mapping[str, str], label: str, rewards: 
     columns["rewards"] = _checked_rewards(columns["rewards"]) if columns.get("rewards") is not None else rewards
     if isinstance(columns.get("prompt"), list | tuple) and columns.get("messages") is None:
         columns["messages"] = columns.pop("prompt")
+    if media := [name for name in MEDIA_COLUMNS if isinstance(columns.get(name), list | tuple | Mapping | bytes)]:
+        raise _BadRow(f"'{media[0]}' holds what no model sees: only the text model is trained, so leave it out")
     given = [name for name in QUESTION_COLUMNS if columns.get(name) is not None]
     if len(given) != 1:
         found = " and ".join(f"'{name}'" for name in given) or "none of them"
@@ -183,8 +186,8 @@ def _checked_turn(number: int, message: object) -> Turn:
         raise _BadRow(f"message {number} has the role {role!r}; the roles are {', '.join(ROLES)}")
     if not isinstance(content, str):
         parts = content if isinstance(content, list | tuple) else ()
-        media = [part["type"] for part in parts if isinstance(part, Mapping) and part.get("type", "text") != "text"]
-        if media:
+        kinds = [part["type"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("type"), str)]
+        if media := [name for name in kinds if name != "text"]:
             raise _BadRow(f"message {number} holds {media[0]!r:.40}: only the text model is trained, so leave it out")
         raise _BadRow(f"the content of message {number} must be text, not {kind(content)}")
     return Turn(role, content)

@@ -265,7 +265,8 @@ class Policy(nn.Module):
             previous = self.model.config.get_text_config()._attn_implementation
             packed_attention.register()
             self.model.set_attn_implementation(packed_attention.NAME)
-            reason = probes.exact_on(self.model, "packed", partial(self._compare_with_own, self._packed))
+            compare = partial(self._compare_with_own, self._packed, attention=previous)
+            reason = probes.exact_on(self.model, "packed", compare)
             if reason is None:
                 return True
             self.model.set_attn_implementation(previous)
@@ -303,8 +304,15 @@ class Policy(nn.Module):
             log.warning("%s is scored a completion at a time: %s.", name, reason)
         return reason is not None
 
-    def _compare_with_own(self, path: Callable[[Sequence[Group]], Tensor], model: PreTrainedModel) -> float:
-        """The largest difference in nats between a path and the forward of one row, in a small ragged batch."""
+    def _compare_with_own(
+        self, path: Callable[[Sequence[Group]], Tensor], model: PreTrainedModel, attention: str | None = None
+    ) -> float:
+        """The largest difference in nats between a path and the forward of one row, in a small ragged batch.
+
+        Our attention is compared with the one that the model has otherwise.
+        """
+        if attention is not None:
+            model.set_attn_implementation(attention)
         draw = probes.probe_tokens
         groups = [Group(draw(n, n), [draw(m, m) for m in lengths]) for n, lengths in PROBE_LENGTHS]
         expected = [
@@ -312,6 +320,8 @@ class Policy(nn.Module):
             for group in groups
             for completion in group.completions
         ]
+        if attention is not None:
+            model.set_attn_implementation(packed_attention.NAME)
         policys, self.model = self.model, model
         try:
             outputs = path(groups)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,8 @@ _vouched: set[tuple[Any, ...]] = set()
 
 # Times the measured noise: sampler and scorer have their own each, and other contexts have more of it.
 NOISE_FACTOR = 4
+
+NOISE_TOKENS = 64
 
 
 def probe_tokens(count: int, start: int = 0) -> list[int]:
@@ -128,13 +130,17 @@ def _shrink(config: PretrainedConfig) -> None:
     }
     # Where kinds follow from other keys, the first layers are kept, as many as have all kinds.
     kinds = list(zip(*per_layer.values(), strict=True)) or getattr(config, "layer_types", None) or [()]
+    if shared := getattr(config, "num_kv_shared_layers", None) or 0:  # the last ones, which have no cache of their own
+        kinds = [(kind, i >= num_layers - shared) for i, kind in enumerate(kinds)]
     kept = [i for i, kind in enumerate(kinds) if kind not in kinds[:i]]
+    if shared:
+        config.num_kv_shared_layers = sum(i >= num_layers - shared for i in kept)
     for key, value in per_layer.items():
         setattr(config, key, [value[i] for i in kept])
     if hasattr(config, "num_hidden_layers"):
         config.num_hidden_layers = len(kept) if per_layer else kept[-1] + 1
     if hasattr(config, "pad_token_id"):
-        config.pad_token_id = None  # it may lie beyond the twin's vocabulary
+        config.pad_token_id = 0  # the model's may lie beyond the twin's vocabulary
     for key, value in vars(config).items():
         if (scaled := _scaled(key, value)) != value:
             setattr(config, key, scaled)
@@ -150,22 +156,18 @@ def _scaled(key: Any, value: Any) -> Any:
 # Float noise ----------------------------------------------------------------------------------------------------------
 
 
-def check_sampler(difference: float, model: PreTrainedModel, dtype: torch.dtype, temperature: float) -> None:
+def check_sampler(difference: float, limit: float, dtype: torch.dtype) -> None:
     """Sampler and trainer are the same policy: log-probs differ by float error alone.
 
     Args:
         difference: Mean absolute difference in nats per token.
-        model: The policy's; what float error amounts to is measured on it, where it may matter.
+        limit: See `sampler_limit`.
         dtype: That the sampler computes in.
-        temperature: Divides the logits, and so multiplies their error.
 
     Raises:
-        SamplingError: If they differ by more than float error.
+        SamplingError: If they differ by more, or are not finite.
     """
-    limit = LOGPROB_TOLERANCE[torch.float32] / min(temperature, 1.0)
-    if difference > limit and dtype.itemsize < 4:
-        limit = max(limit, NOISE_FACTOR * float_noise(model, dtype) / min(temperature, 1.0))
-    if difference > limit:
+    if not difference <= limit:
         raise SamplingError(
             f"the log-probs of sampling and of training differ by {difference:.2g} nats per token, where float error"
             f" ({dtype}) is below {limit:.2g}: sampler and trainer do not compute the same policy, and gradients would"
@@ -174,27 +176,43 @@ def check_sampler(difference: float, model: PreTrainedModel, dtype: torch.dtype,
         )
 
 
-@torch.no_grad()
-def float_noise(model: PreTrainedModel, dtype: torch.dtype) -> float:
-    """Nats by which a sampled token's log-prob in `dtype` differs from that in float32, on average, on 64 tokens.
+def sampler_limit(model: PreTrainedModel, dtype: torch.dtype, temperature: float, ids: Sequence[int]) -> float:
+    """The most that sampling and scoring may differ by, in nats per token.
 
-    Where weights are sharded or cannot be cast, it is taken from `LOGPROB_TOLERANCE`.
+    Args:
+        model: The policy's; what float error amounts to is measured on it where `dtype` is shorter than float32.
+        dtype: That the sampler computes in.
+        temperature: Divides the logits, and so multiplies their error.
+        ids: A text as they are sampled, prompt and completion: errors are large where the model is not sure.
     """
-    fallback = LOGPROB_TOLERANCE[dtype] / NOISE_FACTOR
+    limit = LOGPROB_TOLERANCE[torch.float32] / min(temperature, 1.0)
+    return limit if dtype.itemsize >= 4 else max(limit, NOISE_FACTOR * float_noise(model, dtype, ids, temperature))
+
+
+@torch.no_grad()
+def float_noise(
+    model: PreTrainedModel, dtype: torch.dtype, ids: Sequence[int] | None = None, temperature: float = 1.0
+) -> float:
+    """Nats by which a sampled token's log-prob in `dtype` differs from that in float32, on average over a text.
+
+    Of the text the last `NOISE_TOKENS` count; None takes as many of no meaning. Where weights are sharded or cannot be
+    cast, the noise is taken from `LOGPROB_TOLERANCE`.
+    """
+    fallback = LOGPROB_TOLERANCE[dtype] / NOISE_FACTOR / min(temperature, 1.0)
     if not all(type(p) is nn.Parameter for p in model.parameters()):
         return fallback
 
     def cast(weight: nn.Parameter, to: torch.dtype) -> nn.Parameter:
         return nn.Parameter(weight.detach().to(to), False) if weight.is_floating_point() else weight
 
-    logprobs = []
+    text, logprobs = list(ids or probe_tokens(NOISE_TOKENS))[-NOISE_TOKENS:], []
     try:
         for to in (torch.float32, dtype):
             with (
                 torch.autocast(model.device.type, enabled=False),
                 replaced_parameters(model.modules(), partial(cast, to=to)),
             ):
-                logprobs.append(own_logprobs(model, probe_tokens(64)))
+                logprobs.append((own_logprobs(model, text) / temperature).log_softmax(-1))
     except RuntimeError:  # there is no memory for a float32 copy, or a part of the model fixes its dtype
         return fallback
     exact, rounded = logprobs

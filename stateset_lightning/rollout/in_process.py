@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stateset_lightning.errors import NonFiniteError
 from stateset_lightning.policy import Group, Policy, end_of_sequence_ids
 from stateset_lightning.policy.precision import replaced_parameters
-from stateset_lightning.policy.probes import check_sampler
+from stateset_lightning.policy.probes import check_sampler, sampler_limit
 from stateset_lightning.rollout.cpu_decoding import CPUDecoding, LlamaDecoder
 from stateset_lightning.rollout.engine import OnFinished, RolloutConfig
 from stateset_lightning.rollout.probe import decode_plainly, has_exact_cache, obstacle
@@ -57,6 +57,7 @@ class InProcessEngine:
             # Why a way of decoding is not exact, None where it is: of each that has been asked for.
             self._obstacles: dict[tuple[type[RunningBatch], bool], str | None] = {}
             self._caches: bool | None = None  # whether transformers' own decoding with a cache is exact
+            self._limits: dict[float, float] = {}  # of the difference to scoring, by temperature, once one matters
 
     @torch.no_grad()
     def generate(
@@ -95,8 +96,8 @@ class InProcessEngine:
             else:
                 decoding = _BatchDecoding(*parts, kind(model, sampling.max_new_tokens, decoder))
             decoding.run()
-        self.decoded_rows = decoding.decoded_rows
-        return decoding.rollout(texts)
+        self.decoded_rows, self._rollout = decoding.decoded_rows, decoding.rollout(texts)
+        return self._rollout
 
     def check(self, rollout: Rollout, temperature: float) -> None:
         """Compares the longest completion with scoring, where no training does so.
@@ -104,16 +105,20 @@ class InProcessEngine:
         Raises:
             SamplingError: If their log-probs differ by more than float error.
         """
-        completions, logprobs = rollout.completions(), rollout.logprobs_T.split(rollout.lengths_N.tolist())
-        sizes = [len(prompt) for prompt in rollout.prompt_tokens for _ in range(rollout.num_generations)]
-        n = max(range(len(completions)), key=lambda n: sizes[n] + len(completions[n]))
-        group = Group(rollout.prompt_tokens[n // rollout.num_generations], [completions[n]])
+        n, group = _longest(rollout)
+        logprobs_T = rollout.logprobs_T.split(rollout.lengths_N.tolist())[n]
         scored_T, _ = self.policy.score_without_gradient([group], temperature)
-        self.check_difference(float((scored_T.cpu() - logprobs[n]).abs().mean()), temperature)
+        self.check_difference(float((scored_T.cpu() - logprobs_T).abs().mean()), temperature)
 
     def check_difference(self, difference: float, temperature: float) -> None:
         """See `check_sampler`; `difference` is that of this engine's log-probs to those of scoring."""
-        check_sampler(difference, self.policy.model, self.dtype or self.policy.model.dtype, temperature)
+        model, limit = self.policy.model, self._limits.get(temperature, 0.0)
+        dtype = self.dtype or model.dtype
+        if not difference <= limit:
+            _, group = _longest(self._rollout)
+            text = [*group.prompt, *group.completions[0]]
+            self._limits[temperature] = limit = sampler_limit(model, dtype, temperature, text)
+        check_sampler(difference, limit, dtype)
 
     def _exact_kind(self, longest_prompt: int, decoder: LlamaDecoder | None) -> type[RunningBatch] | None:
         """The fastest batch that gives the model's own log-probs; None if transformers' own decoding must do."""
@@ -160,6 +165,13 @@ class InProcessEngine:
             return weight if is_quantized else torch.nn.Parameter(weight.detach().to(self.dtype), requires_grad=False)
 
         return replaced_parameters(self.policy.model.modules(), cast)
+
+
+def _longest(rollout: Rollout) -> tuple[int, Group]:
+    """The number of the completion that is longest with its prompt, and both."""
+    completions, size = rollout.completions(), rollout.num_generations
+    groups = [Group(rollout.prompt_tokens[n // size], [tokens]) for n, tokens in enumerate(completions)]
+    return max(enumerate(groups), key=lambda pair: len(pair[1].prompt) + pair[1].num_completion_tokens)
 
 
 @dataclass(eq=False)

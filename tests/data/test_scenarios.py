@@ -127,6 +127,14 @@ USER = {"role": "user", "content": "a"}
         ),
         ({"messages": [{"role": "user", "content": [1]}]}, "the content of message 1 must be text, not a list"),
         (
+            {"messages": [{"role": "user", "content": [{"type": None}]}]},
+            "the content of message 1 must be text, not a list",
+        ),
+        (
+            {"prompt": "What is this?", "images": [{"bytes": b"x", "path": None}]},
+            "'images' holds what no model sees: only the text model is trained, so leave it out",
+        ),
+        (
             {"messages": [USER, {"role": "assistant", "content": "b"}]},
             "the last message must be the user's, not the assistant's; the model answers it",
         ),

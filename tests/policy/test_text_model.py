@@ -312,6 +312,9 @@ def test_a_run_uses_the_frequencies_of_its_longest_sequence(
     assert isinstance(module.reference, Policy)
     assert module.policy.longest == module.reference.longest == longest
     assert module.metrics.last["policy/sampling_difference"] < 1e-4
+    rows = [{"prompt": "1" * 80, "target": "1"}]
+    fit(tmp_path, module, make_data(train=rows, validation=None, batch_size=1), max_steps=1)
+    assert module.policy.longest == module.reference.longest == longest + 10
 
 
 # Quantised checkpoints
