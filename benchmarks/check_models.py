@@ -178,7 +178,7 @@ class Model:
         rows = rollout.completions()
         groups = [Group(prompt, rows[2 * i : 2 * i + 2]) for i, prompt in enumerate(prompts)]
         difference = (policy.score_without_gradient(groups)[0] - rollout.logprobs_T).abs().max().item()
-        if difference > 30 * TOLERANCE:  # the adapter is large, and so are outputs and their rounding
+        if difference > 100 * TOLERANCE:  # the adapter is large, and so is the rounding of cached states
             raise Wrong(f"with an adapter, sampling and scoring differ by up to {difference:.1e} nats")
         policy.score(groups[:1])[0].sum().backward()
         if not any(p.grad is not None and p.grad.abs().max() > 0 for p in policy.parameters()):
