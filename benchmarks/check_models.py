@@ -163,6 +163,12 @@ class Model:
         if differing := [name for name, value in self._trained.items() if not torch.equal(again[name], value)]:
             raise Wrong(f"the resumed run ends with other weights, such as {differing[0]}")
 
+    def half(self) -> None:
+        """Two steps in bfloat16, whose sampling differs from scoring by less than the run allows; notes which share."""
+        module = self._fit("half", None, precision="bf16-true").lightning_module
+        off, limit = module.metrics.last["policy/sampling_difference"], module.engine._limits.get(1.0)
+        self.facts["bf16"] = f"{off / limit if limit else 0.0:.2f}"
+
     def lora(self) -> None:
         """An adapter that changes outputs: sampling with it merged agrees with scoring."""
         config = PolicyConfig(str(self.folder), lora=LoRAConfig(rank=2))
@@ -229,7 +235,7 @@ class Model:
         beside = logits[len(group.prompt) - 1 : len(row) - 1].log_softmax(-1).gather(-1, targets[:, None])[:, 0]
         return min((alone - beside).abs().max().item(), 1e-4)
 
-    def _fit(self, name: str, checkpoint: Path | None) -> Trainer:
+    def _fit(self, name: str, checkpoint: Path | None, precision: str = "32-true") -> Trainer:
         seed_everything(7, verbose=False)
         module = GRPOLightningModule(
             str(self.folder),
@@ -241,6 +247,7 @@ class Model:
         saves = ModelCheckpoint(self.folder / name, every_n_train_steps=1, save_top_k=-1)
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
         options = {"max_steps": 2, "max_epochs": -1, "accelerator": "cpu", "devices": 1, "callbacks": [saves]}
+        options["precision"] = precision
         trainer = Trainer(**options, **quiet, use_distributed_sampler=False, default_root_dir=self.folder / name)
         data = ScenarioDataModule(train=[{"prompt": p} for p in _prompts()], batch_size=2, use_chat_template=False)
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
@@ -249,7 +256,7 @@ class Model:
         return trainer
 
 
-CHECKS = ("build", "load", "scoring", "greedy", "train", "resume", "lora")
+CHECKS = ("build", "load", "scoring", "greedy", "train", "resume", "half", "lora")
 """In this order; `build` and `load` are needed by the rest, `train` by `resume`."""
 
 
@@ -309,7 +316,14 @@ def _child(entry: Entry, checks: Sequence[str], pipe: Connection) -> None:
         model, states = Model(entry, Path(folder)), dict.fromkeys(CHECKS, "")
         for check in checks:
             began = time.process_time()
-            needs = {"build": [], "load": ["build"], "resume": ["train"], "trl": ["build"], "train": ["build"]}
+            needs = {
+                "build": [],
+                "load": ["build"],
+                "resume": ["train"],
+                "trl": ["build"],
+                "train": ["build"],
+                "half": ["build"],
+            }
             if any(states[need] != OK for need in needs.get(check, ["build", "load"])):
                 states[check] = SKIPPED
             else:

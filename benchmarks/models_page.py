@@ -22,6 +22,8 @@ transformers' own forward and `generate`. This page is written by `make check-mo
   frequencies (from {long} tokens) and the length from which a group shares its prompt while sampling (256).
 - **tokens**: greedy tokens equal those of `generate`, and their log-probs the model's own, at the same lengths.
 - **training**: two steps of `Trainer.fit`. **resume**: the second again from the first one's checkpoint, bit by bit.
+- **bf16**: two steps in bfloat16 (`bf16-true`); the number is the difference between sampling and scoring as a share of
+  the most that the run allows.
 - **LoRA**: an adapter gets gradients, and sampling with it merged agrees with scoring.
 - **TRL**: whether its `GRPOTrainer` makes two steps of the same model; nothing compares its log-probs with the model's.
 
@@ -29,8 +31,8 @@ transformers' own forward and `generate`. This page is written by `make check-mo
 own, is probed when it is loaded, like every other.
 
 """
-COLUMNS = {"scoring": "log-probs", "greedy": "tokens", "train": "training", "resume": "resume", "lora": "LoRA"}
-COLUMNS |= {"trl": "TRL"}
+COLUMNS = {"scoring": "log-probs", "greedy": "tokens", "train": "training", "resume": "resume", "half": "bf16"}
+COLUMNS |= {"lora": "LoRA", "trl": "TRL"}
 SHORT = {"": "not tried", "-": "-", "ok": "yes"}
 
 
@@ -56,10 +58,17 @@ def _tables(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
     right = {name: row for name, row in built.items() if not _reasons(row)}
     yield f"## Right: {len(right)}"
     yield ""
-    yield "| model type | class | layers | scoring | sampling by | TRL |"
-    yield "|---|---|---|---|---|---|"
+    yield "| model type | class | layers | scoring | sampling by | bf16 | TRL |"
+    yield "|---|---|---|---|---|---|---|"
     for name, row in right.items():
-        cells = [name, row["class"], _layers(row), *_paths(row), _short(row["states"].get("trl", ""))]
+        cells = [
+            name,
+            row["class"],
+            _layers(row),
+            *_paths(row),
+            row.get("bf16", "-"),
+            _short(row["states"].get("trl", "")),
+        ]
         yield f"| {' | '.join(cells)} |"
     others = {name: row for name, row in built.items() if name not in right}
     yield ""

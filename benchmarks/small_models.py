@@ -21,7 +21,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from stateset_lightning.policy import PolicyConfig, load_tokenizer
 
 VOCABULARY, PAD, EOS = 384, 0, 1  # the bundled tokenizer's
-WINDOW = 32  # of sliding and chunked attention, and of what an indexer selects
+# Of sliding and chunked attention, and of what an indexer selects. Longer than the rows (33 tokens) by which the package
+# probes real weights, so that its probes of a twin alone can know what is beyond.
+WINDOW = 48
 POSITIONS = 1024  # also of models that have fewer: every check fits
 LONG = 64  # original_max_position_embeddings: beyond it, long-context tables of rotary frequencies change
 
@@ -107,7 +109,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "vocabulary_map": {"<image>": 5, "<|extra_200|>": 6, "<|visual token 000000|>": 7},
     },
     "falcon_h1": {"mamba_d_ssm": 64},
-    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma3n_text": {"num_kv_shared_layers": 0},  # shared ones are a variant
     "mamba2": {"num_heads": 8},
     "qwen2_5_vl": {"text_config": {"rope_parameters": _MROPE}},
     "qwen2_vl": {"text_config": {"rope_parameters": _MROPE}, "vision_config": {"embed_dim": 64}},
@@ -141,7 +143,14 @@ _LONGROPE["original_max_position_embeddings"] = LONG
 _DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 _WINDOW_IN_EVERY_OTHER = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
 
+_TWO_KINDS = ["sliding_attention", "full_attention"]
+_SHARED_KEYS = {"num_hidden_layers": 6, "layer_types": _TWO_KINDS * 3, "num_kv_shared_layers": 2}
+
 VARIANTS = {
+    "gemma4_text+shared": Entry("gemma4_text", _SHARED_KEYS),
+    "gemma3n_text+shared": Entry(
+        "gemma3n_text", {**_SHARED_KEYS, "intermediate_size": [64] * 6, "activation_sparsity_pattern": [0.0] * 6}
+    ),
     "phi3+longrope": Entry("phi3", {"rope_parameters": _LONGROPE, "original_max_position_embeddings": LONG}),
     "llama+dynamic": Entry("llama", {"rope_parameters": _DYNAMIC, "max_position_embeddings": LONG}),
     "qwen2+window": Entry("qwen2", {**_WINDOW_IN_EVERY_OTHER, "layer_types": None}),
