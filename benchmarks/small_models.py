@@ -21,8 +21,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from stateset_lightning.policy import PolicyConfig, load_tokenizer
 
 VOCABULARY, PAD, EOS = 384, 0, 1  # the bundled tokenizer's
-# Of sliding and chunked attention, and of what an indexer selects. Longer than the rows (33 tokens) by which the package
-# probes real weights, so that its probes of a twin alone can know what is beyond.
+# Of sliding and chunked attention, and of what an indexer selects. Longer than the rows (33 tokens) by which the
+# package probes real weights, so that its probes of a twin alone can know what is beyond.
 WINDOW = 48
 POSITIONS = 1024  # also of models that have fewer: every check fits
 LONG = 64  # original_max_position_embeddings: beyond it, long-context tables of rotary frequencies change
