@@ -144,6 +144,7 @@ class Sampler:
         """
         if self.ahead is not None:
             self.ahead.wait()
+        heartbeat.doing(f"sampling {_place(batch)}")
         self.engine.sync(policy)
         return self._draw(policy, batch, num_generations or self.config.num_generations, greedy)
 
@@ -158,8 +159,7 @@ class Sampler:
 
     def _draw(self, policy: Policy, batch: PromptBatch, num_generations: int, greedy: bool) -> Sample:
         seeds_N = sample_seeds(self.seed, batch.split, batch.episode_index, batch.positions, num_generations)
-        place = f"episode {batch.episode_index}" if batch.split == "train" else f"for {batch.split}"
-        heartbeat.doing(f"sampling {place}")
+        heartbeat.doing(f"sampling {_place(batch)}")
         with self.scorer.start(len(seeds_N), policy.device) as session:
 
             def score(n: int, text: str, num_tokens: int) -> None:
@@ -172,8 +172,12 @@ class Sampler:
             )
             if batch.split != "train" and isinstance(self.engine, InProcessEngine):
                 self.engine.check(rollout, self.config.temperature)  # training compares all that it trains on
-            heartbeat.doing(f"scoring {place}")
+            heartbeat.doing(f"scoring {_place(batch)}")
             return Sample(batch, rollout, session.collect())
+
+
+def _place(batch: PromptBatch) -> str:
+    return f"episode {batch.episode_index}" if batch.split == "train" else f"for {batch.split}"
 
 
 def answered(conversation: Sequence[Turn], text: str) -> list[Turn]:
