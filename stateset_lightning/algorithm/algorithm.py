@@ -40,7 +40,8 @@ def preset(
 
     As in a dataclass, annotated attributes are options: keyword arguments that are held against the bounds of their
     annotations. An inherited option that is assigned again has a new default; assigned `fixed(value)`, it is no longer
-    an option. Formulas get their parameters by name, see `Formulas`.
+    an option. Formulas get their parameters by name, see `Formulas`. An advantage that does not name `scale`, by which
+    the base class's divides, fixes it to "none".
 
     Args:
         advantage: How scores become advantages; None for the base class's.
@@ -48,6 +49,8 @@ def preset(
     """
 
     def decorate(cls: type[C]) -> type[C]:
+        if advantage is not None and "scale" not in inspect.signature(advantage).parameters:
+            cls.scale = fixed("none")  # type: ignore[attr-defined]
         inherited = getattr(cls, "__dataclass_fields__", {})
         for name in inherited.keys() & vars(cls).keys():
             cls.__annotations__.setdefault(name, inherited[name].type)
@@ -226,10 +229,7 @@ class Algorithm(Formulas):
         assert self.top_entropy is not None
         return terms.top_entropy_tokens(needed(tokens, "entropies_T", "top_entropy"), self.top_entropy)
 
-    @staticmethod
-    def advantages_per_token(tokens: TokenBatch) -> Tensor:
-        """The advantage of each token, its own or its completion's, [T], in the precision of the log-probs."""
-        return advantages_of(tokens)
+    advantages_per_token = staticmethod(advantages_of)
 
     def per_token_loss(self, tokens: TokenBatch) -> tuple[Tensor, Metrics]:
         """Loss of each token, [T], and metrics as (sum, count). Not yet weighted: see `token_weights`.
