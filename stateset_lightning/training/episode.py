@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import heapq
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -94,26 +95,15 @@ class Episode:
         return {**vars(self)}
 
     def _select(self, rows_N: Tensor) -> MicroBatch:
-        lengths = self.lengths_N.tolist()
-        tokens = self.completion_tokens_T.split(lengths)
+        lengths, rows = self.lengths_N.tolist(), rows_N.nonzero().flatten().tolist()
         sampled = None if self.sampled_T is None else self.sampled_T.split(lengths)
-        by_prompt: dict[int, list[int]] = {}
-        for n in rows_N.nonzero().flatten().tolist():
-            by_prompt.setdefault(n // self.num_generations, []).append(n)
         tokens_T = self.sampled_tokens_of(rows_N)
 
         def of_tokens(values_T: Tensor | None) -> Tensor | None:
             return None if values_T is None else values_T[tokens_T]
 
         return MicroBatch(
-            groups=[
-                Group(
-                    self.prompt_tokens[p],
-                    [tokens[n].tolist() for n in rows],
-                    None if sampled is None else [sampled[n].tolist() for n in rows],
-                )
-                for p, rows in by_prompt.items()
-            ],
+            groups=groups_of(self.prompt_tokens, self.completion_tokens_T.split(lengths), rows, sampled),
             advantages_N=self.advantages_N[rows_N],
             weights_N=self.weights_N[rows_N],
             lengths_N=sequence_sums(tokens_T.long(), self.lengths_N)[rows_N],
@@ -123,6 +113,28 @@ class Episode:
             select_T=of_tokens(self.select_T),
             experts_per_token_E=self.experts_per_token_E,
         )
+
+
+def groups_of(
+    prompts: Sequence[list[int]],
+    completions: Sequence[Tensor],
+    rows: Iterable[int],
+    sampled: Sequence[Tensor] | None = None,
+) -> list[Group]:
+    """Some completions, together with those of the same prompt.
+
+    Args:
+        prompts: Tokens of each prompt.
+        completions: Tokens of each completion, of all prompts.
+        rows: Which completions, in order; none of them is empty.
+        sampled: Which tokens of each completion were sampled; None: all.
+    """
+    size, groups = len(completions) // len(prompts), []
+    for p, members in groupby(rows, lambda n: n // size):
+        chosen = list(members)
+        masks = None if sampled is None else [sampled[n].tolist() for n in chosen]
+        groups.append(Group(prompts[p], [completions[n].tolist() for n in chosen], masks))
+    return groups
 
 
 @dataclass(frozen=True)
