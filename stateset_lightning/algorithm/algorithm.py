@@ -154,26 +154,19 @@ class Algorithm(Formulas):
 
     def __post_init__(self) -> None:
         name, kind = type(self).__name__, None if self.mismatch is None else self.mismatch.kind
-        if self.constant_length is not None and self.aggregation != "constant_length":
-            raise ConfigError(
-                f"model.algorithm.constant_length={self.constant_length} has no effect with"
-                f" aggregation={self.aggregation!r}: remove it, or set aggregation to 'constant_length'"
-            )
-        if self.kl.target is not None and self.beta == 0:
-            raise ConfigError(
-                f"model.algorithm.kl.target={self.kl.target} has no effect with beta=0: set beta, where the adaptive"
-                " coefficient starts, or remove the target"
-            )
-        if self.why_no_kl_in_reward and self.kl.place == "reward":
-            raise ConfigError(
-                f"model.algorithm.kl.place='reward' does not go with {name}: {self.why_no_kl_in_reward}; use"
-                " kl.place='loss'"
-            )
-        if self.weighs_completions and kind in ("token_tis", "icepop"):
-            raise ConfigError(
-                f"model.algorithm.mismatch.kind={kind!r} weighs single tokens, and {name}'s ratio is of whole"
-                " completions: choose sequence_tis or sequence_mask"
-            )
+        problems = {
+            f"constant_length={self.constant_length} has no effect with aggregation={self.aggregation!r}: remove it, or"
+            " set aggregation to 'constant_length'": self.constant_length and self.aggregation != "constant_length",
+            f"kl.target={self.kl.target} has no effect with beta=0: set beta, where the adaptive coefficient starts, or"
+            " remove the target": self.kl.target is not None and self.beta == 0,
+            f"kl.place='reward' does not go with {name}: {self.why_no_kl_in_reward}; use kl.place='loss'": (
+                self.why_no_kl_in_reward and self.kl.place == "reward"
+            ),
+            f"mismatch.kind={kind!r} weighs single tokens, and {name}'s ratio is of whole completions: choose"
+            " sequence_tis or sequence_mask": self.weighs_completions and kind in ("token_tis", "icepop"),
+        }
+        for problem in (problem for problem, is_there in problems.items() if is_there):
+            raise ConfigError(f"model.algorithm.{problem}")
         self.kl_coefficient = self.beta
         # In force now: an adaptive one has measured no entropy yet.
         self.entropy_bonus = self.entropy_coefficient if self.adaptive_entropy is None else 0.0

@@ -248,10 +248,7 @@ def token_texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
 
 # In loggers -----------------------------------------------------------------------------------------------------------
 
-COLUMNS = (
-    *("step", "episode", "id", "prompt", "target", "completion"),
-    *("reward", "advantage", "finish_reason", "num_tokens"),
-)
+COLUMNS = "step episode id prompt target completion reward advantage finish_reason num_tokens"
 
 
 def log_samples(trainer: Trainer, split: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -269,7 +266,7 @@ def log_samples(trainer: Trainer, split: str, rows: Sequence[Mapping[str, Any]])
 
 def sample_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
     """Columns and data: those of `COLUMNS` that any row has, then each reward."""
-    columns = [name for name in COLUMNS if any(name in row for row in rows)]
+    columns = [name for name in COLUMNS.split() if any(name in row for row in rows)]
     rewards = list(dict.fromkeys(name for row in rows for name in row["rewards"]))
     # As text, since the targets of a data set need not be of one type, and a column must be.
     cells = [{**row, "target": None if row.get("target") is None else str(row["target"])} for row in rows]

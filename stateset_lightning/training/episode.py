@@ -11,7 +11,6 @@ Letters: P prompts and N = P * G completions of this rank, T tokens of all N com
 
 from __future__ import annotations
 
-import heapq
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -281,12 +280,11 @@ def balance(groups: Sequence[GroupShare], micro_steps: int, max_tokens: int | No
     shares = list(groups)
     while True:
         steps = _fill(shares, micro_steps)
+        fullest = max(steps, key=load)
         if len(shares) < micro_steps:
             candidates = shares
-        elif max_tokens is not None and load(shares) <= micro_steps * max_tokens < micro_steps * load(
-            max(steps, key=load)
-        ):
-            candidates = max(steps, key=load)
+        elif max_tokens is not None and load(shares) <= micro_steps * max_tokens < micro_steps * load(fullest):
+            candidates = fullest
         else:
             return steps
         divisible = [share for share in candidates if len(share.completions) > 1]
@@ -310,9 +308,9 @@ def tokens_over(steps: Sequence[Sequence[GroupShare]], max_tokens: int) -> int:
 def _fill(shares: Sequence[GroupShare], micro_steps: int) -> list[list[GroupShare]]:
     """The largest first, each to the micro-step with the least work so far (Graham, 1969: at most 4/3 of the best)."""
     steps: list[list[GroupShare]] = [[] for _ in range(micro_steps)]
-    loads = [(0, k) for k in range(micro_steps)]
+    loads = [0] * micro_steps
     for share in sorted(shares, key=lambda share: -share.tokens):
-        tokens, k = heapq.heappop(loads)
+        k = loads.index(min(loads))
         steps[k].append(share)
-        heapq.heappush(loads, (tokens + share.tokens, k))
+        loads[k] += share.tokens
     return steps
