@@ -40,7 +40,8 @@ def preset(
 
     As in a dataclass, annotated attributes are options: keyword arguments that are held against the bounds of their
     annotations. An inherited option that is assigned again has a new default; assigned `fixed(value)`, it is no longer
-    an option. Formulas get their parameters by name, see `Formulas`.
+    an option. Formulas get their parameters by name, see `Formulas`. An advantage that does not name `scale`, by which
+    the base class's divides, fixes it to "none".
 
     Args:
         advantage: How scores become advantages; None for the base class's.
@@ -48,6 +49,8 @@ def preset(
     """
 
     def decorate(cls: type[C]) -> type[C]:
+        if advantage is not None and "scale" not in inspect.signature(advantage).parameters:
+            cls.scale = fixed("none")  # type: ignore[attr-defined]
         inherited = getattr(cls, "__dataclass_fields__", {})
         for name in inherited.keys() & vars(cls).keys():
             cls.__annotations__.setdefault(name, inherited[name].type)
@@ -151,26 +154,19 @@ class Algorithm(Formulas):
 
     def __post_init__(self) -> None:
         name, kind = type(self).__name__, None if self.mismatch is None else self.mismatch.kind
-        if self.constant_length is not None and self.aggregation != "constant_length":
-            raise ConfigError(
-                f"model.algorithm.constant_length={self.constant_length} has no effect with"
-                f" aggregation={self.aggregation!r}: remove it, or set aggregation to 'constant_length'"
-            )
-        if self.kl.target is not None and self.beta == 0:
-            raise ConfigError(
-                f"model.algorithm.kl.target={self.kl.target} has no effect with beta=0: set beta, where the adaptive"
-                " coefficient starts, or remove the target"
-            )
-        if self.why_no_kl_in_reward and self.kl.place == "reward":
-            raise ConfigError(
-                f"model.algorithm.kl.place='reward' does not go with {name}: {self.why_no_kl_in_reward}; use"
-                " kl.place='loss'"
-            )
-        if self.weighs_completions and kind in ("token_tis", "icepop"):
-            raise ConfigError(
-                f"model.algorithm.mismatch.kind={kind!r} weighs single tokens, and {name}'s ratio is of whole"
-                " completions: choose sequence_tis or sequence_mask"
-            )
+        problems = {
+            f"constant_length={self.constant_length} has no effect with aggregation={self.aggregation!r}: remove it, or"
+            " set aggregation to 'constant_length'": self.constant_length and self.aggregation != "constant_length",
+            f"kl.target={self.kl.target} has no effect with beta=0: set beta, where the adaptive coefficient starts, or"
+            " remove the target": self.kl.target is not None and self.beta == 0,
+            f"kl.place='reward' does not go with {name}: {self.why_no_kl_in_reward}; use kl.place='loss'": (
+                self.why_no_kl_in_reward and self.kl.place == "reward"
+            ),
+            f"mismatch.kind={kind!r} weighs single tokens, and {name}'s ratio is of whole completions: choose"
+            " sequence_tis or sequence_mask": self.weighs_completions and kind in ("token_tis", "icepop"),
+        }
+        for problem in (problem for problem, is_there in problems.items() if is_there):
+            raise ConfigError(f"model.algorithm.{problem}")
         self.kl_coefficient = self.beta
         # In force now: an adaptive one has measured no entropy yet.
         self.entropy_bonus = self.entropy_coefficient if self.adaptive_entropy is None else 0.0
@@ -226,10 +222,7 @@ class Algorithm(Formulas):
         assert self.top_entropy is not None
         return terms.top_entropy_tokens(needed(tokens, "entropies_T", "top_entropy"), self.top_entropy)
 
-    @staticmethod
-    def advantages_per_token(tokens: TokenBatch) -> Tensor:
-        """The advantage of each token, its own or its completion's, [T], in the precision of the log-probs."""
-        return advantages_of(tokens)
+    advantages_per_token = staticmethod(advantages_of)
 
     def per_token_loss(self, tokens: TokenBatch) -> tuple[Tensor, Metrics]:
         """Loss of each token, [T], and metrics as (sum, count). Not yet weighted: see `token_weights`.

@@ -14,7 +14,7 @@ from stateset_lightning.types import Metrics, TokenBatch
 
 
 def advantages_of(tokens: TokenBatch) -> Tensor:
-    """The advantage of each token, [T], in the precision of the log-probs."""
+    """The advantage of each token, its own or its completion's, [T], in the precision of the log-probs."""
     return token_advantages(tokens).to(tokens.logprobs_T.dtype)
 
 

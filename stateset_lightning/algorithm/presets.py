@@ -103,7 +103,6 @@ class BNPO(Clipped):
     micro-batch. That mean, over the whole optimizer step, is the aggregation here.
     """
 
-    scale = fixed("none")
     aggregation = "token_mean"
     why_no_kl_in_reward = "its advantages need rewards between 0 and 1"
 
@@ -116,7 +115,6 @@ class GDPO(Clipped):
     drowned by one of large spread; the sum is standardised over the completions of the batch.
     """
 
-    scale = fixed("none")
     why_no_kl_in_reward = "it standardises each reward, and the KL would lose its scale"
 
 
@@ -132,7 +130,6 @@ class PassK(Clipped):
     """
 
     k: Annotated[int, Ge(1)] = 2
-    scale = fixed("none")
 
 
 @preset(advantage=advantages.whitened_advantages)
@@ -144,7 +141,6 @@ class ReinforcePlusPlusBaseline(Clipped):
     stays at zero. Its KL, where `beta` is set, is k2 in the loss.
     """
 
-    scale = fixed("none")
     kl = KL(estimator="k2")
     aggregation = "token_mean"
 
@@ -164,7 +160,6 @@ class RLOO(Algorithm):
     set, is k1 in the reward. Implementations that clip an importance ratio add what the paper argues is not needed.
     """
 
-    scale = fixed("none")
     kl = KL(estimator="k1", place="reward")
     aggregation = "sequence_sum"
 
@@ -176,7 +171,6 @@ class OPO(Algorithm):
     The baseline is the group's mean reward weighted by length. Exactly on-policy, without KL or entropy term.
     """
 
-    scale = fixed("none")
     aggregation = "sequence_sum"
 
 
@@ -188,7 +182,6 @@ class ReMax(Algorithm):
     per prompt. The paper's KL, where `beta` is set, is k1 in the reward; the baseline is without it.
     """
 
-    scale = fixed("none")
     kl = KL(estimator="k1", place="reward")
     aggregation = "sequence_sum"
     needs_greedy_baseline = True
@@ -203,7 +196,6 @@ class MaxRL(Algorithm):
     probability.
     """
 
-    scale = fixed("none")
     aggregation = "sequence_sum"
     why_no_kl_in_reward = "its advantages need rewards of at least 0"
 

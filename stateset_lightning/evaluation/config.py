@@ -10,6 +10,7 @@ from typing import Annotated
 from annotated_types import Ge, Gt, Le
 
 from stateset_lightning.errors import ConfigError, bounded
+from stateset_lightning.rewards.match import compiled, last_match
 from stateset_lightning.rollout import RolloutConfig
 
 
@@ -39,12 +40,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if not math.isfinite(self.solved_at):
             raise ConfigError(f"model.evaluation.solved_at={self.solved_at} must be a finite score")
-        try:
-            re.compile(self.answer_pattern or "")
-        except re.error as error:
-            raise ConfigError(
-                f"model.evaluation.answer_pattern={self.answer_pattern!r} is no regular expression: {error}"
-            ) from error
+        compiled(self.answer_pattern or "", key="model.evaluation.answer_pattern")
 
     def check_rewards(self, names: Sequence[str]) -> None:
         """Raises ConfigError if `solved_by` is none of the rewards."""
@@ -66,9 +62,5 @@ class EvaluationConfig:
 
     def answer(self, text: str) -> str | None:
         """What a completion votes for, with runs of white space as one space; None, no vote, without a match."""
-        if self.answer_pattern is not None:
-            matches = list(re.finditer(self.answer_pattern, text))
-            if not matches:
-                return None
-            text = matches[-1][1 if matches[-1].re.groups else 0] or ""
-        return " ".join(text.split())
+        found = text if self.answer_pattern is None else last_match(re.compile(self.answer_pattern), text)
+        return None if found is None else " ".join(found.split())

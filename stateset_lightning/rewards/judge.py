@@ -84,10 +84,8 @@ class ModelJudge(RewardFunction):
         answer = turns[-1]["content"]
         mark = hashlib.sha256(f"{conversation}\0{answer}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
         rubric = self.rubric.format_map({name: self._column(name, context) for name in self.columns})
-        material = (
-            f"<conversation-{mark}>\n{conversation}\n</conversation-{mark}>\n\n"
-            f"<answer-{mark}>\n{answer}\n</answer-{mark}>"
-        )
+        texts = {f"conversation-{mark}": conversation, f"answer-{mark}": answer}
+        material = "\n\n".join(f"<{name}>\n{text}\n</{name}>" for name, text in texts.items())
         return [
             {"role": "system", "content": _INSTRUCTIONS.format(rubric=rubric, mark=mark, low=self.low, high=self.high)},
             {"role": "user", "content": material},

@@ -202,8 +202,8 @@ class JsonValid(RewardFunction):
             return RewardResult(0.0, {"parses": 0.0})
 
 
-def compiled(pattern: str, flags: int = 0) -> re.Pattern[str]:
-    """Compile a user's pattern.
+def compiled(pattern: str, flags: int = 0, key: str = "pattern") -> re.Pattern[str]:
+    """Compile a user's pattern, given under this key.
 
     Raises:
         ConfigError: If it is no regular expression.
@@ -211,7 +211,13 @@ def compiled(pattern: str, flags: int = 0) -> re.Pattern[str]:
     try:
         return re.compile(pattern, flags)
     except re.error as error:
-        raise ConfigError(f"pattern={pattern!r} is no regular expression: {error}") from error
+        raise ConfigError(f"{key}={pattern!r} is no regular expression: {error}") from error
+
+
+def last_match(pattern: re.Pattern[str], text: str) -> str | None:
+    """The last match of a pattern, its first group if it has one; None without a match."""
+    matches = list(pattern.finditer(text))
+    return (matches[-1][min(1, pattern.groups)] or "") if matches else None
 
 
 def _reject_constant(name: str) -> Any:

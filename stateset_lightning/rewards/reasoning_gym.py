@@ -9,7 +9,7 @@ from annotated_types import Gt
 
 from stateset_lightning.errors import ConfigError, bounded, require
 from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion
-from stateset_lightning.rewards.match import compiled
+from stateset_lightning.rewards.match import compiled, last_match
 
 # Tasks whose scoring evaluates the answer as code, in version 0.1.25.
 RUNS_ANSWERS = frozenset(
@@ -53,7 +53,7 @@ class ReasoningGymReward(RewardFunction):
         if timeout is None:
             raise ConfigError(f"timeout=None of reward '{self.name}': give seconds; sympy hangs on some answers")
         require("reasoning_gym", "gym", f"reward '{self.name}'")
-        self.answer_pattern = None if answer_pattern is None else compiled(answer_pattern)
+        self.answer_pattern = None if answer_pattern is None else compiled(answer_pattern, key="answer_pattern")
         self.allow_code = allow_code
         self._scorers: dict[str, Any] = {}
 
@@ -66,12 +66,10 @@ class ReasoningGymReward(RewardFunction):
                 f"reasoning_gym={needed['task']} scores an answer by running it as Python: leave the task out, or set"
                 f" allow_code=true of reward '{self.name}' where you let a model run code"
             )
-        answer = completion(turns).strip()
-        if self.answer_pattern is not None:
-            matches = list(self.answer_pattern.finditer(completion(turns)))
-            if not matches:
-                return RewardResult(0.0, {"answer": None})
-            answer = matches[-1][min(1, self.answer_pattern.groups)]
+        text, pattern = completion(turns), self.answer_pattern
+        answer = text.strip() if pattern is None else last_match(pattern, text)
+        if answer is None:
+            return RewardResult(0.0, {"answer": None})
         entry = {"question": row.get("prompt"), "answer": row.get("target"), "metadata": needed["metadata"]}
         return RewardResult(self._scorer(needed["task"], needed["options"])(answer, entry), {"answer": answer})
 

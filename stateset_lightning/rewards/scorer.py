@@ -44,7 +44,7 @@ class Scorer(AbstractContextManager["Scorer"]):
         rewards: A `RewardFunction`, a function `f(turns, context)`, or a list of these.
         timeout: Seconds per completion for rewards that set none themselves, except batched ones; None means no limit.
         max_concurrency: Async rewards that run at the same time, and blocking rewards without a time-out that do.
-        max_failures: `check_failures` raises if more than this share of completions failed.
+        max_failures: Share of completions that may fail: for `check_failures`.
 
     Raises:
         ConfigError: If an argument is unusable, or a blocking reward with a time-out cannot be sent to a worker
@@ -99,10 +99,6 @@ class Scorer(AbstractContextManager["Scorer"]):
     def take_counts(self) -> dict[str, float]:
         """What rewards have counted since the last call, as `cost/<reward>/<key>`."""
         return {f"cost/{r.name}/{key}": count for r in self.rewards for key, count in r.take_counts().items()}
-
-    def check_failures(self, scores: Scores) -> None:
-        """Raise RewardError if more than `max_failures` of the completions failed."""
-        check_failures(scores, self.max_failures)
 
     def close(self) -> None:
         """Stop what runs, end all threads and kill all worker processes."""

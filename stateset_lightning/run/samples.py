@@ -5,6 +5,7 @@ They go to files of JSON lines, and those of a run to loggers that can show them
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,11 +18,11 @@ from torch.distributed.tensor import DTensor
 
 from stateset_lightning.errors import bounded
 from stateset_lightning.files import atomic_write, check_output, keep_inputs
-from stateset_lightning.policy import Group, Policy
+from stateset_lightning.policy import Policy
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.run.folder import PREDICTIONS, SAMPLES, continues, of_rank, run_folder
 from stateset_lightning.run.records import append_rows, keep_rows
-from stateset_lightning.training.episode import Episode
+from stateset_lightning.training.episode import Episode, groups_of
 
 # Rows that are written together: their split, step and episode (-1 in an evaluation).
 Block = tuple[str, int, int]
@@ -31,6 +32,7 @@ SHOWN = 16
 
 
 @bounded("samples")
+@dataclass(eq=False)
 class SampleWriter(Callback):
     """Writes completions and their rewards to `samples.jsonl` in the run's folder; shows them in W&B and TensorBoard.
 
@@ -47,19 +49,13 @@ class SampleWriter(Callback):
             and the last stay.
     """
 
-    def __init__(
-        self,
-        every_n_episodes: Annotated[int, Ge(1)] = 10,
-        num_prompts: Annotated[int, Ge(1)] = 2,
-        evaluation: bool = True,
-        max_tokens: Annotated[int, Ge(0)] = 512,
-        max_megabytes: Annotated[float, Ge(1)] = 64,
-    ) -> None:
-        self.every_n_episodes = every_n_episodes
-        self.num_prompts = num_prompts
-        self.evaluation = evaluation
-        self.max_tokens = max_tokens
-        self.max_megabytes = max_megabytes
+    every_n_episodes: Annotated[int, Ge(1)] = 10
+    num_prompts: Annotated[int, Ge(1)] = 2
+    evaluation: bool = True
+    max_tokens: Annotated[int, Ge(0)] = 512
+    max_megabytes: Annotated[float, Ge(1)] = 64
+
+    def __post_init__(self) -> None:
         self._episode: list[dict[str, Any]] = []  # rows of the running episode
         self._evaluated: list[dict[str, Any]] = []  # this rank's rows of the running evaluation
         self._sizes: dict[Block, int] = {}  # bytes of each block in the file of a run that nothing interrupts
@@ -208,15 +204,13 @@ def logprobs_now(
 
     Not known if its weights are sharded: all ranks would have to take part.
     """
-    parts, size = _first_tokens(episode, num_prompts, max_tokens), episode.num_generations
+    parts = _first_tokens(episode, num_prompts, max_tokens)
     if any(isinstance(parameter, DTensor) for parameter in policy.parameters()):
         return [{} for _ in parts]
-    completions = [episode.completion_tokens_T[part].tolist() for part in parts]
-    groups = [
-        Group(prompt, [c for c in completions[p * size : (p + 1) * size] if c])  # some may be empty
-        for p, prompt in enumerate(episode.prompt_tokens[:num_prompts])
-    ]
-    logprobs_T, _ = policy.score_without_gradient([group for group in groups if group.completions], temperature)
+    completions = [episode.completion_tokens_T[part] for part in parts]
+    rows = [n for n, completion in enumerate(completions) if len(completion)]
+    groups = groups_of(episode.prompt_tokens[:num_prompts], completions, rows)
+    logprobs_T, _ = policy.score_without_gradient(groups, temperature)
     values = logprobs_T.cpu().split([len(completion) for completion in completions])
     return [{"logprobs_after": _rounded(logprobs)} for logprobs in values]
 
@@ -254,10 +248,7 @@ def token_texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
 
 # In loggers -----------------------------------------------------------------------------------------------------------
 
-COLUMNS = (
-    *("step", "episode", "id", "prompt", "target", "completion"),
-    *("reward", "advantage", "finish_reason", "num_tokens"),
-)
+COLUMNS = "step episode id prompt target completion reward advantage finish_reason num_tokens"
 
 
 def log_samples(trainer: Trainer, split: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -275,7 +266,7 @@ def log_samples(trainer: Trainer, split: str, rows: Sequence[Mapping[str, Any]])
 
 def sample_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
     """Columns and data: those of `COLUMNS` that any row has, then each reward."""
-    columns = [name for name in COLUMNS if any(name in row for row in rows)]
+    columns = [name for name in COLUMNS.split() if any(name in row for row in rows)]
     rewards = list(dict.fromkeys(name for row in rows for name in row["rewards"]))
     # As text, since the targets of a data set need not be of one type, and a column must be.
     cells = [{**row, "target": None if row.get("target") is None else str(row["target"])} for row in rows]

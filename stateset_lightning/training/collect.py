@@ -15,7 +15,7 @@ from stateset_lightning.errors import RewardError
 from stateset_lightning.policy import Policy
 from stateset_lightning.policy.precision import sampling_dtype
 from stateset_lightning.ranks import Ranks
-from stateset_lightning.rewards import Scorer
+from stateset_lightning.rewards import Scorer, check_failures
 from stateset_lightning.rollout import InProcessEngine, RemoteEngine, RolloutConfig, RolloutEngine
 from stateset_lightning.seeding import sample_seeds
 from stateset_lightning.threads import Interruption, heartbeat
@@ -221,5 +221,5 @@ def check_scores(scorer: Scorer, scores: Sequence[Scores], ranks: Ranks) -> None
     failed, total = (sum(numbers) for numbers in zip(*counts, strict=True))
     if failed > scorer.max_failures * total:
         for some in scores:
-            scorer.check_failures(some)
+            check_failures(some, scorer.max_failures)
         raise RewardError(f"{failed} of {total} completions of all ranks have no score; see the other ranks' messages")

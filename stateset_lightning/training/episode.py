@@ -11,10 +11,10 @@ Letters: P prompts and N = P * G completions of this rank, T tokens of all N com
 
 from __future__ import annotations
 
-import heapq
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -94,26 +94,15 @@ class Episode:
         return {**vars(self)}
 
     def _select(self, rows_N: Tensor) -> MicroBatch:
-        lengths = self.lengths_N.tolist()
-        tokens = self.completion_tokens_T.split(lengths)
+        lengths, rows = self.lengths_N.tolist(), rows_N.nonzero().flatten().tolist()
         sampled = None if self.sampled_T is None else self.sampled_T.split(lengths)
-        by_prompt: dict[int, list[int]] = {}
-        for n in rows_N.nonzero().flatten().tolist():
-            by_prompt.setdefault(n // self.num_generations, []).append(n)
         tokens_T = self.sampled_tokens_of(rows_N)
 
         def of_tokens(values_T: Tensor | None) -> Tensor | None:
             return None if values_T is None else values_T[tokens_T]
 
         return MicroBatch(
-            groups=[
-                Group(
-                    self.prompt_tokens[p],
-                    [tokens[n].tolist() for n in rows],
-                    None if sampled is None else [sampled[n].tolist() for n in rows],
-                )
-                for p, rows in by_prompt.items()
-            ],
+            groups=groups_of(self.prompt_tokens, self.completion_tokens_T.split(lengths), rows, sampled),
             advantages_N=self.advantages_N[rows_N],
             weights_N=self.weights_N[rows_N],
             lengths_N=sequence_sums(tokens_T.long(), self.lengths_N)[rows_N],
@@ -123,6 +112,28 @@ class Episode:
             select_T=of_tokens(self.select_T),
             experts_per_token_E=self.experts_per_token_E,
         )
+
+
+def groups_of(
+    prompts: Sequence[list[int]],
+    completions: Sequence[Tensor],
+    rows: Iterable[int],
+    sampled: Sequence[Tensor] | None = None,
+) -> list[Group]:
+    """Some completions, together with those of the same prompt.
+
+    Args:
+        prompts: Tokens of each prompt.
+        completions: Tokens of each completion, of all prompts.
+        rows: Which completions, in order; none of them is empty.
+        sampled: Which tokens of each completion were sampled; None: all.
+    """
+    size, groups = len(completions) // len(prompts), []
+    for p, members in groupby(rows, lambda n: n // size):
+        chosen = list(members)
+        masks = None if sampled is None else [sampled[n].tolist() for n in chosen]
+        groups.append(Group(prompts[p], [completions[n].tolist() for n in chosen], masks))
+    return groups
 
 
 @dataclass(frozen=True)
@@ -269,12 +280,11 @@ def balance(groups: Sequence[GroupShare], micro_steps: int, max_tokens: int | No
     shares = list(groups)
     while True:
         steps = _fill(shares, micro_steps)
+        fullest = max(steps, key=load)
         if len(shares) < micro_steps:
             candidates = shares
-        elif max_tokens is not None and load(shares) <= micro_steps * max_tokens < micro_steps * load(
-            max(steps, key=load)
-        ):
-            candidates = max(steps, key=load)
+        elif max_tokens is not None and load(shares) <= micro_steps * max_tokens < micro_steps * load(fullest):
+            candidates = fullest
         else:
             return steps
         divisible = [share for share in candidates if len(share.completions) > 1]
@@ -298,9 +308,9 @@ def tokens_over(steps: Sequence[Sequence[GroupShare]], max_tokens: int) -> int:
 def _fill(shares: Sequence[GroupShare], micro_steps: int) -> list[list[GroupShare]]:
     """The largest first, each to the micro-step with the least work so far (Graham, 1969: at most 4/3 of the best)."""
     steps: list[list[GroupShare]] = [[] for _ in range(micro_steps)]
-    loads = [(0, k) for k in range(micro_steps)]
+    loads = [0] * micro_steps
     for share in sorted(shares, key=lambda share: -share.tokens):
-        tokens, k = heapq.heappop(loads)
+        k = loads.index(min(loads))
         steps[k].append(share)
-        heapq.heappush(loads, (tokens + share.tokens, k))
+        loads[k] += share.tokens
     return steps

@@ -20,7 +20,7 @@ from stateset_lightning.policy import AdapterReference, Group, Policy
 from stateset_lightning.policy.routing import balance
 from stateset_lightning.seeding import derive_seed
 from stateset_lightning.training import metrics
-from stateset_lightning.training.episode import Episode, MicroBatch, Plan
+from stateset_lightning.training.episode import Episode, MicroBatch, Plan, groups_of
 from stateset_lightning.types import Metrics, Rollout, Scores
 
 if TYPE_CHECKING:
@@ -164,13 +164,10 @@ def kl_scores(
 
 def all_logprobs(policy: Policy | AdapterReference, rollout: Rollout, temperature: float) -> Tensor:
     """Log-probs of all tokens of a rollout, float32 [T] on the CPU; 0 for those that were not sampled."""
-    size, lengths = rollout.num_generations, rollout.lengths_N.tolist()
-    completions, sampled = rollout.completions(), [part.tolist() for part in rollout.sampled_T.split(lengths)]
-    groups = []
-    for p, prompt in enumerate(rollout.prompt_tokens):
-        rows = [n for n in range(p * size, (p + 1) * size) if completions[n]]  # an engine may return an empty one
-        if rows:
-            groups.append(Group(prompt, [completions[n] for n in rows], [sampled[n] for n in rows]))
+    lengths = rollout.lengths_N.tolist()
+    completions, sampled = (values.cpu().split(lengths) for values in (rollout.completion_tokens_T, rollout.sampled_T))
+    rows = [n for n, length in enumerate(lengths) if length]  # an engine may return an empty one
+    groups = groups_of(rollout.prompt_tokens, completions, rows, sampled)
     all_T = torch.zeros(len(rollout.completion_tokens_T))
     all_T[rollout.sampled_T] = policy.score_without_gradient(groups, temperature)[0].cpu()
     return all_T
@@ -232,7 +229,10 @@ def selected_tokens(
     for step in range(plan.optimizer_steps):
         positions = sorted(position for position, values in everyone.items() if values[0] == step)
         if positions:
-            tokens = _token_batch([everyone[position][1:] for position in positions])
+            advantages, logprobs, entropies = zip(*(everyone[position][1:] for position in positions), strict=True)
+            old_T, entropy_T = (_rounded(torch.cat(values)) for values in (logprobs, entropies))
+            lengths_N = torch.tensor([len(values) for values in logprobs])
+            tokens = TokenBatch(old_T, old_T, torch.tensor(advantages), lengths_N, entropies_T=entropy_T)
             kept_T = algorithm.select(tokens, derive_seed(seed, "select", episode.index, step))
             chosen.update(zip(positions, kept_T.cpu().split(tokens.lengths_N.tolist()), strict=True))
     select_T = torch.zeros(len(logprobs_T), dtype=torch.bool)
@@ -244,15 +244,3 @@ def selected_tokens(
 
 def _rounded(nats: Tensor) -> Tensor:
     return torch.round(nats / ROUNDING) * ROUNDING
-
-
-def _token_batch(completions: list[tuple[float, Tensor, Tensor]]) -> TokenBatch:
-    advantages, logprobs, entropies = zip(*completions, strict=True)
-    logprobs_T, entropies_T = (_rounded(torch.cat(values)) for values in (logprobs, entropies))
-    return TokenBatch(
-        logprobs_T=logprobs_T,
-        old_logprobs_T=logprobs_T,
-        advantages_N=torch.tensor(advantages),
-        lengths_N=torch.tensor([len(values) for values in logprobs]),
-        entropies_T=entropies_T,
-    )

@@ -89,7 +89,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stateset_lightning.algorithm.advantages import is_constant
+from stateset_lightning.algorithm.advantages import is_constant, nan_std
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.rewards import failure_counts
 from stateset_lightning.types import FinishReason, Metrics, Rollout, Scores
@@ -247,9 +247,7 @@ def group_metrics(totals_PG: Tensor) -> Metrics:
     """
     constant_P, dropped_P = constant_groups(totals_PG)
     highest_P = totals_PG.where(totals_PG.isfinite(), -torch.inf).amax(-1)
-    std_P = torch.stack(
-        [row[row.isfinite()].std() if ok else torch.tensor(0.0) for row, ok in zip(totals_PG, ~dropped_P, strict=True)]
-    )
+    std_P = nan_std(totals_PG, dim=-1).squeeze(-1).where(~constant_P, 0.0)  # exactly, which the mean itself is not
     count = len(totals_PG)
     return {
         "train/reward_std": (std_P.sum(), int((~dropped_P).sum())),

@@ -461,14 +461,14 @@ def test_failures_are_counted_and_too_many_stop_the_run():
     with Scorer([fails, Word()], max_failures=0.5) as scorer:
         half = run(scorer, ["bad", "nan", "x", "x"])
         assert failure_counts(half) == {"reward_failures/fails/KeyError": 1, "reward_failures/word/RewardError": 1}
-        scorer.check_failures(half)
+        check_failures(half, scorer.max_failures)
         with pytest.raises(RewardError, match=r"2 of 4 completions have no score, more than max_reward_failures=0\.4"):
             check_failures(half, 0.4)
         with pytest.raises(
             RewardError,
             match=r"(?s)2 of 3 .*fails/KeyError: 2.*reward 'fails' on completion 1: KeyError.*raise KeyError",
         ):
-            scorer.check_failures(run(scorer, ["bad", "bad", "x"]))
+            check_failures(run(scorer, ["bad", "bad", "x"]), scorer.max_failures)
     check_failures(Scores((), torch.empty(0, 0), torch.empty(0)), 0.0)
 
 
