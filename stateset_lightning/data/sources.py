@@ -9,7 +9,7 @@ import glob
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -74,9 +74,8 @@ class ScenarioSet:
 
     def select(self, indices: Sequence[int]) -> "ScenarioSet":
         """The same sources with the scenarios at `indices` alone."""
-        return ScenarioSet(
-            [self.scenarios[i] for i in indices], [self.source_of[i] for i in indices], self.names, self.weights
-        )
+        chosen = [self.scenarios[i] for i in indices]
+        return replace(self, scenarios=chosen, source_of=[self.source_of[i] for i in indices])
 
     @property
     def mixture(self) -> str:
