@@ -93,7 +93,6 @@ def _parser() -> Arguments:
     parser.add_argument("--top_p", type=float, help="of sampling; by default that of training")
     parser.add_argument("--max_new_tokens", type=int, help="by default as in training")
     parser.add_argument("--system_prompt", help="instead of the run's")
-    parser.add_argument("--config", help="the run's resolved config; by default the one in the run's folder")
     parser.add_argument("--seed", type=int, help="of sampling; by default the run's")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; by default a GPU if there is one")
     parser.add_loading_options()

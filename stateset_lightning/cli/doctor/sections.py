@@ -90,9 +90,7 @@ class Doctor:
         return self.problems
 
     def _show_data(self) -> None:
-        for split in ("train", "validation"):
-            if split not in self.data.num_scenarios:
-                continue
+        for split in self.data.num_scenarios:
             scenarios, prompts = self.data.served(split)
             lengths, limit = prompts.lengths, self.data.max_prompt_tokens
             tokens = f"{lengths.min()} to {lengths.max()} tokens, {lengths.mean():.1f} on average"
