@@ -58,13 +58,11 @@ def main(words: Sequence[str]) -> None:
     heartbeat.stop()  # from here on, the user is waited for
     if sys.stdin.isatty():
         print("a prompt per line; an empty line or Ctrl-D ends")
-    number = 0
-    while prompt := _line():
+    for number, prompt in enumerate(iter(_line, "")):
         try:
             answer(prompt, number)
         except UserError as error:  # a prompt that is too long, say: the next one may do
             print(f"error: {error}", file=sys.stderr)
-        number += 1
 
 
 def _shown(text: str) -> str:

@@ -158,11 +158,8 @@ def _config_of_run(file: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     for path in (folder / name for folder in folders for name in CONFIGS):
         if path.is_file():
             return _read_config(path)
-    _log.info(
-        "%s: no config of its run is found: prompts get no system prompt and the tokenizer's chat template, if it"
-        " has one",
-        file,
-    )
+    prompts = "prompts get no system prompt and the tokenizer's chat template, if it has one"
+    _log.info("%s: no config of its run is found: %s", file, prompts)
     return {}
 
 
