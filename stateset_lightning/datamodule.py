@@ -110,7 +110,7 @@ class ScenarioDataModule(LightningDataModule):
         check_options(self, overlong_prompts)
 
     @property
-    def num_scenarios(self) -> dict[str, int]:
+    def num_scenarios(self) -> dict[Split, int]:
         """Scenarios of each split that was set up, without those that were dropped."""
         return {split: len(prompts.kept) for split, prompts in self._prompts.items()}
 
@@ -174,10 +174,8 @@ class ScenarioDataModule(LightningDataModule):
         order = EpochOrder(scenarios.rows_by_source(), scenarios.weights, seed, self.shuffle, scenarios.names)
         curriculum, overfit = self.curriculum, getattr(self.trainer, "overfit_batches", 0)
         if curriculum and overfit:
-            raise ConfigError(
-                f"trainer.overfit_batches={overfit} repeats the same prompts, data.curriculum draws others: leave"
-                " one out"
-            )
+            repeats = f"trainer.overfit_batches={overfit} repeats the same prompts"
+            raise ConfigError(f"{repeats}, data.curriculum draws others: leave one out")
         self._train_loader = loader = EpisodeLoader(
             Prompts(scenarios.scenarios, tokens, self.system_prompt, self._prompts["train"].opened),
             order,
@@ -326,10 +324,8 @@ class ScenarioDataModule(LightningDataModule):
         rank, world_size = self._rank_and_world()
         if len(scenarios) < world_size:
             # A device without a batch would leave the loop, and the others wait for it.
-            raise ConfigError(
-                f"data.{split} has {len(scenarios)} scenarios for {world_size} devices; give at least one for each"
-                " device"
-            )
+            number = f"{len(scenarios)} scenarios for {world_size} devices"
+            raise ConfigError(f"data.{split} has {number}; give at least one for each device")
         prompts = Prompts(scenarios.scenarios, tokens, self.system_prompt, self._prompts[split].opened)
         return EvaluationLoader(prompts, split, batch_size=self.eval_batch_size, rank=rank, world_size=world_size)
 

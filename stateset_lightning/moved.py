@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 PACKAGE = "stateset_lightning."
 
@@ -24,9 +24,7 @@ GONE = {
 class _OldNames(MetaPathFinder, Loader):
     """Comes after all other finders, so that it is asked for names alone that nobody else has."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, *_: Any) -> ModuleSpec | None:
         name = fullname.removeprefix(PACKAGE)
         if name == fullname:
             return None

@@ -187,8 +187,7 @@ class StatesetCLI(LightningCLI):
             config.ckpt_path = self.config_init.fit.ckpt_path = continue_run(self.trainer, config.ckpt_path)
         if config.baseline and not config.ckpt_path:
             # All data is read before any model is loaded, also what the baseline itself does not need.
-            if self.datamodule.tokenizer is None:
-                self.datamodule.tokenizer = self.model.tokenizer
+            self.datamodule.tokenizer = self.datamodule.tokenizer or self.model.tokenizer
             self.datamodule.setup("fit")
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from annotated_types import MinLen
 from pydantic import FiniteFloat, StrictBool, StrictInt, StrictStr, TypeAdapter
 
 from stateset_lightning.cli.arguments import Arguments
@@ -24,10 +25,13 @@ from stateset_lightning.files import atomic_write
 from stateset_lightning.redaction import redacted
 
 SECTIONS = ("agent", "environment", "training")
+SCENARIOS = "environment.scenarios"
 
 UNKNOWN = "the guide does not explain it; `stateset-lightning fit --help` lists our keys"
 
-KINDS = {"text": StrictStr, "true or false": StrictBool, "a whole number": StrictInt, "a number": FiniteFloat}
+KINDS: dict[str, Any] = {"text": StrictStr, "true or false": StrictBool, "a whole number": StrictInt}
+KINDS |= {"a number": FiniteFloat, "a mapping of keys": dict[Any, Any]}
+KINDS |= {"a list of scenarios, each with its user_responses": Annotated[list[dict[Any, Any]], MinLen(1)]}
 
 MOST_PROMPTS = 8  # per batch, where the guide names no batch size
 
@@ -70,7 +74,7 @@ def convert(guide: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """
     known = yaml.safe_load(files(__package__).joinpath("guide.yaml").read_text(encoding="utf-8"))
     given = dict(_flat(guide))
-    looked_at = known["carried"].keys() | known["accepted"].keys() | set(known["handled"])
+    looked_at = {SCENARIOS, *known["carried"], *known["accepted"], *known["precision"]}
     left_out = redacted({key: value for key, value in given.items() if key not in looked_at})
     notes = [
         f"{key}={value!r:.60} is not carried over: {known['reasons'].get(key, UNKNOWN)}"
@@ -79,22 +83,24 @@ def convert(guide: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     for key, values in known["accepted"].items():
         if given.get(key, values[-1]) not in values:
             raise ConfigError(f"{key}={given[key]!r} is not single-turn: it must be {values[-1]!r}, or left out")
-    scenarios = _scenarios(given)
+    scenarios = _checked(SCENARIOS, given.get(SCENARIOS), "a list of scenarios, each with its user_responses")
     required = {"agent.model_name": "name the model", "training.num_episodes": "say how many episodes"}
     if missing := [key for key in required if given.get(key) is None]:
         raise ConfigError(f"{missing[0]} is missing: {required[missing[0]]} to train")
     config: dict[str, Any] = known["config"]
     prompts = sum(len(row["user_responses"]) if isinstance(row.get("user_responses"), list) else 1 for row in scenarios)
     config["data"] = {"train": scenarios, "batch_size": min(MOST_PROMPTS, prompts)}
-    if precision := _precision(given):
-        config["trainer"]["precision"] = precision
+    halves = known["precision"]
+    wanted = [key for key in halves if _checked(key, given.get(key, False), "true or false")]
+    if len(wanted) > 1:
+        raise ConfigError(f"{' and '.join(wanted)} are both true: leave one of them out")
+    for key in wanted:
+        config["trainer"]["precision"] = halves[key]
     for key, (ours, kind) in known["carried"].items():
         if given.get(key) is not None:
             *sections, name = ours.split(".")
             functools.reduce(operator.getitem, sections, config)[name] = _checked(key, given[key], kind)
-    notes.append(
-        "model.reward is HelpfulnessReward, as in the guide's quick start: its YAML names none; put your own there"
-    )
+    notes += known["notes"]
     if given.get("training.learning_rate") is None:
         notes.append("model.optimizer.init_args.lr is 1e-5: training.learning_rate is not given")
     return config, notes
@@ -116,28 +122,11 @@ def read_guide(path: Path) -> dict[str, Any]:
 def _flat(guide: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """`agent.model_name` and so on; other sections as they are."""
     for section, content in guide.items():
-        if section not in SECTIONS:
-            yield str(section), content
-        elif not isinstance(content, dict):
-            raise ConfigError(f"{section}={content!r:.60} must be a mapping of keys")
-        else:
+        if section in SECTIONS:
+            content = _checked(section, content, "a mapping of keys")
             yield from ((f"{section}.{name}", value) for name, value in content.items())
-
-
-def _scenarios(given: dict[str, Any]) -> list[dict[str, Any]]:
-    scenarios = given.get("environment.scenarios")
-    if not isinstance(scenarios, list) or not scenarios or not all(isinstance(row, dict) for row in scenarios):
-        raise ConfigError(
-            f"environment.scenarios={scenarios!r:.60} must be a list of scenarios, each with its user_responses"
-        )
-    return scenarios
-
-
-def _precision(given: dict[str, Any]) -> str | None:
-    bf16, fp16 = (_checked(key, given.get(key, False), "true or false") for key in ("training.bf16", "training.fp16"))
-    if bf16 and fp16:
-        raise ConfigError("training.bf16 and training.fp16 are both true: leave one of them out")
-    return "bf16-mixed" if bf16 else "16-mixed" if fp16 else None
+        else:
+            yield str(section), content
 
 
 def _checked(key: str, value: Any, kind: str) -> Any:
@@ -147,4 +136,4 @@ def _checked(key: str, value: Any, kind: str) -> Any:
             raise ValueError
         return TypeAdapter(KINDS[kind]).validate_python(value)
     except ValueError:
-        raise ConfigError(f"{key}={value!r} must be {kind}") from None
+        raise ConfigError(f"{key}={value!r:.60} must be {kind}") from None

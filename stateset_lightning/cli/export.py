@@ -34,7 +34,6 @@ def main(words: Sequence[str]) -> None:
     parser = Arguments("export", "Write a plain Hugging Face folder.")
     parser.add_argument("ckpt", metavar="CKPT", help="as --ckpt_path of generate")
     parser.add_argument("out", metavar="OUT", help="the folder to write")
-    parser.add_argument("--config", help="the run's resolved config; by default the one in the run's folder")
     parser.add_argument("--merge", action="store_true", help="add the run's adapter into the model, for a whole one")
     parser.add_argument("--overwrite", action="store_true", help="take the place of a folder that is there")
     parser.add_loading_options()
@@ -72,11 +71,11 @@ def export(
     keep_inputs(source, config, Path.cwd())  # which nobody means to have replaced
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
         from stateset_lightning.cli.trained import load_trained
-        from stateset_lightning.policy import LoadingOptions, resolve_model_name
+        from stateset_lightning.policy import resolve_model_name
         from stateset_lightning.policy.lora import write_adapter
         from stateset_lightning.policy.text_model import copy_processor, is_composite
 
-        trained = load_trained(source, config, loading or LoadingOptions())
+        trained = load_trained(source, config, loading)
         trained.model.generation_config = trained.generation_config()
         if merge:
             _merge(trained)

@@ -58,13 +58,11 @@ def main(words: Sequence[str]) -> None:
     heartbeat.stop()  # from here on, the user is waited for
     if sys.stdin.isatty():
         print("a prompt per line; an empty line or Ctrl-D ends")
-    number = 0
-    while prompt := _line():
+    for number, prompt in enumerate(iter(_line, "")):
         try:
             answer(prompt, number)
         except UserError as error:  # a prompt that is too long, say: the next one may do
             print(f"error: {error}", file=sys.stderr)
-        number += 1
 
 
 def _shown(text: str) -> str:
@@ -93,7 +91,6 @@ def _parser() -> Arguments:
     parser.add_argument("--top_p", type=float, help="of sampling; by default that of training")
     parser.add_argument("--max_new_tokens", type=int, help="by default as in training")
     parser.add_argument("--system_prompt", help="instead of the run's")
-    parser.add_argument("--config", help="the run's resolved config; by default the one in the run's folder")
     parser.add_argument("--seed", type=int, help="of sampling; by default the run's")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; by default a GPU if there is one")
     parser.add_loading_options()

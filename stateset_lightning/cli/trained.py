@@ -76,11 +76,7 @@ class TrainedModel:
         return PromptEncoder(tokenizer=self.tokenizer, **options)
 
 
-def load_trained(
-    source: str,
-    config: str | None = None,
-    loading: LoadingOptions = LoadingOptions(),  # noqa: B008 (frozen)
-) -> TrainedModel:
+def load_trained(source: str, config: str | None = None, loading: LoadingOptions | None = None) -> TrainedModel:
     """Loads what a run has trained, or any model.
 
     Args:
@@ -94,6 +90,7 @@ def load_trained(
         CheckpointError: If the checkpoint is damaged, or none of this package's.
         ConfigError: If the model cannot be loaded, or the config cannot be read.
     """
+    loading = loading or LoadingOptions()
     given = _read_config(Path(config)) if config else {}
     file = _checkpoint_of(source)
     keep_inputs(file)
@@ -161,11 +158,8 @@ def _config_of_run(file: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     for path in (folder / name for folder in folders for name in CONFIGS):
         if path.is_file():
             return _read_config(path)
-    _log.info(
-        "%s: no config of its run is found: prompts get no system prompt and the tokenizer's chat template, if it"
-        " has one",
-        file,
-    )
+    prompts = "prompts get no system prompt and the tokenizer's chat template, if it has one"
+    _log.info("%s: no config of its run is found: %s", file, prompts)
     return {}
 
 

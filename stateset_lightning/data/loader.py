@@ -131,7 +131,7 @@ class EpisodeLoader:
             **(fingerprint or {}),
         }
         self._completed = 0  # micro-steps since the start of the run
-        # Epoch and its rows, filled up to whole episodes; with a curriculum: episode and its rows.
+        # Epoch and its rows; with a curriculum: episode and its rows.
         self._cached: tuple[int, np.ndarray] | None = None
 
     @property
@@ -213,15 +213,12 @@ class EpisodeLoader:
 
     def _global_batch(self, episode: int) -> np.ndarray:
         """Rows of an episode on all ranks, int64 [batch_size * world_size]."""
-        if self.solve_rates is not None:
-            if self._cached is None or self._cached[0] != episode:
-                self._cached = (episode, self.solve_rates.draw(episode, self._size))
-            return self._cached[1]
         epoch, number = divmod(episode, self.episodes_per_epoch)
-        if self._cached is None or self._cached[0] != epoch:
-            # `resize` repeats from the start, as often as needed.
-            self._cached = (epoch, np.resize(self._order.epoch(epoch), self.episodes_per_epoch * self._size))
-        return self._cached[1][number * self._size :][: self._size]
+        key, rates = epoch if self.solve_rates is None else episode, self.solve_rates
+        if self._cached is None or self._cached[0] != key:
+            self._cached = key, self._order.epoch(epoch) if rates is None else rates.draw(episode, self._size)
+        # From the start again, as often as needed; of a curriculum, it is the whole draw.
+        return self._cached[1].take(np.arange(self._size) + number * self._size, mode="wrap")
 
     def _replacement_weights(self, episode_index: int) -> np.ndarray:
         """Weight of each row as a replacement, float64 [scenarios]; 0 for what `repeat` never serves."""

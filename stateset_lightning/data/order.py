@@ -56,17 +56,14 @@ class EpochOrder:
         self._rows = [np.array(rows, dtype=np.int64) for rows in rows_by_source]
         self._counts = largest_remainder(weights, self.size)
         for index, (count, rows, weight) in enumerate(zip(self._counts, self._rows, weights, strict=True)):
-            name = names[index] if names else f"number {index + 1}"
+            source = f"data.train: the source {names[index] if names else f'number {index + 1}'}"
             if not len(rows):
                 raise ConfigError(
-                    f"data.train: no scenario of the source {name} is left; check data.max_prompt_tokens and"
-                    " data.validation_fraction"
+                    f"{source} has no scenario left; check data.max_prompt_tokens, data.validation_fraction"
                 )
             if count == 0:
-                raise ConfigError(
-                    f"data.train: the source {name} with weight {weight} gets none of the {self.size} positions of an"
-                    " epoch; raise its weight or leave it out"
-                )
+                none = f"with weight {weight} gets none of the {self.size} positions of an epoch"
+                raise ConfigError(f"{source} {none}; raise its weight or leave it out")
             self.row_weights[rows] = weight / len(rows)
 
     def epoch(self, epoch: int) -> np.ndarray:

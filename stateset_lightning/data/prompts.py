@@ -85,7 +85,7 @@ class PromptEncoder:
     now: datetime | None = None
 
     def __post_init__(self) -> None:
-        if self.use_chat_template and not self._has_template:
+        if self.use_chat_template and not getattr(self.tokenizer, "chat_template", None):
             raise ConfigError(
                 "data.use_chat_template=true, but the tokenizer has no chat template; set it to false for plain text"
             )
@@ -100,7 +100,8 @@ class PromptEncoder:
     @property
     def applies_template(self) -> bool:
         """Whether the tokenizer's chat template makes the prompts (otherwise: plain text)."""
-        return self._has_template if self.use_chat_template is None else self.use_chat_template
+        wanted = self.use_chat_template
+        return bool(getattr(self.tokenizer, "chat_template", None)) if wanted is None else wanted
 
     def encode(self, scenarios: Sequence[Scenario], key: str) -> EncodedPrompts:
         """Prompt tokens of the scenarios of the split `key` (`data.train`, say).
@@ -125,7 +126,7 @@ class PromptEncoder:
             _log.warning(
                 "%s: the text of %d of %d scenarios holds special tokens (%s); they are encoded as plain text. "
                 "data.parse_special_tokens=true encodes them as special tokens",
-                *(key, marked, len(scenarios), ", ".join(self._special_tokens[:_IDS_SHOWN])),
+                *(key, marked, len(scenarios), ", ".join(special_tokens(self.tokenizer)[:_IDS_SHOWN])),
             )
         found = self._limit_lengths(scenarios, tokens, key)
         opened = [text for _, texts, _ in encoded for text in texts]
@@ -179,18 +180,10 @@ class PromptEncoder:
         written = _DATE.sub(lambda call: repr(now.strftime(call[2])), self.tokenizer.get_chat_template())
         return {"chat_template": written, **self.chat_template_kwargs}
 
-    @property
-    def _has_template(self) -> bool:
-        return bool(getattr(self.tokenizer, "chat_template", None))
-
-    @cached_property
-    def _special_tokens(self) -> list[str]:
-        return special_tokens(self.tokenizer)
-
     @cached_property
     def _special_pattern(self) -> re.Pattern[str]:
         """Finds the special tokens that are to be plain text; longer tokens first, for those that hold others."""
-        tokens = [] if self.parse_special_tokens else sorted(self._special_tokens, key=len, reverse=True)
+        tokens = [] if self.parse_special_tokens else sorted(special_tokens(self.tokenizer), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, tokens)) or "(?!)")  # (?!) is never found
 
     def _messages(self, scenario: Scenario) -> list[dict[str, str]]:
@@ -234,21 +227,19 @@ class PromptEncoder:
         """The tokens of a batch, what they open, and how many of its scenarios hold special tokens in their text."""
         texts, marked = batch
         # A template writes the special tokens itself: adding the tokenizer's would double the first one.
-        options: dict[str, Any] = {"add_special_tokens": not self.applies_template}
-        if not self.applies_template:
-            options["split_special_tokens"] = not self.parse_special_tokens
+        is_plain = not self.applies_template
+        options = {"add_special_tokens": is_plain, "split_special_tokens": is_plain and not self.parse_special_tokens}
         # `verbose=False`: transformers would warn of prompts longer than the model's context.
-        tokens: list[list[int]] = self.tokenizer(texts, return_attention_mask=False, verbose=False, **options)[
-            "input_ids"
-        ]
+        encoded = self.tokenizer(texts, return_attention_mask=False, verbose=False, **options)
+        tokens: list[list[int]] = encoded["input_ids"]
         if self.applies_template:
             for i, scenario in marked.items():
                 tokens[i] = self._tokenize_as_text(texts[i], scenario, key)
         else:
+            first, appends_eos = self._added
             # The model would take the end of the prompt for the end of its answer.
-            tokens = [prompt[:-1] for prompt in tokens] if self._appends_eos else tokens
+            tokens = [prompt[:-1] for prompt in tokens] if appends_eos else tokens
             # Markup may begin with what the tokenizer puts before every text (BOS): once is enough.
-            first = self._prepended
             tokens = [p[len(first) :] if first and p[: 2 * len(first)] == first * 2 else p for p in tokens]
         return RaggedTokens.from_lists(tokens), [self._opened(text) for text in texts], len(marked)
 
@@ -264,17 +255,13 @@ class PromptEncoder:
         return [int(i) for i in ids]
 
     @cached_property
-    def _appends_eos(self) -> bool:
+    def _added(self) -> tuple[list[int], bool]:
+        """Tokens that the tokenizer puts before every text, and whether it puts an end of sequence behind it."""
         eos = self.tokenizer.eos_token_id
-        with_special = self.tokenizer("a")["input_ids"]
-        without = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        return eos is not None and with_special[-1:] == [eos] and without[-1:] != [eos]
-
-    @cached_property
-    def _prepended(self) -> list[int]:
-        """Tokens that the tokenizer puts before every text."""
         ids: list[int] = self.tokenizer("a")["input_ids"]
-        return ids[: len(ids) - len(self.tokenizer("a", add_special_tokens=False)["input_ids"]) - self._appends_eos]
+        without = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        appends_eos = eos is not None and ids[-1:] == [eos] and without[-1:] != [eos]
+        return ids[: len(ids) - len(without) - appends_eos], appends_eos
 
     def _limit_lengths(self, scenarios: Sequence[Scenario], tokens: RaggedTokens, key: str) -> EncodedPrompts:
         lengths, limit, everything = tokens.lengths, self.max_prompt_tokens, list(range(len(tokens)))

@@ -197,19 +197,17 @@ def _read_csv(path: Path, text: str) -> Readings:
 
 def _csv_rows(path: Path, text: str) -> Readings:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header: list[str] | None = None
     number = last_line = 0
     try:
+        header = next(filter(None, reader))  # a file is not blank
+        name, times = Counter(header).most_common(1)[0]
+        if times > 1:
+            raise DataError(f"{path}: the header names the column '{name}' twice; rename one of them")
+        last_line = reader.line_num
         for cells in reader:
             # A quoted cell may span lines: the row starts after the last one's end, and the reader is at its end.
             place, last_line = f"{path}:{last_line + 1}", reader.line_num
             if not cells:  # a blank line
-                continue
-            if header is None:
-                header = cells
-                name, times = Counter(header).most_common(1)[0]
-                if times > 1:
-                    raise DataError(f"{path}: the header names the column '{name}' twice; rename one of them")
                 continue
             number += 1
             if len(cells) == len(header):

@@ -9,7 +9,7 @@ import glob
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -74,9 +74,8 @@ class ScenarioSet:
 
     def select(self, indices: Sequence[int]) -> "ScenarioSet":
         """The same sources with the scenarios at `indices` alone."""
-        return ScenarioSet(
-            [self.scenarios[i] for i in indices], [self.source_of[i] for i in indices], self.names, self.weights
-        )
+        chosen = [self.scenarios[i] for i in indices]
+        return replace(self, scenarios=chosen, source_of=[self.source_of[i] for i in indices])
 
     @property
     def mixture(self) -> str:
@@ -171,11 +170,8 @@ def _as_sources(spec: SplitSpec, key: str) -> list[Source]:
         # What is no mapping is reported with the bad rows.
         return [Source(rows=[dict(item) if isinstance(item, Mapping) else item for item in items])]
     if not all(are_sources):
-        position = are_sources.index(False) + 1
-        raise ConfigError(
-            f"{key} mixes sources and rows: item {position} has none of {', '.join(_ORIGINS)}; put rows into a source's"
-            " 'rows'"
-        )
+        row = f"item {are_sources.index(False) + 1} has none of {', '.join(_ORIGINS)}"
+        raise ConfigError(f"{key} mixes sources and rows: {row}; put rows into a source's 'rows'")
     sources = [_checked_source(item, f"{key} item {i}") for i, item in enumerate(items, start=1)]
     if len({source.weight is None for source in sources}) > 1:
         raise ConfigError(f"{key}: some sources have a weight and some have none; give all of them one, or none")
@@ -260,9 +256,8 @@ def _repeated_ids(checked: Sequence[tuple[Scenario, str]]) -> Iterator[Problem]:
     first: dict[str, str] = {}
     for scenario, place in checked:
         if scenario.id in first:
-            yield Problem(
-                place, f"the id '{scenario.id}' is already that of {first[scenario.id]}; ids must differ within a split"
-            )
+            taken = f"the id '{scenario.id}' is already that of {first[scenario.id]}"
+            yield Problem(place, f"{taken}; ids must differ within a split")
         else:
             first[scenario.id] = place
 
@@ -308,7 +303,9 @@ def hold_out(scenarios: ScenarioSet, fraction: float, seed: int) -> tuple[Scenar
     """
     groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
     for index, scenario in enumerate(scenarios.scenarios):
-        groups.setdefault(_question(scenario), []).append(index)
+        # What is asked, without instructions.
+        question = tuple((turn.role, turn.content) for turn in scenario.turns() if turn.role != "system")
+        groups.setdefault(question, []).append(index)
     if len(groups) < 2:
         raise DataError(
             f"data.validation_fraction={fraction}: all of data.train asks one question; give data.validation instead"
@@ -323,8 +320,3 @@ def hold_out(scenarios: ScenarioSet, fraction: float, seed: int) -> tuple[Scenar
         held.update(members[group])
     rest = [i for i in range(len(scenarios)) if i not in held]
     return scenarios.select(rest), scenarios.select(sorted(held))
-
-
-def _question(scenario: Scenario) -> tuple[tuple[str, str], ...]:
-    """What is asked, without instructions: the turns that are not the system's."""
-    return tuple((turn.role, turn.content) for turn in scenario.turns() if turn.role != "system")

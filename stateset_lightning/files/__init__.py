@@ -217,9 +217,7 @@ def read_lines(path: Path, parse: Callable[[str], T]) -> Iterator[tuple[int, byt
         _tell_once(f"{path}, line {str(damaged[:20])[1:-1]}: damaged, left out ({len(damaged)} in all)")
 
 
-@cache  # a file may be read several times
-def _tell_once(told: str) -> None:
-    logging.getLogger("stateset_lightning").warning(told)
+_tell_once = cache(logging.getLogger("stateset_lightning").warning)  # a file may be read several times
 
 
 def read_table(path: Path, number: str) -> Iterator[tuple[int, dict[str, str]]]:

@@ -90,9 +90,7 @@ class Doctor:
         return self.problems
 
     def _show_data(self) -> None:
-        for split in ("train", "validation"):
-            if split not in self.data.num_scenarios:
-                continue
+        for split in self.data.num_scenarios:
             scenarios, prompts = self.data.served(split)
             lengths, limit = prompts.lengths, self.data.max_prompt_tokens
             tokens = f"{lengths.min()} to {lengths.max()} tokens, {lengths.mean():.1f} on average"
@@ -107,9 +105,8 @@ class Doctor:
         if "validation" in self.data.num_scenarios:
             seen = {tuple(prompt) for prompt in self.data.served("train")[1]}
             if both := sum(tuple(prompt) in seen for prompt in self.data.served("validation")[1]):
-                self.notes.append(
-                    f"{both} prompts of the validation are among those of the training: its reward will flatter"
-                )
+                shared = f"{both} prompts of the validation are among those of the training"
+                self.notes.append(f"{shared}: its reward will flatter")
         self.data.train_dataloader()  # refuses a curriculum beside overfit_batches
 
     def _make_optimizer_and_engine(self) -> None:
@@ -118,10 +115,8 @@ class Doctor:
         made = module.configure_optimizers()
         self.trainer.optimizers = [made["optimizer"] if isinstance(made, dict) else made]
         if self.config.sample and not isinstance(module.engine, InProcessEngine | None):
-            self.notes.append(
-                "a target is scored instead of a completion: sampling would load weights into the servers of"
-                " model.engine"
-            )
+            why = "sampling would load weights into the servers of model.engine"
+            self.notes.append(f"a target is scored instead of a completion: {why}")
             self.config.sample = False
         if self.config.sample:
             module.engine = ready_engine(module.engine, module.tokenizer, module.rollout, str(self.trainer.precision))
@@ -154,10 +149,8 @@ class Doctor:
         lengths = f"{rollout.lengths_N.double().mean():.1f} tokens on average; {truncated} are cut at max_new_tokens"
         _show([f"completion  {_shortened(rollout.texts[0])}", f"            one of {count}, which have {lengths}"])
         if truncated == count:
-            limit = self.module.rollout.max_new_tokens
-            self.notes.append(
-                f"all {count} completions are cut at model.rollout.max_new_tokens={limit}: raise it, if they should end"
-            )
+            limit = f"model.rollout.max_new_tokens={self.module.rollout.max_new_tokens}"
+            self.notes.append(f"all {count} completions are cut at {limit}: raise it, if they should end")
 
     def _score(self, scenarios_N: Sequence[Scenario], texts: Sequence[str], lengths: Sequence[int]) -> None:
         """Shows the first completion's scores; each reward that fails is a problem."""

@@ -21,7 +21,7 @@ SPLITS = ("train", "validation", "test")
 
 # Points of a curve; of longer ones, means of equally many neighbours.
 MAX_POINTS = 1500
-MAX_EPISODES, MAX_PROMPTS, MAX_EVALUATIONS = 60, 60, 12
+MOST = {"episodes": 60, "prompts": 60, "evaluations": 12}  # of each split
 MAX_SAMPLE_BYTES = 6_000_000
 # Characters of a prompt or completion.
 MAX_TEXT = 6_000
@@ -83,10 +83,10 @@ def _read_metrics(path: Path) -> dict[str, list[list[float]]]:
     """Steps and values by name; of several values of a step, the last one. What is no finite number is left out."""
     columns: dict[str, dict[int, float]] = {}
     for _, row in read_table(path, "step"):
-        for name, text in row.items():
-            value = _number(text) if name not in ("step", "epoch") else None
-            if value is not None:
-                columns.setdefault(name, {})[int(float(row["step"]))] = value
+        for name in row.keys() - {"step", "epoch"}:
+            with suppress(ValueError):  # an empty cell
+                if math.isfinite(value := float(row[name])):
+                    columns.setdefault(name, {})[int(float(row["step"]))] = value
     return {name: _binned(sorted(points.items())) for name, points in sorted(columns.items())}
 
 
@@ -102,13 +102,6 @@ def _binned(points: Sequence[tuple[int, float]]) -> list[list[float]]:
     ]
 
 
-def _number(text: str | None) -> float | None:
-    with suppress(ValueError):
-        if math.isfinite(value := float(text or "nan")):
-            return value
-    return None
-
-
 # Samples
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -119,39 +112,40 @@ def _read_samples(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]
 
     Two passes: the file is larger than what is shown of it.
     """
-    episodes: dict[Any, None] = {}
-    prompts: dict[str, dict[str, None]] = {"validation": {}, "test": {}}
-    steps: dict[str, dict[int, None]] = {"validation": {}, "test": {}}
+    found: dict[str, dict[str, Any]] = {kind: {} for kind in MOST}  # kind -> split -> which there are, in order
     for _, _, row in read_lines(path, _sample):
-        if row["split"] == "train":
-            episodes[row["step"], row["episode"]] = None
-        else:
-            prompts[row["split"]][row["id"]] = None
-            steps[row["split"]][row["step"]] = None
-    of_train = set(_spread(list(episodes), MAX_EPISODES))
-    of_prompts = {split: set(_spread(list(ids), MAX_PROMPTS)) for split, ids in prompts.items()}
-    of_steps = {split: set(_spread(list(found), MAX_EVALUATIONS)) for split, found in steps.items()}
-
+        for kind, value in _places(row):
+            found[kind].setdefault(row["split"], {})[value] = None
+    chosen: dict[str, dict[str, Any]] = {
+        kind: {split: _spread([*values], MOST[kind]) for split, values in of.items()} for kind, of in found.items()
+    }
     groups: dict[Any, dict[str, Any]] = {}
     evaluated: dict[Any, dict[str, Any]] = {}
     for _, _, row in read_lines(path, _sample):
         split, step = row["split"], row["step"]
-        if split == "train" and (step, row["episode"]) in of_train:
+        # A split may have begun since the first pass, where the run is still going on.
+        if not all(value in chosen[kind].get(split, []) for kind, value in _places(row)):
+            continue
+        if split == "train":
             key = (step, row["episode"], row["id"])
             groups.setdefault(key, {**_heading(row), "step": step, "episode": row["episode"], "completions": []})
             groups[key]["completions"].append(_completion(row))
-        elif split != "train" and row["id"] in of_prompts[split] and step in of_steps[split]:
+        else:
             prompt = evaluated.setdefault((split, row["id"]), {**_heading(row), "split": split, "completions": {}})
             prompt["completions"][step] = {"step": step, **_completion(row)}
     train = _within(list(groups.values()))
     for prompt in evaluated.values():
         prompt["completions"] = [prompt["completions"][step] for step in sorted(prompt["completions"])]
-    shown = {
-        "episodes": [len({group["episode"] for group in train}), len({episode for _, episode in episodes})],
-        "prompts": [len(evaluated), sum(map(len, prompts.values()))],
-        "evaluations": [sum(map(len, of_steps.values())), sum(map(len, steps.values()))],
-    }
+    shown = {kind: [sum(map(len, of[kind].values())) for of in (chosen, found)] for kind in MOST}
+    shown["episodes"][0], shown["prompts"][0] = len({group["episode"] for group in train}), len(evaluated)
     return train, _within(list(evaluated.values())), shown
+
+
+def _places(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What a row is part of: of each kind, there may be more than is shown."""
+    if row["split"] == "train":
+        return [("episodes", (row["step"], row["episode"]))]
+    return [("prompts", row["id"]), ("evaluations", row["step"])]
 
 
 def _sample(line: str) -> dict[str, Any]:
@@ -185,9 +179,8 @@ def _cut(text: str) -> str:
 
 def _spread(items: Sequence[Item], count: int) -> list[Item]:
     """So many items at most, evenly spread, the first and the last among them."""
-    if len(items) <= count:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+    count = min(count, len(items))
+    return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
 
 
 def _within(items: list[dict[str, Any]]) -> list[dict[str, Any]]:

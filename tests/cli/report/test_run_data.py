@@ -45,8 +45,7 @@ def test_long_curves_are_averaged_over_neighbours(run, monkeypatch):
 
 
 def test_many_episodes_prompts_and_evaluations_are_spread_over_the_run(run, monkeypatch):
-    for name, limit in (("MAX_EPISODES", 3), ("MAX_PROMPTS", 2), ("MAX_EVALUATIONS", 2)):
-        monkeypatch.setattr(run_data, name, limit)
+    monkeypatch.setattr(run_data, "MOST", {"episodes": 3, "prompts": 2, "evaluations": 2})
     write_samples(
         run,
         [completion("x", 1.0, k) for k in range(1, 10)]
