@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 SHARE_FROM = 256
 
 
-def batch_kinds(model: PreTrainedModel, longest_prompt: int) -> list[type[RunningBatch]]:
+def batch_kinds(model: PreTrainedModel, longest_prompt: int) -> tuple[type[RunningBatch], ...]:
     """The fastest first: one whose rows share their prompts' keys and values, where it is faster so."""
     # The kernels of other devices and precisions are fast enough, and accumulate in float32.
     is_float32_on_cpu = model.device.type == "cpu" and model.dtype == torch.float32
     shares = model.config.get_text_config()._attn_implementation == PACKED_ATTENTION and is_float32_on_cpu
     # Layers that read the keys of others (Gemma 3n's, Gemma 4's) have no prompt of their own.
     shares = shares and not any(getattr(module, "is_kv_shared_layer", False) for module in model.modules())
-    return [SharingBatch, RunningBatch] if shares and longest_prompt >= SHARE_FROM else [RunningBatch]
+    return (SharingBatch, RunningBatch) if shares and longest_prompt >= SHARE_FROM else (RunningBatch,)
 
 
 class RunningBatch:
