@@ -112,16 +112,12 @@ def _grad_logits(
     logp: Tensor, targets: Tensor, entropies: Tensor, grad_logprobs: Tensor | None, grad_entropies: Tensor | None
 ) -> Tensor:
     """d(log p_y)/dz = onehot - p;  dH/dz = -p (log p + H). Both scaled by the incoming gradients; float32."""
-    p = logp.exp()
-    if grad_entropies is None:
-        grad = p.mul_(-grad_logprobs[:, None])  # type: ignore[index]
-    else:
-        grad = -p * (logp + entropies[:, None]) * grad_entropies[:, None]
-        if grad_logprobs is not None:
-            grad -= p * grad_logprobs[:, None]
-    if grad_logprobs is not None:
-        grad.scatter_add_(1, targets[:, None], grad_logprobs[:, None])
-    return grad
+    if grad_logprobs is None:
+        grad_logprobs = torch.zeros_like(entropies)
+    factor = -grad_logprobs[:, None]
+    if grad_entropies is not None:
+        factor = factor - (logp + entropies[:, None]) * grad_entropies[:, None]
+    return logp.exp().mul_(factor).scatter_add_(1, targets[:, None], grad_logprobs[:, None])
 
 
 def _chunks(total: int, size: int) -> list[slice]:

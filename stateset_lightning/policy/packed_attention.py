@@ -81,16 +81,12 @@ def packed_attention(
         outputs.append(_flat(attend(*(_take(x, prompts_PL) for x in packed), attn_mask=mask, is_causal=mask is None)))
         if not len(bucket.queries_RM):
             continue
+        complete = partial(_attend_completions, bucket, attend)
         if torch.is_grad_enabled() and bucket.prompts_PL.shape[1] * len(bucket.queries_RM) >= RECOMPUTE_FROM:
             # Kept for the backward pass, the repeated prompts of all layers would take more memory than the rest of
             # attention.
-            outputs.append(
-                checkpoint(
-                    _attend_completions, bucket, attend, *packed, use_reentrant=False, preserve_rng_state=dropout > 0
-                )
-            )
-        else:
-            outputs.append(_attend_completions(bucket, attend, *packed))
+            complete = partial(checkpoint, complete, use_reentrant=False, preserve_rng_state=dropout > 0)
+        outputs.append(complete(*packed))
     return torch.cat(outputs).index_select(0, layout.rows_S)[None], None
 
 

@@ -103,8 +103,9 @@ class Policy(nn.Module):
             keep_only_in_state_dict(self, [f"model.{name}" for name in self.adapter.names])
         use_recomputed_layers(model)
         self.softcap = softcap(model.config.get_text_config())
-        self.uses_chunked_head = self._probe_head()
         self.routed: Any = 0
+        self.scores_alone = self.uses_chunked_head = True  # while the head is compared
+        self.uses_chunked_head = self._probe_head()
         if config.router_aux_loss:
             check_routers(model, config.router_aux_loss)
         self.scores_alone = False
@@ -243,20 +244,11 @@ class Policy(nn.Module):
         elif self.model.base_model is self.model:
             reason = "it has no body without its output embedding"
         elif head is not None:
-            reason = probes.exact_on(self.model, "head", self._compare_head)
+            reason = probes.exact_on(self.model, "head", partial(self._compare_with_own, self._padded))
             if reason is None:
                 return True
         log.warning("%s is scored with all logits in memory: %s.", name, reason)
         return False
-
-    def _compare_head(self, model: PreTrainedModel) -> float:
-        """The largest difference in nats between the output embedding behind the body and the whole model."""
-        ids = probes.probe_tokens(8)
-        body = model.base_model(input_ids=self._ids([ids]), use_cache=False).last_hidden_state[0]
-        return float((self._head_logprobs(model, body) - probes.own_logprobs(model, ids)).abs().max())
-
-    def _head_logprobs(self, model: PreTrainedModel, outputs: Tensor) -> Tensor:
-        return capped(model.get_output_embeddings()(outputs).float(), self.softcap).log_softmax(-1)
 
     @torch.no_grad()
     def _probe_packed(self) -> bool:
@@ -286,9 +278,6 @@ class Policy(nn.Module):
         name, known = config._attn_implementation, ["sdpa", packed_attention.NAME]
         if name not in (known if self.model._supports_sdpa else [*known, "eager"]):
             return f"its attention is {name!r}, not 'sdpa'"
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if not kinds <= {"full_attention", "sliding_attention"}:
-            return f"it has layers other than full and sliding-window attention ({', '.join(sorted(kinds))})"
         return None
 
     def _probe_padded(self) -> bool:
@@ -319,7 +308,9 @@ class Policy(nn.Module):
             outputs = path(groups)
         finally:
             self.model = policys
-        logps = self._head_logprobs(model, outputs) if self.uses_chunked_head else outputs.float().log_softmax(-1)
+        if self.uses_chunked_head:
+            outputs = capped(model.get_output_embeddings()(outputs).float(), self.softcap)
+        logps = outputs.float().log_softmax(-1)
         return float((logps - torch.cat(expected)).abs().max())
 
 

@@ -7,7 +7,7 @@ completions, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stateset_lightning.errors import NonFiniteError
 from stateset_lightning.policy import Group, Policy, end_of_sequence_ids
-from stateset_lightning.policy.precision import replaced_parameters
+from stateset_lightning.policy.precision import cast_parameters
 from stateset_lightning.policy.probes import check_sampler
 from stateset_lightning.rollout.cpu_decoding import LlamaDecoder, has_llama_layers, prepacked_linears
 from stateset_lightning.rollout.engine import OnFinished, RolloutConfig
@@ -125,7 +125,7 @@ class InProcessEngine:
             # `no_grad`.
             with (
                 torch.autocast(model.device.type, enabled=False),
-                self._weights_cast(),
+                nullcontext() if self.dtype is None else cast_parameters(model, self.dtype),
                 self.policy.merged_adapter(),
                 torch.inference_mode(),
             ):
@@ -137,17 +137,6 @@ class InProcessEngine:
                     # Rotary frequencies that grew while sampling: DDP, for one, could not write to them.
                     if buffer is not None and buffer.is_inference():
                         module._buffers[name] = buffer.clone()
-
-    def _weights_cast(self) -> AbstractContextManager[None]:
-        if self.dtype is None:
-            return nullcontext()
-
-        @cache  # tied weights stay tied
-        def cast(weight: torch.nn.Parameter) -> torch.nn.Parameter:
-            is_quantized = not weight.is_floating_point()
-            return weight if is_quantized else torch.nn.Parameter(weight.detach().to(self.dtype), requires_grad=False)
-
-        return replaced_parameters(self.policy.model.modules(), cast)
 
 
 @dataclass(eq=False)
