@@ -81,8 +81,6 @@ class _ChunkedHead(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         hidden_TH, weight_VH, bias_V, targets_T, normalisers_T, entropies_T = ctx.saved_tensors
         options: HeadOptions = ctx.options
-        if grads == (None, None):
-            return None, None, None, None, None
         grad_hidden_TH = torch.empty_like(hidden_TH) if ctx.needs_input_grad[0] else None
         # Summed in float32: in bfloat16 the sum over many chunks would lose most of its digits.
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None

@@ -192,9 +192,7 @@ class Policy(nn.Module):
                 positions += range(len(group.prompt), len(group.prompt) + len(completion))
         lengths = [[len(completion) for completion in group.completions] for group in groups]
         layout = packed_attention.make_layout([len(group.prompt) for group in groups], lengths, self.device)
-        # Any mask of four dimensions keeps transformers from building one of S x S; the layout is what counts.
-        unused_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
-        arguments = {"attention_mask": unused_mask, packed_attention.LAYOUT_ARGUMENT: layout}
+        arguments = packed_attention.arguments(layout, self.device)
         return self._forward(self._ids(ids)[None], sources, position_ids=self._ids(positions)[None], **arguments)
 
     def _padded(self, groups: Sequence[Group]) -> Tensor:
@@ -253,9 +251,11 @@ class Policy(nn.Module):
     @torch.no_grad()
     def _probe_packed(self) -> bool:
         """Whether packed scoring gives the padded path's log-probs; switches the model's attention if so."""
-        reason = self._obstacle_to_packing()
-        if reason is None:
-            previous = self.model.config.get_text_config()._attn_implementation
+        # Ours already, if the model has had a policy before; "eager" where transformers has nothing else (Gemma 2's
+        # soft caps, gpt-oss's sinks).
+        previous, known = self.model.config.get_text_config()._attn_implementation, ["sdpa", packed_attention.NAME]
+        reason: str | None = f"its attention is {previous!r}, not 'sdpa'"
+        if previous in (known if self.model._supports_sdpa else [*known, "eager"]):
             packed_attention.register()
             self.model.set_attn_implementation(packed_attention.NAME)
             reason = probes.exact_on(self.model, "packed", partial(self._compare_with_own, self._packed))
@@ -269,16 +269,6 @@ class Policy(nn.Module):
             )
         log.warning("%s is scored a row per completion, prompt repeated: %s.", name, reason)
         return False
-
-    def _obstacle_to_packing(self) -> str | None:
-        """What in the model's configuration rules packing out, if anything."""
-        config = self.model.config.get_text_config()
-        # Ours already, if the model has had a policy before; "eager" where transformers has nothing else (Gemma 2's
-        # soft caps, gpt-oss's sinks).
-        name, known = config._attn_implementation, ["sdpa", packed_attention.NAME]
-        if name not in (known if self.model._supports_sdpa else [*known, "eager"]):
-            return f"its attention is {name!r}, not 'sdpa'"
-        return None
 
     def _probe_padded(self) -> bool:
         """Whether completions must be scored one by one, as padding or a neighbour changes their log-probs."""

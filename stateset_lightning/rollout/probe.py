@@ -82,10 +82,9 @@ def decode_plainly(
             if stop(ids, logits).all():
                 break
         return ids
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": 0}
     models = model.generation_config
     # In place of the model's own, whose penalties and suppressed tokens would change the samples.
-    model.generation_config = GenerationConfig(**options)
+    model.generation_config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0)
     hooks = {"logits_processor": [logits_processor], "stopping_criteria": [stop]}
     try:
         return model.generate(ids, attention_mask=torch.ones_like(ids), **hooks)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stateset_lightning.policy.packed_attention import NAME as PACKED_ATTENTION
-from stateset_lightning.policy.packed_attention import SHARED_PROMPTS_ARGUMENT
+from stateset_lightning.policy.packed_attention import arguments
 from stateset_lightning.policy.shared_prompts import SharedPrompts
 from stateset_lightning.rollout.cache import BufferLayer, StateLayer, make_cache, modules_with_states
 from stateset_lightning.rollout.cpu_decoding import Attend, LlamaDecoder, attend_to_cache
@@ -95,8 +95,8 @@ class RunningBatch:
         if self.decoder is not None:
             self.logits_BV = self.decoder.step(tokens_B, positions_B, self.cache, self._attend())
         else:
-            arguments = self._attention_arguments()
-            self.logits_BV = self._forward(tokens_B[:, None], positions_B[:, None], self.cache, **arguments)
+            inputs = tokens_B[:, None], positions_B[:, None], self.cache
+            self.logits_BV = self._forward(*inputs, **self._attention_arguments())
         self.column += 1
 
     def _positions(self) -> Tensor:
@@ -204,9 +204,7 @@ class SharingBatch(RunningBatch):
         return super()._positions() + self.prompts.lengths_P[self.prompts.prompt_of_row_B]
 
     def _attention_arguments(self) -> dict[str, Any]:
-        # Any mask of four dimensions keeps transformers from building one.
-        unused_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.model.device)
-        return {"attention_mask": unused_mask, SHARED_PROMPTS_ARGUMENT: self.prompts}
+        return arguments(self.prompts, self.model.device)
 
     def _attend(self) -> Attend:
         return self.prompts.attend

@@ -150,7 +150,7 @@ class VLLMEngine:
                 server = self.servers[p % len(self.servers)]
                 own = {"prompt": prompts[p], "seed": seed}
                 body = {**request(server, synced, sampling, greedy), **common, **own}
-                numbers[threads.submit(server.complete, body)] = n
+                numbers[threads.submit(server.patiently, partial(server.choices, body))] = n
             for future in as_completed(numbers):
                 n, (choice,) = numbers[future], future.result()
                 choices[n], texts[n] = choice, stop.text(choice.token_ids)

@@ -235,11 +235,8 @@ class WeightSync:
 
 def filters_of(sampling: RolloutConfig) -> str:
     """What changes the samples beside the temperature, as `name=value, ...`; empty if nothing does."""
-    values = {
-        "top_k": sampling.top_k,
-        "top_p": None if sampling.top_p == 1 else sampling.top_p,
-        "min_p": sampling.min_p,
-    }
+    top_p = None if sampling.top_p == 1 else sampling.top_p
+    values = {"top_k": sampling.top_k, "top_p": top_p, "min_p": sampling.min_p}
     return ", ".join(f"{name}={value}" for name, value in values.items() if value is not None)
 
 
