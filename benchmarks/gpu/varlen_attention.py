@@ -200,7 +200,7 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Takes the place of `packed_attention.packed_attention` for a `Layout` of this file; all else goes there."""
-    layout = kwargs.get(packed_attention.LAYOUT_ARGUMENT)
+    layout = kwargs.get(packed_attention.ARGUMENT)
     if not isinstance(layout, Layout):
         return packed_attention.packed_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     # Under autocast queries and keys come in float32 from the rotation, values in half precision.

@@ -81,8 +81,6 @@ class _ChunkedHead(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         hidden_TH, weight_VH, bias_V, targets_T, normalisers_T, entropies_T = ctx.saved_tensors
         options: HeadOptions = ctx.options
-        if grads == (None, None):
-            return None, None, None, None, None
         grad_hidden_TH = torch.empty_like(hidden_TH) if ctx.needs_input_grad[0] else None
         # Summed in float32: in bfloat16 the sum over many chunks would lose most of its digits.
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -112,16 +110,12 @@ def _grad_logits(
     logp: Tensor, targets: Tensor, entropies: Tensor, grad_logprobs: Tensor | None, grad_entropies: Tensor | None
 ) -> Tensor:
     """d(log p_y)/dz = onehot - p;  dH/dz = -p (log p + H). Both scaled by the incoming gradients; float32."""
-    p = logp.exp()
-    if grad_entropies is None:
-        grad = p.mul_(-grad_logprobs[:, None])  # type: ignore[index]
-    else:
-        grad = -p * (logp + entropies[:, None]) * grad_entropies[:, None]
-        if grad_logprobs is not None:
-            grad -= p * grad_logprobs[:, None]
-    if grad_logprobs is not None:
-        grad.scatter_add_(1, targets[:, None], grad_logprobs[:, None])
-    return grad
+    if grad_logprobs is None:
+        grad_logprobs = torch.zeros_like(entropies)
+    factor = -grad_logprobs[:, None]
+    if grad_entropies is not None:
+        factor = factor - (logp + entropies[:, None]) * grad_entropies[:, None]
+    return logp.exp().mul_(factor).scatter_add_(1, targets[:, None], grad_logprobs[:, None])
 
 
 def _chunks(total: int, size: int) -> list[slice]:

@@ -20,8 +20,7 @@ from stateset_lightning.policy.head import capped
 from stateset_lightning.policy.shared_prompts import SharedPrompts, softmax_with_sinks
 
 NAME = "stateset_prefix"
-LAYOUT_ARGUMENT = "prefix_layout"
-SHARED_PROMPTS_ARGUMENT = "shared_prompts"
+ARGUMENT = "shared_prefixes"  # of a forward: its `Layout` or `SharedPrompts`
 
 
 def register() -> None:
@@ -31,6 +30,12 @@ def register() -> None:
 
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def arguments(shared: "Layout | SharedPrompts", device: torch.device) -> dict[str, Any]:
+    """What else a forward is given, beside ids and positions."""
+    # Any mask of four dimensions keeps transformers from building one of S x S; nobody reads it.
+    return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), ARGUMENT: shared}
 
 
 def packed_attention(
@@ -55,12 +60,11 @@ def packed_attention(
         softcap: Bound of the attention logits (`c tanh(logit / c)`, Gemma 2's).
         s_aux: Attention sinks [heads] (gpt-oss's): a logit per head that takes its share of weights, without a value.
     """
-    layout: Layout | None = kwargs.pop(LAYOUT_ARGUMENT, None)
-    prompts: SharedPrompts | None = kwargs.pop(SHARED_PROMPTS_ARGUMENT, None)
+    layout: Layout | SharedPrompts | None = kwargs.pop(ARGUMENT, None)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if prompts is not None:
+    if isinstance(layout, SharedPrompts):
         options = {"window": sliding_window, "softcap": softcap, "sinks": s_aux}
-        return prompts.attend(module.layer_idx, query, key, value, scale, **options), None  # type: ignore[arg-type]
+        return layout.attend(module.layer_idx, query, key, value, scale, **options), None  # type: ignore[arg-type]
     is_plain = softcap is None and s_aux is None
     special = partial(_special_attention, scale=scale, dropout_p=dropout, softcap=softcap, sinks=s_aux)
     if layout is None and not is_plain:
@@ -81,16 +85,12 @@ def packed_attention(
         outputs.append(_flat(attend(*(_take(x, prompts_PL) for x in packed), attn_mask=mask, is_causal=mask is None)))
         if not len(bucket.queries_RM):
             continue
+        complete = partial(_attend_completions, bucket, attend)
         if torch.is_grad_enabled() and bucket.prompts_PL.shape[1] * len(bucket.queries_RM) >= RECOMPUTE_FROM:
             # Kept for the backward pass, the repeated prompts of all layers would take more memory than the rest of
             # attention.
-            outputs.append(
-                checkpoint(
-                    _attend_completions, bucket, attend, *packed, use_reentrant=False, preserve_rng_state=dropout > 0
-                )
-            )
-        else:
-            outputs.append(_attend_completions(bucket, attend, *packed))
+            complete = partial(checkpoint, complete, use_reentrant=False, preserve_rng_state=dropout > 0)
+        outputs.append(complete(*packed))
     return torch.cat(outputs).index_select(0, layout.rows_S)[None], None
 
 

@@ -102,8 +102,9 @@ class Policy(nn.Module):
             keep_only_in_state_dict(self, [f"model.{name}" for name in self.adapter.names])
         use_recomputed_layers(model)
         self.softcap = softcap(model.config.get_text_config())
-        self.uses_chunked_head = self._probe_head()
         self.routed: Any = 0
+        self.scores_alone = self.uses_chunked_head = True  # while the head is compared
+        self.uses_chunked_head = self._probe_head()
         if config.router_aux_loss:
             check_routers(model, config.router_aux_loss)
         self.scores_alone = False
@@ -190,9 +191,7 @@ class Policy(nn.Module):
                 positions += range(len(group.prompt), len(group.prompt) + len(completion))
         lengths = [[len(completion) for completion in group.completions] for group in groups]
         layout = packed_attention.make_layout([len(group.prompt) for group in groups], lengths, self.device)
-        # Any mask of four dimensions keeps transformers from building one of S x S; the layout is what counts.
-        unused_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
-        arguments = {"attention_mask": unused_mask, packed_attention.LAYOUT_ARGUMENT: layout}
+        arguments = packed_attention.arguments(layout, self.device)
         return self._forward(self._ids(ids)[None], sources, position_ids=self._ids(positions)[None], **arguments)
 
     def _padded(self, groups: Sequence[Group]) -> Tensor:
@@ -242,27 +241,20 @@ class Policy(nn.Module):
         elif self.model.base_model is self.model:
             reason = "it has no body without its output embedding"
         elif head is not None:
-            reason = probes.exact_on(self.model, "head", self._compare_head)
+            reason = probes.exact_on(self.model, "head", partial(self._compare_with_own, self._padded))
             if reason is None:
                 return True
         log.warning("%s is scored with all logits in memory: %s.", name, reason)
         return False
 
-    def _compare_head(self, model: PreTrainedModel) -> float:
-        """The largest difference in nats between the output embedding behind the body and the whole model."""
-        ids = probes.probe_tokens(8)
-        body = model.base_model(input_ids=self._ids([ids]), use_cache=False).last_hidden_state[0]
-        return float((self._head_logprobs(model, body) - probes.own_logprobs(model, ids)).abs().max())
-
-    def _head_logprobs(self, model: PreTrainedModel, outputs: Tensor) -> Tensor:
-        return capped(model.get_output_embeddings()(outputs).float(), self.softcap).log_softmax(-1)
-
     @torch.no_grad()
     def _probe_packed(self) -> bool:
         """Whether packed scoring gives the padded path's log-probs; switches the model's attention if so."""
-        reason = self._obstacle_to_packing()
-        if reason is None:
-            previous = self.model.config.get_text_config()._attn_implementation
+        # Ours already, if the model has had a policy before; "eager" where transformers has nothing else (Gemma 2's
+        # soft caps, gpt-oss's sinks).
+        previous, known = self.model.config.get_text_config()._attn_implementation, ["sdpa", packed_attention.NAME]
+        reason: str | None = f"its attention is {previous!r}, not 'sdpa'"
+        if previous in (known if self.model._supports_sdpa else [*known, "eager"]):
             packed_attention.register()
             self.model.set_attn_implementation(packed_attention.NAME)
             compare = partial(self._compare_with_own, self._packed, attention=previous)
@@ -277,19 +269,6 @@ class Policy(nn.Module):
             )
         log.warning("%s is scored a row per completion, prompt repeated: %s.", name, reason)
         return False
-
-    def _obstacle_to_packing(self) -> str | None:
-        """What in the model's configuration rules packing out, if anything."""
-        config = self.model.config.get_text_config()
-        # Ours already, if the model has had a policy before; "eager" where transformers has nothing else (Gemma 2's
-        # soft caps, gpt-oss's sinks).
-        name, known = config._attn_implementation, ["sdpa", packed_attention.NAME]
-        if name not in (known if self.model._supports_sdpa else [*known, "eager"]):
-            return f"its attention is {name!r}, not 'sdpa'"
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if not kinds <= {"full_attention", "sliding_attention"}:
-            return f"it has layers other than full and sliding-window attention ({', '.join(sorted(kinds))})"
-        return None
 
     def _probe_padded(self) -> bool:
         """Whether completions must be scored one by one, as padding or a neighbour changes their log-probs."""
@@ -327,7 +306,9 @@ class Policy(nn.Module):
             outputs = path(groups)
         finally:
             self.model = policys
-        logps = self._head_logprobs(model, outputs) if self.uses_chunked_head else outputs.float().log_softmax(-1)
+        if self.uses_chunked_head:
+            outputs = capped(model.get_output_embeddings()(outputs).float(), self.softcap)
+        logps = outputs.float().log_softmax(-1)
         return float((logps - torch.cat(expected)).abs().max())
 
 

@@ -1,7 +1,8 @@
 """What a precision means for the weights, for sampling, and for how far two computations of a log-prob may differ."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 
 import torch
 from torch import nn
@@ -54,17 +55,6 @@ def has_bfloat16_products() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def logprob_tolerance(*dtypes: torch.dtype, temperature: float) -> float:
-    """Largest mean difference of log-probs, in nats per token, that float error explains.
-
-    Args:
-        dtypes: Those in which the two sides compute; the coarsest counts.
-        temperature: Divides the logits, and so multiplies their error.
-    """
-    tolerances = [LOGPROB_TOLERANCE.get(dtype, LOGPROB_TOLERANCE[torch.float32]) for dtype in dtypes]
-    return max(tolerances) / min(temperature, 1.0)
-
-
 @contextmanager
 def replaced_parameters(
     modules: Iterable[nn.Module], replacement: Callable[[nn.Parameter], nn.Parameter]
@@ -82,3 +72,13 @@ def replaced_parameters(
     finally:
         for module, name, weight in places:
             module._parameters[name] = weight
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Weights of this dtype in place of the model's own, while the context lasts; quantized ones stay."""
+
+    @cache  # tied weights stay tied
+    def cast(weight: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(weight.detach().to(dtype), requires_grad=False) if weight.is_floating_point() else weight
+
+    return replaced_parameters(model.modules(), cast)

@@ -11,14 +11,13 @@ import copy
 import math
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from stateset_lightning.errors import SamplingError
-from stateset_lightning.policy.precision import LOGPROB_TOLERANCE, replaced_parameters
+from stateset_lightning.policy.precision import LOGPROB_TOLERANCE, cast_parameters
 from stateset_lightning.policy.text_model import use_one_rope_table
 
 if TYPE_CHECKING:
@@ -202,16 +201,10 @@ def float_noise(
     if not all(type(p) is nn.Parameter for p in model.parameters()):
         return fallback
 
-    def cast(weight: nn.Parameter, to: torch.dtype) -> nn.Parameter:
-        return nn.Parameter(weight.detach().to(to), False) if weight.is_floating_point() else weight
-
     text, logprobs = list(ids or probe_tokens(NOISE_TOKENS))[-NOISE_TOKENS:], []
     try:
         for to in (torch.float32, dtype):
-            with (
-                torch.autocast(model.device.type, enabled=False),
-                replaced_parameters(model.modules(), partial(cast, to=to)),
-            ):
+            with torch.autocast(model.device.type, enabled=False), cast_parameters(model, to):
                 logprobs.append((own_logprobs(model, text) / temperature).log_softmax(-1))
     except RuntimeError:  # there is no memory for a float32 copy, or a part of the model fixes its dtype
         return fallback

@@ -120,6 +120,7 @@ class EmptyLayer(cache_utils.DummyLayer):
         """There is nothing to join."""
 
 
+# In place of transformers' layers.
 OURS: dict[type, type[BufferLayer | StateLayer | EmptyLayer]] = {
     cache_utils.DynamicLayer: BufferLayer,
     cache_utils.DynamicSlidingWindowLayer: BufferLayer,
@@ -128,10 +129,8 @@ OURS: dict[type, type[BufferLayer | StateLayer | EmptyLayer]] = {
     cache_utils.LinearAttentionAndSlidingWindowAttentionLayer: StateAndBufferLayer,
     cache_utils.DummyLayer: EmptyLayer,
 }
-"""In place of transformers' layers."""
-
+# Attributes of modules that keep states of rows themselves, as RecurrentGemma's do.
 MODULE_STATES = ("conv1d_state", "recurrent_states")
-"""Attributes of modules that keep states of rows themselves, as RecurrentGemma's do."""
 
 
 def make_cache(model: PreTrainedModel, capacity: int) -> cache_utils.DynamicCache:

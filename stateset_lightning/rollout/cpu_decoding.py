@@ -1,4 +1,4 @@
-"""Fast decoding steps in float32 on a CPU. `CPUDecoding` is the way in; other devices and precisions need none of it.
+"""Fast decoding steps in float32 on a CPU; other devices and precisions need none of it.
 
 A decoding step multiplies a few rows with every weight of the model. The stock kernel then reads float32 weights at a
 fraction of the memory's speed; oneDNN is 1.5 to 2 times as fast (`benchmarks/RESULTS.md`). It is used in two ways:
@@ -22,9 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stateset_lightning.policy.precision import LOGPROB_TOLERANCE
-from stateset_lightning.rollout.cache import make_cache
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import DynamicCache
@@ -37,35 +34,6 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 # Layer, query [B, heads, 1, d], keys and values [B, key heads, C, d], scaling -> [B, 1, heads, d].
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
-
-
-class CPUDecoding:
-    """What makes the decoding steps of one model fast.
-
-    Args:
-        model: On any device, in any precision.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self._is_exact: bool | None = None  # whether a decoder gives the model's logits, once one has been tried
-
-    @contextmanager
-    def prepared(self, num_rows: int) -> Iterator[LlamaDecoder | None]:
-        """Sampling of at most `num_rows` rows at a time, during which weights must not change.
-
-        Yields a decoder that makes the steps in place of the model, or None if the model makes them itself, whose
-        linear layers are then as fast as can be.
-        """
-        if self._is_exact is not False and has_llama_layers(self.model):
-            decoder = LlamaDecoder(self.model)
-            if self._is_exact is None:
-                self._is_exact = decoder.is_exact(self.model)
-            if self._is_exact:
-                yield decoder
-                return
-        with prepacked_linears(self.model, num_rows):
-            yield None
 
 
 def is_supported(module: nn.Module) -> bool:
@@ -129,7 +97,7 @@ def has_llama_layers(model: PreTrainedModel) -> bool:
 class LlamaDecoder:
     """A decoding step of Llama (arXiv:2302.13971), with what Mistral, Qwen2 and Qwen3 add to its layer.
 
-    No module's wrapping is called, and queries and keys are rotated together. `is_exact` compares it with the model.
+    No module's wrapping is called, and queries and keys are rotated together.
 
     Args:
         model: For which `has_llama_layers` holds. Its weights must not change while the decoder is in use: those of
@@ -152,15 +120,6 @@ class LlamaDecoder:
         for layer in self.layers:
             hidden_HB = layer.step(hidden_HB, cos_dB, sin_dB, cache, attend)
         return self.head(self.norm(hidden_HB)).t().contiguous()
-
-    def is_exact(self, model: PreTrainedModel) -> bool:
-        """Whether a step gives the model's own log-probs, apart from float error."""
-        ids = (torch.arange(12, device=model.device) % model.config.get_text_config().vocab_size).view(2, 6)
-        expected = model(input_ids=ids, use_cache=False).logits[:, -1]
-        cache = make_cache(model, ids.shape[1])
-        model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
-        logits = self.step(ids[:, -1], torch.full_like(ids[:, -1], 5), cache, partial(attend_to_cache, None))
-        return bool((logits.log_softmax(-1) - expected.log_softmax(-1)).abs().max() < LOGPROB_TOLERANCE[torch.float32])
 
 
 class _Layer:

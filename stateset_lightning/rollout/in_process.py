@@ -7,9 +7,9 @@ completions, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -17,11 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stateset_lightning.errors import NonFiniteError
 from stateset_lightning.policy import Group, Policy, end_of_sequence_ids
-from stateset_lightning.policy.precision import replaced_parameters
+from stateset_lightning.policy.precision import cast_parameters
 from stateset_lightning.policy.probes import check_sampler, sampler_limit
-from stateset_lightning.rollout.cpu_decoding import CPUDecoding, LlamaDecoder
+from stateset_lightning.rollout.cpu_decoding import LlamaDecoder, has_llama_layers, prepacked_linears
 from stateset_lightning.rollout.engine import OnFinished, RolloutConfig
-from stateset_lightning.rollout.probe import decode_plainly, has_exact_cache, obstacle
+from stateset_lightning.rollout.probe import decode_plainly, exact_way
 from stateset_lightning.rollout.running_batch import RunningBatch, batch_kinds
 from stateset_lightning.rollout.sampling import StopStrings, check_length, sample_tokens
 from stateset_lightning.seeding import uniforms
@@ -52,11 +52,9 @@ class InProcessEngine:
 
     def sync(self, policy: Policy) -> None:
         if policy is not self._policy:
-            self._policy, self._cpu_decoding = policy, CPUDecoding(policy.model)
+            self._policy = policy
             self._ends = end_of_sequence_ids(policy.model, self.tokenizer)
-            # Why a way of decoding is not exact, None where it is: of each that has been asked for.
-            self._obstacles: dict[tuple[type[RunningBatch], bool], str | None] = {}
-            self._caches: bool | None = None  # whether transformers' own decoding with a cache is exact
+            self._exact_way = cache(partial(exact_way, policy.model, policy.config.model_name))  # probed once
             self._limits: dict[float, float] = {}  # of the difference to scoring, by temperature, once one matters
 
     @torch.no_grad()
@@ -79,8 +77,9 @@ class InProcessEngine:
         if (limit := self.policy.context_length) is not None:
             check_length(prompts, sampling.max_new_tokens, limit, f"the model's {limit} positions")
         texts = [""] * len(seeds_N)
-        with self._sampling_mode(), self._cpu_decoding.prepared(min(len(texts), sampling.max_batch_rows)) as decoder:
-            model, kind = self.policy.model, self._exact_kind(max(map(len, prompts)), decoder)
+        with self._sampling_mode():
+            model = self.policy.model
+            kind, is_fast = self._exact_way(batch_kinds(model, max(map(len, prompts))), has_llama_layers(model))
             stop, noise = StopStrings(sampling.stop, self.tokenizer, self._ends), None if greedy else seeds_N
 
             def report(n: int, tokens: list[int]) -> None:
@@ -88,14 +87,14 @@ class InProcessEngine:
                 if on_finished is not None:
                     on_finished(n, texts[n], len(tokens))
 
-            parts = model, prompts, num_generations, sampling, noise, stop, report
-            if kind is None:
-                if self._caches is None:
-                    self._caches = has_exact_cache(model, self.policy.config.model_name)
-                decoding: _Decoding = _SafeDecoding(*parts, self._caches)
-            else:
-                decoding = _BatchDecoding(*parts, kind(model, sampling.max_new_tokens, decoder))
-            decoding.run()
+            decoding = _Decoding(model, prompts, num_generations, sampling, noise, stop, report)
+            decoder = LlamaDecoder(model) if kind is not None and is_fast else None
+            num_rows = min(len(texts), sampling.max_batch_rows)
+            with prepacked_linears(model, num_rows) if decoder is None else nullcontext():
+                if kind is None:
+                    decoding.run_plainly(use_cache=is_fast)
+                else:
+                    decoding.run(kind(model, sampling.max_new_tokens, decoder))
         self.decoded_rows, self._rollout = decoding.decoded_rows, decoding.rollout(texts)
         return self._rollout
 
@@ -120,17 +119,6 @@ class InProcessEngine:
             self._limits[temperature] = limit = sampler_limit(model, dtype, temperature, text)
         check_sampler(difference, limit, dtype)
 
-    def _exact_kind(self, longest_prompt: int, decoder: LlamaDecoder | None) -> type[RunningBatch] | None:
-        """The fastest batch that gives the model's own log-probs; None if transformers' own decoding must do."""
-        model = self.policy.model
-        for kind in batch_kinds(model, longest_prompt):
-            key = kind, decoder is not None
-            if key not in self._obstacles:
-                self._obstacles[key] = obstacle(kind, model, self.policy.config.model_name, decodes=decoder is not None)
-            if self._obstacles[key] is None:
-                return kind
-        return None
-
     @contextmanager
     def _sampling_mode(self) -> Iterator[None]:
         """Evaluation mode, with weights cast once: no dropout, and a cache (which gradient checkpointing forbids)."""
@@ -142,7 +130,7 @@ class InProcessEngine:
             # `no_grad`.
             with (
                 torch.autocast(model.device.type, enabled=False),
-                self._weights_cast(),
+                nullcontext() if self.dtype is None else cast_parameters(model, self.dtype),
                 self.policy.merged_adapter(),
                 torch.inference_mode(),
             ):
@@ -154,17 +142,6 @@ class InProcessEngine:
                     # Rotary frequencies that grew while sampling: DDP, for one, could not write to them.
                     if buffer is not None and buffer.is_inference():
                         module._buffers[name] = buffer.clone()
-
-    def _weights_cast(self) -> AbstractContextManager[None]:
-        if self.dtype is None:
-            return nullcontext()
-
-        @cache  # tied weights stay tied
-        def cast(weight: torch.nn.Parameter) -> torch.nn.Parameter:
-            is_quantized = not weight.is_floating_point()
-            return weight if is_quantized else torch.nn.Parameter(weight.detach().to(self.dtype), requires_grad=False)
-
-        return replaced_parameters(self.policy.model.modules(), cast)
 
 
 def _longest(rollout: Rollout) -> tuple[int, Group]:
@@ -213,10 +190,6 @@ class _Decoding:
         # Per row of the batch: which completion it is, on the host and on the device, and how many tokens it has.
         self.numbers: list[int] = []
         self.numbers_B = self.counts_B = torch.empty(0, dtype=torch.long, device=self.device)
-
-    def run(self) -> None:
-        """Decodes everything."""
-        raise NotImplementedError
 
     def rollout(self, texts: list[str]) -> Rollout:
         """All completions, once they are finished."""
@@ -278,29 +251,19 @@ class _Decoding:
     def _num_running(self) -> int:
         return sum(self.lengths[n] == 0 for n in self.numbers)
 
-
-@dataclass(eq=False)
-class _BatchDecoding(_Decoding):
-    """By a batch that is filled as room allows.
-
-    Args:
-        batch: Empty.
-    """
-
-    batch: RunningBatch
-
-    def run(self) -> None:
-        self._admit()
+    def run(self, batch: RunningBatch) -> None:
+        """Decodes everything by an empty batch, which is filled as room allows."""
+        self._admit(batch)
         while self.numbers:
-            tokens_B = self._sample(self.batch.logits_BV)
+            tokens_B = self._sample(batch.logits_BV)
             num_running = self._num_running()
             if num_running < COMPACT_BELOW * len(self.numbers):
-                tokens_B = tokens_B[self._drop_finished()]
+                tokens_B = tokens_B[self._drop_finished(batch)]
             if num_running:
-                self.batch.step(tokens_B)
-            self._admit()
+                batch.step(tokens_B)
+            self._admit(batch)
 
-    def _admit(self) -> None:
+    def _admit(self, batch: RunningBatch) -> None:
         """Lets waiting completions in as room allows: whole groups, so that a prompt is prefilled once, if one fits."""
         size, room = self.num_generations, self.sampling.max_batch_rows - len(self.numbers)
         if size <= self.sampling.max_batch_rows:
@@ -310,38 +273,32 @@ class _BatchDecoding(_Decoding):
             return
         self.num_admitted += len(admitted)
         first, last = admitted[0] // size, admitted[-1] // size
-        self.batch.admit(self.prompts[first : last + 1], [n // size - first for n in admitted])
+        batch.admit(self.prompts[first : last + 1], [n // size - first for n in admitted])
         self._enter(admitted)
 
-    def _drop_finished(self) -> Tensor:
+    def _drop_finished(self, batch: RunningBatch) -> Tensor:
         """Drops finished rows from the batch; returns the former indices of the rows that stay."""
         rows = [row for row, n in enumerate(self.numbers) if self.lengths[n] == 0]
         keep = torch.tensor(rows, dtype=torch.long, device=self.device)
-        self.batch.keep(keep)
+        batch.keep(keep)
         self.numbers = [self.numbers[row] for row in rows]
         self.numbers_B, self.counts_B = self.numbers_B[keep], self.counts_B[keep]
         return keep
 
+    def run_plainly(self, use_cache: bool) -> None:
+        """Decodes everything by transformers' `generate`, with nothing padded or shared.
 
-@dataclass(eq=False)
-class _SafeDecoding(_Decoding):
-    """By transformers' `generate`, with nothing padded or shared.
+        The rows of a batch have one prompt, and stay until the last of them is finished.
 
-    The rows of a batch have one prompt, and stay until the last of them is finished.
-
-    Args:
-        use_cache: Whether the model's own cache is exact.
-    """
-
-    use_cache: bool
-
-    def run(self) -> None:
+        Args:
+            use_cache: Whether the model's own cache is exact.
+        """
         for p, prompt in enumerate(self.prompts):
             group = range(p * self.num_generations, (p + 1) * self.num_generations)
             for start in range(0, len(group), self.sampling.max_batch_rows):
-                self._generate(prompt, group[start : start + self.sampling.max_batch_rows])
+                self._generate(prompt, group[start : start + self.sampling.max_batch_rows], use_cache)
 
-    def _generate(self, prompt: list[int], numbers: range) -> None:
+    def _generate(self, prompt: list[int], numbers: range, use_cache: bool) -> None:
         def only_the_sampled(ids: Tensor, logits_BV: Tensor) -> Tensor:
             tokens_B = self._sample(logits_BV)
             return torch.zeros_like(logits_BV).scatter(-1, tokens_B[:, None], 1.0)
@@ -352,6 +309,5 @@ class _SafeDecoding(_Decoding):
         self.numbers, self.counts_B = [], self.counts_B[:0]
         self._enter(numbers)
         ids = torch.tensor([prompt] * len(numbers), device=self.device)
-        decode_plainly(
-            self.model, ids, self.sampling.max_new_tokens, self.use_cache, only_the_sampled, all_are_finished
-        )
+        hooks = only_the_sampled, all_are_finished
+        decode_plainly(self.model, ids, self.sampling.max_new_tokens, use_cache, *hooks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,24 +21,43 @@ if TYPE_CHECKING:
 # Rows [B, S] and their logits [B, V] -> the answer.
 Hook = Callable[[Tensor, Tensor], Tensor]
 
+# A kind of batch, and whether a `LlamaDecoder` makes its steps; or None for transformers' own decoding, and whether
+# with a cache.
+Way = tuple[type[RunningBatch] | None, bool]
+
 log = logging.getLogger(__name__)
 
 
-def obstacle(kind: type[RunningBatch], model: PreTrainedModel, name: str, *, decodes: bool) -> str | None:
-    """Why a kind of batch is not exact for a model, announced under its name; None where it is."""
-    reason = exact_on(model, f"{kind.__name__} {decodes}", partial(difference_of_decoding, kind, decodes=decodes))
-    if reason is not None:
-        instead = "by transformers' own decoding" if kind is RunningBatch else "without sharing prompts"
-        log.warning("%s is sampled %s, which is slower: %s.", name, instead, reason)
-    return reason
+def exact_way(model: PreTrainedModel, name: str, kinds: Sequence[type[RunningBatch]], decodes: bool) -> Way:
+    """The fastest way of decoding that gives the model's own log-probs; announced where it is not the first one.
 
+    Args:
+        model: That samples.
+        name: What the announcement calls it.
+        kinds: Of batches, the fastest first.
+        decodes: Whether `LlamaDecoder` knows the model.
 
-def has_exact_cache(model: PreTrainedModel, name: str) -> bool:
-    """Whether transformers' own decoding with a cache gives the log-probs of the forward; announced where not."""
-    reason = exact_on(model, "generate", difference_of_cache)
-    if reason is not None:
-        log.warning("%s is sampled without a cache, a whole forward per token: %s.", name, reason)
-    return reason is None
+    """
+    own: list[Way] = [(kind, by_decoder) for kind in kinds for by_decoder in ([True, False] if decodes else [False])]
+    obstacle: str | None = None
+    for way in [*own, (None, True)]:
+        kind, is_fast = way
+        difference = difference_of_cache if kind is None else partial(difference_of_decoding, kind, decodes=is_fast)
+        reason = exact_on(model, str(way), difference)
+        if reason is None:
+            break
+        obstacle = reason
+    else:
+        kind, is_fast = None, False
+    if obstacle is not None:
+        taken = "by its own forward, which is slower"
+        if kind is None:
+            taken = "by transformers' own decoding, which is slower"
+            taken = taken if is_fast else "without a cache, a whole forward per token"
+        elif kind is not kinds[0]:
+            taken = "without sharing prompts, which is slower"
+        log.warning("%s is sampled %s: %s.", name, taken, obstacle)
+    return kind, is_fast
 
 
 def decode_plainly(
@@ -63,10 +82,9 @@ def decode_plainly(
             if stop(ids, logits).all():
                 break
         return ids
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": 0}
     models = model.generation_config
     # In place of the model's own, whose penalties and suppressed tokens would change the samples.
-    model.generation_config = GenerationConfig(**options)
+    model.generation_config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0)
     hooks = {"logits_processor": [logits_processor], "stopping_criteria": [stop]}
     try:
         return model.generate(ids, attention_mask=torch.ones_like(ids), **hooks)

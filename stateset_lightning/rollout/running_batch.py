@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stateset_lightning.policy.packed_attention import NAME as PACKED_ATTENTION
-from stateset_lightning.policy.packed_attention import SHARED_PROMPTS_ARGUMENT
+from stateset_lightning.policy.packed_attention import arguments
 from stateset_lightning.policy.shared_prompts import SharedPrompts
 from stateset_lightning.rollout.cache import BufferLayer, StateLayer, make_cache, modules_with_states
 from stateset_lightning.rollout.cpu_decoding import Attend, LlamaDecoder, attend_to_cache
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 SHARE_FROM = 256
 
 
-def batch_kinds(model: PreTrainedModel, longest_prompt: int) -> list[type[RunningBatch]]:
+def batch_kinds(model: PreTrainedModel, longest_prompt: int) -> tuple[type[RunningBatch], ...]:
     """The fastest first: one whose rows share their prompts' keys and values, where it is faster so."""
     # The kernels of other devices and precisions are fast enough, and accumulate in float32.
     is_float32_on_cpu = model.device.type == "cpu" and model.dtype == torch.float32
     shares = model.config.get_text_config()._attn_implementation == PACKED_ATTENTION and is_float32_on_cpu
     # Layers that read the keys of others (Gemma 3n's, Gemma 4's) have no prompt of their own.
     shares = shares and not any(getattr(module, "is_kv_shared_layer", False) for module in model.modules())
-    return [SharingBatch, RunningBatch] if shares and longest_prompt >= SHARE_FROM else [RunningBatch]
+    return (SharingBatch, RunningBatch) if shares and longest_prompt >= SHARE_FROM else (RunningBatch,)
 
 
 class RunningBatch:
@@ -95,8 +95,8 @@ class RunningBatch:
         if self.decoder is not None:
             self.logits_BV = self.decoder.step(tokens_B, positions_B, self.cache, self._attend())
         else:
-            arguments = self._attention_arguments()
-            self.logits_BV = self._forward(tokens_B[:, None], positions_B[:, None], self.cache, **arguments)
+            inputs = tokens_B[:, None], positions_B[:, None], self.cache
+            self.logits_BV = self._forward(*inputs, **self._attention_arguments())
         self.column += 1
 
     def _positions(self) -> Tensor:
@@ -204,9 +204,7 @@ class SharingBatch(RunningBatch):
         return super()._positions() + self.prompts.lengths_P[self.prompts.prompt_of_row_B]
 
     def _attention_arguments(self) -> dict[str, Any]:
-        # Any mask of four dimensions keeps transformers from building one.
-        unused_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.model.device)
-        return {"attention_mask": unused_mask, SHARED_PROMPTS_ARGUMENT: self.prompts}
+        return arguments(self.prompts, self.model.device)
 
     def _attend(self) -> Attend:
         return self.prompts.attend

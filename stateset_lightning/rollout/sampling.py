@@ -92,8 +92,6 @@ class StopStrings:
 
     def found(self, tokens: list[int]) -> bool:
         """Whether the last tokens contain a stop string."""
-        if not self.strings:
-            return False
         tail = self._decode(tokens[-self.window :])
         return any(text in tail for text in self.strings)
 

@@ -44,7 +44,7 @@ class VLLMEngine:
             temporary files.
         dtype: That the servers compute in (their --dtype); it decides the tolerance. None: the policy's.
         tolerance: Nats per token by which log-probs of servers and policy may differ after a sync. None: by dtype
-            (`logprob_tolerance`).
+            (`LOGPROB_TOLERANCE`).
         request_timeout: Seconds for one completion, including the time that it waits in the server's queue, from the
             first byte to the last. After three that come too late the run stops.
         max_wait_minutes: How long a server may be away before the run stops.
@@ -150,7 +150,7 @@ class VLLMEngine:
                 server = self.servers[p % len(self.servers)]
                 own = {"prompt": prompts[p], "seed": seed}
                 body = {**request(server, synced, sampling, greedy), **common, **own}
-                numbers[threads.submit(server.complete, body)] = n
+                numbers[threads.submit(server.patiently, partial(server.choices, body))] = n
             for future in as_completed(numbers):
                 n, (choice,) = numbers[future], future.result()
                 choices[n], texts[n] = choice, stop.text(choice.token_ids)

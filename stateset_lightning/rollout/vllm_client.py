@@ -16,7 +16,6 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from functools import partial
 from typing import Annotated, Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -224,15 +223,6 @@ class VLLMServer:
             if max(logprobs) > LARGEST_LOGPROB:
                 raise BadAnswer(f"a log-prob of {max(logprobs):g}, above 0")
         return choices
-
-    def complete(self, body: Mapping[str, Any]) -> list[Choice]:
-        """The choices of a completion request. If the server is lost, waits for it and asks again.
-
-        Raises:
-            NonFiniteError: If their log-probs are not finite.
-            ServerError: If the server refuses, answers badly, or stays away for longer than `max_wait`.
-        """
-        return self.patiently(partial(self.choices, body))
 
     def patiently(self, attempt: Callable[[], T]) -> T:
         """Calls `attempt` until it does not raise `ServerLost`.

@@ -16,7 +16,7 @@ from torch import Tensor
 from stateset_lightning.errors import DiskError, SamplingError, ServerError, UserError
 from stateset_lightning.files import DISK_ERRORS
 from stateset_lightning.policy import Group, Policy, save_adapter
-from stateset_lightning.policy.precision import logprob_tolerance
+from stateset_lightning.policy.precision import LOGPROB_TOLERANCE
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.rollout.engine import RolloutConfig
 from stateset_lightning.rollout.vllm_client import VLLMServer
@@ -78,7 +78,7 @@ class WeightSync:
         sampling: The run's; log-probs are compared under it.
         folder: Where weights are handed over; None for the system's for temporary files.
         dtype: That the servers compute in; None for the policy's.
-        tolerance: Nats per token; None for `logprob_tolerance`.
+        tolerance: Nats per token; None for that of the coarser dtype (`LOGPROB_TOLERANCE`).
 
     Attributes:
         synced: What the servers have; None before the first sync.
@@ -199,7 +199,8 @@ class WeightSync:
         tokens, logprobs = zip(*server.patiently(partial(self._answers, server, synced)), strict=True)
         temperature, dtype = self.sampling.temperature, policy.model.dtype
         served_dtype = getattr(torch, self.dtype) if self.dtype else dtype
-        limit = self.tolerance or logprob_tolerance(dtype, served_dtype, temperature=temperature)
+        by_dtype = max(LOGPROB_TOLERANCE[dtype], LOGPROB_TOLERANCE[served_dtype])
+        limit = self.tolerance or by_dtype / min(temperature, 1.0)
         groups, theirs_T = [Group(PROBE_PROMPT, tokens)], torch.cat(logprobs)
         with torch.autocast(policy.device.type, enabled=False):
             ours_T, undivided_T = (policy.score_without_gradient(groups, t)[0].cpu() for t in (temperature, 1.0))
@@ -234,11 +235,8 @@ class WeightSync:
 
 def filters_of(sampling: RolloutConfig) -> str:
     """What changes the samples beside the temperature, as `name=value, ...`; empty if nothing does."""
-    values = {
-        "top_k": sampling.top_k,
-        "top_p": None if sampling.top_p == 1 else sampling.top_p,
-        "min_p": sampling.min_p,
-    }
+    top_p = None if sampling.top_p == 1 else sampling.top_p
+    values = {"top_k": sampling.top_k, "top_p": top_p, "min_p": sampling.min_p}
     return ", ".join(f"{name}={value}" for name, value in values.items() if value is not None)
 
 

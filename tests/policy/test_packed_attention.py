@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stateset_lightning.policy import packed_attention as packed_attention_file
-from stateset_lightning.policy.packed_attention import LAYOUT_ARGUMENT, make_layout, packed_attention
+from stateset_lightning.policy.packed_attention import ARGUMENT, make_layout, packed_attention
 from stateset_lightning.policy.shared_prompts import SharedPrompts
 
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ def test_output_and_gradients_are_those_under_the_whole_mask(
         for heads in (4, kv_heads, kv_heads)
     ]
     weights = torch.randn(1, total, 4, 8, generator=generator, dtype=torch.float64)
-    arguments = {LAYOUT_ARGUMENT: make_layout(prompts, completions, CPU)}
+    arguments = {ARGUMENT: make_layout(prompts, completions, CPU)}
     output, attention = packed_attention(torch.nn.Module(), *inputs, None, scaling=scaling, **arguments)
     assert attention is None
     expected = oracle(*inputs, visible(prompts, completions), scaling or 1 / math.sqrt(8))

@@ -19,6 +19,7 @@ from stateset_lightning.rollout.cpu_decoding import (
     is_supported,
     prepacked_linears,
 )
+from stateset_lightning.rollout.probe import difference_of_decoding
 from stateset_lightning.rollout.running_batch import RunningBatch, SharingBatch
 
 # Linear layers with weights in oneDNN's layout -----------------------------------------------------------------------
@@ -102,7 +103,6 @@ def test_logits_are_the_models_for_rows_that_come_and_go(
     model = policy_model(make_model(name, **biases))
     assert has_llama_layers(model)
     decoder = LlamaDecoder(model)
-    assert decoder.is_exact(model)
     batches = [kind(model, 12), kind(model, 12, decoder)]
     generator = torch.Generator().manual_seed(0)
 
@@ -138,9 +138,8 @@ def test_a_merged_adapter_is_part_of_the_weights_and_another_is_not_known() -> N
     assert not has_llama_layers(model)
     with policy.merged_adapter():
         assert has_llama_layers(model)
-        decoder = LlamaDecoder(model)
-        assert decoder.is_exact(model)
-    assert not decoder.is_exact(load_model(PolicyConfig("tiny")))  # the adapter does something
+        assert difference_of_decoding(RunningBatch, model, decodes=True) < 1e-4
+    assert difference_of_decoding(RunningBatch, model, decodes=True) > 1e-2  # the adapter does something
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt2"])
@@ -168,7 +167,7 @@ def test_code_that_is_not_transformers_own_is_not_known(make_model: Callable[...
 
 
 def test_a_model_that_computes_something_else_is_found_by_the_probe(
-    make_model: Callable[..., Any], tiny_tokenizer: Any
+    make_model: Callable[..., Any], tiny_tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One whose attention has been replaced by its owner, say: it is sampled as it is."""
     policy = Policy(make_model("llama"), PolicyConfig("tiny"))
@@ -176,16 +175,15 @@ def test_a_model_that_computes_something_else_is_found_by_the_probe(
     stock = attention.forward
     attention.forward = lambda *args, **kwargs: (0.5 * stock(*args, **kwargs)[0], None)
     assert has_llama_layers(policy.model)
-    with torch.no_grad():
-        assert not LlamaDecoder(policy.model).is_exact(policy.model)
     assert min(forwards(policy, InProcessEngine(tiny_tokenizer), 2)) > 5  # a token each
+    assert "is sampled by its own forward, which is slower: in a probe its log-probs were off by" in caplog.text
 
 
 def test_the_engine_decodes_with_it_and_probes_once(
     make_model: Callable[..., Any], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy, engine = Policy(make_model("qwen2"), PolicyConfig("tiny")), InProcessEngine(tiny_tokenizer)
-    assert forwards(policy, engine, 3) == [9, 1, 1]  # the prefill, and those of the probes
+    assert forwards(policy, engine, 3) == [7, 1, 1]  # the prefill, and those of the probes
     monkeypatch.setattr(cpu_decoding, "MODEL_TYPES", ())
     assert min(forwards(policy, engine, 2)) > 5
 

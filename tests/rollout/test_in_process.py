@@ -9,6 +9,7 @@ import torch
 from stateset_lightning.errors import ConfigError, NonFiniteError
 from stateset_lightning.policy import Group, Policy, PolicyConfig
 from stateset_lightning.rollout import FinishReason, InProcessEngine, Rollout, RolloutConfig, in_process, running_batch
+from stateset_lightning.rollout.cpu_decoding import has_llama_layers
 from stateset_lightning.seeding import sample_seeds
 
 PROMPTS = [
@@ -34,9 +35,9 @@ def make_engine(make_model: Callable[..., Any], tiny_tokenizer: Any) -> Callable
         model.generation_config.eos_token_id = ends
         engine = InProcessEngine(tiny_tokenizer, dtype)
         engine.sync(Policy(model, PolicyConfig("random")))
-        with engine._sampling_mode(), engine._cpu_decoding.prepared(1) as decoder:
-            for way in (decoder, None):  # probes are made now, and counted by no test
-                engine._exact_kind(1, way)
+        with engine._sampling_mode():
+            for decodes in (has_llama_layers(model), False):  # probes are made now, and counted by no test
+                engine._exact_way(running_batch.batch_kinds(model, 1), decodes)
         return engine
 
     return make

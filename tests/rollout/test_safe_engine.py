@@ -113,7 +113,7 @@ def test_completions_follow_their_seeds_and_end_like_those_of_the_fast_engine(
 
     fast, fast_reports = sample(256)
     assert set(fast.finish_reasons) == {FinishReason.STOP, FinishReason.LENGTH}
-    monkeypatch.setattr("stateset_lightning.rollout.in_process.batch_kinds", lambda *_: [])
+    monkeypatch.setattr("stateset_lightning.rollout.in_process.batch_kinds", lambda *_: ())
     for rows in (256, 4, 1):
         safe, reports = sample(rows)
         assert reports == fast_reports

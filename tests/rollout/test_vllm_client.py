@@ -98,7 +98,7 @@ def test_a_server_may_be_away_more_than_once_for_one_request(server: Running) ->
 def test_a_refusal_is_told_whatever_its_form(server: Running, answer: str, said: str) -> None:
     server.stub.answers = [(400, answer)]
     with pytest.raises(ServerError, match=rf"/v1/completions refuses \(400\): {re.escape(said)}$"):
-        VLLMServer(server.url, request_timeout=10, max_wait=1).complete({"model": "tiny"})
+        VLLMServer(server.url, request_timeout=10, max_wait=1).choices({"model": "tiny"})
 
 
 def test_the_key_in_the_environment_is_sent_along(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +256,7 @@ def test_an_answer_that_cannot_be_used_ends_the_run_in_one_line(case: str, monke
         client.vocabulary = 100
         begun = time.monotonic()
         with pytest.raises((ServerError, NonFiniteError), match=expected) as error:
-            client.complete(BODY)
+            client.patiently(lambda: client.choices(BODY))
         assert time.monotonic() - begun < 10
         message = str(error.value)
         assert f"http://{server.address}" in message
@@ -273,7 +273,7 @@ def test_a_usable_answer_is_taken() -> None:
         with Hostile(written) as server:
             client = VLLMServer(f"http://{server.address}", request_timeout=30, max_wait=1)
             client.vocabulary = 100
-            (choice,) = client.complete(BODY)
+            (choice,) = client.choices(BODY)
             assert len(choice.token_ids) == 2
 
 
