@@ -42,6 +42,8 @@ from stateset_lightning.algorithm import GRPO
 from stateset_lightning.errors import UserError
 from stateset_lightning.policy import Group, LoRAConfig, Policy, PolicyConfig, load_model, load_tokenizer
 from stateset_lightning.rollout import InProcessEngine
+from stateset_lightning.rollout.cpu_decoding import has_llama_layers
+from stateset_lightning.rollout.running_batch import batch_kinds
 
 TOLERANCE = 1e-5  # of log-probs in float32, in nats
 TIE = 1e-4  # two tokens whose log-probs are that close may take each other's place
@@ -107,7 +109,9 @@ class Model:
         for batch in (prompts[:-1], [prompts[0], prompts[-1]]):
             rollout = engine.generate(batch, 2, sampling, range(2 * len(batch)), greedy=True)
             logprobs = rollout.logprobs_T.split(rollout.lengths_N.tolist())
-            self.facts["sampling"] = {None: "batch", True: "generate", False: "no cache"}[engine._caches]
+            kinds = batch_kinds(self.policy.model, max(map(len, batch)))
+            kind, is_fast = engine._exact_way(kinds, has_llama_layers(self.policy.model))
+            self.facts["sampling"] = "batch" if kind else "generate" if is_fast else "no cache"
             completions = rollout.completions()
             for n, (tokens, sampled) in enumerate(zip(completions, logprobs, strict=True)):
                 self._compare_logprobs(own, batch[n // 2], tokens, sampled)

@@ -56,16 +56,14 @@ class KL:
     horizon: Annotated[int, Ge(1)] = 10
 
     def __post_init__(self) -> None:
-        if (self.estimator, self.place) == ("k1", "loss"):
-            raise ConfigError(
-                "model.algorithm.kl.estimator='k1' in the loss has a gradient of zero in expectation and pulls nowhere:"
-                " choose k2 or k3_unbiased, or kl.place='reward'"
-            )
-        if (self.estimator, self.place) == ("k3_unbiased", "reward"):
-            raise ConfigError(
-                "model.algorithm.kl.estimator='k3_unbiased' differs from k3 in its gradient alone, and a reward has"
-                " none: choose k1 (whose policy gradient is that of the KL) or k3, or kl.place='loss'"
-            )
+        contradictions = {
+            ("k1", "loss"): "in the loss has a gradient of zero in expectation and pulls nowhere: choose k2 or"
+            " k3_unbiased, or kl.place='reward'",
+            ("k3_unbiased", "reward"): "differs from k3 in its gradient alone, and a reward has none: choose k1 (whose"
+            " policy gradient is that of the KL) or k3, or kl.place='loss'",
+        }
+        if said := contradictions.get((self.estimator, self.place)):
+            raise ConfigError(f"model.algorithm.kl.estimator={self.estimator!r} {said}")
 
     def adapted(self, coefficient: float, kl: float) -> float:
         """The next coefficient, given the KL per token of the step that just ended (arXiv:1909.08593, section 2.2).

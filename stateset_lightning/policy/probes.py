@@ -37,9 +37,6 @@ SCALED = {
     "moe_intermediate_size": 64,
 }
 
-# Tokens by which a twin chooses rotary frequencies that depend on the length: it has one table, as every run does.
-TWIN_LONGEST = 64
-
 _vouched: set[tuple[Any, ...]] = set()
 
 # Times the measured noise: sampler and scorer have their own each, and other contexts have more of it.
@@ -115,7 +112,7 @@ def make_twin(model: PreTrainedModel) -> PreTrainedModel:
         # Matrices of gain 1, so that attention is far from uniform; norms and biases near their usual values.
         scale, offset = (p.shape[-1] ** -0.5, 0.0) if p.dim() > 1 else (0.1, float(name.endswith("weight")))
         p.data.normal_(generator=generator).mul_(scale).add_(offset)
-    use_one_rope_table(twin, TWIN_LONGEST)
+    use_one_rope_table(twin, 64)  # one table, as every run has, where rotary frequencies depend on the length
     return twin.to(model.device, torch.float32).eval().requires_grad_(False)
 
 

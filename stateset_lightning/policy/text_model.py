@@ -67,8 +67,7 @@ def never_adapted(model: PreTrainedModel) -> str | None:
 
 
 def _text_modules(model: PreTrainedModel) -> list[nn.Module]:
-    parts = (model.get_decoder(), model.get_output_embeddings())
-    return [part for part in parts if part is not None]
+    return [part for part in (model.get_decoder(), model.get_output_embeddings()) if part is not None]
 
 
 def copy_processor(source: str, folder: Path, **hub_options: Any) -> None:

@@ -36,7 +36,6 @@ def exact_way(model: PreTrainedModel, name: str, kinds: Sequence[type[RunningBat
         name: What the announcement calls it.
         kinds: Of batches, the fastest first.
         decodes: Whether `LlamaDecoder` knows the model.
-
     """
     own: list[Way] = [(kind, by_decoder) for kind in kinds for by_decoder in ([True, False] if decodes else [False])]
     obstacle: str | None = None

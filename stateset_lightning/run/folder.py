@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 # The folder that ModelCheckpoint writes to by default.
 CHECKPOINTS = "checkpoints"
-LAST_CHECKPOINT = "last.ckpt"
 LOCK = ".lock"
 # The resolved config; the second name without a logger, when the folder may hold the user's own `config.yaml`.
 CONFIGS = "config.yaml", "resolved_config.yaml"

@@ -38,7 +38,7 @@ def test_lightning_writes_where_the_names_say(tmp_path):
     keeps = ModelCheckpoint(save_last=True, every_n_train_steps=1)
     options = {"logger": CSVLogger(tmp_path, "run"), "enable_checkpointing": True, "max_steps": 1}
     trainer = fit(tmp_path, callbacks=[keeps], **options)
-    assert Path(keeps.last_model_path) == run_folder(trainer) / folder.CHECKPOINTS / folder.LAST_CHECKPOINT
+    assert Path(keeps.last_model_path) == run_folder(trainer) / folder.CHECKPOINTS / "last.ckpt"
     assert Path(metrics_place(trainer)).is_file()
     assert ExperimentWriter.NAME_METRICS_FILE == folder.METRICS
 
@@ -50,7 +50,7 @@ def test_no_other_file_of_the_package_spells_a_name(tmp_path):
     spelt = [
         (path.relative_to(package), name)
         for path in package.rglob("*.py")
-        for name in [*names, folder.ENVIRONMENT, folder.LAST_CHECKPOINT, folder.REPORT, *folder.CONFIGS]
+        for name in [*names, folder.ENVIRONMENT, "last.ckpt", folder.REPORT, *folder.CONFIGS]
         if path.name != "folder.py" and f'"{name}"' in path.read_text()
     ]
     assert spelt == []

@@ -213,15 +213,9 @@ def model_row(module: GRPOLightningModule) -> str:
     assert module.policy is not None
     policy, config = module.policy, module.policy.model.config.get_text_config()
     kinds = sorted(set(getattr(config, "layer_types", None) or ["full_attention"]))
-    parts = [
-        f"model: {config.model_type}, {type(policy.model).__name__}",
-        f"layers of {', '.join(kinds)}",
-        f"{policy.scoring} scoring",
-        f"logits {'in chunks' if policy.uses_chunked_head else 'all in memory'}",
-        f"sampled by {type(module.engine).__name__ if module.engine else 'nothing here'}",
-        "all weights trained" if policy.adapter is None else "an adapter trained",
-    ]
-    return "; ".join(parts)
+    model = f"model: {config.model_type}, {type(policy.model).__name__}; layers of {', '.join(kinds)}"
+    engine = type(module.engine).__name__ if module.engine else "nothing here"
+    return f"{model}; {policy.scoring} scoring; sampled by {engine}"
 
 
 def _show(lines: Sequence[str]) -> None:
