@@ -21,8 +21,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 MAX_ENTRIES = 24
 MAX_CHAIN = 11
-# The house's 11,000, and what follows it may add (DESIGN, section 1): 400 for what a run keeps, 400 for hostile input, 700
-# for models.
+# The house's 11,000, and what follows it may add (DESIGN, section 1): 400 for what a run keeps, 400 for hostile input,
+# 700 for models.
 MAX_CODE_LINES = 12_500
 MAX_FILE_LINES = 350
 
