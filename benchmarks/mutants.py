@@ -54,8 +54,8 @@ MUTANTS = [
     ),
     Mutant(
         "training/loss.py",
-        "return (weights_T * loss_T).sum()",
-        "return (weights_T * loss_T).mean()",
+        "loss = (weights_T * loss_T).sum()",
+        "loss = (weights_T * loss_T).mean()",
         ("test_reduction.py", "training/test_loss.py"),
     ),
     Mutant(
