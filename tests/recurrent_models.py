@@ -3,22 +3,9 @@
 from typing import Any
 
 import torch
+from model_sizes import SIZES
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-SIZES = {
-    "vocab_size": 384,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "initializer_range": 0.2,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-}
 GATED = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LINEAR = {"layer_types": ["linear_attention", "full_attention"]}

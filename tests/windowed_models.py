@@ -2,26 +2,13 @@
 
 from typing import Any
 
+import model_sizes
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 WINDOW = 7
 MIXED = {"layer_types": ["sliding_attention", "full_attention"]}
-SIZES = {
-    "vocab_size": 256,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 4096,
-    "sliding_window": WINDOW,
-    "initializer_range": 0.2,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-}
+SIZES = {**model_sizes.SIZES, "vocab_size": 256, "max_position_embeddings": 4096, "sliding_window": WINDOW}
 FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {},
     "gemma2": {**MIXED, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0, "query_pre_attn_scalar": 8},

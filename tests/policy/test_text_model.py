@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from model_sizes import SIZES as TEXT
 from module_runs import fit, make_data, make_module
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -49,20 +50,6 @@ from stateset_lightning.training.checks import check_quantized
 
 GROUPS = [Group(list(range(20, 60)), [list(range(5, 35)), [7, 8, 9]]), Group([30, 31], [[4, 5]])]
 
-TEXT: dict[str, Any] = {
-    "vocab_size": 384,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-}
 WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 SIGHT: dict[str, Any] = {
     "hidden_size": 16,
