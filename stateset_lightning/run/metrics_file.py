@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -122,6 +123,8 @@ def drop_later_events(trainer: Trainer, step: int) -> None:
         logger.experiment.close()  # its next event opens a file that is read after these two
         for _ in range(2):  # the first restart that TensorBoard sees is the run's start to it
             type(logger.experiment)(logger.log_dir, purge_step=step + 1).close()
+        # Files of one second are read in the order of their numbers as text, in which 10 comes before 9.
+        time.sleep(1 - time.time() % 1)
 
 
 def _loggers(trainer: Trainer, kind: type[Any]) -> list[Any]:
