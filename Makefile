@@ -22,7 +22,7 @@ check: $(READY) ## style and types
 	$(BIN)/mypy
 
 test: check ## style, types and the whole test suite, offline
-	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-long: $(READY) ## the tests that take minutes: every preset x aggregation on two ranks
 	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest -m long

@@ -3,6 +3,12 @@ anywhere.
 """
 
 import os
+
+# Of every test and of what it starts, and set before torch is imported: Lightning's launchers would otherwise take all
+# cores for whatever this process does after them, and threads of several workers wait for each other, spinning.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +17,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import wandb
+from bundled_shortcuts import bundled_shortcuts
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -78,6 +85,13 @@ def small_model(name: str, **changes: Any) -> PreTrainedModel:
     return model.eval()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, then those of many: a worker that gets a long file last works alone."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -sizes[item.path]))
+
+
 @pytest.fixture
 def wandb_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The working folder is the test's own, and what W&B writes goes there."""
@@ -92,6 +106,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(previous)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _bundled_shortcuts() -> Iterator[None]:
+    with bundled_shortcuts():
+        yield
 
 
 @pytest.fixture(autouse=True)
