@@ -70,5 +70,6 @@ def digest(model: PreTrainedModel) -> int:
     """Of all weights."""
     value = 0
     for name, p in model.named_parameters():
-        value = zlib.crc32(p.detach().cpu().reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), value))
+        copied = p.detach().cpu().clone().reshape(-1)  # the storage of what numpy has seen cannot be resized any more
+        value = zlib.crc32(copied.view(torch.uint8).numpy(), zlib.crc32(name.encode(), value))
     return value
