@@ -11,6 +11,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -22,6 +23,7 @@ from stateset_lightning.policy import probes
 from stateset_lightning.tiny import TINY_FOLDER
 from stateset_lightning.workers import limits
 
+ROOT = Path(__file__).parents[1]
 FOR_REAL = ("tests/policy/", "tests/rollout/", "tests/workers/", "tests/data/", "tests/test_security.py")
 
 exact_on, limited = probes.exact_on, limits.limited

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -156,14 +157,24 @@ def test_every_cure_names_a_test_or_a_measurement() -> None:
         assert set(re.findall(r"`(test_\w+)`", checked)) & tests or "[measured](" in checked, row
 
 
-@pytest.mark.parametrize(
-    "name", ["train_from_python.py", "own_reward.py", "own_loss.py", "question_answering.py", "text_classification.py"]
-)
 @pytest.mark.slow  # starts a process that imports torch and lightning
-def test_examples_run(name: str) -> None:
-    run = subprocess.run([sys.executable, ROOT / "examples" / name, "2"], capture_output=True, text=True, timeout=240)
+def test_an_example_runs_as_a_program() -> None:
+    program = [sys.executable, ROOT / "examples" / "train_from_python.py", "2"]
+    run = subprocess.run(program, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr[-2000:]
     assert "reward" in run.stdout
+
+
+@pytest.mark.parametrize("name", ["own_reward.py", "own_loss.py", "question_answering.py", "text_classification.py"])
+def test_examples_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, without those imports."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))  # as Python does for a program's own folder
+    monkeypatch.setattr(sys, "argv", [name, "2"])
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    assert "reward" in capsys.readouterr().out
 
 
 def test_the_tables_of_what_to_expect_are_those_that_are_computed() -> None:
