@@ -230,10 +230,6 @@ class Policy(nn.Module):
     def _probe_head(self) -> bool:
         """Whether the model's logits are its output embedding applied to its last hidden states (and a soft cap)."""
         head, name = self.model.get_output_embeddings(), self.config.model_name
-        try:
-            probes.own_logprobs(self.model, probes.probe_tokens(8))
-        except Exception as error:  # whatever it lacks: a library, an encoder's output, a device
-            raise ConfigError(f"{name} cannot be trained on text alone: {probes.reason_of(error)}") from error
         reason: str | None = "it has no output embedding"
         if head is not None and not set(dict(head.named_parameters())) <= {"weight", "bias"}:
             # A new adapter changes nothing yet, so the comparison below would not notice it.
@@ -244,6 +240,7 @@ class Policy(nn.Module):
             reason = probes.exact_on(self.model, "head", partial(self._compare_with_own, self._padded))
             if reason is None:
                 return True
+        probes.check_own_forward(self.model, name)
         log.warning("%s is scored with all logits in memory: %s.", name, reason)
         return False
 

@@ -11,12 +11,13 @@ import copy
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from stateset_lightning.errors import SamplingError
+from stateset_lightning.errors import ConfigError, SamplingError
 from stateset_lightning.policy.precision import LOGPROB_TOLERANCE, cast_parameters
 from stateset_lightning.policy.text_model import use_one_rope_table
 
@@ -62,6 +63,41 @@ def sees_ahead(model: PreTrainedModel) -> bool:
     ids = probe_tokens(6)
     whole, prefix = (own_logprobs(model, ids[:length])[:4] for length in (6, 4))
     return float((whole - prefix).abs().mean()) > LOGPROB_TOLERANCE[model.dtype]
+
+
+@torch.no_grad()
+def check_own_forward(model: PreTrainedModel, name: str) -> None:
+    """The model's own forward, which every path is compared with, runs on tokens alone, and is a function of them.
+
+    Args:
+        model: In evaluation mode.
+        name: Of the model, for the error.
+
+    Raises:
+        ConfigError: If it raises, or if two calls differ: on the real weights, or on a twin where one can be made.
+    """
+    kind, dtype = type(model).__name__, str(model.dtype).removeprefix("torch.")
+    try:
+        is_function = _repeats(model)
+    except Exception as error:  # whatever it lacks: a library, an encoder's output, a kernel for a dtype
+        if model.dtype.itemsize >= 4:
+            raise ConfigError(f"{name} cannot be trained on text alone: {reason_of(error)}") from error
+        raise ConfigError(
+            f"{name}: {kind} of transformers does not run in {dtype} ({reason_of(error)}): use float32 for it"
+            " (trainer.precision=32-true, without model.policy.dtype)"
+        ) from error
+    with suppress(Exception):  # a twin that cannot be made, or does not run, says nothing about the model
+        is_function = is_function and _repeats(make_twin(model))
+    if not is_function:
+        raise ConfigError(
+            f"{name}: two forwards of the same tokens give other log-probs, as {kind} draws random numbers also in"
+            " evaluation: no policy gradient can be taken of it, choose another model"
+        )
+
+
+def _repeats(model: PreTrainedModel) -> bool:
+    first, again = (own_logprobs(model, probe_tokens(NOISE_TOKENS)) for _ in range(2))
+    return not float((first - again).abs().mean()) > LOGPROB_TOLERANCE[model.dtype]
 
 
 def reason_of(error: Exception) -> str:

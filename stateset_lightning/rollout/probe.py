@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stateset_lightning.policy.probes import exact_on, own_logprobs, probe_tokens
+from stateset_lightning.policy.probes import check_own_forward, exact_on, own_logprobs, probe_tokens
 from stateset_lightning.rollout.cpu_decoding import LlamaDecoder
 from stateset_lightning.rollout.running_batch import RunningBatch
 
@@ -36,6 +36,9 @@ def exact_way(model: PreTrainedModel, name: str, kinds: Sequence[type[RunningBat
         name: What the announcement calls it.
         kinds: Of batches, the fastest first.
         decodes: Whether `LlamaDecoder` knows the model.
+
+    Raises:
+        ConfigError: If not even the model's own forward can be relied on.
     """
     own: list[Way] = [(kind, by_decoder) for kind in kinds for by_decoder in ([True, False] if decodes else [False])]
     obstacle: str | None = None
@@ -47,6 +50,7 @@ def exact_way(model: PreTrainedModel, name: str, kinds: Sequence[type[RunningBat
             break
         obstacle = reason
     else:
+        check_own_forward(model, name)
         kind, is_fast = None, False
     if obstacle is not None:
         taken = "by its own forward, which is slower"

@@ -11,7 +11,7 @@ import torch
 from recurrent_models import small_family
 from transformers import AutoModelForCausalLM, RecurrentGemmaConfig
 
-from stateset_lightning.errors import SamplingError
+from stateset_lightning.errors import ConfigError, SamplingError
 from stateset_lightning.policy import Policy, PolicyConfig, probes
 
 
@@ -131,3 +131,38 @@ def test_a_soft_cap_of_another_name_is_found(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("stateset_lightning.policy.policy.softcap", lambda config: None)  # as if nobody knew this name
     probes._vouched.clear()
     assert not Policy(model, PolicyConfig("random")).uses_chunked_head
+
+
+def draws(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+    output.logits = output.logits + torch.randn_like(output.logits)
+
+
+def raises_beyond_a_chunk(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+    if kwargs["input_ids"].shape[-1] > 16:
+        raise RuntimeError("expected m1 and m2 to have the same dtype")
+
+
+@pytest.mark.parametrize(
+    ("hook", "dtype", "match"),
+    [
+        (draws, torch.float32, "random: two forwards .* as LlamaForCausalLM draws random numbers also in evaluation"),
+        (raises_beyond_a_chunk, torch.float32, "random cannot be trained on text alone: a probe raised RuntimeError"),
+        (raises_beyond_a_chunk, torch.bfloat16, r"LlamaForCausalLM .* not run in bfloat16 .*trainer\.precision=32-true"),
+    ],
+)
+def test_a_model_whose_own_forward_cannot_be_relied_on_is_refused(
+    make_model: Callable[..., Any], hook: Callable[..., None], dtype: torch.dtype, match: str
+) -> None:
+    model = make_model("llama").to(dtype)
+    model.register_forward_hook(hook, with_kwargs=True)
+    with pytest.raises(ConfigError, match=match) as caught:
+        Policy(model, PolicyConfig("random"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_draws_beyond_a_threshold_is_refused() -> None:
+    """Reformer's hash buckets; its chunks are longer than the probe of the real weights, and those of its twin not."""
+    layers = {"attn_layers": ["local", "lsh"], "local_attn_chunk_length": 80, "lsh_attn_chunk_length": 80}
+    sizes = {"axial_pos_embds": False, "attention_head_size": 8, "feed_forward_size": 48, "is_decoder": True}
+    with pytest.raises(ConfigError, match="two forwards of the same tokens give other log-probs, as Reformer"):
+        Policy(small_family("reformer", {**layers, **sizes}), PolicyConfig("random"))
