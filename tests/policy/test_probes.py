@@ -106,6 +106,21 @@ def test_a_path_that_is_wrong_beyond_a_threshold_or_raises_vouches_for_nothing(m
     assert "nan" in str(probes.exact_on(model, "a fourth", lambda probed: float("nan")))
 
 
+def test_a_router_that_rounding_tips_in_bfloat16_is_no_fault_of_a_path(make_model: Callable[..., Any]) -> None:
+    """The path of a token is another then, far beyond the noise of the others; in float32 nothing tips."""
+    model = make_model("llama").to(torch.bfloat16)
+
+    def tips(probed: Any) -> float:
+        return 3.0 if probed.dtype == torch.bfloat16 else 1e-6
+
+    def wrong(probed: Any) -> float:
+        return 3.0 if probed.dtype == torch.bfloat16 else 2e-3 if probed is model else 0.0
+
+    assert probes.exact_on(model, "a path", tips) is None
+    assert "off by 2.0e-03 nats" in str(probes.exact_on(model, "another", wrong))
+    assert model.dtype == torch.bfloat16
+
+
 def test_rows_that_depend_on_their_neighbours_are_scored_alone(
     make_model: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -131,6 +146,24 @@ def test_a_soft_cap_of_another_name_is_found(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("stateset_lightning.policy.policy.softcap", lambda config: None)  # as if nobody knew this name
     probes._vouched.clear()
     assert not Policy(model, PolicyConfig("random")).uses_chunked_head
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_scoring_of_experts_that_is_wrong_is_not_used(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when completions were packed without the places that they stand at."""
+    options = {"num_experts_per_tok": 2, "num_experts": 8, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+    assert Policy(small_family("qwen3_moe", options).to(dtype), PolicyConfig("random")).uses_packed_scoring
+    forward = Policy._forward
+
+    def misplaced(self: Policy, ids: Any, sources: Any, **arguments: Any) -> Any:
+        arguments["position_ids"] = torch.arange(ids.shape[1]).expand(ids.shape)
+        return forward(self, ids, sources, **arguments)
+
+    monkeypatch.setattr(Policy, "_forward", misplaced)
+    assert not Policy(small_family("qwen3_moe", options).to(dtype), PolicyConfig("random")).uses_packed_scoring
+    assert "in a probe its log-probs were off by" in caplog.text
 
 
 def draws(module: Any, args: Any, kwargs: Any, output: Any) -> None:
