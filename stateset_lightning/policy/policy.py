@@ -80,7 +80,7 @@ class Policy(nn.Module):
     Attributes:
         has_dropout: Whether training uses any dropout.
         context_length: See the function of this name.
-        longest: Tokens of the run's longest sequence; None as long as it is not known.
+        longest: Tokens of the longest sequence that it is prepared for; 0 as long as that is not known.
         adapter: State of the low-rank adapter; None without one.
         base_digest: Of the weights as they were loaded, without an adapter's.
         uses_packed_scoring: Whether each prompt is computed once per group.
@@ -95,7 +95,7 @@ class Policy(nn.Module):
         self.config = config
         self.has_dropout = config.has_dropout
         self.context_length = context_length(model)
-        self.longest: int | None = None
+        self.longest = 0
         self.adapter = AdapterState(model, config) if lora.is_adapted(model) else None
         self.base_digest = base_digest(model) if self.adapter is None else self.adapter.base["digest"]
         if self.adapter is not None:
@@ -132,9 +132,9 @@ class Policy(nn.Module):
             module.training &= not any("jitter" in key for key in vars(module))
         return self
 
-    def prepare_for(self, longest: int | None) -> None:
+    def prepare_for(self, longest: int) -> None:
         """Has rotary frequencies that depend on the length be those of the run's longest sequence (announced)."""
-        if longest is not None and use_one_rope_table(self.model, longest) and longest != self.longest:
+        if longest and use_one_rope_table(self.model, longest) and longest != self.longest:
             told = "%s chooses rotary frequencies by the length: this run uses those of %d tokens, its longest prompt"
             log.info(told + " and max_new_tokens, for all sequences", self.config.model_name, longest)
         self.longest = longest
