@@ -80,11 +80,9 @@ def check_own_forward(model: PreTrainedModel, name: str) -> None:
     try:
         is_function = _repeats(model)
     except Exception as error:  # whatever it lacks: a library, an encoder's output, a kernel for a dtype
-        if model.dtype.itemsize >= 4:
-            raise ConfigError(f"{name} cannot be trained on text alone: {reason_of(error)}") from error
         raise ConfigError(
-            f"{name}: {kind} of transformers does not run in {dtype} ({reason_of(error)}): use float32 for it"
-            " (trainer.precision=32-true, without model.policy.dtype)"
+            f"{name}: {kind} does not run in {dtype} on text alone: choose another model, or float32 where this is not"
+            f" float32 (trainer.precision=32-true, no model.policy.dtype): {reason_of(error)}"
         ) from error
     with suppress(Exception):  # a twin that cannot be made, or does not run, says nothing about the model
         is_function = is_function and _repeats(make_twin(model))

@@ -75,7 +75,7 @@ class InProcessEngine:
         """
         assert len(seeds_N) == len(prompts) * num_generations
         if (limit := self.policy.context_length) is not None:
-            check_length(prompts, sampling.max_new_tokens, limit, f"the model's {limit} positions")
+            check_length(max(map(len, prompts)), sampling.max_new_tokens, limit, f"the model's {limit} positions")
         texts = [""] * len(seeds_N)
         with self._sampling_mode():
             model = self.policy.model

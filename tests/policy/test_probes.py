@@ -179,8 +179,16 @@ def raises_beyond_a_chunk(module: Any, args: Any, kwargs: Any, output: Any) -> N
     ("hook", "dtype", "match"),
     [
         (draws, torch.float32, "random: two forwards .* as LlamaForCausalLM draws random numbers also in evaluation"),
-        (raises_beyond_a_chunk, torch.float32, "random cannot be trained on text alone: a probe raised RuntimeError"),
-        (raises_beyond_a_chunk, torch.bfloat16, r"LlamaForCausalLM .* not run in bfloat16 .*trainer\.precision=32-true"),
+        (
+            raises_beyond_a_chunk,
+            torch.float32,
+            "LlamaForCausalLM does not run in float32 on text alone: .* RuntimeError",
+        ),
+        (
+            raises_beyond_a_chunk,
+            torch.bfloat16,
+            r"LlamaForCausalLM does not run in bfloat16 .*trainer\.precision=32-true",
+        ),
     ],
 )
 def test_a_model_whose_own_forward_cannot_be_relied_on_is_refused(

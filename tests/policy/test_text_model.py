@@ -338,7 +338,6 @@ def test_weights_go_on_with_the_frequencies_that_they_were_trained_with(
     assert f"this run uses those of {longest} tokens" in caplog.messages[-1]
 
 
-
 # Quantised checkpoints
 # ----------------------------------------------------------------------------------------------------------------------
 

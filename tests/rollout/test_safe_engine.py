@@ -175,7 +175,7 @@ def test_a_forward_that_raises_in_the_dtype_of_sampling_is_refused(tiny_tokenize
     model.model.layers[0].register_forward_hook(raises_in_bfloat16)
     engine = InProcessEngine(tiny_tokenizer, torch.bfloat16)
     engine.sync(Policy(model, PolicyConfig("random")))
-    with pytest.raises(ConfigError, match=r"random: LlamaForCausalLM of transformers does not run in bfloat16"):
+    with pytest.raises(ConfigError, match=r"random: LlamaForCausalLM does not run in bfloat16 on text alone"):
         engine.generate([[20, 31, 42]], 2, RolloutConfig(max_new_tokens=2), [0, 1])
 
 
