@@ -80,16 +80,17 @@ def check_own_forward(model: PreTrainedModel, name: str) -> None:
     try:
         is_function = _repeats(model)
     except Exception as error:  # whatever it lacks: a library, an encoder's output, a kernel for a dtype
-        raise ConfigError(
-            f"{name}: {kind} does not run in {dtype} on text alone: choose another model, or float32 where this is not"
-            f" float32 (trainer.precision=32-true, no model.policy.dtype): {reason_of(error)}"
-        ) from error
+        other = "another model"
+        if model.dtype.itemsize < 4:
+            other = "trainer.precision=32-true, model.policy.dtype=float32"
+        told = f"{name}: {kind} does not run in {dtype} on text alone: use {other} ({reason_of(error)})"
+        raise ConfigError(told) from error
     with suppress(Exception):  # a twin that cannot be made, or does not run, says nothing about the model
         is_function = is_function and _repeats(make_twin(model))
     if not is_function:
         raise ConfigError(
-            f"{name}: two forwards of the same tokens give other log-probs, as {kind} draws random numbers also in"
-            " evaluation: no policy gradient can be taken of it, choose another model"
+            f"{name}: {kind} gives other log-probs at each call for the same tokens, as it draws random numbers also in"
+            " evaluation: no policy gradient can be taken of it, use another model"
         )
 
 
