@@ -80,11 +80,10 @@ def check_own_forward(model: PreTrainedModel, name: str) -> None:
     try:
         is_function = _repeats(model)
     except Exception as error:  # whatever it lacks: a library, an encoder's output, a kernel for a dtype
-        other = "another model"
-        if model.dtype.itemsize < 4:
-            other = "trainer.precision=32-true, model.policy.dtype=float32"
-        told = f"{name}: {kind} does not run in {dtype} on text alone: use {other} ({reason_of(error)})"
-        raise ConfigError(told) from error
+        raise ConfigError(
+            f"{name}: {kind} does not run in {dtype} on text alone ({reason_of(error)}): use another model, or float32"
+            " in its place (trainer.precision=32-true, model.policy.dtype=float32)"
+        ) from error
     with suppress(Exception):  # a twin that cannot be made, or does not run, says nothing about the model
         is_function = is_function and _repeats(make_twin(model))
     if not is_function:
