@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from stateset_lightning.errors import ConfigError, SamplingError
 from stateset_lightning.policy.precision import LOGPROB_TOLERANCE, cast_parameters
-from stateset_lightning.policy.text_model import use_one_rope_table
+from stateset_lightning.policy.text_model import context_length, use_one_rope_table
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -94,7 +94,8 @@ def check_own_forward(model: PreTrainedModel, name: str) -> None:
 
 
 def _repeats(model: PreTrainedModel) -> bool:
-    first, again = (own_logprobs(model, probe_tokens(NOISE_TOKENS)) for _ in range(2))
+    ids = probe_tokens(min(NOISE_TOKENS, context_length(model) or NOISE_TOKENS))
+    first, again = own_logprobs(model, ids), own_logprobs(model, ids)
     return not float((first - again).abs().mean()) > LOGPROB_TOLERANCE[model.dtype]
 
 
