@@ -115,7 +115,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"text_config": {"rope_parameters": _MROPE}, "vision_config": {"embed_dim": 64}},
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
-    "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [32, 32], "vocab_size": VOCABULARY},
+    "reformer": {
+        **{"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [32, 32], "vocab_size": VOCABULARY},
+        "attn_layers": ["local", "lsh"],
+    },
     "xlm": {"causal": True},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32},

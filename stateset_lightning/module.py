@@ -189,7 +189,7 @@ class GRPOLightningModule(RunsInTrainer):
         if self.policy is None:
             self.policy = Policy(load_model(self.policy_config, dtype, self.seed, self.tokenizer), self.policy_config)
         prompt = None if self._data is None else self._data.longest_prompt
-        longest = self.policy.context_length if prompt is None else prompt + self.rollout.max_new_tokens
+        longest = (self.policy.context_length or 0) if prompt is None else prompt + self.rollout.max_new_tokens
         if fits := self._trainer is not None and self.trainer.state.fn == "fit":
             self._checkpoint.start()
         if self._trainer is not None and isinstance(self.trainer.strategy, FSDP2Strategy) and self._unsharded is None:
@@ -198,9 +198,7 @@ class GRPOLightningModule(RunsInTrainer):
         self.engine = ready_engine(self.engine, self.tokenizer, self.rollout, precision)
         if fits and self.algorithm.needs_reference and not self._reference:
             self._reference = (make_reference(self._sampled_policy, dtype),)
-        for policy in (self.policy, self._sampled_policy, self.reference):
-            if isinstance(policy, Policy):
-                policy.prepare_for(longest)
+        self._checkpoint.prepare_for(longest)
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.optimizer, self._loaded_policy.parameters())

@@ -269,7 +269,7 @@ CONFIGS = [
     (
         "beyond the model's context",
         {"model": {"rollout": {"max_new_tokens": 2045}}},
-        ["max_new_tokens=2045", "2048 positions", "lower it"],
+        ["max_new_tokens=2045", "2048 positions", "lower max_new_tokens"],
     ),
     (
         "two kinds of validation",

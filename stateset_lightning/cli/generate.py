@@ -42,10 +42,11 @@ def main(words: Sequence[str]) -> None:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from error
     encoder = trained.encoder(options.system_prompt)
+    trained_with = trained.checkpoint.get("stateset", {}).get("longest", 0)
 
     def answer(prompt: str, number: int) -> None:
         tokens = encoder.encode([Scenario(id=str(number), prompt=prompt)], "generate").tokens[0]
-        engine.policy.prepare_for(len(tokens) + rollout.max_new_tokens)
+        engine.policy.prepare_for(max(len(tokens) + rollout.max_new_tokens, trained_with))
         seeds_N = sample_seeds(seed, "generate", 0, [number], num_samples)
         sampled = engine.generate([tokens], num_samples, rollout, seeds_N, greedy=greedy)
         engine.check(sampled, rollout.temperature)

@@ -80,7 +80,7 @@ class Policy(nn.Module):
     Attributes:
         has_dropout: Whether training uses any dropout.
         context_length: See the function of this name.
-        longest: Tokens of the run's longest sequence; None as long as it is not known.
+        longest: Tokens of the longest sequence that it is prepared for; 0 as long as that is not known.
         adapter: State of the low-rank adapter; None without one.
         base_digest: Of the weights as they were loaded, without an adapter's.
         uses_packed_scoring: Whether each prompt is computed once per group.
@@ -95,7 +95,7 @@ class Policy(nn.Module):
         self.config = config
         self.has_dropout = config.has_dropout
         self.context_length = context_length(model)
-        self.longest: int | None = None
+        self.longest = 0
         self.adapter = AdapterState(model, config) if lora.is_adapted(model) else None
         self.base_digest = base_digest(model) if self.adapter is None else self.adapter.base["digest"]
         if self.adapter is not None:
@@ -132,9 +132,9 @@ class Policy(nn.Module):
             module.training &= not any("jitter" in key for key in vars(module))
         return self
 
-    def prepare_for(self, longest: int | None) -> None:
+    def prepare_for(self, longest: int) -> None:
         """Has rotary frequencies that depend on the length be those of the run's longest sequence (announced)."""
-        if longest is not None and use_one_rope_table(self.model, longest) and longest != self.longest:
+        if longest and use_one_rope_table(self.model, longest) and longest != self.longest:
             told = "%s chooses rotary frequencies by the length: this run uses those of %d tokens, its longest prompt"
             log.info(told + " and max_new_tokens, for all sequences", self.config.model_name, longest)
         self.longest = longest
@@ -230,10 +230,6 @@ class Policy(nn.Module):
     def _probe_head(self) -> bool:
         """Whether the model's logits are its output embedding applied to its last hidden states (and a soft cap)."""
         head, name = self.model.get_output_embeddings(), self.config.model_name
-        try:
-            probes.own_logprobs(self.model, probes.probe_tokens(8))
-        except Exception as error:  # whatever it lacks: a library, an encoder's output, a device
-            raise ConfigError(f"{name} cannot be trained on text alone: {probes.reason_of(error)}") from error
         reason: str | None = "it has no output embedding"
         if head is not None and not set(dict(head.named_parameters())) <= {"weight", "bias"}:
             # A new adapter changes nothing yet, so the comparison below would not notice it.
@@ -244,6 +240,7 @@ class Policy(nn.Module):
             reason = probes.exact_on(self.model, "head", partial(self._compare_with_own, self._padded))
             if reason is None:
                 return True
+        probes.check_own_forward(self.model, name)
         log.warning("%s is scored with all logits in memory: %s.", name, reason)
         return False
 

@@ -11,14 +11,15 @@ import copy
 import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from stateset_lightning.errors import SamplingError
+from stateset_lightning.errors import ConfigError, SamplingError
 from stateset_lightning.policy.precision import LOGPROB_TOLERANCE, cast_parameters
-from stateset_lightning.policy.text_model import use_one_rope_table
+from stateset_lightning.policy.text_model import context_length, use_one_rope_table
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -64,6 +65,40 @@ def sees_ahead(model: PreTrainedModel) -> bool:
     return float((whole - prefix).abs().mean()) > LOGPROB_TOLERANCE[model.dtype]
 
 
+@torch.no_grad()
+def check_own_forward(model: PreTrainedModel, name: str) -> None:
+    """The model's own forward, which every path is compared with, runs on tokens alone, and is a function of them.
+
+    Args:
+        model: In evaluation mode.
+        name: Of the model, for the error.
+
+    Raises:
+        ConfigError: If it raises, or if two calls differ: on the real weights, or on a twin where one can be made.
+    """
+    kind, dtype = type(model).__name__, str(model.dtype).removeprefix("torch.")
+    try:
+        is_function = _repeats(model)
+    except Exception as error:  # whatever it lacks: a library, an encoder's output, a kernel for a dtype
+        raise ConfigError(
+            f"{name}: {kind} does not run in {dtype} on text alone ({reason_of(error)}): use another model, or float32"
+            " in its place (trainer.precision=32-true, model.policy.dtype=float32)"
+        ) from error
+    with suppress(Exception):  # a twin that cannot be made, or does not run, says nothing about the model
+        is_function = is_function and _repeats(make_twin(model))
+    if not is_function:
+        raise ConfigError(
+            f"{name}: {kind} gives other log-probs at each call for the same tokens, as it draws random numbers also in"
+            " evaluation: no policy gradient can be taken of it, use another model"
+        )
+
+
+def _repeats(model: PreTrainedModel) -> bool:
+    ids = probe_tokens(min(NOISE_TOKENS, context_length(model) or NOISE_TOKENS))
+    first, again = own_logprobs(model, ids), own_logprobs(model, ids)
+    return not float((first - again).abs().mean()) > LOGPROB_TOLERANCE[model.dtype]
+
+
 def reason_of(error: Exception) -> str:
     """A probe that raises vouches for nothing; what it says, for the announcement."""
     return f"a probe raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -85,6 +120,9 @@ def exact_on(model: PreTrainedModel, path: str, difference: Callable[[PreTrained
         if off > limit and model.dtype.itemsize < 4:
             # The largest of all tokens is far above the noise, which is the mean over likely ones.
             limit = max(limit, 10 * NOISE_FACTOR * float_noise(model, model.dtype))
+            if off > limit:  # rounding can have a router choose another expert, which is no fault of the path
+                with cast_parameters(model, torch.float32):
+                    off, limit = difference(model), PROBE_TOLERANCE
         if off <= limit and key not in _vouched:
             off, limit = difference(make_twin(model)), PROBE_TOLERANCE
     except Exception as error:  # whatever a model's code raises on a path that it was not written for

@@ -111,7 +111,8 @@ def use_recomputed_layers(model: nn.Module) -> int:
         The number of layers replaced.
     """
     found = [(module, forward) for module in model.modules() if (forward := _recomputed_forward(module)) is not None]
-    same = [(module, forward) for module, forward in found if _is_same(module, forward)]
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    same = [(module, forward) for module, forward in found if _is_same(module, forward, dtype)]
     for module, forward in same:
         vars(module)["forward"] = MethodType(forward, module)
     return len(same)
@@ -129,13 +130,16 @@ def _recomputed_forward(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | 
 
 
 @torch.no_grad()
-def _is_same(module: Any, forward: Callable[[Any, Tensor], Tensor]) -> bool:
-    """Whether both forwards give the same on a small input, but for rounding."""
+def _is_same(module: Any, forward: Callable[[Any, Tensor], Tensor], dtype: torch.dtype) -> bool:
+    """Whether both forwards give the same on a small input, but for rounding.
+
+    The input has the model's `dtype`: some models keep the weights of norms in float32 beside others in bfloat16.
+    """
     weight = module.weight if hasattr(module, "weight") else module.gate_proj.weight
     if not weight.is_floating_point():
         return False  # quantized: neither its shape nor its dtype is that of the layer
     values = torch.linspace(-2, 3, 3 * weight.shape[-1], device=weight.device, dtype=torch.float32)
-    x = values.view(1, 3, -1).to(weight.dtype)
+    x = values.view(1, 3, -1).to(dtype)
     try:
         expected, output = module(x), forward(module, x)
     except Exception:  # it is another kind of layer than its parts say

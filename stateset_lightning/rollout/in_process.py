@@ -43,16 +43,11 @@ class InProcessEngine:
         self.tokenizer = tokenizer
         self.dtype = dtype
         self.decoded_rows = 0  # rows x steps of the last `generate`, for the metrics of work done
-        self._policy: Policy | None = None
-
-    @property
-    def policy(self) -> Policy:
-        assert self._policy is not None, "sync(policy) comes before generate"
-        return self._policy
+        self.policy: Policy  # of the last `sync`, which comes before `generate`
 
     def sync(self, policy: Policy) -> None:
-        if policy is not self._policy:
-            self._policy = policy
+        if policy is not getattr(self, "policy", None):
+            self.policy = policy
             self._ends = end_of_sequence_ids(policy.model, self.tokenizer)
             self._exact_way = cache(partial(exact_way, policy.model, policy.config.model_name))  # probed once
             self._limits: dict[float, float] = {}  # of the difference to scoring, by temperature, once one matters
@@ -75,7 +70,7 @@ class InProcessEngine:
         """
         assert len(seeds_N) == len(prompts) * num_generations
         if (limit := self.policy.context_length) is not None:
-            check_length(prompts, sampling.max_new_tokens, limit, f"the model's {limit} positions")
+            check_length(max(map(len, prompts)), sampling.max_new_tokens, limit, f"the model's {limit} positions")
         texts = [""] * len(seeds_N)
         with self._sampling_mode():
             model = self.policy.model

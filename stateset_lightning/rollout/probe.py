@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stateset_lightning.policy.probes import exact_on, own_logprobs, probe_tokens
+from stateset_lightning.policy.probes import check_own_forward, exact_on, own_logprobs, probe_tokens
 from stateset_lightning.rollout.cpu_decoding import LlamaDecoder
 from stateset_lightning.rollout.running_batch import RunningBatch
 
@@ -36,26 +36,26 @@ def exact_way(model: PreTrainedModel, name: str, kinds: Sequence[type[RunningBat
         name: What the announcement calls it.
         kinds: Of batches, the fastest first.
         decodes: Whether `LlamaDecoder` knows the model.
+
+    Raises:
+        ConfigError: If not even the model's own forward can be relied on.
     """
     own: list[Way] = [(kind, by_decoder) for kind in kinds for by_decoder in ([True, False] if decodes else [False])]
     obstacle: str | None = None
-    for way in [*own, (None, True)]:
-        kind, is_fast = way
+    for kind, is_fast in [*own, (None, True)]:
         difference = difference_of_cache if kind is None else partial(difference_of_decoding, kind, decodes=is_fast)
-        reason = exact_on(model, str(way), difference)
+        reason = exact_on(model, f"{kind} {is_fast}", difference)
         if reason is None:
             break
         obstacle = reason
     else:
+        check_own_forward(model, name)
         kind, is_fast = None, False
     if obstacle is not None:
-        taken = "by its own forward, which is slower"
+        taken = "without sharing prompts" if kind in kinds[1:] else "by its own forward"
         if kind is None:
-            taken = "by transformers' own decoding, which is slower"
-            taken = taken if is_fast else "without a cache, a whole forward per token"
-        elif kind is not kinds[0]:
-            taken = "without sharing prompts, which is slower"
-        log.warning("%s is sampled %s: %s.", name, taken, obstacle)
+            taken = "by transformers' own decoding" if is_fast else "without a cache, a whole forward per token"
+        log.warning("%s is sampled %s, which is slower: %s.", name, taken, obstacle)
     return kind, is_fast
 
 

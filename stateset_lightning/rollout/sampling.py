@@ -13,16 +13,18 @@ from stateset_lightning.errors import ConfigError
 from stateset_lightning.rollout.engine import RolloutConfig
 
 
-def check_length(prompts: Sequence[Sequence[int]], max_new_tokens: int, limit: int, whose: str) -> None:
-    """Every prompt and its completion must fit into `limit` tokens together; `whose` limit it is, for the error.
+def check_length(longest: int, max_new_tokens: int, limit: int, whose: str) -> None:
+    """The longest prompt and its completion must fit into `limit` tokens together; `whose` it is, for the error.
 
     Raises:
-        ConfigError: If the longest prompt does not.
+        ConfigError: If they do not.
     """
-    if (longest := max(map(len, prompts))) + max_new_tokens > limit:
+    if longest + max_new_tokens > limit:
+        room = limit - max_new_tokens
+        shorter = f"set data.max_prompt_tokens to at most {room} (and data.overlong_prompts), or " if room > 0 else ""
         raise ConfigError(
-            f"a prompt of {longest} tokens and model.rollout.max_new_tokens={max_new_tokens} exceed {whose}: set"
-            f" data.max_prompt_tokens to at most {max(limit - max_new_tokens, 0)}, or lower max_new_tokens"
+            f"a prompt of {longest} tokens and model.rollout.max_new_tokens={max_new_tokens} exceed {whose}:"
+            f" {shorter}lower max_new_tokens"
         )
 
 

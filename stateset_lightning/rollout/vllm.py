@@ -137,7 +137,7 @@ class VLLMEngine:
         assert synced is not None, "sync(policy) comes before generate"
         assert len(seeds_N) == len(prompts) * num_generations
         whose = f"the server's --max-model-len of {limit} (raise it, if the model allows)"
-        check_length(prompts, sampling.max_new_tokens, limit, whose)
+        check_length(max(map(len, prompts)), sampling.max_new_tokens, limit, whose)
         stop = StopStrings(sampling.stop, self.tokenizer, self._ends)
         common: dict[str, Any] = {"max_tokens": sampling.max_new_tokens, "stop_token_ids": sorted(stop.ends)}
         if sampling.stop:  # looked for in a text with special tokens, as `stop` does

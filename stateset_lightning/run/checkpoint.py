@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from stateset_lightning.data.loader import ROWS
 from stateset_lightning.errors import ConfigError
+from stateset_lightning.policy import Policy
 from stateset_lightning.policy.lora_state import check_same_kind
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.run import made_of
@@ -42,6 +43,7 @@ class RunCheckpoint:
         self._saved_at = 0.0  # of the run's newest checkpoint
         self._accept: set[str] = set()  # what may have changed since, by `accept_changes`
         self._accepted: set[str] = set()  # what has
+        self._trained_for = 0  # tokens of the longest sequence of training
         self._made_of: dict[str, Any] = {}
         self._scheduler_options: dict[str, Any] = {}  # as it was made with them
         self.given_options: list[dict[str, Any]] = []
@@ -57,6 +59,16 @@ class RunCheckpoint:
         self._accept = made_of.accepted(self._module.accept_changes)
         self._made_of = made_of.made_of(self._module.trainer, self._module)
         made_of.check_ranks_agree(self._made_of, Ranks.current())
+
+    def prepare_for(self, longest: int) -> None:
+        """Prepares all policies for this many tokens, or for those that the weights were trained for, if more.
+
+        A table of rotary frequencies may depend on it: weights keep theirs, also where shorter prompts validate them.
+        """
+        module = self._module
+        for policy in (module.policy, module._sampled_policy, module.reference):
+            if isinstance(policy, Policy):
+                policy.prepare_for(max(longest, self._trained_for))
 
     def check_optimizer(self) -> None:
         """The same for optimizer and scheduler, when they are made, and before their states are restored.
@@ -111,6 +123,7 @@ class RunCheckpoint:
             "episode": state.episode_of_ranks,
             "metrics": state.metrics.state_dict(),
             "bad_steps": state.bad_steps,
+            "longest": self._trained_for,
             "adapter": None if adapter is None else adapter.state_dict(),
             "accumulate": trainer.accumulate_grad_batches,
             "optimizer_options": self.given_options,
@@ -130,6 +143,8 @@ class RunCheckpoint:
         adapter, adapter_state = None if module.policy is None else module.policy.adapter, saved.get("adapter")
         if module.policy is not None:
             check_same_kind(adapter, adapter_state)
+            self._trained_for = saved.get("longest", 0)
+            self.prepare_for(module.policy.longest)
         if adapter is not None and adapter_state is not None:
             adapter.load_state_dict(adapter_state | ({"base": adapter.base} if "base" in self._accept else {}))
         if module.policy is not None and module.strict_loading and not module.is_sharded:
@@ -167,6 +182,7 @@ class RunCheckpoint:
         Called when training starts: optimizer and scheduler have been restored by then.
         """
         checkpoint, self._resumed = self._resumed, None
+        self._trained_for = self._module._loaded_policy.longest
         if checkpoint is None:
             return
         module, trainer, saved = self._module, self._module.trainer, checkpoint["stateset"]

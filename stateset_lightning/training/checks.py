@@ -25,6 +25,7 @@ from stateset_lightning.errors import ConfigError, NonFiniteError
 from stateset_lightning.evaluation import Evaluation
 from stateset_lightning.policy.precision import has_bfloat16_products, sampling_dtype
 from stateset_lightning.rewards import FunctionReward, TRLReward
+from stateset_lightning.rollout.sampling import check_length
 from stateset_lightning.training.data import data_of
 from stateset_lightning.training.metrics import NAMES
 from stateset_lightning.training.schedule import accumulations, batches_per_epoch, optimizer_steps_of_run
@@ -258,14 +259,9 @@ def check_context(data: ScenarioDataModule | None, context_length: int | None, m
     Raises:
         ConfigError: If they do not.
     """
-    longest = 0 if data is None else data.longest_prompt
-    if context_length is not None and longest + max_new_tokens > context_length:
-        room = context_length - max_new_tokens
-        shorter = f"set data.max_prompt_tokens={room} (and data.overlong_prompts), or " if room > 0 else ""
-        raise ConfigError(
-            f"model.rollout.max_new_tokens={max_new_tokens} and the longest prompt of {longest} tokens exceed the"
-            f" model's {context_length} positions: {shorter}lower it"
-        )
+    if context_length is not None:
+        longest = 0 if data is None else data.longest_prompt
+        check_length(longest, max_new_tokens, context_length, f"the model's {context_length} positions")
 
 
 def check_batch(batch: Any) -> None:

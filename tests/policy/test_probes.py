@@ -11,7 +11,7 @@ import torch
 from recurrent_models import small_family
 from transformers import AutoModelForCausalLM, RecurrentGemmaConfig
 
-from stateset_lightning.errors import SamplingError
+from stateset_lightning.errors import ConfigError, SamplingError
 from stateset_lightning.policy import Policy, PolicyConfig, probes
 
 
@@ -106,6 +106,21 @@ def test_a_path_that_is_wrong_beyond_a_threshold_or_raises_vouches_for_nothing(m
     assert "nan" in str(probes.exact_on(model, "a fourth", lambda probed: float("nan")))
 
 
+def test_a_router_that_rounding_tips_in_bfloat16_is_no_fault_of_a_path(make_model: Callable[..., Any]) -> None:
+    """The path of a token is another then, far beyond the noise of the others; in float32 nothing tips."""
+    model = make_model("llama").to(torch.bfloat16)
+
+    def tips(probed: Any) -> float:
+        return 3.0 if probed.dtype == torch.bfloat16 else 1e-6
+
+    def wrong(probed: Any) -> float:
+        return 3.0 if probed.dtype == torch.bfloat16 else 2e-3 if probed is model else 0.0
+
+    assert probes.exact_on(model, "a path", tips) is None
+    assert "off by 2.0e-03 nats" in str(probes.exact_on(model, "another", wrong))
+    assert model.dtype == torch.bfloat16
+
+
 def test_rows_that_depend_on_their_neighbours_are_scored_alone(
     make_model: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -131,3 +146,68 @@ def test_a_soft_cap_of_another_name_is_found(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("stateset_lightning.policy.policy.softcap", lambda config: None)  # as if nobody knew this name
     probes._vouched.clear()
     assert not Policy(model, PolicyConfig("random")).uses_chunked_head
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_scoring_of_experts_that_is_wrong_is_not_used(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when completions were packed without the places that they stand at."""
+    options = {"num_experts_per_tok": 2, "num_experts": 8, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+    assert Policy(small_family("qwen3_moe", options).to(dtype), PolicyConfig("random")).uses_packed_scoring
+    forward = Policy._forward
+
+    def misplaced(self: Policy, ids: Any, sources: Any, **arguments: Any) -> Any:
+        arguments["position_ids"] = torch.arange(ids.shape[1]).expand(ids.shape)
+        return forward(self, ids, sources, **arguments)
+
+    monkeypatch.setattr(Policy, "_forward", misplaced)
+    assert not Policy(small_family("qwen3_moe", options).to(dtype), PolicyConfig("random")).uses_packed_scoring
+    assert "in a probe its log-probs were off by" in caplog.text
+
+
+def draws(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+    output.logits = output.logits + torch.randn_like(output.logits)
+
+
+def raises_beyond_a_chunk(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+    if kwargs["input_ids"].shape[-1] > 16:
+        raise RuntimeError("expected m1 and m2 to have the same dtype")
+
+
+@pytest.mark.parametrize(
+    ("hook", "dtype", "match"),
+    [
+        (
+            draws,
+            torch.float32,
+            "random: LlamaForCausalLM gives other log-probs at each call .* draws random numbers also",
+        ),
+        (
+            raises_beyond_a_chunk,
+            torch.float32,
+            "LlamaForCausalLM does not run in float32 on text alone .* RuntimeError.*: use another model",
+        ),
+        (
+            raises_beyond_a_chunk,
+            torch.bfloat16,
+            r"LlamaForCausalLM does not run in bfloat16 .*trainer\.precision=32-true",
+        ),
+    ],
+)
+def test_a_model_whose_own_forward_cannot_be_relied_on_is_refused(
+    make_model: Callable[..., Any], hook: Callable[..., None], dtype: torch.dtype, match: str
+) -> None:
+    model = make_model("llama").to(dtype)
+    model.register_forward_hook(hook, with_kwargs=True)
+    with pytest.raises(ConfigError, match=match) as caught:
+        Policy(model, PolicyConfig("random"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_draws_beyond_a_threshold_is_refused() -> None:
+    """Reformer's hash buckets; its chunks are longer than the probe of the real weights, and those of its twin not."""
+    layers = {"attn_layers": ["local", "lsh"], "local_attn_chunk_length": 80, "lsh_attn_chunk_length": 80}
+    sizes = {"axial_pos_embds": False, "attention_head_size": 8, "feed_forward_size": 48, "is_decoder": True}
+    with pytest.raises(ConfigError, match=r"Reformer.* gives other log-probs at each call for the same tokens"):
+        Policy(small_family("reformer", {**layers, **sizes}), PolicyConfig("random"))

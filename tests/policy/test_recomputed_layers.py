@@ -157,6 +157,19 @@ def test_layers_of_another_form_stay(make_model: Callable[..., Any]) -> None:
     assert use_recomputed_layers(Shifted(8)) == 0
 
 
+def test_norms_in_float32_beside_other_weights_give_their_models_dtype() -> None:
+    """DeepSeek-V4 keeps them so in bfloat16, and rounds after the weight; in float32 the order changes nothing."""
+
+    class RoundsLast(LlamaRMSNorm):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden_states.float()).to(hidden_states.dtype)
+
+    model = nn.Sequential(nn.Linear(8, 8, dtype=torch.bfloat16), RoundsLast(8))
+    assert use_recomputed_layers(model) == 0
+    assert model(torch.ones(2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert use_recomputed_layers(model.float()) == 1
+
+
 def test_quantized_layers_stay() -> None:
     """Their weights are packed integers, of another shape than the layer."""
     norm = LlamaRMSNorm(8)

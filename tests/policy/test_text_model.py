@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from model_sizes import SIZES as TEXT
-from module_runs import fit, make_data, make_module
+from module_runs import fit, make_data, make_module, make_trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -40,6 +40,7 @@ from transformers import (
 )
 
 from stateset_lightning.algorithm import GRPO
+from stateset_lightning.cli import generate
 from stateset_lightning.cli.export import export
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import Group, LoRAConfig, Policy, PolicyConfig, load_model, text_model
@@ -302,6 +303,39 @@ def test_a_run_uses_the_frequencies_of_its_longest_sequence(
     rows = [{"prompt": "1" * 80, "target": "1"}]
     fit(tmp_path, module, make_data(train=rows, validation=None, batch_size=1), max_steps=1)
     assert module.policy.longest == module.reference.longest == longest + 10
+
+
+def test_weights_go_on_with_the_frequencies_that_they_were_trained_with(
+    tmp_path: Path, tiny_tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Validated on shorter prompts, in the same process and from a checkpoint; resumed for shorter completions."""
+    phi3().save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+
+    def module(**options: Any) -> Any:
+        return make_module(str(tmp_path / "model"), algorithm=GRPO(beta=0.1), **options)
+
+    def data(length: int) -> Any:
+        rows = [{"prompt": "1" * length, "target": "1"}]
+        return make_data(train=rows, validation=rows, batch_size=1)
+
+    trained = module()
+    trainer = fit(tmp_path, trained, data(70), max_steps=1)
+    trainer.save_checkpoint(checkpoint := tmp_path / "model.ckpt")
+    longest = trained.policy.longest
+    assert longest > 70
+    trainer.validate(trained, data(4))
+    assert trained.policy.longest == longest
+    for given in (None, checkpoint):  # untrained weights have no frequencies to keep
+        validated = module()
+        make_trainer(tmp_path, limit_val_batches=1).validate(validated, data(4), ckpt_path=given)
+        assert (validated.policy.longest == longest) == (given is not None)
+    resumed = module(rollout=RolloutConfig(num_generations=4, max_new_tokens=2))
+    fit(tmp_path, resumed, data(70), max_steps=2, ckpt_path=checkpoint)
+    assert resumed.policy.longest == resumed.reference.longest == longest
+    with caplog.at_level(logging.INFO, logger="stateset_lightning"):
+        generate.main(["--ckpt_path", str(checkpoint), "--prompt", "1", "--max_new_tokens", "2"])
+    assert f"this run uses those of {longest} tokens" in caplog.messages[-1]
 
 
 # Quantised checkpoints

@@ -164,6 +164,21 @@ def test_an_encoder_is_refused() -> None:
         Policy(small_family("camembert", {"is_decoder": False}), PolicyConfig("random"))
 
 
+def test_a_forward_that_raises_in_the_dtype_of_sampling_is_refused(tiny_tokenizer: Any, make_model: Any) -> None:
+    """Of a model that was sound when it was loaded, and is cast for sampling or by the Trainer."""
+    model = make_model("llama")
+
+    def raises_in_bfloat16(module: Any, *given: Any) -> None:
+        if model.dtype == torch.bfloat16:
+            raise RuntimeError("expected m1 and m2 to have the same dtype")
+
+    model.model.layers[0].register_forward_hook(raises_in_bfloat16)
+    engine = InProcessEngine(tiny_tokenizer, torch.bfloat16)
+    engine.sync(Policy(model, PolicyConfig("random")))
+    with pytest.raises(ConfigError, match=r"random: LlamaForCausalLM does not run in bfloat16 on text alone"):
+        engine.generate([[20, 31, 42]], 2, RolloutConfig(max_new_tokens=2), [0, 1])
+
+
 @pytest.mark.parametrize("run", ["validate", "predict"])
 def test_evaluation_compares_sampling_with_scoring(tmp_path: Path, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from module_runs import make_trainer
