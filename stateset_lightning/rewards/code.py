@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
@@ -28,10 +29,6 @@ Seconds = Annotated[float, Gt(0), Lt(math.inf)]
 
 _BLOCK = re.compile(r"^```[ \t]*(\w*).*\n([\s\S]*?)^```", re.MULTILINE)
 _TAGS = {"python": ("", "python", "python3", "py"), "sh": ("", "sh", "bash", "shell")}
-_MISSING = {
-    sandbox.NOTHING: "it has the network, sees your processes, and reads and writes what others may",
-    sandbox.NAMESPACES: "it has no network, but reads and writes what others may",
-}
 # More at a time would wait for each other while their clocks run.
 _slots = threading.BoundedSemaphore(os.cpu_count() or 1)
 
@@ -76,12 +73,12 @@ class CodeReward(RewardFunction):
         if language not in _TAGS:
             raise ConfigError(f"language={language!r} of reward '{self.name}' must be one of {', '.join(_TAGS)}")
         self.tests, self.all_or_nothing = tests, all_or_nothing
-        limits = {"case_timeout": case_timeout, "total_timeout": total_timeout, "memory": memory}
-        self._task = {"language": language, "site": site.getsitepackages(), **limits}
+        self.language = language
+        self._limits = {"case_timeout": case_timeout, "total_timeout": total_timeout, "memory": memory}
 
     def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
         cases = self._cases(context or {})
-        tags = _TAGS[self._task["language"]]
+        tags = _TAGS[self.language]
         blocks = [code for tag, code in _BLOCK.findall(completion(turns)) if tag.lower() in tags]
         ends = self._run(blocks[-1], cases) if blocks else ["no code"] * len(cases)
         passed = ends.count("passed")
@@ -89,7 +86,7 @@ class CodeReward(RewardFunction):
         worst = next((end for end in ends if end != "passed"), "passed")
         return RewardResult(float(score), {"passed": passed, "cases": len(cases), "ended": worst})
 
-    def _cases(self, context: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+    def _cases(self, context: Mapping[str, Any]) -> list[dict[str, Any]]:
         tests = context.get(self.tests)
         try:
             given = json.loads(tests) if isinstance(tests, str) else tests
@@ -98,7 +95,7 @@ class CodeReward(RewardFunction):
                 given = [{"input": input_, "output": output} for input_, output in pairs]
             if cases := list(map(_case, given)):
                 return cases
-            problem: object = "holds no case"
+            problem = "holds no case"
         except (KeyError, TypeError, ValueError, SyntaxError, RecursionError) as error:
             problem = f"cannot be read ({type(error).__name__}: {error})"
         raise DataError(
@@ -106,11 +103,12 @@ class CodeReward(RewardFunction):
             f" {problem}: give a list of {{input, output}} or {{call, result}}"
         )
 
-    def _run(self, code: str, cases: list[tuple[str, str, Any]]) -> list[str]:
-        """How each case ended: `passed`, `wrong`, or as in `sandbox.ENDS`."""
-        inputs = [{"input": input_, "call": call} for input_, call, _ in cases]
-        task = {**self._task, "code": code, "cases": inputs, "namespaces": sandbox.NAMESPACE_FLAGS}
-        with _slots, tempfile.TemporaryDirectory(prefix="code-", ignore_cleanup_errors=True) as folder:
+    def _run(self, code: str, cases: list[dict[str, Any]]) -> list[str]:
+        """How each case ended: `passed`, `wrong`, `timeout`, `memory` or `error`."""
+        hidden = [{"input": case["input"], "call": case["call"]} for case in cases]
+        task = {"language": self.language, "code": code, "cases": hidden, "site": site.getsitepackages()}
+        task |= {"namespaces": sandbox.NAMESPACE_FLAGS, **self._limits}
+        with _slots, _folder() as folder:
             done = subprocess.run(
                 [sys.executable, "-I", "-S", sandbox.__file__],
                 input=json.dumps(task).encode(),
@@ -118,46 +116,45 @@ class CodeReward(RewardFunction):
                 cwd=folder,
                 env={"PATH": os.defpath, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
                 start_new_session=True,
-                timeout=self._task["total_timeout"] + 60,
+                timeout=self._limits["total_timeout"] + 60,
                 check=False,
             )
-        if done.stderr or done.returncode > 0:
+        if done.stderr:  # the code's goes elsewhere
             raise RewardError(f"the sandbox of reward '{self.name}' could not start: {done.stderr.decode()[-2000:]}")
-        if not done.stdout:  # where it has no namespaces, code can kill it
+        if not done.stdout:  # without namespaces, code can kill it
             return ["error"] * len(cases)
         around, reports = json.loads(done.stdout)
-        if around in _MISSING:
-            _announce(_MISSING[around])
-        return [
-            end if end != "ended" else "passed" if self._equal(output, case[1], case[2]) else "wrong"
-            for (end, output), case in zip(reports, cases, strict=True)
-        ]
+        _announce(around)
+        return [self._end(case, *report) for case, report in zip(cases, reports, strict=True)]
 
-    def _equal(self, output: str, call: str, expected: Any) -> bool:
-        if not call or self._task["language"] == "sh":
-            return _lines(output) == _lines(str(expected))
+    def _end(self, case: dict[str, Any], end: str, output: str) -> str:
+        if end != "ended":
+            return end
+        expected = case["expected"]
+        if not case["call"] or self.language == "sh":
+            return "passed" if _lines(output) == _lines(str(expected)) else "wrong"
         try:
-            return bool(json.loads(output) == json.loads(json.dumps(sandbox.plain(expected))))
-        except (ValueError, RecursionError):  # it has printed no result, or one that ends nowhere
-            return False
+            return "passed" if json.loads(output) == json.loads(json.dumps(sandbox.plain(expected))) else "wrong"
+        except (ValueError, RecursionError):  # there is no result, or one that is cut off
+            return "wrong"
 
 
-def _case(test: Any) -> tuple[str, str, Any]:
-    """Input, call and what is expected.
+def _case(test: Any) -> dict[str, Any]:
+    """Input, call and what is expected of a test.
 
     Raises:
-        ValueError, SyntaxError: If it is no case.
+        ValueError: If it is none; a SyntaxError, if it is no Python.
     """
     match test:
         case {"input": str(given), "output": str() | int() | float() as output}:
-            return given, "", output
+            return {"input": given, "call": "", "expected": output}
         case {"call": str(call), "result": result}:
-            return "", call, result
+            return {"input": "", "call": call, "expected": result}
         case str():
             match ast.parse(test.strip()).body:
                 case [ast.Assert(test=ast.Compare(left=left, ops=[ast.Eq()], comparators=[right]))]:
                     # What is expected stays here: it must be a value, not an expression.
-                    return "", ast.unparse(left), ast.literal_eval(right)
+                    return {"input": "", "call": ast.unparse(left), "expected": ast.literal_eval(right)}
     raise ValueError(f"{test!r:.80} is no case")
 
 
@@ -165,6 +162,21 @@ def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
+@contextmanager
+def _folder() -> Iterator[str]:
+    """A temporary folder. Python does not remove folders that are deeper than it calls functions."""
+    folder = tempfile.mkdtemp(prefix="code-")
+    try:
+        yield folder
+    finally:
+        remove = 'rm -rf "$0" || { chmod -R u+rwx "$0"; rm -rf "$0"; }'
+        subprocess.run(["sh", "-c", remove, folder], stderr=subprocess.DEVNULL, check=False)
+
+
 @functools.cache
-def _announce(missing: str) -> None:
-    log.warning("code runs with limits, but without a sandbox's namespaces, which this system refuses: %s", missing)
+def _announce(around: int) -> None:
+    missing = {sandbox.NOTHING: "namespaces", sandbox.NAMESPACES: "a file tree of its own"}
+    if around in missing:
+        log.warning(
+            "code runs without %s, which the system refuses: docs/rewards.md says what it can do", missing[around]
+        )

@@ -21,10 +21,7 @@ import sys
 import time
 from contextlib import suppress
 from glob import glob
-
-TYPE_CHECKING = False  # `typing` would take a third of the script's start
-if TYPE_CHECKING:
-    from typing import IO, Any
+from typing import IO, Any
 
 NOTHING, NAMESPACES, OWN_FILES = range(3)  # what is put around the code
 
@@ -113,7 +110,11 @@ def _enclose(namespaces: int) -> int:
     root = os.getcwd()
     try:
         if user:
-            for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+            for name, text in (
+                ("setgroups", "deny"),
+                ("uid_map", f"{user} {user} 1"),
+                ("gid_map", f"{group} {group} 1"),
+            ):
                 with open(f"/proc/self/{name}", "w") as file:
                     file.write(text)
         _mount("/", "/", _PRIVATE)
@@ -162,28 +163,23 @@ def _guard(task: dict[str, Any], user: int, around: int, given: IO[bytes], answe
                 os.dup2(number, stream)
             return _run(task, case["call"], nonce, answer)
         end = _end(code, seconds)
+        end_all(code)
         output = os.pread(answer.fileno(), _ANSWER_BYTES, 0).decode(errors="replace")
-        is_result = output.startswith(nonce)  # what the code itself has written there is none
-        ends.append((end, output.removeprefix(nonce) if is_result else ""))
+        # What the code itself has written is no result.
+        ends.append((end, output.removeprefix(nonce) if output.startswith(nonce) else ""))
     print(json.dumps((around, ends)))
 
 
 def _end(code: int, seconds: float) -> str:
-    """Wait for a process of the code, end it at its time with all that it started, and say how it ended."""
-    late = []
-
-    def stop(*_: object) -> None:
-        late.append(True)
-        os.kill(code, signal.SIGKILL)
-
-    signal.signal(signal.SIGALRM, stop)
+    """Wait for a process of the code, end it at its time, and say how it ended."""
+    until = time.monotonic() + seconds
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(code, signal.SIGKILL))
     signal.setitimer(signal.ITIMER_REAL, seconds)
     _, status = os.waitpid(code, 0)
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    end_all(code)
     known = {0: "ended", _OUT_OF_MEMORY: "memory", -signal.SIGXCPU: "timeout"}
-    return "timeout" if late else known.get(os.waitstatus_to_exitcode(status), "error")
+    return "timeout" if time.monotonic() > until else known.get(os.waitstatus_to_exitcode(status), "error")
 
 
 # The code -------------------------------------------------------------------------------------------------------------
@@ -226,8 +222,6 @@ def _open_path() -> None:
 def _run(task: dict[str, Any], call: str, nonce: str, answer: IO[bytes]) -> None:
     """Be the code; what it raises ends the process in Python's own way."""
     if task["language"] == "sh":
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them
-            signal.signal(number, signal.SIG_DFL)
         script = 'eval "$1" > /dev/null\neval "$2"' if call else 'eval "$1"'
         os.execv("/bin/sh", ["sh", "-c", script, "sh", task["code"], call])
     sys.stdin = open(0)
