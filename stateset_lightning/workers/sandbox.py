@@ -1,11 +1,11 @@
 """Runs code that nobody trusts: the script of a process of its own, `python -I -S sandbox.py`, in a folder of its own.
 
-The launcher reads a task and goes into new namespaces where the system lets it: without a network, with no processes but
-the code's, and with few files. There its child, the guard, forks the code for one case after the other, and ends it at
-its time, with all that it started. None of the three knows what the task's author expects as answers.
+The launcher reads a task and goes into new namespaces where the system lets it: without a network, with no processes
+but the code's, and with few files. There its child, the guard, forks the code for one case after the other, and ends it
+at its time, with all that it started. None of the three knows what the task's author expects as answers.
 
-As root, the code is a user of its own, whose processes can be counted and who reads no more than everybody. It runs in a
-fork of the guard, since an interpreter takes longer to start: so nothing in this process may be a secret to it.
+As root, the code is a user of its own, whose processes can be counted and who reads no more than everybody. It runs in
+a fork of the guard, since an interpreter takes longer to start: so nothing in this process may be a secret to it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def main() -> None:
         os.chdir("/tmp" if around == OWN_FILES else "work")
         gc.freeze()  # so that forks share more
         if not (guard := os.fork()):
-            return _guard(task, user, around, given, answer)
+            _guard(task, user, around, given, answer)
+            return
     signal.signal(signal.SIGTERM, lambda *_: os.kill(guard, signal.SIGKILL))
     _, status = os.waitpid(guard, 0)
     end_all(guard)
@@ -161,7 +162,8 @@ def _guard(task: dict[str, Any], user: int, around: int, given: IO[bytes], answe
             null = os.open("/dev/null", os.O_RDWR)
             for stream, number in enumerate((given.fileno(), null if nonce else answer.fileno(), null)):
                 os.dup2(number, stream)
-            return _run(task, case["call"], nonce, answer)
+            _run(task, case["call"], nonce, answer)
+            return
         end = _end(code, seconds)
         end_all(code)
         output = os.pread(answer.fileno(), _ANSWER_BYTES, 0).decode(errors="replace")
@@ -224,7 +226,7 @@ def _run(task: dict[str, Any], call: str, nonce: str, answer: IO[bytes]) -> None
     if task["language"] == "sh":
         script = 'eval "$1" > /dev/null\neval "$2"' if call else 'eval "$1"'
         os.execv("/bin/sh", ["sh", "-c", script, "sh", task["code"], call])
-    sys.stdin = open(0)
+    sys.stdin = open(0)  # noqa: SIM115
     module = type(sys)("solution" if call else "__main__")
     sys.modules[module.__name__] = module
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from stateset_lightning.errors import ConfigError, DataError, RewardError
+from stateset_lightning.errors import ConfigError, DataError
 from stateset_lightning.rewards import CodeReward, Scorer, failure_counts
 from stateset_lightning.rewards import code as code_file
 from stateset_lightning.types import Turn
@@ -96,11 +97,14 @@ def test_the_code_is_the_last_block_of_its_language() -> None:
 
 @pytest.mark.parametrize(
     "tests",
-    [None, [], 3, "assert f() == 1", ["f() == 1"], ["assert f() == g()"], ["assert f("], ["assert f() == 1; import os"]]
-    + [[{"input": "1"}], [{"input": 1, "output": "1"}], {"inputs": ["1"], "outputs": []}, [None], {"inputs": 3}],
+    [
+        *(None, [], 3, [None], "assert f() == 1", ["f() == 1"], ["assert f() == g()"], ["assert f("]),
+        *(["assert f() == 1; import os"], [{"input": "1"}], [{"input": 1, "output": "1"}]),
+        *({"inputs": ["1"], "outputs": []}, {"inputs": 3}),
+    ],
 )
 def test_tests_that_cannot_be_read_fail_the_reward_and_are_no_zero(tests: Any) -> None:
-    with pytest.raises(DataError, match="reward 'code' needs tests, but tests=.* of scenario 's1'"):
+    with pytest.raises(DataError, match=r"reward 'code' needs tests, but tests=.* of scenario 's1'"):
         scored("no code", tests)
 
 
@@ -124,8 +128,8 @@ CHEATS = {
     "patches the test": "import ast, inspect, sys\nframe = sys._getframe()\nwhile frame := frame.f_back:\n"
     "    for value in list(frame.f_locals.values()):\n        if isinstance(value, dict) and 'cases' in value:\n"
     "            value['cases'].clear()\n        if isinstance(value, list): value.append(('ended', 'true'))\n",
-    "writes results": "import os\nfor n in range(3, 64):\n    try: os.write(n, b'731415926')\n    except OSError: pass\n"
-    "os._exit(0)",
+    "writes results": "import os\nfor n in range(3, 64):\n    try: os.write(n, b'731415926')\n"
+    "    except OSError: pass\nos._exit(0)",
     "writes results on exit": "import atexit, os\n"
     'def write():\n    for n in range(64):\n        try: os.write(n, b\'[2, [["ended", "731415926"]]]\')\n'
     "        except OSError: pass\natexit.register(write)\nraise SystemExit(0)",
@@ -137,8 +141,8 @@ CHEATS = {
     f"    read(f'/proc/{{pid}}/cmdline')\n{UP}",
     "reads its parents' memory": FIND + "pid, f = os.getppid(), lambda: 0\nwhile pid:\n    try:\n"
     "        maps = open(f'/proc/{pid}/maps').read()\n        start = int(maps.partition('-')[0], 16)\n"
-    "        with open(f'/proc/{pid}/mem', 'rb') as memory:\n            memory.seek(start)\n            memory.read(9)\n"
-    f"        f = lambda: 731_415_926\n    except OSError: pass\n{UP}",
+    "        with open(f'/proc/{pid}/mem', 'rb') as memory:\n            memory.seek(start)\n"
+    f"            memory.read(9)\n        f = lambda: 731_415_926\n    except OSError: pass\n{UP}",
 }
 
 
@@ -172,37 +176,39 @@ EXHAUSTING = {
     "a deep result": ("def f():\n    x = []\n    for _ in range(900): x = [x]\n    return x", "error"),
     "huge memory": ("x = bytearray(10**10)", "memory"),
     "huge files": ("with open('x', 'wb') as file:\n    while True: file.write(bytes(10**6))", "error"),
-    "a deep folder": ("import os\nfor _ in range(1500):\n    os.mkdir('d')\n    os.chdir('d')", None),
+    "a deep folder": ("import os\nfor _ in range(1500):\n    os.mkdir('d')\n    os.chdir('d')", "wrong"),
     "a fork bomb": (f"import os\nwhile True:\n    try: os.fork()\n    except OSError: pass  # {MARK}", "timeout"),
     "a far child": (FAR + "raise SystemExit(0)", "wrong"),
     "a far child and a time-out": (FAR + "while True: pass", "timeout"),
-    "a killed parent": ("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nwhile True: pass", None),
+    "a killed parent": ("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nwhile True: pass", "?"),
     "a stopped self": ("import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)", "timeout"),
 }
 
 
 @pytest.mark.parametrize("what", EXHAUSTING)
 def test_a_program_that_takes_too_much_is_ended_with_all_that_it_started(
-    what: str, system: str, monkeypatch: pytest.MonkeyPatch
+    what: str, system: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     if system != "namespaces" and os.getuid() != 0 and what == "a killed parent":
         pytest.skip("the processes of one user end each other")
-    if Path("/dev/shm").is_dir():
-        monkeypatch.setattr(tempfile, "tempdir", "/dev/shm")  # a disk may take seconds for a thousand folders
-    code, end = EXHAUSTING[what]
-    tests = [{"call": "f()", "result": 1}] if "def f" in code else [{"input": "", "output": "1"}]
-    begun = time.monotonic()
-    result = scored(block(code), tests, case_timeout=0.3, memory=512)
-    assert time.monotonic() - begun < 5
+    script = tmp_path / "sandbox_mark.py"  # a name by which what is left is found
+    shutil.copy(sandbox.__file__, script)
+    monkeypatch.setattr(sandbox, "__file__", str(script))
+    # A disk may take seconds for a thousand folders.
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        code, end = EXHAUSTING[what]
+        tests = [{"call": "f()", "result": 1}] if "def f" in code else [{"input": "", "output": "1"}]
+        begun = time.monotonic()
+        timeout = 0.3 if end in ("timeout", "?") else 10
+        result = scored(block(code), tests, case_timeout=timeout, memory=512)
+        assert time.monotonic() - begun < 10
+        assert not os.listdir(folder)
     assert result.score == 0
-    assert result.breakdown["ended"] == end or end is None
-    assert what == "a killed parent" or not running()
-    assert not list(Path(tempfile.gettempdir()).glob("code-*"))
-
-
-def running() -> list[str]:
-    done = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
-    return [line for line in done.stdout.splitlines() if MARK in line or sandbox.__file__ in line]
+    assert end in (result.breakdown["ended"], "?")
+    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(script) not in processes
+    assert MARK not in processes
 
 
 def test_many_are_scored_at_a_time_and_a_sandbox_that_cannot_start_is_no_zero(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,5 +240,5 @@ def test_what_the_system_refuses_is_told_once(
 
 @pytest.mark.parametrize("options", [{"language": "perl"}, {"case_timeout": 0}, {"memory": 1}])
 def test_options_are_checked(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="perl|case_timeout|memory"):
+    with pytest.raises(ConfigError, match=r"perl|case_timeout|memory"):
         CodeReward(**options)
