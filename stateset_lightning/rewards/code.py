@@ -13,8 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
@@ -108,23 +107,30 @@ class CodeReward(RewardFunction):
         hidden = [{"input": case["input"], "call": case["call"]} for case in cases]
         task = {"language": self.language, "code": code, "cases": hidden, "site": site.getsitepackages()}
         task |= {"namespaces": sandbox.NAMESPACE_FLAGS, **self._limits}
-        with _slots, _folder() as folder:
-            done = subprocess.run(
-                [sys.executable, "-I", "-S", sandbox.__file__],
-                input=json.dumps(task).encode(),
-                capture_output=True,
-                cwd=folder,
-                env={"PATH": os.defpath, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-                start_new_session=True,
-                timeout=self._limits["total_timeout"] + 60,
-                check=False,
-            )
+        environment = {"PATH": os.defpath, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        folder = tempfile.mkdtemp(prefix="code-")
+        try:
+            with _slots:
+                done = subprocess.run(
+                    [sys.executable, "-I", "-S", sandbox.__file__],
+                    input=json.dumps(task).encode(),
+                    capture_output=True,
+                    cwd=folder,
+                    env=environment,
+                    start_new_session=True,
+                    timeout=self._limits["total_timeout"] + 60,
+                    check=False,
+                )
+        finally:  # not with Python's own means, which fail where folders lie deeper than it can call functions
+            remove = 'rm -rf "$0" || { chmod -R u+rwx "$0"; rm -rf "$0"; }'
+            subprocess.run(["sh", "-c", remove, folder], stderr=subprocess.DEVNULL, check=False)
         if done.stderr:  # the code's goes elsewhere
             raise RewardError(f"the sandbox of reward '{self.name}' could not start: {done.stderr.decode()[-2000:]}")
         if not done.stdout:  # without namespaces, code can kill it
             return ["error"] * len(cases)
         around, reports = json.loads(done.stdout)
-        _announce(around)
+        if around != sandbox.OWN_FILES:
+            _announce()
         return [self._end(case, *report) for case, report in zip(cases, reports, strict=True)]
 
     def _end(self, case: dict[str, Any], end: str, output: str) -> str:
@@ -162,21 +168,6 @@ def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
-@contextmanager
-def _folder() -> Iterator[str]:
-    """A temporary folder. Python does not remove folders that are deeper than it calls functions."""
-    folder = tempfile.mkdtemp(prefix="code-")
-    try:
-        yield folder
-    finally:
-        remove = 'rm -rf "$0" || { chmod -R u+rwx "$0"; rm -rf "$0"; }'
-        subprocess.run(["sh", "-c", remove, folder], stderr=subprocess.DEVNULL, check=False)
-
-
 @functools.cache
-def _announce(around: int) -> None:
-    missing = {sandbox.NOTHING: "namespaces", sandbox.NAMESPACES: "a file tree of its own"}
-    if around in missing:
-        log.warning(
-            "code runs without %s, which the system refuses: docs/rewards.md says what it can do", missing[around]
-        )
+def _announce() -> None:
+    log.warning("the system refuses namespaces to code: docs/rewards.md says from what it is not kept then")

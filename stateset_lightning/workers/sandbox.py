@@ -51,6 +51,7 @@ def main() -> None:
     with open("input", "w+b", 0) as given, open("answer", "w+b", 0) as answer:
         around = _enclose(task["namespaces"])
         os.chdir("/tmp" if around == OWN_FILES else "work")
+        os.environ["HOME"] = os.getcwd()
         gc.freeze()  # so that forks share more
         if not (guard := os.fork()):
             _guard(task, user, around, given, answer)
@@ -110,14 +111,10 @@ def _enclose(namespaces: int) -> int:
         return NOTHING
     root = os.getcwd()
     try:
-        if user:
-            for name, text in (
-                ("setgroups", "deny"),
-                ("uid_map", f"{user} {user} 1"),
-                ("gid_map", f"{group} {group} 1"),
-            ):
-                with open(f"/proc/self/{name}", "w") as file:
-                    file.write(text)
+        own = {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
+        for name, text in own.items() if user else ():
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
         _mount("/", "/", _PRIVATE)
         _mount("tmpfs", root, 0, "size=1m,nr_inodes=1k,mode=755")
         os.mkdir(f"{root}/tmp")
@@ -175,7 +172,12 @@ def _guard(task: dict[str, Any], user: int, around: int, given: IO[bytes], answe
 def _end(code: int, seconds: float) -> str:
     """Wait for a process of the code, end it at its time, and say how it ended."""
     until = time.monotonic() + seconds
-    signal.signal(signal.SIGALRM, lambda *_: os.kill(code, signal.SIGKILL))
+
+    def stop(*_: object) -> None:
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(code, signal.SIGKILL)
+
+    signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     _, status = os.waitpid(code, 0)
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -208,7 +210,6 @@ def _limit(task: dict[str, Any], user: int, around: int) -> None:
     for name, limit in {**limits, "NPROC": processes, "NOFILE": _FILES, "CORE": 0}.items():
         with suppress(ValueError, OSError):  # it is lower already, or macOS has none
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
-    os.environ["HOME"] = os.getcwd()
 
 
 def _open_path() -> None:
@@ -229,6 +230,7 @@ def _run(task: dict[str, Any], call: str, nonce: str, answer: IO[bytes]) -> None
     sys.stdin = open(0)  # noqa: SIM115
     module = type(sys)("solution" if call else "__main__")
     sys.modules[module.__name__] = module
+    vars(module).update(exit=sys.exit, quit=sys.exit)  # as without -S
     try:
         exec(compile(task["code"], "solution.py", "exec", dont_inherit=True), vars(module))
         if call:

@@ -54,6 +54,7 @@ SHAPES = [{"call": "f()", "result": [{1, 2}, (1, 2), {"a": None, 2: True}]}]
         ("python", READS + "print(a + b, ' \\n')", json.dumps(SUM), 1),
         ("python", READS + "print(a + b)", {"inputs": ["1 2", "1 3"], "outputs": ["3", "5"]}, 0.5),
         ("python", READS + "print('sum', a + b)", SUM, 0),
+        ("python", READS + "print(a + b)\nexit()", SUM, 1),
         ("python", READS + "print(3)\nif a == 5: print(1 / 0)", SUM, 0.5),
         ("python", READS + "print(a + b)\nraise SystemExit(1)", SUM, 0),
         ("python", "import atexit\na = input()\natexit.register(lambda: print(sum(map(int, a.split()))))", SUM, 1),
@@ -206,9 +207,32 @@ def test_a_program_that_takes_too_much_is_ended_with_all_that_it_started(
         assert not os.listdir(folder)
     assert result.score == 0
     assert end in (result.breakdown["ended"], "?")
-    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert str(script) not in processes
-    assert MARK not in processes
+    assert not processes(str(script))
+
+
+@linux
+def test_code_ends_with_the_process_that_had_it_started(system: str, tmp_path: Path) -> None:
+    script = shutil.copy(sandbox.__file__, tmp_path / "sandbox_mark.py")
+    case = {"input": "", "call": ""}
+    task = {"language": "python", "site": [], "case_timeout": 60, "total_timeout": 60, "memory": 512, "cases": [case]}
+    task |= {"code": FAR + "print(1, flush=True)\nwhile True: pass", "namespaces": sandbox.NAMESPACE_FLAGS}
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", script], stdin=subprocess.PIPE, cwd=tmp_path, text=True, start_new_session=True
+    ) as launcher:
+        print(json.dumps(task), end="", file=launcher.stdin, flush=True)
+        launcher.stdin.close()
+        while not (answer := tmp_path / "answer").exists() or not answer.stat().st_size:
+            time.sleep(0.02)
+        launcher.terminate()
+    deadline = time.monotonic() + 10
+    while (left := processes(str(script))) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not left
+
+
+def processes(*marks: str) -> list[str]:
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in listed.splitlines() if any(mark in line for mark in (*marks, MARK))]
 
 
 def test_many_are_scored_at_a_time_and_a_sandbox_that_cannot_start_is_no_zero(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +258,7 @@ def test_what_the_system_refuses_is_told_once(
     for _ in range(2):
         scored(block("print(3)"), SUM)
     assert [record.message for record in caplog.records] == [
-        "code runs without namespaces, which the system refuses: docs/rewards.md says what it can do"
+        "the system refuses namespaces to code: docs/rewards.md says from what it is not kept then"
     ]
 
 
