@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from stateset_lightning.errors import ConfigError, DataError
 from stateset_lightning.rewards import CodeReward, Scorer, failure_counts
@@ -260,6 +261,15 @@ def test_what_the_system_refuses_is_told_once(
     assert [record.message for record in caplog.records] == [
         "the system refuses namespaces to code: docs/rewards.md says from what it is not kept then"
     ]
+
+
+def test_the_documented_config_scores_its_rows() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text().partition("## Code\n")[2]
+    config = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
+    (reward,) = config["model"]["reward"]
+    programs = ["print(sum(map(int, input().split())))", "def add(a, b):\n    return a + b"]
+    for row, program in zip(config["data"]["train"][0]["rows"], programs, strict=True):
+        assert scored(block(program), row["tests"], **reward["init_args"]).score == 1
 
 
 @pytest.mark.parametrize("options", [{"language": "perl"}, {"case_timeout": 0}, {"memory": 1}])
