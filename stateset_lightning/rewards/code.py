@@ -26,6 +26,8 @@ log = logging.getLogger("stateset_lightning")
 
 Seconds = Annotated[float, Gt(0), Lt(math.inf)]
 
+_Case = tuple[str, str, Any]  # a program's input, a call, and what is expected of either
+
 _BLOCK = re.compile(r"^```[ \t]*(\w*).*\n([\s\S]*?)^```", re.MULTILINE)
 _TAGS = {"python": ("", "python", "python3", "py"), "sh": ("", "sh", "bash", "shell")}
 # More at a time would wait for each other while their clocks run.
@@ -71,9 +73,9 @@ class CodeReward(RewardFunction):
         super().__init__(**common)
         if language not in _TAGS:
             raise ConfigError(f"language={language!r} of reward '{self.name}' must be one of {', '.join(_TAGS)}")
-        self.tests, self.all_or_nothing = tests, all_or_nothing
-        self.language = language
-        self._limits = {"case_timeout": case_timeout, "total_timeout": total_timeout, "memory": memory}
+        self.tests, self.all_or_nothing, self.language = tests, all_or_nothing, language
+        self._task: dict[str, Any] = {"language": language, "site": site.getsitepackages(), "memory": memory}
+        self._task |= {"case_timeout": case_timeout, "total_timeout": total_timeout}
 
     def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
         cases = self._cases(context or {})
@@ -85,10 +87,10 @@ class CodeReward(RewardFunction):
         worst = next((end for end in ends if end != "passed"), "passed")
         return RewardResult(float(score), {"passed": passed, "cases": len(cases), "ended": worst})
 
-    def _cases(self, context: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _cases(self, context: Mapping[str, Any]) -> list[_Case]:
         tests = context.get(self.tests)
         try:
-            given = json.loads(tests) if isinstance(tests, str) else tests
+            given: Any = json.loads(tests) if isinstance(tests, str) else tests
             if isinstance(given, Mapping):
                 pairs = zip(given["inputs"], given["outputs"], strict=True)
                 given = [{"input": input_, "output": output} for input_, output in pairs]
@@ -102,11 +104,10 @@ class CodeReward(RewardFunction):
             f" {problem}: give a list of {{input, output}} or {{call, result}}"
         )
 
-    def _run(self, code: str, cases: list[dict[str, Any]]) -> list[str]:
+    def _run(self, code: str, cases: list[_Case]) -> list[str]:
         """How each case ended: `passed`, `wrong`, `timeout`, `memory` or `error`."""
-        hidden = [{"input": case["input"], "call": case["call"]} for case in cases]
-        task = {"language": self.language, "code": code, "cases": hidden, "site": site.getsitepackages()}
-        task |= {"namespaces": sandbox.NAMESPACE_FLAGS, **self._limits}
+        shown = [{"input": given, "call": call} for given, call, _ in cases]
+        task = self._task | {"code": code, "cases": shown, "namespaces": sandbox.NAMESPACE_FLAGS}
         environment = {"PATH": os.defpath, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         folder = tempfile.mkdtemp(prefix="code-")
         try:
@@ -118,7 +119,7 @@ class CodeReward(RewardFunction):
                     cwd=folder,
                     env=environment,
                     start_new_session=True,
-                    timeout=self._limits["total_timeout"] + 60,
+                    timeout=self._task["total_timeout"] + 60,
                     check=False,
                 )
         finally:  # not with Python's own means, which fail where folders lie deeper than it can call functions
@@ -131,36 +132,36 @@ class CodeReward(RewardFunction):
         around, reports = json.loads(done.stdout)
         if around != sandbox.OWN_FILES:
             _announce()
-        return [self._end(case, *report) for case, report in zip(cases, reports, strict=True)]
+        return [
+            end if end != "ended" else "passed" if self._equal(output, *case[1:]) else "wrong"
+            for (end, output), case in zip(reports, cases, strict=True)
+        ]
 
-    def _end(self, case: dict[str, Any], end: str, output: str) -> str:
-        if end != "ended":
-            return end
-        expected = case["expected"]
-        if not case["call"] or self.language == "sh":
-            return "passed" if _lines(output) == _lines(str(expected)) else "wrong"
+    def _equal(self, output: str, call: str, expected: Any) -> bool:
+        if not call or self.language == "sh":
+            return _lines(output) == _lines(str(expected))
         try:
-            return "passed" if json.loads(output) == json.loads(json.dumps(sandbox.plain(expected))) else "wrong"
+            return bool(json.loads(output) == json.loads(json.dumps(sandbox.plain(expected))))
         except (ValueError, RecursionError):  # there is no result, or one that is cut off
-            return "wrong"
+            return False
 
 
-def _case(test: Any) -> dict[str, Any]:
-    """Input, call and what is expected of a test.
+def _case(test: Any) -> _Case:
+    """Read a case.
 
     Raises:
         ValueError: If it is none; a SyntaxError, if it is no Python.
     """
     match test:
         case {"input": str(given), "output": str() | int() | float() as output}:
-            return {"input": given, "call": "", "expected": output}
+            return given, "", output
         case {"call": str(call), "result": result}:
-            return {"input": "", "call": call, "expected": result}
+            return "", call, result
         case str():
             match ast.parse(test.strip()).body:
                 case [ast.Assert(test=ast.Compare(left=left, ops=[ast.Eq()], comparators=[right]))]:
                     # What is expected stays here: it must be a value, not an expression.
-                    return {"input": "", "call": ast.unparse(left), "expected": ast.literal_eval(right)}
+                    return "", ast.unparse(left), ast.literal_eval(right)
     raise ValueError(f"{test!r:.80} is no case")
 
 

@@ -269,7 +269,7 @@ def test_the_documented_config_scores_its_rows() -> None:
     (reward,) = config["model"]["reward"]
     programs = ["print(sum(map(int, input().split())))", "def add(a, b):\n    return a + b"]
     for row, program in zip(config["data"]["train"][0]["rows"], programs, strict=True):
-        assert scored(block(program), row["tests"], **reward["init_args"]).score == 1
+        assert CodeReward(**reward["init_args"]).compute_reward([Turn("assistant", block(program))], row).score == 1
 
 
 @pytest.mark.parametrize("options", [{"language": "perl"}, {"case_timeout": 0}, {"memory": 1}])
