@@ -28,7 +28,8 @@ Seconds = Annotated[float, Gt(0), Lt(math.inf)]
 
 _Case = tuple[str, str, Any]  # a program's input, a call, and what is expected of either
 
-_BLOCK = re.compile(r"^```[ \t]*(\w*).*\n([\s\S]*?)^```", re.MULTILINE)
+# Possessive: an opening that is never closed would else be tried in all ways that its line can be divided.
+_BLOCK = re.compile(r"^```[ \t]*+(\w*+).*+\n([\s\S]*?)^```", re.MULTILINE)
 _TAGS = {"python": ("", "python", "python3", "py"), "sh": ("", "sh", "bash", "shell")}
 # More at a time would wait for each other while their clocks run.
 _slots = threading.BoundedSemaphore(os.cpu_count() or 1)

@@ -31,7 +31,7 @@ PDEATHSIG, CHILD_SUBREAPER, _NO_NEW_PRIVS = 1, 36, 38  # of prctl
 _PRIVATE, _BIND, _MOUNT_SETATTR, _READ_ONLY = 0x44000, 0x5000, 442, 1
 
 _READABLE = "/usr /bin /lib /lib64 /etc/alternatives /etc/ld.so.cache /dev/null /dev/zero /dev/random /dev/urandom"
-_PROCESSES, _FILES, _FILE_BYTES, _ANSWER_BYTES = 32, 256, 2**24, 2**20
+_PROCESSES, _FILES, _FILE_BYTES, _ANSWER_BYTES = 32, 256, 2**24, 2**24  # answers: of all cases together
 _OUT_OF_MEMORY = 97  # an exit code
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -144,7 +144,7 @@ def _guard(task: dict[str, Any], user: int, around: int, given: IO[bytes], answe
     """Run the cases, and print how each ended and what it gave; the processes of the code return from here."""
     prctl(PDEATHSIG, signal.SIGKILL)
     prctl(CHILD_SUBREAPER, 1)
-    ends, until = [], time.monotonic() + task["total_timeout"]
+    ends, until, left = [], time.monotonic() + task["total_timeout"], _ANSWER_BYTES
     for case in task["cases"]:
         # In the files' places, as they are open: the code could put others there.
         for file in (given, answer):
@@ -163,7 +163,8 @@ def _guard(task: dict[str, Any], user: int, around: int, given: IO[bytes], answe
             return
         end = _end(code, seconds)
         end_all(code)
-        output = os.pread(answer.fileno(), _ANSWER_BYTES, 0).decode(errors="replace")
+        output = os.pread(answer.fileno(), left, 0).decode(errors="replace")
+        left -= len(output)
         # What the code itself has written is no result.
         ends.append((end, output.removeprefix(nonce) if output.startswith(nonce) else ""))
     print(json.dumps((around, ends)))

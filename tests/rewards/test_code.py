@@ -95,6 +95,9 @@ def test_the_code_is_the_last_block_of_its_language() -> None:
     assert scored(good, SUM, all_or_nothing=True).score == 1
     for text in ("I cannot.", "```python\n" + READS + "print(a + b)"):
         assert scored(text, SUM).breakdown == {"passed": 0, "cases": 2, "ended": "no code"}
+    begun = time.monotonic()
+    assert scored("```" + "a" * 100_000 + "\n" + "b\n" * 100_000, SUM).score == 0
+    assert time.monotonic() - begun < 5
 
 
 @pytest.mark.parametrize(
