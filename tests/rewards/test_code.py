@@ -142,8 +142,6 @@ CHEATS = {
     "searches its process": FIND + "import gc\nfound = repr([o for o in gc.get_objects() if type(o) in (dict, list)])\n"
     "frame = sys._getframe()\nwhile frame := frame.f_back: found += repr(frame.f_locals)\ndef f(): return find(found)",
     "reads its environment": FILES + "read('/proc/self/environ')\nseen += repr(os.environ)",
-    "reads its parents": FILES + "pid = os.getppid()\nwhile pid:\n    read(f'/proc/{pid}/environ')\n"
-    f"    read(f'/proc/{{pid}}/cmdline')\n{UP}",
     "reads its parents' memory": FIND + "pid, f = os.getppid(), lambda: 0\nwhile pid:\n    try:\n"
     "        maps = open(f'/proc/{pid}/maps').read()\n        start = int(maps.partition('-')[0], 16)\n"
     "        with open(f'/proc/{pid}/mem', 'rb') as memory:\n            memory.seek(start)\n"
@@ -167,7 +165,7 @@ def test_a_program_that_cheats_gets_nothing(
 
 
 # What a program leaves behind has this in its command line, so that the test finds it.
-MARK = "sandbox_mark_5417"
+MARK = f"sandbox_mark_{os.getpid()}"
 FAR = (
     "import subprocess, sys, os\n"
     f"os.fork() or os.setsid() or os.fork() or os.execv('/bin/sh', ['sh', '-c', 'while :; do :; done', '{MARK}'])\n"
