@@ -130,8 +130,8 @@ class CodeReward(RewardFunction):
             raise RewardError(f"the sandbox of reward '{self.name}' could not start: {done.stderr.decode()[-2000:]}")
         if not done.stdout:  # without namespaces, code can kill it
             return ["error"] * len(cases)
-        around, reports = json.loads(done.stdout)
-        if around != sandbox.OWN_FILES:
+        enclosed, reports = json.loads(done.stdout)
+        if not enclosed:
             _announce()
         return [
             end if end != "ended" else "passed" if self._equal(output, *case[1:]) else "wrong"

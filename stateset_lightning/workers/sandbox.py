@@ -23,8 +23,6 @@ from contextlib import suppress
 from glob import glob
 from typing import IO, Any
 
-NOTHING, NAMESPACES, OWN_FILES = range(3)  # what is put around the code
-
 # Of Linux: namespaces of the network, mounts, IPC and process ids; one of users lets others than root have these.
 NAMESPACE_FLAGS, _USERS = 0x40000000 | 0x00020000 | 0x08000000 | 0x20000000, 0x10000000
 PDEATHSIG, CHILD_SUBREAPER, _NO_NEW_PRIVS = 1, 36, 38  # of prctl
@@ -49,12 +47,12 @@ def main() -> None:
     prctl(PDEATHSIG, signal.SIGTERM)
     prctl(CHILD_SUBREAPER, 1)
     with open("input", "w+b", 0) as given, open("answer", "w+b", 0) as answer:
-        around = _enclose(task["namespaces"])
-        os.chdir("/tmp" if around == OWN_FILES else "work")
+        enclosed = _enclose(task["namespaces"])
+        os.chdir("/tmp" if enclosed else "work")
         os.environ["HOME"] = os.getcwd()
         gc.freeze()  # so that forks share more
         if not (guard := os.fork()):
-            _guard(task, user, around, given, answer)
+            _guard(task, user, enclosed, given, answer)
             return
     signal.signal(signal.SIGTERM, lambda *_: os.kill(guard, signal.SIGKILL))
     _, status = os.waitpid(guard, 0)
@@ -104,11 +102,15 @@ def _descendants(pid: int) -> list[int]:
 # Around the code ------------------------------------------------------------------------------------------------------
 
 
-def _enclose(namespaces: int) -> int:
-    """Go into new namespaces, with a tree of files in which little can be read, and nothing written but `/tmp`."""
+def _enclose(namespaces: int) -> bool:
+    """Go into new namespaces, with a tree of files in which little can be read, and nothing written but `/tmp`.
+
+    Returns:
+        Whether the system lets it. It may allow them but not to mount; then the files stay as they are.
+    """
     user, group = os.getuid(), os.getgid()
     if getattr(_LIBC, "unshare", lambda flags: -1)(namespaces | (_USERS if user else 0)):
-        return NOTHING
+        return False
     root = os.getcwd()
     try:
         own = {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
@@ -126,8 +128,8 @@ def _enclose(namespaces: int) -> int:
             _mount(path, root + path, _BIND)
         os.chroot(root)
     except OSError:
-        return NAMESPACES
-    return OWN_FILES
+        return False
+    return True
 
 
 def _mount(source: str, target: str, flags: int, options: str = "") -> None:
@@ -140,7 +142,7 @@ def _mount(source: str, target: str, flags: int, options: str = "") -> None:
         raise OSError(ctypes.get_errno(), "cannot be mounted", source)
 
 
-def _guard(task: dict[str, Any], user: int, around: int, given: IO[bytes], answer: IO[bytes]) -> None:
+def _guard(task: dict[str, Any], user: int, enclosed: bool, given: IO[bytes], answer: IO[bytes]) -> None:
     """Run the cases, and print how each ended and what it gave; the processes of the code return from here."""
     prctl(PDEATHSIG, signal.SIGKILL)
     prctl(CHILD_SUBREAPER, 1)
@@ -155,7 +157,7 @@ def _guard(task: dict[str, Any], user: int, around: int, given: IO[bytes], answe
         nonce = os.urandom(16).hex() if case["call"] and task["language"] == "python" else ""
         seconds = max(min(task["case_timeout"], until - time.monotonic()), 0.001)
         if not (code := os.fork()):
-            _limit(task, user, around)
+            _limit(task, user, enclosed)
             null = os.open("/dev/null", os.O_RDWR)
             for stream, number in enumerate((given.fileno(), null if nonce else answer.fileno(), null)):
                 os.dup2(number, stream)
@@ -167,7 +169,7 @@ def _guard(task: dict[str, Any], user: int, around: int, given: IO[bytes], answe
         left -= len(output)
         # What the code itself has written is no result.
         ends.append((end, output.removeprefix(nonce) if output.startswith(nonce) else ""))
-    print(json.dumps((around, ends)))
+    print(json.dumps((enclosed, ends)))
 
 
 def _end(code: int, seconds: float) -> str:
@@ -190,17 +192,17 @@ def _end(code: int, seconds: float) -> str:
 # The code -------------------------------------------------------------------------------------------------------------
 
 
-def _limit(task: dict[str, Any], user: int, around: int) -> None:
+def _limit(task: dict[str, Any], user: int, enclosed: bool) -> None:
     """Give up what the code must not have."""
     os.setsid()
     processes = _PROCESSES
     if os.getuid() != user:
-        if around != OWN_FILES:
+        if not enclosed:
             _open_path()
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
-    elif around == NOTHING:  # all that the user has are counted
+    elif not enclosed:  # all that the user has are counted
         with suppress(OSError), open("/proc/loadavg") as file:
             processes += int(file.read().split()[3].split("/")[1])
     prctl(PDEATHSIG, signal.SIGKILL)
