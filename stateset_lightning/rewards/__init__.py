@@ -3,6 +3,7 @@
 from typing import Any
 
 from stateset_lightning.rewards.base import BatchReward, FunctionReward, RewardFunction, RewardResult
+from stateset_lightning.rewards.code import CodeReward
 from stateset_lightning.rewards.helpfulness import HelpfulnessReward
 from stateset_lightning.rewards.judge import ModelJudge
 from stateset_lightning.rewards.match import Contains, ExactMatch, FormatReward, JsonValid, RegexMatch
@@ -15,11 +16,11 @@ from stateset_lightning.rewards.reward_list import Reward, as_rewards
 from stateset_lightning.rewards.scorer import Scorer, ScoringSession, check_failures, failure_counts
 from stateset_lightning.rewards.trl import TRLReward
 
-__all__ = ["BatchReward", "Contains", "EmbeddingSimilarity", "ExactMatch", "FormatReward", "FunctionReward"]
-__all__ += ["HelpfulnessReward", "JsonValid", "LengthPenalty", "MathEquivalence", "ModelJudge", "NumericAnswer"]
-__all__ += ["OverlongPenalty", "ReasoningGymReward", "RegexMatch", "RepetitionPenalty", "Reward", "RewardFunction"]
-__all__ += ["RewardModel", "RewardResult", "Scorer", "ScoringSession", "TRLReward", "as_rewards", "check_failures"]
-__all__ += ["failure_counts"]
+__all__ = ["BatchReward", "CodeReward", "Contains", "EmbeddingSimilarity", "ExactMatch", "FormatReward"]
+__all__ += ["FunctionReward", "HelpfulnessReward", "JsonValid", "LengthPenalty", "MathEquivalence", "ModelJudge"]
+__all__ += ["NumericAnswer", "OverlongPenalty", "ReasoningGymReward", "RegexMatch", "RepetitionPenalty", "Reward"]
+__all__ += ["RewardFunction", "RewardModel", "RewardResult", "Scorer", "ScoringSession", "TRLReward", "as_rewards"]
+__all__ += ["check_failures", "failure_counts"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,6 @@ error, so that prints of a function do not mix with the trainer's output.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import inspect
 import json
 import os
@@ -32,11 +31,11 @@ from contextlib import suppress
 from functools import partial
 from multiprocessing import spawn
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NoReturn
 
 from stateset_lightning.redaction import redact_streams
 from stateset_lightning.threads import forked_child_ends
+from stateset_lightning.workers.sandbox import CHILD_SUBREAPER, PDEATHSIG, end_all, prctl
 
 LOAD = "load"
 
@@ -53,7 +52,6 @@ _BOOT = (
 _LIBRARY = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), sysconfig.get_config_var("DESTSHARED")]
 _MOST_OUTPUT, _OUTPUT_SECONDS = 2**20, 10.0  # so many bytes are passed on in so many seconds
 _DROPPED = b"\n(a reward prints too much: the rest of these 10 s is dropped)\n"
-_PDEATHSIG, _CHILD_SUBREAPER = 1, 36  # of Linux's prctl
 
 
 def command(file_descriptor: int) -> list[str]:
@@ -68,14 +66,14 @@ def command(file_descriptor: int) -> list[str]:
 
 def main(file_descriptor: int) -> None:
     """Be the guard of a worker that serves until the trainer closes its end of the connection or dies."""
-    _prctl(_PDEATHSIG, signal.SIGTERM)
-    _prctl(_CHILD_SUBREAPER, 1)  # what the worker's children leave behind comes to the guard
+    prctl(PDEATHSIG, signal.SIGTERM)
+    prctl(CHILD_SUBREAPER, 1)  # what the worker's children leave behind comes to the guard
     output, printed = os.pipe()
     if worker := os.fork():
         os.close(printed)
         _guard(worker, file_descriptor, output)
     os.setsid()
-    _prctl(_PDEATHSIG, signal.SIGKILL)
+    prctl(PDEATHSIG, signal.SIGKILL)
     for stream in (1, 2):
         os.dup2(printed, stream)
     os.close(output)
@@ -99,17 +97,7 @@ def _guard(worker: int, connection: int, output: int) -> NoReturn:
     ended = status = 0
     while ended != worker:  # orphans end here, too
         ended, status = os.waitpid(-1, 0)
-    # Its group at once, also where there is no /proc. PermissionError: macOS says so where only the ended one is left.
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(worker, signal.SIGKILL)
-    with suppress(ChildProcessError):  # none is left
-        while True:
-            for pid in _descendants(os.getpid()):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            os.waitpid(-1, 0)
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
+    end_all(worker)
     forwarding.join(1.0)
     os._exit(os.waitstatus_to_exitcode(status) % 256)
 
@@ -130,21 +118,6 @@ def _forward(output: int) -> None:
         with suppress(OSError):  # the trainer's standard error is closed
             os.write(2, printed[: max(left, 0)] + (_DROPPED if 0 < left <= len(printed) else b""))
         left -= len(printed)
-
-
-def _descendants(pid: int) -> list[int]:
-    """The processes below one, also those in sessions of their own. Linux only; elsewhere none."""
-    below: list[int] = []
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):  # it has ended meanwhile
-            for child in map(int, children.read_text().split()):
-                below += [child, *_descendants(child)]
-    return below
-
-
-def _prctl(option: int, value: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(option, ctypes.c_ulong(value))
 
 
 # The worker -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,175 @@
+"""A reward for answers that are programs: the share of a scenario's tests that they pass, run in a sandbox."""
+
+# No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
+import ast
+import functools
+import json
+import logging
+import math
+import os
+import re
+import site
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Lt
+
+from stateset_lightning.errors import ConfigError, DataError, RewardError, bounded
+from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion
+from stateset_lightning.workers import sandbox
+
+log = logging.getLogger("stateset_lightning")
+
+Seconds = Annotated[float, Gt(0), Lt(math.inf)]
+
+_Case = tuple[str, str, Any]  # a program's input, a call, and what is expected of either
+
+# Possessive: an opening that is never closed would else be tried in all ways that its line can be divided.
+_BLOCK = re.compile(r"^```[ \t]*+(\w*+).*+\n([\s\S]*?)^```", re.MULTILINE)
+_TAGS = {"python": ("", "python", "python3", "py"), "sh": ("", "sh", "bash", "shell")}
+# More at a time would wait for each other while their clocks run.
+_slots = threading.BoundedSemaphore(os.cpu_count() or 1)
+
+
+@bounded("code")
+class CodeReward(RewardFunction):
+    """The share of the scenario's tests that the completion's code passes, between 0 and 1.
+
+    The code is the last fenced block of the completion (of the language, or of none). It runs in a sandbox that sees
+    the inputs of the tests alone; what comes back is data, and is compared here. A completion without code scores 0.
+
+    Tests are a list of cases, or JSON of one. A case is a program's input and output, `{"input": "1 2", "output": "3"}`
+    (all in one as `{"inputs": [...], "outputs": [...]}`, too), whose lines are compared without the spaces at their
+    ends; or a call and its result, `{"call": "f(1, 2)", "result": 3}` or `"assert f(1, 2) == 3"`. In `sh` a call is a
+    command, and its result what it prints.
+
+    Args:
+        language: In which the code is written. `python` is the trainer's own, with its libraries.
+        tests: The scenario's column with the tests.
+        all_or_nothing: Score 1 if all cases pass, else 0.
+        case_timeout: Seconds that the code may take for each case.
+        total_timeout: Seconds for all cases; those that are left then have failed.
+        memory: MiB of address space for each of the code's processes.
+        **common: `weight`, `name` and `timeout` of every reward.
+
+    Raises:
+        ConfigError: If an option is unusable.
+    """
+
+    def __init__(
+        self,
+        *,
+        language: Literal["python", "sh"] = "python",
+        tests: str = "tests",
+        all_or_nothing: bool = False,
+        case_timeout: Seconds = 5.0,
+        total_timeout: Seconds = 60.0,
+        memory: Annotated[int, Ge(64)] = 1024,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        if language not in _TAGS:
+            raise ConfigError(f"language={language!r} of reward '{self.name}' must be one of {', '.join(_TAGS)}")
+        self.tests, self.all_or_nothing, self.language = tests, all_or_nothing, language
+        self._task: dict[str, Any] = {"language": language, "site": site.getsitepackages(), "memory": memory}
+        self._task |= {"case_timeout": case_timeout, "total_timeout": total_timeout}
+
+    def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
+        cases = self._cases(context or {})
+        tags = _TAGS[self.language]
+        blocks = [code for tag, code in _BLOCK.findall(completion(turns)) if tag.lower() in tags]
+        ends = self._run(blocks[-1], cases) if blocks else ["no code"] * len(cases)
+        passed = ends.count("passed")
+        score = passed == len(cases) if self.all_or_nothing else passed / len(cases)
+        worst = next((end for end in ends if end != "passed"), "passed")
+        return RewardResult(float(score), {"passed": passed, "cases": len(cases), "ended": worst})
+
+    def _cases(self, context: Mapping[str, Any]) -> list[_Case]:
+        tests = context.get(self.tests)
+        try:
+            given: Any = json.loads(tests) if isinstance(tests, str) else tests
+            if isinstance(given, Mapping):
+                pairs = zip(given["inputs"], given["outputs"], strict=True)
+                given = [{"input": input_, "output": output} for input_, output in pairs]
+            if cases := list(map(_case, given)):
+                return cases
+            problem = "holds no case"
+        except (KeyError, TypeError, ValueError, SyntaxError, RecursionError) as error:
+            problem = f"cannot be read ({type(error).__name__}: {error})"
+        raise DataError(
+            f"reward '{self.name}' needs tests, but {self.tests}={tests!r:.200} of scenario {context.get('id')!r}"
+            f" {problem}: give a list of {{input, output}} or {{call, result}}"
+        )
+
+    def _run(self, code: str, cases: list[_Case]) -> list[str]:
+        """How each case ended: `passed`, `wrong`, `timeout`, `memory` or `error`."""
+        shown = [{"input": given, "call": call} for given, call, _ in cases]
+        task = self._task | {"code": code, "cases": shown, "namespaces": sandbox.NAMESPACE_FLAGS}
+        environment = {"PATH": os.defpath, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        folder = tempfile.mkdtemp(prefix="code-")
+        try:
+            with _slots:
+                done = subprocess.run(
+                    [sys.executable, "-I", "-S", sandbox.__file__],
+                    input=json.dumps(task).encode(),
+                    capture_output=True,
+                    cwd=folder,
+                    env=environment,
+                    start_new_session=True,
+                    timeout=self._task["total_timeout"] + 60,
+                    check=False,
+                )
+        finally:  # not with Python's own means, which fail where folders lie deeper than it can call functions
+            remove = 'rm -rf "$0" || { chmod -R u+rwx "$0"; rm -rf "$0"; }'
+            subprocess.run(["sh", "-c", remove, folder], stderr=subprocess.DEVNULL, check=False)
+        if done.stderr:  # the code's goes elsewhere
+            raise RewardError(f"the sandbox of reward '{self.name}' could not start: {done.stderr.decode()[-2000:]}")
+        if not done.stdout:  # without namespaces, code can kill it
+            return ["error"] * len(cases)
+        enclosed, reports = json.loads(done.stdout)
+        if not enclosed:
+            _announce()
+        return [
+            end if end != "ended" else "passed" if self._equal(output, *case[1:]) else "wrong"
+            for (end, output), case in zip(reports, cases, strict=True)
+        ]
+
+    def _equal(self, output: str, call: str, expected: Any) -> bool:
+        if not call or self.language == "sh":
+            return _lines(output) == _lines(str(expected))
+        try:
+            return bool(json.loads(output) == json.loads(json.dumps(sandbox.plain(expected))))
+        except (ValueError, RecursionError):  # there is no result, or one that is cut off
+            return False
+
+
+def _case(test: Any) -> _Case:
+    """Read a case.
+
+    Raises:
+        ValueError: If it is none; a SyntaxError, if it is no Python.
+    """
+    match test:
+        case {"input": str(given), "output": str() | int() | float() as output}:
+            return given, "", output
+        case {"call": str(call), "result": result}:
+            return "", call, result
+        case str():
+            match ast.parse(test.strip()).body:
+                case [ast.Assert(test=ast.Compare(left=left, ops=[ast.Eq()], comparators=[right]))]:
+                    # What is expected stays here: it must be a value, not an expression.
+                    return "", ast.unparse(left), ast.literal_eval(right)
+    raise ValueError(f"{test!r:.80} is no case")
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.rstrip().splitlines()]
+
+
+@functools.cache
+def _announce() -> None:
+    log.warning("the system refuses namespaces to code: docs/rewards.md says from what it is not kept then")
