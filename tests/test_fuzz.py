@@ -7,15 +7,21 @@ printed (`pytest -s`).
 
 # ruff: noqa: PT017 (a refusal is one of two good ends)
 import copy
+import csv
+import gzip
 import io
 import json
 import math
 import os
 import tempfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.feather as feather
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -146,6 +152,126 @@ def test_lists_of_any_rows(rows):
         TRIED["lists refused"] += 1
 
 
+# Files of every kind, which hold the same rows: either all of them are read as they were written, or the file is refused.
+
+
+def as_lines(rows: list[dict[str, Any]]) -> bytes:
+    return "\n".join(json.dumps(row) for row in rows).encode()
+
+
+def as_json(rows: Any) -> bytes:
+    return json.dumps(rows).encode()
+
+
+def as_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def as_delimited(delimiter: str, rows: list[dict[str, Any]]) -> bytes:
+    written = io.StringIO()
+    table = csv.writer(written, delimiter=delimiter)
+    table.writerows([list(rows[0]), *(row.values() for row in rows)])
+    return written.getvalue().encode()
+
+
+def as_table(write: Any, rows: list[dict[str, Any]]) -> bytes:
+    written = io.BytesIO()
+    write(pa.Table.from_pydict(as_columns(rows)), written)
+    return written.getvalue()
+
+
+def as_arrow_file(table: pa.Table, file: io.BytesIO) -> None:
+    with pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def as_arrow_stream(table: pa.Table, file: io.BytesIO) -> None:
+    with pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+ANYTHING = {  # can hold any JSON value
+    ".jsonl": as_lines,
+    ".ndjson": as_lines,
+    ".json": as_json,
+    " data.json": lambda rows: as_json({"data": rows}),
+    " split.json": lambda rows: as_json({"train": rows, "test": []}),
+    " columns.json": lambda rows: as_json(as_columns(rows)),
+    ".yaml": as_json,
+    ".jsonl.gz": lambda rows: gzip.compress(as_lines(rows)),
+    ".json.zst": lambda rows: pa.compress(as_json(rows), codec="zstd", asbytes=True),
+}
+TEXTS = {
+    ".csv": partial(as_delimited, ","),
+    " semicolon.csv": partial(as_delimited, ";"),
+    " bar.csv": partial(as_delimited, "|"),
+    " tab.csv": partial(as_delimited, "\t"),
+    ".tsv": partial(as_delimited, "\t"),
+    ".csv.gz": lambda rows: gzip.compress(as_delimited(",", rows)),
+}
+TYPED = {
+    ".parquet": partial(as_table, pq.write_table),
+    ".arrow": partial(as_table, as_arrow_file),
+    ".feather": partial(as_table, feather.write_feather),
+    " stream.arrow": partial(as_table, as_arrow_stream),
+}
+NAMES = st.text(min_size=1, max_size=6).filter(str.strip) | st.sampled_from(["a.b", "a[0]", "n", "context2", "\u2028"])
+CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)
+COLUMN_TYPES = st.sampled_from(
+    [
+        st.none() | st.integers(-(2**63), 2**63 - 1),
+        st.none() | st.text(st.characters(codec="utf-8"), max_size=8),
+        st.none() | st.booleans(),
+        st.lists(st.integers(0, 9) | st.none(), max_size=3),
+        st.fixed_dictionaries(
+            {"b": st.text(st.characters(codec="utf-8"), max_size=3), "c": st.none() | st.integers(0, 9)}
+        ),
+        st.binary(max_size=3),
+    ]
+)
+
+
+@st.composite
+def files_of_rows(draw: Any) -> tuple[str, bytes, list[dict[str, Any]]]:
+    """A file's suffix, its bytes, and the rows that it holds, each with a prompt of its own."""
+    kinds = draw(st.sampled_from([ANYTHING, TEXTS, TYPED]))
+    suffix = draw(st.sampled_from([*kinds]))
+    count = draw(st.integers(1, 4))
+    # Neither a name of ours nor one that a shape is known by.
+    names = ["prompt", *(f"x_{name}" for name in draw(st.lists(NAMES, max_size=2, unique=True)))]
+    if kinds is TYPED:
+        columns = {name: draw(st.lists(draw(COLUMN_TYPES), min_size=count, max_size=count)) for name in names[1:]}
+    else:
+        cells = CELLS if kinds is TEXTS else VALUES
+        columns = {name: draw(st.lists(cells, min_size=count, max_size=count)) for name in names[1:]}
+    rows = [{"prompt": f"question {i}", **{name: values[i] for name, values in columns.items()}} for i in range(count)]
+    return suffix, kinds[suffix](rows), rows
+
+
+@quick(300)
+@given(files_of_rows(), st.none() | st.tuples(st.integers(0, 400), st.binary(max_size=2)))
+def test_files_of_every_kind_are_read_whole_or_refused(file, damage):
+    suffix, content, rows = file
+    if damage is not None:
+        at, written = damage
+        content = content[:at] + written + content[at + len(written) :]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"rows{suffix}"
+        path.write_bytes(content)
+        try:
+            scenarios = list(read_split(str(path), "train").scenarios)
+        except DataError as error:
+            assert len(str(error).splitlines()) <= LINES
+            TRIED[f"{suffix.split('.', 1)[1]} refused"] += 1
+            return
+    TRIED[f"{suffix.split('.', 1)[1]} read"] += 1
+    if damage is None:
+        assert [scenario.prompt for scenario in scenarios] == [row["prompt"] for row in rows]
+        for scenario, row in zip(scenarios, rows, strict=True):
+            held = {name: scenario.columns()[name] for name in row}
+            assert json.dumps(held, default=repr) == json.dumps(row, default=repr)
+
+
 class Odd:
     def __init__(self, error: type[Exception]) -> None:
         self.error = error
@@ -163,6 +289,9 @@ RETURNS = (
     | st.integers(min_value=-(10**400), max_value=10**400)
     | st.binary(max_size=3)
     | st.complex_numbers()
+    | st.fixed_dictionaries({"score": VALUES}, optional={"why": VALUES})
+    | st.tuples(VALUES, VALUES)
+    | st.lists(VALUES, max_size=2)
     | st.fractions()
     | st.decimals()
     | st.builds(RewardResult, VALUES | st.floats(), VALUES)
