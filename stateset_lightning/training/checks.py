@@ -27,6 +27,7 @@ from stateset_lightning.policy.precision import has_bfloat16_products, sampling_
 from stateset_lightning.rewards import FunctionReward, TRLReward
 from stateset_lightning.training.data import data_of
 from stateset_lightning.training.metrics import NAMES
+from stateset_lightning.training.reward_checks import check_baseline
 from stateset_lightning.training.schedule import accumulations, batches_per_epoch, optimizer_steps_of_run
 from stateset_lightning.types import PromptBatch
 
@@ -50,7 +51,7 @@ def checks_of_run(trainer: Trainer, module: Any) -> list[Callable[[], None]]:
     """
     data, rollout = data_of(trainer), module.rollout
     return [
-        partial(check_reward_names, data, [reward.name for reward in module.rewards]),
+        partial(check_baseline, module.rewards, module.algorithm.needs_greedy_baseline),
         partial(check_episode_fits_trainer, trainer, data),
         partial(check_monitors, trainer, module),
         partial(check_quantized, module.policy),
@@ -144,21 +145,6 @@ def check_dynamic_sampling(data: ScenarioDataModule | None, rounds: int, needs_g
         raise ConfigError(
             f"model.rollout.dynamic_sampling={rounds} replaces prompts by others of data.train, and fit() got no data"
             " module to ask: use a ScenarioDataModule, or set it to 0"
-        )
-
-
-def check_reward_names(data: ScenarioDataModule | None, known: Sequence[str]) -> None:
-    """Rewards that rows or sources name exist; the scorer would find out when it meets the row.
-
-    Raises:
-        ConfigError: With the first scenarios that name others.
-    """
-    named = {} if data is None else data.named_rewards()
-    unknown = {place: sorted(set(names) - set(known)) for place, names in named.items() if set(names) - set(known)}
-    if unknown:
-        examples = "; ".join(f"{place}: {', '.join(names)}" for place, names in list(unknown.items())[:5])
-        raise ConfigError(
-            f"{len(unknown)} scenarios name rewards that model.reward does not have ({', '.join(known)}): {examples}"
         )
 
 

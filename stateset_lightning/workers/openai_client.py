@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 from annotated_types import Ge, Gt, Le, Len
 from pydantic import BaseModel, HttpUrl, TypeAdapter, ValidationError
 
-from stateset_lightning.errors import ConfigError, ServerError, check_bounds, one_line, require
+from stateset_lightning.errors import ConfigError, RewardError, ServerError, check_bounds, one_line, require
 from stateset_lightning.redaction import is_secret_name, remember
 
 T = TypeVar("T")
@@ -170,7 +170,7 @@ class OpenAIClient:
         if self._key_env is not None and not is_secret_name(self._key_env):
             raise ConfigError(f"{key}.api_key_env={self._key_env!r}: take a name that ends in API_KEY; logs hide it")
         if self._key_env is not None and not os.environ.get(self._key_env):
-            raise ConfigError(f"{key}.api_key_env: the environment variable {self._key_env} is not set")
+            raise ConfigError(f"{key}.api_key_env: the environment variable {self._key_env} is not set ({self._url})")
         if cache is not None:  # a file that cannot be opened is an error now
             ReplyCache(cache, max_cached).close()
 
@@ -196,12 +196,12 @@ class OpenAIClient:
         # Whoever sends the same request meanwhile waits for this reply.
         async with connection.pending.setdefault(key, asyncio.Lock()):
             if (text := self._replies.get(key)) is not None:
-                value = read(text, False)
+                value = self._read(read, text, False)
                 self._counts["cache_hits"] += 1
                 return text, value
             async with connection.slots:
                 text, truncated = await self._send(connection.client, request)
-            value = read(text, truncated)
+            value = self._read(read, text, truncated)
             self._replies.put(key, text)
             return text, value
 
@@ -228,6 +228,12 @@ class OpenAIClient:
             self._counts["prompt_tokens"] += answer.usage.prompt_tokens
             self._counts["completion_tokens"] += answer.usage.completion_tokens
         return answer.choices[0].message.content or "", answer.choices[0].finish_reason == "length"
+
+    def _read(self, read: Callable[[str, bool], T], text: str, truncated: bool) -> T:
+        try:
+            return read(text, truncated)
+        except RewardError as error:
+            raise RewardError(self._line(str(error))) from None
 
     def _line(self, text: str) -> str:
         """A line that names the server, without a password that its address may hold."""

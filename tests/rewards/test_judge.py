@@ -364,7 +364,7 @@ def save_judge(folder: Path, tokenizer) -> Path:
     reward = ModelJudge("m", "Is it polite?", base_url="http://127.0.0.1:9/v1")
     rows = []
     for answer, score in (("good", 9), ("bad", 2)):
-        messages = reward._messages([*TURNS[:-1], Turn("assistant", answer)], {})
+        messages = reward.messages(TURNS[:-1], {"answer": answer}, {})
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         rows.append(
             (prompt, [*tokenizer(f"Score: {score}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])

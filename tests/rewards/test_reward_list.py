@@ -24,6 +24,11 @@ class OwnInit(RewardFunction):
         return 1.0
 
 
+class OneArgument(RewardFunction):
+    def compute_reward(self, turns):
+        return 1.0
+
+
 async def judge(turns, context):
     return 1.0
 
@@ -78,7 +83,7 @@ def test_naming_twice_changes_nothing():
         (ExactMatch(weight="1"), "weight='1'"),
         (ExactMatch(timeout=0), "timeout=0 of reward 'exact_match' must be a positive number of seconds"),
         (ExactMatch(name=3), "name=3 of ExactMatch"),
-        (lambda turns: 1.0, "must accept two arguments, \\(turns, context\\), but is function\\(turns\\)"),
+        (OneArgument(), "'one_argument' must accept \\(turns, context\\), but has compute_reward\\(turns\\)"),
     ],
 )
 def test_anything_else_is_an_error_that_says_why(reward, message):

@@ -1,0 +1,73 @@
+"""What must hold between the rewards and the rows that they score, before anything is sampled."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from stateset_lightning.errors import ConfigError
+from stateset_lightning.rewards import GroupReward, RewardFunction
+from stateset_lightning.rewards.functions import STAND_INS, TARGET_NAMES
+from stateset_lightning.types import Scenario
+
+
+def check_baseline(rewards: Sequence[RewardFunction], needs_greedy_baseline: bool) -> None:
+    """A baseline has the scores of what is compared with it.
+
+    Raises:
+        ConfigError: If it is one greedy completion, and a reward compares the completions of a prompt.
+    """
+    if needs_greedy_baseline and (names := [r.name for r in rewards if isinstance(r, GroupReward) and r.weight]):
+        raise ConfigError(
+            f"reward '{names[0]}' compares the completions of a prompt, and this algorithm compares them with one"
+            " greedy completion, which it does not score: leave it out, or choose another algorithm"
+        )
+
+
+def check_rewards(splits: Mapping[Any, Iterable[Scenario]], rewards: Sequence[RewardFunction]) -> None:
+    """Rewards that rows or sources name exist, and rows have what their rewards need; scoring would find out.
+
+    A column that only some rows lack is announced, with their number.
+
+    Raises:
+        ConfigError: With the first scenarios that name others; or if no row has a column that its reward needs.
+    """
+    known = {reward.name: reward for reward in rewards}
+    for split, scenarios in splits.items():
+        unknown: dict[str, list[str]] = {}
+        scored, lacking, example = Counter[str](), Counter[tuple[str, str]](), dict[tuple[str, str], Any]()
+        for scenario in scenarios:
+            columns, names = scenario.columns(), known.keys() if scenario.rewards is None else set(scenario.rewards)
+            if names - known.keys():
+                unknown[f"data.{split}: {scenario.id}"] = sorted(names - known.keys())
+                continue
+            scored.update(names)
+            for lacks in [(name, column) for name in names for column in known[name].missing(columns)]:
+                lacking[lacks] += 1
+                example.setdefault(lacks, columns)
+        if unknown:
+            examples = "; ".join(f"{place}: {', '.join(names)}" for place, names in list(unknown.items())[:5])
+            have = f"that model.reward does not have ({', '.join(known)})"
+            raise ConfigError(f"{len(unknown)} scenarios name rewards {have}: {examples}")
+        for (name, column), count in lacking.items():
+            rows = f"{count} of {scored[name]} scenarios of data.{split}"
+            if count == scored[name] and column not in STAND_INS:
+                raise ConfigError(
+                    f"reward '{name}' needs the column {column}: {_remedy(column, example[name, column])}"
+                )
+            fate = f"gets {STAND_INS[column]}" if column in STAND_INS else "fails, see reward_failures"
+            rank_zero_warn(f"{rows} have no column {column}: there, reward '{name}' {fate}")
+
+
+def _remedy(column: str, columns: Mapping[str, Any]) -> str:
+    """What to do about a column that no row has, by the columns of one row."""
+    present = [name for name, value in columns.items() if value is not None and name not in ("id", "rewards")]
+    wanted = (column, *(TARGET_NAMES if column == "target" else ()))
+    near = [name for word in wanted for name in present if name.strip().lower() == word]
+    near += get_close_matches(column, present)
+    fields = f"set data.fields.{column}={near[0]!r}" if near else f"name one by data.fields.{column}"
+    return f"the scenarios have {', '.join(map(repr, present))}; {fields}, or leave the reward out"
