@@ -26,7 +26,7 @@ _ROLES = {word: role for role, words in _WORDS.items() for word in words.split()
 # The completion where no other parameter is, else this: `f(answer, target)` and `f(completion, answer)` are both meant.
 _UNSURE = {"answer": "target", "solution": "target", "output": "column", "text": "column"}
 TARGET_NAMES = (*_WORDS["target"].split(), *_UNSURE)
-# Functions of TRL and OpenRLHF take lists.
+# TRL's and OpenRLHF's functions take lists.
 _OF_TRL = {"prompts": "asked", "completions": "completion", "log_extra": "log_extra", "log_metric": "log_metric"}
 _LISTS = {**_OF_TRL, "queries": "query", "labels": "target"}
 # What verl gives where the data has no such column.
@@ -37,7 +37,7 @@ _MISSING = {
     "trainer_state": "a reward must not depend on when it is called",
     "environments": "there are no environments in single-turn training",
 }
-# How a function of (turns, context) can give what another takes; the last two are those of `verifiers`.
+# How a function of (turns, context) can give what another takes.
 _GIVEN = {
     "turns": "turns",
     "context": "context",
@@ -45,12 +45,13 @@ _GIVEN = {
     "prompt": "turns[-2].content",
     "target": 'context["target"]',
     "unused": "None",
+}
+_OF_VERIFIERS = {
     "state": '{**context, "completion": turns[-1].content, "answer": context["target"]}',
     "parser": '__import__("types").SimpleNamespace(parse=str, parse_answer=str)',
 }
-_FOREIGN = {"state", "parser"}
 
-_LIBRARIES = "math_verify", "timeout_decorator"  # that set alarms
+_LIBRARIES = {"math_verify", "timeout_decorator"}  # that set alarms
 _ALARMS = {"alarm", "setitimer"}
 _SOUND = sys.stdlib_module_names | {"stateset_lightning"}
 
@@ -84,25 +85,20 @@ class FunctionReward(RewardFunction):
 
     def __init__(self, function: Callable[..., Any], **common: Any) -> None:
         self.function = function
-        fixed: set[str] = set()
         while isinstance(function, functools.partial):
-            fixed |= function.keywords.keys()
             function = function.func
         name = getattr(function, "__name__", None) or snake_case(type(function).__name__)
         self.name = "function" if name == "<lambda>" else name
         super().__init__(**common)
         parameters = _parameters(self.function)
-        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in fixed]
-        self.is_any = not named and any(p.kind is p.VAR_POSITIONAL for p in parameters)  # f(*args)
         self.takes_lists = is_list_function(self.function)
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self._positional = [p.name for p in named if p.kind is p.POSITIONAL_ONLY]
+        self._positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
+        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         self._required = {p.name for p in named if p.default is p.empty}
         self._roles = self._roles_of([p.name for p in named])
 
     def compute_reward(self, turns: Turns, context: Context = None) -> Any:
-        if self.is_any:
-            return self.function(turns, context)
         logged: dict[str, Any] = {}
         given = self._given(turns, context or {}, logged)
         output = self.function(*[given.pop(name) for name in self._positional], **given)
@@ -111,10 +107,9 @@ class FunctionReward(RewardFunction):
         return self._awaited(output, logged) if inspect.isawaitable(output) else self._only(output, logged)
 
     def missing(self, columns: Mapping[str, Any]) -> list[str]:
-        roles = {name: self._roles[name] for name in sorted(self._required) if columns.get(name) is None}
-        absent = [name for name, role in roles.items() if role == "column"]
-        has_target = "target" not in roles.values() or columns.get("target") is not None
-        return absent if has_target else [*absent, "target"]
+        absent = {name: self._roles[name] for name in sorted(self._required) if columns.get(name) is None}
+        needed = [{"column": name, "target": "target"}.get(role) for name, role in absent.items()]
+        return [name for name in needed if name is not None and columns.get(name) is None]
 
     def _roles_of(self, names: Sequence[str]) -> dict[str, str]:
         """What each parameter gets.
@@ -128,77 +123,72 @@ class FunctionReward(RewardFunction):
         if self.takes_lists:
             named = {name: _LISTS.get(name, "column") for name in names}
             return _OF_TRL | named if self._takes_all else named
-        roles = {name: _ROLES.get(name.strip("_"), "column" if name.strip("_") else "unused") for name in names}
-        unsure = [name for name in names if name.strip("_") in _UNSURE]
-        found = list(roles.values())
-        is_alone = len(unsure) == 1 and not {"completion", "turns"} & set(found)
-        roles |= {name: "completion" if is_alone else _UNSURE[name.strip("_")] for name in unsure}
+        words = {name: name.strip("_") for name in names}
+        roles = {name: _ROLES.get(word, "column" if word else "unused") for name, word in words.items()}
+        unsure = [name for name, word in words.items() if word in _UNSURE]
+        is_alone = len(unsure) == 1 and not {"completion", "turns"} & set(roles.values())
+        roles |= {name: "completion" if is_alone else _UNSURE[words[name]] for name in unsure}
         if "solution_str" in names:  # verl's: the rest are options of the function
             roles = {n: role for n, role in roles.items() if role != "column" or n in self._required | STAND_INS.keys()}
         found = list(roles.values())
-        is_clear = self.is_any or found.count("completion") == 1 or found.count("completion") < ("turns" in found)
-        if is_clear and not (foreign := sorted(_FOREIGN & self._required)):
-            return roles
-        why = (
-            f"takes {foreign[0]}, which is not here"
-            if is_clear
-            else (
-                f"takes ({', '.join(names)}), and does not say what gets the completion: take names of docs/rewards.md,"
-                " such as f(completion, target), f(prompt, completion) or f(turns, context)"
+        if found.count("completion") != 1 and (found.count("completion") > 1 or "turns" not in found):
+            why = (
+                f"takes ({', '.join(names)}): none of docs/rewards.md's names, or two, say which one is the completion"
             )
+            unclear = [
+                n for n in roles if n in self._required and (roles[n] in ("column", "completion") or n in unsure)
+            ]
+            roles |= dict.fromkeys(unclear, "column") | dict(zip(unclear, ["completion", "target"], strict=False))
+        elif foreign := sorted(_OF_VERIFIERS.keys() & self._required):
+            why = f"takes {foreign[0]}, which is not here"
+        else:
+            return roles
+        raise ConfigError(
+            f"reward '{self.name}' {why}. Write f(completion, target), f(prompt, completion) or f(turns, context), or"
+            f" give this in its place: {self._wrapper(roles)}"
         )
-        raise ConfigError(f"reward '{self.name}' {why}; or give this in its place: {self._wrapper(roles, is_clear)}")
 
-    def _wrapper(self, roles: dict[str, str], is_clear: bool) -> str:
+    def _wrapper(self, roles: Mapping[str, str]) -> str:
         """A function of (turns, context) that calls this one, on a line."""
-        roles = {name: role for name, role in roles.items() if name in self._required}
-        completions = [name for name, role in roles.items() if role == "completion"]
-        unclear = [n for n, role in roles.items() if role == "column" or n in _UNSURE or n in completions[1:]]
-        if not is_clear:
-            known = {role for name, role in roles.items() if name not in unclear}
-            guessed = [role for role in ("completion", "target") if role not in known]
-            roles |= dict.fromkeys(unclear, "column") | dict(zip(unclear, guessed, strict=False))
-        texts = {n: _GIVEN.get(n if n in _FOREIGN else role, f'context["{n}"]') for n, role in roles.items()}
+        texts = {
+            n: _OF_VERIFIERS.get(n) or _GIVEN.get(roles[n], f'context["{n}"]') for n in roles if n in self._required
+        }
         called = ", ".join(text if name in self._positional else f"{name}={text}" for name, text in texts.items())
         begin, wait = ("async def", "await ") if inspect.iscoroutinefunction(self.function) else ("def", "")
         return f"{begin} {self.name}_reward(turns, context): return {wait}{self.name}({called})"
 
     def _given(self, turns: Turns, context: Mapping[str, Any], logged: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call, by name."""
-        by_role = self._by_role(turns, context, logged)
-        given: dict[str, Any] = {}
+        columns, given = {**STAND_INS, **context}, dict[str, Any]()
+        by_role = self._by_role(turns, context)
         for name, role in self._roles.items():
-            if role in ("prompt", "target", "column") and (context.get(name) is not None or role == "column"):
-                source, key = {**STAND_INS, **context}, name
-            else:
-                source, key = by_role, role
-            if key in source:
-                given[name] = source[key]
-        if absent := sorted(self._required - given.keys()):
+            value = columns.get(name) if role in ("prompt", "target", "column") else None
+            value = by_role.get(role) if value is None else value
+            if value is not None or (role == "column" and name in columns):
+                given[name] = value
+        logs: dict[str, Any] = {
+            "log_extra": lambda column, values: logged.update({column: values[0]}),
+            "log_metric": lambda name, value: logged.update({name: value}),
+        }
+        if absent := sorted(self._required - given.keys() - logs.keys()):
             raise RewardError(
                 f"reward '{self.name}' asks for the column {absent[0]}, which this row does not have; it has: "
                 f"{', '.join(sorted(context))}; data.fields maps columns to other names"
             )
         if self._takes_all:
-            hidden = {"prompt", "messages"} if self.takes_lists else {"messages"}
-            given = {name: value for name, value in context.items() if name not in hidden} | given
+            given = {n: value for n, value in context.items() if n not in ("prompt", "messages")} | given
         if self.takes_lists:
-            given = {name: value if name.startswith("log_") else [value] for name, value in given.items()}
+            given = {n: [value] for n, value in given.items()} | {n: logs[n] for n in logs if n in self._roles}
         return given
 
-    def _by_role(self, turns: Turns, context: Mapping[str, Any], logged: dict[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = {"turns": turns, "context": context, "unused": None, "completion": completion(turns)}
-        asked = found["prompt"] = found["asked"] = turns[-2]["content"] if len(turns) > 1 else ""
-        if context.get("target") is not None:
-            found["target"] = context["target"]
-        if self.takes_lists:
-            found["query"] = f"{asked}{found['completion']}"
-            found["log_extra"] = lambda column, values: logged.update({column: values[0]})
-            found["log_metric"] = lambda name, value: logged.update({name: value})
-            has_messages = context.get("messages") is not None and "queries" not in self._roles
-            if has_messages if self.conversational is None else self.conversational:
-                *found["asked"], last = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-                found["completion"] = [last]
+    def _by_role(self, turns: Turns, context: Mapping[str, Any]) -> dict[str, Any]:
+        answer, asked = completion(turns), turns[-2]["content"] if len(turns) > 1 else ""
+        found = {"turns": turns, "context": context, "completion": answer, "prompt": asked, "unused": ""}
+        found |= {"target": context.get("target"), "asked": asked, "query": asked + answer}
+        has_messages = context.get("messages") is not None if self.conversational is None else self.conversational
+        if self.takes_lists and has_messages and "queries" not in self._roles:
+            *found["asked"], last = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+            found["completion"] = [last]
         return found
 
     async def _awaited(self, output: Awaitable[Any], logged: dict[str, Any]) -> RewardResult | None:
@@ -244,59 +234,49 @@ def is_list_function(function: Callable[..., Any]) -> bool:
     """Whether a function takes lists: it names `completions` or `queries`, or takes keywords alone."""
     parameters = _parameters(function)
     names = {parameter.name for parameter in parameters}
-    by_keyword = all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in parameters)
+    if names & {"completions", "completion_ids", "queries"}:
+        return True
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    is_named = any(_ROLES.get(name) in ("completion", "turns") or name in _UNSURE for name in names)
-    return not names.isdisjoint(("completions", "completion_ids", "queries")) or (
-        takes_all and by_keyword and not is_named
-    )
+    by_keyword = all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in parameters)
+    return takes_all and by_keyword and not any(_ROLES.get(n) == "completion" or n in _UNSURE for n in names)
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Of a function, without those that a partial has set; (turns, context) where it does not say."""
     try:
-        return list(inspect.signature(function).parameters.values())
-    except ValueError:  # some builtins do not tell
-        return [inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)]
+        found = list(inspect.signature(function).parameters.values())
+    except ValueError:  # of some builtins
+        found = [inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)]
+    if [str(p)[:1] for p in found] == ["*"] * len(found) and any(p.kind is p.VAR_POSITIONAL for p in found):
+        found = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in ("turns", "context")]
+    return [parameter for parameter in found if parameter.name not in getattr(function, "keywords", ())]
 
 
-def alarm_in(function: Callable[..., Any]) -> str:
+def alarm_in(function: Any, seen: set[int] | None = None) -> str:
     """What a function uses that works in a main thread alone, as far as its code tells; empty if nothing is found.
 
-    Looked through is what it names: functions and classes, and what these name. Libraries are looked through only where
-    the function is their own.
+    Looked through is what it names: functions and classes, of installed libraries none, and what these name.
     """
-    left: list[Any] = [function]
-    seen: set[int] = set()
-    home = _home(inspect.unwrap(function))
-    while left and len(seen) < 1000:  # it need not see everything
-        item = left.pop()
-        item = inspect.unwrap(getattr(item, "func", getattr(item, "__func__", item)))
-        if _home(item) in _LIBRARIES:
-            return _home(item)
-        if id(item) in seen or _home(item) in _SOUND:
-            continue
-        seen.add(id(item))
-        code: CodeType | None = getattr(item, "__code__", None)
-        if isinstance(item, type):
-            left += [value for value in vars(item).values() if callable(value)]
-        elif code is None:
-            left += [vars(type(item))["__call__"]] if "__call__" in vars(type(item)) else []
-        elif _home(item) == home or "site-packages" not in code.co_filename:
-            names = _names(code)
-            if found := [*names.intersection(_LIBRARIES), *names.intersection(_ALARMS)]:
-                return found[0]
-            scopes = [item.__globals__]
-            modules = [value for name in names if isinstance(value := item.__globals__.get(name), ModuleType)]
-            scopes += [vars(module) for module in modules if _home(module) not in _SOUND]
-            left += [scope[name] for scope in scopes for name in names if name in scope]
-            left += [cell.cell_contents for cell in item.__closure__ or ()]
-    return ""
-
-
-def _home(item: Any) -> str:
-    """The top-level package of a function, class, object or module."""
-    name = item.__name__ if isinstance(item, ModuleType) else getattr(item, "__module__", None)
-    return str(name).partition(".")[0]
+    seen = set() if seen is None else seen
+    item = inspect.unwrap(getattr(function, "func", getattr(function, "__func__", function)))
+    home = str(getattr(item, "__module__", None)).partition(".")[0]
+    if home in _LIBRARIES:
+        return home
+    code: CodeType | None = getattr(item, "__code__", None)
+    if id(item) in seen or home in _SOUND or (seen and "site-packages" in getattr(code, "co_filename", "")):
+        return ""
+    seen.add(id(item))
+    if code is None:
+        inner = list(vars(item).values()) if isinstance(item, type) else [vars(type(item)).get("__call__")]
+    else:
+        names = _names(code)
+        if found := sorted(names & (_LIBRARIES | _ALARMS)):
+            return found[0]
+        scopes = [item.__globals__]
+        scopes += [vars(value) for name in names if isinstance(value := item.__globals__.get(name), ModuleType)]
+        inner = [scope[name] for scope in scopes for name in names if name in scope]
+        inner += [cell.cell_contents for cell in item.__closure__ or ()]
+    return next(filter(None, (alarm_in(each, seen) for each in inner)), "")
 
 
 def _names(code: CodeType) -> set[str]:

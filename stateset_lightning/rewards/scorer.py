@@ -78,8 +78,7 @@ class Scorer(AbstractContextManager["Scorer"]):
         loop = EventLoopThread(max_concurrency, "async-rewards")
         self.threads = threads = DaemonThreads(max_concurrency, "blocking-rewards")
         workers = WorkerPool(remedy="; or write compute_reward as `async def`; or drop the time-out")
-        self.told: set[str] = set()  # rewards of which a line has said that they change what they are given
-        self.told_alone: set[str] = set()  # and of which one has said that they compare
+        self._told: set[str] = set()
         # Each starts a reward on a completion and returns at once.
         self.starts: list[Callable[..., Future[Any]]] = []
         for reward in self.rewards:
@@ -121,6 +120,12 @@ class Scorer(AbstractContextManager["Scorer"]):
     def scores_alone(self) -> bool:
         """Whether a completion without others of its prompt gets a total."""
         return any(reward.weight and not isinstance(reward, GroupReward) for reward in self.rewards)
+
+    def tell(self, line: str) -> None:
+        """Announce it, once."""
+        if line not in self._told:
+            log.warning("%s", line)
+        self._told.add(line)
 
     def take_counts(self) -> dict[str, float]:
         """What rewards have counted since the last call, as `cost/<reward>/<key>`."""
@@ -182,9 +187,10 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
             self._score_together(f)
         outcomes_NF = [[_outcome(future) for future in self._futures[n]] for n in range(self._num_completions)]
         changed = {name for row in outcomes_NF for name, o in zip(self._scorer.names, row, strict=True) if o.changed}
-        for name in sorted(changed - self._scorer.told):
-            log.warning("reward '%s' changes its columns or its conversation: copies, which nothing else sees", name)
-        self._scorer.told |= changed
+        for name in sorted(changed):
+            self._scorer.tell(
+                f"reward '{name}' changes its columns or its conversation: copies, which nothing else sees"
+            )
         return _scores(self._scorer.rewards, outcomes_NF, time.perf_counter() - begin)
 
     def __exit__(self, *exception: object) -> None:
@@ -199,35 +205,28 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
     def _score_together(self, f: int) -> None:
         """Run a reward that scores several completions in a call: all of them, or those of a prompt."""
         reward, waiting = self._scorer.rewards[f], self._together[f]
-        compares, size = isinstance(reward, GroupReward), self._num_generations
-        if compares and size == 1:
-            if waiting and reward.name not in self._scorer.told_alone:
-                self._scorer.told_alone.add(reward.name)
-                log.info("reward '%s' compares the completions of a prompt: of one alone it says nothing", reward.name)
-            for _, future in waiting.values():
-                future.set_result(Outcome(NOT_APPLICABLE))
-            return
-        parts = [list(part) for _, part in groupby(sorted(waiting), lambda n: n // size if compares else 0)]
-        calls = [self._scorer.starts[f](*self._given_together(waiting, part, compares)) for part in parts]
+        size = self._num_generations if isinstance(reward, GroupReward) else self._num_completions
+        parts = [list(part) for _, part in groupby(sorted(waiting), lambda n: n // size)]
+        if isinstance(reward, GroupReward) and size == 1:
+            self._scorer.tell(f"reward '{reward.name}' compares the completions of a prompt: it scores none alone")
+            calls = [None] * len(parts)
+        else:
+            calls = [self._scorer.starts[f](*self._given_together(f, part)) for part in parts]
         for part, call in zip(parts, calls, strict=True):
             found = _outcome(call)
             for n, outcome in zip(part, found if isinstance(found, list) else [found] * len(part), strict=True):
                 waiting[n][1].set_result(outcome)
 
-    def _given_together(self, waiting: Mapping[int, _Waiting], part: Sequence[int], compares: bool) -> Given:
-        conversations, contexts = map(list, zip(*(waiting[n][0] for n in part), strict=True))
-        if not compares:
-            return conversations, contexts
-        scores = {
-            name: [None if value == NOT_APPLICABLE else value for value in self._values(f, part)]
-            for f, name in enumerate(self._scorer.names)
-            if not isinstance(self._scorer.rewards[f], GroupReward)
-        }
+    def _given_together(self, f: int, part: Sequence[int]) -> Given:
+        rewards = self._scorer.rewards
+        turns, contexts = map(list, zip(*(self._together[f][n][0] for n in part), strict=True))
+        if not isinstance(rewards[f], GroupReward):
+            return turns, contexts
+        others = [(i, other.name) for i, other in enumerate(rewards) if not isinstance(other, GroupReward)]
+        values = {name: [_outcome(self._futures[n][i]).value for n in part] for i, name in others}
+        scores = {name: [None if v == NOT_APPLICABLE else v for v in of_name] for name, of_name in values.items()}
         num_tokens = [context.get("completion_tokens") for context in contexts]
-        return conversations, {**contexts[0], "completion_tokens": num_tokens}, scores
-
-    def _values(self, f: int, part: Sequence[int]) -> list[float]:
-        return [_outcome(self._futures[n][f]).value for n in part]
+        return turns, {**contexts[0], "completion_tokens": num_tokens}, scores
 
     def _chosen(self, names: Iterable[str] | None, scenario: Any) -> Iterable[str]:
         if names is None:
