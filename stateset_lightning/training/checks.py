@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from stateset_lightning.errors import ConfigError, NonFiniteError
 from stateset_lightning.evaluation import Evaluation
 from stateset_lightning.policy.precision import has_bfloat16_products, sampling_dtype
-from stateset_lightning.rewards import FunctionReward, TRLReward
+from stateset_lightning.rewards import FunctionReward, GroupReward, TRLReward
 from stateset_lightning.training.data import data_of
 from stateset_lightning.training.metrics import NAMES
 from stateset_lightning.training.reward_checks import check_baseline
@@ -156,7 +156,9 @@ def check_monitors(trainer: Trainer, module: Any) -> None:
             Not for want of a validation where a ModelCheckpoint keeps the newest state anyway: it may be a short try.
     """
     data = data_of(trainer)
-    known = [f"val/{name}" for name in Evaluation([r.name for r in module.rewards], module.evaluation).logged_names()]
+    alone = [reward.name for reward in module.rewards if not isinstance(reward, GroupReward)]
+    known = [f"val/{name}" for name in Evaluation(alone, module.evaluation).logged_names()]
+    known = known if module.scorer.scores_alone else [name for name in known if name != "val/reward"]
     never = no_validation(trainer, data)
     # One of the user's own may be a cost, whose lowest mean is the best.
     bundled = [r for r in module.rewards if type(r).__module__.startswith(BUNDLED) and type(r) not in WRAPPERS]

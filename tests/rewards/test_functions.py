@@ -43,7 +43,8 @@ def response_answer(response, answer): assert answer == "4"; return response == 
 def keywords(*, completion, ground_truth): return completion == ground_truth
 def positional(completion, target, /): return completion == target
 def with_column(completion, target, difficulty): return completion == target and difficulty == 3
-def with_default(completion, target, difficulty=0, other=2): return completion == target and (difficulty, other) == (3, 2)
+def with_default(completion, target, difficulty=0, other=2):
+    return completion == target and (difficulty, other) == (3, 2)
 def alone(completion): return completion == "4"
 def trl(completions, target, **columns):
     assert columns["difficulty"] == [3] and columns["prompts"] == ["2 + 2?"]
@@ -184,7 +185,9 @@ def test_any_other_return_value_fails_and_says_what_to_return(output):
     assert failure.error == "RewardError"
     assert "returned" in failure.message
     if not isinstance(output, dict) or "score" not in output:
-        assert "return a number, RewardResult(score, breakdown), {'score': number, ...}, (score, info)" in failure.message
+        assert (
+            "return a number, RewardResult(score, breakdown), {'score': number, ...}, (score, info)" in failure.message
+        )
 
 
 # Alarms in a thread ---------------------------------------------------------------------------------------------------
@@ -257,7 +260,7 @@ def test_what_sets_alarms_is_noticed_and_gets_a_process(alarmed, caplog):
     assert "set its timeout" in told[0]
     with Scorer([alarmed.innocent, FunctionReward(alarmed.by_class, timeout=3)]) as scorer:
         assert [reward.timeout for reward in scorer.rewards] == [None, 3]
-    with pytest.raises(ConfigError, match="'waits' uses alarm.* write it as a plain `def`"):
+    with pytest.raises(ConfigError, match=r"'waits' uses alarm.* write it as a plain `def`"):
         Scorer(alarmed.waits)
 
 
