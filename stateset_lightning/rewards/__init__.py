@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from stateset_lightning.rewards.base import BatchReward, GroupReward, RewardFunction, RewardResult
+from stateset_lightning.rewards.base import BatchReward, RewardFunction, RewardResult
 from stateset_lightning.rewards.functions import FunctionReward, TRLReward
-from stateset_lightning.rewards.group import RelativeLength
+from stateset_lightning.rewards.group import GroupReward, RelativeLength
 from stateset_lightning.rewards.helpfulness import HelpfulnessReward
 from stateset_lightning.rewards.judge import ModelJudge, RelativeJudge
 from stateset_lightning.rewards.match import Contains, ExactMatch, FormatReward, JsonValid, RegexMatch

@@ -79,6 +79,9 @@ class RewardFunction(ABC):
     timeout: float | None = None
     # Columns without which it cannot score: a run whose rows have none of one is refused at the start.
     needs: Collection[str] = ()
+    # Whether it scores several completions in a call, by its `compute_rewards`.
+    scores_several = False
+    compute_rewards: Callable[..., Any]
 
     def __init__(self, *, weight: float = 1.0, name: str | None = None, timeout: float | None = None) -> None:
         self.weight = weight
@@ -124,6 +127,7 @@ class BatchReward(RewardFunction):
     decoding for the device. It runs in a thread of the training process and cannot be stopped, so it has no time-out.
     """
 
+    scores_several = True
     device: Any = "cpu"  # the policy's; set before each call
 
     @abstractmethod
@@ -142,43 +146,10 @@ class BatchReward(RewardFunction):
         return output
 
 
-class GroupReward(RewardFunction):
-    """A reward that compares the completions of one prompt: subclass it and write `compute_rewards`.
-
-    As `def` or `async def`. It is called once per prompt, when all completions of the episode are sampled and the other
-    rewards have scored them; several prompts at a time. Where a prompt has one completion, as in greedy validation, it
-    does not apply.
-    """
-
-    # Names of the rewards whose scores it reads; that there are such is checked at the start.
-    reads: Collection[str] = ()
-
-    @abstractmethod
-    def compute_rewards(
-        self, conversations_G: Sequence[Turns], context: Mapping[str, Any], scores: Mapping[str, Sequence[float | None]]
-    ) -> Any:
-        """Score the last turn of each of a prompt's G conversations.
-
-        Args:
-            conversations_G: They differ in their last turn alone, the completion.
-            context: All columns of the scenario, and `completion_tokens`, the G numbers of tokens.
-            scores: What the other rewards said, G scores by name: NaN after a failure, None where one does not apply.
-                Group rewards are not among them.
-
-        Returns:
-            G items: what `compute_reward` may return, or an exception, which fails this completion alone. What is
-            raised fails all G.
-        """
-
-    def compute_reward(self, turns: Turns, context: Context = None) -> Any:
-        raise RewardError(f"reward '{self.name}' compares the completions of a prompt and scores none by itself")
-
-
 def entry(reward: RewardFunction) -> Callable[..., Any]:
     """What the user wrote: a function, or the method of a class."""
-    if isinstance(reward, BatchReward | GroupReward):
-        return reward.compute_rewards
-    return getattr(reward, "function", reward.compute_reward)  # of a `FunctionReward`
+    own: Any = reward.compute_rewards if reward.scores_several else reward.compute_reward
+    return getattr(reward, "function", own)  # of a `FunctionReward`
 
 
 def is_async(reward: RewardFunction) -> bool:
@@ -274,14 +245,11 @@ def call(reward: RewardFunction, *given: Any) -> Any:
     Raises:
         ConfigError: If a `BatchReward` does: its model cannot be loaded, say.
     """
-    compute: Callable[..., Any] = reward.compute_reward
-    read: Callable[..., Any] = to_outcome
-    if isinstance(reward, BatchReward | GroupReward):
-        compute, read = reward.compute_rewards, to_outcomes
+    read: Callable[..., Any] = to_outcomes if reward.scores_several else to_outcome
     with forked_child_ends():
         try:
             own = own_copies(given)
-            output = compute(*own)
+            output = reward.compute_rewards(*own) if reward.scores_several else reward.compute_reward(*own)
             return _awaited(read, output, own, given) if inspect.isawaitable(output) else read(output, own, given)
         except BaseException as error:
             if isinstance(reward, BatchReward) and isinstance(error, ConfigError):

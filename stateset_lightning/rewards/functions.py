@@ -183,7 +183,7 @@ class FunctionReward(RewardFunction):
 
     def _by_role(self, turns: Turns, context: Mapping[str, Any]) -> dict[str, Any]:
         answer, asked = completion(turns), turns[-2]["content"] if len(turns) > 1 else ""
-        found = {"turns": turns, "context": context, "completion": answer, "prompt": asked, "unused": ""}
+        found: dict[str, Any] = {"turns": turns, "context": context, "completion": answer, "prompt": asked, "unused": ""}
         found |= {"target": context.get("target"), "asked": asked, "query": asked + answer}
         has_messages = context.get("messages") is not None if self.conversational is None else self.conversational
         if self.takes_lists and has_messages and "queries" not in self._roles:

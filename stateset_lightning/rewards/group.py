@@ -1,13 +1,47 @@
-"""A reward that compares the lengths of a prompt's completions. The judge that compares them is in `judge`."""
+"""Rewards that compare the completions of a prompt. The judge that does is in `judge`."""
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from stateset_lightning.errors import DataError
-from stateset_lightning.rewards.base import GroupReward, Turns
+from stateset_lightning.errors import DataError, RewardError
+from stateset_lightning.rewards.base import Context, RewardFunction, Turns
 
 TOLERANCE = 1e-9  # weighted sums fall short of 1 by rounding
+
+
+class GroupReward(RewardFunction):
+    """A reward that compares the completions of one prompt: subclass it and write `compute_rewards`.
+
+    As `def` or `async def`. It is called once per prompt, when all completions of the episode are sampled and the other
+    rewards have scored them; several prompts at a time. Where a prompt has one completion, as in greedy validation, it
+    does not apply.
+    """
+
+    scores_several = True
+    # Names of the rewards whose scores it reads; that there are such is checked at the start.
+    reads: Collection[str] = ()
+
+    @abstractmethod
+    def compute_rewards(
+        self, conversations_G: Sequence[Turns], context: Mapping[str, Any], scores: Mapping[str, Sequence[float | None]]
+    ) -> Any:
+        """Score the last turn of each of a prompt's G conversations.
+
+        Args:
+            conversations_G: They differ in their last turn alone, the completion.
+            context: All columns of the scenario, and `completion_tokens`, the G numbers of tokens.
+            scores: What the other rewards said, G scores by name: NaN after a failure, None where one does not apply.
+                Group rewards are not among them.
+
+        Returns:
+            G items: what `compute_reward` may return, or an exception, which fails this completion alone. What is
+            raised fails all G.
+        """
+
+    def compute_reward(self, turns: Turns, context: Context = None) -> Any:
+        raise RewardError(f"reward '{self.name}' compares the completions of a prompt and scores none by itself")
 
 
 class RelativeLength(GroupReward):

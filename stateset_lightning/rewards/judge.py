@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from stateset_lightning.errors import ConfigError, DataError, RewardError, bounded
-from stateset_lightning.rewards.base import Context, GroupReward, RewardFunction, RewardResult, Turns
+from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns
+from stateset_lightning.rewards.group import GroupReward
 from stateset_lightning.workers import OpenAIClient
 
 _INSTRUCTIONS = (Path(__file__).parent / "judge_instructions.txt").read_text().rstrip()

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.rewards.base import BatchReward, GroupReward, RewardFunction
+from stateset_lightning.rewards.base import BatchReward, RewardFunction
 from stateset_lightning.rewards.functions import FunctionReward, TRLReward, is_list_function
+from stateset_lightning.rewards.group import GroupReward
 
 LARGEST_WEIGHT = 1e30  # times the largest score, and summed over rewards, this is still a finite total
 

@@ -27,13 +27,13 @@ from stateset_lightning.rewards.base import (
     BatchReward,
     Context,
     Given,
-    GroupReward,
     Outcome,
     RewardFunction,
     Turns,
     failure,
 )
 from stateset_lightning.rewards.functions import alarm_in
+from stateset_lightning.rewards.group import GroupReward
 from stateset_lightning.rewards.reward_list import as_rewards
 from stateset_lightning.threads import DaemonThreads, EventLoopThread, interruptible
 from stateset_lightning.types import NOT_APPLICABLE, RewardFailure, Scores
@@ -209,7 +209,7 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
         parts = [list(part) for _, part in groupby(sorted(waiting), lambda n: n // size)]
         if isinstance(reward, GroupReward) and size == 1:
             self._scorer.tell(f"reward '{reward.name}' compares the completions of a prompt: it scores none alone")
-            calls = [None] * len(parts)
+            calls: list[Future[Any] | None] = [None] * len(parts)
         else:
             calls = [self._scorer.starts[f](*self._given_together(f, part)) for part in parts]
         for part, call in zip(parts, calls, strict=True):

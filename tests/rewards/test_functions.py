@@ -5,6 +5,7 @@ import functools
 import pickle
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.rewards import FunctionReward, GroupReward, RewardFunction, Scorer, as_rewards, failure_counts
 from stateset_lightning.rewards.base import entry, to_outcome
-from stateset_lightning.rewards.functions import alarm_in
+from stateset_lightning.rewards.functions import _ROLES, _UNSURE, STAND_INS, alarm_in
 from stateset_lightning.types import Scenario, Turn
 
 ROW = {
@@ -95,6 +96,19 @@ def test_each_form_gives_the_right_score(name):
     scores = run(form() if isinstance(form, type) else form)
     assert not scores.failures, scores.failures[0].traceback
     assert scores.totals_N.tolist() == [1.0, 0.0]
+
+
+def test_the_page_has_all_names_and_its_examples_are_accepted():
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    table, examples = page.partition("## Functions")[2].split("```python")[:2]
+    named = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    assert named == {*_ROLES, *_UNSURE, *STAND_INS}
+    lines = [line for line in examples.partition("```")[0].splitlines() if line]
+    assert len(lines) == 8
+    for line in lines:
+        namespace = {}
+        exec(line, namespace)
+        assert as_rewards(namespace.get("f") or namespace["compute_score"])
 
 
 def test_a_list_of_functions_with_weights_is_summed():

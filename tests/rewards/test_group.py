@@ -5,6 +5,7 @@ import math
 import re
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,6 +204,14 @@ def test_a_greedy_baseline_cannot_be_compared(tmp_path):
     module = make_module(reward=[DigitReward(), Rank()], algorithm=ReMax())
     with pytest.raises(ConfigError, match="reward 'rank' compares the completions of a prompt, and this algorithm"):
         fit(tmp_path, module)
+
+
+def test_the_example_of_the_page_works():
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    namespace = {}
+    exec(page.partition("## Rewards that compare")[2].partition("```python\n")[2].partition("```")[0], namespace)
+    scores = run([namespace["Rare"](), ExactMatch(weight=0.0)], [["4", "4", "5", "4 "]])
+    assert scores.totals_N.tolist() == [0.5, 0.5, 0.0, 1.0]
 
 
 # In a run -------------------------------------------------------------------------------------------------------------
