@@ -265,9 +265,7 @@ async def call_async(reward: RewardFunction, *given: Any) -> Any:
 
 def own_copies(given: Given) -> Given:
     """What one call alone gets: other calls, and later epochs, see nothing of what it changes."""
-    return tuple(
-        [copy.deepcopy(item) for item in part] if isinstance(part, list) else copy.deepcopy(part) for part in given
-    )
+    return tuple([copy.deepcopy(one) for one in p] if isinstance(p, list) else copy.deepcopy(p) for p in given)
 
 
 def to_outcome(output: Any, own: Given = (), given: Given = ()) -> Outcome:
@@ -301,12 +299,13 @@ def to_outcomes(outputs: Any, own: Given, given: Given) -> list[Outcome]:
     items = list(islice(outputs, number + 1))  # one more than needed: there may be no end
     if len(items) != number:
         raise RewardError(f"the reward returned {len(items)} scores for {number} completions")
-    return [_item_outcome(item, own, given) for item in items]
+    changed = _differ(own, given)
+    return [replace(_item_outcome(item), changed=changed) for item in items]
 
 
-def _item_outcome(item: Any, own: Given, given: Given) -> Outcome:
+def _item_outcome(item: Any) -> Outcome:
     try:
-        return failure(item) if isinstance(item, BaseException) else to_outcome(item, own, given)
+        return failure(item) if isinstance(item, BaseException) else to_outcome(item)
     except BaseException as error:
         return failure(error)
 

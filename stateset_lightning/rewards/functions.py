@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from itertools import islice
-from types import CodeType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from stateset_lightning.errors import ConfigError, RewardError
@@ -130,29 +130,24 @@ class FunctionReward(RewardFunction):
         roles |= {name: "completion" if is_alone else _UNSURE[words[name]] for name in unsure}
         if "solution_str" in names:  # verl's: the rest are options of the function
             roles = {n: role for n, role in roles.items() if role != "column" or n in self._required | STAND_INS.keys()}
-        found = list(roles.values())
-        if found.count("completion") != 1 and (found.count("completion") > 1 or "turns" not in found):
-            why = (
-                f"takes ({', '.join(names)}): none of docs/rewards.md's names, or two, say which one is the completion"
-            )
-            unclear = [
-                n for n in roles if n in self._required and (roles[n] in ("column", "completion") or n in unsure)
-            ]
-            roles |= dict.fromkeys(unclear, "column") | dict(zip(unclear, ["completion", "target"], strict=False))
+        completions = [name for name, role in roles.items() if role == "completion"]
+        if len(completions) > 1 or not (completions or "turns" in roles.values()):
+            why = f"takes ({', '.join(names)}), which does not say what gets the completion (see docs/rewards.md)"
+            guessed = [name for name, role in roles.items() if role in ("column", "completion") or name in unsure]
+            roles |= dict.fromkeys(guessed, "column") | dict(zip(guessed, ("completion", "target"), strict=False))
         elif foreign := sorted(_OF_VERIFIERS.keys() & self._required):
             why = f"takes {foreign[0]}, which is not here"
         else:
             return roles
+        forms = "f(completion, target), f(prompt, completion) or f(turns, context)"
         raise ConfigError(
-            f"reward '{self.name}' {why}. Write f(completion, target), f(prompt, completion) or f(turns, context), or"
-            f" give this in its place: {self._wrapper(roles)}"
+            f"reward '{self.name}' {why}. Write {forms}, or give this in its place: {self._wrapper(roles)}"
         )
 
     def _wrapper(self, roles: Mapping[str, str]) -> str:
         """A function of (turns, context) that calls this one, on a line."""
-        texts = {
-            n: _OF_VERIFIERS.get(n) or _GIVEN.get(roles[n], f'context["{n}"]') for n in roles if n in self._required
-        }
+        required = [name for name in roles if name in self._required]
+        texts = {n: _OF_VERIFIERS.get(n) or _GIVEN.get(roles[n], f'context["{n}"]') for n in required}
         called = ", ".join(text if name in self._positional else f"{name}={text}" for name, text in texts.items())
         begin, wait = ("async def", "await ") if inspect.iscoroutinefunction(self.function) else ("def", "")
         return f"{begin} {self.name}_reward(turns, context): return {wait}{self.name}({called})"
@@ -171,10 +166,8 @@ class FunctionReward(RewardFunction):
             "log_metric": lambda name, value: logged.update({name: value}),
         }
         if absent := sorted(self._required - given.keys() - logs.keys()):
-            raise RewardError(
-                f"reward '{self.name}' asks for the column {absent[0]}, which this row does not have; it has: "
-                f"{', '.join(sorted(context))}; data.fields maps columns to other names"
-            )
+            has = f"which this row does not have; it has: {', '.join(sorted(context))}"
+            raise RewardError(f"reward '{self.name}' asks for the column {absent[0]}, {has}; data.fields maps columns")
         if self._takes_all:
             given = {n: value for n, value in context.items() if n not in ("prompt", "messages")} | given
         if self.takes_lists:
@@ -183,7 +176,13 @@ class FunctionReward(RewardFunction):
 
     def _by_role(self, turns: Turns, context: Mapping[str, Any]) -> dict[str, Any]:
         answer, asked = completion(turns), turns[-2]["content"] if len(turns) > 1 else ""
-        found: dict[str, Any] = {"turns": turns, "context": context, "completion": answer, "prompt": asked, "unused": ""}
+        found: dict[str, Any] = {
+            "turns": turns,
+            "context": context,
+            "completion": answer,
+            "prompt": asked,
+            "unused": "",
+        }
         found |= {"target": context.get("target"), "asked": asked, "query": asked + answer}
         has_messages = context.get("messages") is not None if self.conversational is None else self.conversational
         if self.takes_lists and has_messages and "queries" not in self._roles:
@@ -200,15 +199,10 @@ class FunctionReward(RewardFunction):
         if isinstance(output, Mapping) and "rewards" in output:  # OpenRLHF's
             items = output["rewards"]
             logged |= {name: value for name, value in output.items() if name != "rewards"}
-        try:
-            scores = list(islice(items, 2))  # there may be no end
-        except TypeError:
-            scores = []
-        if isinstance(items, str) or len(scores) != 1:
-            raise RewardError(
-                f"reward '{self.name}' gets lists and returned {output!r:.80}, but must return a list of one number or"
-                " None"
-            )
+        scores = list(islice(items, 2)) if isinstance(items, Iterable) and not isinstance(items, str) else []
+        if len(scores) != 1:  # at most two are asked for: there may be no end
+            must = "gets lists and must return a list of one number or None"
+            raise RewardError(f"reward '{self.name}' {must}, but returned {output!r:.80}")
         return None if scores[0] is None else RewardResult(scores[0], logged)
 
 
@@ -258,24 +252,27 @@ def alarm_in(function: Any, seen: set[int] | None = None) -> str:
     Looked through is what it names: functions and classes, of installed libraries none, and what these name.
     """
     seen = set() if seen is None else seen
-    item = inspect.unwrap(getattr(function, "func", getattr(function, "__func__", function)))
+    while isinstance(function, functools.partial | MethodType):
+        function = function.func if isinstance(function, functools.partial) else function.__func__
+    item = inspect.unwrap(function) if isinstance(function, FunctionType) else function
     home = str(getattr(item, "__module__", None)).partition(".")[0]
     if home in _LIBRARIES:
         return home
-    code: CodeType | None = getattr(item, "__code__", None)
-    if id(item) in seen or home in _SOUND or (seen and "site-packages" in getattr(code, "co_filename", "")):
+    if id(item) in seen or home in _SOUND:
         return ""
+    is_first = not seen
     seen.add(id(item))
-    if code is None:
-        inner = list(vars(item).values()) if isinstance(item, type) else [vars(type(item)).get("__call__")]
-    else:
-        names = _names(code)
+    inner: list[Any] = []
+    if isinstance(item, FunctionType) and (is_first or "site-packages" not in item.__code__.co_filename):
+        names = _names(item.__code__)
         if found := sorted(names & (_LIBRARIES | _ALARMS)):
             return found[0]
-        scopes = [item.__globals__]
-        scopes += [vars(value) for name in names if isinstance(value := item.__globals__.get(name), ModuleType)]
-        inner = [scope[name] for scope in scopes for name in names if name in scope]
+        space = item.__globals__
+        modules = [vars(space[name]) for name in names if isinstance(space.get(name), ModuleType)]
+        inner += [scope[name] for scope in (space, *modules) for name in names if name in scope]
         inner += [cell.cell_contents for cell in item.__closure__ or ()]
+    elif not isinstance(item, FunctionType | ModuleType):
+        inner += vars(item).values() if isinstance(item, type) else [vars(type(item)).get("__call__")]
     return next(filter(None, (alarm_in(each, seen) for each in inner)), "")
 
 

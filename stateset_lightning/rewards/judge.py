@@ -106,13 +106,18 @@ class Judge(RewardFunction):
             raise RewardError(f"the judge's reply was cut off ({self.client.request}): {reply[-100:]!r}")
         return (reply.strip().splitlines() or [""])[-1]
 
-    def scaled(self, score: float) -> float:
-        return (score - self.low) / (self.high - self.low)
+    def in_range(self, score: float, said: str) -> float:
+        """A score.
 
-    def check_in_range(self, score: float, said: str) -> float:
+        Raises:
+            RewardError: If it is out of range; it shows what the reply said.
+        """
         if not self.low <= score <= self.high:
             raise RewardError(f"the judge's score is {said[:80]!r}, outside {self.low:g} to {self.high:g}")
         return score
+
+    def result(self, score: float, reply: str) -> RewardResult:
+        return RewardResult((score - self.low) / (self.high - self.low), {"score": score, "reply": reply})
 
     def _checked_columns(self) -> list[str]:
         """The columns that the rubric names."""
@@ -148,13 +153,13 @@ class ModelJudge(Judge):
     async def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
         messages = self.messages(turns[:-1], {"answer": turns[-1]["content"]}, context or {})
         reply, score = await self.client.ask(messages, self._score)
-        return RewardResult(self.scaled(score), {"score": score, "reply": reply})
+        return self.result(score, reply)
 
     def _score(self, reply: str, truncated: bool) -> float:
         if (found := _SCORE_LINE.fullmatch(self.last_line(reply, truncated))) is None:
             raise RewardError(f"the judge's reply does not end with a line 'Score: <number>': {reply[-200:]!r}")
         score, out_of = float(found[1]), float(found[2] or self.high)
-        return self.check_in_range(score if out_of == self.high else math.inf, found[0].strip())
+        return self.in_range(score if out_of == self.high else math.inf, found[0].strip())
 
 
 class RelativeJudge(GroupReward, Judge):
@@ -175,20 +180,20 @@ class RelativeJudge(GroupReward, Judge):
         self, conversations_G: Sequence[Turns], context: Mapping[str, Any], scores: Mapping[str, Any]
     ) -> list[RewardResult]:
         texts = [str(turns[-1]["content"]) for turns in conversations_G]
-        unique = sorted(set(texts))
-        unique.sort(key=lambda text: _hash(text, *unique))
+        group = _hash(*sorted(set(texts)))
+        unique = sorted(set(texts), key=lambda text: _hash(group, text))
         shown = {f"answer-{i}": text for i, text in enumerate(unique, start=1)}
         messages = self.messages(conversations_G[0][:-1], shown, context, count=len(unique))
         reply, given = await self.client.ask(messages, partial(self._scores, len(unique)))
         by_text = dict(zip(unique, given, strict=True))
-        return [RewardResult(self.scaled(by_text[text]), {"score": by_text[text], "reply": reply}) for text in texts]
+        return [self.result(by_text[text], reply) for text in texts]
 
     def _scores(self, count: int, reply: str, truncated: bool) -> list[float]:
         found = _SCORES_LINE.fullmatch(self.last_line(reply, truncated))
         numbers = re.findall(_NUMBER, found[1]) if found else []
         if len(numbers) != count:
             raise RewardError(f"the judge's reply does not end with a line 'Scores: ...' of {count}: {reply[-200:]!r}")
-        return [self.check_in_range(float(number), number) for number in numbers]
+        return [self.in_range(float(number), number) for number in numbers]
 
 
 def _hash(*texts: str) -> str:

@@ -12,26 +12,18 @@ import math
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from itertools import groupby
+from itertools import groupby, zip_longest
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Lt
 
 from stateset_lightning.errors import ConfigError, DataError, RewardError, bounded
 from stateset_lightning.rewards import base
-from stateset_lightning.rewards.base import (
-    BatchReward,
-    Context,
-    Given,
-    Outcome,
-    RewardFunction,
-    Turns,
-    failure,
-)
+from stateset_lightning.rewards.base import BatchReward, Context, Given, Outcome, RewardFunction, Turns, failure
 from stateset_lightning.rewards.functions import alarm_in
 from stateset_lightning.rewards.group import GroupReward
 from stateset_lightning.rewards.reward_list import as_rewards
@@ -150,8 +142,8 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
         self._scorer = scorer
         self._num_completions, self._num_generations = num_completions, num_generations
         self._futures: dict[int, list[Future[Outcome] | None]] = {}  # of each completion: one per reward, if chosen
-        kinds = BatchReward, GroupReward  # in this order
-        together = [f for kind in kinds for f, reward in enumerate(scorer.rewards) if isinstance(reward, kind)]
+        together = [f for f, reward in enumerate(scorer.rewards) if reward.scores_several]
+        together.sort(key=lambda f: isinstance(scorer.rewards[f], GroupReward))  # those last
         self._together: dict[int, dict[int, _Waiting]] = {f: {} for f in together}
         self._cancel = weakref.finalize(self, _cancel_all, self._futures)
 
@@ -188,9 +180,7 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
         outcomes_NF = [[_outcome(future) for future in self._futures[n]] for n in range(self._num_completions)]
         changed = {name for row in outcomes_NF for name, o in zip(self._scorer.names, row, strict=True) if o.changed}
         for name in sorted(changed):
-            self._scorer.tell(
-                f"reward '{name}' changes its columns or its conversation: copies, which nothing else sees"
-            )
+            self._scorer.tell(f"reward '{name}' changes its columns or its conversation: copies, seen by nothing else")
         return _scores(self._scorer.rewards, outcomes_NF, time.perf_counter() - begin)
 
     def __exit__(self, *exception: object) -> None:
@@ -204,15 +194,14 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
 
     def _score_together(self, f: int) -> None:
         """Run a reward that scores several completions in a call: all of them, or those of a prompt."""
-        reward, waiting = self._scorer.rewards[f], self._together[f]
+        reward, waiting, calls = self._scorer.rewards[f], self._together[f], list[Future[Any] | None]()
         size = self._num_generations if isinstance(reward, GroupReward) else self._num_completions
         parts = [list(part) for _, part in groupby(sorted(waiting), lambda n: n // size)]
         if isinstance(reward, GroupReward) and size == 1:
             self._scorer.tell(f"reward '{reward.name}' compares the completions of a prompt: it scores none alone")
-            calls: list[Future[Any] | None] = [None] * len(parts)
         else:
-            calls = [self._scorer.starts[f](*self._given_together(f, part)) for part in parts]
-        for part, call in zip(parts, calls, strict=True):
+            calls += [self._scorer.starts[f](*self._given_together(f, part)) for part in parts]
+        for part, call in zip_longest(parts, calls):
             found = _outcome(call)
             for n, outcome in zip(part, found if isinstance(found, list) else [found] * len(part), strict=True):
                 waiting[n][1].set_result(outcome)
@@ -289,19 +278,16 @@ def _set_timeout(reward: RewardFunction) -> None:
 
 
 def _call_on_thread(loop: EventLoopThread, reward: RewardFunction, *given: Any) -> Any:
-    with _modes_of_thread(reward.device) if isinstance(reward, BatchReward) else nullcontext():
+    with ExitStack() as modes:
+        if isinstance(reward, BatchReward):
+            import torch  # not where workers would import it, too
+
+            # A thread has neither the gradient mode nor the device of the one that has started it.
+            modes.enter_context(torch.no_grad())
+            if torch.device(reward.device).type == "cuda":
+                modes.enter_context(torch.cuda.device(reward.device))
         outcome = base.call(reward, *given)
     return loop.submit(lambda: outcome).result() if inspect.iscoroutine(outcome) else outcome
-
-
-@contextmanager
-def _modes_of_thread(device: Any) -> Iterator[None]:
-    """A thread has neither the gradient mode nor the device of the one that has started it."""
-    import torch  # not where workers would import it, too
-
-    is_cuda = torch.device(device).type == "cuda"
-    with torch.no_grad(), torch.cuda.device(device) if is_cuda else nullcontext():
-        yield
 
 
 def _outcome(future: Future[Any] | None) -> Any:

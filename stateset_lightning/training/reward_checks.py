@@ -39,27 +39,24 @@ def check_rewards(splits: Mapping[Any, Iterable[Scenario]], rewards: Sequence[Re
     known = {reward.name: reward for reward in rewards}
     for split, scenarios in splits.items():
         unknown: dict[str, list[str]] = {}
-        scored, lacking, example = Counter[str](), Counter[tuple[str, str]](), dict[tuple[str, str], Any]()
+        scored, lacking = Counter[str](), Counter[tuple[str, str]]()
         for scenario in scenarios:
             columns, names = scenario.columns(), known.keys() if scenario.rewards is None else set(scenario.rewards)
             if names - known.keys():
                 unknown[f"data.{split}: {scenario.id}"] = sorted(names - known.keys())
-                continue
-            scored.update(names)
-            for lacks in [(name, column) for name in names for column in known[name].missing(columns)]:
-                lacking[lacks] += 1
-                example.setdefault(lacks, columns)
+            else:
+                scored.update(names)
+                lacking.update((name, column) for name in names for column in known[name].missing(columns))
         if unknown:
             examples = "; ".join(f"{place}: {', '.join(names)}" for place, names in list(unknown.items())[:5])
             have = f"that model.reward does not have ({', '.join(known)})"
             raise ConfigError(f"{len(unknown)} scenarios name rewards {have}: {examples}")
         for (name, column), count in lacking.items():
-            rows = f"{count} of {scored[name]} scenarios of data.{split}"
             if count == scored[name] and column not in STAND_INS:
-                raise ConfigError(
-                    f"reward '{name}' needs the column {column}: {_remedy(column, example[name, column])}"
-                )
+                none = f"reward '{name}' needs the column {column}, and no scenario of data.{split} has it"
+                raise ConfigError(f"{none}; {_remedy(column, columns)}")
             fate = f"gets {STAND_INS[column]}" if column in STAND_INS else "fails, see reward_failures"
+            rows = f"{count} of {scored[name]} scenarios of data.{split}"
             rank_zero_warn(f"{rows} have no column {column}: there, reward '{name}' {fate}")
 
 
@@ -70,4 +67,4 @@ def _remedy(column: str, columns: Mapping[str, Any]) -> str:
     near = [name for word in wanted for name in present if name.strip().lower() == word]
     near += get_close_matches(column, present)
     fields = f"set data.fields.{column}={near[0]!r}" if near else f"name one by data.fields.{column}"
-    return f"the scenarios have {', '.join(map(repr, present))}; {fields}, or leave the reward out"
+    return f"there are {', '.join(map(repr, present))}: {fields}, or leave the reward out"

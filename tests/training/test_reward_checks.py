@@ -44,16 +44,16 @@ def judge():
 @pytest.mark.parametrize(
     ("reward", "row", "message"),
     [
-        (ExactMatch, {"answer": "4"}, "reward 'exact_match' needs the column target: .*data.fields.target='answer'"),
+        (ExactMatch, {"answer": "4"}, "reward 'exact_match' needs the column target, .*data.fields.target='answer'"),
         (NumericAnswer, {"solution": "4"}, "'numeric_answer' needs .*data.fields.target='solution'"),
         (MathEquivalence, {"Ground_Truth": "4"}, "'math_equivalence' needs .*data.fields.target='Ground_Truth'"),
         (Contains, {" target": "4", "answer": "4"}, "'contains' needs .*data.fields.target=' target'"),
-        (lambda: EmbeddingSimilarity("a/b"), {"label": "4"}, "needs the column target: .*data.fields.target='label'"),
-        (ExactMatch, {"x": 1}, "the scenarios have 'prompt', 'x'; name one by data.fields.target, or leave the reward"),
-        (lambda: verl, {"gold": "4"}, "reward 'verl' needs the column target: .*data.fields.target='gold'"),
-        (lambda: trl, {"target": "4", "solutions": "4"}, "'trl' needs the column solution: .*solution='solutions'"),
-        (Own, {"levels": 1}, "reward 'own' needs the column level: .*data.fields.level='levels'"),
-        (judge, {"target": "4"}, "reward 'model_judge' needs the column reference: .*'target'; name one by"),
+        (lambda: EmbeddingSimilarity("a/b"), {"label": "4"}, "needs the column target, .*data.fields.target='label'"),
+        (ExactMatch, {"x": 1}, "there are 'prompt', 'x': name one by data.fields.target, or leave the reward"),
+        (lambda: verl, {"gold": "4"}, "reward 'verl' needs the column target, .*data.fields.target='gold'"),
+        (lambda: trl, {"target": "4", "solutions": "4"}, "'trl' needs the column solution, .*solution='solutions'"),
+        (Own, {"levels": 1}, "reward 'own' needs the column level, .*data.fields.level='levels'"),
+        (judge, {"target": "4"}, "reward 'model_judge' needs the column reference, .*'target': name one by"),
     ],
 )
 @pytest.mark.parametrize("split", ["train", "validation"])
