@@ -146,7 +146,7 @@ class BatchReward(RewardFunction):
         return output
 
 
-def entry(reward: RewardFunction) -> Callable[..., Any]:
+def written(reward: RewardFunction) -> Callable[..., Any]:
     """What the user wrote: a function, or the method of a class."""
     own: Any = reward.compute_rewards if reward.scores_several else reward.compute_reward
     return getattr(reward, "function", own)  # of a `FunctionReward`
@@ -154,7 +154,7 @@ def entry(reward: RewardFunction) -> Callable[..., Any]:
 
 def is_async(reward: RewardFunction) -> bool:
     """Whether the reward is written as `async def`; a `def` that returns an awaitable is not."""
-    call = entry(reward)
+    call = written(reward)
     return any(map(inspect.iscoroutinefunction, (call, getattr(call, "__call__", None))))  # noqa: B004
 
 

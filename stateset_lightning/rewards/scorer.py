@@ -268,7 +268,7 @@ def _set_timeout(reward: RewardFunction) -> None:
     Raises:
         ConfigError: If it cannot have a time-out.
     """
-    if reward.timeout is not None or not (found := alarm_in(base.entry(reward))):
+    if reward.timeout is not None or not (found := alarm_in(base.written(reward))):
         return
     why = f"reward '{reward.name}' uses {found}, whose time-outs are signals, which work in no thread"
     if base.is_async(reward) or isinstance(reward, BatchReward):

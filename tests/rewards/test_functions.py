@@ -12,7 +12,7 @@ import torch
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.rewards import FunctionReward, GroupReward, RewardFunction, Scorer, as_rewards, failure_counts
-from stateset_lightning.rewards.base import entry, to_outcome
+from stateset_lightning.rewards.base import to_outcome, written
 from stateset_lightning.rewards.functions import _ROLES, _UNSURE, STAND_INS, alarm_in
 from stateset_lightning.types import Scenario, Turn
 
@@ -281,7 +281,7 @@ def test_what_sets_alarms_is_noticed_and_gets_a_process(alarmed, caplog):
 def test_built_in_rewards_set_no_alarms_that_a_time_out_is_needed_for():
     for name in ("ExactMatch", "Contains", "NumericAnswer", "HelpfulnessReward", "JsonValid"):
         reward = getattr(__import__("stateset_lightning.rewards", fromlist=[name]), name)()
-        assert alarm_in(entry(reward)) == ""
+        assert alarm_in(written(reward)) == ""
 
 
 def test_bound_functions_go_to_worker_processes_and_remember_what_they_are(alarmed):
