@@ -74,6 +74,7 @@ class FunctionReward(RewardFunction):
 
     Args:
         function: The function; it returns what `RewardFunction.compute_reward` may return.
+        conversational: Whether TRL's functions get messages; None: as the scenario's own (`messages` or `prompt`).
         **common: `weight`, `name` and `timeout` of every reward; the name is by default the function's.
 
     Raises:
@@ -81,10 +82,8 @@ class FunctionReward(RewardFunction):
             function to give in its place.
     """
 
-    conversational: bool | None = None
-
-    def __init__(self, function: Callable[..., Any], **common: Any) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Any], *, conversational: bool | None = None, **common: Any) -> None:
+        self.function, self.conversational = function, conversational
         while isinstance(function, functools.partial):
             function = function.func
         name = getattr(function, "__name__", None) or snake_case(type(function).__name__)
@@ -207,21 +206,7 @@ class FunctionReward(RewardFunction):
 
 
 class TRLReward(FunctionReward):
-    """A reward function as TRL's `GRPOTrainer` takes it, unchanged; see `FunctionReward`.
-
-    Args:
-        function: The function.
-        conversational: The form of prompts and completions; None: as the scenario's own (`messages` or `prompt`).
-        **common: `weight` (TRL's `reward_weights`), `name` and `timeout` of every reward; the name is by default the
-            function's.
-
-    Raises:
-        ConfigError: If the function asks for something that only TRL has.
-    """
-
-    def __init__(self, function: Callable[..., Any], *, conversational: bool | None = None, **common: Any) -> None:
-        super().__init__(function, **common)
-        self.conversational = conversational
+    """A reward function as TRL's `GRPOTrainer` takes it, unchanged; the `weight` is one of TRL's `reward_weights`."""
 
 
 def is_list_function(function: Callable[..., Any]) -> bool:

@@ -103,7 +103,7 @@ class Judge(RewardFunction):
         """
         if truncated:
             # even if it ends in a score, which may be half a number
-            raise RewardError(f"the judge's reply was cut off ({self.client.request}): {reply[-100:]!r}")
+            raise self.error(f"reply was cut off ({self.client.request}): {reply[-100:]!r}")
         return (reply.strip().splitlines() or [""])[-1]
 
     def in_range(self, score: float, said: str) -> float:
@@ -113,8 +113,11 @@ class Judge(RewardFunction):
             RewardError: If it is out of range; it shows what the reply said.
         """
         if not self.low <= score <= self.high:
-            raise RewardError(f"the judge's score is {said[:80]!r}, outside {self.low:g} to {self.high:g}")
+            raise self.error(f"score is {said[:80]!r}, outside {self.low:g} to {self.high:g}")
         return score
+
+    def error(self, what: str) -> RewardError:
+        return RewardError(self.client.line(f"the judge's {what}"))
 
     def result(self, score: float, reply: str) -> RewardResult:
         return RewardResult((score - self.low) / (self.high - self.low), {"score": score, "reply": reply})
@@ -157,7 +160,7 @@ class ModelJudge(Judge):
 
     def _score(self, reply: str, truncated: bool) -> float:
         if (found := _SCORE_LINE.fullmatch(self.last_line(reply, truncated))) is None:
-            raise RewardError(f"the judge's reply does not end with a line 'Score: <number>': {reply[-200:]!r}")
+            raise self.error(f"reply does not end with a line 'Score: <number>': {reply[-200:]!r}")
         score, out_of = float(found[1]), float(found[2] or self.high)
         return self.in_range(score if out_of == self.high else math.inf, found[0].strip())
 
@@ -192,7 +195,7 @@ class RelativeJudge(GroupReward, Judge):
         found = _SCORES_LINE.fullmatch(self.last_line(reply, truncated))
         numbers = re.findall(_NUMBER, found[1]) if found else []
         if len(numbers) != count:
-            raise RewardError(f"the judge's reply does not end with a line 'Scores: ...' of {count}: {reply[-200:]!r}")
+            raise self.error(f"reply does not end with a line 'Scores: ...' of {count}: {reply[-200:]!r}")
         return [self.in_range(float(number), number) for number in numbers]
 
 

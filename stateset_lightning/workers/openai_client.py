@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 from annotated_types import Ge, Gt, Le, Len
 from pydantic import BaseModel, HttpUrl, TypeAdapter, ValidationError
 
-from stateset_lightning.errors import ConfigError, RewardError, ServerError, check_bounds, one_line, require
+from stateset_lightning.errors import ConfigError, ServerError, check_bounds, one_line, require
 from stateset_lightning.redaction import is_secret_name, remember
 
 T = TypeVar("T")
@@ -196,12 +196,12 @@ class OpenAIClient:
         # Whoever sends the same request meanwhile waits for this reply.
         async with connection.pending.setdefault(key, asyncio.Lock()):
             if (text := self._replies.get(key)) is not None:
-                value = self._read(read, text, False)
+                value = read(text, False)
                 self._counts["cache_hits"] += 1
                 return text, value
             async with connection.slots:
                 text, truncated = await self._send(connection.client, request)
-            value = self._read(read, text, truncated)
+            value = read(text, truncated)
             self._replies.put(key, text)
             return text, value
 
@@ -220,22 +220,16 @@ class OpenAIClient:
             answer = _Answer.model_validate_json(raw.content)
         except ValidationError as error:
             first = error.errors()[0]
-            raise ServerError(self._line(f"no chat completion: {first['loc']}: {first['msg']}")) from None
+            raise ServerError(self.line(f"no chat completion: {first['loc']}: {first['msg']}")) from None
         except (openai.OpenAIError, ServerError) as error:
-            error.args = (self._line(f"{error} ({error.__cause__})" if error.__cause__ else str(error)),)
+            error.args = (self.line(f"{error} ({error.__cause__})" if error.__cause__ else str(error)),)
             raise
         if answer.usage is not None:
             self._counts["prompt_tokens"] += answer.usage.prompt_tokens
             self._counts["completion_tokens"] += answer.usage.completion_tokens
         return answer.choices[0].message.content or "", answer.choices[0].finish_reason == "length"
 
-    def _read(self, read: Callable[[str, bool], T], text: str, truncated: bool) -> T:
-        try:
-            return read(text, truncated)
-        except RewardError as error:
-            raise RewardError(self._line(str(error))) from None
-
-    def _line(self, text: str) -> str:
+    def line(self, text: str) -> str:
         """A line that names the server, without a password that its address may hold."""
         address = urlsplit(self._url)
         place = address._replace(netloc=address.netloc.rpartition("@")[2]).geturl()
