@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from stateset_lightning.errors import DataError, RewardError
+from stateset_lightning.errors import RewardError
 from stateset_lightning.rewards.base import Context, RewardFunction, Turns
 
 TOLERANCE = 1e-9  # weighted sums fall short of 1 by rounding
@@ -73,8 +73,6 @@ class RelativeLength(GroupReward):
         scores: Mapping[str, Sequence[float | None]],
     ) -> list[float]:
         lengths = context["completion_tokens"]
-        if None in lengths:
-            raise DataError(f"reward '{self.name}' needs context['completion_tokens'], the numbers of tokens")
         right = [score is not None and score >= self.right_at - TOLERANCE for score in scores[self.right_by]]
         of_right = [length for length, is_right in zip(lengths, right, strict=True) if is_right]
         shortest, spread = min(of_right, default=0), max(of_right, default=0) - min(of_right, default=0)
