@@ -37,16 +37,19 @@ def check_rewards(splits: Mapping[Any, Iterable[Scenario]], rewards: Sequence[Re
         ConfigError: With the first scenarios that name others; or if no row has a column that its reward needs.
     """
     known = {reward.name: reward for reward in rewards}
+    needing = [reward for reward in rewards if reward.missing({})]  # a column or more
     for split, scenarios in splits.items():
         unknown: dict[str, list[str]] = {}
-        scored, lacking = Counter[str](), Counter[tuple[str, str]]()
+        scored, lacking, columns = Counter[str](), Counter[tuple[str, str]](), dict[str, Any]()
         for scenario in scenarios:
-            columns, names = scenario.columns(), known.keys() if scenario.rewards is None else set(scenario.rewards)
-            if names - known.keys():
-                unknown[f"data.{split}: {scenario.id}"] = sorted(names - known.keys())
-            else:
-                scored.update(names)
-                lacking.update((name, column) for name in names for column in known[name].missing(columns))
+            names = known if scenario.rewards is None else scenario.rewards
+            if names is not known and (others := sorted(set(names) - known.keys())):
+                unknown[f"data.{split}: {scenario.id}"] = others
+            for reward in [reward for reward in needing if reward.name in names]:
+                columns = scenario.columns()
+                scored[reward.name] += 1
+                for column in reward.missing(columns):
+                    lacking[reward.name, column] += 1
         if unknown:
             examples = "; ".join(f"{place}: {', '.join(names)}" for place, names in list(unknown.items())[:5])
             have = f"that model.reward does not have ({', '.join(known)})"
