@@ -95,12 +95,14 @@ class FunctionReward(RewardFunction):
         self._positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
         named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         self._required = {p.name for p in named if p.default is p.empty}
+        # What `**kwargs` does not get: what is given otherwise, what a partial has set, and options of the function.
+        self._hidden = {"prompt", "messages", *getattr(self.function, "keywords", ()), *(p.name for p in named)}
         self._roles = self._roles_of([p.name for p in named])
 
     def compute_reward(self, turns: Turns, context: Context = None) -> Any:
         logged: dict[str, Any] = {}
         given = self._given(turns, context or {}, logged)
-        output = self.function(*[given.pop(name) for name in self._positional], **given)
+        output = self.function(*[given.pop(name) for name in self._positional if name in given], **given)
         if not self.takes_lists:
             return output
         return self._awaited(output, logged) if inspect.isawaitable(output) else self._only(output, logged)
@@ -168,7 +170,7 @@ class FunctionReward(RewardFunction):
             has = f"which this row does not have; it has: {', '.join(sorted(context))}"
             raise RewardError(f"reward '{self.name}' asks for the column {absent[0]}, {has}; data.fields maps columns")
         if self._takes_all:
-            given = {n: value for n, value in context.items() if n not in ("prompt", "messages")} | given
+            given = {n: value for n, value in context.items() if n not in self._hidden} | given
         if self.takes_lists:
             given = {n: [value] for n, value in given.items()} | {n: logs[n] for n in logs if n in self._roles}
         return given

@@ -47,6 +47,7 @@ def with_column(completion, target, difficulty): return completion == target and
 def with_default(completion, target, difficulty=0, other=2):
     return completion == target and (difficulty, other) == (3, 2)
 def alone(completion): return completion == "4"
+def with_positional_default(completion, target, level=1, /): return level * (completion == target)
 def trl(completions, target, **columns):
     assert columns["difficulty"] == [3] and columns["prompts"] == ["2 + 2?"]
     return [float(c == t) for c, t in zip(completions, target)]
@@ -153,6 +154,16 @@ def test_a_partial_keeps_what_it_has_set_and_nothing_is_passed_twice():
         return completion == target and difficulty == 9
 
     assert run(functools.partial(graded, difficulty=9, target="5")).totals_N.tolist() == [0.0, 1.0]
+
+    def graded_with_all(completion, target, **columns):
+        return completion == target and columns["difficulty"] == 9 and "target" not in columns
+
+    def options_of_verl(solution_str, ground_truth, difficulty=1.0, **columns):
+        return difficulty * (solution_str == ground_truth and columns["data_source"] == "sums")
+
+    assert run(functools.partial(graded_with_all, difficulty=9)).totals_N.tolist() == [1.0, 0.0]
+    assert run(functools.partial(NAMESPACE["trl"], target=["5"])).totals_N.tolist() == [0.0, 1.0]
+    assert run(options_of_verl).totals_N.tolist() == [1.0, 0.0]
     by_position = functools.partial(NAMESPACE["target_first"], "4")
     assert run(by_position).totals_N.tolist() == [1.0, 0.0]
 

@@ -52,8 +52,9 @@ def judge():
         (ExactMatch, {"x": 1}, "there are 'prompt', 'x': name one by data.fields.target, or leave the reward"),
         (lambda: verl, {"gold": "4"}, "reward 'verl' needs the column target, .*data.fields.target='gold'"),
         (lambda: trl, {"target": "4", "solutions": "4"}, "'trl' needs the column solution, .*solution='solutions'"),
+        (lambda: trl, {"target": "4"}, "'trl' needs the column solution, .*data.fields.solution='target'"),
         (Own, {"levels": 1}, "reward 'own' needs the column level, .*data.fields.level='levels'"),
-        (judge, {"target": "4"}, "reward 'model_judge' needs the column reference, .*'target': name one by"),
+        (judge, {"target": "4"}, "reward 'model_judge' needs the column reference, .*data.fields.reference='target'"),
     ],
 )
 @pytest.mark.parametrize("split", ["train", "validation"])
