@@ -21,6 +21,7 @@ from stateset_lightning.data.sources import ScenarioSet, Source, check_options, 
 from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.seeding import run_seed
+from stateset_lightning.training.reward_checks import check_rewards
 from stateset_lightning.training.schedule import batches_per_epoch
 from stateset_lightning.types import PromptBatch, Scenario, Turn, asked
 
@@ -133,15 +134,6 @@ class ScenarioDataModule(LightningDataModule):
     def has_validation(self) -> bool:
         return self._is_given("validation")
 
-    def named_rewards(self) -> dict[str, tuple[str, ...]]:
-        """The rewards that scenarios name, by `data.split: scenario id`; other scenarios are left out."""
-        return {
-            f"data.{split}: {scenario.id}": scenario.rewards
-            for split, found in self._scenarios.items()
-            for scenario in found.scenarios
-            if scenario.rewards is not None
-        }
-
     def setup(self, stage: str | None = None) -> None:
         """Reads and checks the files that the stage needs, and makes their prompts; only once, however often called.
 
@@ -164,6 +156,8 @@ class ScenarioDataModule(LightningDataModule):
         for split in wanted:
             if split not in self._prompts:
                 self._encode(split, encoder)
+        if rewards := getattr(getattr(self.trainer, "lightning_module", None), "rewards", None):
+            check_rewards({k: found.scenarios for k, found in self._scenarios.items() if k != "predict"}, rewards)
 
     def train_dataloader(self) -> EpisodeLoader:
         if self._train_loader is not None and self.trainer is not None and self.trainer.training:

@@ -38,7 +38,7 @@ class Abstract(RewardFunction):
 class NoReward:
     pass
 
-def one_argument(turns):
+def one_argument(thing):
     return 1.0
 """
 
@@ -126,7 +126,7 @@ FILES = [
     ("ragged.csv", "prompt,target\na,1\nb,2,3\n", ["ragged.csv:3", "3 cells", "header has 2", "quotes"]),
     ("columns.csv", "prompt,prompt\na,1\n", ["columns.csv", "'prompt' twice"]),
     ("bad.yaml", "- prompt: [a\n", ["bad.yaml:", "malformed YAML"]),
-    ("target.jsonl", '{"prompt": "a"}\n', ["target:1", "target=None", "exact_match", "add the column"]),
+    ("target.jsonl", '{"prompt": "a"}\n', ["exact_match", "column target", "data.train", "data.fields.target"]),
 ]
 
 

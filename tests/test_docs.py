@@ -26,6 +26,13 @@ PAGES = [
     *sorted((ROOT / "examples").glob("**/README.md")),
 ]
 README = (ROOT / "README.md").read_text()
+MY_REWARDS = """
+from stateset_lightning.rewards import RewardFunction
+def is_polite(completion): return "please" in completion
+def compute_score(solution_str, ground_truth): return float(solution_str == ground_truth)
+class Brevity(RewardFunction):
+    def compute_reward(self, turns, context=None): return -float(len(turns[-1].content))
+"""
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -103,6 +110,8 @@ def test_the_json_row_of_the_readme_is_a_scenario() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_yaml_blocks_name_existing_keys(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(tmp_path)  # a reader's own rewards
+    (tmp_path / "my_rewards.py").write_text(MY_REWARDS)
     for number, block in enumerate(blocks("yaml", page.read_text())):
         overlay = tmp_path / f"{number}.yaml"
         overlay.write_text(block)

@@ -457,7 +457,7 @@ def test_a_checkpoint_does_not_hold_the_hubs_token(tmp_path):
     from stateset_lightning.policy import PolicyConfig
 
     module = make_module()
-    module = type(module)(PolicyConfig("tiny", model_kwargs={"token": KEY}), reward=lambda t, c: 1.0)
+    module = type(module)(PolicyConfig("tiny", model_kwargs={"token": KEY}), reward=lambda turns, context: 1.0)
     assert module.hparams["policy"]["model_kwargs"] == {"token": "***"}
     assert module.policy_config.model_kwargs == {"token": KEY}
 

@@ -97,7 +97,8 @@ def _fault(option: Option) -> str:
         bases = classes(option.hint)
         for item in as_list(option.value):
             path = str(item.get("class_path", "") if isinstance(item, dict) else item)
-            if bases and is_class(path) and (reason := _class_fault(bases, path)):
+            is_path = is_class(path) or re.fullmatch(r"(\w+\.)+\w+", path)  # of a class, or of a function
+            if bases and is_path and (reason := _class_fault(bases, path)):
                 place = f": class_path {path}" if "." in path else f"={path}"
                 return f"{option.name}{place}: {reason}"
         return f"{option.name}={str(option.value)[:80]}: must be {_in_words(option.hint)}"

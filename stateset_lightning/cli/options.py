@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -11,6 +12,8 @@ from jsonargparse import ArgumentParser, Namespace, _typehints
 from jsonargparse._required import iter_required_keys
 
 from stateset_lightning.cli.overlays import REMOVED, as_list, is_class, loaded
+from stateset_lightning.errors import ConfigError
+from stateset_lightning.rewards import RewardFunction
 
 _CALLED_WITH = {"params", "optimizer"}  # what the trainer adds to the options of an optimizer or scheduler
 _MAPPINGS, _LISTS = _typehints.mapping_origin_types, _typehints.sequence_origin_types
@@ -111,8 +114,13 @@ def _class_parser(option: Option, bases: list[type], path: Any) -> ArgumentParse
     full = [_typehints.resolve_class_path_by_name(base, path) for base in bases] if path else []
     try:
         cls = _typehints.import_object(next((each for each in full if "." in each), path)) if path else bases[0]
+        if RewardFunction in bases and inspect.isfunction(cls):
+            form = f"class_path: FunctionReward, init_args: {{function: {path}, weight: 1.0}}"
+            raise ConfigError(f"{option.name}: {path} is a function, no class: write {path} alone, or {form}")
         with _typehints.parser_context(parent_parser=option.parser):
             return _typehints.ActionTypeHint.get_class_parser(cls, getattr(option.action, "sub_add_kwargs", None))
+    except ConfigError:
+        raise
     except Exception:  # a user's module may raise anything; the check of the option says what
         return None
 

@@ -2,10 +2,12 @@
 
 from typing import Any
 
-from stateset_lightning.rewards.base import BatchReward, FunctionReward, RewardFunction, RewardResult
+from stateset_lightning.rewards.base import BatchReward, RewardFunction, RewardResult
 from stateset_lightning.rewards.code import CodeReward
+from stateset_lightning.rewards.functions import FunctionReward, TRLReward
+from stateset_lightning.rewards.group import GroupReward, RelativeLength
 from stateset_lightning.rewards.helpfulness import HelpfulnessReward
-from stateset_lightning.rewards.judge import ModelJudge
+from stateset_lightning.rewards.judge import ModelJudge, RelativeJudge
 from stateset_lightning.rewards.match import Contains, ExactMatch, FormatReward, JsonValid, RegexMatch
 from stateset_lightning.rewards.maths import MathEquivalence
 from stateset_lightning.rewards.models import EmbeddingSimilarity, RewardModel
@@ -14,13 +16,13 @@ from stateset_lightning.rewards.penalties import LengthPenalty, OverlongPenalty,
 from stateset_lightning.rewards.reasoning_gym import ReasoningGymReward
 from stateset_lightning.rewards.reward_list import Reward, as_rewards
 from stateset_lightning.rewards.scorer import Scorer, ScoringSession, check_failures, failure_counts
-from stateset_lightning.rewards.trl import TRLReward
 
 __all__ = ["BatchReward", "CodeReward", "Contains", "EmbeddingSimilarity", "ExactMatch", "FormatReward"]
-__all__ += ["FunctionReward", "HelpfulnessReward", "JsonValid", "LengthPenalty", "MathEquivalence", "ModelJudge"]
-__all__ += ["NumericAnswer", "OverlongPenalty", "ReasoningGymReward", "RegexMatch", "RepetitionPenalty", "Reward"]
-__all__ += ["RewardFunction", "RewardModel", "RewardResult", "Scorer", "ScoringSession", "TRLReward", "as_rewards"]
-__all__ += ["check_failures", "failure_counts"]
+__all__ += ["FunctionReward"]
+__all__ += ["HelpfulnessReward", "JsonValid", "LengthPenalty", "MathEquivalence", "ModelJudge", "NumericAnswer"]
+__all__ += ["OverlongPenalty", "ReasoningGymReward", "RegexMatch", "RepetitionPenalty", "Reward", "RewardFunction"]
+__all__ += ["RewardModel", "RewardResult", "Scorer", "ScoringSession", "TRLReward", "as_rewards", "check_failures"]
+__all__ += ["GroupReward", "RelativeJudge", "RelativeLength", "failure_counts"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,9 @@
 """What a reward is, what built-in rewards read from a conversation, and what a call of a reward comes to.
 
 A reward is a function of a conversation that ends in a completion, with a weight, a name and a time-out. It returns a
-number (`float`, `int`, `bool`, or a numpy or torch scalar), a `RewardResult`, or None for "does not apply to this
-completion". Whatever else it does (raise, take too long, return NaN, infinity or something that is no number) fails the
-completion: a failure is never a score of zero.
+number (`float`, `int`, `bool`, or a numpy or torch scalar), a `RewardResult`, `{"score": number, ...}`, `(score,
+info)`, or None for "does not apply to this completion". Whatever else it does (raise, take too long, return NaN,
+infinity or something that is no number) fails the completion: a failure is never a score of zero.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import math
 import re
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, TypeVar
 
-from stateset_lightning.errors import DataError, RewardError
+from stateset_lightning.errors import ConfigError, DataError, RewardError
 from stateset_lightning.redaction import redacted_text
 from stateset_lightning.threads import forked_child_ends
 from stateset_lightning.types import NOT_APPLICABLE, Turn
@@ -32,13 +33,13 @@ Context = Mapping[str, Any] | None
 
 T = TypeVar("T")
 
-# What a reward is called with.
-Given = tuple[Turns, Mapping[str, Any]]
+# What a reward is called with: a conversation and columns, or several.
+Given = tuple[Any, ...]
 
 # Float32's largest number: scores beyond it become infinite in the arithmetic that follows.
 LARGEST_SCORE = 3.4028234e38
 
-_SCALARS = (str, bytes, int, float, type(None))
+_ACCEPTED = "return a number, RewardResult(score, breakdown), {'score': number, ...}, (score, info), or None"
 
 
 @dataclass
@@ -76,6 +77,11 @@ class RewardFunction(ABC):
 
     weight: float = 1.0
     timeout: float | None = None
+    # Columns without which it cannot score: a run whose rows have none of one is refused at the start.
+    needs: Collection[str] = ()
+    # Whether it scores several completions in a call, by its `compute_rewards`.
+    scores_several = False
+    compute_rewards: Callable[..., Any]
 
     def __init__(self, *, weight: float = 1.0, name: str | None = None, timeout: float | None = None) -> None:
         self.weight = weight
@@ -101,6 +107,10 @@ class RewardFunction(ABC):
             A number, a `RewardResult`, or None if this reward does not apply.
         """
 
+    def missing(self, columns: Mapping[str, Any]) -> list[str]:
+        """The columns that it needs and this scenario has not."""
+        return [name for name in self.needs if columns.get(name) is None]
+
     def take_counts(self) -> Mapping[str, float]:
         """What this reward has counted since the last call (tokens bought, say).
 
@@ -117,6 +127,7 @@ class BatchReward(RewardFunction):
     decoding for the device. It runs in a thread of the training process and cannot be stopped, so it has no time-out.
     """
 
+    scores_several = True
     device: Any = "cpu"  # the policy's; set before each call
 
     @abstractmethod
@@ -135,29 +146,15 @@ class BatchReward(RewardFunction):
         return output
 
 
-class FunctionReward(RewardFunction):
-    """A plain function `f(turns, context)`, sync or async, as a reward.
-
-    Args:
-        function: The function; it returns what `RewardFunction.compute_reward` may return.
-        **common: `weight`, `name` and `timeout` of every reward; the name is by default the function's.
-    """
-
-    def __init__(self, function: Callable[..., Any], **common: Any) -> None:
-        self.function = function
-        while isinstance(function, functools.partial):
-            function = function.func
-        name = getattr(function, "__name__", None) or snake_case(type(function).__name__)
-        self.name = "function" if name == "<lambda>" else name
-        super().__init__(**common)
-
-    def compute_reward(self, turns: Turns, context: Context = None) -> Any:
-        return self.function(turns, context)
+def written(reward: RewardFunction) -> Callable[..., Any]:
+    """What the user wrote: a function, or the method of a class."""
+    own: Any = reward.compute_rewards if reward.scores_several else reward.compute_reward
+    return getattr(reward, "function", own)  # of a `FunctionReward`
 
 
 def is_async(reward: RewardFunction) -> bool:
     """Whether the reward is written as `async def`; a `def` that returns an awaitable is not."""
-    call = reward.function if isinstance(reward, FunctionReward) else reward.compute_reward
+    call = written(reward)
     return any(map(inspect.iscoroutinefunction, (call, getattr(call, "__call__", None))))  # noqa: B004
 
 
@@ -234,44 +231,53 @@ class Outcome:
     changed: bool = False
 
 
-def call(reward: RewardFunction, turns: Turns, context: Mapping[str, Any]) -> Outcome | Coroutine[Any, Any, Outcome]:
-    """Call a reward with copies of a conversation and columns, and catch whatever it raises.
+def call(reward: RewardFunction, *given: Any) -> Any:
+    """Call a reward with copies of what is given, a conversation and columns, and catch whatever it raises.
 
     Not only `Exception`: code under test may call exit(), a library written in Rust panics with a `BaseException`, and
     what is cancelled raises one. A user's Ctrl-C does not come here: rewards are called in threads other than the main
     one, or in processes.
 
     Returns:
-        The outcome; or, if the reward returned an awaitable, a coroutine that ends in the outcome.
+        The outcome, or of a reward that scores several completions a list of outcomes; after a failure one outcome for
+        all. If the reward returned an awaitable: a coroutine that ends in these.
+
+    Raises:
+        ConfigError: If a `BatchReward` does: its model cannot be loaded, say.
     """
+    read: Callable[..., Any] = to_outcomes if reward.scores_several else to_outcome
     with forked_child_ends():
         try:
-            given = turns, context
-            own = own_copies(*given)
-            output = reward.compute_reward(*own)
-            return _awaited(output, own, given) if inspect.isawaitable(output) else to_outcome(output, own, given)
+            own = own_copies(given)
+            output = reward.compute_rewards(*own) if reward.scores_several else reward.compute_reward(*own)
+            return _awaited(read, output, own, given) if inspect.isawaitable(output) else read(output, own, given)
         except BaseException as error:
+            if isinstance(reward, BatchReward) and isinstance(error, ConfigError):
+                raise
             return failure(error)
 
 
-async def call_async(reward: RewardFunction, turns: Turns, context: Mapping[str, Any]) -> Outcome:
+async def call_async(reward: RewardFunction, *given: Any) -> Any:
     """Call an async reward."""
-    outcome = call(reward, turns, context)
-    return outcome if isinstance(outcome, Outcome) else await outcome
+    outcome = call(reward, *given)
+    return await outcome if inspect.iscoroutine(outcome) else outcome
 
 
-def own_copies(turns: Turns, context: Mapping[str, Any]) -> Given:
-    """A conversation and columns for one call alone: other calls, and later epochs, see nothing of what it changes."""
-    columns = {k: value if isinstance(value, _SCALARS) else copy.deepcopy(value) for k, value in context.items()}
-    return copy.deepcopy(list(turns)), columns
+def own_copies(given: Given) -> Given:
+    """What one call alone gets: other calls, and later epochs, see nothing of what it changes."""
+    return tuple([copy.deepcopy(one) for one in p] if isinstance(p, list) else copy.deepcopy(p) for p in given)
 
 
-def to_outcome(output: Any, own: Given = ((), {}), given: Given = ((), {})) -> Outcome:
+def to_outcome(output: Any, own: Given = (), given: Given = ()) -> Outcome:
     """Read what a reward returned, which was called with its `own` copies of what was `given`.
 
     Raises:
-        RewardError: If it is neither a finite number, nor a `RewardResult` with one, nor None.
+        RewardError: If there is no finite number in it, and it is not None.
     """
+    if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Mapping | str):
+        output = {**(output[1] if isinstance(output[1], Mapping) else {"info": output[1]}), "score": output[0]}
+    if isinstance(output, Mapping) and "score" in output:
+        output = RewardResult(output["score"], {key: value for key, value in output.items() if key != "score"})
     if isinstance(output, RewardResult):
         if output.score is None:
             raise RewardError("RewardResult.score is None; return None itself to say that the reward does not apply")
@@ -279,6 +285,29 @@ def to_outcome(output: Any, own: Given = ((), {}), given: Given = ((), {})) -> O
     else:
         outcome = Outcome(NOT_APPLICABLE if output is None else _finite(output))
     return replace(outcome, changed=_differ(own, given))
+
+
+def to_outcomes(outputs: Any, own: Given, given: Given) -> list[Outcome]:
+    """The same of a reward that scores several completions, and returns an item for each.
+
+    Raises:
+        RewardError: If it returned fewer or more.
+    """
+    number = len(given[0])
+    if not isinstance(outputs, Iterable):
+        raise RewardError(f"the reward returned {outputs!r:.80}, but must return a list of {number} scores")
+    items = list(islice(outputs, number + 1))  # one more than needed: there may be no end
+    if len(items) != number:
+        raise RewardError(f"the reward returned {len(items)} scores for {number} completions")
+    changed = _differ(own, given)
+    return [replace(_item_outcome(item), changed=changed) for item in items]
+
+
+def _item_outcome(item: Any) -> Outcome:
+    try:
+        return failure(item) if isinstance(item, BaseException) else to_outcome(item)
+    except BaseException as error:
+        return failure(error)
 
 
 def failure(error: BaseException) -> Outcome:
@@ -291,10 +320,10 @@ def failure(error: BaseException) -> Outcome:
     return Outcome(math.nan, {}, type(error).__name__, message, trace)
 
 
-async def _awaited(output: Awaitable[Any], own: Given, given: Given) -> Outcome:
+async def _awaited(read: Callable[..., Any], output: Awaitable[Any], own: Given, given: Given) -> Any:
     with forked_child_ends():
         try:
-            return to_outcome(await output, own, given)
+            return read(await output, own, given)
         # Some would end the event loop. A call that was cancelled from outside has nobody who waits for it.
         except BaseException as error:
             return failure(error)
@@ -314,7 +343,8 @@ def _finite(value: Any) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # RuntimeError: a tensor of several elements
-        raise RewardError(f"the reward returned {value!r:.80} ({type(value).__name__}), no finite number") from error
+        returned = f"the reward returned {value!r:.80} ({type(value).__name__})"
+        raise RewardError(f"{returned}, no finite number: {_ACCEPTED}") from error
     if not abs(number) <= LARGEST_SCORE:
         raise RewardError(f"the reward returned {number}, which is no finite float32 number")
     return number

@@ -6,31 +6,36 @@ import hashlib
 import math
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from stateset_lightning.errors import ConfigError, DataError, RewardError, bounded
 from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns
+from stateset_lightning.rewards.group import GroupReward
 from stateset_lightning.workers import OpenAIClient
 
 _INSTRUCTIONS = (Path(__file__).parent / "judge_instructions.txt").read_text().rstrip()
+_RELATIVE_INSTRUCTIONS = (Path(__file__).parent / "relative_judge_instructions.txt").read_text().rstrip()
 _SCORE_LINE = re.compile(
     # possessive: marks are looked at once
     r"[\s*_#`]*+score[\s*_`]*+(?:[:=][\s*_`]*+)?(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+(?:\.\d+)?))?[\s*_`.]*",
     re.IGNORECASE,
 )
+_NUMBER = r"-?\d+(?:\.\d+)?"
+_SCORES_LINE = re.compile(
+    rf"[\s*_#`]*+scores[\s*_`]*+[:=][\s*_`\[]*+({_NUMBER}(?:[,;\s]++{_NUMBER})*+)[\]\s*_`.]*", re.IGNORECASE
+)
 _DEFAULTS: dict[str, Any] = {"temperature": 0.0, "max_completion_tokens": 512}
 
 
 @bounded("model_judge")
-class ModelJudge(RewardFunction):
-    """The score that a language model gives by a rubric, scaled to the range 0 to 1 (extra `judge`).
+class Judge(RewardFunction):
+    """Base class of judges: a model on a server, a rubric, and a range of scores that becomes 0 to 1.
 
-    The judge gets the rubric, the conversation and the answer. Conversation and answer stand between marks that the
-    answer cannot contain, since they are a hash of it. The judge must end with a line `Score: <number>`. A reply
-    without one, with one outside the range, or that was cut off fails the completion. The marks make it harder to talk
-    the judge into a score, not impossible: hold out a second reward.
+    Conversation and answers stand between marks that an answer cannot contain, since they are a hash of it. The marks
+    make it harder to talk the judge into a score, not impossible: hold out a second reward.
 
     Equal requests are sent once: replies that hold a score are cached. Server errors (5xx, 429, time-outs, broken
     connections) are retried with waits that double, or that the server names. What the judge costs is logged:
@@ -45,13 +50,16 @@ class ModelJudge(RewardFunction):
             one of these out.
         weight: Factor of this reward in a completion's total.
         name: Name in logs.
-        timeout: Seconds that one completion may take, all attempts and the wait for a free request included.
+        timeout: Seconds that one completion, or the completions of a prompt where they are compared, may take, all
+            attempts and the wait for a free request included.
         **server: Options of `stateset_lightning.workers.OpenAIClient`: `base_url`, `api_key_env`, `max_concurrency`
             (`model.reward_concurrency` is a limit as well), `max_retries`, `request_timeout`, `cache`, `max_cached`.
 
     Raises:
         ConfigError: If the client is not installed, a key or the cache is missing, or an argument cannot be used.
     """
+
+    instructions: str
 
     def __init__(
         self,
@@ -68,41 +76,51 @@ class ModelJudge(RewardFunction):
         super().__init__(weight=weight, name=name, timeout=timeout)
         self.rubric = rubric
         self.low, self.high = score_range
-        self.columns = self._checked_columns()
+        self.needs = self._checked_columns()
         parameters = {k: v for k, v in {**_DEFAULTS, **(request or {})}.items() if v is not None}
         self.client = OpenAIClient(self.name, model, request=parameters, **server)
-
-    async def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
-        reply, score = await self.client.ask(self._messages(turns, context or {}), self._score)
-        return RewardResult((score - self.low) / (self.high - self.low), {"score": score, "reply": reply})
 
     def take_counts(self) -> dict[str, float]:
         return self.client.take_counts()
 
-    def _messages(self, turns: Turns, context: Mapping[str, Any]) -> list[dict[str, str]]:
-        conversation = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns[:-1])
-        answer = turns[-1]["content"]
-        mark = hashlib.sha256(f"{conversation}\0{answer}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
-        rubric = self.rubric.format_map({name: self._column(name, context) for name in self.columns})
-        texts = {f"conversation-{mark}": conversation, f"answer-{mark}": answer}
-        material = "\n\n".join(f"<{name}>\n{text}\n</{name}>" for name, text in texts.items())
-        return [
-            {"role": "system", "content": _INSTRUCTIONS.format(rubric=rubric, mark=mark, low=self.low, high=self.high)},
-            {"role": "user", "content": material},
-        ]
+    def messages(
+        self, asked: Turns, answers: Mapping[str, str], context: Mapping[str, Any], **words: Any
+    ) -> list[dict[str, str]]:
+        """A request: the instructions, with these words, and the conversation and answers by tag, between marks."""
+        conversation = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in asked)
+        mark = _hash(conversation, *answers.values())[:16]
+        rubric = self.rubric.format_map({name: self._column(name, context) for name in self.needs})
+        texts = {"conversation": conversation, **answers}
+        material = "\n\n".join(f"<{tag}-{mark}>\n{text}\n</{tag}-{mark}>" for tag, text in texts.items())
+        instructions = self.instructions.format(rubric=rubric, mark=mark, low=self.low, high=self.high, **words)
+        return [{"role": "system", "content": instructions}, {"role": "user", "content": material}]
 
-    def _score(self, reply: str, truncated: bool) -> float:
+    def last_line(self, reply: str, truncated: bool) -> str:
+        """The line of a reply that should hold the score.
+
+        Raises:
+            RewardError: If the reply was cut off.
+        """
         if truncated:
             # even if it ends in a score, which may be half a number
-            raise RewardError(f"the judge's reply was cut off ({self.client.request}): {reply[-100:]!r}")
-        lines = reply.strip().splitlines() or [""]
-        if (found := _SCORE_LINE.fullmatch(lines[-1])) is None:
-            raise RewardError(f"the judge's reply does not end with a line 'Score: <number>': {reply[-200:]!r}")
-        score = float(found[1])
-        out_of = float(found[2] or self.high)
-        if not self.low <= score <= self.high or out_of != self.high:
-            raise RewardError(f"the judge's score is {found[0].strip()[:80]!r}, outside {self.low:g} to {self.high:g}")
+            raise self.error(f"reply was cut off ({self.client.request}): {reply[-100:]!r}")
+        return (reply.strip().splitlines() or [""])[-1]
+
+    def in_range(self, score: float, said: str) -> float:
+        """A score.
+
+        Raises:
+            RewardError: If it is out of range; it shows what the reply said.
+        """
+        if not self.low <= score <= self.high:
+            raise self.error(f"score is {said[:80]!r}, outside {self.low:g} to {self.high:g}")
         return score
+
+    def error(self, what: str) -> RewardError:
+        return RewardError(self.client.line(f"the judge's {what}"))
+
+    def result(self, score: float, reply: str) -> RewardResult:
+        return RewardResult((score - self.low) / (self.high - self.low), {"score": score, "reply": reply})
 
     def _checked_columns(self) -> list[str]:
         """The columns that the rubric names."""
@@ -123,3 +141,63 @@ class ModelJudge(RewardFunction):
         if context.get(name) is None:
             raise DataError(f"scenario {context.get('id')!r} has no column '{name}', which {self.name}.rubric names")
         return str(context[name])
+
+
+class ModelJudge(Judge):
+    """The score that a language model gives by a rubric, scaled to the range 0 to 1 (extra `judge`).
+
+    The judge gets the rubric, the conversation and the answer, and must end with a line `Score: <number>`. A reply
+    without one, with one outside the range, or that was cut off fails the completion. Its arguments are those of
+    `Judge`.
+    """
+
+    instructions = _INSTRUCTIONS
+
+    async def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
+        messages = self.messages(turns[:-1], {"answer": turns[-1]["content"]}, context or {})
+        reply, score = await self.client.ask(messages, self._score)
+        return self.result(score, reply)
+
+    def _score(self, reply: str, truncated: bool) -> float:
+        if (found := _SCORE_LINE.fullmatch(self.last_line(reply, truncated))) is None:
+            raise self.error(f"reply does not end with a line 'Score: <number>': {reply[-200:]!r}")
+        score, out_of = float(found[1]), float(found[2] or self.high)
+        return self.in_range(score if out_of == self.high else math.inf, found[0].strip())
+
+
+class RelativeJudge(GroupReward, Judge):
+    """The score that a language model gives each completion of a prompt beside the others, 0 to 1 (extra `judge`).
+
+    As RULER does (https://art.openpipe.ai/fundamentals/ruler): a judge that sees all answers at once tells them apart
+    better than one that grades each by itself, and only differences within the group enter the advantages. Its scores
+    say nothing about another prompt, nor how good the answers are at all.
+
+    The answers are shown in an order that follows from a hash of them, so that a judge who prefers a place prefers no
+    completion; equal answers are shown once and get the same score. The reply must end with a line `Scores: <number>,
+    <number>, ...`. Any other fails the completions of this prompt. Its arguments are those of `Judge`.
+    """
+
+    instructions = _RELATIVE_INSTRUCTIONS
+
+    async def compute_rewards(
+        self, conversations_G: Sequence[Turns], context: Mapping[str, Any], scores: Mapping[str, Any]
+    ) -> list[RewardResult]:
+        texts = [str(turns[-1]["content"]) for turns in conversations_G]
+        group = _hash(*sorted(set(texts)))
+        unique = sorted(set(texts), key=lambda text: _hash(group, text))
+        shown = {f"answer-{i}": text for i, text in enumerate(unique, start=1)}
+        messages = self.messages(conversations_G[0][:-1], shown, context, count=len(unique))
+        reply, given = await self.client.ask(messages, partial(self._scores, len(unique)))
+        by_text = dict(zip(unique, given, strict=True))
+        return [self.result(by_text[text], reply) for text in texts]
+
+    def _scores(self, count: int, reply: str, truncated: bool) -> list[float]:
+        found = _SCORES_LINE.fullmatch(self.last_line(reply, truncated))
+        numbers = re.findall(_NUMBER, found[1]) if found else []
+        if len(numbers) != count:
+            raise self.error(f"reply does not end with a line 'Scores: ...' of {count}: {reply[-200:]!r}")
+        return [self.in_range(float(number), number) for number in numbers]
+
+
+def _hash(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()

@@ -29,6 +29,8 @@ class ExactMatch(RewardFunction):
         **common: `weight`, `name` and `timeout` of every reward.
     """
 
+    needs = ("target",)
+
     def __init__(
         self,
         *,
@@ -84,6 +86,7 @@ class Contains(RewardFunction):
             raise ConfigError(f"strings={strings!r} must be a list of non-empty strings; leave it out for the target")
         if require not in ("all", "any"):
             raise ConfigError(f"require={require!r} must be 'all' or 'any'")
+        self.needs = ("target",) if strings is None else ()
         self.strings = strings
         self.require = require
         self.ignore_case = ignore_case

@@ -37,6 +37,8 @@ class MathEquivalence(RewardFunction):
         ConfigError: If `math-verify` is not installed, or there is no time-out.
     """
 
+    needs = ("target",)
+
     def __init__(self, *, target_marker: str = "####", timeout: Annotated[float, Gt(0)] = 10.0, **common: Any) -> None:
         super().__init__(timeout=timeout, **common)
         if timeout is None:

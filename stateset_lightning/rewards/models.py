@@ -249,6 +249,7 @@ class EmbeddingSimilarity(TextModelReward):
     """
 
     kind = "encoder"
+    needs = ("target",)
 
     def __init__(self, model_name: str, *, prefix: str = "", **options: Any) -> None:
         super().__init__(model_name, **options)

@@ -62,6 +62,8 @@ class NumericAnswer(RewardFunction):
         ConfigError: If a tolerance is negative or a marker empty.
     """
 
+    needs = ("target",)
+
     def __init__(
         self,
         *,

@@ -9,14 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.rewards.base import BatchReward, FunctionReward, RewardFunction
-from stateset_lightning.rewards.trl import TRLReward, is_trl_function
+from stateset_lightning.rewards.base import BatchReward, RewardFunction
+from stateset_lightning.rewards.functions import FunctionReward, TRLReward, is_list_function
+from stateset_lightning.rewards.group import GroupReward
 
 LARGEST_WEIGHT = 1e30  # times the largest score, and summed over rewards, this is still a finite total
 
-# What is accepted as a reward: a list of `RewardFunction`s, one of them, or a function `f(turns, context)` or of TRL's
-# kind. In this order: jsonargparse tries the members from the left; it could not save a config with the callable first.
-Reward = list[RewardFunction] | RewardFunction | Callable[..., Any]
+# What is accepted as a reward: a list of `RewardFunction`s and functions, or one of them. In this order: jsonargparse
+# tries the members from the left; it could not save a config with the callable first.
+Reward = list[RewardFunction | Callable[..., Any]] | RewardFunction | Callable[..., Any]
 
 
 def as_rewards(reward: Any) -> list[RewardFunction]:
@@ -25,8 +26,7 @@ def as_rewards(reward: Any) -> list[RewardFunction]:
     A name that is taken gets `_2`, `_3`, ... appended; it is set on the reward itself.
 
     Args:
-        reward: A `RewardFunction`, a function `f(turns, context)` or `f(prompts, completions, **columns)` as TRL's, or
-            a list of these.
+        reward: A `RewardFunction`, a function as `FunctionReward` takes it, or a list of these.
 
     Raises:
         ConfigError: If it is something else, empty, contains one object twice, or a weight, name or time-out is
@@ -47,6 +47,11 @@ def as_rewards(reward: Any) -> list[RewardFunction]:
             numbered = (f"{item.name}_{count}" for count in itertools.count(2))
             item.name = next(name for name in numbered if name not in names | taken)
         taken.add(item.name)
+    for item in rewards:
+        others = [other.name for other in rewards if not isinstance(other, GroupReward)]
+        if isinstance(item, GroupReward) and (absent := sorted(set(item.reads).difference(others))):
+            has = ", ".join(others) or "no other reward"
+            raise ConfigError(f"reward '{item.name}' reads the scores of {absent[0]}, but there is {has}")
     return rewards
 
 
@@ -59,7 +64,7 @@ def _as_reward(item: Any) -> RewardFunction:
                 f"reward={item!r} ({type(item).__name__}) is no reward; accepted are a RewardFunction, a function "
                 "f(turns, context), or a list of these (in YAML: class_path and init_args)"
             )
-        item = TRLReward(item) if is_trl_function(item) else FunctionReward(item)
+        item = TRLReward(item) if is_list_function(item) else FunctionReward(item)
     _check(item)
     return item
 
@@ -74,14 +79,15 @@ def _check(reward: RewardFunction) -> None:
         raise ConfigError(f"timeout={timeout!r} of reward '{name}' must be a positive number of seconds, or None")
     if isinstance(reward, BatchReward) and timeout is not None:
         raise ConfigError(f"timeout={timeout} of reward '{name}', which scores a whole batch: leave it out")
-    call = reward.function if type(reward) is FunctionReward else reward.compute_reward
+    if isinstance(reward, FunctionReward):
+        return
+    takes = ("conversations", "context", "scores") if isinstance(reward, GroupReward) else ("turns", "context")
+    call = reward.compute_rewards if isinstance(reward, GroupReward) else reward.compute_reward
     try:
-        inspect.signature(call).bind([], {})
-    except ValueError:  # some builtins have no signature; calling them tells
-        pass
+        inspect.signature(call).bind(*takes)
     except TypeError as error:
-        given = f"{name}{inspect.signature(call)}"
-        raise ConfigError(f"reward '{name}' must accept two arguments, (turns, context), but is {given}") from error
+        given = f"{call.__name__}{inspect.signature(call)}"
+        raise ConfigError(f"reward '{name}' must accept ({', '.join(takes)}), but has {given}") from error
 
 
 def _is_number(value: Any) -> bool:

@@ -1,11 +1,12 @@
 """Completions -> scores: run every reward on every completion, while others are still being sampled.
 
 Async rewards run concurrently on an event loop of their own, blocking ones on threads, blocking ones with a time-out in
-worker processes that can be killed, batched ones when all completions are sampled. The order of results never depends
-on which reward is quicker.
+worker processes that can be killed, batched ones when all completions are sampled, and those that compare the
+completions of a prompt when the others have scored them. The order of results never depends on which reward is quicker.
 """
 
 # No `from __future__ import annotations`: bounds would be lost from annotated types that are read from text.
+import inspect
 import logging
 import math
 import time
@@ -13,9 +14,9 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from itertools import islice
+from itertools import groupby, zip_longest
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -23,6 +24,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from stateset_lightning.errors import ConfigError, DataError, RewardError, bounded
 from stateset_lightning.rewards import base
 from stateset_lightning.rewards.base import BatchReward, Context, Given, Outcome, RewardFunction, Turns, failure
+from stateset_lightning.rewards.functions import alarm_in
+from stateset_lightning.rewards.group import GroupReward
 from stateset_lightning.rewards.reward_list import as_rewards
 from stateset_lightning.threads import DaemonThreads, EventLoopThread, interruptible
 from stateset_lightning.types import NOT_APPLICABLE, RewardFailure, Scores
@@ -30,7 +33,9 @@ from stateset_lightning.workers import WorkerPool
 
 log = logging.getLogger("stateset_lightning")
 
-# A completion that waits for a batched reward: its conversation and columns, and the future of the outcome.
+ALARM_SECONDS = 10.0  # of a reward that needs a process and names no time-out
+
+# A completion that waits for others: its conversation and columns, and the future of the outcome.
 _Waiting = tuple[Given, Future[Outcome]]
 
 
@@ -65,10 +70,12 @@ class Scorer(AbstractContextManager["Scorer"]):
         loop = EventLoopThread(max_concurrency, "async-rewards")
         self.threads = threads = DaemonThreads(max_concurrency, "blocking-rewards")
         workers = WorkerPool(remedy="; or write compute_reward as `async def`; or drop the time-out")
-        self.told: set[str] = set()  # rewards of which a line has said that they change what they are given
+        self._told: set[str] = set()
         # Each starts a reward on a completion and returns at once.
-        self.starts: list[Callable[[Turns, Mapping[str, Any]], Future[Outcome]]] = []
+        self.starts: list[Callable[..., Future[Any]]] = []
         for reward in self.rewards:
+            if timeout is None:
+                _set_timeout(reward)
             limit = timeout if reward.timeout is None and not isinstance(reward, BatchReward) else reward.timeout
             if base.is_async(reward):
                 self.starts.append(partial(loop.submit, base.call_async, reward, timeout=limit))
@@ -83,8 +90,13 @@ class Scorer(AbstractContextManager["Scorer"]):
             parts.callback(part.close)
         self._close = weakref.finalize(self, parts.close)
 
-    def start(self, num_completions: int, device: Any = "cpu") -> "ScoringSession":
+    def start(self, num_completions: int, device: Any = "cpu", num_generations: int = 1) -> "ScoringSession":
         """Begin to score N completions; rewards that are models compute on `device`.
+
+        Args:
+            num_completions: N.
+            device: The policy's.
+            num_generations: G: completion n belongs to prompt n // G. All of a prompt are here, on this rank.
 
         Raises:
             RuntimeError: If the scorer is closed.
@@ -94,7 +106,18 @@ class Scorer(AbstractContextManager["Scorer"]):
         for reward in self.rewards:
             if isinstance(reward, BatchReward):
                 reward.device = device
-        return ScoringSession(self, num_completions)
+        return ScoringSession(self, num_completions, num_generations)
+
+    @property
+    def scores_alone(self) -> bool:
+        """Whether a completion without others of its prompt gets a total."""
+        return any(reward.weight and not isinstance(reward, GroupReward) for reward in self.rewards)
+
+    def tell(self, line: str) -> None:
+        """Announce it, once."""
+        if line not in self._told:
+            log.warning("%s", line)
+        self._told.add(line)
 
     def take_counts(self) -> dict[str, float]:
         """What rewards have counted since the last call, as `cost/<reward>/<key>`."""
@@ -114,12 +137,14 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
     As a context manager it cancels what has not begun when an exception leaves the block; so does dropping it.
     """
 
-    def __init__(self, scorer: Scorer, num_completions: int) -> None:
+    def __init__(self, scorer: Scorer, num_completions: int, num_generations: int) -> None:
+        assert num_completions % num_generations == 0, f"{num_completions} completions in groups of {num_generations}"
         self._scorer = scorer
-        self._num_completions = num_completions
+        self._num_completions, self._num_generations = num_completions, num_generations
         self._futures: dict[int, list[Future[Outcome] | None]] = {}  # of each completion: one per reward, if chosen
-        batched = [f for f, reward in enumerate(scorer.rewards) if isinstance(reward, BatchReward)]
-        self._batches: dict[int, dict[int, _Waiting]] = {f: {} for f in batched}
+        together = [f for f, reward in enumerate(scorer.rewards) if reward.scores_several]
+        together.sort(key=lambda f: isinstance(scorer.rewards[f], GroupReward))  # those last
+        self._together: dict[int, dict[int, _Waiting]] = {f: {} for f in together}
         self._cancel = weakref.finalize(self, _cancel_all, self._futures)
 
     def submit(self, n: int, turns: Turns, context: Context = None, *, completion_tokens: int | None = None) -> None:
@@ -144,31 +169,53 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
 
     @interruptible()
     def collect(self) -> Scores:
-        """Run the batched rewards, and wait for all others.
+        """Run the batched rewards, wait for all others, and run those that compare.
 
         Raises:
             ConfigError: If a worker process could not load its rewards, or a batched reward its model.
         """
         begin = time.perf_counter()
-        # Not in this thread: what a reward raises could not be told from what a signal does (Ctrl-C).
-        for f, waiting in self._batches.items():
-            batch = [waiting[n] for n in sorted(waiting)]
-            self._scorer.threads.submit(_call_batch, self._scorer.rewards[f], batch).result()
+        for f in self._together:
+            self._score_together(f)
         outcomes_NF = [[_outcome(future) for future in self._futures[n]] for n in range(self._num_completions)]
         changed = {name for row in outcomes_NF for name, o in zip(self._scorer.names, row, strict=True) if o.changed}
-        for name in sorted(changed - self._scorer.told):
-            log.warning("reward '%s' changes its columns or its conversation: copies, which nothing else sees", name)
-        self._scorer.told |= changed
+        for name in sorted(changed):
+            self._scorer.tell(f"reward '{name}' changes its columns or its conversation: copies, seen by nothing else")
         return _scores(self._scorer.rewards, outcomes_NF, time.perf_counter() - begin)
 
     def __exit__(self, *exception: object) -> None:
         self._cancel()
 
     def _start(self, f: int, n: int, turns: Turns, context: Mapping[str, Any]) -> Future[Outcome]:
-        if f not in self._batches:
+        if f not in self._together:
             return self._scorer.starts[f](turns, context)
-        self._batches[f][n] = (turns, context), Future()
-        return self._batches[f][n][1]
+        self._together[f][n] = (turns, context), Future()
+        return self._together[f][n][1]
+
+    def _score_together(self, f: int) -> None:
+        """Run a reward that scores several completions in a call: all of them, or those of a prompt."""
+        reward, waiting, calls = self._scorer.rewards[f], self._together[f], list[Future[Any] | None]()
+        size = self._num_generations if isinstance(reward, GroupReward) else self._num_completions
+        parts = [list(part) for _, part in groupby(sorted(waiting), lambda n: n // size)]
+        if isinstance(reward, GroupReward) and size == 1:
+            self._scorer.tell(f"reward '{reward.name}' compares the completions of a prompt: it scores none alone")
+        else:
+            calls += [self._scorer.starts[f](*self._given_together(f, part)) for part in parts]
+        for part, call in zip_longest(parts, calls):
+            found = _outcome(call)
+            for n, outcome in zip(part, found if isinstance(found, list) else [found] * len(part), strict=True):
+                waiting[n][1].set_result(outcome)
+
+    def _given_together(self, f: int, part: Sequence[int]) -> Given:
+        rewards = self._scorer.rewards
+        turns, contexts = map(list, zip(*(self._together[f][n][0] for n in part), strict=True))
+        if not isinstance(rewards[f], GroupReward):
+            return turns, contexts
+        others = [(i, other.name) for i, other in enumerate(rewards) if not isinstance(other, GroupReward)]
+        values = {name: [_outcome(self._futures[n][i]).value for n in part] for i, name in others}
+        scores = {name: [None if v == NOT_APPLICABLE else v for v in of_name] for name, of_name in values.items()}
+        num_tokens = [context.get("completion_tokens") for context in contexts]
+        return turns, {**contexts[0], "completion_tokens": num_tokens}, scores
 
     def _chosen(self, names: Iterable[str] | None, scenario: Any) -> Iterable[str]:
         if names is None:
@@ -213,42 +260,41 @@ def check_failures(scores: Scores, max_failures: float = 0.5) -> None:
     raise RewardError(message.rstrip())
 
 
-def _call_on_thread(loop: EventLoopThread, reward: RewardFunction, turns: Turns, context: Mapping[str, Any]) -> Outcome:
-    outcome = base.call(reward, turns, context)
-    return outcome if isinstance(outcome, Outcome) else loop.submit(lambda: outcome).result()
+def _set_timeout(reward: RewardFunction) -> None:
+    """A reward that sets alarms, as math-verify does, gets a time-out, with which it runs in a process.
 
+    Alarms are signals: in a thread they raise, and what catches that, as many functions do, scores 0 for ever.
 
-def _call_batch(reward: RewardFunction, waiting: Sequence[_Waiting]) -> None:
-    import torch  # not where workers would import it, too
-
-    assert isinstance(reward, BatchReward)
-    if not waiting:
+    Raises:
+        ConfigError: If it cannot have a time-out.
+    """
+    if reward.timeout is not None or not (found := alarm_in(base.written(reward))):
         return
-    copies = given_N = [given for given, _ in waiting]
-    try:
-        copies = [base.own_copies(*given) for given in given_N]
-        # A thread has neither the gradient mode nor the device of the one that has started it.
-        is_cuda = torch.device(reward.device).type == "cuda"
-        with torch.no_grad(), torch.cuda.device(reward.device) if is_cuda else nullcontext():
-            # One more than needed: there may be no end.
-            outputs = list(islice(reward.compute_rewards(*zip(*copies, strict=True)), len(waiting) + 1))
-        if len(outputs) != len(waiting):
-            raise RewardError(f"reward '{reward.name}' returned {len(outputs)} scores for {len(waiting)} completions")
-    except ConfigError:  # its model cannot be loaded, say
-        raise
-    except BaseException as error:
-        outputs = [error] * len(waiting)
-    for (given, future), own, output in zip(waiting, copies, outputs, strict=True):
-        try:
-            if isinstance(output, BaseException):
-                raise output
-            future.set_result(base.to_outcome(output, own, given))
-        except BaseException as error:
-            future.set_result(failure(error))
+    why = f"reward '{reward.name}' uses {found}, whose time-outs are signals, which work in no thread"
+    if base.is_async(reward) or isinstance(reward, BatchReward):
+        raise ConfigError(f"{why}: write it as a plain `def` that scores one completion, with timeout: {ALARM_SECONDS}")
+    log.warning("%s: each call gets a process and %d s; set its timeout to choose", why, ALARM_SECONDS)
+    reward.timeout = ALARM_SECONDS
 
 
-def _outcome(future: Future[Outcome] | None) -> Outcome:
-    """Wait for an outcome. A time-out, a dead worker, or a result that cannot be pickled is a failure of the reward."""
+def _call_on_thread(loop: EventLoopThread, reward: RewardFunction, *given: Any) -> Any:
+    with ExitStack() as modes:
+        if isinstance(reward, BatchReward):
+            import torch  # not where workers would import it, too
+
+            # A thread has neither the gradient mode nor the device of the one that has started it.
+            modes.enter_context(torch.no_grad())
+            if torch.device(reward.device).type == "cuda":
+                modes.enter_context(torch.cuda.device(reward.device))
+        outcome = base.call(reward, *given)
+    return loop.submit(lambda: outcome).result() if inspect.iscoroutine(outcome) else outcome
+
+
+def _outcome(future: Future[Any] | None) -> Any:
+    """Wait for an outcome, or a list of outcomes.
+
+    A time-out, a dead worker, or a result that cannot be pickled is a failure of the reward.
+    """
     if future is None:
         return Outcome(NOT_APPLICABLE)
     try:

@@ -24,10 +24,11 @@ from torch.distributed.tensor import DTensor
 from stateset_lightning.errors import ConfigError, NonFiniteError
 from stateset_lightning.evaluation import Evaluation
 from stateset_lightning.policy.precision import has_bfloat16_products, sampling_dtype
-from stateset_lightning.rewards import FunctionReward, TRLReward
+from stateset_lightning.rewards import FunctionReward, GroupReward, TRLReward
 from stateset_lightning.rollout.sampling import check_length
 from stateset_lightning.training.data import data_of
 from stateset_lightning.training.metrics import NAMES
+from stateset_lightning.training.reward_checks import check_baseline
 from stateset_lightning.training.schedule import accumulations, batches_per_epoch, optimizer_steps_of_run
 from stateset_lightning.types import PromptBatch
 
@@ -51,7 +52,7 @@ def checks_of_run(trainer: Trainer, module: Any) -> list[Callable[[], None]]:
     """
     data, rollout = data_of(trainer), module.rollout
     return [
-        partial(check_reward_names, data, [reward.name for reward in module.rewards]),
+        partial(check_baseline, module.rewards, module.algorithm.needs_greedy_baseline),
         partial(check_episode_fits_trainer, trainer, data),
         partial(check_monitors, trainer, module),
         partial(check_quantized, module.policy),
@@ -148,21 +149,6 @@ def check_dynamic_sampling(data: ScenarioDataModule | None, rounds: int, needs_g
         )
 
 
-def check_reward_names(data: ScenarioDataModule | None, known: Sequence[str]) -> None:
-    """Rewards that rows or sources name exist; the scorer would find out when it meets the row.
-
-    Raises:
-        ConfigError: With the first scenarios that name others.
-    """
-    named = {} if data is None else data.named_rewards()
-    unknown = {place: sorted(set(names) - set(known)) for place, names in named.items() if set(names) - set(known)}
-    if unknown:
-        examples = "; ".join(f"{place}: {', '.join(names)}" for place, names in list(unknown.items())[:5])
-        raise ConfigError(
-            f"{len(unknown)} scenarios name rewards that model.reward does not have ({', '.join(known)}): {examples}"
-        )
-
-
 def check_monitors(trainer: Trainer, module: Any) -> None:
     """A callback that monitors a metric gets it, and keeps its best. Lightning would say so later, or never.
 
@@ -171,7 +157,9 @@ def check_monitors(trainer: Trainer, module: Any) -> None:
             Not for want of a validation where a ModelCheckpoint keeps the newest state anyway: it may be a short try.
     """
     data = data_of(trainer)
-    known = [f"val/{name}" for name in Evaluation([r.name for r in module.rewards], module.evaluation).logged_names()]
+    alone = [reward.name for reward in module.rewards if not isinstance(reward, GroupReward)]
+    known = [f"val/{name}" for name in Evaluation(alone, module.evaluation).logged_names()]
+    known = known if module.scorer.scores_alone else [name for name in known if name != "val/reward"]
     never = no_validation(trainer, data)
     # One of the user's own may be a cost, whose lowest mean is the best.
     bundled = [r for r in module.rewards if type(r).__module__.startswith(BUNDLED) and type(r) not in WRAPPERS]

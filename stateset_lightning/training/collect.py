@@ -160,7 +160,7 @@ class Sampler:
     def _draw(self, policy: Policy, batch: PromptBatch, num_generations: int, greedy: bool) -> Sample:
         seeds_N = sample_seeds(self.seed, batch.split, batch.episode_index, batch.positions, num_generations)
         heartbeat.doing(f"sampling {_place(batch)}")
-        with self.scorer.start(len(seeds_N), policy.device) as session:
+        with self.scorer.start(len(seeds_N), policy.device, num_generations) as session:
 
             def score(n: int, text: str, num_tokens: int) -> None:
                 prompt = n // num_generations

@@ -33,7 +33,8 @@ class HeldOut:
             drawn = sampling.sample(policy, batch, count)
             samples = (drawn.rollout, drawn.scores)
             self._scores.append(drawn.scores)
-        self._scores.append(greedy.scores)
+        if sampler.scorer.scores_alone:
+            self._scores.append(greedy.scores)
         self.metrics.update(batch.scenarios, (greedy.rollout, greedy.scores), samples)
         return greedy
 
@@ -44,7 +45,8 @@ class HeldOut:
             RewardError: If too many rewards failed: a mean over what little is left would choose the best checkpoint.
         """
         scores, self._scores = self._scores, []
-        check_scores(scorer, scores, ranks)
+        if scores:
+            check_scores(scorer, scores, ranks)
         values = self.metrics.compute()
         self.metrics.reset()
         return values

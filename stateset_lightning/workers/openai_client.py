@@ -170,7 +170,7 @@ class OpenAIClient:
         if self._key_env is not None and not is_secret_name(self._key_env):
             raise ConfigError(f"{key}.api_key_env={self._key_env!r}: take a name that ends in API_KEY; logs hide it")
         if self._key_env is not None and not os.environ.get(self._key_env):
-            raise ConfigError(f"{key}.api_key_env: the environment variable {self._key_env} is not set")
+            raise ConfigError(f"{key}.api_key_env: the environment variable {self._key_env} is not set ({self._url})")
         if cache is not None:  # a file that cannot be opened is an error now
             ReplyCache(cache, max_cached).close()
 
@@ -220,16 +220,16 @@ class OpenAIClient:
             answer = _Answer.model_validate_json(raw.content)
         except ValidationError as error:
             first = error.errors()[0]
-            raise ServerError(self._line(f"no chat completion: {first['loc']}: {first['msg']}")) from None
+            raise ServerError(self.line(f"no chat completion: {first['loc']}: {first['msg']}")) from None
         except (openai.OpenAIError, ServerError) as error:
-            error.args = (self._line(f"{error} ({error.__cause__})" if error.__cause__ else str(error)),)
+            error.args = (self.line(f"{error} ({error.__cause__})" if error.__cause__ else str(error)),)
             raise
         if answer.usage is not None:
             self._counts["prompt_tokens"] += answer.usage.prompt_tokens
             self._counts["completion_tokens"] += answer.usage.completion_tokens
         return answer.choices[0].message.content or "", answer.choices[0].finish_reason == "length"
 
-    def _line(self, text: str) -> str:
+    def line(self, text: str) -> str:
         """A line that names the server, without a password that its address may hold."""
         address = urlsplit(self._url)
         place = address._replace(netloc=address.netloc.rpartition("@")[2]).geturl()

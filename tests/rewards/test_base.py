@@ -192,4 +192,4 @@ def test_async_rewards_fail_alike():
         raise SystemExit
 
     assert asyncio.run(call_async(FunctionReward(exits), [], {})).error == "SystemExit"
-    assert asyncio.run(call_async(FunctionReward(lambda: None), [], {})).error == "TypeError"
+    assert asyncio.run(call_async(FunctionReward(lambda turns: turns(1)), [], {})).error == "TypeError"

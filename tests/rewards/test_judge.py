@@ -8,11 +8,12 @@ import sys
 import threading
 import time
 import urllib.request
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+from judge_server import Handler, Server
 from module_runs import fit, make_data, make_module
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -22,70 +23,6 @@ from stateset_lightning.types import Turn
 
 TURNS = [Turn("system", "Be brief."), Turn("user", "Where is my parcel?"), Turn("assistant", "It comes today.")]
 RUBRIC = "Is the answer polite? A perfect one: {target}"
-
-
-class Server(ThreadingHTTPServer):
-    """Answers each request with the next of `replies`, the last one for ever: a text, a status, or a function."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        self.replies, self.requests, self.headers, self.active, self.most = ["Score: 5"], [], [], 0, 0
-        self.delay, self.retry_after = 0.0, "0.05"
-        self.lock = threading.Lock()
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self):
-        server = self.server
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with server.lock:
-            server.active += 1
-            server.most = max(server.most, server.active)
-            server.requests.append(request)
-            server.headers.append({name.lower(): value for name, value in self.headers.items()})
-            reply = server.replies.pop(0) if len(server.replies) > 1 else server.replies[0]
-        time.sleep(server.delay)
-        with server.lock:
-            server.active -= 1
-        reply = reply(request) if callable(reply) else reply
-        if isinstance(reply, int):
-            self.send(reply, json.dumps({"error": {"message": "no"}}))
-        elif isinstance(reply, bytes):
-            self.send(200, reply.decode())
-        else:
-            text, reason = reply if isinstance(reply, tuple) else (reply, "stop")
-            choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": text}}
-            usage = {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107}
-            self.send(
-                200,
-                json.dumps(
-                    {
-                        "id": "1",
-                        "object": "chat.completion",
-                        "created": 1,
-                        "model": "m",
-                        "choices": [choice],
-                        "usage": usage,
-                    }
-                ),
-            )
-
-    def send(self, status, body):
-        self.send_response(status)
-        if status == 429:
-            self.send_header("Retry-After", self.server.retry_after)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body.encode())
-
-    def log_message(self, *args):
-        pass
 
 
 @pytest.fixture
@@ -364,7 +301,7 @@ def save_judge(folder: Path, tokenizer) -> Path:
     reward = ModelJudge("m", "Is it polite?", base_url="http://127.0.0.1:9/v1")
     rows = []
     for answer, score in (("good", 9), ("bad", 2)):
-        messages = reward._messages([*TURNS[:-1], Turn("assistant", answer)], {})
+        messages = reward.messages(TURNS[:-1], {"answer": answer}, {})
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         rows.append(
             (prompt, [*tokenizer(f"Score: {score}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])

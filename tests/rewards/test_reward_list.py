@@ -24,6 +24,11 @@ class OwnInit(RewardFunction):
         return 1.0
 
 
+class OneArgument(RewardFunction):
+    def compute_reward(self, turns):
+        return 1.0
+
+
 async def judge(turns, context):
     return 1.0
 
@@ -78,7 +83,7 @@ def test_naming_twice_changes_nothing():
         (ExactMatch(weight="1"), "weight='1'"),
         (ExactMatch(timeout=0), "timeout=0 of reward 'exact_match' must be a positive number of seconds"),
         (ExactMatch(name=3), "name=3 of ExactMatch"),
-        (lambda turns: 1.0, "must accept two arguments, \\(turns, context\\), but is function\\(turns\\)"),
+        (OneArgument(), "'one_argument' must accept \\(turns, context\\), but has compute_reward\\(turns\\)"),
     ],
 )
 def test_anything_else_is_an_error_that_says_why(reward, message):
@@ -134,6 +139,40 @@ def test_yaml_lists_single_classes_and_functions_parse_and_save(own_module):
     assert isinstance(seen[0][0], NumericAnswer)
     assert (seen[0][0].marker, seen[0][0].weight, seen[0][0].timeout) == ("answer:", 2.0, 3.0)
     assert seen[0][1].limit == 7
+
+
+def test_functions_in_lists_and_with_options_parse_and_save(own_module):
+    options = f"{{class_path: FunctionReward, init_args: {{function: {own_module}.polite, weight: 0.5, timeout: 5}}}}"
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Model, "model")
+    config = parser.parse_string(f"model: {{reward: [{own_module}.polite, {options}, {own_module}.Brevity]}}")
+    saved = parser.dump(config)
+    assert parser.dump(parser.parse_string(saved)) == saved
+    rewards = parser.instantiate(config).model.rewards
+    assert [(r.name, r.weight, r.timeout) for r in rewards] == [
+        ("polite", 1.0, None),
+        ("polite_2", 0.5, 5.0),
+        ("brevity", 1.0, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (
+            "{class_path: MODULE.polite}",
+            "MODULE.polite is a function, no class: write MODULE.polite alone, or class_path",
+        ),
+        ("[{class_path: MODULE.polite, init_args: {weight: 2}}]", "init_args: {function: MODULE.polite, weight: 1.0}"),
+        ("[MODULE.polit]", "MODULE has no polit; did you mean polite?"),
+    ],
+)
+def test_a_function_in_a_wrong_place_says_the_right_one(reward, message, own_module, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(f"model: {{policy: tiny, reward: {reward.replace('MODULE', own_module)}}}")
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", str(tmp_path / "c.yaml"), "--print_config"])
+    assert stopped.value.code == 2
+    assert message.replace("MODULE", own_module) in capsys.readouterr().err
 
 
 # The rewards that are models or libraries: their options, bounds and inherited arguments

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from stateset_lightning.errors import ConfigError, RewardError
-from stateset_lightning.rewards import Scorer, TRLReward, as_rewards
-from stateset_lightning.rewards.base import FunctionReward, is_async
+from stateset_lightning.rewards import FunctionReward, Scorer, TRLReward, as_rewards
+from stateset_lightning.rewards.base import is_async
 from stateset_lightning.types import Scenario, Turn
 
 PLAIN = Scenario(id="a", prompt="2 + 2?", target="4", difficulty=3)
@@ -118,7 +118,7 @@ def test_an_absent_column_is_named_with_those_that_there_are():
 def test_what_only_trl_has_is_refused_at_the_door(missing):
     namespace: dict = {}
     exec(f"def f(completions, {missing}=None, **kwargs): return [1.0]", namespace)
-    with pytest.raises(ConfigError, match=f"TRL reward 'f' takes {missing}, which is not here: .*Remove the parameter"):
+    with pytest.raises(ConfigError, match=f"reward 'f' takes {missing}, which is not here: .*Remove the parameter"):
         as_rewards(namespace["f"])
 
 

@@ -11,7 +11,7 @@ from module_runs import make_module
 
 from stateset_lightning.errors import ConfigError, NonFiniteError
 from stateset_lightning.evaluation import EvaluationConfig
-from stateset_lightning.rewards import ExactMatch, FunctionReward, JsonValid
+from stateset_lightning.rewards import ExactMatch, FunctionReward, JsonValid, RelativeLength
 from stateset_lightning.training import checks as run_checks
 from stateset_lightning.training.checks import (
     check_clipping,
@@ -36,7 +36,6 @@ def make_trainer(
         "has_validation": True,
         "longest_prompt": 10,
         "batch_size": 8,
-        "named_rewards": dict,
         "replacements": None,
         **data,
     }
@@ -206,6 +205,13 @@ def test_the_worst_is_not_kept_as_the_best(callback, monitor, refused):
     check_of([callback(monitor=monitor, mode="max")], **module)()
 
 
+@pytest.mark.parametrize("monitor", ["val/reward", "val/reward/relative_length"])
+def test_what_greedy_answers_cannot_have_is_no_monitor(monitor):
+    rewards = [RelativeLength("exact_match"), ExactMatch(weight=0.0)]
+    with pytest.raises(ConfigError, match=f"monitor={monitor}: validation logs no such metric; it logs .*val/solved"):
+        check_of([EarlyStopping(monitor=monitor, mode="max")], reward=rewards)()
+
+
 @pytest.mark.parametrize("callback", [ModelCheckpoint, EarlyStopping])
 @pytest.mark.parametrize(
     ("monitor", "meant"),
@@ -265,12 +271,6 @@ def test_the_longest_prompt_fits_with_its_completion():
 def test_more_optimizer_steps_than_prompts_are_refused():
     with pytest.raises(ConfigError, match=r"steps_per_episode=8 makes 8 optimizer steps of 4 prompts.*at most 4"):
         fits_trainer(make_trainer(steps_per_episode=8, batch_size=4, micro_steps_per_epoch=16))
-
-
-def test_a_reward_name_that_nobody_has_is_refused_with_its_place():
-    trainer = make_trainer(named_rewards=lambda: {"data.train: a": ("exact_match",), "data.train: b": ("exact_mtach",)})
-    with pytest.raises(ConfigError, match=r"1 scenarios name rewards .*\(exact_match\): data.train: b: exact_mtach"):
-        run_checks.check_reward_names(trainer.datamodule, ["exact_match"])
 
 
 def test_bad_steps_stop_the_run_only_when_they_do_not_end():

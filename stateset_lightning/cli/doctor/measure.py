@@ -81,7 +81,8 @@ class EpisodeMeasurement:
         """Scores of completions of so many tokens, each of a scenario."""
 
         def score() -> Scores:
-            with self.module.scorer.start(len(texts), self.meter.device) as session:
+            size = 1 if len(texts) == 1 else self.module.rollout.num_generations
+            with self.module.scorer.start(len(texts), self.meter.device, size) as session:
                 for n, (scenario, text) in enumerate(zip(scenarios_N, texts, strict=True)):
                     turns = answered(self.data.conversation(scenario), text)
                     session.submit(n, turns, scenario.columns(), completion_tokens=lengths[n])

@@ -66,6 +66,7 @@ class Doctor:
         # As `fit` does, without its set-up of loggers, checkpoints and processes.
         self.trainer.datamodule = self.data  # type: ignore[attr-defined]
         self.data.trainer = self.module.trainer = self.trainer
+        self.trainer.strategy.connect(self.module)
         self.data.tokenizer = self.data.tokenizer or self.module.tokenizer
         with self._section("data"):
             self.data.setup("fit")
@@ -138,7 +139,9 @@ class Doctor:
         else:
             text = "" if scenario.target is None else str(scenario.target)
             _show([f"target      {_shortened(text)}"])
-            self._score([scenario], [text], [len(self.module.tokenizer(text, add_special_tokens=False)["input_ids"])])
+            length = len(self.module.tokenizer(text, add_special_tokens=False)["input_ids"])
+            size = 1 if self.module.scorer.scores_alone else self.module.rollout.num_generations
+            self._score([scenario] * size, [text] * size, [length] * size)
             done = {}
         done[WORST] = self.episode.run_worst_case(self.config.sample)
         _show([f"{case}: {what}" for case, what in done.items()])

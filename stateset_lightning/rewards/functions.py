@@ -1,0 +1,269 @@
+"""Functions as rewards: one's own and those of other libraries, called by the names of their parameters."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from itertools import islice
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from stateset_lightning.errors import ConfigError, RewardError
+from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion, snake_case
+
+# What a parameter of this name gets. Of prompt and target, a column of that very name comes first.
+_WORDS = {
+    "turns": "turns conversation messages",
+    "context": "context columns row scenario",
+    "completion": "completion response solution_str response_str predict_str prediction generation generated_text"
+    " model_output",
+    "prompt": "prompt question problem query instruction",
+    "target": "target ground_truth label gold reference expected expected_answer reference_answer gold_answer",
+}
+_ROLES = {word: role for role, words in _WORDS.items() for word in words.split()}
+# The completion where no other parameter is, else this: `f(answer, target)` and `f(completion, answer)` are both meant.
+_UNSURE = {"answer": "target", "solution": "target", "output": "column", "text": "column"}
+TARGET_NAMES = (*_WORDS["target"].split(), *_UNSURE)
+# TRL's and OpenRLHF's functions take lists.
+_OF_TRL = {"prompts": "asked", "completions": "completion", "log_extra": "log_extra", "log_metric": "log_metric"}
+_LISTS = {**_OF_TRL, "queries": "query", "labels": "target"}
+# What verl gives where the data has no such column.
+STAND_INS: dict[str, Any] = {"data_source": None, "extra_info": {}}
+
+_MISSING = {
+    "completion_ids": "the column completion_tokens: [n] is the number of tokens; see also OverlongPenalty",
+    "trainer_state": "a reward must not depend on when it is called",
+    "environments": "there are no environments in single-turn training",
+}
+# How a function of (turns, context) can give what another takes.
+_GIVEN = {
+    "turns": "turns",
+    "context": "context",
+    "completion": "turns[-1].content",
+    "prompt": "turns[-2].content",
+    "target": 'context["target"]',
+    "unused": "None",
+}
+_OF_VERIFIERS = {
+    "state": '{**context, "completion": turns[-1].content, "answer": context["target"]}',
+    "parser": '__import__("types").SimpleNamespace(parse=str, parse_answer=str)',
+}
+
+_LIBRARIES = {"math_verify", "timeout_decorator"}  # that set alarms
+_ALARMS = {"alarm", "setitimer"}
+_SOUND = sys.stdlib_module_names | {"stateset_lightning"}
+
+
+class FunctionReward(RewardFunction):
+    """A function as a reward, sync or async, called by the names of its parameters.
+
+    - `turns`: the conversation, the completion last; `context`: all columns.
+    - `completion`, or `response`, `solution_str`, ...: the completion's text.
+    - `prompt`, or `question`, ...: the column of that name, else the text of the turn before the completion.
+    - `target`, or `ground_truth`, `label`, `reference`, ...: the column of that name, else the scenario's target.
+    - `answer`, `solution`: the target; the completion, where no other parameter is.
+    - Any other name: the column of that name. `**kwargs` gets the columns that no parameter names.
+
+    A function that names `completions` (TRL's) or `queries` (OpenRLHF's), or takes keywords alone, gets lists of one of
+    everything and returns a list (array, tensor) of one. Completions are scored as they finish: a function that
+    compares them with each other cannot work this way (see `GroupReward`). TRL's get messages where the scenario has
+    `messages`, else texts, and what they give to `log_extra` and `log_metric` enters the breakdown. NaN, which TRL
+    takes for None, is a failure here.
+
+    Args:
+        function: The function; it returns what `RewardFunction.compute_reward` may return.
+        conversational: Whether TRL's functions get messages; None: as the scenario's own (`messages` or `prompt`).
+        **common: `weight`, `name` and `timeout` of every reward; the name is by default the function's.
+
+    Raises:
+        ConfigError: If the names do not say what the function takes, or it takes what is not here; the message has a
+            function to give in its place.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, conversational: bool | None = None, **common: Any) -> None:
+        self.function, self.conversational = function, conversational
+        while isinstance(function, functools.partial):
+            function = function.func
+        name = getattr(function, "__name__", None) or snake_case(type(function).__name__)
+        self.name = "function" if name == "<lambda>" else name
+        super().__init__(**common)
+        parameters = _parameters(self.function)
+        self.takes_lists = is_list_function(self.function)
+        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self._positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
+        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        self._required = {p.name for p in named if p.default is p.empty}
+        # What `**kwargs` does not get: what is given otherwise, what a partial has set, and options of the function.
+        self._hidden = {"prompt", "messages", *getattr(self.function, "keywords", ()), *(p.name for p in named)}
+        self._roles = self._roles_of([p.name for p in named])
+
+    def compute_reward(self, turns: Turns, context: Context = None) -> Any:
+        logged: dict[str, Any] = {}
+        given = self._given(turns, context or {}, logged)
+        output = self.function(*[given.pop(name) for name in self._positional if name in given], **given)
+        if not self.takes_lists:
+            return output
+        return self._awaited(output, logged) if inspect.isawaitable(output) else self._only(output, logged)
+
+    def missing(self, columns: Mapping[str, Any]) -> list[str]:
+        absent = {name: self._roles[name] for name in sorted(self._required) if columns.get(name) is None}
+        needed = [{"column": name, "target": "target"}.get(role) for name, role in absent.items()]
+        return [name for name in needed if name is not None and columns.get(name) is None]
+
+    def _roles_of(self, names: Sequence[str]) -> dict[str, str]:
+        """What each parameter gets.
+
+        Raises:
+            ConfigError: If that is not clear, or not here.
+        """
+        for name in _MISSING.keys() & names:
+            why = _MISSING[name]
+            raise ConfigError(f"reward '{self.name}' takes {name}, which is not here: {why}. Remove the parameter")
+        if self.takes_lists:
+            named = {name: _LISTS.get(name, "column") for name in names}
+            return _OF_TRL | named if self._takes_all else named
+        words = {name: name.strip("_") for name in names}
+        roles = {name: _ROLES.get(word, "column" if word else "unused") for name, word in words.items()}
+        unsure = [name for name, word in words.items() if word in _UNSURE]
+        is_alone = len(unsure) == 1 and not {"completion", "turns"} & set(roles.values())
+        roles |= {name: "completion" if is_alone else _UNSURE[words[name]] for name in unsure}
+        if "solution_str" in names:  # verl's: the rest are options of the function
+            roles = {n: role for n, role in roles.items() if role != "column" or n in self._required | STAND_INS.keys()}
+        completions = [name for name, role in roles.items() if role == "completion"]
+        if len(completions) > 1 or not (completions or "turns" in roles.values()):
+            why = f"takes ({', '.join(names)}), which does not say what gets the completion (see docs/rewards.md)"
+            guessed = [name for name, role in roles.items() if role in ("column", "completion") or name in unsure]
+            roles |= dict.fromkeys(guessed, "column") | dict(zip(guessed, ("completion", "target"), strict=False))
+        elif foreign := sorted(_OF_VERIFIERS.keys() & self._required):
+            why = f"takes {foreign[0]}, which is not here"
+        else:
+            return roles
+        forms = "f(completion, target), f(prompt, completion) or f(turns, context)"
+        raise ConfigError(
+            f"reward '{self.name}' {why}. Write {forms}, or give this in its place: {self._wrapper(roles)}"
+        )
+
+    def _wrapper(self, roles: Mapping[str, str]) -> str:
+        """A function of (turns, context) that calls this one, on a line."""
+        required = [name for name in roles if name in self._required]
+        texts = {n: _OF_VERIFIERS.get(n) or _GIVEN.get(roles[n], f'context["{n}"]') for n in required}
+        called = ", ".join(text if name in self._positional else f"{name}={text}" for name, text in texts.items())
+        begin, wait = ("async def", "await ") if inspect.iscoroutinefunction(self.function) else ("def", "")
+        return f"{begin} {self.name}_reward(turns, context): return {wait}{self.name}({called})"
+
+    def _given(self, turns: Turns, context: Mapping[str, Any], logged: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call, by name."""
+        columns, given = {**STAND_INS, **context}, dict[str, Any]()
+        by_role = self._by_role(turns, context)
+        for name, role in self._roles.items():
+            value = columns.get(name) if role in ("prompt", "target", "column") else None
+            value = by_role.get(role) if value is None else value
+            if value is not None or (role == "column" and name in columns):
+                given[name] = value
+        logs: dict[str, Any] = {
+            "log_extra": lambda column, values: logged.update({column: values[0]}),
+            "log_metric": lambda name, value: logged.update({name: value}),
+        }
+        if absent := sorted(self._required - given.keys() - logs.keys()):
+            has = f"which this row does not have; it has: {', '.join(sorted(context))}"
+            raise RewardError(f"reward '{self.name}' asks for the column {absent[0]}, {has}; data.fields maps columns")
+        if self._takes_all:
+            given = {n: value for n, value in context.items() if n not in self._hidden} | given
+        if self.takes_lists:
+            given = {n: [value] for n, value in given.items()} | {n: logs[n] for n in logs if n in self._roles}
+        return given
+
+    def _by_role(self, turns: Turns, context: Mapping[str, Any]) -> dict[str, Any]:
+        answer, asked = completion(turns), turns[-2]["content"] if len(turns) > 1 else ""
+        found: dict[str, Any] = {
+            "turns": turns,
+            "context": context,
+            "completion": answer,
+            "prompt": asked,
+            "unused": "",
+        }
+        found |= {"target": context.get("target"), "asked": asked, "query": asked + answer}
+        has_messages = context.get("messages") is not None if self.conversational is None else self.conversational
+        if self.takes_lists and has_messages and "queries" not in self._roles:
+            *found["asked"], last = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+            found["completion"] = [last]
+        return found
+
+    async def _awaited(self, output: Awaitable[Any], logged: dict[str, Any]) -> RewardResult | None:
+        return self._only(await output, logged)
+
+    def _only(self, output: Any, logged: dict[str, Any]) -> RewardResult | None:
+        """The score in a list of one."""
+        items = output
+        if isinstance(output, Mapping) and "rewards" in output:  # OpenRLHF's
+            items = output["rewards"]
+            logged |= {name: value for name, value in output.items() if name != "rewards"}
+        scores = list(islice(items, 2)) if isinstance(items, Iterable) and not isinstance(items, str) else []
+        if len(scores) != 1:  # at most two are asked for: there may be no end
+            must = "gets lists and must return a list of one number or None"
+            raise RewardError(f"reward '{self.name}' {must}, but returned {output!r:.80}")
+        return None if scores[0] is None else RewardResult(scores[0], logged)
+
+
+class TRLReward(FunctionReward):
+    """A reward function as TRL's `GRPOTrainer` takes it, unchanged; the `weight` is one of TRL's `reward_weights`."""
+
+
+def is_list_function(function: Callable[..., Any]) -> bool:
+    """Whether a function takes lists: it names `completions` or `queries`, or takes keywords alone."""
+    parameters = _parameters(function)
+    names = {parameter.name for parameter in parameters}
+    if names & {"completions", "completion_ids", "queries"}:
+        return True
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    by_keyword = all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in parameters)
+    return takes_all and by_keyword and not any(_ROLES.get(n) == "completion" or n in _UNSURE for n in names)
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Of a function, without those that a partial has set; (turns, context) where it does not say."""
+    try:
+        found = list(inspect.signature(function).parameters.values())
+    except ValueError:  # of some builtins
+        found = [inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)]
+    if [str(p)[:1] for p in found] == ["*"] * len(found) and any(p.kind is p.VAR_POSITIONAL for p in found):
+        found = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in ("turns", "context")]
+    return [parameter for parameter in found if parameter.name not in getattr(function, "keywords", ())]
+
+
+def alarm_in(function: Any, seen: set[int] | None = None) -> str:
+    """What a function uses that works in a main thread alone, as far as its code tells; empty if nothing is found.
+
+    Looked through is what it names: functions and classes, of installed libraries none, and what these name.
+    """
+    seen = set() if seen is None else seen
+    while isinstance(function, functools.partial | MethodType):
+        function = function.func if isinstance(function, functools.partial) else function.__func__
+    item = inspect.unwrap(function) if isinstance(function, FunctionType) else function
+    home = str(getattr(item, "__module__", None)).partition(".")[0]
+    if home in _LIBRARIES:
+        return home
+    if id(item) in seen or home in _SOUND:
+        return ""
+    is_first = not seen
+    seen.add(id(item))
+    inner: list[Any] = []
+    if isinstance(item, FunctionType) and (is_first or "site-packages" not in item.__code__.co_filename):
+        names = _names(item.__code__)
+        if found := sorted(names & (_LIBRARIES | _ALARMS)):
+            return found[0]
+        space = item.__globals__
+        modules = [vars(space[name]) for name in names if isinstance(space.get(name), ModuleType)]
+        inner += [scope[name] for scope in (space, *modules) for name in names if name in scope]
+        inner += [cell.cell_contents for cell in item.__closure__ or ()]
+    elif not isinstance(item, FunctionType | ModuleType):
+        inner += vars(item).values() if isinstance(item, type) else [vars(type(item)).get("__call__")]
+    return next(filter(None, (alarm_in(each, seen) for each in inner)), "")
+
+
+def _names(code: CodeType) -> set[str]:
+    """The names of globals, attributes and imports in a function and in those inside it."""
+    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return {name.partition(".")[0] for name in code.co_names}.union(*map(_names, inner))

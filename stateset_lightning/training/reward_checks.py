@@ -1,0 +1,73 @@
+"""What must hold between the rewards and the rows that they score, before anything is sampled."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from stateset_lightning.errors import ConfigError
+from stateset_lightning.rewards import GroupReward, RewardFunction
+from stateset_lightning.rewards.functions import STAND_INS, TARGET_NAMES
+from stateset_lightning.types import Scenario
+
+
+def check_baseline(rewards: Sequence[RewardFunction], needs_greedy_baseline: bool) -> None:
+    """A baseline has the scores of what is compared with it.
+
+    Raises:
+        ConfigError: If it is one greedy completion, and a reward compares the completions of a prompt.
+    """
+    if needs_greedy_baseline and (names := [r.name for r in rewards if isinstance(r, GroupReward) and r.weight]):
+        raise ConfigError(
+            f"reward '{names[0]}' compares the completions of a prompt, and this algorithm compares them with one"
+            " greedy completion, which it does not score: leave it out, or choose another algorithm"
+        )
+
+
+def check_rewards(splits: Mapping[Any, Iterable[Scenario]], rewards: Sequence[RewardFunction]) -> None:
+    """Rewards that rows or sources name exist, and rows have what their rewards need; scoring would find out.
+
+    A column that only some rows lack is announced, with their number.
+
+    Raises:
+        ConfigError: With the first scenarios that name others; or if no row has a column that its reward needs.
+    """
+    known = {reward.name: reward for reward in rewards}
+    needing = [reward for reward in rewards if reward.missing({})]  # a column or more
+    for split, scenarios in splits.items():
+        unknown: dict[str, list[str]] = {}
+        scored, lacking, columns = Counter[str](), Counter[tuple[str, str]](), dict[str, Any]()
+        for scenario in scenarios:
+            names = known if scenario.rewards is None else scenario.rewards
+            if names is not known and (others := sorted(set(names) - known.keys())):
+                unknown[f"data.{split}: {scenario.id}"] = others
+            for reward in [reward for reward in needing if reward.name in names]:
+                columns = scenario.columns()
+                scored[reward.name] += 1
+                for column in reward.missing(columns):
+                    lacking[reward.name, column] += 1
+        if unknown:
+            examples = "; ".join(f"{place}: {', '.join(names)}" for place, names in list(unknown.items())[:5])
+            have = f"that model.reward does not have ({', '.join(known)})"
+            raise ConfigError(f"{len(unknown)} scenarios name rewards {have}: {examples}")
+        for (name, column), count in lacking.items():
+            if count == scored[name] and column not in STAND_INS:
+                none = f"reward '{name}' needs the column {column}, and no scenario of data.{split} has it"
+                raise ConfigError(f"{none}; {_remedy(column, columns)}")
+            fate = f"gets {STAND_INS[column]}" if column in STAND_INS else "fails, see reward_failures"
+            rows = f"{count} of {scored[name]} scenarios of data.{split}"
+            rank_zero_warn(f"{rows} have no column {column}: there, reward '{name}' {fate}")
+
+
+def _remedy(column: str, columns: Mapping[str, Any]) -> str:
+    """What to do about a column that no row has, by the columns of one row."""
+    present = [name for name, value in columns.items() if value is not None and name not in ("id", "rewards")]
+    likely = TARGET_NAMES if column in TARGET_NAMES else ()
+    plain = {name.strip().lower(): name for name in present}
+    near = [plain[word] for word in (column, *get_close_matches(column, plain), *likely) if word in plain]
+    fields = f"set data.fields.{column}={near[0]!r}" if near else f"name one by data.fields.{column}"
+    return f"there are {', '.join(map(repr, present))}: {fields}, or leave the reward out"

@@ -1,0 +1,313 @@
+"""Functions that people have: each form gets what its parameters name, or is refused with a function to paste."""
+
+import asyncio
+import functools
+import pickle
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from stateset_lightning.errors import ConfigError
+from stateset_lightning.rewards import FunctionReward, GroupReward, RewardFunction, Scorer, as_rewards, failure_counts
+from stateset_lightning.rewards.base import to_outcome, written
+from stateset_lightning.rewards.functions import _ROLES, _UNSURE, STAND_INS, alarm_in
+from stateset_lightning.types import Scenario, Turn
+
+ROW = {
+    "prompt": "2 + 2?",
+    "target": "4",
+    "difficulty": 3,
+    "data_source": "sums",
+    "extra_info": {"index": 7},
+    "reward_model": {"style": "rule", "ground_truth": "4"},
+}
+SCENARIO = Scenario(id="a", **ROW)
+
+# Each scores 1 for the answer "4" to ROW and 0 for "5", and checks on the way that nothing else got mixed up.
+FORMS = """
+def by_turns(turns, context):
+    assert turns[0].content == "2 + 2?" and context["difficulty"] == 3
+    return float(turns[-1].content == context["target"])
+def by_turns_unused(turns, _): return turns[-1].content == "4"
+def conversation_and_row(conversation, row=None): return conversation[-1]["content"] == row["target"]
+def completion_target(completion, target): return completion == target
+def target_first(target, completion): assert target == "4"; return completion == target
+def prompt_completion(prompt, completion): return float(eval(prompt.strip("?")) == int(completion))
+def prompt_response(prompt, response): assert prompt == "2 + 2?"; return response == "4"
+def question_answer(question, answer): assert question == "2 + 2?"; return answer == "4"
+def answer_target(answer, target): return answer == target
+def output_expected(output, expected): return output == expected
+def response_answer(response, answer): assert answer == "4"; return response == answer
+def keywords(*, completion, ground_truth): return completion == ground_truth
+def positional(completion, target, /): return completion == target
+def with_column(completion, target, difficulty): return completion == target and difficulty == 3
+def with_default(completion, target, difficulty=0, other=2):
+    return completion == target and (difficulty, other) == (3, 2)
+def alone(completion): return completion == "4"
+def with_positional_default(completion, target, level=1, /): return level * (completion == target)
+def trl(completions, target, **columns):
+    assert columns["difficulty"] == [3] and columns["prompts"] == ["2 + 2?"]
+    return [float(c == t) for c, t in zip(completions, target)]
+async def trl_async(prompts, completions, target): return [float(c == t) for c, t in zip(completions, target)]
+async def by_turns_async(turns, context): return turns[-1].content == context["target"]
+async def completion_target_async(completion, target): return completion == target
+def verl(data_source, solution_str, ground_truth, extra_info=None):
+    assert data_source == "sums" and extra_info == {"index": 7}
+    return {"score": float(solution_str == ground_truth), "acc": 1}
+def verl_short(solution_str, ground_truth, method="strict", format_score=0.0, score=1.0, difficulty=0):
+    assert difficulty == 0
+    return score if solution_str == ground_truth else format_score
+def verifiers(completion, answer, **kwargs):
+    assert kwargs["difficulty"] == 3 and kwargs["extra_info"] == {"index": 7} and "completion" not in kwargs
+    return 1.0 if completion == answer else 0.0
+def openrlhf(queries, prompts, labels):
+    assert [query[len(prompt):] for query, prompt in zip(queries, prompts)] in (["4"], ["5"])
+    return torch.tensor([float(q.endswith(label)) for q, label in zip(queries, labels)])
+def openrlhf_dict(queries, prompts, labels, **kwargs):
+    right = torch.tensor([float(q.endswith(label)) for q, label in zip(queries, labels)])
+    return {"rewards": right, "scores": right, "extra_logs": {"right": right}}
+def with_info(completion, target): return float(completion == target), {"length": len(completion)}
+class called:
+    def __call__(self, completion, target): return completion == target
+class Subclass(RewardFunction):
+    def compute_reward(self, turns, context=None): return turns[-1].content == context["target"]
+class Compared(GroupReward):
+    def compute_rewards(self, conversations_G, context, scores):
+        return [turns[-1].content == context["target"] for turns in conversations_G]
+"""
+NAMESPACE = {"RewardFunction": RewardFunction, "GroupReward": GroupReward, "torch": torch}
+exec(FORMS, NAMESPACE)
+NAMES = re.findall(r"^(?:async )?(?:def|class) (\w+)", FORMS, re.MULTILINE)
+
+
+def run(reward, answers=("4", "5"), columns=None):
+    scenario = SCENARIO if columns is None else Scenario(id="a", **columns)
+    with Scorer(reward) as scorer, scorer.start(len(answers), num_generations=len(answers)) as session:
+        for n, answer in enumerate(answers):
+            session.submit(n, [*scenario.turns(), Turn("assistant", answer)], scenario.columns(), completion_tokens=1)
+        return session.collect()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_form_gives_the_right_score(name):
+    form = NAMESPACE[name]
+    scores = run(form() if isinstance(form, type) else form)
+    assert not scores.failures, scores.failures[0].traceback
+    assert scores.totals_N.tolist() == [1.0, 0.0]
+
+
+def test_the_page_has_all_names_and_its_examples_are_accepted():
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    table, examples = page.partition("## Functions")[2].split("```python")[:2]
+    named = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    assert named == {*_ROLES, *_UNSURE, *STAND_INS}
+    lines = [line for line in examples.partition("```")[0].splitlines() if line]
+    assert len(lines) == 8
+    for line in lines:
+        namespace = {}
+        exec(line, namespace)
+        assert as_rewards(namespace.get("f") or namespace["compute_score"])
+
+
+def test_a_list_of_functions_with_weights_is_summed():
+    rewards = [NAMESPACE["trl"], FunctionReward(NAMESPACE["verl"], weight=0.5), functools.partial(NAMESPACE["alone"])]
+    scores = run(rewards)
+    assert scores.names == ("trl", "verl", "alone")
+    assert scores.totals_N.tolist() == [2.5, 0.0]
+    assert scores.breakdowns[0]["verl"] == {"acc": 1}
+
+
+# Each is meant to give 1 for the answer "4"; the parameters' names do not tell.
+REFUSED = {
+    "def f(a, b): return a == b": "takes (a, b)",
+    "def f(x): return x == '4'": "takes (x)",
+    "def f(solution, answer): return solution == answer": "takes (solution, answer)",
+    "def f(prompt, thing, /): return prompt == '2 + 2?' and thing == '4'": "takes (prompt, thing)",
+    "def f(completion, response): return completion == response": "takes (completion, response)",
+    "def f(guess, target, difficulty=1): return guess == target": "takes (guess, target, difficulty)",
+    "async def f(a, b): return a == b": "takes (a, b)",
+    "def f(completion, state): return completion == state['answer'] == state['completion']": "takes state",
+    "def f(completion, parser, answer): return parser.parse_answer(completion) == answer": "takes parser",
+    "def f(): return 1": "takes ()",
+}
+
+
+@pytest.mark.parametrize("code", REFUSED)
+def test_any_other_is_refused_with_a_wrapper_that_works_when_pasted(code):
+    namespace = {}
+    exec(code, namespace)
+    with pytest.raises(ConfigError) as caught:
+        as_rewards(namespace["f"])
+    message = str(caught.value)
+    assert message.startswith(f"reward 'f' {REFUSED[code]}")
+    assert "f(completion, target), f(prompt, completion) or f(turns, context)" in message
+    assert "\n" not in message
+    exec(re.search(r"(async )?def f_reward.*", message)[0], namespace)
+    assert run(namespace["f_reward"], ["4"]).totals_N.tolist() == [1.0]
+
+
+def test_a_partial_keeps_what_it_has_set_and_nothing_is_passed_twice():
+    def graded(completion, target, difficulty=0):
+        return completion == target and difficulty == 9
+
+    assert run(functools.partial(graded, difficulty=9, target="5")).totals_N.tolist() == [0.0, 1.0]
+
+    def graded_with_all(completion, target, **columns):
+        return completion == target and columns["difficulty"] == 9 and "target" not in columns
+
+    def options_of_verl(solution_str, ground_truth, difficulty=1.0, **columns):
+        return difficulty * (solution_str == ground_truth and columns["data_source"] == "sums")
+
+    assert run(functools.partial(graded_with_all, difficulty=9)).totals_N.tolist() == [1.0, 0.0]
+    assert run(functools.partial(NAMESPACE["trl"], target=["5"])).totals_N.tolist() == [0.0, 1.0]
+    assert run(options_of_verl).totals_N.tolist() == [1.0, 0.0]
+    by_position = functools.partial(NAMESPACE["target_first"], "4")
+    assert run(by_position).totals_N.tolist() == [1.0, 0.0]
+
+
+def test_a_column_of_the_very_name_comes_before_the_target_and_verl_gets_what_verl_gives():
+    def columns(solution_str, ground_truth, question, data_source, extra_info):
+        return (ground_truth, question, data_source, extra_info) == ("5", "Sum?", None, {})
+
+    assert run(columns, ["x"], {"prompt": "p", "target": "4", "ground_truth": "5", "question": "Sum?"}).totals_N == 1
+
+
+def test_what_is_required_and_not_there_is_missing_and_fails():
+    def graded(completion, reference, level, prompt, other=None):
+        return 1.0
+
+    (reward,) = as_rewards(graded)
+    assert reward.missing({"level": 1, "target": "4"}) == []
+    assert reward.missing({"reference": "4", "target": None}) == ["level"]
+    assert reward.missing({"target": None}) == ["level", "target"]
+    assert as_rewards(NAMESPACE["by_turns"])[0].missing({}) == []
+    scores = run(graded)
+    assert failure_counts(scores) == {"reward_failures/graded/RewardError": 2}
+    assert "asks for the column level, which this row does not have; it has: " in scores.failures[0].message
+
+
+@pytest.mark.parametrize(
+    ("output", "value", "breakdown"),
+    [
+        ({"score": 0.5, "acc": True}, 0.5, {"acc": True}),
+        ((0.5, {"why": "half"}), 0.5, {"why": "half"}),
+        ((1, "because"), 1.0, {"info": "because"}),
+        ({"score": torch.tensor([0.25])}, 0.25, {}),
+    ],
+)
+def test_scores_with_something_beside_them(output, value, breakdown):
+    outcome = to_outcome(output)
+    assert (outcome.value, outcome.breakdown) == (value, breakdown)
+
+
+@pytest.mark.parametrize("output", [[0.5], {"reward": 1.0}, (1.0, 2.0), {"score": "1"}, {"score": {"score": 1}}, ()])
+def test_any_other_return_value_fails_and_says_what_to_return(output):
+    scores = run(lambda completion: output, ["4"])
+    (failure, *_) = scores.failures
+    assert failure.error == "RewardError"
+    assert "returned" in failure.message
+    if not isinstance(output, dict) or "score" not in output:
+        assert (
+            "return a number, RewardResult(score, breakdown), {'score': number, ...}, (score, info)" in failure.message
+        )
+
+
+# Alarms in a thread ---------------------------------------------------------------------------------------------------
+
+ALARMED = """
+import signal
+from math_verify import parse, verify
+
+class Timeout:
+    def __enter__(self):
+        signal.signal(signal.SIGALRM, lambda *_: None)
+        signal.alarm(5)
+    def __exit__(self, *_):
+        signal.alarm(0)
+
+def by_module(completion, target):
+    try:
+        return float(verify(parse(target), parse(completion)))
+    except Exception:
+        return 0.0
+
+def by_import(completion, target):
+    import math_verify
+    try:
+        return float(math_verify.verify(math_verify.parse(target), math_verify.parse(completion)))
+    except Exception:
+        return 0.0
+
+def by_class(completion, target):
+    try:
+        with Timeout():
+            return float(completion == target)
+    except ValueError:
+        return 0.0
+
+def by_other(completion, target):
+    return by_class(completion, target)
+
+async def waits(completion, target):
+    return by_class(completion, target)
+
+def innocent(completion, target):
+    return float(completion == target)
+"""
+
+
+@pytest.fixture(scope="module")
+def alarmed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alarmed")
+    (folder / "alarmed_rewards.py").write_text(ALARMED)
+    sys.path.insert(0, str(folder))
+    import alarmed_rewards
+
+    yield alarmed_rewards
+    sys.path.remove(str(folder))
+    del sys.modules["alarmed_rewards"]
+
+
+def test_what_sets_alarms_is_noticed_and_gets_a_process(alarmed, caplog):
+    pytest.importorskip("math_verify")
+    names = ["by_module", "by_import", "by_class", "by_other", "innocent"]
+    found = [alarm_in(getattr(alarmed, name)) for name in names]
+    assert found == ["math_verify", "math_verify", "alarm", "alarm", ""]
+    assert alarm_in(functools.partial(alarmed.by_other, target="4")) == "alarm"
+    scores = run([getattr(alarmed, name) for name in names])
+    assert scores.values_NF.tolist() == [[1.0] * 5, [0.0] * 5]
+    told = [record.message for record in caplog.records if "signals" in record.message]
+    assert len(told) == 4
+    assert "reward 'by_module' uses math_verify" in told[0]
+    assert "set its timeout" in told[0]
+    with Scorer([alarmed.innocent, FunctionReward(alarmed.by_class, timeout=3)]) as scorer:
+        assert [reward.timeout for reward in scorer.rewards] == [None, 3]
+    with pytest.raises(ConfigError, match=r"'waits' uses alarm.* write it as a plain `def`"):
+        Scorer(alarmed.waits)
+
+
+def test_built_in_rewards_set_no_alarms_that_a_time_out_is_needed_for():
+    for name in ("ExactMatch", "Contains", "NumericAnswer", "HelpfulnessReward", "JsonValid"):
+        reward = getattr(__import__("stateset_lightning.rewards", fromlist=[name]), name)()
+        assert alarm_in(written(reward)) == ""
+
+
+def test_bound_functions_go_to_worker_processes_and_remember_what_they_are(alarmed):
+    from stateset_lightning.run.made_of import flat
+
+    reward = FunctionReward(alarmed.innocent, weight=0.5, timeout=20)
+    assert pickle.loads(pickle.dumps(reward))._roles == reward._roles
+    assert run(reward).totals_N.tolist() == [0.5, 0.0]
+    made = dict(flat("model.reward.innocent", reward, is_object=True))
+    assert made["model.reward.innocent"] == "FunctionReward"
+    assert made["model.reward.innocent.function"] == '"innocent"'
+    assert made["model.reward.innocent.weight"] == 0.5
+
+
+def test_an_awaitable_list_is_read_like_a_list():
+    reward = FunctionReward(NAMESPACE["trl_async"])
+    output = reward.compute_reward([*SCENARIO.turns(), Turn("assistant", "4")], SCENARIO.columns())
+    assert asyncio.run(output).score == 1.0
