@@ -15,14 +15,14 @@ from torch import Tensor
 
 from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader, Prompts, Split
 from stateset_lightning.data.order import Curriculum, EpochOrder, SolveRates
-from stateset_lightning.data.prompts import EncodedPrompts, OverlongPolicy, PromptEncoder
+from stateset_lightning.data.prompts import EncodedPrompts, PromptEncoder
 from stateset_lightning.data.ragged import RaggedTokens
 from stateset_lightning.data.sources import ScenarioSet, Source, check_options, hold_out, read_split
 from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.seeding import run_seed
 from stateset_lightning.training.schedule import batches_per_epoch
-from stateset_lightning.types import PromptBatch, Scenario, Turn, asked
+from stateset_lightning.types import OverlongPolicy, PromptBatch, Scenario, Turn, asked
 
 _announce = rank_zero_only(logging.getLogger("stateset_lightning").log)
 

@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from stateset_lightning.callbacks import ConsoleProgress, PredictionWriter, RunSummary, SampleWriter
+from stateset_lightning.cli.early_checks import Merged
 from stateset_lightning.cli.messages import PROGRAM, explain, refusal, shorten
 from stateset_lightning.cli.options import options
 from stateset_lightning.cli.overlays import dump_yaml, merged_words
@@ -101,12 +102,14 @@ class StatesetCLI(LightningCLI):
 
     Args:
         args: The command line, without the program's name.
+        merged: What its words say, if that is known.
 
     Raises:
         UserError: For whatever the user can mend.
     """
 
-    def __init__(self, args: ArgsType) -> None:
+    def __init__(self, args: ArgsType, merged: Merged | None = None) -> None:
+        self._merged = merged
         words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
         # Each parser takes most of a second to build, and attribute docs as long to collect: only what this command
         # needs.
@@ -143,7 +146,7 @@ class StatesetCLI(LightningCLI):
         if not isinstance(words, list) or not words or words[0] not in self._wanted:
             super().parse_arguments(parser, args)
             return
-        self.given, rest = merged_words(words[1:])
+        self.given, rest = self._merged or merged_words(words[1:])
         for section in (self.given.get("model"), self.given.get("data")):
             named = section.keys() & {"class_path", "init_args"} if isinstance(section, dict) else [section]
             if any(isinstance(name, str) and re.fullmatch(r"(\w+\.)*\w+", name) for name in named):

@@ -116,6 +116,13 @@ def _run(args: ArgsType) -> StatesetCLI | None:
 
 
 def _run_lightning(args: ArgsType) -> StatesetCLI:
+    from stateset_lightning.cli.early_checks import SPLITS, checked_words
+    from stateset_lightning.errors import ConfigError
+
+    words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
+    if words and words[0] not in SPLITS:
+        raise ConfigError(f"there is no command {words[0]}; it comes first: {', '.join([*SPLITS, *COMMANDS])}")
+    merged = checked_words(words[0], words[1:]) if words else None
     if args is None:
         gc.disable()  # what is imported stays: looking for garbage in it takes a second of `fit --help`
     quieten()
@@ -124,16 +131,15 @@ def _run_lightning(args: ArgsType) -> StatesetCLI:
     if args is None:
         gc.freeze()
         gc.enable()
-    return StatesetCLI(args)
+    return StatesetCLI(args, merged)
 
 
 def quieten() -> None:
-    """Silences what libraries say at every start and no user can act on."""
+    """Silences what libraries say at every start and no user can act on; before they are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
+    if "transformers" in sys.modules:  # a notebook's; otherwise it will obey the variable
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
     for noise in (
         ".*LightningCLI's args parameter is intended.*",
         ".*does not have many workers.*",

@@ -36,6 +36,8 @@ def load_yaml(text: str, file: str | Path, loader: Any, most: int | None, refusa
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-40
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         place, reason = f":{mark.line + 1}" if mark else "", problem or str(error).splitlines()[0]
+        if reason == "but found another document":
+            raise refusal(f"{file}{place}: a second YAML document begins; give each a file of its own") from error
         raise refusal(f"{file}{place}: malformed YAML: {reason}; check indentation, brackets and quotes") from error
 
 
