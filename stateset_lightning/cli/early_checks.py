@@ -1,4 +1,4 @@
-"""What can be told before Lightning, torch and transformers are imported, which takes seconds: YAML, words, files, rows.
+"""What can be told before Lightning, torch and transformers are imported, which takes seconds: YAML, words, rows.
 
 All of it is checked again by whoever uses it; what needs an option's type is left to them.
 """

@@ -25,7 +25,6 @@ from stateset_lightning.errors import ConfigError, DataError, check_bounds
 from stateset_lightning.files import keep_inputs
 from stateset_lightning.redaction import spare
 from stateset_lightning.seeding import permutation
-from stateset_lightning.threads import heartbeat
 from stateset_lightning.types import OverlongPolicy, Scenario
 
 
@@ -125,7 +124,6 @@ def read_split(
         ConfigError: If `spec` or a source is none of these.
         DataError: If a file cannot be read, or rows cannot be used: all of them are listed.
     """
-    heartbeat.doing("reading the data")
     key = f"data.{split}"
     sources = _as_sources(spec, key)
     with garbage_collection_paused():
