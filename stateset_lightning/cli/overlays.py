@@ -31,6 +31,7 @@ from stateset_lightning.threads import DaemonThreads
 REMOVED = object()  # stands where a null was written over a key; what it means depends on the key's type
 
 _SPECIFICATION = {"class_path", "init_args", "dict_kwargs"}
+_ROWS = r"\.data\.(train|validation|test|predict)|\.environment\.scenarios"  # the second: of the guide
 _MAX_VALUES, _MAX_BYTES, _MAX_SECONDS = 100_000, 5_000_000, 5
 
 
@@ -106,7 +107,7 @@ def read_yaml(file: str | Path, name: str, keys: str, text: str | None = None) -
         raise ConfigError(f"{name}: cannot be read ({error.strerror}); paths are relative to {Path.cwd()}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name}: not valid UTF-8; save the file as UTF-8") from error
-    content = load_yaml(text, file, get_yaml_default_loader(), _MAX_VALUES, ConfigError)
+    content = load_yaml(text, file, get_yaml_default_loader(), _MAX_VALUES, ConfigError, _ROWS)
     if not isinstance(content, dict):
         found = "empty" if content is None else f"not a mapping of keys but {content!r:.60}"
         raise ConfigError(f"{name}: the file is {found}; it must hold {keys}")
