@@ -43,6 +43,12 @@ def loading_options(options: argparse.Namespace) -> LoadingOptions:
     return LoadingOptions(**{name: getattr(options, name) for name in names})
 
 
+def with_flags(message: str) -> str:
+    """A message that names keys of a config, with the flags that a command without one has for them."""
+    message = message.replace("model.policy.model_name", "--ckpt_path").replace("model.rollout.", "--")
+    return message.replace("data.system_prompt", "--system_prompt")
+
+
 def count(text: str) -> int:
     """A type of argument: a whole number, at least 1."""
     if not text.isdigit() or text == "0":

@@ -75,6 +75,7 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
 
 
 def _run(args: ArgsType) -> StatesetCLI | None:
+    from stateset_lightning.cli.arguments import with_flags
     from stateset_lightning.cli.messages import PROGRAM, without_traceback
     from stateset_lightning.errors import UserError
     from stateset_lightning.files import forget_inputs
@@ -109,7 +110,8 @@ def _run(args: ArgsType) -> StatesetCLI | None:
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     except UserError as error:
-        print(f"{PROGRAM}: error: {without_traceback(str(error)).strip()}", file=sys.stderr)
+        said = with_flags(str(error)) if command in ("generate", "export") else str(error)
+        print(f"{PROGRAM}: error: {without_traceback(said).strip()}", file=sys.stderr)
         raise SystemExit(1 if command == "doctor" else 2) from None
     finally:
         heartbeat.stop()

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("stateset_lightning")
 
 _WEIGHTS = "policy.model."
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
 _PROMPT_OPTIONS = ("system_prompt", "use_chat_template", "chat_template_kwargs", "parse_special_tokens")
 
 
@@ -121,6 +122,10 @@ def _checkpoint_of(source: str) -> Path | None:
     path = Path(source).expanduser()
     is_file = path.suffix == ".ckpt" or path.is_file()
     if not (source in ("last", "best") or is_file or newest_checkpoints(path, "**/*.ckpt")):
+        folder = source.partition("/")[0]
+        if not path.exists() and (Path(folder).is_dir() or folder == "runs" or path.suffix in _WEIGHT_FILES):
+            where = f"paths are relative to {Path.cwd()}"
+            raise CheckpointError(f"ckpt_path={source}: there is no such file or folder; {where}")
         return None
     file = find_among([("runs", "**/*.ckpt")], str(path))
     _log.info("%s: %s", source, file)

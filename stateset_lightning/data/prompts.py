@@ -274,8 +274,8 @@ class PromptEncoder:
             more = f" and {len(overlong) - _IDS_SHOWN} more" if len(overlong) > _IDS_SHOWN else ""
             raise DataError(
                 f"{key}: {len(overlong)} of {len(tokens)} prompts have more than data.max_prompt_tokens={limit} tokens:"
-                f" {shown}{more}; set data.max_prompt_tokens={lengths.max()}, or data.overlong_prompts to drop or"
-                " truncate_left"
+                f" {shown}{more}; set data.overlong_prompts to drop or truncate_left, or, if the model has as many"
+                f" positions and more, data.max_prompt_tokens={lengths.max()}"
             )
         kept = np.flatnonzero(lengths <= limit).tolist()
         if not kept:

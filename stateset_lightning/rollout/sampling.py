@@ -21,8 +21,9 @@ def check_length(prompts: Sequence[Sequence[int]], max_new_tokens: int, limit: i
     """
     if (longest := max(map(len, prompts))) + max_new_tokens > limit:
         raise ConfigError(
-            f"a prompt of {longest} tokens and model.rollout.max_new_tokens={max_new_tokens} exceed {whose}: set"
-            f" data.max_prompt_tokens to at most {max(limit - max_new_tokens, 0)}, or lower max_new_tokens"
+            f"a prompt of {longest} tokens and model.rollout.max_new_tokens={max_new_tokens} exceed {whose}: lower"
+            f" max_new_tokens to {max(limit - longest, 0)}, or shorten the prompt to {max(limit - max_new_tokens, 0)}"
+            " (in a run: data.max_prompt_tokens, with data.overlong_prompts=drop)"
         )
 
 

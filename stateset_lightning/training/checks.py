@@ -260,11 +260,12 @@ def check_context(data: ScenarioDataModule | None, context_length: int | None, m
     """
     longest = 0 if data is None else data.longest_prompt
     if context_length is not None and longest + max_new_tokens > context_length:
-        room = context_length - max_new_tokens
-        shorter = f"set data.max_prompt_tokens={room} (and data.overlong_prompts), or " if room > 0 else ""
+        room, left = context_length - max_new_tokens, context_length - longest
+        ways = [f"set data.max_prompt_tokens={room} and data.overlong_prompts=drop"] if room > 0 else []
+        ways += [f"lower it to {left}"] if left > 0 else []
         raise ConfigError(
             f"model.rollout.max_new_tokens={max_new_tokens} and the longest prompt of {longest} tokens exceed the"
-            f" model's {context_length} positions: {shorter}lower it"
+            f" model's {context_length} positions: {', or '.join(ways) or 'lower it, and shorten the prompts'}"
         )
 
 

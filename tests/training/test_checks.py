@@ -256,7 +256,11 @@ def test_what_lightning_cannot_clip_is_refused_at_the_start(precision, clip, fus
 def test_the_longest_prompt_fits_with_its_completion():
     check_context(make_trainer().datamodule, 30, 20)
     check_context(make_trainer().datamodule, None, 10**9)
-    with pytest.raises(ConfigError, match=r"max_new_tokens=21.*10 tokens.*30 positions: set data.max_prompt_tokens=9"):
+    with pytest.raises(
+        ConfigError,
+        match=r"max_new_tokens=21.*10 tokens.*30 positions: set data.max_prompt_tokens=9 and "
+        r"data.overlong_prompts=drop, or lower it to 20$",
+    ):
         check_context(make_trainer().datamodule, 30, 21)
     with pytest.raises(ConfigError, match=r"positions: lower it"):
         check_context(make_trainer().datamodule, 30, 30)
