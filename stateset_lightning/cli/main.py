@@ -105,7 +105,7 @@ def _run(args: ArgsType) -> StatesetCLI | None:
                 quieten()
             import_module(f"stateset_lightning.cli.{command}").main(words[1:])
             return None
-        cli = _run_lightning(args)
+        cli = _run_lightning(args, words)
         return None if args is None else cli
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
@@ -117,11 +117,10 @@ def _run(args: ArgsType) -> StatesetCLI | None:
         heartbeat.stop()
 
 
-def _run_lightning(args: ArgsType) -> StatesetCLI:
+def _run_lightning(args: ArgsType, words: list[str]) -> StatesetCLI:
     from stateset_lightning.cli.early_checks import SPLITS, checked_words
     from stateset_lightning.errors import ConfigError
 
-    words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
     if words and words[0] not in SPLITS:
         raise ConfigError(f"there is no command {words[0]}; it comes first: {', '.join([*SPLITS, *COMMANDS])}")
     merged = checked_words(words[0], words[1:]) if words else None

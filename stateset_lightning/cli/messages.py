@@ -114,14 +114,10 @@ def _unknown(option: Option) -> str:
     while isinstance(value, dict) and value:  # of a section that does not exist, the first option
         dest, value = f"{dest}.{next(iter(value))}", next(iter(value.values()))
     name = f".{dest.rpartition('.')[2]}".replace("learning_rate", "lr")
-    if not place and (same := [each for each in class_options(option.parser) if each.endswith(name)]):
-        return f"there is no key {dest}; did you mean {same[0]}?"
-    if not place:
-        return f"there is no key {dest}{_suggest(dest, known) or '; --help lists all keys'}"
-    listed = ", ".join(known) or "none"
-    return (
-        f"{place[:-1]}: there is no key {dest}{_suggest(dest, [*known, *SPECIFICATION]) or f'; its keys are {listed}'}"
-    )
+    same = [] if place else [each for each in class_options(option.parser) if each.endswith(name)]
+    near = f"; did you mean {same[0]}?" if same else _suggest(dest, [*known, *SPECIFICATION])
+    others = f"; its keys are {', '.join(known) or 'none'}" if place else "; --help lists all keys"
+    return f"{place[:-1]}{': ' if place else ''}there is no key {dest}{near or others}"
 
 
 def _specification_fault(item: dict[str, Any]) -> str:

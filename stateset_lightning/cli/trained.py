@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("stateset_lightning")
 
 _WEIGHTS = "policy.model."
-_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
 _PROMPT_OPTIONS = ("system_prompt", "use_chat_template", "chat_template_kwargs", "parse_special_tokens")
 
 
@@ -123,9 +122,8 @@ def _checkpoint_of(source: str) -> Path | None:
     is_file = path.suffix == ".ckpt" or path.is_file()
     if not (source in ("last", "best") or is_file or newest_checkpoints(path, "**/*.ckpt")):
         folder = source.partition("/")[0]
-        if not path.exists() and (Path(folder).is_dir() or folder == "runs" or path.suffix in _WEIGHT_FILES):
-            where = f"paths are relative to {Path.cwd()}"
-            raise CheckpointError(f"ckpt_path={source}: there is no such file or folder; {where}")
+        if not path.exists() and (Path(folder).is_dir() or folder == "runs" or path.suffix in (".pt", ".safetensors")):
+            raise CheckpointError(f"ckpt_path={source}: there is no such file or folder in {Path.cwd()}")
         return None
     file = find_among([("runs", "**/*.ckpt")], str(path))
     _log.info("%s: %s", source, file)

@@ -144,9 +144,8 @@ def read_split(
             checked += scenarios
             source_of += [index] * len(scenarios)
             problems += [*part.problems, *bad]
-        is_cut = first is not None and any(len(part.rows) > first for _, part in lists)
-        told = f"{key}, the first {first:,} rows of each file" if is_cut else key
-        raise_problems(told, [*problems, *_repeated_ids(checked)])
+        cut = f", the first {first:,} rows of each file" if first and any(len(p.rows) > first for _, p in lists) else ""
+        raise_problems(f"{key}{cut}", [*problems, *_repeated_ids(checked)])
     spare(
         text
         for scenario, _ in checked
