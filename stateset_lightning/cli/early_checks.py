@@ -5,8 +5,10 @@ All of it is checked again by whoever uses it; what needs an option's type is le
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import pairwise
 from typing import Any
 
 from stateset_lightning.cli.overlays import REMOVED, as_list, loaded, merged_words
@@ -29,12 +31,13 @@ def checked_words(command: str, words: Sequence[str]) -> Merged:
         DataError: If a file of the data cannot be read, or one of its first rows cannot be used.
     """
     merged, rest = merged_words(words)
-    if extra := [word for word in rest if not word.startswith("-")]:
+    # What follows a flag is its own: a class whose options are shown, as in `--model.optimizer.help AdamW`.
+    if extra := [word for before, word in pairwise(["", *rest]) if "-" not in (before[:1], word[:1])]:
         raise ConfigError(
             f"{extra[0]} belongs to no option; a config is given as --config FILE, data as --data.train FILE"
         )
     data = merged.get("data")
-    if isinstance(data, dict) and not any(word.endswith(("-h", "help", "print_config")) for word in rest):
+    if isinstance(data, dict) and not any(re.search("^-h|help|print_config", word) for word in rest):
         _check_rows(command, data)
     return merged, rest
 

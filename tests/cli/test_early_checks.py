@@ -70,6 +70,8 @@ def test_it_is_told_within_two_seconds_of_work(files, monkeypatch, tmp_path, wor
         ["--data.train", "owner/name:config"],  # of the hub, which takes a while
         ["--data.train", '[{"path": "rows.jsonl"}]', "--data.train.weight", "2"],
         ["--data.fields", "3"],
+        ["--model.optimizer.help", "AdamW"],
+        ["--print_config=skip_null", "--data.train", "none.jsonl"],
         ["--config", "column_is_mapped.yaml"],
     ],
 )
