@@ -77,7 +77,7 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
 def _run(args: ArgsType) -> StatesetCLI | None:
     from stateset_lightning.cli.arguments import with_flags
     from stateset_lightning.cli.messages import PROGRAM, without_traceback
-    from stateset_lightning.errors import UserError
+    from stateset_lightning.errors import CheckpointError, UserError
     from stateset_lightning.files import forget_inputs
     from stateset_lightning.redaction import redact_streams, remember_flags
     from stateset_lightning.threads import heartbeat
@@ -110,7 +110,8 @@ def _run(args: ArgsType) -> StatesetCLI | None:
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     except UserError as error:
-        said = with_flags(str(error)) if command in ("generate", "export") else str(error)
+        is_of_flags = command in ("generate", "export") and not isinstance(error, CheckpointError)
+        said = with_flags(str(error)) if is_of_flags else str(error)
         print(f"{PROGRAM}: error: {without_traceback(said).strip()}", file=sys.stderr)
         raise SystemExit(1 if command == "doctor" else 2) from None
     finally:
