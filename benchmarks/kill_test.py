@@ -51,6 +51,7 @@ from stateset_lightning import GRPOLightningModule, RewardFunction, RolloutConfi
 from stateset_lightning.algorithm import GRPO, KL
 from stateset_lightning.callbacks import SampleWriter
 from stateset_lightning.cli.config import StatesetCLI
+from stateset_lightning.cli.overlays import merged_words
 from stateset_lightning.data.order import Curriculum
 from stateset_lightning.policy import LoRAConfig, PolicyConfig, load_model
 from stateset_lightning.rewards.scorer import ScoringSession
@@ -264,7 +265,8 @@ def fit_reference(folder: Path, steps: int, prepare: Callable[[Trainer], None]) 
     place = [f"--trainer.logger.init_args.save_dir={folder}", "--trainer.logger.init_args.name=run"]
     size = ["--data.batch_size=8", "--data.eval_batch_size=32", "--trainer.limit_val_batches=2"]
     length = [f"--trainer.max_steps={steps}", "--trainer.val_check_interval=4", "--ckpt_path=last"]
-    return StatesetCLI(["fit", "--config=configs/single_turn.yaml", *place, *size, *length]).trainer
+    words = ["fit", "--config=configs/single_turn.yaml", *place, *size, *length]
+    return StatesetCLI(words, merged_words(words[1:])).trainer
 
 
 def saves(settings: Settings) -> dict[str, Any]:

@@ -15,15 +15,16 @@ from torch import Tensor
 
 from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader, Prompts, Split
 from stateset_lightning.data.order import Curriculum, EpochOrder, SolveRates
-from stateset_lightning.data.prompts import EncodedPrompts, OverlongPolicy, PromptEncoder
+from stateset_lightning.data.prompts import EncodedPrompts, PromptEncoder
 from stateset_lightning.data.ragged import RaggedTokens
 from stateset_lightning.data.sources import ScenarioSet, Source, check_options, hold_out, read_split
 from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.seeding import run_seed
+from stateset_lightning.threads import heartbeat
 from stateset_lightning.training.reward_checks import check_rewards
 from stateset_lightning.training.schedule import batches_per_epoch
-from stateset_lightning.types import PromptBatch, Scenario, Turn, asked
+from stateset_lightning.types import OverlongPolicy, PromptBatch, Scenario, Turn, asked
 
 _announce = rank_zero_only(logging.getLogger("stateset_lightning").log)
 
@@ -273,6 +274,7 @@ class ScenarioDataModule(LightningDataModule):
     def _read(self, split: Split) -> None:
         held_out = self.validation_fraction > 0 and split in ("train", "validation")
         split = "train" if held_out else split
+        heartbeat.doing("reading the data")
         found = self._scenarios[split] = read_split(self.specs[split], split, self.fields)
         _announce(logging.INFO, f"data.{split}: {len(found)} scenarios from {', '.join(found.names)}")
         if held_out:

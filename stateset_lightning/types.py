@@ -25,6 +25,9 @@ from pydantic import BaseModel, ConfigDict, model_validator
 if TYPE_CHECKING:  # torch takes a second to import, and reward workers and `--help` do without it
     from torch import Tensor
 
+# What happens to prompts longer than `data.max_prompt_tokens`.
+OverlongPolicy = Literal["error", "drop", "truncate_left"]
+
 # Score of a reward that does not apply to a completion (it returned None). NaN is the score of a reward that
 # failed.
 NOT_APPLICABLE = float("-inf")

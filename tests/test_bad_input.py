@@ -1,6 +1,7 @@
 """What users get wrong -> exit code 2 and a few lines that name the place and the remedy. Nothing here trains."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -388,3 +389,14 @@ def test_checkpoints_that_are_none(refuse):
     assert_told(
         refuse(None, "--ckpt_path", "other.ckpt"), ["ckpt_path=other.ckpt", "no checkpoint of stateset-lightning"]
     )
+
+
+def test_the_remedy_for_a_long_prompt_works_when_followed(refuse):
+    Path("long.jsonl").write_text(json.dumps({"prompt": "1 " * 3000}) + "\n" + Path("good.jsonl").read_text())
+    data = ["--data.train", "long.jsonl"]
+    remedies = re.findall(r"data\.\w+=\w+", refuse(None, *data))
+    assert remedies == ["data.max_prompt_tokens=2046", "data.overlong_prompts=drop"]
+    first = refuse(None, *data, f"--{remedies[0]}")  # who does the half of it is told the other half first
+    assert "set data.overlong_prompts to drop" in first
+    cli = main(["fit", "--config", "base.yaml", *data, *[f"--{remedy}" for remedy in remedies]])
+    assert cli.trainer.global_step == 1

@@ -136,6 +136,17 @@ def test_files_that_are_named_exist(page: Path) -> None:
         assert any((place / name).exists() for place in places), name
 
 
+FOLDERS = [ROOT / "configs", ROOT / "examples", ROOT / "docs"]
+
+
+@pytest.mark.parametrize("folder", [ROOT / "README.md", *FOLDERS], ids=lambda folder: folder.name)
+def test_no_file_outside_the_repository_is_named(folder: Path) -> None:
+    """A reader has none of them. Links of a page into the repository are relative to the page."""
+    for file in [folder] if folder.is_file() else [file for file in folder.rglob("*.*") if file.suffix != ".png"]:
+        text = re.sub(r"\]\([^)]+\)", "", file.read_text()) if file.suffix == ".md" else file.read_text()
+        assert "../" not in text, file
+
+
 @pytest.mark.parametrize(
     ("page", "after", "column"),
     [("docs/reliability.md", "## Faults", 4), ("SECURITY.md", "## What is promised", 2)],

@@ -1,6 +1,6 @@
 """Customer messages to intents: a supervised warm start, then GRPO where an answer is only known to be right or wrong.
 
-    python examples/intent_classification/run.py --seeds 1 2 3
+    python examples/intent_classification/run.py --data banking77.csv --seeds 1 2 3
 
 For each seed: a model from random weights is taught on few labelled messages (`warm_start.py`), GRPO goes on with the
 others (`config.yaml`), and the control spends as many further steps on the labelled ones. Accuracy is that of greedy
@@ -26,13 +26,12 @@ from stateset_lightning.cli.main import main as command_line
 from stateset_lightning.files import atomic_folder, atomic_write
 
 HERE = Path(__file__).parent
-BANKING77 = HERE.parents[2] / "shared" / "data" / "banking77_train.csv"
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", type=Path, default=BANKING77, help="CSV file with the columns `text` and `category`")
+    add("--data", type=Path, required=True, help="CSV file with the columns `text` and `category`")
     add(
         "--seeds",
         type=int,

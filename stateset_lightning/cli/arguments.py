@@ -39,8 +39,13 @@ def loading_options(options: argparse.Namespace) -> LoadingOptions:
     """What the user has given of `add_loading_options`."""
     from stateset_lightning.policy import LoadingOptions  # not for `--help`: it imports torch
 
-    names = ("revision", "attn_implementation", "trust_remote_code", "model_kwargs")
-    return LoadingOptions(**{name: getattr(options, name) for name in names})
+    return LoadingOptions(**{name: getattr(options, name) for name in vars(LoadingOptions())})
+
+
+def with_flags(message: str) -> str:
+    """A message that names keys of a config, with the flags that a command without one has for them."""
+    message = message.replace("model.policy.model_name", "--ckpt_path").replace("model.rollout.", "--")
+    return message.replace("data.system_prompt", "--system_prompt")
 
 
 def count(text: str) -> int:

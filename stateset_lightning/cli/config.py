@@ -16,9 +16,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from stateset_lightning.callbacks import ConsoleProgress, PredictionWriter, RunSummary, SampleWriter
+from stateset_lightning.cli.early_checks import Merged
 from stateset_lightning.cli.messages import PROGRAM, explain, refusal, shorten
 from stateset_lightning.cli.options import options
-from stateset_lightning.cli.overlays import dump_yaml, merged_words
+from stateset_lightning.cli.overlays import dump_yaml
 from stateset_lightning.datamodule import ScenarioDataModule
 from stateset_lightning.errors import ConfigError, UserError
 from stateset_lightning.files import atomic_write, check_output, writing
@@ -101,13 +102,15 @@ class StatesetCLI(LightningCLI):
 
     Args:
         args: The command line, without the program's name.
+        merged: What its words say, if that is known.
 
     Raises:
         UserError: For whatever the user can mend.
     """
 
-    def __init__(self, args: ArgsType) -> None:
-        words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
+    def __init__(self, args: ArgsType, merged: Merged | None = None) -> None:
+        self._merged = merged
+        self._words = words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
         # Each parser takes most of a second to build, and attribute docs as long to collect: only what this command
         # needs.
         self._wanted = [name for name in super().subcommands() if name in words] or list(super().subcommands())
@@ -139,20 +142,19 @@ class StatesetCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.given: dict[str, Any] = {}
-        words = sys.argv[1:] if args is None else args
-        if not isinstance(words, list) or not words or words[0] not in self._wanted:
+        if self._merged is None:  # no words, or not of a subcommand
             super().parse_arguments(parser, args)
             return
-        self.given, rest = merged_words(words[1:])
+        self.given, rest = self._merged
         for section in (self.given.get("model"), self.given.get("data")):
             named = section.keys() & {"class_path", "init_args"} if isinstance(section, dict) else [section]
             if any(isinstance(name, str) and re.fullmatch(r"(\w+\.)*\w+", name) for name in named):
                 raise ConfigError(_NO_CLASS)
-        list(options(self._parser(words[0]), self.given))  # gives nulls their meaning
+        list(options(self._parser(self._words[0]), self.given))  # gives nulls their meaning
         try:
-            super().parse_arguments(parser, [words[0], "--config", dump_yaml(self.given), *rest])
+            super().parse_arguments(parser, [self._words[0], "--config", dump_yaml(self.given), *rest])
         except UserError as error:
-            raise ConfigError(redacted_text(explain(self._parser(words[0]), self.given) or str(error))) from error
+            raise ConfigError(redacted_text(explain(self._parser(self._words[0]), self.given) or str(error))) from error
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         seed = Annotated[int, Ge(0), Le(2**32 - 1)] | bool

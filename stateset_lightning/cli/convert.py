@@ -33,8 +33,6 @@ KINDS: dict[str, Any] = {"text": StrictStr, "true or false": StrictBool, "a whol
 KINDS |= {"a number": FiniteFloat, "a mapping of keys": dict[Any, Any]}
 KINDS |= {"a list of scenarios, each with its user_responses": Annotated[list[dict[Any, Any]], MinLen(1)]}
 
-MOST_PROMPTS = 8  # per batch, where the guide names no batch size
-
 
 def main(words: Sequence[str]) -> None:
     """Runs the command: the config goes to a file or standard output, the notes to standard error.
@@ -89,7 +87,7 @@ def convert(guide: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         raise ConfigError(f"{missing[0]} is missing: {required[missing[0]]} to train")
     config: dict[str, Any] = known["config"]
     prompts = sum(len(row["user_responses"]) if isinstance(row.get("user_responses"), list) else 1 for row in scenarios)
-    config["data"] = {"train": scenarios, "batch_size": min(MOST_PROMPTS, prompts)}
+    config["data"] = {"train": scenarios, "batch_size": min(8, prompts)}  # where the guide names none
     halves = known["precision"]
     wanted = [key for key in halves if _checked(key, given.get(key, False), "true or false")]
     if len(wanted) > 1:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
-from stateset_lightning.cli.arguments import Arguments, count, loading_options
+from stateset_lightning.cli.arguments import Arguments, count, loading_options, with_flags
 from stateset_lightning.errors import ConfigError, UserError
 from stateset_lightning.threads import heartbeat
 
@@ -20,6 +21,8 @@ def main(words: Sequence[str]) -> None:
         UserError: If an option, the checkpoint or the prompt cannot be used.
     """
     options = _parser().parse_args(words)
+    if options.prompt is not None and not options.prompt.strip():
+        raise ConfigError("--prompt is empty; give a text, or leave it out to give prompts line by line")
     import torch  # not for `--help`
 
     from stateset_lightning.cli.trained import load_trained
@@ -57,13 +60,11 @@ def main(words: Sequence[str]) -> None:
         answer(options.prompt, 0)
         return
     heartbeat.stop()  # from here on, the user is waited for
-    if sys.stdin.isatty():
-        print("a prompt per line; an empty line or Ctrl-D ends")
-    for number, prompt in enumerate(iter(_line, "")):
+    for number, prompt in enumerate(_prompts()):
         try:
             answer(prompt, number)
         except UserError as error:  # a prompt that is too long, say: the next one may do
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {with_flags(str(error))}", file=sys.stderr)
 
 
 def _shown(text: str) -> str:
@@ -73,19 +74,22 @@ def _shown(text: str) -> str:
     return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
 
 
-def _line() -> str:
-    """The next line without its end; empty at the end of input."""
-    try:
-        return input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
-        return ""
+def _prompts() -> Iterator[str]:
+    """A prompt per line: in a terminal up to an empty one, of a pipe or a file all lines that are not blank."""
+    if not sys.stdin.isatty():
+        yield from filter(None, map(str.strip, sys.stdin))
+        return
+    print("a prompt per line; an empty line or Ctrl-D ends")
+    with suppress(EOFError):
+        while prompt := input("> ").strip():
+            yield prompt
 
 
 def _parser() -> Arguments:
     parser = Arguments("generate", "Try a checkpoint, or any model, on a prompt.")
     source = "a checkpoint of a run, `last` or `best` (below runs/), a run's folder, a model folder, or a hub id"
     parser.add_argument("--ckpt_path", required=True, metavar="CKPT", help=source)
-    parser.add_argument("--prompt", help="what to ask; without it, prompts are read line by line")
+    parser.add_argument("--prompt", help="what to ask; without it, standard input has one per line")
     samples = "completions to sample; without it, one greedy completion, unless a temperature or top-p is given"
     parser.add_argument("--samples", type=count, help=samples)
     parser.add_argument("--temperature", type=float, help="of sampling; by default that of training")

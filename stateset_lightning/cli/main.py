@@ -75,8 +75,9 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
 
 
 def _run(args: ArgsType) -> StatesetCLI | None:
+    from stateset_lightning.cli.arguments import with_flags
     from stateset_lightning.cli.messages import PROGRAM, without_traceback
-    from stateset_lightning.errors import UserError
+    from stateset_lightning.errors import CheckpointError, UserError
     from stateset_lightning.files import forget_inputs
     from stateset_lightning.redaction import redact_streams, remember_flags
     from stateset_lightning.threads import heartbeat
@@ -104,18 +105,26 @@ def _run(args: ArgsType) -> StatesetCLI | None:
                 quieten()
             import_module(f"stateset_lightning.cli.{command}").main(words[1:])
             return None
-        cli = _run_lightning(args)
+        cli = _run_lightning(args, words)
         return None if args is None else cli
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     except UserError as error:
-        print(f"{PROGRAM}: error: {without_traceback(str(error)).strip()}", file=sys.stderr)
+        is_of_flags = command in ("generate", "export") and not isinstance(error, CheckpointError)
+        said = with_flags(str(error)) if is_of_flags else str(error)
+        print(f"{PROGRAM}: error: {without_traceback(said).strip()}", file=sys.stderr)
         raise SystemExit(1 if command == "doctor" else 2) from None
     finally:
         heartbeat.stop()
 
 
-def _run_lightning(args: ArgsType) -> StatesetCLI:
+def _run_lightning(args: ArgsType, words: list[str]) -> StatesetCLI:
+    from stateset_lightning.cli.early_checks import SPLITS, checked_words
+    from stateset_lightning.errors import ConfigError
+
+    if words and words[0] not in SPLITS:
+        raise ConfigError(f"there is no command {words[0]}; it comes first: {', '.join([*SPLITS, *COMMANDS])}")
+    merged = checked_words(words[0], words[1:]) if words else None
     if args is None:
         gc.disable()  # what is imported stays: looking for garbage in it takes a second of `fit --help`
     quieten()
@@ -124,16 +133,15 @@ def _run_lightning(args: ArgsType) -> StatesetCLI:
     if args is None:
         gc.freeze()
         gc.enable()
-    return StatesetCLI(args)
+    return StatesetCLI(args, merged)
 
 
 def quieten() -> None:
-    """Silences what libraries say at every start and no user can act on."""
+    """Silences what libraries say at every start and no user can act on; before they are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
+    if "transformers" in sys.modules:  # a notebook's; otherwise it will obey the variable
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
     for noise in (
         ".*LightningCLI's args parameter is intended.*",
         ".*does not have many workers.*",

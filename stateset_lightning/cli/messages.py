@@ -18,8 +18,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
-from stateset_lightning.cli.options import MISSING, Option, classes, options
-from stateset_lightning.cli.overlays import as_list, is_class
+from stateset_lightning.cli.options import MISSING, Option, class_options, classes, options
+from stateset_lightning.cli.overlays import SPECIFICATION, as_list, is_class
 from stateset_lightning.errors import ConfigError, UserError, one_line
 
 PROGRAM = "stateset-lightning"
@@ -96,6 +96,8 @@ def _fault(option: Option) -> str:
     except Exception:  # a user's module may raise anything
         bases = classes(option.hint)
         for item in as_list(option.value):
+            if isinstance(item, dict) and "class_path" in item and (reason := _specification_fault(item)):
+                return f"{option.name}: {reason}"
             path = str(item.get("class_path", "") if isinstance(item, dict) else item)
             is_path = is_class(path) or re.fullmatch(r"(\w+\.)+\w+", path)  # of a class, or of a function
             if bases and is_path and (reason := _class_fault(bases, path)):
@@ -112,10 +114,19 @@ def _unknown(option: Option) -> str:
         return f"{option.name}={str(value)[:80]}: must be a mapping"
     while isinstance(value, dict) and value:  # of a section that does not exist, the first option
         dest, value = f"{dest}.{next(iter(value))}", next(iter(value.values()))
-    if not place:
-        return f"there is no key {dest}{_suggest(dest, known) or '; --help lists all keys'}"
-    listed = ", ".join(known) or "none"
-    return f"{place[:-1]}: there is no key {dest}{_suggest(dest, known) or f'; its keys are {listed}'}"
+    name = f".{dest.rpartition('.')[2]}".replace("learning_rate", "lr")
+    same = [] if place else [each for each in class_options(option.parser) if each.endswith(name)]
+    near = f"; did you mean {same[0]}?" if same else _suggest(dest, [*known, *SPECIFICATION])
+    others = f"; its keys are {', '.join(known) or 'none'}" if place else "; --help lists all keys"
+    return f"{place[:-1]}{': ' if place else ''}there is no key {dest}{near or others}"
+
+
+def _specification_fault(item: dict[str, Any]) -> str:
+    """What is wrong with the keys beside `class_path`; empty if nothing is."""
+    if unknown := [key for key in item if key not in SPECIFICATION]:
+        return f"there is no key {unknown[0]} beside class_path; options of the class stand below init_args"
+    is_mapping = isinstance(item.get("init_args"), dict | None)
+    return "" if is_mapping else f"init_args={item['init_args']!r:.80}: must be a mapping"
 
 
 def _class_fault(bases: list[type], path: str) -> str:
@@ -140,6 +151,8 @@ def _class_fault(bases: list[type], path: str) -> str:
         return _raised(error)
     except Exception as error:  # a user's module may raise anything
         return _raised(error)
+    if isinstance(found, type) and not issubclass(found, tuple(bases)):
+        return f"it is no {' or '.join(base.__name__ for base in bases)}"
     if inspect.isabstract(found):
         return f"{path} is abstract: it lacks {', '.join(sorted(found.__abstractmethods__))}"
     return ""

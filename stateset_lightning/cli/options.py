@@ -93,6 +93,14 @@ def classes(hint: Any, items: bool = True) -> list[type]:
     return [cls for member in members for cls in classes(member, items)]
 
 
+def class_options(parser: ArgumentParser) -> Iterator[str]:
+    """Names of the options inside the classes that a parser's options have by default."""
+    for action in [each for each in parser._actions if not each.dest.endswith("help")]:
+        option = Option(action.dest, None, parser, action.dest, action)
+        if (bases := classes(option.hint, items=False)) and (inside := _class_parser(option, bases, None)):
+            yield from (f"{action.dest}.init_args.{inner.dest}" for inner in inside._actions)
+
+
 def _inside(option: Option) -> Iterator[Option]:
     """The options of the class that an option's value names, or of each class in a list."""
     value = loaded(option.value)
@@ -101,8 +109,8 @@ def _inside(option: Option) -> Iterator[Option]:
         item = {"class_path": item} if is_class(item) else item
         if isinstance(item, dict) and (parser := _class_parser(option, bases, item.get("class_path"))):
             name = f"{option.name}[{number}]." if isinstance(value, list) and len(value) > 1 else f"{option.name}."
-            is_specified = {"class_path", "init_args"} & set(item)
-            yield from options(parser, (item.get("init_args") or {}) if is_specified else item, name)
+            given = (item.get("init_args") or {}) if {"class_path", "init_args"} & set(item) else item
+            yield from options(parser, given if isinstance(given, dict) else {}, name)
 
 
 def _class_parser(option: Option, bases: list[type], path: Any) -> ArgumentParser | None:

@@ -30,7 +30,8 @@ from stateset_lightning.threads import DaemonThreads
 
 REMOVED = object()  # stands where a null was written over a key; what it means depends on the key's type
 
-_SPECIFICATION = {"class_path", "init_args", "dict_kwargs"}
+SPECIFICATION = {"class_path", "init_args", "dict_kwargs"}
+_ROWS = r"\.data\.(train|validation|test|predict)|\.environment\.scenarios"  # the second: of the guide
 _MAX_VALUES, _MAX_BYTES, _MAX_SECONDS = 100_000, 5_000_000, 5
 
 
@@ -106,7 +107,7 @@ def read_yaml(file: str | Path, name: str, keys: str, text: str | None = None) -
         raise ConfigError(f"{name}: cannot be read ({error.strerror}); paths are relative to {Path.cwd()}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name}: not valid UTF-8; save the file as UTF-8") from error
-    content = load_yaml(text, file, get_yaml_default_loader(), _MAX_VALUES, ConfigError)
+    content = load_yaml(text, file, get_yaml_default_loader(), _MAX_VALUES, ConfigError, _ROWS)
     if not isinstance(content, dict):
         found = "empty" if content is None else f"not a mapping of keys but {content!r:.60}"
         raise ConfigError(f"{name}: the file is {found}; it must hold {keys}")
@@ -141,7 +142,7 @@ def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]
         name = str(key).removesuffix("+")
         if name != str(key):
             merged[name] = [*as_list(merged.get(name)), *as_list(value)]
-        elif value is None and key in base and key not in _SPECIFICATION:
+        elif value is None and key in base and key not in SPECIFICATION:
             merged[key] = REMOVED
         else:
             merged[key] = _merge_values(str(key), base.get(key), value)
@@ -169,8 +170,8 @@ def _merge_values(key: str, old: Any, new: Any) -> Any:
     if not isinstance(old, dict):
         return new
     if "class_path" in old:  # options of the class, as a flag gives them
-        options = {name: value for name, value in new.items() if name not in _SPECIFICATION}
-        new = {name: value for name, value in new.items() if name in _SPECIFICATION}
+        options = {name: value for name, value in new.items() if name not in SPECIFICATION}
+        new = {name: value for name, value in new.items() if name in SPECIFICATION}
         if options:
             new["init_args"] = {**options, **(new.get("init_args") or {})}
     return merge(old, new)

@@ -121,6 +121,9 @@ def _checkpoint_of(source: str) -> Path | None:
     path = Path(source).expanduser()
     is_file = path.suffix == ".ckpt" or path.is_file()
     if not (source in ("last", "best") or is_file or newest_checkpoints(path, "**/*.ckpt")):
+        folder = source.partition("/")[0]
+        if not path.exists() and (Path(folder).is_dir() or folder == "runs" or path.suffix in (".pt", ".safetensors")):
+            raise CheckpointError(f"ckpt_path={source}: there is no such file or folder in {Path.cwd()}")
         return None
     file = find_among([("runs", "**/*.ckpt")], str(path))
     _log.info("%s: %s", source, file)

@@ -1,12 +1,26 @@
 """A row becomes a `PromptBatch`: reading, scenarios, sources, prompts, order, loader.
 
-`stateset_lightning.datamodule` puts them together.
+`stateset_lightning.datamodule` puts them together. Names are imported when they are first used: files are looked at
+before torch and transformers are imported.
 """
 
-from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader
-from stateset_lightning.data.order import Curriculum
-from stateset_lightning.data.prompts import PromptEncoder, special_tokens
-from stateset_lightning.data.sources import Source, read_split
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader
+    from stateset_lightning.data.order import Curriculum
+    from stateset_lightning.data.prompts import PromptEncoder, special_tokens
+    from stateset_lightning.data.sources import Source, read_split
 
 __all__ = ["Curriculum", "EpisodeLoader", "EvaluationLoader", "PromptEncoder", "Source", "read_split"]
 __all__ += ["special_tokens"]
+
+_HOMES = {"Curriculum": "order", "EpisodeLoader": "loader", "EvaluationLoader": "loader", "PromptEncoder": "prompts"}
+_HOMES |= {"Source": "sources", "read_split": "sources", "special_tokens": "prompts"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

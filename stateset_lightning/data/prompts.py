@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -20,12 +20,10 @@ from transformers.utils.chat_template_utils import mark_control_tokens
 
 from stateset_lightning.data.ragged import RaggedTokens, garbage_collection_paused
 from stateset_lightning.errors import ConfigError, DataError, one_line
-from stateset_lightning.types import Scenario
+from stateset_lightning.types import OverlongPolicy, Scenario
 from stateset_lightning.workers import limited, rendered
 
 _log = logging.getLogger(__name__)
-
-OverlongPolicy = Literal["error", "drop", "truncate_left"]
 
 _BATCH = 256  # texts that are rendered, and tokenized, at a time
 _MOST_CHARACTERS, _MOST_TIMES = 2**16, 10  # that a template writes of its own, and of what it is given
@@ -276,8 +274,8 @@ class PromptEncoder:
             more = f" and {len(overlong) - _IDS_SHOWN} more" if len(overlong) > _IDS_SHOWN else ""
             raise DataError(
                 f"{key}: {len(overlong)} of {len(tokens)} prompts have more than data.max_prompt_tokens={limit} tokens:"
-                f" {shown}{more}; set data.max_prompt_tokens={lengths.max()}, or data.overlong_prompts to drop or"
-                " truncate_left"
+                f" {shown}{more}; set data.overlong_prompts to drop or truncate_left, or, if the model has as many"
+                f" positions and more, data.max_prompt_tokens={lengths.max()}"
             )
         kept = np.flatnonzero(lengths <= limit).tolist()
         if not kept:

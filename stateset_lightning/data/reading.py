@@ -175,7 +175,7 @@ def _read_yaml(path: Path, text: str) -> Readings:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     # Merging (<<) writes aliases out. Others are looked at row by row.
     most = len(text) if "<<" in text else None
-    return _rows_of_list(path, load_yaml(text, path, loader, most, DataError))
+    return _rows_of_list(path, load_yaml(text, path, loader, most, DataError, rows=""))
 
 
 def _rows_of_list(path: Path, items: object) -> Readings:

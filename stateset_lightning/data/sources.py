@@ -17,7 +17,6 @@ from typing import Annotated, Any, get_args
 from annotated_types import Ge, Gt, Le
 
 from stateset_lightning.data.hub import is_hub_id, read_hub, read_parquet
-from stateset_lightning.data.prompts import OverlongPolicy
 from stateset_lightning.data.ragged import garbage_collection_paused
 from stateset_lightning.data.reading import READERS, Problem, RawRow, raise_problems, read_file, rows_of, separate
 from stateset_lightning.data.reasoning_gym import MAX_SEED, MAX_SIZE, read_task
@@ -26,8 +25,7 @@ from stateset_lightning.errors import ConfigError, DataError, check_bounds
 from stateset_lightning.files import keep_inputs
 from stateset_lightning.redaction import spare
 from stateset_lightning.seeding import permutation
-from stateset_lightning.threads import heartbeat
-from stateset_lightning.types import Scenario
+from stateset_lightning.types import OverlongPolicy, Scenario
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,23 +109,26 @@ _ORIGINS = ("path", "rows", "reasoning_gym")
 SplitSpec = str | os.PathLike[str] | Sequence[Source | Mapping[str, Any]]
 
 
-def read_split(spec: SplitSpec, split: str, data_fields: Mapping[str, str] | None = None) -> ScenarioSet:
+def read_split(
+    spec: SplitSpec, split: str, data_fields: Mapping[str, str] | None = None, first: int | None = None
+) -> ScenarioSet:
     """Reads and checks all scenarios of a split.
 
     Args:
         spec: A path, glob or hub id, a list of rows, or a list of sources.
         split: train, validation, test or predict.
         data_fields: Our name -> the files' column, for sources without `fields` of their own.
+        first: Rows of each file that are looked at, and of no hub or library; None: all.
 
     Raises:
         ConfigError: If `spec` or a source is none of these.
         DataError: If a file cannot be read, or rows cannot be used: all of them are listed.
     """
-    heartbeat.doing("reading the data")
     key = f"data.{split}"
     sources = _as_sources(spec, key)
     with garbage_collection_paused():
-        lists = [(i, rows) for i, source in enumerate(sources) for rows in _row_lists(source, i, len(sources), split)]
+        read = [(i, source) for i, source in enumerate(sources) if first is None or _is_here(source, key)]
+        lists = [(i, rows) for i, source in read for rows in _row_lists(source, i, len(sources), split)]
         stems = Counter(rows.stem for _, rows in lists)
         checked: list[tuple[Scenario, str]] = []
         source_of: list[int] = []
@@ -135,14 +136,16 @@ def read_split(spec: SplitSpec, split: str, data_fields: Mapping[str, str] | Non
         for index, part in lists:
             source = sources[index]
             names = {} if source.reasoning_gym else (data_fields if source.fields is None else source.fields) or {}
-            if part.rows:
-                check_columns(part.rows, names, part.origin)
+            rows = part.rows[:first]
+            if rows:
+                check_columns(rows, names, part.origin)
             label = part.stem if stems[part.stem] == 1 else source.name or part.path
-            scenarios, bad = to_scenarios(part.rows, names, label, source.rewards)
+            scenarios, bad = to_scenarios(rows, names, label, source.rewards)
             checked += scenarios
             source_of += [index] * len(scenarios)
             problems += [*part.problems, *bad]
-        raise_problems(key, [*problems, *_repeated_ids(checked)])
+        cut = f", the first {first:,} rows of each file" if first and any(len(p.rows) > first for _, p in lists) else ""
+        raise_problems(f"{key}{cut}", [*problems, *_repeated_ids(checked)])
     spare(
         text
         for scenario, _ in checked
@@ -208,6 +211,11 @@ def _checked_source(item: Source | Mapping[str, Any], place: str) -> Source:
         raise ConfigError(f"{place}: {broken[0]}")
     check_bounds(place, Source, {"size": source.size, "seed": source.seed})
     return source
+
+
+def _is_here(source: Source, key: str) -> bool:
+    """Whether a source's rows need neither a network nor a library."""
+    return source.rows is not None or (source.path is not None and bool(_files(source.path, key)))
 
 
 def _row_lists(source: Source, index: int, num_sources: int, split: str) -> Iterator[_RowList]:

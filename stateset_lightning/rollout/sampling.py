@@ -20,11 +20,12 @@ def check_length(longest: int, max_new_tokens: int, limit: int, whose: str) -> N
         ConfigError: If they do not.
     """
     if longest + max_new_tokens > limit:
-        room = limit - max_new_tokens
-        shorter = f"set data.max_prompt_tokens to at most {room} (and data.overlong_prompts), or " if room > 0 else ""
+        room, left = limit - max_new_tokens, limit - longest
+        ways = [f"lower max_new_tokens to {left}"] if left > 0 else []
+        ways += [f"set data.max_prompt_tokens={room} and data.overlong_prompts=drop"] if room > 0 else []
         raise ConfigError(
             f"a prompt of {longest} tokens and model.rollout.max_new_tokens={max_new_tokens} exceed {whose}:"
-            f" {shorter}lower max_new_tokens"
+            f" {', or '.join(ways) or 'lower max_new_tokens, and shorten the prompts'}"
         )
 
 

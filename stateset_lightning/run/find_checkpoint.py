@@ -91,8 +91,9 @@ def find_among(places: Sequence[tuple[str, str]], ckpt_path: str) -> str:
     if is_name or (Path(ckpt_path).is_dir() and not is_sharded(Path(ckpt_path))):
         places = places if is_name else [(ckpt_path, "**/*.ckpt")]
         if (newest := _newest(places)) is None:
+            base = "leave ckpt_path out to use the base model (generate, export: give its name)"
             absent = f"ckpt_path={ckpt_path}: there is no checkpoint in {_shown(places)} yet"
-            raise CheckpointError(f"{absent}: give a .ckpt file, or leave ckpt_path out to use the base model")
+            raise CheckpointError(f"{absent}: give a .ckpt file, or {base}")
         ckpt_path = str(_best_of_run(newest)) if ckpt_path == "best" else newest
     # Lightning's `hpc`, remote and sharded ones are left to it.
     is_left = ckpt_path == "hpc" or ckpt_path.startswith("registry") or "://" in ckpt_path

@@ -160,7 +160,7 @@ def test_samples_are_counted_and_repeatable(run, capsys):
         ),
         (
             ["generate", "--ckpt_path", "tiny", "--prompt", "a", "--temperature", "0"],
-            "model.rollout.temperature=0.0 must be above 0",
+            "error: --temperature=0.0 must be above 0",
         ),
         (["generate", "--ckpt_path", "tiny", "--prompt", "a", "--device", "nope"], "--device nope: Expected one of"),
         (["export", "tiny", "out"], "out has files in it; choose another folder, or say --overwrite"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from stateset_lightning.cli.overlays import read_yaml
 from stateset_lightning.data.reading import Problem, raise_problems, read_file
 from stateset_lightning.data.sources import read_split
 from stateset_lightning.errors import DataError
@@ -99,7 +100,7 @@ def test_items_of_json_and_yaml_are_counted(write):
             "a.json:2: malformed JSON at column 1: Extra data; for one JSON object per line, name the file .jsonl",
         ),
         ("a.yaml", "- ok: 1\n- a: b: c\n", "a.yaml:2: malformed YAML"),
-        ("a.yaml", "- prompt: 2024-13-40\n", "a.yaml: malformed YAML: month must be in 1..12"),
+        ("a.yaml", "- prompt: !!timestamp '2024-13-40'\n", "a.yaml: malformed YAML: month must be in 1..12"),
         ("a.json", "[" * 100_000, "a.json: malformed JSON: "),
         ("a.yaml", "- !!python/object/apply:os.system ['true']\n", "malformed YAML: could not determine a constructor"),
         (
@@ -160,7 +161,11 @@ TOO_MUCH = {
     "merged aliases": ("a.yaml", BOMB, r"a.yaml:1: more than \d+ values"),
     "an alias of itself": ("a.yaml", "- prompt: a\n  x: &x [*x]", "the x holds .* nested more than 100 deep"),
     "a key twice": ("a.yaml", "- prompt: a\n  x: 1\n  prompt: b", "a.yaml:3: the key prompt stands in line 1 already"),
-    "a date that is none": ("a.yaml", "- {prompt: a, x: 2024-13-40}", "malformed YAML: month must be in 1..12"),
+    "a date that is none": (
+        "a.yaml",
+        "- {prompt: a, x: !!timestamp '2024-13-40'}",
+        "malformed YAML: month must be in 1..12",
+    ),
     "digits in YAML": (
         "a.yaml",
         f"- prompt: a\n  x: {'1' * 1_000_000}",
@@ -235,3 +240,42 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, monkeypatch, make, suffix)
     for spec in (f"rows.{suffix}", [{"path": f"rows.{suffix}"}]):
         with pytest.raises(DataError, match=rf"rows\.{suffix} is a (directory|device, a pipe or a socket)"):
             read_split(spec, "train")
+
+
+WORDS = [
+    "yes",
+    "NO",
+    "on",
+    "Off",
+    "1:30",
+    "1:30.5",
+    "0123",
+    "-0123",
+    "0x1F",
+    "0b11",
+    "1_000",
+    "2024-01-02",
+    ".inf",
+    ".NaN",
+]
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_word_that_yaml_1_1_alone_takes_for_something_else_is_text(write, word):
+    """Also deep inside a row, as a key, merged, and in rows that stand in a config or in the guide's YAML."""
+    row = f"{{prompt: a, target: {word}, {word}: {{deep: [{word}]}}}}"
+    wanted = {"prompt": "a", "target": word, word: {"deep": [word]}}
+    assert columns(write("a.yaml", f"- &row {row}\n- <<: *row\n  x: 1\n")) == [wanted, {**wanted, "x": 1}]
+    for keys in ("data: {train", "data: {predict", "environment: {scenarios"):
+        section, name = keys.split(": {")
+        config = read_yaml(write("config.yaml", f"{keys}: [{row}], enough: yes}}\n"), "config", "keys")
+        assert config[section] == {name: [wanted], "enough": True}  # an option is as YAML 1.1 and flags have it
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [("true", True), ("False", False), ("null", None), ("~", None), ("5", 5), ("-0.5", -0.5), ("1.5e+3", 1500.0)],
+)
+def test_what_yaml_1_2_reads_as_no_text_is_none(write, word, value):
+    rows = columns(write("a.yaml", f"- {{prompt: a, target: {word}}}\n- {{prompt: a, target: '{word}'}}\n"))
+    assert [row["target"] for row in rows] == [value, word]

@@ -262,7 +262,11 @@ def test_what_lightning_cannot_clip_is_refused_at_the_start(precision, clip, fus
 def test_the_longest_prompt_fits_with_its_completion():
     check_context(make_trainer().datamodule, 30, 20)
     check_context(make_trainer().datamodule, None, 10**9)
-    with pytest.raises(ConfigError, match=r"of 10 tokens.*_tokens=21.*30 positions: set .* to at most 9 "):
+    with pytest.raises(
+        ConfigError,
+        match=r"of 10 tokens.*max_new_tokens=21.*30 positions: lower max_new_tokens to 20, or set "
+        r"data.max_prompt_tokens=9 and data.overlong_prompts=drop$",
+    ):
         check_context(make_trainer().datamodule, 30, 21)
     with pytest.raises(ConfigError, match=r"positions: lower max_new_tokens"):
         check_context(make_trainer().datamodule, 30, 30)

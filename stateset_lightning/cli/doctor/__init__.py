@@ -26,6 +26,9 @@ def main(words: Sequence[str]) -> None:
     if {"-h", "--help"} & set(words):
         print(__doc__, end="")
         raise SystemExit(0)
+    from stateset_lightning.cli.early_checks import checked_words
+
+    merged = checked_words("fit", words)
     from stateset_lightning.cli.doctor.sections import DoctorCLI
 
-    DoctorCLI(["fit", *words])
+    DoctorCLI(["fit", *words], merged)
