@@ -33,7 +33,7 @@ def test_in_a_pipe_blank_lines_are_skipped_and_end_nothing(monkeypatch, capsys):
         (["tiny", "--prompt", "a", "--temperature", "0"], "error: --temperature=0.0 must be above 0"),
         (
             ["tiny", "--prompt", "1 " * 3000],
-            "--max_new_tokens=1 exceed the model's 2048 positions: lower max_new_tokens",
+            "--max_new_tokens=1 exceed the model's 2048 positions: shorten the prompt to 2047 ",
         ),
         (["./nowhere", "--prompt", "a"], "ckpt_path=./nowhere: there is no such file or folder"),
         # The hub would be asked for these, for half a minute where there is none.

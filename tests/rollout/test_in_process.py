@@ -485,7 +485,7 @@ def test_a_prompt_too_long_for_the_models_positions_is_refused_with_the_numbers(
     with pytest.raises(
         ConfigError,
         match=r"prompt of 9 tokens and model.rollout.max_new_tokens=12 exceed the model's 20 positions: lower"
-        r" max_new_tokens to 11, or shorten the prompt to 8 ",
+        r" max_new_tokens to 11, or shorten the prompt to 8 \(in a run: data.max_prompt_tokens=8 and",
     ):
         generate(engine, list(range(8)))
     fits = RolloutConfig(num_generations=G, max_new_tokens=11)

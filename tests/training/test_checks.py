@@ -264,8 +264,8 @@ def test_the_longest_prompt_fits_with_its_completion():
     check_context(make_trainer().datamodule, None, 10**9)
     with pytest.raises(
         ConfigError,
-        match=r"of 10 tokens.*max_new_tokens=21.*30 positions: lower max_new_tokens to 20, or set "
-        r"data.max_prompt_tokens=9 and data.overlong_prompts=drop$",
+        match=r"of 10 tokens.*max_new_tokens=21.*30 positions: lower max_new_tokens to 20, or "
+        r"shorten the prompt to 9 \(in a run: data.max_prompt_tokens=9 and data.overlong_prompts=drop\)$",
     ):
         check_context(make_trainer().datamodule, 30, 21)
     with pytest.raises(ConfigError, match=r"positions: lower max_new_tokens"):
