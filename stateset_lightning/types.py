@@ -15,8 +15,14 @@ Letters, used as suffixes of names throughout (`logprobs_T`, `scores_NF`):
 
 from __future__ import annotations
 
+import ast
+import json
+import math
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from decimal import Decimal
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -55,6 +61,8 @@ class Turn:
 def asked(scenario: Scenario, opened: str, system_prompt: str | None = None) -> list[Turn]:
     """A scenario's turns, and one of the assistant if its prompt has `opened` the answer."""
     turns = scenario.turns(system_prompt)
+    if opened and turns[-1].role == "assistant":
+        turns.pop()  # a prefill, with which `opened` ends
     return [*turns, Turn("assistant", opened)] if opened else turns
 
 
@@ -63,6 +71,7 @@ class Scenario(BaseModel):
 
     Exactly one of `prompt` and `messages` is given. `context` is the instruction that the answer must follow; it
     becomes the system turn. `rewards` names the reward functions that score this scenario; None means all of them.
+    `messages` end with a turn of the assistant only where a completion is to go on from it (a prefill).
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -95,6 +104,78 @@ class Scenario(BaseModel):
     def columns(self) -> dict[str, Any]:
         """All columns by name: what rewards get as their `context`."""
         return {**{name: getattr(self, name) for name in type(self).model_fields}, **(self.model_extra or {})}
+
+
+# What columns hold ----------------------------------------------------------------------------------------------------
+
+
+def read_literal(text: str) -> Any:
+    """A list or mapping that was written as text, as JSON or as Python prints it (pandas' `to_csv`); else the text."""
+    if text.lstrip()[:1] in ("[", "{"):
+        for read in (json.loads, ast.literal_eval):
+            with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+                return read(text.strip())
+    return text
+
+
+def at_path(value: Any, path: str) -> Any:
+    """What stands at a dotted path (`reward_model.ground_truth`, `answers.text[0]`) in a row, or in any value.
+
+    A name that itself has a dot wins. Of a list of mappings, a name takes that of each. Below a missing value
+    everything is missing: None.
+
+    Raises:
+        KeyError: If there is no such place.
+    """
+    value = read_literal(value) if isinstance(value, str) else value
+    if not path or value is None:
+        return value
+    if isinstance(value, Mapping):
+        for end in [len(path), *(step.start() for step in reversed(list(re.finditer(r"[.\[]", path))))]:
+            if path[:end] in value:
+                found, rest = value[path[:end]], path[end:].removeprefix(".")
+                return at_path(found, rest) if rest else found
+    elif isinstance(value, list | tuple):
+        if (index := re.match(r"\[(-?\d+)\]\.?", path)) is None:
+            return [at_path(item, path) for item in value]
+        if -len(value) <= int(index[1]) < len(value):
+            found, rest = value[int(index[1])], path[index.end() :]
+            return at_path(found, rest) if rest else found
+    raise KeyError(path)
+
+
+def as_target(value: Any) -> Any:
+    """A target as rewards compare it: text, true/false, a finite number, a list of these, or None if it is missing.
+
+    A float that is an integer is that integer (pandas makes 5.0 of 5 where another row has none); NaN is missing. Of a
+    mapping with `ground_truth` (verl) or a list `text` (SQuAD), it is that; of messages, the text of the last one.
+
+    Raises:
+        ValueError: If it is none of these; it says what it is: "is a mapping with a, b".
+    """
+    value = value.tolist() if hasattr(value, "tolist") else value  # of numpy
+    if isinstance(value, Mapping):
+        answer = value.get("ground_truth", value.get("text") if isinstance(value.get("text"), list | tuple) else None)
+        if answer is None:
+            raise ValueError(f"is a mapping with {', '.join(map(str, value)) or 'nothing'}")
+        return as_target(answer)
+    if isinstance(value, list | tuple | set | frozenset):
+        items: list[Any] = sorted(value, key=str) if isinstance(value, set | frozenset) else list(value)
+        if items and isinstance(items[-1], Mapping) and isinstance(items[-1].get("content"), str):
+            return items[-1]["content"]
+        items = [as_target(item) for item in items]
+        if odd := [item for item in items if item is None or isinstance(item, list)]:
+            raise ValueError(f"is a list that holds {'a list' if isinstance(odd[0], list) else 'a missing item'}")
+        return items
+    if isinstance(value, float | Decimal):
+        if math.isnan(value):
+            return None
+        if math.isinf(value):
+            raise ValueError(f"is {value}, no finite number")
+        return int(value) if value == int(value) and abs(value) < 2**53 else float(value)
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    raise ValueError(f"is {value!r:.40}, a {type(value).__name__}")
 
 
 @dataclass(slots=True, eq=False, repr=False)

@@ -5,8 +5,9 @@
 
 from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader
 from stateset_lightning.data.order import Curriculum
-from stateset_lightning.data.prompts import PromptEncoder, special_tokens
+from stateset_lightning.data.prompts import PromptEncoder, first_row, special_tokens
+from stateset_lightning.data.shapes import RowOptions
 from stateset_lightning.data.sources import Source, read_split
 
-__all__ = ["Curriculum", "EpisodeLoader", "EvaluationLoader", "PromptEncoder", "Source", "read_split"]
-__all__ += ["special_tokens"]
+__all__ = ["Curriculum", "EpisodeLoader", "EvaluationLoader", "PromptEncoder", "RowOptions", "Source", "read_split"]
+__all__ += ["first_row", "special_tokens"]

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from stateset_lightning.errors import DataError, RewardError
 from stateset_lightning.redaction import redacted_text
 from stateset_lightning.threads import forked_child_ends
-from stateset_lightning.types import NOT_APPLICABLE, Turn
+from stateset_lightning.types import NOT_APPLICABLE, Turn, as_target
 
 # A conversation; its last turn is the completion.
 Turns = Sequence[Turn]
@@ -189,15 +189,18 @@ def target_of(context: Context, reward: str, read: Callable[[Any], list[T]], pro
             answer were wrong.
     """
     target, scenario = (context or {}).get("target"), (context or {}).get("id")
-    if target is None:
-        problem = "is missing: add the column, or leave this reward out of the row's 'rewards'"
-    elif found := read(target):
-        return found
+    try:
+        if (answer := as_target(target)) is None:
+            problem = "is missing: add the column, or leave this reward out of the row's 'rewards'"
+        elif found := read(answer):
+            return found
+    except ValueError as error:
+        problem = str(error)
     raise DataError(f"reward '{reward}' needs an answer, but target={target!r} of scenario {scenario!r} {problem}")
 
 
 def target_texts(context: Context, reward: str, content: Callable[[str], object] = lambda text: True) -> list[str]:
-    """The accepted answers of a scenario, as texts: its target, or each item if that is a list.
+    """The accepted answers of a scenario, as texts: its target, or each item if that is a list; `true` for True.
 
     Args:
         context: The scenario's columns.
@@ -209,7 +212,8 @@ def target_texts(context: Context, reward: str, content: Callable[[str], object]
     """
 
     def read(target: Any) -> list[str]:
-        texts = list(map(str, target if isinstance(target, list | tuple | set | frozenset) else [target]))
+        items = target if isinstance(target, list) else [target]
+        texts = [str(item).lower() if isinstance(item, bool) else str(item) for item in items]
         return texts if all(map(content, texts)) else []
 
     return target_of(context, reward, read, "is empty")

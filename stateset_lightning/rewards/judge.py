@@ -12,6 +12,7 @@ from typing import Any
 
 from stateset_lightning.errors import ConfigError, DataError, RewardError, bounded
 from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns
+from stateset_lightning.types import at_path
 from stateset_lightning.workers import OpenAIClient
 
 _INSTRUCTIONS = (Path(__file__).parent / "judge_instructions.txt").read_text().rstrip()
@@ -20,6 +21,7 @@ _SCORE_LINE = re.compile(
     r"[\s*_#`]*+score[\s*_`]*+(?:[:=][\s*_`]*+)?(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+(?:\.\d+)?))?[\s*_`.]*",
     re.IGNORECASE,
 )
+_COLUMN = re.compile(r"\w[\w.\[\]]*")
 _DEFAULTS: dict[str, Any] = {"temperature": 0.0, "max_completion_tokens": 512}
 
 
@@ -38,8 +40,8 @@ class ModelJudge(RewardFunction):
 
     Args:
         model: The judge's name on the server.
-        rubric: What a good answer is. `{column}` is replaced by the scenario's column (`{target}`, say); write `{{` for
-            a brace.
+        rubric: What a good answer is. `{column}` is replaced by the scenario's column (`{target}`, say), also at a
+            dotted path (`{extra_info.answer}`); write `{{` for a brace.
         score_range: The judge's lowest and highest score, which become 0 and 1.
         request: Further parameters of a request, over `temperature: 0.0` and `max_completion_tokens: 512`; null leaves
             one of these out.
@@ -83,7 +85,8 @@ class ModelJudge(RewardFunction):
         conversation = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns[:-1])
         answer = turns[-1]["content"]
         mark = hashlib.sha256(f"{conversation}\0{answer}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
-        rubric = self.rubric.format_map({name: self._column(name, context) for name in self.columns})
+        parts = string.Formatter().parse(self.rubric)
+        rubric = "".join(text + (self._column(name, context) if name else "") for text, name, *_ in parts)
         texts = {f"conversation-{mark}": conversation, f"answer-{mark}": answer}
         material = "\n\n".join(f"<{name}>\n{text}\n</{name}>" for name, text in texts.items())
         return [
@@ -115,11 +118,15 @@ class ModelJudge(RewardFunction):
         except ValueError as error:
             raise ConfigError(f"{self.name}.rubric={self.rubric!r}: {error}; write {{{{ and }}}} for braces") from error
         for _, column, form, conversion in parts:
-            if form or conversion or not (column is None or column.isidentifier()):
+            if form or conversion or not (column is None or _COLUMN.fullmatch(column)):
                 raise ConfigError(f"{self.name}.rubric names the column '{{{column}}}'; write {{{{ for a brace")
         return [column for _, column, _, _ in parts if column]
 
     def _column(self, name: str, context: Mapping[str, Any]) -> str:
-        if context.get(name) is None:
+        try:
+            found = at_path(context, name)
+        except KeyError:
+            found = None
+        if found is None:
             raise DataError(f"scenario {context.get('id')!r} has no column '{name}', which {self.name}.rubric names")
-        return str(context[name])
+        return str(found)
