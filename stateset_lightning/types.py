@@ -109,6 +109,9 @@ class Scenario(BaseModel):
 # What columns hold ----------------------------------------------------------------------------------------------------
 
 
+ABSENT = object()  # what stands at a path that is not there
+
+
 def read_literal(text: str) -> Any:
     """A list or mapping that was written as text, as JSON or as Python prints it (pandas' `to_csv`); else the text."""
     if text.lstrip()[:1] in ("[", "{"):
@@ -122,10 +125,7 @@ def at_path(value: Any, path: str) -> Any:
     """What stands at a dotted path (`reward_model.ground_truth`, `answers.text[0]`) in a row, or in any value.
 
     A name that itself has a dot wins. Of a list of mappings, a name takes that of each. Below a missing value
-    everything is missing: None.
-
-    Raises:
-        KeyError: If there is no such place.
+    everything is missing: None. `ABSENT` if there is no such place.
     """
     value = read_literal(value) if isinstance(value, str) else value
     if not path or value is None:
@@ -141,7 +141,7 @@ def at_path(value: Any, path: str) -> Any:
         if -len(value) <= int(index[1]) < len(value):
             found, rest = value[int(index[1])], path[index.end() :]
             return at_path(found, rest) if rest else found
-    raise KeyError(path)
+    return ABSENT
 
 
 def as_target(value: Any) -> Any:
@@ -155,12 +155,11 @@ def as_target(value: Any) -> Any:
     """
     value = value.tolist() if hasattr(value, "tolist") else value  # of numpy
     if isinstance(value, Mapping):
-        answer = value.get("ground_truth", value.get("text") if isinstance(value.get("text"), list | tuple) else None)
-        if answer is None:
+        if "ground_truth" not in value and not isinstance(value.get("text"), list | tuple):
             raise ValueError(f"is a mapping with {', '.join(map(str, value)) or 'nothing'}")
-        return as_target(answer)
+        return as_target(value["ground_truth"] if "ground_truth" in value else value["text"])
     if isinstance(value, list | tuple | set | frozenset):
-        items: list[Any] = sorted(value, key=str) if isinstance(value, set | frozenset) else list(value)
+        items = sorted(value, key=str) if isinstance(value, set | frozenset) else list(value)
         if items and isinstance(items[-1], Mapping) and isinstance(items[-1].get("content"), str):
             return items[-1]["content"]
         items = [as_target(item) for item in items]
@@ -168,11 +167,11 @@ def as_target(value: Any) -> Any:
             raise ValueError(f"is a list that holds {'a list' if isinstance(odd[0], list) else 'a missing item'}")
         return items
     if isinstance(value, float | Decimal):
-        if math.isnan(value):
-            return None
-        if math.isinf(value):
+        number = float(value)
+        if math.isinf(number):
             raise ValueError(f"is {value}, no finite number")
-        return int(value) if value == int(value) and abs(value) < 2**53 else float(value)
+        number = int(number) if number.is_integer() and abs(number) < 2**53 else number
+        return None if math.isnan(number) else number
     if value is None or isinstance(value, str | bool | int):
         return value
     raise ValueError(f"is {value!r:.40}, a {type(value).__name__}")

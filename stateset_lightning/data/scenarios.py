@@ -20,7 +20,7 @@ from stateset_lightning.types import Scenario, Turn, as_target, read_literal
 
 _MEDIA_COLUMN = re.compile(r"(image|img|picture|photo|video|audio)(_(path|file|url))?s?")
 _MEDIA_FILE = re.compile(
-    r"data:|.*\.(png|jpe?g|gif|webp|bmp|tiff?|mp[34]|wav|flac|ogg|m4a|webm|mov|avi|mkv)", re.I | re.S
+    r"data:|.*\.(png|jpe?g|gif|webp|bmp|tiff?|mp[34]|wav|flac|ogg|m4a|webm|mov|avi|mkv)$", re.I | re.S
 )
 _MEDIA_MARK = re.compile(r"<(image|video|audio)>")
 _NO_MEDIA = "only the text model is trained: take the row out"
@@ -64,7 +64,9 @@ def _row_scenarios(row: RawRow, shape: Shape, label: str, rewards: Sequence[str]
         columns[name] = _plain(value)
     columns["id"] = _checked_id(columns.get("id"), f"{label}:{row.number}")
     columns["context"] = _checked_text("'context'", columns["context"]) if columns.get("context") else None
-    columns["topic"] = _topic(columns.get("topic"))
+    topic = columns.get("topic")
+    topic = ", ".join(map(str, topic)) if isinstance(topic, list) else topic
+    columns["topic"] = None if topic in (None, "") else str(topic)
     columns["rewards"] = _checked_rewards(columns["rewards"]) if columns.get("rewards") is not None else rewards
     columns["target"] = _checked_target(columns.get("target"), shape)
     _lift_messages(columns, shape)
@@ -121,28 +123,16 @@ def _checked_target(value: object, shape: Shape) -> Any:
         ) from error
 
 
-def _topic(value: Any) -> str | None:
-    if value is None or value == "":
-        return None
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
 def _refuse_media(columns: Mapping[str, Any], shape: Shape) -> None:
-    """No row with an image, a sound or a video is trained without it, unless its column is null in data.fields."""
-    for name, value in columns.items():
-        is_name = _MEDIA_COLUMN.fullmatch(name.lower()) and name not in shape.options.chosen
-        item = value[0] if isinstance(value, list | tuple) and value else value
-        is_object = isinstance(item, Mapping) and ({"bytes", "path"} <= item.keys() or "sampling_rate" in item)
-        is_file = isinstance(item, str) and bool(_MEDIA_FILE.fullmatch(item) or _asks_for_media(columns))
-        if (is_object and name not in shape.options.chosen) or (
-            is_name and item not in (None, "", [], {}) and (is_file or not isinstance(item, str | int | float))
-        ):
-            raise BadRow(f"'{name}' holds what no model sees: {_NO_MEDIA}, or data.fields.{name}=null to train without")
-
-
-def _asks_for_media(columns: Mapping[str, Any]) -> bool:
+    """No row with an image, a sound or a video is trained without it, unless `data.fields` sets its column to null."""
     texts = [columns["prompt"]] if columns.get("prompt") else [turn.content for turn in columns["messages"]]
-    return any(map(_MEDIA_MARK.search, texts))
+    for name in [name for name, value in columns.items() if value and name not in shape.options.chosen]:
+        item = columns[name][0] if isinstance(columns[name], list) else columns[name]
+        is_named = _MEDIA_COLUMN.fullmatch(name.lower()) is not None
+        is_file = isinstance(item, str) and (_MEDIA_FILE.match(item) or any(map(_MEDIA_MARK.search, texts)))
+        is_media = isinstance(item, Mapping) and ({"bytes", "path"} <= item.keys() or "sampling_rate" in item)
+        if is_media or (is_named and (is_file or not isinstance(item, str | int | float))):
+            raise BadRow(f"'{name}' holds what no model sees: {_NO_MEDIA}, or data.fields.{name}=null to train without")
 
 
 def _checked_id(value: object, default: str) -> str:

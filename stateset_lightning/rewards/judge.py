@@ -12,7 +12,7 @@ from typing import Any
 
 from stateset_lightning.errors import ConfigError, DataError, RewardError, bounded
 from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns
-from stateset_lightning.types import at_path
+from stateset_lightning.types import ABSENT, at_path
 from stateset_lightning.workers import OpenAIClient
 
 _INSTRUCTIONS = (Path(__file__).parent / "judge_instructions.txt").read_text().rstrip()
@@ -21,7 +21,7 @@ _SCORE_LINE = re.compile(
     r"[\s*_#`]*+score[\s*_`]*+(?:[:=][\s*_`]*+)?(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+(?:\.\d+)?))?[\s*_`.]*",
     re.IGNORECASE,
 )
-_COLUMN = re.compile(r"\w[\w.\[\]]*")
+_COLUMN = re.compile(r"[^\W\d]\w*([.\[][\w.\[\]]+)?")
 _DEFAULTS: dict[str, Any] = {"temperature": 0.0, "max_completion_tokens": 512}
 
 
@@ -123,10 +123,6 @@ class ModelJudge(RewardFunction):
         return [column for _, column, _, _ in parts if column]
 
     def _column(self, name: str, context: Mapping[str, Any]) -> str:
-        try:
-            found = at_path(context, name)
-        except KeyError:
-            found = None
-        if found is None:
+        if (found := at_path(context, name)) in (None, ABSENT):
             raise DataError(f"scenario {context.get('id')!r} has no column '{name}', which {self.name}.rubric names")
         return str(found)

@@ -86,8 +86,8 @@ def test_all_bad_rows_of_all_files_are_reported_together(write):
             [{"path": "a", "wieght": 2}],
             (
                 "data.train item 1: a source has no key 'wieght'; its keys are path, rows, reasoning_gym, size, seed,"
-                " options, weight, fields, format, prompt_template, system_template, row, final_assistant_turn, rewards,"
-                " name"
+                " options, weight, fields, format, prompt_template, system_template, row, final_assistant_turn,"
+                " rewards, name"
             ),
         ),
         (

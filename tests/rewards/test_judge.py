@@ -328,7 +328,7 @@ def test_parameters_of_a_request_can_be_changed(server):
     ("options", "message"),
     [
         ({"rubric": " "}, "model_judge.rubric is empty"),
-        ({"rubric": "{target.x}"}, "rubric names the column '{target.x}'"),
+        ({"rubric": "{target.}"}, "rubric names the column '{target.}'"),
         ({"rubric": "{0}"}, "rubric names the column '{0}'"),
         ({"rubric": "{}"}, "rubric names the column '{}'"),
         ({"rubric": "{target!r}"}, "rubric names the column"),
