@@ -137,7 +137,8 @@ def at_path(value: Any, path: str) -> Any:
                 return at_path(found, rest) if rest else found
     elif isinstance(value, list | tuple):
         if (index := re.match(r"\[(-?\d+)\]\.?", path)) is None:
-            return [at_path(item, path) for item in value]
+            each = [at_path(item, path) for item in value]
+            return ABSENT if ABSENT in each else each
         if -len(value) <= int(index[1]) < len(value):
             found, rest = value[int(index[1])], path[index.end() :]
             return at_path(found, rest) if rest else found

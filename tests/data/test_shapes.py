@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from module_runs import fit, make_module
 
 from stateset_lightning import RewardFunction, RolloutConfig, ScenarioDataModule
 from stateset_lightning.cli.main import main
 from stateset_lightning.data import RowOptions, read_split
-from stateset_lightning.errors import ConfigError, DataError, UserError
+from stateset_lightning.errors import DataError, UserError
 from stateset_lightning.rewards import Contains, ExactMatch
 from stateset_lightning.types import ABSENT, Turn, as_target, at_path
 
@@ -205,3 +206,379 @@ def test_each_shape_is_trained_on(name, tmp_path):
     assert trainer.global_step == 1
     assert len(heard) == 2
     assert all(wanted == target and text.startswith(prompt.replace("<|end|>", "")) for wanted, text in heard)
+
+
+# Columns as people name and nest them ---------------------------------------------------------------------------------
+
+NESTED = {
+    "a": {"b": [{"c": 1}, {"c": 2}], "d.e": 3},
+    "x.y": 4,
+    "x": {"y": 5},
+    "none": None,
+    "text": "{'k': [6]}",
+    "": 7,
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("a.b[0].c", 1),
+        ("a.b[-1].c", 2),
+        ("a.b.c", [1, 2]),
+        ("a.d.e", 3),
+        ("x.y", 4),
+        ("none.anything[0]", None),
+        ("text.k[0]", 6),
+        ("", NESTED),
+        ("a.b[2].c", ABSENT),
+        ("a.c", ABSENT),
+        ("x.y.z", ABSENT),
+        ("a.b[one]", ABSENT),
+    ],
+)
+def test_a_dotted_path_finds(path, found):
+    assert at_path(NESTED, path) == found
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "expected"),
+    [
+        ({"a": {"q": "2 + 2?"}, "b": [{"c": "4"}]}, {"fields": {"prompt": "a.q", "target": "b[0].c"}}, (ASKED, "4")),
+        ({"x.y": "2 + 2?", "x": {"y": "no"}}, {"fields": {"prompt": "x.y"}}, (ASKED, None)),
+        ({"problem": "2 + 2?", "messages": [USER], "prompt": "no"}, {"fields": {"prompt": "problem"}}, (ASKED, None)),
+        ({"prompt": "2 + 2?", "messages": [USER, ANSWER]}, {"fields": {"messages": None}}, (ASKED, None)),
+        ({"prompt": "no", "messages": [USER, ANSWER]}, {"format": "messages"}, (ASKED, "4")),
+        ({"prompt": "2 + 2?", "messages": [USER, ANSWER]}, {"format": "prompt"}, (ASKED, None)),
+        ({"prompt": "2 + 2?", "answer": "4"}, {"fields": {"target": None}}, (ASKED, None)),
+        ({"prompt": "2 + 2?", "context": {"title": []}}, {"fields": {"context": None}}, (ASKED, None)),
+        ({"prompt": "2 + 2?", "id": [1], "rewards": [0.5]}, {"fields": {"id": None, "rewards": None}}, (ASKED, None)),
+        ({"prompt": "2 + 2?", "images": [IMAGE]}, {"fields": {"images": None}}, (ASKED, None)),
+        ({"prompt": "2 + 2?", "images": [], "image": "docker.io/x"}, {}, (ASKED, None)),
+        ({"prompt": "2 + 2?", "topic": 3, "meta": {"bytes": 1}, "role": 4.5}, {}, (ASKED, None)),
+        ({"prompt": "2 + 2?", "topic": ["a", "b"]}, {}, (ASKED, None)),
+        ({"choice": 1, "q": "2 + 2?"}, {"fields": {"prompt": "q", "target": "{{ 'ABC'[choice] }}"}}, (ASKED, "B")),
+        (
+            {"messages": [USER, ANSWER], "target": "5"},
+            {"final_assistant_turn": "target"},
+            (ASKED, "4"),
+        ),
+        ({"messages": [USER, ANSWER], "target": "5"}, {}, (ASKED, "5")),
+        ({"messages": json.dumps([USER, ANSWER])}, {}, (ASKED, "4")),
+        ({"prompt": str([USER])}, {}, (ASKED, None)),
+        ({"conversations": str(SHAREGPT)}, {}, (AFTER_HELLO, "4")),
+        ({"prompt": "[1, 2]"}, {}, (user("[1, 2]"), None)),
+        ({"prompt": str([USER])}, {"prompt_template": "{{ prompt }}"}, (user(str([USER])), None)),
+        ({"prompt": np.array([USER], dtype=object), "target": np.array(["4"])}, {}, (ASKED, ["4"])),
+    ],
+)
+def test_columns_are_what_was_said_of_them(row, options, expected, tiny_tokenizer):
+    assert seen([row], tiny_tokenizer, **options) == expected
+
+
+def test_a_table_written_by_pandas_keeps_its_conversations(tmp_path, tiny_tokenizer, caplog):
+    row = {"prompt": [USER], "reward_model": {"style": "rule", "ground_truth": "4"}}
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([row, row.values()])
+    with caplog.at_level(logging.INFO, logger="stateset_lightning"):
+        assert seen(str(tmp_path / "rows.csv"), tiny_tokenizer) == (ASKED, "4")
+    assert "messages that were written as text are read as messages (1 rows)" in caplog.text
+
+
+def test_what_was_recognised_is_announced_with_the_first_row(tmp_path, tiny_tokenizer, caplog):
+    rows = [{"instruction": "Add", "input": "2 2", "output": answer} for answer in ("4", None, "")]
+    with caplog.at_level(logging.INFO, logger="stateset_lightning"):
+        set_up(rows, tiny_tokenizer)
+    assert [record.getMessage() for record in caplog.records][1:4] == [
+        r"data.train: read as alpaca: prompt from '{{ instruction }}\n\n{{ input }}', target from 'output'",
+        "data.train: 2 of 3 scenarios have no target",
+        r"data.train: the first row is '<|user|>Add\n\n2 2<|end|><|assistant|>', target '4'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "proposed", "never"),
+    [
+        ({"id": "a", "turns": [1], "system": "Be brief."}, [], ["id", "turns", "system"]),
+        ({"text": "a", "label": "b"}, ["--data.fields.prompt=text"], ["label"]),
+        (
+            {"sample_id": "a", "utterance": "b", "labels": "c"},
+            ["--data.fields.prompt=utterance"],
+            ["sample_id", "labels"],
+        ),
+        (
+            {"premise": "a", "hypothesis": "b", "label": 1},
+            ["--data.prompt_template='{{ premise }} {{ hypothesis }}'"],
+            ["label", "premise"],
+        ),
+        ({"target": 3, "nums": [1, 2]}, [f"--data.prompt_template='{COUNTDOWN}'"], ["target", "nums"]),
+        ({"text;label": "a;b"}, [], ["text;label"]),
+        ({"label": 1, "target": "x"}, [], ["label", "target"]),
+    ],
+)
+def test_a_remedy_is_likely_to_be_right_or_not_given(row, proposed, never, tiny_tokenizer):
+    with pytest.raises(DataError, match=r"there is no column 'prompt'.* it has: ") as error:
+        read_split([row], "train")
+    assert all(remedy in str(error.value) for remedy in proposed)
+    assert not any(f"prompt={name}" in str(error.value) for name in never)
+    for remedy in proposed:  # works when followed
+        key, value = remedy.removeprefix("--data.").split("=", 1)
+        option = {"fields": {"prompt": value}} if key == "fields.prompt" else {key: value.strip("'")}
+        assert seen([row], tiny_tokenizer, **option)[0].startswith("<|user|>")
+
+
+# Templates and row functions ------------------------------------------------------------------------------------------
+
+ROW = {"a": "{{ 7 * 7 }}", "b": [1, 2], "c d": "x", "none": None, "nan": math.nan, "deep": {"er": "z"}}
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        ("{{ a }}", "{{ 7 * 7 }}"),  # what a row holds is text
+        ("{{ a }}\n\n{{ deep.er }}", "{{ 7 * 7 }}\n\nz"),
+        (r"{{ deep.er }}\n{{ b[0] }}: \nu", "z\n1: \\nu"),  # as a shell leaves it
+        ("{{ row['c d'] }} {{ b | join('+') }}", "x 1+2"),
+        ("[{{ none }}{{ nan }}]", "[]"),
+        ("{{ b | lettered }}", "A. 1\nB. 2"),
+    ],
+)
+def test_a_prompt_is_made_of_columns(template, prompt):
+    assert read_split([ROW], "train", RowOptions(prompt_template=template)).scenarios[0].prompt == prompt
+
+
+def test_a_system_turn_is_made_of_columns(tiny_tokenizer):
+    row = {"prompt": "2 + 2?", "tone": "brief"}
+    prompt = seen([row], tiny_tokenizer, system_template="Be {{ tone }}.", system_prompt="You add.")[0]
+    assert prompt == "<|system|>You add.\n\nBe brief.<|end|>" + ASKED
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"prompt_template": "{{ instrucion }}"},
+            r"data\.prompt_template names the column 'instrucion'.*it has: a, b, c",
+        ),
+        ({"fields": {"target": "{{ x }}", "prompt": "a"}}, r"data\.fields\.target names the column 'x'"),
+        ({"fields": {"prompt": "deep.err"}}, r"names the column 'deep\.err', which is not there; it has: .*deep\.er"),
+        ({"prompt_template": "{{ deep.err }}"}, r"item 1: the template of the prompt: .*err.*the row has: a, b"),
+        ({"prompt_template": "{{ a"}, r"data\.prompt_template='{{ a' is no Jinja2 template"),
+        ({"prompt_template": "{{ a.__class__.__mro__ }}"}, "item 1: the template of the prompt: access to attribute"),
+        ({"prompt_template": "{{ none }}"}, "item 1: the prompt is empty"),
+        ({"prompt_template": "{{ a }}", "fields": {"prompt": "a"}}, "are both given"),
+        ({"format": "alpacca"}, "data.format='alpacca' must be one of auto, prompt, "),
+        ({"format": "alpaca"}, "data.format=alpaca needs the columns instruction; it has: a, b"),
+        ({"row": "no_such_module.f"}, r"data\.row=no_such_module\.f: .*ModuleNotFoundError"),
+        ({"row": "math.tau"}, r"item 1: data\.row raised TypeError"),
+        ({"row": lambda row: row["q"]}, "item 1: data.row raised KeyError: 'q'"),
+        ({"row": lambda row: "text"}, "item 1: data.row returned 'text', which is neither a mapping"),
+        ({"row": lambda row: None}, "data.row leaves out every row"),
+    ],
+)
+def test_options_of_columns_that_cannot_be_honoured(options, message):
+    with pytest.raises(UserError, match=message):
+        read_split([ROW], "train", RowOptions(**options))
+
+
+def test_a_row_function_makes_rows_and_leaves_some_out(tmp_path, monkeypatch, tiny_tokenizer, caplog):
+    code = "def to_scenario(row):\n    return {'prompt': row['q'] + '?', 'answer': '4'} if row['q'] else None\n"
+    (tmp_path / "my_rows.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = [{"q": ""}, {"q": "2 + 2"}]
+    with caplog.at_level(logging.INFO, logger="stateset_lightning"):
+        assert seen(rows, tiny_tokenizer, row="my_rows.to_scenario") == (ASKED, "4")
+    assert "left out by data.row (1 rows)" in caplog.text
+    assert rows == [{"q": ""}, {"q": "2 + 2"}]
+
+
+def test_a_source_has_options_of_its_own(tiny_tokenizer):
+    sources = [
+        {"rows": [{"nums": [1, 2], "target": 3}], "prompt_template": "Make {{ target }} of {{ nums }}."},
+        {"rows": [{"q": "2 + 2?", "a": "4"}]},
+    ]
+    found = read_split(sources, "train", {"prompt": "q", "target": "a"}).scenarios
+    assert [(s.prompt, s.target) for s in found] == [("Make 3 of [1, 2].", 3), ("2 + 2?", "4")]
+
+
+# Conversations --------------------------------------------------------------------------------------------------------
+
+
+def test_a_prefill_begins_the_answer_and_special_tokens_in_it_are_text(tiny_tokenizer):
+    rows = [{"messages": [USER, {**ANSWER, "content": "It <|end|>"}]}, {"messages": [USER]}]
+    data = set_up(rows, tiny_tokenizer, final_assistant_turn="prefill", shuffle=False)
+    (prompt, plain), end = data.served("train")[1], tiny_tokenizer.convert_tokens_to_ids("<|end|>")
+    assert tiny_tokenizer.decode(prompt) == ASKED + "It <|end|>"
+    assert prompt.count(end) == plain.count(end)
+    batches = iter(data.train_dataloader())
+    assert next(batches).conversations == [[Turn("user", "2 + 2?"), Turn("assistant", "It <|end|>")]]
+    assert next(batches).conversations == [[Turn("user", "2 + 2?")]]
+    for scenario, turns in zip(data.served("train")[0].scenarios, (2, 1), strict=True):
+        assert len(data.conversation(scenario)) == turns
+    plain_text = set_up(rows, tiny_tokenizer, final_assistant_turn="prefill", use_chat_template=False)
+    assert tiny_tokenizer.decode(plain_text.served("train")[1][0]) == "2 + 2?\n\nIt <|end|>"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "What is <image>?", "images": ["a"]}, "'images' holds what no model sees"),
+        ({"prompt": "What?", "image": "pictures/1.PNG"}, "'image' holds what no model sees.*data.fields.image=null"),
+        ({"prompt": "What?", "image_path": "1.jpg"}, "'image_path' holds"),
+        ({"prompt": "What?", "video": "data:video/mp4;base64,x"}, "'video' holds"),
+        ({"prompt": "What?", "picture_1": [IMAGE]}, "'picture_1' holds"),
+        ({"prompt": "What?", "sound": {"array": [0.0], "sampling_rate": 1}}, "'sound' holds"),
+        ({"messages": [{**USER, "images": ["a"]}]}, "message 1 holds 'images'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "holds 'image_url'"),
+    ],
+)
+def test_a_row_with_an_image_is_not_trained_without_it(row, message):
+    with pytest.raises(DataError, match=message):
+        read_split([row], "train")
+
+
+def test_a_final_assistant_turn_can_be_refused():
+    with pytest.raises(DataError, match=r"the last message must be the user's.*data\.final_assistant_turn=target or"):
+        read_split([{"messages": [USER, ANSWER]}], "train", RowOptions(final_assistant_turn="error"))
+
+
+# Targets --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "target", "score"),
+    [
+        ("91", 91.0, 1),
+        ("91", np.float64(91.0), 1),
+        ("91", Decimal("91.00"), 1),
+        ("9.5", 9.5, 1),
+        ("true", True, 1),
+        ("True", True, 1),
+        ("FALSE", np.bool_(False), 1),
+        ("false", True, 0),
+        ("true", "True", 1),
+        ("3", ["1", 3.0], 1),
+        ("3", ("1", "3"), 1),
+        ("3", {"1", "3"}, 1),
+        ("3", np.array([1, 3]), 1),
+        ("4", {"style": "rule", "ground_truth": "4"}, 1),
+        ("4", {"style": "rule", "ground_truth": 4.0}, 1),
+        ("3", {"text": ["3"], "answer_start": [1]}, 1),
+        ("4", [USER, ANSWER], 1),
+        ("1e+300", 1e300, 1),
+        ("nan", math.nan, None),
+        ("nan", None, None),
+        ("None", {"ground_truth": None}, None),
+    ],
+)
+def test_a_target_means_what_it_says(answer, target, score):
+    (scenario,) = read_split([{"prompt": "a", "target": target}], "train").scenarios
+    for context in (scenario.columns(), {"target": target, "id": "x"}):  # also where nobody has read it before
+        for reward in (ExactMatch(), Contains(require="any")):
+            if score is None:
+                with pytest.raises(DataError, match="is missing: add the column"):
+                    reward.compute_reward([Turn("assistant", answer)], context)
+            else:
+                assert reward.compute_reward([Turn("assistant", answer)], context).score == score
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (
+            {"value": "a", "aliases": []},
+            r"is a mapping with value, aliases; .*data\.fields\.target=target\.value takes",
+        ),
+        ({}, "is a mapping with nothing"),
+        (math.inf, "is inf, no finite number"),
+        ([["a"]], "is a list that holds a list"),
+        (["a", None], "is a list that holds a missing item"),
+        (["a", math.nan], "is a list that holds a missing item"),
+        (b"4", "is b'4', a bytes"),
+        (1 + 2j, r"is \(1\+2j\), a complex"),
+    ],
+)
+def test_a_target_that_cannot_be_meant_is_an_error(target, message):
+    with pytest.raises(DataError, match=f"data.train item 2: the target {message}"):
+        read_split([{"prompt": "a", "target": "1"}, {"prompt": "b", "target": target}], "train")
+    with pytest.raises(ValueError, match=message.split(";")[0]):
+        as_target(target)
+
+
+def test_an_integer_column_with_a_missing_value_keeps_its_integers():
+    rows = [{"prompt": "a", "target": 5.0, "id": 7.0}, {"prompt": "b", "target": math.nan, "id": math.nan}]
+    found = read_split(rows, "train")
+    assert [(s.id, s.target) for s in found.scenarios] == [("7", 5), ("train:2", None)]
+    assert repr(found.scenarios[0].target) == "5"
+    assert found.num_without_target == 1
+
+
+def test_rows_without_labels_are_predicted_with_the_config_of_the_training(tiny_tokenizer):
+    options = {"fields": {"prompt": "q", "target": "label.text"}}
+    data = ScenarioDataModule(predict=[{"q": "2 + 2?"}], tokenizer=tiny_tokenizer, **options)
+    data.setup("predict")
+    assert data.served("predict")[0].scenarios[0].target is None
+    with pytest.raises(DataError, match=r"data.fields.target names the column 'label\.text'"):
+        set_up([{"q": "2 + 2?"}], tiny_tokenizer, **options)
+    with pytest.raises(DataError, match=r"data.fields.prompt names the column 'q'"):
+        read_split([{"p": "2 + 2?"}], "predict", RowOptions(**options))
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+CONFIG = """
+model: {policy: tiny, reward: [ExactMatch], rollout: {num_generations: 2, max_new_tokens: 2}}
+trainer: {max_steps: 1, accelerator: cpu, logger: false, enable_checkpointing: false}
+data: {train: rows.jsonl, batch_size: 1}
+"""
+
+
+@pytest.mark.parametrize(
+    ("row", "flags", "told"),
+    [
+        (
+            SHAPES["Alpaca"][0],
+            [],
+            r"read as alpaca: prompt from '{{ instruction }}\n\n{{ input }}', target from 'output'",
+        ),
+        (SHAPES["Countdown"][0], [f"--data.prompt_template={COUNTDOWN}"], "expression that equals 98."),
+        (
+            {"q": "2 + 2?"},
+            ["--data.row=my_rows.to_scenario"],
+            "first row: '<|user|>2 + 2?<|end|><|assistant|>', target 4",
+        ),
+    ],
+)
+@pytest.mark.slow
+def test_doctor_shows_the_first_row_and_fit_trains_on_it(row, flags, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_rows", raising=False)
+    Path("my_rows.py").write_text("def to_scenario(row):\n    return {'prompt': row['q'], 'target': 4.0}\n")
+    Path("config.yaml").write_text(CONFIG)
+    jsonl(tmp_path, row)
+    with pytest.raises(SystemExit) as stopped:
+        main(["doctor", "--config", "config.yaml", "--sample=false", *flags])
+    said = capsys.readouterr().out
+    assert stopped.value.code == 0, said
+    assert told in said
+    assert "first row: '<|user|>" in said
+    assert main(["fit", "--config", "config.yaml", *flags]).trainer.global_step == 1
+
+
+def test_a_config_with_shapes_is_written_and_read_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(CONFIG)
+    flags = ["--data.fields={messages: null}", "--data.system_template={{ a }}", "--data.row=my.f"]
+    flags.append("--data.prompt_template={{ a }}\n{{ b }}")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "config.yaml", *flags, "--data.format=verl", "--print_config"])
+    printed = capsys.readouterr().out
+    Path("printed.yaml").write_text(printed)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "printed.yaml", "--print_config"])
+    again, data = (yaml.safe_load(text)["data"] for text in (capsys.readouterr().out, printed))
+    assert again == data
+    assert (data["fields"], data["row"], data["prompt_template"]) == ({"messages": None}, "my.f", "{{ a }}\n{{ b }}")
