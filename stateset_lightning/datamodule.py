@@ -294,10 +294,9 @@ class ScenarioDataModule(LightningDataModule):
         for told in [f"{len(found)} scenarios from {', '.join(found.names)}", *found.taken]:
             _announce(logging.INFO, f"data.{split}: {told}")
         if held_out:
-            fraction = self.validation_fraction
-            train, validation = hold_out(found, fraction, self._resolved_seed())
+            train, validation = hold_out(found, self.validation_fraction, self._resolved_seed())
             self._scenarios |= {"train": train, "validation": validation}
-            held = f"{len(validation)} of them held out (data.validation_fraction={fraction})"
+            held = f"{len(validation)} of them held out (data.validation_fraction={self.validation_fraction})"
             _announce(logging.INFO, f"data.validation: {held}")
 
     def _current_encoder(self) -> PromptEncoder:

@@ -114,7 +114,7 @@ ABSENT = object()  # what stands at a path that is not there
 
 def read_literal(text: str) -> Any:
     """A list or mapping that was written as text, as JSON or as Python prints it (pandas' `to_csv`); else the text."""
-    if text.lstrip()[:1] in ("[", "{"):
+    if text.lstrip()[:1] in ("[", "{") and len(text) <= 1_000_000:  # Python's parser takes much memory
         for read in (json.loads, ast.literal_eval):
             with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
                 return read(text.strip())
@@ -128,8 +128,8 @@ def at_path(value: Any, path: str) -> Any:
     everything is missing: None. `ABSENT` if there is no such place.
     """
     value = read_literal(value) if isinstance(value, str) else value
-    if not path or value is None:
-        return value
+    if value is None:
+        return None
     if isinstance(value, Mapping):
         for end in [len(path), *(step.start() for step in reversed(list(re.finditer(r"[.\[]", path))))]:
             if path[:end] in value:

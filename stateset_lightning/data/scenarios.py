@@ -57,10 +57,13 @@ def to_scenarios(
 
 
 def _row_scenarios(row: RawRow, shape: Shape, label: str, rewards: Sequence[str] | None) -> list[Scenario]:
+    for column in row.columns.items():
+        _check_values(*column)  # before a template writes one out
     if (columns := shape.columns(row)) is None:
         return []
     for name, value in columns.items():
-        _check_values(name, value)
+        if value is not row.columns.get(name):
+            _check_values(name, value)
         columns[name] = _plain(value)
     columns["id"] = _checked_id(columns.get("id"), f"{label}:{row.number}")
     columns["context"] = _checked_text("'context'", columns["context"]) if columns.get("context") else None
@@ -105,6 +108,7 @@ def _lift_messages(columns: dict[str, Any], shape: Shape) -> None:
     if isinstance(value, str) and _CONVERSATION.match(value) and "{{" not in str(shape.sources.get(name)):
         found = read_literal(value)
         if isinstance(found, list) and all(isinstance(m, Mapping) and ("role" in m or "from" in m) for m in found):
+            _check_values(name, found)
             shape.counts["messages that were written as text are read as messages"] += 1
             columns[name] = found
     if name == "prompt" and isinstance(columns.get(name), list | tuple):

@@ -97,6 +97,10 @@ class RowOptions:
         for name, option in _TEMPLATES.items():
             if (self.fields or {}).get(name) is not None and getattr(self, option) is not None:
                 raise ConfigError(f"data.{option} and data.fields.{name} are both given; leave one of them out")
+        texts = {option: getattr(self, option) for option in _TEMPLATES.values()}
+        texts |= {f"fields.{name}": theirs for name, theirs in (self.fields or {}).items()}
+        if wrong := [f"data.{name}={text!r:.40}" for name, text in texts.items() if not isinstance(text, str | None)]:
+            raise ConfigError(f"{wrong[0]} must be text or null")
 
     def of(self, said: Mapping[str, Any]) -> "RowOptions":
         """Those among what is `said` (of a source, say), if it has any; else these."""
@@ -277,7 +281,7 @@ def _reference(column: str) -> str:
 def _named(ours: str, theirs: str | None, example: Mapping[str, Any]) -> list[str]:
     """The columns or paths that a source names."""
     if theirs is None or theirs in example or not is_template(theirs):
-        return [theirs] if theirs else []
+        return [] if theirs is None else [theirs]
     _compiled(theirs, ours)
     return sorted(meta.find_undeclared_variables(_environment().parse(theirs)) - {"row"})
 

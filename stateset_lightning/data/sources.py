@@ -44,13 +44,8 @@ class Source:
         options: The task's own options, such as its difficulty.
         weight: Share of an epoch, relative to the other sources' weights. Without weights every row comes once per
             epoch.
-        fields: Our name -> the source's column. A source with one of the options from here to `final_assistant_turn`
-            goes without all those of `data`.
-        format: The shape of its rows.
-        prompt_template: Template of its prompts.
-        system_template: Template of its system turns.
-        row: Function of its rows.
-        final_assistant_turn: What a last turn of the assistant is.
+        fields: Our name -> the source's column. A source that has this or one of the next goes without those of `data`.
+        format, prompt_template, system_template, row, final_assistant_turn: As those of `data`.
         rewards: Names of the reward functions that score this source's rows; without it all of them do.
         name: What messages and generated ids call this source.
     """

@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import math
+import re
 import sys
 from decimal import Decimal
 from pathlib import Path
@@ -191,6 +192,16 @@ def test_each_shape_needs_one_flag_at_most(name, tmp_path, tiny_tokenizer):
     assert seen(str(jsonl(tmp_path, row)), tiny_tokenizer, **flag) == (prompt, target)
 
 
+def test_the_table_of_shapes_in_the_docs_has_a_test_for_each_line():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    lines = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|", page.partition("| rows of |")[2], flags=re.MULTILINE)
+    assert len(lines) > 15
+    for name, _, flag in lines:
+        options = SHAPES[name.strip()][1]
+        assert all(key in flag for key in options), name
+        assert bool(options) == flag.strip().startswith("`--data."), name
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_each_shape_is_trained_on(name, tmp_path):
     class LooksAtAll(RewardFunction):
@@ -230,7 +241,7 @@ NESTED = {
         ("x.y", 4),
         ("none.anything[0]", None),
         ("text.k[0]", 6),
-        ("", NESTED),
+        ("", 7),
         ("a.b[2].c", ABSENT),
         ("a.c", ABSENT),
         ("x.y.z", ABSENT),
@@ -367,6 +378,8 @@ def test_a_system_turn_is_made_of_columns(tiny_tokenizer):
         ({"prompt_template": "{{ a.__class__.__mro__ }}"}, "item 1: the template of the prompt: access to attribute"),
         ({"prompt_template": "{{ none }}"}, "item 1: the prompt is empty"),
         ({"prompt_template": "{{ a }}", "fields": {"prompt": "a"}}, "are both given"),
+        ({"prompt_template": 5}, "data.prompt_template=5 must be text or null"),
+        ({"fields": {"target": ["a"]}}, r"data\.fields\.target=\['a'\] must be text or null"),
         ({"format": "alpacca"}, "data.format='alpacca' must be one of auto, prompt, "),
         ({"format": "alpaca"}, "data.format=alpaca needs the columns instruction; it has: a, b"),
         ({"row": "no_such_module.f"}, r"data\.row=no_such_module\.f: .*ModuleNotFoundError"),
@@ -435,6 +448,16 @@ def test_a_prefill_begins_the_answer_and_special_tokens_in_it_are_text(tiny_toke
 def test_a_row_with_an_image_is_not_trained_without_it(row, message):
     with pytest.raises(DataError, match=message):
         read_split([row], "train")
+
+
+def test_what_is_written_in_a_cell_is_checked_as_if_it_were_a_row():
+    with pytest.raises(DataError, match=r"item 1: the messages holds .ud83d, half of a character"):
+        read_split([{"messages": r'[{"role": "user", "content": "\ud83d"}]'}], "train")
+    bomb: list[object] = ["x"]
+    for _ in range(30):
+        bomb = [bomb, bomb]
+    with pytest.raises(DataError, match="item 1: the b holds more than 200,000 values"):
+        read_split([{"a": "x", "b": bomb}], "train", RowOptions(prompt_template="{{ a }} {{ b }}"))
 
 
 def test_a_final_assistant_turn_can_be_refused():
