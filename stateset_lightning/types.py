@@ -24,6 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from enum import StrEnum
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -155,6 +156,8 @@ def as_target(value: Any) -> Any:
         ValueError: If it is none of these; it says what it is: "is a mapping with a, b".
     """
     value = value.tolist() if hasattr(value, "tolist") else value  # of numpy
+    if value is None or isinstance(value, str | bool | int):
+        return value
     if isinstance(value, Mapping):
         if "ground_truth" not in value and not isinstance(value.get("text"), list | tuple):
             raise ValueError(f"is a mapping with {', '.join(map(str, value)) or 'nothing'}")
@@ -167,14 +170,12 @@ def as_target(value: Any) -> Any:
         if odd := [item for item in items if item is None or isinstance(item, list)]:
             raise ValueError(f"is a list that holds {'a list' if isinstance(odd[0], list) else 'a missing item'}")
         return items
-    if isinstance(value, float | Decimal):
+    if isinstance(value, Real | Decimal):
         number = float(value)
         if math.isinf(number):
             raise ValueError(f"is {value}, no finite number")
         number = int(number) if number.is_integer() and abs(number) < 2**53 else number
         return None if math.isnan(number) else number
-    if value is None or isinstance(value, str | bool | int):
-        return value
     raise ValueError(f"is {value!r:.40}, a {type(value).__name__}")
 
 

@@ -9,19 +9,18 @@ import datetime
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import count
 from typing import Any
 
 from stateset_lightning.data.reading import Problem, RawRow, kind
-from stateset_lightning.data.shapes import QUESTION_COLUMNS, BadRow, Shape
+from stateset_lightning.data.shapes import QUESTION_COLUMNS, BadRow, Shape, is_template
 from stateset_lightning.files.yaml_text import MAX_DIGITS
 from stateset_lightning.redaction import MAX_DEPTH, MAX_VALUES
 from stateset_lightning.types import Scenario, Turn, as_target, read_literal
 
 _MEDIA_COLUMN = re.compile(r"(image|img|picture|photo|video|audio)(_(path|file|url))?s?")
-_MEDIA_FILE = re.compile(
-    r"data:|.*\.(png|jpe?g|gif|webp|bmp|tiff?|mp[34]|wav|flac|ogg|m4a|webm|mov|avi|mkv)$", re.I | re.S
-)
+_MEDIA_FILE = re.compile(r"data:|.*\.(png|jpe?g|gif|webp|bmp|tiff?|mp[34]|wav|flac|ogg|m4a|webm|mov|avi|mkv)$", re.I)
 _MEDIA_MARK = re.compile(r"<(image|video|audio)>")
 _NO_MEDIA = "only the text model is trained: take the row out"
 _ROLES = {
@@ -30,6 +29,7 @@ _ROLES = {
     **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation"), "tool"),
 }
+_CONTEXT = "'context', which goes into the system turn unless data.fields.context=null,"
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _HALF = re.compile("[\ud800-\udfff]")
 _CONVERSATION = re.compile(r"\s*\[\s*\{")
@@ -64,9 +64,9 @@ def _row_scenarios(row: RawRow, shape: Shape, label: str, rewards: Sequence[str]
     for name, value in columns.items():
         if value is not row.columns.get(name):
             _check_values(name, value)
-        columns[name] = _plain(value)
+        columns[name] = value if isinstance(value, str) else _plain(value)
     columns["id"] = _checked_id(columns.get("id"), f"{label}:{row.number}")
-    columns["context"] = _checked_text("'context'", columns["context"]) if columns.get("context") else None
+    columns["context"] = _checked_text(_CONTEXT, columns["context"]) if columns.get("context") else None
     topic = columns.get("topic")
     topic = ", ".join(map(str, topic)) if isinstance(topic, list) else topic
     columns["topic"] = None if topic in (None, "") else str(topic)
@@ -97,7 +97,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item) if not isinstance(item, str) else item for item in value]
+        return [_plain(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -105,7 +105,7 @@ def _lift_messages(columns: dict[str, Any], shape: Shape) -> None:
     """A conversation stands in `messages`, as a list, wherever it came from."""
     name = "messages" if columns.get("messages") is not None else "prompt"
     value = columns.get(name)
-    if isinstance(value, str) and _CONVERSATION.match(value) and "{{" not in str(shape.sources.get(name)):
+    if isinstance(value, str) and _CONVERSATION.match(value) and not is_template(shape.sources.get(name) or ""):
         found = read_literal(value)
         if isinstance(found, list) and all(isinstance(m, Mapping) and ("role" in m or "from" in m) for m in found):
             _check_values(name, found)
@@ -127,15 +127,23 @@ def _checked_target(value: object, shape: Shape) -> Any:
         ) from error
 
 
+@lru_cache
+def _is_media_name(name: str) -> bool:
+    return _MEDIA_COLUMN.fullmatch(name.lower()) is not None
+
+
 def _refuse_media(columns: Mapping[str, Any], shape: Shape) -> None:
     """No row with an image, a sound or a video is trained without it, unless `data.fields` sets its column to null."""
-    texts = [columns["prompt"]] if columns.get("prompt") else [turn.content for turn in columns["messages"]]
-    for name in [name for name, value in columns.items() if value and name not in shape.options.chosen]:
-        item = columns[name][0] if isinstance(columns[name], list) else columns[name]
-        is_named = _MEDIA_COLUMN.fullmatch(name.lower()) is not None
-        is_file = isinstance(item, str) and (_MEDIA_FILE.match(item) or any(map(_MEDIA_MARK.search, texts)))
+    for name, value in columns.items():
+        is_named = _is_media_name(name)
+        if not value or name in shape.options.chosen or (isinstance(value, str) and not is_named):
+            continue
+        item = value[0] if isinstance(value, list) else value
         is_media = isinstance(item, Mapping) and ({"bytes", "path"} <= item.keys() or "sampling_rate" in item)
-        if is_media or (is_named and (is_file or not isinstance(item, str | int | float))):
+        if is_named and isinstance(item, str):
+            texts = [columns.get("prompt") or "", *(turn.content for turn in columns.get("messages") or ())]
+            is_media = bool(_MEDIA_FILE.match(item)) or any(map(_MEDIA_MARK.search, texts))
+        if is_media or (is_named and not isinstance(item, str | int | float)):
             raise BadRow(f"'{name}' holds what no model sees: {_NO_MEDIA}, or data.fields.{name}=null to train without")
 
 

@@ -97,10 +97,6 @@ class RowOptions:
         for name, option in _TEMPLATES.items():
             if (self.fields or {}).get(name) is not None and getattr(self, option) is not None:
                 raise ConfigError(f"data.{option} and data.fields.{name} are both given; leave one of them out")
-        texts = {option: getattr(self, option) for option in _TEMPLATES.values()}
-        texts |= {f"fields.{name}": theirs for name, theirs in (self.fields or {}).items()}
-        if wrong := [f"data.{name}={text!r:.40}" for name, text in texts.items() if not isinstance(text, str | None)]:
-            raise ConfigError(f"{wrong[0]} must be text or null")
 
     def of(self, said: Mapping[str, Any]) -> "RowOptions":
         """Those among what is `said` (of a source, say), if it has any; else these."""
@@ -110,10 +106,10 @@ class RowOptions:
     @cached_property
     def chosen(self) -> dict[str, str | None]:
         """What the user chose: our name -> a path, a template, or None."""
-        templates = {name: getattr(self, option) for name, option in _TEMPLATES.items()}
+        templates = {name: text for name, option in _TEMPLATES.items() if (text := getattr(self, option)) is not None}
         # On a command line, the shell leaves `\n` as it is. In LaTeX a small letter follows (`\nu`).
-        written = {name: re.sub(r"\\n(?![a-z])", "\n", text) for name, text in templates.items() if text is not None}
-        return {**(self.fields or {}), **written}
+        written = {name: re.sub(r"\\n(?![a-z])", "\n", str(text)) for name, text in templates.items()}
+        return {name: text if text is None else str(text) for name, text in {**(self.fields or {}), **written}.items()}
 
     @cached_property
     def _function(self) -> Callable[..., Any] | None:
@@ -184,10 +180,10 @@ class Shape:
         return "" if is_plain else "; ".join([f"read as {self.name}: {said}", *done])
 
     def _value(self, ours: str, theirs: str | None, given: Mapping[str, Any]) -> Any:
+        if theirs is None or theirs in given:  # most are
+            return None if theirs is None else given[theirs]
         is_chosen = ours in self.options.chosen
-        if theirs is None:
-            return None
-        if theirs not in given and is_template(theirs):
+        if is_template(theirs):
             # A column that other rows have may be missing here; for the user's own template that is an error.
             columns = given if is_chosen else {**dict.fromkeys(self.present), **given}
             try:
@@ -219,7 +215,8 @@ def recognise(sample: Sequence[RawRow], options: RowOptions, origin: str) -> Sha
     for ours, theirs in options.chosen.items():
         for name in _named(ours, theirs, example) if rows and (ours != "target" or options.needs_target) else ():
             if all(at_path(row, name) is ABSENT for row in rows):
-                key = f"fields.{ours}" if theirs == (options.fields or {}).get(ours) else _TEMPLATES[ours]
+                option = _TEMPLATES.get(ours, "")
+                key = f"fields.{ours}" if getattr(options, option, None) is None else option
                 absent = f"data.{key} names the column '{name}', which is not there"
                 raise DataError(f"{origin}: {absent}; it has: {_described(example)}")
     name, sources = _recognised(example, options, origin) if rows else ("prompt", {})
@@ -229,9 +226,8 @@ def recognise(sample: Sequence[RawRow], options: RowOptions, origin: str) -> Sha
 def _recognised(example: Mapping[str, Any], options: RowOptions, origin: str) -> tuple[str, dict[str, str | None]]:
     """A shape's name, and what it takes for what."""
     present = [name for name in example if options.chosen.get(name, name) is not None]
-    columns = {re.sub(r"[\s-]+", "_", name.strip().lower()): name for name in present} | {
-        name: name for name in present
-    }
+    columns = {re.sub(r"[\s-]+", "_", name.strip().lower()): name for name in present}
+    columns |= {name: name for name in present}
     for ours, names in _ALIASES.items():
         if found := next((columns[name] for name in names.split() if name in columns), None):
             columns[ours] = found
@@ -239,6 +235,8 @@ def _recognised(example: Mapping[str, Any], options: RowOptions, origin: str) ->
     sources: dict[str, str | None] = {**dict.fromkeys(QUESTION_COLUMNS), "target": target}
     sources["context"] = columns.get("context", system)
     if any(options.chosen.get(ours) for ours in QUESTION_COLUMNS):
+        if columns.get("context") in _named("prompt", options.chosen.get("prompt"), example):
+            sources["context"] = system  # the template has the other
         return "fields", sources
     known = [name for name, needed in _NEEDED.items() if columns.keys() >= {*needed}]
     if options.format != "auto":

@@ -358,6 +358,15 @@ def test_a_prompt_is_made_of_columns(template, prompt):
     assert read_split([ROW], "train", RowOptions(prompt_template=template)).scenarios[0].prompt == prompt
 
 
+def test_a_passage_that_a_template_uses_is_no_system_turn_too(tiny_tokenizer):
+    row = {"context": "It was Ann.", "question": "Who?", "answers": {"text": ["Ann"]}}
+    template = "{{ question }} {{ context }}"
+    assert seen([row], tiny_tokenizer, prompt_template=template) == (user("Who? It was Ann."), ["Ann"])
+    assert seen([row], tiny_tokenizer, fields={"prompt": "question"})[0].startswith("<|system|>It was Ann.<|end|>")
+    with pytest.raises(DataError, match=r"'context'.*data\.fields\.context=null.* must be text, not a mapping"):
+        read_split([{"prompt": "a", "context": {"title": []}}], "train")
+
+
 def test_a_system_turn_is_made_of_columns(tiny_tokenizer):
     row = {"prompt": "2 + 2?", "tone": "brief"}
     prompt = seen([row], tiny_tokenizer, system_template="Be {{ tone }}.", system_prompt="You add.")[0]
@@ -378,8 +387,8 @@ def test_a_system_turn_is_made_of_columns(tiny_tokenizer):
         ({"prompt_template": "{{ a.__class__.__mro__ }}"}, "item 1: the template of the prompt: access to attribute"),
         ({"prompt_template": "{{ none }}"}, "item 1: the prompt is empty"),
         ({"prompt_template": "{{ a }}", "fields": {"prompt": "a"}}, "are both given"),
-        ({"prompt_template": 5}, "data.prompt_template=5 must be text or null"),
-        ({"fields": {"target": ["a"]}}, r"data\.fields\.target=\['a'\] must be text or null"),
+        ({"prompt_template": 5}, "data.prompt_template names the column '5', which is not there"),
+        ({"fields": {"prompt": ["a"]}}, r"data\.fields\.prompt names the column '\['a'\]', which is not there"),
         ({"format": "alpacca"}, "data.format='alpacca' must be one of auto, prompt, "),
         ({"format": "alpaca"}, "data.format=alpaca needs the columns instruction; it has: a, b"),
         ({"row": "no_such_module.f"}, r"data\.row=no_such_module\.f: .*ModuleNotFoundError"),
