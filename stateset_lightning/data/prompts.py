@@ -242,10 +242,9 @@ class PromptEncoder:
         encoded = self.tokenizer(texts, return_attention_mask=False, verbose=False, **options)
         tokens: list[list[int]] = encoded["input_ids"]
         if self.applies_template:
-            special = self._special_pattern
             for i, scenario in marked.items():
-                text, prefill = pairs[i]
-                tokens[i] = self._tokenize_as_text(text + mark_control_tokens(prefill, special), scenario, key)
+                whole = pairs[i][0] + mark_control_tokens(pairs[i][1], self._special_pattern)
+                tokens[i] = self._tokenize_as_text(whole, scenario, key)
         else:
             first, appends_eos = self._added
             # The model would take the end of the prompt for the end of its answer.

@@ -19,7 +19,7 @@ from stateset_lightning.files.yaml_text import MAX_DIGITS
 from stateset_lightning.redaction import MAX_DEPTH, MAX_VALUES
 from stateset_lightning.types import Scenario, Turn, as_target, read_literal
 
-_MEDIA_COLUMN = re.compile(r"(image|img|picture|photo|video|audio)(_(path|file|url))?s?")
+_MEDIA_COLUMN = lru_cache(re.compile(r"(image|img|picture|photo|video|audio)(_(path|file|url))?s?", re.I).fullmatch)
 _MEDIA_FILE = re.compile(r"data:|.*\.(png|jpe?g|gif|webp|bmp|tiff?|mp[34]|wav|flac|ogg|m4a|webm|mov|avi|mkv)$", re.I)
 _MEDIA_MARK = re.compile(r"<(image|video|audio)>")
 _NO_MEDIA = "only the text model is trained: take the row out"
@@ -127,15 +127,10 @@ def _checked_target(value: object, shape: Shape) -> Any:
         ) from error
 
 
-@lru_cache
-def _is_media_name(name: str) -> bool:
-    return _MEDIA_COLUMN.fullmatch(name.lower()) is not None
-
-
 def _refuse_media(columns: Mapping[str, Any], shape: Shape) -> None:
     """No row with an image, a sound or a video is trained without it, unless `data.fields` sets its column to null."""
     for name, value in columns.items():
-        is_named = _is_media_name(name)
+        is_named = _MEDIA_COLUMN(name) is not None
         if not value or name in shape.options.chosen or (isinstance(value, str) and not is_named):
             continue
         item = value[0] if isinstance(value, list) else value
@@ -206,7 +201,12 @@ def _checked_rewards(value: object) -> list[str]:
 
 def _conversation(columns: dict[str, Any], shape: Shape) -> tuple[Turn, ...]:
     """The turns that are answered. A last one of the assistant is the target, a prefill or refused."""
-    turns, final = _checked_messages(columns["messages"]), shape.options.final_assistant_turn
+    messages, final = columns["messages"], shape.options.final_assistant_turn
+    if not isinstance(messages, list | tuple):
+        raise BadRow(f"'messages' must be a list of {{role, content}}, not {kind(messages)}")
+    if not messages:
+        raise BadRow("'messages' is an empty list")
+    turns = [_checked_turn(number, message) for number, message in enumerate(messages, start=1)]
     begun: list[Turn] = []
     if len(turns) > 1 and turns[-1].role == "assistant" and final != "error":
         answer = turns.pop().content
@@ -225,14 +225,6 @@ def _conversation(columns: dict[str, Any], shape: Shape) -> tuple[Turn, ...]:
         )
     _checked_text("the last message", turns[-1].content)
     return (*turns, *begun)
-
-
-def _checked_messages(value: object) -> list[Turn]:
-    if not isinstance(value, list | tuple):
-        raise BadRow(f"'messages' must be a list of {{role, content}}, not {kind(value)}")
-    if not value:
-        raise BadRow("'messages' is an empty list")
-    return [_checked_turn(number, message) for number, message in enumerate(value, start=1)]
 
 
 def _checked_turn(number: int, message: object) -> Turn:

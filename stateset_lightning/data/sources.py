@@ -8,7 +8,7 @@ them by their weights.
 import glob
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
@@ -61,7 +61,7 @@ class Source:
     format: Format | None = None
     prompt_template: str | None = None
     system_template: str | None = None
-    row: str | None = None
+    row: str | Callable[..., Any] | None = None
     final_assistant_turn: FinalTurn | None = None
     rewards: list[str] | None = None
     name: str | None = None
@@ -122,7 +122,6 @@ class _RowList:
     path: str
 
 
-SAMPLE = 1_000  # rows by which a shape is recognised
 _ORIGINS = ("path", "rows", "reasoning_gym")
 SplitSpec = str | os.PathLike[str] | Sequence[Source | Mapping[str, Any]]
 
@@ -156,7 +155,7 @@ def read_split(
         for index, part in lists:
             source = sources[index]
             said = RowOptions(format="prompt") if source.reasoning_gym else options.of(vars(source))
-            shape = recognise(part.rows[:SAMPLE], said, part.origin)
+            shape = recognise(part.rows[:1_000], said, part.origin)
             label = part.stem if stems[part.stem] == 1 else source.name or part.path
             scenarios, bad = to_scenarios(part.rows, shape, label, source.rewards)
             taken[shape.announcement()] = None

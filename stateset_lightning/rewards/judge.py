@@ -123,6 +123,6 @@ class ModelJudge(RewardFunction):
         return [column for _, column, _, _ in parts if column]
 
     def _column(self, name: str, context: Mapping[str, Any]) -> str:
-        if (found := at_path(context, name)) in (None, ABSENT):
+        if (found := at_path(context, name)) is None or found is ABSENT:
             raise DataError(f"scenario {context.get('id')!r} has no column '{name}', which {self.name}.rubric names")
         return str(found)
