@@ -51,13 +51,13 @@ _ALIASES = {
     " completion response output",
 }
 _TEMPLATES = {"prompt": "prompt_template", "context": "system_template"}
+_NULLS = (None, "null")  # a flag's null is text: --data.fields.messages=null
 
 # Never proposed as prompts; of other texts, the likely ones are.
 _NO_QUESTION = re.compile(
     r"(.*_)?(id|ids|idx|index|uuid|guid|hash|labels?|target|class|category|tags?|score|level|type|subject|source|url|path"
     r"|split|lang|language|date|time|timestamp|name|title|topic|model|file|filename|dataset|difficulty)(_.*)?|system.*"
 )
-_LIKELY_QUESTIONS = ("text", "input", "content", "sentence")
 _COUNTDOWN = "Using the numbers {{ nums }}, write an expression that equals {{ target }}."
 
 
@@ -95,7 +95,7 @@ class RowOptions:
             if (value := getattr(self, name)) not in (None, *get_args(hint)):
                 raise ConfigError(f"data.{name}={value!r} must be one of {', '.join(get_args(hint))}")
         for name, option in _TEMPLATES.items():
-            if (self.fields or {}).get(name) is not None and getattr(self, option) is not None:
+            if (self.fields or {}).get(name) not in _NULLS and getattr(self, option) is not None:
                 raise ConfigError(f"data.{option} and data.fields.{name} are both given; leave one of them out")
 
     def of(self, said: Mapping[str, Any]) -> "RowOptions":
@@ -109,7 +109,8 @@ class RowOptions:
         templates = {name: text for name, option in _TEMPLATES.items() if (text := getattr(self, option)) is not None}
         # On a command line, the shell leaves `\n` as it is. In LaTeX a small letter follows (`\nu`).
         written = {name: re.sub(r"\\n(?![a-z])", "\n", str(text)) for name, text in templates.items()}
-        return {name: text if text is None else str(text) for name, text in {**(self.fields or {}), **written}.items()}
+        sources = {**(self.fields or {}), **written}
+        return {name: None if text in _NULLS else str(text) for name, text in sources.items()}
 
     @cached_property
     def _function(self) -> Callable[..., Any] | None:
@@ -125,8 +126,7 @@ class RowOptions:
         """The columns of a row; None if the user's function leaves it out.
 
         Raises:
-            ConfigError: If that function cannot be imported.
-            BadRow: If it raises, or returns something else.
+            BadRow: If it raises, or returns something else. ConfigError: If it cannot be imported.
         """
         if (function := self._function) is None:
             return row.columns
@@ -294,7 +294,9 @@ def _unsure(example: Mapping[str, Any], options: RowOptions, origin: str) -> Dat
     """The error where no prompt is found; it proposes what is likely to be right, or nothing."""
     texts = [name for name, value in example.items() if isinstance(value, str) and name.isidentifier()]
     texts = [name for name in texts if not _NO_QUESTION.fullmatch(name.lower())]
-    likely = [name for name in _LIKELY_QUESTIONS if name in texts] or (texts if len(texts) == 1 else [])
+    likely = [name for name in ("text", "input", "content", "sentence") if name in texts] or (
+        texts if len(texts) == 1 else []
+    )
     proposed = [f"--data.fields.prompt={name}" for name in likely[:1]]
     if {"nums", "target"} <= example.keys():
         proposed = [f"--data.prompt_template='{_COUNTDOWN}'"]

@@ -259,6 +259,7 @@ def test_a_dotted_path_finds(path, found):
         ({"x.y": "2 + 2?", "x": {"y": "no"}}, {"fields": {"prompt": "x.y"}}, (ASKED, None)),
         ({"problem": "2 + 2?", "messages": [USER], "prompt": "no"}, {"fields": {"prompt": "problem"}}, (ASKED, None)),
         ({"prompt": "2 + 2?", "messages": [USER, ANSWER]}, {"fields": {"messages": None}}, (ASKED, None)),
+        ({"prompt": "2 + 2?", "messages": [USER, ANSWER]}, {"fields": {"messages": "null"}}, (ASKED, None)),
         ({"prompt": "no", "messages": [USER, ANSWER]}, {"format": "messages"}, (ASKED, "4")),
         ({"prompt": "2 + 2?", "messages": [USER, ANSWER]}, {"format": "prompt"}, (ASKED, None)),
         ({"prompt": "2 + 2?", "answer": "4"}, {"fields": {"target": None}}, (ASKED, None)),
@@ -603,7 +604,7 @@ def test_a_config_with_shapes_is_written_and_read_again(tmp_path, monkeypatch, c
     monkeypatch.setattr(sys, "argv", ["pytest"])
     monkeypatch.chdir(tmp_path)
     Path("config.yaml").write_text(CONFIG)
-    flags = ["--data.fields={messages: null}", "--data.system_template={{ a }}", "--data.row=my.f"]
+    flags = ["--data.fields.messages=null", "--data.system_template={{ a }}", "--data.row=my.f"]
     flags.append("--data.prompt_template={{ a }}\n{{ b }}")
     with pytest.raises(SystemExit):
         main(["fit", "--config", "config.yaml", *flags, "--data.format=verl", "--print_config"])
@@ -613,4 +614,4 @@ def test_a_config_with_shapes_is_written_and_read_again(tmp_path, monkeypatch, c
         main(["fit", "--config", "printed.yaml", "--print_config"])
     again, data = (yaml.safe_load(text)["data"] for text in (capsys.readouterr().out, printed))
     assert again == data
-    assert (data["fields"], data["row"], data["prompt_template"]) == ({"messages": None}, "my.f", "{{ a }}\n{{ b }}")
+    assert (data["fields"], data["row"], data["prompt_template"]) == ({"messages": "null"}, "my.f", "{{ a }}\n{{ b }}")
