@@ -58,6 +58,7 @@ _NO_QUESTION = re.compile(
     r"(.*_)?(id|ids|idx|index|uuid|guid|hash|labels?|target|class|category|tags?|score|level|type|subject|source|url|path"
     r"|split|lang|language|date|time|timestamp|name|title|topic|model|file|filename|dataset|difficulty)(_.*)?|system.*"
 )
+_LIKELY = ("text", "input", "content", "sentence")
 _COUNTDOWN = "Using the numbers {{ nums }}, write an expression that equals {{ target }}."
 
 
@@ -170,11 +171,9 @@ class Shape:
 
     def announcement(self) -> str:
         """What was taken for what, and done to rows; empty where the file has our names, and nothing was done."""
-        shown = {
-            ours: theirs for ours in (*QUESTION_COLUMNS, "context", "target") if (theirs := self.sources.get(ours))
-        }
-        words = {**dict.fromkeys(QUESTION_COLUMNS, "prompt"), "context": "system turn"}
-        said = ", ".join(f"{words.get(ours, ours)} from {theirs!r}" for ours, theirs in shown.items())
+        words = {**dict.fromkeys(QUESTION_COLUMNS, "prompt"), "context": "system turn", "target": "target"}
+        shown = {ours: theirs for ours in words if (theirs := self.sources.get(ours))}
+        said = ", ".join(f"{words[ours]} from {theirs!r}" for ours, theirs in shown.items())
         done = [f"{what} ({count:,} rows)" for what, count in self.counts.items()]
         is_plain = self.name in QUESTION_COLUMNS and not done and all(map(str.__eq__, shown, shown.values()))
         return "" if is_plain else "; ".join([f"read as {self.name}: {said}", *done])
@@ -184,7 +183,7 @@ class Shape:
             return None if theirs is None else given[theirs]
         is_chosen = ours in self.options.chosen
         if is_template(theirs):
-            # A column that other rows have may be missing here; for the user's own template that is an error.
+            # A column of other rows may be missing here; for the user's own template that is an error.
             columns = given if is_chosen else {**dict.fromkeys(self.present), **given}
             try:
                 return _compiled(theirs, ours).render({"row": given, **columns}).strip()
@@ -294,9 +293,7 @@ def _unsure(example: Mapping[str, Any], options: RowOptions, origin: str) -> Dat
     """The error where no prompt is found; it proposes what is likely to be right, or nothing."""
     texts = [name for name, value in example.items() if isinstance(value, str) and name.isidentifier()]
     texts = [name for name in texts if not _NO_QUESTION.fullmatch(name.lower())]
-    likely = [name for name in ("text", "input", "content", "sentence") if name in texts] or (
-        texts if len(texts) == 1 else []
-    )
+    likely = texts if len(texts) == 1 else [each for each in texts if each in _LIKELY]
     proposed = [f"--data.fields.prompt={name}" for name in likely[:1]]
     if {"nums", "target"} <= example.keys():
         proposed = [f"--data.prompt_template='{_COUNTDOWN}'"]
