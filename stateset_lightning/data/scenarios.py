@@ -14,7 +14,8 @@ from itertools import count
 from typing import Any
 
 from stateset_lightning.data.reading import Problem, RawRow, kind
-from stateset_lightning.data.shapes import QUESTION_COLUMNS, BadRow, Shape, is_template
+from stateset_lightning.data.shapes import QUESTION_COLUMNS, BadRow, Shape
+from stateset_lightning.data.templates import is_template
 from stateset_lightning.files.yaml_text import MAX_DIGITS
 from stateset_lightning.redaction import MAX_DEPTH, MAX_VALUES
 from stateset_lightning.types import Scenario, Turn, as_target, read_literal

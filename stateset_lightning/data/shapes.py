@@ -12,14 +12,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from functools import cached_property, lru_cache
+from functools import cached_property
 from string import ascii_uppercase
 from typing import Any, Literal, get_args
 
-from jinja2 import StrictUndefined, Template, TemplateSyntaxError, meta
-from jinja2.sandbox import SandboxedEnvironment
-
 from stateset_lightning.data.reading import RawRow, listed
+from stateset_lightning.data.templates import columns_of, compiled, is_template
 from stateset_lightning.errors import ConfigError, DataError, one_line
 from stateset_lightning.types import ABSENT, at_path
 
@@ -47,8 +45,9 @@ _ALIASES = {
     "choices": "choices options input",
     "passage": "passage context article",
     "system": "system system_prompt",
-    "target": "target answerkey answer final_answer expected_answer correct_answer ground_truth answers solution"
-    " completion response output",
+    "conversations": "conversations conversation",
+    "target": "target answerkey answer final_answer expected_answer correct_answer reference_answer ground_truth answers"
+    " solution completion response output",
 }
 _TEMPLATES = {"prompt": "prompt_template", "context": "system_template"}
 _NULLS = (None, "null")  # a flag's null is text: --data.fields.messages=null
@@ -56,7 +55,8 @@ _NULLS = (None, "null")  # a flag's null is text: --data.fields.messages=null
 # Never proposed as prompts; of other texts, the likely ones are.
 _NO_QUESTION = re.compile(
     r"(.*_)?(id|ids|idx|index|uuid|guid|hash|labels?|target|class|category|tags?|score|level|type|subject|source|url|path"
-    r"|split|lang|language|date|time|timestamp|name|title|topic|model|file|filename|dataset|difficulty)(_.*)?|system.*"
+    r"|split|lang|language|date|time|timestamp|name|title|topic|model|file|filename|dataset|difficulty|sentiment|emotion"
+    r"|intent|rating|gold|summary|chosen|rejected|answers?|solution|completion|response|output)(_.*)?|system.*"
 )
 _LIKELY = ("text", "input", "content", "sentence")
 _COUNTDOWN = "Using the numbers {{ nums }}, write an expression that equals {{ target }}."
@@ -186,7 +186,7 @@ class Shape:
             # A column of other rows may be missing here; for the user's own template that is an error.
             columns = given if is_chosen else {**dict.fromkeys(self.present), **given}
             try:
-                return _compiled(theirs, ours).render({"row": given, **columns}).strip()
+                return compiled(theirs).render({"row": given, **columns}).strip()
             except Exception as error:  # a template may ask anything of a value
                 raise BadRow(f"the template of the {ours}: {one_line(error)}; the row has: {listed(given)}") from error
         if (found := at_path(given, theirs)) is not ABSENT:
@@ -279,8 +279,7 @@ def _named(ours: str, theirs: str | None, example: Mapping[str, Any]) -> list[st
     """The columns or paths that a source names."""
     if theirs is None or theirs in example or not is_template(theirs):
         return [] if theirs is None else [theirs]
-    _compiled(theirs, ours)
-    return sorted(meta.find_undeclared_variables(_environment().parse(theirs)) - {"row"})
+    return columns_of(theirs, _TEMPLATES.get(ours, f"fields.{ours}"))
 
 
 def _described(example: Mapping[str, Any]) -> str:
@@ -293,10 +292,11 @@ def _unsure(example: Mapping[str, Any], options: RowOptions, origin: str) -> Dat
     """The error where no prompt is found; it proposes what is likely to be right, or nothing."""
     texts = [name for name, value in example.items() if isinstance(value, str) and name.isidentifier()]
     texts = [name for name in texts if not _NO_QUESTION.fullmatch(name.lower())]
+    texts = [name for name in texts if name in _LIKELY or " " in example[name].strip()]  # one word may be a label
     likely = texts if len(texts) == 1 else [each for each in texts if each in _LIKELY]
     proposed = [f"--data.fields.prompt={name}" for name in likely[:1]]
-    if {"nums", "target"} <= example.keys():
-        proposed = [f"--data.prompt_template='{_COUNTDOWN}'"]
+    if nums := {"nums", "numbers"} & example.keys() if "target" in example else ():
+        proposed = [f"--data.prompt_template='{_COUNTDOWN.replace('nums', min(nums))}'"]
     elif 2 <= len(texts) <= 4:
         proposed.append(f"--data.prompt_template='{' '.join(f'{{{{ {name} }}}}' for name in texts)}'")
     what = "there is no column 'prompt', 'messages' or 'user_responses', and no shape that is known by its columns"
@@ -304,46 +304,3 @@ def _unsure(example: Mapping[str, Any], options: RowOptions, origin: str) -> Dat
         what = f"data.format={options.format} needs the columns {', '.join(_NEEDED[options.format])}"
     say = " or ".join(proposed) or "data.fields.prompt (a column), data.prompt_template (of several) or data.row"
     return DataError(f"{origin}: {what}; it has: {_described(example)}. Say which one holds the prompt: {say}")
-
-
-# Templates ------------------------------------------------------------------------------------------------------------
-
-
-def is_template(text: str) -> bool:
-    return "{{" in text or "{%" in text
-
-
-@lru_cache
-def _environment() -> SandboxedEnvironment:
-    """Renders the user's templates and this file's, over data that nobody has looked at."""
-    # A missing value is no text: not "None", not "nan".
-    environment = SandboxedEnvironment(
-        undefined=StrictUndefined, finalize=lambda value: "" if value is None or value != value else value
-    )
-    environment.filters |= {"lettered": _lettered, "passages": _passages}
-    return environment
-
-
-@lru_cache
-def _compiled(template: str, ours: str) -> Template:
-    try:
-        return _environment().from_string(template)
-    except TemplateSyntaxError as error:
-        key = _TEMPLATES.get(ours, f"fields.{ours}")
-        raise ConfigError(f"data.{key}={template!r:.200} is no Jinja2 template: {one_line(error)}") from error
-
-
-def _lettered(choices: Any) -> str:
-    """A line for each choice: `A. red`; of a list, or of {text, label} (ARC)."""
-    if choices is None or isinstance(choices, str):
-        return choices or ""
-    texts, labels = (choices["text"], choices["label"]) if isinstance(choices, Mapping) else (choices, ascii_uppercase)
-    return "\n".join(f"{label}. {text}" for label, text in zip(labels, texts, strict=False))
-
-
-def _passages(value: Any) -> str:
-    """Texts below each other; of a text, a list, or {title, sentences} (HotpotQA)."""
-    if isinstance(value, Mapping):
-        pairs = zip(value["title"], value["sentences"], strict=True)
-        value = [f"{title}: {''.join(sentences)}" for title, sentences in pairs]
-    return "\n\n".join(value) if isinstance(value, list) else value or ""

@@ -73,6 +73,13 @@ SHAPES = {
         "Ann",
     ),
     "ShareGPT": ({"id": "a", "conversations": SHAREGPT}, {}, AFTER_HELLO, "4"),
+    "LMSYS": ({"conversation_id": "a", "model": "x", "conversation": [USER, ANSWER], "turn": 1}, {}, ASKED, "4"),
+    "Orca": (
+        {"id": "x", "system_prompt": "Be brief.", "question": "2 + 2?", "response": "4"},
+        {},
+        "<|system|>Be brief.<|end|>" + ASKED,
+        "4",
+    ),
     "ShareGPT with a system": (
         {"system": "Be brief.", "conversations": SHAREGPT},
         {},
@@ -314,18 +321,21 @@ def test_what_was_recognised_is_announced_with_the_first_row(tmp_path, tiny_toke
         ({"id": "a", "turns": [1], "system": "Be brief."}, [], ["id", "turns", "system"]),
         ({"text": "a", "label": "b"}, ["--data.fields.prompt=text"], ["label"]),
         (
-            {"sample_id": "a", "utterance": "b", "labels": "c"},
+            {"sample_id": "a", "utterance": "b c", "labels": "c"},
             ["--data.fields.prompt=utterance"],
             ["sample_id", "labels"],
         ),
         (
-            {"premise": "a", "hypothesis": "b", "label": 1},
+            {"premise": "a b", "hypothesis": "b c", "label": 1},
             ["--data.prompt_template='{{ premise }} {{ hypothesis }}'"],
             ["label", "premise"],
         ),
         ({"target": 3, "nums": [1, 2]}, [f"--data.prompt_template='{COUNTDOWN}'"], ["target", "nums"]),
         ({"text;label": "a;b"}, [], ["text;label"]),
         ({"label": 1, "target": "x"}, [], ["label", "target"]),
+        ({"chosen": "Human: a", "rejected": "Human: b"}, [], ["chosen", "rejected", "'{{ chosen"]),
+        ({"review": "It is good.", "mood": "good"}, ["--data.fields.prompt=review"], ["mood"]),
+        ({"numbers": [1, 2], "target": 3}, [f"'{COUNTDOWN.replace('nums', 'numbers')}'"], ["target"]),
     ],
 )
 def test_a_remedy_is_likely_to_be_right_or_not_given(row, proposed, never, tiny_tokenizer):
@@ -334,6 +344,7 @@ def test_a_remedy_is_likely_to_be_right_or_not_given(row, proposed, never, tiny_
     assert all(remedy in str(error.value) for remedy in proposed)
     assert not any(f"prompt={name}" in str(error.value) for name in never)
     for remedy in proposed:  # works when followed
+        remedy = remedy if "=" in remedy else f"--data.prompt_template={remedy}"
         key, value = remedy.removeprefix("--data.").split("=", 1)
         option = {"fields": {"prompt": value}} if key == "fields.prompt" else {key: value.strip("'")}
         assert seen([row], tiny_tokenizer, **option)[0].startswith("<|user|>")
@@ -384,6 +395,7 @@ def test_a_system_turn_is_made_of_columns(tiny_tokenizer):
         ({"fields": {"target": "{{ x }}", "prompt": "a"}}, r"data\.fields\.target names the column 'x'"),
         ({"fields": {"prompt": "deep.err"}}, r"names the column 'deep\.err', which is not there; it has: .*deep\.er"),
         ({"prompt_template": "{{ deep.err }}"}, r"item 1: the template of the prompt: .*err.*the row has: a, b"),
+        ({"prompt_template": "{{ a | shout }}"}, r"is no Jinja2 template: No filter named 'shout'"),
         ({"prompt_template": "{{ a"}, r"data\.prompt_template='{{ a' is no Jinja2 template"),
         ({"prompt_template": "{{ a.__class__.__mro__ }}"}, "item 1: the template of the prompt: access to attribute"),
         ({"prompt_template": "{{ none }}"}, "item 1: the prompt is empty"),
