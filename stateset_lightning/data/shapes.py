@@ -46,8 +46,8 @@ _ALIASES = {
     "passage": "passage context article",
     "system": "system system_prompt",
     "conversations": "conversations conversation",
-    "target": "target answerkey answer final_answer expected_answer correct_answer reference_answer ground_truth answers"
-    " solution completion response output",
+    "target": "target answerkey answer final_answer expected_answer correct_answer reference_answer ground_truth"
+    " answers solution completion response output",
 }
 _TEMPLATES = {"prompt": "prompt_template", "context": "system_template"}
 _NULLS = (None, "null")  # a flag's null is text: --data.fields.messages=null
