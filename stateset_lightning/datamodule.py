@@ -3,7 +3,7 @@
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from datetime import datetime
 from typing import Annotated, Any
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader, Prompts, Split
 from stateset_lightning.data.order import Curriculum, EpochOrder, SolveRates
-from stateset_lightning.data.prompts import EncodedPrompts, PromptEncoder
+from stateset_lightning.data.prompts import EncodedPrompts, PromptEncoder, first_row
 from stateset_lightning.data.ragged import RaggedTokens
+from stateset_lightning.data.shapes import FinalTurn, Format, RowOptions
 from stateset_lightning.data.sources import ScenarioSet, Source, check_options, hold_out, read_split
 from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.ranks import Ranks
@@ -48,7 +49,12 @@ class ScenarioDataModule(LightningDataModule):
         eval_batch_size: Prompts per batch and device outside training; by default `batch_size`.
         num_iterations: Passes over an episode (GRPO's mu).
         steps_per_episode: Micro-steps that a pass is split into.
-        fields: Our name -> the files' column, such as `prompt: question` and `target: answer`.
+        fields: Our name -> the files' column, such as `prompt: question`; or a dotted path; or null for none.
+        format: What shape the files' rows have; by default it is recognised by their columns.
+        prompt_template: Jinja2 template of the prompt, over a row's columns.
+        system_template: Jinja2 template of a row's own part of the system turn.
+        row: A function, or its import path: a row -> a mapping with `prompt` and so on, or None to leave the row out.
+        final_assistant_turn: What a last turn of the assistant is: target, prefill or error; by default the target.
         system_prompt: Comes before each scenario's own context in the system turn.
         use_chat_template: Whether prompts are made by the tokenizer's chat template; by default if it has one.
         chat_template_kwargs: Further variables of the chat template.
@@ -74,7 +80,12 @@ class ScenarioDataModule(LightningDataModule):
         eval_batch_size: Annotated[int, Ge(1)] | None = None,
         num_iterations: Annotated[int, Ge(1)] = 1,
         steps_per_episode: Annotated[int, Ge(1)] = 1,
-        fields: dict[str, str] | None = None,
+        fields: dict[str, str | None] | None = None,
+        format: Format = "auto",
+        prompt_template: str | None = None,
+        system_template: str | None = None,
+        row: str | Callable[..., Any] | None = None,
+        final_assistant_turn: FinalTurn | None = None,
         system_prompt: str | None = None,
         use_chat_template: bool | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
@@ -93,7 +104,7 @@ class ScenarioDataModule(LightningDataModule):
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_iterations = num_iterations
         self.steps_per_episode = steps_per_episode
-        self.fields = fields
+        self.rows = RowOptions().of(locals())
         self.system_prompt = system_prompt
         self.max_prompt_tokens = max_prompt_tokens
         self.validation_fraction = validation_fraction
@@ -275,13 +286,13 @@ class ScenarioDataModule(LightningDataModule):
         held_out = self.validation_fraction > 0 and split in ("train", "validation")
         split = "train" if held_out else split
         heartbeat.doing("reading the data")
-        found = self._scenarios[split] = read_split(self.specs[split], split, self.fields)
-        _announce(logging.INFO, f"data.{split}: {len(found)} scenarios from {', '.join(found.names)}")
+        found = self._scenarios[split] = read_split(self.specs[split], split, self.rows)
+        for told in [f"{len(found)} scenarios from {', '.join(found.names)}", *found.taken]:
+            _announce(logging.INFO, f"data.{split}: {told}")
         if held_out:
-            fraction = self.validation_fraction
-            train, validation = hold_out(found, fraction, self._resolved_seed())
+            train, validation = hold_out(found, self.validation_fraction, self._resolved_seed())
             self._scenarios |= {"train": train, "validation": validation}
-            held = f"{len(validation)} of them held out (data.validation_fraction={fraction})"
+            held = f"{len(validation)} of them held out (data.validation_fraction={self.validation_fraction})"
             _announce(logging.INFO, f"data.validation: {held}")
 
     def _current_encoder(self) -> PromptEncoder:
@@ -305,6 +316,9 @@ class ScenarioDataModule(LightningDataModule):
     def _encode(self, split: Split, encoder: PromptEncoder) -> None:
         scenarios = self._scenarios[split].scenarios
         prompts = self._prompts[split] = encoder.encode(scenarios, f"data.{split}")
+        if self._scenarios[split].taken:
+            row = first_row(encoder.tokenizer, scenarios[prompts.kept[0]], prompts.tokens[0])
+            _announce(logging.INFO, f"data.{split}: the first row is {row}")
         if first := next(filter(None, prompts.opened), ""):
             how = "rewards see that before each completion"
             _announce(logging.INFO, f"data.{split}: the chat template opens the answer with {first!r}: {how}")

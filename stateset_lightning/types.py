@@ -15,9 +15,16 @@ Letters, used as suffixes of names throughout (`logprobs_T`, `scores_NF`):
 
 from __future__ import annotations
 
+import ast
+import json
+import math
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from decimal import Decimal
 from enum import StrEnum
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -58,6 +65,8 @@ class Turn:
 def asked(scenario: Scenario, opened: str, system_prompt: str | None = None) -> list[Turn]:
     """A scenario's turns, and one of the assistant if its prompt has `opened` the answer."""
     turns = scenario.turns(system_prompt)
+    if opened and turns[-1].role == "assistant":
+        turns.pop()  # a prefill, with which `opened` ends
     return [*turns, Turn("assistant", opened)] if opened else turns
 
 
@@ -66,6 +75,7 @@ class Scenario(BaseModel):
 
     Exactly one of `prompt` and `messages` is given. `context` is the instruction that the answer must follow; it
     becomes the system turn. `rewards` names the reward functions that score this scenario; None means all of them.
+    `messages` end with a turn of the assistant only where a completion is to go on from it (a prefill).
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -98,6 +108,78 @@ class Scenario(BaseModel):
     def columns(self) -> dict[str, Any]:
         """All columns by name: what rewards get as their `context`."""
         return {**{name: getattr(self, name) for name in type(self).model_fields}, **(self.model_extra or {})}
+
+
+# What columns hold ----------------------------------------------------------------------------------------------------
+
+
+ABSENT = object()  # what stands at a path that is not there
+
+
+def read_literal(text: str) -> Any:
+    """A list or mapping that was written as text, as JSON or as Python prints it (pandas' `to_csv`); else the text."""
+    if text.lstrip()[:1] in ("[", "{") and len(text) <= 1_000_000:  # Python's parser takes much memory
+        for read in (json.loads, ast.literal_eval):
+            with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+                return read(text.strip())
+    return text
+
+
+def at_path(value: Any, path: str) -> Any:
+    """What stands at a dotted path (`reward_model.ground_truth`, `answers.text[0]`) in a row, or in any value.
+
+    A name that itself has a dot wins. Of a list of mappings, a name takes that of each. Below a missing value
+    everything is missing: None. `ABSENT` if there is no such place.
+    """
+    value = read_literal(value) if isinstance(value, str) else value
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        for end in [len(path), *(step.start() for step in reversed(list(re.finditer(r"[.\[]", path))))]:
+            if path[:end] in value:
+                found, rest = value[path[:end]], path[end:].removeprefix(".")
+                return at_path(found, rest) if rest else found
+    elif isinstance(value, list | tuple):
+        if (index := re.match(r"\[(-?\d+)\]\.?", path)) is None:
+            each = [at_path(item, path) for item in value]
+            return ABSENT if ABSENT in each else each
+        if -len(value) <= int(index[1]) < len(value):
+            found, rest = value[int(index[1])], path[index.end() :]
+            return at_path(found, rest) if rest else found
+    return ABSENT
+
+
+def as_target(value: Any) -> Any:
+    """A target as rewards compare it: text, true/false, a finite number, a list of these, or None if it is missing.
+
+    A float that is an integer is that integer (pandas makes 5.0 of 5 where another row has none); NaN is missing. Of a
+    mapping with `ground_truth` (verl) or a list `text` (SQuAD), it is that; of messages, the text of the last one.
+
+    Raises:
+        ValueError: If it is none of these; it says what it is: "is a mapping with a, b".
+    """
+    value = value.tolist() if hasattr(value, "tolist") else value  # of numpy
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, Mapping):
+        if "ground_truth" not in value and not isinstance(value.get("text"), list | tuple):
+            raise ValueError(f"is a mapping with {', '.join(map(str, value)) or 'nothing'}")
+        return as_target(value["ground_truth"] if "ground_truth" in value else value["text"])
+    if isinstance(value, list | tuple | set | frozenset):
+        items = sorted(value, key=str) if isinstance(value, set | frozenset) else list(value)
+        if items and isinstance(items[-1], Mapping) and isinstance(items[-1].get("content"), str):
+            return items[-1]["content"]
+        items = [as_target(item) for item in items]
+        if odd := [item for item in items if item is None or isinstance(item, list)]:
+            raise ValueError(f"is a list that holds {'a list' if isinstance(odd[0], list) else 'a missing item'}")
+        return items
+    if isinstance(value, Real | Decimal):
+        number = float(value)
+        if math.isinf(number):
+            raise ValueError(f"is {value}, no finite number")
+        number = int(number) if number.is_integer() and abs(number) < 2**53 else number
+        return None if math.isnan(number) else number
+    raise ValueError(f"is {value!r:.40}, a {type(value).__name__}")
 
 
 @dataclass(slots=True, eq=False, repr=False)

@@ -112,7 +112,7 @@ FILES = [
     ("broken.json", '[{"prompt": "a"},\n{]', ["broken.json:2", "malformed JSON"]),
     ("lines.json", '{"prompt": "a"}\n{"prompt": "b"}', ["lines.json:2", "name the file .jsonl"]),
     ("type.jsonl", '{"prompt": 5, "target": "5"}', ["type.jsonl:1", "prompt must be text", "5"]),
-    ("column.jsonl", '{"question": "a"}', ["column.jsonl", "no column 'prompt'", "data.fields.prompt=question"]),
+    ("column.jsonl", '{"text": "a"}', ["column.jsonl", "no column 'prompt'", "data.fields.prompt=text"]),
     ("no_prompt.jsonl", '{"prompt": "   "}', ["no_prompt.jsonl:1", "empty"]),
     (
         "twice.jsonl",
@@ -120,7 +120,7 @@ FILES = [
         ["twice.jsonl:2", "'x'", "twice.jsonl:1", "differ"],
     ),
     ("messages.jsonl", '{"messages": "hello"}', ["messages.jsonl:1", "list of {role, content}"]),
-    ("role.jsonl", '{"messages": [{"role": "bot", "content": "a"}]}', ["role.jsonl:1", "'bot'", "user, assistant"]),
+    ("role.jsonl", '{"messages": [{"role": "x", "content": "a"}]}', ["role.jsonl:1", "'x'", "prompter, assistant"]),
     ("last.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}', ["last.jsonl:1", "must be the user's"]),
     ("both.jsonl", '{"prompt": "a", "messages": []}', ["both.jsonl:1", "exactly one"]),
     ("latin.jsonl", b'{"prompt": "caf\xe9"}', ["latin.jsonl:1", "not valid UTF-8", "save the file as UTF-8"]),

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from stateset_lightning.cli.overlays import REMOVED, as_list, loaded, merged_words
+from stateset_lightning.data.shapes import RowOptions
 from stateset_lightning.data.sources import read_split
 from stateset_lightning.errors import ConfigError
 
@@ -43,12 +44,10 @@ def checked_words(command: str, words: Sequence[str]) -> Merged:
 
 
 def _check_rows(command: str, data: dict[str, Any]) -> None:
-    fields = loaded(data.get("fields") or {})
     held_out = command == "validate" and data.get("validation_fraction") not in (None, REMOVED, 0, "0")
+    given = {key: loaded(value) for key, value in data.items() if value is not REMOVED}
     for split in ("train",) if held_out else SPLITS[command]:
-        spec = loaded(data.get(split))
-        are_known = all(isinstance(item, str | dict) for item in as_list(spec))
-        if are_known and spec != "null" and isinstance(fields, dict):
-            names = {ours: theirs for ours, theirs in fields.items() if isinstance(theirs, str)}
-            with suppress(ConfigError):  # of the sources' options, whose types are not known here
-                read_split(spec, split, names, FIRST)
+        spec = given.get(split)
+        if spec != "null" and as_list(spec) and all(isinstance(item, str | dict) for item in as_list(spec)):
+            with suppress(ConfigError):  # of options, whose types are not known here
+                read_split(spec, split, RowOptions().of(given), FIRST)

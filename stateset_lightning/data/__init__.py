@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader
     from stateset_lightning.data.order import Curriculum
-    from stateset_lightning.data.prompts import PromptEncoder, special_tokens
+    from stateset_lightning.data.prompts import PromptEncoder, first_row, special_tokens
+    from stateset_lightning.data.shapes import RowOptions
     from stateset_lightning.data.sources import Source, read_split
 
-__all__ = ["Curriculum", "EpisodeLoader", "EvaluationLoader", "PromptEncoder", "Source", "read_split"]
-__all__ += ["special_tokens"]
+__all__ = ["Curriculum", "EpisodeLoader", "EvaluationLoader", "PromptEncoder", "RowOptions", "Source", "read_split"]
+__all__ += ["first_row", "special_tokens"]
 
 _HOMES = {"Curriculum": "order", "EpisodeLoader": "loader", "EvaluationLoader": "loader", "PromptEncoder": "prompts"}
 _HOMES |= {"Source": "sources", "read_split": "sources", "special_tokens": "prompts"}
+_HOMES |= {"RowOptions": "shapes", "first_row": "prompts"}
 
 
 def __getattr__(name: str) -> Any:

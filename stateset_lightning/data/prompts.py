@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 _BATCH = 256  # texts that are rendered, and tokenized, at a time
 _MOST_CHARACTERS, _MOST_TIMES = 2**16, 10  # that a template writes of its own, and of what it is given
 _IDS_SHOWN = 5
+_Batch = tuple[list[tuple[str, str]], dict[int, Scenario]]
 # Thoughts that a template puts before an answer without any: `<think></think>`, or the end alone.
 _NO_THOUGHTS = re.compile(r"([<\[]([^<>\[\]]+)[>\]]\s*[<\[]/\2[>\]]|</[^<>]+>)\s*$")
 _TAG = re.compile(r"[<\[◁]([^\s<>\[\]◁▷]+)[>\]▷]")
@@ -135,7 +136,9 @@ class PromptEncoder:
 
         What it opens and closes again (thoughts that are switched off) is no part of the answer.
         """
-        return self._opened(self._text(scenario, self._messages(scenario), "data"))
+        messages = self._messages(scenario)
+        prefill = _taken_prefill(messages)
+        return self._opened(self._text(scenario, messages, "data")) + prefill
 
     def _opened(self, text: str) -> str:
         if not self._assistant_header:
@@ -188,18 +191,20 @@ class PromptEncoder:
         """A scenario's turns as chat templates take them."""
         return [{"role": turn.role, "content": turn.content} for turn in scenario.turns(self.system_prompt)]
 
-    def _batches(self, scenarios: Sequence[Scenario], key: str) -> Iterator[tuple[list[str], dict[int, Scenario]]]:
-        """Batches of prompts as text; of each batch also those scenarios, by index, whose text holds special tokens."""
+    def _batches(self, scenarios: Sequence[Scenario], key: str) -> Iterator[_Batch]:
+        """Batches of prompts as text, each with its prefill; also those scenarios whose text holds special tokens."""
         for start in range(0, len(scenarios), _BATCH):
-            texts: list[str] = []
+            texts: list[tuple[str, str]] = []
             marked: dict[int, Scenario] = {}
             for i, scenario in enumerate(scenarios[start : start + _BATCH]):
                 messages = self._messages(scenario)
-                if any(self._special_pattern.search(message["content"]) for message in messages):
+                is_marked = any(self._special_pattern.search(message["content"]) for message in messages)
+                prefill = _taken_prefill(messages)
+                if is_marked:
                     marked[i] = scenario
                     if self.applies_template:
                         messages = mark_control_tokens(messages, self._special_pattern)
-                texts.append(self._text(scenario, messages, key))
+                texts.append((self._text(scenario, messages, key), prefill))
             yield texts, marked
 
     def _text(self, scenario: Scenario, messages: list[dict[str, str]], key: str) -> str:
@@ -221,9 +226,13 @@ class PromptEncoder:
                 "data.use_chat_template=false joins the turns as plain text"
             ) from error
 
-    def _tokenize(self, key: str, batch: tuple[list[str], dict[int, Scenario]]) -> tuple[RaggedTokens, list[str], int]:
+    def _tokenize(self, key: str, batch: _Batch) -> tuple[RaggedTokens, list[str], int]:
         """The tokens of a batch, what they open, and how many of its scenarios hold special tokens in their text."""
-        texts, marked = batch
+        pairs, marked = batch
+        # Without a template, turns are joined by blank lines.
+        between = "" if self.applies_template else "\n\n"
+        texts = [f"{text}{between}{prefill}" if prefill else text for text, prefill in pairs]
+        opened = [self._opened(text) + prefill for text, prefill in pairs]
         # A template writes the special tokens itself: adding the tokenizer's would double the first one.
         is_plain = not self.applies_template
         options = {"add_special_tokens": is_plain, "split_special_tokens": is_plain and not self.parse_special_tokens}
@@ -232,14 +241,15 @@ class PromptEncoder:
         tokens: list[list[int]] = encoded["input_ids"]
         if self.applies_template:
             for i, scenario in marked.items():
-                tokens[i] = self._tokenize_as_text(texts[i], scenario, key)
+                whole = pairs[i][0] + mark_control_tokens(pairs[i][1], self._special_pattern)
+                tokens[i] = self._tokenize_as_text(whole, scenario, key)
         else:
             first, appends_eos = self._added
             # The model would take the end of the prompt for the end of its answer.
             tokens = [prompt[:-1] for prompt in tokens] if appends_eos else tokens
             # Markup may begin with what the tokenizer puts before every text (BOS): once is enough.
             tokens = [p[len(first) :] if first and p[: 2 * len(first)] == first * 2 else p for p in tokens]
-        return RaggedTokens.from_lists(tokens), [self._opened(text) for text in texts], len(marked)
+        return RaggedTokens.from_lists(tokens), opened, len(marked)
 
     def _tokenize_as_text(self, text: str, scenario: Scenario, key: str) -> list[int]:
         """Prompt tokens in which only the template's own special tokens are such, not those in the scenario's text."""
@@ -274,8 +284,8 @@ class PromptEncoder:
             more = f" and {len(overlong) - _IDS_SHOWN} more" if len(overlong) > _IDS_SHOWN else ""
             raise DataError(
                 f"{key}: {len(overlong)} of {len(tokens)} prompts have more than data.max_prompt_tokens={limit} tokens:"
-                f" {shown}{more}; set data.overlong_prompts to drop or truncate_left, or, if the model has as many"
-                f" positions and more, data.max_prompt_tokens={lengths.max()}"
+                f" {shown}{more}; set data.overlong_prompts to drop or truncate_left or, if the model has room for"
+                f" them, data.max_prompt_tokens={lengths.max()}"
             )
         kept = np.flatnonzero(lengths <= limit).tolist()
         if not kept:
@@ -284,6 +294,16 @@ class PromptEncoder:
                 f" {lengths.min()} tokens"
             )
         return EncodedPrompts(RaggedTokens.from_lists([tokens[i] for i in kept]), kept, num_dropped=len(overlong))
+
+
+def first_row(tokenizer: PreTrainedTokenizerBase, scenario: Scenario, tokens: Sequence[int]) -> str:
+    """A scenario as the model sees it, and its target; cut."""
+    return f"{tokenizer.decode(tokens)!r:.400}, target {scenario.target!r:.100}"
+
+
+def _taken_prefill(messages: list[dict[str, str]]) -> str:
+    """The prefill of a conversation, which is taken out of it; empty if there is none."""
+    return messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -2,61 +2,48 @@
 
 A row has its prompt in one of three forms: `prompt` (text), `messages` (a conversation that ends with a turn of the
 user; TRL's data sets call it `prompt` too), or `user_responses` (several texts, each of which becomes a scenario of its
-own). `fields` maps our names to the file's columns. Rewards see all columns of the file under their own names, too.
+own). A `Shape` says which columns these are. Rewards see all columns of the file under their own names, too.
 """
 
 import datetime
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import count
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
-from stateset_lightning.data.reading import Problem, RawRow, kind, listed
-from stateset_lightning.errors import DataError
+from stateset_lightning.data.reading import Problem, RawRow, kind
+from stateset_lightning.data.shapes import QUESTION_COLUMNS, BadRow, Shape
+from stateset_lightning.data.templates import is_template
 from stateset_lightning.files.yaml_text import MAX_DIGITS
 from stateset_lightning.redaction import MAX_DEPTH, MAX_VALUES
-from stateset_lightning.types import Scenario, Turn
+from stateset_lightning.types import Scenario, Turn, as_target, read_literal
 
-QUESTION_COLUMNS = ("prompt", "messages", "user_responses")
-MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")  # where they hold more than a name
-ROLES: tuple[str, ...] = get_args(get_type_hints(Turn)["role"])
-_LIKELY_QUESTIONS = ("question", "text", "query", "input", "instruction", "problem", "content", "sentence")
+_MEDIA_COLUMN = lru_cache(re.compile(r"(image|img|picture|photo|video|audio)(_(path|file|url))?s?", re.I).fullmatch)
+_MEDIA_FILE = re.compile(r"data:|.*\.(png|jpe?g|gif|webp|bmp|tiff?|mp[34]|wav|flac|ogg|m4a|webm|mov|avi|mkv)$", re.I)
+_MEDIA_MARK = re.compile(r"<(image|video|audio)>")
+_NO_MEDIA = "only the text model is trained: take the row out"
+_ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation"), "tool"),
+}
+_CONTEXT = "'context', which goes into the system turn unless data.fields.context=null,"
+_TEXT_PARTS = ("text", "input_text", "output_text")
 _HALF = re.compile("[\ud800-\udfff]")
-
-
-class _BadRow(Exception):
-    """Why a row cannot be a scenario; becomes a `Problem` with the row's place."""
-
-
-def check_columns(rows: Sequence[RawRow], fields: Mapping[str, str], origin: str) -> None:
-    """Checks that the rows of `origin` (a file, say) have the columns that `fields` names, and one with a prompt.
-
-    Raises:
-        DataError: If none of the rows has such a column; it names the columns that there are. A column that only some
-            rows lack is reported with these rows, by `to_scenarios`.
-    """
-    present = list(dict.fromkeys(name for row in rows for name in row.columns))
-    has = f"it has: {listed(present)}"
-    for ours, theirs in fields.items():
-        if theirs not in present:
-            raise DataError(f"{origin}: data.fields.{ours} names the column '{theirs}', which is not there; {has}")
-    if present and not {*QUESTION_COLUMNS} & {*fields, *present}:
-        guess = next((name for name in _LIKELY_QUESTIONS if name in present), present[0])
-        raise DataError(
-            f"{origin}: there is no column 'prompt', 'messages' or 'user_responses'; {has}. "
-            f"Say which one holds the prompt, for example data.fields.prompt={guess}"
-        )
+_CONVERSATION = re.compile(r"\s*\[\s*\{")
 
 
 def to_scenarios(
-    rows: Sequence[RawRow], fields: Mapping[str, str], label: str, rewards: Sequence[str] | None = None
+    rows: Iterable[RawRow], shape: Shape, label: str, rewards: Sequence[str] | None = None
 ) -> tuple[list[tuple[Scenario, str]], list[Problem]]:
     """The scenarios of the rows, each with its place, and the problems of the rows that cannot be used.
 
     Args:
         rows: Rows of one file or list.
-        fields: Our name -> the file's column.
+        shape: How they are read.
         label: Rows without an id get `<label>:<row number>`.
         rewards: Names of the reward functions for rows that do not name their own.
     """
@@ -64,44 +51,96 @@ def to_scenarios(
     problems: list[Problem] = []
     for row in rows:
         try:
-            scenarios += [(scenario, row.place) for scenario in _row_scenarios(row, fields, label, rewards)]
-        except _BadRow as bad:
+            scenarios += [(scenario, row.place) for scenario in _row_scenarios(row, shape, label, rewards)]
+        except BadRow as bad:
             problems.append(Problem(row.place, str(bad)))
     return scenarios, problems
 
 
-def _row_scenarios(row: RawRow, fields: Mapping[str, str], label: str, rewards: Sequence[str] | None) -> list[Scenario]:
+def _row_scenarios(row: RawRow, shape: Shape, label: str, rewards: Sequence[str] | None) -> list[Scenario]:
     for column in row.columns.items():
-        _check_values(*column)
-    columns = _renamed(row.columns, fields)
+        _check_values(*column)  # before a template writes one out
+    if (columns := shape.columns(row)) is None:
+        return []
+    for name, value in columns.items():
+        if value is not row.columns.get(name):
+            _check_values(name, value)
+        columns[name] = value if isinstance(value, str) else _plain(value)
     columns["id"] = _checked_id(columns.get("id"), f"{label}:{row.number}")
-    for name in ("context", "topic"):
-        columns[name] = _checked_text(f"'{name}'", columns[name]) if columns.get(name) not in (None, "") else None
+    columns["context"] = _checked_text(_CONTEXT, columns["context"]) if columns.get("context") else None
+    topic = columns.get("topic")
+    topic = ", ".join(map(str, topic)) if isinstance(topic, list) else topic
+    columns["topic"] = None if topic in (None, "") else str(topic)
     columns["rewards"] = _checked_rewards(columns["rewards"]) if columns.get("rewards") is not None else rewards
-    if isinstance(columns.get("prompt"), list | tuple) and columns.get("messages") is None:
-        columns["messages"] = columns.pop("prompt")
-    if media := [name for name in MEDIA_COLUMNS if isinstance(columns.get(name), list | tuple | Mapping | bytes)]:
-        raise _BadRow(f"'{media[0]}' holds what no model sees: only the text model is trained, so leave it out")
+    columns["target"] = _checked_target(columns.get("target"), shape)
+    _lift_messages(columns, shape)
     given = [name for name in QUESTION_COLUMNS if columns.get(name) is not None]
     if len(given) != 1:
         found = " and ".join(f"'{name}'" for name in given) or "none of them"
-        raise _BadRow(f"needs exactly one of 'prompt', 'messages' and 'user_responses', but has {found}")
+        choose = f"; choose one: data.format={given[0]} or data.fields.{given[0]}=null" if given else ""
+        raise BadRow(f"needs exactly one of 'prompt', 'messages' and 'user_responses', but has {found}{choose}")
     responses = columns.pop("user_responses", None)
     if responses is not None:
         prompts = enumerate(_checked_texts("user_responses", responses))
         return [Scenario.model_validate({**columns, "id": f"{columns['id']}/{i}", "prompt": p}) for i, p in prompts]
     if given == ["messages"]:
-        columns["messages"] = _checked_messages(columns["messages"])
+        columns["messages"] = _conversation(columns, shape)
     else:
         columns["prompt"] = _checked_text("the prompt", columns["prompt"])
+    _refuse_media(columns, shape)
     return [Scenario.model_validate(columns)]
 
 
-def _renamed(columns: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
-    for ours, theirs in fields.items():
-        if theirs not in columns:
-            raise _BadRow(f"no column '{theirs}' (data.fields.{ours}); the row has: {listed(columns)}")
-    return {**columns, **{ours: columns[theirs] for ours, theirs in fields.items()}}
+def _plain(value: Any) -> Any:
+    """Lists and numbers of numpy as Python's; NaN, which stands for what is missing in a table, as None."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _lift_messages(columns: dict[str, Any], shape: Shape) -> None:
+    """A conversation stands in `messages`, as a list, wherever it came from."""
+    name = "messages" if columns.get("messages") is not None else "prompt"
+    value = columns.get(name)
+    if isinstance(value, str) and _CONVERSATION.match(value) and not is_template(shape.sources.get(name) or ""):
+        found = read_literal(value)
+        if isinstance(found, list) and all(isinstance(m, Mapping) and ("role" in m or "from" in m) for m in found):
+            _check_values(name, found)
+            shape.counts["messages that were written as text are read as messages"] += 1
+            columns[name] = found
+    if name == "prompt" and isinstance(columns.get(name), list | tuple):
+        columns["messages"] = columns.pop(name)
+
+
+def _checked_target(value: object, shape: Shape) -> Any:
+    try:
+        return as_target(value)
+    except ValueError as error:
+        source = shape.sources.get("target") or "target"
+        inner = f"={source}.{next(iter(value), '')}" if isinstance(value, Mapping) and value else ""
+        raise BadRow(
+            f"the target {error}; it must be text, a number, true/false or a list of these: data.fields.target{inner}"
+            " takes a part of it (a dotted path), data.fields.target=null none"
+        ) from error
+
+
+def _refuse_media(columns: Mapping[str, Any], shape: Shape) -> None:
+    """No row with an image, a sound or a video is trained without it, unless `data.fields` sets its column to null."""
+    for name, value in columns.items():
+        is_named = _MEDIA_COLUMN(name) is not None
+        if not value or name in shape.options.chosen or (isinstance(value, str) and not is_named):
+            continue
+        item = value[0] if isinstance(value, list) else value
+        is_media = isinstance(item, Mapping) and ({"bytes", "path"} <= item.keys() or "sampling_rate" in item)
+        if is_named and isinstance(item, str):
+            texts = [columns.get("prompt") or "", *(turn.content for turn in columns.get("messages") or ())]
+            is_media = bool(_MEDIA_FILE.match(item)) or any(map(_MEDIA_MARK.search, texts))
+        if is_media or (is_named and not isinstance(item, str | int | float)):
+            raise BadRow(f"'{name}' holds what no model sees: {_NO_MEDIA}, or data.fields.{name}=null to train without")
 
 
 def _checked_id(value: object, default: str) -> str:
@@ -109,15 +148,15 @@ def _checked_id(value: object, default: str) -> str:
         return default
     # YAML makes numbers and dates of what looks like them; true/false is a slip.
     if isinstance(value, bool) or not isinstance(value, str | int | float | datetime.date):
-        raise _BadRow(f"the id must be text or a number, not {kind(value)}")
-    return str(value)
+        raise BadRow(f"the id must be text or a number, not {kind(value)}; data.fields.id=null numbers the rows")
+    return str(as_target(value) if isinstance(value, float) and math.isfinite(value) else value)
 
 
 def _checked_text(what: str, value: object) -> str:
     if not isinstance(value, str):
-        raise _BadRow(f"{what} must be text, not {kind(value)} ({value!r:.40}); put it in quotes")
+        raise BadRow(f"{what} must be text, not {kind(value)} ({value!r:.40}); put it in quotes")
     if not value or value.isspace():
-        raise _BadRow(f"{what} is empty")
+        raise BadRow(f"{what} is empty")
     return value
 
 
@@ -132,13 +171,13 @@ def _check_values(name: str, value: object) -> None:
             return
         item, depth = left.pop()
         if seen > MAX_VALUES or depth > MAX_DEPTH:
-            raise _BadRow(f"{what} more than {MAX_VALUES:,} values, or is nested more than {MAX_DEPTH} deep")
+            raise BadRow(f"{what} more than {MAX_VALUES:,} values, or is nested more than {MAX_DEPTH} deep")
         if isinstance(item, str) and (half := None if item.isascii() else _HALF.search(item)):
             # JSON can write half of a surrogate pair, which no tokenizer takes and no file can hold.
             code = f"\\u{ord(half[0]):04x}"
-            raise _BadRow(f"{what} {code}, half of a character (a surrogate without its pair); replace it")
+            raise BadRow(f"{what} {code}, half of a character (a surrogate without its pair); replace it")
         if isinstance(item, int) and item.bit_length() > MAX_DIGITS * math.log2(10):
-            raise _BadRow(f"{what} an integer of more than {MAX_DIGITS:,} digits; make it text")
+            raise BadRow(f"{what} an integer of more than {MAX_DIGITS:,} digits; make it text")
         if isinstance(item, Mapping):
             left += [(part, depth + 1) for pair in item.items() for part in pair]
         elif isinstance(item, list | tuple):
@@ -147,9 +186,9 @@ def _check_values(name: str, value: object) -> None:
 
 def _checked_texts(name: str, value: object) -> list[str]:
     if not isinstance(value, list | tuple):
-        raise _BadRow(f"'{name}' must be a list of texts, not {kind(value)}")
+        raise BadRow(f"'{name}' must be a list of texts, not {kind(value)}")
     if not value:
-        raise _BadRow(f"'{name}' is an empty list")
+        raise BadRow(f"'{name}' is an empty list")
     return [_checked_text(f"item {number} of '{name}'", text) for number, text in enumerate(value, start=1)]
 
 
@@ -157,37 +196,60 @@ def _checked_rewards(value: object) -> list[str]:
     # The name of this column is reserved: it says which reward functions score the row.
     names = _checked_texts("rewards", value)
     if len(set(names)) < len(names):
-        raise _BadRow(f"'rewards' names a reward twice: {', '.join(names)}")
+        raise BadRow(f"'rewards' names a reward twice: {', '.join(names)}")
     return names
 
 
-def _checked_messages(value: object) -> tuple[Turn, ...]:
-    if not isinstance(value, list | tuple):
-        raise _BadRow(f"'messages' must be a list of {{role, content}}, not {kind(value)}")
-    turns = tuple(_checked_turn(number, message) for number, message in enumerate(value, start=1))
-    if not turns:
-        raise _BadRow("'messages' is an empty list")
+def _conversation(columns: dict[str, Any], shape: Shape) -> tuple[Turn, ...]:
+    """The turns that are answered. A last one of the assistant is the target, a prefill or refused."""
+    messages, final = columns["messages"], shape.options.final_assistant_turn
+    if not isinstance(messages, list | tuple):
+        raise BadRow(f"'messages' must be a list of {{role, content}}, not {kind(messages)}")
+    if not messages:
+        raise BadRow("'messages' is an empty list")
+    turns = [_checked_turn(number, message) for number, message in enumerate(messages, start=1)]
+    begun: list[Turn] = []
+    if len(turns) > 1 and turns[-1].role == "assistant" and final != "error":
+        answer = turns.pop().content
+        if final == "prefill":
+            begun = [Turn("assistant", _checked_text("the last turn, a prefill,", answer))]
+            shape.counts["the last turn, the assistant's, begins the answer (data.final_assistant_turn)"] += 1
+        elif columns["target"] is None or final == "target":
+            columns["target"] = answer
+            shape.counts["the last turn, the assistant's, is the target (data.final_assistant_turn)"] += 1
+        else:
+            shape.counts["the last turn, the assistant's, is left out: a column is the target"] += 1
     if turns[-1].role != "user":
-        raise _BadRow(f"the last message must be the user's, not the {turns[-1].role}'s; the model answers it")
+        raise BadRow(
+            f"the last message must be the user's, not the {turns[-1].role}'s; the model answers it"
+            f"{' (data.final_assistant_turn=target or prefill)' if final == 'error' else ''}"
+        )
     _checked_text("the last message", turns[-1].content)
-    return turns
+    return (*turns, *begun)
 
 
 def _checked_turn(number: int, message: object) -> Turn:
+    """A turn of {role, content} or {from, value}; what else it holds does not count."""
     if isinstance(message, Turn):
-        message = dict(message)
-    if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+        return message
+    names = ("from", "value") if isinstance(message, Mapping) and "from" in message else ("role", "content")
+    if not isinstance(message, Mapping) or not {*names} <= message.keys():
         found = kind(message)
         if isinstance(message, Mapping):
             found = f"a mapping with {', '.join(map(str, message)) or 'nothing'}"
-        raise _BadRow(f"message {number} must have 'role' and 'content' and nothing else, but is {found}")
-    role, content = message["role"], message["content"]
-    if role not in ROLES:
-        raise _BadRow(f"message {number} has the role {role!r}; the roles are {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        parts = content if isinstance(content, list | tuple) else ()
+        raise BadRow(f"message {number} must have 'role' and 'content' (or 'from' and 'value'), but is {found}")
+    if lost := next((name for name in ("tool_calls", "function_call", "images", "audio") if message.get(name)), None):
+        raise BadRow(f"message {number} holds '{lost}', which would be lost: {_NO_MEDIA}")
+    role, content = message[names[0]], message[names[1]]
+    if not isinstance(role, str) or (known := _ROLES.get(role.lower())) is None:
+        raise BadRow(f"message {number} has the role {role!r}; the roles are {', '.join(_ROLES)}")
+    if isinstance(content, list | tuple):
+        parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
         kinds = [part["type"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("type"), str)]
-        if media := [name for name in kinds if name != "text"]:
-            raise _BadRow(f"message {number} holds {media[0]!r:.40}: only the text model is trained, so leave it out")
-        raise _BadRow(f"the content of message {number} must be text, not {kind(content)}")
-    return Turn(role, content)
+        if media := [name for name in kinds if name not in _TEXT_PARTS]:
+            raise BadRow(f"message {number} holds {media[0]!r:.40}: {_NO_MEDIA}")
+        if parts and len(kinds) == len(parts) and all(isinstance(part.get("text"), str) for part in parts):
+            content = "".join(part["text"] for part in parts)
+    if not isinstance(content, str):
+        raise BadRow(f"the content of message {number} must be text, not {kind(content)}")
+    return Turn(known, content)  # type: ignore[arg-type]

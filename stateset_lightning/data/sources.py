@@ -8,8 +8,8 @@ them by their weights.
 import glob
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -20,7 +20,8 @@ from stateset_lightning.data.hub import is_hub_id, read_hub, read_parquet
 from stateset_lightning.data.ragged import garbage_collection_paused
 from stateset_lightning.data.reading import READERS, Problem, RawRow, raise_problems, read_file, rows_of, separate
 from stateset_lightning.data.reasoning_gym import MAX_SEED, MAX_SIZE, read_task
-from stateset_lightning.data.scenarios import QUESTION_COLUMNS, check_columns, to_scenarios
+from stateset_lightning.data.scenarios import to_scenarios
+from stateset_lightning.data.shapes import QUESTION_COLUMNS, FinalTurn, Format, RowOptions, recognise
 from stateset_lightning.errors import ConfigError, DataError, check_bounds
 from stateset_lightning.files import keep_inputs
 from stateset_lightning.redaction import spare
@@ -41,7 +42,8 @@ class Source:
         options: The task's own options, such as its difficulty.
         weight: Share of an epoch, relative to the other sources' weights. Without weights every row comes once per
             epoch.
-        fields: Our name -> the source's column; takes the place of data.fields for this source.
+        fields: Our name -> the source's column. A source that has this or one of the next goes without those of `data`.
+        format, prompt_template, system_template, row, final_assistant_turn: As those of `data`.
         rewards: Names of the reward functions that score this source's rows; without it all of them do.
         name: What messages and generated ids call this source.
     """
@@ -53,19 +55,28 @@ class Source:
     seed: Annotated[int, Ge(0), Le(MAX_SEED)] = 0
     options: dict[str, Any] | None = None
     weight: Annotated[float, Gt(0)] | None = None
-    fields: dict[str, str] | None = None
+    fields: dict[str, str | None] | None = None
+    format: Format | None = None
+    prompt_template: str | None = None
+    system_template: str | None = None
+    row: str | Callable[..., Any] | None = None
+    final_assistant_turn: FinalTurn | None = None
     rewards: list[str] | None = None
     name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ScenarioSet:
-    """The scenarios of a split. `source_of[i]` is the index, in `names` and `weights`, of the source of scenario i."""
+    """The scenarios of a split. `source_of[i]` is the index, in `names` and `weights`, of the source of scenario i.
+
+    `taken` says what was recognised in the columns, and done to rows, in sentences.
+    """
 
     scenarios: list[Scenario]
     source_of: list[int]
     names: list[str]
     weights: list[float] | None
+    taken: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.scenarios)
@@ -74,6 +85,10 @@ class ScenarioSet:
         """The same sources with the scenarios at `indices` alone."""
         chosen = [self.scenarios[i] for i in indices]
         return replace(self, scenarios=chosen, source_of=[self.source_of[i] for i in indices])
+
+    @property
+    def num_without_target(self) -> int:
+        return sum(scenario.target in (None, "", []) for scenario in self.scenarios)
 
     @property
     def mixture(self) -> str:
@@ -110,14 +125,17 @@ SplitSpec = str | os.PathLike[str] | Sequence[Source | Mapping[str, Any]]
 
 
 def read_split(
-    spec: SplitSpec, split: str, data_fields: Mapping[str, str] | None = None, first: int | None = None
+    spec: SplitSpec,
+    split: str,
+    options: RowOptions | Mapping[str, str | None] | None = None,
+    first: int | None = None,
 ) -> ScenarioSet:
     """Reads and checks all scenarios of a split.
 
     Args:
         spec: A path, glob or hub id, a list of rows, or a list of sources.
         split: train, validation, test or predict.
-        data_fields: Our name -> the files' column, for sources without `fields` of their own.
+        options: What is said about the columns (or `fields` alone), for sources that say nothing of their own.
         first: Rows of each file that are looked at, and of no hub or library; None: all.
 
     Raises:
@@ -126,6 +144,9 @@ def read_split(
     """
     key = f"data.{split}"
     sources = _as_sources(spec, key)
+    options = options if isinstance(options, RowOptions) else RowOptions(fields=options)
+    options = replace(options, needs_target=split != "predict")
+    taken: dict[str, None] = {}
     with garbage_collection_paused():
         read = [(i, source) for i, source in enumerate(sources) if first is None or _is_here(source, key)]
         lists = [(i, rows) for i, source in read for rows in _row_lists(source, i, len(sources), split)]
@@ -135,12 +156,11 @@ def read_split(
         problems: list[Problem] = []
         for index, part in lists:
             source = sources[index]
-            names = {} if source.reasoning_gym else (data_fields if source.fields is None else source.fields) or {}
-            rows = part.rows[:first]
-            if rows:
-                check_columns(rows, names, part.origin)
+            said = RowOptions(format="prompt") if source.reasoning_gym else options.of(vars(source))
+            shape = recognise(part.rows[:1_000], said, part.origin)
             label = part.stem if stems[part.stem] == 1 else source.name or part.path
-            scenarios, bad = to_scenarios(rows, names, label, source.rewards)
+            scenarios, bad = to_scenarios(part.rows[:first], shape, label, source.rewards)
+            taken[shape.announcement()] = None
             checked += scenarios
             source_of += [index] * len(scenarios)
             problems += [*part.problems, *bad]
@@ -154,7 +174,13 @@ def read_split(
     )
     weights = None if sources[0].weight is None else [source.weight or 0.0 for source in sources]
     source_names = [s.name or s.path or s.reasoning_gym or f"{key} item {i}" for i, s in enumerate(sources, start=1)]
-    return ScenarioSet([scenario for scenario, _ in checked], source_of, source_names, weights)
+    if not checked:
+        raise DataError(f"{key}: data.row leaves out every row")
+    told = list(filter(None, taken))
+    found = ScenarioSet([scenario for scenario, _ in checked], source_of, source_names, weights, told)
+    if 0 < found.num_without_target < len(found):
+        told.append(f"{found.num_without_target:,} of {len(found):,} scenarios have no target")
+    return found
 
 
 def _as_sources(spec: SplitSpec, key: str) -> list[Source]:

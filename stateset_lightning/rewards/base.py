@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from stateset_lightning.errors import ConfigError, DataError, RewardError
 from stateset_lightning.redaction import redacted_text
 from stateset_lightning.threads import forked_child_ends
-from stateset_lightning.types import NOT_APPLICABLE, Turn
+from stateset_lightning.types import ABSENT, NOT_APPLICABLE, Turn, as_target, at_path
 
 # A conversation; its last turn is the completion.
 Turns = Sequence[Turn]
@@ -109,7 +109,7 @@ class RewardFunction(ABC):
 
     def missing(self, columns: Mapping[str, Any]) -> list[str]:
         """The columns that it needs and this scenario has not."""
-        return [name for name in self.needs if columns.get(name) is None]
+        return [name for name in self.needs if (found := at_path(columns, name)) is None or found is ABSENT]
 
     def take_counts(self) -> Mapping[str, float]:
         """What this reward has counted since the last call (tokens bought, say).
@@ -186,27 +186,28 @@ def target_of(context: Context, reward: str, read: Callable[[Any], list[T]], pro
             answer were wrong.
     """
     target, scenario = (context or {}).get("target"), (context or {}).get("id")
-    if target is None:
-        problem = "is missing: add the column, or leave this reward out of the row's 'rewards'"
-    elif found := read(target):
-        return found
+    try:
+        if (answer := as_target(target)) is None:
+            problem = "is missing: add the column, or leave this reward out of the row's 'rewards'"
+        elif found := read(answer):
+            return found
+    except ValueError as error:
+        problem = str(error)
     raise DataError(f"reward '{reward}' needs an answer, but target={target!r} of scenario {scenario!r} {problem}")
 
 
 def target_texts(context: Context, reward: str, content: Callable[[str], object] = lambda text: True) -> list[str]:
-    """The accepted answers of a scenario, as texts: its target, or each item if that is a list.
+    """The accepted answers of a scenario, as texts: its target, or each item if that is a list; `true` for True.
 
-    Args:
-        context: The scenario's columns.
-        reward: Name of the reward, for errors.
-        content: What counts of a text. By default an empty text is accepted.
+    Arguments are as of `target_of`; `content` is what counts of a text: by default an empty one is accepted.
 
     Raises:
         DataError: If there is no target, it is an empty list, or a text has no `content`.
     """
 
     def read(target: Any) -> list[str]:
-        texts = list(map(str, target if isinstance(target, list | tuple | set | frozenset) else [target]))
+        items = target if isinstance(target, list) else [target]
+        texts = [str(item).lower() if isinstance(item, bool) else str(item) for item in items]
         return texts if all(map(content, texts)) else []
 
     return target_of(context, reward, read, "is empty")

@@ -14,6 +14,7 @@ from typing import Any
 from stateset_lightning.errors import ConfigError, DataError, RewardError, bounded
 from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns
 from stateset_lightning.rewards.group import GroupReward
+from stateset_lightning.types import ABSENT, at_path
 from stateset_lightning.workers import OpenAIClient
 
 _INSTRUCTIONS = (Path(__file__).parent / "judge_instructions.txt").read_text().rstrip()
@@ -27,6 +28,7 @@ _NUMBER = r"-?\d+(?:\.\d+)?"
 _SCORES_LINE = re.compile(
     rf"[\s*_#`]*+scores[\s*_`]*+[:=][\s*_`\[]*+({_NUMBER}(?:[,;\s]++{_NUMBER})*+)[\]\s*_`.]*", re.IGNORECASE
 )
+_COLUMN = re.compile(r"[^\W\d]\w*([.\[][\w.\[\]]+)?")
 _DEFAULTS: dict[str, Any] = {"temperature": 0.0, "max_completion_tokens": 512}
 
 
@@ -43,8 +45,8 @@ class Judge(RewardFunction):
 
     Args:
         model: The judge's name on the server.
-        rubric: What a good answer is. `{column}` is replaced by the scenario's column (`{target}`, say); write `{{` for
-            a brace.
+        rubric: What a good answer is. `{column}` is replaced by the scenario's column (`{target}`, say), also at a
+            dotted path (`{extra_info.answer}`); write `{{` for a brace.
         score_range: The judge's lowest and highest score, which become 0 and 1.
         request: Further parameters of a request, over `temperature: 0.0` and `max_completion_tokens: 512`; null leaves
             one of these out.
@@ -89,7 +91,8 @@ class Judge(RewardFunction):
         """A request: the instructions, with these words, and the conversation and answers by tag, between marks."""
         conversation = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in asked)
         mark = _hash(conversation, *answers.values())[:16]
-        rubric = self.rubric.format_map({name: self._column(name, context) for name in self.needs})
+        parts = string.Formatter().parse(self.rubric)
+        rubric = "".join(text + (self._column(name, context) if name else "") for text, name, *_ in parts)
         texts = {"conversation": conversation, **answers}
         material = "\n\n".join(f"<{tag}-{mark}>\n{text}\n</{tag}-{mark}>" for tag, text in texts.items())
         instructions = self.instructions.format(rubric=rubric, mark=mark, low=self.low, high=self.high, **words)
@@ -133,14 +136,14 @@ class Judge(RewardFunction):
         except ValueError as error:
             raise ConfigError(f"{self.name}.rubric={self.rubric!r}: {error}; write {{{{ and }}}} for braces") from error
         for _, column, form, conversion in parts:
-            if form or conversion or not (column is None or column.isidentifier()):
+            if form or conversion or not (column is None or _COLUMN.fullmatch(column)):
                 raise ConfigError(f"{self.name}.rubric names the column '{{{column}}}'; write {{{{ for a brace")
         return [column for _, column, _, _ in parts if column]
 
     def _column(self, name: str, context: Mapping[str, Any]) -> str:
-        if context.get(name) is None:
+        if (found := at_path(context, name)) is None or found is ABSENT:
             raise DataError(f"scenario {context.get('id')!r} has no column '{name}', which {self.name}.rubric names")
-        return str(context[name])
+        return str(found)
 
 
 class ModelJudge(Judge):

@@ -13,13 +13,14 @@ from typing import Any, Literal
 from stateset_lightning.errors import ConfigError, require
 from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion, target_texts
 
+_BOOLEANS = {"true", "false"}
 _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL | re.IGNORECASE)
 
 
 class ExactMatch(RewardFunction):
     """1 if the completion equals the scenario's `target` (or one of them, if it is a list), else 0.
 
-    A scenario without a target is a failure, not a zero.
+    A scenario without a target is a failure, not a zero. `true` and `false` are compared in any case.
 
     Args:
         ignore_case: Whether upper and lower case are the same.
@@ -54,7 +55,8 @@ class ExactMatch(RewardFunction):
             text = text.casefold()
         if self.ignore_punctuation:
             text = "".join(character for character in text if not unicodedata.category(character).startswith("P"))
-        return " ".join(text.split()) if self.ignore_whitespace else text
+        text = " ".join(text.split()) if self.ignore_whitespace else text
+        return text.lower() if text.lower() in _BOOLEANS else text
 
 
 class Contains(RewardFunction):
@@ -66,7 +68,7 @@ class Contains(RewardFunction):
     Args:
         strings: What to look for; by default the scenario's `target`, or its items if it is a list.
         require: Whether `all` strings must be there or `any` one of them is enough.
-        ignore_case: Whether upper and lower case are the same.
+        ignore_case: Whether upper and lower case are the same; they always are for `true` and `false`.
         **common: `weight`, `name` and `timeout` of every reward.
 
     Raises:
@@ -94,7 +96,7 @@ class Contains(RewardFunction):
     def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
         strings = self.strings if self.strings is not None else target_texts(context, self.name, content=str)
         text = completion(turns)
-        if self.ignore_case:
+        if self.ignore_case or _BOOLEANS.issuperset(map(str.lower, strings)):
             text, strings = text.casefold(), [string.casefold() for string in strings]
         found = sum(string in text for string in strings)
         score = found == len(strings) if self.require == "all" else found > 0

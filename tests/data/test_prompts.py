@@ -105,8 +105,8 @@ def test_overlong_prompts_are_an_error_that_says_what_to_set(tokenizer):
     assert (
         str(error.value)
         == "data.train: 2 of 4 prompts have more than data.max_prompt_tokens=4 tokens: s1 (5), s3 (8); "
-        "set data.overlong_prompts to drop or truncate_left, or, if the model has as many positions and more, "
-        "data.max_prompt_tokens=8"
+        "set data.overlong_prompts to drop or truncate_left or, if the model has room for them,"
+        " data.max_prompt_tokens=8"
     )
 
 

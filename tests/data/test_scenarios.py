@@ -3,19 +3,25 @@
 import pytest
 
 from stateset_lightning.data.reading import RawRow
-from stateset_lightning.data.scenarios import check_columns, to_scenarios
+from stateset_lightning.data.scenarios import to_scenarios
+from stateset_lightning.data.shapes import RowOptions, recognise
 from stateset_lightning.errors import DataError
 from stateset_lightning.types import Turn
 
 
-def scenarios(row, fields=None, rewards=None):
-    found, problems = to_scenarios([RawRow(row, "here", 4)], fields or {}, "file", rewards)
+def converted(row, rewards=None, **options):
+    rows = [RawRow(row, "here", 4)]
+    return to_scenarios(rows, recognise(rows, RowOptions(**options), "file"), "file", rewards)
+
+
+def scenarios(row, fields=None, rewards=None, **options):
+    found, problems = converted(row, rewards, fields=fields, **options)
     assert problems == []
     return [scenario for scenario, _ in found]
 
 
-def reason(row, fields=None):
-    found, problems = to_scenarios([RawRow(row, "here", 4)], fields or {}, "file")
+def reason(row, **options):
+    found, problems = converted(row, **options)
     assert found == []
     assert problems[0].place == "here"
     return problems[0].reason
@@ -87,7 +93,11 @@ def test_any_column_name_is_kept(name):
     assert scenarios({"prompt": "a", name: "kept"})[0].columns()[name] == "kept"
 
 
-USER = {"role": "user", "content": "a"}
+NUMBERED = "data.fields.id=null numbers the rows"
+ROLES = (
+    "the roles are system, developer, user, human, prompter, assistant, gpt, bot, model, chatgpt, tool, function,"
+    " observation"
+)
 
 
 @pytest.mark.parametrize(
@@ -103,27 +113,29 @@ USER = {"role": "user", "content": "a"}
         ({"prompt": True}, "the prompt must be text, not true/false (True); put it in quotes"),
         ({"prompt": None}, "needs exactly one of 'prompt', 'messages' and 'user_responses', but has none of them"),
         (
-            {"prompt": "a", "messages": [USER]},
-            "needs exactly one of 'prompt', 'messages' and 'user_responses', but has 'prompt' and 'messages'",
+            {"prompt": "a", "messages": [{"role": "user", "content": "a"}]},
+            "needs exactly one of 'prompt', 'messages' and 'user_responses', but has 'prompt' and 'messages';"
+            " choose one: data.format=prompt or data.fields.prompt=null",
         ),
         ({"messages": "hi"}, "'messages' must be a list of {role, content}, not text"),
         ({"messages": []}, "'messages' is an empty list"),
-        ({"messages": ["hi"]}, "message 1 must have 'role' and 'content' and nothing else, but is text"),
         (
-            {"messages": [{**USER, "name": "x"}]},
-            "message 1 must have 'role' and 'content' and nothing else, but is a mapping with role, content, name",
+            {"messages": ["hi"]},
+            "message 1 must have 'role' and 'content' (or 'from' and 'value'), but is text",
         ),
         (
-            {"messages": [{"role": "bot", "content": "a"}]},
-            "message 1 has the role 'bot'; the roles are system, user, assistant, tool",
+            {"messages": [{"role": "user", "text": "x"}]},
+            "message 1 must have 'role' and 'content' (or 'from' and 'value'), but is a mapping with role, text",
         ),
         (
-            {"messages": [{"role": ["user"], "content": "a"}]},
-            "message 1 has the role ['user']; the roles are system, user, assistant, tool",
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]},
+            "message 1 holds 'tool_calls', which would be lost: only the text model is trained: take the row out",
         ),
+        ({"messages": [{"role": "narrator", "content": "a"}]}, f"message 1 has the role 'narrator'; {ROLES}"),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, f"message 1 has the role ['user']; {ROLES}"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image", "url": "b"}]}]},
-            "message 1 holds 'image': only the text model is trained, so leave it out",
+            "message 1 holds 'image': only the text model is trained: take the row out",
         ),
         ({"messages": [{"role": "user", "content": [1]}]}, "the content of message 1 must be text, not a list"),
         (
@@ -132,10 +144,11 @@ USER = {"role": "user", "content": "a"}
         ),
         (
             {"prompt": "What is this?", "images": [{"bytes": b"x", "path": None}]},
-            "'images' holds what no model sees: only the text model is trained, so leave it out",
+            "'images' holds what no model sees: only the text model is trained: take the row out, or"
+            " data.fields.images=null to train without",
         ),
         (
-            {"messages": [USER, {"role": "assistant", "content": "b"}]},
+            {"messages": [{"role": "assistant", "content": "b"}]},
             "the last message must be the user's, not the assistant's; the model answers it",
         ),
         ({"messages": [{"role": "user", "content": " "}]}, "the last message is empty"),
@@ -143,9 +156,14 @@ USER = {"role": "user", "content": "a"}
         ({"user_responses": []}, "'user_responses' is an empty list"),
         ({"user_responses": ["a", 3]}, "item 2 of 'user_responses' must be text, not a number (3); put it in quotes"),
         ({"user_responses": [""]}, "item 1 of 'user_responses' is empty"),
-        ({"prompt": "a", "id": True}, "the id must be text or a number, not true/false"),
-        ({"prompt": "a", "id": [1]}, "the id must be text or a number, not a list"),
-        ({"prompt": "a", "topic": 2024}, "'topic' must be text, not a number (2024); put it in quotes"),
+        (
+            {"prompt": "a", "id": True},
+            "the id must be text or a number, not true/false; data.fields.id=null numbers the rows",
+        ),
+        (
+            {"prompt": "a", "id": [1]},
+            "the id must be text or a number, not a list; data.fields.id=null numbers the rows",
+        ),
         ({"prompt": "a", "rewards": "exact"}, "'rewards' must be a list of texts, not text"),
         ({"prompt": "a", "rewards": ["x", "x"]}, "'rewards' names a reward twice: x, x"),
     ],
@@ -155,28 +173,28 @@ def test_a_bad_row_says_why(row, expected):
 
 
 def test_a_row_without_a_named_column_says_which_it_has():
-    assert (
-        reason({"text": "a"}, {"prompt": "question"}) == "no column 'question' (data.fields.prompt); the row has: text"
-    )
+    rows = [RawRow({"question": "q"}, "f:1", 1), RawRow({"text": "a"}, "f:2", 2)]
+    found, problems = to_scenarios(rows, recognise(rows, RowOptions(fields={"prompt": "question"}), "f"), "f")
+    assert len(found) == 1
+    assert [problem.reason for problem in problems] == ["no column 'question' (data.fields.prompt); the row has: text"]
 
 
 def test_good_rows_beside_bad_ones_are_kept_apart():
-    found, problems = to_scenarios(
-        [RawRow({"prompt": p}, f"f:{i}", i) for i, p in enumerate(["a", "", "c", ""], 1)], {}, "f"
-    )
+    rows = [RawRow({"prompt": p}, f"f:{i}", i) for i, p in enumerate(["a", "", "c", ""], 1)]
+    found, problems = to_scenarios(rows, recognise(rows, RowOptions(), "f"), "f")
     assert [(scenario.id, place) for scenario, place in found] == [("f:1", "f:1"), ("f:3", "f:3")]
     assert [problem.place for problem in problems] == ["f:2", "f:4"]
 
 
 def test_a_missing_column_of_a_whole_file_is_one_error_that_proposes_fields():
-    rows = [RawRow({"question": "q", "answer": "a"}, "f:1", 1)]
+    rows = [RawRow({"text": "q", "category": "a"}, "f:1", 1)]
     with pytest.raises(
-        DataError, match=r"f: there is no column 'prompt'.*it has: question, answer.*data.fields.prompt=question"
+        DataError, match=r"f: there is no column 'prompt'.*it has: text, category.*data.fields.prompt=text"
     ):
-        check_columns(rows, {}, "f")
+        recognise(rows, RowOptions(), "f")
     with pytest.raises(
         DataError,
-        match=r"f: data.fields.target names the column 'solution', which is not there; it has: question, answer",
+        match=r"f: data.fields.target names the column 'solution', which is not there; it has: text, category",
     ):
-        check_columns(rows, {"prompt": "question", "target": "solution"}, "f")
-    check_columns(rows, {"prompt": "question"}, "f")
+        recognise(rows, RowOptions(fields={"prompt": "text", "target": "solution"}), "f")
+    recognise(rows, RowOptions(fields={"prompt": "text"}), "f")

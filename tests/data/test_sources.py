@@ -81,12 +81,13 @@ def test_all_bad_rows_of_all_files_are_reported_together(write):
         ("data/train.jsonl", "data.train=data/train.jsonl: there is no such file"),
         ("none/*.jsonl", "data.train=none/*.jsonl: no file matches"),
         (["text"], "data.train item 1: a row must be a mapping of columns, not text"),
-        ([{"question": "a"}], "data.train: there is no column 'prompt'"),
+        ([{"text": "a"}], "data.train: there is no column 'prompt'"),
         (
             [{"path": "a", "wieght": 2}],
             (
                 "data.train item 1: a source has no key 'wieght'; its keys are path, rows, reasoning_gym, size, seed,"
-                " options, weight, fields, rewards, name"
+                " options, weight, fields, format, prompt_template, system_template, row, final_assistant_turn,"
+                " rewards, name"
             ),
         ),
         (

@@ -223,6 +223,13 @@ def test_a_column_that_is_missing_fails_alone(server):
     assert "Like {target}? {}" in server.requests[0]["messages"][0]["content"]  # what a column holds is no template
 
 
+def test_a_rubric_names_nested_columns(server):
+    reward = ModelJudge("m", "Like {extra_info.answers[1]}{{}}", base_url=server.url)
+    run(reward, context={"extra_info": {"answers": ["a", "b"]}})
+    assert "Like b{}" in server.requests[0]["messages"][0]["content"]
+    assert "no column 'extra_info.answers[1]'" in run(reward, context={"extra_info": 1}).failures[0].message
+
+
 def test_the_key_comes_from_the_environment_and_goes_nowhere_else(server, monkeypatch, tmp_path):
     monkeypatch.setenv("JUDGE_API_KEY", "secret-of-the-judge")
     monkeypatch.setenv("OPENAI_API_KEY", "secret-of-openai")
@@ -265,7 +272,7 @@ def test_parameters_of_a_request_can_be_changed(server):
     ("options", "message"),
     [
         ({"rubric": " "}, "model_judge.rubric is empty"),
-        ({"rubric": "{target.x}"}, "rubric names the column '{target.x}'"),
+        ({"rubric": "{target.}"}, "rubric names the column '{target.}'"),
         ({"rubric": "{0}"}, "rubric names the column '{0}'"),
         ({"rubric": "{}"}, "rubric names the column '{}'"),
         ({"rubric": "{target!r}"}, "rubric names the column"),

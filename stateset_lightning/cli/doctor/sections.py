@@ -16,6 +16,7 @@ from stateset_lightning.cli.config import StatesetCLI
 from stateset_lightning.cli.doctor.measure import SAMPLED, WORST, EpisodeMeasurement
 from stateset_lightning.cli.doctor.meter import LIMIT, Meter
 from stateset_lightning.cli.messages import without_traceback
+from stateset_lightning.data import first_row
 from stateset_lightning.errors import UserError, one_line
 from stateset_lightning.module import GRPOLightningModule
 from stateset_lightning.redaction import redacted
@@ -99,7 +100,8 @@ class Doctor:
                 dropped, cut = self.data.dropped[split], self.data.truncated[split]
                 share = f"{(dropped + cut) / (len(lengths) + dropped):.1%} above data.max_prompt_tokens={limit}"
                 tokens += f", {share}; {dropped} dropped, {cut} cut to their last tokens"
-            _show([f"{split}: {len(lengths):,} rows of {tokens}"])
+            row = first_row(self.module.tokenizer, scenarios.scenarios[0], prompts[0])
+            _show([f"{split}: {len(lengths):,} rows of {tokens}", f"first row: {row}"])
             if topics := Counter(s.topic for s in scenarios.scenarios if s.topic is not None):
                 common = ", ".join(f"{topic} {count}" for topic, count in topics.most_common(TOPICS))
                 _show([f"{len(topics)} topics: {common}{', ...' if len(topics) > TOPICS else ''}"])

@@ -1,0 +1,306 @@
+"""What the columns of a file mean: a shape says which column, or template of columns, is prompt, target and so on.
+
+A shape is recognised by the names of a file's columns, or named by `data.format`; what the user chose in `data.fields`,
+`data.prompt_template` and `data.system_template` wins. Templates are the user's own, or made here of names of columns:
+nothing that a row holds is ever read as one.
+"""
+
+# No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
+import pkgutil
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from string import ascii_uppercase
+from typing import Any, Literal, get_args
+
+from stateset_lightning.data.reading import RawRow, listed
+from stateset_lightning.data.templates import columns_of, compiled, is_template
+from stateset_lightning.errors import ConfigError, DataError, one_line
+from stateset_lightning.types import ABSENT, at_path
+
+QUESTION_COLUMNS = ("prompt", "messages", "user_responses")
+
+Format = Literal["auto", "prompt", "messages", "alpaca", "sharegpt", "verl", "openai", "preference", "qa"]
+FinalTurn = Literal["target", "prefill", "error"]
+
+# The columns that a format needs, and by which it is recognised, in this order.
+_NEEDED = {
+    "verl": ("prompt", "reward_model"),
+    "preference": ("prompt", "chosen", "rejected"),
+    "prompt": ("prompt",),
+    "messages": ("messages",),
+    "openai": ("messages",),
+    "user_responses": ("user_responses",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction",),
+    "qa": ("question",),
+}
+# Other names for what a column holds, most telling first. Names are compared in lower case, without space around them,
+# and with _ for other space.
+_ALIASES = {
+    "question": "question problem query question_stem",
+    "choices": "choices options input",
+    "passage": "passage context article",
+    "system": "system system_prompt",
+    "conversations": "conversations conversation",
+    "target": "target answerkey answer final_answer expected_answer correct_answer reference_answer ground_truth"
+    " answers solution completion response output",
+}
+_TEMPLATES = {"prompt": "prompt_template", "context": "system_template"}
+_NULLS = (None, "null")  # a flag's null is text: --data.fields.messages=null
+
+# Never proposed as prompts; of other texts, the likely ones are.
+_NO_QUESTION = re.compile(
+    r"(.*_)?(id|ids|idx|index|uuid|guid|hash|labels?|target|class|category|tags?|score|level|type|subject|source|url|path"
+    r"|split|lang|language|date|time|timestamp|name|title|topic|model|file|filename|dataset|difficulty|sentiment|emotion"
+    r"|intent|rating|gold|summary|chosen|rejected|answers?|solution|completion|response|output)(_.*)?|system.*"
+)
+_LIKELY = ("text", "input", "content", "sentence")
+_COUNTDOWN = "Using the numbers {{ nums }}, write an expression that equals {{ target }}."
+
+
+class BadRow(Exception):
+    """Why a row cannot be a scenario; becomes a `Problem` with the row's place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOptions:
+    """What the user says about the columns of the rows.
+
+    Args:
+        fields: Our name -> the file's column, a dotted path, a template, or None for none.
+        format: The shape of the rows; see `docs/data.md`.
+        prompt_template: Jinja2 template of the prompt, over the row's columns.
+        system_template: Jinja2 template of the row's system turn.
+        row: A function, or its import path: a row's columns -> those that count, or None to leave the row out.
+        final_assistant_turn: What a last turn of the assistant is; None: the target, where no column is it.
+        needs_target: Whether a target that `fields` names must be there.
+
+    Raises:
+        ConfigError: If options contradict each other.
+    """
+
+    fields: Mapping[str, str | None] | None = None
+    format: Format = "auto"
+    prompt_template: str | None = None
+    system_template: str | None = None
+    row: str | Callable[..., Any] | None = None
+    final_assistant_turn: FinalTurn | None = None
+    needs_target: bool = True
+
+    def __post_init__(self) -> None:
+        for name, hint in (("format", Format), ("final_assistant_turn", FinalTurn)):
+            if (value := getattr(self, name)) not in (None, *get_args(hint)):
+                raise ConfigError(f"data.{name}={value!r} must be one of {', '.join(get_args(hint))}")
+        for name, option in _TEMPLATES.items():
+            if (self.fields or {}).get(name) not in _NULLS and getattr(self, option) is not None:
+                raise ConfigError(f"data.{option} and data.fields.{name} are both given; leave one of them out")
+
+    def of(self, said: Mapping[str, Any]) -> "RowOptions":
+        """Those among what is `said` (of a source, say), if it has any; else these."""
+        own = {each.name: value for each in fields(self) if (value := said.get(each.name)) is not None}
+        return RowOptions(**{"needs_target": self.needs_target, **own}) if own else self
+
+    @cached_property
+    def chosen(self) -> dict[str, str | None]:
+        """What the user chose: our name -> a path, a template, or None."""
+        templates = {name: text for name, option in _TEMPLATES.items() if (text := getattr(self, option)) is not None}
+        # On a command line, the shell leaves `\n` as it is. In LaTeX a small letter follows (`\nu`).
+        written = {name: re.sub(r"\\n(?![a-z])", "\n", str(text)) for name, text in templates.items()}
+        sources = {**(self.fields or {}), **written}
+        return {name: None if text in _NULLS else str(text) for name, text in sources.items()}
+
+    @cached_property
+    def _function(self) -> Callable[..., Any] | None:
+        try:
+            return pkgutil.resolve_name(self.row) if isinstance(self.row, str) else self.row
+        except Exception as error:  # a user's module may raise anything
+            why = f"{type(error).__name__}: {one_line(error)}"
+            raise ConfigError(
+                f"data.row={self.row}: no function (my_module.to_scenario) can be imported: {why}"
+            ) from error
+
+    def columns(self, row: RawRow) -> Mapping[str, Any] | None:
+        """The columns of a row; None if the user's function leaves it out.
+
+        Raises:
+            BadRow: If it raises, or returns something else. ConfigError: If it cannot be imported.
+        """
+        if (function := self._function) is None:
+            return row.columns
+        try:
+            made = function(dict(row.columns))
+        except Exception as error:
+            raise BadRow(f"data.row raised {type(error).__name__}: {one_line(error)}") from error
+        if made is not None and not (isinstance(made, Mapping) and all(isinstance(name, str) for name in made)):
+            raise BadRow(f"data.row returned {made!r:.40}, which is neither a mapping of columns nor None")
+        return made
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How the rows of a file are read.
+
+    Args:
+        name: A format, or `fields` where the user chose the prompt.
+        sources: Our name -> a column, a dotted path, a template, or None: there is none.
+        present: The columns that the file has.
+        options: What the user said.
+        counts: What was done to how many rows, in words; grows as rows are read.
+    """
+
+    name: str
+    sources: Mapping[str, str | None]
+    present: Sequence[str]
+    options: RowOptions
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def columns(self, row: RawRow) -> dict[str, Any] | None:
+        """The columns of a row under our names, and all others; None for a row that is left out.
+
+        Raises:
+            BadRow: If a column that was chosen is not there, or a template cannot be rendered.
+        """
+        if (given := self.options.columns(row)) is None:
+            self.counts["left out by data.row"] += 1
+            return None
+        return {**given, **{ours: self._value(ours, theirs, given) for ours, theirs in self.sources.items()}}
+
+    def announcement(self) -> str:
+        """What was taken for what, and done to rows; empty where the file has our names, and nothing was done."""
+        words = {**dict.fromkeys(QUESTION_COLUMNS, "prompt"), "context": "system turn", "target": "target"}
+        shown = {ours: theirs for ours in words if (theirs := self.sources.get(ours))}
+        said = ", ".join(f"{words[ours]} from {theirs!r}" for ours, theirs in shown.items())
+        done = [f"{what} ({count:,} rows)" for what, count in self.counts.items()]
+        is_plain = self.name in QUESTION_COLUMNS and not done and all(map(str.__eq__, shown, shown.values()))
+        return "" if is_plain else "; ".join([f"read as {self.name}: {said}", *done])
+
+    def _value(self, ours: str, theirs: str | None, given: Mapping[str, Any]) -> Any:
+        if theirs is None or theirs in given:  # most are
+            return None if theirs is None else given[theirs]
+        is_chosen = ours in self.options.chosen
+        if is_template(theirs):
+            # A column of other rows may be missing here; for the user's own template that is an error.
+            columns = given if is_chosen else {**dict.fromkeys(self.present), **given}
+            try:
+                return compiled(theirs).render({"row": given, **columns}).strip()
+            except Exception as error:  # a template may ask anything of a value
+                raise BadRow(f"the template of the {ours}: {one_line(error)}; the row has: {listed(given)}") from error
+        if (found := at_path(given, theirs)) is not ABSENT:
+            return found
+        if is_chosen and (ours != "target" or self.options.needs_target):
+            raise BadRow(f"no column '{theirs}' (data.fields.{ours}); the row has: {listed(given)}")
+        return None
+
+
+def recognise(sample: Sequence[RawRow], options: RowOptions, origin: str) -> Shape:
+    """How the rows of `origin` (a file, say) are read, by their first ones.
+
+    Raises:
+        ConfigError: If a template is none.
+        DataError: If none of the rows has a column that the user chose, or it is not clear which one holds the prompt.
+            It names the columns that there are.
+    """
+    rows: list[Mapping[str, Any]] = []
+    for row in sample:
+        with suppress(BadRow):  # told of when all rows are read
+            rows += filter(None, [options.columns(row)])
+    # What each column holds, in some row.
+    example: dict[str, Any] = {name: None for row in rows for name in row}
+    example |= {name: value for row in reversed(rows) for name, value in row.items() if value is not None}
+    for ours, theirs in options.chosen.items():
+        for name in _named(ours, theirs, example) if rows and (ours != "target" or options.needs_target) else ():
+            if all(at_path(row, name) is ABSENT for row in rows):
+                option = _TEMPLATES.get(ours, "")
+                key = f"fields.{ours}" if getattr(options, option, None) is None else option
+                absent = f"data.{key} names the column '{name}', which is not there"
+                raise DataError(f"{origin}: {absent}; it has: {_described(example)}")
+    name, sources = _recognised(example, options, origin) if rows else ("prompt", {})
+    return Shape(name, {**sources, **options.chosen}, list(example), options)
+
+
+def _recognised(example: Mapping[str, Any], options: RowOptions, origin: str) -> tuple[str, dict[str, str | None]]:
+    """A shape's name, and what it takes for what."""
+    present = [name for name in example if options.chosen.get(name, name) is not None]
+    columns = {re.sub(r"[\s-]+", "_", name.strip().lower()): name for name in present}
+    columns |= {name: name for name in present}
+    for ours, names in _ALIASES.items():
+        if found := next((columns[name] for name in names.split() if name in columns), None):
+            columns[ours] = found
+    target, system = columns.get("target"), columns.get("system")
+    sources: dict[str, str | None] = {**dict.fromkeys(QUESTION_COLUMNS), "target": target}
+    sources["context"] = columns.get("context", system)
+    if any(options.chosen.get(ours) for ours in QUESTION_COLUMNS):
+        if columns.get("context") in _named("prompt", options.chosen.get("prompt"), example):
+            sources["context"] = system  # the template has the other
+        return "fields", sources
+    known = [name for name, needed in _NEEDED.items() if columns.keys() >= {*needed}]
+    if options.format != "auto":
+        known = [options.format] if options.format in known else []
+    elif known[:1] == ["messages"] and "qa" in known and target:  # beside its conversation (NuminaMath)
+        known = ["qa"]
+    if not known:
+        raise _unsure(example, options, origin)
+    name = known[0]
+    asked = columns[_NEEDED[name][0]]
+    if name in ("alpaca", "qa"):
+        passage, choices = columns.get("passage"), columns.get("choices")
+        sources |= {"prompt": _joined(passage, asked, choices, example), "context": system}
+        if isinstance(example.get(target or ""), int) and isinstance(example.get(choices or ""), list):  # MMLU
+            sources["target"] = f"{{{{ '{ascii_uppercase}'[{_reference(str(target))}] }}}}"
+    elif options.format == "auto" and name in QUESTION_COLUMNS:
+        sources |= {ours: columns.get(ours) for ours in QUESTION_COLUMNS}  # a row has one of them
+    else:
+        sources["messages" if name in ("messages", "openai", "sharegpt") else "prompt"] = asked
+    if name == "verl":
+        sources["target"] = f"{columns['reward_model']}.ground_truth"
+    elif name == "preference":
+        sources["target"] = "target" if "target" in example else None
+    return name, sources
+
+
+def _joined(passage: str | None, asked: str, choices: str | None, example: Mapping[str, Any]) -> str:
+    """The column that asks; with others beside it, a template."""
+    filters = {passage: " | passages", choices: " | lettered"}
+    parts = [name for name in (passage, asked, choices) if name]
+    shown = [_reference(name) + (filters.get(name, "") if not isinstance(example[name], str) else "") for name in parts]
+    return asked if len(parts) == 1 else "\n\n".join(f"{{{{ {part} }}}}" for part in shown)
+
+
+def _reference(column: str) -> str:
+    """How a template names a column."""
+    return column if column.isidentifier() else f"row[{column!r}]"
+
+
+def _named(ours: str, theirs: str | None, example: Mapping[str, Any]) -> list[str]:
+    """The columns or paths that a source names."""
+    if theirs is None or theirs in example or not is_template(theirs):
+        return [] if theirs is None else [theirs]
+    return columns_of(theirs, _TEMPLATES.get(ours, f"fields.{ours}"))
+
+
+def _described(example: Mapping[str, Any]) -> str:
+    """The columns, those inside a mapping too."""
+    inner = {name: list(value) if isinstance(value, Mapping) else [] for name, value in example.items()}
+    return listed(name for outer, names in inner.items() for name in [f"{outer}.{each}" for each in names] or [outer])
+
+
+def _unsure(example: Mapping[str, Any], options: RowOptions, origin: str) -> DataError:
+    """The error where no prompt is found; it proposes what is likely to be right, or nothing."""
+    texts = [name for name, value in example.items() if isinstance(value, str) and name.isidentifier()]
+    texts = [name for name in texts if not _NO_QUESTION.fullmatch(name.lower())]
+    texts = [name for name in texts if name in _LIKELY or " " in example[name].strip()]  # one word may be a label
+    likely = texts if len(texts) == 1 else [each for each in texts if each in _LIKELY]
+    proposed = [f"--data.fields.prompt={name}" for name in likely[:1]]
+    if nums := {"nums", "numbers"} & example.keys() if "target" in example else ():
+        proposed = [f"--data.prompt_template='{_COUNTDOWN.replace('nums', min(nums))}'"]
+    elif 2 <= len(texts) <= 4:
+        proposed.append(f"--data.prompt_template='{' '.join(f'{{{{ {name} }}}}' for name in texts)}'")
+    what = "there is no column 'prompt', 'messages' or 'user_responses', and no shape that is known by its columns"
+    if options.format != "auto":
+        what = f"data.format={options.format} needs the columns {', '.join(_NEEDED[options.format])}"
+    say = " or ".join(proposed) or "data.fields.prompt (a column), data.prompt_template (of several) or data.row"
+    return DataError(f"{origin}: {what}; it has: {_described(example)}. Say which one holds the prompt: {say}")
