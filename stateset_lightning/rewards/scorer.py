@@ -180,7 +180,8 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
         outcomes_NF = [[_outcome(future) for future in self._futures[n]] for n in range(self._num_completions)]
         changed = {name for row in outcomes_NF for name, o in zip(self._scorer.names, row, strict=True) if o.changed}
         for name in sorted(changed):
-            self._scorer.tell(f"reward '{name}' changes its columns or its conversation: copies, seen by nothing else")
+            given = "its columns or its conversation"
+            self._scorer.tell(f"reward '{name}' changes {given}: copies, which nothing else sees")
         return _scores(self._scorer.rewards, outcomes_NF, time.perf_counter() - begin)
 
     def __exit__(self, *exception: object) -> None:
