@@ -17,8 +17,12 @@ from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader, Prom
 from stateset_lightning.data.order import Curriculum, EpochOrder, SolveRates
 from stateset_lightning.data.prompts import EncodedPrompts, PromptEncoder, first_row
 from stateset_lightning.data.ragged import RaggedTokens
+<<<<<<< HEAD
 from stateset_lightning.data.shapes import FinalTurn, Format, RowOptions
 from stateset_lightning.data.sources import ScenarioSet, Source, check_options, hold_out, read_split
+=======
+from stateset_lightning.data.sources import Row, ScenarioSet, Source, check_options, hold_out, read_split
+>>>>>>> f-cli
 from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.seeding import run_seed
@@ -71,10 +75,10 @@ class ScenarioDataModule(LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[Source | dict[str, Any]] | None = None,
-        validation: str | list[Source | dict[str, Any]] | None = None,
-        test: str | list[Source | dict[str, Any]] | None = None,
-        predict: str | list[Source | dict[str, Any]] | None = None,
+        train: str | list[Source | Row] | None = None,
+        validation: str | list[Source | Row] | None = None,
+        test: str | list[Source | Row] | None = None,
+        predict: str | list[Source | Row] | None = None,
         *,
         batch_size: Annotated[int, Ge(1)] = 8,
         eval_batch_size: Annotated[int, Ge(1)] | None = None,

@@ -152,7 +152,7 @@ def test_lists_of_any_rows(rows):
         TRIED["lists refused"] += 1
 
 
-# Files of every kind, which hold the same rows: either all of them are read as they were written, or the file is refused.
+# Files of every kind, which hold the same rows: all of them are read as they were written, or the file is refused.
 
 
 def as_lines(rows: list[dict[str, Any]]) -> bytes:

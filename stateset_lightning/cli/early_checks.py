@@ -47,7 +47,7 @@ def _check_rows(command: str, data: dict[str, Any]) -> None:
     held_out = command == "validate" and data.get("validation_fraction") not in (None, REMOVED, 0, "0")
     given = {key: loaded(value) for key, value in data.items() if value is not REMOVED}
     for split in ("train",) if held_out else SPLITS[command]:
-        spec = given.get(split)
+        spec: Any = given.get(split)
         if spec != "null" and as_list(spec) and all(isinstance(item, str | dict) for item in as_list(spec)):
             with suppress(ConfigError):  # of options, whose types are not known here
                 read_split(spec, split, RowOptions().of(given), FIRST)

@@ -28,6 +28,9 @@ from stateset_lightning.redaction import spare
 from stateset_lightning.seeding import permutation
 from stateset_lightning.types import OverlongPolicy, Scenario
 
+# Not to `Any`: jsonargparse would read a text in it as YAML, and take what stands in quotes for a number or boolean.
+Row = dict[str, str | int | float | bool | list | dict | None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -49,7 +52,7 @@ class Source:
     """
 
     path: str | None = None
-    rows: list[dict[str, Any]] | None = None
+    rows: list[Row] | None = None
     reasoning_gym: str | None = None
     size: Annotated[int, Ge(1), Le(MAX_SIZE)] | None = None
     seed: Annotated[int, Ge(0), Le(MAX_SEED)] = 0

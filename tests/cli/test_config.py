@@ -199,3 +199,13 @@ def test_what_is_private_to_libraries_is_as_it_was():
         "_parser": ["self", "subcommand"],
     }.items():
         assert list(inspect.signature(getattr(LightningCLI, name)).parameters) == parameters
+
+
+def test_text_of_rows_in_a_config_stays_text(config):
+    """In quotes or not; jsonargparse reads text of a free mapping as YAML."""
+    rows = [{"prompt": "5", "target": "yes", "n": 3, "x": 1.5, "ok": True, "none": None, "list": ["0123"]}]
+    text = overlay("quoted.yaml", {"data": {"train": rows}})
+    plain = Path("plain.yaml")
+    plain.write_text("data: {train: [{prompt: '5', target: yes, n: 3, x: 1.5, ok: true, none: null, list: [0123]}]}")
+    for words in (["--config", text], ["--config", str(plain)], ["--data.train", json.dumps(rows)]):
+        assert printed_config("fit", "--config", config, *words)["data"]["train"] == rows
