@@ -17,12 +17,8 @@ from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader, Prom
 from stateset_lightning.data.order import Curriculum, EpochOrder, SolveRates
 from stateset_lightning.data.prompts import EncodedPrompts, PromptEncoder, first_row
 from stateset_lightning.data.ragged import RaggedTokens
-<<<<<<< HEAD
 from stateset_lightning.data.shapes import FinalTurn, Format, RowOptions
-from stateset_lightning.data.sources import ScenarioSet, Source, check_options, hold_out, read_split
-=======
 from stateset_lightning.data.sources import Row, ScenarioSet, Source, check_options, hold_out, read_split
->>>>>>> f-cli
 from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.seeding import run_seed

@@ -1,7 +1,7 @@
 """What a reward is, what built-in rewards read from a conversation, and what a call of a reward comes to.
 
 A reward is a function of a conversation that ends in a completion, with a weight, a name and a time-out. It returns a
-number (`float`, `int`, `bool`, a numpy or torch scalar), a `RewardResult`, `{"score": number, ...}`, `(score, info)`, or
+number (`float`, `int`, `bool`, a numpy or torch scalar), a `RewardResult`, `{"score": number}`, `(score, info)`, or
 None for "does not apply". Whatever else it does (raise, take too long, return NaN or no number) fails the completion.
 """
 
