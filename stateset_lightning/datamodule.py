@@ -17,6 +17,7 @@ from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader, Prom
 from stateset_lightning.data.order import Curriculum, EpochOrder, SolveRates
 from stateset_lightning.data.prompts import EncodedPrompts, OverlongPolicy, PromptEncoder
 from stateset_lightning.data.ragged import RaggedTokens
+from stateset_lightning.data.served import ServedPrompts, ServedScenarios
 from stateset_lightning.data.sources import ScenarioSet, Source, check_options, hold_out, read_split
 from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.ranks import Ranks
@@ -33,9 +34,10 @@ _SPLITS: dict[str, Split] = {"fit": "train", "validate": "validation", "test": "
 class ScenarioDataModule(LightningDataModule):
     """Scenarios to train and evaluate on.
 
-    Each of `train`, `validation`, `test` and `predict` is a path or glob (.jsonl, .json, .csv, .yaml, .parquet), a hub
-    id (owner/name, owner/name:config or owner/name:config:split), a list of scenarios, or a list of sources with
-    weights.
+    Each of `train`, `validation`, `test` and `predict` is a path or glob (JSONL, JSON, CSV, TSV, YAML, Parquet, Arrow,
+    Feather, Excel; texts also .gz and .zst), a folder of `save_to_disk`, a hub id (owner/name, owner/name:config or
+    owner/name:config:split), a list of such, a list of scenarios, or a list of sources with weights. In Python also a
+    data set of the library `datasets`, an Arrow table, or a data frame of pandas.
 
     Args:
         train: Scenarios to train on.
@@ -63,10 +65,10 @@ class ScenarioDataModule(LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[Source | dict[str, Any]] | None = None,
-        validation: str | list[Source | dict[str, Any]] | None = None,
-        test: str | list[Source | dict[str, Any]] | None = None,
-        predict: str | list[Source | dict[str, Any]] | None = None,
+        train: str | list[str] | list[Source | dict[str, Any]] | None = None,
+        validation: str | list[str] | list[Source | dict[str, Any]] | None = None,
+        test: str | list[str] | list[Source | dict[str, Any]] | None = None,
+        predict: str | list[str] | list[Source | dict[str, Any]] | None = None,
         *,
         batch_size: Annotated[int, Ge(1)] = 8,
         eval_batch_size: Annotated[int, Ge(1)] | None = None,
@@ -126,8 +128,8 @@ class ScenarioDataModule(LightningDataModule):
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens of the longest prompt of all splits that were set up."""
-        return max((int(prompts.tokens.lengths.max()) for prompts in self._prompts.values()), default=0)
+        """Tokens of the longest prompt of all splits that were set up, as far as it is known; see `ServedPrompts`."""
+        return max((prompts.tokens.longest for prompts in self._prompts.values()), default=0)
 
     @property
     def has_validation(self) -> bool:
@@ -138,7 +140,7 @@ class ScenarioDataModule(LightningDataModule):
         return {
             f"data.{split}: {scenario.id}": scenario.rewards
             for split, found in self._scenarios.items()
-            for scenario in found.scenarios
+            for scenario in found.known
             if scenario.rewards is not None
         }
 
@@ -216,7 +218,7 @@ class ScenarioDataModule(LightningDataModule):
     def predict_dataloader(self) -> EvaluationLoader:
         return self._evaluation_loader("predict")
 
-    def served(self, split: Split) -> tuple[ScenarioSet, RaggedTokens]:
+    def served(self, split: Split) -> tuple[ScenarioSet, RaggedTokens | ServedPrompts]:
         """The scenarios of a split that were kept, and their prompt tokens."""
         self._check_given(split)
         assert split in self._prompts, f"setup() has not been called for the {split} split"
@@ -281,6 +283,8 @@ class ScenarioDataModule(LightningDataModule):
         split = "train" if held_out else split
         found = self._scenarios[split] = read_split(self.specs[split], split, self.fields)
         _announce(logging.INFO, f"data.{split}: {len(found)} scenarios from {', '.join(found.names)}")
+        for note in found.notes:
+            _announce(logging.INFO, f"data.{split}: {note}")
         if held_out:
             fraction = self.validation_fraction
             train, validation = hold_out(found, fraction, self._resolved_seed())
@@ -308,7 +312,12 @@ class ScenarioDataModule(LightningDataModule):
 
     def _encode(self, split: Split, encoder: PromptEncoder) -> None:
         scenarios = self._scenarios[split].scenarios
-        prompts = self._prompts[split] = encoder.encode(scenarios, f"data.{split}")
+        if isinstance(scenarios, ServedScenarios):
+            served = ServedPrompts(scenarios, encoder, f"data.{split}")
+            prompts = EncodedPrompts(served, range(len(scenarios)), opened=served.sample.opened)
+        else:
+            prompts = encoder.encode(scenarios, f"data.{split}")
+        self._prompts[split] = prompts
         if first := next(filter(None, prompts.opened), ""):
             how = "rewards see that before each completion"
             _announce(logging.INFO, f"data.{split}: the chat template opens the answer with {first!r}: {how}")

@@ -38,7 +38,7 @@ class EpochOrder:
 
     def __init__(
         self,
-        rows_by_source: Sequence[Sequence[int]],
+        rows_by_source: Sequence[Sequence[int] | np.ndarray],
         weights: Sequence[float] | None,
         seed: int,
         shuffle: bool,
@@ -50,7 +50,7 @@ class EpochOrder:
         # Chance of each scenario in a draw by weight, relative to the others, float64 [size].
         self.row_weights = np.ones(self.size)
         if weights is None:  # all sources are one
-            self._rows = [np.array(sorted(row for rows in rows_by_source for row in rows), dtype=np.int64)]
+            self._rows = [np.sort(np.concatenate([np.asarray(rows, dtype=np.int64) for rows in rows_by_source]))]
             self._counts = [self.size]
             return
         self._rows = [np.array(rows, dtype=np.int64) for rows in rows_by_source]

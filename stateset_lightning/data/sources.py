@@ -11,20 +11,26 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
+from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
+import numpy as np
 from annotated_types import Ge, Gt, Le
 
-from stateset_lightning.data.hub import is_hub_id, read_hub, read_parquet
+from stateset_lightning.data.content import LARGE_BYTES, LARGE_ROWS, PACKED
+from stateset_lightning.data.hub import is_hub_id, read_hub
 from stateset_lightning.data.prompts import OverlongPolicy
 from stateset_lightning.data.ragged import garbage_collection_paused
-from stateset_lightning.data.reading import READERS, Problem, RawRow, raise_problems, read_file, rows_of, separate
+from stateset_lightning.data.reading import READERS, TABLES, Problem, Rows, raise_problems, read_file, separate
 from stateset_lightning.data.reasoning_gym import MAX_SEED, MAX_SIZE, read_task
-from stateset_lightning.data.scenarios import QUESTION_COLUMNS, check_columns, to_scenarios
+from stateset_lightning.data.rows import ListRows, is_table
+from stateset_lightning.data.scenarios import QUESTION_COLUMNS, check_columns
+from stateset_lightning.data.served import SAMPLE, Part, ServedScenarios, spare_texts
+from stateset_lightning.data.tables import is_saved, read_saved, read_table, rows_of
 from stateset_lightning.errors import ConfigError, DataError, check_bounds
 from stateset_lightning.files import keep_inputs
-from stateset_lightning.redaction import spare
 from stateset_lightning.seeding import permutation
 from stateset_lightning.threads import heartbeat
 from stateset_lightning.types import Scenario
@@ -35,8 +41,9 @@ class Source:
     """One of several sources of scenarios: `path`, `rows` or `reasoning_gym`.
 
     Args:
-        path: A file, a glob, or a hub id (owner/name, owner/name:config or owner/name:config:split).
-        rows: Scenarios, as a list of mappings.
+        path: A file, a folder of `save_to_disk`, a glob, or a hub id (owner/name, owner/name:config or
+            owner/name:config:split).
+        rows: Scenarios, as a list of mappings; in Python also a data set, an Arrow table or a data frame.
         reasoning_gym: A task of the library of this name (`chain_sum`); `ReasoningGymReward` scores it.
         size: Instances of the task.
         seed: Decides which ones; two seeds have none in common.
@@ -62,20 +69,41 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class ScenarioSet:
-    """The scenarios of a split. `source_of[i]` is the index, in `names` and `weights`, of the source of scenario i."""
+    """The scenarios of a split. `source_of[i]` is the index, in `names` and `weights`, of the source of scenario i.
 
-    scenarios: list[Scenario]
-    source_of: list[int]
+    `notes` say how they were read where that is not obvious.
+    """
+
+    scenarios: Sequence[Scenario]
+    source_of: np.ndarray
     names: list[str]
     weights: list[float] | None
+    notes: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.scenarios)
 
-    def select(self, indices: Sequence[int]) -> "ScenarioSet":
+    @property
+    def known(self) -> Sequence[Scenario]:
+        """Those that are read at the start: all, or the first of a large split."""
+        return self.scenarios[:SAMPLE] if isinstance(self.scenarios, ServedScenarios) else self.scenarios
+
+    def contents(self) -> Iterator[Any]:
+        """What tells them from others, without their ids, which may come from the name of a file."""
+        if isinstance(self.scenarios, ServedScenarios):
+            yield self.scenarios.digest
+        else:
+            yield from ({**scenario.columns(), "id": ""} for scenario in self.scenarios)
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> "ScenarioSet":
         """The same sources with the scenarios at `indices` alone."""
-        chosen = [self.scenarios[i] for i in indices]
-        return replace(self, scenarios=chosen, source_of=[self.source_of[i] for i in indices])
+        if len(indices) == len(self):
+            return self
+        if isinstance(self.scenarios, ServedScenarios):
+            chosen: Sequence[Scenario] = self.scenarios.select(indices)
+        else:
+            chosen = [self.scenarios[i] for i in indices]
+        return replace(self, scenarios=chosen, source_of=self.source_of[np.asarray(indices, dtype=np.int64)])
 
     @property
     def mixture(self) -> str:
@@ -83,12 +111,9 @@ class ScenarioSet:
         sizes = [len(rows) for rows in self.rows_by_source()]
         return " ".join(f"{size}*{weight}" for size, weight in zip(sizes, self.weights or [], strict=False))
 
-    def rows_by_source(self) -> list[list[int]]:
-        """Indices of each source's scenarios."""
-        rows: list[list[int]] = [[] for _ in self.names]
-        for index, source in enumerate(self.source_of):
-            rows[source].append(index)
-        return rows
+    def rows_by_source(self) -> list[np.ndarray]:
+        """Indices of each source's scenarios, int64."""
+        return [np.flatnonzero(self.source_of == source) for source in range(len(self.names))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +125,7 @@ class _RowList:
         stem: Begins the ids of its rows; `path` does where two have the same stem and the source has no name.
     """
 
-    rows: list[RawRow]
-    problems: list[Problem]
+    rows: Rows
     origin: str
     stem: str
     path: str
@@ -128,36 +152,53 @@ def read_split(spec: SplitSpec, split: str, data_fields: Mapping[str, str] | Non
     sources = _as_sources(spec, key)
     with garbage_collection_paused():
         lists = [(i, rows) for i, source in enumerate(sources) for rows in _row_lists(source, i, len(sources), split)]
-        stems = Counter(rows.stem for _, rows in lists)
+        parts = _parts(lists, sources, data_fields or {})
+        sizes = [len(part.rows) for part in parts]
+        is_large = sum(sizes) > LARGE_ROWS or sum(part.rows.num_bytes for part in parts) > LARGE_BYTES
+        notes = [part.rows.note for part in parts if part.rows.note]
         checked: list[tuple[Scenario, str]] = []
-        source_of: list[int] = []
         problems: list[Problem] = []
-        for index, part in lists:
-            source = sources[index]
-            names = {} if source.reasoning_gym else (data_fields if source.fields is None else source.fields) or {}
-            if part.rows:
-                check_columns(part.rows, names, part.origin)
-            label = part.stem if stems[part.stem] == 1 else source.name or part.path
-            scenarios, bad = to_scenarios(part.rows, names, label, source.rewards)
+        for i, part in enumerate(parts):
+            scenarios, bad = part.scenarios(islice(part.rows, SAMPLE) if is_large else part.rows)
             checked += scenarios
-            source_of += [index] * len(scenarios)
-            problems += [*part.problems, *bad]
+            problems += bad
+            if is_large and part.rows.end:
+                problems.append(part.rows.end)
+            sizes[i] = sizes[i] if is_large else len(scenarios)
         raise_problems(key, [*problems, *_repeated_ids(checked)])
-    spare(
-        text
-        for scenario, _ in checked
-        for text in (*(turn.content for turn in scenario.turns()), *scenario.columns().values())
-        if isinstance(text, str)
-    )
+    found: Sequence[Scenario] = [scenario for scenario, _ in checked]
+    spare_texts(found)
+    if is_large:
+        found = ServedScenarios(parts, key)
+        what = "bad rows, rows of one id and overlong prompts among the others are found when they are served"
+        notes.append(f"the rows are read as they are needed, and the first {SAMPLE:,} of a file checked now: {what}")
     weights = None if sources[0].weight is None else [source.weight or 0.0 for source in sources]
-    source_names = [s.name or s.path or s.reasoning_gym or f"{key} item {i}" for i, s in enumerate(sources, start=1)]
-    return ScenarioSet([scenario for scenario, _ in checked], source_of, source_names, weights)
+    names = [s.name or s.path or s.reasoning_gym or f"{key} item {i}" for i, s in enumerate(sources, start=1)]
+    return ScenarioSet(found, np.repeat([i for i, _ in lists], sizes), names, weights, notes)
+
+
+def _parts(
+    lists: Sequence[tuple[int, _RowList]], sources: Sequence[Source], data_fields: Mapping[str, str]
+) -> list[Part]:
+    """The rows with the columns that hold their prompts, and what begins their ids."""
+    stems = Counter(rows.stem for _, rows in lists)
+    parts = []
+    for index, each in lists:
+        source = sources[index]
+        names = {} if source.reasoning_gym else data_fields if source.fields is None else source.fields
+        if sample := separate(islice(each.rows, SAMPLE))[0]:
+            check_columns(sample, names, each.origin)
+        label = each.stem if stems[each.stem] == 1 else source.name or each.path
+        parts.append(Part(each.rows, names, label, source.rewards))
+    return parts
 
 
 def _as_sources(spec: SplitSpec, key: str) -> list[Source]:
     """The sources that a split's value stands for. A mapping without any of _ORIGINS, or with a prompt, is a row."""
     if isinstance(spec, str | os.PathLike):
         return [Source(path=os.fspath(spec))]
+    if is_table(spec) or isinstance(spec, Mapping):
+        return [Source(rows=spec)]  # type: ignore[arg-type]
     if not isinstance(spec, Sequence):
         raise ConfigError(
             f"{key} must be a path, a hub id, a list of rows or a list of sources, not {type(spec).__name__}"
@@ -165,6 +206,8 @@ def _as_sources(spec: SplitSpec, key: str) -> list[Source]:
     if not spec:
         raise DataError(f"{key} is an empty list; give at least one scenario or source")
     items: list[Any] = list(spec)
+    if all(isinstance(item, str | os.PathLike) for item in items):
+        return [Source(path=os.fspath(item)) for item in items]
     are_sources = [isinstance(item, Source) or (isinstance(item, Mapping) and _is_source(item)) for item in items]
     if not any(are_sources):
         # What is no mapping is reported with the bad rows.
@@ -199,7 +242,8 @@ def _checked_source(item: Source | Mapping[str, Any], place: str) -> Source:
         or (source.size, source.seed, source.options) == (None, 0, None),
         f"reasoning_gym={task} needs a size (instances), may have a seed, and takes no fields": task is None or is_task,
         f"path={source.path!r} must be text": isinstance(source.path, str | os.PathLike | None),
-        f"rows must be a list of scenarios, not {type(source.rows).__name__}": isinstance(source.rows, list | None),
+        f"rows must be a list of scenarios, not {type(source.rows).__name__}": is_table(source.rows)
+        or isinstance(source.rows, list | Mapping | None),
         f"weight={weight!r} must be a number above 0; leave the source out to ignore it": is_weight,
         f"rewards={rewards!r} must be a list of reward names": are_names,
         f"fields={source.fields!r} must map our names to the source's columns, for example prompt: question": is_map,
@@ -216,22 +260,30 @@ def _row_lists(source: Source, index: int, num_sources: int, split: str) -> Iter
     if source.rows is not None:
         origin = f"data.{split}" if num_sources == 1 else f"{place} rows"
         stem = source.name or (split if num_sources == 1 else f"{split}.{index + 1}")
-        if not source.rows:
+        rows = rows_of(source.rows, origin, split)
+        if not len(rows):
             raise DataError(f"{origin} has no rows; give at least one scenario")
-        yield _RowList(*separate(rows_of(source.rows, origin)), origin, stem, stem)
+        yield _RowList(rows, origin, stem, stem)
     elif source.reasoning_gym is not None:
         stem = source.name or f"{source.reasoning_gym}.{source.seed}"
-        rows = read_task(source.reasoning_gym, source.size or 0, source.seed, source.options or {}, place)
-        yield _RowList(rows, [], stem, stem, f"{stem}.{index + 1}")
+        task = read_task(source.reasoning_gym, source.size or 0, source.seed, source.options or {}, place)
+        yield _RowList(ListRows(task, place), stem, stem, f"{stem}.{index + 1}")
     else:
         path = os.fspath(source.path or "")
         files = _files(path, f"data.{split}")
         keep_inputs(*files)
         for file in files:
-            rows, problems = (read_parquet(file), []) if file.suffix.lower() == ".parquet" else read_file(file)
-            yield _RowList(rows, problems, str(file), file.stem, str(file.with_suffix("")))
+            is_packed = file.suffix.lower() in PACKED
+            stem = Path(file.stem).stem if is_packed else file.stem
+            yield _RowList(_read(file, split), str(file), stem, str(file.with_name(stem)))
         if not files:
-            yield _RowList(read_hub(path, split), [], path, path, path)
+            yield _RowList(read_hub(path, split), path, path, path)
+
+
+def _read(file: Path, split: str) -> Rows:
+    if file.is_dir() and is_saved(file):
+        return read_saved(file, split)
+    return read_table(file) if file.suffix.lower() in TABLES else read_file(file, split)
 
 
 def _files(path: str, key: str) -> list[Path]:
@@ -246,7 +298,7 @@ def _files(path: str, key: str) -> list[Path]:
             raise DataError(f"{key}={path}: no file matches; {here}")
         return [Path(name) for name in found]
     # `data/train.jsonl` has the form of a hub id, but one of our suffixes, or begins with a folder that is here.
-    is_ours = os.path.splitext(path)[1].lower() in (*READERS, ".parquet") or os.path.isdir(path.split("/")[0])
+    is_ours = os.path.splitext(path)[1].lower() in (*READERS, *TABLES, *PACKED) or os.path.isdir(path.split("/")[0])
     if is_ours or not is_hub_id(path):
         raise DataError(f"{key}={path}: there is no such file, and it does not look like a hub id (owner/name); {here}")
     return []
@@ -301,22 +353,26 @@ def hold_out(scenarios: ScenarioSet, fraction: float, seed: int) -> tuple[Scenar
     Raises:
         DataError: If there is only one question.
     """
-    groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
-    for index, scenario in enumerate(scenarios.scenarios):
-        # What is asked, without instructions.
-        question = tuple((turn.role, turn.content) for turn in scenario.turns() if turn.role != "system")
-        groups.setdefault(question, []).append(index)
-    if len(groups) < 2:
+    # What is asked, without instructions; a hash of it, as there may be many.
+    asked = (
+        repr([(turn.role, turn.content) for turn in scenario.turns() if turn.role != "system"])
+        for scenario in scenarios.scenarios
+    )
+    hashes = (int.from_bytes(blake2b(each.encode(), digest_size=8).digest()) for each in asked)
+    _, first, group_of = np.unique(np.fromiter(hashes, np.uint64), return_index=True, return_inverse=True)
+    if len(first) < 2:
         raise DataError(
             f"data.validation_fraction={fraction}: all of data.train asks one question; give data.validation instead"
         )
     # Exact: 0.1 * 30 in floating point is just above 3.
     wanted = max(1, round(Fraction(str(fraction)) * len(scenarios)))
-    members = list(groups.values())
-    held: set[int] = set()
-    for group in permutation(seed, "validation", size=len(members))[:-1]:
-        if len(held) >= wanted:
+    in_order = np.argsort(first)  # of their first scenarios
+    sizes, count = np.bincount(group_of), 0
+    is_held = np.zeros(len(first), dtype=bool)
+    for group in in_order[permutation(seed, "validation", size=len(first))[:-1]]:
+        if count >= wanted:
             break
-        held.update(members[group])
-    rest = [i for i in range(len(scenarios)) if i not in held]
-    return scenarios.select(rest), scenarios.select(sorted(held))
+        is_held[group] = True
+        count += sizes[group]
+    held = is_held[group_of]
+    return scenarios.select(np.flatnonzero(~held)), scenarios.select(np.flatnonzero(held))

@@ -149,12 +149,12 @@ def digest(*values: Any) -> str:
 
 
 def _rows_digest(data: Any, split: str) -> str:
-    """Of the scenarios that are served, without their ids, which may come from the name of a file."""
+    """Of the scenarios that are served."""
     scenarios = data.served(split)[0]
     hashed = sha256(text([data.system_prompt, data.truncated[split] and data.max_prompt_tokens]).encode())
     hashed.update(scenarios.mixture.encode())
-    for scenario in scenarios.scenarios:
-        hashed.update(text({**scenario.columns(), "id": ""}).encode())
+    for content in scenarios.contents():
+        hashed.update(text(content).encode())
     return hashed.hexdigest()[:16]
 
 

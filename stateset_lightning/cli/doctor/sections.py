@@ -98,8 +98,8 @@ class Doctor:
                 dropped, cut = self.data.dropped[split], self.data.truncated[split]
                 share = f"{(dropped + cut) / (len(lengths) + dropped):.1%} above data.max_prompt_tokens={limit}"
                 tokens += f", {share}; {dropped} dropped, {cut} cut to their last tokens"
-            _show([f"{split}: {len(lengths):,} rows of {tokens}"])
-            if topics := Counter(s.topic for s in scenarios.scenarios if s.topic is not None):
+            _show([f"{split}: {len(scenarios):,} rows of {tokens}"])
+            if topics := Counter(s.topic for s in scenarios.known if s.topic is not None):
                 common = ", ".join(f"{topic} {count}" for topic, count in topics.most_common(TOPICS))
                 _show([f"{len(topics)} topics: {common}{', ...' if len(topics) > TOPICS else ''}"])
         if "validation" in self.data.num_scenarios:

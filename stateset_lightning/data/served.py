@@ -1,0 +1,141 @@
+"""Large splits: scenarios and prompts that are made when they are served, of rows that are known by their place alone.
+
+The first `SAMPLE` rows are read, checked and encoded at the start, as all are of smaller splits; the others when their
+turn comes. A row that cannot be used is an error then.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from stateset_lightning.data.prompts import EncodedPrompts, PromptEncoder
+from stateset_lightning.data.reading import Problem, RawRow, Rows, raise_problems, separate
+from stateset_lightning.data.scenarios import to_scenarios
+from stateset_lightning.errors import ConfigError, DataError
+from stateset_lightning.redaction import spare
+from stateset_lightning.types import Scenario
+
+SAMPLE = 1000  # rows
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one file or list, and how scenarios are made of them; see `to_scenarios`."""
+
+    rows: Rows
+    fields: Mapping[str, str]
+    label: str
+    rewards: Sequence[str] | None
+
+    def scenarios(self, readings: Iterable[RawRow | Problem]) -> tuple[list[tuple[Scenario, str]], list[Problem]]:
+        """The scenarios of some of the rows, each with its place, and the problems of those that cannot be used."""
+        rows, unread = separate(readings)
+        found, bad = to_scenarios(rows, self.fields, self.label, self.rewards)
+        return found, [*unread, *bad]
+
+    @cached_property
+    def digest(self) -> str:
+        return self.rows.digest()
+
+
+@dataclass(frozen=True)
+class ServedScenarios(Sequence[Scenario]):
+    """Scenarios of the rows of several parts, each made when it is asked for.
+
+    Args:
+        parts: Of which each row makes one scenario.
+        key: Of the split, for messages.
+        chosen: The rows that are meant, of all parts one after the other, int64; None: all.
+    """
+
+    parts: Sequence[Part]
+    key: str
+    chosen: np.ndarray | None = None
+    _starts: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_starts", np.array([0, *accumulate(len(part.rows) for part in self.parts)]))
+
+    def __len__(self) -> int:
+        return int(self._starts[-1]) if self.chosen is None else len(self.chosen)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row = range(len(self))[index] if self.chosen is None else int(self.chosen[index])
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        part = self.parts[number]
+        found, problems = part.scenarios([part.rows[row - int(self._starts[number])]])
+        raise_problems(self.key, problems)
+        if len(found) != 1:
+            raise DataError(f"{self.key}: {found[0][1]} makes {len(found)} scenarios; write a row for each")
+        return found[0][0]
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> "ServedScenarios":
+        rows = np.asarray(indices, dtype=np.int64)
+        return ServedScenarios(self.parts, self.key, rows if self.chosen is None else self.chosen[rows])
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash: the same for the same rows, another for others."""
+        chosen = b"" if self.chosen is None else self.chosen.tobytes()
+        return hashlib.sha256(" ".join(part.digest for part in self.parts).encode() + chosen).hexdigest()[:16]
+
+
+class ServedPrompts(Sequence[list[int]]):
+    """Prompt tokens of such scenarios, each made when it is asked for.
+
+    Args:
+        scenarios: Of a split.
+        encoder: Makes the prompts.
+        key: Of the split, for messages.
+
+    Raises:
+        ConfigError: If overlong prompts are to be dropped: only the encoded prompt shows which.
+        DataError: As the encoder's `encode`, for the first `SAMPLE`.
+    """
+
+    def __init__(self, scenarios: ServedScenarios, encoder: PromptEncoder, key: str) -> None:
+        if encoder.overlong_prompts == "drop":
+            raise ConfigError(
+                f"data.overlong_prompts=drop needs all prompts of {key} at the start, and its {len(scenarios):,} rows"
+                " are encoded when they are served; set it to truncate_left, or leave the long rows out of the file"
+            )
+        self._scenarios, self._encoder, self._key = scenarios, encoder, key
+        self.sample = encoder.encode(scenarios[:SAMPLE], key)
+        self.lengths = self.sample.tokens.lengths
+
+    @property
+    def longest(self) -> int:
+        """The limit that holds for all; without one, of those that are known."""
+        return self._encoder.max_prompt_tokens or self.sample.tokens.longest
+
+    def __len__(self) -> int:
+        return len(self._scenarios)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.encode([self._scenarios[index]]).tokens[0]
+
+    def encode(self, scenarios: Sequence[Scenario]) -> EncodedPrompts:
+        """The prompts of some of the scenarios."""
+        spare_texts(scenarios)
+        return self._encoder.encode(scenarios, self._key, is_tried=True)
+
+    def digest(self) -> str:
+        """A hash: the same for the same rows and the same first prompts."""
+        return hashlib.sha256((self._scenarios.digest + self.sample.tokens.digest()).encode()).hexdigest()[:16]
+
+
+def spare_texts(scenarios: Iterable[Scenario]) -> None:
+    """What scenarios say is no secret; see `spare`."""
+    spare(
+        text
+        for scenario in scenarios
+        for text in (*(turn.content for turn in scenario.turns()), *scenario.columns().values())
+        if isinstance(text, str)
+    )

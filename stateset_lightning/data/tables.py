@@ -1,0 +1,202 @@
+"""Tables -> raw rows: Parquet, Arrow and Feather files, Excel sheets, and what Python has read already.
+
+Arrow reads them without a cache: what is replaced is read anew. Rows are made when they are asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
+
+from stateset_lightning.data.content import LARGE_BYTES, LargeFile, check_file
+from stateset_lightning.data.rows import SPLIT_NAMES, ListRows, is_table, no_split, rows_in, unwrapped
+from stateset_lightning.errors import DataError, UserError, require
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_BATCH = 1000  # rows
+_OF_SPLITS, _STATE = "dataset_dict.json", "state.json"  # files that `datasets` writes
+
+
+class ArrowRows(Sequence[dict[str, Any]]):
+    """The rows of an Arrow table as mappings; missing cells are None, integers stay integers beside them.
+
+    Args:
+        table: In memory, or mapped from files.
+        files: These; they must not change meanwhile.
+    """
+
+    def __init__(self, table: pyarrow.Table, files: Sequence[LargeFile] = ()) -> None:
+        self._table, self._files = table, files
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        for file in self._files:
+            file.check()
+        return self._table.slice(index, 1).to_pylist()[0]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self._table.to_batches(_BATCH):
+            yield from batch.to_pylist()
+
+
+class FrameRows(Sequence[dict[str, Any]]):
+    """The rows of a pandas data frame as mappings; missing cells are None, NumPy's arrays are lists."""
+
+    def __init__(self, frame: Any) -> None:
+        self._frame = frame
+
+    def __len__(self) -> int:
+        return len(self._frame)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._rows(self._frame.iloc[index : index + 1])[0]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for start in range(0, len(self), _BATCH):
+            yield from self._rows(self._frame.iloc[start : start + _BATCH])
+
+    def _rows(self, part: Any) -> list[dict[str, Any]]:
+        present = part.astype(object).where(part.notna(), None)
+        return [_plain(row) for row in present.to_dict("records")]
+
+
+def _plain(value: Any) -> Any:
+    """Lists in place of NumPy's arrays, at any depth, and Python's numbers in place of NumPy's."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return _plain(value.tolist()) if type(value).__module__ == "numpy" else value
+
+
+def read_table(path: Path) -> ListRows:
+    """The rows of a file of these kinds.
+
+    Raises:
+        ConfigError: If it is an Excel sheet, and `openpyxl` is not installed.
+        DataError: If it is no file, or none of its kind.
+    """
+    check_file(path)
+    what, read = READERS[path.suffix.lower()]
+    return _read(path, what, lambda: ListRows(read(path), str(path), path.stat().st_size))
+
+
+def _read(path: Path, what: str, read: Callable[[], ListRows]) -> ListRows:
+    import pyarrow
+
+    try:
+        rows = read()
+    except (OSError, ValueError, KeyError, TypeError, BadZipFile, pyarrow.ArrowException) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"{path}: cannot be read as {what}: {reason}; write it again, or as .jsonl") from error
+    if not len(rows):
+        raise DataError(f"{path}: has no rows; give at least one scenario")
+    return rows
+
+
+def _parquet(path: Path) -> ArrowRows:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        if sum(group.total_byte_size for group in groups) <= LARGE_BYTES:
+            return ArrowRows(file.read())
+        # A row of a group cannot be read alone. The file has no name, and is gone with this process.
+        unpacked = TemporaryFile()  # noqa: SIM115
+        with pyarrow.ipc.new_file(unpacked, file.schema_arrow) as writer:
+            for batch in file.iter_batches(_BATCH):
+                writer.write_batch(batch)
+    unpacked.flush()
+    return ArrowRows(pyarrow.ipc.open_file(pyarrow.memory_map(f"/dev/fd/{unpacked.fileno()}")).read_all())
+
+
+def _arrow(*paths: Path) -> ArrowRows:
+    """IPC files, streams (as `datasets` writes) or Feather's first version; mapped into memory if not packed."""
+    import pyarrow
+    from pyarrow import feather
+
+    tables, files = [], [LargeFile(path.open("rb"), path) for path in paths]
+    for path, file in zip(paths, files, strict=True):
+        mapped = pyarrow.memory_map(str(path))
+        begin = file[slice(0, 6)]
+        if begin[:4] == b"FEA1":
+            tables.append(feather.read_table(path))
+        else:
+            read = pyarrow.ipc.open_file if begin == b"ARROW1" else pyarrow.ipc.open_stream
+            tables.append(read(mapped).read_all())
+    return ArrowRows(pyarrow.concat_tables(tables), files)
+
+
+def _sheet(path: Path) -> list[dict[str, Any]]:
+    require("openpyxl", "xlsx", f"{path}: an Excel sheet")
+    import openpyxl
+
+    book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+    header, *rows = [row for row in book.worksheets[0].iter_rows(values_only=True) if any(c is not None for c in row)]
+    names = [f"column {number}" if cell is None else str(cell).strip() for number, cell in enumerate(header, start=1)]
+    if len(set(names)) < len(names):
+        raise DataError(f"{path}: the first row names a column twice: {', '.join(names)}; rename one of them")
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+# How files are read, by suffix.
+READERS: dict[str, tuple[str, Callable[[Path], Sequence[dict[str, Any]]]]] = {
+    ".parquet": ("Parquet", _parquet),
+    ".arrow": ("Arrow", _arrow),
+    ".feather": ("Feather", _arrow),
+    ".xlsx": ("an Excel sheet", _sheet),
+}
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` of the library `datasets` wrote a folder."""
+    return any((folder / name).is_file() for name in (_OF_SPLITS, _STATE))
+
+
+def read_saved(folder: Path, split: str) -> ListRows:
+    """The rows of such a folder.
+
+    Raises:
+        DataError: If it is damaged, or has none for this split.
+    """
+    return _read(folder, "a saved data set", lambda: _saved(folder, split))
+
+
+def _saved(folder: Path, split: str) -> ListRows:
+    if (folder / _OF_SPLITS).is_file():
+        names = json.loads((folder / _OF_SPLITS).read_text())["splits"]
+        name = next((name for name in SPLIT_NAMES[split] if name in names), None)
+        if name is None:
+            raise no_split(str(folder), names, split)
+        return _saved(folder / name, split)
+    files = [folder / Path(each["filename"]).name for each in json.loads((folder / _STATE).read_text())["_data_files"]]
+    return ListRows(_arrow(*files), str(folder), sum(file.stat().st_size for file in files))
+
+
+def rows_of(value: Any, origin: str, split: str) -> ListRows:
+    """The rows of a list, an Arrow table, a data frame, a data set, or a mapping of columns or of splits to these.
+
+    Raises:
+        DataError: If it holds no rows, or none of this split.
+    """
+    found = unwrapped(value, split)
+    size = getattr(found, "nbytes", 0)
+    if hasattr(found, "iloc"):
+        return ListRows(FrameRows(found), origin)
+    if hasattr(found, "to_batches"):
+        return ListRows(ArrowRows(found), origin, size)
+    if is_table(found):
+        size = found.data.nbytes * len(found) // max(found.data.num_rows, 1)  # it may be a selection
+        return ListRows(found.with_format(None), origin, size)
+    return ListRows(rows_in(value, origin, split), origin)
