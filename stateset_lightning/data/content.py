@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import SpooledTemporaryFile
 from typing import BinaryIO
 
 from stateset_lightning.errors import DataError
@@ -18,7 +17,6 @@ LARGE_ROWS = 200_000
 BOM = "\ufeff".encode()  # which some programs put before a text
 BLOCK = 16 * 2**20  # bytes that are looked at together
 PACKED = {".gz": "gzip", ".zst": "zstd"}  # suffix -> what Arrow calls it
-_MOST_TIMES = 200  # that a large file may unpack to of its size; text has ten, a file made to fill disks thousands
 
 
 class LargeFile:
@@ -48,7 +46,7 @@ class LargeFile:
 
     def __getitem__(self, part: slice) -> bytes:
         self.check()
-        return os.pread(self._file.fileno(), part.stop - part.start, part.start)
+        return os.pread(self._file.fileno(), part.stop - (part.start or 0), part.start or 0)
 
 
 Content = bytes | LargeFile
@@ -71,22 +69,15 @@ def read_content(path: Path) -> Content:
         raise DataError(f"{path}: cannot be read ({why}); check the path and its permissions") from error
 
 
-def _unpacked(path: Path, packing: str) -> Content:
+def _unpacked(path: Path, packing: str) -> bytes:
     import pyarrow
 
     path.open("rb").close()  # Arrow's error of a missing file says no more than that it failed
-    most, size = max(LARGE_BYTES, _MOST_TIMES * path.stat().st_size), 0
-    file = SpooledTemporaryFile(LARGE_BYTES)  # noqa: SIM115 (what reads it keeps it; on disk it has no name)
     with pyarrow.input_stream(str(path), compression=packing) as stream:
-        while block := stream.read(BLOCK):
-            if (size := size + len(block)) > most:
-                raise DataError(f"{path}: unpacks to more than {_MOST_TIMES} times its size; give the unpacked file")
-            file.write(block)
-    file.flush()
-    if size > LARGE_BYTES:
-        return LargeFile(file, path)  # type: ignore[arg-type]
-    file.seek(0)
-    return file.read()
+        content: bytes = stream.read(LARGE_BYTES + 1)
+    if len(content) > LARGE_BYTES:
+        raise DataError(f"{path}: unpacks to more than {LARGE_BYTES >> 20:,} MiB; give the unpacked file")
+    return content
 
 
 def blocks(content: Content) -> Iterator[bytes]:

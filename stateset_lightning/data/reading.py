@@ -8,7 +8,7 @@ pickle, and YAML is loaded safely.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any

@@ -122,19 +122,14 @@ def _parquet(path: Path) -> ArrowRows:
 
 
 def _arrow(*paths: Path) -> ArrowRows:
-    """IPC files, streams (as `datasets` writes) or Feather's first version; mapped into memory if not packed."""
+    """IPC files, or streams (as `datasets` writes); mapped into memory if they are not packed."""
     import pyarrow
-    from pyarrow import feather
 
-    tables, files = [], [LargeFile(path.open("rb"), path) for path in paths]
+    files = [LargeFile(path.open("rb"), path) for path in paths]
+    tables = []
     for path, file in zip(paths, files, strict=True):
-        mapped = pyarrow.memory_map(str(path))
-        begin = file[slice(0, 6)]
-        if begin[:4] == b"FEA1":
-            tables.append(feather.read_table(path))
-        else:
-            read = pyarrow.ipc.open_file if begin == b"ARROW1" else pyarrow.ipc.open_stream
-            tables.append(read(mapped).read_all())
+        read = pyarrow.ipc.open_file if file[:6] == b"ARROW1" else pyarrow.ipc.open_stream
+        tables.append(read(pyarrow.memory_map(str(path))).read_all())
     return ArrowRows(pyarrow.concat_tables(tables), files)
 
 
