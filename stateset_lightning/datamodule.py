@@ -17,8 +17,9 @@ from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader, Prom
 from stateset_lightning.data.order import Curriculum, EpochOrder, SolveRates
 from stateset_lightning.data.prompts import EncodedPrompts, OverlongPolicy, PromptEncoder
 from stateset_lightning.data.ragged import RaggedTokens
+from stateset_lightning.data.scenario_set import ScenarioSet, hold_out
 from stateset_lightning.data.served import ServedPrompts, ServedScenarios
-from stateset_lightning.data.sources import ScenarioSet, Source, check_options, hold_out, read_split
+from stateset_lightning.data.sources import Source, check_options, read_split
 from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.seeding import run_seed

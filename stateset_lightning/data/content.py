@@ -13,6 +13,7 @@ from stateset_lightning.errors import DataError
 # Of a split, in bytes and in rows: what is larger is read, checked and encoded when it is served; see `sources`.
 LARGE_BYTES = 256 * 2**20
 LARGE_ROWS = 200_000
+SAMPLE = 1000  # rows of each of its files that are looked at, at the start
 
 BOM = "\ufeff".encode()  # which some programs put before a text
 BLOCK = 16 * 2**20  # bytes that are looked at together

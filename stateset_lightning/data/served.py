@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from stateset_lightning.data import content
 from stateset_lightning.data.prompts import EncodedPrompts, PromptEncoder
 from stateset_lightning.data.reading import Problem, RawRow, Rows, raise_problems, separate
 from stateset_lightning.data.scenarios import to_scenarios
 from stateset_lightning.errors import ConfigError, DataError
 from stateset_lightning.redaction import spare
 from stateset_lightning.types import Scenario
-
-SAMPLE = 1000  # rows
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class ServedPrompts(Sequence[list[int]]):
                 " are encoded when they are served; set it to truncate_left, or leave the long rows out of the file"
             )
         self._scenarios, self._encoder, self._key = scenarios, encoder, key
-        self.sample = encoder.encode(scenarios[:SAMPLE], key)
+        self.sample = encoder.encode(scenarios[: content.SAMPLE], key)
         self.lengths = self.sample.tokens.lengths
 
     @property

@@ -9,9 +9,7 @@ import glob
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from fractions import Fraction
-from hashlib import blake2b
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -19,19 +17,20 @@ from typing import Annotated, Any, get_args
 import numpy as np
 from annotated_types import Ge, Gt, Le
 
-from stateset_lightning.data.content import LARGE_BYTES, LARGE_ROWS, PACKED
+from stateset_lightning.data import content
+from stateset_lightning.data.content import PACKED
 from stateset_lightning.data.hub import is_hub_id, read_hub
 from stateset_lightning.data.prompts import OverlongPolicy
 from stateset_lightning.data.ragged import garbage_collection_paused
 from stateset_lightning.data.reading import READERS, TABLES, Problem, Rows, raise_problems, read_file, separate
 from stateset_lightning.data.reasoning_gym import MAX_SEED, MAX_SIZE, read_task
 from stateset_lightning.data.rows import ListRows, is_table
+from stateset_lightning.data.scenario_set import ScenarioSet
 from stateset_lightning.data.scenarios import QUESTION_COLUMNS, check_columns
-from stateset_lightning.data.served import SAMPLE, Part, ServedScenarios, spare_texts
+from stateset_lightning.data.served import Part, ServedScenarios, spare_texts
 from stateset_lightning.data.tables import is_saved, read_saved, read_table, rows_of
 from stateset_lightning.errors import ConfigError, DataError, check_bounds
 from stateset_lightning.files import keep_inputs
-from stateset_lightning.seeding import permutation
 from stateset_lightning.threads import heartbeat
 from stateset_lightning.types import Scenario
 
@@ -65,55 +64,6 @@ class Source:
     fields: dict[str, str] | None = None
     rewards: list[str] | None = None
     name: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ScenarioSet:
-    """The scenarios of a split. `source_of[i]` is the index, in `names` and `weights`, of the source of scenario i.
-
-    `notes` say how they were read where that is not obvious.
-    """
-
-    scenarios: Sequence[Scenario]
-    source_of: np.ndarray
-    names: list[str]
-    weights: list[float] | None
-    notes: Sequence[str] = ()
-
-    def __len__(self) -> int:
-        return len(self.scenarios)
-
-    @property
-    def known(self) -> Sequence[Scenario]:
-        """Those that are read at the start: all, or the first of a large split."""
-        return self.scenarios[:SAMPLE] if isinstance(self.scenarios, ServedScenarios) else self.scenarios
-
-    def contents(self) -> Iterator[Any]:
-        """What tells them from others, without their ids, which may come from the name of a file."""
-        if isinstance(self.scenarios, ServedScenarios):
-            yield self.scenarios.digest
-        else:
-            yield from ({**scenario.columns(), "id": ""} for scenario in self.scenarios)
-
-    def select(self, indices: Sequence[int] | np.ndarray) -> "ScenarioSet":
-        """The same sources with the scenarios at `indices` alone."""
-        if len(indices) == len(self):
-            return self
-        if isinstance(self.scenarios, ServedScenarios):
-            chosen: Sequence[Scenario] = self.scenarios.select(indices)
-        else:
-            chosen = [self.scenarios[i] for i in indices]
-        return replace(self, scenarios=chosen, source_of=self.source_of[np.asarray(indices, dtype=np.int64)])
-
-    @property
-    def mixture(self) -> str:
-        """Sizes and weights of weighted sources, such as `100*2.0 50*1.0`; they decide the order of an epoch."""
-        sizes = [len(rows) for rows in self.rows_by_source()]
-        return " ".join(f"{size}*{weight}" for size, weight in zip(sizes, self.weights or [], strict=False))
-
-    def rows_by_source(self) -> list[np.ndarray]:
-        """Indices of each source's scenarios, int64."""
-        return [np.flatnonzero(self.source_of == source) for source in range(len(self.names))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +104,12 @@ def read_split(spec: SplitSpec, split: str, data_fields: Mapping[str, str] | Non
         lists = [(i, rows) for i, source in enumerate(sources) for rows in _row_lists(source, i, len(sources), split)]
         parts = _parts(lists, sources, data_fields or {})
         sizes = [len(part.rows) for part in parts]
-        is_large = sum(sizes) > LARGE_ROWS or sum(part.rows.num_bytes for part in parts) > LARGE_BYTES
+        is_large = sum(sizes) > content.LARGE_ROWS or sum(part.rows.num_bytes for part in parts) > content.LARGE_BYTES
         notes = [part.rows.note for part in parts if part.rows.note]
         checked: list[tuple[Scenario, str]] = []
         problems: list[Problem] = []
         for i, part in enumerate(parts):
-            scenarios, bad = part.scenarios(islice(part.rows, SAMPLE) if is_large else part.rows)
+            scenarios, bad = part.scenarios(islice(part.rows, content.SAMPLE) if is_large else part.rows)
             checked += scenarios
             problems += bad
             if is_large and part.rows.end:
@@ -171,7 +121,9 @@ def read_split(spec: SplitSpec, split: str, data_fields: Mapping[str, str] | Non
     if is_large:
         found = ServedScenarios(parts, key)
         what = "bad rows, rows of one id and overlong prompts among the others are found when they are served"
-        notes.append(f"the rows are read as they are needed, and the first {SAMPLE:,} of a file checked now: {what}")
+        notes.append(
+            f"the rows are read as they are needed, and the first {content.SAMPLE:,} of a file checked now: {what}"
+        )
     weights = None if sources[0].weight is None else [source.weight or 0.0 for source in sources]
     names = [s.name or s.path or s.reasoning_gym or f"{key} item {i}" for i, s in enumerate(sources, start=1)]
     return ScenarioSet(found, np.repeat([i for i, _ in lists], sizes), names, weights, notes)
@@ -186,7 +138,7 @@ def _parts(
     for index, each in lists:
         source = sources[index]
         names = {} if source.reasoning_gym else data_fields if source.fields is None else source.fields
-        if sample := separate(islice(each.rows, SAMPLE))[0]:
+        if sample := separate(islice(each.rows, content.SAMPLE))[0]:
             check_columns(sample, names, each.origin)
         label = each.stem if stems[each.stem] == 1 else source.name or each.path
         parts.append(Part(each.rows, names, label, source.rewards))
@@ -335,44 +287,3 @@ def check_options(data: Any, overlong_prompts: str) -> None:
         raise ConfigError(
             f"data.tokenizer={data.tokenizer!r} must be a tokenizer object; leave it out to use the model's"
         )
-
-
-# Validation held out of the training scenarios ------------------------------------------------------------------------
-
-
-def hold_out(scenarios: ScenarioSet, fraction: float, seed: int) -> tuple[ScenarioSet, ScenarioSet]:
-    """Splits into (training, validation); the same for the same seed.
-
-    Scenarios with the same question stay on one side, so that validation never asks what was trained on.
-
-    Args:
-        scenarios: With at least two different questions.
-        fraction: Fraction of the scenarios to hold out; at least one is, and one question stays.
-        seed: The run's seed.
-
-    Raises:
-        DataError: If there is only one question.
-    """
-    # What is asked, without instructions; a hash of it, as there may be many.
-    asked = (
-        repr([(turn.role, turn.content) for turn in scenario.turns() if turn.role != "system"])
-        for scenario in scenarios.scenarios
-    )
-    hashes = (int.from_bytes(blake2b(each.encode(), digest_size=8).digest()) for each in asked)
-    _, first, group_of = np.unique(np.fromiter(hashes, np.uint64), return_index=True, return_inverse=True)
-    if len(first) < 2:
-        raise DataError(
-            f"data.validation_fraction={fraction}: all of data.train asks one question; give data.validation instead"
-        )
-    # Exact: 0.1 * 30 in floating point is just above 3.
-    wanted = max(1, round(Fraction(str(fraction)) * len(scenarios)))
-    in_order = np.argsort(first)  # of their first scenarios
-    sizes, count = np.bincount(group_of), 0
-    is_held = np.zeros(len(first), dtype=bool)
-    for group in in_order[permutation(seed, "validation", size=len(first))[:-1]]:
-        if count >= wanted:
-            break
-        is_held[group] = True
-        count += sizes[group]
-    held = is_held[group_of]
-    return scenarios.select(np.flatnonzero(~held)), scenarios.select(np.flatnonzero(held))

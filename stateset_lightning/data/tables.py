@@ -12,7 +12,8 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
-from stateset_lightning.data.content import LARGE_BYTES, LargeFile, check_file
+from stateset_lightning.data import content
+from stateset_lightning.data.content import LargeFile, check_file
 from stateset_lightning.data.rows import SPLIT_NAMES, ListRows, is_table, no_split, rows_in, unwrapped
 from stateset_lightning.errors import DataError, UserError, require
 
@@ -110,7 +111,7 @@ def _parquet(path: Path) -> ArrowRows:
 
     with ParquetFile(path) as file:
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        if sum(group.total_byte_size for group in groups) <= LARGE_BYTES:
+        if sum(group.total_byte_size for group in groups) <= content.LARGE_BYTES:
             return ArrowRows(file.read())
         # A row of a group cannot be read alone. The file has no name, and is gone with this process.
         unpacked = TemporaryFile()  # noqa: SIM115

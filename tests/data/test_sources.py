@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stateset_lightning.data.sources import Source, hold_out, read_split
+from stateset_lightning.data.scenario_set import hold_out
+from stateset_lightning.data.sources import Source, read_split
 from stateset_lightning.errors import DataError, UserError
 
 REAL = Path(__file__).parents[2].parent / "shared/data"
