@@ -23,32 +23,16 @@ from stateset_lightning.data.rows import (
     LineRows,
     ListRows,
     Problem,
-    RawRow,
     Refused,
     Rows,
+    is_split_map,
     kind,
-    listed,
-    raise_problems,
     reason_of,
     rows_in,
-    separate,
-    unwrapped,
+    under_key,
 )
 from stateset_lightning.errors import DataError
 from stateset_lightning.files.yaml_text import load_yaml
-
-__all__ = [
-    "READERS",
-    "TABLES",
-    "Problem",
-    "RawRow",
-    "Rows",
-    "kind",
-    "listed",
-    "raise_problems",
-    "read_file",
-    "separate",
-]
 
 TABLES = (".parquet", ".arrow", ".feather", ".xlsx")  # see `tables`
 
@@ -143,8 +127,8 @@ def _check_lines(path: Path, text: str) -> None:
         value, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
         return  # reported with the rows
-    is_one = not text[end:].strip()
-    if is_one and isinstance(unwrapped(value, "train"), list):
+    holds = isinstance(value, list) or (isinstance(value, dict) and (is_split_map(value) or under_key(value)))
+    if holds and not text[end:].strip():
         raise DataError(f"{path}: holds one JSON value, {kind(value)}, not an object on each line; name the file .json")
     if "\n" in text[:end]:
         raise DataError(f"{path}: {_ONE_LINE}")
@@ -157,10 +141,9 @@ def _read_json(path: Path, text: str) -> Any:
         place, hint = str(path), ""
         if isinstance(error, json.JSONDecodeError):
             place = f"{path}:{error.lineno}"
-            several = (
-                _ONE_LINE if "\n" in text[: error.pos].strip() else "for one JSON object per line, name the file .jsonl"
-            )
-            hint = f"; {several}" if "Extra data" in str(error) else ""
+            if error.msg == "Extra data":
+                is_long = "\n" in text[: error.pos].strip()
+                hint = f"; {_ONE_LINE if is_long else 'for one JSON object per line, name the file .jsonl'}"
         raise DataError(f"{place}: {reason_of(error)}{hint}") from error
 
 

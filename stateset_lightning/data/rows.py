@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +26,7 @@ SPLIT_NAMES = {
     "test": ("test",),
     "predict": ("predict", "test"),
 }
-_WRAPPERS = ("data", "rows", "examples", "instances", "items", "records", "samples")
+_WRAPPERS = ("data", "rows", "examples", "instances", "records")
 
 
 class Refused(ValueError):
@@ -50,42 +50,18 @@ class Problem:
     reason: str
 
 
-class Rows(Protocol):
-    """The rows of a file, a table or a list; each can be read by itself, at any time.
-
-    `num_bytes` is the size of what they are read from, as far as it is known. `note` says how they are read where that
-    is not obvious, `end` why nothing after these rows can be read, if so.
-    """
-
-    @property
-    def num_bytes(self) -> int: ...
-
-    @property
-    def note(self) -> str: ...
-
-    @property
-    def end(self) -> Problem | None: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> RawRow | Problem: ...
-
-    def __iter__(self) -> Iterator[RawRow | Problem]: ...
-
-    def digest(self) -> str:
-        """A hash: the same for the same rows, another for others."""
-        ...
-
-
-@dataclass(slots=True)
+@dataclass
 class ListRows:
-    """The rows of a sequence of mappings, which `origin` names."""
+    """The rows of a sequence of mappings, which `origin` names; each can be read by itself, as those of `LineRows`.
+
+    `num_bytes` is the size of what they are read from, as far as it is known.
+    """
 
     items: Sequence[Any]
     origin: str
     num_bytes: int = 0
-    note: str = ""
-    end: Problem | None = None
+    note = ""
+    end = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -156,6 +132,9 @@ class LineRows:
 
     def digest(self) -> str:
         return contents.digest(self.content)
+
+
+Rows = ListRows | LineRows
 
 
 def reason_of(error: Exception) -> str:
@@ -234,6 +213,12 @@ def _holds_rows(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict) for item in value[:1])
 
 
+def under_key(value: Mapping[Any, Any]) -> list[Any] | None:
+    """The list of rows under a usual key of a mapping that is no row itself."""
+    lists = [value[key] for key in _WRAPPERS if value.get(key) and _holds_rows(value[key])]
+    return lists[0] if lists and not {"prompt", "messages"} & {*value} else None
+
+
 def unwrapped(value: Any, split: str) -> Any:
     """The rows in a mapping: of a split, under a usual key, or as columns. What has none is returned as it is."""
     if not isinstance(value, Mapping):
@@ -241,13 +226,10 @@ def unwrapped(value: Any, split: str) -> Any:
     if is_split_map(value):
         chosen = next((value[name] for name in SPLIT_NAMES[split] if name in value), None)
         return value if chosen is None else unwrapped(chosen, split)
-    if under := [value[key] for key in _WRAPPERS if value.get(key) and _holds_rows(value[key])]:
-        return under[0]
+    if (under := under_key(value)) is not None:
+        return under
     columns = list(value.values())
-    if columns and all(isinstance(column, dict) for column in columns):  # of pandas: row name -> cell
-        same = all(list(column) == list(columns[0]) for column in columns)
-        columns = [list(column.values()) for column in columns] if same else [value]
-    is_table = all(isinstance(column, list) and column and not _holds_rows(column) for column in columns)
-    if is_table and len({len(column) for column in columns}) == 1:
+    are_lists = all(isinstance(column, list) and not _holds_rows(column) for column in columns)
+    if are_lists and len({len(column) for column in columns}) == 1:
         return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
     return value

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import Any, get_args, get_type_hints
 
-from stateset_lightning.data.reading import Problem, RawRow, kind, listed
+from stateset_lightning.data.rows import Problem, RawRow, kind, listed
 from stateset_lightning.errors import DataError
 from stateset_lightning.files.yaml_text import MAX_DIGITS
 from stateset_lightning.redaction import MAX_DEPTH, MAX_VALUES

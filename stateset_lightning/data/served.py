@@ -15,7 +15,7 @@ import numpy as np
 
 from stateset_lightning.data import content
 from stateset_lightning.data.prompts import EncodedPrompts, PromptEncoder
-from stateset_lightning.data.reading import Problem, RawRow, Rows, raise_problems, separate
+from stateset_lightning.data.rows import Problem, RawRow, Rows, raise_problems, separate
 from stateset_lightning.data.scenarios import to_scenarios
 from stateset_lightning.errors import ConfigError, DataError
 from stateset_lightning.redaction import spare

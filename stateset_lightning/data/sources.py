@@ -22,13 +22,13 @@ from stateset_lightning.data.content import PACKED
 from stateset_lightning.data.hub import is_hub_id, read_hub
 from stateset_lightning.data.prompts import OverlongPolicy
 from stateset_lightning.data.ragged import garbage_collection_paused
-from stateset_lightning.data.reading import READERS, TABLES, Problem, Rows, raise_problems, read_file, separate
+from stateset_lightning.data.reading import READERS, TABLES, read_file
 from stateset_lightning.data.reasoning_gym import MAX_SEED, MAX_SIZE, read_task
-from stateset_lightning.data.rows import ListRows, is_table
+from stateset_lightning.data.rows import ListRows, Problem, Rows, is_table, raise_problems, separate
 from stateset_lightning.data.scenario_set import ScenarioSet
 from stateset_lightning.data.scenarios import QUESTION_COLUMNS, check_columns
 from stateset_lightning.data.served import Part, ServedScenarios, spare_texts
-from stateset_lightning.data.tables import is_saved, read_saved, read_table, rows_of
+from stateset_lightning.data.tables import is_saved, read_table, rows_of
 from stateset_lightning.errors import ConfigError, DataError, check_bounds
 from stateset_lightning.files import keep_inputs
 from stateset_lightning.threads import heartbeat
@@ -233,9 +233,8 @@ def _row_lists(source: Source, index: int, num_sources: int, split: str) -> Iter
 
 
 def _read(file: Path, split: str) -> Rows:
-    if file.is_dir() and is_saved(file):
-        return read_saved(file, split)
-    return read_table(file) if file.suffix.lower() in TABLES else read_file(file, split)
+    is_table = file.suffix.lower() in TABLES or is_saved(file)
+    return read_table(file, split) if is_table else read_file(file, split)
 
 
 def _files(path: str, key: str) -> list[Path]:

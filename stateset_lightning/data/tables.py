@@ -34,6 +34,7 @@ class ArrowRows(Sequence[dict[str, Any]]):
 
     def __init__(self, table: pyarrow.Table, files: Sequence[LargeFile] = ()) -> None:
         self._table, self._files = table, files
+        self.num_bytes = int(table.nbytes)
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -78,23 +79,23 @@ def _plain(value: Any) -> Any:
     return _plain(value.tolist()) if type(value).__module__ == "numpy" else value
 
 
-def read_table(path: Path) -> ListRows:
-    """The rows of a file of these kinds.
+def read_table(path: Path, split: str = "train") -> ListRows:
+    """The rows of a file of these kinds, or of a folder that is one (`is_saved`).
 
     Raises:
         ConfigError: If it is an Excel sheet, and `openpyxl` is not installed.
-        DataError: If it is no file, or none of its kind.
+        DataError: If it is no file, none of its kind, damaged, or has no rows for this split.
     """
-    check_file(path)
-    what, read = READERS[path.suffix.lower()]
-    return _read(path, what, lambda: ListRows(read(path), str(path), path.stat().st_size))
-
-
-def _read(path: Path, what: str, read: Callable[[], ListRows]) -> ListRows:
     import pyarrow
 
+    what = {".parquet": "Parquet", ".xlsx": "an Excel sheet"}.get(path.suffix.lower(), "Arrow")
     try:
-        rows = read()
+        if is_saved(path):
+            rows: ArrowRows | list[Any] = _saved(path, split)
+        else:
+            check_file(path)
+            read: Callable[[Path], ArrowRows | list[Any]] = {"Parquet": _parquet, "Arrow": _arrow}.get(what, _sheet)
+            rows = read(path)
     except (OSError, ValueError, KeyError, TypeError, BadZipFile, pyarrow.ArrowException) as error:
         if isinstance(error, UserError):
             raise
@@ -102,7 +103,7 @@ def _read(path: Path, what: str, read: Callable[[], ListRows]) -> ListRows:
         raise DataError(f"{path}: cannot be read as {what}: {reason}; write it again, or as .jsonl") from error
     if not len(rows):
         raise DataError(f"{path}: has no rows; give at least one scenario")
-    return rows
+    return ListRows(rows, str(path), rows.num_bytes if isinstance(rows, ArrowRows) else 0)
 
 
 def _parquet(path: Path) -> ArrowRows:
@@ -146,38 +147,19 @@ def _sheet(path: Path) -> list[dict[str, Any]]:
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
-# How files are read, by suffix.
-READERS: dict[str, tuple[str, Callable[[Path], Sequence[dict[str, Any]]]]] = {
-    ".parquet": ("Parquet", _parquet),
-    ".arrow": ("Arrow", _arrow),
-    ".feather": ("Feather", _arrow),
-    ".xlsx": ("an Excel sheet", _sheet),
-}
-
-
 def is_saved(folder: Path) -> bool:
     """Whether `save_to_disk` of the library `datasets` wrote a folder."""
     return any((folder / name).is_file() for name in (_OF_SPLITS, _STATE))
 
 
-def read_saved(folder: Path, split: str) -> ListRows:
-    """The rows of such a folder.
-
-    Raises:
-        DataError: If it is damaged, or has none for this split.
-    """
-    return _read(folder, "a saved data set", lambda: _saved(folder, split))
-
-
-def _saved(folder: Path, split: str) -> ListRows:
+def _saved(folder: Path, split: str) -> ArrowRows:
     if (folder / _OF_SPLITS).is_file():
         names = json.loads((folder / _OF_SPLITS).read_text())["splits"]
-        name = next((name for name in SPLIT_NAMES[split] if name in names), None)
-        if name is None:
+        if not (found := [name for name in SPLIT_NAMES[split] if name in names]):
             raise no_split(str(folder), names, split)
-        return _saved(folder / name, split)
-    files = [folder / Path(each["filename"]).name for each in json.loads((folder / _STATE).read_text())["_data_files"]]
-    return ListRows(_arrow(*files), str(folder), sum(file.stat().st_size for file in files))
+        folder = folder / Path(found[0]).name
+    files = json.loads((folder / _STATE).read_text())["_data_files"]
+    return _arrow(*(folder / Path(each["filename"]).name for each in files))
 
 
 def rows_of(value: Any, origin: str, split: str) -> ListRows:
@@ -187,11 +169,10 @@ def rows_of(value: Any, origin: str, split: str) -> ListRows:
         DataError: If it holds no rows, or none of this split.
     """
     found = unwrapped(value, split)
-    size = getattr(found, "nbytes", 0)
     if hasattr(found, "iloc"):
         return ListRows(FrameRows(found), origin)
     if hasattr(found, "to_batches"):
-        return ListRows(ArrowRows(found), origin, size)
+        return ListRows(ArrowRows(found), origin, found.nbytes)
     if is_table(found):
         size = found.data.nbytes * len(found) // max(found.data.num_rows, 1)  # it may be a selection
         return ListRows(found.with_format(None), origin, size)

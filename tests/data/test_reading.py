@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from stateset_lightning.data.reading import Problem, raise_problems, read_file, separate
+from stateset_lightning.data.reading import read_file
+from stateset_lightning.data.rows import Problem, raise_problems, separate
 from stateset_lightning.data.sources import read_split
 from stateset_lightning.errors import DataError
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stateset_lightning.data.reading import RawRow
+from stateset_lightning.data.rows import RawRow
 from stateset_lightning.data.scenarios import check_columns, to_scenarios
 from stateset_lightning.errors import DataError
 from stateset_lightning.types import Turn

@@ -38,10 +38,6 @@ def zstd(text):
     return pyarrow.Codec("zstd").compress(text.encode(), asbytes=True)
 
 
-def pandas_columns(rows):
-    return {name: {str(i): row[name] for i, row in enumerate(rows)} for name in rows[0]}
-
-
 TEXT_FILES = {
     "a.jsonl": lines(),
     "a.ndjson": lines(),
@@ -51,7 +47,6 @@ TEXT_FILES = {
     "splits.json": json.dumps({"train": ROWS, "test": OTHER}),
     "nested.json": json.dumps({"validation": {"data": OTHER}, "train": {"data": ROWS}}),
     "columns.json": json.dumps(COLUMNS),
-    "pandas.json": json.dumps(pandas_columns(ROWS)),
     "a.yaml": json.dumps(ROWS, ensure_ascii=False),
     "splits.yaml": json.dumps({"train": ROWS, "test": OTHER}, ensure_ascii=False),
     "a.csv": table(","),
@@ -196,10 +191,10 @@ def test_what_cannot_be_read_says_what_to_do(tmp_path, write, monkeypatch):
             read_split(str(tmp_path / name), "validation")
         assert read_split(str(tmp_path / name), "predict").scenarios[0].prompt == "another split"
     next((tmp_path / "saved" / "test").glob("*.arrow")).unlink()
-    with pytest.raises(DataError, match="saved: cannot be read as a saved data set"):
+    with pytest.raises(DataError, match="saved: cannot be read as Arrow"):
         read_split(str(tmp_path / "saved"), "test")
     shutil.rmtree(tmp_path / "saved" / "train")
-    with pytest.raises(DataError, match="saved: cannot be read as a saved data set"):
+    with pytest.raises(DataError, match="saved: cannot be read as Arrow"):
         read_split(str(tmp_path / "saved"), "train")
     monkeypatch.setitem(sys.modules, "openpyxl", None)
     with pytest.raises(ConfigError, match=r"an Excel sheet needs the library openpyxl: pip install .*\[xlsx\]"):
@@ -225,7 +220,7 @@ def test_a_large_parquet_file_is_unpacked_beside_its_rows(tmp_path, monkeypatch)
     rows = {"prompt": [f"p{i}" for i in range(2500)], "target": list(range(2500))}
     parquet.write_table(pyarrow.table(rows), tmp_path / "a.parquet", row_group_size=700)
     small = list(tables.read_table(tmp_path / "a.parquet"))
-    monkeypatch.setattr(tables, "LARGE_BYTES", 100)
+    monkeypatch.setattr(content, "LARGE_BYTES", 100)
     large = tables.read_table(tmp_path / "a.parquet")
     assert list(large) == small == [large[i] for i in range(2500)]
 
@@ -246,6 +241,7 @@ REMEDIES = [
     ("a.json", json.dumps(ROWS[0]), "not a mapping with the keys prompt, target; put the rows in a list"),
     ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b", "x": 1, "x": 2}\n', r"a.jsonl:2: the key 'x' stands twice in"),
     ("a.json", '[{"prompt": "b", "x": {"y": 1, "y": 2}}]', r"a.json: the key 'y' stands twice in"),
+    ("a.jsonl", json.dumps({"data": [{"x": 1}], "numbers": [1], "text": "a"}), "no column|name the file .json"),
     ("a.csv.gz", b"prompt\na\n", "it is no whole file of gzip"),
     ("a.parquet.gz", gzip.compress(b"x"), "unknown suffix '.gz'"),
     ("a.csv", "prompt;target\na;1\nb\n", "1 cells, but the header has 2"),
