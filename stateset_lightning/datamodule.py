@@ -174,7 +174,8 @@ class ScenarioDataModule(LightningDataModule):
         scenarios, tokens = self.served("train")
         rank, world_size = self._rank_and_world()
         seed = self._resolved_seed()
-        order = EpochOrder(scenarios.rows_by_source(), scenarios.weights, seed, self.shuffle, scenarios.names)
+        rows, is_stream = scenarios.rows_by_source(), scenarios.stream is not None
+        order = EpochOrder(rows, scenarios.weights, seed, self.shuffle, scenarios.names, goes_on=is_stream)
         curriculum, overfit = self.curriculum, getattr(self.trainer, "overfit_batches", 0)
         if curriculum and overfit:
             repeats = f"trainer.overfit_batches={overfit} repeats the same prompts"
@@ -250,7 +251,9 @@ class ScenarioDataModule(LightningDataModule):
             return {}
         rates = {} if loader.solve_rates is None else {"solve_rates": loader.solve_rates.state_dict()}
         date = {"now": str(self._now)} if self._current_encoder().writes_date else {}
-        return {"train": loader.state_dict(), **date, **rates}
+        state, rows = loader.state_dict(), self._scenarios["train"].stream
+        stream = {} if rows is None else {"stream": rows.state_dict(int(state["epoch"]))}
+        return {"train": state, **date, **rates, **stream}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "now" in state_dict and self._encoder is not None and self._encoder.writes_date:
@@ -264,6 +267,8 @@ class ScenarioDataModule(LightningDataModule):
     def _resume(self) -> None:
         if (loader := self._train_loader) is not None and (state := self._resume_state) is not None:
             loader.load_state_dict(state["train"])  # refuses another curriculum
+            if (rows := self._scenarios["train"].stream) is not None:
+                rows.load_state_dict(state["stream"])
             if loader.solve_rates is not None:
                 loader.solve_rates.load_state_dict(state["solve_rates"])
 
@@ -313,12 +318,8 @@ class ScenarioDataModule(LightningDataModule):
 
     def _encode(self, split: Split, encoder: PromptEncoder) -> None:
         scenarios = self._scenarios[split].scenarios
-        if isinstance(scenarios, ServedScenarios):
-            served = ServedPrompts(scenarios, encoder, f"data.{split}")
-            prompts = EncodedPrompts(served, range(len(scenarios)), opened=served.sample.opened)
-        else:
-            prompts = encoder.encode(scenarios, f"data.{split}")
-        self._prompts[split] = prompts
+        make = ServedPrompts.encoded if isinstance(scenarios, ServedScenarios) else PromptEncoder.encode
+        prompts = self._prompts[split] = make(encoder, scenarios, f"data.{split}")
         if first := next(filter(None, prompts.opened), ""):
             how = "rewards see that before each completion"
             _announce(logging.INFO, f"data.{split}: the chat template opens the answer with {first!r}: {how}")

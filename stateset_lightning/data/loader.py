@@ -204,7 +204,8 @@ class EpisodeLoader:
         for slot in slots:
             position = batch.positions[slot]
             seed = derive_seed(self._order.seed, "dynamic", batch.episode_index, position, round_number)
-            rows.append(_draw_other(weights, batch.rows[slot], uniforms([seed], 1)[0, 0]))
+            first = batch.rows[slot] // self._order.size * self._order.size  # of the epoch: a stream goes on
+            rows.append(first + _draw_other(weights, batch.rows[slot] - first, uniforms([seed], 1)[0, 0]))
             positions.append(position + round_number * self._size)
         return self._batch(rows, positions, episode_index=batch.episode_index)
 

@@ -67,12 +67,12 @@ class ListRows:
         return len(self.items)
 
     def __getitem__(self, index: int) -> RawRow | Problem:
-        return self._row(index + 1, self.items[index])
+        return self.row(index + 1, self.items[index])
 
     def __iter__(self) -> Iterator[RawRow | Problem]:
-        return (self._row(number, item) for number, item in enumerate(self.items, start=1))
+        return (self.row(number, item) for number, item in enumerate(self.items, start=1))
 
-    def _row(self, number: int, item: Any) -> RawRow | Problem:
+    def row(self, number: int, item: Any) -> RawRow | Problem:
         place = f"{self.origin} item {number}"
         if not isinstance(item, dict):
             return Problem(place, f"a row must be a mapping of columns, not {kind(item)}")
@@ -199,8 +199,12 @@ def no_split(origin: str, names: Iterable[Any], split: str) -> DataError:
 
 
 def is_table(value: Any) -> bool:
-    """Whether a value is a data frame of pandas, an Arrow table, or a data set of the library `datasets`."""
-    return hasattr(value, "iloc") or (hasattr(value, "column_names") and hasattr(value, "__len__"))
+    """Whether a value is a data frame of pandas, an Arrow table, a data set of the library `datasets`, or a stream."""
+    return hasattr(value, "iloc") or hasattr(value, "column_names") or is_stream(value)
+
+
+def is_stream(value: Any) -> bool:
+    return hasattr(value, "__iter__") and not hasattr(value, "__len__")
 
 
 def is_split_map(value: Mapping[Any, Any]) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 
 from stateset_lightning.data import content
 from stateset_lightning.data.served import ServedScenarios
+from stateset_lightning.data.stream import StreamRows
 from stateset_lightning.errors import DataError
 from stateset_lightning.seeding import permutation
 from stateset_lightning.types import Scenario
@@ -32,6 +33,11 @@ class ScenarioSet:
 
     def __len__(self) -> int:
         return len(self.scenarios)
+
+    @property
+    def stream(self) -> StreamRows | None:
+        """The stream that the rows are of, if so."""
+        return self.scenarios.stream if isinstance(self.scenarios, ServedScenarios) else None
 
     @property
     def known(self) -> Sequence[Scenario]:

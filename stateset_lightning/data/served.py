@@ -5,7 +5,7 @@ turn comes. A row that cannot be used is an error then.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -17,6 +17,7 @@ from stateset_lightning.data import content
 from stateset_lightning.data.prompts import EncodedPrompts, PromptEncoder
 from stateset_lightning.data.rows import Problem, RawRow, Rows, raise_problems, separate
 from stateset_lightning.data.scenarios import to_scenarios
+from stateset_lightning.data.stream import StreamRows
 from stateset_lightning.errors import ConfigError, DataError
 from stateset_lightning.redaction import spare
 from stateset_lightning.types import Scenario
@@ -26,7 +27,7 @@ from stateset_lightning.types import Scenario
 class Part:
     """The rows of one file or list, and how scenarios are made of them; see `to_scenarios`."""
 
-    rows: Rows
+    rows: Rows | StreamRows
     fields: Mapping[str, str]
     label: str
     rewards: Sequence[str] | None
@@ -66,14 +67,23 @@ class ServedScenarios(Sequence[Scenario]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        row = range(len(self))[index] if self.chosen is None else int(self.chosen[index])
-        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        row = index if self.chosen is None else int(self.chosen[index])
+        # A stream is the only part, and goes on.
+        number = min(int(np.searchsorted(self._starts, row, side="right")), len(self.parts)) - 1
         part = self.parts[number]
         found, problems = part.scenarios([part.rows[row - int(self._starts[number])]])
         raise_problems(self.key, problems)
         if len(found) != 1:
             raise DataError(f"{self.key}: {found[0][1]} makes {len(found)} scenarios; write a row for each")
         return found[0][0]
+
+    def __iter__(self) -> Iterator[Scenario]:
+        return map(self.__getitem__, range(len(self)))
+
+    @property
+    def stream(self) -> StreamRows | None:
+        rows = self.parts[0].rows
+        return rows if isinstance(rows, StreamRows) else None
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "ServedScenarios":
         rows = np.asarray(indices, dtype=np.int64)
@@ -108,6 +118,13 @@ class ServedPrompts(Sequence[list[int]]):
         self._scenarios, self._encoder, self._key = scenarios, encoder, key
         self.sample = encoder.encode(scenarios[: content.SAMPLE], key)
         self.lengths = self.sample.tokens.lengths
+
+    @classmethod
+    def encoded(cls, encoder: PromptEncoder, scenarios: Sequence[Scenario], key: str) -> EncodedPrompts:
+        """In place of the encoder's `encode`."""
+        assert isinstance(scenarios, ServedScenarios)
+        prompts = cls(scenarios, encoder, key)
+        return EncodedPrompts(prompts, range(len(scenarios)), opened=prompts.sample.opened)
 
     @property
     def longest(self) -> int:

@@ -24,10 +24,11 @@ from stateset_lightning.data.prompts import OverlongPolicy
 from stateset_lightning.data.ragged import garbage_collection_paused
 from stateset_lightning.data.reading import READERS, TABLES, read_file
 from stateset_lightning.data.reasoning_gym import MAX_SEED, MAX_SIZE, read_task
-from stateset_lightning.data.rows import ListRows, Problem, Rows, is_table, raise_problems, separate
+from stateset_lightning.data.rows import ListRows, Problem, Rows, is_stream, is_table, raise_problems, separate
 from stateset_lightning.data.scenario_set import ScenarioSet
 from stateset_lightning.data.scenarios import QUESTION_COLUMNS, check_columns
 from stateset_lightning.data.served import Part, ServedScenarios, spare_texts
+from stateset_lightning.data.stream import StreamRows
 from stateset_lightning.data.tables import is_saved, read_table, rows_of
 from stateset_lightning.errors import ConfigError, DataError, check_bounds
 from stateset_lightning.files import keep_inputs
@@ -75,7 +76,7 @@ class _RowList:
         stem: Begins the ids of its rows; `path` does where two have the same stem and the source has no name.
     """
 
-    rows: Rows
+    rows: Rows | StreamRows
     origin: str
     stem: str
     path: str
@@ -103,8 +104,17 @@ def read_split(spec: SplitSpec, split: str, data_fields: Mapping[str, str] | Non
     with garbage_collection_paused():
         lists = [(i, rows) for i, source in enumerate(sources) for rows in _row_lists(source, i, len(sources), split)]
         parts = _parts(lists, sources, data_fields or {})
+        streams = [part.label for part in parts if isinstance(part.rows, StreamRows)]
+        if streams and len(parts) > 1:
+            raise ConfigError(
+                f"{key}: {streams[0]} is a stream, which cannot be mixed with other sources; leave them out"
+            )
         sizes = [len(part.rows) for part in parts]
-        is_large = sum(sizes) > content.LARGE_ROWS or sum(part.rows.num_bytes for part in parts) > content.LARGE_BYTES
+        is_large = (
+            streams
+            or sum(sizes) > content.LARGE_ROWS
+            or sum(part.rows.num_bytes for part in parts) > content.LARGE_BYTES
+        )
         notes = [part.rows.note for part in parts if part.rows.note]
         checked: list[tuple[Scenario, str]] = []
         problems: list[Problem] = []
@@ -275,6 +285,8 @@ def check_options(data: Any, overlong_prompts: str) -> None:
         raise ConfigError(
             "data.shuffle=False keeps the rows' order, data.curriculum draws by solve rate: leave one of them out"
         )
+    if is_stream(data.specs["train"]) and (data.curriculum or data.validation_fraction):
+        raise ConfigError("data.curriculum and data.validation_fraction need all rows, and data.train is a stream")
     if overlong_prompts not in get_args(OverlongPolicy):
         raise ConfigError(f"data.overlong_prompts={overlong_prompts!r} must be error, drop or truncate_left")
     fraction = f"data.validation_fraction={data.validation_fraction}"

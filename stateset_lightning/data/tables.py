@@ -14,8 +14,9 @@ from zipfile import BadZipFile
 
 from stateset_lightning.data import content
 from stateset_lightning.data.content import LargeFile, check_file
-from stateset_lightning.data.rows import SPLIT_NAMES, ListRows, is_table, no_split, rows_in, unwrapped
-from stateset_lightning.errors import DataError, UserError, require
+from stateset_lightning.data.rows import SPLIT_NAMES, ListRows, is_stream, is_table, no_split, rows_in, unwrapped
+from stateset_lightning.data.stream import StreamRows
+from stateset_lightning.errors import ConfigError, DataError, UserError, require
 
 if TYPE_CHECKING:
     import pyarrow
@@ -94,8 +95,8 @@ def read_table(path: Path, split: str = "train") -> ListRows:
             rows: ArrowRows | list[Any] = _saved(path, split)
         else:
             check_file(path)
-            read: Callable[[Path], ArrowRows | list[Any]] = {"Parquet": _parquet, "Arrow": _arrow}.get(what, _sheet)
-            rows = read(path)
+            readers: dict[str, Callable[[Path], Any]] = {"Parquet": _parquet, "Arrow": _arrow}
+            rows = readers.get(what, _sheet)(path)
     except (OSError, ValueError, KeyError, TypeError, BadZipFile, pyarrow.ArrowException) as error:
         if isinstance(error, UserError):
             raise
@@ -162,13 +163,17 @@ def _saved(folder: Path, split: str) -> ArrowRows:
     return _arrow(*(folder / Path(each["filename"]).name for each in files))
 
 
-def rows_of(value: Any, origin: str, split: str) -> ListRows:
+def rows_of(value: Any, origin: str, split: str) -> ListRows | StreamRows:
     """The rows of a list, an Arrow table, a data frame, a data set, or a mapping of columns or of splits to these.
 
     Raises:
         DataError: If it holds no rows, or none of this split.
     """
     found = unwrapped(value, split)
+    if is_stream(found):
+        if split != "train":
+            raise ConfigError(f"{origin} is a stream, which has no end: give a list of its rows, or a file")
+        return StreamRows(found, origin)
     if hasattr(found, "iloc"):
         return ListRows(FrameRows(found), origin)
     if hasattr(found, "to_batches"):
