@@ -1,9 +1,12 @@
 """Streams: shuffled by buffers, divided among ranks, resumed exactly, begun again at their end."""
 
 import pytest
+import torch
+from lightning.pytorch import Callback
+from module_runs import make_module, make_trainer
 
 from stateset_lightning import ScenarioDataModule
-from stateset_lightning.data import stream
+from stateset_lightning.data import content, stream
 from stateset_lightning.data.order import Curriculum
 from stateset_lightning.data.sources import Source
 from stateset_lightning.errors import ConfigError, DataError
@@ -137,3 +140,29 @@ def test_a_stream_has_no_end_to_validate_on(tokenizer):
     data = ScenarioDataModule([{"prompt": "a"}], validation=Numbers(9), tokenizer=tokenizer)
     with pytest.raises(ConfigError, match=r"data.validation is a stream, .* give a list of its rows, or a file"):
         data.setup("fit")
+
+
+@pytest.mark.parametrize("kind", ["stream", "large file"])
+def test_a_fit_goes_on_from_its_checkpoint_as_if_it_had_not_ended(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(content, "LARGE_ROWS", 10)
+    (tmp_path / "a.csv").write_text("prompt,target\n" + "".join(f"What is {i}?,{i}\n" for i in range(30)))
+
+    def fit(folder, steps, checkpoint=None):
+        served = []
+
+        class Watch(Callback):
+            def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+                served.append([s.target for s in batch.scenarios])
+
+        trainer = make_trainer(tmp_path / folder, max_steps=steps, callbacks=[Watch()])
+        data = ScenarioDataModule(Numbers(30) if kind == "stream" else str(tmp_path / "a.csv"), batch_size=4)
+        run = make_module()
+        trainer.fit(run, datamodule=data, ckpt_path=checkpoint)
+        trainer.save_checkpoint(tmp_path / folder / "end.ckpt")
+        return served, {name: p.detach().clone() for name, p in run.named_parameters()}
+
+    whole, weights = fit("whole", 5)
+    first, _ = fit("first", 3)
+    rest, resumed = fit("rest", 5, tmp_path / "first/end.ckpt")
+    assert first + rest == whole
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
