@@ -15,6 +15,7 @@ import numpy as np
 
 from stateset_lightning.data import content
 from stateset_lightning.data.prompts import EncodedPrompts, PromptEncoder
+from stateset_lightning.data.ragged import RaggedTokens
 from stateset_lightning.data.rows import Problem, RawRow, Rows, raise_problems, separate
 from stateset_lightning.data.scenarios import to_scenarios
 from stateset_lightning.data.stream import StreamRows
@@ -117,7 +118,8 @@ class ServedPrompts(Sequence[list[int]]):
             )
         self._scenarios, self._encoder, self._key = scenarios, encoder, key
         self.sample = encoder.encode(scenarios[: content.SAMPLE], key)
-        self.lengths = self.sample.tokens.lengths
+        self.known: RaggedTokens = self.sample.tokens
+        self.lengths = self.known.lengths
 
     @classmethod
     def encoded(cls, encoder: PromptEncoder, scenarios: Sequence[Scenario], key: str) -> EncodedPrompts:
@@ -129,7 +131,7 @@ class ServedPrompts(Sequence[list[int]]):
     @property
     def longest(self) -> int:
         """The limit that holds for all; without one, of those that are known."""
-        return self._encoder.max_prompt_tokens or self.sample.tokens.longest
+        return self._encoder.max_prompt_tokens or self.known.longest
 
     def __len__(self) -> int:
         return len(self._scenarios)
@@ -144,7 +146,7 @@ class ServedPrompts(Sequence[list[int]]):
 
     def digest(self) -> str:
         """A hash: the same for the same rows and the same first prompts."""
-        return hashlib.sha256((self._scenarios.digest + self.sample.tokens.digest()).encode()).hexdigest()[:16]
+        return hashlib.sha256((self._scenarios.digest + self.known.digest()).encode()).hexdigest()[:16]
 
 
 def spare_texts(scenarios: Iterable[Scenario]) -> None:

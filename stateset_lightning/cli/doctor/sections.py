@@ -98,13 +98,15 @@ class Doctor:
                 dropped, cut = self.data.dropped[split], self.data.truncated[split]
                 share = f"{(dropped + cut) / (len(lengths) + dropped):.1%} above data.max_prompt_tokens={limit}"
                 tokens += f", {share}; {dropped} dropped, {cut} cut to their last tokens"
-            _show([f"{split}: {len(scenarios):,} rows of {tokens}"])
+            of_first = f" (the first {len(lengths):,})" if len(lengths) < len(scenarios) else ""
+            _show([f"{split}: {len(scenarios):,} rows of {tokens}{of_first}"])
             if topics := Counter(s.topic for s in scenarios.known if s.topic is not None):
                 common = ", ".join(f"{topic} {count}" for topic, count in topics.most_common(TOPICS))
                 _show([f"{len(topics)} topics: {common}{', ...' if len(topics) > TOPICS else ''}"])
         if "validation" in self.data.num_scenarios:
-            seen = {tuple(prompt) for prompt in self.data.served("train")[1]}
-            if both := sum(tuple(prompt) in seen for prompt in self.data.served("validation")[1]):
+            train, validation = (self.data.served(split)[1].known for split in ("train", "validation"))
+            seen = {tuple(prompt) for prompt in train}
+            if both := sum(tuple(prompt) in seen for prompt in validation):
                 shared = f"{both} prompts of the validation are among those of the training"
                 self.notes.append(f"{shared}: its reward will flatter")
         self.data.train_dataloader()  # refuses a curriculum beside overfit_batches
