@@ -6,7 +6,7 @@ turn comes. A row that cannot be used is an error then.
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -44,7 +44,6 @@ class Part:
         return self.rows.digest()
 
 
-@dataclass(frozen=True)
 class ServedScenarios(Sequence[Scenario]):
     """Scenarios of the rows of several parts, each made when it is asked for.
 
@@ -54,47 +53,40 @@ class ServedScenarios(Sequence[Scenario]):
         chosen: The rows that are meant, of all parts one after the other, int64; None: all.
     """
 
-    parts: Sequence[Part]
-    key: str
-    chosen: np.ndarray | None = None
-    _starts: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_starts", np.array([0, *accumulate(len(part.rows) for part in self.parts)]))
+    def __init__(self, parts: Sequence[Part], key: str, chosen: np.ndarray | None = None) -> None:
+        self._parts, self._key, self._chosen = parts, key, chosen
+        self._starts = np.array([0, *accumulate(len(part.rows) for part in parts)])
+        rows = parts[0].rows
+        self.stream = rows if isinstance(rows, StreamRows) else None
 
     def __len__(self) -> int:
-        return int(self._starts[-1]) if self.chosen is None else len(self.chosen)
+        return int(self._starts[-1]) if self._chosen is None else len(self._chosen)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        row = index if self.chosen is None else int(self.chosen[index])
+        row = index if self._chosen is None else int(self._chosen[index])
         # A stream is the only part, and goes on.
-        number = min(int(np.searchsorted(self._starts, row, side="right")), len(self.parts)) - 1
-        part = self.parts[number]
+        number = min(int(np.searchsorted(self._starts, row, side="right")), len(self._parts)) - 1
+        part = self._parts[number]
         found, problems = part.scenarios([part.rows[row - int(self._starts[number])]])
-        raise_problems(self.key, problems)
+        raise_problems(self._key, problems)
         if len(found) != 1:
-            raise DataError(f"{self.key}: {found[0][1]} makes {len(found)} scenarios; write a row for each")
+            raise DataError(f"{self._key}: {found[0][1]} makes {len(found)} scenarios; write a row for each")
         return found[0][0]
 
     def __iter__(self) -> Iterator[Scenario]:
         return map(self.__getitem__, range(len(self)))
 
-    @property
-    def stream(self) -> StreamRows | None:
-        rows = self.parts[0].rows
-        return rows if isinstance(rows, StreamRows) else None
-
     def select(self, indices: Sequence[int] | np.ndarray) -> "ServedScenarios":
         rows = np.asarray(indices, dtype=np.int64)
-        return ServedScenarios(self.parts, self.key, rows if self.chosen is None else self.chosen[rows])
+        return ServedScenarios(self._parts, self._key, rows if self._chosen is None else self._chosen[rows])
 
     @cached_property
     def digest(self) -> str:
         """A hash: the same for the same rows, another for others."""
-        chosen = b"" if self.chosen is None else self.chosen.tobytes()
-        return hashlib.sha256(" ".join(part.digest for part in self.parts).encode() + chosen).hexdigest()[:16]
+        chosen = b"" if self._chosen is None else self._chosen.tobytes()
+        return hashlib.sha256(" ".join(part.digest for part in self._parts).encode() + chosen).hexdigest()[:16]
 
 
 class ServedPrompts(Sequence[list[int]]):

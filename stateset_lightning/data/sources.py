@@ -110,11 +110,8 @@ def read_split(spec: SplitSpec, split: str, data_fields: Mapping[str, str] | Non
                 f"{key}: {streams[0]} is a stream, which cannot be mixed with other sources; leave them out"
             )
         sizes = [len(part.rows) for part in parts]
-        is_large = (
-            streams
-            or sum(sizes) > content.LARGE_ROWS
-            or sum(part.rows.num_bytes for part in parts) > content.LARGE_BYTES
-        )
+        size = sum(part.rows.num_bytes for part in parts)
+        is_large = sum(sizes) > content.LARGE_ROWS or size > content.LARGE_BYTES
         notes = [part.rows.note for part in parts if part.rows.note]
         checked: list[tuple[Scenario, str]] = []
         problems: list[Problem] = []

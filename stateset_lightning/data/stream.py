@@ -4,6 +4,7 @@ A buffer of rows at a time is shuffled and served, as an epoch of its own. Every
 its part of each episode.
 """
 
+import sys
 from collections.abc import Iterator
 from copy import deepcopy
 from itertools import islice
@@ -27,7 +28,8 @@ class StreamRows:
         DataError: If it has no rows.
     """
 
-    num_bytes, note = 0, f"a stream: of {BUFFER:,} rows at a time the order is shuffled; that counts as an epoch"
+    num_bytes = sys.maxsize  # it is read as a large file
+    note = f"a stream: of {BUFFER:,} rows at a time the order is shuffled; that counts as an epoch"
     end = None
 
     def __init__(self, stream: Any, origin: str) -> None:
