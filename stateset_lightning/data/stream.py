@@ -38,8 +38,12 @@ class StreamRows:
                 f"{origin}: a {type(stream).__name__} has no state_dict and load_state_dict, and a run on it could"
                 " not be resumed: give a datasets.IterableDataset, a list or a file"
             )
-        self._stream, self._origin = stream, origin
-        self._start = deepcopy(stream.state_dict())
+        try:
+            self._stream = deepcopy(stream)  # the user's own stays where it is, for another run
+        except TypeError:  # it holds an open file, say
+            self._stream = stream
+        self._origin = origin
+        self._start = deepcopy(self._stream.state_dict())
         self._go_to(0, self._start)
         self._digest = ListRows(self._buffer(0), origin).digest()
 

@@ -166,3 +166,9 @@ def test_a_fit_goes_on_from_its_checkpoint_as_if_it_had_not_ended(tmp_path, monk
     rest, resumed = fit("rest", 5, tmp_path / "first/end.ckpt")
     assert first + rest == whole
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+
+
+@KINDS
+def test_another_run_on_the_same_stream_begins_where_the_first_did(tokenizer, make):
+    rows = make(30)
+    assert serve(module(rows, tokenizer), 5) == serve(module(rows, tokenizer), 5)
