@@ -58,10 +58,9 @@ def read_file(path: Path, split: str = "train") -> Rows:
             f"{path}: unknown suffix '{path.suffix}'; scenarios are read from {known} (texts also .gz, .zst)"
         )
     content = read_content(path)
-    if not content[: contents.BLOCK].removeprefix(BOM).strip():
+    # In a large file, rows that are not UTF-8 are refused when they are read.
+    if isinstance(content, bytes) and not _text(path, content).strip():
         raise DataError(f"{path}: the file is empty; give at least one scenario")
-    if isinstance(content, bytes):
-        _text(path, content)  # refuses what is not UTF-8; in a large file, rows do when they are read
     rows = READERS[suffix](path, content, split)
     if not len(rows) and not next(iter(rows), None):
         raise DataError(f"{path}: the file has no rows; give at least one scenario")

@@ -3,14 +3,18 @@
 import json
 import os
 import tracemalloc
+from unittest.mock import patch
 
 import pyarrow
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pyarrow import feather, parquet
 
 from stateset_lightning import ScenarioDataModule
 from stateset_lightning.data import content
 from stateset_lightning.data.order import Curriculum
+from stateset_lightning.data.reading import read_file
 from stateset_lightning.data.sources import read_split
 from stateset_lightning.errors import ConfigError, DataError
 from stateset_lightning.redaction import HIDDEN, redacted
@@ -221,3 +225,32 @@ def test_of_many_rows_little_is_kept(tmp_path, tokenizer, monkeypatch, name):
     tracemalloc.stop()
     assert kept < size + 64 * 100_000
     assert peak < 3 * size + 80 * 100_000
+
+
+SOME_LINES = ['{"prompt": "a"}', '{"prompt": "é\u2028", "x": [1]}', "", " ", "\u00a0", "[1]", "{", '{"prompt": ""}']
+LINES = st.lists(st.sampled_from(SOME_LINES) | st.text(max_size=5), max_size=9)
+SOME_CELLS = ["prompt", "a", "é", '"', '"', ",", ";", "\n", "\r\n", "\r", "x y", " "]
+CELLS_TEXT = st.lists(st.sampled_from(SOME_CELLS), max_size=30)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.tuples(LINES, st.sampled_from(["\n", "\r\n", "\n\n"])).map(lambda each: (".jsonl", each[1].join(each[0])))
+    | CELLS_TEXT.map(lambda cells: (".csv", "prompt" + "".join(cells)))
+    | CELLS_TEXT.map(lambda cells: (".csv", "prompt;x\n" + "".join(cells))),
+    st.integers(1, 40),
+)
+def test_any_text_has_the_rows_of_a_large_file_that_it_has_as_a_small_one(tmp_path, text, block):
+    path = tmp_path / f"a{text[0]}"
+    path.write_bytes(text[1].encode(errors="surrogatepass"))
+    read = []
+    for size in (2**28, 0):
+        with patch.multiple(content, LARGE_BYTES=size, BLOCK=block if not size else 2**24):
+            try:
+                read.append([*map(str, read_file(path))])
+            except DataError as error:
+                read.append(str(error))
+    whole = read[0] if isinstance(read[0], str) else ""
+    if any(told in whole for told in ("UTF-8", "one JSON value", "several lines", "empty")):
+        return  # of a large file, its rows are problems
+    assert read[0] == read[1]
