@@ -25,6 +25,7 @@ from stateset_lightning.data.rows import (
     Problem,
     Refused,
     Rows,
+    holds_rows,
     is_split_map,
     kind,
     reason_of,
@@ -126,7 +127,7 @@ def _check_lines(path: Path, text: str) -> None:
         value, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
         return  # reported with the rows
-    holds = isinstance(value, list) or (isinstance(value, dict) and (is_split_map(value) or under_key(value)))
+    holds = holds_rows(value) or (isinstance(value, dict) and (is_split_map(value) or under_key(value)))
     if holds and not text[end:].strip():
         raise DataError(f"{path}: holds one JSON value, {kind(value)}, not an object on each line; name the file .json")
     if "\n" in text[:end]:

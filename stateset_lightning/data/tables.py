@@ -50,36 +50,6 @@ class ArrowRows(Sequence[dict[str, Any]]):
             yield from batch.to_pylist()
 
 
-class FrameRows(Sequence[dict[str, Any]]):
-    """The rows of a pandas data frame as mappings; missing cells are None, NumPy's arrays are lists."""
-
-    def __init__(self, frame: Any) -> None:
-        self._frame = frame
-
-    def __len__(self) -> int:
-        return len(self._frame)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._rows(self._frame.iloc[index : index + 1])[0]
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for start in range(0, len(self), _BATCH):
-            yield from self._rows(self._frame.iloc[start : start + _BATCH])
-
-    def _rows(self, part: Any) -> list[dict[str, Any]]:
-        present = part.astype(object).where(part.notna(), None)
-        return [_plain(row) for row in present.to_dict("records")]
-
-
-def _plain(value: Any) -> Any:
-    """Lists in place of NumPy's arrays, at any depth, and Python's numbers in place of NumPy's."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return _plain(value.tolist()) if type(value).__module__ == "numpy" else value
-
-
 def read_table(path: Path, split: str = "train") -> ListRows:
     """The rows of a file of these kinds, or of a folder that is one (`is_saved`).
 
@@ -175,7 +145,12 @@ def rows_of(value: Any, origin: str, split: str) -> ListRows | StreamRows:
             raise ConfigError(f"{origin} is a stream, which has no end: give a list of its rows, or a file")
         return StreamRows(found, origin)
     if hasattr(found, "iloc"):
-        return ListRows(FrameRows(found), origin)
+        import pyarrow
+
+        try:
+            found = pyarrow.Table.from_pandas(found, preserve_index=False)
+        except pyarrow.ArrowException as error:
+            raise DataError(f"{origin}: {' '.join(error.args)}; give the column one type, text for example") from error
     if hasattr(found, "to_batches"):
         return ListRows(ArrowRows(found), origin, found.nbytes)
     if is_table(found):

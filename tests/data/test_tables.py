@@ -156,6 +156,12 @@ def test_missing_cells_are_none_and_integers_stay_integers(tmp_path):
     assert (second.target, second.x, second.y, second.z) == (None, None, None, None)
 
 
+def test_a_data_frame_whose_column_mixes_types_says_which():
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(DataError, match=r"data.train: .*column target .*; give the column one type, text for example"):
+        read_split(pandas.DataFrame({"prompt": ["a", "b"], "target": [1, "b"]}), "train")
+
+
 def test_a_replaced_parquet_file_is_read_anew(tmp_path):
     path = tmp_path / "a.parquet"
     for prompt in ("old", "new"):
