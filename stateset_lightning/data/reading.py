@@ -19,19 +19,7 @@ import yaml
 from stateset_lightning.data import content as contents
 from stateset_lightning.data.content import BOM, Content, check_file, read_content, suffix_of
 from stateset_lightning.data.delimited import read_csv
-from stateset_lightning.data.rows import (
-    LineRows,
-    ListRows,
-    Problem,
-    Refused,
-    Rows,
-    holds_rows,
-    is_split_map,
-    kind,
-    reason_of,
-    rows_in,
-    under_key,
-)
+from stateset_lightning.data.rows import LineRows, ListRows, Problem, Refused, Rows, are_rows, kind, reason_of, rows_in
 from stateset_lightning.errors import DataError
 from stateset_lightning.files.yaml_text import load_yaml
 
@@ -127,8 +115,7 @@ def _check_lines(path: Path, text: str) -> None:
         value, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
         return  # reported with the rows
-    holds = holds_rows(value) or (isinstance(value, dict) and (is_split_map(value) or under_key(value)))
-    if holds and not text[end:].strip():
+    if are_rows(value) and not text[end:].strip():
         raise DataError(f"{path}: holds one JSON value, {kind(value)}, not an object on each line; name the file .json")
     if "\n" in text[:end]:
         raise DataError(f"{path}: {_ONE_LINE}")

@@ -208,20 +208,26 @@ def is_stream(value: Any) -> bool:
 
 
 def is_split_map(value: Mapping[Any, Any]) -> bool:
-    """Whether a mapping has lists of rows under the names of splits."""
-    lists = [value[name] for name in {*chain(*SPLIT_NAMES.values())} if name in value]
-    return bool(lists) and all(holds_rows(each) or is_table(each) or isinstance(each, Mapping) for each in lists)
+    """Whether a mapping has lists of rows, and nothing else, under the names of splits."""
+    splits = [_under_key(value[name]) for name in {*chain(*SPLIT_NAMES.values())} if name in value]
+    return bool(splits) and all(_holds_rows(each) or is_table(each) for each in splits)
 
 
-def holds_rows(value: Any) -> bool:
+def _holds_rows(value: Any) -> bool:
     """Whether a value is a list of mappings, as far as its first item tells."""
     return isinstance(value, list) and all(isinstance(item, dict) for item in value[:1])
 
 
-def under_key(value: Mapping[Any, Any]) -> list[Any] | None:
-    """The list of rows under a usual key of a mapping that is no row itself."""
-    lists = [value[key] for key in _WRAPPERS if value.get(key) and holds_rows(value[key])]
-    return lists[0] if lists and not {"prompt", "messages"} & {*value} else None
+def are_rows(value: Any) -> bool:
+    """Whether a value is a list of rows, or a mapping around such, and no row itself."""
+    return _holds_rows(_under_key(value)) or (isinstance(value, Mapping) and is_split_map(value))
+
+
+def _under_key(value: Any) -> Any:
+    """The list of rows under a usual key of a mapping that is no row itself; else the value."""
+    if not isinstance(value, Mapping) or {"prompt", "messages"} & {*value}:
+        return value
+    return next((value[key] for key in _WRAPPERS if value.get(key) and _holds_rows(value[key])), value)
 
 
 def unwrapped(value: Any, split: str) -> Any:
@@ -229,12 +235,11 @@ def unwrapped(value: Any, split: str) -> Any:
     if not isinstance(value, Mapping):
         return value
     if is_split_map(value):
-        chosen = next((value[name] for name in SPLIT_NAMES[split] if name in value), None)
-        return value if chosen is None else unwrapped(chosen, split)
-    if (under := under_key(value)) is not None:
+        return next((_under_key(value[name]) for name in SPLIT_NAMES[split] if name in value), value)
+    if (under := _under_key(value)) is not value:
         return under
     columns = list(value.values())
-    are_lists = all(isinstance(column, list) and not holds_rows(column) for column in columns)
+    are_lists = all(isinstance(column, list) and not _holds_rows(column) for column in columns)
     if are_lists and len({len(column) for column in columns}) == 1:
         return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
     return value

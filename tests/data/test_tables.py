@@ -284,6 +284,22 @@ def test_the_data_module_takes_them_too(tokenizer):
     assert {s.target for s in next(iter(data.train_dataloader())).scenarios} == {"007", None}
 
 
+ONE_ROW = [
+    {"prompt": "a", "test": {"code": "assert f(1)"}},
+    {"prompt": "a", "data": [{"x": 1}], "rows": [{"y": 2}]},
+    {"prompt": "a", "numbers": [1, 2]},
+    {"messages": [{"role": "user", "content": "a"}], "train": ["b"]},
+]
+
+
+@pytest.mark.parametrize("row", ONE_ROW)
+def test_a_row_alone_in_a_file_is_a_row_whatever_its_columns_are_called(write, row):
+    (scenario,) = read_split(write("a.jsonl", json.dumps(row)), "train").scenarios
+    assert {name: scenario.columns()[name] for name in {*row} - {"messages"}} == {
+        name: value for name, value in row.items() if name != "messages"
+    }
+
+
 def test_places_are_lines_also_behind_blank_ones(write):
     path = Path(write("a.jsonl", '\n{"prompt": 1}\n\n \n{"prompt": 2}'))
     assert [(row.place, row.number) for row in read_file(path)] == [(f"{path}:2", 1), (f"{path}:5", 2)]
