@@ -44,6 +44,9 @@ kill-test: $(READY) ## kill runs some 130 times and compare their ends with thos
 saves-test: $(READY) ## stop runs of every way to save at every moment and compare their ends; a quarter of an hour
 	$(BIN)/python benchmarks/saves.py --cases 400
 
+large-files: $(READY) ## a million rows and five gigabytes from file to the first training step; five minutes
+	$(BIN)/python benchmarks/large_files.py
+
 ranks-test: $(READY) ## 1, 2 and 4 ranks give the same samples, gradients and weights, and a lost rank ends the run; ten minutes
 	$(BIN)/python benchmarks/ranks.py
 

@@ -17,8 +17,11 @@ from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader, Prom
 from stateset_lightning.data.order import Curriculum, EpochOrder, SolveRates
 from stateset_lightning.data.prompts import EncodedPrompts, PromptEncoder, first_row
 from stateset_lightning.data.ragged import RaggedTokens
+from stateset_lightning.data.scenario_set import ScenarioSet, hold_out
+from stateset_lightning.data.served import ServedScenarios
+from stateset_lightning.data.served_prompts import ServedPrompts
 from stateset_lightning.data.shapes import FinalTurn, Format, RowOptions
-from stateset_lightning.data.sources import Row, ScenarioSet, Source, check_options, hold_out, read_split
+from stateset_lightning.data.sources import Row, Source, check_options, read_split
 from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.seeding import run_seed
@@ -36,9 +39,9 @@ _SPLITS: dict[str, Split] = {"fit": "train", "validate": "validation", "test": "
 class ScenarioDataModule(LightningDataModule):
     """Scenarios to train and evaluate on.
 
-    Each of `train`, `validation`, `test` and `predict` is a path or glob (.jsonl, .json, .csv, .yaml, .parquet), a hub
-    id (owner/name, owner/name:config or owner/name:config:split), a list of scenarios, or a list of sources with
-    weights.
+    Each of `train`, `validation`, `test` and `predict` is a path or glob (docs/data.md), a folder of `save_to_disk`,
+    a hub id (owner/name, owner/name:config or owner/name:config:split), a list of such, of scenarios, or of sources
+    with weights. In Python also a data set of `datasets`, an Arrow table, or a data frame of pandas.
 
     Args:
         train: Scenarios to train on.
@@ -71,10 +74,10 @@ class ScenarioDataModule(LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[Source | Row] | None = None,
-        validation: str | list[Source | Row] | None = None,
-        test: str | list[Source | Row] | None = None,
-        predict: str | list[Source | Row] | None = None,
+        train: str | list[str] | list[Source | Row] | None = None,
+        validation: str | list[str] | list[Source | Row] | None = None,
+        test: str | list[str] | list[Source | Row] | None = None,
+        predict: str | list[str] | list[Source | Row] | None = None,
         *,
         batch_size: Annotated[int, Ge(1)] = 8,
         eval_batch_size: Annotated[int, Ge(1)] | None = None,
@@ -139,12 +142,8 @@ class ScenarioDataModule(LightningDataModule):
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens of the longest prompt of all splits that were set up."""
-        return max((int(prompts.tokens.lengths.max()) for prompts in self._prompts.values()), default=0)
-
-    @property
-    def has_validation(self) -> bool:
-        return self._is_given("validation")
+        """Tokens of the longest prompt of all splits that were set up, as far as it is known; see `ServedPrompts`."""
+        return max((prompts.tokens.longest for prompts in self._prompts.values()), default=0)
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and checks the files that the stage needs, and makes their prompts; only once, however often called.
@@ -160,7 +159,7 @@ class ScenarioDataModule(LightningDataModule):
         splits: list[Split] = [_SPLITS[stage]] if stage else [*self.specs]
         if stage == "fit":
             splits.append("validation")
-        wanted = [split for split in splits if self._is_given(split)]
+        wanted = [split for split in splits if self.is_given(split)]
         for split in wanted:
             if split not in self._scenarios:
                 self._read(split)
@@ -169,7 +168,7 @@ class ScenarioDataModule(LightningDataModule):
             if split not in self._prompts:
                 self._encode(split, encoder)
         if rewards := getattr(getattr(self.trainer, "lightning_module", None), "rewards", None):
-            check_rewards({k: found.scenarios for k, found in self._scenarios.items() if k != "predict"}, rewards)
+            check_rewards({k: found.known for k, found in self._scenarios.items() if k != "predict"}, rewards)
 
     def train_dataloader(self) -> EpisodeLoader:
         if self._train_loader is not None and self.trainer is not None and self.trainer.training:
@@ -177,7 +176,8 @@ class ScenarioDataModule(LightningDataModule):
         scenarios, tokens = self.served("train")
         rank, world_size = self._rank_and_world()
         seed = self._resolved_seed()
-        order = EpochOrder(scenarios.rows_by_source(), scenarios.weights, seed, self.shuffle, scenarios.names)
+        rows, is_stream = scenarios.rows_by_source(), scenarios.stream is not None
+        order = EpochOrder(rows, scenarios.weights, seed, self.shuffle, scenarios.names, goes_on=is_stream)
         curriculum, overfit = self.curriculum, getattr(self.trainer, "overfit_batches", 0)
         if curriculum and overfit:
             repeats = f"trainer.overfit_batches={overfit} repeats the same prompts"
@@ -210,7 +210,7 @@ class ScenarioDataModule(LightningDataModule):
         return loader
 
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
-        if self.has_validation or not self._is_fitting:
+        if self.is_given("validation") or not self._is_fitting:
             return self._evaluation_loader("validation")
         # Lightning asks for a loader whether or not there is something to validate on.
         warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
@@ -222,7 +222,7 @@ class ScenarioDataModule(LightningDataModule):
     def predict_dataloader(self) -> EvaluationLoader:
         return self._evaluation_loader("predict")
 
-    def served(self, split: Split) -> tuple[ScenarioSet, RaggedTokens]:
+    def served(self, split: Split) -> tuple[ScenarioSet, RaggedTokens | ServedPrompts]:
         """The scenarios of a split that were kept, and their prompt tokens."""
         self._check_given(split)
         assert split in self._prompts, f"setup() has not been called for the {split} split"
@@ -253,7 +253,9 @@ class ScenarioDataModule(LightningDataModule):
             return {}
         rates = {} if loader.solve_rates is None else {"solve_rates": loader.solve_rates.state_dict()}
         date = {"now": str(self._now)} if self._current_encoder().writes_date else {}
-        return {"train": loader.state_dict(), **date, **rates}
+        state, rows = loader.state_dict(), self._scenarios["train"].stream
+        stream = {} if rows is None else {"stream": rows.state_dict(int(state["epoch"]))}
+        return {"train": state, **date, **rates, **stream}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "now" in state_dict and self._encoder is not None and self._encoder.writes_date:
@@ -267,6 +269,8 @@ class ScenarioDataModule(LightningDataModule):
     def _resume(self) -> None:
         if (loader := self._train_loader) is not None and (state := self._resume_state) is not None:
             loader.load_state_dict(state["train"])  # refuses another curriculum
+            if (rows := self._scenarios["train"].stream) is not None:
+                rows.load_state_dict(state["stream"])
             if loader.solve_rates is not None:
                 loader.solve_rates.load_state_dict(state["solve_rates"])
 
@@ -274,11 +278,11 @@ class ScenarioDataModule(LightningDataModule):
     def _is_fitting(self) -> bool:
         return self.trainer is not None and self.trainer.state.fn == "fit"
 
-    def _is_given(self, split: Split) -> bool:
+    def is_given(self, split: Split) -> bool:
         return self.specs[split] is not None or (split == "validation" and self.validation_fraction > 0)
 
     def _check_given(self, split: Split) -> None:
-        if not self._is_given(split):
+        if not self.is_given(split):
             also = " or data.validation_fraction" if split == "validation" else ""
             raise ConfigError(f"data.{split} is not given; set it{also} to a path, a hub id or a list of scenarios")
 
@@ -287,7 +291,7 @@ class ScenarioDataModule(LightningDataModule):
         split = "train" if held_out else split
         heartbeat.doing("reading the data")
         found = self._scenarios[split] = read_split(self.specs[split], split, self.rows)
-        for told in [f"{len(found)} scenarios from {', '.join(found.names)}", *found.taken]:
+        for told in [f"{len(found)} scenarios from {', '.join(found.names)}", *found.notes]:
             _announce(logging.INFO, f"data.{split}: {told}")
         if held_out:
             train, validation = hold_out(found, self.validation_fraction, self._resolved_seed())
@@ -315,19 +319,19 @@ class ScenarioDataModule(LightningDataModule):
 
     def _encode(self, split: Split, encoder: PromptEncoder) -> None:
         scenarios = self._scenarios[split].scenarios
-        prompts = self._prompts[split] = encoder.encode(scenarios, f"data.{split}")
-        if self._scenarios[split].taken:
-            row = first_row(encoder.tokenizer, scenarios[prompts.kept[0]], prompts.tokens[0])
+        make = ServedPrompts.encoded if isinstance(scenarios, ServedScenarios) else PromptEncoder.encode
+        prompts = self._prompts[split] = make(encoder, scenarios, f"data.{split}")
+        if self._scenarios[split].notes:
+            row = first_row(encoder.tokenizer, self._scenarios[split].known[prompts.kept[0]], prompts.tokens[0])
             _announce(logging.INFO, f"data.{split}: the first row is {row}")
         if first := next(filter(None, prompts.opened), ""):
             how = "rewards see that before each completion"
             _announce(logging.INFO, f"data.{split}: the chat template opens the answer with {first!r}: {how}")
         self.dropped[split], self.truncated[split] = prompts.num_dropped, prompts.num_truncated
         if count := prompts.num_dropped or prompts.num_truncated:
-            limit = f"data.max_prompt_tokens={self.max_prompt_tokens}"
             fate = "dropped" if prompts.num_dropped else "cut to their last tokens"
-            message = f"{count} of {len(scenarios)} prompts have more than {limit} tokens and are {fate}"
-            _announce(logging.WARNING, f"data.{split}: {message}")
+            told = f"{count} of {len(scenarios)} prompts have more than data.max_prompt_tokens={self.max_prompt_tokens}"
+            _announce(logging.WARNING, f"data.{split}: {told} tokens and are {fate}")
 
     def _evaluation_loader(self, split: Split) -> EvaluationLoader:
         scenarios, tokens = self.served(split)

@@ -102,6 +102,13 @@ def test_each_python_block_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -
     assert namespace["trainer"].global_step == 3
 
 
+def test_python_blocks_about_data_run() -> None:
+    pytest.importorskip("datasets")
+    namespace: dict[str, Any] = {}
+    for block in blocks("python", (ROOT / "docs/data.md").read_text()):
+        exec(block, namespace)
+
+
 def test_the_json_row_of_the_readme_is_a_scenario() -> None:
     rows = [json.loads(block) for block in blocks("json")]
     assert read_split(rows, "train").scenarios[0].target == "4"

@@ -115,7 +115,12 @@ def read_or_refuse(content: bytes, suffix: str) -> None:
 
 
 @quick(250)
-@given(st.binary(max_size=60), st.sampled_from([".jsonl", ".json", ".csv", ".yaml"]))
+@given(
+    st.binary(max_size=60),
+    st.sampled_from(
+        [".jsonl", ".json", ".csv", ".yaml", ".tsv", ".jsonl.gz", ".csv.zst", ".parquet", ".arrow", ".feather"]
+    ),
+)
 def test_files_of_any_bytes(content, suffix):
     read_or_refuse(content, suffix)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from stateset_lightning.data.order import EpochOrder, SolveRates
 from stateset_lightning.data.ragged import RaggedTokens
+from stateset_lightning.data.served_prompts import ServedPrompts
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.seeding import derive_seed, uniforms
 from stateset_lightning.types import PromptBatch, Scenario, asked
@@ -32,7 +33,7 @@ class Prompts:
     """
 
     scenarios: Sequence[Scenario]
-    tokens: RaggedTokens
+    tokens: RaggedTokens | ServedPrompts
     system_prompt: str | None = None
     opened: Sequence[str] = ()
 
@@ -41,9 +42,14 @@ class Prompts:
     ) -> PromptBatch:
         """The prompts at `rows`; `steps` are those arguments of `PromptBatch` that count micro-steps."""
         scenarios = [self.scenarios[row] for row in rows]
-        opened = [self.opened[row] for row in rows] if self.opened else [""] * len(rows)
+        if isinstance(self.tokens, RaggedTokens):
+            tokens = [self.tokens[row] for row in rows]
+            opened: Sequence[str] = [self.opened[row] for row in rows] if self.opened else [""] * len(rows)
+        else:
+            made = self.tokens.encode(scenarios)
+            tokens, opened = list(made.tokens), made.opened
         return PromptBatch(
-            prompt_tokens=[self.tokens[row] for row in rows],
+            prompt_tokens=tokens,
             conversations=[asked(*each, self.system_prompt) for each in zip(scenarios, opened, strict=True)],
             scenarios=scenarios,
             positions=positions,
@@ -198,7 +204,8 @@ class EpisodeLoader:
         for slot in slots:
             position = batch.positions[slot]
             seed = derive_seed(self._order.seed, "dynamic", batch.episode_index, position, round_number)
-            rows.append(_draw_other(weights, batch.rows[slot], uniforms([seed], 1)[0, 0]))
+            first = batch.rows[slot] // self._order.size * self._order.size  # of the epoch: a stream goes on
+            rows.append(first + _draw_other(weights, batch.rows[slot] - first, uniforms([seed], 1)[0, 0]))
             positions.append(position + round_number * self._size)
         return self._batch(rows, positions, episode_index=batch.episode_index)
 

@@ -31,6 +31,7 @@ class EpochOrder:
         seed: The run's seed.
         shuffle: False keeps the sources' own order; several weighted sources are then spread evenly over the epoch.
         names: The sources' names, for messages.
+        goes_on: Whether the rows of the next epoch are others, behind those of this one: they are a stream's.
 
     Raises:
         ConfigError: If a weighted source has no scenarios, or so little weight that it gets no position in an epoch.
@@ -38,19 +39,21 @@ class EpochOrder:
 
     def __init__(
         self,
-        rows_by_source: Sequence[Sequence[int]],
+        rows_by_source: Sequence[Sequence[int] | np.ndarray],
         weights: Sequence[float] | None,
         seed: int,
         shuffle: bool,
         names: Sequence[str] = (),
+        goes_on: bool = False,
     ) -> None:
         self.size = sum(len(rows) for rows in rows_by_source)
         self.seed = seed
         self._shuffle = shuffle
+        self._goes_on = goes_on
         # Chance of each scenario in a draw by weight, relative to the others, float64 [size].
         self.row_weights = np.ones(self.size)
         if weights is None:  # all sources are one
-            self._rows = [np.array(sorted(row for rows in rows_by_source for row in rows), dtype=np.int64)]
+            self._rows = [np.sort(np.concatenate([np.asarray(rows, dtype=np.int64) for rows in rows_by_source]))]
             self._counts = [self.size]
             return
         self._rows = [np.array(rows, dtype=np.int64) for rows in rows_by_source]
@@ -71,7 +74,7 @@ class EpochOrder:
         streams = [self._stream(source, epoch * count, count) for source, count in enumerate(self._counts)]
         positions: np.ndarray = np.concatenate(streams)
         if len(streams) == 1:
-            return positions
+            return positions + epoch * self.size * self._goes_on
         if self._shuffle:
             return positions[permutation(self.seed, "interleave", epoch, size=self.size)]
         even = np.concatenate([(np.arange(count) + 0.5) / count for count in self._counts])

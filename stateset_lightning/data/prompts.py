@@ -46,8 +46,8 @@ class EncodedPrompts:
     `opened[i]` is what the prompt has of its answer; see `PromptEncoder.opened`.
     """
 
-    tokens: RaggedTokens
-    kept: list[int]
+    tokens: Any  # RaggedTokens; of a large split, `served.ServedPrompts`
+    kept: Sequence[int]
     num_dropped: int = 0
     num_truncated: int = 0
     opened: Sequence[str] = ()
@@ -102,15 +102,20 @@ class PromptEncoder:
         wanted = self.use_chat_template
         return bool(getattr(self.tokenizer, "chat_template", None)) if wanted is None else wanted
 
-    def encode(self, scenarios: Sequence[Scenario], key: str) -> EncodedPrompts:
+    def encode(self, scenarios: Sequence[Scenario], key: str, is_tried: bool = False) -> EncodedPrompts:
         """Prompt tokens of the scenarios of the split `key` (`data.train`, say).
+
+        Args:
+            scenarios: Some of its scenarios, or all.
+            key: Its name, for messages.
+            is_tried: Whether the template has made prompts of other scenarios of the split, and all was said of them.
 
         Raises:
             DataError: If the template refuses a scenario or takes too much (see `limited`), a prompt has no tokens,
                 prompts are too long under `overlong_prompts="error"`, or all are dropped.
         """
         batches = self._batches(scenarios, key)
-        if self.applies_template:  # foreign code
+        if self.applies_template and not is_tried:  # foreign code
             batches = limited(batches, f"{key}: the chat template of {self.tokenizer.name_or_path!r}")
         # The tokenizer works without Python's lock: while it encodes a batch, the next ones arrive.
         with garbage_collection_paused(), ThreadPoolExecutor(1) as thread:
@@ -121,7 +126,7 @@ class PromptEncoder:
                 f"{key}: the prompt of scenario '{scenarios[empty[0]].id}' has no tokens; give it a text that the"
                 " tokenizer knows"
             )
-        if marked := sum(count for *_, count in encoded):
+        if (marked := sum(count for *_, count in encoded)) and not is_tried:
             _log.warning(
                 "%s: the text of %d of %d scenarios holds special tokens (%s); they are encoded as plain text. "
                 "data.parse_special_tokens=true encodes them as special tokens",

@@ -35,6 +35,15 @@ class RaggedTokens:
         parts = [cls.from_lists([]), *parts]
         return cls(np.concatenate([part._flat for part in parts]), np.concatenate([part.lengths for part in parts]))
 
+    @property
+    def known(self) -> "RaggedTokens":
+        """All of them; of a large split, the first: see `ServedPrompts`."""
+        return self
+
+    @property
+    def longest(self) -> int:
+        return int(self.lengths.max())
+
     def digest(self) -> str:
         """A hash of the tokens: the same for the same lists, another for others."""
         return hashlib.sha256(self.lengths.tobytes() + self._flat.tobytes()).hexdigest()[:16]

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from stateset_lightning.data.reading import RawRow
 from stateset_lightning.errors import ConfigError, require
 
 MAX_SIZE = 1_000_000
 MAX_SEED = 2_000
 
 
-def read_task(task: str, size: int, seed: int, options: Mapping[str, Any], place: str) -> list[RawRow]:
+def read_task(task: str, size: int, seed: int, options: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
     """The first `size` instances of a task, the same for the same arguments (and version of the library).
 
     A row has the question as `prompt`, the answer as `target` (None where only the library can tell), the task as
@@ -35,10 +34,9 @@ def read_task(task: str, size: int, seed: int, options: Mapping[str, Any], place
         entries = reasoning_gym.create_dataset(task, **{**options, "size": size, "seed": seed * MAX_SIZE})
     except (AssertionError, TypeError, ValueError) as error:
         raise ConfigError(f"{place}: reasoning_gym={task} does not take options={dict(options)}: {error}") from error
-    return [_row(number, task, options, entries[number - 1], place) for number in range(1, size + 1)]
+    return [_row(task, options, entries[index]) for index in range(size)]
 
 
-def _row(number: int, task: str, options: Mapping[str, Any], entry: Mapping[str, Any], place: str) -> RawRow:
+def _row(task: str, options: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
     needed = {"task": task, "options": dict(options), "metadata": entry["metadata"]}
-    columns = {"prompt": entry["question"], "target": entry["answer"], "topic": task, "reasoning_gym": needed}
-    return RawRow(columns, f"{place} item {number}", number)
+    return {"prompt": entry["question"], "target": entry["answer"], "topic": task, "reasoning_gym": needed}

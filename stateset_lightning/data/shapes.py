@@ -16,7 +16,7 @@ from functools import cached_property
 from string import ascii_uppercase
 from typing import Any, Literal, get_args
 
-from stateset_lightning.data.reading import RawRow, listed
+from stateset_lightning.data.rows import RawRow, listed
 from stateset_lightning.data.templates import columns_of, compiled, is_template
 from stateset_lightning.errors import ConfigError, DataError, one_line
 from stateset_lightning.types import ABSENT, at_path

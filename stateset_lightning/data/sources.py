@@ -9,23 +9,28 @@ import glob
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from fractions import Fraction
+from dataclasses import dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
+import numpy as np
 from annotated_types import Ge, Gt, Le
 
-from stateset_lightning.data.hub import is_hub_id, read_hub, read_parquet
+from stateset_lightning.data import content
+from stateset_lightning.data.content import PACKED
+from stateset_lightning.data.hub import is_hub_id, read_hub
 from stateset_lightning.data.ragged import garbage_collection_paused
-from stateset_lightning.data.reading import READERS, Problem, RawRow, raise_problems, read_file, rows_of, separate
+from stateset_lightning.data.reading import READERS, TABLES, read_file
 from stateset_lightning.data.reasoning_gym import MAX_SEED, MAX_SIZE, read_task
-from stateset_lightning.data.scenarios import to_scenarios
+from stateset_lightning.data.rows import ListRows, Problem, Rows, is_stream, is_table, raise_problems, separate
+from stateset_lightning.data.scenario_set import ScenarioSet
+from stateset_lightning.data.served import Part, ServedScenarios, spare_texts
 from stateset_lightning.data.shapes import QUESTION_COLUMNS, FinalTurn, Format, RowOptions, recognise
+from stateset_lightning.data.stream import StreamRows
+from stateset_lightning.data.tables import is_saved, read_table, rows_of
 from stateset_lightning.errors import ConfigError, DataError, check_bounds
 from stateset_lightning.files import keep_inputs
-from stateset_lightning.redaction import spare
-from stateset_lightning.seeding import permutation
 from stateset_lightning.types import OverlongPolicy, Scenario
 
 # Not to `Any`: jsonargparse would read a text in it as YAML, and take what stands in quotes for a number or boolean.
@@ -37,8 +42,9 @@ class Source:
     """One of several sources of scenarios: `path`, `rows` or `reasoning_gym`.
 
     Args:
-        path: A file, a glob, or a hub id (owner/name, owner/name:config or owner/name:config:split).
-        rows: Scenarios, as a list of mappings.
+        path: A file, a folder of `save_to_disk`, a glob, or a hub id (owner/name, owner/name:config or
+            owner/name:config:split).
+        rows: Scenarios, as a list of mappings; in Python also a data set, an Arrow table or a data frame.
         reasoning_gym: A task of the library of this name (`chain_sum`); `ReasoningGymReward` scores it.
         size: Instances of the task.
         seed: Decides which ones; two seeds have none in common.
@@ -69,45 +75,6 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class ScenarioSet:
-    """The scenarios of a split. `source_of[i]` is the index, in `names` and `weights`, of the source of scenario i.
-
-    `taken` says what was recognised in the columns, and done to rows, in sentences.
-    """
-
-    scenarios: list[Scenario]
-    source_of: list[int]
-    names: list[str]
-    weights: list[float] | None
-    taken: list[str] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.scenarios)
-
-    def select(self, indices: Sequence[int]) -> "ScenarioSet":
-        """The same sources with the scenarios at `indices` alone."""
-        chosen = [self.scenarios[i] for i in indices]
-        return replace(self, scenarios=chosen, source_of=[self.source_of[i] for i in indices])
-
-    @property
-    def num_without_target(self) -> int:
-        return sum(scenario.target in (None, "", []) for scenario in self.scenarios)
-
-    @property
-    def mixture(self) -> str:
-        """Sizes and weights of weighted sources, such as `100*2.0 50*1.0`; they decide the order of an epoch."""
-        sizes = [len(rows) for rows in self.rows_by_source()]
-        return " ".join(f"{size}*{weight}" for size, weight in zip(sizes, self.weights or [], strict=False))
-
-    def rows_by_source(self) -> list[list[int]]:
-        """Indices of each source's scenarios."""
-        rows: list[list[int]] = [[] for _ in self.names]
-        for index, source in enumerate(self.source_of):
-            rows[source].append(index)
-        return rows
-
-
-@dataclass(frozen=True, slots=True)
 class _RowList:
     """The rows of one file or list.
 
@@ -116,8 +83,7 @@ class _RowList:
         stem: Begins the ids of its rows; `path` does where two have the same stem and the source has no name.
     """
 
-    rows: list[RawRow]
-    problems: list[Problem]
+    rows: Rows | StreamRows
     origin: str
     stem: str
     path: str
@@ -149,47 +115,66 @@ def read_split(
     sources = _as_sources(spec, key)
     options = options if isinstance(options, RowOptions) else RowOptions(fields=options)
     options = replace(options, needs_target=split != "predict")
-    taken: dict[str, None] = {}
     with garbage_collection_paused():
-        read = [(i, source) for i, source in enumerate(sources) if first is None or _is_here(source, key)]
+        read = [(i, source) for i, source in enumerate(sources) if first is None or _is_quick(source, key)]
         lists = [(i, rows) for i, source in read for rows in _row_lists(source, i, len(sources), split)]
-        stems = Counter(rows.stem for _, rows in lists)
+        parts = _parts(lists, sources, options)
+        streams = [part.label for part in parts if isinstance(part.rows, StreamRows)]
+        if streams and len(parts) > 1:
+            raise ConfigError(
+                f"{key}: {streams[0]} is a stream, which cannot be mixed with other sources; leave them out"
+            )
+        sizes = [len(part.rows) for part in parts]
+        size = sum(part.rows.num_bytes for part in parts)
+        is_large = sum(sizes) > content.LARGE_ROWS or size > content.LARGE_BYTES
         checked: list[tuple[Scenario, str]] = []
-        source_of: list[int] = []
         problems: list[Problem] = []
-        for index, part in lists:
-            source = sources[index]
-            said = RowOptions(format="prompt") if source.reasoning_gym else options.of(vars(source))
-            shape = recognise(part.rows[:1_000], said, part.origin)
-            label = part.stem if stems[part.stem] == 1 else source.name or part.path
-            scenarios, bad = to_scenarios(part.rows[:first], shape, label, source.rewards)
-            taken[shape.announcement()] = None
+        cut = f", the first {first:,} rows of each file" if first and max(sizes, default=0) > first else ""
+        for i, part in enumerate(parts):
+            scenarios, bad = part.scenarios(islice(part.rows, content.SAMPLE if is_large else first))
             checked += scenarios
-            source_of += [index] * len(scenarios)
-            problems += [*part.problems, *bad]
-        cut = f", the first {first:,} rows of each file" if first and any(len(p.rows) > first for _, p in lists) else ""
+            problems += bad
+            if is_large and part.rows.end:
+                problems.append(part.rows.end)
+            sizes[i] = sizes[i] if is_large else len(scenarios)
         raise_problems(f"{key}{cut}", [*problems, *_repeated_ids(checked)])
-    spare(
-        text
-        for scenario, _ in checked
-        for text in (*(turn.content for turn in scenario.turns()), *scenario.columns().values())
-        if isinstance(text, str)
-    )
-    weights = None if sources[0].weight is None else [source.weight or 0.0 for source in sources]
-    source_names = [s.name or s.path or s.reasoning_gym or f"{key} item {i}" for i, s in enumerate(sources, start=1)]
-    if not checked:
+    if parts and not checked:
         raise DataError(f"{key}: data.row leaves out every row")
-    told = list(filter(None, taken))
-    found = ScenarioSet([scenario for scenario, _ in checked], source_of, source_names, weights, told)
-    if 0 < found.num_without_target < len(found):
-        told.append(f"{found.num_without_target:,} of {len(found):,} scenarios have no target")
-    return found
+    found: Sequence[Scenario] = [scenario for scenario, _ in checked]
+    spare_texts(found)
+    notes = list(dict.fromkeys(note for part in parts for note in (part.rows.note, part.shape.announcement()) if note))
+    if 0 < (count := sum(scenario.target in (None, "", []) for scenario in found)) < len(found):
+        notes.append(f"{count:,} of {len(found):,} scenarios have no target")
+    if is_large:
+        found = ServedScenarios(parts, key)
+        what = "bad rows, rows of one id and overlong prompts among the others are found when they are served"
+        notes.append(
+            f"the rows are read as they are needed, and the first {content.SAMPLE:,} of a file checked now: {what}"
+        )
+    weights = None if sources[0].weight is None else [source.weight or 0.0 for source in sources]
+    names = [s.name or s.path or s.reasoning_gym or f"{key} item {i}" for i, s in enumerate(sources, start=1)]
+    return ScenarioSet(found, np.repeat([i for i, _ in lists], sizes), names, weights, notes)
+
+
+def _parts(lists: Sequence[tuple[int, _RowList]], sources: Sequence[Source], options: RowOptions) -> list[Part]:
+    """The rows with their shape, and what begins their ids."""
+    stems = Counter(rows.stem for _, rows in lists)
+    parts = []
+    for index, each in lists:
+        source = sources[index]
+        said = RowOptions(format="prompt") if source.reasoning_gym else options.of(vars(source))
+        shape = recognise(separate(islice(each.rows, content.SAMPLE))[0], said, each.origin)
+        label = each.stem if stems[each.stem] == 1 else source.name or each.path
+        parts.append(Part(each.rows, shape, label, source.rewards))
+    return parts
 
 
 def _as_sources(spec: SplitSpec, key: str) -> list[Source]:
     """The sources that a split's value stands for. A mapping without any of _ORIGINS, or with a prompt, is a row."""
     if isinstance(spec, str | os.PathLike):
         return [Source(path=os.fspath(spec))]
+    if is_table(spec) or isinstance(spec, Mapping):
+        return [Source(rows=spec)]  # type: ignore[arg-type]
     if not isinstance(spec, Sequence):
         raise ConfigError(
             f"{key} must be a path, a hub id, a list of rows or a list of sources, not {type(spec).__name__}"
@@ -197,6 +182,8 @@ def _as_sources(spec: SplitSpec, key: str) -> list[Source]:
     if not spec:
         raise DataError(f"{key} is an empty list; give at least one scenario or source")
     items: list[Any] = list(spec)
+    if all(isinstance(item, str | os.PathLike) for item in items):
+        return [Source(path=os.fspath(item)) for item in items]
     are_sources = [isinstance(item, Source) or (isinstance(item, Mapping) and _is_source(item)) for item in items]
     if not any(are_sources):
         # What is no mapping is reported with the bad rows.
@@ -231,7 +218,8 @@ def _checked_source(item: Source | Mapping[str, Any], place: str) -> Source:
         or (source.size, source.seed, source.options) == (None, 0, None),
         f"reasoning_gym={task} needs a size (instances), may have a seed, and takes no fields": task is None or is_task,
         f"path={source.path!r} must be text": isinstance(source.path, str | os.PathLike | None),
-        f"rows must be a list of scenarios, not {type(source.rows).__name__}": isinstance(source.rows, list | None),
+        f"rows must be a list of scenarios, not {type(source.rows).__name__}": is_table(source.rows)
+        or isinstance(source.rows, list | Mapping | None),
         f"weight={weight!r} must be a number above 0; leave the source out to ignore it": is_weight,
         f"rewards={rewards!r} must be a list of reward names": are_names,
         f"fields={source.fields!r} must map our names to the source's columns, for example prompt: question": is_map,
@@ -242,9 +230,10 @@ def _checked_source(item: Source | Mapping[str, Any], place: str) -> Source:
     return source
 
 
-def _is_here(source: Source, key: str) -> bool:
-    """Whether a source's rows need neither a network nor a library."""
-    return source.rows is not None or (source.path is not None and bool(_files(source.path, key)))
+def _is_quick(source: Source, key: str) -> bool:
+    """Whether a source's rows need neither a network, nor a library, nor a while."""
+    files = [] if source.path is None else _files(source.path, key)
+    return source.rows is not None or 0 < sum(max(file.stat().st_size, 1) for file in files) < content.LARGE_BYTES
 
 
 def _row_lists(source: Source, index: int, num_sources: int, split: str) -> Iterator[_RowList]:
@@ -253,22 +242,29 @@ def _row_lists(source: Source, index: int, num_sources: int, split: str) -> Iter
     if source.rows is not None:
         origin = f"data.{split}" if num_sources == 1 else f"{place} rows"
         stem = source.name or (split if num_sources == 1 else f"{split}.{index + 1}")
-        if not source.rows:
+        rows = rows_of(source.rows, origin, split)
+        if not len(rows):
             raise DataError(f"{origin} has no rows; give at least one scenario")
-        yield _RowList(*separate(rows_of(source.rows, origin)), origin, stem, stem)
+        yield _RowList(rows, origin, stem, stem)
     elif source.reasoning_gym is not None:
         stem = source.name or f"{source.reasoning_gym}.{source.seed}"
-        rows = read_task(source.reasoning_gym, source.size or 0, source.seed, source.options or {}, place)
-        yield _RowList(rows, [], stem, stem, f"{stem}.{index + 1}")
+        task = read_task(source.reasoning_gym, source.size or 0, source.seed, source.options or {}, place)
+        yield _RowList(ListRows(task, place), stem, stem, f"{stem}.{index + 1}")
     else:
         path = os.fspath(source.path or "")
         files = _files(path, f"data.{split}")
         keep_inputs(*files)
         for file in files:
-            rows, problems = (read_parquet(file), []) if file.suffix.lower() == ".parquet" else read_file(file)
-            yield _RowList(rows, problems, str(file), file.stem, str(file.with_suffix("")))
+            is_packed = file.suffix.lower() in PACKED
+            stem = Path(file.stem).stem if is_packed else file.stem
+            yield _RowList(_read(file, split), str(file), stem, str(file.with_name(stem)))
         if not files:
-            yield _RowList(read_hub(path, split), [], path, path, path)
+            yield _RowList(read_hub(path, split), path, path, path)
+
+
+def _read(file: Path, split: str) -> Rows:
+    is_table = file.suffix.lower() in TABLES or is_saved(file)
+    return read_table(file, split) if is_table else read_file(file, split)
 
 
 def _files(path: str, key: str) -> list[Path]:
@@ -283,7 +279,7 @@ def _files(path: str, key: str) -> list[Path]:
             raise DataError(f"{key}={path}: no file matches; {here}")
         return [Path(name) for name in found]
     # `data/train.jsonl` has the form of a hub id, but one of our suffixes, or begins with a folder that is here.
-    is_ours = os.path.splitext(path)[1].lower() in (*READERS, ".parquet") or os.path.isdir(path.split("/")[0])
+    is_ours = os.path.splitext(path)[1].lower() in (*READERS, *TABLES, *PACKED) or os.path.isdir(path.split("/")[0])
     if is_ours or not is_hub_id(path):
         raise DataError(f"{key}={path}: there is no such file, and it does not look like a hub id (owner/name); {here}")
     return []
@@ -309,6 +305,8 @@ def check_options(data: Any, overlong_prompts: str) -> None:
         raise ConfigError(
             "data.shuffle=False keeps the rows' order, data.curriculum draws by solve rate: leave one of them out"
         )
+    if is_stream(data.specs["train"]) and (data.curriculum or data.validation_fraction):
+        raise ConfigError("data.curriculum and data.validation_fraction need all rows, and data.train is a stream")
     if overlong_prompts not in get_args(OverlongPolicy):
         raise ConfigError(f"data.overlong_prompts={overlong_prompts!r} must be error, drop or truncate_left")
     fraction = f"data.validation_fraction={data.validation_fraction}"
@@ -320,40 +318,3 @@ def check_options(data: Any, overlong_prompts: str) -> None:
         raise ConfigError(
             f"data.tokenizer={data.tokenizer!r} must be a tokenizer object; leave it out to use the model's"
         )
-
-
-# Validation held out of the training scenarios ------------------------------------------------------------------------
-
-
-def hold_out(scenarios: ScenarioSet, fraction: float, seed: int) -> tuple[ScenarioSet, ScenarioSet]:
-    """Splits into (training, validation); the same for the same seed.
-
-    Scenarios with the same question stay on one side, so that validation never asks what was trained on.
-
-    Args:
-        scenarios: With at least two different questions.
-        fraction: Fraction of the scenarios to hold out; at least one is, and one question stays.
-        seed: The run's seed.
-
-    Raises:
-        DataError: If there is only one question.
-    """
-    groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
-    for index, scenario in enumerate(scenarios.scenarios):
-        # What is asked, without instructions.
-        question = tuple((turn.role, turn.content) for turn in scenario.turns() if turn.role != "system")
-        groups.setdefault(question, []).append(index)
-    if len(groups) < 2:
-        raise DataError(
-            f"data.validation_fraction={fraction}: all of data.train asks one question; give data.validation instead"
-        )
-    # Exact: 0.1 * 30 in floating point is just above 3.
-    wanted = max(1, round(Fraction(str(fraction)) * len(scenarios)))
-    members = list(groups.values())
-    held: set[int] = set()
-    for group in permutation(seed, "validation", size=len(members))[:-1]:
-        if len(held) >= wanted:
-            break
-        held.update(members[group])
-    rest = [i for i in range(len(scenarios)) if i not in held]
-    return scenarios.select(rest), scenarios.select(sorted(held))

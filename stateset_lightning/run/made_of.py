@@ -69,7 +69,7 @@ def made_of(trainer: Trainer, module: GRPOLightningModule) -> dict[str, Any]:
     if data is not None:
         del options["data"]["tokenizer"]  # known by its digest; the module's is only set where a baseline comes first
         options["data"] |= {split: spec if isinstance(spec, str) else "" for split, spec in data.specs.items()}
-        splits = ["train", "validation"] if data.has_validation else ["train"]
+        splits = ["train", "validation"] if data.is_given("validation") else ["train"]
         found |= {f"rows of data.{split}": _rows_digest(data, split) for split in splits}
         how = [options["data"][name] for name in ("use_chat_template", "chat_template_kwargs", "parse_special_tokens")]
         found["chat template"] = digest(how[0] is not False and tokenizer.chat_template, how)
@@ -149,12 +149,12 @@ def digest(*values: Any) -> str:
 
 
 def _rows_digest(data: Any, split: str) -> str:
-    """Of the scenarios that are served, without their ids, which may come from the name of a file."""
+    """Of the scenarios that are served."""
     scenarios = data.served(split)[0]
     hashed = sha256(text([data.system_prompt, data.truncated[split] and data.max_prompt_tokens]).encode())
     hashed.update(scenarios.mixture.encode())
-    for scenario in scenarios.scenarios:
-        hashed.update(text({**scenario.columns(), "id": ""}).encode())
+    for content in scenarios.contents():
+        hashed.update(text(content).encode())
     return hashed.hexdigest()[:16]
 
 

@@ -174,7 +174,7 @@ def check_monitors(trainer: Trainer, module: Any) -> None:
         place = f"{type(callback).__name__}.monitor={monitor}"
         if not monitor.startswith("val"):
             _check_train_metric(place, monitor, trainer, module)
-        elif data is not None and not data.has_validation:
+        elif data is not None and not data.is_given("validation"):
             raise ConfigError(
                 f"{place}: nothing to validate on; set data.validation or data.validation_fraction, or another monitor"
             )

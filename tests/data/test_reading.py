@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from stateset_lightning.cli.overlays import read_yaml
-from stateset_lightning.data.reading import Problem, raise_problems, read_file
+from stateset_lightning.data.reading import read_file
+from stateset_lightning.data.rows import Problem, raise_problems, separate
 from stateset_lightning.data.sources import read_split
 from stateset_lightning.errors import DataError
 
 
 def columns(path):
-    rows, problems = read_file(path)
+    rows, problems = separate(read_file(path))
     assert problems == []
     return [row.columns for row in rows]
 
@@ -41,7 +42,7 @@ def test_a_line_separator_inside_a_json_string_does_not_end_the_line(write):
 
 def test_jsonl_reports_every_bad_line_with_its_number_and_column(write):
     path = write("a.jsonl", '{"prompt": "a"}\n\n{"prompt": }\n[1]\n{"prompt": "b"}\n')
-    rows, problems = read_file(path)
+    rows, problems = separate(read_file(path))
     assert [(row.number, row.place) for row in rows] == [(1, f"{path}:1"), (4, f"{path}:5")]
     assert problems == [
         Problem(f"{path}:3", "malformed JSON at column 12: Expecting value"),
@@ -51,7 +52,7 @@ def test_jsonl_reports_every_bad_line_with_its_number_and_column(write):
 
 def test_csv_rows_have_the_line_they_start_on_also_behind_a_cell_of_several_lines(write):
     path = write("a.csv", 'prompt,target\n"one\ntwo\nthree",1\nfour,2\nfive\nsix,6,6\n')
-    rows, problems = read_file(path)
+    rows, problems = separate(read_file(path))
     assert [(row.place, row.columns["target"]) for row in rows] == [(f"{path}:2", "1"), (f"{path}:5", "2")]
     assert [problem.place for problem in problems] == [f"{path}:6", f"{path}:7"]
     assert problems[0].reason == "1 cells, but the header has 2 (prompt, target)"
@@ -61,7 +62,7 @@ def test_csv_rows_have_the_line_they_start_on_also_behind_a_cell_of_several_line
 
 def test_an_unclosed_quote_is_reported_where_it_starts(write):
     path = write("a.csv", 'prompt\nfine\n"open\nmore\n')
-    rows, problems = read_file(path)
+    rows, problems = separate(read_file(path))
     assert len(rows) == 1
     assert problems[0].place == f"{path}:3"
     assert "malformed CSV" in problems[0].reason
@@ -77,7 +78,7 @@ def test_a_csv_cell_may_be_longer_than_the_default_limit_of_python(write):
 
 def test_items_of_json_and_yaml_are_counted(write):
     path = write("a.yaml", "- prompt: a\n- just text\n- 1: b\n")
-    rows, problems = read_file(path)
+    rows, problems = separate(read_file(path))
     assert rows[0].place == f"{path} item 1"
     assert problems == [
         Problem(f"{path} item 2", "a row must be a mapping of columns, not text"),
@@ -106,7 +107,7 @@ def test_items_of_json_and_yaml_are_counted(write):
         (
             "a.txt",
             "prompt",
-            "unknown suffix '.txt'; scenarios are read from .jsonl, .json, .csv, .yaml, .yml, .parquet",
+            "unknown suffix '.txt'; scenarios are read from .jsonl, .ndjson, .json, .csv, .tsv, .yaml, .yml, .parquet",
         ),
         (
             "a.jsonl",
@@ -137,7 +138,8 @@ def test_an_unreadable_file_says_so(write):
 
 
 def test_deep_nesting_and_long_numbers_are_problems_not_crashes(write):
-    _, problems = read_file(write("a.jsonl", '{"a": ' + "[" * 100_000 + "\n" + '{"a": ' + "1" * 5000 + "}\n"))
+    path = write("a.jsonl", '{"a": ' + "[" * 100_000 + "\n" + '{"a": ' + "1" * 5000 + "}\n")
+    _, problems = separate(read_file(path))
     assert [problem.reason.startswith("malformed JSON: ") for problem in problems] == [True, True]
 
 

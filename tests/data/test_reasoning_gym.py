@@ -45,7 +45,7 @@ def test_tasks_mix_with_other_sources_whatever_fields_say():
     ]
     read = read_split(spec, "train", {"prompt": "question"})
     assert read.names == ["data.train item 1", "spell_backward"]
-    assert read.source_of == [0, 1, 1, 1]
+    assert read.source_of.tolist() == [0, 1, 1, 1]
     assert read.scenarios[1].rewards == ("reasoning_gym",)
     assert "reasoning_gym" not in (read.scenarios[0].model_extra or {})
 

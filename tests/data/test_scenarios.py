@@ -2,7 +2,7 @@
 
 import pytest
 
-from stateset_lightning.data.reading import RawRow
+from stateset_lightning.data.rows import RawRow
 from stateset_lightning.data.scenarios import to_scenarios
 from stateset_lightning.data.shapes import RowOptions, recognise
 from stateset_lightning.errors import DataError

@@ -100,14 +100,16 @@ class Doctor:
                 dropped, cut = self.data.dropped[split], self.data.truncated[split]
                 share = f"{(dropped + cut) / (len(lengths) + dropped):.1%} above data.max_prompt_tokens={limit}"
                 tokens += f", {share}; {dropped} dropped, {cut} cut to their last tokens"
-            row = first_row(self.module.tokenizer, scenarios.scenarios[0], prompts[0])
-            _show([f"{split}: {len(lengths):,} rows of {tokens}", f"first row: {row}"])
-            if topics := Counter(s.topic for s in scenarios.scenarios if s.topic is not None):
+            of_first = f" (the first {len(lengths):,})" if len(lengths) < len(scenarios) else ""
+            row = first_row(self.module.tokenizer, scenarios.known[0], prompts[0])
+            _show([f"{split}: {len(scenarios):,} rows of {tokens}{of_first}", f"first row: {row}"])
+            if topics := Counter(s.topic for s in scenarios.known if s.topic is not None):
                 common = ", ".join(f"{topic} {count}" for topic, count in topics.most_common(TOPICS))
                 _show([f"{len(topics)} topics: {common}{', ...' if len(topics) > TOPICS else ''}"])
         if "validation" in self.data.num_scenarios:
-            seen = {tuple(prompt) for prompt in self.data.served("train")[1]}
-            if both := sum(tuple(prompt) in seen for prompt in self.data.served("validation")[1]):
+            train, validation = (self.data.served(split)[1].known for split in ("train", "validation"))
+            seen = {tuple(prompt) for prompt in train}
+            if both := sum(tuple(prompt) in seen for prompt in validation):
                 shared = f"{both} prompts of the validation are among those of the training"
                 self.notes.append(f"{shared}: its reward will flatter")
         self.data.train_dataloader()  # refuses a curriculum beside overfit_batches
@@ -193,7 +195,7 @@ class Doctor:
                 with self._section():
                     check()
         self.notes += [str(warning.message) for warning in caught]
-        if never := no_validation(trainer, self.data) if self.data.has_validation else "":
+        if never := no_validation(trainer, self.data) if self.data.is_given("validation") else "":
             self.notes.append(never)  # Lightning says nothing of it
         if (path := self.config.ckpt_path) is not None and path != "hpc":
             with self._section():

@@ -1,0 +1,123 @@
+"""The bytes of a file: in memory, or read where they are asked for if the file is large. Unpacks .gz and .zst."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from stateset_lightning.errors import DataError
+
+# Of a split, in bytes and in rows: what is larger is read, checked and encoded when it is served; see `sources`.
+LARGE_BYTES = 256 * 2**20
+LARGE_ROWS = 200_000
+SAMPLE = 1000  # rows of each of its files that are looked at, at the start
+
+BOM = "\ufeff".encode()  # which some programs put before a text
+BLOCK = 16 * 2**20  # bytes that are looked at together
+PACKED = {".gz": "gzip", ".zst": "zstd"}  # suffix -> what Arrow calls it
+
+
+class LargeFile:
+    """A file that is read piece by piece, and must not change meanwhile: an offset would mean another row."""
+
+    def __init__(self, file: BinaryIO, name: Path) -> None:
+        self._file, self._name = file, name
+        self._state = self._look()
+
+    def _look(self) -> tuple[int, int]:
+        found = os.fstat(self._file.fileno())
+        return found.st_size, found.st_mtime_ns
+
+    def __len__(self) -> int:
+        return self._state[0]
+
+    def check(self) -> None:
+        """The file is as it was.
+
+        Raises:
+            DataError: If not.
+        """
+        if self._look() != self._state:
+            raise DataError(
+                f"{self._name}: the file has changed since this run first read it; start anew, and leave it alone"
+            )
+
+    def __getitem__(self, part: slice) -> bytes:
+        self.check()
+        return os.pread(self._file.fileno(), part.stop - (part.start or 0), part.start or 0)
+
+
+Content = bytes | LargeFile
+
+
+def read_content(path: Path) -> Content:
+    """The content of a file, unpacked.
+
+    Raises:
+        DataError: If it cannot be read or unpacked.
+    """
+    packing = PACKED.get(path.suffix.lower())
+    try:
+        if packing:
+            return _unpacked(path, packing)
+        size = path.stat().st_size
+        return path.read_bytes() if size <= LARGE_BYTES else LargeFile(path.open("rb"), path)
+    except OSError as error:
+        why = error.strerror or f"it is no whole file of {packing}: {error}"
+        raise DataError(f"{path}: cannot be read ({why}); check the path and its permissions") from error
+
+
+def _unpacked(path: Path, packing: str) -> bytes:
+    import pyarrow
+
+    path.open("rb").close()  # Arrow's error of a missing file says no more than that it failed
+    with pyarrow.input_stream(str(path), compression=packing) as stream:
+        content: bytes = stream.read(LARGE_BYTES + 1)
+    if len(content) > LARGE_BYTES:
+        raise DataError(f"{path}: unpacks to more than {LARGE_BYTES >> 20:,} MiB; give the unpacked file")
+    return content
+
+
+def blocks(content: Content) -> Iterator[bytes]:
+    """The content in pieces."""
+    for start in range(0, len(content), BLOCK):
+        yield content[start : min(start + BLOCK, len(content))]
+
+
+def lines(content: Content, start: int) -> Iterator[bytes]:
+    """The lines from `start` on, with their ends: LF, CR LF or CR."""
+    rest = b""
+    for block_start in range(start, len(content), BLOCK):
+        block = rest + content[block_start : min(block_start + BLOCK, len(content))]
+        *whole, rest = block.splitlines(keepends=True)  # of bytes: at these ends alone
+        yield from whole
+    if rest:
+        yield rest
+
+
+def digest(content: Content) -> str:
+    """A hash of the content."""
+    hashed = hashlib.sha256()
+    for block in blocks(content):
+        hashed.update(block)
+    return hashed.hexdigest()[:16]
+
+
+def suffix_of(path: Path) -> str:
+    """What kind of file it is, packed or not."""
+    return Path(path.stem if path.suffix.lower() in PACKED else path).suffix.lower()
+
+
+def check_file(path: Path) -> None:
+    """What a path names is a file, which ends.
+
+    Raises:
+        DataError: If it is a directory, or a device, a pipe or a socket.
+    """
+    if path.is_dir():
+        raise DataError(f"{path} is a directory; give a file, or a glob such as '{path}/*.jsonl'")
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is a device, a pipe or a socket, which may never end; give a file")

@@ -1,0 +1,245 @@
+"""Raw rows, what is wrong with them, and what holds them: lists, and texts with a row on each line.
+
+A row that cannot be read is a `Problem`, so that all bad rows of a split are reported together.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stateset_lightning.data import content as contents
+from stateset_lightning.data.content import Content
+from stateset_lightning.errors import DataError
+
+MAX_PROBLEMS_SHOWN = 20
+
+# What the rows of a split are called where one file has those of several.
+SPLIT_NAMES = {
+    "train": ("train",),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test",),
+    "predict": ("predict", "test"),
+}
+_WRAPPERS = ("data", "rows", "examples", "instances", "records")
+
+
+class Refused(ValueError):
+    """Why a row cannot be read, in words for the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """One row before it is checked. `place` says where it stands, `number` counts the file's rows from 1."""
+
+    columns: dict[str, Any]
+    place: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why the row at `place` cannot be used."""
+
+    place: str
+    reason: str
+
+
+@dataclass
+class ListRows:
+    """The rows of a sequence of mappings, which `origin` names; each can be read by itself, as those of `LineRows`.
+
+    `num_bytes` is the size of what they are read from, as far as it is known.
+    """
+
+    items: Sequence[Any]
+    origin: str
+    num_bytes: int = 0
+    note = ""
+    end = None
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> RawRow | Problem:
+        return self.row(index + 1, self.items[index])
+
+    def __iter__(self) -> Iterator[RawRow | Problem]:
+        return (self.row(number, item) for number, item in enumerate(self.items, start=1))
+
+    def row(self, number: int, item: Any) -> RawRow | Problem:
+        place = f"{self.origin} item {number}"
+        if not isinstance(item, dict):
+            return Problem(place, f"a row must be a mapping of columns, not {kind(item)}")
+        if unnamed := [name for name in item if not isinstance(name, str)]:
+            return Problem(place, f"column names must be strings, not {unnamed[0]!r}; put it in quotes")
+        return RawRow(item, place, number)
+
+    def digest(self) -> str:
+        """Of the number of rows and a thousand of them, evenly spread: it is for lists that take long to read."""
+        spread = np.linspace(0, len(self) - 1, min(len(self), 1000), dtype=np.int64).tolist()
+        return sha256(repr([len(self), *(self.items[i] for i in spread)]).encode(errors="replace")).hexdigest()[:16]
+
+
+@dataclass(slots=True)
+class LineRows:
+    """The rows of a text of which each begins on a line of its own.
+
+    Args:
+        path: The file.
+        content: Its bytes.
+        starts: Where each row begins, and where the last one ends, int64 [rows + 1].
+        lines: The line that each row begins on, from 1.
+        parse: Makes columns of a row's text; a ValueError says why it cannot.
+        note: What the user should know about how the file is read.
+        end: Why no row after these can be read, if so.
+    """
+
+    path: Path
+    content: Content
+    starts: Any
+    lines: Any
+    parse: Callable[[str], dict[str, Any]]
+    note: str = ""
+    end: Problem | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.content)
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, index: int) -> RawRow | Problem:
+        place = f"{self.path}:{self.lines[index]}"
+        row = self.content[int(self.starts[index]) : int(self.starts[index + 1])]
+        try:
+            return RawRow(self.parse(row.decode()), place, index + 1)
+        except UnicodeDecodeError as error:
+            return Problem(place, f"not valid UTF-8 (byte 0x{row[error.start]:02x}); save the file as UTF-8")
+        except (ValueError, RecursionError) as error:
+            return Problem(place, reason_of(error))
+
+    def __iter__(self) -> Iterator[RawRow | Problem]:
+        yield from map(self.__getitem__, range(len(self)))
+        if self.end:
+            yield self.end
+
+    def digest(self) -> str:
+        return contents.digest(self.content)
+
+
+Rows = ListRows | LineRows
+
+
+def reason_of(error: Exception) -> str:
+    if isinstance(error, Refused):
+        return str(error)
+    if isinstance(error, json.JSONDecodeError):
+        return f"malformed JSON at column {error.colno}: {error.msg}"
+    # An integer of thousands of digits, or lists nested thousands deep.
+    return f"malformed JSON: {str(error).partition(';')[0]}"
+
+
+def separate(readings: Iterable[RawRow | Problem]) -> tuple[list[RawRow], list[Problem]]:
+    """The rows, and the problems of those that cannot be read."""
+    readings = list(readings)
+    return [r for r in readings if isinstance(r, RawRow)], [r for r in readings if isinstance(r, Problem)]
+
+
+def raise_problems(key: str, problems: Sequence[Problem]) -> None:
+    """Raises a `DataError` that lists the problems of the split `key` (the first 20, and how many more), if any."""
+    if not problems:
+        return
+    shown = [f"  {problem.place}: {problem.reason}" for problem in problems[:MAX_PROBLEMS_SHOWN]]
+    if len(problems) > MAX_PROBLEMS_SHOWN:
+        shown.append(f"  ... and {len(problems) - MAX_PROBLEMS_SHOWN} more")
+    count = f"{len(problems)} row{'s' if len(problems) > 1 else ''}"
+    raise DataError("\n".join([f"{key}: {count} cannot be used; correct or remove:", *shown]))
+
+
+def kind(value: object) -> str:
+    """What a value read from a file is, in words that need no Python."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return "a number"
+    names = {dict: "a mapping", list: "a list", str: "text", bool: "true/false", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
+
+
+def listed(names: Iterable[str]) -> str:
+    """The names of columns, of which a file may have thousands."""
+    first = list(islice(names, MAX_PROBLEMS_SHOWN + 1))
+    return ", ".join([*first[:MAX_PROBLEMS_SHOWN], *(["..."] if len(first) > MAX_PROBLEMS_SHOWN else [])]) or "none"
+
+
+def rows_in(value: Any, origin: str, split: str) -> list[Any]:
+    """The list of rows that a value is, or holds.
+
+    Raises:
+        DataError: If there is none, or none for this split.
+    """
+    found = unwrapped(value, split)
+    if isinstance(found, list):
+        return found
+    if isinstance(value, Mapping) and is_split_map(value):
+        raise no_split(origin, value, split)
+    keys = f" with the keys {', '.join(map(str, list(value)[:5]))}" if isinstance(value, Mapping) else ""
+    raise DataError(f"{origin}: must hold a list of rows, not {kind(value)}{keys}; put the rows in a list")
+
+
+def no_split(origin: str, names: Iterable[Any], split: str) -> DataError:
+    """The error of rows of several splits, none of which is this one."""
+    has = f"has the splits {listed(map(str, names))}, and none for data.{split}"
+    return DataError(f"{origin}: {has}; write those rows to a file of their own")
+
+
+def is_table(value: Any) -> bool:
+    """Whether a value is a data frame of pandas, an Arrow table, a data set of the library `datasets`, or a stream."""
+    return hasattr(value, "iloc") or hasattr(value, "column_names") or is_stream(value)
+
+
+def is_stream(value: Any) -> bool:
+    return hasattr(value, "__iter__") and not hasattr(value, "__len__")
+
+
+def is_split_map(value: Mapping[Any, Any]) -> bool:
+    """Whether a mapping has lists of rows, and nothing else, under the names of splits."""
+    splits = [_under_key(value[name]) for name in {*chain(*SPLIT_NAMES.values())} if name in value]
+    return bool(splits) and all(_holds_rows(each) or is_table(each) for each in splits)
+
+
+def _holds_rows(value: Any) -> bool:
+    """Whether a value is a list of mappings, as far as its first item tells."""
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value[:1])
+
+
+def are_rows(value: Any) -> bool:
+    """Whether a value is a list of rows, or a mapping around such, and no row itself."""
+    return _holds_rows(_under_key(value)) or (isinstance(value, Mapping) and is_split_map(value))
+
+
+def _under_key(value: Any) -> Any:
+    """The list of rows under a usual key of a mapping that is no row itself; else the value."""
+    if not isinstance(value, Mapping) or {"prompt", "messages"} & {*value}:
+        return value
+    return next((value[key] for key in _WRAPPERS if value.get(key) and _holds_rows(value[key])), value)
+
+
+def unwrapped(value: Any, split: str) -> Any:
+    """The rows in a mapping: of a split, under a usual key, or as columns. What has none is returned as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    if is_split_map(value):
+        return next((_under_key(value[name]) for name in SPLIT_NAMES[split] if name in value), value)
+    if (under := _under_key(value)) is not value:
+        return under
+    columns = list(value.values())
+    are_lists = all(isinstance(column, list) and not _holds_rows(column) for column in columns)
+    if are_lists and len({len(column) for column in columns}) == 1:
+        return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    return value

@@ -1,0 +1,159 @@
+"""Tables -> raw rows: Parquet, Arrow and Feather files, Excel sheets, and what Python has read already.
+
+Arrow reads them without a cache: what is replaced is read anew. Rows are made when they are asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
+
+from stateset_lightning.data import content
+from stateset_lightning.data.content import LargeFile, check_file
+from stateset_lightning.data.rows import SPLIT_NAMES, ListRows, is_stream, is_table, no_split, rows_in, unwrapped
+from stateset_lightning.data.stream import StreamRows
+from stateset_lightning.errors import ConfigError, DataError, UserError, require
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_BATCH = 1000  # rows
+_OF_SPLITS, _STATE = "dataset_dict.json", "state.json"  # files that `datasets` writes
+
+
+class ArrowRows(Sequence[dict[str, Any]]):
+    """The rows of an Arrow table as mappings; missing cells are None, integers stay integers beside them.
+
+    Args:
+        table: In memory, or mapped from files.
+        files: These; they must not change meanwhile.
+    """
+
+    def __init__(self, table: pyarrow.Table, files: Sequence[LargeFile] = ()) -> None:
+        self._table, self._files = table, files
+        self.num_bytes = int(table.nbytes)
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        for file in self._files:
+            file.check()
+        return self._table.slice(index, 1).to_pylist()[0]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self._table.to_batches(_BATCH):
+            yield from batch.to_pylist()
+
+
+def read_table(path: Path, split: str = "train") -> ListRows:
+    """The rows of a file of these kinds, or of a folder that is one (`is_saved`).
+
+    Raises:
+        ConfigError: If it is an Excel sheet, and `openpyxl` is not installed.
+        DataError: If it is no file, none of its kind, damaged, or has no rows for this split.
+    """
+    import pyarrow
+
+    what = {".parquet": "Parquet", ".xlsx": "an Excel sheet"}.get(path.suffix.lower(), "Arrow")
+    try:
+        if is_saved(path):
+            rows: ArrowRows | list[Any] = _saved(path, split)
+        else:
+            check_file(path)
+            readers: dict[str, Callable[[Path], Any]] = {"Parquet": _parquet, "Arrow": _arrow}
+            rows = readers.get(what, _sheet)(path)
+    except (OSError, ValueError, KeyError, TypeError, BadZipFile, pyarrow.ArrowException) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"{path}: cannot be read as {what}: {reason}; write it again, or as .jsonl") from error
+    if not len(rows):
+        raise DataError(f"{path}: has no rows; give at least one scenario")
+    return ListRows(rows, str(path), rows.num_bytes if isinstance(rows, ArrowRows) else 0)
+
+
+def _parquet(path: Path) -> ArrowRows:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        if sum(group.total_byte_size for group in groups) <= content.LARGE_BYTES:
+            return ArrowRows(file.read())
+        # A row of a group cannot be read alone. The file has no name, and is gone with this process.
+        unpacked = TemporaryFile()  # noqa: SIM115
+        with pyarrow.ipc.new_file(unpacked, file.schema_arrow) as writer:
+            for batch in file.iter_batches(_BATCH):
+                writer.write_batch(batch)
+    unpacked.flush()
+    return ArrowRows(pyarrow.ipc.open_file(pyarrow.memory_map(f"/dev/fd/{unpacked.fileno()}")).read_all())
+
+
+def _arrow(*paths: Path) -> ArrowRows:
+    """IPC files, or streams (as `datasets` writes); mapped into memory if they are not packed."""
+    import pyarrow
+
+    files = [LargeFile(path.open("rb"), path) for path in paths]
+    tables = []
+    for path, file in zip(paths, files, strict=True):
+        read = pyarrow.ipc.open_file if file[:6] == b"ARROW1" else pyarrow.ipc.open_stream
+        tables.append(read(pyarrow.memory_map(str(path))).read_all())
+    return ArrowRows(pyarrow.concat_tables(tables), files)
+
+
+def _sheet(path: Path) -> list[dict[str, Any]]:
+    require("openpyxl", "xlsx", f"{path}: an Excel sheet")
+    import openpyxl
+
+    book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+    header, *rows = [row for row in book.worksheets[0].iter_rows(values_only=True) if any(c is not None for c in row)]
+    names = [f"column {number}" if cell is None else str(cell).strip() for number, cell in enumerate(header, start=1)]
+    if len(set(names)) < len(names):
+        raise DataError(f"{path}: the first row names a column twice: {', '.join(names)}; rename one of them")
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` of the library `datasets` wrote a folder."""
+    return any((folder / name).is_file() for name in (_OF_SPLITS, _STATE))
+
+
+def _saved(folder: Path, split: str) -> ArrowRows:
+    if (folder / _OF_SPLITS).is_file():
+        names = json.loads((folder / _OF_SPLITS).read_text())["splits"]
+        if not (found := [name for name in SPLIT_NAMES[split] if name in names]):
+            raise no_split(str(folder), names, split)
+        folder = folder / Path(found[0]).name
+    files = json.loads((folder / _STATE).read_text())["_data_files"]
+    return _arrow(*(folder / Path(each["filename"]).name for each in files))
+
+
+def rows_of(value: Any, origin: str, split: str) -> ListRows | StreamRows:
+    """The rows of a list, an Arrow table, a data frame, a data set, or a mapping of columns or of splits to these.
+
+    Raises:
+        DataError: If it holds no rows, or none of this split.
+    """
+    found = unwrapped(value, split)
+    if is_stream(found):
+        if split != "train":
+            raise ConfigError(f"{origin} is a stream, which has no end: give a list of its rows, or a file")
+        return StreamRows(found, origin)
+    if hasattr(found, "iloc"):
+        import pyarrow
+
+        try:
+            found = pyarrow.Table.from_pandas(found, preserve_index=False)
+        except pyarrow.ArrowException as error:
+            raise DataError(f"{origin}: {' '.join(error.args)}; give the column one type, text for example") from error
+    if hasattr(found, "to_batches"):
+        return ListRows(ArrowRows(found), origin, found.nbytes)
+    if is_table(found):
+        size = found.data.nbytes * len(found) // max(found.data.num_rows, 1)  # it may be a selection
+        return ListRows(found.with_format(None), origin, size)
+    return ListRows(rows_in(value, origin, split), origin)
