@@ -220,7 +220,9 @@ TYPED = {
     ".feather": partial(as_table, feather.write_feather),
     " stream.arrow": partial(as_table, as_arrow_stream),
 }
-NAMES = st.text(min_size=1, max_size=6).filter(str.strip) | st.sampled_from(["a.b", "a[0]", "n", "context2", "\u2028"])
+NAMES = st.text(min_size=1, max_size=6).map(str.strip).filter(bool) | st.sampled_from(
+    ["a.b", "a[0]", "n", "context2", "a\u2028b"]
+)
 CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)
 COLUMN_TYPES = st.sampled_from(
     [
