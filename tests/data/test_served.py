@@ -3,6 +3,7 @@
 import json
 import os
 import tracemalloc
+from itertools import islice
 from unittest.mock import patch
 
 import pyarrow
@@ -171,10 +172,9 @@ def test_what_cannot_be_used_is_an_error_when_it_is_served(tmp_path, tokenizer, 
     path.write_bytes(b"\n".join(rows))
     large()
     data = ScenarioDataModule(str(path), batch_size=1, tokenizer=tokenizer, shuffle=False, max_prompt_tokens=80)
-    data.setup("fit")
-    served = iter(data.train_dataloader())
     with pytest.raises(DataError, match=said):
-        list(islice(served, 22))
+        data.setup("fit")
+        list(islice(data.train_dataloader(), 22))
 
 
 def test_what_is_told_at_the_start(tmp_path, tokenizer, large, caplog):
