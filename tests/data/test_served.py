@@ -172,9 +172,13 @@ def test_what_cannot_be_used_is_an_error_when_it_is_served(tmp_path, tokenizer, 
     path.write_bytes(b"\n".join(rows))
     large()
     data = ScenarioDataModule(str(path), batch_size=1, tokenizer=tokenizer, shuffle=False, max_prompt_tokens=80)
-    with pytest.raises(DataError, match=said):
+
+    def serve():
         data.setup("fit")
-        list(islice(data.train_dataloader(), 22))
+        return list(islice(data.train_dataloader(), 22))
+
+    with pytest.raises(DataError, match=said):
+        serve()
 
 
 def test_what_is_told_at_the_start(tmp_path, tokenizer, large, caplog):
