@@ -203,7 +203,7 @@ ANYTHING = {  # can hold any JSON value
     " split.json": lambda rows: as_json({"train": rows, "test": []}),
     " columns.json": lambda rows: as_json(as_columns(rows)),
     ".yaml": as_json,
-    ".jsonl.gz": lambda rows: gzip.compress(as_lines(rows)),
+    ".jsonl.gz": lambda rows: gzip.compress(as_lines(rows), mtime=0),
     ".json.zst": lambda rows: pa.compress(as_json(rows), codec="zstd", asbytes=True),
 }
 TEXTS = {
@@ -212,7 +212,7 @@ TEXTS = {
     " bar.csv": partial(as_delimited, "|"),
     " tab.csv": partial(as_delimited, "\t"),
     ".tsv": partial(as_delimited, "\t"),
-    ".csv.gz": lambda rows: gzip.compress(as_delimited(",", rows)),
+    ".csv.gz": lambda rows: gzip.compress(as_delimited(",", rows), mtime=0),
 }
 TYPED = {
     ".parquet": partial(as_table, pq.write_table),
