@@ -17,8 +17,7 @@ from stateset_lightning.rewards.group import GroupReward
 from stateset_lightning.types import ABSENT, at_path
 from stateset_lightning.workers import OpenAIClient
 
-_INSTRUCTIONS = (Path(__file__).parent / "judge_instructions.txt").read_text().rstrip()
-_RELATIVE_INSTRUCTIONS = (Path(__file__).parent / "relative_judge_instructions.txt").read_text().rstrip()
+_FOLDER = Path(__file__).parent
 _NUMBER = r"-?\d+(?:\.\d+)?"
 # Possessive: marks are looked at once.
 _SCORE_LINE = re.compile(
@@ -147,7 +146,7 @@ class ModelJudge(Judge):
     `Judge`.
     """
 
-    instructions = _INSTRUCTIONS
+    instructions = (_FOLDER / "judge_instructions.txt").read_text().rstrip()
 
     async def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
         messages = self.messages(turns[:-1], {"answer": turns[-1]["content"]}, context or {})
@@ -167,7 +166,7 @@ class RelativeJudge(GroupReward, Judge):
     <number>, ...`. Any other fails the completions of this prompt. Its arguments are those of `Judge`.
     """
 
-    instructions = _RELATIVE_INSTRUCTIONS
+    instructions = (_FOLDER / "relative_judge_instructions.txt").read_text().rstrip()
 
     async def compute_rewards(
         self, conversations_G: Sequence[Turns], context: Mapping[str, Any], scores: Mapping[str, Any]
