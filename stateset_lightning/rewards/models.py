@@ -270,9 +270,11 @@ class EmbeddingSimilarity(TextModelReward):
         return {t: row if isinstance(row, DataError) else row / row.norm() for t, row in zip(some, rows, strict=True)}
 
     def _similarity(self, answer: str, targets: list[str] | DataError, embeddings: Mapping[str, Any]) -> float:
-        if isinstance(targets, list) and not answer.strip():
+        if isinstance(targets, DataError):
+            raise targets
+        if not answer.strip():
             return 0.0
-        vectors = [embeddings[text] for text in (answer, *targets)] if isinstance(targets, list) else [targets]
+        vectors = [embeddings[text] for text in (answer, *targets)]
         if errors := [vector for vector in vectors if isinstance(vector, DataError)]:
             raise errors[0]
         similarities = [float(vectors[0] @ other) for other in vectors[1:]]
