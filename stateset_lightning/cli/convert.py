@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import yaml
 from annotated_types import MinLen
-from pydantic import FiniteFloat, StrictBool, StrictInt, StrictStr, TypeAdapter
+from pydantic import BeforeValidator, FiniteFloat, StrictBool, StrictInt, StrictStr, TypeAdapter
 
 from stateset_lightning.cli.arguments import Arguments
 from stateset_lightning.cli.overlays import read_yaml
@@ -30,7 +30,8 @@ SCENARIOS = "environment.scenarios"
 UNKNOWN = "the guide does not explain it; `stateset-lightning fit --help` lists our keys"
 
 KINDS: dict[str, Any] = {"text": StrictStr, "true or false": StrictBool, "a whole number": StrictInt}
-KINDS |= {"a number": FiniteFloat, "a mapping of keys": dict[Any, Any]}
+# Read as text, of which true is no number.
+KINDS |= {"a number": Annotated[FiniteFloat, BeforeValidator(str)], "a mapping of keys": dict[Any, Any]}
 KINDS |= {"a list of scenarios, each with its user_responses": Annotated[list[dict[Any, Any]], MinLen(1)]}
 
 
@@ -130,8 +131,6 @@ def _flat(guide: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def _checked(key: str, value: Any, kind: str) -> Any:
     """The value as its kind. YAML 1.1 takes `5e-5` for text; here it is the number that was meant."""
     try:
-        if kind == "a number" and isinstance(value, bool):
-            raise ValueError
         return TypeAdapter(KINDS[kind]).validate_python(value)
     except ValueError:
         raise ConfigError(f"{key}={value!r:.60} must be {kind}") from None

@@ -100,11 +100,8 @@ def load_trained(source: str, config: str | None = None, loading: LoadingOptions
         model = load_model(policy, tokenizer=tokenizer)
         return TrainedModel(source, policy, model, tokenizer, RolloutConfig(), config=given)
     checkpoint = read_checkpoint(file, check_sums=True, map_location="cpu")
-    weights = {
-        name.removeprefix(_WEIGHTS): value
-        for name, value in checkpoint.pop("state_dict").items()
-        if name.startswith(_WEIGHTS)
-    }
+    state = checkpoint.pop("state_dict").items()
+    weights = {name.removeprefix(_WEIGHTS): value for name, value in state if name.startswith(_WEIGHTS)}
     saved = checkpoint["hyper_parameters"]
     policy = PolicyConfig.from_checkpoint(saved["policy"], loading)
     check_saved("model.rollout", RolloutConfig, saved["rollout"])

@@ -1,7 +1,5 @@
 """Completions -> scores: the reward interface, built-in rewards, the scorer."""
 
-from typing import Any
-
 from stateset_lightning.rewards.base import BatchReward, RewardFunction, RewardResult
 from stateset_lightning.rewards.code import CodeReward
 from stateset_lightning.rewards.functions import FunctionReward, TRLReward
@@ -18,17 +16,15 @@ from stateset_lightning.rewards.reward_list import Reward, as_rewards
 from stateset_lightning.rewards.scorer import Scorer, ScoringSession, check_failures, failure_counts
 
 __all__ = ["BatchReward", "CodeReward", "Contains", "EmbeddingSimilarity", "ExactMatch", "FormatReward"]
-__all__ += ["FunctionReward"]
-__all__ += ["HelpfulnessReward", "JsonValid", "LengthPenalty", "MathEquivalence", "ModelJudge", "NumericAnswer"]
+__all__ += [
+    "FunctionReward",
+    "HelpfulnessReward",
+    "JsonValid",
+    "LengthPenalty",
+    "MathEquivalence",
+    "ModelJudge",
+    "NumericAnswer",
+]
 __all__ += ["OverlongPenalty", "ReasoningGymReward", "RegexMatch", "RepetitionPenalty", "Reward", "RewardFunction"]
 __all__ += ["RewardModel", "RewardResult", "Scorer", "ScoringSession", "TRLReward", "as_rewards", "check_failures"]
 __all__ += ["GroupReward", "RelativeJudge", "RelativeLength", "failure_counts"]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "Retry":  # as ImportError, the only one whose text `from ... import` shows
-        raise ImportError(
-            "stateset_lightning.rewards.Retry is gone: ModelJudge retries by itself (max_retries); in a reward of your"
-            " own, wrap the call, with the library tenacity for example"
-        )
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -279,8 +279,6 @@ def to_outcome(output: Any, own: Given = (), given: Given = ()) -> Outcome:
     if isinstance(output, Mapping) and "score" in output:
         output = RewardResult(output["score"], {key: value for key, value in output.items() if key != "score"})
     if isinstance(output, RewardResult):
-        if output.score is None:
-            raise RewardError("RewardResult.score is None; return None itself to say that the reward does not apply")
         outcome = Outcome(_finite(output.score), dict(output.breakdown or {}))
     else:
         outcome = Outcome(NOT_APPLICABLE if output is None else _finite(output))

@@ -32,11 +32,7 @@ _LISTS = {**_OF_TRL, "queries": "query", "labels": "target"}
 # What verl gives where the data has no such column.
 STAND_INS: dict[str, Any] = {"data_source": None, "extra_info": {}}
 
-_MISSING = {
-    "completion_ids": "the column completion_tokens: [n] is the number of tokens; see also OverlongPenalty",
-    "trainer_state": "a reward must not depend on when it is called",
-    "environments": "there are no environments in single-turn training",
-}
+_OF_TRAINER = {"completion_ids", "trainer_state", "environments"}
 # How a function of (turns, context) can give what another takes.
 _GIVEN = {
     "turns": "turns",
@@ -118,9 +114,9 @@ class FunctionReward(RewardFunction):
         Raises:
             ConfigError: If that is not clear, or not here.
         """
-        for name in _MISSING.keys() & names:
-            why = _MISSING[name]
-            raise ConfigError(f"reward '{self.name}' takes {name}, which is not here: {why}. Remove the parameter")
+        for name in _OF_TRAINER.intersection(names):
+            given = "rewards get texts and columns, the number completion_tokens among them"
+            raise ConfigError(f"reward '{self.name}' takes {name}, which is not here: {given}. Remove the parameter")
         if self.takes_lists:
             named = {name: _LISTS.get(name, "column") for name in names}
             return _OF_TRL | named if self._takes_all else named
@@ -177,14 +173,8 @@ class FunctionReward(RewardFunction):
 
     def _by_role(self, turns: Turns, context: Mapping[str, Any]) -> dict[str, Any]:
         answer, asked = completion(turns), turns[-2]["content"] if len(turns) > 1 else ""
-        found: dict[str, Any] = {
-            "turns": turns,
-            "context": context,
-            "completion": answer,
-            "prompt": asked,
-            "unused": "",
-        }
-        found |= {"target": context.get("target"), "asked": asked, "query": asked + answer}
+        found: dict[str, Any] = {"turns": turns, "completion": answer, "prompt": asked, "asked": asked}
+        found |= {"context": context, "target": context.get("target"), "query": asked + answer, "unused": ""}
         has_messages = context.get("messages") is not None if self.conversational is None else self.conversational
         if self.takes_lists and has_messages and "queries" not in self._roles:
             *found["asked"], last = [{"role": turn["role"], "content": turn["content"]} for turn in turns]

@@ -67,10 +67,7 @@ class RelativeLength(GroupReward):
         self.reads = (right_by,)
 
     def compute_rewards(
-        self,
-        conversations_G: Sequence[Turns],
-        context: Mapping[str, Any],
-        scores: Mapping[str, Sequence[float | None]],
+        self, conversations_G: Sequence[Turns], context: Mapping[str, Any], scores: Mapping[str, Sequence[float | None]]
     ) -> list[float]:
         lengths = context["completion_tokens"]
         right = [score is not None and score >= self.right_at - TOLERANCE for score in scores[self.right_by]]

@@ -17,16 +17,12 @@ from stateset_lightning.rewards.group import GroupReward
 from stateset_lightning.types import ABSENT, at_path
 from stateset_lightning.workers import OpenAIClient
 
-_INSTRUCTIONS = (Path(__file__).parent / "judge_instructions.txt").read_text().rstrip()
-_RELATIVE_INSTRUCTIONS = (Path(__file__).parent / "relative_judge_instructions.txt").read_text().rstrip()
-_SCORE_LINE = re.compile(
-    # possessive: marks are looked at once
-    r"[\s*_#`]*+score[\s*_`]*+(?:[:=][\s*_`]*+)?(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+(?:\.\d+)?))?[\s*_`.]*",
-    re.IGNORECASE,
-)
+_FOLDER = Path(__file__).parent
 _NUMBER = r"-?\d+(?:\.\d+)?"
-_SCORES_LINE = re.compile(
-    rf"[\s*_#`]*+scores[\s*_`]*+[:=][\s*_`\[]*+({_NUMBER}(?:[,;\s]++{_NUMBER})*+)[\]\s*_`.]*", re.IGNORECASE
+# Possessive: marks are looked at once.
+_SCORE_LINE = re.compile(
+    rf"[\s*_#`]*+scores?[\s*_`]*+(?:[:=][\s*_`\[]*+)?({_NUMBER}(?:[,;\s]++{_NUMBER})*+)(?:\s*/\s*({_NUMBER}))?[\]\s*_`.]*",
+    re.IGNORECASE,
 )
 _COLUMN = re.compile(r"[^\W\d]\w*([.\[][\w.\[\]]+)?")
 _DEFAULTS: dict[str, Any] = {"temperature": 0.0, "max_completion_tokens": 512}
@@ -78,7 +74,8 @@ class Judge(RewardFunction):
         super().__init__(weight=weight, name=name, timeout=timeout)
         self.rubric = rubric
         self.low, self.high = score_range
-        self.needs = self._checked_columns()
+        self._parts = self._checked_parts()
+        self.needs = [column for _, column in self._parts if column]
         parameters = {k: v for k, v in {**_DEFAULTS, **(request or {})}.items() if v is not None}
         self.client = OpenAIClient(self.name, model, request=parameters, **server)
 
@@ -91,33 +88,28 @@ class Judge(RewardFunction):
         """A request: the instructions, with these words, and the conversation and answers by tag, between marks."""
         conversation = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in asked)
         mark = _hash(conversation, *answers.values())[:16]
-        parts = string.Formatter().parse(self.rubric)
-        rubric = "".join(text + (self._column(name, context) if name else "") for text, name, *_ in parts)
+        rubric = "".join(text + (self._column(name, context) if name else "") for text, name in self._parts)
         texts = {"conversation": conversation, **answers}
         material = "\n\n".join(f"<{tag}-{mark}>\n{text}\n</{tag}-{mark}>" for tag, text in texts.items())
         instructions = self.instructions.format(rubric=rubric, mark=mark, low=self.low, high=self.high, **words)
         return [{"role": "system", "content": instructions}, {"role": "user", "content": material}]
 
-    def last_line(self, reply: str, truncated: bool) -> str:
-        """The line of a reply that should hold the score.
+    def scores(self, form: str, count: int, reply: str, truncated: bool) -> list[float]:
+        """The scores in the last line of a reply, which must be of this form.
 
         Raises:
-            RewardError: If the reply was cut off.
+            RewardError: If there are fewer or more, one is out of range, or the reply was cut off.
         """
         if truncated:
             # even if it ends in a score, which may be half a number
             raise self.error(f"reply was cut off ({self.client.request}): {reply[-100:]!r}")
-        return (reply.strip().splitlines() or [""])[-1]
-
-    def in_range(self, score: float, said: str) -> float:
-        """A score.
-
-        Raises:
-            RewardError: If it is out of range; it shows what the reply said.
-        """
-        if not self.low <= score <= self.high:
-            raise self.error(f"score is {said[:80]!r}, outside {self.low:g} to {self.high:g}")
-        return score
+        found = _SCORE_LINE.fullmatch((reply.strip().splitlines() or [""])[-1])
+        scores = list(map(float, re.findall(_NUMBER, found[1]))) if found else []
+        if found is None or len(scores) != count:
+            raise self.error(f"reply does not end with a line {form}: {reply[-200:]!r}")
+        if float(found[2] or self.high) != self.high or not all(self.low <= score <= self.high for score in scores):
+            raise self.error(f"score is {found[0].strip()[:80]!r}, outside {self.low:g} to {self.high:g}")
+        return scores
 
     def error(self, what: str) -> RewardError:
         return RewardError(self.client.line(f"the judge's {what}"))
@@ -125,8 +117,8 @@ class Judge(RewardFunction):
     def result(self, score: float, reply: str) -> RewardResult:
         return RewardResult((score - self.low) / (self.high - self.low), {"score": score, "reply": reply})
 
-    def _checked_columns(self) -> list[str]:
-        """The columns that the rubric names."""
+    def _checked_parts(self) -> list[tuple[str, str | None]]:
+        """The rubric's texts, each with the column that it names behind it."""
         if not (math.isfinite(self.high - self.low) and self.low < self.high):
             raise ConfigError(f"{self.name}.score_range={[self.low, self.high]} must be two numbers, the lower first")
         if not self.rubric.strip():
@@ -138,7 +130,7 @@ class Judge(RewardFunction):
         for _, column, form, conversion in parts:
             if form or conversion or not (column is None or _COLUMN.fullmatch(column)):
                 raise ConfigError(f"{self.name}.rubric names the column '{{{column}}}'; write {{{{ for a brace")
-        return [column for _, column, _, _ in parts if column]
+        return [(text, column) for text, column, *_ in parts]
 
     def _column(self, name: str, context: Mapping[str, Any]) -> str:
         if (found := at_path(context, name)) is None or found is ABSENT:
@@ -154,18 +146,12 @@ class ModelJudge(Judge):
     `Judge`.
     """
 
-    instructions = _INSTRUCTIONS
+    instructions = (_FOLDER / "judge_instructions.txt").read_text().rstrip()
 
     async def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
         messages = self.messages(turns[:-1], {"answer": turns[-1]["content"]}, context or {})
-        reply, score = await self.client.ask(messages, self._score)
+        reply, (score,) = await self.client.ask(messages, partial(self.scores, "'Score: <number>'", 1))
         return self.result(score, reply)
-
-    def _score(self, reply: str, truncated: bool) -> float:
-        if (found := _SCORE_LINE.fullmatch(self.last_line(reply, truncated))) is None:
-            raise self.error(f"reply does not end with a line 'Score: <number>': {reply[-200:]!r}")
-        score, out_of = float(found[1]), float(found[2] or self.high)
-        return self.in_range(score if out_of == self.high else math.inf, found[0].strip())
 
 
 class RelativeJudge(GroupReward, Judge):
@@ -180,7 +166,7 @@ class RelativeJudge(GroupReward, Judge):
     <number>, ...`. Any other fails the completions of this prompt. Its arguments are those of `Judge`.
     """
 
-    instructions = _RELATIVE_INSTRUCTIONS
+    instructions = (_FOLDER / "relative_judge_instructions.txt").read_text().rstrip()
 
     async def compute_rewards(
         self, conversations_G: Sequence[Turns], context: Mapping[str, Any], scores: Mapping[str, Any]
@@ -190,16 +176,10 @@ class RelativeJudge(GroupReward, Judge):
         unique = sorted(set(texts), key=lambda text: _hash(group, text))
         shown = {f"answer-{i}": text for i, text in enumerate(unique, start=1)}
         messages = self.messages(conversations_G[0][:-1], shown, context, count=len(unique))
-        reply, given = await self.client.ask(messages, partial(self._scores, len(unique)))
+        form = f"'Scores: ...' of {len(unique)}"
+        reply, given = await self.client.ask(messages, partial(self.scores, form, len(unique)))
         by_text = dict(zip(unique, given, strict=True))
         return [self.result(by_text[text], reply) for text in texts]
-
-    def _scores(self, count: int, reply: str, truncated: bool) -> list[float]:
-        found = _SCORES_LINE.fullmatch(self.last_line(reply, truncated))
-        numbers = re.findall(_NUMBER, found[1]) if found else []
-        if len(numbers) != count:
-            raise self.error(f"reply does not end with a line 'Scores: ...' of {count}: {reply[-200:]!r}")
-        return [self.in_range(float(number), number) for number in numbers]
 
 
 def _hash(*texts: str) -> str:

@@ -2,7 +2,6 @@
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 import logging
-import math
 import re
 from decimal import Decimal
 from typing import Annotated, Any
@@ -57,11 +56,11 @@ class MathEquivalence(RewardFunction):
         return RewardResult(float(equal), {"answer": str(answer[-1]) if answer else None, "target": str(golds[0][-1])})
 
     def _golds(self, target: Any) -> list[list[Any]]:
-        golds = [self._gold(item) for item in (target if isinstance(target, list | tuple) else [target])]
+        golds = [self._gold(item) for item in (target if isinstance(target, list) else [target])]
         return golds if all(golds) else []
 
     def _gold(self, target: Any) -> list[Any]:
-        if isinstance(target, int | float) and not isinstance(target, bool) and math.isfinite(target):
+        if isinstance(target, int | float) and not isinstance(target, bool):
             target = f"{Decimal(str(target)):f}"  # LaTeX reads 1e-05 as 1 times e minus 5
         if not isinstance(target, str) or not target.strip():
             return []

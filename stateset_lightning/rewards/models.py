@@ -275,9 +275,8 @@ class EmbeddingSimilarity(TextModelReward):
         if not answer.strip():
             return 0.0
         vectors = [embeddings[text] for text in (answer, *targets)]
-        for vector in vectors:
-            if isinstance(vector, DataError):
-                raise vector
+        if errors := [vector for vector in vectors if isinstance(vector, DataError)]:
+            raise errors[0]
         similarities = [float(vectors[0] @ other) for other in vectors[1:]]
         if any(map(math.isnan, similarities)):  # `max` might pass over it
             return math.nan

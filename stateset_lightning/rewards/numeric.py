@@ -8,7 +8,6 @@ signs and scientific notation (1e5, 1.5 x 10^5). Decimal commas (3,14) and numbe
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 
 import math
-import numbers
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -93,8 +92,7 @@ class NumericAnswer(RewardFunction):
     def _targets(self, target: Any) -> list[float]:
         if isinstance(target, str):
             return _number(target, self.target_marker, required=False)
-        is_number = isinstance(target, numbers.Real) and not isinstance(target, bool) and math.isfinite(target)
-        return [float(target)] if is_number else []
+        return [float(target)] if isinstance(target, int | float) and not isinstance(target, bool) else []
 
 
 def find_numbers(text: str) -> Iterator[list[float]]:

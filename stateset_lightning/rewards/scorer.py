@@ -35,9 +35,6 @@ log = logging.getLogger("stateset_lightning")
 
 ALARM_SECONDS = 10.0  # of a reward that needs a process and names no time-out
 
-# A completion that waits for others: its conversation and columns, and the future of the outcome.
-_Waiting = tuple[Given, Future[Outcome]]
-
 
 @bounded("scorer")
 class Scorer(AbstractContextManager["Scorer"]):
@@ -144,7 +141,8 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
         self._futures: dict[int, list[Future[Outcome] | None]] = {}  # of each completion: one per reward, if chosen
         together = [f for f, reward in enumerate(scorer.rewards) if reward.scores_several]
         together.sort(key=lambda f: isinstance(scorer.rewards[f], GroupReward))  # those last
-        self._together: dict[int, dict[int, _Waiting]] = {f: {} for f in together}
+        # Of each such reward the completions that wait: conversation and columns, and the future of the outcome.
+        self._together: dict[int, dict[int, tuple[Given, Future[Outcome]]]] = {f: {} for f in together}
         self._cancel = weakref.finalize(self, _cancel_all, self._futures)
 
     def submit(self, n: int, turns: Turns, context: Context = None, *, completion_tokens: int | None = None) -> None:

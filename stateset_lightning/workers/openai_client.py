@@ -224,9 +224,7 @@ class OpenAIClient:
         except (openai.OpenAIError, ServerError) as error:
             error.args = (self.line(f"{error} ({error.__cause__})" if error.__cause__ else str(error)),)
             raise
-        if answer.usage is not None:
-            self._counts["prompt_tokens"] += answer.usage.prompt_tokens
-            self._counts["completion_tokens"] += answer.usage.completion_tokens
+        self._counts.update((answer.usage or _Usage()).model_dump())
         return answer.choices[0].message.content or "", answer.choices[0].finish_reason == "length"
 
     def line(self, text: str) -> str:

@@ -140,12 +140,6 @@ def test_a_traceback_is_cut_to_the_users_last_place():
             "model.reward: class_path moved_names.Her: moved_names has no Her; did you",
         ),
         (
-            "--model.reward",
-            '[{"class_path": "stateset_lightning.rewards.Retry", "init_args": {"retries": 2}}]',
-            "model.reward: class_path stateset_lightning.rewards.Retry: stateset_lightning.rewards.Retry is gone: Mode",
-        ),
-        ("--model.reward", "Retry", "model.reward=Retry: stateset_lightning.rewards.Retry is gone: ModelJudge retries"),
-        (
             "--trainer.callbacks",
             '[{"class_path": "stateset_lightning.callbacks.LiveView", "init_args": {"sample_seconds": 10}}]',
             "stateset_lightning.callbacks.LiveView is gone: Lightning's progress bars show a run live, `stateset-",

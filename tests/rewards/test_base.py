@@ -133,7 +133,7 @@ def test_numbers_are_scores(output, value):
         (torch.tensor([1.0, 2.0]), "Tensor"),
         (torch.tensor(math.nan), "returned nan"),
         (RewardResult(math.nan), "returned nan"),
-        (RewardResult(None), "return None itself"),
+        (RewardResult(None), "or None"),
     ],
 )
 def test_anything_else_is_a_failure_with_its_reason(output, message):

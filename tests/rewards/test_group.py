@@ -334,7 +334,7 @@ def test_the_order_of_answers_depends_on_them_alone_and_favours_no_place(server)
     [
         ("Scores: 1", "does not end with a line 'Scores: ...' of 2"),
         ("Scores: 1, 2, 3", "of 2"),
-        ("Scores: 1, 11", "the judge's score is '11', outside 0 to 10"),
+        ("Scores: 1, 11", "the judge's score is 'Scores: 1, 11', outside 0 to 10"),
         ("the first is better", "does not end with a line 'Scores: ...' of 2"),
         (("Scores: 1, 2", "length"), "was cut off"),
         (404, "no"),

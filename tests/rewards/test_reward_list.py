@@ -9,7 +9,6 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
-from stateset_lightning import rewards as rewards_room
 from stateset_lightning.cli.main import main
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.rewards import ExactMatch, FunctionReward, NumericAnswer, Reward, RewardFunction, as_rewards
@@ -224,13 +223,3 @@ def test_options_are_known_and_bounded(name, options, bad, said, tmp_path, capsy
     code, _ = parse(tmp_path, name, {**options, "no_such_option": 1})
     assert code == 2
     assert "no_such_option" in capsys.readouterr().err
-
-
-def test_a_name_that_left_says_what_replaces_it():
-    replaced = "Retry is gone: ModelJudge retries by itself .* with the library tenacity"
-    with pytest.raises(ImportError, match=replaced):
-        from stateset_lightning.rewards import Retry  # noqa: F401
-    with pytest.raises(ImportError, match=replaced):
-        getattr(rewards_room, "Retry")  # noqa: B009
-    with pytest.raises(AttributeError, match="has no attribute 'Rety'"):
-        getattr(rewards_room, "Rety")  # noqa: B009

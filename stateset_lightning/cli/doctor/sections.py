@@ -132,11 +132,11 @@ class Doctor:
     def _measure(self) -> None:
         self.episode.take_first_step()
         rollout = self.episode.sample() if self.config.sample else None
-        scenario = self.data.served("train")[0].scenarios[0]
+        scenarios = self.data.served("train")[0].scenarios
+        scenario = scenarios[0]
         _show([f"prompt      {scenario.id}: {_shortened(scenario.turns()[-1].content)}"])
         if rollout is not None:
             self._show_completions(rollout)
-            scenarios = self.data.served("train")[0].scenarios
             scenarios_N = [scenarios[row] for row in self.episode.spread_rows() for _ in range(rollout.num_generations)]
             self._score(scenarios_N, rollout.texts, rollout.lengths_N.tolist())
             done = {SAMPLED: self.episode.train(rollout)}
