@@ -36,8 +36,8 @@ def read_file(path: Path, split: str = "train") -> Rows:
         split: Which rows, where the file has those of several splits.
 
     Raises:
-        DataError: If the file as a whole cannot be read: missing, not UTF-8, empty, without rows, malformed beyond one
-            row, or of an unknown kind.
+        DataError: If the file as a whole cannot be read: missing, not UTF-8, empty, malformed beyond one row, or of an
+            unknown kind.
     """
     check_file(path)
     suffix = suffix_of(path)
@@ -50,10 +50,7 @@ def read_file(path: Path, split: str = "train") -> Rows:
     # In a large file, rows that are not UTF-8 are refused when they are read.
     if isinstance(content, bytes) and not _text(path, content).strip():
         raise DataError(f"{path}: the file is empty; give at least one scenario")
-    rows = READERS[suffix](path, content, split)
-    if not len(rows) and not next(iter(rows), None):
-        raise DataError(f"{path}: the file has no rows; give at least one scenario")
-    return rows
+    return READERS[suffix](path, content, split)
 
 
 def _text(path: Path, content: Content) -> str:

@@ -74,21 +74,6 @@ class Source:
     name: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _RowList:
-    """The rows of one file or list.
-
-    Args:
-        origin: What messages call it.
-        stem: Begins the ids of its rows; `path` does where two have the same stem and the source has no name.
-    """
-
-    rows: Rows | StreamRows
-    origin: str
-    stem: str
-    path: str
-
-
 _ORIGINS = ("path", "rows", "reasoning_gym")
 SplitSpec = str | os.PathLike[str] | Sequence[Source | Mapping[str, Any]]
 
@@ -117,7 +102,7 @@ def read_split(
     options = replace(options, needs_target=split != "predict")
     with garbage_collection_paused():
         read = [(i, source) for i, source in enumerate(sources) if first is None or _is_quick(source, key)]
-        lists = [(i, rows) for i, source in read for rows in _row_lists(source, i, len(sources), split)]
+        lists = [(i, *rows) for i, source in read for rows in _row_lists(source, i, len(sources), split)]
         parts = _parts(lists, sources, options)
         streams = [part.label for part in parts if isinstance(part.rows, StreamRows)]
         if streams and len(parts) > 1:
@@ -153,19 +138,22 @@ def read_split(
         )
     weights = None if sources[0].weight is None else [source.weight or 0.0 for source in sources]
     names = [s.name or s.path or s.reasoning_gym or f"{key} item {i}" for i, s in enumerate(sources, start=1)]
-    return ScenarioSet(found, np.repeat([i for i, _ in lists], sizes), names, weights, notes)
+    return ScenarioSet(found, np.repeat([i for i, *_ in lists], sizes), names, weights, notes)
 
 
-def _parts(lists: Sequence[tuple[int, _RowList]], sources: Sequence[Source], options: RowOptions) -> list[Part]:
+def _parts(
+    lists: Sequence[tuple[int, Rows | StreamRows, str, str]], sources: Sequence[Source], options: RowOptions
+) -> list[Part]:
     """The rows with their shape, and what begins their ids."""
-    stems = Counter(rows.stem for _, rows in lists)
+    stems = Counter(stem for *_, stem, _ in lists)
     parts = []
-    for index, each in lists:
+    for index, rows, stem, path in lists:
         source = sources[index]
+        if not len(rows) and not rows.end:
+            raise DataError(f"{rows.origin} has no rows; give at least one scenario")
         said = RowOptions(format="prompt") if source.reasoning_gym else options.of(vars(source))
-        shape = recognise(separate(islice(each.rows, content.SAMPLE))[0], said, each.origin)
-        label = each.stem if stems[each.stem] == 1 else source.name or each.path
-        parts.append(Part(each.rows, shape, label, source.rewards))
+        shape = recognise(separate(islice(rows, content.SAMPLE))[0], said, str(rows.origin))
+        parts.append(Part(rows, shape, stem if stems[stem] == 1 else source.name or path, source.rewards))
     return parts
 
 
@@ -236,20 +224,21 @@ def _is_quick(source: Source, key: str) -> bool:
     return source.rows is not None or 0 < sum(max(file.stat().st_size, 1) for file in files) < content.LARGE_BYTES
 
 
-def _row_lists(source: Source, index: int, num_sources: int, split: str) -> Iterator[_RowList]:
-    """The files or the list of rows that a source stands for."""
+def _row_lists(
+    source: Source, index: int, num_sources: int, split: str
+) -> Iterator[tuple[Rows | StreamRows, str, str]]:
+    """The files or the list of rows that a source stands for; what begins the ids of their rows, and, where another one
+    begins so and the source has no name, what does instead.
+    """
     place = f"data.{split} item {index + 1}"
     if source.rows is not None:
         origin = f"data.{split}" if num_sources == 1 else f"{place} rows"
         stem = source.name or (split if num_sources == 1 else f"{split}.{index + 1}")
-        rows = rows_of(source.rows, origin, split)
-        if not len(rows):
-            raise DataError(f"{origin} has no rows; give at least one scenario")
-        yield _RowList(rows, origin, stem, stem)
+        yield rows_of(source.rows, origin, split), stem, stem
     elif source.reasoning_gym is not None:
         stem = source.name or f"{source.reasoning_gym}.{source.seed}"
         task = read_task(source.reasoning_gym, source.size or 0, source.seed, source.options or {}, place)
-        yield _RowList(ListRows(task, place), stem, stem, f"{stem}.{index + 1}")
+        yield ListRows(task, place), stem, f"{stem}.{index + 1}"
     else:
         path = os.fspath(source.path or "")
         files = _files(path, f"data.{split}")
@@ -257,14 +246,11 @@ def _row_lists(source: Source, index: int, num_sources: int, split: str) -> Iter
         for file in files:
             is_packed = file.suffix.lower() in PACKED
             stem = Path(file.stem).stem if is_packed else file.stem
-            yield _RowList(_read(file, split), str(file), stem, str(file.with_name(stem)))
+            is_table = file.suffix.lower() in TABLES or is_saved(file)
+            rows: Rows = read_table(file, split) if is_table else read_file(file, split)
+            yield rows, stem, str(file.with_name(stem))
         if not files:
-            yield _RowList(read_hub(path, split), path, path, path)
-
-
-def _read(file: Path, split: str) -> Rows:
-    is_table = file.suffix.lower() in TABLES or is_saved(file)
-    return read_table(file, split) if is_table else read_file(file, split)
+            yield read_hub(path, split), path, path
 
 
 def _files(path: str, key: str) -> list[Path]:

@@ -42,7 +42,7 @@ class StreamRows:
             self._stream = deepcopy(stream)  # the user's own stays where it is, for another run
         except TypeError:  # it holds an open file, say
             self._stream = stream
-        self._origin = origin
+        self.origin = origin
         self._start = deepcopy(self._stream.state_dict())
         self._go_to(0, self._start)
         self._digest = ListRows(self._buffer(0), origin).digest()
@@ -51,7 +51,7 @@ class StreamRows:
         return BUFFER
 
     def __getitem__(self, index: int) -> RawRow | Problem:
-        return ListRows([], self._origin).row(index + 1, self._buffer(index // BUFFER)[index % BUFFER])
+        return ListRows([], self.origin).row(index + 1, self._buffer(index // BUFFER)[index % BUFFER])
 
     def __iter__(self) -> Iterator[RawRow | Problem]:
         return map(self.__getitem__, range(BUFFER))
@@ -87,7 +87,7 @@ class StreamRows:
                 self._rows = self._begin(self._start)
                 again = list(islice(self._rows, BUFFER - len(rows)))
                 if not again:
-                    raise DataError(f"{self._origin} has no rows; give at least one scenario")
+                    raise DataError(f"{self.origin} has no rows; give at least one scenario")
                 rows += again
             self._buffers = {self._next: rows, **{n: b for n, b in self._buffers.items() if n == self._next - 1}}
             self._next += 1
