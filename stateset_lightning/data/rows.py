@@ -55,13 +55,13 @@ class Problem:
 class ListRows:
     """The rows of a sequence of mappings, which `origin` names; each can be read by itself, as those of `LineRows`.
 
-    `num_bytes` is the size of what they are read from, as far as it is known.
+    `num_bytes` is the size of what they are read from, as far as it is known; `note` as that of `LineRows`.
     """
 
     items: Sequence[Any]
     origin: str
     num_bytes: int = 0
-    note = ""
+    note: str = ""
     end = None
 
     def __len__(self) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from stateset_lightning.data.rows import Problem, RawRow, Rows, raise_problems, separate
 from stateset_lightning.data.scenarios import to_scenarios
 from stateset_lightning.data.shapes import Shape
-from stateset_lightning.data.stream import StreamRows
+from stateset_lightning.data.stream import Stream
 from stateset_lightning.errors import DataError
 from stateset_lightning.redaction import spare
 from stateset_lightning.types import Scenario
@@ -26,7 +26,7 @@ from stateset_lightning.types import Scenario
 class Part:
     """The rows of one file or list, and how scenarios are made of them; see `to_scenarios`."""
 
-    rows: Rows | StreamRows
+    rows: Rows
     shape: Shape
     label: str
     rewards: Sequence[str] | None
@@ -36,6 +36,12 @@ class Part:
         rows, unread = separate(readings)
         found, bad = to_scenarios(rows, self.shape, self.label, self.rewards)
         return found, [*unread, *bad]
+
+    @property
+    def stream(self) -> Stream | None:
+        """The stream that the rows are of, if so."""
+        items = getattr(self.rows, "items", None)
+        return items if isinstance(items, Stream) else None
 
     @cached_property
     def digest(self) -> str:
@@ -54,8 +60,7 @@ class ServedScenarios(Sequence[Scenario]):
     def __init__(self, parts: Sequence[Part], key: str, chosen: np.ndarray | None = None) -> None:
         self._parts, self._key, self._chosen = parts, key, chosen
         self._starts = np.array([0, *accumulate(len(part.rows) for part in parts)])
-        rows = parts[0].rows
-        self.stream = rows if isinstance(rows, StreamRows) else None
+        self.stream = parts[0].stream
 
     def __len__(self) -> int:
         return int(self._starts[-1]) if self._chosen is None else len(self._chosen)

@@ -27,7 +27,6 @@ from stateset_lightning.data.rows import ListRows, Problem, Rows, is_stream, is_
 from stateset_lightning.data.scenario_set import ScenarioSet
 from stateset_lightning.data.served import Part, ServedScenarios, spare_texts
 from stateset_lightning.data.shapes import QUESTION_COLUMNS, RowOptions, recognise
-from stateset_lightning.data.stream import StreamRows
 from stateset_lightning.data.tables import is_saved, read_table, rows_of
 from stateset_lightning.errors import ConfigError, DataError, check_bounds
 from stateset_lightning.files import keep_inputs
@@ -70,7 +69,7 @@ class Source(RowOptions):
 
 # The rows of one file or list: the index of their source, what begins their ids, and what does instead where others
 # begin so, too, and the source has no name.
-_Found = tuple[int, Rows | StreamRows, str, str]
+_Found = tuple[int, Rows, str, str]
 
 _ORIGINS = ("path", "rows", "reasoning_gym")
 SplitSpec = str | os.PathLike[str] | Sequence[Source | Mapping[str, Any]]
@@ -101,7 +100,7 @@ def read_split(
         read = [(i, source) for i, source in enumerate(sources) if first is None or _is_quick(source, key)]
         lists = [found for i, source in read for found in _row_lists(source, i, len(sources), split)]
         parts = _parts(lists, sources, options, split)
-        streams = [part.label for part in parts if isinstance(part.rows, StreamRows)]
+        streams = [part.label for part in parts if part.stream]
         if streams and len(parts) > 1:
             raise ConfigError(
                 f"{key}: {streams[0]} is a stream, which cannot be mixed with other sources; leave them out"

@@ -6,6 +6,7 @@ Arrow reads them without a cache: what is replaced is read anew. Rows are made w
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -15,7 +16,7 @@ from zipfile import BadZipFile
 from stateset_lightning.data import content
 from stateset_lightning.data.content import LargeFile, check_file
 from stateset_lightning.data.rows import ListRows, header_of, is_stream, is_table, rows_in, split_in, unwrapped
-from stateset_lightning.data.stream import StreamRows
+from stateset_lightning.data.stream import Stream
 from stateset_lightning.errors import ConfigError, DataError, UserError, require
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def _saved(folder: Path, split: str) -> ArrowRows:
     return _arrow(*(folder / Path(each["filename"]).name for each in files))
 
 
-def rows_of(value: Any, origin: str, split: str) -> ListRows | StreamRows:
+def rows_of(value: Any, origin: str, split: str) -> ListRows:
     """The rows of a list, an Arrow table, a data frame, a data set, or a mapping of columns or of splits to these.
 
     Raises:
@@ -139,7 +140,9 @@ def rows_of(value: Any, origin: str, split: str) -> ListRows | StreamRows:
     if is_stream(found):
         if split != "train":
             raise ConfigError(f"{origin} is a stream, which has no end: give a list of its rows, or a file")
-        return StreamRows(found, origin)
+        stream = Stream(found, origin)
+        note = f"a stream: of {len(stream):,} rows at a time the order is shuffled; that counts as an epoch"
+        return ListRows(stream, origin, sys.maxsize, note)  # it is read as a large file
     if hasattr(found, "iloc"):
         import pyarrow
 
