@@ -183,7 +183,7 @@ CONFIGS = [
     ("unknown section", {"modle": {"seed": 2}}, ["modle", "model.seed"]),
     ("text for a number", {"data": {"batch_size": "two"}}, ["data.batch_size=two", "integer"]),
     ("text for a number of the trainer", {"trainer": {"max_steps": "many"}}, ["trainer.max_steps=many", "an integer"]),
-    ("a mapping for data.train", {"data": {"train": {"a": 1}}}, ["data.train", "text or a list"]),
+    ("a mapping for data.train", {"data": {"train": {"a": 1}}}, ["data.train", "a list of rows, not a mapping"]),
     ("numbers for scenarios", {"data": {"train": [5]}}, ["data.train=[5]", "a mapping"]),
     (
         "no such choice",

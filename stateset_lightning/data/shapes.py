@@ -90,6 +90,9 @@ class RowOptions:
     final_assistant_turn: FinalTurn | None = None
 
     def __post_init__(self) -> None:
+        columns = {} if self.fields is None else self.fields
+        if not (isinstance(columns, Mapping) and all(isinstance(column, str | None) for column in columns.values())):
+            raise ConfigError(f"data.fields={columns!r} must map our names to columns, which are text or null")
         for name, hint in (("format", Format), ("final_assistant_turn", FinalTurn)):
             if (value := getattr(self, name)) not in (None, *get_args(hint)):
                 raise ConfigError(f"data.{name}={value!r} must be one of {', '.join(get_args(hint))}")

@@ -31,11 +31,12 @@ class ArrowRows(Sequence[dict[str, Any]]):
 
     Args:
         table: In memory, or mapped from files.
+        origin: What messages call it.
         files: These; they must not change meanwhile.
     """
 
-    def __init__(self, table: pyarrow.Table, files: Sequence[LargeFile] = ()) -> None:
-        self._table, self._files = table, files
+    def __init__(self, table: pyarrow.Table, origin: str, files: Sequence[LargeFile] = ()) -> None:
+        self._table, self._origin, self._files = table, origin, files
         self.num_bytes = int(table.nbytes)
 
     def __len__(self) -> int:
@@ -44,11 +45,18 @@ class ArrowRows(Sequence[dict[str, Any]]):
     def __getitem__(self, index: Any) -> Any:
         for file in self._files:
             file.check()
-        return self._table.slice(index, 1).to_pylist()[0]
+        return self._mappings(self._table.slice(index, 1))[0]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self._table.to_batches(_BATCH):
-            yield from batch.to_pylist()
+            yield from self._mappings(batch)
+
+    def _mappings(self, part: Any) -> list[dict[str, Any]]:
+        try:
+            rows: list[dict[str, Any]] = part.to_pylist()
+        except ValueError as error:  # text that is no UTF-8, of which Arrow makes none itself
+            raise DataError(f"{self._origin}: a cell cannot be read ({error}); write the table again") from error
+        return rows
 
 
 def read_table(path: Path, split: str = "train") -> ListRows:
@@ -82,14 +90,15 @@ def _parquet(path: Path) -> ArrowRows:
     with ParquetFile(path) as file:
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         if sum(group.total_byte_size for group in groups) <= content.LARGE_BYTES:
-            return ArrowRows(file.read())
+            return ArrowRows(file.read(), str(path))
         # A row of a group cannot be read alone. The file has no name, and is gone with this process.
         unpacked = TemporaryFile()  # noqa: SIM115
         with pyarrow.ipc.new_file(unpacked, file.schema_arrow) as writer:
             for batch in file.iter_batches(_BATCH):
                 writer.write_batch(batch)
     unpacked.flush()
-    return ArrowRows(pyarrow.ipc.open_file(pyarrow.memory_map(f"/dev/fd/{unpacked.fileno()}")).read_all())
+    table = pyarrow.ipc.open_file(pyarrow.memory_map(f"/dev/fd/{unpacked.fileno()}")).read_all()
+    return ArrowRows(table, str(path))
 
 
 def _arrow(*paths: Path) -> ArrowRows:
@@ -101,7 +110,7 @@ def _arrow(*paths: Path) -> ArrowRows:
     for path, file in zip(paths, files, strict=True):
         read = pyarrow.ipc.open_file if file[:6] == b"ARROW1" else pyarrow.ipc.open_stream
         tables.append(read(pyarrow.memory_map(str(path))).read_all())
-    return ArrowRows(pyarrow.concat_tables(tables), files)
+    return ArrowRows(pyarrow.concat_tables(tables), str(paths[0]), files)
 
 
 def _sheet(path: Path) -> list[dict[str, Any]]:
@@ -151,7 +160,7 @@ def rows_of(value: Any, origin: str, split: str) -> ListRows:
         except pyarrow.ArrowException as error:
             raise DataError(f"{origin}: {' '.join(error.args)}; give the column one type, text for example") from error
     if hasattr(found, "to_batches"):
-        return ListRows(ArrowRows(found), origin, found.nbytes)
+        return ListRows(ArrowRows(found, origin), origin, found.nbytes)
     if is_table(found):
         size = found.data.nbytes * len(found) // max(found.data.num_rows, 1)  # it may be a selection
         return ListRows(found.with_format(None), origin, size)

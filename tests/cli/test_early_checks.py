@@ -15,7 +15,7 @@ from stateset_lightning.data import sources
 from stateset_lightning.errors import DataError
 
 FILES = {
-    "column.jsonl": '{"question": "a"}\n',
+    "column.jsonl": '{"x1": "a"}\n',
     "row.jsonl": '{"prompt": "a"}\n{"prompt": \n',
     "type.yaml": "- prompt: a\n- prompt: [a]\n",
     "syntax.yaml": "model: {policy: tiny\ndata: x",
@@ -76,7 +76,7 @@ def test_it_is_told_within_two_seconds_of_work(files, monkeypatch, tmp_path, wor
     ],
 )
 def test_what_is_right_or_left_to_the_parser_passes(files, words):
-    overlay("column_is_mapped.yaml", {"data": {"train": "column.jsonl", "fields": {"prompt": "question"}}})
+    overlay("column_is_mapped.yaml", {"data": {"train": "column.jsonl", "fields": {"prompt": "x1"}}})
     checked_words("fit", [*BASE, *words])
 
 

@@ -555,7 +555,7 @@ def test_an_integer_column_with_a_missing_value_keeps_its_integers():
     found = read_split(rows, "train")
     assert [(s.id, s.target) for s in found.scenarios] == [("7", 5), ("train:2", None)]
     assert repr(found.scenarios[0].target) == "5"
-    assert found.num_without_target == 1
+    assert "1 of 2 scenarios have no target" in found.notes
 
 
 def test_rows_without_labels_are_predicted_with_the_config_of_the_training(tiny_tokenizer):

@@ -249,7 +249,7 @@ REMEDIES = [
     ("a.json", '[{"prompt": "b", "x": {"y": 1, "y": 2}}]', r"a.json: the key 'y' stands twice in"),
     ("a.jsonl", json.dumps({"data": [{"x": 1}], "numbers": [1], "text": "a"}), "no column|name the file .json"),
     ("a.csv.gz", b"prompt\na\n", "it is no whole file of gzip"),
-    ("a.parquet.gz", gzip.compress(b"x"), "unknown suffix '.gz'"),
+    ("a.parquet.gz", gzip.compress(b"x", mtime=0), "unknown suffix '.gz'"),
     ("a.csv", "prompt;target\na;1\nb\n", "1 cells, but the header has 2"),
     ("a.csv", "prompt;target\na;1\nb;c;2\n", "put cells that contain semicolons in quotes"),
     ("a.csv", "prompt\nWhat, then?\n", "put cells that contain commas in quotes"),

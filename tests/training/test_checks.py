@@ -33,7 +33,7 @@ def make_trainer(
         "steps_per_episode": 1,
         "num_iterations": 1,
         "micro_steps_per_epoch": 12,
-        "has_validation": True,
+        "is_given": lambda split: True,
         "longest_prompt": 10,
         "batch_size": 8,
         "replacements": None,
@@ -126,11 +126,11 @@ NEWEST = ModelCheckpoint(save_last=True, save_top_k=0)
 def test_monitors_get_their_metric():
     monitors(make_trainer(callbacks=[ModelCheckpoint(**BEST), ModelCheckpoint()]))
     train = ModelCheckpoint(monitor="train/reward", mode="max")
-    monitors(make_trainer(callbacks=[train], has_validation=False))
+    monitors(make_trainer(callbacks=[train], is_given=lambda split: False))
     with pytest.raises(ConfigError, match=r"EarlyStopping.monitor=val_reward.*it logs val/reward"):
         monitors(make_trainer(callbacks=[EarlyStopping("val_reward")]))
     with pytest.raises(ConfigError, match=r"nothing to validate on"):
-        monitors(make_trainer(callbacks=[EarlyStopping("val/reward")], has_validation=False))
+        monitors(make_trainer(callbacks=[EarlyStopping("val/reward")], is_given=lambda split: False))
 
 
 @pytest.mark.parametrize(

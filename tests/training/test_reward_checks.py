@@ -60,6 +60,8 @@ def judge():
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_a_column_that_no_row_has_is_named_with_those_that_there_are(reward, row, message, split, tmp_path):
     rows = [{"prompt": "p", **row}] * 4
+    if "target" not in row:  # else a column of a usual name is the target
+        rows = [{"rows": rows, "fields": {"target": None}}]
     fine = [{"prompt": "p", "target": "4", "solution": "4", "level": 1, "reference": "4"}] * 4
     data = make_data(**{"train": fine, "validation": fine, split: rows})
     module = make_module(reward=[reward(), DigitReward()])
@@ -69,7 +71,7 @@ def test_a_column_that_no_row_has_is_named_with_those_that_there_are(reward, row
 
 
 def test_validate_is_refused_and_predict_is_not(tmp_path):
-    rows = [{"prompt": "p", "answer": "4"}] * 2
+    rows = [{"rows": [{"prompt": "p", "answer": "4"}] * 2, "fields": {"target": None}}]
     module = make_module(reward=ExactMatch())
     with pytest.raises(ConfigError, match=r"data\.fields\.target='answer'"):
         make_trainer(tmp_path, limit_val_batches=1).validate(module, datamodule=make_data(train=None, validation=rows))
