@@ -105,9 +105,9 @@ def digest(content: Content) -> str:
     return hashed.hexdigest()[:16]
 
 
-def suffix_of(path: Path) -> str:
-    """What kind of file it is, packed or not."""
-    return Path(path.stem if path.suffix.lower() in PACKED else path).suffix.lower()
+def unpacked(path: Path) -> Path:
+    """The name without the suffix of a packed file."""
+    return path.with_suffix("") if path.suffix.lower() in PACKED else path
 
 
 def check_file(path: Path) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from stateset_lightning.data import content as contents
-from stateset_lightning.data.content import BOM, Content, check_file, read_content, suffix_of
+from stateset_lightning.data.content import BOM, Content, check_file, read_content, unpacked
 from stateset_lightning.data.delimited import read_csv
 from stateset_lightning.data.rows import LineRows, ListRows, Problem, Refused, Rows, are_rows, kind, reason_of, rows_in
 from stateset_lightning.errors import DataError
@@ -40,7 +40,7 @@ def read_file(path: Path, split: str = "train") -> Rows:
             unknown kind.
     """
     check_file(path)
-    suffix = suffix_of(path)
+    suffix = unpacked(path).suffix.lower()
     if suffix not in READERS:
         known = ", ".join([*READERS, *TABLES])
         raise DataError(

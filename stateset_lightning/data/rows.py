@@ -147,12 +147,6 @@ def reason_of(error: Exception) -> str:
     return f"malformed JSON: {str(error).partition(';')[0]}"
 
 
-def separate(readings: Iterable[RawRow | Problem]) -> tuple[list[RawRow], list[Problem]]:
-    """The rows, and the problems of those that cannot be read."""
-    readings = list(readings)
-    return [r for r in readings if isinstance(r, RawRow)], [r for r in readings if isinstance(r, Problem)]
-
-
 def raise_problems(key: str, problems: Sequence[Problem]) -> None:
     """Raises a `DataError` that lists the problems of the split `key` (the first 20, and how many more), if any."""
     if not problems:

@@ -33,12 +33,12 @@ _CONTEXT = "'context', which goes into the system turn unless data.fields.contex
 
 
 def to_scenarios(
-    rows: Iterable[RawRow], shape: Shape, label: str, rewards: Sequence[str] | None = None
+    rows: Iterable[RawRow | Problem], shape: Shape, label: str, rewards: Sequence[str] | None = None
 ) -> tuple[list[tuple[Scenario, str]], list[Problem]]:
     """The scenarios of the rows, each with its place, and the problems of the rows that cannot be used.
 
     Args:
-        rows: Rows of one file or list.
+        rows: Rows of one file or list, and what is known of those that cannot be read.
         shape: How they are read.
         label: Rows without an id get `<label>:<row number>`.
         rewards: Names of the reward functions for rows that do not name their own.
@@ -53,7 +53,9 @@ def to_scenarios(
     return scenarios, problems
 
 
-def _row_scenarios(row: RawRow, shape: Shape, label: str, rewards: Sequence[str] | None) -> list[Scenario]:
+def _row_scenarios(row: RawRow | Problem, shape: Shape, label: str, rewards: Sequence[str] | None) -> list[Scenario]:
+    if isinstance(row, Problem):
+        raise BadRow(row.reason)
     for column in row.columns.items():
         _check_values(*column)  # before a template writes one out
     if (columns := shape.columns(row)) is None:

@@ -18,12 +18,12 @@ import numpy as np
 from annotated_types import Ge, Gt, Le
 
 from stateset_lightning.data import content
-from stateset_lightning.data.content import PACKED
+from stateset_lightning.data.content import PACKED, unpacked
 from stateset_lightning.data.hub import is_hub_id, read_hub
 from stateset_lightning.data.ragged import garbage_collection_paused
 from stateset_lightning.data.reading import READERS, TABLES, read_file
 from stateset_lightning.data.reasoning_gym import MAX_SEED, MAX_SIZE, read_task
-from stateset_lightning.data.rows import ListRows, Problem, Rows, is_stream, is_table, raise_problems, separate
+from stateset_lightning.data.rows import ListRows, Problem, RawRow, Rows, is_stream, is_table, raise_problems
 from stateset_lightning.data.scenario_set import ScenarioSet
 from stateset_lightning.data.served import Part, ServedScenarios, spare_texts
 from stateset_lightning.data.shapes import QUESTION_COLUMNS, RowOptions, recognise
@@ -100,11 +100,6 @@ def read_split(
         read = [(i, source) for i, source in enumerate(sources) if first is None or _is_quick(source, key)]
         lists = [found for i, source in read for found in _row_lists(source, i, len(sources), split)]
         parts = _parts(lists, sources, options, split)
-        streams = [part.label for part in parts if part.stream]
-        if streams and len(parts) > 1:
-            raise ConfigError(
-                f"{key}: {streams[0]} is a stream, which cannot be mixed with other sources; leave them out"
-            )
         sizes = [len(part.rows) for part in parts]
         size = sum(part.rows.num_bytes for part in parts)
         is_large = sum(sizes) > content.LARGE_ROWS or size > content.LARGE_BYTES
@@ -146,7 +141,7 @@ def _parts(lists: Sequence[_Found], sources: Sequence[Source], options: RowOptio
         if not len(rows) and not rows.end:
             raise DataError(f"{rows.origin} has no rows; give at least one scenario")
         said = RowOptions(format="prompt") if source.reasoning_gym else options.of(vars(source))
-        sample, _ = separate(islice(rows, content.SAMPLE))
+        sample = [row for row in islice(rows, content.SAMPLE) if isinstance(row, RawRow)]
         shape = recognise(sample, said, str(rows.origin), needs_target=split != "predict")
         parts.append(Part(rows, shape, stem if stems[stem] == 1 else source.name or path, source.rewards))
     return parts
@@ -233,8 +228,7 @@ def _row_lists(source: Source, index: int, num_sources: int, split: str) -> Iter
         files = _files(path, f"data.{split}")
         keep_inputs(*files)
         for file in files:
-            is_packed = file.suffix.lower() in PACKED
-            stem = Path(file.stem).stem if is_packed else file.stem
+            stem = unpacked(file).stem
             is_table = file.suffix.lower() in TABLES or is_saved(file)
             rows: Rows = read_table(file, split) if is_table else read_file(file, split)
             yield index, rows, stem, str(file.with_name(stem))

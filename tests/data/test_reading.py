@@ -9,9 +9,14 @@ import pytest
 
 from stateset_lightning.cli.overlays import read_yaml
 from stateset_lightning.data.reading import read_file
-from stateset_lightning.data.rows import Problem, raise_problems, separate
+from stateset_lightning.data.rows import Problem, RawRow, raise_problems
 from stateset_lightning.data.sources import read_split
 from stateset_lightning.errors import DataError
+
+
+def separate(readings):
+    readings = list(readings)
+    return [r for r in readings if isinstance(r, RawRow)], [r for r in readings if isinstance(r, Problem)]
 
 
 def columns(path):

@@ -66,8 +66,8 @@ def test_all_bad_rows_of_all_files_are_reported_together(write):
         read_split(str(first.parent / "*.jsonl"), "train")
     assert str(error.value).splitlines() == [
         "data.train: 4 rows cannot be used; correct or remove:",
-        f"  {first}:3: malformed JSON at column 2: Expecting property name enclosed in double quotes",
         f"  {first}:2: the prompt must be text, not a number (3); put it in quotes",
+        f"  {first}:3: malformed JSON at column 2: Expecting property name enclosed in double quotes",
         f"  {second}:1: the prompt is empty",
         f"  {second}:2: the id 'same' is already that of {first}:1; ids must differ within a split",
     ]
