@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from stateset_lightning.data.content import BOM, Content, lines
-from stateset_lightning.data.rows import LineRows, Problem, Refused, Rows, header_of, listed
+from stateset_lightning.data.rows import BadRow, LineRows, Problem, Rows, header_of, listed
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _SAMPLE = 2**16  # bytes of a CSV file from which its delimiter is told
@@ -57,7 +57,7 @@ def _csv_row(header: Sequence[str], delimiter: str, text: str) -> dict[str, Any]
         cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
     if len(cells) != len(header):
         hint = f"; put cells that contain {_named(delimiter)} in quotes" if len(cells) > len(header) else ""
-        raise Refused(f"{len(cells)} cells, but the header has {len(header)} ({listed(header)}){hint}")
+        raise BadRow(f"{len(cells)} cells, but the header has {len(header)} ({listed(header)}){hint}")
     return dict(zip(header, cells, strict=True))
 
 

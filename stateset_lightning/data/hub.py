@@ -22,13 +22,12 @@ def read_hub(hub_id: str, split: str) -> ListRows:
         DataError: If the data set, its configuration or its split cannot be loaded.
     """
     name, config, wanted = [*hub_id.split(":"), None, None][:3]
-    usual = "test" if split == "predict" else split
     what = f"'{hub_id}' is no file here"
     require("datasets", "hub", f"{what}, and a hub id")
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, config, split=wanted or usual)
+        rows = datasets.load_dataset(name, config, split=wanted or ("test" if split == "predict" else split))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # RuntimeError: a script
         reason = (str(error) or type(error).__name__).splitlines()[0]
         instead = "check the name, or write owner/name:config:split"

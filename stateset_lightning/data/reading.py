@@ -19,7 +19,7 @@ import yaml
 from stateset_lightning.data import content as contents
 from stateset_lightning.data.content import BOM, Content, check_file, read_content, unpacked
 from stateset_lightning.data.delimited import read_csv
-from stateset_lightning.data.rows import LineRows, ListRows, Problem, Refused, Rows, are_rows, kind, reason_of, rows_in
+from stateset_lightning.data.rows import BadRow, LineRows, ListRows, Problem, Rows, are_rows, kind, reason_of, rows_in
 from stateset_lightning.errors import DataError
 from stateset_lightning.files.yaml_text import load_yaml
 
@@ -93,7 +93,7 @@ def _lines(content: Content) -> tuple[np.ndarray, np.ndarray]:
 def _json_object(text: str) -> dict[str, Any]:
     row = json.loads(text.partition("\n")[0], object_pairs_hook=_without_repeats)
     if not isinstance(row, dict):
-        raise Refused(f"a row must be a JSON object, not {kind(row)}")
+        raise BadRow(f"a row must be a JSON object, not {kind(row)}")
     return row
 
 
@@ -101,7 +101,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         name = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise Refused(f"the key {name!r:.40} stands twice in {found!r:.60}; leave one of them out")
+        raise BadRow(f"the key {name!r:.40} stands twice in {found!r:.60}; leave one of them out")
     return found
 
 

@@ -30,8 +30,8 @@ SPLIT_NAMES = {
 _WRAPPERS = ("data", "rows", "examples", "instances", "records")
 
 
-class Refused(ValueError):
-    """Why a row cannot be read, in words for the user."""
+class BadRow(ValueError):
+    """Why a row cannot be read, or be a scenario, in words for the user; becomes a `Problem` with the row's place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ Rows = ListRows | LineRows
 
 
 def reason_of(error: Exception) -> str:
-    if isinstance(error, Refused):
+    if isinstance(error, BadRow):
         return str(error)
     if isinstance(error, json.JSONDecodeError):
         return f"malformed JSON at column {error.colno}: {error.msg}"

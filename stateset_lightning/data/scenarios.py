@@ -13,8 +13,8 @@ from functools import lru_cache
 from itertools import count
 from typing import Any
 
-from stateset_lightning.data.rows import Problem, RawRow, kind
-from stateset_lightning.data.shapes import QUESTION_COLUMNS, BadRow, Shape
+from stateset_lightning.data.rows import BadRow, Problem, RawRow, kind
+from stateset_lightning.data.shapes import QUESTION_COLUMNS, Shape
 from stateset_lightning.data.templates import is_template
 from stateset_lightning.files.yaml_text import MAX_DIGITS
 from stateset_lightning.redaction import MAX_DEPTH, MAX_VALUES

@@ -16,7 +16,7 @@ from functools import cached_property
 from string import ascii_uppercase
 from typing import Any, Literal, get_args
 
-from stateset_lightning.data.rows import RawRow, listed
+from stateset_lightning.data.rows import BadRow, RawRow, listed
 from stateset_lightning.data.templates import columns_of, compiled, is_template
 from stateset_lightning.errors import ConfigError, DataError, one_line
 from stateset_lightning.types import ABSENT, at_path
@@ -60,10 +60,6 @@ _NO_QUESTION = re.compile(
 )
 _LIKELY = ("text", "input", "content", "sentence")
 _COUNTDOWN = "Using the numbers {{ nums }}, write an expression that equals {{ target }}."
-
-
-class BadRow(Exception):
-    """Why a row cannot be a scenario; becomes a `Problem` with the row's place."""
 
 
 @dataclass(frozen=True, kw_only=True)

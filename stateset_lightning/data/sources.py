@@ -78,7 +78,7 @@ SplitSpec = str | os.PathLike[str] | Sequence[Source | Mapping[str, Any]]
 def read_split(
     spec: SplitSpec,
     split: str,
-    options: RowOptions | Mapping[str, str | None] | None = None,
+    options: RowOptions | dict[str, str | None] | None = None,
     first: int | None = None,
 ) -> ScenarioSet:
     """Reads and checks all scenarios of a split.
