@@ -92,8 +92,6 @@ class RowOptions:
         for name, hint in (("format", Format), ("final_assistant_turn", FinalTurn)):
             if (value := getattr(self, name)) not in (None, *get_args(hint)):
                 raise ConfigError(f"data.{name}={value!r} must be one of {', '.join(get_args(hint))}")
-        if not isinstance(self.fields, Mapping | None):
-            raise ConfigError(f"data.fields={self.fields!r} must map our names to columns, such as prompt: question")
         for name, option in _TEMPLATES.items():
             if (self.fields or {}).get(name) not in _NULLS and getattr(self, option) is not None:
                 raise ConfigError(f"data.{option} and data.fields.{name} are both given; leave one of them out")
