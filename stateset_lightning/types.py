@@ -25,9 +25,9 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from enum import StrEnum
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 if TYPE_CHECKING:  # torch takes a second to import, and reward workers and `--help` do without it
     from torch import Tensor
@@ -81,8 +81,8 @@ class Scenario(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     id: str
-    prompt: str | None = None
-    messages: tuple[Turn, ...] | None = None
+    prompt: Annotated[str, Field(min_length=1)] | None = None
+    messages: Annotated[tuple[Turn, ...], Field(min_length=1)] | None = None
     context: str | None = None
     topic: str | None = None
     target: Any = None
@@ -93,8 +93,6 @@ class Scenario(BaseModel):
         if (self.prompt is None) == (self.messages is None):
             given = "both" if self.prompt is not None else "neither"
             raise ValueError(f"exactly one of 'prompt' and 'messages' must be given, not {given}")
-        if not (self.prompt if self.messages is None else self.messages):
-            raise ValueError("the prompt is empty")
         return self
 
     def turns(self, system_prompt: str | None = None) -> list[Turn]:

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from stateset_lightning.cli.main import main
-from stateset_lightning.data import PromptEncoder
+from stateset_lightning.data.prompts import PromptEncoder
 from stateset_lightning.errors import DataError
 from stateset_lightning.types import Scenario
 

@@ -23,9 +23,9 @@ def test_a_scenario_has_exactly_one_question() -> None:
         Scenario(id="1")
     with pytest.raises(ValidationError, match="not both"):
         Scenario(id="1", prompt="hi", messages=(Turn("user", "hi"),))
-    with pytest.raises(ValidationError, match="the prompt is empty"):
+    with pytest.raises(ValidationError, match="at least 1 character"):
         Scenario(id="1", prompt="")
-    with pytest.raises(ValidationError, match="the prompt is empty"):
+    with pytest.raises(ValidationError, match="at least 1 item"):
         Scenario(id="1", messages=())
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from stateset_lightning.cli.overlays import read_yaml
-from stateset_lightning.data import PromptEncoder
+from stateset_lightning.data.prompts import PromptEncoder
 from stateset_lightning.errors import CheckpointError, ConfigError
 from stateset_lightning.files import keep_inputs
 from stateset_lightning.policy import end_of_sequence_ids, load_model, load_tokenizer

@@ -81,18 +81,17 @@ def _unpacked(path: Path, packing: str) -> bytes:
     return content
 
 
-def blocks(content: Content) -> Iterator[bytes]:
-    """The content in pieces."""
-    for start in range(0, len(content), BLOCK):
+def blocks(content: Content, first: int = 0) -> Iterator[bytes]:
+    """The content in pieces, from a byte on."""
+    for start in range(first, len(content), BLOCK):
         yield content[start : min(start + BLOCK, len(content))]
 
 
 def lines(content: Content, start: int) -> Iterator[bytes]:
     """The lines from `start` on, with their ends: LF, CR LF or CR."""
     rest = b""
-    for block_start in range(start, len(content), BLOCK):
-        block = rest + content[block_start : min(block_start + BLOCK, len(content))]
-        *whole, rest = block.splitlines(keepends=True)  # of bytes: at these ends alone
+    for block in blocks(content, start):
+        *whole, rest = (rest + block).splitlines(keepends=True)  # of bytes: at these ends alone
         yield from whole
     if rest:
         yield rest
@@ -106,9 +105,9 @@ def digest(content: Content) -> str:
     return hashed.hexdigest()[:16]
 
 
-def suffix_of(path: Path) -> str:
-    """What kind of file it is, packed or not."""
-    return Path(path.stem if path.suffix.lower() in PACKED else path).suffix.lower()
+def unpacked(path: Path) -> Path:
+    """The name without the suffix of a packed file."""
+    return path.with_suffix("") if path.suffix.lower() in PACKED else path
 
 
 def check_file(path: Path) -> None:

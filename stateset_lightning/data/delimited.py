@@ -4,7 +4,6 @@ import csv
 import io
 import re
 from array import array
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from stateset_lightning.data.content import BOM, Content, lines
-from stateset_lightning.data.rows import LineRows, Problem, Refused, Rows, listed
-from stateset_lightning.errors import DataError
+from stateset_lightning.data.rows import BadRow, LineRows, Problem, Rows, header_of, listed
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _SAMPLE = 2**16  # bytes of a CSV file from which its delimiter is told
@@ -44,7 +42,7 @@ def read_csv(path: Path, content: Content, usual: str = ",") -> Rows:
                     starts.append(begin)
                     numbers.append(line + 1)
                 elif cells:
-                    header = _header(path, cells)
+                    header = header_of(path, cells)
                 begin, line = offset, skipped + reader.line_num
     except csv.Error as error:  # the reader cannot find the start of the next row
         end = Problem(f"{path}:{line + 1}", f"malformed CSV: {error}; no row after it was read")
@@ -54,20 +52,12 @@ def read_csv(path: Path, content: Content, usual: str = ",") -> Rows:
     return LineRows(path, content, np.frombuffer(starts, np.int64), numbers, parse, note, end)
 
 
-def _header(path: Path, cells: Sequence[str]) -> list[str]:
-    header = [cell.strip() or f"column {number}" for number, cell in enumerate(cells, start=1)]
-    name, times = Counter(header).most_common(1)[0]
-    if times > 1:
-        raise DataError(f"{path}: the header names the column '{name}' twice; rename one of them")
-    return header
-
-
 def _csv_row(header: Sequence[str], delimiter: str, text: str) -> dict[str, Any]:
     with _long_cells(len(text)):
         cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
     if len(cells) != len(header):
         hint = f"; put cells that contain {_named(delimiter)} in quotes" if len(cells) > len(header) else ""
-        raise Refused(f"{len(cells)} cells, but the header has {len(header)} ({listed(header)}){hint}")
+        raise BadRow(f"{len(cells)} cells, but the header has {len(header)} ({listed(header)}){hint}")
     return dict(zip(header, cells, strict=True))
 
 

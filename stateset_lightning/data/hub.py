@@ -8,13 +8,10 @@ import re
 from stateset_lightning.data.rows import ListRows
 from stateset_lightning.errors import DataError, require
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
-_HUB_SPLITS = {"train": "train", "validation": "validation", "test": "test", "predict": "test"}
-
 
 def is_hub_id(text: str) -> bool:
     """Whether `text` looks like `owner/name`, with or without a configuration and a split behind colons."""
-    return _HUB_ID.fullmatch(text) is not None
+    return re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}", text) is not None
 
 
 def read_hub(hub_id: str, split: str) -> ListRows:
@@ -30,11 +27,9 @@ def read_hub(hub_id: str, split: str) -> ListRows:
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, config, split=wanted or _HUB_SPLITS[split])
+        rows = datasets.load_dataset(name, config, split=wanted or ("test" if split == "predict" else split))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # RuntimeError: a script
         reason = (str(error) or type(error).__name__).splitlines()[0]
         instead = "check the name, or write owner/name:config:split"
         raise DataError(f"{what} and cannot be loaded from the Hugging Face hub: {reason}; {instead}") from error
-    if len(rows) == 0:
-        raise DataError(f"{hub_id}: has no rows; give at least one scenario")
     return ListRows(rows, hub_id)

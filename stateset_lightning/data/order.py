@@ -134,13 +134,7 @@ class Curriculum:
 
     floor: Annotated[float, Gt(0), Le(1)] = 0.1
     decay: Annotated[float, Ge(0), Lt(1)] = 0.5
-    solved_at: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.solved_at):
-            raise ConfigError(
-                f"data.curriculum.solved_at={self.solved_at} must be a number: the total reward of a solved completion"
-            )
+    solved_at: Annotated[float, Gt(-math.inf), Lt(math.inf)] = 1.0
 
     @property
     def fingerprint(self) -> str:

@@ -17,9 +17,9 @@ import numpy as np
 import yaml
 
 from stateset_lightning.data import content as contents
-from stateset_lightning.data.content import BOM, Content, check_file, read_content, suffix_of
+from stateset_lightning.data.content import BOM, Content, check_file, read_content, unpacked
 from stateset_lightning.data.delimited import read_csv
-from stateset_lightning.data.rows import LineRows, ListRows, Problem, Refused, Rows, are_rows, kind, reason_of, rows_in
+from stateset_lightning.data.rows import BadRow, LineRows, ListRows, Problem, Rows, are_rows, kind, reason_of, rows_in
 from stateset_lightning.errors import DataError
 from stateset_lightning.files.yaml_text import load_yaml
 
@@ -36,11 +36,11 @@ def read_file(path: Path, split: str = "train") -> Rows:
         split: Which rows, where the file has those of several splits.
 
     Raises:
-        DataError: If the file as a whole cannot be read: missing, not UTF-8, empty, without rows, malformed beyond one
-            row, or of an unknown kind.
+        DataError: If the file as a whole cannot be read: missing, not UTF-8, empty, malformed beyond one row, or of an
+            unknown kind.
     """
     check_file(path)
-    suffix = suffix_of(path)
+    suffix = unpacked(path).suffix.lower()
     if suffix not in READERS:
         known = ", ".join([*READERS, *TABLES])
         raise DataError(
@@ -50,10 +50,7 @@ def read_file(path: Path, split: str = "train") -> Rows:
     # In a large file, rows that are not UTF-8 are refused when they are read.
     if isinstance(content, bytes) and not _text(path, content).strip():
         raise DataError(f"{path}: the file is empty; give at least one scenario")
-    rows = READERS[suffix](path, content, split)
-    if not len(rows) and not next(iter(rows), None):
-        raise DataError(f"{path}: the file has no rows; give at least one scenario")
-    return rows
+    return READERS[suffix](path, content, split)
 
 
 def _text(path: Path, content: Content) -> str:
@@ -96,7 +93,7 @@ def _lines(content: Content) -> tuple[np.ndarray, np.ndarray]:
 def _json_object(text: str) -> dict[str, Any]:
     row = json.loads(text.partition("\n")[0], object_pairs_hook=_without_repeats)
     if not isinstance(row, dict):
-        raise Refused(f"a row must be a JSON object, not {kind(row)}")
+        raise BadRow(f"a row must be a JSON object, not {kind(row)}")
     return row
 
 
@@ -104,7 +101,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         name = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise Refused(f"the key {name!r:.40} stands twice in {found!r:.60}; leave one of them out")
+        raise BadRow(f"the key {name!r:.40} stands twice in {found!r:.60}; leave one of them out")
     return found
 
 

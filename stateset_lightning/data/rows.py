@@ -4,7 +4,8 @@ A row that cannot be read is a `Problem`, so that all bad rows of a split are re
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain, islice
@@ -29,8 +30,8 @@ SPLIT_NAMES = {
 _WRAPPERS = ("data", "rows", "examples", "instances", "records")
 
 
-class Refused(ValueError):
-    """Why a row cannot be read, in words for the user."""
+class BadRow(ValueError):
+    """Why a row cannot be read, or be a scenario, in words for the user; becomes a `Problem` with the row's place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +55,13 @@ class Problem:
 class ListRows:
     """The rows of a sequence of mappings, which `origin` names; each can be read by itself, as those of `LineRows`.
 
-    `num_bytes` is the size of what they are read from, as far as it is known.
+    `num_bytes` is the size of what they are read from, as far as it is known; `note` as that of `LineRows`.
     """
 
     items: Sequence[Any]
     origin: str
     num_bytes: int = 0
-    note = ""
+    note: str = ""
     end = None
 
     def __len__(self) -> int:
@@ -91,7 +92,7 @@ class LineRows:
     """The rows of a text of which each begins on a line of its own.
 
     Args:
-        path: The file.
+        origin: The file.
         content: Its bytes.
         starts: Where each row begins, and where the last one ends, int64 [rows + 1].
         lines: The line that each row begins on, from 1.
@@ -100,7 +101,7 @@ class LineRows:
         end: Why no row after these can be read, if so.
     """
 
-    path: Path
+    origin: Path
     content: Content
     starts: Any
     lines: Any
@@ -116,7 +117,7 @@ class LineRows:
         return len(self.lines)
 
     def __getitem__(self, index: int) -> RawRow | Problem:
-        place = f"{self.path}:{self.lines[index]}"
+        place = f"{self.origin}:{self.lines[index]}"
         row = self.content[int(self.starts[index]) : int(self.starts[index + 1])]
         try:
             return RawRow(self.parse(row.decode()), place, index + 1)
@@ -138,18 +139,12 @@ Rows = ListRows | LineRows
 
 
 def reason_of(error: Exception) -> str:
-    if isinstance(error, Refused):
+    if isinstance(error, BadRow):
         return str(error)
     if isinstance(error, json.JSONDecodeError):
         return f"malformed JSON at column {error.colno}: {error.msg}"
     # An integer of thousands of digits, or lists nested thousands deep.
     return f"malformed JSON: {str(error).partition(';')[0]}"
-
-
-def separate(readings: Iterable[RawRow | Problem]) -> tuple[list[RawRow], list[Problem]]:
-    """The rows, and the problems of those that cannot be read."""
-    readings = list(readings)
-    return [r for r in readings if isinstance(r, RawRow)], [r for r in readings if isinstance(r, Problem)]
 
 
 def raise_problems(key: str, problems: Sequence[Problem]) -> None:
@@ -171,6 +166,19 @@ def kind(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
+def header_of(path: Path, cells: Iterable[Any]) -> list[str]:
+    """The names of columns, as the first row of a table says; one without a name is called by its number.
+
+    Raises:
+        DataError: If two have the same.
+    """
+    names = ["" if cell is None else str(cell).strip() for cell in cells]
+    header = [name or f"column {number}" for number, name in enumerate(names, start=1)]
+    if twice := [name for name, count in Counter(header).items() if count > 1]:
+        raise DataError(f"{path}: the header names the column '{twice[0]}' twice; rename one of them")
+    return header
+
+
 def listed(names: Iterable[str]) -> str:
     """The names of columns, of which a file may have thousands."""
     first = list(islice(names, MAX_PROBLEMS_SHOWN + 1))
@@ -183,19 +191,24 @@ def rows_in(value: Any, origin: str, split: str) -> list[Any]:
     Raises:
         DataError: If there is none, or none for this split.
     """
-    found = unwrapped(value, split)
+    found = unwrapped(value, origin, split)
     if isinstance(found, list):
         return found
-    if isinstance(value, Mapping) and is_split_map(value):
-        raise no_split(origin, value, split)
     keys = f" with the keys {', '.join(map(str, list(value)[:5]))}" if isinstance(value, Mapping) else ""
     raise DataError(f"{origin}: must hold a list of rows, not {kind(value)}{keys}; put the rows in a list")
 
 
-def no_split(origin: str, names: Iterable[Any], split: str) -> DataError:
-    """The error of rows of several splits, none of which is this one."""
+def split_in(names: Collection[Any], origin: str, split: str) -> str:
+    """What rows of several splits, of these names, call those of this split.
+
+    Raises:
+        DataError: If there are none.
+    """
+    for name in SPLIT_NAMES[split]:
+        if name in names:
+            return name
     has = f"has the splits {listed(map(str, names))}, and none for data.{split}"
-    return DataError(f"{origin}: {has}; write those rows to a file of their own")
+    raise DataError(f"{origin}: {has}; write those rows to a file of their own")
 
 
 def is_table(value: Any) -> bool:
@@ -230,12 +243,16 @@ def _under_key(value: Any) -> Any:
     return next((value[key] for key in _WRAPPERS if value.get(key) and _holds_rows(value[key])), value)
 
 
-def unwrapped(value: Any, split: str) -> Any:
-    """The rows in a mapping: of a split, under a usual key, or as columns. What has none is returned as it is."""
+def unwrapped(value: Any, origin: str, split: str) -> Any:
+    """The rows in a mapping: of a split, under a usual key, or as columns. What has none is returned as it is.
+
+    Raises:
+        DataError: If it has splits, and not this one.
+    """
     if not isinstance(value, Mapping):
         return value
     if is_split_map(value):
-        return next((_under_key(value[name]) for name in SPLIT_NAMES[split] if name in value), value)
+        return _under_key(value[split_in(value, origin, split)])
     if (under := _under_key(value)) is not value:
         return under
     columns = list(value.values())

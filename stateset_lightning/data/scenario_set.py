@@ -12,7 +12,7 @@ import numpy as np
 
 from stateset_lightning.data import content
 from stateset_lightning.data.served import ServedScenarios
-from stateset_lightning.data.stream import StreamRows
+from stateset_lightning.data.stream import Stream
 from stateset_lightning.errors import DataError
 from stateset_lightning.seeding import permutation
 from stateset_lightning.types import Scenario
@@ -35,7 +35,7 @@ class ScenarioSet:
         return len(self.scenarios)
 
     @property
-    def stream(self) -> StreamRows | None:
+    def stream(self) -> Stream | None:
         """The stream that the rows are of, if so."""
         return self.scenarios.stream if isinstance(self.scenarios, ServedScenarios) else None
 

@@ -13,8 +13,8 @@ from functools import lru_cache
 from itertools import count
 from typing import Any
 
-from stateset_lightning.data.rows import Problem, RawRow, kind
-from stateset_lightning.data.shapes import QUESTION_COLUMNS, BadRow, Shape
+from stateset_lightning.data.rows import BadRow, Problem, RawRow, kind
+from stateset_lightning.data.shapes import QUESTION_COLUMNS, Shape
 from stateset_lightning.data.templates import is_template
 from stateset_lightning.files.yaml_text import MAX_DIGITS
 from stateset_lightning.redaction import MAX_DEPTH, MAX_VALUES
@@ -22,7 +22,6 @@ from stateset_lightning.types import Scenario, Turn, as_target, read_literal
 
 _MEDIA_COLUMN = lru_cache(re.compile(r"(image|img|picture|photo|video|audio)(_(path|file|url))?s?", re.I).fullmatch)
 _MEDIA_FILE = re.compile(r"data:|.*\.(png|jpe?g|gif|webp|bmp|tiff?|mp[34]|wav|flac|ogg|m4a|webm|mov|avi|mkv)$", re.I)
-_MEDIA_MARK = re.compile(r"<(image|video|audio)>")
 _NO_MEDIA = "only the text model is trained: take the row out"
 _ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -31,18 +30,15 @@ _ROLES = {
     **dict.fromkeys(("tool", "function", "observation"), "tool"),
 }
 _CONTEXT = "'context', which goes into the system turn unless data.fields.context=null,"
-_TEXT_PARTS = ("text", "input_text", "output_text")
-_HALF = re.compile("[\ud800-\udfff]")
-_CONVERSATION = re.compile(r"\s*\[\s*\{")
 
 
 def to_scenarios(
-    rows: Iterable[RawRow], shape: Shape, label: str, rewards: Sequence[str] | None = None
+    rows: Iterable[RawRow | Problem], shape: Shape, label: str, rewards: Sequence[str] | None = None
 ) -> tuple[list[tuple[Scenario, str]], list[Problem]]:
     """The scenarios of the rows, each with its place, and the problems of the rows that cannot be used.
 
     Args:
-        rows: Rows of one file or list.
+        rows: Rows of one file or list, and what is known of those that cannot be read.
         shape: How they are read.
         label: Rows without an id get `<label>:<row number>`.
         rewards: Names of the reward functions for rows that do not name their own.
@@ -57,7 +53,9 @@ def to_scenarios(
     return scenarios, problems
 
 
-def _row_scenarios(row: RawRow, shape: Shape, label: str, rewards: Sequence[str] | None) -> list[Scenario]:
+def _row_scenarios(row: RawRow | Problem, shape: Shape, label: str, rewards: Sequence[str] | None) -> list[Scenario]:
+    if isinstance(row, Problem):
+        raise BadRow(row.reason)
     for column in row.columns.items():
         _check_values(*column)  # before a template writes one out
     if (columns := shape.columns(row)) is None:
@@ -106,7 +104,7 @@ def _lift_messages(columns: dict[str, Any], shape: Shape) -> None:
     """A conversation stands in `messages`, as a list, wherever it came from."""
     name = "messages" if columns.get("messages") is not None else "prompt"
     value = columns.get(name)
-    if isinstance(value, str) and _CONVERSATION.match(value) and not is_template(shape.sources.get(name) or ""):
+    if isinstance(value, str) and re.match(r"\s*\[\s*\{", value) and not is_template(shape.sources.get(name) or ""):
         found = read_literal(value)
         if isinstance(found, list) and all(isinstance(m, Mapping) and ("role" in m or "from" in m) for m in found):
             _check_values(name, found)
@@ -138,7 +136,7 @@ def _refuse_media(columns: Mapping[str, Any], shape: Shape) -> None:
         is_media = isinstance(item, Mapping) and ({"bytes", "path"} <= item.keys() or "sampling_rate" in item)
         if is_named and isinstance(item, str):
             texts = [columns.get("prompt") or "", *(turn.content for turn in columns.get("messages") or ())]
-            is_media = bool(_MEDIA_FILE.match(item)) or any(map(_MEDIA_MARK.search, texts))
+            is_media = bool(_MEDIA_FILE.match(item)) or any(re.search("<(image|video|audio)>", text) for text in texts)
         if is_media or (is_named and not isinstance(item, str | int | float)):
             raise BadRow(f"'{name}' holds what no model sees: {_NO_MEDIA}, or data.fields.{name}=null to train without")
 
@@ -172,7 +170,7 @@ def _check_values(name: str, value: object) -> None:
         item, depth = left.pop()
         if seen > MAX_VALUES or depth > MAX_DEPTH:
             raise BadRow(f"{what} more than {MAX_VALUES:,} values, or is nested more than {MAX_DEPTH} deep")
-        if isinstance(item, str) and (half := None if item.isascii() else _HALF.search(item)):
+        if isinstance(item, str) and (half := None if item.isascii() else re.search("[\ud800-\udfff]", item)):
             # JSON can write half of a surrogate pair, which no tokenizer takes and no file can hold.
             code = f"\\u{ord(half[0]):04x}"
             raise BadRow(f"{what} {code}, half of a character (a surrogate without its pair); replace it")
@@ -246,7 +244,7 @@ def _checked_turn(number: int, message: object) -> Turn:
     if isinstance(content, list | tuple):
         parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
         kinds = [part["type"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("type"), str)]
-        if media := [name for name in kinds if name not in _TEXT_PARTS]:
+        if media := [name for name in kinds if name not in ("text", "input_text", "output_text")]:
             raise BadRow(f"message {number} holds {media[0]!r:.40}: {_NO_MEDIA}")
         if parts and len(kinds) == len(parts) and all(isinstance(part.get("text"), str) for part in parts):
             content = "".join(part["text"] for part in parts)

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from stateset_lightning.data.rows import Problem, RawRow, Rows, raise_problems, separate
+from stateset_lightning.data.rows import Problem, RawRow, Rows, raise_problems
 from stateset_lightning.data.scenarios import to_scenarios
 from stateset_lightning.data.shapes import Shape
-from stateset_lightning.data.stream import StreamRows
-from stateset_lightning.errors import DataError
+from stateset_lightning.data.stream import Stream
+from stateset_lightning.errors import ConfigError, DataError
 from stateset_lightning.redaction import spare
 from stateset_lightning.types import Scenario
 
@@ -26,20 +26,14 @@ from stateset_lightning.types import Scenario
 class Part:
     """The rows of one file or list, and how scenarios are made of them; see `to_scenarios`."""
 
-    rows: Rows | StreamRows
+    rows: Rows
     shape: Shape
     label: str
     rewards: Sequence[str] | None
 
     def scenarios(self, readings: Iterable[RawRow | Problem]) -> tuple[list[tuple[Scenario, str]], list[Problem]]:
         """The scenarios of some of the rows, each with its place, and the problems of those that cannot be used."""
-        rows, unread = separate(readings)
-        found, bad = to_scenarios(rows, self.shape, self.label, self.rewards)
-        return found, [*unread, *bad]
-
-    @cached_property
-    def digest(self) -> str:
-        return self.rows.digest()
+        return to_scenarios(readings, self.shape, self.label, self.rewards)
 
 
 class ServedScenarios(Sequence[Scenario]):
@@ -49,13 +43,18 @@ class ServedScenarios(Sequence[Scenario]):
         parts: Of which each row makes one scenario.
         key: Of the split, for messages.
         chosen: The rows that are meant, of all parts one after the other, int64; None: all.
+
+    Raises:
+        ConfigError: If a stream is one of several parts.
     """
 
     def __init__(self, parts: Sequence[Part], key: str, chosen: np.ndarray | None = None) -> None:
         self._parts, self._key, self._chosen = parts, key, chosen
         self._starts = np.array([0, *accumulate(len(part.rows) for part in parts)])
-        rows = parts[0].rows
-        self.stream = rows if isinstance(rows, StreamRows) else None
+        items = [getattr(part.rows, "items", None) for part in parts]
+        self.stream = next((each for each in items if isinstance(each, Stream)), None)
+        if self.stream is not None and len(parts) > 1:
+            raise ConfigError(f"{key} holds a stream, which cannot be mixed with other sources; leave them out")
 
     def __len__(self) -> int:
         return int(self._starts[-1]) if self._chosen is None else len(self._chosen)
@@ -85,7 +84,7 @@ class ServedScenarios(Sequence[Scenario]):
     def digest(self) -> str:
         """A hash: the same for the same rows, another for others."""
         chosen = b"" if self._chosen is None else self._chosen.tobytes()
-        return hashlib.sha256(" ".join(part.digest for part in self._parts).encode() + chosen).hexdigest()[:16]
+        return hashlib.sha256(" ".join(part.rows.digest() for part in self._parts).encode() + chosen).hexdigest()[:16]
 
 
 def spare_texts(scenarios: Iterable[Scenario]) -> None:

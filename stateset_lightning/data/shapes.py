@@ -16,7 +16,7 @@ from functools import cached_property
 from string import ascii_uppercase
 from typing import Any, Literal, get_args
 
-from stateset_lightning.data.rows import RawRow, listed
+from stateset_lightning.data.rows import BadRow, RawRow, listed
 from stateset_lightning.data.templates import columns_of, compiled, is_template
 from stateset_lightning.errors import ConfigError, DataError, one_line
 from stateset_lightning.types import ABSENT, at_path
@@ -62,10 +62,6 @@ _LIKELY = ("text", "input", "content", "sentence")
 _COUNTDOWN = "Using the numbers {{ nums }}, write an expression that equals {{ target }}."
 
 
-class BadRow(Exception):
-    """Why a row cannot be a scenario; becomes a `Problem` with the row's place."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class RowOptions:
     """What the user says about the columns of the rows.
@@ -77,19 +73,17 @@ class RowOptions:
         system_template: Jinja2 template of the row's system turn.
         row: A function, or its import path: a row's columns -> those that count, or None to leave the row out.
         final_assistant_turn: What a last turn of the assistant is; None: the target, where no column is it.
-        needs_target: Whether a target that `fields` names must be there.
 
     Raises:
-        ConfigError: If options contradict each other.
+        ConfigError: If options contradict each other, or are none.
     """
 
-    fields: Mapping[str, str | None] | None = None
-    format: Format = "auto"
+    fields: dict[str, str | None] | None = None
+    format: Format | None = None
     prompt_template: str | None = None
     system_template: str | None = None
     row: str | Callable[..., Any] | None = None
     final_assistant_turn: FinalTurn | None = None
-    needs_target: bool = True
 
     def __post_init__(self) -> None:
         columns = {} if self.fields is None else self.fields
@@ -105,7 +99,7 @@ class RowOptions:
     def of(self, said: Mapping[str, Any]) -> "RowOptions":
         """Those among what is `said` (of a source, say), if it has any; else these."""
         own = {each.name: value for each in fields(self) if (value := said.get(each.name)) is not None}
-        return RowOptions(**{"needs_target": self.needs_target, **own}) if own else self
+        return RowOptions(**own) if own else self
 
     @cached_property
     def chosen(self) -> dict[str, str | None]:
@@ -152,6 +146,7 @@ class Shape:
         sources: Our name -> a column, a dotted path, a template, or None: there is none.
         present: The columns that the file has.
         options: What the user said.
+        needs_target: Whether a target that the user chose must be there.
         counts: What was done to how many rows, in words; grows as rows are read.
     """
 
@@ -159,6 +154,7 @@ class Shape:
     sources: Mapping[str, str | None]
     present: Sequence[str]
     options: RowOptions
+    needs_target: bool
     counts: Counter[str] = field(default_factory=Counter)
 
     def columns(self, row: RawRow) -> dict[str, Any] | None:
@@ -194,13 +190,13 @@ class Shape:
                 raise BadRow(f"the template of the {ours}: {one_line(error)}; the row has: {listed(given)}") from error
         if (found := at_path(given, theirs)) is not ABSENT:
             return found
-        if is_chosen and (ours != "target" or self.options.needs_target):
+        if is_chosen and (ours != "target" or self.needs_target):
             raise BadRow(f"no column '{theirs}' (data.fields.{ours}); the row has: {listed(given)}")
         return None
 
 
-def recognise(sample: Sequence[RawRow], options: RowOptions, origin: str) -> Shape:
-    """How the rows of `origin` (a file, say) are read, by their first ones.
+def recognise(sample: Sequence[RawRow], options: RowOptions, origin: str, needs_target: bool = True) -> Shape:
+    """How the rows of `origin` (a file, say) are read, by their first ones; see `Shape`.
 
     Raises:
         ConfigError: If a template is none.
@@ -215,14 +211,14 @@ def recognise(sample: Sequence[RawRow], options: RowOptions, origin: str) -> Sha
     example: dict[str, Any] = {name: None for row in rows for name in row}
     example |= {name: value for row in reversed(rows) for name, value in row.items() if value is not None}
     for ours, theirs in options.chosen.items():
-        for name in _named(ours, theirs, example) if rows and (ours != "target" or options.needs_target) else ():
+        for name in _named(ours, theirs, example) if rows and (ours != "target" or needs_target) else ():
             if all(at_path(row, name) is ABSENT for row in rows):
                 option = _TEMPLATES.get(ours, "")
                 key = f"fields.{ours}" if getattr(options, option, None) is None else option
                 absent = f"data.{key} names the column '{name}', which is not there"
                 raise DataError(f"{origin}: {absent}; it has: {_described(example)}")
     name, sources = _recognised(example, options, origin) if rows else ("prompt", {})
-    return Shape(name, {**sources, **options.chosen}, list(example), options)
+    return Shape(name, {**sources, **options.chosen}, list(example), options, needs_target)
 
 
 def _recognised(example: Mapping[str, Any], options: RowOptions, origin: str) -> tuple[str, dict[str, str | None]]:
@@ -241,7 +237,7 @@ def _recognised(example: Mapping[str, Any], options: RowOptions, origin: str) ->
             sources["context"] = system  # the template has the other
         return "fields", sources
     known = [name for name, needed in _NEEDED.items() if columns.keys() >= {*needed}]
-    if options.format != "auto":
+    if options.format in _NEEDED:
         known = [options.format] if options.format in known else []
     elif known[:1] == ["messages"] and "qa" in known and target:  # beside its conversation (NuminaMath)
         known = ["qa"]
@@ -254,7 +250,7 @@ def _recognised(example: Mapping[str, Any], options: RowOptions, origin: str) ->
         sources |= {"prompt": _joined(passage, asked, choices, example), "context": system}
         if isinstance(example.get(target or ""), int) and isinstance(example.get(choices or ""), list):  # MMLU
             sources["target"] = f"{{{{ '{ascii_uppercase}'[{_reference(str(target))}] }}}}"
-    elif options.format == "auto" and name in QUESTION_COLUMNS:
+    elif options.format not in _NEEDED and name in QUESTION_COLUMNS:
         sources |= {ours: columns.get(ours) for ours in QUESTION_COLUMNS}  # a row has one of them
     else:
         sources["messages" if name in ("messages", "openai", "sharegpt") else "prompt"] = asked
@@ -303,7 +299,7 @@ def _unsure(example: Mapping[str, Any], options: RowOptions, origin: str) -> Dat
     elif 2 <= len(texts) <= 4:
         proposed.append(f"--data.prompt_template='{' '.join(f'{{{{ {name} }}}}' for name in texts)}'")
     what = "there is no column 'prompt', 'messages' or 'user_responses', and no shape that is known by its columns"
-    if options.format != "auto":
+    if options.format in _NEEDED:
         what = f"data.format={options.format} needs the columns {', '.join(_NEEDED[options.format])}"
     say = " or ".join(proposed) or "data.fields.prompt (a column), data.prompt_template (of several) or data.row"
     return DataError(f"{origin}: {what}; it has: {_described(example)}. Say which one holds the prompt: {say}")

@@ -8,8 +8,8 @@ them by their weights.
 import glob
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -18,16 +18,15 @@ import numpy as np
 from annotated_types import Ge, Gt, Le
 
 from stateset_lightning.data import content
-from stateset_lightning.data.content import PACKED
+from stateset_lightning.data.content import PACKED, unpacked
 from stateset_lightning.data.hub import is_hub_id, read_hub
 from stateset_lightning.data.ragged import garbage_collection_paused
 from stateset_lightning.data.reading import READERS, TABLES, read_file
 from stateset_lightning.data.reasoning_gym import MAX_SEED, MAX_SIZE, read_task
-from stateset_lightning.data.rows import ListRows, Problem, Rows, is_stream, is_table, raise_problems, separate
+from stateset_lightning.data.rows import ListRows, Problem, RawRow, Rows, is_stream, is_table, raise_problems
 from stateset_lightning.data.scenario_set import ScenarioSet
 from stateset_lightning.data.served import Part, ServedScenarios, spare_texts
-from stateset_lightning.data.shapes import QUESTION_COLUMNS, FinalTurn, Format, RowOptions, recognise
-from stateset_lightning.data.stream import StreamRows
+from stateset_lightning.data.shapes import QUESTION_COLUMNS, RowOptions, recognise
 from stateset_lightning.data.tables import is_saved, read_table, rows_of
 from stateset_lightning.errors import ConfigError, DataError, check_bounds
 from stateset_lightning.files import keep_inputs
@@ -38,7 +37,7 @@ Row = dict[str, str | int | float | bool | list | dict | None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class Source(RowOptions):
     """One of several sources of scenarios: `path`, `rows` or `reasoning_gym`.
 
     Args:
@@ -64,30 +63,13 @@ class Source:
     seed: Annotated[int, Ge(0), Le(MAX_SEED)] = 0
     options: dict[str, Any] | None = None
     weight: Annotated[float, Gt(0)] | None = None
-    fields: dict[str, str | None] | None = None
-    format: Format | None = None
-    prompt_template: str | None = None
-    system_template: str | None = None
-    row: str | Callable[..., Any] | None = None
-    final_assistant_turn: FinalTurn | None = None
     rewards: list[str] | None = None
     name: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _RowList:
-    """The rows of one file or list.
-
-    Args:
-        origin: What messages call it.
-        stem: Begins the ids of its rows; `path` does where two have the same stem and the source has no name.
-    """
-
-    rows: Rows | StreamRows
-    origin: str
-    stem: str
-    path: str
-
+# The rows of one file or list: the index of their source, what begins their ids, and what does instead where others
+# begin so, too, and the source has no name.
+_Found = tuple[int, Rows, str, str]
 
 _ORIGINS = ("path", "rows", "reasoning_gym")
 SplitSpec = str | os.PathLike[str] | Sequence[Source | Mapping[str, Any]]
@@ -96,7 +78,7 @@ SplitSpec = str | os.PathLike[str] | Sequence[Source | Mapping[str, Any]]
 def read_split(
     spec: SplitSpec,
     split: str,
-    options: RowOptions | Mapping[str, str | None] | None = None,
+    options: RowOptions | dict[str, str | None] | None = None,
     first: int | None = None,
 ) -> ScenarioSet:
     """Reads and checks all scenarios of a split.
@@ -114,16 +96,10 @@ def read_split(
     key = f"data.{split}"
     sources = _as_sources(spec, key)
     options = options if isinstance(options, RowOptions) else RowOptions(fields=options)
-    options = replace(options, needs_target=split != "predict")
     with garbage_collection_paused():
         read = [(i, source) for i, source in enumerate(sources) if first is None or _is_quick(source, key)]
-        lists = [(i, rows) for i, source in read for rows in _row_lists(source, i, len(sources), split)]
-        parts = _parts(lists, sources, options)
-        streams = [part.label for part in parts if isinstance(part.rows, StreamRows)]
-        if streams and len(parts) > 1:
-            raise ConfigError(
-                f"{key}: {streams[0]} is a stream, which cannot be mixed with other sources; leave them out"
-            )
+        lists = [found for i, source in read for found in _row_lists(source, i, len(sources), split)]
+        parts = _parts(lists, sources, options, split)
         sizes = [len(part.rows) for part in parts]
         size = sum(part.rows.num_bytes for part in parts)
         is_large = sum(sizes) > content.LARGE_ROWS or size > content.LARGE_BYTES
@@ -153,19 +129,21 @@ def read_split(
         )
     weights = None if sources[0].weight is None else [source.weight or 0.0 for source in sources]
     names = [s.name or s.path or s.reasoning_gym or f"{key} item {i}" for i, s in enumerate(sources, start=1)]
-    return ScenarioSet(found, np.repeat([i for i, _ in lists], sizes), names, weights, notes)
+    return ScenarioSet(found, np.repeat([i for i, *_ in lists], sizes), names, weights, notes)
 
 
-def _parts(lists: Sequence[tuple[int, _RowList]], sources: Sequence[Source], options: RowOptions) -> list[Part]:
+def _parts(lists: Sequence[_Found], sources: Sequence[Source], options: RowOptions, split: str) -> list[Part]:
     """The rows with their shape, and what begins their ids."""
-    stems = Counter(rows.stem for _, rows in lists)
+    stems = Counter(stem for *_, stem, _ in lists)
     parts = []
-    for index, each in lists:
+    for index, rows, stem, path in lists:
         source = sources[index]
+        if not len(rows) and not rows.end:
+            raise DataError(f"{rows.origin} has no rows; give at least one scenario")
         said = RowOptions(format="prompt") if source.reasoning_gym else options.of(vars(source))
-        shape = recognise(separate(islice(each.rows, content.SAMPLE))[0], said, each.origin)
-        label = each.stem if stems[each.stem] == 1 else source.name or each.path
-        parts.append(Part(each.rows, shape, label, source.rewards))
+        sample = [row for row in islice(rows, content.SAMPLE) if isinstance(row, RawRow)]
+        shape = recognise(sample, said, str(rows.origin), needs_target=split != "predict")
+        parts.append(Part(rows, shape, stem if stems[stem] == 1 else source.name or path, source.rewards))
     return parts
 
 
@@ -211,7 +189,6 @@ def _checked_source(item: Source | Mapping[str, Any], place: str) -> Source:
     is_task = isinstance(source.size, int) and isinstance(source.seed, int) and source.fields is None
     is_weight = weight is None or (isinstance(weight, int | float) and 0 < weight < float("inf"))
     are_names = isinstance(rewards, list | None) and all(isinstance(name, str) for name in rewards or [])
-    is_map = isinstance(source.fields, dict | None)
     needs = {
         f"a source needs one of {', '.join(_ORIGINS)}, but has {' and '.join(given) or 'none'}": len(given) == 1,
         "size, seed and options belong to a source of reasoning_gym; remove them": task is not None
@@ -222,7 +199,6 @@ def _checked_source(item: Source | Mapping[str, Any], place: str) -> Source:
         or isinstance(source.rows, list | Mapping | None),
         f"weight={weight!r} must be a number above 0; leave the source out to ignore it": is_weight,
         f"rewards={rewards!r} must be a list of reward names": are_names,
-        f"fields={source.fields!r} must map our names to the source's columns, for example prompt: question": is_map,
     }
     if broken := [told for told, holds in needs.items() if not holds]:
         raise ConfigError(f"{place}: {broken[0]}")
@@ -236,35 +212,28 @@ def _is_quick(source: Source, key: str) -> bool:
     return source.rows is not None or 0 < sum(max(file.stat().st_size, 1) for file in files) < content.LARGE_BYTES
 
 
-def _row_lists(source: Source, index: int, num_sources: int, split: str) -> Iterator[_RowList]:
+def _row_lists(source: Source, index: int, num_sources: int, split: str) -> Iterator[_Found]:
     """The files or the list of rows that a source stands for."""
     place = f"data.{split} item {index + 1}"
     if source.rows is not None:
         origin = f"data.{split}" if num_sources == 1 else f"{place} rows"
         stem = source.name or (split if num_sources == 1 else f"{split}.{index + 1}")
-        rows = rows_of(source.rows, origin, split)
-        if not len(rows):
-            raise DataError(f"{origin} has no rows; give at least one scenario")
-        yield _RowList(rows, origin, stem, stem)
+        yield index, rows_of(source.rows, origin, split), stem, stem
     elif source.reasoning_gym is not None:
         stem = source.name or f"{source.reasoning_gym}.{source.seed}"
         task = read_task(source.reasoning_gym, source.size or 0, source.seed, source.options or {}, place)
-        yield _RowList(ListRows(task, place), stem, stem, f"{stem}.{index + 1}")
+        yield index, ListRows(task, place), stem, f"{stem}.{index + 1}"
     else:
         path = os.fspath(source.path or "")
         files = _files(path, f"data.{split}")
         keep_inputs(*files)
         for file in files:
-            is_packed = file.suffix.lower() in PACKED
-            stem = Path(file.stem).stem if is_packed else file.stem
-            yield _RowList(_read(file, split), str(file), stem, str(file.with_name(stem)))
+            stem = unpacked(file).stem
+            is_table = file.suffix.lower() in TABLES or is_saved(file)
+            rows: Rows = read_table(file, split) if is_table else read_file(file, split)
+            yield index, rows, stem, str(file.with_name(stem))
         if not files:
-            yield _RowList(read_hub(path, split), path, path, path)
-
-
-def _read(file: Path, split: str) -> Rows:
-    is_table = file.suffix.lower() in TABLES or is_saved(file)
-    return read_table(file, split) if is_table else read_file(file, split)
+            yield index, read_hub(path, split), path, path
 
 
 def _files(path: str, key: str) -> list[Path]:

@@ -6,7 +6,8 @@ Arrow reads them without a cache: what is replaced is read anew. Rows are made w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,8 @@ from zipfile import BadZipFile
 
 from stateset_lightning.data import content
 from stateset_lightning.data.content import LargeFile, check_file
-from stateset_lightning.data.rows import SPLIT_NAMES, ListRows, is_stream, is_table, no_split, rows_in, unwrapped
-from stateset_lightning.data.stream import StreamRows
+from stateset_lightning.data.rows import ListRows, header_of, is_stream, is_table, rows_in, split_in, unwrapped
+from stateset_lightning.data.stream import Stream
 from stateset_lightning.errors import ConfigError, DataError, UserError, require
 
 if TYPE_CHECKING:
@@ -67,21 +68,18 @@ def read_table(path: Path, split: str = "train") -> ListRows:
     """
     import pyarrow
 
-    what = {".parquet": "Parquet", ".xlsx": "an Excel sheet"}.get(path.suffix.lower(), "Arrow")
+    what, read = _READERS.get(path.suffix.lower(), ("Arrow", _arrow))
     try:
         if is_saved(path):
-            rows: ArrowRows | list[Any] = _saved(path, split)
+            rows = _saved(path, split)
         else:
             check_file(path)
-            readers: dict[str, Callable[[Path], Any]] = {"Parquet": _parquet, "Arrow": _arrow}
-            rows = readers.get(what, _sheet)(path)
+            rows = read(path)
     except (OSError, ValueError, KeyError, TypeError, BadZipFile, pyarrow.ArrowException) as error:
         if isinstance(error, UserError):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"{path}: cannot be read as {what}: {reason}; write it again, or as .jsonl") from error
-    if not len(rows):
-        raise DataError(f"{path}: has no rows; give at least one scenario")
     return ListRows(rows, str(path), rows.num_bytes if isinstance(rows, ArrowRows) else 0)
 
 
@@ -121,10 +119,11 @@ def _sheet(path: Path) -> list[dict[str, Any]]:
 
     book = openpyxl.load_workbook(path, read_only=True, data_only=True)
     header, *rows = [row for row in book.worksheets[0].iter_rows(values_only=True) if any(c is not None for c in row)]
-    names = [f"column {number}" if cell is None else str(cell).strip() for number, cell in enumerate(header, start=1)]
-    if len(set(names)) < len(names):
-        raise DataError(f"{path}: the first row names a column twice: {', '.join(names)}; rename one of them")
+    names = header_of(path, header)
     return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+_READERS: dict[str, Any] = {".parquet": ("Parquet", _parquet), ".xlsx": ("an Excel sheet", _sheet)}
 
 
 def is_saved(folder: Path) -> bool:
@@ -135,24 +134,24 @@ def is_saved(folder: Path) -> bool:
 def _saved(folder: Path, split: str) -> ArrowRows:
     if (folder / _OF_SPLITS).is_file():
         names = json.loads((folder / _OF_SPLITS).read_text())["splits"]
-        if not (found := [name for name in SPLIT_NAMES[split] if name in names]):
-            raise no_split(str(folder), names, split)
-        folder = folder / Path(found[0]).name
+        folder = folder / Path(split_in(names, str(folder), split)).name
     files = json.loads((folder / _STATE).read_text())["_data_files"]
     return _arrow(*(folder / Path(each["filename"]).name for each in files))
 
 
-def rows_of(value: Any, origin: str, split: str) -> ListRows | StreamRows:
+def rows_of(value: Any, origin: str, split: str) -> ListRows:
     """The rows of a list, an Arrow table, a data frame, a data set, or a mapping of columns or of splits to these.
 
     Raises:
         DataError: If it holds no rows, or none of this split.
     """
-    found = unwrapped(value, split)
+    found = unwrapped(value, origin, split)
     if is_stream(found):
         if split != "train":
             raise ConfigError(f"{origin} is a stream, which has no end: give a list of its rows, or a file")
-        return StreamRows(found, origin)
+        stream = Stream(found, origin)
+        note = f"a stream: of {len(stream):,} rows at a time the order is shuffled; that counts as an epoch"
+        return ListRows(stream, origin, sys.maxsize, note)  # it is read as a large file
     if hasattr(found, "iloc"):
         import pyarrow
 

@@ -38,11 +38,11 @@ def load_yaml(text: str, file: str | Path, loader: Any, most: int | None, refusa
         root = reader.get_single_node()
         _check_nodes(root, most, rows)
         return None if root is None else reader.construct_document(root)
-    except _Refused as error:
-        raise refusal(f"{file}:{error.line}: {error.problem}") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-40
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         place, reason = f":{mark.line + 1}" if mark else "", problem or str(error).splitlines()[0]
+        if isinstance(error, _Refused):
+            raise refusal(f"{file}{place}: {problem}") from error
         if reason == "but found another document":
             raise refusal(f"{file}{place}: a second YAML document begins; give each a file of its own") from error
         raise refusal(f"{file}{place}: malformed YAML: {reason}; check indentation, brackets and quotes") from error
@@ -52,8 +52,7 @@ class _Refused(yaml.MarkedYAMLError):
     """What YAML allows, and no file of ours needs."""
 
     def __init__(self, problem: str, place: Any) -> None:
-        super().__init__(problem=problem)
-        self.line = place.start_mark.line + 1
+        super().__init__(problem=problem, problem_mark=place.start_mark)
 
 
 def _too_large(place: Any, most: int = MAX_VALUES) -> _Refused:

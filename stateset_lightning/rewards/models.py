@@ -96,7 +96,7 @@ class TextModelReward(BatchReward):
         """The model's tokenizer."""
         from transformers import AutoTokenizer
 
-        from stateset_lightning.data import special_tokens
+        from stateset_lightning.data.prompts import special_tokens
         from stateset_lightning.policy import loading_errors
 
         with loading_errors(self.key):

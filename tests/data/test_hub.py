@@ -87,7 +87,7 @@ def test_failures_name_the_data_set(calls):
         match=r"'owner/missing' is no file here and cannot be loaded .*: Dataset 'owner/missing' doesn't exist; check",
     ):
         read_split("owner/missing", "train")
-    with pytest.raises(DataError, match="owner/empty: has no rows"):
+    with pytest.raises(DataError, match="owner/empty has no rows"):
         read_split("owner/empty", "train")
 
 

@@ -154,7 +154,7 @@ def test_a_state_goes_on_exactly_and_holds_nothing_pickled():
     [
         ({"floor": 0.0}, "data.curriculum.floor=0.0 must be above 0"),
         ({"decay": 1.0}, "data.curriculum.decay=1.0 must be below 1"),
-        ({"solved_at": NAN}, "data.curriculum.solved_at=nan must be a number"),
+        ({"solved_at": NAN}, "data.curriculum.solved_at=nan must be above -inf"),
     ],
 )
 def test_options_that_mean_nothing(options, message):

@@ -9,9 +9,14 @@ import pytest
 
 from stateset_lightning.cli.overlays import read_yaml
 from stateset_lightning.data.reading import read_file
-from stateset_lightning.data.rows import Problem, raise_problems, separate
+from stateset_lightning.data.rows import Problem, RawRow, raise_problems
 from stateset_lightning.data.sources import read_split
 from stateset_lightning.errors import DataError
+
+
+def separate(readings):
+    readings = list(readings)
+    return [r for r in readings if isinstance(r, RawRow)], [r for r in readings if isinstance(r, Problem)]
 
 
 def columns(path):
@@ -91,8 +96,8 @@ def test_items_of_json_and_yaml_are_counted(write):
     [
         ("a.jsonl", "", "the file is empty"),
         ("a.csv", "  \n", "the file is empty"),
-        ("a.csv", "prompt\n", "the file has no rows"),
-        ("a.json", "[]", "the file has no rows"),
+        ("a.csv", "prompt\n", "a.csv has no rows"),
+        ("a.json", "[]", "a.json has no rows"),
         ("a.csv", "prompt,a,a\n1,2,3\n", "the header names the column 'a' twice"),
         ("a.json", '{"scenarios": []}', "must hold a list of rows, not a mapping with the keys scenarios"),
         (
@@ -118,7 +123,7 @@ def test_items_of_json_and_yaml_are_counted(write):
 )
 def test_a_file_that_cannot_be_used_says_why(write, name, content, message):
     with pytest.raises(DataError) as error:
-        read_file(write(name, content))
+        read_split(write(name, content), "train")
     assert message in str(error.value)
 
 

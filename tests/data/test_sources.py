@@ -66,8 +66,8 @@ def test_all_bad_rows_of_all_files_are_reported_together(write):
         read_split(str(first.parent / "*.jsonl"), "train")
     assert str(error.value).splitlines() == [
         "data.train: 4 rows cannot be used; correct or remove:",
-        f"  {first}:3: malformed JSON at column 2: Expecting property name enclosed in double quotes",
         f"  {first}:2: the prompt must be text, not a number (3); put it in quotes",
+        f"  {first}:3: malformed JSON at column 2: Expecting property name enclosed in double quotes",
         f"  {second}:1: the prompt is empty",
         f"  {second}:2: the id 'same' is already that of {first}:1; ids must differ within a split",
     ]
@@ -86,8 +86,8 @@ def test_all_bad_rows_of_all_files_are_reported_together(write):
         (
             [{"path": "a", "wieght": 2}],
             (
-                "data.train item 1: a source has no key 'wieght'; its keys are path, rows, reasoning_gym, size, seed,"
-                " options, weight, fields, format, prompt_template, system_template, row, final_assistant_turn,"
+                "data.train item 1: a source has no key 'wieght'; its keys are fields, format, prompt_template,"
+                " system_template, row, final_assistant_turn, path, rows, reasoning_gym, size, seed, options, weight,"
                 " rewards, name"
             ),
         ),
@@ -107,7 +107,7 @@ def test_all_bad_rows_of_all_files_are_reported_together(write):
         ([{"path": 7}], "data.train item 1: path=7 must be text"),
         ([{"path": "a", "weight": 1}, {"path": "b"}], "some sources have a weight and some have none"),
         ([{"path": "a", "rewards": "exact"}], "data.train item 1: rewards='exact' must be a list of reward names"),
-        ([{"path": "a", "fields": "x"}], "data.train item 1: fields='x' must map our names"),
+        ([{"path": "a", "fields": "x"}], "data.fields='x' must map our names"),
     ],
 )
 def test_a_value_that_is_no_split_says_why(spec, message, tmp_path, monkeypatch):

@@ -218,7 +218,7 @@ def test_an_excel_sheet_by_a_stand_in_for_openpyxl(write, monkeypatch):
     assert (first.prompt, first.target, second.prompt, second.target) == ("a", 5, "b", None)
     assert second.columns()["column 3"] == "x"
     cells[0] = ("prompt", "prompt", None)
-    with pytest.raises(DataError, match="names a column twice: prompt, prompt"):
+    with pytest.raises(DataError, match="names the column 'prompt' twice"):
         read_split(write("a.xlsx", b"PK"), "train")
 
 

@@ -16,7 +16,7 @@ from stateset_lightning.cli.config import StatesetCLI
 from stateset_lightning.cli.doctor.measure import SAMPLED, WORST, EpisodeMeasurement
 from stateset_lightning.cli.doctor.meter import LIMIT, Meter
 from stateset_lightning.cli.messages import without_traceback
-from stateset_lightning.data import first_row
+from stateset_lightning.data.prompts import first_row
 from stateset_lightning.errors import UserError, one_line
 from stateset_lightning.module import GRPOLightningModule
 from stateset_lightning.redaction import redacted
