@@ -268,6 +268,7 @@ def serves_dicts(folder: Path) -> None:
 
 
 def names_a_class(folder: Path) -> None:
+    Path("rows.jsonl").write_text('{"prompt": "a", "target": "a"}\n')
     main(["fit", "--config", overlay("base.yaml", CONFIG), "--model", "my.Subclass"])
 
 
