@@ -17,7 +17,18 @@ from string import ascii_uppercase
 from typing import Any, Literal, get_args
 
 from stateset_lightning.data.rows import RawRow, listed
-from stateset_lightning.data.templates import columns_of, compiled, is_template
+from stateset_lightning.data.templates import (
+    PART,
+    columns_of,
+    compiled,
+    is_index,
+    is_template,
+    joined,
+    lost_of,
+    normal,
+    reference,
+    texts_of,
+)
 from stateset_lightning.errors import ConfigError, DataError, one_line
 from stateset_lightning.types import ABSENT, at_path
 
@@ -46,17 +57,21 @@ _ALIASES = {
     "passage": "passage context article",
     "system": "system system_prompt",
     "conversations": "conversations conversation",
-    "target": "target answerkey answer final_answer expected_answer correct_answer reference_answer ground_truth"
-    " answers solution completion response output",
+    "target": "target answerkey ground_truth final_answer expected_answer reference reference_answer correct_answer"
+    " answer answers solution completion response output",
 }
+# Which of the choices is right: a number from 0, or a letter.
+_INDEX = (
+    "label correct_answer_id correct_answer answer_index answer_idx correct_option correct_index gold answerkey answer"
+)
 _TEMPLATES = {"prompt": "prompt_template", "context": "system_template"}
 _NULLS = (None, "null")  # a flag's null is text: --data.fields.messages=null
 
 # Never proposed as prompts; of other texts, the likely ones are.
 _NO_QUESTION = re.compile(
     r"(.*_)?(id|ids|idx|index|uuid|guid|hash|labels?|target|class|category|tags?|score|level|type|subject|source|url|path"
-    r"|split|lang|language|date|time|timestamp|name|title|topic|model|file|filename|dataset|difficulty|sentiment|emotion"
-    r"|intent|rating|gold|summary|chosen|rejected|answers?|solution|completion|response|output)(_.*)?|system.*"
+    r"|code|sol|opt|op[a-h]|options?[a-h]?|ctx|choices?|endings?|tests?|distractors?|split|lang|language|date|time|timestamp|name|title|topic|model|file|filename|dataset|difficulty|sentiment|emotion"
+    r"|intent|rating|gold|summary|chosen|rejected|answers?|solution|completion|response|output)\d*(_.*)?|system.*"
 )
 _LIKELY = ("text", "input", "content", "sentence")
 _COUNTDOWN = "Using the numbers {{ nums }}, write an expression that equals {{ target }}."
@@ -189,7 +204,7 @@ class Shape:
             # A column of other rows may be missing here; for the user's own template that is an error.
             columns = given if is_chosen else {**dict.fromkeys(self.present), **given}
             try:
-                return compiled(theirs).render({"row": given, **columns}).strip()
+                return compiled(theirs).render({"row": given, **columns}).strip() or (None if ours == "target" else "")
             except Exception as error:  # a template may ask anything of a value
                 raise BadRow(f"the template of the {ours}: {one_line(error)}; the row has: {listed(given)}") from error
         if (found := at_path(given, theirs)) is not ABSENT:
@@ -213,7 +228,7 @@ def recognise(sample: Sequence[RawRow], options: RowOptions, origin: str) -> Sha
             rows += filter(None, [options.columns(row)])
     # What each column holds, in some row.
     example: dict[str, Any] = {name: None for row in rows for name in row}
-    example |= {name: value for row in reversed(rows) for name, value in row.items() if value is not None}
+    example |= {name: value for row in reversed(rows) for name, value in row.items() if any(texts_of(value))}
     for ours, theirs in options.chosen.items():
         for name in _named(ours, theirs, example) if rows and (ours != "target" or options.needs_target) else ():
             if all(at_path(row, name) is ABSENT for row in rows):
@@ -228,7 +243,7 @@ def recognise(sample: Sequence[RawRow], options: RowOptions, origin: str) -> Sha
 def _recognised(example: Mapping[str, Any], options: RowOptions, origin: str) -> tuple[str, dict[str, str | None]]:
     """A shape's name, and what it takes for what."""
     present = [name for name in example if options.chosen.get(name, name) is not None]
-    columns = {re.sub(r"[\s-]+", "_", name.strip().lower()): name for name in present}
+    columns = {normal(name): name for name in present}
     columns |= {name: name for name in present}
     for ours, names in _ALIASES.items():
         if found := next((columns[name] for name in names.split() if name in columns), None):
@@ -245,37 +260,47 @@ def _recognised(example: Mapping[str, Any], options: RowOptions, origin: str) ->
         known = [options.format] if options.format in known else []
     elif known[:1] == ["messages"] and "qa" in known and target:  # beside its conversation (NuminaMath)
         known = ["qa"]
+    elif known[:2] == ["prompt", "messages"] and not lost_of(
+        [columns["prompt"]], [columns["messages"]], example
+    ):  # No Robots
+        known = ["messages"]
+        del columns["prompt"]
     if not known:
         raise _unsure(example, options, origin)
     name = known[0]
-    asked = columns[_NEEDED[name][0]]
+    parts = [asked := columns[_NEEDED[name][0]]]
     if name in ("alpaca", "qa"):
         passage, choices = columns.get("passage"), columns.get("choices")
-        sources |= {"prompt": _joined(passage, asked, choices, example), "context": system}
-        if isinstance(example.get(target or ""), int) and isinstance(example.get(choices or ""), list):  # MMLU
-            sources["target"] = f"{{{{ '{ascii_uppercase}'[{_reference(str(target))}] }}}}"
+        indices = [columns[each] for each in _INDEX.split() if each in columns]
+        index = next((each for each in indices if is_index(example[each]) or example[each] in [*ascii_uppercase]), None)
+        if index and choices is None and isinstance(example.get(answers := columns.get("answers", "")), list):  # ReClor
+            choices, target = answers, index
+        elif choices and target is None:
+            target = index
+        if (
+            target and isinstance(example.get(choices or ""), list | Mapping) and not isinstance(example[target], list)
+        ):  # MMLU
+            sources["target"] = f"{{{{ {reference(target)} | letter({reference(str(choices))}) }}}}"
+        parts = [each for each in (passage, asked, choices) if each]
+        sources |= {"prompt": joined(parts, example) if len(parts) > 1 else asked, "context": system}
     elif options.format == "auto" and name in QUESTION_COLUMNS:
         sources |= {ours: columns.get(ours) for ours in QUESTION_COLUMNS}  # a row has one of them
     else:
         sources["messages" if name in ("messages", "openai", "sharegpt") else "prompt"] = asked
     if name == "verl":
         sources["target"] = f"{columns['reward_model']}.ground_truth"
-    elif name == "preference":
-        sources["target"] = "target" if "target" in example else None
+    elif name == "preference" or str(example.get(columns.get("label", ""))) in ("True", "False"):  # TRL's unpaired one
+        name, sources["target"] = "preference", "target" if "target" in example else None
+    used = [each for ours, each in [*enumerate(parts), *sources.items()] if ours != "target" and each]
+    optional = [each for each in present if PART.fullmatch(normal(each)) or (name == "qa" and each == "text")]
+    if options.format == "auto" and (lost := lost_of([each for each in optional if each not in used], used, example)):
+        both = [each for each in present if each in [*parts, *lost]]
+        template = joined(both, example).replace("\n", "\\n")
+        proposed = [f"--data.prompt_template='{template}'"] if "history" not in map(normal, lost) else []
+        say = " or ".join([*proposed, f"--data.format={name} (without {'it' if len(lost) == 1 else 'them'})"])
+        what = f"the prompt would be '{asked}' without {listed(lost)}; it has: {_described(example)}"
+        raise DataError(f"{origin}: read as {name}, {what}. Say what it is: {say}")
     return name, sources
-
-
-def _joined(passage: str | None, asked: str, choices: str | None, example: Mapping[str, Any]) -> str:
-    """The column that asks; with others beside it, a template."""
-    filters = {passage: " | passages", choices: " | lettered"}
-    parts = [name for name in (passage, asked, choices) if name]
-    shown = [_reference(name) + (filters.get(name, "") if not isinstance(example[name], str) else "") for name in parts]
-    return asked if len(parts) == 1 else "\n\n".join(f"{{{{ {part} }}}}" for part in shown)
-
-
-def _reference(column: str) -> str:
-    """How a template names a column."""
-    return column if column.isidentifier() else f"row[{column!r}]"
 
 
 def _named(ours: str, theirs: str | None, example: Mapping[str, Any]) -> list[str]:

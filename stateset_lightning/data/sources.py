@@ -118,15 +118,15 @@ def read_split(
     with garbage_collection_paused():
         read = [(i, source) for i, source in enumerate(sources) if first is None or _is_quick(source, key)]
         lists = [(i, rows) for i, source in read for rows in _row_lists(source, i, len(sources), split)]
-        parts = _parts(lists, sources, options)
+        sizes = [len(rows.rows) for _, rows in lists]
+        size = sum(rows.rows.num_bytes for _, rows in lists)
+        is_large = sum(sizes) > content.LARGE_ROWS or size > content.LARGE_BYTES
+        parts = _parts(lists, sources, options, content.SAMPLE if is_large else None)
         streams = [part.label for part in parts if isinstance(part.rows, StreamRows)]
         if streams and len(parts) > 1:
             raise ConfigError(
                 f"{key}: {streams[0]} is a stream, which cannot be mixed with other sources; leave them out"
             )
-        sizes = [len(part.rows) for part in parts]
-        size = sum(part.rows.num_bytes for part in parts)
-        is_large = sum(sizes) > content.LARGE_ROWS or size > content.LARGE_BYTES
         checked: list[tuple[Scenario, str]] = []
         problems: list[Problem] = []
         cut = f", the first {first:,} rows of each file" if first and max(sizes, default=0) > first else ""
@@ -156,14 +156,16 @@ def read_split(
     return ScenarioSet(found, np.repeat([i for i, _ in lists], sizes), names, weights, notes)
 
 
-def _parts(lists: Sequence[tuple[int, _RowList]], sources: Sequence[Source], options: RowOptions) -> list[Part]:
-    """The rows with their shape, and what begins their ids."""
+def _parts(
+    lists: Sequence[tuple[int, _RowList]], sources: Sequence[Source], options: RowOptions, sample: int | None
+) -> list[Part]:
+    """The rows with their shape, which the first `sample` rows of each decide, and what begins their ids."""
     stems = Counter(rows.stem for _, rows in lists)
     parts = []
     for index, each in lists:
         source = sources[index]
         said = RowOptions(format="prompt") if source.reasoning_gym else options.of(vars(source))
-        shape = recognise(separate(islice(each.rows, content.SAMPLE))[0], said, each.origin)
+        shape = recognise(separate(islice(each.rows, sample))[0], said, each.origin)
         label = each.stem if stems[each.stem] == 1 else source.name or each.path
         parts.append(Part(each.rows, shape, label, source.rewards))
     return parts

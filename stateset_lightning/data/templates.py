@@ -5,8 +5,11 @@ They run in Jinja2's sandbox: they are the user's word, but the values that they
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from numbers import Real
 from string import ascii_uppercase
 from typing import Any
 
@@ -14,6 +17,14 @@ from jinja2 import StrictUndefined, Template, TemplateSyntaxError, meta
 from jinja2.sandbox import SandboxedEnvironment
 
 from stateset_lightning.errors import ConfigError, one_line
+
+# What belongs to a question; where such a column is neither used nor contained in the prompt, it is not clear what is.
+PART = re.compile(
+    r"(prompt|instruction|question|question_stem|problem|query|input|body|premise|hypothesis|passages?|paragraphs?|story"
+    r"|documents?|contexts?|article|evidence|support|background|table|history|system|system_prompt)(_?\d+)?"
+    r"|(choices?|options?|opt?|endings?|sol|distractors?|incorrect_answers?|wrong_answers?)(_?(?P<letter>[a-h]|\d+))?"
+    r"|(?P<alone>[a-e])"
+)
 
 
 def is_template(text: str) -> bool:
@@ -27,7 +38,7 @@ def _environment() -> SandboxedEnvironment:
     environment = SandboxedEnvironment(
         undefined=StrictUndefined, finalize=lambda value: "" if value is None or value != value else value
     )
-    environment.filters |= {"lettered": _lettered, "passages": _passages}
+    environment.filters |= {"lettered": _lettered, "passages": _passages, "letter": _letter}
     return environment
 
 
@@ -49,17 +60,89 @@ def columns_of(template: str, key: str) -> list[str]:
         raise ConfigError(f"data.{key}={template!r:.200} is no Jinja2 template: {one_line(error)}") from error
 
 
+def is_index(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(value % 1 == 0)
+
+
+def _options(choices: Any) -> dict[str, Any]:
+    """Label -> text of choices: of a list, of {text, label} (ARC), a list of such, or such a mapping itself."""
+    choices = choices.tolist() if hasattr(choices, "tolist") else choices
+    found: Any = {}
+    if isinstance(choices, Mapping):
+        pair = choices.get("label"), choices.get("text")
+        found = dict(zip(*pair, strict=False)) if all(isinstance(each, list) for each in pair) else choices
+    elif isinstance(choices, list) and len(choices) <= len(ascii_uppercase):
+        letters = dict(zip(ascii_uppercase, choices, strict=False))
+        items = {label: item if isinstance(item, Mapping) else {"text": item} for label, item in letters.items()}
+        found = {item.get("label", label): item.get("text") for label, item in items.items()}
+    if not found or not all(isinstance(text, str | int | float) for text in found.values()):
+        raise ValueError(f"{choices!r:.60} are no choices: a list of at most 26, of {{label, text}}, or label: text")
+    return {str(label): text for label, text in found.items()}
+
+
 def _lettered(choices: Any) -> str:
-    """A line for each choice: `A. red`; of a list, or of {text, label} (ARC)."""
+    """A line for each choice: `A. red`."""
     if choices is None or isinstance(choices, str):
         return choices or ""
-    texts, labels = (choices["text"], choices["label"]) if isinstance(choices, Mapping) else (choices, ascii_uppercase)
-    return "\n".join(f"{label}. {text}" for label, text in zip(labels, texts, strict=False))
+    return "\n".join(f"{label}. {text}" for label, text in _options(choices).items())
+
+
+def _letter(answer: Any, choices: Any) -> str:
+    """The label of the choice of an index from 0; of -1, which means that it is missing, nothing. Text stays."""
+    if answer is None or answer != answer or answer == -1:
+        return ""
+    labels, texts = list(options := _options(choices)), list(options.values())
+    if isinstance(answer, str) and (answer in labels or answer in texts or not answer.strip().isdigit()):
+        return answer
+    if is_index(answer) and answer not in texts and 0 <= answer < len(labels):
+        return labels[int(answer)]
+    why = (
+        "is both an index and one of them" if answer in texts else f"is no index of the {len(labels)} (0 is the first)"
+    )
+    raise ValueError(f"the answer {answer!r} to choices {why}; data.fields.target says what it is")
 
 
 def _passages(value: Any) -> str:
     """Texts below each other; of a text, a list, or {title, sentences} (HotpotQA)."""
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and {"title", "sentences"} <= value.keys():
         pairs = zip(value["title"], value["sentences"], strict=True)
         value = [f"{title}: {''.join(sentences)}" for title, sentences in pairs]
-    return "\n\n".join(value) if isinstance(value, list) else value or ""
+    if not all(isinstance(text, str | None) for text in (value if isinstance(value, list) else [value])):
+        raise ValueError(f"{value!r:.60} is neither text, nor a list of texts, nor title and sentences")
+    return "\n\n".join(text or "" for text in value) if isinstance(value, list) else value or ""
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[\s-]+", "_", name.strip().lower())
+
+
+def texts_of(value: Any) -> list[str]:
+    """All that a value holds, as text."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Mapping | list | tuple):
+        return [text for item in (value.values() if isinstance(value, Mapping) else value) for text in texts_of(item)]
+    return [] if value is None or value != value else [str(value).strip()]
+
+
+def lost_of(names: Sequence[str], used: Sequence[str], example: Mapping[str, Any]) -> list[str]:
+    """Those columns that hold what the used ones do not."""
+    shown = "\n".join(text for name in used for text in texts_of(example.get(name)))
+    return [name for name in names if any(text not in shown for text in texts_of(example.get(name)))]
+
+
+def joined(parts: Sequence[str], example: Mapping[str, Any]) -> str:
+    """A template of columns, below each other."""
+    shown = []
+    for name in parts:
+        known = PART.fullmatch(normal(name))
+        letter = known["letter"] or known["alone"] if known else None
+        is_choices = normal(name) == "answers" or (known is not None and known[1] is None)
+        filtered = "" if isinstance(example[name], str) else " | lettered" if is_choices else " | passages"
+        shown.append(f"{letter.upper()}. " if letter else "")
+        shown[-1] += f"{{{{ {reference(name)}{filtered} }}}}"
+    return "\n\n".join(shown)
+
+
+def reference(column: str) -> str:
+    """How a template names a column."""
+    return column if column.isidentifier() else f"row[{json.dumps(column, ensure_ascii=False)}]"
