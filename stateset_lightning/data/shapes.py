@@ -13,22 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from string import ascii_uppercase
 from typing import Any, Literal, get_args
 
+from stateset_lightning.data import templates
 from stateset_lightning.data.rows import RawRow, listed
-from stateset_lightning.data.templates import (
-    PART,
-    columns_of,
-    compiled,
-    is_index,
-    is_template,
-    joined,
-    lost_of,
-    normal,
-    reference,
-    texts_of,
-)
+from stateset_lightning.data.templates import columns_of, compiled, is_template
 from stateset_lightning.errors import ConfigError, DataError, one_line
 from stateset_lightning.types import ABSENT, at_path
 
@@ -125,9 +114,9 @@ class RowOptions:
     @cached_property
     def chosen(self) -> dict[str, str | None]:
         """What the user chose: our name -> a path, a template, or None."""
-        templates = {name: text for name, option in _TEMPLATES.items() if (text := getattr(self, option)) is not None}
+        given = {name: text for name, option in _TEMPLATES.items() if (text := getattr(self, option)) is not None}
         # On a command line, the shell leaves `\n` as it is. In LaTeX a small letter follows (`\nu`).
-        written = {name: re.sub(r"\\n(?![a-z])", "\n", str(text)) for name, text in templates.items()}
+        written = {name: re.sub(r"\\n(?![a-z])", "\n", str(text)) for name, text in given.items()}
         sources = {**(self.fields or {}), **written}
         return {name: None if text in _NULLS else str(text) for name, text in sources.items()}
 
@@ -228,7 +217,7 @@ def recognise(sample: Sequence[RawRow], options: RowOptions, origin: str) -> Sha
             rows += filter(None, [options.columns(row)])
     # What each column holds, in some row.
     example: dict[str, Any] = {name: None for row in rows for name in row}
-    example |= {name: value for row in reversed(rows) for name, value in row.items() if any(texts_of(value))}
+    example |= {name: value for row in reversed(rows) for name, value in row.items() if any(templates.texts_of(value))}
     for ours, theirs in options.chosen.items():
         for name in _named(ours, theirs, example) if rows and (ours != "target" or options.needs_target) else ():
             if all(at_path(row, name) is ABSENT for row in rows):
@@ -243,7 +232,7 @@ def recognise(sample: Sequence[RawRow], options: RowOptions, origin: str) -> Sha
 def _recognised(example: Mapping[str, Any], options: RowOptions, origin: str) -> tuple[str, dict[str, str | None]]:
     """A shape's name, and what it takes for what."""
     present = [name for name in example if options.chosen.get(name, name) is not None]
-    columns = {normal(name): name for name in present}
+    columns = {templates.normal(name): name for name in present}
     columns |= {name: name for name in present}
     for ours, names in _ALIASES.items():
         if found := next((columns[name] for name in names.split() if name in columns), None):
@@ -260,10 +249,8 @@ def _recognised(example: Mapping[str, Any], options: RowOptions, origin: str) ->
         known = [options.format] if options.format in known else []
     elif known[:1] == ["messages"] and "qa" in known and target:  # beside its conversation (NuminaMath)
         known = ["qa"]
-    elif known[:2] == ["prompt", "messages"] and not lost_of(
-        [columns["prompt"]], [columns["messages"]], example
-    ):  # No Robots
-        known = ["messages"]
+    elif known[:2] == ["prompt", "messages"] and not templates.lost_of(*([columns[n]] for n in known[:2]), example):
+        known = ["messages"]  # which have the prompt, and more (No Robots)
         del columns["prompt"]
     if not known:
         raise _unsure(example, options, origin)
@@ -271,18 +258,16 @@ def _recognised(example: Mapping[str, Any], options: RowOptions, origin: str) ->
     parts = [asked := columns[_NEEDED[name][0]]]
     if name in ("alpaca", "qa"):
         passage, choices = columns.get("passage"), columns.get("choices")
-        indices = [columns[each] for each in _INDEX.split() if each in columns]
-        index = next((each for each in indices if is_index(example[each]) or example[each] in [*ascii_uppercase]), None)
-        if index and choices is None and isinstance(example.get(answers := columns.get("answers", "")), list):  # ReClor
-            choices, target = answers, index
-        elif choices and target is None:
-            target = index
-        if (
-            target and isinstance(example.get(choices or ""), list | Mapping) and not isinstance(example[target], list)
-        ):  # MMLU
-            sources["target"] = f"{{{{ {reference(target)} | letter({reference(str(choices))}) }}}}"
+        which = [columns[each] for each in _INDEX.split() if each in columns]
+        which = [each for each in which if templates.is_label(example[each])]
+        answers = columns.get("answers", "")
+        if which and choices is None and isinstance(example.get(answers), list):  # ReClor
+            choices, target = answers, which[0]
+        target = target or next(iter(which), None)
+        if target and isinstance(example.get(choices or ""), list | Mapping) and not isinstance(example[target], list):
+            sources["target"] = f"{{{{ {templates.reference(target)} | letter({templates.reference(str(choices))}) }}}}"
         parts = [each for each in (passage, asked, choices) if each]
-        sources |= {"prompt": joined(parts, example) if len(parts) > 1 else asked, "context": system}
+        sources |= {"prompt": templates.joined(parts, example) if len(parts) > 1 else asked, "context": system}
     elif options.format == "auto" and name in QUESTION_COLUMNS:
         sources |= {ours: columns.get(ours) for ours in QUESTION_COLUMNS}  # a row has one of them
     else:
@@ -291,16 +276,29 @@ def _recognised(example: Mapping[str, Any], options: RowOptions, origin: str) ->
         sources["target"] = f"{columns['reward_model']}.ground_truth"
     elif name == "preference" or str(example.get(columns.get("label", ""))) in ("True", "False"):  # TRL's unpaired one
         name, sources["target"] = "preference", "target" if "target" in example else None
-    used = [each for ours, each in [*enumerate(parts), *sources.items()] if ours != "target" and each]
-    optional = [each for each in present if PART.fullmatch(normal(each)) or (name == "qa" and each == "text")]
-    if options.format == "auto" and (lost := lost_of([each for each in optional if each not in used], used, example)):
-        both = [each for each in present if each in [*parts, *lost]]
-        template = joined(both, example).replace("\n", "\\n")
-        proposed = [f"--data.prompt_template='{template}'"] if "history" not in map(normal, lost) else []
-        say = " or ".join([*proposed, f"--data.format={name} (without {'it' if len(lost) == 1 else 'them'})"])
-        what = f"the prompt would be '{asked}' without {listed(lost)}; it has: {_described(example)}"
-        raise DataError(f"{origin}: read as {name}, {what}. Say what it is: {say}")
+    if options.format == "auto":
+        used = {*parts, *(theirs for ours, theirs in sources.items() if theirs and ours != "target")}
+        _check_whole(known[0], parts, used, present, example, origin)
     return name, sources
+
+
+def _check_whole(
+    name: str, parts: Sequence[str], used: set[str], present: Sequence[str], example: Mapping[str, Any], origin: str
+) -> None:
+    """The columns that are used leave out nothing of the question.
+
+    Raises:
+        DataError: If they do; it proposes a template with it.
+    """
+    left = [each for each in present if templates.is_part(each) or (name == "qa" and each == "text")]
+    if lost := templates.lost_of([each for each in left if each not in used], [*used], example):
+        proposed = [f"--data.format={name} (without {listed(lost)})"]
+        with suppress(ValueError):
+            template = templates.joined([each for each in present if each in [*parts, *lost]], example)
+            templates.compiled(template).render({"row": example, **example})
+            proposed = ["--data.prompt_template='{}'".format(template.replace("\n", "\\n")), *proposed]
+        what = f"read as {name}, the prompt would be without {listed(lost)}; it has: {_described(example)}"
+        raise DataError(f"{origin}: {what}. Say which columns it is made of: {' or '.join(proposed)}")
 
 
 def _named(ours: str, theirs: str | None, example: Mapping[str, Any]) -> list[str]:

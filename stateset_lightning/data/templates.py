@@ -19,7 +19,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from stateset_lightning.errors import ConfigError, one_line
 
 # What belongs to a question; where such a column is neither used nor contained in the prompt, it is not clear what is.
-PART = re.compile(
+_PART = re.compile(
     r"(prompt|instruction|question|question_stem|problem|query|input|body|premise|hypothesis|passages?|paragraphs?|story"
     r"|documents?|contexts?|article|evidence|support|background|table|history|system|system_prompt)(_?\d+)?"
     r"|(choices?|options?|opt?|endings?|sol|distractors?|incorrect_answers?|wrong_answers?)(_?(?P<letter>[a-h]|\d+))?"
@@ -60,7 +60,12 @@ def columns_of(template: str, key: str) -> list[str]:
         raise ConfigError(f"data.{key}={template!r:.200} is no Jinja2 template: {one_line(error)}") from error
 
 
-def is_index(value: Any) -> bool:
+def is_label(value: Any) -> bool:
+    """Whether a value looks like an index of choices, or a letter of one."""
+    return _is_index(value) or str(value) in [*ascii_uppercase]
+
+
+def _is_index(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and bool(value % 1 == 0)
 
 
@@ -94,12 +99,10 @@ def _letter(answer: Any, choices: Any) -> str:
     labels, texts = list(options := _options(choices)), list(options.values())
     if isinstance(answer, str) and (answer in labels or answer in texts or not answer.strip().isdigit()):
         return answer
-    if is_index(answer) and answer not in texts and 0 <= answer < len(labels):
+    if _is_index(answer) and answer not in texts and 0 <= answer < len(labels):
         return labels[int(answer)]
-    why = (
-        "is both an index and one of them" if answer in texts else f"is no index of the {len(labels)} (0 is the first)"
-    )
-    raise ValueError(f"the answer {answer!r} to choices {why}; data.fields.target says what it is")
+    why = "both an index and one of them" if answer in texts else f"no index of the {len(labels)} (0 is the first)"
+    raise ValueError(f"the answer {answer!r} to choices is {why}; data.fields.target says what it is")
 
 
 def _passages(value: Any) -> str:
@@ -124,6 +127,11 @@ def texts_of(value: Any) -> list[str]:
     return [] if value is None or value != value else [str(value).strip()]
 
 
+def is_part(column: str) -> bool:
+    """Whether a column's name says that it is part of a question."""
+    return _PART.fullmatch(normal(column)) is not None
+
+
 def lost_of(names: Sequence[str], used: Sequence[str], example: Mapping[str, Any]) -> list[str]:
     """Those columns that hold what the used ones do not."""
     shown = "\n".join(text for name in used for text in texts_of(example.get(name)))
@@ -134,7 +142,7 @@ def joined(parts: Sequence[str], example: Mapping[str, Any]) -> str:
     """A template of columns, below each other."""
     shown = []
     for name in parts:
-        known = PART.fullmatch(normal(name))
+        known = _PART.fullmatch(normal(name))
         letter = known["letter"] or known["alone"] if known else None
         is_choices = normal(name) == "answers" or (known is not None and known[1] is None)
         filtered = "" if isinstance(example[name], str) else " | lettered" if is_choices else " | passages"
