@@ -15,7 +15,7 @@ from typing import Any
 
 from stateset_lightning.data.rows import Problem, RawRow, kind
 from stateset_lightning.data.shapes import QUESTION_COLUMNS, BadRow, Shape
-from stateset_lightning.data.templates import is_template
+from stateset_lightning.data.templates import is_template, lost_of
 from stateset_lightning.files.yaml_text import MAX_DIGITS
 from stateset_lightning.redaction import MAX_DEPTH, MAX_VALUES
 from stateset_lightning.types import Scenario, Turn, as_target, read_literal
@@ -75,6 +75,8 @@ def _row_scenarios(row: RawRow, shape: Shape, label: str, rewards: Sequence[str]
     columns["target"] = _checked_target(columns.get("target"), shape)
     _lift_messages(columns, shape)
     given = [name for name in QUESTION_COLUMNS if columns.get(name) is not None]
+    if given == ["prompt", "messages"] and not lost_of(["prompt"], ["messages"], columns):
+        del columns["prompt"], given[0]  # the messages have it, and more (No Robots)
     if len(given) != 1:
         found = " and ".join(f"'{name}'" for name in given) or "none of them"
         choose = f"; choose one: data.format={given[0]} or data.fields.{given[0]}=null" if given else ""

@@ -217,7 +217,7 @@ def recognise(sample: Sequence[RawRow], options: RowOptions, origin: str) -> Sha
             rows += filter(None, [options.columns(row)])
     # What each column holds, in some row.
     example: dict[str, Any] = {name: None for row in rows for name in row}
-    example |= {name: value for row in reversed(rows) for name, value in row.items() if any(templates.texts_of(value))}
+    example |= {name: value for row in reversed(rows) for name, value in row.items() if not templates.is_empty(value)}
     for ours, theirs in options.chosen.items():
         for name in _named(ours, theirs, example) if rows and (ours != "target" or options.needs_target) else ():
             if all(at_path(row, name) is ABSENT for row in rows):
@@ -249,12 +249,11 @@ def _recognised(example: Mapping[str, Any], options: RowOptions, origin: str) ->
         known = [options.format] if options.format in known else []
     elif known[:1] == ["messages"] and "qa" in known and target:  # beside its conversation (NuminaMath)
         known = ["qa"]
-    elif known[:2] == ["prompt", "messages"] and not templates.lost_of(*([columns[n]] for n in known[:2]), example):
-        known = ["messages"]  # which have the prompt, and more (No Robots)
-        del columns["prompt"]
     if not known:
         raise _unsure(example, options, origin)
     name = known[0]
+    label = example.get(columns.get("label", ""))
+    is_judged = isinstance(label, bool | str) and str(label).lower() in ("true", "false")
     parts = [asked := columns[_NEEDED[name][0]]]
     if name in ("alpaca", "qa"):
         passage, choices = columns.get("passage"), columns.get("choices")
@@ -274,7 +273,7 @@ def _recognised(example: Mapping[str, Any], options: RowOptions, origin: str) ->
         sources["messages" if name in ("messages", "openai", "sharegpt") else "prompt"] = asked
     if name == "verl":
         sources["target"] = f"{columns['reward_model']}.ground_truth"
-    elif name == "preference" or str(example.get(columns.get("label", ""))) in ("True", "False"):  # TRL's unpaired one
+    elif name == "preference" or is_judged:  # TRL's unpaired one
         name, sources["target"] = "preference", "target" if "target" in example else None
     if options.format == "auto":
         used = {*parts, *(theirs for ours, theirs in sources.items() if theirs and ours != "target")}

@@ -62,7 +62,7 @@ def columns_of(template: str, key: str) -> list[str]:
 
 def is_label(value: Any) -> bool:
     """Whether a value looks like an index of choices, or a letter of one."""
-    return _is_index(value) or str(value) in [*ascii_uppercase]
+    return _is_index(value) or (isinstance(value, str) and value in [*ascii_uppercase])
 
 
 def _is_index(value: Any) -> bool:
@@ -74,14 +74,15 @@ def _options(choices: Any) -> dict[str, Any]:
     choices = choices.tolist() if hasattr(choices, "tolist") else choices
     found: Any = {}
     if isinstance(choices, Mapping):
-        pair = choices.get("label"), choices.get("text")
-        found = dict(zip(*pair, strict=False)) if all(isinstance(each, list) for each in pair) else choices
+        labels, texts = choices.get("label"), choices.get("text")
+        are_lists = isinstance(labels, list) and isinstance(texts, list)
+        found = dict(zip(labels, texts, strict=True)) if are_lists else choices  # type: ignore[arg-type]
     elif isinstance(choices, list) and len(choices) <= len(ascii_uppercase):
         letters = dict(zip(ascii_uppercase, choices, strict=False))
         items = {label: item if isinstance(item, Mapping) else {"text": item} for label, item in letters.items()}
         found = {item.get("label", label): item.get("text") for label, item in items.items()}
     if not found or not all(isinstance(text, str | int | float) for text in found.values()):
-        raise ValueError(f"{choices!r:.60} are no choices: a list of at most 26, of {{label, text}}, or label: text")
+        raise ValueError("the choices are no list of at most 26 texts or numbers, or of {label, text}, or label: text")
     return {str(label): text for label, text in found.items()}
 
 
@@ -102,7 +103,7 @@ def _letter(answer: Any, choices: Any) -> str:
     if _is_index(answer) and answer not in texts and 0 <= answer < len(labels):
         return labels[int(answer)]
     why = "both an index and one of them" if answer in texts else f"no index of the {len(labels)} (0 is the first)"
-    raise ValueError(f"the answer {answer!r} to choices is {why}; data.fields.target says what it is")
+    raise ValueError(f"the answer {answer!r:.40} to choices is {why}; data.fields.target says what it is")
 
 
 def _passages(value: Any) -> str:
@@ -111,7 +112,7 @@ def _passages(value: Any) -> str:
         pairs = zip(value["title"], value["sentences"], strict=True)
         value = [f"{title}: {''.join(sentences)}" for title, sentences in pairs]
     if not all(isinstance(text, str | None) for text in (value if isinstance(value, list) else [value])):
-        raise ValueError(f"{value!r:.60} is neither text, nor a list of texts, nor title and sentences")
+        raise ValueError("a passage is neither text, nor a list of texts, nor title and sentences")
     return "\n\n".join(text or "" for text in value) if isinstance(value, list) else value or ""
 
 
@@ -119,12 +120,21 @@ def normal(name: str) -> str:
     return re.sub(r"[\s-]+", "_", name.strip().lower())
 
 
-def texts_of(value: Any) -> list[str]:
-    """All that a value holds, as text."""
+def is_empty(value: Any) -> bool:
+    if isinstance(value, str | list | Mapping):
+        return not (value.strip() if isinstance(value, str) else value)
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def texts_of(value: Any, depth: int = 5) -> list[str]:
+    """What a value holds, as text; not what is nested deeper, maybe in itself."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, Mapping | list | tuple):
-        return [text for item in (value.values() if isinstance(value, Mapping) else value) for text in texts_of(item)]
-    return [] if value is None or value != value else [str(value).strip()]
+        items = value.values() if isinstance(value, Mapping) else value
+        return [text for item in items if depth for text in texts_of(item, depth - 1)]
+    if isinstance(value, int) and value.bit_length() > 64:  # Python may refuse to write it
+        return []
+    return [] if is_empty(value) else [f"{value}".strip()]
 
 
 def is_part(column: str) -> bool:
