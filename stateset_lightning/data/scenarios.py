@@ -75,7 +75,9 @@ def _row_scenarios(row: RawRow, shape: Shape, label: str, rewards: Sequence[str]
     columns["target"] = _checked_target(columns.get("target"), shape)
     _lift_messages(columns, shape)
     given = [name for name in QUESTION_COLUMNS if columns.get(name) is not None]
-    if given == ["prompt", "messages"] and not lost_of(["prompt"], ["messages"], columns):
+    turns = columns.get("messages")
+    has_both = given == ["prompt", "messages"] and isinstance(turns, list) and len(turns) > 1
+    if has_both and not lost_of(["prompt"], ["messages"], columns):
         del columns["prompt"], given[0]  # the messages have it, and more (No Robots)
     if len(given) != 1:
         found = " and ".join(f"'{name}'" for name in given) or "none of them"
