@@ -15,7 +15,7 @@ from typing import Any
 
 from stateset_lightning.data.rows import BadRow, Problem, RawRow, kind
 from stateset_lightning.data.shapes import QUESTION_COLUMNS, Shape
-from stateset_lightning.data.templates import is_template
+from stateset_lightning.data.templates import is_template, lost_of
 from stateset_lightning.files.yaml_text import MAX_DIGITS
 from stateset_lightning.redaction import MAX_DEPTH, MAX_VALUES
 from stateset_lightning.types import Scenario, Turn, as_target, read_literal
@@ -73,6 +73,10 @@ def _row_scenarios(row: RawRow | Problem, shape: Shape, label: str, rewards: Seq
     columns["target"] = _checked_target(columns.get("target"), shape)
     _lift_messages(columns, shape)
     given = [name for name in QUESTION_COLUMNS if columns.get(name) is not None]
+    turns = columns.get("messages")
+    has_both = given == ["prompt", "messages"] and isinstance(turns, list) and len(turns) > 1
+    if has_both and not lost_of(["prompt"], ["messages"], columns):
+        del columns["prompt"], given[0]  # the messages have it, and more (No Robots)
     if len(given) != 1:
         found = " and ".join(f"'{name}'" for name in given) or "none of them"
         choose = f"; choose one: data.format={given[0]} or data.fields.{given[0]}=null" if given else ""

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from string import ascii_uppercase
 from typing import Any, Literal, get_args
 
+from stateset_lightning.data import templates
 from stateset_lightning.data.rows import BadRow, RawRow, listed
 from stateset_lightning.data.templates import columns_of, compiled, is_template
 from stateset_lightning.errors import ConfigError, DataError, one_line
@@ -46,17 +46,21 @@ _ALIASES = {
     "passage": "passage context article",
     "system": "system system_prompt",
     "conversations": "conversations conversation",
-    "target": "target answerkey answer final_answer expected_answer correct_answer reference_answer ground_truth"
-    " answers solution completion response output",
+    "target": "target answerkey ground_truth final_answer expected_answer reference reference_answer correct_answer"
+    " answer answers solution completion response output",
 }
+# Which of the choices is right: a number from 0, or a letter.
+_INDEX = (
+    "label correct_answer_id correct_answer answer_index answer_idx correct_option correct_index gold answerkey answer"
+)
 _TEMPLATES = {"prompt": "prompt_template", "context": "system_template"}
 _NULLS = (None, "null")  # a flag's null is text: --data.fields.messages=null
 
 # Never proposed as prompts; of other texts, the likely ones are.
 _NO_QUESTION = re.compile(
     r"(.*_)?(id|ids|idx|index|uuid|guid|hash|labels?|target|class|category|tags?|score|level|type|subject|source|url|path"
-    r"|split|lang|language|date|time|timestamp|name|title|topic|model|file|filename|dataset|difficulty|sentiment|emotion"
-    r"|intent|rating|gold|summary|chosen|rejected|answers?|solution|completion|response|output)(_.*)?|system.*"
+    r"|code|sol|opt|op[a-h]|options?[a-h]?|ctx|choices?|endings?|tests?|distractors?|split|lang|language|date|time|timestamp|name|title|topic|model|file|filename|dataset|difficulty|sentiment|emotion"
+    r"|intent|rating|gold|summary|chosen|rejected|answers?|solution|completion|response|output)\d*(_.*)?|system.*"
 )
 _LIKELY = ("text", "input", "content", "sentence")
 _COUNTDOWN = "Using the numbers {{ nums }}, write an expression that equals {{ target }}."
@@ -104,9 +108,9 @@ class RowOptions:
     @cached_property
     def chosen(self) -> dict[str, str | None]:
         """What the user chose: our name -> a path, a template, or None."""
-        templates = {name: text for name, option in _TEMPLATES.items() if (text := getattr(self, option)) is not None}
+        given = {name: text for name, option in _TEMPLATES.items() if (text := getattr(self, option)) is not None}
         # On a command line, the shell leaves `\n` as it is. In LaTeX a small letter follows (`\nu`).
-        written = {name: re.sub(r"\\n(?![a-z])", "\n", str(text)) for name, text in templates.items()}
+        written = {name: re.sub(r"\\n(?![a-z])", "\n", str(text)) for name, text in given.items()}
         sources = {**(self.fields or {}), **written}
         return {name: None if text in _NULLS else str(text) for name, text in sources.items()}
 
@@ -185,7 +189,7 @@ class Shape:
             # A column of other rows may be missing here; for the user's own template that is an error.
             columns = given if is_chosen else {**dict.fromkeys(self.present), **given}
             try:
-                return compiled(theirs).render({"row": given, **columns}).strip()
+                return compiled(theirs).render({"row": given, **columns}).strip() or (None if ours == "target" else "")
             except Exception as error:  # a template may ask anything of a value
                 raise BadRow(f"the template of the {ours}: {one_line(error)}; the row has: {listed(given)}") from error
         if (found := at_path(given, theirs)) is not ABSENT:
@@ -209,7 +213,7 @@ def recognise(sample: Sequence[RawRow], options: RowOptions, origin: str, needs_
             rows += filter(None, [options.columns(row)])
     # What each column holds, in some row.
     example: dict[str, Any] = {name: None for row in rows for name in row}
-    example |= {name: value for row in reversed(rows) for name, value in row.items() if value is not None}
+    example |= {name: value for row in reversed(rows) for name, value in row.items() if not templates.is_empty(value)}
     for ours, theirs in options.chosen.items():
         for name in _named(ours, theirs, example) if rows and (ours != "target" or needs_target) else ():
             if all(at_path(row, name) is ABSENT for row in rows):
@@ -224,7 +228,7 @@ def recognise(sample: Sequence[RawRow], options: RowOptions, origin: str, needs_
 def _recognised(example: Mapping[str, Any], options: RowOptions, origin: str) -> tuple[str, dict[str, str | None]]:
     """A shape's name, and what it takes for what."""
     present = [name for name in example if options.chosen.get(name, name) is not None]
-    columns = {re.sub(r"[\s-]+", "_", name.strip().lower()): name for name in present}
+    columns = {templates.normal(name): name for name in present}
     columns |= {name: name for name in present}
     for ours, names in _ALIASES.items():
         if found := next((columns[name] for name in names.split() if name in columns), None):
@@ -244,34 +248,52 @@ def _recognised(example: Mapping[str, Any], options: RowOptions, origin: str) ->
     if not known:
         raise _unsure(example, options, origin)
     name = known[0]
-    asked = columns[_NEEDED[name][0]]
+    label = example.get(columns.get("label", ""))
+    is_judged = isinstance(label, bool | str) and str(label).lower() in ("true", "false")
+    parts = [asked := columns[_NEEDED[name][0]]]
     if name in ("alpaca", "qa"):
         passage, choices = columns.get("passage"), columns.get("choices")
-        sources |= {"prompt": _joined(passage, asked, choices, example), "context": system}
-        if isinstance(example.get(target or ""), int) and isinstance(example.get(choices or ""), list):  # MMLU
-            sources["target"] = f"{{{{ '{ascii_uppercase}'[{_reference(str(target))}] }}}}"
-    elif options.format not in _NEEDED and name in QUESTION_COLUMNS:
+        which = [columns[each] for each in _INDEX.split() if each in columns]
+        which = [each for each in which if templates.is_label(example[each])]
+        answers = columns.get("answers", "")
+        if which and choices is None and isinstance(example.get(answers), list):  # ReClor
+            choices, target = answers, which[0]
+        target = target or next(iter(which), None)
+        if target and isinstance(example.get(choices or ""), list | Mapping) and not isinstance(example[target], list):
+            sources["target"] = f"{{{{ {templates.reference(target)} | letter({templates.reference(str(choices))}) }}}}"
+        parts = [each for each in (passage, asked, choices) if each]
+        sources |= {"prompt": templates.joined(parts, example) if len(parts) > 1 else asked, "context": system}
+    elif options.format == "auto" and name in QUESTION_COLUMNS:
         sources |= {ours: columns.get(ours) for ours in QUESTION_COLUMNS}  # a row has one of them
     else:
         sources["messages" if name in ("messages", "openai", "sharegpt") else "prompt"] = asked
     if name == "verl":
         sources["target"] = f"{columns['reward_model']}.ground_truth"
-    elif name == "preference":
-        sources["target"] = "target" if "target" in example else None
+    elif name == "preference" or is_judged:  # TRL's unpaired one
+        name, sources["target"] = "preference", "target" if "target" in example else None
+    if options.format == "auto":
+        used = {*parts, *(theirs for ours, theirs in sources.items() if theirs and ours != "target")}
+        _check_whole(known[0], parts, used, present, example, origin)
     return name, sources
 
 
-def _joined(passage: str | None, asked: str, choices: str | None, example: Mapping[str, Any]) -> str:
-    """The column that asks; with others beside it, a template."""
-    filters = {passage: " | passages", choices: " | lettered"}
-    parts = [name for name in (passage, asked, choices) if name]
-    shown = [_reference(name) + (filters.get(name, "") if not isinstance(example[name], str) else "") for name in parts]
-    return asked if len(parts) == 1 else "\n\n".join(f"{{{{ {part} }}}}" for part in shown)
+def _check_whole(
+    name: str, parts: Sequence[str], used: set[str], present: Sequence[str], example: Mapping[str, Any], origin: str
+) -> None:
+    """The columns that are used leave out nothing of the question.
 
-
-def _reference(column: str) -> str:
-    """How a template names a column."""
-    return column if column.isidentifier() else f"row[{column!r}]"
+    Raises:
+        DataError: If they do; it proposes a template with it.
+    """
+    left = [each for each in present if templates.is_part(each) or (name == "qa" and each == "text")]
+    if lost := templates.lost_of([each for each in left if each not in used], [*used], example):
+        proposed = [f"--data.format={name} (without {listed(lost)})"]
+        with suppress(ValueError):
+            template = templates.joined([each for each in present if each in [*parts, *lost]], example)
+            templates.compiled(template).render({"row": example, **example})
+            proposed = ["--data.prompt_template='{}'".format(template.replace("\n", "\\n")), *proposed]
+        what = f"read as {name}, the prompt would be without {listed(lost)}; it has: {_described(example)}"
+        raise DataError(f"{origin}: {what}. Say which columns it is made of: {' or '.join(proposed)}")
 
 
 def _named(ours: str, theirs: str | None, example: Mapping[str, Any]) -> list[str]:

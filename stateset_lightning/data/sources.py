@@ -99,10 +99,10 @@ def read_split(
     with garbage_collection_paused():
         read = [(i, source) for i, source in enumerate(sources) if first is None or _is_quick(source, key)]
         lists = [found for i, source in read for found in _row_lists(source, i, len(sources), split)]
-        parts = _parts(lists, sources, options, split)
-        sizes = [len(part.rows) for part in parts]
-        size = sum(part.rows.num_bytes for part in parts)
+        sizes = [len(rows) for _, rows, *_ in lists]
+        size = sum(rows.num_bytes for _, rows, *_ in lists)
         is_large = sum(sizes) > content.LARGE_ROWS or size > content.LARGE_BYTES
+        parts = _parts(lists, sources, options, split, content.SAMPLE if is_large else None)
         checked: list[tuple[Scenario, str]] = []
         problems: list[Problem] = []
         cut = f", the first {first:,} rows of each file" if first and max(sizes, default=0) > first else ""
@@ -132,8 +132,10 @@ def read_split(
     return ScenarioSet(found, np.repeat([i for i, *_ in lists], sizes), names, weights, notes)
 
 
-def _parts(lists: Sequence[_Found], sources: Sequence[Source], options: RowOptions, split: str) -> list[Part]:
-    """The rows with their shape, and what begins their ids."""
+def _parts(
+    lists: Sequence[_Found], sources: Sequence[Source], options: RowOptions, split: str, sample: int | None
+) -> list[Part]:
+    """The rows with their shape, which the first `sample` rows of each decide, and what begins their ids."""
     stems = Counter(stem for *_, stem, _ in lists)
     parts = []
     for index, rows, stem, path in lists:
@@ -141,8 +143,8 @@ def _parts(lists: Sequence[_Found], sources: Sequence[Source], options: RowOptio
         if not len(rows) and not rows.end:
             raise DataError(f"{rows.origin} has no rows; give at least one scenario")
         said = RowOptions(format="prompt") if source.reasoning_gym else options.of(vars(source))
-        sample = [row for row in islice(rows, content.SAMPLE) if isinstance(row, RawRow)]
-        shape = recognise(sample, said, str(rows.origin), needs_target=split != "predict")
+        first = [row for row in islice(rows, sample) if isinstance(row, RawRow)]
+        shape = recognise(first, said, str(rows.origin), needs_target=split != "predict")
         parts.append(Part(rows, shape, stem if stems[stem] == 1 else source.name or path, source.rewards))
     return parts
 

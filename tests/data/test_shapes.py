@@ -169,6 +169,46 @@ SHAPES = {
         user("2 + 2?\n\nA. 3\nB. 4"),
         "B",
     ),
+    "MMLU, as pandas makes it": (
+        {"question": "2 + 2?", "choices": [{"label": "A", "text": "3"}, {"label": "B", "text": "4"}], "answer": 1.0},
+        {},
+        user("2 + 2?\n\nA. 3\nB. 4"),
+        "B",
+    ),
+    "MedQA": (
+        {"question": "2 + 2?", "options": {"A": "3", "B": "4"}, "answer_idx": "B", "answer": "4"},
+        {},
+        user("2 + 2?\n\nA. 3\nB. 4"),
+        "4",
+    ),
+    "ReClor": (
+        {"context": "C", "question": "Q?", "answers": ["3", "4"], "label": 1},
+        {},
+        user("C\n\nQ?\n\nA. 3\nB. 4"),
+        "B",
+    ),
+    "LogiQA": (
+        {"context": "C", "query": "Q?", "options": ["3", "4"], "correct_option": 1},
+        {},
+        user("C\n\nQ?\n\nA. 3\nB. 4"),
+        "B",
+    ),
+    "QuAIL": (
+        {"context": "C", "question": "Q?", "answers": ["3", "4"], "correct_answer_id": 0},
+        {},
+        user("C\n\nQ?\n\nA. 3\nB. 4"),
+        "A",
+    ),
+    "answers beside one of them": ({"question": "2 + 2?", "answer": "4", "answers": ["4", "four"]}, {}, ASKED, "4"),
+    "No Robots": (
+        {"prompt": "2 + 2?", "prompt_id": "x", "messages": [TURNS[0], USER, ANSWER], "category": "c"},
+        {},
+        "<|system|>Be brief.<|end|>" + ASKED,
+        "4",
+    ),
+    "TRL unpaired preference": ({"prompt": "2 + 2?", "completion": "5", "label": False}, {}, ASKED, None),
+    "a prompt made of its question": ({"prompt": "Q: 2 + 2?", "question": "2 + 2?"}, {}, user("Q: 2 + 2?"), None),
+    "several answers": ({"prompt": "2 + 2?", "answer": "no", "ground_truth": "4", "response": "x"}, {}, ASKED, "4"),
     "BoolQ": ({"question": "is it", "answer": True, "passage": "It is."}, {}, user("It is.\n\nis it"), True),
     "names in capitals, with space": ({"Question": "2 + 2?", " Answer ": "4"}, {}, ASKED, "4"),
 }
@@ -350,6 +390,95 @@ def test_a_remedy_is_likely_to_be_right_or_not_given(row, proposed, never, tiny_
         assert seen([row], tiny_tokenizer, **option)[0].startswith("<|user|>")
 
 
+@pytest.mark.parametrize(
+    ("row", "joined", "alone"),
+    [
+        ({"instruction": "Answer.", "question": "2 + 2?"}, "Answer.\n\n2 + 2?", "Answer."),
+        ({"prompt": "You help.", "question": "2 + 2?"}, "You help.\n\n2 + 2?", "You help."),
+        ({"prompt": "To French:", "input": "Hello"}, "To French:\n\nHello", "To French:"),
+        ({"prompt": "P", "context": None, "question": "2 + 2?"}, "P\n\n2 + 2?", "P"),
+        ({"prompt": "P", "context": None, "choices": ["x", "y"]}, "P\n\nA. x\nB. y", "P"),
+        ({"question": "Q?", "A": "x", "B": "y"}, "Q?\n\nA. x\n\nB. y", "Q?"),
+        ({"question": "Q?", "opa": "x", "opb": "y"}, "Q?\n\nA. x\n\nB. y", "Q?"),
+        ({"question": "Q?", "option_1": "x", "option_2": "y"}, "Q?\n\n1. x\n\n2. y", "Q?"),
+        ({"question": "Q?", "distractor1": "x"}, "Q?\n\n1. x", "Q?"),
+        ({"Question": "Q?", "Incorrect Answer 1": "x"}, "Q?\n\n1. x", "Q?"),
+        ({"Body": "He has 2.", "Question": "Q?"}, "He has 2.\n\nQ?", "Q?"),
+        ({"premise": "P", "choice1": "x", "choice2": "y", "question": "Q"}, "P\n\n1. x\n\n2. y\n\nQ", "Q"),
+        ({"passages": ["a", "b"], "question": "Q?"}, "a\n\nb\n\nQ?", "Q?"),
+        ({"paragraph": "P", "question": "Q?"}, "P\n\nQ?", "Q?"),
+        ({"text": "P", "question": "Q?"}, "P\n\nQ?", "Q?"),
+        ({"evidence": "P", "question": "Q?"}, "P\n\nQ?", "Q?"),
+        ({"question": "Q?", "table": {"rows": [["x"]]}}, None, "Q?"),
+        ({"instruction": "Add", "input": "2 2", "history": [["Hi", "Hello"]]}, None, "Add\n\n2 2"),
+    ],
+)
+def test_nothing_that_belongs_to_the_question_is_left_out_silently(row, joined, alone):
+    row |= {"answer": "x y z", "extra": "more"}
+    with pytest.raises(DataError, match="the prompt would be without ") as error:
+        read_split([row], "train")
+    template = re.search(r"--data\.prompt_template='(.*)'", str(error.value))
+    assert (template is None) == (joined is None)
+    if template:
+        found = read_split([row], "train", RowOptions(prompt_template=template[1])).scenarios[0]
+        assert (found.prompt, found.target) == (joined, "x y z")
+    name = re.search(r"--data\.format=(\w+)", str(error.value))[1]
+    assert read_split([row], "train", RowOptions(format=name)).scenarios[0].prompt == alone
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "said"),
+    [
+        (["r", "s"], 2, "the answer 2 to choices is no index of the 2"),
+        (["r", "s"], -2, "the answer -2 to choices is no index"),
+        (["r", "s"], True, "the answer True to choices is no index"),
+        (["r", "s"], 0.5, "the answer 0.5 to choices is no index"),
+        (["r", "s"], "7", "the answer '7' to choices is no index"),
+        ([0, 1], 1, "the answer 1 to choices is both an index and one of them"),
+        (["r", None], 0, "the choices are no list"),
+        ({"a": ["r"]}, 0, "the choices are no list"),
+        (["r"] * 27, 0, "the choices are no list of at most 26"),
+        (["r", "s"], -1, None),
+        (["r", "s"], None, None),
+        (["r", "s"], 1.0, "B"),
+        (["r", "s"], "s", "s"),
+        (["r", "s"], "B", "B"),
+    ],
+)
+def test_an_index_is_that_of_a_choice(choices, answer, said):
+    rows = [{"question": "Q?", "choices": ["x", "y"], "answer": 0}]
+    rows += [{"question": "Q?", "choices": choices, "answer": answer}]
+    for order in (1, -1):  # whichever kind comes first
+        if isinstance(said, str) and len(said) > 1:
+            with pytest.raises(DataError, match=f"item {'2' if order == 1 else '1'}: .*{said}"):
+                read_split(rows[::order], "train")
+        else:
+            assert [s.target for s in read_split(rows[::order], "train").scenarios] == ["A", said][::order]
+
+
+@pytest.mark.parametrize(("column", "value"), [("input", "2 2"), ("system", "Be brief."), ("output", "4")])
+def test_a_column_that_comes_late_counts(column, value):
+    rows = [{"instruction": "Add"}] * 1400 + [{"instruction": "Add", column: value}]
+    last = read_split(rows, "train").scenarios[-1]
+    found = {"input": last.prompt, "system": last.context, "output": last.target}
+    assert value in found[column]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"goal": "To do it.", "sol1": "Use it.", "sol2": "Lose it.", "label": 0},
+        {"ctx_a": "He is", "ctx_b": "she has", "ctx": "He is she has", "endings": ["a b"], "label": 1},
+        {"code": "def f(): pass", "option1": "a b", "option_b": "b c", "chosen": "c d", "sol_2": "e f"},
+    ],
+)
+def test_no_answer_is_proposed_as_a_prompt(row):
+    with pytest.raises(DataError, match="Say which one holds the prompt") as error:
+        read_split([row], "train")
+    remedy = str(error.value).partition("holds the prompt: ")[2]
+    assert not re.search("sol|ctx|endings|code|option|chosen", remedy.replace("data.fields.prompt (a column)", ""))
+
+
 # Templates and row functions ------------------------------------------------------------------------------------------
 
 ROW = {"a": "{{ 7 * 7 }}", "b": [1, 2], "c d": "x", "none": None, "nan": math.nan, "deep": {"er": "z"}}
@@ -401,7 +530,7 @@ def test_a_system_turn_is_made_of_columns(tiny_tokenizer):
         ({"prompt_template": "{{ none }}"}, "item 1: the prompt is empty"),
         ({"prompt_template": "{{ a }}", "fields": {"prompt": "a"}}, "are both given"),
         ({"prompt_template": 5}, "data.prompt_template names the column '5', which is not there"),
-        ({"fields": {"prompt": ["a"]}}, r"data\.fields=\{'prompt': \['a'\]\} must map our names to columns"),
+        ({"fields": {"prompt": ["a"]}}, r"data\.fields=.* must map our names to columns"),
         ({"format": "alpacca"}, "data.format='alpacca' must be one of auto, prompt, "),
         ({"format": "alpaca"}, "data.format=alpaca needs the columns instruction; it has: a, b"),
         ({"row": "no_such_module.f"}, r"data\.row=no_such_module\.f: .*ModuleNotFoundError"),
