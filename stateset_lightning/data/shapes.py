@@ -263,7 +263,7 @@ def _recognised(example: Mapping[str, Any], options: RowOptions, origin: str) ->
             sources["target"] = f"{{{{ {templates.reference(target)} | letter({templates.reference(str(choices))}) }}}}"
         parts = [each for each in (passage, asked, choices) if each]
         sources |= {"prompt": templates.joined(parts, example) if len(parts) > 1 else asked, "context": system}
-    elif options.format == "auto" and name in QUESTION_COLUMNS:
+    elif options.format not in _NEEDED and name in QUESTION_COLUMNS:
         sources |= {ours: columns.get(ours) for ours in QUESTION_COLUMNS}  # a row has one of them
     else:
         sources["messages" if name in ("messages", "openai", "sharegpt") else "prompt"] = asked
@@ -271,7 +271,7 @@ def _recognised(example: Mapping[str, Any], options: RowOptions, origin: str) ->
         sources["target"] = f"{columns['reward_model']}.ground_truth"
     elif name == "preference" or is_judged:  # TRL's unpaired one
         name, sources["target"] = "preference", "target" if "target" in example else None
-    if options.format == "auto":
+    if options.format not in _NEEDED:
         used = {*parts, *(theirs for ours, theirs in sources.items() if theirs and ours != "target")}
         _check_whole(known[0], parts, used, present, example, origin)
     return name, sources
