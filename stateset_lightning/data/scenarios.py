@@ -2,7 +2,8 @@
 
 A row has its prompt in one of three forms: `prompt` (text), `messages` (a conversation that ends with a turn of the
 user; TRL's data sets call it `prompt` too), or `user_responses` (several texts, each of which becomes a scenario of its
-own). A `Shape` says which columns these are. Rewards see all columns of the file under their own names, too.
+own). A `Shape` says which columns these are. Rewards see all columns of the file under their own names, too; that of
+the target as the target is, unless it is text or a mapping.
 """
 
 import datetime
@@ -73,6 +74,8 @@ def _row_scenarios(row: RawRow, shape: Shape, label: str, rewards: Sequence[str]
     columns["topic"] = None if topic in (None, "") else str(topic)
     columns["rewards"] = _checked_rewards(columns["rewards"]) if columns.get("rewards") is not None else rewards
     columns["target"] = _checked_target(columns.get("target"), shape)
+    if (source := shape.target_column) and not isinstance(columns.get(source), str | Mapping):
+        columns[source] = columns["target"]
     _lift_messages(columns, shape)
     given = [name for name in QUESTION_COLUMNS if columns.get(name) is not None]
     if len(given) != 1:

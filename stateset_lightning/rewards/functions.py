@@ -18,17 +18,19 @@ _WORDS = {
     "turns": "turns conversation messages",
     "context": "context columns row scenario",
     "completion": "completion response solution_str response_str predict_str prediction generation generated_text"
-    " model_output",
+    " model_output model_answer answer_text output_text pred y_pred guess",
     "prompt": "prompt question problem query instruction",
-    "target": "target ground_truth label gold reference expected expected_answer reference_answer gold_answer",
+    "target": "target ground_truth label gold reference expected expected_answer expected_output reference_answer"
+    " gold_answer correct_answer answers gt truth y_true",
 }
 _ROLES = {word: role for role, words in _WORDS.items() for word in words.split()}
 # The completion where no other parameter is, else this: `f(answer, target)` and `f(completion, answer)` are both meant.
 _UNSURE = {"answer": "target", "solution": "target", "output": "column", "text": "column"}
+_MEANS_TARGET = (*_WORDS["target"].split(), "answer", "solution")
 TARGET_NAMES = (*_WORDS["target"].split(), *_UNSURE)
 # TRL's and OpenRLHF's functions take lists.
 _OF_TRL = {"prompts": "asked", "completions": "completion", "log_extra": "log_extra", "log_metric": "log_metric"}
-_LISTS = {**_OF_TRL, "queries": "query", "labels": "target"}
+_LISTS = {**dict.fromkeys(_MEANS_TARGET, "target"), **_OF_TRL, "queries": "query", "labels": "target"}
 # What verl gives where the data has no such column.
 STAND_INS: dict[str, Any] = {"data_source": None, "extra_info": {}}
 
@@ -63,8 +65,11 @@ class FunctionReward(RewardFunction):
     - `completion`, or `response`, `solution_str`, ...: the completion's text.
     - `prompt`, or `question`, ...: the column of that name, else the text of the turn before the completion.
     - `target`, or `ground_truth`, `label`, `reference`, ...: the column of that name, else the scenario's target.
-    - `answer`, `solution`: the target; the completion, where no other parameter is.
-    - Any other name: the column of that name. `**kwargs` gets the columns that no parameter names.
+    - `answer`, `solution`: as `target`; the completion, where no other parameter is.
+    - Any other name: the column of that name. `**kwargs` gets the columns that no parameter names, and the target under
+      each of its names that is no column.
+
+    The target's own column holds what `types.as_target` makes of it: a number stays a number, 5.0 becomes 5.
 
     A function that names `completions` (TRL's) or `queries` (OpenRLHF's), or takes keywords alone, gets lists of one of
     everything and returns a list (array, tensor) of one. Completions are scored as they finish: a function that
@@ -135,7 +140,12 @@ class FunctionReward(RewardFunction):
         if len(completions) > 1 or not (completions or "turns" in roles.values()):
             why = f"takes ({', '.join(names)}), which does not say what gets the completion (see docs/rewards.md)"
             guessed = [name for name, role in roles.items() if role in ("column", "completion") or name in unsure]
-            roles |= dict.fromkeys(guessed, "column") | dict(zip(guessed, ("completion", "target"), strict=False))
+            guessed = [name for name in guessed if name in self._required]
+            is_known = "target" in [role for name, role in roles.items() if name not in guessed]
+            meant = ("completion",) if is_known else ("completion", "target")
+            roles |= dict.fromkeys(guessed, "column") | dict(zip(guessed, meant, strict=False))
+            if len(guessed) > 1:
+                why += f"; if {guessed[1]} gets it, swap what {guessed[0]} and {guessed[1]} get in what follows"
         elif foreign := sorted(_OF_VERIFIERS.keys() & self._required):
             why = f"takes {foreign[0]}, which is not here"
         else:
@@ -170,7 +180,10 @@ class FunctionReward(RewardFunction):
             has = f"which this row does not have; it has: {', '.join(sorted(context))}"
             raise RewardError(f"reward '{self.name}' asks for the column {absent[0]}, {has}; data.fields maps columns")
         if self._takes_all:
-            given = {n: value for n, value in context.items() if n not in self._hidden} | given
+            columns = dict(context)
+            if (target := by_role["target"]) is not None:
+                columns |= {name: target for name in _MEANS_TARGET if context.get(name) is None}
+            given = {n: value for n, value in columns.items() if n not in self._hidden} | given
         if self.takes_lists:
             given = {n: [value] for n, value in given.items()} | {n: logs[n] for n in logs if n in self._roles}
         return given
