@@ -54,7 +54,7 @@ _OF_VERIFIERS = {
 }
 
 _LIBRARIES = {"math_verify", "timeout_decorator"}  # that set alarms
-_ALARMS = {"alarm", "setitimer"}
+_ALARMS = {"alarm", "setitimer", "signal"}
 _SOUND = sys.stdlib_module_names | {"stateset_lightning"}
 
 
@@ -246,37 +246,68 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     return [parameter for parameter in found if parameter.name not in getattr(function, "keywords", ())]
 
 
-def alarm_in(function: Any, seen: set[int] | None = None) -> str:
+def alarm_in(function: Any) -> str:
     """What a function uses that works in a main thread alone, as far as its code tells; empty if nothing is found.
 
-    Looked through is what it names: functions and classes, of installed libraries none, and what these name.
+    Looked through is what it names and holds: functions, classes and objects, of other installed libraries none, and
+    what these name and hold.
     """
-    seen = set() if seen is None else seen
-    while isinstance(function, functools.partial | MethodType):
-        function = function.func if isinstance(function, functools.partial) else function.__func__
-    item = inspect.unwrap(function) if isinstance(function, FunctionType) else function
-    home = str(getattr(item, "__module__", None)).partition(".")[0]
-    if home in _LIBRARIES:
-        return home
-    if id(item) in seen or home in _SOUND:
-        return ""
-    is_first = not seen
-    seen.add(id(item))
-    inner: list[Any] = []
-    if isinstance(item, FunctionType) and (is_first or "site-packages" not in item.__code__.co_filename):
+    left, seen, own = [function], dict[int, Any](), ""
+    while left:
+        item = left.pop()
+        if id(item) in seen:
+            continue
+        seen[id(item)] = item  # kept, so that no other gets its id
+        if (parts := _parts(item)) is not None:
+            left += parts
+            continue
+        space = getattr(item, "__dict__", {})
+        if isinstance(item, ModuleType | FunctionType):  # a wrapper says that it is at home where the wrapped one is
+            home = str((space if isinstance(item, ModuleType) else item.__globals__).get("__name__"))
+        else:
+            home = (item if isinstance(item, type) else type(item)).__module__
+        home = home.partition(".")[0]
+        own = own or home
+        if home in _LIBRARIES:
+            return home
+        left += filter(None, [space.get("__wrapped__")])
+        is_installed = "site-packages" in str(getattr(sys.modules.get(home), "__file__", ""))
+        if home in _SOUND or (is_installed and home != own) or isinstance(item, ModuleType):
+            continue
+        if not isinstance(item, FunctionType):
+            left += [dict(space), *(item.__mro__ if isinstance(item, type) else [type(item)])]
+            continue
         names = _names(item.__code__)
         if found := sorted(names & (_LIBRARIES | _ALARMS)):
             return found[0]
-        space = item.__globals__
-        modules = [vars(space[name]) for name in names if isinstance(space.get(name), ModuleType)]
-        inner += [scope[name] for scope in (space, *modules) for name in names if name in scope]
-        inner += [cell.cell_contents for cell in item.__closure__ or ()]
-    elif not isinstance(item, FunctionType | ModuleType):
-        inner += vars(item).values() if isinstance(item, type) else [vars(type(item)).get("__call__")]
-    return next(filter(None, (alarm_in(each, seen) for each in inner)), "")
+        modules = [vars(item.__globals__[n]) for n in names if isinstance(item.__globals__.get(n), ModuleType)]
+        left += [scope[name] for scope in (item.__globals__, *modules) for name in names if name in scope]
+        left += [item.__defaults__, item.__kwdefaults__, *(cell.cell_contents for cell in item.__closure__ or ())]
+    return ""
+
+
+def _parts(item: Any) -> list[Any] | None:
+    """What something holds that has no code of its own; None if it is no such thing."""
+    match item:
+        case functools.partial():
+            return [item.func, *item.args, *item.keywords.values()]
+        case MethodType():
+            return [item.__func__, item.__self__]
+        case staticmethod() | classmethod():
+            return [item.__func__]
+        case property():
+            return [item.fget]
+        case dict():
+            return list(islice(item.values(), 1000))
+        case list() | tuple() | set() | frozenset():
+            return list(islice(item, 1000))
+    return None
 
 
 def _names(code: CodeType) -> set[str]:
     """The names of globals, attributes and imports in a function and in those inside it."""
+    names = set(code.co_names)
+    if names & {"import_module", "__import__"}:
+        names |= {text for text in code.co_consts if isinstance(text, str)}
     inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return {name.partition(".")[0] for name in code.co_names}.union(*map(_names, inner))
+    return {name.partition(".")[0] for name in names}.union(*map(_names, inner))

@@ -401,7 +401,7 @@ def test_a_system_turn_is_made_of_columns(tiny_tokenizer):
         ({"prompt_template": "{{ none }}"}, "item 1: the prompt is empty"),
         ({"prompt_template": "{{ a }}", "fields": {"prompt": "a"}}, "are both given"),
         ({"prompt_template": 5}, "data.prompt_template names the column '5', which is not there"),
-        ({"fields": {"prompt": ["a"]}}, r"data\.fields\.prompt names the column '\['a'\]', which is not there"),
+        ({"fields": {"prompt": ["a"]}}, r"data\.fields=\{'prompt': \['a'\]\} must map our names"),
         ({"format": "alpacca"}, "data.format='alpacca' must be one of auto, prompt, "),
         ({"format": "alpaca"}, "data.format=alpaca needs the columns instruction; it has: a, b"),
         ({"row": "no_such_module.f"}, r"data\.row=no_such_module\.f: .*ModuleNotFoundError"),

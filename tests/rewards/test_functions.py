@@ -254,7 +254,11 @@ def test_any_other_return_value_fails_and_says_what_to_return(output):
 # Alarms in a thread ---------------------------------------------------------------------------------------------------
 
 ALARMED = """
+import functools
+import importlib
 import signal
+from functools import partial
+from stateset_lightning.rewards import RewardFunction
 from math_verify import parse, verify
 
 class Timeout:
@@ -292,7 +296,65 @@ async def waits(completion, target):
 
 def innocent(completion, target):
     return float(completion == target)
+
+class WithMethod:
+    def __call__(self, completion, target):
+        return self._grade(completion, target)
+    def _grade(self, completion, target):
+        return by_class(completion, target)
+
+class Reward(RewardFunction):
+    def compute_reward(self, turns, context=None):
+        return self._grade(turns[-1].content, context["target"])
+    def _grade(self, completion, target):
+        return by_class(completion, target)
+
+class Inherits(Reward):
+    name = "inherits"
+
+class Holds:
+    def __init__(self, grade):
+        self.grade = grade
+    def __call__(self, completion, target):
+        return self.grade(completion, target)
+
+def by_default(completion, target, grade=by_class):
+    return grade(completion, target)
+
+def by_keyword_default(completion, target, *, grade=by_class):
+    return grade(completion, target)
+
+def by_argument(grade, completion, target):
+    return grade(completion, target)
+
+GRADERS = {"maths": [by_class]}
+
+def by_table(completion, target):
+    return GRADERS["maths"][0](completion, target)
+
+def by_name(completion, target):
+    return float(importlib.import_module("math_verify").verify(target, completion))
+
+def by_signal(completion, target):
+    signal.signal(signal.SIGALRM, lambda *_: None)
+
+@functools.cache
+def cached(completion, target):
+    return by_class(completion, target)
+
+def timed(function):
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        with Timeout():
+            return function(*args, **kwargs)
+    return call
+
+wrapped = timed(innocent)
 """
+
+HIDDEN = """WithMethod() Reward() Inherits() Holds(by_class) Holds({"a": [by_class]}) Holds(innocent).grade by_default
+by_keyword_default partial(by_argument,by_class) partial(innocent,target=by_class) by_table by_name by_signal cached
+wrapped Holds(importlib.import_module("math_verify")) Holds(innocent)"""
 
 
 @pytest.fixture(scope="module")
@@ -323,6 +385,13 @@ def test_what_sets_alarms_is_noticed_and_gets_a_process(alarmed, caplog):
         assert [reward.timeout for reward in scorer.rewards] == [None, 3]
     with pytest.raises(ConfigError, match=r"'waits' uses alarm.* write it as a plain `def`"):
         Scorer(alarmed.waits)
+
+
+@pytest.mark.parametrize("made", re.findall(r"\S+\(\{.*?\}\)|\S+", HIDDEN))
+def test_an_alarm_is_found_wherever_a_reward_holds_what_sets_it(made, alarmed):
+    pytest.importorskip("math_verify")
+    (reward,) = as_rewards(eval(made, vars(alarmed)))
+    assert bool(alarm_in(written(reward))) == (made not in ("Holds(innocent).grade", "Holds(innocent)"))
 
 
 def test_built_in_rewards_set_no_alarms_that_a_time_out_is_needed_for():

@@ -57,7 +57,9 @@ def test_exact_match_without_an_answer_fails(target):
         ({"strings": ["Red"], "ignore_case": True}, "RED", None, 1.0),
         ({}, "the city of Paris.", "Paris", 1.0),
         ({"require": "any"}, "Paris", ["Lyon", "Paris"], 1.0),
-        ({}, "Paris", ["Lyon", "Paris"], 0.0),
+        ({}, "It was the Denver Broncos", ["Denver Broncos", "The Broncos"], 1.0),
+        ({}, "Rome", ["Lyon", "Paris"], 0.0),
+        ({"require": "all"}, "Paris", ["Lyon", "Paris"], 0.0),
     ],
 )
 def test_contains(options, text, target, expected):
