@@ -19,7 +19,7 @@ from stateset_lightning.data.shapes import QUESTION_COLUMNS, BadRow, Shape
 from stateset_lightning.data.templates import is_template
 from stateset_lightning.files.yaml_text import MAX_DIGITS
 from stateset_lightning.redaction import MAX_DEPTH, MAX_VALUES
-from stateset_lightning.types import Scenario, Turn, as_target, read_literal
+from stateset_lightning.types import Scenario, Turn, as_target, of_numpy, read_literal
 
 _MEDIA_COLUMN = lru_cache(re.compile(r"(image|img|picture|photo|video|audio)(_(path|file|url))?s?", re.I).fullmatch)
 _MEDIA_FILE = re.compile(r"data:|.*\.(png|jpe?g|gif|webp|bmp|tiff?|mp[34]|wav|flac|ogg|m4a|webm|mov|avi|mkv)$", re.I)
@@ -96,8 +96,7 @@ def _row_scenarios(row: RawRow, shape: Shape, label: str, rewards: Sequence[str]
 
 def _plain(value: Any) -> Any:
     """Lists and numbers of numpy as Python's; NaN, which stands for what is missing in a table, as None."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
+    value = of_numpy(value)
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list):

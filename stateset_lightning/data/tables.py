@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
+
+import numpy as np
 
 from stateset_lightning.data import content
 from stateset_lightning.data.content import LargeFile, check_file
 from stateset_lightning.data.rows import SPLIT_NAMES, ListRows, is_stream, is_table, no_split, rows_in, unwrapped
 from stateset_lightning.data.stream import StreamRows
 from stateset_lightning.errors import ConfigError, DataError, UserError, require
+from stateset_lightning.types import of_numpy
 
 if TYPE_CHECKING:
     import pyarrow
@@ -37,6 +41,9 @@ class ArrowRows(Sequence[dict[str, Any]]):
     def __init__(self, table: pyarrow.Table, origin: str, files: Sequence[LargeFile] = ()) -> None:
         self._table, self._origin, self._files = table, origin, files
         self.num_bytes = int(table.nbytes)
+        types = {field.name: getattr(field.type, "value_type", field.type) for field in table.schema}
+        # Of floats, and of lists of them, that are too short for what Python makes of them.
+        self._short = {n: kind.to_pandas_dtype() for n, kind in types.items() if str(kind) in ("float", "halffloat")}
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -53,6 +60,8 @@ class ArrowRows(Sequence[dict[str, Any]]):
     def _mappings(self, part: Any) -> list[dict[str, Any]]:
         try:
             rows: list[dict[str, Any]] = part.to_pylist()
+            for row, (name, kind) in product(rows, self._short.items()):
+                row[name] = None if row[name] is None else of_numpy(np.array(row[name], kind))
         except ValueError as error:  # text that is no UTF-8, of which Arrow makes none itself
             raise DataError(f"{self._origin}: a cell cannot be read ({error}); write the table again") from error
         return rows

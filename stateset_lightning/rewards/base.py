@@ -16,6 +16,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -206,6 +207,8 @@ def target_texts(context: Context, reward: str, content: Callable[[str], object]
 
     def read(target: Any) -> list[str]:
         items = target if isinstance(target, list) else [target]
+        # A float in full: no model writes 1e-05.
+        items = [f"{Decimal(repr(item)):f}" if isinstance(item, float) else item for item in items]
         texts = [str(item).lower() if isinstance(item, bool) else str(item) for item in items]
         return texts if all(map(content, texts)) else []
 
