@@ -6,7 +6,7 @@ Arrow reads them without a cache: what is replaced is read anew. Rows are made w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -162,7 +162,7 @@ def rows_of(value: Any, origin: str, split: str) -> ListRows | StreamRows:
         if split != "train":
             raise ConfigError(f"{origin} is a stream, which has no end: give a list of its rows, or a file")
         return StreamRows(found, origin)
-    if hasattr(found, "iloc"):
+    if hasattr(found, "iloc") and hasattr(found, "columns"):  # else a column alone
         import pyarrow
 
         try:
@@ -171,7 +171,7 @@ def rows_of(value: Any, origin: str, split: str) -> ListRows | StreamRows:
             raise DataError(f"{origin}: {' '.join(error.args)}; give the column one type, text for example") from error
     if hasattr(found, "to_batches"):
         return ListRows(ArrowRows(found, origin), origin, found.nbytes)
-    if is_table(found):
+    if is_table(found) and not isinstance(found, Mapping) and hasattr(found, "data"):
         size = found.data.nbytes * len(found) // max(found.data.num_rows, 1)  # it may be a selection
         return ListRows(found.with_format(None), origin, size)
     return ListRows(rows_in(value, origin, split), origin)
