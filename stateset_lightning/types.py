@@ -192,6 +192,13 @@ def as_target(value: Any) -> Any:
     raise ValueError(f"is {value!r:.40}, a {type(value).__name__}")
 
 
+def text_of(item: Any) -> str:
+    """An item of a target as an answer has it: `true` for True; a float in full, for no model writes 1e-05."""
+    if isinstance(item, float):
+        return f"{Decimal(repr(item)):f}"
+    return str(item).lower() if isinstance(item, bool) else str(item)
+
+
 @dataclass(slots=True, eq=False, repr=False)
 class PromptBatch:
     """The P prompts of one episode on this rank, and which of the episode's micro-steps this is.

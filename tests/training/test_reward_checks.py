@@ -53,7 +53,11 @@ def judge():
         (lambda: verl, {"gold": "4"}, "reward 'verl' needs the column target, .*data.fields.target='gold'"),
         (lambda: trl, {"gold": "4"}, "'trl' needs the column target, .*data.fields.target='gold'"),
         (Own, {"levels": 1}, "reward 'own' needs the column level, .*data.fields.level='levels'"),
-        (judge, {"target": "4"}, "reward 'model_judge' needs the column reference, .*: name one by data.fields.reference, let it"),
+        (
+            judge,
+            {"target": "4"},
+            "reward 'model_judge' needs the column reference, .*: name one by data.fields.reference, let it",
+        ),
     ],
 )
 @pytest.mark.parametrize("split", ["train", "validation"])
