@@ -161,7 +161,8 @@ def as_target(value: Any) -> Any:
     """A target as rewards compare it: text, true/false, a finite number, a list of these, or None if it is missing.
 
     A float that is an integer is that integer (pandas makes 5.0 of 5 where another row has none); NaN is missing. A
-    decimal that no float holds is its text. Of a mapping with `ground_truth` (verl) or a list `text` (SQuAD), it is that; of messages, the text of the last one.
+    decimal that no float holds is its text. Of a mapping with `ground_truth` (verl) or a list `text` (SQuAD), it is
+    that; of messages, the text of the last one.
 
     Raises:
         ValueError: If it is none of these; it says what it is: "is a mapping with a, b".
