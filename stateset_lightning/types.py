@@ -147,16 +147,25 @@ def at_path(value: Any, path: str) -> Any:
     return ABSENT
 
 
+def of_numpy(value: Any) -> Any:
+    """A value of numpy as Python's; a short float by its shortest text: 0.1, not 0.10000000149011612."""
+    if not hasattr(value, "tolist"):
+        return value
+    is_short = getattr(getattr(value, "dtype", None), "kind", "") == "f" and value.dtype.itemsize < 8
+    return (value.astype(str).astype(float) if is_short else value).tolist()
+
+
 def as_target(value: Any) -> Any:
     """A target as rewards compare it: text, true/false, a finite number, a list of these, or None if it is missing.
 
-    A float that is an integer is that integer (pandas makes 5.0 of 5 where another row has none); NaN is missing. Of a
-    mapping with `ground_truth` (verl) or a list `text` (SQuAD), it is that; of messages, the text of the last one.
+    A float that is an integer is that integer (pandas makes 5.0 of 5 where another row has none); NaN is missing. A
+    decimal that no float holds is its text. Of a mapping with `ground_truth` (verl) or a list `text` (SQuAD), it is
+    that; of messages, the text of the last one.
 
     Raises:
         ValueError: If it is none of these; it says what it is: "is a mapping with a, b".
     """
-    value = value.tolist() if hasattr(value, "tolist") else value  # of numpy
+    value = of_numpy(value)
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, Mapping):
@@ -175,9 +184,18 @@ def as_target(value: Any) -> Any:
         number = float(value)
         if math.isinf(number):
             raise ValueError(f"is {value}, no finite number")
+        if isinstance(value, Decimal) and value != Decimal(repr(number)) and not math.isnan(number):
+            return int(value) if value == int(value) else f"{value:f}"
         number = int(number) if number.is_integer() and abs(number) < 2**53 else number
         return None if math.isnan(number) else number
     raise ValueError(f"is {value!r:.40}, a {type(value).__name__}")
+
+
+def text_of(item: Any) -> str:
+    """An item of a target as an answer has it: `true` for True; a float in full, for no model writes 1e-05."""
+    if isinstance(item, float):
+        return f"{Decimal(repr(item)):f}"
+    return str(item).lower() if isinstance(item, bool) else str(item)
 
 
 @dataclass(slots=True, eq=False, repr=False)

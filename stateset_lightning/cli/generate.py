@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -48,6 +49,8 @@ def main(words: Sequence[str]) -> None:
     trained_with = trained.checkpoint.get("stateset", {}).get("longest", 0)
 
     def answer(prompt: str, number: int) -> None:
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise ConfigError(f"the prompt {prompt!r:.80} is no UTF-8; convert it (iconv -t UTF-8)")
         tokens = encoder.encode([Scenario(id=str(number), prompt=prompt)], "generate").tokens[0]
         engine.policy.prepare_for(max(len(tokens) + rollout.max_new_tokens, trained_with))
         seeds_N = sample_seeds(seed, "generate", 0, [number], num_samples)
@@ -77,6 +80,8 @@ def _shown(text: str) -> str:
 def _prompts() -> Iterator[str]:
     """A prompt per line: in a terminal up to an empty one, of a pipe or a file all lines that are not blank."""
     if not sys.stdin.isatty():
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is refused, the next one may do
         yield from filter(None, map(str.strip, sys.stdin))
         return
     print("a prompt per line; an empty line or Ctrl-D ends")

@@ -2,7 +2,8 @@
 
 A row has its prompt in one of three forms: `prompt` (text), `messages` (a conversation that ends with a turn of the
 user; TRL's data sets call it `prompt` too), or `user_responses` (several texts, each of which becomes a scenario of its
-own). A `Shape` says which columns these are. Rewards see all columns of the file under their own names, too.
+own). A `Shape` says which columns these are. Rewards see all columns of the file under their own names, too; that of
+the target as the target is, unless it is text or a mapping.
 """
 
 import datetime
@@ -18,7 +19,7 @@ from stateset_lightning.data.shapes import QUESTION_COLUMNS, Shape
 from stateset_lightning.data.templates import is_template, lost_of
 from stateset_lightning.files.yaml_text import MAX_DIGITS
 from stateset_lightning.redaction import MAX_DEPTH, MAX_VALUES
-from stateset_lightning.types import Scenario, Turn, as_target, read_literal
+from stateset_lightning.types import Scenario, Turn, as_target, of_numpy, read_literal
 
 _MEDIA_COLUMN = lru_cache(re.compile(r"(image|img|picture|photo|video|audio)(_(path|file|url))?s?", re.I).fullmatch)
 _MEDIA_FILE = re.compile(r"data:|.*\.(png|jpe?g|gif|webp|bmp|tiff?|mp[34]|wav|flac|ogg|m4a|webm|mov|avi|mkv)$", re.I)
@@ -71,6 +72,8 @@ def _row_scenarios(row: RawRow | Problem, shape: Shape, label: str, rewards: Seq
     columns["topic"] = None if topic in (None, "") else str(topic)
     columns["rewards"] = _checked_rewards(columns["rewards"]) if columns.get("rewards") is not None else rewards
     columns["target"] = _checked_target(columns.get("target"), shape)
+    if (source := shape.target_column) and not isinstance(columns.get(source), str | Mapping):
+        columns[source] = columns["target"]
     _lift_messages(columns, shape)
     given = [name for name in QUESTION_COLUMNS if columns.get(name) is not None]
     turns = columns.get("messages")
@@ -95,8 +98,7 @@ def _row_scenarios(row: RawRow | Problem, shape: Shape, label: str, rewards: Seq
 
 def _plain(value: Any) -> Any:
     """Lists and numbers of numpy as Python's; NaN, which stands for what is missing in a table, as None."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
+    value = of_numpy(value)
     if isinstance(value, Mapping):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list):

@@ -53,6 +53,7 @@ _ALIASES = {
 _INDEX = (
     "label correct_answer_id correct_answer answer_index answer_idx correct_option correct_index gold answerkey answer"
 )
+_TARGETS = (*_ALIASES["target"].split(), "label", "gold")
 _TEMPLATES = {"prompt": "prompt_template", "context": "system_template"}
 _NULLS = (None, "null")  # a flag's null is text: --data.fields.messages=null
 
@@ -160,6 +161,15 @@ class Shape:
     options: RowOptions
     needs_target: bool
     counts: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def target_column(self) -> str | None:
+        """The column that is the target; of a template, the one by whose name a target goes."""
+        source = self.sources.get("target")
+        if source is None or source in self.present or not is_template(source):
+            return source if source in self.present else None
+        named = [name for name in columns_of(source, "fields.target") if name.lower() in _TARGETS]
+        return named[0] if len(named) == 1 else None
 
     def columns(self, row: RawRow) -> dict[str, Any] | None:
         """The columns of a row under our names, and all others; None for a row that is left out.

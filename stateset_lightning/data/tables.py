@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
+
+import numpy as np
 
 from stateset_lightning.data import content
 from stateset_lightning.data.content import LargeFile, check_file
 from stateset_lightning.data.rows import ListRows, header_of, is_stream, is_table, rows_in, split_in, unwrapped
 from stateset_lightning.data.stream import Stream
 from stateset_lightning.errors import ConfigError, DataError, UserError, require
+from stateset_lightning.types import of_numpy
 
 if TYPE_CHECKING:
     import pyarrow
@@ -38,6 +42,9 @@ class ArrowRows(Sequence[dict[str, Any]]):
     def __init__(self, table: pyarrow.Table, origin: str, files: Sequence[LargeFile] = ()) -> None:
         self._table, self._origin, self._files = table, origin, files
         self.num_bytes = int(table.nbytes)
+        types = {field.name: getattr(field.type, "value_type", field.type) for field in table.schema}
+        # Of floats, and of lists of them, that are too short for what Python makes of them.
+        self._short = {n: kind.to_pandas_dtype() for n, kind in types.items() if str(kind) in ("float", "halffloat")}
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -54,6 +61,8 @@ class ArrowRows(Sequence[dict[str, Any]]):
     def _mappings(self, part: Any) -> list[dict[str, Any]]:
         try:
             rows: list[dict[str, Any]] = part.to_pylist()
+            for row, (name, kind) in product(rows, self._short.items()):
+                row[name] = None if row[name] is None else of_numpy(np.array(row[name], kind))
         except ValueError as error:  # text that is no UTF-8, of which Arrow makes none itself
             raise DataError(f"{self._origin}: a cell cannot be read ({error}); write the table again") from error
         return rows
@@ -152,7 +161,7 @@ def rows_of(value: Any, origin: str, split: str) -> ListRows:
         stream = Stream(found, origin)
         note = f"a stream: of {len(stream):,} rows at a time the order is shuffled; that counts as an epoch"
         return ListRows(stream, origin, sys.maxsize, note)  # it is read as a large file
-    if hasattr(found, "iloc"):
+    if hasattr(found, "iloc") and hasattr(found, "columns"):  # else a column alone
         import pyarrow
 
         try:
@@ -161,7 +170,7 @@ def rows_of(value: Any, origin: str, split: str) -> ListRows:
             raise DataError(f"{origin}: {' '.join(error.args)}; give the column one type, text for example") from error
     if hasattr(found, "to_batches"):
         return ListRows(ArrowRows(found, origin), origin, found.nbytes)
-    if is_table(found):
+    if is_table(found) and not isinstance(found, Mapping) and hasattr(found, "data"):
         size = found.data.nbytes * len(found) // max(found.data.num_rows, 1)  # it may be a selection
         return ListRows(found.with_format(None), origin, size)
     return ListRows(rows_in(value, origin, split), origin)

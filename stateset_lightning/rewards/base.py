@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from stateset_lightning.errors import ConfigError, DataError, RewardError
 from stateset_lightning.redaction import redacted_text
 from stateset_lightning.threads import forked_child_ends
-from stateset_lightning.types import ABSENT, NOT_APPLICABLE, Turn, as_target, at_path
+from stateset_lightning.types import ABSENT, NOT_APPLICABLE, Turn, as_target, at_path, text_of
 
 # A conversation; its last turn is the completion.
 Turns = Sequence[Turn]
@@ -206,7 +206,7 @@ def target_texts(context: Context, reward: str, content: Callable[[str], object]
 
     def read(target: Any) -> list[str]:
         items = target if isinstance(target, list) else [target]
-        texts = [str(item).lower() if isinstance(item, bool) else str(item) for item in items]
+        texts = list(map(text_of, items))
         return texts if all(map(content, texts)) else []
 
     return target_of(context, reward, read, "is empty")

@@ -44,8 +44,9 @@ class CodeReward(RewardFunction):
 
     Tests are a list of cases, or JSON of one. A case is a program's input and output, `{"input": "1 2", "output": "3"}`
     (all in one as `{"inputs": [...], "outputs": [...]}`, too), whose lines are compared without the spaces at their
-    ends; or a call and its result, `{"call": "f(1, 2)", "result": 3}` or `"assert f(1, 2) == 3"`. In `sh` a call is a
-    command, and its result what it prints.
+    ends; or a call and its result, `{"call": "f(1, 2)", "result": 3}`, `"assert f(1, 2) == 3"` or `"assert f(1)"`. In
+    `sh` a call is a command, and its result what it prints. Inputs of functions (LiveCodeBench's `functional`, APPS's
+    `fn_name`) are refused.
 
     Args:
         language: In which the code is written. `python` is the trainer's own, with its libraries.
@@ -94,7 +95,7 @@ class CodeReward(RewardFunction):
             given: Any = json.loads(tests) if isinstance(tests, str) else tests
             if isinstance(given, Mapping):
                 pairs = zip(given["inputs"], given["outputs"], strict=True)
-                given = [{"input": input_, "output": output} for input_, output in pairs]
+                given = [{**given, "input": input_, "output": output} for input_, output in pairs]
             if cases := list(map(_case, given)):
                 return cases
             problem = "holds no case"
@@ -154,7 +155,7 @@ def _case(test: Any) -> _Case:
         ValueError: If it is none; a SyntaxError, if it is no Python.
     """
     match test:
-        case {"input": str(given), "output": str() | int() | float() as output}:
+        case {"input": str(given), "output": str() | int() | float() as output} if _is_program(test):
             return given, "", output
         case {"call": str(call), "result": result}:
             return "", call, result
@@ -163,7 +164,25 @@ def _case(test: Any) -> _Case:
                 case [ast.Assert(test=ast.Compare(left=left, ops=[ast.Eq()], comparators=[right]))]:
                     # What is expected stays here: it must be a value, not an expression.
                     return "", ast.unparse(left), ast.literal_eval(right)
+                case [ast.Assert(test=truth)] if _is_simple(truth):
+                    return "", f"not not ({ast.unparse(truth)})", True
     raise ValueError(f"{test!r:.80} is no case")
+
+
+def _is_program(test: Mapping[str, Any]) -> bool:
+    """Whether a test is of what a program reads and prints; else its input is a function's arguments."""
+    kinds = {str(test.get(name) or "stdin").partition("_")[0] for name in ("testtype", "type")}
+    return kinds == {"stdin"} and not (test.get("fn_name") or test.get("func_name"))
+
+
+def _is_simple(truth: ast.expr) -> bool:
+    """Whether a condition is a call of a function by its name, its negation, or that it is True, False or None."""
+    match truth:
+        case ast.UnaryOp(op=ast.Not(), operand=inner):
+            return _is_simple(inner)
+        case ast.Compare(left=ast.Call() as inner, ops=[ast.Is() | ast.IsNot()], comparators=[ast.Constant()]):
+            return _is_simple(inner)
+    return isinstance(truth, ast.Call) and isinstance(truth.func, ast.Name)
 
 
 def _lines(text: str) -> list[str]:

@@ -18,17 +18,19 @@ _WORDS = {
     "turns": "turns conversation messages",
     "context": "context columns row scenario",
     "completion": "completion response solution_str response_str predict_str prediction generation generated_text"
-    " model_output",
+    " model_output model_answer answer_text output_text pred y_pred guess",
     "prompt": "prompt question problem query instruction",
-    "target": "target ground_truth label gold reference expected expected_answer reference_answer gold_answer",
+    "target": "target ground_truth label gold reference expected expected_answer expected_output reference_answer"
+    " gold_answer correct_answer answers gt truth y_true",
 }
 _ROLES = {word: role for role, words in _WORDS.items() for word in words.split()}
 # The completion where no other parameter is, else this: `f(answer, target)` and `f(completion, answer)` are both meant.
 _UNSURE = {"answer": "target", "solution": "target", "output": "column", "text": "column"}
+_MEANS_TARGET = (*_WORDS["target"].split(), "answer", "solution")
 TARGET_NAMES = (*_WORDS["target"].split(), *_UNSURE)
 # TRL's and OpenRLHF's functions take lists.
 _OF_TRL = {"prompts": "asked", "completions": "completion", "log_extra": "log_extra", "log_metric": "log_metric"}
-_LISTS = {**_OF_TRL, "queries": "query", "labels": "target"}
+_LISTS = {**dict.fromkeys(_MEANS_TARGET, "target"), **_OF_TRL, "queries": "query", "labels": "target"}
 # What verl gives where the data has no such column.
 STAND_INS: dict[str, Any] = {"data_source": None, "extra_info": {}}
 
@@ -48,7 +50,7 @@ _OF_VERIFIERS = {
 }
 
 _LIBRARIES = {"math_verify", "timeout_decorator"}  # that set alarms
-_ALARMS = {"alarm", "setitimer"}
+_ALARMS = {"alarm", "setitimer", "signal"}
 _SOUND = sys.stdlib_module_names | {"stateset_lightning"}
 
 
@@ -59,8 +61,11 @@ class FunctionReward(RewardFunction):
     - `completion`, or `response`, `solution_str`, ...: the completion's text.
     - `prompt`, or `question`, ...: the column of that name, else the text of the turn before the completion.
     - `target`, or `ground_truth`, `label`, `reference`, ...: the column of that name, else the scenario's target.
-    - `answer`, `solution`: the target; the completion, where no other parameter is.
-    - Any other name: the column of that name. `**kwargs` gets the columns that no parameter names.
+    - `answer`, `solution`: as `target`; the completion, where no other parameter is.
+    - Any other name: the column of that name. `**kwargs` gets the columns that no parameter names, and the target under
+      each of its names that is no column.
+
+    The target's own column holds what `types.as_target` makes of it: a number stays a number, 5.0 becomes 5.
 
     A function that names `completions` (TRL's) or `queries` (OpenRLHF's), or takes keywords alone, gets lists of one of
     everything and returns a list (array, tensor) of one. Completions are scored as they finish: a function that
@@ -131,7 +136,12 @@ class FunctionReward(RewardFunction):
         if len(completions) > 1 or not (completions or "turns" in roles.values()):
             why = f"takes ({', '.join(names)}), which does not say what gets the completion (see docs/rewards.md)"
             guessed = [name for name, role in roles.items() if role in ("column", "completion") or name in unsure]
-            roles |= dict.fromkeys(guessed, "column") | dict(zip(guessed, ("completion", "target"), strict=False))
+            guessed = [name for name in guessed if name in self._required]
+            is_known = "target" in [role for name, role in roles.items() if name not in guessed]
+            meant = ("completion",) if is_known else ("completion", "target")
+            roles |= dict.fromkeys(guessed, "column") | dict(zip(guessed, meant, strict=False))
+            if len(guessed) > 1:
+                why += f"; if {guessed[1]} gets it, swap what {guessed[0]} and {guessed[1]} get in what follows"
         elif foreign := sorted(_OF_VERIFIERS.keys() & self._required):
             why = f"takes {foreign[0]}, which is not here"
         else:
@@ -166,7 +176,10 @@ class FunctionReward(RewardFunction):
             has = f"which this row does not have; it has: {', '.join(sorted(context))}"
             raise RewardError(f"reward '{self.name}' asks for the column {absent[0]}, {has}; data.fields maps columns")
         if self._takes_all:
-            given = {n: value for n, value in context.items() if n not in self._hidden} | given
+            columns = dict(context)
+            if (target := by_role["target"]) is not None:
+                columns |= {name: target for name in _MEANS_TARGET if context.get(name) is None}
+            given = {n: value for n, value in columns.items() if n not in self._hidden} | given
         if self.takes_lists:
             given = {n: [value] for n, value in given.items()} | {n: logs[n] for n in logs if n in self._roles}
         return given
@@ -223,37 +236,68 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     return [parameter for parameter in found if parameter.name not in getattr(function, "keywords", ())]
 
 
-def alarm_in(function: Any, seen: set[int] | None = None) -> str:
+def alarm_in(function: Any) -> str:
     """What a function uses that works in a main thread alone, as far as its code tells; empty if nothing is found.
 
-    Looked through is what it names: functions and classes, of installed libraries none, and what these name.
+    Looked through is what it names and holds: functions, classes and objects, of other installed libraries none, and
+    what these name and hold.
     """
-    seen = set() if seen is None else seen
-    while isinstance(function, functools.partial | MethodType):
-        function = function.func if isinstance(function, functools.partial) else function.__func__
-    item = inspect.unwrap(function) if isinstance(function, FunctionType) else function
-    home = str(getattr(item, "__module__", None)).partition(".")[0]
-    if home in _LIBRARIES:
-        return home
-    if id(item) in seen or home in _SOUND:
-        return ""
-    is_first = not seen
-    seen.add(id(item))
-    inner: list[Any] = []
-    if isinstance(item, FunctionType) and (is_first or "site-packages" not in item.__code__.co_filename):
+    left, seen, own = [function], dict[int, Any](), ""
+    while left:
+        item = left.pop()
+        if id(item) in seen:
+            continue
+        seen[id(item)] = item  # kept, so that no other gets its id
+        if (parts := _parts(item)) is not None:
+            left += parts
+            continue
+        space = getattr(item, "__dict__", {})
+        if isinstance(item, ModuleType | FunctionType):  # a wrapper says that it is at home where the wrapped one is
+            home = str((space if isinstance(item, ModuleType) else item.__globals__).get("__name__"))
+        else:
+            home = (item if isinstance(item, type) else type(item)).__module__
+        home = home.partition(".")[0]
+        own = own or home
+        if home in _LIBRARIES:
+            return home
+        left += filter(None, [space.get("__wrapped__")])
+        is_installed = "site-packages" in str(getattr(sys.modules.get(home), "__file__", ""))
+        if home in _SOUND or (is_installed and home != own) or isinstance(item, ModuleType):
+            continue
+        if not isinstance(item, FunctionType):
+            left += [dict(space), *(item.__mro__ if isinstance(item, type) else [type(item)])]
+            continue
         names = _names(item.__code__)
         if found := sorted(names & (_LIBRARIES | _ALARMS)):
             return found[0]
-        space = item.__globals__
-        modules = [vars(space[name]) for name in names if isinstance(space.get(name), ModuleType)]
-        inner += [scope[name] for scope in (space, *modules) for name in names if name in scope]
-        inner += [cell.cell_contents for cell in item.__closure__ or ()]
-    elif not isinstance(item, FunctionType | ModuleType):
-        inner += vars(item).values() if isinstance(item, type) else [vars(type(item)).get("__call__")]
-    return next(filter(None, (alarm_in(each, seen) for each in inner)), "")
+        modules = [vars(item.__globals__[n]) for n in names if isinstance(item.__globals__.get(n), ModuleType)]
+        left += [scope[name] for scope in (item.__globals__, *modules) for name in names if name in scope]
+        left += [item.__defaults__, item.__kwdefaults__, *(cell.cell_contents for cell in item.__closure__ or ())]
+    return ""
+
+
+def _parts(item: Any) -> list[Any] | None:
+    """What something holds that has no code of its own; None if it is no such thing."""
+    match item:
+        case functools.partial():
+            return [item.func, *item.args, *item.keywords.values()]
+        case MethodType():
+            return [item.__func__, item.__self__]
+        case staticmethod() | classmethod():
+            return [item.__func__]
+        case property():
+            return [item.fget]
+        case dict():
+            return list(islice(item.values(), 1000))
+        case list() | tuple() | set() | frozenset():
+            return list(islice(item, 1000))
+    return None
 
 
 def _names(code: CodeType) -> set[str]:
     """The names of globals, attributes and imports in a function and in those inside it."""
+    names = set(code.co_names)
+    if names & {"import_module", "__import__"}:
+        names |= {text for text in code.co_consts if isinstance(text, str)}
     inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return {name.partition(".")[0] for name in code.co_names}.union(*map(_names, inner))
+    return {name.partition(".")[0] for name in names}.union(*map(_names, inner))

@@ -67,7 +67,8 @@ class Contains(RewardFunction):
 
     Args:
         strings: What to look for; by default the scenario's `target`, or its items if it is a list.
-        require: Whether `all` strings must be there or `any` one of them is enough.
+        require: Whether `all` strings must be there or `any` one of them is enough. By default all `strings`, and any
+            item of a target, each of which is right.
         ignore_case: Whether upper and lower case are the same; they always are for `true` and `false`.
         **common: `weight`, `name` and `timeout` of every reward.
 
@@ -79,18 +80,18 @@ class Contains(RewardFunction):
         self,
         strings: list[str] | None = None,
         *,
-        require: Literal["all", "any"] = "all",
+        require: Literal["all", "any"] | None = None,
         ignore_case: bool = False,
         **common: Any,
     ) -> None:
         super().__init__(**common)
         if strings is not None and (isinstance(strings, str) or not strings or not all(strings)):
             raise ConfigError(f"strings={strings!r} must be a list of non-empty strings; leave it out for the target")
-        if require not in ("all", "any"):
+        if require not in ("all", "any", None):
             raise ConfigError(f"require={require!r} must be 'all' or 'any'")
         self.needs = ("target",) if strings is None else ()
         self.strings = strings
-        self.require = require
+        self.require = require or ("any" if strings is None else "all")
         self.ignore_case = ignore_case
 
     def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:

@@ -66,8 +66,11 @@ def check_rewards(splits: Mapping[Any, Iterable[Scenario]], rewards: Sequence[Re
 def _remedy(column: str, columns: Mapping[str, Any]) -> str:
     """What to do about a column that no row has, by the columns of one row."""
     present = [name for name, value in columns.items() if value is not None and name not in ("id", "rewards")]
+    has_target = column in TARGET_NAMES and "target" in present  # which may be no column of the file
+    present = [name for name in present if not (has_target and name == "target")]
     likely = TARGET_NAMES if column in TARGET_NAMES else ()
     plain = {name.strip().lower(): name for name in present}
     near = [plain[word] for word in (column, *get_close_matches(column, plain), *likely) if word in plain]
     fields = f"set data.fields.{column}={near[0]!r}" if near else f"name one by data.fields.{column}"
-    return f"there are {', '.join(map(repr, present))}: {fields}, or leave the reward out"
+    use_target = ", let it take the target" if has_target else ""
+    return f"there are {', '.join(map(repr, present))}: {fields}{use_target}, or leave the reward out"

@@ -26,6 +26,18 @@ def test_in_a_pipe_blank_lines_are_skipped_and_end_nothing(monkeypatch, capsys):
     assert not [line for line in capsys.readouterr().out.splitlines() if not line.startswith("policy: ")]
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the second where no locale is set
+def test_a_line_that_is_no_utf_8_is_refused_and_the_next_one_answered(errors, monkeypatch, capsys):
+    piped = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n1 + 1\n"), "utf-8", errors)
+    monkeypatch.setattr(sys, "stdin", piped)
+    main([*WORDS, "tiny"])
+    printed = capsys.readouterr()
+    assert len([line for line in printed.out.splitlines() if not line.startswith("policy: ")]) == 1
+    assert [line for line in printed.err.splitlines() if "error: " in line] == [
+        "error: the prompt 'caf\\udce9' is no UTF-8; convert it (iconv -t UTF-8)"
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

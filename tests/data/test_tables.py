@@ -187,6 +187,27 @@ def test_a_damaged_file_says_so_in_a_line(tmp_path, write, name, damage):
     assert len(str(refused.value).splitlines()) <= 4
 
 
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (
+            lambda datasets, pandas: datasets.DatasetDict(test=datasets.Dataset.from_list(ROWS)),
+            "has the splits test, and",
+        ),
+        (
+            lambda datasets, pandas: datasets.DatasetDict(fold=datasets.Dataset.from_list(ROWS)),
+            "must hold .*, not DatasetDict with",
+        ),
+        (lambda datasets, pandas: datasets.DatasetDict(), "must hold a list of rows, not DatasetDict"),
+        (lambda datasets, pandas: pandas.Series(["a", "b"], name="prompt"), "must hold a list of rows, not Series"),
+    ],
+)
+def test_what_holds_no_rows_of_this_split_is_an_error_in_a_line(made, message):
+    value = made(pytest.importorskip("datasets"), pytest.importorskip("pandas"))
+    with pytest.raises(DataError, match=f"data.train: {message}"):
+        read_split(value, "train")
+
+
 def test_what_cannot_be_read_says_what_to_do(tmp_path, write, monkeypatch):
     save(tmp_path / "saved", splits=True)
     write("splits.json", json.dumps({"train": ROWS, "test": OTHER}))

@@ -71,6 +71,10 @@ SHAPES = [{"call": "f()", "result": [{1, 2}, (1, 2), {"a": None, 2: True}]}]
         ("python", "def f(): return [[1, 2], [1, 2], {2: True, 'a': None}]", SHAPES, 0),
         ("python", "def f(): return [{1, 2}, [1, 2], {'2': True, 'a': None}]", SHAPES, 0),
         ("python", "def add(a, b):\n    import numpy\n    return numpy.int64(a) + b", CALLS[:1], 1),
+        ("python", READS + "print(a + b)", [{**SUM[0], "testtype": "stdin"}], 1),
+        ("python", "def odd(a): return a % 2", ["assert odd(3)", "assert not odd(4)", "assert odd(4)"], 2 / 3),
+        ("python", "def odd(a): return a % 2 == 1", ["assert odd(3) is True", "assert odd(4) is not True"], 1),
+        ("python", "def odd(a): return a % 2", ["assert odd(3) is True", "assert odd(3) is not None"], 0.5),
         ("sh", "read a b\necho $((a + b))", SUM, 1),
         ("sh", "cat | tr ' ' '+' | sed 's/.*/$((&))/;s/^/echo /' | sh", SUM, 1),
         ("sh", "echo 3", SUM, 0.5),
@@ -105,6 +109,8 @@ def test_the_code_is_the_last_block_of_its_language() -> None:
     [
         *(None, [], 3, [None], "assert f() == 1", ["f() == 1"], ["assert f() == g()"], ["assert f("]),
         *(["assert f() == 1; import os"], [{"input": "1"}], [{"input": 1, "output": "1"}]),
+        *([{"input": "1", "output": "1", "testtype": "functional"}], [{"input": "1", "output": "1", "fn_name": "f"}]),
+        *({"inputs": ["1"], "outputs": ["1"], "fn_name": "f"}, ["assert math.isclose(f(), 1)"], ["assert f() > 1"]),
         *({"inputs": ["1"], "outputs": []}, {"inputs": 3}),
     ],
 )

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from stateset_lightning.data.shapes import RowOptions
+from stateset_lightning.data.sources import read_split
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.rewards import FunctionReward, GroupReward, RewardFunction, Scorer, as_rewards, failure_counts
 from stateset_lightning.rewards.base import to_outcome, written
@@ -41,6 +43,11 @@ def question_answer(question, answer): assert question == "2 + 2?"; return answe
 def answer_target(answer, target): return answer == target
 def output_expected(output, expected): return output == expected
 def response_answer(response, answer): assert answer == "4"; return response == answer
+def model_last(correct_answer, model_answer): return correct_answer == "4" == model_answer
+def sklearn(y_true, y_pred): assert y_true == "4"; return y_pred == y_true
+def truth_guess(truth, guess): assert truth == "4"; return guess == truth
+def gt_pred(gt, pred): assert gt == "4"; return pred == gt
+def answers_text(answers, output_text): assert answers == "4"; return output_text == answers
 def keywords(*, completion, ground_truth): return completion == ground_truth
 def positional(completion, target, /): return completion == target
 def with_column(completion, target, difficulty): return completion == target and difficulty == 3
@@ -63,6 +70,10 @@ def verl_short(solution_str, ground_truth, method="strict", format_score=0.0, sc
 def verifiers(completion, answer, **kwargs):
     assert kwargs["difficulty"] == 3 and kwargs["extra_info"] == {"index": 7} and "completion" not in kwargs
     return 1.0 if completion == answer else 0.0
+def verifiers_keywords(completion, **kwargs): return completion == kwargs["answer"] == kwargs["target"]
+def trl_answer(completions, answer, **kwargs): return [float(c == a) for c, a in zip(completions, answer)]
+def trl_solution(prompts, completions, solution): return [float(c == s) for c, s in zip(completions, solution)]
+def trl_keywords(completions, **kwargs): return [float(c == t) for c, t in zip(completions, kwargs["ground_truth"])]
 def openrlhf(queries, prompts, labels):
     assert [query[len(prompt):] for query, prompt in zip(queries, prompts)] in (["4"], ["5"])
     return torch.tensor([float(q.endswith(label)) for q, label in zip(queries, labels)])
@@ -84,7 +95,7 @@ NAMES = re.findall(r"^(?:async )?(?:def|class) (\w+)", FORMS, re.MULTILINE)
 
 
 def run(reward, answers=("4", "5"), columns=None):
-    scenario = SCENARIO if columns is None else Scenario(id="a", **columns)
+    scenario = SCENARIO if columns is None else Scenario(**{"id": "a", **columns})
     with Scorer(reward) as scorer, scorer.start(len(answers), num_generations=len(answers)) as session:
         for n, answer in enumerate(answers):
             session.submit(n, [*scenario.turns(), Turn("assistant", answer)], scenario.columns(), completion_tokens=1)
@@ -127,7 +138,7 @@ REFUSED = {
     "def f(solution, answer): return solution == answer": "takes (solution, answer)",
     "def f(prompt, thing, /): return prompt == '2 + 2?' and thing == '4'": "takes (prompt, thing)",
     "def f(completion, response): return completion == response": "takes (completion, response)",
-    "def f(guess, target, difficulty=1): return guess == target": "takes (guess, target, difficulty)",
+    "def f(thing, target, difficulty=1): return thing == target": "takes (thing, target, difficulty)",
     "async def f(a, b): return a == b": "takes (a, b)",
     "def f(completion, state): return completion == state['answer'] == state['completion']": "takes state",
     "def f(completion, parser, answer): return parser.parse_answer(completion) == answer": "takes parser",
@@ -145,6 +156,8 @@ def test_any_other_is_refused_with_a_wrapper_that_works_when_pasted(code):
     assert message.startswith(f"reward 'f' {REFUSED[code]}")
     assert "f(completion, target), f(prompt, completion) or f(turns, context)" in message
     assert "\n" not in message
+    is_guess = REFUSED[code] in ("takes (a, b)", "takes (solution, answer)", "takes (completion, response)")
+    assert (re.search(r"; if (\w+) gets it, swap what \w+ and \1 get", message) is not None) == is_guess
     exec(re.search(r"(async )?def f_reward.*", message)[0], namespace)
     assert run(namespace["f_reward"], ["4"]).totals_N.tolist() == [1.0]
 
@@ -173,6 +186,29 @@ def test_a_column_of_the_very_name_comes_before_the_target_and_verl_gets_what_ve
         return (ground_truth, question, data_source, extra_info) == ("5", "Sum?", None, {})
 
     assert run(columns, ["x"], {"prompt": "p", "target": "4", "ground_truth": "5", "question": "Sum?"}).totals_N == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "fields", "expected"),
+    [
+        ({"question": "2 + 3?", "answer": 5.0}, None, 5),
+        ({"question": "Half?", "answer": 0.5}, None, 0.5),
+        ({"question": "Which?", "choices": ["red", "blue"], "answer": 1}, None, "B"),
+        ({"prompt": "Which?", "label": 1}, {"target": "{{ 'AB'[label] }}"}, "B"),
+        ({"prompt": "Which?", "label": [1.0, 2.0]}, {"target": "label"}, [1, 2]),
+        ({"prompt": "Why?", "label": "So: 5"}, {"target": "{{ label[-1] }}"}, "So: 5"),
+        ({"prompt": "After 4?", "n": 4, "label": "x"}, {"target": "{{ n + 1 }}"}, "x"),
+    ],
+)
+def test_the_targets_own_column_is_the_target_as_built_in_rewards_see_it(row, fields, expected):
+    columns = read_split([row], "train", RowOptions(fields=fields)).scenarios[0].columns()
+    name = "answer" if "answer" in row else "label"
+    namespace = {}
+    exec(f"def one(completion, {name}): seen.append({name}); return 1.0", space := {"seen": (seen := [])}, namespace)
+    exec(f"def trl(completions, {name}, **all): seen.extend({name}); return [1.0]", space, namespace)
+    assert run([namespace["one"], namespace["trl"]], ["x"], columns).totals_N == 2
+    assert [repr(value) for value in seen] == [repr(expected)] * 2
+    assert columns.get("n", 4) == 4
 
 
 def test_what_is_required_and_not_there_is_missing_and_fails():
@@ -218,7 +254,11 @@ def test_any_other_return_value_fails_and_says_what_to_return(output):
 # Alarms in a thread ---------------------------------------------------------------------------------------------------
 
 ALARMED = """
+import functools
+import importlib
 import signal
+from functools import partial
+from stateset_lightning.rewards import RewardFunction
 from math_verify import parse, verify
 
 class Timeout:
@@ -256,7 +296,65 @@ async def waits(completion, target):
 
 def innocent(completion, target):
     return float(completion == target)
+
+class WithMethod:
+    def __call__(self, completion, target):
+        return self._grade(completion, target)
+    def _grade(self, completion, target):
+        return by_class(completion, target)
+
+class Reward(RewardFunction):
+    def compute_reward(self, turns, context=None):
+        return self._grade(turns[-1].content, context["target"])
+    def _grade(self, completion, target):
+        return by_class(completion, target)
+
+class Inherits(Reward):
+    name = "inherits"
+
+class Holds:
+    def __init__(self, grade):
+        self.grade = grade
+    def __call__(self, completion, target):
+        return self.grade(completion, target)
+
+def by_default(completion, target, grade=by_class):
+    return grade(completion, target)
+
+def by_keyword_default(completion, target, *, grade=by_class):
+    return grade(completion, target)
+
+def by_argument(grade, completion, target):
+    return grade(completion, target)
+
+GRADERS = {"maths": [by_class]}
+
+def by_table(completion, target):
+    return GRADERS["maths"][0](completion, target)
+
+def by_name(completion, target):
+    return float(importlib.import_module("math_verify").verify(target, completion))
+
+def by_signal(completion, target):
+    signal.signal(signal.SIGALRM, lambda *_: None)
+
+@functools.cache
+def cached(completion, target):
+    return by_class(completion, target)
+
+def timed(function):
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        with Timeout():
+            return function(*args, **kwargs)
+    return call
+
+wrapped = timed(innocent)
 """
+
+HIDDEN = """WithMethod() Reward() Inherits() Holds(by_class) Holds({"a": [by_class]}) Holds(innocent).grade by_default
+by_keyword_default partial(by_argument,by_class) partial(innocent,target=by_class) by_table by_name by_signal cached
+wrapped Holds(importlib.import_module("math_verify")) Holds(innocent)"""
 
 
 @pytest.fixture(scope="module")
@@ -287,6 +385,13 @@ def test_what_sets_alarms_is_noticed_and_gets_a_process(alarmed, caplog):
         assert [reward.timeout for reward in scorer.rewards] == [None, 3]
     with pytest.raises(ConfigError, match=r"'waits' uses alarm.* write it as a plain `def`"):
         Scorer(alarmed.waits)
+
+
+@pytest.mark.parametrize("made", re.findall(r"\S+\(\{.*?\}\)|\S+", HIDDEN))
+def test_an_alarm_is_found_wherever_a_reward_holds_what_sets_it(made, alarmed):
+    pytest.importorskip("math_verify")
+    (reward,) = as_rewards(eval(made, vars(alarmed)))
+    assert bool(alarm_in(written(reward))) == (made not in ("Holds(innocent).grade", "Holds(innocent)"))
 
 
 def test_built_in_rewards_set_no_alarms_that_a_time_out_is_needed_for():

@@ -2,9 +2,12 @@
 
 import pickle
 import sys
+from decimal import Decimal
 
+import numpy as np
 import pytest
 
+from stateset_lightning.data.sources import read_split
 from stateset_lightning.errors import ConfigError, DataError
 from stateset_lightning.rewards import Contains, ExactMatch, FormatReward, JsonValid, RegexMatch
 from stateset_lightning.types import Turn
@@ -47,6 +50,29 @@ def test_exact_match_without_an_answer_fails(target):
 
 
 @pytest.mark.parametrize(
+    ("target", "text"),
+    [
+        (np.float32(0.1), "0.1"),
+        (np.array([0.3, 0.1], np.float32), "0.1"),
+        (np.float16(0.1), "0.1"),
+        (1e-05, "0.00001"),
+        ([1e20, -2.5e-7], "-0.00000025"),
+        (1e20, "100000000000000000000"),
+        (Decimal("0.12345678901234567890"), "0.12345678901234567890"),
+        (Decimal("12345678901234567890"), "12345678901234567890"),
+        (Decimal("5.00"), "5"),
+    ],
+)
+def test_a_numbers_text_is_the_shortest_and_has_no_exponent(target, text):
+    frame = pytest.importorskip("pandas").DataFrame({"prompt": ["a"], "target": [target]})
+    if isinstance(target, np.float32):
+        frame = frame.astype({"target": "float32"})
+    for rows in ([{"prompt": "a", "target": target}], frame):
+        found = read_split(rows, "train").scenarios[0].target
+        assert score(ExactMatch(), text, found) == 1.0
+
+
+@pytest.mark.parametrize(
     ("options", "text", "target", "expected"),
     [
         ({"strings": ["red", "blue"]}, "red and blue", None, 1.0),
@@ -57,7 +83,9 @@ def test_exact_match_without_an_answer_fails(target):
         ({"strings": ["Red"], "ignore_case": True}, "RED", None, 1.0),
         ({}, "the city of Paris.", "Paris", 1.0),
         ({"require": "any"}, "Paris", ["Lyon", "Paris"], 1.0),
-        ({}, "Paris", ["Lyon", "Paris"], 0.0),
+        ({}, "It was the Denver Broncos", ["Denver Broncos", "The Broncos"], 1.0),
+        ({}, "Rome", ["Lyon", "Paris"], 0.0),
+        ({"require": "all"}, "Paris", ["Lyon", "Paris"], 0.0),
     ],
 )
 def test_contains(options, text, target, expected):

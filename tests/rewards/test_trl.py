@@ -105,11 +105,11 @@ def test_any_other_answer_is_an_error_that_shows_it(answer):
 
 
 def test_an_absent_column_is_named_with_those_that_there_are():
-    def grade(completions, solution, **kwargs):
+    def grade(completions, proof, **kwargs):
         return [1.0]
 
     with pytest.raises(
-        RewardError, match=r"'grade' asks for the column solution.* it has: .*difficulty.*target.*; data\.fields maps"
+        RewardError, match=r"'grade' asks for the column proof.* it has: .*difficulty.*target.*; data\.fields maps"
     ):
         call(grade)
 

@@ -51,10 +51,13 @@ def judge():
         (lambda: EmbeddingSimilarity("a/b"), {"label": "4"}, "needs the column target, .*data.fields.target='label'"),
         (ExactMatch, {"x": 1}, "there are 'prompt', 'x': name one by data.fields.target, or leave the reward"),
         (lambda: verl, {"gold": "4"}, "reward 'verl' needs the column target, .*data.fields.target='gold'"),
-        (lambda: trl, {"target": "4", "solutions": "4"}, "'trl' needs the column solution, .*solution='solutions'"),
-        (lambda: trl, {"target": "4"}, "'trl' needs the column solution, .*data.fields.solution='target'"),
+        (lambda: trl, {"gold": "4"}, "'trl' needs the column target, .*data.fields.target='gold'"),
         (Own, {"levels": 1}, "reward 'own' needs the column level, .*data.fields.level='levels'"),
-        (judge, {"target": "4"}, "reward 'model_judge' needs the column reference, .*data.fields.reference='target'"),
+        (
+            judge,
+            {"target": "4"},
+            "reward 'model_judge' needs the column reference, .*: name one by data.fields.reference, let it",
+        ),
     ],
 )
 @pytest.mark.parametrize("split", ["train", "validation"])
