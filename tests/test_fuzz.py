@@ -255,6 +255,12 @@ def files_of_rows(draw: Any) -> tuple[str, bytes, list[dict[str, Any]]]:
     return suffix, kinds[suffix](rows), rows
 
 
+def as_text(row: dict[str, Any]) -> str:
+    """What a row holds. A cell that is NaN is missing."""
+    missing = {name: None for name, value in row.items() if isinstance(value, float) and math.isnan(value)}
+    return json.dumps(row | missing, default=repr, sort_keys=True)
+
+
 @quick(300)
 @given(files_of_rows(), st.none() | st.tuples(st.integers(0, 400), st.binary(max_size=2)))
 def test_files_of_every_kind_are_read_whole_or_refused(file, damage):
@@ -276,7 +282,7 @@ def test_files_of_every_kind_are_read_whole_or_refused(file, damage):
         assert [scenario.prompt for scenario in scenarios] == [row["prompt"] for row in rows]
         for scenario, row in zip(scenarios, rows, strict=True):
             held = {name: scenario.columns()[name] for name in row}
-            assert json.dumps(held, default=repr, sort_keys=True) == json.dumps(row, default=repr, sort_keys=True)
+            assert as_text(held) == as_text(row)
 
 
 class Odd:

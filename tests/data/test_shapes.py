@@ -639,7 +639,7 @@ def test_a_final_assistant_turn_can_be_refused():
         ("4", {"style": "rule", "ground_truth": 4.0}, 1),
         ("3", {"text": ["3"], "answer_start": [1]}, 1),
         ("4", [USER, ANSWER], 1),
-        ("1e+300", 1e300, 1),
+        ("1" + "0" * 300, 1e300, 1),
         ("nan", math.nan, None),
         ("nan", None, None),
         ("None", {"ground_truth": None}, None),
