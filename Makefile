@@ -56,6 +56,9 @@ hostile: $(READY) ## rewards, servers, files, signals and disks that do what the
 check-models: $(READY) ## every causal language model that transformers has: right, or refused; writes docs/models.md; half an hour, resumable
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/check_models.py --trl --page docs/models.md
 
+fuzz: $(READY) ## a hundred thousand generated files, configs and reward results: read whole or refused in a line; half an hour
+	STATESET_FUZZ=100 $(BIN)/python -m pytest -q -s -n 0 tests/test_fuzz.py
+
 mutants: $(READY) ## break the maths, the resume and the packing in small ways and see that the tests notice; some minutes
 	$(BIN)/python benchmarks/mutants.py
 
