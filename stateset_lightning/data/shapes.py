@@ -60,7 +60,8 @@ _NULLS = (None, "null")  # a flag's null is text: --data.fields.messages=null
 # Never proposed as prompts; of other texts, the likely ones are.
 _NO_QUESTION = re.compile(
     r"(.*_)?(id|ids|idx|index|uuid|guid|hash|labels?|target|class|category|tags?|score|level|type|subject|source|url|path"
-    r"|code|sol|opt|op[a-h]|options?[a-h]?|ctx|choices?|endings?|tests?|distractors?|split|lang|language|date|time|timestamp|name|title|topic|model|file|filename|dataset|difficulty|sentiment|emotion"
+    r"|code|sol|opt|op[a-h]|options?[a-h]?|ctx|choices?|endings?|tests?|distractors?|split|lang|language|date|time"
+    r"|timestamp|name|title|topic|model|file|filename|dataset|difficulty|sentiment|emotion"
     r"|intent|rating|gold|summary|chosen|rejected|answers?|solution|completion|response|output)\d*(_.*)?|system.*"
 )
 _LIKELY = ("text", "input", "content", "sentence")
@@ -98,7 +99,7 @@ class RowOptions:
             if (value := getattr(self, name)) not in (None, *get_args(hint)):
                 raise ConfigError(f"data.{name}={value!r} must be one of {', '.join(get_args(hint))}")
         for name, option in _TEMPLATES.items():
-            if (self.fields or {}).get(name) not in _NULLS and getattr(self, option) is not None:
+            if columns.get(name) not in _NULLS and getattr(self, option) is not None:
                 raise ConfigError(f"data.{option} and data.fields.{name} are both given; leave one of them out")
 
     def of(self, said: Mapping[str, Any]) -> "RowOptions":

@@ -70,6 +70,7 @@ class Source(RowOptions):
 # The rows of one file or list: the index of their source, what begins their ids, and what does instead where others
 # begin so, too, and the source has no name.
 _Found = tuple[int, Rows, str, str]
+_Read = list[RawRow | Problem]
 
 _ORIGINS = ("path", "rows", "reasoning_gym")
 SplitSpec = str | os.PathLike[str] | Sequence[Source | Mapping[str, Any]]
@@ -102,12 +103,14 @@ def read_split(
         sizes = [len(rows) for _, rows, *_ in lists]
         size = sum(rows.num_bytes for _, rows, *_ in lists)
         is_large = sum(sizes) > content.LARGE_ROWS or size > content.LARGE_BYTES
-        parts = _parts(lists, sources, options, split, content.SAMPLE if is_large else None)
+        # Each row is read once, for the shape and for the scenarios; of a large split the first ones are.
+        readings = [list(islice(rows, content.SAMPLE if is_large else None)) for _, rows, *_ in lists]
+        parts = _parts(lists, readings, sources, options, split)
         checked: list[tuple[Scenario, str]] = []
         problems: list[Problem] = []
         cut = f", the first {first:,} rows of each file" if first and max(sizes, default=0) > first else ""
         for i, part in enumerate(parts):
-            scenarios, bad = part.scenarios(islice(part.rows, content.SAMPLE if is_large else first))
+            scenarios, bad = part.scenarios(readings[i] if is_large else readings[i][:first])
             checked += scenarios
             problems += bad
             if is_large and part.rows.end:
@@ -133,18 +136,18 @@ def read_split(
 
 
 def _parts(
-    lists: Sequence[_Found], sources: Sequence[Source], options: RowOptions, split: str, sample: int | None
+    lists: Sequence[_Found], readings: Sequence[_Read], sources: Sequence[Source], options: RowOptions, split: str
 ) -> list[Part]:
-    """The rows with their shape, which the first `sample` rows of each decide, and what begins their ids."""
+    """The rows with their shape, which the readings of each decide, and what begins their ids."""
     stems = Counter(stem for *_, stem, _ in lists)
     parts = []
-    for index, rows, stem, path in lists:
+    for (index, rows, stem, path), read in zip(lists, readings, strict=True):
         source = sources[index]
         if not len(rows) and not rows.end:
             raise DataError(f"{rows.origin} has no rows; give at least one scenario")
         said = RowOptions(format="prompt") if source.reasoning_gym else options.of(vars(source))
-        first = [row for row in islice(rows, sample) if isinstance(row, RawRow)]
-        shape = recognise(first, said, str(rows.origin), needs_target=split != "predict")
+        sample = [row for row in read if isinstance(row, RawRow)]
+        shape = recognise(sample, said, str(rows.origin), needs_target=split != "predict")
         parts.append(Part(rows, shape, stem if stems[stem] == 1 else source.name or path, source.rewards))
     return parts
 
@@ -231,8 +234,8 @@ def _row_lists(source: Source, index: int, num_sources: int, split: str) -> Iter
         keep_inputs(*files)
         for file in files:
             stem = unpacked(file).stem
-            is_table = file.suffix.lower() in TABLES or is_saved(file)
-            rows: Rows = read_table(file, split) if is_table else read_file(file, split)
+            is_text = file.suffix.lower() not in TABLES and not is_saved(file)
+            rows: Rows = read_file(file, split) if is_text else read_table(file, split)
             yield index, rows, stem, str(file.with_name(stem))
         if not files:
             yield index, read_hub(path, split), path, path

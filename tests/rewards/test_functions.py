@@ -4,11 +4,11 @@ import asyncio
 import functools
 import pickle
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from own_modules import own_module
 
 from stateset_lightning.data.shapes import RowOptions
 from stateset_lightning.data.sources import read_split
@@ -359,14 +359,8 @@ wrapped Holds(importlib.import_module("math_verify")) Holds(innocent)"""
 
 @pytest.fixture(scope="module")
 def alarmed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alarmed")
-    (folder / "alarmed_rewards.py").write_text(ALARMED)
-    sys.path.insert(0, str(folder))
-    import alarmed_rewards
-
-    yield alarmed_rewards
-    sys.path.remove(str(folder))
-    del sys.modules["alarmed_rewards"]
+    with own_module(tmp_path_factory.mktemp("alarmed"), "alarmed_rewards", ALARMED) as alarmed_rewards:
+        yield alarmed_rewards
 
 
 def test_what_sets_alarms_is_noticed_and_gets_a_process(alarmed, caplog):

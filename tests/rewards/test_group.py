@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from judge_server import Server
+from judge_server import serving
 from module_runs import DigitReward, fit, make_data, make_module
 
 from stateset_lightning import RewardFunction, RolloutConfig
@@ -279,11 +279,8 @@ TEXT = re.compile(r"<answer-(\d+)-([0-9a-f]{16})>\n(.*?)\n</answer-\1-\2>", re.D
 
 @pytest.fixture
 def server():
-    server = Server()
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving() as server:
+        yield server
 
 
 def by_length(request):

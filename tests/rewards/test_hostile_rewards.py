@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from module_runs import fit, weights
+from own_modules import own_module
 
 from stateset_lightning import GRPOLightningModule, RolloutConfig
 from stateset_lightning.policy import PolicyConfig, load_model
@@ -45,14 +46,8 @@ class Doing(RewardFunction):
 
 @pytest.fixture(scope="module")
 def doing(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hostile_code")
-    (folder / "doing_rewards.py").write_text(CODE)
-    sys.path.insert(0, str(folder))
-    import doing_rewards
-
-    yield doing_rewards.Doing
-    sys.path.remove(str(folder))
-    del sys.modules["doing_rewards"]
+    with own_module(tmp_path_factory.mktemp("hostile_code"), "doing_rewards", CODE) as doing_rewards:
+        yield doing_rewards.Doing
 
 
 def run(scorer, texts, context=None):

@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from http.server import ThreadingHTTPServer
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from judge_server import Handler, Server
+from judge_server import Handler, serving
 from module_runs import fit, make_data, make_module
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -27,11 +26,8 @@ RUBRIC = "Is the answer polite? A perfect one: {target}"
 
 @pytest.fixture
 def server():
-    server = Server()
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving() as server:
+        yield server
 
 
 def judge(server, **options):

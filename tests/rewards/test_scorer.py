@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from own_modules import own_module
 from timing import within
 
 from stateset_lightning.errors import ConfigError, DataError, RewardError
@@ -76,14 +77,8 @@ class Blocking(RewardFunction):
 @pytest.fixture(scope="module")
 def blocking(tmp_path_factory):
     """A reward of a user's own module, which worker processes import."""
-    folder = tmp_path_factory.mktemp("user_code")
-    (folder / "blocking_rewards.py").write_text(BLOCKING_REWARDS)
-    sys.path.insert(0, str(folder))
-    import blocking_rewards
-
-    yield blocking_rewards.Blocking
-    sys.path.remove(str(folder))
-    del sys.modules["blocking_rewards"]
+    with own_module(tmp_path_factory.mktemp("user_code"), "blocking_rewards", BLOCKING_REWARDS) as blocking_rewards:
+        yield blocking_rewards.Blocking
 
 
 def turns(text="x"):

@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+from own_modules import own_module
 from timing import within
 
 from stateset_lightning.errors import ConfigError
@@ -61,14 +62,8 @@ def pool():
 @pytest.fixture(scope="module")
 def functions(tmp_path_factory):
     """Functions of a user's own module, which worker processes import."""
-    folder = tmp_path_factory.mktemp("user_functions")
-    (folder / "user_functions.py").write_text(FUNCTIONS)
-    sys.path.insert(0, str(folder))
-    import user_functions
-
-    yield user_functions
-    sys.path.remove(str(folder))
-    del sys.modules["user_functions"]
+    with own_module(tmp_path_factory.mktemp("user_functions"), "user_functions", FUNCTIONS) as user_functions:
+        yield user_functions
 
 
 def call(pool, name, *args, timeout=20.0):
