@@ -5,10 +5,8 @@ number (`float`, `int`, `bool`, a numpy or torch scalar), a `RewardResult`, `{"s
 None for "does not apply". Whatever else it does (raise, take too long, return NaN or no number) fails the completion.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: jsonargparse would then drop the bounds of rewards' annotated types (4.53).
 import copy
-import functools
 import inspect
 import math
 import re
@@ -17,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from stateset_lightning.errors import ConfigError, DataError, RewardError
 from stateset_lightning.redaction import redacted_text
@@ -56,10 +54,18 @@ class RewardResult:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
+def snake_case(class_name: str) -> str:
+    """`JSONValidReward` -> `json_valid`."""
+    name = class_name.removesuffix("Reward") or class_name
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).strip("_").lower()
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
 class RewardFunction(ABC):
     """Base class of all rewards: subclass it and write `compute_reward`, as `def` or `async def`.
 
-    A subclass may define its own `__init__` without calling this one: the defaults are class attributes.
+    A subclass may define its own `__init__` without calling this one: the defaults are class attributes. Or it is a
+    dataclass as this one, with its options as fields; a `__post_init__` then calls this one first.
 
     Args:
         weight: Factor of this reward in a completion's total. A reward of weight 0 is held out: it is computed and
@@ -75,23 +81,19 @@ class RewardFunction(ABC):
     """
 
     weight: float = 1.0
+    name: str = None  # type: ignore[assignment]  # None is that of the class
     timeout: float | None = None
     # Columns without which it cannot score: a run whose rows have none of one is refused at the start.
-    needs: Collection[str] = ()
+    needs: Collection[str] = field(default=(), init=False)
     # Whether it scores several completions in a call, by its `compute_rewards`.
     scores_several = False
-    compute_rewards: Callable[..., Any]
+    compute_rewards: ClassVar[Callable[..., Any]]
 
-    def __init__(self, *, weight: float = 1.0, name: str | None = None, timeout: float | None = None) -> None:
-        self.weight = weight
-        self.timeout = timeout
-        if name:
-            self.name = name
+    def __init_subclass__(cls) -> None:
+        cls.name = vars(cls).get("name") or snake_case(cls.__name__)
 
-    @functools.cached_property
-    def name(self) -> str:
-        """Name in logs and in a scenario's `rewards` column."""
-        return snake_case(type(self).__name__)
+    def __post_init__(self) -> None:
+        self.name = self.name or type(self).name
 
     @abstractmethod
     def compute_reward(self, turns: Turns, context: Context = None) -> Any:
@@ -155,12 +157,6 @@ def is_async(reward: RewardFunction) -> bool:
     """Whether the reward is written as `async def`; a `def` that returns an awaitable is not."""
     call = written(reward)
     return any(map(inspect.iscoroutinefunction, (call, getattr(call, "__call__", None))))  # noqa: B004
-
-
-def snake_case(class_name: str) -> str:
-    """`JSONValidReward` -> `json_valid`."""
-    name = class_name.removesuffix("Reward") or class_name
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).strip("_").lower()
 
 
 # What built-in rewards read from a conversation and its scenario -----------------------------------------------------

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
@@ -36,6 +37,7 @@ _slots = threading.BoundedSemaphore(os.cpu_count() or 1)
 
 
 @bounded("code")
+@dataclass(kw_only=True, eq=False)
 class CodeReward(RewardFunction):
     """The share of the scenario's tests that the completion's code passes, between 0 and 1.
 
@@ -61,23 +63,17 @@ class CodeReward(RewardFunction):
         ConfigError: If an option is unusable.
     """
 
-    def __init__(
-        self,
-        *,
-        language: Literal["python", "sh"] = "python",
-        tests: str = "tests",
-        all_or_nothing: bool = False,
-        case_timeout: Seconds = 5.0,
-        total_timeout: Seconds = 60.0,
-        memory: Annotated[int, Ge(64)] = 1024,
-        **common: Any,
-    ) -> None:
-        super().__init__(**common)
-        if language not in _TAGS:
-            raise ConfigError(f"language={language!r} of reward '{self.name}' must be one of {', '.join(_TAGS)}")
-        self.tests, self.all_or_nothing, self.language = tests, all_or_nothing, language
-        self._task: dict[str, Any] = {"language": language, "site": site.getsitepackages(), "memory": memory}
-        self._task |= {"case_timeout": case_timeout, "total_timeout": total_timeout}
+    language: Literal["python", "sh"] = "python"
+    tests: str = "tests"
+    all_or_nothing: bool = False
+    case_timeout: Seconds = 5.0
+    total_timeout: Seconds = 60.0
+    memory: Annotated[int, Ge(64)] = 1024
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.language not in _TAGS:
+            raise ConfigError(f"language={self.language!r} of reward '{self.name}' must be one of {', '.join(_TAGS)}")
 
     def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
         cases = self._cases(context or {})
@@ -109,7 +105,9 @@ class CodeReward(RewardFunction):
     def _run(self, code: str, cases: list[_Case]) -> list[str]:
         """How each case ended: `passed`, `wrong`, `timeout`, `memory` or `error`."""
         shown = [{"input": given, "call": call} for given, call, _ in cases]
-        task = self._task | {"code": code, "cases": shown, "namespaces": sandbox.NAMESPACE_FLAGS}
+        limits = {name: getattr(self, name) for name in ("language", "case_timeout", "total_timeout", "memory")}
+        kept = {"site": site.getsitepackages(), "namespaces": sandbox.NAMESPACE_FLAGS}
+        task = {"code": code, "cases": shown, **limits, **kept}
         environment = {"PATH": os.defpath, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         folder = tempfile.mkdtemp(prefix="code-")
         try:
@@ -121,7 +119,7 @@ class CodeReward(RewardFunction):
                     cwd=folder,
                     env=environment,
                     start_new_session=True,
-                    timeout=self._task["total_timeout"] + 60,
+                    timeout=self.total_timeout + 60,
                     check=False,
                 )
         finally:  # not with Python's own means, which fail where folders lie deeper than it can call functions

@@ -6,6 +6,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -54,6 +55,7 @@ _ALARMS = {"alarm", "setitimer", "signal"}
 _SOUND = sys.stdlib_module_names | {"stateset_lightning"}
 
 
+@dataclass(eq=False)
 class FunctionReward(RewardFunction):
     """A function as a reward, sync or async, called by the names of its parameters.
 
@@ -83,13 +85,15 @@ class FunctionReward(RewardFunction):
             function to give in its place.
     """
 
-    def __init__(self, function: Callable[..., Any], *, conversational: bool | None = None, **common: Any) -> None:
-        self.function, self.conversational = function, conversational
+    function: Callable[..., Any]
+    conversational: bool | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        function = self.function
         while isinstance(function, functools.partial):
             function = function.func
         name = getattr(function, "__name__", None) or snake_case(type(function).__name__)
-        self.name = "function" if name == "<lambda>" else name
-        super().__init__(**common)
+        self.name = self.name or ("function" if name == "<lambda>" else name)
         parameters = _parameters(self.function)
         self.takes_lists = is_list_function(self.function)
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)

@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from stateset_lightning.errors import RewardError
@@ -44,6 +45,7 @@ class GroupReward(RewardFunction):
         raise RewardError(f"reward '{self.name}' compares the completions of a prompt and scores none by itself")
 
 
+@dataclass(eq=False)
 class RelativeLength(GroupReward):
     """Shorter is better among the right completions of a prompt: 0.5 for the shortest, -0.5 for the longest of them.
 
@@ -61,10 +63,12 @@ class RelativeLength(GroupReward):
         ConfigError: If there is no such reward.
     """
 
-    def __init__(self, right_by: str, *, right_at: float = 1.0, **common: Any) -> None:
-        super().__init__(**common)
-        self.right_by, self.right_at = right_by, right_at
-        self.reads = (right_by,)
+    right_by: str
+    right_at: float = field(default=1.0, kw_only=True)
+
+    @property
+    def reads(self) -> Collection[str]:  # type: ignore[override]
+        return (self.right_by,)
 
     def compute_rewards(
         self, conversations_G: Sequence[Turns], context: Mapping[str, Any], scores: Mapping[str, Sequence[float | None]]

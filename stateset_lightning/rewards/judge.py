@@ -71,7 +71,7 @@ class Judge(RewardFunction):
         timeout: float | None = None,
         **server: Any,
     ) -> None:
-        super().__init__(weight=weight, name=name, timeout=timeout)
+        super().__init__(weight=weight, name=name or "", timeout=timeout)
         self.rubric = rubric
         self.low, self.high = score_range
         self._parts = self._checked_parts()

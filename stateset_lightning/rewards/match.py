@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from stateset_lightning.errors import ConfigError, require
@@ -17,6 +18,7 @@ _BOOLEANS = {"true", "false"}
 _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL | re.IGNORECASE)
 
 
+@dataclass(kw_only=True, eq=False)
 class ExactMatch(RewardFunction):
     """1 if the completion equals the scenario's `target` (or one of them, if it is a list), else 0.
 
@@ -32,18 +34,9 @@ class ExactMatch(RewardFunction):
 
     needs = ("target",)
 
-    def __init__(
-        self,
-        *,
-        ignore_case: bool = False,
-        ignore_whitespace: bool = True,
-        ignore_punctuation: bool = False,
-        **common: Any,
-    ) -> None:
-        super().__init__(**common)
-        self.ignore_case = ignore_case
-        self.ignore_whitespace = ignore_whitespace
-        self.ignore_punctuation = ignore_punctuation
+    ignore_case: bool = False
+    ignore_whitespace: bool = True
+    ignore_punctuation: bool = False
 
     def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
         accepted = map(self._normalized, target_texts(context, self.name, content=self._normalized))
@@ -59,6 +52,7 @@ class ExactMatch(RewardFunction):
         return text.lower() if text.lower() in _BOOLEANS else text
 
 
+@dataclass(kw_only=True, eq=False)
 class Contains(RewardFunction):
     """1 if the completion contains the given strings, else 0.
 
@@ -76,23 +70,18 @@ class Contains(RewardFunction):
         ConfigError: If `strings` is empty or contains an empty string.
     """
 
-    def __init__(
-        self,
-        strings: list[str] | None = None,
-        *,
-        require: Literal["all", "any"] | None = None,
-        ignore_case: bool = False,
-        **common: Any,
-    ) -> None:
-        super().__init__(**common)
+    strings: list[str] | None = field(default=None, kw_only=False)
+    require: Literal["all", "any"] | None = None
+    ignore_case: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        strings = self.strings
         if strings is not None and (isinstance(strings, str) or not strings or not all(strings)):
             raise ConfigError(f"strings={strings!r} must be a list of non-empty strings; leave it out for the target")
-        if require not in ("all", "any", None):
-            raise ConfigError(f"require={require!r} must be 'all' or 'any'")
+        if self.require not in ("all", "any", None):
+            raise ConfigError(f"require={self.require!r} must be 'all' or 'any'")
         self.needs = ("target",) if strings is None else ()
-        self.strings = strings
-        self.require = require or ("any" if strings is None else "all")
-        self.ignore_case = ignore_case
 
     def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
         strings = self.strings if self.strings is not None else target_texts(context, self.name, content=str)
@@ -100,10 +89,12 @@ class Contains(RewardFunction):
         if self.ignore_case or _BOOLEANS.issuperset(map(str.lower, strings)):
             text, strings = text.casefold(), [string.casefold() for string in strings]
         found = sum(string in text for string in strings)
-        score = found == len(strings) if self.require == "all" else found > 0
+        require = self.require or ("any" if self.strings is None else "all")
+        score = found == len(strings) if require == "all" else found > 0
         return RewardResult(float(score), {"found": found, "of": len(strings)})
 
 
+@dataclass(kw_only=True, eq=False)
 class RegexMatch(RewardFunction):
     """1 if the completion matches a regular expression, else 0.
 
@@ -120,18 +111,20 @@ class RegexMatch(RewardFunction):
         ConfigError: If the pattern is no regular expression.
     """
 
-    def __init__(self, pattern: str, *, match: Literal["search", "fullmatch"] = "search", **common: Any) -> None:
-        super().__init__(**common)
-        if match not in ("search", "fullmatch"):
-            raise ConfigError(f"match={match!r} must be 'search' or 'fullmatch'")
-        self.pattern = compiled(pattern)
-        self.match = match
+    pattern: str = field(kw_only=False)
+    match: Literal["search", "fullmatch"] = "search"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.match not in ("search", "fullmatch"):
+            raise ConfigError(f"match={self.match!r} must be 'search' or 'fullmatch'")
+        self._find = getattr(compiled(self.pattern), self.match)
 
     def compute_reward(self, turns: Turns, context: Context = None) -> float:
-        find = self.pattern.search if self.match == "search" else self.pattern.fullmatch
-        return float(find(completion(turns)) is not None)
+        return float(self._find(completion(turns)) is not None)
 
 
+@dataclass(kw_only=True, eq=False)
 class FormatReward(RewardFunction):
     """1 if the completion has the wanted form, else 0. Exactly one of `tags` and `pattern` is given.
 
@@ -147,28 +140,29 @@ class FormatReward(RewardFunction):
         ConfigError: If not exactly one of `tags` and `pattern` is given, or either is unusable.
     """
 
-    def __init__(
-        self, *, tags: list[str] | None = None, pattern: str | None = None, only_tags: bool = False, **common: Any
-    ) -> None:
-        super().__init__(**common)
+    tags: list[str] | None = None
+    pattern: str | None = None
+    only_tags: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        tags, pattern = self.tags, self.pattern
         if (tags is None) == (pattern is None):
             raise ConfigError(f"exactly one of tags={tags!r} and pattern={pattern!r} must be given")
         if tags is not None and (isinstance(tags, str) or not tags or len(set(tags)) < len(tags)):
             raise ConfigError(f"tags={tags!r} must be a list of different names, such as [think, answer]")
         if not all(re.fullmatch(r"\w[\w-]*", tag) for tag in tags or []):
             raise ConfigError(f"tags={tags!r}: give bare names, such as think for <think>...</think>")
-        if only_tags and tags is None:
+        if self.only_tags and tags is None:
             raise ConfigError("only_tags=True goes with tags; a pattern says itself what may stand where")
-        self.tags = tags
-        self.only_tags = only_tags
         if pattern is None:  # groups of even number stand inside the tags, the others outside
             pattern = "".join(f"(.*?)<{tag}>(.*?)</{tag}>" for tag in tags or []) + "(.*)"
-        self.pattern = compiled(pattern, re.DOTALL)
+        self._form = compiled(pattern, re.DOTALL)
 
     def compute_reward(self, turns: Turns, context: Context = None) -> float:
         text = completion(turns).strip()
         marks = [mark for tag in self.tags or [] for mark in (f"<{tag}>", f"</{tag}>")]
-        if any(text.count(mark) != 1 for mark in marks) or (found := self.pattern.fullmatch(text)) is None:
+        if any(text.count(mark) != 1 for mark in marks) or (found := self._form.fullmatch(text)) is None:
             return 0.0
         if self.tags is None:
             return 1.0
@@ -176,6 +170,7 @@ class FormatReward(RewardFunction):
         return float(all(map(str.strip, inside)) and not (self.only_tags and "".join(outside).strip()))
 
 
+@dataclass(kw_only=True, eq=False)
 class JsonValid(RewardFunction):
     """1 if the completion is one valid JSON value (and satisfies a schema), else 0.
 
@@ -191,12 +186,13 @@ class JsonValid(RewardFunction):
         ConfigError: If the schema is no schema, or `jsonschema` is not installed.
     """
 
-    def __init__(self, *, schema: dict[str, Any] | None = None, allow_fence: bool = False, **common: Any) -> None:
-        super().__init__(**common)
-        if schema is not None:
-            _check_schema(schema)
-        self.schema = schema
-        self.allow_fence = allow_fence
+    schema: dict[str, Any] | None = None
+    allow_fence: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.schema is not None:
+            _check_schema(self.schema)
 
     def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
         text = completion(turns).strip()

@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 import logging
 import re
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ _LATEX = re.compile(r"\$|\\boxed|\\\(|\\\[")
 
 
 @bounded("math_equivalence")
+@dataclass(kw_only=True, eq=False)
 class MathEquivalence(RewardFunction):
     r"""1 if the answer in the completion equals the scenario's `target` mathematically, else 0 (extra `math`).
 
@@ -38,14 +40,16 @@ class MathEquivalence(RewardFunction):
 
     needs = ("target",)
 
-    def __init__(self, *, target_marker: str = "####", timeout: Annotated[float, Gt(0)] = 10.0, **common: Any) -> None:
-        super().__init__(timeout=timeout, **common)
-        if timeout is None:
+    target_marker: str = "####"
+    timeout: Annotated[float, Gt(0)] = 10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.timeout is None:
             raise ConfigError(f"timeout=None of reward '{self.name}': give seconds; sympy hangs on some formulas")
-        if not target_marker:
+        if not self.target_marker:
             raise ConfigError("target_marker='': a marker must not be empty")
         require("math_verify", "math", f"reward '{self.name}'")
-        self.target_marker = target_marker
 
     def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
         from math_verify import verify

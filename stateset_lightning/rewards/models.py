@@ -8,8 +8,9 @@ The model is no submodule of the policy's module: neither trained, nor saved, no
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
 
@@ -26,7 +27,7 @@ log = logging.getLogger("stateset_lightning")
 Encoded = Mapping[str, list[int]]
 
 
-@bounded("model.reward")
+@dataclass(kw_only=True, eq=False)
 class TextModelReward(BatchReward):
     """Base class of rewards that are a model of transformers.
 
@@ -50,25 +51,22 @@ class TextModelReward(BatchReward):
             weights.
     """
 
-    kind: Literal["classifier", "encoder"]  # with a head of one or several labels, or giving hidden states
+    # With a head of one or several labels, or giving hidden states.
+    kind: ClassVar[Literal["classifier", "encoder"]]
 
-    def __init__(
-        self,
-        model_name: str,
-        *,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-        batch_size: Annotated[int, Ge(1)] = 32,
-        max_tokens: Annotated[int, Ge(1)] | None = None,
-        revision: str | None = None,
-        **common: Any,
-    ) -> None:
+    model_name: str = field(kw_only=False)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    batch_size: Annotated[int, Ge(1)] = 32
+    max_tokens: Annotated[int, Ge(1)] | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
         from stateset_lightning.policy import resolve_model_name
 
-        super().__init__(**common)
-        self.path = resolve_model_name(model_name, f"{self.name}.model_name")
-        self.key = f"{self.name}.model_name={model_name!r}"
-        self.dtype, self.batch_size, self.max_tokens = dtype, batch_size, max_tokens
-        self.revision = revision or "main"
+        super().__post_init__()
+        self.path = resolve_model_name(self.model_name, f"{self.name}.model_name")
+        self.key = f"{self.name}.model_name={self.model_name!r}"
+        self.revision = self.revision or "main"
 
     @cached_property
     def model(self) -> Any:
@@ -182,6 +180,8 @@ class TextModelReward(BatchReward):
         raise DataError(f"{self.key} reads texts of 1 to {self.limit} tokens; this one has {count}")
 
 
+@bounded("model.reward")
+@dataclass(kw_only=True, eq=False)
 class RewardModel(TextModelReward):
     """The score that a sequence classifier gives the conversation: one logit, or the probability of a label.
 
@@ -199,16 +199,8 @@ class RewardModel(TextModelReward):
 
     kind = "classifier"
 
-    def __init__(
-        self,
-        model_name: str,
-        *,
-        label: int | str | None = None,
-        reads: Literal["conversation", "completion"] = "conversation",
-        **options: Any,
-    ) -> None:
-        super().__init__(model_name, **options)
-        self.label, self.reads = label, reads
+    label: int | str | None = None
+    reads: Literal["conversation", "completion"] = "conversation"
 
     def compute_rewards(self, conversations: Sequence[Turns], contexts: Sequence[Mapping[str, Any]]) -> list[Any]:
         label = self._label
@@ -233,6 +225,8 @@ class RewardModel(TextModelReward):
         return found[0]
 
 
+@bounded("model.reward")
+@dataclass(kw_only=True, eq=False)
 class EmbeddingSimilarity(TextModelReward):
     """Cosine similarity, -1 to 1, between the completion and the scenario's `target`; the best of several targets.
 
@@ -251,9 +245,7 @@ class EmbeddingSimilarity(TextModelReward):
     kind = "encoder"
     needs = ("target",)
 
-    def __init__(self, model_name: str, *, prefix: str = "", **options: Any) -> None:
-        super().__init__(model_name, **options)
-        self.prefix = prefix
+    prefix: str = ""
 
     def compute_rewards(self, conversations: Sequence[Turns], contexts: Sequence[Mapping[str, Any]]) -> list[Any]:
         answers = [completion(turns) for turns in conversations]

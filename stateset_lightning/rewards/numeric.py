@@ -10,6 +10,7 @@ signs and scientific notation (1e5, 1.5 x 10^5). Decimal commas (3,14) and numbe
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from annotated_types import Ge, Lt
@@ -39,6 +40,7 @@ _LATEX = (
 
 
 @bounded("numeric_answer")
+@dataclass(kw_only=True, eq=False)
 class NumericAnswer(RewardFunction):
     """1 if the number in the completion equals the scenario's `target`, else 0.
 
@@ -63,22 +65,16 @@ class NumericAnswer(RewardFunction):
 
     needs = ("target",)
 
-    def __init__(
-        self,
-        *,
-        marker: str | None = None,
-        target_marker: str = "####",
-        absolute_tolerance: Annotated[float, Ge(0), Lt(math.inf)] = 0.0,
-        relative_tolerance: Annotated[float, Ge(0), Lt(math.inf)] = 1e-9,
-        **common: Any,
-    ) -> None:
-        super().__init__(**common)
-        if marker == "" or target_marker == "":
-            raise ConfigError(f"marker={marker!r}, target_marker={target_marker!r}: a marker must not be empty")
-        self.marker = marker
-        self.target_marker = target_marker
-        self.absolute_tolerance = absolute_tolerance
-        self.relative_tolerance = relative_tolerance
+    marker: str | None = None
+    target_marker: str = "####"
+    absolute_tolerance: Annotated[float, Ge(0), Lt(math.inf)] = 0.0
+    relative_tolerance: Annotated[float, Ge(0), Lt(math.inf)] = 1e-9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "" in (self.marker, self.target_marker):
+            given = f"marker={self.marker!r}, target_marker={self.target_marker!r}"
+            raise ConfigError(f"{given}: a marker must not be empty")
 
     def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
         targets = target_of(context, self.name, self._targets, "holds no number")

@@ -3,7 +3,8 @@
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 from annotated_types import Ge
 
@@ -14,6 +15,7 @@ _WORD = re.compile(r"\d+(?:[.,:]\d+)+|\w+(?:['’]\w+)*")
 
 
 @bounded("length_penalty")
+@dataclass(kw_only=True, eq=False)
 class LengthPenalty(RewardFunction):
     """0 up to `max_length`, then falling by `per_unit` for each word or character beyond, down to `-max_penalty`.
 
@@ -28,22 +30,15 @@ class LengthPenalty(RewardFunction):
         ConfigError: If a number is negative, or the unit unknown.
     """
 
-    def __init__(
-        self,
-        max_length: Annotated[int, Ge(0)],
-        *,
-        unit: Literal["words", "characters"] = "words",
-        per_unit: Annotated[float, Ge(0)] = 0.01,
-        max_penalty: Annotated[float, Ge(0)] = 1.0,
-        **common: Any,
-    ) -> None:
-        super().__init__(**common)
-        if unit not in ("words", "characters"):
-            raise ConfigError(f"unit={unit!r} must be 'words' or 'characters'")
-        self.max_length = max_length
-        self.unit = unit
-        self.per_unit = per_unit
-        self.max_penalty = max_penalty
+    max_length: Annotated[int, Ge(0)] = field(kw_only=False)
+    unit: Literal["words", "characters"] = "words"
+    per_unit: Annotated[float, Ge(0)] = 0.01
+    max_penalty: Annotated[float, Ge(0)] = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.unit not in ("words", "characters"):
+            raise ConfigError(f"unit={self.unit!r} must be 'words' or 'characters'")
 
     def compute_reward(self, turns: Turns, context: Context = None) -> float:
         text = completion(turns)
@@ -51,6 +46,7 @@ class LengthPenalty(RewardFunction):
         return -min(self.max_penalty, self.per_unit * max(0, length - self.max_length))
 
 
+@dataclass(eq=False)
 class OverlongPenalty(RewardFunction):
     """DAPO's soft overlong punishment (arXiv 2503.14476, equation 13).
 
@@ -67,12 +63,13 @@ class OverlongPenalty(RewardFunction):
         ConfigError: Unless 0 < buffer <= max_tokens.
     """
 
-    def __init__(self, max_tokens: int, buffer: int, **common: Any) -> None:
-        super().__init__(**common)
-        if not 0 < buffer <= max_tokens:
-            raise ConfigError(f"buffer={buffer} must be at least 1 and at most max_tokens={max_tokens}")
-        self.max_tokens = max_tokens
-        self.buffer = buffer
+    max_tokens: int
+    buffer: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.buffer <= self.max_tokens:
+            raise ConfigError(f"buffer={self.buffer} must be at least 1 and at most max_tokens={self.max_tokens}")
 
     def compute_reward(self, turns: Turns, context: Context = None) -> float:
         num_tokens = (context or {}).get("completion_tokens")
@@ -82,6 +79,7 @@ class OverlongPenalty(RewardFunction):
 
 
 @bounded("repetition_penalty")
+@dataclass(kw_only=True, eq=False)
 class RepetitionPenalty(RewardFunction):
     """Minus the share of the completion's n-grams of words that occurred before in it: 0 (none) to almost -1.
 
@@ -95,9 +93,7 @@ class RepetitionPenalty(RewardFunction):
         ConfigError: If `ngram` is less than 1.
     """
 
-    def __init__(self, *, ngram: Annotated[int, Ge(1)] = 3, **common: Any) -> None:
-        super().__init__(**common)
-        self.ngram = ngram
+    ngram: Annotated[int, Ge(1)] = 3
 
     def compute_reward(self, turns: Turns, context: Context = None) -> float:
         return -repeated_share(words(completion(turns)), self.ngram)

@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from annotated_types import Gt
@@ -21,6 +22,7 @@ RUNS_ANSWERS = frozenset(
 
 
 @bounded("reasoning_gym")
+@dataclass(kw_only=True, eq=False)
 class ReasoningGymReward(RewardFunction):
     """0 to 1, by the task's own scoring, for scenarios of a source `{reasoning_gym: TASK}` (extra `gym`).
 
@@ -41,20 +43,17 @@ class ReasoningGymReward(RewardFunction):
         ConfigError: If `reasoning-gym` is not installed, the pattern is none, or there is no time-out.
     """
 
-    def __init__(
-        self,
-        *,
-        allow_code: bool = False,
-        answer_pattern: str | None = None,
-        timeout: Annotated[float, Gt(0)] = 10.0,
-        **common: Any,
-    ) -> None:
-        super().__init__(timeout=timeout, **common)
-        if timeout is None:
+    allow_code: bool = False
+    answer_pattern: str | None = None
+    timeout: Annotated[float, Gt(0)] = 10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.timeout is None:
             raise ConfigError(f"timeout=None of reward '{self.name}': give seconds; sympy hangs on some answers")
         require("reasoning_gym", "gym", f"reward '{self.name}'")
-        self.answer_pattern = None if answer_pattern is None else compiled(answer_pattern, key="answer_pattern")
-        self.allow_code = allow_code
+        pattern = self.answer_pattern
+        self._pattern = None if pattern is None else compiled(pattern, key="answer_pattern")
         self._scorers: dict[str, Any] = {}
 
     def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult | None:
@@ -66,7 +65,7 @@ class ReasoningGymReward(RewardFunction):
                 f"reasoning_gym={needed['task']} scores an answer by running it as Python: leave the task out, or set"
                 f" allow_code=true of reward '{self.name}' where you let a model run code"
             )
-        text, pattern = completion(turns), self.answer_pattern
+        text, pattern = completion(turns), self._pattern
         answer = text.strip() if pattern is None else last_match(pattern, text)
         if answer is None:
             return RewardResult(0.0, {"answer": None})

@@ -103,7 +103,7 @@ def made_by(groups: Sequence[Mapping[str, Any]], optimizer: Any = None, schedule
 
 def options_of(value: Any) -> dict[str, Any]:
     """The options of an object: a dataclass's fields, else its constructors' parameters, as it keeps or got them."""
-    if is_dataclass(value):
+    if "__dataclass_fields__" in vars(type(value)):  # a class that inherits from one may have more
         return {field.name: getattr(value, field.name) for field in fields(value) if field.init}
     given = getattr(value, "given_arguments", {})
     constructors = [made for kind in type(value).__mro__ if inspect.isfunction(made := vars(kind).get("__init__"))]
