@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -106,12 +106,15 @@ def bounded(prefix: str) -> Callable[[type[C]], type[C]]:
 
 
 def check_bounds(prefix: str, signature: Callable[..., Any], values: Mapping[str, Any]) -> None:
-    """Holds each value against the bounds of its parameter or field.
+    """Holds each value against the bounds, or the choices, of its parameter or field.
 
     Raises:
         ConfigError: Naming the first value out of bounds, as `prefix.name=value`.
     """
     for name, hint in _hints(signature).items():
+        choices = get_args(hint) if get_origin(hint) is Literal else ()
+        if choices and values.get(name, choices[0]) not in choices:
+            raise ConfigError(f"{prefix}.{name}={values[name]!r} must be {' or '.join(map(repr, choices))}")
         if (value := values.get(name)) is not None:
             for bound in _bounds(hint):
                 holds, words = _CHECKS[type(bound)]

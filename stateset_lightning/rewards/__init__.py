@@ -16,15 +16,7 @@ from stateset_lightning.rewards.reward_list import Reward, as_rewards
 from stateset_lightning.rewards.scorer import Scorer, ScoringSession, check_failures, failure_counts
 
 __all__ = ["BatchReward", "CodeReward", "Contains", "EmbeddingSimilarity", "ExactMatch", "FormatReward"]
-__all__ += [
-    "FunctionReward",
-    "HelpfulnessReward",
-    "JsonValid",
-    "LengthPenalty",
-    "MathEquivalence",
-    "ModelJudge",
-    "NumericAnswer",
-]
-__all__ += ["OverlongPenalty", "ReasoningGymReward", "RegexMatch", "RepetitionPenalty", "Reward", "RewardFunction"]
-__all__ += ["RewardModel", "RewardResult", "Scorer", "ScoringSession", "TRLReward", "as_rewards", "check_failures"]
-__all__ += ["GroupReward", "RelativeJudge", "RelativeLength", "failure_counts"]
+__all__ += ["FunctionReward", "GroupReward", "HelpfulnessReward", "JsonValid", "LengthPenalty", "MathEquivalence"]
+__all__ += ["ModelJudge", "NumericAnswer", "OverlongPenalty", "ReasoningGymReward", "RegexMatch", "RelativeJudge"]
+__all__ += ["RelativeLength", "RepetitionPenalty", "Reward", "RewardFunction", "RewardModel", "RewardResult"]
+__all__ += ["Scorer", "ScoringSession", "TRLReward", "as_rewards", "check_failures", "failure_counts"]

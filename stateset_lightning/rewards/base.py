@@ -13,7 +13,9 @@ import re
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any, ClassVar, TypeVar
 
@@ -241,12 +243,12 @@ def call(reward: RewardFunction, *given: Any) -> Any:
     Raises:
         ConfigError: If a `BatchReward` does: its model cannot be loaded, say.
     """
-    read: Callable[..., Any] = to_outcomes if reward.scores_several else to_outcome
     with forked_child_ends():
         try:
             own = own_copies(given)
             output = reward.compute_rewards(*own) if reward.scores_several else reward.compute_reward(*own)
-            return _awaited(read, output, own, given) if inspect.isawaitable(output) else read(output, own, given)
+            read = partial(_outcomes, reward, own, given)
+            return _awaited(read, output) if inspect.isawaitable(output) else read(output)
         except BaseException as error:
             if isinstance(reward, BatchReward) and isinstance(error, ConfigError):
                 raise
@@ -264,8 +266,28 @@ def own_copies(given: Given) -> Given:
     return tuple([copy.deepcopy(one) for one in p] if isinstance(p, list) else copy.deepcopy(p) for p in given)
 
 
-def to_outcome(output: Any, own: Given = (), given: Given = ()) -> Outcome:
+def _outcomes(reward: RewardFunction, own: Given, given: Given, output: Any) -> Any:
     """Read what a reward returned, which was called with its `own` copies of what was `given`.
+
+    Raises:
+        RewardError: If a reward that scores several completions returned fewer or more items than these.
+    """
+    changed = False
+    with suppress(Exception):  # the values of foreign classes: arrays say neither yes nor no
+        changed = bool(own != given)
+    if not reward.scores_several:
+        return replace(to_outcome(output), changed=changed)
+    number = len(given[0])
+    if not isinstance(output, Iterable):
+        raise RewardError(f"the reward returned {output!r:.80}, but must return a list of {number} scores")
+    items = list(islice(output, number + 1))  # one more than needed: there may be no end
+    if len(items) != number:
+        raise RewardError(f"the reward returned {len(items)} scores for {number} completions")
+    return [replace(_item_outcome(item), changed=changed) for item in items]
+
+
+def to_outcome(output: Any) -> Outcome:
+    """Read what a reward returned for a completion.
 
     Raises:
         RewardError: If there is no finite number in it, and it is not None.
@@ -275,26 +297,8 @@ def to_outcome(output: Any, own: Given = (), given: Given = ()) -> Outcome:
     if isinstance(output, Mapping) and "score" in output:
         output = RewardResult(output["score"], {key: value for key, value in output.items() if key != "score"})
     if isinstance(output, RewardResult):
-        outcome = Outcome(_finite(output.score), dict(output.breakdown or {}))
-    else:
-        outcome = Outcome(NOT_APPLICABLE if output is None else _finite(output))
-    return replace(outcome, changed=_differ(own, given))
-
-
-def to_outcomes(outputs: Any, own: Given, given: Given) -> list[Outcome]:
-    """The same of a reward that scores several completions, and returns an item for each.
-
-    Raises:
-        RewardError: If it returned fewer or more.
-    """
-    number = len(given[0])
-    if not isinstance(outputs, Iterable):
-        raise RewardError(f"the reward returned {outputs!r:.80}, but must return a list of {number} scores")
-    items = list(islice(outputs, number + 1))  # one more than needed: there may be no end
-    if len(items) != number:
-        raise RewardError(f"the reward returned {len(items)} scores for {number} completions")
-    changed = _differ(own, given)
-    return [replace(_item_outcome(item), changed=changed) for item in items]
+        return Outcome(_finite(output.score), dict(output.breakdown or {}))
+    return Outcome(NOT_APPLICABLE if output is None else _finite(output))
 
 
 def _item_outcome(item: Any) -> Outcome:
@@ -314,20 +318,13 @@ def failure(error: BaseException) -> Outcome:
     return Outcome(math.nan, {}, type(error).__name__, message, trace)
 
 
-async def _awaited(read: Callable[..., Any], output: Awaitable[Any], own: Given, given: Given) -> Any:
+async def _awaited(read: Callable[[Any], Any], output: Awaitable[Any]) -> Any:
     with forked_child_ends():
         try:
-            return read(await output, own, given)
+            return read(await output)
         # Some would end the event loop. A call that was cancelled from outside has nobody who waits for it.
         except BaseException as error:
             return failure(error)
-
-
-def _differ(own: Given, given: Given) -> bool:
-    try:
-        return own != given
-    except Exception:  # the values of foreign classes: arrays say neither yes nor no
-        return False
 
 
 def _finite(value: Any) -> float:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
-from stateset_lightning.errors import ConfigError, DataError, RewardError, bounded
+from stateset_lightning.errors import DataError, RewardError, bounded
 from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion
 from stateset_lightning.workers import sandbox
 
@@ -69,11 +69,6 @@ class CodeReward(RewardFunction):
     case_timeout: Seconds = 5.0
     total_timeout: Seconds = 60.0
     memory: Annotated[int, Ge(64)] = 1024
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.language not in _TAGS:
-            raise ConfigError(f"language={self.language!r} of reward '{self.name}' must be one of {', '.join(_TAGS)}")
 
     def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
         cases = self._cases(context or {})

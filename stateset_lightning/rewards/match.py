@@ -11,7 +11,7 @@ import unicodedata
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from stateset_lightning.errors import ConfigError, require
+from stateset_lightning.errors import ConfigError, bounded, require
 from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion, target_texts
 
 _BOOLEANS = {"true", "false"}
@@ -94,6 +94,7 @@ class Contains(RewardFunction):
         return RewardResult(float(score), {"found": found, "of": len(strings)})
 
 
+@bounded("regex_match")
 @dataclass(kw_only=True, eq=False)
 class RegexMatch(RewardFunction):
     """1 if the completion matches a regular expression, else 0.
@@ -116,8 +117,6 @@ class RegexMatch(RewardFunction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.match not in ("search", "fullmatch"):
-            raise ConfigError(f"match={self.match!r} must be 'search' or 'fullmatch'")
         self._find = getattr(compiled(self.pattern), self.match)
 
     def compute_reward(self, turns: Turns, context: Context = None) -> float:

@@ -35,11 +35,6 @@ class LengthPenalty(RewardFunction):
     per_unit: Annotated[float, Ge(0)] = 0.01
     max_penalty: Annotated[float, Ge(0)] = 1.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.unit not in ("words", "characters"):
-            raise ConfigError(f"unit={self.unit!r} must be 'words' or 'characters'")
-
     def compute_reward(self, turns: Turns, context: Context = None) -> float:
         text = completion(turns)
         length = len(text.split()) if self.unit == "words" else len(text)
