@@ -245,7 +245,8 @@ def call(reward: RewardFunction, *given: Any) -> Any:
     """
     with forked_child_ends():
         try:
-            own = own_copies(given)
+            # Its own copies: other calls, and later epochs, see nothing of what it changes. Of each item by itself.
+            own = tuple([*map(copy.deepcopy, p)] if isinstance(p, list) else copy.deepcopy(p) for p in given)
             output = reward.compute_rewards(*own) if reward.scores_several else reward.compute_reward(*own)
             read = partial(_outcomes, reward, own, given)
             return _awaited(read, output) if inspect.isawaitable(output) else read(output)
@@ -259,11 +260,6 @@ async def call_async(reward: RewardFunction, *given: Any) -> Any:
     """Call an async reward."""
     outcome = call(reward, *given)
     return await outcome if inspect.iscoroutine(outcome) else outcome
-
-
-def own_copies(given: Given) -> Given:
-    """What one call alone gets: other calls, and later epochs, see nothing of what it changes."""
-    return tuple([copy.deepcopy(one) for one in p] if isinstance(p, list) else copy.deepcopy(p) for p in given)
 
 
 def _outcomes(reward: RewardFunction, own: Given, given: Given, output: Any) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
+import gc
 import inspect
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from stateset_lightning.errors import ConfigError, RewardError
@@ -35,16 +36,9 @@ _LISTS = {**dict.fromkeys(_MEANS_TARGET, "target"), **_OF_TRL, "queries": "query
 # What verl gives where the data has no such column.
 STAND_INS: dict[str, Any] = {"data_source": None, "extra_info": {}}
 
-_OF_TRAINER = {"completion_ids", "trainer_state", "environments"}
 # How a function of (turns, context) can give what another takes.
-_GIVEN = {
-    "turns": "turns",
-    "context": "context",
-    "completion": "turns[-1].content",
-    "prompt": "turns[-2].content",
-    "target": 'context["target"]',
-    "unused": "None",
-}
+_GIVEN = {"turns": "turns", "context": "context", "completion": "turns[-1].content", "prompt": "turns[-2].content"}
+_GIVEN |= {"target": 'context["target"]', "unused": "None"}
 _OF_VERIFIERS = {
     "state": '{**context, "completion": turns[-1].content, "answer": context["target"]}',
     "parser": '__import__("types").SimpleNamespace(parse=str, parse_answer=str)',
@@ -53,6 +47,8 @@ _OF_VERIFIERS = {
 _LIBRARIES = {"math_verify", "timeout_decorator"}  # that set alarms
 _ALARMS = {"alarm", "setitimer", "signal"}
 _SOUND = sys.stdlib_module_names | {"stateset_lightning"}
+# What holds others and has no code of its own.
+_HOLDERS = (partial, MethodType, staticmethod, classmethod, property, CellType, dict, list, tuple, set, frozenset)
 
 
 @dataclass(eq=False)
@@ -90,7 +86,7 @@ class FunctionReward(RewardFunction):
 
     def __post_init__(self) -> None:
         function = self.function
-        while isinstance(function, functools.partial):
+        while isinstance(function, partial):
             function = function.func
         name = getattr(function, "__name__", None) or snake_case(type(function).__name__)
         self.name = self.name or ("function" if name == "<lambda>" else name)
@@ -123,7 +119,7 @@ class FunctionReward(RewardFunction):
         Raises:
             ConfigError: If that is not clear, or not here.
         """
-        for name in _OF_TRAINER.intersection(names):
+        for name in {"completion_ids", "trainer_state", "environments"}.intersection(names):
             given = "rewards get texts and columns, the number completion_tokens among them"
             raise ConfigError(f"reward '{self.name}' takes {name}, which is not here: {given}. Remove the parameter")
         if self.takes_lists:
@@ -150,10 +146,8 @@ class FunctionReward(RewardFunction):
             why = f"takes {foreign[0]}, which is not here"
         else:
             return roles
-        forms = "f(completion, target), f(prompt, completion) or f(turns, context)"
-        raise ConfigError(
-            f"reward '{self.name}' {why}. Write {forms}, or give this in its place: {self._wrapper(roles)}"
-        )
+        forms = f"{why}. Write f(completion, target), f(prompt, completion) or f(turns, context)"
+        raise ConfigError(f"reward '{self.name}' {forms}, or give this in its place: {self._wrapper(roles)}")
 
     def _wrapper(self, roles: Mapping[str, str]) -> str:
         """A function of (turns, context) that calls this one, on a line."""
@@ -166,26 +160,24 @@ class FunctionReward(RewardFunction):
     def _given(self, turns: Turns, context: Mapping[str, Any], logged: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call, by name."""
         columns, given = {**STAND_INS, **context}, dict[str, Any]()
-        by_role = self._by_role(turns, context)
+        by_role = self._by_role(turns, context) | {
+            "log_extra": lambda column, values: logged.update({column: values[0]}),
+            "log_metric": lambda name, value: logged.update({name: value}),
+        }
         for name, role in self._roles.items():
             value = columns.get(name) if role in ("prompt", "target", "column") else None
             value = by_role.get(role) if value is None else value
             if value is not None or (role == "column" and name in columns):
                 given[name] = value
-        logs: dict[str, Any] = {
-            "log_extra": lambda column, values: logged.update({column: values[0]}),
-            "log_metric": lambda name, value: logged.update({name: value}),
-        }
-        if absent := sorted(self._required - given.keys() - logs.keys()):
+        if absent := sorted(self._required - given.keys()):
             has = f"which this row does not have; it has: {', '.join(sorted(context))}"
             raise RewardError(f"reward '{self.name}' asks for the column {absent[0]}, {has}; data.fields maps columns")
         if self._takes_all:
-            columns = dict(context)
-            if (target := by_role["target"]) is not None:
-                columns |= {name: target for name in _MEANS_TARGET if context.get(name) is None}
-            given = {n: value for n, value in columns.items() if n not in self._hidden} | given
+            target = by_role["target"]
+            named = {n: target for n in _MEANS_TARGET if target is not None and context.get(n) is None}
+            given = {n: value for n, value in {**context, **named}.items() if n not in self._hidden} | given
         if self.takes_lists:
-            given = {n: [value] for n, value in given.items()} | {n: logs[n] for n in logs if n in self._roles}
+            return {n: value if n in ("log_extra", "log_metric") else [value] for n, value in given.items()}
         return given
 
     def _by_role(self, turns: Turns, context: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,8 +244,8 @@ def alarm_in(function: Any) -> str:
         if id(item) in seen:
             continue
         seen[id(item)] = item  # kept, so that no other gets its id
-        if (parts := _parts(item)) is not None:
-            left += parts
+        if isinstance(item, _HOLDERS):
+            left += gc.get_referents(item)[:1000]
             continue
         space = getattr(item, "__dict__", {})
         if isinstance(item, ModuleType | FunctionType):  # a wrapper says that it is at home where the wrapped one is
@@ -264,7 +256,7 @@ def alarm_in(function: Any) -> str:
         own = own or home
         if home in _LIBRARIES:
             return home
-        left += filter(None, [space.get("__wrapped__")])
+        left.append(space.get("__wrapped__"))
         is_installed = "site-packages" in str(getattr(sys.modules.get(home), "__file__", ""))
         if home in _SOUND or (is_installed and home != own) or isinstance(item, ModuleType):
             continue
@@ -276,26 +268,8 @@ def alarm_in(function: Any) -> str:
             return found[0]
         modules = [vars(item.__globals__[n]) for n in names if isinstance(item.__globals__.get(n), ModuleType)]
         left += [scope[name] for scope in (item.__globals__, *modules) for name in names if name in scope]
-        left += [item.__defaults__, item.__kwdefaults__, *(cell.cell_contents for cell in item.__closure__ or ())]
+        left += [item.__defaults__, item.__kwdefaults__, item.__closure__]
     return ""
-
-
-def _parts(item: Any) -> list[Any] | None:
-    """What something holds that has no code of its own; None if it is no such thing."""
-    match item:
-        case functools.partial():
-            return [item.func, *item.args, *item.keywords.values()]
-        case MethodType():
-            return [item.__func__, item.__self__]
-        case staticmethod() | classmethod():
-            return [item.__func__]
-        case property():
-            return [item.fget]
-        case dict():
-            return list(islice(item.values(), 1000))
-        case list() | tuple() | set() | frozenset():
-            return list(islice(item, 1000))
-    return None
 
 
 def _names(code: CodeType) -> set[str]:
