@@ -35,11 +35,6 @@ T = TypeVar("T")
 # What a reward is called with: a conversation and columns, or several.
 Given = tuple[Any, ...]
 
-# Float32's largest number: scores beyond it become infinite in the arithmetic that follows.
-LARGEST_SCORE = 3.4028234e38
-
-_ACCEPTED = "return a number, RewardResult(score, breakdown), {'score': number, ...}, (score, info), or None"
-
 
 @dataclass
 class RewardResult:
@@ -246,7 +241,7 @@ def call(reward: RewardFunction, *given: Any) -> Any:
     with forked_child_ends():
         try:
             # Its own copies: other calls, and later epochs, see nothing of what it changes. Of each item by itself.
-            own = tuple([*map(copy.deepcopy, p)] if isinstance(p, list) else copy.deepcopy(p) for p in given)
+            own: Given = tuple([*map(copy.deepcopy, p)] if isinstance(p, list) else copy.deepcopy(p) for p in given)
             output = reward.compute_rewards(*own) if reward.scores_several else reward.compute_reward(*own)
             read = partial(_outcomes, reward, own, given)
             return _awaited(read, output) if inspect.isawaitable(output) else read(output)
@@ -288,13 +283,14 @@ def to_outcome(output: Any) -> Outcome:
     Raises:
         RewardError: If there is no finite number in it, and it is not None.
     """
-    if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Mapping | str):
-        output = {**(output[1] if isinstance(output[1], Mapping) else {"info": output[1]}), "score": output[0]}
-    if isinstance(output, Mapping) and "score" in output:
-        output = RewardResult(output["score"], {key: value for key, value in output.items() if key != "score"})
-    if isinstance(output, RewardResult):
-        return Outcome(_finite(output.score), dict(output.breakdown or {}))
-    return Outcome(NOT_APPLICABLE if output is None else _finite(output))
+    match output:
+        case None:
+            return Outcome(NOT_APPLICABLE)
+        case RewardResult(score=score, breakdown=beside) | {"score": score, **beside} | (score, Mapping() as beside):
+            return Outcome(_finite(score), {str(name): value for name, value in (beside or {}).items()})
+        case (score, str() as info):
+            return Outcome(_finite(score), {"info": info})
+    return Outcome(_finite(output))
 
 
 def _item_outcome(item: Any) -> Outcome:
@@ -330,8 +326,9 @@ def _finite(value: Any) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # RuntimeError: a tensor of several elements
-        returned = f"the reward returned {value!r:.80} ({type(value).__name__})"
-        raise RewardError(f"{returned}, no finite number: {_ACCEPTED}") from error
-    if not abs(number) <= LARGEST_SCORE:
+        returned = f"the reward returned {value!r:.80} ({type(value).__name__}), no finite number"
+        accepted = "a number, RewardResult(score, breakdown), {'score': number, ...}, (score, info), or None"
+        raise RewardError(f"{returned}: return {accepted}") from error
+    if not abs(number) <= 3.4028234e38:  # beyond it scores become infinite in the arithmetic that follows
         raise RewardError(f"the reward returned {number}, which is no finite float32 number")
     return number

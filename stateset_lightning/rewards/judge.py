@@ -100,19 +100,17 @@ class Judge(RewardFunction):
         Raises:
             RewardError: If there are fewer or more, one is out of range, or the reply was cut off.
         """
-        if truncated:
-            # even if it ends in a score, which may be half a number
-            raise self.error(f"reply was cut off ({self.client.request}): {reply[-100:]!r}")
         found = _SCORE_LINE.fullmatch((reply.strip().splitlines() or [""])[-1])
         scores = list(map(float, re.findall(_NUMBER, found[1]))) if found else []
-        if found is None or len(scores) != count:
-            raise self.error(f"reply does not end with a line {form}: {reply[-200:]!r}")
-        if float(found[2] or self.high) != self.high or not all(self.low <= score <= self.high for score in scores):
-            raise self.error(f"score is {found[0].strip()[:80]!r}, outside {self.low:g} to {self.high:g}")
-        return scores
-
-    def error(self, what: str) -> RewardError:
-        return RewardError(self.client.line(f"the judge's {what}"))
+        if truncated:  # even if it ends in a score, which may be half a number
+            problem = f"reply was cut off ({self.client.request}): {reply[-100:]!r}"
+        elif found is None or len(scores) != count:
+            problem = f"reply does not end with a line {form}: {reply[-200:]!r}"
+        elif float(found[2] or self.high) != self.high or not all(self.low <= score <= self.high for score in scores):
+            problem = f"score is {found[0].strip()[:80]!r}, outside {self.low:g} to {self.high:g}"
+        else:
+            return scores
+        raise RewardError(self.client.line(f"the judge's {problem}"))
 
     def result(self, score: float, reply: str) -> RewardResult:
         return RewardResult((score - self.low) / (self.high - self.low), {"score": score, "reply": reply})

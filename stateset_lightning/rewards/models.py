@@ -171,7 +171,7 @@ class TextModelReward(BatchReward):
             with torch.inference_mode(), torch.autocast(self.model.device.type, enabled=False):
                 output = head(self.model(**batch), batch["attention_mask"]).float().cpu()
             rows |= zip(keys, output, strict=True)
-        return [text if isinstance(text, DataError) else rows[_identity(text)] for text in texts]
+        return [_attempt(lambda text: rows[_identity(text)], text) for text in texts]
 
     def _checked(self, encoded: Any) -> Encoded:
         count = len(encoded["input_ids"])
@@ -203,26 +203,18 @@ class RewardModel(TextModelReward):
     reads: Literal["conversation", "completion"] = "conversation"
 
     def compute_rewards(self, conversations: Sequence[Turns], contexts: Sequence[Mapping[str, Any]]) -> list[Any]:
-        label = self._label
+        names: dict[int, str] = self.model.config.id2label
+        found = [number for number, name in names.items() if self.label in (number, name)]
+        is_logit = self.label is None and len(names) == 1
+        if not (found or is_logit):
+            known = ", ".join(names.values())
+            raise ConfigError(f"{self.name}.label={self.label!r} must be one of the model's: {known}")
         if self.reads == "conversation":
             texts = self.encode_conversations(conversations)
         else:
             texts = [_attempt(self.encode, completion(turns)) for turns in conversations]
         rows = self.read(texts, lambda output, _: output.logits)
-        if label is not None:
-            rows = [row if isinstance(row, Exception) else row.softmax(-1)[label] for row in rows]
-        return [row if isinstance(row, Exception) else float(row) for row in rows]
-
-    @cached_property
-    def _label(self) -> int | None:
-        names: dict[int, str] = self.model.config.id2label
-        if self.label is None and len(names) == 1:
-            return None
-        found = [number for number, name in names.items() if self.label in (number, name)]
-        if not found:
-            known = ", ".join(names.values())
-            raise ConfigError(f"{self.name}.label={self.label!r} must be one of the model's: {known}")
-        return found[0]
+        return [_attempt(lambda row: float(row if is_logit else row.softmax(-1)[found[0]]), row) for row in rows]
 
 
 @bounded("model.reward")
@@ -252,18 +244,16 @@ class EmbeddingSimilarity(TextModelReward):
         targets = [_attempt(target_texts, context, self.name, str.strip) for context in contexts]
         texts = {text for found in targets if isinstance(found, list) for text in found}
         vectors = self._embeddings(texts.union(answers))
-        pairs = zip(answers, targets, strict=True)
-        return [_attempt(self._similarity, answer, targets, vectors) for answer, targets in pairs]
+        pairs = zip(targets, answers, strict=True)
+        return [_attempt(self._similarity, found, answer, vectors) for found, answer in pairs]
 
     def _embeddings(self, texts: set[str]) -> dict[str, Any]:
         """Text -> unit vector, or why there is none."""
         some = sorted(text for text in texts if text.strip())
         rows = self.read([_attempt(self.encode, self.prefix + text) for text in some], _mean_pooled)
-        return {t: row if isinstance(row, DataError) else row / row.norm() for t, row in zip(some, rows, strict=True)}
+        return {text: _attempt(lambda row: row / row.norm(), row) for text, row in zip(some, rows, strict=True)}
 
-    def _similarity(self, answer: str, targets: list[str] | DataError, embeddings: Mapping[str, Any]) -> float:
-        if isinstance(targets, DataError):
-            raise targets
+    def _similarity(self, targets: list[str], answer: str, embeddings: Mapping[str, Any]) -> float:
         if not answer.strip():
             return 0.0
         vectors = [embeddings[text] for text in (answer, *targets)]
@@ -275,10 +265,13 @@ class EmbeddingSimilarity(TextModelReward):
         return min(1.0, max(similarities))  # rounding may go beyond 1
 
 
-def _attempt(function: Callable[..., Any], *args: Any) -> Any:
-    """What a function returns, or the DataError that it raises: the failure of one completion of a batch."""
+def _attempt(function: Callable[..., Any], first: Any, *others: Any) -> Any:
+    """What a function returns, or the DataError that it raises: the failure of one completion of a batch.
+
+    One that stands already in the place of what it is called with is returned.
+    """
     try:
-        return function(*args)
+        return first if isinstance(first, DataError) else function(first, *others)
     except DataError as error:
         return error
 

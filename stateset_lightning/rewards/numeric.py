@@ -103,23 +103,18 @@ def find_numbers(text: str) -> Iterator[list[float]]:
 
 def _value(match: re.Match[str]) -> float:
     """The value of a match; NaN if it is none (1/0, 1e999)."""
-    value = float(match["number"].replace(",", ""))
-    if match["exponent"]:
-        value *= float(f"1e{match['exponent'].replace(chr(0x2212), '-')}")
-    if match["denominator"]:
-        denominator = float(match["denominator"])
-        value = value / denominator if denominator else math.nan
-    value += float(match["whole"] or 0)
+    exponent = (match["exponent"] or "0").replace("\u2212", "-")
+    value, denominator = float(f"{match['number'].replace(',', '')}e{exponent}"), float(match["denominator"] or 1)
+    value = (value / denominator if denominator else math.nan) + float(match["whole"] or 0)
     return -value if (match["sign"] or match["sign_2"] or "+") != "+" else value
 
 
 def _number(text: str, marker: str | None, *, required: bool) -> list[float]:
     """The values of the first number behind the last marker, or of the last number; empty if there is none."""
     if marker is not None:
-        places = [match.end() for match in re.finditer(re.escape(marker), text, re.IGNORECASE)]
-        if places:
-            return next(find_numbers(text[places[-1] :]), [])
+        _, found, after = text.casefold().rpartition(marker.casefold())
+        if found:
+            return next(find_numbers(after), [])
         if required:
             return []
-    found = list(find_numbers(text))
-    return found[-1] if found else []
+    return [[], *find_numbers(text)][-1]

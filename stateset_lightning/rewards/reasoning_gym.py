@@ -61,12 +61,11 @@ class ReasoningGymReward(RewardFunction):
         if (needed := row.get("reasoning_gym")) is None:
             return None
         if needed["task"] in RUNS_ANSWERS and not self.allow_code:
-            raise ConfigError(
-                f"reasoning_gym={needed['task']} scores an answer by running it as Python: leave the task out, or set"
-                f" allow_code=true of reward '{self.name}' where you let a model run code"
-            )
-        text, pattern = completion(turns), self._pattern
-        answer = text.strip() if pattern is None else last_match(pattern, text)
+            runs = f"reasoning_gym={needed['task']} scores an answer by running it as Python"
+            allow = f"set allow_code=true of reward '{self.name}' where you let a model run code"
+            raise ConfigError(f"{runs}: leave the task out, or {allow}")
+        text = completion(turns)
+        answer = text.strip() if self._pattern is None else last_match(self._pattern, text)
         if answer is None:
             return RewardResult(0.0, {"answer": None})
         entry = {"question": row.get("prompt"), "answer": row.get("target"), "metadata": needed["metadata"]}

@@ -65,7 +65,7 @@ class Scorer(AbstractContextManager["Scorer"]):
         self.names = tuple(reward.name for reward in self.rewards)
         self.max_failures = max_failures
         loop = EventLoopThread(max_concurrency, "async-rewards")
-        self.threads = threads = DaemonThreads(max_concurrency, "blocking-rewards")
+        threads = DaemonThreads(max_concurrency, "blocking-rewards")
         workers = WorkerPool(remedy="; or write compute_reward as `async def`; or drop the time-out")
         self._told: set[str] = set()
         # Each starts a reward on a completion and returns at once.
@@ -138,11 +138,8 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
         assert num_completions % num_generations == 0, f"{num_completions} completions in groups of {num_generations}"
         self._scorer = scorer
         self._num_completions, self._num_generations = num_completions, num_generations
-        self._futures: dict[int, list[Future[Outcome] | None]] = {}  # of each completion: one per reward, if chosen
-        together = [f for f, reward in enumerate(scorer.rewards) if reward.scores_several]
-        together.sort(key=lambda f: isinstance(scorer.rewards[f], GroupReward))  # those last
-        # Of each such reward the completions that wait: conversation and columns, and the future of the outcome.
-        self._together: dict[int, dict[int, tuple[Given, Future[Outcome]]]] = {f: {} for f in together}
+        self._given: dict[int, tuple[Turns, dict[str, Any]]] = {}  # of each completion
+        self._futures: dict[int, list[Future[Outcome]]] = {}  # of each completion: one per reward
         self._cancel = weakref.finalize(self, _cancel_all, self._futures)
 
     def submit(self, n: int, turns: Turns, context: Context = None, *, completion_tokens: int | None = None) -> None:
@@ -162,8 +159,8 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
         if completion_tokens is not None:
             columns["completion_tokens"] = completion_tokens
         chosen = self._chosen(columns.get("rewards"), columns.get("id"))
-        names = enumerate(self._scorer.names)
-        self._futures[n] = [self._start(f, n, turns, columns) if name in chosen else None for f, name in names]
+        self._given[n] = turns, columns
+        self._futures[n] = [self._start(f, n, name in chosen) for f, name in enumerate(self._scorer.names)]
 
     @interruptible()
     def collect(self) -> Scores:
@@ -172,42 +169,47 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
         Raises:
             ConfigError: If a worker process could not load its rewards, or a batched reward its model.
         """
-        begin = time.perf_counter()
-        for f in self._together:
+        begin, rewards = time.perf_counter(), self._scorer.rewards
+        together = [f for f, reward in enumerate(rewards) if reward.scores_several]
+        for f in sorted(together, key=lambda f: isinstance(rewards[f], GroupReward)):  # those last
             self._score_together(f)
         outcomes_NF = [[_outcome(future) for future in self._futures[n]] for n in range(self._num_completions)]
         changed = {name for row in outcomes_NF for name, o in zip(self._scorer.names, row, strict=True) if o.changed}
         for name in sorted(changed):
-            given = "its columns or its conversation"
-            self._scorer.tell(f"reward '{name}' changes {given}: copies, which nothing else sees")
-        return _scores(self._scorer.rewards, outcomes_NF, time.perf_counter() - begin)
+            what = "its columns or its conversation: copies, which nothing else sees"
+            self._scorer.tell(f"reward '{name}' changes {what}")
+        return _scores(rewards, outcomes_NF, time.perf_counter() - begin)
 
     def __exit__(self, *exception: object) -> None:
         self._cancel()
 
-    def _start(self, f: int, n: int, turns: Turns, context: Mapping[str, Any]) -> Future[Outcome]:
-        if f not in self._together:
-            return self._scorer.starts[f](turns, context)
-        self._together[f][n] = (turns, context), Future()
-        return self._together[f][n][1]
+    def _start(self, f: int, n: int, is_chosen: bool) -> Future[Outcome]:
+        """Start a reward on a completion; the future of one that scores several gets its outcome when all are there."""
+        if is_chosen and not self._scorer.rewards[f].scores_several:
+            return self._scorer.starts[f](*self._given[n])
+        future: Future[Outcome] = Future()
+        if not is_chosen:
+            future.set_result(Outcome(NOT_APPLICABLE))
+        return future
 
     def _score_together(self, f: int) -> None:
         """Run a reward that scores several completions in a call: all of them, or those of a prompt."""
-        reward, waiting, calls = self._scorer.rewards[f], self._together[f], list[Future[Any] | None]()
+        reward, calls = self._scorer.rewards[f], list[Future[Any]]()
         size = self._num_generations if isinstance(reward, GroupReward) else self._num_completions
-        parts = [list(part) for _, part in groupby(sorted(waiting), lambda n: n // size)]
+        waiting = [n for n in sorted(self._futures) if not self._futures[n][f].done()]
+        parts = [list(part) for _, part in groupby(waiting, lambda n: n // size)]
         if isinstance(reward, GroupReward) and size == 1:
             self._scorer.tell(f"reward '{reward.name}' compares the completions of a prompt: it scores none alone")
         else:
             calls += [self._scorer.starts[f](*self._given_together(f, part)) for part in parts]
         for part, call in zip_longest(parts, calls):
-            found = _outcome(call)
+            found = _outcome(call) if call else Outcome(NOT_APPLICABLE)
             for n, outcome in zip(part, found if isinstance(found, list) else [found] * len(part), strict=True):
-                waiting[n][1].set_result(outcome)
+                self._futures[n][f].set_result(outcome)
 
     def _given_together(self, f: int, part: Sequence[int]) -> Given:
         rewards = self._scorer.rewards
-        turns, contexts = map(list, zip(*(self._together[f][n][0] for n in part), strict=True))
+        turns, contexts = map(list, zip(*(self._given[n] for n in part), strict=True))
         if not isinstance(rewards[f], GroupReward):
             return turns, contexts
         others = [(i, other.name) for i, other in enumerate(rewards) if not isinstance(other, GroupReward)]
@@ -246,16 +248,10 @@ def check_failures(scores: Scores, max_failures: float = 0.5) -> None:
     if failed <= max_failures * total:
         return
     counts = [f"{key.removeprefix('reward_failures/')}: {count}" for key, count in failure_counts(scores).items()]
-    message = (
-        f"{failed} of {total} completions have no score, more than max_reward_failures={max_failures:g} allows"
-        f" ({', '.join(counts)})."
-    )
-    if scores.failures:
-        last = max(scores.failures, key=lambda failure: (bool(failure.traceback), failure.completion))
-        message += (
-            f" The last failure, of reward '{last.reward}' on completion {last.completion}: {last.error}:"
-            f" {last.message}\n{last.traceback}"
-        )
+    allowed = f"more than max_reward_failures={max_failures:g} allows ({', '.join(counts)})"
+    last = max(scores.failures, key=lambda failure: (bool(failure.traceback), failure.completion))
+    told = f"The last failure, of reward '{last.reward}' on completion {last.completion}: {last.error}: {last.message}"
+    message = f"{failed} of {total} completions have no score, {allowed}. {told}\n{last.traceback}"
     raise RewardError(message.rstrip())
 
 
@@ -289,13 +285,11 @@ def _call_on_thread(loop: EventLoopThread, reward: RewardFunction, *given: Any) 
     return loop.submit(lambda: outcome).result() if inspect.iscoroutine(outcome) else outcome
 
 
-def _outcome(future: Future[Any] | None) -> Any:
+def _outcome(future: Future[Any]) -> Any:
     """Wait for an outcome, or a list of outcomes.
 
     A time-out, a dead worker, or a result that cannot be pickled is a failure of the reward.
     """
-    if future is None:
-        return Outcome(NOT_APPLICABLE)
     try:
         error = future.exception()  # not `result`, which raises what a signal raises here, too
     except CancelledError as cancelled:  # a reward can cancel whatever runs beside it
@@ -327,7 +321,7 @@ def _scores(rewards: Sequence[RewardFunction], outcomes_NF: list[list[Outcome]],
     return Scores(names, values_NF, totals_N, breakdowns, failures, seconds)
 
 
-def _cancel_all(futures: Mapping[int, list[Future[Outcome] | None]]) -> None:
+def _cancel_all(futures: Mapping[int, list[Future[Outcome]]]) -> None:
     # The last first: one that runs would make room, when it is cancelled, for one that waits.
-    for future in reversed([future for of_completion in futures.values() for future in of_completion if future]):
+    for future in reversed([future for of_completion in futures.values() for future in of_completion]):
         future.cancel()
