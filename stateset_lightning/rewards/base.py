@@ -17,9 +17,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
-from stateset_lightning.errors import ConfigError, DataError, RewardError
+from stateset_lightning.errors import ConfigError, DataError, RewardError, bounded
 from stateset_lightning.redaction import redacted_text
 from stateset_lightning.threads import forked_child_ends
 from stateset_lightning.types import ABSENT, NOT_APPLICABLE, Turn, as_target, at_path, text_of
@@ -61,8 +61,8 @@ def snake_case(class_name: str) -> str:
 class RewardFunction(ABC):
     """Base class of all rewards: subclass it and write `compute_reward`, as `def` or `async def`.
 
-    A subclass may define its own `__init__` without calling this one: the defaults are class attributes. Or it is a
-    dataclass as this one, with its options as fields; a `__post_init__` then calls this one first.
+    A subclass may define its own `__init__` without calling this one: the defaults are class attributes. Or it is
+    decorated by `options`.
 
     Args:
         weight: Factor of this reward in a completion's total. A reward of weight 0 is held out: it is computed and
@@ -91,6 +91,10 @@ class RewardFunction(ABC):
 
     def __post_init__(self) -> None:
         self.name = self.name or type(self).name
+        self._set_up()
+
+    def _set_up(self) -> None:  # noqa: B027 (a hook)
+        """Check the options, and make of them what is needed; called when all are set."""
 
     @abstractmethod
     def compute_reward(self, turns: Turns, context: Context = None) -> Any:
@@ -115,6 +119,15 @@ class RewardFunction(ABC):
         Logged as `cost/<name>/<key>`, summed over ranks.
         """
         return {}
+
+
+@dataclass_transform(eq_default=False, field_specifiers=(field,))
+def options(cls: type[T]) -> type[T]:
+    """Class decorator of a reward: its annotated attributes are its options, which are held against their bounds.
+
+    It is a dataclass then, whose constructor takes `weight`, `name` and `timeout` as well.
+    """
+    return bounded(snake_case(cls.__name__))(dataclass(eq=False)(cls))
 
 
 class BatchReward(RewardFunction):

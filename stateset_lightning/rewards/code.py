@@ -14,13 +14,12 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
-from stateset_lightning.errors import DataError, RewardError, bounded
-from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion
+from stateset_lightning.errors import DataError, RewardError
+from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion, options
 from stateset_lightning.workers import sandbox
 
 log = logging.getLogger("stateset_lightning")
@@ -36,8 +35,7 @@ _TAGS = {"python": ("", "python", "python3", "py"), "sh": ("", "sh", "bash", "sh
 _slots = threading.BoundedSemaphore(os.cpu_count() or 1)
 
 
-@bounded("code")
-@dataclass(kw_only=True, eq=False)
+@options
 class CodeReward(RewardFunction):
     """The share of the scenario's tests that the completion's code passes, between 0 and 1.
 

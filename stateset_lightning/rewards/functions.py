@@ -6,14 +6,14 @@ import gc
 import inspect
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from stateset_lightning.errors import ConfigError, RewardError
-from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion, snake_case
+from stateset_lightning.rewards import base
+from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion, options
 
 # What a parameter of this name gets. Of prompt and target, a column of that very name comes first.
 _WORDS = {
@@ -51,7 +51,7 @@ _SOUND = sys.stdlib_module_names | {"stateset_lightning"}
 _HOLDERS = (partial, MethodType, staticmethod, classmethod, property, CellType, dict, list, tuple, set, frozenset)
 
 
-@dataclass(eq=False)
+@options
 class FunctionReward(RewardFunction):
     """A function as a reward, sync or async, called by the names of its parameters.
 
@@ -82,13 +82,13 @@ class FunctionReward(RewardFunction):
     """
 
     function: Callable[..., Any]
-    conversational: bool | None = field(default=None, kw_only=True)
+    conversational: bool | None = None
 
     def __post_init__(self) -> None:
         function = self.function
         while isinstance(function, partial):
             function = function.func
-        name = getattr(function, "__name__", None) or snake_case(type(function).__name__)
+        name = getattr(function, "__name__", None) or base.snake_case(type(function).__name__)
         self.name = self.name or ("function" if name == "<lambda>" else name)
         parameters = _parameters(self.function)
         self.takes_lists = is_list_function(self.function)

@@ -3,11 +3,10 @@
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from stateset_lightning.errors import RewardError
-from stateset_lightning.rewards.base import Context, RewardFunction, Turns
+from stateset_lightning.rewards.base import Context, RewardFunction, Turns, options
 
 TOLERANCE = 1e-9  # weighted sums fall short of 1 by rounding
 
@@ -45,7 +44,7 @@ class GroupReward(RewardFunction):
         raise RewardError(f"reward '{self.name}' compares the completions of a prompt and scores none by itself")
 
 
-@dataclass(eq=False)
+@options
 class RelativeLength(GroupReward):
     """Shorter is better among the right completions of a prompt: 0.5 for the shortest, -0.5 for the longest of them.
 
@@ -64,7 +63,7 @@ class RelativeLength(GroupReward):
     """
 
     right_by: str
-    right_at: float = field(default=1.0, kw_only=True)
+    right_at: float = 1.0
 
     @property
     def reads(self) -> Collection[str]:  # type: ignore[override]

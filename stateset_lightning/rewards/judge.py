@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import string
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,8 @@ _SCORE_LINE = re.compile(
     rf"[\s*_#`]*+scores?[\s*_`]*+(?:[:=][\s*_`\[]*+)?({_NUMBER}(?:[,;\s]++{_NUMBER})*+)(?:\s*/\s*({_NUMBER}))?[\]\s*_`.]*",
     re.IGNORECASE,
 )
-_COLUMN = re.compile(r"[^\W\d]\w*([.\[][\w.\[\]]+)?")
+# In a rubric: a brace that is written twice, or a column in braces.
+_BRACES = re.compile(r"\{\{|\}\}|\{([^\W\d]\w*(?:[.\[][\w.\[\]]+)?)\}")
 _DEFAULTS: dict[str, Any] = {"temperature": 0.0, "max_completion_tokens": 512}
 
 
@@ -74,8 +74,8 @@ class Judge(RewardFunction):
         super().__init__(weight=weight, name=name or "", timeout=timeout)
         self.rubric = rubric
         self.low, self.high = score_range
-        self._parts = self._checked_parts()
-        self.needs = [column for _, column in self._parts if column]
+        self._check()
+        self.needs = [column for column in _BRACES.findall(rubric) if column]
         parameters = {k: v for k, v in {**_DEFAULTS, **(request or {})}.items() if v is not None}
         self.client = OpenAIClient(self.name, model, request=parameters, **server)
 
@@ -88,7 +88,7 @@ class Judge(RewardFunction):
         """A request: the instructions, with these words, and the conversation and answers by tag, between marks."""
         conversation = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in asked)
         mark = _hash(conversation, *answers.values())[:16]
-        rubric = "".join(text + (self._column(name, context) if name else "") for text, name in self._parts)
+        rubric = _BRACES.sub(lambda part: self._column(part[1], context) if part[1] else part[0][0], self.rubric)
         texts = {"conversation": conversation, **answers}
         material = "\n\n".join(f"<{tag}-{mark}>\n{text}\n</{tag}-{mark}>" for tag, text in texts.items())
         instructions = self.instructions.format(rubric=rubric, mark=mark, low=self.low, high=self.high, **words)
@@ -115,20 +115,13 @@ class Judge(RewardFunction):
     def result(self, score: float, reply: str) -> RewardResult:
         return RewardResult((score - self.low) / (self.high - self.low), {"score": score, "reply": reply})
 
-    def _checked_parts(self) -> list[tuple[str, str | None]]:
-        """The rubric's texts, each with the column that it names behind it."""
+    def _check(self) -> None:
         if not (math.isfinite(self.high - self.low) and self.low < self.high):
             raise ConfigError(f"{self.name}.score_range={[self.low, self.high]} must be two numbers, the lower first")
         if not self.rubric.strip():
             raise ConfigError(f"{self.name}.rubric is empty: say what a good answer is")
-        try:
-            parts = list(string.Formatter().parse(self.rubric))
-        except ValueError as error:
-            raise ConfigError(f"{self.name}.rubric={self.rubric!r}: {error}; write {{{{ and }}}} for braces") from error
-        for _, column, form, conversion in parts:
-            if form or conversion or not (column is None or _COLUMN.fullmatch(column)):
-                raise ConfigError(f"{self.name}.rubric names the column '{{{column}}}'; write {{{{ for a brace")
-        return [(text, column) for text, column, *_ in parts]
+        if brace := re.search(r"\{[^{}]*\}?|\}", _BRACES.sub("", self.rubric)):
+            raise ConfigError(f"{self.name}.rubric names the column '{brace[0]}'; write {{{{ and }}}} for braces")
 
     def _column(self, name: str, context: Mapping[str, Any]) -> str:
         if (found := at_path(context, name)) is None or found is ABSENT:

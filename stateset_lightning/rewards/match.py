@@ -8,17 +8,17 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from stateset_lightning.errors import ConfigError, bounded, require
-from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion, target_texts
+from stateset_lightning.errors import ConfigError, require
+from stateset_lightning.rewards import base
+from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion, options
 
 _BOOLEANS = {"true", "false"}
 _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL | re.IGNORECASE)
 
 
-@dataclass(kw_only=True, eq=False)
+@options
 class ExactMatch(RewardFunction):
     """1 if the completion equals the scenario's `target` (or one of them, if it is a list), else 0.
 
@@ -39,7 +39,7 @@ class ExactMatch(RewardFunction):
     ignore_punctuation: bool = False
 
     def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
-        accepted = map(self._normalized, target_texts(context, self.name, content=self._normalized))
+        accepted = map(self._normalized, base.target_texts(context, self.name, content=self._normalized))
         return RewardResult(float(self._normalized(completion(turns)) in accepted))
 
     def _normalized(self, text: str) -> str:
@@ -52,7 +52,7 @@ class ExactMatch(RewardFunction):
         return text.lower() if text.lower() in _BOOLEANS else text
 
 
-@dataclass(kw_only=True, eq=False)
+@options
 class Contains(RewardFunction):
     """1 if the completion contains the given strings, else 0.
 
@@ -70,12 +70,11 @@ class Contains(RewardFunction):
         ConfigError: If `strings` is empty or contains an empty string.
     """
 
-    strings: list[str] | None = field(default=None, kw_only=False)
+    strings: list[str] | None = None
     require: Literal["all", "any"] | None = None
     ignore_case: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _set_up(self) -> None:
         strings = self.strings
         if strings is not None and (isinstance(strings, str) or not strings or not all(strings)):
             raise ConfigError(f"strings={strings!r} must be a list of non-empty strings; leave it out for the target")
@@ -84,7 +83,7 @@ class Contains(RewardFunction):
         self.needs = ("target",) if strings is None else ()
 
     def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
-        strings = self.strings if self.strings is not None else target_texts(context, self.name, content=str)
+        strings = self.strings if self.strings is not None else base.target_texts(context, self.name, content=str)
         text = completion(turns)
         if self.ignore_case or _BOOLEANS.issuperset(map(str.lower, strings)):
             text, strings = text.casefold(), [string.casefold() for string in strings]
@@ -94,8 +93,7 @@ class Contains(RewardFunction):
         return RewardResult(float(score), {"found": found, "of": len(strings)})
 
 
-@bounded("regex_match")
-@dataclass(kw_only=True, eq=False)
+@options
 class RegexMatch(RewardFunction):
     """1 if the completion matches a regular expression, else 0.
 
@@ -112,18 +110,17 @@ class RegexMatch(RewardFunction):
         ConfigError: If the pattern is no regular expression.
     """
 
-    pattern: str = field(kw_only=False)
+    pattern: str
     match: Literal["search", "fullmatch"] = "search"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _set_up(self) -> None:
         self._find = getattr(compiled(self.pattern), self.match)
 
     def compute_reward(self, turns: Turns, context: Context = None) -> float:
         return float(self._find(completion(turns)) is not None)
 
 
-@dataclass(kw_only=True, eq=False)
+@options
 class FormatReward(RewardFunction):
     """1 if the completion has the wanted form, else 0. Exactly one of `tags` and `pattern` is given.
 
@@ -143,8 +140,7 @@ class FormatReward(RewardFunction):
     pattern: str | None = None
     only_tags: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _set_up(self) -> None:
         tags, pattern = self.tags, self.pattern
         if (tags is None) == (pattern is None):
             raise ConfigError(f"exactly one of tags={tags!r} and pattern={pattern!r} must be given")
@@ -169,7 +165,7 @@ class FormatReward(RewardFunction):
         return float(all(map(str.strip, inside)) and not (self.only_tags and "".join(outside).strip()))
 
 
-@dataclass(kw_only=True, eq=False)
+@options
 class JsonValid(RewardFunction):
     """1 if the completion is one valid JSON value (and satisfies a schema), else 0.
 
@@ -188,17 +184,16 @@ class JsonValid(RewardFunction):
     schema: dict[str, Any] | None = None
     allow_fence: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _set_up(self) -> None:
         if self.schema is not None:
-            _check_schema(self.schema)
+            _validator(self.schema)
 
     def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
         text = completion(turns).strip()
         fenced = _FENCE.fullmatch(text) if self.allow_fence else None
         try:
             value = json.loads(fenced[1] if fenced else text, parse_constant=_reject_constant)
-            return RewardResult(float(self.schema is None or _satisfies(value, self.schema)), {"parses": 1.0})
+            return RewardResult(float(self.schema is None or _validator(self.schema).is_valid(value)), {"parses": 1.0})
         except (ValueError, RecursionError):  # RecursionError: thousands of opening brackets
             return RewardResult(0.0, {"parses": 0.0})
 
@@ -225,19 +220,15 @@ def _reject_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def _check_schema(schema: dict[str, Any]) -> None:
+def _validator(schema: dict[str, Any]) -> Any:
     require("jsonschema", "json", "JsonValid(schema=...)")
     from jsonschema import SchemaError
     from jsonschema.validators import validator_for
-
-    try:
-        validator_for(schema).check_schema(schema)
-    except SchemaError as error:
-        raise ConfigError(f"schema={schema!r} is no JSON Schema: {error.message} (at {error.json_path})") from error
-
-
-def _satisfies(value: Any, schema: dict[str, Any]) -> bool:
-    from jsonschema.validators import validator_for
     from referencing.jsonschema import EMPTY_REGISTRY  # the default one would fetch a remote $ref over the network
 
-    return bool(validator_for(schema)(schema, registry=EMPTY_REGISTRY).is_valid(value))
+    validator = validator_for(schema)
+    try:
+        validator.check_schema(schema)
+    except SchemaError as error:
+        raise ConfigError(f"schema={schema!r} is no JSON Schema: {error.message} (at {error.json_path})") from error
+    return validator(schema, registry=EMPTY_REGISTRY)

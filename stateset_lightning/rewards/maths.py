@@ -3,20 +3,18 @@
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 import logging
 import re
-from dataclasses import dataclass
 from decimal import Decimal
 from typing import Annotated, Any
 
 from annotated_types import Gt
 
-from stateset_lightning.errors import ConfigError, bounded, require
-from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion, target_of
+from stateset_lightning.errors import ConfigError, require
+from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion, options, target_of
 
 _LATEX = re.compile(r"\$|\\boxed|\\\(|\\\[")
 
 
-@bounded("math_equivalence")
-@dataclass(kw_only=True, eq=False)
+@options
 class MathEquivalence(RewardFunction):
     r"""1 if the answer in the completion equals the scenario's `target` mathematically, else 0 (extra `math`).
 
@@ -43,8 +41,7 @@ class MathEquivalence(RewardFunction):
     target_marker: str = "####"
     timeout: Annotated[float, Gt(0)] = 10.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _set_up(self) -> None:
         if self.timeout is None:
             raise ConfigError(f"timeout=None of reward '{self.name}': give seconds; sympy hangs on some formulas")
         if not self.target_marker:

@@ -8,14 +8,13 @@ The model is no submodule of the policy's module: neither trained, nor saved, no
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
 
-from stateset_lightning.errors import ConfigError, DataError, bounded, one_line
-from stateset_lightning.rewards.base import BatchReward, Turns, completion, target_texts
+from stateset_lightning.errors import ConfigError, DataError, one_line
+from stateset_lightning.rewards.base import BatchReward, Turns, completion, options, target_texts
 from stateset_lightning.workers import limited
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ log = logging.getLogger("stateset_lightning")
 Encoded = Mapping[str, list[int]]
 
 
-@dataclass(kw_only=True, eq=False)
+@options
 class TextModelReward(BatchReward):
     """Base class of rewards that are a model of transformers.
 
@@ -54,16 +53,15 @@ class TextModelReward(BatchReward):
     # With a head of one or several labels, or giving hidden states.
     kind: ClassVar[Literal["classifier", "encoder"]]
 
-    model_name: str = field(kw_only=False)
+    model_name: str
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     batch_size: Annotated[int, Ge(1)] = 32
     max_tokens: Annotated[int, Ge(1)] | None = None
     revision: str | None = None
 
-    def __post_init__(self) -> None:
+    def _set_up(self) -> None:
         from stateset_lightning.policy import resolve_model_name
 
-        super().__post_init__()
         self.path = resolve_model_name(self.model_name, f"{self.name}.model_name")
         self.key = f"{self.name}.model_name={self.model_name!r}"
         self.revision = self.revision or "main"
@@ -180,8 +178,7 @@ class TextModelReward(BatchReward):
         raise DataError(f"{self.key} reads texts of 1 to {self.limit} tokens; this one has {count}")
 
 
-@bounded("model.reward")
-@dataclass(kw_only=True, eq=False)
+@options
 class RewardModel(TextModelReward):
     """The score that a sequence classifier gives the conversation: one logit, or the probability of a label.
 
@@ -217,8 +214,7 @@ class RewardModel(TextModelReward):
         return [_attempt(lambda row: float(row if is_logit else row.softmax(-1)[found[0]]), row) for row in rows]
 
 
-@bounded("model.reward")
-@dataclass(kw_only=True, eq=False)
+@options
 class EmbeddingSimilarity(TextModelReward):
     """Cosine similarity, -1 to 1, between the completion and the scenario's `target`; the best of several targets.
 

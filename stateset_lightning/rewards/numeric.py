@@ -10,13 +10,12 @@ signs and scientific notation (1e5, 1.5 x 10^5). Decimal commas (3,14) and numbe
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 from annotated_types import Ge, Lt
 
-from stateset_lightning.errors import ConfigError, bounded
-from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion, target_of
+from stateset_lightning.errors import ConfigError
+from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion, options, target_of
 
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\.)\.[0-9]+"
 _NUMBER = re.compile(
@@ -39,8 +38,7 @@ _LATEX = (
 )
 
 
-@bounded("numeric_answer")
-@dataclass(kw_only=True, eq=False)
+@options
 class NumericAnswer(RewardFunction):
     """1 if the number in the completion equals the scenario's `target`, else 0.
 
@@ -70,8 +68,7 @@ class NumericAnswer(RewardFunction):
     absolute_tolerance: Annotated[float, Ge(0), Lt(math.inf)] = 0.0
     relative_tolerance: Annotated[float, Ge(0), Lt(math.inf)] = 1e-9
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _set_up(self) -> None:
         if "" in (self.marker, self.target_marker):
             given = f"marker={self.marker!r}, target_marker={self.target_marker!r}"
             raise ConfigError(f"{given}: a marker must not be empty")

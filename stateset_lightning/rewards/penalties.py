@@ -3,19 +3,17 @@
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from annotated_types import Ge
 
-from stateset_lightning.errors import ConfigError, DataError, bounded
-from stateset_lightning.rewards.base import Context, RewardFunction, Turns, completion
+from stateset_lightning.errors import ConfigError, DataError
+from stateset_lightning.rewards.base import Context, RewardFunction, Turns, completion, options
 
 _WORD = re.compile(r"\d+(?:[.,:]\d+)+|\w+(?:['’]\w+)*")
 
 
-@bounded("length_penalty")
-@dataclass(kw_only=True, eq=False)
+@options
 class LengthPenalty(RewardFunction):
     """0 up to `max_length`, then falling by `per_unit` for each word or character beyond, down to `-max_penalty`.
 
@@ -30,7 +28,7 @@ class LengthPenalty(RewardFunction):
         ConfigError: If a number is negative, or the unit unknown.
     """
 
-    max_length: Annotated[int, Ge(0)] = field(kw_only=False)
+    max_length: Annotated[int, Ge(0)]
     unit: Literal["words", "characters"] = "words"
     per_unit: Annotated[float, Ge(0)] = 0.01
     max_penalty: Annotated[float, Ge(0)] = 1.0
@@ -41,7 +39,7 @@ class LengthPenalty(RewardFunction):
         return -min(self.max_penalty, self.per_unit * max(0, length - self.max_length))
 
 
-@dataclass(eq=False)
+@options
 class OverlongPenalty(RewardFunction):
     """DAPO's soft overlong punishment (arXiv 2503.14476, equation 13).
 
@@ -61,8 +59,7 @@ class OverlongPenalty(RewardFunction):
     max_tokens: int
     buffer: int
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _set_up(self) -> None:
         if not 0 < self.buffer <= self.max_tokens:
             raise ConfigError(f"buffer={self.buffer} must be at least 1 and at most max_tokens={self.max_tokens}")
 
@@ -73,8 +70,7 @@ class OverlongPenalty(RewardFunction):
         return -min(1.0, max(0.0, (num_tokens - (self.max_tokens - self.buffer)) / self.buffer))
 
 
-@bounded("repetition_penalty")
-@dataclass(kw_only=True, eq=False)
+@options
 class RepetitionPenalty(RewardFunction):
     """Minus the share of the completion's n-grams of words that occurred before in it: 0 (none) to almost -1.
 

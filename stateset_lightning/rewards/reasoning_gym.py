@@ -3,13 +3,12 @@
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 from annotated_types import Gt
 
-from stateset_lightning.errors import ConfigError, bounded, require
-from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion
+from stateset_lightning.errors import ConfigError, require
+from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion, options
 from stateset_lightning.rewards.match import compiled, last_match
 
 # Tasks whose scoring evaluates the answer as code, in version 0.1.25.
@@ -21,8 +20,7 @@ RUNS_ANSWERS = frozenset(
 )
 
 
-@bounded("reasoning_gym")
-@dataclass(kw_only=True, eq=False)
+@options
 class ReasoningGymReward(RewardFunction):
     """0 to 1, by the task's own scoring, for scenarios of a source `{reasoning_gym: TASK}` (extra `gym`).
 
@@ -47,8 +45,7 @@ class ReasoningGymReward(RewardFunction):
     answer_pattern: str | None = None
     timeout: Annotated[float, Gt(0)] = 10.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _set_up(self) -> None:
         if self.timeout is None:
             raise ConfigError(f"timeout=None of reward '{self.name}': give seconds; sympy hangs on some answers")
         require("reasoning_gym", "gym", f"reward '{self.name}'")

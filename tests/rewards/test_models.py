@@ -270,7 +270,7 @@ def test_a_missing_model_is_refused_at_once(name, message, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=rf"reward_model.model_name='{name}'.*{message}"):
         RewardModel(name)
-    with pytest.raises(ConfigError, match=r"model.reward.batch_size=0 must be at least 1"):
+    with pytest.raises(ConfigError, match=r"reward_model.batch_size=0 must be at least 1"):
         RewardModel("some/id", batch_size=0)
     with pytest.raises(ConfigError, match=r"timeout=1.* leave it out"):
         Scorer(RewardModel("some/id", timeout=1))
