@@ -315,12 +315,9 @@ def _item_outcome(item: Any) -> Outcome:
 
 def failure(error: BaseException) -> Outcome:
     """The outcome of a reward that raised `error`."""
-    try:
-        message = redacted_text(str(error))
-    except BaseException:  # a user's exception may fail to print
-        message = "(its message could not be printed)"
-    trace = redacted_text("".join(traceback.format_exception(error)))
-    return Outcome(math.nan, {}, type(error).__name__, message, trace)
+    shown = traceback.TracebackException.from_exception(error)  # also of an exception that fails to print
+    trace = redacted_text("".join(shown.format()))
+    return Outcome(math.nan, {}, type(error).__name__, redacted_text(str(shown)), trace)
 
 
 async def _awaited(read: Callable[[Any], Any], output: Awaitable[Any]) -> Any:

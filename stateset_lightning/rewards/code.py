@@ -2,7 +2,6 @@
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 import ast
-import functools
 import json
 import logging
 import math
@@ -14,6 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping
+from functools import cache, partial
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
@@ -90,34 +90,24 @@ class CodeReward(RewardFunction):
             problem = "holds no case"
         except (KeyError, TypeError, ValueError, SyntaxError, RecursionError) as error:
             problem = f"cannot be read ({type(error).__name__}: {error})"
-        raise DataError(
-            f"reward '{self.name}' needs tests, but {self.tests}={tests!r:.200} of scenario {context.get('id')!r}"
-            f" {problem}: give a list of {{input, output}} or {{call, result}}"
-        )
+        place = f"{self.tests}={tests!r:.200} of scenario {context.get('id')!r} {problem}"
+        form = "give a list of {input, output} or {call, result}"
+        raise DataError(f"reward '{self.name}' needs tests, but {place}: {form}")
 
     def _run(self, code: str, cases: list[_Case]) -> list[str]:
         """How each case ended: `passed`, `wrong`, `timeout`, `memory` or `error`."""
-        shown = [{"input": given, "call": call} for given, call, _ in cases]
-        limits = {name: getattr(self, name) for name in ("language", "case_timeout", "total_timeout", "memory")}
-        kept = {"site": site.getsitepackages(), "namespaces": sandbox.NAMESPACE_FLAGS}
-        task = {"code": code, "cases": shown, **limits, **kept}
+        task = {name: getattr(self, name) for name in ("language", "case_timeout", "total_timeout", "memory")}
+        task |= {"code": code, "cases": [{"input": given, "call": call} for given, call, _ in cases]}
+        task |= {"site": site.getsitepackages(), "namespaces": sandbox.NAMESPACE_FLAGS}
         environment = {"PATH": os.defpath, "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        run: Any = partial(subprocess.run, capture_output=True, env=environment, start_new_session=True)
         folder = tempfile.mkdtemp(prefix="code-")
         try:
             with _slots:
-                done = subprocess.run(
-                    [sys.executable, "-I", "-S", sandbox.__file__],
-                    input=json.dumps(task).encode(),
-                    capture_output=True,
-                    cwd=folder,
-                    env=environment,
-                    start_new_session=True,
-                    timeout=self.total_timeout + 60,
-                    check=False,
-                )
+                python, given = [sys.executable, "-I", "-S", sandbox.__file__], json.dumps(task).encode()
+                done = run(python, input=given, cwd=folder, timeout=self.total_timeout + 60)
         finally:  # not with Python's own means, which fail where folders lie deeper than it can call functions
-            remove = 'rm -rf "$0" || { chmod -R u+rwx "$0"; rm -rf "$0"; }'
-            subprocess.run(["sh", "-c", remove, folder], stderr=subprocess.DEVNULL, check=False)
+            run(["sh", "-c", 'rm -rf "$0" || { chmod -R u+rwx "$0"; rm -rf "$0"; }', folder])
         if done.stderr:  # the code's goes elsewhere
             raise RewardError(f"the sandbox of reward '{self.name}' could not start: {done.stderr.decode()[-2000:]}")
         if not done.stdout:  # without namespaces, code can kill it
@@ -125,10 +115,9 @@ class CodeReward(RewardFunction):
         enclosed, reports = json.loads(done.stdout)
         if not enclosed:
             _announce()
-        return [
-            end if end != "ended" else "passed" if self._equal(output, *case[1:]) else "wrong"
-            for (end, output), case in zip(reports, cases, strict=True)
-        ]
+        equal = [self._equal(output, *case[1:]) for (_, output), case in zip(reports, cases, strict=True)]
+        verdicts = ["passed" if is_equal else "wrong" for is_equal in equal]
+        return [verdict if end == "ended" else end for (end, _), verdict in zip(reports, verdicts, strict=True)]
 
     def _equal(self, output: str, call: str, expected: Any) -> bool:
         if not call or self.language == "sh":
@@ -180,6 +169,6 @@ def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
-@functools.cache
+@cache
 def _announce() -> None:
     log.warning("the system refuses namespaces to code: docs/rewards.md says from what it is not kept then")

@@ -85,9 +85,7 @@ class FunctionReward(RewardFunction):
     conversational: bool | None = None
 
     def __post_init__(self) -> None:
-        function = self.function
-        while isinstance(function, partial):
-            function = function.func
+        function = self.function.func if isinstance(self.function, partial) else self.function
         name = getattr(function, "__name__", None) or base.snake_case(type(function).__name__)
         self.name = self.name or ("function" if name == "<lambda>" else name)
         parameters = _parameters(self.function)
@@ -212,13 +210,11 @@ class TRLReward(FunctionReward):
 
 def is_list_function(function: Callable[..., Any]) -> bool:
     """Whether a function takes lists: it names `completions` or `queries`, or takes keywords alone."""
-    parameters = _parameters(function)
-    names = {parameter.name for parameter in parameters}
-    if names & {"completions", "completion_ids", "queries"}:
+    kinds = {parameter.name: parameter.kind.name for parameter in _parameters(function)}
+    if kinds.keys() & {"completions", "completion_ids", "queries"}:
         return True
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    by_keyword = all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in parameters)
-    return takes_all and by_keyword and not any(_ROLES.get(n) == "completion" or n in _UNSURE for n in names)
+    by_keyword = {"VAR_KEYWORD"} <= set(kinds.values()) <= {"VAR_KEYWORD", "KEYWORD_ONLY"}
+    return by_keyword and not any(_ROLES.get(name) == "completion" or name in _UNSURE for name in kinds)
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
@@ -227,7 +223,7 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
         found = list(inspect.signature(function).parameters.values())
     except ValueError:  # of some builtins
         found = [inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)]
-    if [str(p)[:1] for p in found] == ["*"] * len(found) and any(p.kind is p.VAR_POSITIONAL for p in found):
+    if {"VAR_POSITIONAL"} <= {p.kind.name for p in found} <= {"VAR_POSITIONAL", "VAR_KEYWORD"}:
         found = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in ("turns", "context")]
     return [parameter for parameter in found if parameter.name not in getattr(function, "keywords", ())]
 
@@ -247,12 +243,10 @@ def alarm_in(function: Any) -> str:
         if isinstance(item, _HOLDERS):
             left += gc.get_referents(item)[:1000]
             continue
-        space = getattr(item, "__dict__", {})
-        if isinstance(item, ModuleType | FunctionType):  # a wrapper says that it is at home where the wrapped one is
-            home = str((space if isinstance(item, ModuleType) else item.__globals__).get("__name__"))
-        else:
-            home = (item if isinstance(item, type) else type(item)).__module__
-        home = home.partition(".")[0]
+        space, kind = getattr(item, "__dict__", {}), item if isinstance(item, type) else type(item)
+        # Not by a function's own word: a wrapper says that it is at home where the wrapped one is.
+        scope = item.__globals__ if isinstance(item, FunctionType) else space if isinstance(item, ModuleType) else {}
+        home = str(scope.get("__name__", kind.__module__)).partition(".")[0]
         own = own or home
         if home in _LIBRARIES:
             return home
@@ -261,7 +255,7 @@ def alarm_in(function: Any) -> str:
         if home in _SOUND or (is_installed and home != own) or isinstance(item, ModuleType):
             continue
         if not isinstance(item, FunctionType):
-            left += [dict(space), *(item.__mro__ if isinstance(item, type) else [type(item)])]
+            left += [dict(space), *kind.__mro__]
             continue
         names = _names(item.__code__)
         if found := sorted(names & (_LIBRARIES | _ALARMS)):

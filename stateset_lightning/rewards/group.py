@@ -8,8 +8,6 @@ from typing import Any
 from stateset_lightning.errors import RewardError
 from stateset_lightning.rewards.base import Context, RewardFunction, Turns, options
 
-TOLERANCE = 1e-9  # weighted sums fall short of 1 by rounding
-
 
 class GroupReward(RewardFunction):
     """A reward that compares the completions of one prompt: subclass it and write `compute_rewards`.
@@ -65,18 +63,15 @@ class RelativeLength(GroupReward):
     right_by: str
     right_at: float = 1.0
 
-    @property
-    def reads(self) -> Collection[str]:  # type: ignore[override]
-        return (self.right_by,)
+    def _set_up(self) -> None:
+        self.reads = (self.right_by,)
 
     def compute_rewards(
         self, conversations_G: Sequence[Turns], context: Mapping[str, Any], scores: Mapping[str, Sequence[float | None]]
     ) -> list[float]:
-        lengths = context["completion_tokens"]
-        right = [score is not None and score >= self.right_at - TOLERANCE for score in scores[self.right_by]]
-        of_right = [length for length, is_right in zip(lengths, right, strict=True) if is_right]
-        shortest, spread = min(of_right, default=0), max(of_right, default=0) - min(of_right, default=0)
-        return [
-            0.5 - (length - shortest) / spread if is_right and spread else 0.0
-            for length, is_right in zip(lengths, right, strict=True)
-        ]
+        least = self.right_at - 1e-9  # weighted sums fall short of 1 by rounding
+        right = [score is not None and score >= least for score in scores[self.right_by]]
+        answers = list(zip(context["completion_tokens"], right, strict=True))
+        lengths = [length for length, is_right in answers if is_right] or [0]
+        shortest, spread = min(lengths), max(lengths) - min(lengths)
+        return [0.5 - (length - shortest) / spread if is_right and spread else 0.0 for length, is_right in answers]

@@ -16,6 +16,7 @@ _FOLDER = Path(__file__).parent
 _FUNCTION_WORDS = frozenset((_FOLDER / "function_words.txt").read_text().split())
 # One a line. The phrases end with their clause: after the next punctuation mark an answer may begin.
 _PHRASES = "|".join((_FOLDER / "stock_phrases.txt").read_text().splitlines())
+_ENDING = re.compile(r"((?<=...)(?<!s)s)?('s)?$")  # of a plural, and of a genitive
 _STOCK_PHRASES = re.compile(rf"\b(?:{_PHRASES})[^.!?,:;\n]{{0,80}}")
 
 
@@ -65,8 +66,8 @@ class HelpfulnessReward(RewardFunction):
             "brevity": min(1.0, MAX_WORDS / len(all_words)),
         }
         honest = (1 - parts["repetition"]) * (1 - parts["echo"]) * parts["brevity"]
-        score = (0.3 + 0.7 * parts["relevance"]) * parts["informativeness"] * parts["prose"] * (1 - parts["stock"])
-        score *= honest
+        useful = (0.3 + 0.7 * parts["relevance"]) * parts["informativeness"] * parts["prose"] * (1 - parts["stock"])
+        score = useful * honest
         if (context or {}).get("target") is not None:
             targets = target_texts(context, self.name)
             parts["agreement"] = max(_agreement(words(target), all_words) for target in targets)
@@ -79,13 +80,8 @@ def _content(tokens: Sequence[str]) -> set[str]:
 
     So `explains` and `explained` count as one word.
     """
-    stems = set()
-    for token in tokens:
-        if token not in _FUNCTION_WORDS and (len(token) > 1 or token.isdigit()):
-            stem = token.removesuffix("'s")
-            plural = len(stem) > 3 and stem.endswith("s") and not stem.endswith("ss")
-            stems.add((stem[:-1] if plural else stem)[:6])
-    return stems
+    kept = [token for token in tokens if token not in _FUNCTION_WORDS and (len(token) > 1 or token.isdigit())]
+    return {_ENDING.sub("", token)[:6] for token in kept}
 
 
 def _echo(asked: Sequence[str], answer: Sequence[str]) -> float:
@@ -103,7 +99,5 @@ def _echo(asked: Sequence[str], answer: Sequence[str]) -> float:
 
 def _agreement(target: Sequence[str], answer: Sequence[str]) -> float:
     """Share of the target's content words (of all its words, if it has no content words) in the answer."""
-    wanted = _content(target)
-    if wanted:
-        return len(wanted & _content(answer)) / len(wanted)
-    return len(set(target) & set(answer)) / len(set(target)) if target else 0.0
+    read = _content if _content(target) else set
+    return len(read(target) & read(answer)) / len(read(target)) if target else 0.0

@@ -13,7 +13,7 @@ from typing import Any
 from stateset_lightning.errors import ConfigError, DataError, RewardError, bounded
 from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns
 from stateset_lightning.rewards.group import GroupReward
-from stateset_lightning.types import ABSENT, at_path
+from stateset_lightning.types import at_path
 from stateset_lightning.workers import OpenAIClient
 
 _FOLDER = Path(__file__).parent
@@ -88,7 +88,10 @@ class Judge(RewardFunction):
         """A request: the instructions, with these words, and the conversation and answers by tag, between marks."""
         conversation = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in asked)
         mark = _hash(conversation, *answers.values())[:16]
-        rubric = _BRACES.sub(lambda part: self._column(part[1], context) if part[1] else part[0][0], self.rubric)
+        if absent := self.missing(context):
+            named = f"'{absent[0]}', which {self.name}.rubric names"
+            raise DataError(f"scenario {context.get('id')!r} has no column {named}")
+        rubric = _BRACES.sub(lambda part: str(at_path(context, part[1])) if part[1] else part[0][0], self.rubric)
         texts = {"conversation": conversation, **answers}
         material = "\n\n".join(f"<{tag}-{mark}>\n{text}\n</{tag}-{mark}>" for tag, text in texts.items())
         instructions = self.instructions.format(rubric=rubric, mark=mark, low=self.low, high=self.high, **words)
@@ -122,11 +125,6 @@ class Judge(RewardFunction):
             raise ConfigError(f"{self.name}.rubric is empty: say what a good answer is")
         if brace := re.search(r"\{[^{}]*\}?|\}", _BRACES.sub("", self.rubric)):
             raise ConfigError(f"{self.name}.rubric names the column '{brace[0]}'; write {{{{ and }}}} for braces")
-
-    def _column(self, name: str, context: Mapping[str, Any]) -> str:
-        if (found := at_path(context, name)) is None or found is ABSENT:
-            raise DataError(f"scenario {context.get('id')!r} has no column '{name}', which {self.name}.rubric names")
-        return str(found)
 
 
 class ModelJudge(Judge):

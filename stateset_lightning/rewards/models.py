@@ -206,10 +206,8 @@ class RewardModel(TextModelReward):
         if not (found or is_logit):
             known = ", ".join(names.values())
             raise ConfigError(f"{self.name}.label={self.label!r} must be one of the model's: {known}")
-        if self.reads == "conversation":
-            texts = self.encode_conversations(conversations)
-        else:
-            texts = [_attempt(self.encode, completion(turns)) for turns in conversations]
+        answers, is_alone = map(completion, conversations), self.reads == "completion"
+        texts = [_attempt(self.encode, a) for a in answers] if is_alone else self.encode_conversations(conversations)
         rows = self.read(texts, lambda output, _: output.logits)
         return [_attempt(lambda row: float(row if is_logit else row.softmax(-1)[found[0]]), row) for row in rows]
 

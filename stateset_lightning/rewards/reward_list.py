@@ -40,15 +40,13 @@ def as_rewards(reward: Any) -> list[RewardFunction]:
         raise ConfigError(f"all rewards have weight 0 ({', '.join(r.name for r in rewards)}): nothing would be trained")
     if len({id(item) for item in rewards}) < len(rewards):
         raise ConfigError("the same reward object stands twice in the list; make a second one, or raise its weight")
-    names = {item.name for item in rewards}
-    taken: set[str] = set()
-    for item in rewards:
-        if item.name in taken:
+    names = [item.name for item in rewards]
+    for i, item in enumerate(rewards):
+        if item.name in names[:i]:
             numbered = (f"{item.name}_{count}" for count in itertools.count(2))
-            item.name = next(name for name in numbered if name not in names | taken)
-        taken.add(item.name)
+            names[i] = item.name = next(name for name in numbered if name not in names)
+    others = [item.name for item in rewards if not isinstance(item, GroupReward)]
     for item in rewards:
-        others = [other.name for other in rewards if not isinstance(other, GroupReward)]
         if isinstance(item, GroupReward) and (absent := sorted(set(item.reads).difference(others))):
             has = ", ".join(others) or "no other reward"
             raise ConfigError(f"reward '{item.name}' reads the scores of {absent[0]}, but there is {has}")
@@ -60,10 +58,9 @@ def _as_reward(item: Any) -> RewardFunction:
         raise ConfigError(f"reward {item.__name__} is a class; give an instance: {item.__name__}()")
     if not isinstance(item, RewardFunction):
         if not callable(item):
-            raise ConfigError(
-                f"reward={item!r} ({type(item).__name__}) is no reward; accepted are a RewardFunction, a function "
-                "f(turns, context), or a list of these (in YAML: class_path and init_args)"
-            )
+            accepted = "a RewardFunction, a function f(turns, context), or a list of these"
+            given = f"reward={item!r} ({type(item).__name__}) is no reward"
+            raise ConfigError(f"{given}; accepted are {accepted} (in YAML: class_path and init_args)")
         item = TRLReward(item) if is_list_function(item) else FunctionReward(item)
     _check(item)
     return item

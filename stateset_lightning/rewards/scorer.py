@@ -169,15 +169,14 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
         Raises:
             ConfigError: If a worker process could not load its rewards, or a batched reward its model.
         """
-        begin, rewards = time.perf_counter(), self._scorer.rewards
+        begin, scorer, rewards = time.perf_counter(), self._scorer, self._scorer.rewards
         together = [f for f, reward in enumerate(rewards) if reward.scores_several]
         for f in sorted(together, key=lambda f: isinstance(rewards[f], GroupReward)):  # those last
             self._score_together(f)
         outcomes_NF = [[_outcome(future) for future in self._futures[n]] for n in range(self._num_completions)]
-        changed = {name for row in outcomes_NF for name, o in zip(self._scorer.names, row, strict=True) if o.changed}
+        changed = {name for row in outcomes_NF for name, o in zip(scorer.names, row, strict=True) if o.changed}
         for name in sorted(changed):
-            what = "its columns or its conversation: copies, which nothing else sees"
-            self._scorer.tell(f"reward '{name}' changes {what}")
+            scorer.tell(f"reward '{name}' changes its columns or its conversation: copies, which nothing else sees")
         return _scores(rewards, outcomes_NF, time.perf_counter() - begin)
 
     def __exit__(self, *exception: object) -> None:

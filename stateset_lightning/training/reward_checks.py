@@ -22,10 +22,9 @@ def check_baseline(rewards: Sequence[RewardFunction], needs_greedy_baseline: boo
         ConfigError: If it is one greedy completion, and a reward compares the completions of a prompt.
     """
     if needs_greedy_baseline and (names := [r.name for r in rewards if isinstance(r, GroupReward) and r.weight]):
-        raise ConfigError(
-            f"reward '{names[0]}' compares the completions of a prompt, and this algorithm compares them with one"
-            " greedy completion, which it does not score: leave it out, or choose another algorithm"
-        )
+        compares = f"reward '{names[0]}' compares the completions of a prompt"
+        greedy = "this algorithm compares them with one greedy completion, which it does not score"
+        raise ConfigError(f"{compares}, and {greedy}: leave it out, or choose another algorithm")
 
 
 def check_rewards(splits: Mapping[Any, Iterable[Scenario]], rewards: Sequence[RewardFunction]) -> None:
@@ -36,24 +35,22 @@ def check_rewards(splits: Mapping[Any, Iterable[Scenario]], rewards: Sequence[Re
     Raises:
         ConfigError: With the first scenarios that name others; or if no row has a column that its reward needs.
     """
-    known = {reward.name: reward for reward in rewards}
+    known = [reward.name for reward in rewards]
     needing = [reward for reward in rewards if reward.missing({})]  # a column or more
     for split, scenarios in splits.items():
-        unknown: dict[str, list[str]] = {}
-        scored, lacking, columns = Counter[str](), Counter[tuple[str, str]](), dict[str, Any]()
+        unknown, scored, lacking = list[str](), Counter[str](), Counter[tuple[str, str]]()
+        columns: dict[str, Any] = {}
         for scenario in scenarios:
             names = known if scenario.rewards is None else scenario.rewards
-            if names is not known and (others := sorted(set(names) - known.keys())):
-                unknown[f"data.{split}: {scenario.id}"] = others
+            if others := sorted(set(names).difference(known)):
+                unknown.append(f"data.{split}: {scenario.id}: {', '.join(others)}")
             for reward in [reward for reward in needing if reward.name in names]:
                 columns = scenario.columns()
                 scored[reward.name] += 1
-                for column in reward.missing(columns):
-                    lacking[reward.name, column] += 1
+                lacking.update((reward.name, column) for column in reward.missing(columns))
         if unknown:
-            examples = "; ".join(f"{place}: {', '.join(names)}" for place, names in list(unknown.items())[:5])
             have = f"that model.reward does not have ({', '.join(known)})"
-            raise ConfigError(f"{len(unknown)} scenarios name rewards {have}: {examples}")
+            raise ConfigError(f"{len(unknown)} scenarios name rewards {have}: {'; '.join(unknown[:5])}")
         for (name, column), count in lacking.items():
             if count == scored[name] and column not in STAND_INS:
                 none = f"reward '{name}' needs the column {column}, and no scenario of data.{split} has it"
@@ -65,10 +62,10 @@ def check_rewards(splits: Mapping[Any, Iterable[Scenario]], rewards: Sequence[Re
 
 def _remedy(column: str, columns: Mapping[str, Any]) -> str:
     """What to do about a column that no row has, by the columns of one row."""
-    present = [name for name, value in columns.items() if value is not None and name not in ("id", "rewards")]
-    has_target = column in TARGET_NAMES and "target" in present  # which may be no column of the file
-    present = [name for name in present if not (has_target and name == "target")]
     likely = TARGET_NAMES if column in TARGET_NAMES else ()
+    has_target = bool(likely) and columns.get("target") is not None
+    hidden = {"id", "rewards", "target" if has_target else ""}  # the target may be no column of the file
+    present = [name for name, value in columns.items() if value is not None and name not in hidden]
     plain = {name.strip().lower(): name for name in present}
     near = [plain[word] for word in (column, *get_close_matches(column, plain), *likely) if word in plain]
     fields = f"set data.fields.{column}={near[0]!r}" if near else f"name one by data.fields.{column}"

@@ -80,8 +80,6 @@ def end_all(child: int) -> None:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             os.waitpid(-1, 0)
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
 
 
 def prctl(option: int, value: int) -> None:

@@ -167,7 +167,7 @@ def unprintable(turns, context):
     [
         (raising, "KeyError", "'missing'"),
         (exiting, "SystemExit", "3"),
-        (unprintable, "Unprintable", "could not be printed"),
+        (unprintable, "Unprintable", "str() failed"),
     ],
 )
 def test_exceptions_are_failures_with_a_traceback(function, error, message):
