@@ -158,10 +158,9 @@ class FunctionReward(RewardFunction):
     def _given(self, turns: Turns, context: Mapping[str, Any], logged: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call, by name."""
         columns, given = {**STAND_INS, **context}, dict[str, Any]()
-        by_role = self._by_role(turns, context) | {
-            "log_extra": lambda column, values: logged.update({column: values[0]}),
-            "log_metric": lambda name, value: logged.update({name: value}),
-        }
+        by_role = self._by_role(turns, context)
+        by_role["log_extra"] = lambda column, values: logged.update({column: values[0]})
+        by_role["log_metric"] = lambda name, value: logged.update({name: value})
         for name, role in self._roles.items():
             value = columns.get(name) if role in ("prompt", "target", "column") else None
             value = by_role.get(role) if value is None else value

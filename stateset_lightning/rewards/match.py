@@ -150,19 +150,15 @@ class FormatReward(RewardFunction):
             raise ConfigError(f"tags={tags!r}: give bare names, such as think for <think>...</think>")
         if self.only_tags and tags is None:
             raise ConfigError("only_tags=True goes with tags; a pattern says itself what may stand where")
-        if pattern is None:  # groups of even number stand inside the tags, the others outside
-            pattern = "".join(f"(.*?)<{tag}>(.*?)</{tag}>" for tag in tags or []) + "(.*)"
-        self._form = compiled(pattern, re.DOTALL)
+        if tags is not None:
+            mark = rf"</?(?:{'|'.join(tags)})>"
+            text = rf"(?:(?!{mark}).)*"
+            outside = r"\s*" if self.only_tags else text
+            pattern = outside + "".join(rf"<{tag}>\s*(?!{mark})\S{text}</{tag}>{outside}" for tag in tags)
+        self._form = compiled(pattern or "", re.DOTALL)
 
     def compute_reward(self, turns: Turns, context: Context = None) -> float:
-        text = completion(turns).strip()
-        marks = [mark for tag in self.tags or [] for mark in (f"<{tag}>", f"</{tag}>")]
-        if any(text.count(mark) != 1 for mark in marks) or (found := self._form.fullmatch(text)) is None:
-            return 0.0
-        if self.tags is None:
-            return 1.0
-        inside, outside = found.groups()[1::2], found.groups()[::2]
-        return float(all(map(str.strip, inside)) and not (self.only_tags and "".join(outside).strip()))
+        return float(self._form.fullmatch(completion(turns).strip()) is not None)
 
 
 @options

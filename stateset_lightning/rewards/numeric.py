@@ -19,7 +19,7 @@ from stateset_lightning.rewards.base import Context, RewardFunction, RewardResul
 
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\.)\.[0-9]+"
 _NUMBER = re.compile(
-    rf"""
+    rf"""(?x)
     (?<!\w) (?<![0-9]\.)                                    # not inside a word (H2O) or a version (1.2.3)
     (?: (?<![)\]%]) (?P<sign> [-+\u2212] ) )? [$€£¥₹]?       # 5-3 and (5)-3 are differences
     (?P<sign_2> (?<=[$€£¥₹]) [-\u2212] )?
@@ -28,14 +28,10 @@ _NUMBER = re.compile(
     (?: (?: [eE] | [ ]?(?:×|x|\*|\\times)[ ]?10(?:\^|\*\*)\{{? ) (?P<exponent> [-+\u2212]?[0-9]+ ) \}}? )?
     (?: [ ]?/[ ]? (?P<denominator> [0-9]+(?:\.[0-9]+)? ) )?
     (?: [ ]? (?P<percent> % ) )?
-    """,
-    re.VERBOSE,
+    """
 )
-_LATEX = (
-    (re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}"), r"\1/\2"),
-    (re.compile(r"\{,\}"), ","),
-    (re.compile(r"\\(?=[$%])|\\!"), ""),
-)
+_LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+_LATEX_MARKUP = re.compile(r"\{(,)\}|\\(?=[$%])|\\!")
 
 
 @options
@@ -90,8 +86,7 @@ class NumericAnswer(RewardFunction):
 
 def find_numbers(text: str) -> Iterator[list[float]]:
     """The numbers in a text, in order; each with all its values (`50%` is 50 and 0.5)."""
-    for pattern, replacement in _LATEX:
-        text = pattern.sub(replacement, text)
+    text = _LATEX_MARKUP.sub(r"\1", _LATEX_FRACTION.sub(r"\1/\2", text))
     for match in _NUMBER.finditer(text):
         value = _value(match)
         if math.isfinite(value):
