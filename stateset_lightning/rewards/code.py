@@ -70,8 +70,7 @@ class CodeReward(RewardFunction):
 
     def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
         cases = self._cases(context or {})
-        tags = _TAGS[self.language]
-        blocks = [code for tag, code in _BLOCK.findall(completion(turns)) if tag.lower() in tags]
+        blocks = [code for tag, code in _BLOCK.findall(completion(turns)) if tag.lower() in _TAGS[self.language]]
         ends = self._run(blocks[-1], cases) if blocks else ["no code"] * len(cases)
         passed = ends.count("passed")
         score = passed == len(cases) if self.all_or_nothing else passed / len(cases)

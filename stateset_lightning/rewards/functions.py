@@ -39,10 +39,8 @@ STAND_INS: dict[str, Any] = {"data_source": None, "extra_info": {}}
 # How a function of (turns, context) can give what another takes.
 _GIVEN = {"turns": "turns", "context": "context", "completion": "turns[-1].content", "prompt": "turns[-2].content"}
 _GIVEN |= {"target": 'context["target"]', "unused": "None"}
-_OF_VERIFIERS = {
-    "state": '{**context, "completion": turns[-1].content, "answer": context["target"]}',
-    "parser": '__import__("types").SimpleNamespace(parse=str, parse_answer=str)',
-}
+_OF_VERIFIERS = {"state": '{**context, "completion": turns[-1].content, "answer": context["target"]}'}
+_OF_VERIFIERS |= {"parser": '__import__("types").SimpleNamespace(parse=str, parse_answer=str)'}
 
 _LIBRARIES = {"math_verify", "timeout_decorator"}  # that set alarms
 _ALARMS = {"alarm", "setitimer", "signal"}

@@ -10,12 +10,9 @@ from pathlib import Path
 from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion, target_texts
 from stateset_lightning.rewards.penalties import repeated_share, words
 
-MAX_WORDS = 300  # answers of up to this many words lose nothing for their length
-
-_FOLDER = Path(__file__).parent
-_FUNCTION_WORDS = frozenset((_FOLDER / "function_words.txt").read_text().split())
+_FUNCTION_WORDS = frozenset(Path(__file__).with_name("function_words.txt").read_text().split())
 # One a line. The phrases end with their clause: after the next punctuation mark an answer may begin.
-_PHRASES = "|".join((_FOLDER / "stock_phrases.txt").read_text().splitlines())
+_PHRASES = "|".join(Path(__file__).with_name("stock_phrases.txt").read_text().splitlines())
 _ENDING = re.compile(r"((?<=...)(?<!s)s)?('s)?$")  # of a plural, and of a genitive
 _STOCK_PHRASES = re.compile(rf"\b(?:{_PHRASES})[^.!?,:;\n]{{0,80}}")
 
@@ -63,7 +60,7 @@ class HelpfulnessReward(RewardFunction):
             "stock": 1 - len(said) / len(all_words),
             "repetition": repeated_share(all_words, 3),
             "echo": _echo(asked, all_words),
-            "brevity": min(1.0, MAX_WORDS / len(all_words)),
+            "brevity": min(1.0, 300 / len(all_words)),
         }
         honest = (1 - parts["repetition"]) * (1 - parts["echo"]) * parts["brevity"]
         useful = (0.3 + 0.7 * parts["relevance"]) * parts["informativeness"] * parts["prose"] * (1 - parts["stock"])

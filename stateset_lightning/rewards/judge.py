@@ -16,7 +16,6 @@ from stateset_lightning.rewards.group import GroupReward
 from stateset_lightning.types import at_path
 from stateset_lightning.workers import OpenAIClient
 
-_FOLDER = Path(__file__).parent
 _NUMBER = r"-?\d+(?:\.\d+)?"
 # Possessive: marks are looked at once.
 _SCORE_LINE = re.compile(
@@ -74,7 +73,12 @@ class Judge(RewardFunction):
         super().__init__(weight=weight, name=name or "", timeout=timeout)
         self.rubric = rubric
         self.low, self.high = score_range
-        self._check()
+        if not (math.isfinite(self.high - self.low) and self.low < self.high):
+            raise ConfigError(f"{self.name}.score_range={[self.low, self.high]} must be two numbers, the lower first")
+        if not rubric.strip():
+            raise ConfigError(f"{self.name}.rubric is empty: say what a good answer is")
+        if brace := re.search(r"\{[^{}]*\}?|\}", _BRACES.sub("", rubric)):
+            raise ConfigError(f"{self.name}.rubric names the column '{brace[0]}'; write {{{{ and }}}} for braces")
         self.needs = [column for column in _BRACES.findall(rubric) if column]
         parameters = {k: v for k, v in {**_DEFAULTS, **(request or {})}.items() if v is not None}
         self.client = OpenAIClient(self.name, model, request=parameters, **server)
@@ -118,14 +122,6 @@ class Judge(RewardFunction):
     def result(self, score: float, reply: str) -> RewardResult:
         return RewardResult((score - self.low) / (self.high - self.low), {"score": score, "reply": reply})
 
-    def _check(self) -> None:
-        if not (math.isfinite(self.high - self.low) and self.low < self.high):
-            raise ConfigError(f"{self.name}.score_range={[self.low, self.high]} must be two numbers, the lower first")
-        if not self.rubric.strip():
-            raise ConfigError(f"{self.name}.rubric is empty: say what a good answer is")
-        if brace := re.search(r"\{[^{}]*\}?|\}", _BRACES.sub("", self.rubric)):
-            raise ConfigError(f"{self.name}.rubric names the column '{brace[0]}'; write {{{{ and }}}} for braces")
-
 
 class ModelJudge(Judge):
     """The score that a language model gives by a rubric, scaled to the range 0 to 1 (extra `judge`).
@@ -135,7 +131,7 @@ class ModelJudge(Judge):
     `Judge`.
     """
 
-    instructions = (_FOLDER / "judge_instructions.txt").read_text().rstrip()
+    instructions = Path(__file__).with_name("judge_instructions.txt").read_text().rstrip()
 
     async def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult:
         messages = self.messages(turns[:-1], {"answer": turns[-1]["content"]}, context or {})
@@ -155,7 +151,7 @@ class RelativeJudge(GroupReward, Judge):
     <number>, ...`. Any other fails the completions of this prompt. Its arguments are those of `Judge`.
     """
 
-    instructions = (_FOLDER / "relative_judge_instructions.txt").read_text().rstrip()
+    instructions = Path(__file__).with_name("relative_judge_instructions.txt").read_text().rstrip()
 
     async def compute_rewards(
         self, conversations_G: Sequence[Turns], context: Mapping[str, Any], scores: Mapping[str, Any]

@@ -44,8 +44,7 @@ class ExactMatch(RewardFunction):
 
     def _normalized(self, text: str) -> str:
         text = unicodedata.normalize("NFC", text)
-        if self.ignore_case:
-            text = text.casefold()
+        text = text.casefold() if self.ignore_case else text
         if self.ignore_punctuation:
             text = "".join(character for character in text if not unicodedata.category(character).startswith("P"))
         text = " ".join(text.split()) if self.ignore_whitespace else text

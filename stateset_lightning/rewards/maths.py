@@ -3,13 +3,13 @@
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 import logging
 import re
-from decimal import Decimal
 from typing import Annotated, Any
 
 from annotated_types import Gt
 
 from stateset_lightning.errors import ConfigError, require
 from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion, options, target_of
+from stateset_lightning.types import text_of
 
 _LATEX = re.compile(r"\$|\\boxed|\\\(|\\\[")
 
@@ -61,12 +61,11 @@ class MathEquivalence(RewardFunction):
         return golds if all(golds) else []
 
     def _gold(self, target: Any) -> list[Any]:
-        if isinstance(target, int | float) and not isinstance(target, bool):
-            target = f"{Decimal(str(target)):f}"  # LaTeX reads 1e-05 as 1 times e minus 5
-        if not isinstance(target, str) or not target.strip():
+        text = text_of(target)  # in full: LaTeX reads 1e-05 as 1 times e minus 5
+        if isinstance(target, bool) or not text.strip():
             return []
-        target = target.rpartition(self.target_marker)[2].strip().replace("\\$", "")
-        return _parsed(target if _LATEX.search(target) else rf"\boxed{{{target}}}")
+        text = text.rpartition(self.target_marker)[2].strip().replace("\\$", "")
+        return _parsed(text if _LATEX.search(text) else rf"\boxed{{{text}}}")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # In a worker process. Imported now, before the first completion's time-out begins: sympy takes a second or two.

@@ -238,8 +238,7 @@ class EmbeddingSimilarity(TextModelReward):
         targets = [_attempt(target_texts, context, self.name, str.strip) for context in contexts]
         texts = {text for found in targets if isinstance(found, list) for text in found}
         vectors = self._embeddings(texts.union(answers))
-        pairs = zip(targets, answers, strict=True)
-        return [_attempt(self._similarity, found, answer, vectors) for found, answer in pairs]
+        return [_attempt(self._similarity, *pair, vectors) for pair in zip(targets, answers, strict=True)]
 
     def _embeddings(self, texts: set[str]) -> dict[str, Any]:
         """Text -> unit vector, or why there is none."""
@@ -254,9 +253,8 @@ class EmbeddingSimilarity(TextModelReward):
         if errors := [vector for vector in vectors if isinstance(vector, DataError)]:
             raise errors[0]
         similarities = [float(vectors[0] @ other) for other in vectors[1:]]
-        if any(map(math.isnan, similarities)):  # `max` might pass over it
-            return math.nan
-        return min(1.0, max(similarities))  # rounding may go beyond 1
+        # `max` might pass over what is no number; rounding may go beyond 1.
+        return math.nan if any(map(math.isnan, similarities)) else min(1.0, max(similarities))
 
 
 def _attempt(function: Callable[..., Any], first: Any, *others: Any) -> Any:

@@ -2,7 +2,7 @@
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 import json
-from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any
 
 from annotated_types import Gt
@@ -47,7 +47,6 @@ class ReasoningGymReward(RewardFunction):
         require("reasoning_gym", "gym", f"reward '{self.name}'")
         pattern = self.answer_pattern
         self._pattern = None if pattern is None else compiled(pattern, key="answer_pattern")
-        self._scorers: dict[str, Any] = {}
 
     def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult | None:
         row = dict(context or {})
@@ -59,20 +58,19 @@ class ReasoningGymReward(RewardFunction):
             raise ConfigError(f"{runs}: leave the task out, or {allow}")
         text = completion(turns)
         answer = text.strip() if self._pattern is None else last_match(self._pattern, text)
-        if answer is None:
-            return RewardResult(0.0, {"answer": None})
         entry = {"question": row.get("prompt"), "answer": row.get("target"), "metadata": needed["metadata"]}
-        return RewardResult(self._scorer(needed["task"], needed["options"])(answer, entry), {"answer": answer})
-
-    def _scorer(self, task: str, options: Mapping[str, Any]) -> Any:
-        from reasoning_gym import create_dataset
-
-        key = json.dumps([task, options], sort_keys=True)
-        if key not in self._scorers:
-            self._scorers[key] = create_dataset(task, **options).score_answer
-        return self._scorers[key]
+        score_answer = _scoring(needed["task"], json.dumps(needed["options"], sort_keys=True))
+        return RewardResult(0.0 if answer is None else score_answer(answer, entry), {"answer": answer})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # In a worker process. Imported now, before the first completion's time-out begins: it takes seconds.
         self.__dict__.update(state)
         import reasoning_gym  # noqa: F401
+
+
+@cache
+def _scoring(task: str, options: str) -> Any:
+    """The scoring of a task, by its options as JSON."""
+    from reasoning_gym import create_dataset
+
+    return create_dataset(task, **json.loads(options)).score_answer

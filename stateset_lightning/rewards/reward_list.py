@@ -13,8 +13,6 @@ from stateset_lightning.rewards.base import BatchReward, RewardFunction
 from stateset_lightning.rewards.functions import FunctionReward, TRLReward, is_list_function
 from stateset_lightning.rewards.group import GroupReward
 
-LARGEST_WEIGHT = 1e30  # times the largest score, and summed over rewards, this is still a finite total
-
 # What is accepted as a reward: a list of `RewardFunction`s and functions, or one of them. In this order: jsonargparse
 # tries the members from the left; it could not save a config with the callable first.
 Reward = list[RewardFunction | Callable[..., Any]] | RewardFunction | Callable[..., Any]
@@ -70,8 +68,8 @@ def _check(reward: RewardFunction) -> None:
     name, weight, timeout = reward.name, reward.weight, reward.timeout
     if not isinstance(name, str) or not name:
         raise ConfigError(f"name={name!r} of {type(reward).__name__} must be a non-empty string")
-    if not (_is_number(weight) and abs(weight) <= LARGEST_WEIGHT):
-        raise ConfigError(f"weight={weight!r} of reward '{name}' must be a finite number, at most {LARGEST_WEIGHT:g}")
+    if not (_is_number(weight) and abs(weight) <= 1e30):  # times the largest score, and summed, it is still finite
+        raise ConfigError(f"weight={weight!r} of reward '{name}' must be a finite number, at most 1e+30")
     if timeout is not None and not (_is_number(timeout) and 0 < timeout < math.inf):
         raise ConfigError(f"timeout={timeout!r} of reward '{name}' must be a positive number of seconds, or None")
     if isinstance(reward, BatchReward) and timeout is not None:

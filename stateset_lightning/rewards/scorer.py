@@ -64,6 +64,8 @@ class Scorer(AbstractContextManager["Scorer"]):
         self.rewards = as_rewards(rewards)
         self.names = tuple(reward.name for reward in self.rewards)
         self.max_failures = max_failures
+        # Whether a completion without others of its prompt gets a total.
+        self.scores_alone = any(reward.weight and not isinstance(reward, GroupReward) for reward in self.rewards)
         loop = EventLoopThread(max_concurrency, "async-rewards")
         threads = DaemonThreads(max_concurrency, "blocking-rewards")
         workers = WorkerPool(remedy="; or write compute_reward as `async def`; or drop the time-out")
@@ -81,11 +83,12 @@ class Scorer(AbstractContextManager["Scorer"]):
             else:
                 workers.add(f"reward '{reward.name}'", partial(base.call, reward))
                 self.starts.append(partial(workers.submit, f"reward '{reward.name}'", limit))
-        # Also at interpreter exit, and when the scorer is collected as garbage. Workers first: threads wait for them.
+        # `close()` stops what runs, ends all threads and kills all worker processes. So do the interpreter's exit and
+        # the garbage collector. Workers first: threads wait for them.
         parts = ExitStack()
         for part in (threads, loop, workers):
             parts.callback(part.close)
-        self._close = weakref.finalize(self, parts.close)
+        self.close = weakref.finalize(self, parts.close)
 
     def start(self, num_completions: int, device: Any = "cpu", num_generations: int = 1) -> "ScoringSession":
         """Begin to score N completions; rewards that are models compute on `device`.
@@ -98,17 +101,12 @@ class Scorer(AbstractContextManager["Scorer"]):
         Raises:
             RuntimeError: If the scorer is closed.
         """
-        if not self._close.alive:
+        if not self.close.alive:
             raise RuntimeError("the scorer is closed")
         for reward in self.rewards:
             if isinstance(reward, BatchReward):
                 reward.device = device
         return ScoringSession(self, num_completions, num_generations)
-
-    @property
-    def scores_alone(self) -> bool:
-        """Whether a completion without others of its prompt gets a total."""
-        return any(reward.weight and not isinstance(reward, GroupReward) for reward in self.rewards)
 
     def tell(self, line: str) -> None:
         """Announce it, once."""
@@ -119,10 +117,6 @@ class Scorer(AbstractContextManager["Scorer"]):
     def take_counts(self) -> dict[str, float]:
         """What rewards have counted since the last call, as `cost/<reward>/<key>`."""
         return {f"cost/{r.name}/{key}": count for r in self.rewards for key, count in r.take_counts().items()}
-
-    def close(self) -> None:
-        """Stop what runs, end all threads and kill all worker processes."""
-        self._close()
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -250,8 +244,7 @@ def check_failures(scores: Scores, max_failures: float = 0.5) -> None:
     allowed = f"more than max_reward_failures={max_failures:g} allows ({', '.join(counts)})"
     last = max(scores.failures, key=lambda failure: (bool(failure.traceback), failure.completion))
     told = f"The last failure, of reward '{last.reward}' on completion {last.completion}: {last.error}: {last.message}"
-    message = f"{failed} of {total} completions have no score, {allowed}. {told}\n{last.traceback}"
-    raise RewardError(message.rstrip())
+    raise RewardError(f"{failed} of {total} completions have no score, {allowed}. {told}\n{last.traceback}".rstrip())
 
 
 def _set_timeout(reward: RewardFunction) -> None:
