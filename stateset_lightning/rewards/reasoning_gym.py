@@ -45,8 +45,7 @@ class ReasoningGymReward(RewardFunction):
         if self.timeout is None:
             raise ConfigError(f"timeout=None of reward '{self.name}': give seconds; sympy hangs on some answers")
         require("reasoning_gym", "gym", f"reward '{self.name}'")
-        pattern = self.answer_pattern
-        self._pattern = None if pattern is None else compiled(pattern, key="answer_pattern")
+        self._pattern = None if self.answer_pattern is None else compiled(self.answer_pattern, key="answer_pattern")
 
     def compute_reward(self, turns: Turns, context: Context = None) -> RewardResult | None:
         row = dict(context or {})

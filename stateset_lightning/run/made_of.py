@@ -138,7 +138,7 @@ def _plain(value: Any) -> Any:
         return [value.func, value.args, value.keywords]
     if isinstance(value, set | frozenset):
         return sorted(map(text, value))
-    if is_dataclass(value) and not isinstance(value, type):
+    if "__dataclass_fields__" in vars(type(value)):
         return {"class": type(value).__qualname__, **options_of(value)}
     kind = type(value)
     return getattr(value, "__qualname__", repr(value) if kind.__module__ in PLAIN_TYPES else kind.__qualname__)
