@@ -10,15 +10,15 @@ import difflib
 import importlib
 import inspect
 import re
-import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from jsonargparse import ArgumentParser
+from jsonargparse._typehints import get_all_subclass_paths
 
-from stateset_lightning.cli.options import MISSING, Option, class_options, classes, options
+from stateset_lightning.cli.options import MISSING, Option, class_options, classes, known, options
 from stateset_lightning.cli.overlays import SPECIFICATION, as_list, is_class
 from stateset_lightning.errors import ConfigError, UserError, one_line
 
@@ -108,16 +108,16 @@ def _fault(option: Option) -> str:
 
 
 def _unknown(option: Option) -> str:
-    known = [action.dest for action in option.parser._actions if not action.dest.endswith(("help", "print_config"))]
+    names = list(known(option.parser))
     place, dest, value = option.name.removesuffix(option.dest), option.dest, option.value
-    if any(name.startswith(f"{dest}.") for name in known):
+    if any(name.startswith(f"{dest}.") for name in names):
         return f"{option.name}={str(value)[:80]}: must be a mapping"
     while isinstance(value, dict) and value:  # of a section that does not exist, the first option
         dest, value = f"{dest}.{next(iter(value))}", next(iter(value.values()))
     name = f".{dest.rpartition('.')[2]}".replace("learning_rate", "lr")
     same = [] if place else [each for each in class_options(option.parser) if each.endswith(name)]
-    near = f"; did you mean {same[0]}?" if same else _suggest(dest, [*known, *SPECIFICATION])
-    others = f"; its keys are {', '.join(known) or 'none'}" if place else "; --help lists all keys"
+    near = f"; did you mean {same[0]}?" if same else _suggest(dest, [*names, *SPECIFICATION])
+    others = f"; its keys are {', '.join(names) or 'none'}" if place else "; --help lists all keys"
     return f"{place[:-1]}{': ' if place else ''}there is no key {dest}{near or others}"
 
 
@@ -129,15 +129,13 @@ def _specification_fault(item: dict[str, Any]) -> str:
     return "" if is_mapping else f"init_args={item['init_args']!r:.80}: must be a mapping"
 
 
-def _class_fault(bases: list[type], path: str) -> str:
+def _class_fault(bases: tuple[type, ...], path: str) -> str:
     """Why the class that a path names cannot be had; empty if it can."""
     module, _, name = path.rpartition(".")
     if not module:
-        modules = [home for base in bases for home in (base.__module__.rpartition(".")[0], base.__module__) if home]
-        names = {home: dir(sys.modules[home]) for home in modules}
-        homes = [home for home in modules if any(base.__name__ in names[home] for base in bases)]
-        homes.sort(key=lambda home: (name not in names[home], not _suggest(name, names[home])))
-        module = next((home for home in homes if "." in home), homes[0])
+        homes = {full.rpartition(".")[2]: full for base in bases for full in get_all_subclass_paths(base, True)}
+        near = difflib.get_close_matches(name, homes, n=1) or list(homes)
+        module = homes[near[0]].rpartition(".")[0]
     try:
         found = getattr(importlib.import_module(module), name)
     except AttributeError as error:
@@ -151,7 +149,7 @@ def _class_fault(bases: list[type], path: str) -> str:
         return _raised(error)
     except Exception as error:  # a user's module may raise anything
         return _raised(error)
-    if isinstance(found, type) and not issubclass(found, tuple(bases)):
+    if isinstance(found, type) and not issubclass(found, bases):
         return f"it is no {' or '.join(base.__name__ for base in bases)}"
     if inspect.isabstract(found):
         return f"{path} is abstract: it lacks {', '.join(sorted(found.__abstractmethods__))}"

@@ -16,8 +16,6 @@ from stateset_lightning.errors import ConfigError
 from stateset_lightning.rewards import RewardFunction
 
 _CALLED_WITH = {"params", "optimizer"}  # what the trainer adds to the options of an optimizer or scheduler
-_MAPPINGS, _LISTS = _typehints.mapping_origin_types, _typehints.sequence_origin_types
-_origin = _typehints.get_typehint_origin
 
 MISSING = object()  # the value of an option that must be given and is not
 
@@ -58,17 +56,17 @@ def options(parser: ArgumentParser, given: dict[str, Any], name: str = "", dest:
         name: Of the mapping itself, a prefix of its options' names.
         dest: The same as the parser calls it: empty for the options of a class of their own.
     """
-    actions = {action.dest: action for action in parser._actions if not action.dest.endswith(("help", "config"))}
+    actions = known(parser)
     for key in list(given):
         option = Option(f"{name}{key}", given[key], parser, f"{dest}{key}", actions.get(f"{dest}{key}"))
-        is_section = any(known.startswith(f"{option.dest}.") for known in actions)
+        is_section = any(name.startswith(f"{option.dest}.") for name in actions)
         hints = (option.hint, *get_args(option.hint))
         if option.value in (None, REMOVED):
             option.value = given[key] = None
             if is_section or (option.action is not None and type(None) not in hints):
                 del given[key]
                 continue
-        elif any(_origin(hint) in _MAPPINGS for hint in hints):
+        elif any(_typehints.get_typehint_origin(hint) in _typehints.mapping_origin_types for hint in hints):
             option.value = given[key] = _without_removed(option.value)
         if is_section and isinstance(option.value, dict):
             yield from options(parser, option.value, f"{option.name}.", f"{option.dest}.")
@@ -82,23 +80,22 @@ def options(parser: ArgumentParser, given: dict[str, Any], name: str = "", dest:
             yield Option(f"{name}{key}", MISSING, parser, required, actions[required])
 
 
-def classes(hint: Any, items: bool = True) -> list[type]:
+def known(parser: ArgumentParser) -> dict[str, Any]:
+    """The actions of the options that a parser knows, by the options' names in it."""
+    return {action.dest: action for action in parser._actions if not action.dest.endswith(("help", "config"))}
+
+
+def classes(hint: Any, items: bool = True) -> tuple[type, ...]:
     """The classes that a type takes instances of: its members', what its callable returns and, if asked, its items'."""
-    members = get_args(hint)
-    if isinstance(hint, type) and not members:
-        return [] if hint.__module__ in ("builtins", "collections.abc", "typing") or issubclass(hint, dict) else [hint]
-    if not items and _origin(hint) in _LISTS:
-        return []
-    members = members[-1:] if _origin(hint) in _typehints.callable_origin_types else members
-    return [cls for member in members for cls in classes(member, items)]
+    return _typehints.get_subclass_or_closed_types(hint, also_lists=items, callable_return=True) or ()
 
 
 def class_options(parser: ArgumentParser) -> Iterator[str]:
     """Names of the options inside the classes that a parser's options have by default."""
-    for action in [each for each in parser._actions if not each.dest.endswith("help")]:
-        option = Option(action.dest, None, parser, action.dest, action)
+    for dest, action in known(parser).items():
+        option = Option(dest, None, parser, dest, action)
         if (bases := classes(option.hint, items=False)) and (inside := _class_parser(option, bases, None)):
-            yield from (f"{action.dest}.init_args.{inner.dest}" for inner in inside._actions)
+            yield from (f"{dest}.init_args.{name}" for name in known(inside))
 
 
 def _inside(option: Option) -> Iterator[Option]:
@@ -113,15 +110,14 @@ def _inside(option: Option) -> Iterator[Option]:
             yield from options(parser, given if isinstance(given, dict) else {}, name)
 
 
-def _class_parser(option: Option, bases: list[type], path: Any) -> ArgumentParser | None:
+def _class_parser(option: Option, bases: tuple[type, ...], path: Any) -> ArgumentParser | None:
     """Knows the options of a class, by default of the one that the option takes; None if there is no such class."""
     default = getattr(option.action, "default", None)
     path = path or (default.get("class_path") if isinstance(default, Namespace | dict) else None)
     if not isinstance(path, str | None):
         return None
-    full = [_typehints.resolve_class_path_by_name(base, path) for base in bases] if path else []
     try:
-        cls = _typehints.import_object(next((each for each in full if "." in each), path)) if path else bases[0]
+        cls = _typehints.import_object(_typehints.resolve_class_path_by_name(bases, path)) if path else bases[0]
         if RewardFunction in bases and inspect.isfunction(cls):
             form = f"class_path: FunctionReward, init_args: {{function: {path}, weight: 1.0}}"
             raise ConfigError(f"{option.name}: {path} is a function, no class: write {path} alone, or {form}")
