@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,21 +67,28 @@ class Meter:
     def run(self, case: str, phase: str, work: Callable[[], Result], limit: float | None = None) -> Result | None:
         """The result of `work`; None if it was stopped or ran out of memory.
 
+        It is stopped by a signal: when the operation that runs has ended, which may be a backward pass.
+
         Args:
             case: Which sizes are measured, in a word.
             phase: A key of `REMEDIES`.
             work: Called once, in the main thread.
             limit: Seconds, by default `LIMIT`; 0 for none.
         """
+
+        def stop(*_: Any) -> None:
+            raise TooSlow
+
         result, stopped = None, False
         garbage_collection_cuda()
         reset_peak_memory(self.device)
+        before = signal.signal(signal.SIGALRM, stop)
         start = time.perf_counter()
         try:
-            with stopped_after(LIMIT if limit is None else limit):
-                result = work()
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)
+            signal.setitimer(signal.ITIMER_REAL, LIMIT if limit is None else limit)
+            result = work()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
         except TooSlow:
             stopped = True
         except RuntimeError as error:
@@ -89,29 +96,13 @@ class Meter:
                 raise
             self.problems.append(f"out of memory on {self.device}, {case}, {phase}: {REMEDIES[phase]}")
             return None
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
         seconds, peak = time.perf_counter() - start, peak_memory_mb(self.device)
         self.costs[case, phase] = Cost(seconds, peak, stopped)
         print(f"  {case:11} {phase:9} {'> ' * stopped}{seconds:,.2f} s, {peak:,.1f} MB", flush=True)
         return result
-
-
-@contextmanager
-def stopped_after(seconds: float) -> Iterator[None]:
-    """Raises `TooSlow` inside the block after so many seconds; 0 for never.
-
-    By a signal: in the main thread alone, and when the operation that runs has ended, which may be a backward pass.
-    """
-
-    def stop(*_: Any) -> None:
-        raise TooSlow
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def reset_peak_memory(device: torch.device) -> None:

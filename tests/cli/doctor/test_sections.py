@@ -16,7 +16,6 @@ def test_a_sound_config_is_described(examine):
     for text in (
         "model_name: tiny",
         "train: 8 rows of 11 to 11 tokens, 11.0 on average, 0.0% above data.max_prompt_tokens=20; 0 dropped, 0 cut",
-        "2 topics: odd 4, even 4",
         "policy: tiny, 1,034,368 parameters, float32, packed scoring",
         "model: qwen2, Qwen2ForCausalLM; layers of full_attention; packed scoring; sampled by InProcessEngine",
         "prompt      rows:1: What is 0 + 1?",
