@@ -17,12 +17,11 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from stateset_lightning.callbacks import ConsoleProgress, PredictionWriter, RunSummary, SampleWriter
 from stateset_lightning.cli.early_checks import Merged
-from stateset_lightning.cli.messages import PROGRAM, explain, refusal, shorten
-from stateset_lightning.cli.options import options
+from stateset_lightning.cli.messages import PROGRAM, explain, options, refusal
 from stateset_lightning.cli.overlays import dump_yaml
 from stateset_lightning.cli.program import EXIT_CODES
 from stateset_lightning.datamodule import ScenarioDataModule
-from stateset_lightning.errors import ConfigError, UserError
+from stateset_lightning.errors import ConfigError, UserError, one_line
 from stateset_lightning.files import atomic_write, check_output, writing
 from stateset_lightning.module import GRPOLightningModule
 from stateset_lightning.redaction import json_text, redacted, redacted_text, remember
@@ -64,7 +63,7 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # the parser of a nested class: its message becomes part of the outer one's
             super().error(message, ex)
-        raise UserError(shorten(redacted_text(message)))  # before a secret is cut in two
+        raise UserError(one_line(redacted_text(message)))  # before a secret is cut in two
 
     def add_lightning_class_args(self, lightning_class: Any, nested_key: str, *args: Any, **kwargs: Any) -> list[str]:
         if lightning_class is ScenarioDataModule:

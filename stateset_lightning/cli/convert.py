@@ -4,8 +4,6 @@ The guide's YAML has the sections `agent`, `environment` and `training`; guide.y
 Whatever is not carried over is named, with the reason. What cannot be single-turn is refused.
 """
 
-from __future__ import annotations
-
 import functools
 import operator
 import sys

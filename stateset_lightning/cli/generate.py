@@ -1,7 +1,5 @@
 """`stateset-lightning generate`: try a checkpoint or a model on a prompt, or line by line."""
 
-from __future__ import annotations
-
 import io
 import sys
 from collections.abc import Iterator, Sequence

@@ -8,8 +8,6 @@ A later one wins over an earlier one, and a flag over each file:
   a flag          is an overlay with one key; below a list (--model.reward.weight) it means the last item
 """
 
-from __future__ import annotations
-
 import errno
 import functools
 import re

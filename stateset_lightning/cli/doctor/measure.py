@@ -4,8 +4,6 @@ Two cases are measured: lengths as they are sampled, and the worst case: the lon
 `max_new_tokens`. No weight changes. Letters: N completions, T completion tokens.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

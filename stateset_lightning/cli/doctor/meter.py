@@ -3,8 +3,6 @@
 Memory is what is allocated on a CUDA device, and elsewhere what is resident of the whole process.
 """
 
-from __future__ import annotations
-
 import signal
 import time
 from collections.abc import Callable

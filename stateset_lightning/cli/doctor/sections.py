@@ -1,7 +1,5 @@
 """The sections that doctor prints, one after the other; what goes wrong in one is a problem, and the next goes on."""
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence

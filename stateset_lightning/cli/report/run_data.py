@@ -1,7 +1,5 @@
 """The files of a run -> what its page shows, bounded in size whatever the run's length."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -65,11 +63,9 @@ def _check_folder(folder: Path) -> None:
     files = (METRICS, SAMPLES, ENVIRONMENT, *CONFIGS)
     if any((folder / name).is_file() for name in files) or re.match(r"version_\d", folder.absolute().name):
         return
-    runs = sorted(
-        {path.parent for name in (METRICS, SAMPLES) for depth in ("*/", "*/*/") for path in folder.glob(depth + name)},
-        key=lambda run: run.stat().st_mtime,
-    )
-    hint = f"; did you mean {runs[-1]}?" if runs else ": fit writes them with a CSVLogger and the samples callback"
+    runs = [*folder.glob("version_*"), *folder.glob("*/version_*")]
+    newest = max(runs, key=lambda run: run.stat().st_mtime, default=None)
+    hint = f"; did you mean {newest}?" if newest else ": fit writes them with a CSVLogger and the samples callback"
     raise ConfigError(f"{folder} holds no run: there is neither {METRICS} nor {SAMPLES} in it{hint}")
 
 
