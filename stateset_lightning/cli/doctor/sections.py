@@ -87,19 +87,14 @@ class Doctor:
     def _show_data(self) -> None:
         for split in self.data.num_scenarios:
             scenarios, prompts = self.data.served(split)
-            lengths, limit = prompts.lengths, self.data.max_prompt_tokens
+            lengths = prompts.lengths
             tokens = f"{lengths.min()} to {lengths.max()} tokens, {lengths.mean():.1f} on average"
-            if limit is not None:
-                dropped, cut = self.data.dropped[split], self.data.truncated[split]
-                share = f"{(dropped + cut) / (len(lengths) + dropped):.1%} above data.max_prompt_tokens={limit}"
-                tokens += f", {share}; {dropped} dropped, {cut} cut to their last tokens"
             of_first = f" (the first {len(lengths):,})" if len(lengths) < len(scenarios) else ""
             row = first_row(self.module.tokenizer, scenarios.known[0], prompts[0])
             _show(f"{split}: {len(scenarios):,} rows of {tokens}{of_first}", f"first row: {row}")
         if "validation" in self.data.num_scenarios:
-            train, validation = (map(tuple, self.data.served(split)[1].known) for split in ("train", "validation"))
-            seen = set(train)
-            if both := sum(prompt in seen for prompt in validation):
+            seen = set(map(tuple, self.data.served("train")[1].known))
+            if both := sum(tuple(prompt) in seen for prompt in self.data.served("validation")[1].known):
                 shared = f"{both} prompts of the validation are among those of the training"
                 self.notes.append(f"{shared}: its reward will flatter")
         self.data.train_dataloader()  # refuses a curriculum beside overfit_batches
