@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +148,9 @@ def _load(
 
 def _config_of_run(file: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     folder = next((place for place in file.absolute().parents if place.name == CHECKPOINTS), file.absolute().parent)
-    for path in (
-        place / name for place in (folder.parent, Path(checkpoint["stateset"]["run_folder"])) for name in CONFIGS
-    ):
-        if path.is_file():
-            return _read_config(path)
+    for place, name in product([folder.parent, Path(checkpoint["stateset"]["run_folder"])], CONFIGS):
+        if (place / name).is_file():
+            return _read_config(place / name)
     prompts = "prompts get no system prompt and the tokenizer's chat template, if it has one"
     _log.info("%s: no config of its run is found: %s", file, prompts)
     return {}

@@ -10,8 +10,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from stateset_lightning.cli.config import StatesetCLI
-from stateset_lightning.cli.doctor.measure import SAMPLED, WORST, EpisodeMeasurement
-from stateset_lightning.cli.doctor.meter import LIMIT, Meter
+from stateset_lightning.cli.doctor.measure import LIMIT, SAMPLED, WORST, EpisodeMeasurement, Meter
 from stateset_lightning.cli.messages import without_traceback
 from stateset_lightning.cli.overlays import dump_yaml
 from stateset_lightning.data.prompts import first_row
