@@ -143,9 +143,7 @@ def quieten() -> None:
     if "transformers" in sys.modules:  # a notebook's; otherwise it will obey the variable
         sys.modules["transformers"].utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=_WARNINGS)
-    rank_zero = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    if _is_telling not in rank_zero.filters:
-        rank_zero.addFilter(_is_telling)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_telling)
     announcements = logging.getLogger("stateset_lightning")
     announcements.setLevel(logging.INFO)
     if not announcements.handlers:

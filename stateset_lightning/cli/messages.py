@@ -52,15 +52,6 @@ class Option:
     def hint(self) -> Any:
         return getattr(self.action, "_typehint", getattr(self.action, "type", None))
 
-    def check(self) -> None:
-        """Holds the value alone against its type.
-
-        Raises:
-            TypeError: If it does not fit; likewise ValueError and KeyError.
-        """
-        with _typehints.parser_context(parent_parser=self.parser, load_value_mode="yaml"):
-            self.parser._check_value_key(self.action, copy.deepcopy(self.value), self.dest, Namespace())
-
 
 def options(parser: ArgumentParser, given: dict[str, Any], name: str = "", dest: str = "") -> Iterator[Option]:
     """Every option of a mapping, those inside a class before the one that holds it, then those that are missing.
@@ -200,19 +191,17 @@ def without_traceback(message: str) -> str:
     before, found, trace = message.partition("Traceback (most recent call last):")
     if not found:
         return message
-    places = re.findall(r'File "(.+?)", line (\d+), in (\S+)', trace)
-    own = [
-        f"raised at {file}:{line}, in {function}" for file, line, function in places if not file.startswith(_PACKAGE)
-    ]
-    return "\n  ".join([before.strip(), *own[-1:]])
+    own = [place for place in re.findall(r'File "(.+?)", line (\d+), in (\S+)', trace) if _PACKAGE not in place[0]]
+    return "\n  ".join([before.strip(), *("raised at {}:{}, in {}".format(*place) for place in own[-1:])])
 
 
 def _fault(option: Option) -> str:
     """What is wrong with one option; empty if nothing is."""
     if option.action is None:
         return _unknown(option)
-    try:
-        option.check()
+    try:  # the value alone against its type
+        with _typehints.parser_context(parent_parser=option.parser, load_value_mode="yaml"):
+            option.parser._check_value_key(option.action, copy.deepcopy(option.value), option.dest, Namespace())
     except Exception:  # a user's module may raise anything
         bases = classes(option.hint)
         for item in as_list(option.value):
@@ -265,11 +254,10 @@ def _class_fault(bases: tuple[type, ...], path: str) -> str:
             return str(error)
         close = _suggest(name, dir(importlib.import_module(module)))
         return f"{module} has no {name}{close or '; give the class_path of one that there is'}"
-    except ModuleNotFoundError as error:
-        if str(error).startswith("No module named") and f"{module}.".startswith(f"{error.name}."):
-            return f"module {module} cannot be imported; is it spelt right, and on PYTHONPATH?"
-        return _raised(error)
     except Exception as error:  # a user's module may raise anything
+        absent = getattr(error, "name", "")
+        if str(error).startswith(f"No module named {absent!r}") and f"{module}.".startswith(f"{absent}."):
+            return f"module {module} cannot be imported; is it spelt right, and on PYTHONPATH?"
         return _raised(error)
     if isinstance(found, type) and not issubclass(found, bases):
         return f"it is no {' or '.join(base.__name__ for base in bases)}"
@@ -302,11 +290,9 @@ def _in_words(hint: Any) -> str:
 
 def _raised(error: BaseException) -> str:
     """What a user's code or a library raised, with the place in the user's code."""
-    places = [
-        f" ({frame.filename}:{frame.lineno})"
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not re.search(rf"{re.escape(_PACKAGE)}|site-packages|importlib|<", frame.filename)
-    ]
+    foreign = re.compile(rf"{re.escape(_PACKAGE)}|site-packages|importlib|<")
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f" ({frame.filename}:{frame.lineno})" for frame in frames if not foreign.search(frame.filename)]
     reason = one_line(error)
     if isinstance(error, SyntaxError):
         places, reason = [f" ({error.filename}:{error.lineno})"], error.msg
