@@ -94,7 +94,7 @@ def known(parser: ArgumentParser) -> dict[str, Any]:
     return {action.dest: action for action in parser._actions if not action.dest.endswith(("help", "config"))}
 
 
-def classes(hint: Any, items: bool = True) -> tuple[type, ...]:
+def classes(hint: Any, items: bool = True) -> tuple[Any, ...]:
     """The classes that a type takes instances of: its members', what its callable returns and, if asked, its items'."""
     return _typehints.get_subclass_or_closed_types(hint, also_lists=items, callable_return=True) or ()
 
@@ -119,7 +119,7 @@ def _inside(option: Option) -> Iterator[Option]:
             yield from options(parser, given if isinstance(given, dict) else {}, name)
 
 
-def _class_parser(option: Option, bases: tuple[type, ...], path: Any) -> ArgumentParser | None:
+def _class_parser(option: Option, bases: Any, path: Any) -> ArgumentParser | None:
     """Knows the options of a class, by default of the one that the option takes; None if there is no such class."""
     default = getattr(option.action, "default", None)
     path = path or (default.get("class_path") if isinstance(default, Namespace | dict) else None)

@@ -281,4 +281,4 @@ def share_of_micro_step(groups: Sequence[Group], micro_steps: int) -> list[Group
     """The first of so many equal shares of the completions; a group is split where the share ends inside it."""
     completions = [torch.tensor(completion) for group in groups for completion in group.completions]
     rows = range(math.ceil(len(completions) / micro_steps))
-    return groups_of([group.prompt for group in groups], completions, rows)
+    return groups_of([list(group.prompt) for group in groups], completions, rows)
