@@ -94,7 +94,7 @@ def known(parser: ArgumentParser) -> dict[str, Any]:
     return {action.dest: action for action in parser._actions if not action.dest.endswith(("help", "config"))}
 
 
-def classes(hint: Any, items: bool = True) -> tuple[Any, ...]:
+def classes(hint: Any, items: bool = True) -> tuple[type, ...]:
     """The classes that a type takes instances of: its members', what its callable returns and, if asked, its items'."""
     return _typehints.get_subclass_or_closed_types(hint, also_lists=items, callable_return=True) or ()
 
