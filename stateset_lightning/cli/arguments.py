@@ -5,11 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from contextlib import suppress
-from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
-
-import yaml
 
 from stateset_lightning.cli.messages import PROGRAM
 from stateset_lightning.errors import ConfigError
@@ -19,22 +15,28 @@ if TYPE_CHECKING:
 
 
 class Arguments(argparse.ArgumentParser):
-    """The parser of a command of arguments.yaml; it reports an error in one line, as `ConfigError`."""
+    """The parser of a command; it reports an error in one line, as `ConfigError`."""
 
-    def __init__(self, command: str) -> None:
-        known = yaml.safe_load(files(__package__).joinpath("arguments.yaml").read_text(encoding="utf-8"))[command]
-        super().__init__(prog=f"{PROGRAM} {command}", description=known["description"], allow_abbrev=False)
-        for name, kind in _TYPES.items():
-            self.register("type", name, kind)
-        for names, options in {**known["arguments"], **known.get("loading", {})}.items():
-            self.add_argument(*names.split(), **options)
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(prog=f"{PROGRAM} {command}", description=description, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see {self.prog} --help")
 
+    def add_loading_options(self) -> None:
+        """The run's config, and the flags of `LoadingOptions`: which code a model runs with is the user's to say, and
+        not a checkpoint's.
+        """
+        self.add_argument("--config", help="the run's resolved config; by default the one in the run's folder")
+        self.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+        self.add_argument("--revision", help="branch, tag or commit of a Hugging Face id; never the checkpoint's own")
+        self.add_argument("--attn_implementation", metavar="NAME", help="attention of transformers (sdpa, eager, ...)")
+        kwargs = "further arguments of from_pretrained, as a JSON object"
+        self.add_argument("--model_kwargs", type=_mapping, default={}, metavar="JSON", help=kwargs)
+
 
 def loading_options(options: argparse.Namespace) -> LoadingOptions:
-    """What the user has given of `loading` in arguments.yaml."""
+    """What the user has given of `add_loading_options`."""
     from stateset_lightning.policy import LoadingOptions  # not for `--help`: it imports torch
 
     return LoadingOptions(**{name: getattr(options, name) for name in vars(LoadingOptions())})
@@ -46,7 +48,7 @@ def with_flags(message: str) -> str:
     return message.replace("data.system_prompt", "--system_prompt")
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     """A type of argument: a whole number, at least 1."""
     if not text.isdigit() or text == "0":
         raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
@@ -58,6 +60,3 @@ def _mapping(text: str) -> dict[str, Any]:
         if isinstance(value := json.loads(text), dict):
             return value
     raise argparse.ArgumentTypeError(f"""{text} must be a JSON object, such as '{{"variant": "fp16"}}'""")
-
-
-_TYPES = {"count": _count, "mapping": _mapping, "integer": int, "number": float, "path": Path}

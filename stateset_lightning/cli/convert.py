@@ -37,7 +37,10 @@ def main(words: Sequence[str]) -> None:
     Raises:
         ConfigError: If the guide's file cannot be converted, or the output is there already.
     """
-    options = Arguments("convert").parse_args(words)
+    parser = Arguments("convert", "Turn the guide's YAML into a config that `fit` runs.")
+    parser.add_argument("guide", help="a YAML file with agent, environment and training")
+    parser.add_argument("-o", "--output", type=Path, help="the config to write; by default standard output")
+    options = parser.parse_args(words)
     config, notes = convert(read_guide(Path(options.guide)))
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=140)
     if options.output is None:

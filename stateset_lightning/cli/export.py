@@ -29,7 +29,13 @@ def main(words: Sequence[str]) -> None:
     Raises:
         UserError: If the checkpoint cannot be read, or the folder not be written.
     """
-    given = Arguments("export").parse_args(words)
+    parser = Arguments("export", "Write a plain Hugging Face folder.")
+    parser.add_argument("ckpt", metavar="CKPT", help="as --ckpt_path of generate")
+    parser.add_argument("out", metavar="OUT", help="the folder to write")
+    parser.add_argument("--merge", action="store_true", help="add the run's adapter into the model, for a whole one")
+    parser.add_argument("--overwrite", action="store_true", help="take the place of a folder that is there")
+    parser.add_loading_options()
+    given = parser.parse_args(words)
     loading = loading_options(given)
     export(given.ckpt, given.out, config=given.config, overwrite=given.overwrite, merge=given.merge, loading=loading)
     print(f"exported: {given.out}")

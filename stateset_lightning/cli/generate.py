@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from stateset_lightning.cli.arguments import Arguments, loading_options, with_flags
+from stateset_lightning.cli.arguments import Arguments, count, loading_options, with_flags
 from stateset_lightning.errors import ConfigError, UserError
 from stateset_lightning.threads import heartbeat
 
@@ -17,7 +17,7 @@ def main(words: Sequence[str]) -> None:
     Raises:
         UserError: If an option, the checkpoint or the prompt cannot be used.
     """
-    options = Arguments("generate").parse_args(words)
+    options = _parser().parse_args(words)
     if options.prompt is not None and not options.prompt.strip():
         raise ConfigError("--prompt is empty; give a text, or leave it out to give prompts line by line")
     import torch  # not for `--help`
@@ -84,3 +84,20 @@ def _prompts() -> Iterator[str]:
     with suppress(EOFError):
         while prompt := input("> ").strip():
             yield prompt
+
+
+def _parser() -> Arguments:
+    parser = Arguments("generate", "Try a checkpoint, or any model, on a prompt.")
+    source = "a checkpoint of a run, `last` or `best` (below runs/), a run's folder, a model folder, or a hub id"
+    parser.add_argument("--ckpt_path", required=True, metavar="CKPT", help=source)
+    parser.add_argument("--prompt", help="what to ask; without it, standard input has one per line")
+    samples = "completions to sample; without it, one greedy completion, unless a temperature or top-p is given"
+    parser.add_argument("--samples", type=count, help=samples)
+    parser.add_argument("--temperature", type=float, help="of sampling; by default that of training")
+    parser.add_argument("--top_p", type=float, help="of sampling; by default that of training")
+    parser.add_argument("--max_new_tokens", type=int, help="by default as in training")
+    parser.add_argument("--system_prompt", help="instead of the run's")
+    parser.add_argument("--seed", type=int, help="of sampling; by default the run's")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; by default a GPU if there is one")
+    parser.add_loading_options()
+    return parser

@@ -2,13 +2,16 @@
 
 import pytest
 
-from stateset_lightning.cli.arguments import Arguments, loading_options
+from stateset_lightning.cli.arguments import Arguments, count, loading_options
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import LoadingOptions
 
 
 def parsed(*words):
-    return Arguments("generate").parse_args(["--ckpt_path", "tiny", *words])
+    parser = Arguments("generate", "Try a model.")
+    parser.add_argument("--samples", type=count)
+    parser.add_loading_options()
+    return parser.parse_args(words)
 
 
 def test_loading_options_are_the_users():
