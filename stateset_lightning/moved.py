@@ -1,7 +1,5 @@
 """Modules of version 0.1 that stand in configs people have: an import of the old name works, or says why not."""
 
-from __future__ import annotations
-
 import sys
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
@@ -25,14 +23,10 @@ class _OldNames(MetaPathFinder, Loader):
     """Comes after all other finders, so that it is asked for names alone that nobody else has."""
 
     def find_spec(self, fullname: str, *_: Any) -> ModuleSpec | None:
-        name = fullname.removeprefix(PACKAGE)
-        if name == fullname:
-            return None
-        if name in STILL_WORKS:
-            return ModuleSpec(fullname, self)
+        name = fullname.removeprefix(PACKAGE) if fullname.startswith(PACKAGE) else ""
         if name in GONE:
             raise ModuleNotFoundError(f"{fullname} is gone: {GONE[name]}", name=fullname)
-        return None
+        return ModuleSpec(fullname, self) if name in STILL_WORKS else None
 
     def exec_module(self, module: ModuleType) -> None:
         """Puts the new module in the old one's place."""

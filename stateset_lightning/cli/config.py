@@ -17,12 +17,11 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from stateset_lightning.callbacks import ConsoleProgress, PredictionWriter, RunSummary, SampleWriter
 from stateset_lightning.cli.early_checks import Merged
-from stateset_lightning.cli.messages import PROGRAM, explain, refusal, shorten
-from stateset_lightning.cli.options import options
+from stateset_lightning.cli.messages import PROGRAM, explain, options, refusal
 from stateset_lightning.cli.overlays import dump_yaml
 from stateset_lightning.cli.program import EXIT_CODES
 from stateset_lightning.datamodule import ScenarioDataModule
-from stateset_lightning.errors import ConfigError, UserError
+from stateset_lightning.errors import ConfigError, UserError, one_line
 from stateset_lightning.files import atomic_write, check_output, writing
 from stateset_lightning.module import GRPOLightningModule
 from stateset_lightning.redaction import json_text, redacted, redacted_text, remember
@@ -64,15 +63,13 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # the parser of a nested class: its message becomes part of the outer one's
             super().error(message, ex)
-        raise UserError(shorten(redacted_text(message)))  # before a secret is cut in two
+        raise UserError(one_line(redacted_text(message)))  # before a secret is cut in two
 
-    def add_lightning_class_args(
-        self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
-    ) -> list[str]:
+    def add_lightning_class_args(self, lightning_class: Any, nested_key: str, *args: Any, **kwargs: Any) -> list[str]:
         if lightning_class is ScenarioDataModule:
             # With sub-configs, `data.train: rows.json` would be read while parsing, as if it held the key's own value.
             return self.add_class_arguments(lightning_class, nested_key, fail_untyped=False, instantiate=True)
-        return super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, required)
+        return super().add_lightning_class_args(lightning_class, nested_key, *args, **kwargs)
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -102,19 +99,16 @@ class StatesetCLI(LightningCLI):
     """LightningCLI with this package's parser, errors and default callbacks.
 
     Args:
-        args: The command line, without the program's name.
-        merged: What its words say, if that is known.
+        words: The command line, without the program's name.
+        merged: What its words say.
 
     Raises:
         UserError: For whatever the user can mend.
     """
 
-    def __init__(self, args: ArgsType, merged: Merged | None = None) -> None:
-        self._merged = merged
-        self._words = words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
-        # Each parser takes most of a second to build, and attribute docs as long to collect: only what this command
-        # needs.
-        self._wanted = [name for name in super().subcommands() if name in words] or list(super().subcommands())
+    def __init__(self, words: list[str], merged: Merged) -> None:
+        self._command = words[0]
+        self.given, self._rest = merged
         set_parsing_settings(docstring_parse_attribute_docstrings=any("help" in word or word == "-h" for word in words))
         progress = [RunSummary()] if sys.stdout.isatty() else [RunSummary(), ConsoleProgress()]
         try:
@@ -133,29 +127,26 @@ class StatesetCLI(LightningCLI):
                     "enable_model_summary": False,  # its one useful line is announced instead
                 },
                 parser_kwargs={"prog": PROGRAM, "default_env": False},
-                args=args,
+                args=words,
             )
         except MisconfigurationException as error:
             raise ConfigError(str(error)) from error
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        return {name: skipped for name, skipped in super().subcommands().items() if name in self._wanted}
+        # Each parser takes most of a second to build, and attribute docs as long to collect: only what is needed.
+        return {self._command: super().subcommands()[self._command]}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        self.given: dict[str, Any] = {}
-        if self._merged is None:  # no words, or not of a subcommand
-            super().parse_arguments(parser, args)
-            return
-        self.given, rest = self._merged
         for section in (self.given.get("model"), self.given.get("data")):
             named = section.keys() & {"class_path", "init_args"} if isinstance(section, dict) else [section]
             if any(isinstance(name, str) and re.fullmatch(r"(\w+\.)*\w+", name) for name in named):
                 raise ConfigError(_NO_CLASS)
-        list(options(self._parser(self._words[0]), self.given))  # gives nulls their meaning
+        known = self._parser(self._command)
+        list(options(known, self.given))  # gives nulls their meaning
         try:
-            super().parse_arguments(parser, [self._words[0], "--config", dump_yaml(self.given), *rest])
+            super().parse_arguments(parser, [self._command, "--config", dump_yaml(self.given), *self._rest])
         except UserError as error:
-            raise ConfigError(redacted_text(explain(self._parser(self._words[0]), self.given) or str(error))) from error
+            raise ConfigError(explain(known, self.given) or str(error)) from error
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         seed = Annotated[int, Ge(0), Le(2**32 - 1)] | bool

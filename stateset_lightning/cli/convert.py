@@ -4,8 +4,6 @@ The guide's YAML has the sections `agent`, `environment` and `training`; guide.y
 Whatever is not carried over is named, with the reason. What cannot be single-turn is refused.
 """
 
-from __future__ import annotations
-
 import functools
 import operator
 import sys
@@ -26,8 +24,6 @@ from stateset_lightning.redaction import redacted
 
 SECTIONS = ("agent", "environment", "training")
 SCENARIOS = "environment.scenarios"
-
-UNKNOWN = "the guide does not explain it; `stateset-lightning fit --help` lists our keys"
 
 KINDS: dict[str, Any] = {"text": StrictStr, "true or false": StrictBool, "a whole number": StrictInt}
 # Read as text, of which true is no number.
@@ -76,16 +72,16 @@ def convert(guide: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     looked_at = {SCENARIOS, *known["carried"], *known["accepted"], *known["precision"]}
     left_out = redacted({key: value for key, value in given.items() if key not in looked_at})
     notes = [
-        f"{key}={value!r:.60} is not carried over: {known['reasons'].get(key, UNKNOWN)}"
+        f"{key}={value!r:.60} is not carried over: {known['reasons'].get(key, known['unknown'])}"
         for key, value in left_out.items()
     ]
     for key, values in known["accepted"].items():
         if given.get(key, values[-1]) not in values:
             raise ConfigError(f"{key}={given[key]!r} is not single-turn: it must be {values[-1]!r}, or left out")
     scenarios = _checked(SCENARIOS, given.get(SCENARIOS), "a list of scenarios, each with its user_responses")
-    required = {"agent.model_name": "name the model", "training.num_episodes": "say how many episodes"}
-    if missing := [key for key in required if given.get(key) is None]:
-        raise ConfigError(f"{missing[0]} is missing: {required[missing[0]]} to train")
+    for key, remedy in known["required"].items():
+        if given.get(key) is None:
+            raise ConfigError(f"{key} is missing: {remedy} to train")
     config: dict[str, Any] = known["config"]
     prompts = sum(len(row["user_responses"]) if isinstance(row.get("user_responses"), list) else 1 for row in scenarios)
     config["data"] = {"train": scenarios, "batch_size": min(8, prompts)}  # where the guide names none

@@ -3,8 +3,6 @@
 All of it is checked again by whoever uses it; what needs an option's type is left to them.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from contextlib import suppress

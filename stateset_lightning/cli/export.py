@@ -22,8 +22,6 @@ _log = logging.getLogger("stateset_lightning")
 
 MERGE_ERROR = 0.05  # share of what an adapter adds, by norm, that rounding may change before it is announced
 
-LIBRARIES = ("stateset-lightning", "lightning", "transformers", "torch")
-
 
 def main(words: Sequence[str]) -> None:
     """Runs the subcommand with the words that follow it.
@@ -98,7 +96,8 @@ def model_card(trained: TrainedModel, title: str) -> str:
     environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=_one_line)
     environment.filters |= {"repr": repr, "class_name": class_name}
     template = environment.from_string(files(__package__).joinpath("model_card.md").read_text(encoding="utf-8"))
-    versions = ", ".join(f"{library} {version(library)}" for library in LIBRARIES)
+    libraries = ("stateset-lightning", "lightning", "transformers", "torch")
+    versions = ", ".join(f"{library} {version(library)}" for library in libraries)
     return template.render(title=title, trained=trained, encoder=trained.encoder(), versions=versions)
 
 

@@ -1,7 +1,5 @@
 """`stateset-lightning generate`: try a checkpoint or a model on a prompt, or line by line."""
 
-from __future__ import annotations
-
 import io
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,8 +9,6 @@ from dataclasses import replace
 from stateset_lightning.cli.arguments import Arguments, count, loading_options, with_flags
 from stateset_lightning.errors import ConfigError, UserError
 from stateset_lightning.threads import heartbeat
-
-SAMPLING = ("temperature", "top_p", "max_new_tokens")  # options of sampling that can be given
 
 
 def main(words: Sequence[str]) -> None:
@@ -33,8 +29,8 @@ def main(words: Sequence[str]) -> None:
     from stateset_lightning.types import Scenario
 
     trained = load_trained(options.ckpt_path, options.config, loading_options(options))
-    given = {name: value for name in SAMPLING if (value := getattr(options, name)) is not None}
-    rollout = replace(trained.rollout, **given)
+    given = {name: getattr(options, name) for name in ("temperature", "top_p", "max_new_tokens")}
+    rollout = replace(trained.rollout, **{name: value for name, value in given.items() if value is not None})
     greedy = options.samples is None and options.temperature is None and options.top_p is None
     num_samples = options.samples or 1
     seed = trained.seed if options.seed is None else options.seed

@@ -40,8 +40,6 @@ from typing import TYPE_CHECKING
 from stateset_lightning.cli import program
 
 if TYPE_CHECKING:
-    from lightning.pytorch.cli import ArgsType
-
     from stateset_lightning.cli.config import StatesetCLI
 
 # Those that are not LightningCLI's: each is the `main` of its file, called with the words behind it.
@@ -49,10 +47,14 @@ COMMANDS = ("convert", "doctor", "export", "generate", "report")
 
 LIGHT = ("convert", "report")  # those of them that load no model
 
+_WARNINGS = (
+    ".*(LightningCLI's args parameter is intended|does not have many workers|isinstance.treespec, LeafSpec"
+    "|`gradient_checkpointing_enable` is deprecated)"
+)
 _NOISE = re.compile("litlogger|[GTH]PU available|💡 Tip|Loaded model weights from the checkpoint")
 
 
-def main(args: ArgsType = None) -> StatesetCLI | None:
+def main(args: list[str] | None = None) -> StatesetCLI | None:
     """Runs the command line; `args` replaces `sys.argv[1:]`, for tests and notebooks.
 
     Returns:
@@ -67,14 +69,15 @@ def main(args: ArgsType = None) -> StatesetCLI | None:
         return _run(args)
     program.begin()
     try:
-        return _run(args)
+        _run(sys.argv[1:], is_program=True)
+        return None
     except SystemExit as exit_:
         if exit_.code in program.EXIT_CODES:
             program.leave(int(exit_.code))
         raise
 
 
-def _run(args: ArgsType) -> StatesetCLI | None:
+def _run(words: list[str], is_program: bool = False) -> StatesetCLI | None:
     from stateset_lightning.cli.arguments import with_flags
     from stateset_lightning.cli.messages import PROGRAM, without_traceback
     from stateset_lightning.errors import CheckpointError, UserError
@@ -82,15 +85,13 @@ def _run(args: ArgsType) -> StatesetCLI | None:
     from stateset_lightning.redaction import redact_streams, remember_flags
     from stateset_lightning.threads import heartbeat
 
-    given = sys.argv[1:] if args is None else args
-    words = given if isinstance(given, list) else []
-    if given in ([], ["-h"], ["--help"]):
+    if words in ([], ["-h"], ["--help"]):
         print(__doc__, end="")
         raise SystemExit(0)
-    if given == ["--version"]:
+    if words == ["--version"]:
         print(PROGRAM, version(PROGRAM))
         raise SystemExit(0)
-    command = words[0] if words else None
+    command = words[0]
     redact_streams()
     forget_inputs()
     remember_flags(words)
@@ -98,15 +99,14 @@ def _run(args: ArgsType) -> StatesetCLI | None:
         sys.path.append(os.getcwd())
     # Not into a config or an answer that is written to a file.
     if command not in LIGHT and not sys.stdout.isatty() and not any("--print_config" in word for word in words):
-        heartbeat.start(str(command), sys.stderr if command == "generate" else sys.stdout)
+        heartbeat.start(command, sys.stderr if command == "generate" else sys.stdout)
     try:
-        if command in COMMANDS:
-            if command not in LIGHT and not {"-h", "--help"} & set(words):
-                quieten()
-            import_module(f"stateset_lightning.cli.{command}").main(words[1:])
-            return None
-        cli = _run_lightning(args, words)
-        return None if args is None else cli
+        if command not in COMMANDS:
+            return _run_lightning(words, is_program)
+        if command not in LIGHT and not {"-h", "--help"} & set(words):
+            quieten()
+        import_module(f"stateset_lightning.cli.{command}").main(words[1:])
+        return None
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     except UserError as error:
@@ -118,22 +118,22 @@ def _run(args: ArgsType) -> StatesetCLI | None:
         heartbeat.stop()
 
 
-def _run_lightning(args: ArgsType, words: list[str]) -> StatesetCLI:
+def _run_lightning(words: list[str], is_program: bool) -> StatesetCLI:
     from stateset_lightning.cli.early_checks import SPLITS, checked_words
     from stateset_lightning.errors import ConfigError
 
-    if words and words[0] not in SPLITS:
+    if words[0] not in SPLITS:
         raise ConfigError(f"there is no command {words[0]}; it comes first: {', '.join([*SPLITS, *COMMANDS])}")
-    merged = checked_words(words[0], words[1:]) if words else None
-    if args is None:
+    merged = checked_words(words[0], words[1:])
+    if is_program:
         gc.disable()  # what is imported stays: looking for garbage in it takes a second of `fit --help`
     quieten()
     from stateset_lightning.cli.config import StatesetCLI
 
-    if args is None:
+    if is_program:
         gc.freeze()
         gc.enable()
-    return StatesetCLI(args, merged)
+    return StatesetCLI(words, merged)
 
 
 def quieten() -> None:
@@ -142,16 +142,8 @@ def quieten() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if "transformers" in sys.modules:  # a notebook's; otherwise it will obey the variable
         sys.modules["transformers"].utils.logging.disable_progress_bar()
-    for noise in (
-        ".*LightningCLI's args parameter is intended.*",
-        ".*does not have many workers.*",
-        ".*`gradient_checkpointing_enable` is deprecated.*",
-        ".*isinstance.treespec, LeafSpec.*",
-    ):
-        warnings.filterwarnings("ignore", message=noise)
-    rank_zero = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    if _is_telling not in rank_zero.filters:
-        rank_zero.addFilter(_is_telling)
+    warnings.filterwarnings("ignore", message=_WARNINGS)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_telling)
     announcements = logging.getLogger("stateset_lightning")
     announcements.setLevel(logging.INFO)
     if not announcements.handlers:

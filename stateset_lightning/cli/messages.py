@@ -1,26 +1,26 @@
-"""Messages of the command line: one line that names the key, the value and what is accepted.
+"""What a config gives, option by option, and what is wrong with it: in one line, with key, value and what is accepted.
 
 jsonargparse says at length which member of a type did not fit, and hides what a class raised. Here each option is held
 against its type again, by itself, from the inside out: the first that does not fit is what is wrong.
 """
 
-from __future__ import annotations
-
+import copy
 import difflib
 import importlib
 import inspect
 import re
-import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace, _typehints
+from jsonargparse._required import iter_required_keys
 
-from stateset_lightning.cli.options import MISSING, Option, class_options, classes, options
-from stateset_lightning.cli.overlays import SPECIFICATION, as_list, is_class
+from stateset_lightning.cli.overlays import REMOVED, SPECIFICATION, as_list, is_class, loaded
 from stateset_lightning.errors import ConfigError, UserError, one_line
+from stateset_lightning.rewards import RewardFunction
 
 PROGRAM = "stateset-lightning"
 
@@ -30,11 +30,122 @@ _BOUNDS = {"ge": "greater than or equal to", "gt": "greater than", "le": "less t
 _SECTIONS = {"Trainer": "trainer", "GRPOLightningModule": "model", "ScenarioDataModule": "data"}
 _PACKAGE = str(Path(__file__).parents[1])
 
+# The options
+# ----------------------------------------------------------------------------------------------------------------------
 
-def shorten(message: str) -> str:
-    """The first lines of a message."""
-    told = [line.strip() for line in message.splitlines() if line.strip()]
-    return "\n  ".join(line[:300] for line in told[:4])
+_CALLED_WITH = {"params", "optimizer"}  # what the trainer adds to the options of an optimizer or scheduler
+
+MISSING = object()  # the value of an option that must be given and is not
+
+
+@dataclass
+class Option:
+    """An option with its full name, its name in its parser, and its action, None where there is no such option."""
+
+    name: str
+    value: Any
+    parser: ArgumentParser
+    dest: str
+    action: Any
+
+    @property
+    def hint(self) -> Any:
+        return getattr(self.action, "_typehint", getattr(self.action, "type", None))
+
+
+def options(parser: ArgumentParser, given: dict[str, Any], name: str = "", dest: str = "") -> Iterator[Option]:
+    """Every option of a mapping, those inside a class before the one that holds it, then those that are missing.
+
+    On the way a null is given its meaning: over a key of a mapping whose keys are free it takes the key out; elsewhere
+    it is the option's value, or its default where the option cannot be null.
+
+    Args:
+        parser: Knows the types of the mapping's options.
+        given: The mapping.
+        name: Of the mapping itself, a prefix of its options' names.
+        dest: The same as the parser calls it: empty for the options of a class of their own.
+    """
+    actions = known(parser)
+    for key in list(given):
+        option = Option(f"{name}{key}", given[key], parser, f"{dest}{key}", actions.get(f"{dest}{key}"))
+        is_section = any(name.startswith(f"{option.dest}.") for name in actions)
+        hints = (option.hint, *get_args(option.hint))
+        if option.value in (None, REMOVED):
+            option.value = given[key] = None
+            if is_section or (option.action is not None and type(None) not in hints):
+                del given[key]
+                continue
+        elif any(_typehints.get_typehint_origin(hint) in _typehints.mapping_origin_types for hint in hints):
+            option.value = given[key] = _without_removed(option.value)
+        if is_section and isinstance(option.value, dict):
+            yield from options(parser, option.value, f"{option.name}.", f"{option.dest}.")
+            continue
+        option.action = None if is_section else option.action
+        yield from _inside(option)
+        yield option
+    for required in iter_required_keys(parser):
+        key = required.removeprefix(dest)
+        if required.startswith(dest) and key.split(".")[0] not in given and key not in _CALLED_WITH:
+            yield Option(f"{name}{key}", MISSING, parser, required, actions[required])
+
+
+def known(parser: ArgumentParser) -> dict[str, Any]:
+    """The actions of the options that a parser knows, by the options' names in it."""
+    return {action.dest: action for action in parser._actions if not action.dest.endswith(("help", "config"))}
+
+
+def classes(hint: Any, items: bool = True) -> tuple[type, ...]:
+    """The classes that a type takes instances of: its members', what its callable returns and, if asked, its items'."""
+    return _typehints.get_subclass_or_closed_types(hint, also_lists=items, callable_return=True) or ()
+
+
+def class_options(parser: ArgumentParser) -> Iterator[str]:
+    """Names of the options inside the classes that a parser's options have by default."""
+    for dest, action in known(parser).items():
+        option = Option(dest, None, parser, dest, action)
+        if (bases := classes(option.hint, items=False)) and (inside := _class_parser(option, bases, None)):
+            yield from (f"{dest}.init_args.{name}" for name in known(inside))
+
+
+def _inside(option: Option) -> Iterator[Option]:
+    """The options of the class that an option's value names, or of each class in a list."""
+    value = loaded(option.value)
+    bases = classes(option.hint, isinstance(value, list))
+    for number, item in enumerate(as_list(value) if bases else []):
+        item = {"class_path": item} if is_class(item) else item
+        if isinstance(item, dict) and (parser := _class_parser(option, bases, item.get("class_path"))):
+            name = f"{option.name}[{number}]." if isinstance(value, list) and len(value) > 1 else f"{option.name}."
+            given = (item.get("init_args") or {}) if {"class_path", "init_args"} & set(item) else item
+            yield from options(parser, given if isinstance(given, dict) else {}, name)
+
+
+def _class_parser(option: Option, bases: Any, path: Any) -> ArgumentParser | None:
+    """Knows the options of a class, by default of the one that the option takes; None if there is no such class."""
+    default = getattr(option.action, "default", None)
+    path = path or (default.get("class_path") if isinstance(default, Namespace | dict) else None)
+    if not isinstance(path, str | None):
+        return None
+    try:
+        cls = _typehints.import_object(_typehints.resolve_class_path_by_name(bases, path)) if path else bases[0]
+        if RewardFunction in bases and inspect.isfunction(cls):
+            form = f"class_path: FunctionReward, init_args: {{function: {path}, weight: 1.0}}"
+            raise ConfigError(f"{option.name}: {path} is a function, no class: write {path} alone, or {form}")
+        with _typehints.parser_context(parent_parser=option.parser):
+            return _typehints.ActionTypeHint.get_class_parser(cls, getattr(option.action, "sub_add_kwargs", None))
+    except ConfigError:
+        raise
+    except Exception:  # a user's module may raise anything; the check of the option says what
+        return None
+
+
+def _without_removed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_removed(item) for key, item in value.items() if item is not REMOVED}
+    return value
+
+
+# What is wrong
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def explain(parser: ArgumentParser, given: dict[str, Any]) -> str:
@@ -80,19 +191,17 @@ def without_traceback(message: str) -> str:
     before, found, trace = message.partition("Traceback (most recent call last):")
     if not found:
         return message
-    places = re.findall(r'File "(.+?)", line (\d+), in (\S+)', trace)
-    own = [
-        f"raised at {file}:{line}, in {function}" for file, line, function in places if not file.startswith(_PACKAGE)
-    ]
-    return "\n  ".join([before.strip(), *own[-1:]])
+    own = [place for place in re.findall(r'File "(.+?)", line (\d+), in (\S+)', trace) if _PACKAGE not in place[0]]
+    return "\n  ".join([before.strip(), *("raised at {}:{}, in {}".format(*place) for place in own[-1:])])
 
 
 def _fault(option: Option) -> str:
     """What is wrong with one option; empty if nothing is."""
     if option.action is None:
         return _unknown(option)
-    try:
-        option.check()
+    try:  # the value alone against its type
+        with _typehints.parser_context(parent_parser=option.parser, load_value_mode="yaml"):
+            option.parser._check_value_key(option.action, copy.deepcopy(option.value), option.dest, Namespace())
     except Exception:  # a user's module may raise anything
         bases = classes(option.hint)
         for item in as_list(option.value):
@@ -108,16 +217,16 @@ def _fault(option: Option) -> str:
 
 
 def _unknown(option: Option) -> str:
-    known = [action.dest for action in option.parser._actions if not action.dest.endswith(("help", "print_config"))]
+    names = list(known(option.parser))
     place, dest, value = option.name.removesuffix(option.dest), option.dest, option.value
-    if any(name.startswith(f"{dest}.") for name in known):
+    if any(name.startswith(f"{dest}.") for name in names):
         return f"{option.name}={str(value)[:80]}: must be a mapping"
     while isinstance(value, dict) and value:  # of a section that does not exist, the first option
         dest, value = f"{dest}.{next(iter(value))}", next(iter(value.values()))
     name = f".{dest.rpartition('.')[2]}".replace("learning_rate", "lr")
     same = [] if place else [each for each in class_options(option.parser) if each.endswith(name)]
-    near = f"; did you mean {same[0]}?" if same else _suggest(dest, [*known, *SPECIFICATION])
-    others = f"; its keys are {', '.join(known) or 'none'}" if place else "; --help lists all keys"
+    near = f"; did you mean {same[0]}?" if same else _suggest(dest, [*names, *SPECIFICATION])
+    others = f"; its keys are {', '.join(names) or 'none'}" if place else "; --help lists all keys"
     return f"{place[:-1]}{': ' if place else ''}there is no key {dest}{near or others}"
 
 
@@ -129,15 +238,15 @@ def _specification_fault(item: dict[str, Any]) -> str:
     return "" if is_mapping else f"init_args={item['init_args']!r:.80}: must be a mapping"
 
 
-def _class_fault(bases: list[type], path: str) -> str:
+def _class_fault(bases: tuple[type, ...], path: str) -> str:
     """Why the class that a path names cannot be had; empty if it can."""
     module, _, name = path.rpartition(".")
     if not module:
-        modules = [home for base in bases for home in (base.__module__.rpartition(".")[0], base.__module__) if home]
-        names = {home: dir(sys.modules[home]) for home in modules}
-        homes = [home for home in modules if any(base.__name__ in names[home] for base in bases)]
-        homes.sort(key=lambda home: (name not in names[home], not _suggest(name, names[home])))
-        module = next((home for home in homes if "." in home), homes[0])
+        homes = {
+            full.rpartition(".")[2]: full for base in bases for full in _typehints.get_all_subclass_paths(base, True)
+        }
+        near = difflib.get_close_matches(name, homes, n=1) or list(homes)
+        module = homes[near[0]].rpartition(".")[0]
     try:
         found = getattr(importlib.import_module(module), name)
     except AttributeError as error:
@@ -145,13 +254,12 @@ def _class_fault(bases: list[type], path: str) -> str:
             return str(error)
         close = _suggest(name, dir(importlib.import_module(module)))
         return f"{module} has no {name}{close or '; give the class_path of one that there is'}"
-    except ModuleNotFoundError as error:
-        if str(error).startswith("No module named") and f"{module}.".startswith(f"{error.name}."):
+    except Exception as error:  # a user's module may raise anything
+        absent = getattr(error, "name", "")
+        if str(error).startswith(f"No module named {absent!r}") and f"{module}.".startswith(f"{absent}."):
             return f"module {module} cannot be imported; is it spelt right, and on PYTHONPATH?"
         return _raised(error)
-    except Exception as error:  # a user's module may raise anything
-        return _raised(error)
-    if isinstance(found, type) and not issubclass(found, tuple(bases)):
+    if isinstance(found, type) and not issubclass(found, bases):
         return f"it is no {' or '.join(base.__name__ for base in bases)}"
     if inspect.isabstract(found):
         return f"{path} is abstract: it lacks {', '.join(sorted(found.__abstractmethods__))}"
@@ -182,11 +290,9 @@ def _in_words(hint: Any) -> str:
 
 def _raised(error: BaseException) -> str:
     """What a user's code or a library raised, with the place in the user's code."""
-    places = [
-        f" ({frame.filename}:{frame.lineno})"
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not re.search(rf"{re.escape(_PACKAGE)}|site-packages|importlib|<", frame.filename)
-    ]
+    foreign = re.compile(rf"{re.escape(_PACKAGE)}|site-packages|importlib|<")
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f" ({frame.filename}:{frame.lineno})" for frame in frames if not foreign.search(frame.filename)]
     reason = one_line(error)
     if isinstance(error, SyntaxError):
         places, reason = [f" ({error.filename}:{error.lineno})"], error.msg

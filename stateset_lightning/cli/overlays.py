@@ -8,8 +8,6 @@ A later one wins over an earlier one, and a flag over each file:
   a flag          is an overlay with one key; below a list (--model.reward.weight) it means the last item
 """
 
-from __future__ import annotations
-
 import errno
 import functools
 import re
@@ -81,9 +79,8 @@ def merged_words(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 def _check_ends(value: Any, key: str = "") -> None:
     """No value names a pipe, which jsonargparse, or whoever reads it later, would wait for."""
-    if isinstance(value, dict):
-        for name, item in value.items():
-            _check_ends(item, f"{key}.{name}")
+    for name, item in value.items() if isinstance(value, dict) else ():
+        _check_ends(item, f"{key}.{name}")
     with suppress(OSError):  # no path at all
         if isinstance(value, str) and Path(value).is_fifo():
             raise ConfigError(f"{key[1:]}={value} is a pipe, which may never end; give a file")
@@ -139,8 +136,8 @@ def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]
     """`base` with the changes of `overlay`; see the top of this file. Neither is changed."""
     merged = dict(base)
     for key, value in overlay.items():
-        name = str(key).removesuffix("+")
-        if name != str(key):
+        if str(key).endswith("+"):
+            name = str(key)[:-1]
             merged[name] = [*as_list(merged.get(name)), *as_list(value)]
         elif value is None and key in base and key not in SPECIFICATION:
             merged[key] = REMOVED
@@ -185,10 +182,8 @@ def _is_same_class(old: Any, path: str) -> bool:
 
 def is_class(value: Any) -> bool:
     """Whether a text names a class, as AdamW or torch.optim.AdamW; not so tiny, rows.jsonl, False."""
-    name = str(value).rpartition(".")[2]
-    return (
-        isinstance(value, str) and name.isidentifier() and name[0].isupper() and isinstance(yaml.safe_load(name), str)
-    )
+    name = value.rpartition(".")[2] if isinstance(value, str) else ""
+    return name.isidentifier() and name[0].isupper() and isinstance(yaml.safe_load(name), str)
 
 
 def loaded(value: Any) -> Any:

@@ -3,8 +3,6 @@
 Imports nothing heavy: a signal that comes before `begin` ends the process in Python's own way.
 """
 
-from __future__ import annotations
-
 import _thread
 import io
 import os

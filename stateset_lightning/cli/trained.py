@@ -1,16 +1,15 @@
 """A checkpoint, model folder or model name -> model, tokenizer and prompts as in training: what two commands load."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from stateset_lightning.cli.overlays import read_yaml
 from stateset_lightning.data.prompts import PromptEncoder
@@ -24,9 +23,6 @@ from stateset_lightning.rollout import RolloutConfig
 from stateset_lightning.run.checkpoint_io import check_weights, newest_checkpoints, read_checkpoint
 from stateset_lightning.run.find_checkpoint import find_among
 from stateset_lightning.run.folder import CHECKPOINTS, CONFIGS
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _log = logging.getLogger("stateset_lightning")
 
@@ -61,17 +57,15 @@ class TrainedModel:
 
         The base's own penalties and temperature are not in it: they were no part of training.
         """
-        ends = sorted(end_of_sequence_ids(self.model, self.tokenizer))
-        others = {"bos_token_id": self.tokenizer.bos_token_id, "pad_token_id": self.tokenizer.pad_token_id}
-        length = self.rollout.max_new_tokens
-        return GenerationConfig(do_sample=False, max_new_tokens=length, eos_token_id=ends, **others)
+        tokens = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
+        tokens["eos_token_id"] = sorted(end_of_sequence_ids(self.model, self.tokenizer))
+        return GenerationConfig(do_sample=False, max_new_tokens=self.rollout.max_new_tokens, **tokens)
 
     def encoder(self, system_prompt: str | None = None) -> PromptEncoder:
         """Makes prompts as in training, with another system prompt if one is given."""
-        given = dict(self.config.get("data") or {})
-        if system_prompt is not None:
-            given["system_prompt"] = system_prompt
+        given = self.config.get("data") or {}
         options = {name: value for name in _PROMPT_OPTIONS if (value := given.get(name)) is not None}
+        options |= {} if system_prompt is None else {"system_prompt": system_prompt}
         check_saved("data", PromptEncoder, options)
         return PromptEncoder(tokenizer=self.tokenizer, **options)
 
@@ -154,10 +148,9 @@ def _load(
 
 def _config_of_run(file: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     folder = next((place for place in file.absolute().parents if place.name == CHECKPOINTS), file.absolute().parent)
-    folders = [folder.parent, Path(checkpoint["stateset"]["run_folder"])]
-    for path in (folder / name for folder in folders for name in CONFIGS):
-        if path.is_file():
-            return _read_config(path)
+    for place, name in product([folder.parent, Path(checkpoint["stateset"]["run_folder"])], CONFIGS):
+        if (place / name).is_file():
+            return _read_config(place / name)
     prompts = "prompts get no system prompt and the tokenizer's chat template, if it has one"
     _log.info("%s: no config of its run is found: %s", file, prompts)
     return {}

@@ -1,7 +1,5 @@
 """YAML that ends: no more values, and no deeper, than a file of ours can have."""
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path

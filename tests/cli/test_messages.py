@@ -15,7 +15,7 @@ from cli_runs import overlay
 
 import stateset_lightning
 from stateset_lightning.cli.main import main
-from stateset_lightning.cli.messages import shorten, without_traceback
+from stateset_lightning.cli.messages import without_traceback
 
 
 @pytest.mark.parametrize(
@@ -115,11 +115,6 @@ def test_every_bounded_key_stands_in_the_table_above():
     for key, cls in (("rollout", RolloutConfig), ("evaluation", EvaluationConfig)):
         for field in dataclasses.fields(cls):
             assert not is_bounded(field.type) or f"model.{key}.{field.name}" in table
-
-
-def test_unknown_wording_is_cut_not_lost():
-    assert shorten("first\n\n second\nthird\nfourth\nfifth") == "first\n  second\n  third\n  fourth"
-    assert len(shorten("x" * 1000)) == 300
 
 
 def test_a_traceback_is_cut_to_the_users_last_place():

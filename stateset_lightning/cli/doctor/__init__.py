@@ -11,8 +11,6 @@ cache). Exit code 0 if the run can start, 1 if not.
 
 # The text above is what `doctor --help` prints, without importing torch.
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 

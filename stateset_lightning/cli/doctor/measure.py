@@ -2,22 +2,26 @@
 
 Two cases are measured: lengths as they are sampled, and the worst case: the longest prompts, every completion of
 `max_new_tokens`. No weight changes. Letters: N completions, T completion tokens.
+
+Of each phase seconds and peak memory: what is allocated on a CUDA device, and elsewhere what is resident of the whole
+process. Running out of either is a result.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Sequence
-from dataclasses import replace
-from itertools import islice
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 
-from stateset_lightning.cli.doctor.meter import Meter
 from stateset_lightning.datamodule import ScenarioDataModule
 from stateset_lightning.module import GRPOLightningModule
 from stateset_lightning.policy import AdapterReference, Group, Policy, load_model, make_reference
@@ -25,11 +29,108 @@ from stateset_lightning.policy.precision import sampling_dtype, weights_dtype
 from stateset_lightning.rollout import InProcessEngine
 from stateset_lightning.seeding import sample_seeds
 from stateset_lightning.training.collect import answered
-from stateset_lightning.training.episode import MicroBatch
+from stateset_lightning.training.episode import MicroBatch, groups_of
 from stateset_lightning.training.loss import micro_batch_loss
+from stateset_lightning.training.metrics import peak_memory_mb
 from stateset_lightning.types import Rollout, Scenario, Scores
 
 SAMPLED, WORST = "as sampled", "worst case"
+
+# Seconds after which a phase is stopped: a large model on a CPU must not take hours.
+LIMIT = 120.0
+
+# The phases, and what to change where one runs out of memory.
+#
+# `log-probs`: the reference's and the old ones, computed once per episode; `training`: forward and backward of a
+# micro-step; `update`: the optimizer's step.
+REMEDIES = {
+    "load": "set model.policy.lora (no second model for a reference) or trainer.precision, or choose a smaller model",
+    "sampling": "lower model.rollout.max_batch_rows or model.rollout.max_new_tokens",
+    "scoring": "lower data.batch_size, or use a smaller reward model",
+    "log-probs": "lower model.rollout.max_new_tokens or data.max_prompt_tokens",
+    "training": "raise data.steps_per_episode and trainer.accumulate_grad_batches alike, or set"
+    " model.policy.gradient_checkpointing or model.policy.lora",
+    "update": "set model.policy.lora, or choose an optimizer with less state",
+}
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds, and peak memory in MB. `stopped`: the limit was reached, so both are lower bounds."""
+
+    seconds: float
+    peak_mb: float
+    stopped: bool
+
+
+class TooSlow(Exception):
+    """A phase takes longer than its limit."""
+
+
+class Meter:
+    """Runs phases, prints what each costs, and keeps it in `costs` by (case, phase).
+
+    Args:
+        device: The one whose memory counts.
+        problems: Gets a line for each phase that runs out of memory.
+    """
+
+    def __init__(self, device: torch.device, problems: list[str]) -> None:
+        self.device = device
+        self.problems = problems
+        self.costs: dict[tuple[str, str], Cost] = {}
+
+    def run(self, case: str, phase: str, work: Callable[[], Result], limit: float | None = None) -> Result | None:
+        """The result of `work`; None if it was stopped or ran out of memory.
+
+        It is stopped by a signal: when the operation that runs has ended, which may be a backward pass.
+
+        Args:
+            case: Which sizes are measured, in a word.
+            phase: A key of `REMEDIES`.
+            work: Called once, in the main thread.
+            limit: Seconds, by default `LIMIT`; 0 for none.
+        """
+
+        def stop(*_: Any) -> None:
+            raise TooSlow
+
+        result, stopped = None, False
+        garbage_collection_cuda()
+        _reset_peak_memory(self.device)
+        before = signal.signal(signal.SIGALRM, stop)
+        start = time.perf_counter()
+        try:
+            signal.setitimer(signal.ITIMER_REAL, LIMIT if limit is None else limit)
+            result = work()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        except TooSlow:
+            stopped = True
+        except RuntimeError as error:
+            if not is_oom_error(error):
+                raise
+            self.problems.append(f"out of memory on {self.device}, {case}, {phase}: {REMEDIES[phase]}")
+            return None
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        seconds, peak = time.perf_counter() - start, peak_memory_mb(self.device)
+        self.costs[case, phase] = Cost(seconds, peak, stopped)
+        print(f"  {case:11} {phase:9} {'> ' * stopped}{seconds:,.2f} s, {peak:,.1f} MB", flush=True)
+        return result
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    """Begins a new peak, where the system can: a process outside Linux has one peak since its start."""
+    if device.type == "cuda":
+        torch.cuda.init()  # before it there are no statistics to reset
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc_pid_clear_refs(5)
 
 
 class EpisodeMeasurement:
@@ -70,8 +171,8 @@ class EpisodeMeasurement:
         """A step of one token: every later one finds the optimizer's state in memory, and the device ready."""
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = 0 * group["lr"]  # see `_update`
-        if self.meter.run("first step", "training", lambda: self._backward([Group([3], [[3]])])):
-            self.meter.run("first step", "update", self._update)
+        self.meter.run("first step", "training", lambda: self._backward([Group([3], [[3]])]))
+        self.meter.run("first step", "update", self._update)
 
     def sample(self) -> Rollout | None:
         """An episode of prompts spread over the training data."""
@@ -92,9 +193,8 @@ class EpisodeMeasurement:
 
     def train(self, rollout: Rollout) -> str:
         """Trains a micro-step of these completions; says how large it is."""
-        completions = iter([tokens or [3] for tokens in rollout.completions()])  # an engine may return an empty one
-        size, prompts = rollout.num_generations, rollout.prompt_tokens
-        return self._train(SAMPLED, [Group(prompt, list(islice(completions, size))) for prompt in prompts])
+        completions = [torch.tensor(tokens or [3]) for tokens in rollout.completions()]  # an engine may return none
+        return self._train(SAMPLED, groups_of(rollout.prompt_tokens, completions, range(len(completions))))
 
     def run_worst_case(self, samples: bool) -> str:
         """The worst case, with sampling or without; says what was done. Nothing can be sampled afterwards."""
@@ -138,8 +238,8 @@ class EpisodeMeasurement:
                 case, "log-probs", lambda: [each.score_without_gradient(groups, temperature) for each in scorers]
             )
         share = share_of_micro_step(groups, self.data.steps_per_episode)
-        if self.meter.run(case, "training", lambda: self._backward(share)):
-            self.meter.run(case, "update", self._update)
+        self.meter.run(case, "training", lambda: self._backward(share))
+        self.meter.run(case, "update", self._update)
         self.trainer.optimizers[0].zero_grad(set_to_none=True)  # also of what was stopped
         rows = [len(group.prompt) + len(completion) for group in share for completion in group.completions]
         once = sum(len(group.prompt) + group.num_completion_tokens for group in share)
@@ -147,7 +247,7 @@ class EpisodeMeasurement:
         tokens = once if packed else len(rows) * max(rows)
         return f"a micro-step of {len(rows)} completions, {tokens:,} tokens ({form})"
 
-    def _backward(self, groups: Sequence[Group]) -> bool:
+    def _backward(self, groups: Sequence[Group]) -> None:
         """Loss and gradient of a micro-step, as in training, where every completion counts."""
         algorithm = self.module.algorithm
         if self.trainer.accumulate_grad_batches > 1:  # it finds the gradient of the micro-steps before
@@ -168,7 +268,6 @@ class EpisodeMeasurement:
         with self.trainer.precision_plugin.forward_context():
             loss, _ = micro_batch_loss(self.policy, algorithm, batch, self.module.rollout.temperature, 0, 1)
         loss.backward()
-        return True
 
     def _update(self) -> None:
         """The optimizer's step with gradients and learning rate of zero: as much work, and no weight changes."""
@@ -180,10 +279,6 @@ class EpisodeMeasurement:
 
 def share_of_micro_step(groups: Sequence[Group], micro_steps: int) -> list[Group]:
     """The first of so many equal shares of the completions; a group is split where the share ends inside it."""
-    rows = math.ceil(sum(len(group.completions) for group in groups) / micro_steps)
-    share = []
-    for group in groups:
-        if rows > 0:
-            share.append(Group(group.prompt, group.completions[:rows]))
-            rows -= len(group.completions)
-    return share
+    completions = [torch.tensor(completion) for group in groups for completion in group.completions]
+    rows = range(math.ceil(len(completions) / micro_steps))
+    return groups_of([list(group.prompt) for group in groups], completions, rows)

@@ -1,21 +1,18 @@
 """The sections that doctor prints, one after the other; what goes wrong in one is a problem, and the next goes on."""
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from stateset_lightning.cli.config import StatesetCLI
-from stateset_lightning.cli.doctor.measure import SAMPLED, WORST, EpisodeMeasurement
-from stateset_lightning.cli.doctor.meter import LIMIT, Meter
+from stateset_lightning.cli.doctor.measure import LIMIT, SAMPLED, WORST, EpisodeMeasurement, Meter
 from stateset_lightning.cli.messages import without_traceback
+from stateset_lightning.cli.overlays import dump_yaml
 from stateset_lightning.data.prompts import first_row
 from stateset_lightning.errors import UserError, one_line
 from stateset_lightning.module import GRPOLightningModule
@@ -29,11 +26,7 @@ from stateset_lightning.training.collect import ready_engine
 from stateset_lightning.training.schedule import optimizer_steps_of_run
 from stateset_lightning.types import FinishReason, Rollout, Scenario
 
-# The commonest, that are shown.
-TOPICS = 8
-
-# Characters of a prompt or completion that are shown.
-TEXT = 300
+TEXT = 300  # characters of a prompt or completion that are shown
 
 
 class DoctorCLI(StatesetCLI):
@@ -44,6 +37,9 @@ class DoctorCLI(StatesetCLI):
         parser.add_argument("--sample", type=bool, default=True)
 
     def before_fit(self) -> None:
+        given = redacted(yaml.safe_load(self._parser("fit").dump(self.config.fit, skip_default=True)))
+        print("config, without defaults")
+        _show(*dump_yaml({key: given[key] for key in given if key not in ("config", "sample")}).splitlines())
         raise SystemExit(1 if Doctor(self).run() else 0)
 
 
@@ -52,7 +48,6 @@ class Doctor:
 
     def __init__(self, cli: StatesetCLI) -> None:
         self.config = cli.config.fit
-        self.given = yaml.safe_load(cli._parser("fit").dump(cli.config.fit, skip_default=True))
         self.trainer, self.module, self.data = cli.trainer, cli.model, cli.datamodule
         self.problems: list[str] = []
         self.notes: list[str] = []
@@ -61,9 +56,6 @@ class Doctor:
 
     def run(self) -> list[str]:
         """Prints all sections; returns the problems."""
-        shown = {key: value for key, value in redacted(self.given).items() if key not in ("config", "sample")}
-        print("config, without defaults")
-        _show(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=120).splitlines())
         # As `fit` does, without its set-up of loggers, checkpoints and processes.
         self.trainer.datamodule = self.data  # type: ignore[attr-defined]
         self.data.trainer = self.module.trainer = self.trainer
@@ -77,7 +69,7 @@ class Doctor:
             self.episode.load()
             if self.module.policy is not None:
                 self._make_optimizer_and_engine()
-                _show([model_row(self.module)])
+                _show(model_row(self.module))
         if has_data and self.module.policy is not None:
             self._check()
         if self.problems:
@@ -94,22 +86,14 @@ class Doctor:
     def _show_data(self) -> None:
         for split in self.data.num_scenarios:
             scenarios, prompts = self.data.served(split)
-            lengths, limit = prompts.lengths, self.data.max_prompt_tokens
+            lengths = prompts.lengths
             tokens = f"{lengths.min()} to {lengths.max()} tokens, {lengths.mean():.1f} on average"
-            if limit is not None:
-                dropped, cut = self.data.dropped[split], self.data.truncated[split]
-                share = f"{(dropped + cut) / (len(lengths) + dropped):.1%} above data.max_prompt_tokens={limit}"
-                tokens += f", {share}; {dropped} dropped, {cut} cut to their last tokens"
             of_first = f" (the first {len(lengths):,})" if len(lengths) < len(scenarios) else ""
             row = first_row(self.module.tokenizer, scenarios.known[0], prompts[0])
-            _show([f"{split}: {len(scenarios):,} rows of {tokens}{of_first}", f"first row: {row}"])
-            if topics := Counter(s.topic for s in scenarios.known if s.topic is not None):
-                common = ", ".join(f"{topic} {count}" for topic, count in topics.most_common(TOPICS))
-                _show([f"{len(topics)} topics: {common}{', ...' if len(topics) > TOPICS else ''}"])
+            _show(f"{split}: {len(scenarios):,} rows of {tokens}{of_first}", f"first row: {row}")
         if "validation" in self.data.num_scenarios:
-            train, validation = (self.data.served(split)[1].known for split in ("train", "validation"))
-            seen = {tuple(prompt) for prompt in train}
-            if both := sum(tuple(prompt) in seen for prompt in validation):
+            seen = set(map(tuple, self.data.served("train")[1].known))
+            if both := sum(tuple(prompt) in seen for prompt in self.data.served("validation")[1].known):
                 shared = f"{both} prompts of the validation are among those of the training"
                 self.notes.append(f"{shared}: its reward will flatter")
         self.data.train_dataloader()  # refuses a curriculum beside overfit_batches
@@ -134,27 +118,25 @@ class Doctor:
         rollout = self.episode.sample() if self.config.sample else None
         scenarios = self.data.served("train")[0].scenarios
         scenario = scenarios[0]
-        _show([f"prompt      {scenario.id}: {_shortened(scenario.turns()[-1].content)}"])
+        _show(f"prompt      {scenario.id}: {_shortened(scenario.turns()[-1].content)}")
         if rollout is not None:
             self._show_completions(rollout)
             scenarios_N = [scenarios[row] for row in self.episode.spread_rows() for _ in range(rollout.num_generations)]
             self._score(scenarios_N, rollout.texts, rollout.lengths_N.tolist())
-            done = {SAMPLED: self.episode.train(rollout)}
+            _show(f"{SAMPLED}: {self.episode.train(rollout)}")
         else:
             text = "" if scenario.target is None else str(scenario.target)
-            _show([f"target      {_shortened(text)}"])
+            _show(f"target      {_shortened(text)}")
             length = len(self.module.tokenizer(text, add_special_tokens=False)["input_ids"])
             size = 1 if self.module.scorer.scores_alone else self.module.rollout.num_generations
             self._score([scenario] * size, [text] * size, [length] * size)
-            done = {}
-        done[WORST] = self.episode.run_worst_case(self.config.sample)
-        _show([f"{case}: {what}" for case, what in done.items()])
-        self._show_length_of_run(SAMPLED in done)
+        _show(f"{WORST}: {self.episode.run_worst_case(self.config.sample)}")
+        self._show_length_of_run(rollout is not None)
 
     def _show_completions(self, rollout: Rollout) -> None:
         truncated, count = sum(reason == FinishReason.LENGTH for reason in rollout.finish_reasons), len(rollout.texts)
         lengths = f"{rollout.lengths_N.double().mean():.1f} tokens on average; {truncated} are cut at max_new_tokens"
-        _show([f"completion  {_shortened(rollout.texts[0])}", f"            one of {count}, which have {lengths}"])
+        _show(f"completion  {_shortened(rollout.texts[0])}", f"            one of {count}, which have {lengths}")
         if truncated == count:
             limit = f"model.rollout.max_new_tokens={self.module.rollout.max_new_tokens}"
             self.notes.append(f"all {count} completions are cut at {limit}: raise it, if they should end")
@@ -164,7 +146,7 @@ class Doctor:
         if (scores := self.episode.score(scenarios_N, texts, lengths)) is None:
             return
         parts = [f"{name} {value:.3f}" for name, value in zip(scores.names, scores.values_NF[0].tolist(), strict=True)]
-        _show([f"reward      {scores.totals_N[0]:.3f} = {', '.join(parts)}"])
+        _show(f"reward      {scores.totals_N[0]:.3f} = {', '.join(parts)}")
         failed = Counter(failure.reward for failure in scores.failures)
         for failure in {failure.reward: failure for failure in reversed(scores.failures)}.values():
             place = without_traceback(f"{failure.error}: {failure.message}\n{failure.traceback}").strip()
@@ -174,15 +156,15 @@ class Doctor:
     def _show_length_of_run(self, is_measured: bool) -> None:
         steps, per_epoch = self.episode.optimizer_steps, self.data.episodes_per_epoch
         seconds, is_longer = self.episode.seconds()
-        about = "more than" if is_longer else "about"
-        each = f", {about} {seconds:,.1f} s" if is_measured else ""
-        _show([f"an episode: {steps} optimizer steps{each}; {per_epoch:,} episodes an epoch"])
+        about = ", more than" if is_longer else ", about"
+        each = f"{about} {seconds:,.1f} s" if is_measured else ""
+        _show(f"an episode: {steps} optimizer steps{each}; {per_epoch:,} episodes an epoch")
         if (run := optimizer_steps_of_run(self.trainer)) is None:
-            _show(["the run has no end in optimizer steps"])
+            _show("the run has no end in optimizer steps")
             return
         episodes = run / steps
-        total = f", {about} {timedelta(seconds=round(episodes * seconds))} without validation" if is_measured else ""
-        _show([f"the run: {run:,} optimizer steps, {episodes:,.0f} episodes, {episodes / per_epoch:.1f} epochs{total}"])
+        total = f"{about} {timedelta(seconds=round(episodes * seconds))} without validation" if is_measured else ""
+        _show(f"the run: {run:,} optimizer steps, {episodes:,.0f} episodes, {episodes / per_epoch:.1f} epochs{total}")
 
     # Contradictions
     # ------------------------------------------------------------------------------------------------------------------
@@ -195,13 +177,12 @@ class Doctor:
                 with self._section():
                     check()
         self.notes += [str(warning.message) for warning in caught]
-        if never := no_validation(trainer, self.data) if self.data.is_given("validation") else "":
+        if self.data.is_given("validation") and (never := no_validation(trainer, self.data)):
             self.notes.append(never)  # Lightning says nothing of it
         if (path := self.config.ckpt_path) is not None and path != "hpc":
             with self._section():
-                found = find_resumed(trainer, path)
-                if found is not None and local_path(found) is not None:
-                    state = read_checkpoint(Path(found))["stateset"]
+                if (found := find_resumed(trainer, path)) and (file := local_path(found)):
+                    state = read_checkpoint(file)["stateset"]
                     check_resumable(state, module.seed, trainer.accumulate_grad_batches, trainer.world_size)
 
     @contextmanager
@@ -225,7 +206,7 @@ def model_row(module: GRPOLightningModule) -> str:
     return f"{model}; {policy.scoring} scoring; sampled by {engine}"
 
 
-def _show(lines: Sequence[str]) -> None:
+def _show(*lines: str) -> None:
     for line in lines:
         print(f"  {line}")
 

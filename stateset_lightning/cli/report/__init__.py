@@ -4,16 +4,16 @@ The page's script fills it from JSON that stands in the page. Completions are un
 element, the script only sets text, and the page's policy lets no other script run and nothing be fetched.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment
+from jinja2.utils import htmlsafe_json_dumps
 
 from stateset_lightning.cli.arguments import Arguments
 from stateset_lightning.cli.report.run_data import read_run
@@ -65,10 +65,8 @@ def render(data: Mapping[str, Any]) -> str:
     return template.render(title=data["run"], style=style, script=script, data=script_safe(data), digest=_digest)
 
 
-def script_safe(data: Any) -> str:
-    """JSON without the characters that could end a script element, or begin a comment or an entity."""
-    text = json_text(data, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+# JSON without the characters that could end a script element, or begin a comment or an entity.
+script_safe = partial(htmlsafe_json_dumps, dumps=json_text, separators=(",", ":"))
 
 
 def _digest(text: str) -> str:

@@ -1,12 +1,12 @@
 """The files of a run -> what its page shows, bounded in size whatever the run's length."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ MAX_SAMPLE_BYTES = 6_000_000
 MAX_TEXT = 6_000
 
 Item = TypeVar("Item")
+Place = tuple[str, str, Any]  # kind, split, value
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -34,29 +35,24 @@ def read_run(folder: Path) -> dict[str, Any]:
 
     Returns:
         `metrics`: name -> [steps, values]; `train`: groups by episode; `evaluations`: prompts with a completion per
-        evaluation; `config`: YAML text; `environment`; `missing`: files that are not there.
+        evaluation; `shown`: of episodes, prompts and evaluations [how many are shown, how many there are]; `config`:
+        YAML text; `environment`; `missing`: files that are not there.
 
     Raises:
         ConfigError: If the folder holds no run, or its config or environment is damaged.
     """
     _check_folder(folder)
-    files = {name: folder / name for name in (METRICS, SAMPLES, CONFIGS[0], ENVIRONMENT)}
-    if not files[CONFIGS[0]].is_file():
-        files[CONFIGS[0]] = folder / CONFIGS[1]
-    there = {name: path for name, path in files.items() if path.is_file()}
-    config = there.get(CONFIGS[0])
-    text = "" if config is None else config.read_text(encoding="utf-8", errors="replace")
-    train, evaluations, shown = _read_samples(there[SAMPLES]) if SAMPLES in there else ([], [], {})
+    config = next((name for name in CONFIGS if (folder / name).is_file()), CONFIGS[0])
+    there = {name: (folder / name).is_file() for name in (METRICS, SAMPLES, config, ENVIRONMENT)}
+    nothing: dict[str, Any] = {"train": [], "evaluations": [], "shown": {}}
     return {
         "run": f"{folder.absolute().parent.name}/{folder.absolute().name}",
-        "metrics": _read_metrics(there[METRICS]) if METRICS in there else {},
-        "train": train,
-        "evaluations": evaluations,
-        "shown": shown,
-        "config": text,
-        "facts": {} if config is None else _facts(_parsed(config) or {}),
-        "environment": _parsed(there[ENVIRONMENT]) if ENVIRONMENT in there else {},
-        "missing": [name for name in files if name not in there],
+        "metrics": _read_metrics(folder / METRICS) if there[METRICS] else {},
+        **(_read_samples(folder / SAMPLES) if there[SAMPLES] else nothing),
+        "config": _text(folder / config) if there[config] else "",
+        "facts": _facts(_parsed(folder / config, yaml.safe_load) or {}) if there[config] else {},
+        "environment": _parsed(folder / ENVIRONMENT, json.loads) if there[ENVIRONMENT] else {},
+        "missing": [name for name, is_there in there.items() if not is_there],
     }
 
 
@@ -67,11 +63,9 @@ def _check_folder(folder: Path) -> None:
     files = (METRICS, SAMPLES, ENVIRONMENT, *CONFIGS)
     if any((folder / name).is_file() for name in files) or re.match(r"version_\d", folder.absolute().name):
         return
-    runs = sorted(
-        {path.parent for name in (METRICS, SAMPLES) for depth in ("*/", "*/*/") for path in folder.glob(depth + name)},
-        key=lambda run: run.stat().st_mtime,
-    )
-    hint = f"; did you mean {runs[-1]}?" if runs else ": fit writes them with a CSVLogger and the samples callback"
+    runs = [*folder.glob("version_*"), *folder.glob("*/version_*")]
+    newest = max(runs, key=lambda run: run.stat().st_mtime, default=None)
+    hint = f"; did you mean {newest}?" if newest else ": fit writes them with a CSVLogger and the samples callback"
     raise ConfigError(f"{folder} holds no run: there is neither {METRICS} nor {SAMPLES} in it{hint}")
 
 
@@ -106,46 +100,40 @@ def _binned(points: Sequence[tuple[int, float]]) -> list[list[float]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _read_samples(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, list[int]]]:
-    """Groups of training, prompts of evaluations, and of episodes, prompts and evaluations [how many are shown, how
-    many there are].
+def _read_samples(path: Path) -> dict[str, Any]:
+    """Groups of training, prompts of evaluations, and of how many episodes, prompts and evaluations they are.
 
     Two passes: the file is larger than what is shown of it.
     """
-    found: dict[str, dict[str, Any]] = {kind: {} for kind in MOST}  # kind -> split -> which there are, in order
-    for _, _, row in read_lines(path, _sample):
-        for kind, value in _places(row):
-            found[kind].setdefault(row["split"], {})[value] = None
-    chosen: dict[str, dict[str, Any]] = {
-        kind: {split: _spread([*values], MOST[kind]) for split, values in of.items()} for kind, of in found.items()
-    }
+    there = dict.fromkeys(place for _, _, row in read_lines(path, _sample) for place in _places(row))
+    chosen = set[Place]()
+    for kind, split in product(MOST, SPLITS):
+        chosen.update(_spread([place for place in there if place[:2] == (kind, split)], MOST[kind]))
+    rows = [row for _, _, row in read_lines(path, _sample) if chosen.issuperset(_places(row))]
     groups: dict[Any, dict[str, Any]] = {}
     evaluated: dict[Any, dict[str, Any]] = {}
-    for _, _, row in read_lines(path, _sample):
+    for row in sorted(rows, key=itemgetter("step")):
         split, step = row["split"], row["step"]
-        # A split may have begun since the first pass, where the run is still going on.
-        if not all(value in chosen[kind].get(split, []) for kind, value in _places(row)):
-            continue
         if split == "train":
-            key = (step, row["episode"], row["id"])
-            groups.setdefault(key, {**_heading(row), "step": step, "episode": row["episode"], "completions": []})
-            groups[key]["completions"].append(_completion(row))
+            place = {"step": step, "episode": row["episode"]}
+            group = groups.setdefault((*place.values(), row["id"]), {**_heading(row), **place, "completions": []})
+            group["completions"].append(_completion(row))
         else:
             prompt = evaluated.setdefault((split, row["id"]), {**_heading(row), "split": split, "completions": {}})
             prompt["completions"][step] = {"step": step, **_completion(row)}
-    train = _within(list(groups.values()))
     for prompt in evaluated.values():
-        prompt["completions"] = [prompt["completions"][step] for step in sorted(prompt["completions"])]
-    shown = {kind: [sum(map(len, of[kind].values())) for of in (chosen, found)] for kind in MOST}
+        prompt["completions"] = list(prompt["completions"].values())
+    train = _within(list(groups.values()))
+    shown = {kind: [sum(kind == place[0] for place in places) for places in (chosen, there)] for kind in MOST}
     shown["episodes"][0], shown["prompts"][0] = len({group["episode"] for group in train}), len(evaluated)
-    return train, _within(list(evaluated.values())), shown
+    return {"train": train, "evaluations": _within(list(evaluated.values())), "shown": shown}
 
 
-def _places(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def _places(row: Mapping[str, Any]) -> list[Place]:
     """What a row is part of: of each kind, there may be more than is shown."""
     if row["split"] == "train":
-        return [("episodes", (row["step"], row["episode"]))]
-    return [("prompts", row["id"]), ("evaluations", row["step"])]
+        return [("episodes", "train", (row["step"], row["episode"]))]
+    return [("prompts", row["split"], row["id"]), ("evaluations", row["split"], row["step"])]
 
 
 def _sample(line: str) -> dict[str, Any]:
@@ -194,12 +182,15 @@ def _within(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------------
 
 
-def _parsed(path: Path) -> Any:
-    parse, kind = (json.loads, "JSON") if path.suffix == ".json" else (yaml.safe_load, "YAML")
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
     try:
-        return parse(path.read_text(encoding="utf-8", errors="replace"))
+        return parse(_text(path))
     except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as {kind}: {one_line(error, 200)}") from error
+        raise ConfigError(f"{path}: cannot be read as {path.suffix[1:].upper()}: {one_line(error, 200)}") from error
 
 
 def _facts(config: Mapping[str, Any]) -> dict[str, Any]:

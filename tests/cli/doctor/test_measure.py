@@ -5,8 +5,7 @@ import re
 import pytest
 import torch
 
-from stateset_lightning.cli.doctor import meter as meter_module
-from stateset_lightning.cli.doctor import sections
+from stateset_lightning.cli.doctor import measure, sections
 from stateset_lightning.cli.doctor.measure import share_of_micro_step
 from stateset_lightning.policy import Group, Policy, PolicyConfig, load_model
 from stateset_lightning.rollout import InProcessEngine
@@ -127,7 +126,7 @@ def test_out_of_memory_in_sampling_leaves_the_worst_case_of_training(examine, mo
 
 
 def test_a_worst_case_that_takes_too_long_is_stopped(examine, monkeypatch):
-    monkeypatch.setattr(meter_module, "LIMIT", 1.0)
+    monkeypatch.setattr(measure, "LIMIT", 1.0)
     # Two thousand tokens take more than a second; the model ends its completions after a few.
     code, said = examine("--model.rollout.max_new_tokens=2000", "--data.batch_size=8")
     assert code == 0

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from stateset_lightning.cli.doctor import meter as meter_module
-from stateset_lightning.cli.doctor.meter import Meter
+from stateset_lightning.cli.doctor import measure
+from stateset_lightning.cli.doctor.measure import Meter
 
 CPU = torch.device("cpu")
 
@@ -50,7 +50,7 @@ def test_running_out_of_memory_is_a_problem_that_says_what_to_lower():
 
 
 def test_a_phase_that_takes_too_long_is_stopped_and_the_clock_with_it(monkeypatch, capsys):
-    monkeypatch.setattr(meter_module, "LIMIT", 0.2)
+    monkeypatch.setattr(measure, "LIMIT", 0.2)
     before = signal.getsignal(signal.SIGALRM)
     meter = Meter(CPU, [])
     assert meter.run("as sampled", "scoring", lambda: time.sleep(30)) is None
