@@ -81,26 +81,28 @@ def _unpacked(path: Path, packing: str) -> bytes:
     return content
 
 
-def blocks(content: Content, first: int = 0) -> Iterator[bytes]:
+def _blocks(content: Content, first: int = 0) -> Iterator[bytes]:
     """The content in pieces, from a byte on."""
     for start in range(first, len(content), BLOCK):
         yield content[start : min(start + BLOCK, len(content))]
 
 
-def lines(content: Content, start: int) -> Iterator[bytes]:
-    """The lines from `start` on, with their ends: LF, CR LF or CR."""
-    rest = b""
-    for block in blocks(content, start):
+def lines(content: Content) -> Iterator[tuple[int, bytes]]:
+    """Where each line begins, and the line with its end: LF, CR LF or CR. A byte order mark belongs to none."""
+    start, rest = len(BOM) * (content[: len(BOM)] == BOM), b""
+    for block in _blocks(content, start):
         *whole, rest = (rest + block).splitlines(keepends=True)  # of bytes: at these ends alone
-        yield from whole
+        for line in whole:
+            yield start, line
+            start += len(line)
     if rest:
-        yield rest
+        yield start, rest
 
 
 def digest(content: Content) -> str:
     """A hash of the content."""
     hashed = hashlib.sha256()
-    for block in blocks(content):
+    for block in _blocks(content):
         hashed.update(block)
     return hashed.hexdigest()[:16]
 

@@ -7,13 +7,13 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from stateset_lightning.data.content import BOM, Content, lines
-from stateset_lightning.data.rows import BadRow, LineRows, Problem, Rows, header_of, listed
+from stateset_lightning.data.content import Content, lines
+from stateset_lightning.data.rows import BadRow, LineRows, Rows, header_of, listed
+from stateset_lightning.errors import DataError
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _SAMPLE = 2**16  # bytes of a CSV file from which its delimiter is told
@@ -23,33 +23,28 @@ def read_csv(path: Path, content: Content, usual: str = ",") -> Rows:
     sample = content[:_SAMPLE].decode("utf-8-sig", errors="replace")
     told = re.match(r"sep=(.)\r?\n", sample)  # Excel's
     delimiter = told[1] if told else _delimiter(sample, usual)
-    start = offset = len(BOM) * (content[: len(BOM)] == BOM) + (len(told[0].encode()) if told else 0)
+    starts, numbers = array("q"), array("q")
 
     def decoded() -> Iterator[str]:
-        nonlocal offset
-        for line in lines(content, start):
-            offset += len(line)
-            yield line.decode(errors="replace")  # a row that is not UTF-8 is told when it is read
+        for start, text in lines(content):
+            starts.append(start)
+            yield text.decode(errors="replace")  # a row that is not UTF-8 is told when it is read
 
-    reader = csv.reader(decoded(), delimiter=delimiter, strict=True)
     header: list[str] = []
-    starts, numbers, end = array("q"), array("q"), None
-    begin, line = offset, skipped = offset, int(told is not None)
+    line = skipped = int(told is not None)
+    reader = csv.reader(islice(decoded(), skipped, None), delimiter=delimiter, strict=True)
     try:
         with _long_cells(len(content)):
             for cells in reader:  # a quoted cell may span lines
                 if cells and header:
-                    starts.append(begin)
                     numbers.append(line + 1)
                 elif cells:
                     header = header_of(path, cells)
-                begin, line = offset, skipped + reader.line_num
+                line = skipped + reader.line_num
     except csv.Error as error:  # the reader cannot find the start of the next row
-        end = Problem(f"{path}:{line + 1}", f"malformed CSV: {error}; no row after it was read")
-    starts.append(begin)
+        raise DataError(f"{path}:{line + 1}: malformed CSV: {error}; no row after it was read") from error
     note = "" if delimiter == usual else f"{path}: its cells are divided by {_named(delimiter)}"
-    parse = partial(_csv_row, header, delimiter)
-    return LineRows(path, content, np.frombuffer(starts, np.int64), numbers, parse, note, end)
+    return LineRows(path, content, starts, numbers, partial(_csv_row, header, delimiter), note)
 
 
 def _csv_row(header: Sequence[str], delimiter: str, text: str) -> dict[str, Any]:

@@ -7,17 +7,16 @@ pickle, and YAML is loaded safely.
 """
 
 import json
+from array import array
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
-from stateset_lightning.data import content as contents
-from stateset_lightning.data.content import BOM, Content, check_file, read_content, unpacked
+from stateset_lightning.data.content import Content, check_file, lines, read_content, unpacked
 from stateset_lightning.data.delimited import read_csv
 from stateset_lightning.data.rows import BadRow, LineRows, ListRows, Problem, Rows, are_rows, kind, reason_of, rows_in
 from stateset_lightning.errors import DataError
@@ -63,35 +62,19 @@ def _text(path: Path, content: Content) -> str:
 
 
 def _read_jsonl(path: Path, content: Content, split: str) -> Rows:
-    rows = LineRows(path, content, *_lines(content), _json_object)
+    starts, numbers = array("q"), array("q")
+    for number, (start, line) in enumerate(lines(content), start=1):
+        starts.append(start)
+        if line.decode(errors="replace").strip():
+            numbers.append(number)
+    rows = LineRows(path, content, starts, numbers, _json_object)
     if isinstance(content, bytes) and (len(rows) == 1 or isinstance(rows[0], Problem)):
         _check_lines(path, _text(path, content))
     return rows
 
 
-def _lines(content: Content) -> tuple[np.ndarray, np.ndarray]:
-    """Where the lines begin that are not blank, and where the last one ends; and their numbers."""
-    parts, doubtful, count, offset, follows = [], [], 0, 0, True
-    for block in contents.blocks(content):
-        # Only LF ends a line: U+2028 and others may stand inside a JSON string.
-        characters = np.frombuffer(block, np.uint8)
-        is_end = characters == ord("\n")
-        starts = np.flatnonzero(np.concatenate([[follows], is_end[:-1]]))
-        first = characters[starts]
-        # White space, or perhaps one that is not ASCII.
-        doubtful += (np.flatnonzero((first <= ord(" ")) | (first > 127)) + count).tolist()
-        parts.append(starts + offset)
-        follows, count, offset = bool(is_end[-1]), count + len(starts), offset + len(block)
-    starts = np.concatenate([*parts, [offset]])
-    starts[0] += len(BOM) * (content[: len(BOM)] == BOM)
-    ends = starts[1:]
-    blank = [i for i in doubtful if not content[int(starts[i]) : int(ends[i])].decode(errors="replace").strip()]
-    numbers = np.delete(np.arange(1, count + 1), blank)
-    return np.append(np.delete(starts[:-1], blank), offset), numbers
-
-
 def _json_object(text: str) -> dict[str, Any]:
-    row = json.loads(text.partition("\n")[0], object_pairs_hook=_without_repeats)
+    row = json.loads(text.partition("\n")[0], object_pairs_hook=_without_repeats)  # without blank lines behind it
     if not isinstance(row, dict):
         raise BadRow(f"a row must be a JSON object, not {kind(row)}")
     return row

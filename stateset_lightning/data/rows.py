@@ -62,7 +62,6 @@ class ListRows:
     origin: str
     num_bytes: int = 0
     note: str = ""
-    end = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -87,27 +86,25 @@ class ListRows:
         return sha256(repr([len(self), *(self.items[i] for i in spread)]).encode(errors="replace")).hexdigest()[:16]
 
 
-@dataclass(slots=True)
-class LineRows:
+@dataclass
+class LineRows(Sequence[RawRow | Problem]):
     """The rows of a text of which each begins on a line of its own.
 
     Args:
         origin: The file.
         content: Its bytes.
-        starts: Where each row begins, and where the last one ends, int64 [rows + 1].
+        starts: Where each line begins.
         lines: The line that each row begins on, from 1.
         parse: Makes columns of a row's text; a ValueError says why it cannot.
         note: What the user should know about how the file is read.
-        end: Why no row after these can be read, if so.
     """
 
     origin: Path
     content: Content
-    starts: Any
-    lines: Any
+    starts: Sequence[int]
+    lines: Sequence[int]
     parse: Callable[[str], dict[str, Any]]
     note: str = ""
-    end: Problem | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -116,20 +113,16 @@ class LineRows:
     def __len__(self) -> int:
         return len(self.lines)
 
-    def __getitem__(self, index: int) -> RawRow | Problem:
+    def __getitem__(self, index: Any) -> Any:
         place = f"{self.origin}:{self.lines[index]}"
-        row = self.content[int(self.starts[index]) : int(self.starts[index + 1])]
+        end = self.starts[self.lines[index + 1] - 1] if index + 1 < len(self) else len(self.content)
+        row = self.content[self.starts[self.lines[index] - 1] : end]
         try:
             return RawRow(self.parse(row.decode()), place, index + 1)
         except UnicodeDecodeError as error:
             return Problem(place, f"not valid UTF-8 (byte 0x{row[error.start]:02x}); save the file as UTF-8")
         except (ValueError, RecursionError) as error:
             return Problem(place, reason_of(error))
-
-    def __iter__(self) -> Iterator[RawRow | Problem]:
-        yield from map(self.__getitem__, range(len(self)))
-        if self.end:
-            yield self.end
 
     def digest(self) -> str:
         return contents.digest(self.content)

@@ -113,8 +113,6 @@ def read_split(
             scenarios, bad = part.scenarios(readings[i] if is_large else readings[i][:first])
             checked += scenarios
             problems += bad
-            if is_large and part.rows.end:
-                problems.append(part.rows.end)
             sizes[i] = sizes[i] if is_large else len(scenarios)
         raise_problems(f"{key}{cut}", [*problems, *_repeated_ids(checked)])
     if parts and not checked:
@@ -143,7 +141,7 @@ def _parts(
     parts = []
     for (index, rows, stem, path), read in zip(lists, readings, strict=True):
         source = sources[index]
-        if not len(rows) and not rows.end:
+        if not len(rows):
             raise DataError(f"{rows.origin} has no rows; give at least one scenario")
         said = RowOptions(format="prompt") if source.reasoning_gym else options.of(vars(source))
         sample = [row for row in read if isinstance(row, RawRow)]
