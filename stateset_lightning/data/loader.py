@@ -4,7 +4,7 @@ Both are plain iterables with a length, not torch `DataLoader`s: the batches are
 would have nothing to do, and Lightning would rebuild a `DataLoader` with a sampler of its own.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -12,8 +12,9 @@ from typing import Any, Literal
 import numpy as np
 
 from stateset_lightning.data.order import EpochOrder, SolveRates
+from stateset_lightning.data.prompts import EncodedPrompts
 from stateset_lightning.data.ragged import RaggedTokens
-from stateset_lightning.data.served_prompts import ServedPrompts
+from stateset_lightning.data.served import spare_texts
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.seeding import derive_seed, uniforms
 from stateset_lightning.types import PromptBatch, Scenario, asked
@@ -30,23 +31,26 @@ class Prompts:
         tokens: Prompt tokens of each scenario.
         system_prompt: Comes before each scenario's own context in the system turn.
         opened: What each prompt has of its answer; none has anything where this is empty.
+        encode: Makes prompts of scenarios when they are served, those of a large split; None: all are in `tokens`.
     """
 
     scenarios: Sequence[Scenario]
-    tokens: RaggedTokens | ServedPrompts
+    tokens: RaggedTokens
     system_prompt: str | None = None
     opened: Sequence[str] = ()
+    encode: Callable[[Sequence[Scenario]], EncodedPrompts] | None = None
 
     def batch(
         self, rows: list[int], positions: list[int], split: Split, episode_index: int = 0, **steps: int
     ) -> PromptBatch:
         """The prompts at `rows`; `steps` are those arguments of `PromptBatch` that count micro-steps."""
         scenarios = [self.scenarios[row] for row in rows]
-        if isinstance(self.tokens, RaggedTokens):
+        if self.encode is None:
             tokens = [self.tokens[row] for row in rows]
             opened: Sequence[str] = [self.opened[row] for row in rows] if self.opened else [""] * len(rows)
         else:
-            made = self.tokens.encode(scenarios)
+            spare_texts(scenarios)
+            made = self.encode(scenarios)
             tokens, opened = list(made.tokens), made.opened
         return PromptBatch(
             prompt_tokens=tokens,
@@ -115,7 +119,7 @@ class EpisodeLoader:
         solve_rates: SolveRates | None = None,
         fingerprint: Mapping[str, int | bool | str] | None = None,
     ) -> None:
-        assert len(prompts.scenarios) == len(prompts.tokens) == order.size > 0
+        assert len(prompts.scenarios) == order.size > 0
         self._order = order
         self._rank = rank
         self._world_size = world_size

@@ -18,7 +18,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import mark_control_tokens
 
+from stateset_lightning.data import content
 from stateset_lightning.data.ragged import RaggedTokens, garbage_collection_paused
+from stateset_lightning.data.served import ServedScenarios
 from stateset_lightning.errors import ConfigError, DataError, one_line
 from stateset_lightning.types import OverlongPolicy, Scenario
 from stateset_lightning.workers import limited, rendered
@@ -43,10 +45,11 @@ _RESERVED_TEMPLATE_KWARGS = {
 class EncodedPrompts:
     """Prompt tokens of the scenarios that are kept: `tokens[i]` belongs to scenario `kept[i]`.
 
-    `opened[i]` is what the prompt has of its answer; see `PromptEncoder.opened`.
+    Of a large split all are kept, and `tokens` are those of the first. `opened[i]` is what the prompt has of its
+    answer; see `PromptEncoder.opened`.
     """
 
-    tokens: Any  # RaggedTokens; of a large split, `served.ServedPrompts`
+    tokens: RaggedTokens
     kept: Sequence[int]
     num_dropped: int = 0
     num_truncated: int = 0
@@ -106,14 +109,22 @@ class PromptEncoder:
         """Prompt tokens of the scenarios of the split `key` (`data.train`, say).
 
         Args:
-            scenarios: Some of its scenarios, or all.
+            scenarios: Some of its scenarios, or all. Of a large split, the first are encoded.
             key: Its name, for messages.
             is_tried: Whether the template has made prompts of other scenarios of the split, and all was said of them.
 
         Raises:
             DataError: If the template refuses a scenario or takes too much (see `limited`), a prompt has no tokens,
                 prompts are too long under `overlong_prompts="error"`, or all are dropped.
+            ConfigError: If overlong prompts of a large split are to be dropped: only the encoded prompt shows which.
         """
+        if isinstance(scenarios, ServedScenarios):
+            if self.overlong_prompts == "drop":
+                raise ConfigError(
+                    f"data.overlong_prompts=drop needs all prompts of {key} at the start, and its {len(scenarios):,}"
+                    " rows are encoded when they are served; set it to truncate_left, or leave long rows out of the file"
+                )
+            return replace(self.encode(scenarios[: content.SAMPLE], key), kept=range(len(scenarios)))
         batches = self._batches(scenarios, key)
         if self.applies_template and not is_tried:  # foreign code
             batches = limited(batches, f"{key}: the chat template of {self.tokenizer.name_or_path!r}")

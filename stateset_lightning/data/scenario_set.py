@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from typing import Any
 
 import numpy as np
 
 from stateset_lightning.data import content
+from stateset_lightning.data.ragged import RaggedTokens
 from stateset_lightning.data.served import ServedScenarios
 from stateset_lightning.data.stream import Stream
 from stateset_lightning.errors import DataError
@@ -43,6 +44,12 @@ class ScenarioSet:
     def known(self) -> Sequence[Scenario]:
         """Those that are read at the start: all, or the first of a large split."""
         return self.scenarios[: content.SAMPLE] if isinstance(self.scenarios, ServedScenarios) else self.scenarios
+
+    def digest(self, tokens: RaggedTokens) -> str:
+        """A hash of the prompts: the same for the same; of a large split, for the same rows and first prompts."""
+        if not isinstance(self.scenarios, ServedScenarios):
+            return tokens.digest()
+        return sha256((self.scenarios.digest + tokens.digest()).encode()).hexdigest()[:16]
 
     def contents(self) -> Iterator[Any]:
         """What tells them from others, without their ids, which may come from the name of a file."""

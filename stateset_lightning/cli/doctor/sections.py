@@ -107,7 +107,7 @@ class Doctor:
                 common = ", ".join(f"{topic} {count}" for topic, count in topics.most_common(TOPICS))
                 _show([f"{len(topics)} topics: {common}{', ...' if len(topics) > TOPICS else ''}"])
         if "validation" in self.data.num_scenarios:
-            train, validation = (self.data.served(split)[1].known for split in ("train", "validation"))
+            train, validation = (self.data.served(split)[1] for split in ("train", "validation"))
             seen = {tuple(prompt) for prompt in train}
             if both := sum(tuple(prompt) in seen for prompt in validation):
                 shared = f"{both} prompts of the validation are among those of the training"
