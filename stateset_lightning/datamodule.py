@@ -18,8 +18,7 @@ from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader, Prom
 from stateset_lightning.data.order import Curriculum, EpochOrder, SolveRates
 from stateset_lightning.data.prompts import EncodedPrompts, PromptEncoder, first_row
 from stateset_lightning.data.ragged import RaggedTokens
-from stateset_lightning.data.scenario_set import ScenarioSet, hold_out
-from stateset_lightning.data.served import ServedScenarios
+from stateset_lightning.data.scenario_set import ScenarioSet, ServedScenarios, hold_out
 from stateset_lightning.data.shapes import FinalTurn, Format, RowOptions
 from stateset_lightning.data.sources import Row, Source, check_options, read_split
 from stateset_lightning.errors import ConfigError, bounded

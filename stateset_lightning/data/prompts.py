@@ -20,7 +20,7 @@ from transformers.utils.chat_template_utils import mark_control_tokens
 
 from stateset_lightning.data import content
 from stateset_lightning.data.ragged import RaggedTokens, garbage_collection_paused
-from stateset_lightning.data.served import ServedScenarios
+from stateset_lightning.data.scenario_set import ServedScenarios
 from stateset_lightning.errors import ConfigError, DataError, one_line
 from stateset_lightning.types import OverlongPolicy, Scenario
 from stateset_lightning.workers import limited, rendered
@@ -120,9 +120,9 @@ class PromptEncoder:
         """
         if isinstance(scenarios, ServedScenarios):
             if self.overlong_prompts == "drop":
+                why = f"all prompts of {key} at the start, and its {len(scenarios):,} rows are encoded when they are served"
                 raise ConfigError(
-                    f"data.overlong_prompts=drop needs all prompts of {key} at the start, and its {len(scenarios):,}"
-                    " rows are encoded when they are served; set it to truncate_left, or leave long rows out of the file"
+                    f"data.overlong_prompts=drop needs {why}; set it to truncate_left, or take long rows out"
                 )
             return replace(self.encode(scenarios[: content.SAMPLE], key), kept=range(len(scenarios)))
         batches = self._batches(scenarios, key)

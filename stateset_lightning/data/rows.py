@@ -178,15 +178,15 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join([*first[:MAX_PROBLEMS_SHOWN], *(["..."] if len(first) > MAX_PROBLEMS_SHOWN else [])]) or "none"
 
 
-def rows_in(value: Any, origin: str, split: str) -> list[Any]:
-    """The list of rows that a value is, or holds.
+def rows_in(value: Any, origin: str, split: str, num_bytes: int = 0) -> ListRows:
+    """The list of rows that a value is, or holds; it was read from so many bytes.
 
     Raises:
         DataError: If there is none, or none for this split.
     """
     found = unwrapped(value, origin, split)
     if isinstance(found, list):
-        return found
+        return ListRows(found, origin, num_bytes)
     keys = f" with the keys {', '.join(map(str, list(value)[:5]))}" if isinstance(value, Mapping) else ""
     raise DataError(f"{origin}: must hold a list of rows, not {kind(value)}{keys}; put the rows in a list")
 

@@ -10,11 +10,12 @@ import datetime
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 from typing import Any
 
-from stateset_lightning.data.rows import BadRow, Problem, RawRow, kind
+from stateset_lightning.data.rows import BadRow, Problem, RawRow, Rows, kind
 from stateset_lightning.data.shapes import QUESTION_COLUMNS, Shape
 from stateset_lightning.data.templates import is_template, lost_of
 from stateset_lightning.files.yaml_text import MAX_DIGITS
@@ -33,30 +34,38 @@ _ROLES = {
 _CONTEXT = "'context', which goes into the system turn unless data.fields.context=null,"
 
 
-def to_scenarios(
-    rows: Iterable[RawRow | Problem], shape: Shape, label: str, rewards: Sequence[str] | None = None
-) -> tuple[list[tuple[Scenario, str]], list[Problem]]:
-    """The scenarios of the rows, each with its place, and the problems of the rows that cannot be used.
+@dataclass(frozen=True)
+class Part:
+    """The rows of one file or list, and how scenarios are made of them.
 
     Args:
-        rows: Rows of one file or list, and what is known of those that cannot be read.
+        rows: The rows, and what is known of those that cannot be read.
         shape: How they are read.
         label: Rows without an id get `<label>:<row number>`.
         rewards: Names of the reward functions for rows that do not name their own.
     """
-    scenarios: list[tuple[Scenario, str]] = []
-    problems: list[Problem] = []
-    for row in rows:
-        try:
-            scenarios += [(scenario, row.place) for scenario in _row_scenarios(row, shape, label, rewards)]
-        except BadRow as bad:
-            problems.append(Problem(row.place, str(bad)))
-    return scenarios, problems
+
+    rows: Rows | Sequence[RawRow | Problem]
+    shape: Shape
+    label: str
+    rewards: Sequence[str] | None = None
+
+    def scenarios(self, readings: Iterable[RawRow | Problem]) -> tuple[list[tuple[Scenario, str]], list[Problem]]:
+        """The scenarios of some of the rows, each with its place, and the problems of those that cannot be used."""
+        scenarios: list[tuple[Scenario, str]] = []
+        problems: list[Problem] = []
+        for row in readings:
+            try:
+                scenarios += [(scenario, row.place) for scenario in _row_scenarios(row, self)]
+            except BadRow as bad:
+                problems.append(Problem(row.place, str(bad)))
+        return scenarios, problems
 
 
-def _row_scenarios(row: RawRow | Problem, shape: Shape, label: str, rewards: Sequence[str] | None) -> list[Scenario]:
+def _row_scenarios(row: RawRow | Problem, part: Part) -> list[Scenario]:
     if isinstance(row, Problem):
         raise BadRow(row.reason)
+    shape = part.shape
     for column in row.columns.items():
         _check_values(*column)  # before a template writes one out
     if (columns := shape.columns(row)) is None:
@@ -65,12 +74,12 @@ def _row_scenarios(row: RawRow | Problem, shape: Shape, label: str, rewards: Seq
         if value is not row.columns.get(name):
             _check_values(name, value)
         columns[name] = value if isinstance(value, str) else _plain(value)
-    columns["id"] = _checked_id(columns.get("id"), f"{label}:{row.number}")
+    columns["id"] = _checked_id(columns.get("id"), f"{part.label}:{row.number}")
     columns["context"] = _checked_text(_CONTEXT, columns["context"]) if columns.get("context") else None
     topic = columns.get("topic")
     topic = ", ".join(map(str, topic)) if isinstance(topic, list) else topic
     columns["topic"] = None if topic in (None, "") else str(topic)
-    columns["rewards"] = _checked_rewards(columns["rewards"]) if columns.get("rewards") is not None else rewards
+    columns["rewards"] = _checked_rewards(columns["rewards"]) if columns.get("rewards") is not None else part.rewards
     columns["target"] = _checked_target(columns.get("target"), shape)
     if (source := shape.target_column) and not isinstance(columns.get(source), str | Mapping):
         columns[source] = columns["target"]

@@ -24,8 +24,8 @@ from stateset_lightning.data.ragged import garbage_collection_paused
 from stateset_lightning.data.reading import READERS, TABLES, read_file
 from stateset_lightning.data.reasoning_gym import MAX_SEED, MAX_SIZE, read_task
 from stateset_lightning.data.rows import ListRows, Problem, RawRow, Rows, is_stream, is_table, raise_problems
-from stateset_lightning.data.scenario_set import ScenarioSet
-from stateset_lightning.data.served import Part, ServedScenarios, spare_texts
+from stateset_lightning.data.scenario_set import ScenarioSet, ServedScenarios, spare_texts
+from stateset_lightning.data.scenarios import Part
 from stateset_lightning.data.shapes import QUESTION_COLUMNS, RowOptions, recognise
 from stateset_lightning.data.tables import is_saved, read_table, rows_of
 from stateset_lightning.errors import ConfigError, DataError, check_bounds

@@ -173,4 +173,4 @@ def rows_of(value: Any, origin: str, split: str) -> ListRows:
     if is_table(found) and not isinstance(found, Mapping) and hasattr(found, "data"):
         size = found.data.nbytes * len(found) // max(found.data.num_rows, 1)  # it may be a selection
         return ListRows(found.with_format(None), origin, size)
-    return ListRows(rows_in(value, origin, split), origin)
+    return rows_in(value, origin, split)
