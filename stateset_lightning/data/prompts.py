@@ -120,10 +120,8 @@ class PromptEncoder:
         """
         if isinstance(scenarios, ServedScenarios):
             if self.overlong_prompts == "drop":
-                why = f"all prompts of {key} at the start, and its {len(scenarios):,} rows are encoded when they are served"
-                raise ConfigError(
-                    f"data.overlong_prompts=drop needs {why}; set it to truncate_left, or take long rows out"
-                )
+                why = f"of {key} at the start, whose {len(scenarios):,} rows are encoded when they are served"
+                raise ConfigError(f"data.overlong_prompts=drop needs all prompts {why}; set it to truncate_left")
             return replace(self.encode(scenarios[: content.SAMPLE], key), kept=range(len(scenarios)))
         batches = self._batches(scenarios, key)
         if self.applies_template and not is_tried:  # foreign code

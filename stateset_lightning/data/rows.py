@@ -38,7 +38,7 @@ class BadRow(ValueError):
 class RawRow:
     """One row before it is checked. `place` says where it stands, `number` counts the file's rows from 1."""
 
-    columns: dict[str, Any]
+    columns: Mapping[str, Any]
     place: str
     number: int
 
@@ -74,7 +74,7 @@ class ListRows:
 
     def row(self, number: int, item: Any) -> RawRow | Problem:
         place = f"{self.origin} item {number}"
-        if not isinstance(item, dict):
+        if not isinstance(item, Mapping):
             return Problem(place, f"a row must be a mapping of columns, not {kind(item)}")
         if unnamed := [name for name in item if not isinstance(name, str)]:
             return Problem(place, f"column names must be strings, not {unnamed[0]!r}; put it in quotes")

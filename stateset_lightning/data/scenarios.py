@@ -45,7 +45,7 @@ class Part:
         rewards: Names of the reward functions for rows that do not name their own.
     """
 
-    rows: Rows | Sequence[RawRow | Problem]
+    rows: Rows
     shape: Shape
     label: str
     rewards: Sequence[str] | None = None
