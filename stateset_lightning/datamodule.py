@@ -238,7 +238,8 @@ class ScenarioDataModule(LightningDataModule):
 
     def conversation(self, scenario: Scenario) -> list[Turn]:
         """What a completion of the scenario goes on from."""
-        return asked(scenario, self._current_encoder().opened(scenario), self.system_prompt)
+        (opened,) = self._current_encoder().encode([scenario], "data", is_tried=True).opened
+        return asked(scenario, opened, self.system_prompt)
 
     def replacements(self, batch: PromptBatch, slots: Sequence[int], round_number: int) -> PromptBatch:
         """Other training prompts in place of some of a batch's; see `EpisodeLoader.replacements`."""

@@ -25,14 +25,10 @@ class LargeFile:
 
     def __init__(self, file: BinaryIO, name: Path) -> None:
         self._file, self._name = file, name
-        self._state = self._look()
-
-    def _look(self) -> tuple[int, int]:
-        found = os.fstat(self._file.fileno())
-        return found.st_size, found.st_mtime_ns
+        self._state = os.fstat(file.fileno())
 
     def __len__(self) -> int:
-        return self._state[0]
+        return self._state.st_size
 
     def check(self) -> None:
         """The file is as it was.
@@ -40,10 +36,9 @@ class LargeFile:
         Raises:
             DataError: If not.
         """
-        if self._look() != self._state:
-            raise DataError(
-                f"{self._name}: the file has changed since this run first read it; start anew, and leave it alone"
-            )
+        now, then = os.fstat(self._file.fileno()), self._state
+        if (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
+            raise DataError(f"{self._name}: the file has changed since this run first read it; start anew")
 
     def __getitem__(self, part: slice) -> bytes:
         self.check()
@@ -63,8 +58,7 @@ def read_content(path: Path) -> Content:
     try:
         if packing:
             return _unpacked(path, packing)
-        size = path.stat().st_size
-        return path.read_bytes() if size <= LARGE_BYTES else LargeFile(path.open("rb"), path)
+        return path.read_bytes() if path.stat().st_size <= LARGE_BYTES else LargeFile(path.open("rb"), path)
     except OSError as error:
         why = error.strerror or f"it is no whole file of {packing}: {error}"
         raise DataError(f"{path}: cannot be read ({why}); check the path and its permissions") from error

@@ -89,7 +89,7 @@ def read_table(path: Path, split: str = "train") -> ListRows:
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"{path}: cannot be read as {what}: {reason}; write it again, or as .jsonl") from error
-    return ListRows(rows, str(path), rows.num_bytes if isinstance(rows, ArrowRows) else 0)
+    return ListRows(rows, str(path), getattr(rows, "num_bytes", 0))
 
 
 def _parquet(path: Path) -> ArrowRows:
