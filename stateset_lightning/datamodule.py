@@ -183,6 +183,11 @@ class ScenarioDataModule(LightningDataModule):
         if curriculum and overfit:
             repeats = f"trainer.overfit_batches={overfit} repeats the same prompts"
             raise ConfigError(f"{repeats}, data.curriculum draws others: leave one out")
+        decides = {"seed": seed, "shuffle": self.shuffle, "sources": scenarios.mixture}
+        decides |= {
+            "curriculum": "" if curriculum is None else curriculum.fingerprint,
+            "prompts": scenarios.digest(tokens),
+        }
         self._train_loader = loader = EpisodeLoader(
             self._served_prompts("train"),
             order,
@@ -195,13 +200,7 @@ class ScenarioDataModule(LightningDataModule):
             limit=None if self.trainer is None else max(1, batches_per_epoch(self.trainer, self.micro_steps_per_epoch)),
             repeat=overfit > 0,
             solve_rates=None if curriculum is None else SolveRates(curriculum, order.row_weights, seed),
-            fingerprint={
-                "seed": seed,
-                "shuffle": self.shuffle,
-                "sources": scenarios.mixture,
-                "curriculum": "" if curriculum is None else curriculum.fingerprint,
-                "prompts": scenarios.digest(tokens),
-            },
+            fingerprint=decides,
         )
         if loader.num_filled and curriculum is None:
             made = f"{order.size} prompts make {loader.episodes_per_epoch} episodes of {self.batch_size * world_size}"

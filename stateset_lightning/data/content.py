@@ -1,12 +1,12 @@
 """The bytes of a file: in memory, or read where they are asked for if the file is large. Unpacks .gz and .zst."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+import pyarrow
 
 from stateset_lightning.errors import DataError
 
@@ -65,8 +65,6 @@ def read_content(path: Path) -> Content:
 
 
 def _unpacked(path: Path, packing: str) -> bytes:
-    import pyarrow
-
     path.open("rb").close()  # Arrow's error of a missing file says no more than that it failed
     with pyarrow.input_stream(str(path), compression=packing) as stream:
         content: bytes = stream.read(LARGE_BYTES + 1)

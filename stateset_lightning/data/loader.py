@@ -125,21 +125,15 @@ class EpisodeLoader:
         self._world_size = world_size
         self._size = batch_size * world_size  # prompts of an episode on all ranks
         self.num_micro_steps = num_iterations * steps_per_episode
-        self._batch = partial(
-            prompts.batch, split="train", num_micro_steps=self.num_micro_steps, steps_per_episode=steps_per_episode
-        )
+        steps: dict[str, Any] = {"num_micro_steps": self.num_micro_steps, "steps_per_episode": steps_per_episode}
+        self._batch = partial(prompts.batch, split="train", **steps)
         self.episodes_per_epoch = -(-order.size // self._size)
         self._pass_length = len(self) if limit is None else min(limit, len(self))
         self._repeated_episodes = -(-self._pass_length // self.num_micro_steps) if repeat else 0
         self.solve_rates = solve_rates
-        self._fingerprint: dict[str, int | bool | str] = {
-            "scenarios": order.size,
-            "batch_size": batch_size,
-            "num_iterations": num_iterations,
-            "steps_per_episode": steps_per_episode,
-            "world_size": world_size,
-            **(fingerprint or {}),
-        }
+        sizes = {"scenarios": order.size, "batch_size": batch_size, "num_iterations": num_iterations}
+        sizes |= {"steps_per_episode": steps_per_episode, "world_size": world_size}
+        self._fingerprint = {**sizes, **(fingerprint or {})}
         self._completed = 0  # micro-steps since the start of the run
         # Epoch and its rows; with a curriculum: episode and its rows.
         self._cached: tuple[int, np.ndarray] | None = None
@@ -178,11 +172,9 @@ class EpisodeLoader:
         for key, value in self._fingerprint.items():
             if state.get(key, value if key in ROWS else None) != value:
                 name = _DESCRIPTIONS.get(key, f"data.{key}")
-                raise ConfigError(
-                    f"{name} is {value!r}, but {state.get(key)!r} in the checkpoint, whose position in the data would"
-                    f" mean other prompts; resume with {state.get(key)!r}, or start a new run from the checkpoint's"
-                    " weights"
-                )
+                why = f"{state.get(key)!r} in the checkpoint, whose position in the data would mean other prompts"
+                instead = f"resume with {state.get(key)!r}, or start a new run from the checkpoint's weights"
+                raise ConfigError(f"{name} is {value!r}, but {why}; {instead}")
         # Where Lightning counts itself to be; an epoch may be shorter now, with fewer rows.
         self._completed = int(state["epoch"]) * len(self) + min(int(state["completed"]), len(self))
 

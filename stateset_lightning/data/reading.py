@@ -48,10 +48,8 @@ def read_file(path: Path, split: str = "train") -> Rows:
     check_file(path)
     suffix = unpacked(path).suffix.lower()
     if suffix not in READERS:
-        known = ", ".join([*READERS, *TABLES])
-        raise DataError(
-            f"{path}: unknown suffix '{path.suffix}'; scenarios are read from {known} (texts also .gz, .zst)"
-        )
+        known = f"scenarios are read from {', '.join([*READERS, *TABLES])} (texts also .gz, .zst)"
+        raise DataError(f"{path}: unknown suffix '{path.suffix}'; {known}")
     content = read_content(path)
     # In a large file, rows that are not UTF-8 are refused when they are read.
     if isinstance(content, bytes) and not _text(path, content).strip():

@@ -5,8 +5,6 @@ rows are read, checked and encoded at the start, as all are of smaller splits; t
 that cannot be used is an error then.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -68,7 +66,7 @@ class ServedScenarios(Sequence[Scenario]):
     def __iter__(self) -> Iterator[Scenario]:
         return map(self.__getitem__, range(len(self)))
 
-    def select(self, indices: Sequence[int] | np.ndarray) -> ServedScenarios:
+    def select(self, indices: Sequence[int] | np.ndarray) -> "ServedScenarios":
         rows = np.asarray(indices, dtype=np.int64)
         return ServedScenarios(self._parts, self._key, rows if self._chosen is None else self._chosen[rows])
 
@@ -128,7 +126,7 @@ class ScenarioSet:
         else:
             yield from ({**scenario.columns(), "id": ""} for scenario in self.scenarios)
 
-    def select(self, indices: Sequence[int] | np.ndarray) -> ScenarioSet:
+    def select(self, indices: Sequence[int] | np.ndarray) -> "ScenarioSet":
         """The same sources with the scenarios at `indices` alone."""
         if len(indices) == len(self):
             return self
@@ -163,16 +161,12 @@ def hold_out(scenarios: ScenarioSet, fraction: float, seed: int) -> tuple[Scenar
         DataError: If there is only one question.
     """
     # What is asked, without instructions; a hash of it, as there may be many.
-    asked = (
-        repr([(turn.role, turn.content) for turn in scenario.turns() if turn.role != "system"])
-        for scenario in scenarios.scenarios
-    )
-    hashes = (int.from_bytes(blake2b(each.encode(), digest_size=8).digest()) for each in asked)
+    turns = ([turn for turn in scenario.turns() if turn.role != "system"] for scenario in scenarios.scenarios)
+    hashes = (int.from_bytes(blake2b(repr(asked).encode(), digest_size=8).digest()) for asked in turns)
     _, first, group_of = np.unique(np.fromiter(hashes, np.uint64), return_index=True, return_inverse=True)
     if len(first) < 2:
-        raise DataError(
-            f"data.validation_fraction={fraction}: all of data.train asks one question; give data.validation instead"
-        )
+        why = "all of data.train asks one question; give data.validation instead"
+        raise DataError(f"data.validation_fraction={fraction}: {why}")
     # Exact: 0.1 * 30 in floating point is just above 3.
     wanted = max(1, round(Fraction(str(fraction)) * len(scenarios)))
     in_order = np.argsort(first)  # of their first scenarios

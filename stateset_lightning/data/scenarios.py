@@ -135,24 +135,20 @@ def _checked_target(value: object, shape: Shape) -> Any:
     except ValueError as error:
         source = shape.sources.get("target") or "target"
         inner = f"={source}.{next(iter(value), '')}" if isinstance(value, Mapping) and value else ""
-        raise BadRow(
-            f"the target {error}; it must be text, a number, true/false or a list of these: data.fields.target{inner}"
-            " takes a part of it (a dotted path), data.fields.target=null none"
-        ) from error
+        takes = f"data.fields.target{inner} takes a part of it (a dotted path), data.fields.target=null none"
+        raise BadRow(f"the target {error}; give text, a number, true/false or a list of such: {takes}") from error
 
 
 def _refuse_media(columns: Mapping[str, Any], shape: Shape) -> None:
     """No row with an image, a sound or a video is trained without it, unless `data.fields` sets its column to null."""
     for name, value in columns.items():
-        is_named = _MEDIA_COLUMN(name) is not None
-        if not value or name in shape.options.chosen or (isinstance(value, str) and not is_named):
+        if not value or name in shape.options.chosen:
             continue
         item = value[0] if isinstance(value, list) else value
         is_media = isinstance(item, Mapping) and ({"bytes", "path"} <= item.keys() or "sampling_rate" in item)
-        if is_named and isinstance(item, str):
-            texts = [columns.get("prompt") or "", *(turn.content for turn in columns.get("messages") or ())]
-            is_media = bool(_MEDIA_FILE.match(item)) or any(re.search("<(image|video|audio)>", text) for text in texts)
-        if is_media or (is_named and not isinstance(item, str | int | float)):
+        if _MEDIA_COLUMN(name):
+            is_media = bool(_MEDIA_FILE.match(value)) if isinstance(value, str) else not isinstance(value, int | float)
+        if is_media:
             raise BadRow(f"'{name}' holds what no model sees: {_NO_MEDIA}, or data.fields.{name}=null to train without")
 
 
@@ -233,10 +229,8 @@ def _conversation(columns: dict[str, Any], shape: Shape) -> tuple[Turn, ...]:
         else:
             shape.counts["the last turn, the assistant's, is left out: a column is the target"] += 1
     if turns[-1].role != "user":
-        raise BadRow(
-            f"the last message must be the user's, not the {turns[-1].role}'s; the model answers it"
-            f"{' (data.final_assistant_turn=target or prefill)' if final == 'error' else ''}"
-        )
+        remedy = " (data.final_assistant_turn=target or prefill)" if final == "error" else ""
+        raise BadRow(f"the last message must be the user's, not the {turns[-1].role}'s; the model answers it{remedy}")
     _checked_text("the last message", turns[-1].content)
     return (*turns, *begun)
 

@@ -3,18 +3,18 @@
 Arrow reads them without a cache: what is replaced is read anew. Rows are made when they are asked for.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+import pyarrow
+from pyarrow.parquet import ParquetFile
 
 from stateset_lightning.data import content
 from stateset_lightning.data.content import LargeFile, check_file
@@ -22,9 +22,6 @@ from stateset_lightning.data.rows import ListRows, header_of, is_stream, is_tabl
 from stateset_lightning.data.stream import Stream
 from stateset_lightning.errors import ConfigError, DataError, UserError, require
 from stateset_lightning.types import of_numpy
-
-if TYPE_CHECKING:
-    import pyarrow
 
 _BATCH = 1000  # rows
 _OF_SPLITS, _STATE = "dataset_dict.json", "state.json"  # files that `datasets` writes
@@ -75,8 +72,6 @@ def read_table(path: Path, split: str = "train") -> ListRows:
         ConfigError: If it is an Excel sheet, and `openpyxl` is not installed.
         DataError: If it is no file, none of its kind, damaged, or has no rows for this split.
     """
-    import pyarrow
-
     what, read = _READERS.get(path.suffix.lower(), ("Arrow", _arrow))
     try:
         if is_saved(path):
@@ -93,9 +88,6 @@ def read_table(path: Path, split: str = "train") -> ListRows:
 
 
 def _parquet(path: Path) -> ArrowRows:
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
     with ParquetFile(path) as file:
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         if sum(group.total_byte_size for group in groups) <= content.LARGE_BYTES:
@@ -112,8 +104,6 @@ def _parquet(path: Path) -> ArrowRows:
 
 def _arrow(*paths: Path) -> ArrowRows:
     """IPC files, or streams (as `datasets` writes); mapped into memory if they are not packed."""
-    import pyarrow
-
     files = [LargeFile(path.open("rb"), path) for path in paths]
     tables = []
     for path, file in zip(paths, files, strict=True):
@@ -162,8 +152,6 @@ def rows_of(value: Any, origin: str, split: str) -> ListRows:
         note = f"a stream: of {len(stream):,} rows at a time the order is shuffled; that counts as an epoch"
         return ListRows(stream, origin, sys.maxsize, note)  # it is read as a large file
     if hasattr(found, "iloc") and hasattr(found, "columns"):  # else a column alone
-        import pyarrow
-
         try:
             found = pyarrow.Table.from_pandas(found, preserve_index=False)
         except pyarrow.ArrowException as error:

@@ -3,8 +3,6 @@
 They run in Jinja2's sandbox: they are the user's word, but the values that they see are not.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence
