@@ -183,11 +183,8 @@ class ScenarioDataModule(LightningDataModule):
         if curriculum and overfit:
             repeats = f"trainer.overfit_batches={overfit} repeats the same prompts"
             raise ConfigError(f"{repeats}, data.curriculum draws others: leave one out")
-        decides = {"seed": seed, "shuffle": self.shuffle, "sources": scenarios.mixture}
-        decides |= {
-            "curriculum": "" if curriculum is None else curriculum.fingerprint,
-            "prompts": scenarios.digest(tokens),
-        }
+        decides: dict[str, Any] = {"seed": seed, "shuffle": self.shuffle, "sources": scenarios.mixture}
+        decides |= {"curriculum": curriculum.fingerprint if curriculum else "", "prompts": scenarios.digest(tokens)}
         self._train_loader = loader = EpisodeLoader(
             self._served_prompts("train"),
             order,

@@ -6,7 +6,6 @@ would have nothing to do, and Lightning would rebuild a `DataLoader` with a samp
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -40,10 +39,8 @@ class Prompts:
     opened: Sequence[str] = ()
     encode: Callable[[Sequence[Scenario]], EncodedPrompts] | None = None
 
-    def batch(
-        self, rows: list[int], positions: list[int], split: Split, episode_index: int = 0, **steps: int
-    ) -> PromptBatch:
-        """The prompts at `rows`; `steps` are those arguments of `PromptBatch` that count micro-steps."""
+    def batch(self, rows: list[int], positions: list[int], split: Split, **counts: int) -> PromptBatch:
+        """The prompts at `rows`; `counts` are those arguments of `PromptBatch` that count episodes and micro-steps."""
         scenarios = [self.scenarios[row] for row in rows]
         if self.encode is None:
             tokens = [self.tokens[row] for row in rows]
@@ -52,16 +49,8 @@ class Prompts:
             spare_texts(scenarios)
             made = self.encode(scenarios)
             tokens, opened = list(made.tokens), made.opened
-        return PromptBatch(
-            prompt_tokens=tokens,
-            conversations=[asked(*each, self.system_prompt) for each in zip(scenarios, opened, strict=True)],
-            scenarios=scenarios,
-            positions=positions,
-            episode_index=episode_index,
-            split=split,
-            rows=rows,
-            **steps,
-        )
+        conversations = [asked(*each, self.system_prompt) for each in zip(scenarios, opened, strict=True)]
+        return PromptBatch(tokens, conversations, scenarios, positions, split=split, rows=rows, **counts)
 
 
 # What entries of a loader's state are called that are not options of the data module.
@@ -125,8 +114,8 @@ class EpisodeLoader:
         self._world_size = world_size
         self._size = batch_size * world_size  # prompts of an episode on all ranks
         self.num_micro_steps = num_iterations * steps_per_episode
-        steps: dict[str, Any] = {"num_micro_steps": self.num_micro_steps, "steps_per_episode": steps_per_episode}
-        self._batch = partial(prompts.batch, split="train", **steps)
+        self._prompts = prompts
+        self._steps = {"num_micro_steps": self.num_micro_steps, "steps_per_episode": steps_per_episode}
         self.episodes_per_epoch = -(-order.size // self._size)
         self._pass_length = len(self) if limit is None else min(limit, len(self))
         self._repeated_episodes = -(-self._pass_length // self.num_micro_steps) if repeat else 0
@@ -203,7 +192,7 @@ class EpisodeLoader:
             first = batch.rows[slot] // self._order.size * self._order.size  # of the epoch: a stream goes on
             rows.append(first + _draw_other(weights, batch.rows[slot] - first, uniforms([seed], 1)[0, 0]))
             positions.append(position + round_number * self._size)
-        return self._batch(rows, positions, episode_index=batch.episode_index)
+        return self._prompts.batch(rows, positions, "train", episode_index=batch.episode_index, **self._steps)
 
     def _batch_at(self, completed: int) -> PromptBatch:
         """The batch of the micro-step after `completed` micro-steps."""
@@ -212,7 +201,8 @@ class EpisodeLoader:
         positions = list(range(self._rank, self._size, self._world_size))
         rows = self._global_batch(episode)[positions].tolist()
         episode_index = times * self._repeated_episodes + episode
-        return self._batch(rows, positions, episode_index=episode_index, micro_step=micro_step)
+        counts = {"episode_index": episode_index, "micro_step": micro_step, **self._steps}
+        return self._prompts.batch(rows, positions, "train", **counts)
 
     def _global_batch(self, episode: int) -> np.ndarray:
         """Rows of an episode on all ranks, int64 [batch_size * world_size]."""
@@ -265,4 +255,4 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[PromptBatch]:
         for start in range(0, len(self._rows), self._batch_size):
             rows = list(self._rows[start : start + self._batch_size])
-            yield self._prompts.batch(rows, rows, self._split)
+            yield self._prompts.batch(rows, rows, self._split, episode_index=0)
