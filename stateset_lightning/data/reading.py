@@ -13,7 +13,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -161,12 +161,10 @@ def _delimiter(sample: str, usual: str) -> str:
     """What divides the cells: the usual one, if all rows of the start of a file then have as many cells."""
     tables = {}
     for delimiter in (usual, *_DELIMITERS):
-        try:
+        with suppress(csv.Error):
             rows = [*filter(None, csv.reader(io.StringIO(sample, newline=""), delimiter=delimiter))]
-        except csv.Error:
-            continue
-        # The last row may be cut.
-        tables[delimiter] = [len(row) for row in (rows[:-1] if len(sample) >= _SAMPLE // 4 else rows)[:20]]
+            # The last row may be cut.
+            tables[delimiter] = [len(row) for row in (rows[:-1] if len(sample) >= _SAMPLE // 4 else rows)[:20]]
     several = {delimiter: widths for delimiter, widths in tables.items() if widths and widths[0] > 1}
     even = [delimiter for delimiter, widths in several.items() if len(set(widths)) == 1]
     return next(iter([*even, *several]), usual)

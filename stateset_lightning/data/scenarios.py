@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count
 from typing import Any
 
 from stateset_lightning.data.rows import BadRow, Problem, RawRow, Rows, kind
@@ -175,10 +174,9 @@ def _check_values(name: str, value: object) -> None:
         return  # quickly: nearly all are such
     what = f"the {repr(name)[1:-1]} holds"
     left: list[tuple[object, int]] = [(name, 0), (value, 0)]
-    for seen in count():
-        if not left:
-            return
-        item, depth = left.pop()
+    seen = 0
+    while left:
+        (item, depth), seen = left.pop(), seen + 1
         if seen > MAX_VALUES or depth > MAX_DEPTH:
             raise BadRow(f"{what} more than {MAX_VALUES:,} values, or is nested more than {MAX_DEPTH} deep")
         if isinstance(item, str) and (half := None if item.isascii() else re.search("[\ud800-\udfff]", item)):
@@ -193,12 +191,17 @@ def _check_values(name: str, value: object) -> None:
             left += [(part, depth + 1) for part in item]
 
 
-def _checked_texts(name: str, value: object) -> list[str]:
+def _checked_list(name: str, items: str, value: object) -> Sequence[Any]:
     if not isinstance(value, list | tuple):
-        raise BadRow(f"'{name}' must be a list of texts, not {kind(value)}")
+        raise BadRow(f"'{name}' must be a list of {items}, not {kind(value)}")
     if not value:
         raise BadRow(f"'{name}' is an empty list")
-    return [_checked_text(f"item {number} of '{name}'", text) for number, text in enumerate(value, start=1)]
+    return value
+
+
+def _checked_texts(name: str, value: object) -> list[str]:
+    texts = enumerate(_checked_list(name, "texts", value), start=1)
+    return [_checked_text(f"item {number} of '{name}'", text) for number, text in texts]
 
 
 def _checked_rewards(value: object) -> list[str]:
@@ -211,12 +214,9 @@ def _checked_rewards(value: object) -> list[str]:
 
 def _conversation(columns: dict[str, Any], shape: Shape) -> tuple[Turn, ...]:
     """The turns that are answered. A last one of the assistant is the target, a prefill or refused."""
-    messages, final = columns["messages"], shape.options.final_assistant_turn
-    if not isinstance(messages, list | tuple):
-        raise BadRow(f"'messages' must be a list of {{role, content}}, not {kind(messages)}")
-    if not messages:
-        raise BadRow("'messages' is an empty list")
-    turns = [_checked_turn(number, message) for number, message in enumerate(messages, start=1)]
+    final, messages = shape.options.final_assistant_turn, columns["messages"]
+    listed = enumerate(_checked_list("messages", "{role, content}", messages), start=1)
+    turns = [_checked_turn(number, message) for number, message in listed]
     begun: list[Turn] = []
     if len(turns) > 1 and turns[-1].role == "assistant" and final != "error":
         answer = turns.pop().content
@@ -241,9 +241,8 @@ def _checked_turn(number: int, message: object) -> Turn:
         return message
     names = ("from", "value") if isinstance(message, Mapping) and "from" in message else ("role", "content")
     if not isinstance(message, Mapping) or not {*names} <= message.keys():
-        found = kind(message)
-        if isinstance(message, Mapping):
-            found = f"a mapping with {', '.join(map(str, message)) or 'nothing'}"
+        keys = f"a mapping with {', '.join(map(str, message)) or 'nothing'}" if isinstance(message, Mapping) else ""
+        found = keys or kind(message)
         raise BadRow(f"message {number} must have 'role' and 'content' (or 'from' and 'value'), but is {found}")
     if lost := next((name for name in ("tool_calls", "function_call", "images", "audio") if message.get(name)), None):
         raise BadRow(f"message {number} holds '{lost}', which would be lost: {_NO_MEDIA}")
@@ -251,11 +250,11 @@ def _checked_turn(number: int, message: object) -> Turn:
     if not isinstance(role, str) or (known := _ROLES.get(role.lower())) is None:
         raise BadRow(f"message {number} has the role {role!r}; the roles are {', '.join(_ROLES)}")
     if isinstance(content, list | tuple):
-        parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
-        kinds = [part["type"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("type"), str)]
-        if media := [name for name in kinds if name not in ("text", "input_text", "output_text")]:
+        parts = [part if isinstance(part, Mapping) else {"text": part} for part in content]
+        kinds = [each for part in parts if isinstance(each := part.get("type"), str)]
+        if media := [each for each in kinds if each not in ("text", "input_text", "output_text")]:
             raise BadRow(f"message {number} holds {media[0]!r:.40}: {_NO_MEDIA}")
-        if parts and len(kinds) == len(parts) and all(isinstance(part.get("text"), str) for part in parts):
+        if parts and all(isinstance(part.get("text"), str) for part in parts):
             content = "".join(part["text"] for part in parts)
     if not isinstance(content, str):
         raise BadRow(f"the content of message {number} must be text, not {kind(content)}")

@@ -245,11 +245,9 @@ def _files(path: str, key: str) -> list[Path]:
 def _repeated_ids(checked: Sequence[tuple[Scenario, str]]) -> Iterator[Problem]:
     first: dict[str, str] = {}
     for scenario, place in checked:
-        if scenario.id in first:
-            taken = f"the id '{scenario.id}' is already that of {first[scenario.id]}"
-            yield Problem(place, f"{taken}; ids must differ within a split")
-        else:
-            first[scenario.id] = place
+        if taken := first.get(scenario.id):
+            yield Problem(place, f"the id '{scenario.id}' is already that of {taken}; ids must differ within a split")
+        first[scenario.id] = taken or place
 
 
 def check_options(data: Any, overlong_prompts: str) -> None:

@@ -106,12 +106,6 @@ class Doctor:
             if topics := Counter(s.topic for s in scenarios.known if s.topic is not None):
                 common = ", ".join(f"{topic} {count}" for topic, count in topics.most_common(TOPICS))
                 _show([f"{len(topics)} topics: {common}{', ...' if len(topics) > TOPICS else ''}"])
-        if "validation" in self.data.num_scenarios:
-            train, validation = (self.data.served(split)[1] for split in ("train", "validation"))
-            seen = {tuple(prompt) for prompt in train}
-            if both := sum(tuple(prompt) in seen for prompt in validation):
-                shared = f"{both} prompts of the validation are among those of the training"
-                self.notes.append(f"{shared}: its reward will flatter")
         self.data.train_dataloader()  # refuses a curriculum beside overfit_batches
 
     def _make_optimizer_and_engine(self) -> None:
