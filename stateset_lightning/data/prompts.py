@@ -129,11 +129,9 @@ class PromptEncoder:
             which = f"{key}: the prompt of scenario '{scenarios[empty[0]].id}'"
             raise DataError(f"{which} has no tokens; give it a text that the tokenizer knows")
         if (marked := sum(count for *_, count in encoded)) and not is_tried:
-            _log.warning(
-                "%s: the text of %d of %d scenarios holds special tokens (%s); they are encoded as plain text. "
-                "data.parse_special_tokens=true encodes them as special tokens",
-                *(key, marked, len(scenarios), ", ".join(special_tokens(self.tokenizer)[:_IDS_SHOWN])),
-            )
+            shown = ", ".join(special_tokens(self.tokenizer)[:_IDS_SHOWN])
+            held = f"{key}: the text of {marked} of {len(scenarios)} scenarios holds special tokens ({shown})"
+            _log.warning("%s, encoded as plain text; data.parse_special_tokens=true encodes them as such", held)
         found = self._limit_lengths(scenarios, tokens, key)
         opened = [text for _, texts, _ in encoded for text in texts]
         return replace(found, opened=[opened[i] for i in found.kept])
@@ -160,12 +158,9 @@ class PromptEncoder:
         asked, said = {"role": "user", "content": "Question"}, {"role": "assistant", "content": "Its-answer"}
         if not self.applies_template:
             return ""
-        options = self._template_kwargs
-        answered, prompt = rendered(
-            self.tokenizer,
-            {"conversation": [asked, said, {**asked, "content": "Next"}], **options},
-            {"conversation": [asked], "add_generation_prompt": True, **options},
-        )
+        goes_on = {"conversation": [asked, said, {**asked, "content": "Next"}], **self._template_kwargs}
+        begins = {"conversation": [asked], "add_generation_prompt": True, **self._template_kwargs}
+        answered, prompt = rendered(self.tokenizer, goes_on, begins)
         before = answered.partition(said["content"])[0].rpartition(asked["content"])[2]
         header = _NO_THOUGHTS.sub("", before).rstrip()
         return header if prompt.rpartition(asked["content"])[2].startswith(header) else ""
@@ -214,12 +209,10 @@ class PromptEncoder:
             return text
         except Exception as error:  # a template is foreign code
             roles = [message["role"] for message in messages]
-            advice = "if it takes no system turn, leave out data.system_prompt and the scenarios' context; "
-            raise DataError(
-                f"{key}: the chat template refuses scenario '{scenario.id}' (roles: {', '.join(roles)}):"
-                f" {one_line(error) or type(error).__name__}; {advice if roles[0] == 'system' else ''}"
-                "data.use_chat_template=false joins the turns as plain text"
-            ) from error
+            refused = f"{key}: the chat template refuses scenario '{scenario.id}' (roles: {', '.join(roles)})"
+            say = "if it takes no system turn, leave out data.system_prompt and the scenarios' context; "
+            say = f"{say if roles[0] == 'system' else ''}data.use_chat_template=false joins the turns as plain text"
+            raise DataError(f"{refused}: {one_line(error) or type(error).__name__}; {say}") from error
 
     def _tokenize(self, key: str, batch: Sequence[_Rendered]) -> tuple[RaggedTokens, list[str], int]:
         """The tokens of a batch, what they open, and how many of its scenarios hold special tokens in their text."""
@@ -276,11 +269,9 @@ class PromptEncoder:
         if self.overlong_prompts == "error":
             shown = ", ".join(f"{scenarios[i].id} ({lengths[i]})" for i in overlong[:_IDS_SHOWN])
             more = f" and {len(overlong) - _IDS_SHOWN} more" if len(overlong) > _IDS_SHOWN else ""
-            raise DataError(
-                f"{key}: {len(overlong)} of {len(tokens)} prompts have more than data.max_prompt_tokens={limit} tokens:"
-                f" {shown}{more}; set data.overlong_prompts to drop or truncate_left or, if the model has room for"
-                f" them, data.max_prompt_tokens={lengths.max()}"
-            )
+            many = f"{len(overlong)} of {len(tokens)} prompts have more than data.max_prompt_tokens={limit} tokens"
+            say = f"or, if the model has room for them, data.max_prompt_tokens={lengths.max()}"
+            raise DataError(f"{key}: {many}: {shown}{more}; set data.overlong_prompts to drop or truncate_left {say}")
         kept = np.flatnonzero(lengths <= limit).tolist()
         if not kept:
             shortest = f"the shortest has {lengths.min()} tokens"
