@@ -219,11 +219,8 @@ class EpisodeLoader:
             return self.solve_rates.weights(episode_index)
         if not self._repeated_episodes:
             return self._order.row_weights
-        weights = np.zeros(self._order.size)
-        for episode in range(self._repeated_episodes):
-            rows = self._global_batch(episode)
-            weights[rows] = self._order.row_weights[rows]
-        return weights
+        served = np.concatenate([self._global_batch(episode) for episode in range(self._repeated_episodes)])
+        return np.where(np.isin(np.arange(self._order.size), served), self._order.row_weights, 0.0)
 
 
 def _draw_other(weights: np.ndarray, excluded: int, u: float) -> int:

@@ -13,7 +13,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,6 +30,9 @@ _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical ba
 _SAMPLE = 2**16  # bytes of a CSV file from which its delimiter is told
 
 TABLES = (".parquet", ".arrow", ".feather", ".xlsx")  # see `tables`
+
+# The default of 131,072 characters a cell refuses long documents. It is the module's, and not one thread's to set.
+csv.field_size_limit(2**31 - 1)
 
 _ONE_LINE = "an object has several lines; write each on one, for example with jq -c . FILE > rows.jsonl"
 
@@ -121,13 +124,12 @@ def _read_csv(usual: str, path: Path, content: Content, split: str) -> Rows:
     line = skipped = int(told is not None)
     reader = csv.reader(islice(decoded(), skipped, None), delimiter=delimiter, strict=True)
     try:
-        with _long_cells(len(content)):
-            for cells in reader:  # a quoted cell may span lines
-                if cells and header:
-                    numbers.append(line + 1)
-                elif cells:
-                    header = header_of(path, cells)
-                line = skipped + reader.line_num
+        for cells in reader:  # a quoted cell may span lines
+            if cells and header:
+                numbers.append(line + 1)
+            elif cells:
+                header = header_of(path, cells)
+            line = skipped + reader.line_num
     except csv.Error as error:  # the reader cannot find the start of the next row
         raise DataError(f"{path}:{line + 1}: malformed CSV: {error}; no row after it was read") from error
     note = "" if delimiter == usual else f"{path}: its cells are divided by {_named(delimiter)}"
@@ -135,8 +137,7 @@ def _read_csv(usual: str, path: Path, content: Content, split: str) -> Rows:
 
 
 def _csv_row(header: Sequence[str], delimiter: str, text: str) -> dict[str, Any]:
-    with _long_cells(len(text)):
-        cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+    cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
     if len(cells) != len(header):
         hint = f"; put cells that contain {_named(delimiter)} in quotes" if len(cells) > len(header) else ""
         raise BadRow(f"{len(cells)} cells, but the header has {len(header)} ({listed(header)}){hint}")
@@ -145,16 +146,6 @@ def _csv_row(header: Sequence[str], delimiter: str, text: str) -> dict[str, Any]
 
 def _named(delimiter: str) -> str:
     return _DELIMITERS.get(delimiter, repr(delimiter))
-
-
-@contextmanager
-def _long_cells(size: int) -> Iterator[None]:
-    """The default limit of 131,072 characters a cell refuses long documents. It is global, hence put back."""
-    limit = csv.field_size_limit(max(size + 1, csv.field_size_limit()))
-    try:
-        yield
-    finally:
-        csv.field_size_limit(limit)
 
 
 def _delimiter(sample: str, usual: str) -> str:

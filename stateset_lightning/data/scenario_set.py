@@ -169,13 +169,7 @@ def hold_out(scenarios: ScenarioSet, fraction: float, seed: int) -> tuple[Scenar
         raise DataError(f"data.validation_fraction={fraction}: {why}")
     # Exact: 0.1 * 30 in floating point is just above 3.
     wanted = max(1, round(Fraction(str(fraction)) * len(scenarios)))
-    in_order = np.argsort(first)  # of their first scenarios
-    sizes, count = np.bincount(group_of), 0
-    is_held = np.zeros(len(first), dtype=bool)
-    for group in in_order[permutation(seed, "validation", size=len(first))[:-1]]:
-        if count >= wanted:
-            break
-        is_held[group] = True
-        count += sizes[group]
-    held = is_held[group_of]
+    drawn = np.argsort(first)[permutation(seed, "validation", size=len(first))[:-1]]  # in order of first scenarios
+    sizes = np.bincount(group_of)[drawn]
+    held = np.isin(group_of, drawn[np.cumsum(sizes) - sizes < wanted])
     return scenarios.select(np.flatnonzero(~held)), scenarios.select(np.flatnonzero(held))

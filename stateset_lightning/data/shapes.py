@@ -280,29 +280,25 @@ def _recognised(example: Mapping[str, Any], options: RowOptions, origin: str) ->
         sources["target"] = f"{columns['reward_model']}.ground_truth"
     elif name == "preference" or is_judged:  # TRL's unpaired one
         name, sources["target"] = "preference", "target" if "target" in example else None
-    if not is_named:
-        used = {*parts, *(theirs for ours, theirs in sources.items() if theirs and ours != "target")}
-        _check_whole(read_as, parts, used, present, example, origin)
+    used = {*parts, *(theirs for ours, theirs in sources.items() if theirs and ours != "target")}
+    left = [each for each in present if templates.is_part(each) or (read_as == "qa" and each == "text")]
+    lost = templates.lost_of([each for each in left if each not in used], [*used], example)
+    if lost and not is_named:
+        raise _incomplete(read_as, [each for each in present if each in [*parts, *lost]], lost, example, origin)
     return name, sources
 
 
-def _check_whole(
-    name: str, parts: Sequence[str], used: set[str], present: Sequence[str], example: Mapping[str, Any], origin: str
-) -> None:
-    """The columns that are used leave out nothing of the question.
-
-    Raises:
-        DataError: If they do; it proposes a template with it.
-    """
-    left = [each for each in present if templates.is_part(each) or (name == "qa" and each == "text")]
-    if lost := templates.lost_of([each for each in left if each not in used], [*used], example):
-        proposed = [f"--data.format={name} (without {listed(lost)})"]
-        with suppress(ValueError):
-            template = templates.joined([each for each in present if each in [*parts, *lost]], example)
-            templates.compiled(template).render({"row": example, **example})
-            proposed = ["--data.prompt_template='{}'".format(template.replace("\n", "\\n")), *proposed]
-        what = f"read as {name}, the prompt would be without {listed(lost)}; it has: {_described(example)}"
-        raise DataError(f"{origin}: {what}. Say which columns it is made of: {' or '.join(proposed)}")
+def _incomplete(
+    name: str, whole: Sequence[str], lost: Sequence[str], example: Mapping[str, Any], origin: str
+) -> DataError:
+    """The error where columns of a question would be left out; it proposes a template of the `whole`."""
+    proposed = [f"--data.format={name} (without {listed(lost)})"]
+    with suppress(ValueError):
+        template = templates.joined(whole, example)
+        compiled(template).render({"row": example, **example})
+        proposed = ["--data.prompt_template='{}'".format(template.replace("\n", "\\n")), *proposed]
+    what = f"read as {name}, the prompt would be without {listed(lost)}; it has: {_described(example)}"
+    return DataError(f"{origin}: {what}. Say which columns it is made of: {' or '.join(proposed)}")
 
 
 def _named(ours: str, options: RowOptions, example: Mapping[str, Any]) -> list[str]:

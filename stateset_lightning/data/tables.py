@@ -73,12 +73,10 @@ def read_table(path: Path, split: str = "train") -> ListRows:
         DataError: If it is no file, none of its kind, damaged, or has no rows for this split.
     """
     what, read = _READERS.get(path.suffix.lower(), ("Arrow", _arrow))
+    if not is_saved(path):
+        check_file(path)
     try:
-        if is_saved(path):
-            rows = _saved(path, split)
-        else:
-            check_file(path)
-            rows = read(path)
+        rows = _saved(path, split) if is_saved(path) else read(path)
     except (OSError, ValueError, KeyError, TypeError, BadZipFile, pyarrow.ArrowException) as error:
         if isinstance(error, UserError):
             raise
