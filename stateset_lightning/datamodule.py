@@ -31,7 +31,9 @@ from stateset_lightning.types import OverlongPolicy, PromptBatch, Scenario, Turn
 
 _announce = rank_zero_only(logging.getLogger("stateset_lightning").log)
 
-_SPLITS: dict[str, Split] = {"fit": "train", "validate": "validation", "test": "test", "predict": "predict"}
+# Of a stage: the first must be given.
+_SPLITS: dict[str, tuple[Split, ...]] = {"fit": ("train", "validation"), "validate": ("validation",)}
+_SPLITS |= {"test": ("test",), "predict": ("predict",)}
 
 
 @bounded("data")
@@ -156,11 +158,8 @@ class ScenarioDataModule(LightningDataModule):
         self._train_loader = self._resume_state = None
         self._now = self._now or Ranks.current().gather(datetime.now().replace(microsecond=0))[0]
         if stage:
-            self._check_given(_SPLITS[stage])
-        splits: list[Split] = [_SPLITS[stage]] if stage else [*self.specs]
-        if stage == "fit":
-            splits.append("validation")
-        wanted = [split for split in splits if self.is_given(split)]
+            self._check_given(_SPLITS[stage][0])
+        wanted = [split for split in (_SPLITS[stage] if stage else self.specs) if self.is_given(split)]
         for split in wanted:
             if split not in self._scenarios:
                 self._read(split)

@@ -65,8 +65,7 @@ def read_content(path: Path) -> Content:
 
 
 def _unpacked(path: Path, packing: str) -> bytes:
-    path.open("rb").close()  # Arrow's error of a missing file says no more than that it failed
-    with pyarrow.input_stream(str(path), compression=packing) as stream:
+    with path.open("rb") as file, pyarrow.input_stream(file, compression=packing) as stream:
         content: bytes = stream.read(LARGE_BYTES + 1)
     if len(content) > LARGE_BYTES:
         raise DataError(f"{path}: unpacks to more than {LARGE_BYTES >> 20:,} MiB; give the unpacked file")

@@ -110,9 +110,8 @@ class EpisodeLoader:
     ) -> None:
         assert len(prompts.scenarios) == order.size > 0
         self._order = order
-        self._rank = rank
-        self._world_size = world_size
         self._size = batch_size * world_size  # prompts of an episode on all ranks
+        self._positions = list(range(rank, self._size, world_size))
         self.num_micro_steps = num_iterations * steps_per_episode
         self._prompts = prompts
         self._steps = {"num_micro_steps": self.num_micro_steps, "steps_per_episode": steps_per_episode}
@@ -198,11 +197,9 @@ class EpisodeLoader:
         """The batch of the micro-step after `completed` micro-steps."""
         times, step = divmod(completed, self._pass_length) if self._repeated_episodes else (0, completed)
         episode, micro_step = divmod(step, self.num_micro_steps)
-        positions = list(range(self._rank, self._size, self._world_size))
-        rows = self._global_batch(episode)[positions].tolist()
-        episode_index = times * self._repeated_episodes + episode
-        counts = {"episode_index": episode_index, "micro_step": micro_step, **self._steps}
-        return self._prompts.batch(rows, positions, "train", **counts)
+        rows = self._global_batch(episode)[self._positions].tolist()
+        counts = {"episode_index": times * self._repeated_episodes + episode, "micro_step": micro_step}
+        return self._prompts.batch(rows, [*self._positions], "train", **counts, **self._steps)
 
     def _global_batch(self, episode: int) -> np.ndarray:
         """Rows of an episode on all ranks, int64 [batch_size * world_size]."""

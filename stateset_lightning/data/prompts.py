@@ -118,7 +118,8 @@ class PromptEncoder:
                 why = f"of {key} at the start, whose {len(scenarios):,} rows are encoded when they are served"
                 raise ConfigError(f"data.overlong_prompts=drop needs all prompts {why}; set it to truncate_left")
             return replace(self.encode(scenarios[: content.SAMPLE], key), kept=range(len(scenarios)))
-        batches = self._batches(scenarios, key)
+        parts = (scenarios[start : start + _BATCH] for start in range(0, len(scenarios), _BATCH))
+        batches: Iterator[list[_Rendered]] = ([self._rendered(each, key) for each in part] for part in parts)
         if self.applies_template and not is_tried:  # foreign code
             batches = limited(batches, f"{key}: the chat template of {self.tokenizer.name_or_path!r}")
         # The tokenizer works without Python's lock: while it encodes a batch, the next ones arrive.
@@ -184,10 +185,6 @@ class PromptEncoder:
         tokens = [] if self.parse_special_tokens else sorted(special_tokens(self.tokenizer), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, tokens)) or "(?!)")  # (?!) is never found
 
-    def _batches(self, scenarios: Sequence[Scenario], key: str) -> Iterator[list[_Rendered]]:
-        for start in range(0, len(scenarios), _BATCH):
-            yield [self._rendered(scenario, key) for scenario in scenarios[start : start + _BATCH]]
-
     def _rendered(self, scenario: Scenario, key: str) -> _Rendered:
         """A prompt as text; it is marked where the scenario's own text holds special tokens."""
         messages = [{"role": turn.role, "content": turn.content} for turn in scenario.turns(self.system_prompt)]
@@ -224,8 +221,8 @@ class PromptEncoder:
         is_plain = not self.applies_template
         options = {"add_special_tokens": is_plain, "split_special_tokens": is_plain and not self.parse_special_tokens}
         # `verbose=False`: transformers would warn of prompts longer than the model's context.
-        encoded = self.tokenizer(texts, return_attention_mask=False, verbose=False, **options)
-        tokens: list[list[int]] = encoded["input_ids"]
+        options |= {"return_attention_mask": False, "verbose": False}
+        tokens: list[list[int]] = self.tokenizer(texts, **options)["input_ids"]
         if self.applies_template:
             for i, (text, prefill, marked) in enumerate(batch):
                 if marked is not None:

@@ -197,9 +197,8 @@ def split_in(names: Collection[Any], origin: str, split: str) -> str:
     Raises:
         DataError: If there are none.
     """
-    for name in SPLIT_NAMES[split]:
-        if name in names:
-            return name
+    if found := [name for name in SPLIT_NAMES[split] if name in names]:
+        return found[0]
     has = f"has the splits {listed(map(str, names))}, and none for data.{split}"
     raise DataError(f"{origin}: {has}; write those rows to a file of their own")
 

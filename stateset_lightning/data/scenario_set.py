@@ -79,12 +79,8 @@ class ServedScenarios(Sequence[Scenario]):
 
 def spare_texts(scenarios: Iterable[Scenario]) -> None:
     """What scenarios say is no secret; see `spare`."""
-    spare(
-        text
-        for scenario in scenarios
-        for text in (*(turn.content for turn in scenario.turns()), *scenario.columns().values())
-        if isinstance(text, str)
-    )
+    said = ([*(turn.content for turn in scenario.turns()), *scenario.columns().values()] for scenario in scenarios)
+    spare(text for texts in said for text in texts if isinstance(text, str))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +126,8 @@ class ScenarioSet:
         """The same sources with the scenarios at `indices` alone."""
         if len(indices) == len(self):
             return self
-        if isinstance(self.scenarios, ServedScenarios):
-            chosen: Sequence[Scenario] = self.scenarios.select(indices)
-        else:
-            chosen = [self.scenarios[i] for i in indices]
+        own = self.scenarios
+        chosen = own.select(indices) if isinstance(own, ServedScenarios) else [own[i] for i in indices]
         return replace(self, scenarios=chosen, source_of=self.source_of[np.asarray(indices, dtype=np.int64)])
 
     @property

@@ -87,8 +87,8 @@ def read_table(path: Path, split: str = "train") -> ListRows:
 
 def _parquet(path: Path) -> ArrowRows:
     with ParquetFile(path) as file:
-        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        if sum(group.total_byte_size for group in groups) <= content.LARGE_BYTES:
+        sizes = (file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
+        if sum(sizes) <= content.LARGE_BYTES:
             return ArrowRows(file.read(), str(path))
         # A row of a group cannot be read alone. The file has no name, and is gone with this process.
         unpacked = TemporaryFile()  # noqa: SIM115
