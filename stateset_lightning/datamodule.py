@@ -339,8 +339,7 @@ class ScenarioDataModule(LightningDataModule):
         prompts, (rank, world_size) = self._served_prompts(split), self._rank_and_world()
         if (number := len(prompts.scenarios)) < world_size:
             # A device without a batch would leave the loop, and the others wait for it.
-            few = f"{number} scenarios for {world_size} devices"
-            raise ConfigError(f"data.{split} has {few}; give at least one for each device")
+            raise ConfigError(f"data.{split} has {number} scenarios for {world_size} devices; give one for each")
         return EvaluationLoader(prompts, split, batch_size=self.eval_batch_size, rank=rank, world_size=world_size)
 
     def _rank_and_world(self) -> tuple[int, int]:

@@ -86,8 +86,7 @@ class PromptEncoder:
 
     def __post_init__(self) -> None:
         if self.use_chat_template and not getattr(self.tokenizer, "chat_template", None):
-            none = "but the tokenizer has no chat template; set it to false for plain text"
-            raise ConfigError(f"data.use_chat_template=true, {none}")
+            raise ConfigError("data.use_chat_template=true, but the tokenizer has no chat template; set it to false")
         if reserved := [name for name in self.chat_template_kwargs if name in _RESERVED]:
             raise ConfigError(f"data.chat_template_kwargs: '{reserved[0]}' is set by the data module; remove it")
         if self.chat_template_kwargs and not self.applies_template:

@@ -118,9 +118,8 @@ class ScenarioSet:
     def contents(self) -> Iterator[Any]:
         """What tells them from others, without their ids, which may come from the name of a file."""
         if isinstance(self.scenarios, ServedScenarios):
-            yield self.scenarios.digest
-        else:
-            yield from ({**scenario.columns(), "id": ""} for scenario in self.scenarios)
+            return iter([self.scenarios.digest])
+        return ({**scenario.columns(), "id": ""} for scenario in self.scenarios)
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "ScenarioSet":
         """The same sources with the scenarios at `indices` alone."""

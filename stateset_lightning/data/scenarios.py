@@ -92,8 +92,7 @@ def _row_scenarios(row: RawRow | Problem, part: Part) -> list[Scenario]:
         found = " and ".join(f"'{name}'" for name in given) or "none of them"
         choose = f"; choose one: data.format={given[0]} or data.fields.{given[0]}=null" if given else ""
         raise BadRow(f"needs exactly one of 'prompt', 'messages' and 'user_responses', but has {found}{choose}")
-    responses = columns.pop("user_responses", None)
-    if responses is not None:
+    if (responses := columns.pop("user_responses", None)) is not None:
         prompts = enumerate(_checked_texts("user_responses", responses))
         return [Scenario.model_validate({**columns, "id": f"{columns['id']}/{i}", "prompt": p}) for i, p in prompts]
     if given == ["messages"]:

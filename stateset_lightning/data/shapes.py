@@ -288,9 +288,7 @@ def _recognised(example: Mapping[str, Any], options: RowOptions, origin: str) ->
     return name, sources
 
 
-def _incomplete(
-    name: str, whole: Sequence[str], lost: Sequence[str], example: Mapping[str, Any], origin: str
-) -> DataError:
+def _incomplete(name: str, whole: list[str], lost: list[str], example: Mapping[str, Any], origin: str) -> DataError:
     """The error where columns of a question would be left out; it proposes a template of the `whole`."""
     proposed = [f"--data.format={name} (without {listed(lost)})"]
     with suppress(ValueError):
