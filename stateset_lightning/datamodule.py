@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from datetime import datetime
+from functools import partial
 from typing import Annotated, Any
 
 from annotated_types import Ge, Lt
@@ -17,9 +18,7 @@ from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader, Prom
 from stateset_lightning.data.order import Curriculum, EpochOrder, SolveRates
 from stateset_lightning.data.prompts import EncodedPrompts, PromptEncoder, first_row
 from stateset_lightning.data.ragged import RaggedTokens
-from stateset_lightning.data.scenario_set import ScenarioSet, hold_out
-from stateset_lightning.data.served import ServedScenarios
-from stateset_lightning.data.served_prompts import ServedPrompts
+from stateset_lightning.data.scenario_set import ScenarioSet, ServedScenarios, hold_out
 from stateset_lightning.data.shapes import FinalTurn, Format, RowOptions
 from stateset_lightning.data.sources import Row, Source, check_options, read_split
 from stateset_lightning.errors import ConfigError, bounded
@@ -32,7 +31,9 @@ from stateset_lightning.types import OverlongPolicy, PromptBatch, Scenario, Turn
 
 _announce = rank_zero_only(logging.getLogger("stateset_lightning").log)
 
-_SPLITS: dict[str, Split] = {"fit": "train", "validate": "validation", "test": "test", "predict": "predict"}
+# Of a stage: the first must be given.
+_SPLITS: dict[str, tuple[Split, ...]] = {"fit": ("train", "validation"), "validate": ("validation",)}
+_SPLITS |= {"test": ("test",), "predict": ("predict",)}
 
 
 @bounded("data")
@@ -142,8 +143,10 @@ class ScenarioDataModule(LightningDataModule):
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens of the longest prompt of all splits that were set up, as far as it is known; see `ServedPrompts`."""
-        return max((prompts.tokens.longest for prompts in self._prompts.values()), default=0)
+        """Tokens of the longest prompt of all splits that were set up; of large ones, the limit or what is known."""
+        found = self._prompts.values()
+        limit = any(len(prompts.tokens) < len(prompts.kept) for prompts in found) and self.max_prompt_tokens
+        return limit or max((prompts.tokens.longest for prompts in found), default=0)
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and checks the files that the stage needs, and makes their prompts; only once, however often called.
@@ -155,11 +158,8 @@ class ScenarioDataModule(LightningDataModule):
         self._train_loader = self._resume_state = None
         self._now = self._now or Ranks.current().gather(datetime.now().replace(microsecond=0))[0]
         if stage:
-            self._check_given(_SPLITS[stage])
-        splits: list[Split] = [_SPLITS[stage]] if stage else [*self.specs]
-        if stage == "fit":
-            splits.append("validation")
-        wanted = [split for split in splits if self.is_given(split)]
+            self._check_given(_SPLITS[stage][0])
+        wanted = [split for split in (_SPLITS[stage] if stage else self.specs) if self.is_given(split)]
         for split in wanted:
             if split not in self._scenarios:
                 self._read(split)
@@ -182,8 +182,10 @@ class ScenarioDataModule(LightningDataModule):
         if curriculum and overfit:
             repeats = f"trainer.overfit_batches={overfit} repeats the same prompts"
             raise ConfigError(f"{repeats}, data.curriculum draws others: leave one out")
+        decides: dict[str, Any] = {"seed": seed, "shuffle": self.shuffle, "sources": scenarios.mixture}
+        decides |= {"curriculum": curriculum.fingerprint if curriculum else "", "prompts": scenarios.digest(tokens)}
         self._train_loader = loader = EpisodeLoader(
-            Prompts(scenarios.scenarios, tokens, self.system_prompt, self._prompts["train"].opened),
+            self._served_prompts("train"),
             order,
             batch_size=self.batch_size,
             num_iterations=self.num_iterations,
@@ -194,13 +196,7 @@ class ScenarioDataModule(LightningDataModule):
             limit=None if self.trainer is None else max(1, batches_per_epoch(self.trainer, self.micro_steps_per_epoch)),
             repeat=overfit > 0,
             solve_rates=None if curriculum is None else SolveRates(curriculum, order.row_weights, seed),
-            fingerprint={
-                "seed": seed,
-                "shuffle": self.shuffle,
-                "sources": scenarios.mixture,
-                "curriculum": "" if curriculum is None else curriculum.fingerprint,
-                "prompts": tokens.digest(),
-            },
+            fingerprint=decides,
         )
         if loader.num_filled and curriculum is None:
             made = f"{order.size} prompts make {loader.episodes_per_epoch} episodes of {self.batch_size * world_size}"
@@ -222,16 +218,23 @@ class ScenarioDataModule(LightningDataModule):
     def predict_dataloader(self) -> EvaluationLoader:
         return self._evaluation_loader("predict")
 
-    def served(self, split: Split) -> tuple[ScenarioSet, RaggedTokens | ServedPrompts]:
-        """The scenarios of a split that were kept, and their prompt tokens."""
+    def served(self, split: Split) -> tuple[ScenarioSet, RaggedTokens]:
+        """The scenarios of a split that were kept, and their prompt tokens; of a large split, those of the first."""
         self._check_given(split)
         assert split in self._prompts, f"setup() has not been called for the {split} split"
         prompts = self._prompts[split]
         return self._scenarios[split].select(prompts.kept), prompts.tokens
 
+    def _served_prompts(self, split: Split) -> Prompts:
+        (found, tokens), opened = self.served(split), self._prompts[split].opened
+        is_large = isinstance(found.scenarios, ServedScenarios)
+        encode = partial(self._current_encoder().encode, key=f"data.{split}", is_tried=True) if is_large else None
+        return Prompts(found.scenarios, tokens, self.system_prompt, opened, encode)
+
     def conversation(self, scenario: Scenario) -> list[Turn]:
         """What a completion of the scenario goes on from."""
-        return asked(scenario, self._current_encoder().opened(scenario), self.system_prompt)
+        (opened,) = self._current_encoder().encode([scenario], "data", is_tried=True).opened
+        return asked(scenario, opened, self.system_prompt)
 
     def replacements(self, batch: PromptBatch, slots: Sequence[int], round_number: int) -> PromptBatch:
         """Other training prompts in place of some of a batch's; see `EpisodeLoader.replacements`."""
@@ -319,8 +322,7 @@ class ScenarioDataModule(LightningDataModule):
 
     def _encode(self, split: Split, encoder: PromptEncoder) -> None:
         scenarios = self._scenarios[split].scenarios
-        make = ServedPrompts.encoded if isinstance(scenarios, ServedScenarios) else PromptEncoder.encode
-        prompts = self._prompts[split] = make(encoder, scenarios, f"data.{split}")
+        prompts = self._prompts[split] = encoder.encode(scenarios, f"data.{split}")
         if self._scenarios[split].notes:
             row = first_row(encoder.tokenizer, self._scenarios[split].known[prompts.kept[0]], prompts.tokens[0])
             _announce(logging.INFO, f"data.{split}: the first row is {row}")
@@ -334,13 +336,10 @@ class ScenarioDataModule(LightningDataModule):
             _announce(logging.WARNING, f"data.{split}: {told} tokens and are {fate}")
 
     def _evaluation_loader(self, split: Split) -> EvaluationLoader:
-        scenarios, tokens = self.served(split)
-        rank, world_size = self._rank_and_world()
-        if len(scenarios) < world_size:
+        prompts, (rank, world_size) = self._served_prompts(split), self._rank_and_world()
+        if (number := len(prompts.scenarios)) < world_size:
             # A device without a batch would leave the loop, and the others wait for it.
-            number = f"{len(scenarios)} scenarios for {world_size} devices"
-            raise ConfigError(f"data.{split} has {number}; give at least one for each device")
-        prompts = Prompts(scenarios.scenarios, tokens, self.system_prompt, self._prompts[split].opened)
+            raise ConfigError(f"data.{split} has {number} scenarios for {world_size} devices; give one for each")
         return EvaluationLoader(prompts, split, batch_size=self.eval_batch_size, rank=rank, world_size=world_size)
 
     def _rank_and_world(self) -> tuple[int, int]:

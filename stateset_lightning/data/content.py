@@ -1,12 +1,12 @@
 """The bytes of a file: in memory, or read where they are asked for if the file is large. Unpacks .gz and .zst."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+import pyarrow
 
 from stateset_lightning.errors import DataError
 
@@ -25,14 +25,10 @@ class LargeFile:
 
     def __init__(self, file: BinaryIO, name: Path) -> None:
         self._file, self._name = file, name
-        self._state = self._look()
-
-    def _look(self) -> tuple[int, int]:
-        found = os.fstat(self._file.fileno())
-        return found.st_size, found.st_mtime_ns
+        self._state = os.fstat(file.fileno())
 
     def __len__(self) -> int:
-        return self._state[0]
+        return self._state.st_size
 
     def check(self) -> None:
         """The file is as it was.
@@ -40,10 +36,9 @@ class LargeFile:
         Raises:
             DataError: If not.
         """
-        if self._look() != self._state:
-            raise DataError(
-                f"{self._name}: the file has changed since this run first read it; start anew, and leave it alone"
-            )
+        now, then = os.fstat(self._file.fileno()), self._state
+        if (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
+            raise DataError(f"{self._name}: the file has changed since this run first read it; start anew")
 
     def __getitem__(self, part: slice) -> bytes:
         self.check()
@@ -63,44 +58,42 @@ def read_content(path: Path) -> Content:
     try:
         if packing:
             return _unpacked(path, packing)
-        size = path.stat().st_size
-        return path.read_bytes() if size <= LARGE_BYTES else LargeFile(path.open("rb"), path)
+        return path.read_bytes() if path.stat().st_size <= LARGE_BYTES else LargeFile(path.open("rb"), path)
     except OSError as error:
         why = error.strerror or f"it is no whole file of {packing}: {error}"
         raise DataError(f"{path}: cannot be read ({why}); check the path and its permissions") from error
 
 
 def _unpacked(path: Path, packing: str) -> bytes:
-    import pyarrow
-
-    path.open("rb").close()  # Arrow's error of a missing file says no more than that it failed
-    with pyarrow.input_stream(str(path), compression=packing) as stream:
+    with path.open("rb") as file, pyarrow.input_stream(file, compression=packing) as stream:
         content: bytes = stream.read(LARGE_BYTES + 1)
     if len(content) > LARGE_BYTES:
         raise DataError(f"{path}: unpacks to more than {LARGE_BYTES >> 20:,} MiB; give the unpacked file")
     return content
 
 
-def blocks(content: Content, first: int = 0) -> Iterator[bytes]:
+def _blocks(content: Content, first: int = 0) -> Iterator[bytes]:
     """The content in pieces, from a byte on."""
     for start in range(first, len(content), BLOCK):
         yield content[start : min(start + BLOCK, len(content))]
 
 
-def lines(content: Content, start: int) -> Iterator[bytes]:
-    """The lines from `start` on, with their ends: LF, CR LF or CR."""
-    rest = b""
-    for block in blocks(content, start):
+def lines(content: Content) -> Iterator[tuple[int, bytes]]:
+    """Where each line begins, and the line with its end: LF, CR LF or CR. A byte order mark belongs to none."""
+    start, rest = len(BOM) * (content[: len(BOM)] == BOM), b""
+    for block in _blocks(content, start):
         *whole, rest = (rest + block).splitlines(keepends=True)  # of bytes: at these ends alone
-        yield from whole
+        for line in whole:
+            yield start, line
+            start += len(line)
     if rest:
-        yield rest
+        yield start, rest
 
 
 def digest(content: Content) -> str:
     """A hash of the content."""
     hashed = hashlib.sha256()
-    for block in blocks(content):
+    for block in _blocks(content):
         hashed.update(block)
     return hashed.hexdigest()[:16]
 

@@ -4,16 +4,16 @@ Both are plain iterables with a length, not torch `DataLoader`s: the batches are
 would have nothing to do, and Lightning would rebuild a `DataLoader` with a sampler of its own.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
 from stateset_lightning.data.order import EpochOrder, SolveRates
+from stateset_lightning.data.prompts import EncodedPrompts
 from stateset_lightning.data.ragged import RaggedTokens
-from stateset_lightning.data.served_prompts import ServedPrompts
+from stateset_lightning.data.scenario_set import spare_texts
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.seeding import derive_seed, uniforms
 from stateset_lightning.types import PromptBatch, Scenario, asked
@@ -30,34 +30,27 @@ class Prompts:
         tokens: Prompt tokens of each scenario.
         system_prompt: Comes before each scenario's own context in the system turn.
         opened: What each prompt has of its answer; none has anything where this is empty.
+        encode: Makes prompts of scenarios when they are served, those of a large split; None: all are in `tokens`.
     """
 
     scenarios: Sequence[Scenario]
-    tokens: RaggedTokens | ServedPrompts
+    tokens: RaggedTokens
     system_prompt: str | None = None
     opened: Sequence[str] = ()
+    encode: Callable[[Sequence[Scenario]], EncodedPrompts] | None = None
 
-    def batch(
-        self, rows: list[int], positions: list[int], split: Split, episode_index: int = 0, **steps: int
-    ) -> PromptBatch:
-        """The prompts at `rows`; `steps` are those arguments of `PromptBatch` that count micro-steps."""
+    def batch(self, rows: list[int], positions: list[int], split: Split, **counts: int) -> PromptBatch:
+        """The prompts at `rows`; `counts` are those arguments of `PromptBatch` that count episodes and micro-steps."""
         scenarios = [self.scenarios[row] for row in rows]
-        if isinstance(self.tokens, RaggedTokens):
+        if self.encode is None:
             tokens = [self.tokens[row] for row in rows]
             opened: Sequence[str] = [self.opened[row] for row in rows] if self.opened else [""] * len(rows)
         else:
-            made = self.tokens.encode(scenarios)
+            spare_texts(scenarios)
+            made = self.encode(scenarios)
             tokens, opened = list(made.tokens), made.opened
-        return PromptBatch(
-            prompt_tokens=tokens,
-            conversations=[asked(*each, self.system_prompt) for each in zip(scenarios, opened, strict=True)],
-            scenarios=scenarios,
-            positions=positions,
-            episode_index=episode_index,
-            split=split,
-            rows=rows,
-            **steps,
-        )
+        conversations = [asked(*each, self.system_prompt) for each in zip(scenarios, opened, strict=True)]
+        return PromptBatch(tokens, conversations, scenarios, positions, split=split, rows=rows, **counts)
 
 
 # What entries of a loader's state are called that are not options of the data module.
@@ -115,27 +108,20 @@ class EpisodeLoader:
         solve_rates: SolveRates | None = None,
         fingerprint: Mapping[str, int | bool | str] | None = None,
     ) -> None:
-        assert len(prompts.scenarios) == len(prompts.tokens) == order.size > 0
+        assert len(prompts.scenarios) == order.size > 0
         self._order = order
-        self._rank = rank
-        self._world_size = world_size
         self._size = batch_size * world_size  # prompts of an episode on all ranks
+        self._positions = list(range(rank, self._size, world_size))
         self.num_micro_steps = num_iterations * steps_per_episode
-        self._batch = partial(
-            prompts.batch, split="train", num_micro_steps=self.num_micro_steps, steps_per_episode=steps_per_episode
-        )
+        self._prompts = prompts
+        self._steps = {"num_micro_steps": self.num_micro_steps, "steps_per_episode": steps_per_episode}
         self.episodes_per_epoch = -(-order.size // self._size)
         self._pass_length = len(self) if limit is None else min(limit, len(self))
         self._repeated_episodes = -(-self._pass_length // self.num_micro_steps) if repeat else 0
         self.solve_rates = solve_rates
-        self._fingerprint: dict[str, int | bool | str] = {
-            "scenarios": order.size,
-            "batch_size": batch_size,
-            "num_iterations": num_iterations,
-            "steps_per_episode": steps_per_episode,
-            "world_size": world_size,
-            **(fingerprint or {}),
-        }
+        sizes = {"scenarios": order.size, "batch_size": batch_size, "num_iterations": num_iterations}
+        sizes |= {"steps_per_episode": steps_per_episode, "world_size": world_size}
+        self._fingerprint = {**sizes, **(fingerprint or {})}
         self._completed = 0  # micro-steps since the start of the run
         # Epoch and its rows; with a curriculum: episode and its rows.
         self._cached: tuple[int, np.ndarray] | None = None
@@ -174,11 +160,9 @@ class EpisodeLoader:
         for key, value in self._fingerprint.items():
             if state.get(key, value if key in ROWS else None) != value:
                 name = _DESCRIPTIONS.get(key, f"data.{key}")
-                raise ConfigError(
-                    f"{name} is {value!r}, but {state.get(key)!r} in the checkpoint, whose position in the data would"
-                    f" mean other prompts; resume with {state.get(key)!r}, or start a new run from the checkpoint's"
-                    " weights"
-                )
+                why = f"{state.get(key)!r} in the checkpoint, whose position in the data would mean other prompts"
+                instead = f"resume with {state.get(key)!r}, or start a new run from the checkpoint's weights"
+                raise ConfigError(f"{name} is {value!r}, but {why}; {instead}")
         # Where Lightning counts itself to be; an epoch may be shorter now, with fewer rows.
         self._completed = int(state["epoch"]) * len(self) + min(int(state["completed"]), len(self))
 
@@ -207,16 +191,15 @@ class EpisodeLoader:
             first = batch.rows[slot] // self._order.size * self._order.size  # of the epoch: a stream goes on
             rows.append(first + _draw_other(weights, batch.rows[slot] - first, uniforms([seed], 1)[0, 0]))
             positions.append(position + round_number * self._size)
-        return self._batch(rows, positions, episode_index=batch.episode_index)
+        return self._prompts.batch(rows, positions, "train", episode_index=batch.episode_index, **self._steps)
 
     def _batch_at(self, completed: int) -> PromptBatch:
         """The batch of the micro-step after `completed` micro-steps."""
         times, step = divmod(completed, self._pass_length) if self._repeated_episodes else (0, completed)
         episode, micro_step = divmod(step, self.num_micro_steps)
-        positions = list(range(self._rank, self._size, self._world_size))
-        rows = self._global_batch(episode)[positions].tolist()
-        episode_index = times * self._repeated_episodes + episode
-        return self._batch(rows, positions, episode_index=episode_index, micro_step=micro_step)
+        rows = self._global_batch(episode)[self._positions].tolist()
+        counts = {"episode_index": times * self._repeated_episodes + episode, "micro_step": micro_step}
+        return self._prompts.batch(rows, [*self._positions], "train", **counts, **self._steps)
 
     def _global_batch(self, episode: int) -> np.ndarray:
         """Rows of an episode on all ranks, int64 [batch_size * world_size]."""
@@ -233,11 +216,8 @@ class EpisodeLoader:
             return self.solve_rates.weights(episode_index)
         if not self._repeated_episodes:
             return self._order.row_weights
-        weights = np.zeros(self._order.size)
-        for episode in range(self._repeated_episodes):
-            rows = self._global_batch(episode)
-            weights[rows] = self._order.row_weights[rows]
-        return weights
+        served = np.concatenate([self._global_batch(episode) for episode in range(self._repeated_episodes)])
+        return np.where(np.isin(np.arange(self._order.size), served), self._order.row_weights, 0.0)
 
 
 def _draw_other(weights: np.ndarray, excluded: int, u: float) -> int:
@@ -269,4 +249,4 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[PromptBatch]:
         for start in range(0, len(self._rows), self._batch_size):
             rows = list(self._rows[start : start + self._batch_size])
-            yield self._prompts.batch(rows, rows, self._split)
+            yield self._prompts.batch(rows, rows, self._split, episode_index=0)

@@ -61,9 +61,7 @@ class EpochOrder:
         for index, (count, rows, weight) in enumerate(zip(self._counts, self._rows, weights, strict=True)):
             source = f"data.train: the source {names[index] if names else f'number {index + 1}'}"
             if not len(rows):
-                raise ConfigError(
-                    f"{source} has no scenario left; check data.max_prompt_tokens, data.validation_fraction"
-                )
+                raise ConfigError(f"{source} has no scenario left: data.max_prompt_tokens, data.validation_fraction")
             if count == 0:
                 none = f"with weight {weight} gets none of the {self.size} positions of an epoch"
                 raise ConfigError(f"{source} {none}; raise its weight or leave it out")

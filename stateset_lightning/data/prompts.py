@@ -18,7 +18,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import mark_control_tokens
 
+from stateset_lightning.data import content
 from stateset_lightning.data.ragged import RaggedTokens, garbage_collection_paused
+from stateset_lightning.data.scenario_set import ServedScenarios
 from stateset_lightning.errors import ConfigError, DataError, one_line
 from stateset_lightning.types import OverlongPolicy, Scenario
 from stateset_lightning.workers import limited, rendered
@@ -28,25 +30,24 @@ _log = logging.getLogger(__name__)
 _BATCH = 256  # texts that are rendered, and tokenized, at a time
 _MOST_CHARACTERS, _MOST_TIMES = 2**16, 10  # that a template writes of its own, and of what it is given
 _IDS_SHOWN = 5
-_Batch = tuple[list[tuple[str, str]], dict[int, Scenario]]
+_Rendered = tuple[str, str, str | None]  # a prompt without its prefill, this, and the scenario's id if it is marked
 # Thoughts that a template puts before an answer without any: `<think></think>`, or the end alone.
 _NO_THOUGHTS = re.compile(r"([<\[]([^<>\[\]]+)[>\]]\s*[<\[]/\2[>\]]|</[^<>]+>)\s*$")
 _TAG = re.compile(r"[<\[◁]([^\s<>\[\]◁▷]+)[>\]▷]")
 _DATE = re.compile(r"""strftime_now\(\s*(['"])(.{0,99}?)\1\s*\)""")
-_RESERVED_TEMPLATE_KWARGS = {
-    *("conversation", "add_generation_prompt", "tokenize", "continue_final_message"),
-    *("return_tensors", "return_dict", "sanitize_control_tokens"),
-}
+_RESERVED = {"conversation", "add_generation_prompt", "tokenize", "continue_final_message"}
+_RESERVED |= {"return_tensors", "return_dict", "sanitize_control_tokens"}
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompts:
     """Prompt tokens of the scenarios that are kept: `tokens[i]` belongs to scenario `kept[i]`.
 
-    `opened[i]` is what the prompt has of its answer; see `PromptEncoder.opened`.
+    Of a large split all are kept, and `tokens` are those of the first. `opened[i]` is what the prompt has of its
+    answer; see `PromptEncoder._opened`.
     """
 
-    tokens: Any  # RaggedTokens; of a large split, `served.ServedPrompts`
+    tokens: RaggedTokens
     kept: Sequence[int]
     num_dropped: int = 0
     num_truncated: int = 0
@@ -85,16 +86,12 @@ class PromptEncoder:
 
     def __post_init__(self) -> None:
         if self.use_chat_template and not getattr(self.tokenizer, "chat_template", None):
-            raise ConfigError(
-                "data.use_chat_template=true, but the tokenizer has no chat template; set it to false for plain text"
-            )
-        if reserved := [name for name in self.chat_template_kwargs if name in _RESERVED_TEMPLATE_KWARGS]:
+            raise ConfigError("data.use_chat_template=true, but the tokenizer has no chat template; set it to false")
+        if reserved := [name for name in self.chat_template_kwargs if name in _RESERVED]:
             raise ConfigError(f"data.chat_template_kwargs: '{reserved[0]}' is set by the data module; remove it")
         if self.chat_template_kwargs and not self.applies_template:
-            raise ConfigError(
-                f"data.chat_template_kwargs={dict(self.chat_template_kwargs)} have no effect without a chat template;"
-                " remove them"
-            )
+            given = dict(self.chat_template_kwargs)
+            raise ConfigError(f"data.chat_template_kwargs={given} have no effect without a chat template; remove them")
 
     @property
     def applies_template(self) -> bool:
@@ -106,15 +103,22 @@ class PromptEncoder:
         """Prompt tokens of the scenarios of the split `key` (`data.train`, say).
 
         Args:
-            scenarios: Some of its scenarios, or all.
+            scenarios: Some of its scenarios, or all. Of a large split, the first are encoded.
             key: Its name, for messages.
             is_tried: Whether the template has made prompts of other scenarios of the split, and all was said of them.
 
         Raises:
             DataError: If the template refuses a scenario or takes too much (see `limited`), a prompt has no tokens,
                 prompts are too long under `overlong_prompts="error"`, or all are dropped.
+            ConfigError: If overlong prompts of a large split are to be dropped: only the encoded prompt shows which.
         """
-        batches = self._batches(scenarios, key)
+        if isinstance(scenarios, ServedScenarios):
+            if self.overlong_prompts == "drop":
+                why = f"of {key} at the start, whose {len(scenarios):,} rows are encoded when they are served"
+                raise ConfigError(f"data.overlong_prompts=drop needs all prompts {why}; set it to truncate_left")
+            return replace(self.encode(scenarios[: content.SAMPLE], key), kept=range(len(scenarios)))
+        parts = (scenarios[start : start + _BATCH] for start in range(0, len(scenarios), _BATCH))
+        batches: Iterator[list[_Rendered]] = ([self._rendered(each, key) for each in part] for part in parts)
         if self.applies_template and not is_tried:  # foreign code
             batches = limited(batches, f"{key}: the chat template of {self.tokenizer.name_or_path!r}")
         # The tokenizer works without Python's lock: while it encodes a batch, the next ones arrive.
@@ -122,30 +126,21 @@ class PromptEncoder:
             encoded = list(thread.map(partial(self._tokenize, key), batches))
         tokens = RaggedTokens.concatenate(batch for batch, *_ in encoded)
         if len(empty := np.flatnonzero(tokens.lengths == 0)):
-            raise DataError(
-                f"{key}: the prompt of scenario '{scenarios[empty[0]].id}' has no tokens; give it a text that the"
-                " tokenizer knows"
-            )
+            which = f"{key}: the prompt of scenario '{scenarios[empty[0]].id}'"
+            raise DataError(f"{which} has no tokens; give it a text that the tokenizer knows")
         if (marked := sum(count for *_, count in encoded)) and not is_tried:
-            _log.warning(
-                "%s: the text of %d of %d scenarios holds special tokens (%s); they are encoded as plain text. "
-                "data.parse_special_tokens=true encodes them as special tokens",
-                *(key, marked, len(scenarios), ", ".join(special_tokens(self.tokenizer)[:_IDS_SHOWN])),
-            )
+            shown = ", ".join(special_tokens(self.tokenizer)[:_IDS_SHOWN])
+            held = f"{key}: the text of {marked} of {len(scenarios)} scenarios holds special tokens ({shown})"
+            _log.warning("%s, encoded as plain text; data.parse_special_tokens=true encodes them as such", held)
         found = self._limit_lengths(scenarios, tokens, key)
         opened = [text for _, texts, _ in encoded for text in texts]
         return replace(found, opened=[opened[i] for i in found.kept])
 
-    def opened(self, scenario: Scenario) -> str:
-        """What the prompt of a scenario has of its answer: a template may open that (`<think>`).
+    def _opened(self, text: str) -> str:
+        """What a prompt has of its answer: a template may open that (`<think>`).
 
         What it opens and closes again (thoughts that are switched off) is no part of the answer.
         """
-        messages = self._messages(scenario)
-        prefill = _taken_prefill(messages)
-        return self._opened(self._text(scenario, messages, "data")) + prefill
-
-    def _opened(self, text: str) -> str:
         if not self._assistant_header:
             return ""
         _, found, opened = text.rpartition(self._assistant_header)
@@ -163,12 +158,9 @@ class PromptEncoder:
         asked, said = {"role": "user", "content": "Question"}, {"role": "assistant", "content": "Its-answer"}
         if not self.applies_template:
             return ""
-        options = self._template_kwargs
-        answered, prompt = rendered(
-            self.tokenizer,
-            {"conversation": [asked, said, {**asked, "content": "Next"}], **options},
-            {"conversation": [asked], "add_generation_prompt": True, **options},
-        )
+        goes_on = {"conversation": [asked, said, {**asked, "content": "Next"}], **self._template_kwargs}
+        begins = {"conversation": [asked], "add_generation_prompt": True, **self._template_kwargs}
+        answered, prompt = rendered(self.tokenizer, goes_on, begins)
         before = answered.partition(said["content"])[0].rpartition(asked["content"])[2]
         header = _NO_THOUGHTS.sub("", before).rstrip()
         return header if prompt.rpartition(asked["content"])[2].startswith(header) else ""
@@ -192,25 +184,14 @@ class PromptEncoder:
         tokens = [] if self.parse_special_tokens else sorted(special_tokens(self.tokenizer), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, tokens)) or "(?!)")  # (?!) is never found
 
-    def _messages(self, scenario: Scenario) -> list[dict[str, str]]:
-        """A scenario's turns as chat templates take them."""
-        return [{"role": turn.role, "content": turn.content} for turn in scenario.turns(self.system_prompt)]
-
-    def _batches(self, scenarios: Sequence[Scenario], key: str) -> Iterator[_Batch]:
-        """Batches of prompts as text, each with its prefill; also those scenarios whose text holds special tokens."""
-        for start in range(0, len(scenarios), _BATCH):
-            texts: list[tuple[str, str]] = []
-            marked: dict[int, Scenario] = {}
-            for i, scenario in enumerate(scenarios[start : start + _BATCH]):
-                messages = self._messages(scenario)
-                is_marked = any(self._special_pattern.search(message["content"]) for message in messages)
-                prefill = _taken_prefill(messages)
-                if is_marked:
-                    marked[i] = scenario
-                    if self.applies_template:
-                        messages = mark_control_tokens(messages, self._special_pattern)
-                texts.append((self._text(scenario, messages, key), prefill))
-            yield texts, marked
+    def _rendered(self, scenario: Scenario, key: str) -> _Rendered:
+        """A prompt as text; it is marked where the scenario's own text holds special tokens."""
+        messages = [{"role": turn.role, "content": turn.content} for turn in scenario.turns(self.system_prompt)]
+        is_marked = any(self._special_pattern.search(message["content"]) for message in messages)
+        prefill = messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""
+        if is_marked and self.applies_template:
+            messages = mark_control_tokens(messages, self._special_pattern)
+        return self._text(scenario, messages, key), prefill, scenario.id if is_marked else None
 
     def _text(self, scenario: Scenario, messages: list[dict[str, str]], key: str) -> str:
         if not self.applies_template:
@@ -224,47 +205,44 @@ class PromptEncoder:
             return text
         except Exception as error:  # a template is foreign code
             roles = [message["role"] for message in messages]
-            advice = "if it takes no system turn, leave out data.system_prompt and the scenarios' context; "
-            raise DataError(
-                f"{key}: the chat template refuses scenario '{scenario.id}' (roles: {', '.join(roles)}):"
-                f" {one_line(error) or type(error).__name__}; {advice if roles[0] == 'system' else ''}"
-                "data.use_chat_template=false joins the turns as plain text"
-            ) from error
+            refused = f"{key}: the chat template refuses scenario '{scenario.id}' (roles: {', '.join(roles)})"
+            say = "if it takes no system turn, leave out data.system_prompt and the scenarios' context; "
+            say = f"{say if roles[0] == 'system' else ''}data.use_chat_template=false joins the turns as plain text"
+            raise DataError(f"{refused}: {one_line(error) or type(error).__name__}; {say}") from error
 
-    def _tokenize(self, key: str, batch: _Batch) -> tuple[RaggedTokens, list[str], int]:
+    def _tokenize(self, key: str, batch: Sequence[_Rendered]) -> tuple[RaggedTokens, list[str], int]:
         """The tokens of a batch, what they open, and how many of its scenarios hold special tokens in their text."""
-        pairs, marked = batch
         # Without a template, turns are joined by blank lines.
         between = "" if self.applies_template else "\n\n"
-        texts = [f"{text}{between}{prefill}" if prefill else text for text, prefill in pairs]
-        opened = [self._opened(text) + prefill for text, prefill in pairs]
+        texts = [f"{text}{between}{prefill}" if prefill else text for text, prefill, _ in batch]
+        opened = [self._opened(text) + prefill for text, prefill, _ in batch]
         # A template writes the special tokens itself: adding the tokenizer's would double the first one.
         is_plain = not self.applies_template
         options = {"add_special_tokens": is_plain, "split_special_tokens": is_plain and not self.parse_special_tokens}
         # `verbose=False`: transformers would warn of prompts longer than the model's context.
-        encoded = self.tokenizer(texts, return_attention_mask=False, verbose=False, **options)
-        tokens: list[list[int]] = encoded["input_ids"]
+        options |= {"return_attention_mask": False, "verbose": False}
+        tokens: list[list[int]] = self.tokenizer(texts, **options)["input_ids"]
         if self.applies_template:
-            for i, scenario in marked.items():
-                whole = pairs[i][0] + mark_control_tokens(pairs[i][1], self._special_pattern)
-                tokens[i] = self._tokenize_as_text(whole, scenario, key)
+            for i, (text, prefill, marked) in enumerate(batch):
+                if marked is not None:
+                    whole = text + mark_control_tokens(prefill, self._special_pattern)
+                    tokens[i] = self._tokenize_as_text(whole, marked, key)
         else:
             first, appends_eos = self._added
             # The model would take the end of the prompt for the end of its answer.
             tokens = [prompt[:-1] for prompt in tokens] if appends_eos else tokens
             # Markup may begin with what the tokenizer puts before every text (BOS): once is enough.
             tokens = [p[len(first) :] if first and p[: 2 * len(first)] == first * 2 else p for p in tokens]
-        return RaggedTokens.from_lists(tokens), opened, len(marked)
+        return RaggedTokens.from_lists(tokens), opened, sum(marked is not None for *_, marked in batch)
 
-    def _tokenize_as_text(self, text: str, scenario: Scenario, key: str) -> list[int]:
+    def _tokenize_as_text(self, text: str, scenario: str, key: str) -> list[int]:
         """Prompt tokens in which only the template's own special tokens are such, not those in the scenario's text."""
         try:
             ids = self.tokenizer(text, sanitize_control_tokens=True, add_special_tokens=False)["input_ids"]
         except ValueError as error:
-            raise DataError(
-                f"{key}: the text of scenario '{scenario.id}' holds a special token that this tokenizer cannot write as"
-                f" plain text: {error}; remove it from the text, or set data.parse_special_tokens=true"
-            ) from error
+            why = f"a special token that this tokenizer cannot write as plain text: {error}; remove it from the text"
+            say = f"the text of scenario '{scenario}' holds {why}, or set data.parse_special_tokens=true"
+            raise DataError(f"{key}: {say}") from error
         return [int(i) for i in ids]
 
     @cached_property
@@ -277,27 +255,23 @@ class PromptEncoder:
         return ids[: len(ids) - len(without) - appends_eos], appends_eos
 
     def _limit_lengths(self, scenarios: Sequence[Scenario], tokens: RaggedTokens, key: str) -> EncodedPrompts:
-        lengths, limit, everything = tokens.lengths, self.max_prompt_tokens, list(range(len(tokens)))
-        overlong = [] if limit is None else np.flatnonzero(lengths > limit).tolist()
-        if limit is None or not overlong:
-            return EncodedPrompts(tokens, everything)
+        lengths, limit = tokens.lengths, self.max_prompt_tokens
+        whole = EncodedPrompts(tokens, list(range(len(tokens))))
+        if limit is None or not (overlong := np.flatnonzero(lengths > limit).tolist()):
+            return whole
         if self.overlong_prompts == "truncate_left":
             cut = RaggedTokens.from_lists([prompt[-limit:] for prompt in tokens])
-            return EncodedPrompts(cut, everything, num_truncated=len(overlong))
+            return replace(whole, tokens=cut, num_truncated=len(overlong))
         if self.overlong_prompts == "error":
             shown = ", ".join(f"{scenarios[i].id} ({lengths[i]})" for i in overlong[:_IDS_SHOWN])
             more = f" and {len(overlong) - _IDS_SHOWN} more" if len(overlong) > _IDS_SHOWN else ""
-            raise DataError(
-                f"{key}: {len(overlong)} of {len(tokens)} prompts have more than data.max_prompt_tokens={limit} tokens:"
-                f" {shown}{more}; set data.overlong_prompts to drop or truncate_left or, if the model has room for"
-                f" them, data.max_prompt_tokens={lengths.max()}"
-            )
+            many = f"{len(overlong)} of {len(tokens)} prompts have more than data.max_prompt_tokens={limit} tokens"
+            say = f"or, if the model has room for them, data.max_prompt_tokens={lengths.max()}"
+            raise DataError(f"{key}: {many}: {shown}{more}; set data.overlong_prompts to drop or truncate_left {say}")
         kept = np.flatnonzero(lengths <= limit).tolist()
         if not kept:
-            raise DataError(
-                f"{key}: data.max_prompt_tokens={limit} drops all {len(tokens)} prompts; the shortest has"
-                f" {lengths.min()} tokens"
-            )
+            shortest = f"the shortest has {lengths.min()} tokens"
+            raise DataError(f"{key}: data.max_prompt_tokens={limit} drops all {len(tokens)} prompts; {shortest}")
         return EncodedPrompts(RaggedTokens.from_lists([tokens[i] for i in kept]), kept, num_dropped=len(overlong))
 
 
@@ -306,18 +280,11 @@ def first_row(tokenizer: PreTrainedTokenizerBase, scenario: Scenario, tokens: Se
     return f"{tokenizer.decode(tokens)!r:.400}, target {scenario.target!r:.100}"
 
 
-def _taken_prefill(messages: list[dict[str, str]]) -> str:
-    """The prefill of a conversation, which is taken out of it; empty if there is none."""
-    return messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""
-
-
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Tokens that must not be read out of a text: the special ones, and those that the chat template writes.
 
     The latter are added tokens that stand in the template's source; whitespace among them is ordinary text.
     """
     template = str(getattr(tokenizer, "chat_template", None) or "")
-    added = tokenizer.added_tokens_decoder.values()
-    return [
-        t.content for t in added if t.content and (t.special or (not t.content.isspace() and t.content in template))
-    ]
+    added = [token for token in tokenizer.added_tokens_decoder.values() if token.content]
+    return [t.content for t in added if t.special or (t.content.strip() and t.content in template)]

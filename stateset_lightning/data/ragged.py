@@ -36,11 +36,6 @@ class RaggedTokens:
         return cls(np.concatenate([part._flat for part in parts]), np.concatenate([part.lengths for part in parts]))
 
     @property
-    def known(self) -> "RaggedTokens":
-        """All of them; of a large split, the first: see `ServedPrompts`."""
-        return self
-
-    @property
     def longest(self) -> int:
         return int(self.lengths.max())
 

@@ -6,24 +6,33 @@ are reported together; a file that cannot be read at all is a `DataError` at onc
 pickle, and YAML is loaded safely.
 """
 
+import csv
+import io
 import json
+import re
+from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
-from stateset_lightning.data import content as contents
-from stateset_lightning.data.content import BOM, Content, check_file, read_content, unpacked
-from stateset_lightning.data.delimited import read_csv
-from stateset_lightning.data.rows import BadRow, LineRows, ListRows, Problem, Rows, are_rows, kind, reason_of, rows_in
+from stateset_lightning.data.content import Content, check_file, lines, read_content, unpacked
+from stateset_lightning.data.rows import BadRow, LineRows, Rows, are_rows, header_of, kind, listed, reason_of, rows_in
 from stateset_lightning.errors import DataError
 from stateset_lightning.files.yaml_text import load_yaml
 
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+_SAMPLE = 2**16  # bytes of a CSV file from which its delimiter is told
+
 TABLES = (".parquet", ".arrow", ".feather", ".xlsx")  # see `tables`
+
+# The default of 131,072 characters a cell refuses long documents. It is the module's, and not one thread's to set.
+csv.field_size_limit(2**31 - 1)
 
 _ONE_LINE = "an object has several lines; write each on one, for example with jq -c . FILE > rows.jsonl"
 
@@ -42,10 +51,8 @@ def read_file(path: Path, split: str = "train") -> Rows:
     check_file(path)
     suffix = unpacked(path).suffix.lower()
     if suffix not in READERS:
-        known = ", ".join([*READERS, *TABLES])
-        raise DataError(
-            f"{path}: unknown suffix '{path.suffix}'; scenarios are read from {known} (texts also .gz, .zst)"
-        )
+        known = f"scenarios are read from {', '.join([*READERS, *TABLES])} (texts also .gz, .zst)"
+        raise DataError(f"{path}: unknown suffix '{path.suffix}'; {known}")
     content = read_content(path)
     # In a large file, rows that are not UTF-8 are refused when they are read.
     if isinstance(content, bytes) and not _text(path, content).strip():
@@ -63,35 +70,18 @@ def _text(path: Path, content: Content) -> str:
 
 
 def _read_jsonl(path: Path, content: Content, split: str) -> Rows:
-    rows = LineRows(path, content, *_lines(content), _json_object)
-    if isinstance(content, bytes) and (len(rows) == 1 or isinstance(rows[0], Problem)):
+    starts, numbers = array("q"), array("q")
+    for number, (start, line) in enumerate(lines(content), start=1):
+        starts.append(start)
+        if line.decode(errors="replace").strip():
+            numbers.append(number)
+    if isinstance(content, bytes):
         _check_lines(path, _text(path, content))
-    return rows
-
-
-def _lines(content: Content) -> tuple[np.ndarray, np.ndarray]:
-    """Where the lines begin that are not blank, and where the last one ends; and their numbers."""
-    parts, doubtful, count, offset, follows = [], [], 0, 0, True
-    for block in contents.blocks(content):
-        # Only LF ends a line: U+2028 and others may stand inside a JSON string.
-        characters = np.frombuffer(block, np.uint8)
-        is_end = characters == ord("\n")
-        starts = np.flatnonzero(np.concatenate([[follows], is_end[:-1]]))
-        first = characters[starts]
-        # White space, or perhaps one that is not ASCII.
-        doubtful += (np.flatnonzero((first <= ord(" ")) | (first > 127)) + count).tolist()
-        parts.append(starts + offset)
-        follows, count, offset = bool(is_end[-1]), count + len(starts), offset + len(block)
-    starts = np.concatenate([*parts, [offset]])
-    starts[0] += len(BOM) * (content[: len(BOM)] == BOM)
-    ends = starts[1:]
-    blank = [i for i in doubtful if not content[int(starts[i]) : int(ends[i])].decode(errors="replace").strip()]
-    numbers = np.delete(np.arange(1, count + 1), blank)
-    return np.append(np.delete(starts[:-1], blank), offset), numbers
+    return LineRows(path, content, starts, numbers, _json_object)
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    row = json.loads(text.partition("\n")[0], object_pairs_hook=_without_repeats)
+    row = json.loads(text.partition("\n")[0], object_pairs_hook=_without_repeats)  # without blank lines behind it
     if not isinstance(row, dict):
         raise BadRow(f"a row must be a JSON object, not {kind(row)}")
     return row
@@ -118,6 +108,59 @@ def _check_lines(path: Path, text: str) -> None:
         raise DataError(f"{path}: {_ONE_LINE}")
 
 
+def _read_csv(usual: str, path: Path, content: Content, split: str) -> Rows:
+    """CSV, by whatever its cells are divided. Cells are text: a guess would make 7 of `007`."""
+    sample = content[:_SAMPLE].decode("utf-8-sig", errors="replace")
+    told = re.match(r"sep=(.)\r?\n", sample)  # Excel's
+    delimiter = told[1] if told else _delimiter(sample, usual)
+    starts, numbers = array("q"), array("q")
+
+    def decoded() -> Iterator[str]:
+        for start, text in lines(content):
+            starts.append(start)
+            yield text.decode(errors="replace")  # a row that is not UTF-8 is told when it is read
+
+    header: list[str] = []
+    line = skipped = int(told is not None)
+    reader = csv.reader(islice(decoded(), skipped, None), delimiter=delimiter, strict=True)
+    try:
+        for cells in reader:  # a quoted cell may span lines
+            if cells and header:
+                numbers.append(line + 1)
+            elif cells:
+                header = header_of(path, cells)
+            line = skipped + reader.line_num
+    except csv.Error as error:  # the reader cannot find the start of the next row
+        raise DataError(f"{path}:{line + 1}: malformed CSV: {error}; no row after it was read") from error
+    note = "" if delimiter == usual else f"{path}: its cells are divided by {_named(delimiter)}"
+    return LineRows(path, content, starts, numbers, partial(_csv_row, header, delimiter), note)
+
+
+def _csv_row(header: Sequence[str], delimiter: str, text: str) -> dict[str, Any]:
+    cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+    if len(cells) != len(header):
+        hint = f"; put cells that contain {_named(delimiter)} in quotes" if len(cells) > len(header) else ""
+        raise BadRow(f"{len(cells)} cells, but the header has {len(header)} ({listed(header)}){hint}")
+    return dict(zip(header, cells, strict=True))
+
+
+def _named(delimiter: str) -> str:
+    return _DELIMITERS.get(delimiter, repr(delimiter))
+
+
+def _delimiter(sample: str, usual: str) -> str:
+    """What divides the cells: the usual one, if all rows of the start of a file then have as many cells."""
+    tables = {}
+    for delimiter in (usual, *_DELIMITERS):
+        with suppress(csv.Error):
+            rows = [*filter(None, csv.reader(io.StringIO(sample, newline=""), delimiter=delimiter))]
+            # The last row may be cut.
+            tables[delimiter] = [len(row) for row in (rows[:-1] if len(sample) >= _SAMPLE // 4 else rows)[:20]]
+    several = {delimiter: widths for delimiter, widths in tables.items() if widths and widths[0] > 1}
+    even = [delimiter for delimiter, widths in several.items() if len(set(widths)) == 1]
+    return next(iter([*even, *several]), usual)
+
+
 def _read_json(path: Path, text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_without_repeats)
@@ -140,14 +183,14 @@ def _read_yaml(path: Path, text: str) -> Any:
 
 
 def _read_value(read: Callable[[Path, str], Any], path: Path, content: Content, split: str) -> Rows:
-    return ListRows(rows_in(read(path, _text(path, content)), str(path), split), str(path), len(content))
+    return rows_in(read(path, _text(path, content)), str(path), split, len(content))
 
 
 # How files are read, by suffix.
 READERS: dict[str, Callable[[Path, Content, str], Rows]] = {
     **dict.fromkeys((".jsonl", ".ndjson"), _read_jsonl),
     ".json": partial(_read_value, _read_json),
-    ".csv": lambda path, content, split: read_csv(path, content),
-    ".tsv": lambda path, content, split: read_csv(path, content, "\t"),
+    ".csv": partial(_read_csv, ","),
+    ".tsv": partial(_read_csv, "\t"),
     **dict.fromkeys((".yaml", ".yml"), partial(_read_value, _read_yaml)),
 }

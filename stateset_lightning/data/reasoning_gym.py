@@ -1,7 +1,5 @@
 """Procedural tasks of the `reasoning-gym` library -> raw rows (extra `gym`)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,9 +25,8 @@ def read_task(task: str, size: int, seed: int, options: Mapping[str, Any], place
 
     known = reasoning_gym.factory.DATASETS
     if task not in known or task == "composite":
-        raise ConfigError(
-            f"{place}: reasoning_gym={task!r} is no task of the library; it has: {', '.join(sorted(known))}"
-        )
+        has = ", ".join(sorted(known))
+        raise ConfigError(f"{place}: reasoning_gym={task!r} is no task of the library; it has: {has}")
     try:
         entries = reasoning_gym.create_dataset(task, **{**options, "size": size, "seed": seed * MAX_SIZE})
     except (AssertionError, TypeError, ValueError) as error:

@@ -38,7 +38,7 @@ class BadRow(ValueError):
 class RawRow:
     """One row before it is checked. `place` says where it stands, `number` counts the file's rows from 1."""
 
-    columns: dict[str, Any]
+    columns: Mapping[str, Any]
     place: str
     number: int
 
@@ -62,7 +62,6 @@ class ListRows:
     origin: str
     num_bytes: int = 0
     note: str = ""
-    end = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -75,7 +74,7 @@ class ListRows:
 
     def row(self, number: int, item: Any) -> RawRow | Problem:
         place = f"{self.origin} item {number}"
-        if not isinstance(item, dict):
+        if not isinstance(item, Mapping):
             return Problem(place, f"a row must be a mapping of columns, not {kind(item)}")
         if unnamed := [name for name in item if not isinstance(name, str)]:
             return Problem(place, f"column names must be strings, not {unnamed[0]!r}; put it in quotes")
@@ -87,27 +86,25 @@ class ListRows:
         return sha256(repr([len(self), *(self.items[i] for i in spread)]).encode(errors="replace")).hexdigest()[:16]
 
 
-@dataclass(slots=True)
-class LineRows:
+@dataclass
+class LineRows(Sequence[RawRow | Problem]):
     """The rows of a text of which each begins on a line of its own.
 
     Args:
         origin: The file.
         content: Its bytes.
-        starts: Where each row begins, and where the last one ends, int64 [rows + 1].
+        starts: Where each line begins.
         lines: The line that each row begins on, from 1.
         parse: Makes columns of a row's text; a ValueError says why it cannot.
         note: What the user should know about how the file is read.
-        end: Why no row after these can be read, if so.
     """
 
     origin: Path
     content: Content
-    starts: Any
-    lines: Any
+    starts: Sequence[int]
+    lines: Sequence[int]
     parse: Callable[[str], dict[str, Any]]
     note: str = ""
-    end: Problem | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -116,20 +113,16 @@ class LineRows:
     def __len__(self) -> int:
         return len(self.lines)
 
-    def __getitem__(self, index: int) -> RawRow | Problem:
+    def __getitem__(self, index: Any) -> Any:
         place = f"{self.origin}:{self.lines[index]}"
-        row = self.content[int(self.starts[index]) : int(self.starts[index + 1])]
+        end = self.starts[self.lines[index + 1] - 1] if index + 1 < len(self) else len(self.content)
+        row = self.content[self.starts[self.lines[index] - 1] : end]
         try:
             return RawRow(self.parse(row.decode()), place, index + 1)
         except UnicodeDecodeError as error:
             return Problem(place, f"not valid UTF-8 (byte 0x{row[error.start]:02x}); save the file as UTF-8")
         except (ValueError, RecursionError) as error:
             return Problem(place, reason_of(error))
-
-    def __iter__(self) -> Iterator[RawRow | Problem]:
-        yield from map(self.__getitem__, range(len(self)))
-        if self.end:
-            yield self.end
 
     def digest(self) -> str:
         return contents.digest(self.content)
@@ -185,15 +178,15 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join([*first[:MAX_PROBLEMS_SHOWN], *(["..."] if len(first) > MAX_PROBLEMS_SHOWN else [])]) or "none"
 
 
-def rows_in(value: Any, origin: str, split: str) -> list[Any]:
-    """The list of rows that a value is, or holds.
+def rows_in(value: Any, origin: str, split: str, num_bytes: int = 0) -> ListRows:
+    """The list of rows that a value is, or holds; it was read from so many bytes.
 
     Raises:
         DataError: If there is none, or none for this split.
     """
     found = unwrapped(value, origin, split)
     if isinstance(found, list):
-        return found
+        return ListRows(found, origin, num_bytes)
     keys = f" with the keys {', '.join(map(str, list(value)[:5]))}" if isinstance(value, Mapping) else ""
     raise DataError(f"{origin}: must hold a list of rows, not {kind(value)}{keys}; put the rows in a list")
 
@@ -204,9 +197,8 @@ def split_in(names: Collection[Any], origin: str, split: str) -> str:
     Raises:
         DataError: If there are none.
     """
-    for name in SPLIT_NAMES[split]:
-        if name in names:
-            return name
+    if found := [name for name in SPLIT_NAMES[split] if name in names]:
+        return found[0]
     has = f"has the splits {listed(map(str, names))}, and none for data.{split}"
     raise DataError(f"{origin}: {has}; write those rows to a file of their own")
 

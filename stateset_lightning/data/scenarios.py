@@ -10,11 +10,11 @@ import datetime
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count
 from typing import Any
 
-from stateset_lightning.data.rows import BadRow, Problem, RawRow, kind
+from stateset_lightning.data.rows import BadRow, Problem, RawRow, Rows, kind
 from stateset_lightning.data.shapes import QUESTION_COLUMNS, Shape
 from stateset_lightning.data.templates import is_template, lost_of
 from stateset_lightning.files.yaml_text import MAX_DIGITS
@@ -33,30 +33,38 @@ _ROLES = {
 _CONTEXT = "'context', which goes into the system turn unless data.fields.context=null,"
 
 
-def to_scenarios(
-    rows: Iterable[RawRow | Problem], shape: Shape, label: str, rewards: Sequence[str] | None = None
-) -> tuple[list[tuple[Scenario, str]], list[Problem]]:
-    """The scenarios of the rows, each with its place, and the problems of the rows that cannot be used.
+@dataclass(frozen=True)
+class Part:
+    """The rows of one file or list, and how scenarios are made of them.
 
     Args:
-        rows: Rows of one file or list, and what is known of those that cannot be read.
+        rows: The rows, and what is known of those that cannot be read.
         shape: How they are read.
         label: Rows without an id get `<label>:<row number>`.
         rewards: Names of the reward functions for rows that do not name their own.
     """
-    scenarios: list[tuple[Scenario, str]] = []
-    problems: list[Problem] = []
-    for row in rows:
-        try:
-            scenarios += [(scenario, row.place) for scenario in _row_scenarios(row, shape, label, rewards)]
-        except BadRow as bad:
-            problems.append(Problem(row.place, str(bad)))
-    return scenarios, problems
+
+    rows: Rows
+    shape: Shape
+    label: str
+    rewards: Sequence[str] | None = None
+
+    def scenarios(self, readings: Iterable[RawRow | Problem]) -> tuple[list[tuple[Scenario, str]], list[Problem]]:
+        """The scenarios of some of the rows, each with its place, and the problems of those that cannot be used."""
+        scenarios: list[tuple[Scenario, str]] = []
+        problems: list[Problem] = []
+        for row in readings:
+            try:
+                scenarios += [(scenario, row.place) for scenario in _row_scenarios(row, self)]
+            except BadRow as bad:
+                problems.append(Problem(row.place, str(bad)))
+        return scenarios, problems
 
 
-def _row_scenarios(row: RawRow | Problem, shape: Shape, label: str, rewards: Sequence[str] | None) -> list[Scenario]:
+def _row_scenarios(row: RawRow | Problem, part: Part) -> list[Scenario]:
     if isinstance(row, Problem):
         raise BadRow(row.reason)
+    shape = part.shape
     for column in row.columns.items():
         _check_values(*column)  # before a template writes one out
     if (columns := shape.columns(row)) is None:
@@ -65,12 +73,12 @@ def _row_scenarios(row: RawRow | Problem, shape: Shape, label: str, rewards: Seq
         if value is not row.columns.get(name):
             _check_values(name, value)
         columns[name] = value if isinstance(value, str) else _plain(value)
-    columns["id"] = _checked_id(columns.get("id"), f"{label}:{row.number}")
+    columns["id"] = _checked_id(columns.get("id"), f"{part.label}:{row.number}")
     columns["context"] = _checked_text(_CONTEXT, columns["context"]) if columns.get("context") else None
     topic = columns.get("topic")
     topic = ", ".join(map(str, topic)) if isinstance(topic, list) else topic
     columns["topic"] = None if topic in (None, "") else str(topic)
-    columns["rewards"] = _checked_rewards(columns["rewards"]) if columns.get("rewards") is not None else rewards
+    columns["rewards"] = _checked_rewards(columns["rewards"]) if columns.get("rewards") is not None else part.rewards
     columns["target"] = _checked_target(columns.get("target"), shape)
     if (source := shape.target_column) and not isinstance(columns.get(source), str | Mapping):
         columns[source] = columns["target"]
@@ -84,8 +92,7 @@ def _row_scenarios(row: RawRow | Problem, shape: Shape, label: str, rewards: Seq
         found = " and ".join(f"'{name}'" for name in given) or "none of them"
         choose = f"; choose one: data.format={given[0]} or data.fields.{given[0]}=null" if given else ""
         raise BadRow(f"needs exactly one of 'prompt', 'messages' and 'user_responses', but has {found}{choose}")
-    responses = columns.pop("user_responses", None)
-    if responses is not None:
+    if (responses := columns.pop("user_responses", None)) is not None:
         prompts = enumerate(_checked_texts("user_responses", responses))
         return [Scenario.model_validate({**columns, "id": f"{columns['id']}/{i}", "prompt": p}) for i, p in prompts]
     if given == ["messages"]:
@@ -126,24 +133,20 @@ def _checked_target(value: object, shape: Shape) -> Any:
     except ValueError as error:
         source = shape.sources.get("target") or "target"
         inner = f"={source}.{next(iter(value), '')}" if isinstance(value, Mapping) and value else ""
-        raise BadRow(
-            f"the target {error}; it must be text, a number, true/false or a list of these: data.fields.target{inner}"
-            " takes a part of it (a dotted path), data.fields.target=null none"
-        ) from error
+        takes = f"data.fields.target{inner} takes a part of it (a dotted path), data.fields.target=null none"
+        raise BadRow(f"the target {error}; give text, a number, true/false or a list of such: {takes}") from error
 
 
 def _refuse_media(columns: Mapping[str, Any], shape: Shape) -> None:
     """No row with an image, a sound or a video is trained without it, unless `data.fields` sets its column to null."""
     for name, value in columns.items():
-        is_named = _MEDIA_COLUMN(name) is not None
-        if not value or name in shape.options.chosen or (isinstance(value, str) and not is_named):
+        if not value or name in shape.options.chosen:
             continue
         item = value[0] if isinstance(value, list) else value
         is_media = isinstance(item, Mapping) and ({"bytes", "path"} <= item.keys() or "sampling_rate" in item)
-        if is_named and isinstance(item, str):
-            texts = [columns.get("prompt") or "", *(turn.content for turn in columns.get("messages") or ())]
-            is_media = bool(_MEDIA_FILE.match(item)) or any(re.search("<(image|video|audio)>", text) for text in texts)
-        if is_media or (is_named and not isinstance(item, str | int | float)):
+        if _MEDIA_COLUMN(name):
+            is_media = bool(_MEDIA_FILE.match(value)) if isinstance(value, str) else not isinstance(value, int | float)
+        if is_media:
             raise BadRow(f"'{name}' holds what no model sees: {_NO_MEDIA}, or data.fields.{name}=null to train without")
 
 
@@ -170,10 +173,9 @@ def _check_values(name: str, value: object) -> None:
         return  # quickly: nearly all are such
     what = f"the {repr(name)[1:-1]} holds"
     left: list[tuple[object, int]] = [(name, 0), (value, 0)]
-    for seen in count():
-        if not left:
-            return
-        item, depth = left.pop()
+    seen = 0
+    while left:
+        (item, depth), seen = left.pop(), seen + 1
         if seen > MAX_VALUES or depth > MAX_DEPTH:
             raise BadRow(f"{what} more than {MAX_VALUES:,} values, or is nested more than {MAX_DEPTH} deep")
         if isinstance(item, str) and (half := None if item.isascii() else re.search("[\ud800-\udfff]", item)):
@@ -188,12 +190,17 @@ def _check_values(name: str, value: object) -> None:
             left += [(part, depth + 1) for part in item]
 
 
-def _checked_texts(name: str, value: object) -> list[str]:
+def _checked_list(name: str, items: str, value: object) -> Sequence[Any]:
     if not isinstance(value, list | tuple):
-        raise BadRow(f"'{name}' must be a list of texts, not {kind(value)}")
+        raise BadRow(f"'{name}' must be a list of {items}, not {kind(value)}")
     if not value:
         raise BadRow(f"'{name}' is an empty list")
-    return [_checked_text(f"item {number} of '{name}'", text) for number, text in enumerate(value, start=1)]
+    return value
+
+
+def _checked_texts(name: str, value: object) -> list[str]:
+    texts = enumerate(_checked_list(name, "texts", value), start=1)
+    return [_checked_text(f"item {number} of '{name}'", text) for number, text in texts]
 
 
 def _checked_rewards(value: object) -> list[str]:
@@ -206,12 +213,9 @@ def _checked_rewards(value: object) -> list[str]:
 
 def _conversation(columns: dict[str, Any], shape: Shape) -> tuple[Turn, ...]:
     """The turns that are answered. A last one of the assistant is the target, a prefill or refused."""
-    messages, final = columns["messages"], shape.options.final_assistant_turn
-    if not isinstance(messages, list | tuple):
-        raise BadRow(f"'messages' must be a list of {{role, content}}, not {kind(messages)}")
-    if not messages:
-        raise BadRow("'messages' is an empty list")
-    turns = [_checked_turn(number, message) for number, message in enumerate(messages, start=1)]
+    final, messages = shape.options.final_assistant_turn, columns["messages"]
+    listed = enumerate(_checked_list("messages", "{role, content}", messages), start=1)
+    turns = [_checked_turn(number, message) for number, message in listed]
     begun: list[Turn] = []
     if len(turns) > 1 and turns[-1].role == "assistant" and final != "error":
         answer = turns.pop().content
@@ -224,10 +228,8 @@ def _conversation(columns: dict[str, Any], shape: Shape) -> tuple[Turn, ...]:
         else:
             shape.counts["the last turn, the assistant's, is left out: a column is the target"] += 1
     if turns[-1].role != "user":
-        raise BadRow(
-            f"the last message must be the user's, not the {turns[-1].role}'s; the model answers it"
-            f"{' (data.final_assistant_turn=target or prefill)' if final == 'error' else ''}"
-        )
+        remedy = " (data.final_assistant_turn=target or prefill)" if final == "error" else ""
+        raise BadRow(f"the last message must be the user's, not the {turns[-1].role}'s; the model answers it{remedy}")
     _checked_text("the last message", turns[-1].content)
     return (*turns, *begun)
 
@@ -238,9 +240,8 @@ def _checked_turn(number: int, message: object) -> Turn:
         return message
     names = ("from", "value") if isinstance(message, Mapping) and "from" in message else ("role", "content")
     if not isinstance(message, Mapping) or not {*names} <= message.keys():
-        found = kind(message)
-        if isinstance(message, Mapping):
-            found = f"a mapping with {', '.join(map(str, message)) or 'nothing'}"
+        keys = f"a mapping with {', '.join(map(str, message)) or 'nothing'}" if isinstance(message, Mapping) else ""
+        found = keys or kind(message)
         raise BadRow(f"message {number} must have 'role' and 'content' (or 'from' and 'value'), but is {found}")
     if lost := next((name for name in ("tool_calls", "function_call", "images", "audio") if message.get(name)), None):
         raise BadRow(f"message {number} holds '{lost}', which would be lost: {_NO_MEDIA}")
@@ -248,11 +249,11 @@ def _checked_turn(number: int, message: object) -> Turn:
     if not isinstance(role, str) or (known := _ROLES.get(role.lower())) is None:
         raise BadRow(f"message {number} has the role {role!r}; the roles are {', '.join(_ROLES)}")
     if isinstance(content, list | tuple):
-        parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
-        kinds = [part["type"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("type"), str)]
-        if media := [name for name in kinds if name not in ("text", "input_text", "output_text")]:
+        parts = [part if isinstance(part, Mapping) else {"text": part} for part in content]
+        kinds = [each for part in parts if isinstance(each := part.get("type"), str)]
+        if media := [each for each in kinds if each not in ("text", "input_text", "output_text")]:
             raise BadRow(f"message {number} holds {media[0]!r:.40}: {_NO_MEDIA}")
-        if parts and len(kinds) == len(parts) and all(isinstance(part.get("text"), str) for part in parts):
+        if parts and all(isinstance(part.get("text"), str) for part in parts):
             content = "".join(part["text"] for part in parts)
     if not isinstance(content, str):
         raise BadRow(f"the content of message {number} must be text, not {kind(content)}")

@@ -53,7 +53,6 @@ _ALIASES = {
 _INDEX = (
     "label correct_answer_id correct_answer answer_index answer_idx correct_option correct_index gold answerkey answer"
 )
-_TARGETS = (*_ALIASES["target"].split(), "label", "gold")
 _TEMPLATES = {"prompt": "prompt_template", "context": "system_template"}
 _NULLS = (None, "null")  # a flag's null is text: --data.fields.messages=null
 
@@ -102,6 +101,11 @@ class RowOptions:
             if columns.get(name) not in _NULLS and getattr(self, option) is not None:
                 raise ConfigError(f"data.{option} and data.fields.{name} are both given; leave one of them out")
 
+    def key(self, ours: str) -> str:
+        """The option that says where `ours` comes from."""
+        option = _TEMPLATES.get(ours)
+        return option if option and getattr(self, option) is not None else f"fields.{ours}"
+
     def of(self, said: Mapping[str, Any]) -> "RowOptions":
         """Those among what is `said` (of a source, say), if it has any; else these."""
         own = {each.name: value for each in fields(self) if (value := said.get(each.name)) is not None}
@@ -111,20 +115,18 @@ class RowOptions:
     def chosen(self) -> dict[str, str | None]:
         """What the user chose: our name -> a path, a template, or None."""
         given = {name: text for name, option in _TEMPLATES.items() if (text := getattr(self, option)) is not None}
+        sources = {**(self.fields or {}), **given}
         # On a command line, the shell leaves `\n` as it is. In LaTeX a small letter follows (`\nu`).
-        written = {name: re.sub(r"\\n(?![a-z])", "\n", str(text)) for name, text in given.items()}
-        sources = {**(self.fields or {}), **written}
-        return {name: None if text in _NULLS else str(text) for name, text in sources.items()}
+        written = {name: re.sub(r"\\n(?![a-z])", "\n", str(text)) for name, text in sources.items()}
+        return {name: None if sources[name] in _NULLS else text for name, text in written.items()}
 
     @cached_property
     def _function(self) -> Callable[..., Any] | None:
         try:
             return pkgutil.resolve_name(self.row) if isinstance(self.row, str) else self.row
         except Exception as error:  # a user's module may raise anything
-            why = f"{type(error).__name__}: {one_line(error)}"
-            raise ConfigError(
-                f"data.row={self.row}: no function (my_module.to_scenario) can be imported: {why}"
-            ) from error
+            why = f"no function (my_module.to_scenario) can be imported: {type(error).__name__}: {one_line(error)}"
+            raise ConfigError(f"data.row={self.row}: {why}") from error
 
     def columns(self, row: RawRow) -> Mapping[str, Any] | None:
         """The columns of a row; None if the user's function leaves it out.
@@ -152,7 +154,7 @@ class Shape:
         sources: Our name -> a column, a dotted path, a template, or None: there is none.
         present: The columns that the file has.
         options: What the user said.
-        needs_target: Whether a target that the user chose must be there.
+        required: Those of our names that the user chose and that must be there.
         counts: What was done to how many rows, in words; grows as rows are read.
     """
 
@@ -160,7 +162,7 @@ class Shape:
     sources: Mapping[str, str | None]
     present: Sequence[str]
     options: RowOptions
-    needs_target: bool
+    required: Sequence[str]
     counts: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -169,7 +171,8 @@ class Shape:
         source = self.sources.get("target")
         if source is None or source in self.present or not is_template(source):
             return source if source in self.present else None
-        named = [name for name in columns_of(source, "fields.target") if name.lower() in _TARGETS]
+        targets = f"{_ALIASES['target']} {_INDEX}".split()
+        named = [name for name in columns_of(source, "fields.target") if name.lower() in targets]
         return named[0] if len(named) == 1 else None
 
     def columns(self, row: RawRow) -> dict[str, Any] | None:
@@ -195,17 +198,16 @@ class Shape:
     def _value(self, ours: str, theirs: str | None, given: Mapping[str, Any]) -> Any:
         if theirs is None or theirs in given:  # most are
             return None if theirs is None else given[theirs]
-        is_chosen = ours in self.options.chosen
         if is_template(theirs):
             # A column of other rows may be missing here; for the user's own template that is an error.
-            columns = given if is_chosen else {**dict.fromkeys(self.present), **given}
+            columns = given if ours in self.required else {**dict.fromkeys(self.present), **given}
             try:
                 return compiled(theirs).render({"row": given, **columns}).strip() or (None if ours == "target" else "")
             except Exception as error:  # a template may ask anything of a value
                 raise BadRow(f"the template of the {ours}: {one_line(error)}; the row has: {listed(given)}") from error
         if (found := at_path(given, theirs)) is not ABSENT:
             return found
-        if is_chosen and (ours != "target" or self.needs_target):
+        if ours in self.required:
             raise BadRow(f"no column '{theirs}' (data.fields.{ours}); the row has: {listed(given)}")
         return None
 
@@ -225,56 +227,52 @@ def recognise(sample: Sequence[RawRow], options: RowOptions, origin: str, needs_
     # What each column holds, in some row.
     example: dict[str, Any] = {name: None for row in rows for name in row}
     example |= {name: value for row in reversed(rows) for name, value in row.items() if not templates.is_empty(value)}
-    for ours, theirs in options.chosen.items():
-        for name in _named(ours, theirs, example) if rows and (ours != "target" or needs_target) else ():
+    required = [ours for ours in options.chosen if needs_target or ours != "target"]
+    for ours in required if rows else ():
+        for name in _named(ours, options, example):
             if all(at_path(row, name) is ABSENT for row in rows):
-                option = _TEMPLATES.get(ours, "")
-                key = f"fields.{ours}" if getattr(options, option, None) is None else option
-                absent = f"data.{key} names the column '{name}', which is not there"
+                absent = f"data.{options.key(ours)} names the column '{name}', which is not there"
                 raise DataError(f"{origin}: {absent}; it has: {_described(example)}")
     name, sources = _recognised(example, options, origin) if rows else ("prompt", {})
-    return Shape(name, {**sources, **options.chosen}, list(example), options, needs_target)
+    return Shape(name, {**sources, **options.chosen}, list(example), options, required)
 
 
 def _recognised(example: Mapping[str, Any], options: RowOptions, origin: str) -> tuple[str, dict[str, str | None]]:
     """A shape's name, and what it takes for what."""
     present = [name for name in example if options.chosen.get(name, name) is not None]
-    columns = {templates.normal(name): name for name in present}
-    columns |= {name: name for name in present}
-    for ours, names in _ALIASES.items():
-        if found := next((columns[name] for name in names.split() if name in columns), None):
-            columns[ours] = found
+    columns = {templates.normal(name): name for name in present} | {name: name for name in present}
+    told = [(ours, name) for ours, names in _ALIASES.items() for name in reversed(names.split()) if name in columns]
+    columns |= {ours: columns[name] for ours, name in told}
     target, system = columns.get("target"), columns.get("system")
     sources: dict[str, str | None] = {**dict.fromkeys(QUESTION_COLUMNS), "target": target}
     sources["context"] = columns.get("context", system)
     if any(options.chosen.get(ours) for ours in QUESTION_COLUMNS):
-        if columns.get("context") in _named("prompt", options.chosen.get("prompt"), example):
+        if columns.get("context") in _named("prompt", options, example):
             sources["context"] = system  # the template has the other
         return "fields", sources
+    is_named = options.format in _NEEDED
     known = [name for name, needed in _NEEDED.items() if columns.keys() >= {*needed}]
-    if options.format in _NEEDED:
-        known = [options.format] if options.format in known else []
-    elif known[:1] == ["messages"] and "qa" in known and target:  # beside its conversation (NuminaMath)
-        known = ["qa"]
+    known = [name for name in known if name == options.format or not is_named]
     if not known:
         raise _unsure(example, options, origin)
-    name = known[0]
+    # A question may stand beside its conversation (NuminaMath).
+    name = read_as = "qa" if known[0] == "messages" and "qa" in known and target else known[0]
     label = example.get(columns.get("label", ""))
     is_judged = isinstance(label, bool | str) and str(label).lower() in ("true", "false")
     parts = [asked := columns[_NEEDED[name][0]]]
     if name in ("alpaca", "qa"):
         passage, choices = columns.get("passage"), columns.get("choices")
-        which = [columns[each] for each in _INDEX.split() if each in columns]
-        which = [each for each in which if templates.is_label(example[each])]
+        labels = [columns[each] for each in _INDEX.split() if each in columns]
+        which = next((each for each in labels if templates.is_label(example[each])), None)
         answers = columns.get("answers", "")
         if which and choices is None and isinstance(example.get(answers), list):  # ReClor
-            choices, target = answers, which[0]
-        target = target or next(iter(which), None)
+            choices, target = answers, which
+        target = target or which
         if target and isinstance(example.get(choices or ""), list | Mapping) and not isinstance(example[target], list):
             sources["target"] = f"{{{{ {templates.reference(target)} | letter({templates.reference(str(choices))}) }}}}"
         parts = [each for each in (passage, asked, choices) if each]
         sources |= {"prompt": templates.joined(parts, example) if len(parts) > 1 else asked, "context": system}
-    elif options.format not in _NEEDED and name in QUESTION_COLUMNS:
+    elif name in QUESTION_COLUMNS and not is_named:
         sources |= {ours: columns.get(ours) for ours in QUESTION_COLUMNS}  # a row has one of them
     else:
         sources["messages" if name in ("messages", "openai", "sharegpt") else "prompt"] = asked
@@ -282,36 +280,30 @@ def _recognised(example: Mapping[str, Any], options: RowOptions, origin: str) ->
         sources["target"] = f"{columns['reward_model']}.ground_truth"
     elif name == "preference" or is_judged:  # TRL's unpaired one
         name, sources["target"] = "preference", "target" if "target" in example else None
-    if options.format not in _NEEDED:
-        used = {*parts, *(theirs for ours, theirs in sources.items() if theirs and ours != "target")}
-        _check_whole(known[0], parts, used, present, example, origin)
+    used = {*parts, *(theirs for ours, theirs in sources.items() if theirs and ours != "target")}
+    left = [each for each in present if templates.is_part(each) or (read_as == "qa" and each == "text")]
+    lost = templates.lost_of([each for each in left if each not in used], [*used], example)
+    if lost and not is_named:
+        raise _incomplete(read_as, [each for each in present if each in [*parts, *lost]], lost, example, origin)
     return name, sources
 
 
-def _check_whole(
-    name: str, parts: Sequence[str], used: set[str], present: Sequence[str], example: Mapping[str, Any], origin: str
-) -> None:
-    """The columns that are used leave out nothing of the question.
-
-    Raises:
-        DataError: If they do; it proposes a template with it.
-    """
-    left = [each for each in present if templates.is_part(each) or (name == "qa" and each == "text")]
-    if lost := templates.lost_of([each for each in left if each not in used], [*used], example):
-        proposed = [f"--data.format={name} (without {listed(lost)})"]
-        with suppress(ValueError):
-            template = templates.joined([each for each in present if each in [*parts, *lost]], example)
-            templates.compiled(template).render({"row": example, **example})
-            proposed = ["--data.prompt_template='{}'".format(template.replace("\n", "\\n")), *proposed]
-        what = f"read as {name}, the prompt would be without {listed(lost)}; it has: {_described(example)}"
-        raise DataError(f"{origin}: {what}. Say which columns it is made of: {' or '.join(proposed)}")
+def _incomplete(name: str, whole: list[str], lost: list[str], example: Mapping[str, Any], origin: str) -> DataError:
+    """The error where columns of a question would be left out; it proposes a template of the `whole`."""
+    proposed = [f"--data.format={name} (without {listed(lost)})"]
+    with suppress(ValueError):
+        template = templates.joined(whole, example)
+        compiled(template).render({"row": example, **example})
+        proposed = ["--data.prompt_template='{}'".format(template.replace("\n", "\\n")), *proposed]
+    what = f"read as {name}, the prompt would be without {listed(lost)}; it has: {_described(example)}"
+    return DataError(f"{origin}: {what}. Say which columns it is made of: {' or '.join(proposed)}")
 
 
-def _named(ours: str, theirs: str | None, example: Mapping[str, Any]) -> list[str]:
-    """The columns or paths that a source names."""
-    if theirs is None or theirs in example or not is_template(theirs):
-        return [] if theirs is None else [theirs]
-    return columns_of(theirs, _TEMPLATES.get(ours, f"fields.{ours}"))
+def _named(ours: str, options: RowOptions, example: Mapping[str, Any]) -> list[str]:
+    """The columns or paths that the user named for `ours`."""
+    if (theirs := options.chosen.get(ours)) is None:
+        return []
+    return columns_of(theirs, options.key(ours)) if is_template(theirs) and theirs not in example else [theirs]
 
 
 def _described(example: Mapping[str, Any]) -> str:

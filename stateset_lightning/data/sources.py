@@ -24,8 +24,8 @@ from stateset_lightning.data.ragged import garbage_collection_paused
 from stateset_lightning.data.reading import READERS, TABLES, read_file
 from stateset_lightning.data.reasoning_gym import MAX_SEED, MAX_SIZE, read_task
 from stateset_lightning.data.rows import ListRows, Problem, RawRow, Rows, is_stream, is_table, raise_problems
-from stateset_lightning.data.scenario_set import ScenarioSet
-from stateset_lightning.data.served import Part, ServedScenarios, spare_texts
+from stateset_lightning.data.scenario_set import ScenarioSet, ServedScenarios, spare_texts
+from stateset_lightning.data.scenarios import Part
 from stateset_lightning.data.shapes import QUESTION_COLUMNS, RowOptions, recognise
 from stateset_lightning.data.tables import is_saved, read_table, rows_of
 from stateset_lightning.errors import ConfigError, DataError, check_bounds
@@ -70,7 +70,6 @@ class Source(RowOptions):
 # The rows of one file or list: the index of their source, what begins their ids, and what does instead where others
 # begin so, too, and the source has no name.
 _Found = tuple[int, Rows, str, str]
-_Read = list[RawRow | Problem]
 
 _ORIGINS = ("path", "rows", "reasoning_gym")
 SplitSpec = str | os.PathLike[str] | Sequence[Source | Mapping[str, Any]]
@@ -97,26 +96,32 @@ def read_split(
     key = f"data.{split}"
     sources = _as_sources(spec, key)
     options = options if isinstance(options, RowOptions) else RowOptions(fields=options)
+    parts: list[Part] = []
+    checked: list[tuple[Scenario, str]] = []
+    problems: list[Problem] = []
+    sizes: list[int] = []
     with garbage_collection_paused():
         read = [(i, source) for i, source in enumerate(sources) if first is None or _is_quick(source, key)]
         lists = [found for i, source in read for found in _row_lists(source, i, len(sources), split)]
-        sizes = [len(rows) for _, rows, *_ in lists]
+        stems = Counter(stem for *_, stem, _ in lists)
         size = sum(rows.num_bytes for _, rows, *_ in lists)
-        is_large = sum(sizes) > content.LARGE_ROWS or size > content.LARGE_BYTES
-        # Each row is read once, for the shape and for the scenarios; of a large split the first ones are.
-        readings = [list(islice(rows, content.SAMPLE if is_large else None)) for _, rows, *_ in lists]
-        parts = _parts(lists, readings, sources, options, split)
-        checked: list[tuple[Scenario, str]] = []
-        problems: list[Problem] = []
-        cut = f", the first {first:,} rows of each file" if first and max(sizes, default=0) > first else ""
-        for i, part in enumerate(parts):
-            scenarios, bad = part.scenarios(readings[i] if is_large else readings[i][:first])
+        is_large = sum(len(rows) for _, rows, *_ in lists) > content.LARGE_ROWS or size > content.LARGE_BYTES
+        for index, rows, stem, path in lists:
+            # Each row is read once, for the shape and for the scenarios; of a large split the first ones are.
+            source, readings = sources[index], list(islice(rows, content.SAMPLE if is_large else None))
+            if not readings:
+                raise DataError(f"{rows.origin} has no rows; give at least one scenario")
+            said = RowOptions(format="prompt") if source.reasoning_gym else options.of(vars(source))
+            sample = [row for row in readings if isinstance(row, RawRow)]
+            shape = recognise(sample, said, str(rows.origin), needs_target=split != "predict")
+            part = Part(rows, shape, stem if stems[stem] == 1 else source.name or path, source.rewards)
+            scenarios, bad = part.scenarios(readings if is_large else readings[:first])
+            parts.append(part)
             checked += scenarios
             problems += bad
-            if is_large and part.rows.end:
-                problems.append(part.rows.end)
-            sizes[i] = sizes[i] if is_large else len(scenarios)
-        raise_problems(f"{key}{cut}", [*problems, *_repeated_ids(checked)])
+            sizes.append(len(rows) if is_large else len(scenarios))
+    cut = f", the first {first:,} rows of each file" if first and any(len(part.rows) > first for part in parts) else ""
+    raise_problems(f"{key}{cut}", [*problems, *_repeated_ids(checked)])
     if parts and not checked:
         raise DataError(f"{key}: data.row leaves out every row")
     found: Sequence[Scenario] = [scenario for scenario, _ in checked]
@@ -126,51 +131,28 @@ def read_split(
         notes.append(f"{count:,} of {len(found):,} scenarios have no target")
     if is_large:
         found = ServedScenarios(parts, key)
-        what = "bad rows, rows of one id and overlong prompts among the others are found when they are served"
-        notes.append(
-            f"the rows are read as they are needed, and the first {content.SAMPLE:,} of a file checked now: {what}"
-        )
+        checked_now = f"the rows are read as they are needed, and the first {content.SAMPLE:,} of a file checked now"
+        later = "bad rows, rows of one id and overlong prompts among the others are found when they are served"
+        notes.append(f"{checked_now}: {later}")
     weights = None if sources[0].weight is None else [source.weight or 0.0 for source in sources]
     names = [s.name or s.path or s.reasoning_gym or f"{key} item {i}" for i, s in enumerate(sources, start=1)]
     return ScenarioSet(found, np.repeat([i for i, *_ in lists], sizes), names, weights, notes)
 
 
-def _parts(
-    lists: Sequence[_Found], readings: Sequence[_Read], sources: Sequence[Source], options: RowOptions, split: str
-) -> list[Part]:
-    """The rows with their shape, which the readings of each decide, and what begins their ids."""
-    stems = Counter(stem for *_, stem, _ in lists)
-    parts = []
-    for (index, rows, stem, path), read in zip(lists, readings, strict=True):
-        source = sources[index]
-        if not len(rows) and not rows.end:
-            raise DataError(f"{rows.origin} has no rows; give at least one scenario")
-        said = RowOptions(format="prompt") if source.reasoning_gym else options.of(vars(source))
-        sample = [row for row in read if isinstance(row, RawRow)]
-        shape = recognise(sample, said, str(rows.origin), needs_target=split != "predict")
-        parts.append(Part(rows, shape, stem if stems[stem] == 1 else source.name or path, source.rewards))
-    return parts
-
-
 def _as_sources(spec: SplitSpec, key: str) -> list[Source]:
     """The sources that a split's value stands for. A mapping without any of _ORIGINS, or with a prompt, is a row."""
-    if isinstance(spec, str | os.PathLike):
-        return [Source(path=os.fspath(spec))]
-    if is_table(spec) or isinstance(spec, Mapping):
+    if isinstance(spec, Mapping) or is_table(spec):
         return [Source(rows=spec)]  # type: ignore[arg-type]
-    if not isinstance(spec, Sequence):
-        raise ConfigError(
-            f"{key} must be a path, a hub id, a list of rows or a list of sources, not {type(spec).__name__}"
-        )
-    if not spec:
+    paths = [spec] if isinstance(spec, str | os.PathLike) else spec
+    if not isinstance(paths, Sequence):
+        what = "a path, a hub id, a list of rows or a list of sources"
+        raise ConfigError(f"{key} must be {what}, not {type(spec).__name__}")
+    if not paths:
         raise DataError(f"{key} is an empty list; give at least one scenario or source")
-    items: list[Any] = list(spec)
-    if all(isinstance(item, str | os.PathLike) for item in items):
-        return [Source(path=os.fspath(item)) for item in items]
-    are_sources = [isinstance(item, Source) or (isinstance(item, Mapping) and _is_source(item)) for item in items]
+    items: list[Any] = [{"path": os.fspath(p)} if isinstance(p, str | os.PathLike) else p for p in paths]
+    are_sources = [isinstance(item, Source) or _is_source(item) for item in items]
     if not any(are_sources):
-        # What is no mapping is reported with the bad rows.
-        return [Source(rows=[dict(item) if isinstance(item, Mapping) else item for item in items])]
+        return [Source(rows=items)]  # what is no mapping is reported with the bad rows
     if not all(are_sources):
         row = f"item {are_sources.index(False) + 1} has none of {', '.join(_ORIGINS)}"
         raise ConfigError(f"{key} mixes sources and rows: {row}; put rows into a source's 'rows'")
@@ -180,8 +162,9 @@ def _as_sources(spec: SplitSpec, key: str) -> list[Source]:
     return sources
 
 
-def _is_source(item: Mapping[str, Any]) -> bool:
-    return any(name in item for name in _ORIGINS) and not any(name in item for name in QUESTION_COLUMNS)
+def _is_source(item: Any) -> bool:
+    names = {*item} if isinstance(item, Mapping) else set()
+    return bool(names & {*_ORIGINS}) and not names & {*QUESTION_COLUMNS}
 
 
 def _checked_source(item: Source | Mapping[str, Any], place: str) -> Source:
@@ -262,11 +245,9 @@ def _files(path: str, key: str) -> list[Path]:
 def _repeated_ids(checked: Sequence[tuple[Scenario, str]]) -> Iterator[Problem]:
     first: dict[str, str] = {}
     for scenario, place in checked:
-        if scenario.id in first:
-            taken = f"the id '{scenario.id}' is already that of {first[scenario.id]}"
-            yield Problem(place, f"{taken}; ids must differ within a split")
-        else:
-            first[scenario.id] = place
+        if taken := first.get(scenario.id):
+            yield Problem(place, f"the id '{scenario.id}' is already that of {taken}; ids must differ within a split")
+        first[scenario.id] = taken or place
 
 
 def check_options(data: Any, overlong_prompts: str) -> None:
@@ -276,9 +257,7 @@ def check_options(data: Any, overlong_prompts: str) -> None:
         ConfigError: If they do.
     """
     if data.curriculum is not None and not data.shuffle:
-        raise ConfigError(
-            "data.shuffle=False keeps the rows' order, data.curriculum draws by solve rate: leave one of them out"
-        )
+        raise ConfigError("data.shuffle=False keeps the order, data.curriculum draws: leave one of them out")
     if is_stream(data.specs["train"]) and (data.curriculum or data.validation_fraction):
         raise ConfigError("data.curriculum and data.validation_fraction need all rows, and data.train is a stream")
     if overlong_prompts not in get_args(OverlongPolicy):
@@ -289,6 +268,4 @@ def check_options(data: Any, overlong_prompts: str) -> None:
     if data.validation_fraction and data.specs["train"] is None:
         raise ConfigError(f"{fraction} is a fraction of data.train, which is not given")
     if isinstance(data.tokenizer, str):
-        raise ConfigError(
-            f"data.tokenizer={data.tokenizer!r} must be a tokenizer object; leave it out to use the model's"
-        )
+        raise ConfigError(f"data.tokenizer={data.tokenizer!r} must be a tokenizer object; by default it is the model's")

@@ -28,10 +28,8 @@ class Stream(Sequence[Any]):
 
     def __init__(self, stream: Any, origin: str) -> None:
         if not (hasattr(stream, "state_dict") and hasattr(stream, "load_state_dict")):
-            raise ConfigError(
-                f"{origin}: a {type(stream).__name__} has no state_dict and load_state_dict, and a run on it could"
-                " not be resumed: give a datasets.IterableDataset, a list or a file"
-            )
+            why = f"a {type(stream).__name__} has no state_dict and load_state_dict, so a run could not be resumed"
+            raise ConfigError(f"{origin}: {why}: give a datasets.IterableDataset, a list or a file")
         try:
             self._stream = deepcopy(stream)  # the user's own stays where it is, for another run
         except TypeError:  # it holds an open file, say

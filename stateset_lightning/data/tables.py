@@ -3,18 +3,18 @@
 Arrow reads them without a cache: what is replaced is read anew. Rows are made when they are asked for.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+import pyarrow
+from pyarrow.parquet import ParquetFile
 
 from stateset_lightning.data import content
 from stateset_lightning.data.content import LargeFile, check_file
@@ -22,9 +22,6 @@ from stateset_lightning.data.rows import ListRows, header_of, is_stream, is_tabl
 from stateset_lightning.data.stream import Stream
 from stateset_lightning.errors import ConfigError, DataError, UserError, require
 from stateset_lightning.types import of_numpy
-
-if TYPE_CHECKING:
-    import pyarrow
 
 _BATCH = 1000  # rows
 _OF_SPLITS, _STATE = "dataset_dict.json", "state.json"  # files that `datasets` writes
@@ -75,30 +72,23 @@ def read_table(path: Path, split: str = "train") -> ListRows:
         ConfigError: If it is an Excel sheet, and `openpyxl` is not installed.
         DataError: If it is no file, none of its kind, damaged, or has no rows for this split.
     """
-    import pyarrow
-
     what, read = _READERS.get(path.suffix.lower(), ("Arrow", _arrow))
+    if not is_saved(path):
+        check_file(path)
     try:
-        if is_saved(path):
-            rows = _saved(path, split)
-        else:
-            check_file(path)
-            rows = read(path)
+        rows = _saved(path, split) if is_saved(path) else read(path)
     except (OSError, ValueError, KeyError, TypeError, BadZipFile, pyarrow.ArrowException) as error:
         if isinstance(error, UserError):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"{path}: cannot be read as {what}: {reason}; write it again, or as .jsonl") from error
-    return ListRows(rows, str(path), rows.num_bytes if isinstance(rows, ArrowRows) else 0)
+    return ListRows(rows, str(path), getattr(rows, "num_bytes", 0))
 
 
 def _parquet(path: Path) -> ArrowRows:
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
     with ParquetFile(path) as file:
-        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        if sum(group.total_byte_size for group in groups) <= content.LARGE_BYTES:
+        sizes = (file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
+        if sum(sizes) <= content.LARGE_BYTES:
             return ArrowRows(file.read(), str(path))
         # A row of a group cannot be read alone. The file has no name, and is gone with this process.
         unpacked = TemporaryFile()  # noqa: SIM115
@@ -112,8 +102,6 @@ def _parquet(path: Path) -> ArrowRows:
 
 def _arrow(*paths: Path) -> ArrowRows:
     """IPC files, or streams (as `datasets` writes); mapped into memory if they are not packed."""
-    import pyarrow
-
     files = [LargeFile(path.open("rb"), path) for path in paths]
     tables = []
     for path, file in zip(paths, files, strict=True):
@@ -162,8 +150,6 @@ def rows_of(value: Any, origin: str, split: str) -> ListRows:
         note = f"a stream: of {len(stream):,} rows at a time the order is shuffled; that counts as an epoch"
         return ListRows(stream, origin, sys.maxsize, note)  # it is read as a large file
     if hasattr(found, "iloc") and hasattr(found, "columns"):  # else a column alone
-        import pyarrow
-
         try:
             found = pyarrow.Table.from_pandas(found, preserve_index=False)
         except pyarrow.ArrowException as error:
@@ -173,4 +159,4 @@ def rows_of(value: Any, origin: str, split: str) -> ListRows:
     if is_table(found) and not isinstance(found, Mapping) and hasattr(found, "data"):
         size = found.data.nbytes * len(found) // max(found.data.num_rows, 1)  # it may be a selection
         return ListRows(found.with_format(None), origin, size)
-    return ListRows(rows_in(value, origin, split), origin)
+    return rows_in(value, origin, split)

@@ -3,8 +3,6 @@
 They run in Jinja2's sandbox: they are the user's word, but the values that they see are not.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -32,19 +30,8 @@ def is_template(text: str) -> bool:
 
 
 @lru_cache
-def _environment() -> SandboxedEnvironment:
-    """Renders the user's templates and this file's, over data that nobody has looked at."""
-    # A missing value is no text: not "None", not "nan".
-    environment = SandboxedEnvironment(
-        undefined=StrictUndefined, finalize=lambda value: "" if value is None or value != value else value
-    )
-    environment.filters |= {"lettered": _lettered, "passages": _passages, "letter": _letter}
-    return environment
-
-
-@lru_cache
 def compiled(template: str) -> Template:
-    return _environment().from_string(template)
+    return _ENVIRONMENT.from_string(template)
 
 
 def columns_of(template: str, key: str) -> list[str]:
@@ -55,7 +42,7 @@ def columns_of(template: str, key: str) -> list[str]:
     """
     try:
         compiled(template)  # knows unknown filters, too
-        return sorted(meta.find_undeclared_variables(_environment().parse(template)) - {"row"})
+        return sorted(meta.find_undeclared_variables(_ENVIRONMENT.parse(template)) - {"row"})
     except TemplateSyntaxError as error:
         raise ConfigError(f"data.{key}={template!r:.200} is no Jinja2 template: {one_line(error)}") from error
 
@@ -114,6 +101,14 @@ def _passages(value: Any) -> str:
     if not all(isinstance(text, str | None) for text in (value if isinstance(value, list) else [value])):
         raise ValueError("a passage is neither text, nor a list of texts, nor title and sentences")
     return "\n\n".join(text or "" for text in value) if isinstance(value, list) else value or ""
+
+
+# Renders the user's templates and this file's, over data that nobody has looked at. A missing value is no text: not
+# "None", not "nan".
+_ENVIRONMENT = SandboxedEnvironment(
+    undefined=StrictUndefined, finalize=lambda value: "" if value is None or value != value else value
+)
+_ENVIRONMENT.filters |= {"lettered": _lettered, "passages": _passages, "letter": _letter}
 
 
 def normal(name: str) -> str:

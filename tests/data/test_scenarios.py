@@ -3,7 +3,7 @@
 import pytest
 
 from stateset_lightning.data.rows import RawRow
-from stateset_lightning.data.scenarios import to_scenarios
+from stateset_lightning.data.scenarios import Part
 from stateset_lightning.data.shapes import RowOptions, recognise
 from stateset_lightning.errors import DataError
 from stateset_lightning.types import Turn
@@ -11,7 +11,7 @@ from stateset_lightning.types import Turn
 
 def converted(row, rewards=None, **options):
     rows = [RawRow(row, "here", 4)]
-    return to_scenarios(rows, recognise(rows, RowOptions(**options), "file"), "file", rewards)
+    return Part(rows, recognise(rows, RowOptions(**options), "file"), "file", rewards).scenarios(rows)
 
 
 def scenarios(row, fields=None, rewards=None, **options):
@@ -174,14 +174,14 @@ def test_a_bad_row_says_why(row, expected):
 
 def test_a_row_without_a_named_column_says_which_it_has():
     rows = [RawRow({"question": "q"}, "f:1", 1), RawRow({"text": "a"}, "f:2", 2)]
-    found, problems = to_scenarios(rows, recognise(rows, RowOptions(fields={"prompt": "question"}), "f"), "f")
+    found, problems = Part(rows, recognise(rows, RowOptions(fields={"prompt": "question"}), "f"), "f").scenarios(rows)
     assert len(found) == 1
     assert [problem.reason for problem in problems] == ["no column 'question' (data.fields.prompt); the row has: text"]
 
 
 def test_good_rows_beside_bad_ones_are_kept_apart():
     rows = [RawRow({"prompt": p}, f"f:{i}", i) for i, p in enumerate(["a", "", "c", ""], 1)]
-    found, problems = to_scenarios(rows, recognise(rows, RowOptions(), "f"), "f")
+    found, problems = Part(rows, recognise(rows, RowOptions(), "f"), "f").scenarios(rows)
     assert [(scenario.id, place) for scenario, place in found] == [("f:1", "f:1"), ("f:3", "f:3")]
     assert [problem.place for problem in problems] == ["f:2", "f:4"]
 
