@@ -167,10 +167,10 @@ def test_nothing_of_the_vocabularys_size_is_kept_for_backward() -> None:
 
 
 def test_a_chunk_of_logits_has_at_most_64_mebibytes() -> None:
-    assert HeadOptions().chunk(150_000) * 150_000 * 4 <= 64 * 2**20
-    assert HeadOptions().chunk(150_000) == 111
-    assert HeadOptions().chunk(10**9) == 16
-    assert HeadOptions(chunk_tokens=5).chunk(150_000) == 5
+    assert HeadOptions().chunk(150_000)[0] * 150_000 * 4 <= 64 * 2**20
+    assert HeadOptions().chunk(150_000) == (111, 150_000)
+    assert HeadOptions().chunk(10**9)[0] == 16
+    assert HeadOptions(chunk_tokens=5).chunk(150_000)[0] == 5
 
 
 def test_only_the_needed_gradients_are_computed() -> None:

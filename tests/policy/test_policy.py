@@ -260,16 +260,16 @@ def test_a_wrong_packed_path_is_found_by_the_probe(
     make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
-    correct = packed_attention.make_layout
+    correct = packed_attention._make_rows
 
     def blind(prompts: Any, completions: Any, device: Any) -> Any:
         """Completions that do not see the first token of their prompt."""
-        layout = correct(prompts, completions, device)
-        for bucket in layout.buckets:
+        buckets, rows_S = correct(prompts, completions, device)
+        for bucket in buckets:
             bucket.mask[..., 0] = False
-        return layout
+        return buckets, rows_S
 
-    monkeypatch.setattr(packed_attention, "make_layout", blind)
+    monkeypatch.setattr(packed_attention, "_make_rows", blind)
     with pytest.raises(ConfigError, match="in a probe its log-probs were off by"):
         make_policy(make_model("llama"), scoring="packed")
     model = make_model("llama")
