@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from stateset_lightning.policy import head, packed_attention, varlen_attention
+from stateset_lightning.policy import head, packed_attention, recomputed_layers, varlen_attention
 
 
 @contextmanager
@@ -33,6 +33,7 @@ def plain_kernels(dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float6
         library as kernels,
         patch.object(head, "on_gpu", lambda x: True),
         patch.object(packed_attention, "on_gpu", lambda x: True),
+        patch.object(recomputed_layers, "on_gpu", lambda x: True),
         patch.object(varlen_attention, "operands", operands),
         patch.object(varlen_attention, "is_supported", lambda q, k, v: True),
     ):

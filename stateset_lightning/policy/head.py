@@ -1,10 +1,9 @@
 """Log-probs and entropies of sampled tokens from hidden states, without ever holding all logits.
 
-The last linear layer is applied to some tokens and a part of the vocabulary at a time and recomputed in the backward
-pass, so memory does not grow with tokens x vocabulary. What the parts of the vocabulary have in common is the log-sum-exp
-of the logits so far, and their mean under the softmax so far. Softmax is float32 whatever the model's dtype.
-
-Letters: T sampled tokens, H hidden size, V vocabulary.
+The last linear layer is applied to some tokens, and on a GPU to a part of the vocabulary, at a time and recomputed in
+the backward pass, so memory does not grow with tokens x vocabulary. From part to part go the log-sum-exp of the logits
+and their mean (which is what entropy lacks). Softmax is float32 whatever the model's dtype. Letters: T sampled tokens,
+H hidden size, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -190,9 +189,7 @@ def _slices(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _taken(
-    part: slice, weight_VH: Tensor, bias_V: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
+def _taken(part: slice, weight_VH: Tensor, bias_V: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     return weight_VH[part].to(dtype), None if bias_V is None else bias_V[part]
 
 

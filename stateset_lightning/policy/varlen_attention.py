@@ -111,8 +111,8 @@ def make_calls(
         return [Call(sequences, keys, None, places, (window - 1, 0))]
     calls = [Call(sequences, sequences, None, None, CAUSAL)]
     if prompts:
-        spans = (Spans.of(_lengths(pieces), device) for pieces in (answers, prompts))
-        calls.append(Call(*spans, _places(answers, device), _places(prompts, device), WHOLE))
+        queries, keys = Spans.of(_lengths(answers), device), Spans.of(_lengths(prompts), device)
+        calls.append(Call(queries, keys, _places(answers, device), _places(prompts, device), WHOLE))
     return calls
 
 
@@ -163,10 +163,10 @@ def missing() -> str | None:
 
 def is_supported(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the card has a kernel for these heads, by PyTorch's own test."""
-    rows = (x.transpose(0, 1)[None] for x in (q, k, v))
-    sizes = q.shape[-1] % 8 == 0 and q.shape[-1] == v.shape[-1]
-    parameters = torch.backends.cuda.SDPAParams(*rows, None, 0.0, True, q.shape[1] != k.shape[1])
-    return sizes and torch.backends.cuda.can_use_flash_attention(parameters)
+    query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
+    parameters = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, True, q.shape[1] != k.shape[1])
+    has_a_size = q.shape[-1] % 8 == 0 and q.shape[-1] == v.shape[-1]
+    return has_a_size and torch.backends.cuda.can_use_flash_attention(parameters)
 
 
 @cache
@@ -190,12 +190,14 @@ class _Attention(torch.autograd.Function):
         out, normalisers = _forward(first, q, k, v, scale)
         for call in others:
             more, more_normalisers = _forward(call, q, k, v, scale)
-            own, own_normalisers = _taken(out, call.query_places), _taken(normalisers, call.query_places, 1)
+            places = call.query_places
+            assert places is not None
+            own, own_normalisers = out.index_select(0, places), normalisers.index_select(1, places)
             merged = torch.logaddexp(own_normalisers, more_normalisers)
             share = (own_normalisers - merged).exp().t()[..., None]
             mixed = torch.lerp(more.to(share.dtype), own.to(share.dtype), share)
-            out.index_copy_(0, call.query_places, mixed.to(out.dtype))
-            normalisers.index_copy_(1, call.query_places, merged)
+            out.index_copy_(0, places, mixed.to(out.dtype))
+            normalisers.index_copy_(1, places, merged)
         ctx.save_for_backward(q, k, v, out, normalisers)
         ctx.calls, ctx.scale = calls, scale
         return out
