@@ -128,8 +128,9 @@ def _special_attention(
 #     prompt 1 | completion 1.1 | completion 1.2 | ... | prompt 2 | completion 2.1 | ...
 #
 # A completion sees its prompt and its own past; a prompt sees its own past; groups do not see each other. Only
-# attention needs to know, so every linear layer runs on the sequence without padding. In half precision on a GPU so does
-# attention (`varlen_attention`). Elsewhere it copies the groups into padded rows, some groups at a time (a bucket).
+# attention needs to know, so every linear layer runs on the sequence without padding. In half precision on a GPU
+# attention does so, too (`varlen_attention`). Elsewhere it copies the groups into padded rows, some groups at a time
+# (a bucket).
 #
 # Letters: S tokens of the sequence, P prompts and R completions of a bucket, L and M their longest lengths.
 
