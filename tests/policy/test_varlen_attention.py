@@ -13,10 +13,11 @@ from unittest.mock import patch
 import pytest
 import torch
 from plain_kernels import plain_kernels
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from windowed_models import random_tokens, windowed_model
 
-from stateset_lightning.policy import Group, Policy, PolicyConfig, varlen_attention
+from stateset_lightning.policy import Group, Policy, PolicyConfig, head, varlen_attention
 from stateset_lightning.policy.packed_attention import Layout
 
 CPU = torch.device("cpu")
@@ -196,3 +197,23 @@ def test_half_precision_is_as_near_to_float64_as_in_buckets(make_model: Callable
     ]
     assert max(errors[0]) > 1e-3  # it is half precision that is measured
     assert sum(errors[1]) < 1.2 * sum(errors[0])
+
+
+def test_pytorchs_own_shape_functions_take_the_calls() -> None:
+    """On a device that is not there: nothing is computed, but arguments and results are those of the kernels."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        device = torch.device("cuda", 0)
+        layout = Layout([5, 3], [[3, 2], [1]], device)
+        q = torch.empty(14, 4, 64, dtype=torch.bfloat16, device=device)
+        k = torch.empty(14, 2, 64, dtype=torch.bfloat16, device=device)
+        for call in (*layout.calls(None), *layout.calls(4)):
+            queries = 14 if call.query_places is None else len(call.query_places)
+            out, normalisers = varlen_attention._forward(call, q, k, k, 0.1)
+            assert (out.shape, out.dtype) == ((queries, 4, 64), torch.bfloat16)
+            assert (normalisers.shape, normalisers.dtype) == ((4, queries), torch.float32)
+            merged = torch.empty(4, 14, device=device)
+            dq, dk, dv = varlen_attention._backward(call, q, q, k, k, q, merged, 0.1)
+            keys = 14 if call.key_places is None else len(call.key_places)
+            assert (dq.shape, dk.shape, dv.shape) == ((queries, 4, 64), (keys, 2, 64), (keys, 2, 64))
+        square = torch.empty(16, 16, dtype=torch.bfloat16, device=device)
+        assert head._product(square, square).dtype == torch.float32
