@@ -137,8 +137,9 @@ def resumed_run_has_the_same_bits() -> str:
 
 def own_gpu_tests() -> str:
     """The tests of the repository that are marked `gpu`."""
+    files = ["tests/policy/test_varlen_attention.py", "tests/rewards/test_models.py"]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/rewards/test_models.py"],
+        [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *files],
         cwd=ROOT,
         capture_output=True,
         text=True,

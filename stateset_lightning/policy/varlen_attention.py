@@ -41,7 +41,7 @@ class Spans:
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> "Spans":
         ends = np.cumsum([0, *lengths], dtype=np.int32)
-        return cls(torch.from_numpy(ends).to(device), max(2, *lengths))
+        return cls(torch.from_numpy(ends).to(device), max([2, *lengths]))
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,6 @@ def operands(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
 @cache
 def missing() -> str | None:
     """What this PyTorch lacks; None if it lacks nothing."""
-    if torch.version.hip is not None:
-        return "PyTorch's variable-length attention is used on NVIDIA's GPUs only"
     if find_spec("torch.nn.attention.varlen") is None:
         return f"PyTorch {torch.__version__} has no variable-length attention (2.10 has)"
     return None
