@@ -101,6 +101,12 @@ MUTANTS = [
         ("policy/test_packed_attention.py", "policy/test_policy.py"),
     ),
     Mutant(
+        "policy/varlen_attention.py",
+        "min(prompt, window - 1)",
+        "min(prompt, window)",
+        ("policy/test_packed_attention.py",),
+    ),
+    Mutant(
         "policy/policy.py",
         "positions += range(len(group.prompt), len(group.prompt) + len(completion))",
         "positions += range(len(group.prompt) + 1, len(group.prompt) + len(completion) + 1)",

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import varlen_attention
 from conftest import small_model
 from graph_decoder import GraphDecoder
 from harness import ACCELERATOR, BARE_RUN, DEVICE, IS_GPU, ROOT, check, exit_status, peak_gib, sync
+from kernels import kernels
 from lightning.pytorch import Trainer, seed_everything
+from windowed_models import windowed_model
 
 from stateset_lightning import GRPOLightningModule, RolloutConfig, ScenarioDataModule
 from stateset_lightning.algorithm import GRPO
@@ -36,6 +37,7 @@ from stateset_lightning.policy import (
     load_model,
     load_tokenizer,
 )
+from stateset_lightning.policy.head import HeadOptions, token_logprobs
 from stateset_lightning.rewards import ExactMatch
 from stateset_lightning.rollout import InProcessEngine
 from stateset_lightning.seeding import sample_seeds
@@ -135,8 +137,9 @@ def resumed_run_has_the_same_bits() -> str:
 
 def own_gpu_tests() -> str:
     """The tests of the repository that are marked `gpu`."""
+    files = ["tests/policy/test_varlen_attention.py", "tests/rewards/test_models.py"]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/rewards/test_models.py"],
+        [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *files],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -279,7 +282,7 @@ def adapter_starts_as_on_the_cpu() -> str:
     return f"{len(starts[0])} matrices"
 
 
-# Attention kernels, and the candidates
+# Kernels, and the candidates
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -324,26 +327,50 @@ def attention_of_new_shapes() -> str:
     return "; ".join(seen)
 
 
-def varlen_attention_is_exact(dtype: torch.dtype) -> str:
-    """Log-probs and gradients with the candidate and without, against float64 on the CPU."""
+def kernels_are_exact(name: str, dtype: torch.dtype) -> str:
+    """Log-probs and gradients with the kernels for attention and head and without, against float64 on the CPU."""
+    make_model = windowed_model if name == "mistral" else small_model
 
     def score(policy: Policy) -> tuple[torch.Tensor, ...]:
-        logprobs, _ = policy.score(GROUPS)
-        return logprobs, *torch.autograd.grad(logprobs.sum(), list(policy.parameters()))
+        logprobs, entropies = policy.score(GROUPS)
+        return logprobs, *torch.autograd.grad(logprobs.sum() + 0.3 * entropies.sum(), list(policy.parameters()))
 
     def errors(found: tuple[torch.Tensor, ...]) -> tuple[float, float]:
         logprobs, *grads = (x.double().cpu() for x in found)
-        off = [((a - b).norm() / b.norm()).item() for a, b in zip(grads, exact[1:], strict=True)]
+        off = [((a - b).norm() / b.norm().clamp(min=1e-3)).item() for a, b in zip(grads, exact[1:], strict=True)]
         return (logprobs - exact[0]).abs().mean().item(), max(off)
 
-    exact = score(Policy(small_model("qwen2").double(), PolicyConfig("qwen2")))
-    policy = Policy(small_model("qwen2").to(DEVICE, dtype), PolicyConfig("qwen2"))
-    now = errors(score(policy))
-    with varlen_attention.installed():
-        candidate = errors(score(policy))
-    seen = f"log-probs {candidate[0]:.1e} (now {now[0]:.1e}), gradients {candidate[1]:.1e} (now {now[1]:.1e})"
-    assert candidate[0] < 2 * now[0] + 1e-4, seen
-    assert candidate[1] < 2 * now[1] + 1e-3, seen
+    exact = score(Policy(make_model(name).double(), PolicyConfig(name)))
+    policy = Policy(make_model(name).to(DEVICE, dtype), PolicyConfig(name))
+    with kernels(attention=False, head=False):
+        plain = errors(score(policy))
+    with kernels():
+        ours = errors(score(policy))
+    seen = f"log-probs {ours[0]:.1e} (without {plain[0]:.1e}), gradients {ours[1]:.1e} (without {plain[1]:.1e})"
+    assert ours[0] < 2 * plain[0] + 1e-4, seen
+    assert ours[1] < 2 * plain[1] + 1e-3, seen
+    return seen
+
+
+def head_is_exact() -> str:
+    """In parts of a vocabulary that chunks do not divide, against float64 from the same rounded operands."""
+    hidden, weight = (
+        torch.randn(size, 64, device=DEVICE, requires_grad=True) for size in ((5000, 40_000) if IS_GPU else (50, 400))
+    )
+    targets = torch.randint(len(weight), (len(hidden),), device=DEVICE)
+    grad = torch.randn(len(hidden), device=DEVICE)
+    rounded = [x.detach().bfloat16().cpu().double().requires_grad_() for x in (hidden, weight)]
+    plain = (rounded[0] @ rounded[1].t()).log_softmax(-1)
+    expected = plain[torch.arange(len(targets)), targets.cpu()], -(plain.exp() * plain).sum(-1)
+    with kernels():
+        scores = token_logprobs(hidden, weight, None, targets, HeadOptions(dtype=torch.bfloat16))
+        grads = torch.autograd.grad((scores[0] + 0.3 * scores[1]) @ grad, (hidden, weight))
+    exact = torch.autograd.grad((expected[0] + 0.3 * expected[1]) @ grad.cpu().double(), rounded)
+    off = max((a.cpu() - b).abs().max().item() for a, b in zip(scores, expected, strict=True))
+    off_grads = max(((a.cpu() - b).norm() / b.norm()).item() for a, b in zip(grads, exact, strict=True))
+    seen = f"log-probs and entropies {off:.1e}, gradients {off_grads:.1e}"
+    assert off < 1e-3, seen
+    assert off_grads < 1e-2, seen
     return seen
 
 
@@ -405,7 +432,9 @@ def main() -> int:
         check("attention of new shapes", attention_of_new_shapes)
         check("decoding as a graph", partial(graph_decoder_agrees, True))
     half = torch.bfloat16 if IS_GPU else torch.float32
-    check("variable-length attention", partial(varlen_attention_is_exact, half))
+    for name in ("qwen2", "llama", "mistral"):
+        check(f"kernels against float64, {name}", partial(kernels_are_exact, name, half))
+    check("head against float64", head_is_exact)
     check("decoding without a graph", partial(graph_decoder_agrees, False))
     if IS_GPU:
         check("the repository's GPU tests", own_gpu_tests, 30)

@@ -26,9 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import mixed_head
 import torch
-import varlen_attention
 import workload
 from graph_decoder import GraphDecoder
 from harness import (
@@ -45,6 +43,7 @@ from harness import (
     sync,
     timed,
 )
+from kernels import kernels
 from torch import Tensor, nn
 
 from stateset_lightning import GRPOLightningModule, ScenarioDataModule
@@ -67,13 +66,13 @@ STEP_PROMPTS, MICRO_STEPS = (16, 4) if IS_GPU else (2, 2)
 DTYPE = torch.bfloat16 if IS_GPU else torch.float32
 CANDIDATES = [
     (),
-    ("no cuDNN",),
-    ("no cuDNN", "repeated key heads"),
-    ("no cuDNN", "repeated key heads", "large buckets"),
-    ("TF32",),
-    ("mixed head",),
-    ("varlen",),
-    ("varlen", "mixed head"),
+    ("float32 head",),
+    ("float32 head", "TF32"),
+    ("buckets",),
+    ("buckets", "no cuDNN"),
+    ("buckets", "no cuDNN", "repeated key heads"),
+    ("buckets", "no cuDNN", "repeated key heads", "large buckets"),
+    ("buckets", "float32 head"),
 ]
 
 
@@ -139,15 +138,15 @@ def head(hidden_size: int) -> None:
 
     for precision in ("highest", "high"):
         for size in (None, 2048):
-            name = f"head, float32 {precision}, chunks of {HeadOptions(chunk_tokens=size).chunk(VOCABULARY)}"
+            name = f"head, float32 {precision}, chunks of {size or 'its own size'}"
             torch.set_float32_matmul_precision(precision)
-            now = partial(token_logprobs, hidden, weight, None, targets, HeadOptions(chunk_tokens=size))
-            check(name, partial(measure, name, now), 5)
+            options = HeadOptions(chunk_tokens=size, dtype=torch.float32)
+            check(name, partial(measure, name, partial(token_logprobs, hidden, weight, None, targets, options)), 5)
     torch.set_float32_matmul_precision("highest")
     for size in (110, 512, 2048, 4096):
         name = f"head, bfloat16 products, chunks of {size}"
-        inputs = (hidden, weight, None, targets, HeadOptions(), torch.bfloat16, size)
-        check(name, partial(measure, name, partial(mixed_head.MixedHead.apply, *inputs)), 5)
+        options = HeadOptions(chunk_tokens=size, dtype=torch.bfloat16)
+        check(name, partial(measure, name, partial(token_logprobs, hidden, weight, None, targets, options)), 5)
 
 
 # A micro-step of training
@@ -182,14 +181,11 @@ def with_repeated_key_heads(attend: Callable[..., Tensor]) -> Callable[..., Tens
 
 @contextmanager
 def candidates(names: tuple[str, ...]) -> Iterator[None]:
-    """Candidates and settings, switched on while the context lasts."""
+    """What is named in place of the kernels, and settings, while the context lasts."""
     functional = torch.nn.functional
     attend, bucket_tokens = functional.scaled_dot_product_attention, packed_attention.BUCKET_TOKENS
     with ExitStack() as stack:
-        if "varlen" in names:
-            stack.enter_context(varlen_attention.installed())
-        if "mixed head" in names:
-            stack.enter_context(mixed_head.installed(torch.bfloat16, 4096))
+        stack.enter_context(kernels("buckets" not in names, "float32 head" not in names))
         try:
             torch.set_float32_matmul_precision("high" if "TF32" in names else "highest")
             torch.backends.cuda.enable_cudnn_sdp("no cuDNN" not in names)
@@ -237,7 +233,7 @@ def train(policy: Policy, number: int) -> None:
 
     for ragged in (False, True):
         for names in CANDIDATES:
-            if ragged and names in (("TF32",), ("mixed head",)):
+            if ragged and names and "buckets" not in names:
                 continue  # the shapes change nothing for these
             title = f"{'new shapes' if ragged else 'one shape'}: {' + '.join(names) or 'as it is'}"
             check(title, partial(measure, title, names, ragged), 20)

@@ -1,8 +1,9 @@
 """Log-probs and entropies of sampled tokens from hidden states, without ever holding all logits.
 
-The last linear layer is applied to a chunk of tokens at a time and recomputed in the backward pass, so memory does not
-grow with tokens x vocabulary. Softmax is float32 whatever the model's dtype. Letters: T sampled tokens, H hidden size,
-V vocabulary.
+The last linear layer is applied to some tokens, and on a GPU to a part of the vocabulary, at a time and recomputed in
+the backward pass, so memory does not grow with tokens x vocabulary. From part to part go the log-sum-exp of the logits
+and their mean (which is what entropy lacks). Softmax is float32 whatever the model's dtype. Letters: T sampled tokens,
+H hidden size, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 CHUNK_BYTES = 64 * 2**20
+# On a GPU fewer tokens would have every product wait for the head's weights, and their gradient, to be read: there all
+# of this many tokens see a part of the vocabulary at a time.
+GPU_CHUNK_TOKENS, GPU_CHUNK_BYTES = 4096, 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -22,15 +26,22 @@ class HeadOptions:
     Args:
         temperature: Divides the logits.
         softcap: A bound c of the logits, as c tanh(x / c), applied before the temperature.
-        chunk_tokens: Tokens whose logits exist at a time. None: as many as fit in `CHUNK_BYTES`, at least 16.
+        chunk_tokens: Tokens whose logits exist at a time. None: on a CPU as many as fit in `CHUNK_BYTES`, at least 16;
+            on a GPU `GPU_CHUNK_TOKENS`.
+        dtype: Of the products. None: autocast's on a GPU, else that of the weights.
     """
 
     temperature: float = 1.0
     softcap: float | None = None
     chunk_tokens: int | None = None
+    dtype: torch.dtype | None = None
 
-    def chunk(self, vocabulary: int) -> int:
-        return self.chunk_tokens or max(16, CHUNK_BYTES // (4 * vocabulary))
+    def chunk(self, vocabulary: int, is_on_gpu: bool = False) -> tuple[int, int]:
+        """Tokens, and entries of the vocabulary, whose logits exist at a time."""
+        if not is_on_gpu:
+            return self.chunk_tokens or max(16, CHUNK_BYTES // (4 * vocabulary)), vocabulary
+        tokens = self.chunk_tokens or GPU_CHUNK_TOKENS
+        return tokens, max(GPU_CHUNK_BYTES // (4 * tokens), 1)
 
 
 def softcap(config: PretrainedConfig) -> float | None:
@@ -43,9 +54,11 @@ def token_logprobs(
     hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_T: Tensor, options: HeadOptions
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy of each distribution (both in nats, float32 [T]), differentiable."""
-    with torch.autocast(hidden_TH.device.type, enabled=False):
-        hidden_TH = hidden_TH.to(weight_VH.dtype)
-        return _ChunkedHead.apply(hidden_TH, weight_VH, bias_V, targets_T, options)
+    dtype, device = options.dtype or weight_VH.dtype, hidden_TH.device.type
+    if options.dtype is None and on_gpu(weight_VH) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        return _ChunkedHead.apply(hidden_TH, weight_VH, bias_V, targets_T, options, dtype)
 
 
 def capped(scores: Tensor, softcap: float | None) -> Tensor:
@@ -53,9 +66,31 @@ def capped(scores: Tensor, softcap: float | None) -> Tensor:
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether PyTorch has the kernels there that multiply half precision and sum and return float32."""
+    return x.is_cuda and torch.version.hip is None
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32. Sums that were rounded to half precision on the way would bias the gradient."""
+    if on_gpu(a) and a.dtype.itemsize == 2:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += _product(a, b)
+
+
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> Tensor:
-    logits = capped(torch.nn.functional.linear(hidden, weight, bias).float(), options.softcap)
-    return logits / options.temperature if options.temperature != 1.0 else logits
+    logits = _product(hidden, weight.t())
+    if bias is not None:
+        logits += bias
+    logits = capped(logits, options.softcap)
+    return logits.div_(options.temperature) if options.temperature != 1.0 else logits
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -63,63 +98,105 @@ class _ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_T: Tensor, options: HeadOptions
+        ctx: Any,
+        hidden_TH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        targets_T: Tensor,
+        options: HeadOptions,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        logprobs_T = hidden_TH.new_empty(len(targets_T), dtype=torch.float32)
-        entropies_T, normalisers_T = torch.empty_like(logprobs_T), torch.empty_like(logprobs_T)
-        for chunk in _chunks(len(targets_T), options.chunk(len(weight_VH))):
-            logits = _logits(hidden_TH[chunk], weight_VH, bias_V, options)
-            normalisers_T[chunk] = logits.logsumexp(-1)
-            logprobs_T[chunk] = logits.gather(-1, targets_T[chunk, None])[:, 0] - normalisers_T[chunk]
-            entropies_T[chunk] = normalisers_T[chunk] - (logits.softmax(-1).mul_(logits)).sum(-1)
-        ctx.save_for_backward(hidden_TH, weight_VH, bias_V, targets_T, normalisers_T, entropies_T)
-        ctx.options = options
+        kept_TH = hidden_TH.to(dtype)
+        normalisers_T = hidden_TH.new_full(targets_T.shape, -torch.inf, dtype=torch.float32)
+        means_T, chosen_T = torch.zeros_like(normalisers_T), torch.zeros_like(normalisers_T)
+        parts, chunks = _parts(weight_VH, targets_T, options)
+        for part in parts:
+            weight, bias = _taken(part, weight_VH, bias_V, dtype)
+            for chunk in chunks:
+                logits = _logits(kept_TH[chunk], weight, bias, options)
+                columns, is_here = _within(part, targets_T[chunk])
+                chosen_T[chunk] += torch.where(is_here, logits.gather(-1, columns[:, None])[:, 0], 0.0)
+                largest = logits.amax(-1, keepdim=True)
+                weights = (logits - largest).exp_()
+                total = weights.sum(-1)
+                normaliser, mean = largest[:, 0] + total.log(), weights.mul_(logits).sum(-1) / total
+                merged = torch.logaddexp(normalisers_T[chunk], normaliser)
+                means_T[chunk] = torch.lerp(means_T[chunk], mean, (normaliser - merged).exp())
+                normalisers_T[chunk] = merged
+        entropies_T = normalisers_T - means_T
+        ctx.save_for_backward(kept_TH, weight_VH, bias_V, targets_T, normalisers_T, entropies_T)
+        ctx.options, ctx.hidden_dtype = options, hidden_TH.dtype
         ctx.set_materialize_grads(False)
-        return logprobs_T, entropies_T
+        return chosen_T - normalisers_T, entropies_T
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        hidden_TH, weight_VH, bias_V, targets_T, normalisers_T, entropies_T = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        kept_TH, weight_VH, bias_V, targets_T, normalisers_T, entropies_T = ctx.saved_tensors
         options: HeadOptions = ctx.options
-        grad_hidden_TH = torch.empty_like(hidden_TH) if ctx.needs_input_grad[0] else None
-        # Summed in float32: in bfloat16 the sum over many chunks would lose most of its digits.
-        grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        # Sums are float32: in bfloat16 those over many chunks would lose most of their digits.
+        sums = torch.promote_types(kept_TH.dtype, torch.float32)
+        grad_hidden_TH = torch.zeros_like(kept_TH, dtype=sums) if ctx.needs_input_grad[0] else None
+        grad_weight_VH = torch.zeros_like(weight_VH, dtype=sums) if ctx.needs_input_grad[1] else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        for chunk in _chunks(len(targets_T), options.chunk(len(weight_VH))):
-            logits = _logits(hidden_TH[chunk], weight_VH, bias_V, options)
-            incoming = [None if grad_T is None else grad_T[chunk] for grad_T in grads]
-            grad = _grad_logits(logits - normalisers_T[chunk, None], targets_T[chunk], entropies_T[chunk], *incoming)
-            if options.temperature != 1.0:
-                grad /= options.temperature
-            if options.softcap is not None:
-                grad *= 1 - (logits * (options.temperature / options.softcap)).square()
-            if grad_bias_V is not None:
-                grad_bias_V += grad.sum(0)
-            grad = grad.to(weight_VH.dtype)
-            if grad_hidden_TH is not None:
-                torch.mm(grad, weight_VH, out=grad_hidden_TH[chunk])
-            if grad_weight_VH is not None:
-                if grad_weight_VH.dtype == grad.dtype:
-                    grad_weight_VH.addmm_(grad.t(), hidden_TH[chunk])
-                else:
-                    grad_weight_VH += grad.t() @ hidden_TH[chunk]
-        return grad_hidden_TH, _cast(grad_weight_VH, weight_VH), _cast(grad_bias_V, bias_V), None, None
+        parts, chunks = _parts(weight_VH, targets_T, options)
+        for part in parts:
+            weight, bias = _taken(part, weight_VH, bias_V, kept_TH.dtype)
+            for chunk in chunks:
+                logits = _logits(kept_TH[chunk], weight, bias, options)
+                incoming = [None if grad_T is None else grad_T[chunk] for grad_T in grads]
+                targets = _within(part, targets_T[chunk])
+                grad = _grad_logits(logits - normalisers_T[chunk, None], *targets, entropies_T[chunk], *incoming)
+                if options.temperature != 1.0:
+                    grad /= options.temperature
+                if options.softcap is not None:
+                    grad *= 1 - (logits * (options.temperature / options.softcap)).square()
+                if grad_bias_V is not None:
+                    grad_bias_V[part] += grad.sum(0)
+                grad = grad.to(weight.dtype)
+                if grad_hidden_TH is not None:
+                    _add_product(grad_hidden_TH[chunk], grad, weight)
+                if grad_weight_VH is not None:
+                    _add_product(grad_weight_VH[part], grad.t(), kept_TH[chunk])
+        grad_hidden_TH = None if grad_hidden_TH is None else grad_hidden_TH.to(ctx.hidden_dtype)
+        return grad_hidden_TH, _cast(grad_weight_VH, weight_VH), _cast(grad_bias_V, bias_V), None, None, None
 
 
 def _grad_logits(
-    logp: Tensor, targets: Tensor, entropies: Tensor, grad_logprobs: Tensor | None, grad_entropies: Tensor | None
+    logp: Tensor,
+    columns: Tensor,
+    is_here: Tensor,
+    entropies: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropies: Tensor | None,
 ) -> Tensor:
     """d(log p_y)/dz = onehot - p;  dH/dz = -p (log p + H). Both scaled by the incoming gradients; float32."""
     if grad_logprobs is None:
         grad_logprobs = torch.zeros_like(entropies)
     factor = -grad_logprobs[:, None]
     if grad_entropies is not None:
-        factor = factor - (logp + entropies[:, None]) * grad_entropies[:, None]
-    return logp.exp().mul_(factor).scatter_add_(1, targets[:, None], grad_logprobs[:, None])
+        factor = torch.addcmul(factor - (entropies * grad_entropies)[:, None], logp, grad_entropies[:, None], value=-1)
+    onehot = torch.where(is_here, grad_logprobs, 0.0)
+    return logp.exp_().mul_(factor).scatter_add_(1, columns[:, None], onehot[:, None])
 
 
-def _chunks(total: int, size: int) -> list[slice]:
+def _parts(weight_VH: Tensor, targets_T: Tensor, options: HeadOptions) -> tuple[list[slice], list[slice]]:
+    """Of the vocabulary and of the tokens."""
+    tokens, columns = options.chunk(len(weight_VH), on_gpu(weight_VH))
+    return _slices(len(weight_VH), columns), _slices(len(targets_T), tokens)
+
+
+def _slices(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _taken(part: slice, weight_VH: Tensor, bias_V: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    return weight_VH[part].to(dtype), None if bias_V is None else bias_V[part]
+
+
+def _within(part: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of the targets in a part of the vocabulary, and whether they are there; elsewhere any column."""
+    columns, last = targets - part.start, part.stop - part.start - 1
+    return columns.clamp(0, last), (columns >= 0) & (columns <= last)
 
 
 def _cast(grad: Tensor | None, like: Any) -> Tensor | None:

@@ -7,7 +7,7 @@ used for anything else.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from stateset_lightning.policy.head import capped
+from stateset_lightning.policy import varlen_attention
+from stateset_lightning.policy.head import capped, on_gpu
 from stateset_lightning.policy.shared_prompts import SharedPrompts, softmax_with_sinks
 
 NAME = "stateset_prefix"
@@ -75,6 +76,10 @@ def packed_attention(
         options = {"scaling": scaling, "dropout": dropout, **kwargs}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
+    if on_gpu(value) and is_plain and not dropout:
+        operands = varlen_attention.operands(query, key, value)
+        if operands is not None:
+            return varlen_attention.attend(*operands, layout.calls(sliding_window), scale)[None], None
     has_shared_keys = query.shape[1] != key.shape[1]
     stock = partial(F.scaled_dot_product_attention, scale=scaling, dropout_p=dropout, enable_gqa=has_shared_keys)
     attend = stock if is_plain else special
@@ -91,7 +96,7 @@ def packed_attention(
             # attention.
             complete = partial(checkpoint, complete, use_reentrant=False, preserve_rng_state=dropout > 0)
         outputs.append(complete(*packed))
-    return torch.cat(outputs).index_select(0, layout.rows_S)[None], None
+    return torch.cat(outputs).index_select(0, layout.rows[1])[None], None
 
 
 def _special_attention(
@@ -123,8 +128,9 @@ def _special_attention(
 #     prompt 1 | completion 1.1 | completion 1.2 | ... | prompt 2 | completion 2.1 | ...
 #
 # A completion sees its prompt and its own past; a prompt sees its own past; groups do not see each other. Only
-# attention needs to know, so every linear layer runs on the sequence without padding. Attention itself copies the
-# groups into padded rows, some groups at a time (a bucket).
+# attention needs to know, so every linear layer runs on the sequence without padding. In half precision on a GPU
+# attention does so, too (`varlen_attention`). Elsewhere it copies the groups into padded rows, some groups at a time
+# (a bucket).
 #
 # Letters: S tokens of the sequence, P prompts and R completions of a bucket, L and M their longest lengths.
 
@@ -160,25 +166,48 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Layout:
-    """The buckets, and for each token of the sequence its place among all rows of prompts and completions, in order."""
+    """Several groups, one behind the other in the sequence. What attention needs of them is made once for all layers.
 
-    buckets: list[Bucket]
-    rows_S: Tensor
+    Args:
+        prompt_lengths: Of each group.
+        completion_lengths: Likewise.
+        device: Of the sequence.
+    """
+
+    prompt_lengths: Sequence[int]
+    completion_lengths: Sequence[Sequence[int]]
+    device: torch.device
     _windowed: dict[int, list[Bucket]] = field(default_factory=dict)  # for all layers with that window
+    _calls: dict[int | None, list[varlen_attention.Call]] = field(default_factory=dict)
+
+    @cached_property
+    def rows(self) -> tuple[list[Bucket], Tensor]:
+        """Buckets, and of each token of the sequence its place among all their rows, of prompts, then completions."""
+        return _make_rows(self.prompt_lengths, self.completion_lengths, self.device)
 
     def windowed(self, window: int | None) -> list[Bucket]:
         """The buckets of a layer with this sliding window; None: without one."""
+        buckets, _ = self.rows
         if window is None:
-            return self.buckets
+            return buckets
         if window not in self._windowed:
-            self._windowed[window] = [bucket.windowed(window) for bucket in self.buckets]
+            self._windowed[window] = [bucket.windowed(window) for bucket in buckets]
         return self._windowed[window]
 
+    def calls(self, window: int | None) -> list[varlen_attention.Call]:
+        """The calls of a layer with this sliding window; None: without one, or where it hides nothing."""
+        lengths = zip(self.prompt_lengths, self.completion_lengths, strict=True)
+        if window is not None and window >= max(prompt + max(own, default=0) for prompt, own in lengths):
+            window = None
+        if window not in self._calls:
+            groups = self.prompt_lengths, self.completion_lengths
+            self._calls[window] = varlen_attention.make_calls(*groups, window, self.device)
+        return self._calls[window]
 
-def make_layout(
+
+def _make_rows(
     prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]], device: torch.device
-) -> Layout:
-    """The layout of several groups, one behind the other in the sequence."""
+) -> tuple[list[Bucket], Tensor]:
     sizes = [prompt + sum(lengths) for prompt, lengths in zip(prompt_lengths, completion_lengths, strict=True)]
     starts = np.cumsum([0, *sizes])
     buckets, places = [], []
@@ -204,7 +233,7 @@ def make_layout(
     place_of_row = np.concatenate(places)
     rows_S = np.empty(starts[-1] + 1, dtype=np.int64)
     rows_S[place_of_row] = np.arange(len(place_of_row))
-    return Layout(buckets, torch.from_numpy(rows_S[:-1]).to(device))
+    return buckets, torch.from_numpy(rows_S[:-1]).to(device)
 
 
 def _attend_completions(

@@ -35,8 +35,8 @@ log = logging.getLogger(__name__)
 
 # Of the prompts and their completions in the probe: on both sides of every threshold of a twin, 64 tokens together.
 PROBE_LENGTHS = ((21, (12, 5)), (13, (7,)), (3, (2, 1)))
-# Tokens of a forward pass that keeps nothing for a backward pass.
-TOKENS_WITHOUT_GRADIENT = 16_384
+# Tokens of a forward pass that keeps nothing for a backward pass: enough to occupy a CPU, or a GPU.
+TOKENS_WITHOUT_GRADIENT = {"cpu": 16_384, "cuda": 65_536}
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,8 @@ class Policy(nn.Module):
             logps = (outputs_TX.float() / temperature).log_softmax(-1)
             return logps.gather(-1, targets_T[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
         head = self.model.get_output_embeddings()
-        options = HeadOptions(temperature, self.softcap, self.config.head_chunk_tokens)
+        dtype = torch.float32 if self.config.head_dtype else None
+        options = HeadOptions(temperature, self.softcap, self.config.head_chunk_tokens, dtype)
         return token_logprobs(outputs_TX, head.weight, getattr(head, "bias", None), targets_T, options)
 
     @torch.no_grad()
@@ -167,7 +168,8 @@ class Policy(nn.Module):
         training = self.model.training
         self.eval()
         try:
-            scores = [self.score(batch, temperature) for batch in _batches(groups)]
+            most = TOKENS_WITHOUT_GRADIENT.get(self.device.type, TOKENS_WITHOUT_GRADIENT["cpu"])
+            scores = [self.score(batch, temperature) for batch in _batches(groups, most)]
         finally:
             self.train(training)
         if not scores:
@@ -190,7 +192,7 @@ class Policy(nn.Module):
                 ids += completion
                 positions += range(len(group.prompt), len(group.prompt) + len(completion))
         lengths = [[len(completion) for completion in group.completions] for group in groups]
-        layout = packed_attention.make_layout([len(group.prompt) for group in groups], lengths, self.device)
+        layout = packed_attention.Layout([len(group.prompt) for group in groups], lengths, self.device)
         arguments = packed_attention.arguments(layout, self.device)
         return self._forward(self._ids(ids)[None], sources, position_ids=self._ids(positions)[None], **arguments)
 
@@ -241,6 +243,11 @@ class Policy(nn.Module):
             if reason is None:
                 return True
         probes.check_own_forward(self.model, name)
+        if self.config.head_dtype is not None:
+            raise ConfigError(
+                f"model.policy.head_dtype={self.config.head_dtype!r} is not possible for {name}: {reason}, so its own"
+                " forward computes the logits; leave head_dtype out"
+            )
         log.warning("%s is scored with all logits in memory: %s.", name, reason)
         return False
 
@@ -309,13 +316,13 @@ class Policy(nn.Module):
         return float((logps - torch.cat(expected)).abs().max())
 
 
-def _batches(groups: Sequence[Group]) -> list[list[Group]]:
-    """Groups in order, as many together as stay below `TOKENS_WITHOUT_GRADIENT` in padded rows; at least one."""
+def _batches(groups: Sequence[Group], most: int) -> list[list[Group]]:
+    """Groups in order, as many together as stay below this many tokens in padded rows; at least one."""
     batches: list[list[Group]] = []
-    tokens = TOKENS_WITHOUT_GRADIENT
+    tokens = most
     for group in groups:
         size = len(group.completions) * (len(group.prompt) + max(map(len, group.completions)))
-        if tokens + size > TOKENS_WITHOUT_GRADIENT:
+        if tokens + size > most:
             batches.append([])
             tokens = 0
         batches[-1].append(group)

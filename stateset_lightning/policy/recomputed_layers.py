@@ -16,6 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stateset_lightning.policy.head import on_gpu
+
+HAS_FUSED_NORM = hasattr(torch.ops.aten, "_fused_rms_norm_backward")  # since PyTorch 2.9; without it 6 kernels
+
 
 def _root_mean_square_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """w x / rms(x), computed in float32, and 1 / rms(x)."""
@@ -83,6 +87,9 @@ class _GatedProjection(torch.autograd.Function):
 
 
 def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    if on_gpu(hidden_states) and HAS_FUSED_NORM and hidden_states.dtype == self.weight.dtype == torch.float32:
+        # One kernel that keeps as little. In half precision it rounds once where the layers round twice.
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
     if not torch.is_grad_enabled():
         return _root_mean_square_norm(hidden_states, self.weight, self.variance_epsilon)[0]
     return _RootMeanSquareNorm.apply(hidden_states, self.weight, self.variance_epsilon)

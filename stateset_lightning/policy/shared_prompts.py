@@ -46,21 +46,25 @@ class SharedPrompts:
     starts_B: Tensor
 
     def __post_init__(self) -> None:
-        device, num_prompts, longest = self.lengths_P.device, len(self.lengths_P), self.keys[0].shape[2]
-        self.most_rows = int(torch.bincount(self.prompt_of_row_B, minlength=num_prompts).max())
+        device, num_rows, num_prompts = self.lengths_P.device, len(self.prompt_of_row_B), len(self.lengths_P)
+        # On the host and in one copy: a GPU would make it wait at every question below.
+        numbers = torch.cat([self.prompt_of_row_B, self.starts_B, self.lengths_P]).cpu()
+        prompts_B, starts_B, lengths_P = numbers.split([num_rows, num_rows, num_prompts])
+        self.most_rows = int(torch.bincount(prompts_B, minlength=num_prompts).max())
         # A row stands at [its prompt, its number among the prompt's rows] of [P, R].
-        one_hot_BP = F.one_hot(self.prompt_of_row_B, num_prompts)
-        number_B = (one_hot_BP.cumsum(0) * one_hot_BP).sum(1) - 1
-        self.place_B = self.prompt_of_row_B * self.most_rows + number_B
-        rows_B = torch.arange(len(self.prompt_of_row_B), device=device)
-        self.row_of_place = torch.zeros(num_prompts * self.most_rows, dtype=torch.long, device=device)
-        self.row_of_place[self.place_B] = rows_B
+        one_hot_BP = F.one_hot(prompts_B, num_prompts)
+        place_B = prompts_B * self.most_rows + (one_hot_BP.cumsum(0) * one_hot_BP).sum(1) - 1
+        rows_B = torch.arange(num_rows)
+        row_of_place = torch.zeros(num_prompts * self.most_rows, dtype=torch.long)
+        row_of_place[place_B] = rows_B
         # Whole groups in order, as before any row has finished: rows and places are the same.
-        self.in_order = len(rows_B) == len(self.row_of_place) and bool((self.place_B == rows_B).all())
-        padding_PL = torch.arange(longest, device=device) < (longest - self.lengths_P)[:, None]
-        self.padding_PL = padding_PL if bool(padding_PL.any()) else None
-        self.hides_columns = bool((self.starts_B > 0).any())
-        self.last_start = int(self.starts_B.max())
+        self.in_order = num_rows == len(row_of_place) and bool((place_B == rows_B).all())
+        self.place_B, self.row_of_place = place_B.to(device), row_of_place.to(device)
+        longest = self.keys[0].shape[2]
+        padding_PL = torch.arange(longest) < (longest - lengths_P)[:, None]
+        self.padding_PL = padding_PL.to(device) if bool(padding_PL.any()) else None
+        self.hides_columns = bool((starts_B > 0).any())
+        self.last_start = int(starts_B.max())
 
     def select(self, rows: Tensor) -> "SharedPrompts":
         """These rows only, and the prompts that they need."""

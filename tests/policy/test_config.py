@@ -35,6 +35,7 @@ FROM_FILE: dict[str, Any] = {
     "dropout": 0.1,
     "scoring": "padded",
     "head_chunk_tokens": 7,
+    "head_dtype": "float32",
     "lora": LoRAConfig(rank=3, peft_kwargs={"use_rslora": True}),
     "adapter": "some",
     "router_aux_loss": 0.01,

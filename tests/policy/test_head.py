@@ -1,9 +1,12 @@
 """The chunked head against a plain log-softmax, against finite differences, and in what it holds in memory."""
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
+from plain_kernels import plain_kernels
 from torch import Tensor
 
 from stateset_lightning.policy import head
@@ -39,13 +42,34 @@ def mixed(outputs: tuple[Tensor, Tensor], use: str) -> Tensor:
     }[use].sum()
 
 
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """`gpu(columns)`: as on a GPU, with this part of the vocabulary at a time."""
+    with ExitStack() as stack:
+
+        def start(columns: int) -> None:
+            monkeypatch.setattr(HeadOptions, "chunk", lambda options, *_: (options.chunk_tokens or T, columns))
+            stack.enter_context(plain_kernels())
+
+        yield start
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 7, None])
+@pytest.mark.parametrize("columns", [None, 1, 4, V])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("bias", [True, False])
 def test_values_and_gradients_are_those_of_a_plain_log_softmax(
-    chunk: int | None, softcap: float | None, temperature: float, bias: bool
+    chunk: int | None,
+    columns: int | None,
+    softcap: float | None,
+    temperature: float,
+    bias: bool,
+    gpu: Callable[[int], None],
 ) -> None:
+    """On a CPU (columns None), and in parts of the vocabulary as on a GPU."""
+    if columns is not None:
+        gpu(columns)
     options = HeadOptions(temperature, softcap, chunk)
     arguments = inputs(bias=bias)
     leaves = [x for x in arguments[:3] if x is not None]
@@ -142,6 +166,51 @@ def test_an_outer_autocast_does_not_lower_the_precision() -> None:
     assert torch.equal(got[0], expected[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", ["half", "float32"])
+def test_on_a_gpu_operands_are_in_half_precision_and_nothing_else_is(
+    dtype: torch.dtype, weights: str, gpu: Callable[[int], None]
+) -> None:
+    """Under autocast, or with weights of that precision: the same as in float32 from rounded operands."""
+    gpu(4)
+    kept = torch.float32 if weights == "float32" else dtype
+    hidden, weight, bias, targets = inputs(kept)
+    assert bias is not None
+    rounded = [x.detach().to(dtype).float().requires_grad_() for x in (hidden, weight)]
+    options = HeadOptions(0.9, None, 3)
+    with torch.autocast("cpu", dtype=dtype, enabled=weights == "float32"):
+        got = token_logprobs(hidden, weight, bias, targets, options)
+    expected = plain(rounded[0], rounded[1], bias.detach().float(), targets, options)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=0)
+    ours_ = torch.autograd.grad(mixed(got, "both"), [hidden, weight])
+    for a, b in zip(ours_, torch.autograd.grad(mixed(expected, "both"), rounded), strict=True):
+        assert a.dtype == kept
+        assert (a.float() - b).norm() < 2 * torch.finfo(dtype).eps * b.norm()  # d logits is rounded once
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_float32_head_does_not_round_what_half_weights_give(on_gpu: bool, gpu: Callable[[int], None]) -> None:
+    if on_gpu:
+        gpu(4)
+    hidden, weight, bias, targets = inputs(torch.bfloat16)
+    assert bias is not None
+    exact = [x.detach().float().requires_grad_() for x in (hidden, weight, bias)]
+    options = HeadOptions(0.9, None, 3, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = token_logprobs(hidden, weight, bias, targets, options)
+    expected = plain(*exact, targets, options)
+    torch.testing.assert_close(got[0], expected[0], atol=2e-6, rtol=0)
+    grads = [
+        torch.autograd.grad(mixed(scores, "both"), leaves)
+        for scores, leaves in ((got, [hidden, weight, bias]), (expected, exact))
+    ]
+    for a, b in zip(*grads, strict=True):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a, b.bfloat16(), atol=1e-6, rtol=0.01)
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 7])
 def test_no_more_logits_exist_than_a_chunk(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     rows: list[int] = []
@@ -167,10 +236,19 @@ def test_nothing_of_the_vocabularys_size_is_kept_for_backward() -> None:
 
 
 def test_a_chunk_of_logits_has_at_most_64_mebibytes() -> None:
-    assert HeadOptions().chunk(150_000) * 150_000 * 4 <= 64 * 2**20
-    assert HeadOptions().chunk(150_000) == 111
-    assert HeadOptions().chunk(10**9) == 16
-    assert HeadOptions(chunk_tokens=5).chunk(150_000) == 5
+    assert HeadOptions().chunk(150_000)[0] * 150_000 * 4 <= 64 * 2**20
+    assert HeadOptions().chunk(150_000) == (111, 150_000)
+    assert HeadOptions().chunk(10**9)[0] == 16
+    assert HeadOptions(chunk_tokens=5).chunk(150_000)[0] == 5
+
+
+@pytest.mark.parametrize(("chunk_tokens", "tokens"), [(None, 4096), (512, 512), (10**9, 10**9)])
+def test_a_gpu_has_thousands_of_tokens_and_a_part_of_the_vocabulary_at_a_time(
+    chunk_tokens: int | None, tokens: int
+) -> None:
+    shape = HeadOptions(chunk_tokens=chunk_tokens).chunk(150_000, is_on_gpu=True)
+    assert shape[0] == tokens
+    assert shape[1] == max(128 * 2**20 // (4 * tokens), 1)
 
 
 def test_only_the_needed_gradients_are_computed() -> None:

@@ -1,13 +1,15 @@
 """Attention over packed groups and over shared prompts, against plain attention: a mask in full, a copy per row."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
+from plain_kernels import plain_kernels
 from torch import Tensor
 
 from stateset_lightning.policy import packed_attention as packed_attention_file
-from stateset_lightning.policy.packed_attention import ARGUMENT, make_layout, packed_attention
+from stateset_lightning.policy.packed_attention import ARGUMENT, Layout, packed_attention
 from stateset_lightning.policy.shared_prompts import SharedPrompts
 
 CPU = torch.device("cpu")
@@ -20,15 +22,24 @@ CASES = [
 ]
 
 
-def visible(prompts: list[int], completions: list[list[int]]) -> Tensor:
-    """Who sees whom, bool [S, S], from the rule: same group, the prompt or the same completion, not later."""
-    labels = []
+def visible(prompts: list[int], completions: list[list[int]], window: int | None = None) -> Tensor:
+    """Who sees whom, bool [S, S], from the rule: same group, the prompt or the same completion, not later.
+
+    With a window, and not further away than that.
+    """
+    labels = []  # group, completion (-1 for the prompt), place
     for g, (prompt, lengths) in enumerate(zip(prompts, completions, strict=True)):
-        labels += [(g, -1)] * prompt
+        labels += [(g, -1, i) for i in range(prompt)]
         for c, length in enumerate(lengths):
-            labels += [(g, c)] * length
+            labels += [(g, c, prompt + i) for i in range(length)]
     return torch.tensor(
-        [[i >= j and a[0] == b[0] and b[1] in (-1, a[1]) for j, b in enumerate(labels)] for i, a in enumerate(labels)]
+        [
+            [
+                i >= j and a[0] == b[0] and b[1] in (-1, a[1]) and (window is None or a[2] - b[2] < window)
+                for j, b in enumerate(labels)
+            ]
+            for i, a in enumerate(labels)
+        ]
     )
 
 
@@ -41,15 +52,18 @@ def oracle(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: flo
 
 @pytest.mark.parametrize(("prompts", "completions"), CASES)
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize(("scaling", "recompute_from"), [(None, 10**9), (0.9, 0)])
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize(("scaling", "recompute_from"), [(None, 10**9), (0.9, 0), (0.9, None)])
 def test_output_and_gradients_are_those_under_the_whole_mask(
     prompts: list[int],
     completions: list[list[int]],
     kv_heads: int,
     scaling: float | None,
-    recompute_from: int,
+    recompute_from: int | None,
+    window: int | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """In buckets, and by a GPU's kernels (None)."""
     monkeypatch.setattr(packed_attention_file, "RECOMPUTE_FROM", recompute_from)
     total = sum(prompts) + sum(map(sum, completions))
     generator = torch.Generator().manual_seed(0)
@@ -58,12 +72,15 @@ def test_output_and_gradients_are_those_under_the_whole_mask(
         for heads in (4, kv_heads, kv_heads)
     ]
     weights = torch.randn(1, total, 4, 8, generator=generator, dtype=torch.float64)
-    arguments = {ARGUMENT: make_layout(prompts, completions, CPU)}
-    output, attention = packed_attention(torch.nn.Module(), *inputs, None, scaling=scaling, **arguments)
+    arguments = {ARGUMENT: Layout(prompts, completions, CPU)}
+    with plain_kernels() if recompute_from is None else nullcontext():
+        output, attention = packed_attention(
+            torch.nn.Module(), *inputs, None, scaling=scaling, sliding_window=window, **arguments
+        )
+        got = torch.autograd.grad((output * weights).sum(), inputs)
     assert attention is None
-    expected = oracle(*inputs, visible(prompts, completions), scaling or 1 / math.sqrt(8))
+    expected = oracle(*inputs, visible(prompts, completions, window), scaling or 1 / math.sqrt(8))
     torch.testing.assert_close(output, expected, atol=1e-12, rtol=0)
-    got = torch.autograd.grad((output * weights).sum(), inputs)
     for ours, theirs in zip(got, torch.autograd.grad((expected * weights).sum(), inputs), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
 
@@ -85,32 +102,32 @@ def test_without_a_layout_it_is_plain_sdpa() -> None:
 
 
 def test_a_layout_says_where_each_token_lies() -> None:
-    layout = make_layout([2, 1], [[2, 1], [1]], CPU)  # p p a a b | q c
-    (bucket,) = layout.buckets
+    layout = Layout([2, 1], [[2, 1], [1]], CPU)  # p p a a b | q c
+    (bucket,) = layout.rows[0]
     assert bucket.prompts_PL.tolist() == [[5, 5], [0, 1]]  # shorter prompts first; a row is padded with its last place
     assert bucket.queries_RM.tolist() == [[6, 6], [2, 3], [4, 4]]
     assert bucket.keys_RK.tolist() == [[5, 5, 6, 6], [0, 1, 2, 3], [0, 1, 4, 4]]
     assert bucket.mask[0, 0].int().tolist() == [[1, 0, 1, 0], [1, 0, 1, 1]]
     assert bucket.mask[1, 0].int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     flat = torch.cat([bucket.prompts_PL.flatten(), bucket.queries_RM.flatten()])
-    assert flat[layout.rows_S].tolist() == list(range(7))
+    assert flat[layout.rows[1]].tolist() == list(range(7))
 
 
 def test_equally_long_prompts_share_one_mask() -> None:
-    (bucket,) = make_layout([2, 2], [[3, 1], [3]], CPU).buckets
+    (bucket,) = Layout([2, 2], [[3, 1], [3]], CPU).rows[0]
     assert bucket.mask.shape == (1, 1, 3, 5)
 
 
 def test_small_groups_share_a_bucket_and_large_ones_do_not() -> None:
-    assert len(make_layout([8] * 16, [[8] * 16] * 16, CPU).buckets) == 1  # 256 rows of 16 keys
-    assert len(make_layout([8] * 17, [[8] * 16] * 17, CPU).buckets) == 2
-    assert len(make_layout([4096, 4096], [[1], [1]], CPU).buckets) == 2
-    lengths = [len(bucket.prompts_PL) for bucket in make_layout([900, 3, 901, 4], [[4] * 2] * 4, CPU).buckets]
+    assert len(Layout([8] * 16, [[8] * 16] * 16, CPU).rows[0]) == 1  # 256 rows of 16 keys
+    assert len(Layout([8] * 17, [[8] * 16] * 17, CPU).rows[0]) == 2
+    assert len(Layout([4096, 4096], [[1], [1]], CPU).rows[0]) == 2
+    lengths = [len(bucket.prompts_PL) for bucket in Layout([900, 3, 901, 4], [[4] * 2] * 4, CPU).rows[0]]
     assert lengths == [2, 2]  # like beside like: the long ones do not pad the short ones
 
 
 def test_a_prompt_without_completions_has_no_rows() -> None:
-    (bucket,) = make_layout([3], [[]], CPU).buckets
+    (bucket,) = Layout([3], [[]], CPU).rows[0]
     assert bucket.mask.numel() == 0
     assert bucket.queries_RM.shape == (0, 0)
 

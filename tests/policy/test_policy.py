@@ -3,13 +3,15 @@
 import copy
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from plain_kernels import plain_kernels
 from torch import Tensor
 from transformers import PretrainedConfig
 from windowed_models import FAMILIES, WINDOW, random_tokens, windowed_model
@@ -102,21 +104,38 @@ def assert_same_scores(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tenso
     torch.testing.assert_close(got[1].detach(), expected[1].detach(), atol=1e-5, rtol=0)
 
 
+@pytest.fixture
+def attention_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Has attention and head take one of their ways: "buckets", "recomputed" ones, or "kernels" as on a GPU."""
+    with ExitStack() as stack:
+
+        def choose(way: str) -> None:
+            monkeypatch.setattr(packed_attention, "RECOMPUTE_FROM", 0 if way == "recomputed" else 512)
+            if way == "kernels":
+                monkeypatch.setattr(head, "GPU_CHUNK_TOKENS", 7)
+                monkeypatch.setattr(head, "GPU_CHUNK_BYTES", 4 * 7 * 100)  # so a vocabulary of 384 in four parts
+                stack.enter_context(plain_kernels())
+
+        yield choose
+
+
 # Values and gradients
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(("scoring", "recompute_from"), [("auto", 512), ("auto", 0), ("padded", 512)])
+@pytest.mark.parametrize(
+    ("scoring", "way"), [("auto", "buckets"), ("auto", "recomputed"), ("auto", "kernels"), ("padded", "buckets")]
+)
 def test_scores_and_gradients_are_those_of_one_row_at_a_time(
     make_model: Callable[..., Any],
     architecture: str,
     scoring: str,
-    recompute_from: int,
+    way: str,
     checkpointing: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    attention_of: Callable[[str], None],
 ) -> None:
-    monkeypatch.setattr(packed_attention, "RECOMPUTE_FROM", recompute_from)
+    attention_of(way)
     plain = make_model(
         architecture, **({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if architecture == "gpt2" else {})
     )
@@ -139,11 +158,11 @@ def test_scores_and_gradients_are_those_of_one_row_at_a_time(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("recompute_from", [512, 0])
+@pytest.mark.parametrize("way", ["buckets", "recomputed", "kernels"])
 def test_windowed_models_are_packed_with_the_scores_and_gradients_of_their_own_forward(
-    family: str, recompute_from: int, monkeypatch: pytest.MonkeyPatch
+    family: str, way: str, attention_of: Callable[[str], None]
 ) -> None:
-    monkeypatch.setattr(packed_attention, "RECOMPUTE_FROM", recompute_from)
+    attention_of(way)
     # Prompts and completions on both sides of the window, of one length in a bucket and of several.
     tokens = random_tokens(3 * WINDOW, 12, 5, 9, 4, 3, 11, 33, 1, 2)
     groups = [Group(tokens[0], tokens[1:4]), Group(tokens[4], tokens[5:7]), Group(tokens[7], tokens[8:])]
@@ -260,16 +279,16 @@ def test_a_wrong_packed_path_is_found_by_the_probe(
     make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
-    correct = packed_attention.make_layout
+    correct = packed_attention._make_rows
 
     def blind(prompts: Any, completions: Any, device: Any) -> Any:
         """Completions that do not see the first token of their prompt."""
-        layout = correct(prompts, completions, device)
-        for bucket in layout.buckets:
+        buckets, rows_S = correct(prompts, completions, device)
+        for bucket in buckets:
             bucket.mask[..., 0] = False
-        return layout
+        return buckets, rows_S
 
-    monkeypatch.setattr(packed_attention, "make_layout", blind)
+    monkeypatch.setattr(packed_attention, "_make_rows", blind)
     with pytest.raises(ConfigError, match="in a probe its log-probs were off by"):
         make_policy(make_model("llama"), scoring="packed")
     model = make_model("llama")
@@ -292,6 +311,19 @@ def test_a_model_whose_logits_are_scaled_is_scored_with_its_own_head(
     expected, got = naive_scores(plain, GROUPS, 0.7), policy.score(GROUPS, 0.7)
     assert_same_scores(got, expected)
     assert_same_gradients(gradients(policy.model, got), gradients(plain, expected))
+    with pytest.raises(ConfigError, match="head_dtype='float32' is not possible for random: in a probe its log-probs"):
+        make_policy(scaled(), head_dtype="float32")
+
+
+def test_a_float32_head_multiplies_half_weights_without_rounding(make_model: Callable[..., Any]) -> None:
+    policies = [make_policy(make_model("llama").bfloat16(), head_dtype=dtype) for dtype in (None, "float32")]
+    with torch.no_grad():
+        hidden_TH, head = policies[0]._packed(GROUPS), policies[0].model.get_output_embeddings()
+        exact = (hidden_TH.double() @ head.weight.double().t()).log_softmax(-1)
+        targets = [token for group in GROUPS for completion in group.completions for token in completion]
+        expected = exact[range(NUM_TOKENS), targets]
+        rounded, ours = ((policy.score(GROUPS)[0] - expected).abs().mean().item() for policy in policies)
+    assert ours < 1e-6 < 1e-3 < rounded
 
 
 def test_a_model_can_carry_a_second_policy(make_model: Callable[..., Any]) -> None:

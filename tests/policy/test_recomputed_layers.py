@@ -4,9 +4,12 @@ import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.nn.functional as F
+from plain_kernels import plain_kernels
 from torch import nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
@@ -188,3 +191,21 @@ def test_a_copy_has_its_own_weights(make_model: Callable[..., Any]) -> None:
             parameter.zero_()
     assert torch.equal(model(IDS).logits, before)
     assert not copied(IDS).logits.any()
+
+
+@pytest.mark.parametrize(("dtype", "calls"), [(torch.float32, 1), (torch.bfloat16, 0)])
+def test_on_a_gpu_a_float32_norm_is_one_operator(dtype: torch.dtype, calls: int) -> None:
+    norm = LlamaRMSNorm(24).to(dtype)
+    changed = copy.deepcopy(norm)
+    assert use_recomputed_layers(changed) == 1
+    x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    expected = norm(x)
+    with plain_kernels(), patch.object(F, "rms_norm", wraps=F.rms_norm) as fused:
+        output = changed(x)
+    assert fused.call_count == calls
+    torch.testing.assert_close(output, expected, atol=1e-6, rtol=0)
+    grads = (
+        torch.autograd.grad(y.square().sum(), (x, layer.weight)) for y, layer in ((expected, norm), (output, changed))
+    )
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0.02 if dtype == torch.bfloat16 else 1e-5)
