@@ -299,7 +299,12 @@ def to_outcome(output: Any) -> Outcome:
     match output:
         case None:
             return Outcome(NOT_APPLICABLE)
-        case RewardResult(score=score, breakdown=beside) | {"score": score, **beside} | (score, Mapping() as beside):
+        case (
+            RewardResult(score=score, breakdown=beside)
+            | {"score": score, **beside}
+            | {"overall": score, **beside}  # EasyR1's
+            | (score, Mapping() as beside)
+        ):
             return Outcome(_finite(score), {str(name): value for name, value in (beside or {}).items()})
         case (score, str() as info):
             return Outcome(_finite(score), {"info": info})

@@ -24,15 +24,18 @@ _WORDS = {
     "prompt": "prompt question problem query instruction",
     "target": "target ground_truth label gold reference expected expected_answer expected_output reference_answer"
     " gold_answer correct_answer answers gt truth y_true",
+    "answered": "reward_input",
 }
 _ROLES = {word: role for role, words in _WORDS.items() for word in words.split()}
 # The completion where no other parameter is, else this: `f(answer, target)` and `f(completion, answer)` are both meant.
 _UNSURE = {"answer": "target", "solution": "target", "output": "column", "text": "column"}
 _MEANS_TARGET = (*_WORDS["target"].split(), "answer", "solution")
 TARGET_NAMES = (*_WORDS["target"].split(), *_UNSURE)
-# TRL's and OpenRLHF's functions take lists.
+# Functions of TRL and OpenRLHF, and some of verl and EasyR1, take lists.
 _OF_TRL = {"prompts": "asked", "completions": "completion", "log_extra": "log_extra", "log_metric": "log_metric"}
-_LISTS = {**dict.fromkeys(_MEANS_TARGET, "target"), **_OF_TRL, "queries": "query", "labels": "target"}
+_LISTS = {f"{word}s": role for word, role in _ROLES.items() if role not in ("turns", "context")}
+_LISTS |= {**dict.fromkeys(_MEANS_TARGET, "target"), **_OF_TRL, "queries": "query"}
+_ANSWERS = ("completion", "query", "answered")  # roles that hold the completion
 # What verl gives where the data has no such column.
 STAND_INS: dict[str, Any] = {"data_source": None, "extra_info": {}}
 
@@ -63,15 +66,19 @@ class FunctionReward(RewardFunction):
 
     The target's own column holds what `types.as_target` makes of it: a number stays a number, 5.0 becomes 5.
 
-    A function that names `completions` (TRL's) or `queries` (OpenRLHF's), or takes keywords alone, gets lists of one of
-    everything and returns a list (array, tensor) of one. Completions are scored as they finish: a function that
-    compares them with each other cannot work this way (see `GroupReward`). TRL's get messages where the scenario has
-    `messages`, else texts, and what they give to `log_extra` and `log_metric` enters the breakdown. NaN, which TRL
+    - `reward_input` (EasyR1's): the columns, `response` and `ground_truth` in one mapping.
+
+    A function that names `completions` (TRL's), `queries` (OpenRLHF's), or several of another name that gets the
+    completion (`solution_strs`, `predictions`), or takes keywords alone, gets lists of one of everything and returns a
+    list (array, tensor) of one. Completions are scored as they finish: a function that
+    compares them with each other cannot work this way (see `GroupReward`). They get messages where the scenario has
+    `messages`, else texts; what they give to `log_extra` and `log_metric` enters the breakdown. NaN, which TRL
     takes for None, is a failure here.
 
     Args:
         function: The function; it returns what `RewardFunction.compute_reward` may return.
-        conversational: Whether TRL's functions get messages; None: as the scenario's own (`messages` or `prompt`).
+        conversational: Whether prompt and completion are messages. None: for functions that take lists, where the
+            scenario has `messages`; verifiers' functions get them by True.
         **common: `weight`, `name` and `timeout` of every reward; the name is by default the function's.
 
     Raises:
@@ -105,7 +112,8 @@ class FunctionReward(RewardFunction):
         return self._awaited(output, logged) if inspect.isawaitable(output) else self._only(output, logged)
 
     def missing(self, columns: Mapping[str, Any]) -> list[str]:
-        absent = {name: self._roles[name] for name in sorted(self._required) if columns.get(name) is None}
+        named = {self._column(name, columns): self._roles[name] for name in sorted(self._required)}
+        absent = {name: role for name, role in named.items() if columns.get(name) is None}
         needed = [{"column": name, "target": "target"}.get(role) for name, role in absent.items()]
         return [name for name in needed if name is not None and columns.get(name) is None]
 
@@ -123,12 +131,14 @@ class FunctionReward(RewardFunction):
             return _OF_TRL | named if self._takes_all else named
         words = {name: name.strip("_") for name in names}
         roles = {name: _ROLES.get(word, "column" if word else "unused") for name, word in words.items()}
+        if self.conversational and "prompt" in roles:
+            roles["prompt"] = "asked"  # messages, which no column holds
         unsure = [name for name, word in words.items() if word in _UNSURE]
         is_alone = len(unsure) == 1 and not {"completion", "turns"} & set(roles.values())
         roles |= {name: "completion" if is_alone else _UNSURE[words[name]] for name in unsure}
         if "solution_str" in names:  # verl's: the rest are options of the function
             roles = {n: role for n, role in roles.items() if role != "column" or n in self._required | STAND_INS.keys()}
-        completions = [name for name, role in roles.items() if role == "completion"]
+        completions = [name for name, role in roles.items() if role in _ANSWERS]
         if len(completions) > 1 or not (completions or "turns" in roles.values()):
             why = f"takes ({', '.join(names)}), which does not say what gets the completion (see docs/rewards.md)"
             guessed = [name for name, role in roles.items() if role in ("column", "completion") or name in unsure]
@@ -160,9 +170,10 @@ class FunctionReward(RewardFunction):
         by_role["log_extra"] = lambda column, values: logged.update({column: values[0]})
         by_role["log_metric"] = lambda name, value: logged.update({name: value})
         for name, role in self._roles.items():
-            value = columns.get(name) if role in ("prompt", "target", "column") else None
+            column = self._column(name, columns)
+            value = columns.get(column) if role in ("prompt", "target", "column") else None
             value = by_role.get(role) if value is None else value
-            if value is not None or (role == "column" and name in columns):
+            if value is not None or (role == "column" and column in columns):
                 given[name] = value
         if absent := sorted(self._required - given.keys()):
             has = f"which this row does not have; it has: {', '.join(sorted(context))}"
@@ -175,20 +186,27 @@ class FunctionReward(RewardFunction):
             return {n: value if n in ("log_extra", "log_metric") else [value] for n, value in given.items()}
         return given
 
+    def _column(self, name: str, columns: Mapping[str, Any]) -> str:
+        """The column of a parameter: of `extra_infos`, which takes lists, `extra_info`."""
+        return name.removesuffix("s") if self.takes_lists and name not in columns else name
+
     def _by_role(self, turns: Turns, context: Mapping[str, Any]) -> dict[str, Any]:
         answer, asked = completion(turns), turns[-2]["content"] if len(turns) > 1 else ""
         found: dict[str, Any] = {"turns": turns, "completion": answer, "prompt": asked, "asked": asked}
         found |= {"context": context, "target": context.get("target"), "query": asked + answer, "unused": ""}
-        has_messages = context.get("messages") is not None if self.conversational is None else self.conversational
-        if self.takes_lists and has_messages and "queries" not in self._roles:
+        found["answered"] = {**context, "response": answer, "ground_truth": context.get("target")}
+        gets_messages = self.conversational
+        if gets_messages is None:
+            gets_messages = self.takes_lists and context.get("messages") is not None and "queries" not in self._roles
+        if gets_messages:
             *found["asked"], last = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
             found["completion"] = [last]
         return found
 
-    async def _awaited(self, output: Awaitable[Any], logged: dict[str, Any]) -> RewardResult | None:
+    async def _awaited(self, output: Awaitable[Any], logged: dict[str, Any]) -> Any:
         return self._only(await output, logged)
 
-    def _only(self, output: Any, logged: dict[str, Any]) -> RewardResult | None:
+    def _only(self, output: Any, logged: dict[str, Any]) -> Any:
         """The score in a list of one."""
         items = output
         if isinstance(output, Mapping) and "rewards" in output:  # OpenRLHF's
@@ -198,6 +216,8 @@ class FunctionReward(RewardFunction):
         if len(scores) != 1:  # at most two are asked for: there may be no end
             must = "gets lists and must return a list of one number or None"
             raise RewardError(f"reward '{self.name}' {must}, but returned {output!r:.80}")
+        if isinstance(scores[0], Mapping):  # a list function of verl's or EasyR1's
+            return {**scores[0], **logged}
         return None if scores[0] is None else RewardResult(scores[0], logged)
 
 
@@ -206,9 +226,9 @@ class TRLReward(FunctionReward):
 
 
 def is_list_function(function: Callable[..., Any]) -> bool:
-    """Whether a function takes lists: it names `completions` or `queries`, or takes keywords alone."""
+    """Whether a function takes lists: it names several completions, or takes keywords alone."""
     kinds = {parameter.name: parameter.kind.name for parameter in _parameters(function)}
-    if kinds.keys() & {"completions", "completion_ids", "queries"}:
+    if "completion_ids" in kinds or any(_LISTS.get(name) in _ANSWERS for name in kinds):
         return True
     by_keyword = {"VAR_KEYWORD"} <= set(kinds.values()) <= {"VAR_KEYWORD", "KEYWORD_ONLY"}
     return by_keyword and not any(_ROLES.get(name) == "completion" or name in _UNSURE for name in kinds)

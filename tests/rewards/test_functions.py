@@ -80,6 +80,13 @@ def openrlhf(queries, prompts, labels):
 def openrlhf_dict(queries, prompts, labels, **kwargs):
     right = torch.tensor([float(q.endswith(label)) for q, label in zip(queries, labels)])
     return {"rewards": right, "scores": right, "extra_logs": {"right": right}}
+def verl_lists(data_sources, solution_strs, ground_truths, extra_infos):
+    assert data_sources == ["sums"] and extra_infos == [{"index": 7}]
+    return [{"score": float(s == g), "acc": 1} for s, g in zip(solution_strs, ground_truths)]
+def metric(predictions, references): return [float(p == r) for p, r in zip(predictions, references)]
+def easyr1(reward_inputs, format_weight=0.1):
+    return [{"overall": float(r["response"] == r["ground_truth"]), "format": 1.0} for r in reward_inputs]
+def easyr1_single(reward_input): return {"overall": float(reward_input["response"] == reward_input["ground_truth"])}
 def with_info(completion, target): return float(completion == target), {"length": len(completion)}
 class called:
     def __call__(self, completion, target): return completion == target
@@ -116,11 +123,19 @@ def test_the_page_has_all_names_and_its_examples_are_accepted():
     named = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
     assert named == {*_ROLES, *_UNSURE, *STAND_INS}
     lines = [line for line in examples.partition("```")[0].splitlines() if line]
-    assert len(lines) == 8
+    assert len(lines) == 10
     for line in lines:
         namespace = {}
         exec(line, namespace)
         assert as_rewards(namespace.get("f") or namespace["compute_score"])
+
+
+def test_a_function_of_verifiers_gets_messages_when_asked():
+    def verifiers(prompt, completion, answer):
+        return prompt[-1]["role"] == "user" and completion[-1]["content"] == answer
+
+    scores = run(FunctionReward(verifiers, conversational=True))
+    assert scores.totals_N.tolist() == [1.0, 0.0]
 
 
 def test_a_list_of_functions_with_weights_is_summed():
