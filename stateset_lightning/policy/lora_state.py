@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy.config import PolicyConfig
 from stateset_lightning.policy.lora import adapter_off, is_adapted, plain_config, trained_names
+from stateset_lightning.policy.precision import replaced_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,20 +77,13 @@ class AdapterState:
             )
         self.start = saved["start"]
 
-    @contextmanager
-    def at_start(self) -> Iterator[None]:
-        """The policy as it started, while the context lasts."""
+    def at_start(self) -> AbstractContextManager[None]:
+        """The policy as it started, while the context lasts; for passes without gradient."""
         if self.start is None:
-            with adapter_off(self.model):
-                yield
-            return
-        trained = self._trained()
-        kept = {name: p.detach().clone() for name, p in trained.items()}
-        try:
-            _fill(trained, self.start)
-            yield
-        finally:
-            _fill(trained, kept)
+            return adapter_off(self.model)
+        # Other parameters, not other values in the same ones: autocast keeps casts of those.
+        start = {p: nn.Parameter(self.start[name].to(p), requires_grad=False) for name, p in self._trained().items()}
+        return replaced_parameters(self.model.modules(), lambda p: start.get(p, p))
 
 
 def base_digest(model: nn.Module) -> str:
@@ -157,10 +151,3 @@ def check_same_kind(adapter: AdapterState | None, saved: Mapping[str, Any] | Non
             "the checkpoint holds a whole model, and model.policy.lora asks for an adapter: set model.policy.lora to"
             " null"
         )
-
-
-@torch.no_grad()
-def _fill(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])
-    torch.clear_autocast_cache()  # or autocast would go on with its casts of the old values
