@@ -59,8 +59,8 @@ class CheckpointError(ConfigError):
 
 
 def one_line(text: object, most: int = 300) -> str:
-    """At most so many characters of a text on one line, without what moves the cursor of a terminal."""
-    start = str(text)[: 10 * most]  # it may have megabytes
+    """At most so many characters of a text on one line, without secrets and what moves the cursor of a terminal."""
+    start = redacted_text(str(text)[: 10 * most])  # it may have megabytes
     return " ".join("".join(c if c.isprintable() else " " for c in start).split())[:most]
 
 

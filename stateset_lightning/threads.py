@@ -184,7 +184,7 @@ class EventLoopThread:
             return self._loop
 
     def _serve(self, runner: asyncio.Runner) -> None:
-        with suppress(BaseException), runner:  # at the end it cancels all calls; one that swallows that keeps the thread
+        with suppress(BaseException), runner:  # which cancels all calls at its end; one that swallows it keeps it
             while not (self._closed or runner.get_loop().is_closed()):
                 with suppress(BaseException):  # what a coroutine calls back may stop the loop, or raise SystemExit
                     runner.run(asyncio.Event().wait())

@@ -17,7 +17,7 @@ from base64 import b64encode
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Annotated, Any, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from annotated_types import Ge, Lt
 from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError
@@ -25,6 +25,7 @@ from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError
 from stateset_lightning.errors import ConfigError, NonFiniteError, ServerError, one_line
 from stateset_lightning.redaction import redacted_text, remember
 from stateset_lightning.types import FinishReason
+from stateset_lightning.workers.addresses import http_address
 
 log = logging.getLogger("stateset_lightning")
 
@@ -80,7 +81,7 @@ class ServerLost(Exception):
     """The server gave no answer, or one that says that it cannot at the moment or no longer has its weights."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(_line(reason))
+        super().__init__(one_line(reason))
 
 
 class BadAnswer(ServerLost):
@@ -111,18 +112,9 @@ class VLLMServer:
 
     def __init__(self, url: str, *, request_timeout: float, max_wait: float) -> None:
         remember(url)
-        try:
-            parts = urlsplit(url.rstrip("/").removesuffix("/v1"))
-            self._address = (parts.hostname or "", parts.port)
-            is_address = re.fullmatch(r"https?://[!-~]+", url) and self._address[0].encode("idna")
-        except ValueError:  # the port is no number, or a part of the host's name too long
-            is_address = None
-        if not is_address:
-            shown = url.rpartition("@")[2]
-            raise ConfigError(f"model.engine.urls: {shown!r} is no address: give one such as http://127.0.0.1:8000")
+        parts, self.url = http_address("model.engine.urls", url.rstrip("/").removesuffix("/v1"))
+        self._address, self._path = (parts.hostname or "", parts.port), parts.path
         self._connection = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._path = parts.path
-        self.url = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
         self.request_timeout = request_timeout
         self.max_wait = max_wait
         self.model = ""
@@ -153,28 +145,27 @@ class VLLMServer:
         """
         data = None if body is None else json.dumps(body).encode()
         seconds = self.request_timeout if seconds is None else seconds
-        deadline, limit = time.monotonic() + seconds, BYTES + BYTES_PER_TOKEN * _tokens(body or {})
+        asked = body or {}
+        tokens = asked.get("n", 1) * (len(asked.get("prompt", ())) + asked.get("max_tokens", 0))
+        deadline, limit = time.monotonic() + seconds, BYTES + BYTES_PER_TOKEN * tokens
         with closing(self._connection(*self._address, timeout=seconds)) as connection:
             try:
                 connection.connect()
-            except OSError as error:
-                raise ServerLost(f"{type(error).__name__}: {error}") from error
-            try:
                 connection.request("GET" if data is None else "POST", self._path + path, data, self._headers)
                 answer = http.client.HTTPResponse(_Incoming(connection.sock, deadline, limit))  # type: ignore[arg-type]
                 answer.begin()
                 content = answer.read(limit)
-            except TimeoutError as error:
-                raise BadAnswer(f"no whole answer within {seconds:g} s (model.engine.request_timeout)") from error
             except (OSError, http.client.HTTPException) as error:
+                if isinstance(error, TimeoutError) and connection.sock is not None:
+                    raise BadAnswer(f"no whole answer within {seconds:g} s (model.engine.request_timeout)") from error
                 raise ServerLost(f"{type(error).__name__}: {error}") from error
         if 200 <= answer.status < 300:
             return content
-        message = _message(content) or _line(answer.reason)
+        message = _message(content) or one_line(answer.reason)
         if answer.status >= 500 or answer.status in (408, 429):
             raise ServerLost(f"HTTP {answer.status}: {message}")
         if place := answer.headers["Location"]:
-            message += f"; it sends us to {_line(place)}, where we do not go: give the address itself"
+            message += f"; it sends us to {one_line(place)}, where we do not go: give the address itself"
         raise ServerError(f"model.engine.urls: {self.url}{path} refuses ({answer.status}): {message}", answer.status)
 
     def ask(self, path: str, schema: type[Schema], body: Mapping[str, Any] | None = None) -> Schema:
@@ -304,20 +295,11 @@ class _Incoming(io.RawIOBase):
         return count
 
 
-def _tokens(body: Mapping[str, Any]) -> int:
-    """Those of prompts and completions in the answer to a request."""
-    return int(body.get("n", 1) * (len(body.get("prompt", ())) + body.get("max_tokens", 0)))
-
-
 def _message(content: bytes) -> str:
     """What a refusal says: vLLM's are JSON, those of a proxy perhaps a page."""
     text = redacted_text(content.decode(errors="replace"))  # before a secret is cut in two
     found = re.search(r'"(?:message|detail)"\s*:\s*("(?:[^"\\]|\\.)*")', text)
     try:
-        return _line(json.loads(found[1]) if found else text)
+        return one_line(json.loads(found[1]) if found else text)
     except ValueError:  # it only looks like JSON
-        return _line(text)
-
-
-def _line(text: str) -> str:
-    return one_line(redacted_text(text))
+        return one_line(text)

@@ -4,15 +4,14 @@ The time-outs of `httpx` are for each read: a server that sends a byte every sec
 """
 
 import asyncio
-import ipaddress
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
-from urllib.parse import urlsplit
 
 from openai import DefaultAsyncHttpxClient
 
 from stateset_lightning.errors import ServerError
+from stateset_lightning.workers.addresses import is_this_machine
 
 # Bytes of an answer, unpacked; a chat completion has kilobytes.
 LARGEST_ANSWER = 2**23
@@ -60,12 +59,3 @@ async def _content(response: Any) -> bytes:
         if len(content) > LARGEST_ANSWER:
             raise ServerError(f"the answer has more than {LARGEST_ANSWER:,} bytes")
     return content
-
-
-def is_this_machine(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
-    return address.is_loopback or address.is_unspecified

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
-from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
 from annotated_types import Ge, Gt, Le, Len
-from pydantic import BaseModel, HttpUrl, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from stateset_lightning.errors import ConfigError, ServerError, check_bounds, one_line, require
 from stateset_lightning.redaction import is_secret_name, remember
+from stateset_lightning.workers.addresses import http_address
 
 T = TypeVar("T")
 
@@ -163,10 +163,7 @@ class OpenAIClient:
         self._counts: Counter[str] = Counter()
         if taken := {"model", "messages", "stream", "n"} & request.keys():
             raise ConfigError(f"{key}.request sets '{min(taken)}', which is set elsewhere: remove it")
-        try:
-            TypeAdapter(HttpUrl).validate_python(self._url)
-        except ValidationError as error:
-            raise ConfigError(f"{key}.base_url={self._url!r} is no address such as http://localhost:8000/v1") from error
+        _, self._place = http_address(f"{key}.base_url", self._url)
         if self._key_env is not None and not is_secret_name(self._key_env):
             raise ConfigError(f"{key}.api_key_env={self._key_env!r}: take a name that ends in API_KEY; logs hide it")
         if self._key_env is not None and not os.environ.get(self._key_env):
@@ -229,9 +226,7 @@ class OpenAIClient:
 
     def line(self, text: str) -> str:
         """A line that names the server, without a password that its address may hold."""
-        address = urlsplit(self._url)
-        place = address._replace(netloc=address.netloc.rpartition("@")[2]).geturl()
-        return f"{place}: {one_line(text, _LONGEST_MESSAGE)}"
+        return f"{self._place}: {one_line(text, _LONGEST_MESSAGE)}"
 
     @cached_property
     def _replies(self) -> ReplyCache:
