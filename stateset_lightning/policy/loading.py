@@ -73,10 +73,8 @@ def load_tokenizer(policy: PolicyConfig) -> PreTrainedTokenizerBase:
         log.info("The tokenizer of %s has no pad token: %r pads instead.", policy.model_name, tokenizer.eos_token)
         tokenizer.pad_token = tokenizer.eos_token
     if others := set(end_of_turn_ids(tokenizer)) - {tokenizer.eos_token_id}:
-        log.info(
-            "The chat template of %s ends turns with %r, and its tokenizer sequences with %r: both end a completion.",
-            *(policy.model_name, tokenizer.convert_ids_to_tokens(others.pop()), tokenizer.eos_token),
-        )
+        told = "The chat template of %s ends turns with %r, and its tokenizer sequences with %r: both end a completion."
+        log.info(told, policy.model_name, tokenizer.convert_ids_to_tokens(others.pop()), tokenizer.eos_token)
     return tokenizer
 
 
@@ -208,10 +206,8 @@ def loading_errors(option: str) -> Iterator[None]:
     except ConfigError:
         raise
     except pickle.UnpicklingError as error:
-        raise ConfigError(
-            f"{option} cannot be loaded: its weights are a pickle file with more in it than tensors, which could run"
-            " code; convert it to safetensors where you trust it"
-        ) from error
+        what = "its weights are a pickle file with more in it than tensors, which could run code"
+        raise ConfigError(f"{option} cannot be loaded: {what}; convert it to safetensors if you trust it") from error
     except Exception as error:  # a foreign config.json can have a model's code raise anything
         raise ConfigError(f"{option} cannot be loaded: {_first_line(error)}") from error
 
@@ -228,11 +224,8 @@ def check_complete(option: str, missing: Iterable[str], kind: str) -> None:
         ConfigError: If there are any.
     """
     if names := sorted(missing):
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise ConfigError(
-            f"{option} cannot be loaded: it has no weights for {', '.join(names[:3])}{more}, which would be random;"
-            f" give a complete {kind}"
-        )
+        what = f"{option} cannot be loaded: it has no weights for {', '.join(names[:3])}, which would be random"
+        raise ConfigError(f"{what} ({len(names)} in all); give a complete {kind}")
 
 
 def check_vocabulary(option: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -251,11 +244,9 @@ def check_vocabulary(option: str, model: PreTrainedModel, tokenizer: PreTrainedT
     rows = model.get_input_embeddings().weight.shape[0]
     places = {getattr(tokenizer, f"{kind}_token", None) for kind in ("image", "audio", "video")}
     if beyond := [text for text, i in tokenizer.get_vocab().items() if i >= rows and text not in places]:
-        raise ConfigError(
-            f"{option}: its tokenizer has {len(beyond)} tokens ({', '.join(map(repr, sorted(beyond)[:3]))}) beyond the"
-            f" {rows} that its embedding holds; call resize_token_embeddings({len(tokenizer)}) on the model and save"
-            " it, or give the model's own tokenizer"
-        )
+        what = f"{option}: its tokenizer has {len(beyond)} tokens ({', '.join(map(repr, sorted(beyond)[:3]))})"
+        remedy = f"call resize_token_embeddings({len(tokenizer)}) on the model and save it, or give its own tokenizer"
+        raise ConfigError(f"{what} beyond the {rows} that its embedding holds; {remedy}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -63,18 +63,13 @@ class AdapterState:
         """
         mine, theirs = plain_config(self.model), saved["config"]
         for name in sorted((mine.keys() | theirs.keys()) - _MAY_CHANGE):
-            if mine.get(name) != theirs.get(name):
-                raise ConfigError(
-                    f"model.policy.lora: {name}={mine.get(name)} differs from {theirs.get(name)} of the checkpoint's"
-                    " adapter: give the same"
-                )
+            if (here := mine.get(name)) != (there := theirs.get(name)):
+                what = f"model.policy.lora: {name}={here} differs from {there} of the checkpoint's adapter"
+                raise ConfigError(f"{what}: give the same")
         check_base(self.base, saved["base"])
         if (self.start is None) != (saved["start"] is None):
             here = "is not given, but was" if self.start is None else "is given, but was not"
-            raise ConfigError(
-                f"model.policy.adapter {here} when the run started, and the reference is the policy as it started:"
-                " give it as before"
-            )
+            raise ConfigError(f"model.policy.adapter {here} when the run started, as the reference: give it as before")
         self.start = saved["start"]
 
     def at_start(self) -> AbstractContextManager[None]:
@@ -112,11 +107,8 @@ def check_base(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         mine_is, saved_is = (
             " at ".join(str(base[key]) for key in ("model_name", "revision") if base[key]) for base in (mine, saved)
         )
-        raise ConfigError(
-            f"model.policy.model_name={mine_is} is not the model that the checkpoint's adapter was trained on"
-            f" ({saved_is}): their weights differ, and an adapter holds only the change (fit goes on all the"
-            " same with --accept_changes base)"
-        )
+        what = f"model.policy.model_name={mine_is} is not the model that the checkpoint's adapter was trained on"
+        raise ConfigError(f"{what} ({saved_is}): other weights (fit goes on all the same with --accept_changes base)")
 
 
 def keep_only_in_state_dict(holder: nn.Module, names: Sequence[str]) -> None:
@@ -142,12 +134,7 @@ def check_same_kind(adapter: AdapterState | None, saved: Mapping[str, Any] | Non
         ConfigError: If not.
     """
     if adapter is None and saved is not None:
-        raise ConfigError(
-            f"the checkpoint holds an adapter of rank {saved['config']['r']} on {saved['base']['model_name']}, and"
-            " model.policy has none: set model.policy.lora as in its run"
-        )
+        what = f"an adapter of rank {saved['config']['r']} on {saved['base']['model_name']}"
+        raise ConfigError(f"the checkpoint holds {what}, and model.policy none: set model.policy.lora as in its run")
     if adapter is not None and saved is None:
-        raise ConfigError(
-            "the checkpoint holds a whole model, and model.policy.lora asks for an adapter: set model.policy.lora to"
-            " null"
-        )
+        raise ConfigError("the checkpoint holds a whole model and no adapter: set model.policy.lora to null")

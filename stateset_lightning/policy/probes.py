@@ -32,10 +32,7 @@ PROBE_TOLERANCE = 1e-3
 SCALED = {
     r"(\w+_)?(window|chunk)(_size|_len|_length)?|index_topk|indexer_budget|floor_scale|log_scaling_n_floor": 8,
     "original_max_position_embeddings": 16,
-    "vocab_size": 64,
-    "vocab_size_per_layer_input": 64,
-    "intermediate_size": 64,
-    "moe_intermediate_size": 64,
+    "vocab_size(_per_layer_input)?|(moe_)?intermediate_size": 64,
 }
 
 _vouched: set[tuple[Any, ...]] = set()
@@ -80,17 +77,14 @@ def check_own_forward(model: PreTrainedModel, name: str) -> None:
     try:
         is_function = _repeats(model)
     except Exception as error:  # whatever it lacks: a library, an encoder's output, a kernel for a dtype
-        raise ConfigError(
-            f"{name}: {kind} does not run in {dtype} on text alone ({reason_of(error)}): use another model, or float32"
-            " in its place (trainer.precision=32-true, model.policy.dtype=float32)"
-        ) from error
+        remedy = "use another model, or trainer.precision=32-true and model.policy.dtype=float32"
+        why = f"{kind} does not run in {dtype} on text alone ({reason_of(error)})"
+        raise ConfigError(f"{name}: {why}: {remedy}") from error
     with suppress(Exception):  # a twin that cannot be made, or does not run, says nothing about the model
         is_function = is_function and _repeats(make_twin(model))
     if not is_function:
-        raise ConfigError(
-            f"{name}: {kind} gives other log-probs at each call for the same tokens, as it draws random numbers also in"
-            " evaluation: no policy gradient can be taken of it, use another model"
-        )
+        why = "gives other log-probs at each call for the same tokens, as it draws random numbers also in evaluation"
+        raise ConfigError(f"{name}: {kind} {why}: use another model")
 
 
 def _repeats(model: PreTrainedModel) -> bool:
@@ -204,9 +198,8 @@ def check_sampler(difference: float, limit: float, dtype: torch.dtype) -> None:
     if not difference <= limit:
         raise SamplingError(
             f"the log-probs of sampling and of training differ by {difference:.2g} nats per token, where float error"
-            f" ({dtype}) is below {limit:.2g}: sampler and trainer do not compute the same policy, and gradients would"
-            " be wrong. Set model.policy.scoring to padded; if that helps, the model does not support packed scoring;"
-            " if not, its cached decoding differs from its forward pass"
+            f" ({dtype}) is below {limit:.2g}: gradients would be wrong. Set model.policy.scoring to padded; if it does"
+            " not help, the model's cached decoding differs from its forward pass"
         )
 
 

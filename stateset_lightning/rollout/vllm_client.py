@@ -207,10 +207,8 @@ class VLLMServer:
             if max(choice.token_ids) >= self.vocabulary:
                 raise BadAnswer(f"token {max(choice.token_ids)} of a vocabulary of {self.vocabulary}")
             if not all(map(math.isfinite, logprobs)):
-                raise NonFiniteError(
-                    f"a server's log-probs are not finite: the weights have diverged ({self.url}); go back to an"
-                    " earlier checkpoint"
-                )
+                what = f"a server's log-probs are not finite: the weights have diverged ({self.url})"
+                raise NonFiniteError(f"{what}; go back to an earlier checkpoint")
             if max(logprobs) > LARGEST_LOGPROB:
                 raise BadAnswer(f"a log-prob of {max(logprobs):g}, above 0")
         return choices
@@ -232,10 +230,8 @@ class VLLMServer:
                 was_there = now - begun > self.max_wait
                 failures += was_there or isinstance(error, BadAnswer)
                 if failures == ATTEMPTS:
-                    raise ServerError(
-                        f"{self.url} (model.engine.urls) is there and gives no answer that can be used: {error}"
-                        f" (attempt {ATTEMPTS} of {ATTEMPTS})"
-                    ) from error
+                    what = f"{self.url} (model.engine.urls) is there and gives no answer that can be used"
+                    raise ServerError(f"{what}: {error} (attempt {ATTEMPTS} of {ATTEMPTS})") from error
                 deadline = now + self.max_wait if deadline is None or was_there else deadline
                 self._restore(restored, deadline, error, pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
@@ -256,10 +252,8 @@ class VLLMServer:
             log.warning("%s does not answer (%s): waiting for it, %s at most", self.url, reason, minutes)
             while True:
                 if time.monotonic() + pause > deadline:
-                    raise ServerError(
-                        f"{self.url} has been away for {minutes} (model.engine.max_wait_minutes; {reason}): start it"
-                        " again, then the run with --ckpt_path last"
-                    ) from reason
+                    what = f"{self.url} has been away for {minutes} (model.engine.max_wait_minutes; {reason})"
+                    raise ServerError(f"{what}: start it again, then the run with --ckpt_path last") from reason
                 time.sleep(pause)
                 try:
                     self.call("/health", seconds=LONGEST_PAUSE)

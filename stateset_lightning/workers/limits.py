@@ -52,10 +52,9 @@ def limited(items: Iterator[Any], what: str) -> Iterator[Any]:
                 return
         raise EOFError
     except EOFError:
-        raise DataError(
-            f"{what} was stopped: it takes more than {SECONDS:g} s or {_BYTES >> 30} GiB at a time;"
-            " mend the template, or take another model"
-        ) from None
+        limits = f"{SECONDS:g} s or {_BYTES >> 30} GiB at a time"
+        remedy = "mend the template, or take another model"
+        raise DataError(f"{what} was stopped: it takes more than {limits}; {remedy}") from None
     finally:
         with suppress(OSError):
             os.kill(child, signal.SIGKILL)
