@@ -128,8 +128,7 @@ def _hints(signature: Callable[..., Any]) -> dict[str, Any]:
 def _bounds(hint: Any) -> list[Any]:
     """Bounds of a hint and, for `Annotated[...] | None`, of its members."""
     own = [item for item in getattr(hint, "__metadata__", ()) if type(item) in _CHECKS]
-    members = [] if own else [bound for member in get_args(hint) for bound in _bounds(member)]
-    return own + members
+    return own or [bound for member in get_args(hint) for bound in _bounds(member)]
 
 
 # Optional libraries ---------------------------------------------------------------------------------------------------
@@ -147,6 +146,5 @@ def require(module: str, extra: str, what: str) -> None:
         ConfigError: If it is not.
     """
     if importlib.util.find_spec(module) is None:
-        raise ConfigError(
-            f'{what} needs the library {module.replace("_", "-")}: pip install "stateset-lightning[{extra}]"'
-        )
+        library = module.replace("_", "-")
+        raise ConfigError(f'{what} needs the library {library}: pip install "stateset-lightning[{extra}]"')

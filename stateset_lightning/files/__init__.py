@@ -47,10 +47,8 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except DISK_ERRORS as error:
         reason = getattr(error, "strerror", None) or error
-        raise DiskError(
-            f"{path}: cannot be written ({reason}); what was there before is untouched. Make room, or choose another"
-            " folder; a run goes on from its last checkpoint"
-        ) from error
+        remedy = "Make room, or choose another folder; a run goes on from its last checkpoint"
+        raise DiskError(f"{path}: cannot be written ({reason}); what was there is untouched. {remedy}") from error
 
 
 _inputs: set[str] = set()

@@ -150,9 +150,7 @@ def _dequantize(config: PretrainedConfig, name: str) -> None:
     from transformers.quantizers import AutoQuantizationConfig
 
     saved = getattr(config, "quantization_config", None)
-    if saved is None:
-        return
-    if hasattr(AutoQuantizationConfig.from_dict(saved), "dequantize"):
+    if saved is not None and hasattr(AutoQuantizationConfig.from_dict(saved), "dequantize"):
         config.quantization_config = {**saved, "dequantize": True}
         log.info("%s has weights in %s: dequantized, since no gradient passes them", name, saved["quant_method"])
 

@@ -104,9 +104,7 @@ def check_base(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         ConfigError: If not.
     """
     if mine["digest"] != saved["digest"]:
-        mine_is, saved_is = (
-            " at ".join(str(base[key]) for key in ("model_name", "revision") if base[key]) for base in (mine, saved)
-        )
+        mine_is, saved_is = (" at ".join(filter(None, [x["model_name"], x["revision"]])) for x in (mine, saved))
         what = f"model.policy.model_name={mine_is} is not the model that the checkpoint's adapter was trained on"
         raise ConfigError(f"{what} ({saved_is}): other weights (fit goes on all the same with --accept_changes base)")
 

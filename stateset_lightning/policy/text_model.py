@@ -29,10 +29,9 @@ def auto_class(config: PretrainedConfig) -> Any:
     """Of transformers, the one that loads all of a checkpoint: of some composite ones, another loads the text model."""
     from transformers import MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM
 
-    is_whole = (
-        is_composite(config) and not config.is_encoder_decoder and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
-    )
-    return AutoModelForMultimodalLM if is_whole else AutoModelForCausalLM
+    if is_composite(config) and not config.is_encoder_decoder and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return AutoModelForMultimodalLM
+    return AutoModelForCausalLM
 
 
 def freeze_all_but_text(model: PreTrainedModel, name: str) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import sqlite3
-import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -57,6 +56,8 @@ class _Answer(BaseModel):
 class ReplyCache:
     """The newest replies by request, in one SQLite file that several processes may share, or in memory.
 
+    Several threads may use it: each statement is a transaction of its own, and SQLite runs one at a time.
+
     Args:
         path: The file, created if there is none; None keeps replies in memory, for this process.
         max_replies: Replies at most; the oldest are deleted.
@@ -67,7 +68,6 @@ class ReplyCache:
 
     def __init__(self, path: str | None, max_replies: int) -> None:
         self._max_replies = max_replies
-        self._lock = threading.Lock()
         file = ":memory:" if path is None else os.path.expanduser(path)
         try:
             if path is not None:
@@ -80,19 +80,16 @@ class ReplyCache:
 
     def get(self, key: str) -> str | None:
         """The reply under `key`, if there is one."""
-        with self._lock:
-            row = self._connection.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
+        row = self._connection.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
         return None if row is None else str(row[0])
 
     def put(self, key: str, reply: str) -> None:
         """Keep a reply; it is on disk when this returns."""
-        with self._lock:
-            self._connection.execute("INSERT OR REPLACE INTO replies (key, reply) VALUES (?, ?)", (key, reply))
-            self._connection.execute(_OLDEST, (self._max_replies,))
+        self._connection.execute("INSERT OR REPLACE INTO replies (key, reply) VALUES (?, ?)", (key, reply))
+        self._connection.execute(_OLDEST, (self._max_replies,))
 
     def close(self) -> None:
-        with self._lock:
-            self._connection.close()
+        self._connection.close()
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,4 @@ def _pickled(error: BaseException) -> bytes:
         with suppress(Exception):  # it may hold something that cannot be pickled: then its text goes instead
             pickle.loads(pickled := pickle.dumps((False, error)))
             return pickled
-    try:
-        return pickle.dumps((False, RuntimeError(trace)))
-    except Exception:
-        os._exit(1)  # a function has taken away what pickle needs: its caller is told that the worker died
+    return pickle.dumps((False, RuntimeError(trace)))
