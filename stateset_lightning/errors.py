@@ -39,11 +39,7 @@ class SamplingError(UserError):
 
 
 class ServerError(UserError):
-    """A sampling server refuses what it is asked, with this HTTP status, or stays away."""
-
-    def __init__(self, message: str, status: int | None = None) -> None:
-        super().__init__(message)
-        self.status = status
+    """A server refuses what it is asked, answers badly, or stays away."""
 
 
 class RewardError(UserError):
@@ -68,12 +64,7 @@ def one_line(text: object, most: int = 300) -> str:
 
 C = TypeVar("C")
 
-_CHECKS: dict[type, tuple[Callable[[Any, Any], bool], str]] = {
-    Ge: (operator.ge, "at least"),
-    Gt: (operator.gt, "above"),
-    Le: (operator.le, "at most"),
-    Lt: (operator.lt, "below"),
-}
+_WORDS = {Ge: "at least", Gt: "above", Le: "at most", Lt: "below"}
 
 
 def bounded(prefix: str) -> Callable[[type[C]], type[C]]:
@@ -114,10 +105,10 @@ def check_bounds(prefix: str, signature: Callable[..., Any], values: Mapping[str
     for name, hint in _hints(signature).items():
         if (value := values.get(name)) is not None:
             for bound in _bounds(hint):
-                holds, words = _CHECKS[type(bound)]
-                limit = getattr(bound, holds.__name__)
-                if not holds(value, limit):
-                    raise ConfigError(f"{prefix}.{name}={value} must be {words} {limit}")
+                comparison = type(bound).__name__.lower()  # of `operator`; the bound's field has the same name
+                limit = getattr(bound, comparison)
+                if not getattr(operator, comparison)(value, limit):
+                    raise ConfigError(f"{prefix}.{name}={value} must be {_WORDS[type(bound)]} {limit}")
 
 
 @functools.cache
@@ -127,7 +118,7 @@ def _hints(signature: Callable[..., Any]) -> dict[str, Any]:
 
 def _bounds(hint: Any) -> list[Any]:
     """Bounds of a hint and, for `Annotated[...] | None`, of its members."""
-    own = [item for item in getattr(hint, "__metadata__", ()) if type(item) in _CHECKS]
+    own = [item for item in getattr(hint, "__metadata__", ()) if type(item) in _WORDS]
     return own or [bound for member in get_args(hint) for bound in _bounds(member)]
 
 

@@ -37,18 +37,16 @@ def resolve_model_name(model_name: str, key: str = "model.policy.model_name") ->
     """
     if model_name == "tiny":
         return str(TINY_FOLDER)
-    folder = os.path.expanduser(model_name)
-    if Path(folder).is_dir():
-        if (Path(folder) / "adapter_config.json").is_file():
+    folder, given = Path(os.path.expanduser(model_name)), f"{key}={model_name!r}"
+    if folder.is_dir():
+        if (folder / "adapter_config.json").is_file():
             raise _is_an_adapter(model_name, key)
-        if not (Path(folder) / "config.json").is_file():
-            raise ConfigError(
-                f"{key}={model_name!r} is a folder without config.json: give one that `save_pretrained` wrote"
-            )
-        keep_inputs(*Path(folder).iterdir())
-        return folder
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{given} is a folder without config.json: give one that `save_pretrained` wrote")
+        keep_inputs(*folder.iterdir())
+        return str(folder)
     if model_name.startswith((".", "/", "~")) or model_name.count("/") > 1 or (os.sep != "/" and os.sep in model_name):
-        raise ConfigError(f"{key}={model_name!r}: there is no such folder; paths are relative to {Path.cwd()}")
+        raise ConfigError(f"{given}: there is no such folder; paths are relative to {Path.cwd()}")
     return model_name
 
 
@@ -105,15 +103,11 @@ def load_model(
         _set_dropout(config.get_text_config(), policy.dropout)
         if "quantization_config" not in policy.model_kwargs:
             _dequantize(config, policy.model_name)
+        dtype = getattr(torch, policy.dtype) if policy.dtype else default_dtype
+        own = {"dtype": dtype, "attn_implementation": policy.attn_implementation, **_hub_options(policy)}
+        others = {"experts_implementation": None, **policy.model_kwargs}  # nor is attention taken from a config.json
         model, report = auto_class(config).from_pretrained(
-            name,
-            config=config,
-            dtype=getattr(torch, policy.dtype) if policy.dtype else default_dtype,
-            attn_implementation=policy.attn_implementation,
-            weights_only=True,
-            output_loading_info=True,
-            **_hub_options(policy),
-            **{"experts_implementation": None, **policy.model_kwargs},  # nor is attention taken from a config.json
+            name, config=config, weights_only=True, output_loading_info=True, **own, **others
         )
     check_complete(option, report["missing_keys"], "causal language model")
     if tokenizer is not None:

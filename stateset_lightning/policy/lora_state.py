@@ -36,12 +36,8 @@ class AdapterState:
     def __init__(self, model: PreTrainedModel, config: PolicyConfig) -> None:
         self.model = model
         self.names = trained_names(model)
-        self.base = {
-            "model_name": config.model_name,
-            "revision": config.revision,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "digest": base_digest(model),
-        }
+        name, revision, dtype = config.model_name, config.revision, str(model.dtype).removeprefix("torch.")
+        self.base = {"model_name": name, "revision": revision, "dtype": dtype, "digest": base_digest(model)}
         # The weights of an adapter that was loaded; None for a new one, which starts as the model without it.
         self.start: dict[str, Tensor] | None = None
         if config.adapter is not None:

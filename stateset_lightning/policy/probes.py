@@ -150,12 +150,9 @@ def make_twin(model: PreTrainedModel) -> PreTrainedModel:
 
 def _shrink(config: PretrainedConfig) -> None:
     num_layers = getattr(config, "num_hidden_layers", 1)
-    per_layer = {
-        key: value
-        for key, value in vars(config).items()
-        if "layer" in key and isinstance(value, list) and len(value) == num_layers
-        if all(isinstance(x, str) or x in (0, 1) for x in value)
-    }
+    lists = {key: x for key, x in vars(config).items() if "layer" in key and isinstance(x, list)}
+    kinds_of_layers = {key: x for key, x in lists.items() if all(isinstance(y, str) or y in (0, 1) for y in x)}
+    per_layer = {key: x for key, x in kinds_of_layers.items() if len(x) == num_layers}
     # Where kinds follow from other keys, the first layers are kept, as many as have all kinds.
     kinds = list(zip(*per_layer.values(), strict=True)) or getattr(config, "layer_types", None) or [()]
     if shared := getattr(config, "num_kv_shared_layers", None) or 0:  # the last ones, which have no cache of their own

@@ -39,10 +39,9 @@ def freeze_all_but_text(model: PreTrainedModel, name: str) -> None:
     if not is_composite(model.config):
         return
     trained = {p for module in _text_modules(model) for p in module.parameters()}
-    frozen = [parameter for parameter in model.parameters() if parameter not in trained]
-    for parameter in frozen:
+    for parameter in set(model.parameters()) - trained:
         parameter.requires_grad_(False)
-    count, kind = sum(parameter.numel() for parameter in frozen), type(model).__name__
+    count, kind = model.num_parameters() - model.num_parameters(only_trainable=True), type(model).__name__
     log.info("%s is a %s: its text model is trained, the rest (%s parameters) frozen", name, kind, f"{count:,}")
 
 

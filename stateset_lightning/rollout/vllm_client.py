@@ -88,6 +88,10 @@ class BadAnswer(ServerLost):
     """The server is there, and its answer is too late, too large, or none to what was asked."""
 
 
+class NotFound(ServerError):
+    """The server does not have what it is asked for (HTTP status 404)."""
+
+
 class VLLMServer:
     """A server of vLLM's OpenAI-compatible API; several threads may call every method.
 
@@ -166,7 +170,8 @@ class VLLMServer:
             raise ServerLost(f"HTTP {answer.status}: {message}")
         if place := answer.headers["Location"]:
             message += f"; it sends us to {one_line(place)}, where we do not go: give the address itself"
-        raise ServerError(f"model.engine.urls: {self.url}{path} refuses ({answer.status}): {message}", answer.status)
+        kind = NotFound if answer.status == 404 else ServerError
+        raise kind(f"model.engine.urls: {self.url}{path} refuses ({answer.status}): {message}")
 
     def ask(self, path: str, schema: type[Schema], body: Mapping[str, Any] | None = None) -> Schema:
         """As `call`, and reads the answer.
@@ -192,10 +197,8 @@ class VLLMServer:
         """
         try:
             choices = self.ask("/v1/completions", Choices, body).choices
-        except ServerError as error:
-            if error.status == 404:  # the server has been started again, and does not have our weights
-                raise ServerLost(str(error)) from error
-            raise
+        except NotFound as error:  # the server has been started again, and does not have our weights
+            raise ServerLost(str(error)) from error
         if len(choices) != body.get("n", 1):
             raise BadAnswer(f"{len(choices)} completions where {body.get('n', 1)} were asked for")
         for choice in choices:

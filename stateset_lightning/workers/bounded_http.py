@@ -5,6 +5,7 @@ The time-outs of `httpx` are for each read: a server that sends a byte every sec
 
 import asyncio
 from collections.abc import Callable
+from contextlib import aclosing
 from importlib import import_module
 from typing import Any
 
@@ -41,11 +42,8 @@ class BoundedClient(DefaultAsyncHttpxClient):
         self._count()
         try:
             async with asyncio.timeout(self._seconds):
-                response = await super().send(request, **{**options, "stream": True})
-                try:
+                async with aclosing(await super().send(request, **{**options, "stream": True})) as response:
                     content = await _content(response)
-                finally:
-                    await response.aclose()
         except TimeoutError as error:
             raise _httpx.ReadTimeout(f"no whole answer within {self._seconds:g} s", request=request) from error
         headers = [(name, value) for name, value in response.headers.items() if name != "content-encoding"]

@@ -43,23 +43,21 @@ def limited(items: Iterator[Any], what: str) -> Iterator[Any]:
         del os.environ["TOKENIZERS_PARALLELISM"]
     theirs.close()
     try:
-        while ours.poll(_LOST_SECONDS):
-            found, error = ours.recv()
-            yield from found
-            if error is not None:
-                raise error
-            if not found:
-                return
-        raise EOFError
-    except EOFError:
+        with suppress(EOFError):
+            while ours.poll(_LOST_SECONDS):
+                found, error = ours.recv()
+                yield from found
+                if error is not None:
+                    raise error
+                if not found:
+                    return
         limits = f"{SECONDS:g} s or {_BYTES >> 30} GiB at a time"
         remedy = "mend the template, or take another model"
-        raise DataError(f"{what} was stopped: it takes more than {limits}; {remedy}") from None
+        raise DataError(f"{what} was stopped: it takes more than {limits}; {remedy}")
     finally:
-        with suppress(OSError):
+        with suppress(OSError), ours:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-        ours.close()
 
 
 def rendered(tokenizer: Any, *calls: Mapping[str, Any]) -> list[str]:

@@ -103,10 +103,8 @@ class _Connection:
 
 async def _closed_with_loop(client: Any) -> None:
     """Close the client when the loop ends and cancels its tasks. One left to the garbage collector complains."""
-    try:
+    async with client:
         await asyncio.Event().wait()
-    finally:
-        await client.close()
 
 
 class OpenAIClient:

@@ -131,13 +131,10 @@ class _Worker:
 
     def __init__(self) -> None:
         self._connection, theirs = Pipe()
+        number, nothing = theirs.fileno(), subprocess.DEVNULL
         # In a session of its own: Ctrl-C reaches the trainer only.
         self._process = subprocess.Popen(
-            process.command(theirs.fileno()),
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
+            process.command(number), pass_fds=[number], stdin=nothing, stdout=nothing, start_new_session=True
         )
         theirs.close()
         self.pid = 0  # known when it has loaded its functions
