@@ -134,8 +134,7 @@ def _hub_options(policy: PolicyConfig) -> dict[str, Any]:
 def _set_dropout(config: PretrainedConfig, probability: float) -> None:
     """Sets every dropout of a model's configuration; attention dropout is a function call and not a module."""
     for key, value in config.to_dict().items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and ("dropout" in key or key.endswith("pdrop")):
+        if type(value) in (int, float) and ("dropout" in key or key.endswith("pdrop")):
             setattr(config, key, probability)
 
 

@@ -39,9 +39,8 @@ class AdapterState:
         name, revision, dtype = config.model_name, config.revision, str(model.dtype).removeprefix("torch.")
         self.base = {"model_name": name, "revision": revision, "dtype": dtype, "digest": base_digest(model)}
         # The weights of an adapter that was loaded; None for a new one, which starts as the model without it.
-        self.start: dict[str, Tensor] | None = None
-        if config.adapter is not None:
-            self.start = {name: p.detach().clone() for name, p in self._trained().items()}
+        start: dict[str, Tensor] = {name: p.detach().clone() for name, p in self._trained().items()}
+        self.start = None if config.adapter is None else start
 
     def _trained(self) -> dict[str, nn.Parameter]:
         parameters = dict(self.model.named_parameters())

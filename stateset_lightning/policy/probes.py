@@ -132,9 +132,8 @@ def make_twin(model: PreTrainedModel) -> PreTrainedModel:
     from transformers.initialization import no_init_weights
 
     config = copy.deepcopy(model.config)
-    for part in [config, *(getattr(config, key, None) for key in config.sub_configs)]:
-        if part is not None:
-            _shrink(part)
+    for part in filter(None, [config, *(getattr(config, key, None) for key in config.sub_configs)]):
+        _shrink(part)
     if config._attn_implementation not in ("eager", "stateset_prefix"):
         config._attn_implementation = "sdpa"  # other kernels may not take float32
     with torch.random.fork_rng(devices=[]), no_init_weights():
@@ -193,11 +192,10 @@ def check_sampler(difference: float, limit: float, dtype: torch.dtype) -> None:
         SamplingError: If they differ by more, or are not finite.
     """
     if not difference <= limit:
-        raise SamplingError(
-            f"the log-probs of sampling and of training differ by {difference:.2g} nats per token, where float error"
-            f" ({dtype}) is below {limit:.2g}: gradients would be wrong. Set model.policy.scoring to padded; if it does"
-            " not help, the model's cached decoding differs from its forward pass"
-        )
+        what = f"the log-probs of sampling and of training differ by {difference:.2g} nats per token"
+        why = f"where float error ({dtype}) is below {limit:.2g}: gradients would be wrong"
+        remedy = "Set model.policy.scoring to padded; where it does not help, decoding with a cache is what differs"
+        raise SamplingError(f"{what}, {why}. {remedy}")
 
 
 def sampler_limit(model: PreTrainedModel, dtype: torch.dtype, temperature: float, ids: Sequence[int]) -> float:

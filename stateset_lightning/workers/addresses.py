@@ -23,8 +23,7 @@ def http_address(key: str, url: str) -> tuple[SplitResult, str]:
     except ValueError:
         is_address = False
     if not is_address:
-        shown = url.rpartition("@")[2]
-        raise ConfigError(f"{key}: {shown!r} is no address: give one such as http://127.0.0.1:8000")
+        raise ConfigError(f"{key}: {url.rpartition('@')[2]!r} is no address: give one such as http://127.0.0.1:8000")
     return parts, parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 

@@ -52,8 +52,7 @@ def limited(items: Iterator[Any], what: str) -> Iterator[Any]:
                 if not found:
                     return
         limits = f"{SECONDS:g} s or {_BYTES >> 30} GiB at a time"
-        remedy = "mend the template, or take another model"
-        raise DataError(f"{what} was stopped: it takes more than {limits}; {remedy}")
+        raise DataError(f"{what} was stopped: it takes more than {limits}; mend the template, or take another model")
     finally:
         with suppress(OSError), ours:
             os.kill(child, signal.SIGKILL)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 from weakref import WeakValueDictionary
 
 from annotated_types import Ge, Gt, Le, Len
-from pydantic import BaseModel, ValidationError
+from pydantic import AliasPath, BaseModel, Field, ValidationError
 
 from stateset_lightning.errors import ConfigError, ServerError, check_bounds, one_line, require
 from stateset_lightning.redaction import is_secret_name, remember
@@ -32,12 +32,8 @@ _LONGEST_MESSAGE = 500  # characters of a server's message that an error shows
 _Tokens = Annotated[int, Ge(0), Le(10**9)]
 
 
-class _Message(BaseModel):
-    content: Annotated[str, Len(0, 1_000_000)] | None = None
-
-
 class _Choice(BaseModel):
-    message: _Message
+    content: Annotated[str, Len(0, 1_000_000)] | None = Field(validation_alias=AliasPath("message", "content"))
     finish_reason: str | None = None
 
 
@@ -73,8 +69,7 @@ class ReplyCache:
             if path is not None:
                 Path(file).parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(file, _WAIT_SECONDS, check_same_thread=False, isolation_level=None)
-            self._connection.execute("PRAGMA synchronous = NORMAL")
-            self._connection.execute(_TABLE)
+            self._connection.executescript(f"PRAGMA synchronous = NORMAL; {_TABLE}")
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"cache={path!r} cannot be opened: {error}; give a file of its own") from error
 
@@ -217,7 +212,7 @@ class OpenAIClient:
             error.args = (self.line(f"{error} ({error.__cause__})" if error.__cause__ else str(error)),)
             raise
         self._counts.update((answer.usage or _Usage()).model_dump())
-        return answer.choices[0].message.content or "", answer.choices[0].finish_reason == "length"
+        return answer.choices[0].content or "", answer.choices[0].finish_reason == "length"
 
     def line(self, text: str) -> str:
         """A line that names the server, without a password that its address may hold."""
