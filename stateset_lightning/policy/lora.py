@@ -197,7 +197,7 @@ def merged_adapter(model: nn.Module) -> Iterator[None]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    layers = [layer for layer in adapted if _base_dtype(layer) in (torch.float32, torch.float64)]
+    layers = [layer for layer in adapted if _base(layer)[2] in (torch.float32, torch.float64)]
     bases = {layer.get_base_layer() for layer in layers}  # fused experts have several adapters
     try:
         with replaced_parameters(bases, lambda weight: nn.Parameter(weight.detach().clone(), requires_grad=False)):
@@ -232,7 +232,7 @@ def merge_adapter(model: PreTrainedModel) -> float:
         if isinstance(module, AuxiliaryTrainingWrapper):
             model.set_submodule(name, module.modules_to_save[NAME])
         elif isinstance(module, BaseTunerLayer):
-            base, key, dtype = module.get_base_layer(), _base_key(module), _base_dtype(module)
+            base, key, dtype = _base(module)
             if dtype is None or not dtype.is_floating_point:
                 raise ConfigError(f"the adapter of {name} sits on quantized weights: export it without --merge")
             before = getattr(base, key).detach()
@@ -249,14 +249,11 @@ def merge_adapter(model: PreTrainedModel) -> float:
     return (error / change) ** 0.5 if change else 0.0
 
 
-def _base_key(layer: Any) -> str:
-    """Of what an adapter is added to in its layer; fused experts are a parameter of another name."""
-    return getattr(layer, "parameter_name", "weight")
-
-
-def _base_dtype(layer: Any) -> torch.dtype | None:
-    weight = getattr(layer.get_base_layer(), _base_key(layer), None)
-    return weight.dtype if isinstance(weight, Tensor) else None
+def _base(layer: Any) -> tuple[nn.Module, str, torch.dtype | None]:
+    """What an adapter is added to: a layer, which of its parameters (fused experts have other names), and its dtype."""
+    base, key = layer.get_base_layer(), getattr(layer, "parameter_name", "weight")
+    weight = getattr(base, key, None)
+    return base, key, weight.dtype if isinstance(weight, Tensor) else None
 
 
 # Saved

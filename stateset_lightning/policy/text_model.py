@@ -113,11 +113,10 @@ def _depends_on_length(module: nn.Module) -> bool:
 
 def _add_position(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Puts a last position behind those of a forward, by which the module takes the sequence to be that long."""
-    given: dict[Any, Any] = dict(enumerate(args)) | kwargs
-    place = "position_ids" if "position_ids" in kwargs else 1
-    positions: Tensor = given[place]
-    given[place] = torch.cat([positions, torch.full_like(positions[..., :1], module.longest - 1)], dim=-1)
-    return tuple(given[i] for i in range(len(args))), {key: given[key] for key in kwargs}
+    states, *others = args
+    positions: Tensor = kwargs.pop("position_ids") if "position_ids" in kwargs else others.pop(0)
+    longer = torch.cat([positions, torch.full_like(positions[..., :1], module.longest - 1)], dim=-1)
+    return (states, longer, *others), kwargs
 
 
 def _drop_position(module: Any, args: tuple[Any, ...], output: Any) -> Any:

@@ -228,14 +228,13 @@ class VLLMServer:
             try:
                 return attempt()
             except ServerLost as error:
-                now = time.monotonic()
                 # During an attempt that lasted so long the server was not away: its time starts anew.
-                was_there = now - begun > self.max_wait
+                was_there = time.monotonic() - begun > self.max_wait
                 failures += was_there or isinstance(error, BadAnswer)
                 if failures == ATTEMPTS:
                     what = f"{self.url} (model.engine.urls) is there and gives no answer that can be used"
                     raise ServerError(f"{what}: {error} (attempt {ATTEMPTS} of {ATTEMPTS})") from error
-                deadline = now + self.max_wait if deadline is None or was_there else deadline
+                deadline = time.monotonic() + self.max_wait if deadline is None or was_there else deadline
                 self._restore(restored, deadline, error, pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
 
