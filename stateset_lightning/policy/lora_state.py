@@ -128,7 +128,6 @@ def check_same_kind(adapter: AdapterState | None, saved: Mapping[str, Any] | Non
     """
     if adapter is None and saved is not None:
         held = f"an adapter of rank {saved['config']['r']} on {saved['base']['model_name']}"
-        what = f"the checkpoint holds {held}, and model.policy has none"
-        raise ConfigError(f"{what}: set model.policy.lora as in its run")
+        raise ConfigError(f"checkpoint holds {held}, and model.policy has none: set model.policy.lora as in its run")
     if adapter is not None and saved is None:
         raise ConfigError("the checkpoint holds a whole model and no adapter: set model.policy.lora to null")
