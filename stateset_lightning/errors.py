@@ -39,11 +39,7 @@ class SamplingError(UserError):
 
 
 class ServerError(UserError):
-    """A sampling server refuses what it is asked, with this HTTP status, or stays away."""
-
-    def __init__(self, message: str, status: int | None = None) -> None:
-        super().__init__(message)
-        self.status = status
+    """A server refuses what it is asked, answers badly, or stays away."""
 
 
 class RewardError(UserError):
@@ -59,8 +55,8 @@ class CheckpointError(ConfigError):
 
 
 def one_line(text: object, most: int = 300) -> str:
-    """At most so many characters of a text on one line, without what moves the cursor of a terminal."""
-    start = str(text)[: 10 * most]  # it may have megabytes
+    """At most so many characters of a text on one line, without secrets and what moves the cursor of a terminal."""
+    start = redacted_text(str(text)[: 10 * most])  # it may have megabytes
     return " ".join("".join(c if c.isprintable() else " " for c in start).split())[:most]
 
 
@@ -68,12 +64,7 @@ def one_line(text: object, most: int = 300) -> str:
 
 C = TypeVar("C")
 
-_CHECKS: dict[type, tuple[Callable[[Any, Any], bool], str]] = {
-    Ge: (operator.ge, "at least"),
-    Gt: (operator.gt, "above"),
-    Le: (operator.le, "at most"),
-    Lt: (operator.lt, "below"),
-}
+_WORDS = {Ge: "at least", Gt: "above", Le: "at most", Lt: "below"}
 
 
 def bounded(prefix: str) -> Callable[[type[C]], type[C]]:
@@ -117,10 +108,10 @@ def check_bounds(prefix: str, signature: Callable[..., Any], values: Mapping[str
             raise ConfigError(f"{prefix}.{name}={values[name]!r} must be {' or '.join(map(repr, choices))}")
         if (value := values.get(name)) is not None:
             for bound in _bounds(hint):
-                holds, words = _CHECKS[type(bound)]
-                limit = getattr(bound, holds.__name__)
-                if not holds(value, limit):
-                    raise ConfigError(f"{prefix}.{name}={value} must be {words} {limit}")
+                comparison = type(bound).__name__.lower()  # of `operator`; the bound's field has the same name
+                limit = getattr(bound, comparison)
+                if not getattr(operator, comparison)(value, limit):
+                    raise ConfigError(f"{prefix}.{name}={value} must be {_WORDS[type(bound)]} {limit}")
 
 
 @functools.cache
@@ -130,9 +121,8 @@ def _hints(signature: Callable[..., Any]) -> dict[str, Any]:
 
 def _bounds(hint: Any) -> list[Any]:
     """Bounds of a hint and, for `Annotated[...] | None`, of its members."""
-    own = [item for item in getattr(hint, "__metadata__", ()) if type(item) in _CHECKS]
-    members = [] if own else [bound for member in get_args(hint) for bound in _bounds(member)]
-    return own + members
+    own = [item for item in getattr(hint, "__metadata__", ()) if type(item) in _WORDS]
+    return own or [bound for member in get_args(hint) for bound in _bounds(member)]
 
 
 # Optional libraries ---------------------------------------------------------------------------------------------------
@@ -150,6 +140,5 @@ def require(module: str, extra: str, what: str) -> None:
         ConfigError: If it is not.
     """
     if importlib.util.find_spec(module) is None:
-        raise ConfigError(
-            f'{what} needs the library {module.replace("_", "-")}: pip install "stateset-lightning[{extra}]"'
-        )
+        library = module.replace("_", "-")
+        raise ConfigError(f'{what} needs the library {library}: pip install "stateset-lightning[{extra}]"')

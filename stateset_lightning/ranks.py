@@ -53,7 +53,5 @@ class Ranks:
 def explain_lost_rank(error: BaseException) -> None:
     """Adds to an error of a collective what it means; a traceback ends with that. Does nothing to other errors."""
     if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and _LOST.search(str(error))):
-        error.add_note(
-            "another rank has ended, by an error of its own or killed (out of memory, perhaps), and this one cannot go"
-            " on without it: see the other ranks' output, then resume from the last checkpoint (--ckpt_path last)"
-        )
+        why = "another rank has ended, by an error of its own or killed (out of memory, perhaps)"
+        error.add_note(f"{why}: see the other ranks' output, then resume from the last checkpoint (--ckpt_path last)")

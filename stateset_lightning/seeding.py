@@ -16,7 +16,6 @@ from hashlib import blake2b
 import numpy as np
 
 _GOLDEN = 0x9E3779B97F4A7C15
-_MASK = 0xFFFFFFFFFFFFFFFF
 
 
 def _mix(z: np.ndarray) -> np.ndarray:
@@ -41,7 +40,7 @@ def _state(purpose: str, *counters: int) -> np.ndarray:
     start = int.from_bytes(blake2b(purpose.encode(), digest_size=8).digest(), "little")
     state = np.array([start], dtype=np.uint64)
     for counter in counters:
-        state = _advance(state, np.array([counter & _MASK], dtype=np.uint64))
+        state = _advance(state, np.array([counter % 2**64], dtype=np.uint64))
     return state
 
 

@@ -124,14 +124,11 @@ class DaemonThreads:
 def _serve(calls: queue.SimpleQueue[_Call | None]) -> None:
     while (call := calls.get()) is not None:
         future, function, args = call
-        if not future.set_running_or_notify_cancel():
-            continue
-        try:
-            result = function(*args)
-        except BaseException as error:  # not swallowed: the future raises it for whoever waits
-            future.set_exception(error)
-        else:
-            future.set_result(result)
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(function(*args))
+            except BaseException as error:  # not swallowed: the future raises it for whoever waits
+                future.set_exception(error)
         del call, future, function, args  # an idle thread must not keep a finished episode's texts alive
 
 
@@ -171,27 +168,26 @@ class EventLoopThread:
         """Cancel all calls and end the thread."""
         with self._lock:
             loop, self._loop, self._closed = self._loop, None, True
-        if loop is None:
-            return
-        asyncio.run_coroutine_threadsafe(_cancel_and_stop(), loop)
-        self._thread.join(_CLOSE_SECONDS)
-        if not self._thread.is_alive():
-            loop.close()
+        if loop is not None:
+            loop.call_soon_threadsafe(loop.stop)
+            self._thread.join(_CLOSE_SECONDS)
 
     def _started(self) -> asyncio.AbstractEventLoop:
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"the event loop '{self._name}' is closed")
             if self._loop is None or self._loop.is_closed():
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._serve, args=(self._loop,), name=self._name, daemon=True)
+                runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+                self._loop = runner.get_loop()
+                self._thread = threading.Thread(target=self._serve, args=(runner,), name=self._name, daemon=True)
                 self._thread.start()
             return self._loop
 
-    def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
-        while not (self._closed or loop.is_closed()):
-            with suppress(BaseException):  # what a coroutine calls back may stop the loop, or raise SystemExit
-                loop.run_forever()
+    def _serve(self, runner: asyncio.Runner) -> None:
+        with suppress(BaseException), runner:  # which cancels all calls at its end; one that swallows it keeps it
+            while not (self._closed or runner.get_loop().is_closed()):
+                with suppress(BaseException):  # what a coroutine calls back may stop the loop, or raise SystemExit
+                    runner.run(asyncio.Event().wait())
 
     async def _run(self, function: Callable[..., Awaitable[Any]], args: tuple[Any, ...], timeout: float | None) -> Any:
         async with self._slots:
@@ -226,15 +222,6 @@ def call_episode_hook(trainer: Any, hook: str, *args: Any) -> None:
             # In a thread, since `asyncio.run` refuses inside a running event loop (a notebook).
             with ThreadPoolExecutor(1) as pool:
                 pool.submit(asyncio.run, result).result()
-
-
-async def _cancel_and_stop() -> None:
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        await asyncio.wait(tasks, timeout=_CLOSE_SECONDS / 2)  # one that swallows its cancellation is left behind
-    asyncio.get_running_loop().stop()
 
 
 # A sign of life -------------------------------------------------------------------------------------------------------

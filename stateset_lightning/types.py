@@ -48,9 +48,7 @@ class Turn:
     content: str
 
     def __getitem__(self, key: str) -> str:
-        if key not in ("role", "content"):
-            raise KeyError(key)
-        return str(getattr(self, key))
+        return {"role": self.role, "content": self.content}[key]
 
     def get(self, key: str, default: Any = None) -> Any:
         return self[key] if key in ("role", "content") else default

@@ -47,10 +47,8 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except DISK_ERRORS as error:
         reason = getattr(error, "strerror", None) or error
-        raise DiskError(
-            f"{path}: cannot be written ({reason}); what was there before is untouched. Make room, or choose another"
-            " folder; a run goes on from its last checkpoint"
-        ) from error
+        remedy = "Make room, or choose another folder; a run goes on from its last checkpoint"
+        raise DiskError(f"{path}: cannot be written ({reason}); what was there is untouched. {remedy}") from error
 
 
 _inputs: set[str] = set()
@@ -100,14 +98,11 @@ def atomic_write(path: Path, *, over_input: bool = False) -> Iterator[IO[bytes]]
     """
     if not over_input:
         check_output(path)
-    with writing(path), _partial(path) as partial:
-        with partial.with_suffix(NEW).open("xb") as file:
-            _claim(partial, file.fileno())
+    with writing(path), _partial(path, Path.touch) as partial:
+        with partial.open("r+b") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave the new name with the old disk blocks
-            os.replace(partial, path)
-        _sync(path.parent)
+        _sync(partial)  # or a power cut could leave the new name with the old disk blocks
+        os.replace(partial, path)
 
 
 @contextmanager
@@ -124,41 +119,46 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     check_output(path)
     path = path.absolute()
-    with writing(path), _partial(path) as partial:
+    with writing(path), _partial(path, Path.mkdir) as partial:
         for old in path.parent.glob(f".{escape(path.name)}.*-{'[0-9a-f]' * 16}{OLD}"):
             _put_back(old, path)  # the process was killed between two renames, or after the second one
         if path.exists() and not path.is_dir():
             raise ConfigError(f"{path} is a file; give a folder that is yet to be made")
         if path.exists() and any(path.iterdir()) and not overwrite:
             raise ConfigError(f"{path} has files in it; choose another folder, or say --overwrite")
-        new = partial.with_suffix(NEW)
-        new.mkdir()
-        with _opened(new) as descriptor:
-            _claim(partial, descriptor)
-            yield partial
-            for file in filter(Path.is_file, partial.rglob("*")):
-                _sync(file)
-            check_output(path)  # by now it is known all that was read
-            old = partial.with_suffix(OLD)
-            try:
-                if path.exists():
-                    path.rename(old)
-                partial.rename(path)
-            finally:
-                _put_back(old, path)
-        _sync(path.parent)
+        yield partial
+        for file in filter(Path.is_file, partial.rglob("*")):
+            _sync(file)
+        check_output(path)  # by now it is known all that was read
+        old = partial.with_suffix(OLD)
+        try:
+            if path.exists():
+                path.rename(old)
+            partial.rename(path)
+        finally:
+            _put_back(old, path)
 
 
 @contextmanager
-def _partial(path: Path) -> Iterator[Path]:
-    """A name beside `path` that no other writer has, on whatever machine; what is there at the end is removed."""
+def _partial(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
+    """What is made beside `path` under a name that no other writer has, on whatever machine, and locked.
+
+    It is removed at the end, if the block has not given it its place. Until it is locked it has another ending: with
+    its own it would be taken for a leftover.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent)
     partial = path.with_name(f".{path.name}.{socket.gethostname()}-{uuid4().hex[:16]}{PARTIAL}")
-    try:
-        yield partial
-    finally:
-        _remove(partial)
+    make(new := partial.with_suffix(NEW))
+    with _opened(new) as descriptor:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            new.rename(partial)
+            yield partial
+            _sync(path.parent)
+        finally:
+            _remove(partial)
 
 
 def make_folder(path: Path) -> bool:
@@ -253,13 +253,6 @@ def remove_leftovers(folder: Path) -> None:
             with suppress(OSError), _opened(path) as descriptor:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _remove(path)
-
-
-def _claim(partial: Path, descriptor: int) -> None:
-    """Locks what has been made under another ending: with this one, and without the lock, it might be removed."""
-    with suppress(OSError):  # a file system without locks
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    partial.with_suffix(NEW).rename(partial)
 
 
 @contextmanager

@@ -37,18 +37,16 @@ def resolve_model_name(model_name: str, key: str = "model.policy.model_name") ->
     """
     if model_name == "tiny":
         return str(TINY_FOLDER)
-    folder = os.path.expanduser(model_name)
-    if Path(folder).is_dir():
-        if (Path(folder) / "adapter_config.json").is_file():
+    folder, given = Path(os.path.expanduser(model_name)), f"{key}={model_name!r}"
+    if folder.is_dir():
+        if (folder / "adapter_config.json").is_file():
             raise _is_an_adapter(model_name, key)
-        if not (Path(folder) / "config.json").is_file():
-            raise ConfigError(
-                f"{key}={model_name!r} is a folder without config.json: give one that `save_pretrained` wrote"
-            )
-        keep_inputs(*Path(folder).iterdir())
-        return folder
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{given} is a folder without config.json: give one that `save_pretrained` wrote")
+        keep_inputs(*folder.iterdir())
+        return str(folder)
     if model_name.startswith((".", "/", "~")) or model_name.count("/") > 1 or (os.sep != "/" and os.sep in model_name):
-        raise ConfigError(f"{key}={model_name!r}: there is no such folder; paths are relative to {Path.cwd()}")
+        raise ConfigError(f"{given}: there is no such folder; paths are relative to {Path.cwd()}")
     return model_name
 
 
@@ -73,10 +71,8 @@ def load_tokenizer(policy: PolicyConfig) -> PreTrainedTokenizerBase:
         log.info("The tokenizer of %s has no pad token: %r pads instead.", policy.model_name, tokenizer.eos_token)
         tokenizer.pad_token = tokenizer.eos_token
     if others := set(end_of_turn_ids(tokenizer)) - {tokenizer.eos_token_id}:
-        log.info(
-            "The chat template of %s ends turns with %r, and its tokenizer sequences with %r: both end a completion.",
-            *(policy.model_name, tokenizer.convert_ids_to_tokens(others.pop()), tokenizer.eos_token),
-        )
+        told = "The chat template of %s ends turns with %r, and its tokenizer sequences with %r: both end a completion."
+        log.info(told, policy.model_name, tokenizer.convert_ids_to_tokens(others.pop()), tokenizer.eos_token)
     return tokenizer
 
 
@@ -107,15 +103,11 @@ def load_model(
         _set_dropout(config.get_text_config(), policy.dropout)
         if "quantization_config" not in policy.model_kwargs:
             _dequantize(config, policy.model_name)
+        dtype = getattr(torch, policy.dtype) if policy.dtype else default_dtype
+        own = {"dtype": dtype, "attn_implementation": policy.attn_implementation, **_hub_options(policy)}
+        others = {"experts_implementation": None, **policy.model_kwargs}  # nor is attention taken from a config.json
         model, report = auto_class(config).from_pretrained(
-            name,
-            config=config,
-            dtype=getattr(torch, policy.dtype) if policy.dtype else default_dtype,
-            attn_implementation=policy.attn_implementation,
-            weights_only=True,
-            output_loading_info=True,
-            **_hub_options(policy),
-            **{"experts_implementation": None, **policy.model_kwargs},  # nor is attention taken from a config.json
+            name, config=config, weights_only=True, output_loading_info=True, **own, **others
         )
     check_complete(option, report["missing_keys"], "causal language model")
     if tokenizer is not None:
@@ -142,8 +134,7 @@ def _hub_options(policy: PolicyConfig) -> dict[str, Any]:
 def _set_dropout(config: PretrainedConfig, probability: float) -> None:
     """Sets every dropout of a model's configuration; attention dropout is a function call and not a module."""
     for key, value in config.to_dict().items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and ("dropout" in key or key.endswith("pdrop")):
+        if type(value) in (int, float) and ("dropout" in key or key.endswith("pdrop")):
             setattr(config, key, probability)
 
 
@@ -152,9 +143,7 @@ def _dequantize(config: PretrainedConfig, name: str) -> None:
     from transformers.quantizers import AutoQuantizationConfig
 
     saved = getattr(config, "quantization_config", None)
-    if saved is None:
-        return
-    if hasattr(AutoQuantizationConfig.from_dict(saved), "dequantize"):
+    if saved is not None and hasattr(AutoQuantizationConfig.from_dict(saved), "dequantize"):
         config.quantization_config = {**saved, "dequantize": True}
         log.info("%s has weights in %s: dequantized, since no gradient passes them", name, saved["quant_method"])
 
@@ -208,10 +197,8 @@ def loading_errors(option: str) -> Iterator[None]:
     except ConfigError:
         raise
     except pickle.UnpicklingError as error:
-        raise ConfigError(
-            f"{option} cannot be loaded: its weights are a pickle file with more in it than tensors, which could run"
-            " code; convert it to safetensors where you trust it"
-        ) from error
+        what = "its weights are a pickle file with more in it than tensors, which could run code"
+        raise ConfigError(f"{option} cannot be loaded: {what}; convert it to safetensors if you trust it") from error
     except Exception as error:  # a foreign config.json can have a model's code raise anything
         raise ConfigError(f"{option} cannot be loaded: {_first_line(error)}") from error
 
@@ -228,11 +215,8 @@ def check_complete(option: str, missing: Iterable[str], kind: str) -> None:
         ConfigError: If there are any.
     """
     if names := sorted(missing):
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise ConfigError(
-            f"{option} cannot be loaded: it has no weights for {', '.join(names[:3])}{more}, which would be random;"
-            f" give a complete {kind}"
-        )
+        what = f"{option} cannot be loaded: it has no weights for {', '.join(names[:3])}, which would be random"
+        raise ConfigError(f"{what} ({len(names)} in all); give a complete {kind}")
 
 
 def check_vocabulary(option: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -251,11 +235,9 @@ def check_vocabulary(option: str, model: PreTrainedModel, tokenizer: PreTrainedT
     rows = model.get_input_embeddings().weight.shape[0]
     places = {getattr(tokenizer, f"{kind}_token", None) for kind in ("image", "audio", "video")}
     if beyond := [text for text, i in tokenizer.get_vocab().items() if i >= rows and text not in places]:
-        raise ConfigError(
-            f"{option}: its tokenizer has {len(beyond)} tokens ({', '.join(map(repr, sorted(beyond)[:3]))}) beyond the"
-            f" {rows} that its embedding holds; call resize_token_embeddings({len(tokenizer)}) on the model and save"
-            " it, or give the model's own tokenizer"
-        )
+        what = f"{option}: its tokenizer has {len(beyond)} tokens ({', '.join(map(repr, sorted(beyond)[:3]))})"
+        remedy = f"call resize_token_embeddings({len(tokenizer)}) on the model and save it, or give its own tokenizer"
+        raise ConfigError(f"{what} beyond the {rows} that its embedding holds; {remedy}")
 
 
 def _first_line(error: BaseException) -> str:

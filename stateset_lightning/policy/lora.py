@@ -53,20 +53,19 @@ def add_adapter(model: PreTrainedModel, lora: LoRAConfig, seed: int) -> None:
     Raises:
         ConfigError: If peft is not installed or refuses the options.
     """
-    require("peft", "lora", "model.policy.lora")
+    place = "model.policy.lora"
+    require("peft", "lora", place)
     import peft
 
     own = {key: getattr(lora, name) for key, name in _OWN_KEYS.items()}
     if taken := sorted(own.keys() & lora.peft_kwargs.keys()):
-        raise ConfigError(
-            f"model.policy.lora.peft_kwargs.{taken[0]}: set model.policy.lora.{_OWN_KEYS[taken[0]]} instead"
-        )
+        raise ConfigError(f"{place}.peft_kwargs.{taken[0]}: set {place}.{_OWN_KEYS[taken[0]]} instead")
     try:
         options = {"exclude_modules": never_adapted(model), **own, **lora.peft_kwargs}
         config = peft.LoraConfig(task_type="CAUSAL_LM", **options)
     except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(f"model.policy.lora.peft_kwargs={lora.peft_kwargs}: {one_line(error)}") from error
-    inject(model, config, "model.policy.lora", seed)
+        raise ConfigError(f"{place}.peft_kwargs={lora.peft_kwargs}: {one_line(error)}") from error
+    inject(model, config, place, seed)
 
 
 def load_adapter(model: PreTrainedModel, adapter: str, lora: LoRAConfig | None) -> None:
@@ -115,11 +114,9 @@ def inject(model: PreTrainedModel, config: LoraConfig, place: str, seed: int = 0
     if config.megatron_config:  # anybody may have written an adapter's config, and this one names a module
         raise ConfigError(f"{place}: megatron_config would have {config.megatron_core!a} imported: leave it out")
     if config.init_lora_weights not in (True, "gaussian"):
-        raise ConfigError(
-            f"{place}: init_lora_weights={config.init_lora_weights!r} changes the model under the adapter or starts"
-            " away from it, so that the model without the adapter is no reference, and a checkpoint of the adapter not"
-            " the policy: use true or gaussian"
-        )
+        # The model without the adapter would be no reference, and a checkpoint of the adapter not the policy.
+        why = "changes the model under the adapter or starts away from it: use true or gaussian"
+        raise ConfigError(f"{place}: init_lora_weights={config.init_lora_weights!r} {why}")
     config.inference_mode = False
     try:
         # peft draws A from the global generator: a seeded fork leaves that as it was.
@@ -162,8 +159,8 @@ def load_weights(model: PreTrainedModel, weights: Mapping[str, Tensor], place: s
     problems = {"no weights for": missing, "weights that the model has no place for:": report.unexpected_keys}
     for what, names in problems.items():
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ConfigError(f"{place} does not fit the model: it has {what} {', '.join(sorted(names)[:3])}{more}")
+            shown = f"{', '.join(sorted(names)[:3])} ({len(names)} in all)"
+            raise ConfigError(f"{place} does not fit the model: it has {what} {shown}")
 
 
 def trained_names(model: nn.Module) -> list[str]:
@@ -200,7 +197,7 @@ def merged_adapter(model: nn.Module) -> Iterator[None]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    layers = [layer for layer in adapted if _base_dtype(layer) in (torch.float32, torch.float64)]
+    layers = [layer for layer in adapted if _base(layer)[2] in (torch.float32, torch.float64)]
     bases = {layer.get_base_layer() for layer in layers}  # fused experts have several adapters
     try:
         with replaced_parameters(bases, lambda weight: nn.Parameter(weight.detach().clone(), requires_grad=False)):
@@ -229,15 +226,13 @@ def merge_adapter(model: PreTrainedModel) -> float:
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
     adapted = [isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper) for layer in embeddings]
     if model.config.tie_word_embeddings and any(adapted):
-        raise ConfigError(
-            "the adapter sits on an embedding that is tied to another, and cannot be merged: export it without --merge"
-        )
+        raise ConfigError("the adapter sits on an embedding that is tied to another: export it without --merge")
     change, error = 0.0, 0.0
     for name, module in reversed(list(model.named_modules())):  # adapters of fused experts are nested
         if isinstance(module, AuxiliaryTrainingWrapper):
             model.set_submodule(name, module.modules_to_save[NAME])
         elif isinstance(module, BaseTunerLayer):
-            base, key, dtype = module.get_base_layer(), _base_key(module), _base_dtype(module)
+            base, key, dtype = _base(module)
             if dtype is None or not dtype.is_floating_point:
                 raise ConfigError(f"the adapter of {name} sits on quantized weights: export it without --merge")
             before = getattr(base, key).detach()
@@ -254,14 +249,11 @@ def merge_adapter(model: PreTrainedModel) -> float:
     return (error / change) ** 0.5 if change else 0.0
 
 
-def _base_key(layer: Any) -> str:
-    """Of what an adapter is added to in its layer; fused experts are a parameter of another name."""
-    return getattr(layer, "parameter_name", "weight")
-
-
-def _base_dtype(layer: Any) -> torch.dtype | None:
-    weight = getattr(layer.get_base_layer(), _base_key(layer), None)
-    return weight.dtype if isinstance(weight, Tensor) else None
+def _base(layer: Any) -> tuple[nn.Module, str, torch.dtype | None]:
+    """What an adapter is added to: a layer, which of its parameters (fused experts have other names), and its dtype."""
+    base, key = layer.get_base_layer(), getattr(layer, "parameter_name", "weight")
+    weight = getattr(base, key, None)
+    return base, key, weight.dtype if isinstance(weight, Tensor) else None
 
 
 # Saved

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy.config import PolicyConfig
 from stateset_lightning.policy.lora import adapter_off, is_adapted, plain_config, trained_names
+from stateset_lightning.policy.precision import replaced_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,16 +36,11 @@ class AdapterState:
     def __init__(self, model: PreTrainedModel, config: PolicyConfig) -> None:
         self.model = model
         self.names = trained_names(model)
-        self.base = {
-            "model_name": config.model_name,
-            "revision": config.revision,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "digest": base_digest(model),
-        }
+        name, revision, dtype = config.model_name, config.revision, str(model.dtype).removeprefix("torch.")
+        self.base = {"model_name": name, "revision": revision, "dtype": dtype, "digest": base_digest(model)}
         # The weights of an adapter that was loaded; None for a new one, which starts as the model without it.
-        self.start: dict[str, Tensor] | None = None
-        if config.adapter is not None:
-            self.start = {name: p.detach().clone() for name, p in self._trained().items()}
+        start: dict[str, Tensor] = {name: p.detach().clone() for name, p in self._trained().items()}
+        self.start = None if config.adapter is None else start
 
     def _trained(self) -> dict[str, nn.Parameter]:
         parameters = dict(self.model.named_parameters())
@@ -62,34 +58,22 @@ class AdapterState:
         """
         mine, theirs = plain_config(self.model), saved["config"]
         for name in sorted((mine.keys() | theirs.keys()) - _MAY_CHANGE):
-            if mine.get(name) != theirs.get(name):
-                raise ConfigError(
-                    f"model.policy.lora: {name}={mine.get(name)} differs from {theirs.get(name)} of the checkpoint's"
-                    " adapter: give the same"
-                )
+            if (here := mine.get(name)) != (there := theirs.get(name)):
+                what = f"model.policy.lora: {name}={here} differs from {there} of the checkpoint's adapter"
+                raise ConfigError(f"{what}: give the same")
         check_base(self.base, saved["base"])
         if (self.start is None) != (saved["start"] is None):
             here = "is not given, but was" if self.start is None else "is given, but was not"
-            raise ConfigError(
-                f"model.policy.adapter {here} when the run started, and the reference is the policy as it started:"
-                " give it as before"
-            )
+            raise ConfigError(f"model.policy.adapter {here} when the run started, as the reference: give it as before")
         self.start = saved["start"]
 
-    @contextmanager
-    def at_start(self) -> Iterator[None]:
-        """The policy as it started, while the context lasts."""
+    def at_start(self) -> AbstractContextManager[None]:
+        """The policy as it started, while the context lasts; for passes without gradient."""
         if self.start is None:
-            with adapter_off(self.model):
-                yield
-            return
-        trained = self._trained()
-        kept = {name: p.detach().clone() for name, p in trained.items()}
-        try:
-            _fill(trained, self.start)
-            yield
-        finally:
-            _fill(trained, kept)
+            return adapter_off(self.model)
+        # Other parameters, not other values in the same ones: autocast keeps casts of those.
+        start = {p: nn.Parameter(self.start[name].to(p), requires_grad=False) for name, p in self._trained().items()}
+        return replaced_parameters(self.model.modules(), lambda p: start.get(p, p))
 
 
 def base_digest(model: nn.Module) -> str:
@@ -115,14 +99,9 @@ def check_base(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         ConfigError: If not.
     """
     if mine["digest"] != saved["digest"]:
-        mine_is, saved_is = (
-            " at ".join(str(base[key]) for key in ("model_name", "revision") if base[key]) for base in (mine, saved)
-        )
-        raise ConfigError(
-            f"model.policy.model_name={mine_is} is not the model that the checkpoint's adapter was trained on"
-            f" ({saved_is}): their weights differ, and an adapter holds only the change (fit goes on all the"
-            " same with --accept_changes base)"
-        )
+        mine_is, saved_is = (" at ".join(filter(None, [x["model_name"], x["revision"]])) for x in (mine, saved))
+        what = f"model.policy.model_name={mine_is} is not the model that the checkpoint's adapter was trained on"
+        raise ConfigError(f"{what} ({saved_is}): other weights (fit goes on all the same with --accept_changes base)")
 
 
 def keep_only_in_state_dict(holder: nn.Module, names: Sequence[str]) -> None:
@@ -148,19 +127,7 @@ def check_same_kind(adapter: AdapterState | None, saved: Mapping[str, Any] | Non
         ConfigError: If not.
     """
     if adapter is None and saved is not None:
-        raise ConfigError(
-            f"the checkpoint holds an adapter of rank {saved['config']['r']} on {saved['base']['model_name']}, and"
-            " model.policy has none: set model.policy.lora as in its run"
-        )
+        held = f"an adapter of rank {saved['config']['r']} on {saved['base']['model_name']}"
+        raise ConfigError(f"checkpoint holds {held}, and model.policy has none: set model.policy.lora as in its run")
     if adapter is not None and saved is None:
-        raise ConfigError(
-            "the checkpoint holds a whole model, and model.policy.lora asks for an adapter: set model.policy.lora to"
-            " null"
-        )
-
-
-@torch.no_grad()
-def _fill(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])
-    torch.clear_autocast_cache()  # or autocast would go on with its casts of the old values
+        raise ConfigError("the checkpoint holds a whole model and no adapter: set model.policy.lora to null")

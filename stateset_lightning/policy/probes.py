@@ -32,10 +32,7 @@ PROBE_TOLERANCE = 1e-3
 SCALED = {
     r"(\w+_)?(window|chunk)(_size|_len|_length)?|index_topk|indexer_budget|floor_scale|log_scaling_n_floor": 8,
     "original_max_position_embeddings": 16,
-    "vocab_size": 64,
-    "vocab_size_per_layer_input": 64,
-    "intermediate_size": 64,
-    "moe_intermediate_size": 64,
+    "vocab_size(_per_layer_input)?|(moe_)?intermediate_size": 64,
 }
 
 _vouched: set[tuple[Any, ...]] = set()
@@ -80,17 +77,14 @@ def check_own_forward(model: PreTrainedModel, name: str) -> None:
     try:
         is_function = _repeats(model)
     except Exception as error:  # whatever it lacks: a library, an encoder's output, a kernel for a dtype
-        raise ConfigError(
-            f"{name}: {kind} does not run in {dtype} on text alone ({reason_of(error)}): use another model, or float32"
-            " in its place (trainer.precision=32-true, model.policy.dtype=float32)"
-        ) from error
+        remedy = "use another model, or trainer.precision=32-true and model.policy.dtype=float32"
+        why = f"{kind} does not run in {dtype} on text alone ({reason_of(error)})"
+        raise ConfigError(f"{name}: {why}: {remedy}") from error
     with suppress(Exception):  # a twin that cannot be made, or does not run, says nothing about the model
         is_function = is_function and _repeats(make_twin(model))
     if not is_function:
-        raise ConfigError(
-            f"{name}: {kind} gives other log-probs at each call for the same tokens, as it draws random numbers also in"
-            " evaluation: no policy gradient can be taken of it, use another model"
-        )
+        why = "gives other log-probs at each call for the same tokens, as it draws random numbers also in evaluation"
+        raise ConfigError(f"{name}: {kind} {why}: use another model")
 
 
 def _repeats(model: PreTrainedModel) -> bool:
@@ -138,9 +132,8 @@ def make_twin(model: PreTrainedModel) -> PreTrainedModel:
     from transformers.initialization import no_init_weights
 
     config = copy.deepcopy(model.config)
-    for part in [config, *(getattr(config, key, None) for key in config.sub_configs)]:
-        if part is not None:
-            _shrink(part)
+    for part in filter(None, [config, *(getattr(config, key, None) for key in config.sub_configs)]):
+        _shrink(part)
     if config._attn_implementation not in ("eager", "stateset_prefix"):
         config._attn_implementation = "sdpa"  # other kernels may not take float32
     with torch.random.fork_rng(devices=[]), no_init_weights():
@@ -156,12 +149,9 @@ def make_twin(model: PreTrainedModel) -> PreTrainedModel:
 
 def _shrink(config: PretrainedConfig) -> None:
     num_layers = getattr(config, "num_hidden_layers", 1)
-    per_layer = {
-        key: value
-        for key, value in vars(config).items()
-        if "layer" in key and isinstance(value, list) and len(value) == num_layers
-        if all(isinstance(x, str) or x in (0, 1) for x in value)
-    }
+    lists = {key: x for key, x in vars(config).items() if "layer" in key and isinstance(x, list)}
+    kinds_of_layers = {key: x for key, x in lists.items() if all(isinstance(y, str) or y in (0, 1) for y in x)}
+    per_layer = {key: x for key, x in kinds_of_layers.items() if len(x) == num_layers}
     # Where kinds follow from other keys, the first layers are kept, as many as have all kinds.
     kinds = list(zip(*per_layer.values(), strict=True)) or getattr(config, "layer_types", None) or [()]
     if shared := getattr(config, "num_kv_shared_layers", None) or 0:  # the last ones, which have no cache of their own
@@ -202,12 +192,10 @@ def check_sampler(difference: float, limit: float, dtype: torch.dtype) -> None:
         SamplingError: If they differ by more, or are not finite.
     """
     if not difference <= limit:
-        raise SamplingError(
-            f"the log-probs of sampling and of training differ by {difference:.2g} nats per token, where float error"
-            f" ({dtype}) is below {limit:.2g}: sampler and trainer do not compute the same policy, and gradients would"
-            " be wrong. Set model.policy.scoring to padded; if that helps, the model does not support packed scoring;"
-            " if not, its cached decoding differs from its forward pass"
-        )
+        what = f"the log-probs of sampling and of training differ by {difference:.2g} nats per token"
+        why = f"where float error ({dtype}) is below {limit:.2g}: gradients would be wrong"
+        remedy = "Set model.policy.scoring to padded; where it does not help, decoding with a cache is what differs"
+        raise SamplingError(f"{what}, {why}. {remedy}")
 
 
 def sampler_limit(model: PreTrainedModel, dtype: torch.dtype, temperature: float, ids: Sequence[int]) -> float:

@@ -29,10 +29,9 @@ def auto_class(config: PretrainedConfig) -> Any:
     """Of transformers, the one that loads all of a checkpoint: of some composite ones, another loads the text model."""
     from transformers import MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM
 
-    is_whole = (
-        is_composite(config) and not config.is_encoder_decoder and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
-    )
-    return AutoModelForMultimodalLM if is_whole else AutoModelForCausalLM
+    if is_composite(config) and not config.is_encoder_decoder and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return AutoModelForMultimodalLM
+    return AutoModelForCausalLM
 
 
 def freeze_all_but_text(model: PreTrainedModel, name: str) -> None:
@@ -40,10 +39,9 @@ def freeze_all_but_text(model: PreTrainedModel, name: str) -> None:
     if not is_composite(model.config):
         return
     trained = {p for module in _text_modules(model) for p in module.parameters()}
-    frozen = [parameter for parameter in model.parameters() if parameter not in trained]
-    for parameter in frozen:
+    for parameter in set(model.parameters()) - trained:
         parameter.requires_grad_(False)
-    count, kind = sum(parameter.numel() for parameter in frozen), type(model).__name__
+    count, kind = model.num_parameters() - model.num_parameters(only_trainable=True), type(model).__name__
     log.info("%s is a %s: its text model is trained, the rest (%s parameters) frozen", name, kind, f"{count:,}")
 
 
@@ -115,11 +113,10 @@ def _depends_on_length(module: nn.Module) -> bool:
 
 def _add_position(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Puts a last position behind those of a forward, by which the module takes the sequence to be that long."""
-    given: dict[Any, Any] = dict(enumerate(args)) | kwargs
-    place = "position_ids" if "position_ids" in kwargs else 1
-    positions: Tensor = given[place]
-    given[place] = torch.cat([positions, torch.full_like(positions[..., :1], module.longest - 1)], dim=-1)
-    return tuple(given[i] for i in range(len(args))), {key: given[key] for key in kwargs}
+    states, *others = args
+    positions: Tensor = kwargs.pop("position_ids") if "position_ids" in kwargs else others.pop(0)
+    longer = torch.cat([positions, torch.full_like(positions[..., :1], module.longest - 1)], dim=-1)
+    return (states, longer, *others), kwargs
 
 
 def _drop_position(module: Any, args: tuple[Any, ...], output: Any) -> Any:

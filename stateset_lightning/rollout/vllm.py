@@ -61,9 +61,7 @@ class VLLMEngine:
         max_wait_minutes: Annotated[float, Gt(0)] = 10.0,
     ) -> None:
         if not urls or isinstance(urls, str):
-            raise ConfigError(
-                f"model.engine.urls={urls!r} must be a list of addresses, such as [http://127.0.0.1:8000]"
-            )
+            raise ConfigError(f"model.engine.urls={urls!r} must be a list of addresses, as [http://127.0.0.1:8000]")
         max_wait = 60 * max_wait_minutes
         self.servers = [VLLMServer(url, request_timeout=request_timeout, max_wait=max_wait) for url in urls]
         self._make_sync = partial(WeightSync, self.servers, folder=folder, dtype=dtype, tolerance=tolerance)
@@ -79,11 +77,9 @@ class VLLMEngine:
         self.tokenizer = tokenizer
         self._weights = self._make_sync(sampling)
         if sampling.temperature != 1 and (filters := filters_of(sampling)):
-            raise ConfigError(
-                f"model.rollout.temperature={sampling.temperature} with {filters}: vLLM's log-probs are either those"
-                " behind the filters or those of undivided logits, and training needs neither: set temperature to 1,"
-                " or leave the filters out"
-            )
+            what = f"model.rollout.temperature={sampling.temperature} with {filters}"
+            why = "vLLM's log-probs are either those behind the filters or those at temperature 1"
+            raise ConfigError(f"{what}: {why}, and training needs neither: set temperature to 1, or leave filters out")
         lengths = []
         for server in self.servers:
             models = server.patiently(partial(server.ask, "/v1/models", Models)).data

@@ -17,7 +17,7 @@ from base64 import b64encode
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Annotated, Any, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from annotated_types import Ge, Lt
 from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError
@@ -25,6 +25,7 @@ from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError
 from stateset_lightning.errors import ConfigError, NonFiniteError, ServerError, one_line
 from stateset_lightning.redaction import redacted_text, remember
 from stateset_lightning.types import FinishReason
+from stateset_lightning.workers.addresses import http_address
 
 log = logging.getLogger("stateset_lightning")
 
@@ -80,11 +81,15 @@ class ServerLost(Exception):
     """The server gave no answer, or one that says that it cannot at the moment or no longer has its weights."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(_line(reason))
+        super().__init__(one_line(reason))
 
 
 class BadAnswer(ServerLost):
     """The server is there, and its answer is too late, too large, or none to what was asked."""
+
+
+class NotFound(ServerError):
+    """The server does not have what it is asked for (HTTP status 404)."""
 
 
 class VLLMServer:
@@ -111,18 +116,9 @@ class VLLMServer:
 
     def __init__(self, url: str, *, request_timeout: float, max_wait: float) -> None:
         remember(url)
-        try:
-            parts = urlsplit(url.rstrip("/").removesuffix("/v1"))
-            self._address = (parts.hostname or "", parts.port)
-            is_address = re.fullmatch(r"https?://[!-~]+", url) and self._address[0].encode("idna")
-        except ValueError:  # the port is no number, or a part of the host's name too long
-            is_address = None
-        if not is_address:
-            shown = url.rpartition("@")[2]
-            raise ConfigError(f"model.engine.urls: {shown!r} is no address: give one such as http://127.0.0.1:8000")
+        parts, self.url = http_address("model.engine.urls", url.rstrip("/").removesuffix("/v1"))
+        self._address, self._path = (parts.hostname or "", parts.port), parts.path
         self._connection = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._path = parts.path
-        self.url = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
         self.request_timeout = request_timeout
         self.max_wait = max_wait
         self.model = ""
@@ -153,29 +149,29 @@ class VLLMServer:
         """
         data = None if body is None else json.dumps(body).encode()
         seconds = self.request_timeout if seconds is None else seconds
-        deadline, limit = time.monotonic() + seconds, BYTES + BYTES_PER_TOKEN * _tokens(body or {})
+        asked = body or {}
+        tokens = asked.get("n", 1) * (len(asked.get("prompt", ())) + asked.get("max_tokens", 0))
+        deadline, limit = time.monotonic() + seconds, BYTES + BYTES_PER_TOKEN * tokens
         with closing(self._connection(*self._address, timeout=seconds)) as connection:
             try:
                 connection.connect()
-            except OSError as error:
-                raise ServerLost(f"{type(error).__name__}: {error}") from error
-            try:
                 connection.request("GET" if data is None else "POST", self._path + path, data, self._headers)
                 answer = http.client.HTTPResponse(_Incoming(connection.sock, deadline, limit))  # type: ignore[arg-type]
                 answer.begin()
                 content = answer.read(limit)
-            except TimeoutError as error:
-                raise BadAnswer(f"no whole answer within {seconds:g} s (model.engine.request_timeout)") from error
             except (OSError, http.client.HTTPException) as error:
+                if isinstance(error, TimeoutError) and connection.sock is not None:
+                    raise BadAnswer(f"no whole answer within {seconds:g} s (model.engine.request_timeout)") from error
                 raise ServerLost(f"{type(error).__name__}: {error}") from error
         if 200 <= answer.status < 300:
             return content
-        message = _message(content) or _line(answer.reason)
+        message = _message(content) or one_line(answer.reason)
         if answer.status >= 500 or answer.status in (408, 429):
             raise ServerLost(f"HTTP {answer.status}: {message}")
         if place := answer.headers["Location"]:
-            message += f"; it sends us to {_line(place)}, where we do not go: give the address itself"
-        raise ServerError(f"model.engine.urls: {self.url}{path} refuses ({answer.status}): {message}", answer.status)
+            message += f"; it sends us to {one_line(place)}, where we do not go: give the address itself"
+        kind = NotFound if answer.status == 404 else ServerError
+        raise kind(f"model.engine.urls: {self.url}{path} refuses ({answer.status}): {message}")
 
     def ask(self, path: str, schema: type[Schema], body: Mapping[str, Any] | None = None) -> Schema:
         """As `call`, and reads the answer.
@@ -201,10 +197,8 @@ class VLLMServer:
         """
         try:
             choices = self.ask("/v1/completions", Choices, body).choices
-        except ServerError as error:
-            if error.status == 404:  # the server has been started again, and does not have our weights
-                raise ServerLost(str(error)) from error
-            raise
+        except NotFound as error:  # the server has been started again, and does not have our weights
+            raise ServerLost(str(error)) from error
         if len(choices) != body.get("n", 1):
             raise BadAnswer(f"{len(choices)} completions where {body.get('n', 1)} were asked for")
         for choice in choices:
@@ -216,10 +210,8 @@ class VLLMServer:
             if max(choice.token_ids) >= self.vocabulary:
                 raise BadAnswer(f"token {max(choice.token_ids)} of a vocabulary of {self.vocabulary}")
             if not all(map(math.isfinite, logprobs)):
-                raise NonFiniteError(
-                    f"a server's log-probs are not finite: the weights have diverged ({self.url}); go back to an"
-                    " earlier checkpoint"
-                )
+                what = f"a server's log-probs are not finite: the weights have diverged ({self.url})"
+                raise NonFiniteError(f"{what}; go back to an earlier checkpoint")
             if max(logprobs) > LARGEST_LOGPROB:
                 raise BadAnswer(f"a log-prob of {max(logprobs):g}, above 0")
         return choices
@@ -236,16 +228,13 @@ class VLLMServer:
             try:
                 return attempt()
             except ServerLost as error:
-                now = time.monotonic()
                 # During an attempt that lasted so long the server was not away: its time starts anew.
-                was_there = now - begun > self.max_wait
+                was_there = time.monotonic() - begun > self.max_wait
                 failures += was_there or isinstance(error, BadAnswer)
                 if failures == ATTEMPTS:
-                    raise ServerError(
-                        f"{self.url} (model.engine.urls) is there and gives no answer that can be used: {error}"
-                        f" (attempt {ATTEMPTS} of {ATTEMPTS})"
-                    ) from error
-                deadline = now + self.max_wait if deadline is None or was_there else deadline
+                    what = f"{self.url} (model.engine.urls) is there and gives no answer that can be used"
+                    raise ServerError(f"{what}: {error} (attempt {ATTEMPTS} of {ATTEMPTS})") from error
+                deadline = time.monotonic() + self.max_wait if deadline is None or was_there else deadline
                 self._restore(restored, deadline, error, pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -265,10 +254,8 @@ class VLLMServer:
             log.warning("%s does not answer (%s): waiting for it, %s at most", self.url, reason, minutes)
             while True:
                 if time.monotonic() + pause > deadline:
-                    raise ServerError(
-                        f"{self.url} has been away for {minutes} (model.engine.max_wait_minutes; {reason}): start it"
-                        " again, then the run with --ckpt_path last"
-                    ) from reason
+                    what = f"{self.url} has been away for {minutes} (model.engine.max_wait_minutes; {reason})"
+                    raise ServerError(f"{what}: start it again, then the run with --ckpt_path last") from reason
                 time.sleep(pause)
                 try:
                     self.call("/health", seconds=LONGEST_PAUSE)
@@ -304,20 +291,11 @@ class _Incoming(io.RawIOBase):
         return count
 
 
-def _tokens(body: Mapping[str, Any]) -> int:
-    """Those of prompts and completions in the answer to a request."""
-    return int(body.get("n", 1) * (len(body.get("prompt", ())) + body.get("max_tokens", 0)))
-
-
 def _message(content: bytes) -> str:
     """What a refusal says: vLLM's are JSON, those of a proxy perhaps a page."""
     text = redacted_text(content.decode(errors="replace"))  # before a secret is cut in two
     found = re.search(r'"(?:message|detail)"\s*:\s*("(?:[^"\\]|\\.)*")', text)
     try:
-        return _line(json.loads(found[1]) if found else text)
+        return one_line(json.loads(found[1]) if found else text)
     except ValueError:  # it only looks like JSON
-        return _line(text)
-
-
-def _line(text: str) -> str:
-    return one_line(redacted_text(text))
+        return one_line(text)

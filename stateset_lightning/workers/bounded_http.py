@@ -4,15 +4,15 @@ The time-outs of `httpx` are for each read: a server that sends a byte every sec
 """
 
 import asyncio
-import ipaddress
 from collections.abc import Callable
+from contextlib import aclosing
 from importlib import import_module
 from typing import Any
-from urllib.parse import urlsplit
 
 from openai import DefaultAsyncHttpxClient
 
 from stateset_lightning.errors import ServerError
+from stateset_lightning.workers.addresses import is_this_machine
 
 # Bytes of an answer, unpacked; a chat completion has kilobytes.
 LARGEST_ANSWER = 2**23
@@ -42,11 +42,8 @@ class BoundedClient(DefaultAsyncHttpxClient):
         self._count()
         try:
             async with asyncio.timeout(self._seconds):
-                response = await super().send(request, **{**options, "stream": True})
-                try:
+                async with aclosing(await super().send(request, **{**options, "stream": True})) as response:
                     content = await _content(response)
-                finally:
-                    await response.aclose()
         except TimeoutError as error:
             raise _httpx.ReadTimeout(f"no whole answer within {self._seconds:g} s", request=request) from error
         headers = [(name, value) for name, value in response.headers.items() if name != "content-encoding"]
@@ -60,12 +57,3 @@ async def _content(response: Any) -> bytes:
         if len(content) > LARGEST_ANSWER:
             raise ServerError(f"the answer has more than {LARGEST_ANSWER:,} bytes")
     return content
-
-
-def is_this_machine(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
-    return address.is_loopback or address.is_unspecified

@@ -43,24 +43,20 @@ def limited(items: Iterator[Any], what: str) -> Iterator[Any]:
         del os.environ["TOKENIZERS_PARALLELISM"]
     theirs.close()
     try:
-        while ours.poll(_LOST_SECONDS):
-            found, error = ours.recv()
-            yield from found
-            if error is not None:
-                raise error
-            if not found:
-                return
-        raise EOFError
-    except EOFError:
-        raise DataError(
-            f"{what} was stopped: it takes more than {SECONDS:g} s or {_BYTES >> 30} GiB at a time;"
-            " mend the template, or take another model"
-        ) from None
+        with suppress(EOFError):
+            while ours.poll(_LOST_SECONDS):
+                found, error = ours.recv()
+                yield from found
+                if error is not None:
+                    raise error
+                if not found:
+                    return
+        limits = f"{SECONDS:g} s or {_BYTES >> 30} GiB at a time"
+        raise DataError(f"{what} was stopped: it takes more than {limits}; mend the template, or take another model")
     finally:
-        with suppress(OSError):
+        with suppress(OSError), ours:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-        ours.close()
 
 
 def rendered(tokenizer: Any, *calls: Mapping[str, Any]) -> list[str]:

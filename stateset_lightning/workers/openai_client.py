@@ -6,21 +6,20 @@ import hashlib
 import json
 import os
 import sqlite3
-import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
-from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
 from annotated_types import Ge, Gt, Le, Len
-from pydantic import BaseModel, HttpUrl, TypeAdapter, ValidationError
+from pydantic import AliasPath, BaseModel, Field, ValidationError
 
 from stateset_lightning.errors import ConfigError, ServerError, check_bounds, one_line, require
 from stateset_lightning.redaction import is_secret_name, remember
+from stateset_lightning.workers.addresses import http_address
 
 T = TypeVar("T")
 
@@ -33,12 +32,8 @@ _LONGEST_MESSAGE = 500  # characters of a server's message that an error shows
 _Tokens = Annotated[int, Ge(0), Le(10**9)]
 
 
-class _Message(BaseModel):
-    content: Annotated[str, Len(0, 1_000_000)] | None = None
-
-
 class _Choice(BaseModel):
-    message: _Message
+    content: Annotated[str, Len(0, 1_000_000)] | None = Field(validation_alias=AliasPath("message", "content"))
     finish_reason: str | None = None
 
 
@@ -57,6 +52,8 @@ class _Answer(BaseModel):
 class ReplyCache:
     """The newest replies by request, in one SQLite file that several processes may share, or in memory.
 
+    Several threads may use it: each statement is a transaction of its own, and SQLite runs one at a time.
+
     Args:
         path: The file, created if there is none; None keeps replies in memory, for this process.
         max_replies: Replies at most; the oldest are deleted.
@@ -67,32 +64,27 @@ class ReplyCache:
 
     def __init__(self, path: str | None, max_replies: int) -> None:
         self._max_replies = max_replies
-        self._lock = threading.Lock()
         file = ":memory:" if path is None else os.path.expanduser(path)
         try:
             if path is not None:
                 Path(file).parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(file, _WAIT_SECONDS, check_same_thread=False, isolation_level=None)
-            self._connection.execute("PRAGMA synchronous = NORMAL")
-            self._connection.execute(_TABLE)
+            self._connection.executescript(f"PRAGMA synchronous = NORMAL; {_TABLE}")
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"cache={path!r} cannot be opened: {error}; give a file of its own") from error
 
     def get(self, key: str) -> str | None:
         """The reply under `key`, if there is one."""
-        with self._lock:
-            row = self._connection.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
+        row = self._connection.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
         return None if row is None else str(row[0])
 
     def put(self, key: str, reply: str) -> None:
         """Keep a reply; it is on disk when this returns."""
-        with self._lock:
-            self._connection.execute("INSERT OR REPLACE INTO replies (key, reply) VALUES (?, ?)", (key, reply))
-            self._connection.execute(_OLDEST, (self._max_replies,))
+        self._connection.execute("INSERT OR REPLACE INTO replies (key, reply) VALUES (?, ?)", (key, reply))
+        self._connection.execute(_OLDEST, (self._max_replies,))
 
     def close(self) -> None:
-        with self._lock:
-            self._connection.close()
+        self._connection.close()
 
 
 @dataclass(frozen=True)
@@ -106,10 +98,8 @@ class _Connection:
 
 async def _closed_with_loop(client: Any) -> None:
     """Close the client when the loop ends and cancels its tasks. One left to the garbage collector complains."""
-    try:
+    async with client:
         await asyncio.Event().wait()
-    finally:
-        await client.close()
 
 
 class OpenAIClient:
@@ -163,10 +153,7 @@ class OpenAIClient:
         self._counts: Counter[str] = Counter()
         if taken := {"model", "messages", "stream", "n"} & request.keys():
             raise ConfigError(f"{key}.request sets '{min(taken)}', which is set elsewhere: remove it")
-        try:
-            TypeAdapter(HttpUrl).validate_python(self._url)
-        except ValidationError as error:
-            raise ConfigError(f"{key}.base_url={self._url!r} is no address such as http://localhost:8000/v1") from error
+        _, self._place = http_address(f"{key}.base_url", self._url)
         if self._key_env is not None and not is_secret_name(self._key_env):
             raise ConfigError(f"{key}.api_key_env={self._key_env!r}: take a name that ends in API_KEY; logs hide it")
         if self._key_env is not None and not os.environ.get(self._key_env):
@@ -225,13 +212,11 @@ class OpenAIClient:
             error.args = (self.line(f"{error} ({error.__cause__})" if error.__cause__ else str(error)),)
             raise
         self._counts.update((answer.usage or _Usage()).model_dump())
-        return answer.choices[0].message.content or "", answer.choices[0].finish_reason == "length"
+        return answer.choices[0].content or "", answer.choices[0].finish_reason == "length"
 
     def line(self, text: str) -> str:
         """A line that names the server, without a password that its address may hold."""
-        address = urlsplit(self._url)
-        place = address._replace(netloc=address.netloc.rpartition("@")[2]).geturl()
-        return f"{place}: {one_line(text, _LONGEST_MESSAGE)}"
+        return f"{self._place}: {one_line(text, _LONGEST_MESSAGE)}"
 
     @cached_property
     def _replies(self) -> ReplyCache:

@@ -66,20 +66,16 @@ class WorkerPool:
             ConfigError: If it cannot be pickled, or is defined where a worker cannot import it.
         """
         if process.inside_worker:
-            raise ConfigError(
-                f"a worker process imports the training script, where {name} is defined, and the script starts training"
-                " again: put what starts it under `if __name__ == '__main__':`, or move the definition to a module"
-            )
+            why = f"{name} is defined in the training script, which starts training again where a worker imports it"
+            raise ConfigError(f"{why}: put what starts it under `if __name__ == '__main__':`")
         why = f"{name} runs in a worker process, which can be killed at its time-out"
         try:
             self._functions[name] = pickle.dumps(function)
         except Exception as error:  # what a user's object holds may fail in any way
             raise ConfigError(f"{why}, but it cannot be pickled ({error}): {self._remedy}") from error
         if b"__main__" in self._functions[name] and not _main_script():
-            raise ConfigError(
-                f"{why}, but it is defined in a notebook or in typed-in code, which a worker cannot import:"
-                f" {self._remedy}"
-            )
+            where = "defined in a notebook or in typed-in code, which a worker cannot import"
+            raise ConfigError(f"{why}, but it is {where}: {self._remedy}")
 
     def submit(self, name: str, timeout: float, *args: Any) -> Future[Any]:
         """Call a function in a worker.
@@ -125,10 +121,8 @@ class WorkerPool:
             worker.pid = worker.call(pickle.dumps((process.LOAD, (script, self._functions))), _START_SECONDS)
         except Exception as error:  # importing a user's code may raise anything
             worker.kill()
-            raise ConfigError(
-                f"a worker process, which runs {', '.join(self._functions)}, could not load them. For each:"
-                f" {self._remedy}. What the worker says:\n{''.join(traceback.format_exception_only(error))}"
-            ) from error
+            names, said = ", ".join(self._functions), "".join(traceback.format_exception_only(error))
+            raise ConfigError(f"a worker, which runs {names}, could not load them: {self._remedy}.\n{said}") from error
         return worker
 
 
@@ -137,13 +131,10 @@ class _Worker:
 
     def __init__(self) -> None:
         self._connection, theirs = Pipe()
+        number, nothing = theirs.fileno(), subprocess.DEVNULL
         # In a session of its own: Ctrl-C reaches the trainer only.
         self._process = subprocess.Popen(
-            process.command(theirs.fileno()),
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
+            process.command(number), pass_fds=[number], stdin=nothing, stdout=nothing, start_new_session=True
         )
         theirs.close()
         self.pid = 0  # known when it has loaded its functions

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import json
 import os
 import pickle
 import select
@@ -45,10 +44,6 @@ LARGEST_ANSWER = 2**26
 # Whether this process is a worker. A training script that a worker imports must not start workers in turn.
 inside_worker = False
 
-_BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from stateset_lightning.workers import process; process.main(int(sys.argv[2]))"
-)
 _LIBRARY = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), sysconfig.get_config_var("DESTSHARED")]
 _MOST_OUTPUT, _OUTPUT_SECONDS = 2**20, 10.0  # so many bytes are passed on in so many seconds
 _DROPPED = b"\n(a reward prints too much: the rest of these 10 s is dropped)\n"
@@ -61,7 +56,8 @@ def command(file_descriptor: int) -> list[str]:
     place of a module of the standard library, which the trainer may have imported before.
     """
     path = sorted(sys.path, key=lambda entry: entry not in _LIBRARY)
-    return [sys.executable, "-P", "-u", "-c", _BOOT, json.dumps(path), str(file_descriptor)]
+    begin = f"import sys; sys.path[:] = {path!r}; from stateset_lightning.workers import process"
+    return [sys.executable, "-P", "-u", "-c", f"{begin}; process.main({file_descriptor})"]
 
 
 def main(file_descriptor: int) -> None:
@@ -175,7 +171,4 @@ def _pickled(error: BaseException) -> bytes:
         with suppress(Exception):  # it may hold something that cannot be pickled: then its text goes instead
             pickle.loads(pickled := pickle.dumps((False, error)))
             return pickled
-    try:
-        return pickle.dumps((False, RuntimeError(trace)))
-    except Exception:
-        os._exit(1)  # a function has taken away what pickle needs: its caller is told that the worker died
+    return pickle.dumps((False, RuntimeError(trace)))

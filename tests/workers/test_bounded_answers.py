@@ -14,7 +14,8 @@ from stateset_lightning.errors import ConfigError
 from stateset_lightning.rewards import ModelJudge, Scorer
 from stateset_lightning.types import Turn
 from stateset_lightning.workers import OpenAIClient
-from stateset_lightning.workers.bounded_http import LARGEST_ANSWER, is_this_machine
+from stateset_lightning.workers.addresses import is_this_machine
+from stateset_lightning.workers.bounded_http import LARGEST_ANSWER
 
 
 class Handler(BaseHTTPRequestHandler):
