@@ -106,9 +106,7 @@ def write_bad_step(
 
 def drop_later_steps(trainer: Trainer, step: int) -> None:
     """Drops the rows of skipped steps after optimizer step `step`, from which the run now goes on."""
-    file = of_rank(trainer, run_folder(trainer) / BAD_STEPS)
-    if file.exists():
-        keep_rows(file, lambda row: row["step"] <= step)
+    keep_rows(of_rank(trainer, run_folder(trainer) / BAD_STEPS), lambda row: row["step"] <= step)
 
 
 # JSON lines -----------------------------------------------------------------------------------------------------------
@@ -122,6 +120,8 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
 
 
 def keep_rows(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
-    """Rewrites a file with some of its rows, which stay as they are; one at which `keep` fails is damaged."""
+    """Rewrites a file, if there is one, with some of its rows, as they are; one at which `keep` fails is damaged."""
+    if not path.exists():
+        return
     with atomic_write(path) as file:
         file.writelines(line for _, line, kept in read_lines(path, lambda text: keep(json.loads(text))) if kept)

@@ -6,8 +6,10 @@ They go to files of JSON lines, and those of a run to loggers that can show them
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import groupby, zip_longest
+from operator import itemgetter
 from pathlib import Path
+from textwrap import indent
 from typing import Annotated, Any
 
 from annotated_types import Ge
@@ -67,10 +69,17 @@ class SampleWriter(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch.episode_index % self.every_n_episodes or not trainer.is_global_zero:
             return
-        if batch.micro_step == 0:
-            self._episode = self._episode_rows(pl_module, min(self.num_prompts, len(batch)))
-        if batch.micro_step == batch.num_micro_steps - 1:
-            self._write_episode(trainer, pl_module)
+        episode = pl_module.episode
+        if batch.micro_step == 0:  # a run that is resumed inside the episode knows no records of it
+            records = pl_module.last_records[: self.num_prompts * episode.num_generations]
+            self._episode = [{"episode": episode.index, **record.to_dict()} for record in records]
+        if batch.micro_step == batch.num_micro_steps - 1 and self._episode:
+            rows, self._episode = self._episode, []
+            shown = episode, len(rows) // episode.num_generations
+            tokens = token_rows(*shown, pl_module.tokenizer, self.max_tokens)
+            now = logprobs_now(*shown, pl_module.policy, pl_module.rollout.temperature, self.max_tokens)
+            rows = [{**row, **told, **after} for row, told, after in zip(rows, tokens, now, strict=True)]
+            self._write(trainer, "train", rows, len(rows))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._evaluated = []
@@ -80,10 +89,9 @@ class SampleWriter(Callback):
             self._evaluated += [record.to_dict() for record in pl_module.last_records]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        mine, self._evaluated = self._evaluated, []
         if self.evaluation and not trainer.sanity_checking:
             # Ranks take turns with the prompts; at the end, since one of them may have a batch more.
-            turns = zip_longest(*Ranks.current().gather(mine))
+            turns = zip_longest(*Ranks.current().gather(self._evaluated))
             rows = [row for turn in turns for row in turn if row is not None]
             self._write(trainer, "test" if trainer.testing else "validation", rows, SHOWN)
 
@@ -106,22 +114,7 @@ class SampleWriter(Callback):
 
         if continues(trainer, saved["folder"]):
             self._sizes = dict(saved.get("sizes", ()))
-            if (file := run_folder(trainer) / SAMPLES).exists():
-                keep_rows(file, written_before)
-
-    def _episode_rows(self, pl_module: Any, num_prompts: int) -> list[dict[str, Any]]:
-        index, tokenizer = pl_module.episode.index, pl_module.tokenizer
-        tokens = token_rows(pl_module.episode, num_prompts, tokenizer, self.max_tokens)
-        records = pl_module.last_records[: len(tokens)]
-        return [{"episode": index, **record.to_dict(), **row} for record, row in zip(records, tokens, strict=True)]
-
-    def _write_episode(self, trainer: Trainer, pl_module: Any) -> None:
-        rows, self._episode = self._episode, []
-        if rows:  # none if the run was resumed inside the episode, and its checkpoint had no samples
-            num_prompts, temperature = len(rows) // pl_module.episode.num_generations, pl_module.rollout.temperature
-            now = logprobs_now(pl_module.episode, num_prompts, pl_module.policy, temperature, self.max_tokens)
-            rows = [{**row, **after} for row, after in zip(rows, now, strict=True)]
-            self._write(trainer, "train", rows, len(rows))
+            keep_rows(run_folder(trainer) / SAMPLES, written_before)
 
     def _write(self, trainer: Trainer, split: str, rows: Iterable[Mapping[str, Any]], num_shown: int) -> None:
         rows = [{"split": split, "step": trainer.global_step, **row} for row in rows]
@@ -152,7 +145,6 @@ class PredictionWriter(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         keep_inputs(trainer.ckpt_path)
-        check_output(self.file(trainer) if self.path is None else self.path)
         with atomic_write(self.file(trainer)):
             pass  # an empty file
 
@@ -173,10 +165,8 @@ def block_of(row: Mapping[str, Any]) -> Block:
 
 def thinned_out(blocks: Iterable[Block]) -> set[Block]:
     """Every second block of each split, but not the first and the last: what stays is spread over the run."""
-    of_split: dict[str, list[Block]] = {}
-    for block in blocks:
-        of_split.setdefault(block[0], []).append(block)
-    return {block for some in of_split.values() for block in some[1:-1:2]}
+    splits = groupby(sorted(blocks, key=itemgetter(0)), key=itemgetter(0))
+    return {block for _, of_split in splits for block in [*of_split][1:-1:2]}
 
 
 # Token by token -------------------------------------------------------------------------------------------------------
@@ -277,16 +267,11 @@ def sample_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[lis
 def sample_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown, in which prompts and completions are code: a model's own links and images stay text."""
     parts: list[str] = []
-    prompt = None
-    for row in rows:
-        if row["prompt"] != prompt:
-            prompt = row["prompt"]
-            parts += ["**prompt**", _code(prompt)]
-        numbers = {"reward": row["reward"], **row["rewards"], "advantage": row.get("advantage")}
-        said = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items() if value is not None)
-        parts += [f"{said or 'failed'}, {row['num_tokens']} tokens, {row['finish_reason']}", _code(row["completion"])]
+    for prompt, group in groupby(rows, key=itemgetter("prompt")):
+        parts += ["**prompt**", indent(prompt, "    ", bool)]
+        for row in group:
+            numbers = {"reward": row["reward"], **row["rewards"], "advantage": row.get("advantage")}
+            said = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items() if value is not None)
+            parts.append(f"{said or 'failed'}, {row['num_tokens']} tokens, {row['finish_reason']}")
+            parts.append(indent(row["completion"], "    ", bool))
     return "\n\n".join(parts)
-
-
-def _code(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines() or [""])
