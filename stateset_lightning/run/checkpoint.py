@@ -46,8 +46,7 @@ class RunCheckpoint:
         self._trained_for = 0  # tokens of the longest sequence of training
         self._made_of: dict[str, Any] = {}
         self._scheduler_options: dict[str, Any] = {}  # as it was made with them
-        self.given_options: list[dict[str, Any]] = []
-        """Options of the optimizer, by parameter group, as it was made with them."""
+        self.given_options: list[dict[str, Any]] = []  # of the optimizer, by group, as it was made with them
 
     def start(self) -> None:
         """Notes what the run is made of, when the weights are loaded; called by all ranks, before anything is restored.
@@ -140,16 +139,16 @@ class RunCheckpoint:
             ConfigError: If the run cannot go on exactly, or another model was trained.
         """
         module, saved = self._module, checkpoint["stateset"]
-        adapter, adapter_state = None if module.policy is None else module.policy.adapter, saved.get("adapter")
         if module.policy is not None:
+            adapter, adapter_state = module.policy.adapter, saved.get("adapter")
             check_same_kind(adapter, adapter_state)
             self._trained_for = saved.get("longest", 0)
             self.prepare_for(module.policy.longest)
-        if adapter is not None and adapter_state is not None:
-            adapter.load_state_dict(adapter_state | ({"base": adapter.base} if "base" in self._accept else {}))
-        if module.policy is not None and module.strict_loading and not module.is_sharded:
-            name = f"model.policy.model_name={module.policy_config.model_name}"
-            check_weights(module.state_dict(), checkpoint["state_dict"], name)
+            if adapter is not None:
+                adapter.load_state_dict(adapter_state | ({"base": adapter.base} if "base" in self._accept else {}))
+            if module.strict_loading and not module.is_sharded:
+                name = f"model.policy.model_name={module.policy_config.model_name}"
+                check_weights(module.state_dict(), checkpoint["state_dict"], name)
         if training:
             trainer = module.trainer
             check_resumable(saved, module.seed, accumulation(trainer, checkpoint["epoch"]), trainer.world_size)
@@ -163,9 +162,7 @@ class RunCheckpoint:
         if not module.is_sharded and "optimizer_states" not in checkpoint:
             raise ConfigError("the checkpoint is a folder of shards: its run goes on with trainer.strategy=fsdp2 alone")
         if "made_of" not in saved and trainer.is_global_zero:
-            _log.info(
-                "the checkpoint does not say what its run was made of (version 0.1): whether it differs is unknown"
-            )
+            _log.info("the checkpoint does not say what its run was made of (version 0.1): whether it differs is open")
         module.state.bad_steps = saved["bad_steps"]
         if (episodes := saved["episode"]) is not None:
             module.state.episode = Episode(**episodes[trainer.global_rank])
@@ -220,6 +217,4 @@ def check_resumable(state: Mapping[str, Any], seed: int, accumulate: int, world:
             " was made inside an episode: resume with that, or from a checkpoint at an episode's end"
         )
     if (ranks := len(state["episode"])) != world:
-        raise ConfigError(
-            f"the checkpoint was made inside an episode of {ranks} ranks and cannot be resumed by {world}"
-        )
+        raise ConfigError(f"the checkpoint lies inside an episode of {ranks} ranks and cannot be resumed by {world}")

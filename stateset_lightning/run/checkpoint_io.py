@@ -146,9 +146,8 @@ def read_checkpoint(file: Path, *, check_sums: bool = False, **options: Any) -> 
         damaged = f"ckpt_path={file}: the file is damaged or no checkpoint ({reason})"
         raise CheckpointError(f"{damaged}; {_instead_of(file)}") from error
     if not _is_ours(content):
-        raise CheckpointError(
-            f"ckpt_path={file}: no checkpoint of stateset-lightning; for other weights set model.policy.model_name"
-        )
+        foreign = "no checkpoint of stateset-lightning; for other weights set model.policy.model_name"
+        raise CheckpointError(f"ckpt_path={file}: {foreign}")
     if (number := content["stateset"].get("format", 0)) > FORMAT:
         newer = f"of a newer version of stateset-lightning (format {number}, and this one knows {FORMAT}): update it"
         raise CheckpointError(f"ckpt_path={file}: {newer}")
@@ -195,9 +194,8 @@ def _instead_of(damaged: Path) -> str:
     for file in newest_checkpoints(damaged.parent):
         if file.resolve() != damaged.resolve():
             with suppress(*_DAMAGE):
-                if not is_sharded(file):
-                    _read(file, check_sums=True, mmap=True)
-                return f"the one before it is whole: --ckpt_path {file}"
+                if is_sharded(file) or _read(file, check_sums=True, mmap=True):
+                    return f"the one before it is whole: --ckpt_path {file}"
     return f"there is no other whole checkpoint in {damaged.parent}"
 
 
@@ -221,14 +219,11 @@ def safe_shards(folder: Path) -> Iterator[None]:
     with (folder / ".metadata").open("rb") as stream:
         _MetadataReader(stream).load()
     key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(key)
-    os.environ[key] = "1"
+    before, os.environ[key] = os.environ.get(key, "0"), "1"
     try:
         yield
     finally:
-        del os.environ[key]
-        if before is not None:
-            os.environ[key] = before
+        os.environ[key] = before
 
 
 def newest_checkpoints(folder: Path, pattern: str = "*.ckpt") -> list[Path]:

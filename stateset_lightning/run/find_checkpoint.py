@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 
 from fsspec.core import url_to_fs
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from stateset_lightning.errors import CheckpointError, ConfigError, UserError
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.run.checkpoint_io import age, is_foreign, is_sharded, newest_checkpoints, read_checkpoint
 from stateset_lightning.run.folder import CHECKPOINTS, run_folder
+from stateset_lightning.run.last_checkpoint import model_checkpoints
 from stateset_lightning.run.lightning_internals import continue_version, with_all_ranks
 
 T = TypeVar("T")
@@ -22,7 +22,7 @@ T = TypeVar("T")
 _log = logging.getLogger("stateset_lightning")
 
 
-def continue_run(trainer: Trainer, ckpt_path: str, *, announce: bool = True) -> str | None:
+def continue_run(trainer: Trainer, ckpt_path: str) -> str | None:
     """Makes a resumed run write to the folder of the run that it continues, if that is one of the logger's.
 
     What rank 0 finds is every rank's.
@@ -30,7 +30,6 @@ def continue_run(trainer: Trainer, ckpt_path: str, *, announce: bool = True) -> 
     Args:
         trainer: Before its `fit`. A logger that was given a version (W&B: an id) keeps it.
         ckpt_path: As in `find_checkpoint`.
-        announce: Whether a line says which checkpoint it is.
 
     Returns:
         The checkpoint's path, for `trainer.fit(ckpt_path=...)`. None if `last` finds none, which is announced: a job
@@ -41,7 +40,7 @@ def continue_run(trainer: Trainer, ckpt_path: str, *, announce: bool = True) -> 
     """
 
     def find() -> tuple[str | None, str | None]:
-        path = find_resumed(trainer, ckpt_path, announce=announce)
+        path = find_resumed(trainer, ckpt_path)
         return path, path and _folder_of_run(trainer, path)
 
     path, folder = _agreed(trainer, find)
@@ -50,8 +49,8 @@ def continue_run(trainer: Trainer, ckpt_path: str, *, announce: bool = True) -> 
     return path
 
 
-def find_resumed(trainer: Trainer, ckpt_path: str, *, announce: bool = True) -> str | None:
-    """`find_checkpoint` for `fit`: None, announced, if `last` finds none."""
+def find_resumed(trainer: Trainer, ckpt_path: str) -> str | None:
+    """`find_checkpoint` for `fit`; announces what is found by a name, and gives None if `last` finds none."""
     if ckpt_path == "last" and _newest(places := [*_places(trainer)]) is None:
         _log.info("--ckpt_path last: there is no checkpoint in %s yet; a new run starts", _shown(places))
         return None
@@ -59,7 +58,7 @@ def find_resumed(trainer: Trainer, ckpt_path: str, *, announce: bool = True) -> 
     if Path(path).is_file() and {"loops", "lr_schedulers"} & set(read_checkpoint(Path(path))) == {"loops"}:
         reason = "saved with save_weights_only, and no run can go on from it: evaluate it, or export it for a new run"
         raise CheckpointError(f"ckpt_path={path}: {reason}")
-    if announce:
+    if path != ckpt_path:
         _log.info("resuming %s", path)
     return path
 
@@ -105,7 +104,7 @@ def find_among(places: Sequence[tuple[str, str]], ckpt_path: str) -> str:
 def found_by_trainer(trainer: Trainer, ckpt_path: str) -> str | None:
     """The checkpoint of a fit, validate, test or predict, as the command line finds it."""
     if trainer.state.fn == "fit":
-        return continue_run(trainer, ckpt_path, announce=not Path(ckpt_path).is_file())  # else Lightning names it
+        return continue_run(trainer, ckpt_path)
     # An evaluation has a folder of its own, and keeps no best checkpoints.
     warnings.filterwarnings("ignore", "The dirpath has changed from")
     return _agreed(trainer, lambda: find_checkpoint(trainer, ckpt_path))
@@ -121,12 +120,10 @@ def _agreed(trainer: Trainer, find: Callable[[], T]) -> T:
         return find()
 
     def ask_first() -> T | UserError:
-        answer: Any = None
-        if trainer.is_global_zero:
-            try:
-                answer = find()
-            except UserError as error:
-                answer = error
+        try:
+            answer: Any = find() if trainer.is_global_zero else None
+        except UserError as error:
+            answer = error
         return Ranks.current().from_first(answer)
 
     answer = with_all_ranks(trainer, ask_first)
@@ -200,7 +197,7 @@ def _places(trainer: Trainer) -> Iterator[tuple[str, str]]:
 
     A file name that holds a metric with a slash, such as `{val/reward:.2f}`, is one in a folder below.
     """
-    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    callbacks = model_checkpoints(trainer)
     for callback in callbacks:
         if callback.dirpath:
             for depth in range((callback.filename or "").count("/") + 1):  # and no deeper: other runs may lie there

@@ -13,8 +13,6 @@ from stateset_lightning.run.metrics_file import install_metrics_files
 from stateset_lightning.run.samples import PredictionWriter, SampleWriter
 from stateset_lightning.run.step_end import StepEnd
 
-_WRITERS = (Checkpoint, SampleWriter, PredictionWriter)
-
 
 def install(trainer: Trainer) -> list[Callback]:
     """Puts our writers in place where the user has chosen none, and returns the callbacks that the run still needs."""
@@ -23,8 +21,8 @@ def install(trainer: Trainer) -> list[Callback]:
         claim_versions(trainer)
     install_metrics_files(trainer)
     if trainer.fast_dev_run:  # type: ignore[attr-defined]  # it leaves nothing behind
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        trainer.callbacks = [callback for callback in callbacks if not isinstance(callback, _WRITERS)]  # type: ignore[attr-defined]
+        writers = Checkpoint | SampleWriter | PredictionWriter
+        trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, writers)]  # type: ignore[attr-defined]
     for callback in model_checkpoints(trainer) if not trainer.loggers else []:
         if callback.dirpath is None:
             callback.dirpath = str(run_folder(trainer) / CHECKPOINTS)  # it would be the working folder's

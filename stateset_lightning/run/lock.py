@@ -5,8 +5,6 @@ import logging
 import os
 import socket
 from contextlib import ExitStack
-from pathlib import Path
-from typing import IO
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -35,21 +33,17 @@ class RunLock(Callback):
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = self._held.enter_context(path.open("a+"))
-            self._lock(file, path)
+            try:
+                # One of `flock` would live on in what a reward has forked.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                holder = path.read_text()
+                raise ConfigError(f"{path.parent}: {holder} trains in this folder: wait for it, or end it") from None
+            except OSError as error:
+                _log.warning("%s cannot be locked (%s): nothing keeps a second run out", path, error.strerror)
             file.truncate(0)
             # Not by the file's buffer, which would fail once more when it is closed.
             os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
-
-    def _lock(self, file: IO[str], path: Path) -> None:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # one of `flock` would live on in what a reward has forked
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            holder = file.read()
-            self._held.close()
-            raise ConfigError(f"{path.parent}: {holder} trains in this folder: wait for it, or end it") from None
-        except OSError as error:
-            _log.warning("%s cannot be locked (%s): nothing keeps a second run out", path, error.strerror)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         lightning_internals.share_versions(trainer)
