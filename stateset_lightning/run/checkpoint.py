@@ -104,10 +104,9 @@ class RunCheckpoint:
         """
         module, trainer, state = self._module, self._module.trainer, self._module.state
         if state.started is not None:
-            raise ConfigError(
-                "trainer.save_checkpoint was called inside an optimizer step, whose gradient so far no checkpoint holds"
-                ": call it where `pl_module.inside_optimizer_step` is false, or use a ModelCheckpoint, which waits"
-            )
+            loss = "trainer.save_checkpoint inside an optimizer step, whose gradient so far no checkpoint holds"
+            remedy = "call it where `pl_module.inside_optimizer_step` is false, or use a ModelCheckpoint, which waits"
+            raise ConfigError(f"{loss}: {remedy}")
         for logger in trainer.loggers:
             logger.save()  # metrics up to here survive together with the checkpoint
         adapter = None if module.policy is None else module.policy.adapter
@@ -212,9 +211,9 @@ def check_resumable(state: Mapping[str, Any], seed: int, accumulate: int, world:
     if state["episode"] is None:
         return
     if state["accumulate"] != accumulate:
-        raise ConfigError(
-            f"trainer.accumulate_grad_batches={accumulate} differs from the checkpoint's {state['accumulate']}, which"
-            " was made inside an episode: resume with that, or from a checkpoint at an episode's end"
+        inside = (
+            f"the checkpoint's {state['accumulate']}, inside an episode: resume with that, or from an episode's end"
         )
+        raise ConfigError(f"trainer.accumulate_grad_batches={accumulate} differs from {inside}")
     if (ranks := len(state["episode"])) != world:
         raise ConfigError(f"the checkpoint lies inside an episode of {ranks} ranks and cannot be resumed by {world}")

@@ -198,11 +198,11 @@ def _places(trainer: Trainer) -> Iterator[tuple[str, str]]:
     A file name that holds a metric with a slash, such as `{val/reward:.2f}`, is one in a folder below.
     """
     callbacks = model_checkpoints(trainer)
-    for callback in callbacks:
-        if callback.dirpath:
-            for depth in range((callback.filename or "").count("/") + 1):  # and no deeper: other runs may lie there
-                yield str(callback.dirpath), "*/" * depth + "*.ckpt"
-    if callbacks and all(callback.dirpath for callback in callbacks):
+    elsewhere = [callback for callback in callbacks if callback.dirpath]
+    for callback in elsewhere:
+        for depth in range((callback.filename or "").count("/") + 1):  # and no deeper: other runs may lie there
+            yield str(callback.dirpath), "*/" * depth + "*.ckpt"
+    if callbacks and elsewhere == callbacks:
         return
     if trainer.loggers:
         logger = trainer.loggers[0]

@@ -204,11 +204,9 @@ def check_same(now: Mapping[str, Any], then: Mapping[str, Any], accept: set[str]
     if refused := kinds - accept:
         reasons = tuple(REASONS[kind] for kind in refused if kind in REASONS)
         shown = {key: pair for key, pair in changed.items() if kind_of(key) in refused or key.startswith(reasons)}
-        raise ConfigError(
-            f"the checkpoint's run was made of something else ({'; '.join(told(shown, 'in the checkpoint'))}): resume"
-            f" with that, or go on with what is new by --accept_changes {','.join(sorted(kinds))} (in Python:"
-            " module.accept_changes)"
-        )
+        differs = f"the checkpoint's run was made of something else ({'; '.join(told(shown, 'in the checkpoint'))})"
+        flag = f"--accept_changes {','.join(sorted(kinds))} (in Python: module.accept_changes)"
+        raise ConfigError(f"{differs}: resume with that, or go on with what is new by {flag}")
     return kinds
 
 

@@ -49,7 +49,6 @@ def make_records(sample: Sample, advantages: Sequence[float] | None = None) -> l
     for n, text in enumerate(rollout.texts):
         scenario = batch.scenarios[n // rollout.num_generations]
         rewards = zip(scores.names, scores.values_NF[n].tolist(), strict=True)
-        breakdown = scores.breakdowns[n] if n < len(scores.breakdowns) else {}
         failures = [failure for failure in scores.failures if failure.completion == n]
         records.append(
             CompletionRecord(
@@ -63,7 +62,7 @@ def make_records(sample: Sample, advantages: Sequence[float] | None = None) -> l
                 num_tokens=int(lengths_N[n]),
                 advantage=None if advantages is None else plain(advantages[n]),
                 target=plain(scenario.target),
-                breakdown=redacted(plain(breakdown, MAX_PARTS)) or None,
+                breakdown=redacted(plain(scores.breakdowns[n], MAX_PARTS)) or None,
                 errors=plain([f"{failure.reward}: {failure.error}: {failure.message}" for failure in failures]) or None,
             )
         )

@@ -217,18 +217,16 @@ def _rounded(values_T: Tensor) -> list[float]:
     return [round(value, 4) for value in values_T.tolist()]
 
 
-def token_texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """The text that each token adds to those before it.
 
     A token by itself would lose its leading space (SentencePiece) or be half a character (bytes). A character of
     several tokens is added by the last of them; the others are "".
     """
     texts, start, read = [], 0, 0  # decoding begins one text before the one that is to be read
-    for end in range(1, len(tokens) + 1):
-        before, text = (
-            tokenizer.decode(tokens[start:stop], clean_up_tokenization_spaces=False) for stop in (read, end)
-        )
-        if text.endswith("\ufffd") and end < len(tokens):
+    for end in range(1, len(ids) + 1):
+        before, text = (tokenizer.decode(ids[start:stop], clean_up_tokenization_spaces=False) for stop in (read, end))
+        if text.endswith("\ufffd") and end < len(ids):
             texts.append("")
         else:
             texts.append(text[len(before) :])

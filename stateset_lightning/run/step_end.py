@@ -151,8 +151,7 @@ class StepEnd(Callback):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self._on_signal)
         if requeue := lightning_internals.requeue_signal(trainer):
-            self._requeue = signal.getsignal(requeue)
-            signal.signal(requeue, self._on_signal)
+            self._requeue = signal.signal(requeue, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if number in SIGNALS and (not self._trains or number == self._received == signal.SIGINT):
