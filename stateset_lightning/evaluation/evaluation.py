@@ -110,12 +110,11 @@ class Evaluation(Metric):
         topics = [bytes(row).rstrip(b"\0").decode() for row in dim_zero_cat(self.topics_PB).tolist()]
         result = {"num_completions": float(len(values_PM))}
         for name, values_P in zip(self.names, values_PM.T, strict=True):
-            if not (known := _finite(values_P)):
-                continue
-            result[name] = sum(known) / len(known)
+            if known := _finite(values_P):
+                result[name] = sum(known) / len(known)
             if name in self.intervals and len(known) > 1:
                 result[f"{name}_ci95"] = half_width(known)
-            if name == "solved":
+            if name == "solved" and known:
                 result["solved_low"], result["solved_high"] = wilson_interval(result[name], len(known))
         for topic in sorted(set(topics) - {""}):
             rows_PM = values_PM[torch.tensor([other == topic for other in topics])]

@@ -12,10 +12,9 @@ import torch
 from annotated_types import Ge, Gt, Le
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from stateset_lightning.errors import ConfigError, bounded
-from stateset_lightning.run.folder import SAMPLES, config_file, metrics_place, run_folder
+from stateset_lightning.run.folder import METRICS, SAMPLES, config_file, run_folder
 from stateset_lightning.threads import heartbeat
 from stateset_lightning.training.schedule import optimizer_steps_of_run
 
@@ -80,10 +79,11 @@ class ReferenceSync(Callback):
         Raises:
             ConfigError: If there is no reference, or none with unsharded weights of its own.
         """
-        reference, problem = getattr(pl_module, "reference", None), ""
+        reference: Any = getattr(pl_module, "reference", None)
+        problem = ""
         if reference is None:
             problem = "finds no reference policy to move; set model.algorithm.beta above 0, or"
-        elif any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):
+        elif pl_module.is_sharded:
             problem = "cannot mix sharded weights; set trainer.strategy to ddp, or"
         elif not isinstance(reference, nn.Module):
             # Nor is a mixture of two adapters' factors the mixture of the adapters.
@@ -230,7 +230,10 @@ def _places(trainer: Trainer) -> dict[str, Path | str]:
     """Where the run left what; empty where it left nothing."""
     best = next(filter(None, (getattr(c, "best_model_path", "") for c in trainer.checkpoint_callbacks)), "")
     last = next(filter(None, (getattr(c, "last_model_path", "") for c in trainer.checkpoint_callbacks)), "")
-    samples, config = run_folder(trainer) / SAMPLES, config_file(trainer)
-    places = {"checkpoint": best or last, "last checkpoint": last if best and best != last else ""}
-    places |= {"samples": samples if samples.exists() else "", "metrics": metrics_place(trainer)}
-    return places | {"config": config if config.exists() else ""}
+    folder = run_folder(trainer)
+    files = {"samples": folder / SAMPLES, "metrics": folder / METRICS, "config": config_file(trainer)}
+    places: dict[str, Path | str] = {
+        "checkpoint": best or last,
+        "last checkpoint": last if best and best != last else "",
+    }
+    return places | {name: file for name, file in files.items() if file.exists()}

@@ -185,8 +185,7 @@ class RunCheckpoint:
         # Lightning asks a GradientAccumulationScheduler at the start of an epoch, which lies before the checkpoint.
         trainer.accumulate_grad_batches = accumulation(trainer, trainer.current_epoch)
         before, scheduler = saved["optimizer_options"], module.lr_schedulers()
-        plain = {key: value for key, value in saved.get("options", {}).items() if not isinstance(value, dict | list)}
-        changed = made_of.differences(self._made_of, saved.get("made_of") or plain | made_of.made_by(before))
+        changed = made_of.differences(self._made_of, saved.get("made_of") or made_of.made_by(before))
         if self._accepted & {"optimizer", "scheduler"}:
             start_at(trainer.global_step, trainer.optimizers[0], scheduler, self.given_options)
         else:

@@ -6,8 +6,7 @@ import socket
 from contextlib import ExitStack
 
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.files import writing
@@ -27,7 +26,7 @@ def install(trainer: Trainer) -> list[Callback]:
         claim_versions(trainer)
     install_metrics_files(trainer)
     if trainer.fast_dev_run:  # type: ignore[attr-defined]  # it leaves nothing behind
-        writers = Checkpoint | SampleWriter | PredictionWriter
+        writers = callbacks.Checkpoint | SampleWriter | PredictionWriter
         trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, writers)]  # type: ignore[attr-defined]
     for callback in model_checkpoints(trainer) if not trainer.loggers else []:
         if callback.dirpath is None:

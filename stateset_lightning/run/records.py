@@ -91,11 +91,9 @@ def write_bad_step(
     completions = episode.completion_tokens_T.split(episode.lengths_N.tolist())
     rows = []
     for n in trained_N.nonzero().flatten().tolist():
-        if records:
-            told = records[n].to_dict()
-        else:
-            prompt = episode.prompt_tokens[n // episode.num_generations]
-            told = {"prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(completions[n].tolist())}
+        prompt, completion = episode.prompt_tokens[n // episode.num_generations], completions[n].tolist()
+        decoded = {"prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(completion)}
+        told = records[n].to_dict() if records else decoded
         share = {"advantage": str(episode.advantages_N[n].item()), "weight": str(episode.weights_N[n].item())}
         rows.append({**step, **told, **share})
     file = of_rank(trainer, run_folder(trainer) / BAD_STEPS)

@@ -26,6 +26,7 @@ from stateset_lightning.run.folder import PREDICTIONS, SAMPLES, continues, of_ra
 from stateset_lightning.run.records import append_rows, keep_rows
 from stateset_lightning.training.episode import Episode, groups_of
 
+Rows = list[dict[str, Any]]
 # Rows that are written together: their split, step and episode (-1 in an evaluation).
 Block = tuple[str, int, int]
 
@@ -58,8 +59,8 @@ class SampleWriter(Callback):
     max_megabytes: Annotated[float, Ge(1)] = 64
 
     def __post_init__(self) -> None:
-        self._episode: list[dict[str, Any]] = []  # rows of the running episode
-        self._evaluated: list[dict[str, Any]] = []  # this rank's rows of the running evaluation
+        self._episode: Rows = []  # rows of the running episode
+        self._evaluated: Rows = []  # this rank's rows of the running evaluation
         self._sizes: dict[Block, int] = {}  # bytes of each block in the file of a run that nothing interrupts
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -172,7 +173,7 @@ def thinned_out(blocks: Iterable[Block]) -> set[Block]:
 # Token by token -------------------------------------------------------------------------------------------------------
 
 
-def token_rows(episode: Episode, num_prompts: int, tokenizer: Any, max_tokens: int) -> list[dict[str, Any]]:
+def token_rows(episode: Episode, num_prompts: int, tokenizer: Any, max_tokens: int) -> Rows:
     """The first `max_tokens` tokens of each completion of the first groups, and their log-probs.
 
     `tokens` are texts, which join to the completion's; `logprobs` are of the policy that sampled, at the temperature of
@@ -187,9 +188,7 @@ def token_rows(episode: Episode, num_prompts: int, tokenizer: Any, max_tokens: i
     return rows
 
 
-def logprobs_now(
-    episode: Episode, num_prompts: int, policy: Policy, temperature: float, max_tokens: int
-) -> list[dict[str, list[float]]]:
+def logprobs_now(episode: Episode, num_prompts: int, policy: Policy, temperature: float, max_tokens: int) -> Rows:
     """`logprobs_after` of the same tokens: under the policy as it is now, by a pass without gradient.
 
     Not known if its weights are sharded: all ranks would have to take part.
