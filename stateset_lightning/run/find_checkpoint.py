@@ -22,7 +22,7 @@ T = TypeVar("T")
 _log = logging.getLogger("stateset_lightning")
 
 
-def continue_run(trainer: Trainer, ckpt_path: str) -> str | None:
+def continue_run(trainer: Trainer, ckpt_path: str, *, announce: bool = True) -> str | None:
     """Makes a resumed run write to the folder of the run that it continues, if that is one of the logger's.
 
     What rank 0 finds is every rank's.
@@ -40,7 +40,7 @@ def continue_run(trainer: Trainer, ckpt_path: str) -> str | None:
     """
 
     def find() -> tuple[str | None, str | None]:
-        path = find_resumed(trainer, ckpt_path)
+        path = find_resumed(trainer, ckpt_path, announce=announce)
         return path, path and _folder_of_run(trainer, path)
 
     path, folder = _agreed(trainer, find)
@@ -49,7 +49,7 @@ def continue_run(trainer: Trainer, ckpt_path: str) -> str | None:
     return path
 
 
-def find_resumed(trainer: Trainer, ckpt_path: str) -> str | None:
+def find_resumed(trainer: Trainer, ckpt_path: str, *, announce: bool = True) -> str | None:
     """`find_checkpoint` for `fit`; announces what is found by a name, and gives None if `last` finds none."""
     if ckpt_path == "last" and _newest(places := [*_places(trainer)]) is None:
         _log.info("--ckpt_path last: there is no checkpoint in %s yet; a new run starts", _shown(places))
@@ -58,7 +58,7 @@ def find_resumed(trainer: Trainer, ckpt_path: str) -> str | None:
     if Path(path).is_file() and {"loops", "lr_schedulers"} & set(read_checkpoint(Path(path))) == {"loops"}:
         reason = "saved with save_weights_only, and no run can go on from it: evaluate it, or export it for a new run"
         raise CheckpointError(f"ckpt_path={path}: {reason}")
-    if path != ckpt_path:
+    if announce:
         _log.info("resuming %s", path)
     return path
 
@@ -104,7 +104,7 @@ def find_among(places: Sequence[tuple[str, str]], ckpt_path: str) -> str:
 def found_by_trainer(trainer: Trainer, ckpt_path: str) -> str | None:
     """The checkpoint of a fit, validate, test or predict, as the command line finds it."""
     if trainer.state.fn == "fit":
-        return continue_run(trainer, ckpt_path)
+        return continue_run(trainer, ckpt_path, announce=not Path(ckpt_path).is_file())  # else Lightning names it
     # An evaluation has a folder of its own, and keeps no best checkpoints.
     warnings.filterwarnings("ignore", "The dirpath has changed from")
     return _agreed(trainer, lambda: find_checkpoint(trainer, ckpt_path))
