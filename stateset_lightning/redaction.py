@@ -225,13 +225,12 @@ def _forms(value: str) -> Iterator[str]:
 
 # What files can hold --------------------------------------------------------------------------------------------------
 
-_LINE_ENDS = re.compile("[\x85\u2028\u2029]")  # JSON escapes the others by itself
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}  # JSON escapes the others by itself
 
 
 def json_text(value: Any, **layout: Any) -> str:
     """Any value as JSON without secrets, in one line whatever ends a line for its reader; never an exception."""
-    text = known_cut(json.dumps(plain(value), ensure_ascii=False, allow_nan=False, **layout))
-    return _LINE_ENDS.sub(lambda end: f"\\u{ord(end[0]):04x}", text)
+    return known_cut(json.dumps(plain(value), ensure_ascii=False, allow_nan=False, **layout)).translate(_LINE_ENDS)
 
 
 def plain(value: Any, max_values: int = MAX_VALUES) -> Any:
@@ -248,8 +247,6 @@ def _plain(value: Any, depth: int, left: Iterator[int]) -> Any:
     try:
         if value is None or isinstance(value, bool):
             return value
-        if isinstance(value, str):
-            return _text(value)
         if isinstance(value, Mapping | list | tuple) and not depth:
             return "..."
         if isinstance(value, Mapping):

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from stateset_lightning.run.callbacks import EpisodeCallback, ReferenceSync, RunSummary
-from stateset_lightning.run.progress import ConsoleProgress
+from stateset_lightning.run.callbacks import ConsoleProgress, EpisodeCallback, ReferenceSync, RunSummary
 from stateset_lightning.run.samples import PredictionWriter, SampleWriter
 
 __all__ = ["ConsoleProgress", "EpisodeCallback", "PredictionWriter", "ReferenceSync", "RunSummary", "SampleWriter"]

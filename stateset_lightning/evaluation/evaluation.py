@@ -1,53 +1,71 @@
-"""All that an evaluation measures: the greedy completions' rewards, and what several samples of a prompt show."""
+"""All that an evaluation measures: the greedy completions' rewards, and what several samples of a prompt show.
+
+Means over the prompts of a split, with intervals, and by topic: exact over batches and ranks. Letters: P prompts, M
+measures.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from hashlib import blake2b
 from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from stateset_lightning.evaluation.config import EvaluationConfig
-from stateset_lightning.evaluation.estimators import majority, pass_at_k, pass_hat_k
-from stateset_lightning.evaluation.means import PromptMeans
+from stateset_lightning.evaluation.estimators import half_width, majority, pass_at_k, pass_hat_k, wilson_interval
 from stateset_lightning.types import NOT_APPLICABLE, Rollout, Scenario, Scores
+
+Scored = tuple[Rollout, Scores]
 
 # Weighted sums such as 0.6 + 0.3 + 0.1 fall short of 1 by rounding.
 TOLERANCE = 1e-9
+TOPIC_BYTES = 64
 
 
-class Evaluation(PromptMeans):
+class Evaluation(Metric):
     """The metrics of a split, exact over batches and ranks of any size.
 
-    Of the greedy completions, one per prompt: `reward` (mean total of those without a failure) with `reward_ci95`,
-    `reward/<name>` (mean over those that this reward scored), `reward_failures` (share that failed), `solved` with its
-    interval, `mean_tokens` and `num_completions`. Of n samples per prompt, without those that failed: `pass@k` and
-    `pass^k` over prompts with k samples or more, `avg@n` (mean total reward), `majority@n`; and `sample_failures`
-    (share that failed).
+    Of the greedy completions, one per prompt: `reward` (mean total of those without a failure), `reward/<name>` (mean
+    over those that this reward scored), `reward_failures` (share that failed), `solved`, `mean_tokens` and
+    `num_completions`. Of n samples per prompt, without those that failed: `pass@k` and `pass^k` over prompts with k
+    samples or more, `avg@n` (mean total reward), `majority@n`; and `sample_failures` (share that failed). None is given
+    that is finite for no prompt.
+
+    `reward` and `avg@n` have a `<name>_ci95`, half of the mean's 95% interval by the normal approximation; `solved`,
+    which is 0 or 1 for a prompt, has `solved_low` and `solved_high`, Wilson's 95% interval. Each of the three is also
+    given as `topic/<topic>/<name>`. Prompts are taken as independent of each other.
 
     Args:
         rewards: Names of the rewards.
         config: What is sampled, and what counts as solved.
     """
 
-    def __init__(self, rewards: Sequence[str], config: EvaluationConfig, **kwargs: Any) -> None:
-        n = config.samples
-        names = ["reward", *(f"reward/{name}" for name in rewards), "reward_failures", "mean_tokens", "solved"]
-        names += [f"pass@{k}" for k in config.ks] + [f"pass^{k}" for k in config.ks[1:]]
-        names += [f"avg@{n}", f"majority@{n}", "sample_failures"] if n else []
-        means = ["reward", f"avg@{n}"] if n else ["reward"]
-        super().__init__(names, intervals=means, shares=["solved"], **kwargs)
-        self.config = config
+    full_state_update = False
+    values_PM: list[Tensor]
+    topics_PB: list[Tensor]  # as bytes: ranks see different topics, and torchmetrics gathers only tensors
 
-    def update(  # type: ignore[override]
-        self,
-        scenarios: Sequence[Scenario],
-        greedy: tuple[Rollout, Scores],
-        samples: tuple[Rollout, Scores] | None = None,
-    ) -> None:
+    def __init__(self, rewards: Sequence[str], config: EvaluationConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.config, n = config, config.samples
+        self.names = ["reward", *(f"reward/{name}" for name in rewards), "reward_failures", "mean_tokens", "solved"]
+        self.names += [f"pass@{k}" for k in config.ks] + [f"pass^{k}" for k in config.ks[1:]]
+        self.names += [f"avg@{n}", f"majority@{n}", "sample_failures"] if n else []
+        self.intervals = ["reward", f"avg@{n}"] if n else ["reward"]
+        self.add_state("values_PM", [], dist_reduce_fx="cat")
+        self.add_state("topics_PB", [], dist_reduce_fx="cat")
+
+    def logged_names(self) -> list[str]:
+        """Names of all that `compute` may give; `<topic>` stands for any."""
+        names = [*self.names, *(f"{name}_ci95" for name in self.intervals), "solved_low", "solved_high"]
+        return names + [f"topic/<topic>/{name}" for name in (*self.intervals, "solved")] + ["num_completions"]
+
+    def update(self, scenarios: Sequence[Scenario], greedy: Scored, samples: Scored | None = None) -> None:
         """Adds P prompts: a greedy completion of each, and `config.samples` sampled ones if there are any."""
         rollout, scores = greedy
         measures = {f"reward/{name}": values_P for name, values_P in zip(scores.names, scores.values_NF.T, strict=True)}
@@ -55,8 +73,9 @@ class Evaluation(PromptMeans):
         measures |= {"mean_tokens": rollout.sampled_lengths_N, "solved": self._solved(scores)}
         if samples is not None:
             measures |= self._sampled(*samples)
-        values_PM = torch.stack([measures[name].to(self.device).double() for name in self.names], dim=1)
-        super().update(values_PM, [scenario.topic for scenario in scenarios])
+        self.values_PM.append(torch.stack([measures[name].to(self.device).double() for name in self.names], dim=1))
+        topics = [list(_encode(scenario.topic)) for scenario in scenarios]
+        self.topics_PB.append(torch.tensor(topics, dtype=torch.uint8, device=self.device).reshape(-1, TOPIC_BYTES))
 
     def _solved(self, scores: Scores) -> Tensor:
         """1 or 0 for each completion, float64 [N]; NaN where a reward failed or does not apply."""
@@ -81,8 +100,38 @@ class Evaluation(PromptMeans):
                 measures[f"pass^{k}"].append(pass_hat_k(len(right), sum(right), k))
             answers = [self.config.answer(text) for text, _ in scored]
             measures[f"majority@{n}"].append(majority(answers, right) if scored else math.nan)
-        return {
-            **{name: torch.tensor(values_P, dtype=torch.float64) for name, values_P in measures.items()},
-            f"avg@{n}": totals_PG.nanmean(1),
-            "sample_failures": totals_PG.isnan().double().mean(1),
-        }
+        means = {f"avg@{n}": totals_PG.nanmean(1), "sample_failures": totals_PG.isnan().double().mean(1)}
+        return means | {name: torch.tensor(values_P, dtype=torch.float64) for name, values_P in measures.items()}
+
+    def compute(self) -> dict[str, float]:
+        if not len(self.values_PM):
+            return {"num_completions": 0.0}
+        values_PM = dim_zero_cat(self.values_PM).cpu()
+        topics = [bytes(row).rstrip(b"\0").decode() for row in dim_zero_cat(self.topics_PB).tolist()]
+        result = {"num_completions": float(len(values_PM))}
+        for name, values_P in zip(self.names, values_PM.T, strict=True):
+            if known := _finite(values_P):
+                result[name] = sum(known) / len(known)
+            if name in self.intervals and len(known) > 1:
+                result[f"{name}_ci95"] = half_width(known)
+            if name == "solved" and known:
+                result["solved_low"], result["solved_high"] = wilson_interval(result[name], len(known))
+        for topic in sorted(set(topics) - {""}):
+            rows_PM = values_PM[torch.tensor([other == topic for other in topics])]
+            for name in (*self.intervals, "solved"):
+                if known := _finite(rows_PM[:, self.names.index(name)]):
+                    result[f"topic/{topic}/{name}"] = sum(known) / len(known)
+        return result
+
+
+def _finite(values: Tensor) -> list[float]:
+    return values[values.isfinite()].tolist()
+
+
+def _encode(topic: str | None) -> bytes:
+    """A topic as `TOPIC_BYTES` bytes; of a longer one the beginning, and a digest that tells it from others."""
+    text = (topic or "").encode()
+    if len(text) > TOPIC_BYTES:
+        digest = blake2b(text, digest_size=4).hexdigest()
+        text = f"{text[: TOPIC_BYTES - 9].decode(errors='ignore')}-{digest}".encode()
+    return text.ljust(TOPIC_BYTES, b"\0")

@@ -1,18 +1,22 @@
-"""Callbacks of a run: hooks around every episode, a reference policy that moves, and a summary at the end."""
+"""Callbacks of a run: hooks around every episode, a reference policy that moves, lines of progress, and a summary."""
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
+import time
+from collections import deque
 from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Gt, Le
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from stateset_lightning.errors import ConfigError, bounded
-from stateset_lightning.run.folder import SAMPLES, config_file, metrics_place, run_folder
+from stateset_lightning.run.folder import METRICS, SAMPLES, config_file, run_folder
 from stateset_lightning.threads import heartbeat
+from stateset_lightning.training.schedule import optimizer_steps_of_run
 
 
 class EpisodeCallback(Callback):
@@ -75,21 +79,21 @@ class ReferenceSync(Callback):
         Raises:
             ConfigError: If there is no reference, or none with unsharded weights of its own.
         """
-        reference = getattr(pl_module, "reference", None)
+        reference: Any = getattr(pl_module, "reference", None)
+        problem = ""
         if reference is None:
             problem = "finds no reference policy to move; set model.algorithm.beta above 0, or"
-        elif any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):
+        elif pl_module.is_sharded:
             problem = "cannot mix sharded weights; set trainer.strategy to ddp, or"
         elif not isinstance(reference, nn.Module):
             # Nor is a mixture of two adapters' factors the mixture of the adapters.
             problem = "finds a reference with no weights of its own to move: the policy trains an adapter;"
-        else:
-            self._reference = reference
-            if self._restored is not None:
-                reference.load_state_dict(self._restored)
-                self._restored = None
-            return
-        raise ConfigError(f"ReferenceSync {problem} remove the callback")
+        if problem:
+            raise ConfigError(f"ReferenceSync {problem} remove the callback")
+        self._reference = reference
+        if self._restored is not None:
+            reference.load_state_dict(self._restored)
+            self._restored = None
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
@@ -108,6 +112,78 @@ class ReferenceSync(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._last_step, self._restored = state_dict["step"], state_dict["reference"]
+
+
+# Progress, as plain lines: in logs and pipes a bar that redraws itself shows nothing ----------------------------------
+
+# Of a line: label, metric, format.
+FIELDS = (
+    ("reward", "train/reward", ".3f"),
+    ("mixed groups", "groups/mixed", ".2f"),
+    ("tokens", "completion/mean_tokens", ".1f"),
+    ("tokens/s", "work/tokens_per_s", ".0f"),
+)
+
+
+@bounded("ConsoleProgress")
+class ConsoleProgress(Callback):
+    """Prints a line every few optimizer steps: reward, mixed groups, completion length, tokens per second, time left.
+
+    Where steps are slow, after every one that ends 10 s or more after the last line; and at least every 30 s
+    a line that says what the run is doing. The time left follows from the newest steps.
+
+    Args:
+        every_n_steps: Optimizer steps between lines.
+    """
+
+    def __init__(self, every_n_steps: Annotated[int, Ge(1)] = 20) -> None:
+        self.every_n_steps = every_n_steps
+        self._step = 0  # the newest one that has ended
+        self._ended = 0.0  # when, of `time.monotonic`
+        self._seconds: deque[float] = deque(maxlen=10)  # of the newest optimizer steps, with what lies between them
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.is_global_zero:
+            heartbeat.start("loading the model")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: Any) -> None:
+        heartbeat.stop()
+
+    on_exception = teardown  # type: ignore[assignment]  # Lightning leaves `teardown` out then
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        heartbeat.doing("saving a checkpoint")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step, self._ended = trainer.global_step, time.monotonic()
+        self._seconds.clear()
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        heartbeat.doing("training")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        step, now = trainer.global_step, time.monotonic()
+        if step == self._step:  # it may have further micro-steps
+            return
+        self._seconds.append(now - self._ended)
+        self._step, self._ended = step, now
+        is_due = step % self.every_n_steps == 0 or step == 1 or now - heartbeat.spoke >= 10
+        if is_due and trainer.is_global_zero:
+            heartbeat.say(self._line(trainer, step))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        reward = trainer.callback_metrics.get("val/reward")
+        if reward is not None and trainer.is_global_zero and not trainer.sanity_checking:
+            heartbeat.say(f"validation after step {trainer.global_step}: reward {reward:.3f}")
+
+    def _line(self, trainer: Trainer, step: int) -> str:
+        total, metrics = optimizer_steps_of_run(trainer), trainer.callback_metrics
+        fields = [f"step {step}" + (f"/{total}" if total else "")]
+        fields += [f"{label} {format(float(metrics[name]), form)}" for label, name, form in FIELDS if name in metrics]
+        if total:
+            seconds = int(median(self._seconds) * (total - step))
+            fields.append(f"{seconds // 60}:{seconds % 60:02d} left")
+        return "  ".join(fields)
 
 
 class RunSummary(Callback):
@@ -150,15 +226,14 @@ def _headlines(metrics: Mapping[str, float]) -> list[str]:
     return ["reward", *(rewards if len(rewards) > 1 else []), *of_samples]
 
 
-def _places(trainer: Trainer) -> dict[str, Any]:
+def _places(trainer: Trainer) -> dict[str, Path | str]:
     """Where the run left what; empty where it left nothing."""
     best = next(filter(None, (getattr(c, "best_model_path", "") for c in trainer.checkpoint_callbacks)), "")
     last = next(filter(None, (getattr(c, "last_model_path", "") for c in trainer.checkpoint_callbacks)), "")
-    samples, config = run_folder(trainer) / SAMPLES, config_file(trainer)
-    return {
+    folder = run_folder(trainer)
+    files = {"samples": folder / SAMPLES, "metrics": folder / METRICS, "config": config_file(trainer)}
+    places: dict[str, Path | str] = {
         "checkpoint": best or last,
         "last checkpoint": last if best and best != last else "",
-        "samples": samples if samples.exists() else "",
-        "metrics": metrics_place(trainer),
-        "config": config if config.exists() else "",
     }
+    return places | {name: file for name, file in files.items() if file.exists()}

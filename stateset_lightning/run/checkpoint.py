@@ -46,8 +46,7 @@ class RunCheckpoint:
         self._trained_for = 0  # tokens of the longest sequence of training
         self._made_of: dict[str, Any] = {}
         self._scheduler_options: dict[str, Any] = {}  # as it was made with them
-        self.given_options: list[dict[str, Any]] = []
-        """Options of the optimizer, by parameter group, as it was made with them."""
+        self.given_options: list[dict[str, Any]] = []  # of the optimizer, by group, as it was made with them
 
     def start(self) -> None:
         """Notes what the run is made of, when the weights are loaded; called by all ranks, before anything is restored.
@@ -105,10 +104,9 @@ class RunCheckpoint:
         """
         module, trainer, state = self._module, self._module.trainer, self._module.state
         if state.started is not None:
-            raise ConfigError(
-                "trainer.save_checkpoint was called inside an optimizer step, whose gradient so far no checkpoint holds"
-                ": call it where `pl_module.inside_optimizer_step` is false, or use a ModelCheckpoint, which waits"
-            )
+            loss = "trainer.save_checkpoint inside an optimizer step, whose gradient so far no checkpoint holds"
+            remedy = "call it where `pl_module.inside_optimizer_step` is false, or use a ModelCheckpoint, which waits"
+            raise ConfigError(f"{loss}: {remedy}")
         for logger in trainer.loggers:
             logger.save()  # metrics up to here survive together with the checkpoint
         adapter = None if module.policy is None else module.policy.adapter
@@ -140,16 +138,16 @@ class RunCheckpoint:
             ConfigError: If the run cannot go on exactly, or another model was trained.
         """
         module, saved = self._module, checkpoint["stateset"]
-        adapter, adapter_state = None if module.policy is None else module.policy.adapter, saved.get("adapter")
         if module.policy is not None:
+            adapter, adapter_state = module.policy.adapter, saved.get("adapter")
             check_same_kind(adapter, adapter_state)
             self._trained_for = saved.get("longest", 0)
             self.prepare_for(module.policy.longest)
-        if adapter is not None and adapter_state is not None:
-            adapter.load_state_dict(adapter_state | ({"base": adapter.base} if "base" in self._accept else {}))
-        if module.policy is not None and module.strict_loading and not module.is_sharded:
-            name = f"model.policy.model_name={module.policy_config.model_name}"
-            check_weights(module.state_dict(), checkpoint["state_dict"], name)
+            if adapter is not None:
+                adapter.load_state_dict(adapter_state | ({"base": adapter.base} if "base" in self._accept else {}))
+            if module.strict_loading and not module.is_sharded:
+                name = f"model.policy.model_name={module.policy_config.model_name}"
+                check_weights(module.state_dict(), checkpoint["state_dict"], name)
         if training:
             trainer = module.trainer
             check_resumable(saved, module.seed, accumulation(trainer, checkpoint["epoch"]), trainer.world_size)
@@ -163,9 +161,7 @@ class RunCheckpoint:
         if not module.is_sharded and "optimizer_states" not in checkpoint:
             raise ConfigError("the checkpoint is a folder of shards: its run goes on with trainer.strategy=fsdp2 alone")
         if "made_of" not in saved and trainer.is_global_zero:
-            _log.info(
-                "the checkpoint does not say what its run was made of (version 0.1): whether it differs is unknown"
-            )
+            _log.info("the checkpoint does not say what its run was made of (version 0.1): whether it differs is open")
         module.state.bad_steps = saved["bad_steps"]
         if (episodes := saved["episode"]) is not None:
             module.state.episode = Episode(**episodes[trainer.global_rank])
@@ -189,8 +185,7 @@ class RunCheckpoint:
         # Lightning asks a GradientAccumulationScheduler at the start of an epoch, which lies before the checkpoint.
         trainer.accumulate_grad_batches = accumulation(trainer, trainer.current_epoch)
         before, scheduler = saved["optimizer_options"], module.lr_schedulers()
-        plain = {key: value for key, value in saved.get("options", {}).items() if not isinstance(value, dict | list)}
-        changed = made_of.differences(self._made_of, saved.get("made_of") or plain | made_of.made_by(before))
+        changed = made_of.differences(self._made_of, saved.get("made_of") or made_of.made_by(before))
         if self._accepted & {"optimizer", "scheduler"}:
             start_at(trainer.global_step, trainer.optimizers[0], scheduler, self.given_options)
         else:
@@ -215,11 +210,9 @@ def check_resumable(state: Mapping[str, Any], seed: int, accumulate: int, world:
     if state["episode"] is None:
         return
     if state["accumulate"] != accumulate:
-        raise ConfigError(
-            f"trainer.accumulate_grad_batches={accumulate} differs from the checkpoint's {state['accumulate']}, which"
-            " was made inside an episode: resume with that, or from a checkpoint at an episode's end"
+        inside = (
+            f"the checkpoint's {state['accumulate']}, inside an episode: resume with that, or from an episode's end"
         )
+        raise ConfigError(f"trainer.accumulate_grad_batches={accumulate} differs from {inside}")
     if (ranks := len(state["episode"])) != world:
-        raise ConfigError(
-            f"the checkpoint was made inside an episode of {ranks} ranks and cannot be resumed by {world}"
-        )
+        raise ConfigError(f"the checkpoint lies inside an episode of {ranks} ranks and cannot be resumed by {world}")

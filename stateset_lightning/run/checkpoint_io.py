@@ -14,13 +14,10 @@ from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 import torch
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import TorchCheckpointIO
 
 # Private in lightning 2.6.6: the name of the file beside the shards, and the reader of a whole folder.
 from lightning.fabric.utilities.load import _METADATA_FILENAME, _load_distributed_checkpoint
-from lightning.fabric.utilities.types import _PATH
 from torch.distributed.checkpoint.api import CheckpointException
 
 from stateset_lightning.errors import CheckpointError
@@ -57,7 +54,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     is complete.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         if (file := local_path(path)) is None or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -73,9 +70,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 stream.seek(-2, os.SEEK_END)  # where torch wrote that there is no comment
                 stream.write(len(stamp).to_bytes(2, "little") + stamp)
 
-    def load_checkpoint(
-        self, path: _PATH, map_location: Any = "cpu", weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: Any = None) -> dict[str, Any]:
         """Reads a checkpoint; never runs code that it holds, whatever `weights_only` says.
 
         Called by all ranks: each gets what rank 0 has.
@@ -146,9 +141,8 @@ def read_checkpoint(file: Path, *, check_sums: bool = False, **options: Any) -> 
         damaged = f"ckpt_path={file}: the file is damaged or no checkpoint ({reason})"
         raise CheckpointError(f"{damaged}; {_instead_of(file)}") from error
     if not _is_ours(content):
-        raise CheckpointError(
-            f"ckpt_path={file}: no checkpoint of stateset-lightning; for other weights set model.policy.model_name"
-        )
+        foreign = "no checkpoint of stateset-lightning; for other weights set model.policy.model_name"
+        raise CheckpointError(f"ckpt_path={file}: {foreign}")
     if (number := content["stateset"].get("format", 0)) > FORMAT:
         newer = f"of a newer version of stateset-lightning (format {number}, and this one knows {FORMAT}): update it"
         raise CheckpointError(f"ckpt_path={file}: {newer}")
@@ -195,9 +189,8 @@ def _instead_of(damaged: Path) -> str:
     for file in newest_checkpoints(damaged.parent):
         if file.resolve() != damaged.resolve():
             with suppress(*_DAMAGE):
-                if not is_sharded(file):
-                    _read(file, check_sums=True, mmap=True)
-                return f"the one before it is whole: --ckpt_path {file}"
+                if is_sharded(file) or _read(file, check_sums=True, mmap=True):
+                    return f"the one before it is whole: --ckpt_path {file}"
     return f"there is no other whole checkpoint in {damaged.parent}"
 
 
@@ -221,14 +214,11 @@ def safe_shards(folder: Path) -> Iterator[None]:
     with (folder / ".metadata").open("rb") as stream:
         _MetadataReader(stream).load()
     key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(key)
-    os.environ[key] = "1"
+    before, os.environ[key] = os.environ.get(key, "0"), "1"
     try:
         yield
     finally:
-        del os.environ[key]
-        if before is not None:
-            os.environ[key] = before
+        os.environ[key] = before
 
 
 def newest_checkpoints(folder: Path, pattern: str = "*.ckpt") -> list[Path]:
@@ -258,9 +248,7 @@ def is_sharded(path: Path) -> bool:
     return (path / _METADATA_FILENAME).is_file()
 
 
-def local_path(path: _PATH) -> Path | None:
+def local_path(path: str | Path) -> Path | None:
     """The path of a local file; None for a remote one."""
-    if "://" not in str(path):  # `::` in it, which fsspec takes for a chain of file systems, is part of a name
-        return Path(path)
-    system, stripped = url_to_fs(str(path))
-    return Path(stripped) if isinstance(system, LocalFileSystem) else None
+    name = str(path).removeprefix("file://")
+    return None if "://" in name else Path(name)  # `::`, which fsspec takes for a chain of file systems, is part of it

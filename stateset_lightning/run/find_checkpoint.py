@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 
 from fsspec.core import url_to_fs
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from stateset_lightning.errors import CheckpointError, ConfigError, UserError
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.run.checkpoint_io import age, is_foreign, is_sharded, newest_checkpoints, read_checkpoint
 from stateset_lightning.run.folder import CHECKPOINTS, run_folder
+from stateset_lightning.run.last_checkpoint import model_checkpoints
 from stateset_lightning.run.lightning_internals import continue_version, with_all_ranks
 
 T = TypeVar("T")
@@ -30,7 +30,6 @@ def continue_run(trainer: Trainer, ckpt_path: str, *, announce: bool = True) -> 
     Args:
         trainer: Before its `fit`. A logger that was given a version (W&B: an id) keeps it.
         ckpt_path: As in `find_checkpoint`.
-        announce: Whether a line says which checkpoint it is.
 
     Returns:
         The checkpoint's path, for `trainer.fit(ckpt_path=...)`. None if `last` finds none, which is announced: a job
@@ -51,7 +50,7 @@ def continue_run(trainer: Trainer, ckpt_path: str, *, announce: bool = True) -> 
 
 
 def find_resumed(trainer: Trainer, ckpt_path: str, *, announce: bool = True) -> str | None:
-    """`find_checkpoint` for `fit`: None, announced, if `last` finds none."""
+    """`find_checkpoint` for `fit`; announces what is found by a name, and gives None if `last` finds none."""
     if ckpt_path == "last" and _newest(places := [*_places(trainer)]) is None:
         _log.info("--ckpt_path last: there is no checkpoint in %s yet; a new run starts", _shown(places))
         return None
@@ -121,12 +120,10 @@ def _agreed(trainer: Trainer, find: Callable[[], T]) -> T:
         return find()
 
     def ask_first() -> T | UserError:
-        answer: Any = None
-        if trainer.is_global_zero:
-            try:
-                answer = find()
-            except UserError as error:
-                answer = error
+        try:
+            answer: Any = find() if trainer.is_global_zero else None
+        except UserError as error:
+            answer = error
         return Ranks.current().from_first(answer)
 
     answer = with_all_ranks(trainer, ask_first)
@@ -200,12 +197,12 @@ def _places(trainer: Trainer) -> Iterator[tuple[str, str]]:
 
     A file name that holds a metric with a slash, such as `{val/reward:.2f}`, is one in a folder below.
     """
-    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-    for callback in callbacks:
-        if callback.dirpath:
-            for depth in range((callback.filename or "").count("/") + 1):  # and no deeper: other runs may lie there
-                yield str(callback.dirpath), "*/" * depth + "*.ckpt"
-    if callbacks and all(callback.dirpath for callback in callbacks):
+    callbacks = model_checkpoints(trainer)
+    elsewhere = [callback for callback in callbacks if callback.dirpath]
+    for callback in elsewhere:
+        for depth in range((callback.filename or "").count("/") + 1):  # and no deeper: other runs may lie there
+            yield str(callback.dirpath), "*/" * depth + "*.ckpt"
+    if callbacks and elsewhere == callbacks:
         return
     if trainer.loggers:
         logger = trainer.loggers[0]

@@ -65,15 +65,3 @@ def of_rank(trainer: Trainer, path: Path) -> Path:
 def config_file(trainer: Trainer) -> Path:
     """Where the resolved config goes."""
     return run_folder(trainer) / CONFIGS[0 if trainer.loggers else 1]
-
-
-def metrics_place(trainer: Trainer) -> str:
-    """Where the metrics of the first logger are: a file, a folder or an address; empty without a logger."""
-    from lightning.pytorch.loggers import CSVLogger, WandbLogger
-
-    if not trainer.loggers:
-        return ""
-    logger = trainer.loggers[0]
-    if isinstance(logger, WandbLogger):
-        return str(logger.experiment.url or Path(logger.experiment.dir).parent)
-    return str(run_folder(trainer) / METRICS if isinstance(logger, CSVLogger) else logger.log_dir or "")

@@ -10,7 +10,6 @@ from lightning.fabric.plugins.collectives.torch_collective import default_pg_tim
 
 # Private in lightning 2.6.6: the reader of a file or a folder of shards into sharded weights.
 from lightning.fabric.strategies.model_parallel import _load_checkpoint
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, StrategyRegistry
 from torch.distributed import HashStore, ProcessGroupGloo, Store, distributed_c10d
 
@@ -36,22 +35,17 @@ class _OneThread(ProcessGroupGloo):
 class FSDP2Strategy(ModelParallelStrategy):
     """`trainer.strategy: fsdp2`: Lightning's `ModelParallelStrategy` over all devices of all machines.
 
-    By itself "auto" would mean tensor parallelism inside a machine. A checkpoint takes its name when it is complete.
+    By itself "auto" would mean tensor parallelism inside a machine. Ranks talk by NCCL on GPUs, by gloo on CPUs. A
+    checkpoint takes its name when it is complete.
 
     Args:
         save_distributed_checkpoint: Every rank writes its shards to a folder; otherwise rank 0 unshards the weights and
             writes one file.
-        process_group_backend: By default NCCL on GPUs, gloo on CPUs.
         timeout: How long a rank waits for another.
     """
 
-    def __init__(
-        self,
-        save_distributed_checkpoint: bool = False,
-        process_group_backend: str | None = None,
-        timeout: timedelta | None = default_pg_timeout,
-    ) -> None:
-        super().__init__("auto", 1, save_distributed_checkpoint, process_group_backend, timeout)
+    def __init__(self, save_distributed_checkpoint: bool = False, timeout: timedelta = default_pg_timeout) -> None:
+        super().__init__("auto", 1, save_distributed_checkpoint, timeout=timeout)
 
     def setup_environment(self) -> None:
         # Private in lightning 2.6.6: with "auto", its base would count the devices of one machine alone.
@@ -64,7 +58,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         finally:
             distributed_c10d.ProcessGroupGloo = ProcessGroupGloo  # type: ignore[misc]
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         if not self._save_distributed_checkpoint:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
@@ -79,7 +73,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             self.barrier()
         self.barrier()
 
-    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         with of_first_rank(Path(self.broadcast(checkpoint_path))) as path:
             if path.is_file():
                 content = read_checkpoint(path, check_sums=True, mmap=True)

@@ -17,8 +17,6 @@ from stateset_lightning.run import lightning_internals
 from stateset_lightning.run.checkpoint_io import local_path, read_checkpoint
 from stateset_lightning.run.folder import CHECKPOINTS, continues, run_folder
 
-_log = logging.getLogger("stateset_lightning")
-
 
 class LastCheckpoint(Checkpoint):
     """What `save_last` promises: after every opportunity to save, and at the run's end, `last` is the newest state.
@@ -88,7 +86,7 @@ class LastCheckpoint(Checkpoint):
 
 def announce(trainer: Trainer, what: str) -> None:
     if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-        _log.warning(what)
+        logging.getLogger("stateset_lightning").warning(what)
 
 
 def _keeping_newest(trainer: Trainer) -> list[ModelCheckpoint]:

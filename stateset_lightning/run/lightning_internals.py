@@ -65,10 +65,8 @@ def loader_states(checkpoint: dict[str, Any], trainer: Trainer) -> list[dict[str
 
 def requeue_signal(trainer: Trainer) -> int | None:
     """The signal on which Lightning saves and puts the SLURM job back into the queue; None if it does not."""
-    environment = trainer._accelerator_connector.cluster_environment
-    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-        return environment.requeue_signal
-    return None
+    slurm = trainer._accelerator_connector.cluster_environment
+    return slurm.requeue_signal if isinstance(slurm, SLURMEnvironment) and slurm.auto_requeue else None
 
 
 # Start of a run -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
 from hashlib import sha256
@@ -43,8 +43,8 @@ REASONS = {"base": "model.policy.", "rows": "data.", "template": "data."}  # opt
 
 # Options that may differ among ranks, each with a disk of its own: the contents of these places are compared.
 PLACES = re.compile(r"data\.(train|validation|test|predict)|.*\.(model_name|adapter|logger)")
-# Not described as an option: made of several, or made by it when it is called.
-BY_THEMSELVES = "trainer.callbacks", "model.reward", "model.optimizer", "model.lr_scheduler"
+# Not described as an option: made of several, made by it when it is called, or known by a digest.
+BY_THEMSELVES = "trainer.callbacks", "model.reward", "model.optimizer", "model.lr_scheduler", "data.tokenizer"
 
 # Where types come from whose `repr` says all, and no address.
 PLAIN_TYPES = "builtins", "re", "datetime", "pathlib", "pathlib._local", "numpy", "torch"
@@ -64,23 +64,24 @@ def made_of(trainer: Trainer, module: GRPOLightningModule) -> dict[str, Any]:
     found["base weights"] = policy.base_digest
     vocabulary = sorted(tokenizer.get_vocab().items())
     found["tokenizer"] = digest(vocabulary, tokenizer.eos_token_id, tokenizer(PROBE)["input_ids"])
-    options = {"trainer": options_of(trainer), "model": options_of(module), "data": options_of(data)}
-    options["model"] |= {"policy": module.policy_config, "engine": vars(module)["given_arguments"].get("engine")}
+    parts = {"trainer": trainer, "model": module, "data": data}
+    options = {f"{part}.{name}": value for part, made in parts.items() for name, value in options_of(made).items()}
+    options |= {"model.policy": module.policy_config, "model.engine": vars(module)["given_arguments"].get("engine")}
     if data is not None:
-        del options["data"]["tokenizer"]  # known by its digest; the module's is only set where a baseline comes first
-        options["data"] |= {split: spec if isinstance(spec, str) else "" for split, spec in data.specs.items()}
+        options |= {f"data.{split}": spec if isinstance(spec, str) else "" for split, spec in data.specs.items()}
         splits = ["train", "validation"] if data.is_given("validation") else ["train"]
         found |= {f"rows of data.{split}": _rows_digest(data, split) for split in splits}
-        how = [options["data"][name] for name in ("use_chat_template", "chat_template_kwargs", "parse_special_tokens")]
+        how = [
+            options[f"data.{name}"] for name in ("use_chat_template", "chat_template_kwargs", "parse_special_tokens")
+        ]
         found["chat template"] = digest(how[0] is not False and tokenizer.chat_template, how)
-    for part, own in options.items():
-        for name, value in own.items():
-            found |= {} if f"{part}.{name}" in BY_THEMSELVES else dict(flat(f"{part}.{name}", value))
+    for key in [key for key in options if key not in BY_THEMSELVES]:
+        found |= flat(key, options[key])
     found["model.reward"] = ", ".join(reward.name for reward in module.rewards)
-    objects = {f"model.reward.{reward.name}": reward for reward in module.rewards}
-    objects |= {f"trainer.callbacks.{type(each).__name__}": each for each in trainer.callbacks}  # type: ignore[attr-defined]
-    for key, value in objects.items():
-        found |= dict(flat(key, value, is_object=True))
+    for reward in module.rewards:
+        found |= flat(f"model.reward.{reward.name}", reward, is_object=True)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        found |= flat(f"trainer.callbacks.{type(callback).__name__}", callback, is_object=True)
     # Where its output goes is no part of what a run is made of.
     return {key: value for key, value in found.items() if not key.endswith(("dirpath", "default_root_dir"))}
 
@@ -94,10 +95,10 @@ def made_by(groups: Sequence[Mapping[str, Any]], optimizer: Any = None, schedule
         scheduler: A `Schedule` or a torch scheduler, as it was made; None without one.
     """
     named = {f"model.optimizer {name}": [group.get(name) for group in groups] for name in groups[0]}
-    found = {key: dict(flat(key, values[0] if len(groups) == 1 else values))[key] for key, values in named.items()}
+    found = {key: flat(key, values[0] if len(groups) == 1 else values)[key] for key, values in named.items()}
     if optimizer is not None:
         found["model.optimizer"] = type(optimizer).__name__ + f" of {len(groups)} groups" * (len(groups) > 1)
-        found |= dict(flat("model.lr_scheduler", scheduler, is_object=True))
+        found |= flat("model.lr_scheduler", scheduler, is_object=True)
     return found
 
 
@@ -115,17 +116,17 @@ def options_of(value: Any) -> dict[str, Any]:
     return found
 
 
-def flat(key: str, value: Any, is_object: bool = False) -> Iterator[tuple[str, Any]]:
+def flat(key: str, value: Any, is_object: bool = False) -> dict[str, Any]:
     """An option; or an object, as its class and its options. Those within them that are no dataclass count as one."""
     if is_dataclass(value) or (is_object and value is not None):
-        yield key, type(value).__qualname__
+        found = {key: type(value).__qualname__}
         for name, option in options_of(value).items():
-            yield from flat(f"{key}.{name}", option)
-    elif value is None or type(value) in (bool, int, float):
-        yield key, value
-    else:
-        shown = redacted(value if type(value) is str else text(value), key)
-        yield key, shown if len(shown) <= LONGEST_VALUE else f"{shown[:LONGEST_VALUE]}... ({digest(shown)})"
+            found |= flat(f"{key}.{name}", option)
+        return found
+    if value is None or type(value) in (bool, int, float):
+        return {key: value}
+    shown = redacted(value if type(value) is str else text(value), key)
+    return {key: shown if len(shown) <= LONGEST_VALUE else f"{shown[:LONGEST_VALUE]}... ({digest(shown)})"}
 
 
 def text(value: Any) -> str:
@@ -168,9 +169,8 @@ def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, tu
 
 def told(changed: Mapping[str, tuple[Any, Any]], where: str) -> list[str]:
     """For messages: an option with its values, of contents only what they are."""
-    return [
-        key if kind_of(key) in CONTENTS else f"{key}={now}, and {then} {where}" for key, (now, then) in changed.items()
-    ]
+    values = {key: f"{key}={now}, and {then} {where}" for key, (now, then) in changed.items()}
+    return [key if kind_of(key) in CONTENTS else shown for key, shown in values.items()]
 
 
 def kind_of(key: str) -> str | None:
@@ -204,11 +204,9 @@ def check_same(now: Mapping[str, Any], then: Mapping[str, Any], accept: set[str]
     if refused := kinds - accept:
         reasons = tuple(REASONS[kind] for kind in refused if kind in REASONS)
         shown = {key: pair for key, pair in changed.items() if kind_of(key) in refused or key.startswith(reasons)}
-        raise ConfigError(
-            f"the checkpoint's run was made of something else ({'; '.join(told(shown, 'in the checkpoint'))}): resume"
-            f" with that, or go on with what is new by --accept_changes {','.join(sorted(kinds))} (in Python:"
-            " module.accept_changes)"
-        )
+        differs = f"the checkpoint's run was made of something else ({'; '.join(told(shown, 'in the checkpoint'))})"
+        flag = f"--accept_changes {','.join(sorted(kinds))} (in Python: module.accept_changes)"
+        raise ConfigError(f"{differs}: resume with that, or go on with what is new by {flag}")
     return kinds
 
 
@@ -221,8 +219,5 @@ def check_ranks_agree(made: Mapping[str, Any], ranks: Ranks) -> None:
     first, *others = ranks.gather(made)
     for rank, other in enumerate(others, start=1):
         changed = {key: pair for key, pair in differences(other, first).items() if not PLACES.fullmatch(key)}
-        if changed:
-            shown = "; ".join(told(changed, "on rank 0"))
-            raise ConfigError(
-                f"rank {rank} differs ({shown}): start all ranks with the same config, files and versions"
-            )
+        if shown := "; ".join(told(changed, "on rank 0")):
+            raise ConfigError(f"rank {rank} differs ({shown}): start all ranks with the same config, files, versions")

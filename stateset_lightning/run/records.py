@@ -49,7 +49,6 @@ def make_records(sample: Sample, advantages: Sequence[float] | None = None) -> l
     for n, text in enumerate(rollout.texts):
         scenario = batch.scenarios[n // rollout.num_generations]
         rewards = zip(scores.names, scores.values_NF[n].tolist(), strict=True)
-        breakdown = scores.breakdowns[n] if n < len(scores.breakdowns) else {}
         failures = [failure for failure in scores.failures if failure.completion == n]
         records.append(
             CompletionRecord(
@@ -63,7 +62,7 @@ def make_records(sample: Sample, advantages: Sequence[float] | None = None) -> l
                 num_tokens=int(lengths_N[n]),
                 advantage=None if advantages is None else plain(advantages[n]),
                 target=plain(scenario.target),
-                breakdown=redacted(plain(breakdown, MAX_PARTS)) or None,
+                breakdown=redacted(plain(scores.breakdowns[n], MAX_PARTS)) or None,
                 errors=plain([f"{failure.reward}: {failure.error}: {failure.message}" for failure in failures]) or None,
             )
         )
@@ -92,11 +91,9 @@ def write_bad_step(
     completions = episode.completion_tokens_T.split(episode.lengths_N.tolist())
     rows = []
     for n in trained_N.nonzero().flatten().tolist():
-        if records:
-            told = records[n].to_dict()
-        else:
-            prompt = episode.prompt_tokens[n // episode.num_generations]
-            told = {"prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(completions[n].tolist())}
+        prompt, completion = episode.prompt_tokens[n // episode.num_generations], completions[n].tolist()
+        decoded = {"prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(completion)}
+        told = records[n].to_dict() if records else decoded
         share = {"advantage": str(episode.advantages_N[n].item()), "weight": str(episode.weights_N[n].item())}
         rows.append({**step, **told, **share})
     file = of_rank(trainer, run_folder(trainer) / BAD_STEPS)
@@ -106,9 +103,7 @@ def write_bad_step(
 
 def drop_later_steps(trainer: Trainer, step: int) -> None:
     """Drops the rows of skipped steps after optimizer step `step`, from which the run now goes on."""
-    file = of_rank(trainer, run_folder(trainer) / BAD_STEPS)
-    if file.exists():
-        keep_rows(file, lambda row: row["step"] <= step)
+    keep_rows(of_rank(trainer, run_folder(trainer) / BAD_STEPS), lambda row: row["step"] <= step)
 
 
 # JSON lines -----------------------------------------------------------------------------------------------------------
@@ -122,6 +117,8 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
 
 
 def keep_rows(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
-    """Rewrites a file with some of its rows, which stay as they are; one at which `keep` fails is damaged."""
+    """Rewrites a file, if there is one, with some of its rows, as they are; one at which `keep` fails is damaged."""
+    if not path.exists():
+        return
     with atomic_write(path) as file:
         file.writelines(line for _, line, kept in read_lines(path, lambda text: keep(json.loads(text))) if kept)

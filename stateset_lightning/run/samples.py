@@ -6,8 +6,10 @@ They go to files of JSON lines, and those of a run to loggers that can show them
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import groupby, zip_longest
+from operator import itemgetter
 from pathlib import Path
+from textwrap import indent
 from typing import Annotated, Any
 
 from annotated_types import Ge
@@ -24,6 +26,7 @@ from stateset_lightning.run.folder import PREDICTIONS, SAMPLES, continues, of_ra
 from stateset_lightning.run.records import append_rows, keep_rows
 from stateset_lightning.training.episode import Episode, groups_of
 
+Rows = list[dict[str, Any]]
 # Rows that are written together: their split, step and episode (-1 in an evaluation).
 Block = tuple[str, int, int]
 
@@ -56,8 +59,8 @@ class SampleWriter(Callback):
     max_megabytes: Annotated[float, Ge(1)] = 64
 
     def __post_init__(self) -> None:
-        self._episode: list[dict[str, Any]] = []  # rows of the running episode
-        self._evaluated: list[dict[str, Any]] = []  # this rank's rows of the running evaluation
+        self._episode: Rows = []  # rows of the running episode
+        self._evaluated: Rows = []  # this rank's rows of the running evaluation
         self._sizes: dict[Block, int] = {}  # bytes of each block in the file of a run that nothing interrupts
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -67,10 +70,17 @@ class SampleWriter(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch.episode_index % self.every_n_episodes or not trainer.is_global_zero:
             return
-        if batch.micro_step == 0:
-            self._episode = self._episode_rows(pl_module, min(self.num_prompts, len(batch)))
-        if batch.micro_step == batch.num_micro_steps - 1:
-            self._write_episode(trainer, pl_module)
+        episode = pl_module.episode
+        if batch.micro_step == 0:  # a run that is resumed inside the episode knows no records of it
+            records = pl_module.last_records[: self.num_prompts * episode.num_generations]
+            self._episode = [{"episode": episode.index, **record.to_dict()} for record in records]
+        if batch.micro_step == batch.num_micro_steps - 1 and self._episode:
+            rows, self._episode = self._episode, []
+            shown = episode, len(rows) // episode.num_generations
+            tokens = token_rows(*shown, pl_module.tokenizer, self.max_tokens)
+            now = logprobs_now(*shown, pl_module.policy, pl_module.rollout.temperature, self.max_tokens)
+            rows = [{**row, **told, **after} for row, told, after in zip(rows, tokens, now, strict=True)]
+            self._write(trainer, "train", rows, len(rows))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._evaluated = []
@@ -80,10 +90,9 @@ class SampleWriter(Callback):
             self._evaluated += [record.to_dict() for record in pl_module.last_records]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        mine, self._evaluated = self._evaluated, []
         if self.evaluation and not trainer.sanity_checking:
             # Ranks take turns with the prompts; at the end, since one of them may have a batch more.
-            turns = zip_longest(*Ranks.current().gather(mine))
+            turns = zip_longest(*Ranks.current().gather(self._evaluated))
             rows = [row for turn in turns for row in turn if row is not None]
             self._write(trainer, "test" if trainer.testing else "validation", rows, SHOWN)
 
@@ -106,22 +115,7 @@ class SampleWriter(Callback):
 
         if continues(trainer, saved["folder"]):
             self._sizes = dict(saved.get("sizes", ()))
-            if (file := run_folder(trainer) / SAMPLES).exists():
-                keep_rows(file, written_before)
-
-    def _episode_rows(self, pl_module: Any, num_prompts: int) -> list[dict[str, Any]]:
-        index, tokenizer = pl_module.episode.index, pl_module.tokenizer
-        tokens = token_rows(pl_module.episode, num_prompts, tokenizer, self.max_tokens)
-        records = pl_module.last_records[: len(tokens)]
-        return [{"episode": index, **record.to_dict(), **row} for record, row in zip(records, tokens, strict=True)]
-
-    def _write_episode(self, trainer: Trainer, pl_module: Any) -> None:
-        rows, self._episode = self._episode, []
-        if rows:  # none if the run was resumed inside the episode, and its checkpoint had no samples
-            num_prompts, temperature = len(rows) // pl_module.episode.num_generations, pl_module.rollout.temperature
-            now = logprobs_now(pl_module.episode, num_prompts, pl_module.policy, temperature, self.max_tokens)
-            rows = [{**row, **after} for row, after in zip(rows, now, strict=True)]
-            self._write(trainer, "train", rows, len(rows))
+            keep_rows(run_folder(trainer) / SAMPLES, written_before)
 
     def _write(self, trainer: Trainer, split: str, rows: Iterable[Mapping[str, Any]], num_shown: int) -> None:
         rows = [{"split": split, "step": trainer.global_step, **row} for row in rows]
@@ -152,7 +146,6 @@ class PredictionWriter(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         keep_inputs(trainer.ckpt_path)
-        check_output(self.file(trainer) if self.path is None else self.path)
         with atomic_write(self.file(trainer)):
             pass  # an empty file
 
@@ -173,16 +166,14 @@ def block_of(row: Mapping[str, Any]) -> Block:
 
 def thinned_out(blocks: Iterable[Block]) -> set[Block]:
     """Every second block of each split, but not the first and the last: what stays is spread over the run."""
-    of_split: dict[str, list[Block]] = {}
-    for block in blocks:
-        of_split.setdefault(block[0], []).append(block)
-    return {block for some in of_split.values() for block in some[1:-1:2]}
+    splits = groupby(sorted(blocks, key=itemgetter(0)), key=itemgetter(0))
+    return {block for _, of_split in splits for block in [*of_split][1:-1:2]}
 
 
 # Token by token -------------------------------------------------------------------------------------------------------
 
 
-def token_rows(episode: Episode, num_prompts: int, tokenizer: Any, max_tokens: int) -> list[dict[str, Any]]:
+def token_rows(episode: Episode, num_prompts: int, tokenizer: Any, max_tokens: int) -> Rows:
     """The first `max_tokens` tokens of each completion of the first groups, and their log-probs.
 
     `tokens` are texts, which join to the completion's; `logprobs` are of the policy that sampled, at the temperature of
@@ -197,9 +188,7 @@ def token_rows(episode: Episode, num_prompts: int, tokenizer: Any, max_tokens: i
     return rows
 
 
-def logprobs_now(
-    episode: Episode, num_prompts: int, policy: Policy, temperature: float, max_tokens: int
-) -> list[dict[str, list[float]]]:
+def logprobs_now(episode: Episode, num_prompts: int, policy: Policy, temperature: float, max_tokens: int) -> Rows:
     """`logprobs_after` of the same tokens: under the policy as it is now, by a pass without gradient.
 
     Not known if its weights are sharded: all ranks would have to take part.
@@ -227,18 +216,16 @@ def _rounded(values_T: Tensor) -> list[float]:
     return [round(value, 4) for value in values_T.tolist()]
 
 
-def token_texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """The text that each token adds to those before it.
 
     A token by itself would lose its leading space (SentencePiece) or be half a character (bytes). A character of
     several tokens is added by the last of them; the others are "".
     """
     texts, start, read = [], 0, 0  # decoding begins one text before the one that is to be read
-    for end in range(1, len(tokens) + 1):
-        before, text = (
-            tokenizer.decode(tokens[start:stop], clean_up_tokenization_spaces=False) for stop in (read, end)
-        )
-        if text.endswith("\ufffd") and end < len(tokens):
+    for end in range(1, len(ids) + 1):
+        before, text = (tokenizer.decode(ids[start:stop], clean_up_tokenization_spaces=False) for stop in (read, end))
+        if text.endswith("\ufffd") and end < len(ids):
             texts.append("")
         else:
             texts.append(text[len(before) :])
@@ -277,16 +264,11 @@ def sample_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[lis
 def sample_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown, in which prompts and completions are code: a model's own links and images stay text."""
     parts: list[str] = []
-    prompt = None
-    for row in rows:
-        if row["prompt"] != prompt:
-            prompt = row["prompt"]
-            parts += ["**prompt**", _code(prompt)]
-        numbers = {"reward": row["reward"], **row["rewards"], "advantage": row.get("advantage")}
-        said = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items() if value is not None)
-        parts += [f"{said or 'failed'}, {row['num_tokens']} tokens, {row['finish_reason']}", _code(row["completion"])]
+    for prompt, group in groupby(rows, key=itemgetter("prompt")):
+        parts += ["**prompt**", indent(prompt, "    ", bool)]
+        for row in group:
+            numbers = {"reward": row["reward"], **row["rewards"], "advantage": row.get("advantage")}
+            said = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items() if value is not None)
+            parts.append(f"{said or 'failed'}, {row['num_tokens']} tokens, {row['finish_reason']}")
+            parts.append(indent(row["completion"], "    ", bool))
     return "\n\n".join(parts)
-
-
-def _code(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines() or [""])

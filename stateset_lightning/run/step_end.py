@@ -11,7 +11,6 @@ from copy import deepcopy
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from stateset_lightning.ranks import Ranks, explain_lost_rank
@@ -151,8 +150,7 @@ class StepEnd(Callback):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self._on_signal)
         if requeue := lightning_internals.requeue_signal(trainer):
-            self._requeue = signal.getsignal(requeue)
-            signal.signal(requeue, self._on_signal)
+            self._requeue = signal.signal(requeue, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if number in SIGNALS and (not self._trains or number == self._received == signal.SIGINT):
@@ -192,25 +190,23 @@ class StepEnd(Callback):
             print(f"{after}; resume with --ckpt_path {path}", flush=True)
 
 
-def _wait_for_step_end(callback: Checkpoint) -> None:
+def _wait_for_step_end(callback: Any) -> None:
     """Lets a checkpoint callback act between optimizer steps only; its turn inside a step comes at the step's end."""
     if hasattr(callback, "waits_for_step_end"):
         return
     after_batch, after_validation = callback.on_train_batch_end, callback.on_validation_end
-    waiting = False  # for its turn after a validation
+    callback.waits_for_step_end = False  # for its turn after a validation
 
     def on_validation_end(trainer: Trainer, pl_module: LightningModule) -> None:
-        nonlocal waiting
-        waiting = bool(pl_module.inside_optimizer_step)
-        if not waiting:
+        callback.waits_for_step_end = bool(pl_module.inside_optimizer_step)
+        if not callback.waits_for_step_end:
             after_validation(trainer, pl_module)
 
     def on_train_batch_end(trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         if pl_module.inside_optimizer_step:
             return
-        if waiting:
+        if callback.waits_for_step_end:
             on_validation_end(trainer, pl_module)
         after_batch(trainer, pl_module, *args, **kwargs)
 
-    callback.waits_for_step_end = True  # type: ignore[attr-defined]
-    callback.on_validation_end, callback.on_train_batch_end = on_validation_end, on_train_batch_end  # type: ignore[method-assign]
+    callback.on_validation_end, callback.on_train_batch_end = on_validation_end, on_train_batch_end

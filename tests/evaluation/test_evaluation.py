@@ -112,6 +112,65 @@ def test_failures_are_counted_and_enter_no_mean():
     assert metric.compute().items() >= expected.items()
 
 
+def prompts(rows, topics, **options):
+    """An evaluation of greedy completions: their totals and whether they are right (NaN: it failed), and topics."""
+    metric = Evaluation(["right"], EvaluationConfig(solved_by="right"), **options)
+    values_PM = torch.tensor(rows, dtype=torch.float64)
+    rollout, _ = completions(["a"] * len(rows), [[0, 0]] * len(rows))
+    scenarios = [Scenario(id="0", prompt="a", topic=topic) for topic in topics]
+    metric.update(scenarios, (rollout, Scores(("right",), values_PM[:, 1:], values_PM[:, 0])))
+    return metric
+
+
+def test_means_intervals_and_topics_by_hand():
+    rows = [[0.5, 1.0], [NAN, NAN], [1.5, 0.0], [1.0, 1.0]]
+    metric = prompts(rows, ["sums", "sums", "dates/iso", None])
+    values = metric.compute()
+    assert values.pop("reward_ci95") == pytest.approx(1.959964 * 0.5 / math.sqrt(3))
+    low, high = values.pop("solved_low"), values.pop("solved_high")
+    assert (low, high) == pytest.approx((0.2077, 0.9385), abs=1e-4)
+    assert values == {
+        "reward": 1.0,
+        "reward/right": pytest.approx(2 / 3),
+        "reward_failures": 0.25,
+        "mean_tokens": 1.0,
+        "solved": pytest.approx(2 / 3),
+        "topic/sums/reward": 0.5,
+        "topic/dates/iso/reward": 1.5,
+        "topic/sums/solved": 1.0,
+        "topic/dates/iso/solved": 0.0,
+        "num_completions": 4,
+    }
+    named = {"reward", "reward/right", "reward_failures", "mean_tokens", "solved", "reward_ci95", "num_completions"}
+    named |= {"solved_low", "solved_high", "topic/<topic>/reward", "topic/<topic>/solved"}
+    assert set(metric.logged_names()) == named
+
+
+def test_one_prompt_has_no_interval_of_its_mean_reward():
+    values = prompts([[2.0, 1.0]], [None]).compute()
+    assert {"solved_low", "solved_high"} < set(values)
+    assert "reward_ci95" not in values
+
+
+def test_long_topics_stay_apart():
+    metric = prompts([[0.0, 0.0], [0.0, 1.0], [0.0, 1.0]], ["é" * 60 + "a", "é" * 60 + "b", "x" * 64])
+    topics = {name: value for name, value in metric.compute().items() if name.endswith("/solved")}
+    assert sorted(topics.values()) == [0.0, 1.0, 1.0]
+    assert f"topic/{'x' * 64}/solved" in topics
+
+
+def test_ranks_of_different_size_and_with_different_topics_give_the_whole():
+    rows, topics = [[0.5, 1.0], [0.25, 0.0], [1.0, 1.0]], ["a", "b", "c"]
+    ranks = [prompts(rows[:2], topics[:2]), prompts(rows[2:], topics[2:])]
+
+    def gather(mine, group=None):
+        name = "values_PM" if mine.dtype == torch.float64 else "topics_PB"
+        return [getattr(rank, name)[0] for rank in ranks]
+
+    metric = prompts(rows[:2], topics[:2], dist_sync_fn=gather, distributed_available_fn=lambda: True)
+    assert metric.compute() == prompts(rows, topics).compute()
+
+
 def test_what_was_never_scored_has_no_mean():
     with pytest.warns(UserWarning, match="before the ``update``"):
         assert greedy_means().compute() == {"num_completions": 0}

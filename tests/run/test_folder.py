@@ -12,16 +12,12 @@ from module_runs import fit
 
 import stateset_lightning
 from stateset_lightning.run import folder
-from stateset_lightning.run.folder import config_file, continues, metrics_place, of_rank, run_folder
+from stateset_lightning.run.folder import config_file, continues, of_rank, run_folder
 
 
 def test_the_folder_of_a_run(tmp_path, monkeypatch):
     bare = SimpleNamespace(loggers=[], default_root_dir=str(tmp_path))
-    assert (run_folder(bare), config_file(bare), metrics_place(bare)) == (
-        tmp_path,
-        tmp_path / "resolved_config.yaml",
-        "",
-    )
+    assert (run_folder(bare), config_file(bare)) == (tmp_path, tmp_path / "resolved_config.yaml")
     monkeypatch.chdir(tmp_path)  # whose files are the user's own
     assert run_folder(bare) == tmp_path / folder.UNLOGGED
     csv = SimpleNamespace(loggers=[CSVLogger(tmp_path, "a", version=3)], default_root_dir="x")
@@ -31,7 +27,6 @@ def test_the_folder_of_a_run(tmp_path, monkeypatch):
         loggers=[TensorBoardLogger(tmp_path, "b", version="v"), CSVLogger(tmp_path)], default_root_dir="x"
     )
     assert run_folder(board) == tmp_path / "b" / "v"
-    assert metrics_place(board) == str(tmp_path / "b" / "v")
 
 
 def test_lightning_writes_where_the_names_say(tmp_path):
@@ -39,7 +34,7 @@ def test_lightning_writes_where_the_names_say(tmp_path):
     options = {"logger": CSVLogger(tmp_path, "run"), "enable_checkpointing": True, "max_steps": 1}
     trainer = fit(tmp_path, callbacks=[keeps], **options)
     assert Path(keeps.last_model_path) == run_folder(trainer) / folder.CHECKPOINTS / "last.ckpt"
-    assert Path(metrics_place(trainer)).is_file()
+    assert (run_folder(trainer) / folder.METRICS).is_file()
     assert ExperimentWriter.NAME_METRICS_FILE == folder.METRICS
 
 
