@@ -30,6 +30,7 @@ def continue_run(trainer: Trainer, ckpt_path: str, *, announce: bool = True) -> 
     Args:
         trainer: Before its `fit`. A logger that was given a version (W&B: an id) keeps it.
         ckpt_path: As in `find_checkpoint`.
+        announce: Whether a line says which checkpoint it is.
 
     Returns:
         The checkpoint's path, for `trainer.fit(ckpt_path=...)`. None if `last` finds none, which is announced: a job
@@ -50,7 +51,7 @@ def continue_run(trainer: Trainer, ckpt_path: str, *, announce: bool = True) -> 
 
 
 def find_resumed(trainer: Trainer, ckpt_path: str, *, announce: bool = True) -> str | None:
-    """`find_checkpoint` for `fit`; announces what is found by a name, and gives None if `last` finds none."""
+    """`find_checkpoint` for `fit`: None, announced, if `last` finds none."""
     if ckpt_path == "last" and _newest(places := [*_places(trainer)]) is None:
         _log.info("--ckpt_path last: there is no checkpoint in %s yet; a new run starts", _shown(places))
         return None
