@@ -112,13 +112,18 @@ class Scenario(BaseModel):
 ABSENT = object()  # what stands at a path that is not there
 
 
-def read_literal(text: str) -> Any:
-    """A list or mapping that was written as text, as JSON or as Python prints it (pandas' `to_csv`); else the text."""
-    if text.lstrip()[:1] in ("[", "{") and len(text) <= 1_000_000:  # Python's parser takes much memory
-        for read in (json.loads, ast.literal_eval):
+# numpy prints no commas: Python would join the texts of a list.
+_PRINTED_BY_NUMPY = re.compile(r"""['"]\s+['"]|array\(""")
+
+
+def read_literal(value: Any) -> Any:
+    """A list or mapping that was written as text, as JSON or as Python prints it (pandas' `to_csv`); else the value."""
+    # Python's parser takes much memory.
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") and len(value) <= 1_000_000:
+        for read in (json.loads, *(() if _PRINTED_BY_NUMPY.search(value) else (ast.literal_eval,))):
             with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-                return read(text.strip())
-    return text
+                return read(value.strip())
+    return value
 
 
 def at_path(value: Any, path: str) -> Any:
@@ -127,7 +132,7 @@ def at_path(value: Any, path: str) -> Any:
     A name that itself has a dot wins. Of a list of mappings, a name takes that of each. Below a missing value
     everything is missing: None. `ABSENT` if there is no such place.
     """
-    value = read_literal(value) if isinstance(value, str) else value
+    value = read_literal(value)
     if value is None:
         return None
     if isinstance(value, Mapping):

@@ -122,7 +122,10 @@ def _read_csv(usual: str, path: Path, content: Content, split: str) -> Rows:
 
     header: list[str] = []
     line = skipped = int(told is not None)
-    reader = csv.reader(islice(decoded(), skipped, None), delimiter=delimiter, strict=True)
+    # Where a space follows the delimiters, it belongs to no cell, and a quote behind it is one.
+    is_spaced = f"{delimiter} " in sample.splitlines()[skipped]
+    form = {"delimiter": delimiter, "skipinitialspace": is_spaced, "strict": True}
+    reader = csv.reader(islice(decoded(), skipped, None), **form)
     try:
         for cells in reader:  # a quoted cell may span lines
             if cells and header:
@@ -133,13 +136,13 @@ def _read_csv(usual: str, path: Path, content: Content, split: str) -> Rows:
     except csv.Error as error:  # the reader cannot find the start of the next row
         raise DataError(f"{path}:{line + 1}: malformed CSV: {error}; no row after it was read") from error
     note = "" if delimiter == usual else f"{path}: its cells are divided by {_named(delimiter)}"
-    return LineRows(path, content, starts, numbers, partial(_csv_row, header, delimiter), note)
+    return LineRows(path, content, starts, numbers, partial(_csv_row, header, form), note)
 
 
-def _csv_row(header: Sequence[str], delimiter: str, text: str) -> dict[str, Any]:
-    cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+def _csv_row(header: Sequence[str], form: dict[str, Any], text: str) -> dict[str, Any]:
+    cells = next(csv.reader(io.StringIO(text, newline=""), **form))
     if len(cells) != len(header):
-        hint = f"; put cells that contain {_named(delimiter)} in quotes" if len(cells) > len(header) else ""
+        hint = f"; put cells that contain {_named(form['delimiter'])} in quotes" if len(cells) > len(header) else ""
         raise BadRow(f"{len(cells)} cells, but the header has {len(header)} ({listed(header)}){hint}")
     return dict(zip(header, cells, strict=True))
 
@@ -149,16 +152,21 @@ def _named(delimiter: str) -> str:
 
 
 def _delimiter(sample: str, usual: str) -> str:
-    """What divides the cells: the usual one, if all rows of the start of a file then have as many cells."""
+    """What divides the cells: the usual one, if all rows of the start of a file then have as many cells.
+
+    A character that seldom divides any is taken where no other one could, and each row then has as many cells.
+    """
     tables = {}
-    for delimiter in (usual, *_DELIMITERS):
+    seldom = re.findall(r"[^\w\s\"'.-]", sample.partition("\n")[0])
+    for delimiter in dict.fromkeys((usual, *_DELIMITERS, *seldom)):
         with suppress(csv.Error):
             rows = [*filter(None, csv.reader(io.StringIO(sample, newline=""), delimiter=delimiter))]
             # The last row may be cut.
             tables[delimiter] = [len(row) for row in (rows[:-1] if len(sample) >= _SAMPLE // 4 else rows)[:20]]
     several = {delimiter: widths for delimiter, widths in tables.items() if widths and widths[0] > 1}
     even = [delimiter for delimiter, widths in several.items() if len(set(widths)) == 1]
-    return next(iter([*even, *several]), usual)
+    known = [delimiter for delimiter in [*even, *several] if delimiter == usual or delimiter in _DELIMITERS]
+    return next(iter([*known, *even]), usual)
 
 
 def _read_json(path: Path, text: str) -> Any:

@@ -223,6 +223,10 @@ def _holds_rows(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict) for item in value[:1])
 
 
+def _are_lists(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, list) for item in value)
+
+
 def are_rows(value: Any) -> bool:
     """Whether a value is a list of rows, or a mapping around such, and no row itself."""
     return _holds_rows(_under_key(value)) or (isinstance(value, Mapping) and is_split_map(value))
@@ -247,7 +251,14 @@ def unwrapped(value: Any, origin: str, split: str) -> Any:
         return _under_key(value[split_in(value, origin, split)])
     if (under := _under_key(value)) is not value:
         return under
+    if isinstance(value.get("columns"), list) and _are_lists(rows := value.get("data")):  # pandas' orient="split"
+        return [dict(zip(value["columns"], cells, strict=True)) for cells in rows]
     columns = list(value.values())
+    if columns and all(isinstance(column, Mapping) and column for column in columns):  # "index" and "columns"
+        if all(name.isdecimal() for name in map(str, value)):
+            return columns
+        if all(name.isdecimal() for column in columns for name in map(str, column)):
+            columns = [list(column.values()) for column in columns]
     are_lists = all(isinstance(column, list) and not _holds_rows(column) for column in columns)
     if are_lists and len({len(column) for column in columns}) == 1:
         return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]

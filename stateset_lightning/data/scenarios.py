@@ -22,7 +22,12 @@ from stateset_lightning.redaction import MAX_DEPTH, MAX_VALUES
 from stateset_lightning.types import Scenario, Turn, as_target, of_numpy, read_literal
 
 _MEDIA_COLUMN = lru_cache(re.compile(r"(image|img|picture|photo|video|audio)(_(path|file|url))?s?", re.I).fullmatch)
-_MEDIA_FILE = re.compile(r"data:|.*\.(png|jpe?g|gif|webp|bmp|tiff?|mp[34]|wav|flac|ogg|m4a|webm|mov|avi|mkv)$", re.I)
+# In such a column: a file, an address, or the bytes as base64; no caption.
+_MEDIA_FILE = re.compile(
+    r"data:|\S*://|\S{32,}$|.*\.(png|jpe?g|gif|webp|bmp|tiff?|mp[34]|wav|flac|ogg|m4a|webm|mov|avi|mkv)$", re.I
+)
+# Where LLaVA's rows and others' have them.
+_MEDIA_MARK = re.compile(r"\A\s*<(image|video|audio)>\s*\n|\n\s*<(image|video|audio)>\s*\Z")
 _NO_MEDIA = "only the text model is trained: take the row out"
 _ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -128,10 +133,13 @@ def _lift_messages(columns: dict[str, Any], shape: Shape) -> None:
 
 
 def _checked_target(value: object, shape: Shape) -> Any:
+    source = shape.sources.get("target") or "target"
+    value = read_literal(value) if source == "answers" else value  # SQuAD's, in a table of texts
+    if isinstance(value, str) and re.match(r"[\[{].*\barray\(", value, re.DOTALL):
+        raise BadRow("the target was printed by pandas with its arrays; write the rows as .jsonl or .parquet")
     try:
         return as_target(value)
     except ValueError as error:
-        source = shape.sources.get("target") or "target"
         inner = f"={source}.{next(iter(value), '')}" if isinstance(value, Mapping) and value else ""
         takes = f"data.fields.target{inner} takes a part of it (a dotted path), data.fields.target=null none"
         raise BadRow(f"the target {error}; give text, a number, true/false or a list of such: {takes}") from error
@@ -164,6 +172,8 @@ def _checked_text(what: str, value: object) -> str:
         raise BadRow(f"{what} must be text, not {kind(value)} ({value!r:.40}); put it in quotes")
     if not value or value.isspace():
         raise BadRow(f"{what} is empty")
+    if mark := _MEDIA_MARK.search(value):
+        raise BadRow(f"{what} has the mark {mark[0].strip()} of what no model sees: {_NO_MEDIA}")
     return value
 
 

@@ -19,7 +19,7 @@ from stateset_lightning.data import templates
 from stateset_lightning.data.rows import BadRow, RawRow, listed
 from stateset_lightning.data.templates import columns_of, compiled, is_template
 from stateset_lightning.errors import ConfigError, DataError, one_line
-from stateset_lightning.types import ABSENT, at_path
+from stateset_lightning.types import ABSENT, at_path, read_literal
 
 QUESTION_COLUMNS = ("prompt", "messages", "user_responses")
 
@@ -47,7 +47,7 @@ _ALIASES = {
     "system": "system system_prompt",
     "conversations": "conversations conversation",
     "target": "target answerkey ground_truth final_answer expected_answer reference reference_answer correct_answer"
-    " answer answers solution completion response output",
+    " answer answers solution completion response output targets",
 }
 # Which of the choices is right: a number from 0, or a letter.
 _INDEX = (
@@ -63,7 +63,7 @@ _NO_QUESTION = re.compile(
     r"|timestamp|name|title|topic|model|file|filename|dataset|difficulty|sentiment|emotion"
     r"|intent|rating|gold|summary|chosen|rejected|answers?|solution|completion|response|output)\d*(_.*)?|system.*"
 )
-_LIKELY = ("text", "input", "content", "sentence")
+_LIKELY = ("text", "input", "inputs", "content", "sentence")
 _COUNTDOWN = "Using the numbers {{ nums }}, write an expression that equals {{ target }}."
 
 
@@ -268,6 +268,7 @@ def _recognised(example: Mapping[str, Any], options: RowOptions, origin: str) ->
         if which and choices is None and isinstance(example.get(answers), list):  # ReClor
             choices, target = answers, which
         target = target or which
+        example = {**example, **{name: read_literal(example[name]) for name in [choices] if name}}
         if target and isinstance(example.get(choices or ""), list | Mapping) and not isinstance(example[target], list):
             sources["target"] = f"{{{{ {templates.reference(target)} | letter({templates.reference(str(choices))}) }}}}"
         parts = [each for each in (passage, asked, choices) if each]
@@ -312,6 +313,10 @@ def _described(example: Mapping[str, Any]) -> str:
     return listed(name for outer, names in inner.items() for name in [f"{outer}.{each}" for each in names] or [outer])
 
 
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, Mapping) and "role" in item for item in value)
+
+
 def _unsure(example: Mapping[str, Any], options: RowOptions, origin: str) -> DataError:
     """The error where no prompt is found; it proposes what is likely to be right, or nothing."""
     texts = [name for name, value in example.items() if isinstance(value, str) and name.isidentifier()]
@@ -319,7 +324,10 @@ def _unsure(example: Mapping[str, Any], options: RowOptions, origin: str) -> Dat
     texts = [name for name in texts if name in _LIKELY or " " in example[name].strip()]  # one word may be a label
     likely = texts if len(texts) == 1 else [each for each in texts if each in _LIKELY]
     proposed = [f"--data.fields.prompt={name}" for name in likely[:1]]
-    if nums := {"nums", "numbers"} & example.keys() if "target" in example else ():
+    chats = [name for name, value in example.items() if _is_chat(value)]
+    if chats:
+        proposed = [f"--data.fields.messages={chats[0]}"]
+    elif nums := {"nums", "numbers"} & example.keys() if "target" in example else ():
         proposed = [f"--data.prompt_template='{_COUNTDOWN.replace('nums', min(nums))}'"]
     elif 2 <= len(texts) <= 4:
         proposed.append(f"--data.prompt_template='{' '.join(f'{{{{ {name} }}}}' for name in texts)}'")

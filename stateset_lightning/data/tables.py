@@ -57,10 +57,11 @@ class ArrowRows(Sequence[dict[str, Any]]):
 
     def _mappings(self, part: Any) -> list[dict[str, Any]]:
         try:
+            part.validate(full=True)  # offsets of a damaged file point anywhere: reading them would end the process
             rows: list[dict[str, Any]] = part.to_pylist()
             for row, (name, kind) in product(rows, self._short.items()):
                 row[name] = None if row[name] is None else of_numpy(np.array(row[name], kind))
-        except ValueError as error:  # text that is no UTF-8, of which Arrow makes none itself
+        except ValueError as error:  # of Arrow, and text that is no UTF-8, of which it makes none itself
             raise DataError(f"{self._origin}: a cell cannot be read ({error}); write the table again") from error
         return rows
 

@@ -15,6 +15,7 @@ from jinja2 import StrictUndefined, Template, TemplateSyntaxError, meta
 from jinja2.sandbox import SandboxedEnvironment
 
 from stateset_lightning.errors import ConfigError, one_line
+from stateset_lightning.types import read_literal
 
 # What belongs to a question; where such a column is neither used nor contained in the prompt, it is not clear what is.
 _PART = re.compile(
@@ -58,7 +59,7 @@ def _is_index(value: Any) -> bool:
 
 def _options(choices: Any) -> dict[str, Any]:
     """Label -> text of choices: of a list, of {text, label} (ARC), a list of such, or such a mapping itself."""
-    choices = choices.tolist() if hasattr(choices, "tolist") else choices
+    choices = choices.tolist() if hasattr(choices, "tolist") else read_literal(choices)
     found: Any = {}
     if isinstance(choices, Mapping):
         labels, texts = choices.get("label"), choices.get("text")
@@ -69,13 +70,19 @@ def _options(choices: Any) -> dict[str, Any]:
         items = {label: item if isinstance(item, Mapping) else {"text": item} for label, item in letters.items()}
         found = {item.get("label", label): item.get("text") for label, item in items.items()}
     if not found or not all(isinstance(text, str | int | float) for text in found.values()):
-        raise ValueError("the choices are no list of at most 26 texts or numbers, or of {label, text}, or label: text")
+        known = "a list of at most 26 texts or numbers, or of {label, text}, or label: text"
+        raise ValueError(f"the choices are not {known}; as text in a table, write them as JSON, or the rows as .jsonl")
     return {str(label): text for label, text in found.items()}
+
+
+def _is_nested(text: str) -> bool:
+    """Whether a list or mapping was written as text, in a CSV."""
+    return text.lstrip()[:1] in ("[", "{")
 
 
 def _lettered(choices: Any) -> str:
     """A line for each choice: `A. red`."""
-    if choices is None or isinstance(choices, str):
+    if choices is None or (isinstance(choices, str) and not _is_nested(choices)):
         return choices or ""
     return "\n".join(f"{label}. {text}" for label, text in _options(choices).items())
 
@@ -85,6 +92,8 @@ def _letter(answer: Any, choices: Any) -> str:
     if answer is None or answer != answer or answer == -1:
         return ""
     labels, texts = list(options := _options(choices)), list(options.values())
+    if isinstance(choices, str) and isinstance(answer, str) and answer not in (*labels, *texts) and answer.isdecimal():
+        answer = int(answer)  # in a CSV all is text
     if isinstance(answer, str) and (answer in labels or answer in texts or not answer.strip().isdigit()):
         return answer
     if _is_index(answer) and answer not in texts and 0 <= answer < len(labels):
@@ -150,7 +159,8 @@ def joined(parts: Sequence[str], example: Mapping[str, Any]) -> str:
         known = _PART.fullmatch(normal(name))
         letter = known["letter"] or known["alone"] if known else None
         is_choices = normal(name) == "answers" or (known is not None and known[1] is None)
-        filtered = "" if isinstance(example[name], str) else " | lettered" if is_choices else " | passages"
+        is_text = isinstance(example[name], str) and not (is_choices and letter is None and _is_nested(example[name]))
+        filtered = "" if is_text else " | lettered" if is_choices else " | passages"
         shown.append(f"{letter.upper()}. " if letter else "")
         shown[-1] += f"{{{{ {reference(name)}{filtered} }}}}"
     return "\n\n".join(shown)

@@ -148,6 +148,15 @@ ROLES = (
             " data.fields.images=null to train without",
         ),
         (
+            {"prompt": "What is this?", "image": "https://example.org/a8f3"},
+            "'image' holds what no model sees: only the text model is trained: take the row out, or"
+            " data.fields.image=null to train without",
+        ),
+        (
+            {"prompt": "<image>\nWhat is this?"},
+            "the prompt has the mark <image> of what no model sees: only the text model is trained: take the row out",
+        ),
+        (
             {"messages": [{"role": "assistant", "content": "b"}]},
             "the last message must be the user's, not the assistant's; the model answers it",
         ),

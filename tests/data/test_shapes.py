@@ -344,6 +344,32 @@ def test_a_table_written_by_pandas_keeps_its_conversations(tmp_path, tiny_tokeni
     assert "messages that were written as text are read as messages (1 rows)" in caplog.text
 
 
+# What pandas makes of lists and mappings in a CSV: JSON or Python text, and numpy's, which nothing reads.
+@pytest.mark.parametrize(
+    ("row", "prompt", "target"),
+    [
+        ({"question": "Q?", "choices": ["r", "s"], "answer": 1}, "Q?\n\nA. r\nB. s", "B"),
+        ({"question": "Q?", "choices": '["r", "s"]', "answer": "s"}, "Q?\n\nA. r\nB. s", "s"),
+        ({"question": "Q?", "choices": {"text": ["r"], "label": ["A"]}, "answerKey": "A"}, "Q?\n\nA. r", "A"),
+        ({"question": "Q?", "choices": "r or s", "answer": "1"}, "Q?\n\nr or s", "1"),
+        ({"question": "Q?", "choices": "['r' 's']", "answer": 1}, None, "the choices are not a list of"),
+        ({"question": "Q?", "answers": {"text": ["4"], "answer_start": [1]}}, "Q?", ["4"]),
+        ({"question": "Q?", "answers": ["4", "four"]}, "Q?", ["4", "four"]),
+        ({"question": "Q?", "answers": "{'text': array(['4'], dtype=object)}"}, None, "was printed by pandas with its"),
+        ({"question": "Q?", "answer": "['4']"}, "Q?", "['4']"),
+    ],
+)
+def test_a_table_of_texts_keeps_lists_and_mappings(row, prompt, target, tmp_path):
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([row, row.values()])
+    if prompt is None:
+        with pytest.raises(DataError, match=target):
+            read_split(str(tmp_path / "rows.csv"), "train")
+    else:
+        scenario = read_split(str(tmp_path / "rows.csv"), "train").scenarios[0]
+        assert (scenario.prompt, scenario.target) == (prompt, target)
+
+
 def test_what_was_recognised_is_announced_with_the_first_row(tmp_path, tiny_tokenizer, caplog):
     rows = [{"instruction": "Add", "input": "2 2", "output": answer} for answer in ("4", None, "")]
     with caplog.at_level(logging.INFO, logger="stateset_lightning"):
@@ -375,6 +401,9 @@ def test_what_was_recognised_is_announced_with_the_first_row(tmp_path, tiny_toke
         ({"label": 1, "target": "x"}, [], ["label", "target"]),
         ({"chosen": "Human: a", "rejected": "Human: b"}, [], ["chosen", "rejected", "'{{ chosen"]),
         ({"review": "It is good.", "mood": "good"}, ["--data.fields.prompt=review"], ["mood"]),
+        ({"inputs": "Q", "targets": "A"}, ["--data.fields.prompt=inputs"], ["targets"]),
+        ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, ["--data.fields.messages=chosen"], ["rejected"]),
+        ({"input": [USER], "label": "4"}, ["--data.fields.messages=input"], ["label"]),
         ({"numbers": [1, 2], "target": 3}, [f"'{COUNTDOWN.replace('nums', 'numbers')}'"], ["target"]),
     ],
 )
@@ -386,7 +415,8 @@ def test_a_remedy_is_likely_to_be_right_or_not_given(row, proposed, never, tiny_
     for remedy in proposed:  # works when followed
         remedy = remedy if "=" in remedy else f"--data.prompt_template={remedy}"
         key, value = remedy.removeprefix("--data.").split("=", 1)
-        option = {"fields": {"prompt": value}} if key == "fields.prompt" else {key: value.strip("'")}
+        field = key.removeprefix("fields.")
+        option = {"fields": {field: value}} if field != key else {key: value.strip("'")}
         assert seen([row], tiny_tokenizer, **option)[0].startswith("<|user|>")
 
 
@@ -435,9 +465,9 @@ def test_nothing_that_belongs_to_the_question_is_left_out_silently(row, joined, 
         (["r", "s"], 0.5, "the answer 0.5 to choices is no index"),
         (["r", "s"], "7", "the answer '7' to choices is no index"),
         ([0, 1], 1, "the answer 1 to choices is both an index and one of them"),
-        (["r", None], 0, "the choices are no list"),
-        ({"a": ["r"]}, 0, "the choices are no list"),
-        (["r"] * 27, 0, "the choices are no list of at most 26"),
+        (["r", None], 0, "the choices are not a list"),
+        ({"a": ["r"]}, 0, "the choices are not a list"),
+        (["r"] * 27, 0, "the choices are not a list of at most 26"),
         (["r", "s"], -1, None),
         (["r", "s"], None, None),
         (["r", "s"], 1.0, "B"),

@@ -1,6 +1,7 @@
 """Every kind of file and of Python's tables gives the same rows; what is damaged says why."""
 
 import gzip
+import itertools
 import json
 import os
 import re
@@ -47,6 +48,11 @@ TEXT_FILES = {
     "splits.json": json.dumps({"train": ROWS, "test": OTHER}),
     "nested.json": json.dumps({"validation": {"data": OTHER}, "train": {"data": ROWS}}),
     "columns.json": json.dumps(COLUMNS),
+    "pandas columns.json": json.dumps({name: {f"{i}": v for i, v in enumerate(c)} for name, c in COLUMNS.items()}),
+    "pandas index.json": json.dumps({f"{i}": row for i, row in enumerate(ROWS)}),
+    "pandas split.json": json.dumps(
+        {"columns": [*ROWS[0]], "index": [0, 1], "data": [[*row.values()] for row in ROWS]}
+    ),
     "a.yaml": json.dumps(ROWS, ensure_ascii=False),
     "splits.yaml": json.dumps({"train": ROWS, "test": OTHER}, ensure_ascii=False),
     "a.csv": table(","),
@@ -55,6 +61,8 @@ TEXT_FILES = {
     "bars.csv": table("|"),
     "told.csv": "\ufeffsep=;\r\n" + table(";"),
     "told oddly.csv": "sep=^\n" + table("^"),
+    "carets.csv": table("^"),
+    "spaced.csv": table(",").replace('",', '", ').replace("prompt,", "prompt,      "),
     "a.tsv": table("\t"),
     "commas.tsv": table(","),
     "a.jsonl.gz": gzip.compress(lines(ROWS[:1]).encode()) + gzip.compress(lines(ROWS[1:]).encode()),
@@ -185,6 +193,18 @@ def test_a_damaged_file_says_so_in_a_line(tmp_path, write, name, damage):
     with pytest.raises(DataError, match=re.escape(str(path))) as refused:
         read_split(str(path), "train")
     assert len(str(refused.value).splitlines()) <= 4
+
+
+@pytest.mark.parametrize("name", ["a.arrow", "stream.arrow"])
+def test_offsets_that_point_out_of_a_file_do_not_end_the_process(tmp_path, name):
+    path = tmp_path / name
+    TABLE_FILES[name](path)
+    ends = [0, *itertools.accumulate(len(row["prompt"].encode()) for row in ROWS)]
+    offsets = b"".join(end.to_bytes(4, "little") for end in ends)
+    assert path.read_bytes().count(offsets) == 1
+    path.write_bytes(path.read_bytes().replace(offsets, offsets[:4] + (2**30).to_bytes(4, "little") + offsets[8:]))
+    with pytest.raises(DataError, match="a cell cannot be read .*write the table again"):
+        read_split(str(path), "train")
 
 
 @pytest.mark.parametrize(
