@@ -203,7 +203,7 @@ def test_offsets_that_point_out_of_a_file_do_not_end_the_process(tmp_path, name)
     offsets = b"".join(end.to_bytes(4, "little") for end in ends)
     assert path.read_bytes().count(offsets) == 1
     path.write_bytes(path.read_bytes().replace(offsets, offsets[:4] + (2**30).to_bytes(4, "little") + offsets[8:]))
-    with pytest.raises(DataError, match="a cell cannot be read .*write the table again"):
+    with pytest.raises(DataError, match=r"a cell cannot be read .*write the table again"):
         read_split(str(path), "train")
 
 
