@@ -239,8 +239,6 @@ class GRPOLightningModule(RunsInTrainer):
         if begins:
             self._newest = self.state.sample_and_advantages
             self._show_metrics()
-        bar = {name: self.metrics.last[name] for name in PROGRESS_BAR if name in self.metrics.last}
-        self.log_dict(bar, prog_bar=True, logger=False, batch_size=1)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -345,4 +343,6 @@ class GRPOLightningModule(RunsInTrainer):
         """The newest values for callbacks that monitor; `self.log` is slow for so many, and the loggers have theirs."""
         shown = self.trainer.callback_metrics
         shown.pop("step", None)  # the last validation's: every later checkpoint would be named by it
-        shown.update({name: torch.tensor(value) for name, value in self.metrics.last.items()})
+        shown.update({name: torch.tensor(value, dtype=torch.float32) for name, value in self.metrics.last.items()})
+        bar = {name: self.metrics.last[name] for name in PROGRESS_BAR if name in self.metrics.last}
+        self.trainer.progress_bar_metrics.update(bar)

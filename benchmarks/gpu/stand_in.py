@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from harness import BARE_RUN, check, exit_status
@@ -22,7 +19,7 @@ from pretend_cuda import CUDA, PretendCuda
 
 from stateset_lightning import GRPOLightningModule, RolloutConfig, ScenarioDataModule
 from stateset_lightning.algorithm import GRPO
-from stateset_lightning.policy import LoRAConfig, Policy, PolicyConfig
+from stateset_lightning.policy import LoRAConfig, PolicyConfig
 from stateset_lightning.rewards import ExactMatch
 
 NEW_TOKENS = 8
@@ -61,14 +58,6 @@ class StandIn(Accelerator):
         return "stand-in"
 
 
-class OneDevice(SingleDeviceStrategy):
-    """The model is made on the CPU: the stand-in cannot load weights."""
-
-    @contextmanager
-    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        yield
-
-
 class Waits(Callback):
     """Waits of each micro-step by place."""
 
@@ -100,7 +89,7 @@ def run(beta: float, lora: bool, gpu: PretendCuda | None) -> tuple[dict[str, flo
     where: dict[str, Any] = {"accelerator": "cpu"}
     waits = None if gpu is None else Waits(gpu)
     if gpu is not None:
-        where = {"accelerator": StandIn(), "strategy": OneDevice(device=CUDA)}
+        where = {"accelerator": StandIn(), "strategy": SingleDeviceStrategy(device=CUDA)}
     trainer = Trainer(
         max_steps=3,
         devices=1,
@@ -118,12 +107,7 @@ def run(beta: float, lora: bool, gpu: PretendCuda | None) -> tuple[dict[str, flo
 
 def same_as_on_the_cpu(beta: float, lora: bool) -> str:
     on_cpu, _ = run(beta, lora, None)
-    make_policy = Policy.__init__
-
-    def on_the_stand_in(policy: Policy, model: Any, *args: Any, **options: Any) -> None:
-        make_policy(policy, gpu.move(model), *args, **options)
-
-    with PretendCuda() as gpu, patch.object(Policy, "__init__", on_the_stand_in):
+    with PretendCuda() as gpu:
         there, waits = run(beta, lora, gpu)
     assert there.keys() == on_cpu.keys()
     different = {

@@ -55,7 +55,7 @@ class Evaluation(PromptMeans):
         measures |= {"mean_tokens": rollout.sampled_lengths_N, "solved": self._solved(scores)}
         if samples is not None:
             measures |= self._sampled(*samples)
-        values_PM = torch.stack([measures[name].to(self.device).double() for name in self.names], dim=1)
+        values_PM = torch.stack([measures[name].cpu().double() for name in self.names], dim=1)
         super().update(values_PM, [scenario.topic for scenario in scenarios])
 
     def _solved(self, scores: Scores) -> Tensor:

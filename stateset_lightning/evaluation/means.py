@@ -17,6 +17,7 @@ from torchmetrics.utilities import dim_zero_cat
 from stateset_lightning.evaluation.estimators import half_width, wilson_interval
 
 TOPIC_BYTES = 64
+WITHOUT_FLOAT64 = ("mps",)  # Apple's GPUs: such sums stay on the host, as there is one process
 
 
 class PromptMeans(Metric):
@@ -63,7 +64,8 @@ class PromptMeans(Metric):
 
     def update(self, values_PM: Tensor, topics: Sequence[str | None]) -> None:
         """Adds prompts: the measures of each, and its topic."""
-        self.values_PM.append(values_PM.to(self.device).double())
+        device = "cpu" if self.device.type in WITHOUT_FLOAT64 else self.device
+        self.values_PM.append(values_PM.double().to(device))
         encoded = torch.tensor([list(_encode(topic)) for topic in topics], dtype=torch.uint8, device=self.device)
         self.topics_PB.append(encoded.reshape(-1, TOPIC_BYTES))
 

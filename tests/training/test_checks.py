@@ -14,7 +14,6 @@ from stateset_lightning.evaluation import EvaluationConfig
 from stateset_lightning.rewards import ExactMatch, FunctionReward, JsonValid, RelativeLength
 from stateset_lightning.training import checks as run_checks
 from stateset_lightning.training.checks import (
-    check_clipping,
     check_context,
     check_dynamic_sampling,
     check_episode_fits_trainer,
@@ -237,26 +236,6 @@ def test_metrics_of_training_and_of_the_users_own_are_monitored():
     callbacks = [ModelCheckpoint(monitor=monitor, mode="max") for monitor in good]
     check_of(callbacks, reward=ExactMatch())()
     check_of([EarlyStopping("mine"), Own()], reward=ExactMatch())()
-
-
-@pytest.mark.parametrize(
-    ("precision", "clip", "fused", "refused"),
-    [
-        ("bf16-mixed", 1.0, True, True),
-        ("bf16-mixed", None, True, False),
-        ("bf16-mixed", 1.0, False, False),
-        ("32-true", 1.0, True, False),
-    ],
-)
-def test_what_lightning_cannot_clip_is_refused_at_the_start(precision, clip, fused, refused):
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], fused=fused)
-    trainer = Trainer(
-        accelerator="cpu", precision=precision, gradient_clip_val=clip, logger=False, enable_checkpointing=False
-    )
-    with pytest.raises(ConfigError, match="fused AdamW") if refused else nullcontext():
-        check_clipping(trainer, optimizer)
-    with pytest.raises(RuntimeError, match="fused") if refused else nullcontext():  # that it is still so
-        trainer.precision_plugin.clip_gradients(optimizer, clip or 0)
 
 
 def test_the_longest_prompt_fits_with_its_completion():

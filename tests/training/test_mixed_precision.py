@@ -1,0 +1,56 @@
+"""Loss scaling and clipping with every kind of optimizer: gradients are judged, logged and clipped as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from module_runs import DigitReward, fit, make_module, relative_difference, weights
+
+START = {"scale": 2.0**10, "overflow": 2.0**60}
+
+
+def run(folder: Path, precision: Any, kind: Any, *, fused: bool, scale: float = START["scale"], **module: Any) -> Any:
+    if precision == "16-mixed":  # which the Trainer's option turns into bf16-mixed on a CPU
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        options: dict[str, Any] = {"plugins": MixedPrecision("16-mixed", "cpu", scaler)}
+    else:
+        options = {"precision": precision}
+
+    def optimizer(parameters: Any) -> torch.optim.Optimizer:
+        return kind(parameters, lr=1e-2, fused=fused)
+
+    return fit(folder, make_module(optimizer=optimizer, **module), gradient_clip_val=0.5, **options)
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
+def test_a_fused_optimizer_clips_and_logs_the_gradient_itself(tmp_path: Path, precision: str) -> None:
+    plain, fused = (run(tmp_path, precision, torch.optim.SGD, fused=fused) for fused in (False, True))
+    norms = [t.lightning_module.metrics.last["policy/grad_norm"] for t in (plain, fused)]
+    assert 0.5 < norms[0] < 50  # clipped, and not 2**10 times as large
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+    assert relative_difference(weights(fused), weights(plain)) < 1e-6
+
+
+class NoReward(DigitReward):
+    def compute_reward(self, turns: Any, context: Any = None) -> float:
+        return 0.0
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    ("reward", "scale", "metric"),
+    [(NoReward(), "scale", "policy/empty_steps"), (DigitReward(), "overflow", "policy/bad_steps")],
+)
+def test_a_skipped_step_under_loss_scaling_leaves_the_weights(
+    tmp_path: Path, fused: bool, reward: DigitReward, scale: str, metric: str
+) -> None:
+    """One with nothing to train, and one whose scaled gradient overflows."""
+    trainer = run(tmp_path, "16-mixed", torch.optim.AdamW, fused=fused, scale=START[scale], reward=reward)
+    last, start = trainer.lightning_module.metrics.last, make_module()
+    start.configure_model()
+    assert (last[metric], last["policy/grad_norm"], trainer.global_step) == (1, 0, 2)
+    assert all(torch.equal(value, start.state_dict()[name]) for name, value in weights(trainer).items())
