@@ -87,6 +87,8 @@ class OnDevice(torch.Tensor):
             requires_grad=elem.requires_grad,
         )
         made.elem = elem
+        if elem.dtype == torch.float64:
+            note("float64", "made")
         return made
 
     def __repr__(self, *, tensor_contents: Any = None) -> Any:
@@ -212,11 +214,15 @@ def note(kind: str, name: str) -> None:
 
 @dataclass
 class Report:
-    """Operations that were launched by name; uploads and waits by place in the code."""
+    """Operations that were launched by name; uploads, waits and float64 tensors by place in the code.
+
+    An upload that waits says so: those of pageable memory do, unless they are `non_blocking`.
+    """
 
     launches: Counter[str] = field(default_factory=Counter)
     uploads: Counter[str] = field(default_factory=Counter)
     waits: Counter[str] = field(default_factory=Counter)
+    float64: Counter[str] = field(default_factory=Counter)  # tensors that Apple's GPUs could not hold
 
     def __str__(self) -> str:
         return f"{self.launches.total()} launches, {self.waits.total()} waits, {self.uploads.total()} uploads"
@@ -265,7 +271,8 @@ class PretendCuda(TorchFunctionMode):
         place = "elsewhere"
         if frames:
             place = f"{frames[-1].filename.split(f'/{self.only}/')[-1]}:{frames[-1].lineno} {frames[-1].name}"
-        (self.report.waits if kind == "wait" else self.report.uploads)[f"{place} [{name}]"] += 1
+        counts = {"wait": self.report.waits, "upload": self.report.uploads, "float64": self.report.float64}
+        counts[kind][f"{place} [{name}]"] += 1
 
     @staticmethod
     def move(module: torch.nn.Module) -> torch.nn.Module:

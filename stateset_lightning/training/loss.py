@@ -188,15 +188,16 @@ def add_fixed_logprobs(step: TrainingStep, episode: Episode, scored: TrainedScor
     if not (algorithm.selects_tokens or balances) and (not old or episode.old_logprobs_T is not None):
         return
     step.sampled_policy.routed = 0
-    scored_T = step.sampled_policy.score_without_gradient(groups, temperature)
-    logprobs_T, entropies_T = (episode.scatter(values) for values in scored_T)
+    logprobs_T, entropies_T = step.sampled_policy.score_without_gradient(groups, temperature)
     if old or algorithm.selects_tokens:
-        episode.old_logprobs_T = logprobs_T
+        episode.old_logprobs_T = episode.scatter(logprobs_T)
     if balances:  # over the episode, so that the loss is linear in its tokens, however they are divided
         chosen: list[Any] = step.ranks.gather(step.sampled_policy.routed[1].cpu() if groups else 0)
         episode.experts_per_token_E = sum(chosen) / sum(episode.active_by_step)
     if algorithm.selects_tokens:
-        episode.select_T = selected_tokens(episode, logprobs_T, entropies_T, algorithm, plan, step.sampler.seed)
+        assert episode.old_logprobs_T is not None
+        scattered = episode.old_logprobs_T, episode.scatter(entropies_T)
+        episode.select_T = selected_tokens(episode, *scattered, algorithm, plan, step.sampler.seed)
 
 
 def selected_tokens(
