@@ -185,7 +185,7 @@ class GRPOLightningModule(RunsInTrainer):
         if self._trainer is not None:
             check_strategy(self.trainer, SUPPORTED_STRATEGIES)
         precision = "32-true" if self._trainer is None else str(self.trainer.precision)
-        dtype = weights_dtype(self.policy_config.dtype, precision)
+        dtype = weights_dtype(self.policy_config.dtype, precision, self.policy_config.is_adapted)
         if self.policy is None:
             self.policy = Policy(load_model(self.policy_config, dtype, self.seed, self.tokenizer), self.policy_config)
         prompt = None if self._data is None else self._data.longest_prompt

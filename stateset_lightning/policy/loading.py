@@ -102,6 +102,8 @@ def load_model(
     Raises:
         ConfigError: If the model cannot be found or loaded, lacks weights, or a checkpoint file holds pickled objects.
     """
+    if policy.float32_matmul is not None:
+        torch.set_float32_matmul_precision(policy.float32_matmul)
     device = torch.get_default_device()
     # In the context of another device transformers asks for accelerate, and an adapter would have other numbers there.
     with torch.device("cpu"):

@@ -1,5 +1,6 @@
 """What is checked before the first step, and how long a run is."""
 
+import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from stateset_lightning.training.checks import (
     check_dynamic_sampling,
     check_episode_fits_trainer,
     check_monitors,
+    check_speed,
     checks_of_run,
     no_validation,
 )
@@ -236,6 +238,22 @@ def test_metrics_of_training_and_of_the_users_own_are_monitored():
     callbacks = [ModelCheckpoint(monitor=monitor, mode="max") for monitor in good]
     check_of(callbacks, reward=ExactMatch())()
     check_of([EarlyStopping("mine"), Own()], reward=ExactMatch())()
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "device", "warns"),
+    [
+        ("32-true", torch.float32, "cuda", True),
+        ("bf16-mixed", torch.float32, "cuda", False),
+        ("32-true", torch.bfloat16, "cuda", False),
+        ("32-true", torch.float32, "cpu", False),
+    ],
+)
+def test_float32_on_a_gpu_is_told(precision, dtype, device, warns):
+    trainer = SimpleNamespace(precision=precision, strategy=SimpleNamespace(root_device=torch.device(device)))
+    quiet = warnings.catch_warnings(action="error")
+    with pytest.warns(UserWarning, match="32-true on a GPU: bf16-mixed is") if warns else quiet:
+        check_speed(trainer, dtype)
 
 
 def test_the_longest_prompt_fits_with_its_completion():

@@ -10,6 +10,8 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from module_runs import DigitReward, fit, make_module, relative_difference, weights
 
+from stateset_lightning.policy import LoRAConfig, PolicyConfig
+
 START = {"scale": 2.0**10, "overflow": 2.0**60}
 
 
@@ -33,6 +35,16 @@ def test_a_fused_optimizer_clips_and_logs_the_gradient_itself(tmp_path: Path, pr
     assert 0.5 < norms[0] < 50  # clipped, and not 2**10 times as large
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)
     assert relative_difference(weights(fused), weights(plain)) < 1e-6
+
+
+def test_a_model_in_bfloat16_has_an_adapter_in_float32_under_mixed_precision(tmp_path: Path) -> None:
+    policy = PolicyConfig("tiny", dtype="bfloat16", lora=LoRAConfig(rank=2))
+    trainer = run(tmp_path, "bf16-mixed", torch.optim.AdamW, fused=True, policy=policy)
+    trained = {p.requires_grad: p.dtype for p in trainer.lightning_module.parameters()}
+    assert trained == {True: torch.float32, False: torch.bfloat16}
+    moments = [state["exp_avg"].dtype for state in trainer.optimizers[0].state.values()]
+    assert set(moments) == {torch.float32}
+    assert trainer.lightning_module.metrics.last["policy/grad_norm"] > 0
 
 
 class NoReward(DigitReward):

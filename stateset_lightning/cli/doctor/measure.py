@@ -53,7 +53,8 @@ class EpisodeMeasurement:
     def load(self) -> None:
         """Policy and reference, on the device; not by `configure_model`, which would shard the policy."""
         module, device = self.module, self.meter.device
-        dtype = weights_dtype(module.policy_config.dtype, str(self.trainer.precision))
+        config = module.policy_config
+        dtype = weights_dtype(config.dtype, str(self.trainer.precision), config.is_adapted)
 
         def load() -> None:
             model = load_model(module.policy_config, dtype, module.seed, module.tokenizer).to(device)
