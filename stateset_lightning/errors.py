@@ -112,7 +112,8 @@ def check_bounds(prefix: str, signature: Callable[..., Any], values: Mapping[str
         ConfigError: Naming the first value out of bounds, as `prefix.name=value`.
     """
     for name, hint in _hints(signature).items():
-        if (value := values.get(name)) is not None:
+        value = values.get(name)
+        if value is not None and not isinstance(value, str):  # a word in a number's place
             for bound in _bounds(hint):
                 holds, words = _CHECKS[type(bound)]
                 limit = getattr(bound, holds.__name__)

@@ -40,6 +40,7 @@ from stateset_lightning.training.episode import Episode
 from stateset_lightning.training.evaluate import HeldOut
 from stateset_lightning.training.fsdp import UnshardedCopy
 from stateset_lightning.training.metrics import PROGRESS_BAR, RunMetrics
+from stateset_lightning.training.micro_steps import choose as choose_micro_steps
 from stateset_lightning.training.resample import Sample
 from stateset_lightning.training.sampling_ahead import next_batch, sampling_ahead
 from stateset_lightning.training.schedule import Schedule, given_options, make_optimizer, with_scheduler
@@ -199,6 +200,8 @@ class GRPOLightningModule(RunsInTrainer):
         if fits and self.algorithm.needs_reference and not self._reference:
             self._reference = (make_reference(self._sampled_policy, dtype),)
         self._checkpoint.prepare_for(longest)
+        if fits:
+            choose_micro_steps(self.trainer, self._loaded_policy, self._data, self.rollout)
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.optimizer, self._loaded_policy.parameters())
@@ -344,5 +347,4 @@ class GRPOLightningModule(RunsInTrainer):
         shown = self.trainer.callback_metrics
         shown.pop("step", None)  # the last validation's: every later checkpoint would be named by it
         shown.update({name: torch.tensor(value, dtype=torch.float32) for name, value in self.metrics.last.items()})
-        bar = {name: self.metrics.last[name] for name in PROGRESS_BAR if name in self.metrics.last}
-        self.trainer.progress_bar_metrics.update(bar)
+        self.trainer.progress_bar_metrics.update({k: v for k, v in self.metrics.last.items() if k in PROGRESS_BAR})

@@ -27,6 +27,7 @@ from stateset_lightning.seeding import sample_seeds
 from stateset_lightning.training.collect import answered
 from stateset_lightning.training.episode import MicroBatch
 from stateset_lightning.training.loss import micro_batch_loss
+from stateset_lightning.training.micro_steps import choose as choose_micro_steps
 from stateset_lightning.types import Rollout, Scenario, Scores
 
 SAMPLED, WORST = "as sampled", "worst case"
@@ -64,6 +65,7 @@ class EpisodeMeasurement:
                 self.reference = make_reference(self.policy, dtype)
                 if isinstance(self.reference, Policy):
                     self.reference.to(device)
+            choose_micro_steps(self.trainer, self.policy, self.data, module.rollout)
 
         self.meter.run(SAMPLED, "load", load, limit=0)
 
