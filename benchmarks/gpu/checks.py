@@ -135,8 +135,9 @@ def resumed_run_has_the_same_bits() -> str:
 
 def own_gpu_tests() -> str:
     """The tests of the repository that are marked `gpu`."""
+    reward = "tests/rewards/test_models.py"
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/rewards/test_models.py"],
+        [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/gpu/test_on_a_gpu.py", reward],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -408,7 +409,7 @@ def main() -> int:
     check("variable-length attention", partial(varlen_attention_is_exact, half))
     check("decoding without a graph", partial(graph_decoder_agrees, False))
     if IS_GPU:
-        check("the repository's GPU tests", own_gpu_tests, 30)
+        check("the repository's GPU tests", own_gpu_tests, 90)
     for precision in ("32-true", "bf16-mixed") if IS_GPU else ("32-true",):
         check(f"40 steps of the demo in {precision}", partial(demo, precision), 40)
     check("a resumed run has the same bits", resumed_run_has_the_same_bits, 40)
