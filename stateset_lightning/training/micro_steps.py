@@ -96,7 +96,7 @@ def most_tokens(count: int, data: ScenarioDataModule, sampling: RolloutConfig, p
 
 def kept_bytes(policy: Policy, trainer: Trainer, longest_prompt: int, max_new_tokens: int) -> tuple[int, float]:
     """What a forward keeps for its backward, beside the weights: whatever its length, and for each token."""
-    prompt, completion = min(longest_prompt, PROBE), min(max_new_tokens, PROBE)
+    prompt, completion = min(max(longest_prompt, 1), PROBE), min(max_new_tokens, PROBE)
     sizes, policy = [], policy.train()
     for count in (1, 3):
         kept: dict[int, int] = {}

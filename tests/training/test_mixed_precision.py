@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from module_runs import DigitReward, fit, make_module, relative_difference, weights
 
+from stateset_lightning.algorithm import GRPO, KL
 from stateset_lightning.policy import LoRAConfig, PolicyConfig
 
 START = {"scale": 2.0**10, "overflow": 2.0**60}
@@ -66,3 +67,19 @@ def test_a_skipped_step_under_loss_scaling_leaves_the_weights(
     start.configure_model()
     assert (last[metric], last["policy/grad_norm"], trainer.global_step) == (1, 0, 2)
     assert all(torch.equal(value, start.state_dict()[name]) for name, value in weights(trainer).items())
+
+
+def test_bf16_true_rounds_weights_and_no_numbers_beside_them(tmp_path: Path) -> None:
+    """Lightning makes bfloat16 the default dtype while a step runs."""
+    module = make_module(algorithm=GRPO(beta=0.1, kl=KL("k1", place="reward"), top_entropy=0.5))
+    seen, select = [], module.algorithm.select
+
+    def note(tokens: Any, seed: int) -> torch.Tensor:
+        seen.append({tokens.advantages_N.dtype, tokens.old_logprobs_T.dtype, tokens.entropies_T.dtype})
+        return select(tokens, seed)
+
+    module.algorithm.select = note  # type: ignore[method-assign]
+    trainer = fit(tmp_path, module, precision="bf16-true", max_steps=1)
+    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+    assert seen == [{torch.float32}]
+    assert {value.dtype for value in trainer.callback_metrics.values()} == {torch.float32}
