@@ -162,6 +162,9 @@ def run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         return func(*args, **kwargs)
     if name == "_has_compatible_shallow_copy_type":  # `Module.to` then replaces the parameter
         return False
+    generators = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Generator)]
+    if here and any(generator.device.type == "cpu" for generator in generators):
+        raise RuntimeError(f"Expected a 'cuda' device type for generator but found 'cpu' (in {name})")
     if here and not to_device and any(x.dim() > 0 for x in tensors if not isinstance(x, OnDevice)):
         _note_mixed(name, args)
     _note_cost(func, name, args, kwargs, to_host)

@@ -29,8 +29,10 @@ from stateset_lightning.rewards import ExactMatch
 
 NEW_TOKENS = 8
 SAMPLING_WAITS = 2 * NEW_TOKENS  # of an episode: which rows have finished is read once per token
-OTHER_WAITS = 10  # of a micro-step: old log-probs, those of the reference and entropies come to the host, too
+OTHER_WAITS = 6  # of a micro-step: old log-probs, those of the reference and entropies come to the host, too
+VALIDATION_WAITS = 4  # beside sampling, however many prompts and measures
 STEP_WAITS = 6  # of an optimizer step of one micro-step; one more where its loss is scaled
+ANNOUNCED: list[str] = []  # slower paths that were taken, with the reasons
 UNLIKE = ("time/", "memory/", "work/tokens")  # metrics that depend on the machine
 
 
@@ -79,7 +81,7 @@ class Reports(Callback):
     def on_train_batch_end(self, *args: Any) -> None:
         self.steps.append(self.gpu.take())
 
-    def on_validation_epoch_end(self, *args: Any) -> None:
+    def on_validation_end(self, *args: Any) -> None:
         self.validation = self.gpu.take()
 
 
@@ -95,7 +97,6 @@ class Run:
     steps_per_episode: int = 2
     accumulate: int = 2
     num_iterations: int = 2
-    prompts: int = 8
     samples: int = 0
 
     def fit(self, gpu: PretendCuda | None) -> tuple[dict[str, float], Reports | None]:
@@ -117,7 +118,7 @@ class Run:
         data = ScenarioDataModule(
             train=rows,
             validation=rows[:4],
-            batch_size=self.prompts,
+            batch_size=8,
             steps_per_episode=self.steps_per_episode,
             num_iterations=self.num_iterations,
         )
@@ -159,6 +160,7 @@ def same_as_on_the_cpu(case: Run) -> str:
     with PretendCuda() as gpu:
         there, reports = case.fit(gpu)
     assert there.keys() == on_cpu.keys()
+    assert not ANNOUNCED, ANNOUNCED
     different = {
         name: (value, there[name])
         for name, value in on_cpu.items()
@@ -171,6 +173,9 @@ def same_as_on_the_cpu(case: Run) -> str:
     seen = f"{len(on_cpu)} metrics; waits of a micro-step: {sampling} in sampling, {other} elsewhere"
     assert 0 < sampling <= SAMPLING_WAITS, f"{seen}: {max(steps, key=lambda step: split(step.waits)[0]).waits}"
     assert 0 < other <= OTHER_WAITS, f"{seen}: {max(steps, key=lambda step: split(step.waits)[1]).waits}"
+    answering, measuring = split(reports.validation.waits)
+    seen += f"; of a validation: {answering} in sampling, {measuring} elsewhere"
+    assert measuring <= VALIDATION_WAITS, f"{seen}: {reports.validation.waits}"
     places = {place for step in [*steps, reports.validation] for place in step.float64}
     # Until noise and cumulative sums of sampling are made otherwise, Apple's GPUs sample elsewhere.
     assert not [place for place in places if not place.startswith("rollout/")], f"float64 on the device: {places}"
@@ -231,6 +236,7 @@ def launches_of_score() -> str:
     launches = []
     with PretendCuda() as gpu, CUDA:
         policy = Policy(load_model(PolicyConfig("tiny")), PolicyConfig("tiny"))
+        assert not ANNOUNCED, ANNOUNCED
         for count in (4, 16):
             groups = [Group(list(range(3, 12)), [[5, 6, 7, 8]] * 4) for _ in range(count)]
             gpu.take()
@@ -316,6 +322,9 @@ def main() -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
+    announced = logging.Handler()
+    announced.emit = lambda record: ANNOUNCED.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("stateset_lightning").addHandler(announced)
     means.WITHOUT_FLOAT64 += (CUDA.type,)  # as Apple's, to see what would be float64 there
     for name, function in CHECKS.items():
         check(f"stand-in for a GPU: {name}", function)
