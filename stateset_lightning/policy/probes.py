@@ -144,7 +144,7 @@ def make_twin(model: PreTrainedModel) -> PreTrainedModel:
             _shrink(part)
     if config._attn_implementation not in ("eager", "stateset_prefix"):
         config._attn_implementation = "sdpa"  # other kernels may not take float32
-    # Its numbers are the CPU's, and the same for every device: the generator is, and Lightning's default device may not.
+    # On the CPU, as the generator is; Lightning's default device may be another one.
     with torch.device("cpu"), torch.random.fork_rng(devices=[]), no_init_weights():
         twin = type(model)(config)
     generator = torch.Generator().manual_seed(0)
