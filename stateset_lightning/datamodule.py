@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from datetime import datetime
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Lt
 from lightning.pytorch import LightningDataModule
@@ -52,7 +52,7 @@ class ScenarioDataModule(LightningDataModule):
         batch_size: Prompts per episode and device.
         eval_batch_size: Prompts per batch and device outside training; by default `batch_size`.
         num_iterations: Passes over an episode (GRPO's mu).
-        steps_per_episode: Micro-steps that a pass is split into.
+        steps_per_episode: Micro-steps that a pass is split into; auto: as many as memory asks for.
         fields: Our name -> the files' column, such as `prompt: question`; or a dotted path; or null for none.
         format: What shape the files' rows have; by default it is recognised by their columns.
         prompt_template: Jinja2 template of the prompt, over a row's columns.
@@ -83,7 +83,7 @@ class ScenarioDataModule(LightningDataModule):
         batch_size: Annotated[int, Ge(1)] = 8,
         eval_batch_size: Annotated[int, Ge(1)] | None = None,
         num_iterations: Annotated[int, Ge(1)] = 1,
-        steps_per_episode: Annotated[int, Ge(1)] = 1,
+        steps_per_episode: Annotated[int, Ge(1)] | Literal["auto"] = 1,
         fields: dict[str, str | None] | None = None,
         format: Format = "auto",
         prompt_template: str | None = None,
@@ -107,7 +107,7 @@ class ScenarioDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_iterations = num_iterations
-        self.steps_per_episode = steps_per_episode
+        self.steps_per_episode = 1 if steps_per_episode == "auto" else steps_per_episode
         self.rows = RowOptions().of(locals())
         self.system_prompt = system_prompt
         self.max_prompt_tokens = max_prompt_tokens

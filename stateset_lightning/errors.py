@@ -106,7 +106,8 @@ def check_bounds(prefix: str, signature: Callable[..., Any], values: Mapping[str
         choices = get_args(hint) if get_origin(hint) is Literal else ()
         if choices and values.get(name, choices[0]) not in choices:
             raise ConfigError(f"{prefix}.{name}={values[name]!r} must be {' or '.join(map(repr, choices))}")
-        if (value := values.get(name)) is not None:
+        value = values.get(name)
+        if value is not None and not isinstance(value, str):  # a word in a number's place
             for bound in _bounds(hint):
                 comparison = type(bound).__name__.lower()  # of `operator`; the bound's field has the same name
                 limit = getattr(bound, comparison)

@@ -40,6 +40,7 @@ from stateset_lightning.training.episode import Episode
 from stateset_lightning.training.evaluate import HeldOut
 from stateset_lightning.training.fsdp import UnshardedCopy
 from stateset_lightning.training.metrics import PROGRESS_BAR, RunMetrics
+from stateset_lightning.training.micro_steps import choose as choose_micro_steps
 from stateset_lightning.training.resample import Sample
 from stateset_lightning.training.sampling_ahead import next_batch, sampling_ahead
 from stateset_lightning.training.schedule import Schedule, given_options, make_optimizer, with_scheduler
@@ -185,7 +186,7 @@ class GRPOLightningModule(RunsInTrainer):
         if self._trainer is not None:
             check_strategy(self.trainer, SUPPORTED_STRATEGIES)
         precision = "32-true" if self._trainer is None else str(self.trainer.precision)
-        dtype = weights_dtype(self.policy_config.dtype, precision)
+        dtype = weights_dtype(self.policy_config.dtype, precision, self.policy_config.is_adapted)
         if self.policy is None:
             self.policy = Policy(load_model(self.policy_config, dtype, self.seed, self.tokenizer), self.policy_config)
         prompt = None if self._data is None else self._data.longest_prompt
@@ -199,6 +200,8 @@ class GRPOLightningModule(RunsInTrainer):
         if fits and self.algorithm.needs_reference and not self._reference:
             self._reference = (make_reference(self._sampled_policy, dtype),)
         self._checkpoint.prepare_for(longest)
+        if fits:
+            choose_micro_steps(self.trainer, self._loaded_policy, self._data, self.rollout)
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.optimizer, self._loaded_policy.parameters())
@@ -239,8 +242,6 @@ class GRPOLightningModule(RunsInTrainer):
         if begins:
             self._newest = self.state.sample_and_advantages
             self._show_metrics()
-        bar = {name: self.metrics.last[name] for name in PROGRESS_BAR if name in self.metrics.last}
-        self.log_dict(bar, prog_bar=True, logger=False, batch_size=1)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -345,4 +346,5 @@ class GRPOLightningModule(RunsInTrainer):
         """The newest values for callbacks that monitor; `self.log` is slow for so many, and the loggers have theirs."""
         shown = self.trainer.callback_metrics
         shown.pop("step", None)  # the last validation's: every later checkpoint would be named by it
-        shown.update({name: torch.tensor(value) for name, value in self.metrics.last.items()})
+        shown.update({name: torch.tensor(value, dtype=torch.float32) for name, value in self.metrics.last.items()})
+        self.trainer.progress_bar_metrics.update({k: v for k, v in self.metrics.last.items() if k in PROGRESS_BAR})

@@ -3,11 +3,15 @@
 import contextlib
 import io
 import json
+import re
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import lightning.pytorch  # noqa: F401 (here, so that its log handlers do not hold the stream of the first test)
 import pytest
+import torch
 import yaml
 from guide_yaml import GUIDE
 
@@ -17,8 +21,9 @@ from stateset_lightning.data.hub import is_hub_id
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "configs"
 OVERLAYS = {"bf16.yaml", "ddp.yaml", "fsdp2.yaml", "wandb.yaml"}
-MODEL_OVERLAYS = {"lora.yaml", "vllm.yaml"}
-BASES = sorted(path.name for path in FOLDER.glob("*.yaml") if path.name not in OVERLAYS | MODEL_OVERLAYS)
+MODEL_OVERLAYS = {"gpu.yaml", "lora.yaml", "vllm.yaml"}
+OPTIMIZERS = {"adamw8bit.yaml"}
+BASES = sorted(path.name for path in FOLDER.glob("*.yaml") if path.name not in OVERLAYS | MODEL_OVERLAYS | OPTIMIZERS)
 
 
 @pytest.fixture(autouse=True)
@@ -72,8 +77,25 @@ def test_an_overlay_changes_only_what_it_says(name):
         assert given == value if not isinstance(value, dict) else given["class_path"] == value["class_path"]
 
 
+@pytest.fixture
+def torchao(monkeypatch):
+    """In place of the library: an AdamW by the name and with the options of its 8-bit one."""
+
+    class AdamW8bit(torch.optim.AdamW):
+        def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                     weight_decay: float = 1e-2, amsgrad: bool = False, *, block_size: int = 256,
+                     bf16_stochastic_round: bool = False) -> None:  # fmt: skip
+            super().__init__(params, lr, betas, eps, weight_decay, amsgrad)
+
+    AdamW8bit.__module__ = "torchao.optim"
+    module = ModuleType("torchao.optim")
+    module.AdamW8bit = AdamW8bit
+    monkeypatch.setitem(sys.modules, "torchao", ModuleType("torchao"))
+    monkeypatch.setitem(sys.modules, "torchao.optim", module)
+
+
 @pytest.mark.parametrize("name", sorted(MODEL_OVERLAYS))
-def test_an_overlay_of_the_model_changes_only_what_it_says(name):
+def test_an_overlay_of_several_parts_changes_only_what_it_says(name):
     base, changed = (
         printed_config(FOLDER / "single_turn.yaml"),
         printed_config(FOLDER / "single_turn.yaml", FOLDER / name),
@@ -89,8 +111,15 @@ def test_an_overlay_of_the_model_changes_only_what_it_says(name):
                 assert now[key] == before[key]
 
     overlay = yaml.safe_load((FOLDER / name).read_text())
-    assert list(overlay) == ["model"]
+    assert {*overlay} <= {"model", "data", "trainer"}
     check(overlay, base, changed)
+
+
+def test_without_torchao_the_overlay_says_what_is_missing(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", *(f"--config={FOLDER / name}" for name in ("single_turn.yaml", "adamw8bit.yaml"))])
+    assert stopped.value.code == 2
+    assert re.search(r"model\.optimizer.*torchao", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -166,3 +195,29 @@ def test_a_config_trains(name, tmp_path):
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 4  # two groups of two, of the first episode
     assert not cli.datamodule.dropped["train"]  # no row is lost
+
+
+def test_the_overlays_of_a_gpu_train_together(tmp_path, torchao):
+    small = {
+        "baseline": False,
+        "data": {"batch_size": 2},
+        "model": {"rollout": {"num_generations": 2, "max_new_tokens": 4}},
+        "trainer": {
+            "max_steps": 1,
+            "accelerator": "cpu",
+            "limit_val_batches": 0,
+            "logger": False,
+            "callbacks": None,
+            "default_root_dir": str(tmp_path),
+        },
+    }
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
+    files = [FOLDER / "single_turn.yaml", FOLDER / "gpu.yaml", FOLDER / "adamw8bit.yaml", tmp_path / "small.yaml"]
+    try:
+        cli = main(["fit", *(f"--config={file}" for file in files)])
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    options = cli.trainer.optimizers[0].param_groups[0]
+    assert (options["initial_lr"], options["weight_decay"]) == (1e-4, 0.0)
+    assert cli.trainer.global_step == 1
+    assert cli.datamodule.steps_per_episode == cli.trainer.accumulate_grad_batches == 1

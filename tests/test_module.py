@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from module_runs import (
     SCENARIOS,
     DigitReward,
@@ -429,3 +429,14 @@ def test_seeds_differ_in_their_samples(tmp_path: Path) -> None:
         fit(tmp_path, module, max_steps=1)
         texts.append([record.completion for record in module.last_records])
     assert texts[0] != texts[1]
+
+
+def test_the_progress_bar_has_the_newest_numbers(tmp_path: Path) -> None:
+    shown: list[dict[str, Any]] = []
+
+    def note(trainer: Any, module: Any, *args: Any) -> None:
+        shown.append({name: (value, module.metrics.last[name]) for name, value in trainer.progress_bar_metrics.items()})
+
+    fit(tmp_path, max_steps=2, callbacks=[LambdaCallback(on_train_batch_end=note)])
+    assert [set(each) for each in shown] == [{"train/reward", "completion/mean_tokens", "work/tokens_per_s"}] * 2
+    assert all(value == last for each in shown for value, last in each.values())

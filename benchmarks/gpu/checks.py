@@ -137,7 +137,7 @@ def resumed_run_has_the_same_bits() -> str:
 
 def own_gpu_tests() -> str:
     """The tests of the repository that are marked `gpu`."""
-    files = ["tests/policy/test_varlen_attention.py", "tests/rewards/test_models.py"]
+    files = ["tests/gpu/test_on_a_gpu.py", "tests/policy/test_varlen_attention.py", "tests/rewards/test_models.py"]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *files],
         cwd=ROOT,
@@ -437,7 +437,7 @@ def main() -> int:
     check("head against float64", head_is_exact)
     check("decoding without a graph", partial(graph_decoder_agrees, False))
     if IS_GPU:
-        check("the repository's GPU tests", own_gpu_tests, 30)
+        check("the repository's GPU tests", own_gpu_tests, 90)
     for precision in ("32-true", "bf16-mixed") if IS_GPU else ("32-true",):
         check(f"40 steps of the demo in {precision}", partial(demo, precision), 40)
     check("a resumed run has the same bits", resumed_run_has_the_same_bits, 40)

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -86,6 +87,8 @@ class OnDevice(torch.Tensor):
             requires_grad=elem.requires_grad,
         )
         made.elem = elem
+        if elem.dtype == torch.float64:
+            note("float64", "made")
         return made
 
     def __repr__(self, *, tensor_contents: Any = None) -> Any:
@@ -127,6 +130,25 @@ def _copy_from(source: torch.Tensor, target: OnDevice, non_blocking: bool = Fals
 
 _LIBRARY.impl("_copy_from", _copy_from, "PrivateUse1")
 
+# Autocast: products are cast, all else is left as it is.
+_FALLBACK = torch.library.Library("_", "IMPL")
+_FALLBACK.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+
+
+def _cast_product(operation: Any) -> Any:
+    def product(*tensors: torch.Tensor | None) -> torch.Tensor:
+        dtype = torch.get_autocast_dtype(NAME)
+        cast = (x.to(dtype) if x is not None and x.dtype == torch.float32 else x for x in tensors)
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return operation(*cast)
+
+    return product
+
+
+for _name in ("linear", "matmul", "mm", "bmm"):
+    _LIBRARY.impl(_name, _cast_product(getattr(torch.ops.aten, _name)), "AutocastPrivateUse1")
+
 
 def run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     """One operation of PyTorch: checked, counted, computed on the CPU."""
@@ -138,6 +160,11 @@ def run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     to_host = name == "_to_copy" and device is not None and torch.device(device).type == "cpu"
     if not here and not is_there(device):
         return func(*args, **kwargs)
+    if name == "_has_compatible_shallow_copy_type":  # `Module.to` then replaces the parameter
+        return False
+    generators = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Generator)]
+    if here and any(generator.device.type == "cpu" for generator in generators):
+        raise RuntimeError(f"Expected a 'cuda' device type for generator but found 'cpu' (in {name})")
     if here and not to_device and any(x.dim() > 0 for x in tensors if not isinstance(x, OnDevice)):
         _note_mixed(name, args)
     _note_cost(func, name, args, kwargs, to_host)
@@ -190,11 +217,15 @@ def note(kind: str, name: str) -> None:
 
 @dataclass
 class Report:
-    """Operations that were launched by name; uploads and waits by place in the code."""
+    """Operations that were launched by name; uploads, waits and float64 tensors by place in the code.
+
+    An upload that waits says so: those of pageable memory do, unless they are `non_blocking`.
+    """
 
     launches: Counter[str] = field(default_factory=Counter)
     uploads: Counter[str] = field(default_factory=Counter)
     waits: Counter[str] = field(default_factory=Counter)
+    float64: Counter[str] = field(default_factory=Counter)  # tensors that Apple's GPUs could not hold
 
     def __str__(self) -> str:
         return f"{self.launches.total()} launches, {self.waits.total()} waits, {self.uploads.total()} uploads"
@@ -218,12 +249,15 @@ class PretendCuda(TorchFunctionMode):
 
     def __enter__(self) -> PretendCuda:
         ACTIVE.append(self)
+        self._moves = patch.object(torch.nn.Module, "to", _moved_module)
+        self._moves.start()
         super().__enter__()
         self._factories.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._factories.__exit__(*exception)
+        self._moves.stop()
         ACTIVE.remove(self)
         super().__exit__(*exception)
 
@@ -240,9 +274,11 @@ class PretendCuda(TorchFunctionMode):
         place = "elsewhere"
         if frames:
             place = f"{frames[-1].filename.split(f'/{self.only}/')[-1]}:{frames[-1].lineno} {frames[-1].name}"
-        (self.report.waits if kind == "wait" else self.report.uploads)[f"{place} [{name}]"] += 1
+        counts = {"wait": self.report.waits, "upload": self.report.uploads, "float64": self.report.float64}
+        counts[kind][f"{place} [{name}]"] += 1
 
-    def move(self, module: torch.nn.Module) -> torch.nn.Module:
+    @staticmethod
+    def move(module: torch.nn.Module) -> torch.nn.Module:
         """Parameters and buffers go to the device; tied ones stay tied."""
         moved: dict[int, Any] = {}
         for child in module.modules():
@@ -269,8 +305,22 @@ class PretendCuda(TorchFunctionMode):
             out = func(*args, **kwargs)
             return out if isinstance(out, OnDevice) else OnDevice(out)
         kwargs.pop("pin_memory", None)
-        note("upload" if name in ("tensor", "as_tensor") else "launch", name)
+        if name in ("tensor", "as_tensor"):
+            note("upload", f"{name} and wait")
+        else:
+            note("launch", name)
         return OnDevice(func(*args, **kwargs))
+
+
+_STOCK_TO = torch.nn.Module.to
+
+
+def _moved_module(module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+    """`Module.to`, which would untie weights where their data cannot be replaced in place."""
+    device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+    if not is_there(device):
+        return _STOCK_TO(module, *args, **kwargs)
+    return PretendCuda.move(module if dtype is None else _STOCK_TO(module, dtype))
 
 
 def _to(name: str, x: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
@@ -284,7 +334,7 @@ def _to(name: str, x: torch.Tensor, args: Sequence[Any], kwargs: Mapping[str, An
         devices = [CUDA if name == "cuda" else torch.device("cpu")]
     dtype = dtypes[0] if dtypes else x.dtype
     if devices and devices[0].type == NAME and not isinstance(x, OnDevice):
-        note("upload", "to(cuda)")
+        note("upload", "to(cuda)" if kwargs.get("non_blocking") else "to(cuda) and wait")
         x = OnDevice(x.detach())
     elif devices and devices[0].type == "cpu" and isinstance(x, OnDevice):
         return torch.ops.aten._to_copy(x, device=torch.device("cpu"), dtype=dtype)

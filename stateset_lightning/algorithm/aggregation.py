@@ -13,19 +13,24 @@ from stateset_lightning.types import TokenBatch
 # Completions and their tokens: differentiable, without a loop ---------------------------------------------------------
 
 
-def per_token(values_N: Tensor, lengths_N: Tensor) -> Tensor:
-    """Repeats a value per completion for each of its tokens: [N] -> [T]."""
-    return values_N.repeat_interleave(lengths_N.to(values_N.device), dim=0)
+def per_token(values_N: Tensor, lengths_N: Tensor, num_tokens: int | None = None) -> Tensor:
+    """Repeats a value per completion for each of its tokens: [N] -> [T].
+
+    On a GPU the host waits for T, unless it is given as `num_tokens`.
+    """
+    return values_N.repeat_interleave(lengths_N.to(values_N.device), dim=0, output_size=num_tokens)
 
 
 def token_advantages(tokens: TokenBatch) -> Tensor:
     """The advantage of each token, [T]: its own where tokens have one, else its completion's."""
-    return per_token(tokens.advantages_N, tokens.lengths_N) if tokens.advantages_T is None else tokens.advantages_T
+    if tokens.advantages_T is not None:
+        return tokens.advantages_T
+    return per_token(tokens.advantages_N, tokens.lengths_N, len(tokens.logprobs_T))
 
 
 def sequence_sums(values_T: Tensor, lengths_N: Tensor) -> Tensor:
     """Sum over the tokens of each completion: [T] -> [N]."""
-    completion_T = per_token(torch.arange(len(lengths_N), device=values_T.device), lengths_N)
+    completion_T = per_token(torch.arange(len(lengths_N), device=values_T.device), lengths_N, len(values_T))
     return values_T.new_zeros(len(lengths_N)).index_add(0, completion_T, values_T)
 
 

@@ -235,7 +235,7 @@ class Algorithm(Formulas):
             loss_T = torch.where(needed(tokens, "select_T", "top_entropy"), loss_T, 0.0)
         if self.off_policy_threshold is not None:
             keep_N = terms.on_policy(tokens, self.off_policy_threshold)
-            loss_T = torch.where(per_token(keep_N, tokens.lengths_N), loss_T, 0.0)
+            loss_T = torch.where(per_token(keep_N, tokens.lengths_N, len(loss_T)), loss_T, 0.0)
             metrics["policy/off_policy"] = ((~keep_N).sum(), keep_N.numel())
         loss_T = self._corrected(loss_T, tokens, metrics)
         if self.beta > 0:

@@ -138,7 +138,7 @@ def sequence_clipped_loss(
     """
     ratio_N = sequence_means(log_ratios(tokens), tokens.lengths_N).exp()
     loss_N, metrics = _clipped(ratio_N, _completion_advantages(tokens), epsilon_low, epsilon_high, delta)
-    return per_token(loss_N, tokens.lengths_N), metrics
+    return per_token(loss_N, tokens.lengths_N, len(tokens.logprobs_T)), metrics
 
 
 def sequence_token_clipped_loss(
@@ -150,7 +150,7 @@ def sequence_token_clipped_loss(
     """
     log_ratio_T = log_ratios(tokens)
     ratio_N = sequence_means(log_ratio_T, tokens.lengths_N).exp().detach()
-    ratio_T = per_token(ratio_N, tokens.lengths_N) * (log_ratio_T - log_ratio_T.detach()).exp()
+    ratio_T = per_token(ratio_N, tokens.lengths_N, len(log_ratio_T)) * (log_ratio_T - log_ratio_T.detach()).exp()
     loss_T, _ = _clipped(ratio_T, advantages_of(tokens), epsilon_low, epsilon_high, delta)
     _, metrics = _clipped(ratio_N, tokens.advantages_N.to(ratio_N.dtype), epsilon_low, epsilon_high, delta)
     return loss_T, metrics
@@ -165,14 +165,15 @@ def geometric_mean_loss(
     pessimistic bound, before the geometric mean and not after. Clip metrics count tokens.
     """
     log_ratio_T, advantages_N = log_ratios(tokens), _completion_advantages(tokens)
-    advantages_T = per_token(advantages_N, tokens.lengths_N)
+    advantages_T = per_token(advantages_N, tokens.lengths_N, len(log_ratio_T))
     pessimistic_T = torch.where(
         advantages_T > 0, log_ratio_T.clamp(max=log_epsilon_high), log_ratio_T.clamp(min=-log_epsilon_low)
     )
     ratio_N = sequence_means(pessimistic_T, tokens.lengths_N).exp()
     low_T = (log_ratio_T < -log_epsilon_low) & (advantages_T < 0)
     high_T = (log_ratio_T > log_epsilon_high) & (advantages_T > 0)
-    return per_token(-advantages_N * ratio_N, tokens.lengths_N), ratio_metrics(ratio_N, low_T, high_T)
+    loss_T = per_token(-advantages_N * ratio_N, tokens.lengths_N, len(log_ratio_T))
+    return loss_T, ratio_metrics(ratio_N, low_T, high_T)
 
 
 def quadratic_loss(tokens: TokenBatch, *, tau: float) -> tuple[Tensor, Metrics]:
@@ -184,7 +185,8 @@ def quadratic_loss(tokens: TokenBatch, *, tau: float) -> tuple[Tensor, Metrics]:
     lengths_N = tokens.lengths_N.to(tokens.logprobs_T.device).clamp(min=1)
     log_ratio_N = sequence_sums(log_ratios(tokens), tokens.lengths_N)
     penalty_N = 0.5 * tau * log_ratio_N.square() / lengths_N
-    loss_T = -advantages_of(tokens) * tokens.logprobs_T + per_token(penalty_N, tokens.lengths_N)
+    penalty_T = per_token(penalty_N, tokens.lengths_N, len(tokens.logprobs_T))
+    loss_T = -advantages_of(tokens) * tokens.logprobs_T + penalty_T
     return loss_T, ratio_metrics((log_ratio_N / lengths_N).exp())
 
 

@@ -204,10 +204,10 @@ def mismatch_weights(
     if mismatch.kind == "token_tis":
         return weights_T.clamp(max=high)
     if mismatch.kind == "sequence_tis":
-        return per_token(sequence_sums(log_weights_T, lengths_N).exp().clamp(max=high), lengths_N)
+        return per_token(sequence_sums(log_weights_T, lengths_N).exp().clamp(max=high), lengths_N, len(weights_T))
     judged_T = weights_T
     if mismatch.kind == "sequence_mask":
-        judged_T = per_token(sequence_means(log_weights_T, lengths_N).exp(), lengths_N)
+        judged_T = per_token(sequence_means(log_weights_T, lengths_N).exp(), lengths_N, len(weights_T))
     return torch.where((judged_T >= low) & (judged_T <= high), weights_T, 0.0)
 
 

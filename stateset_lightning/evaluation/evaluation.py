@@ -73,7 +73,9 @@ class Evaluation(Metric):
         measures |= {"mean_tokens": rollout.sampled_lengths_N, "solved": self._solved(scores)}
         if samples is not None:
             measures |= self._sampled(*samples)
-        self.values_PM.append(torch.stack([measures[name].to(self.device).double() for name in self.names], dim=1))
+        values_PM = torch.stack([measures[name].cpu().double() for name in self.names], dim=1)
+        device = "cpu" if self.device.type == "mps" else self.device  # Apple's GPUs have no float64
+        self.values_PM.append(values_PM.to(device))
         topics = [list(_encode(scenario.topic)) for scenario in scenarios]
         self.topics_PB.append(torch.tensor(topics, dtype=torch.uint8, device=self.device).reshape(-1, TOPIC_BYTES))
 

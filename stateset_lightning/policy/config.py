@@ -82,6 +82,8 @@ class PolicyConfig(LoadingOptions):
         lora: Train a low-rank adapter and leave the model as it is. None: train the model.
         adapter: Continue from an adapter that peft has saved (a folder or a Hugging Face id). All but `lora.dropout`
             comes from its own config.
+        float32_matmul: How exact products of float32 are on a GPU (`torch.set_float32_matmul_precision`): `high` has
+            TF32's ten bits and is several times as fast; None leaves torch's setting, which is `highest`.
         router_aux_loss: Coefficient of the loss that has routers use all experts (docs/algorithms.md). 0: none.
     """
 
@@ -94,12 +96,18 @@ class PolicyConfig(LoadingOptions):
     head_dtype: Literal["float32"] | None = None
     lora: LoRAConfig | None = None
     adapter: str | None = None
+    float32_matmul: Literal["highest", "high", "medium"] | None = None
     router_aux_loss: Annotated[float, Ge(0)] = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.lora, Mapping):
             check_saved("model.policy.lora", LoRAConfig, self.lora)
             object.__setattr__(self, "lora", LoRAConfig(**self.lora))
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether an adapter is trained, and the model under it is not."""
+        return self.lora is not None or self.adapter is not None
 
     @property
     def has_dropout(self) -> bool:

@@ -92,9 +92,24 @@ def load_model(
         seed: The run's; a new adapter is initialised from it.
         tokenizer: That the model must have weights for.
 
+    Returns:
+        On torch's default device, which is the run's where Lightning calls.
+
     Raises:
         ConfigError: If the model cannot be found or loaded, lacks weights, or a checkpoint file holds pickled objects.
     """
+    if policy.float32_matmul is not None:
+        torch.set_float32_matmul_precision(policy.float32_matmul)
+    device = torch.get_default_device()
+    # In the context of another device transformers asks for accelerate, and an adapter would have other numbers there.
+    with torch.device("cpu"):
+        model = _load_on_cpu(policy, default_dtype, seed, tokenizer)
+    return model if model.device == device else model.to(device)
+
+
+def _load_on_cpu(
+    policy: PolicyConfig, default_dtype: torch.dtype, seed: int, tokenizer: PreTrainedTokenizerBase | None
+) -> PreTrainedModel:
     from transformers import AutoConfig
 
     name, option = resolve_model_name(policy.model_name), f"model.policy.model_name={policy.model_name!r}"

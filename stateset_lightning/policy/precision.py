@@ -20,12 +20,18 @@ _TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "32-true": torch
 _MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
-def weights_dtype(dtype: Dtype | None, precision: str) -> torch.dtype:
+# What products of float32 round their factors to, by `torch.set_float32_matmul_precision`: TF32 has float16's digits.
+_FACTORS = {"highest": torch.float32, "high": torch.float16, "medium": torch.bfloat16}
+
+
+def weights_dtype(dtype: Dtype | None, precision: str, is_adapted: bool = False) -> torch.dtype:
     """Dtype of the weights: the policy's own, or the Trainer's.
 
     Args:
         dtype: `model.policy.dtype`.
         precision: `trainer.precision`, as Lightning names it.
+        is_adapted: Whether an adapter alone is trained, which is float32 whatever the model is: mixed precision then
+            takes a model of the dtype that it computes in.
 
     Raises:
         ConfigError: If both are set and differ, or this package does not know the Trainer's precision.
@@ -37,7 +43,7 @@ def weights_dtype(dtype: Dtype | None, precision: str) -> torch.dtype:
         return wanted
     own: torch.dtype = getattr(torch, dtype)
     # The default precision, 32-true, leaves the weights as they are; the others convert them.
-    if own != wanted and precision != "32-true":
+    if own != wanted and precision != "32-true" and not (is_adapted and own == _MIXED.get(precision)):
         raise ConfigError(
             f"model.policy.dtype={dtype!r} contradicts trainer.precision={precision!r} (which needs"
             f" {str(wanted).removeprefix('torch.')} weights): set one of them"
@@ -48,6 +54,22 @@ def weights_dtype(dtype: Dtype | None, precision: str) -> torch.dtype:
 def sampling_dtype(precision: str) -> torch.dtype | None:
     """What weights are cast to while sampling; None leaves them as they are."""
     return _MIXED.get(precision)
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What products of this dtype are as exact as."""
+    return _FACTORS[torch.get_float32_matmul_precision()] if dtype == torch.float32 else dtype
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Products of float32 with all digits, while the context lasts."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def has_bfloat16_products() -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from stateset_lightning.errors import ConfigError, SamplingError
-from stateset_lightning.policy.precision import LOGPROB_TOLERANCE, cast_parameters
+from stateset_lightning.policy.precision import LOGPROB_TOLERANCE, cast_parameters, exact_products, product_dtype
 from stateset_lightning.policy.text_model import context_length, use_one_rope_table
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def reason_of(error: Exception) -> str:
     return f"a probe raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
+@exact_products()
 @torch.no_grad()
 def exact_on(model: PreTrainedModel, path: str, difference: Callable[[PreTrainedModel], float]) -> str | None:
     """Why a shortcut does not give the model's own log-probs; None if it does, on the real weights and on a twin.
@@ -136,7 +137,8 @@ def make_twin(model: PreTrainedModel) -> PreTrainedModel:
         _shrink(part)
     if config._attn_implementation not in ("eager", "stateset_prefix"):
         config._attn_implementation = "sdpa"  # other kernels may not take float32
-    with torch.random.fork_rng(devices=[]), no_init_weights():
+    # On the CPU, as the generator is; Lightning's default device may be another one.
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]), no_init_weights():
         twin = type(model)(config)
     generator = torch.Generator().manual_seed(0)
     for name, p in twin.named_parameters():
@@ -207,7 +209,7 @@ def sampler_limit(model: PreTrainedModel, dtype: torch.dtype, temperature: float
         temperature: Divides the logits, and so multiplies their error.
         ids: A text as they are sampled, prompt and completion: errors are large where the model is not sure.
     """
-    limit = LOGPROB_TOLERANCE[torch.float32] / min(temperature, 1.0)
+    limit, dtype = LOGPROB_TOLERANCE[torch.float32] / min(temperature, 1.0), product_dtype(dtype)
     return limit if dtype.itemsize >= 4 else max(limit, NOISE_FACTOR * float_noise(model, dtype, ids, temperature))
 
 
@@ -227,7 +229,7 @@ def float_noise(
     text, logprobs = list(ids or probe_tokens(NOISE_TOKENS))[-NOISE_TOKENS:], []
     try:
         for to in (torch.float32, dtype):
-            with torch.autocast(model.device.type, enabled=False), cast_parameters(model, to):
+            with exact_products(), torch.autocast(model.device.type, enabled=False), cast_parameters(model, to):
                 logprobs.append((own_logprobs(model, text) / temperature).log_softmax(-1))
     except RuntimeError:  # there is no memory for a float32 copy, or a part of the model fixes its dtype
         return fallback

@@ -22,6 +22,7 @@ from stateset_lightning.run.lightning_internals import loader_states
 from stateset_lightning.run.metrics_file import drop_later_events, metrics_files, skip_known_rows, wandb_rows
 from stateset_lightning.run.records import drop_later_steps
 from stateset_lightning.training.episode import Episode
+from stateset_lightning.training.micro_steps import is_auto, set_micro_steps
 from stateset_lightning.training.schedule import Schedule, accumulation, keep_given_options, start_at
 
 if TYPE_CHECKING:
@@ -149,7 +150,9 @@ class RunCheckpoint:
                 name = f"model.policy.model_name={module.policy_config.model_name}"
                 check_weights(module.state_dict(), checkpoint["state_dict"], name)
         if training:
-            trainer = module.trainer
+            trainer, data = module.trainer, module._data
+            if data is not None and is_auto(data):
+                set_micro_steps(trainer, data, saved["accumulate"])
             check_resumable(saved, module.seed, accumulation(trainer, checkpoint["epoch"]), trainer.world_size)
             self._resumed, self._saved_at = checkpoint, saved.get("saved_at", 0.0)
             self._check_same()

@@ -41,6 +41,17 @@ class MicroBatch:
     select_T: Tensor | None
     experts_per_token_E: Tensor | None = None
 
+    def to(self, device: torch.device) -> MicroBatch:
+        """On a device, whose copies the host does not wait for; float64 as float32, as Apple's GPUs lack it."""
+
+        def there(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            value = value.float() if value.dtype == torch.float64 else value
+            return value.to(device, non_blocking=device.type != "mps")  # there such a copy may outlive its source
+
+        return MicroBatch(**{name: there(value) for name, value in vars(self).items()})
+
 
 @dataclass
 class Episode:

@@ -54,29 +54,24 @@ def micro_batch_loss(
     policy.routed = 0
     with seeded_dropout(policy.device, dropout_seed) if policy.has_dropout else nullcontext():
         logprobs_T, entropies_T = policy.score(batch.groups, temperature)
-    device = logprobs_T.device
-
-    def here(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.to(device)
-
-    sampling_logprobs_T = batch.sampling_logprobs_T.to(device)
+    batch = batch.to(logprobs_T.device)
     tokens = TokenBatch(
         logprobs_T=logprobs_T,
         # With one optimizer step per episode the old log-probs are the new ones: no pass is made for them.
-        old_logprobs_T=logprobs_T.detach() if batch.old_logprobs_T is None else batch.old_logprobs_T.to(device),
-        advantages_N=batch.advantages_N.to(device),
-        lengths_N=batch.lengths_N.to(device),
-        ref_logprobs_T=here(batch.ref_logprobs_T),
-        sampling_logprobs_T=sampling_logprobs_T,
+        old_logprobs_T=logprobs_T.detach() if batch.old_logprobs_T is None else batch.old_logprobs_T,
+        advantages_N=batch.advantages_N,
+        lengths_N=batch.lengths_N,
+        ref_logprobs_T=batch.ref_logprobs_T,
+        sampling_logprobs_T=batch.sampling_logprobs_T,
         entropies_T=entropies_T,
-        select_T=here(batch.select_T),
+        select_T=batch.select_T,
     )
     loss_T, sums = algorithm.per_token_loss(tokens)
-    weights_T = per_token(batch.weights_N.to(device, loss_T.dtype), tokens.lengths_N)
+    weights_T = per_token(batch.weights_N.to(loss_T.dtype), tokens.lengths_N, len(loss_T))
     loss = (weights_T * loss_T).sum()
-    sums |= metrics.of_tokens(logprobs_T.detach(), sampling_logprobs_T, entropies_T.detach())
+    sums |= metrics.of_tokens(logprobs_T.detach(), batch.sampling_logprobs_T, entropies_T.detach())
     if batch.experts_per_token_E is not None:
-        router_loss = balance(policy.routed[0], batch.experts_per_token_E.to(device))
+        router_loss = balance(policy.routed[0], batch.experts_per_token_E)
         loss = loss + policy.config.router_aux_loss / step_tokens * router_loss
         sums["train/router_aux_loss"] = (router_loss.detach(), len(logprobs_T))
     return loss, sums
@@ -168,7 +163,7 @@ def all_logprobs(policy: Policy | AdapterReference, rollout: Rollout, temperatur
     completions, sampled = (values.cpu().split(lengths) for values in (rollout.completion_tokens_T, rollout.sampled_T))
     rows = [n for n, length in enumerate(lengths) if length]  # an engine may return an empty one
     groups = groups_of(rollout.prompt_tokens, completions, rows, sampled)
-    all_T = torch.zeros(len(rollout.completion_tokens_T))
+    all_T = torch.zeros(len(rollout.completion_tokens_T), dtype=torch.float32)  # the default dtype may be bfloat16
     all_T[rollout.sampled_T] = policy.score_without_gradient(groups, temperature)[0].cpu()
     return all_T
 
@@ -193,15 +188,16 @@ def add_fixed_logprobs(step: TrainingStep, episode: Episode, scored: TrainedScor
     if not (algorithm.selects_tokens or balances) and (not old or episode.old_logprobs_T is not None):
         return
     step.sampled_policy.routed = 0
-    scored_T = step.sampled_policy.score_without_gradient(groups, temperature)
-    logprobs_T, entropies_T = (episode.scatter(values) for values in scored_T)
+    logprobs_T, entropies_T = step.sampled_policy.score_without_gradient(groups, temperature)
     if old or algorithm.selects_tokens:
-        episode.old_logprobs_T = logprobs_T
+        episode.old_logprobs_T = episode.scatter(logprobs_T)
     if balances:  # over the episode, so that the loss is linear in its tokens, however they are divided
         chosen: list[Any] = step.ranks.gather(step.sampled_policy.routed[1].cpu() if groups else 0)
         episode.experts_per_token_E = sum(chosen) / sum(episode.active_by_step)
     if algorithm.selects_tokens:
-        episode.select_T = selected_tokens(episode, logprobs_T, entropies_T, algorithm, plan, step.sampler.seed)
+        assert episode.old_logprobs_T is not None
+        scattered = episode.old_logprobs_T, episode.scatter(entropies_T)
+        episode.select_T = selected_tokens(episode, *scattered, algorithm, plan, step.sampler.seed)
 
 
 def selected_tokens(
@@ -232,7 +228,9 @@ def selected_tokens(
             advantages, logprobs, entropies = zip(*(everyone[position][1:] for position in positions), strict=True)
             old_T, entropy_T = (_rounded(torch.cat(values)) for values in (logprobs, entropies))
             lengths_N = torch.tensor([len(values) for values in logprobs])
-            tokens = TokenBatch(old_T, old_T, torch.tensor(advantages), lengths_N, entropies_T=entropy_T)
+            tokens = TokenBatch(
+                old_T, old_T, torch.tensor(advantages, dtype=torch.float32), lengths_N, entropies_T=entropy_T
+            )
             kept_T = algorithm.select(tokens, derive_seed(seed, "select", episode.index, step))
             chosen.update(zip(positions, kept_T.cpu().split(tokens.lengths_N.tolist()), strict=True))
     select_T = torch.zeros(len(logprobs_T), dtype=torch.bool)

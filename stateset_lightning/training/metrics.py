@@ -82,7 +82,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,6 +111,18 @@ NAMES = [
 PROGRESS_BAR = ("train/reward", "completion/mean_tokens", "work/tokens_per_s")
 
 
+def floats(values: Sequence[Tensor | float]) -> list[float]:
+    """The values on the host; of those that lie on a GPU all of one dtype come at once, as each copy is a wait."""
+    far: dict[torch.dtype, dict[int, Tensor]] = {}
+    for i, value in enumerate(values):
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            far.setdefault(value.dtype, {})[i] = value
+    copied: dict[int, float] = {}
+    for same in far.values():
+        copied.update(zip(same, torch.stack([*same.values()]).tolist(), strict=True))
+    return [copied[i] if i in copied else float(value) for i, value in enumerate(values)]
+
+
 class SumCounts:
     """Adds up (sum, count) pairs by name."""
 
@@ -126,7 +138,8 @@ class SumCounts:
 
     def means(self, ranks: Ranks) -> dict[str, float]:
         """Sum over count, over all ranks; names without any count are left out. Starts anew afterwards."""
-        mine = {name: (float(total), float(count)) for name, (total, count) in self._totals.items()}
+        values = iter(floats([value for pair in self._totals.values() for value in pair]))
+        mine = dict(zip(self._totals, zip(values, values, strict=True), strict=True))
         self._totals = {}
         everyone = ranks.gather(mine)
         names = sorted({name for totals in everyone for name in totals})

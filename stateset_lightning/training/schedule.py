@@ -135,6 +135,9 @@ def make_optimizer(make: Callable[..., Any], parameters: Iterable[torch.Tensor])
     }
     for problem in (problem for problem, is_there in problems.items() if is_there):
         raise ConfigError(f"model.optimizer: {name} {problem}")
+    # A fused one would undo loss scaling inside its step, when gradients have been judged and clipped. Without this
+    # attribute, which torch's GradScaler (2.13) and Lightning (2.6.6) ask, they are unscaled before.
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     return optimizer
 
 

@@ -38,6 +38,7 @@ FROM_FILE: dict[str, Any] = {
     "head_dtype": "float32",
     "lora": LoRAConfig(rank=3, peft_kwargs={"use_rslora": True}),
     "adapter": "some",
+    "float32_matmul": "high",
     "router_aux_loss": 0.01,
 }
 LOADING: dict[str, Any] = {

@@ -54,6 +54,26 @@ def edit(path: Path, **changes: Any) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def test_a_model_is_loaded_on_the_cpu_and_goes_to_the_device_that_lightning_asks_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A plain install has no accelerate; and an adapter has the same numbers on every device."""
+    drawn_on: set[str] = set()
+    draw = torch.nn.init.kaiming_uniform_
+
+    def note(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if 2 in tensor.shape:  # the adapter's; the rest is filled from the file
+            drawn_on.add(tensor.device.type)
+        return draw(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", note)
+    monkeypatch.setattr("transformers.integrations.accelerate.is_accelerate_available", lambda: False)
+    with torch.device("meta"):
+        model = load_model(PolicyConfig("tiny", lora=LoRAConfig(rank=2)))
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert drawn_on == {"cpu"}
+
+
 def test_a_folder_of_each_architecture_loads_as_it_was_saved(
     model_folder: Callable[..., Path], make_model: Callable[..., Any], architecture: str
 ) -> None:

@@ -1,10 +1,12 @@
 """What each of the Trainer's precisions means for weights and sampling."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.policy.precision import sampling_dtype, weights_dtype
+from stateset_lightning.policy.precision import exact_products, product_dtype, sampling_dtype, weights_dtype
 
 
 @pytest.mark.parametrize(
@@ -27,6 +29,27 @@ def test_weights_and_sampling(
 ) -> None:
     assert weights_dtype(dtype, precision) == weights  # type: ignore[arg-type]
     assert sampling_dtype(precision) == sampling
+
+
+@pytest.mark.parametrize(("precision", "own"), [("bf16-mixed", "bfloat16"), ("16-mixed", "float16")])
+def test_mixed_precision_takes_a_model_of_its_own_dtype_under_an_adapter(precision: str, own: Any) -> None:
+    assert weights_dtype(own, precision, is_adapted=True) == getattr(torch, own)
+    other = "float16" if own == "bfloat16" else "bfloat16"
+    for dtype, is_adapted in ((own, False), (other, True)):
+        with pytest.raises(ConfigError, match="contradicts"):
+            weights_dtype(dtype, precision, is_adapted)  # type: ignore[arg-type]
+
+
+def test_products_are_exact_where_they_must_be_and_otherwise_as_torch_is_set() -> None:
+    assert product_dtype(torch.float32) == torch.float32
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert (product_dtype(torch.float32), product_dtype(torch.bfloat16)) == (torch.float16, torch.bfloat16)
+        with exact_products():
+            assert product_dtype(torch.float32) == torch.float32
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,22 @@ def test_a_sampler_may_differ_by_float_error_alone(
         probes.check_sampler(difference, limit, dtype)
 
 
+def test_a_sampler_may_differ_by_more_where_products_of_float32_are_rounded(make_model: Callable[..., Any]) -> None:
+    model = make_model("llama")
+    exact, float16 = (probes.sampler_limit(model, dtype, 0.1, [5, 6, 7]) for dtype in (torch.float32, torch.float16))
+    try:
+        torch.set_float32_matmul_precision("medium")
+        bfloat16 = probes.sampler_limit(model, torch.float32, 0.1, [5, 6, 7])
+        torch.set_float32_matmul_precision("high")
+        assert probes.sampler_limit(model, torch.float32, 0.1, [5, 6, 7]) == float16
+        during = []
+        assert probes.exact_on(model, "x", lambda _: during.append(torch.get_float32_matmul_precision()) or 0.0) is None
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert exact < float16 < bfloat16
+    assert set(during) == {"highest"}
+
+
 def test_the_noise_of_bfloat16_is_that_of_the_model(make_model: Callable[..., Any]) -> None:
     """A model with small weights has less of it than a constant for all models says: 0.025 nats."""
     noises = [probes.float_noise(make_model("llama", initializer_range=scale), torch.bfloat16) for scale in (0.02, 0.2)]

@@ -1,5 +1,6 @@
 """What is checked before the first step, and how long a run is."""
 
+import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -14,11 +15,11 @@ from stateset_lightning.evaluation import EvaluationConfig
 from stateset_lightning.rewards import ExactMatch, FunctionReward, JsonValid, RelativeLength
 from stateset_lightning.training import checks as run_checks
 from stateset_lightning.training.checks import (
-    check_clipping,
     check_context,
     check_dynamic_sampling,
     check_episode_fits_trainer,
     check_monitors,
+    check_speed,
     checks_of_run,
     no_validation,
 )
@@ -240,23 +241,19 @@ def test_metrics_of_training_and_of_the_users_own_are_monitored():
 
 
 @pytest.mark.parametrize(
-    ("precision", "clip", "fused", "refused"),
+    ("precision", "dtype", "device", "warns"),
     [
-        ("bf16-mixed", 1.0, True, True),
-        ("bf16-mixed", None, True, False),
-        ("bf16-mixed", 1.0, False, False),
-        ("32-true", 1.0, True, False),
+        ("32-true", torch.float32, "cuda", True),
+        ("bf16-mixed", torch.float32, "cuda", False),
+        ("32-true", torch.bfloat16, "cuda", False),
+        ("32-true", torch.float32, "cpu", False),
     ],
 )
-def test_what_lightning_cannot_clip_is_refused_at_the_start(precision, clip, fused, refused):
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], fused=fused)
-    trainer = Trainer(
-        accelerator="cpu", precision=precision, gradient_clip_val=clip, logger=False, enable_checkpointing=False
-    )
-    with pytest.raises(ConfigError, match="fused AdamW") if refused else nullcontext():
-        check_clipping(trainer, optimizer)
-    with pytest.raises(RuntimeError, match="fused") if refused else nullcontext():  # that it is still so
-        trainer.precision_plugin.clip_gradients(optimizer, clip or 0)
+def test_float32_on_a_gpu_is_told(precision, dtype, device, warns):
+    trainer = SimpleNamespace(precision=precision, strategy=SimpleNamespace(root_device=torch.device(device)))
+    quiet = warnings.catch_warnings(action="error")
+    with pytest.warns(UserWarning, match="32-true on a GPU: bf16-mixed is") if warns else quiet:
+        check_speed(trainer, dtype)
 
 
 def test_the_longest_prompt_fits_with_its_completion():

@@ -32,6 +32,7 @@ from stateset_lightning.training.collect import answered
 from stateset_lightning.training.episode import MicroBatch, groups_of
 from stateset_lightning.training.loss import micro_batch_loss
 from stateset_lightning.training.metrics import peak_memory_mb
+from stateset_lightning.training.micro_steps import choose as choose_micro_steps
 from stateset_lightning.types import Rollout, Scenario, Scores
 
 SAMPLED, WORST = "as sampled", "worst case"
@@ -154,7 +155,8 @@ class EpisodeMeasurement:
     def load(self) -> None:
         """Policy and reference, on the device; not by `configure_model`, which would shard the policy."""
         module, device = self.module, self.meter.device
-        dtype = weights_dtype(module.policy_config.dtype, str(self.trainer.precision))
+        config = module.policy_config
+        dtype = weights_dtype(config.dtype, str(self.trainer.precision), config.is_adapted)
 
         def load() -> None:
             model = load_model(module.policy_config, dtype, module.seed, module.tokenizer).to(device)
@@ -164,6 +166,7 @@ class EpisodeMeasurement:
                 self.reference = make_reference(self.policy, dtype)
                 if isinstance(self.reference, Policy):
                     self.reference.to(device)
+            choose_micro_steps(self.trainer, self.policy, self.data, module.rollout)
 
         self.meter.run(SAMPLED, "load", load, limit=0)
 

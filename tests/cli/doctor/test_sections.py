@@ -117,11 +117,8 @@ def test_all_contradictions_are_found_at_once(examine):
         ),
         ({"trainer": {"max_step": 1}}, "there is no key"),
         (
-            {
-                "model": {"optimizer": {"init_args": {"fused": True}}},
-                "trainer": {"precision": "bf16-mixed", "gradient_clip_val": 1.0},
-            },
-            "trainer.gradient_clip_val=1.0 with trainer.precision=bf16-mixed: Lightning clips no gradients of a fused",
+            {"data": {"steps_per_episode": "auto"}, "trainer": {"accumulate_grad_batches": 2}},
+            "data.steps_per_episode=auto chooses trainer.accumulate_grad_batches, too, which is 2",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -1,0 +1,103 @@
+"""What only a GPU can show. `GPU_CHECK_DEVICE=cpu` rehearses the tests themselves on a CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from module_runs import fit, make_data, make_module, relative_difference, weights
+
+from stateset_lightning.policy import Group, LoRAConfig, Policy, PolicyConfig
+
+DEVICE = torch.device(os.environ.get("GPU_CHECK_DEVICE", "cuda"))
+ACCELERATOR = "gpu" if DEVICE.type == "cuda" else DEVICE.type
+GROUPS = [
+    Group([3 + i % 50 for i in range(23)], [[7, 9, 11], [4] * 12]),
+    Group([5, 8, 13], [[20 + i for i in range(9)], [6], [40, 41]]),
+]
+# Nats from float64 on a CPU, mean over tokens.
+LIMITS = {torch.float32: 2e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE.type == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def scores_and_gradients(policy: Policy) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    logprobs_T, entropies_T = policy.score(GROUPS)
+    gradients = torch.autograd.grad((logprobs_T + 0.1 * entropies_T).sum(), list(policy.parameters()))
+    return logprobs_T.detach().double().cpu(), [gradient.double().cpu() for gradient in gradients]
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("scoring", ["auto", "padded"])
+def test_log_probs_and_gradients_are_those_of_float64(
+    make_model: Callable[..., Any], architecture: str, scoring: Any, dtype: torch.dtype
+) -> None:
+    exact = Policy(make_model(architecture).double(), PolicyConfig(architecture, scoring="padded"))
+    policy = Policy(make_model(architecture).to(DEVICE, dtype), PolicyConfig(architecture, scoring=scoring))
+    (expected, slopes), (found, gradients) = scores_and_gradients(exact), scores_and_gradients(policy)
+    assert (found - expected).abs().mean() < LIMITS[dtype]
+    if dtype == torch.float32:
+        for slope, gradient in zip(slopes, gradients, strict=True):
+            assert (slope - gradient).norm() <= 1e-3 * slope.norm() + 1e-6
+
+
+def run(folder: Path, **options: Any) -> Trainer:
+    data = make_data(num_iterations=2, steps_per_episode=2)
+    settings = {"max_steps": 4, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0, "accelerator": ACCELERATOR}
+    return fit(folder, data=data, **{**settings, **options})
+
+
+def test_a_curve_is_the_cpus(tmp_path: Path) -> None:
+    here, there = (run(tmp_path, accelerator=kind).lightning_module.metrics.last for kind in (ACCELERATOR, "cpu"))
+    for name in ("train/reward", "policy/loss", "policy/grad_norm", "policy/entropy", "completion/mean_tokens"):
+        assert here[name] == pytest.approx(there[name], rel=0.02, abs=1e-4), name
+
+
+@pytest.mark.parametrize("policy", ["tiny", PolicyConfig("tiny", lora=LoRAConfig(rank=2))], ids=["whole", "adapter"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"])
+def test_every_precision_trains(tmp_path: Path, precision: Any, policy: Any) -> None:
+    optimizer = torch.optim.SGD if precision == "16-true" else torch.optim.AdamW  # whose eps is 0 in float16
+
+    def fused(parameters: Any) -> torch.optim.Optimizer:
+        return optimizer(parameters, lr=1e-3, fused=True)
+
+    module = make_module(policy, optimizer=fused)
+    settings = {"max_steps": 3, "gradient_clip_val": 1.0, "accelerator": ACCELERATOR, "precision": precision}
+    last = fit(tmp_path, module, make_data(), **settings).lightning_module.metrics.last
+    assert 0 < last["policy/grad_norm"] < 1e3 or last["policy/bad_steps"]  # and not that of scaled gradients
+    assert last["policy/sampling_difference"] < 0.1
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_resumed_run_has_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Any) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+    def ends(steps: int, **options: Any) -> dict[str, torch.Tensor]:
+        keep = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+        try:
+            return weights(
+                run(
+                    tmp_path,
+                    max_steps=steps,
+                    callbacks=[keep],
+                    enable_checkpointing=True,
+                    deterministic="warn",  # sampling puts tokens at places of their own
+                    precision=precision,
+                    **options,
+                )
+            )
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    straight = ends(6)
+    ends(3)  # inside an episode
+    assert relative_difference(ends(6, ckpt_path=tmp_path / "last.ckpt"), straight) == 0
