@@ -46,6 +46,11 @@ def tokens_between_looks(device: torch.device) -> int:
     return 1 if device.type == "cpu" else LOOK_EVERY
 
 
+def has_graphs(device: torch.device) -> bool:
+    """Whether steps are recorded and replayed there; elsewhere they are called."""
+    return device.type == "cuda"
+
+
 def obstacle_to_graph(model: PreTrainedModel) -> str | None:
     """Why `GraphBatch` does not know a model; None if it does."""
     if not has_llama_layers(model) or model.model.rotary_emb.rope_type in ("dynamic", "longrope"):
@@ -128,7 +133,7 @@ class GraphBatch:
 
         Between two changes of the rows it must be the same function.
         """
-        if self.model.device.type == "cuda" and self._graph is None:
+        if has_graphs(self.model.device) and self._graph is None:
             self._graph, times = _recorded(advance), times - 1
         for _ in range(times):
             advance() if self._graph is None else self._graph.replay()
@@ -252,8 +257,9 @@ def _attention(cache: Tensor, used_B: Tensor, counts: Sequence[int] | None) -> A
     """
     _, rows, capacity = cache.shape[:3]
     if cache.is_cuda and cache.dtype in (torch.bfloat16, torch.float16):
-        ends = torch.arange(rows + 1, dtype=torch.int32, device=cache.device)
-        asked = ends if counts is None else ends.new_tensor([0, *accumulate(counts)])
+        options: dict[str, Any] = {"dtype": torch.int32, "device": cache.device}
+        ends = torch.arange(rows + 1, **options)
+        asked = ends if counts is None else torch.tensor([0, *accumulate(counts)], **options)
         return partial(_flash, asked, ends * capacity, max(counts or [1]), used_B)
     if counts is None:
         hidden_BC = torch.arange(capacity, device=cache.device) < used_B[:, None]

@@ -21,7 +21,7 @@ from stateset_lightning.policy.packed_attention import arguments
 from stateset_lightning.policy.shared_prompts import SharedPrompts
 from stateset_lightning.rollout.cache import BufferLayer, StateLayer, make_cache, modules_with_states
 from stateset_lightning.rollout.cpu_decoding import Attend, LlamaDecoder, attend_to_cache
-from stateset_lightning.rollout.cuda_decoding import GraphBatch, tokens_between_looks
+from stateset_lightning.rollout.cuda_decoding import GraphBatch, has_graphs, tokens_between_looks
 from stateset_lightning.rollout.engine import DecodingKind
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def batch_kinds(
     shares = shares and not any(getattr(module, "is_kv_shared_layer", False) for module in model.modules())
     if shares and longest_prompt >= SHARE_FROM:
         return (SharingBatch, RunningBatch)
-    return (GraphBatch, RunningBatch) if decoding == "auto" and model.device.type == "cuda" else (RunningBatch,)
+    return (GraphBatch, RunningBatch) if decoding == "auto" and has_graphs(model.device) else (RunningBatch,)
 
 
 class RunningBatch:
