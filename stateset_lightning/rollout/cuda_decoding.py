@@ -219,8 +219,8 @@ class _Layer:
         attention = layer.self_attn
         self.scaling, self.head_dim = attention.scaling, attention.head_dim
         *inputs, self.output, self.gate, self.up, self.down = linears(layer)
-        self.weight = torch.cat([linear.weight.detach() for linear in inputs])
-        biases = [linear.bias.detach() for linear in inputs if linear.bias is not None]  # all have one, or none
+        self.weight = torch.cat([linear.weight for linear in inputs])
+        biases = [linear.bias for linear in inputs if linear.bias is not None]  # all have one, or none
         self.bias = torch.cat(biases) if biases else None
         self.sizes = [linear.out_features // self.head_dim for linear in inputs]  # heads of queries, keys, values
         self.attention_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
