@@ -85,7 +85,9 @@ class Waits(Callback):
         self.steps.append(dict(self.gpu.take().waits))
 
 
-def run(beta: float, lora: bool, decoding: DecodingKind, gpu: PretendCuda | None) -> tuple[dict[str, float], list[dict[str, int]]]:
+def run(
+    beta: float, lora: bool, decoding: DecodingKind, gpu: PretendCuda | None
+) -> tuple[dict[str, float], list[dict[str, int]]]:
     """Metrics of the last step, and the waits of each micro-step; on the CPU where `gpu` is None."""
     seed_everything(1, verbose=False)
     rows: list[Any] = [

@@ -1,16 +1,19 @@
 """Decoding on a GPU: a step of all rows, sampling included, is recorded once as a CUDA graph, and replayed.
 
 Launched one after the other, the thousand operations of a step take the host several times as long as the device. A
-graph replays the same kernels at the same addresses. So what a step changes is changed in place, what it depends on lies
-on the device, and the host looks only every `LOOK_EVERY` tokens which rows have finished. A graph is recorded anew
-whenever rows come or go: that takes about as long as a few steps, and they come or go when half of them have finished.
-It lives within one `generate`, as do the weights that are cast for it.
+graph replays the same kernels at the same addresses. So what a step changes is changed in place, what it depends on
+lies on the device, and the host looks only every `LOOK_EVERY` tokens which rows have finished.
+
+A graph is made for so many rows of such a capacity, and recorded anew when rows come or go, which they do when half of
+them have finished. That takes as long as a few steps, and is simpler than rows that are replaced within a graph. It
+lives within one `generate`, as do the weights that are cast for it.
 
 Rows are aligned on the left in a cache of fixed size. Attention is PyTorch's flash kernel, which reads of each row what
 is there; in float32, and where there is no such kernel, it is plain attention under a mask. Elsewhere than on CUDA the
 same steps run without a graph.
 
-Letters: B rows, C capacity of the cache in tokens, T tokens that are appended, P prompts, k key heads, d size of a head.
+Letters: B rows, C capacity of the cache in tokens, T tokens that are appended, P prompts, H hidden size, k key heads, d
+size of a head.
 """
 
 from __future__ import annotations
@@ -34,6 +37,9 @@ if TYPE_CHECKING:
 # Tokens between two looks of the host. Rows that have finished decode up to 15 more, which nobody reads.
 LOOK_EVERY = 16
 
+# Kinds of devices where steps are recorded and replayed; elsewhere they are called.
+WITH_GRAPHS = ("cuda",)
+
 # Of a forward: bounds the activations of many long prompts.
 PREFILL_TOKENS = 16_384
 
@@ -41,23 +47,11 @@ PREFILL_TOKENS = 16_384
 Attend = Callable[[Tensor, Tensor, float], Tensor]
 
 
-def tokens_between_looks(device: torch.device) -> int:
-    """A look costs nothing on a CPU; elsewhere it waits for the device, which then waits for the host."""
-    return 1 if device.type == "cpu" else LOOK_EVERY
-
-
-def has_graphs(device: torch.device) -> bool:
-    """Whether steps are recorded and replayed there; elsewhere they are called."""
-    return device.type == "cuda"
-
-
 def obstacle_to_graph(model: PreTrainedModel) -> str | None:
     """Why `GraphBatch` does not know a model; None if it does."""
     if not has_llama_layers(model) or model.model.rotary_emb.rope_type in ("dynamic", "longrope"):
         known = ", ".join(MODEL_TYPES)
-        return (
-            f"it knows plain layers of {known} alone, without a window, hooks or rotary frequencies by the text's length"
-        )
+        return f"it knows plain layers of {known} alone, without windows, hooks or rotary frequencies by length"
     return None
 
 
@@ -133,12 +127,12 @@ class GraphBatch:
 
         Between two changes of the rows it must be the same function.
         """
-        if has_graphs(self.model.device) and self._graph is None:
+        if self.model.device.type in WITH_GRAPHS and self._graph is None:
             self._graph, times = _recorded(advance), times - 1
         for _ in range(times):
             advance() if self._graph is None else self._graph.replay()
 
-    # A row can pause, take tokens that were not sampled, and go on -----------------------------------------------------
+    # A row can pause, take tokens that were not sampled, and go on ---------------------------------------------------
 
     def pause(self, lengths: Mapping[int, int]) -> None:
         """These rows keep so many of their tokens, those of the prompt included, and stand still while others go on."""
@@ -219,7 +213,7 @@ class _Layer:
         attention = layer.self_attn
         self.scaling, self.head_dim = attention.scaling, attention.head_dim
         *inputs, self.output, self.gate, self.up, self.down = linears(layer)
-        self.weight = torch.cat([linear.weight for linear in inputs])
+        self.weight = torch.cat(tuple(linear.weight for linear in inputs))
         biases = [linear.bias for linear in inputs if linear.bias is not None]  # all have one, or none
         self.bias = torch.cat(biases) if biases else None
         self.sizes = [linear.out_features // self.head_dim for linear in inputs]  # heads of queries, keys, values
@@ -290,9 +284,7 @@ def _attend_one(seen_BC: Tensor, query: Tensor, cache: Tensor, scaling: float) -
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling).flatten(1, 2)
 
 
-def _attend_several(
-    counts: Sequence[int], used: Sequence[int], query: Tensor, cache: Tensor, scaling: float
-) -> Tensor:
+def _attend_several(counts: Sequence[int], used: Sequence[int], query: Tensor, cache: Tensor, scaling: float) -> Tensor:
     parts = []
     for row, (some, total) in enumerate(zip(query.split(list(counts)), used, strict=True)):
         keys, values = cache[:, row, None, :total].transpose(2, 3)

@@ -13,7 +13,7 @@ from torch import Tensor
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy.probes import check_own_forward, exact_on, own_logprobs, probe_tokens
 from stateset_lightning.rollout.cpu_decoding import LlamaDecoder
-from stateset_lightning.rollout.cuda_decoding import GraphBatch, has_graphs, obstacle_to_graph
+from stateset_lightning.rollout.cuda_decoding import WITH_GRAPHS, GraphBatch, obstacle_to_graph
 from stateset_lightning.rollout.running_batch import RunningBatch
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def exact_way(model: PreTrainedModel, name: str, kinds: Sequence[Kind], decodes:
         if kind is None:
             taken = "by transformers' own decoding" if is_fast else "without a cache, a whole forward per token"
         log.warning("%s is sampled %s, which is slower: %s.", name, taken, obstacle)
-    elif kind is GraphBatch and has_graphs(model.device):
+    elif kind is GraphBatch and model.device.type in WITH_GRAPHS:
         log.info("%s is sampled by a CUDA graph of each step (model.rollout.decoding=eager does without).", name)
     return kind, is_fast
 

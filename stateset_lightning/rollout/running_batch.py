@@ -21,7 +21,7 @@ from stateset_lightning.policy.packed_attention import arguments
 from stateset_lightning.policy.shared_prompts import SharedPrompts
 from stateset_lightning.rollout.cache import BufferLayer, StateLayer, make_cache, modules_with_states
 from stateset_lightning.rollout.cpu_decoding import Attend, LlamaDecoder, attend_to_cache
-from stateset_lightning.rollout.cuda_decoding import GraphBatch, has_graphs, tokens_between_looks
+from stateset_lightning.rollout.cuda_decoding import LOOK_EVERY, WITH_GRAPHS, GraphBatch
 from stateset_lightning.rollout.engine import DecodingKind
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ SHARE_FROM = 256
 def batch_kinds(
     model: PreTrainedModel, longest_prompt: int, decoding: DecodingKind = "auto"
 ) -> tuple[type[RunningBatch | GraphBatch], ...]:
-    """The fastest first: by a CUDA graph, or with rows that share their prompts' keys and values, where it is faster so.
+    """The fastest first: by a CUDA graph, or with rows that share their prompts' keys and values where that is faster.
 
     Args:
         model: That samples.
@@ -51,7 +51,13 @@ def batch_kinds(
     shares = shares and not any(getattr(module, "is_kv_shared_layer", False) for module in model.modules())
     if shares and longest_prompt >= SHARE_FROM:
         return (SharingBatch, RunningBatch)
-    return (GraphBatch, RunningBatch) if decoding == "auto" and has_graphs(model.device) else (RunningBatch,)
+    has_graphs = decoding == "auto" and model.device.type in WITH_GRAPHS
+    return (GraphBatch, RunningBatch) if has_graphs else (RunningBatch,)
+
+
+def tokens_between_looks(device: torch.device) -> int:
+    """A look costs nothing on a CPU. Elsewhere the host waits for the device, which then waits for the host."""
+    return 1 if device.type == "cpu" else LOOK_EVERY
 
 
 class RunningBatch:

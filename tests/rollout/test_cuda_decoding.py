@@ -4,7 +4,7 @@ CUDA graph does, with the same operations on the same addresses. Tokens and log-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from stateset_lightning.errors import ConfigError, NonFiniteError
 from stateset_lightning.policy import LoRAConfig, Policy, PolicyConfig, load_model
 from stateset_lightning.policy.probes import own_logprobs
-from stateset_lightning.rollout import InProcessEngine, RolloutConfig, cuda_decoding, probe, running_batch
+from stateset_lightning.rollout import InProcessEngine, RolloutConfig, cuda_decoding, in_process, probe, running_batch
 from stateset_lightning.rollout.cuda_decoding import LOOK_EVERY, GraphBatch
 from stateset_lightning.seeding import sample_seeds
 
@@ -50,7 +50,7 @@ class Recording(TorchDispatchMode):
 
 
 @pytest.fixture
-def recordings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recording]]:
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
     """As if there were CUDA graphs on this CPU; those that have been recorded."""
     made: list[Recording] = []
 
@@ -62,8 +62,8 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recording]]:
 
     monkeypatch.setattr(cuda_decoding, "_recorded", recorded)
     for module in (cuda_decoding, running_batch, probe):
-        monkeypatch.setattr(module, "has_graphs", lambda device: True)
-    yield made
+        monkeypatch.setattr(module, "WITH_GRAPHS", ("cpu",))
+    return made
 
 
 def engine_of(model: Any, tokenizer: Any, ends: list[int]) -> InProcessEngine:
@@ -134,12 +134,9 @@ def test_eager_decoding_looks_rarely_where_looking_waits(
     expected = engine.generate(PROMPTS, 3, sampling, seeds)
     assert 40 in expected.lengths_N.tolist()
     looks: list[int] = []
-    look = "stateset_lightning.rollout.in_process._Decoding._look"
-    monkeypatch.setattr(running_batch, "tokens_between_looks", lambda device: LOOK_EVERY)
-    from stateset_lightning.rollout import in_process
-
     stock = in_process._Decoding._look
-    monkeypatch.setattr(look, lambda decoding, steps: looks.append(steps) or stock(decoding, steps))
+    monkeypatch.setattr(running_batch, "tokens_between_looks", lambda device: LOOK_EVERY)
+    monkeypatch.setattr(in_process._Decoding, "_look", lambda *args: looks.append(args[1]) or stock(*args))
     rollout = engine.generate(PROMPTS, 3, sampling, seeds)
     assert rollout.completions() == expected.completions()
     assert (rollout.finish_reasons, rollout.texts) == (expected.finish_reasons, expected.texts)
@@ -158,12 +155,9 @@ def test_a_row_pauses_takes_other_tokens_and_goes_on(
     batch.admit(PROMPTS[:2], [0, 1, 1])
     rows = [list(PROMPTS[p]) for p in (0, 1, 1)]
 
-    def step(*tokens: int) -> None:
-        batch.repeat(lambda: batch.step(tokens_B), 1) if batch._graph is None else batch._graph.replay()
-
     def decode(*tokens: int) -> None:
         tokens_B.copy_(torch.tensor(tokens))
-        step()
+        batch.repeat(lambda: batch.step(tokens_B), 1)
         for row, token in enumerate(tokens):
             if row not in standing:
                 rows[row].append(token)
