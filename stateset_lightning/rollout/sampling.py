@@ -59,7 +59,7 @@ def filter_probabilities(probs_BV: Tensor, sampling: RolloutConfig) -> Tensor:
     lower ids stay.
     """
     if sampling.top_k is not None and sampling.top_k < probs_BV.shape[-1]:
-        last_B1 = probs_BV.topk(sampling.top_k).values[:, -1:]  # a sort of the vocabulary takes a GPU longer than all else
+        last_B1 = probs_BV.topk(sampling.top_k).values[:, -1:]  # quicker than a sort of the vocabulary
         above_BV, ties_BV = probs_BV > last_B1, probs_BV == last_B1
         room_B1 = sampling.top_k - above_BV.sum(-1, keepdim=True)
         probs_BV = probs_BV.where(above_BV | (ties_BV & (ties_BV.cumsum(-1) <= room_B1)), 0.0)
