@@ -215,7 +215,7 @@ class _Layer:
         *inputs, self.output, self.gate, self.up, self.down = linears(layer)
         self.weight = torch.cat(tuple(linear.weight for linear in inputs))
         biases = [linear.bias for linear in inputs if linear.bias is not None]  # all have one, or none
-        self.bias = torch.cat(biases) if biases else None
+        self.bias = torch.cat(tuple(biases)) if biases else None
         self.sizes = [linear.out_features // self.head_dim for linear in inputs]  # heads of queries, keys, values
         self.attention_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         self.head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]  # Qwen3's
