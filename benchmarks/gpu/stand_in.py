@@ -18,12 +18,13 @@ from harness import BARE_RUN, check, exit_status
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from pretend_cuda import CUDA, PretendCuda, is_there
+from pretend_cuda import CUDA, OnDevice, PretendCuda, is_there
 
 from stateset_lightning import GRPOLightningModule, RolloutConfig, ScenarioDataModule
 from stateset_lightning.algorithm import GRPO
-from stateset_lightning.policy import LoRAConfig, Policy, PolicyConfig
+from stateset_lightning.policy import LoRAConfig, Policy, PolicyConfig, load_model, load_tokenizer
 from stateset_lightning.rewards import ExactMatch
+from stateset_lightning.rollout import InProcessEngine, in_process
 from stateset_lightning.rollout.engine import DecodingKind
 
 NEW_TOKENS = 20
@@ -120,6 +121,18 @@ def run(
     return metrics, [] if waits is None else waits.steps
 
 
+@contextmanager
+def modules_move(gpu: PretendCuda) -> Iterator[None]:
+    """By `Module.to`, as the twins do that vouch for a way of sampling: the stock one sets a parameter's data."""
+    to = torch.nn.Module.to
+
+    def move(module: torch.nn.Module, *args: Any, **options: Any) -> torch.nn.Module:
+        return gpu.move(module) if any(map(is_there, args)) else to(module, *args, **options)
+
+    with patch.object(torch.nn.Module, "to", move):
+        yield
+
+
 def same_as_on_the_cpu(beta: float, lora: bool, decoding: DecodingKind) -> str:
     on_cpu, _ = run(beta, lora, "eager", None)
     make_policy = Policy.__init__
@@ -127,14 +140,7 @@ def same_as_on_the_cpu(beta: float, lora: bool, decoding: DecodingKind) -> str:
     def on_the_stand_in(policy: Policy, model: Any, *args: Any, **options: Any) -> None:
         make_policy(policy, gpu.move(model), *args, **options)
 
-    to = torch.nn.Module.to
-
-    def move(module: torch.nn.Module, *args: Any, **options: Any) -> torch.nn.Module:
-        """Of the twins that vouch for a way of sampling: the stock one sets a parameter's data."""
-        return gpu.move(module) if any(map(is_there, args)) else to(module, *args, **options)
-
-    there_instead = patch.object(Policy, "__init__", on_the_stand_in), patch.object(torch.nn.Module, "to", move)
-    with PretendCuda() as gpu, there_instead[0], there_instead[1]:
+    with PretendCuda() as gpu, modules_move(gpu), patch.object(Policy, "__init__", on_the_stand_in):
         there, waits = run(beta, lora, decoding, gpu)
     assert there.keys() == on_cpu.keys()
     different = {
@@ -156,6 +162,29 @@ def same_as_on_the_cpu(beta: float, lora: bool, decoding: DecodingKind) -> str:
     return seen
 
 
+def no_float64(make: Any) -> Any:
+    def made(cls: Any, elem: torch.Tensor) -> OnDevice:
+        assert elem.dtype != torch.float64, "a tensor in float64 on the device"
+        return make(cls, elem)
+
+    return made
+
+
+def the_host_samples_where_there_is_no_float64() -> str:
+    """As on Apple's GPUs: the same tokens, and nothing in float64 on the device."""
+    sampling, rollouts = RolloutConfig(max_new_tokens=40, max_batch_rows=8, top_k=300, temperature=5.0), []
+    for where in ("cpu", "stand-in"):
+        model = load_model(PolicyConfig("tiny"))
+        on_host = patch.object(in_process, "WITHOUT_FLOAT64", (CUDA.type,))
+        with PretendCuda() as gpu, modules_move(gpu), on_host:
+            engine = InProcessEngine(load_tokenizer(PolicyConfig("tiny")))
+            engine.sync(Policy(model if where == "cpu" else gpu.move(model), PolicyConfig("tiny")))
+            with patch.object(OnDevice, "__new__", no_float64(OnDevice.__new__)):
+                rollouts.append(engine.generate([[20, 31, 42], [53, 64], [75]], 4, sampling, range(12)))
+    assert rollouts[0].completions() == rollouts[1].completions()
+    return f"the same {len(rollouts[0].logprobs_T)} tokens"
+
+
 def mixing_is_noticed() -> str:
     with PretendCuda():
         there = torch.ones(2, device=CUDA)
@@ -171,6 +200,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
     check("stand-in for a GPU notices mixed devices", mixing_is_noticed)
+    check("stand-in for Apple's GPUs, sampling", the_host_samples_where_there_is_no_float64)
     check("stand-in for a GPU, plain", partial(same_as_on_the_cpu, 0.0, False, "eager"))
     check("stand-in for a GPU, with a reference", partial(same_as_on_the_cpu, 0.04, False, "graph"))
     check("stand-in for a GPU, with an adapter", partial(same_as_on_the_cpu, 0.04, True, "graph"))

@@ -28,6 +28,9 @@ from stateset_lightning.rollout.sampling import StopStrings, check_length, sampl
 from stateset_lightning.seeding import uniforms
 from stateset_lightning.types import FinishReason, Rollout
 
+# Apple's GPUs: there the host samples, as probabilities and noise need float64.
+WITHOUT_FLOAT64 = ("mps",)
+
 
 class InProcessEngine:
     """Samples from the policy's own weights.
@@ -169,7 +172,7 @@ class _Decoding:
 
     def __post_init__(self) -> None:
         self.decoded_rows = 0
-        self.device = self.model.device
+        self.device = torch.device("cpu") if self.model.device.type in WITHOUT_FLOAT64 else self.model.device
         self.ends = torch.tensor(sorted(self.stop.ends), device=self.device)
         num_completions = len(self.prompts) * self.num_generations
         # A column more than a completion has tokens: there go those of rows that have finished, but not left yet.
@@ -215,7 +218,7 @@ class _Decoding:
         width = self.tokens_NT.shape[1]
         place_B = self.numbers_B * width + self.counts_B.clamp(max=width - 1)
         noise_B = None if self.seeds_N is None else self.noise_NT.view(-1)[place_B]
-        tokens_B, logprobs_B = sample_tokens(logits_BV, noise_B, self.sampling)
+        tokens_B, logprobs_B = sample_tokens(logits_BV.to(self.device), noise_B, self.sampling)
         self.tokens_NT.view(-1).scatter_(0, place_B, tokens_B)
         self.logprobs_NT.view(-1).scatter_(0, place_B, logprobs_B)
         self.counts_B += 1
@@ -223,7 +226,7 @@ class _Decoding:
         before_B = self.ended_N[self.numbers_B]
         ends_B = (is_last_B | ~logprobs_B.isfinite()) & (before_B == 0)
         self.ended_N.scatter_(0, self.numbers_B, torch.where(ends_B, self.counts_B, before_B))
-        return tokens_B
+        return tokens_B.to(logits_BV.device)
 
     def _look(self, steps: int = 1) -> None:
         """Reports the completions that have ended. Waits for the device once, again only if there are any.
@@ -308,7 +311,7 @@ class _Decoding:
         """Drops finished rows from the batch; returns the former indices of the rows that stay."""
         rows = [row for row, n in enumerate(self.numbers) if self.lengths[n] == 0]
         keep = torch.tensor(rows, dtype=torch.long, device=self.device)
-        batch.keep(keep)
+        batch.keep(keep.to(self.model.device))
         self.numbers = [self.numbers[row] for row in rows]
         self.numbers_B, self.counts_B = self.numbers_B[keep], self.counts_B[keep]
         return keep
@@ -337,6 +340,6 @@ class _Decoding:
 
         self.numbers, self.counts_B = [], self.counts_B[:0]
         self._enter(numbers)
-        ids = torch.tensor([prompt] * len(numbers), device=self.device)
+        ids = torch.tensor([prompt] * len(numbers), device=self.model.device)
         hooks = only_the_sampled, all_are_finished
         decode_plainly(self.model, ids, self.sampling.max_new_tokens, use_cache, *hooks)
