@@ -1,7 +1,8 @@
 """The in-process engine: samples from the policy itself, in the process that trains it.
 
 A prompt is prefilled once and its cache repeated for its group; rows that finish leave the batch, and waiting prompts
-take their place; keys and values go into preallocated buffers. The noise of a completion is counted (see
+take their place; keys and values go into preallocated buffers. On a GPU a step is a CUDA graph where that knows the
+model, and the host looks only every some tokens who has finished. The noise of a completion is counted (see
 `stateset_lightning.seeding`), so it is the same whatever else is in the batch. Letters: B rows of the running batch, N
 completions, V vocabulary.
 """
