@@ -44,6 +44,7 @@ GROUPS = [
     Group(list(range(3, 3 + n)), [[(7 * i + j) % 300 + 3 for j in range(length)] for i, length in enumerate(lengths)])
     for n, lengths in ((40, (9, 17, 3)), (7, (1, 30)), (23, (12, 12, 12, 12)))
 ]
+OWN_GPU_TESTS = ("tests/rewards/test_models.py", "tests/rollout/test_cuda_decoding.py")
 PROMPTS = [list(range(3, 3 + n)) for n in (5, 9, 9, 2)]
 # Mean difference of log-probs from float64 on the CPU: bfloat16 has three digits, float16 four.
 SCORE_LIMITS = {torch.float32: 2e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -135,7 +136,7 @@ def resumed_run_has_the_same_bits() -> str:
 def own_gpu_tests() -> str:
     """The tests of the repository that are marked `gpu`."""
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "tests/rewards/test_models.py"],
+        [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *OWN_GPU_TESTS],
         cwd=ROOT,
         capture_output=True,
         text=True,

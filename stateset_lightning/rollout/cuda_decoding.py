@@ -128,7 +128,7 @@ class GraphBatch:
         Between two changes of the rows it must be the same function.
         """
         if self.model.device.type in WITH_GRAPHS and self._graph is None:
-            self._graph, times = _recorded(advance), times - 1
+            self._graph, times = _recorded(advance, self.model.device), times - 1
         for _ in range(times):
             advance() if self._graph is None else self._graph.replay()
 
@@ -295,15 +295,14 @@ def _attend_several(counts: Sequence[int], used: Sequence[int], query: Tensor, c
     return torch.cat(parts)
 
 
-def _recorded(advance: Callable[[], None]) -> torch.cuda.CUDAGraph:
+def _recorded(advance: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
     """Calls it once, in which libraries set themselves up, and then records it, in which nothing is computed."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):  # also where recording raises: `torch.cuda.graph` would stay in its stream
         advance()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may use the device meanwhile, such as those of rewards.
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        advance()
+        # Other threads may use the device meanwhile, such as those of rewards.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            advance()
+    torch.cuda.current_stream(device).wait_stream(stream)
     return graph

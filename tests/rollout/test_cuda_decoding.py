@@ -54,7 +54,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
     """As if there were CUDA graphs on this CPU; those that have been recorded."""
     made: list[Recording] = []
 
-    def recorded(advance: Callable[[], None]) -> Recording:
+    def recorded(advance: Callable[[], None], device: torch.device) -> Recording:
         made.append(Recording())
         with made[-1]:
             advance()
@@ -295,3 +295,17 @@ def test_the_kernel_takes_these_arguments(counts: list[int] | None) -> None:
         attend = cuda_decoding._attention(cache, used_B, counts)
         assert attend.func is cuda_decoding._flash  # type: ignore[attr-defined]
         assert attend(query, cache, 0.125).shape == query.shape
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_a_graph_samples_what_the_cpu_does(make_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    seeds, rollouts = sample_seeds(7, "train", 0, range(5), 3), []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.float32), ("cuda", torch.bfloat16)):
+        decoding = "eager" if device == "cpu" else "graph"
+        sampling = RolloutConfig(max_new_tokens=40, max_batch_rows=9, decoding=decoding)  # type: ignore[arg-type]
+        engine = engine_of(make_model("qwen2").to(device, dtype), tiny_tokenizer, MANY_ENDS)
+        rollouts.append(engine.generate(PROMPTS, 3, sampling, seeds))
+        engine.check(rollouts[-1], 1.0)  # its log-probs are those of scoring
+    pairs = zip(rollouts[0].completions(), rollouts[1].completions(), strict=True)
+    assert sum(a == b for a, b in pairs) >= 14  # of 15: a uniform number may lie at a boundary
