@@ -363,7 +363,8 @@ def a_row_takes_other_tokens(dtype: torch.dtype) -> str:
     decode(7, 8)
     batch.extend({1: [9, 10, 11]})
     decode(12, 13)
-    texts = [*rows[0], 5, 7, 12], [*rows[1], 6, 9, 10, 11, 13]
+    batch.extend({0: [14]})
+    texts = [*rows[0], 5, 7, 12, 14], [*rows[1], 6, 9, 10, 11, 13]
     differences = [
         (model(torch.tensor([text], device=DEVICE)).logits[0, -1].float().log_softmax(-1) - logits).abs().mean().item()
         for text, logits in zip(texts, batch.logits_BV.float().log_softmax(-1), strict=True)

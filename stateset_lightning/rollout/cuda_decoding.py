@@ -254,7 +254,8 @@ def _attention(cache: Tensor, used_B: Tensor, counts: Sequence[int] | None) -> A
         options: dict[str, Any] = {"dtype": torch.int32, "device": cache.device}
         ends = torch.arange(rows + 1, **options)
         asked = ends if counts is None else torch.tensor([0, *accumulate(counts)], **options)
-        return partial(_flash, asked, ends * capacity, max(counts or [1]), used_B)
+        # For 1 the kernel takes it that every row has one query; in `counts` there may be rows with none.
+        return partial(_flash, asked, ends * capacity, 1 if counts is None else max(2, *counts), used_B)
     if counts is None:
         hidden_BC = torch.arange(capacity, device=cache.device) < used_B[:, None]
         return partial(_attend_one, hidden_BC)

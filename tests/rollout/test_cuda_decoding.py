@@ -115,9 +115,10 @@ def test_samples_are_those_of_the_eager_engine(
 
 
 def test_rows_leave_when_half_have_finished_and_others_take_their_place(
-    make_model: Callable[..., Any], tiny_tokenizer: Any
+    make_model: Callable[..., Any], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without graphs: the steps are called."""
+    """Without graphs: the steps are called; and with prompts that are prefilled one or two at a time."""
+    monkeypatch.setattr(cuda_decoding, "PREFILL_TOKENS", 14)
     engine = engine_of(make_model("llama"), tiny_tokenizer, MANY_ENDS)
     eager, graph = same_samples(engine, max_batch_rows=6)
     assert graph < 15 * 40  # in one batch, whoever has finished
@@ -284,7 +285,7 @@ def test_logits_that_are_not_finite_end_the_run(make_model: Callable[..., Any], 
         engine.generate(PROMPTS, 2, sampling, range(10))
 
 
-@pytest.mark.parametrize("counts", [None, [3, 0, 1]])
+@pytest.mark.parametrize("counts", [None, [3, 0, 1], [0, 1, 0]])
 def test_the_kernel_takes_these_arguments(counts: list[int] | None) -> None:
     """PyTorch's own shape function accepts the call that a GPU would get; nothing is computed."""
     with FakeTensorMode():
@@ -294,6 +295,8 @@ def test_the_kernel_takes_these_arguments(counts: list[int] | None) -> None:
         used_B = torch.empty(3, dtype=torch.int32, device=device)
         attend = cuda_decoding._attention(cache, used_B, counts)
         assert attend.func is cuda_decoding._flash  # type: ignore[attr-defined]
+        # With one query at most the kernel would take it that there is one of every row.
+        assert (attend.args[2] == 1) == (counts is None)  # type: ignore[attr-defined]
         assert attend(query, cache, 0.125).shape == query.shape
 
 
