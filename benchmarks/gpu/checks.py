@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import torch
 from conftest import small_model
-from graph_decoder import GraphDecoder
 from harness import ACCELERATOR, BARE_RUN, DEVICE, IS_GPU, ROOT, check, exit_status, peak_gib, sync
 from kernels import kernels
 from lightning.pytorch import Trainer, seed_everything
@@ -33,13 +32,13 @@ from stateset_lightning.policy import (
     LoRAConfig,
     Policy,
     PolicyConfig,
-    end_of_sequence_ids,
     load_model,
     load_tokenizer,
 )
 from stateset_lightning.policy.head import HeadOptions, token_logprobs
 from stateset_lightning.rewards import ExactMatch
 from stateset_lightning.rollout import InProcessEngine
+from stateset_lightning.rollout.cuda_decoding import GraphBatch
 from stateset_lightning.seeding import sample_seeds
 
 TOKENIZER = load_tokenizer(PolicyConfig("tiny"))
@@ -47,6 +46,12 @@ GROUPS = [
     Group(list(range(3, 3 + n)), [[(7 * i + j) % 300 + 3 for j in range(length)] for i, length in enumerate(lengths)])
     for n, lengths in ((40, (9, 17, 3)), (7, (1, 30)), (23, (12, 12, 12, 12)))
 ]
+OWN_GPU_TESTS = (
+    "tests/gpu/test_on_a_gpu.py",
+    "tests/policy/test_varlen_attention.py",
+    "tests/rewards/test_models.py",
+    "tests/rollout/test_cuda_decoding.py",
+)
 PROMPTS = [list(range(3, 3 + n)) for n in (5, 9, 9, 2)]
 # Mean difference of log-probs from float64 on the CPU: bfloat16 has three digits, float16 four.
 SCORE_LIMITS = {torch.float32: 2e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -137,9 +142,8 @@ def resumed_run_has_the_same_bits() -> str:
 
 def own_gpu_tests() -> str:
     """The tests of the repository that are marked `gpu`."""
-    files = ["tests/gpu/test_on_a_gpu.py", "tests/policy/test_varlen_attention.py", "tests/rewards/test_models.py"]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *files],
+        [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *OWN_GPU_TESTS],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -374,23 +378,30 @@ def head_is_exact() -> str:
     return seen
 
 
-def graph_decoder_agrees(graph: bool) -> str:
-    """The candidate's log-probs against the trainer's, and its completions against the engine's."""
-    dtype = torch.bfloat16 if IS_GPU else torch.float32
-    config = RolloutConfig(num_generations=4, max_new_tokens=24)
-    policy = Policy(small_model("qwen2", hidden_size=64).to(DEVICE, dtype), PolicyConfig("qwen2"))
-    expected = sampled(policy, config).completions()
-    seeds, ends = sample_seeds(1, "train", 0, range(4), 4), end_of_sequence_ids(policy.model, TOKENIZER)
-    with torch.inference_mode():
-        decoder = GraphDecoder(policy.model, PROMPTS, 4, config, seeds, ends)
-    completions, logprobs_BT = decoder.run(graph=graph)
-    kept = torch.cat([row[: len(tokens)] for row, tokens in zip(logprobs_BT.cpu(), completions, strict=True)])
-    trainer = policy.score_without_gradient(as_groups(completions))[0].cpu()
-    difference = (trainer - kept).abs().mean().item()
-    same = sum(a == b for a, b in zip(completions, expected, strict=True))
-    seen = f"differs from the trainer by {difference:.1e}; {same} of 16 completions as the engine's"
-    assert difference < SAMPLING_LIMITS[dtype], seen
-    return seen
+@torch.inference_mode()
+def a_row_takes_other_tokens(dtype: torch.dtype) -> str:
+    """A row that pauses, takes tokens that were not sampled, and goes on: its log-probs against the model's own."""
+    model = small_model("qwen2", hidden_size=64).to(DEVICE, dtype)
+    batch, tokens_B, rows = GraphBatch(model, 24), torch.zeros(2, dtype=torch.long, device=DEVICE), PROMPTS[:2]
+    batch.admit(PROMPTS, [0, 1])
+
+    def decode(*tokens: int) -> None:
+        tokens_B.copy_(torch.tensor(tokens))
+        batch.repeat(partial(batch.step, tokens_B), 1)
+
+    decode(5, 6)
+    batch.pause({1: len(rows[1]) + 1})
+    decode(7, 8)
+    batch.extend({1: [9, 10, 11]})
+    decode(12, 13)
+    batch.extend({0: [14]})
+    texts = [*rows[0], 5, 7, 12, 14], [*rows[1], 6, 9, 10, 11, 13]
+    differences = [
+        (model(torch.tensor([text], device=DEVICE)).logits[0, -1].float().log_softmax(-1) - logits).abs().mean().item()
+        for text, logits in zip(texts, batch.logits_BV.float().log_softmax(-1), strict=True)
+    ]
+    assert max(differences) < SAMPLING_LIMITS[dtype], differences
+    return f"largest mean difference {max(differences):.1e}"
 
 
 def main() -> int:
@@ -412,9 +423,13 @@ def main() -> int:
     for name in ("qwen2", "qwen3", "gpt2"):
         check(f"gradients {name}", partial(gradients, name))
     for dtype in dtypes:
-        check(f"sampling qwen2 {name_of(dtype)}", partial(samples, "qwen2", dtype))
-    filters = {"top_k": 50, "top_p": 0.9, "min_p": 0.01}
-    check("sampling qwen2 float32, filtered", partial(samples, "qwen2", torch.float32, **filters))
+        check(f"sampling qwen2 {name_of(dtype)}", partial(samples, "qwen2", dtype, decoding="eager"))
+        check(f"sampling qwen2 {name_of(dtype)} by a graph", partial(samples, "qwen2", dtype, decoding="graph"))
+        check(f"a row takes other tokens, {name_of(dtype)}", partial(a_row_takes_other_tokens, dtype))
+    filters: dict[str, Any] = {"top_k": 50, "top_p": 0.9, "min_p": 0.01}
+    for decoding in ("eager", "graph"):
+        name = f"sampling qwen2 float32, filtered, {decoding}"
+        check(name, partial(samples, "qwen2", torch.float32, decoding=decoding, **filters))
     check("sampling gemma2 float32 (sliding window)", partial(samples, "gemma2", torch.float32))
     lora = LoRAConfig(rank=8)
     check("a run in bf16-mixed", partial(run_in, "bf16-mixed"), 5)
@@ -430,12 +445,10 @@ def main() -> int:
             check(f"fused AdamW in {precision}", partial(run_in, precision, fused=True, clip=None), 5)
         check("an adapter starts as on the CPU", adapter_starts_as_on_the_cpu)
         check("attention of new shapes", attention_of_new_shapes)
-        check("decoding as a graph", partial(graph_decoder_agrees, True))
     half = torch.bfloat16 if IS_GPU else torch.float32
     for name in ("qwen2", "llama", "mistral"):
         check(f"kernels against float64, {name}", partial(kernels_are_exact, name, half))
     check("head against float64", head_is_exact)
-    check("decoding without a graph", partial(graph_decoder_agrees, False))
     if IS_GPU:
         check("the repository's GPU tests", own_gpu_tests, 90)
     for precision in ("32-true", "bf16-mixed") if IS_GPU else ("32-true",):

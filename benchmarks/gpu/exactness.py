@@ -9,16 +9,17 @@ from functools import partial
 
 import torch
 from conftest import small_model
-from graph_decoder import GraphDecoder
 from harness import check, exit_status
 from kernels import kernels
 from torch import Tensor
 from windowed_models import windowed_model
 
-from stateset_lightning.policy import Group, Policy, PolicyConfig, end_of_sequence_ids, load_tokenizer
+from stateset_lightning.policy import Group, Policy, PolicyConfig, load_tokenizer
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig
+from stateset_lightning.rollout.engine import DecodingKind
 from stateset_lightning.seeding import sample_seeds
 
+DECODINGS: tuple[DecodingKind, ...] = ("eager", "graph")
 GROUPS = [Group([3, 4, 5, 6, 7], [[7, 8, 9], [9, 5, 4, 3]]), Group([8, 3], [[4], [5, 6, 7, 3], [6, 6] * 4])]
 
 
@@ -46,19 +47,20 @@ def kernels_in_policy(name: str) -> str:
 
 def graph_samples_the_same(name: str) -> str:
     """The step that would be captured, run without a graph."""
-    tokenizer = load_tokenizer(PolicyConfig("tiny"))
-    model = small_model(name, vocab_size=64)  # few tokens, so that some rows end early
-    engine = InProcessEngine(tokenizer)
+    engine = InProcessEngine(load_tokenizer(PolicyConfig("tiny")))
+    model = small_model(name)
+    model.generation_config.eos_token_id = [1, *range(345, 360)]  # so many that some rows end early
     engine.sync(Policy(model, PolicyConfig(name)))
-    prompts = [[3, 4, 5, 6, 7], [8, 3], [9, 9, 9]]
-    config, seeds = RolloutConfig(num_generations=4, max_new_tokens=20), sample_seeds(1, "train", 0, range(3), 4)
-    expected = engine.generate(prompts, 4, config, seeds).completions()
-    with torch.inference_mode():
-        decoder = GraphDecoder(model, prompts, 4, config, seeds, end_of_sequence_ids(model, tokenizer))
-    completions, _ = decoder.run(graph=False)
-    assert completions == expected
-    assert min(map(len, completions)) < 20
-    return f"the same {sum(map(len, completions))} tokens"
+    prompts, seeds = [[3, 4, 5, 6, 7], [8, 3], [9, 9, 9]], sample_seeds(1, "train", 0, range(3), 4)
+    eager, graph = (
+        engine.generate(prompts, 4, RolloutConfig(max_new_tokens=40, max_batch_rows=8, decoding=decoding), seeds)
+        for decoding in DECODINGS
+    )
+    assert graph.completions() == eager.completions()
+    assert min(eager.lengths_N) < 16 < max(eager.lengths_N)
+    difference = largest_difference((graph.logprobs_T,), (eager.logprobs_T,))
+    assert difference < 1e-5, f"{difference:.1e}"
+    return f"the same {len(eager.logprobs_T)} tokens, log-probs {difference:.1e}"
 
 
 def main() -> int:

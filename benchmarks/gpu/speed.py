@@ -6,7 +6,7 @@ ceilings   TFLOP/s of matrix products by precision, GB/s of a copy
 head       forward and backward of the last layer alone: as it is, and with products in half precision
 train      forward and backward of a micro-step under bf16-mixed, by candidate; on one shape and on shapes that are new
            each time, as in a run
-sample     milliseconds per decoding step: the engine, a CUDA graph, transformers' continuous batching
+sample     milliseconds per decoding step: the engine without and with a CUDA graph, transformers' continuous batching
 optimizer  AdamW, and the norms of gradients and weights that guard a step
 profile    tables of kernels into OUT: profile_train.txt, profile_decode.txt
 step       whole steps under Lightning's Trainer; needs --folder, where the model is put for the peers as well
@@ -22,13 +22,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import workload
-from graph_decoder import GraphDecoder
 from harness import (
     ACCELERATOR,
     BARE_RUN,
@@ -51,6 +51,7 @@ from stateset_lightning.algorithm import GRPO
 from stateset_lightning.policy import Group, Policy, PolicyConfig, packed_attention
 from stateset_lightning.policy.head import HeadOptions, token_logprobs
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig
+from stateset_lightning.rollout.engine import DecodingKind
 from stateset_lightning.seeding import sample_seeds
 
 # Hidden size, intermediate size, layers, heads, key heads, tied embeddings: shapes of Qwen2.5.
@@ -246,7 +247,7 @@ def train(policy: Policy, number: int) -> None:
 
 def sample(policy: Policy, rows: int, tokens: int) -> None:
     prompts = [torch.randint(5, VOCABULARY, (PROMPT,)).tolist() for _ in range(rows // GROUP)]
-    config = RolloutConfig(num_generations=GROUP, max_new_tokens=tokens, max_batch_rows=rows)
+    config = RolloutConfig(max_new_tokens=tokens, max_batch_rows=rows)
     seeds = sample_seeds(1, "train", 0, range(len(prompts)), GROUP)
     tokenizer = workload.make_tokenizer(unreachable_eos=True, vocabulary=VOCABULARY)
 
@@ -261,13 +262,14 @@ def sample(policy: Policy, rows: int, tokens: int) -> None:
         step = 1e3 * seconds / tokens
         return f"{seconds:.2f} s, {step:.2f} ms per step, {made / seconds:,.0f} tokens/s, peak {peak_gib()} GiB"
 
-    def engine(names: tuple[str, ...]) -> str:
+    def engine(decoding: DecodingKind, names: tuple[str, ...]) -> str:
+        how = replace(config, decoding=decoding)
         made = InProcessEngine(tokenizer, DTYPE if IS_GPU else None)
         made.sync(policy)
-        few = RolloutConfig(num_generations=GROUP, max_new_tokens=4, max_batch_rows=rows)
         with candidates(names):
-            made.generate(prompts, GROUP, few, seeds)
-            return measure(f"engine {names}", lambda: int(made.generate(prompts, GROUP, config, seeds).lengths_N.sum()))
+            made.generate(prompts, GROUP, replace(how, max_new_tokens=4), seeds)
+            name = f"engine {decoding} {names}"
+            return measure(name, lambda: int(made.generate(prompts, GROUP, how, seeds).lengths_N.sum()))
 
     def small_model() -> Any:
         """A copy with weights in half precision and plain attention; the rotation stays float32."""
@@ -276,15 +278,6 @@ def sample(policy: Policy, rows: int, tokens: int) -> None:
             parameter.data = parameter.detach().to(DTYPE)
         model.set_attn_implementation("sdpa")
         return model
-
-    def graph() -> str:
-        def decode() -> int:
-            decoder = GraphDecoder(model, prompts, GROUP, config, seeds, [VOCABULARY])
-            return sum(map(len, decoder.run(look_every=32)[0]))
-
-        model = small_model()
-        with torch.inference_mode():
-            return measure("graph", decode) + ", prefill and capture included"
 
     def continuous_batching() -> str:
         from transformers import GenerationConfig
@@ -309,10 +302,10 @@ def sample(policy: Policy, rows: int, tokens: int) -> None:
             generate()  # captures graphs
             return measure("continuous batching", generate)
 
-    check(f"sampling {rows} rows: the engine", partial(engine, ()), 15)
+    check(f"sampling {rows} rows: without a graph", partial(engine, "eager", ()), 15)
     if IS_GPU:
-        check(f"sampling {rows} rows: the engine, no cuDNN", partial(engine, ("no cuDNN",)), 15)
-    check(f"sampling {rows} rows: one CUDA graph", graph, 15)
+        check(f"sampling {rows} rows: without a graph, no cuDNN", partial(engine, "eager", ("no cuDNN",)), 15)
+    check(f"sampling {rows} rows: by a CUDA graph, prefill and capture included", partial(engine, "graph", ()), 15)
     if IS_GPU:
         check(f"sampling {rows} rows: continuous batching", continuous_batching, 30)
 

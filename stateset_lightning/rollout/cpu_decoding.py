@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # Inputs with more rows (a prefill) take the stock kernel, which is as fast there.
 MAX_ROWS = 64
 
-# Whose layers `LlamaDecoder` computes.
+# Whose layers `LlamaDecoder` and `GraphBatch` compute.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 # Layer, query [B, heads, 1, d], keys and values [B, key heads, C, d], scaling -> [B, 1, heads, d].
@@ -83,15 +83,18 @@ def attend_to_cache(
 
 
 def has_llama_layers(model: PreTrainedModel) -> bool:
-    """Whether `LlamaDecoder` knows the model: transformers' own code, float32 on a CPU, plain layers without hooks."""
+    """Whether the decoders know the model: transformers' own code, plain layers without hooks.
+
+    `LlamaDecoder` needs `is_supported` as well; `GraphBatch` needs nothing else.
+    """
     config, kind = model.config.get_text_config(), model.config.model_type  # a composite model is another kind
     is_known = kind in MODEL_TYPES and type(model).__module__ == f"transformers.models.{kind}.modeling_{kind}"
     if not is_known or config.hidden_act != "silu" or getattr(config, "sliding_window", None):
         return False
-    if not is_supported(model) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         return False
-    linears = [_plain(model.lm_head), *(linear for layer in model.model.layers for linear in _linears(layer))]
-    return all(type(linear) is nn.Linear for linear in linears)
+    own = [own_layer(model.lm_head), *(linear for layer in model.model.layers for linear in linears(layer))]
+    return all(type(linear) is nn.Linear for linear in own)
 
 
 class LlamaDecoder:
@@ -109,7 +112,7 @@ class LlamaDecoder:
         self.rotary = model.model.rotary_emb
         self.layers = [_Layer(layer) for layer in model.model.layers]
         self.norm = _Norm(model.model.norm)
-        self.head = _Product([_plain(model.lm_head)])
+        self.head = _Product([own_layer(model.lm_head)])
 
     def step(self, tokens_B: Tensor, positions_B: Tensor, cache: DynamicCache, attend: Attend) -> Tensor:
         """Appends a token to each row of the cache; returns the logits [B, V] that predict the next one."""
@@ -126,7 +129,7 @@ class _Layer:
     def __init__(self, layer: Any) -> None:
         attention = layer.self_attn
         self.index, self.scaling, self.head_dim = attention.layer_idx, attention.scaling, attention.head_dim
-        *inputs, output, gate, up, down = _linears(layer)
+        *inputs, output, gate, up, down = linears(layer)
         self.inputs = _Product(inputs)
         self.output, self.gate, self.up, self.down = (_Product([linear]) for linear in (output, gate, up, down))
         self.sizes = [linear.out_features // self.head_dim for linear in inputs]  # heads of queries, keys, values
@@ -182,13 +185,13 @@ class _Norm:
         return (x * inverse).mul_(self.weight)
 
 
-def _linears(layer: Any) -> list[nn.Linear]:
+def linears(layer: Any) -> list[nn.Linear]:
     """Of queries, keys and values; of the attention's output; of gate, up and down."""
     attention, mlp = layer.self_attn, layer.mlp
     inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
-    return [_plain(linear) for linear in (*inputs, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+    return [own_layer(linear) for linear in (*inputs, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
 
 
-def _plain(linear: Any) -> nn.Linear:
+def own_layer(linear: Any) -> nn.Linear:
     """The layer itself, or the one under an adapter that is merged into it."""
     return linear.get_base_layer() if getattr(linear, "merged", False) else linear

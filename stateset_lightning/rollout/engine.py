@@ -3,7 +3,7 @@
 # No `from __future__ import annotations`: jsonargparse compares an engine's methods with these signatures (4.53).
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Annotated, Literal, Protocol, get_args, runtime_checkable
 
 from annotated_types import Ge, Gt, Le
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.policy import Policy
 from stateset_lightning.types import Metrics, Rollout
+
+DecodingKind = Literal["auto", "graph", "eager"]
 
 
 @bounded("model.rollout")
@@ -34,9 +36,13 @@ class RolloutConfig:
             an episode off-policy.
         max_batch_rows: Completions decoded at a time (with servers: requested at a time). Lower it when sampling runs
             out of memory; results do not change.
+        decoding: How this process decodes (servers do not ask). `graph`: each step is recorded as a CUDA graph and
+            replayed, for models of the kinds llama, mistral, qwen2 and qwen3; on other devices its steps run without a
+            graph. `eager`: the model's own forward, or what is faster on a CPU. `auto`: `graph` on CUDA where it knows
+            the model, else `eager`. Results are the same.
 
     Raises:
-        ConfigError: If two options exclude each other, or a stop string is empty.
+        ConfigError: If two options exclude each other, a way of decoding is not known, or a stop string is empty.
     """
 
     num_generations: Annotated[int, Ge(2)] = 8
@@ -49,6 +55,7 @@ class RolloutConfig:
     dynamic_sampling: Annotated[int, Ge(0)] = 0
     sampling_ahead: Annotated[int, Ge(0), Le(1)] = 0
     max_batch_rows: Annotated[int, Ge(1)] = 256
+    decoding: DecodingKind = "auto"
 
     def __post_init__(self) -> None:
         if self.sampling_ahead and self.dynamic_sampling:
@@ -57,6 +64,8 @@ class RolloutConfig:
                 f" dynamic_sampling={self.dynamic_sampling} draws others by their rewards, from newer weights: set one"
                 " of them to 0"
             )
+        if self.decoding not in (known := get_args(DecodingKind)):
+            raise ConfigError(f"model.rollout.decoding={self.decoding!r} must be one of {', '.join(known)}")
         if not all(self.stop):
             raise ConfigError(
                 f"model.rollout.stop={self.stop!r} contains an empty string, which would stop every completion at once"

@@ -1,7 +1,8 @@
 """The in-process engine: samples from the policy itself, in the process that trains it.
 
 A prompt is prefilled once and its cache repeated for its group; rows that finish leave the batch, and waiting prompts
-take their place; keys and values go into preallocated buffers. The noise of a completion is counted (see
+take their place; keys and values go into preallocated buffers. On a GPU a step is a CUDA graph where that knows the
+model, and the host looks only every some tokens who has finished. The noise of a completion is counted (see
 `stateset_lightning.seeding`), so it is the same whatever else is in the batch. Letters: B rows of the running batch, N
 completions, V vocabulary.
 """
@@ -19,7 +20,8 @@ from stateset_lightning.errors import NonFiniteError
 from stateset_lightning.policy import Group, Policy, end_of_sequence_ids
 from stateset_lightning.policy.precision import cast_parameters
 from stateset_lightning.policy.probes import check_sampler, sampler_limit
-from stateset_lightning.rollout.cpu_decoding import LlamaDecoder, has_llama_layers, prepacked_linears
+from stateset_lightning.rollout.cpu_decoding import LlamaDecoder, has_llama_layers, is_supported, prepacked_linears
+from stateset_lightning.rollout.cuda_decoding import GraphBatch
 from stateset_lightning.rollout.engine import OnFinished, RolloutConfig
 from stateset_lightning.rollout.probe import decode_plainly, exact_way
 from stateset_lightning.rollout.running_batch import RunningBatch, batch_kinds
@@ -27,8 +29,8 @@ from stateset_lightning.rollout.sampling import StopStrings, check_length, sampl
 from stateset_lightning.seeding import uniforms
 from stateset_lightning.types import FinishReason, Rollout
 
-# Finished rows leave the batch when fewer than this share of its rows is still running: leaving copies the cache.
-COMPACT_BELOW = 0.75
+# Apple's GPUs: there the host samples, as probabilities and noise need float64.
+WITHOUT_FLOAT64 = ("mps",)
 
 
 class InProcessEngine:
@@ -74,7 +76,8 @@ class InProcessEngine:
         texts = [""] * len(seeds_N)
         with self._sampling_mode():
             model = self.policy.model
-            kind, is_fast = self._exact_way(batch_kinds(model, max(map(len, prompts))), has_llama_layers(model))
+            kinds = batch_kinds(model, max(map(len, prompts)), sampling.decoding)
+            kind, is_fast = self._exact_way(kinds, has_llama_layers(model) and is_supported(model))
             stop, noise = StopStrings(sampling.stop, self.tokenizer, self._ends), None if greedy else seeds_N
 
             def report(n: int, tokens: list[int]) -> None:
@@ -170,7 +173,7 @@ class _Decoding:
 
     def __post_init__(self) -> None:
         self.decoded_rows = 0
-        self.device = self.model.device
+        self.device = torch.device("cpu") if self.model.device.type in WITHOUT_FLOAT64 else self.model.device
         self.ends = torch.tensor(sorted(self.stop.ends), device=self.device)
         num_completions = len(self.prompts) * self.num_generations
         # A column more than a completion has tokens: there go those of rows that have finished, but not left yet.
@@ -185,6 +188,9 @@ class _Decoding:
         # Per row of the batch: which completion it is, on the host and on the device, and how many tokens it has.
         self.numbers: list[int] = []
         self.numbers_B = self.counts_B = torch.empty(0, dtype=torch.long, device=self.device)
+        self.count = 0  # of the rows that came last
+        # Tokens of each completion that has ended by itself; 0 while it runs. The host learns of it when it looks.
+        self.ended_N = torch.zeros(num_completions, dtype=torch.long, device=self.device)
 
     def rollout(self, texts: list[str]) -> Rollout:
         """All completions, once they are finished."""
@@ -198,6 +204,7 @@ class _Decoding:
     def _enter(self, admitted: range) -> None:
         """Makes these completions the last rows of those that are decoded."""
         self.numbers += admitted
+        self.count = 0
         self.numbers_B = torch.tensor(self.numbers, device=self.device)
         self.counts_B = torch.cat([self.counts_B, self.counts_B.new_zeros(len(admitted))])
         if self.seeds_N is not None:
@@ -205,60 +212,90 @@ class _Decoding:
             self.noise_NT[admitted[0] : admitted[-1] + 1] = torch.from_numpy(noise)
 
     def _sample(self, logits_BV: Tensor) -> Tensor:
-        """The next token of every row, written down with its log-prob; finished rows get one that nobody reads."""
+        """The next token of every row, written down with its log-prob; finished rows get one that nobody reads.
+
+        All is changed in place and nothing waits for the device, so that a graph can record it.
+        """
         width = self.tokens_NT.shape[1]
         place_B = self.numbers_B * width + self.counts_B.clamp(max=width - 1)
-        noise_B = None if self.seeds_N is None else self.noise_NT.take(place_B)
-        tokens_B, logprobs_B = sample_tokens(logits_BV, noise_B, self.sampling)
-        self.tokens_NT.put_(place_B, tokens_B)
-        self.logprobs_NT.put_(place_B, logprobs_B)
+        noise_B = None if self.seeds_N is None else self.noise_NT.view(-1)[place_B]
+        tokens_B, logprobs_B = sample_tokens(logits_BV.to(self.device), noise_B, self.sampling)
+        self.tokens_NT.view(-1).scatter_(0, place_B, tokens_B)
+        self.logprobs_NT.view(-1).scatter_(0, place_B, logprobs_B)
         self.counts_B += 1
-        self.decoded_rows += len(self.numbers)
-        self._finish(tokens_B, logprobs_B)
-        return tokens_B
+        is_last_B = (tokens_B[:, None] == self.ends).any(-1) | (self.counts_B >= self.sampling.max_new_tokens)
+        before_B = self.ended_N[self.numbers_B]
+        ends_B = (is_last_B | ~logprobs_B.isfinite()) & (before_B == 0)
+        self.ended_N.scatter_(0, self.numbers_B, torch.where(ends_B, self.counts_B, before_B))
+        return tokens_B.to(logits_BV.device)
 
-    def _finish(self, tokens_B: Tensor, logprobs_B: Tensor) -> None:
-        """Reports the completions that these tokens finish. Waits for the device once, again only if there are any."""
-        stopped_B = torch.isin(tokens_B, self.ends)
-        ended_B = stopped_B | (self.counts_B >= self.sampling.max_new_tokens) | ~logprobs_B.isfinite()
-        ended = ended_B.tolist()
+    def _look(self, steps: int = 1) -> None:
+        """Reports the completions that have ended. Waits for the device once, again only if there are any.
+
+        Args:
+            steps: Tokens that have been sampled since the last look.
+        """
+        self.count += steps
+        self.decoded_rows += steps * len(self.numbers)
+        lengths = self.ended_N[self.numbers_B].tolist()
         if self.stop.strings:
-            for row, (n, token) in enumerate(zip(self.numbers, tokens_B.tolist(), strict=True)):
-                self.tails[n].append(token)
-                if self.lengths[n] == 0 and self.stop.found(self.tails[n]):
-                    ended[row], self.finish_reasons[n] = True, FinishReason.STOP
-        rows = [row for row, n in enumerate(self.numbers) if ended[row] and self.lengths[n] == 0]
+            self._find_stops(lengths, steps)
+        rows = [row for row, n in enumerate(self.numbers) if lengths[row] and self.lengths[n] == 0]
         if not rows:
             return
-        numbers = [self.numbers[row] for row in rows]
-        values = (values[rows].tolist() for values in (stopped_B, self.counts_B, logprobs_B))
-        for n, tokens, stopped, count, logprob in zip(numbers, self.tokens_NT[numbers].tolist(), *values, strict=True):
+        numbers, last = [self.numbers[row] for row in rows], [lengths[row] - 1 for row in rows]
+        values = self.tokens_NT[numbers].tolist(), self.logprobs_NT[numbers, last].tolist()
+        for n, end, tokens, logprob in zip(numbers, last, *values, strict=True):
             if logprob != logprob:
                 raise NonFiniteError(
                     "the policy's logits are not finite, so nothing can be sampled: its weights have diverged; go back"
                     " to an earlier checkpoint, with a lower learning rate or trainer.gradient_clip_val"
                 )
-            self.lengths[n] = count
-            if stopped:
+            self.lengths[n] = end + 1
+            if tokens[end] in self.stop.ends:
                 self.finish_reasons[n] = FinishReason.STOP
-            self.report(n, tokens[:count])
+            self.report(n, tokens[: end + 1])
+
+    def _find_stops(self, lengths: list[int], steps: int) -> None:
+        """Puts into `lengths` those of the rows that end by a stop string among the last `steps` tokens."""
+        width = self.tokens_NT.shape[1]
+        columns_BS = self.counts_B[:, None] + torch.arange(-steps, 0, device=self.device)
+        tokens_BS = self.tokens_NT.view(-1)[self.numbers_B[:, None] * width + columns_BS.clamp(max=width - 1)]
+        for row, (n, tokens) in enumerate(zip(self.numbers, tokens_BS.tolist(), strict=True)):
+            tail = self.tails[n]
+            for token in tokens if self.lengths[n] == 0 else ():
+                tail.append(token)
+                if self.stop.found(tail):
+                    lengths[row], self.finish_reasons[n] = len(tail), FinishReason.STOP
+                if len(tail) == lengths[row]:
+                    break
 
     def _num_running(self) -> int:
         return sum(self.lengths[n] == 0 for n in self.numbers)
 
-    def run(self, batch: RunningBatch) -> None:
+    def run(self, batch: RunningBatch | GraphBatch) -> None:
         """Decodes everything by an empty batch, which is filled as room allows."""
+
+        def advance() -> None:
+            batch.step(self._sample(batch.logits_BV))
+
         self._admit(batch)
         while self.numbers:
-            tokens_B = self._sample(batch.logits_BV)
+            steps, tokens_B = min(batch.look_every, self.sampling.max_new_tokens - self.count), None
+            if batch.look_every > 1:
+                batch.repeat(advance, steps)
+            else:  # the forward waits for the look, and leaves out who has finished
+                tokens_B = self._sample(batch.logits_BV)
+            self._look(steps)
             num_running = self._num_running()
-            if num_running < COMPACT_BELOW * len(self.numbers):
-                tokens_B = tokens_B[self._drop_finished(batch)]
-            if num_running:
+            if num_running < batch.compact_below * len(self.numbers):
+                kept = self._drop_finished(batch)
+                tokens_B = None if tokens_B is None else tokens_B[kept]
+            if tokens_B is not None and num_running:
                 batch.step(tokens_B)
             self._admit(batch)
 
-    def _admit(self, batch: RunningBatch) -> None:
+    def _admit(self, batch: RunningBatch | GraphBatch) -> None:
         """Lets waiting completions in as room allows: whole groups, so that a prompt is prefilled once, if one fits."""
         size, room = self.num_generations, self.sampling.max_batch_rows - len(self.numbers)
         if size <= self.sampling.max_batch_rows:
@@ -271,11 +308,11 @@ class _Decoding:
         batch.admit(self.prompts[first : last + 1], [n // size - first for n in admitted])
         self._enter(admitted)
 
-    def _drop_finished(self, batch: RunningBatch) -> Tensor:
+    def _drop_finished(self, batch: RunningBatch | GraphBatch) -> Tensor:
         """Drops finished rows from the batch; returns the former indices of the rows that stay."""
         rows = [row for row, n in enumerate(self.numbers) if self.lengths[n] == 0]
         keep = torch.tensor(rows, dtype=torch.long, device=self.device)
-        batch.keep(keep)
+        batch.keep(keep.to(self.model.device))
         self.numbers = [self.numbers[row] for row in rows]
         self.numbers_B, self.counts_B = self.numbers_B[keep], self.counts_B[keep]
         return keep
@@ -296,6 +333,7 @@ class _Decoding:
     def _generate(self, prompt: list[int], numbers: range, use_cache: bool) -> None:
         def only_the_sampled(ids: Tensor, logits_BV: Tensor) -> Tensor:
             tokens_B = self._sample(logits_BV)
+            self._look()
             return torch.zeros_like(logits_BV).scatter(-1, tokens_B[:, None], 1.0)
 
         def all_are_finished(ids: Tensor, scores: Tensor) -> Tensor:
@@ -303,6 +341,6 @@ class _Decoding:
 
         self.numbers, self.counts_B = [], self.counts_B[:0]
         self._enter(numbers)
-        ids = torch.tensor([prompt] * len(numbers), device=self.device)
+        ids = torch.tensor([prompt] * len(numbers), device=self.model.device)
         hooks = only_the_sampled, all_are_finished
         decode_plainly(self.model, ids, self.sampling.max_new_tokens, use_cache, *hooks)

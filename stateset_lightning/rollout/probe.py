@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy.probes import check_own_forward, exact_on, own_logprobs, probe_tokens
 from stateset_lightning.rollout.cpu_decoding import LlamaDecoder
+from stateset_lightning.rollout.cuda_decoding import WITH_GRAPHS, GraphBatch, obstacle_to_graph
 from stateset_lightning.rollout.running_batch import RunningBatch
 
 if TYPE_CHECKING:
@@ -23,12 +25,13 @@ Hook = Callable[[Tensor, Tensor], Tensor]
 
 # A kind of batch, and whether a `LlamaDecoder` makes its steps; or None for transformers' own decoding, and whether
 # with a cache.
-Way = tuple[type[RunningBatch] | None, bool]
+Kind = type[RunningBatch | GraphBatch]
+Way = tuple[Kind | None, bool]
 
 log = logging.getLogger(__name__)
 
 
-def exact_way(model: PreTrainedModel, name: str, kinds: Sequence[type[RunningBatch]], decodes: bool) -> Way:
+def exact_way(model: PreTrainedModel, name: str, kinds: Sequence[Kind], decodes: bool) -> Way:
     """The fastest way of decoding that gives the model's own log-probs; announced where it is not the first one.
 
     Args:
@@ -38,24 +41,33 @@ def exact_way(model: PreTrainedModel, name: str, kinds: Sequence[type[RunningBat
         decodes: Whether `LlamaDecoder` knows the model.
 
     Raises:
-        ConfigError: If not even the model's own forward can be relied on.
+        ConfigError: If not even the model's own forward can be relied on; or the one kind that there is cannot.
     """
-    own: list[Way] = [(kind, by_decoder) for kind in kinds for by_decoder in ([True, False] if decodes else [False])]
+    own: list[Way] = [
+        (kind, by_decoder)
+        for kind in kinds
+        for by_decoder in ([True, False] if decodes and kind is not GraphBatch else [False])
+    ]
     obstacle: str | None = None
     for kind, is_fast in [*own, (None, True)]:
         difference = difference_of_cache if kind is None else partial(difference_of_decoding, kind, decodes=is_fast)
-        reason = exact_on(model, f"{kind} {is_fast}", difference)
+        reason = obstacle_to_graph(model) if kind is GraphBatch else None
+        reason = reason or exact_on(model, f"{kind} {is_fast}", difference)
         if reason is None:
             break
+        if own == [(GraphBatch, False)]:
+            raise ConfigError(f"model.rollout.decoding='graph' cannot decode {name}: {reason}; set it to auto or eager")
         obstacle = reason
     else:
         check_own_forward(model, name)
         kind, is_fast = None, False
     if obstacle is not None:
-        taken = "without sharing prompts" if kind in kinds[1:] else "by its own forward"
+        taken = f"without {kinds[0].gain}" if kind in kinds[1:] else "by its own forward"
         if kind is None:
             taken = "by transformers' own decoding" if is_fast else "without a cache, a whole forward per token"
         log.warning("%s is sampled %s, which is slower: %s.", name, taken, obstacle)
+    elif kind is GraphBatch and model.device.type in WITH_GRAPHS:
+        log.info("%s is sampled by a CUDA graph of each step (model.rollout.decoding=eager does without).", name)
     return kind, is_fast
 
 
@@ -107,7 +119,7 @@ def difference_of_cache(model: PreTrainedModel) -> float:
     return float((torch.stack(seen) - expected).abs().max())
 
 
-def difference_of_decoding(kind: type[RunningBatch], model: PreTrainedModel, *, decodes: bool) -> float:
+def difference_of_decoding(kind: Kind, model: PreTrainedModel, *, decodes: bool) -> float:
     """The largest difference of a log-prob, in nats, between a batch and the model's own forward of each row.
 
     Rows of prompts of three lengths are admitted at two times, decoded and dropped: all that a batch can do, on both
@@ -125,16 +137,16 @@ def difference_of_decoding(kind: type[RunningBatch], model: PreTrainedModel, *, 
         prompts = [probe_tokens(n, n) for n in lengths]
         batch.admit(prompts, [p for p in range(len(prompts)) for _ in range(2)])
         rows += [list(prompt) for prompt in prompts for _ in range(2)]
+        tokens_B = torch.empty(len(rows), dtype=torch.long, device=model.device)
         for step in range(steps):
             tokens = probe_tokens(len(rows), 7 * step)
             for row, token in zip(rows, tokens, strict=True):
                 row.append(token)
-            batch.step(torch.tensor(tokens, device=model.device))
+            batch.repeat(partial(batch.step, tokens_B.copy_(torch.tensor(tokens))), 1)
             if step == 2:
-                kept = list(range(0, len(rows), 2))
-                batch.keep(torch.tensor(kept, device=model.device))
-                rows = [rows[i] for i in kept]
-                batch.logits_BV = batch.logits_BV[kept]
+                kept = torch.arange(0, len(rows), 2, device=model.device)
+                batch.keep(kept)
+                rows, tokens_B = rows[::2], tokens_B[kept]
         expected_BV = torch.stack([own_logprobs(model, row)[-1] for row in rows])
         largest = max(largest, float((batch.logits_BV.float().log_softmax(-1) - expected_BV).abs().max()))
     return largest

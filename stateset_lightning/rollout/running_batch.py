@@ -7,7 +7,7 @@ prefilled together, and no others. Letters: B rows of the batch, C columns of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
 from itertools import groupby
@@ -21,6 +21,8 @@ from stateset_lightning.policy.packed_attention import arguments
 from stateset_lightning.policy.shared_prompts import SharedPrompts
 from stateset_lightning.rollout.cache import BufferLayer, StateLayer, make_cache, modules_with_states
 from stateset_lightning.rollout.cpu_decoding import Attend, LlamaDecoder, attend_to_cache
+from stateset_lightning.rollout.cuda_decoding import LOOK_EVERY, WITH_GRAPHS, GraphBatch
+from stateset_lightning.rollout.engine import DecodingKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,14 +32,32 @@ if TYPE_CHECKING:
 SHARE_FROM = 256
 
 
-def batch_kinds(model: PreTrainedModel, longest_prompt: int) -> tuple[type[RunningBatch], ...]:
-    """The fastest first: one whose rows share their prompts' keys and values, where it is faster so."""
+def batch_kinds(
+    model: PreTrainedModel, longest_prompt: int, decoding: DecodingKind = "auto"
+) -> tuple[type[RunningBatch | GraphBatch], ...]:
+    """The fastest first: by a CUDA graph, or with rows that share their prompts' keys and values where that is faster.
+
+    Args:
+        model: That samples.
+        longest_prompt: Its tokens.
+        decoding: See `RolloutConfig`.
+    """
+    if decoding == "graph":
+        return (GraphBatch,)
     # The kernels of other devices and precisions are fast enough, and accumulate in float32.
     is_float32_on_cpu = model.device.type == "cpu" and model.dtype == torch.float32
     shares = model.config.get_text_config()._attn_implementation == PACKED_ATTENTION and is_float32_on_cpu
     # Layers that read the keys of others (Gemma 3n's, Gemma 4's) have no prompt of their own.
     shares = shares and not any(getattr(module, "is_kv_shared_layer", False) for module in model.modules())
-    return (SharingBatch, RunningBatch) if shares and longest_prompt >= SHARE_FROM else (RunningBatch,)
+    if shares and longest_prompt >= SHARE_FROM:
+        return (SharingBatch, RunningBatch)
+    has_graphs = decoding == "auto" and model.device.type in WITH_GRAPHS
+    return (GraphBatch, RunningBatch) if has_graphs else (RunningBatch,)
+
+
+def tokens_between_looks(device: torch.device) -> int:
+    """A look costs nothing on a CPU. Elsewhere the host waits for the device, which then waits for the host."""
+    return 1 if device.type == "cpu" else LOOK_EVERY
 
 
 class RunningBatch:
@@ -47,12 +67,21 @@ class RunningBatch:
         model: A causal language model.
         max_new_tokens: Tokens that a row decodes at most.
         decoder: Makes the steps in place of the model.
+
+    Attributes:
+        gain: What it has that others do not, for announcements.
+        compact_below: Finished rows leave when fewer than this share of the rows is running: leaving copies the cache.
+        look_every: Tokens that are sampled before the host looks which rows have finished.
     """
+
+    gain = ""
+    compact_below = 0.75
 
     def __init__(self, model: PreTrainedModel, max_new_tokens: int, decoder: LlamaDecoder | None = None) -> None:
         self.model = model
         self.decoder = decoder
         self.max_new_tokens = max_new_tokens
+        self.look_every = tokens_between_looks(model.device)
         self.cache = make_cache(model, 0)
         self.column = 0  # where the next token goes
         self.starts_B = torch.empty(0, dtype=torch.long, device=model.device)  # first column of each row
@@ -88,6 +117,7 @@ class RunningBatch:
         """Drops all rows but these."""
         self.cache.batch_select_indices(rows)
         self.starts_B, self.limits_B = self.starts_B[rows], self.limits_B[rows]
+        self.logits_BV = self.logits_BV[rows]
 
     def step(self, tokens_B: Tensor) -> None:
         """Appends a token to each row; `logits_BV` are then those that predict the next one."""
@@ -98,6 +128,11 @@ class RunningBatch:
             inputs = tokens_B[:, None], positions_B[:, None], self.cache
             self.logits_BV = self._forward(*inputs, **self._attention_arguments())
         self.column += 1
+
+    def repeat(self, advance: Callable[[], None], times: int) -> None:
+        """Calls `advance`, which makes steps of this batch."""
+        for _ in range(times):
+            advance()
 
     def _positions(self) -> Tensor:
         """Of each row's next token, int64 [B]."""
@@ -178,6 +213,7 @@ class RunningBatch:
 class SharingBatch(RunningBatch):
     """A batch that keeps each prompt's keys and values once: the cache holds only what the rows have decoded."""
 
+    gain = "sharing prompts"
     prompts: SharedPrompts  # there are some as soon as there are rows
 
     def admit(self, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int]) -> None:

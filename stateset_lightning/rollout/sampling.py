@@ -59,8 +59,10 @@ def filter_probabilities(probs_BV: Tensor, sampling: RolloutConfig) -> Tensor:
     lower ids stay.
     """
     if sampling.top_k is not None and sampling.top_k < probs_BV.shape[-1]:
-        order_BV = probs_BV.sort(dim=-1, descending=True, stable=True).indices
-        probs_BV = probs_BV.scatter(-1, order_BV[:, sampling.top_k :], 0.0)
+        last_B1 = probs_BV.topk(sampling.top_k).values[:, -1:]  # quicker than a sort of the vocabulary
+        above_BV, ties_BV = probs_BV > last_B1, probs_BV == last_B1
+        room_B1 = sampling.top_k - above_BV.sum(-1, keepdim=True)
+        probs_BV = probs_BV.where(above_BV | (ties_BV & (ties_BV.cumsum(-1) <= room_B1)), 0.0)
     if sampling.top_p is not None and sampling.top_p < 1:
         sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
         before_BV = sorted_BV.cumsum(-1) - sorted_BV  # probability of all likelier tokens

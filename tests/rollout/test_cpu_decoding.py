@@ -150,7 +150,7 @@ def test_other_architectures_are_not_known(make_model: Callable[..., Any], name:
 def test_windows_other_precisions_and_watched_modules_are_not_known(make_model: Callable[..., Any]) -> None:
     assert has_llama_layers(mistral(None))
     assert not has_llama_layers(mistral(8))
-    assert not has_llama_layers(policy_model(make_model("llama")).to(torch.bfloat16))
+    assert not is_supported(policy_model(make_model("llama")).to(torch.bfloat16))
     watched = policy_model(make_model("llama"))
     handle = watched.model.layers[1].mlp.register_forward_hook(lambda *args: None)
     assert not has_llama_layers(watched)

@@ -20,6 +20,11 @@ def test_an_empty_stop_string_is_refused() -> None:
         RolloutConfig(stop=["end", ""])
 
 
+def test_an_unknown_way_of_decoding_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model.rollout.decoding='fast' must be one of auto, graph, eager"):
+        RolloutConfig(decoding="fast")  # type: ignore[arg-type]
+
+
 def test_a_config_cannot_change_and_has_its_own_list() -> None:
     config = RolloutConfig()
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -123,9 +123,6 @@ def test_windowed_models_with_shared_prompts_decode_what_transformers_generates(
         decoded += [(p, []) for p in (2, 3, 3)]
         decode(4)
         batch.keep(torch.tensor([3, 4, 5]))
-        batch.logits_BV = batch.logits_BV[
-            3:
-        ]  # those of the rows that stay; the engine has sampled before it drops rows
         finished, decoded[:] = decoded[:3], decoded[3:]
         decode(8)
     for p, tokens in [*finished, *decoded]:

@@ -62,6 +62,15 @@ def test_top_k_keeps_the_lower_token_of_a_tie() -> None:
     assert filtered([0.25] * 4, top_k=2) == [0.25, 0.25, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("k", [1, 3, 40, 199])
+def test_top_k_keeps_what_a_stable_sort_puts_first(k: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    probs_BV = torch.randint(0, 20, (30, 200), generator=generator).float() / 64  # many ties, also of zeros
+    order_BV = probs_BV.sort(dim=-1, descending=True, stable=True).indices
+    expected = probs_BV.scatter(-1, order_BV[:, k:], 0.0)
+    assert torch.equal(filter_probabilities(probs_BV, RolloutConfig(top_k=k)), expected)
+
+
 def test_top_p_keeps_the_fewest_tokens_that_reach_it() -> None:
     probabilities = [0.125, 0.5, 0.125, 0.25]
     assert filtered(probabilities, top_p=0.4) == [0.0, 0.5, 0.0, 0.0]
