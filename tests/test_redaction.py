@@ -221,7 +221,7 @@ def test_rows_in_a_config_are_data():
 
 def test_an_error_of_ours_shows_no_secret(monkeypatch):
     monkeypatch.setenv("JUDGE_API_KEY", "correct-horse-battery")
-    assert str(ServerError("401 for correct-horse-battery", 401)) == "401 for ***"
+    assert str(ServerError("401 for correct-horse-battery")) == "401 for ***"
     outcome = failure(RuntimeError("401 for correct-horse-battery"))
     assert "correct-horse" not in outcome.message + outcome.traceback
 

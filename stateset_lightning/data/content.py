@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-import pyarrow
-
 from stateset_lightning.errors import DataError
 
 # Of a split, in bytes and in rows: what is larger is read, checked and encoded when it is served; see `sources`.
@@ -65,6 +63,8 @@ def read_content(path: Path) -> Content:
 
 
 def _unpacked(path: Path, packing: str) -> bytes:
+    import pyarrow  # it takes a tenth of a second, and most files are not packed
+
     with path.open("rb") as file, pyarrow.input_stream(file, compression=packing) as stream:
         content: bytes = stream.read(LARGE_BYTES + 1)
     if len(content) > LARGE_BYTES:

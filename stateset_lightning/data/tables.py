@@ -3,18 +3,18 @@
 Arrow reads them without a cache: what is replaced is read anew. Rows are made when they are asked for.
 """
 
+from __future__ import annotations
+
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 import numpy as np
-import pyarrow
-from pyarrow.parquet import ParquetFile
 
 from stateset_lightning.data import content
 from stateset_lightning.data.content import LargeFile, check_file
@@ -22,6 +22,9 @@ from stateset_lightning.data.rows import ListRows, header_of, is_stream, is_tabl
 from stateset_lightning.data.stream import Stream
 from stateset_lightning.errors import ConfigError, DataError, UserError, require
 from stateset_lightning.types import of_numpy
+
+if TYPE_CHECKING:  # it takes a tenth of a second, and most files are texts
+    import pyarrow
 
 _BATCH = 1000  # rows
 _OF_SPLITS, _STATE = "dataset_dict.json", "state.json"  # files that `datasets` writes
@@ -73,6 +76,8 @@ def read_table(path: Path, split: str = "train") -> ListRows:
         ConfigError: If it is an Excel sheet, and `openpyxl` is not installed.
         DataError: If it is no file, none of its kind, damaged, or has no rows for this split.
     """
+    import pyarrow
+
     what, read = _READERS.get(path.suffix.lower(), ("Arrow", _arrow))
     if not is_saved(path):
         check_file(path)
@@ -87,6 +92,9 @@ def read_table(path: Path, split: str = "train") -> ListRows:
 
 
 def _parquet(path: Path) -> ArrowRows:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
     with ParquetFile(path) as file:
         sizes = (file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
         if sum(sizes) <= content.LARGE_BYTES:
@@ -103,6 +111,8 @@ def _parquet(path: Path) -> ArrowRows:
 
 def _arrow(*paths: Path) -> ArrowRows:
     """IPC files, or streams (as `datasets` writes); mapped into memory if they are not packed."""
+    import pyarrow
+
     files = [LargeFile(path.open("rb"), path) for path in paths]
     tables = []
     for path, file in zip(paths, files, strict=True):
@@ -151,6 +161,8 @@ def rows_of(value: Any, origin: str, split: str) -> ListRows:
         note = f"a stream: of {len(stream):,} rows at a time the order is shuffled; that counts as an epoch"
         return ListRows(stream, origin, sys.maxsize, note)  # it is read as a large file
     if hasattr(found, "iloc") and hasattr(found, "columns"):  # else a column alone
+        import pyarrow
+
         try:
             found = pyarrow.Table.from_pandas(found, preserve_index=False)
         except pyarrow.ArrowException as error:

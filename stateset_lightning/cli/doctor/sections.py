@@ -91,6 +91,11 @@ class Doctor:
             of_first = f" (the first {len(lengths):,})" if len(lengths) < len(scenarios) else ""
             row = first_row(self.module.tokenizer, scenarios.known[0], prompts[0])
             _show(f"{split}: {len(scenarios):,} rows of {tokens}{of_first}", f"first row: {row}")
+        if "validation" in self.data.num_scenarios:
+            seen = set(map(tuple, self.data.served("train")[1]))
+            if both := sum(tuple(prompt) in seen for prompt in self.data.served("validation")[1]):
+                shared = f"{both} prompts of the validation are among those of the training"
+                self.notes.append(f"{shared}: its reward will flatter")
         self.data.train_dataloader()  # refuses a curriculum beside overfit_batches
 
     def _make_optimizer_and_engine(self) -> None:
