@@ -176,21 +176,15 @@ def beta_normalised_advantages(rewards_PG: Tensor) -> Tensor:
     rewards_PG = drop_small_groups(rewards_PG.double())
     _check_totals(rewards_PG, 1, "BNPO needs total rewards in [0, 1]", "rescale the rewards or their weights")
     p_P = rewards_PG.nanmean(-1)
-    alpha, beta = _beta_parameters(p_P[p_P.isfinite()])
+    mean = p_P.nanmean()
+    variance = (p_P - mean).square().nanmean()
+    fits = (variance > 0) & (variance < mean * (1 - mean))
+    a_plus_b = (mean * (1 - mean) / variance - 1).where(fits, 0.0)
     # A constant group may sit where the density is zero or infinite; its difference is zero whatever the density.
     inside_P = torch.where(is_constant(rewards_PG), 0.5, p_P).clamp(1e-6, 1 - 1e-6)
-    density_P = torch.distributions.Beta(alpha, beta).log_prob(inside_P).exp()
+    beta = torch.distributions.Beta(1 + mean * a_plus_b / 3, 1 + (1 - mean) * a_plus_b / 3, validate_args=False)
+    density_P = beta.log_prob(inside_P).exp()
     return centred(rewards_PG) / density_P[:, None]
-
-
-def _beta_parameters(p: Tensor) -> tuple[Tensor, Tensor]:
-    """(1 + a/3, 1 + b/3) with Beta(a, b) fitted to `p` by the method of moments."""
-    one = torch.ones((), dtype=torch.float64)
-    mean, variance = p.mean(), p.var(unbiased=False) if len(p) > 1 else 0.0
-    if not 0 < variance < mean * (1 - mean):
-        return one, one
-    total = mean * (1 - mean) / variance - 1
-    return 1 + mean * total / 3, 1 + (1 - mean) * total / 3
 
 
 def pass_at_k_advantages(rewards_PG: Tensor, k: int) -> Tensor:

@@ -296,5 +296,4 @@ class Algorithm(Formulas):
                 f"the checkpoint holds the adaptive {', '.join(unknown)}, and {type(self).__name__} is not set to adapt"
                 " them: resume with the options that the run was started with"
             )
-        for name, value in state.items():
-            setattr(self, name, value)
+        vars(self).update(state)

@@ -254,10 +254,8 @@ def top_entropy_tokens(entropies_T: Tensor, share: float) -> Tensor:
 
 def largest(values_T: Tensor, count: int) -> Tensor:
     """The `count` largest values, bool [T]; of equal ones the first."""
-    order_T = values_T.argsort(descending=True, stable=True)
-    chosen_T = torch.zeros_like(values_T, dtype=torch.bool)
-    chosen_T[order_T[:count]] = True
-    return chosen_T
+    first_T = values_T.argsort(descending=True, stable=True)[:count]
+    return torch.zeros_like(values_T, dtype=torch.bool).index_fill(0, first_T, True)
 
 
 def covariances(tokens: TokenBatch) -> Tensor:
