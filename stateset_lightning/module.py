@@ -127,8 +127,7 @@ class GRPOLightningModule(RunsInTrainer):
         self._checkpoint = RunCheckpoint(self)
         self.state = TrainingState()
         self.metrics: RunMetrics = self.state.metrics  # of the run; `metrics.last` has the newest value of each
-        self._evaluation = Evaluation([reward.name for reward in self.rewards], self.evaluation)
-        self._held_out = HeldOut(self._evaluation)
+        self._held_out = HeldOut(Evaluation([reward.name for reward in self.rewards], self.evaluation))
         self._newest: tuple[Sample, list[float] | None] | None = None  # what `last_records` is made of
 
     # What callbacks may look at ---------------------------------------------------------------------------------------
