@@ -18,9 +18,6 @@ from stateset_lightning.algorithm.terms import KL, Mismatch, covariances, draw, 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.types import TokenBatch
 
-__all__ = ["BNPO", "CISPO", "DAPO", "DPPO", "GDPO", "GRPO", "OPO", "RLOO", "SAPO", "ClipCov", "Clipped", "DrGRPO"]
-__all__ += ["KLCov", "MaxRL", "PassK", "ReMax", "ReinforcePlusPlusBaseline", "TopEntropy"]
-
 # PPO's clipped surrogate, told apart by the advantage -----------------------------------------------------------------
 
 

@@ -14,8 +14,6 @@ from stateset_lightning.algorithm import losses
 from stateset_lightning.algorithm.algorithm import Algorithm, fixed
 from stateset_lightning.algorithm.presets import Clipped
 
-__all__ = ["DRO", "GMPO", "GSPO", "LUSPO", "GSPOToken"]
-
 
 class GSPO(Clipped, loss=losses.sequence_clipped_loss):
     """Group sequence policy optimisation (arXiv:2507.18071; bounds of section 5.1).
