@@ -114,9 +114,8 @@ class GRPOLightningModule(RunsInTrainer):
         self.tokenizer = load_tokenizer(self.policy_config)
         # Plain containers only: a checkpoint must load with `weights_only=True`.
         policy_options = redacted(self.policy_config.to_dict())
-        self.save_hyperparameters(
-            {"policy": policy_options, "rollout": asdict(self.rollout), "seed": seed}, logger=False
-        )
+        options = {"policy": policy_options, "rollout": asdict(self.rollout), "seed": seed}
+        self.save_hyperparameters(options, logger=False)
 
         self.policy: Policy | None = None
         self.engine = engine
@@ -128,16 +127,11 @@ class GRPOLightningModule(RunsInTrainer):
         self._ahead = sampling_ahead(self.rollout, engine)
         self._checkpoint = RunCheckpoint(self)
         self.state = TrainingState()
-        self._evaluation = Evaluation([reward.name for reward in self.rewards], self.evaluation)
-        self._held_out = HeldOut(self._evaluation)
+        self.metrics: RunMetrics = self.state.metrics  # of the run; `metrics.last` has the newest value of each
+        self._held_out = HeldOut(Evaluation([reward.name for reward in self.rewards], self.evaluation))
         self._newest: tuple[Sample, list[float] | None] | None = None  # what `last_records` is made of
 
     # What callbacks may look at ---------------------------------------------------------------------------------------
-
-    @property
-    def metrics(self) -> RunMetrics:
-        """The run's metrics; `metrics.last` has the newest value of each."""
-        return self.state.metrics
 
     @property
     def episode(self) -> Episode | None:

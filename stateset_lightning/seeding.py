@@ -37,8 +37,7 @@ def derive_seed(seed: int, purpose: str, *counters: int) -> int:
 
 def _state(purpose: str, *counters: int) -> np.ndarray:
     # Python's hash of a string differs between processes; a digest does not.
-    start = int.from_bytes(blake2b(purpose.encode(), digest_size=8).digest(), "little")
-    state = np.array([start], dtype=np.uint64)
+    state = np.frombuffer(blake2b(purpose.encode(), digest_size=8).digest(), dtype="<u8")
     for counter in counters:
         state = _advance(state, np.array([counter % 2**64], dtype=np.uint64))
     return state

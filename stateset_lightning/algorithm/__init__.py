@@ -1,6 +1,6 @@
 """Scores become a loss: advantages, policy losses, KL, aggregation. Pure torch; no Lightning, no transformers."""
 
-from stateset_lightning.algorithm.algorithm import Algorithm, fixed, preset
+from stateset_lightning.algorithm.algorithm import Algorithm, fixed
 from stateset_lightning.algorithm.presets import (
     BNPO,
     CISPO,
@@ -27,4 +27,4 @@ from stateset_lightning.types import TokenBatch
 
 __all__ = ["BNPO", "CISPO", "DAPO", "DPPO", "DRO", "AdaptiveEntropy", "Algorithm", "ClipCov", "Clipped", "DrGRPO"]
 __all__ += ["GDPO", "GMPO", "GRPO", "GSPO", "KL", "LUSPO", "OPO", "GSPOToken", "KLCov", "MaxRL", "Mismatch", "PassK"]
-__all__ += ["RLOO", "SAPO", "ReMax", "ReinforcePlusPlusBaseline", "TokenBatch", "TopEntropy", "fixed", "preset"]
+__all__ += ["RLOO", "SAPO", "ReMax", "ReinforcePlusPlusBaseline", "TokenBatch", "TopEntropy", "fixed"]

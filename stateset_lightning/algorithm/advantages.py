@@ -9,6 +9,7 @@ The parameters of an advantage function are the scores (`scores_PGF`, `weights_F
 `lengths_PG`, the greedy completions' rewards (`baseline_P`), or options of the preset.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -56,12 +57,19 @@ def centred(rewards_PG: Tensor, baseline_P1: Tensor | None = None) -> Tensor:
 
 
 def nan_std(values: Tensor, dim: int) -> Tensor:
-    """Unbiased standard deviation over the values that are not NaN; zero where there are fewer than two."""
-    finite = values.isfinite()
-    count = finite.sum(dim, keepdim=True)
-    mean = values.where(finite, 0.0).sum(dim, keepdim=True) / count.clamp(min=1)
-    squares = (values - mean).where(finite, 0.0).square().sum(dim, keepdim=True)
+    """Unbiased standard deviation over the finite values; zero where there are fewer than two."""
+    values = values.where(values.isfinite(), torch.nan)
+    count = values.isfinite().sum(dim, keepdim=True)
+    squares = (values - values.nanmean(dim, keepdim=True)).square().nansum(dim, keepdim=True)
     return (squares / (count - 1).clamp(min=1)).sqrt()
+
+
+def _check_totals(rewards_PG: Tensor, largest: float, needs: str, remedy: str) -> None:
+    """ConfigError unless all rewards that are not NaN lie between 0 and `largest`."""
+    if ((rewards_PG < 0) | (rewards_PG > largest)).any():
+        survivors = rewards_PG[rewards_PG.isfinite()]
+        got = f"{survivors.min().item():g} to {survivors.max().item():g}"
+        raise ConfigError(f"{needs}, got {got}: {remedy}, or use another algorithm")
 
 
 # One formula per preset, or several presets ---------------------------------------------------------------------------
@@ -107,9 +115,8 @@ def length_weighted_advantages(rewards_PG: Tensor, lengths_PG: Tensor) -> Tensor
     This baseline has the least variance when the squared gradient of a completion's log-prob grows with its length.
     """
     rewards_PG = drop_small_groups(rewards_PG.double())
-    finite_PG = rewards_PG.isfinite()
-    lengths_PG = lengths_PG.to(rewards_PG).where(finite_PG, 0.0)
-    weighted_P1 = (rewards_PG.where(finite_PG, 0.0) * lengths_PG).sum(-1, keepdim=True)
+    lengths_PG = lengths_PG.to(rewards_PG).where(rewards_PG.isfinite(), 0.0)
+    weighted_P1 = (rewards_PG * lengths_PG).nansum(-1, keepdim=True)
     return centred(rewards_PG, weighted_P1 / lengths_PG.sum(-1, keepdim=True).clamp(min=1))
 
 
@@ -132,14 +139,9 @@ def mean_normalised_advantages(rewards_PG: Tensor) -> Tensor:
         ConfigError: If a reward is negative: a mean near zero would blow the gradient up, one below turn it around.
     """
     rewards_PG = drop_small_groups(rewards_PG.double())
-    finite_PG = rewards_PG.isfinite()
-    if (rewards_PG[finite_PG] < 0).any():
-        smallest = rewards_PG[finite_PG].min().item()
-        raise ConfigError(
-            f"MaxRL needs total rewards of at least 0, got {smallest:g}: shift the rewards, or use another algorithm"
-        )
+    _check_totals(rewards_PG, math.inf, "MaxRL needs total rewards of at least 0", "shift the rewards")
     mean_P1 = rewards_PG.nanmean(-1, keepdim=True)
-    return torch.where((mean_P1 > 0) | ~finite_PG, centred(rewards_PG) / mean_P1, 0.0)
+    return torch.where((mean_P1 > 0) | rewards_PG.isnan(), centred(rewards_PG) / mean_P1, 0.0)
 
 
 def decoupled_advantages(scores_PGF: Tensor, weights_F: Tensor) -> Tensor:
@@ -172,28 +174,17 @@ def beta_normalised_advantages(rewards_PG: Tensor) -> Tensor:
         ConfigError: If a reward is outside [0, 1].
     """
     rewards_PG = drop_small_groups(rewards_PG.double())
-    survivors = rewards_PG[rewards_PG.isfinite()]
-    if ((survivors < 0) | (survivors > 1)).any():
-        raise ConfigError(
-            f"BNPO needs total rewards in [0, 1], got {survivors.min().item():g} to {survivors.max().item():g}: "
-            "rescale the rewards or their weights, or use another algorithm"
-        )
+    _check_totals(rewards_PG, 1, "BNPO needs total rewards in [0, 1]", "rescale the rewards or their weights")
     p_P = rewards_PG.nanmean(-1)
-    alpha, beta = _beta_parameters(p_P[p_P.isfinite()])
+    mean = p_P.nanmean()
+    variance = (p_P - mean).square().nanmean()
+    fits = (variance > 0) & (variance < mean * (1 - mean))
+    a_plus_b = (mean * (1 - mean) / variance - 1).where(fits, 0.0)
     # A constant group may sit where the density is zero or infinite; its difference is zero whatever the density.
     inside_P = torch.where(is_constant(rewards_PG), 0.5, p_P).clamp(1e-6, 1 - 1e-6)
-    density_P = torch.distributions.Beta(alpha, beta).log_prob(inside_P).exp()
+    beta = torch.distributions.Beta(1 + mean * a_plus_b / 3, 1 + (1 - mean) * a_plus_b / 3, validate_args=False)
+    density_P = beta.log_prob(inside_P).exp()
     return centred(rewards_PG) / density_P[:, None]
-
-
-def _beta_parameters(p: Tensor) -> tuple[Tensor, Tensor]:
-    """(1 + a/3, 1 + b/3) with Beta(a, b) fitted to `p` by the method of moments."""
-    one = torch.ones((), dtype=torch.float64)
-    mean, variance = p.mean(), p.var(unbiased=False) if len(p) > 1 else 0.0
-    if not 0 < variance < mean * (1 - mean):
-        return one, one
-    total = mean * (1 - mean) / variance - 1
-    return 1 + mean * total / 3, 1 + (1 - mean) * total / 3
 
 
 def pass_at_k_advantages(rewards_PG: Tensor, k: int) -> Tensor:
@@ -218,45 +209,32 @@ def pass_at_k_advantages(rewards_PG: Tensor, k: int) -> Tensor:
             "a group needs several subsets of k completions to compare; lower k or raise num_generations"
         )
     rewards_PG = drop_small_groups(rewards_PG.double())
-    n_P1 = rewards_PG.isfinite().sum(-1, keepdim=True).double()
-    rewards_PG = rewards_PG.where(n_P1 >= k, torch.nan)
-    finite_PG = rewards_PG.isfinite()
-    # Rewards may be huge: differences from the smallest one keep their precision. Failed completions sort to the end,
-    # where every count below is zero.
-    lowest_P1 = rewards_PG.where(finite_PG, torch.inf).amin(-1, keepdim=True)
-    sorted_PG, order_PG = (rewards_PG - lowest_P1).where(finite_PG, torch.inf).sort(-1)
-    values_PG = sorted_PG.where(sorted_PG.isfinite(), 0.0)
-    j_G = torch.arange(1, num_generations + 1, dtype=torch.float64, device=rewards_PG.device)
-
-    def share(members_G: Tensor, chosen: int, out_of_P1: Tensor) -> Tensor:
-        """C(members, chosen) / C(out_of, chosen) for each rank of a survivor, [P, G]."""
-        return (_log_choose(members_G, chosen) - _log_choose(out_of_P1, chosen)).exp().where(j_G <= n_P1, 0.0)
-
-    # The j-th smallest is the largest of this share of all subsets:
-    # C(j - 1, k - 1) / C(n, k) = C(j - 1, k - 1) / C(n - 1, k - 1) x k / n.
-    own_share_PG = share(j_G - 1, k - 1, n_P1 - 1)
-    largest_PG = own_share_PG * k / n_P1.clamp(min=1)
-    mean_P1 = (largest_PG * values_PG).sum(-1, keepdim=True)
-    std_P1 = (largest_PG * (values_PG - mean_P1).square()).sum(-1, keepdim=True).sqrt()
-    # Of the subsets that hold the i-th, own_share have its own reward, since their other members rank below. The j-th,
-    # j > i, is the largest of the share
-    # C(j - 2, k - 2) / C(n - 1, k - 1) = C(j - 2, k - 2) / C(n - 2, k - 2) x (k - 1) / (n - 1).
-    own_PG = own_share_PG * values_PG
-    above_PG = torch.zeros_like(values_PG)
-    if k > 1:
-        above_PG = share(j_G - 2, k - 2, n_P1 - 2) * (k - 1) / (n_P1 - 1).clamp(min=1) * values_PG
-    from_here_PG = above_PG.flip(-1).cumsum(-1).flip(-1)
-    sorted_advantages_PG = (own_PG + from_here_PG - above_PG - mean_P1) / std_P1
-    advantages_PG = torch.empty_like(values_PG).scatter(-1, order_PG, sorted_advantages_PG)
-
-    # The smallest reward that a subset can have is the k-th, the largest the n-th: if they are equal, all subsets are.
-    alike_P1 = values_PG[:, k - 1 : k] >= values_PG.amax(-1, keepdim=True)
-    return torch.where(finite_PG, torch.where(alike_P1, 0.0, advantages_PG), torch.nan)
+    advantages_PG = torch.full_like(rewards_PG, torch.nan)
+    for rewards_G, advantages_G in zip(rewards_PG, advantages_PG, strict=True):
+        survives_G = rewards_G.isfinite()
+        if int(survives_G.sum()) >= k:
+            advantages_G[survives_G] = _best_of_k_advantages(rewards_G[survives_G], k)
+    return advantages_PG
 
 
-def _log_choose(n: Tensor, k: int) -> Tensor:
-    """Logarithm of the binomial coefficient; -inf where there is nothing to choose from."""
-    possible = n >= k
-    n = n.where(possible, float(k))
-    logarithm = torch.lgamma(n + 1) - torch.lgamma(n - k + 1) - torch.lgamma(torch.tensor(k + 1.0, dtype=torch.float64))
-    return logarithm.where(possible, -torch.inf)
+def _best_of_k_advantages(rewards_G: Tensor, k: int) -> Tensor:
+    """`pass_at_k_advantages` of one group, none of whose G >= k completions failed."""
+    size = len(rewards_G)
+    # Rewards may be huge: differences from the smallest one keep their precision.
+    values_G, order_G = (rewards_G - rewards_G.min()).sort()
+    # The smallest reward that a subset can have is the k-th, the largest the last: if they are equal, all subsets are.
+    if values_G[k - 1] >= values_G[-1]:
+        return torch.zeros_like(rewards_G)
+    # With ranks j from 0, each is the largest of C(j, k - 1) of the C(G - 1, k - 1) subsets that hold it, since their
+    # other members rank below. The shares of two other counts follow from this one:
+    # of all C(G, k) = C(G - 1, k - 1) x G / k subsets, each is the largest of C(j, k - 1);
+    # of the subsets that hold one of lower rank, it is the largest of C(j - 1, k - 2) = C(j, k - 1) x (k - 1) / j.
+    holding = math.comb(size - 1, k - 1)
+    own_share_G = values_G.new_tensor([math.comb(j, k - 1) / holding for j in range(size)])
+    share_G = own_share_G * k / size
+    mean = (share_G * values_G).sum()
+    std = (share_G * (values_G - mean).square()).sum().sqrt()
+    above_G = own_share_G * (k - 1) / torch.arange(size, device=values_G.device).clamp(min=1) * values_G
+    from_here_G = above_G.flip(-1).cumsum(-1).flip(-1)
+    sorted_G = (own_share_G * values_G + from_here_G - above_G - mean) / std
+    return torch.empty_like(sorted_G).scatter(-1, order_G, sorted_G)

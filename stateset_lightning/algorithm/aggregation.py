@@ -83,9 +83,7 @@ def token_weights(
         divisor_N = count
     elif aggregation == "constant_length":
         if constant_length is None:
-            raise ValueError(
-                "aggregation 'constant_length' needs `constant_length`, the largest number of tokens of a completion"
-            )
+            raise ValueError("aggregation 'constant_length' needs `constant_length`, the most tokens of a completion")
         divisor_N = count * constant_length
     elif aggregation == "prompt_mean":
         _, prompt_of_N = torch.unique(groups_N, return_inverse=True)

@@ -11,7 +11,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, TypeVar, dataclass_transform
+from typing import Annotated, Any, ClassVar, dataclass_transform
 
 import torch
 from annotated_types import Ge, Gt, Lt
@@ -27,57 +27,54 @@ from stateset_lightning.types import Metrics, TokenBatch
 
 log = logging.getLogger("stateset_lightning")
 
-C = TypeVar("C")
-
-
-@dataclass_transform(kw_only_default=True, eq_default=False)
-def preset(
-    *,
-    advantage: Callable[..., Tensor] | None = None,
-    loss: Callable[..., tuple[Tensor, Metrics]] | None = None,
-) -> Callable[[type[C]], type[C]]:
-    """Class decorator: a subclass of `Algorithm` as data, namely its formulas and its options.
-
-    As in a dataclass, annotated attributes are options: keyword arguments that are held against the bounds of their
-    annotations. An inherited option that is assigned again has a new default; assigned `fixed(value)`, it is no longer
-    an option. Formulas get their parameters by name, see `Formulas`. An advantage that does not name `scale`, by which
-    the base class's divides, fixes it to "none".
-
-    Args:
-        advantage: How scores become advantages; None for the base class's.
-        loss: The policy loss; None for the base class's.
-    """
-
-    def decorate(cls: type[C]) -> type[C]:
-        if advantage is not None and "scale" not in inspect.signature(advantage).parameters:
-            cls.scale = fixed("none")  # type: ignore[attr-defined]
-        inherited = getattr(cls, "__dataclass_fields__", {})
-        for name in inherited.keys() & vars(cls).keys():
-            cls.__annotations__.setdefault(name, inherited[name].type)
-        for name, formula in (("advantage_formula", advantage), ("loss_formula", loss)):
-            if formula is not None:
-                setattr(cls, name, staticmethod(formula))
-        return bounded("model.algorithm")(dataclass(kw_only=True, eq=False)(cls))
-
-    return decorate
-
 
 def fixed(value: Any) -> Any:
     """An option of the base class that this preset's formulas contradict or do not read: it cannot be set."""
     return field(default=value, init=False)
 
 
+AdvantageFormula = Callable[..., Tensor]
+LossFormula = Callable[..., tuple[Tensor, Metrics]]
+
+
+@dataclass_transform(kw_only_default=True, eq_default=False)
 class Formulas:
-    """The two formulas of an algorithm: functions that get each of their parameters by its name.
+    """The two formulas of an algorithm, functions that get each of their parameters by its name; and its options.
 
     A parameter is a quantity (`advantages` and `policy_loss` say which there are) or an option of the algorithm. So an
-    option is read by the formula that names it.
+    option is read by the formula that names it. A subclass names its formulas behind its base:
+    `class Mine(Algorithm, advantage=..., loss=...)`.
+
+    As in a dataclass, annotated attributes of a subclass are its options, unless somebody wrote its constructor: keyword
+    arguments that are held against the bounds of their annotations. An inherited option that is assigned again has a
+    new default; assigned `fixed(value)`, it is no longer an option.
 
     A class of its own, and no dataclass: of a class that is a dataclass throughout, jsonargparse takes no subclass.
     """
 
-    advantage_formula: ClassVar[Callable[..., Tensor]] = staticmethod(group_advantages)
-    loss_formula: ClassVar[Callable[..., tuple[Tensor, Metrics]]] = staticmethod(policy_gradient_loss)
+    advantage_formula: ClassVar[AdvantageFormula] = staticmethod(group_advantages)
+    loss_formula: ClassVar[LossFormula] = staticmethod(policy_gradient_loss)
+
+    def __init_subclass__(cls, advantage: AdvantageFormula | None = None, loss: LossFormula | None = None) -> None:
+        """A subclass as data.
+
+        Args:
+            advantage: How scores become advantages; None for the base class's. One that does not name `scale`, by which
+                the base class's divides, fixes it to "none".
+            loss: The policy loss; None for the base class's.
+        """
+        if advantage is not None:
+            cls.advantage_formula = staticmethod(advantage)
+            if "scale" not in inspect.signature(advantage).parameters:
+                cls.scale = fixed("none")  # type: ignore[attr-defined]
+        if loss is not None:
+            cls.loss_formula = staticmethod(loss)
+        constructed_by = next(base for base in cls.__mro__ if "__init__" in vars(base))
+        if constructed_by is object or "__dataclass_fields__" in vars(constructed_by):  # nobody wrote it
+            inherited = getattr(cls, "__dataclass_fields__", {})
+            for name in inherited.keys() & vars(cls).keys():
+                cls.__annotations__.setdefault(name, inherited[name].type)
+            bounded("model.algorithm")(dataclass(kw_only=True, eq=False)(cls))
 
     def advantages(
         self, scores_PGF: Tensor, weights_F: Tensor, lengths_PG: Tensor | None = None, baseline_PF: Tensor | None = None
@@ -110,7 +107,6 @@ class Formulas:
         return formula(**{name: given[name] if name in given else getattr(self, name) for name in names})
 
 
-@preset()
 class Algorithm(Formulas):
     """Plain policy gradient on group-relative advantages, with the terms and corrections that all algorithms share.
 
@@ -300,5 +296,4 @@ class Algorithm(Formulas):
                 f"the checkpoint holds the adaptive {', '.join(unknown)}, and {type(self).__name__} is not set to adapt"
                 " them: resume with the options that the run was started with"
             )
-        for name, value in state.items():
-            setattr(self, name, value)
+        vars(self).update(state)

@@ -8,7 +8,7 @@ sg) is detached. A is the advantage.
 import torch
 from torch import Tensor
 
-from stateset_lightning.algorithm.aggregation import per_token, sequence_means, sequence_sums, token_advantages
+from stateset_lightning.algorithm.aggregation import per_token, sequence_means, token_advantages
 from stateset_lightning.algorithm.terms import needed, sampler_logprobs
 from stateset_lightning.types import Metrics, TokenBatch
 
@@ -24,11 +24,13 @@ def log_ratios(tokens: TokenBatch) -> Tensor:
 
 def ratio_metrics(ratio: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Metrics:
     """Mean ratio, and the shares bounded below and above; of tokens or of completions, whatever is given."""
-    bounded = {"policy/clip_low": low, "policy/clip_high": high}
-    return {
-        "policy/ratio_mean": (ratio.detach().sum(), ratio.numel()),
-        **{name: (mask.sum(), mask.numel()) for name, mask in bounded.items() if mask is not None},
-    }
+    averaged = {"policy/ratio_mean": ratio.detach(), "policy/clip_low": low, "policy/clip_high": high}
+    return {name: (values.sum(), values.numel()) for name, values in averaged.items() if values is not None}
+
+
+def beyond(values: Tensor, low: float, high: float, advantages: Tensor) -> tuple[Tensor, Tensor]:
+    """What has moved below `low` where the advantage is negative, and above `high` where it is positive: far enough."""
+    return (values < low) & (advantages < 0), (values > high) & (advantages > 0)
 
 
 # The ratio of a token -------------------------------------------------------------------------------------------------
@@ -67,9 +69,7 @@ def _clipped(
     bounded = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
     first = ratio if delta is None else ratio.clamp(max=delta)
     loss = -torch.minimum(first * advantages, bounded * advantages)
-    low = (ratio < 1 - epsilon_low) & (advantages < 0)
-    high = (ratio > 1 + epsilon_high) & (advantages > 0)
-    return loss, ratio_metrics(ratio, low, high)
+    return loss, ratio_metrics(ratio, *beyond(ratio, 1 - epsilon_low, 1 + epsilon_high, advantages))
 
 
 def cispo_loss(tokens: TokenBatch, *, epsilon_high: float) -> tuple[Tensor, Metrics]:
@@ -103,9 +103,7 @@ def dppo_loss(
     """
     logprobs_T, sampling_T, advantages_T = tokens.logprobs_T, sampler_logprobs(tokens), advantages_of(tokens)
     ratio_T = (logprobs_T - sampling_T).exp().detach()
-    change_T = logprobs_T.detach().exp() - sampling_T.exp()
-    high_T = (change_T > delta_high) & (advantages_T > 0)
-    low_T = (change_T < -delta_low) & (advantages_T < 0)
+    low_T, high_T = beyond(logprobs_T.detach().exp() - sampling_T.exp(), -delta_low, delta_high, advantages_T)
     loss_T = torch.where(high_T | low_T, 0.0, -ratio_T.clamp(max=maximum_ratio) * advantages_T * logprobs_T)
     return loss_T, ratio_metrics(ratio_T, low_T, high_T)
 
@@ -170,10 +168,9 @@ def geometric_mean_loss(
         advantages_T > 0, log_ratio_T.clamp(max=log_epsilon_high), log_ratio_T.clamp(min=-log_epsilon_low)
     )
     ratio_N = sequence_means(pessimistic_T, tokens.lengths_N).exp()
-    low_T = (log_ratio_T < -log_epsilon_low) & (advantages_T < 0)
-    high_T = (log_ratio_T > log_epsilon_high) & (advantages_T > 0)
+    clipped_T = beyond(log_ratio_T, -log_epsilon_low, log_epsilon_high, advantages_T)
     loss_T = per_token(-advantages_N * ratio_N, tokens.lengths_N, len(log_ratio_T))
-    return loss_T, ratio_metrics(ratio_N, low_T, high_T)
+    return loss_T, ratio_metrics(ratio_N, *clipped_T)
 
 
 def quadratic_loss(tokens: TokenBatch, *, tau: float) -> tuple[Tensor, Metrics]:
@@ -182,12 +179,11 @@ def quadratic_loss(tokens: TokenBatch, *, tau: float) -> tuple[Tensor, Metrics]:
     Kimi k1.5's form (arXiv:2501.12599) of direct reward optimisation (arXiv:2405.19107). Every token of a completion
     bears the same share of the square.
     """
-    lengths_N = tokens.lengths_N.to(tokens.logprobs_T.device).clamp(min=1)
-    log_ratio_N = sequence_sums(log_ratios(tokens), tokens.lengths_N)
-    penalty_N = 0.5 * tau * log_ratio_N.square() / lengths_N
-    penalty_T = per_token(penalty_N, tokens.lengths_N, len(tokens.logprobs_T))
+    mean_N = sequence_means(log_ratios(tokens), tokens.lengths_N)
+    share_N = 0.5 * tau * mean_N.square() * tokens.lengths_N.to(mean_N)  # (sum of log ratios)^2 / length
+    penalty_T = per_token(share_N, tokens.lengths_N, len(tokens.logprobs_T))
     loss_T = -advantages_of(tokens) * tokens.logprobs_T + penalty_T
-    return loss_T, ratio_metrics((log_ratio_N / lengths_N).exp())
+    return loss_T, ratio_metrics(mean_N.exp())
 
 
 def _completion_advantages(tokens: TokenBatch) -> Tensor:

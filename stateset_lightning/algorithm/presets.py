@@ -13,7 +13,7 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from stateset_lightning.algorithm import advantages, losses
-from stateset_lightning.algorithm.algorithm import Algorithm, fixed, preset
+from stateset_lightning.algorithm.algorithm import Algorithm, fixed
 from stateset_lightning.algorithm.terms import KL, Mismatch, covariances, draw, largest
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.types import TokenBatch
@@ -21,8 +21,7 @@ from stateset_lightning.types import TokenBatch
 # PPO's clipped surrogate, told apart by the advantage -----------------------------------------------------------------
 
 
-@preset(loss=losses.clipped_loss)
-class Clipped(Algorithm):
+class Clipped(Algorithm, loss=losses.clipped_loss):
     """PPO's clipped surrogate on group-relative advantages: what GRPO and its closest relatives share.
 
     Args:
@@ -47,7 +46,6 @@ class Clipped(Algorithm):
             )
 
 
-@preset()
 class GRPO(Clipped):
     """Group relative policy optimisation (DeepSeekMath, arXiv:2402.03300, equation 3).
 
@@ -58,7 +56,6 @@ class GRPO(Clipped):
     beta = 0.04
 
 
-@preset()
 class DrGRPO(Clipped):
     """GRPO done right (arXiv:2503.20783, section 3.2).
 
@@ -70,7 +67,6 @@ class DrGRPO(Clipped):
     aggregation = "constant_length"
 
 
-@preset()
 class DAPO(Clipped):
     """Decoupled clip and dynamic sampling policy optimisation (arXiv:2503.14476, equation 8).
 
@@ -83,7 +79,6 @@ class DAPO(Clipped):
     aggregation = "token_mean"
 
 
-@preset()
 class TopEntropy(DAPO):
     """DAPO on the fifth of the tokens whose entropy is highest (arXiv:2506.01939).
 
@@ -94,8 +89,7 @@ class TopEntropy(DAPO):
     top_entropy: Annotated[float, Gt(0), Lt(1)] = 0.2  # never None
 
 
-@preset(advantage=advantages.beta_normalised_advantages)
-class BNPO(Clipped):
+class BNPO(Clipped, advantage=advantages.beta_normalised_advantages):
     """Beta normalisation policy optimisation (arXiv:2506.02864), for rewards in [0, 1].
 
     Rewards are centred by their group's mean p and divided by a Beta density at p that follows the batch as it
@@ -107,8 +101,7 @@ class BNPO(Clipped):
     why_no_kl_in_reward = "its advantages need rewards between 0 and 1"
 
 
-@preset(advantage=advantages.decoupled_advantages)
-class GDPO(Clipped):
+class GDPO(Clipped, advantage=advantages.decoupled_advantages):
     """Group reward-decoupled normalisation policy optimisation (arXiv:2601.05242), for several rewards.
 
     Each reward is standardised in its group before they are weighed and added, so that a reward of small spread is not
@@ -118,8 +111,7 @@ class GDPO(Clipped):
     why_no_kl_in_reward = "it standardises each reward, and the KL would lose its scale"
 
 
-@preset(advantage=advantages.pass_at_k_advantages)
-class PassK(Clipped):
+class PassK(Clipped, advantage=advantages.pass_at_k_advantages):
     """Pass@k training (arXiv:2508.10751), for tasks where one right answer of k is enough.
 
     A completion is worth what it adds to the best of k. Once k - 1 wrong answers hardly ever stand alone, nothing is
@@ -132,8 +124,7 @@ class PassK(Clipped):
     k: Annotated[int, Ge(1)] = 2
 
 
-@preset(advantage=advantages.whitened_advantages)
-class ReinforcePlusPlusBaseline(Clipped):
+class ReinforcePlusPlusBaseline(Clipped, advantage=advantages.whitened_advantages):
     """REINFORCE++ with a group baseline (arXiv:2501.03262).
 
     Rewards minus their group's mean, over the standard deviation of these differences in the whole batch: of
@@ -152,8 +143,7 @@ class ReinforcePlusPlusBaseline(Clipped):
 # completions averaged.
 
 
-@preset(advantage=advantages.leave_one_out_advantages)
-class RLOO(Algorithm):
+class RLOO(Algorithm, advantage=advantages.leave_one_out_advantages):
     """REINFORCE leave-one-out (arXiv:2402.14740).
 
     The baseline of a completion is the mean reward of its group's other completions. The paper's KL, where `beta` is
@@ -164,8 +154,7 @@ class RLOO(Algorithm):
     aggregation = "sequence_sum"
 
 
-@preset(advantage=advantages.length_weighted_advantages)
-class OPO(Algorithm):
+class OPO(Algorithm, advantage=advantages.length_weighted_advantages):
     """On-policy RL with optimal reward baseline (arXiv:2505.23585).
 
     The baseline is the group's mean reward weighted by length. Exactly on-policy, without KL or entropy term.
@@ -174,8 +163,7 @@ class OPO(Algorithm):
     aggregation = "sequence_sum"
 
 
-@preset(advantage=advantages.greedy_advantages)
-class ReMax(Algorithm):
+class ReMax(Algorithm, advantage=advantages.greedy_advantages):
     """ReMax (arXiv:2310.10505).
 
     The baseline is the reward of the prompt's greedy completion, sampled and scored for this alone: one more completion
@@ -187,8 +175,7 @@ class ReMax(Algorithm):
     needs_greedy_baseline = True
 
 
-@preset(advantage=advantages.mean_normalised_advantages)
-class MaxRL(Algorithm):
+class MaxRL(Algorithm, advantage=advantages.mean_normalised_advantages):
     """Maximum likelihood reinforcement learning (arXiv:2602.02710), for rewards of 0 and 1.
 
     Differences from the group's mean are divided by that mean: the rarer a right answer, the more it counts. In the
@@ -203,8 +190,7 @@ class MaxRL(Algorithm):
 # Other losses on GRPO's advantages ------------------------------------------------------------------------------------
 
 
-@preset(loss=losses.cispo_loss)
-class CISPO(Algorithm):
+class CISPO(Algorithm, loss=losses.cispo_loss):
     """Clipped importance-sampling weights (MiniMax-M1, arXiv:2506.13585).
 
     The importance weight is bounded at 1 + epsilon_high and held fixed, so that no token loses its gradient. Some
@@ -219,8 +205,7 @@ class CISPO(Algorithm):
     aggregation = "token_mean"
 
 
-@preset(loss=losses.sapo_loss)
-class SAPO(Algorithm):
+class SAPO(Algorithm, loss=losses.sapo_loss):
     """Soft adaptive policy optimisation (arXiv:2511.20347).
 
     A smooth gate of the importance ratio in place of a clip, steeper where the advantage is negative.
@@ -234,8 +219,7 @@ class SAPO(Algorithm):
     tau_negative: Annotated[float, Gt(0)] = 1.05
 
 
-@preset(loss=losses.dppo_loss)
-class DPPO(Algorithm):
+class DPPO(Algorithm, loss=losses.dppo_loss):
     """Divergence proximal policy optimisation with binary total variation (arXiv:2602.04879).
 
     A token stops training when its probability, not the ratio of probabilities, has moved too far from the policy that
@@ -256,8 +240,7 @@ class DPPO(Algorithm):
     aggregation = "constant_length"
 
 
-@preset(loss=losses.clip_cov_loss)
-class ClipCov(Algorithm):
+class ClipCov(Algorithm, loss=losses.clip_cov_loss):
     """Clip-Cov (arXiv:2505.22617).
 
     Of the tokens whose log-prob and advantage vary together, those that drive the entropy down, a few are drawn that do
@@ -287,8 +270,7 @@ class ClipCov(Algorithm):
         return ~draw(within_T, max(int(self.share * within_T.numel()), 1), seed)
 
 
-@preset(loss=losses.kl_cov_loss)
-class KLCov(Algorithm):
+class KLCov(Algorithm, loss=losses.kl_cov_loss):
     """KL-Cov (arXiv:2505.22617).
 
     The tokens whose log-prob and advantage vary together the most are held near the policy that sampled them.

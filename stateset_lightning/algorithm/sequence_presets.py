@@ -11,12 +11,11 @@ from typing import Annotated, ClassVar
 from annotated_types import Gt
 
 from stateset_lightning.algorithm import losses
-from stateset_lightning.algorithm.algorithm import Algorithm, fixed, preset
+from stateset_lightning.algorithm.algorithm import Algorithm, fixed
 from stateset_lightning.algorithm.presets import Clipped
 
 
-@preset(loss=losses.sequence_clipped_loss)
-class GSPO(Clipped):
+class GSPO(Clipped, loss=losses.sequence_clipped_loss):
     """Group sequence policy optimisation (arXiv:2507.18071; bounds of section 5.1).
 
     The ratio is the geometric mean of a completion's token ratios, and is clipped as one: far tighter than a token's.
@@ -28,7 +27,6 @@ class GSPO(Clipped):
     weighs_completions = True
 
 
-@preset()
 class LUSPO(GSPO):
     """Length-unbiased sequence policy optimisation (arXiv:2602.05261; bounds of section 5.1).
 
@@ -40,8 +38,7 @@ class LUSPO(GSPO):
     aggregation = "sequence_sum"
 
 
-@preset(loss=losses.sequence_token_clipped_loss)
-class GSPOToken(Clipped):
+class GSPOToken(Clipped, loss=losses.sequence_token_clipped_loss):
     """GSPO-token (arXiv:2507.18071, section 4.3).
 
     Value and gradient of GSPO, but each token carries its own gradient: `top_entropy` and corrections by token apply.
@@ -51,8 +48,7 @@ class GSPOToken(Clipped):
     epsilon_high = 4e-4
 
 
-@preset(loss=losses.geometric_mean_loss)
-class GMPO(Algorithm):
+class GMPO(Algorithm, loss=losses.geometric_mean_loss):
     """Geometric-mean policy optimisation (arXiv:2507.20673).
 
     The geometric mean of a completion's token ratios, each clipped before: an outlier among the tokens moves it less
@@ -71,8 +67,7 @@ class GMPO(Algorithm):
     weighs_completions = True
 
 
-@preset(loss=losses.quadratic_loss)
-class DRO(Algorithm):
+class DRO(Algorithm, loss=losses.quadratic_loss):
     """Direct reward optimisation (arXiv:2405.19107) in the form of Kimi k1.5 (arXiv:2501.12599).
 
     A policy gradient held back by the squared log ratio of each completion to the policy that sampled it, in place of a

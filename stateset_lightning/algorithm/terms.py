@@ -75,10 +75,8 @@ class KL:
         return coefficient * (1 + error / self.horizon)
 
 
-def kl_estimate(
-    estimator: Estimator, logprobs_T: Tensor, ref_logprobs_T: Tensor, old_logprobs_T: Tensor | None = None
-) -> Tensor:
-    """One estimate per token, [T]; `old_logprobs_T`, of the policy that sampled, are read by `k3_unbiased` alone.
+def kl_estimate(estimator: Estimator, logprobs_T: Tensor, ref_T: Tensor, old_T: Tensor | None = None) -> Tensor:
+    """One estimate per token, [T]; `old_T`, of the policy that sampled, are read by `k3_unbiased` alone.
 
     `k3_unbiased` (DeepSeek-V3.2, arXiv:2512.02556) is k3 times the importance ratio exp(policy - old), differentiated
     through both. The mean over the sampling policy of ratio x k3 is the mean of k3 over the policy itself, which is the
@@ -87,22 +85,22 @@ def kl_estimate(
     (policy - reference) x that of the log-prob, as k2's.
     """
     if estimator == "k1":
-        return logprobs_T - ref_logprobs_T
+        return logprobs_T - ref_T
     if estimator == "k2":
-        return 0.5 * (logprobs_T - ref_logprobs_T).square()
+        return 0.5 * (logprobs_T - ref_T).square()
     if estimator == "k3":
-        return k3(logprobs_T, ref_logprobs_T)
-    assert old_logprobs_T is not None
-    return (logprobs_T - old_logprobs_T).exp() * k3(logprobs_T, ref_logprobs_T)
+        return k3(logprobs_T, ref_T)
+    assert old_T is not None
+    return (logprobs_T - old_T).exp() * k3(logprobs_T, ref_T)
 
 
-def k3(logprobs_T: Tensor, ref_logprobs_T: Tensor) -> Tensor:
+def k3(logprobs_T: Tensor, ref_T: Tensor) -> Tensor:
     """KL(policy || reference) by the k3 estimate, [T]: exp(d) - d - 1 with d = reference - policy.
 
     Schulman, "Approximating KL divergence" (joschu.net/blog/kl-approx.html); GRPO, arXiv:2402.03300, equation 4. Never
     negative; its value is unbiased, its gradient is that of KL(reference || policy).
     """
-    difference_T = ref_logprobs_T - logprobs_T
+    difference_T = ref_T - logprobs_T
     return torch.expm1(difference_T) - difference_T
 
 
@@ -194,12 +192,10 @@ class Mismatch:
 
 
 @torch.no_grad()
-def mismatch_weights(
-    old_logprobs_T: Tensor, sampling_logprobs_T: Tensor, lengths_N: Tensor, mismatch: Mismatch
-) -> Tensor:
-    """Factor of each token's policy loss, [T]."""
+def mismatch_weights(old_T: Tensor, sampling_T: Tensor, lengths_N: Tensor, mismatch: Mismatch) -> Tensor:
+    """Factor of each token's policy loss, [T]; `old_T` and `sampling_T` are its log-probs by trainer and sampler."""
     low, high = mismatch.bounds
-    log_weights_T = old_logprobs_T - sampling_logprobs_T
+    log_weights_T = old_T - sampling_T
     weights_T = log_weights_T.exp()
     if mismatch.kind == "token_tis":
         return weights_T.clamp(max=high)
@@ -212,17 +208,17 @@ def mismatch_weights(
 
 
 @torch.no_grad()
-def mismatch_metrics(old_logprobs_T: Tensor, sampling_logprobs_T: Tensor) -> Metrics:
+def mismatch_metrics(old_T: Tensor, sampling_T: Tensor) -> Metrics:
     """How far the sampler is from the trainer, before any correction.
 
     `mismatch/kl` is KL(sampler || trainer) per token, by k3. `mismatch/ess` is the effective sample size as a share, 1
     / mean(w^2): the mean of w is 1 in expectation, so this is 1 / (1 + chi-square divergence), and its sum and count
     add up over micro-steps and ranks.
     """
-    log_weights_T = old_logprobs_T - sampling_logprobs_T
+    log_weights_T = old_T - sampling_T
     count = log_weights_T.numel()
     return {
-        "mismatch/kl": (k3(sampling_logprobs_T, old_logprobs_T).sum(), count),
+        "mismatch/kl": (k3(sampling_T, old_T).sum(), count),
         "mismatch/ess": (float(count), (2 * log_weights_T).exp().sum()),
     }
 
@@ -254,10 +250,8 @@ def top_entropy_tokens(entropies_T: Tensor, share: float) -> Tensor:
 
 def largest(values_T: Tensor, count: int) -> Tensor:
     """The `count` largest values, bool [T]; of equal ones the first."""
-    order_T = values_T.argsort(descending=True, stable=True)
-    chosen_T = torch.zeros_like(values_T, dtype=torch.bool)
-    chosen_T[order_T[:count]] = True
-    return chosen_T
+    first_T = values_T.argsort(descending=True, stable=True)[:count]
+    return torch.zeros_like(values_T, dtype=torch.bool).index_fill(0, first_T, True)
 
 
 def covariances(tokens: TokenBatch) -> Tensor:

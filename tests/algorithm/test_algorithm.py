@@ -22,7 +22,6 @@ from stateset_lightning.algorithm import (
     Mismatch,
     TokenBatch,
     fixed,
-    preset,
 )
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.types import Metrics
@@ -321,8 +320,7 @@ def constant_advantages(rewards_PG: Tensor, lengths_PG: Tensor, factor: float) -
     return rewards_PG * lengths_PG * factor
 
 
-@preset(advantage=constant_advantages, loss=halved_loss)
-class Own(Clipped):
+class Own(Clipped, advantage=constant_advantages, loss=halved_loss):
     """A formula of one's own.
 
     Args:
@@ -335,7 +333,6 @@ class Own(Clipped):
     top_entropy = fixed(None)
 
 
-@preset()
 class Later(Own):
     """Inherits formulas and options."""
 
@@ -399,10 +396,15 @@ def test_the_command_line_reads_a_class_of_ones_own(
         parser.parse_args([*chosen, f"--algorithm.{option}=0"])
 
 
-def test_a_constructor_of_ones_own_works_with_all_that_is_inherited() -> None:
-    algorithm = WithConstructor(beta=0.5, gain=3.0)
+class Inherited(WithConstructor):
+    """Has its base's constructor."""
+
+
+@pytest.mark.parametrize("kind", [WithConstructor, Inherited])
+def test_a_constructor_of_ones_own_works_with_all_that_is_inherited(kind: type[WithConstructor]) -> None:
+    algorithm = kind(beta=0.5, gain=3.0)
     tokens = batch([1.0], [2.0], [1], reference=[-1 + 0.6931472])
     assert algorithm.per_token_loss(tokens)[0].item() == pytest.approx(-6 + 0.5 * 0.3068528)
-    assert (WithConstructor().beta, WithConstructor().gain) == (0.04, 2.0)
+    assert (kind().beta, kind().gain) == (0.04, 2.0)
     with pytest.raises(TypeError, match="scal"):
-        WithConstructor(scal="none")
+        kind(scal="none")
