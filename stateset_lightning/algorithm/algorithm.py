@@ -45,9 +45,9 @@ class Formulas:
     option is read by the formula that names it. A subclass names its formulas behind its base:
     `class Mine(Algorithm, advantage=..., loss=...)`.
 
-    As in a dataclass, annotated attributes of a subclass are its options, unless somebody wrote its constructor: keyword
-    arguments that are held against the bounds of their annotations. An inherited option that is assigned again has a
-    new default; assigned `fixed(value)`, it is no longer an option.
+    As in a dataclass, annotated attributes of a subclass are its options, unless somebody wrote its constructor:
+    keyword arguments that are held against the bounds of their annotations. An inherited option that is assigned again
+    has a new default; assigned `fixed(value)`, it is no longer an option.
 
     A class of its own, and no dataclass: of a class that is a dataclass throughout, jsonargparse takes no subclass.
     """
