@@ -4,8 +4,6 @@ The guide's YAML has the sections `agent`, `environment` and `training`; guide.y
 Whatever is not carried over is named, with the reason. What cannot be single-turn is refused.
 """
 
-import functools
-import operator
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
@@ -17,7 +15,7 @@ from annotated_types import MinLen
 from pydantic import BeforeValidator, FiniteFloat, StrictBool, StrictInt, StrictStr, TypeAdapter
 
 from stateset_lightning.cli.arguments import Arguments
-from stateset_lightning.cli.overlays import read_yaml
+from stateset_lightning.cli.overlays import merge, nested, read_yaml
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.files import atomic_write
 from stateset_lightning.redaction import redacted
@@ -85,16 +83,14 @@ def convert(guide: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     config: dict[str, Any] = known["config"]
     prompts = sum(len(row["user_responses"]) if isinstance(row.get("user_responses"), list) else 1 for row in scenarios)
     config["data"] = {"train": scenarios, "batch_size": min(8, prompts)}  # where the guide names none
-    halves = known["precision"]
-    wanted = [key for key in halves if _checked(key, given.get(key, False), "true or false")]
+    wanted = [key for key in known["precision"] if _checked(key, given.get(key, False), "true or false")]
     if len(wanted) > 1:
         raise ConfigError(f"{' and '.join(wanted)} are both true: leave one of them out")
     for key in wanted:
-        config["trainer"]["precision"] = halves[key]
+        config["trainer"]["precision"] = known["precision"][key]
     for key, (ours, kind) in known["carried"].items():
         if given.get(key) is not None:
-            *sections, name = ours.split(".")
-            functools.reduce(operator.getitem, sections, config)[name] = _checked(key, given[key], kind)
+            config = merge(config, nested(ours, _checked(key, given[key], kind)))
     notes += known["notes"]
     if given.get("training.learning_rate") is None:
         notes.append("model.optimizer.init_args.lr is 1e-5: training.learning_rate is not given")

@@ -24,7 +24,7 @@ from stateset_lightning.run.find_checkpoint import find_resumed
 from stateset_lightning.training.checks import checks_of_run, no_validation
 from stateset_lightning.training.collect import ready_engine
 from stateset_lightning.training.schedule import optimizer_steps_of_run
-from stateset_lightning.types import FinishReason, Rollout, Scenario
+from stateset_lightning.types import FinishReason, Scenario
 
 TEXT = 300  # characters of a prompt or completion that are shown
 
@@ -115,7 +115,9 @@ class Doctor:
         scenario = scenarios[0]
         _show(f"prompt      {scenario.id}: {_shortened(scenario.turns()[-1].content)}")
         if rollout is not None:
-            self._show_completions(rollout)
+            cut, count = rollout.finish_reasons.count(FinishReason.LENGTH), len(rollout.texts)
+            lengths = f"{rollout.lengths_N.double().mean():.1f} tokens on average; {cut} are cut at max_new_tokens"
+            _show(f"completion  {_shortened(rollout.texts[0])}", f"            one of {count}, which have {lengths}")
             scenarios_N = [scenarios[row] for row in self.episode.spread_rows() for _ in range(rollout.num_generations)]
             self._score(scenarios_N, rollout.texts, rollout.lengths_N.tolist())
             _show(f"{SAMPLED}: {self.episode.train(rollout)}")
@@ -127,14 +129,6 @@ class Doctor:
             self._score([scenario] * size, [text] * size, [length] * size)
         _show(f"{WORST}: {self.episode.run_worst_case(self.config.sample)}")
         self._show_length_of_run(rollout is not None)
-
-    def _show_completions(self, rollout: Rollout) -> None:
-        truncated, count = sum(reason == FinishReason.LENGTH for reason in rollout.finish_reasons), len(rollout.texts)
-        lengths = f"{rollout.lengths_N.double().mean():.1f} tokens on average; {truncated} are cut at max_new_tokens"
-        _show(f"completion  {_shortened(rollout.texts[0])}", f"            one of {count}, which have {lengths}")
-        if truncated == count:
-            limit = f"model.rollout.max_new_tokens={self.module.rollout.max_new_tokens}"
-            self.notes.append(f"all {count} completions are cut at {limit}: raise it, if they should end")
 
     def _score(self, scenarios_N: Sequence[Scenario], texts: Sequence[str], lengths: Sequence[int]) -> None:
         """Shows the first completion's scores; each reward that fails is a problem."""

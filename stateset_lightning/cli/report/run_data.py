@@ -10,6 +10,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import yaml
 
 from stateset_lightning.cli.messages import class_name
@@ -19,7 +20,7 @@ from stateset_lightning.run.folder import CONFIGS, ENVIRONMENT, METRICS, SAMPLES
 
 SPLITS = ("train", "validation", "test")
 
-# Points of a curve; of longer ones, means of equally many neighbours.
+# Points of a curve; of longer ones, means of neighbours.
 MAX_POINTS = 1500
 MOST = {"episodes": 60, "prompts": 60, "evaluations": 12}  # of each split
 MAX_SAMPLE_BYTES = 6_000_000
@@ -43,16 +44,15 @@ def read_run(folder: Path) -> dict[str, Any]:
     """
     _check_folder(folder)
     config = next((name for name in CONFIGS if (folder / name).is_file()), CONFIGS[0])
-    there = {name: (folder / name).is_file() for name in (METRICS, SAMPLES, config, ENVIRONMENT)}
-    nothing: dict[str, Any] = {"train": [], "evaluations": [], "shown": {}}
+    missing = [name for name in (METRICS, SAMPLES, config, ENVIRONMENT) if not (folder / name).is_file()]
     return {
-        "run": f"{folder.absolute().parent.name}/{folder.absolute().name}",
-        "metrics": _read_metrics(folder / METRICS) if there[METRICS] else {},
-        **(_read_samples(folder / SAMPLES) if there[SAMPLES] else nothing),
-        "config": _text(folder / config) if there[config] else "",
-        "facts": _facts(_parsed(folder / config, yaml.safe_load) or {}) if there[config] else {},
-        "environment": _parsed(folder / ENVIRONMENT, json.loads) if there[ENVIRONMENT] else {},
-        "missing": [name for name, is_there in there.items() if not is_there],
+        "run": "/".join(folder.absolute().parts[-2:]),
+        "metrics": {} if METRICS in missing else _read_metrics(folder / METRICS),
+        **({"train": [], "evaluations": [], "shown": {}} if SAMPLES in missing else _read_samples(folder / SAMPLES)),
+        "config": "" if config in missing else _text(folder / config),
+        "facts": {} if config in missing else _facts(_parsed(folder / config, yaml.safe_load) or {}),
+        "environment": {} if ENVIRONMENT in missing else _parsed(folder / ENVIRONMENT, json.loads),
+        "missing": missing,
     }
 
 
@@ -88,12 +88,8 @@ def _binned(points: Sequence[tuple[int, float]]) -> list[list[float]]:
     """[steps, values], averaged over neighbours where there are more than `MAX_POINTS`; each mean stands at its last
     step.
     """
-    size = math.ceil(len(points) / MAX_POINTS)
-    bins = [points[i : i + size] for i in range(0, len(points), size)]
-    return [
-        [part[-1][0] for part in bins],
-        [float(f"{sum(value for _, value in part) / len(part):.6g}") for part in bins],
-    ]
+    bins = np.array_split(np.array(points), min(len(points), MAX_POINTS))
+    return [[int(part[-1, 0]) for part in bins], [float(f"{part[:, 1].mean():.6g}") for part in bins]]
 
 
 # Samples
@@ -154,9 +150,8 @@ _PER_TOKEN = ("logprobs", "logprobs_after", "ref_logprobs")
 
 def _completion(row: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: row[name] for name in _KEPT if row.get(name) is not None}
-    kept |= {
-        name: [None if value is None else round(value, 3) for value in row[name]] for name in _PER_TOKEN if name in row
-    }
+    for name in filter(row.__contains__, _PER_TOKEN):
+        kept[name] = [None if value is None else round(value, 3) for value in row[name]]
     return {"text": _cut(row["completion"]), **kept}
 
 
@@ -167,8 +162,7 @@ def _cut(text: str) -> str:
 
 def _spread(items: Sequence[Item], count: int) -> list[Item]:
     """So many items at most, evenly spread, the first and the last among them."""
-    count = min(count, len(items))
-    return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)]
 
 
 def _within(items: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ def test_a_sound_config_is_described(examine):
     assert "train.jsonl" not in said
 
 
-def test_dropped_rows_and_leaked_prompts_are_told(examine):
+def test_dropped_rows_are_told(examine):
     rows = [{"prompt": f"What is {i} + 1?" + " Please." * (4 if i < 2 else 0), "target": "1"} for i in range(8)]
     code, said = examine(
         "--data.max_prompt_tokens=20", "--data.overlong_prompts=drop", "--data.validation=rows.jsonl", rows=rows
@@ -38,7 +38,6 @@ def test_dropped_rows_and_leaked_prompts_are_told(examine):
     assert code == 0
     assert "2 of 8 prompts have more than data.max_prompt_tokens=20 tokens and are dropped" in said
     assert "train: 6 rows of 11 to 11 tokens, 11.0 on average" in said
-    assert "note: 6 prompts of the validation are among those of the training" in said
 
 
 @pytest.mark.parametrize("steps", [6, 7])
