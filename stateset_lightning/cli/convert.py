@@ -39,7 +39,11 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("guide", help="a YAML file with agent, environment and training")
     parser.add_argument("-o", "--output", type=Path, help="the config to write; by default standard output")
     options = parser.parse_args(words)
-    config, notes = convert(read_guide(Path(options.guide)))
+    keys = ", ".join(SECTIONS)
+    guide = read_yaml(options.guide, options.guide, f"the keys {keys}")
+    if not guide.keys() >= set(SECTIONS):
+        raise ConfigError(f"{options.guide}: must hold the keys {keys}, but holds {', '.join(map(str, guide))}")
+    config, notes = convert(guide)
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=140)
     if options.output is None:
         print(text, end="")
@@ -95,19 +99,6 @@ def convert(guide: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if given.get("training.learning_rate") is None:
         notes.append("model.optimizer.init_args.lr is 1e-5: training.learning_rate is not given")
     return config, notes
-
-
-def read_guide(path: Path) -> dict[str, Any]:
-    """The mapping that a file of the guide's form holds.
-
-    Raises:
-        ConfigError: If the file cannot be read or holds something else.
-    """
-    keys = ", ".join(SECTIONS)
-    content = read_yaml(path, str(path), f"the keys {keys}")
-    if not content.keys() >= set(SECTIONS):
-        raise ConfigError(f"{path}: must hold the keys {keys}, but holds {', '.join(map(str, content))}")
-    return content
 
 
 def _flat(guide: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -94,17 +94,13 @@ def load_trained(source: str, config: str | None = None, loading: LoadingOptions
         model = load_model(policy, tokenizer=tokenizer)
         return TrainedModel(source, policy, model, tokenizer, RolloutConfig(), config=given)
     checkpoint = read_checkpoint(file, check_sums=True, map_location="cpu")
-    state = checkpoint.pop("state_dict").items()
-    weights = {name.removeprefix(_WEIGHTS): value for name, value in state if name.startswith(_WEIGHTS)}
-    saved = checkpoint["hyper_parameters"]
+    weights, saved = checkpoint.pop("state_dict"), checkpoint["hyper_parameters"]
     policy = PolicyConfig.from_checkpoint(saved["policy"], loading)
     check_saved("model.rollout", RolloutConfig, saved["rollout"])
-    model = _load(source, policy, weights, checkpoint["stateset"].get("adapter"))
+    rollout = RolloutConfig(**saved["rollout"])
+    model, seed = _load(source, policy, weights, checkpoint["stateset"]), checkpoint["stateset"]["seed"]
     found = given or _config_of_run(file, checkpoint)
-    seed = saved["seed"] if saved["seed"] is not None else checkpoint["stateset"]["seed"]
-    return TrainedModel(
-        source, policy, model, load_tokenizer(policy), RolloutConfig(**saved["rollout"]), seed, found, checkpoint
-    )
+    return TrainedModel(source, policy, model, load_tokenizer(policy), rollout, seed, found, checkpoint)
 
 
 def _checkpoint_of(source: str) -> Path | None:
@@ -121,10 +117,10 @@ def _checkpoint_of(source: str) -> Path | None:
     return Path(file)
 
 
-def _load(
-    source: str, policy: PolicyConfig, weights: Mapping[str, Tensor], adapter: Mapping[str, Any] | None
-) -> PreTrainedModel:
+def _load(source: str, policy: PolicyConfig, state: Mapping[str, Tensor], saved: Mapping[str, Any]) -> PreTrainedModel:
     """The policy's base, with the checkpoint's weights or adapter; what adapter it started from is not needed."""
+    weights = {name.removeprefix(_WEIGHTS): value for name, value in state.items() if name.startswith(_WEIGHTS)}
+    adapter = saved.get("adapter")
     if adapter is None:  # as it was trained
         floating = (value.dtype for value in weights.values() if value.is_floating_point())
         dtype = next(floating, torch.float32)
