@@ -8,9 +8,9 @@ from contextlib import suppress
 from itertools import product
 from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar
 
-import numpy as np
 import yaml
 
 from stateset_lightning.cli.messages import class_name
@@ -20,7 +20,7 @@ from stateset_lightning.run.folder import CONFIGS, ENVIRONMENT, METRICS, SAMPLES
 
 SPLITS = ("train", "validation", "test")
 
-# Points of a curve; of longer ones, means of neighbours.
+# Points of a curve; of longer ones, means of equally many neighbours.
 MAX_POINTS = 1500
 MOST = {"episodes": 60, "prompts": 60, "evaluations": 12}  # of each split
 MAX_SAMPLE_BYTES = 6_000_000
@@ -88,8 +88,9 @@ def _binned(points: Sequence[tuple[int, float]]) -> list[list[float]]:
     """[steps, values], averaged over neighbours where there are more than `MAX_POINTS`; each mean stands at its last
     step.
     """
-    bins = np.array_split(np.array(points), min(len(points), MAX_POINTS))
-    return [[int(part[-1, 0]) for part in bins], [float(f"{part[:, 1].mean():.6g}") for part in bins]]
+    size = math.ceil(len(points) / MAX_POINTS)
+    bins = [points[i : i + size] for i in range(0, len(points), size)]
+    return [[part[-1][0] for part in bins], [float(f"{fmean(value for _, value in part):.6g}") for part in bins]]
 
 
 # Samples
@@ -162,7 +163,8 @@ def _cut(text: str) -> str:
 
 def _spread(items: Sequence[Item], count: int) -> list[Item]:
     """So many items at most, evenly spread, the first and the last among them."""
-    return [items[i] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)]
+    count = min(count, len(items))
+    return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
 
 
 def _within(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
