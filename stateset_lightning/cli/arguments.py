@@ -31,8 +31,7 @@ class Arguments(argparse.ArgumentParser):
         self.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
         self.add_argument("--revision", help="branch, tag or commit of a Hugging Face id; never the checkpoint's own")
         self.add_argument("--attn_implementation", metavar="NAME", help="attention of transformers (sdpa, eager, ...)")
-        kwargs = "further arguments of from_pretrained, as a JSON object"
-        self.add_argument("--model_kwargs", type=_mapping, default={}, metavar="JSON", help=kwargs)
+        self.add_argument("--model_kwargs", type=_mapping, default={}, metavar="JSON", help="more for from_pretrained")
 
 
 def loading_options(options: argparse.Namespace) -> LoadingOptions:
@@ -46,13 +45,6 @@ def with_flags(message: str) -> str:
     """A message that names keys of a config, with the flags that a command without one has for them."""
     message = message.replace("model.policy.model_name", "--ckpt_path").replace("model.rollout.", "--")
     return message.replace("data.system_prompt", "--system_prompt")
-
-
-def count(text: str) -> int:
-    """A type of argument: a whole number, at least 1."""
-    if not text.isdigit() or text == "0":
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
-    return int(text)
 
 
 def _mapping(text: str) -> dict[str, Any]:

@@ -187,7 +187,7 @@ class StatesetCLI(LightningCLI):
 
     def _add_instantiators(self) -> None:
         super()._add_instantiators()
-        self.refused: list[tuple[type, Exception]] = []
+        self.refused: tuple[type, Exception] | None = None
         self.parser.add_instantiator(self._make, object)
 
     def _make(self, cls: type, *args: Any, **kwargs: Any) -> Any:
@@ -195,21 +195,21 @@ class StatesetCLI(LightningCLI):
         try:
             return cls(*args, **kwargs)
         except Exception as error:
-            self.refused = [(cls, error)]
+            self.refused = cls, error
             raise
         except SystemExit as error:
             if error.code in EXIT_CODES:  # a signal, and not the class
                 raise
             told = ConfigError(f"{cls.__name__} ended the process when it was made: SystemExit({error.code!r:.80})")
-            self.refused = [(cls, told)]
+            self.refused = cls, told
             raise told from error
 
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
         except Exception as error:
-            by = [(Trainer, error)] if hasattr(self, "model") else self.refused or [(GRPOLightningModule, error)]
-            told = refusal(*by[0], self._parser(self.subcommand), self.given)
+            by = (Trainer, error) if hasattr(self, "model") else self.refused or (GRPOLightningModule, error)
+            told = refusal(*by, self._parser(self.subcommand), self.given)
             if told in (None, error):
                 raise
             raise told from error

@@ -4,8 +4,6 @@ The guide's YAML has the sections `agent`, `environment` and `training`; guide.y
 Whatever is not carried over is named, with the reason. What cannot be single-turn is refused.
 """
 
-import functools
-import operator
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
@@ -17,7 +15,7 @@ from annotated_types import MinLen
 from pydantic import BeforeValidator, FiniteFloat, StrictBool, StrictInt, StrictStr, TypeAdapter
 
 from stateset_lightning.cli.arguments import Arguments
-from stateset_lightning.cli.overlays import read_yaml
+from stateset_lightning.cli.overlays import merge, nested, read_yaml
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.files import atomic_write
 from stateset_lightning.redaction import redacted
@@ -41,7 +39,11 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("guide", help="a YAML file with agent, environment and training")
     parser.add_argument("-o", "--output", type=Path, help="the config to write; by default standard output")
     options = parser.parse_args(words)
-    config, notes = convert(read_guide(Path(options.guide)))
+    keys = ", ".join(SECTIONS)
+    guide = read_yaml(options.guide, options.guide, f"the keys {keys}")
+    if not guide.keys() >= set(SECTIONS):
+        raise ConfigError(f"{options.guide}: must hold the keys {keys}, but holds {', '.join(map(str, guide))}")
+    config, notes = convert(guide)
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=140)
     if options.output is None:
         print(text, end="")
@@ -85,33 +87,18 @@ def convert(guide: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     config: dict[str, Any] = known["config"]
     prompts = sum(len(row["user_responses"]) if isinstance(row.get("user_responses"), list) else 1 for row in scenarios)
     config["data"] = {"train": scenarios, "batch_size": min(8, prompts)}  # where the guide names none
-    halves = known["precision"]
-    wanted = [key for key in halves if _checked(key, given.get(key, False), "true or false")]
+    wanted = [key for key in known["precision"] if _checked(key, given.get(key, False), "true or false")]
     if len(wanted) > 1:
         raise ConfigError(f"{' and '.join(wanted)} are both true: leave one of them out")
     for key in wanted:
-        config["trainer"]["precision"] = halves[key]
+        config["trainer"]["precision"] = known["precision"][key]
     for key, (ours, kind) in known["carried"].items():
         if given.get(key) is not None:
-            *sections, name = ours.split(".")
-            functools.reduce(operator.getitem, sections, config)[name] = _checked(key, given[key], kind)
+            config = merge(config, nested(ours, _checked(key, given[key], kind)))
     notes += known["notes"]
     if given.get("training.learning_rate") is None:
         notes.append("model.optimizer.init_args.lr is 1e-5: training.learning_rate is not given")
     return config, notes
-
-
-def read_guide(path: Path) -> dict[str, Any]:
-    """The mapping that a file of the guide's form holds.
-
-    Raises:
-        ConfigError: If the file cannot be read or holds something else.
-    """
-    keys = ", ".join(SECTIONS)
-    content = read_yaml(path, str(path), f"the keys {keys}")
-    if not content.keys() >= set(SECTIONS):
-        raise ConfigError(f"{path}: must hold the keys {keys}, but holds {', '.join(map(str, content))}")
-    return content
 
 
 def _flat(guide: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -96,9 +96,8 @@ def model_card(trained: TrainedModel, title: str) -> str:
     environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=_one_line)
     environment.filters |= {"repr": repr, "class_name": class_name}
     template = environment.from_string(files(__package__).joinpath("model_card.md").read_text(encoding="utf-8"))
-    libraries = ("stateset-lightning", "lightning", "transformers", "torch")
-    versions = ", ".join(f"{library} {version(library)}" for library in libraries)
-    return template.render(title=title, trained=trained, encoder=trained.encoder(), versions=versions)
+    libraries = (f"{name} {version(name)}" for name in ("stateset-lightning", "lightning", "transformers", "torch"))
+    return template.render(title=title, trained=trained, encoder=trained.encoder(), versions=", ".join(libraries))
 
 
 def _one_line(value: object) -> str:

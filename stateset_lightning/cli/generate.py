@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from stateset_lightning.cli.arguments import Arguments, count, loading_options, with_flags
+from stateset_lightning.cli.arguments import Arguments, loading_options, with_flags
 from stateset_lightning.errors import ConfigError, UserError
 from stateset_lightning.threads import heartbeat
 
@@ -20,6 +20,8 @@ def main(words: Sequence[str]) -> None:
     options = _parser().parse_args(words)
     if options.prompt is not None and not options.prompt.strip():
         raise ConfigError("--prompt is empty; give a text, or leave it out to give prompts line by line")
+    if options.samples is not None and options.samples < 1:
+        raise ConfigError(f"--samples={options.samples} must be at least 1")
     import torch  # not for `--help`
 
     from stateset_lightning.cli.trained import load_trained
@@ -92,7 +94,7 @@ def _parser() -> Arguments:
     parser.add_argument("--ckpt_path", required=True, metavar="CKPT", help=source)
     parser.add_argument("--prompt", help="what to ask; without it, standard input has one per line")
     samples = "completions to sample; without it, one greedy completion, unless a temperature or top-p is given"
-    parser.add_argument("--samples", type=count, help=samples)
+    parser.add_argument("--samples", type=int, help=samples)
     parser.add_argument("--temperature", type=float, help="of sampling; by default that of training")
     parser.add_argument("--top_p", type=float, help="of sampling; by default that of training")
     parser.add_argument("--max_new_tokens", type=int, help="by default as in training")

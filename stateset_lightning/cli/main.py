@@ -85,11 +85,8 @@ def _run(words: list[str], is_program: bool = False) -> StatesetCLI | None:
     from stateset_lightning.redaction import redact_streams, remember_flags
     from stateset_lightning.threads import heartbeat
 
-    if words in ([], ["-h"], ["--help"]):
-        print(__doc__, end="")
-        raise SystemExit(0)
-    if words == ["--version"]:
-        print(PROGRAM, version(PROGRAM))
+    if words in ([], ["-h"], ["--help"], ["--version"]):
+        print(f"{PROGRAM} {version(PROGRAM)}\n" if words == ["--version"] else __doc__, end="")
         raise SystemExit(0)
     command = words[0]
     redact_streams()

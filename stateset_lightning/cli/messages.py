@@ -123,8 +123,6 @@ def _class_parser(option: Option, bases: Any, path: Any) -> ArgumentParser | Non
     """Knows the options of a class, by default of the one that the option takes; None if there is no such class."""
     default = getattr(option.action, "default", None)
     path = path or (default.get("class_path") if isinstance(default, Namespace | dict) else None)
-    if not isinstance(path, str | None):
-        return None
     try:
         cls = _typehints.import_object(_typehints.resolve_class_path_by_name(bases, path)) if path else bases[0]
         if RewardFunction in bases and inspect.isfunction(cls):
@@ -169,9 +167,8 @@ def refusal(cls: type, error: Exception, parser: ArgumentParser, given: dict[str
 
     The error itself if it says enough, or if the mistake is this package's own and needs its traceback.
     """
-    frames = traceback.extract_tb(error.__traceback__)
-    own = frames[-1].filename.startswith(_PACKAGE) and not isinstance(error, ValueError | TypeError)
-    if isinstance(error, UserError) or own:
+    place = traceback.extract_tb(error.__traceback__)[-1].filename
+    if isinstance(error, UserError) or (place.startswith(_PACKAGE) and not isinstance(error, ValueError | TypeError)):
         return error
     if fault := explain(parser, given):  # what jsonargparse lets pass, such as a list for a section
         return ConfigError(fault)
@@ -242,11 +239,9 @@ def _class_fault(bases: tuple[type, ...], path: str) -> str:
     """Why the class that a path names cannot be had; empty if it can."""
     module, _, name = path.rpartition(".")
     if not module:
-        homes = {
-            full.rpartition(".")[2]: full for base in bases for full in _typehints.get_all_subclass_paths(base, True)
-        }
-        near = difflib.get_close_matches(name, homes, n=1) or list(homes)
-        module = homes[near[0]].rpartition(".")[0]
+        parts = (full.rpartition(".") for base in bases for full in _typehints.get_all_subclass_paths(base, True))
+        homes = {known_name: home for home, _, known_name in parts}
+        module = homes[difflib.get_close_matches(name, homes, n=1, cutoff=0)[0]]
     try:
         found = getattr(importlib.import_module(module), name)
     except AttributeError as error:
@@ -277,8 +272,8 @@ def _in_words(hint: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(str, members))}"
     if metadata := getattr(hint, "__metadata__", None):
-        limits = [(words, getattr(item, key, None)) for item in metadata for key, words in _BOUNDS.items()]
-        bounds = [f"{words} {limit}" for words, limit in limits if limit is not None]
+        named = ((item, key) for item in metadata for key in _BOUNDS if hasattr(item, key))
+        bounds = [f"{_BOUNDS[key]} {getattr(item, key)}" for item, key in named]
         return f"{_in_words(members[0])} {' and '.join(bounds)}"
     if origin is Callable:
         return _in_words(members[-1]) if isinstance(members[-1], type) else "a function"

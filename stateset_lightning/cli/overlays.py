@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 from jsonargparse import set_dumper
@@ -68,13 +68,17 @@ def merged_words(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         value = value if given else left.pop(0)
         if flag in ("-c", "--config"):
             text = value if value.lstrip().startswith("{") or "\n" in value else None
-            keep_inputs(value if text is None else None)
             files.append(read_yaml(value, f"--config {value}", "keys such as model:, data: and trainer:", text))
         else:
-            flags.append(functools.reduce(lambda inner, key: {key: inner}, flag[2:].split(".")[::-1], cast(Any, value)))
+            flags.append(nested(flag[2:], value))
     merged = functools.reduce(merge, [*files, *flags], dict[str, Any]())
     _check_ends(merged)
     return merged, rest
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """The mapping of mappings that a key with dots stands in."""
+    return functools.reduce(lambda inner, name: {name: inner}, reversed(key.split(".")), value)
 
 
 def _check_ends(value: Any, key: str = "") -> None:
@@ -98,6 +102,7 @@ def read_yaml(file: str | Path, name: str, keys: str, text: str | None = None) -
     Raises:
         ConfigError: If it cannot be read, holds something else, or a key twice.
     """
+    keep_inputs(file if text is None else None)
     try:
         text = _read_text(Path(file)) if text is None else text
     except OSError as error:

@@ -17,7 +17,7 @@ from stateset_lightning.errors import CheckpointError, ConfigError
 from stateset_lightning.files import keep_inputs
 from stateset_lightning.policy import end_of_sequence_ids, load_model, load_tokenizer
 from stateset_lightning.policy.config import LoadingOptions, PolicyConfig, check_saved
-from stateset_lightning.policy.lora import config_from_plain, inject, is_adapted, trained_names
+from stateset_lightning.policy.lora import config_from_plain, inject, is_adapted
 from stateset_lightning.policy.lora_state import base_digest, check_base
 from stateset_lightning.rollout import RolloutConfig
 from stateset_lightning.run.checkpoint_io import check_weights, newest_checkpoints, read_checkpoint
@@ -63,9 +63,9 @@ class TrainedModel:
 
     def encoder(self, system_prompt: str | None = None) -> PromptEncoder:
         """Makes prompts as in training, with another system prompt if one is given."""
-        given = self.config.get("data") or {}
+        own = {} if system_prompt is None else {"system_prompt": system_prompt}
+        given = {**(self.config.get("data") or {}), **own}
         options = {name: value for name in _PROMPT_OPTIONS if (value := given.get(name)) is not None}
-        options |= {} if system_prompt is None else {"system_prompt": system_prompt}
         check_saved("data", PromptEncoder, options)
         return PromptEncoder(tokenizer=self.tokenizer, **options)
 
@@ -94,17 +94,13 @@ def load_trained(source: str, config: str | None = None, loading: LoadingOptions
         model = load_model(policy, tokenizer=tokenizer)
         return TrainedModel(source, policy, model, tokenizer, RolloutConfig(), config=given)
     checkpoint = read_checkpoint(file, check_sums=True, map_location="cpu")
-    state = checkpoint.pop("state_dict").items()
-    weights = {name.removeprefix(_WEIGHTS): value for name, value in state if name.startswith(_WEIGHTS)}
-    saved = checkpoint["hyper_parameters"]
+    weights, saved = checkpoint.pop("state_dict"), checkpoint["hyper_parameters"]
     policy = PolicyConfig.from_checkpoint(saved["policy"], loading)
     check_saved("model.rollout", RolloutConfig, saved["rollout"])
-    model = _load(source, policy, weights, checkpoint["stateset"].get("adapter"))
+    rollout = RolloutConfig(**saved["rollout"])
+    model, seed = _load(source, policy, weights, checkpoint["stateset"]), checkpoint["stateset"]["seed"]
     found = given or _config_of_run(file, checkpoint)
-    seed = saved["seed"] if saved["seed"] is not None else checkpoint["stateset"]["seed"]
-    return TrainedModel(
-        source, policy, model, load_tokenizer(policy), RolloutConfig(**saved["rollout"]), seed, found, checkpoint
-    )
+    return TrainedModel(source, policy, model, load_tokenizer(policy), rollout, seed, found, checkpoint)
 
 
 def _checkpoint_of(source: str) -> Path | None:
@@ -121,10 +117,10 @@ def _checkpoint_of(source: str) -> Path | None:
     return Path(file)
 
 
-def _load(
-    source: str, policy: PolicyConfig, weights: Mapping[str, Tensor], adapter: Mapping[str, Any] | None
-) -> PreTrainedModel:
+def _load(source: str, policy: PolicyConfig, state: Mapping[str, Tensor], saved: Mapping[str, Any]) -> PreTrainedModel:
     """The policy's base, with the checkpoint's weights or adapter; what adapter it started from is not needed."""
+    weights = {name.removeprefix(_WEIGHTS): value for name, value in state.items() if name.startswith(_WEIGHTS)}
+    adapter = saved.get("adapter")
     if adapter is None:  # as it was trained
         floating = (value.dtype for value in weights.values() if value.is_floating_point())
         dtype = next(floating, torch.float32)
@@ -133,14 +129,13 @@ def _load(
         if not isinstance(dtype, torch.dtype):
             raise CheckpointError(f"{source}: {name!r:.80} is no dtype")
     model = load_model(replace(policy, lora=None, adapter=None), dtype)
-    if adapter is None:
-        check_weights(model.state_dict(), weights, f"{policy.model_name}, which the run started from")
-    else:
+    expected: Mapping[str, Tensor] = model.state_dict()
+    if adapter is not None:
         inject(model, config_from_plain(adapter["config"]), source)
         base = {"model_name": policy.model_name, "revision": policy.revision, "digest": base_digest(model)}
         check_base(base, adapter["base"])
-        if (names := set(trained_names(model))) != set(weights):
-            raise CheckpointError(f"{source}: its adapter does not fit: {', '.join(sorted(names ^ set(weights))[:3])}")
+        expected = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    check_weights(expected, weights, f"{policy.model_name}, which the run started from")
     model.load_state_dict(weights, strict=adapter is None)
     model.tie_weights()
     return model.eval()
@@ -157,7 +152,6 @@ def _config_of_run(file: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    keep_inputs(path)
     content = read_yaml(path, str(path), "a run's resolved config")
     if not isinstance(content.get("model"), Mapping) or not isinstance(content.get("data", {}), Mapping | None):
         raise ConfigError(f"{path} is no config of a run, which has model: and data:")

@@ -44,6 +44,7 @@ REASONS = {"base": "model.policy.", "rows": "data.", "template": "data."}  # opt
 # Options that may differ among ranks, each with a disk of its own: the contents of these places are compared.
 PLACES = re.compile(r"data\.(train|validation|test|predict)|.*\.(model_name|adapter|logger)")
 # Not described as an option: made of several, made by it when it is called, or known by a digest.
+TEMPLATE_OPTIONS = "use_chat_template", "chat_template_kwargs", "parse_special_tokens"  # of `data`; digested in order
 BY_THEMSELVES = "trainer.callbacks", "model.reward", "model.optimizer", "model.lr_scheduler", "data.tokenizer"
 
 # Where types come from whose `repr` says all, and no address.
@@ -71,9 +72,7 @@ def made_of(trainer: Trainer, module: GRPOLightningModule) -> dict[str, Any]:
         options |= {f"data.{split}": spec if isinstance(spec, str) else "" for split, spec in data.specs.items()}
         splits = ["train", "validation"] if data.is_given("validation") else ["train"]
         found |= {f"rows of data.{split}": _rows_digest(data, split) for split in splits}
-        how = [
-            options[f"data.{name}"] for name in ("use_chat_template", "chat_template_kwargs", "parse_special_tokens")
-        ]
+        how = [options[f"data.{name}"] for name in TEMPLATE_OPTIONS]
         found["chat template"] = digest(how[0] is not False and tokenizer.chat_template, how)
     for key in [key for key in options if key not in BY_THEMSELVES]:
         found |= flat(key, options[key])

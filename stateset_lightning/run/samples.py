@@ -20,7 +20,6 @@ from torch.distributed.tensor import DTensor
 
 from stateset_lightning.errors import bounded
 from stateset_lightning.files import atomic_write, check_output, keep_inputs
-from stateset_lightning.policy import Policy
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.run.folder import PREDICTIONS, SAMPLES, continues, of_rank, run_folder
 from stateset_lightning.run.records import append_rows, keep_rows
@@ -75,11 +74,9 @@ class SampleWriter(Callback):
             records = pl_module.last_records[: self.num_prompts * episode.num_generations]
             self._episode = [{"episode": episode.index, **record.to_dict()} for record in records]
         if batch.micro_step == batch.num_micro_steps - 1 and self._episode:
-            rows, self._episode = self._episode, []
-            shown = episode, len(rows) // episode.num_generations
-            tokens = token_rows(*shown, pl_module.tokenizer, self.max_tokens)
-            now = logprobs_now(*shown, pl_module.policy, pl_module.rollout.temperature, self.max_tokens)
-            rows = [{**row, **told, **after} for row, told, after in zip(rows, tokens, now, strict=True)]
+            told = token_rows(episode, len(self._episode), self.max_tokens, pl_module)
+            rows = [{**row, **more} for row, more in zip(self._episode, told, strict=True)]
+            self._episode = []
             self._write(trainer, "train", rows, len(rows))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -173,47 +170,33 @@ def thinned_out(blocks: Iterable[Block]) -> set[Block]:
 # Token by token -------------------------------------------------------------------------------------------------------
 
 
-def token_rows(episode: Episode, num_prompts: int, tokenizer: Any, max_tokens: int) -> Rows:
-    """The first `max_tokens` tokens of each completion of the first groups, and their log-probs.
+def token_rows(episode: Episode, num_completions: int, max_tokens: int, module: Any) -> Rows:
+    """The first `max_tokens` tokens of the first completions, and their log-probs at the temperature of sampling, in
+    nats.
 
-    `tokens` are texts, which join to the completion's; `logprobs` are of the policy that sampled, at the temperature of
-    sampling, in nats. Where a reference scored the completion, `ref_logprobs` are its own.
+    `tokens` are texts, which join to the completion's; `logprobs` are of the policy that sampled, `logprobs_after` of
+    the module's as it is now. Where a reference scored the completion, `ref_logprobs` are its own.
     """
-    rows = []
-    for n, part in enumerate(_first_tokens(episode, num_prompts, max_tokens)):
-        tokens = token_texts(tokenizer, episode.completion_tokens_T[part].tolist())
-        rows.append({"tokens": tokens, "logprobs": _rounded(episode.sampling_logprobs_T[part])})
-        if episode.ref_logprobs_T is not None and episode.active_N[n]:
-            rows[n]["ref_logprobs"] = _rounded(episode.ref_logprobs_T[part])
+
+    def first_tokens(values_T: Tensor) -> list[Tensor]:
+        return [values[:max_tokens] for values in values_T.split(episode.lengths_N.tolist())[:num_completions]]
+
+    completions = first_tokens(episode.completion_tokens_T)
+    rows: Rows = [{"tokens": token_texts(module.tokenizer, tokens.tolist())} for tokens in completions]
+    logprobs = {"logprobs": first_tokens(episode.sampling_logprobs_T)}
+    if episode.ref_logprobs_T is not None:
+        logprobs["ref_logprobs"] = first_tokens(episode.ref_logprobs_T)
+    # Not known if weights are sharded: all ranks would have to take part.
+    if not any(isinstance(parameter, DTensor) for parameter in module.policy.parameters()):
+        prompts = episode.prompt_tokens[: num_completions // episode.num_generations]
+        groups = groups_of(prompts, completions, [n for n, tokens in enumerate(completions) if len(tokens)])
+        now_T, _ = module.policy.score_without_gradient(groups, module.rollout.temperature)
+        logprobs["logprobs_after"] = list(now_T.cpu().split([len(tokens) for tokens in completions]))
+    for name, values in logprobs.items():
+        for n, row in enumerate(rows):
+            if name != "ref_logprobs" or episode.active_N[n]:  # of the others it has scored none
+                row[name] = [round(value, 4) for value in values[n].tolist()]
     return rows
-
-
-def logprobs_now(episode: Episode, num_prompts: int, policy: Policy, temperature: float, max_tokens: int) -> Rows:
-    """`logprobs_after` of the same tokens: under the policy as it is now, by a pass without gradient.
-
-    Not known if its weights are sharded: all ranks would have to take part.
-    """
-    parts = _first_tokens(episode, num_prompts, max_tokens)
-    if any(isinstance(parameter, DTensor) for parameter in policy.parameters()):
-        return [{} for _ in parts]
-    completions = [episode.completion_tokens_T[part] for part in parts]
-    rows = [n for n, completion in enumerate(completions) if len(completion)]
-    groups = groups_of(episode.prompt_tokens[:num_prompts], completions, rows)
-    logprobs_T, _ = policy.score_without_gradient(groups, temperature)
-    values = logprobs_T.cpu().split([len(completion) for completion in completions])
-    return [{"logprobs_after": _rounded(logprobs)} for logprobs in values]
-
-
-def _first_tokens(episode: Episode, num_prompts: int, max_tokens: int) -> list[slice]:
-    """Where in [T] the first `max_tokens` tokens of each completion of the first groups stand."""
-    lengths_N = episode.lengths_N[: num_prompts * episode.num_generations]
-    starts_N = lengths_N.cumsum(0) - lengths_N
-    ends_N = starts_N + lengths_N.clamp(max=max_tokens)
-    return [slice(start, end) for start, end in zip(starts_N.tolist(), ends_N.tolist(), strict=True)]
-
-
-def _rounded(values_T: Tensor) -> list[float]:
-    return [round(value, 4) for value in values_T.tolist()]
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:

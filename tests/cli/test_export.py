@@ -156,7 +156,7 @@ def test_samples_are_counted_and_repeatable(run, capsys):
         (["generate", "--ckpt_path", "none.ckpt"], "ckpt_path=none.ckpt: there is no such file"),
         (
             ["generate", "--ckpt_path", "tiny", "--samples", "0"],
-            "argument --samples: 0 must be a whole number, at least 1",
+            "--samples=0 must be at least 1",
         ),
         (
             ["generate", "--ckpt_path", "tiny", "--prompt", "a", "--temperature", "0"],

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from stateset_lightning.algorithm import GRPO
 from stateset_lightning.callbacks import PredictionWriter, SampleWriter
 from stateset_lightning.policy import Policy, PolicyConfig
 from stateset_lightning.run import samples
-from stateset_lightning.run.samples import logprobs_now, sample_table, sample_text, thinned_out, token_rows, token_texts
+from stateset_lightning.run.samples import sample_table, sample_text, thinned_out, token_rows, token_texts
 from stateset_lightning.training.episode import Episode
 
 ROWS = [{"id": str(i), "prompt": f"What is {i} + 1?", "target": str(i + 1)} for i in range(6)]
@@ -240,31 +241,35 @@ def make_fixed_episode():
     )
 
 
-def test_token_rows_hold_what_is_known(tiny_tokenizer):
-    rows = token_rows(make_fixed_episode(), 2, tiny_tokenizer, max_tokens=9)
+@pytest.fixture
+def tokens_of(tiny_model, tiny_tokenizer):
+    """`tokens_of(num_completions, max_tokens)` -> token by token, of the fixed episode."""
+    module = SimpleNamespace(tokenizer=tiny_tokenizer, rollout=RolloutConfig(2, 3, temperature=2.0))
+    module.policy = Policy(tiny_model, PolicyConfig("tiny"))
+    return lambda num_completions=4, max_tokens=9: token_rows(make_fixed_episode(), num_completions, max_tokens, module)
+
+
+def test_token_rows_hold_what_is_known(tokens_of):
+    rows = tokens_of()
     assert [row["logprobs"] for row in rows] == [[-0.1235, -1.0], [], [-2.0], [-3.0, -4.0]]
     # The reference scored active completions alone: what stands for the others is no log-prob.
     assert [row.get("ref_logprobs") for row in rows] == [[-0.5, -0.6], None, None, [-0.7, -0.8]]
-    assert len(token_rows(make_fixed_episode(), 1, tiny_tokenizer, 9)) == 2
+    assert len(tokens_of(2)) == 2
 
 
-def test_log_probs_now_are_those_of_a_plain_forward(tiny_model):
-    policy = Policy(tiny_model, PolicyConfig("tiny"))
-    rows = logprobs_now(make_fixed_episode(), 2, policy, temperature=2.0, max_tokens=9)
-    now = [row["logprobs_after"] for row in rows]
+def test_log_probs_now_are_those_of_a_plain_forward(tokens_of, tiny_model):
+    now = [row["logprobs_after"] for row in tokens_of()]
     assert [len(row) for row in now] == [2, 0, 1, 2]
     logits = tiny_model(input_ids=torch.tensor([[5, 43, 44]])).logits[0] / 2.0
     assert now[3] == pytest.approx(
         [float(logits.log_softmax(-1)[i, token]) for i, token in enumerate((43, 44))], abs=2e-4
     )
-    (one,) = logprobs_now(make_fixed_episode(), 2, policy, 2.0, max_tokens=1)[3].values()
-    assert one == now[3][:1]
+    assert tokens_of(max_tokens=1)[3]["logprobs_after"] == now[3][:1]
 
 
-def test_sharded_weights_are_not_asked(tiny_model, monkeypatch):
+def test_sharded_weights_are_not_asked(tokens_of, monkeypatch):
     monkeypatch.setattr(samples, "DTensor", torch.nn.Parameter)  # as if all were
-    policy = Policy(tiny_model, PolicyConfig("tiny"))
-    assert logprobs_now(make_fixed_episode(), 2, policy, 1.0, max_tokens=9) == [{}] * 4
+    assert not [row for row in tokens_of() if "logprobs_after" in row]
 
 
 ROW = {

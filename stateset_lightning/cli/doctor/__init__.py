@@ -27,6 +27,6 @@ def main(words: Sequence[str]) -> None:
     from stateset_lightning.cli.early_checks import checked_words
 
     merged = checked_words("fit", words)
-    from stateset_lightning.cli.doctor.sections import DoctorCLI
+    from stateset_lightning.cli.doctor.sections import Doctor
 
-    DoctorCLI(["fit", *words], merged)
+    Doctor(["fit", *words], merged)

@@ -196,8 +196,8 @@ class EpisodeMeasurement:
 
     def train(self, rollout: Rollout) -> str:
         """Trains a micro-step of these completions; says how large it is."""
-        completions = [torch.tensor(tokens or [3]) for tokens in rollout.completions()]  # an engine may return none
-        return self._train(SAMPLED, groups_of(rollout.prompt_tokens, completions, range(len(completions))))
+        completions = [tokens or [3] for tokens in rollout.completions()]  # an engine may return none
+        return self._train(SAMPLED, rollout.prompt_tokens, completions)
 
     def run_worst_case(self, samples: bool) -> str:
         """The worst case, with sampling or without; says what was done. Nothing can be sampled afterwards."""
@@ -210,7 +210,8 @@ class EpisodeMeasurement:
             engine = InProcessEngine(endless, sampling_dtype(str(self.trainer.precision)))
             self._sample(WORST, longest, engine, stop=[])
         size = self.module.rollout.num_generations
-        share = self._train(WORST, [Group(prompts[i], [(prompts[i] * limit)[:limit]] * size) for i in longest])
+        completions = [(prompts[i] * limit)[:limit] for i in longest for _ in range(size)]
+        share = self._train(WORST, [prompts[i] for i in longest], completions)
         how = "sampled on past the end of sequence, trained" if samples else "trained"
         return f"the longest prompts, completions of {limit} tokens, {how} with made-up tokens; {share}"
 
@@ -233,22 +234,26 @@ class EpisodeMeasurement:
         engine.sync(self.policy)
         return self.meter.run(case, "sampling", lambda: engine.generate(chosen, size, config, seeds_N))
 
-    def _train(self, case: str, groups: Sequence[Group]) -> str:
-        """Log-probs of all groups, then a micro-step with its share of them, and the update; says what the share is."""
-        temperature, packed = self.module.rollout.temperature, self.policy.uses_packed_scoring
+    def _train(self, case: str, prompts: list[list[int]], completions: Sequence[Sequence[int]]) -> str:
+        """Log-probs of all completions, a micro-step with its share of them, and the update; says what was trained.
+
+        The share is the first of equal ones: a group is split where it ends inside it.
+        """
+        temperature, tokens = self.module.rollout.temperature, [torch.tensor(completion) for completion in completions]
+        groups = groups_of(prompts, tokens, range(len(tokens)))
+        share = groups_of(prompts, tokens, range(math.ceil(len(tokens) / self.data.steps_per_episode)))
         if scorers := [scorer for scorer in (self.policy if self.needs_old else None, self.reference) if scorer]:
             self.meter.run(
                 case, "log-probs", lambda: [each.score_without_gradient(groups, temperature) for each in scorers]
             )
-        share = share_of_micro_step(groups, self.data.steps_per_episode)
         self.meter.run(case, "training", lambda: self._backward(share))
         self.meter.run(case, "update", self._update)
         self.trainer.optimizers[0].zero_grad(set_to_none=True)  # also of what was stopped
         rows = [len(group.prompt) + len(completion) for group in share for completion in group.completions]
-        once = sum(len(group.prompt) + group.num_completion_tokens for group in share)
-        form = "each prompt once per group" if packed else "a padded row per completion"
-        tokens = once if packed else len(rows) * max(rows)
-        return f"a micro-step of {len(rows)} completions, {tokens:,} tokens ({form})"
+        size, form = len(rows) * max(rows), "a padded row per completion"
+        if self.policy.uses_packed_scoring:
+            size, form = sum(len(g.prompt) + g.num_completion_tokens for g in share), "each prompt once per group"
+        return f"a micro-step of {len(rows)} completions, {size:,} tokens ({form})"
 
     def _backward(self, groups: Sequence[Group]) -> None:
         """Loss and gradient of a micro-step, as in training, where every completion counts."""
@@ -274,14 +279,5 @@ class EpisodeMeasurement:
 
     def _update(self) -> None:
         """The optimizer's step with gradients and learning rate of zero: as much work, and no weight changes."""
-        for weight in self.policy.parameters():
-            if weight.grad is not None:
-                weight.grad.zero_()
+        self.trainer.optimizers[0].zero_grad(set_to_none=False)
         self.trainer.optimizers[0].step()
-
-
-def share_of_micro_step(groups: Sequence[Group], micro_steps: int) -> list[Group]:
-    """The first of so many equal shares of the completions; a group is split where the share ends inside it."""
-    completions = [torch.tensor(completion) for group in groups for completion in group.completions]
-    rows = range(math.ceil(len(completions) / micro_steps))
-    return groups_of([list(group.prompt) for group in groups], completions, rows)

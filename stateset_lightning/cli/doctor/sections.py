@@ -24,38 +24,34 @@ from stateset_lightning.run.find_checkpoint import find_resumed
 from stateset_lightning.training.checks import checks_of_run, no_validation
 from stateset_lightning.training.collect import ready_engine
 from stateset_lightning.training.schedule import optimizer_steps_of_run
-from stateset_lightning.types import FinishReason, Rollout, Scenario
+from stateset_lightning.types import FinishReason, Scenario
 
 TEXT = 300  # characters of a prompt or completion that are shown
 
 
-class DoctorCLI(StatesetCLI):
-    """Takes the command line of `fit`, and looks at the run instead of starting it."""
+class Doctor(StatesetCLI):
+    """Takes the command line of `fit`, and looks at all that the run is made of instead of starting it.
+
+    What it finds is printed as soon as it is known.
+    """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_argument("--sample", type=bool, default=True)
 
     def before_fit(self) -> None:
-        given = redacted(yaml.safe_load(self._parser("fit").dump(self.config.fit, skip_default=True)))
+        """Prints all sections.
+
+        Raises:
+            SystemExit: Always, with code 1 if there are problems, else 0.
+        """
+        self.asked, self.module, self.data = self.config.fit, self.model, self.datamodule
+        self.problems, self.notes = list[str](), list[str]()
+        meter = Meter(self.trainer.strategy.root_device, self.problems)
+        self.episode = EpisodeMeasurement(self.trainer, self.module, self.data, meter)
+        given = redacted(yaml.safe_load(self._parser("fit").dump(self.asked, skip_default=True)))
         print("config, without defaults")
         _show(*dump_yaml({key: given[key] for key in given if key not in ("config", "sample")}).splitlines())
-        raise SystemExit(1 if Doctor(self).run() else 0)
-
-
-class Doctor:
-    """Looks at all that a run is made of, and prints what it finds as soon as it is known."""
-
-    def __init__(self, cli: StatesetCLI) -> None:
-        self.config = cli.config.fit
-        self.trainer, self.module, self.data = cli.trainer, cli.model, cli.datamodule
-        self.problems: list[str] = []
-        self.notes: list[str] = []
-        device = self.trainer.strategy.root_device
-        self.episode = EpisodeMeasurement(self.trainer, self.module, self.data, Meter(device, self.problems))
-
-    def run(self) -> list[str]:
-        """Prints all sections; returns the problems."""
         # As `fit` does, without its set-up of loggers, checkpoints and processes.
         self.trainer.datamodule = self.data  # type: ignore[attr-defined]
         self.data.trainer = self.module.trainer = self.trainer
@@ -81,7 +77,7 @@ class Doctor:
         for line in [*(f"note: {note}" for note in self.notes), *(f"problem: {each}" for each in self.problems)]:
             print(line)
         print(f"problems: {len(self.problems)}" if self.problems else "no contradictions: the run can start")
-        return self.problems
+        raise SystemExit(1 if self.problems else 0)
 
     def _show_data(self) -> None:
         for split in self.data.num_scenarios:
@@ -89,8 +85,8 @@ class Doctor:
             lengths = prompts.lengths
             tokens = f"{lengths.min()} to {lengths.max()} tokens, {lengths.mean():.1f} on average"
             of_first = f" (the first {len(lengths):,})" if len(lengths) < len(scenarios) else ""
-            row = first_row(self.module.tokenizer, scenarios.known[0], prompts[0])
-            _show(f"{split}: {len(scenarios):,} rows of {tokens}{of_first}", f"first row: {row}")
+            _show(f"{split}: {len(scenarios):,} rows of {tokens}{of_first}")
+            _show(f"first row: {first_row(self.module.tokenizer, scenarios.known[0], prompts[0])}")
         if "validation" in self.data.num_scenarios:
             seen = set(map(tuple, self.data.served("train")[1]))
             if both := sum(tuple(prompt) in seen for prompt in self.data.served("validation")[1]):
@@ -103,11 +99,11 @@ class Doctor:
         # refuses a schedule without an end, and options that the optimizer does not take
         made = module.configure_optimizers()
         self.trainer.optimizers = [made["optimizer"] if isinstance(made, dict) else made]
-        if self.config.sample and not isinstance(module.engine, InProcessEngine | None):
+        if self.asked.sample and not isinstance(module.engine, InProcessEngine | None):
             why = "sampling would load weights into the servers of model.engine"
             self.notes.append(f"a target is scored instead of a completion: {why}")
-            self.config.sample = False
-        if self.config.sample:
+            self.asked.sample = False
+        if self.asked.sample:
             module.engine = ready_engine(module.engine, module.tokenizer, module.rollout, str(self.trainer.precision))
 
     # An episode
@@ -115,12 +111,14 @@ class Doctor:
 
     def _measure(self) -> None:
         self.episode.take_first_step()
-        rollout = self.episode.sample() if self.config.sample else None
+        rollout = self.episode.sample() if self.asked.sample else None
         scenarios = self.data.served("train")[0].scenarios
         scenario = scenarios[0]
         _show(f"prompt      {scenario.id}: {_shortened(scenario.turns()[-1].content)}")
         if rollout is not None:
-            self._show_completions(rollout)
+            cut, count = rollout.finish_reasons.count(FinishReason.LENGTH), len(rollout.texts)
+            lengths = f"{rollout.lengths_N.double().mean():.1f} tokens on average; {cut} are cut at max_new_tokens"
+            _show(f"completion  {_shortened(rollout.texts[0])}", f"            one of {count}, which have {lengths}")
             scenarios_N = [scenarios[row] for row in self.episode.spread_rows() for _ in range(rollout.num_generations)]
             self._score(scenarios_N, rollout.texts, rollout.lengths_N.tolist())
             _show(f"{SAMPLED}: {self.episode.train(rollout)}")
@@ -130,16 +128,8 @@ class Doctor:
             length = len(self.module.tokenizer(text, add_special_tokens=False)["input_ids"])
             size = 1 if self.module.scorer.scores_alone else self.module.rollout.num_generations
             self._score([scenario] * size, [text] * size, [length] * size)
-        _show(f"{WORST}: {self.episode.run_worst_case(self.config.sample)}")
+        _show(f"{WORST}: {self.episode.run_worst_case(self.asked.sample)}")
         self._show_length_of_run(rollout is not None)
-
-    def _show_completions(self, rollout: Rollout) -> None:
-        truncated, count = sum(reason == FinishReason.LENGTH for reason in rollout.finish_reasons), len(rollout.texts)
-        lengths = f"{rollout.lengths_N.double().mean():.1f} tokens on average; {truncated} are cut at max_new_tokens"
-        _show(f"completion  {_shortened(rollout.texts[0])}", f"            one of {count}, which have {lengths}")
-        if truncated == count:
-            limit = f"model.rollout.max_new_tokens={self.module.rollout.max_new_tokens}"
-            self.notes.append(f"all {count} completions are cut at {limit}: raise it, if they should end")
 
     def _score(self, scenarios_N: Sequence[Scenario], texts: Sequence[str], lengths: Sequence[int]) -> None:
         """Shows the first completion's scores; each reward that fails is a problem."""
@@ -179,7 +169,7 @@ class Doctor:
         self.notes += [str(warning.message) for warning in caught]
         if self.data.is_given("validation") and (never := no_validation(trainer, self.data)):
             self.notes.append(never)  # Lightning says nothing of it
-        if (path := self.config.ckpt_path) is not None and path != "hpc":
+        if (path := self.asked.ckpt_path) is not None and path != "hpc":
             with self._section():
                 if (found := find_resumed(trainer, path)) and (file := local_path(found)):
                     state = read_checkpoint(file)["stateset"]

@@ -29,9 +29,7 @@ def main(words: Sequence[str]) -> None:
         UserError: If the folder holds no run, or the page cannot be written.
     """
     parser = Arguments("report", "Write one HTML page about a run.")
-    parser.add_argument(
-        "run", metavar="RUN", help="a run's folder, such as runs/single_turn/version_0; the run may still be going on"
-    )
+    parser.add_argument("run", metavar="RUN", help="a run's folder, such as runs/single_turn/version_0; it may go on")
     parser.add_argument("-o", "--output", metavar="FILE", help="the page; by default report.html in the run's folder")
     options = parser.parse_args(words)
     print(f"report: {write_report(options.run, options.output)}")

@@ -8,6 +8,7 @@ from contextlib import suppress
 from itertools import product
 from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar
 
 import yaml
@@ -43,16 +44,15 @@ def read_run(folder: Path) -> dict[str, Any]:
     """
     _check_folder(folder)
     config = next((name for name in CONFIGS if (folder / name).is_file()), CONFIGS[0])
-    there = {name: (folder / name).is_file() for name in (METRICS, SAMPLES, config, ENVIRONMENT)}
-    nothing: dict[str, Any] = {"train": [], "evaluations": [], "shown": {}}
+    missing = [name for name in (METRICS, SAMPLES, config, ENVIRONMENT) if not (folder / name).is_file()]
     return {
-        "run": f"{folder.absolute().parent.name}/{folder.absolute().name}",
-        "metrics": _read_metrics(folder / METRICS) if there[METRICS] else {},
-        **(_read_samples(folder / SAMPLES) if there[SAMPLES] else nothing),
-        "config": _text(folder / config) if there[config] else "",
-        "facts": _facts(_parsed(folder / config, yaml.safe_load) or {}) if there[config] else {},
-        "environment": _parsed(folder / ENVIRONMENT, json.loads) if there[ENVIRONMENT] else {},
-        "missing": [name for name, is_there in there.items() if not is_there],
+        "run": "/".join(folder.absolute().parts[-2:]),
+        "metrics": {} if METRICS in missing else _read_metrics(folder / METRICS),
+        **({"train": [], "evaluations": [], "shown": {}} if SAMPLES in missing else _read_samples(folder / SAMPLES)),
+        "config": "" if config in missing else _text(folder / config),
+        "facts": {} if config in missing else _facts(_parsed(folder / config, yaml.safe_load) or {}),
+        "environment": {} if ENVIRONMENT in missing else _parsed(folder / ENVIRONMENT, json.loads),
+        "missing": missing,
     }
 
 
@@ -90,10 +90,7 @@ def _binned(points: Sequence[tuple[int, float]]) -> list[list[float]]:
     """
     size = math.ceil(len(points) / MAX_POINTS)
     bins = [points[i : i + size] for i in range(0, len(points), size)]
-    return [
-        [part[-1][0] for part in bins],
-        [float(f"{sum(value for _, value in part) / len(part):.6g}") for part in bins],
-    ]
+    return [[part[-1][0] for part in bins], [float(f"{fmean(value for _, value in part):.6g}") for part in bins]]
 
 
 # Samples
@@ -154,9 +151,8 @@ _PER_TOKEN = ("logprobs", "logprobs_after", "ref_logprobs")
 
 def _completion(row: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: row[name] for name in _KEPT if row.get(name) is not None}
-    kept |= {
-        name: [None if value is None else round(value, 3) for value in row[name]] for name in _PER_TOKEN if name in row
-    }
+    for name in filter(row.__contains__, _PER_TOKEN):
+        kept[name] = [None if value is None else round(value, 3) for value in row[name]]
     return {"text": _cut(row["completion"]), **kept}
 
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from stateset_lightning.cli.doctor import measure, sections
-from stateset_lightning.cli.doctor.measure import share_of_micro_step
-from stateset_lightning.policy import Group, Policy, PolicyConfig, load_model
+from stateset_lightning.policy import Policy, PolicyConfig, load_model
 from stateset_lightning.rollout import InProcessEngine
 
 PHASE = re.compile(r"^  (first step|as sampled|worst case) +(\S+) +(?:> )?[\d.,]+ s, [\d.,]+ MB$", re.MULTILINE)
@@ -37,15 +36,19 @@ def seen(monkeypatch):
 ROWS = [{"prompt": f"What is {i} + 1?" + "?" * i, "target": "1"} for i in range(8)]
 
 
-def test_an_episode_of_the_configs_sizes_is_sampled_and_one_of_its_micro_steps_trained(examine, seen):
-    code, said = examine("--data.steps_per_episode=2", "--trainer.accumulate_grad_batches=2", rows=ROWS)
+@pytest.mark.parametrize(("micro_steps", "share"), [(2, 4), (4, 2)], ids=["a group", "a part of a group"])
+def test_an_episode_of_the_configs_sizes_is_sampled_and_one_of_its_micro_steps_trained(
+    examine, seen, micro_steps, share
+):
+    steps = f"--data.steps_per_episode={micro_steps}", f"--trainer.accumulate_grad_batches={micro_steps}"
+    code, said = examine(*steps, rows=ROWS)
     assert code == 0
     (spread, lengths), (longest, worst_lengths) = seen["sampled"]
     assert [len(prompt) for prompt in spread] == [11, 15]  # rows 0 and 4
     assert [len(prompt) for prompt in longest] == [18, 17]
     assert len(lengths) == 2 * 4
     assert worst_lengths == [5] * 8
-    assert seen["trained"] == [[(1, [1])], [(11, lengths[:4])], [(18, [5] * 4)]]  # half of the episode
+    assert seen["trained"] == [[(1, [1])], [(11, lengths[:share])], [(18, [5] * share)]]
     assert PHASE.findall(said) == [
         ("as sampled", "load"),
         ("first step", "training"),
@@ -58,9 +61,9 @@ def test_an_episode_of_the_configs_sizes_is_sampled_and_one_of_its_micro_steps_t
         ("worst case", "training"),
         ("worst case", "update"),
     ]
-    assert "as sampled: a micro-step of 4 completions, " in said
-    assert f"{11 + sum(lengths[:4])} tokens (each prompt once per group)" in said
-    assert "a micro-step of 4 completions, 38 tokens (each prompt once per group)" in said
+    assert f"as sampled: a micro-step of {share} completions, " in said
+    assert f"{11 + sum(lengths[:share])} tokens (each prompt once per group)" in said
+    assert f"a micro-step of {share} completions, {18 + 5 * share} tokens (each prompt once per group)" in said
 
 
 def test_reference_and_old_log_probs_count_where_there_are_any(examine):
@@ -79,14 +82,15 @@ def test_reference_and_old_log_probs_count_where_there_are_any(examine):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_no_weight_changes(examine, monkeypatch, precision):
     looked_at = []
-    run = sections.Doctor.run
+    look = sections.Doctor.before_fit
 
     def keeps_the_model(self):
-        problems = run(self)
-        looked_at.append(self.module.policy.model)
-        return problems
+        try:
+            look(self)
+        finally:
+            looked_at.append(self.module.policy.model)
 
-    monkeypatch.setattr(sections.Doctor, "run", keeps_the_model)
+    monkeypatch.setattr(sections.Doctor, "before_fit", keeps_the_model)
     sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 10.0, "weight_decay": 0.5, "momentum": 0.9}}
     assert examine(model={"optimizer": sgd}, trainer={"precision": precision})[0] == 0
     loaded = load_model(PolicyConfig("tiny")).state_dict()
@@ -132,15 +136,3 @@ def test_a_worst_case_that_takes_too_long_is_stopped(examine, monkeypatch):
     assert code == 0
     assert re.search(r"worst case +sampling +> 1\.\d\d s", said)
     assert re.search(r"as sampled +sampling +[\d.]+ s", said)
-
-
-def test_a_share_takes_groups_apart_where_it_must():
-    groups = [Group([1], [[1], [2], [3]]), Group([2], [[4], [5], [6]])]
-
-    def sizes(micro_steps):
-        return [(group.prompt, len(group.completions)) for group in share_of_micro_step(groups, micro_steps)]
-
-    assert sizes(1) == [([1], 3), ([2], 3)]
-    assert sizes(2) == [([1], 3)]
-    assert sizes(4) == [([1], 2)]
-    assert sizes(6) == [([1], 1)]
