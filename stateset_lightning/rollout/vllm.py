@@ -40,9 +40,10 @@ class VLLMEngine:
     Args:
         urls: The servers. Prompts are dealt out to them in turn; all completions of a prompt go to one server, which
             prefills it once.
-        folder: Where weights are handed over; the servers must see it under the same path. None: the system's for
-            temporary files.
-        dtype: That the servers compute in (their --dtype); it decides the tolerance. None: the policy's.
+        folder: Where weights are handed over; the servers must see it under the same path. None: shared memory
+            (/dev/shm); where it is missing or has no room, the system's for temporary files (announced).
+        dtype: That the servers compute in (their --dtype). A whole model is handed over in it, and it decides the
+            tolerance. None: the policy's.
         tolerance: Nats per token by which log-probs of servers and policy may differ after a sync. None: by dtype
             (`LOGPROB_TOLERANCE`).
         request_timeout: Seconds for one completion, including the time that it waits in the server's queue, from the

@@ -44,7 +44,7 @@ def mesh() -> Iterator[DeviceMesh]:
 def make_pair(model: PreTrainedModel, mesh: DeviceMesh) -> tuple[Policy, Policy, UnshardedCopy]:
     """A policy as it is, the same sharded, and the latter's unsharded copy."""
     plain, sharded = Policy(copy.deepcopy(model), PolicyConfig("some")), Policy(model, PolicyConfig("some"))
-    return plain, sharded, UnshardedCopy(sharded, mesh, torch.device("cpu"), None)
+    return plain, sharded, UnshardedCopy(sharded, mesh, torch.device("cpu"))
 
 
 def gradients(policy: Policy) -> dict[str, torch.Tensor]:
