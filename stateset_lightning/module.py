@@ -277,7 +277,6 @@ class GRPOLightningModule(RunsInTrainer):
         # Here and not batch by batch: ranks may have different numbers of batches.
         if self._unsharded is not None:
             self._unsharded.fill()
-        self._sampler.sync(self._sampled_policy)
 
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 

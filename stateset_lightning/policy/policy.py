@@ -174,12 +174,13 @@ class Policy(nn.Module):
         try:
             most = TOKENS_WITHOUT_GRADIENT.get(self.device.type, TOKENS_WITHOUT_GRADIENT["cpu"])
             batches = _batches(groups, most)
+            # Each forward of shards takes all ranks: those with fewer batches go on with what nobody asked for.
+            rounds = max(Ranks.current().gather(len(batches))) if isinstance(self, FSDPModule) else 0
             scores = [self.score(batch, temperature) for batch in batches]
-            if isinstance(self, FSDPModule):  # each forward takes all ranks: those with fewer score what nobody asked
-                routed, rounds = self.routed, max(Ranks.current().gather(len(batches)))
-                for _ in range(rounds - len(batches)):
-                    self.score([Group([0], [[0]])])
-                self.routed = routed
+            routed = self.routed
+            for _ in range(rounds - len(batches)):
+                self.score([Group([0], [[0]])])
+            self.routed = routed
         finally:
             self.train(training)
         if not scores:

@@ -135,15 +135,6 @@ class Sampler:
         counted = self.engine.pop_metrics() if isinstance(self.engine, RemoteEngine) else {}
         return replace(collection, costs=costs, engine_metrics=counted)
 
-    def sync(self, policy: Policy) -> None:
-        """Gives the engine the policy's weights, once it samples for nobody. Ranks come together if they have changed.
-
-        So it is called before an evaluation: in one, ranks may have different numbers of batches, or none.
-        """
-        if self.ahead is not None:
-            self.ahead.wait()
-        self.engine.sync(policy)
-
     def sample(
         self, policy: Policy, batch: PromptBatch, num_generations: int | None = None, *, greedy: bool = False
     ) -> Sample:
@@ -151,8 +142,10 @@ class Sampler:
 
         Noise follows from the seed, the split, the episode and the positions.
         """
+        if self.ahead is not None:
+            self.ahead.wait()
         heartbeat.doing(f"sampling {_place(batch)}")
-        self.sync(policy)
+        self.engine.sync(policy)
         return self._draw(policy, batch, num_generations or self.config.num_generations, greedy)
 
     def check_difference(self, row: Mapping[str, float], policy: Policy) -> None:
