@@ -56,6 +56,7 @@ class Stub:
         self.logprobs_mode = "processed_logprobs"
         self.loads = True  # False: says that it has loaded weights, and has not
         self.reloads = False  # the same of a whole model; False is what vLLM's CPU build does
+        self.sleeping: bool | None = None  # None: started without VLLM_SERVER_DEV_MODE=1
         self.whole: Policy | None = None  # the model that was reloaded
         self.answers: list[tuple[int, Any]] = []  # given instead of the next completions: status and body
         self.reason: str | None = None  # given once instead of the finish reason
@@ -94,6 +95,13 @@ class Stub:
                 self.adapters[body["lora_name"]] = body["lora_path"]
                 self.load(body["lora_path"])
             return 200, LOADED.format(body["lora_name"])
+        if path in ("/sleep", "/wake_up"):
+            if self.sleeping is None:
+                return 404, {"detail": "Not Found"}
+            self.sleeping = path == "/sleep"
+            status = {"status": "sleeping", "level": 1} if self.sleeping else {"status": "awake", "tags": None}
+            return 200, status
+        assert not self.sleeping, f"{path} while it sleeps"  # vLLM would not answer
         if path == "/collective_rpc":
             if self.reloads:
                 with LOCK:

@@ -141,7 +141,8 @@ class WeightSync:
             together: An iterator of which each item takes all ranks. The others go through it while the first one acts,
                 and the first one as well through what it leaves.
         """
-        ranks, outcome = Ranks.current(), None
+        ranks = Ranks.current()
+        outcome: Any = None
         try:
             outcome = act() if ranks.rank == 0 else None
         except (UserError, Interruption) as error:
@@ -150,10 +151,10 @@ class WeightSync:
             outcome = DiskError(f"model.engine.folder={self.folder!r}: no weights can be handed over there: {error}")
         for _ in together:
             pass
-        outcome = ranks.gather(outcome)[0]
-        if isinstance(outcome, UserError | Interruption):
-            raise outcome
-        return outcome
+        agreed = ranks.gather(outcome)[0]
+        if isinstance(agreed, UserError | Interruption):
+            raise agreed
+        return agreed  # type: ignore[no-any-return]
 
     def _served_dtype(self, policy: Policy) -> torch.dtype:
         return getattr(torch, self.dtype) if self.dtype else policy.model.dtype
@@ -303,7 +304,7 @@ def _difference(answers: Completions, expected: Completions) -> float:
 
 
 def fingerprint_of(policy: Policy) -> list[int]:
-    """Sums of the bits of the trained weights, of this rank's part where they are sharded: other weights, other sums."""
+    """Sums of the bits of the trained weights (of this rank's part of them, if sharded): other weights, other sums."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     parameters = list(policy.parameters())
     trained = [p for p in parameters if p.requires_grad] or parameters
