@@ -39,7 +39,7 @@ def roomy_folder(size: int) -> str:
 
 
 def weights_by_block(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
-    """The weights by name, on the CPU and in this dtype: those of a block together, any other alone.
+    """The weights by name, in this dtype: those of a block together, any other alone.
 
     Where weights are sharded, all ranks iterate together: one block at a time is made whole.
     """
@@ -53,7 +53,7 @@ def weights_by_block(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[dic
         tensor = tensor.detach()
         if tensor.is_floating_point() and not any(part in name for part in in_float32):
             tensor = tensor.to(dtype)  # a shard is cast before it is sent
-        return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     for _, block in groupby(named.values(), key=lambda item: _block_of(item[0])):
         yield {name: whole(name, tensor) for name, tensor in block}
@@ -71,7 +71,7 @@ def write_model(model: PreTrainedModel, blocks: Iterable[dict[str, Tensor]], fol
     files: dict[str, str] = {}
     for number, block in enumerate(blocks):
         file = f"model-{number:05}.safetensors"
-        named = {name: tensor.contiguous() for name, tensor in revert_weight_conversion(model, block).items()}
+        named = {name: tensor.cpu().contiguous() for name, tensor in revert_weight_conversion(model, block).items()}
         save_file(named, folder / file, metadata={"format": "pt"})
         files |= dict.fromkeys(named, file)
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": files}))

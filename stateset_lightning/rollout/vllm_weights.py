@@ -154,7 +154,7 @@ class WeightSync:
         agreed = ranks.gather(outcome)[0]
         if isinstance(agreed, UserError | Interruption):
             raise agreed
-        return agreed  # type: ignore[no-any-return]
+        return agreed
 
     def _served_dtype(self, policy: Policy) -> torch.dtype:
         return getattr(torch, self.dtype) if self.dtype else policy.model.dtype

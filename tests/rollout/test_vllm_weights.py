@@ -11,6 +11,7 @@ from vllm_stub import PROMPTS, SAMPLING, SEEDS, TOKENIZER, Running, adapted, cha
 from stateset_lightning.errors import DiskError, SamplingError, ServerError
 from stateset_lightning.policy import Policy, PolicyConfig, load_model
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig, vllm_weights
+from stateset_lightning.threads import Interruption
 
 
 def test_weights_are_handed_over_when_they_change_and_only_then(server: Running) -> None:
@@ -173,9 +174,10 @@ def test_only_the_first_rank_hands_over_and_all_end_where_it_fails(
         == first.generate(PROMPTS, 2, SAMPLING, SEEDS).completions()
     )
     assert ranks.words == []  # both have met as often
-    ranks.words = [None, SamplingError("the first rank's")]
-    with pytest.raises(SamplingError, match="the first rank's"):
-        synced_engine(server, adapted())
+    for error in (SamplingError("the first rank's"), Interruption(143)):
+        ranks.words = [None, error]
+        with pytest.raises(type(error), match=r"the first rank's|143"):
+            synced_engine(server, adapted())
 
 
 def test_no_weights_are_handed_over_while_another_rank_samples(
