@@ -31,7 +31,7 @@ from stateset_lightning.policy import Group, Policy, PolicyConfig
 from stateset_lightning.run.checkpoint_io import is_sharded, newest_checkpoints, read_checkpoint
 from stateset_lightning.run.fsdp_strategy import SUPPORTED_STRATEGIES, FSDP2Strategy
 from stateset_lightning.training.checks import check_strategy, total_norm
-from stateset_lightning.training.fsdp import UnshardedCopy, unsharded
+from stateset_lightning.training.fsdp import UnshardedCopy, sharded, unsharded
 from stateset_lightning.training.loss import zero_loss
 
 GROUPS = [Group([3, 4, 5, 6], [[7, 8, 9], [9, 5]]), Group([8, 3], [[4], [5, 6, 7, 3]])]
@@ -168,6 +168,12 @@ def test_an_adapter_is_not_sharded(tmp_path: Path, mesh: DeviceMesh) -> None:
     module.policy_config = PolicyConfig("tiny", lora={})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="fsdp2 does not shard adapters"):
         run(tmp_path, module=module)
+
+
+def test_an_engine_that_does_not_know_shards_is_refused(make_model: Callable[..., Any], mesh: DeviceMesh) -> None:
+    engine: Any = SimpleNamespace()
+    with pytest.raises(ConfigError, match="in this process or on vLLM servers, not by SimpleNamespace: use ddp"):
+        sharded(Policy(make_model("llama"), PolicyConfig("some")), mesh, torch.device("cpu"), engine)
 
 
 def test_a_reference_that_follows_sharded_weights_is_refused(tmp_path: Path, mesh: DeviceMesh) -> None:
