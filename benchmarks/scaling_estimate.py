@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 ROWS, CAPACITY = 64, 1024  # completions decoded at a time; tokens of prompt and completion
 STEP_TOKENS = 8192  # of a micro-step
+SCORED_TOKENS = 65_536  # of a forward without gradient (`policy.TOKENS_WITHOUT_GRADIENT`)
 # bytes per parameter of the whole policy: float32 and its cast copy, or bfloat16
 SAMPLING = {"bf16-mixed": 6, "bf16-true": 2}
 TRAINING = {"bf16-mixed": 16, "bf16-true": 8}  # weights, gradients, AdamW's two moments
@@ -140,6 +141,31 @@ def fsdp2(model: Model, precision: str, devices: int) -> tuple[float, float]:
     return training, shards + SAMPLING[precision] * model.parameters + model.cache
 
 
+def served(model: Model, precision: str, devices: int) -> float:
+    """Bytes per device of FSDP2 where servers sample: training, or scoring whole batches of tokens without gradient."""
+    weight = 4 if precision == "bf16-mixed" else 2
+    kept = 2 * SCORED_TOKENS * (2 * model.hidden + 3 * model.intermediate)
+    scoring = TRAINING[precision] * model.parameters / devices + weight * (2 * model.block + model.ends) + kept
+    return max(fsdp2(model, precision, devices)[0], scoring)
+
+
+def choice_table() -> str:
+    """What a device must hold, in training or in sampling, whichever is more, for the ways to train a model."""
+    ways = {
+        "LoRA, one device": lambda model: 2 * model.parameters + max(model.activations, model.cache),
+        "LoRA, servers sample": lambda model: 2 * model.parameters + model.activations,
+        "all weights, DDP": lambda model: max(ddp(model, "bf16-true")),
+        "FSDP2, 8": lambda model: max(fsdp2(model, "bf16-true", 8)),
+        "FSDP2, 8, servers": lambda model: served(model, "bf16-true", 8),
+        "FSDP2, 64, servers": lambda model: served(model, "bf16-true", 64),
+    }
+    lines = [f"| model | {' | '.join(ways)} |", "|---" * (len(ways) + 1) + "|"]
+    for model in MODELS:
+        cells = [f"{size / 1e9:.0f}" for size in (way(model) for way in ways.values())]
+        lines.append(f"| {model.name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def memory_table() -> str:
     lines = ["| model | precision | one device, DDP | FSDP2, 8 | FSDP2, 64 |", "|---|---|---|---|---|"]
     for model in MODELS:
@@ -167,4 +193,4 @@ def traffic_table() -> str:
 
 
 if __name__ == "__main__":
-    print(memory_table(), traffic_table(), sep="\n\n")
+    print(choice_table(), memory_table(), traffic_table(), sep="\n\n")

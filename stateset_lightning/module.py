@@ -38,7 +38,7 @@ from stateset_lightning.training.collect import Sampler, ready_engine
 from stateset_lightning.training.data import data_of
 from stateset_lightning.training.episode import Episode
 from stateset_lightning.training.evaluate import HeldOut
-from stateset_lightning.training.fsdp import UnshardedCopy
+from stateset_lightning.training.fsdp import ServedShards, UnshardedCopy, sharded
 from stateset_lightning.training.metrics import PROGRESS_BAR, RunMetrics
 from stateset_lightning.training.micro_steps import choose as choose_micro_steps
 from stateset_lightning.training.resample import Sample
@@ -121,7 +121,7 @@ class GRPOLightningModule(RunsInTrainer):
         self.engine = engine
         # In a tuple, so that it is no submodule: not trained, not saved.
         self._reference: tuple[Policy | AdapterReference, ...] = ()
-        self._unsharded: UnshardedCopy | None = None  # of a policy whose weights are sharded
+        self._unsharded: UnshardedCopy | ServedShards | None = None  # of a policy whose weights are sharded
         self._seed = seed
         self._data: ScenarioDataModule | None = None  # of the run, if it is ours
         self._ahead = sampling_ahead(self.rollout, engine)
@@ -189,7 +189,7 @@ class GRPOLightningModule(RunsInTrainer):
             self._checkpoint.start()
         if self._trainer is not None and isinstance(self.trainer.strategy, FSDP2Strategy) and self._unsharded is None:
             mesh = self.trainer.strategy.device_mesh["data_parallel"]
-            self._unsharded = UnshardedCopy(self.policy, mesh, self.trainer.strategy.root_device, self.engine)
+            self._unsharded = sharded(self.policy, mesh, self.trainer.strategy.root_device, self.engine)
         self.engine = ready_engine(self.engine, self.tokenizer, self.rollout, precision)
         if fits and self.algorithm.needs_reference and not self._reference:
             self._reference = (make_reference(self._sampled_policy, dtype),)

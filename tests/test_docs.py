@@ -206,9 +206,10 @@ def test_examples_run(
 
 def test_the_tables_of_what_to_expect_are_those_that_are_computed() -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    from scaling_estimate import MODELS, memory_table, traffic_table
+    from scaling_estimate import MODELS, choice_table, memory_table, traffic_table
 
     page = (ROOT / "docs" / "scaling.md").read_text()
+    assert choice_table() in page
     assert memory_table() in page
     assert traffic_table() in page
     # Parameters of Qwen2.5-1.5B, Llama-3.1-8B, Qwen2.5-32B and Llama-3.1-70B, as their model cards give them.

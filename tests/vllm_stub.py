@@ -55,6 +55,9 @@ class Stub:
         self.adapters: dict[str, str] = {}  # name -> folder
         self.logprobs_mode = "processed_logprobs"
         self.loads = True  # False: says that it has loaded weights, and has not
+        self.reloads = False  # the same of a whole model; False is what vLLM's CPU build does
+        self.sleeping: bool | None = None  # None: started without VLLM_SERVER_DEV_MODE=1
+        self.whole: Policy | None = None  # the model that was reloaded
         self.answers: list[tuple[int, Any]] = []  # given instead of the next completions: status and body
         self.reason: str | None = None  # given once instead of the finish reason
         self.gate = threading.Event()  # completions wait for it
@@ -70,7 +73,7 @@ class Stub:
 
     def policy(self, folder: str | None) -> Policy:
         if folder is None:
-            return _model(None)
+            return self.whole or _model(None)
         rank, weights = self._weights[folder]
         policy = _model(rank)
         load_weights(policy.model, weights, folder)
@@ -92,7 +95,18 @@ class Stub:
                 self.adapters[body["lora_name"]] = body["lora_path"]
                 self.load(body["lora_path"])
             return 200, LOADED.format(body["lora_name"])
+        if path in ("/sleep", "/wake_up"):
+            if self.sleeping is None:
+                return 404, {"detail": "Not Found"}
+            self.sleeping = path == "/sleep"
+            status = {"status": "sleeping", "level": 1} if self.sleeping else {"status": "awake", "tags": None}
+            return 200, status
+        assert not self.sleeping, f"{path} while it sleeps"  # vLLM would not answer
         if path == "/collective_rpc":
+            if self.reloads:
+                with LOCK:
+                    config = PolicyConfig(body["kwargs"]["weights_path"])
+                    self.whole = Policy(load_model(config, torch.float32), config)
             return 200, {"results": [None]}
         assert path == "/v1/completions"
         return self.complete(body)
@@ -193,6 +207,7 @@ class Running:
             self._server.server_close()
             self._server = None
         self.stub.adapters.clear()
+        self.stub.whole = None
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import lora, packed_attention, probes
@@ -27,6 +28,7 @@ from stateset_lightning.policy.lora_state import AdapterState, base_digest, keep
 from stateset_lightning.policy.recomputed_layers import use_recomputed_layers
 from stateset_lightning.policy.routing import check_routers, routed_sums
 from stateset_lightning.policy.text_model import context_length, use_one_rope_table
+from stateset_lightning.ranks import Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,6 +88,7 @@ class Policy(nn.Module):
         uses_packed_scoring: Whether each prompt is computed once per group.
         scores_alone: Whether each completion has a forward of its own, as a model's rows are not independent.
         uses_chunked_head: Whether logits exist for a chunk of tokens at a time only.
+        fingerprint_of_shards: Of the weights of all ranks, where each has a part and servers sample; else None.
         routed: With `router_aux_loss`, the `routed_sums` of all forwards since it was last set to 0.
     """
 
@@ -96,6 +99,7 @@ class Policy(nn.Module):
         self.has_dropout = config.has_dropout
         self.context_length = context_length(model)
         self.longest = 0
+        self.fingerprint_of_shards: list[int] | None = None
         self.adapter = AdapterState(model, config) if lora.is_adapted(model) else None
         self.base_digest = base_digest(model) if self.adapter is None else self.adapter.base["digest"]
         if self.adapter is not None:
@@ -169,7 +173,14 @@ class Policy(nn.Module):
         self.eval()
         try:
             most = TOKENS_WITHOUT_GRADIENT.get(self.device.type, TOKENS_WITHOUT_GRADIENT["cpu"])
-            scores = [self.score(batch, temperature) for batch in _batches(groups, most)]
+            batches = _batches(groups, most)
+            # Each forward of shards takes all ranks: those with fewer batches go on with what nobody asked for.
+            rounds = max(Ranks.current().gather(len(batches))) if isinstance(self, FSDPModule) else 0
+            scores = [self.score(batch, temperature) for batch in batches]
+            routed = self.routed
+            for _ in range(rounds - len(batches)):
+                self.score([Group([0], [[0]])])
+            self.routed = routed
         finally:
             self.train(training)
         if not scores:

@@ -19,9 +19,10 @@ from transformers import PreTrainedTokenizerBase
 from stateset_lightning.errors import ConfigError, ServerError, bounded
 from stateset_lightning.policy import Policy, end_of_sequence_ids
 from stateset_lightning.policy.config import Dtype
+from stateset_lightning.ranks import Ranks
 from stateset_lightning.rollout.engine import OnFinished, RolloutConfig
 from stateset_lightning.rollout.sampling import StopStrings, check_length
-from stateset_lightning.rollout.vllm_client import Choice, Models, VLLMServer
+from stateset_lightning.rollout.vllm_client import Choice, Models, NotFound, VLLMServer
 from stateset_lightning.rollout.vllm_weights import WeightSync, filters_of, request
 from stateset_lightning.threads import DaemonThreads, interruptible
 from stateset_lightning.types import Metrics, Rollout
@@ -40,14 +41,17 @@ class VLLMEngine:
     Args:
         urls: The servers. Prompts are dealt out to them in turn; all completions of a prompt go to one server, which
             prefills it once.
-        folder: Where weights are handed over; the servers must see it under the same path. None: the system's for
-            temporary files.
-        dtype: That the servers compute in (their --dtype); it decides the tolerance. None: the policy's.
+        folder: Where weights are handed over; the servers must see it under the same path. None: shared memory
+            (/dev/shm); where it is missing or has no room, the system's for temporary files (announced).
+        dtype: That the servers compute in (their --dtype). A whole model is handed over in it, and it decides the
+            tolerance. None: the policy's.
         tolerance: Nats per token by which log-probs of servers and policy may differ after a sync. None: by dtype
             (`LOGPROB_TOLERANCE`).
         request_timeout: Seconds for one completion, including the time that it waits in the server's queue, from the
             first byte to the last. After three that come too late the run stops.
         max_wait_minutes: How long a server may be away before the run stops.
+        sleep: The servers keep nothing on their GPU while nobody samples, so that the policy can train on it. For a
+            run of one process.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class VLLMEngine:
         tolerance: Annotated[float, Gt(0)] | None = None,
         request_timeout: Annotated[float, Gt(0)] = 1800.0,
         max_wait_minutes: Annotated[float, Gt(0)] = 10.0,
+        sleep: bool = False,
     ) -> None:
         if not urls or isinstance(urls, str):
             raise ConfigError(f"model.engine.urls={urls!r} must be a list of addresses, as [http://127.0.0.1:8000]")
@@ -66,12 +71,14 @@ class VLLMEngine:
         self.servers = [VLLMServer(url, request_timeout=request_timeout, max_wait=max_wait) for url in urls]
         self._make_sync = partial(WeightSync, self.servers, folder=folder, dtype=dtype, tolerance=tolerance)
         self._restored = 0
+        self._sleeps = sleep
 
     def setup(self, tokenizer: PreTrainedTokenizerBase, sampling: RolloutConfig) -> None:
         """Waits for the servers and asks what they serve; called before a run.
 
         Raises:
-            ConfigError: If no server could give the log-probs that `sampling` needs.
+            ConfigError: If no server could give the log-probs that `sampling` needs, or one would sleep while it is
+                needed.
             ServerError: If a server does not answer, or not as vLLM does.
         """
         self.tokenizer = tokenizer
@@ -80,6 +87,9 @@ class VLLMEngine:
             what = f"model.rollout.temperature={sampling.temperature} with {filters}"
             why = "vLLM's log-probs are either those behind the filters or those at temperature 1"
             raise ConfigError(f"{what}: {why}, and training needs neither: set temperature to 1, or leave filters out")
+        if self._sleeps and (sampling.sampling_ahead or Ranks.current().world > 1):
+            while_used = f"sampling_ahead={sampling.sampling_ahead} on {Ranks.current().world} devices"
+            raise ConfigError(f"model.engine.sleep=true with {while_used}: servers may sleep only when nobody samples")
         lengths = []
         for server in self.servers:
             models = server.patiently(partial(server.ask, "/v1/models", Models)).data
@@ -90,6 +100,20 @@ class VLLMEngine:
             lengths.append(served.max_model_len)
             log.info("%s serves %r, up to %s tokens", server.url, served.id, served.max_model_len)
         self.max_length = min(lengths)
+        self._tell("/sleep")
+
+    def _tell(self, path: str) -> None:
+        """Has servers that share the policy's device give its memory back (/sleep), or take it again (/wake_up)."""
+        if not self._sleeps:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what training has freed, and torch still holds
+        for server in self.servers:
+            try:
+                server.patiently(partial(server.call, path, {}))
+            except NotFound as error:
+                needed = "VLLM_SERVER_DEV_MODE=1 and --enable-sleep-mode"
+                raise ServerError(f"{error}. For model.engine.sleep the server is started with {needed}") from error
 
     def pop_metrics(self) -> Metrics:
         """What happened since the last call, as (sum, count): the last sync, and how often servers came back."""
@@ -107,6 +131,7 @@ class VLLMEngine:
             SamplingError: If a server does not compute the policy.
             ServerError: If a server does not take the weights.
         """
+        self._tell("/wake_up")
         self._ends = end_of_sequence_ids(policy.model, self.tokenizer)
         for server in self.servers:
             server.vocabulary = policy.model.config.get_text_config().vocab_size
@@ -138,6 +163,7 @@ class VLLMEngine:
         common: dict[str, Any] = {"max_tokens": sampling.max_new_tokens, "stop_token_ids": sorted(stop.ends)}
         if sampling.stop:  # looked for in a text with special tokens, as `stop` does
             common |= {"stop": sampling.stop, "include_stop_str_in_output": True, "skip_special_tokens": False}
+        self._tell("/wake_up")
         choices, texts = [Choice.model_construct()] * len(seeds_N), [""] * len(seeds_N)
         threads, numbers = DaemonThreads(sampling.max_batch_rows, "vllm-request"), {}
         try:
@@ -154,6 +180,7 @@ class VLLMEngine:
                     on_finished(n, texts[n], len(choice.token_ids))
         finally:
             threads.close(seconds=0)
+        self._tell("/sleep")
         completion_tokens_T = torch.tensor([token for choice in choices for token in choice.token_ids])
         logprobs_T = torch.tensor([logprob for choice in choices for logprob in choice.logprobs], dtype=torch.float32)
         lengths_N = torch.tensor([len(choice.token_ids) for choice in choices])

@@ -3,15 +3,16 @@
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from stateset_lightning.errors import DiskError, SamplingError, ServerError, UserError
 from stateset_lightning.files import DISK_ERRORS
@@ -19,8 +20,12 @@ from stateset_lightning.policy import Group, Policy, save_adapter
 from stateset_lightning.policy.precision import LOGPROB_TOLERANCE
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.rollout.engine import RolloutConfig
+from stateset_lightning.rollout.handover import roomy_folder, weights_by_block, write_model
 from stateset_lightning.rollout.vllm_client import VLLMServer
+from stateset_lightning.threads import Interruption
 from stateset_lightning.types import Metrics
+
+T = TypeVar("T")
 
 PROBE_PROMPT = list(range(3, 16))
 # Asks for the few tokens whose log-probs are compared. Any tokens do: the policy scores the same ones.
@@ -76,8 +81,8 @@ class WeightSync:
     Args:
         servers: Those that sample.
         sampling: The run's; log-probs are compared under it.
-        folder: Where weights are handed over; None for the system's for temporary files.
-        dtype: That the servers compute in; None for the policy's.
+        folder: Where weights are handed over; None for shared memory (`roomy_folder`).
+        dtype: That the servers compute in, and weights are handed over in; None for the policy's.
         tolerance: Nats per token; None for that of the coarser dtype (`LOGPROB_TOLERANCE`).
 
     Attributes:
@@ -99,12 +104,16 @@ class WeightSync:
     def update(self, policy: Policy) -> None:
         """Gives the servers the policy's weights, unless they have them. Every rank calls it; the first one acts.
 
+        Where weights are sharded, all ranks take part in making each block whole and in the forwards that the servers
+        are compared with, also when the first rank fails.
+
         Raises:
             DiskError: If the folder cannot be written.
             SamplingError: If a server does not compute the policy.
             ServerError: If a server does not take the weights.
         """
-        fingerprint = _fingerprint(policy)
+        # Of all ranks together where weights are sharded: an update may leave the part of one rank as it was.
+        fingerprint = policy.fingerprint_of_shards or fingerprint_of(policy)
         if self.synced is not None and fingerprint == self._fingerprint:
             if self.synced.adapter is None:
                 # A server that was started again meanwhile would sample from the weights of its start, and not say so.
@@ -112,45 +121,71 @@ class WeightSync:
                     server.patiently(partial(self._keep, server, self.synced))
             return
         start = time.perf_counter()
+        Ranks.current().gather(None)  # no rank is sampling any more: each gets here when it has its own samples
+        blocks = weights_by_block(policy.model, self._served_dtype(policy)) if policy.adapter is None else iter(())
+        synced = self._of_first_rank(partial(self._write, policy, blocks), together=blocks)
+        answers = self._of_first_rank(partial(self._hand_over, synced))
+        scores = self._scores(policy, answers)
+        self.synced = self._of_first_rank(partial(self._compared, synced, policy.model.dtype, answers, scores))
+        self._fingerprint = fingerprint
+        for server in self.servers:
+            server.give_weights = partial(self._restore, synced=self.synced)
+        difference = self.synced.difference
+        self.metrics = {"time/sync_s": (time.perf_counter() - start, 1), "mismatch/after_sync": (difference, 1)}
+
+    def _of_first_rank(self, act: Callable[[], T], together: Iterable[object] = ()) -> T:
+        """What `act` returns or raises on the first rank, on every rank: all end when the first one fails.
+
+        Args:
+            act: Called on the first rank alone.
+            together: An iterator of which each item takes all ranks. The others go through it while the first one acts,
+                and the first one as well through what it leaves.
+        """
         ranks = Ranks.current()
-        ranks.gather(None)  # no rank is sampling any more: each gets here when it has its own samples
-        outcome: Synced | UserError | None = None
+        outcome: Any = None
         try:
-            outcome = self._hand_over(policy) if ranks.rank == 0 else None
-        except UserError as error:  # gathered, so that all ranks end when the first one fails
+            outcome = act() if ranks.rank == 0 else None
+        except (UserError, Interruption) as error:
             outcome = error
         except DISK_ERRORS as error:
             outcome = DiskError(f"model.engine.folder={self.folder!r}: no weights can be handed over there: {error}")
-        outcome = ranks.gather(outcome)[0]
-        if not isinstance(outcome, Synced):
-            assert outcome is not None
-            raise outcome
-        self.synced, self._fingerprint = outcome, fingerprint
-        for server in self.servers:
-            server.give_weights = partial(self._restore, synced=outcome)
-        self.metrics = {"time/sync_s": (time.perf_counter() - start, 1), "mismatch/after_sync": (outcome.difference, 1)}
+        for _ in together:
+            pass
+        agreed = ranks.gather(outcome)[0]
+        if isinstance(agreed, UserError | Interruption):
+            raise agreed
+        return agreed
 
-    def _hand_over(self, policy: Policy) -> Synced:
+    def _served_dtype(self, policy: Policy) -> torch.dtype:
+        return getattr(torch, self.dtype) if self.dtype else policy.model.dtype
+
+    def _write(self, policy: Policy, blocks: Iterable[dict[str, Tensor]]) -> Synced:
+        """Writes the weights to a new path."""
         if self._home is None:
+            size = self._served_dtype(policy).itemsize * sum(p.numel() for p in policy.parameters())
+            where = self.folder or roomy_folder(size if policy.adapter is None else 0)
             self._home = tempfile.TemporaryDirectory(
-                prefix="stateset-lightning-", dir=self.folder, ignore_cleanup_errors=True
+                prefix="stateset-lightning-", dir=where, ignore_cleanup_errors=True
             )
         home = Path(self._home.name)
+        # First, as there may be no room for two: the servers have read it, and nobody samples now.
+        shutil.rmtree(home / str(self._version), ignore_errors=True)
         # A new path for each version, or vLLM's prefix cache would go on with keys and values of old weights: it tells
         # adapters apart by name and path, and requests by their salt, which is made of the path.
         self._version += 1
         path = home / str(self._version)
         if policy.adapter is None:
-            policy.model.save_pretrained(path)
+            write_model(policy.model, blocks, path)
         else:
             save_adapter(policy, path)
-        synced = Synced(str(path), None if policy.adapter is None else home.name)
+        return Synced(str(path), None if policy.adapter is None else home.name)
+
+    def _hand_over(self, synced: Synced) -> list[Completions]:
+        """Has every server load the weights. Returns the servers' answers to `PROBE`."""
         for server in self.servers:
             server.give_weights = partial(self._load, synced=synced)
             server.patiently(partial(self._load, server, synced))
-            synced = self._compared(server, synced, policy)
-        shutil.rmtree(home / str(self._version - 1), ignore_errors=True)
-        return synced
+        return [server.patiently(partial(self._answers, server, synced)) for server in self.servers]
 
     def _load(self, server: VLLMServer, synced: Synced) -> None:
         """Makes a server load weights."""
@@ -190,30 +225,47 @@ class WeightSync:
         choices = server.choices({**request(server, synced, self.sampling), **PROBE})
         return [(choice.token_ids, torch.tensor(choice.logprobs)) for choice in choices]
 
-    def _compared(self, server: VLLMServer, synced: Synced, policy: Policy) -> Synced:
-        """Compares the server's answers with the policy, and notes the policy's.
+    def _scores(self, policy: Policy, answers: Sequence[Completions]) -> list[list[Tensor]]:
+        """The policy's log-probs of each server's answer: at the run's temperature, and at 1."""
+        groups = [Group(PROBE_PROMPT, [tokens for tokens, _ in answer]) for answer in answers]
+        sizes, temperatures = [group.num_completion_tokens for group in groups], (self.sampling.temperature, 1.0)
+        with torch.autocast(policy.device.type, enabled=False):
+            scores = [policy.score_without_gradient(groups, t)[0].cpu().split(sizes) for t in temperatures]
+        return [list(pair) for pair in zip(*scores, strict=True)]
+
+    def _compared(
+        self, synced: Synced, dtype: torch.dtype, answers: list[Completions], scores: list[list[Tensor]]
+    ) -> Synced:
+        """Compares the servers' answers with the policy, and notes the policy's.
+
+        Args:
+            synced: What the servers have.
+            dtype: The policy's.
+            answers: The servers'.
+            scores: Of these answers, by the policy: at the run's temperature, and at 1.
 
         Raises:
             SamplingError: If their log-probs differ by more than float error.
         """
-        tokens, logprobs = zip(*server.patiently(partial(self._answers, server, synced)), strict=True)
-        temperature, dtype = self.sampling.temperature, policy.model.dtype
+        temperature = self.sampling.temperature
         served_dtype = getattr(torch, self.dtype) if self.dtype else dtype
         by_dtype = max(LOGPROB_TOLERANCE[dtype], LOGPROB_TOLERANCE[served_dtype])
         limit = self.tolerance or by_dtype / min(temperature, 1.0)
-        groups, theirs_T = [Group(PROBE_PROMPT, tokens)], torch.cat(logprobs)
-        with torch.autocast(policy.device.type, enabled=False):
-            ours_T, undivided_T = (policy.score_without_gradient(groups, t)[0].cpu() for t in (temperature, 1.0))
-        difference = float((theirs_T - ours_T).abs().mean())
-        if not difference <= limit:
-            reason = self._guess(synced, is_undivided=float((theirs_T - undivided_T).abs().mean()) <= limit)
-            raise SamplingError(
-                f"{server.url} does not compute the policy: with its weights, log-probs differ by {difference:.2g} nats"
-                f" per token, and float error is below {limit:.2g} (temperature {temperature:g}). Probably {reason}"
-            )
-        answers = list(zip(tokens, ours_T.split([len(completion) for completion in tokens]), strict=True))
-        largest = max(synced.difference, float((theirs_T - ours_T).abs().max()))
-        return replace(synced, answers=answers, tolerance=limit, difference=largest)
+        for server, answer, (ours_T, undivided_T) in zip(self.servers, answers, scores, strict=True):
+            tokens, logprobs = zip(*answer, strict=True)
+            theirs_T = torch.cat(logprobs)
+            difference = float((theirs_T - ours_T).abs().mean())
+            if not difference <= limit:
+                reason = self._guess(synced, is_undivided=float((theirs_T - undivided_T).abs().mean()) <= limit)
+                raise SamplingError(
+                    f"{server.url} does not compute the policy: with its weights, log-probs differ by"
+                    f" {difference:.2g} nats per token, and float error is below {limit:.2g} (temperature"
+                    f" {temperature:g}). Probably {reason}"
+                )
+            ours = list(zip(tokens, ours_T.split([len(completion) for completion in tokens]), strict=True))
+            largest = max(synced.difference, float((theirs_T - ours_T).abs().max()))
+            synced = replace(synced, answers=ours, tolerance=limit, difference=largest)
+        return synced
 
     def _guess(self, synced: Synced, is_undivided: bool) -> str:
         """Why the log-probs of a server are probably others than the policy's.
@@ -251,8 +303,10 @@ def _difference(answers: Completions, expected: Completions) -> float:
     return sum(differences) / len(differences) if differences else float("inf")
 
 
-def _fingerprint(policy: Policy) -> list[int]:
-    """Sums of the bits of the trained weights: other weights, other sums."""
+def fingerprint_of(policy: Policy) -> list[int]:
+    """Sums of the bits of the trained weights (of this rank's part of them, if sharded): other weights, other sums."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    trained = [p.detach() for p in policy.parameters() if p.requires_grad] or [p.detach() for p in policy.parameters()]
-    return torch.stack([p.view(integers[p.element_size()]).sum(dtype=torch.int64) for p in trained]).tolist()
+    parameters = list(policy.parameters())
+    trained = [p for p in parameters if p.requires_grad] or parameters
+    parts = [(p.to_local() if isinstance(p, DTensor) else p).detach() for p in trained]
+    return torch.stack([p.view(integers[p.element_size()]).sum(dtype=torch.int64) for p in parts]).tolist()

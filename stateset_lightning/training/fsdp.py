@@ -1,9 +1,13 @@
 """FSDP2: weights, gradients and optimizer state divided among the ranks, and an unsharded copy for sampling.
 
 Training forwards unshard a block's weights at a time, so all ranks run the same number of them: one per micro-step.
-Sampling and scoring without gradient run as many as a rank's prompts need. They use a copy of the policy that has all
-weights, filled once per episode or evaluation and emptied afterwards: exact, as fast as on one device, and as large as
-the model.
+Sampling and scoring without gradient run as many as a rank's prompts need. In this process they use a copy of the
+policy that has all weights, filled once per episode or evaluation and emptied afterwards: exact, as fast as on one
+device, and as large as the model.
+
+Where servers sample, there is no copy. Weights go to the servers a block at a time (`rollout.handover`), and what is
+scored without gradient is scored by the shards: `Policy.score_without_gradient` asks the other ranks how many forwards
+they need and makes as many. It is called at places that all ranks come to: after their samples are drawn.
 """
 
 from __future__ import annotations
@@ -20,7 +24,9 @@ from torch.distributed.tensor import DTensor
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import Policy
-from stateset_lightning.rollout import InProcessEngine, RolloutEngine
+from stateset_lightning.ranks import Ranks
+from stateset_lightning.rollout import InProcessEngine, RolloutEngine, VLLMEngine
+from stateset_lightning.rollout.vllm_weights import fingerprint_of
 
 
 class UnshardedCopy:
@@ -31,21 +37,12 @@ class UnshardedCopy:
             each.
         mesh: The ranks that share it.
         device: This rank's.
-        engine: What samples; only the engine in this process can.
 
     Raises:
-        ConfigError: If the model does not say what its blocks are, has an adapter, or samples elsewhere.
+        ConfigError: If the model does not say what its blocks are.
     """
 
-    def __init__(self, policy: Policy, mesh: DeviceMesh, device: torch.device, engine: RolloutEngine | None) -> None:
-        if policy.adapter is not None:
-            raise ConfigError(
-                "trainer.strategy=fsdp2 does not shard adapters: use ddp with model.policy.lora, or train all weights"
-            )
-        if not isinstance(engine, InProcessEngine | None):
-            raise ConfigError(
-                f"trainer.strategy=fsdp2 samples in this process, not by {type(engine).__name__}: use ddp with it"
-            )
+    def __init__(self, policy: Policy, mesh: DeviceMesh, device: torch.device) -> None:
         hollow = {
             id(p): nn.Parameter(torch.empty_like(p, device=device), requires_grad=False) for p in policy.parameters()
         }
@@ -76,6 +73,54 @@ class UnshardedCopy:
             yield
         finally:
             self.empty()
+
+
+class ServedShards:
+    """Shards a policy of which servers sample: they have the only copies of all weights.
+
+    Args:
+        policy: As of `UnshardedCopy`.
+        mesh: The ranks that share it.
+    """
+
+    def __init__(self, policy: Policy, mesh: DeviceMesh) -> None:
+        self.policy = policy
+        _shard(policy, mesh)
+
+    def fill(self) -> None:
+        """Notes which weights the servers should have, from now on. All ranks call it together."""
+        of_ranks = Ranks.current().gather(fingerprint_of(self.policy))
+        self.policy.fingerprint_of_shards = [sum(sums) for sums in zip(*of_ranks, strict=True)]
+
+    def empty(self) -> None:
+        """Nothing is to be given back."""
+
+    @contextmanager
+    def filled(self) -> Iterator[None]:
+        self.fill()
+        yield
+
+
+def sharded(
+    policy: Policy, mesh: DeviceMesh, device: torch.device, engine: RolloutEngine | None
+) -> UnshardedCopy | ServedShards:
+    """Shards a policy; what `engine` samples from.
+
+    Raises:
+        ConfigError: If the policy has an adapter, the model does not say what its blocks are, or `engine` is neither
+            ours nor one that samples elsewhere.
+    """
+    if policy.adapter is not None:
+        raise ConfigError(
+            "trainer.strategy=fsdp2 does not shard adapters: use ddp with model.policy.lora, or train all weights"
+        )
+    if isinstance(engine, InProcessEngine | None):
+        return UnshardedCopy(policy, mesh, device)
+    if isinstance(engine, VLLMEngine):
+        return ServedShards(policy, mesh)
+    raise ConfigError(
+        f"trainer.strategy=fsdp2 samples in this process or on vLLM servers, not by {type(engine).__name__}: use ddp"
+    )
 
 
 def unsharded(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from vllm_stub import PROMPTS, SAMPLING, SEEDS, TOKENIZER, Running, adapted, running, synced_engine
 
-from stateset_lightning.errors import ConfigError, NonFiniteError
+from stateset_lightning.errors import ConfigError, NonFiniteError, ServerError
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig, VLLMEngine
 
 
@@ -127,3 +127,23 @@ def test_special_tokens_end_a_servers_completion_by_number_and_stay_in_the_text_
     rollout = engine.generate(PROMPTS[:1], 1, RolloutConfig(max_new_tokens=5, stop=["<|user|>"]), SEEDS[:1])
     assert rollout.texts == ["<|system|>4"]
     assert server.stub.samples()[-1]["stop_token_ids"] == sorted([TOKENIZER.eos_token_id, user])
+
+
+def test_a_server_sleeps_while_nobody_samples(server: Running) -> None:
+    engine, policy = VLLMEngine([server.url], sleep=True), adapted()
+    with pytest.raises(
+        ServerError, match=r"/sleep refuses .404.: .*started with VLLM_SERVER_DEV_MODE=1 and --enable-sl"
+    ):
+        engine.setup(TOKENIZER, SAMPLING)
+    server.stub.sleeping = False
+    engine.setup(TOKENIZER, SAMPLING)
+    assert server.stub.sleeping
+    for _ in range(2):  # the second time with the weights that it has
+        engine.sync(policy)
+        awake = engine.generate(PROMPTS, 2, SAMPLING, SEEDS)
+        assert server.stub.sleeping
+    assert engine.generate(PROMPTS, 2, SAMPLING, SEEDS).completions() == awake.completions()
+    assert engine.generate(PROMPTS, 2, SAMPLING, SEEDS, greedy=True).lengths_N.sum() > 0
+    ahead = RolloutConfig(sampling_ahead=1)
+    with pytest.raises(ConfigError, match=r"model.engine.sleep=true with sampling_ahead=1 on 1 devices"):
+        VLLMEngine([server.url], sleep=True).setup(TOKENIZER, ahead)

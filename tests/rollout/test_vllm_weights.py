@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_stub import PROMPTS, SAMPLING, SEEDS, Running, adapted, change, synced_engine
+from vllm_stub import PROMPTS, SAMPLING, SEEDS, TOKENIZER, Running, adapted, change, synced_engine
 
 from stateset_lightning.errors import DiskError, SamplingError, ServerError
 from stateset_lightning.policy import Policy, PolicyConfig, load_model
-from stateset_lightning.rollout import RolloutConfig, vllm_weights
+from stateset_lightning.rollout import InProcessEngine, RolloutConfig, vllm_weights
+from stateset_lightning.threads import Interruption
 
 
 def test_weights_are_handed_over_when_they_change_and_only_then(server: Running) -> None:
@@ -58,7 +59,7 @@ def test_a_whole_model_that_is_not_reloaded_stops_the_run(server: Running) -> No
     engine = synced_engine(server, policy)  # the server has been started with these weights
     (request,) = server.stub.bodies("/collective_rpc")
     assert request["method"] == "reload_weights"
-    assert (Path(request["kwargs"]["weights_path"]) / "model.safetensors").exists()
+    assert (Path(request["kwargs"]["weights_path"]) / "model.safetensors.index.json").exists()
     engine.sync(policy)
     assert len(server.stub.bodies("/collective_rpc")) == 1
     change(policy)
@@ -66,6 +67,27 @@ def test_a_whole_model_that_is_not_reloaded_stops_the_run(server: Running) -> No
         SamplingError, match=r"cannot reload weights, as vLLM's CPU build: then train an adapter, model.policy.lora"
     ):
         engine.sync(policy)
+
+
+def test_a_whole_model_is_handed_over_when_it_changes(server: Running) -> None:
+    server.stub.reloads = True
+    policy = Policy(load_model(PolicyConfig("tiny")), PolicyConfig("tiny"))
+    engine = synced_engine(server, policy)
+    change(policy)
+    engine.sync(policy)
+    first, second = (Path(body["kwargs"]["weights_path"]) for body in server.stub.bodies("/collective_rpc"))
+    assert (first.exists(), second.exists()) == (False, True)
+    assert first.parent.parent == Path("/dev/shm")  # where it exists
+    assert engine.pop_metrics()["mismatch/after_sync"][0] < 1e-4
+    other = InProcessEngine(TOKENIZER)
+    other.sync(policy)
+    wanted = other.generate(PROMPTS, 2, SAMPLING, SEEDS)
+    assert engine.generate(PROMPTS, 2, SAMPLING, SEEDS).completions() == wanted.completions()
+    server.stop()  # and comes back with the weights of its start
+    server.start()
+    assert engine.generate(PROMPTS, 2, SAMPLING, SEEDS).completions() != wanted.completions()
+    engine.sync(policy)
+    assert engine.generate(PROMPTS, 2, SAMPLING, SEEDS).completions() == wanted.completions()
 
 
 def test_logprobs_of_the_wrong_kind_stop_the_run(server: Running) -> None:
@@ -128,27 +150,34 @@ def test_a_folder_that_cannot_be_written_is_named(server: Running, tmp_path: Pat
 def test_only_the_first_rank_hands_over_and_all_end_where_it_fails(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class SecondOfTwo:
-        rank = 1
-        first: Any = None
+    class OneOfTwo:
+        """The first rank, whose words are noted, then the second, which hears them."""
+
+        rank = 0
+        words: list[Any] = []
 
         def gather(self, mine: Any) -> list[Any]:
-            return [self.first, mine]
+            if self.rank == 0:
+                self.words.append(mine)
+                return [mine, None]
+            return [self.words.pop(0), mine]
 
+    ranks = OneOfTwo()
+    monkeypatch.setattr(vllm_weights.Ranks, "current", lambda: ranks)
     first = synced_engine(server, adapted())
     asked = len(server.stub.requests)
-    ranks = SecondOfTwo()
-    monkeypatch.setattr(vllm_weights.Ranks, "current", lambda: ranks)
-    ranks.first = first._weights.synced
+    ranks.rank = 1
     second = synced_engine(server, adapted())
     assert [path for path, _ in server.stub.requests[asked:]] == ["/v1/models"]
     assert (
         second.generate(PROMPTS, 2, SAMPLING, SEEDS).completions()
         == first.generate(PROMPTS, 2, SAMPLING, SEEDS).completions()
     )
-    ranks.first = SamplingError("the first rank's")
-    with pytest.raises(SamplingError, match="the first rank's"):
-        synced_engine(server, adapted())
+    assert ranks.words == []  # both have met as often
+    for error in (SamplingError("the first rank's"), Interruption(143)):
+        ranks.words = [None, error]
+        with pytest.raises(type(error), match=r"the first rank's|143"):
+            synced_engine(server, adapted())
 
 
 def test_no_weights_are_handed_over_while_another_rank_samples(
@@ -169,6 +198,6 @@ def test_no_weights_are_handed_over_while_another_rank_samples(
     ranks = FirstOfTwo()
     monkeypatch.setattr(vllm_weights.Ranks, "current", lambda: ranks)
     synced_engine(server, adapted())
-    before, after = ranks.asked
+    before, *_, after = ranks.asked
     assert "/v1/load_lora_adapter" not in before
     assert "/v1/load_lora_adapter" in after

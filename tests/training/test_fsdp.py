@@ -5,6 +5,9 @@ test_distributed.py.
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from vllm_stub import running
 
 from stateset_lightning.algorithm import GRPO
 from stateset_lightning.callbacks import ReferenceSync
@@ -27,7 +31,7 @@ from stateset_lightning.policy import Group, Policy, PolicyConfig
 from stateset_lightning.run.checkpoint_io import is_sharded, newest_checkpoints, read_checkpoint
 from stateset_lightning.run.fsdp_strategy import SUPPORTED_STRATEGIES, FSDP2Strategy
 from stateset_lightning.training.checks import check_strategy, total_norm
-from stateset_lightning.training.fsdp import UnshardedCopy, unsharded
+from stateset_lightning.training.fsdp import UnshardedCopy, sharded, unsharded
 from stateset_lightning.training.loss import zero_loss
 
 GROUPS = [Group([3, 4, 5, 6], [[7, 8, 9], [9, 5]]), Group([8, 3], [[4], [5, 6, 7, 3]])]
@@ -44,7 +48,7 @@ def mesh() -> Iterator[DeviceMesh]:
 def make_pair(model: PreTrainedModel, mesh: DeviceMesh) -> tuple[Policy, Policy, UnshardedCopy]:
     """A policy as it is, the same sharded, and the latter's unsharded copy."""
     plain, sharded = Policy(copy.deepcopy(model), PolicyConfig("some")), Policy(model, PolicyConfig("some"))
-    return plain, sharded, UnshardedCopy(sharded, mesh, torch.device("cpu"), None)
+    return plain, sharded, UnshardedCopy(sharded, mesh, torch.device("cpu"))
 
 
 def gradients(policy: Policy) -> dict[str, torch.Tensor]:
@@ -166,6 +170,12 @@ def test_an_adapter_is_not_sharded(tmp_path: Path, mesh: DeviceMesh) -> None:
         run(tmp_path, module=module)
 
 
+def test_an_engine_that_does_not_know_shards_is_refused(make_model: Callable[..., Any], mesh: DeviceMesh) -> None:
+    engine: Any = SimpleNamespace()
+    with pytest.raises(ConfigError, match="in this process or on vLLM servers, not by SimpleNamespace: use ddp"):
+        sharded(Policy(make_model("llama"), PolicyConfig("some")), mesh, torch.device("cpu"), engine)
+
+
 def test_a_reference_that_follows_sharded_weights_is_refused(tmp_path: Path, mesh: DeviceMesh) -> None:
     with pytest.raises(ConfigError, match="ReferenceSync cannot mix sharded weights"):
         run(tmp_path, module=make_module(algorithm=GRPO(beta=0.1)), callbacks=[ReferenceSync()])
@@ -230,3 +240,117 @@ def test_a_sharded_run_is_the_plain_one(tmp_path: Path, mesh: DeviceMesh, precis
     assert all(torch.allclose(mine[name], theirs[name], atol=1e-6) for name in theirs)
     for name in ("policy/grad_norm", "policy/loss", "policy/kl", "train/reward"):
         assert row[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-7)
+
+
+SERVED_SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+from lightning.pytorch import Callback
+from module_runs import SCENARIOS, fit, make_data, make_module
+from stateset_lightning import RewardFunction, RolloutConfig
+from stateset_lightning.errors import DiskError
+from stateset_lightning.policy import Policy, policy
+from stateset_lightning.rollout import VLLMEngine, handover
+from stateset_lightning.run.fsdp_strategy import FSDP2Strategy
+from stateset_lightning.training.fsdp import unsharded
+
+policy.TOKENS_WITHOUT_GRADIENT = {{"cpu": 1}}  # a forward for each group, of which ranks have different numbers
+calls, samples, forwards = [], {{}}, []
+score = Policy.score
+
+def counted(self, groups, temperature=1.0):
+    if not torch.is_grad_enabled():
+        calls.append([group.prompt for group in groups])
+    return score(self, groups, temperature)
+
+class SomeReward(RewardFunction):
+    def compute_reward(self, turns, context=None):  # one for all completions of most prompts: nothing to train
+        asked = turns[0].content
+        return 0.5 if "9" in asked or "3 + 4" in asked else sum(map(ord, turns[-1].content)) % 7
+
+class Recorder(Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if batch.micro_step == 0:
+            size = len(module.last_records) // len(batch)
+            for p, position in enumerate(batch.positions):
+                rows = module.last_records[p * size : (p + 1) * size]
+                samples[batch.episode_index, position] = [(row.completion, row.reward) for row in rows]
+
+def run(devices, urls, folder):
+    engine = VLLMEngine(urls, folder=folder)
+    module = make_module(engine=engine, reward=SomeReward(), optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+                         rollout=RolloutConfig(num_generations=2, max_new_tokens=5, temperature=4.0))
+    data = make_data(batch_size=4 // devices, num_iterations=2, validation=SCENARIOS[:3], eval_batch_size=1)
+    Policy.score = counted
+    trainer = fit(Path(folder), module, data, callbacks=[Recorder()], devices=devices, max_steps=4,
+                  strategy=FSDP2Strategy() if devices > 1 else "auto", limit_val_batches=1.0, val_check_interval=2,
+                  check_val_every_n_epoch=None)
+    result = {{"samples": samples, "metrics": dict(module.metrics.last), "calls": calls,
+              "val": float(trainer.callback_metrics["val/reward"]),
+              "weights": {{name: unsharded(p).detach() for name, p in module.policy.named_parameters()}}}}
+    if devices > 1:
+        assert module._sampled_policy is module.policy
+        result["error"] = failed_write(engine, module, trainer.global_rank)
+    torch.save(result, Path(folder) / f"world{{devices}}-rank{{trainer.global_rank}}.pt")
+
+def failed_write(engine, module, rank):
+    write, written = handover.save_file, []
+
+    def full(*args, **options):
+        written.append(rank)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        write(*args, **options)
+
+    handover.save_file = full
+    with torch.no_grad():
+        for p in module.policy.parameters():
+            p.add_(0.01)
+    module._unsharded.fill()
+    try:
+        engine.sync(module.policy)
+    except DiskError as error:
+        return str(error), len(written)
+
+if __name__ == "__main__":
+    run(int(sys.argv[1]), sys.argv[3:], sys.argv[2])
+"""
+
+
+@pytest.mark.slow  # starts three processes that import torch and lightning
+def test_two_ranks_whose_shards_are_served_are_one_process(tmp_path: Path) -> None:
+    """Two servers share an episode's prompts. The second rank has fewer prompts to validate."""
+    script = tmp_path / "run.py"
+    script.write_text(SERVED_SCRIPT.format(tests=str(Path(__file__).parents[1])))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for devices in (1, 2):
+        with running() as first, running() as second:
+            for server in (first, second):
+                server.stub.reloads = True
+            command = [sys.executable, str(script), str(devices), str(tmp_path), first.url, second.url]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+            assert done.returncode == 0, done.stderr[-3000:]
+            asked = [len(server.stub.samples()) for server in (first, second)]
+            assert min(asked) > 0
+            assert sum(asked) == 2 * 4 * 2 + 2 * 3  # two episodes of 4 x 2, two validations
+    one, *ranks = [torch.load(tmp_path / name, weights_only=True) for name in RESULTS]
+    assert {**ranks[0]["samples"], **ranks[1]["samples"]} == one["samples"]
+    assert len(one["samples"]) == 8
+    assert one["metrics"]["policy/grad_norm"] > 0
+    assert len(ranks[0]["calls"]) == len(ranks[1]["calls"])  # forwards without gradient
+    assert any([0] in call for call in ranks[0]["calls"] + ranks[1]["calls"])  # one of them had fewer groups
+    for rank in ranks:
+        assert all(torch.allclose(rank["weights"][name], value, atol=1e-6) for name, value in one["weights"].items())
+        assert rank["val"] == one["val"]
+        for name in ("train/reward", "policy/loss", "policy/grad_norm", "mismatch/kl"):
+            assert rank["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-4, abs=1e-6), name
+    (error, written), (other, unwritten) = [rank["error"] for rank in ranks]
+    assert error == other
+    assert (written, unwritten) == (2, 0)  # the first rank's second block
+    assert "no weights can be handed over there: [Errno 28] No space left on device" in error
+
+
+RESULTS = ["world1-rank0.pt", "world2-rank0.pt", "world2-rank1.pt"]
