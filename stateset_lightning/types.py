@@ -39,6 +39,9 @@ OverlongPolicy = Literal["error", "drop", "truncate_left"]
 # failed.
 NOT_APPLICABLE = float("-inf")
 
+# Types of devices that have no float64: Apple's GPUs. What needs it is computed on the host there.
+WITHOUT_FLOAT64 = {"mps"}
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:

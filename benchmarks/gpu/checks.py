@@ -21,8 +21,8 @@ from typing import Any, Literal
 import torch
 from conftest import small_model
 from harness import ACCELERATOR, BARE_RUN, DEVICE, IS_GPU, ROOT, check, exit_status, peak_gib, sync
-from kernels import kernels
 from lightning.pytorch import Trainer, seed_everything
+from scoring_kernels import kernels
 from windowed_models import windowed_model
 
 from stateset_lightning import GRPOLightningModule, RolloutConfig, ScenarioDataModule

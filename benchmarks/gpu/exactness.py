@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from conftest import small_model
 from harness import check, exit_status
-from kernels import kernels
+from scoring_kernels import kernels
 from torch import Tensor
 from windowed_models import windowed_model
 

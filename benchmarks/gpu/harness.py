@@ -37,7 +37,7 @@ _DEADLINE = time.monotonic() + float(os.environ.get("GPU_CHECK_SECONDS", "inf"))
 
 def sync() -> None:
     """Waits until the device has done all that it was given."""
-    if IS_GPU:
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 

@@ -43,7 +43,7 @@ from harness import (
     sync,
     timed,
 )
-from kernels import kernels
+from scoring_kernels import kernels
 from torch import Tensor, nn
 
 from stateset_lightning import GRPOLightningModule, ScenarioDataModule

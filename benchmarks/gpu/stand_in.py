@@ -1,13 +1,14 @@
 """Runs on the stand-in of `pretend_cuda.py`: the metrics are the CPU's, no devices are mixed, the host rarely waits.
 
-python stand_in.py          needs no GPU; half a minute. tests/gpu/test_stand_in.py runs it and asks for each check.
+python stand_in.py          needs no GPU; a minute. tests/gpu/test_stand_in.py runs it and asks for each check.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,15 +24,21 @@ from pretend_cuda import CUDA, PretendCuda, Report
 
 from stateset_lightning import GRPOLightningModule, RolloutConfig, ScenarioDataModule, algorithm
 from stateset_lightning.algorithm import GRPO, KL, TokenBatch
-from stateset_lightning.evaluation import EvaluationConfig, means
+from stateset_lightning.evaluation import EvaluationConfig
 from stateset_lightning.policy import Group, LoRAConfig, Policy, PolicyConfig, load_model
 from stateset_lightning.rewards import ExactMatch
+from stateset_lightning.rollout.engine import DecodingKind
+from stateset_lightning.types import WITHOUT_FLOAT64
 
-NEW_TOKENS = 8
-SAMPLING_WAITS = 2 * NEW_TOKENS  # of an episode: which rows have finished is read once per token
+NEW_TOKENS = 20
+TEMPERATURE = 3.0  # some completions are short, and some longer than from one look to the next
+# Of an episode. None per token: the host looks every 16 which rows have finished, and takes what they have sampled.
+SAMPLING_WAITS = 4 + 3 * 2
+HOST_SAMPLING_WAITS = 4 + NEW_TOKENS  # where the host samples: it takes the logits of each token
 OTHER_WAITS = 6  # of a micro-step: old log-probs, those of the reference and entropies come to the host, too
 VALIDATION_WAITS = 4  # beside sampling, however many prompts and measures
 STEP_WAITS = 6  # of an optimizer step of one micro-step; one more where its loss is scaled
+STEP_LAUNCHES = 1500  # of the same without sampling; 150 of them are norms, a tensor at a time here alone
 ANNOUNCED: list[str] = []  # slower paths that were taken, with the reasons
 UNLIKE = ("time/", "memory/", "work/tokens")  # metrics that depend on the machine
 
@@ -85,6 +92,11 @@ class Reports(Callback):
         self.validation = self.gpu.take()
 
 
+def digits(completion: str) -> float:
+    """Share of a completion that is digits, which tells also long ones from each other."""
+    return sum(map(str.isdigit, completion)) / max(1, len(completion))
+
+
 @dataclass(frozen=True)
 class Run:
     """A short run, of which every case varies one thing."""
@@ -98,6 +110,8 @@ class Run:
     accumulate: int = 2
     num_iterations: int = 2
     samples: int = 0
+    decoding: DecodingKind = "eager"
+    has_float64: bool = True
 
     def fit(self, gpu: PretendCuda | None) -> tuple[dict[str, float], Reports | None]:
         """Metrics of the last step, and what was done on the device; on the CPU where `gpu` is None."""
@@ -105,10 +119,13 @@ class Run:
         rows: list[Any] = [
             {"prompt": f"What is {a} + {b}?", "target": str(a + b)} for a in range(15, 30) for b in range(26, 30)
         ]
+        decoding: DecodingKind = "eager" if gpu is None else self.decoding
         module = GRPOLightningModule(
             PolicyConfig("tiny", lora=LoRAConfig(rank=4) if self.lora else None),
-            reward=ExactMatch(),
-            rollout=RolloutConfig(num_generations=4, max_new_tokens=NEW_TOKENS),
+            reward=[ExactMatch(), digits],
+            rollout=RolloutConfig(
+                num_generations=4, max_new_tokens=NEW_TOKENS, temperature=TEMPERATURE, decoding=decoding
+            ),
             algorithm=GRPO(beta=self.beta, **self.algorithm),
             evaluation=EvaluationConfig(samples=self.samples),
             optimizer=lambda parameters: torch.optim.AdamW(
@@ -155,9 +172,19 @@ def split(waits: Mapping[str, int]) -> tuple[int, int]:
     return sampling, sum(waits.values()) - sampling - probes
 
 
+@contextmanager
+def no_float64() -> Iterator[None]:
+    """The device is as Apple's."""
+    WITHOUT_FLOAT64.add(CUDA.type)
+    try:
+        yield
+    finally:
+        WITHOUT_FLOAT64.remove(CUDA.type)
+
+
 def same_as_on_the_cpu(case: Run) -> str:
     on_cpu, _ = case.fit(None)
-    with PretendCuda() as gpu:
+    with PretendCuda() as gpu, nullcontext() if case.has_float64 else no_float64():
         there, reports = case.fit(gpu)
     assert there.keys() == on_cpu.keys()
     assert not ANNOUNCED, ANNOUNCED
@@ -168,32 +195,36 @@ def same_as_on_the_cpu(case: Run) -> str:
     }
     assert not different, f"not as on the CPU: {different}"
     assert reports is not None
-    steps = reports.steps
+    steps = reports.steps[1:]  # in the first one, probes vouch for the ways of sampling and scoring
     sampling, other = (max(counts) for counts in zip(*(split(step.waits) for step in steps), strict=True))
     seen = f"{len(on_cpu)} metrics; waits of a micro-step: {sampling} in sampling, {other} elsewhere"
-    assert 0 < sampling <= SAMPLING_WAITS, f"{seen}: {max(steps, key=lambda step: split(step.waits)[0]).waits}"
+    most = SAMPLING_WAITS if case.has_float64 else HOST_SAMPLING_WAITS
+    assert 0 < sampling <= most, f"{seen}: {max(steps, key=lambda step: split(step.waits)[0]).waits}"
     assert 0 < other <= OTHER_WAITS, f"{seen}: {max(steps, key=lambda step: split(step.waits)[1]).waits}"
     answering, measuring = split(reports.validation.waits)
     seen += f"; of a validation: {answering} in sampling, {measuring} elsewhere"
     assert measuring <= VALIDATION_WAITS, f"{seen}: {reports.validation.waits}"
     places = {place for step in [*steps, reports.validation] for place in step.float64}
-    # Until noise and cumulative sums of sampling are made otherwise, Apple's GPUs sample elsewhere.
-    assert not [place for place in places if not place.startswith("rollout/")], f"float64 on the device: {places}"
+    allowed = ("rollout/", "evaluation/") if case.has_float64 else ()
+    assert not [place for place in places if not place.startswith(allowed)], f"float64 on the device: {places}"
     return seen
 
 
 def waits_of_an_optimizer_step(precision: str, most: int) -> str:
-    """Of one micro-step, with a fused optimizer and clipping: after the first one, whose episode has probes."""
+    """Of one micro-step, with a fused optimizer and clipping: after the first one, whose episode has probes.
+
+    The second one samples nothing, the third one does.
+    """
     with PretendCuda() as gpu:
-        case = Run(precision=precision, fused=True, steps_per_episode=1, accumulate=1, num_iterations=1)
+        case = Run(precision=precision, fused=True, steps_per_episode=1, accumulate=1)
         metrics, reports = case.fit(gpu)
     assert reports is not None
-    step = reports.steps[-1]
+    _, again, step = reports.steps
     sampling, other = split(step.waits)
     blocking = [place for place in step.uploads if place.startswith(("training/", "module")) and "and wait" in place]
-    seen = (
-        f"{other} waits beside {sampling} of sampling; {step.launches.total()} launches; {step.uploads.total()} uploads"
-    )
+    seen = f"{other} waits beside {sampling} of sampling; {step.uploads.total()} uploads"
+    seen += f"; without sampling {again.launches.total()} launches"
+    assert again.launches.total() <= STEP_LAUNCHES, f"{seen}: {again.launches}"
     assert 0 < other <= most, f"{seen}: {step.waits}"
     assert not blocking, f"uploads that wait: {blocking}"
     assert 0 < metrics["policy/grad_norm"] < 100, f"the norm is that of scaled gradients: {metrics['policy/grad_norm']}"
@@ -309,12 +340,14 @@ CHECKS: dict[str, Callable[[], str]] = {
     "launches of score": launches_of_score,
     "waits of a step in bf16-mixed": partial(waits_of_an_optimizer_step, "bf16-mixed", STEP_WAITS),
     "waits of a step in 16-mixed": partial(waits_of_an_optimizer_step, "16-mixed", STEP_WAITS + 1),
-    "as on the CPU, with samples in validation": partial(same_as_on_the_cpu, Run(samples=2)),
-    "as on the CPU, a reference": partial(same_as_on_the_cpu, Run(beta=0.04)),
-    "as on the CPU, KL in the reward, selected tokens": partial(
-        same_as_on_the_cpu, Run(beta=0.04, algorithm={"kl": KL("k1", place="reward"), "top_entropy": 0.5})
+    "as on the CPU, a reference, steps as for a graph": partial(same_as_on_the_cpu, Run(beta=0.04, decoding="graph")),
+    "as on the CPU, KL in the reward, selected tokens, samples in validation": partial(
+        same_as_on_the_cpu, Run(beta=0.04, algorithm={"kl": KL("k1", place="reward"), "top_entropy": 0.5}, samples=2)
     ),
-    "as on the CPU, an adapter": partial(same_as_on_the_cpu, Run(beta=0.04, lora=True)),
+    "as on the CPU, an adapter, steps as for a graph": partial(
+        same_as_on_the_cpu, Run(beta=0.04, lora=True, decoding="graph")
+    ),
+    "as on the CPU, a device without float64": partial(same_as_on_the_cpu, Run(samples=2, has_float64=False)),
 }
 
 
@@ -325,7 +358,6 @@ def main() -> int:
     announced = logging.Handler()
     announced.emit = lambda record: ANNOUNCED.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("stateset_lightning").addHandler(announced)
-    means.WITHOUT_FLOAT64 += (CUDA.type,)  # as Apple's, to see what would be float64 there
     for name, function in CHECKS.items():
         check(f"stand-in for a GPU: {name}", function)
     return exit_status()

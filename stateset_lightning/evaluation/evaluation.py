@@ -19,7 +19,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from stateset_lightning.evaluation.config import EvaluationConfig
 from stateset_lightning.evaluation.estimators import half_width, majority, pass_at_k, pass_hat_k, wilson_interval
-from stateset_lightning.types import NOT_APPLICABLE, Rollout, Scenario, Scores
+from stateset_lightning.types import NOT_APPLICABLE, WITHOUT_FLOAT64, Rollout, Scenario, Scores
 
 Scored = tuple[Rollout, Scores]
 
@@ -74,7 +74,7 @@ class Evaluation(Metric):
         if samples is not None:
             measures |= self._sampled(*samples)
         values_PM = torch.stack([measures[name].cpu().double() for name in self.names], dim=1)
-        device = "cpu" if self.device.type == "mps" else self.device  # Apple's GPUs have no float64
+        device = "cpu" if self.device.type in WITHOUT_FLOAT64 else self.device
         self.values_PM.append(values_PM.to(device))
         topics = [list(_encode(scenario.topic)) for scenario in scenarios]
         self.topics_PB.append(torch.tensor(topics, dtype=torch.uint8, device=self.device).reshape(-1, TOPIC_BYTES))

@@ -27,10 +27,7 @@ from stateset_lightning.rollout.probe import decode_plainly, exact_way
 from stateset_lightning.rollout.running_batch import RunningBatch, batch_kinds
 from stateset_lightning.rollout.sampling import StopStrings, check_length, sample_tokens
 from stateset_lightning.seeding import uniforms
-from stateset_lightning.types import FinishReason, Rollout
-
-# Apple's GPUs: there the host samples, as probabilities and noise need float64.
-WITHOUT_FLOAT64 = ("mps",)
+from stateset_lightning.types import WITHOUT_FLOAT64, FinishReason, Rollout
 
 
 class InProcessEngine:
@@ -173,6 +170,7 @@ class _Decoding:
 
     def __post_init__(self) -> None:
         self.decoded_rows = 0
+        # Probabilities and noise need float64.
         self.device = torch.device("cpu") if self.model.device.type in WITHOUT_FLOAT64 else self.model.device
         self.ends = torch.tensor(sorted(self.stop.ends), device=self.device)
         num_completions = len(self.prompts) * self.num_generations
