@@ -57,7 +57,7 @@ def snake_case(class_name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).strip("_").lower()
 
 
-@dataclass(kw_only=True, eq=False, repr=False)
+@dataclass(kw_only=True, init=False, eq=False, repr=False)
 class RewardFunction(ABC):
     """Base class of all rewards: subclass it and write `compute_reward`, as `def` or `async def`.
 
@@ -85,6 +85,11 @@ class RewardFunction(ABC):
     # Whether it scores several completions in a call, by its `compute_rewards`.
     scores_several = False
     compute_rewards: ClassVar[Callable[..., Any]]
+
+    def __init__(self, *, weight: float = 1.0, name: str | None = None, timeout: float | None = None) -> None:
+        self.weight, self.timeout = weight, timeout
+        if name:
+            self.name = name
 
     def __init_subclass__(cls) -> None:
         cls.name = vars(cls).get("name") or snake_case(cls.__name__)

@@ -60,6 +60,8 @@ def _as_reward(item: Any) -> RewardFunction:
             given = f"reward={item!r} ({type(item).__name__}) is no reward"
             raise ConfigError(f"{given}; accepted are {accepted} (in YAML: class_path and init_args)")
         item = TRLReward(item) if is_list_function(item) else FunctionReward(item)
+    if item.name is None:  # a dataclass whose own __post_init__ does not call ours
+        item.name = type(item).name
     _check(item)
     return item
 

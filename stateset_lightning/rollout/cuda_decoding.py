@@ -257,8 +257,8 @@ def _attention(cache: Tensor, used_B: Tensor, counts: Sequence[int] | None) -> A
         # For 1 the kernel takes it that every row has one query; in `counts` there may be rows with none.
         return partial(_flash, asked, ends * capacity, 1 if counts is None else max(2, *counts), used_B)
     if counts is None:
-        hidden_BC = torch.arange(capacity, device=cache.device) < used_B[:, None]
-        return partial(_attend_one, hidden_BC)
+        seen_BC = torch.arange(capacity, device=cache.device) < used_B[:, None]
+        return partial(_attend_one, seen_BC)
     return partial(_attend_several, counts, used_B.tolist())
 
 

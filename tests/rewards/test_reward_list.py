@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import sys
+from dataclasses import dataclass
 
 import pytest
 import yaml
@@ -48,6 +49,26 @@ def test_a_class_attribute_names_a_reward():
 
     assert [r.name for r in as_rewards([Named("a"), Named("b")])] == ["given", "given_2"]
     assert Named("a").weight == 2.0
+
+
+def test_a_dataclass_and_a_property_name_a_reward_too():
+    @dataclass
+    class Own(OwnInit):
+        threshold: float = 0.5
+
+        def __post_init__(self):
+            self.is_ready = True
+
+    class Asked(RewardFunction):
+        @property
+        def name(self):
+            return "asked"
+
+        def compute_reward(self, turns, context=None):
+            return 1.0
+
+    rewards = as_rewards([Own(weight=2.0), Own(0.1, name="mine"), Asked(weight=0.5)])
+    assert [(r.name, r.weight) for r in rewards] == [("own", 2.0), ("mine", 1.0), ("asked", 0.5)]
 
 
 def test_one_a_list_and_functions_are_accepted():
