@@ -124,7 +124,7 @@ class ScenarioDataModule(LightningDataModule):
         self._prompts: dict[Split, EncodedPrompts] = {}
         self._train_loader: EpisodeLoader | None = None
         self._resume_state: dict[str, Any] | None = None
-        check_options(self, overlong_prompts)
+        check_options(self)
 
     @property
     def num_scenarios(self) -> dict[Split, int]:

@@ -105,7 +105,7 @@ def check_bounds(prefix: str, signature: Callable[..., Any], values: Mapping[str
     for name, hint in _hints(signature).items():
         choices = get_args(hint) if get_origin(hint) is Literal else ()
         if choices and values.get(name, choices[0]) not in choices:
-            raise ConfigError(f"{prefix}.{name}={values[name]!r} must be {' or '.join(map(repr, choices))}")
+            raise ConfigError(f"{prefix}.{name}={values[name]!r} must be one of {', '.join(map(str, choices))}")
         value = values.get(name)
         if value is not None and not isinstance(value, str):  # a word in a number's place
             for bound in _bounds(hint):

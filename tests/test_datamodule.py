@@ -259,7 +259,7 @@ def test_weighted_sources_are_mixed_and_part_of_the_state():
         ({"validation_fraction": 1.0}, "data.validation_fraction=1.0 must be below 1"),
         ({"validation_fraction": 0.5, "validation": ROWS}, "are both given; leave one of them out"),
         ({"validation_fraction": 0.5, "train": None}, "is a fraction of data.train, which is not given"),
-        ({"overlong_prompts": "cut"}, "data.overlong_prompts='cut' must be error, drop or truncate_left"),
+        ({"overlong_prompts": "cut"}, "data.overlong_prompts='cut' must be one of error, drop, truncate_left"),
         ({"tokenizer": "gpt2"}, "data.tokenizer='gpt2' must be a tokenizer object"),
     ],
 )

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import numpy as np
 from annotated_types import Ge, Gt, Le
@@ -30,7 +30,7 @@ from stateset_lightning.data.shapes import QUESTION_COLUMNS, RowOptions, recogni
 from stateset_lightning.data.tables import is_saved, read_table, rows_of
 from stateset_lightning.errors import ConfigError, DataError, check_bounds
 from stateset_lightning.files import keep_inputs
-from stateset_lightning.types import OverlongPolicy, Scenario
+from stateset_lightning.types import Scenario
 
 # Not to `Any`: jsonargparse would read a text in it as YAML, and take what stands in quotes for a number or boolean.
 Row = dict[str, str | int | float | bool | list | dict | None]
@@ -250,7 +250,7 @@ def _repeated_ids(checked: Sequence[tuple[Scenario, str]]) -> Iterator[Problem]:
         first[scenario.id] = taken or place
 
 
-def check_options(data: Any, overlong_prompts: str) -> None:
+def check_options(data: Any) -> None:
     """The options of a data module do not contradict each other.
 
     Raises:
@@ -260,8 +260,6 @@ def check_options(data: Any, overlong_prompts: str) -> None:
         raise ConfigError("data.shuffle=False keeps the order, data.curriculum draws: leave one of them out")
     if is_stream(data.specs["train"]) and (data.curriculum or data.validation_fraction):
         raise ConfigError("data.curriculum and data.validation_fraction need all rows, and data.train is a stream")
-    if overlong_prompts not in get_args(OverlongPolicy):
-        raise ConfigError(f"data.overlong_prompts={overlong_prompts!r} must be error, drop or truncate_left")
     fraction = f"data.validation_fraction={data.validation_fraction}"
     if data.validation_fraction and data.specs["validation"] is not None:
         raise ConfigError(f"data.validation and {fraction} are both given; leave one of them out")

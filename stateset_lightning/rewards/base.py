@@ -68,8 +68,7 @@ class RewardFunction(ABC):
         weight: Factor of this reward in a completion's total. A reward of weight 0 is held out: it is computed and
             logged, and neither its scores nor its failures affect the training. Beside the trained rewards it shows
             whether answers get better, or only better at gaming those.
-        name: Name in logs and in a scenario's `rewards` column; by default the class name in snake case, without
-            `Reward`.
+        name: In logs and in a scenario's `rewards` column; by default the class name in snake case without `Reward`.
         timeout: Seconds that one completion may take; None means no limit of its own. A `def` reward with a time-out
             runs in a worker process that can be killed, so it must be picklable, and what it stores on itself stays in
             that process. An `async def` reward is cancelled at its next `await`: one that blocks (`time.sleep`, a slow
@@ -304,13 +303,10 @@ def to_outcome(output: Any) -> Outcome:
     match output:
         case None:
             return Outcome(NOT_APPLICABLE)
-        case (
-            RewardResult(score=score, breakdown=beside)
-            | {"score": score, **beside}
-            | {"overall": score, **beside}  # EasyR1's
-            | (score, Mapping() as beside)
-        ):
+        case RewardResult(score=score, breakdown=beside) | {"score": score, **beside} | (score, Mapping() as beside):
             return Outcome(_finite(score), {str(name): value for name, value in (beside or {}).items()})
+        case {"overall": score, **others}:  # EasyR1's
+            return to_outcome((score, others))
         case (score, str() as info):
             return Outcome(_finite(score), {"info": info})
     return Outcome(_finite(output))

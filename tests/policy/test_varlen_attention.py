@@ -80,7 +80,7 @@ def test_soft_caps_sinks_dropout_and_float32_stay_with_the_buckets(
     family: str, takes: bool, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = windowed_model("mistral", attention_dropout=0.1) if family == "dropout" else windowed_model(family)
-    with plain_kernels(dtypes=()):
+    with plain_kernels(dtypes=()), caplog.at_level(logging.WARNING):
         policy = make_policy(model.to(dtype)).train()
         counts = launches(policy, [Group(TOKENS[0], TOKENS[1:])])
     assert bool(counts[FORWARD]) == bool(counts[BACKWARD]) == (takes and dtype == torch.bfloat16)

@@ -41,7 +41,7 @@ def test_repetition_penalty_is_the_share_of_repeated_ngrams():
     [
         (lambda: LengthPenalty(-1), "length_penalty.max_length=-1 must be at least 0"),
         (lambda: LengthPenalty(1, per_unit=-0.1), "per_unit=-0.1"),
-        (lambda: LengthPenalty(1, unit="tokens"), "unit='tokens' must be 'words' or 'characters'"),
+        (lambda: LengthPenalty(1, unit="tokens"), "unit='tokens' must be one of words, characters"),
         (lambda: OverlongPenalty(10, 0), "buffer=0 must be at least 1 and at most max_tokens=10"),
         (lambda: OverlongPenalty(10, 11), "buffer=11"),
         (lambda: RepetitionPenalty(ngram=0), "ngram=0 must be at least 1"),
