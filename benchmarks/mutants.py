@@ -103,8 +103,8 @@ MUTANTS = [
     Mutant(
         "policy/varlen_attention.py",
         "min(prompt, window - 1)",
-        "min(prompt, window)",
-        ("policy/test_packed_attention.py",),
+        "min(prompt, window - 2)",
+        ("policy/test_varlen_attention.py",),
     ),
     Mutant(
         "policy/policy.py",
