@@ -234,7 +234,7 @@ def cost_of_requests(server: VLLM) -> tuple[float, float]:
         for size, taken in seconds.items():
             calls = [
                 partial(
-                    client.complete,
+                    client.choices,
                     {**common, "prompt": [3 + p, *range(4, 30)], "n": size, "seed": 100 * repeat + p * 8 + g},
                 )
                 for p in range(8)
