@@ -114,15 +114,18 @@ class Scenario(BaseModel):
 
 ABSENT = object()  # what stands at a path that is not there
 
-
 # numpy prints no commas: Python would join the texts of a list.
 _PRINTED_BY_NUMPY = re.compile(r"""['"]\s+['"]|array\(""")
 
 
+def is_nested(text: str) -> bool:
+    """Whether a text begins as a list or a mapping does."""
+    return text.lstrip()[:1] in ("[", "{")
+
+
 def read_literal(value: Any) -> Any:
     """A list or mapping that was written as text, as JSON or as Python prints it (pandas' `to_csv`); else the value."""
-    # Python's parser takes much memory.
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") and len(value) <= 1_000_000:
+    if isinstance(value, str) and is_nested(value) and len(value) <= 1_000_000:  # Python's parser takes much memory
         for read in (json.loads, *(() if _PRINTED_BY_NUMPY.search(value) else (ast.literal_eval,))):
             with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
                 return read(value.strip())

@@ -15,7 +15,7 @@ from jinja2 import StrictUndefined, Template, TemplateSyntaxError, meta
 from jinja2.sandbox import SandboxedEnvironment
 
 from stateset_lightning.errors import ConfigError, one_line
-from stateset_lightning.types import read_literal
+from stateset_lightning.types import is_nested, read_literal
 
 # What belongs to a question; where such a column is neither used nor contained in the prompt, it is not clear what is.
 _PART = re.compile(
@@ -75,14 +75,9 @@ def _options(choices: Any) -> dict[str, Any]:
     return {str(label): text for label, text in found.items()}
 
 
-def _is_nested(text: str) -> bool:
-    """Whether a list or mapping was written as text, in a CSV."""
-    return text.lstrip()[:1] in ("[", "{")
-
-
 def _lettered(choices: Any) -> str:
     """A line for each choice: `A. red`."""
-    if choices is None or (isinstance(choices, str) and not _is_nested(choices)):
+    if choices is None or (isinstance(choices, str) and not is_nested(choices)):
         return choices or ""
     return "\n".join(f"{label}. {text}" for label, text in _options(choices).items())
 
@@ -159,7 +154,7 @@ def joined(parts: Sequence[str], example: Mapping[str, Any]) -> str:
         known = _PART.fullmatch(normal(name))
         letter = known["letter"] or known["alone"] if known else None
         is_choices = normal(name) == "answers" or (known is not None and known[1] is None)
-        is_text = isinstance(example[name], str) and not (is_choices and letter is None and _is_nested(example[name]))
+        is_text = isinstance(example[name], str) and not (is_choices and letter is None and is_nested(example[name]))
         filtered = "" if is_text else " | lettered" if is_choices else " | passages"
         shown.append(f"{letter.upper()}. " if letter else "")
         shown[-1] += f"{{{{ {reference(name)}{filtered} }}}}"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from stateset_lightning.policy import LoRAConfig, Policy, PolicyConfig, load_model
+from stateset_lightning.policy import Policy, PolicyConfig
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig, cpu_decoding
 from stateset_lightning.rollout.cpu_decoding import (
     MAX_ROWS,
@@ -128,13 +128,8 @@ def test_logits_are_the_models_for_rows_that_come_and_go(
 
 
 @torch.no_grad()
-def test_a_merged_adapter_is_part_of_the_weights_and_another_is_not_known() -> None:
-    config = PolicyConfig("tiny", lora=LoRAConfig(rank=4))
-    policy = Policy(load_model(config), config)
-    for name, parameter in policy.named_parameters():
-        if "lora_B" in name:
-            parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-    model = policy.model.eval()
+def test_a_merged_adapter_is_part_of_the_weights_and_another_is_not_known(adapted_policy: Policy) -> None:
+    policy, model = adapted_policy, adapted_policy.model
     assert not has_llama_layers(model)
     with policy.merged_adapter():
         assert has_llama_layers(model)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stateset_lightning.errors import ConfigError, NonFiniteError
-from stateset_lightning.policy import LoRAConfig, Policy, PolicyConfig, load_model
+from stateset_lightning.policy import Policy, PolicyConfig
 from stateset_lightning.policy.probes import own_logprobs
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig, cuda_decoding, in_process, probe, running_batch
 from stateset_lightning.rollout.cuda_decoding import LOOK_EVERY, GraphBatch
@@ -194,13 +194,8 @@ def test_a_row_pauses_takes_other_tokens_and_goes_on(
 
 
 @torch.no_grad()
-def test_a_merged_adapter_is_part_of_the_weights_and_another_is_not_known() -> None:
-    config = PolicyConfig("tiny", lora=LoRAConfig(rank=4))
-    policy = Policy(load_model(config), config)
-    for name, parameter in policy.named_parameters():
-        if "lora_B" in name:
-            parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-    model = policy.model.eval()
+def test_a_merged_adapter_is_part_of_the_weights_and_another_is_not_known(adapted_policy: Policy) -> None:
+    policy, model = adapted_policy, adapted_policy.model
     assert cuda_decoding.obstacle_to_graph(model) is not None
     with policy.merged_adapter():
         assert cuda_decoding.obstacle_to_graph(model) is None
