@@ -16,6 +16,9 @@ install: $(READY) ## make the virtual environment with pinned versions
 demo: $(READY) ## improve the bundled model on arithmetic and show the accuracy before and after
 	$(BIN)/stateset-lightning fit --config configs/single_turn.yaml
 
+demo-real: $(READY) ## improve a real chat model of 135 million parameters on messages to a shop; half an hour
+	$(BIN)/python examples/small_chat_model/train.py
+
 check: $(READY) ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -71,4 +74,4 @@ test-vllm: $(READY) ## train on a real vLLM server, which is killed once; needs 
 clean: ## remove the virtual environment, caches and runs
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis runs *.egg-info
 
-.PHONY: help install demo check test test-long benchmark compare-algorithms kill-test saves-test ranks-test hostile check-models mutants gpu-rehearsal test-vllm clean
+.PHONY: help install demo demo-real check test test-long benchmark compare-algorithms kill-test saves-test ranks-test hostile check-models mutants gpu-rehearsal test-vllm clean

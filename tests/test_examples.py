@@ -25,9 +25,12 @@ from stateset_lightning.types import Scenario
 ROOT = Path(__file__).parents[1]
 INTENTS = ROOT / "examples" / "intent_classification"
 GSM8K = ROOT / "examples" / "gsm8k"
-sys.path.append(str(INTENTS))
+SMALL_CHAT = ROOT / "examples" / "small_chat_model"
+sys.path += [str(INTENTS), str(SMALL_CHAT)]
 
 import run as intent_run  # noqa: E402
+import topics  # noqa: E402
+import train as small_chat  # noqa: E402
 import warm_start  # noqa: E402
 from messages import Message, read_messages, split_messages  # noqa: E402
 
@@ -160,7 +163,9 @@ def test_gsm8k_config_makes_one_optimizer_step_per_episode() -> None:
 FIT = re.compile(r"^ *stateset-lightning (fit (?:.*\\\n)*.*)$", re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", [INTENTS / "README.md", GSM8K / "README.md"], ids=lambda page: page.parent.name)
+@pytest.mark.parametrize(
+    "page", [folder / "README.md" for folder in (INTENTS, GSM8K, SMALL_CHAT)], ids=lambda page: page.parent.name
+)
 def test_commands_and_links_of_a_page_hold(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = page.read_text()
     commands = FIT.findall(text)
@@ -197,3 +202,52 @@ def test_gsm8k_dry_run(tmp_path: Path) -> None:
     header, *rows = list(csv.reader(metrics.open()))
     assert [row[header.index("reward/numeric_answer")] for row in rows] == ["0.0", "0.0"]
     assert {"reward/format", "completion/truncated"} <= set(header)
+
+
+def test_held_out_messages_share_no_sentence_and_no_thing_with_those_to_train_on() -> None:
+    parts = {split: topics.messages(split) for split in ("train", "held_out")}
+    assert len(parts["held_out"]) >= 400
+    for part in parts.values():
+        assert len(set(part)) == len(part)
+        assert len(set(Counter(message.topic for message in part).values())) == 1
+    texts = {split: " ".join(message.message for message in part) for split, part in parts.items()}
+    for split, other in (("train", "held_out"), ("held_out", "train")):
+        for slot in ("thing", "day", "number", "device"):
+            assert not [value for value in topics.SLOTS[split][slot] if value in texts[other]]
+    for sentences, held_out in topics.TEMPLATES.values():
+        assert not set(sentences) & set(held_out)
+    assert topics.messages("held_out") == parts["held_out"]
+
+
+@pytest.mark.slow  # trains
+def test_small_chat_model_shows_what_training_changed_and_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(topics, "MESSAGES_PER_TOPIC", {"train": 3, "held_out": 2})
+    words = [f"--folder={tmp_path}", "--model=tiny", "--steps=1", "--prompt_messages=6"]
+    accuracies = small_chat.main(words)
+    out = capsys.readouterr().out
+    chosen = json.loads((tmp_path / "prompts.json").read_text())
+    assert set(chosen) == {"chat.yaml", "examples.yaml", "list_and_examples.yaml"}
+    assert f"seed 1, after : {accuracies[1][1]:.3f} of the held-out messages right, 95% interval" in out
+    shown = out.split("message\n")[1].splitlines()[:10]
+    held_out = [json.loads(line) for line in (tmp_path / "held_out.jsonl").open()]
+    assert [line.split()[-len(row["message"].split()) - 1 :] for line, row in zip(shown, held_out, strict=False)] == [
+        [row["topic"], *row["message"].split()] for row in held_out[:10]
+    ]
+
+    def fail(*_: object) -> None:
+        raise AssertionError("a prompt was tried again")
+
+    monkeypatch.setattr(small_chat, "validate", fail)
+    assert small_chat.main(words) == accuracies
+
+
+def test_banking77_is_read_from_the_authors_file_and_from_the_hubs() -> None:
+    from banking77 import six_intents
+
+    ours = {"message": "Where is my card?", "target": "delivery"}
+    assert six_intents({"text": " Where is my card?", "category": "card_arrival"}) == ours
+    assert six_intents({"text": "Where is my card?", "label": 11, "label_text": "card_arrival"}) == ours
+    assert six_intents({"text": "Where is my card?", "category": "card_linking"}) is None
+    assert six_intents({"text": "Are money transfers free?", "category": "transfer_fee_charged"}) is None

@@ -1,0 +1,211 @@
+"""Messages to a shop and their topics, from templates: one part to train on, and one in other wordings to be held out.
+
+    python examples/small_chat_model/topics.py FOLDER      # writes train.jsonl and held_out.jsonl
+
+The two parts share neither a sentence nor a thing that was bought. Everything follows from a fixed seed.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+from stateset_lightning.files import atomic_write
+
+SEED = 7
+MESSAGES_PER_TOPIC = {"train": 90, "held_out": 70}
+
+SLOTS = {
+    "train": {
+        "thing": ["kettle", "blue jacket", "desk lamp", "pair of boots", "garden hose", "rice cooker", "wool blanket"],
+        "day": ["Monday", "Friday", "the 3rd", "12 May"],
+        "number": ["10442", "A-771", "58-20", "3319"],
+        "device": ["laptop", "tablet", "television"],
+        "opening": ["", "Hello. ", "Good morning! "],
+    },
+    "held_out": {
+        "thing": ["bookshelf", "phone case", "tent", "set of knives", "office chair", "raincoat", "hair dryer"],
+        "day": ["Thursday", "Sunday", "the 21st", "8 June"],
+        "number": ["20815", "B-064", "77-13", "9002"],
+        "device": ["old computer", "new mobile", "work machine"],
+        "opening": ["", "Hi! ", "Dear team, one question. "],
+    },
+}
+
+# By topic: the sentences to train on, and the held-out ones.
+TEMPLATES: dict[str, tuple[list[str], list[str]]] = {
+    "delivery": (
+        [
+            "My {thing} has not arrived yet.",
+            "Where is order {number}? I have been waiting since {day}.",
+            "The courier says nobody was home, but I was here all day.",
+            "Can you tell me when the {thing} will be here?",
+            "Tracking for {number} has not moved since {day}.",
+            "I need my parcel brought to another street than the one I gave.",
+            "It was meant to come on {day} and there is still no {thing}.",
+            "How long does shipping to the islands take?",
+            "The driver left my {thing} with a neighbour I do not know.",
+        ],
+        [
+            "Still no sign of the {thing} I bought on {day}.",
+            "Has package {number} been shipped?",
+            "The van drove past my house without stopping, so I got no {thing}.",
+            "Which day will somebody bring the {thing}?",
+            "The post office has no record of {number}.",
+            "Please drop the {thing} off at my workplace instead of at home.",
+        ],
+    ),
+    "refund": (
+        [
+            "I sent the {thing} back and want my money.",
+            "When do I get back what I paid for {number}?",
+            "You promised to pay me back on {day}, and nothing came.",
+            "I do not like the {thing}. Can I return it?",
+            "How do I send back a {thing} that I never used?",
+            "The jumper is too small, I would like my money back.",
+            "I cancelled {number} on {day}, but the money is still with you.",
+            "Is there a form for returns?",
+            "You only gave me half of the price of the {thing} back.",
+        ],
+        [
+            "I changed my mind about the {thing} and want to give it back.",
+            "The amount for returned order {number} is missing on my statement.",
+            "Your warehouse got the {thing} on {day}. Where is my reimbursement?",
+            "What is the deadline for giving back a {thing}?",
+            "Please credit me for {number}, which I posted to you on {day}.",
+            "The {thing} is not what I expected, so I want the price returned to me.",
+        ],
+    ),
+    "damage": (
+        [
+            "The {thing} came with a crack in it.",
+            "My {thing} stopped working after one day.",
+            "The box of {number} was crushed and all inside is broken.",
+            "There is a deep scratch on the {thing}.",
+            "Half of the screws for the {thing} are missing.",
+            "The {thing} smells burnt when I switch it on.",
+            "What I unpacked on {day} is in pieces.",
+            "The zip was torn when I opened the bag.",
+            "The {thing} leaks from below.",
+        ],
+        [
+            "One corner of the {thing} is bent.",
+            "The {thing} from order {number} fell apart on {day}.",
+            "I opened parcel {number} and found shards.",
+            "The seam of the {thing} is ripped.",
+            "A part of the {thing} does not fit, it must be faulty.",
+            "Since {day} the {thing} makes a grinding noise.",
+        ],
+    ),
+    "payment": (
+        [
+            "My card was charged twice for {number}.",
+            "Can I pay for the {thing} in three instalments?",
+            "The checkout says my card is declined.",
+            "Do you take cheques?",
+            "I was billed on {day} for something I did not order.",
+            "Please send me the invoice for {number}.",
+            "The voucher did not lower the price of the {thing}.",
+            "Why does my bank show a different amount for the {thing}?",
+            "I would like to settle {number} by bank transfer.",
+        ],
+        [
+            "You took the sum for {number} from my account two times.",
+            "Is it possible to buy the {thing} on credit?",
+            "My credit card does not go through when I buy the {thing}.",
+            "I need a receipt with tax for {number}.",
+            "A fee was added to the {thing} on {day}. What is it for?",
+            "The discount code is ignored when I pay for the {thing}.",
+        ],
+    ),
+    "account": (
+        [
+            "I forgot my password on the {device}.",
+            "How do I change the email address that my {device} logs in with?",
+            "Your site says that I am locked out since {day}.",
+            "Please delete my profile and all my data after {day}.",
+            "I never get the code to sign in on my {device}.",
+            "Somebody else has logged in as me on {day}.",
+            "I have two logins since {day} and want to make them one.",
+            "My surname changed on {day}, how do I enter the new one?",
+            "The page for signing up does not load on my {device}.",
+        ],
+        [
+            "I cannot sign in to see order {number}.",
+            "The link to reset my login has expired on {day}.",
+            "Can I have another username on my {device}?",
+            "Please close my membership from {day} on.",
+            "Your app logs me out whenever I look at the {thing}.",
+            "Who changed the phone number in my profile on {day}?",
+        ],
+    ),
+    "stock": (
+        [
+            "When will the {thing} be available again?",
+            "Do you have the {thing} in green?",
+            "Is the {thing} sold out for good?",
+            "How many of the {thing} are left?",
+            "Will you sell the {thing} in larger sizes?",
+            "The site shows no {thing} since {day}. Are there more to come?",
+            "Can you put a {thing} aside for me?",
+            "Does your shop in town carry the {thing}?",
+            "I would like to be told when there are new boots.",
+        ],
+        [
+            "Have you run out of the {thing}?",
+            "Are you getting more of the {thing} before {day}?",
+            "Which colours of the {thing} do you offer?",
+            "Could you reserve one {thing} until {day}?",
+            "The {thing} has been unavailable since {day}, will it come back?",
+            "Do you still make the {thing}?",
+        ],
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Message:
+    message: str
+    topic: str
+
+
+def messages(split: str) -> list[Message]:
+    """All messages of a split, "train" or "held_out", the same number of each topic, shuffled."""
+    draw = random.Random(f"{SEED} {split}")
+    found = []
+    for topic, (to_train_on, held_out) in TEMPLATES.items():
+        templates = to_train_on if split == "train" else held_out
+        texts = [text for template in templates for text in _filled("{opening}" + template, split)]
+        found += [Message(text, topic) for text in draw.sample(texts, MESSAGES_PER_TOPIC[split])]
+    draw.shuffle(found)
+    return found
+
+
+def _filled(template: str, split: str) -> Iterable[str]:
+    names = [name for name in SLOTS[split] if f"{{{name}}}" in template]
+    for values in product(*(SLOTS[split][name] for name in names)):
+        yield template.format(**dict(zip(names, values, strict=True)))
+
+
+def write_messages(folder: Path) -> None:
+    """Writes `train.jsonl` and `held_out.jsonl`, with the columns `id`, `message` and `topic`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in MESSAGES_PER_TOPIC:
+        with atomic_write(folder / f"{split}.jsonl", over_input=True) as file:
+            rows = ({"id": f"{split}-{n}", **asdict(message)} for n, message in enumerate(messages(split)))
+            file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def read_messages(folder: Path, split: str) -> Iterator[dict[str, str]]:
+    """The rows that `write_messages` wrote."""
+    with (folder / f"{split}.jsonl").open(encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
+
+
+if __name__ == "__main__":
+    write_messages(Path(sys.argv[1]))
