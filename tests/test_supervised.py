@@ -132,6 +132,14 @@ def test_a_reward_that_fails_stops_no_supervised_step(tmp_path: Path) -> None:
     assert module.metrics.last["policy/grad_norm"] > 0
 
 
+def test_a_raft_step_of_which_no_group_is_good_enough_trains_nothing(tmp_path: Path) -> None:
+    module = supervised(algorithm=RAFT(minimum_reward=9))
+    fit(tmp_path, module, max_steps=1)
+    assert module.metrics.last["policy/empty_steps"] == 1
+    untrained = load_model(PolicyConfig("tiny")).state_dict()
+    assert all(torch.equal(module.policy.model.state_dict()[name], value) for name, value in untrained.items())
+
+
 @pytest.mark.parametrize("policy", ["tiny", PolicyConfig("tiny", lora=LoRAConfig(rank=2))], ids=["full", "LoRA"])
 def test_a_run_resumed_inside_an_episode_of_targets_ends_bit_by_bit_as_if_not(tmp_path: Path, policy: Any) -> None:
     def run(folder: Path, **options: Any) -> Any:
