@@ -35,7 +35,7 @@ class Targets:
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, sampling: RolloutConfig, data: Any) -> "Targets":
         """Those of a data module, or of plain loaders: `data` is None. A prompt's chat template says what ends it."""
-        given = {} if data is None else vars(data)["given_arguments"]
+        given = getattr(data, "given_arguments", {})
         ends = [] if given.get("use_chat_template") is False else end_of_turn_ids(tokenizer)
         return cls(tokenizer, sampling, [*ends, tokenizer.eos_token_id][0], given.get("parse_special_tokens", False))
 
@@ -68,8 +68,8 @@ class Targets:
         lengths_N = torch.tensor([len(tokens) for tokens in completions])
         tokens_T = torch.tensor([token for tokens in completions for token in tokens])
         sampled_T = torch.ones_like(tokens_T, dtype=torch.bool)
-        ended = [FinishReason.STOP] * len(texts)
-        return Rollout(batch.prompt_tokens, tokens_T, lengths_N, None, sampled_T, ended, texts)
+        finish_reasons = [FinishReason.STOP] * len(texts)
+        return Rollout(batch.prompt_tokens, tokens_T, lengths_N, None, sampled_T, finish_reasons, texts)
 
     def _refuse(self, scenarios: Sequence[Scenario], why: str) -> None:
         if scenarios:
