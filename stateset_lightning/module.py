@@ -27,6 +27,7 @@ from stateset_lightning.ranks import Ranks
 from stateset_lightning.redaction import redacted
 from stateset_lightning.rewards import Reward, Scorer, as_rewards
 from stateset_lightning.rollout import RemoteEngine, RolloutConfig, RolloutEngine
+from stateset_lightning.rollout.targets import Targets
 from stateset_lightning.run.checkpoint import RunCheckpoint
 from stateset_lightning.run.fsdp_strategy import SUPPORTED_STRATEGIES, FSDP2Strategy
 from stateset_lightning.run.lightning_parts import RunsInTrainer
@@ -113,14 +114,12 @@ class GRPOLightningModule(RunsInTrainer):
         self.max_bad_steps = max_bad_steps
         self.tokenizer = load_tokenizer(self.policy_config)
         # Plain containers only: a checkpoint must load with `weights_only=True`.
-        policy_options = redacted(self.policy_config.to_dict())
-        options = {"policy": policy_options, "rollout": asdict(self.rollout), "seed": seed}
+        options = {"policy": redacted(self.policy_config.to_dict()), "rollout": asdict(self.rollout), "seed": seed}
         self.save_hyperparameters(options, logger=False)
 
         self.policy: Policy | None = None
         self.engine = engine
-        # In a tuple, so that it is no submodule: not trained, not saved.
-        self._reference: tuple[Policy | AdapterReference, ...] = ()
+        self._reference: tuple[Policy | AdapterReference, ...] = ()  # a tuple: no submodule, not trained, not saved
         self._unsharded: UnshardedCopy | ServedShards | None = None  # of a policy whose weights are sharded
         self._seed = seed
         self._data: ScenarioDataModule | None = None  # of the run, if it is ours
@@ -191,6 +190,8 @@ class GRPOLightningModule(RunsInTrainer):
             mesh = self.trainer.strategy.device_mesh["data_parallel"]
             self._unsharded = sharded(self.policy, mesh, self.trainer.strategy.root_device, self.engine)
         self.engine = ready_engine(self.engine, self.tokenizer, self.rollout, precision)
+        on_targets = self.algorithm.trains_on_targets
+        self._targets = Targets.of(self.tokenizer, self.rollout, self._data) if on_targets else None
         if fits and self.algorithm.needs_reference and not self._reference:
             self._reference = (make_reference(self._sampled_policy, dtype),)
         self._checkpoint.prepare_for(longest)
@@ -325,7 +326,7 @@ class GRPOLightningModule(RunsInTrainer):
     def _sampler(self) -> Sampler:
         assert self.engine is not None, "configure_model() makes the engine"
         replacements = None if self._data is None else self._data.replacements
-        return Sampler(self.engine, self.scorer, self.rollout, self.seed, self._ahead, replacements)
+        return Sampler(self.engine, self.scorer, self.rollout, self.seed, self._ahead, replacements, self._targets)
 
     @property
     def _loaded_policy(self) -> Policy:

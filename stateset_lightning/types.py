@@ -265,9 +265,9 @@ class Rollout:
         completion_tokens_T: int64; the tokens of all completions, one completion behind the other.
         lengths_N: int64; tokens of each completion, sampled or not. Their sum is T.
         logprobs_T: float32, nats: log-softmax of the logits divided by the temperature, before top-k, top-p and min-p.
-            Of no meaning where `sampled_T` is False.
-        sampled_T: bool; True where the model sampled the token, False where an environment wrote it. Only sampled
-            tokens are trained on.
+            Of no meaning where `sampled_T` is False. None where the completions are targets, which nobody sampled.
+        sampled_T: bool; True where the model sampled the token, or should have (a target), False where an environment
+            wrote it. Only such tokens are trained on.
         finish_reasons: Why each completion ended.
         texts: Of the completions, without the tokens that end one, padding, and what a stop string cuts off.
     """
@@ -275,7 +275,7 @@ class Rollout:
     prompt_tokens: list[list[int]]
     completion_tokens_T: Tensor
     lengths_N: Tensor
-    logprobs_T: Tensor
+    logprobs_T: Tensor | None
     sampled_T: Tensor
     finish_reasons: list[FinishReason]
     texts: list[str]

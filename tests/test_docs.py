@@ -102,6 +102,32 @@ def test_each_python_block_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -
     assert namespace["trainer"].global_step == 3
 
 
+@pytest.mark.slow  # five runs, of a step each
+def test_a_good_start_leads_from_targets_to_samples_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("configs", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/good-start.md").read_text().replace("\\\n", "")
+    small = ["--data.batch_size=4", "--trainer.limit_val_batches=0", "--baseline=false"]
+    steps = []
+    for language, block in re.findall(r"```(bash|python)\n(.*?)```", text, flags=re.DOTALL):
+        if language == "python":
+            exec(block, {})
+        for command in block.splitlines() if language == "bash" else []:
+            args = shlex.split(command)[1:]
+            # a run that goes on makes one more step
+            short = [*small, f"--trainer.max_steps={2 if '--ckpt_path' in args else 1}"] if args[0] == "fit" else []
+            cli = main([*args, *short])
+            steps += [cli.trainer.global_step] if cli is not None else []
+    assert steps == [1, 1, 2, 1, 1]
+    chosen = [json.loads(line) for line in Path("chosen.jsonl").read_text().splitlines()]
+    assert chosen
+    right = [json.loads(line) for line in Path("examples/arithmetic/train.jsonl").read_text().splitlines()]
+    assert {row["prompt"]: row["target"] for row in chosen}.items() <= {r["prompt"]: r["target"] for r in right}.items()
+    samples = [json.loads(line) for line in Path("runs/chosen/version_0/samples.jsonl").read_text().splitlines()]
+    assert {row["completion"] for row in samples} <= {row["target"] for row in chosen}
+
+
 def test_python_blocks_about_data_run() -> None:
     pytest.importorskip("datasets")
     namespace: dict[str, Any] = {}

@@ -141,9 +141,11 @@ class Algorithm(Formulas):
     constant_length: Annotated[int, Ge(1)] | None = None
     mask_truncated: bool = False
 
-    # What a preset says of itself: whether `advantages` compares with the scores of a greedy completion per prompt;
-    # whether the loss weighs whole completions, which a mismatch correction of single tokens contradicts; and why the
-    # KL cannot be part of the reward, empty where it can.
+    # What a preset says of itself: whether it trains on the scenarios' targets, and not on samples; whether
+    # `advantages` compares with the scores of a greedy completion per prompt; whether the loss weighs whole
+    # completions, which a mismatch correction of single tokens contradicts; and why the KL cannot be part of the
+    # reward, empty where it can.
+    trains_on_targets: ClassVar[bool] = False
     needs_greedy_baseline: ClassVar[bool] = False
     weighs_completions: ClassVar[bool] = False
     why_no_kl_in_reward: ClassVar[str] = ""

@@ -100,6 +100,7 @@ class InProcessEngine:
             SamplingError: If their log-probs differ by more than float error.
         """
         n, group = _longest(rollout)
+        assert rollout.logprobs_T is not None
         logprobs_T = rollout.logprobs_T.split(rollout.lengths_N.tolist())[n]
         scored_T, _ = self.policy.score_without_gradient([group], temperature)
         self.check_difference(float((scored_T.cpu() - logprobs_T).abs().mean()), temperature)

@@ -174,8 +174,8 @@ def token_rows(episode: Episode, num_completions: int, max_tokens: int, module: 
     """The first `max_tokens` tokens of the first completions, and their log-probs at the temperature of sampling, in
     nats.
 
-    `tokens` are texts, which join to the completion's; `logprobs` are of the policy that sampled, `logprobs_after` of
-    the module's as it is now. Where a reference scored the completion, `ref_logprobs` are its own.
+    `tokens` are texts, which join to the completion's; `logprobs` are of the policy that sampled (a target has none),
+    `logprobs_after` of the module's as it is now. Where a reference scored the completion, `ref_logprobs` are its own.
     """
 
     def first_tokens(values_T: Tensor) -> list[Tensor]:
@@ -183,7 +183,7 @@ def token_rows(episode: Episode, num_completions: int, max_tokens: int, module: 
 
     completions = first_tokens(episode.completion_tokens_T)
     rows: Rows = [{"tokens": token_texts(module.tokenizer, tokens.tolist())} for tokens in completions]
-    logprobs = {"logprobs": first_tokens(episode.sampling_logprobs_T)}
+    logprobs = {} if (sampled_T := episode.sampling_logprobs_T) is None else {"logprobs": first_tokens(sampled_T)}
     if episode.ref_logprobs_T is not None:
         logprobs["ref_logprobs"] = first_tokens(episode.ref_logprobs_T)
     # Not known if weights are sharded: all ranks would have to take part.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -25,6 +25,7 @@ from stateset_lightning.evaluation import Evaluation
 from stateset_lightning.policy.precision import has_bfloat16_products, sampling_dtype
 from stateset_lightning.rewards import FunctionReward, GroupReward, TRLReward
 from stateset_lightning.rollout.sampling import check_length
+from stateset_lightning.rollout.targets import Targets
 from stateset_lightning.training.data import data_of
 from stateset_lightning.training.metrics import NAMES
 from stateset_lightning.training.reward_checks import check_baseline
@@ -51,6 +52,7 @@ def checks_of_run(trainer: Trainer, module: Any) -> list[Callable[[], None]]:
     """
     data, rollout = data_of(trainer), module.rollout
     return [
+        partial(check_targets, data, module),
         partial(check_baseline, module.rewards, module.algorithm.needs_greedy_baseline),
         partial(check_episode_fits_trainer, trainer, data),
         partial(check_monitors, trainer, module),
@@ -128,6 +130,26 @@ def check_dynamic_sampling(data: ScenarioDataModule | None, rounds: int, needs_g
             f"model.rollout.dynamic_sampling={rounds} replaces prompts by others of data.train, and fit() got no data"
             " module to ask: use a ScenarioDataModule, or set it to 0"
         )
+
+
+def check_targets(data: ScenarioDataModule | None, module: Any) -> None:
+    """Where targets are trained on, each row has one that fits, and nothing is set that only samples could honour.
+
+    Raises:
+        ConfigError: If something is.
+        DataError: If a row has none; of a large split, one of the first.
+    """
+    if not module.algorithm.trains_on_targets:
+        return
+    rollout, why = module.rollout, f"{type(module.algorithm).__name__} trains on one target per prompt, and not samples"
+    needs_samples = {f"model.rollout.{name}": getattr(rollout, name) for name in ("dynamic_sampling", "sampling_ahead")}
+    needs_samples["data.curriculum"] = data and data.curriculum
+    for key, value in needs_samples.items():
+        if value:
+            raise ConfigError(f"{key}={value} has no effect: {why}; leave it out")
+    if data is not None:
+        Targets.of(module.tokenizer, rollout, data).encode(data.served("train")[0].known)
+    rank_zero_info(f"{why}: model.rollout.num_generations={rollout.num_generations} has no effect on training")
 
 
 def check_monitors(trainer: Trainer, module: Any) -> None:

@@ -17,6 +17,7 @@ from stateset_lightning.policy.precision import sampling_dtype
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.rewards import Scorer, check_failures
 from stateset_lightning.rollout import InProcessEngine, RemoteEngine, RolloutConfig, RolloutEngine
+from stateset_lightning.rollout.targets import Targets
 from stateset_lightning.seeding import sample_seeds
 from stateset_lightning.threads import Interruption, heartbeat
 from stateset_lightning.training.resample import Replacements, Sample, resample
@@ -86,6 +87,7 @@ class Sampler:
         seed: The run's.
         ahead: For a run that samples an episode while the one before is trained on.
         replacements: Where dynamic sampling gets prompts from.
+        targets: Stand for samples of training prompts, one for each; None where the engine samples.
     """
 
     engine: RolloutEngine
@@ -94,6 +96,7 @@ class Sampler:
     seed: int
     ahead: SamplingAhead[Sample] | None = None
     replacements: Replacements | None = None
+    targets: Targets | None = None
 
     def collect(self, policy: Policy, batch: PromptBatch, *, greedy_baseline: bool = False) -> Collection:
         """Samples and scores what an episode needs.
@@ -138,10 +141,12 @@ class Sampler:
     def sample(
         self, policy: Policy, batch: PromptBatch, num_generations: int | None = None, *, greedy: bool = False
     ) -> Sample:
-        """Completions of all prompts and their scores; by default `config.num_generations` of each.
+        """Completions of all prompts and their scores; by default `config.num_generations` of each; or their targets.
 
         Noise follows from the seed, the split, the episode and the positions.
         """
+        if self.targets is not None and batch.split == "train":
+            return self._draw(policy, batch, 1, greedy)  # the engine needs no new weights
         if self.ahead is not None:
             self.ahead.wait()
         heartbeat.doing(f"sampling {_place(batch)}")
@@ -154,7 +159,7 @@ class Sampler:
         Raises:
             SamplingError: If their log-probs differ by more than float error.
         """
-        if isinstance(self.engine, InProcessEngine) and not policy.has_dropout:
+        if isinstance(self.engine, InProcessEngine) and self.targets is None and not policy.has_dropout:
             self.engine.check_difference(row.get("policy/sampling_difference", 0.0), self.config.temperature)
 
     def _draw(self, policy: Policy, batch: PromptBatch, num_generations: int, greedy: bool) -> Sample:
@@ -167,9 +172,12 @@ class Sampler:
                 turns = answered(batch.conversations[prompt], text)
                 session.submit(n, turns, batch.scenarios[prompt].columns(), completion_tokens=num_tokens)
 
-            rollout = self.engine.generate(
-                batch.prompt_tokens, num_generations, self.config, seeds_N, greedy=greedy, on_finished=score
-            )
+            if self.targets is not None and batch.split == "train":
+                rollout = self.targets.rollout(batch, score)
+            else:
+                rollout = self.engine.generate(
+                    batch.prompt_tokens, num_generations, self.config, seeds_N, greedy=greedy, on_finished=score
+                )
             if batch.split != "train" and isinstance(self.engine, InProcessEngine):
                 self.engine.check(rollout, self.config.temperature)  # training compares all that it trains on
             heartbeat.doing(f"scoring {_place(batch)}")
@@ -193,7 +201,8 @@ def collect_together(sampler: Sampler, policy: Policy, batch: PromptBatch, greed
 
     Raises:
         Interruption: On every rank.
-        RewardError: On every rank, if the rewards of all ranks together failed too often.
+        RewardError: On every rank, if the rewards of all ranks together failed too often; not where targets train,
+            whatever rewards say of them.
     """
     collection, code = None, 0
     try:
@@ -203,7 +212,8 @@ def collect_together(sampler: Sampler, policy: Policy, batch: PromptBatch, greed
     if code := max(ranks.gather(code)):
         raise Interruption(code)
     assert collection is not None
-    check_scores(sampler.scorer, [sample.scores for sample in collection.trained], ranks)
+    if sampler.targets is None:
+        check_scores(sampler.scorer, [sample.scores for sample in collection.trained], ranks)
     if collection.baseline is not None:
         check_scores(sampler.scorer, [collection.baseline.scores], ranks)
     return collection

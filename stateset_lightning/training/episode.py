@@ -35,7 +35,7 @@ class MicroBatch:
     advantages_N: Tensor
     weights_N: Tensor  # weight of each token of a completion
     lengths_N: Tensor
-    sampling_logprobs_T: Tensor
+    sampling_logprobs_T: Tensor | None  # None of targets
     old_logprobs_T: Tensor | None
     ref_logprobs_T: Tensor | None
     select_T: Tensor | None
@@ -64,7 +64,7 @@ class Episode:
     prompt_tokens: list[list[int]]
     completion_tokens_T: Tensor
     lengths_N: Tensor
-    sampling_logprobs_T: Tensor
+    sampling_logprobs_T: Tensor | None  # None of targets
     advantages_N: Tensor
     weights_N: Tensor
     active_N: Tensor  # whether a completion needs a policy forward
@@ -117,7 +117,7 @@ class Episode:
             advantages_N=self.advantages_N[rows_N],
             weights_N=self.weights_N[rows_N],
             lengths_N=sequence_sums(tokens_T.long(), self.lengths_N)[rows_N],
-            sampling_logprobs_T=self.sampling_logprobs_T[tokens_T],
+            sampling_logprobs_T=of_tokens(self.sampling_logprobs_T),
             old_logprobs_T=of_tokens(self.old_logprobs_T),
             ref_logprobs_T=of_tokens(self.ref_logprobs_T),
             select_T=of_tokens(self.select_T),

@@ -245,7 +245,7 @@ def sample_metrics(sample: Sample, advantages_N: Tensor) -> Metrics:
         "completion/truncated": (sum(reason == FinishReason.LENGTH for reason in rollout.finish_reasons), count),
         "advantage/std": (advantages_N[trained_N].square().sum(), int(trained_N.sum())),
         **reward_metrics(scores),
-        **group_metrics(sample.totals_PG),
+        **(group_metrics(sample.totals_PG) if rollout.num_generations > 1 else {}),  # a target has no group
     }
 
 
@@ -312,13 +312,13 @@ def _mean(values: Tensor) -> tuple[Tensor, int]:
 # An optimizer step ----------------------------------------------------------------------------------------------------
 
 
-def of_tokens(logprobs_T: Tensor, sampling_logprobs_T: Tensor, entropies_T: Tensor) -> Metrics:
+def of_tokens(logprobs_T: Tensor, sampling_logprobs_T: Tensor | None, entropies_T: Tensor) -> Metrics:
     """What a micro-batch says of the policy, beside what its loss counts."""
-    difference_T = (logprobs_T - sampling_logprobs_T).abs()
-    return {
-        "policy/entropy": (entropies_T.sum(), entropies_T.numel()),
-        "policy/sampling_difference": (difference_T.sum(), difference_T.numel()),
-    }
+    metrics: Metrics = {"policy/entropy": (entropies_T.sum(), entropies_T.numel())}
+    if sampling_logprobs_T is not None:
+        difference_T = (logprobs_T - sampling_logprobs_T).abs()
+        metrics["policy/sampling_difference"] = (difference_T.sum(), difference_T.numel())
+    return metrics
 
 
 def of_gradient(norm: float, *, empty: bool, bad: bool) -> Metrics:

@@ -78,6 +78,9 @@ def _picked(mine: Sequence[T], other: Sequence[T], rows: Sequence[int]) -> list[
 
 
 def _rollout(mine: Rollout, other: Rollout, prompts: Sequence[int], completions: Sequence[int]) -> Rollout:
+    assert mine.logprobs_T is not None
+    assert other.logprobs_T is not None
+
     def packed(values_T: Tensor, other_T: Tensor) -> Tensor:
         parts = values_T.split(mine.lengths_N.tolist()), other_T.split(other.lengths_N.tolist())
         return torch.cat(_picked(*parts, completions))

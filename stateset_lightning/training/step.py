@@ -97,7 +97,8 @@ class TrainingStep:
         episode = make_episode(
             batch.episode_index, rollout, scored.scores, scored.weights, algorithm, plan, scored.baseline_PF
         )
-        add_fixed_logprobs(self, episode, scored, plan, old=batch.num_micro_steps > self.accumulate)
+        several = batch.num_micro_steps > self.accumulate
+        add_fixed_logprobs(self, episode, scored, plan, old=several and not algorithm.trains_on_targets)
 
         sums = metrics.of_episode(collection, episode, scored.scores, policy, self.ranks)
         state = self.state

@@ -183,7 +183,8 @@ def check_a_split(algorithm: Algorithm, number: int, generator: torch.Generator)
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
 def test_any_split_into_micro_steps_sums_to_the_whole(preset: type[Algorithm], aggregation: str) -> None:
     """Loss and gradient of an optimizer step are the sums over its micro-steps, with every term that exists."""
-    algorithm = preset(aggregation=aggregation, beta=0.1, entropy_coefficient=0.01, off_policy_threshold=0.05)  # type: ignore[call-arg]
+    terms = {} if preset is algorithms.Supervised else {"off_policy_threshold": 0.05}
+    algorithm = preset(aggregation=aggregation, beta=0.1, entropy_coefficient=0.01, **terms)  # type: ignore[call-arg]
     algorithm.setup(max_new_tokens=6)
     generator = torch.Generator().manual_seed(1)
     for number in (2, 5, 9):

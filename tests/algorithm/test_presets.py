@@ -29,6 +29,7 @@ from stateset_lightning.algorithm import (
     KL,
     LUSPO,
     OPO,
+    RAFT,
     RLOO,
     SAPO,
     Algorithm,
@@ -42,6 +43,7 @@ from stateset_lightning.algorithm import (
     PassK,
     ReinforcePlusPlusBaseline,
     ReMax,
+    Supervised,
     TokenBatch,
     TopEntropy,
 )
@@ -52,8 +54,9 @@ EXPORTED = list(vars(algorithms).values())
 PRESETS = [
     found
     for found in EXPORTED
-    if isinstance(found, type) and issubclass(found, Algorithm) and found not in (Algorithm, Clipped)
+    if isinstance(found, type) and issubclass(found, Algorithm) and found not in (Algorithm, Clipped, Supervised)
 ]
+"""But `Supervised`, which has options of its own: test_supervised.py."""
 
 LENGTHS = torch.tensor([1, 3, 2, 2])
 RATIOS = torch.tensor([1.5, 1.0, 1.0, 1.25, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
@@ -474,6 +477,7 @@ OPTIONS = {
     ClipCov: {"share", "omega_low", "omega_high", "scale"},
     KLCov: {"share", "coefficient", "scale"},
     DRO: {"tau", "scale"},
+    RAFT: {"minimum_reward", "top_entropy"},
 }
 
 
