@@ -32,7 +32,8 @@ def main(words: Sequence[str]) -> None:
 
     trained = load_trained(options.ckpt_path, options.config, loading_options(options))
     given = {name: getattr(options, name) for name in ("temperature", "top_p", "max_new_tokens")}
-    rollout = replace(trained.rollout, **{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    rollout = replace(trained.rollout, **given, keep_sampling_mask=False)
     greedy = options.samples is None and options.temperature is None and options.top_p is None
     num_samples = options.samples or 1
     seed = trained.seed if options.seed is None else options.seed

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from stateset_lightning.policy import SamplingMask
 from stateset_lightning.training.metrics import constant_groups
 from stateset_lightning.types import PromptBatch, Rollout, Scores
 
@@ -78,9 +79,11 @@ def _picked(mine: Sequence[T], other: Sequence[T], rows: Sequence[int]) -> list[
 
 
 def _rollout(mine: Rollout, other: Rollout, prompts: Sequence[int], completions: Sequence[int]) -> Rollout:
-    def packed(values_T: Tensor, other_T: Tensor) -> Tensor:
+    def packed(values_T: Any, other_T: Any, cat: Callable[[list[Any]], Any] = torch.cat) -> Any:
         parts = values_T.split(mine.lengths_N.tolist()), other_T.split(other.lengths_N.tolist())
-        return torch.cat(_picked(*parts, completions))
+        return cat(_picked(*parts, completions))
+
+    masks = mine.sampling_mask, other.sampling_mask
 
     return replace(
         mine,
@@ -91,6 +94,7 @@ def _rollout(mine: Rollout, other: Rollout, prompts: Sequence[int], completions:
         sampled_T=packed(mine.sampled_T, other.sampled_T),
         finish_reasons=_picked(mine.finish_reasons, other.finish_reasons, completions),
         texts=_picked(mine.texts, other.texts, completions),
+        sampling_mask=None if masks[0] is None else packed(*masks, SamplingMask.cat),
     )
 
 
