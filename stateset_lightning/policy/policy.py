@@ -162,7 +162,7 @@ class Policy(nn.Module):
         rows = [row for group in groups for row in zip(group.completions, group.sampled_places, strict=True)]
         targets_T = self._ids([completion[place] for completion, places in rows for place in places])
         masks = [group.mask for group in groups if group.mask is not None]
-        mask = SamplingMask.cat(masks).to(self.device) if masks else None
+        mask = SamplingMask.cat(masks) if masks else None
         outputs_TX = (self._packed if self.uses_packed_scoring else self._padded)(groups)
         if not self.uses_chunked_head:
             logits = outputs_TX.float() / temperature

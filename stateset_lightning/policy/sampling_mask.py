@@ -18,7 +18,7 @@ EXCLUDED = -1e15
 
 @dataclass(frozen=True)
 class SamplingMask:
-    """For each of T sampled tokens, the tokens of the vocabulary that it was drawn from.
+    """For each of T sampled tokens, the tokens of the vocabulary that it was drawn from; in the host's memory.
 
     Ids, since there are few as a rule (tens for a top-p of 0.95): a bit for every token of a vocabulary of 150,000
     would take 19 kB per sampled token.
@@ -42,10 +42,6 @@ class SamplingMask:
         ids = self.ids_K.split([int(some.sum()) for some in counts])
         return [SamplingMask(*pair) for pair in zip(ids, counts, strict=True)]
 
-    def to(self, device: torch.device) -> SamplingMask:
-        """On a device."""
-        return SamplingMask(self.ids_K.to(device), self.counts_T.to(device))
-
     def __getitem__(self, tokens: Tensor | slice) -> SamplingMask:
         """Of some sampled tokens: a slice, a bool mask [T], or their places in the order that is wanted."""
         counts = self.counts_T[tokens]
@@ -55,12 +51,8 @@ class SamplingMask:
 
     def exclude(self, logits: Tensor, first: int = 0) -> Tensor:
         """Logits [T, columns] of the vocabulary from `first` on, changed in place: what was excluded is impossible."""
-        width = logits.shape[-1]
-        # A column more: there go the kept tokens of other parts, and nothing waits for a device.
-        kept = logits.new_zeros(len(logits), width + 1, dtype=torch.bool)
-        rows_T = torch.arange(len(logits), device=logits.device)
-        rows_K = rows_T.repeat_interleave(self.counts_T, output_size=len(self.ids_K))
-        columns_K = self.ids_K.long() - first
-        columns_K = columns_K.where((columns_K >= 0) & (columns_K < width), width)
-        kept[rows_K, columns_K] = True
-        return logits.masked_fill_(~kept[:, :width], EXCLUDED)
+        is_here_K = (self.ids_K >= first) & (self.ids_K < first + logits.shape[-1])
+        rows_K = torch.arange(len(logits), device=self.ids_K.device).repeat_interleave(self.counts_T)
+        excluded = torch.ones_like(logits, dtype=torch.bool)
+        excluded[rows_K[is_here_K], self.ids_K[is_here_K].long() - first] = False
+        return logits.masked_fill_(excluded, EXCLUDED)

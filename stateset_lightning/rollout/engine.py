@@ -78,8 +78,7 @@ class RolloutConfig:
     @property
     def filters(self) -> str:
         """What changes the samples beside the temperature, as `name=value, ...`; empty if nothing does."""
-        top_p = None if self.top_p == 1 else self.top_p
-        values = {"top_k": self.top_k, "top_p": top_p, "min_p": self.min_p}
+        values = {"top_k": self.top_k, "top_p": None if self.top_p == 1 else self.top_p, "min_p": self.min_p}
         return ", ".join(f"{name}={value}" for name, value in values.items() if value is not None)
 
 

@@ -182,7 +182,8 @@ class _Decoding:
         self.lengths = [0] * num_completions  # 0 until a completion is finished
         self.finish_reasons = [FinishReason.LENGTH] * num_completions
         self.tails: list[list[int]] = [[] for _ in self.lengths]  # tokens on the host, for stop strings alone
-        self.masks = MaskRecorder() if self.sampling.keep_sampling_mask and self.seeds_N is not None else None
+        keeps_masks = self.sampling.keep_sampling_mask and self.seeds_N is not None
+        self.masks = MaskRecorder(self.device) if keeps_masks else None
         self.num_admitted = 0
         # Per row of the batch: which completion it is, on the host and on the device, and how many tokens it has.
         self.numbers: list[int] = []
@@ -231,10 +232,7 @@ class _Decoding:
         return tokens_B.to(logits_BV.device)
 
     def _look(self, steps: int = 1) -> None:
-        """Reports the completions that have ended with one of the last `steps` tokens, those since the last look.
-
-        Waits for the device once, again only if there are any.
-        """
+        """Reports completions that end within the last `steps` tokens. Waits for the device once, again if any does."""
         self.count += steps
         self.decoded_rows += steps * len(self.numbers)
         if self.masks is not None:
@@ -282,9 +280,9 @@ class _Decoding:
             batch.step(self._sample(batch.logits_BV))
 
         self._admit(batch)
-        if self.masks is not None:
-            self.masks.steps = batch.look_every
         while self.numbers:
+            if self.masks is not None:
+                self.masks.make_room(len(batch), batch.look_every, batch.logits_BV.shape[-1])
             steps, tokens_B = min(batch.look_every, self.sampling.max_new_tokens - self.count), None
             if batch.look_every > 1:
                 batch.repeat(advance, steps)

@@ -85,29 +85,33 @@ def filter_probabilities(probs_BV: Tensor, sampling: RolloutConfig) -> Tensor:
 class MaskRecorder:
     """Collects the sampling masks of one `generate`.
 
-    Those of the newest tokens lie on the device, a flag per token of the vocabulary, and are changed in place, as a
-    graph needs it. Each time that the host looks, they become lists.
-
-    Args:
-        steps: Tokens that are sampled before the host looks, at most.
+    Those of the newest tokens lie on the device, a flag for each token of the vocabulary, and are changed in place, as
+    a graph needs it. Each time that the host looks, they become lists. S: tokens of a row between two looks, at most.
     """
 
-    def __init__(self, steps: int = 1) -> None:
-        self.steps = steps
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._parts: list[tuple[Tensor, SamplingMask]] = []
         self._places_BS = torch.empty(0, 0)
 
+    def make_room(self, rows: int, steps: int, vocabulary: int) -> None:
+        """For the masks of so many rows, and steps until `collect`; called before a graph is recorded."""
+        if self._places_BS.shape != (rows, steps):
+            self._places_BS = torch.full((rows, steps), -1, device=self._device)
+            self._kept_BSV = torch.zeros(rows, steps, vocabulary, dtype=torch.bool, device=self._device)
+
     def write(self, place_B: Tensor, kept_BV: Tensor) -> None:
         """What was kept for each row's token; `place_B` says where that stands among all, and grows by 1 a step."""
-        if self._places_BS.shape != (shape := (len(kept_BV), self.steps)):  # before a graph is recorded
-            self._places_BS, self._kept_BSV = place_B.new_full(shape, -1), kept_BV.new_zeros(*shape, kept_BV.shape[-1])
-        rows_B, slots_B = torch.arange(len(place_B), device=place_B.device), place_B % self.steps
+        if len(self._places_BS) != len(kept_BV):
+            self.make_room(len(kept_BV), 1, kept_BV.shape[-1])
+        rows_B, slots_B = torch.arange(len(place_B), device=self._device), place_B % self._places_BS.shape[1]
         self._places_BS[rows_B, slots_B], self._kept_BSV[rows_B, slots_B] = place_B, kept_BV
 
     def collect(self) -> None:
         """Makes lists of the newest masks. One that is in a list already comes again, unchanged."""
-        mask = SamplingMask(self._kept_BSV.nonzero()[:, -1].int(), self._kept_BSV.sum(-1, dtype=torch.int32).flatten())
-        self._parts.append((self._places_BS.flatten().clone().cpu(), mask.to(torch.device("cpu"))))
+        ids_K, counts_BS = self._kept_BSV.nonzero()[:, -1].int(), self._kept_BSV.sum(-1, dtype=torch.int32)
+        mask = SamplingMask(ids_K.cpu(), counts_BS.flatten().cpu())
+        self._parts.append((self._places_BS.flatten().clone().cpu(), mask))
 
     def mask(self, is_token: Tensor) -> SamplingMask:
         """Of the tokens at the places, in order, that are True."""

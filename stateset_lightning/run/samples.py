@@ -189,8 +189,7 @@ def token_rows(episode: Episode, num_completions: int, max_tokens: int, module: 
     # Not known if weights are sharded: all ranks would have to take part.
     if not any(isinstance(parameter, DTensor) for parameter in module.policy.parameters()):
         prompts = episode.prompt_tokens[: num_completions // episode.num_generations]
-        kept = episode.sampling_mask
-        mask = None if kept is None else SamplingMask.cat(first_tokens(SamplingMask(*kept)))
+        mask = episode.sampling_mask and SamplingMask.cat(first_tokens(SamplingMask(*episode.sampling_mask)))
         rows_N = [n for n, tokens in enumerate(completions) if len(tokens)]
         groups = groups_of(prompts, completions, rows_N, mask=mask)
         now_T, _ = module.policy.score_without_gradient(groups, module.rollout.temperature)

@@ -83,8 +83,6 @@ def _rollout(mine: Rollout, other: Rollout, prompts: Sequence[int], completions:
         parts = values_T.split(mine.lengths_N.tolist()), other_T.split(other.lengths_N.tolist())
         return cat(_picked(*parts, completions))
 
-    masks = mine.sampling_mask, other.sampling_mask
-
     return replace(
         mine,
         prompt_tokens=_picked(mine.prompt_tokens, other.prompt_tokens, prompts),
@@ -94,7 +92,7 @@ def _rollout(mine: Rollout, other: Rollout, prompts: Sequence[int], completions:
         sampled_T=packed(mine.sampled_T, other.sampled_T),
         finish_reasons=_picked(mine.finish_reasons, other.finish_reasons, completions),
         texts=_picked(mine.texts, other.texts, completions),
-        sampling_mask=None if masks[0] is None else packed(*masks, SamplingMask.cat),
+        sampling_mask=mine.sampling_mask and packed(mine.sampling_mask, other.sampling_mask, SamplingMask.cat),
     )
 
 

@@ -72,7 +72,7 @@ def script(monkeypatch: pytest.MonkeyPatch, token_at: Callable[[int, int], int])
         return (torch.tensor(seeds_N)[:, None] * 1000 + torch.arange(num_draws)[None]).double().numpy()
 
     def sample_tokens(
-        logits_BV: torch.Tensor, noise_B: torch.Tensor, sampling: RolloutConfig
+        logits_BV: torch.Tensor, noise_B: torch.Tensor, sampling: RolloutConfig, keep: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = [token_at(int(x) // 1000, int(x) % 1000) for x in noise_B.tolist()]
         return torch.tensor(tokens), torch.full((len(tokens),), -1.0)
