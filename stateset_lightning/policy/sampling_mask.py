@@ -11,10 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# An excluded logit: nothing is left of its probability, and what is multiplied by that is zero, not the NaN of an
-# infinite one (in the entropy; its square, in the gradient of a soft cap).
-EXCLUDED = -1e15
-
 
 @dataclass(frozen=True)
 class SamplingMask:
@@ -55,4 +51,6 @@ class SamplingMask:
         rows_K = torch.arange(len(logits), device=self.ids_K.device).repeat_interleave(self.counts_T)
         excluded = torch.ones_like(logits, dtype=torch.bool)
         excluded[rows_K[is_here_K], self.ids_K[is_here_K].long() - first] = False
-        return logits.masked_fill_(excluded, EXCLUDED)
+        # Nothing is left of its probability, and what is multiplied by that is zero, not the NaN that infinity would
+        # give: the logit in the entropy, its square in the gradient of a soft cap.
+        return logits.masked_fill_(excluded, -1e15)

@@ -182,8 +182,7 @@ class _Decoding:
         self.lengths = [0] * num_completions  # 0 until a completion is finished
         self.finish_reasons = [FinishReason.LENGTH] * num_completions
         self.tails: list[list[int]] = [[] for _ in self.lengths]  # tokens on the host, for stop strings alone
-        keeps_masks = self.sampling.keep_sampling_mask and self.seeds_N is not None
-        self.masks = MaskRecorder(self.device) if keeps_masks else None
+        self.masks = MaskRecorder() if self.sampling.keep_sampling_mask and self.seeds_N is not None else None
         self.num_admitted = 0
         # Per row of the batch: which completion it is, on the host and on the device, and how many tokens it has.
         self.numbers: list[int] = []
@@ -282,7 +281,7 @@ class _Decoding:
         self._admit(batch)
         while self.numbers:
             if self.masks is not None:
-                self.masks.make_room(len(batch), batch.look_every, batch.logits_BV.shape[-1])
+                self.masks.make_room(batch.logits_BV.to(self.device), batch.look_every)
             steps, tokens_B = min(batch.look_every, self.sampling.max_new_tokens - self.count), None
             if batch.look_every > 1:
                 batch.repeat(advance, steps)

@@ -89,36 +89,34 @@ class MaskRecorder:
     a graph needs it. Each time that the host looks, they become lists. S: tokens of a row between two looks, at most.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._parts: list[tuple[Tensor, SamplingMask]] = []
+    def __init__(self) -> None:
+        self._parts: list[list[Tensor]] = []
         self._places_BS = torch.empty(0, 0)
 
-    def make_room(self, rows: int, steps: int, vocabulary: int) -> None:
-        """For the masks of so many rows, and steps until `collect`; called before a graph is recorded."""
-        if self._places_BS.shape != (rows, steps):
-            self._places_BS = torch.full((rows, steps), -1, device=self._device)
-            self._kept_BSV = torch.zeros(rows, steps, vocabulary, dtype=torch.bool, device=self._device)
+    def make_room(self, logits_BV: Tensor, steps: int = 1) -> None:
+        """For so many steps of these rows until `collect`; called before a graph is recorded."""
+        if self._places_BS.shape != (len(logits_BV), steps):
+            self._places_BS = torch.full((len(logits_BV), steps), -1, device=logits_BV.device)
+            self._kept_BSV = logits_BV.new_zeros(len(logits_BV), steps, logits_BV.shape[1], dtype=torch.bool)
 
     def write(self, place_B: Tensor, kept_BV: Tensor) -> None:
         """What was kept for each row's token; `place_B` says where that stands among all, and grows by 1 a step."""
         if len(self._places_BS) != len(kept_BV):
-            self.make_room(len(kept_BV), 1, kept_BV.shape[-1])
-        rows_B, slots_B = torch.arange(len(place_B), device=self._device), place_B % self._places_BS.shape[1]
+            self.make_room(kept_BV)
+        rows_B, slots_B = torch.arange(len(place_B), device=place_B.device), place_B % self._places_BS.shape[1]
         self._places_BS[rows_B, slots_B], self._kept_BSV[rows_B, slots_B] = place_B, kept_BV
 
     def collect(self) -> None:
-        """Makes lists of the newest masks. One that is in a list already comes again, unchanged."""
-        ids_K, counts_BS = self._kept_BSV.nonzero()[:, -1].int(), self._kept_BSV.sum(-1, dtype=torch.int32)
-        mask = SamplingMask(ids_K.cpu(), counts_BS.flatten().cpu())
-        self._parts.append((self._places_BS.flatten().clone().cpu(), mask))
+        """Makes lists of the newest masks. One that is in a list already may come again, unchanged."""
+        values = self._places_BS, self._kept_BSV.nonzero()[:, -1].int(), self._kept_BSV.sum(-1, dtype=torch.int32)
+        self._parts.append([value.flatten().to("cpu", copy=True) for value in values])
 
     def mask(self, is_token: Tensor) -> SamplingMask:
         """Of the tokens at the places, in order, that are True."""
-        places, masks = zip(*self._parts, strict=True)
+        places, ids_K, counts = map(torch.cat, zip(*self._parts, strict=True))
         parts_of = torch.zeros(is_token.numel() + 1, dtype=torch.long)  # one more: for places that none has written
-        parts_of[torch.cat(places)] = torch.arange(sum(map(len, places)))
-        return SamplingMask.cat(masks)[parts_of[:-1][is_token.flatten()]]
+        parts_of[places] = torch.arange(len(places))
+        return SamplingMask(ids_K, counts)[parts_of[:-1][is_token.flatten()]]
 
 
 class StopStrings:

@@ -190,8 +190,7 @@ def token_rows(episode: Episode, num_completions: int, max_tokens: int, module: 
     if not any(isinstance(parameter, DTensor) for parameter in module.policy.parameters()):
         prompts = episode.prompt_tokens[: num_completions // episode.num_generations]
         mask = episode.sampling_mask and SamplingMask.cat(first_tokens(SamplingMask(*episode.sampling_mask)))
-        rows_N = [n for n, tokens in enumerate(completions) if len(tokens)]
-        groups = groups_of(prompts, completions, rows_N, mask=mask)
+        groups = groups_of(prompts, completions, [n for n, ids in enumerate(completions) if len(ids)], mask=mask)
         now_T, _ = module.policy.score_without_gradient(groups, module.rollout.temperature)
         logprobs["logprobs_after"] = list(now_T.cpu().split([len(tokens) for tokens in completions]))
     for name, values in logprobs.items():
