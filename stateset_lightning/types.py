@@ -32,6 +32,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 if TYPE_CHECKING:  # torch takes a second to import, and reward workers and `--help` do without it
     from torch import Tensor
 
+    from stateset_lightning.policy import SamplingMask
+
 # What happens to prompts longer than `data.max_prompt_tokens`.
 OverlongPolicy = Literal["error", "drop", "truncate_left"]
 
@@ -264,12 +266,12 @@ class Rollout:
         prompt_tokens: Of the P prompts.
         completion_tokens_T: int64; the tokens of all completions, one completion behind the other.
         lengths_N: int64; tokens of each completion, sampled or not. Their sum is T.
-        logprobs_T: float32, nats: log-softmax of the logits divided by the temperature, before top-k, top-p and min-p.
-            Of no meaning where `sampled_T` is False. None where the completions are targets, which nobody sampled.
-        sampled_T: bool; True where the model sampled the token, or should have (a target), False where an environment
-            wrote it. Only such tokens are trained on.
+        logprobs_T: float32, nats: log-softmax of the logits divided by the temperature, before top-k, top-p and min-p
+            (with a `sampling_mask`, over what it keeps). Of no meaning where `sampled_T` is False. None of targets.
+        sampled_T: bool; whether the model sampled the token, or should have (a target): only these are trained on.
         finish_reasons: Why each completion ended.
         texts: Of the completions, without the tokens that end one, padding, and what a stop string cuts off.
+        sampling_mask: Of all T tokens, where the run keeps it (`RolloutConfig.keep_sampling_mask`).
     """
 
     prompt_tokens: list[list[int]]
@@ -279,6 +281,7 @@ class Rollout:
     sampled_T: Tensor
     finish_reasons: list[FinishReason]
     texts: list[str]
+    sampling_mask: SamplingMask | None = None
 
     @property
     def num_generations(self) -> int:

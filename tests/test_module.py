@@ -28,7 +28,7 @@ from module_runs import (
 )
 
 from stateset_lightning import RewardFunction, RolloutConfig
-from stateset_lightning.algorithm import DAPO, GRPO, Algorithm, DrGRPO
+from stateset_lightning.algorithm import DAPO, GRPO, KL, Algorithm, DrGRPO
 from stateset_lightning.callbacks import EpisodeCallback
 from stateset_lightning.errors import ConfigError, NonFiniteError, RewardError
 from stateset_lightning.policy import PolicyConfig
@@ -38,10 +38,15 @@ from stateset_lightning.training.schedule import Schedule
 
 
 def first_gradient(
-    folder: Path, algorithm: Algorithm, accumulate: int, precision: str = "32-true", **data: Any
+    folder: Path,
+    algorithm: Algorithm,
+    accumulate: int,
+    precision: str = "32-true",
+    rollout: RolloutConfig | None = None,
+    **data: Any,
 ) -> dict[str, torch.Tensor]:
     recorder = GradientRecorder()
-    module = make_module(algorithm=algorithm)
+    module = make_module(algorithm=algorithm, **({} if rollout is None else {"rollout": rollout}))
     options = {"accumulate_grad_batches": accumulate, "callbacks": [recorder], "precision": precision}
     fit(folder, module, make_data(steps_per_episode=accumulate, **data), max_steps=1, **options)
     return recorder.steps[0]
@@ -60,6 +65,16 @@ def test_the_gradient_does_not_depend_on_the_split_into_micro_steps(tmp_path: Pa
 def test_the_gradient_does_not_depend_on_a_split_inside_groups(tmp_path: Path) -> None:
     whole = first_gradient(tmp_path, DAPO(), accumulate=1, batch_size=1)
     split = first_gradient(tmp_path, DAPO(), accumulate=4, batch_size=1)  # one completion per micro-step
+    assert relative_difference(split, whole) < 1e-6
+
+
+def test_with_kept_masks_the_gradient_is_another_and_the_same_for_every_split(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"num_generations": 4, "max_new_tokens": 5, "top_p": 0.8, "temperature": 2.0}
+    replayed, plain = RolloutConfig(**options, keep_sampling_mask=True), RolloutConfig(**options)
+    algorithm = GRPO(beta=0.04, entropy_coefficient=0.01)
+    whole = first_gradient(tmp_path, algorithm, 1, rollout=replayed, batch_size=2)
+    assert relative_difference(first_gradient(tmp_path, algorithm, 1, rollout=plain, batch_size=2), whole) > 0.01
+    split = first_gradient(tmp_path, algorithm, 4, rollout=replayed, batch_size=2)  # groups in halves
     assert relative_difference(split, whole) < 1e-6
 
 
@@ -130,14 +145,23 @@ def test_the_ratio_is_one_at_the_first_of_several_steps(tmp_path: Path) -> None:
     assert abs(trainer.lightning_module.metrics.last["policy/ratio_mean"] - 1.0) > 1e-4
 
 
-def test_log_probs_of_the_sampler_are_those_of_the_loss(tmp_path: Path) -> None:
-    rollout = RolloutConfig(num_generations=4, max_new_tokens=5, temperature=0.7, top_p=0.9)
-    episode = fit(
-        tmp_path, make_module(rollout=rollout), make_data(num_iterations=2), max_steps=1
-    ).lightning_module.episode
+@pytest.mark.parametrize(("keep_sampling_mask", "place"), [(False, "loss"), (True, "loss"), (True, "reward")])
+def test_log_probs_of_the_sampler_are_those_of_the_loss_and_of_the_reference(
+    tmp_path: Path, keep_sampling_mask: bool, place: Any
+) -> None:
+    filters = {"temperature": 0.7, "top_p": 0.9, "keep_sampling_mask": keep_sampling_mask}
+    module = make_module(
+        rollout=RolloutConfig(num_generations=4, max_new_tokens=5, **filters),
+        algorithm=GRPO(beta=0.04, kl=KL(estimator="k3", place=place)),
+    )
+    episode = fit(tmp_path, module, make_data(num_iterations=2), max_steps=1).lightning_module.episode
     tokens_T = episode.active_N.repeat_interleave(episode.lengths_N)
     assert tokens_T.any()
-    assert (episode.old_logprobs_T - episode.sampling_logprobs_T)[tokens_T].abs().max() < 1e-5
+    for logprobs_T in (episode.old_logprobs_T, episode.ref_logprobs_T):
+        assert (logprobs_T - episode.sampling_logprobs_T)[tokens_T].abs().max() < 1e-5
+    assert (episode.sampling_mask is not None) == keep_sampling_mask
+    assert abs(module.metrics.last["policy/ratio_mean"] - 1) < 1e-5
+    assert module.metrics.last["policy/sampling_difference"] < 1e-5
 
 
 class ConstantReward(RewardFunction):

@@ -31,8 +31,9 @@ def main(words: Sequence[str]) -> None:
     from stateset_lightning.types import Scenario
 
     trained = load_trained(options.ckpt_path, options.config, loading_options(options))
-    given = {name: getattr(options, name) for name in ("temperature", "top_p", "max_new_tokens")}
-    rollout = replace(trained.rollout, **{name: value for name, value in given.items() if value is not None})
+    names = ("temperature", "top_p", "max_new_tokens")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    rollout = replace(trained.rollout, **given, keep_sampling_mask=False)
     greedy = options.samples is None and options.temperature is None and options.top_p is None
     num_samples = options.samples or 1
     seed = trained.seed if options.seed is None else options.seed

@@ -50,7 +50,8 @@ class EvaluationConfig:
 
     def sampling(self, rollout: RolloutConfig) -> RolloutConfig:
         """Training's sampling with the temperature and top-p of evaluation."""
-        return replace(rollout, temperature=self.temperature or rollout.temperature, top_p=self.top_p or rollout.top_p)
+        temperature, top_p = self.temperature or rollout.temperature, self.top_p or rollout.top_p
+        return replace(rollout, temperature=temperature, top_p=top_p, keep_sampling_mask=False)
 
     @property
     def ks(self) -> list[int]:

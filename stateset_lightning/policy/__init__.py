@@ -14,8 +14,9 @@ from stateset_lightning.policy.loading import (
 )
 from stateset_lightning.policy.lora import save_adapter
 from stateset_lightning.policy.policy import Group, Policy
+from stateset_lightning.policy.sampling_mask import SamplingMask
 from stateset_lightning.policy.text_model import context_length
 
-__all__ = ["AdapterReference", "Group", "LoRAConfig", "LoadingOptions", "Policy", "PolicyConfig", "check_complete"]
-__all__ += ["check_vocabulary", "context_length", "end_of_sequence_ids", "load_model", "load_tokenizer"]
-__all__ += ["loading_errors", "make_reference", "resolve_model_name", "save_adapter"]
+__all__ = ["AdapterReference", "Group", "LoRAConfig", "LoadingOptions", "Policy", "PolicyConfig", "SamplingMask"]
+__all__ += ["check_complete", "check_vocabulary", "context_length", "end_of_sequence_ids", "load_model"]
+__all__ += ["load_tokenizer", "loading_errors", "make_reference", "resolve_model_name", "save_adapter"]

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from stateset_lightning.policy.sampling_mask import SamplingMask
+
 CHUNK_BYTES = 64 * 2**20
 # On a GPU fewer tokens would have every product wait for the head's weights, and their gradient, to be read: there all
 # of this many tokens see a part of the vocabulary at a time.
@@ -29,12 +31,14 @@ class HeadOptions:
         chunk_tokens: Tokens whose logits exist at a time. None: on a CPU as many as fit in `CHUNK_BYTES`, at least 16;
             on a GPU `GPU_CHUNK_TOKENS`.
         dtype: Of the products. None: autocast's on a GPU, else that of the weights.
+        mask: Of the tokens: their distributions are over what it keeps.
     """
 
     temperature: float = 1.0
     softcap: float | None = None
     chunk_tokens: int | None = None
     dtype: torch.dtype | None = None
+    mask: SamplingMask | None = None
 
     def chunk(self, vocabulary: int, is_on_gpu: bool = False) -> tuple[int, int]:
         """Tokens, and entries of the vocabulary, whose logits exist at a time."""
@@ -114,6 +118,8 @@ class _ChunkedHead(torch.autograd.Function):
             weight, bias = _taken(part, weight_VH, bias_V, dtype)
             for chunk in chunks:
                 logits = _logits(kept_TH[chunk], weight, bias, options)
+                if options.mask is not None:
+                    options.mask[chunk].exclude(logits, part.start)
                 columns, is_here = _within(part, targets_T[chunk])
                 chosen_T[chunk] += torch.where(is_here, logits.gather(-1, columns[:, None])[:, 0], 0.0)
                 largest = logits.amax(-1, keepdim=True)
@@ -143,6 +149,8 @@ class _ChunkedHead(torch.autograd.Function):
             weight, bias = _taken(part, weight_VH, bias_V, kept_TH.dtype)
             for chunk in chunks:
                 logits = _logits(kept_TH[chunk], weight, bias, options)
+                if options.mask is not None:
+                    options.mask[chunk].exclude(logits, part.start)
                 incoming = [None if grad_T is None else grad_T[chunk] for grad_T in grads]
                 targets = _within(part, targets_T[chunk])
                 grad = _grad_logits(logits - normalisers_T[chunk, None], *targets, entropies_T[chunk], *incoming)

@@ -27,6 +27,7 @@ from stateset_lightning.policy.head import HeadOptions, capped, softcap, token_l
 from stateset_lightning.policy.lora_state import AdapterState, base_digest, keep_only_in_state_dict
 from stateset_lightning.policy.recomputed_layers import use_recomputed_layers
 from stateset_lightning.policy.routing import check_routers, routed_sums
+from stateset_lightning.policy.sampling_mask import SamplingMask
 from stateset_lightning.policy.text_model import context_length, use_one_rope_table
 from stateset_lightning.ranks import Ranks
 
@@ -49,11 +50,13 @@ class Group:
         prompt: At least one token.
         completions: Each has at least one token.
         sampled: Of each completion, which of its tokens the policy sampled; only these are scored. None: all of them.
+        mask: Of the sampled tokens of all completions: they are scored as drawn from what it keeps alone.
     """
 
     prompt: Sequence[int]
     completions: Sequence[Sequence[int]]
     sampled: Sequence[Sequence[bool]] | None = None
+    mask: SamplingMask | None = None
 
     def __post_init__(self) -> None:
         assert self.sampled is None or list(map(len, self.sampled)) == list(map(len, self.completions))
@@ -153,17 +156,21 @@ class Policy(nn.Module):
     def score(self, groups: Sequence[Group], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies (nats, float32 [T]) of the sampled tokens, completion by completion; differentiable.
 
-        Log-probs are those of the logits divided by `temperature`, before any top-k, top-p or min-p.
+        Log-probs are those of the logits divided by `temperature`, before any top-k, top-p or min-p; where groups have
+        a mask, over what it keeps.
         """
         rows = [row for group in groups for row in zip(group.completions, group.sampled_places, strict=True)]
         targets_T = self._ids([completion[place] for completion, places in rows for place in places])
+        masks = [group.mask for group in groups if group.mask is not None]
+        mask = SamplingMask.cat(masks) if masks else None
         outputs_TX = (self._packed if self.uses_packed_scoring else self._padded)(groups)
         if not self.uses_chunked_head:
-            logps = (outputs_TX.float() / temperature).log_softmax(-1)
+            logits = outputs_TX.float() / temperature
+            logps = (logits if mask is None else mask.exclude(logits)).log_softmax(-1)
             return logps.gather(-1, targets_T[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
         head = self.model.get_output_embeddings()
         dtype = torch.float32 if self.config.head_dtype else None
-        options = HeadOptions(temperature, self.softcap, self.config.head_chunk_tokens, dtype)
+        options = HeadOptions(temperature, self.softcap, self.config.head_chunk_tokens, dtype, mask)
         return token_logprobs(outputs_TX, head.weight, getattr(head, "bias", None), targets_T, options)
 
     @torch.no_grad()

@@ -25,9 +25,12 @@ class RolloutConfig:
         max_new_tokens: Tokens per completion at most; one that reaches it is truncated (finish reason `length`).
         temperature: Divides the logits, both when sampling and in the log-probs of the loss.
         top_k: Sample from the k likeliest tokens only. Like `top_p` and `min_p` it changes what is sampled, but not the
-            log-probs.
+            log-probs, unless `keep_sampling_mask` is set.
         top_p: Sample from the likeliest tokens that together have this probability.
         min_p: Sample from tokens that have at least this share of the likeliest token's probability.
+        keep_sampling_mask: Keep for each sampled token which tokens `top_k`, `top_p` and `min_p` left, and have all
+            log-probs and entropies of training be over these alone, the reference's too (DeepSeek-V3.2,
+            arXiv:2512.02556). In this process only: no servers.
         stop: A completion ends where one of these strings appears. The string stays among the tokens and is cut from
             the text.
         dynamic_sampling: Rounds in which groups whose rewards are all equal are replaced by other prompts (DAPO,
@@ -51,6 +54,7 @@ class RolloutConfig:
     top_k: Annotated[int, Ge(1)] | None = None
     top_p: Annotated[float, Gt(0), Le(1)] | None = None
     min_p: Annotated[float, Gt(0), Le(1)] | None = None
+    keep_sampling_mask: bool = False
     stop: list[str] = field(default_factory=list)
     dynamic_sampling: Annotated[int, Ge(0)] = 0
     sampling_ahead: Annotated[int, Ge(0), Le(1)] = 0
@@ -64,10 +68,18 @@ class RolloutConfig:
                 f" dynamic_sampling={self.dynamic_sampling} draws others by their rewards, from newer weights: set one"
                 " of them to 0"
             )
+        if self.keep_sampling_mask and not self.filters:
+            raise ConfigError("model.rollout.keep_sampling_mask=true has no effect: set top_k, min_p or top_p below 1")
         if not all(self.stop):
             raise ConfigError(
                 f"model.rollout.stop={self.stop!r} contains an empty string, which would stop every completion at once"
             )
+
+    @property
+    def filters(self) -> str:
+        """What changes the samples beside the temperature, as `name=value, ...`; empty if nothing does."""
+        values = {"top_k": self.top_k, "top_p": None if self.top_p == 1 else self.top_p, "min_p": self.min_p}
+        return ", ".join(f"{name}={value}" for name, value in values.items() if value is not None)
 
 
 # Called with (completion, text, tokens) as soon as a completion is finished, in no particular order.

@@ -25,7 +25,7 @@ from stateset_lightning.rollout.cuda_decoding import GraphBatch
 from stateset_lightning.rollout.engine import OnFinished, RolloutConfig
 from stateset_lightning.rollout.probe import decode_plainly, exact_way
 from stateset_lightning.rollout.running_batch import RunningBatch, batch_kinds
-from stateset_lightning.rollout.sampling import StopStrings, check_length, sample_tokens
+from stateset_lightning.rollout.sampling import MaskRecorder, StopStrings, check_length, sample_tokens
 from stateset_lightning.seeding import uniforms
 from stateset_lightning.types import WITHOUT_FLOAT64, FinishReason, Rollout
 
@@ -183,6 +183,7 @@ class _Decoding:
         self.lengths = [0] * num_completions  # 0 until a completion is finished
         self.finish_reasons = [FinishReason.LENGTH] * num_completions
         self.tails: list[list[int]] = [[] for _ in self.lengths]  # tokens on the host, for stop strings alone
+        self.masks = MaskRecorder() if self.sampling.keep_sampling_mask and self.seeds_N is not None else None
         self.num_admitted = 0
         # Per row of the batch: which completion it is, on the host and on the device, and how many tokens it has.
         self.numbers: list[int] = []
@@ -195,10 +196,11 @@ class _Decoding:
         """All completions, once they are finished."""
         lengths_N = torch.tensor(self.lengths)
         is_token_NT = torch.arange(self.tokens_NT.shape[1]) < lengths_N[:, None]
-        completion_tokens_T = self.tokens_NT.cpu()[is_token_NT]
+        tokens_T = self.tokens_NT.cpu()[is_token_NT]
         logprobs_T = self.logprobs_NT.cpu()[is_token_NT]
-        sampled_T = torch.ones_like(completion_tokens_T, dtype=torch.bool)
-        return Rollout(self.prompts, completion_tokens_T, lengths_N, logprobs_T, sampled_T, self.finish_reasons, texts)
+        sampled_T = torch.ones_like(tokens_T, dtype=torch.bool)
+        mask = None if self.masks is None else self.masks.mask(is_token_NT)
+        return Rollout(self.prompts, tokens_T, lengths_N, logprobs_T, sampled_T, self.finish_reasons, texts, mask)
 
     def _enter(self, admitted: range) -> None:
         """Makes these completions the last rows of those that are decoded."""
@@ -218,7 +220,8 @@ class _Decoding:
         width = self.tokens_NT.shape[1]
         place_B = self.numbers_B * width + self.counts_B.clamp(max=width - 1)
         noise_B = None if self.seeds_N is None else self.noise_NT.view(-1)[place_B]
-        tokens_B, logprobs_B = sample_tokens(logits_BV.to(self.device), noise_B, self.sampling)
+        keep = None if self.masks is None else partial(self.masks.write, place_B)
+        tokens_B, logprobs_B = sample_tokens(logits_BV.to(self.device), noise_B, self.sampling, keep)
         self.tokens_NT.view(-1).scatter_(0, place_B, tokens_B)
         self.logprobs_NT.view(-1).scatter_(0, place_B, logprobs_B)
         self.counts_B += 1
@@ -229,13 +232,11 @@ class _Decoding:
         return tokens_B.to(logits_BV.device)
 
     def _look(self, steps: int = 1) -> None:
-        """Reports the completions that have ended. Waits for the device once, again only if there are any.
-
-        Args:
-            steps: Tokens that have been sampled since the last look.
-        """
+        """Reports completions that end within the last `steps` tokens. Waits for the device once, again if any does."""
         self.count += steps
         self.decoded_rows += steps * len(self.numbers)
+        if self.masks is not None:
+            self.masks.collect()
         lengths = self.ended_N[self.numbers_B].tolist()
         if self.stop.strings:
             self._find_stops(lengths, steps)
@@ -280,6 +281,8 @@ class _Decoding:
 
         self._admit(batch)
         while self.numbers:
+            if self.masks is not None:
+                self.masks.make_room(batch.logits_BV.to(self.device), batch.look_every)
             steps, tokens_B = min(batch.look_every, self.sampling.max_new_tokens - self.count), None
             if batch.look_every > 1:
                 batch.repeat(advance, steps)

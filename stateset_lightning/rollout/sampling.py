@@ -3,13 +3,14 @@
 Letters: B rows of the batch, V vocabulary.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from stateset_lightning.errors import ConfigError
+from stateset_lightning.policy import SamplingMask
 from stateset_lightning.rollout.engine import RolloutConfig
 
 
@@ -30,8 +31,12 @@ def check_length(longest: int, max_new_tokens: int, limit: int, whose: str) -> N
         )
 
 
-def sample_tokens(logits_BV: Tensor, uniforms_B: Tensor | None, sampling: RolloutConfig) -> tuple[Tensor, Tensor]:
+def sample_tokens(
+    logits_BV: Tensor, uniforms_B: Tensor | None, sampling: RolloutConfig, keep: Callable[[Tensor], None] | None = None
+) -> tuple[Tensor, Tensor]:
     """Draws one token per row by inverting the cumulative distribution at `uniforms_B`; greedy if that is None.
+
+    Where there is `keep`, it gets what top-k, top-p and min-p kept (bool [B, V]), and log-probs are over that alone.
 
     Returns:
         The tokens [B] and their log-probs [B] (nats, float32): log-softmax of logits / temperature, before top-k, top-p
@@ -42,13 +47,17 @@ def sample_tokens(logits_BV: Tensor, uniforms_B: Tensor | None, sampling: Rollou
         tokens_B = logprobs_BV.argmax(-1)
     else:
         # Summed in float64: with a large vocabulary the float32 sum loses the unlikely tokens.
-        cumulative_BV = filter_probabilities(logprobs_BV.exp(), sampling).cumsum(-1, dtype=torch.float64)
+        probs_BV = filter_probabilities(logprobs_BV.exp(), sampling)
+        cumulative_BV = probs_BV.cumsum(-1, dtype=torch.float64)
         total_B = cumulative_BV[:, -1]
         # Strictly below the total, so that the index is that of a token with some probability.
         point_B = torch.minimum(uniforms_B * total_B, torch.nextafter(total_B, torch.zeros_like(total_B)))
         # Logits that are not finite give an index out of range; clamped, so that the caller sees the log-prob of NaN.
         index_B = torch.searchsorted(cumulative_BV, point_B[:, None], right=True)[:, 0]
         tokens_B = index_B.clamp(max=logits_BV.shape[-1] - 1)
+        if keep is not None:
+            keep(probs_BV > 0)
+            logprobs_BV = logprobs_BV - total_B.log().float()[:, None]
     return tokens_B, logprobs_BV.gather(-1, tokens_B[:, None])[:, 0]
 
 
@@ -71,6 +80,43 @@ def filter_probabilities(probs_BV: Tensor, sampling: RolloutConfig) -> Tensor:
     if sampling.min_p is not None:
         probs_BV = probs_BV.where(probs_BV >= sampling.min_p * probs_BV.amax(-1, keepdim=True), 0.0)
     return probs_BV
+
+
+class MaskRecorder:
+    """Collects the sampling masks of one `generate`.
+
+    Those of the newest tokens lie on the device, a flag for each token of the vocabulary, and are changed in place, as
+    a graph needs it. Each time that the host looks, they become lists. S: tokens of a row between two looks, at most.
+    """
+
+    def __init__(self) -> None:
+        self._parts: list[list[Tensor]] = []
+        self._places_BS = torch.empty(0, 0)
+
+    def make_room(self, logits_BV: Tensor, steps: int = 1) -> None:
+        """For so many steps of these rows until `collect`; called before a graph is recorded."""
+        if self._places_BS.shape != (len(logits_BV), steps):
+            self._places_BS = torch.full((len(logits_BV), steps), -1, device=logits_BV.device)
+            self._kept_BSV = logits_BV.new_zeros(len(logits_BV), steps, logits_BV.shape[1], dtype=torch.bool)
+
+    def write(self, place_B: Tensor, kept_BV: Tensor) -> None:
+        """What was kept for each row's token; `place_B` says where that stands among all, and grows by 1 a step."""
+        if len(self._places_BS) != len(kept_BV):
+            self.make_room(kept_BV)
+        rows_B, slots_B = torch.arange(len(place_B), device=place_B.device), place_B % self._places_BS.shape[1]
+        self._places_BS[rows_B, slots_B], self._kept_BSV[rows_B, slots_B] = place_B, kept_BV
+
+    def collect(self) -> None:
+        """Makes lists of the newest masks. One that is in a list already may come again, unchanged."""
+        values = self._places_BS, self._kept_BSV.nonzero()[:, -1].int(), self._kept_BSV.sum(-1, dtype=torch.int32)
+        self._parts.append([value.flatten().to("cpu", copy=True) for value in values])
+
+    def mask(self, is_token: Tensor) -> SamplingMask:
+        """Of the tokens at the places, in order, that are True."""
+        places, ids_K, counts = map(torch.cat, zip(*self._parts, strict=True))
+        parts_of = torch.zeros(is_token.numel() + 1, dtype=torch.long)  # one more: for places that none has written
+        parts_of[places] = torch.arange(len(places))
+        return SamplingMask(ids_K, counts)[parts_of[:-1][is_token.flatten()]]
 
 
 class StopStrings:

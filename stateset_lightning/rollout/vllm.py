@@ -23,7 +23,7 @@ from stateset_lightning.ranks import Ranks
 from stateset_lightning.rollout.engine import OnFinished, RolloutConfig
 from stateset_lightning.rollout.sampling import StopStrings, check_length
 from stateset_lightning.rollout.vllm_client import Choice, Models, NotFound, VLLMServer
-from stateset_lightning.rollout.vllm_weights import WeightSync, filters_of, request
+from stateset_lightning.rollout.vllm_weights import WeightSync, request
 from stateset_lightning.threads import DaemonThreads, interruptible
 from stateset_lightning.types import Metrics, Rollout
 
@@ -83,7 +83,7 @@ class VLLMEngine:
         """
         self.tokenizer = tokenizer
         self._weights = self._make_sync(sampling)
-        if sampling.temperature != 1 and (filters := filters_of(sampling)):
+        if sampling.temperature != 1 and (filters := sampling.filters):
             what = f"model.rollout.temperature={sampling.temperature} with {filters}"
             why = "vLLM's log-probs are either those behind the filters or those at temperature 1"
             raise ConfigError(f"{what}: {why}, and training needs neither: set temperature to 1, or leave filters out")

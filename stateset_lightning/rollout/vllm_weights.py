@@ -274,7 +274,7 @@ class WeightSync:
             synced: What it should have.
             is_undivided: Whether they are the policy's at temperature 1.
         """
-        if filters := filters_of(self.sampling):
+        if filters := self.sampling.filters:
             return f"behind {filters}, vLLM's log-probs are ours with --logprobs-mode raw_logprobs alone"
         if is_undivided:
             return "its log-probs ignore the temperature: start it with --logprobs-mode processed_logprobs"
@@ -283,13 +283,6 @@ class WeightSync:
             remedy = "train an adapter, model.policy.lora"
             return f"{another}, or cannot reload weights, as vLLM's CPU build: then {remedy}"
         return f"{another} than model.policy.model_name, or in a precision that model.engine.dtype does not say"
-
-
-def filters_of(sampling: RolloutConfig) -> str:
-    """What changes the samples beside the temperature, as `name=value, ...`; empty if nothing does."""
-    top_p = None if sampling.top_p == 1 else sampling.top_p
-    values = {"top_k": sampling.top_k, "top_p": top_p, "min_p": sampling.min_p}
-    return ", ".join(f"{name}={value}" for name, value in values.items() if value is not None)
 
 
 def _difference(answers: Completions, expected: Completions) -> float:

@@ -15,11 +15,11 @@ from typing import Annotated, Any
 from annotated_types import Ge
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from stateset_lightning.errors import bounded
 from stateset_lightning.files import atomic_write, check_output, keep_inputs
+from stateset_lightning.policy import SamplingMask
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.run.folder import PREDICTIONS, SAMPLES, continues, of_rank, run_folder
 from stateset_lightning.run.records import append_rows, keep_rows
@@ -178,7 +178,7 @@ def token_rows(episode: Episode, num_completions: int, max_tokens: int, module: 
     `logprobs_after` of the module's as it is now. Where a reference scored the completion, `ref_logprobs` are its own.
     """
 
-    def first_tokens(values_T: Tensor) -> list[Tensor]:
+    def first_tokens(values_T: Any) -> list[Any]:
         return [values[:max_tokens] for values in values_T.split(episode.lengths_N.tolist())[:num_completions]]
 
     completions = first_tokens(episode.completion_tokens_T)
@@ -189,7 +189,8 @@ def token_rows(episode: Episode, num_completions: int, max_tokens: int, module: 
     # Not known if weights are sharded: all ranks would have to take part.
     if not any(isinstance(parameter, DTensor) for parameter in module.policy.parameters()):
         prompts = episode.prompt_tokens[: num_completions // episode.num_generations]
-        groups = groups_of(prompts, completions, [n for n, tokens in enumerate(completions) if len(tokens)])
+        mask = episode.sampling_mask and SamplingMask.cat(first_tokens(SamplingMask(*episode.sampling_mask)))
+        groups = groups_of(prompts, completions, [n for n, ids in enumerate(completions) if len(ids)], mask=mask)
         now_T, _ = module.policy.score_without_gradient(groups, module.rollout.temperature)
         logprobs["logprobs_after"] = list(now_T.cpu().split([len(tokens) for tokens in completions]))
     for name, values in logprobs.items():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stateset_lightning.errors import RewardError
+from stateset_lightning.errors import ConfigError, RewardError
 from stateset_lightning.policy import Policy
 from stateset_lightning.policy.precision import sampling_dtype
 from stateset_lightning.ranks import Ranks
@@ -35,6 +35,9 @@ def ready_engine(
     engine = InProcessEngine(tokenizer) if engine is None else engine
     if isinstance(engine, InProcessEngine):
         engine.dtype = sampling_dtype(precision)
+    elif sampling.keep_sampling_mask:
+        what = f"model.rollout.keep_sampling_mask=true with model.engine={type(engine).__name__}"
+        raise ConfigError(f"{what}, which does not return what it excludes: leave one of them out")
     elif isinstance(engine, RemoteEngine):
         engine.setup(tokenizer, sampling)
     return engine

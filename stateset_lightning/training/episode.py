@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from stateset_lightning.algorithm import Algorithm
 from stateset_lightning.algorithm.aggregation import sequence_sums
-from stateset_lightning.policy import Group
+from stateset_lightning.policy import Group, SamplingMask
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.types import FinishReason, Rollout, Scores
 
@@ -76,6 +76,7 @@ class Episode:
     tokens_over_budget: int | None = 0  # of this rank's micro-steps of a pass; None without a budget
     sampled_T: Tensor | None = None  # None: all tokens were sampled
     experts_per_token_E: Tensor | None = None  # how often routers choose each expert; None where that is not trained
+    sampling_mask: tuple[Tensor, Tensor] | None = None  # what `SamplingMask` is made of; None where it is not kept
 
     @property
     def num_generations(self) -> int:
@@ -112,8 +113,9 @@ class Episode:
         def of_tokens(values_T: Tensor | None) -> Tensor | None:
             return None if values_T is None else values_T[tokens_T]
 
+        mask = None if self.sampling_mask is None else SamplingMask(*self.sampling_mask)[tokens_T]
         return MicroBatch(
-            groups=groups_of(self.prompt_tokens, self.completion_tokens_T.split(lengths), rows, sampled),
+            groups=groups_of(self.prompt_tokens, self.completion_tokens_T.split(lengths), rows, sampled, mask),
             advantages_N=self.advantages_N[rows_N],
             weights_N=self.weights_N[rows_N],
             lengths_N=sequence_sums(tokens_T.long(), self.lengths_N)[rows_N],
@@ -130,6 +132,7 @@ def groups_of(
     completions: Sequence[Tensor],
     rows: Iterable[int],
     sampled: Sequence[Tensor] | None = None,
+    mask: SamplingMask | None = None,
 ) -> list[Group]:
     """Some completions, together with those of the same prompt.
 
@@ -138,13 +141,17 @@ def groups_of(
         completions: Tokens of each completion, of all prompts.
         rows: Which completions, in order; none of them is empty.
         sampled: Which tokens of each completion were sampled; None: all.
+        mask: Of the sampled tokens of these rows.
     """
     size, groups = len(completions) // len(prompts), []
     for p, members in groupby(rows, lambda n: n // size):
         chosen = list(members)
         masks = None if sampled is None else [sampled[n].tolist() for n in chosen]
         groups.append(Group(prompts[p], [completions[n].tolist() for n in chosen], masks))
-    return groups
+    if mask is None:
+        return groups
+    parts = mask.split([sum(map(len, group.sampled_places)) for group in groups])
+    return [replace(group, mask=part) for group, part in zip(groups, parts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -256,6 +263,7 @@ def make_episode(
         active_by_step=[int((lengths_PG * active_PG)[step_P == k].sum()) for k in range(plan.optimizer_steps)],
         tokens_over_budget=tokens_over_budget,
         sampled_T=None if bool(rollout.sampled_T.all()) else rollout.sampled_T,
+        sampling_mask=None if (mask := rollout.sampling_mask) is None else (mask.ids_K, mask.counts_T),
     )
 
 

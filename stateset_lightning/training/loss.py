@@ -162,7 +162,8 @@ def all_logprobs(policy: Policy | AdapterReference, rollout: Rollout, temperatur
     lengths = rollout.lengths_N.tolist()
     completions, sampled = (values.cpu().split(lengths) for values in (rollout.completion_tokens_T, rollout.sampled_T))
     rows = [n for n, length in enumerate(lengths) if length]  # an engine may return an empty one
-    groups = groups_of(rollout.prompt_tokens, completions, rows, sampled)
+    mask = None if rollout.sampling_mask is None else rollout.sampling_mask[rollout.sampled_T]
+    groups = groups_of(rollout.prompt_tokens, completions, rows, sampled, mask)
     all_T = torch.zeros(len(rollout.completion_tokens_T), dtype=torch.float32)  # the default dtype may be bfloat16
     all_T[rollout.sampled_T] = policy.score_without_gradient(groups, temperature)[0].cpu()
     return all_T

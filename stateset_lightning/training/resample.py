@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from stateset_lightning.policy import SamplingMask
 from stateset_lightning.training.metrics import constant_groups
 from stateset_lightning.types import PromptBatch, Rollout, Scores
 
@@ -78,12 +79,9 @@ def _picked(mine: Sequence[T], other: Sequence[T], rows: Sequence[int]) -> list[
 
 
 def _rollout(mine: Rollout, other: Rollout, prompts: Sequence[int], completions: Sequence[int]) -> Rollout:
-    assert mine.logprobs_T is not None
-    assert other.logprobs_T is not None
-
-    def packed(values_T: Tensor, other_T: Tensor) -> Tensor:
+    def packed(values_T: Any, other_T: Any, cat: Callable[[list[Any]], Any] = torch.cat) -> Any:
         parts = values_T.split(mine.lengths_N.tolist()), other_T.split(other.lengths_N.tolist())
-        return torch.cat(_picked(*parts, completions))
+        return cat(_picked(*parts, completions))
 
     return replace(
         mine,
@@ -94,6 +92,7 @@ def _rollout(mine: Rollout, other: Rollout, prompts: Sequence[int], completions:
         sampled_T=packed(mine.sampled_T, other.sampled_T),
         finish_reasons=_picked(mine.finish_reasons, other.finish_reasons, completions),
         texts=_picked(mine.texts, other.texts, completions),
+        sampling_mask=mine.sampling_mask and packed(mine.sampling_mask, other.sampling_mask, SamplingMask.cat),
     )
 
 

@@ -25,6 +25,9 @@ def test_sampling_is_that_of_training_but_for_what_is_given() -> None:
     assert EvaluationConfig(samples=2).sampling(rollout) == rollout
     changed = EvaluationConfig(temperature=0.2, top_p=0.5).sampling(rollout)
     assert (changed.temperature, changed.top_p, changed.max_new_tokens) == (0.2, 0.5, 9)
+    # Nothing is trained on these samples, and where all tokens may be sampled, there would be nothing to keep.
+    replayed = EvaluationConfig(top_p=1.0).sampling(RolloutConfig(top_p=0.9, keep_sampling_mask=True))
+    assert (replayed.top_p, replayed.keep_sampling_mask) == (1.0, False)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from module_runs import fit, make_data, make_module, relative_difference, weights
 
+from stateset_lightning import RolloutConfig
 from stateset_lightning.policy import Group, LoRAConfig, Policy, PolicyConfig
 
 DEVICE = torch.device(os.environ.get("GPU_CHECK_DEVICE", "cuda"))
@@ -75,6 +76,16 @@ def test_every_precision_trains(tmp_path: Path, precision: Any, policy: Any) -> 
     last = fit(tmp_path, module, make_data(), **settings).lightning_module.metrics.last
     assert 0 < last["policy/grad_norm"] < 1e3 or last["policy/bad_steps"]  # and not that of scaled gradients
     assert last["policy/sampling_difference"] < 0.1
+
+
+@pytest.mark.parametrize("decoding", ["graph", "eager"])
+def test_training_sees_the_masks_of_sampling(tmp_path: Path, decoding: Any) -> None:
+    sizes = {"num_generations": 8, "max_new_tokens": 40, "max_batch_rows": 24}  # some rows leave, others come
+    filters = {"temperature": 2.0, "top_p": 0.8, "keep_sampling_mask": True}
+    module = make_module(rollout=RolloutConfig(**sizes, **filters, decoding=decoding))
+    last = fit(tmp_path, module, make_data(), max_steps=1, accelerator=ACCELERATOR).lightning_module.metrics.last
+    assert last["policy/sampling_difference"] < 1e-4
+    assert last["policy/grad_norm"] > 0
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

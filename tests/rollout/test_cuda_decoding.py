@@ -89,6 +89,10 @@ def same_samples(engine: InProcessEngine, **options: Any) -> tuple[int, int]:
         *(eager.completions(), eager.finish_reasons, eager.texts),
     )
     torch.testing.assert_close(graph.logprobs_T, eager.logprobs_T, atol=1e-5, rtol=0)
+    if eager.sampling_mask is not None:
+        assert graph.sampling_mask is not None
+        for name in ("ids_K", "counts_T"):
+            assert torch.equal(getattr(graph.sampling_mask, name), getattr(eager.sampling_mask, name))
     assert sorted(reports[1]) == sorted(reports[0])
     lengths = set(eager.lengths_N.tolist())
     assert min(lengths) < LOOK_EVERY < max(lengths) <= 40
@@ -103,6 +107,7 @@ def same_samples(engine: InProcessEngine, **options: Any) -> tuple[int, int]:
         ("qwen3", {"max_batch_rows": 6}),  # two groups, and others that wait
         ("llama", {"max_batch_rows": 2, "temperature": 1.3}),  # less than a group
         ("qwen2", {"top_k": 40, "top_p": 0.9, "min_p": 0.001, "stop": ["7"]}),
+        ("qwen2", {"top_k": 40, "keep_sampling_mask": True, "max_batch_rows": 6}),
     ],
 )
 def test_samples_are_those_of_the_eager_engine(

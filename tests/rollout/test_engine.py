@@ -20,6 +20,12 @@ def test_an_empty_stop_string_is_refused() -> None:
         RolloutConfig(stop=["end", ""])
 
 
+@pytest.mark.parametrize("filters", [{}, {"top_p": 1.0}])
+def test_a_kept_mask_of_nothing_excluded_is_refused(filters: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=r"keep_sampling_mask=true has no effect: set top_k, min_p or top_p below 1"):
+        RolloutConfig(keep_sampling_mask=True, **filters)  # type: ignore[arg-type]
+
+
 def test_an_unknown_way_of_decoding_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"model.rollout.decoding='fast' must be one of auto, graph, eager"):
         RolloutConfig(decoding="fast")  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from stateset_lightning.errors import ConfigError, NonFiniteError
 from stateset_lightning.policy import Group, Policy, PolicyConfig
 from stateset_lightning.rollout import FinishReason, InProcessEngine, Rollout, RolloutConfig, in_process, running_batch
 from stateset_lightning.rollout.cpu_decoding import has_llama_layers
+from stateset_lightning.rollout.sampling import filter_probabilities
 from stateset_lightning.seeding import sample_seeds
 
 PROMPTS = [
@@ -72,7 +73,7 @@ def script(monkeypatch: pytest.MonkeyPatch, token_at: Callable[[int, int], int])
         return (torch.tensor(seeds_N)[:, None] * 1000 + torch.arange(num_draws)[None]).double().numpy()
 
     def sample_tokens(
-        logits_BV: torch.Tensor, noise_B: torch.Tensor, sampling: RolloutConfig
+        logits_BV: torch.Tensor, noise_B: torch.Tensor, sampling: RolloutConfig, keep: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = [token_at(int(x) // 1000, int(x) % 1000) for x in noise_B.tolist()]
         return torch.tensor(tokens), torch.full((len(tokens),), -1.0)
@@ -177,6 +178,57 @@ def test_sampled_logprobs_are_those_that_the_policy_scores(
     logprobs_T, _ = engine.policy.score(groups, temperature)
     sampled_T = torch.cat([logprobs for _, logprobs, _, _ in sampled.values()])
     torch.testing.assert_close(sampled_T, logprobs_T.detach(), atol=1e-5, rtol=0)
+
+
+FILTERS: dict[str, dict[str, Any]] = {
+    "top_k": {"top_k": 7},
+    "top_p": {"top_p": 0.6, "temperature": 0.5},
+    "min_p": {"min_p": 0.3},
+    "all": {"top_k": 60, "top_p": 0.9, "min_p": 0.2, "temperature": 0.7},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "decoding"), [*((name, "eager") for name in FILTERS), ("top_p", "graph"), ("all", "plain")]
+)
+def test_a_kept_mask_is_what_the_filters_left_and_log_probs_are_over_it(
+    make_engine: Callable[..., InProcessEngine], name: str, decoding: str
+) -> None:
+    """The same tokens as without it, also where rows leave and others take their place."""
+    engine, options = make_engine("llama"), {"max_new_tokens": 20, "max_batch_rows": 6, "stop": ["7"], **FILTERS[name]}
+    if decoding == "plain":
+        engine._exact_way = lambda *_: (None, True)  # type: ignore[assignment]
+    else:
+        options["decoding"] = decoding
+    seeds = sample_seeds(7, "train", 0, range(5), G)
+    plain, kept = (
+        engine.generate(PROMPTS[:5], G, RolloutConfig(**options, keep_sampling_mask=keeps), seeds)
+        for keeps in (False, True)
+    )
+    assert plain.sampling_mask is None
+    assert kept.completions() == plain.completions()
+    assert len(set(kept.lengths_N.tolist())) > 4
+    mask, temperature = kept.sampling_mask, options.get("temperature", 1.0)
+    assert mask is not None
+    lists, texts = iter(mask.ids_K.split(mask.counts_T.tolist())), kept.completions()
+    with torch.no_grad():
+        for n, tokens in enumerate(texts):
+            prompt = PROMPTS[n // G]
+            logits = engine.policy.model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
+            for probs in filter_probabilities((logits / temperature).softmax(-1), RolloutConfig(**options)):
+                assert next(lists).tolist() == probs.nonzero().flatten().tolist()
+    parts = mask.split([int(lengths.sum()) for lengths in kept.lengths_N.split(G)])
+    groups = [Group(prompt, texts[p * G : (p + 1) * G], mask=parts[p]) for p, prompt in enumerate(PROMPTS[:5])]
+    logprobs_T, _ = engine.policy.score_without_gradient(groups, temperature)
+    torch.testing.assert_close(kept.logprobs_T, logprobs_T, atol=1e-5, rtol=0)
+    assert (kept.logprobs_T - plain.logprobs_T).max() > 0.1
+
+
+def test_a_greedy_completion_has_no_mask(make_engine: Callable[..., InProcessEngine]) -> None:
+    rollout = make_engine("llama").generate(
+        PROMPTS, 1, RolloutConfig(max_new_tokens=4, top_k=2, keep_sampling_mask=True), range(8), greedy=True
+    )
+    assert rollout.sampling_mask is None
 
 
 def test_the_bundled_model_answers_like_transformers(tiny_model: Any, tiny_tokenizer: Any) -> None:

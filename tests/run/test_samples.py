@@ -106,11 +106,18 @@ def test_tokens_have_the_log_probs_of_sampling_and_those_after_the_update(tmp_pa
     assert module.policy.training
 
 
-def test_the_reference_and_the_policy_agree_before_the_first_step(tmp_path):
-    fit(tmp_path, make_module(algorithm=GRPO(beta=0.1)), callbacks=[SampleWriter(1)], max_steps=1)
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3, "temperature": 3.0, "keep_sampling_mask": True}])
+def test_the_reference_and_the_policy_agree_while_nothing_is_updated(tmp_path, filters):
+    rollout = RolloutConfig(num_generations=4, max_new_tokens=5, **filters)
+    still = lambda parameters: torch.optim.SGD(parameters, lr=0.0)  # noqa: E731
+    module = make_module(algorithm=GRPO(beta=0.1), rollout=rollout, optimizer=still)
+    fit(tmp_path, module, callbacks=[SampleWriter(1, max_tokens=3)], max_steps=1)
     rows = read(tmp_path / "samples.jsonl")
     for row in rows:
-        assert row["ref_logprobs"] == pytest.approx(row["logprobs"], abs=2e-4)
+        assert row["logprobs_after"] == pytest.approx(row["logprobs"], abs=2e-4)
+        if "ref_logprobs" in row:
+            assert row["ref_logprobs"] == pytest.approx(row["logprobs"], abs=2e-4)
+    assert any("ref_logprobs" in row for row in rows)
 
 
 def test_long_completions_are_not_broken_down_to_their_end(tmp_path):

@@ -21,7 +21,8 @@ from stateset_lightning.data.order import Curriculum
 from stateset_lightning.errors import ConfigError, RewardError, SamplingError
 from stateset_lightning.policy import Group, Policy, PolicyConfig
 from stateset_lightning.rewards import OverlongPenalty
-from stateset_lightning.rollout import InProcessEngine
+from stateset_lightning.rollout import InProcessEngine, VLLMEngine
+from stateset_lightning.training.collect import ready_engine
 from stateset_lightning.types import Rollout
 
 HALF_FLAT = [{**row, "topic": "flat" if i % 2 else "varied"} for i, row in enumerate(SCENARIOS * 4)]
@@ -235,13 +236,20 @@ def test_a_sampler_that_computes_another_policy_stops_the_run(tmp_path: Path) ->
     assert fit(tmp_path, module).global_step == 2
 
 
+@pytest.mark.parametrize("engine", [VLLMEngine(["http://127.0.0.1:9"]), object()], ids=["servers", "another"])
+def test_masks_of_an_engine_that_returns_none_are_refused(tiny_tokenizer: Any, engine: Any) -> None:
+    sampling = rollout(top_k=30, keep_sampling_mask=True)
+    with pytest.raises(ConfigError, match=r"keep_sampling_mask=true with model.engine=(VLLMEngine|object), which does"):
+        ready_engine(engine, tiny_tokenizer, sampling, "32-true")
+
+
 # All of it
 # --------------------------------------------------------------------------------------------------------------------
 
 
 def test_everything_together_resumes_bit_identical(tmp_path: Path) -> None:
-    """Curriculum, dynamic sampling, selected tokens, adaptive KL, two passes of two optimizer steps; cut inside and
-    between episodes.
+    """Curriculum, dynamic sampling, sampling masks, selected tokens, adaptive KL, two passes of two optimizer steps;
+    cut inside and between episodes.
     """
 
     def run(
@@ -249,7 +257,8 @@ def test_everything_together_resumes_bit_identical(tmp_path: Path) -> None:
     ) -> tuple[dict[str, torch.Tensor], dict[str, float], dict[str, Any]]:
         keep_all = ModelCheckpoint(tmp_path / name, filename="{step}", every_n_train_steps=1, save_top_k=-1)
         algorithm = Clipped(beta=0.05, kl=KL(target=0.01), top_entropy=0.4)
-        module = make_module(reward=FlatByTopic(), algorithm=algorithm, rollout=rollout(dynamic_sampling=2))
+        filtered = rollout(dynamic_sampling=2, top_k=30, keep_sampling_mask=True)
+        module = make_module(reward=FlatByTopic(), algorithm=algorithm, rollout=filtered)
         curriculum = Curriculum(solved_at=0.5, floor=0.05)
         data = make_data(train=HALF_FLAT, validation=None, num_iterations=2, steps_per_episode=2, curriculum=curriculum)
         options = {"callbacks": [keep_all], "enable_checkpointing": True, "max_steps": 10}
@@ -264,6 +273,8 @@ def test_everything_together_resumes_bit_identical(tmp_path: Path) -> None:
 
     straight, straight_metrics, straight_rates = run("straight")
     assert straight_rates["rates"].isfinite().sum() > 6
+    saved = torch.load(tmp_path / "straight" / "step=1.ckpt", weights_only=True)["stateset"]["episode"][0]
+    assert (saved["sampling_mask"][1] == 30).all()
     for cut in (1, 4, 6):
         resumed, metrics, rates = run(f"from-{cut}", tmp_path / "straight" / f"step={cut}.ckpt")
         assert all(torch.equal(resumed[name], value) for name, value in straight.items()), f"resumed from step {cut}"

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from stateset_lightning.policy import SamplingMask
 from stateset_lightning.training.resample import Sample, resample
 from stateset_lightning.types import FinishReason, PromptBatch, RewardFailure, Rollout, Scenario, Scores, Turn
 
@@ -32,6 +33,10 @@ def make(rows: list[int], groups: list[list[float]], first_position: int = 0) ->
             sampled_T=torch.tensor([(row + g) % 2 == 0 for row, g in names for _ in range(g + 1)]),
             finish_reasons=[FinishReason.LENGTH if g else FinishReason.STOP for _, g in names],
             texts=[f"{row}.{g}" for row, g in names],
+            sampling_mask=SamplingMask(
+                torch.tensor([token + i for token in tokens for i in range(token % 3)], dtype=torch.int32),
+                torch.tensor([token % 3 for token in tokens], dtype=torch.int32),
+            ),
         ),
         Scores(
             ("right",),
@@ -63,6 +68,9 @@ def test_groups_are_replaced_with_all_that_belongs_to_them() -> None:
     assert (merged.batch.episode_index, merged.batch.num_micro_steps) == (4, 1)
     for name in ("completion_tokens_T", "lengths_N", "logprobs_T", "sampled_T"):
         assert getattr(merged.rollout, name).tolist() == getattr(wanted.rollout, name).tolist()
+    for name in ("ids_K", "counts_T"):
+        masks = (getattr(sample.rollout.sampling_mask, name).tolist() for sample in (merged, wanted))
+        assert next(masks) == next(masks)
     assert merged.rollout.texts == wanted.rollout.texts
     assert merged.rollout.finish_reasons == wanted.rollout.finish_reasons
     assert merged.rollout.prompt_tokens == [[7], [1], [8]]
