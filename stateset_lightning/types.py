@@ -265,7 +265,7 @@ class Rollout:
         completion_tokens_T: int64; the tokens of all completions, one completion behind the other.
         lengths_N: int64; tokens of each completion, sampled or not. Their sum is T.
         logprobs_T: float32, nats: log-softmax of the logits divided by the temperature, before top-k, top-p and min-p.
-            Of no meaning where `sampled_T` is False.
+            Of no meaning where `sampled_T` is False; NaN where a server gave none.
         sampled_T: bool; True where the model sampled the token, False where an environment wrote it. Only sampled
             tokens are trained on.
         finish_reasons: Why each completion ended.
@@ -329,7 +329,8 @@ class TokenBatch:
 
     `lengths_N` counts each completion's sampled tokens (their sum is T). `advantages_N` holds one advantage per
     completion; `advantages_T`, where turns or a teacher give one per token, takes its place in the policy loss.
-    `select_T` marks the tokens that a selection (top entropy, say) keeps; None keeps all.
+    `select_T` marks the tokens that a selection (top entropy, say) keeps; None keeps all. `sampling_logprobs_T` is NaN
+    where the sampler gave none: a loss takes `sampler_logprobs`, which has the old ones there.
     """
 
     logprobs_T: Tensor

@@ -71,6 +71,7 @@ class VLLMEngine:
         self.servers = [VLLMServer(url, request_timeout=request_timeout, max_wait=max_wait) for url in urls]
         self._make_sync = partial(WeightSync, self.servers, folder=folder, dtype=dtype, tolerance=tolerance)
         self._restored = 0
+        self._unknown = (0, 0)  # log-probs that no server knew, of how many
         self._sleeps = sleep
 
     def setup(self, tokenizer: PreTrainedTokenizerBase, sampling: RolloutConfig) -> None:
@@ -119,7 +120,8 @@ class VLLMEngine:
         """What happened since the last call, as (sum, count): the last sync, and how often servers came back."""
         restored = sum(server.restored for server in self.servers)
         metrics = {**self._weights.metrics, "work/server_restarts": (restored - self._restored, 1.0)}
-        self._weights.metrics, self._restored = {}, restored
+        metrics["mismatch/unknown"] = self._unknown
+        self._weights.metrics, self._restored, self._unknown = {}, restored, (0, 0)
         return metrics
 
     @interruptible()
@@ -151,7 +153,7 @@ class VLLMEngine:
 
         Raises:
             ConfigError: If a prompt and its completion are longer than the servers allow.
-            NonFiniteError: If a server's log-probs are not finite.
+            NonFiniteError: If a server does not know too many log-probs.
             ServerError: If a server refuses, answers badly, or stays away for too long.
         """
         synced, limit = self._weights.synced, self.max_length
@@ -181,6 +183,10 @@ class VLLMEngine:
         finally:
             threads.close(seconds=0)
         self._tell("/sleep")
+        for i, server in enumerate(self.servers):
+            its = [choice for n, choice in enumerate(choices) if n // num_generations % len(self.servers) == i]
+            unknown, total = self._unknown
+            self._unknown = unknown + server.count_unknown(its), total + sum(len(choice.token_ids) for choice in its)
         completion_tokens_T = torch.tensor([token for choice in choices for token in choice.token_ids])
         logprobs_T = torch.tensor([logprob for choice in choices for logprob in choice.logprobs], dtype=torch.float32)
         lengths_N = torch.tensor([len(choice.token_ids) for choice in choices])

@@ -223,6 +223,7 @@ class WeightSync:
 
     def _answers(self, server: VLLMServer, synced: Synced) -> Completions:
         choices = server.choices({**request(server, synced, self.sampling), **PROBE})
+        server.count_unknown(choices)
         return [(choice.token_ids, torch.tensor(choice.logprobs)) for choice in choices]
 
     def _scores(self, policy: Policy, answers: Sequence[Completions]) -> list[list[Tensor]]:
@@ -254,16 +255,16 @@ class WeightSync:
         for server, answer, (ours_T, undivided_T) in zip(self.servers, answers, scores, strict=True):
             tokens, logprobs = zip(*answer, strict=True)
             theirs_T = torch.cat(logprobs)
-            difference = float((theirs_T - ours_T).abs().mean())
+            difference = float((theirs_T - ours_T).abs().nanmean())  # NaN: not known
             if not difference <= limit:
-                reason = self._guess(synced, is_undivided=float((theirs_T - undivided_T).abs().mean()) <= limit)
+                reason = self._guess(synced, is_undivided=float((theirs_T - undivided_T).abs().nanmean()) <= limit)
                 raise SamplingError(
                     f"{server.url} does not compute the policy: with its weights, log-probs differ by"
                     f" {difference:.2g} nats per token, and float error is below {limit:.2g} (temperature"
                     f" {temperature:g}). Probably {reason}"
                 )
             ours = list(zip(tokens, ours_T.split([len(completion) for completion in tokens]), strict=True))
-            largest = max(synced.difference, float((theirs_T - ours_T).abs().max()))
+            largest = max(synced.difference, float((theirs_T - ours_T).abs().nan_to_num(0.0).max()))
             synced = replace(synced, answers=ours, tolerance=limit, difference=largest)
         return synced
 
@@ -299,7 +300,7 @@ def _difference(answers: Completions, expected: Completions) -> float:
         pairs = zip(tokens, other_tokens, logprobs.tolist(), other_logprobs.tolist(), strict=True)
         # Tokens that follow a near tie, which float error decides, have other log-probs.
         same = takewhile(lambda pair: pair[0] == pair[1], pairs)
-        differences += [abs(logprob - other) for _, _, logprob, other in same]
+        differences += [abs(logprob - other) for _, _, logprob, other in same if logprob == logprob]  # NaN: not known
     return sum(differences) / len(differences) if differences else float("inf")
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -110,12 +113,49 @@ def test_what_no_server_can_do_is_refused(server: Running) -> None:
         engine.generate([[5] * 510], 2, SAMPLING, SEEDS[:2])
 
 
-def test_logprobs_that_are_not_finite_end_the_run(server: Running) -> None:
+def answer(*logprobs: float | None) -> tuple[int, dict[str, Any]]:
+    tokens = [5] * (len(logprobs) - 1) + [1]
+    return 200, {
+        "choices": [{"finish_reason": "stop", "token_ids": tokens, "logprobs": {"token_logprobs": logprobs}}]
+    }
+
+
+@pytest.mark.parametrize("missing", [None, math.nan, -math.inf, -9999.0])  # the last is what vLLM's API makes of both
+def test_a_token_without_a_logprob_is_counted_and_no_reason_to_stop(server: Running, missing: float | None) -> None:
     engine = synced_engine(server, adapted())
-    choice = {"finish_reason": "stop", "token_ids": [5, 1], "logprobs": {"token_logprobs": [-1.0, float("nan")]}}
-    server.stub.answers = [(200, {"choices": [choice]})]
-    with pytest.raises(NonFiniteError, match="a server's log-probs are not finite: the weights have diverged"):
-        engine.generate(PROMPTS[:1], 2, SAMPLING, SEEDS[:2])
+    server.stub.answers = [answer(-1.0, missing), answer(-1.5, -0.5, -0.25)]
+    rollout = engine.generate(PROMPTS[:1], 2, RolloutConfig(max_new_tokens=6, max_batch_rows=1), SEEDS[:2])
+    torch.testing.assert_close(rollout.logprobs_T, torch.tensor([-1, math.nan, -1.5, -0.5, -0.25]), equal_nan=True)
+    assert engine.pop_metrics()["mismatch/unknown"] == (1, 5)
+    assert engine.pop_metrics()["mismatch/unknown"] == (0, 0)
+
+
+@pytest.mark.parametrize(("missing", "stops"), [(2, False), (3, True), (6, True)])
+def test_too_many_tokens_without_a_logprob_end_the_run(server: Running, missing: int, stops: bool) -> None:
+    engine = synced_engine(server, adapted())
+    logprobs = [-1.0] * 20
+    server.stub.answers = [answer(*[None] * missing, *logprobs[missing:])]
+    said = rf"{server.url} \(model.engine.urls\) knows no log-prob for {missing} of 20 tokens, and up to 10% may be"
+    with pytest.raises(NonFiniteError, match=said) if stops else nullcontext():
+        engine.generate(PROMPTS[:1], 1, RolloutConfig(max_new_tokens=20), SEEDS[:1])
+
+
+@pytest.mark.parametrize(("missing", "stops"), [([3, 9], False), (range(32), True)])
+def test_a_sync_compares_the_logprobs_that_are_known(
+    server: Running, monkeypatch: pytest.MonkeyPatch, missing: Sequence[int], stops: bool
+) -> None:
+    answered = server.stub.complete
+
+    def without(body: dict[str, Any]) -> tuple[int, Any]:
+        status, content = answered(body)
+        for place in missing:
+            content["choices"][place // 8]["logprobs"]["token_logprobs"][place % 8] = None
+        return status, content
+
+    monkeypatch.setattr(server.stub, "complete", without)
+    with pytest.raises(NonFiniteError, match="knows no log-prob for 32 of 32 tokens") if stops else nullcontext():
+        engine = synced_engine(server, adapted())
+        assert 0 <= engine.pop_metrics()["mismatch/after_sync"][0] < 1e-4
 
 
 def test_special_tokens_end_a_servers_completion_by_number_and_stay_in_the_text_before(server: Running) -> None:
