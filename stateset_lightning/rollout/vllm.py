@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import as_completed
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Gt
@@ -22,7 +22,7 @@ from stateset_lightning.policy.config import Dtype
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.rollout.engine import OnFinished, RolloutConfig
 from stateset_lightning.rollout.sampling import StopStrings, check_length
-from stateset_lightning.rollout.vllm_client import Choice, Models, NotFound, VLLMServer
+from stateset_lightning.rollout.vllm_client import Choice, Models, VLLMServer
 from stateset_lightning.rollout.vllm_weights import WeightSync, filters_of, request
 from stateset_lightning.threads import DaemonThreads, interruptible
 from stateset_lightning.types import Metrics, Rollout
@@ -52,6 +52,8 @@ class VLLMEngine:
         max_wait_minutes: How long a server may be away before the run stops.
         sleep: The servers keep nothing on their GPU while nobody samples, so that the policy can train on it. For a
             run of one process.
+        transfer: How a whole model is handed over; an adapter is always a file. `files`: in `folder`. `ipc`: through
+            memory of the GPU on which one server and the policy of a run of one process are. `nccl` is refused.
     """
 
     def __init__(
@@ -64,11 +66,16 @@ class VLLMEngine:
         request_timeout: Annotated[float, Gt(0)] = 1800.0,
         max_wait_minutes: Annotated[float, Gt(0)] = 10.0,
         sleep: bool = False,
+        transfer: Literal["files", "ipc", "nccl"] = "files",
     ) -> None:
         if not urls or isinstance(urls, str):
             raise ConfigError(f"model.engine.urls={urls!r} must be a list of addresses, as [http://127.0.0.1:8000]")
+        if transfer == "nccl":
+            why = "vLLM's trainer side of it needs vLLM in the training process, which this package does without"
+            raise ConfigError(f"model.engine.transfer=nccl: {why}. Take files, or ipc where both share a GPU")
         max_wait = 60 * max_wait_minutes
         self.servers = [VLLMServer(url, request_timeout=request_timeout, max_wait=max_wait) for url in urls]
+        self._by_ipc = transfer == "ipc"
         self._make_sync = partial(WeightSync, self.servers, folder=folder, dtype=dtype, tolerance=tolerance)
         self._restored = 0
         self._unknown = (0, 0)  # log-probs that no server knew, of how many
@@ -83,13 +90,17 @@ class VLLMEngine:
             ServerError: If a server does not answer, or not as vLLM does.
         """
         self.tokenizer = tokenizer
-        self._weights = self._make_sync(sampling)
+        self._weights = self._make_sync(sampling, by_ipc=self._by_ipc)
         if sampling.temperature != 1 and (filters := filters_of(sampling)):
             what = f"model.rollout.temperature={sampling.temperature} with {filters}"
             why = "vLLM's log-probs are either those behind the filters or those at temperature 1"
             raise ConfigError(f"{what}: {why}, and training needs neither: set temperature to 1, or leave filters out")
-        if self._sleeps and (sampling.sampling_ahead or Ranks.current().world > 1):
-            while_used = f"sampling_ahead={sampling.sampling_ahead} on {Ranks.current().world} devices"
+        while_used = f"sampling_ahead={sampling.sampling_ahead} on {Ranks.current().world} devices"
+        is_parallel = sampling.sampling_ahead or Ranks.current().world > 1
+        if self._by_ipc and (is_parallel or len(self.servers) > 1):
+            what = f"model.engine.transfer=ipc with {while_used} and {len(self.servers)} servers"
+            raise ConfigError(f"{what}: it is for one server on the GPU of one policy that does not train meanwhile")
+        if self._sleeps and is_parallel:
             raise ConfigError(f"model.engine.sleep=true with {while_used}: servers may sleep only when nobody samples")
         lengths = []
         for server in self.servers:
@@ -110,11 +121,8 @@ class VLLMEngine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what training has freed, and torch still holds
         for server in self.servers:
-            try:
-                server.patiently(partial(server.call, path, {}))
-            except NotFound as error:
-                needed = "VLLM_SERVER_DEV_MODE=1 and --enable-sleep-mode"
-                raise ServerError(f"{error}. For model.engine.sleep the server is started with {needed}") from error
+            needed = "VLLM_SERVER_DEV_MODE=1 and --enable-sleep-mode (model.engine.sleep)"
+            server.patiently(partial(server.tell, path, {}, needed))
 
     def pop_metrics(self) -> Metrics:
         """What happened since the last call, as (sum, count): the last sync, and how often servers came back."""

@@ -76,13 +76,14 @@ def _known(logprob: Any) -> Any:
     return math.nan if logprob is None or (isinstance(logprob, float) and logprob <= NO_LOGPROB) else logprob
 
 
+Logprob = Annotated[float, BeforeValidator(_known)]
+
+
 class Choice(Answer):
     """A completion. Log-probs that the server does not know are NaN."""
 
     token_ids: list[Annotated[int, Ge(0), Lt(INT64)]]
-    logprobs: list[Annotated[float, BeforeValidator(_known)]] = Field(
-        validation_alias=AliasPath("logprobs", "token_logprobs")
-    )
+    logprobs: list[Logprob] = Field(validation_alias=AliasPath("logprobs", "token_logprobs"))
     finish_reason: FinishReason  # `abort` comes from a server that is shutting down
 
 
@@ -179,12 +180,20 @@ class VLLMServer:
         if 200 <= answer.status < 300:
             return content
         message = _message(content) or one_line(answer.reason)
-        if answer.status >= 500 or answer.status in (408, 429):
+        failed_inside = b"collective_rpc method failed" in content  # as it would each time
+        if (answer.status >= 500 and not failed_inside) or answer.status in (408, 429):
             raise ServerLost(f"HTTP {answer.status}: {message}")
         if place := answer.headers["Location"]:
             message += f"; it sends us to {one_line(place)}, where we do not go: give the address itself"
         kind = NotFound if answer.status == 404 else ServerError
         raise kind(f"model.engine.urls: {self.url}{path} refuses ({answer.status}): {message}")
+
+    def tell(self, path: str, body: Mapping[str, Any], needed: str) -> None:
+        """As `call`; where the server refuses, the error adds with what it must have been started."""
+        try:
+            self.call(path, body)
+        except ServerError as error:
+            raise ServerError(f"{error}. The server is started with {needed}") from error
 
     def ask(self, path: str, schema: type[Schema], body: Mapping[str, Any] | None = None) -> Schema:
         """As `call`, and reads the answer.

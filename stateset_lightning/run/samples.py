@@ -175,8 +175,9 @@ def token_rows(episode: Episode, num_completions: int, max_tokens: int, module: 
     """The first `max_tokens` tokens of the first completions, and their log-probs at the temperature of sampling, in
     nats.
 
-    `tokens` are texts, which join to the completion's; `logprobs` are of the policy that sampled (None where a
-    server gave none), `logprobs_after` of the module's as it is now. Where a reference scored the completion, `ref_logprobs` are its own.
+    `tokens` are texts, which join to the completion's; `logprobs` are of the policy that sampled (None where a server
+    gave none), `logprobs_after` of the module's as it is now. Where a reference scored the completion, `ref_logprobs`
+    are its own.
     """
 
     def first_tokens(values_T: Tensor) -> list[Tensor]:

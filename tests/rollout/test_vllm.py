@@ -115,9 +115,7 @@ def test_what_no_server_can_do_is_refused(server: Running) -> None:
 
 def answer(*logprobs: float | None) -> tuple[int, dict[str, Any]]:
     tokens = [5] * (len(logprobs) - 1) + [1]
-    return 200, {
-        "choices": [{"finish_reason": "stop", "token_ids": tokens, "logprobs": {"token_logprobs": logprobs}}]
-    }
+    return 200, {"choices": [{"finish_reason": "stop", "token_ids": tokens, "logprobs": {"token_logprobs": logprobs}}]}
 
 
 @pytest.mark.parametrize("missing", [None, math.nan, -math.inf, -9999.0])  # the last is what vLLM's API makes of both

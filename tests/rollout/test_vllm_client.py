@@ -267,7 +267,8 @@ def test_an_answer_that_cannot_be_used_ends_the_run_in_one_line(case: str, monke
 
 def test_a_usable_answer_is_taken() -> None:
     """So the cases above fail for what each changes; rounding may lift a log-prob above 0 by a little."""
-    for written in (of_choice(), of_logprobs(-99.0, 1e-4), of_logprobs(None, -1.0), of_choice(finish_reason="length", token_ids=[0, 99])):
+    length = of_choice(finish_reason="length", token_ids=[0, 99])
+    for written in (of_choice(), of_logprobs(-99.0, 1e-4), of_logprobs(None, -1.0), length):
         with Hostile(written) as server:
             client = VLLMServer(f"http://{server.address}", request_timeout=30, max_wait=1)
             client.vocabulary = 100
