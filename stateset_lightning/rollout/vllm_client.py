@@ -47,8 +47,9 @@ LARGEST_LOGPROB = 0.01
 # What vLLM's API writes for a log-prob of -inf, and in places for NaN; elsewhere NaN comes as it is, or as null.
 NO_LOGPROB = -9999.0
 
-# Of a server's log-probs that may be missing: it has none for some tokens of nearly certain probability.
-UNKNOWN_SHARE = 0.1
+# Of a server's log-probs that may be missing. It has none for some nearly certain tokens, of which short answers of a
+# trained policy have many; none at all where the weights have diverged.
+UNKNOWN_SHARE = 0.5
 
 INT64 = 2**63
 
