@@ -73,6 +73,10 @@ class VLLMEngine:
         if transfer == "nccl":
             why = "vLLM's trainer side of it needs vLLM in the training process, which this package does without"
             raise ConfigError(f"model.engine.transfer=nccl: {why}. Take files, or ipc where both share a GPU")
+        if transfer == "ipc" and len(urls) > 1:
+            raise ConfigError(
+                f"model.engine.transfer=ipc with {len(urls)} model.engine.urls: one server shares the GPU"
+            )
         max_wait = 60 * max_wait_minutes
         self.servers = [VLLMServer(url, request_timeout=request_timeout, max_wait=max_wait) for url in urls]
         self._by_ipc = transfer == "ipc"
@@ -85,8 +89,8 @@ class VLLMEngine:
         """Waits for the servers and asks what they serve; called before a run.
 
         Raises:
-            ConfigError: If no server could give the log-probs that `sampling` needs, or one would sleep while it is
-                needed.
+            ConfigError: If no server could give the log-probs that `sampling` needs, or one would sleep, or take the
+                policy's weights, while both are needed.
             ServerError: If a server does not answer, or not as vLLM does.
         """
         self.tokenizer = tokenizer
@@ -95,13 +99,10 @@ class VLLMEngine:
             what = f"model.rollout.temperature={sampling.temperature} with {filters}"
             why = "vLLM's log-probs are either those behind the filters or those at temperature 1"
             raise ConfigError(f"{what}: {why}, and training needs neither: set temperature to 1, or leave filters out")
-        while_used = f"sampling_ahead={sampling.sampling_ahead} on {Ranks.current().world} devices"
-        is_parallel = sampling.sampling_ahead or Ranks.current().world > 1
-        if self._by_ipc and (is_parallel or len(self.servers) > 1):
-            what = f"model.engine.transfer=ipc with {while_used} and {len(self.servers)} servers"
-            raise ConfigError(f"{what}: it is for one server on the GPU of one policy that does not train meanwhile")
-        if self._sleeps and is_parallel:
-            raise ConfigError(f"model.engine.sleep=true with {while_used}: servers may sleep only when nobody samples")
+        if (self._sleeps or self._by_ipc) and (sampling.sampling_ahead or Ranks.current().world > 1):
+            option = "sleep=true" if self._sleeps else "transfer=ipc"
+            while_used = f"sampling_ahead={sampling.sampling_ahead} on {Ranks.current().world} devices"
+            raise ConfigError(f"model.engine.{option} with {while_used}: it is for one process that trains or samples")
         lengths = []
         for server in self.servers:
             models = server.patiently(partial(server.ask, "/v1/models", Models)).data
