@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader, Prompts, Split
 from stateset_lightning.data.order import Curriculum, EpochOrder, SolveRates
-from stateset_lightning.data.prompts import EncodedPrompts, PromptEncoder, first_row
+from stateset_lightning.data.prompts import EncodedPrompts, OverlongPolicy, PromptEncoder, asked, first_row
 from stateset_lightning.data.ragged import RaggedTokens
 from stateset_lightning.data.scenario_set import ScenarioSet, ServedScenarios, hold_out
 from stateset_lightning.data.shapes import FinalTurn, Format, RowOptions
@@ -27,7 +27,7 @@ from stateset_lightning.seeding import run_seed
 from stateset_lightning.threads import heartbeat
 from stateset_lightning.training.reward_checks import check_rewards
 from stateset_lightning.training.schedule import batches_per_epoch
-from stateset_lightning.types import OverlongPolicy, PromptBatch, Scenario, Turn, asked
+from stateset_lightning.types import PromptBatch, Scenario, Turn
 
 _announce = rank_zero_only(logging.getLogger("stateset_lightning").log)
 

@@ -34,9 +34,6 @@ if TYPE_CHECKING:  # torch takes a second to import, and reward workers and `--h
 
     from stateset_lightning.policy import SamplingMask
 
-# What happens to prompts longer than `data.max_prompt_tokens`.
-OverlongPolicy = Literal["error", "drop", "truncate_left"]
-
 # Score of a reward that does not apply to a completion (it returned None). NaN is the score of a reward that
 # failed.
 NOT_APPLICABLE = float("-inf")
@@ -63,14 +60,6 @@ class Turn:
 
     def __deepcopy__(self, memo: Any) -> Turn:
         return self  # nothing in it can change
-
-
-def asked(scenario: Scenario, opened: str, system_prompt: str | None = None) -> list[Turn]:
-    """A scenario's turns, and one of the assistant if its prompt has `opened` the answer."""
-    turns = scenario.turns(system_prompt)
-    if opened and turns[-1].role == "assistant":
-        turns.pop()  # a prefill, with which `opened` ends
-    return [*turns, Turn("assistant", opened)] if opened else turns
 
 
 class Scenario(BaseModel):
@@ -267,7 +256,8 @@ class Rollout:
         completion_tokens_T: int64; the tokens of all completions, one completion behind the other.
         lengths_N: int64; tokens of each completion, sampled or not. Their sum is T.
         logprobs_T: float32, nats: log-softmax of the logits divided by the temperature, before top-k, top-p and min-p
-            (with a `sampling_mask`, over what it keeps). Of no meaning where `sampled_T` is False. None of targets.
+            (with a `sampling_mask`, over what it keeps). Of no meaning where `sampled_T` is False, NaN where a server
+            gave none. None of targets.
         sampled_T: bool; whether the model sampled the token, or should have (a target): only these are trained on.
         finish_reasons: Why each completion ended.
         texts: Of the completions, without the tokens that end one, padding, and what a stop string cuts off.
@@ -332,7 +322,8 @@ class TokenBatch:
 
     `lengths_N` counts each completion's sampled tokens (their sum is T). `advantages_N` holds one advantage per
     completion; `advantages_T`, where turns or a teacher give one per token, takes its place in the policy loss.
-    `select_T` marks the tokens that a selection (top entropy, say) keeps; None keeps all.
+    `select_T` marks the tokens that a selection (top entropy, say) keeps; None keeps all. `sampling_logprobs_T` is NaN
+    where the sampler gave none: a loss takes `sampler_logprobs`, which has the old ones there.
     """
 
     logprobs_T: Tensor

@@ -6,7 +6,9 @@ The forms of its answers are those of a recorded server.
 from __future__ import annotations
 
 import json
+import pickle
 import threading
+from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -38,6 +40,79 @@ COMPLETION = {"id": "cmpl-b5facf9daa43dd11", "object": "text_completion", "creat
 CHOICE = {"stop_reason": None, "prompt_logprobs": None, "routed_experts": None}
 LOADED = "Success: LoRA adapter '{}' added successfully."
 LOCK = threading.Lock()  # the model behind all stubs is one
+
+# The ipc engine -------------------------------------------------------------------------------------------------------
+
+GPU = "GPU-5f0e3d2c-0000-4000-8000-000000000000"
+MEMORY: dict[int, torch.Tensor] = {}  # what stands for a GPU's, by the number in a handle
+TRANSFER = ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update")
+
+
+def shared(buffer: torch.Tensor) -> dict[str, Any]:
+    """In place of a CUDA handle: 15 values, as `rebuild_cuda_tensor` takes, the address in that of the handle."""
+    MEMORY[len(MEMORY)] = buffer
+    size = len(buffer)
+    args = (torch.Tensor, (size,), (1,), 0, torch.storage.TypedStorage, torch.uint8, 0, len(MEMORY) - 1, size, 0)
+    return {GPU: (*args, False, b"counter", 0, b"event", True)}
+
+
+class Transfer:
+    """What vLLM's ipc engine keeps and refuses, in the words of its source (0.32); packed transfers alone."""
+
+    def __init__(self) -> None:
+        self.trusts = True  # started with VLLM_ALLOW_INSECURE_SERIALIZATION=1
+        self.gpu = GPU
+        self.packed: bool | None = None  # None: never initialised
+        self.received: dict[str, torch.Tensor] | None = None  # in the update that is under way
+        self.chunks: list[list[str]] = []  # the names of each, of the last update
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        if unknown := init_info.keys() - {"packed"}:
+            what = f"IPCWeightTransferInitInfo.__init__() got an unexpected keyword argument {unknown.pop()!r}"
+            raise ValueError(f"Invalid init_info for IPCWeightTransferEngine: {what}")
+        self.packed = init_info.get("packed", False)
+
+    def start_weight_update(self) -> None:
+        if self.received is not None:
+            already = "start_weight_update called while a weight update is already active."
+            raise RuntimeError(f"{already} Call finish_weight_update first.")
+        self.received, self.chunks = {}, []
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        if self.received is None:
+            raise RuntimeError("start_weight_update must be called before update_weights.")
+        received, self.received = self.received, None  # a failed one ends the update
+        fields = {"names", "dtype_names", "shapes", "tensor_sizes", "ipc_handles_pickled"}
+        assert update_info.keys() == fields
+        assert self.packed, "not initialised as packed"
+        if not self.trusts:
+            needed = "VLLM_ALLOW_INSECURE_SERIALIZATION=1"
+            raise ValueError(f"Refusing to deserialize `ipc_handles_pickled` without {needed}")
+        handles = pickle.loads(b64decode(update_info["ipc_handles_pickled"], validate=True))
+        if self.gpu not in handles:
+            raise ValueError(f"IPC handle not found for GPU UUID {self.gpu}. Available UUIDs: {[*handles]}")
+        args = handles[self.gpu]
+        assert len(args) == 15
+        names, dtypes = update_info["names"], [getattr(torch, name) for name in update_info["dtype_names"]]
+        shapes, sizes = update_info["shapes"], update_info["tensor_sizes"]
+        assert len(names) == len(dtypes) == len(shapes) == len(sizes) > 0
+        packed = MEMORY[args[7]][: sum(sizes)]
+        assert (len(packed), packed.dtype) == (sum(sizes), torch.uint8)
+        for name, dtype, shape, part in zip(names, dtypes, shapes, packed.split(sizes), strict=True):
+            assert name not in received, f"{name} twice"
+            received[name] = part.contiguous().view(dtype).view(shape).clone()
+        self.received = received
+        self.chunks.append(names)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> dict[str, torch.Tensor]:
+        if self.received is None:
+            raise RuntimeError("finish_weight_update called without a matching start_weight_update.")
+        received, self.received = self.received, None
+        return received
+
+
+# The server -----------------------------------------------------------------------------------------------------------
+
 UNKNOWN = {
     "message": "The model `{}` does not exist. Valid aliases: tiny.",
     "type": "NotFoundError",
@@ -57,6 +132,7 @@ class Stub:
         self.loads = True  # False: says that it has loaded weights, and has not
         self.reloads = False  # the same of a whole model; False is what vLLM's CPU build does
         self.sleeping: bool | None = None  # None: started without VLLM_SERVER_DEV_MODE=1
+        self.transfer: Transfer | None = None  # None: started without --weight-transfer-config
         self.whole: Policy | None = None  # the model that was reloaded
         self.answers: list[tuple[int, Any]] = []  # given instead of the next completions: status and body
         self.reason: str | None = None  # given once instead of the finish reason
@@ -108,8 +184,30 @@ class Stub:
                     config = PolicyConfig(body["kwargs"]["weights_path"])
                     self.whole = Policy(load_model(config, torch.float32), config)
             return 200, {"results": [None]}
+        if path[1:] in TRANSFER:
+            try:
+                self.take(path[1:], body)
+            except Exception as error:
+                why = f"Worker failed with error '{error}', please check the stack trace above for the root cause"
+                failed = {"message": f"Call to collective_rpc method failed: {why}", "type": "InternalServerError"}
+                return 500, {"error": {**failed, "param": None, "code": 500}}
+            return 200, {"message": path}
         assert path == "/v1/completions"
         return self.complete(body)
+
+    def take(self, call: str, body: dict[str, Any]) -> None:
+        """A call of the ipc engine."""
+        if self.transfer is None:
+            set_it = "Please set weight_transfer_config to enable weight transfer."
+            raise RuntimeError(f"Weight transfer not configured. {set_it}")
+        received = getattr(self.transfer, call)(**body)
+        if received:  # vLLM keeps what it has of a layer that it gets no weights for; we have to get all
+            with LOCK:
+                policy = Policy(load_model(PolicyConfig("tiny"), torch.float32), PolicyConfig("tiny"))
+                known = {id(tensor): name for name, tensor in reversed(policy.model.state_dict(keep_vars=True).items())}
+                assert received.keys() == set(known.values())
+                policy.model.load_state_dict(received, strict=False)
+                self.whole = policy
 
     def complete(self, body: dict[str, Any]) -> tuple[int, Any]:
         self.gate.wait(60)
@@ -208,6 +306,8 @@ class Running:
             self._server = None
         self.stub.adapters.clear()
         self.stub.whole = None
+        if self.stub.transfer is not None:
+            self.stub.transfer.packed = self.stub.transfer.received = None
 
 
 @contextmanager

@@ -250,7 +250,8 @@ class Algorithm(Formulas):
             metrics |= terms.mismatch_metrics(tokens.old_logprobs_T, tokens.sampling_logprobs_T)
         if self.mismatch is None or self.mismatch.kind == "none":
             return loss_T
-        sampling_T = needed(tokens, "sampling_logprobs_T", "mismatch")
+        needed(tokens, "sampling_logprobs_T", "mismatch")
+        sampling_T = terms.sampler_logprobs(tokens)
         weights_T = terms.mismatch_weights(tokens.old_logprobs_T, sampling_T, tokens.lengths_N, self.mismatch)
         metrics["mismatch/masked"] = ((weights_T == 0).sum(), weights_T.numel())
         return weights_T.to(loss_T.dtype) * loss_T

@@ -26,7 +26,8 @@ def needed(tokens: TokenBatch, name: str, option: str) -> Tensor:
 
 def sampler_logprobs(tokens: TokenBatch) -> Tensor:
     """Log-probs under the policy that sampled, [T]: the sampler's where they are known, else the old ones."""
-    return tokens.old_logprobs_T if tokens.sampling_logprobs_T is None else tokens.sampling_logprobs_T
+    old_T, sampling_T = tokens.old_logprobs_T, tokens.sampling_logprobs_T
+    return old_T if sampling_T is None else torch.where(sampling_T.isnan(), old_T, sampling_T)
 
 
 # KL(policy || reference), in nats -------------------------------------------------------------------------------------
@@ -213,13 +214,13 @@ def mismatch_metrics(old_T: Tensor, sampling_T: Tensor) -> Metrics:
 
     `mismatch/kl` is KL(sampler || trainer) per token, by k3. `mismatch/ess` is the effective sample size as a share, 1
     / mean(w^2): the mean of w is 1 in expectation, so this is 1 / (1 + chi-square divergence), and its sum and count
-    add up over micro-steps and ranks.
+    add up over micro-steps and ranks. Tokens whose sampling log-prob is not known (NaN) do not count.
     """
     log_weights_T = old_T - sampling_T
-    count = log_weights_T.numel()
+    count = (~sampling_T.isnan()).sum()
     return {
-        "mismatch/kl": (k3(sampling_T, old_T).sum(), count),
-        "mismatch/ess": (float(count), (2 * log_weights_T).exp().sum()),
+        "mismatch/kl": (k3(sampling_T, old_T).nansum(), count),
+        "mismatch/ess": (count, (2 * log_weights_T).exp().nansum()),
     }
 
 

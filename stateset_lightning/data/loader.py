@@ -11,12 +11,12 @@ from typing import Any, Literal
 import numpy as np
 
 from stateset_lightning.data.order import EpochOrder, SolveRates
-from stateset_lightning.data.prompts import EncodedPrompts
+from stateset_lightning.data.prompts import EncodedPrompts, asked
 from stateset_lightning.data.ragged import RaggedTokens
 from stateset_lightning.data.scenario_set import spare_texts
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.seeding import derive_seed, uniforms
-from stateset_lightning.types import PromptBatch, Scenario, asked
+from stateset_lightning.types import PromptBatch, Scenario
 
 Split = Literal["train", "validation", "test", "predict"]
 

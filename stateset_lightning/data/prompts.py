@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -22,8 +22,11 @@ from stateset_lightning.data import content
 from stateset_lightning.data.ragged import RaggedTokens, garbage_collection_paused
 from stateset_lightning.data.scenario_set import ServedScenarios
 from stateset_lightning.errors import ConfigError, DataError, one_line
-from stateset_lightning.types import OverlongPolicy, Scenario
+from stateset_lightning.types import Scenario, Turn
 from stateset_lightning.workers import limited, rendered
+
+# What happens to prompts longer than `data.max_prompt_tokens`.
+OverlongPolicy = Literal["error", "drop", "truncate_left"]
 
 _log = logging.getLogger(__name__)
 
@@ -288,3 +291,11 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     template = str(getattr(tokenizer, "chat_template", None) or "")
     added = [token for token in tokenizer.added_tokens_decoder.values() if token.content]
     return [t.content for t in added if t.special or (t.content.strip() and t.content in template)]
+
+
+def asked(scenario: Scenario, opened: str, system_prompt: str | None = None) -> list[Turn]:
+    """A scenario's turns, and one of the assistant if its prompt has `opened` the answer."""
+    turns = scenario.turns(system_prompt)
+    if opened and turns[-1].role == "assistant":
+        turns.pop()  # a prefill, with which `opened` ends
+    return [*turns, Turn("assistant", opened)] if opened else turns

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import as_completed
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Gt
@@ -22,7 +22,7 @@ from stateset_lightning.policy.config import Dtype
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.rollout.engine import OnFinished, RolloutConfig
 from stateset_lightning.rollout.sampling import StopStrings, check_length
-from stateset_lightning.rollout.vllm_client import Choice, Models, NotFound, VLLMServer
+from stateset_lightning.rollout.vllm_client import Choice, Models, VLLMServer
 from stateset_lightning.rollout.vllm_weights import WeightSync, request
 from stateset_lightning.threads import DaemonThreads, interruptible
 from stateset_lightning.types import Metrics, Rollout
@@ -52,6 +52,8 @@ class VLLMEngine:
         max_wait_minutes: How long a server may be away before the run stops.
         sleep: The servers keep nothing on their GPU while nobody samples, so that the policy can train on it. For a
             run of one process.
+        transfer: How a whole model is handed over; an adapter is always a file. `files`: in `folder`. `ipc`: through
+            memory of the GPU on which one server and the policy of a run of one process are. `nccl` is refused.
     """
 
     def __init__(
@@ -64,32 +66,43 @@ class VLLMEngine:
         request_timeout: Annotated[float, Gt(0)] = 1800.0,
         max_wait_minutes: Annotated[float, Gt(0)] = 10.0,
         sleep: bool = False,
+        transfer: Literal["files", "ipc", "nccl"] = "files",
     ) -> None:
         if not urls or isinstance(urls, str):
             raise ConfigError(f"model.engine.urls={urls!r} must be a list of addresses, as [http://127.0.0.1:8000]")
+        if transfer == "nccl":
+            why = "vLLM's trainer side of it needs vLLM in the training process, which this package does without"
+            raise ConfigError(f"model.engine.transfer=nccl: {why}. Take files, or ipc where both share a GPU")
+        if transfer == "ipc" and len(urls) > 1:
+            raise ConfigError(
+                f"model.engine.transfer=ipc with {len(urls)} model.engine.urls: one server shares the GPU"
+            )
         max_wait = 60 * max_wait_minutes
         self.servers = [VLLMServer(url, request_timeout=request_timeout, max_wait=max_wait) for url in urls]
+        self._by_ipc = transfer == "ipc"
         self._make_sync = partial(WeightSync, self.servers, folder=folder, dtype=dtype, tolerance=tolerance)
         self._restored = 0
+        self._unknown = (0, 0)  # log-probs that no server knew, of how many
         self._sleeps = sleep
 
     def setup(self, tokenizer: PreTrainedTokenizerBase, sampling: RolloutConfig) -> None:
         """Waits for the servers and asks what they serve; called before a run.
 
         Raises:
-            ConfigError: If no server could give the log-probs that `sampling` needs, or one would sleep while it is
-                needed.
+            ConfigError: If no server could give the log-probs that `sampling` needs, or one would sleep, or take the
+                policy's weights, while both are needed.
             ServerError: If a server does not answer, or not as vLLM does.
         """
         self.tokenizer = tokenizer
-        self._weights = self._make_sync(sampling)
+        self._weights = self._make_sync(sampling, by_ipc=self._by_ipc)
         if sampling.temperature != 1 and (filters := sampling.filters):
             what = f"model.rollout.temperature={sampling.temperature} with {filters}"
             why = "vLLM's log-probs are either those behind the filters or those at temperature 1"
             raise ConfigError(f"{what}: {why}, and training needs neither: set temperature to 1, or leave filters out")
-        if self._sleeps and (sampling.sampling_ahead or Ranks.current().world > 1):
+        if (self._sleeps or self._by_ipc) and (sampling.sampling_ahead or Ranks.current().world > 1):
+            option = "sleep=true" if self._sleeps else "transfer=ipc"
             while_used = f"sampling_ahead={sampling.sampling_ahead} on {Ranks.current().world} devices"
-            raise ConfigError(f"model.engine.sleep=true with {while_used}: servers may sleep only when nobody samples")
+            raise ConfigError(f"model.engine.{option} with {while_used}: it is for one process that trains or samples")
         lengths = []
         for server in self.servers:
             models = server.patiently(partial(server.ask, "/v1/models", Models)).data
@@ -109,17 +122,15 @@ class VLLMEngine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what training has freed, and torch still holds
         for server in self.servers:
-            try:
-                server.patiently(partial(server.call, path, {}))
-            except NotFound as error:
-                needed = "VLLM_SERVER_DEV_MODE=1 and --enable-sleep-mode"
-                raise ServerError(f"{error}. For model.engine.sleep the server is started with {needed}") from error
+            needed = "VLLM_SERVER_DEV_MODE=1 and --enable-sleep-mode (model.engine.sleep)"
+            server.patiently(partial(server.tell, path, {}, needed))
 
     def pop_metrics(self) -> Metrics:
         """What happened since the last call, as (sum, count): the last sync, and how often servers came back."""
         restored = sum(server.restored for server in self.servers)
         metrics = {**self._weights.metrics, "work/server_restarts": (restored - self._restored, 1.0)}
-        self._weights.metrics, self._restored = {}, restored
+        metrics["mismatch/unknown"] = self._unknown
+        self._weights.metrics, self._restored, self._unknown = {}, restored, (0, 0)
         return metrics
 
     @interruptible()
@@ -151,7 +162,7 @@ class VLLMEngine:
 
         Raises:
             ConfigError: If a prompt and its completion are longer than the servers allow.
-            NonFiniteError: If a server's log-probs are not finite.
+            NonFiniteError: If a server does not know too many log-probs.
             ServerError: If a server refuses, answers badly, or stays away for too long.
         """
         synced, limit = self._weights.synced, self.max_length
@@ -181,6 +192,10 @@ class VLLMEngine:
         finally:
             threads.close(seconds=0)
         self._tell("/sleep")
+        for i, server in enumerate(self.servers):
+            its = [choice for n, choice in enumerate(choices) if n // num_generations % len(self.servers) == i]
+            unknown, total = self._unknown
+            self._unknown = unknown + server.count_unknown(its), total + sum(len(choice.token_ids) for choice in its)
         completion_tokens_T = torch.tensor([token for choice in choices for token in choice.token_ids])
         logprobs_T = torch.tensor([logprob for choice in choices for logprob in choice.logprobs], dtype=torch.float32)
         lengths_N = torch.tensor([len(choice.token_ids) for choice in choices])

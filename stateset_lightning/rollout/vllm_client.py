@@ -14,13 +14,13 @@ import socket
 import threading
 import time
 from base64 import b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Annotated, Any, TypeVar
 from urllib.parse import unquote
 
 from annotated_types import Ge, Lt
-from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasPath, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from stateset_lightning.errors import ConfigError, NonFiniteError, ServerError, one_line
 from stateset_lightning.redaction import redacted_text, remember
@@ -44,6 +44,13 @@ BYTES, BYTES_PER_TOKEN = 2**20, 500
 # Nats; rounding may make the log-prob of a certain token that much larger than 0.
 LARGEST_LOGPROB = 0.01
 
+# What vLLM's API writes for a log-prob of -inf, and in places for NaN; elsewhere NaN comes as it is, or as null.
+NO_LOGPROB = -9999.0
+
+# Of a server's log-probs that may be missing. It has none for some nearly certain tokens, of which short answers of a
+# trained policy have many; none at all where the weights have diverged.
+UNKNOWN_SHARE = 0.5
+
 INT64 = 2**63
 
 
@@ -65,11 +72,19 @@ class Models(Answer):
     data: list[Model]
 
 
+def _known(logprob: Any) -> Any:
+    """NaN for a log-prob that the server does not know; any other answer as it is."""
+    return math.nan if logprob is None or (isinstance(logprob, float) and logprob <= NO_LOGPROB) else logprob
+
+
+Logprob = Annotated[float, BeforeValidator(_known)]
+
+
 class Choice(Answer):
-    """A completion."""
+    """A completion. Log-probs that the server does not know are NaN."""
 
     token_ids: list[Annotated[int, Ge(0), Lt(INT64)]]
-    logprobs: list[float] = Field(validation_alias=AliasPath("logprobs", "token_logprobs"))
+    logprobs: list[Logprob] = Field(validation_alias=AliasPath("logprobs", "token_logprobs"))
     finish_reason: FinishReason  # `abort` comes from a server that is shutting down
 
 
@@ -166,12 +181,20 @@ class VLLMServer:
         if 200 <= answer.status < 300:
             return content
         message = _message(content) or one_line(answer.reason)
-        if answer.status >= 500 or answer.status in (408, 429):
+        failed_inside = b"collective_rpc method failed" in content  # as it would each time
+        if (answer.status >= 500 and not failed_inside) or answer.status in (408, 429):
             raise ServerLost(f"HTTP {answer.status}: {message}")
         if place := answer.headers["Location"]:
             message += f"; it sends us to {one_line(place)}, where we do not go: give the address itself"
         kind = NotFound if answer.status == 404 else ServerError
         raise kind(f"model.engine.urls: {self.url}{path} refuses ({answer.status}): {message}")
+
+    def tell(self, path: str, body: Mapping[str, Any], needed: str) -> None:
+        """As `call`; where the server refuses, the error adds with what it must have been started."""
+        try:
+            self.call(path, body)
+        except ServerError as error:
+            raise ServerError(f"{error}. The server is started with {needed}") from error
 
     def ask(self, path: str, schema: type[Schema], body: Mapping[str, Any] | None = None) -> Schema:
         """As `call`, and reads the answer.
@@ -193,7 +216,6 @@ class VLLMServer:
             BadAnswer: If they are none to this request.
             ServerLost: If there is no answer, or the server does not have our weights.
             ServerError: If the server refuses.
-            NonFiniteError: If their log-probs are not finite.
         """
         try:
             choices = self.ask("/v1/completions", Choices, body).choices
@@ -209,12 +231,24 @@ class VLLMServer:
                 raise BadAnswer(f"{len(logprobs)} log-probs of {count} tokens")
             if max(choice.token_ids) >= self.vocabulary:
                 raise BadAnswer(f"token {max(choice.token_ids)} of a vocabulary of {self.vocabulary}")
-            if not all(map(math.isfinite, logprobs)):
-                what = f"a server's log-probs are not finite: the weights have diverged ({self.url})"
-                raise NonFiniteError(f"{what}; go back to an earlier checkpoint")
-            if max(logprobs) > LARGEST_LOGPROB:
-                raise BadAnswer(f"a log-prob of {max(logprobs):g}, above 0")
+            if too_large := [logprob for logprob in logprobs if logprob > LARGEST_LOGPROB]:  # NaN is not
+                raise BadAnswer(f"a log-prob of {max(too_large):g}, above 0")
         return choices
+
+    def count_unknown(self, choices: Sequence[Choice]) -> int:
+        """How many log-probs of these the server did not know.
+
+        Raises:
+            NonFiniteError: If more than `UNKNOWN_SHARE` of them, and not a single one.
+        """
+        logprobs = [logprob for choice in choices for logprob in choice.logprobs]
+        unknown = sum(map(math.isnan, logprobs))
+        if unknown > max(1, UNKNOWN_SHARE * len(logprobs)):
+            what = f"{self.url} (model.engine.urls) knows no log-prob for {unknown} of {len(logprobs)} tokens"
+            likely = "they are NaN, null or -inf, as where the weights have diverged"
+            remedy = "go back to an earlier checkpoint, or start the server in a wider --dtype if training goes well"
+            raise NonFiniteError(f"{what}, and up to {UNKNOWN_SHARE:.0%} may be missing: {likely}; {remedy}")
+        return unknown
 
     def patiently(self, attempt: Callable[[], T]) -> T:
         """Calls `attempt` until it does not raise `ServerLost`.

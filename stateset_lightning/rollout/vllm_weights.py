@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from stateset_lightning.errors import DiskError, SamplingError, ServerError, UserError
+from stateset_lightning.errors import DiskError, SamplingError, UserError
 from stateset_lightning.files import DISK_ERRORS
 from stateset_lightning.policy import Group, Policy, save_adapter
 from stateset_lightning.policy.precision import LOGPROB_TOLERANCE
@@ -22,6 +22,7 @@ from stateset_lightning.ranks import Ranks
 from stateset_lightning.rollout.engine import RolloutConfig
 from stateset_lightning.rollout.handover import roomy_folder, weights_by_block, write_model
 from stateset_lightning.rollout.vllm_client import VLLMServer
+from stateset_lightning.rollout.vllm_ipc import send
 from stateset_lightning.threads import Interruption
 from stateset_lightning.types import Metrics
 
@@ -40,7 +41,7 @@ class Synced:
     """The weights that the servers have.
 
     Args:
-        path: Where they were handed over.
+        path: Where they were handed over; a name alone where they were not written.
         adapter: Its name on the servers; None for a whole model.
         answers: The policy's to `PROBE`.
         tolerance: Nats per token by which answers of servers may differ from them.
@@ -84,6 +85,7 @@ class WeightSync:
         folder: Where weights are handed over; None for shared memory (`roomy_folder`).
         dtype: That the servers compute in, and weights are handed over in; None for the policy's.
         tolerance: Nats per token; None for that of the coarser dtype (`LOGPROB_TOLERANCE`).
+        by_ipc: Whether a whole model goes through memory of the GPU, in place of a folder.
 
     Attributes:
         synced: What the servers have; None before the first sync.
@@ -95,11 +97,13 @@ class WeightSync:
     folder: str | None
     dtype: str | None
     tolerance: float | None
+    by_ipc: bool = False
     synced: Synced | None = None
     metrics: Metrics = field(default_factory=dict)
     _home: tempfile.TemporaryDirectory[str] | None = None
     _version: int = 0
     _fingerprint: list[int] = field(default_factory=list)  # of the weights that the servers have
+    _policy: Policy = field(init=False)  # the last that was handed over
 
     def update(self, policy: Policy) -> None:
         """Gives the servers the policy's weights, unless they have them. Every rank calls it; the first one acts.
@@ -120,9 +124,9 @@ class WeightSync:
                 for server in self.servers:
                     server.patiently(partial(self._keep, server, self.synced))
             return
-        start = time.perf_counter()
+        start, self._policy = time.perf_counter(), policy
         Ranks.current().gather(None)  # no rank is sampling any more: each gets here when it has its own samples
-        blocks = weights_by_block(policy.model, self._served_dtype(policy)) if policy.adapter is None else iter(())
+        blocks = weights_by_block(policy.model, self._served_dtype(policy)) if self._is_written else iter(())
         synced = self._of_first_rank(partial(self._write, policy, blocks), together=blocks)
         answers = self._of_first_rank(partial(self._hand_over, synced))
         scores = self._scores(policy, answers)
@@ -159,11 +163,16 @@ class WeightSync:
     def _served_dtype(self, policy: Policy) -> torch.dtype:
         return getattr(torch, self.dtype) if self.dtype else policy.model.dtype
 
+    @property
+    def _is_written(self) -> bool:
+        """Whether a whole model goes to the servers in files."""
+        return self._policy.adapter is None and not self.by_ipc
+
     def _write(self, policy: Policy, blocks: Iterable[dict[str, Tensor]]) -> Synced:
         """Writes the weights to a new path."""
         if self._home is None:
             size = self._served_dtype(policy).itemsize * sum(p.numel() for p in policy.parameters())
-            where = self.folder or roomy_folder(size if policy.adapter is None else 0)
+            where = self.folder or roomy_folder(size if self._is_written else 0)
             self._home = tempfile.TemporaryDirectory(
                 prefix="stateset-lightning-", dir=where, ignore_cleanup_errors=True
             )
@@ -174,10 +183,10 @@ class WeightSync:
         # adapters apart by name and path, and requests by their salt, which is made of the path.
         self._version += 1
         path = home / str(self._version)
-        if policy.adapter is None:
-            write_model(policy.model, blocks, path)
-        else:
+        if policy.adapter is not None:
             save_adapter(policy, path)
+        elif not self.by_ipc:
+            write_model(policy.model, blocks, path)
         return Synced(str(path), None if policy.adapter is None else home.name)
 
     def _hand_over(self, synced: Synced) -> list[Completions]:
@@ -189,6 +198,10 @@ class WeightSync:
 
     def _load(self, server: VLLMServer, synced: Synced) -> None:
         """Makes a server load weights."""
+        if synced.adapter is None and self.by_ipc:  # the policy's, which have not changed since the sync
+            return send(
+                server, self._policy.model, weights_by_block(self._policy.model, self._served_dtype(self._policy))
+            )
         if synced.adapter is None:
             path = "/collective_rpc"
             body: dict[str, Any] = {"method": "reload_weights", "kwargs": {"weights_path": synced.path}}
@@ -198,12 +211,7 @@ class WeightSync:
             body = {"lora_name": synced.adapter, "lora_path": synced.path, "load_inplace": True}
             rank = "a --max-lora-rank of at least model.policy.lora.rank"
             needed = f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and {rank}"
-        try:
-            server.call(path, body)
-        except ServerError as error:
-            raise ServerError(
-                f"{error}. The server is started with {needed}, and sees the folder (model.engine.folder)"
-            ) from error
+        return server.tell(path, body, f"{needed}, and sees the folder (model.engine.folder)")
 
     def _keep(self, server: VLLMServer, synced: Synced) -> None:
         """Weights again for a server that has lost them."""
@@ -223,6 +231,7 @@ class WeightSync:
 
     def _answers(self, server: VLLMServer, synced: Synced) -> Completions:
         choices = server.choices({**request(server, synced, self.sampling), **PROBE})
+        server.count_unknown(choices)
         return [(choice.token_ids, torch.tensor(choice.logprobs)) for choice in choices]
 
     def _scores(self, policy: Policy, answers: Sequence[Completions]) -> list[list[Tensor]]:
@@ -254,16 +263,16 @@ class WeightSync:
         for server, answer, (ours_T, undivided_T) in zip(self.servers, answers, scores, strict=True):
             tokens, logprobs = zip(*answer, strict=True)
             theirs_T = torch.cat(logprobs)
-            difference = float((theirs_T - ours_T).abs().mean())
+            difference = float((theirs_T - ours_T).abs().nanmean())  # NaN: not known
             if not difference <= limit:
-                reason = self._guess(synced, is_undivided=float((theirs_T - undivided_T).abs().mean()) <= limit)
+                reason = self._guess(synced, is_undivided=float((theirs_T - undivided_T).abs().nanmean()) <= limit)
                 raise SamplingError(
                     f"{server.url} does not compute the policy: with its weights, log-probs differ by"
                     f" {difference:.2g} nats per token, and float error is below {limit:.2g} (temperature"
                     f" {temperature:g}). Probably {reason}"
                 )
             ours = list(zip(tokens, ours_T.split([len(completion) for completion in tokens]), strict=True))
-            largest = max(synced.difference, float((theirs_T - ours_T).abs().max()))
+            largest = max(synced.difference, float((theirs_T - ours_T).abs().nan_to_num(0.0).max()))
             synced = replace(synced, answers=ours, tolerance=limit, difference=largest)
         return synced
 
@@ -292,7 +301,7 @@ def _difference(answers: Completions, expected: Completions) -> float:
         pairs = zip(tokens, other_tokens, logprobs.tolist(), other_logprobs.tolist(), strict=True)
         # Tokens that follow a near tie, which float error decides, have other log-probs.
         same = takewhile(lambda pair: pair[0] == pair[1], pairs)
-        differences += [abs(logprob - other) for _, _, logprob, other in same]
+        differences += [abs(logprob - other) for _, _, logprob, other in same if logprob == logprob]  # NaN: not known
     return sum(differences) / len(differences) if differences else float("inf")
 
 

@@ -4,6 +4,7 @@ They go to files of JSON lines, and those of a run to loggers that can show them
 """
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, zip_longest
@@ -174,8 +175,9 @@ def token_rows(episode: Episode, num_completions: int, max_tokens: int, module: 
     """The first `max_tokens` tokens of the first completions, and their log-probs at the temperature of sampling, in
     nats.
 
-    `tokens` are texts, which join to the completion's; `logprobs` are of the policy that sampled (a target has none),
-    `logprobs_after` of the module's as it is now. Where a reference scored the completion, `ref_logprobs` are its own.
+    `tokens` are texts, which join to the completion's; `logprobs` are of the policy that sampled (None where a server
+    gave none; a target has none), `logprobs_after` of the module's as it is now. Where a reference scored the
+    completion, `ref_logprobs` are its own.
     """
 
     def first_tokens(values_T: Any) -> list[Any]:
@@ -196,7 +198,7 @@ def token_rows(episode: Episode, num_completions: int, max_tokens: int, module: 
     for name, values in logprobs.items():
         for n, row in enumerate(rows):
             if name != "ref_logprobs" or episode.active_N[n]:  # of the others it has scored none
-                row[name] = [round(value, 4) for value in values[n].tolist()]
+                row[name] = [None if math.isnan(value) else round(value, 4) for value in values[n].tolist()]
     return rows
 
 

@@ -28,6 +28,7 @@ An episode
     time/score_s                        seconds of it that scoring took after the last completion was there
     time/sync_s                         seconds that the last transfer of weights to vLLM servers took
     mismatch/after_sync                 largest difference of a log-prob after it, between server and policy, nats
+    mismatch/unknown                    share of sampled tokens for which a vLLM server gave no log-prob
     work/tokens_per_s                   sampled tokens per second, of all ranks together
     work/token_ratio                    tokens of a padded training pass over those of the pass that was made
     work/skipped                        share of completions that need no training
@@ -317,7 +318,8 @@ def of_tokens(logprobs_T: Tensor, sampling_logprobs_T: Tensor | None, entropies_
     metrics: Metrics = {"policy/entropy": (entropies_T.sum(), entropies_T.numel())}
     if sampling_logprobs_T is not None:
         difference_T = (logprobs_T - sampling_logprobs_T).abs()
-        metrics["policy/sampling_difference"] = (difference_T.sum(), difference_T.numel())
+        known = (~sampling_logprobs_T.isnan()).sum()
+        metrics["policy/sampling_difference"] = (difference_T.nansum(), known)
     return metrics
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stateset_lightning.algorithm import ClipCov, KLCov, TokenBatch
+from stateset_lightning.algorithm import GRPO, ClipCov, KLCov, TokenBatch
 from stateset_lightning.algorithm.terms import (
     KL,
     Mismatch,
@@ -19,6 +19,7 @@ from stateset_lightning.algorithm.terms import (
     largest,
     mismatch_metrics,
     mismatch_weights,
+    on_policy,
     top_entropy_tokens,
 )
 
@@ -187,6 +188,38 @@ def test_metrics_by_hand() -> None:
     kl = sum(w - 1 - math.log(w) for w in RATIOS.tolist())
     assert tuple(map(float, metrics["mismatch/kl"])) == pytest.approx((kl, 5))
     assert tuple(map(float, metrics["mismatch/ess"])) == pytest.approx((5, 1 + 16 + 1 / 16 + 2.25 + 9))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("token_tis", [1.0, 1.0, 0.25, 1.5, 1.0]),
+        ("sequence_tis", [0.25, 0.25, 0.25, 1.5, 1.5]),
+        ("icepop", [1.0, 1.0, 0.0, 1.5, 1.0]),
+        ("sequence_mask", [0.0, 0.0, 0.0, 1.5, 1.0]),  # 0.25^(1/3) = 0.63, 1.5^(1/2) = 1.22
+        ("none", [1.0] * 5),
+    ],
+)
+def test_a_token_whose_sampling_logprob_is_not_known_has_ratio_1_and_does_not_count(
+    kind: Any, expected: list[float]
+) -> None:
+    nan = math.nan
+    tokens = TokenBatch(
+        logprobs_T=SAMPLING + RATIOS.log(),
+        old_logprobs_T=SAMPLING + RATIOS.log(),
+        advantages_N=torch.tensor([-1.0, -1.0]),
+        lengths_N=LENGTHS,
+        sampling_logprobs_T=torch.where(torch.tensor([False, True, False, False, True]), nan, SAMPLING),
+    )
+    algorithm = GRPO(beta=0, mismatch=Mismatch(kind, **({"low": 0.7, "high": 1.3} if kind == "sequence_mask" else {})))
+    loss_T, metrics = algorithm.per_token_loss(tokens)  # -ratio x advantage = 1 without a correction
+    assert loss_T.tolist() == pytest.approx(expected)
+    known = [1.0, 0.25, 1.5]
+    kl = sum(w - 1 - math.log(w) for w in known)
+    assert tuple(map(float, metrics["mismatch/kl"])) == pytest.approx((kl, 3))
+    total, count = map(float, metrics["mismatch/ess"])
+    assert total / count == pytest.approx(3 / (1 + 1 / 16 + 2.25))
+    assert on_policy(tokens, 0.0).tolist() == [False, True]  # drifts (0 - log 0.25) / 3 and -log 1.5 / 2
 
 
 def test_weights_carry_no_gradient() -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from module_runs import SCENARIOS, fit, make_data, make_module
 from vllm_stub import PROMPTS, SAMPLING, SEEDS, TOKENIZER, Running, adapted, running, synced_engine
 
+from stateset_lightning.algorithm import DPPO
 from stateset_lightning.errors import ConfigError, NonFiniteError, ServerError
+from stateset_lightning.policy import LoRAConfig, PolicyConfig
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig, VLLMEngine
 
 
@@ -110,12 +117,74 @@ def test_what_no_server_can_do_is_refused(server: Running) -> None:
         engine.generate([[5] * 510], 2, SAMPLING, SEEDS[:2])
 
 
-def test_logprobs_that_are_not_finite_end_the_run(server: Running) -> None:
+def answer(*logprobs: float | None) -> tuple[int, dict[str, Any]]:
+    tokens = [5] * (len(logprobs) - 1) + [1]
+    return 200, {"choices": [{"finish_reason": "stop", "token_ids": tokens, "logprobs": {"token_logprobs": logprobs}}]}
+
+
+def test_a_token_without_a_logprob_is_counted_and_no_reason_to_stop(server: Running) -> None:
     engine = synced_engine(server, adapted())
-    choice = {"finish_reason": "stop", "token_ids": [5, 1], "logprobs": {"token_logprobs": [-1.0, float("nan")]}}
-    server.stub.answers = [(200, {"choices": [choice]})]
-    with pytest.raises(NonFiniteError, match="a server's log-probs are not finite: the weights have diverged"):
-        engine.generate(PROMPTS[:1], 2, SAMPLING, SEEDS[:2])
+    # The last is what vLLM's API makes of -inf and, in places, of NaN.
+    server.stub.answers = [answer(-1.0, None, math.nan, -math.inf, -9999.0), answer(-1.5, -1.25, -0.5, -0.25)]
+    rollout = engine.generate(PROMPTS[:1], 2, RolloutConfig(max_new_tokens=6, max_batch_rows=1), SEEDS[:2])
+    wanted_T = torch.tensor([-1, math.nan, math.nan, math.nan, math.nan, -1.5, -1.25, -0.5, -0.25])
+    torch.testing.assert_close(rollout.logprobs_T, wanted_T, equal_nan=True)
+    assert engine.pop_metrics()["mismatch/unknown"] == (4, 9)
+    assert engine.pop_metrics()["mismatch/unknown"] == (0, 0)
+
+
+def test_a_run_trains_on_tokens_without_a_logprob(server: Running, tmp_path: Path) -> None:
+    module = make_module(
+        PolicyConfig("tiny", lora=LoRAConfig(rank=2)),
+        engine=VLLMEngine([server.url]),
+        rollout=RolloutConfig(num_generations=2, max_new_tokens=8, max_batch_rows=1),
+        algorithm=DPPO(),  # its ratio is to the sampler; others take it for a correction
+    )
+    complete, asked = server.stub.complete, iter(range(1000))
+
+    def without(body: dict[str, Any]) -> tuple[int, Any]:
+        status, content = complete(body)
+        if "n" not in body and next(asked) % 4 == 0:  # no probe
+            content["choices"][0]["logprobs"]["token_logprobs"][0] = None
+        return status, content
+
+    server.stub.complete = without  # type: ignore[method-assign]
+    fit(tmp_path, module, make_data(train=SCENARIOS[:4], batch_size=4, validation=None), max_steps=1)
+    last = module.metrics.last
+    assert 0.05 < last["mismatch/unknown"] < 0.5
+    assert last["policy/bad_steps"] == 0
+    assert last["policy/grad_norm"] > 0
+    assert last["policy/sampling_difference"] < 1e-4
+    assert last["mismatch/kl"] < 1e-4
+
+
+def test_too_many_tokens_without_a_logprob_end_the_run(server: Running) -> None:
+    engine = synced_engine(server, adapted())
+    for missing, stops in ((1, False), (10, False), (11, True), (20, True)):
+        server.stub.answers = [answer(*[None] * missing, *[-1.0] * (20 - missing))]
+        said = rf"{server.url} \(model.engine.urls\) knows no log-prob for {missing} of 20 tokens, and up to 50% may be"
+        with pytest.raises(NonFiniteError, match=said) if stops else nullcontext():
+            engine.generate(PROMPTS[:1], 1, RolloutConfig(max_new_tokens=20), SEEDS[:1])
+    server.stub.answers = [answer(None)]  # one token says nothing of the weights
+    engine.generate(PROMPTS[:1], 1, RolloutConfig(max_new_tokens=20), SEEDS[:1])
+
+
+@pytest.mark.parametrize(("missing", "stops"), [([3, 9], False), (range(32), True)])
+def test_a_sync_compares_the_logprobs_that_are_known(
+    server: Running, monkeypatch: pytest.MonkeyPatch, missing: Sequence[int], stops: bool
+) -> None:
+    answered = server.stub.complete
+
+    def without(body: dict[str, Any]) -> tuple[int, Any]:
+        status, content = answered(body)
+        for place in missing:
+            content["choices"][place // 8]["logprobs"]["token_logprobs"][place % 8] = None
+        return status, content
+
+    monkeypatch.setattr(server.stub, "complete", without)
+    with pytest.raises(NonFiniteError, match="knows no log-prob for 32 of 32 tokens") if stops else nullcontext():
+        engine = synced_engine(server, adapted())
+        assert 0 <= engine.pop_metrics()["mismatch/after_sync"][0] < 1e-4
 
 
 def test_special_tokens_end_a_servers_completion_by_number_and_stay_in_the_text_before(server: Running) -> None:

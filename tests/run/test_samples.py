@@ -1,6 +1,7 @@
 """Which completions become lines of which file, token by token, and what W&B and TensorBoard show of them."""
 
 import json
+import math
 import re
 from types import SimpleNamespace
 
@@ -253,7 +254,14 @@ def tokens_of(tiny_model, tiny_tokenizer):
     """`tokens_of(num_completions, max_tokens)` -> token by token, of the fixed episode."""
     module = SimpleNamespace(tokenizer=tiny_tokenizer, rollout=RolloutConfig(2, 3, temperature=2.0))
     module.policy = Policy(tiny_model, PolicyConfig("tiny"))
-    return lambda num_completions=4, max_tokens=9: token_rows(make_fixed_episode(), num_completions, max_tokens, module)
+
+    def rows(num_completions=4, max_tokens=9, unknown=None):
+        episode = make_fixed_episode()
+        if unknown is not None:
+            episode.sampling_logprobs_T[unknown] = math.nan
+        return token_rows(episode, num_completions, max_tokens, module)
+
+    return rows
 
 
 def test_token_rows_hold_what_is_known(tokens_of):
@@ -262,6 +270,11 @@ def test_token_rows_hold_what_is_known(tokens_of):
     # The reference scored active completions alone: what stands for the others is no log-prob.
     assert [row.get("ref_logprobs") for row in rows] == [[-0.5, -0.6], None, None, [-0.7, -0.8]]
     assert len(tokens_of(2)) == 2
+
+
+def test_a_token_for_which_the_server_gave_no_log_prob_has_none(tokens_of):
+    rows = tokens_of(unknown=1)
+    assert [row["logprobs"] for row in rows] == [[-0.1235, None], [], [-2.0], [-3.0, -4.0]]
 
 
 def test_log_probs_now_are_those_of_a_plain_forward(tokens_of, tiny_model):
