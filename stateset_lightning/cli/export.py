@@ -94,7 +94,7 @@ def model_card(trained: TrainedModel, title: str) -> str:
 
     # Foreign files say much of this: no value ends its line.
     environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=_one_line)
-    environment.filters |= {"repr": repr, "class_name": class_name}
+    environment.filters |= {"repr": _literal, "class_name": class_name}
     template = environment.from_string(files(__package__).joinpath("model_card.md").read_text(encoding="utf-8"))
     libraries = (f"{name} {version(name)}" for name in ("stateset-lightning", "lightning", "transformers", "torch"))
     return template.render(title=title, trained=trained, encoder=trained.encoder(), versions=", ".join(libraries))
@@ -102,6 +102,11 @@ def model_card(trained: TrainedModel, title: str) -> str:
 
 def _one_line(value: object) -> str:
     return "".join(character if character.isprintable() else " " for character in str(value))
+
+
+def _literal(value: object) -> str:
+    """A value as code has it; no backticks in it end the block of code."""
+    return repr(value).replace("```", r"\x60\x60\x60")
 
 
 def _merge(trained: TrainedModel) -> None:
