@@ -1,9 +1,10 @@
-"""`stateset-lightning export`: a checkpoint -> a plain Hugging Face folder with a model card."""
+"""`stateset-lightning export`: a checkpoint -> a plain Hugging Face folder with a model card, here and on the hub."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from stateset_lightning.cli.arguments import Arguments, loading_options
 from stateset_lightning.cli.messages import class_name
-from stateset_lightning.errors import ConfigError
+from stateset_lightning.errors import ConfigError, one_line
 from stateset_lightning.files import atomic_folder, keep_inputs
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from stateset_lightning.policy import LoadingOptions
 
 _log = logging.getLogger("stateset_lightning")
+
+# What an earlier model may have left in a repository, and would be loaded beside the new one, or in its place.
+_OF_A_MODEL = ["*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json", "chat_template*"]
 
 MERGE_ERROR = 0.05  # share of what an adapter adds, by norm, that rounding may change before it is announced
 
@@ -34,11 +38,12 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("out", metavar="OUT", help="the folder to write")
     parser.add_argument("--merge", action="store_true", help="add the run's adapter into the model, for a whole one")
     parser.add_argument("--overwrite", action="store_true", help="take the place of a folder that is there")
+    parser.add_argument("--push", metavar="REPO", help="upload it, too: owner/name on the hub; a new one is private")
     parser.add_loading_options()
     given = parser.parse_args(words)
-    loading = loading_options(given)
-    export(given.ckpt, given.out, config=given.config, overwrite=given.overwrite, merge=given.merge, loading=loading)
-    print(f"exported: {given.out}")
+    own = {name: getattr(given, name) for name in ("config", "overwrite", "merge", "push")}
+    pushed = export(given.ckpt, given.out, loading=loading_options(given), **own)
+    print(f"exported: {given.out}" + (f", {pushed}" if pushed else ""))
 
 
 def export(
@@ -48,8 +53,9 @@ def export(
     config: str | None = None,
     overwrite: bool = False,
     merge: bool = False,
+    push: str | None = None,
     loading: LoadingOptions | None = None,
-) -> None:
+) -> str | None:
     """Writes model (safetensors), tokenizer, generation config and model card to `out`, which is whole or absent.
 
     Of a model with an adapter, the adapter alone is written, as peft loads it, unless it is merged.
@@ -60,14 +66,21 @@ def export(
         config: The run's resolved config; by default the one in the run's folder.
         overwrite: Whether `out` may replace a folder with files in it.
         merge: Add the adapter into the model.
+        push: A repository of the Hugging Face hub that gets the folder, too, with the token that the user is logged in
+            by. It is made before anything is loaded, and private unless it is there already.
         loading: What only the user decides; a checkpoint's own are not used.
+
+    Returns:
+        The address of what was pushed.
 
     Raises:
         CheckpointError: If the checkpoint is damaged.
-        ConfigError: If `out` is there already, the model cannot be loaded, or there is no adapter to merge.
+        ConfigError: If `out` is there already, the model cannot be loaded, there is no adapter to merge, or the hub
+            cannot be reached or refuses.
     """
     keep_inputs(source, config, Path.cwd())  # which nobody means to have replaced
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
+        repository = None if push is None else _repository(push)
         from stateset_lightning.cli.trained import load_trained
         from stateset_lightning.policy import resolve_model_name
         from stateset_lightning.policy.lora import write_adapter
@@ -86,6 +99,33 @@ def export(
         if is_composite(trained.model.config) and not trained.is_adapted:
             copy_processor(resolve_model_name(trained.policy.model_name), folder, revision=trained.policy.revision)
         (folder / "README.md").write_text(model_card(trained, Path(out).name), encoding="utf-8")
+    if repository is None:
+        return None
+    with _hub_errors(repository, f"{out} is complete: `hf upload {repository} {out}` tries again"):
+        from huggingface_hub import HfApi
+
+        said = f"Export by stateset-lightning {version('stateset-lightning')}"
+        options = {"commit_message": said, "delete_patterns": list(_OF_A_MODEL)}
+        return str(HfApi().upload_folder(repo_id=repository, folder_path=out, **options).repo_url)
+
+
+def _repository(name: str) -> str:
+    """The repository `owner/name`, which is made if there is none."""
+    from huggingface_hub import HfApi, get_token
+
+    log_in = "log in by `hf auth login`, or set HF_TOKEN, with a token that may write"
+    if get_token() is None:
+        raise ConfigError(f"--push {name}: no token of the Hugging Face hub is found: {log_in}")
+    with _hub_errors(name, f"check the name and the connection, and {log_in}"):
+        return HfApi().create_repo(name, private=True, exist_ok=True).repo_id
+
+
+@contextmanager
+def _hub_errors(name: str, say: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of huggingface_hub, of the library that it speaks HTTP with, or of Xet
+        raise ConfigError(f"--push {name}: {one_line(error) or type(error).__name__}; {say}") from error
 
 
 def model_card(trained: TrainedModel, title: str) -> str:
