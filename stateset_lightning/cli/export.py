@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from stateset_lightning.cli.arguments import Arguments, loading_options
 from stateset_lightning.cli.messages import class_name
-from stateset_lightning.errors import ConfigError, one_line
+from stateset_lightning.cli.push import made_repository, upload
+from stateset_lightning.errors import ConfigError
 from stateset_lightning.files import atomic_folder, keep_inputs
 
 if TYPE_CHECKING:
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from stateset_lightning.policy import LoadingOptions
 
 _log = logging.getLogger("stateset_lightning")
-
-# What an earlier model may have left in a repository, and would be loaded beside the new one, or in its place.
-_OF_A_MODEL = ["*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json", "chat_template*"]
 
 MERGE_ERROR = 0.05  # share of what an adapter adds, by norm, that rounding may change before it is announced
 
@@ -80,7 +77,7 @@ def export(
     """
     keep_inputs(source, config, Path.cwd())  # which nobody means to have replaced
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
-        repository = None if push is None else _repository(push)
+        repository = None if push is None else made_repository(push)
         from stateset_lightning.cli.trained import load_trained
         from stateset_lightning.policy import resolve_model_name
         from stateset_lightning.policy.lora import write_adapter
@@ -99,33 +96,7 @@ def export(
         if is_composite(trained.model.config) and not trained.is_adapted:
             copy_processor(resolve_model_name(trained.policy.model_name), folder, revision=trained.policy.revision)
         (folder / "README.md").write_text(model_card(trained, Path(out).name), encoding="utf-8")
-    if repository is None:
-        return None
-    with _hub_errors(repository, f"{out} is complete: `hf upload {repository} {out}` tries again"):
-        from huggingface_hub import HfApi
-
-        said = f"Export by stateset-lightning {version('stateset-lightning')}"
-        options = {"commit_message": said, "delete_patterns": list(_OF_A_MODEL)}
-        return str(HfApi().upload_folder(repo_id=repository, folder_path=out, **options).repo_url)
-
-
-def _repository(name: str) -> str:
-    """The repository `owner/name`, which is made if there is none."""
-    from huggingface_hub import HfApi, get_token
-
-    log_in = "log in by `hf auth login`, or set HF_TOKEN, with a token that may write"
-    if get_token() is None:
-        raise ConfigError(f"--push {name}: no token of the Hugging Face hub is found: {log_in}")
-    with _hub_errors(name, f"check the name and the connection, and {log_in}"):
-        return HfApi().create_repo(name, private=True, exist_ok=True).repo_id
-
-
-@contextmanager
-def _hub_errors(name: str, say: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # of huggingface_hub, of the library that it speaks HTTP with, or of Xet
-        raise ConfigError(f"--push {name}: {one_line(error) or type(error).__name__}; {say}") from error
+    return None if repository is None else upload(out, repository)
 
 
 def model_card(trained: TrainedModel, title: str) -> str:

@@ -171,9 +171,7 @@ def framed_model(folder):
     ],
     ids=["stop strings", "system prompt", "plain text", "special tokens", "adapter", "merged"],
 )
-def test_the_code_of_the_card_answers_as_the_evaluation_did(
-    tmp_path, monkeypatch, capsys, caplog, model, data, words
-):
+def test_the_code_of_the_card_answers_as_the_evaluation_did(tmp_path, monkeypatch, capsys, caplog, model, data, words):
     policy = model.get("policy", {"model_name": "tiny"})
     rollout = {"num_generations": 2, "max_new_tokens": 6, "temperature": 0.7, **model.get("rollout", {})}
     config = {**RUN_CONFIG, "model": {**RUN_CONFIG["model"], "policy": policy, "rollout": rollout}}
