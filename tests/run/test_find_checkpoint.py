@@ -16,7 +16,7 @@ from cli_runs import logged
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
-from module_runs import SCENARIOS, DigitReward, fit, make_data, make_module, make_trainer
+from module_runs import DigitReward, fit, make_data, make_module, make_trainer
 
 from stateset_lightning.cli.main import main
 from stateset_lightning.errors import CheckpointError, ConfigError
@@ -541,10 +541,10 @@ def test_what_the_first_machine_finds_is_sent_to_one_without_a_shared_disk(folde
 LORA = PolicyConfig("tiny", lora=LoRAConfig(rank=2))
 
 
-def evaluated(tmp_path, policy, command="validate", **options):
+def evaluated(tmp_path, policy, **options):
     """The metrics of an evaluation of `run.ckpt`, and the policy that it had."""
     trainer, module = make_trainer(tmp_path, limit_val_batches=1, **options), make_module(policy)
-    getattr(trainer, command)(module, datamodule=make_data(test=SCENARIOS[:4]), ckpt_path=tmp_path / "run.ckpt")
+    trainer.validate(module, datamodule=make_data(), ckpt_path=tmp_path / "run.ckpt", verbose=False)
     return dict(trainer.callback_metrics), module.policy_config
 
 
@@ -559,7 +559,6 @@ def test_an_evaluation_takes_adapter_and_dtype_from_the_checkpoint(tmp_path, mon
     assert (metrics, used) == evaluated(tmp_path, policy)
     (line,) = [text for text in caplog.messages if text.endswith("as in the checkpoint's run")]
     assert line.startswith("model.policy.")
-    assert evaluated(tmp_path, "tiny", "test")[1] == policy
 
 
 def test_what_the_user_gives_wins_over_the_checkpoint(tmp_path, monkeypatch):
