@@ -116,7 +116,7 @@ def _sampling_of(model: PreTrainedModel) -> RolloutConfig:
     stop = saved.get("stop_strings") or []
     options = {name: value for name in _SAMPLING if (value := saved.get(name)) not in (None, 0, -1)}
     options["stop"] = [stop] if isinstance(stop, str) else stop
-    check_saved("model.rollout", RolloutConfig, options)
+    check_saved("generation_config", RolloutConfig, options)
     return RolloutConfig(**options)
 
 

@@ -202,6 +202,12 @@ def test_the_code_of_the_card_answers_as_the_evaluation_did(tmp_path, monkeypatc
         assert answers(tmp_path, capsys, monkeypatch, *told, prompts=prompts[:18]) == kit[:18]
 
 
+def test_the_code_of_the_card_computes_as_training_sampled(run):
+    trained = load_trained(str(run / CHECKPOINT))
+    half = dataclasses.replace(trained, config={**trained.config, "trainer": {"precision": "bf16-mixed"}})
+    assert "from_pretrained(\".\", dtype='bfloat16')" in export_module.model_card(half, "out")
+
+
 def test_samples_are_counted_and_repeatable(run, capsys):
     words = ["generate", "--ckpt_path", str(run / CHECKPOINT), "--prompt", "What is 3 + 4?", "--device", "cpu"]
     said = []
