@@ -147,7 +147,7 @@ def test_a_config_beside_a_checkpoint_has_nothing_imported_and_writes_no_code_in
     assert card.count("```python\n") == 1
     compile(python := card.split("```python\n")[1].split("\n```")[0], "card", "exec")
     assert not any(line.lstrip().startswith(code) for line in python.splitlines())
-    assert f"**{{{f'a={code}, b'!r}: 1}}" in python
+    assert f"options |= {{{f'a={code}, b'!r}: 1}}" in python
 
 
 @pytest.mark.usefixtures("here")

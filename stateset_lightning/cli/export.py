@@ -1,4 +1,4 @@
-"""`stateset-lightning export`: a checkpoint -> a plain Hugging Face folder with a model card."""
+"""`stateset-lightning export`: a checkpoint -> a plain Hugging Face folder with a model card, here and on the hub."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from stateset_lightning.cli.arguments import Arguments, loading_options
 from stateset_lightning.cli.messages import class_name
+from stateset_lightning.cli.push import made_repository, upload
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.files import atomic_folder, keep_inputs
 
@@ -34,11 +35,12 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("out", metavar="OUT", help="the folder to write")
     parser.add_argument("--merge", action="store_true", help="add the run's adapter into the model, for a whole one")
     parser.add_argument("--overwrite", action="store_true", help="take the place of a folder that is there")
+    parser.add_argument("--push", metavar="REPO", help="upload it, too: owner/name on the hub; a new one is private")
     parser.add_loading_options()
     given = parser.parse_args(words)
-    loading = loading_options(given)
-    export(given.ckpt, given.out, config=given.config, overwrite=given.overwrite, merge=given.merge, loading=loading)
-    print(f"exported: {given.out}")
+    own = {name: getattr(given, name) for name in ("config", "overwrite", "merge", "push")}
+    pushed = export(given.ckpt, given.out, loading=loading_options(given), **own)
+    print(f"exported: {given.out}" + (f", {pushed}" if pushed else ""))
 
 
 def export(
@@ -48,8 +50,9 @@ def export(
     config: str | None = None,
     overwrite: bool = False,
     merge: bool = False,
+    push: str | None = None,
     loading: LoadingOptions | None = None,
-) -> None:
+) -> str | None:
     """Writes model (safetensors), tokenizer, generation config and model card to `out`, which is whole or absent.
 
     Of a model with an adapter, the adapter alone is written, as peft loads it, unless it is merged.
@@ -60,14 +63,21 @@ def export(
         config: The run's resolved config; by default the one in the run's folder.
         overwrite: Whether `out` may replace a folder with files in it.
         merge: Add the adapter into the model.
+        push: A repository of the Hugging Face hub that gets the folder, too, with the token that the user is logged in
+            by. It is made before anything is loaded, and private unless it is there already.
         loading: What only the user decides; a checkpoint's own are not used.
+
+    Returns:
+        The address of what was pushed.
 
     Raises:
         CheckpointError: If the checkpoint is damaged.
-        ConfigError: If `out` is there already, the model cannot be loaded, or there is no adapter to merge.
+        ConfigError: If `out` is there already, the model cannot be loaded, there is no adapter to merge, or the hub
+            cannot be reached or refuses.
     """
     keep_inputs(source, config, Path.cwd())  # which nobody means to have replaced
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
+        repository = None if push is None else made_repository(push)
         from stateset_lightning.cli.trained import load_trained
         from stateset_lightning.policy import resolve_model_name
         from stateset_lightning.policy.lora import write_adapter
@@ -86,6 +96,7 @@ def export(
         if is_composite(trained.model.config) and not trained.is_adapted:
             copy_processor(resolve_model_name(trained.policy.model_name), folder, revision=trained.policy.revision)
         (folder / "README.md").write_text(model_card(trained, Path(out).name), encoding="utf-8")
+    return None if repository is None else upload(out, repository)
 
 
 def model_card(trained: TrainedModel, title: str) -> str:
@@ -94,7 +105,7 @@ def model_card(trained: TrainedModel, title: str) -> str:
 
     # Foreign files say much of this: no value ends its line.
     environment = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=_one_line)
-    environment.filters |= {"repr": repr, "class_name": class_name}
+    environment.filters |= {"repr": _literal, "class_name": class_name}
     template = environment.from_string(files(__package__).joinpath("model_card.md").read_text(encoding="utf-8"))
     libraries = (f"{name} {version(name)}" for name in ("stateset-lightning", "lightning", "transformers", "torch"))
     return template.render(title=title, trained=trained, encoder=trained.encoder(), versions=", ".join(libraries))
@@ -102,6 +113,11 @@ def model_card(trained: TrainedModel, title: str) -> str:
 
 def _one_line(value: object) -> str:
     return "".join(character if character.isprintable() else " " for character in str(value))
+
+
+def _literal(value: object) -> str:
+    """A value as code has it; no backticks in it end the block of code."""
+    return repr(value).replace("```", r"\x60\x60\x60")
 
 
 def _merge(trained: TrainedModel) -> None:

@@ -7,7 +7,7 @@ usage: stateset-lightning {fit,validate,test,predict} --config FILE [--config OV
   test       greedy answers to data.test, scored
   predict    greedy answers to data.predict, written as JSON lines
   generate   try a checkpoint on a prompt: generate --ckpt_path CKPT [--prompt TEXT]
-  export     a plain Hugging Face folder with a model card: export CKPT OUT [--merge]
+  export     a plain Hugging Face folder with a model card: export CKPT OUT [--merge] [--push REPO]
   report     one HTML page about a run: report RUN [-o FILE]
   convert    the guide's YAML to a config: convert GUIDE [-o FILE]
   doctor     before a long run: data, one reward, memory and time, contradictions: doctor --config FILE

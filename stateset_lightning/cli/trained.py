@@ -20,6 +20,7 @@ from stateset_lightning.policy.config import LoadingOptions, PolicyConfig, check
 from stateset_lightning.policy.lora import config_from_plain, inject, is_adapted
 from stateset_lightning.policy.lora_state import base_digest, check_base
 from stateset_lightning.rollout import RolloutConfig
+from stateset_lightning.rollout.sampling import StopStrings
 from stateset_lightning.run.checkpoint_io import check_weights, newest_checkpoints, read_checkpoint
 from stateset_lightning.run.find_checkpoint import find_among
 from stateset_lightning.run.folder import CHECKPOINTS, CONFIGS
@@ -27,6 +28,7 @@ from stateset_lightning.run.folder import CHECKPOINTS, CONFIGS
 _log = logging.getLogger("stateset_lightning")
 
 _WEIGHTS = "policy.model."
+_SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")  # so called in a generation config, too
 _PROMPT_OPTIONS = ("system_prompt", "use_chat_template", "chat_template_kwargs", "parse_special_tokens")
 
 
@@ -53,13 +55,17 @@ class TrainedModel:
         return is_adapted(self.model)
 
     def generation_config(self) -> GenerationConfig:
-        """Greedy, and ended by all tokens that ended a completion in training.
+        """Samples as training did, and ends with all tokens and strings that ended a completion there.
 
-        The base's own penalties and temperature are not in it: they were no part of training.
+        The base's own penalties are not in it: they were no part of training. Greedy answers, as in an evaluation, are
+        asked for by `do_sample=False`: transformers saves no temperature in a greedy config.
         """
-        tokens = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
-        tokens["eos_token_id"] = sorted(end_of_sequence_ids(self.model, self.tokenizer))
-        return GenerationConfig(do_sample=False, max_new_tokens=self.rollout.max_new_tokens, **tokens)
+        stop = StopStrings(self.rollout.stop, self.tokenizer, end_of_sequence_ids(self.model, self.tokenizer))
+        options = {name: getattr(self.rollout, name) for name in _SAMPLING}
+        options["top_k"] = options["top_k"] or 0  # None: transformers would take 50
+        options |= {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
+        ends = {"eos_token_id": sorted(stop.ends), "stop_strings": stop.strings or None}
+        return GenerationConfig(do_sample=True, **options, **ends)
 
     def encoder(self, system_prompt: str | None = None) -> PromptEncoder:
         """Makes prompts as in training, with another system prompt if one is given."""
@@ -75,7 +81,8 @@ def load_trained(source: str, config: str | None = None, loading: LoadingOptions
 
     Args:
         source: A checkpoint file, `last` or `best` of the runs below `runs`, a folder of checkpoints for the newest, a
-            folder that `save_pretrained` wrote, or a Hugging Face id.
+            folder that `save_pretrained` wrote, or a Hugging Face id. Without a run, the model's generation config says
+            how it is sampled.
         config: The run's resolved config; by default the one in the run's folder. It says how prompts are made, and
             nothing of the model.
         loading: What only the user decides; a checkpoint's own are not used.
@@ -92,7 +99,7 @@ def load_trained(source: str, config: str | None = None, loading: LoadingOptions
         policy = PolicyConfig(source, **vars(loading))
         tokenizer = load_tokenizer(policy)
         model = load_model(policy, tokenizer=tokenizer)
-        return TrainedModel(source, policy, model, tokenizer, RolloutConfig(), config=given)
+        return TrainedModel(source, policy, model, tokenizer, _sampling_of(model), config=given)
     checkpoint = read_checkpoint(file, check_sums=True, map_location="cpu")
     weights, saved = checkpoint.pop("state_dict"), checkpoint["hyper_parameters"]
     policy = PolicyConfig.from_checkpoint(saved["policy"], loading)
@@ -101,6 +108,16 @@ def load_trained(source: str, config: str | None = None, loading: LoadingOptions
     model, seed = _load(source, policy, weights, checkpoint["stateset"]), checkpoint["stateset"]["seed"]
     found = given or _config_of_run(file, checkpoint)
     return TrainedModel(source, policy, model, load_tokenizer(policy), rollout, seed, found, checkpoint)
+
+
+def _sampling_of(model: PreTrainedModel) -> RolloutConfig:
+    """How a model is sampled by its generation config; what that leaves out, or switches off, is our default."""
+    saved = model.generation_config.to_dict() if model.generation_config else {}
+    stop = saved.get("stop_strings") or []
+    options = {name: value for name in _SAMPLING if (value := saved.get(name)) not in (None, 0, -1)}
+    options["stop"] = [stop] if isinstance(stop, str) else stop
+    check_saved("generation_config", RolloutConfig, options)
+    return RolloutConfig(**options)
 
 
 def _checkpoint_of(source: str) -> Path | None:

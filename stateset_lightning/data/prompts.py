@@ -231,7 +231,7 @@ class PromptEncoder:
                     whole = text + mark_control_tokens(prefill, self._special_pattern)
                     tokens[i] = self._tokenize_as_text(whole, marked, key)
         else:
-            first, appends_eos = self._added
+            first, appends_eos = self.added
             # The model would take the end of the prompt for the end of its answer.
             tokens = [prompt[:-1] for prompt in tokens] if appends_eos else tokens
             # Markup may begin with what the tokenizer puts before every text (BOS): once is enough.
@@ -249,7 +249,7 @@ class PromptEncoder:
         return [int(i) for i in ids]
 
     @cached_property
-    def _added(self) -> tuple[list[int], bool]:
+    def added(self) -> tuple[list[int], bool]:
         """Tokens that the tokenizer puts before every text, and whether it puts an end of sequence behind it."""
         eos = self.tokenizer.eos_token_id
         ids: list[int] = self.tokenizer("a")["input_ids"]

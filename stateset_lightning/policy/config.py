@@ -5,8 +5,8 @@ the bounds in `Annotated[...]` without a word (test_cli.py).
 """
 
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -152,6 +152,24 @@ class PolicyConfig(LoadingOptions):
         options = {"model_name": None, **{name: value for name, value in saved.items() if name not in users}}
         check_saved("model.policy", cls, options)
         return cls(**options, **users)
+
+    def completed(self, saved: Mapping[str, Any], names: Sequence[str]) -> "PolicyConfig":
+        """This policy with what it leaves open as in a checkpoint's run, which is announced.
+
+        Args:
+            saved: `hyper_parameters.policy` of the checkpoint; anybody may have written it. An adapter is taken from
+                here only where it is a folder: nothing is fetched at a checkpoint's word.
+            names: The options that may be taken.
+
+        Raises:
+            CheckpointError: If the value of one cannot be used.
+        """
+        open_ones = [name for name in names if getattr(self, name) is None and saved.get(name) is not None]
+        taken = {name: saved[name] for name in open_ones if name != "adapter" or Path(str(saved[name])).is_dir()}
+        check_saved("model.policy", type(self), taken)
+        for name, value in taken.items():
+            _log.info("model.policy.%s=%s, as in the checkpoint's run", name, value)
+        return replace(self, **taken)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

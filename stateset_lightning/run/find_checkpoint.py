@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,12 +103,26 @@ def find_among(places: Sequence[tuple[str, str]], ckpt_path: str) -> str:
 
 
 def found_by_trainer(trainer: Trainer, ckpt_path: str) -> str | None:
-    """The checkpoint of a fit, validate, test or predict, as the command line finds it."""
+    """The checkpoint of a fit, validate, test or predict, as the command line finds it.
+
+    An evaluation takes from it what the policy leaves open of its adapter and, at the default precision, of its dtype.
+    """
     if trainer.state.fn == "fit":
         return continue_run(trainer, ckpt_path, announce=not Path(ckpt_path).is_file())  # else Lightning names it
     # An evaluation has a folder of its own, and keeps no best checkpoints.
     warnings.filterwarnings("ignore", "The dirpath has changed from")
-    return _agreed(trainer, lambda: find_checkpoint(trainer, ckpt_path))
+
+    def find() -> tuple[str, Any]:
+        path = find_checkpoint(trainer, ckpt_path)
+        content = read_checkpoint(Path(path)) if Path(path).is_file() else {}
+        return path, content.get("hyper_parameters", {}).get("policy")
+
+    path, saved = _agreed(trainer, find)
+    module: Any = trainer.lightning_module
+    if module.policy is None and isinstance(saved, Mapping):
+        names = ["lora", "adapter", *(["dtype"] if trainer.precision == "32-true" else [])]
+        module.policy_config = module.policy_config.completed(saved, names)
+    return path
 
 
 def _agreed(trainer: Trainer, find: Callable[[], T]) -> T:

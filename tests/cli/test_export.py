@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from cli_runs import RUN_CONFIG, start_in
+from tokenizers.processors import TemplateProcessing
 
 from stateset_lightning.cli import export as export_module
 from stateset_lightning.cli.export import export
@@ -93,7 +95,7 @@ def test_transformers_gives_the_same_greedy_completions(run, capsys, monkeypatch
         inputs = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-        output = model.generate(**inputs)  # greedy and as long as in training without being told
+        output = model.generate(**inputs, do_sample=False)  # as long as in training without being told
         theirs.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
     assert theirs == ours
     assert len(set(ours)) > 1
@@ -101,7 +103,7 @@ def test_transformers_gives_the_same_greedy_completions(run, capsys, monkeypatch
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, saved[f"policy.model.{name}"])
     # The folder is a model like any other, too, but knows no system prompt.
-    told = ["--system_prompt", "Only the number.", "--max_new_tokens", "4"]
+    told = ["--system_prompt", "Only the number."]
     assert answers(run, capsys, monkeypatch, "--ckpt_path", str(run / "out"), *told) == ours
 
 
@@ -136,6 +138,74 @@ def test_the_card_tells_task_rewards_and_metrics_and_its_code_runs(run, capsys, 
     monkeypatch.chdir(run / "out")
     exec(code, {})
     assert capsys.readouterr().out == ours + "\n"
+
+
+FENCE = "```"  # which must not end the code in the card
+LORA = {"policy": {"model_name": "tiny", "lora": {"rank": 2}}, "rollout": {"stop": ["1", "22"]}}
+FRAMED = {"policy": {"model_name": "framed"}, "rollout": {"stop": ["=1", "7"]}}
+PLAIN = {"use_chat_template": False, "prompt_template": "{{ prompt }} ="}
+MARKED = {"use_chat_template": False, "prompt_template": "<|user|>{{ prompt }}<|end|><|assistant|>"}
+
+
+def framed_model(folder):
+    """The bundled model, with a tokenizer that puts a token before every text, and one that ends it behind."""
+    from stateset_lightning.policy import PolicyConfig, load_model, load_tokenizer
+
+    load_model(PolicyConfig("tiny")).save_pretrained(folder)
+    tokenizer = load_tokenizer(PolicyConfig("tiny"))
+    tokenizer.bos_token = "<|user|>"
+    frame = TemplateProcessing(single="<|user|> $A <|end|>", special_tokens=[("<|user|>", 3), ("<|end|>", 1)])
+    tokenizer.backend_tokenizer.post_processor = frame
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("model", "data"),
+    [
+        ({"rollout": {"stop": ["4", "12", "|>2"]}}, {}),
+        ({}, {"system_prompt": FENCE, "chat_template_kwargs": {"a": FENCE}}),
+        (FRAMED, PLAIN),
+        (FRAMED, {**MARKED, "parse_special_tokens": True}),
+        (LORA, {"system_prompt": "Add."}),
+    ],
+    ids=["stop strings", "system prompt", "plain text", "special tokens", "adapter"],
+)
+def test_the_code_of_the_card_answers_as_the_evaluation_did(tmp_path, monkeypatch, capsys, caplog, model, data):
+    policy = model.get("policy", {"model_name": "tiny"})
+    rollout = {"num_generations": 2, "max_new_tokens": 6, "temperature": 0.7, **model.get("rollout", {})}
+    config = {**RUN_CONFIG, "model": {**RUN_CONFIG["model"], "policy": policy, "rollout": rollout}}
+    config["trainer"] = {**RUN_CONFIG["trainer"], "max_steps": 1, "val_check_interval": 1}
+    config["data"] = {**RUN_CONFIG["data"], **data}
+    start_in(tmp_path, monkeypatch, config, 18)
+    with open("rows.jsonl", "a") as file:
+        file.writelines(json.dumps({"prompt": f"<|{word}|> 12?", "target": "2"}) + "\n" for word in ("user", "end"))
+    if policy["model_name"] == "framed":
+        framed_model("framed")
+    main(["fit", "--config", "config.yaml", f"--model.optimizer.lr={0.03 if 'lora' in policy else 1e-4}"])
+    samples = map(json.loads, Path("runs/r/version_0/samples.jsonl").read_text().splitlines())
+    kit = [sample["completion"] for sample in samples if sample["split"] == "validation"]
+    assert len(set(kit)) > 5
+    template = data.get("prompt_template", "{{ prompt }}")
+    rows = map(json.loads, Path("rows.jsonl").read_text().splitlines())
+    prompts = [template.replace("{{ prompt }}", row["prompt"]) for row in rows]
+    assert len(prompts) == len(kit) == 20
+    for words in ([], ["--merge"]) if "lora" in policy else ([],):
+        main(["export", "last", "out", "--overwrite", *words])
+        (code,) = re.findall(r"```python\n(.*?)```", Path("out/README.md").read_text(), flags=re.DOTALL)
+        with monkeypatch.context() as patch:
+            patch.chdir("out")
+            exec(code, card := {})
+            assert [card["answer"](prompt) for prompt in prompts] == kit
+    assert [record for record in caplog.records if record.name.startswith("transformers")] == []
+    if "stop" in model.get("rollout", {}) and policy["model_name"] == "tiny":  # the folder is a model like any other
+        told = ["--ckpt_path", "out", "--config", "runs/r/version_0/config.yaml"]
+        assert answers(tmp_path, capsys, monkeypatch, *told, prompts=prompts[:18]) == kit[:18]
+
+
+def test_the_code_of_the_card_computes_as_training_sampled(run):
+    trained = load_trained(str(run / CHECKPOINT))
+    half = dataclasses.replace(trained, config={**trained.config, "trainer": {"precision": "bf16-mixed"}})
+    assert "from_pretrained(\".\", dtype='bfloat16')" in export_module.model_card(half, "out")
 
 
 def test_samples_are_counted_and_repeatable(run, capsys):

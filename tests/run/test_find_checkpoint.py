@@ -20,6 +20,7 @@ from module_runs import DigitReward, fit, make_data, make_module, make_trainer
 
 from stateset_lightning.cli.main import main
 from stateset_lightning.errors import CheckpointError, ConfigError
+from stateset_lightning.policy import LoRAConfig, Policy, PolicyConfig, load_model, save_adapter
 from stateset_lightning.run.checkpoint_io import AtomicCheckpointIO
 from stateset_lightning.run.find_checkpoint import continue_run, find_among, find_checkpoint
 from stateset_lightning.run.folder import run_folder
@@ -535,3 +536,43 @@ def test_what_the_first_machine_finds_is_sent_to_one_without_a_shared_disk(folde
     codes, said = run_on_two_machines(folder, *words, "--ckpt_path=best")
     assert codes == [2, 2], said
     assert all("knows no best checkpoint" in each for each in said)
+
+
+LORA = PolicyConfig("tiny", lora=LoRAConfig(rank=2))
+
+
+def evaluated(tmp_path, policy, **options):
+    """The metrics of an evaluation of `run.ckpt`, and the policy that it had."""
+    trainer, module = make_trainer(tmp_path, limit_val_batches=1, **options), make_module(policy)
+    trainer.validate(module, datamodule=make_data(), ckpt_path=tmp_path / "run.ckpt", verbose=False)
+    return dict(trainer.callback_metrics), module.policy_config
+
+
+@pytest.mark.parametrize("policy", [LORA, PolicyConfig("tiny", dtype="bfloat16"), PolicyConfig("tiny", adapter="a")])
+def test_an_evaluation_takes_adapter_and_dtype_from_the_checkpoint(tmp_path, monkeypatch, caplog, policy):
+    monkeypatch.chdir(tmp_path)
+    save_adapter(Policy(load_model(LORA), LORA), "a")
+    fit(tmp_path, make_module(policy), max_steps=1).save_checkpoint(tmp_path / "run.ckpt")
+    with caplog.at_level(logging.INFO, logger="stateset_lightning"):
+        metrics, used = evaluated(tmp_path, PolicyConfig("tiny"))
+    assert used == policy
+    assert (metrics, used) == evaluated(tmp_path, policy)
+    (line,) = [text for text in caplog.messages if text.endswith("as in the checkpoint's run")]
+    assert line.startswith("model.policy.")
+
+
+def test_what_the_user_gives_wins_over_the_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    half = PolicyConfig("tiny", dtype="bfloat16")
+    fit(tmp_path, make_module(half), max_steps=1).save_checkpoint(tmp_path / "run.ckpt")
+    assert evaluated(tmp_path, PolicyConfig("tiny", dtype="float32"))[1].dtype == "float32"
+    assert evaluated(tmp_path, "tiny", precision="bf16-mixed")[1].dtype is None
+    fit(tmp_path, make_module(LORA), max_steps=1).save_checkpoint(tmp_path / "run.ckpt")
+    with pytest.raises(ConfigError, match="r=4 differs from 2 of the checkpoint's adapter"):
+        evaluated(tmp_path, PolicyConfig("tiny", lora=LoRAConfig(rank=4)))
+    content = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    content["hyper_parameters"]["policy"]["adapter"] = "somebody/adapter"  # which would be fetched
+    content["hyper_parameters"]["policy"]["lora"]["rank"] = "a"
+    torch.save(content, tmp_path / "run.ckpt")
+    with pytest.raises(CheckpointError, match=r"model.policy.lora=.* cannot be used"):
+        evaluated(tmp_path, "tiny")

@@ -1,0 +1,53 @@
+"""A folder -> a repository of models on the Hugging Face hub, with the token that the user is logged in by."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+from stateset_lightning.errors import ConfigError, one_line
+
+# What an earlier model may have left in a repository: it would be loaded beside the new one, or in its place.
+_OF_A_MODEL = ["*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json", "chat_template*"]
+_LOG_IN = "log in by `hf auth login`, or set HF_TOKEN, with a token that may write"
+
+
+def made_repository(name: str) -> str:
+    """The repository `owner/name`; where there is none, a private one is made.
+
+    Raises:
+        ConfigError: If the user is not logged in, or the hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    if get_token() is None:
+        raise ConfigError(f"--push {name}: no token of the Hugging Face hub is found: {_LOG_IN}")
+    with _hub_errors(name, f"check the name and the connection, and {_LOG_IN}"):
+        return str(HfApi().create_repo(name, private=True, exist_ok=True).repo_id)
+
+
+def upload(folder: str | Path, repository: str) -> str:
+    """Uploads a folder, in place of the model that the repository holds; its other files stay.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        ConfigError: If the hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+
+    said = f"Export by stateset-lightning {version('stateset-lightning')}"
+    with _hub_errors(repository, f"{folder} is complete: `hf upload {repository} {folder}` tries again"):
+        done = HfApi().upload_folder(
+            repo_id=repository, folder_path=folder, commit_message=said, delete_patterns=_OF_A_MODEL
+        )
+        return str(done.repo_url)
+
+
+@contextmanager
+def _hub_errors(name: str, say: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of huggingface_hub, of the library that it speaks HTTP with, or of Xet
+        raise ConfigError(f"--push {name}: {one_line(error) or type(error).__name__}; {say}") from error
