@@ -17,14 +17,16 @@ from stateset_lightning.algorithm.presets import (
     KLCov,
     MaxRL,
     PassK,
+    ReinforcePlusPlus,
     ReinforcePlusPlusBaseline,
     ReMax,
     TopEntropy,
 )
-from stateset_lightning.algorithm.sequence_presets import DRO, GMPO, GSPO, LUSPO, GSPOToken
+from stateset_lightning.algorithm.sequence_presets import DRO, GMPO, GSPO, LUSPO, VESPO, GSPOToken
 from stateset_lightning.algorithm.terms import KL, AdaptiveEntropy, Mismatch
 from stateset_lightning.types import TokenBatch
 
 __all__ = ["BNPO", "CISPO", "DAPO", "DPPO", "DRO", "AdaptiveEntropy", "Algorithm", "ClipCov", "Clipped", "DrGRPO"]
 __all__ += ["GDPO", "GMPO", "GRPO", "GSPO", "KL", "LUSPO", "OPO", "GSPOToken", "KLCov", "MaxRL", "Mismatch", "PassK"]
-__all__ += ["RLOO", "SAPO", "ReMax", "ReinforcePlusPlusBaseline", "TokenBatch", "TopEntropy", "fixed"]
+__all__ += ["RLOO", "SAPO", "VESPO", "ReMax", "ReinforcePlusPlus", "ReinforcePlusPlusBaseline", "TokenBatch"]
+__all__ += ["TopEntropy", "fixed"]

@@ -123,7 +123,8 @@ class Algorithm(Formulas):
             log-probs have fallen by more than this on average since they were sampled (DeepSeek-V3.2,
             arXiv:2512.02556); None for never.
         scale: What centred rewards are divided by: the standard deviation of the group, that of the whole batch, or
-            nothing.
+            nothing. `leave_one_out` takes mean and deviation of the group's other completions.
+        advantage_clip: Advantages are held within plus and minus this (ROLL has 2); None for no bound.
         aggregation: How per-token losses are averaged; see `stateset_lightning.algorithm.aggregation`.
         constant_length: Divisor of aggregation "constant_length"; None for the rollout's `max_new_tokens`.
         mask_truncated: Leave completions that were cut at `max_new_tokens` out of the loss (and out of its normaliser).
@@ -137,6 +138,7 @@ class Algorithm(Formulas):
     mismatch: Mismatch | None = None
     off_policy_threshold: Annotated[float, Gt(0)] | None = None
     scale: Scale = "group"
+    advantage_clip: Annotated[float, Gt(0)] | None = None
     aggregation: Aggregation = "sequence_mean"
     constant_length: Annotated[int, Ge(1)] | None = None
     mask_truncated: bool = False
@@ -159,7 +161,7 @@ class Algorithm(Formulas):
                 self.why_no_kl_in_reward and self.kl.place == "reward"
             ),
             f"mismatch.kind={kind!r} weighs single tokens, and {name}'s ratio is of whole completions: choose"
-            " sequence_tis or sequence_mask": self.weighs_completions and kind in ("token_tis", "icepop"),
+            " sequence_tis, sequence_mask or product_mask": self.weighs_completions and kind in ("token_tis", "icepop"),
         }
         for problem in (problem for problem, is_there in problems.items() if is_there):
             raise ConfigError(f"model.algorithm.{problem}")
@@ -175,6 +177,13 @@ class Algorithm(Formulas):
             log.info(said, self.mismatch)
         if self.aggregation == "constant_length" and self.constant_length is None:
             self.constant_length = max_new_tokens
+
+    def advantages(
+        self, scores_PGF: Tensor, weights_F: Tensor, lengths_PG: Tensor | None = None, baseline_PF: Tensor | None = None
+    ) -> Tensor:
+        advantages_PG = super().advantages(scores_PGF, weights_F, lengths_PG, baseline_PF)
+        bound = self.advantage_clip
+        return advantages_PG if bound is None else advantages_PG.clamp(-bound, bound)
 
     # What the training side has to provide
 
@@ -244,12 +253,11 @@ class Algorithm(Formulas):
 
     def _corrected(self, loss_T: Tensor, tokens: TokenBatch, metrics: Metrics) -> Tensor:
         """The loss times the mismatch weights."""
-        if tokens.sampling_logprobs_T is not None:
-            metrics |= terms.mismatch_metrics(tokens.old_logprobs_T, tokens.sampling_logprobs_T)
+        metrics |= terms.mismatch_metrics(tokens)
         if self.mismatch is None or self.mismatch.kind == "none":
             return loss_T
-        sampling_T = needed(tokens, "sampling_logprobs_T", "mismatch")
-        weights_T = terms.mismatch_weights(tokens.old_logprobs_T, sampling_T, tokens.lengths_N, self.mismatch)
+        needed(tokens, "sampling_logprobs_T", "mismatch")
+        weights_T = terms.mismatch_weights(tokens, self.mismatch)
         metrics["mismatch/masked"] = ((weights_T == 0).sum(), weights_T.numel())
         return weights_T.to(loss_T.dtype) * loss_T
 

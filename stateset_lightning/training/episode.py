@@ -83,16 +83,16 @@ class Episode:
 
     def micro_batch(self, micro_step: int) -> MicroBatch:
         """The completions of a micro-step of a pass that need training; none, perhaps."""
-        return self._select((self.micro_step_N == micro_step) & self.active_N)
+        return self.batch_of((self.micro_step_N == micro_step) & self.active_N)
 
     def active_batch(self) -> MicroBatch:
-        """All completions that need training: what old and reference log-probs are computed for."""
-        return self._select(self.active_N)
+        """All completions that need training."""
+        return self.batch_of(self.active_N)
 
-    def scatter(self, values: Tensor) -> Tensor:
-        """Values of the active completions' sampled tokens -> [T], zero for the others."""
+    def scatter(self, values: Tensor, rows_N: Tensor | None = None) -> Tensor:
+        """Values of the sampled tokens of these completions, the active ones unless given, -> [T]; zero elsewhere."""
         all_T = torch.zeros(len(self.completion_tokens_T), dtype=values.dtype)
-        all_T[self.sampled_tokens_of(self.active_N)] = values.cpu()
+        all_T[self.sampled_tokens_of(self.active_N if rows_N is None else rows_N)] = values.cpu()
         return all_T
 
     def sampled_tokens_of(self, rows_N: Tensor) -> Tensor:
@@ -104,7 +104,8 @@ class Episode:
         """The arguments that make it."""
         return {**vars(self)}
 
-    def _select(self, rows_N: Tensor) -> MicroBatch:
+    def batch_of(self, rows_N: Tensor) -> MicroBatch:
+        """These completions."""
         lengths, rows = self.lengths_N.tolist(), rows_N.nonzero().flatten().tolist()
         sampled = None if self.sampled_T is None else self.sampled_T.split(lengths)
         tokens_T = self.sampled_tokens_of(rows_N)

@@ -53,6 +53,8 @@ An optimizer step
     policy/kl_coefficient               coefficient of the KL term, where it adapts
     policy/entropy_coefficient          coefficient of the entropy bonus, where it adapts
     mismatch/kl                         KL of the sampler from the trainer per token, nats
+    mismatch/weight                     mean weight trainer over sampler
+    mismatch/unknown                    share of tokens whose log-prob by the sampler is no finite number
     mismatch/ess                        effective sample size of the weights trainer over sampler, as a share
     mismatch/masked                     share of tokens that the correction leaves out
     lr                                  learning rate of the first parameter group
@@ -179,6 +181,8 @@ class RunMetrics:
     def end_step(self, ranks: Ranks) -> dict[str, float]:
         """One row for the loggers: the optimizer step's own metrics and, the first time, its episode's."""
         self._of_step = self.step.means(ranks)
+        if "mismatch/ess" in self._of_step:  # sum(w) / sum(w^2) so far; never above 1 but for rounding
+            self._of_step["mismatch/ess"] = min(self._of_step["mismatch/ess"] * self._of_step["mismatch/weight"], 1.0)
         row = {**self._unlogged, **self._of_step}
         self._unlogged = {}
         return row
@@ -314,10 +318,11 @@ def _mean(values: Tensor) -> tuple[Tensor, int]:
 
 def of_tokens(logprobs_T: Tensor, sampling_logprobs_T: Tensor, entropies_T: Tensor) -> Metrics:
     """What a micro-batch says of the policy, beside what its loss counts."""
-    difference_T = (logprobs_T - sampling_logprobs_T).abs()
+    known_T = sampling_logprobs_T.isfinite()
+    difference_T = (logprobs_T - sampling_logprobs_T).abs().where(known_T, 0.0)
     return {
         "policy/entropy": (entropies_T.sum(), entropies_T.numel()),
-        "policy/sampling_difference": (difference_T.sum(), difference_T.numel()),
+        "policy/sampling_difference": (difference_T.sum(), known_T.sum()),
     }
 
 

@@ -64,7 +64,12 @@ def select(ranks: Ranks, steps: int) -> tuple[list[Any], list[tuple[TokenBatch, 
     return list(zip(tokens, chosen_T.tolist(), strict=True)), algorithm.shown
 
 
-def test_a_selection_sees_what_trains_in_order_once_per_optimizer_step() -> None:
+def test_a_selection_sees_all_that_counts_in_order_once_per_optimizer_step() -> None:
+    (whole, _), *others = select(Ranks(), steps=1)[1]
+    assert not others
+    # The constant group does not train, and counts all the same; the dropped one does not.
+    assert whole.lengths_N.tolist() == [1, 2, 3, 1, 2, 2]
+    assert whole.advantages_N.sign().tolist() == [1, -1, 1, -1, 0, 0]
     chosen, shown = select(Ranks(), steps=2)
     ((tokens, seed),) = shown  # the second step has nothing to train
     assert tokens.entropies_T is not None
