@@ -122,6 +122,8 @@ class Algorithm(Formulas):
         off_policy_threshold: Leave a completion with a negative advantage out of the policy loss when its tokens'
             log-probs have fallen by more than this on average since they were sampled (DeepSeek-V3.2,
             arXiv:2512.02556); None for never.
+        positive_coefficient: Coefficient of the mean negative log-likelihood of right completions, those with a total
+            reward above 0, aggregated as the loss is (VAPO, arXiv:2504.05118: 0.1, over tokens). 0 for none.
         scale: What centred rewards are divided by: the standard deviation of the group, that of the whole batch, or
             nothing. `leave_one_out` takes mean and deviation of the group's other completions.
         advantage_clip: Advantages are held within plus and minus this (ROLL has 2); None for no bound.
@@ -137,6 +139,7 @@ class Algorithm(Formulas):
     top_entropy: Annotated[float, Gt(0), Lt(1)] | None = None
     mismatch: Mismatch | None = None
     off_policy_threshold: Annotated[float, Gt(0)] | None = None
+    positive_coefficient: Annotated[float, Ge(0)] = 0.0
     scale: Scale = "group"
     advantage_clip: Annotated[float, Gt(0)] | None = None
     aggregation: Aggregation = "sequence_mean"
@@ -205,7 +208,8 @@ class Algorithm(Formulas):
     @property
     def trains_on_zero_advantage(self) -> bool:
         """Whether completions with an advantage of zero train too, by a term of the loss that does not depend on it."""
-        return (self.beta > 0 and self.kl.place == "loss") or self._has_entropy_bonus
+        has_kl = self.beta > 0 and self.kl.place == "loss"
+        return has_kl or self._has_entropy_bonus or self.positive_coefficient > 0
 
     @property
     def _has_entropy_bonus(self) -> bool:
@@ -233,7 +237,7 @@ class Algorithm(Formulas):
         """Loss of each token, [T], and metrics as (sum, count). Not yet weighted: see `token_weights`.
 
         The policy loss, less what selection and off-policy mask leave out, times the mismatch weights; plus the KL
-        term, minus the entropy bonus. The last two act on every token.
+        term, minus the entropy bonus and the log-likelihood of right completions. The last three act on every token.
         """
         loss_T, metrics = self.policy_loss(tokens)
         if self.top_entropy is not None:
@@ -249,6 +253,10 @@ class Algorithm(Formulas):
             entropies_T = needed(tokens, "entropies_T", "entropy_coefficient")
             metrics["policy/entropy"] = (entropies_T.detach().sum(), entropies_T.numel())
             loss_T = loss_T - self.entropy_bonus * entropies_T
+        if self.positive_coefficient > 0:
+            right_N = needed(tokens, "right_N", "positive_coefficient").to(loss_T.dtype)
+            likelihood_T = per_token(right_N, tokens.lengths_N, len(loss_T)) * tokens.logprobs_T
+            loss_T = loss_T - self.positive_coefficient * likelihood_T
         return loss_T, metrics
 
     def _corrected(self, loss_T: Tensor, tokens: TokenBatch, metrics: Metrics) -> Tensor:

@@ -40,6 +40,7 @@ class MicroBatch:
     ref_logprobs_T: Tensor | None
     select_T: Tensor | None
     experts_per_token_E: Tensor | None = None
+    right_N: Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """On a device, whose copies the host does not wait for; float64 as float32, as Apple's GPUs lack it."""
@@ -76,6 +77,7 @@ class Episode:
     tokens_over_budget: int | None = 0  # of this rank's micro-steps of a pass; None without a budget
     sampled_T: Tensor | None = None  # None: all tokens were sampled
     experts_per_token_E: Tensor | None = None  # how often routers choose each expert; None where that is not trained
+    right_N: Tensor | None = None  # as of a `TokenBatch`
 
     @property
     def num_generations(self) -> int:
@@ -123,6 +125,7 @@ class Episode:
             ref_logprobs_T=of_tokens(self.ref_logprobs_T),
             select_T=of_tokens(self.select_T),
             experts_per_token_E=self.experts_per_token_E,
+            right_N=None if self.right_N is None else self.right_N[rows_N],
         )
 
 
@@ -226,12 +229,18 @@ def make_episode(
         active_PG = active_PG & (advantages_PG != 0)
 
     step_P = plan.step_of_position(torch.arange(plan.num_prompts * ranks.world))
-    weights_PG = torch.zeros_like(advantages_PG)
+    weights_PG, right_PG = torch.zeros_like(advantages_PG), None
+    if algorithm.positive_coefficient > 0:
+        right_PG = ranks.by_position((scores.totals_N > 0).reshape(shape_PG)).double()
     for step in range(plan.optimizer_steps):
         here = step_P == step
         groups = here.nonzero().expand(-1, plan.num_generations).flatten()
         weights = algorithm.token_weights(lengths_PG[here].flatten(), groups, trains_PG[here].flatten())
         weights_PG[here] = weights.reshape(-1, plan.num_generations)
+        if right_PG is not None:
+            trains = trains_PG[here] & (right_PG[here] > 0)
+            of_right = algorithm.token_weights(lengths_PG[here].flatten(), groups, trains.flatten())
+            right_PG[here] = (of_right / weights).nan_to_num(0.0).reshape(-1, plan.num_generations)
 
     mine = slice(ranks.rank, None, ranks.world)
     active_N = active_PG[mine].flatten()
@@ -257,6 +266,7 @@ def make_episode(
         active_by_step=[int((lengths_PG * active_PG)[step_P == k].sum()) for k in range(plan.optimizer_steps)],
         tokens_over_budget=tokens_over_budget,
         sampled_T=None if bool(rollout.sampled_T.all()) else rollout.sampled_T,
+        right_N=None if right_PG is None else right_PG[mine].flatten(),
     )
 
 

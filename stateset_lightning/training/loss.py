@@ -65,6 +65,7 @@ def micro_batch_loss(
         sampling_logprobs_T=batch.sampling_logprobs_T,
         entropies_T=entropies_T,
         select_T=batch.select_T,
+        right_N=batch.right_N,
     )
     loss_T, sums = algorithm.per_token_loss(tokens)
     weights_T = per_token(batch.weights_N.to(loss_T.dtype), tokens.lengths_N, len(loss_T))
