@@ -97,8 +97,7 @@ def _spread_of_others(rewards_PG: Tensor) -> Tensor:
     """What scale "leave_one_out" divides by, [P, G]: 1 for a completion whose group has no spread without it."""
     is_itself_GG = torch.eye(rewards_PG.shape[-1], dtype=torch.bool, device=rewards_PG.device)
     others_PGG = rewards_PG[:, None].where(~is_itself_GG, torch.nan)
-    std_PG = nan_std(others_PGG, dim=-1).squeeze(-1) + STD_EPSILON
-    return std_PG.where(~is_constant(others_PGG), 1.0)
+    return (nan_std(others_PGG, dim=-1).squeeze(-1) + STD_EPSILON).where(~is_constant(others_PGG), 1.0)
 
 
 def batch_advantages(rewards_PG: Tensor) -> Tensor:

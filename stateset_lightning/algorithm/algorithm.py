@@ -184,9 +184,8 @@ class Algorithm(Formulas):
     def advantages(
         self, scores_PGF: Tensor, weights_F: Tensor, lengths_PG: Tensor | None = None, baseline_PF: Tensor | None = None
     ) -> Tensor:
-        advantages_PG = super().advantages(scores_PGF, weights_F, lengths_PG, baseline_PF)
-        bound = self.advantage_clip
-        return advantages_PG if bound is None else advantages_PG.clamp(-bound, bound)
+        found_PG = super().advantages(scores_PGF, weights_F, lengths_PG, baseline_PF)
+        return found_PG if self.advantage_clip is None else found_PG.clamp(-self.advantage_clip, self.advantage_clip)
 
     # What the training side has to provide
 
@@ -208,8 +207,8 @@ class Algorithm(Formulas):
     @property
     def trains_on_zero_advantage(self) -> bool:
         """Whether completions with an advantage of zero train too, by a term of the loss that does not depend on it."""
-        has_kl = self.beta > 0 and self.kl.place == "loss"
-        return has_kl or self._has_entropy_bonus or self.positive_coefficient > 0
+        kl_in_loss = self.beta > 0 and self.kl.place == "loss"
+        return kl_in_loss or self._has_entropy_bonus or self.positive_coefficient > 0
 
     @property
     def _has_entropy_bonus(self) -> bool:

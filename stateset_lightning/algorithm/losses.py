@@ -115,8 +115,7 @@ def dppo_loss(
     moved_T = is_T - was_T
     if divergence == "kl":
         rest_T = log_ratio((1 - was_T).clamp(min=1e-8).log(), (1 - is_T).clamp(min=1e-8).log())
-        kl_T = was_T * log_ratio(sampling_T, logprobs_T.detach()) + (1 - was_T) * rest_T
-        moved_T = kl_T * moved_T.sign()
+        moved_T = moved_T.sign() * (was_T * log_ratio(sampling_T, logprobs_T.detach()) + (1 - was_T) * rest_T)
     low_T, high_T = beyond(moved_T, -delta_low, delta_high, advantages_T)
     loss_T = torch.where(high_T | low_T, 0.0, -ratio_T.clamp(max=maximum_ratio) * advantages_T * logprobs_T)
     return loss_T, ratio_metrics(ratio_T, low_T, high_T)
@@ -201,9 +200,9 @@ def gamma_weighted_loss(
     W is the product of the ratios of a completion's tokens to the policy that sampled, the sampler's log-probs where
     they are known; k and lambda are the positive ones where A >= 0. The weight is 1 where W is.
     """
-    log_ratios_T = log_ratio(tokens.logprobs_T, sampler_logprobs(tokens)).detach()
-    log_ratio_N = bounded_log(sequence_sums(log_ratios_T, tokens.lengths_N))
-    log_ratio_T, advantages_T = per_token(log_ratio_N, tokens.lengths_N, len(log_ratios_T)), advantages_of(tokens)
+    advantages_T, log_ratio_T = advantages_of(tokens), log_ratio(tokens.logprobs_T.detach(), sampler_logprobs(tokens))
+    log_ratio_N = bounded_log(sequence_sums(log_ratio_T, tokens.lengths_N))
+    log_ratio_T = per_token(log_ratio_N, tokens.lengths_N, len(log_ratio_T))
     positive_T = k_positive * log_ratio_T - lambda_positive * torch.expm1(log_ratio_T)
     negative_T = k_negative * log_ratio_T - lambda_negative * torch.expm1(log_ratio_T)
     weights_T = torch.where(advantages_T >= 0, positive_T, negative_T).exp()

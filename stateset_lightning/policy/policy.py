@@ -163,8 +163,8 @@ class Policy(nn.Module):
             return logps.gather(-1, targets_T[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
         head = self.model.get_output_embeddings()
         is_rounded = head.weight.dtype.itemsize == 2 and not on_gpu(head.weight)
-        asked = self.config.head_dtype or ("float32" if is_rounded else "model")
-        dtype = torch.float32 if asked == "float32" else None
+        asked = self.config.head_dtype
+        dtype = torch.float32 if asked == "float32" or (asked is None and is_rounded) else None
         options = HeadOptions(temperature, self.softcap, self.config.head_chunk_tokens, dtype)
         return token_logprobs(outputs_TX, head.weight, getattr(head, "bias", None), targets_T, options)
 

@@ -231,15 +231,14 @@ def make_episode(
     step_P = plan.step_of_position(torch.arange(plan.num_prompts * ranks.world))
     weights_PG, right_PG = torch.zeros_like(advantages_PG), None
     if algorithm.positive_coefficient > 0:
-        right_PG = ranks.by_position((scores.totals_N > 0).reshape(shape_PG)).double()
+        right_PG = (ranks.by_position((scores.totals_N > 0).reshape(shape_PG)) & trains_PG).double()
     for step in range(plan.optimizer_steps):
         here = step_P == step
         groups = here.nonzero().expand(-1, plan.num_generations).flatten()
         weights = algorithm.token_weights(lengths_PG[here].flatten(), groups, trains_PG[here].flatten())
         weights_PG[here] = weights.reshape(-1, plan.num_generations)
         if right_PG is not None:
-            trains = trains_PG[here] & (right_PG[here] > 0)
-            of_right = algorithm.token_weights(lengths_PG[here].flatten(), groups, trains.flatten())
+            of_right = algorithm.token_weights(lengths_PG[here].flatten(), groups, right_PG[here].flatten() > 0)
             right_PG[here] = (of_right / weights).nan_to_num(0.0).reshape(-1, plan.num_generations)
 
     mine = slice(ranks.rank, None, ranks.world)
