@@ -335,6 +335,7 @@ class TokenBatch:
     entropies_T: Tensor | None = None
     select_T: Tensor | None = None
     advantages_T: Tensor | None = None
+    right_N: Tensor | None = None  # 0 if not right, else what makes the loss's mean one over right completions alone
 
 
 # Metrics as (sum, count): they add up over micro-steps and ranks, and are divided once.

@@ -17,16 +17,17 @@ from stateset_lightning.algorithm.presets import (
     KLCov,
     MaxRL,
     PassK,
+    ReinforcePlusPlus,
     ReinforcePlusPlusBaseline,
     ReMax,
     TopEntropy,
 )
-from stateset_lightning.algorithm.sequence_presets import DRO, GMPO, GSPO, LUSPO, GSPOToken
+from stateset_lightning.algorithm.sequence_presets import DRO, GMPO, GSPO, LUSPO, VESPO, GSPOToken
 from stateset_lightning.algorithm.supervised import RAFT, Supervised
 from stateset_lightning.algorithm.terms import KL, AdaptiveEntropy, Mismatch
 from stateset_lightning.types import TokenBatch
 
 __all__ = ["BNPO", "CISPO", "DAPO", "DPPO", "DRO", "AdaptiveEntropy", "Algorithm", "ClipCov", "Clipped", "DrGRPO"]
 __all__ += ["GDPO", "GMPO", "GRPO", "GSPO", "KL", "LUSPO", "OPO", "GSPOToken", "KLCov", "MaxRL", "Mismatch", "PassK"]
-__all__ += ["RAFT", "RLOO", "SAPO", "ReMax", "ReinforcePlusPlusBaseline", "Supervised", "TokenBatch", "TopEntropy"]
-__all__ += ["fixed"]
+__all__ += ["RAFT", "RLOO", "SAPO", "VESPO", "ReMax", "ReinforcePlusPlus", "ReinforcePlusPlusBaseline", "Supervised"]
+__all__ += ["TokenBatch", "TopEntropy", "fixed"]

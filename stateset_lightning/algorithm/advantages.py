@@ -20,7 +20,7 @@ from stateset_lightning.types import NOT_APPLICABLE
 
 STD_EPSILON = 1e-4  # added to a standard deviation, outside the root
 
-Scale = Literal["group", "batch", "none"]
+Scale = Literal["group", "batch", "none", "leave_one_out"]
 
 # What the formulas share ----------------------------------------------------------------------------------------------
 
@@ -79,14 +79,34 @@ def group_advantages(rewards_PG: Tensor, scale: Scale = "group") -> Tensor:
     """Group-relative advantages, float64 [P, G].
 
     `scale` "group" divides by the group's standard deviation (GRPO, arXiv:2402.03300, section 4.1.2), "batch" by that
-    of all rewards (arXiv:2508.08221), "none" not at all (Dr. GRPO, arXiv:2503.20783, section 3.2).
+    of all rewards (arXiv:2508.08221), "none" not at all (Dr. GRPO, arXiv:2503.20783, section 3.2). "leave_one_out"
+    takes mean and standard deviation of a group's other completions, and does not divide where those are all equal
+    (NeMo RL's default).
     """
     rewards_PG = drop_small_groups(rewards_PG.double())
+    if scale == "leave_one_out":
+        return leave_one_out_advantages(rewards_PG) / _spread_of_others(rewards_PG)
     difference_PG = centred(rewards_PG)
     if scale == "none":
         return difference_PG
     std = nan_std(rewards_PG, dim=-1) if scale == "group" else nan_std(rewards_PG.flatten(), dim=0)
     return difference_PG / (std + STD_EPSILON)
+
+
+def _spread_of_others(rewards_PG: Tensor) -> Tensor:
+    """What scale "leave_one_out" divides by, [P, G]: 1 for a completion whose group has no spread without it."""
+    is_itself_GG = torch.eye(rewards_PG.shape[-1], dtype=torch.bool, device=rewards_PG.device)
+    others_PGG = rewards_PG[:, None].where(~is_itself_GG, torch.nan)
+    return (nan_std(others_PGG, dim=-1).squeeze(-1) + STD_EPSILON).where(~is_constant(others_PGG), 1.0)
+
+
+def batch_advantages(rewards_PG: Tensor) -> Tensor:
+    """REINFORCE++'s, float64 [P, G]: (r - mean) / std of the whole batch, which is one group here (arXiv:2501.03262).
+
+    So a constant group has an advantage: it is better or worse than the batch.
+    """
+    rewards_PG = drop_small_groups(rewards_PG.double())
+    return group_advantages(rewards_PG.reshape(1, -1)).reshape(rewards_PG.shape)
 
 
 def whitened_advantages(rewards_PG: Tensor) -> Tensor:
@@ -168,7 +188,7 @@ def beta_normalised_advantages(rewards_PG: Tensor) -> Tensor:
     distribution. Its parameters minimise the variance of the gradient when p itself is Beta(a, b): alpha = 1 + a/3 and
     beta = 1 + b/3; a and b are those of the batch's p by the method of moments. Where the moments fit no Beta
     distribution (fewer than two groups, no variance, or more than a Bernoulli's) a = b = 0, so f = 1 and the advantage
-    is r - p.
+    is r - p. As in the authors' code, the variance is unbiased and 1 / f is at most 1e6.
 
     Raises:
         ConfigError: If a reward is outside [0, 1].
@@ -177,14 +197,14 @@ def beta_normalised_advantages(rewards_PG: Tensor) -> Tensor:
     _check_totals(rewards_PG, 1, "BNPO needs total rewards in [0, 1]", "rescale the rewards or their weights")
     p_P = rewards_PG.nanmean(-1)
     mean = p_P.nanmean()
-    variance = (p_P - mean).square().nanmean()
+    variance = nan_std(p_P, dim=0).square()
     fits = (variance > 0) & (variance < mean * (1 - mean))
     a_plus_b = (mean * (1 - mean) / variance - 1).where(fits, 0.0)
     # A constant group may sit where the density is zero or infinite; its difference is zero whatever the density.
     inside_P = torch.where(is_constant(rewards_PG), 0.5, p_P).clamp(1e-6, 1 - 1e-6)
     beta = torch.distributions.Beta(1 + mean * a_plus_b / 3, 1 + (1 - mean) * a_plus_b / 3, validate_args=False)
     density_P = beta.log_prob(inside_P).exp()
-    return centred(rewards_PG) / density_P[:, None]
+    return centred(rewards_PG) * (1 / density_P).clamp(max=1e6)[:, None]
 
 
 def pass_at_k_advantages(rewards_PG: Tensor, k: int) -> Tensor:

@@ -122,8 +122,11 @@ class Algorithm(Formulas):
         off_policy_threshold: Leave a completion with a negative advantage out of the policy loss when its tokens'
             log-probs have fallen by more than this on average since they were sampled (DeepSeek-V3.2,
             arXiv:2512.02556); None for never.
+        positive_coefficient: Coefficient of the mean negative log-likelihood of right completions, those with a total
+            reward above 0, aggregated as the loss is (VAPO, arXiv:2504.05118: 0.1, over tokens). 0 for none.
         scale: What centred rewards are divided by: the standard deviation of the group, that of the whole batch, or
-            nothing.
+            nothing. `leave_one_out` takes mean and deviation of the group's other completions.
+        advantage_clip: Advantages are held within plus and minus this (ROLL has 2); None for no bound.
         aggregation: How per-token losses are averaged; see `stateset_lightning.algorithm.aggregation`.
         constant_length: Divisor of aggregation "constant_length"; None for the rollout's `max_new_tokens`.
         mask_truncated: Leave completions that were cut at `max_new_tokens` out of the loss (and out of its normaliser).
@@ -136,7 +139,9 @@ class Algorithm(Formulas):
     top_entropy: Annotated[float, Gt(0), Lt(1)] | None = None
     mismatch: Mismatch | None = None
     off_policy_threshold: Annotated[float, Gt(0)] | None = None
+    positive_coefficient: Annotated[float, Ge(0)] = 0.0
     scale: Scale = "group"
+    advantage_clip: Annotated[float, Gt(0)] | None = None
     aggregation: Aggregation = "sequence_mean"
     constant_length: Annotated[int, Ge(1)] | None = None
     mask_truncated: bool = False
@@ -161,7 +166,7 @@ class Algorithm(Formulas):
                 self.why_no_kl_in_reward and self.kl.place == "reward"
             ),
             f"mismatch.kind={kind!r} weighs single tokens, and {name}'s ratio is of whole completions: choose"
-            " sequence_tis or sequence_mask": self.weighs_completions and kind in ("token_tis", "icepop"),
+            " sequence_tis, sequence_mask or product_mask": self.weighs_completions and kind in ("token_tis", "icepop"),
         }
         for problem in (problem for problem, is_there in problems.items() if is_there):
             raise ConfigError(f"model.algorithm.{problem}")
@@ -177,6 +182,12 @@ class Algorithm(Formulas):
             log.info(said, self.mismatch)
         if self.aggregation == "constant_length" and self.constant_length is None:
             self.constant_length = max_new_tokens
+
+    def advantages(
+        self, scores_PGF: Tensor, weights_F: Tensor, lengths_PG: Tensor | None = None, baseline_PF: Tensor | None = None
+    ) -> Tensor:
+        found_PG = super().advantages(scores_PGF, weights_F, lengths_PG, baseline_PF)
+        return found_PG if self.advantage_clip is None else found_PG.clamp(-self.advantage_clip, self.advantage_clip)
 
     # What the training side has to provide
 
@@ -198,7 +209,8 @@ class Algorithm(Formulas):
     @property
     def trains_on_zero_advantage(self) -> bool:
         """Whether completions with an advantage of zero train too, by a term of the loss that does not depend on it."""
-        return (self.beta > 0 and self.kl.place == "loss") or self._has_entropy_bonus
+        kl_in_loss = self.beta > 0 and self.kl.place == "loss"
+        return kl_in_loss or self._has_entropy_bonus or self.positive_coefficient > 0
 
     @property
     def _has_entropy_bonus(self) -> bool:
@@ -226,7 +238,7 @@ class Algorithm(Formulas):
         """Loss of each token, [T], and metrics as (sum, count). Not yet weighted: see `token_weights`.
 
         The policy loss, less what selection and off-policy mask leave out, times the mismatch weights; plus the KL
-        term, minus the entropy bonus. The last two act on every token.
+        term, minus the entropy bonus and the log-likelihood of right completions. The last three act on every token.
         """
         loss_T, metrics = self.policy_loss(tokens)
         if self.top_entropy is not None:
@@ -242,17 +254,19 @@ class Algorithm(Formulas):
             entropies_T = needed(tokens, "entropies_T", "entropy_coefficient")
             metrics["policy/entropy"] = (entropies_T.detach().sum(), entropies_T.numel())
             loss_T = loss_T - self.entropy_bonus * entropies_T
+        if self.positive_coefficient > 0:
+            right_N = needed(tokens, "right_N", "positive_coefficient").to(loss_T.dtype)
+            likelihood_T = per_token(right_N, tokens.lengths_N, len(loss_T)) * tokens.logprobs_T
+            loss_T = loss_T - self.positive_coefficient * likelihood_T
         return loss_T, metrics
 
     def _corrected(self, loss_T: Tensor, tokens: TokenBatch, metrics: Metrics) -> Tensor:
         """The loss times the mismatch weights."""
-        if tokens.sampling_logprobs_T is not None:
-            metrics |= terms.mismatch_metrics(tokens.old_logprobs_T, tokens.sampling_logprobs_T)
+        metrics |= terms.mismatch_metrics(tokens)
         if self.mismatch is None or self.mismatch.kind == "none":
             return loss_T
         needed(tokens, "sampling_logprobs_T", "mismatch")
-        sampling_T = terms.sampler_logprobs(tokens)
-        weights_T = terms.mismatch_weights(tokens.old_logprobs_T, sampling_T, tokens.lengths_N, self.mismatch)
+        weights_T = terms.mismatch_weights(tokens, self.mismatch)
         metrics["mismatch/masked"] = ((weights_T == 0).sum(), weights_T.numel())
         return weights_T.to(loss_T.dtype) * loss_T
 

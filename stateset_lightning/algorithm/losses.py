@@ -5,11 +5,14 @@ importance ratio is exp(log-prob now - log-prob when the episode was sampled). W
 sg) is detached. A is the advantage.
 """
 
+import math
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from stateset_lightning.algorithm.aggregation import per_token, sequence_means, token_advantages
-from stateset_lightning.algorithm.terms import needed, sampler_logprobs
+from stateset_lightning.algorithm.aggregation import per_token, sequence_means, sequence_sums, token_advantages
+from stateset_lightning.algorithm.terms import bounded_log, log_ratio, needed, sampler_logprobs
 from stateset_lightning.types import Metrics, TokenBatch
 
 
@@ -19,7 +22,8 @@ def advantages_of(tokens: TokenBatch) -> Tensor:
 
 
 def log_ratios(tokens: TokenBatch) -> Tensor:
-    return tokens.logprobs_T - tokens.old_logprobs_T
+    """Log-prob now - log-prob when the episode was sampled, [T], within 20 nats (`LARGEST_LOG_RATIO`)."""
+    return log_ratio(tokens.logprobs_T, tokens.old_logprobs_T)
 
 
 def ratio_metrics(ratio: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Metrics:
@@ -88,36 +92,51 @@ def sapo_loss(tokens: TokenBatch, *, tau_positive: float, tau_negative: float) -
     A smooth gate in place of a clip: on-policy its slope is that of -ratio A, and it falls off on both sides.
     """
     ratio_T, advantages_T = log_ratios(tokens).exp(), advantages_of(tokens)
-    tau_T = torch.where(advantages_T > 0, tau_positive, tau_negative).to(ratio_T.dtype)
+    tau_T = torch.full_like(ratio_T, tau_negative).masked_fill(advantages_T > 0, tau_positive)
     return -4 / tau_T * torch.sigmoid(tau_T * (ratio_T - 1)) * advantages_T, ratio_metrics(ratio_T)
 
 
+Divergence = Literal["tv", "kl"]
+
+
 def dppo_loss(
-    tokens: TokenBatch, *, delta_low: float, delta_high: float, maximum_ratio: float
+    tokens: TokenBatch, *, divergence: Divergence, delta_low: float, delta_high: float, maximum_ratio: float
 ) -> tuple[Tensor, Metrics]:
-    """DPPO with binary total variation, [T]: -mask sg(min(ratio, maximum_ratio)) A log-prob (arXiv:2602.04879).
+    """DPPO, [T]: -mask sg(min(ratio, maximum_ratio)) A log-prob (arXiv:2602.04879).
 
     Ratio and mask compare with the sampler's log-probs where they are known. A token is masked when its probability has
-    risen by more than `delta_high` and A > 0, or fallen by more than `delta_low` and A < 0: a bound on probabilities,
-    where PPO's is on their ratio.
+    risen too far and A > 0, or fallen too far and A < 0: a bound on probabilities, where PPO's is on their ratio. Too
+    far is a divergence, of the token against all others, above `delta_high` and `delta_low`: the total variation, which
+    is the difference of the probabilities p then and q now, or KL = p log(p / q) + (1 - p) log((1 - p) / (1 - q)).
     """
     logprobs_T, sampling_T, advantages_T = tokens.logprobs_T, sampler_logprobs(tokens), advantages_of(tokens)
-    ratio_T = (logprobs_T - sampling_T).exp().detach()
-    low_T, high_T = beyond(logprobs_T.detach().exp() - sampling_T.exp(), -delta_low, delta_high, advantages_T)
+    ratio_T = log_ratio(logprobs_T, sampling_T).exp().detach()
+    was_T, is_T = sampling_T.exp(), logprobs_T.detach().exp()
+    moved_T = is_T - was_T
+    if divergence == "kl":
+        rest_T = log_ratio((1 - was_T).clamp(min=1e-8).log(), (1 - is_T).clamp(min=1e-8).log())
+        moved_T = moved_T.sign() * (was_T * log_ratio(sampling_T, logprobs_T.detach()) + (1 - was_T) * rest_T)
+    low_T, high_T = beyond(moved_T, -delta_low, delta_high, advantages_T)
     loss_T = torch.where(high_T | low_T, 0.0, -ratio_T.clamp(max=maximum_ratio) * advantages_T * logprobs_T)
     return loss_T, ratio_metrics(ratio_T, low_T, high_T)
 
 
-def clip_cov_loss(tokens: TokenBatch) -> tuple[Tensor, Metrics]:
-    """Clip-Cov, [T]: -ratio A on the selected tokens, 0 on the others (arXiv:2505.22617)."""
-    loss_T, metrics = importance_loss(tokens)
+def clip_cov_loss(
+    tokens: TokenBatch, *, epsilon_low: float | None, epsilon_high: float | None
+) -> tuple[Tensor, Metrics]:
+    """Clip-Cov, [T]: -ratio A on the selected tokens, 0 on the others (arXiv:2505.22617).
+
+    An epsilon is a bound of PPO's surrogate, None for none.
+    """
+    low, high = (math.inf if epsilon is None else epsilon for epsilon in (epsilon_low, epsilon_high))
+    loss_T, metrics = _clipped(log_ratios(tokens).exp(), advantages_of(tokens), low, high, None)
     return torch.where(needed(tokens, "select_T", "share"), loss_T, 0.0), metrics
 
 
 def kl_cov_loss(tokens: TokenBatch, *, coefficient: float) -> tuple[Tensor, Metrics]:
     """KL-Cov, [T]: -ratio A, plus coefficient x |log ratio| on the tokens not selected (arXiv:2505.22617)."""
     loss_T, metrics = importance_loss(tokens)
-    drift_T = log_ratios(tokens).abs()
+    drift_T = (tokens.logprobs_T - tokens.old_logprobs_T).abs()  # however far, it is pulled back
     return loss_T + coefficient * drift_T.where(~needed(tokens, "select_T", "share"), 0.0), metrics
 
 
@@ -173,17 +192,34 @@ def geometric_mean_loss(
     return loss_T, ratio_metrics(ratio_N, *clipped_T)
 
 
+def gamma_weighted_loss(
+    tokens: TokenBatch, *, k_positive: float, lambda_positive: float, k_negative: float, lambda_negative: float
+) -> tuple[Tensor, Metrics]:
+    """VESPO, [T]: -sg(W^k exp(lambda (1 - W))) A log-prob (arXiv:2602.10693).
+
+    W is the product of the ratios of a completion's tokens to the policy that sampled, the sampler's log-probs where
+    they are known; k and lambda are the positive ones where A >= 0. The weight is 1 where W is.
+    """
+    advantages_T, log_ratio_T = advantages_of(tokens), log_ratio(tokens.logprobs_T.detach(), sampler_logprobs(tokens))
+    log_ratio_N = bounded_log(sequence_sums(log_ratio_T, tokens.lengths_N))
+    log_ratio_T = per_token(log_ratio_N, tokens.lengths_N, len(log_ratio_T))
+    positive_T = k_positive * log_ratio_T - lambda_positive * torch.expm1(log_ratio_T)
+    negative_T = k_negative * log_ratio_T - lambda_negative * torch.expm1(log_ratio_T)
+    weights_T = torch.where(advantages_T >= 0, positive_T, negative_T).exp()
+    return -weights_T * advantages_T * tokens.logprobs_T, ratio_metrics(log_ratio_N.exp())
+
+
 def quadratic_loss(tokens: TokenBatch, *, tau: float) -> tuple[Tensor, Metrics]:
     """DRO, [T]: adds up over a completion to -A log-prob + tau / 2 (log ratio)^2, both of the completion.
 
     Kimi k1.5's form (arXiv:2501.12599) of direct reward optimisation (arXiv:2405.19107). Every token of a completion
     bears the same share of the square.
     """
-    mean_N = sequence_means(log_ratios(tokens), tokens.lengths_N)
+    mean_N = sequence_means(tokens.logprobs_T - tokens.old_logprobs_T, tokens.lengths_N)  # however far
     share_N = 0.5 * tau * mean_N.square() * tokens.lengths_N.to(mean_N)  # (sum of log ratios)^2 / length
     penalty_T = per_token(share_N, tokens.lengths_N, len(tokens.logprobs_T))
     loss_T = -advantages_of(tokens) * tokens.logprobs_T + penalty_T
-    return loss_T, ratio_metrics(mean_N.exp())
+    return loss_T, ratio_metrics(bounded_log(mean_N).exp())
 
 
 def _completion_advantages(tokens: TokenBatch) -> Tensor:

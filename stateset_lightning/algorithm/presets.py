@@ -124,6 +124,18 @@ class PassK(Clipped, advantage=advantages.pass_at_k_advantages):
     k: Annotated[int, Ge(1)] = 2
 
 
+class ReinforcePlusPlus(Clipped, advantage=advantages.batch_advantages):
+    """REINFORCE++ (arXiv:2501.03262), with the batch in place of a group.
+
+    Rewards minus the mean of the whole batch, over its standard deviation: of completions, not of tokens as in some
+    implementations. A group has no baseline of its own, so one that is all right or all wrong is trained on. The
+    paper's KL, where `beta` is set, is k1 in the reward.
+    """
+
+    kl = KL(estimator="k1", place="reward")
+    aggregation = "token_mean"
+
+
 class ReinforcePlusPlusBaseline(Clipped, advantage=advantages.whitened_advantages):
     """REINFORCE++ with a group baseline (arXiv:2501.03262).
 
@@ -220,24 +232,34 @@ class SAPO(Algorithm, loss=losses.sapo_loss):
 
 
 class DPPO(Algorithm, loss=losses.dppo_loss):
-    """Divergence proximal policy optimisation with binary total variation (arXiv:2602.04879).
+    """Divergence proximal policy optimisation (arXiv:2602.04879): binary total variation, or binary KL.
 
     A token stops training when its probability, not the ratio of probabilities, has moved too far from the policy that
     sampled it. That policy is the sampler's where its log-probs are known: a mismatch is part of the ratio, and has no
     correction of its own. Without the standard deviation and with a constant length, as in the authors' experiments.
 
     Args:
-        delta_low: Fall of a token's probability that ends training on it, where the advantage is negative.
-        delta_high: Rise of a token's probability that ends training on it, where the advantage is positive.
+        divergence: `tv`: the difference of a token's probabilities; `kl`: the KL divergence, in nats, between the
+            choice of this token or any other then and now.
+        delta_low: Divergence by a fall of a token's probability that ends training on it, where the advantage is
+            negative; None for the authors' 0.15 (`tv`) or 0.05 (`kl`).
+        delta_high: The same by a rise, where the advantage is positive.
         maximum_ratio: The importance ratio, a fixed weight, is at most this.
     """
 
-    delta_low: Annotated[float, Gt(0), Lt(1)] = 0.15
-    delta_high: Annotated[float, Gt(0), Lt(1)] = 0.15
+    divergence: losses.Divergence = "tv"
+    delta_low: Annotated[float, Gt(0), Lt(1)] | None = None
+    delta_high: Annotated[float, Gt(0), Lt(1)] | None = None
     maximum_ratio: Annotated[float, Gt(1)] = 20.0
     mismatch = fixed(Mismatch("none"))
     scale = "none"
     aggregation = "constant_length"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        default = 0.15 if self.divergence == "tv" else 0.05
+        self.delta_low = default if self.delta_low is None else self.delta_low
+        self.delta_high = default if self.delta_high is None else self.delta_high
 
 
 class ClipCov(Algorithm, loss=losses.clip_cov_loss):
@@ -250,11 +272,16 @@ class ClipCov(Algorithm, loss=losses.clip_cov_loss):
         share: Tokens drawn, of all tokens of the optimizer step; one at least, if any is within the bounds.
         omega_low: Only tokens whose covariance is above this are drawn.
         omega_high: Only tokens whose covariance is below this are drawn.
+        epsilon_low: The importance ratio is clipped below at 1 - epsilon_low, as in the authors' code (at 0.2), which
+            matters with several optimizer steps per episode. None: no bound, as in the paper's formula.
+        epsilon_high: Likewise above, at 1 + epsilon_high.
     """
 
     share: Annotated[float, Gt(0), Lt(1)] = 2e-4
     omega_low: float = 1.0
     omega_high: float = 5.0
+    epsilon_low: Annotated[float, Gt(0), Lt(1)] | None = None
+    epsilon_high: Annotated[float, Gt(0)] | None = None
     top_entropy = fixed(None)
     aggregation = "token_mean"
     selects_tokens: ClassVar[bool] = True

@@ -8,11 +8,12 @@ No `from __future__ import annotations`: the command line reads the types of the
 
 from typing import Annotated, ClassVar
 
-from annotated_types import Gt
+from annotated_types import Ge, Gt
 
 from stateset_lightning.algorithm import losses
 from stateset_lightning.algorithm.algorithm import Algorithm, fixed
 from stateset_lightning.algorithm.presets import Clipped
+from stateset_lightning.algorithm.terms import Mismatch
 
 
 class GSPO(Clipped, loss=losses.sequence_clipped_loss):
@@ -65,6 +66,28 @@ class GMPO(Algorithm, loss=losses.geometric_mean_loss):
     log_epsilon_high: Annotated[float, Gt(0)] = 0.4
     top_entropy = fixed(None)
     weighs_completions = True
+
+
+class VESPO(Algorithm, loss=losses.gamma_weighted_loss):
+    """Variational sequence-level soft policy optimisation (arXiv:2602.10693).
+
+    The product W of a completion's token ratios, whatever its length, is turned into a weight W^k exp(lambda (1 - W)):
+    1 on-policy, and falling off smoothly on both sides in place of a clip. The ratios are to the policy that sampled,
+    the sampler's where its log-probs are known: a mismatch is part of them, and has no correction of its own.
+
+    Args:
+        k_positive: Exponent where the advantage is not negative.
+        lambda_positive: Decay where the advantage is not negative.
+        k_negative: Exponent where the advantage is negative.
+        lambda_negative: Decay where the advantage is negative.
+    """
+
+    k_positive: Annotated[float, Ge(0)] = 2.0
+    lambda_positive: Annotated[float, Gt(0)] = 3.0
+    k_negative: Annotated[float, Ge(0)] = 3.0
+    lambda_negative: Annotated[float, Gt(0)] = 2.0
+    mismatch = fixed(Mismatch("none"))
+    aggregation = "token_mean"
 
 
 class DRO(Algorithm, loss=losses.quadratic_loss):

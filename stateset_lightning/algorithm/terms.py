@@ -25,9 +25,27 @@ def needed(tokens: TokenBatch, name: str, option: str) -> Tensor:
 
 
 def sampler_logprobs(tokens: TokenBatch) -> Tensor:
-    """Log-probs under the policy that sampled, [T]: the sampler's where they are known, else the old ones."""
-    old_T, sampling_T = tokens.old_logprobs_T, tokens.sampling_logprobs_T
-    return old_T if sampling_T is None else torch.where(sampling_T.isnan(), old_T, sampling_T)
+    """Log-probs under the policy that sampled, [T]: the sampler's where they are known, else the old ones.
+
+    One that is no finite number is not known: what was sampled had a probability.
+    """
+    if tokens.sampling_logprobs_T is None:
+        return tokens.old_logprobs_T
+    return tokens.sampling_logprobs_T.where(tokens.sampling_logprobs_T.isfinite(), tokens.old_logprobs_T)
+
+
+# Nats that the logarithm of a ratio is held within, wherever an exponential is taken of it, as in verl and SkyRL. No
+# ratio of use is out there, but exp overflows float32 at 88.7, and zero times infinity is a gradient of NaN.
+LARGEST_LOG_RATIO = 20.0
+
+
+def log_ratio(logprobs: Tensor, others: Tensor) -> Tensor:
+    """Log of the ratio of two probabilities, within `LARGEST_LOG_RATIO` of 0 (and without gradient beyond)."""
+    return bounded_log(logprobs - others)
+
+
+def bounded_log(values: Tensor) -> Tensor:
+    return values.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
 
 
 # KL(policy || reference), in nats -------------------------------------------------------------------------------------
@@ -92,7 +110,7 @@ def kl_estimate(estimator: Estimator, logprobs_T: Tensor, ref_T: Tensor, old_T: 
     if estimator == "k3":
         return k3(logprobs_T, ref_T)
     assert old_T is not None
-    return (logprobs_T - old_T).exp() * k3(logprobs_T, ref_T)
+    return log_ratio(logprobs_T, old_T).exp() * k3(logprobs_T, ref_T)
 
 
 def k3(logprobs_T: Tensor, ref_T: Tensor) -> Tensor:
@@ -101,7 +119,7 @@ def k3(logprobs_T: Tensor, ref_T: Tensor) -> Tensor:
     Schulman, "Approximating KL divergence" (joschu.net/blog/kl-approx.html); GRPO, arXiv:2402.03300, equation 4. Never
     negative; its value is unbiased, its gradient is that of KL(reference || policy).
     """
-    difference_T = ref_T - logprobs_T
+    difference_T = log_ratio(ref_T, logprobs_T)
     return torch.expm1(difference_T) - difference_T
 
 
@@ -111,7 +129,7 @@ def k3(logprobs_T: Tensor, ref_T: Tensor) -> Tensor:
 @bounded("model.algorithm.adaptive_entropy")
 @dataclass(frozen=True)
 class AdaptiveEntropy:
-    """Keeps the entropy from falling below a target (Skywork-OR1, arXiv:2505.22312).
+    """Keeps the entropy from falling below a target (Skywork-OR1, arXiv:2505.22312, whose numbers are the defaults).
 
     After each optimizer step the coefficient of the bonus rises by `delta` if the entropy was below the target, and
     falls by `delta`, to no less than 0, if not. The bonus is applied only while the newest entropy is at or below the
@@ -125,8 +143,8 @@ class AdaptiveEntropy:
     """
 
     target: Annotated[float, Gt(0)] = 0.2
-    delta: Annotated[float, Gt(0)] = 0.005
-    maximum: Annotated[float, Ge(0)] = 1.0
+    delta: Annotated[float, Gt(0)] = 1e-4
+    maximum: Annotated[float, Ge(0)] = 0.005
 
     def adapted(self, coefficient: float, entropy: float) -> float:
         """The next coefficient, given the entropy of the step that just ended."""
@@ -139,13 +157,14 @@ class AdaptiveEntropy:
 # A serving engine with other kernels, or another precision, samples from a slightly different policy than the one that
 # is trained. An engine in this process samples from the same one, so there is nothing to correct.
 
-# (low, high) of each kind; truncation has an upper bound alone.
+# (low, high) of each kind.
 _BOUNDS = {
     "none": (0.0, math.inf),
     "token_tis": (0.0, 2.0),
     "sequence_tis": (0.0, 2.0),
     "icepop": (0.5, 5.0),
     "sequence_mask": (0.999, 1.002),
+    "product_mask": (0.0, 3.0),
 }
 
 
@@ -156,31 +175,31 @@ class Mismatch:
 
     With w = exp(old - sampling) of a token, its policy loss is multiplied by this factor, without gradient:
 
-    - `token_tis`: min(w, high), high 2: truncated importance sampling (Yao et al., "Your efficient RL framework
-      secretly brings you off-policy RL training", 2025);
-    - `sequence_tis`: min(product of the completion's w, high), high 2, for all its tokens;
+    - `token_tis`: w held within low and high, 0 and 2: truncated importance sampling (Yao et al., "Your efficient RL
+      framework secretly brings you off-policy RL training", 2025);
+    - `sequence_tis`: the product of the completion's w, held within low and high, 0 and 2, for all its tokens;
     - `icepop`: w where low <= w <= high, else 0; low 0.5, high 5 (arXiv:2510.18855);
     - `sequence_mask`: w where low <= geometric mean of the completion's w <= high, else 0; low 0.999, high 1.002;
+    - `product_mask`: the product of the completion's w where low <= product <= high, else 0, for all its tokens; low 0,
+      high 3. TRL's `sequence_mask`;
     - `none`: 1, also where another correction would be the default.
+
+    Where the sampler's log-prob is no finite number, its w is not known and taken to be 1.
 
     Args:
         kind: Truncate or mask, by token or by completion.
-        low: Lower bound of a mask; None for the kind's own.
+        low: Lower bound; None for the kind's own.
         high: Upper bound; None for the kind's own.
     """
 
-    kind: Literal["none", "token_tis", "sequence_tis", "icepop", "sequence_mask"] = "token_tis"
+    kind: Literal["none", "token_tis", "sequence_tis", "icepop", "sequence_mask", "product_mask"] = "token_tis"
     low: Annotated[float, Ge(0)] | None = None
     high: Annotated[float, Gt(0)] | None = None
 
     def __post_init__(self) -> None:
-        if self.low is not None and _BOUNDS[self.kind][0] == 0:
-            raise ConfigError(
-                f"model.algorithm.mismatch.low={self.low} has no effect on kind={self.kind!r}, which truncates from"
-                " above only: remove it, or choose icepop or sequence_mask"
-            )
-        if self.high is not None and self.kind == "none":
-            raise ConfigError(f"model.algorithm.mismatch.high={self.high} has no effect on kind='none': remove it")
+        for name, bound in (("low", self.low), ("high", self.high)):
+            if bound is not None and self.kind == "none":
+                raise ConfigError(f"model.algorithm.mismatch.{name}={bound} has no effect on kind='none': remove it")
         low, high = self.bounds
         if low >= high:
             raise ConfigError(f"model.algorithm.mismatch.low={low} must be below high={high}")
@@ -193,34 +212,44 @@ class Mismatch:
 
 
 @torch.no_grad()
-def mismatch_weights(old_T: Tensor, sampling_T: Tensor, lengths_N: Tensor, mismatch: Mismatch) -> Tensor:
-    """Factor of each token's policy loss, [T]; `old_T` and `sampling_T` are its log-probs by trainer and sampler."""
+def mismatch_weights(tokens: TokenBatch, mismatch: Mismatch) -> Tensor:
+    """Factor of each token's policy loss, [T]."""
     low, high = mismatch.bounds
-    log_weights_T = old_T - sampling_T
+    log_weights_T = log_ratio(tokens.old_logprobs_T, sampler_logprobs(tokens))
     weights_T = log_weights_T.exp()
-    if mismatch.kind == "token_tis":
-        return weights_T.clamp(max=high)
-    if mismatch.kind == "sequence_tis":
-        return per_token(sequence_sums(log_weights_T, lengths_N).exp().clamp(max=high), lengths_N, len(weights_T))
+
+    def of_completions(reduced_N: Tensor) -> Tensor:
+        return per_token(bounded_log(reduced_N).exp(), tokens.lengths_N, len(weights_T))
+
+    if mismatch.kind in ("sequence_tis", "product_mask"):
+        weights_T = of_completions(sequence_sums(log_weights_T, tokens.lengths_N))
+    if mismatch.kind in ("token_tis", "sequence_tis"):
+        return weights_T.clamp(low, high)
     judged_T = weights_T
     if mismatch.kind == "sequence_mask":
-        judged_T = per_token(sequence_means(log_weights_T, lengths_N).exp(), lengths_N, len(weights_T))
+        judged_T = of_completions(sequence_means(log_weights_T, tokens.lengths_N))
     return torch.where((judged_T >= low) & (judged_T <= high), weights_T, 0.0)
 
 
 @torch.no_grad()
-def mismatch_metrics(old_T: Tensor, sampling_T: Tensor) -> Metrics:
-    """How far the sampler is from the trainer, before any correction.
+def mismatch_metrics(tokens: TokenBatch) -> Metrics:
+    """How far the sampler is from the trainer, before any correction; nothing where it is not known.
 
-    `mismatch/kl` is KL(sampler || trainer) per token, by k3. `mismatch/ess` is the effective sample size as a share, 1
-    / mean(w^2): the mean of w is 1 in expectation, so this is 1 / (1 + chi-square divergence), and its sum and count
-    add up over micro-steps and ranks. Tokens whose sampling log-prob is not known (NaN) do not count.
+    `mismatch/kl` is KL(sampler || trainer) per token, by k3. `mismatch/weight` is the mean of w, 1 in expectation.
+    `mismatch/ess` is sum(w) / sum(w^2): times the mean of w, once that is known of all micro-steps and ranks, it is the
+    effective sample size as a share, 1 / mean((w / mean w)^2). `mismatch/unknown` counts log-probs that are no numbers;
+    the others leave them out.
     """
-    log_weights_T = old_T - sampling_T
-    count = (~sampling_T.isnan()).sum()
+    if tokens.sampling_logprobs_T is None:
+        return {}
+    known_T = tokens.sampling_logprobs_T.isfinite()
+    old_T, sampling_T, count = tokens.old_logprobs_T[known_T], tokens.sampling_logprobs_T[known_T], known_T.sum()
+    weights_T = log_ratio(old_T, sampling_T).exp()
     return {
-        "mismatch/kl": (k3(sampling_T, old_T).nansum(), count),
-        "mismatch/ess": (count, (2 * log_weights_T).exp().nansum()),
+        "mismatch/kl": (k3(sampling_T, old_T).sum(), count),
+        "mismatch/weight": (weights_T.sum(), count),
+        "mismatch/ess": (weights_T.sum(), weights_T.square().sum()),
+        "mismatch/unknown": ((~known_T).sum(), known_T.numel()),
     }
 
 

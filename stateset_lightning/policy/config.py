@@ -77,8 +77,9 @@ class PolicyConfig(LoadingOptions):
             `auto`: packed where exact.
         head_chunk_tokens: Completion tokens whose logits exist at a time. None: as many as keep a chunk of logits at
             64 MiB; on a GPU 4096, and a part of the vocabulary at a time.
-        head_dtype: Precision of the products that give logits in training. None: as the rest of the model computes.
-            `float32` is for weights of fewer bits (docs/speed-and-memory.md).
+        head_dtype: Precision of the products that give logits in training. `model`: as the rest of the model computes;
+            `float32`: exact for weights of fewer bits too. None: `float32` where such products would be rounded, with
+            weights in half precision on a CPU, else `model` (docs/speed-and-memory.md).
         lora: Train a low-rank adapter and leave the model as it is. None: train the model.
         adapter: Continue from an adapter that peft has saved (a folder or a Hugging Face id). All but `lora.dropout`
             comes from its own config.
@@ -93,7 +94,7 @@ class PolicyConfig(LoadingOptions):
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     scoring: Literal["auto", "packed", "padded"] = "auto"
     head_chunk_tokens: Annotated[int, Gt(0)] | None = None
-    head_dtype: Literal["float32"] | None = None
+    head_dtype: Literal["float32", "model"] | None = None
     lora: LoRAConfig | None = None
     adapter: str | None = None
     float32_matmul: Literal["highest", "high", "medium"] | None = None

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import lora, packed_attention, probes
 from stateset_lightning.policy.config import PolicyConfig
-from stateset_lightning.policy.head import HeadOptions, capped, softcap, token_logprobs
+from stateset_lightning.policy.head import HeadOptions, capped, on_gpu, softcap, token_logprobs
 from stateset_lightning.policy.lora_state import AdapterState, base_digest, keep_only_in_state_dict
 from stateset_lightning.policy.recomputed_layers import use_recomputed_layers
 from stateset_lightning.policy.routing import check_routers, routed_sums
@@ -169,7 +169,9 @@ class Policy(nn.Module):
             logps = (logits if mask is None else mask.exclude(logits)).log_softmax(-1)
             return logps.gather(-1, targets_T[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
         head = self.model.get_output_embeddings()
-        dtype = torch.float32 if self.config.head_dtype else None
+        is_rounded = head.weight.dtype.itemsize == 2 and not on_gpu(head.weight)
+        asked = self.config.head_dtype
+        dtype = torch.float32 if asked == "float32" or (asked is None and is_rounded) else None
         options = HeadOptions(temperature, self.softcap, self.config.head_chunk_tokens, dtype, mask)
         return token_logprobs(outputs_TX, head.weight, getattr(head, "bias", None), targets_T, options)
 
@@ -261,7 +263,7 @@ class Policy(nn.Module):
             if reason is None:
                 return True
         probes.check_own_forward(self.model, name)
-        if self.config.head_dtype is not None:
+        if self.config.head_dtype == "float32":
             raise ConfigError(
                 f"model.policy.head_dtype={self.config.head_dtype!r} is not possible for {name}: {reason}, so its own"
                 " forward computes the logits; leave head_dtype out"

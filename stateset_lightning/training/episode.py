@@ -40,6 +40,7 @@ class MicroBatch:
     ref_logprobs_T: Tensor | None
     select_T: Tensor | None
     experts_per_token_E: Tensor | None = None
+    right_N: Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """On a device, whose copies the host does not wait for; float64 as float32, as Apple's GPUs lack it."""
@@ -77,6 +78,7 @@ class Episode:
     sampled_T: Tensor | None = None  # None: all tokens were sampled
     experts_per_token_E: Tensor | None = None  # how often routers choose each expert; None where that is not trained
     sampling_mask: tuple[Tensor, Tensor] | None = None  # what `SamplingMask` is made of; None where it is not kept
+    right_N: Tensor | None = None  # as of a `TokenBatch`
 
     @property
     def num_generations(self) -> int:
@@ -84,16 +86,16 @@ class Episode:
 
     def micro_batch(self, micro_step: int) -> MicroBatch:
         """The completions of a micro-step of a pass that need training; none, perhaps."""
-        return self._select((self.micro_step_N == micro_step) & self.active_N)
+        return self.batch_of((self.micro_step_N == micro_step) & self.active_N)
 
     def active_batch(self) -> MicroBatch:
-        """All completions that need training: what old and reference log-probs are computed for."""
-        return self._select(self.active_N)
+        """All completions that need training."""
+        return self.batch_of(self.active_N)
 
-    def scatter(self, values: Tensor) -> Tensor:
-        """Values of the active completions' sampled tokens -> [T], zero for the others."""
+    def scatter(self, values: Tensor, rows_N: Tensor | None = None) -> Tensor:
+        """Values of the sampled tokens of these completions, the active ones unless given, -> [T]; zero elsewhere."""
         all_T = torch.zeros(len(self.completion_tokens_T), dtype=values.dtype)
-        all_T[self.sampled_tokens_of(self.active_N)] = values.cpu()
+        all_T[self.sampled_tokens_of(self.active_N if rows_N is None else rows_N)] = values.cpu()
         return all_T
 
     def sampled_tokens_of(self, rows_N: Tensor) -> Tensor:
@@ -105,7 +107,8 @@ class Episode:
         """The arguments that make it."""
         return {**vars(self)}
 
-    def _select(self, rows_N: Tensor) -> MicroBatch:
+    def batch_of(self, rows_N: Tensor) -> MicroBatch:
+        """These completions."""
         lengths, rows = self.lengths_N.tolist(), rows_N.nonzero().flatten().tolist()
         sampled = None if self.sampled_T is None else self.sampled_T.split(lengths)
         tokens_T = self.sampled_tokens_of(rows_N)
@@ -124,6 +127,7 @@ class Episode:
             ref_logprobs_T=of_tokens(self.ref_logprobs_T),
             select_T=of_tokens(self.select_T),
             experts_per_token_E=self.experts_per_token_E,
+            right_N=None if self.right_N is None else self.right_N[rows_N],
         )
 
 
@@ -232,12 +236,17 @@ def make_episode(
         active_PG = active_PG & (advantages_PG != 0)
 
     step_P = plan.step_of_position(torch.arange(plan.num_prompts * ranks.world))
-    weights_PG = torch.zeros_like(advantages_PG)
+    weights_PG, right_PG = torch.zeros_like(advantages_PG), None
+    if algorithm.positive_coefficient > 0:
+        right_PG = (ranks.by_position((scores.totals_N > 0).reshape(shape_PG)) & trains_PG).double()
     for step in range(plan.optimizer_steps):
         here = step_P == step
         groups = here.nonzero().expand(-1, plan.num_generations).flatten()
         weights = algorithm.token_weights(lengths_PG[here].flatten(), groups, trains_PG[here].flatten())
         weights_PG[here] = weights.reshape(-1, plan.num_generations)
+        if right_PG is not None:
+            of_right = algorithm.token_weights(lengths_PG[here].flatten(), groups, right_PG[here].flatten() > 0)
+            right_PG[here] = (of_right / weights).nan_to_num(0.0).reshape(-1, plan.num_generations)
 
     mine = slice(ranks.rank, None, ranks.world)
     active_N = active_PG[mine].flatten()
@@ -264,6 +273,7 @@ def make_episode(
         tokens_over_budget=tokens_over_budget,
         sampled_T=None if bool(rollout.sampled_T.all()) else rollout.sampled_T,
         sampling_mask=None if (mask := rollout.sampling_mask) is None else (mask.ids_K, mask.counts_T),
+        right_N=None if right_PG is None else right_PG[mine].flatten(),
     )
 
 

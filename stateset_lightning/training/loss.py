@@ -65,6 +65,7 @@ def micro_batch_loss(
         sampling_logprobs_T=batch.sampling_logprobs_T,
         entropies_T=entropies_T,
         select_T=batch.select_T,
+        right_N=batch.right_N,
     )
     loss_T, sums = algorithm.per_token_loss(tokens)
     weights_T = per_token(batch.weights_N.to(loss_T.dtype), tokens.lengths_N, len(loss_T))
@@ -180,31 +181,43 @@ def add_fixed_logprobs(step: TrainingStep, episode: Episode, scored: TrainedScor
         old: Whether the loss needs old log-probs. With a single optimizer step they are the new ones, and no pass is
             made for them.
     """
-    groups, algorithm, temperature = episode.active_batch().groups, step.algorithm, step.sampler.config.temperature
+    algorithm, temperature = step.algorithm, step.sampler.config.temperature
     episode.ref_logprobs_T = scored.ref_logprobs_T
     episode.old_logprobs_T = scored.logprobs_T if old else None
     if step.reference is not None and episode.ref_logprobs_T is None:
-        episode.ref_logprobs_T = episode.scatter(step.reference.score_without_gradient(groups, temperature)[0])
+        scores = step.reference.score_without_gradient(episode.active_batch().groups, temperature)
+        episode.ref_logprobs_T = episode.scatter(scores[0])
     balances = step.policy.config.router_aux_loss > 0 and any(episode.active_by_step)
     if not (algorithm.selects_tokens or balances) and (not old or episode.old_logprobs_T is not None):
         return
+    rows_N = counted(episode, plan) if algorithm.selects_tokens else episode.active_N
+    groups = episode.batch_of(rows_N).groups
     step.sampled_policy.routed = 0
     logprobs_T, entropies_T = step.sampled_policy.score_without_gradient(groups, temperature)
     if old or algorithm.selects_tokens:
-        episode.old_logprobs_T = episode.scatter(logprobs_T)
+        episode.old_logprobs_T = episode.scatter(logprobs_T, rows_N)
     if balances:  # over the episode, so that the loss is linear in its tokens, however they are divided
         chosen: list[Any] = step.ranks.gather(step.sampled_policy.routed[1].cpu() if groups else 0)
-        episode.experts_per_token_E = sum(chosen) / sum(episode.active_by_step)
+        episode.experts_per_token_E = sum(chosen) / sum(step.ranks.gather(len(logprobs_T)))
     if algorithm.selects_tokens:
         assert episode.old_logprobs_T is not None
-        scattered = episode.old_logprobs_T, episode.scatter(entropies_T)
+        scattered = episode.old_logprobs_T, episode.scatter(entropies_T, rows_N)
         episode.select_T = selected_tokens(episode, *scattered, algorithm, plan, step.sampler.seed)
+
+
+def counted(episode: Episode, plan: Plan) -> Tensor:
+    """What a selection sees: the completions that count in an optimizer step's loss, if any of them trains; bool [N].
+
+    Those with an advantage of zero are among them.
+    """
+    step_trains = torch.tensor(episode.active_by_step) > 0
+    return (episode.weights_N > 0) & step_trains[episode.micro_step_N // plan.accumulate]
 
 
 def selected_tokens(
     episode: Episode, logprobs_T: Tensor, entropies_T: Tensor, algorithm: Algorithm, plan: Plan, seed: int
 ) -> Tensor:
-    """`algorithm.select` for each optimizer step of a pass, on the active completions of all ranks in global order.
+    """`algorithm.select` for each optimizer step of a pass, on `counted` completions of all ranks in global order.
 
     The result, bool [T] over all tokens, is the same for every split into micro-steps and every number of ranks. Tokens
     of other completions, and those that were not sampled, are False.
@@ -214,8 +227,9 @@ def selected_tokens(
     position_N = (n // size * ranks.world + ranks.rank) * size + n % size  # of a completion among those of all ranks
     positions_N, steps_N = position_N.tolist(), (episode.micro_step_N // plan.accumulate).tolist()
     advantages_N = episode.advantages_N.tolist()
-    rows = [int(i) for i in episode.active_N.nonzero()]
-    sampled = episode.sampled_tokens_of(episode.active_N).split(lengths)
+    rows_N = counted(episode, plan)
+    rows = [int(i) for i in rows_N.nonzero()]
+    sampled = episode.sampled_tokens_of(rows_N).split(lengths)
     logprobs, entropies = logprobs_T.split(lengths), entropies_T.split(lengths)
     mine = {
         positions_N[i]: (steps_N[i], advantages_N[i], logprobs[i][sampled[i]], entropies[i][sampled[i]]) for i in rows

@@ -28,7 +28,6 @@ An episode
     time/score_s                        seconds of it that scoring took after the last completion was there
     time/sync_s                         seconds that the last transfer of weights to vLLM servers took
     mismatch/after_sync                 largest difference of a log-prob after it, between server and policy, nats
-    mismatch/unknown                    share of sampled tokens for which a vLLM server gave no log-prob
     work/tokens_per_s                   sampled tokens per second, of all ranks together
     work/token_ratio                    tokens of a padded training pass over those of the pass that was made
     work/skipped                        share of completions that need no training
@@ -54,6 +53,8 @@ An optimizer step
     policy/kl_coefficient               coefficient of the KL term, where it adapts
     policy/entropy_coefficient          coefficient of the entropy bonus, where it adapts
     mismatch/kl                         KL of the sampler from the trainer per token, nats
+    mismatch/weight                     mean weight trainer over sampler
+    mismatch/unknown                    share of tokens whose log-prob by the sampler is no finite number
     mismatch/ess                        effective sample size of the weights trainer over sampler, as a share
     mismatch/masked                     share of tokens that the correction leaves out
     lr                                  learning rate of the first parameter group
@@ -180,6 +181,8 @@ class RunMetrics:
     def end_step(self, ranks: Ranks) -> dict[str, float]:
         """One row for the loggers: the optimizer step's own metrics and, the first time, its episode's."""
         self._of_step = self.step.means(ranks)
+        if "mismatch/ess" in self._of_step:  # sum(w) / sum(w^2) so far; never above 1 but for rounding
+            self._of_step["mismatch/ess"] = min(self._of_step["mismatch/ess"] * self._of_step["mismatch/weight"], 1.0)
         row = {**self._unlogged, **self._of_step}
         self._unlogged = {}
         return row
@@ -317,9 +320,9 @@ def of_tokens(logprobs_T: Tensor, sampling_logprobs_T: Tensor | None, entropies_
     """What a micro-batch says of the policy, beside what its loss counts."""
     metrics: Metrics = {"policy/entropy": (entropies_T.sum(), entropies_T.numel())}
     if sampling_logprobs_T is not None:
-        difference_T = (logprobs_T - sampling_logprobs_T).abs()
-        known = (~sampling_logprobs_T.isnan()).sum()
-        metrics["policy/sampling_difference"] = (difference_T.nansum(), known)
+        known_T = sampling_logprobs_T.isfinite()
+        difference_T = (logprobs_T - sampling_logprobs_T).abs().where(known_T, 0.0)
+        metrics["policy/sampling_difference"] = (difference_T.sum(), known_T.sum())
     return metrics
 
 

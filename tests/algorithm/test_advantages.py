@@ -2,6 +2,7 @@
 
 import math
 from itertools import combinations
+from statistics import mean, stdev
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from stateset_lightning.algorithm import PassK
 from stateset_lightning.algorithm.advantages import (
+    batch_advantages,
     beta_normalised_advantages,
     decoupled_advantages,
     greedy_advantages,
@@ -170,6 +172,39 @@ def test_survivors_advantages_sum_to_zero_and_keep_the_order_of_rewards(rewards:
             assert r1 <= r2 or a1 >= a2
 
 
+# REINFORCE++, and scale "leave_one_out" -------------------------------------------------------------------------------
+
+
+def test_the_batch_as_a_group() -> None:
+    # Of (1, 0, 1, 0) the mean is 1/2 and the variance 4 x 1/4 / 3.
+    std = math.sqrt(1 / 3) + 1e-4
+    assert_rows(
+        batch_advantages(rows((1, 0, NAN), (1, 0, NAN), (1, NAN, NAN))),
+        (0.5 / std, -0.5 / std, NAN),
+        (0.5 / std, -0.5 / std, NAN),
+        (NAN, NAN, NAN),
+    )
+    assert_rows(batch_advantages(rows((1, 1), (0, 0))), (0.5 / std, 0.5 / std), (-0.5 / std, -0.5 / std))
+    assert (batch_advantages(rows((0.3, 0.3), (0.3, 0.3))) == 0).all()
+
+
+@given(st.lists(st.lists(st.sampled_from([0.0, 1.0, 0.3]), min_size=4, max_size=4), min_size=1, max_size=5))
+def test_leave_one_out_takes_mean_and_deviation_of_the_others(groups: list[list[float]]) -> None:
+    expected = []
+    for group in groups:
+        others = [group[:i] + group[i + 1 :] for i in range(len(group))]
+        spread = [stdev(other) + 1e-4 if len({*other}) > 1 else 1.0 for other in others]
+        expected.append(tuple((r - mean(o)) / s for r, o, s in zip(group, others, spread, strict=True)))
+    assert_rows(group_advantages(rows(*map(tuple, groups)), "leave_one_out"), *expected, tolerance=1e-9)
+
+
+def test_leave_one_out_leaves_failures_out() -> None:
+    full = group_advantages(rows((1, 0, 0.5, 0)), "leave_one_out")
+    holes = group_advantages(rows((1, NAN, 0, 0.5, 0), (NAN, 1, 0, NAN, NAN), (1, NAN, NAN, NAN, NAN)), "leave_one_out")
+    torch.testing.assert_close(holes[0, [0, 2, 3, 4]], full[0])
+    assert_rows(holes[1:], (NAN, 1.0, -1.0, NAN, NAN), (NAN,) * 5)  # nothing to divide by
+
+
 # BNPO -----------------------------------------------------------------------------------------------------------------
 
 
@@ -178,10 +213,10 @@ def beta_density(x: float, alpha: float, beta: float) -> float:
 
 
 def test_bnpo_divides_by_the_density_of_the_fitted_beta() -> None:
-    # Mean rewards p: 1/4, 1/2, 3/4. Their mean is 1/2, their variance (1/16 + 0 + 1/16) / 3 = 1/24.
-    # Method of moments: a + b = (1/4) / (1/24) - 1 = 5, so a = b = 5/2; alpha = beta = 1 + 5/6 = 11/6.
+    # Mean rewards p: 1/4, 1/2, 3/4. Their mean is 1/2, their variance (1/16 + 0 + 1/16) / 2 = 1/16.
+    # Method of moments: a + b = (1/4) / (1/16) - 1 = 3, so a = b = 3/2; alpha = beta = 1 + 1/2 = 3/2.
     groups = rows((1, 0, 0, 0), (1, 1, 0, 0), (1, 1, 1, 0))
-    f = [beta_density(p, 11 / 6, 11 / 6) for p in (0.25, 0.5, 0.75)]
+    f = [beta_density(p, 3 / 2, 3 / 2) for p in (0.25, 0.5, 0.75)]
     assert f[0] == pytest.approx(f[2])
     assert_rows(
         beta_normalised_advantages(groups),
@@ -193,9 +228,9 @@ def test_bnpo_divides_by_the_density_of_the_fitted_beta() -> None:
 
 
 def test_bnpo_with_an_uneven_batch() -> None:
-    # p: 0.2 and 0.4. Mean 0.3, variance 0.01: a + b = 0.21 / 0.01 - 1 = 20, a = 6, b = 14; alpha = 3, beta = 1 + 14/3.
+    # p: 0.2 and 0.4. Mean 0.3, variance 0.02: a + b = 0.21 / 0.02 - 1 = 9.5, a = 2.85, b = 6.65.
     groups = rows((1, 0, 0, 0, 0), (1, 1, 0, 0, 0))
-    low, high = beta_density(0.2, 3, 17 / 3), beta_density(0.4, 3, 17 / 3)
+    low, high = (beta_density(p, 1 + 2.85 / 3, 1 + 6.65 / 3) for p in (0.2, 0.4))
     assert_rows(
         beta_normalised_advantages(groups),
         (0.8 / low, *[-0.2 / low] * 4),
@@ -235,6 +270,19 @@ def test_bnpo_leaves_failures_out_of_mean_and_fit() -> None:
     ]
     torch.testing.assert_close(holes[0, [0, 2, 3, 4]], full[0], atol=1e-9, rtol=0)
     torch.testing.assert_close(holes[1, [0, 1, 3, 4]], full[1], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(("groups", "size"), [(64, 16), (256, 64)])
+def test_bnpo_is_finite_beside_an_outlier_as_the_authors_code_is(groups: int, size: int) -> None:
+    # All but one group are right half of the time, the last once: far out in the tail of the fitted density.
+    rewards = torch.zeros(groups, size, dtype=torch.float64)
+    rewards[:-1, : size // 2] = 1
+    rewards[-1, 0] = 1
+    advantages = beta_normalised_advantages(rewards)
+    p = 1 / size
+    assert advantages[-1, 0].item() == pytest.approx((1 - p) * 1e6)
+    assert advantages[-1, 1].item() == pytest.approx(-p * 1e6)
+    assert advantages.float().isfinite().all()
 
 
 @pytest.mark.parametrize("outside", [-0.1, 1.5])

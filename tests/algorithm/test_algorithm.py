@@ -267,6 +267,29 @@ def test_a_mismatch_weighs_the_policy_loss_and_not_the_kl() -> None:
         Clipped(mismatch=Mismatch()).per_token_loss(batch([1.0], [1.0], [1]))
 
 
+def test_the_likelihood_of_right_completions_is_raised_whatever_their_advantage() -> None:
+    # The policy gradient of the first, and 0.5 x 1.5 and 0.5 x 2 on the tokens of the second and third.
+    tokens = replace(batch([1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [1, 1, 1]), right_N=torch.tensor([0.0, 1.5, 2.0]))
+    algorithm = Algorithm(positive_coefficient=0.5)
+    assert algorithm.trains_on_zero_advantage
+    loss_T, _ = algorithm.per_token_loss(tokens)
+    expected = -torch.tensor([1.0, 0.75, 1.0]) * tokens.logprobs_T
+    assert loss_T.tolist() == pytest.approx(expected.tolist())
+    with pytest.raises(ValueError, match=r"positive_coefficient needs TokenBatch\.right_N"):
+        algorithm.per_token_loss(replace(tokens, right_N=None))
+
+
+def test_advantages_are_held_within_their_clip() -> None:
+    scores_PGF = torch.tensor([[[9.0], [0.0], [0.0], [float("nan")]]])
+    advantages_PG = Algorithm(scale="none", advantage_clip=4.0).advantages(scores_PGF, torch.ones(1))
+    assert advantages_PG[0, :3].tolist() == [4.0, -3.0, -3.0]
+    assert advantages_PG[0, 3].isnan()
+
+
+def test_the_adaptive_entropy_has_the_papers_numbers() -> None:
+    assert AdaptiveEntropy() == AdaptiveEntropy(target=0.2, delta=1e-4, maximum=0.005)
+
+
 # Bad options ----------------------------------------------------------------------------------------------------------
 
 
@@ -282,7 +305,9 @@ def test_a_mismatch_weighs_the_policy_loss_and_not_the_kl() -> None:
         (lambda: Clipped(entropy_coefficient=-1.0), r"entropy_coefficient=-1\.0 must be at least 0"),
         (lambda: Clipped(off_policy_threshold=0.0), r"off_policy_threshold=0\.0 must be above 0"),
         (lambda: AdaptiveEntropy(delta=0.0), r"adaptive_entropy\.delta=0\.0 must be above 0"),
-        (lambda: Mismatch("token_tis", low=0.5), r"mismatch\.low=0\.5 has no effect on kind='token_tis'"),
+        (lambda: Clipped(advantage_clip=0.0), r"advantage_clip=0\.0 must be above 0"),
+        (lambda: Mismatch("none", low=0.5), r"mismatch\.low=0\.5 has no effect on kind='none'"),
+        (lambda: Mismatch("token_tis", low=2.5), r"mismatch\.low=2\.5 must be below high=2\.0"),
         (lambda: Mismatch("icepop", low=6.0), r"mismatch\.low=6\.0 must be below high=5\.0"),
     ],
 )

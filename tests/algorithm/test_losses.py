@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stateset_lightning.algorithm.losses import (
+    cispo_loss,
+    clip_cov_loss,
     clipped_loss,
+    dppo_loss,
+    gamma_weighted_loss,
     geometric_mean_loss,
     importance_loss,
     kl_cov_loss,
@@ -140,6 +144,59 @@ def test_gradients_are_those_of_finite_differences(loss: Callable[[TokenBatch], 
     assert torch.autograd.gradcheck(
         lambda x: loss(batch(x, old_T, ADVANTAGES, ADVANTAGES <= 0))[0], (x,), eps=1e-6, atol=1e-8
     )
+
+
+FORMULAS = {
+    "importance": importance_loss,
+    "clip": lambda tokens: clipped_loss(tokens, epsilon_low=0.2, epsilon_high=0.2),
+    "dual clip": lambda tokens: clipped_loss(tokens, epsilon_low=0.2, epsilon_high=0.2, delta=3.0),
+    "CISPO": lambda tokens: cispo_loss(tokens, epsilon_high=4.0),
+    "SAPO": lambda tokens: sapo_loss(tokens, tau_positive=1.0, tau_negative=1.05),
+    "DPPO": lambda tokens: dppo_loss(tokens, divergence="tv", delta_low=0.1, delta_high=0.1, maximum_ratio=20.0),
+    "DPPO-KL": lambda tokens: dppo_loss(tokens, divergence="kl", delta_low=0.1, delta_high=0.1, maximum_ratio=20.0),
+    "Clip-Cov": lambda tokens: clip_cov_loss(tokens, epsilon_low=0.2, epsilon_high=None),
+    "KL-Cov": lambda tokens: kl_cov_loss(tokens, coefficient=0.7),
+    "GSPO": lambda tokens: sequence_clipped_loss(tokens, epsilon_low=0.2, epsilon_high=0.2),
+    "GSPO-token": lambda tokens: sequence_token_clipped_loss(tokens, epsilon_low=0.2, epsilon_high=0.2),
+    "GMPO": lambda tokens: geometric_mean_loss(tokens, log_epsilon_low=0.4, log_epsilon_high=0.4),
+    "DRO": lambda tokens: quadratic_loss(tokens, tau=0.05),
+    "VESPO": lambda tokens: gamma_weighted_loss(
+        tokens, k_positive=2.0, lambda_positive=3.0, k_negative=3.0, lambda_negative=2.0
+    ),
+}
+
+
+@pytest.mark.parametrize("nats", [90.0, 1000.0])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_policy_far_from_the_one_that_sampled_has_finite_losses_and_gradients(name: str, nats: float) -> None:
+    """In float32 exp overflows at 88.7, and a token that a clip leaves out multiplies infinity by zero."""
+    logprobs_T = torch.tensor([-1.0, -1.0, -1.0, -1.0 - nats, -1.0 - nats, -1.0], requires_grad=True)
+    old_T = torch.tensor([-1.0 - nats, -1.0 - nats, -1.0, -1.0, -1.0, -1.0])
+    tokens = batch(logprobs_T, old_T, torch.tensor([1.0, -1, 1, 1, -1, -1]), torch.tensor([True] * 5 + [False]))
+    loss_T, metrics = FORMULAS[name](tokens)
+    loss_T.sum().backward()
+    assert logprobs_T.grad is not None
+    assert loss_T.isfinite().all()
+    assert logprobs_T.grad.isfinite().all()
+    assert all(math.isfinite(float(total)) for total, _ in metrics.values())
+
+
+def test_a_log_ratio_is_held_within_20_nats() -> None:
+    logprobs_T = torch.tensor([-1.0, -41.0], requires_grad=True)
+    loss_T, _ = importance_loss(batch(logprobs_T, torch.tensor([-31.0, -1.0]), torch.ones(2)))
+    assert (-loss_T).tolist() == pytest.approx([math.exp(20), math.exp(-20)])
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
+def test_the_gates_steepness_is_in_the_precision_of_the_log_probs(default: torch.dtype) -> None:
+    # sigmoid(1.05 (e^-0.5 - 1)) x 4 / 1.05; in bfloat16 1.05 is 1.046875.
+    torch.set_default_dtype(default)
+    try:
+        tokens = batch(torch.full((1,), -1.5).double(), torch.full((1,), -1.0).double(), torch.tensor([-1.0]))
+        value = sapo_loss(tokens, tau_positive=1.0, tau_negative=1.05)[0].item()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert value == pytest.approx(4 / 1.05 / (1 + math.exp(-1.05 * (math.exp(-0.5) - 1))), rel=1e-12)
 
 
 # Advantages of single tokens ------------------------------------------------------------------------------------------

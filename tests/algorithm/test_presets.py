@@ -7,6 +7,7 @@ are -2.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -32,6 +33,7 @@ from stateset_lightning.algorithm import (
     RAFT,
     RLOO,
     SAPO,
+    VESPO,
     Algorithm,
     ClipCov,
     Clipped,
@@ -41,6 +43,7 @@ from stateset_lightning.algorithm import (
     MaxRL,
     Mismatch,
     PassK,
+    ReinforcePlusPlus,
     ReinforcePlusPlusBaseline,
     ReMax,
     Supervised,
@@ -137,10 +140,10 @@ def test_dapo() -> None:
 
 
 def test_bnpo() -> None:
-    # Mean rewards 1/2 and 1: mean 3/4, variance 1/16; a + b = (3/16) / (1/16) - 1 = 2, a = 3/2, b = 1/2; alpha = 3/2,
-    # beta = 7/6. Density at 1/2 by the definition of the Beta function; advantages +-1/2 over it; every token weighs
+    # Mean rewards 1/2 and 1: mean 3/4, variance 1/8; a + b = (3/16) / (1/8) - 1 = 1/2, a = 3/8, b = 1/8; alpha = 9/8,
+    # beta = 25/24. Density at 1/2 by the definition of the Beta function; advantages +-1/2 over it; every token weighs
     # 1/8.
-    density = math.gamma(3 / 2 + 7 / 6) / (math.gamma(3 / 2) * math.gamma(7 / 6)) * 0.5 ** (1 / 2) * 0.5 ** (1 / 6)
+    density = math.gamma(9 / 8 + 25 / 24) / (math.gamma(9 / 8) * math.gamma(25 / 24)) * 0.5 ** (1 / 8 + 1 / 24)
     a = 0.5 / density
     value = -1.2 * a / 8 + (1 + 1 + 1.25) * a / 8
     gradient = [0, a / 8, a / 8, 1.25 * a / 8, 0, 0, 0, 0]
@@ -157,6 +160,14 @@ def check(algorithm: Algorithm, value: float, gradient: list[float], **case: Any
 
 # Of the four log-probs of the first prompt: that of its first completion, and the three of its second.
 FIRST, SECOND = LOGPROBS[0].item(), LOGPROBS[1:4].tolist()
+
+
+def test_reinforce_plus_plus() -> None:
+    # Rewards 1, 0, 1, 1: mean 3/4, variance (3/16 + 9/16) / 3 = 1/4. So the constant group trains as well.
+    std = 0.5 + 1e-4
+    better, worse = 0.25 / std, 0.75 / std
+    value = (-1.2 * better + 3.25 * worse - 4 * better) / 8
+    check(ReinforcePlusPlus(), value, [0, worse / 8, worse / 8, 1.25 * worse / 8, *[-better / 8] * 4])
 
 
 def test_top_entropy() -> None:
@@ -244,6 +255,32 @@ def test_dppo() -> None:
     )
 
 
+def test_dppo_by_the_kl() -> None:
+    # Probabilities 0.1353 then and 0.2030 now: a KL of 0.0156 by the rise.
+    p, q = math.exp(-2), 1.5 * math.exp(-2)
+    kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    assert kl == pytest.approx(0.0156, abs=1e-4)
+    plain = loss_and_gradient(DPPO())
+    assert loss_and_gradient(DPPO(divergence="kl")) == plain
+    assert loss_and_gradient(DPPO(divergence="kl", delta_high=kl + 1e-6, delta_low=1e-6)) == plain
+    masked = loss_and_gradient(DPPO(divergence="kl", delta_high=kl - 1e-6))
+    assert masked == loss_and_gradient(DPPO(delta_high=0.05))
+    assert masked[1][0] == 0
+
+
+def test_dppo_by_the_kl_bounds_a_fall_where_the_advantage_is_negative() -> None:
+    # From 0.5 to 0.1 and back up, both far above 0.05; the third has fallen where A > 0, which is no step too far.
+    old, new = torch.tensor([0.5, 0.1, 0.5]).log(), torch.tensor([0.1, 0.5, 0.1]).log()
+    tokens = TokenBatch(new, old, torch.tensor([-1.0, 1.0, 1.0]), torch.tensor([1, 1, 1]))
+    loss_T, metrics = DPPO(divergence="kl").per_token_loss(tokens)
+    assert loss_T.tolist() == pytest.approx([0.0, 0.0, -0.2 * math.log(0.1)])
+    assert [float(metrics[f"policy/clip_{side}"][0]) for side in ("low", "high")] == [1, 1]
+    certain = replace(
+        tokens, logprobs_T=torch.tensor([0.0, 0.0, -90.0]), old_logprobs_T=torch.tensor([-90.0, 0.0, 0.0])
+    )
+    assert DPPO(divergence="kl").per_token_loss(certain)[0].isfinite().all()
+
+
 def test_dppo_compares_with_the_sampler() -> None:
     # The sampler gave the token e^-3 = 0.05, the trainer e^-2 = 0.14 then and e^-1 = 0.37 now: up by 0.32, masked at
     # 0.3 and not at 0.35.
@@ -265,12 +302,45 @@ def test_clip_cov() -> None:
     check(ClipCov(), (3.25 - 1.5) * A / 8, [-1.5 * A / 8, A / 8, A / 8, 1.25 * A / 8], select=[True] * 8)
 
 
+def test_clip_cov_with_the_bound_of_its_authors_code() -> None:
+    # Each ratio is clipped as PPO's beside the selection: the first at 1.2; the fourth is on the other side.
+    bounded = ClipCov(epsilon_low=0.2, epsilon_high=0.2)
+    check(bounded, (3.25 - 1.2) * A / 8, [0, A / 8, A / 8, 1.25 * A / 8], select=[True] * 8)
+    check(bounded, (2 - 1.2) * A / 8, [0, A / 8, A / 8, 0], select=[True] * 3 + [False] + [True] * 4)
+    above = ClipCov(epsilon_high=0.2)
+    check(above, (3.25 - 1.2) * A / 8, [0, A / 8, A / 8, 1.25 * A / 8], select=[True] * 8)
+
+
 def test_kl_cov() -> None:
     # The fourth token is held: half of |log 1.25| is added, whose slope is 1/2.
     select = [True] * 3 + [False] + [True] * 4
     value = (-1.5 * A + 3.25 * A + 0.5 * math.log(1.25)) / 8
     check(KLCov(coefficient=0.5), value, [-1.5 * A / 8, A / 8, A / 8, (1.25 * A + 0.5) / 8], select=select)
     assert KLCov().trains_on_zero_advantage
+
+
+def test_vespo() -> None:
+    # The products of the ratios are 1.5 and 1.25: weights W^2 e^(3 - 3 W) and, where A is negative, W^3 e^(2 - 2 W).
+    first, second = 1.5**2 * math.exp(-1.5), 1.25**3 * math.exp(-0.5)
+    value = (-first * A * FIRST + second * A * sum(SECOND)) / 8
+    check(VESPO(), value, [-first * A / 8, *[second * A / 8] * 3])
+    loose = VESPO(k_positive=1.0, lambda_positive=1.0, k_negative=0.0, lambda_negative=0.5)
+    first, second = 1.5 * math.exp(-0.5), math.exp(-0.125)
+    check(loose, (-first * A * FIRST + second * A * sum(SECOND)) / 8, [-first * A / 8, *[second * A / 8] * 3])
+
+
+def test_vespo_compares_with_the_sampler_and_forgets_what_is_far_away() -> None:
+    # Two tokens of one completion, each e^0.5 above the trainer's then and e^-0.25 of the sampler: W = e^-0.5.
+    old = torch.tensor([-2.0, -2.0])
+    tokens = TokenBatch(old + 0.5, old, torch.tensor([1.0]), torch.tensor([2]), sampling_logprobs_T=old + 0.75)
+    expected = math.exp(-2 * 0.5 + 3 * (1 - math.exp(-0.5)))
+    assert VESPO().per_token_loss(tokens)[0].tolist() == pytest.approx([expected * 1.5] * 2)
+    for nats in (-1000.0, 1000.0):
+        far = replace(tokens, logprobs_T=(old + nats).requires_grad_())
+        loss_T = VESPO().per_token_loss(far)[0]
+        loss_T.sum().backward()
+        assert far.logprobs_T.grad is not None
+        assert far.logprobs_T.grad.abs().max() < 1e-12
 
 
 S = 1.25 ** (1 / 3)  # the second completion's ratio: the geometric mean of 1, 1 and 1.25
@@ -340,7 +410,7 @@ def weighted_loss(algorithm: Algorithm, logprobs_T: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("estimator", ["k2", "k3", "k3_unbiased"])
 @pytest.mark.parametrize(
-    "preset", [preset for preset in PRESETS if preset not in (CISPO, DPPO, GSPOToken)], ids=lambda p: p.__name__
+    "preset", [preset for preset in PRESETS if preset not in (CISPO, DPPO, GSPOToken, VESPO)], ids=lambda p: p.__name__
 )
 def test_the_gradient_is_that_of_finite_differences(preset: type[Algorithm], estimator: Any) -> None:
     algorithm = preset(beta=0.3, kl=KL(estimator))  # type: ignore[call-arg]
@@ -356,8 +426,9 @@ def test_the_gradient_is_that_of_finite_differences(preset: type[Algorithm], est
         (CISPO, lambda here, ratio_T: lambda x: -ratio_T.clamp(max=5) * x),
         (DPPO, lambda here, ratio_T: lambda x: -ratio_T.clamp(max=20) * x),
         (GSPOToken, lambda here, ratio_T: lambda x: -per_token(geometric_mean(ratio_T), LENGTHS) * (x - here).exp()),
+        (VESPO, lambda here, ratio_T: lambda x: -gamma_weights(ratio_T) * x),
     ],
-    ids=["CISPO", "DPPO", "GSPOToken"],
+    ids=["CISPO", "DPPO", "GSPOToken", "VESPO"],
 )
 def test_with_stopped_parts_held_fixed_the_gradient_is_that_of_finite_differences(
     preset: type[Algorithm], fixed: Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]
@@ -383,6 +454,13 @@ def geometric_mean(ratio_T: Tensor) -> Tensor:
     return torch.stack([part.log().mean().exp() for part in ratio_T.split(LENGTHS.tolist())])
 
 
+def gamma_weights(ratio_T: Tensor) -> Tensor:
+    """VESPO's of completions whose advantages are positive, negative, positive, negative."""
+    w_N = torch.stack([part.prod() for part in ratio_T.split(LENGTHS.tolist())])
+    k_N, lambda_N = torch.tensor([2.0, 3, 2, 3]).double(), torch.tensor([3.0, 2, 3, 2]).double()
+    return per_token(w_N**k_N * (lambda_N * (1 - w_N)).exp(), LENGTHS)
+
+
 # Defaults and options -------------------------------------------------------------------------------------------------
 
 
@@ -404,6 +482,7 @@ def geometric_mean(ratio_T: Tensor) -> Tensor:
         (TopEntropy(), {"epsilon_high": 0.28, "top_entropy": 0.2, "aggregation": "token_mean"}),
         (BNPO(), {"epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.0, "aggregation": "token_mean"}),
         (GDPO(), {"epsilon_low": 0.2, "aggregation": "sequence_mean"}),
+        (ReinforcePlusPlus(), {"kl": KL("k1", "reward"), "epsilon_high": 0.2, "aggregation": "token_mean"}),
         (ReinforcePlusPlusBaseline(), {"kl": KL("k2"), "aggregation": "token_mean"}),
         (RLOO(), {"kl": KL("k1", "reward"), "aggregation": "sequence_sum"}),
         (ReMax(), {"kl": KL("k1", "reward"), "aggregation": "sequence_sum"}),
@@ -425,7 +504,22 @@ def geometric_mean(ratio_T: Tensor) -> Tensor:
                 "aggregation": "constant_length",
             },
         ),
-        (ClipCov(), {"share": 2e-4, "omega_low": 1.0, "omega_high": 5.0, "aggregation": "token_mean"}),
+        (DPPO(divergence="kl"), {"delta_low": 0.05, "delta_high": 0.05}),
+        (
+            ClipCov(),
+            {"share": 2e-4, "omega_low": 1.0, "omega_high": 5.0, "epsilon_low": None, "aggregation": "token_mean"},
+        ),
+        (
+            VESPO(),
+            {
+                "k_positive": 2.0,
+                "lambda_positive": 3.0,
+                "k_negative": 3.0,
+                "lambda_negative": 2.0,
+                "scale": "group",
+                "aggregation": "token_mean",
+            },
+        ),
         (KLCov(), {"share": 2e-3, "coefficient": 1.0, "aggregation": "token_mean"}),
         (DRO(), {"tau": 0.05, "scale": "none", "aggregation": "sequence_sum"}),
         (PassK(), {"k": 2, "aggregation": "sequence_mean"}),
@@ -457,6 +551,8 @@ COMMON = {
     "kl",
     "entropy_coefficient",
     "adaptive_entropy",
+    "advantage_clip",
+    "positive_coefficient",
     "mismatch",
     "off_policy_threshold",
     "aggregation",
@@ -466,15 +562,16 @@ COMMON = {
 CLIP = {"epsilon_low", "epsilon_high", "delta"}
 OPTIONS = {
     **{preset: CLIP | {"scale", "top_entropy"} for preset in (GRPO, DrGRPO, DAPO, TopEntropy, GSPOToken)},
-    **{preset: CLIP | {"top_entropy"} for preset in (BNPO, GDPO, ReinforcePlusPlusBaseline)},
+    **{preset: CLIP | {"top_entropy"} for preset in (BNPO, GDPO, ReinforcePlusPlus, ReinforcePlusPlusBaseline)},
     PassK: CLIP | {"top_entropy", "k"},
     **{preset: {"top_entropy"} for preset in (RLOO, OPO, ReMax, MaxRL)},
     **{preset: CLIP | {"scale"} for preset in (GSPO, LUSPO)},
     GMPO: {"log_epsilon_low", "log_epsilon_high", "scale"},
     CISPO: {"epsilon_high", "scale", "top_entropy"},
     SAPO: {"tau_positive", "tau_negative", "scale", "top_entropy"},
-    DPPO: {"delta_low", "delta_high", "maximum_ratio", "scale", "top_entropy"},
-    ClipCov: {"share", "omega_low", "omega_high", "scale"},
+    DPPO: {"divergence", "delta_low", "delta_high", "maximum_ratio", "scale", "top_entropy"},
+    ClipCov: {"share", "omega_low", "omega_high", "epsilon_low", "epsilon_high", "scale"},
+    VESPO: {"k_positive", "lambda_positive", "k_negative", "lambda_negative", "scale", "top_entropy"},
     KLCov: {"share", "coefficient", "scale"},
     DRO: {"tau", "scale"},
     RAFT: {"minimum_reward", "top_entropy"},
@@ -500,7 +597,7 @@ def test_the_command_line_has_every_option_that_the_loss_reads_and_no_other(
         "--algorithm.adaptive_entropy.target=0.3",
     ]
     config = parser.parse_args(arguments)
-    hidden = {"mismatch"} if preset is DPPO else set()
+    hidden = {"mismatch"} if preset in (DPPO, VESPO) else set()
     assert set(vars(config.algorithm.init_args)) == (COMMON | OPTIONS[preset]) - hidden
     algorithm = parser.instantiate(config).algorithm
     assert type(algorithm) is preset
@@ -510,6 +607,12 @@ def test_the_command_line_has_every_option_that_the_loss_reads_and_no_other(
 BELOW_ITS_BOUND = {
     "beta": -1,
     "entropy_coefficient": -1,
+    "advantage_clip": 0,
+    "positive_coefficient": -1,
+    "k_positive": -1,
+    "lambda_positive": 0,
+    "k_negative": -1,
+    "lambda_negative": 0,
     "off_policy_threshold": 0,
     "constant_length": 0,
     "epsilon_low": 0,
@@ -538,7 +641,7 @@ BELOW_ITS_BOUND = {
 def test_the_command_line_holds_every_bound(preset: type[Algorithm], parser: ArgumentParser) -> None:
     options = COMMON | OPTIONS[preset]
     for name, value in BELOW_ITS_BOUND.items():
-        if name.split(".")[0] in options and not (preset is DPPO and name.startswith("mismatch")):
+        if name.split(".")[0] in options and not (preset in (DPPO, VESPO) and name.startswith("mismatch")):
             with pytest.raises(Exception, match=r"should be greater than|greater_than"):
                 parser.parse_args(
                     [f"--algorithm=stateset_lightning.algorithm.{preset.__name__}", f"--algorithm.{name}={value}"]
@@ -582,6 +685,7 @@ def test_contradictory_options_are_refused_and_say_why(make: Callable[[], object
         (RLOO, "scale"),
         (GSPO, "top_entropy"),
         (DPPO, "mismatch"),
+        (VESPO, "mismatch"),
         (OPO, "epsilon_low"),
     ],
 )
@@ -590,7 +694,7 @@ def test_an_option_that_a_loss_does_not_read_does_not_exist(preset: type[Algorit
         preset(**{option: 0.5})
 
 
-@pytest.mark.parametrize("kind", ["sequence_tis", "sequence_mask"])
+@pytest.mark.parametrize("kind", ["sequence_tis", "sequence_mask", "product_mask"])
 def test_sequence_corrections_go_with_sequence_ratios(kind: Any) -> None:
     assert GSPO(mismatch=Mismatch(kind)).mismatch == Mismatch(kind)
 

@@ -128,6 +128,16 @@ def test_k3_is_never_negative_and_keeps_small_differences() -> None:
     assert values[4].item() == pytest.approx(0.5e-8, rel=0.02)
 
 
+def test_k3_and_its_gradient_are_bounded_where_the_reference_is_beyond_20_nats() -> None:
+    logprobs = torch.zeros(3, requires_grad=True)
+    for estimator in ("k3", "k3_unbiased"):
+        values = kl_estimate(estimator, logprobs, torch.tensor([90.0, 20.5, -90.0]), torch.zeros(3))  # type: ignore[arg-type]
+        (gradient,) = torch.autograd.grad(values.sum(), logprobs)
+        assert values.isfinite().all()
+        assert gradient.isfinite().all()
+        assert values[:2].tolist() == pytest.approx([math.exp(20) - 21] * 2)  # as of 20 nats
+
+
 def test_k3_averages_to_the_kl_divergence() -> None:
     p, q = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64)
     assert (p * k3(p.log(), q.log())).sum().item() == pytest.approx((p * (p / q).log()).sum().item())
@@ -147,12 +157,17 @@ LENGTHS = torch.tensor([3, 2])
 SAMPLING = torch.full((5,), -2.0, dtype=torch.float64)
 
 
+def sampled_by(old_T: Tensor, sampling_T: Tensor, lengths_N: Tensor = LENGTHS) -> TokenBatch:
+    return TokenBatch(old_T, old_T, torch.ones(len(lengths_N)), lengths_N, sampling_logprobs_T=sampling_T)
+
+
 def weights(kind: Any, low: float | None = None, high: float | None = None) -> list[float]:
-    return mismatch_weights(SAMPLING + RATIOS.log(), SAMPLING, LENGTHS, Mismatch(kind, low, high)).tolist()
+    return mismatch_weights(sampled_by(SAMPLING + RATIOS.log(), SAMPLING), Mismatch(kind, low, high)).tolist()
 
 
 def test_token_truncation() -> None:
     assert weights("token_tis") == pytest.approx([1.0, 2.0, 0.25, 1.5, 2.0])
+    assert weights("token_tis", low=0.5) == pytest.approx([1.0, 2.0, 0.5, 1.5, 2.0])
     assert weights("token_tis", high=3.5) == pytest.approx([1.0, 3.5, 0.25, 1.5, 3.0])
 
 
@@ -160,6 +175,11 @@ def test_sequence_truncation() -> None:
     # The products are 1 and 4.5.
     assert weights("sequence_tis") == pytest.approx([1.0, 1.0, 1.0, 2.0, 2.0])
     assert weights("sequence_tis", high=5.0) == pytest.approx([1.0, 1.0, 1.0, 4.5, 4.5])
+
+
+def test_the_product_mask_drops_completions_by_the_product_which_is_their_weight() -> None:
+    assert weights("product_mask") == pytest.approx([1.0, 1.0, 1.0, 0.0, 0.0])
+    assert weights("product_mask", low=1.1, high=5.0) == pytest.approx([0.0, 0.0, 0.0, 4.5, 4.5])
 
 
 def test_icepop_drops_tokens_on_both_sides() -> None:
@@ -174,20 +194,43 @@ def test_the_sequence_mask_drops_completions_by_their_geometric_mean() -> None:
 
 
 def test_equal_samplers_change_nothing() -> None:
-    for kind in ("token_tis", "sequence_tis", "icepop", "sequence_mask"):
-        assert mismatch_weights(SAMPLING, SAMPLING, LENGTHS, Mismatch(kind)).tolist() == [1.0] * 5  # type: ignore[arg-type]
-    metrics = {
-        name: float(total) / float(count) for name, (total, count) in mismatch_metrics(SAMPLING, SAMPLING).items()
-    }
-    assert metrics == {"mismatch/kl": 0.0, "mismatch/ess": 1.0}
+    for kind in ("token_tis", "sequence_tis", "icepop", "sequence_mask", "product_mask"):
+        assert mismatch_weights(sampled_by(SAMPLING, SAMPLING), Mismatch(kind)).tolist() == [1.0] * 5  # type: ignore[arg-type]
+    sums = mismatch_metrics(sampled_by(SAMPLING, SAMPLING))
+    means = {name.partition("/")[2]: float(total) / float(count) for name, (total, count) in sums.items()}
+    assert means == {"kl": 0.0, "weight": 1.0, "ess": 1.0, "unknown": 0.0}
 
 
 def test_metrics_by_hand() -> None:
-    # k3 of a ratio w is w - 1 - log w; the effective sample size is 1 / mean(w^2).
-    metrics = mismatch_metrics(SAMPLING + RATIOS.log(), SAMPLING)
+    # k3 of a ratio w is w - 1 - log w; the effective sample size is mean(w) x sum(w) / sum(w^2).
+    metrics = mismatch_metrics(sampled_by(SAMPLING + RATIOS.log(), SAMPLING))
     kl = sum(w - 1 - math.log(w) for w in RATIOS.tolist())
     assert tuple(map(float, metrics["mismatch/kl"])) == pytest.approx((kl, 5))
-    assert tuple(map(float, metrics["mismatch/ess"])) == pytest.approx((5, 1 + 16 + 1 / 16 + 2.25 + 9))
+    assert tuple(map(float, metrics["mismatch/weight"])) == pytest.approx((9.75, 5))
+    assert tuple(map(float, metrics["mismatch/ess"])) == pytest.approx((9.75, 1 + 16 + 1 / 16 + 2.25 + 9))
+
+
+@pytest.mark.parametrize("unknown", [-math.inf, math.nan])
+@pytest.mark.parametrize("kind", ["token_tis", "sequence_tis", "icepop", "sequence_mask", "product_mask"])
+def test_a_token_whose_sampler_names_no_probability_weighs_as_if_it_agreed(kind: Any, unknown: float) -> None:
+    known_T, sampling_T = SAMPLING + 1e-4, SAMPLING.clone()
+    agreed_T = sampling_T.clone()
+    sampling_T[1], agreed_T[1] = unknown, known_T[1]
+    got, expected = (sampled_by(known_T, values_T) for values_T in (sampling_T, agreed_T))
+    assert mismatch_weights(got, Mismatch(kind)).tolist() == mismatch_weights(expected, Mismatch(kind)).tolist()
+    metrics, known = mismatch_metrics(got), mismatch_metrics(expected)
+    assert metrics.pop("mismatch/unknown") == (1, 5)
+    assert metrics == {name: pair for name, pair in known.items() if name != "mismatch/unknown"}
+
+
+@pytest.mark.parametrize("nats", [-1000.0, -90.0, 90.0, 1000.0])
+@pytest.mark.parametrize("kind", ["token_tis", "sequence_tis", "icepop", "sequence_mask", "product_mask"])
+def test_a_sampler_far_away_gives_finite_weights_and_metrics(kind: Any, nats: float) -> None:
+    tokens = sampled_by(torch.zeros(3), torch.tensor([0.0, 0.0, -nats]), torch.tensor([2, 1]))
+    weights_T = mismatch_weights(tokens, Mismatch(kind))
+    assert weights_T[:2].tolist() == [1.0, 1.0]
+    assert 0 <= weights_T[2] <= Mismatch(kind).bounds[1]
+    assert all(math.isfinite(float(total)) for total, _ in mismatch_metrics(tokens).values())
 
 
 @pytest.mark.parametrize(
@@ -224,15 +267,14 @@ def test_a_token_whose_sampling_logprob_is_not_known_has_ratio_1_and_does_not_co
 
 def test_weights_carry_no_gradient() -> None:
     old_T = (SAMPLING + RATIOS.log()).requires_grad_()
-    assert not mismatch_weights(old_T, SAMPLING, LENGTHS, Mismatch("token_tis")).requires_grad
+    assert not mismatch_weights(sampled_by(old_T, SAMPLING), Mismatch("token_tis")).requires_grad
 
 
 def test_on_average_untruncated_weights_turn_the_samplers_mean_into_the_trainers() -> None:
     sampler, trainer = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
     values = torch.tensor([1.0, 5.0, -2.0])
-    weights_T = mismatch_weights(
-        trainer.log(), sampler.log(), torch.tensor([1, 1, 1]), Mismatch("token_tis", high=100.0)
-    )
+    tokens = sampled_by(trainer.log(), sampler.log(), torch.tensor([1, 1, 1]))
+    weights_T = mismatch_weights(tokens, Mismatch("token_tis", high=100.0))
     torch.testing.assert_close((sampler * weights_T * values).sum(), (trainer * values).sum())
 
 

@@ -316,14 +316,16 @@ def test_a_model_whose_logits_are_scaled_is_scored_with_its_own_head(
 
 
 def test_a_float32_head_multiplies_half_weights_without_rounding(make_model: Callable[..., Any]) -> None:
-    policies = [make_policy(make_model("llama").bfloat16(), head_dtype=dtype) for dtype in (None, "float32")]
+    asked = ("model", "float32", None)
+    policies = [make_policy(make_model("llama").bfloat16(), head_dtype=dtype) for dtype in asked]
     with torch.no_grad():
         hidden_TH, head = policies[0]._packed(GROUPS), policies[0].model.get_output_embeddings()
         exact = (hidden_TH.double() @ head.weight.double().t()).log_softmax(-1)
         targets = [token for group in GROUPS for completion in group.completions for token in completion]
         expected = exact[range(NUM_TOKENS), targets]
-        rounded, ours = ((policy.score(GROUPS)[0] - expected).abs().mean().item() for policy in policies)
+        rounded, ours, unless_told = ((policy.score(GROUPS)[0] - expected).abs().mean().item() for policy in policies)
     assert ours < 1e-6 < 1e-3 < rounded
+    assert unless_told == ours
 
 
 def test_a_model_can_carry_a_second_policy(make_model: Callable[..., Any]) -> None:

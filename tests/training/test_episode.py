@@ -221,6 +221,22 @@ def test_weights_are_those_of_the_optimizer_step() -> None:
     assert episode.micro_step_N.tolist() == [0, 0, 1, 1, 2, 2]
 
 
+def test_right_completions_have_a_mean_of_their_own_in_each_optimizer_step() -> None:
+    algorithm = GRPO(beta=0, positive_coefficient=0.1, aggregation="token_mean")
+    episode = small_episode(algorithm)
+    assert episode.right_N is not None
+    # Of the 10 tokens that count 8 are right ones; the last completion is right and has nothing to compare with.
+    assert episode.right_N.tolist() == pytest.approx([10 / 8, 0, 10 / 8, 10 / 8, 0, 0])
+    assert episode.active_N.tolist() == [True, True, True, True, False, False]
+    by_step = small_episode(algorithm, plan=Plan(3, 2, 3, 1)).right_N
+    assert by_step is not None
+    assert by_step.tolist() == pytest.approx([3, 0, 1, 1, 0, 0])
+    batch = episode.micro_batch(0)
+    assert batch.right_N is not None
+    assert (batch.right_N * batch.weights_N * batch.lengths_N).sum().item() == pytest.approx(1.0)
+    assert small_episode().right_N is None
+
+
 def test_reward_weights_reach_the_advantages() -> None:
     values_NF = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     scores = Scores(("a", "b"), values_NF, values_NF.sum(-1))

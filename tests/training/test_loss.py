@@ -1,13 +1,15 @@
 """The KL's score column by hand; selections see all ranks' tokens in order and come back to where they belong."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from module_runs import fit, make_data, make_module
 from training.test_episode import make_rollout, make_scores, on_ranks
 
-from stateset_lightning.algorithm import KL, Clipped, TokenBatch
+from stateset_lightning.algorithm import KL, Clipped, TokenBatch, TopEntropy
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.training.episode import Episode, Plan, make_episode
 from stateset_lightning.training.loss import kl_scores, selected_tokens
@@ -64,7 +66,12 @@ def select(ranks: Ranks, steps: int) -> tuple[list[Any], list[tuple[TokenBatch, 
     return list(zip(tokens, chosen_T.tolist(), strict=True)), algorithm.shown
 
 
-def test_a_selection_sees_what_trains_in_order_once_per_optimizer_step() -> None:
+def test_a_selection_sees_all_that_counts_in_order_once_per_optimizer_step() -> None:
+    (whole, _), *others = select(Ranks(), steps=1)[1]
+    assert not others
+    # The constant group does not train, and counts all the same; the dropped one does not.
+    assert whole.lengths_N.tolist() == [1, 2, 3, 1, 2, 2]
+    assert whole.advantages_N.sign().tolist() == [1, -1, 1, -1, 0, 0]
     chosen, shown = select(Ranks(), steps=2)
     ((tokens, seed),) = shown  # the second step has nothing to train
     assert tokens.entropies_T is not None
@@ -90,6 +97,19 @@ def test_a_selection_is_the_same_for_any_number_of_ranks(steps: int) -> None:
                 torch.equal(mine.logprobs_T, other.logprobs_T)
                 for (mine, _), (other, _) in zip(seen, shown, strict=True)
             )
+
+
+def test_a_run_selects_among_the_tokens_of_completions_without_advantage_as_well(tmp_path: Path) -> None:
+    """As many, and the same ones, as where a term of the loss trains those completions too."""
+    episodes = []
+    for coefficient in (0.0, 1e-12):
+        algorithm = TopEntropy(top_entropy=0.4, entropy_coefficient=coefficient)
+        trainer = fit(tmp_path, make_module(algorithm=algorithm), make_data(batch_size=8), max_steps=1)
+        episodes.append(trainer.lightning_module.episode)
+    few, all_of_them = episodes
+    assert 0 < few.active_N.sum() < all_of_them.active_N.sum() == len(few.active_N)
+    assert int(few.select_T.sum()) == math.floor(0.4 * (len(few.select_T) - 1) + 1e-9) + 1
+    assert torch.equal(few.select_T, all_of_them.select_T)
 
 
 def test_float_noise_does_not_decide_between_equal_contexts() -> None:

@@ -44,6 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
             kl=KL(target=0.1),
             adaptive_entropy=AdaptiveEntropy(),
             off_policy_threshold=0.1,
+            positive_coefficient=0.1,
             mismatch=Mismatch("icepop"),
         )
     },

@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from stateset_lightning.algorithm import TokenBatch
+from stateset_lightning.algorithm.terms import mismatch_metrics
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.training.metrics import (
+    RunMetrics,
     SumCounts,
     group_metrics,
     peak_memory_mb,
@@ -41,6 +44,22 @@ def test_means_are_sums_over_counts_and_not_means_of_means() -> None:
     sums.add({"a": (1.0, 1), "b": (torch.tensor(3.0), 2)})
     sums.add({"a": (torch.tensor(0.0), torch.tensor(3)), "c": (5.0, 0)})
     assert sums.means(Ranks()) == {"a": 0.25, "b": 1.5}
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 7.0])
+def test_the_effective_sample_size_is_a_share_whatever_the_weights_mean(scale: float) -> None:
+    """1 / mean((w / mean w)^2) over all micro-steps; 1 / mean(w^2) would be 11 for equal weights of 0.3."""
+    metrics, weights_T = RunMetrics(), torch.tensor([1.0, 4.0, 0.25, 1.5, 3.0, 1.0, 1.0]) * scale
+    for part in (weights_T, torch.full((5,), scale)):
+        logprobs_T, lengths_N = part.log(), torch.tensor([len(part)])
+        sampling_T = torch.zeros(len(part))
+        tokens = TokenBatch(logprobs_T, logprobs_T, torch.ones(1), lengths_N, sampling_logprobs_T=sampling_T)
+        metrics.step.add(mismatch_metrics(tokens))
+    of_all = torch.cat([weights_T, torch.full((5,), scale)]).double()
+    expected = 1 / (of_all / of_all.mean()).square().mean().item()
+    row = metrics.end_step(Ranks())
+    assert row["mismatch/ess"] == pytest.approx(expected)
+    assert row["mismatch/weight"] == pytest.approx(of_all.mean().item())
 
 
 def test_reading_starts_anew() -> None:
