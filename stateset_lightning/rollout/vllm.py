@@ -82,7 +82,6 @@ class VLLMEngine:
         self._by_ipc = transfer == "ipc"
         self._make_sync = partial(WeightSync, self.servers, folder=folder, dtype=dtype, tolerance=tolerance)
         self._restored = 0
-        self._unknown = (0, 0)  # log-probs that no server knew, of how many
         self._sleeps = sleep
 
     def setup(self, tokenizer: PreTrainedTokenizerBase, sampling: RolloutConfig) -> None:
@@ -129,8 +128,7 @@ class VLLMEngine:
         """What happened since the last call, as (sum, count): the last sync, and how often servers came back."""
         restored = sum(server.restored for server in self.servers)
         metrics = {**self._weights.metrics, "work/server_restarts": (restored - self._restored, 1.0)}
-        metrics["mismatch/unknown"] = self._unknown
-        self._weights.metrics, self._restored, self._unknown = {}, restored, (0, 0)
+        self._weights.metrics, self._restored = {}, restored
         return metrics
 
     @interruptible()
@@ -193,9 +191,7 @@ class VLLMEngine:
             threads.close(seconds=0)
         self._tell("/sleep")
         for i, server in enumerate(self.servers):
-            its = [choice for n, choice in enumerate(choices) if n // num_generations % len(self.servers) == i]
-            unknown, total = self._unknown
-            self._unknown = unknown + server.count_unknown(its), total + sum(len(choice.token_ids) for choice in its)
+            server.check_known([c for n, c in enumerate(choices) if n // num_generations % len(self.servers) == i])
         completion_tokens_T = torch.tensor([token for choice in choices for token in choice.token_ids])
         logprobs_T = torch.tensor([logprob for choice in choices for logprob in choice.logprobs], dtype=torch.float32)
         lengths_N = torch.tensor([len(choice.token_ids) for choice in choices])

@@ -235,11 +235,11 @@ class VLLMServer:
                 raise BadAnswer(f"a log-prob of {max(too_large):g}, above 0")
         return choices
 
-    def count_unknown(self, choices: Sequence[Choice]) -> int:
-        """How many log-probs of these the server did not know.
+    def check_known(self, choices: Sequence[Choice]) -> None:
+        """The server knew most log-probs of these.
 
         Raises:
-            NonFiniteError: If more than `UNKNOWN_SHARE` of them, and not a single one.
+            NonFiniteError: If more than `UNKNOWN_SHARE` of them are missing, and not a single one.
         """
         logprobs = [logprob for choice in choices for logprob in choice.logprobs]
         unknown = sum(map(math.isnan, logprobs))
@@ -248,7 +248,6 @@ class VLLMServer:
             likely = "they are NaN, null or -inf, as where the weights have diverged"
             remedy = "go back to an earlier checkpoint, or start the server in a wider --dtype if training goes well"
             raise NonFiniteError(f"{what}, and up to {UNKNOWN_SHARE:.0%} may be missing: {likely}; {remedy}")
-        return unknown
 
     def patiently(self, attempt: Callable[[], T]) -> T:
         """Calls `attempt` until it does not raise `ServerLost`.

@@ -231,7 +231,7 @@ class WeightSync:
 
     def _answers(self, server: VLLMServer, synced: Synced) -> Completions:
         choices = server.choices({**request(server, synced, self.sampling), **PROBE})
-        server.count_unknown(choices)
+        server.check_known(choices)
         return [(choice.token_ids, torch.tensor(choice.logprobs)) for choice in choices]
 
     def _scores(self, policy: Policy, answers: Sequence[Completions]) -> list[list[Tensor]]:

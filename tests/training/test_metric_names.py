@@ -19,7 +19,7 @@ from stateset_lightning.policy import PolicyConfig
 from stateset_lightning.training.metrics import NAMES
 
 ROOT = Path(__file__).parents[2]
-ELSEWHERE = {"time/sync_s", "mismatch/after_sync", "mismatch/unknown", "work/server_restarts", "work/sampled_ahead"}
+ELSEWHERE = {"time/sync_s", "mismatch/after_sync", "work/server_restarts", "work/sampled_ahead"}
 """Names that need a server: tests/rollout/test_vllm.py and tests/training/test_sampling_ahead.py see them logged."""
 
 
