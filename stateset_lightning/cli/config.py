@@ -27,6 +27,7 @@ from stateset_lightning.module import GRPOLightningModule
 from stateset_lightning.redaction import json_text, redacted, redacted_text, remember
 from stateset_lightning.run.find_checkpoint import continue_run
 from stateset_lightning.run.folder import CONFIGS, ENVIRONMENT, config_file, continues
+from stateset_lightning.run.lightning_internals import claim_versions
 from stateset_lightning.run.made_of import KINDS, accepted
 from stateset_lightning.run.system import environment
 
@@ -183,6 +184,8 @@ class StatesetCLI(LightningCLI):
             # All data is read before any model is loaded, also what the baseline itself does not need.
             self.datamodule.tokenizer = self.datamodule.tokenizer or self.model.tokenizer
             self.datamodule.setup("fit")
+            if self.trainer.is_global_zero:
+                claim_versions(self.trainer)  # the run's, before the evaluation would take one
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
     def _add_instantiators(self) -> None:

@@ -69,6 +69,7 @@ class RunsInTrainer(LightningModule):
     """
 
     policy: Any
+    loaded_step: int | None = None  # of the checkpoint that the weights are of, until they are trained
     trainer = LightningModule.trainer.setter(_attach)  # type: ignore[attr-defined]  # set before Lightning searches
 
     @classmethod
@@ -82,6 +83,11 @@ class RunsInTrainer(LightningModule):
             raise ConfigError(f"load_from_checkpoint of {checkpoint_path} needs reward=...: a checkpoint holds none")
         given["_instantiator"] = None  # a file could name one, and classes for it to import
         return super().load_from_checkpoint(checkpoint_path, *args, **given)
+
+    @property
+    def weights_step(self) -> int:
+        """Optimizer steps behind the weights: those of a checkpoint that was loaded to be evaluated, or the run's."""
+        return self.trainer.global_step if self.loaded_step is None else self.loaded_step
 
     def configure_callbacks(self) -> list[Callback]:
         check_parts(self.trainer, self)
