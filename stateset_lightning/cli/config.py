@@ -27,7 +27,6 @@ from stateset_lightning.module import GRPOLightningModule
 from stateset_lightning.redaction import json_text, redacted, redacted_text, remember
 from stateset_lightning.run.find_checkpoint import continue_run
 from stateset_lightning.run.folder import CONFIGS, ENVIRONMENT, config_file, continues
-from stateset_lightning.run.lightning_internals import claim_versions
 from stateset_lightning.run.made_of import KINDS, accepted
 from stateset_lightning.run.system import environment
 
@@ -184,9 +183,12 @@ class StatesetCLI(LightningCLI):
             # All data is read before any model is loaded, also what the baseline itself does not need.
             self.datamodule.tokenizer = self.datamodule.tokenizer or self.model.tokenizer
             self.datamodule.setup("fit")
-            if self.trainer.is_global_zero:
-                claim_versions(self.trainer)  # the run's, before the evaluation would take one
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+    def before_validate(self) -> None:
+        self.model.folder_kind = "evaluation"
+
+    before_test = before_predict = before_validate
 
     def _add_instantiators(self) -> None:
         super()._add_instantiators()

@@ -213,17 +213,15 @@ def _gguf_options(name: str, option: str) -> tuple[str, dict[str, Any], dict[str
     from transformers.integrations.gguf import read_gguf_metadata  # in milliseconds, where gguf's own takes seconds
 
     folder, of_file = Path(name).parent, {"gguf_file": Path(name).name}
-    of_weights = {**of_file, "quantization_config": GgufConfig(dequantize=True)}
+    of_config = {} if (folder / "config.json").is_file() else of_file
     try:
         metadata, tensors = read_gguf_metadata(name)
     except Exception as error:  # whatever the bytes make it stumble over
         raise ConfigError(f"{option} cannot be loaded: damaged, or no GGUF file ({_first_line(error)})") from error
-    if (folder / "config.json").is_file():
-        return str(folder), {}, of_weights
-    if any(part in key for key in [*metadata, *tensors] for part in _ROPE_SCALING):
+    if of_config and any(part in key for key in [*metadata, *tensors] for part in _ROPE_SCALING):
         lost = "scales its rotary frequencies, which transformers does not read from it"
         raise ConfigError(f"{option} {lost}: put the original model's config.json beside it")
-    return str(folder), of_file, of_weights
+    return str(folder), of_config, {**of_file, "quantization_config": GgufConfig(dequantize=True)}
 
 
 _ROPE_SCALING = ("rope_freqs", "rope_factors", ".rope.scaling.factor")  # Llama 3's tensor, Phi-3's, and YaRN or linear

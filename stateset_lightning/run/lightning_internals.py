@@ -5,7 +5,6 @@ ModelCheckpoint are in last_checkpoint.py, beside their only use.
 """
 
 import itertools
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -139,7 +138,6 @@ def set_writer(logger: CSVLogger, writer: Any) -> None:
 
 def continue_version(logger: Logger, folder: str) -> None:
     """Makes a logger go on in the folder of an earlier run, unless it was given a version (W&B: an id) of its own."""
-    _leave_evaluation(logger)
     if isinstance(logger, COUNTING) and logger._version is None:
         number = folder.removeprefix("version_")
         logger._version = int(number) if number.isdigit() else folder
@@ -148,32 +146,26 @@ def continue_version(logger: Logger, folder: str) -> None:
         logger._wandb_init.update(id=folder, resume="allow")
 
 
-def _leave_evaluation(logger: Logger) -> None:
-    """A Trainer that trains, after it has evaluated, begins a folder of its own."""
-    if isinstance(logger, COUNTING) and re.fullmatch(r"evaluation_\d+", str(logger._version)):
-        logger._version = logger._experiment = None
-
-
-def claim_versions(trainer: Trainer) -> None:
+def claim_versions(trainer: Trainer, kind: str = "version") -> None:
     """Makes the folder `version_N` for loggers that count them: runs that start together never share one.
 
-    An evaluation's is `evaluation_N`, and takes no number of a training run. Lightning counts the folders that are there, and makes its own much later. Loggers of one run that write to the same
+    Lightning counts the folders that are there, and makes its own much later. Loggers of one run that write to the same
     place share a version.
+
+    Args:
+        trainer: With loggers; nothing is done on other ranks than the first.
+        kind: `evaluation` for a folder `evaluation_N`, which takes no number of a training run.
 
     Raises:
         DiskError: If the folder cannot be made.
     """
     claimed: dict[str, int | str] = {}
-    evaluates = trainer.state.fn not in (None, "fit")
-    for logger in trainer.loggers:
-        if not evaluates:
-            _leave_evaluation(logger)
+    for logger in trainer.loggers if trainer.is_global_zero else []:
         if isinstance(logger, COUNTING) and logger._version is None and "://" not in (root := logger.root_dir):
             if root not in claimed:
-                numbers = itertools.count(0 if evaluates else logger._get_next_version())
-                names = ((n, f"evaluation_{n}" if evaluates else f"version_{n}") for n in numbers)
-                number, name = next((n, name) for n, name in names if make_folder(Path(root, name)))
-                claimed[root] = name if evaluates else number
+                numbers = itertools.count(logger._get_next_version() if kind == "version" else 0)
+                number = next(n for n in numbers if make_folder(Path(root, f"{kind}_{n}")))
+                claimed[root] = number if kind == "version" else f"{kind}_{number}"
             logger._version = claimed[root]
 
 

@@ -69,6 +69,8 @@ class RunsInTrainer(LightningModule):
     """
 
     policy: Any
+    # `evaluation` where the Trainer only evaluates: what the loggers call the folder. One that evaluates may train next.
+    folder_kind = "version"
     loaded_step: int | None = None  # of the checkpoint that the weights are of, until they are trained
     trainer = LightningModule.trainer.setter(_attach)  # type: ignore[attr-defined]  # set before Lightning searches
 
@@ -91,7 +93,7 @@ class RunsInTrainer(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         check_parts(self.trainer, self)
-        return install(self.trainer)
+        return install(self.trainer, self.folder_kind)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self.policy is None and state_dict:  # trained by processes that were forked before they loaded weights
