@@ -69,7 +69,7 @@ class RunsInTrainer(LightningModule):
     """
 
     policy: Any
-    # `evaluation` where the Trainer only evaluates: what the loggers call the folder. One that evaluates may train next.
+    # What loggers call the run's folder. `evaluation` where the Trainer will not train, too: it keeps its folder.
     folder_kind = "version"
     loaded_step: int | None = None  # of the checkpoint that the weights are of, until they are trained
     trainer = LightningModule.trainer.setter(_attach)  # type: ignore[attr-defined]  # set before Lightning searches

@@ -59,7 +59,8 @@ def test_weights_that_are_evaluated_say_their_own_step(tmp_path):
     fit(tmp_path, max_steps=3, **options)
     module, data = make_module(), make_data(test=SCENARIOS[:2])
     trainer = make_trainer(tmp_path, limit_val_batches=1, logger=CSVLogger(tmp_path, "run"))
-    steps = [trainer.validate(module, data, verbose=False, ckpt_path=path)[0]["step"] for path in (None, tmp_path / "last.ckpt")]
+    paths = (None, tmp_path / "last.ckpt")
+    steps = [trainer.validate(module, data, verbose=False, ckpt_path=path)[0]["step"] for path in paths]
     steps += [trainer.test(module, data, verbose=False)[0]["step"]]  # nothing is loaded: it has the same weights
     trainer.fit(module, data)
     steps += [trainer.test(module, data, verbose=False)[0]["step"], module.weights_step]

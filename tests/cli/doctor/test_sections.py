@@ -80,8 +80,8 @@ def test_threads_that_spin_on_a_busy_machine_are_told(examine, monkeypatch, load
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     said = examine(data={"max_prompt_tokens": 3})[1]  # which ends it early
-    busy = "note: the machine is busy (load average 9.0, 4 cores), where threads of torch that wait for one another spin"
-    assert (f"{busy}: start with OMP_WAIT_POLICY=passive" in said) == is_told
+    assert ("note: the machine is busy (load average 9.0, 4 cores), where threads" in said) == is_told
+    assert ("spin: start with OMP_WAIT_POLICY=passive" in said) == is_told
 
 
 def test_without_sampling_the_target_is_scored(examine):
