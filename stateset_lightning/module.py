@@ -295,7 +295,7 @@ class GRPOLightningModule(RunsInTrainer):
         metrics, stage = self._held_out.compute(self.scorer, Ranks.current()), "test" if self.trainer.testing else "val"
         values = {f"{stage}/{name}": value for name, value in metrics.items()}
         # Lightning's name for the x-axis; without it, it counts from 0 and ours, like `max_steps`, from 1.
-        values["step"] = float(self.trainer.global_step)
+        values["step"] = float(self.weights_step)
         # They are of all ranks already: "max" leaves them as they are to the last bit, without Lightning's advice.
         for name, value in values.items():
             self.log(name, value, prog_bar=name == f"{stage}/reward", sync_dist=True, reduce_fx="max")

@@ -47,7 +47,7 @@ def here(run, tmp_path, monkeypatch):
 def content():
     """Every file with its bytes, but for those of new runs and locks."""
     files = [path for path in Path().rglob("*") if path.is_file() and path.name != ".lock"]
-    return {path: path.read_bytes() for path in files if "version_1" not in path.parts}
+    return {path: path.read_bytes() for path in files if not {"version_1", "evaluation_0"} & {*path.parts}}
 
 
 PREDICT = ["predict", "--config", "config.yaml", "--data.predict", "rows.jsonl", "--predictions.path"]

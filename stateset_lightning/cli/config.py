@@ -185,6 +185,11 @@ class StatesetCLI(LightningCLI):
             self.datamodule.setup("fit")
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
+    def before_validate(self) -> None:
+        self.model.folder_kind = "evaluation"
+
+    before_test = before_predict = before_validate
+
     def _add_instantiators(self) -> None:
         super()._add_instantiators()
         self.refused: tuple[type, Exception] | None = None

@@ -121,9 +121,9 @@ def _sampling_of(model: PreTrainedModel) -> RolloutConfig:
 
 
 def _checkpoint_of(source: str) -> Path | None:
-    """The checkpoint that is meant, as in the other commands; None for a model folder or a Hugging Face id."""
+    """The checkpoint that is meant, as in the other commands; None for a model's folder or file, or its id."""
     path = Path(source).expanduser()
-    is_file = path.suffix == ".ckpt" or path.is_file()
+    is_file = path.suffix == ".ckpt" or (path.is_file() and path.suffix != ".gguf")
     if not (source in ("last", "best") or is_file or newest_checkpoints(path, "**/*.ckpt")):
         folder = source.partition("/")[0]
         if not path.exists() and (Path(folder).is_dir() or folder == "runs" or path.suffix in (".pt", ".safetensors")):

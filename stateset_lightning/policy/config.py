@@ -66,8 +66,8 @@ class PolicyConfig(LoadingOptions):
     A checkpoint may set the options below; those inherited from `LoadingOptions` are the user's only.
 
     Args:
-        model_name: `tiny` (bundled, offline), a folder written by `save_pretrained`, or a Hugging Face id. There is no
-            default.
+        model_name: `tiny` (bundled, offline), a folder written by `save_pretrained`, a .gguf file with its tokenizer
+            beside it, or a Hugging Face id. There is no default.
         dtype: Precision of the weights. None: float32, or the Trainer's when `trainer.precision` is `bf16-true` or
             `16-true`.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.

@@ -1,4 +1,4 @@
-"""Model, tokenizer and reference policy from a name: the bundled `tiny`, a folder, or a Hugging Face id."""
+"""Model, tokenizer and reference policy from a name: the bundled `tiny`, a folder or GGUF file, a Hugging Face id."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stateset_lightning.errors import ConfigError
+from stateset_lightning.errors import ConfigError, require
 from stateset_lightning.files import keep_inputs
 from stateset_lightning.policy.config import PolicyConfig
 from stateset_lightning.policy.ends import end_of_turn_ids
@@ -30,10 +30,10 @@ log = logging.getLogger(__name__)
 
 
 def resolve_model_name(model_name: str, key: str = "model.policy.model_name") -> str:
-    """What transformers is given: the folder of `tiny`, a folder that holds a model, or a Hugging Face id as it is.
+    """A model's place: the folder of `tiny`, a folder that holds a model, a GGUF file, or a Hugging Face id as it is.
 
     Raises:
-        ConfigError: Naming `key`, if there is no such folder or no model in it.
+        ConfigError: Naming `key`, if there is no such folder or file, or no model in it.
     """
     if model_name == "tiny":
         return str(TINY_FOLDER)
@@ -41,12 +41,20 @@ def resolve_model_name(model_name: str, key: str = "model.policy.model_name") ->
     if folder.is_dir():
         if (folder / "adapter_config.json").is_file():
             raise _is_an_adapter(model_name, key)
+        if (files := sorted(folder.glob("*.gguf"))) and not {*folder.glob("*.safetensors*"), *folder.glob("*.bin*")}:
+            raise ConfigError(f"{given} is a folder with weights in GGUF alone: give the file, {key}={files[0]}")
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{given} is a folder without config.json: give one that `save_pretrained` wrote")
         keep_inputs(*folder.iterdir())
         return str(folder)
-    if model_name.startswith((".", "/", "~")) or model_name.count("/") > 1 or (os.sep != "/" and os.sep in model_name):
-        raise ConfigError(f"{given}: there is no such folder; paths are relative to {Path.cwd()}")
+    if (is_gguf := folder.suffix == ".gguf") and folder.is_file():
+        keep_inputs(folder, *folder.parent.glob("tokenizer*"))
+        return str(folder)
+    is_path = model_name.startswith((".", "/", "~")) or (os.sep != "/" and os.sep in model_name)
+    if is_gguf or is_path or model_name.count("/") > 1:
+        raise ConfigError(
+            f"{given}: there is no such {'file' if is_gguf else 'folder'}; paths are relative to {Path.cwd()}"
+        )
     return model_name
 
 
@@ -56,11 +64,13 @@ def load_tokenizer(policy: PolicyConfig) -> PreTrainedTokenizerBase:
     An end of turn that is not the end of a sequence is announced, too.
 
     Raises:
-        ConfigError: If it cannot be loaded, or has no end-of-sequence token.
+        ConfigError: If it cannot be loaded, is not beside a GGUF file, or has no end-of-sequence token.
     """
     from transformers import AutoTokenizer
 
     name, option = resolve_model_name(policy.model_name), f"model.policy.model_name={policy.model_name!r}"
+    if name.endswith(".gguf"):
+        name = _folder_of_tokenizer(Path(name), option)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **_hub_options(policy))
     except Exception as error:  # a foreign tokenizer_config.json can have any error raised
@@ -114,13 +124,18 @@ def _load_on_cpu(
 
     name, option = resolve_model_name(policy.model_name), f"model.policy.model_name={policy.model_name!r}"
     with loading_errors(option):
-        config = AutoConfig.from_pretrained(name, **_hub_options(policy))
+        name, of_config, of_weights = _gguf_options(name, option)
+        config = AutoConfig.from_pretrained(name, **of_config, **_hub_options(policy))
         _set_dropout(config.get_text_config(), policy.dropout)
         if "quantization_config" not in policy.model_kwargs:
             _dequantize(config, policy.model_name)
         dtype = getattr(torch, policy.dtype) if policy.dtype else default_dtype
         own = {"dtype": dtype, "attn_implementation": policy.attn_implementation, **_hub_options(policy)}
-        others = {"experts_implementation": None, **policy.model_kwargs}  # nor is attention taken from a config.json
+        others = {
+            "experts_implementation": None,
+            **of_weights,
+            **policy.model_kwargs,
+        }  # nor is attention taken from a config.json
         model, report = auto_class(config).from_pretrained(
             name, config=config, weights_only=True, output_loading_info=True, **own, **others
         )
@@ -161,6 +176,55 @@ def _dequantize(config: PretrainedConfig, name: str) -> None:
     if saved is not None and hasattr(AutoQuantizationConfig.from_dict(saved), "dequantize"):
         config.quantization_config = {**saved, "dequantize": True}
         log.info("%s has weights in %s: dequantized, since no gradient passes them", name, saved["quant_method"])
+
+
+# GGUF files, whose weights transformers has in float32 once they are loaded
+
+
+def _folder_of_tokenizer(file: Path, option: str) -> str:
+    """Where the tokenizer of a GGUF file lies.
+
+    transformers 5.23 builds one from the file, too, which may be another than the model's: of SmolLM2's it loses that
+    each digit is a token.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if not any(file.parent.glob("tokenizer*")):
+        why = "what transformers makes of the tokenizer in a .gguf file may split text otherwise than the model's own"
+        remedy = "save that into the file's folder: AutoTokenizer.from_pretrained(<the original model>).save_pretrained"
+        raise ConfigError(f"{option} has no tokenizer beside it, and {why}; {remedy}({str(file.parent)!r})")
+    return str(file.parent)
+
+
+def _gguf_options(name: str, option: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Of a GGUF file its folder, and what loads its configuration and its weights; any other name as it is.
+
+    A config.json beside the file is the model's: transformers 5.23 reads no scaling of rotary frequencies from GGUF.
+
+    Raises:
+        ConfigError: If a library is missing, the file is damaged, or it has such a scaling and there is no config.json.
+    """
+    if not name.endswith(".gguf"):
+        return name, {}, {}
+    for library in ("gguf", "accelerate"):
+        require(library, "gguf", option)
+    from transformers import GgufConfig
+    from transformers.integrations.gguf import read_gguf_metadata  # in milliseconds, where gguf's own takes seconds
+
+    folder, of_file = Path(name).parent, {"gguf_file": Path(name).name}
+    of_config = {} if (folder / "config.json").is_file() else of_file
+    try:
+        metadata, tensors = read_gguf_metadata(name)
+    except Exception as error:  # whatever the bytes make it stumble over
+        raise ConfigError(f"{option} cannot be loaded: damaged, or no GGUF file ({_first_line(error)})") from error
+    if of_config and any(part in key for key in [*metadata, *tensors] for part in _ROPE_SCALING):
+        lost = "scales its rotary frequencies, which transformers does not read from it"
+        raise ConfigError(f"{option} {lost}: put the original model's config.json beside it")
+    return str(folder), of_config, {**of_file, "quantization_config": GgufConfig(dequantize=True)}
+
+
+_ROPE_SCALING = ("rope_freqs", "rope_factors", ".rope.scaling.factor")  # Llama 3's tensor, Phi-3's, and YaRN or linear
 
 
 # The reference policy: the policy as it was when the run started

@@ -171,10 +171,10 @@ class ConsoleProgress(Callback):
         if is_due and trainer.is_global_zero:
             heartbeat.say(self._line(trainer, step))
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         reward = trainer.callback_metrics.get("val/reward")
         if reward is not None and trainer.is_global_zero and not trainer.sanity_checking:
-            heartbeat.say(f"validation after step {trainer.global_step}: reward {reward:.3f}")
+            heartbeat.say(f"validation after step {pl_module.weights_step}: reward {reward:.3f}")
 
     def _line(self, trainer: Trainer, step: int) -> str:
         total, metrics = optimizer_steps_of_run(trainer), trainer.callback_metrics

@@ -55,7 +55,7 @@ class RunCheckpoint:
         Raises:
             ConfigError: If ranks differ, or `accept_changes` has an unknown name.
         """
-        self._resumed, self._accepted = None, set()
+        self._resumed, self._accepted, self._module.loaded_step = None, set(), None
         self._accept = made_of.accepted(self._module.accept_changes)
         self._made_of = made_of.made_of(self._module.trainer, self._module)
         made_of.check_ranks_agree(self._made_of, Ranks.current())
@@ -139,6 +139,7 @@ class RunCheckpoint:
             ConfigError: If the run cannot go on exactly, or another model was trained.
         """
         module, saved = self._module, checkpoint["stateset"]
+        module.loaded_step = None if training else saved["step"]
         if module.policy is not None:
             adapter, adapter_state = module.policy.adapter, saved.get("adapter")
             check_same_kind(adapter, adapter_state)

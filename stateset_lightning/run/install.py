@@ -19,11 +19,15 @@ from stateset_lightning.run.samples import PredictionWriter, SampleWriter
 from stateset_lightning.run.step_end import StepEnd
 
 
-def install(trainer: Trainer) -> list[Callback]:
-    """Puts our writers in place where the user has chosen none, and returns the callbacks that the run still needs."""
+def install(trainer: Trainer, kind: str) -> list[Callback]:
+    """Puts our writers in place where the user has chosen none, and returns the callbacks that the run still needs.
+
+    Args:
+        trainer: Of the run.
+        kind: Of its folder, as in `claim_versions`.
+    """
     replace_checkpoint_io(trainer, TorchCheckpointIO, AtomicCheckpointIO())
-    if trainer.is_global_zero:
-        claim_versions(trainer)
+    claim_versions(trainer, kind)
     install_metrics_files(trainer)
     if trainer.fast_dev_run:  # type: ignore[attr-defined]  # it leaves nothing behind
         writers = callbacks.Checkpoint | SampleWriter | PredictionWriter

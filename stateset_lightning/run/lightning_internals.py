@@ -146,21 +146,26 @@ def continue_version(logger: Logger, folder: str) -> None:
         logger._wandb_init.update(id=folder, resume="allow")
 
 
-def claim_versions(trainer: Trainer) -> None:
+def claim_versions(trainer: Trainer, kind: str = "version") -> None:
     """Makes the folder `version_N` for loggers that count them: runs that start together never share one.
 
     Lightning counts the folders that are there, and makes its own much later. Loggers of one run that write to the same
     place share a version.
 
+    Args:
+        trainer: With loggers; nothing is done on other ranks than the first.
+        kind: `evaluation` for a folder `evaluation_N`, which takes no number of a training run.
+
     Raises:
         DiskError: If the folder cannot be made.
     """
-    claimed: dict[str, int] = {}
-    for logger in trainer.loggers:
+    claimed: dict[str, int | str] = {}
+    for logger in trainer.loggers if trainer.is_global_zero else []:
         if isinstance(logger, COUNTING) and logger._version is None and "://" not in (root := logger.root_dir):
             if root not in claimed:
-                numbers = itertools.count(logger._get_next_version())
-                claimed[root] = next(n for n in numbers if make_folder(Path(root, f"version_{n}")))
+                numbers = itertools.count(logger._get_next_version() if kind == "version" else 0)
+                number = next(n for n in numbers if make_folder(Path(root, f"{kind}_{n}")))
+                claimed[root] = number if kind == "version" else f"{kind}_{number}"
             logger._version = claimed[root]
 
 

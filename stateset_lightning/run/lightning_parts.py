@@ -69,6 +69,9 @@ class RunsInTrainer(LightningModule):
     """
 
     policy: Any
+    # What loggers call the run's folder. `evaluation` where the Trainer will not train, too: it keeps its folder.
+    folder_kind = "version"
+    loaded_step: int | None = None  # of the checkpoint that the weights are of, until they are trained
     trainer = LightningModule.trainer.setter(_attach)  # type: ignore[attr-defined]  # set before Lightning searches
 
     @classmethod
@@ -83,9 +86,14 @@ class RunsInTrainer(LightningModule):
         given["_instantiator"] = None  # a file could name one, and classes for it to import
         return super().load_from_checkpoint(checkpoint_path, *args, **given)
 
+    @property
+    def weights_step(self) -> int:
+        """Optimizer steps behind the weights: those of a checkpoint that was loaded to be evaluated, or the run's."""
+        return self.trainer.global_step if self.loaded_step is None else self.loaded_step
+
     def configure_callbacks(self) -> list[Callback]:
         check_parts(self.trainer, self)
-        return install(self.trainer)
+        return install(self.trainer, self.folder_kind)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self.policy is None and state_dict:  # trained by processes that were forked before they loaded weights

@@ -116,7 +116,7 @@ class SampleWriter(Callback):
             keep_rows(run_folder(trainer) / SAMPLES, written_before)
 
     def _write(self, trainer: Trainer, split: str, rows: Iterable[Mapping[str, Any]], num_shown: int) -> None:
-        rows = [{"split": split, "step": trainer.global_step, **row} for row in rows]
+        rows = [{"split": split, "step": trainer.lightning_module.weights_step, **row} for row in rows]
         if not rows or not trainer.is_global_zero:
             return
         file, block = run_folder(trainer) / SAMPLES, block_of(rows[0])
@@ -232,9 +232,9 @@ def log_samples(trainer: Trainer, split: str, rows: Sequence[Mapping[str, Any]])
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             columns, data = sample_table(rows)
-            logger.log_table(f"samples/{split}", columns=columns, data=data, step=trainer.global_step)
+            logger.log_table(f"samples/{split}", columns=columns, data=data, step=rows[0]["step"])
         elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text(f"samples/{split}", sample_text(rows), trainer.global_step)
+            logger.experiment.add_text(f"samples/{split}", sample_text(rows), rows[0]["step"])
 
 
 def sample_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:

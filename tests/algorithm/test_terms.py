@@ -262,7 +262,7 @@ def test_a_token_whose_sampling_logprob_is_not_known_has_ratio_1_and_does_not_co
     kl = sum(w - 1 - math.log(w) for w in known)
     assert tuple(map(float, metrics["mismatch/kl"])) == pytest.approx((kl, 3))
     total, count = map(float, metrics["mismatch/ess"])
-    assert total / count == pytest.approx(3 / (1 + 1 / 16 + 2.25))
+    assert total / count == pytest.approx(sum(known) / (1 + 1 / 16 + 2.25))
     assert on_policy(tokens, 0.0).tolist() == [False, True]  # drifts (0 - log 0.25) / 3 and -log 1.5 / 2
 
 

@@ -14,6 +14,9 @@ import pytest
 import torch
 import yaml
 from cli_runs import RUN_CONFIG, start_in
+from gguf_files import write_gguf
+from lightning.pytorch.callbacks import ModelCheckpoint
+from module_runs import fit, make_module
 from tokenizers.processors import TemplateProcessing
 
 from stateset_lightning.cli import export as export_module
@@ -22,6 +25,7 @@ from stateset_lightning.cli.main import main
 from stateset_lightning.cli.trained import load_trained
 from stateset_lightning.errors import CheckpointError, ConfigError
 from stateset_lightning.files import atomic_folder
+from stateset_lightning.policy import PolicyConfig, load_model
 
 PROMPTS = [f"What is {i} + {j}?" for i in (3, 18) for j in (4, 27)]
 CHECKPOINT = "runs/task/version_0/checkpoints/last.ckpt"
@@ -105,6 +109,23 @@ def test_transformers_gives_the_same_greedy_completions(run, capsys, monkeypatch
     # The folder is a model like any other, too, but knows no system prompt.
     told = ["--system_prompt", "Only the number."]
     assert answers(run, capsys, monkeypatch, "--ckpt_path", str(run / "out"), *told) == ours
+
+
+def test_a_run_of_a_gguf_file_goes_on_and_is_exported(tmp_path, make_model, tiny_tokenizer):
+    write_gguf(name := tmp_path / "small.gguf", make_model("llama", intermediate_size=64))
+    tiny_tokenizer.save_pretrained(tmp_path)
+    options = {"enable_checkpointing": True, "callbacks": [ModelCheckpoint(tmp_path / "a", save_last=True)]}
+    reward = {"reward": lambda turns, context: float(len(turns[-1].content) % 3)}  # varied, whatever it samples
+    first = fit(tmp_path, make_module(str(name), **reward), max_steps=1, **options)
+    last = tmp_path / "a" / "last.ckpt"
+    resumed = fit(tmp_path, make_module(str(name), **reward), max_steps=2, ckpt_path=last, **options)
+    before, after = (trainer.lightning_module.policy.model.state_dict() for trainer in (first, resumed))
+    assert not all(torch.equal(before[name], weight) for name, weight in after.items())
+    for source, out, weights in (last, "run", after), (name, "plain", load_model(PolicyConfig(str(name))).state_dict()):
+        export(str(source), tmp_path / out)
+        assert "quantization_config" not in json.loads((tmp_path / out / "config.json").read_text())
+        exported = load_model(PolicyConfig(str(tmp_path / out))).state_dict()
+        assert all(torch.equal(weight, weights[name]) for name, weight in exported.items())
 
 
 def test_the_folder_holds_no_pickle_and_nothing_of_the_machine(run):

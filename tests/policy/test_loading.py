@@ -1,5 +1,6 @@
 """Models and tokenizers from folders, and what is refused on the way."""
 
+import importlib.util
 import json
 import logging
 import pickle
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf_files import write_gguf
 from policy.test_lora import move
 from policy.test_policy import GROUPS
 from safetensors.torch import load_file, save_file
@@ -344,6 +346,94 @@ def test_a_folder_without_a_tokenizer_is_refused(folder_of: Callable[..., Path])
         file.unlink()
     with pytest.raises(ConfigError, match="no tokenizer can be loaded"):
         load_tokenizer(PolicyConfig(str(folder)))
+
+
+# GGUF files
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gguf_file(make_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path) -> Path:
+    """A file with a small llama, and a tokenizer beside it."""
+    tiny_tokenizer.save_pretrained(tmp_path / "gguf")
+    write_gguf(tmp_path / "gguf" / "small.gguf", make_model("llama", intermediate_size=64))
+    return tmp_path / "gguf" / "small.gguf"
+
+
+def test_a_gguf_file_is_a_model_as_any_other(
+    gguf_file: Path, make_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    config, original = PolicyConfig(str(gguf_file)), make_model("llama", intermediate_size=64)
+    tokenizer = load_tokenizer(config)
+    model = load_model(config, tokenizer=tokenizer)
+    assert tokenizer.encode("What is 12 * 3?") == tiny_tokenizer.encode("What is 12 * 3?")
+    assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in model.parameters())
+    for name, expected in original.state_dict().items():
+        rounding = 0.0 if expected.dim() == 1 else expected.abs().max() / 127  # of Q8_0, at most half of this
+        assert (model.state_dict()[name] - expected).abs().max() <= rounding
+    assert load_model(PolicyConfig(str(gguf_file), dtype="bfloat16")).dtype == torch.bfloat16
+    model.save_pretrained(tmp_path / "saved")  # which transformers refuses to do with quantized weights
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert torch.equal(load_model(PolicyConfig(str(tmp_path / "saved")))(IDS).logits, model(IDS).logits)
+
+
+def without_tokenizer(file: Path) -> None:
+    for each in file.parent.glob("tokenizer*"):
+        each.unlink()
+
+
+def cut(size: int) -> Callable[[Path], None]:
+    return lambda file: file.write_bytes(file.read_bytes()[:size])
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (without_tokenizer, r"no tokenizer beside it.*may split text otherwise.*AutoTokenizer\.from_pretrained"),
+        (cut(0), "cannot be loaded: damaged, or no GGUF file"),
+        (cut(100), "cannot be loaded: damaged, or no GGUF file"),
+        (cut(-1), "cannot be loaded: cannot reshape"),
+        (lambda file: file.write_bytes(b"no GGUF" * 100), "cannot be loaded: damaged, or no GGUF file.*magic bytes"),
+        (Path.unlink, r"small\.gguf': there is no such file"),
+    ],
+    ids=["no tokenizer", "empty", "cut header", "cut weights", "other bytes", "gone"],
+)
+def test_a_gguf_file_that_cannot_be_used_is_one_line(gguf_file: Path, harm: Callable[[Path], Any], said: str) -> None:
+    harm(gguf_file)
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_model(config := PolicyConfig(str(gguf_file)), tokenizer=load_tokenizer(config))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("library", ["gguf", "accelerate"])
+def test_a_library_that_gguf_needs_is_named(gguf_file: Path, monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *args: None if name == library else find(name, *args))
+    needs = rf'small\.gguf\' needs the library {library}: pip install "stateset-lightning\[gguf\]"'
+    with pytest.raises(ConfigError, match=needs):
+        load_model(PolicyConfig(str(gguf_file)))
+
+
+def test_a_folder_of_gguf_files_alone_asks_for_the_file(gguf_file: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"weights in GGUF alone: give the file, model\.policy\.model_name=.*small\.gguf"
+    ):
+        load_tokenizer(PolicyConfig(str(gguf_file.parent)))
+
+
+def test_scaled_rotary_frequencies_come_from_a_config_beside_the_gguf_file(
+    gguf_file: Path, make_model: Callable[..., Any]
+) -> None:
+    scaling = {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}
+    original = make_model("llama", intermediate_size=64, rope_parameters=scaling)
+    write_gguf(gguf_file, original, "rope_freqs.weight")
+    with pytest.raises(
+        ConfigError, match=r"scales its rotary frequencies.*put the original model's config\.json beside"
+    ):
+        load_model(PolicyConfig(str(gguf_file)))
+    original.config.save_pretrained(gguf_file.parent)
+    assert load_model(PolicyConfig(str(gguf_file))).config.rope_parameters == scaling
 
 
 # Reference

@@ -11,7 +11,8 @@ import pytest
 import torch
 from cli_runs import logged
 from lightning.pytorch.callbacks import ModelCheckpoint
-from module_runs import fit, make_data, make_module, weights
+from lightning.pytorch.loggers import CSVLogger
+from module_runs import SCENARIOS, fit, make_data, make_module, make_trainer, weights
 
 from stateset_lightning.cli.main import main
 from stateset_lightning.errors import ConfigError, DiskError
@@ -50,6 +51,20 @@ def test_a_learning_rate_on_the_command_line_wins_and_the_log_says_so(folder, ca
     assert "model.optimizer lr=0.5, and 0.001 in the checkpoint: the new value is used" in capsys.readouterr().out
     rates = [float(row["lr"]) for row in logged(folder / "runs" / "r" / "version_0") if row["lr"]]
     assert rates == [0.001, 0.001, 0.001, 0.5]
+
+
+def test_weights_that_are_evaluated_say_their_own_step(tmp_path):
+    """The loaded checkpoint's, until they are trained."""
+    options = {"callbacks": [ModelCheckpoint(tmp_path, save_last=True)], "enable_checkpointing": True}
+    fit(tmp_path, max_steps=3, **options)
+    module, data = make_module(), make_data(test=SCENARIOS[:2])
+    trainer = make_trainer(tmp_path, limit_val_batches=1, logger=CSVLogger(tmp_path, "run"))
+    paths = (None, tmp_path / "last.ckpt")
+    steps = [trainer.validate(module, data, verbose=False, ckpt_path=path)[0]["step"] for path in paths]
+    steps += [trainer.test(module, data, verbose=False)[0]["step"]]  # nothing is loaded: it has the same weights
+    trainer.fit(module, data)
+    steps += [trainer.test(module, data, verbose=False)[0]["step"], module.weights_step]
+    assert steps == [0, 3, 3, 2, 2]
 
 
 def run_program(*args):

@@ -3,7 +3,9 @@ together get folders of their own.
 """
 
 import errno
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
+from cli_runs import logged
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -19,6 +22,7 @@ from lightning.pytorch.plugins import AsyncCheckpointIO
 from module_runs import fit, make_data, make_module, make_trainer
 from test_files import full_disk
 
+from stateset_lightning.cli.main import main
 from stateset_lightning.errors import ConfigError, DiskError
 from stateset_lightning.run.checkpoint_io import AtomicCheckpointIO
 from stateset_lightning.run.install import RunLock
@@ -161,3 +165,19 @@ def test_runs_that_start_together_never_share_a_version(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         versions = sorted(pool.map(start, range(8)))
     assert versions == [1, 2, 4, 5, 6, 7, 8, 9]
+
+
+def test_an_evaluation_has_a_folder_of_its_own_name_and_says_the_step_of_its_checkpoint(folder, capsys):
+    """It takes no number of a run; a baseline is a part of its run."""
+    flags = ["--config", "config.yaml", "--data.predict", "rows.jsonl"]
+    main(["fit", *flags, "--trainer.max_steps", "2", "--baseline", "true"])
+    main(["predict", *flags, "--ckpt_path", "last"])
+    capsys.readouterr()
+    main(["validate", *flags, "--ckpt_path", "last"])
+    said, runs = capsys.readouterr().out, folder / "runs" / "r"
+    assert sorted(path.name for path in runs.iterdir()) == ["evaluation_0", "evaluation_1", "version_0"]
+    assert (runs / "evaluation_0" / "predictions.jsonl").is_file()
+    assert "validation after step 2: reward" in said
+    assert re.search(r"step +│ +2\.0 ", said)  # in Lightning's table
+    assert [row["step"] for row in logged(runs / "evaluation_1")] == ["2"]
+    assert {json.loads(line)["step"] for line in (runs / "evaluation_1" / "samples.jsonl").open()} == {2}

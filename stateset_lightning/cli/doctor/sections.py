@@ -1,11 +1,13 @@
 """The sections that doctor prints, one after the other; what goes wrong in one is a problem, and the next goes on."""
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
+import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -26,6 +28,7 @@ from stateset_lightning.training.collect import ready_engine
 from stateset_lightning.training.schedule import optimizer_steps_of_run
 from stateset_lightning.types import FinishReason, Scenario
 
+SPINS = "where threads of torch that wait for one another spin: start with OMP_WAIT_POLICY=passive in the environment"
 TEXT = 300  # characters of a prompt or completion that are shown
 
 
@@ -52,6 +55,10 @@ class Doctor(StatesetCLI):
         given = redacted(yaml.safe_load(self._parser("fit").dump(self.asked, skip_default=True)))
         print("config, without defaults")
         _show(*dump_yaml({key: given[key] for key in given if key not in ("config", "sample")}).splitlines())
+        cores, load = os.cpu_count() or 1, os.getloadavg()[0]
+        uses_threads = meter.device.type == "cpu" and torch.get_num_threads() > 1
+        if load > cores and uses_threads and "OMP_WAIT_POLICY" not in os.environ:
+            self.notes.append(f"the machine is busy (load average {load:.1f}, {cores} cores), {SPINS}")
         # As `fit` does, without its set-up of loggers, checkpoints and processes.
         self.trainer.datamodule = self.data  # type: ignore[attr-defined]
         self.data.trainer = self.module.trainer = self.trainer

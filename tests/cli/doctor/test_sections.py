@@ -62,6 +62,28 @@ def test_half_precision_that_only_costs_time_is_told(examine, monkeypatch):
     assert "no arithmetic" not in examine("--sample=false")[1]
 
 
+@pytest.mark.parametrize(
+    ("load", "threads", "environment", "is_told"),
+    [
+        (9.0, 2, {}, True),
+        (1.0, 2, {}, False),
+        (9.0, 1, {}, False),
+        (9.0, 2, {"OMP_WAIT_POLICY": "passive"}, False),
+    ],
+    ids=["busy", "idle", "one thread", "told already"],
+)
+def test_threads_that_spin_on_a_busy_machine_are_told(examine, monkeypatch, load, threads, environment, is_told):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    said = examine(data={"max_prompt_tokens": 3})[1]  # which ends it early
+    assert ("note: the machine is busy (load average 9.0, 4 cores), where threads" in said) == is_told
+    assert ("spin: start with OMP_WAIT_POLICY=passive" in said) == is_told
+
+
 def test_without_sampling_the_target_is_scored(examine):
     code, said = examine("--sample", "false")
     assert code == 0
