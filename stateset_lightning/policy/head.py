@@ -2,16 +2,20 @@
 
 The last linear layer is applied to some tokens, and on a GPU to a part of the vocabulary, at a time and recomputed in
 the backward pass, so memory does not grow with tokens x vocabulary. From part to part go the log-sum-exp of the logits
-and their mean (which is what entropy lacks). Softmax is float32 whatever the model's dtype. Letters: T sampled tokens,
-H hidden size, V vocabulary.
+and their mean (which is what entropy lacks). Softmax is float32 whatever the model's dtype. A teacher's logits, which
+distributions may be compared with, come in the same chunks. Letters: T sampled tokens, H hidden size, V vocabulary.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
+
+if TYPE_CHECKING:
+    from stateset_lightning.policy.policy import Group, Policy
 
 CHUNK_BYTES = 64 * 2**20
 # On a GPU fewer tokens would have every product wait for the head's weights, and their gradient, to be read: there all
@@ -44,6 +48,24 @@ class HeadOptions:
         return tokens, max(GPU_CHUNK_BYTES // (4 * tokens), 1)
 
 
+class Comparison(NamedTuple):
+    """A teacher, as `score` needs it.
+
+    Args:
+        logits: Of some of the tokens, [t, V]: divided by the temperature, float32, without gradient.
+        divergence: Of log-probs from the teacher's, both [t, V]: the value [t], and its gradient by the logits [t, V].
+    """
+
+    logits: Callable[[slice], Tensor]
+    divergence: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+    def of(self, logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+        """Divergence and gradient over the tokens that both know: models of one family pad vocabularies differently."""
+        theirs = self.logits(chunk)
+        both = min(logits.shape[-1], theirs.shape[-1])
+        return self.divergence(logits[:, :both].log_softmax(-1), theirs[:, :both].to(logits.dtype).log_softmax(-1))
+
+
 def softcap(config: PretrainedConfig) -> float | None:
     """The bound of a model's logits, under the name that its family has for it; None without one."""
     names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -51,14 +73,39 @@ def softcap(config: PretrainedConfig) -> float | None:
 
 
 def token_logprobs(
-    hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_T: Tensor, options: HeadOptions
-) -> tuple[Tensor, Tensor]:
-    """Log-prob of each target and entropy of each distribution (both in nats, float32 [T]), differentiable."""
-    dtype, device = options.dtype or weight_VH.dtype, hidden_TH.device.type
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    targets_T: Tensor,
+    options: HeadOptions,
+    comparison: Comparison | None = None,
+) -> tuple[Tensor, ...]:
+    """Log-prob of each target and entropy of each distribution (both in nats, float32 [T]), differentiable.
+
+    With a comparison also the divergence of each distribution, [T].
+    """
+    dtype = _product_dtype(weight_VH, options)
+    with torch.autocast(hidden_TH.device.type, enabled=False):
+        return _ChunkedHead.apply(hidden_TH, weight_VH, bias_V, targets_T, options, dtype, comparison)
+
+
+@torch.no_grad()
+def logits_by_chunk(policy: "Policy", groups: Sequence["Group"], temperature: float) -> Callable[[slice], Tensor]:
+    """Logits at the places that predict sampled tokens: of some of them at a time, computed when they are asked for."""
+    outputs_TX = policy.outputs(groups)
+    if not policy.uses_chunked_head:
+        return lambda chunk: outputs_TX[chunk].float() / temperature
+    weight_VH, bias_V, options = policy.head(temperature)
+    dtype = _product_dtype(weight_VH, options)
+    kept_TH, weight_VH = outputs_TX.to(dtype), weight_VH.to(dtype)
+    return lambda chunk: _logits(kept_TH[chunk], weight_VH, bias_V, options)
+
+
+def _product_dtype(weight_VH: Tensor, options: HeadOptions) -> torch.dtype:
+    device = weight_VH.device.type
     if options.dtype is None and on_gpu(weight_VH) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    with torch.autocast(device, enabled=False):
-        return _ChunkedHead.apply(hidden_TH, weight_VH, bias_V, targets_T, options, dtype)
+        return torch.get_autocast_dtype(device)
+    return options.dtype or weight_VH.dtype
 
 
 def capped(scores: Tensor, softcap: float | None) -> Tensor:
@@ -72,10 +119,10 @@ def on_gpu(x: Tensor) -> bool:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in float32. Sums that were rounded to half precision on the way would bias the gradient."""
+    """a b in float32 at least. Sums that were rounded to half precision on the way would bias the gradient."""
     if on_gpu(a) and a.dtype.itemsize == 2:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).float()
+    return (a @ b).to(torch.promote_types(a.dtype, torch.float32))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -105,15 +152,20 @@ class _ChunkedHead(torch.autograd.Function):
         targets_T: Tensor,
         options: HeadOptions,
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
+        comparison: Comparison | None,
+    ) -> tuple[Tensor, ...]:
         kept_TH = hidden_TH.to(dtype)
         normalisers_T = hidden_TH.new_full(targets_T.shape, -torch.inf, dtype=torch.float32)
         means_T, chosen_T = torch.zeros_like(normalisers_T), torch.zeros_like(normalisers_T)
-        parts, chunks = _parts(weight_VH, targets_T, options)
+        divergences: list[Tensor] = []
+        parts, chunks = _parts(weight_VH, targets_T, options, comparison)
         for part in parts:
             weight, bias = _taken(part, weight_VH, bias_V, dtype)
             for chunk in chunks:
                 logits = _logits(kept_TH[chunk], weight, bias, options)
+                if comparison is not None:
+                    divergences.append(comparison.of(logits, chunk)[0])
+                logits = logits.float()
                 columns, is_here = _within(part, targets_T[chunk])
                 chosen_T[chunk] += torch.where(is_here, logits.gather(-1, columns[:, None])[:, 0], 0.0)
                 largest = logits.amax(-1, keepdim=True)
@@ -125,9 +177,9 @@ class _ChunkedHead(torch.autograd.Function):
                 normalisers_T[chunk] = merged
         entropies_T = normalisers_T - means_T
         ctx.save_for_backward(kept_TH, weight_VH, bias_V, targets_T, normalisers_T, entropies_T)
-        ctx.options, ctx.hidden_dtype = options, hidden_TH.dtype
+        ctx.options, ctx.hidden_dtype, ctx.comparison = options, hidden_TH.dtype, comparison
         ctx.set_materialize_grads(False)
-        return chosen_T - normalisers_T, entropies_T
+        return chosen_T - normalisers_T, entropies_T, *([torch.cat(divergences)] if divergences else [])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -137,15 +189,19 @@ class _ChunkedHead(torch.autograd.Function):
         sums = torch.promote_types(kept_TH.dtype, torch.float32)
         grad_hidden_TH = torch.zeros_like(kept_TH, dtype=sums) if ctx.needs_input_grad[0] else None
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=sums) if ctx.needs_input_grad[1] else None
-        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        parts, chunks = _parts(weight_VH, targets_T, options)
+        grad_bias_V = torch.zeros_like(bias_V, dtype=sums) if ctx.needs_input_grad[2] else None
+        parts, chunks = _parts(weight_VH, targets_T, options, ctx.comparison)
         for part in parts:
             weight, bias = _taken(part, weight_VH, bias_V, kept_TH.dtype)
             for chunk in chunks:
                 logits = _logits(kept_TH[chunk], weight, bias, options)
                 incoming = [None if grad_T is None else grad_T[chunk] for grad_T in grads]
-                targets = _within(part, targets_T[chunk])
-                grad = _grad_logits(logits - normalisers_T[chunk, None], *targets, entropies_T[chunk], *incoming)
+                targets, logp = _within(part, targets_T[chunk]), logits.float() - normalisers_T[chunk, None]
+                grad = _grad_logits(logp, *targets, entropies_T[chunk], *incoming[:2])
+                if ctx.comparison is not None and incoming[2] is not None:
+                    by_logits = ctx.comparison.of(logits, chunk)[1]
+                    grad = grad.to(logits.dtype)
+                    grad[:, : by_logits.shape[1]] += incoming[2][:, None] * by_logits
                 if options.temperature != 1.0:
                     grad /= options.temperature
                 if options.softcap is not None:
@@ -158,7 +214,7 @@ class _ChunkedHead(torch.autograd.Function):
                 if grad_weight_VH is not None:
                     _add_product(grad_weight_VH[part], grad.t(), kept_TH[chunk])
         grad_hidden_TH = None if grad_hidden_TH is None else grad_hidden_TH.to(ctx.hidden_dtype)
-        return grad_hidden_TH, _cast(grad_weight_VH, weight_VH), _cast(grad_bias_V, bias_V), None, None, None
+        return grad_hidden_TH, _cast(grad_weight_VH, weight_VH), _cast(grad_bias_V, bias_V), None, None, None, None
 
 
 def _grad_logits(
@@ -179,9 +235,11 @@ def _grad_logits(
     return logp.exp_().mul_(factor).scatter_add_(1, columns[:, None], onehot[:, None])
 
 
-def _parts(weight_VH: Tensor, targets_T: Tensor, options: HeadOptions) -> tuple[list[slice], list[slice]]:
-    """Of the vocabulary and of the tokens."""
-    tokens, columns = options.chunk(len(weight_VH), on_gpu(weight_VH))
+def _parts(
+    weight_VH: Tensor, targets_T: Tensor, options: HeadOptions, comparison: Comparison | None
+) -> tuple[list[slice], list[slice]]:
+    """Of the vocabulary and of the tokens. Distributions are compared whole."""
+    tokens, columns = options.chunk(len(weight_VH), on_gpu(weight_VH) and comparison is None)
     return _slices(len(weight_VH), columns), _slices(len(targets_T), tokens)
 
 

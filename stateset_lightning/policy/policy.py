@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import lora, packed_attention, probes
 from stateset_lightning.policy.config import PolicyConfig
-from stateset_lightning.policy.head import HeadOptions, capped, softcap, token_logprobs
+from stateset_lightning.policy.head import Comparison, HeadOptions, capped, softcap, token_logprobs
 from stateset_lightning.policy.lora_state import AdapterState, base_digest, keep_only_in_state_dict
 from stateset_lightning.policy.recomputed_layers import use_recomputed_layers
 from stateset_lightning.policy.routing import check_routers, routed_sums
@@ -144,27 +144,35 @@ class Policy(nn.Module):
         self.longest = longest
 
     def merged_adapter(self) -> AbstractContextManager[None]:
-        """For sampling: the adapter added into copies of the weights, while the context lasts (`lora.merged_adapter`).
-
-        Nothing happens where the policy has no adapter.
-        """
+        """For sampling: an adapter added into copies of the weights, while the context lasts (`lora.merged_adapter`)."""
         return nullcontext() if self.adapter is None else lora.merged_adapter(self.model)
 
-    def score(self, groups: Sequence[Group], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def score(
+        self, groups: Sequence[Group], temperature: float = 1.0, comparison: Comparison | None = None
+    ) -> tuple[Tensor, ...]:
         """Log-probs and entropies (nats, float32 [T]) of the sampled tokens, completion by completion; differentiable.
 
-        Log-probs are those of the logits divided by `temperature`, before any top-k, top-p or min-p.
+        Log-probs are of the logits divided by `temperature`, before any top-k, top-p or min-p. Third come divergences.
         """
         rows = [row for group in groups for row in zip(group.completions, group.sampled_places, strict=True)]
         targets_T = self._ids([completion[place] for completion, places in rows for place in places])
-        outputs_TX = (self._packed if self.uses_packed_scoring else self._padded)(groups)
+        outputs_TX = self.outputs(groups)
         if not self.uses_chunked_head:
             logps = (outputs_TX.float() / temperature).log_softmax(-1)
-            return logps.gather(-1, targets_T[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
-        head = self.model.get_output_embeddings()
-        dtype = torch.float32 if self.config.head_dtype else None
+            scores = logps.gather(-1, targets_T[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
+            return scores if comparison is None else (*scores, comparison.of(logps, slice(None))[0])
+        weight_VH, bias_V, options = self.head(temperature)
+        return token_logprobs(outputs_TX, weight_VH, bias_V, targets_T, options, comparison)
+
+    def outputs(self, groups: Sequence[Group]) -> Tensor:
+        """Of the places that predict sampled tokens: hidden states [T, H], or logits without a chunked head."""
+        return (self._packed if self.uses_packed_scoring else self._padded)(groups)
+
+    def head(self, temperature: float) -> tuple[Tensor, Tensor | None, HeadOptions]:
+        """Weight, bias, and how they make logits of hidden states."""
+        head, dtype = self.model.get_output_embeddings(), torch.float32 if self.config.head_dtype else None
         options = HeadOptions(temperature, self.softcap, self.config.head_chunk_tokens, dtype)
-        return token_logprobs(outputs_TX, head.weight, getattr(head, "bias", None), targets_T, options)
+        return head.weight, getattr(head, "bias", None), options
 
     @torch.no_grad()
     def score_without_gradient(self, groups: Sequence[Group], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
