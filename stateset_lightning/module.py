@@ -26,7 +26,7 @@ from stateset_lightning.policy.precision import weights_dtype
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.redaction import redacted
 from stateset_lightning.rewards import Reward, Scorer, as_rewards
-from stateset_lightning.rollout import RemoteEngine, RolloutConfig, RolloutEngine
+from stateset_lightning.rollout import RemoteEngine, RolloutConfig, RolloutEngine, VLLMTeacher
 from stateset_lightning.run.checkpoint import RunCheckpoint
 from stateset_lightning.run.fsdp_strategy import SUPPORTED_STRATEGIES, FSDP2Strategy
 from stateset_lightning.run.lightning_parts import RunsInTrainer
@@ -46,6 +46,7 @@ from stateset_lightning.training.sampling_ahead import next_batch, sampling_ahea
 from stateset_lightning.training.schedule import Schedule, given_options, make_optimizer, with_scheduler
 from stateset_lightning.training.state import TrainingState
 from stateset_lightning.training.step import TrainingStep
+from stateset_lightning.training.teacher import checked_teacher, make_teacher
 from stateset_lightning.types import PromptBatch
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class GRPOLightningModule(RunsInTrainer):
         algorithm: How scores become a loss; see `stateset_lightning.algorithm`.
         evaluation: What `validate` and `test` sample beside a greedy completion per prompt, and what counts as solved.
         engine: What samples, such as a `VLLMEngine`; by default the policy in this process.
+        teacher: For an algorithm that distils: a model as `policy` names one, or a `VLLMTeacher`.
         optimizer: Called with the trainable parameters.
         lr_scheduler: A `Schedule`, or a torch scheduler called with the optimizer; stepped once per optimizer step.
         reward_timeout: Seconds that a reward may take for one completion, unless it has a time-out of its own.
@@ -87,6 +89,7 @@ class GRPOLightningModule(RunsInTrainer):
         algorithm: Algorithm = GRPO(),  # noqa: B008 (copied, never changed)
         evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (frozen)
         engine: RolloutEngine | None = None,
+        teacher: str | PolicyConfig | VLLMTeacher | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
         lr_scheduler: Schedule | LRSchedulerCallable | None = None,
         reward_timeout: Annotated[float, Gt(0)] | None = None,
@@ -101,6 +104,7 @@ class GRPOLightningModule(RunsInTrainer):
         self.rollout = RolloutConfig(**rollout) if isinstance(rollout, Mapping) else rollout
         self.algorithm = copy.copy(algorithm)
         self.algorithm.setup(self.rollout.max_new_tokens, samples_elsewhere=isinstance(engine, RemoteEngine))
+        self.teacher = checked_teacher(teacher, self.algorithm, self.rollout)
         self.rewards = as_rewards(reward)
         self.evaluation = EvaluationConfig(**evaluation) if isinstance(evaluation, Mapping) else evaluation
         self.evaluation.check_rewards([reward.name for reward in self.rewards])
@@ -119,8 +123,9 @@ class GRPOLightningModule(RunsInTrainer):
 
         self.policy: Policy | None = None
         self.engine = engine
-        # In a tuple, so that it is no submodule: not trained, not saved.
+        # In tuples, so that they are no submodules: not trained, not saved.
         self._reference: tuple[Policy | AdapterReference, ...] = ()
+        self._teacher: tuple[Policy | VLLMTeacher, ...] = ()
         self._unsharded: UnshardedCopy | ServedShards | None = None  # of a policy whose weights are sharded
         self._seed = seed
         self._data: ScenarioDataModule | None = None  # of the run, if it is ours
@@ -193,6 +198,9 @@ class GRPOLightningModule(RunsInTrainer):
         self.engine = ready_engine(self.engine, self.tokenizer, self.rollout, precision)
         if fits and self.algorithm.needs_reference and not self._reference:
             self._reference = (make_reference(self._sampled_policy, dtype),)
+        if fits and self.teacher is not None and not self._teacher:
+            device = self.trainer.strategy.root_device
+            self._teacher = (make_teacher(self.teacher, self.tokenizer, dtype, device, longest),)
         self._checkpoint.prepare_for(longest)
         if fits:
             choose_micro_steps(self.trainer, self._loaded_policy, self._data, self.rollout)
@@ -312,6 +320,7 @@ class GRPOLightningModule(RunsInTrainer):
             sampled_policy=self._sampled_policy,
             unsharded=nullcontext if self._unsharded is None else self._unsharded.filled,
             reference=self.reference,
+            teacher=self._teacher[0] if self._teacher else None,
             algorithm=self.algorithm,
             sampler=self._sampler,
             ranks=Ranks.current(),

@@ -329,8 +329,8 @@ class TokenBatch:
 
     `lengths_N` counts each completion's sampled tokens (their sum is T). `advantages_N` holds one advantage per
     completion; `advantages_T`, where turns or a teacher give one per token, takes its place in the policy loss.
-    `select_T` marks the tokens that a selection (top entropy, say) keeps; None keeps all. `divergences_T` are those from
-    a teacher's distribution.
+    `select_T` marks the tokens that a selection (top entropy, say) keeps; None keeps all. `divergences_T` are from a
+    teacher's distributions.
     """
 
     logprobs_T: Tensor

@@ -27,5 +27,6 @@ from stateset_lightning.algorithm.terms import KL, AdaptiveEntropy, Mismatch
 from stateset_lightning.types import TokenBatch
 
 __all__ = ["BNPO", "CISPO", "DAPO", "DPPO", "DRO", "AdaptiveEntropy", "Algorithm", "ClipCov", "Clipped", "DrGRPO"]
-__all__ += ["Distillation", "GKD", "OnPolicyDistillation", "GDPO", "GMPO", "GRPO", "GSPO", "KL", "LUSPO", "OPO", "GSPOToken", "KLCov", "MaxRL", "Mismatch", "PassK"]
+__all__ += ["GDPO", "GMPO", "GRPO", "GSPO", "KL", "LUSPO", "OPO", "GSPOToken", "KLCov", "MaxRL", "Mismatch", "PassK"]
+__all__ += ["GKD", "Distillation", "OnPolicyDistillation"]
 __all__ += ["RLOO", "SAPO", "ReMax", "ReinforcePlusPlusBaseline", "TokenBatch", "TopEntropy", "fixed"]

@@ -7,6 +7,7 @@ by weight. The teacher is `model.teacher`. Letters: P prompts, G completions per
 No `from __future__ import annotations`: the command line reads the types of the options.
 """
 
+import math
 from typing import Annotated, ClassVar
 
 import torch
@@ -24,8 +25,8 @@ from stateset_lightning.types import Metrics, TokenBatch
 def weighed_advantages(rewards_PG: Tensor, scale: Scale, reward_weight: float) -> Tensor:
     """GRPO's advantages times a weight, float64 [P, G].
 
-    With a weight of 0 they are 0, also of completions whose reward failed and of groups that have nothing to compare: as
-    a reward of weight 0, it is shown and not trained on.
+    With a weight of 0 they are 0, also of completions whose reward failed and of groups with nothing to compare: such a
+    reward is shown and not trained on.
     """
     if reward_weight == 0:
         return torch.zeros_like(rewards_PG, dtype=torch.float64)
@@ -65,8 +66,8 @@ class OnPolicyDistillation(Distillation):
     Its policy gradient is that of KL(policy || teacher) at each place, the tokens before it as they are: GKD's with
     reverse KL (arXiv:2306.13649) from a sample, and the single-step part of MiniLLM's (arXiv:2306.08543, section 2.2).
     The loss, ratio x advantage without a clip and without rewards of later tokens, is that of Thinking Machines Lab
-    ("On-Policy Distillation", 2025). The tokens of the batch are averaged. One log-prob per token is all that the teacher
-    gives, so it may be a server.
+    ("On-Policy Distillation", 2025). The tokens of the batch are averaged. Of the teacher one log-prob per token is
+    needed, so it may be a server.
     """
 
     aggregation = "token_mean"
@@ -93,24 +94,18 @@ class GKD(Distillation, loss=divergence_loss):
     def divergence(self, logps_TV: Tensor, teacher_TV: Tensor) -> tuple[Tensor, Tensor]:
         """The divergence at each place, [T] nats, and its gradient with respect to the policy's logits, [T, V].
 
-        With q the teacher, p the policy and m = b q + (1 - b) p it is b KL(q || m) + (1 - b) KL(p || m) (arXiv:2306.13649,
-        section 2). That is 0 for b of 0 and 1, for which the two KLs are meant: its limits, divided by b or by 1 - b.
+        With q the teacher, p the policy and m = b q + (1 - b) p it is b KL(q || m) + (1 - b) KL(p || m), as in
+        arXiv:2306.13649, section 2. That is 0 for b of 0 and 1, where the two KLs are meant: its limits, divided by b
+        or by 1 - b.
         """
-        b = self.jsd_beta
-        p_TV, q_TV = logps_TV.exp(), teacher_TV.exp()
+        b, p_TV, q_TV, gaps_TV = self.jsd_beta, logps_TV.exp(), teacher_TV.exp(), teacher_TV - logps_TV
         if b == 0:
-            return (q_TV * (teacher_TV - logps_TV)).sum(-1), p_TV - q_TV
+            return (q_TV * gaps_TV).sum(-1), p_TV - q_TV
+        # log m / p: of the gaps and not of m, so that nothing is left of equal distributions but zeros.
+        mixture_TV = torch.logaddexp(gaps_TV + math.log(b), gaps_TV.new_full((), math.log1p(-b))) if b < 1 else gaps_TV
+        own_T = -(p_TV * mixture_TV).sum(-1)  # KL(p || m), or KL(p || q)
+        gradient_TV = -p_TV * (mixture_TV + own_T[..., None])
         if b == 1:
-            return _from_mixture(p_TV, logps_TV - teacher_TV)
-        mixture_TV = (b * q_TV + (1 - b) * p_TV).clamp(min=torch.finfo(p_TV.dtype).tiny).log()
-        values_T, gradient_TV = _from_mixture(p_TV, logps_TV - mixture_TV)
-        return b * (q_TV * (teacher_TV - mixture_TV)).sum(-1) + (1 - b) * values_T, (1 - b) * gradient_TV
-
-
-def _from_mixture(p_TV: Tensor, log_ratios_TV: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(p || m), and p (log p / m - KL): by the logits of p, the gradient of what has this KL as its only moving part.
-
-    Of the Jensen-Shannon divergence, the mixture's own movement cancels that of KL(q || m).
-    """
-    values_T = (p_TV * log_ratios_TV).sum(-1)
-    return values_T, p_TV * (log_ratios_TV - values_T[..., None])
+            return own_T, gradient_TV
+        # The gradient of KL(q || m) cancels that of KL(p || m) through m.
+        return b * (q_TV * (gaps_TV - mixture_TV)).sum(-1) + (1 - b) * own_T, (1 - b) * gradient_TV

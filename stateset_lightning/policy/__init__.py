@@ -2,6 +2,7 @@
 
 from stateset_lightning.policy.config import LoadingOptions, LoRAConfig, PolicyConfig
 from stateset_lightning.policy.ends import end_of_sequence_ids
+from stateset_lightning.policy.head import Comparison, compared_with
 from stateset_lightning.policy.loading import (
     AdapterReference,
     check_complete,
@@ -17,5 +18,5 @@ from stateset_lightning.policy.policy import Group, Policy
 from stateset_lightning.policy.text_model import context_length
 
 __all__ = ["AdapterReference", "Group", "LoRAConfig", "LoadingOptions", "Policy", "PolicyConfig", "check_complete"]
-__all__ += ["check_vocabulary", "context_length", "end_of_sequence_ids", "load_model", "load_tokenizer"]
-__all__ += ["loading_errors", "make_reference", "resolve_model_name", "save_adapter"]
+__all__ += ["Comparison", "check_vocabulary", "compared_with", "context_length", "end_of_sequence_ids", "load_model"]
+__all__ += ["load_tokenizer", "loading_errors", "make_reference", "resolve_model_name", "save_adapter"]

@@ -8,7 +8,7 @@ distributions may be compared with, come in the same chunks. Letters: T sampled 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,11 @@ CHUNK_BYTES = 64 * 2**20
 # On a GPU fewer tokens would have every product wait for the head's weights, and their gradient, to be read: there all
 # of this many tokens see a part of the vocabulary at a time.
 GPU_CHUNK_TOKENS, GPU_CHUNK_BYTES = 4096, 128 * 2**20
+
+
+# Of logits (or log-probs) [t, V] and the tokens of a batch that they are of, the divergence from another distribution
+# [t], and its gradient by the logits [t, V' <= V].
+Comparison = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -48,24 +53,6 @@ class HeadOptions:
         return tokens, max(GPU_CHUNK_BYTES // (4 * tokens), 1)
 
 
-class Comparison(NamedTuple):
-    """A teacher, as `score` needs it.
-
-    Args:
-        logits: Of some of the tokens, [t, V]: divided by the temperature, float32, without gradient.
-        divergence: Of log-probs from the teacher's, both [t, V]: the value [t], and its gradient by the logits [t, V].
-    """
-
-    logits: Callable[[slice], Tensor]
-    divergence: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-    def of(self, logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
-        """Divergence and gradient over the tokens that both know: models of one family pad vocabularies differently."""
-        theirs = self.logits(chunk)
-        both = min(logits.shape[-1], theirs.shape[-1])
-        return self.divergence(logits[:, :both].log_softmax(-1), theirs[:, :both].to(logits.dtype).log_softmax(-1))
-
-
 def softcap(config: PretrainedConfig) -> float | None:
     """The bound of a model's logits, under the name that its family has for it; None without one."""
     names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -90,15 +77,32 @@ def token_logprobs(
 
 
 @torch.no_grad()
-def logits_by_chunk(policy: "Policy", groups: Sequence["Group"], temperature: float) -> Callable[[slice], Tensor]:
-    """Logits at the places that predict sampled tokens: of some of them at a time, computed when they are asked for."""
-    outputs_TX = policy.outputs(groups)
-    if not policy.uses_chunked_head:
-        return lambda chunk: outputs_TX[chunk].float() / temperature
-    weight_VH, bias_V, options = policy.head(temperature)
+def compared_with(
+    teacher: "Policy",
+    groups: Sequence["Group"],
+    temperature: float,
+    divergence: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> Comparison:
+    """A comparison with a teacher's distributions at the same places, whose logits exist for a chunk of tokens, too.
+
+    Args:
+        teacher: A model with the policy's tokenizer.
+        groups: The completions.
+        temperature: Divides its logits.
+        divergence: Of log-probs from the teacher's, both [t, V]: value [t] and gradient by the logits [t, V].
+    """
+    outputs_TX, (weight_VH, bias_V, options) = teacher.outputs(groups), teacher.head(temperature)
     dtype = _product_dtype(weight_VH, options)
-    kept_TH, weight_VH = outputs_TX.to(dtype), weight_VH.to(dtype)
-    return lambda chunk: _logits(kept_TH[chunk], weight_VH, bias_V, options)
+    kept_TX, weight_VH = outputs_TX.to(dtype), weight_VH.to(dtype)
+
+    def compare(logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+        theirs = outputs_TX[chunk].float() / temperature
+        if teacher.uses_chunked_head:
+            theirs = _logits(kept_TX[chunk], weight_VH, bias_V, options)
+        both = min(logits.shape[-1], theirs.shape[-1])  # models of one family may pad their vocabularies differently
+        return divergence(logits[:, :both].log_softmax(-1), theirs[:, :both].to(logits.dtype).log_softmax(-1))
+
+    return compare
 
 
 def _product_dtype(weight_VH: Tensor, options: HeadOptions) -> torch.dtype:
@@ -164,7 +168,7 @@ class _ChunkedHead(torch.autograd.Function):
             for chunk in chunks:
                 logits = _logits(kept_TH[chunk], weight, bias, options)
                 if comparison is not None:
-                    divergences.append(comparison.of(logits, chunk)[0])
+                    divergences.append(comparison(logits, chunk)[0])
                 logits = logits.float()
                 columns, is_here = _within(part, targets_T[chunk])
                 chosen_T[chunk] += torch.where(is_here, logits.gather(-1, columns[:, None])[:, 0], 0.0)
@@ -199,7 +203,7 @@ class _ChunkedHead(torch.autograd.Function):
                 targets, logp = _within(part, targets_T[chunk]), logits.float() - normalisers_T[chunk, None]
                 grad = _grad_logits(logp, *targets, entropies_T[chunk], *incoming[:2])
                 if ctx.comparison is not None and incoming[2] is not None:
-                    by_logits = ctx.comparison.of(logits, chunk)[1]
+                    by_logits = ctx.comparison(logits, chunk)[1]
                     grad = grad.to(logits.dtype)
                     grad[:, : by_logits.shape[1]] += incoming[2][:, None] * by_logits
                 if options.temperature != 1.0:

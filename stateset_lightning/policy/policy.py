@@ -144,7 +144,7 @@ class Policy(nn.Module):
         self.longest = longest
 
     def merged_adapter(self) -> AbstractContextManager[None]:
-        """For sampling: an adapter added into copies of the weights, while the context lasts (`lora.merged_adapter`)."""
+        """For sampling: an adapter added into copies of the weights while the context lasts (`lora.merged_adapter`)."""
         return nullcontext() if self.adapter is None else lora.merged_adapter(self.model)
 
     def score(
@@ -160,7 +160,7 @@ class Policy(nn.Module):
         if not self.uses_chunked_head:
             logps = (outputs_TX.float() / temperature).log_softmax(-1)
             scores = logps.gather(-1, targets_T[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
-            return scores if comparison is None else (*scores, comparison.of(logps, slice(None))[0])
+            return scores if comparison is None else (*scores, comparison(logps, slice(None))[0])
         weight_VH, bias_V, options = self.head(temperature)
         return token_logprobs(outputs_TX, weight_VH, bias_V, targets_T, options, comparison)
 

@@ -6,7 +6,7 @@ TrainingStep.loss             every batch (Lightning's `training_step`)
         2. advantages         each completion's score compared with those of its group,
         3. token weights      what each of its tokens counts in its optimizer step,
         4. micro-batches      and which micro-step trains it
-        5. fixed log-probs    of the policy that sampled and of the reference, before anything is updated
+        5. fixed log-probs    of the policy that sampled, reference and teacher, before anything is updated
     6. policy loss            of one micro-batch, summed over its tokens
 (Lightning)                   backward, accumulation over micro-steps
 TrainingStep.check_gradient   7. a step with nothing to train, or a gradient that is not finite, is skipped
@@ -19,14 +19,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from stateset_lightning.algorithm import Algorithm
-from stateset_lightning.policy import AdapterReference, Policy
+from stateset_lightning.algorithm import GKD, Algorithm
+from stateset_lightning.policy import AdapterReference, Policy, compared_with
 from stateset_lightning.ranks import Ranks
+from stateset_lightning.rollout import VLLMTeacher
 from stateset_lightning.seeding import derive_seed
 from stateset_lightning.training import checks, metrics
 from stateset_lightning.training.collect import Sampler, collect_together
@@ -45,6 +46,7 @@ class TrainingStep:
     sampled_policy: Policy  # samples and scores without gradient: the policy, or an unsharded copy of it
     unsharded: Callable[[], AbstractContextManager[None]]  # while `sampled_policy` is used
     reference: Policy | AdapterReference | None  # None where the algorithm needs none
+    teacher: Policy | VLLMTeacher | None  # likewise
     algorithm: Algorithm  # scores -> advantages, tokens -> loss
     sampler: Sampler  # prompts -> completions with their scores
     ranks: Ranks  # all of them take the same steps
@@ -77,6 +79,10 @@ class TrainingStep:
         seed = derive_seed(self.sampler.seed, "dropout", episode.index, batch.micro_step, self.ranks.rank)
         temperature = self.sampler.config.temperature
         trained, step_tokens = episode.micro_batch(micro_step), episode.active_by_step[state.step_of_pass]
+        if isinstance(self.algorithm, GKD) and trained.groups:
+            assert isinstance(self.teacher, Policy)
+            divergence = self.algorithm.divergence
+            trained = replace(trained, comparison=compared_with(self.teacher, trained.groups, temperature, divergence))
         loss, sums = micro_batch_loss(self.policy, self.algorithm, trained, temperature, seed, step_tokens)
         # DDP averages over ranks and Lightning divides by the accumulation: the sum over tokens is meant.
         factor = self.ranks.world * self.accumulate
