@@ -117,8 +117,7 @@ class GRPOLightningModule(RunsInTrainer):
         self.max_bad_steps = max_bad_steps
         self.tokenizer = load_tokenizer(self.policy_config)
         # Plain containers only: a checkpoint must load with `weights_only=True`.
-        policy_options = redacted(self.policy_config.to_dict())
-        options = {"policy": policy_options, "rollout": asdict(self.rollout), "seed": seed}
+        options = {"policy": redacted(self.policy_config.to_dict()), "rollout": asdict(self.rollout), "seed": seed}
         self.save_hyperparameters(options, logger=False)
 
         self.policy: Policy | None = None
@@ -198,11 +197,9 @@ class GRPOLightningModule(RunsInTrainer):
         self.engine = ready_engine(self.engine, self.tokenizer, self.rollout, precision)
         if fits and self.algorithm.needs_reference and not self._reference:
             self._reference = (make_reference(self._sampled_policy, dtype),)
-        if fits and self.teacher is not None and not self._teacher:
-            device = self.trainer.strategy.root_device
-            self._teacher = (make_teacher(self.teacher, self.tokenizer, dtype, device, longest),)
         self._checkpoint.prepare_for(longest)
         if fits:
+            self._teacher = self._teacher or make_teacher(self.teacher, self._sampled_policy, self.tokenizer, dtype)
             choose_micro_steps(self.trainer, self._loaded_policy, self._data, self.rollout)
 
     def configure_optimizers(self) -> Any:

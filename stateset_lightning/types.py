@@ -329,8 +329,8 @@ class TokenBatch:
 
     `lengths_N` counts each completion's sampled tokens (their sum is T). `advantages_N` holds one advantage per
     completion; `advantages_T`, where turns or a teacher give one per token, takes its place in the policy loss.
-    `select_T` marks the tokens that a selection (top entropy, say) keeps; None keeps all. `divergences_T` are from a
-    teacher's distributions.
+    `select_T` marks the tokens that a selection (top entropy, say) keeps; None keeps all. `divergences_T` are those of
+    the policy's distributions from a teacher's.
     """
 
     logprobs_T: Tensor
@@ -342,6 +342,7 @@ class TokenBatch:
     entropies_T: Tensor | None = None
     select_T: Tensor | None = None
     advantages_T: Tensor | None = None
+    teacher_logprobs_T: Tensor | None = None
     divergences_T: Tensor | None = None
 
 

@@ -8,6 +8,7 @@ No `from __future__ import annotations`: the command line reads the types of the
 """
 
 import math
+from dataclasses import replace
 from typing import Annotated, ClassVar
 
 import torch
@@ -72,9 +73,11 @@ class OnPolicyDistillation(Distillation):
 
     aggregation = "token_mean"
 
-    def distilled_advantages(self, tokens: TokenBatch, teacher_T: Tensor) -> Tensor:
-        """The advantage of each token, [T], given the teacher's log-probs of them."""
-        return token_advantages(tokens) + self.coefficient * (teacher_T - tokens.old_logprobs_T)
+    def per_token_loss(self, tokens: TokenBatch) -> tuple[Tensor, Metrics]:
+        gaps_T = needed(tokens, "teacher_logprobs_T", "class_path=OnPolicyDistillation") - tokens.old_logprobs_T
+        advantages_T = token_advantages(tokens) + self.coefficient * gaps_T
+        loss_T, metrics = super().per_token_loss(replace(tokens, advantages_T=advantages_T))
+        return loss_T, metrics | {"policy/teacher_kl": (-gaps_T.sum(), gaps_T.numel())}
 
 
 class GKD(Distillation, loss=divergence_loss):

@@ -23,7 +23,7 @@ CHUNK_BYTES = 64 * 2**20
 GPU_CHUNK_TOKENS, GPU_CHUNK_BYTES = 4096, 128 * 2**20
 
 
-# Of logits (or log-probs) [t, V] and the tokens of a batch that they are of, the divergence from another distribution
+# Of logits (or log-probs) [t, V] and the place of their tokens in a batch: the divergence from another distribution
 # [t], and its gradient by the logits [t, V' <= V].
 Comparison = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
@@ -38,16 +38,18 @@ class HeadOptions:
         chunk_tokens: Tokens whose logits exist at a time. None: on a CPU as many as fit in `CHUNK_BYTES`, at least 16;
             on a GPU `GPU_CHUNK_TOKENS`.
         dtype: Of the products. None: autocast's on a GPU, else that of the weights.
+        comparison: What each distribution is compared with; it then sees all of the vocabulary at a time.
     """
 
     temperature: float = 1.0
     softcap: float | None = None
     chunk_tokens: int | None = None
     dtype: torch.dtype | None = None
+    comparison: Comparison | None = None
 
     def chunk(self, vocabulary: int, is_on_gpu: bool = False) -> tuple[int, int]:
         """Tokens, and entries of the vocabulary, whose logits exist at a time."""
-        if not is_on_gpu:
+        if not is_on_gpu or self.comparison is not None:
             return self.chunk_tokens or max(16, CHUNK_BYTES // (4 * vocabulary)), vocabulary
         tokens = self.chunk_tokens or GPU_CHUNK_TOKENS
         return tokens, max(GPU_CHUNK_BYTES // (4 * tokens), 1)
@@ -60,20 +62,17 @@ def softcap(config: PretrainedConfig) -> float | None:
 
 
 def token_logprobs(
-    hidden_TH: Tensor,
-    weight_VH: Tensor,
-    bias_V: Tensor | None,
-    targets_T: Tensor,
-    options: HeadOptions,
-    comparison: Comparison | None = None,
+    hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_T: Tensor, options: HeadOptions
 ) -> tuple[Tensor, ...]:
-    """Log-prob of each target and entropy of each distribution (both in nats, float32 [T]), differentiable.
+    """Log-prob of each target, entropy of each distribution (nats, float32 [T]) and, with a comparison, its divergence.
 
-    With a comparison also the divergence of each distribution, [T].
+    All are differentiable.
     """
-    dtype = _product_dtype(weight_VH, options)
-    with torch.autocast(hidden_TH.device.type, enabled=False):
-        return _ChunkedHead.apply(hidden_TH, weight_VH, bias_V, targets_T, options, dtype, comparison)
+    dtype, device = options.dtype or weight_VH.dtype, hidden_TH.device.type
+    if options.dtype is None and on_gpu(weight_VH) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        return _ChunkedHead.apply(hidden_TH, weight_VH, bias_V, targets_T, options, dtype)
 
 
 @torch.no_grad()
@@ -83,33 +82,25 @@ def compared_with(
     temperature: float,
     divergence: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> Comparison:
-    """A comparison with a teacher's distributions at the same places, whose logits exist for a chunk of tokens, too.
+    """A comparison with a teacher's distributions at the same places; its logits, too, exist for a chunk at a time.
 
     Args:
-        teacher: A model with the policy's tokenizer.
+        teacher: A model with the policy's tokenizer. Products are of its weights' dtype.
         groups: The completions.
         temperature: Divides its logits.
         divergence: Of log-probs from the teacher's, both [t, V]: value [t] and gradient by the logits [t, V].
     """
-    outputs_TX, (weight_VH, bias_V, options) = teacher.outputs(groups), teacher.head(temperature)
-    dtype = _product_dtype(weight_VH, options)
-    kept_TX, weight_VH = outputs_TX.to(dtype), weight_VH.to(dtype)
+    outputs_TX = teacher.outputs(groups)
 
     def compare(logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
         theirs = outputs_TX[chunk].float() / temperature
         if teacher.uses_chunked_head:
-            theirs = _logits(kept_TX[chunk], weight_VH, bias_V, options)
+            weight_VH, bias_V, options = teacher.head(temperature)
+            theirs = _logits(outputs_TX[chunk].to(weight_VH.dtype), weight_VH, bias_V, options)
         both = min(logits.shape[-1], theirs.shape[-1])  # models of one family may pad their vocabularies differently
         return divergence(logits[:, :both].log_softmax(-1), theirs[:, :both].to(logits.dtype).log_softmax(-1))
 
     return compare
-
-
-def _product_dtype(weight_VH: Tensor, options: HeadOptions) -> torch.dtype:
-    device = weight_VH.device.type
-    if options.dtype is None and on_gpu(weight_VH) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return options.dtype or weight_VH.dtype
 
 
 def capped(scores: Tensor, softcap: float | None) -> Tensor:
@@ -156,19 +147,18 @@ class _ChunkedHead(torch.autograd.Function):
         targets_T: Tensor,
         options: HeadOptions,
         dtype: torch.dtype,
-        comparison: Comparison | None,
     ) -> tuple[Tensor, ...]:
         kept_TH = hidden_TH.to(dtype)
         normalisers_T = hidden_TH.new_full(targets_T.shape, -torch.inf, dtype=torch.float32)
         means_T, chosen_T = torch.zeros_like(normalisers_T), torch.zeros_like(normalisers_T)
         divergences: list[Tensor] = []
-        parts, chunks = _parts(weight_VH, targets_T, options, comparison)
+        parts, chunks = _parts(weight_VH, targets_T, options)
         for part in parts:
             weight, bias = _taken(part, weight_VH, bias_V, dtype)
             for chunk in chunks:
                 logits = _logits(kept_TH[chunk], weight, bias, options)
-                if comparison is not None:
-                    divergences.append(comparison(logits, chunk)[0])
+                if options.comparison is not None:
+                    divergences.append(options.comparison(logits, chunk)[0])
                 logits = logits.float()
                 columns, is_here = _within(part, targets_T[chunk])
                 chosen_T[chunk] += torch.where(is_here, logits.gather(-1, columns[:, None])[:, 0], 0.0)
@@ -181,7 +171,7 @@ class _ChunkedHead(torch.autograd.Function):
                 normalisers_T[chunk] = merged
         entropies_T = normalisers_T - means_T
         ctx.save_for_backward(kept_TH, weight_VH, bias_V, targets_T, normalisers_T, entropies_T)
-        ctx.options, ctx.hidden_dtype, ctx.comparison = options, hidden_TH.dtype, comparison
+        ctx.options, ctx.hidden_dtype = options, hidden_TH.dtype
         ctx.set_materialize_grads(False)
         return chosen_T - normalisers_T, entropies_T, *([torch.cat(divergences)] if divergences else [])
 
@@ -194,18 +184,17 @@ class _ChunkedHead(torch.autograd.Function):
         grad_hidden_TH = torch.zeros_like(kept_TH, dtype=sums) if ctx.needs_input_grad[0] else None
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=sums) if ctx.needs_input_grad[1] else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=sums) if ctx.needs_input_grad[2] else None
-        parts, chunks = _parts(weight_VH, targets_T, options, ctx.comparison)
+        parts, chunks = _parts(weight_VH, targets_T, options)
         for part in parts:
             weight, bias = _taken(part, weight_VH, bias_V, kept_TH.dtype)
             for chunk in chunks:
                 logits = _logits(kept_TH[chunk], weight, bias, options)
                 incoming = [None if grad_T is None else grad_T[chunk] for grad_T in grads]
                 targets, logp = _within(part, targets_T[chunk]), logits.float() - normalisers_T[chunk, None]
-                grad = _grad_logits(logp, *targets, entropies_T[chunk], *incoming[:2])
-                if ctx.comparison is not None and incoming[2] is not None:
-                    by_logits = ctx.comparison(logits, chunk)[1]
-                    grad = grad.to(logits.dtype)
-                    grad[:, : by_logits.shape[1]] += incoming[2][:, None] * by_logits
+                grad = _grad_logits(logp, *targets, entropies_T[chunk], *incoming[:2]).to(logits.dtype)
+                if options.comparison is not None and incoming[2] is not None:
+                    gradient = options.comparison(logits, chunk)[1]
+                    grad[:, : gradient.shape[1]] += incoming[2][:, None] * gradient
                 if options.temperature != 1.0:
                     grad /= options.temperature
                 if options.softcap is not None:
@@ -218,7 +207,7 @@ class _ChunkedHead(torch.autograd.Function):
                 if grad_weight_VH is not None:
                     _add_product(grad_weight_VH[part], grad.t(), kept_TH[chunk])
         grad_hidden_TH = None if grad_hidden_TH is None else grad_hidden_TH.to(ctx.hidden_dtype)
-        return grad_hidden_TH, _cast(grad_weight_VH, weight_VH), _cast(grad_bias_V, bias_V), None, None, None, None
+        return grad_hidden_TH, _cast(grad_weight_VH, weight_VH), _cast(grad_bias_V, bias_V), None, None, None
 
 
 def _grad_logits(
@@ -239,11 +228,9 @@ def _grad_logits(
     return logp.exp_().mul_(factor).scatter_add_(1, columns[:, None], onehot[:, None])
 
 
-def _parts(
-    weight_VH: Tensor, targets_T: Tensor, options: HeadOptions, comparison: Comparison | None
-) -> tuple[list[slice], list[slice]]:
-    """Of the vocabulary and of the tokens. Distributions are compared whole."""
-    tokens, columns = options.chunk(len(weight_VH), on_gpu(weight_VH) and comparison is None)
+def _parts(weight_VH: Tensor, targets_T: Tensor, options: HeadOptions) -> tuple[list[slice], list[slice]]:
+    """Of the vocabulary and of the tokens."""
+    tokens, columns = options.chunk(len(weight_VH), on_gpu(weight_VH))
     return _slices(len(weight_VH), columns), _slices(len(targets_T), tokens)
 
 

@@ -161,17 +161,17 @@ class Policy(nn.Module):
             logps = (outputs_TX.float() / temperature).log_softmax(-1)
             scores = logps.gather(-1, targets_T[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
             return scores if comparison is None else (*scores, comparison(logps, slice(None))[0])
-        weight_VH, bias_V, options = self.head(temperature)
-        return token_logprobs(outputs_TX, weight_VH, bias_V, targets_T, options, comparison)
+        weight_VH, bias_V, options = self.head(temperature, comparison)
+        return token_logprobs(outputs_TX, weight_VH, bias_V, targets_T, options)
 
     def outputs(self, groups: Sequence[Group]) -> Tensor:
         """Of the places that predict sampled tokens: hidden states [T, H], or logits without a chunked head."""
         return (self._packed if self.uses_packed_scoring else self._padded)(groups)
 
-    def head(self, temperature: float) -> tuple[Tensor, Tensor | None, HeadOptions]:
+    def head(self, temperature: float, compare: Comparison | None = None) -> tuple[Tensor, Tensor | None, HeadOptions]:
         """Weight, bias, and how they make logits of hidden states."""
         head, dtype = self.model.get_output_embeddings(), torch.float32 if self.config.head_dtype else None
-        options = HeadOptions(temperature, self.softcap, self.config.head_chunk_tokens, dtype)
+        options = HeadOptions(temperature, self.softcap, self.config.head_chunk_tokens, dtype, compare)
         return head.weight, getattr(head, "bias", None), options
 
     @torch.no_grad()

@@ -1,18 +1,17 @@
 """A teacher on vLLM servers: it says how likely it would have sampled what the policy sampled."""
 
-# No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import cycle
-from typing import Annotated
+from typing import Any
 
 import torch
-from annotated_types import Gt
-from pydantic import Field
+from pydantic import AliasPath, Field
 from torch import Tensor
 
-from stateset_lightning.errors import bounded
 from stateset_lightning.policy import Group
 from stateset_lightning.rollout.vllm_client import LARGEST_LOGPROB, Answer, BadAnswer, VLLMServer
 from stateset_lightning.threads import DaemonThreads, interruptible
@@ -28,14 +27,9 @@ class TokenLogprob(Answer):
 class ScoredPrompt(Answer):
     """Of each token of a prompt, by its id as text; the first has no log-prob."""
 
-    prompt_logprobs: list[dict[str, TokenLogprob] | None]
+    tokens: list[dict[str, TokenLogprob] | None] = Field(validation_alias=AliasPath("choices", 0, "prompt_logprobs"))
 
 
-class ScoredPrompts(Answer):
-    choices: list[ScoredPrompt] = Field(min_length=1, max_length=1)
-
-
-@bounded("model.teacher")
 class VLLMTeacher:
     """Scores completions as prompts, whose log-probs vLLM gives at temperature 1, whatever a request says.
 
@@ -46,16 +40,10 @@ class VLLMTeacher:
         max_wait_minutes: How long a server may be away before the run stops.
     """
 
-    def __init__(
-        self,
-        urls: list[str],
-        *,
-        request_timeout: Annotated[float, Gt(0)] = 1800.0,
-        max_wait_minutes: Annotated[float, Gt(0)] = 10.0,
-    ) -> None:
+    def __init__(self, urls: list[str], *, request_timeout: float = 1800.0, max_wait_minutes: float = 10.0) -> None:
+        waits: Any = {"request_timeout": request_timeout, "max_wait": 60 * max_wait_minutes}
         self.urls = urls
-        make = partial(VLLMServer, request_timeout=request_timeout, max_wait=60 * max_wait_minutes)
-        self.servers = [make(url, option="model.teacher") for url in urls]
+        self.servers = [VLLMServer(url, option="model.teacher", **waits) for url in urls]
 
     def setup(self) -> None:
         """Waits for the servers and asks what they serve; called before a run.
@@ -94,7 +82,7 @@ def _logprobs(server: VLLMServer, tokens: list[int], count: int) -> list[float]:
         BadAnswer: If the answer has none of them.
     """
     body = {"model": server.model, "prompt": tokens, "max_tokens": 1, "prompt_logprobs": 0, "temperature": 0}
-    answered = server.ask("/v1/completions", ScoredPrompts, body).choices[0].prompt_logprobs
+    answered = server.ask("/v1/completions", ScoredPrompt, body).tokens
     if len(answered) != len(tokens):
         raise BadAnswer(f"log-probs of {len(answered)} tokens where {len(tokens)} were asked for")
     found = [(known or {}).get(str(token)) for known, token in zip(answered, tokens, strict=True)][-count:]

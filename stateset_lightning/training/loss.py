@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from stateset_lightning.algorithm import Algorithm, OnPolicyDistillation, TokenBatch
+from stateset_lightning.algorithm import GKD, Algorithm, TokenBatch
 from stateset_lightning.algorithm.aggregation import per_token
 from stateset_lightning.policy import AdapterReference, Group, Policy
 from stateset_lightning.policy.routing import balance
@@ -65,14 +65,10 @@ def micro_batch_loss(
         sampling_logprobs_T=batch.sampling_logprobs_T,
         entropies_T=entropies_T,
         select_T=batch.select_T,
+        teacher_logprobs_T=batch.teacher_logprobs_T,
         divergences_T=divergences_T[0] if divergences_T else None,
     )
-    if isinstance(algorithm, OnPolicyDistillation):
-        assert batch.teacher_logprobs_T is not None
-        tokens = replace(tokens, advantages_T=algorithm.distilled_advantages(tokens, batch.teacher_logprobs_T))
     loss_T, sums = algorithm.per_token_loss(tokens)
-    if batch.teacher_logprobs_T is not None:
-        sums["policy/teacher_kl"] = ((tokens.old_logprobs_T - batch.teacher_logprobs_T).sum(), len(logprobs_T))
     weights_T = per_token(batch.weights_N.to(loss_T.dtype), tokens.lengths_N, len(loss_T))
     loss = (weights_T * loss_T).sum()
     sums |= metrics.of_tokens(logprobs_T.detach(), batch.sampling_logprobs_T, entropies_T.detach())
@@ -190,8 +186,7 @@ def add_fixed_logprobs(step: TrainingStep, episode: Episode, scored: TrainedScor
     episode.old_logprobs_T = scored.logprobs_T if old else None
     if step.reference is not None and episode.ref_logprobs_T is None:
         episode.ref_logprobs_T = episode.scatter(step.reference.score_without_gradient(groups, temperature)[0])
-    if isinstance(algorithm, OnPolicyDistillation):
-        assert step.teacher is not None
+    if step.teacher is not None and not isinstance(algorithm, GKD):
         episode.teacher_logprobs_T = episode.scatter(step.teacher.score_without_gradient(groups, temperature)[0])
     balances = step.policy.config.router_aux_loss > 0 and any(episode.active_by_step)
     if not (algorithm.selects_tokens or balances) and (not old or episode.old_logprobs_T is not None):
