@@ -82,7 +82,7 @@ def check_same_tokenizer(config: PolicyConfig, *tokenizers: PreTrainedTokenizerB
     """
     theirs, ours = (
         {"vocabulary": tokenizer.get_vocab(), "end of sequence": tokenizer.eos_token}
-        | {"special tokens": set(tokenizer.all_special_tokens) - {tokenizer.pad_token}}
+        | {"special tokens": {*tokenizer.all_special_tokens} - {tokenizer.pad_token} | {tokenizer.eos_token}}
         for tokenizer in tokenizers
     )
     if differing := [name for name, value in theirs.items() if value != ours[name]]:
