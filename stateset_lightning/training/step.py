@@ -19,13 +19,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from stateset_lightning.algorithm import GKD, Algorithm
-from stateset_lightning.policy import AdapterReference, Policy, compared_with
+from stateset_lightning.algorithm import Algorithm
+from stateset_lightning.policy import AdapterReference, Policy
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.rollout import VLLMTeacher
 from stateset_lightning.seeding import derive_seed
@@ -34,6 +34,7 @@ from stateset_lightning.training.collect import Sampler, collect_together
 from stateset_lightning.training.episode import Plan, make_episode
 from stateset_lightning.training.loss import add_fixed_logprobs, micro_batch_loss, nan_if_not_finite, trained_scores
 from stateset_lightning.training.state import TrainingState
+from stateset_lightning.training.teacher import with_comparison
 from stateset_lightning.types import PromptBatch
 
 
@@ -79,10 +80,7 @@ class TrainingStep:
         seed = derive_seed(self.sampler.seed, "dropout", episode.index, batch.micro_step, self.ranks.rank)
         temperature = self.sampler.config.temperature
         trained, step_tokens = episode.micro_batch(micro_step), episode.active_by_step[state.step_of_pass]
-        if isinstance(self.algorithm, GKD) and trained.groups:
-            assert isinstance(self.teacher, Policy)
-            divergence = self.algorithm.divergence
-            trained = replace(trained, comparison=compared_with(self.teacher, trained.groups, temperature, divergence))
+        trained = with_comparison(trained, self.algorithm, self.teacher, temperature)
         loss, sums = micro_batch_loss(self.policy, self.algorithm, trained, temperature, seed, step_tokens)
         # DDP averages over ranks and Lightning divides by the accumulation: the sum over tokens is meant.
         factor = self.ranks.world * self.accumulate

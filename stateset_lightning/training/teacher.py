@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from stateset_lightning.algorithm import GKD, Algorithm
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.policy import Policy, PolicyConfig, load_model, load_tokenizer
+from stateset_lightning.policy import Policy, PolicyConfig, compared_with, load_model, load_tokenizer
 from stateset_lightning.rollout import RolloutConfig, VLLMTeacher
+from stateset_lightning.training.episode import MicroBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,15 +76,26 @@ def make_teacher(
     return (teacher,)
 
 
+def with_comparison(
+    batch: MicroBatch, algorithm: Algorithm, teacher: Policy | VLLMTeacher | None, temperature: float
+) -> MicroBatch:
+    """A micro-batch whose distributions are compared with the teacher's, for an algorithm that does."""
+    if not isinstance(algorithm, GKD) or not batch.groups:
+        return batch
+    assert isinstance(teacher, Policy), "checked before the run"
+    return replace(batch, comparison=compared_with(teacher, batch.groups, temperature, algorithm.divergence))
+
+
 def check_same_tokenizer(config: PolicyConfig, *tokenizers: PreTrainedTokenizerBase) -> None:
     """The teacher's and the policy's mean the same by each number.
 
     Raises:
         ConfigError: If their vocabularies or their special tokens differ. Not for what pads.
     """
+    pads = {tokenizer.pad_token for tokenizer in tokenizers}
     theirs, ours = (
         {"vocabulary": tokenizer.get_vocab(), "end of sequence": tokenizer.eos_token}
-        | {"special tokens": {*tokenizer.all_special_tokens} - {tokenizer.pad_token} | {tokenizer.eos_token}}
+        | {"special tokens": {*tokenizer.all_special_tokens} - pads}
         for tokenizer in tokenizers
     )
     if differing := [name for name, value in theirs.items() if value != ours[name]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from module_runs import fit, make_data, make_module, weights
 from vllm_stub import running
@@ -15,7 +16,7 @@ from vllm_stub import running
 from stateset_lightning import RolloutConfig
 from stateset_lightning.algorithm import GKD, Clipped, OnPolicyDistillation
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.policy import LoRAConfig, PolicyConfig
+from stateset_lightning.policy import LoRAConfig, PolicyConfig, load_model, load_tokenizer
 from stateset_lightning.rollout import VLLMTeacher
 from stateset_lightning.training.teacher import check_same_tokenizer
 
@@ -71,55 +72,60 @@ def test_other_tokens_are_refused(tiny_tokenizer: Any) -> None:
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The bundled model, disturbed: its teacher is the model as it was."""
-    from stateset_lightning.policy import load_model, load_tokenizer
-
     folder = tmp_path_factory.mktemp("student")
     model, generator = load_model(PolicyConfig("tiny")), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.3 * parameter.std() * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.7 * parameter.std() * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(folder)
     load_tokenizer(PolicyConfig("tiny")).save_pretrained(folder)
     return str(folder)
 
 
-def run(folder: Path, student: str, algorithm: Any, teacher: Any = "tiny", lr: float = 3e-3, **options: Any) -> Any:
+class Rows(Callback):
+    """The newest value of a metric after each step."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        self.values.append(pl_module.metrics.last[self.name])
+
+
+def run(folder: Path, student: str, algorithm: Any, teacher: Any = "tiny", **options: Any) -> Any:
+    rollout = {"num_generations": 2, "max_new_tokens": 4, **options.pop("rollout", {})}
     module = make_module(
         student,
         algorithm=algorithm,
         teacher=teacher,
         reward=lambda turns, context: 1.0,  # every group is constant
-        rollout=RolloutConfig(**ROLLOUT, temperature=options.pop("temperature", 1.0)),
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr),
+        rollout=RolloutConfig(**rollout),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
     )
     return fit(folder, module, options.pop("data", None), **options).lightning_module
 
 
 @pytest.mark.parametrize(
     ("algorithm", "metric", "temperature"),
-    [
-        (OnPolicyDistillation(), "policy/teacher_kl", 1.0),
-        (GKD(jsd_beta=1.0), "policy/divergence", 0.8),
-        (GKD(), "policy/divergence", 1.0),
-    ],
-    ids=["sampled token", "reverse KL", "JSD"],
+    [(OnPolicyDistillation(), "policy/teacher_kl", 1.0), (GKD(jsd_beta=1.0), "policy/divergence", 0.8)],
+    ids=["sampled token", "GKD"],
 )
-def test_a_student_moves_towards_its_teacher(
+def test_a_student_moves_towards_its_teacher_where_no_reward_differs(
     tmp_path: Path, student: str, algorithm: Any, metric: str, temperature: float
 ) -> None:
-    first, last = (
-        run(tmp_path, student, algorithm, temperature=temperature, max_steps=steps).metrics.last[metric]
-        for steps in (1, 12)
-    )
-    assert 0 < last < 0.6 * first
+    rows = Rows(metric)
+    rollout = {"num_generations": 16, "temperature": temperature}
+    run(tmp_path, student, algorithm, rollout=rollout, max_steps=10, callbacks=[rows])
+    assert 0 < sum(rows.values[-3:]) < 0.3 * sum(rows.values[:3])
 
 
 def test_a_served_teacher_trains_as_one_in_the_process_and_none_is_in_the_state(tmp_path: Path, student: str) -> None:
-    ours = run(tmp_path, student, OnPolicyDistillation(reward_weight=0.5), max_steps=2)
+    ours = run(tmp_path, student, OnPolicyDistillation(reward_weight=0.5), max_steps=1)
     assert not any("teacher" in name for name in ours.state_dict())
     with running() as server:
         served = VLLMTeacher([server.url])
-        theirs = run(tmp_path, student, OnPolicyDistillation(reward_weight=0.5), served, max_steps=2)
+        theirs = run(tmp_path, student, OnPolicyDistillation(reward_weight=0.5), served, max_steps=1)
     for name, value in ours.state_dict().items():
         torch.testing.assert_close(theirs.state_dict()[name], value, atol=1e-4, rtol=0)
 
@@ -128,11 +134,9 @@ def test_a_served_teacher_trains_as_one_in_the_process_and_none_is_in_the_state(
 def test_a_run_resumed_inside_an_episode_ends_bit_identical(tmp_path: Path, student: str, algorithm: Any) -> None:
     data = {"num_iterations": 2, "steps_per_episode": 2}
     keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    options = {"max_steps": 4, "enable_checkpointing": True}
+    options = {"max_steps": 3, "enable_checkpointing": True}
     straight = run(tmp_path, student, algorithm, data=make_data(**data), callbacks=[keep], **options)
-    for cut in (1, 3):
-        resumed = run(
-            tmp_path, student, algorithm, data=make_data(**data), ckpt_path=tmp_path / f"step={cut}.ckpt", **options
-        )
-        for name, value in weights(straight.trainer).items():
-            assert torch.equal(resumed.state_dict()[name], value), name
+    restored = {"data": make_data(**data), "ckpt_path": tmp_path / "step=1.ckpt"}
+    resumed = run(tmp_path, student, algorithm, **restored, **options)
+    for name, value in weights(straight.trainer).items():
+        assert torch.equal(resumed.state_dict()[name], value), name
