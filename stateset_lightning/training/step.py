@@ -47,7 +47,6 @@ class TrainingStep:
     sampled_policy: Policy  # samples and scores without gradient: the policy, or an unsharded copy of it
     unsharded: Callable[[], AbstractContextManager[None]]  # while `sampled_policy` is used
     reference: Policy | AdapterReference | None  # None where the algorithm needs none
-    teacher: Policy | VLLMTeacher | None  # likewise
     algorithm: Algorithm  # scores -> advantages, tokens -> loss
     sampler: Sampler  # prompts -> completions with their scores
     ranks: Ranks  # all of them take the same steps
@@ -55,6 +54,7 @@ class TrainingStep:
     max_tokens_per_step: int | None  # of a micro-step, where that can be kept
     report: Callable[[int, list[int], Tensor], None] | None  # is told (episode, rows, total scores [P, G])
     upcoming: Callable[[], PromptBatch | None]  # the next episode's prompts, asked where the run samples ahead
+    teacher: Policy | VLLMTeacher | None = None  # of an algorithm that distils
 
     def loss(self, batch: PromptBatch) -> Tensor:
         """Loss of one micro-step, summed over its tokens, times what DDP and Lightning divide it by.
@@ -80,7 +80,8 @@ class TrainingStep:
         seed = derive_seed(self.sampler.seed, "dropout", episode.index, batch.micro_step, self.ranks.rank)
         temperature = self.sampler.config.temperature
         trained, step_tokens = episode.micro_batch(micro_step), episode.active_by_step[state.step_of_pass]
-        trained = with_comparison(trained, self.algorithm, self.teacher, temperature)
+        if self.teacher is not None:
+            trained = with_comparison(trained, self.algorithm, self.teacher, temperature)
         loss, sums = micro_batch_loss(self.policy, self.algorithm, trained, temperature, seed, step_tokens)
         # DDP averages over ranks and Lightning divides by the accumulation: the sum over tokens is meant.
         factor = self.ranks.world * self.accumulate
