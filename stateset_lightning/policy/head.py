@@ -77,10 +77,7 @@ def token_logprobs(
 
 @torch.no_grad()
 def compared_with(
-    teacher: "Policy",
-    groups: Sequence["Group"],
-    temperature: float,
-    divergence: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    teacher: "Policy", groups: Sequence["Group"], temperature: float, divergence: Callable[..., tuple[Tensor, Tensor]]
 ) -> Comparison:
     """A comparison with a teacher's distributions at the same places; its logits, too, exist for a chunk at a time.
 

@@ -140,3 +140,21 @@ def test_a_run_resumed_inside_an_episode_ends_bit_identical(tmp_path: Path, stud
     resumed = run(tmp_path, student, algorithm, **restored, **options)
     for name, value in weights(straight.trainer).items():
         assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_a_completion_whose_reward_failed_is_distilled(tmp_path: Path, student: str) -> None:
+    def fails(turns: Any, context: Any) -> float:
+        raise ValueError("no")
+
+    module = make_module(
+        student,
+        algorithm=GKD(),
+        teacher="tiny",
+        reward=fails,
+        max_reward_failures=1.0,
+        rollout=RolloutConfig(num_generations=2, max_new_tokens=4),
+    )
+    last = fit(tmp_path, module, max_steps=1).lightning_module.metrics.last
+    assert last["work/skipped"] == 0
+    assert last["policy/divergence"] > 0.01
+    assert last["policy/grad_norm"] > 0
