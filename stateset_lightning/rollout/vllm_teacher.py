@@ -12,6 +12,7 @@ import torch
 from pydantic import AliasPath, Field
 from torch import Tensor
 
+from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import Group
 from stateset_lightning.rollout.vllm_client import LARGEST_LOGPROB, Answer, BadAnswer, VLLMServer
 from stateset_lightning.threads import DaemonThreads, interruptible
@@ -38,9 +39,14 @@ class VLLMTeacher:
             that their tokenizer is the policy's.
         request_timeout: Seconds for one completion.
         max_wait_minutes: How long a server may be away before the run stops.
+
+    Raises:
+        ConfigError: If an address is none.
     """
 
     def __init__(self, urls: list[str], *, request_timeout: float = 1800.0, max_wait_minutes: float = 10.0) -> None:
+        if not urls or isinstance(urls, str):
+            raise ConfigError(f"model.teacher.urls={urls!r} must be a list of addresses, as [http://127.0.0.1:8000]")
         waits: Any = {"request_timeout": request_timeout, "max_wait": 60 * max_wait_minutes}
         self.urls = urls
         self.servers = [VLLMServer(url, option="model.teacher", **waits) for url in urls]

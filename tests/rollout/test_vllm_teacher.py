@@ -64,6 +64,7 @@ def test_a_broken_answer_is_asked_for_again(server: Running) -> None:
     assert torch.equal(teacher.score_without_gradient(GROUPS)[0], wanted)
 
 
-def test_an_address_that_is_none_names_the_option() -> None:
+@pytest.mark.parametrize("urls", [["ftp://nowhere"], "http://127.0.0.1:8000", []])
+def test_an_address_that_is_none_names_the_option(urls: Any) -> None:
     with pytest.raises(ConfigError, match=r"model\.teacher\.urls"):
-        VLLMTeacher(["ftp://nowhere"])
+        VLLMTeacher(urls)
