@@ -26,8 +26,7 @@ from stateset_lightning.policy.precision import weights_dtype
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.redaction import redacted
 from stateset_lightning.rewards import Reward, Scorer, as_rewards
-from stateset_lightning.rollout import RemoteEngine, RolloutConfig, RolloutEngine
-from stateset_lightning.rollout.targets import Targets
+from stateset_lightning.rollout import RemoteEngine, RolloutConfig, RolloutEngine, Targets, VLLMTeacher
 from stateset_lightning.run.checkpoint import RunCheckpoint
 from stateset_lightning.run.fsdp_strategy import SUPPORTED_STRATEGIES, FSDP2Strategy
 from stateset_lightning.run.lightning_parts import RunsInTrainer
@@ -47,6 +46,7 @@ from stateset_lightning.training.sampling_ahead import next_batch, sampling_ahea
 from stateset_lightning.training.schedule import Schedule, given_options, make_optimizer, with_scheduler
 from stateset_lightning.training.state import TrainingState
 from stateset_lightning.training.step import TrainingStep
+from stateset_lightning.training.teacher import checked_teacher, make_teacher
 from stateset_lightning.types import PromptBatch
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class GRPOLightningModule(RunsInTrainer):
         algorithm: How scores become a loss; see `stateset_lightning.algorithm`.
         evaluation: What `validate` and `test` sample beside a greedy completion per prompt, and what counts as solved.
         engine: What samples, such as a `VLLMEngine`; by default the policy in this process.
+        teacher: For an algorithm that distils: a model as `policy` names one, or a `VLLMTeacher`.
         optimizer: Called with the trainable parameters.
         lr_scheduler: A `Schedule`, or a torch scheduler called with the optimizer; stepped once per optimizer step.
         reward_timeout: Seconds that a reward may take for one completion, unless it has a time-out of its own.
@@ -88,6 +89,7 @@ class GRPOLightningModule(RunsInTrainer):
         algorithm: Algorithm = GRPO(),  # noqa: B008 (copied, never changed)
         evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (frozen)
         engine: RolloutEngine | None = None,
+        teacher: str | PolicyConfig | VLLMTeacher | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
         lr_scheduler: Schedule | LRSchedulerCallable | None = None,
         reward_timeout: Annotated[float, Gt(0)] | None = None,
@@ -102,16 +104,15 @@ class GRPOLightningModule(RunsInTrainer):
         self.rollout = RolloutConfig(**rollout) if isinstance(rollout, Mapping) else rollout
         self.algorithm = copy.copy(algorithm)
         self.algorithm.setup(self.rollout.max_new_tokens, samples_elsewhere=isinstance(engine, RemoteEngine))
+        self.teacher = checked_teacher(teacher, self.algorithm, self.rollout)
         self.rewards = as_rewards(reward)
         self.evaluation = EvaluationConfig(**evaluation) if isinstance(evaluation, Mapping) else evaluation
         self.evaluation.check_rewards([reward.name for reward in self.rewards])
         limits = {"timeout": reward_timeout, "max_concurrency": reward_concurrency, "max_failures": max_reward_failures}
         self._make_scorer: Callable[[], Scorer] = partial(Scorer, self.rewards, **limits)  # type: ignore[arg-type]
         self.scorer = self._make_scorer()
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
-        self.max_tokens_per_step = max_tokens_per_step
-        self.max_bad_steps = max_bad_steps
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.max_tokens_per_step, self.max_bad_steps = max_tokens_per_step, max_bad_steps
         self.tokenizer = load_tokenizer(self.policy_config)
         # Plain containers only: a checkpoint must load with `weights_only=True`.
         options = {"policy": redacted(self.policy_config.to_dict()), "rollout": asdict(self.rollout), "seed": seed}
@@ -119,7 +120,9 @@ class GRPOLightningModule(RunsInTrainer):
 
         self.policy: Policy | None = None
         self.engine = engine
-        self._reference: tuple[Policy | AdapterReference, ...] = ()  # a tuple: no submodule, not trained, not saved
+        # In tuples, so that they are no submodules: not trained, not saved.
+        self._reference: tuple[Policy | AdapterReference, ...] = ()
+        self._teacher: tuple[Policy | VLLMTeacher, ...] = ()
         self._unsharded: UnshardedCopy | ServedShards | None = None  # of a policy whose weights are sharded
         self._seed = seed
         self._data: ScenarioDataModule | None = None  # of the run, if it is ours
@@ -196,6 +199,7 @@ class GRPOLightningModule(RunsInTrainer):
             self._reference = (make_reference(self._sampled_policy, dtype),)
         self._checkpoint.prepare_for(longest)
         if fits:
+            self._teacher = self._teacher or make_teacher(self.teacher, self._sampled_policy, self.tokenizer, dtype)
             choose_micro_steps(self.trainer, self._loaded_policy, self._data, self.rollout)
 
     def configure_optimizers(self) -> Any:
@@ -313,6 +317,7 @@ class GRPOLightningModule(RunsInTrainer):
             sampled_policy=self._sampled_policy,
             unsharded=nullcontext if self._unsharded is None else self._unsharded.filled,
             reference=self.reference,
+            teacher=self._teacher[0] if self._teacher else None,
             algorithm=self.algorithm,
             sampler=self._sampler,
             ranks=Ranks.current(),

@@ -323,7 +323,8 @@ class TokenBatch:
     `lengths_N` counts each completion's sampled tokens (their sum is T). `advantages_N` holds one advantage per
     completion; `advantages_T`, where turns or a teacher give one per token, takes its place in the policy loss.
     `select_T` marks the tokens that a selection (top entropy, say) keeps; None keeps all. `sampling_logprobs_T` is NaN
-    where the sampler gave none: a loss takes `sampler_logprobs`, which has the old ones there.
+    where the sampler gave none: a loss takes `sampler_logprobs`, which has the old ones there. `divergences_T` are of
+    the policy's distributions from a teacher's.
     """
 
     logprobs_T: Tensor
@@ -336,6 +337,8 @@ class TokenBatch:
     select_T: Tensor | None = None
     advantages_T: Tensor | None = None
     right_N: Tensor | None = None  # 0 if not right, else what makes the loss's mean one over right completions alone
+    teacher_logprobs_T: Tensor | None = None
+    divergences_T: Tensor | None = None
 
 
 # Metrics as (sum, count): they add up over micro-steps and ranks, and are divided once.

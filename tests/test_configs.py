@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "configs"
 OVERLAYS = {"bf16.yaml", "ddp.yaml", "fsdp2.yaml", "wandb.yaml"}
 MODEL_OVERLAYS = {"gpu.yaml", "lora.yaml", "vllm.yaml"}
-OPTIMIZERS = {"adamw8bit.yaml"}
-BASES = sorted(path.name for path in FOLDER.glob("*.yaml") if path.name not in OVERLAYS | MODEL_OVERLAYS | OPTIMIZERS)
+CLASSES = {"adamw8bit.yaml", "distillation.yaml"}  # put another class in a base's place
+BASES = sorted(path.name for path in FOLDER.glob("*.yaml") if path.name not in OVERLAYS | MODEL_OVERLAYS | CLASSES)
 
 
 @pytest.fixture(autouse=True)
@@ -197,7 +197,9 @@ def test_a_config_trains(name, tmp_path):
     assert not cli.datamodule.dropped["train"]  # no row is lost
 
 
-def test_the_overlays_of_a_gpu_train_together(tmp_path, torchao):
+@pytest.fixture
+def one_step(tmp_path):
+    """An overlay for one small step that leaves no files."""
     small = {
         "baseline": False,
         "data": {"batch_size": 2},
@@ -212,7 +214,18 @@ def test_the_overlays_of_a_gpu_train_together(tmp_path, torchao):
         },
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
-    files = [FOLDER / "single_turn.yaml", FOLDER / "gpu.yaml", FOLDER / "adamw8bit.yaml", tmp_path / "small.yaml"]
+    return tmp_path / "small.yaml"
+
+
+def test_the_overlay_of_distillation_trains_on_a_teacher_that_is_the_policy(one_step):
+    files = [FOLDER / "single_turn.yaml", FOLDER / "distillation.yaml", one_step]
+    cli = main(["fit", *(f"--config={file}" for file in files)])
+    assert cli.trainer.global_step == 1
+    assert abs(cli.model.metrics.last["policy/divergence"]) < 1e-6
+
+
+def test_the_overlays_of_a_gpu_train_together(one_step, torchao):
+    files = [FOLDER / "single_turn.yaml", FOLDER / "gpu.yaml", FOLDER / "adamw8bit.yaml", one_step]
     try:
         cli = main(["fit", *(f"--config={file}" for file in files)])
     finally:

@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from module_runs import GradientRecorder, fit, make_data, relative_difference
 
 from stateset_lightning import GRPOLightningModule, RewardFunction, RolloutConfig, algorithm
-from stateset_lightning.algorithm import KL, Algorithm, Clipped
+from stateset_lightning.algorithm import KL, Algorithm, Clipped, OnPolicyDistillation
 from stateset_lightning.algorithm.aggregation import Aggregation
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import Policy
@@ -54,6 +54,7 @@ def algorithms() -> Iterator[tuple[str, Algorithm]]:
                 continue
         yield preset.__name__, preset(**OPTIONS.get(preset.__name__, {}))
     yield "top_entropy", Clipped(top_entropy=0.4)
+    yield "distillation_and_reward", OnPolicyDistillation(reward_weight=0.5, top_entropy=0.4)
     yield "kl_in_reward", Clipped(beta=0.1, kl=KL(estimator="k1", place="reward"))
     yield "kl_in_loss", Clipped(beta=0.1, kl=KL(estimator="k3_unbiased"))
     yield "entropy_bonus", Clipped(entropy_coefficient=0.01)
@@ -95,6 +96,7 @@ def gradients(
         reward=[ByteSum(), Length()],
         rollout=RolloutConfig(num_generations=4, max_new_tokens=6, stop=STOP),
         algorithm=chosen,
+        teacher="tiny" if chosen.needs_teacher else None,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0),
     )
     module.policy = policy

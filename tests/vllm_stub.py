@@ -221,6 +221,8 @@ class Stub:
     def choice(self, body: dict[str, Any], index: int) -> dict[str, Any]:
         """One completion, by the sampler of this package: vLLM, too, gives the i-th of several the seed + i."""
         policy = self.policy(self.adapters.get(body["model"]))
+        if "prompt_logprobs" in body:
+            return self.scored(body["prompt"], policy)
         engine = InProcessEngine(TOKENIZER)
         engine.sync(policy)
         greedy = body["temperature"] == 0
@@ -243,6 +245,15 @@ class Stub:
         logprobs = {"text_offset": [], "token_logprobs": logprobs_T.tolist(), "tokens": [], "top_logprobs": []}
         text = {"index": index, "text": sample.texts[0], "finish_reason": reason, "token_ids": tokens}
         return {**CHOICE, **text, "logprobs": logprobs, "prompt_token_ids": body["prompt"]}
+
+    def scored(self, prompt: list[int], policy: Policy) -> dict[str, Any]:
+        """A prompt's log-probs: at temperature 1, whatever was asked for, and none of its first token."""
+        logprobs_T = policy.score_without_gradient([Group(prompt[:1], [prompt[1:]])], 1.0)[0]
+        known = [
+            {str(token): {"logprob": logprob, "rank": 1, "decoded_token": "?"}}
+            for token, logprob in zip(prompt[1:], logprobs_T.tolist(), strict=True)
+        ]
+        return {**CHOICE, "index": 0, "text": "?", "finish_reason": "length", "prompt_logprobs": [None, *known]}
 
 
 @cache

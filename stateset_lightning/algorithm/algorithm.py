@@ -148,12 +148,13 @@ class Algorithm(Formulas):
 
     # What a preset says of itself: whether it trains on the scenarios' targets, and not on samples; whether
     # `advantages` compares with the scores of a greedy completion per prompt; whether the loss weighs whole
-    # completions, which a mismatch correction of single tokens contradicts; and why the KL cannot be part of the
-    # reward, empty where it can.
+    # completions, which a mismatch correction of single tokens contradicts; why the KL cannot be part of the reward,
+    # empty where it can; and whether a teacher scores the samples.
     trains_on_targets: ClassVar[bool] = False
     needs_greedy_baseline: ClassVar[bool] = False
     weighs_completions: ClassVar[bool] = False
     why_no_kl_in_reward: ClassVar[str] = ""
+    needs_teacher: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         name, kind = type(self).__name__, None if self.mismatch is None else self.mismatch.kind

@@ -2,12 +2,13 @@
 
 The last linear layer is applied to some tokens, and on a GPU to a part of the vocabulary, at a time and recomputed in
 the backward pass, so memory does not grow with tokens x vocabulary. From part to part go the log-sum-exp of the logits
-and their mean (which is what entropy lacks). Softmax is float32 whatever the model's dtype. Letters: T sampled tokens,
-H hidden size, V vocabulary.
+and their mean (which is what entropy lacks). Softmax is float32 whatever the model's dtype. A teacher's logits, which
+distributions may be compared with, come in the same chunks. Letters: T sampled tokens, H hidden size, V vocabulary.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,10 +16,18 @@ from transformers import PretrainedConfig
 
 from stateset_lightning.policy.sampling_mask import SamplingMask
 
+if TYPE_CHECKING:
+    from stateset_lightning.policy.policy import Group, Policy
+
 CHUNK_BYTES = 64 * 2**20
 # On a GPU fewer tokens would have every product wait for the head's weights, and their gradient, to be read: there all
 # of this many tokens see a part of the vocabulary at a time.
 GPU_CHUNK_TOKENS, GPU_CHUNK_BYTES = 4096, 128 * 2**20
+
+
+# Of logits (or log-probs) [t, V] and the place of their tokens in a batch: the divergence from another distribution
+# [t], and its gradient by the logits [t, V' <= V].
+Comparison = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,7 @@ class HeadOptions:
             on a GPU `GPU_CHUNK_TOKENS`.
         dtype: Of the products. None: autocast's on a GPU, else that of the weights.
         mask: Of the tokens: their distributions are over what it keeps.
+        comparison: What each distribution is compared with; it then sees all of the vocabulary at a time.
     """
 
     temperature: float = 1.0
@@ -39,10 +49,11 @@ class HeadOptions:
     chunk_tokens: int | None = None
     dtype: torch.dtype | None = None
     mask: SamplingMask | None = None
+    comparison: Comparison | None = None
 
     def chunk(self, vocabulary: int, is_on_gpu: bool = False) -> tuple[int, int]:
         """Tokens, and entries of the vocabulary, whose logits exist at a time."""
-        if not is_on_gpu:
+        if not is_on_gpu or self.comparison is not None:
             return self.chunk_tokens or max(16, CHUNK_BYTES // (4 * vocabulary)), vocabulary
         tokens = self.chunk_tokens or GPU_CHUNK_TOKENS
         return tokens, max(GPU_CHUNK_BYTES // (4 * tokens), 1)
@@ -56,13 +67,52 @@ def softcap(config: PretrainedConfig) -> float | None:
 
 def token_logprobs(
     hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_T: Tensor, options: HeadOptions
-) -> tuple[Tensor, Tensor]:
-    """Log-prob of each target and entropy of each distribution (both in nats, float32 [T]), differentiable."""
+) -> tuple[Tensor, ...]:
+    """Log-prob of each target, entropy of each distribution (nats, float32 [T]) and, with a comparison, its divergence.
+
+    All are differentiable.
+    """
     dtype, device = options.dtype or weight_VH.dtype, hidden_TH.device.type
     if options.dtype is None and on_gpu(weight_VH) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
         return _ChunkedHead.apply(hidden_TH, weight_VH, bias_V, targets_T, options, dtype)
+
+
+def head_of(
+    policy: "Policy", temperature: float, mask: SamplingMask | None = None, comparison: Comparison | None = None
+) -> tuple[Tensor, Tensor | None, HeadOptions]:
+    """Weight and bias of a policy's head, and how they make log-probs of hidden states."""
+    head, asked = policy.model.get_output_embeddings(), policy.config.head_dtype
+    is_rounded = head.weight.dtype.itemsize == 2 and not on_gpu(head.weight)
+    dtype = torch.float32 if asked == "float32" or (asked is None and is_rounded) else None
+    options = HeadOptions(temperature, policy.softcap, policy.config.head_chunk_tokens, dtype, mask, comparison)
+    return head.weight, getattr(head, "bias", None), options
+
+
+@torch.no_grad()
+def compared_with(
+    teacher: "Policy", groups: Sequence["Group"], temperature: float, divergence: Callable[..., tuple[Tensor, Tensor]]
+) -> Comparison:
+    """A comparison with a teacher's distributions at the same places; its logits, too, exist for a chunk at a time.
+
+    Args:
+        teacher: A model with the policy's tokenizer. Products are of its weights' dtype.
+        groups: The completions.
+        temperature: Divides its logits.
+        divergence: Of log-probs from the teacher's, both [t, V]: value [t] and gradient by the logits [t, V].
+    """
+    outputs_TX = teacher.outputs(groups)
+
+    def compare(logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+        theirs = outputs_TX[chunk].float() / temperature
+        if teacher.uses_chunked_head:
+            weight_VH, bias_V, options = head_of(teacher, temperature)
+            theirs = _logits(outputs_TX[chunk].to(weight_VH.dtype), weight_VH, bias_V, options)
+        both = min(logits.shape[-1], theirs.shape[-1])  # models of one family may pad their vocabularies differently
+        return divergence(logits[:, :both].log_softmax(-1), theirs[:, :both].to(logits.dtype).log_softmax(-1))
+
+    return compare
 
 
 def capped(scores: Tensor, softcap: float | None) -> Tensor:
@@ -76,10 +126,10 @@ def on_gpu(x: Tensor) -> bool:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in float32. Sums that were rounded to half precision on the way would bias the gradient."""
+    """a b in float32 at least. Sums that were rounded to half precision on the way would bias the gradient."""
     if on_gpu(a) and a.dtype.itemsize == 2:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).float()
+    return (a @ b).to(torch.promote_types(a.dtype, torch.float32))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -109,15 +159,19 @@ class _ChunkedHead(torch.autograd.Function):
         targets_T: Tensor,
         options: HeadOptions,
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         kept_TH = hidden_TH.to(dtype)
         normalisers_T = hidden_TH.new_full(targets_T.shape, -torch.inf, dtype=torch.float32)
         means_T, chosen_T = torch.zeros_like(normalisers_T), torch.zeros_like(normalisers_T)
+        divergences: list[Tensor] = []
         parts, chunks = _parts(weight_VH, targets_T, options)
         for part in parts:
             weight, bias = _taken(part, weight_VH, bias_V, dtype)
             for chunk in chunks:
                 logits = _logits(kept_TH[chunk], weight, bias, options)
+                if options.comparison is not None:
+                    divergences.append(options.comparison(logits, chunk)[0])
+                logits = logits.float()
                 if options.mask is not None:
                     options.mask[chunk].exclude(logits, part.start)
                 columns, is_here = _within(part, targets_T[chunk])
@@ -133,7 +187,7 @@ class _ChunkedHead(torch.autograd.Function):
         ctx.save_for_backward(kept_TH, weight_VH, bias_V, targets_T, normalisers_T, entropies_T)
         ctx.options, ctx.hidden_dtype = options, hidden_TH.dtype
         ctx.set_materialize_grads(False)
-        return chosen_T - normalisers_T, entropies_T
+        return chosen_T - normalisers_T, entropies_T, *([torch.cat(divergences)] if divergences else [])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -143,7 +197,7 @@ class _ChunkedHead(torch.autograd.Function):
         sums = torch.promote_types(kept_TH.dtype, torch.float32)
         grad_hidden_TH = torch.zeros_like(kept_TH, dtype=sums) if ctx.needs_input_grad[0] else None
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=sums) if ctx.needs_input_grad[1] else None
-        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=sums) if ctx.needs_input_grad[2] else None
         parts, chunks = _parts(weight_VH, targets_T, options)
         for part in parts:
             weight, bias = _taken(part, weight_VH, bias_V, kept_TH.dtype)
@@ -152,8 +206,11 @@ class _ChunkedHead(torch.autograd.Function):
                 if options.mask is not None:
                     options.mask[chunk].exclude(logits, part.start)
                 incoming = [None if grad_T is None else grad_T[chunk] for grad_T in grads]
-                targets = _within(part, targets_T[chunk])
-                grad = _grad_logits(logits - normalisers_T[chunk, None], *targets, entropies_T[chunk], *incoming)
+                targets, logp = _within(part, targets_T[chunk]), logits.float() - normalisers_T[chunk, None]
+                grad = _grad_logits(logp, *targets, entropies_T[chunk], *incoming[:2]).to(logits.dtype)
+                if options.comparison is not None and incoming[2] is not None:
+                    gradient = options.comparison(logits, chunk)[1]
+                    grad[:, : gradient.shape[1]] += incoming[2][:, None] * gradient
                 if options.temperature != 1.0:
                     grad /= options.temperature
                 if options.softcap is not None:

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import lora, packed_attention, probes
 from stateset_lightning.policy.config import PolicyConfig
-from stateset_lightning.policy.head import HeadOptions, capped, on_gpu, softcap, token_logprobs
+from stateset_lightning.policy.head import Comparison, capped, head_of, softcap, token_logprobs
 from stateset_lightning.policy.lora_state import AdapterState, base_digest, keep_only_in_state_dict
 from stateset_lightning.policy.recomputed_layers import use_recomputed_layers
 from stateset_lightning.policy.routing import check_routers, routed_sums
@@ -147,33 +147,33 @@ class Policy(nn.Module):
         self.longest = longest
 
     def merged_adapter(self) -> AbstractContextManager[None]:
-        """For sampling: the adapter added into copies of the weights, while the context lasts (`lora.merged_adapter`).
-
-        Nothing happens where the policy has no adapter.
-        """
+        """For sampling: an adapter added into copies of the weights while the context lasts (`lora.merged_adapter`)."""
         return nullcontext() if self.adapter is None else lora.merged_adapter(self.model)
 
-    def score(self, groups: Sequence[Group], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def score(
+        self, groups: Sequence[Group], temperature: float = 1.0, comparison: Comparison | None = None
+    ) -> tuple[Tensor, ...]:
         """Log-probs and entropies (nats, float32 [T]) of the sampled tokens, completion by completion; differentiable.
 
         Log-probs are those of the logits divided by `temperature`, before any top-k, top-p or min-p; where groups have
-        a mask, over what it keeps.
+        a mask, over what it keeps. Third come divergences, where there is a comparison.
         """
         rows = [row for group in groups for row in zip(group.completions, group.sampled_places, strict=True)]
         targets_T = self._ids([completion[place] for completion, places in rows for place in places])
         masks = [group.mask for group in groups if group.mask is not None]
         mask = SamplingMask.cat(masks) if masks else None
-        outputs_TX = (self._packed if self.uses_packed_scoring else self._padded)(groups)
+        outputs_TX = self.outputs(groups)
         if not self.uses_chunked_head:
             logits = outputs_TX.float() / temperature
+            divergences = () if comparison is None else (comparison(logits, slice(None))[0],)
             logps = (logits if mask is None else mask.exclude(logits)).log_softmax(-1)
-            return logps.gather(-1, targets_T[:, None])[:, 0], -(logps.exp() * logps).sum(-1)
-        head = self.model.get_output_embeddings()
-        is_rounded = head.weight.dtype.itemsize == 2 and not on_gpu(head.weight)
-        asked = self.config.head_dtype
-        dtype = torch.float32 if asked == "float32" or (asked is None and is_rounded) else None
-        options = HeadOptions(temperature, self.softcap, self.config.head_chunk_tokens, dtype, mask)
-        return token_logprobs(outputs_TX, head.weight, getattr(head, "bias", None), targets_T, options)
+            return logps.gather(-1, targets_T[:, None])[:, 0], -(logps.exp() * logps).sum(-1), *divergences
+        weight_VH, bias_V, options = head_of(self, temperature, mask, comparison)
+        return token_logprobs(outputs_TX, weight_VH, bias_V, targets_T, options)
+
+    def outputs(self, groups: Sequence[Group]) -> Tensor:
+        """Of the places that predict sampled tokens: hidden states [T, H], or logits without a chunked head."""
+        return (self._packed if self.uses_packed_scoring else self._padded)(groups)
 
     @torch.no_grad()
     def score_without_gradient(self, groups: Sequence[Group], temperature: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -16,13 +16,13 @@ import torch
 from annotated_types import Gt
 from transformers import PreTrainedTokenizerBase
 
-from stateset_lightning.errors import ConfigError, ServerError, bounded
+from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.policy import Policy, end_of_sequence_ids
 from stateset_lightning.policy.config import Dtype
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.rollout.engine import OnFinished, RolloutConfig
 from stateset_lightning.rollout.sampling import StopStrings, check_length
-from stateset_lightning.rollout.vllm_client import Choice, Models, VLLMServer
+from stateset_lightning.rollout.vllm_client import Choice, VLLMServer
 from stateset_lightning.rollout.vllm_weights import WeightSync, request
 from stateset_lightning.threads import DaemonThreads, interruptible
 from stateset_lightning.types import Metrics, Rollout
@@ -102,16 +102,7 @@ class VLLMEngine:
             option = "sleep=true" if self._sleeps else "transfer=ipc"
             while_used = f"sampling_ahead={sampling.sampling_ahead} on {Ranks.current().world} devices"
             raise ConfigError(f"model.engine.{option} with {while_used}: it is for one process that trains or samples")
-        lengths = []
-        for server in self.servers:
-            models = server.patiently(partial(server.ask, "/v1/models", Models)).data
-            served = next((model for model in models if not model.parent), None)  # the others are adapters
-            if served is None or served.max_model_len is None:
-                raise ServerError(f"{server.url} (model.engine.urls) names no model that it serves: is it vLLM?")
-            server.model = served.id
-            lengths.append(served.max_model_len)
-            log.info("%s serves %r, up to %s tokens", server.url, served.id, served.max_model_len)
-        self.max_length = min(lengths)
+        self.max_length = min([server.find_model() for server in self.servers])
         self._tell("/sleep")
 
     def _tell(self, path: str) -> None:

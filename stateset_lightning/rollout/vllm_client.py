@@ -16,6 +16,7 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Annotated, Any, TypeVar
 from urllib.parse import unquote
 
@@ -117,6 +118,7 @@ class VLLMServer:
             and the password that the address names.
         request_timeout: Seconds that a request may take, from the first byte to the last.
         max_wait: Seconds to wait for a server that is away.
+        option: Whose `urls`, `request_timeout` and `max_wait_minutes` these are.
 
     Attributes:
         url: Without user and password.
@@ -129,9 +131,10 @@ class VLLMServer:
         ConfigError: If the address is none, or the key cannot be sent.
     """
 
-    def __init__(self, url: str, *, request_timeout: float, max_wait: float) -> None:
+    def __init__(self, url: str, *, request_timeout: float, max_wait: float, option: str = "model.engine") -> None:
         remember(url)
-        parts, self.url = http_address("model.engine.urls", url.rstrip("/").removesuffix("/v1"))
+        self._option = option
+        parts, self.url = http_address(f"{option}.urls", url.rstrip("/").removesuffix("/v1"))
         self._address, self._path = (parts.hostname or "", parts.port), parts.path
         self._connection = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self.request_timeout = request_timeout
@@ -176,7 +179,7 @@ class VLLMServer:
                 content = answer.read(limit)
             except (OSError, http.client.HTTPException) as error:
                 if isinstance(error, TimeoutError) and connection.sock is not None:
-                    raise BadAnswer(f"no whole answer within {seconds:g} s (model.engine.request_timeout)") from error
+                    raise BadAnswer(f"no whole answer within {seconds:g} s ({self._option}.request_timeout)") from error
                 raise ServerLost(f"{type(error).__name__}: {error}") from error
         if 200 <= answer.status < 300:
             return content
@@ -187,7 +190,7 @@ class VLLMServer:
         if place := answer.headers["Location"]:
             message += f"; it sends us to {one_line(place)}, where we do not go: give the address itself"
         kind = NotFound if answer.status == 404 else ServerError
-        raise kind(f"model.engine.urls: {self.url}{path} refuses ({answer.status}): {message}")
+        raise kind(f"{self._option}.urls: {self.url}{path} refuses ({answer.status}): {message}")
 
     def tell(self, path: str, body: Mapping[str, Any], needed: str) -> None:
         """As `call`; where the server refuses, the error adds with what it must have been started."""
@@ -208,6 +211,20 @@ class VLLMServer:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
             place = ".".join(map(str, first["loc"]))
             raise BadAnswer(f"{path} answers in another form than vLLM's: {place}: {first['msg']}") from error
+
+    def find_model(self) -> int:
+        """Waits for the server and notes the model that it serves. Returns the most tokens of a sequence.
+
+        Raises:
+            ServerError: If it stays away, or does not answer as vLLM does.
+        """
+        models = self.patiently(partial(self.ask, "/v1/models", Models)).data
+        served = next((model for model in models if not model.parent), None)  # the others are adapters
+        if served is None or served.max_model_len is None:
+            raise ServerError(f"{self.url} ({self._option}.urls) names no model that it serves: is it vLLM?")
+        self.model = served.id
+        log.info("%s serves %r, up to %s tokens", self.url, served.id, served.max_model_len)
+        return served.max_model_len
 
     def choices(self, body: Mapping[str, Any]) -> list[Choice]:
         """The choices of a completion request.
@@ -244,10 +261,9 @@ class VLLMServer:
         logprobs = [logprob for choice in choices for logprob in choice.logprobs]
         unknown = sum(map(math.isnan, logprobs))
         if unknown > max(1, UNKNOWN_SHARE * len(logprobs)):
-            what = f"{self.url} (model.engine.urls) knows no log-prob for {unknown} of {len(logprobs)} tokens"
-            likely = "they are NaN, null or -inf, as where the weights have diverged"
+            what = f"{self.url} ({self._option}.urls) knows no log-prob for {unknown} of {len(logprobs)} tokens"
             remedy = "go back to an earlier checkpoint, or start the server in a wider --dtype if training goes well"
-            raise NonFiniteError(f"{what}, and up to {UNKNOWN_SHARE:.0%} may be missing: {likely}; {remedy}")
+            raise NonFiniteError(f"{what}, NaN, null or -inf: perhaps the weights have diverged; {remedy}")
 
     def patiently(self, attempt: Callable[[], T]) -> T:
         """Calls `attempt` until it does not raise `ServerLost`.
@@ -265,7 +281,7 @@ class VLLMServer:
                 was_there = time.monotonic() - begun > self.max_wait
                 failures += was_there or isinstance(error, BadAnswer)
                 if failures == ATTEMPTS:
-                    what = f"{self.url} (model.engine.urls) is there and gives no answer that can be used"
+                    what = f"{self.url} ({self._option}.urls) is there and gives no answer that can be used"
                     raise ServerError(f"{what}: {error} (attempt {ATTEMPTS} of {ATTEMPTS})") from error
                 deadline = time.monotonic() + self.max_wait if deadline is None or was_there else deadline
                 self._restore(restored, deadline, error, pause)
@@ -287,7 +303,7 @@ class VLLMServer:
             log.warning("%s does not answer (%s): waiting for it, %s at most", self.url, reason, minutes)
             while True:
                 if time.monotonic() + pause > deadline:
-                    what = f"{self.url} has been away for {minutes} (model.engine.max_wait_minutes; {reason})"
+                    what = f"{self.url} has been away for {minutes} ({self._option}.max_wait_minutes; {reason})"
                     raise ServerError(f"{what}: start it again, then the run with --ckpt_path last") from reason
                 time.sleep(pause)
                 try:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from stateset_lightning.algorithm import Algorithm
 from stateset_lightning.algorithm.aggregation import sequence_sums
-from stateset_lightning.policy import Group, SamplingMask
+from stateset_lightning.policy import Comparison, Group, SamplingMask
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.types import FinishReason, Rollout, Scores
 
@@ -41,6 +41,8 @@ class MicroBatch:
     select_T: Tensor | None
     experts_per_token_E: Tensor | None = None
     right_N: Tensor | None = None
+    teacher_logprobs_T: Tensor | None = None
+    comparison: Comparison | None = None  # of the policy's distributions with a teacher's
 
     def to(self, device: torch.device) -> MicroBatch:
         """On a device, whose copies the host does not wait for; float64 as float32, as Apple's GPUs lack it."""
@@ -73,6 +75,7 @@ class Episode:
     active_by_step: list[int]  # sampled tokens of all ranks to train, by optimizer step of a pass
     old_logprobs_T: Tensor | None = None
     ref_logprobs_T: Tensor | None = None
+    teacher_logprobs_T: Tensor | None = None
     select_T: Tensor | None = None  # what the algorithm's selection keeps
     tokens_over_budget: int | None = 0  # of this rank's micro-steps of a pass; None without a budget
     sampled_T: Tensor | None = None  # None: all tokens were sampled
@@ -128,6 +131,7 @@ class Episode:
             select_T=of_tokens(self.select_T),
             experts_per_token_E=self.experts_per_token_E,
             right_N=None if self.right_N is None else self.right_N[rows_N],
+            teacher_logprobs_T=of_tokens(self.teacher_logprobs_T),
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from stateset_lightning.algorithm import Algorithm, TokenBatch
+from stateset_lightning.algorithm import GKD, Algorithm, TokenBatch
 from stateset_lightning.algorithm.aggregation import per_token
 from stateset_lightning.policy import AdapterReference, Group, Policy
 from stateset_lightning.policy.routing import balance
@@ -53,7 +53,7 @@ def micro_batch_loss(
         return zero_loss(policy), {}
     policy.routed = 0
     with seeded_dropout(policy.device, dropout_seed) if policy.has_dropout else nullcontext():
-        logprobs_T, entropies_T = policy.score(batch.groups, temperature)
+        logprobs_T, entropies_T, *divergences_T = policy.score(batch.groups, temperature, batch.comparison)
     batch = batch.to(logprobs_T.device)
     tokens = TokenBatch(
         logprobs_T=logprobs_T,
@@ -66,6 +66,8 @@ def micro_batch_loss(
         entropies_T=entropies_T,
         select_T=batch.select_T,
         right_N=batch.right_N,
+        teacher_logprobs_T=batch.teacher_logprobs_T,
+        divergences_T=divergences_T[0] if divergences_T else None,
     )
     loss_T, sums = algorithm.per_token_loss(tokens)
     weights_T = per_token(batch.weights_N.to(loss_T.dtype), tokens.lengths_N, len(loss_T))
@@ -171,7 +173,7 @@ def all_logprobs(policy: Policy | AdapterReference, rollout: Rollout, temperatur
 
 
 def add_fixed_logprobs(step: TrainingStep, episode: Episode, scored: TrainedScores, plan: Plan, *, old: bool) -> None:
-    """Fills in the reference's log-probs, the old ones and the selected tokens, as far as they are needed.
+    """Fills in the reference's and the teacher's log-probs, the old ones and the selected tokens, as they are needed.
 
     Args:
         step: Its policy is as it was when it sampled.
@@ -187,6 +189,9 @@ def add_fixed_logprobs(step: TrainingStep, episode: Episode, scored: TrainedScor
     if step.reference is not None and episode.ref_logprobs_T is None:
         scores = step.reference.score_without_gradient(episode.active_batch().groups, temperature)
         episode.ref_logprobs_T = episode.scatter(scores[0])
+    if step.teacher is not None and not isinstance(algorithm, GKD):
+        scores = step.teacher.score_without_gradient(episode.active_batch().groups, temperature)
+        episode.teacher_logprobs_T = episode.scatter(scores[0])
     balances = step.policy.config.router_aux_loss > 0 and any(episode.active_by_step)
     if not (algorithm.selects_tokens or balances) and (not old or episode.old_logprobs_T is not None):
         return

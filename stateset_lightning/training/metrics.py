@@ -49,6 +49,8 @@ An optimizer step
     policy/clip_low, policy/clip_high   share of them whose gradient the lower, the upper bound of the ratio removes
     policy/off_policy                   share of completions that off_policy_threshold leaves out
     policy/kl                           mean KL estimate per token, nats
+    policy/teacher_kl                   mean log-prob of a sampled token minus the teacher's, about the reverse KL, nats
+    policy/divergence                   mean divergence of the policy's distributions from the teacher's, nats
     train/router_aux_loss               loss that balances experts, mean per token, without its coefficient
     policy/kl_coefficient               coefficient of the KL term, where it adapts
     policy/entropy_coefficient          coefficient of the entropy bonus, where it adapts

@@ -6,7 +6,7 @@ TrainingStep.loss             every batch (Lightning's `training_step`)
         2. advantages         each completion's score compared with those of its group,
         3. token weights      what each of its tokens counts in its optimizer step,
         4. micro-batches      and which micro-step trains it
-        5. fixed log-probs    of the policy that sampled and of the reference, before anything is updated
+        5. fixed log-probs    of the policy that sampled, reference and teacher, before anything is updated
     6. policy loss            of one micro-batch, summed over its tokens
 (Lightning)                   backward, accumulation over micro-steps
 TrainingStep.check_gradient   7. a step with nothing to train, or a gradient that is not finite, is skipped
@@ -27,12 +27,14 @@ from torch import Tensor
 from stateset_lightning.algorithm import Algorithm
 from stateset_lightning.policy import AdapterReference, Policy
 from stateset_lightning.ranks import Ranks
+from stateset_lightning.rollout import VLLMTeacher
 from stateset_lightning.seeding import derive_seed
 from stateset_lightning.training import checks, metrics
 from stateset_lightning.training.collect import Sampler, collect_together
 from stateset_lightning.training.episode import Plan, make_episode
 from stateset_lightning.training.loss import add_fixed_logprobs, micro_batch_loss, nan_if_not_finite, trained_scores
 from stateset_lightning.training.state import TrainingState
+from stateset_lightning.training.teacher import with_comparison
 from stateset_lightning.types import PromptBatch
 
 
@@ -52,6 +54,7 @@ class TrainingStep:
     max_tokens_per_step: int | None  # of a micro-step, where that can be kept
     report: Callable[[int, list[int], Tensor], None] | None  # is told (episode, rows, total scores [P, G])
     upcoming: Callable[[], PromptBatch | None]  # the next episode's prompts, asked where the run samples ahead
+    teacher: Policy | VLLMTeacher | None = None  # of an algorithm that distils
 
     def loss(self, batch: PromptBatch) -> Tensor:
         """Loss of one micro-step, summed over its tokens, times what DDP and Lightning divide it by.
@@ -77,6 +80,8 @@ class TrainingStep:
         seed = derive_seed(self.sampler.seed, "dropout", episode.index, batch.micro_step, self.ranks.rank)
         temperature = self.sampler.config.temperature
         trained, step_tokens = episode.micro_batch(micro_step), episode.active_by_step[state.step_of_pass]
+        if self.teacher is not None:
+            trained = with_comparison(trained, self.algorithm, self.teacher, temperature)
         loss, sums = micro_batch_loss(self.policy, self.algorithm, trained, temperature, seed, step_tokens)
         # DDP averages over ranks and Lightning divides by the accumulation: the sum over tokens is meant.
         factor = self.ranks.world * self.accumulate

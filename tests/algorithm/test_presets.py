@@ -24,6 +24,7 @@ from stateset_lightning.algorithm import (
     DPPO,
     DRO,
     GDPO,
+    GKD,
     GMPO,
     GRPO,
     GSPO,
@@ -42,6 +43,7 @@ from stateset_lightning.algorithm import (
     KLCov,
     MaxRL,
     Mismatch,
+    OnPolicyDistillation,
     PassK,
     ReinforcePlusPlus,
     ReinforcePlusPlusBaseline,
@@ -405,6 +407,7 @@ def weighted_loss(algorithm: Algorithm, logprobs_T: Tensor) -> Tensor:
     advantages_N = torch.tensor([1.3, -0.4, 0.7, -1.1], dtype=torch.float64)
     reference_T = torch.linspace(-2.5, -1.5, 8, dtype=torch.float64)
     tokens = TokenBatch(logprobs_T, old_T, advantages_N, LENGTHS, ref_logprobs_T=reference_T, select_T=SELECT)
+    tokens = replace(tokens, teacher_logprobs_T=reference_T.flip(0), divergences_T=logprobs_T.square())
     return (per_token(weights_N, LENGTHS) * algorithm.per_token_loss(tokens)[0]).sum()
 
 
@@ -523,6 +526,8 @@ def gamma_weights(ratio_T: Tensor) -> Tensor:
         (KLCov(), {"share": 2e-3, "coefficient": 1.0, "aggregation": "token_mean"}),
         (DRO(), {"tau": 0.05, "scale": "none", "aggregation": "sequence_sum"}),
         (PassK(), {"k": 2, "aggregation": "sequence_mean"}),
+        (OnPolicyDistillation(), {"coefficient": 1.0, "reward_weight": 0.0, "aggregation": "token_mean"}),
+        (GKD(), {"jsd_beta": 0.5, "coefficient": 1.0, "reward_weight": 0.0, "aggregation": "sequence_mean"}),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Algorithm) else "",
 )
@@ -575,6 +580,8 @@ OPTIONS = {
     KLCov: {"share", "coefficient", "scale"},
     DRO: {"tau", "scale"},
     RAFT: {"minimum_reward", "top_entropy"},
+    OnPolicyDistillation: {"coefficient", "reward_weight", "scale", "top_entropy"},
+    GKD: {"jsd_beta", "coefficient", "reward_weight", "scale", "top_entropy"},
 }
 
 
@@ -629,6 +636,8 @@ BELOW_ITS_BOUND = {
     "maximum_ratio": 1,
     "share": 0,
     "coefficient": -1,
+    "reward_weight": -1,
+    "jsd_beta": -1,
     "tau": 0,
     "kl.target": 0,
     "kl.horizon": 0,

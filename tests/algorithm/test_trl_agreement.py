@@ -20,6 +20,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from stateset_lightning.algorithm import (
     CISPO,
     DAPO,
+    GKD,
     GRPO,
     GSPO,
     KL,
@@ -279,3 +280,18 @@ def test_the_unbiased_kl_differs_at_sequence_level(case: Case) -> None:
 
 def test_clipped_is_the_common_part(case: Case) -> None:
     assert distance(ours(case, Clipped()), theirs(case)) < 1e-6
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_the_divergence_and_its_gradient_are_those_of_trls_distillation(beta: float) -> None:
+    from trl.experimental.gkd import GKDTrainer
+
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(1, 6, 31, generator=generator, dtype=torch.float64) for _ in range(2))
+    student.requires_grad_()
+    theirs = GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, temperature=0.7, reduction="sum")
+    logps, teacher_logps = ((logits[0] / 0.7).log_softmax(-1) for logits in (student, teacher))
+    values, gradient = GKD(jsd_beta=beta).divergence(logps, teacher_logps)
+    assert values.sum().item() == pytest.approx(theirs.item(), abs=1e-9)
+    (expected,) = torch.autograd.grad(theirs, student)
+    torch.testing.assert_close(gradient / 0.7, expected[0], atol=1e-9, rtol=0)

@@ -9,6 +9,7 @@ import torch
 from plain_kernels import plain_kernels
 from torch import Tensor
 
+from stateset_lightning.algorithm import GKD
 from stateset_lightning.policy import head
 from stateset_lightning.policy.head import HeadOptions, token_logprobs
 
@@ -262,3 +263,46 @@ def test_only_the_needed_gradients_are_computed() -> None:
     logprobs, _ = token_logprobs(hidden.detach(), weight, bias, targets, HeadOptions())
     logprobs.sum().backward()
     assert weight.grad is not None
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("chunk", [1, 3, None])
+@pytest.mark.parametrize("columns", [V, V - 2])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_a_divergence_and_its_gradient_are_those_of_plain_autograd_in_float64(
+    beta: float, chunk: int | None, columns: int, softcap: float | None
+) -> None:
+    """Of the tokens that policy and teacher both know, and beside those of log-probs and entropies."""
+    divergence = GKD(jsd_beta=beta).divergence
+    teacher = torch.randn(T, columns, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    asked: list[int] = []
+
+    def compare(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        asked.append(len(logits))
+        return divergence(logits[:, :columns].log_softmax(-1), teacher[part].log_softmax(-1))
+
+    hidden, weight, bias, targets = inputs(torch.float64)
+    assert bias is not None
+    options = HeadOptions(0.7, softcap, chunk, comparison=compare)
+    logprobs, entropies, divergences = token_logprobs(hidden, weight, bias, targets, options)
+    assert max(asked) == (chunk or T)
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    logits = (logits if softcap is None else softcap * torch.tanh(logits / softcap)) / 0.7
+    expected = divergence(logits[:, :columns].log_softmax(-1), teacher.log_softmax(-1))[0]
+    torch.testing.assert_close(divergences, expected, atol=1e-12, rtol=0)
+    weights, leaves = torch.linspace(-1.0, 2.0, T, dtype=torch.float64), [hidden, weight, bias]
+    ours, theirs = (
+        torch.autograd.grad((weights * values).sum(), leaves, retain_graph=True) for values in (divergences, expected)
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-8, rtol=0)
+    plain_logprobs, plain_entropies = plain(hidden, weight, bias, targets, HeadOptions(0.7, softcap))
+    together, plainly = (
+        torch.autograd.grad((d + w * (lp - e)).sum(), leaves)
+        for d, w, lp, e in (
+            (divergences, weights, logprobs, entropies),
+            (expected, weights, plain_logprobs, plain_entropies),
+        )
+    )
+    for a, b in zip(together, plainly, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

@@ -16,12 +16,14 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from windowed_models import FAMILIES, WINDOW, random_tokens, windowed_model
 
+from stateset_lightning.algorithm import GKD
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import (
     Group,
     LoRAConfig,
     Policy,
     PolicyConfig,
+    compared_with,
     context_length,
     end_of_sequence_ids,
     head,
@@ -536,3 +538,29 @@ def test_scoring_enters_few_of_our_files(make_model: Callable[..., Any], tiny_to
     finally:
         sys.setprofile(None)
     assert entered == {"policy", "ends", "head", "packed_attention", "recomputed_layers"}
+
+
+@pytest.mark.parametrize("vocabulary", [384, 390], ids=["same", "padded"])
+@pytest.mark.parametrize("chunked", [(True, True), (True, False), (False, True), (False, False)])
+def test_a_teacher_of_another_architecture_is_compared_with_whatever_the_heads_are(
+    make_model: Callable[..., Any], chunked: tuple[bool, bool], vocabulary: int
+) -> None:
+    """Against all logits of each completion alone; the teacher has soft caps, and tokens that nobody knows."""
+    student, teacher = make_policy(make_model("llama")), make_policy(make_model("gemma2", vocab_size=vocabulary))
+    teacher.requires_grad_(False)
+    student.uses_chunked_head, teacher.uses_chunked_head = chunked
+    divergence = GKD(jsd_beta=0.3).divergence
+    comparison = compared_with(teacher, GROUPS, 0.7, divergence)
+    logprobs, _, divergences = student.score(GROUPS, 0.7, comparison)
+    plain, theirs = make_model("llama"), make_model("gemma2", vocab_size=vocabulary)
+    expected = []
+    for group in GROUPS:
+        for completion in group.completions:
+            ids, places = torch.tensor([[*group.prompt, *completion]]), slice(len(group.prompt) - 1, -1)
+            ours, other = (model(ids).logits[0, places, :384].float() / 0.7 for model in (plain, theirs))
+            expected.append(divergence(ours.log_softmax(-1), other.detach().log_softmax(-1))[0])
+    torch.testing.assert_close(divergences, torch.cat(expected), atol=1e-5, rtol=1e-4)
+    assert float(divergences.min()) > 1e-3
+    weights = torch.linspace(-1.0, 2.0, NUM_TOKENS)
+    mine = gradients(student.model, (weights * divergences, 0 * logprobs))
+    assert_same_gradients(mine, gradients(plain, (weights * torch.cat(expected), 0 * logprobs.detach())))

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from module_runs import DigitReward, fit, make_data, make_module
 
 from stateset_lightning import RolloutConfig
-from stateset_lightning.algorithm import KL, AdaptiveEntropy, Clipped, Mismatch, ReMax
+from stateset_lightning.algorithm import GKD, KL, AdaptiveEntropy, Clipped, Mismatch, OnPolicyDistillation, ReMax
 from stateset_lightning.cli.main import main
 from stateset_lightning.evaluation import Evaluation, EvaluationConfig
 from stateset_lightning.policy import PolicyConfig
@@ -50,6 +50,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "KL in the reward": {"algorithm": Clipped(beta=0.1, kl=KL(estimator="k1", place="reward"))},
     "greedy baseline": {"algorithm": ReMax()},
+    "a teacher's log-probs": {"algorithm": OnPolicyDistillation(), "teacher": "tiny"},
+    "a teacher's distributions": {"algorithm": GKD(), "teacher": "tiny"},
     "bounded micro-steps": {"max_tokens_per_step": 20},
     "experts": {"policy": "mixtral"},
     "a reward that fails": {"reward": FailsAndCounts(), "max_reward_failures": 1.0},

@@ -33,6 +33,7 @@ from stateset_lightning.training.episode import MicroBatch, groups_of
 from stateset_lightning.training.loss import micro_batch_loss
 from stateset_lightning.training.metrics import peak_memory_mb
 from stateset_lightning.training.micro_steps import choose as choose_micro_steps
+from stateset_lightning.training.teacher import make_teacher, with_comparison
 from stateset_lightning.types import Rollout, Scenario, Scores
 
 SAMPLED, WORST = "as sampled", "worst case"
@@ -166,6 +167,7 @@ class EpisodeMeasurement:
                 self.reference = make_reference(self.policy, dtype)
                 if isinstance(self.reference, Policy):
                     self.reference.to(device)
+            module._teacher = make_teacher(module.teacher, self.policy, module.tokenizer, dtype)
             choose_micro_steps(self.trainer, self.policy, self.data, module.rollout)
 
         self.meter.run(SAMPLED, "load", load, limit=0)
@@ -272,9 +274,12 @@ class EpisodeMeasurement:
             old_logprobs_T=zeros_T if self.needs_old else None,
             ref_logprobs_T=zeros_T if self.reference else None,
             select_T=zeros_T == 0 if algorithm.selects_tokens else None,
+            teacher_logprobs_T=zeros_T,
         )
+        teacher, temperature = (*self.module._teacher, None)[0], self.module.rollout.temperature
         with self.trainer.precision_plugin.forward_context():
-            loss, _ = micro_batch_loss(self.policy, algorithm, batch, self.module.rollout.temperature, 0, 1)
+            batch = with_comparison(batch, algorithm, teacher, temperature)
+            loss, _ = micro_batch_loss(self.policy, algorithm, batch, temperature, 0, 1)
         loss.backward()
 
     def _update(self) -> None:

@@ -1,0 +1,98 @@
+"""A teacher on vLLM servers: it says how likely it would have sampled what the policy sampled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from itertools import cycle
+from typing import Any
+
+import torch
+from pydantic import AliasPath, Field
+from torch import Tensor
+
+from stateset_lightning.errors import ConfigError
+from stateset_lightning.policy import Group
+from stateset_lightning.rollout.vllm_client import LARGEST_LOGPROB, Answer, BadAnswer, VLLMServer
+from stateset_lightning.threads import DaemonThreads, interruptible
+
+# Requests at a time; the servers have a queue of their own.
+REQUESTS = 64
+
+
+class TokenLogprob(Answer):
+    logprob: float
+
+
+class ScoredPrompt(Answer):
+    """Of each token of a prompt, by its id as text; the first has no log-prob."""
+
+    tokens: list[dict[str, TokenLogprob] | None] = Field(validation_alias=AliasPath("choices", 0, "prompt_logprobs"))
+
+
+class VLLMTeacher:
+    """Scores completions as prompts, whose log-probs vLLM gives at temperature 1, whatever a request says.
+
+    Args:
+        urls: Of the servers, as [http://127.0.0.1:8000]; completions are dealt out to them in turn. Nobody checks
+            that their tokenizer is the policy's.
+        request_timeout: Seconds for one completion.
+        max_wait_minutes: How long a server may be away before the run stops.
+
+    Raises:
+        ConfigError: If an address is none.
+    """
+
+    def __init__(self, urls: list[str], *, request_timeout: float = 1800.0, max_wait_minutes: float = 10.0) -> None:
+        if not urls or isinstance(urls, str):
+            raise ConfigError(f"model.teacher.urls={urls!r} must be a list of addresses, as [http://127.0.0.1:8000]")
+        waits: Any = {"request_timeout": request_timeout, "max_wait": 60 * max_wait_minutes}
+        self.urls = urls
+        self.servers = [VLLMServer(url, option="model.teacher", **waits) for url in urls]
+
+    def setup(self) -> None:
+        """Waits for the servers and asks what they serve; called before a run.
+
+        Raises:
+            ServerError: If a server does not answer, or not as vLLM does.
+        """
+        for server in self.servers:
+            server.find_model()
+
+    @interruptible()
+    def score_without_gradient(self, groups: Sequence[Group], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probs of the sampled tokens, as `Policy.score_without_gradient`; no entropies.
+
+        Raises:
+            ServerError: If a server refuses, answers badly, or stays away for too long.
+        """
+        assert temperature == 1, "checked before the run"
+        threads, servers, scored = DaemonThreads(REQUESTS, "vllm-teacher"), cycle(self.servers), []
+        try:
+            for group in groups:
+                for completion, places in zip(group.completions, group.sampled_places, strict=True):
+                    tokens, server = [*group.prompt, *completion], next(servers)
+                    attempt = partial(_logprobs, server, tokens, len(completion))
+                    scored.append((threads.submit(server.patiently, attempt), places))
+            logprobs = [future.result()[place] for future, places in scored for place in places]
+        finally:
+            threads.close(seconds=0)
+        return torch.tensor(logprobs, dtype=torch.float32), torch.empty(0)
+
+
+def _logprobs(server: VLLMServer, tokens: list[int], count: int) -> list[float]:
+    """Of the last `count` tokens.
+
+    Raises:
+        BadAnswer: If the answer has none of them.
+    """
+    body = {"model": server.model, "prompt": tokens, "max_tokens": 1, "prompt_logprobs": 0, "temperature": 0}
+    answered = server.ask("/v1/completions", ScoredPrompt, body).tokens
+    if len(answered) != len(tokens):
+        raise BadAnswer(f"log-probs of {len(answered)} tokens where {len(tokens)} were asked for")
+    found = [(known or {}).get(str(token)) for known, token in zip(answered, tokens, strict=True)][-count:]
+    logprobs = [math.nan if each is None else each.logprob for each in found]
+    if not all(math.isfinite(logprob) and logprob <= LARGEST_LOGPROB for logprob in logprobs):
+        raise BadAnswer("log-probs that are missing or none")
+    return logprobs

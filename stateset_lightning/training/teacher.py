@@ -1,0 +1,106 @@
+"""The teacher that a policy is distilled from: a model in this process, or one that vLLM servers have."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from stateset_lightning.algorithm import GKD, Algorithm
+from stateset_lightning.errors import ConfigError
+from stateset_lightning.policy import Policy, PolicyConfig, compared_with, load_model, load_tokenizer
+from stateset_lightning.rollout import RolloutConfig, VLLMTeacher
+from stateset_lightning.training.episode import MicroBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Options of a policy that only its training reads.
+OF_TRAINING = "gradient_checkpointing", "dropout", "lora", "router_aux_loss"
+
+
+def checked_teacher(
+    given: str | PolicyConfig | VLLMTeacher | None, algorithm: Algorithm, rollout: RolloutConfig
+) -> PolicyConfig | VLLMTeacher | None:
+    """`model.teacher`, as a config.
+
+    Raises:
+        ConfigError: If the algorithm does not read it, or needs one that it is not.
+    """
+    teacher = given if given is None or isinstance(given, VLLMTeacher) else PolicyConfig.of(given)
+    name = f"model.algorithm={type(algorithm).__name__}"
+    if teacher is None:
+        if algorithm.needs_teacher:
+            raise ConfigError(f"{name} learns from a teacher: set model.teacher.model_name")
+        return None
+    shown = f"model.teacher={teacher.model_name if isinstance(teacher, PolicyConfig) else teacher.urls}"
+    if not algorithm.needs_teacher:
+        raise ConfigError(f"{shown} has no effect on {name}: remove it, or use OnPolicyDistillation or GKD")
+    if isinstance(teacher, VLLMTeacher) and isinstance(algorithm, GKD):
+        raise ConfigError(f"{shown} with {name}: vLLM gives no whole distributions; set model.teacher.model_name")
+    if isinstance(teacher, VLLMTeacher) and (rollout.temperature != 1 or rollout.keep_sampling_mask):
+        names = ("temperature", "keep_sampling_mask")
+        sampling = ", ".join(f"model.rollout.{name}={getattr(rollout, name)}" for name in names)
+        why = "vLLM gives a prompt's log-probs at temperature 1 and over the whole vocabulary"
+        raise ConfigError(f"{shown} with {sampling}: {why}; set these to 1 and false, or model.teacher.model_name")
+    if unread := [key for key in OF_TRAINING if getattr(teacher, key, None)]:
+        raise ConfigError(f"model.teacher.{unread[0]} has no effect on a teacher, which is not trained: remove it")
+    return teacher
+
+
+def make_teacher(
+    config: PolicyConfig | VLLMTeacher | None, policy: Policy, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> tuple[Policy | VLLMTeacher, ...]:
+    """The teacher, frozen and on the policy's device, or with its servers there; empty without one.
+
+    Args:
+        config: As `checked_teacher` returns it.
+        policy: That is distilled into.
+        tokenizer: The policy's.
+        dtype: Of the weights, where `config.dtype` is None.
+
+    Raises:
+        ConfigError: If it cannot be loaded, or means something else by the policy's tokens.
+        ServerError: If a server does not answer.
+    """
+    if isinstance(config, VLLMTeacher):
+        config.setup()
+    if not isinstance(config, PolicyConfig):
+        return (config,) if config else ()
+    try:
+        check_same_tokenizer(config, load_tokenizer(config), tokenizer)
+        model = load_model(config, dtype)
+    except ConfigError as error:  # names the policy's options, under which it is loaded
+        raise ConfigError(str(error).replace("model.policy.", "model.teacher.")) from error
+    teacher = Policy(model, config).requires_grad_(False).to(policy.device)
+    teacher.prepare_for(policy.longest)
+    return (teacher,)
+
+
+def with_comparison(
+    batch: MicroBatch, algorithm: Algorithm, teacher: Policy | VLLMTeacher | None, temperature: float
+) -> MicroBatch:
+    """A micro-batch whose distributions are compared with the teacher's, for an algorithm that does."""
+    if not isinstance(algorithm, GKD) or not batch.groups:
+        return batch
+    assert isinstance(teacher, Policy), "checked before the run"
+    return replace(batch, comparison=compared_with(teacher, batch.groups, temperature, algorithm.divergence))
+
+
+def check_same_tokenizer(config: PolicyConfig, *tokenizers: PreTrainedTokenizerBase) -> None:
+    """The teacher's and the policy's mean the same by each number.
+
+    Raises:
+        ConfigError: If their vocabularies or their special tokens differ. Not for what pads.
+    """
+    pads = {tokenizer.pad_token for tokenizer in tokenizers}
+    theirs, ours = (
+        {"vocabulary": tokenizer.get_vocab(), "end of sequence": tokenizer.eos_token}
+        | {"special tokens": {*tokenizer.all_special_tokens} - pads}
+        for tokenizer in tokenizers
+    )
+    if differing := [name for name, value in theirs.items() if value != ours[name]]:
+        what = f"model.teacher.model_name={config.model_name!r}: its tokenizer is not the policy's"
+        remedy = "and they are compared token by token: choose models of one family"
+        raise ConfigError(f"{what} ({', '.join(differing)} differ), {remedy}")

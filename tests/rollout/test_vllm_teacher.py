@@ -1,0 +1,70 @@
+"""A teacher on a server: its log-probs are the model's own, of sampled tokens alone; bad answers end the run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from vllm_stub import Running
+
+from stateset_lightning.errors import ConfigError, ServerError
+from stateset_lightning.policy import Group, Policy, PolicyConfig, load_model
+from stateset_lightning.rollout import VLLMTeacher
+
+GROUPS = [
+    Group([5, 6, 7], [[8, 9], [10]], [[True, False], [True]]),
+    Group([11, 12], [[13, 14, 15]]),
+]
+
+
+def test_log_probs_are_those_of_the_model_in_the_policys_order(server: Running) -> None:
+    teacher = VLLMTeacher([server.url, server.url])
+    teacher.setup()
+    config = PolicyConfig("tiny")
+    expected = Policy(load_model(config), config).score_without_gradient(GROUPS)[0]
+    got, entropies = teacher.score_without_gradient(GROUPS)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    assert len(entropies) == 0
+    asked = sorted(body["prompt"] for body in server.stub.bodies())
+    assert asked == [[5, 6, 7, 8, 9], [5, 6, 7, 10], [11, 12, 13, 14, 15]]
+    assert {body["max_tokens"] for body in server.stub.bodies()} == {1}
+    assert len(teacher.score_without_gradient([])[0]) == 0
+
+
+def answer(*prompt_logprobs: Any) -> tuple[int, Any]:
+    return 200, {"choices": [{"prompt_logprobs": list(prompt_logprobs)}]}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (answer(None, {"6": {"logprob": -1.0}}), "log-probs of 2 tokens where 3 were asked for"),
+        (answer(None, {"6": {"logprob": -1.0}}, {"9": {"logprob": -1.0}}), "log-probs that are missing or none"),
+        (answer(None, {"6": {"logprob": -1.0}}, {"7": {"logprob": 0.5}}), "log-probs that are missing or none"),
+        (answer(None, {"6": {"logprob": -1.0}}, None), "log-probs that are missing or none"),
+        ((200, {"choices": []}), "answers in another form than vLLM's"),
+        ((400, {"error": {"message": "no prompt_logprobs here"}}), r"model\.teacher\.urls: .*no prompt_logprobs here"),
+    ],
+)
+def test_an_answer_that_is_none_ends_the_run(server: Running, bad: tuple[int, Any], message: str) -> None:
+    teacher = VLLMTeacher([server.url])
+    teacher.setup()
+    server.stub.answers = [bad] * 3
+    with pytest.raises(ServerError, match=message) as raised:
+        teacher.score_without_gradient([Group([5], [[6, 7]])])
+    assert "model.teacher.urls" in str(raised.value)
+
+
+def test_a_broken_answer_is_asked_for_again(server: Running) -> None:
+    teacher = VLLMTeacher([server.url])
+    teacher.setup()
+    wanted = teacher.score_without_gradient(GROUPS)[0]
+    server.stub.answers = [(500, "Internal Server Error"), (200, "a page of a proxy")]
+    assert torch.equal(teacher.score_without_gradient(GROUPS)[0], wanted)
+
+
+@pytest.mark.parametrize("urls", [["ftp://nowhere"], "http://127.0.0.1:8000", []])
+def test_an_address_that_is_none_names_the_option(urls: Any) -> None:
+    with pytest.raises(ConfigError, match=r"model\.teacher\.urls"):
+        VLLMTeacher(urls)

@@ -1,0 +1,160 @@
+"""A teacher in a run: what is refused, that a student moves towards it, and that a run resumes exactly."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from module_runs import fit, make_data, make_module, weights
+from vllm_stub import running
+
+from stateset_lightning import RolloutConfig
+from stateset_lightning.algorithm import GKD, Clipped, OnPolicyDistillation
+from stateset_lightning.errors import ConfigError
+from stateset_lightning.policy import LoRAConfig, PolicyConfig, load_model, load_tokenizer
+from stateset_lightning.rollout import VLLMTeacher
+from stateset_lightning.training.teacher import check_same_tokenizer
+
+SERVED = VLLMTeacher(["http://127.0.0.1:1"])
+ROLLOUT = {"num_generations": 4, "max_new_tokens": 5}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"algorithm": GKD()}, r"algorithm=GKD learns from a teacher: set model\.teacher\.model_name"),
+        ({"algorithm": OnPolicyDistillation()}, "algorithm=OnPolicyDistillation learns from a teacher"),
+        ({"algorithm": Clipped(), "teacher": "tiny"}, "teacher=tiny has no effect on model.algorithm=Clipped"),
+        ({"algorithm": GKD(), "teacher": SERVED}, "vLLM gives no whole distributions; set model.teacher.model_name"),
+        (
+            {
+                "algorithm": OnPolicyDistillation(),
+                "teacher": SERVED,
+                "rollout": RolloutConfig(**ROLLOUT, temperature=0.7),
+            },
+            "rollout.temperature=0.7, .*: vLLM gives a prompt's log-probs at temperature 1",
+        ),
+        (
+            {"algorithm": GKD(), "teacher": PolicyConfig("tiny", lora=LoRAConfig())},
+            "model.teacher.lora has no effect on a teacher",
+        ),
+    ],
+    ids=["none for GKD", "none", "not read", "server for GKD", "temperature", "trained"],
+)
+def test_what_cannot_be_honoured_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_module(**options)
+
+
+def test_a_model_that_is_not_there_is_named_as_the_teachers(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.teacher\.model_name='/nowhere'"):
+        fit(tmp_path, make_module(algorithm=GKD(), teacher="/nowhere"), max_steps=1)
+
+
+def test_other_tokens_are_refused(tiny_tokenizer: Any) -> None:
+    check_same_tokenizer(PolicyConfig("tiny"), copy.deepcopy(tiny_tokenizer), tiny_tokenizer)
+    padded, longer, ending = (copy.deepcopy(tiny_tokenizer) for _ in range(3))
+    padded.pad_token = padded.eos_token  # as one without a pad token is loaded
+    check_same_tokenizer(PolicyConfig("tiny"), padded, tiny_tokenizer)
+    longer.add_tokens(["<new>"])
+    with pytest.raises(ConfigError, match=r"model_name='other': its tokenizer is not the policy's \(vocabulary differ"):
+        check_same_tokenizer(PolicyConfig("other"), longer, tiny_tokenizer)
+    ending.eos_token = "a"
+    with pytest.raises(ConfigError, match=r"\(end of sequence, special tokens differ\)"):
+        check_same_tokenizer(PolicyConfig("other"), ending, tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The bundled model, disturbed: its teacher is the model as it was."""
+    folder = tmp_path_factory.mktemp("student")
+    model, generator = load_model(PolicyConfig("tiny")), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.7 * parameter.std() * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+    load_tokenizer(PolicyConfig("tiny")).save_pretrained(folder)
+    return str(folder)
+
+
+class Rows(Callback):
+    """The newest value of a metric after each step."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        self.values.append(pl_module.metrics.last[self.name])
+
+
+def run(folder: Path, student: str, algorithm: Any, teacher: Any = "tiny", **options: Any) -> Any:
+    rollout = {"num_generations": 2, "max_new_tokens": 4, **options.pop("rollout", {})}
+    module = make_module(
+        student,
+        algorithm=algorithm,
+        teacher=teacher,
+        reward=lambda turns, context: 1.0,  # every group is constant
+        rollout=RolloutConfig(**rollout),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
+    )
+    return fit(folder, module, options.pop("data", None), **options).lightning_module
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "metric", "temperature"),
+    [(OnPolicyDistillation(), "policy/teacher_kl", 1.0), (GKD(jsd_beta=1.0), "policy/divergence", 0.8)],
+    ids=["sampled token", "GKD"],
+)
+def test_a_student_moves_towards_its_teacher_where_no_reward_differs(
+    tmp_path: Path, student: str, algorithm: Any, metric: str, temperature: float
+) -> None:
+    rows = Rows(metric)
+    rollout = {"num_generations": 16, "temperature": temperature}
+    run(tmp_path, student, algorithm, rollout=rollout, max_steps=10, callbacks=[rows])
+    assert 0 < sum(rows.values[-3:]) < 0.3 * sum(rows.values[:3])
+
+
+def test_a_served_teacher_trains_as_one_in_the_process_and_none_is_in_the_state(tmp_path: Path, student: str) -> None:
+    ours = run(tmp_path, student, OnPolicyDistillation(reward_weight=0.5), max_steps=1)
+    assert not any("teacher" in name for name in ours.state_dict())
+    with running() as server:
+        served = VLLMTeacher([server.url])
+        theirs = run(tmp_path, student, OnPolicyDistillation(reward_weight=0.5), served, max_steps=1)
+    for name, value in ours.state_dict().items():
+        torch.testing.assert_close(theirs.state_dict()[name], value, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("algorithm", [OnPolicyDistillation(reward_weight=0.5), GKD()], ids=["sampled token", "GKD"])
+def test_a_run_resumed_inside_an_episode_ends_bit_identical(tmp_path: Path, student: str, algorithm: Any) -> None:
+    data = {"num_iterations": 2, "steps_per_episode": 2}
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    options = {"max_steps": 3, "enable_checkpointing": True}
+    straight = run(tmp_path, student, algorithm, data=make_data(**data), callbacks=[keep], **options)
+    restored = {"data": make_data(**data), "ckpt_path": tmp_path / "step=1.ckpt"}
+    resumed = run(tmp_path, student, algorithm, **restored, **options)
+    for name, value in weights(straight.trainer).items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_a_completion_whose_reward_failed_is_distilled(tmp_path: Path, student: str) -> None:
+    def fails(turns: Any, context: Any) -> float:
+        raise ValueError("no")
+
+    module = make_module(
+        student,
+        algorithm=GKD(),
+        teacher="tiny",
+        reward=fails,
+        max_reward_failures=1.0,
+        rollout=RolloutConfig(num_generations=2, max_new_tokens=4),
+    )
+    last = fit(tmp_path, module, max_steps=1).lightning_module.metrics.last
+    assert last["work/skipped"] == 0
+    assert last["policy/divergence"] > 0.01
+    assert last["policy/grad_norm"] > 0
