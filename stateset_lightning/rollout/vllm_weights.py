@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from stateset_lightning.errors import DiskError, SamplingError, ServerError, UserError
 from stateset_lightning.files import DISK_ERRORS
-from stateset_lightning.policy import Group, Policy, save_adapter
+from stateset_lightning.policy import Group, Policy
+from stateset_lightning.policy.lora import adapter_weights, write_adapter
 from stateset_lightning.policy.precision import LOGPROB_TOLERANCE
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.rollout.engine import RolloutConfig
@@ -122,7 +123,9 @@ class WeightSync:
             return
         start = time.perf_counter()
         Ranks.current().gather(None)  # no rank is sampling any more: each gets here when it has its own samples
-        blocks = weights_by_block(policy.model, self._served_dtype(policy)) if policy.adapter is None else iter(())
+        blocks: Iterator[dict[str, Tensor]] = map(adapter_weights, [policy.model])
+        if policy.adapter is None:
+            blocks = weights_by_block(policy.model, self._served_dtype(policy))
         synced = self._of_first_rank(partial(self._write, policy, blocks), together=blocks)
         answers = self._of_first_rank(partial(self._hand_over, synced))
         scores = self._scores(policy, answers)
@@ -159,7 +162,7 @@ class WeightSync:
     def _served_dtype(self, policy: Policy) -> torch.dtype:
         return getattr(torch, self.dtype) if self.dtype else policy.model.dtype
 
-    def _write(self, policy: Policy, blocks: Iterable[dict[str, Tensor]]) -> Synced:
+    def _write(self, policy: Policy, blocks: Iterator[dict[str, Tensor]]) -> Synced:
         """Writes the weights to a new path."""
         if self._home is None:
             size = self._served_dtype(policy).itemsize * sum(p.numel() for p in policy.parameters())
@@ -177,7 +180,7 @@ class WeightSync:
         if policy.adapter is None:
             write_model(policy.model, blocks, path)
         else:
-            save_adapter(policy, path)
+            write_adapter(policy.model, policy.config.public_name, path, next(blocks))
         return Synced(str(path), None if policy.adapter is None else home.name)
 
     def _hand_over(self, synced: Synced) -> list[Completions]:

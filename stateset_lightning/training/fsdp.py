@@ -17,14 +17,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import Policy
-from stateset_lightning.ranks import Ranks
+from stateset_lightning.ranks import Ranks, unsharded
 from stateset_lightning.rollout import InProcessEngine, RolloutEngine, VLLMEngine
 from stateset_lightning.rollout.vllm_weights import fingerprint_of
 
@@ -107,13 +106,9 @@ def sharded(
     """Shards a policy; what `engine` samples from.
 
     Raises:
-        ConfigError: If the policy has an adapter, the model does not say what its blocks are, or `engine` is neither
-            ours nor one that samples elsewhere.
+        ConfigError: If the model does not say what its blocks are, or `engine` is neither ours nor one that samples
+            elsewhere.
     """
-    if policy.adapter is not None:
-        raise ConfigError(
-            "trainer.strategy=fsdp2 does not shard adapters: use ddp with model.policy.lora, or train all weights"
-        )
     if isinstance(engine, InProcessEngine | None):
         return UnshardedCopy(policy, mesh, device)
     if isinstance(engine, VLLMEngine):
@@ -121,11 +116,6 @@ def sharded(
     raise ConfigError(
         f"trainer.strategy=fsdp2 samples in this process or on vLLM servers, not by {type(engine).__name__}: use ddp"
     )
-
-
-def unsharded(tensor: Tensor) -> Tensor:
-    """All of a tensor of which each rank has a part; all ranks call it together. Any other tensor is returned as is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _shard(policy: Policy, mesh: DeviceMesh) -> None:

@@ -28,10 +28,11 @@ from stateset_lightning.algorithm import GRPO
 from stateset_lightning.callbacks import ReferenceSync
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import Group, Policy, PolicyConfig
+from stateset_lightning.ranks import unsharded
 from stateset_lightning.run.checkpoint_io import is_sharded, newest_checkpoints, read_checkpoint
 from stateset_lightning.run.fsdp_strategy import SUPPORTED_STRATEGIES, FSDP2Strategy
 from stateset_lightning.training.checks import check_strategy, total_norm
-from stateset_lightning.training.fsdp import UnshardedCopy, sharded, unsharded
+from stateset_lightning.training.fsdp import UnshardedCopy, sharded
 from stateset_lightning.training.loss import zero_loss
 
 GROUPS = [Group([3, 4, 5, 6], [[7, 8, 9], [9, 5]]), Group([8, 3], [[4], [5, 6, 7, 3]])]
@@ -255,7 +256,7 @@ from stateset_lightning.errors import DiskError
 from stateset_lightning.policy import Policy, policy
 from stateset_lightning.rollout import VLLMEngine, handover
 from stateset_lightning.run.fsdp_strategy import FSDP2Strategy
-from stateset_lightning.training.fsdp import unsharded
+from stateset_lightning.ranks import unsharded
 
 policy.TOKENS_WITHOUT_GRADIENT = {{"cpu": 1}}  # a forward for each group, of which ranks have different numbers
 calls, samples, forwards = [], {{}}, []
