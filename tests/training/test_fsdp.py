@@ -251,9 +251,11 @@ sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from lightning.pytorch import Callback
 from module_runs import SCENARIOS, fit, make_data, make_module
+import safetensors.torch
 from stateset_lightning import RewardFunction, RolloutConfig
+from stateset_lightning.algorithm import GRPO
 from stateset_lightning.errors import DiskError
-from stateset_lightning.policy import Policy, policy
+from stateset_lightning.policy import LoRAConfig, Policy, PolicyConfig, policy
 from stateset_lightning.rollout import VLLMEngine, handover
 from stateset_lightning.run.fsdp_strategy import FSDP2Strategy
 from stateset_lightning.ranks import unsharded
@@ -280,9 +282,11 @@ class Recorder(Callback):
                 rows = module.last_records[p * size : (p + 1) * size]
                 samples[batch.episode_index, position] = [(row.completion, row.reward) for row in rows]
 
-def run(devices, urls, folder):
+def run(devices, urls, folder, adapter):
     engine = VLLMEngine(urls, folder=folder)
-    module = make_module(engine=engine, reward=SomeReward(), optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+    lora = LoRAConfig(rank=3, alpha=32) if adapter else None  # no rank has the same of it
+    module = make_module(PolicyConfig("tiny", lora=lora), algorithm=GRPO(beta=0.05 if adapter else 0.0),
+                         engine=engine, reward=SomeReward(), optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
                          rollout=RolloutConfig(num_generations=2, max_new_tokens=5, temperature=4.0))
     data = make_data(batch_size=4 // devices, num_iterations=2, validation=SCENARIOS[:3], eval_batch_size=1)
     Policy.score = counted
@@ -294,19 +298,19 @@ def run(devices, urls, folder):
               "weights": {{name: unsharded(p).detach() for name, p in module.policy.named_parameters()}}}}
     if devices > 1:
         assert module._sampled_policy is module.policy
-        result["error"] = failed_write(engine, module, trainer.global_rank)
+        result["error"] = failed_write(engine, module, trainer.global_rank, last=1 if adapter else 2)
     torch.save(result, Path(folder) / f"world{{devices}}-rank{{trainer.global_rank}}.pt")
 
-def failed_write(engine, module, rank):
+def failed_write(engine, module, rank, last):
     write, written = handover.save_file, []
 
     def full(*args, **options):
         written.append(rank)
-        if len(written) == 2:
+        if len(written) == last:
             raise OSError(28, "No space left on device")
         write(*args, **options)
 
-    handover.save_file = full
+    handover.save_file = safetensors.torch.save_file = full
     with torch.no_grad():
         for p in module.policy.parameters():
             p.add_(0.01)
@@ -317,12 +321,13 @@ def failed_write(engine, module, rank):
         return str(error), len(written)
 
 if __name__ == "__main__":
-    run(int(sys.argv[1]), sys.argv[3:], sys.argv[2])
+    run(int(sys.argv[1]), sys.argv[4:], sys.argv[3], sys.argv[2] == "adapter")
 """
 
 
 @pytest.mark.slow  # starts three processes that import torch and lightning
-def test_two_ranks_whose_shards_are_served_are_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("trained", ["all weights", "adapter"])
+def test_two_ranks_whose_shards_are_served_are_one_process(tmp_path: Path, trained: str) -> None:
     """Two servers share an episode's prompts. The second rank has fewer prompts to validate."""
     script = tmp_path / "run.py"
     script.write_text(SERVED_SCRIPT.format(tests=str(Path(__file__).parents[1])))
@@ -331,7 +336,7 @@ def test_two_ranks_whose_shards_are_served_are_one_process(tmp_path: Path) -> No
         with running() as first, running() as second:
             for server in (first, second):
                 server.stub.reloads = True
-            command = [sys.executable, str(script), str(devices), str(tmp_path), first.url, second.url]
+            command = [sys.executable, str(script), str(devices), trained, str(tmp_path), first.url, second.url]
             done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
             assert done.returncode == 0, done.stderr[-3000:]
             asked = [len(server.stub.samples()) for server in (first, second)]
@@ -342,7 +347,8 @@ def test_two_ranks_whose_shards_are_served_are_one_process(tmp_path: Path) -> No
     assert len(one["samples"]) == 8
     assert one["metrics"]["policy/grad_norm"] > 0
     assert len(ranks[0]["calls"]) == len(ranks[1]["calls"])  # forwards without gradient
-    assert any([0] in call for call in ranks[0]["calls"] + ranks[1]["calls"])  # one of them had fewer groups
+    if trained == "all weights":  # with a reference, every group is trained
+        assert any([0] in call for call in ranks[0]["calls"] + ranks[1]["calls"])  # one of them had fewer groups
     for rank in ranks:
         assert all(torch.allclose(rank["weights"][name], value, atol=1e-6) for name, value in one["weights"].items())
         assert rank["val"] == one["val"]
@@ -350,7 +356,7 @@ def test_two_ranks_whose_shards_are_served_are_one_process(tmp_path: Path) -> No
             assert rank["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-4, abs=1e-6), name
     (error, written), (other, unwritten) = [rank["error"] for rank in ranks]
     assert error == other
-    assert (written, unwritten) == (2, 0)  # the first rank's second block
+    assert (written, unwritten) == (1 if trained == "adapter" else 2, 0)  # the first rank's second block
     assert "no weights can be handed over there: [Errno 28] No space left on device" in error
 
 
