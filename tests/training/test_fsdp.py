@@ -9,30 +9,39 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
 from module_runs import SCENARIOS, fit, make_data, make_module, make_trainer
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from vllm_stub import running
+from vllm_stub import adapted, change, running
 
 from stateset_lightning.algorithm import GRPO
 from stateset_lightning.callbacks import ReferenceSync
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.policy import Group, Policy, PolicyConfig
+from stateset_lightning.policy import (
+    Group,
+    LoRAConfig,
+    Policy,
+    PolicyConfig,
+    load_model,
+    make_reference,
+    save_adapter,
+)
 from stateset_lightning.ranks import unsharded
 from stateset_lightning.run.checkpoint_io import is_sharded, newest_checkpoints, read_checkpoint
 from stateset_lightning.run.fsdp_strategy import SUPPORTED_STRATEGIES, FSDP2Strategy
 from stateset_lightning.training.checks import check_strategy, total_norm
-from stateset_lightning.training.fsdp import UnshardedCopy, sharded
+from stateset_lightning.training.fsdp import ServedShards, UnshardedCopy, sharded
 from stateset_lightning.training.loss import zero_loss
 
 GROUPS = [Group([3, 4, 5, 6], [[7, 8, 9], [9, 5]]), Group([8, 3], [[4], [5, 6, 7, 3]])]
@@ -164,11 +173,105 @@ def run(folder: Path, **options: Any) -> Any:
     )
 
 
-def test_an_adapter_is_not_sharded(tmp_path: Path, mesh: DeviceMesh) -> None:
-    module = make_module()
-    module.policy_config = PolicyConfig("tiny", lora={})  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="fsdp2 does not shard adapters"):
-        run(tmp_path, module=module)
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "bfloat16": {"dtype": "bfloat16"},  # and the adapter float32, in the same shards
+    "rank 1": {"rank": 1, "target_modules": ["q_proj"]},
+    "dora": {"peft_kwargs": {"use_dora": True}},
+    "more": {"peft_kwargs": {"modules_to_save": ["lm_head"], "bias": "all"}},
+    "experts": {"model": "olmoe", "target_modules": "all-linear"},
+}
+
+
+@pytest.fixture
+def make_adapted(model_folder: Callable[..., Path]) -> Callable[..., Policy]:
+    def make(model: str = "llama", dtype: Any = "float32", **lora: Any) -> Policy:
+        config = PolicyConfig(str(model_folder(model)), dtype=dtype, lora=LoRAConfig(**{"rank": 4, **lora}))
+        policy = Policy(load_model(config), config)
+        change(policy)
+        return policy
+
+    return make
+
+
+@pytest.mark.parametrize("options", ADAPTERS.values(), ids=ADAPTERS)
+def test_a_sharded_adapter_learns_samples_and_is_saved_as_a_plain_one(
+    options: dict[str, Any], make_adapted: Callable[..., Policy], mesh: DeviceMesh, tmp_path: Path
+) -> None:
+    plain, mine = make_adapted(**options), make_adapted(**options)
+    copied = UnshardedCopy(mine, mesh, torch.device("cpu"))
+    expected, found = gradients(plain), gradients(mine)
+    assert expected.keys() == found.keys() == {f"model.{name}" for name in plain.adapter.names}  # type: ignore[union-attr]
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6)
+    with copied.filled(), copied.policy.merged_adapter(), plain.merged_adapter():
+        assert torch.equal(*(p.score_without_gradient(GROUPS)[0] for p in (copied.policy, plain)))
+    for policy, folder in ((plain, tmp_path / "plain"), (mine, tmp_path / "mine")):
+        save_adapter(policy, folder)
+    for file in (tmp_path / "plain").iterdir():
+        assert (tmp_path / "mine" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_start_of_a_sharded_adapter_is_scored_by_its_shards(
+    make_adapted: Callable[..., Policy], mesh: DeviceMesh, tmp_path: Path
+) -> None:
+    save_adapter(plain := make_adapted(), tmp_path)
+    config = replace(plain.config, adapter=str(tmp_path))
+    change(policy := Policy(load_model(config), config))
+    ServedShards(policy, mesh)
+    with torch.autocast("cpu", torch.bfloat16):  # which keeps casts of weights
+        (before, _), reference = policy.score_without_gradient(GROUPS), make_reference(policy, torch.float32)
+        start, _ = reference.score_without_gradient(GROUPS)
+        assert torch.equal(start, plain.score_without_gradient(GROUPS)[0])
+        assert not torch.equal(start, before)
+        assert torch.equal(policy.score_without_gradient(GROUPS)[0], before)
+
+
+class SavesOnce(Callback):
+    """Inside an episode."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        if trainer.global_step == 2 and not (file := Path(trainer.default_root_dir) / "some.ckpt").exists():
+            trainer.save_checkpoint(file)
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["file", "folder of shards"])
+def test_a_run_of_a_sharded_adapter_is_the_plain_one_and_goes_on_from_its_checkpoint(
+    tmp_path: Path, mesh: DeviceMesh, shards: bool
+) -> None:
+    """Also one that the other has saved. The reference is the adapter that the run started with."""
+
+    def weights_of(folder: Path, sharded: bool, ckpt_path: Path | None = None) -> dict[str, torch.Tensor]:
+        start = adapted()
+        if ckpt_path is not None:
+            change(start)
+        save_adapter(start, tmp_path / "adapter")
+        policy = PolicyConfig("tiny", adapter=str(tmp_path / "adapter"))
+        trainer = fit(
+            folder,
+            make_module(policy, algorithm=GRPO(beta=0.05)),
+            make_data(steps_per_episode=2, num_iterations=2),
+            strategy=FSDP2Strategy(shards) if sharded else "auto",
+            callbacks=[SavesOnce()],
+            max_steps=3,
+            gradient_clip_val=0.1,
+            ckpt_path=ckpt_path,
+        )
+        assert trainer.lightning_module.metrics.last["policy/kl"] > 0
+        return {name: unsharded(p).detach() for name, p in trainer.lightning_module.named_parameters()}
+
+    def difference(weights: dict[str, torch.Tensor]) -> float:
+        return max(float((weights[name] - value).abs().max()) for name, value in mine.items())
+
+    mine = weights_of(tmp_path / "mine", sharded=True)
+    file = tmp_path / "mine" / "some.ckpt"
+    assert set(read_checkpoint(file)["state_dict"]) == {name for name in mine if "lora" in name}
+    assert difference(weights_of(tmp_path / "resumed", sharded=True, ckpt_path=file)) == 0
+    if not shards:
+        assert difference(weights_of(tmp_path / "plain", sharded=False)) < 1e-6
+        assert difference(weights_of(tmp_path / "plain", sharded=False, ckpt_path=file)) < 1e-6
+        plain_file = tmp_path / "plain" / "some.ckpt"
+        assert difference(weights_of(tmp_path / "resumed", sharded=True, ckpt_path=plain_file)) < 1e-6
 
 
 def test_an_engine_that_does_not_know_shards_is_refused(make_model: Callable[..., Any], mesh: DeviceMesh) -> None:
