@@ -231,7 +231,7 @@ class SavesOnce(Callback):
     """Inside an episode."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-        if trainer.global_step == 2 and not (file := Path(trainer.default_root_dir) / "some.ckpt").exists():
+        if trainer.global_step == 1 and not (file := Path(trainer.default_root_dir) / "some.ckpt").exists():
             trainer.save_checkpoint(file)
 
 
@@ -250,7 +250,7 @@ def test_a_run_of_a_sharded_adapter_is_the_plain_one_and_goes_on_from_its_checkp
         trainer = fit(
             folder,
             make_module(policy, algorithm=GRPO(beta=0.05)),
-            make_data(steps_per_episode=2, num_iterations=2),
+            make_data(steps_per_episode=2),
             strategy=FSDP2Strategy(shards) if sharded else "auto",
             callbacks=[SavesOnce()],
             max_steps=3,
