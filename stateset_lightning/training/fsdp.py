@@ -106,9 +106,11 @@ def sharded(
     """Shards a policy; what `engine` samples from.
 
     Raises:
-        ConfigError: If the model does not say what its blocks are, or `engine` is neither ours nor one that samples
-            elsewhere.
+        ConfigError: If weights are quantized, the model does not say what its blocks are, or `engine` is neither ours
+            nor one that samples elsewhere.
     """
+    if getattr(policy.model, "hf_quantizer", None) is not None:
+        raise ConfigError("trainer.strategy=fsdp2 does not shard quantized weights: use ddp")
     if isinstance(engine, InProcessEngine | None):
         return UnshardedCopy(policy, mesh, device)
     if isinstance(engine, VLLMEngine):
