@@ -274,6 +274,13 @@ def test_a_run_of_a_sharded_adapter_is_the_plain_one_and_goes_on_from_its_checkp
         assert difference(weights_of(tmp_path / "resumed", sharded=True, ckpt_path=plain_file)) < 1e-6
 
 
+def test_quantized_weights_are_not_sharded(make_model: Callable[..., Any], mesh: DeviceMesh) -> None:
+    policy = Policy(make_model("llama"), PolicyConfig("some"))
+    policy.model.hf_quantizer = object()  # as transformers marks it
+    with pytest.raises(ConfigError, match="fsdp2 does not shard quantized weights: use ddp"):
+        sharded(policy, mesh, torch.device("cpu"), None)
+
+
 def test_an_engine_that_does_not_know_shards_is_refused(make_model: Callable[..., Any], mesh: DeviceMesh) -> None:
     engine: Any = SimpleNamespace()
     with pytest.raises(ConfigError, match="in this process or on vLLM servers, not by SimpleNamespace: use ddp"):
