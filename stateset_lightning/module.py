@@ -21,7 +21,7 @@ from torch import Tensor
 from stateset_lightning.algorithm import GRPO, Algorithm
 from stateset_lightning.errors import bounded
 from stateset_lightning.evaluation import Evaluation, EvaluationConfig
-from stateset_lightning.policy import AdapterReference, Policy, PolicyConfig, load_model, load_tokenizer, make_reference
+from stateset_lightning.policy import AdapterReference, Policy, PolicyConfig, load_model, load_tokenizer
 from stateset_lightning.policy.precision import weights_dtype
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.redaction import redacted
@@ -38,7 +38,7 @@ from stateset_lightning.training.collect import Sampler, ready_engine
 from stateset_lightning.training.data import data_of
 from stateset_lightning.training.episode import Episode
 from stateset_lightning.training.evaluate import HeldOut
-from stateset_lightning.training.fsdp import ServedShards, UnshardedCopy, sharded
+from stateset_lightning.training.fsdp import ServedShards, UnshardedCopy, reference_of, sharded
 from stateset_lightning.training.metrics import PROGRESS_BAR, RunMetrics
 from stateset_lightning.training.micro_steps import choose as choose_micro_steps
 from stateset_lightning.training.resample import Sample
@@ -192,7 +192,7 @@ class GRPOLightningModule(RunsInTrainer):
             self._unsharded = sharded(self.policy, mesh, self.trainer.strategy.root_device, self.engine)
         self.engine = ready_engine(self.engine, self.tokenizer, self.rollout, precision)
         if fits and self.algorithm.needs_reference and not self._reference:
-            self._reference = (make_reference(self._sampled_policy, dtype),)
+            self._reference = (reference_of(self._sampled_policy, dtype, self._unsharded),)
         self._checkpoint.prepare_for(longest)
         if fits:
             choose_micro_steps(self.trainer, self._loaded_policy, self._data, self.rollout)

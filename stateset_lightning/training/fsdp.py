@@ -7,7 +7,8 @@ device, and as large as the model.
 
 Where servers sample, there is no copy. Weights go to the servers a block at a time (`rollout.handover`), and what is
 scored without gradient is scored by the shards: `Policy.score_without_gradient` asks the other ranks how many forwards
-they need and makes as many. It is called at places that all ranks come to: after their samples are drawn.
+they need and makes as many. It is called at places that all ranks come to: after their samples are drawn. A reference
+with weights of its own scores like this in both cases.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.policy import Policy
+from stateset_lightning.policy import AdapterReference, Policy, make_reference
 from stateset_lightning.ranks import Ranks, unsharded
 from stateset_lightning.rollout import InProcessEngine, RolloutEngine, VLLMEngine
 from stateset_lightning.rollout.vllm_weights import fingerprint_of
@@ -50,6 +51,7 @@ class UnshardedCopy:
         self._places = [hollow[id(p)] for p in self._shards]
         self._bytes = [place.untyped_storage().nbytes() for place in self._places]
         self.empty()
+        self.mesh = mesh
         _shard(policy, mesh)
         self._shards = list(policy.parameters())
 
@@ -83,7 +85,7 @@ class ServedShards:
     """
 
     def __init__(self, policy: Policy, mesh: DeviceMesh) -> None:
-        self.policy = policy
+        self.policy, self.mesh = policy, mesh
         _shard(policy, mesh)
 
     def fill(self) -> None:
@@ -98,6 +100,16 @@ class ServedShards:
     def filled(self) -> Iterator[None]:
         self.fill()
         yield
+
+
+def reference_of(
+    policy: Policy, dtype: torch.dtype, shards: UnshardedCopy | ServedShards | None
+) -> Policy | AdapterReference:
+    """The reference (`make_reference`) of what samples; a second model is sharded where the policy is."""
+    reference = make_reference(policy, dtype)
+    if isinstance(reference, Policy) and shards is not None:
+        _shard(reference, shards.mesh)
+    return reference
 
 
 def sharded(

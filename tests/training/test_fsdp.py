@@ -41,7 +41,7 @@ from stateset_lightning.ranks import unsharded
 from stateset_lightning.run.checkpoint_io import is_sharded, newest_checkpoints, read_checkpoint
 from stateset_lightning.run.fsdp_strategy import SUPPORTED_STRATEGIES, FSDP2Strategy
 from stateset_lightning.training.checks import check_strategy, total_norm
-from stateset_lightning.training.fsdp import ServedShards, UnshardedCopy, sharded
+from stateset_lightning.training.fsdp import ServedShards, UnshardedCopy, reference_of, sharded
 from stateset_lightning.training.loss import zero_loss
 
 GROUPS = [Group([3, 4, 5, 6], [[7, 8, 9], [9, 5]]), Group([8, 3], [[4], [5, 6, 7, 3]])]
@@ -124,6 +124,23 @@ def test_a_rank_with_nothing_to_train_takes_part_in_every_gathering(
     zero_loss(sharded).backward()  # type: ignore[no-untyped-call]
     assert len(forwards) == 2
     assert all(p.grad is not None and not unsharded(p.grad).any() for p in sharded.parameters())
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_the_reference_of_a_sharded_policy_is_sharded(
+    model_folder: Callable[..., Path], mesh: DeviceMesh, served: bool
+) -> None:
+    config = PolicyConfig(str(model_folder("llama")))
+    expected, _ = Policy(load_model(config), config).score_without_gradient(GROUPS)
+    policy = Policy(load_model(config), config)
+    shards = ServedShards(policy, mesh) if served else UnshardedCopy(policy, mesh, torch.device("cpu"))
+    reference = reference_of(shards.policy, torch.float32, shards)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(0.01)
+    assert torch.equal(reference.score_without_gradient(GROUPS)[0], expected)
+    parameters = list(reference.parameters())  # type: ignore[union-attr]
+    assert all(isinstance(p, DTensor) and not p.requires_grad for p in parameters)
 
 
 def test_a_model_that_does_not_say_what_its_blocks_are_is_refused(
