@@ -453,7 +453,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow  # starts three processes that import torch and lightning
-@pytest.mark.parametrize("trained", ["all weights", "adapter"])
+@pytest.mark.parametrize("trained", ["all weights", pytest.param("adapter", marks=pytest.mark.long)])
 def test_two_ranks_whose_shards_are_served_are_one_process(tmp_path: Path, trained: str) -> None:
     """Two servers share an episode's prompts. The second rank has fewer prompts to validate."""
     script = tmp_path / "run.py"
