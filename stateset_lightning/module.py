@@ -38,7 +38,7 @@ from stateset_lightning.training.collect import Sampler, ready_engine
 from stateset_lightning.training.data import data_of
 from stateset_lightning.training.episode import Episode
 from stateset_lightning.training.evaluate import HeldOut
-from stateset_lightning.training.fsdp import ServedShards, UnshardedCopy, reference_of, sharded
+from stateset_lightning.training.fsdp import Shards, reference_of, sharded
 from stateset_lightning.training.metrics import PROGRESS_BAR, RunMetrics
 from stateset_lightning.training.micro_steps import choose as choose_micro_steps
 from stateset_lightning.training.resample import Sample
@@ -121,7 +121,7 @@ class GRPOLightningModule(RunsInTrainer):
         self.engine = engine
         # In a tuple, so that it is no submodule: not trained, not saved.
         self._reference: tuple[Policy | AdapterReference, ...] = ()
-        self._unsharded: UnshardedCopy | ServedShards | None = None  # of a policy whose weights are sharded
+        self._unsharded: Shards | None = None  # of a policy whose weights are sharded
         self._seed = seed
         self._data: ScenarioDataModule | None = None  # of the run, if it is ours
         self._ahead = sampling_ahead(self.rollout, engine)

@@ -500,5 +500,5 @@ def test_weights_quantized_otherwise_are_refused(library: str) -> None:
     if library == "torchao":
         method = torchao.quantization.Int8WeightOnlyConfig()
         settings = TorchAoConfig(method, modules_to_not_convert=["lm_head"])
-    with pytest.raises(ConfigError, match=r"are quantized as .*: use bitsandbytes with load_in_4bit"):
+    with pytest.raises(ConfigError, match=r"are quantized as .*: use load_in_4bit of bitsandbytes"):
         load_model(PolicyConfig("tiny", lora=LORA, model_kwargs={"quantization_config": settings}))

@@ -179,8 +179,7 @@ def _prepare_quantized(model: PreTrainedModel, option: str) -> None:
     if getattr(model, "is_loaded_in_8bit", False):
         foreign.append("8-bit layers, which round what they multiply as well")
     if foreign:
-        what = f"its weights are quantized as {foreign[0]}"
-        raise ConfigError(f"{option}: {what}: use bitsandbytes with load_in_4bit, and model.policy.lora (docs/lora.md)")
+        raise ConfigError(f"{option}: its weights are quantized as {foreign[0]}: use load_in_4bit of bitsandbytes")
 
 
 # The reference policy: the policy as it was when the run started

@@ -282,8 +282,7 @@ def adapter_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     # `auto` would ask the hub whether the vocabulary has grown.
     weights = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
     # Copies: tied modules, which `modules_to_save` and `ensure_weight_tying` make, would share memory.
-    whole = {name: unsharded(weight.detach()).cpu() for name, weight in weights.items()}
-    return {f"base_model.model.{name}": weight.contiguous().clone() for name, weight in whole.items()}
+    return {f"base_model.model.{name}": unsharded(w.detach()).cpu().contiguous().clone() for name, w in weights.items()}
 
 
 def write_adapter(model: PreTrainedModel, base: str, folder: Path, weights: dict[str, Tensor]) -> None:

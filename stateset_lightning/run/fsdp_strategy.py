@@ -80,10 +80,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         state = super().optimizer_state(optimizer)
         if self._save_distributed_checkpoint or not self.is_global_zero:
             return state
-        # Lightning numbers all parameters; an optimizer's own state, as ddp has it, those that it trains.
+        # Lightning numbers all parameters, or leaves the names where none has a state (SGD). An optimizer's own state,
+        # as ddp has it, numbers those that it trains.
         assert self.model is not None
-        trained = [number for number, p in enumerate(self.model.parameters()) if p.requires_grad]
-        return _renamed(state, {number: place for place, number in enumerate(trained)})
+        named = enumerate(self.model.named_parameters())
+        trained = [(number, name) for number, (name, p) in named if p.requires_grad]
+        return _renamed(state, {key: place for place, keys in enumerate(trained) for key in keys})
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         assert self.model is not None
@@ -100,11 +102,14 @@ class FSDP2Strategy(ModelParallelStrategy):
             names = dict(enumerate(name for name, p in self.model.named_parameters() if p.requires_grad))
             options = StateDictOptions(broadcast_from_rank0=True, full_state_dict=True)
             for optimizer, saved in zip(self.optimizers, content["optimizer_states"], strict=False):
-                set_optimizer_state_dict(self.model, optimizer, _renamed(saved, names), options=options)
+                if saved["state"]:
+                    set_optimizer_state_dict(self.model, optimizer, _renamed(saved, names), options=options)
+                else:  # that of SGD, which torch 2.13 does not take there
+                    optimizer.load_state_dict(saved)
             return content
 
 
-def _renamed(state: dict[str, Any], names: Mapping[int, Any]) -> dict[str, Any]:
+def _renamed(state: dict[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
     """An optimizer's state with other names of its parameters."""
     groups = [group | {"params": [names[name] for name in group["params"]]} for group in state["param_groups"]]
     return {"state": {names[name]: value for name, value in state["state"].items()}, "param_groups": groups}

@@ -47,8 +47,7 @@ class UnshardedCopy:
             id(p): nn.Parameter(torch.empty_like(p, device=device), requires_grad=False) for p in policy.parameters()
         }
         self.policy: Policy = copy.deepcopy(policy, hollow).to(device)  # tied weights stay tied; buffers are copied
-        self._shards = list(policy.parameters())
-        self._places = [hollow[id(p)] for p in self._shards]
+        self._places = [hollow[id(p)] for p in policy.parameters()]
         self._bytes = [place.untyped_storage().nbytes() for place in self._places]
         self.empty()
         self.mesh = mesh
@@ -102,9 +101,10 @@ class ServedShards:
         yield
 
 
-def reference_of(
-    policy: Policy, dtype: torch.dtype, shards: UnshardedCopy | ServedShards | None
-) -> Policy | AdapterReference:
+Shards = UnshardedCopy | ServedShards
+
+
+def reference_of(policy: Policy, dtype: torch.dtype, shards: Shards | None) -> Policy | AdapterReference:
     """The reference (`make_reference`) of what samples; a second model is sharded where the policy is."""
     reference = make_reference(policy, dtype)
     if isinstance(reference, Policy) and shards is not None:
@@ -112,9 +112,7 @@ def reference_of(
     return reference
 
 
-def sharded(
-    policy: Policy, mesh: DeviceMesh, device: torch.device, engine: RolloutEngine | None
-) -> UnshardedCopy | ServedShards:
+def sharded(policy: Policy, mesh: DeviceMesh, device: torch.device, engine: RolloutEngine | None) -> Shards:
     """Shards a policy; what `engine` samples from.
 
     Raises:

@@ -407,7 +407,7 @@ def test_weights_that_sampling_would_not_multiply_as_training_does_are_refused(
     folder_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None], kind: str
 ) -> None:
     loaded_as(change, monkeypatch)
-    with pytest.raises(ConfigError, match=f"quantized as {kind}.*: use bitsandbytes with load_in_4bit"):
+    with pytest.raises(ConfigError, match=f"quantized as {kind}.*: use load_in_4bit of bitsandbytes"):
         load_model(PolicyConfig(str(folder_of("llama")), lora=LoRAConfig()))
 
 

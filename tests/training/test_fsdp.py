@@ -284,7 +284,7 @@ def test_a_run_of_a_sharded_adapter_is_the_plain_one_and_goes_on_from_its_checkp
     file = tmp_path / "mine" / "some.ckpt"
     assert set(read_checkpoint(file)["state_dict"]) == {name for name in mine if "lora" in name}
     assert difference(weights_of(tmp_path / "resumed", sharded=True, ckpt_path=file)) == 0
-    if not shards:
+    if not shards:  # which fsdp2 alone reads
         assert difference(weights_of(tmp_path / "plain", sharded=False)) < 1e-6
         assert difference(weights_of(tmp_path / "plain", sharded=False, ckpt_path=file)) < 1e-6
         plain_file = tmp_path / "plain" / "some.ckpt"
@@ -324,6 +324,24 @@ def test_a_folder_of_shards_is_a_checkpoint_that_takes_its_name_when_it_is_whole
     assert weights.keys() <= content["state_dict"].keys()
     assert all(torch.equal(content["state_dict"][name], value) for name, value in weights.items())
     assert content["stateset"]["step"] == 2
+
+
+def test_an_optimizer_without_a_state_goes_on(tmp_path: Path, mesh: DeviceMesh) -> None:
+    file = tmp_path / "some.ckpt"
+
+    def trained(max_steps: int, **options: Any) -> Any:
+        module = make_module(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+        return run(tmp_path, module=module, max_steps=max_steps, **options)
+
+    trained(1).save_checkpoint(file)
+    resumed, straight = trained(2, ckpt_path=file).lightning_module, trained(2).lightning_module
+    pairs = zip(resumed.parameters(), straight.parameters(), strict=True)
+    assert all(torch.equal(unsharded(a), unsharded(b)) for a, b in pairs)
+
+
+def test_micro_steps_of_shards_are_not_chosen_from_memory(tmp_path: Path, mesh: DeviceMesh) -> None:
+    with pytest.raises(ConfigError, match="auto knows no sharded weights: set it to a number with fsdp2"):
+        fit(tmp_path, None, make_data(steps_per_episode="auto"), strategy=FSDP2Strategy())
 
 
 def test_a_folder_of_shards_goes_on_with_fsdp2_alone(tmp_path: Path, mesh: DeviceMesh) -> None:
