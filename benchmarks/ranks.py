@@ -29,7 +29,7 @@ from kill_test import Kill, Settings, differences, end_state, fork, free_port
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from stateset_lightning.policy import PolicyConfig, load_model
-from stateset_lightning.training.fsdp import unsharded
+from stateset_lightning.ranks import unsharded
 
 LOST = "another rank has ended"
 LIMIT = 60  # seconds in which all ranks have to end after one has died
@@ -153,9 +153,13 @@ def relative(mine: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> f
     return (sum(float((a - b).square().sum()) for a, b in pairs) / size) ** 0.5 if size else 0.0
 
 
+def named(settings: Settings) -> str:
+    return settings.strategy + " with an adapter" * settings.lora
+
+
 def check_equal(folder: Path, steps: int, others: Sequence[Settings]) -> bool:
     """Runs of several ranks against that of one."""
-    one = Settings(steps, dropout=0.0)
+    one = Settings(steps, dropout=0.0, lora=others[0].lora)
     print_failure(launch(folder / "one", one, recorded))
     reference = merged(folder / "one", 1)
     passed = True
@@ -171,7 +175,7 @@ def check_equal(folder: Path, steps: int, others: Sequence[Settings]) -> bool:
         passed &= fine
         rows = sum(map(len, mine["samples"].values()))
         print(
-            f"{settings.strategy}, {settings.ranks} ranks against one process, {steps} optimizer steps: {rows} samples"
+            f"{named(settings)}, {settings.ranks} ranks against one process, {steps} optimizer steps: {rows} samples"
             f" and rewards {'equal' if same else 'DIFFERENT'}; the first gradient differs by {gradients[0]:.1e}, later"
             f" ones by up to {max(gradients):.1e}, weights by {weights:.1e}{'' if fine else '  TOO MUCH'}"
         )
@@ -209,7 +213,7 @@ def check_kills(folder: Path, settings: Settings, plans: Sequence[Kill]) -> bool
         fine = ended.codes[plan.rank] == -9 and -9 not in others and told and not different
         passed &= fine
         print(
-            f"{settings.strategy}, rank {plan.rank} of {settings.ranks} killed, {plan.place}: the others ended within "
+            f"{named(settings)}, rank {plan.rank} of {settings.ranks} killed, {plan.place}: the others ended within "
             f"{ended.seconds:.1f} s {'with' if told else 'WITHOUT'} a message; resumed, the end is "
             + (f"DIFFERENT in {different[:3]}" if different else "bit-identical")
             + ("" if fine else f"  WRONG: {ended.codes} {ended.output[-1500:]}")
@@ -246,16 +250,19 @@ def main() -> int:
         folder = Path(temporary)
         if args.only in (None, "equal"):
             passed.append(check_equal(folder / "equal", steps, runs))
+            adapters = [replace(settings, lora=True) for settings in runs if settings.strategy == "fsdp2"]
+            passed.append(check_equal(folder / "adapters", steps, adapters))
         if args.only in (None, "failures"):
             passed.append(check_failures(folder / "failures", Settings(steps, ranks=2)))
         if args.only in (None, "kills"):
             passed.append(check_kills(folder / "ddp", Settings(steps, ranks=2), kills))
             passed.append(check_kills(folder / "fsdp2", Settings(steps, ranks=2, strategy="fsdp2"), kills[:2]))
-            passed.append(
-                check_kills(
-                    folder / "shards", Settings(steps, ranks=2, strategy="fsdp2", file_per_rank=True), kills[:2]
-                )
-            )
+            shards = Settings(steps, ranks=2, strategy="fsdp2", file_per_rank=True)
+            passed.append(check_kills(folder / "shards", shards, kills[:2]))
+            if not args.quick:
+                passed.append(check_kills(folder / "adapter shards", replace(shards, lora=True), kills[:1]))
+                adapter = Settings(steps, ranks=2, strategy="fsdp2", lora=True)
+                passed.append(check_kills(folder / "adapter", adapter, kills[1:2]))
     print("passed" if all(passed) else "FAILED")
     return 0 if all(passed) else 1
 

@@ -10,6 +10,7 @@ import os
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,6 +23,7 @@ def conditions_here() -> dict[str, bool]:
     return {
         "no_gpu": not torch.cuda.is_available(),
         "is_root": os.geteuid() == 0,
+        "no_4_bit": not all(map(find_spec, ("bitsandbytes", "torchao"))),
         "no_shared": not (ROOT.parent / "shared").exists(),
     }
 

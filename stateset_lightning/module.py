@@ -21,7 +21,7 @@ from torch import Tensor
 from stateset_lightning.algorithm import GRPO, Algorithm
 from stateset_lightning.errors import bounded
 from stateset_lightning.evaluation import Evaluation, EvaluationConfig
-from stateset_lightning.policy import AdapterReference, Policy, PolicyConfig, load_model, load_tokenizer, make_reference
+from stateset_lightning.policy import AdapterReference, Policy, PolicyConfig, load_model, load_tokenizer
 from stateset_lightning.policy.precision import weights_dtype
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.redaction import redacted
@@ -38,7 +38,7 @@ from stateset_lightning.training.collect import Sampler, ready_engine
 from stateset_lightning.training.data import data_of
 from stateset_lightning.training.episode import Episode
 from stateset_lightning.training.evaluate import HeldOut
-from stateset_lightning.training.fsdp import ServedShards, UnshardedCopy, sharded
+from stateset_lightning.training.fsdp import Shards, reference_of, sharded
 from stateset_lightning.training.metrics import PROGRESS_BAR, RunMetrics
 from stateset_lightning.training.micro_steps import choose as choose_micro_steps
 from stateset_lightning.training.resample import Sample
@@ -123,7 +123,7 @@ class GRPOLightningModule(RunsInTrainer):
         # In tuples, so that they are no submodules: not trained, not saved.
         self._reference: tuple[Policy | AdapterReference, ...] = ()
         self._teacher: tuple[Policy | VLLMTeacher, ...] = ()
-        self._unsharded: UnshardedCopy | ServedShards | None = None  # of a policy whose weights are sharded
+        self._unsharded: Shards | None = None  # of a policy whose weights are sharded
         self._seed = seed
         self._data: ScenarioDataModule | None = None  # of the run, if it is ours
         self._ahead = sampling_ahead(self.rollout, engine)
@@ -196,7 +196,7 @@ class GRPOLightningModule(RunsInTrainer):
         on_targets = self.algorithm.trains_on_targets
         self._targets = Targets.of(self.tokenizer, self.rollout, self._data) if on_targets else None
         if fits and self.algorithm.needs_reference and not self._reference:
-            self._reference = (make_reference(self._sampled_policy, dtype),)
+            self._reference = (reference_of(self._sampled_policy, dtype, self._unsharded),)
         self._checkpoint.prepare_for(longest)
         if fits:
             self._teacher = self._teacher or make_teacher(self.teacher, self._sampled_policy, self.tokenizer, dtype)

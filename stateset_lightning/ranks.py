@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -48,6 +49,11 @@ class Ranks:
         Rank r holds the positions r, r + world, r + 2 world, ...
         """
         return torch.stack(self.gather(values), dim=1).flatten(0, 1)
+
+
+def unsharded(tensor: Tensor) -> Tensor:
+    """All of a tensor of which each rank has a part; all ranks call it together. Any other tensor is returned as is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def explain_lost_rank(error: BaseException) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ import yaml
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from module_runs import GradientRecorder, fit, make_data, make_module, make_trainer, relative_difference, weights
+from safetensors.torch import load_file
+from transformers import TorchAoConfig
 
 from stateset_lightning import GRPOLightningModule, RolloutConfig
 from stateset_lightning.algorithm import GRPO
 from stateset_lightning.cli.main import main
 from stateset_lightning.cli.trained import load_trained
 from stateset_lightning.errors import CheckpointError, ConfigError
-from stateset_lightning.policy import Group, LoRAConfig, PolicyConfig, load_model, save_adapter
+from stateset_lightning.policy import Group, LoRAConfig, PolicyConfig, load_model, load_tokenizer, save_adapter
+from stateset_lightning.policy.lora_state import base_digest
 from stateset_lightning.rollout import InProcessEngine
 
 LORA = LoRAConfig(rank=4, alpha=8)
@@ -443,3 +447,58 @@ def test_the_adapter_and_its_own_config_on_the_command_line(
     assert stopped.value.code == 2
     assert "rank" in (said := capsys.readouterr().err)
     assert "greater than or equal to 1" in said or "at least 1" in said
+
+
+# Quantized weights
+# ----------------------------------------------------------------------------------------------------------------------
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_on_4_bit_weights_is_trained_resumed_and_exported(tmp_path: Path, dtype: Any, capsys: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    quantized = {"quantization_config": {**NF4, "bnb_4bit_compute_dtype": dtype}}
+    policy = PolicyConfig("tiny", dtype=dtype, lora=LORA, model_kwargs=quantized)
+
+    def run(**options: Any) -> dict[str, torch.Tensor]:
+        gradients = GradientRecorder()
+        callbacks = [every_step(tmp_path), gradients]
+        options = {"callbacks": callbacks, "enable_checkpointing": True, "max_steps": 3, **options}
+        trainer = fit(tmp_path, module(policy), make_data(steps_per_episode=2), **options)
+        adapter = trainer.lightning_module.policy.adapter
+        assert {name.removeprefix("policy.model.") for name in gradients.steps[0]} == set(adapter.names)
+        assert all(gradient.any() for name, gradient in gradients.steps[-1].items())
+        return weights(trainer)
+
+    expected = run()
+    resumed = run(ckpt_path=tmp_path / "step=1.ckpt")
+    assert all(torch.equal(resumed[name], value) for name, value in expected.items())
+    file, loading = tmp_path / "step=3.ckpt", ["--model_kwargs", json.dumps(quantized)]
+    config = {"model": {"policy": {"model_name": "tiny"}}, "data": {}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    words = ["--config", str(tmp_path / "config.yaml"), *loading]
+    main(["export", str(file), str(tmp_path / "adapter"), *words])
+    assert load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+    with pytest.raises(SystemExit):
+        main(["export", str(file), str(tmp_path / "merged"), "--merge", *words])
+    assert "sits on quantized weights: export it without --merge" in capsys.readouterr().err
+    model = load_model(PolicyConfig("tiny", model_kwargs=quantized))
+    model.save_pretrained(tmp_path / "stored")  # config.json says that it is quantized
+    load_tokenizer(PolicyConfig("tiny")).save_pretrained(tmp_path / "stored")
+    stored = load_model(PolicyConfig(str(tmp_path / "stored"), lora=LORA))
+    assert base_digest(stored) == base_digest(load_model(replace(policy, dtype="float32")))
+    with pytest.raises(ConfigError, match=r"its weights are quantized, .* train an adapter, model.policy.lora"):
+        fit(tmp_path, module(PolicyConfig(str(tmp_path / "stored"))))
+
+
+@pytest.mark.parametrize("library", ["torchao", "bitsandbytes"])
+def test_weights_quantized_otherwise_are_refused(library: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    torchao: Any = pytest.importorskip("torchao")
+    settings: Any = {"load_in_8bit": True}
+    if library == "torchao":
+        method = torchao.quantization.Int8WeightOnlyConfig()
+        settings = TorchAoConfig(method, modules_to_not_convert=["lm_head"])
+    with pytest.raises(ConfigError, match=r"are quantized as .*: use load_in_4bit of bitsandbytes"):
+        load_model(PolicyConfig("tiny", lora=LORA, model_kwargs={"quantization_config": settings}))

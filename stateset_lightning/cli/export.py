@@ -80,7 +80,7 @@ def export(
         repository = None if push is None else made_repository(push)
         from stateset_lightning.cli.trained import load_trained
         from stateset_lightning.policy import resolve_model_name
-        from stateset_lightning.policy.lora import write_adapter
+        from stateset_lightning.policy.lora import adapter_weights, write_adapter
         from stateset_lightning.policy.text_model import copy_processor, is_composite
 
         trained = load_trained(source, config, loading)
@@ -88,7 +88,7 @@ def export(
         if merge:
             _merge(trained)
         if trained.is_adapted:
-            write_adapter(trained.model, trained.policy.public_name, folder)
+            write_adapter(trained.model, trained.policy.public_name, folder, adapter_weights(trained.model))
             trained.model.generation_config.save_pretrained(folder)
         else:
             trained.model.save_pretrained(folder)

@@ -140,6 +140,7 @@ def _load_on_cpu(
             name, config=config, weights_only=True, output_loading_info=True, **own, **others
         )
     check_complete(option, report["missing_keys"], "causal language model")
+    _prepare_quantized(model, option)
     if tokenizer is not None:
         check_vocabulary(option, model, tokenizer)
     if is_adapted(model):
@@ -176,6 +177,24 @@ def _dequantize(config: PretrainedConfig, name: str) -> None:
     if saved is not None and hasattr(AutoQuantizationConfig.from_dict(saved), "dequantize"):
         config.quantization_config = {**saved, "dequantize": True}
         log.info("%s has weights in %s: dequantized, since no gradient passes them", name, saved["quant_method"])
+
+
+def _prepare_quantized(model: PreTrainedModel, option: str) -> None:
+    """Has quantized weights, if there are any, multiply alike in sampling and in training.
+
+    Raises:
+        ConfigError: If they cannot.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes 0.50 would repack 4-bit weights in evaluation, for a product that has no gradient.
+            module.support_avx512bf16_for_cpu = False
+    # torchao's say that they have the dtype and the shape of the layer, and are taken for plain ones.
+    foreign = [type(p).__name__ for p in model.parameters() if torch.nn.Parameter not in type(p).__mro__]
+    if getattr(model, "is_loaded_in_8bit", False):
+        foreign.append("8-bit layers, which round what they multiply as well")
+    if foreign:
+        raise ConfigError(f"{option}: its weights are quantized as {foreign[0]}: use load_in_4bit of bitsandbytes")
 
 
 # GGUF files, whose weights transformers has in float32 once they are loaded

@@ -22,6 +22,7 @@ from stateset_lightning.files import keep_inputs
 from stateset_lightning.policy.config import LoRAConfig
 from stateset_lightning.policy.precision import replaced_parameters
 from stateset_lightning.policy.text_model import never_adapted
+from stateset_lightning.ranks import Ranks, unsharded
 from stateset_lightning.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -262,33 +263,41 @@ def _base(layer: Any) -> tuple[nn.Module, str, torch.dtype | None]:
 def save_adapter(policy: Policy, folder: str | Path) -> None:
     """Writes the policy's adapter as `PeftModel.from_pretrained` reads it.
 
-    Two files: adapter_config.json and adapter_model.safetensors.
+    Two files: adapter_config.json and adapter_model.safetensors. Where weights are sharded, all ranks call it together.
 
     Args:
         policy: With an adapter.
         folder: Made if it is not there. The config names the model under the adapter as `model.policy.model_name` does,
             a folder by its last part.
     """
-    write_adapter(policy.model, policy.config.public_name, Path(folder))
+    weights = adapter_weights(policy.model)
+    if Ranks.current().rank == 0:
+        write_adapter(policy.model, policy.config.public_name, Path(folder), weights)
 
 
-def write_adapter(model: PreTrainedModel, base: str, folder: Path) -> None:
+def adapter_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The adapter as peft names it, whole and on the CPU; all ranks call it together where it is sharded."""
+    from peft import get_peft_model_state_dict
+
+    # `auto` would ask the hub whether the vocabulary has grown.
+    weights = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
+    # Copies: tied modules, which `modules_to_save` and `ensure_weight_tying` make, would share memory.
+    return {f"base_model.model.{name}": unsharded(w.detach()).cpu().contiguous().clone() for name, w in weights.items()}
+
+
+def write_adapter(model: PreTrainedModel, base: str, folder: Path, weights: dict[str, Tensor]) -> None:
     """Writes adapter_config.json and adapter_model.safetensors, as `PeftModel.from_pretrained` reads them.
 
     Args:
         model: With an adapter.
         base: What the config calls the model under it.
         folder: Made if it is not there.
+        weights: The model's `adapter_weights`.
     """
-    from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    # `auto` would ask the hub whether the vocabulary has grown.
-    weights = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
-    # Copies: tied modules, which `modules_to_save` and `ensure_weight_tying` make, would share memory.
-    tensors = {f"base_model.model.{name}": w.detach().cpu().contiguous().clone() for name, w in weights.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {**plain_config(model), "base_model_name_or_path": base, "inference_mode": True}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy.config import PolicyConfig
 from stateset_lightning.policy.lora import adapter_off, is_adapted, plain_config, trained_names
-from stateset_lightning.policy.precision import replaced_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,13 +67,28 @@ class AdapterState:
             raise ConfigError(f"model.policy.adapter {here} when the run started, as the reference: give it as before")
         self.start = saved["start"]
 
-    def at_start(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def at_start(self) -> Iterator[None]:
         """The policy as it started, while the context lasts; for passes without gradient."""
         if self.start is None:
-            return adapter_off(self.model)
-        # Other parameters, not other values in the same ones: autocast keeps casts of those.
-        start = {p: nn.Parameter(self.start[name].to(p), requires_grad=False) for name, p in self._trained().items()}
-        return replaced_parameters(self.model.modules(), lambda p: start.get(p, p))
+            with adapter_off(self.model):
+                yield
+            return
+        now = {name: p.detach().clone() for name, p in self._trained().items()}
+        try:
+            self._fill(self.start)
+            yield
+        finally:
+            self._fill(now)
+
+    @torch.no_grad()
+    def _fill(self, values: Mapping[str, Tensor]) -> None:
+        for name, p in self._trained().items():
+            value = values[name].to(p.device)
+            if isinstance(p, DTensor) and not isinstance(value, DTensor):
+                value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+            p.copy_(value)
+        torch.clear_autocast_cache()  # of casts of what was there before
 
 
 def base_digest(model: nn.Module) -> str:

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from stateset_lightning.ranks import unsharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,7 +54,7 @@ def weights_by_block(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[dic
         tensor = tensor.detach()
         if tensor.is_floating_point() and not any(part in name for part in in_float32):
             tensor = tensor.to(dtype)  # a shard is cast before it is sent
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return unsharded(tensor)
 
     for _, block in groupby(named.values(), key=lambda item: _block_of(item[0])):
         yield {name: whole(name, tensor) for name, tensor in block}

@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from stateset_lightning.errors import DiskError, SamplingError, UserError
 from stateset_lightning.files import DISK_ERRORS
-from stateset_lightning.policy import Group, Policy, save_adapter
+from stateset_lightning.policy import Group, Policy
+from stateset_lightning.policy.lora import adapter_weights, write_adapter
 from stateset_lightning.policy.precision import LOGPROB_TOLERANCE
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.rollout.engine import RolloutConfig
@@ -126,7 +127,11 @@ class WeightSync:
             return
         start, self._policy = time.perf_counter(), policy
         Ranks.current().gather(None)  # no rank is sampling any more: each gets here when it has its own samples
-        blocks = weights_by_block(policy.model, self._served_dtype(policy)) if self._is_written else iter(())
+        blocks: Iterator[dict[str, Tensor]] = iter(())
+        if policy.adapter is not None:
+            blocks = map(adapter_weights, [policy.model])
+        elif self._is_written:
+            blocks = weights_by_block(policy.model, self._served_dtype(policy))
         synced = self._of_first_rank(partial(self._write, policy, blocks), together=blocks)
         answers = self._of_first_rank(partial(self._hand_over, synced))
         scores = self._scores(policy, answers)
@@ -168,7 +173,7 @@ class WeightSync:
         """Whether a whole model goes to the servers in files."""
         return self._policy.adapter is None and not self.by_ipc
 
-    def _write(self, policy: Policy, blocks: Iterable[dict[str, Tensor]]) -> Synced:
+    def _write(self, policy: Policy, blocks: Iterator[dict[str, Tensor]]) -> Synced:
         """Writes the weights to a new path."""
         if self._home is None:
             size = self._served_dtype(policy).itemsize * sum(p.numel() for p in policy.parameters())
@@ -184,7 +189,7 @@ class WeightSync:
         self._version += 1
         path = home / str(self._version)
         if policy.adapter is not None:
-            save_adapter(policy, path)
+            write_adapter(policy.model, policy.config.public_name, path, next(blocks))
         elif not self.by_ipc:
             write_model(policy.model, blocks, path)
         return Synced(str(path), None if policy.adapter is None else home.name)

@@ -141,12 +141,13 @@ class RunCheckpoint:
         module, saved = self._module, checkpoint["stateset"]
         module.loaded_step = None if training else saved["step"]
         if module.policy is not None:
-            adapter, adapter_state = module.policy.adapter, saved.get("adapter")
-            check_same_kind(adapter, adapter_state)
+            adapter_state = saved.get("adapter")
+            check_same_kind(module.policy.adapter, adapter_state)
             self._trained_for = saved.get("longest", 0)
             self.prepare_for(module.policy.longest)
-            if adapter is not None:
-                adapter.load_state_dict(adapter_state | ({"base": adapter.base} if "base" in self._accept else {}))
+            for adapter in {module.policy.adapter, module._sampled_policy.adapter}:  # of shards, and of their copy
+                if adapter is not None:
+                    adapter.load_state_dict(adapter_state | ({"base": adapter.base} if "base" in self._accept else {}))
             if module.strict_loading and not module.is_sharded:
                 name = f"model.policy.model_name={module.policy_config.model_name}"
                 check_weights(module.state_dict(), checkpoint["state_dict"], name)

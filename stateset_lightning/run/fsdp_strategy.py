@@ -1,6 +1,7 @@
 """`trainer.strategy: fsdp2`: Lightning's strategy over all devices, with checkpoints that are complete or absent."""
 
 # No `from __future__ import annotations`: the command line reads the strategy's signature.
+from collections.abc import Mapping
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any
 
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 
-# Private in lightning 2.6.6: the reader of a file or a folder of shards into sharded weights.
-from lightning.fabric.strategies.model_parallel import _load_checkpoint
+# Private in lightning 2.6.6: the readers of a folder of shards, and of a file's weights, into sharded weights.
+from lightning.fabric.strategies.model_parallel import _load_checkpoint, _load_raw_module_state
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, StrategyRegistry
 from torch.distributed import HashStore, ProcessGroupGloo, Store, distributed_c10d
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+from torch.optim import Optimizer
 
 from stateset_lightning.files import atomic_folder, writing
 from stateset_lightning.run.checkpoint_io import check_weights, is_sharded, of_first_rank, read_checkpoint, safe_shards
@@ -73,16 +76,43 @@ class FSDP2Strategy(ModelParallelStrategy):
             self.barrier()
         self.barrier()
 
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        state = super().optimizer_state(optimizer)
+        if self._save_distributed_checkpoint or not self.is_global_zero:
+            return state
+        # Lightning numbers all parameters, or leaves the names where none has a state (SGD). An optimizer's own state,
+        # as ddp has it, numbers those that it trains.
+        assert self.model is not None
+        named = enumerate(self.model.named_parameters())
+        trained = [(number, name) for number, (name, p) in named if p.requires_grad]
+        return _renamed(state, {key: place for place, keys in enumerate(trained) for key in keys})
+
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        assert self.model is not None
+        # As Lightning's, which would take rank 0's path on every rank.
         with of_first_rank(Path(self.broadcast(checkpoint_path))) as path:
-            if path.is_file():
-                content = read_checkpoint(path, check_sums=True, mmap=True)
-                assert self.model is not None
-                check_weights(self.model.state_dict(), content["state_dict"], "model.policy.model_name")
-            state = {f"optimizer_{i}": optimizer for i, optimizer in enumerate(self.optimizers)}
-            with safe_shards(path) if is_sharded(path) else nullcontext():
-                # As Lightning's, which would take rank 0's path on every rank.
-                return _load_checkpoint(path, {"state_dict": self.model, **state}, True, True, True)
+            if is_sharded(path):
+                state = {f"optimizer_{i}": optimizer for i, optimizer in enumerate(self.optimizers)}
+                with safe_shards(path):
+                    return _load_checkpoint(path, {"state_dict": self.model, **state}, True, True, True)
+            content = read_checkpoint(path, check_sums=True, mmap=True)
+            weights = content.pop("state_dict")
+            check_weights(self.model.state_dict(), weights, "model.policy.model_name")
+            _load_raw_module_state(weights, self.model, strict=False)  # the model under an adapter is in no checkpoint
+            names = dict(enumerate(name for name, p in self.model.named_parameters() if p.requires_grad))
+            options = StateDictOptions(broadcast_from_rank0=True, full_state_dict=True)
+            for optimizer, saved in zip(self.optimizers, content["optimizer_states"], strict=False):
+                if saved["state"]:
+                    set_optimizer_state_dict(self.model, optimizer, _renamed(saved, names), options=options)
+                else:  # that of SGD, which torch 2.13 does not take there
+                    optimizer.load_state_dict(saved)
+            return content
+
+
+def _renamed(state: dict[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
+    """An optimizer's state with other names of its parameters."""
+    groups = [group | {"params": [names[name] for name in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names[name]: value for name, value in state["state"].items()}, "param_groups": groups}
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Fully sharded data parallel over all devices")

@@ -18,11 +18,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from stateset_lightning.errors import ConfigError, NonFiniteError
 from stateset_lightning.evaluation import Evaluation
 from stateset_lightning.policy.precision import has_bfloat16_products, sampling_dtype
+from stateset_lightning.ranks import unsharded
 from stateset_lightning.rewards import FunctionReward, GroupReward, TRLReward
 from stateset_lightning.rollout.sampling import check_length
 from stateset_lightning.rollout.targets import Targets
@@ -279,8 +279,7 @@ def check_batch(batch: Any) -> None:
 
 def total_norm(tensors: Sequence[Tensor], norm_type: float = 2.0) -> float:
     """Norm of all tensors together, over all ranks where they are sharded; 0 of none."""
-    norm = torch.nn.utils.get_total_norm(tensors, norm_type)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return float(unsharded(torch.nn.utils.get_total_norm(tensors, norm_type)))
 
 
 def is_bad(norm: float) -> bool:

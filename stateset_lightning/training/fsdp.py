@@ -7,7 +7,8 @@ device, and as large as the model.
 
 Where servers sample, there is no copy. Weights go to the servers a block at a time (`rollout.handover`), and what is
 scored without gradient is scored by the shards: `Policy.score_without_gradient` asks the other ranks how many forwards
-they need and makes as many. It is called at places that all ranks come to: after their samples are drawn.
+they need and makes as many. It is called at places that all ranks come to: after their samples are drawn. A reference
+with weights of its own scores like this in both cases.
 """
 
 from __future__ import annotations
@@ -17,14 +18,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.policy import Policy
-from stateset_lightning.ranks import Ranks
+from stateset_lightning.policy import AdapterReference, Policy, make_reference
+from stateset_lightning.ranks import Ranks, unsharded
 from stateset_lightning.rollout import InProcessEngine, RolloutEngine, VLLMEngine
 from stateset_lightning.rollout.vllm_weights import fingerprint_of
 
@@ -47,10 +47,10 @@ class UnshardedCopy:
             id(p): nn.Parameter(torch.empty_like(p, device=device), requires_grad=False) for p in policy.parameters()
         }
         self.policy: Policy = copy.deepcopy(policy, hollow).to(device)  # tied weights stay tied; buffers are copied
-        self._shards = list(policy.parameters())
-        self._places = [hollow[id(p)] for p in self._shards]
+        self._places = [hollow[id(p)] for p in policy.parameters()]
         self._bytes = [place.untyped_storage().nbytes() for place in self._places]
         self.empty()
+        self.mesh = mesh
         _shard(policy, mesh)
         self._shards = list(policy.parameters())
 
@@ -84,7 +84,7 @@ class ServedShards:
     """
 
     def __init__(self, policy: Policy, mesh: DeviceMesh) -> None:
-        self.policy = policy
+        self.policy, self.mesh = policy, mesh
         _shard(policy, mesh)
 
     def fill(self) -> None:
@@ -101,19 +101,26 @@ class ServedShards:
         yield
 
 
-def sharded(
-    policy: Policy, mesh: DeviceMesh, device: torch.device, engine: RolloutEngine | None
-) -> UnshardedCopy | ServedShards:
+Shards = UnshardedCopy | ServedShards
+
+
+def reference_of(policy: Policy, dtype: torch.dtype, shards: Shards | None) -> Policy | AdapterReference:
+    """The reference (`make_reference`) of what samples; a second model is sharded where the policy is."""
+    reference = make_reference(policy, dtype)
+    if isinstance(reference, Policy) and shards is not None:
+        _shard(reference, shards.mesh)
+    return reference
+
+
+def sharded(policy: Policy, mesh: DeviceMesh, device: torch.device, engine: RolloutEngine | None) -> Shards:
     """Shards a policy; what `engine` samples from.
 
     Raises:
-        ConfigError: If the policy has an adapter, the model does not say what its blocks are, or `engine` is neither
-            ours nor one that samples elsewhere.
+        ConfigError: If weights are quantized, the model does not say what its blocks are, or `engine` is neither ours
+            nor one that samples elsewhere.
     """
-    if policy.adapter is not None:
-        raise ConfigError(
-            "trainer.strategy=fsdp2 does not shard adapters: use ddp with model.policy.lora, or train all weights"
-        )
+    if getattr(policy.model, "hf_quantizer", None) is not None:
+        raise ConfigError("trainer.strategy=fsdp2 does not shard quantized weights: use ddp")
     if isinstance(engine, InProcessEngine | None):
         return UnshardedCopy(policy, mesh, device)
     if isinstance(engine, VLLMEngine):
@@ -121,11 +128,6 @@ def sharded(
     raise ConfigError(
         f"trainer.strategy=fsdp2 samples in this process or on vLLM servers, not by {type(engine).__name__}: use ddp"
     )
-
-
-def unsharded(tensor: Tensor) -> Tensor:
-    """All of a tensor of which each rank has a part; all ranks call it together. Any other tensor is returned as is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _shard(policy: Policy, mesh: DeviceMesh) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import Group, Policy
@@ -57,7 +58,7 @@ def choose(trainer: Trainer, policy: Policy, data: ScenarioDataModule | None, sa
             f"data.steps_per_episode=auto chooses trainer.accumulate_grad_batches, too, which is {max(given)}: leave it"
             " out, or set both"
         )
-    if any(type(p) is not torch.nn.Parameter for p in policy.parameters()):
+    if isinstance(policy, FSDPModule):
         raise ConfigError("data.steps_per_episode=auto knows no sharded weights: set it to a number with fsdp2")
     data.steps_per_episode = 1
     constant, per_token = kept_bytes(policy, trainer, data.longest_prompt, sampling.max_new_tokens)

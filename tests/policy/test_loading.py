@@ -15,7 +15,7 @@ from gguf_files import write_gguf
 from policy.test_lora import move
 from policy.test_policy import GROUPS
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import (
@@ -474,3 +474,53 @@ def test_a_hostile_tokenizer_config_is_one_line(model_folder: Callable[..., Path
     file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": 5}))
     with pytest.raises(ConfigError, match="no tokenizer can be loaded: AttributeError: 'int'"):
         load_tokenizer(PolicyConfig(str(folder)))
+
+
+# Quantized weights
+
+
+class Packed(torch.Tensor):
+    """As torchao's: a tensor that says it has the layer's dtype and shape."""
+
+
+def of_another_class(model: Any) -> None:
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Packed))
+
+
+def rounding(model: Any) -> None:
+    model.is_loaded_in_8bit = True  # as transformers says it
+
+
+@pytest.mark.parametrize(("change", "kind"), [(of_another_class, "Packed"), (rounding, "8-bit layers, which round")])
+def test_weights_that_sampling_would_not_multiply_as_training_does_are_refused(
+    folder_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None], kind: str
+) -> None:
+    loaded_as(change, monkeypatch)
+    with pytest.raises(ConfigError, match=f"quantized as {kind}.*: use load_in_4bit of bitsandbytes"):
+        load_model(PolicyConfig(str(folder_of("llama")), lora=LoRAConfig()))
+
+
+def test_bitsandbytes_does_not_repack_weights_in_evaluation(
+    folder_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its product with repacked weights has no gradient, in training either."""
+
+    def mark(model: Any) -> None:
+        model.model.layers[0].mlp.up_proj.support_avx512bf16_for_cpu = True
+
+    loaded_as(mark, monkeypatch)
+    model = load_model(PolicyConfig(str(folder_of("llama"))))
+    assert model.model.layers[0].mlp.up_proj.support_avx512bf16_for_cpu is False
+
+
+def loaded_as(change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has transformers load models with a change."""
+    load = AutoModelForCausalLM.from_pretrained
+
+    def changed(*args: Any, **options: Any) -> Any:
+        model, report = load(*args, **options)
+        change(model)
+        return model, report
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", changed)

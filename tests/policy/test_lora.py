@@ -21,6 +21,7 @@ from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import LoRAConfig, Policy, PolicyConfig, load_model, save_adapter
 from stateset_lightning.policy.lora import (
     adapter_off,
+    adapter_weights,
     add_adapter,
     merge_adapter,
     merged_adapter,
@@ -419,5 +420,6 @@ def test_an_adapter_is_no_model(saved: tuple[str, Path, Tensor]) -> None:
 
 
 def test_a_hub_name_stays_in_the_saved_config(make_model: Callable[..., Any], tmp_path: Path) -> None:
-    write_adapter(adapted(make_model("llama")), "Org/Model-1B", tmp_path)
+    model = adapted(make_model("llama"))
+    write_adapter(model, "Org/Model-1B", tmp_path, adapter_weights(model))
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "Org/Model-1B"

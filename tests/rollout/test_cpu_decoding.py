@@ -9,8 +9,12 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, MistralConfig
+from vllm_stub import change
 
-from stateset_lightning.policy import Policy, PolicyConfig
+from stateset_lightning.errors import ConfigError
+from stateset_lightning.policy import Group, LoRAConfig, Policy, PolicyConfig
+from stateset_lightning.policy.lora import add_adapter, merge_adapter
+from stateset_lightning.policy.precision import LOGPROB_TOLERANCE
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig, cpu_decoding
 from stateset_lightning.rollout.cpu_decoding import (
     MAX_ROWS,
@@ -196,3 +200,49 @@ def forwards(policy: Policy, engine: InProcessEngine, times: int) -> list[int]:
         counts.append(len(calls))
     del policy.model.forward
     return counts
+
+
+# Quantized weights ----------------------------------------------------------------------------------------------------
+
+
+class Packed(nn.Linear):
+    """As bitsandbytes' layers: a linear layer whose weights are bytes of another shape."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        self.scale = float(linear.weight.detach().abs().max()) / 127
+        codes = (linear.weight.detach() / self.scale).round().add(128).to(torch.uint8)
+        self.weight = nn.Parameter(codes.view(-1, 1), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.view(self.out_features, self.in_features).to(x.dtype).sub(128) * self.scale
+        return nn.functional.linear(x, weight, self.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
+def test_packed_weights_are_not_read_as_if_they_were_plain(
+    make_model: Callable[..., Any], tiny_tokenizer: Any, targets: Any, dtype: torch.dtype
+) -> None:
+    """Under an adapter or without one."""
+    model = make_model("qwen2").to(dtype)
+    for name, linear in list(model.model.named_modules()):
+        if type(linear) is nn.Linear:
+            model.model.set_submodule(name, Packed(linear))
+    add_adapter(model, lora := LoRAConfig(rank=4, target_modules=targets), seed=0)
+    policy, engine = Policy(model, PolicyConfig("tiny", lora=lora)), InProcessEngine(tiny_tokenizer)
+    change(policy)
+    assert policy.scoring == "packed"
+    engine.sync(policy)
+    sample = engine.generate(PROMPTS, 2, RolloutConfig(max_new_tokens=8), list(range(6)))
+    rows = [tokens.tolist() for tokens in sample.completion_tokens_T.split(sample.lengths_N.tolist())]
+    groups = [Group(prompt, rows[2 * i : 2 * i + 2]) for i, prompt in enumerate(PROMPTS)]
+    tolerance = LOGPROB_TOLERANCE[dtype]
+    scored_T, _ = policy.score(groups)
+    assert float((scored_T.detach() - sample.logprobs_T).abs().mean()) < tolerance
+    scored_T.sum().backward()  # type: ignore[no-untyped-call]
+    trained = {name for name, p in policy.named_parameters() if p.grad is not None}
+    assert trained == {f"model.{name}" for name in policy.adapter.names}  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match="sits on quantized weights"):
+        merge_adapter(model)
