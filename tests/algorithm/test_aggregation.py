@@ -157,6 +157,8 @@ def check_a_split(algorithm: Algorithm, number: int, generator: torch.Generator)
             sampling_logprobs_T=sampling_T[rows_T],
             entropies_T=leaf_T.square()[rows_T],
             select_T=None if select_T is None else select_T[rows_T],
+            teacher_logprobs_T=ref_T[rows_T],
+            divergences_T=leaf_T.square()[rows_T],
         )
 
     select_T = torch.ones(total, dtype=torch.bool)
