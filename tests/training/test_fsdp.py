@@ -409,10 +409,10 @@ policy.TOKENS_WITHOUT_GRADIENT = {{"cpu": 1}}  # a forward for each group, of wh
 calls, samples, forwards = [], {{}}, []
 score = Policy.score
 
-def counted(self, groups, temperature=1.0):
+def counted(self, groups, *options):
     if not torch.is_grad_enabled():
         calls.append([group.prompt for group in groups])
-    return score(self, groups, temperature)
+    return score(self, groups, *options)
 
 class SomeReward(RewardFunction):
     def compute_reward(self, turns, context=None):  # one for all completions of most prompts: nothing to train
