@@ -71,6 +71,7 @@ ALL_INTENTS = nested(
     data__train="checkable.jsonl",
     data__validation="held_out.jsonl",
     model__rollout__max_new_tokens=16,
+    model__rollout__num_generations=8,
     model__rollout__stop=["\n"],
 )
 FORM = nested(
@@ -306,8 +307,9 @@ def run_trl(folder: Path, model: str, banking77: str, seed: int) -> None:
     from stateset_lightning.rewards import ExactMatch
     from stateset_lightning.types import Turn
 
-    config = yaml.safe_load((EXAMPLE / "config.yaml").read_text(encoding="utf-8"))
-    template = yaml.safe_load((EXAMPLE / "banking77.yaml").read_text(encoding="utf-8"))["data"]["prompt_template"]
+    names = "config.yaml", "banking77.yaml"
+    config, task = (yaml.safe_load((EXAMPLE / name).read_text(encoding="utf-8")) for name in names)
+    template = task["data"]["prompt_template"]
     with Path(banking77).open(encoding="utf-8", newline="") as lines:
         messages = [message for row in csv.DictReader(lines) if (message := six_intents(row))]
     rows = [
@@ -332,7 +334,7 @@ def run_trl(folder: Path, model: str, banking77: str, seed: int) -> None:
         answered = zip(completions, target, strict=True)
         return [exact.compute_reward([Turn("assistant", text)], {"target": t}).score for text, t in answered]
 
-    rollout, data = config["model"]["rollout"], config["data"]
+    rollout, data = config["model"]["rollout"] | task["model"]["rollout"], config["data"]
     trainer = GRPOTrainer(
         model=model,
         processing_class=tokenizer,
@@ -349,6 +351,7 @@ def run_trl(folder: Path, model: str, banking77: str, seed: int) -> None:
             gradient_accumulation_steps=1,
             max_completion_length=rollout["max_new_tokens"],
             temperature=rollout["temperature"],
+            top_k=0,
             learning_rate=config["model"]["optimizer"]["init_args"]["lr"],
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=config["model"]["lr_scheduler"]["warmup_steps"],

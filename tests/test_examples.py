@@ -16,6 +16,8 @@ import lightning.pytorch  # noqa: F401 (here, so that its log handlers do not ho
 import pytest
 import torch
 import yaml
+from gguf_files import write_gguf
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from stateset_lightning.cli.main import main
 from stateset_lightning.data.prompts import PromptEncoder
@@ -251,3 +253,24 @@ def test_banking77_is_read_from_the_authors_file_and_from_the_hubs() -> None:
     assert six_intents({"text": "Where is my card?", "label": 11, "label_text": "card_arrival"}) == ours
     assert six_intents({"text": "Where is my card?", "category": "card_linking"}) is None
     assert six_intents({"text": "Are money transfers free?", "category": "transfer_fee_charged"}) is None
+
+
+def test_the_model_of_the_package_keeps_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from make_model import make_model, read_model
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+    )
+    original = LlamaForCausalLM(config).eval()
+    write_gguf(tmp_path / "model.gguf", original)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "stateset_lightning" / "tiny" / "model")
+    monkeypatch.setattr("make_model.download", lambda folder: tmp_path / "model.gguf")
+    monkeypatch.setattr("make_model.read_tokenizer", lambda file: tokenizer)
+    make_model(tmp_path / "made")
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "made")
+    assert made.dtype == torch.float32
+    assert not hasattr(made.config, "quantization_config")
+    tokens = torch.arange(12)[None]
+    torch.testing.assert_close(made(tokens).logits, original(tokens).logits, atol=0.02, rtol=0.02)  # 8 bits a weight
+    assert made.generation_config.eos_token_id == tokenizer.eos_token_id
+    torch.testing.assert_close(made(tokens).logits, read_model(tmp_path / "model.gguf", tokenizer)(tokens).logits)

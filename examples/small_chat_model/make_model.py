@@ -20,7 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    LlamaForCausalLM,
+    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -55,11 +55,9 @@ def read_tokenizer(file: Path) -> PreTrainedTokenizerBase:
 
 
 def read_model(file: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The weights in float32, in a model that can be saved: transformers refuses to save one that was quantised."""
-    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    del loaded.config.quantization_config
-    model = LlamaForCausalLM(loaded.config).to(torch.float32)
-    model.load_state_dict(loaded.state_dict())
+    """The weights in float32."""
+    options = {"gguf_file": file.name, "dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(file.parent, **options)
     ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**ends)
     return model

@@ -12,13 +12,13 @@ import random
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import product, zip_longest
 from pathlib import Path
 
 from stateset_lightning.files import atomic_write
 
 SEED = 7
-MESSAGES_PER_TOPIC = {"train": 90, "held_out": 70}
+MESSAGES_PER_TOPIC = {"train": 120, "held_out": 70}
 
 SLOTS = {
     "train": {
@@ -50,6 +50,13 @@ TEMPLATES: dict[str, tuple[list[str], list[str]]] = {
             "It was meant to come on {day} and there is still no {thing}.",
             "How long does shipping to the islands take?",
             "The driver left my {thing} with a neighbour I do not know.",
+            "Nothing has come by post since {day}.",
+            "Order {number} is late, is it on its way?",
+            "Will somebody ring before they bring the {thing}?",
+            "Is it possible to have the {thing} sent to my office?",
+            "Your van never stopped at my door on {day}.",
+            "Which courier brings parcel {number}?",
+            "I am away on {day}, can the {thing} come a day later?",
         ],
         [
             "Still no sign of the {thing} I bought on {day}.",
@@ -58,6 +65,10 @@ TEMPLATES: dict[str, tuple[list[str], list[str]]] = {
             "Which day will somebody bring the {thing}?",
             "The post office has no record of {number}.",
             "Please drop the {thing} off at my workplace instead of at home.",
+            "The {thing} should have been here on {day}.",
+            "Nobody rang, and now package {number} is at the depot.",
+            "Who is going to bring the {thing}, and when?",
+            "I moved house. Can package {number} go to my new place?",
         ],
     ),
     "refund": (
@@ -71,6 +82,13 @@ TEMPLATES: dict[str, tuple[list[str], list[str]]] = {
             "I cancelled {number} on {day}, but the money is still with you.",
             "Is there a form for returns?",
             "You only gave me half of the price of the {thing} back.",
+            "Please take back the {thing} and repay me.",
+            "How many days do I have to return a {thing}?",
+            "The shop received my return {number}, but I was not repaid.",
+            "I would rather have my money than the {thing}.",
+            "Where do I post a {thing} that I want to give back?",
+            "The {thing} is different from the picture, so I am returning it.",
+            "My return was accepted on {day}, when is it credited?",
         ],
         [
             "I changed my mind about the {thing} and want to give it back.",
@@ -79,6 +97,10 @@ TEMPLATES: dict[str, tuple[list[str], list[str]]] = {
             "What is the deadline for giving back a {thing}?",
             "Please credit me for {number}, which I posted to you on {day}.",
             "The {thing} is not what I expected, so I want the price returned to me.",
+            "I would like to undo my purchase of the {thing} and be paid back.",
+            "Do I pay the postage when I send the {thing} back?",
+            "It is weeks since I gave back {number}, and I have seen no money.",
+            "Am I too late to return the {thing} from {day}?",
         ],
     ),
     "damage": (
@@ -92,6 +114,13 @@ TEMPLATES: dict[str, tuple[list[str], list[str]]] = {
             "What I unpacked on {day} is in pieces.",
             "The zip was torn when I opened the bag.",
             "The {thing} leaks from below.",
+            "The {thing} has a hole on one side.",
+            "A button of the {thing} came off on {day}.",
+            "The {thing} is faulty and makes strange sounds.",
+            "There were bits of glass in parcel {number}.",
+            "The paint of the {thing} is peeling off.",
+            "The {thing} does not hold together any more.",
+            "Something in the {thing} is loose and rattles.",
         ],
         [
             "One corner of the {thing} is bent.",
@@ -100,6 +129,10 @@ TEMPLATES: dict[str, tuple[list[str], list[str]]] = {
             "The seam of the {thing} is ripped.",
             "A part of the {thing} does not fit, it must be faulty.",
             "Since {day} the {thing} makes a grinding noise.",
+            "The {thing} broke the first time I used it.",
+            "There is a stain on the {thing} that will not go away.",
+            "What came in {number} was shattered.",
+            "The {thing} will not switch on any more.",
         ],
     ),
     "payment": (
@@ -113,6 +146,13 @@ TEMPLATES: dict[str, tuple[list[str], list[str]]] = {
             "The voucher did not lower the price of the {thing}.",
             "Why does my bank show a different amount for the {thing}?",
             "I would like to settle {number} by bank transfer.",
+            "The total of order {number} is higher than it said.",
+            "May I buy the {thing} now and pay on {day}?",
+            "My coupon does not work at the checkout.",
+            "I paid {number} two times by mistake.",
+            "What is the extra charge on my bill of {day}?",
+            "Can I have a bill for the {thing} in the name of my firm?",
+            "Which cards do you accept for a {thing}?",
         ],
         [
             "You took the sum for {number} from my account two times.",
@@ -121,6 +161,10 @@ TEMPLATES: dict[str, tuple[list[str], list[str]]] = {
             "I need a receipt with tax for {number}.",
             "A fee was added to the {thing} on {day}. What is it for?",
             "The discount code is ignored when I pay for the {thing}.",
+            "May I pay for {number} when it is delivered?",
+            "My bank says that you charged me for {number} on {day}, which I never ordered.",
+            "Can the invoice for {number} be made out to my company?",
+            "Is there a fee if I pay for the {thing} by credit card?",
         ],
     ),
     "account": (
@@ -134,6 +178,13 @@ TEMPLATES: dict[str, tuple[list[str], list[str]]] = {
             "I have two logins since {day} and want to make them one.",
             "My surname changed on {day}, how do I enter the new one?",
             "The page for signing up does not load on my {device}.",
+            "I cannot get into my account since {day}.",
+            "How do I close my account?",
+            "I want to use a different name when I sign in.",
+            "The app on my {device} signs me out all the time.",
+            "My profile shows an address that I never entered.",
+            "Reset the login for my {device}, please.",
+            "I did not ask for the new password that came on {day}.",
         ],
         [
             "I cannot sign in to see order {number}.",
@@ -142,6 +193,10 @@ TEMPLATES: dict[str, tuple[list[str], list[str]]] = {
             "Please close my membership from {day} on.",
             "Your app logs me out whenever I look at the {thing}.",
             "Who changed the phone number in my profile on {day}?",
+            "My {device} does not remember my password.",
+            "I want all that you know about me erased by {day}.",
+            "Since {day} your site says that my user does not exist.",
+            "How can I change my name on your site with my {device}?",
         ],
     ),
     "stock": (
@@ -155,6 +210,13 @@ TEMPLATES: dict[str, tuple[list[str], list[str]]] = {
             "Can you put a {thing} aside for me?",
             "Does your shop in town carry the {thing}?",
             "I would like to be told when there are new boots.",
+            "The {thing} cannot be ordered any more. Will it return?",
+            "Keep one {thing} for me until {day}, please.",
+            "Do you plan to get the {thing} in again?",
+            "What sizes are there of the {thing}?",
+            "Is there a {thing} left in your warehouse?",
+            "I cannot find the {thing} on your site since {day}, is it gone?",
+            "Does the {thing} come in other colours?",
         ],
         [
             "Have you run out of the {thing}?",
@@ -163,6 +225,10 @@ TEMPLATES: dict[str, tuple[list[str], list[str]]] = {
             "Could you reserve one {thing} until {day}?",
             "The {thing} has been unavailable since {day}, will it come back?",
             "Do you still make the {thing}?",
+            "Is the {thing} gone from your range?",
+            "How soon can one buy the {thing} again?",
+            "I need two of the {thing}. Do you have that many?",
+            "Can I see the {thing} in your shop in town?",
         ],
     ),
 }
@@ -180,8 +246,12 @@ def messages(split: str) -> list[Message]:
     found = []
     for topic, (to_train_on, held_out) in TEMPLATES.items():
         templates = to_train_on if split == "train" else held_out
-        texts = [text for template in templates for text in _filled("{opening}" + template, split)]
-        found += [Message(text, topic) for text in draw.sample(texts, MESSAGES_PER_TOPIC[split])]
+        by_template = [list(_filled("{opening}" + template, split)) for template in templates]
+        for texts in by_template:
+            draw.shuffle(texts)
+        # One of each sentence after the other, so that those with many things to fill in do not outnumber the others.
+        texts = [text for texts in zip_longest(*by_template) for text in texts if text is not None]
+        found += [Message(text, topic) for text in texts[: MESSAGES_PER_TOPIC[split]]]
     draw.shuffle(found)
     return found
 
