@@ -186,12 +186,11 @@ def add_fixed_logprobs(step: TrainingStep, episode: Episode, scored: TrainedScor
     algorithm, temperature = step.algorithm, step.sampler.config.temperature
     episode.ref_logprobs_T = scored.ref_logprobs_T
     episode.old_logprobs_T = scored.logprobs_T if old else None
+    groups = episode.active_batch().groups
     if step.reference is not None and episode.ref_logprobs_T is None:
-        scores = step.reference.score_without_gradient(episode.active_batch().groups, temperature)
-        episode.ref_logprobs_T = episode.scatter(scores[0])
+        episode.ref_logprobs_T = episode.scatter(step.reference.score_without_gradient(groups, temperature)[0])
     if step.teacher is not None and not isinstance(algorithm, GKD):
-        scores = step.teacher.score_without_gradient(episode.active_batch().groups, temperature)
-        episode.teacher_logprobs_T = episode.scatter(scores[0])
+        episode.teacher_logprobs_T = episode.scatter(step.teacher.score_without_gradient(groups, temperature)[0])
     balances = step.policy.config.router_aux_loss > 0 and any(episode.active_by_step)
     if not (algorithm.selects_tokens or balances) and (not old or episode.old_logprobs_T is not None):
         return

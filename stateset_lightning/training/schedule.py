@@ -15,6 +15,7 @@ import torch
 from annotated_types import Ge, Le
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch import Tensor
 from torch.optim import Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
@@ -64,8 +65,19 @@ class Schedule:
 
 
 def given_options(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Learning rate, weight decay, ... of each parameter group, as the optimizer was made with them."""
-    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    """Learning rate, weight decay, ... of each parameter group, as the optimizer was made with them.
+
+    A rate that is a tensor (torchao's) is a number here: a schedule changes the tensor in place.
+    """
+    groups = ({**group, "lr": float(group["lr"])} for group in optimizer.param_groups)
+    return [{name: value for name, value in group.items() if name != "params"} for group in groups]
+
+
+def _set_rate(group: dict[str, Any], rate: Any) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(float(rate))
+    else:
+        group["lr"] = rate
 
 
 def keep_given_options(
@@ -83,7 +95,7 @@ def keep_given_options(
         group.update({name: value for name, value in now.items() if name != "lr" and value != before.get(name)})
         if now["lr"] != before["lr"]:
             share = group["lr"] / before["lr"] if before["lr"] else 1.0  # a schedule has moved it in the meantime
-            group["lr"] = now["lr"] * share
+            _set_rate(group, now["lr"] * share)
             if "initial_lr" in group:
                 group["initial_lr"] = now["lr"]
     if scheduler is not None and hasattr(scheduler, "base_lrs"):
@@ -91,7 +103,7 @@ def keep_given_options(
         scheduler.base_lrs = [now["lr"] if now["lr"] != before["lr"] else base for base, now, before in bases]
     if isinstance(scheduler, LambdaLR):  # its shape may have changed as well: a longer run, another decay
         for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
-            group["lr"] = base * factor(scheduler.last_epoch)
+            _set_rate(group, base * factor(scheduler.last_epoch))
 
 
 def start_at(step: int, optimizer: Optimizer, scheduler: Any | None, given: Sequence[dict[str, Any]]) -> None:
@@ -105,7 +117,8 @@ def start_at(step: int, optimizer: Optimizer, scheduler: Any | None, given: Sequ
     """
     rates = [now["lr"] for now in given] if scheduler is None else scheduler.get_last_lr()
     for group, now, rate in zip(optimizer.param_groups, given, rates, strict=True):
-        group.update(now | {"initial_lr": now["lr"], "lr": rate})
+        group.update(now | {"initial_lr": now["lr"], "lr": group["lr"]})
+        _set_rate(group, rate)
     if scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau):
         with warnings.catch_warnings(action="ignore"):  # "lr_scheduler.step() before optimizer.step()"
             for _ in range(step):

@@ -40,8 +40,7 @@ def checked_teacher(
     if isinstance(teacher, VLLMTeacher) and isinstance(algorithm, GKD):
         raise ConfigError(f"{shown} with {name}: vLLM gives no whole distributions; set model.teacher.model_name")
     if isinstance(teacher, VLLMTeacher) and (rollout.temperature != 1 or rollout.keep_sampling_mask):
-        names = ("temperature", "keep_sampling_mask")
-        sampling = ", ".join(f"model.rollout.{name}={getattr(rollout, name)}" for name in names)
+        sampling = f"model.rollout.temperature={rollout.temperature}, keep_sampling_mask={rollout.keep_sampling_mask}"
         why = "vLLM gives a prompt's log-probs at temperature 1 and over the whole vocabulary"
         raise ConfigError(f"{shown} with {sampling}: {why}; set these to 1 and false, or model.teacher.model_name")
     if unread := [key for key in OF_TRAINING if getattr(teacher, key, None)]:

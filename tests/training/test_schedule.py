@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.training.schedule import Schedule, given_options, keep_given_options
+from stateset_lightning.training.schedule import Schedule, given_options, keep_given_options, start_at
 
 
 def rates(schedule: Schedule, run_steps: int | None, steps: int) -> list[float]:
@@ -92,6 +92,27 @@ def test_a_new_shape_wins_over_the_checkpoints() -> None:
     assert resumed(Schedule("linear"), Schedule("linear", total_steps=8), 1.0, 1.0).param_groups[0][
         "lr"
     ] == pytest.approx(0.75)
+
+
+def test_a_rate_that_is_a_tensor_is_restored_in_place() -> None:
+    options, weights = {"weight_decay": 0.1, "foreach": False}, torch.nn.Parameter(torch.zeros(1))
+    first, second = (torch.optim.AdamW([weights], torch.tensor(1.0), **options) for _ in "12")
+    saved, scheduler = given_options(first), Schedule("linear").build(first, 4)
+    assert type(saved[0]["lr"]) is float
+    for _ in range(2):
+        first.step()
+        scheduler.step()
+    given, resumed_scheduler = given_options(second), Schedule("linear").build(second, 4)
+    second.load_state_dict(first.state_dict())
+    resumed_scheduler.load_state_dict(scheduler.state_dict())
+    rate = second.param_groups[0]["lr"]
+    for changed in (given, [{**given[0], "lr": 3.0}]):
+        keep_given_options(second, resumed_scheduler, changed, saved)
+        assert second.param_groups[0]["lr"] is rate  # torchao refuses another
+        assert float(rate) == pytest.approx(0.5 * changed[0]["lr"])
+        assert float(resumed_scheduler.base_lrs[0]) == changed[0]["lr"]
+    start_at(2, second, Schedule("linear").build(second, 4), given)
+    assert second.param_groups[0]["lr"] is rate
 
 
 def test_other_options_win_too() -> None:
