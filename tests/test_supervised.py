@@ -170,9 +170,10 @@ LONG = [{"prompt": "a", "target": "123456789"}]
             {},
             r"model\.rollout\.dynamic_sampling=2 has no effect: Supervised trains",
         ),
+        (SCENARIOS, {"top_k": 5, "keep_sampling_mask": True}, {}, r"rollout\.keep_sampling_mask=True has no effect"),
         (SCENARIOS, {}, {"curriculum": Curriculum()}, r"data\.curriculum=.* has no effect: Supervised trains on one"),
     ],
-    ids=["missing", "long", "dynamic sampling", "curriculum"],
+    ids=["missing", "long", "dynamic sampling", "mask", "curriculum"],
 )
 def test_what_cannot_be_trained_on_is_refused_at_the_start(
     tmp_path: Path, rows: Any, rollout: Any, data: Any, says: str
@@ -184,22 +185,25 @@ def test_what_cannot_be_trained_on_is_refused_at_the_start(
 
 
 def test_a_run_goes_on_with_another_algorithm_only_where_that_is_meant(tmp_path: Path) -> None:
-    """From inside an episode of targets; step count, optimizer and schedule go on."""
-    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1)
+    """Between episodes: what an episode keeps, was made for its own algorithm. Step count and optimizer go on."""
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     data = {"num_iterations": 2, "validation": None}
-    fit(tmp_path, supervised(), make_data(**data), callbacks=[keep], enable_checkpointing=True, max_steps=1)
-    options: dict[str, Any] = {"ckpt_path": tmp_path / "step=1.ckpt", "max_steps": 3}
+    fit(tmp_path, supervised(), make_data(**data), callbacks=[keep], enable_checkpointing=True, max_steps=2)
+    inside, at_end = ({"ckpt_path": tmp_path / f"step={step}.ckpt", "max_steps": 3} for step in (1, 2))
     with pytest.raises(ConfigError, match=r"model\.algorithm=Clipped, and Supervised in the checkpoint"):
-        fit(tmp_path, supervised(algorithm=Clipped()), make_data(**data), **options)
+        fit(tmp_path, supervised(algorithm=Clipped()), make_data(**data), **at_end)
     module = supervised(algorithm=Clipped())
     module.accept_changes = "algorithm"
-    trainer = fit(tmp_path, module, make_data(**data), **options)
+    with pytest.raises(ConfigError, match="accept_changes=algorithm: the checkpoint lies inside an episode of its own"):
+        fit(tmp_path, module, make_data(**data), **inside)
+    module = supervised(algorithm=Clipped())
+    module.accept_changes = "algorithm"
+    trainer = fit(tmp_path, module, make_data(**data), **at_end)
     assert trainer.global_step == 3
     assert module.episode is not None
     assert module.episode.index == 1
     assert module.episode.num_generations == 4  # samples again
-    moments = trainer.optimizers[0].state_dict()["state"][0]
-    assert moments["step"] == 3
+    assert trainer.optimizers[0].state_dict()["state"][0]["step"] == 3
 
 
 def test_a_target_goes_on_from_what_its_prompt_has_of_the_answer(tmp_path: Path) -> None:

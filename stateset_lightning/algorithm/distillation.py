@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stateset_lightning.algorithm.advantages import Scale, group_advantages
 from stateset_lightning.algorithm.aggregation import token_advantages
-from stateset_lightning.algorithm.algorithm import Algorithm
+from stateset_lightning.algorithm.algorithm import Algorithm, fixed
 from stateset_lightning.algorithm.losses import importance_loss
 from stateset_lightning.algorithm.terms import needed
 from stateset_lightning.types import Metrics, TokenBatch
@@ -57,6 +57,8 @@ class Distillation(Algorithm, advantage=weighed_advantages, loss=importance_loss
     coefficient: Annotated[float, Gt(0)] = 1.0
     reward_weight: Annotated[float, Ge(0)] = 0.0
     why_no_kl_in_reward = "its reward may have no weight"
+    off_policy_threshold = fixed(None)
+    advantage_clip = fixed(None)
     needs_teacher: ClassVar[bool] = True
     trains_on_zero_advantage: ClassVar[bool] = True  # the teacher has something to say of every token
 

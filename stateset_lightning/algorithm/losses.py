@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stateset_lightning.algorithm.aggregation import per_token, sequence_means, sequence_sums, token_advantages
-from stateset_lightning.algorithm.terms import bounded_log, log_ratio, needed, sampler_logprobs
+from stateset_lightning.algorithm.terms import log_ratio, needed, sampler_logprobs
 from stateset_lightning.types import Metrics, TokenBatch
 
 
@@ -201,7 +201,7 @@ def gamma_weighted_loss(
     they are known; k and lambda are the positive ones where A >= 0. The weight is 1 where W is.
     """
     advantages_T, log_ratio_T = advantages_of(tokens), log_ratio(tokens.logprobs_T.detach(), sampler_logprobs(tokens))
-    log_ratio_N = bounded_log(sequence_sums(log_ratio_T, tokens.lengths_N))
+    log_ratio_N = log_ratio(sequence_sums(log_ratio_T, tokens.lengths_N))
     log_ratio_T = per_token(log_ratio_N, tokens.lengths_N, len(log_ratio_T))
     positive_T = k_positive * log_ratio_T - lambda_positive * torch.expm1(log_ratio_T)
     negative_T = k_negative * log_ratio_T - lambda_negative * torch.expm1(log_ratio_T)
@@ -219,7 +219,7 @@ def quadratic_loss(tokens: TokenBatch, *, tau: float) -> tuple[Tensor, Metrics]:
     share_N = 0.5 * tau * mean_N.square() * tokens.lengths_N.to(mean_N)  # (sum of log ratios)^2 / length
     penalty_T = per_token(share_N, tokens.lengths_N, len(tokens.logprobs_T))
     loss_T = -advantages_of(tokens) * tokens.logprobs_T + penalty_T
-    return loss_T, ratio_metrics(bounded_log(mean_N).exp())
+    return loss_T, ratio_metrics(log_ratio(mean_N).exp())
 
 
 def _completion_advantages(tokens: TokenBatch) -> Tensor:

@@ -34,7 +34,18 @@ def best_of_group_advantages(rewards_PG: Tensor, minimum_reward: float | None = 
     return torch.full_like(rewards_PG, torch.nan).scatter(-1, index_P1, chosen_P1)
 
 
-class Supervised(Algorithm, advantage=target_advantages):
+class MaximumLikelihood(Algorithm):
+    """What both share: each token's -log p, whoever sampled it and whatever a reward says of it."""
+
+    aggregation = "token_mean"
+    mismatch = fixed(Mismatch("none"))
+    off_policy_threshold = fixed(None)
+    positive_coefficient = fixed(0.0)
+    advantage_clip = fixed(None)
+    why_no_kl_in_reward = "what it learns is not weighed by rewards"
+
+
+class Supervised(MaximumLikelihood, advantage=target_advantages):
     """Supervised fine-tuning on targets, as it comes before reinforcement learning in InstructGPT (arXiv:2203.02155).
 
     The loss is the mean cross-entropy over the tokens of the scenarios' targets, with the token that ends them:
@@ -43,19 +54,16 @@ class Supervised(Algorithm, advantage=target_advantages):
     `validate` samples from the model as ever.
     """
 
-    aggregation = "token_mean"
-    mismatch = fixed(Mismatch("none"))
-    off_policy_threshold = fixed(None)
     mask_truncated = fixed(False)
-    why_no_kl_in_reward = "its targets train whatever their reward"
     trains_on_targets: ClassVar[bool] = True
 
 
-class RAFT(Algorithm, advantage=best_of_group_advantages):
+class RAFT(MaximumLikelihood, advantage=best_of_group_advantages):
     """Reward-ranked fine-tuning (arXiv:2304.06767): supervised steps on the best completion of each group.
 
     Also called rejection sampling or best-of-n fine-tuning. The loss is the mean cross-entropy over the tokens of what
-    is chosen. The paper's KL, where `beta` is set, is k1 in the reward, and takes part in the choice.
+    is chosen. The paper's KL is k1 in the reward, where it takes part in the choice; here, where `beta` is set, it is
+    k2 in the loss, so that `minimum_reward` is compared with rewards alone.
 
     Args:
         minimum_reward: A group whose best total reward is below this trains nothing; None as in the paper, where the
@@ -64,5 +72,4 @@ class RAFT(Algorithm, advantage=best_of_group_advantages):
     """
 
     minimum_reward: float | None = None
-    kl = KL(estimator="k1", place="reward")
-    aggregation = "token_mean"
+    kl = KL(estimator="k2")

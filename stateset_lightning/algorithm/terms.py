@@ -39,13 +39,9 @@ def sampler_logprobs(tokens: TokenBatch) -> Tensor:
 LARGEST_LOG_RATIO = 20.0
 
 
-def log_ratio(logprobs: Tensor, others: Tensor) -> Tensor:
+def log_ratio(logprobs: Tensor, others: Tensor | float = 0.0) -> Tensor:
     """Log of the ratio of two probabilities, within `LARGEST_LOG_RATIO` of 0 (and without gradient beyond)."""
-    return bounded_log(logprobs - others)
-
-
-def bounded_log(values: Tensor) -> Tensor:
-    return values.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    return (logprobs - others).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
 
 
 # KL(policy || reference), in nats -------------------------------------------------------------------------------------
@@ -219,7 +215,7 @@ def mismatch_weights(tokens: TokenBatch, mismatch: Mismatch) -> Tensor:
     weights_T = log_weights_T.exp()
 
     def of_completions(reduced_N: Tensor) -> Tensor:
-        return per_token(bounded_log(reduced_N).exp(), tokens.lengths_N, len(weights_T))
+        return per_token(log_ratio(reduced_N).exp(), tokens.lengths_N, len(weights_T))
 
     if mismatch.kind in ("sequence_tis", "product_mask"):
         weights_T = of_completions(sequence_sums(log_weights_T, tokens.lengths_N))
@@ -242,11 +238,10 @@ def mismatch_metrics(tokens: TokenBatch) -> Metrics:
     """
     if tokens.sampling_logprobs_T is None:
         return {}
-    known_T = tokens.sampling_logprobs_T.isfinite()
-    old_T, sampling_T, count = tokens.old_logprobs_T[known_T], tokens.sampling_logprobs_T[known_T], known_T.sum()
-    weights_T = log_ratio(old_T, sampling_T).exp()
+    known_T, sampling_T = tokens.sampling_logprobs_T.isfinite(), sampler_logprobs(tokens)
+    weights_T, count = log_ratio(tokens.old_logprobs_T, sampling_T).exp() * known_T, known_T.sum()
     return {
-        "mismatch/kl": (k3(sampling_T, old_T).sum(), count),
+        "mismatch/kl": (k3(sampling_T, tokens.old_logprobs_T).sum(), count),  # 0 where it is not known
         "mismatch/weight": (weights_T.sum(), count),
         "mismatch/ess": (weights_T.sum(), weights_T.square().sum()),
         "mismatch/unknown": ((~known_T).sum(), known_T.numel()),

@@ -97,7 +97,7 @@ def compared_with(
     """A comparison with a teacher's distributions at the same places; its logits, too, exist for a chunk at a time.
 
     Args:
-        teacher: A model with the policy's tokenizer. Products are of its weights' dtype.
+        teacher: A model with the policy's tokenizer. Products are in the dtype of its weights, or its own `head_dtype`.
         groups: The completions.
         temperature: Divides its logits.
         divergence: Of log-probs from the teacher's, both [t, V]: value [t] and gradient by the logits [t, V].
@@ -108,7 +108,8 @@ def compared_with(
         theirs = outputs_TX[chunk].float() / temperature
         if teacher.uses_chunked_head:
             weight_VH, bias_V, options = head_of(teacher, temperature)
-            theirs = _logits(outputs_TX[chunk].to(weight_VH.dtype), weight_VH, bias_V, options)
+            dtype = options.dtype or weight_VH.dtype
+            theirs = _logits(outputs_TX[chunk].to(dtype), weight_VH.to(dtype), bias_V, options)
         both = min(logits.shape[-1], theirs.shape[-1])  # models of one family may pad their vocabularies differently
         return divergence(logits[:, :both].log_softmax(-1), theirs[:, :both].to(logits.dtype).log_softmax(-1))
 

@@ -52,9 +52,8 @@ def resolve_model_name(model_name: str, key: str = "model.policy.model_name") ->
         return str(folder)
     is_path = model_name.startswith((".", "/", "~")) or (os.sep != "/" and os.sep in model_name)
     if is_gguf or is_path or model_name.count("/") > 1:
-        raise ConfigError(
-            f"{given}: there is no such {'file' if is_gguf else 'folder'}; paths are relative to {Path.cwd()}"
-        )
+        kind = "file" if is_gguf else "folder"
+        raise ConfigError(f"{given}: there is no such {kind}; paths are relative to {Path.cwd()}")
     return model_name
 
 
@@ -131,11 +130,8 @@ def _load_on_cpu(
             _dequantize(config, policy.model_name)
         dtype = getattr(torch, policy.dtype) if policy.dtype else default_dtype
         own = {"dtype": dtype, "attn_implementation": policy.attn_implementation, **_hub_options(policy)}
-        others = {
-            "experts_implementation": None,
-            **of_weights,
-            **policy.model_kwargs,
-        }  # nor is attention taken from a config.json
+        # Nor is attention taken from a config.json.
+        others = {"experts_implementation": None, **of_weights, **policy.model_kwargs}
         model, report = auto_class(config).from_pretrained(
             name, config=config, weights_only=True, output_loading_info=True, **own, **others
         )

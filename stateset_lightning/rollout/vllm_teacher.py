@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import Group
-from stateset_lightning.rollout.vllm_client import LARGEST_LOGPROB, Answer, BadAnswer, VLLMServer
+from stateset_lightning.rollout.vllm_client import LARGEST_LOGPROB, Answer, BadAnswer, Logprob, VLLMServer
 from stateset_lightning.threads import DaemonThreads, interruptible
 
 # Requests at a time; the servers have a queue of their own.
@@ -22,7 +22,7 @@ REQUESTS = 64
 
 
 class TokenLogprob(Answer):
-    logprob: float
+    logprob: Logprob
 
 
 class ScoredPrompt(Answer):

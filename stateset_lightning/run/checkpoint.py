@@ -169,6 +169,9 @@ class RunCheckpoint:
             _log.info("the checkpoint does not say what its run was made of (version 0.1): whether it differs is open")
         module.state.bad_steps = saved["bad_steps"]
         if (episodes := saved["episode"]) is not None:
+            if "algorithm" in self._accepted:
+                what = "the checkpoint lies inside an episode of its own algorithm"
+                raise ConfigError(f"accept_changes=algorithm: {what}: take one of an episode's end, or export it")
             module.state.episode = Episode(**episodes[trainer.global_rank])
             module.state.episode_of_ranks = episodes
         if continues(trainer, saved["run_folder"]):

@@ -142,7 +142,8 @@ def check_targets(data: ScenarioDataModule | None, module: Any) -> None:
     if not module.algorithm.trains_on_targets:
         return
     rollout, why = module.rollout, f"{type(module.algorithm).__name__} trains on one target per prompt, and not samples"
-    needs_samples = {f"model.rollout.{name}": getattr(rollout, name) for name in ("dynamic_sampling", "sampling_ahead")}
+    names = "dynamic_sampling", "sampling_ahead", "keep_sampling_mask"
+    needs_samples = {f"model.rollout.{name}": getattr(rollout, name) for name in names}
     needs_samples["data.curriculum"] = data and data.curriculum
     for key, value in needs_samples.items():
         if value:

@@ -16,8 +16,8 @@ from stateset_lightning.training.episode import MicroBatch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Options of a policy that only its training reads.
-OF_TRAINING = "gradient_checkpointing", "dropout", "lora", "router_aux_loss"
+# Options that only a policy's training reads, or that are set for all models of the process.
+OF_POLICY = "gradient_checkpointing", "dropout", "lora", "router_aux_loss", "float32_matmul"
 
 
 def checked_teacher(
@@ -37,14 +37,16 @@ def checked_teacher(
     shown = f"model.teacher={teacher.model_name if isinstance(teacher, PolicyConfig) else teacher.urls}"
     if not algorithm.needs_teacher:
         raise ConfigError(f"{shown} has no effect on {name}: remove it, or use OnPolicyDistillation or GKD")
+    if rollout.keep_sampling_mask and isinstance(algorithm, GKD):
+        raise ConfigError(f"model.rollout.keep_sampling_mask=true: {name} compares whole distributions; remove it")
     if isinstance(teacher, VLLMTeacher) and isinstance(algorithm, GKD):
         raise ConfigError(f"{shown} with {name}: vLLM gives no whole distributions; set model.teacher.model_name")
     if isinstance(teacher, VLLMTeacher) and (rollout.temperature != 1 or rollout.keep_sampling_mask):
         sampling = f"model.rollout.temperature={rollout.temperature}, keep_sampling_mask={rollout.keep_sampling_mask}"
         why = "vLLM gives a prompt's log-probs at temperature 1 and over the whole vocabulary"
         raise ConfigError(f"{shown} with {sampling}: {why}; set these to 1 and false, or model.teacher.model_name")
-    if unread := [key for key in OF_TRAINING if getattr(teacher, key, None)]:
-        raise ConfigError(f"model.teacher.{unread[0]} has no effect on a teacher, which is not trained: remove it")
+    if unread := [key for key in OF_POLICY if getattr(teacher, key, None)]:
+        raise ConfigError(f"model.teacher.{unread[0]} is an option of model.policy, and of no teacher: remove it")
     return teacher
 
 

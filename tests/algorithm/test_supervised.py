@@ -58,14 +58,10 @@ def test_a_step_of_which_nothing_is_chosen_has_no_loss() -> None:
     assert loss_of(RAFT(minimum_reward=2), [[1, 0], [0, 0]]) == 0
 
 
-def test_the_kl_of_raft_takes_part_in_the_choice() -> None:
-    assert RAFT(beta=0.1).kl_in_reward
-    scores_PGF = torch.tensor([[[1.0, 9.0], [0.9, 2.0]]])  # reward and KL
-    got = RAFT(beta=0.1).advantages(scores_PGF, torch.tensor([1.0, -0.1]))
-    assert got[0].isfinite().tolist() == [False, True]
-
-
-@pytest.mark.parametrize("option", ["mismatch", "off_policy_threshold", "mask_truncated", "scale", "epsilon_low"])
+@pytest.mark.parametrize(
+    "option",
+    ["mismatch", "off_policy_threshold", "mask_truncated", "scale", "advantage_clip", "positive_coefficient"],
+)
 def test_supervised_has_no_option_that_only_samples_could_honour(option: str) -> None:
     with pytest.raises(TypeError, match=option):
         Supervised(**{option: 0.5})
@@ -73,13 +69,14 @@ def test_supervised_has_no_option_that_only_samples_could_honour(option: str) ->
 
 def test_a_kl_in_the_reward_of_a_target_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"kl\.place='reward' does not go with Supervised: its targets train whatever"
+        ConfigError, match=r"kl\.place='reward' does not go with Supervised: what it learns is not weighed by rewards"
     ):
         Supervised(beta=0.1, kl=KL("k1", "reward"))
 
 
-def test_servers_bring_no_correction_along() -> None:
-    algorithm = Supervised()
+@pytest.mark.parametrize("preset", [Supervised, RAFT])
+def test_servers_bring_no_correction_along(preset: type[Supervised | RAFT]) -> None:
+    algorithm = preset()
     algorithm.setup(8, samples_elsewhere=True)
     assert algorithm.mismatch is not None
     assert algorithm.mismatch.kind == "none"

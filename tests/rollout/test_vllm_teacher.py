@@ -43,6 +43,7 @@ def answer(*prompt_logprobs: Any) -> tuple[int, Any]:
         (answer(None, {"6": {"logprob": -1.0}}, {"9": {"logprob": -1.0}}), "log-probs that are missing or none"),
         (answer(None, {"6": {"logprob": -1.0}}, {"7": {"logprob": 0.5}}), "log-probs that are missing or none"),
         (answer(None, {"6": {"logprob": -1.0}}, None), "log-probs that are missing or none"),
+        (answer(None, {"6": {"logprob": -1.0}}, {"7": {"logprob": -9999.0}}), "log-probs that are missing or none"),
         ((200, {"choices": []}), "answers in another form than vLLM's"),
         ((400, {"error": {"message": "no prompt_logprobs here"}}), r"model\.teacher\.urls: .*no prompt_logprobs here"),
     ],

@@ -16,7 +16,7 @@ from vllm_stub import running
 from stateset_lightning import RolloutConfig
 from stateset_lightning.algorithm import GKD, Clipped, OnPolicyDistillation
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.policy import LoRAConfig, PolicyConfig, load_model, load_tokenizer
+from stateset_lightning.policy import Group, LoRAConfig, Policy, PolicyConfig, compared_with, load_model, load_tokenizer
 from stateset_lightning.rollout import VLLMTeacher
 from stateset_lightning.training.teacher import check_same_tokenizer
 
@@ -40,11 +40,19 @@ ROLLOUT = {"num_generations": 4, "max_new_tokens": 5}
             "rollout.temperature=0.7, .*: vLLM gives a prompt's log-probs at temperature 1",
         ),
         (
+            {"algorithm": GKD(), "teacher": "tiny", "rollout": RolloutConfig(top_k=5, keep_sampling_mask=True)},
+            "keep_sampling_mask=true: model.algorithm=GKD compares whole distributions",
+        ),
+        (
             {"algorithm": GKD(), "teacher": PolicyConfig("tiny", lora=LoRAConfig())},
-            "model.teacher.lora has no effect on a teacher",
+            "model.teacher.lora is an option of model.policy, and of no teacher",
+        ),
+        (
+            {"algorithm": GKD(), "teacher": PolicyConfig("tiny", float32_matmul="high")},
+            "model.teacher.float32_matmul is an option of model.policy",
         ),
     ],
-    ids=["none for GKD", "none", "not read", "server for GKD", "temperature", "trained"],
+    ids=["none for GKD", "none", "not read", "server for GKD", "temperature", "mask", "trained", "of the process"],
 )
 def test_what_cannot_be_honoured_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -158,3 +166,20 @@ def test_a_completion_whose_reward_failed_is_distilled(tmp_path: Path, student: 
     assert last["work/skipped"] == 0
     assert last["policy/divergence"] > 0.01
     assert last["policy/grad_norm"] > 0
+
+
+def test_a_teacher_is_compared_with_by_the_products_that_it_scores_with(tiny_tokenizer: Any) -> None:
+    """In bfloat16 its own head multiplies in float32 (on a CPU), unless `head_dtype` says otherwise."""
+    config = PolicyConfig("tiny", dtype="bfloat16")
+    teacher = Policy(load_model(config), config)
+    groups = [Group([5, 6, 7], [[8, 9, 10, 11]])]
+    wanted_T = teacher.score_without_gradient(groups, 1.0)[0]
+    seen: list[torch.Tensor] = []
+
+    def divergence(logps_TV: torch.Tensor, teacher_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(teacher_TV)
+        return torch.zeros(len(logps_TV)), logps_TV
+
+    compared_with(teacher, groups, 1.0, divergence)(torch.zeros(4, teacher.model.config.vocab_size), slice(0, 4))
+    got_T = seen[0].gather(-1, torch.tensor([[8], [9], [10], [11]]))[:, 0]
+    torch.testing.assert_close(got_T, wanted_T, atol=1e-5, rtol=0)

@@ -275,6 +275,7 @@ class EpisodeMeasurement:
             ref_logprobs_T=zeros_T if self.reference else None,
             select_T=zeros_T == 0 if algorithm.selects_tokens else None,
             teacher_logprobs_T=zeros_T,
+            right_N=torch.ones(len(lengths_N)),
         )
         teacher, temperature = (*self.module._teacher, None)[0], self.module.rollout.temperature
         with self.trainer.precision_plugin.forward_context():

@@ -67,7 +67,7 @@ def test_an_episode_of_the_configs_sizes_is_sampled_and_one_of_its_micro_steps_t
 
 
 def test_reference_and_old_log_probs_count_where_there_are_any(examine):
-    grpo = {"class_path": "stateset_lightning.algorithm.GRPO", "init_args": {"beta": 0.1}}
+    grpo = {"class_path": "stateset_lightning.algorithm.GRPO", "init_args": {"beta": 0.1, "positive_coefficient": 0.1}}
     code, said = examine("--data.num_iterations=2", model={"algorithm": grpo})
     assert code == 0
     assert ("worst case", "log-probs") in PHASE.findall(said)
