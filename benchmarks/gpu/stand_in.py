@@ -250,9 +250,8 @@ def losses_wait_for_nothing() -> str:
             advantages = on_device(torch.tensor([1.0, -1.0, 0.5, -0.5]))
             selected = on_device(torch.ones(10, dtype=torch.bool))
             old, reference, sampling, entropies = others
-            tokens = TokenBatch(
-                logprobs, old, advantages, on_device(lengths), reference, sampling, entropies, select_T=selected
-            )
+            own = {"select_T": selected, "teacher_logprobs_T": reference, "divergences_T": logprobs.square()}
+            tokens = TokenBatch(logprobs, old, advantages, on_device(lengths), reference, sampling, entropies, **own)
             gpu.take()
             loss_T, _ = preset.per_token_loss(tokens)
             loss_T.sum().backward()
