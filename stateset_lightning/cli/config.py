@@ -75,8 +75,16 @@ class Parser(LightningArgumentParser):
 class SaveRunConfig(SaveConfigCallback):
     """Writes the resolved config, and what it runs on, to the run's own folder.
 
-    Also with W&B, where Lightning would write to a `log_dir` that all runs share.
+    Also with W&B, where Lightning would write to a `log_dir` that all runs share. Not before a checkpoint was accepted:
+    a resume that is refused must leave the run's config as it was.
     """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         file = config_file(trainer)

@@ -52,8 +52,7 @@ def resolve_model_name(model_name: str, key: str = "model.policy.model_name") ->
         return str(folder)
     is_path = model_name.startswith((".", "/", "~")) or (os.sep != "/" and os.sep in model_name)
     if is_gguf or is_path or model_name.count("/") > 1:
-        kind = "file" if is_gguf else "folder"
-        raise ConfigError(f"{given}: there is no such {kind}; paths are relative to {Path.cwd()}")
+        raise ConfigError(f"{given}: there is no such folder or file; paths are relative to {Path.cwd()}")
     return model_name
 
 

@@ -130,7 +130,7 @@ class WeightSync:
         blocks: Iterator[dict[str, Tensor]] = iter(())
         if policy.adapter is not None:
             blocks = map(adapter_weights, [policy.model])
-        elif self._is_written:
+        elif not self.by_ipc:
             blocks = weights_by_block(policy.model, self._served_dtype(policy))
         synced = self._of_first_rank(partial(self._write, policy, blocks), together=blocks)
         answers = self._of_first_rank(partial(self._hand_over, synced))
@@ -168,16 +168,11 @@ class WeightSync:
     def _served_dtype(self, policy: Policy) -> torch.dtype:
         return getattr(torch, self.dtype) if self.dtype else policy.model.dtype
 
-    @property
-    def _is_written(self) -> bool:
-        """Whether a whole model goes to the servers in files."""
-        return self._policy.adapter is None and not self.by_ipc
-
     def _write(self, policy: Policy, blocks: Iterator[dict[str, Tensor]]) -> Synced:
         """Writes the weights to a new path."""
         if self._home is None:
             size = self._served_dtype(policy).itemsize * sum(p.numel() for p in policy.parameters())
-            where = self.folder or roomy_folder(size if self._is_written else 0)
+            where = self.folder or roomy_folder(size if policy.adapter is None and not self.by_ipc else 0)
             self._home = tempfile.TemporaryDirectory(
                 prefix="stateset-lightning-", dir=where, ignore_cleanup_errors=True
             )
@@ -204,9 +199,8 @@ class WeightSync:
     def _load(self, server: VLLMServer, synced: Synced) -> None:
         """Makes a server load weights."""
         if synced.adapter is None and self.by_ipc:  # the policy's, which have not changed since the sync
-            return send(
-                server, self._policy.model, weights_by_block(self._policy.model, self._served_dtype(self._policy))
-            )
+            model, dtype = self._policy.model, self._served_dtype(self._policy)
+            return send(server, model, weights_by_block(model, dtype))
         if synced.adapter is None:
             path = "/collective_rpc"
             body: dict[str, Any] = {"method": "reload_weights", "kwargs": {"weights_path": synced.path}}

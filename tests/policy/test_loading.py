@@ -395,7 +395,7 @@ def cut(size: int) -> Callable[[Path], None]:
         (cut(100), "cannot be loaded: damaged, or no GGUF file"),
         (cut(-1), "cannot be loaded: cannot reshape"),
         (lambda file: file.write_bytes(b"no GGUF" * 100), "cannot be loaded: damaged, or no GGUF file.*magic bytes"),
-        (Path.unlink, r"small\.gguf': there is no such file"),
+        (Path.unlink, r"small\.gguf': there is no such folder or file"),
     ],
     ids=["no tokenizer", "empty", "cut header", "cut weights", "other bytes", "gone"],
 )

@@ -141,6 +141,17 @@ def test_what_is_no_best_checkpoint_is_said(folder, capsys):
     assert said.count("\n") == 1
 
 
+def test_a_refused_resume_leaves_the_run_as_it_was(folder, capsys):
+    """Its config above all: `generate` and `export` make prompts by it."""
+    main(["fit", "--config", "config.yaml"])
+    (run,) = Path("runs/r").glob("version_*")
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    other = ["--data.system_prompt=Be brief", "--trainer.max_steps=5", "--ckpt_path=last"]
+    said = stopped_with(capsys, "fit", "--config", "config.yaml", *other)
+    assert "made of something else" in said
+    assert {file: file.read_bytes() for file in before} == before
+
+
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
 def test_an_empty_checkpoint_path_is_refused(folder, capsys, command):
     said = stopped_with(capsys, command, *ON_ROWS, "--ckpt_path=")
