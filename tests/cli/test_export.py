@@ -161,6 +161,22 @@ def test_the_card_tells_task_rewards_and_metrics_and_its_code_runs(run, capsys, 
     assert capsys.readouterr().out == ours + "\n"
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "trained_by", "is_tagged"),
+    [
+        ("stateset_lightning.algorithm.Supervised", "supervised steps", False),
+        ({"class_path": "stateset_lightning.algorithm.GKD"}, "distillation", False),
+        ({"class_path": "mine.Loss", "init_args": {}}, "group-relative policy optimisation", True),
+    ],
+)
+def test_the_card_says_by_what_a_model_was_trained(run, algorithm, trained_by, is_tagged):
+    trained = load_trained(str(run / CHECKPOINT))
+    model = {**trained.config["model"], "algorithm": algorithm}
+    card = export_module.model_card(dataclasses.replace(trained, config={**trained.config, "model": model}), "out")
+    assert f"trained by {trained_by} for 1 optimizer steps." in card
+    assert ("grpo" in card.split("---")[1]) == is_tagged
+
+
 FENCE = "```"  # which must not end the code in the card
 LORA = {"policy": {"model_name": "tiny", "lora": {"rank": 2}}, "rollout": {"stop": ["1", "22"]}}
 FRAMED = {"policy": {"model_name": "framed"}, "rollout": {"stop": ["=1", "7"]}}
