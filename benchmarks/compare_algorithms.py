@@ -109,6 +109,7 @@ def train_with_trl(folder: Path, seed: int, steps: int) -> None:
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
+    from workload import TRL_SETTINGS
 
     from stateset_lightning.rewards.match import ExactMatch
     from stateset_lightning.types import Turn
@@ -140,8 +141,6 @@ def train_with_trl(folder: Path, seed: int, steps: int) -> None:
             max_steps=steps,
             per_device_train_batch_size=data["batch_size"] * rollout["num_generations"],
             num_generations=rollout["num_generations"],
-            steps_per_generation=1,
-            gradient_accumulation_steps=1,
             max_completion_length=rollout["max_new_tokens"],
             temperature=rollout["temperature"],
             top_k=0,
@@ -150,17 +149,9 @@ def train_with_trl(folder: Path, seed: int, steps: int) -> None:
             lr_scheduler_type="cosine",
             warmup_steps=config["model"]["lr_scheduler"]["warmup_steps"],
             max_grad_norm=config["trainer"]["gradient_clip_val"],
-            beta=0.0,
             epsilon=0.2,
-            loss_type="grpo",
-            gradient_checkpointing=False,
-            model_init_kwargs={"dtype": "float32"},
-            bf16=False,
-            use_cpu=True,
-            save_strategy="no",
-            report_to="none",
             logging_steps=1000,
-            disable_tqdm=True,
+            **TRL_SETTINGS,
         ),
     )
     trainer.train()

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from workload import CASES, NUM_GENERATIONS, NUM_PROMPTS, Case, make_prompts, save_workload, score
+from workload import CASES, NUM_GENERATIONS, NUM_PROMPTS, TRL_SETTINGS, Case, make_prompts, save_workload, score
 
 WARMUP_STEPS, STEPS = 1, 4
 THREADS = 2
@@ -119,24 +119,14 @@ def run_trl(folder: Path, case: Case) -> StepTimes:
             max_steps=WARMUP_STEPS + STEPS,
             per_device_train_batch_size=NUM_PROMPTS * NUM_GENERATIONS,
             num_generations=NUM_GENERATIONS,
-            steps_per_generation=1,
-            gradient_accumulation_steps=1,
             max_completion_length=case.completion_tokens,
             learning_rate=LEARNING_RATE,
-            beta=0.0,
-            loss_type="grpo",
             max_grad_norm=1.0,
             optim="adamw_torch_fused",
             lr_scheduler_type="constant",
-            gradient_checkpointing=False,
-            model_init_kwargs={"dtype": "float32"},
-            bf16=False,
-            use_cpu=True,
-            save_strategy="no",
-            report_to="none",
             logging_steps=1000,
-            disable_tqdm=True,
             log_completions=False,
+            **TRL_SETTINGS,
         ),
     )
     trainer.train()

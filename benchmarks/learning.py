@@ -303,6 +303,7 @@ def run_trl(folder: Path, model: str, banking77: str, seed: int) -> None:
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
+    from workload import TRL_SETTINGS
 
     from stateset_lightning.rewards import ExactMatch
     from stateset_lightning.types import Turn
@@ -347,8 +348,6 @@ def run_trl(folder: Path, model: str, banking77: str, seed: int) -> None:
             max_steps=TRL_STEPS,
             per_device_train_batch_size=data["batch_size"] * rollout["num_generations"],
             num_generations=rollout["num_generations"],
-            steps_per_generation=1,
-            gradient_accumulation_steps=1,
             max_completion_length=rollout["max_new_tokens"],
             temperature=rollout["temperature"],
             top_k=0,
@@ -357,17 +356,9 @@ def run_trl(folder: Path, model: str, banking77: str, seed: int) -> None:
             warmup_steps=config["model"]["lr_scheduler"]["warmup_steps"],
             weight_decay=0.0,
             max_grad_norm=config["trainer"]["gradient_clip_val"],
-            beta=0.0,
-            loss_type="grpo",
             optim="adamw_torch_fused",
-            gradient_checkpointing=False,
-            model_init_kwargs={"dtype": "float32"},
-            bf16=False,
-            use_cpu=True,
-            save_strategy="no",
-            report_to="none",
             logging_steps=1,
-            disable_tqdm=True,
+            **TRL_SETTINGS,
         ),
     )
     trainer.train()

@@ -25,6 +25,22 @@ EOS, PAD = 1, 0
 UNREACHABLE_EOS = VOCABULARY  # see `add_unreachable_end`
 NUM_PROMPTS, NUM_GENERATIONS = 2, 8
 
+# TRL's fastest honest setting on a CPU: an episode in one generation and one backward pass, no reference, no gradient
+# checkpointing, float32, nothing written.
+TRL_SETTINGS: dict[str, Any] = {
+    "steps_per_generation": 1,
+    "gradient_accumulation_steps": 1,
+    "beta": 0.0,
+    "loss_type": "grpo",
+    "gradient_checkpointing": False,
+    "model_init_kwargs": {"dtype": "float32"},
+    "bf16": False,
+    "use_cpu": True,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
 
 @dataclass(frozen=True)
 class Case:

@@ -28,7 +28,7 @@ def best_of_group_advantages(rewards_PG: Tensor, minimum_reward: float | None = 
     the best is below `minimum_reward`.
     """
     rewards_PG = rewards_PG.double().where(rewards_PG.isfinite(), -torch.inf)
-    best_P1, index_P1 = rewards_PG.max(-1, keepdim=True).values, rewards_PG.argmax(-1, keepdim=True)
+    best_P1, index_P1 = rewards_PG.max(-1, keepdim=True)  # of equal ones the first
     enough_P1 = best_P1.isfinite() & (best_P1 >= (-torch.inf if minimum_reward is None else minimum_reward))
     chosen_P1 = torch.ones_like(best_P1).where(enough_P1, torch.nan)
     return torch.full_like(rewards_PG, torch.nan).scatter(-1, index_P1, chosen_P1)

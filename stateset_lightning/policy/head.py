@@ -41,7 +41,8 @@ class HeadOptions:
             on a GPU `GPU_CHUNK_TOKENS`.
         dtype: Of the products. None: autocast's on a GPU, else that of the weights.
         mask: Of the tokens: their distributions are over what it keeps.
-        comparison: What each distribution is compared with; it then sees all of the vocabulary at a time.
+        comparison: What each distribution is compared with; it then sees all of the vocabulary at a time. Not beside a
+            mask, which is no part of it (`training.teacher` refuses that).
     """
 
     temperature: float = 1.0

@@ -195,7 +195,7 @@ def add_fixed_logprobs(step: TrainingStep, episode: Episode, scored: TrainedScor
     if not (algorithm.selects_tokens or balances) and (not old or episode.old_logprobs_T is not None):
         return
     rows_N = counted(episode, plan) if algorithm.selects_tokens else episode.active_N
-    groups = episode.batch_of(rows_N).groups
+    groups = episode.batch_of(rows_N).groups if algorithm.selects_tokens else groups
     step.sampled_policy.routed = 0
     logprobs_T, entropies_T = step.sampled_policy.score_without_gradient(groups, temperature)
     if old or algorithm.selects_tokens:
