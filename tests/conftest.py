@@ -16,7 +16,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import wandb
 from bundled_shortcuts import bundled_shortcuts
 from transformers import (
     AutoModelForCausalLM,
@@ -97,6 +96,8 @@ def wandb_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The working folder is the test's own, and what W&B writes goes there."""
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.chdir(tmp_path)
+    import wandb  # here, for machines that run only the tests of a GPU and lack it
+
     wandb.teardown()  # its service, if an earlier test has started it, works in that test's folder
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 from conftest import small_model
-from harness import ACCELERATOR, BARE_RUN, DEVICE, IS_GPU, ROOT, check, exit_status, peak_gib, sync
+from harness import ACCELERATOR, BARE_RUN, DEVICE, IS_GPU, ROOT, append, check, exit_status, peak_gib, sync
 from lightning.pytorch import Trainer, seed_everything
 from scoring_kernels import kernels
 from windowed_models import windowed_model
@@ -93,6 +93,8 @@ def fit(*arguments: str, program: tuple[str, ...] = ("-m", "stateset_lightning")
         timeout=120,
     )
     printed = (run.stdout + run.stderr).strip()
+    if run.returncode:
+        append("errors.txt", f"== {' '.join([*command, *arguments])}\n{printed}")
     assert run.returncode == 0, printed[-600:]
     return printed
 
@@ -149,6 +151,7 @@ def own_gpu_tests() -> str:
         text=True,
         timeout=120,
     )
+    append("gpu_tests.txt", run.stdout + run.stderr)
     assert run.returncode == 0, run.stdout[-600:]
     return run.stdout.strip().splitlines()[-1]
 

@@ -1,7 +1,8 @@
 """What the parts of the GPU check share: where they run, a clock, and one line per check.
 
 Environment: GPU_CHECK_DEVICE (cuda; cpu for a rehearsal with small sizes), GPU_CHECK_SECONDS (time of a part: checks
-that would not fit are skipped), OUT (folder of results.jsonl, errors.txt and profiles).
+that would not fit are skipped), GPU_CHECK_ONLY (words between |: checks that have one in their name), OUT (folder of
+results.jsonl, errors.txt and profiles).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ BARE_RUN: dict[str, Any] = {
 }
 """Options of a Trainer that leaves and prints nothing."""
 FAILED: list[str] = []
+_ONLY = os.environ.get("GPU_CHECK_ONLY", "").split("|")
 _DEADLINE = time.monotonic() + float(os.environ.get("GPU_CHECK_SECONDS", "inf"))
 
 
@@ -61,6 +63,8 @@ def check(name: str, function: Callable[[], str | None], seconds: float = 0.0) -
         function: Returns what is to be printed; an AssertionError is a failure, any other exception an error.
         seconds: What it takes, roughly; skipped where less is left.
     """
+    if not any(word in name for word in _ONLY):
+        return
     start = time.monotonic()
     if _DEADLINE - start < seconds:
         state, detail = "SKIP", f"{_DEADLINE - start:.0f} s left, needs {seconds:.0f}"

@@ -1,6 +1,6 @@
 """TRL's GRPOTrainer on the same card, model, prompts and reward as `speed.py --parts step`; skipped without TRL.
 
-python peer_trl.py FOLDER [--continuous] [--checkpointing]       FOLDER: of the model that speed.py wrote
+python peer_trl.py FOLDER [--continuous] [--checkpointing] [--cudnn]       FOLDER: of the model that speed.py wrote
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import workload
 from harness import IS_GPU, check, exit_status, peak_gib, record, sync
 from speed import COMPLETION, GROUP, PROMPT, STEP_PROMPTS
@@ -78,11 +79,13 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--continuous", action="store_true", help="sample by transformers' continuous batching")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, which is TRL's default")
+    parser.add_argument("--cudnn", action="store_true", help="leave PyTorch its cuDNN attention, which is its default")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--per-device", type=int, default=16 if IS_GPU else 8)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    switches = [word for word in ("continuous", "checkpointing") if getattr(options, word)]
+    torch.backends.cuda.enable_cudnn_sdp(options.cudnn)
+    switches = [word for word in ("continuous", "checkpointing", "cudnn") if getattr(options, word)]
     name = ", ".join(["TRL", *switches])
     if importlib.util.find_spec("trl") is None:
         print(f"SKIP  {name}: not installed", flush=True)

@@ -6,10 +6,12 @@ ceilings   TFLOP/s of matrix products by precision, GB/s of a copy
 head       forward and backward of the last layer alone: as it is, and with products in half precision
 train      forward and backward of a micro-step under bf16-mixed, by candidate; on one shape and on shapes that are new
            each time, as in a run
-sample     milliseconds per decoding step: the engine without and with a CUDA graph, transformers' continuous batching
+sample     milliseconds per decoding step: the engine without and with a CUDA graph, with an adapter, too
+continuous the same of transformers' continuous batching
 optimizer  AdamW, and the norms of gradients and weights that guard a step
 profile    tables of kernels into OUT: profile_train.txt, profile_decode.txt
-step       whole steps under Lightning's Trainer; needs --folder, where the model is put for the peers as well
+step       whole steps under Lightning's Trainer, with an adapter, too; needs --folder, where the model is put for the
+           peers as well
 
 On a CPU all of it runs with a toy model.
 """
@@ -48,8 +50,9 @@ from torch import Tensor, nn
 
 from stateset_lightning import GRPOLightningModule, ScenarioDataModule
 from stateset_lightning.algorithm import GRPO
-from stateset_lightning.policy import Group, Policy, PolicyConfig, packed_attention
+from stateset_lightning.policy import Group, LoRAConfig, Policy, PolicyConfig, packed_attention
 from stateset_lightning.policy.head import HeadOptions, token_logprobs
+from stateset_lightning.policy.lora import add_adapter
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig
 from stateset_lightning.rollout.engine import DecodingKind
 from stateset_lightning.seeding import sample_seeds
@@ -70,10 +73,9 @@ CANDIDATES = [
     ("float32 head",),
     ("float32 head", "TF32"),
     ("buckets",),
-    ("buckets", "no cuDNN"),
-    ("buckets", "no cuDNN", "repeated key heads"),
-    ("buckets", "no cuDNN", "repeated key heads", "large buckets"),
+    ("buckets", "large buckets"),
     ("buckets", "float32 head"),
+    ("buckets", "cuDNN"),  # seconds for each new shape
 ]
 
 
@@ -169,36 +171,22 @@ def random_groups(number: int, ragged: bool, seed: int) -> list[Group]:
     ]
 
 
-def with_repeated_key_heads(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Grouped heads rule out some kernels; copies of the key heads do not."""
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
-        if options.pop("enable_gqa", False):
-            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-        return attend(query, key, value, *args, **options)
-
-    return attention
-
-
 @contextmanager
 def candidates(names: tuple[str, ...]) -> Iterator[None]:
     """What is named in place of the kernels, and settings, while the context lasts."""
-    functional = torch.nn.functional
-    attend, bucket_tokens = functional.scaled_dot_product_attention, packed_attention.BUCKET_TOKENS
+    bucket_tokens = packed_attention.BUCKET_TOKENS
     with ExitStack() as stack:
         stack.enter_context(kernels("buckets" not in names, "float32 head" not in names))
         try:
             torch.set_float32_matmul_precision("high" if "TF32" in names else "highest")
-            torch.backends.cuda.enable_cudnn_sdp("no cuDNN" not in names)
-            if "repeated key heads" in names:
-                functional.scaled_dot_product_attention = with_repeated_key_heads(attend)
+            torch.backends.cuda.enable_cudnn_sdp("cuDNN" in names)
             if "large buckets" in names:
                 packed_attention.BUCKET_TOKENS = 2**18
             yield
         finally:
-            functional.scaled_dot_product_attention, packed_attention.BUCKET_TOKENS = attend, bucket_tokens
+            packed_attention.BUCKET_TOKENS = bucket_tokens
             torch.set_float32_matmul_precision("highest")
-            torch.backends.cuda.enable_cudnn_sdp(True)
+            torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def micro_step(policy: Policy, groups: list[Group]) -> None:
@@ -234,8 +222,8 @@ def train(policy: Policy, number: int) -> None:
 
     for ragged in (False, True):
         for names in CANDIDATES:
-            if ragged and names and "buckets" not in names:
-                continue  # the shapes change nothing for these
+            if ragged and names and ("buckets" not in names or "cuDNN" in names):
+                continue  # the shapes change nothing for these, or take a minute
             title = f"{'new shapes' if ragged else 'one shape'}: {' + '.join(names) or 'as it is'}"
             check(title, partial(measure, title, names, ragged), 20)
     policy.zero_grad(set_to_none=True)
@@ -245,7 +233,15 @@ def train(policy: Policy, number: int) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def sample(policy: Policy, rows: int, tokens: int) -> None:
+def with_adapter(policy: Policy) -> Policy:
+    """A policy of a copy of the model."""
+    config = PolicyConfig(policy.config.model_name, lora=LoRAConfig(rank=16))
+    model = copy.deepcopy(policy.model)
+    add_adapter(model, config.lora, 1)
+    return Policy(model, config)
+
+
+def sample(policy: Policy, rows: int, tokens: int, continuous: bool) -> None:
     prompts = [torch.randint(5, VOCABULARY, (PROMPT,)).tolist() for _ in range(rows // GROUP)]
     config = RolloutConfig(max_new_tokens=tokens, max_batch_rows=rows)
     seeds = sample_seeds(1, "train", 0, range(len(prompts)), GROUP)
@@ -262,13 +258,13 @@ def sample(policy: Policy, rows: int, tokens: int) -> None:
         step = 1e3 * seconds / tokens
         return f"{seconds:.2f} s, {step:.2f} ms per step, {made / seconds:,.0f} tokens/s, peak {peak_gib()} GiB"
 
-    def engine(decoding: DecodingKind, names: tuple[str, ...]) -> str:
+    def engine(policy: Policy, decoding: DecodingKind, *names: str) -> str:
         how = replace(config, decoding=decoding)
         made = InProcessEngine(tokenizer, DTYPE if IS_GPU else None)
         made.sync(policy)
         with candidates(names):
             made.generate(prompts, GROUP, replace(how, max_new_tokens=4), seeds)
-            name = f"engine {decoding} {names}"
+            name = " ".join(["engine", decoding, *names, *(["adapter"] if policy.adapter else [])])
             return measure(name, lambda: int(made.generate(prompts, GROUP, how, seeds).lengths_N.sum()))
 
     def small_model() -> Any:
@@ -302,12 +298,14 @@ def sample(policy: Policy, rows: int, tokens: int) -> None:
             generate()  # captures graphs
             return measure("continuous batching", generate)
 
-    check(f"sampling {rows} rows: without a graph", partial(engine, "eager", ()), 15)
-    if IS_GPU:
-        check(f"sampling {rows} rows: without a graph, no cuDNN", partial(engine, "eager", ("no cuDNN",)), 15)
-    check(f"sampling {rows} rows: by a CUDA graph, prefill and capture included", partial(engine, "graph", ()), 15)
-    if IS_GPU:
-        check(f"sampling {rows} rows: continuous batching", continuous_batching, 30)
+    adapted = with_adapter(policy)
+    check(f"sampling {rows} rows: by a CUDA graph, prefill and capture included", partial(engine, policy, "graph"), 5)
+    check(f"sampling {rows} rows: the same, an adapter", partial(engine, adapted, "graph"), 5)
+    check(f"sampling {rows} rows: without a graph", partial(engine, policy, "eager"), 10)
+    check(f"sampling {rows} rows: without a graph, an adapter", partial(engine, adapted, "eager"), 10)
+    if continuous:
+        check(f"sampling {rows} rows: without a graph, cuDNN", partial(engine, policy, "eager", "cuDNN"), 25)
+        check(f"sampling {rows} rows: continuous batching", continuous_batching, 40)
 
 
 # Optimizer, profile, whole steps
@@ -356,7 +354,7 @@ def profile(policy: Policy, number: int) -> str:
     return ""
 
 
-def whole_steps(folder: Path, steps: int = 3) -> str:
+def whole_steps(folder: Path, lora: LoRAConfig | None, steps: int = 3) -> str:
     """Seconds of each step but the first, in bf16-mixed on a GPU."""
     from lightning.pytorch import Callback, Trainer, seed_everything
 
@@ -383,7 +381,7 @@ def whole_steps(folder: Path, steps: int = 3) -> str:
         steps_per_episode=MICRO_STEPS,
     )
     module = GRPOLightningModule(
-        str(folder),
+        PolicyConfig(str(folder), lora=lora),
         reward=lambda turns, context: workload.score(turns[-1].content),
         rollout=RolloutConfig(num_generations=GROUP, max_new_tokens=COMPLETION),
         algorithm=GRPO(beta=0.0),
@@ -401,7 +399,7 @@ def whole_steps(folder: Path, steps: int = 3) -> str:
     )
     reset_peak()
     trainer.fit(module, datamodule=data)
-    record(step="ours", rows=rows, peak=peak_gib())
+    record(step="ours" if lora is None else "ours, an adapter", rows=rows, peak=peak_gib())
     lines = [", ".join(f"{key} {seconds:.2f}" for key, seconds in row.items()) for row in rows[1:]]
     return f"{'; '.join(lines)}; peak {peak_gib()} GiB"
 
@@ -410,8 +408,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="0.5B" if IS_GPU else "toy", choices=SHAPES)
     parser.add_argument("--folder", type=Path)
-    parts = ["ceilings", "head", "train", "sample", "optimizer", "profile", "step"]
-    parser.add_argument("--parts", nargs="*", choices=parts, default=parts)
+    parts = ["ceilings", "head", "train", "sample", "continuous", "optimizer", "profile", "step"]
+    parser.add_argument("--parts", nargs="*", choices=parts, default=[part for part in parts if part != "continuous"])
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
@@ -436,7 +434,7 @@ def main() -> int:
         train(policy, number)
     if "sample" in options.parts:
         for rows, tokens in ((128, 128), (512, 64)) if IS_GPU else ((8, 8),):
-            sample(policy, rows, tokens)
+            sample(policy, rows, tokens, "continuous" in options.parts)
     if "optimizer" in options.parts:
         for fused in (False, True):
             check(f"AdamW, {'fused' if fused else 'foreach'}", partial(optimizer_step, policy, fused), 5)
@@ -444,7 +442,9 @@ def main() -> int:
         check("profile", partial(profile, policy, number), 20)
     del policy, model
     if "step" in options.parts and options.folder is not None:
-        check(f"whole steps, {STEP_PROMPTS} x {GROUP}", partial(whole_steps, options.folder), 60)
+        for lora in (None, LoRAConfig(rank=16)):
+            name = f"whole steps, {STEP_PROMPTS} x {GROUP}{', an adapter' if lora else ''}"
+            check(name, partial(whole_steps, options.folder, lora), 20)
     return exit_status()
 
 

@@ -81,6 +81,9 @@ def packed_attention(
         if operands is not None:
             return varlen_attention.attend(*operands, layout.calls(sliding_window), scale)[None], None
     has_shared_keys = query.shape[1] != key.shape[1]
+    if has_shared_keys and is_plain and on_gpu(value):  # there, no kernel but the slowest takes them with a mask
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        has_shared_keys = False
     stock = partial(F.scaled_dot_product_attention, scale=scaling, dropout_p=dropout, enable_gqa=has_shared_keys)
     attend = stock if is_plain else special
     packed = [x[0].transpose(0, 1) for x in (query, key, value)]  # [S, heads, d] each

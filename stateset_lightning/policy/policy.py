@@ -97,6 +97,8 @@ class Policy(nn.Module):
 
     def __init__(self, model: PreTrainedModel, config: PolicyConfig) -> None:
         super().__init__()
+        # cuDNN plans attention anew for each shape, which takes it seconds, and every episode has new ones.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self.model = model
         self.config = config
         self.has_dropout = config.has_dropout

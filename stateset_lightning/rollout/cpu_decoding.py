@@ -82,10 +82,10 @@ def attend_to_cache(
     return (scores.softmax(-1) @ value).view(len(query), 1, -1, query.shape[-1])
 
 
-def has_llama_layers(model: PreTrainedModel) -> bool:
+def has_llama_layers(model: PreTrainedModel, adapted: bool = False) -> bool:
     """Whether the decoders know the model: transformers' own code, plain layers without hooks.
 
-    `LlamaDecoder` needs `is_supported` as well; `GraphBatch` needs nothing else.
+    `LlamaDecoder` needs `is_supported` as well; `GraphBatch` takes layers with an adapter beside them (`adapted`).
     """
     config, kind = model.config.get_text_config(), model.config.model_type  # a composite model is another kind
     is_known = kind in MODEL_TYPES and type(model).__module__ == f"transformers.models.{kind}.modeling_{kind}"
@@ -94,7 +94,7 @@ def has_llama_layers(model: PreTrainedModel) -> bool:
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         return False
     own = [own_layer(model.lm_head), *(linear for layer in model.model.layers for linear in linears(layer))]
-    return all(type(linear) is nn.Linear for linear in own)
+    return all(type(linear) is nn.Linear or (adapted and _has_adapter(linear)) for linear in own)
 
 
 class LlamaDecoder:
@@ -195,3 +195,8 @@ def linears(layer: Any) -> list[nn.Linear]:
 def own_layer(linear: Any) -> nn.Linear:
     """The layer itself, or the one under an adapter that is merged into it."""
     return linear.get_base_layer() if getattr(linear, "merged", False) else linear
+
+
+def _has_adapter(linear: Any) -> bool:
+    """Whether it is peft's sum of a plain layer and an adapter."""
+    return type(linear).__module__ == "peft.tuners.lora.layer" and type(linear.get_base_layer()) is nn.Linear

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from stateset_lightning.rollout.cpu_decoding import MODEL_TYPES, has_llama_layers, linears, own_layer
 
@@ -49,7 +49,7 @@ Attend = Callable[[Tensor, Tensor, float], Tensor]
 
 def obstacle_to_graph(model: PreTrainedModel) -> str | None:
     """Why `GraphBatch` does not know a model; None if it does."""
-    if not has_llama_layers(model) or model.model.rotary_emb.rope_type in ("dynamic", "longrope"):
+    if not has_llama_layers(model, adapted=True) or model.model.rotary_emb.rope_type in ("dynamic", "longrope"):
         known = ", ".join(MODEL_TYPES)
         return f"it knows plain layers of {known} alone, without windows, hooks or rotary frequencies by length"
     return None
@@ -70,7 +70,8 @@ class GraphBatch:
     def __init__(self, model: PreTrainedModel, max_new_tokens: int, decoder: LlamaDecoder | None = None) -> None:
         self.model, self.max_new_tokens, self.look_every = model, max_new_tokens, LOOK_EVERY
         self.layers = [_Layer(layer) for layer in model.model.layers]
-        self.caches = [layer.weight.new_empty(2, 0, 0, layer.sizes[1], layer.head_dim) for layer in self.layers]
+        empty = partial(torch.empty, device=model.device, dtype=model.model.norm.weight.dtype)
+        self.caches = [empty(2, 0, 0, layer.sizes[1], layer.head_dim) for layer in self.layers]
         # Tokens in the cache, the most that there may be, and how many a step adds: 0 to a row that pauses.
         self.lengths_B = self.limits_B = self.steps_B = torch.empty(0, dtype=torch.int32, device=model.device)
         self.logits_BV = torch.empty(0)
@@ -213,9 +214,7 @@ class _Layer:
         attention = layer.self_attn
         self.scaling, self.head_dim = attention.scaling, attention.head_dim
         *inputs, self.output, self.gate, self.up, self.down = linears(layer)
-        self.weight = torch.cat(tuple(linear.weight for linear in inputs))
-        biases = [linear.bias for linear in inputs if linear.bias is not None]  # all have one, or none
-        self.bias = torch.cat(tuple(biases)) if biases else None
+        self.inputs = _stacked(inputs)
         self.sizes = [linear.out_features // self.head_dim for linear in inputs]  # heads of queries, keys, values
         self.attention_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         self.head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]  # Qwen3's
@@ -223,7 +222,7 @@ class _Layer:
     def step(
         self, hidden_TH: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, places_T: Tensor, attend: Attend
     ) -> Tensor:
-        stacked = F.linear(_normed(hidden_TH, self.attention_norm), self.weight, self.bias)
+        stacked = self.inputs(_normed(hidden_TH, self.attention_norm))
         *turned, value = stacked.unflatten(-1, (-1, self.head_dim)).split(self.sizes, dim=1)
         turned = [x if norm is None else _normed(x, norm) for x, norm in zip(turned, self.head_norms, strict=True)]
         query, key = (torch.addcmul(x * cos, x.roll(self.head_dim // 2, -1), sin) for x in turned)
@@ -232,6 +231,15 @@ class _Layer:
         hidden_TH = hidden_TH + self.output(attend(query, cache, self.scaling).flatten(1))
         normed_TH = _normed(hidden_TH, self.mlp_norm)
         return hidden_TH + self.down(F.silu(self.gate(normed_TH)) * self.up(normed_TH))
+
+
+def _stacked(linears: Sequence[nn.Linear]) -> Callable[[Tensor], Tensor]:
+    """The outputs of layers with the same input, one behind the other: of plain layers by one product."""
+    if any(type(linear) is not nn.Linear for linear in linears):
+        return lambda x: torch.cat([linear(x) for linear in linears], dim=-1)
+    biases = tuple(linear.bias for linear in linears if linear.bias is not None)  # all have one, or none
+    weight, bias = torch.cat(tuple(linear.weight for linear in linears)), torch.cat(biases) if biases else None
+    return lambda x: F.linear(x, weight, bias)
 
 
 def _normed(x: Tensor, norm: Any) -> Tensor:

@@ -14,9 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stateset_lightning.errors import ConfigError, NonFiniteError
-from stateset_lightning.policy import Policy, PolicyConfig
+from stateset_lightning.policy import LoRAConfig, Policy, PolicyConfig, load_model
 from stateset_lightning.policy.probes import own_logprobs
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig, cuda_decoding, in_process, probe, running_batch
+from stateset_lightning.rollout.cpu_decoding import has_llama_layers
 from stateset_lightning.rollout.cuda_decoding import LOOK_EVERY, GraphBatch
 from stateset_lightning.seeding import sample_seeds
 
@@ -199,12 +200,24 @@ def test_a_row_pauses_takes_other_tokens_and_goes_on(
 
 
 @torch.no_grad()
-def test_a_merged_adapter_is_part_of_the_weights_and_another_is_not_known(adapted_policy: Policy) -> None:
+def test_an_adapter_is_computed_beside_the_weights_or_merged_into_them(
+    adapted_policy: Policy, recordings: list[Recording]
+) -> None:
     policy, model = adapted_policy, adapted_policy.model
-    assert cuda_decoding.obstacle_to_graph(model) is not None
+    assert cuda_decoding.obstacle_to_graph(model) is None
+    assert probe.difference_of_decoding(GraphBatch, model, decodes=False) < 1e-4
+    assert recordings
     with policy.merged_adapter():
         assert cuda_decoding.obstacle_to_graph(model) is None
         assert probe.difference_of_decoding(GraphBatch, model, decodes=False) < 1e-4
+
+
+@pytest.mark.parametrize("lora", [None, LoRAConfig(rank=4)], ids=["full", "LoRA"])
+def test_what_training_alone_needs_slows_no_sampling(lora: LoRAConfig | None) -> None:
+    config = PolicyConfig("tiny", gradient_checkpointing=True, dropout=0.1, lora=lora)
+    model = Policy(load_model(config, torch.float32, 1), config).train().model
+    assert cuda_decoding.obstacle_to_graph(model) is None
+    assert has_llama_layers(model) or lora is not None  # an adapter in float32 is merged while sampling
 
 
 @pytest.mark.parametrize(
