@@ -38,7 +38,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", default=[1], help="of order and sampling; the messages are always the same")
     add("--folder", type=Path, default=Path("runs/small_chat_model"), help="where model, messages and runs go")
     add("--model", help="a folder or hub id instead of the model from the package index")
-    add("--steps", type=int, default=80, help="optimizer steps")
+    add("--steps", type=int, default=120, help="optimizer steps")
     add("--prompt_messages", type=int, default=96, help="messages of the training part by which a prompt is chosen")
     return parser.parse_args(words)
 
