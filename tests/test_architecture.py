@@ -19,11 +19,11 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "stateset_lightning"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-MAX_ENTRIES = 24
+MAX_ENTRIES = 26  # 24, and two for conversations
 MAX_CHAIN = 11
 # The house's 11,000, and what follows it may add: 400 for what a run keeps, 400 for hostile input, 700 for models, 900
-# for files and rewards, 900 for GPUs, 700 for learning.
-MAX_CODE_LINES = 15_000
+# for files and rewards, 900 for GPUs, 700 for learning, 1,000 for conversations.
+MAX_CODE_LINES = 16_000
 MAX_FILE_LINES = 350
 
 LAYERS = [
@@ -31,7 +31,7 @@ LAYERS = [
     {"algorithm"},
     {"data", "policy"},
     {"rollout"},
-    {"rewards"},
+    {"environments", "rewards"},
     {"evaluation"},
     {"training"},
     {"run"},

@@ -1,0 +1,122 @@
+"""What answers a completion: the interface of an environment, and what it may return."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from stateset_lightning.types import Turn
+
+
+class Environment(Protocol):
+    """One conversation's environment. Methods may be async; an instance is used for one conversation at a time.
+
+    Beside these it may have `get_reward() -> float | None`, asked once at the end, and public methods with typed
+    arguments and docstrings, which are the model's tools (see `stateset_lightning.environments.tools`).
+    """
+
+    def reset(self, scenario: Mapping[str, Any], seed: int) -> Any:
+        """Begins a conversation.
+
+        Args:
+            scenario: All columns of the scenario.
+            seed: The same for all completions of a prompt in an episode.
+
+        Returns:
+            Turns that the prompt ends with (a text is one of the user), or None.
+        """
+
+    def step(self, text: str) -> Any:
+        """Answers what the model said.
+
+        Args:
+            text: The completion, without its end of turn.
+
+        Returns:
+            reply, reward, done: turns (a text is one of the user) or None; a number or None; whether it ends here.
+        """
+
+
+class EnvironmentFailure(Exception):
+    """An environment raised, took too long, or returned what it may not: the conversation has no reward."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What an environment answers.
+
+    Args:
+        turns: That the conversation goes on with; none if it ends.
+        reward: Of this turn; None: none.
+        done: Whether the conversation ends here.
+        counts: What is counted, such as malformed tool calls.
+    """
+
+    turns: tuple[Turn, ...] = ()
+    reward: float | None = None
+    done: bool = False
+    counts: Mapping[str, int] | None = None
+
+
+def as_turns(value: Any) -> tuple[Turn, ...]:
+    """Turns of a text, a turn, or a list of turns or mappings with `role` and `content`; none of None.
+
+    Raises:
+        EnvironmentFailure: If it is none of these.
+    """
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (Turn("user", value),)
+    items = [value] if isinstance(value, Turn | Mapping) else value
+    try:
+        turns = tuple(Turn(item["role"], item["content"]) for item in items)
+    except (TypeError, KeyError, IndexError) as error:
+        raise EnvironmentFailure(f"returned {value!r:.80} where turns belong: a text, or turns with role and content") from error
+    for turn in turns:
+        if turn.role not in ("user", "tool", "system") or not isinstance(turn.content, str):
+            raise EnvironmentFailure(f"returned a turn of role {turn.role!r} with content {turn.content!r:.80}")
+    return turns
+
+
+def as_reply(value: Any) -> Reply:
+    """What `step` returned, checked.
+
+    Raises:
+        EnvironmentFailure: If it is no reply, or its reward no finite number.
+    """
+    if isinstance(value, Reply):
+        return value
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 3:
+        raise EnvironmentFailure(f"step returned {value!r:.80}, not (reply, reward, done)")
+    reply, reward, done = value
+    if not isinstance(done, bool):
+        raise EnvironmentFailure(f"step returned done={done!r:.80}, neither True nor False")
+    return Reply(() if done else as_turns(reply), as_reward(reward), done)
+
+
+def as_reward(value: Any) -> float | None:
+    """A reward of an environment.
+
+    Raises:
+        EnvironmentFailure: If it is no finite number, and not None.
+    """
+    try:
+        number = None if value is None else float(value)
+    except (TypeError, ValueError) as error:
+        raise EnvironmentFailure(f"gives the reward {value!r:.80}, which is no number") from error
+    if number is not None and not math.isfinite(number):
+        raise EnvironmentFailure(f"gives the reward {number}, which is not finite")
+    return number
+
+
+OWN_METHODS = ("reset", "step", "get_reward", "close", "init", "render", "seed")
+
+
+def tool_methods(environment: Any) -> dict[str, Callable[..., Any]]:
+    """Public methods that a model may call, by name: those that have a docstring and are no part of an interface."""
+    found = inspect.getmembers(environment, inspect.isroutine)
+    return {n: f for n, f in found if not n.startswith("_") and n not in OWN_METHODS and inspect.getdoc(f)}
