@@ -163,7 +163,7 @@ class ScenarioDataModule(LightningDataModule):
         for split in wanted:
             if split not in self._scenarios:
                 self._read(split)
-        encoder = self._current_encoder()
+        encoder = self.current_encoder()
         for split in wanted:
             if split not in self._prompts:
                 self._encode(split, encoder)
@@ -228,12 +228,12 @@ class ScenarioDataModule(LightningDataModule):
     def _served_prompts(self, split: Split) -> Prompts:
         (found, tokens), opened = self.served(split), self._prompts[split].opened
         is_large = isinstance(found.scenarios, ServedScenarios)
-        encode = partial(self._current_encoder().encode, key=f"data.{split}", is_tried=True) if is_large else None
+        encode = partial(self.current_encoder().encode, key=f"data.{split}", is_tried=True) if is_large else None
         return Prompts(found.scenarios, tokens, self.system_prompt, opened, encode)
 
     def conversation(self, scenario: Scenario) -> list[Turn]:
         """What a completion of the scenario goes on from."""
-        (opened,) = self._current_encoder().encode([scenario], "data", is_tried=True).opened
+        (opened,) = self.current_encoder().encode([scenario], "data", is_tried=True).opened
         return asked(scenario, opened, self.system_prompt)
 
     def replacements(self, batch: PromptBatch, slots: Sequence[int], round_number: int) -> PromptBatch:
@@ -255,7 +255,7 @@ class ScenarioDataModule(LightningDataModule):
         if (loader := self._train_loader) is None:
             return {}
         rates = {} if loader.solve_rates is None else {"solve_rates": loader.solve_rates.state_dict()}
-        date = {"now": str(self._now)} if self._current_encoder().writes_date else {}
+        date = {"now": str(self._now)} if self.current_encoder().writes_date else {}
         state, rows = loader.state_dict(), self._scenarios["train"].stream
         stream = {} if rows is None else {"stream": rows.state_dict(int(state["epoch"]))}
         return {"train": state, **date, **rates, **stream}
@@ -264,7 +264,7 @@ class ScenarioDataModule(LightningDataModule):
         if "now" in state_dict and self._encoder is not None and self._encoder.writes_date:
             self._now = datetime.fromisoformat(state_dict["now"])
             for split in [*self._prompts]:
-                self._encode(split, self._current_encoder())  # which drops all prompts if the date is another one
+                self._encode(split, self.current_encoder())  # which drops all prompts if the date is another one
         # A checkpoint that is evaluated must not decide where a later fit starts.
         self._resume_state = state_dict if self._is_fitting and "train" in state_dict else None
         self._resume()  # the loader may be made early, as above, and restored late, as some strategies do
@@ -302,7 +302,7 @@ class ScenarioDataModule(LightningDataModule):
             held = f"{len(validation)} of them held out (data.validation_fraction={self.validation_fraction})"
             _announce(logging.INFO, f"data.validation: {held}")
 
-    def _current_encoder(self) -> PromptEncoder:
+    def current_encoder(self) -> PromptEncoder:
         """Makes the prompts; a new one, and all prompts anew, if the tokenizer is another one than before."""
         tokenizer = self.tokenizer or getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
         if tokenizer is None:

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from stateset_lightning.algorithm import GRPO, Algorithm
+from stateset_lightning.environments import EnvironmentConfig, Player
 from stateset_lightning.errors import bounded
 from stateset_lightning.evaluation import Evaluation, EvaluationConfig
 from stateset_lightning.policy import AdapterReference, Policy, PolicyConfig, load_model, load_tokenizer
@@ -62,6 +63,7 @@ class GRPOLightningModule(RunsInTrainer):
             `LoadingOptions`.
         reward: What scores a completion: a list of reward functions, one, or a plain function `f(turns, context)`.
         rollout: How completions are sampled.
+        environment: What answers completions, in conversations of several turns; None: a single turn.
         algorithm: How scores become a loss; see `stateset_lightning.algorithm`.
         evaluation: What `validate` and `test` sample beside a greedy completion per prompt, and what counts as solved.
         engine: What samples, such as a `VLLMEngine`; by default the policy in this process.
@@ -86,6 +88,7 @@ class GRPOLightningModule(RunsInTrainer):
         *,
         reward: Reward,
         rollout: RolloutConfig = RolloutConfig(),  # noqa: B008 (frozen)
+        environment: EnvironmentConfig | None = None,
         algorithm: Algorithm = GRPO(),  # noqa: B008 (copied, never changed)
         evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (frozen)
         engine: RolloutEngine | None = None,
@@ -103,7 +106,9 @@ class GRPOLightningModule(RunsInTrainer):
         self.policy_config = PolicyConfig.of(policy)
         self.rollout = RolloutConfig(**rollout) if isinstance(rollout, Mapping) else rollout
         self.algorithm = copy.copy(algorithm)
-        self.algorithm.setup(self.rollout.max_new_tokens, samples_elsewhere=isinstance(engine, RemoteEngine))
+        self.environment = EnvironmentConfig.of(environment)
+        most = self.rollout.max_new_tokens * (self.environment.max_turns if self.environment else 1)
+        self.algorithm.setup(most, samples_elsewhere=isinstance(engine, RemoteEngine))
         self.teacher = checked_teacher(teacher, self.algorithm, self.rollout)
         self.rewards = as_rewards(reward)
         self.evaluation = EvaluationConfig(**evaluation) if isinstance(evaluation, Mapping) else evaluation
@@ -185,7 +190,7 @@ class GRPOLightningModule(RunsInTrainer):
         dtype = weights_dtype(self.policy_config.dtype, precision, self.policy_config.is_adapted)
         if self.policy is None:
             self.policy = Policy(load_model(self.policy_config, dtype, self.seed, self.tokenizer), self.policy_config)
-        prompt = None if self._data is None else self._data.longest_prompt
+        prompt = self._data.longest_prompt if self._data and self.environment is None else None
         longest = (self.policy.context_length or 0) if prompt is None else prompt + self.rollout.max_new_tokens
         if fits := self._trainer is not None and self.trainer.state.fn == "fit":
             self._checkpoint.start()
@@ -195,6 +200,7 @@ class GRPOLightningModule(RunsInTrainer):
         self.engine = ready_engine(self.engine, self.tokenizer, self.rollout, precision)
         on_targets = self.algorithm.trains_on_targets
         self._targets = Targets.of(self.tokenizer, self.rollout, self._data) if on_targets else None
+        self._player = Player.of(self.environment, self.rollout, self._data, self.tokenizer)
         if fits and self.algorithm.needs_reference and not self._reference:
             self._reference = (reference_of(self._sampled_policy, dtype, self._unsharded),)
         self._checkpoint.prepare_for(longest)
@@ -331,7 +337,8 @@ class GRPOLightningModule(RunsInTrainer):
     def _sampler(self) -> Sampler:
         assert self.engine is not None, "configure_model() makes the engine"
         replacements = None if self._data is None else self._data.replacements
-        return Sampler(self.engine, self.scorer, self.rollout, self.seed, self._ahead, replacements, self._targets)
+        made = self._ahead, replacements, self._targets, self._player
+        return Sampler(self.engine, self.scorer, self.rollout, self.seed, *made)
 
     @property
     def _loaded_policy(self) -> Policy:

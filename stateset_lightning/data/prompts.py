@@ -33,6 +33,7 @@ _log = logging.getLogger(__name__)
 _BATCH = 256  # texts that are rendered, and tokenized, at a time
 _MOST_CHARACTERS, _MOST_TIMES = 2**16, 10  # that a template writes of its own, and of what it is given
 _IDS_SHOWN = 5
+_OF_TURNS = "of an environment's turns"  # what messages call the dummy scenario that they are rendered in
 _Rendered = tuple[str, str, str | None]  # a prompt without its prefill, this, and the scenario's id if it is marked
 # Thoughts that a template puts before an answer without any: `<think></think>`, or the end alone.
 _NO_THOUGHTS = re.compile(r"([<\[]([^<>\[\]]+)[>\]]\s*[<\[]/\2[>\]]|</[^<>]+>)\s*$")
@@ -247,6 +248,36 @@ class PromptEncoder:
             say = f"the text of scenario '{scenario}' holds {why}, or set data.parse_special_tokens=true"
             raise DataError(f"{key}: {say}") from error
         return [int(i) for i in ids]
+
+    def between_answers(self, turns: Sequence[Turn], ended: str) -> list[int]:
+        """Tokens that stand between an answer and the next one: what the chat template writes there for these turns.
+
+        They are the difference that the turns make to a dummy conversation, so an answer's own tokens never change:
+        a template that drops earlier thoughts, or trims an answer, drops and trims nothing here.
+
+        Args:
+            turns: That the answer gets.
+            ended: What the answer has of its end already, as text: of an end-of-turn token, or a stop string.
+
+        Raises:
+            DataError: If the template refuses such turns.
+        """
+        texts = [turn.content for turn in turns]
+        options = {"add_special_tokens": False, "verbose": False}
+        if not self.applies_template:
+            split = {"split_special_tokens": not self.parse_special_tokens}
+            return list(self.tokenizer("".join(f"\n\n{text}" for text in texts), **options, **split)["input_ids"])
+        asked = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Its-answer"}]
+        answers = [{"role": turn.role, "content": turn.content} for turn in turns]
+        if is_marked := any(self._special_pattern.search(text) for text in texts):
+            answers = mark_control_tokens(answers, self._special_pattern)
+        whole = self._text(Scenario(id=_OF_TURNS, prompt="-"), [*asked, *answers], "model.environment")
+        behind = whole.partition(asked[1]["content"])[2]
+        before, found, rest = behind.partition(ended) if ended else (behind, "", "")
+        text = rest if found and not before.strip() else behind
+        if is_marked:
+            return self._tokenize_as_text(text, _OF_TURNS, "model.environment")
+        return list(self.tokenizer(text, **options)["input_ids"])
 
     @cached_property
     def added(self) -> tuple[list[int], bool]:

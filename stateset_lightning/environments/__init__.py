@@ -1,5 +1,7 @@
 """A completion gets an answer: conversations of several turns, tools, and users' environments."""
 
 from stateset_lightning.environments.base import Environment, EnvironmentFailure, Reply
+from stateset_lightning.environments.config import EnvironmentConfig
+from stateset_lightning.environments.player import Player
 
-__all__ = ["Environment", "EnvironmentFailure", "Reply"]
+__all__ = ["Environment", "EnvironmentConfig", "EnvironmentFailure", "Player", "Reply"]

@@ -73,13 +73,14 @@ def as_turns(value: Any) -> tuple[Turn, ...]:
         return (Turn("user", value),)
     items = [value] if isinstance(value, Turn | Mapping) else value
     try:
-        turns = tuple(Turn(item["role"], item["content"]) for item in items)
+        pairs: list[tuple[Any, Any]] = [(item["role"], item["content"]) for item in items]
     except (TypeError, KeyError, IndexError) as error:
-        raise EnvironmentFailure(f"returned {value!r:.80} where turns belong: a text, or turns with role and content") from error
-    for turn in turns:
-        if turn.role not in ("user", "tool", "system") or not isinstance(turn.content, str):
-            raise EnvironmentFailure(f"returned a turn of role {turn.role!r} with content {turn.content!r:.80}")
-    return turns
+        what = f"returned {value!r:.80} where turns belong: a text, or turns with role and content"
+        raise EnvironmentFailure(what) from error
+    for role, content in pairs:
+        if role not in ("user", "tool", "system") or not isinstance(content, str):
+            raise EnvironmentFailure(f"returned a turn of role {role!r} with content {content!r:.80}")
+    return tuple(Turn(role, content) for role, content in pairs)
 
 
 def as_reply(value: Any) -> Reply:

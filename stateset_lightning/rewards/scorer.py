@@ -156,6 +156,13 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
         self._given[n] = turns, columns
         self._futures[n] = [self._start(f, n, name in chosen) for f, name in enumerate(self._scorer.names)]
 
+    def fail(self, n: int, error: BaseException) -> None:
+        """Completion `n` has no score: there is no conversation that could be scored."""
+        self._given[n], self._futures[n] = ((), {}), []
+        for _ in self._scorer.rewards:
+            self._futures[n].append(Future())
+            self._futures[n][-1].set_result(failure(error))
+
     @interruptible()
     def collect(self) -> Scores:
         """Run the batched rewards, wait for all others, and run those that compare.

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stateset_lightning.environments.conversation import Conversation, answered
+from stateset_lightning.environments.player import Limits, Player
 from stateset_lightning.errors import ConfigError, RewardError
-from stateset_lightning.policy import Policy
+from stateset_lightning.policy import Policy, end_of_sequence_ids
 from stateset_lightning.policy.precision import sampling_dtype
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.rewards import Scorer, check_failures
@@ -22,7 +24,7 @@ from stateset_lightning.seeding import sample_seeds
 from stateset_lightning.threads import Interruption, heartbeat
 from stateset_lightning.training.resample import Replacements, Sample, resample
 from stateset_lightning.training.sampling_ahead import SamplingAhead
-from stateset_lightning.types import Metrics, PromptBatch, Scores, Turn
+from stateset_lightning.types import Metrics, PromptBatch, Scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,6 +93,7 @@ class Sampler:
         ahead: For a run that samples an episode while the one before is trained on.
         replacements: Where dynamic sampling gets prompts from.
         targets: Stand for samples of training prompts, one for each; None where the engine samples.
+        player: Has environments answer completions; None in runs of single turns.
     """
 
     engine: RolloutEngine
@@ -100,6 +103,7 @@ class Sampler:
     ahead: SamplingAhead[Sample] | None = None
     replacements: Replacements | None = None
     targets: Targets | None = None
+    player: Player | None = None
 
     def collect(self, policy: Policy, batch: PromptBatch, *, greedy_baseline: bool = False) -> Collection:
         """Samples and scores what an episode needs.
@@ -139,6 +143,7 @@ class Sampler:
             draw = partial(self._draw, policy, batch, self.config.num_generations, False)
             self.ahead.start(batch.episode_index, draw)
         counted = self.engine.pop_metrics() if isinstance(self.engine, RemoteEngine) else {}
+        counted |= {} if self.player is None else self.player.pop_metrics()
         return replace(collection, costs=costs, engine_metrics=counted)
 
     def sample(
@@ -170,6 +175,13 @@ class Sampler:
         heartbeat.doing(f"sampling {_place(batch)}")
         with self.scorer.start(len(seeds_N), policy.device, num_generations) as session:
 
+            def score_conversation(n: int, conversation: Conversation, reward: float | None) -> None:
+                if conversation.failure is not None:
+                    session.fail(n, conversation.failure)
+                    return
+                num_tokens = sum(conversation.sampled)
+                session.submit(n, conversation.turns, conversation.columns(reward), completion_tokens=num_tokens)
+
             def score(n: int, text: str, num_tokens: int) -> None:
                 prompt = n // num_generations
                 turns = answered(batch.conversations[prompt], text)
@@ -177,26 +189,29 @@ class Sampler:
 
             if self.targets is not None and batch.split == "train":
                 rollout = self.targets.rollout(batch, score)
+            elif self.player is not None:
+                batch, rollout = self.player.play(
+                    *(self.engine, batch, num_generations, self.config, seeds_N, self._limits(policy)),
+                    score_conversation,
+                    greedy,
+                )
             else:
                 rollout = self.engine.generate(
                     batch.prompt_tokens, num_generations, self.config, seeds_N, greedy=greedy, on_finished=score
                 )
             if batch.split != "train" and isinstance(self.engine, InProcessEngine):
-                self.engine.check(rollout, self.config.temperature)  # training compares all that it trains on
+                self.engine.check(self.config.temperature)  # training compares all that it trains on
             heartbeat.doing(f"scoring {_place(batch)}")
             return Sample(batch, rollout, session.collect())
+
+    def _limits(self, policy: Policy) -> Limits:
+        assert self.player is not None
+        ends = end_of_sequence_ids(policy.model, self.player.encoder.tokenizer)
+        return Limits(ends, getattr(self.engine, "max_length", policy.context_length))
 
 
 def _place(batch: PromptBatch) -> str:
     return f"episode {batch.episode_index}" if batch.split == "train" else f"for {batch.split}"
-
-
-def answered(conversation: Sequence[Turn], text: str) -> list[Turn]:
-    """A conversation with its completion. Where the prompt has opened the answer (`<think>`), that comes before it."""
-    last = conversation[-1]
-    if last.role == "assistant":
-        return [*conversation[:-1], Turn("assistant", last.content + text)]
-    return [*conversation, Turn("assistant", text)]
 
 
 def collect_together(sampler: Sampler, policy: Policy, batch: PromptBatch, greedy: bool, ranks: Ranks) -> Collection:

@@ -1,0 +1,100 @@
+"""One conversation: what was said, which of its tokens the model sampled, and what its environment gave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from stateset_lightning.environments.base import Reply
+from stateset_lightning.types import FinishReason, Scenario, Turn
+
+
+class Driver(Protocol):
+    """A user's environment, whatever its own interface; see `stateset_lightning.environments.adapters`."""
+
+    def reset(self, columns: Mapping[str, Any], seed: int) -> Opening: ...
+
+    def step(self, text: str) -> Reply: ...
+
+    def get_reward(self) -> float | None: ...
+
+    def schemas(self) -> list[dict[str, Any]]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Opening:
+    """With what an environment begins: turns behind the scenario's, and a text at the end of its last turn."""
+
+    turns: tuple[Turn, ...] = ()
+    appended_text: str = ""
+
+
+@dataclass
+class Conversation:
+    """As far as it has come.
+
+    Args:
+        turns: All of them, the prompt's included: what rewards see.
+        prompt: Tokens of its first prompt.
+        scenario: That it is about.
+
+    Attributes:
+        driver: Its environment; None where that could not begin.
+        tokens: Behind the prompt that its group shares.
+        sampled: Of each token, whether the model sampled it; `logprobs` are of no meaning where it did not.
+        rewards: The environment's, of each turn.
+        reason: Why its last turn ended.
+        ended: What ended it: environment, turns, tokens, length, failure; "" while it goes on.
+        failure: What its environment raised.
+    """
+
+    turns: list[Turn]
+    prompt: list[int]
+    scenario: Scenario
+    driver: Driver | None = None
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)
+    rewards: list[float | None] = field(default_factory=list)
+    num_turns: int = 0
+    reason: FinishReason = FinishReason.STOP
+    ended: str = ""
+    failure: BaseException | None = None
+
+    def add(self, tokens: Sequence[int], logprobs: Sequence[float] | None = None) -> None:
+        """Tokens of a turn; the environment's have no log-probs."""
+        self.tokens += tokens
+        self.sampled += [logprobs is not None] * len(tokens)
+        self.logprobs += [0.0] * len(tokens) if logprobs is None else logprobs
+
+    def reward(self, how: str) -> float | None:
+        """The environment's, at its end: what it says then, or what it has said of turns; None if it gives none."""
+        if self.driver is None or (whole := self.driver.get_reward()) is not None:
+            return None if self.driver is None else whole
+        given = [reward for reward in self.rewards if reward is not None]
+        return None if not given else sum(given) if how == "sum" else given[-1]
+
+    def said(self, prompt: Sequence[Turn]) -> str:
+        """All that came behind the prompt, as one text; of a single turn, its text."""
+        first = len(prompt) - (prompt[-1].role == "assistant")
+        behind = self.turns[first:]
+        if len(behind) <= 1:
+            opened = prompt[-1].content if prompt[-1].role == "assistant" else ""
+            return "".join(turn.content for turn in behind).removeprefix(opened)
+        return "\n".join(f"[{turn.role}] {turn.content}" for turn in behind)
+
+    def columns(self, reward: float | None) -> dict[str, Any]:
+        """What rewards get as context: the scenario's columns, and what the environment gave."""
+        of_environment = {"environment_reward": reward, "turn_rewards": list(self.rewards), "num_turns": self.num_turns}
+        return {**self.scenario.columns(), **of_environment}
+
+
+def answered(conversation: Sequence[Turn], text: str) -> list[Turn]:
+    """A conversation with its completion. Where the prompt has opened the answer (`<think>`), that comes before it."""
+    last = conversation[-1]
+    if last.role == "assistant":
+        return [*conversation[:-1], Turn("assistant", last.content + text)]
+    return [*conversation, Turn("assistant", text)]

@@ -1,0 +1,199 @@
+"""Conversations as they are sampled, trained and scored, with environments that answer, and with some that fail."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from module_runs import fit, make_module, weights
+
+from stateset_lightning import RewardFunction, RolloutConfig
+from stateset_lightning.data.prompts import PromptEncoder
+from stateset_lightning.environments import EnvironmentConfig
+from stateset_lightning.environments.player import Limits, Player
+from stateset_lightning.policy import Group, Policy, PolicyConfig, end_of_sequence_ids, load_model
+from stateset_lightning.rollout import InProcessEngine
+from stateset_lightning.seeding import sample_seeds
+from stateset_lightning.types import FinishReason, PromptBatch, Scenario, Turn
+
+ROLLOUT = RolloutConfig(num_generations=3, max_new_tokens=6)
+
+
+class Asks:
+    """Asks for one more sum `times` times, and gives 1 for each answer that has a digit."""
+
+    def __init__(self, times: int = 1) -> None:
+        self.left = times
+
+    def reset(self, scenario: Mapping[str, Any], seed: int) -> None:
+        self.scenario = scenario
+
+    def step(self, text: str) -> tuple[str, float, bool]:
+        self.left -= 1
+        return "What is 5 + 9?", float(any(c.isdigit() for c in text)), self.left < 0
+
+
+class Opens(Asks):
+    """Begins with a turn of its own, which is the same for a group."""
+
+    def reset(self, scenario: Mapping[str, Any], seed: int) -> str:  # type: ignore[override]
+        return f"What is {seed % 7} + 1?"
+
+
+class Raises(Asks):
+    def step(self, text: str) -> Any:
+        raise RuntimeError("no more sums")
+
+
+class Hangs(Asks):
+    def step(self, text: str) -> Any:
+        time.sleep(2)
+
+
+class Nonsense(Asks):
+    def step(self, text: str) -> Any:
+        return "a reply alone"
+
+
+class NoNumber(Asks):
+    def get_reward(self) -> float:
+        return float("nan")
+
+
+class NeverBegins(Asks):
+    def reset(self, scenario: Mapping[str, Any], seed: int) -> None:
+        raise KeyError("target")
+
+
+class Lies(Asks):
+    def step(self, text: str) -> Any:
+        return "What is 1 + 1?", 1.0, "no"
+
+
+class EnvironmentsReward(RewardFunction):
+    def compute_reward(self, turns: Any, context: Any = None) -> float:
+        assert turns[-1].role == "assistant"
+        return float(context["environment_reward"])
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    config = PolicyConfig("tiny")
+    return Policy(load_model(config, torch.float32, 1), config)
+
+
+@pytest.fixture
+def play(policy: Policy, tiny_tokenizer: Any) -> Callable[..., Any]:
+    def play(factory: Any, sampling: RolloutConfig = ROLLOUT, **options: Any) -> Any:
+        config = EnvironmentConfig(factory, **options)
+        encoder = PromptEncoder(tokenizer=tiny_tokenizer)
+        scenarios = [Scenario(id=str(a), prompt=f"What is {a} + 14?", target=str(a + 14)) for a in (3, 58)]
+        tokens = [list(prompt) for prompt in encoder.encode(scenarios, "data.train").tokens]
+        batch = PromptBatch(tokens, [scenario.turns() for scenario in scenarios], scenarios, [0, 1], 0)
+        player, engine, ended = Player.of(config, sampling, None, tiny_tokenizer), InProcessEngine(tiny_tokenizer), {}
+        assert player is not None
+        engine.sync(policy)
+        seeds = sample_seeds(1, "train", 0, [0, 1], 3)
+        limits = Limits(end_of_sequence_ids(policy.model, tiny_tokenizer), 128)
+        on_ended = lambda n, conversation, reward: ended.update({n: (conversation, reward)})  # noqa: E731
+        batch, rollout = player.play(engine, batch, 3, sampling, seeds, limits, on_ended)
+        return batch, rollout, [ended[n] for n in range(6)], player.pop_metrics()
+
+    return play
+
+
+@pytest.mark.parametrize("factory", [Asks, Opens], ids=["asks", "opens"])
+def test_a_conversation_is_what_was_sampled_and_the_templates_text_between(
+    play: Callable[..., Any], policy: Policy, tiny_tokenizer: Any, factory: Any
+) -> None:
+    batch, rollout, ended, metrics = play(factory, options={"times": 2})
+    between = PromptEncoder(tokenizer=tiny_tokenizer).between_answers([Turn("user", "What is 5 + 9?")], "</s>")
+    parts = zip(rollout.completions(), rollout.sampled_T.split(rollout.lengths_N.tolist()), ended, strict=True)
+    for tokens, sampled_T, (conversation, reward) in parts:
+        turns = [turn.content for turn in conversation.turns if turn.role == "assistant"]
+        assert len(turns) == conversation.num_turns
+        others = [token for token, is_sampled in zip(tokens, sampled_T.tolist(), strict=True) if not is_sampled]
+        assert len(others) == (len(turns) - 1) * (len(others) // max(len(turns) - 1, 1))
+        assert "What is 5 + 9?" in tiny_tokenizer.decode(others) or len(turns) == 1
+        assert reward == sum(any(c.isdigit() for c in turn) for turn in turns[: len(conversation.rewards)])
+    assert between
+    masks = [part.tolist() for part in rollout.sampled_T.split(rollout.lengths_N.tolist())]
+    groups = [
+        Group(prompt, rollout.completions()[3 * p : 3 * p + 3], masks[3 * p : 3 * p + 3])
+        for p, prompt in enumerate(batch.prompt_tokens)
+    ]
+    with torch.no_grad():
+        scored_T, _ = policy.score(groups)
+    torch.testing.assert_close(scored_T, rollout.logprobs_T[rollout.sampled_T], atol=1e-4, rtol=0)
+    turns, conversations = metrics["conversation/turns"]
+    assert conversations == 6
+    assert turns == sum(conversation.num_turns for conversation, _ in ended) > 6
+
+
+def test_conversations_repeat_and_turns_have_noise_of_their_own(play: Callable[..., Any]) -> None:
+    (_, first, *_), (_, again, *_) = play(Asks), play(Asks)
+    assert first.completions() == again.completions()
+    assert len({tuple(tokens) for tokens in first.completions()}) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "cause"),
+    [
+        ({"options": {"times": 0}}, "environment"),
+        ({"options": {"times": 9}, "max_turns": 2}, "turns"),
+        ({"options": {"times": 9}, "max_tokens": 12}, "tokens"),
+        ({"options": {"times": 9}, "sampling": RolloutConfig(num_generations=3, max_new_tokens=1)}, "length"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_ends_a_conversation_is_counted(play: Callable[..., Any], options: dict[str, Any], cause: str) -> None:
+    _, rollout, ended, metrics = play(Asks, **options)
+    causes = [conversation.ended for conversation, _ in ended]
+    assert cause in causes
+    assert metrics[f"conversation/ended_by_{cause}"] == (float(causes.count(cause)), 6.0)
+    cut = [reason == FinishReason.LENGTH for reason in rollout.finish_reasons]
+    assert cut == [one in ("length", "tokens") for one in causes]
+
+
+@pytest.mark.parametrize("factory", [Raises, Hangs, Nonsense, NoNumber, NeverBegins, Lies], ids=lambda f: f.__name__)
+def test_an_environment_that_fails_never_trains(tmp_path: Path, factory: Any) -> None:
+    made = iter(range(10_000))
+
+    def some_fail() -> Any:
+        return factory() if next(made) % 2 else Asks()
+
+    environment = EnvironmentConfig(some_fail, max_turns=2, timeout=0.3)
+    module = make_module(environment=environment, reward=EnvironmentsReward(), max_reward_failures=1.0)
+    fit(tmp_path, module, max_steps=1)
+    sample, _ = module.state.sample_and_advantages
+    failed = sample.scores.totals_N.isnan()
+    assert 0 < failed.sum() < len(failed)
+    assert {failure.error for failure in sample.scores.failures} <= {"EnvironmentFailure", "RuntimeError", "KeyError"}
+    assert not module.episode.active_N[failed].any()
+
+
+def test_a_single_turn_is_todays_run_bit_by_bit(tmp_path: Path) -> None:
+    plain = fit(tmp_path / "plain", make_module())
+    played = fit(tmp_path / "played", make_module(environment=EnvironmentConfig(Asks, max_turns=1)))
+    a, b = weights(plain), weights(played)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_of_conversations_learns_from_sampled_tokens_alone(tmp_path: Path) -> None:
+    module = make_module(environment=Asks, rollout=ROLLOUT)
+    fit(tmp_path, module, limit_val_batches=1, val_check_interval=1)
+    last = module.metrics.last
+    assert last["conversation/turns"] > 1
+    assert last["policy/sampling_difference"] < 1e-4
+    assert module.episode.sampled_T is not None
+
+
+def test_options_that_exclude_each_other_are_refused() -> None:
+    with pytest.raises(Exception, match=r"model.environment.factory='nowhere.Nothing' cannot be imported"):
+        EnvironmentConfig("nowhere.Nothing").factories()
+    with pytest.raises(Exception, match=r"factory=5 is no class or function"):
+        EnvironmentConfig(5)
