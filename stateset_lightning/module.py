@@ -73,8 +73,7 @@ class GRPOLightningModule(RunsInTrainer):
         reward_timeout: Seconds that a reward may take for one completion, unless it has a time-out of its own.
         reward_concurrency: Rewards that run at a time.
         max_reward_failures: Share of an episode's completions whose reward may fail before the run stops.
-        max_tokens_per_step: Tokens that a micro-step forwards at most, where splitting groups can keep that; what
-            cannot be kept is counted (`work/over_budget_tokens`) and announced. None: even work alone.
+        max_tokens_per_step: Tokens that a micro-step forwards at most, where splitting groups can keep that.
         max_bad_steps: Optimizer steps in a row that may be skipped because their gradient is not finite.
         seed: Seed of all sampling; None for that of `seed_everything`.
     """
@@ -170,8 +169,6 @@ class GRPOLightningModule(RunsInTrainer):
         """The seed of all sampling: the one given, or that of `seed_everything`, also if that was called later."""
         return run_seed() if self._seed is None else self._seed
 
-    # Set-up -----------------------------------------------------------------------------------------------------------
-
     def setup(self, stage: str) -> None:
         self._data = data_of(self.trainer)
         self.state.started = None  # an earlier run may have ended inside an optimizer step
@@ -219,8 +216,6 @@ class GRPOLightningModule(RunsInTrainer):
         self._loaded_policy.train()  # transformers loads in evaluation mode, where gradient checkpointing does nothing
         if isinstance(self.reference, Policy):
             self.reference.to(self.device)
-
-    # Checkpoints ------------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._checkpoint.save(checkpoint)
@@ -311,8 +306,6 @@ class GRPOLightningModule(RunsInTrainer):
             self.log(name, value, prog_bar=name == f"{stage}/reward", sync_dist=True, reduce_fx="max")
 
     on_test_epoch_end = on_validation_epoch_end
-
-    # The parts, as the run has them now -------------------------------------------------------------------------------
 
     @property
     def _step(self) -> TrainingStep:

@@ -19,7 +19,7 @@ import ast
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -60,6 +60,13 @@ class Turn:
 
     def __deepcopy__(self, memo: Any) -> Turn:
         return self  # nothing in it can change
+
+
+def answered(conversation: Sequence[Turn], text: str) -> list[Turn]:
+    """A conversation with its completion. Where the prompt has opened the answer (`<think>`), that comes before it."""
+    if (last := conversation[-1]).role == "assistant":
+        return [*conversation[:-1], Turn("assistant", last.content + text)]
+    return [*conversation, Turn("assistant", text)]
 
 
 class Scenario(BaseModel):
@@ -304,8 +311,7 @@ class Scores:
     """What the rewards said of N completions.
 
     `values_NF` holds NaN where a reward failed and `NOT_APPLICABLE` where it does not apply. `totals_N` is the weighted
-    sum over the rewards that apply, NaN for a failed completion; rewards of weight 0 are no part of it. `breakdowns[n]`
-    holds each reward's own breakdown by name.
+    sum over the rewards that apply, NaN after a failure, without those of weight 0. `breakdowns[n]` is by reward.
     """
 
     names: tuple[str, ...]
@@ -320,11 +326,10 @@ class Scores:
 class TokenBatch:
     """What a policy loss sees: the sampled tokens of some completions, packed.
 
-    `lengths_N` counts each completion's sampled tokens (their sum is T). `advantages_N` holds one advantage per
-    completion; `advantages_T`, where turns or a teacher give one per token, takes its place in the policy loss.
-    `select_T` marks the tokens that a selection (top entropy, say) keeps; None keeps all. `sampling_logprobs_T` is NaN
-    where the sampler gave none: a loss takes `sampler_logprobs`, which has the old ones there. `divergences_T` are of
-    the policy's distributions from a teacher's.
+    `lengths_N` counts each completion's sampled tokens (their sum is T). `advantages_N` holds one per completion;
+    `advantages_T`, where turns or a teacher give one per token, takes its place in the policy loss. `select_T` marks
+    the tokens that a selection keeps; None keeps all. `sampling_logprobs_T` is NaN where the sampler gave none: a loss
+    takes `sampler_logprobs`, which has the old ones there. `divergences_T`: of the policy's distributions, a teacher's.
     """
 
     logprobs_T: Tensor

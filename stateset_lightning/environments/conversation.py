@@ -90,11 +90,3 @@ class Conversation:
         """What rewards get as context: the scenario's columns, and what the environment gave."""
         of_environment = {"environment_reward": reward, "turn_rewards": list(self.rewards), "num_turns": self.num_turns}
         return {**self.scenario.columns(), **of_environment}
-
-
-def answered(conversation: Sequence[Turn], text: str) -> list[Turn]:
-    """A conversation with its completion. Where the prompt has opened the answer (`<think>`), that comes before it."""
-    last = conversation[-1]
-    if last.role == "assistant":
-        return [*conversation[:-1], Turn("assistant", last.content + text)]
-    return [*conversation, Turn("assistant", text)]

@@ -25,12 +25,12 @@ from stateset_lightning.data.prompts import PromptEncoder, asked
 from stateset_lightning.environments.adapters import as_environment
 from stateset_lightning.environments.base import EnvironmentFailure
 from stateset_lightning.environments.config import EnvironmentConfig
-from stateset_lightning.environments.conversation import Conversation, Driver, Opening, answered
+from stateset_lightning.environments.conversation import Conversation, Driver, Opening
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.rollout import RolloutConfig, RolloutEngine
 from stateset_lightning.seeding import derive_seed
 from stateset_lightning.threads import DaemonThreads
-from stateset_lightning.types import FinishReason, Metrics, PromptBatch, Rollout, Scenario, Turn
+from stateset_lightning.types import FinishReason, Metrics, PromptBatch, Rollout, Scenario, Turn, answered
 
 # Called with (number, conversation, its environment's reward) when it has ended, in no particular order.
 OnEnded = Callable[[int, Conversation, float | None], None]

@@ -99,9 +99,7 @@ class Policy(nn.Module):
         super().__init__()
         # cuDNN plans attention anew for each shape, which takes it seconds, and every episode has new ones.
         torch.backends.cuda.enable_cudnn_sdp(False)
-        self.model = model
-        self.config = config
-        self.has_dropout = config.has_dropout
+        self.model, self.config, self.has_dropout = model, config, config.has_dropout
         self.context_length = context_length(model)
         self.longest = 0
         self.fingerprint_of_shards: list[int] | None = None

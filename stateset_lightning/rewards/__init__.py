@@ -2,6 +2,7 @@
 
 from stateset_lightning.rewards.base import BatchReward, RewardFunction, RewardResult
 from stateset_lightning.rewards.code import CodeReward
+from stateset_lightning.rewards.environment import EnvironmentReward
 from stateset_lightning.rewards.functions import FunctionReward, TRLReward
 from stateset_lightning.rewards.group import GroupReward, RelativeLength
 from stateset_lightning.rewards.helpfulness import HelpfulnessReward
@@ -15,8 +16,9 @@ from stateset_lightning.rewards.reasoning_gym import ReasoningGymReward
 from stateset_lightning.rewards.reward_list import Reward, as_rewards
 from stateset_lightning.rewards.scorer import Scorer, ScoringSession, check_failures, failure_counts
 
-__all__ = ["BatchReward", "CodeReward", "Contains", "EmbeddingSimilarity", "ExactMatch", "FormatReward"]
-__all__ += ["FunctionReward", "GroupReward", "HelpfulnessReward", "JsonValid", "LengthPenalty", "MathEquivalence"]
-__all__ += ["ModelJudge", "NumericAnswer", "OverlongPenalty", "ReasoningGymReward", "RegexMatch", "RelativeJudge"]
-__all__ += ["RelativeLength", "RepetitionPenalty", "Reward", "RewardFunction", "RewardModel", "RewardResult"]
-__all__ += ["Scorer", "ScoringSession", "TRLReward", "as_rewards", "check_failures", "failure_counts"]
+__all__ = ["BatchReward", "CodeReward", "Contains", "EmbeddingSimilarity", "EnvironmentReward", "ExactMatch"]
+__all__ += ["FormatReward", "FunctionReward", "GroupReward", "HelpfulnessReward", "JsonValid", "LengthPenalty"]
+__all__ += ["MathEquivalence", "ModelJudge", "NumericAnswer", "OverlongPenalty", "ReasoningGymReward"]
+__all__ += ["RegexMatch", "RelativeJudge", "RelativeLength", "RepetitionPenalty", "Reward", "RewardFunction"]
+__all__ += ["RewardModel", "RewardResult", "Scorer", "ScoringSession", "TRLReward", "as_rewards"]
+__all__ += ["check_failures", "failure_counts"]

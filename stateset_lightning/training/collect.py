@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stateset_lightning.environments.conversation import Conversation, answered
+from stateset_lightning.environments.conversation import Conversation
 from stateset_lightning.environments.player import Limits, Player
 from stateset_lightning.errors import ConfigError, RewardError
 from stateset_lightning.policy import Policy, end_of_sequence_ids
@@ -24,7 +24,7 @@ from stateset_lightning.seeding import sample_seeds
 from stateset_lightning.threads import Interruption, heartbeat
 from stateset_lightning.training.resample import Replacements, Sample, resample
 from stateset_lightning.training.sampling_ahead import SamplingAhead
-from stateset_lightning.types import Metrics, PromptBatch, Scores
+from stateset_lightning.types import Metrics, PromptBatch, Scores, answered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from module_runs import fit, make_module, weights
+from lightning.pytorch.callbacks import ModelCheckpoint
+from module_runs import fit, make_data, make_module, weights
 
-from stateset_lightning import RewardFunction, RolloutConfig
+from stateset_lightning import RolloutConfig
 from stateset_lightning.data.prompts import PromptEncoder
 from stateset_lightning.environments import EnvironmentConfig
 from stateset_lightning.environments.player import Limits, Player
 from stateset_lightning.policy import Group, Policy, PolicyConfig, end_of_sequence_ids, load_model
+from stateset_lightning.rewards import EnvironmentReward
 from stateset_lightning.rollout import InProcessEngine
 from stateset_lightning.seeding import sample_seeds
 from stateset_lightning.types import FinishReason, PromptBatch, Scenario, Turn
@@ -72,12 +74,6 @@ class NeverBegins(Asks):
 class Lies(Asks):
     def step(self, text: str) -> Any:
         return "What is 1 + 1?", 1.0, "no"
-
-
-class EnvironmentsReward(RewardFunction):
-    def compute_reward(self, turns: Any, context: Any = None) -> float:
-        assert turns[-1].role == "assistant"
-        return float(context["environment_reward"])
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +163,7 @@ def test_an_environment_that_fails_never_trains(tmp_path: Path, factory: Any) ->
         return factory() if next(made) % 2 else Asks()
 
     environment = EnvironmentConfig(some_fail, max_turns=2, timeout=0.3)
-    module = make_module(environment=environment, reward=EnvironmentsReward(), max_reward_failures=1.0)
+    module = make_module(environment=environment, reward=EnvironmentReward(), max_reward_failures=1.0)
     fit(tmp_path, module, max_steps=1)
     sample, _ = module.state.sample_and_advantages
     failed = sample.scores.totals_N.isnan()
@@ -197,3 +193,38 @@ def test_options_that_exclude_each_other_are_refused() -> None:
         EnvironmentConfig("nowhere.Nothing").factories()
     with pytest.raises(Exception, match=r"factory=5 is no class or function"):
         EnvironmentConfig(5)
+
+
+def test_a_run_resumed_inside_an_episode_of_conversations_ends_bit_by_bit_as_if_not(tmp_path: Path) -> None:
+    def run(name: str, ckpt_path: Path | None = None) -> dict[str, torch.Tensor]:
+        keep_all = ModelCheckpoint(tmp_path / name, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        options = {"callbacks": [keep_all], "enable_checkpointing": True, "max_steps": 4}
+        module = make_module(environment=EnvironmentConfig(Opens, options={"times": 2}), rollout=ROLLOUT)
+        data = make_data(validation=None, num_iterations=2)
+        return weights(fit(tmp_path, module, data, ckpt_path=ckpt_path, **options))
+
+    straight = run("straight")
+    for cut in (1, 2):  # inside an episode, and between two
+        resumed = run(f"from-{cut}", tmp_path / "straight" / f"step={cut}.ckpt")
+        assert all(torch.equal(resumed[name], value) for name, value in straight.items()), f"resumed from step {cut}"
+
+
+class Own(Asks):
+    """Begins each conversation in its own way, whatever the seed."""
+
+    made = 0
+
+    def reset(self, scenario: Mapping[str, Any], seed: int) -> str:  # type: ignore[override]
+        Own.made += 1
+        return f"What is {Own.made} + 1?"
+
+
+def test_conversations_of_a_group_that_begin_differently_share_what_they_have_in_common(
+    play: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
+    batch, rollout, ended, _ = play(Own, options={"times": 0})
+    for n, (tokens, (conversation, _)) in enumerate(zip(rollout.completions(), ended, strict=True)):
+        whole = tiny_tokenizer.decode([*batch.prompt_tokens[n // 3], *tokens])
+        assert conversation.turns[-2].content in whole
+    assert len({conversation.turns[-2].content for conversation, _ in ended}) == 6
+    assert not rollout.sampled_T[0]
