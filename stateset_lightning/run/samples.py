@@ -177,7 +177,7 @@ def token_rows(episode: Episode, num_completions: int, max_tokens: int, module: 
 
     `tokens` are texts, which join to the completion's; `logprobs` are of the policy that sampled (None where a server
     gave none; a target has none), `logprobs_after` of the module's as it is now. Where a reference scored the
-    completion, `ref_logprobs` are its own.
+    completion, `ref_logprobs` are its own. All are None of an environment's tokens.
     """
 
     def first_tokens(values_T: Any) -> list[Any]:
@@ -195,8 +195,11 @@ def token_rows(episode: Episode, num_completions: int, max_tokens: int, module: 
         groups = groups_of(prompts, completions, [n for n, ids in enumerate(completions) if len(ids)], mask=mask)
         now_T, _ = module.policy.score_without_gradient(groups, module.rollout.temperature)
         logprobs["logprobs_after"] = list(now_T.cpu().split([len(tokens) for tokens in completions]))
+    sampled = None if episode.sampled_T is None else first_tokens(episode.sampled_T)
     for name, values in logprobs.items():
         for n, row in enumerate(rows):
+            if sampled is not None:
+                values[n] = values[n].masked_fill(~sampled[n], math.nan)
             if name != "ref_logprobs" or episode.active_N[n]:  # of the others it has scored none
                 row[name] = [None if math.isnan(value) else round(value, 4) for value in values[n].tolist()]
     return rows

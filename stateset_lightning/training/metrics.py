@@ -35,6 +35,7 @@ An episode
     work/extra_prompts                  prompts that dynamic sampling drew
     work/sampled_ahead                  whether the episode was sampled while the one before was trained on
     work/server_restarts                how often a vLLM server came back since the episode before
+    conversation/<name>                 of conversations: turns, ends by cause, what environments count
     memory/peak_mb                      peak memory: allocated on a CUDA device, resident of the process elsewhere
 
 An optimizer step

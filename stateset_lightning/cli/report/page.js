@@ -218,8 +218,8 @@ const FILTERS = {
   evaluation: [["all", "all prompts", () => true], ["better", "prompts that got better", (group) => gain(group) > 0], ["worse", "prompts that got worse", (group) => gain(group) < 0], ["short", "prompts short of the highest reward", (group) => last(group.completions).reward < best]],
 };
 const COLOURS = {
-  update: ["what training changed", (c) => c.logprobs_after && c.logprobs.map((value, i) => c.logprobs_after[i] - value)],
-  reference: ["distance from the reference", (c) => c.ref_logprobs && c.logprobs.map((value, i) => value - c.ref_logprobs[i])],
+  update: ["what training changed", (c) => c.logprobs_after && c.logprobs.map((value, i) => (value === null ? null : c.logprobs_after[i] - value))],
+  reference: ["distance from the reference", (c) => c.ref_logprobs && c.logprobs.map((value, i) => (value === null ? null : value - c.ref_logprobs[i]))],
   surprise: ["how unlikely they were", (c) => c.logprobs],
   none: ["nothing", () => null],
 };
@@ -329,6 +329,7 @@ function spans(one) {
 }
 const chance = (logprob) => number(Math.exp(logprob));
 function describe(one, i) {
+  if (one.logprobs[i] === null) return `${JSON.stringify(one.tokens[i])}\nno probability is known: an environment wrote it, or the server gave none`;
   const lines = [`${JSON.stringify(one.tokens[i])}`, `probability when sampled ${chance(one.logprobs[i])}`];
   if (one.logprobs_after) lines.push(`after the update ${chance(one.logprobs_after[i])} (×${number(Math.exp(one.logprobs_after[i] - one.logprobs[i]))})`);
   if (one.ref_logprobs) lines.push(`of the reference ${chance(one.ref_logprobs[i])}`);
