@@ -9,6 +9,7 @@ Letters: P prompts, N = P * G conversations, T tokens of all of them behind thei
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -29,11 +30,14 @@ from stateset_lightning.environments.conversation import Conversation, Driver, O
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.rollout import RolloutConfig, RolloutEngine
 from stateset_lightning.seeding import derive_seed
-from stateset_lightning.threads import DaemonThreads
+from stateset_lightning.threads import DaemonThreads, interruptible
 from stateset_lightning.types import FinishReason, Metrics, PromptBatch, Rollout, Scenario, Turn, answered
 
 # Called with (number, conversation, its environment's reward) when it has ended, in no particular order.
 OnEnded = Callable[[int, Conversation, float | None], None]
+
+
+_Call = tuple[Future[Any], float]  # of an environment, and by when, of `time.monotonic`, it must have returned
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class Player:
         total = counts.pop("conversations", 0)
         return {f"conversation/{name}": (float(count), float(total)) for name, count in sorted(counts.items())}
 
+    @interruptible()
     def play(
         self,
         engine: RolloutEngine,
@@ -164,7 +169,7 @@ class _Play:
 
     def begin(self) -> None:
         """Makes and resets all environments, and prompts of what they begin with."""
-        starts = [self.threads.submit(self._reset, n) for n in self.numbers]
+        starts = [self._call(self._reset, n) for n in self.numbers]
         for n, start in enumerate(starts):
             p = n // self.size
             conversation = Conversation([], [], self.batch.scenarios[p])
@@ -184,11 +189,11 @@ class _Play:
 
     def take_turn(self, engine: RolloutEngine, live: list[int], greedy: bool) -> None:
         """Samples a turn of these conversations, and adds what their environments answer."""
-        steps: dict[int, Future[Any]] = {}
+        steps: dict[int, _Call] = {}
 
         def answer(i: int, text: str, num_tokens: int) -> None:
             if num_tokens < self.sampling.max_new_tokens:  # else it may have been cut off, which is known later
-                steps[live[i]] = self.threads.submit(self._driver(live[i]).step, text)
+                steps[live[i]] = self._call(self._driver(live[i]).step, text)
 
         texts = self._sample(engine, live, greedy, answer)
         for n, text in zip(live, texts, strict=True):
@@ -197,7 +202,7 @@ class _Play:
             if conversation.reason == FinishReason.LENGTH:
                 conversation.ended = "length"
                 continue
-            step = steps[n] if n in steps else self.threads.submit(self._driver(n).step, text)
+            step = steps[n] if n in steps else self._call(self._driver(n).step, text)
             reply = self._wait(conversation, step)
             if reply is None:
                 continue
@@ -207,7 +212,7 @@ class _Play:
 
     def end(self, ended: Iterable[int], on_ended: OnEnded) -> None:
         """Asks environments for their rewards, and hands conversations over to be scored."""
-        rewards = [(n, self.threads.submit(self._reward, n)) for n in ended]
+        rewards = [(n, self._call(self._reward, n)) for n in ended]
         for n, asked_for in rewards:
             on_ended(n, self.all[n], self._wait(self.all[n], asked_for))
 
@@ -307,10 +312,15 @@ class _Play:
         text = self.player.encoder.tokenizer.decode(conversation.tokens[-16:])
         return max((stop for stop in self.sampling.stop if text.endswith(stop)), key=len, default="")
 
-    def _wait(self, conversation: Conversation, call: Future[Any]) -> Any:
+    def _call(self, function: Callable[..., Any], *args: Any) -> _Call:
+        """Calls an environment, at once: there is a thread for each conversation."""
+        return self.threads.submit(function, *args), time.monotonic() + self.config.timeout
+
+    def _wait(self, conversation: Conversation, call: _Call) -> Any:
         """What an environment returned; None where it failed, which ends the conversation."""
+        future, deadline = call
         try:
-            return call.result(self.config.timeout)
+            return future.result(max(0.0, deadline - time.monotonic()))
         except TimeoutError:
             limit = f"model.environment.timeout={self.config.timeout:g}"
             failure: BaseException = EnvironmentFailure(f"gave no answer within {limit} s")
