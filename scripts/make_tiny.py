@@ -40,8 +40,12 @@ There were people in the room.
 """
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE that never merges digits or crosses words."""
+def make_tokenizer(
+    sentences: str = SENTENCES + "What is 1 + 2?\n" * 50,
+    special_tokens: list[str] = SPECIAL_TOKENS,
+    chat_template: str = CHAT_TEMPLATE,
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE that never merges digits or crosses words; its words are those of the sentences."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -52,9 +56,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(
-        SENTENCES.splitlines() + ["What is 1 + 2?"] * 50,
+        sentences.splitlines(),
         trainers.BpeTrainer(
-            vocab_size=VOCABULARY, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+            vocab_size=VOCABULARY, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
         ),
     )
     return PreTrainedTokenizerFast(
@@ -62,8 +66,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<|pad|>",
         unk_token="<|pad|>",  # Qwen2's tokenizer would otherwise add a token that the model has no embedding for
         eos_token="<|end|>",
-        additional_special_tokens=SPECIAL_TOKENS[2:],
-        chat_template=CHAT_TEMPLATE,
+        additional_special_tokens=special_tokens[2:],
+        chat_template=chat_template,
         clean_up_tokenization_spaces=False,
         model_max_length=2048,
     )
