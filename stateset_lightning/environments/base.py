@@ -71,15 +71,22 @@ def as_turns(value: Any) -> tuple[Turn, ...]:
         return ()
     if isinstance(value, str):
         return (Turn("user", value),)
-    items = [value] if isinstance(value, Turn | Mapping) else value
+    items: Any = [value] if isinstance(value, Turn | Mapping) else value
     try:
         turns = tuple(Turn(item["role"], item["content"]) for item in items)
     except (TypeError, KeyError, IndexError) as error:
-        raise EnvironmentFailure(f"returned {value!r:.80} where turns belong: a text, or turns with role and content") from error
+        raise EnvironmentFailure(
+            f"returned {value!r:.80} where turns belong: a text, or turns with role and content"
+        ) from error
     for turn in turns:
         if turn.role not in ("user", "tool", "system") or not isinstance(turn.content, str):
             raise EnvironmentFailure(f"returned a turn of role {turn.role!r} with content {turn.content!r:.80}")
     return turns
+
+
+def turns_of(scenario: Mapping[str, Any]) -> Sequence[Turn]:
+    """The turns that a scenario's columns hold, without its `context`; none if it only has other columns."""
+    return scenario.get("messages") or as_turns(scenario.get("prompt"))
 
 
 def as_reply(value: Any) -> Reply:
