@@ -98,7 +98,7 @@ def _row_scenarios(row: RawRow | Problem, part: Part) -> list[Scenario]:
         choose = f"; choose one: data.format={given[0]} or data.fields.{given[0]}=null" if given else ""
         raise BadRow(f"needs exactly one of 'prompt', 'messages' and 'user_responses', but has {found}{choose}")
     if (responses := columns.pop("user_responses", None)) is not None:
-        prompts = enumerate(_checked_texts("user_responses", responses))
+        prompts = enumerate(checked_texts("user_responses", responses))
         return [Scenario.model_validate({**columns, "id": f"{columns['id']}/{i}", "prompt": p}) for i, p in prompts]
     if given == ["messages"]:
         columns["messages"] = _conversation(columns, shape)
@@ -208,14 +208,19 @@ def _checked_list(name: str, items: str, value: object) -> Sequence[Any]:
     return value
 
 
-def _checked_texts(name: str, value: object) -> list[str]:
+def checked_texts(name: str, value: object) -> list[str]:
+    """The texts of a column.
+
+    Raises:
+        BadRow: If it is no list, is empty, or holds what is no text, or an empty one.
+    """
     texts = enumerate(_checked_list(name, "texts", value), start=1)
     return [_checked_text(f"item {number} of '{name}'", text) for number, text in texts]
 
 
 def _checked_rewards(value: object) -> list[str]:
     # The name of this column is reserved: it says which reward functions score the row.
-    names = _checked_texts("rewards", value)
+    names = checked_texts("rewards", value)
     if len(set(names)) < len(names):
         raise BadRow(f"'rewards' names a reward twice: {', '.join(names)}")
     return names

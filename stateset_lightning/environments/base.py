@@ -71,7 +71,7 @@ def as_turns(value: Any) -> tuple[Turn, ...]:
         return ()
     if isinstance(value, str):
         return (Turn("user", value),)
-    items = [value] if isinstance(value, Turn | Mapping) else value
+    items: Any = [value] if isinstance(value, Turn | Mapping) else value
     try:
         pairs: list[tuple[Any, Any]] = [(item["role"], item["content"]) for item in items]
     except (TypeError, KeyError, IndexError) as error:
@@ -81,6 +81,11 @@ def as_turns(value: Any) -> tuple[Turn, ...]:
         if role not in ("user", "tool", "system") or not isinstance(content, str):
             raise EnvironmentFailure(f"returned a turn of role {role!r} with content {content!r:.80}")
     return tuple(Turn(role, content) for role, content in pairs)
+
+
+def turns_of(scenario: Mapping[str, Any]) -> Sequence[Turn]:
+    """The turns that a scenario's columns hold, without its `context`; none if it only has other columns."""
+    return scenario.get("messages") or as_turns(scenario.get("prompt"))
 
 
 def as_reply(value: Any) -> Reply:

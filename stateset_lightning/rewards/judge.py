@@ -10,11 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stateset_lightning.errors import ConfigError, DataError, RewardError, bounded
+from stateset_lightning.errors import ConfigError, RewardError, bounded
 from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns
 from stateset_lightning.rewards.group import GroupReward
-from stateset_lightning.types import at_path
-from stateset_lightning.workers import OpenAIClient
+from stateset_lightning.workers import Instructions, OpenAIClient
 
 _NUMBER = r"-?\d+(?:\.\d+)?"
 # Possessive: marks are looked at once.
@@ -22,8 +21,6 @@ _SCORE_LINE = re.compile(
     rf"[\s*_#`]*+scores?[\s*_`]*+(?:[:=][\s*_`\[]*+)?({_NUMBER}(?:[,;\s]++{_NUMBER})*+)(?:\s*/\s*({_NUMBER}))?[\]\s*_`.]*",
     re.IGNORECASE,
 )
-# In a rubric: a brace that is written twice, or a column in braces.
-_BRACES = re.compile(r"\{\{|\}\}|\{([^\W\d]\w*(?:[.\[][\w.\[\]]+)?)\}")
 _DEFAULTS: dict[str, Any] = {"temperature": 0.0, "max_completion_tokens": 512}
 
 
@@ -71,17 +68,12 @@ class Judge(RewardFunction):
         **server: Any,
     ) -> None:
         super().__init__(weight=weight, name=name or "", timeout=timeout)
-        self.rubric = rubric
         self.low, self.high = score_range
         if not (math.isfinite(self.high - self.low) and self.low < self.high):
             raise ConfigError(f"{self.name}.score_range={[self.low, self.high]} must be two numbers, the lower first")
-        if not rubric.strip():
-            raise ConfigError(f"{self.name}.rubric is empty: say what a good answer is")
-        if brace := re.search(r"\{[^{}]*\}?|\}", _BRACES.sub("", rubric)):
-            raise ConfigError(f"{self.name}.rubric names the column '{brace[0]}'; write {{{{ and }}}} for braces")
-        self.needs = [column for column in _BRACES.findall(rubric) if column]
-        parameters = {k: v for k, v in {**_DEFAULTS, **(request or {})}.items() if v is not None}
-        self.client = OpenAIClient(self.name, model, request=parameters, **server)
+        self.rubric = Instructions(f"{self.name}.rubric", rubric, "what a good answer is")
+        self.needs = self.rubric.columns
+        self.client = OpenAIClient(self.name, model, request={**_DEFAULTS, **(request or {})}, **server)
 
     def take_counts(self) -> dict[str, float]:
         return self.client.take_counts()
@@ -92,10 +84,7 @@ class Judge(RewardFunction):
         """A request: the instructions, with these words, and the conversation and answers by tag, between marks."""
         conversation = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in asked)
         mark = _hash(conversation, *answers.values())[:16]
-        if absent := self.missing(context):
-            named = f"'{absent[0]}', which {self.name}.rubric names"
-            raise DataError(f"scenario {context.get('id')!r} has no column {named}")
-        rubric = _BRACES.sub(lambda part: str(at_path(context, part[1])) if part[1] else part[0][0], self.rubric)
+        rubric = self.rubric.filled(context)
         texts = {"conversation": conversation, **answers}
         material = "\n\n".join(f"<{tag}-{mark}>\n{text}\n</{tag}-{mark}>" for tag, text in texts.items())
         instructions = self.instructions.format(rubric=rubric, mark=mark, low=self.low, high=self.high, **words)

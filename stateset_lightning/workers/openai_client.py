@@ -111,7 +111,7 @@ class OpenAIClient:
     Args:
         key: What errors call the owner of this client, such as `model_judge`.
         model: The model's name on the server.
-        request: Further parameters of each request.
+        request: Further parameters of each request; None leaves one out.
         base_url: The server (`http://localhost:8000/v1`); by default OpenAI's.
         api_key_env: Environment variable that holds the key. By default OPENAI_API_KEY with OpenAI's server, and no key
             with another.
@@ -161,13 +161,14 @@ class OpenAIClient:
         if cache is not None:  # a file that cannot be opened is an error now
             ReplyCache(cache, max_cached).close()
 
-    async def ask(self, messages: list[dict[str, str]], read: Callable[[str, bool], T]) -> tuple[str, T]:
+    async def ask(self, messages: list[dict[str, str]], read: Callable[[str, bool], T], **more: Any) -> tuple[str, T]:
         """The reply to a conversation, from the cache or the server.
 
         Args:
             messages: The conversation, as dicts of `role` and `content`.
             read: Reads what is wanted from the reply's text; its second argument is whether the token limit cut the
                 reply off. If it raises, the reply is not cached.
+            **more: Parameters of this request, where those of each request do not name them.
 
         Returns:
             The reply's text, and what `read` returned.
@@ -176,7 +177,7 @@ class OpenAIClient:
             ServerError: If the answer is no chat completion, or too large. Besides, what `openai` raises after the last
                 retry. Both name the server in one line.
         """
-        request = {**self.request, "messages": messages}
+        request = {k: v for k, v in {**more, **self.request, "messages": messages}.items() if v is not None}
         asked = json.dumps([self.base_url, request], sort_keys=True)
         key = hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()
         connection = self._connection()
