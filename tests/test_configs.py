@@ -21,7 +21,7 @@ from stateset_lightning.data.hub import is_hub_id
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "configs"
 OVERLAYS = {"bf16.yaml", "ddp.yaml", "fsdp2.yaml", "wandb.yaml"}
-MODEL_OVERLAYS = {"gpu.yaml", "lora.yaml", "vllm.yaml"}
+MODEL_OVERLAYS = {"gpu.yaml", "lora.yaml", "multi_turn.yaml", "vllm.yaml"}
 CLASSES = {"adamw8bit.yaml", "distillation.yaml"}  # put another class in a base's place
 BASES = sorted(path.name for path in FOLDER.glob("*.yaml") if path.name not in OVERLAYS | MODEL_OVERLAYS | CLASSES)
 

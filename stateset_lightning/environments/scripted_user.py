@@ -24,7 +24,7 @@ class ScriptedUser:
         ConfigError: If `responses` is no list of texts, or empty.
     """
 
-    def __init__(self, responses: list[str] | None = None, column: str = "user_responses") -> None:
+    def __init__(self, responses: list[str] | None = None, column: str = "replies") -> None:
         self._responses, self._column = responses, column
         if responses is not None:
             try:

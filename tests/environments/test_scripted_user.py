@@ -7,7 +7,7 @@ from stateset_lightning.environments.base import as_reply, as_turns, tool_method
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.types import Turn
 
-ROW = {"id": "s1", "prompt": "What is Python?", "messages": None, "user_responses": ["Explain it.", "Thanks."]}
+ROW = {"id": "s1", "prompt": "What is Python?", "messages": None, "replies": ["Explain it.", "Thanks."]}
 DONE = Reply(done=True)
 
 
@@ -36,7 +36,7 @@ def play(environment, row, turns=4):
             ["Thanks."],
         ),
         ({"column": "later"}, {"later": ("And then?",)}, (), ["And then?"]),
-        ({"responses": ["Why?"]}, {"user_responses": None}, (), ["Why?"]),
+        ({"responses": ["Why?"]}, {"replies": None}, (), ["Why?"]),
         ({"responses": ["Why?"]}, {"prompt": None}, (Turn("user", "Why?"),), []),
     ],
     ids=["column", "opens", "messages", "system turn", "other column", "responses", "responses open"],
@@ -50,17 +50,17 @@ def test_texts_come_one_after_another_and_then_it_ends(options, columns, opening
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        (None, "'user_responses' must be a list of texts, not null"),
-        ("Explain it.", "'user_responses' must be a list of texts, not text"),
-        ({"a": 1}, "'user_responses' must be a list of texts, not a mapping"),
-        ([], "'user_responses' is an empty list"),
-        (["a", 3], "item 2 of 'user_responses' must be text, not a number"),
-        (["a", " "], "item 2 of 'user_responses' is empty"),
+        (None, "'replies' must be a list of texts, not null"),
+        ("Explain it.", "'replies' must be a list of texts, not text"),
+        ({"a": 1}, "'replies' must be a list of texts, not a mapping"),
+        ([], "'replies' is an empty list"),
+        (["a", 3], "item 2 of 'replies' must be text, not a number"),
+        (["a", " "], "item 2 of 'replies' is empty"),
     ],
 )
 def test_a_column_that_is_missing_or_no_list_of_texts_fails_the_conversation(value, problem):
     with pytest.raises(EnvironmentFailure, match=f"^scenario 's1': {problem}"):
-        ScriptedUser().reset({**ROW, "user_responses": value}, 0)
+        ScriptedUser().reset({**ROW, "replies": value}, 0)
 
 
 def test_a_column_that_is_not_there_fails_the_conversation():
