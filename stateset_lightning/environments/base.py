@@ -61,11 +61,37 @@ class Reply:
     counts: Mapping[str, int] | None = None
 
 
-def as_turns(value: Any) -> tuple[Turn, ...]:
+@dataclass(frozen=True)
+class Opening:
+    """How a conversation begins: what an environment makes of its prompt.
+
+    Args:
+        turns: That follow the prompt.
+        appended_text: That the prompt's last turn of the user goes on with, nothing between (TRL).
+        replaces: The turns take the prompt's place (SkyRL). A system turn of the prompt stays, unless they have one.
+    """
+
+    turns: tuple[Turn, ...] = ()
+    appended_text: str = ""
+    replaces: bool = False
+
+    def after(self, prompt: Sequence[Turn]) -> list[Turn]:
+        """The conversation that the model is to answer."""
+        begun = list(prompt)
+        if self.replaces:
+            begun = [turn for turn in prompt if turn.role == "system" and self.turns[0].role != "system"]
+        begun += self.turns
+        last = max((i for i, turn in enumerate(begun) if turn.role == "user"), default=None)
+        if last is not None:
+            begun[last] = Turn("user", begun[last].content + self.appended_text)
+        return begun
+
+
+def as_turns(value: Any, roles: Sequence[str] = ("user", "tool", "system")) -> tuple[Turn, ...]:
     """Turns of a text, a turn, or a list of turns or mappings with `role` and `content`; none of None.
 
     Raises:
-        EnvironmentFailure: If it is none of these.
+        EnvironmentFailure: If it is none of these, or a turn has none of the roles.
     """
     if value is None:
         return ()
@@ -73,11 +99,13 @@ def as_turns(value: Any) -> tuple[Turn, ...]:
         return (Turn("user", value),)
     items = [value] if isinstance(value, Turn | Mapping) else value
     try:
-        turns = tuple(Turn(item["role"], item["content"]) for item in items)
+        turns = tuple(Turn(item["role"], item["content"]) for item in items)  # type: ignore[arg-type]  # see below
     except (TypeError, KeyError, IndexError) as error:
-        raise EnvironmentFailure(f"returned {value!r:.80} where turns belong: a text, or turns with role and content") from error
+        raise EnvironmentFailure(
+            f"returned {value!r:.80} where turns belong: a text, or turns with role and content"
+        ) from error
     for turn in turns:
-        if turn.role not in ("user", "tool", "system") or not isinstance(turn.content, str):
+        if turn.role not in roles or not isinstance(turn.content, str):
             raise EnvironmentFailure(f"returned a turn of role {turn.role!r} with content {turn.content!r:.80}")
     return turns
 
@@ -118,5 +146,8 @@ OWN_METHODS = ("reset", "step", "get_reward", "close", "init", "render", "seed")
 
 def tool_methods(environment: Any) -> dict[str, Callable[..., Any]]:
     """Public methods that a model may call, by name: those that have a docstring and are no part of an interface."""
-    found = inspect.getmembers(environment, inspect.isroutine)
-    return {n: f for n, f in found if not n.startswith("_") and n not in OWN_METHODS and inspect.getdoc(f)}
+    found = inspect.getmembers(
+        type(environment), inspect.isroutine
+    )  # of the class: an instance would compute properties
+    names = [n for n, f in found if not n.startswith("_") and n not in OWN_METHODS and inspect.getdoc(f)]
+    return {name: getattr(environment, name) for name in names}
