@@ -7,6 +7,9 @@ Which interface a class has is told by its methods:
     init(prompt), step(text)     SkyRL: (prompt, info), then observations, reward, done, metadata
     reset(scenario, seed), step  ours: see `stateset_lightning.environments.base`
 
+Gymnasium's `reset` can be called without arguments, and ours cannot, or names a `scenario`. What a class takes beside
+is given to it: TRL's the seed, Gymnasium's the columns as `options`.
+
 What they do wrong is `EnvironmentFailure`, with the user's exception as its cause. SkyRL's `postprocessed_action` is
 not used: a conversation is what was sampled.
 """
