@@ -61,11 +61,37 @@ class Reply:
     counts: Mapping[str, int] | None = None
 
 
-def as_turns(value: Any) -> tuple[Turn, ...]:
+@dataclass(frozen=True)
+class Opening:
+    """How a conversation begins: what an environment makes of its prompt.
+
+    Args:
+        turns: That follow the prompt.
+        appended_text: That the prompt's last turn of the user goes on with, nothing between (TRL).
+        replaces: The turns take the prompt's place (SkyRL). A system turn of the prompt stays, unless they have one.
+    """
+
+    turns: tuple[Turn, ...] = ()
+    appended_text: str = ""
+    replaces: bool = False
+
+    def after(self, prompt: Sequence[Turn]) -> list[Turn]:
+        """The conversation that the model is to answer."""
+        begun = list(prompt)
+        if self.replaces:
+            begun = [turn for turn in prompt if turn.role == "system" and self.turns[0].role != "system"]
+        begun += self.turns
+        last = max((i for i, turn in enumerate(begun) if turn.role == "user"), default=None)
+        if last is not None:
+            begun[last] = Turn("user", begun[last].content + self.appended_text)
+        return begun
+
+
+def as_turns(value: Any, roles: Sequence[str] = ("user", "tool", "system")) -> tuple[Turn, ...]:
     """Turns of a text, a turn, or a list of turns or mappings with `role` and `content`; none of None.
 
     Raises:
-        EnvironmentFailure: If it is none of these.
+        EnvironmentFailure: If it is none of these, or a turn has none of the roles.
     """
     if value is None:
         return ()
@@ -78,7 +104,7 @@ def as_turns(value: Any) -> tuple[Turn, ...]:
         what = f"returned {value!r:.80} where turns belong: a text, or turns with role and content"
         raise EnvironmentFailure(what) from error
     for role, content in pairs:
-        if role not in ("user", "tool", "system") or not isinstance(content, str):
+        if role not in roles or not isinstance(content, str):
             raise EnvironmentFailure(f"returned a turn of role {role!r} with content {content!r:.80}")
     return tuple(Turn(role, content) for role, content in pairs)
 
@@ -124,5 +150,8 @@ OWN_METHODS = ("reset", "step", "get_reward", "close", "init", "render", "seed")
 
 def tool_methods(environment: Any) -> dict[str, Callable[..., Any]]:
     """Public methods that a model may call, by name: those that have a docstring and are no part of an interface."""
-    found = inspect.getmembers(environment, inspect.isroutine)
-    return {n: f for n, f in found if not n.startswith("_") and n not in OWN_METHODS and inspect.getdoc(f)}
+    found = inspect.getmembers(
+        type(environment), inspect.isroutine
+    )  # of the class: an instance would compute properties
+    names = [n for n, f in found if not n.startswith("_") and n not in OWN_METHODS and inspect.getdoc(f)]
+    return {name: getattr(environment, name) for name in names}

@@ -4,7 +4,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pkgutil import resolve_name
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from annotated_types import Ge, Gt
 
@@ -24,9 +24,7 @@ class EnvironmentConfig:
         max_turns: Completions of a conversation at most. With 1 the environment only scores the one completion.
         max_tokens: Tokens of a conversation behind its prompt at most, the environment's included; by default twice
             `max_turns` times `max_new_tokens`. A turn begins only where `max_new_tokens` more fit.
-        timeout: Seconds that an environment may take to begin, to answer, or to score.
-        turn_rewards: What the environment's rewards of single turns become, where it has no `get_reward`: their sum, or
-            the last one.
+        timeout: Seconds that an environment may take to begin, to answer, or to score, and a tool half of them.
     """
 
     factory: Any
@@ -34,7 +32,6 @@ class EnvironmentConfig:
     max_turns: Annotated[int, Ge(1)] = 8
     max_tokens: Annotated[int, Ge(1)] | None = None
     timeout: Annotated[float, Gt(0)] = 60.0
-    turn_rewards: Literal["sum", "last"] = "sum"
 
     def __post_init__(self) -> None:
         of = self.factory.values() if isinstance(self.factory, Mapping) else [self.factory]

@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from stateset_lightning.environments.base import Reply
+from stateset_lightning.environments.adapters import Driver
 from stateset_lightning.types import FinishReason, Scenario, Turn
-
-
-class Driver(Protocol):
-    """A user's environment, whatever its own interface; see `stateset_lightning.environments.adapters`."""
-
-    def reset(self, columns: Mapping[str, Any], seed: int) -> Opening: ...
-
-    def step(self, text: str) -> Reply: ...
-
-    def get_reward(self) -> float | None: ...
-
-    def schemas(self) -> list[dict[str, Any]]: ...
-
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Opening:
-    """With what an environment begins: turns behind the scenario's, and a text at the end of its last turn."""
-
-    turns: tuple[Turn, ...] = ()
-    appended_text: str = ""
 
 
 @dataclass
@@ -69,13 +47,6 @@ class Conversation:
         self.tokens += tokens
         self.sampled += [logprobs is not None] * len(tokens)
         self.logprobs += [0.0] * len(tokens) if logprobs is None else logprobs
-
-    def reward(self, how: str) -> float | None:
-        """The environment's, at its end: what it says then, or what it has said of turns; None if it gives none."""
-        if self.driver is None or (whole := self.driver.get_reward()) is not None:
-            return None if self.driver is None else whole
-        given = [reward for reward in self.rewards if reward is not None]
-        return None if not given else sum(given) if how == "sum" else given[-1]
 
     def said(self, prompt: Sequence[Turn]) -> str:
         """All that came behind the prompt, as one text; of a single turn, its text."""

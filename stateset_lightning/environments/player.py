@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -23,10 +23,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from stateset_lightning.data.prompts import PromptEncoder, asked
-from stateset_lightning.environments.adapters import as_environment
-from stateset_lightning.environments.base import EnvironmentFailure
+from stateset_lightning.environments.adapters import Driver, Settings, as_environment
+from stateset_lightning.environments.base import EnvironmentFailure, Opening
 from stateset_lightning.environments.config import EnvironmentConfig
-from stateset_lightning.environments.conversation import Conversation, Driver, Opening
+from stateset_lightning.environments.conversation import Conversation
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.rollout import RolloutConfig, RolloutEngine
 from stateset_lightning.seeding import derive_seed
@@ -60,14 +60,14 @@ class Player:
     Args:
         config: Which environment, and how long.
         encoder: Makes tokens of prompts, and of what environments answer.
-        make: A new environment for a scenario's columns.
+        make: A new environment.
         counts: What has happened since it was last emptied: conversations, turns, ends by cause, what environments
             count.
     """
 
     config: EnvironmentConfig
     encoder: PromptEncoder
-    make: Callable[[dict[str, Any]], Driver]
+    make: Callable[[], Driver]
     counts: Counter[str] = field(default_factory=Counter)
 
     @classmethod
@@ -91,7 +91,9 @@ class Player:
             what = "model.rollout.keep_sampling_mask=true with model.environment"
             raise ConfigError(f"{what}: the masks of a conversation are not kept; leave one of them out")
         encoder = PromptEncoder(tokenizer=tokenizer) if data is None else data.current_encoder()
-        return cls(config, encoder, partial(_make, config.factories(), config.options))
+        factories = {name: partial(one, **config.options) for name, one in config.factories().items()}
+        settings = Settings(tokenizer, config.timeout / 2, config.max_turns)
+        return cls(config, encoder, partial(as_environment, factories.get("", factories), settings))
 
     def pop_metrics(self) -> Metrics:
         """What happened since the last call, by metric, as (sum, conversations)."""
@@ -239,14 +241,14 @@ class _Play:
 
     def _reset(self, n: int) -> tuple[Driver, Opening]:
         columns = self.batch.scenarios[n // self.size].columns()
-        driver = self.player.make(columns)
+        driver = self.player.make()
         seed = derive_seed(self.seeds_N[n // self.size * self.size], "environment")
         return driver, driver.reset(columns, seed)
 
     def _reward(self, n: int) -> float | None:
         conversation = self.all[n]
         try:
-            return None if conversation.failure else conversation.reward(self.config.turn_rewards)
+            return None if conversation.failure else self._driver(n).get_reward()
         finally:
             if conversation.driver is not None:
                 conversation.driver.close()
@@ -259,14 +261,12 @@ class _Play:
     def _render(self, conversation: Conversation, driver: Driver, opening: Opening) -> None:
         """The prompt of a scenario with what its environment begins with, and with the tools."""
         encoder, scenario = self.player.encoder, conversation.scenario
-        turns = [*scenario.turns(), *opening.turns]
-        if opening.appended_text:
-            turns[-1] = replace(turns[-1], content=turns[-1].content + opening.appended_text)
+        turns = opening.after(scenario.turns(encoder.system_prompt))
         if schemas := driver.schemas():
             encoder = replace(encoder, chat_template_kwargs={**encoder.chat_template_kwargs, "tools": schemas})
         opened = Scenario(id=scenario.id, messages=tuple(turns))
-        prompts = encoder.encode([opened], "model.environment", is_tried=True)
-        conversation.turns = asked(opened, prompts.opened[0], encoder.system_prompt)
+        prompts = replace(encoder, system_prompt=None).encode([opened], "model.environment", is_tried=True)
+        conversation.turns = asked(opened, prompts.opened[0])
         conversation.prompt = [int(token) for token in prompts.tokens[0]]
 
     def _sample(
@@ -328,17 +328,6 @@ class _Play:
             failure = error
         conversation.failure, conversation.ended = failure, "failure"
         return None
-
-
-def _make(
-    factories: Mapping[str, Callable[..., Any]], options: Mapping[str, Any], columns: Mapping[str, Any]
-) -> Driver:
-    """A new environment of the only factory, or of the one that the scenario's column `environment` names."""
-    name = "" if "" in factories else str(columns.get("environment"))
-    if name not in factories:
-        known = ", ".join(factories)
-        raise EnvironmentFailure(f"scenario {columns['id']!r} has environment={name!r}, which is none of {known}")
-    return as_environment(factories[name](**options))
 
 
 def _common_start(rows: Sequence[Sequence[int]]) -> list[int]:

@@ -1,0 +1,196 @@
+"""Tools that a model calls: plain Python functions, and how calls of them are answered.
+
+Each call gets one turn of the tool, in the order of the calls; what goes wrong is a line that begins with `error:`, so
+that the model can do better. Functions run in this process: a tool that is not to be trusted with it belongs into a
+sandbox of its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import pkgutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import CancelledError, Future
+from contextlib import closing
+from functools import partial
+from typing import Any
+
+from pydantic import PositiveFloat
+
+from stateset_lightning.environments.base import EnvironmentFailure, Reply
+from stateset_lightning.environments.tool_calls import Call, Malformed, find_calls
+from stateset_lightning.errors import ConfigError, bounded, one_line
+from stateset_lightning.threads import DaemonThreads, EventLoopThread
+from stateset_lightning.types import Turn
+
+Functions = Mapping[str, Callable[..., Any]]  # by the names that the model calls
+
+_LOOP = EventLoopThread(10_000, "environments")
+
+
+class TookTooLong(Exception):
+    """A call of the user's code that has not ended in its time."""
+
+
+class UserCode:
+    """Runs what the user wrote, one call after another.
+
+    Functions run always on the same thread, since some of what they use is bound to one (SQLite, a browser), and
+    coroutines on an event loop. Nothing is started before the first call.
+
+    Args:
+        loop: Of coroutines; None: one that all share who give none.
+    """
+
+    def __init__(self, loop: EventLoopThread | None = None) -> None:
+        self._loop = loop or _LOOP
+        self._threads = DaemonThreads(1, "environment")
+
+    def run(self, call: Callable[[], Any], timeout: float | None = None) -> tuple[Any, BaseException | None]:
+        """What a call returns, and None; or None, and what it raises.
+
+        A coroutine that takes longer than `timeout` seconds is cancelled. A function cannot be: it keeps its thread,
+        its result is dropped, and later calls run on a new thread beside it.
+        """
+        if inspect.iscoroutinefunction(call):
+            return _outcome(self._loop.submit(call), timeout)
+        result, error = _outcome(self._threads.submit(call), timeout)
+        if isinstance(error, TookTooLong):
+            self.close()
+        if inspect.isawaitable(result):
+            return _outcome(self._loop.submit(lambda: result), timeout)
+        return result, error
+
+    def close(self) -> None:
+        """Ends the thread, and leaves behind one that hangs. A later call starts another."""
+        self._threads.close(0)
+        self._threads = DaemonThreads(1, "environment")
+
+
+def _outcome(future: Future[Any], timeout: float | None) -> tuple[Any, BaseException | None]:
+    try:
+        error = future.exception(timeout)
+    except TimeoutError:  # of this wait: one that the call raised is returned
+        future.cancel()
+        return None, TookTooLong(f"no answer within {timeout:g} s")
+    except CancelledError as cancelled:
+        return None, cancelled
+    return (future.result(), None) if error is None else (None, error)
+
+
+@bounded("environment")
+class Tools:
+    """An environment of plain functions: calls are answered, and a completion without any ends the conversation.
+
+    Args:
+        functions: Functions, sync or async, or import paths of them (`my_module.add`). Each argument has a type, and a
+            line in the docstring's `Args:`.
+        timeout: Seconds that a call may take; None: no limit.
+
+    Raises:
+        ConfigError: If there is no function, two have the same name, or one cannot be imported or described.
+    """
+
+    def __init__(self, functions: list[Callable[..., Any] | str], timeout: PositiveFloat | None = 30.0) -> None:
+        found = [imported(item) if isinstance(item, str) else item for item in functions]
+        self.schemas = [schema_of(function) for function in found]
+        names = [schema["function"]["name"] for schema in self.schemas]
+        if not 0 < len(names) == len(set(names)):
+            raise ConfigError(f"environment.functions={names} must be one or more functions of different names")
+        self.functions = dict(zip(names, found, strict=True))
+        self.timeout = timeout
+
+    def reset(self, scenario: Mapping[str, Any], seed: int) -> None:
+        """Begins a conversation; the prompt stays as it is."""
+
+    def step(self, text: str) -> Reply:
+        """Answers the calls of a completion; without any, it ends the conversation."""
+        calls = find_calls(text, schemas=self.schemas)
+        with closing(UserCode()) as code:
+            return run_tools(calls, self.functions, code, self.timeout) if calls else Reply(done=True)
+
+
+def imported(path: str) -> Any:
+    """What stands at an import path.
+
+    Raises:
+        ConfigError: If there is nothing.
+    """
+    try:
+        return pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"tool {path!r} cannot be imported: {one_line(error)}; give module.function") from error
+
+
+def schema_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The JSON schema of a tool, as chat templates take it.
+
+    Raises:
+        ConfigError: If an argument has no type or description, or the function no docstring.
+    """
+    from transformers.utils import get_json_schema  # slow to import
+
+    try:
+        return get_json_schema(function)
+    except Exception as error:  # the library's own errors are plain exceptions; hints may raise any
+        name = getattr(function, "__qualname__", repr(function))
+        must = 'write a type for each argument, and a docstring with "Args:" and a line "name: what it is" for each'
+        raise ConfigError(f"tool {name} cannot be described to the model: {one_line(error)}; {must}") from error
+
+
+def run_tools(calls: list[Call | Malformed], functions: Functions, code: UserCode, timeout: float | None) -> Reply:
+    """Answers calls, one after another.
+
+    Args:
+        calls: Of a completion, as `find_calls` gives them.
+        functions: By name.
+        code: What runs the functions.
+        timeout: Seconds for each call; None: no limit.
+
+    Returns:
+        A turn of the tool for each call: a text as it is, else JSON. Its counts: `tool_calls` (that could be read),
+        `malformed_calls`, `tool_errors` (unknown tools and wrong arguments among them) and `tool_timeouts`.
+
+    Raises:
+        EnvironmentFailure: If a tool raises it.
+    """
+    counts = dict.fromkeys(("tool_calls", "malformed_calls", "tool_errors", "tool_timeouts"), 0)
+    turns = []
+    for call in calls:
+        if isinstance(call, Malformed):
+            answer, problem = f"this tool call is malformed: {call.reason}: {call.text}", "malformed_calls"
+        else:
+            counts["tool_calls"] += 1
+            answer, problem = _answer(call, functions, code, timeout)
+        if problem:
+            counts[problem] += 1
+            answer = f"error: {one_line(answer)}"
+        turns.append(Turn("tool", answer))
+    return Reply(tuple(turns), counts=counts)
+
+
+def _answer(call: Call, functions: Functions, code: UserCode, timeout: float | None) -> tuple[str, str]:
+    """The answer to a call, and what it counts as, if it is an error."""
+    if (function := functions.get(call.name)) is None:
+        return f"there is no tool {call.name!r}, there are: {', '.join(functions)}", "tool_errors"
+    signature = inspect.signature(function)
+    try:
+        signature.bind(**call.arguments)
+    except TypeError as error:
+        return f"{call.name} takes ({', '.join(signature.parameters)}): {error}", "tool_errors"
+    result, failure = code.run(partial(function, **call.arguments), timeout)
+    if failure is None:
+        try:
+            return _as_text(result), ""
+        except Exception as error:  # of a result's own methods
+            failure = error
+    if isinstance(failure, EnvironmentFailure):
+        raise failure
+    problem = "tool_timeouts" if isinstance(failure, TookTooLong) else "tool_errors"
+    return f"{type(failure).__name__}: {failure}", problem
+
+
+def _as_text(result: Any) -> str:
+    text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
+    return text.encode(errors="replace").decode()  # half of a pair of surrogates, which a model's JSON may have
