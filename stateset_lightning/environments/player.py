@@ -69,6 +69,7 @@ class Player:
     encoder: PromptEncoder
     make: Callable[[], Driver]
     counts: Counter[str] = field(default_factory=Counter)
+    encoders: dict[str, PromptEncoder] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -94,6 +95,14 @@ class Player:
         factories = {name: partial(one, **config.options) for name, one in config.factories().items()}
         settings = Settings(tokenizer, config.timeout / 2, config.max_turns)
         return cls(config, encoder, partial(as_environment, factories.get("", factories), settings))
+
+    def encoder_with(self, schemas: list[dict[str, Any]]) -> PromptEncoder:
+        """Makes prompts of whole conversations, with the schemas of these tools; once for those that are alike."""
+        if (key := str(schemas)) not in self.encoders:
+            tools = {"tools": schemas} if schemas else {}
+            options = {**self.encoder.chat_template_kwargs, **tools}
+            self.encoders[key] = replace(self.encoder, system_prompt=None, chat_template_kwargs=options)
+        return self.encoders[key]
 
     def pop_metrics(self) -> Metrics:
         """What happened since the last call, by metric, as (sum, conversations)."""
@@ -166,6 +175,7 @@ class _Play:
         self.numbers = range(len(seeds_N))
         self.all: list[Conversation] = []
         self.prompts: list[list[int]] = []  # of each group
+        self.rendered: dict[Any, tuple[list[Turn], list[int]]] = {}
 
     # The parts of a conversation -------------------------------------------------------------------------------------
 
@@ -259,15 +269,17 @@ class _Play:
         return driver
 
     def _render(self, conversation: Conversation, driver: Driver, opening: Opening) -> None:
-        """The prompt of a scenario with what its environment begins with, and with the tools."""
-        encoder, scenario = self.player.encoder, conversation.scenario
-        turns = opening.after(scenario.turns(encoder.system_prompt))
-        if schemas := driver.schemas():
-            encoder = replace(encoder, chat_template_kwargs={**encoder.chat_template_kwargs, "tools": schemas})
-        opened = Scenario(id=scenario.id, messages=tuple(turns))
-        prompts = replace(encoder, system_prompt=None).encode([opened], "model.environment", is_tried=True)
-        conversation.turns = asked(opened, prompts.opened[0])
-        conversation.prompt = [int(token) for token in prompts.tokens[0]]
+        """The prompt of a scenario with what its environment begins with, and with the tools; once for a group."""
+        scenario, schemas = conversation.scenario, driver.schemas()
+        encoder = self.player.encoder_with(schemas)
+        turns = opening.after(scenario.turns(self.player.encoder.system_prompt))
+        key = scenario.id, str(schemas), tuple(turns)
+        if key not in self.rendered:
+            opened = Scenario(id=scenario.id, messages=tuple(turns))
+            prompts = encoder.encode([opened], "model.environment", is_tried=True)
+            tokens = [int(token) for token in prompts.tokens[0]]
+            self.rendered[key] = asked(opened, prompts.opened[0]), tokens
+        conversation.turns, conversation.prompt = self.rendered[key]
 
     def _sample(
         self, engine: RolloutEngine, live: list[int], greedy: bool, answer: Callable[[int, str, int], None]
