@@ -8,7 +8,6 @@ No `from __future__ import annotations`: the command line reads the types of the
 """
 
 import inspect
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, dataclass_transform
@@ -22,10 +21,8 @@ from stateset_lightning.algorithm.advantages import Scale, group_advantages, tot
 from stateset_lightning.algorithm.aggregation import Aggregation, per_token, sequence_sums, token_weights
 from stateset_lightning.algorithm.losses import advantages_of, policy_gradient_loss
 from stateset_lightning.algorithm.terms import KL, AdaptiveEntropy, Mismatch, needed
-from stateset_lightning.errors import ConfigError, bounded
+from stateset_lightning.errors import ConfigError, bounded, log
 from stateset_lightning.types import Metrics, TokenBatch
-
-log = logging.getLogger("stateset_lightning")
 
 
 def fixed(value: Any) -> Any:

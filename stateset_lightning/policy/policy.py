@@ -8,7 +8,6 @@ completions, packed; H hidden size; B rows of S tokens.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from stateset_lightning.errors import ConfigError
+from stateset_lightning.errors import ConfigError, log
 from stateset_lightning.policy import lora, packed_attention, probes
 from stateset_lightning.policy.config import PolicyConfig
 from stateset_lightning.policy.head import Comparison, capped, head_of, softcap, token_logprobs
@@ -33,8 +32,6 @@ from stateset_lightning.ranks import Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-log = logging.getLogger(__name__)
 
 # Of the prompts and their completions in the probe: on both sides of every threshold of a twin, 64 tokens together.
 PROBE_LENGTHS = ((21, (12, 5)), (13, (7,)), (3, (2, 1)))

@@ -6,7 +6,6 @@ that computes something else.
 """
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
-import logging
 from collections.abc import Sequence
 from concurrent.futures import as_completed
 from functools import partial
@@ -26,8 +25,6 @@ from stateset_lightning.rollout.vllm_client import Choice, VLLMServer
 from stateset_lightning.rollout.vllm_weights import WeightSync, request
 from stateset_lightning.threads import DaemonThreads, interruptible
 from stateset_lightning.types import Metrics, Rollout
-
-log = logging.getLogger("stateset_lightning")
 
 
 @bounded("model.engine")

@@ -6,7 +6,6 @@ algorithm's `mismatch` correct for that as for any other difference between samp
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -15,13 +14,11 @@ from typing import Any, Generic, TypeVar
 from lightning.pytorch import Trainer
 
 from stateset_lightning.data.loader import EpisodeLoader
-from stateset_lightning.errors import ConfigError
+from stateset_lightning.errors import ConfigError, log
 from stateset_lightning.rollout import RemoteEngine, RolloutConfig, RolloutEngine
 from stateset_lightning.threads import DaemonThreads, interruptible
 from stateset_lightning.training.schedule import optimizer_steps_of_run
 from stateset_lightning.types import PromptBatch
-
-log = logging.getLogger("stateset_lightning")
 
 T = TypeVar("T")
 
