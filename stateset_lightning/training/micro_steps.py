@@ -52,10 +52,8 @@ def choose(trainer: Trainer, policy: Policy, data: ScenarioDataModule | None, sa
         if data.steps_per_episode > 1:
             return  # a second fit of this Trainer
     elif given != {1}:
-        raise ConfigError(
-            f"data.steps_per_episode=auto chooses trainer.accumulate_grad_batches, too, which is {max(given)}: leave it"
-            " out, or set both"
-        )
+        other = f"trainer.accumulate_grad_batches, too, which is {max(given)}: leave it out, or set both"
+        raise ConfigError(f"data.steps_per_episode=auto chooses {other}")
     if isinstance(policy, FSDPModule):
         raise ConfigError("data.steps_per_episode=auto knows no sharded weights: set it to a number with fsdp2")
     data.steps_per_episode = 1
