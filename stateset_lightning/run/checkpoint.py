@@ -215,9 +215,7 @@ def check_resumable(state: Mapping[str, Any], seed: int, accumulate: int, world:
     if state["episode"] is None:
         return
     if state["accumulate"] != accumulate:
-        inside = (
-            f"the checkpoint's {state['accumulate']}, inside an episode: resume with that, or from an episode's end"
-        )
+        inside = f"the checkpoint's {state['accumulate']}, inside an episode: resume with that, or from its end"
         raise ConfigError(f"trainer.accumulate_grad_batches={accumulate} differs from {inside}")
     if (ranks := len(state["episode"])) != world:
         raise ConfigError(f"the checkpoint lies inside an episode of {ranks} ranks and cannot be resumed by {world}")
