@@ -143,11 +143,13 @@ class Algorithm(Formulas):
     constant_length: Annotated[int, Ge(1)] | None = None
     mask_truncated: bool = False
 
-    # What a preset says of itself: whether it trains on the scenarios' targets, and not on samples; whether
-    # `advantages` compares with the scores of a greedy completion per prompt; whether the loss weighs whole
-    # completions, which a mismatch correction of single tokens contradicts; why the KL cannot be part of the reward,
-    # empty where it can; and whether a teacher scores the samples.
+    # What a preset says of itself: whether it trains on the scenarios' targets, and not on samples; whether groups of
+    # equal rewards, which dynamic sampling replaces, teach it something; whether `advantages` compares with the scores
+    # of a greedy completion per prompt; whether the loss weighs whole completions, which a mismatch correction of
+    # single tokens contradicts; why the KL cannot be part of the reward, empty where it can; and whether a teacher
+    # scores the samples.
     trains_on_targets: ClassVar[bool] = False
+    learns_from_equal_rewards: ClassVar[bool] = False
     needs_greedy_baseline: ClassVar[bool] = False
     weighs_completions: ClassVar[bool] = False
     why_no_kl_in_reward: ClassVar[str] = ""
@@ -203,6 +205,11 @@ class Algorithm(Formulas):
     def selects_tokens(self) -> bool:
         """Whether `select` is to be called, once per optimizer step."""
         return self.top_entropy is not None
+
+    @property
+    def trains_on_rewards(self) -> bool:
+        """Whether anything that rewards say is trained on; if not, their failures stop no run."""
+        return not self.trains_on_targets
 
     @property
     def trains_on_zero_advantage(self) -> bool:
@@ -307,8 +314,7 @@ class Algorithm(Formulas):
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Takes over a checkpoint's adaptive coefficients; ConfigError for one that this algorithm does not adapt."""
         if unknown := sorted(set(state) - set(self.state_dict())):
-            raise ConfigError(
-                f"the checkpoint holds the adaptive {', '.join(unknown)}, and {type(self).__name__} is not set to adapt"
-                " them: resume with the options that the run was started with"
-            )
+            held = f"the checkpoint holds the adaptive {', '.join(unknown)}"
+            remedy = "resume with the options that the run was started with"
+            raise ConfigError(f"{held}, and {type(self).__name__} is not set to adapt them: {remedy}")
         vars(self).update(state)

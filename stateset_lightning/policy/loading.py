@@ -268,7 +268,7 @@ def make_reference(policy: Policy, dtype: torch.dtype) -> Policy | AdapterRefere
     """
     if policy.adapter is not None:
         return AdapterReference(policy)
-    reference = Policy(load_model(policy.config, dtype), policy.config).requires_grad_(False)
+    reference = Policy(load_model(policy.config, dtype), policy.config, "reference").requires_grad_(False)
     reference.prepare_for(policy.longest)
     return reference
 

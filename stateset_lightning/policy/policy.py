@@ -92,7 +92,7 @@ class Policy(nn.Module):
         routed: With `router_aux_loss`, the `routed_sums` of all forwards since it was last set to 0.
     """
 
-    def __init__(self, model: PreTrainedModel, config: PolicyConfig) -> None:
+    def __init__(self, model: PreTrainedModel, config: PolicyConfig, role: str = "policy") -> None:
         super().__init__()
         # cuDNN plans attention anew for each shape, which takes it seconds, and every episode has new ones.
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -120,7 +120,7 @@ class Policy(nn.Module):
         size = f"{model.num_parameters():,} parameters"
         if self.adapter is not None:
             size += f" ({model.num_parameters(only_trainable=True):,} of them an adapter, trained)"
-        log.info("policy: %s, %s, %s, %s scoring", config.model_name, size, dtype, self.scoring)
+        log.info("%s: %s, %s, %s, %s scoring", role, config.model_name, size, dtype, self.scoring)
 
     @property
     def scoring(self) -> str:
@@ -263,10 +263,8 @@ class Policy(nn.Module):
                 return True
         probes.check_own_forward(self.model, name)
         if self.config.head_dtype == "float32":
-            raise ConfigError(
-                f"model.policy.head_dtype={self.config.head_dtype!r} is not possible for {name}: {reason}, so its own"
-                " forward computes the logits; leave head_dtype out"
-            )
+            why = f"{reason}, so its own forward computes the logits; leave head_dtype out"
+            raise ConfigError(f"model.policy.head_dtype='float32' is not possible for {name}: {why}")
         log.warning("%s is scored with all logits in memory: %s.", name, reason)
         return False
 
@@ -287,9 +285,8 @@ class Policy(nn.Module):
             self.model.set_attn_implementation(previous)
         name = self.config.model_name
         if self.config.scoring == "packed":
-            raise ConfigError(
-                f"model.policy.scoring='packed' is not exact for {name}: {reason}. Use 'auto' or 'padded'."
-            )
+            inexact = f"is not exact for {name}: {reason}"
+            raise ConfigError(f"model.policy.scoring='packed' {inexact}. Use 'auto' or 'padded'.")
         log.warning("%s is scored a row per completion, prompt repeated: %s.", name, reason)
         return False
 
@@ -298,10 +295,9 @@ class Policy(nn.Module):
         name = self.config.model_name
         reason = probes.exact_on(self.model, "padded", partial(self._compare_with_own, self._padded))
         if reason is not None and probes.sees_ahead(self.model):
-            raise ConfigError(
-                f"{name} is no causal language model: its tokens see those that follow them; set `is_decoder` to true"
-                " in its config.json if it has this key, or choose another model"
-            )
+            why = "is no causal language model: its tokens see those that follow them"
+            remedy = "set `is_decoder` to true in its config.json if it has this key, or choose another model"
+            raise ConfigError(f"{name} {why}; {remedy}")
         if reason is not None:
             log.warning("%s is scored a completion at a time: %s.", name, reason)
         return reason is not None

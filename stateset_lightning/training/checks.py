@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from stateset_lightning.algorithm import Algorithm
 from stateset_lightning.errors import ConfigError, NonFiniteError
 from stateset_lightning.evaluation import Evaluation
 from stateset_lightning.policy.precision import has_bfloat16_products, sampling_dtype
@@ -30,6 +31,7 @@ from stateset_lightning.training.data import data_of
 from stateset_lightning.training.metrics import NAMES
 from stateset_lightning.training.reward_checks import check_baseline
 from stateset_lightning.training.schedule import accumulations, batches_per_epoch, optimizer_steps_of_run
+from stateset_lightning.training.teacher import check_teacher
 from stateset_lightning.types import PromptBatch
 
 if TYPE_CHECKING:
@@ -43,23 +45,37 @@ HIGHER_IS_BETTER = (
 )
 
 
+def checks_before_weights(data: ScenarioDataModule | None, module: Any) -> list[Callable[[], None]]:
+    """The checks that need no model: what they refuse is refused before one is loaded, or a baseline validated.
+
+    Args:
+        data: Set up; None with plain loaders.
+        module: A GRPOLightningModule.
+    """
+    rollout, longest = module.rollout, 0 if data is None else data.longest_prompt
+    return [
+        partial(check_targets, data, module),
+        partial(check_dynamic_sampling, data, rollout.dynamic_sampling, module.algorithm),
+        partial(check_baseline, module.rewards, module.algorithm.needs_greedy_baseline),
+        partial(check_teacher, module.teacher, module.tokenizer, longest, rollout.max_new_tokens),
+    ]
+
+
 def checks_of_run(trainer: Trainer, module: Any) -> list[Callable[[], None]]:
-    """The checks before the first step; the last one only warns.
+    """The checks before the first step, behind `checks_before_weights`; the last ones only tell.
 
     Args:
         trainer: With its datamodule set up, and its optimizers.
         module: A GRPOLightningModule with its policy loaded.
     """
-    data, rollout = data_of(trainer), module.rollout
+    data = data_of(trainer)
     return [
-        partial(check_targets, data, module),
-        partial(check_baseline, module.rewards, module.algorithm.needs_greedy_baseline),
         partial(check_episode_fits_trainer, trainer, data),
         partial(check_monitors, trainer, module),
         partial(check_quantized, module.policy),
-        partial(check_context, data, module.policy.context_length, rollout.max_new_tokens),
-        partial(check_dynamic_sampling, data, rollout.dynamic_sampling, module.algorithm.needs_greedy_baseline),
+        partial(check_context, data, module.policy.context_length, module.rollout.max_new_tokens),
         partial(check_speed, trainer, module.policy.model.dtype),
+        partial(tell_of_targets, module),
     ]
 
 
@@ -105,23 +121,19 @@ def check_strategy(trainer: Trainer, supported: tuple[type, ...]) -> None:
         raise ConfigError(f"trainer.strategy={type(trainer.strategy).__name__} is not supported: {use}")
 
 
-def check_dynamic_sampling(data: ScenarioDataModule | None, rounds: int, needs_greedy_baseline: bool) -> None:
+def check_dynamic_sampling(data: ScenarioDataModule | None, rounds: int, algorithm: Algorithm) -> None:
     """Dynamic sampling has other prompts to take, and an algorithm that learns nothing from a constant group.
 
     Raises:
         ConfigError: If not.
     """
-    if rounds and needs_greedy_baseline:
-        raise ConfigError(
-            f"model.rollout.dynamic_sampling={rounds} replaces groups of equal rewards, from which this algorithm"
-            " learns all the same, since it compares with a greedy completion: set it to 0, or choose another"
-            " algorithm"
-        )
+    given = f"model.rollout.dynamic_sampling={rounds} replaces"
+    if rounds and algorithm.learns_from_equal_rewards:
+        groups = f"groups of equal rewards, from which {type(algorithm).__name__} learns all the same"
+        raise ConfigError(f"{given} {groups}: set it to 0, or choose another algorithm")
     if rounds and data is None:
-        raise ConfigError(
-            f"model.rollout.dynamic_sampling={rounds} replaces prompts by others of data.train, and fit() got no data"
-            " module to ask: use a ScenarioDataModule, or set it to 0"
-        )
+        prompts = "prompts by others of data.train, and fit() got no data module to ask"
+        raise ConfigError(f"{given} {prompts}: use a ScenarioDataModule, or set it to 0")
 
 
 def check_targets(data: ScenarioDataModule | None, module: Any) -> None:
@@ -133,16 +145,26 @@ def check_targets(data: ScenarioDataModule | None, module: Any) -> None:
     """
     if not module.algorithm.trains_on_targets:
         return
-    rollout, why = module.rollout, f"{type(module.algorithm).__name__} trains on one target per prompt, and not samples"
+    rollout = module.rollout
     names = "dynamic_sampling", "sampling_ahead", "keep_sampling_mask"
     needs_samples = {f"model.rollout.{name}": getattr(rollout, name) for name in names}
     needs_samples["data.curriculum"] = data and data.curriculum
     for key, value in needs_samples.items():
         if value:
-            raise ConfigError(f"{key}={value} has no effect: {why}; leave it out")
+            raise ConfigError(f"{key}={value} has no effect: {_on_targets(module.algorithm)}; leave it out")
     if data is not None:
         Targets.of(module.tokenizer, rollout, data).encode(data.served("train")[0].known)
-    rank_zero_info(f"{why}: model.rollout.num_generations={rollout.num_generations} has no effect on training")
+
+
+def tell_of_targets(module: Any) -> None:
+    """Announces what follows where targets are trained on."""
+    if module.algorithm.trains_on_targets:
+        unused = f"model.rollout.num_generations={module.rollout.num_generations} has no effect on training"
+        rank_zero_info(f"{_on_targets(module.algorithm)}: {unused}")
+
+
+def _on_targets(algorithm: Algorithm) -> str:
+    return f"{type(algorithm).__name__} trains on one target per prompt, and not samples"
 
 
 def check_monitors(trainer: Trainer, module: Any) -> None:
