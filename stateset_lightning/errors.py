@@ -6,6 +6,7 @@ The command line prints them in a line or two, without a traceback. Our own mist
 import functools
 import importlib.util
 import inspect
+import logging
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -13,6 +14,9 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from annotated_types import Ge, Gt, Le, Lt
 
 from stateset_lightning.redaction import redacted_text
+
+# What is no error and yet to be known, such as a slower path that a model needs. The command line prints it.
+log = logging.getLogger("stateset_lightning")
 
 
 class UserError(ValueError):

@@ -34,7 +34,7 @@ from stateset_lightning.run.lightning_parts import RunsInTrainer
 from stateset_lightning.run.records import CompletionRecord, make_records, write_bad_step
 from stateset_lightning.seeding import run_seed
 from stateset_lightning.threads import call_episode_hook
-from stateset_lightning.training.checks import check_bad_steps, check_batch, check_strategy, checks_of_run
+from stateset_lightning.training import checks
 from stateset_lightning.training.collect import Sampler, ready_engine
 from stateset_lightning.training.data import data_of
 from stateset_lightning.training.episode import Episode
@@ -173,6 +173,8 @@ class GRPOLightningModule(RunsInTrainer):
         self._data = data_of(self.trainer)
         self.state.started = None  # an earlier run may have ended inside an optimizer step
         self.scorer = self._make_scorer()
+        for check in checks.checks_before_weights(self._data, self) if stage == "fit" else []:
+            check()
 
     def teardown(self, stage: str) -> None:
         if self._ahead is not None:
@@ -182,7 +184,7 @@ class GRPOLightningModule(RunsInTrainer):
     def configure_model(self) -> None:
         """Loads the weights, once; called by the Trainer after the data has been read and checked."""
         if self._trainer is not None:
-            check_strategy(self.trainer, SUPPORTED_STRATEGIES)
+            checks.check_strategy(self.trainer, SUPPORTED_STRATEGIES)
         precision = "32-true" if self._trainer is None else str(self.trainer.precision)
         dtype = weights_dtype(self.policy_config.dtype, precision, self.policy_config.is_adapted)
         if self.policy is None:
@@ -202,7 +204,7 @@ class GRPOLightningModule(RunsInTrainer):
             self._reference = (reference_of(self._sampled_policy, dtype, self._unsharded),)
         self._checkpoint.prepare_for(longest)
         if fits:
-            self._teacher = self._teacher or make_teacher(self.teacher, self._sampled_policy, self.tokenizer, dtype)
+            self._teacher = self._teacher or make_teacher(self.teacher, self._sampled_policy, dtype)
             choose_micro_steps(self.trainer, self._loaded_policy, self._data, self.rollout)
 
     def configure_optimizers(self) -> Any:
@@ -211,7 +213,7 @@ class GRPOLightningModule(RunsInTrainer):
         return with_scheduler(optimizer, self.lr_scheduler, self.trainer)
 
     def on_fit_start(self) -> None:
-        for check in [*checks_of_run(self.trainer, self), self._checkpoint.check_optimizer]:
+        for check in [*checks.checks_of_run(self.trainer, self), self._checkpoint.check_optimizer]:
             check()
         self._loaded_policy.train()  # transformers loads in evaluation mode, where gradient checkpointing does nothing
         if isinstance(self.reference, Policy):
@@ -229,7 +231,7 @@ class GRPOLightningModule(RunsInTrainer):
     # Training ---------------------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, batch: Any, *args: Any) -> None:
-        check_batch(batch)
+        checks.check_batch(batch)
 
     on_validation_batch_start = on_test_batch_start = on_predict_batch_start = on_train_batch_start  # type: ignore[assignment]
 
@@ -251,10 +253,9 @@ class GRPOLightningModule(RunsInTrainer):
             made_of, step = self.state.sample_and_advantages, self.state.step_of_pass
             records = [] if made_of is None else make_records(*made_of)
             file = write_bad_step(self.trainer, self.state.episode, step, norm, records, self.tokenizer)
-            rank_zero_warn(
-                f"the gradient is not finite ({norm}): optimizer step skipped; see what it would have trained in {file}"
-            )
-        check_bad_steps(self.state.bad_steps, self.max_bad_steps, self.trainer.global_step + 1)
+            skipped = f"optimizer step skipped; see what it would have trained in {file}"
+            rank_zero_warn(f"the gradient is not finite ({norm}): {skipped}")
+        checks.check_bad_steps(self.state.bad_steps, self.max_bad_steps, self.trainer.global_step + 1)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
@@ -264,10 +265,9 @@ class GRPOLightningModule(RunsInTrainer):
         step = self.trainer.global_step + 1
         row = self._step.finish(optimizer, lr, step)
         self._show_metrics()
-        if self.trainer.is_global_zero:
-            # To every logger at once: what `self.log` gets at an episode's start is lost under `log_every_n_steps`.
-            for logger in self.trainer.loggers:
-                logger.log_metrics(row, step=step)
+        # To every logger at once: what `self.log` gets at an episode's start is lost under `log_every_n_steps`.
+        for logger in self.trainer.loggers if self.trainer.is_global_zero else []:
+            logger.log_metrics(row, step=step)
         # Before any checkpoint of this step: a resumed run would not call it again.
         if self.state.episode_ends and self.state.episode is not None:
             call_episode_hook(self.trainer, "on_episode_end", self.state.episode.index, self.metrics.last)

@@ -181,7 +181,7 @@ def test_what_cannot_be_trained_on_is_refused_at_the_start(
     module = supervised(rollout=RolloutConfig(max_new_tokens=8, **rollout))
     with pytest.raises((DataError, ConfigError), match=says):
         fit(tmp_path, module, make_data(train=rows, validation=None, **data))
-    assert module.episode is None
+    assert module.policy is None  # no weights were loaded for it
 
 
 def test_a_run_goes_on_with_another_algorithm_only_where_that_is_meant(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ No `from __future__ import annotations`: the command line reads the types of the
 """
 
 import inspect
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, dataclass_transform
@@ -22,10 +21,8 @@ from stateset_lightning.algorithm.advantages import Scale, group_advantages, tot
 from stateset_lightning.algorithm.aggregation import Aggregation, per_token, sequence_sums, token_weights
 from stateset_lightning.algorithm.losses import advantages_of, policy_gradient_loss
 from stateset_lightning.algorithm.terms import KL, AdaptiveEntropy, Mismatch, needed
-from stateset_lightning.errors import ConfigError, bounded
+from stateset_lightning.errors import ConfigError, bounded, log
 from stateset_lightning.types import Metrics, TokenBatch
-
-log = logging.getLogger("stateset_lightning")
 
 
 def fixed(value: Any) -> Any:
@@ -146,11 +143,13 @@ class Algorithm(Formulas):
     constant_length: Annotated[int, Ge(1)] | None = None
     mask_truncated: bool = False
 
-    # What a preset says of itself: whether it trains on the scenarios' targets, and not on samples; whether
-    # `advantages` compares with the scores of a greedy completion per prompt; whether the loss weighs whole
-    # completions, which a mismatch correction of single tokens contradicts; why the KL cannot be part of the reward,
-    # empty where it can; and whether a teacher scores the samples.
+    # What a preset says of itself: whether it trains on the scenarios' targets, and not on samples; whether groups of
+    # equal rewards, which dynamic sampling replaces, teach it something; whether `advantages` compares with the scores
+    # of a greedy completion per prompt; whether the loss weighs whole completions, which a mismatch correction of
+    # single tokens contradicts; why the KL cannot be part of the reward, empty where it can; and whether a teacher
+    # scores the samples.
     trains_on_targets: ClassVar[bool] = False
+    learns_from_equal_rewards: ClassVar[bool] = False
     needs_greedy_baseline: ClassVar[bool] = False
     weighs_completions: ClassVar[bool] = False
     why_no_kl_in_reward: ClassVar[str] = ""
@@ -206,6 +205,11 @@ class Algorithm(Formulas):
     def selects_tokens(self) -> bool:
         """Whether `select` is to be called, once per optimizer step."""
         return self.top_entropy is not None
+
+    @property
+    def trains_on_rewards(self) -> bool:
+        """Whether anything that rewards say is trained on; if not, their failures stop no run."""
+        return not self.trains_on_targets
 
     @property
     def trains_on_zero_advantage(self) -> bool:
@@ -310,8 +314,7 @@ class Algorithm(Formulas):
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Takes over a checkpoint's adaptive coefficients; ConfigError for one that this algorithm does not adapt."""
         if unknown := sorted(set(state) - set(self.state_dict())):
-            raise ConfigError(
-                f"the checkpoint holds the adaptive {', '.join(unknown)}, and {type(self).__name__} is not set to adapt"
-                " them: resume with the options that the run was started with"
-            )
+            held = f"the checkpoint holds the adaptive {', '.join(unknown)}"
+            remedy = "resume with the options that the run was started with"
+            raise ConfigError(f"{held}, and {type(self).__name__} is not set to adapt them: {remedy}")
         vars(self).update(state)

@@ -61,6 +61,11 @@ class Distillation(Algorithm, advantage=weighed_advantages, loss=importance_loss
     advantage_clip = fixed(None)
     needs_teacher: ClassVar[bool] = True
     trains_on_zero_advantage: ClassVar[bool] = True  # the teacher has something to say of every token
+    learns_from_equal_rewards: ClassVar[bool] = True
+
+    @property
+    def trains_on_rewards(self) -> bool:
+        return self.reward_weight > 0 or self.positive_coefficient > 0
 
 
 class OnPolicyDistillation(Distillation):

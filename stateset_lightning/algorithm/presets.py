@@ -40,10 +40,8 @@ class Clipped(Algorithm, loss=losses.clipped_loss):
         super().__post_init__()
         self.epsilon_high = self.epsilon_low if self.epsilon_high is None else self.epsilon_high
         if self.delta is not None and self.delta <= 1 + self.epsilon_high:
-            raise ConfigError(
-                f"model.algorithm.delta={self.delta} must be above 1 + epsilon_high = {1 + self.epsilon_high:g}: "
-                "it bounds the ratios that the upper clip leaves alone"
-            )
+            least, why = f"{1 + self.epsilon_high:g}", "it bounds the ratios that the upper clip leaves alone"
+            raise ConfigError(f"model.algorithm.delta={self.delta} must be above 1 + epsilon_high = {least}: {why}")
 
 
 class GRPO(Clipped):
@@ -134,6 +132,7 @@ class ReinforcePlusPlus(Clipped, advantage=advantages.batch_advantages):
 
     kl = KL(estimator="k1", place="reward")
     aggregation = "token_mean"
+    learns_from_equal_rewards = True
 
 
 class ReinforcePlusPlusBaseline(Clipped, advantage=advantages.whitened_advantages):
@@ -185,6 +184,7 @@ class ReMax(Algorithm, advantage=advantages.greedy_advantages):
     kl = KL(estimator="k1", place="reward")
     aggregation = "sequence_sum"
     needs_greedy_baseline = True
+    learns_from_equal_rewards = True
 
 
 class MaxRL(Algorithm, advantage=advantages.mean_normalised_advantages):

@@ -6,13 +6,16 @@ importance ratio and needs none, for any number of optimizer steps per episode.
 No `from __future__ import annotations`: the command line reads the types of the options.
 """
 
+import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from stateset_lightning.algorithm.advantages import total_scores
 from stateset_lightning.algorithm.algorithm import Algorithm, fixed
 from stateset_lightning.algorithm.terms import KL, Mismatch
+from stateset_lightning.errors import log
 
 
 def target_advantages(rewards_PG: Tensor) -> Tensor:
@@ -43,6 +46,7 @@ class MaximumLikelihood(Algorithm):
     positive_coefficient = fixed(0.0)
     advantage_clip = fixed(None)
     why_no_kl_in_reward = "what it learns is not weighed by rewards"
+    learns_from_equal_rewards = True
 
 
 class Supervised(MaximumLikelihood, advantage=target_advantages):
@@ -73,3 +77,14 @@ class RAFT(MaximumLikelihood, advantage=best_of_group_advantages):
 
     minimum_reward: float | None = None
     kl = KL(estimator="k2")
+    _has_told = False  # of rewards that are all below it
+
+    def advantages(
+        self, scores_PGF: Tensor, weights_F: Tensor, lengths_PG: Tensor | None = None, baseline_PF: Tensor | None = None
+    ) -> Tensor:
+        best = float(total_scores(scores_PGF, weights_F).nan_to_num(-math.inf).max())
+        if self.minimum_reward is not None and -math.inf < best < self.minimum_reward and not self._has_told:
+            self._has_told = True
+            told = "minimum_reward=%g: the best reward of an episode is %g, so nothing is trained; lower it"
+            log.warning(f"model.algorithm.{told}", self.minimum_reward, best)
+        return super().advantages(scores_PGF, weights_F, lengths_PG, baseline_PF)

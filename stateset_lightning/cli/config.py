@@ -29,6 +29,7 @@ from stateset_lightning.run.find_checkpoint import continue_run
 from stateset_lightning.run.folder import CONFIGS, ENVIRONMENT, config_file, continues
 from stateset_lightning.run.made_of import KINDS, accepted
 from stateset_lightning.run.system import environment
+from stateset_lightning.training.checks import checks_before_weights
 
 # Two ties to private functions of jsonargparse 4.53; tests/cli/test_config.py fails when they change. By itself it
 # takes what YAML reads as null, `####` or `~`, for no value, and keeps all options of a default's class that the class
@@ -191,6 +192,8 @@ class StatesetCLI(LightningCLI):
             # All data is read before any model is loaded, also what the baseline itself does not need.
             self.datamodule.tokenizer = self.datamodule.tokenizer or self.model.tokenizer
             self.datamodule.setup("fit")
+            for check in checks_before_weights(self.datamodule, self.model):
+                check()
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
     def before_validate(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.resources import files
@@ -12,14 +11,12 @@ from typing import TYPE_CHECKING
 from stateset_lightning.cli.arguments import Arguments, loading_options
 from stateset_lightning.cli.messages import class_name
 from stateset_lightning.cli.push import made_repository, upload
-from stateset_lightning.errors import ConfigError
+from stateset_lightning.errors import ConfigError, log
 from stateset_lightning.files import atomic_folder, keep_inputs
 
 if TYPE_CHECKING:
     from stateset_lightning.cli.trained import TrainedModel
     from stateset_lightning.policy import LoadingOptions
-
-_log = logging.getLogger("stateset_lightning")
 
 MERGE_ERROR = 0.05  # share of what an adapter adds, by norm, that rounding may change before it is announced
 
@@ -128,4 +125,4 @@ def _merge(trained: TrainedModel) -> None:
     if (error := merge_adapter(trained.model)) > MERGE_ERROR:
         dtype = str(trained.model.dtype).removeprefix("torch.")
         rounding = "--merge: rounding to %s changes what the adapter adds by %.0f%%; without --merge it stays exact"
-        _log.warning(rounding, dtype, 100 * error)
+        log.warning(rounding, dtype, 100 * error)

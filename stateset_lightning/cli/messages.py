@@ -21,6 +21,7 @@ from jsonargparse._required import iter_required_keys
 from stateset_lightning.cli.overlays import REMOVED, SPECIFICATION, as_list, is_class, loaded
 from stateset_lightning.errors import ConfigError, UserError, one_line
 from stateset_lightning.rewards import RewardFunction
+from stateset_lightning.run.folder import CONFIGS
 
 PROGRAM = "stateset-lightning"
 
@@ -159,7 +160,15 @@ def explain(parser: ArgumentParser, given: dict[str, Any]) -> str:
             missing.append(option.name)
         elif not any(name.startswith(option.name) for name in missing) and (fault := _fault(option)):
             return fault
-    return f"missing: {', '.join(missing)}; set it in a config (--config) or as a flag" if missing else ""
+    said = f"set it in a config (--config{_config_of_run(given.get('ckpt_path'))}) or as a flag"
+    return f"missing: {', '.join(missing)}; {said}" if missing else ""
+
+
+def _config_of_run(ckpt_path: Any) -> str:
+    """The config in the folder of the run that a checkpoint, or a folder of some, is of; empty if there is none."""
+    path = Path(str(ckpt_path)).absolute()
+    near = [folder / name for folder in [path, *path.parents[:2]] for name in CONFIGS] if path.exists() else []
+    return next((f" {file}" for file in near if file.is_file()), "")
 
 
 def refusal(cls: type, error: Exception, parser: ArgumentParser, given: dict[str, Any]) -> Exception:

@@ -1,6 +1,5 @@
 """A checkpoint, model folder or model name -> model, tokenizer and prompts as in training: what two commands load."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -13,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from stateset_lightning.cli.overlays import read_yaml
 from stateset_lightning.data.prompts import PromptEncoder
-from stateset_lightning.errors import CheckpointError, ConfigError
+from stateset_lightning.errors import CheckpointError, ConfigError, log
 from stateset_lightning.files import keep_inputs
 from stateset_lightning.policy import end_of_sequence_ids, load_model, load_tokenizer
 from stateset_lightning.policy.config import LoadingOptions, PolicyConfig, check_saved
@@ -24,8 +23,6 @@ from stateset_lightning.rollout.sampling import StopStrings
 from stateset_lightning.run.checkpoint_io import check_weights, newest_checkpoints, read_checkpoint
 from stateset_lightning.run.find_checkpoint import find_among
 from stateset_lightning.run.folder import CHECKPOINTS, CONFIGS
-
-_log = logging.getLogger("stateset_lightning")
 
 _WEIGHTS = "policy.model."
 _SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")  # so called in a generation config, too
@@ -130,7 +127,7 @@ def _checkpoint_of(source: str) -> Path | None:
             raise CheckpointError(f"ckpt_path={source}: there is no such file or folder in {Path.cwd()}")
         return None
     file = find_among([("runs", "**/*.ckpt")], str(path))
-    _log.info("%s: %s", source, file)
+    log.info("%s: %s", source, file)
     return Path(file)
 
 
@@ -164,7 +161,7 @@ def _config_of_run(file: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         if (place / name).is_file():
             return _read_config(place / name)
     prompts = "prompts get no system prompt and the tokenizer's chat template, if it has one"
-    _log.info("%s: no config of its run is found: %s", file, prompts)
+    log.info("%s: no config of its run is found: %s", file, prompts)
     return {}
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import fcntl
-import logging
 import mmap
 import os
 import re
@@ -23,7 +22,7 @@ from uuid import uuid4
 
 from safetensors import SafetensorError
 
-from stateset_lightning.errors import ConfigError, DiskError
+from stateset_lightning.errors import ConfigError, DiskError, log
 
 # Ending of a file or folder while it is being written, and locked by its writer: `.NAME.HOST-NUMBER.partial`. One that
 # is not locked is what a kill left.
@@ -217,7 +216,7 @@ def read_lines(path: Path, parse: Callable[[str], T]) -> Iterator[tuple[int, byt
         _tell_once(f"{path}, line {str(damaged[:20])[1:-1]}: damaged, left out ({len(damaged)} in all)")
 
 
-_tell_once = cache(logging.getLogger("stateset_lightning").warning)  # a file may be read several times
+_tell_once = cache(log.warning)  # a file may be read several times
 
 
 def read_table(path: Path, number: str) -> Iterator[tuple[int, dict[str, str]]]:

@@ -4,7 +4,6 @@ No `from __future__ import annotations` in files whose signatures the command li
 the bounds in `Annotated[...]` without a word (test_cli.py).
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -13,9 +12,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from annotated_types import Ge, Gt, Lt
 from pydantic import TypeAdapter, ValidationError
 
-from stateset_lightning.errors import CheckpointError, bounded
-
-_log = logging.getLogger("stateset_lightning")
+from stateset_lightning.errors import CheckpointError, bounded, log
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -149,7 +146,7 @@ class PolicyConfig(LoadingOptions):
         for name, given in users.items():
             if (value := saved.get(name)) and not given:
                 told = "the run's model.policy.%s=%.200s is not taken from a checkpoint: give --%s where you trust it"
-                _log.warning(told, name, ascii(value), name)
+                log.warning(told, name, ascii(value), name)
         options = {"model_name": None, **{name: value for name, value in saved.items() if name not in users}}
         check_saved("model.policy", cls, options)
         return cls(**options, **users)
@@ -169,7 +166,7 @@ class PolicyConfig(LoadingOptions):
         taken = {name: saved[name] for name in open_ones if name != "adapter" or Path(str(saved[name])).is_dir()}
         check_saved("model.policy", type(self), taken)
         for name, value in taken.items():
-            _log.info("model.policy.%s=%s, as in the checkpoint's run", name, value)
+            log.info("model.policy.%s=%s, as in the checkpoint's run", name, value)
         return replace(self, **taken)
 
     def to_dict(self) -> dict[str, Any]:

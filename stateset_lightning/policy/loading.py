@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stateset_lightning.errors import ConfigError, require
+from stateset_lightning.errors import ConfigError, log, require
 from stateset_lightning.files import keep_inputs
 from stateset_lightning.policy.config import PolicyConfig
 from stateset_lightning.policy.ends import end_of_turn_ids
@@ -25,8 +24,6 @@ from stateset_lightning.tiny import TINY_FOLDER
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-log = logging.getLogger(__name__)
 
 
 def resolve_model_name(model_name: str, key: str = "model.policy.model_name") -> str:
@@ -271,7 +268,7 @@ def make_reference(policy: Policy, dtype: torch.dtype) -> Policy | AdapterRefere
     """
     if policy.adapter is not None:
         return AdapterReference(policy)
-    reference = Policy(load_model(policy.config, dtype), policy.config).requires_grad_(False)
+    reference = Policy(load_model(policy.config, dtype), policy.config, "reference").requires_grad_(False)
     reference.prepare_for(policy.longest)
     return reference
 

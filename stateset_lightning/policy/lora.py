@@ -7,7 +7,6 @@ transformers model: its body, its output embedding, its attention. Only the adap
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from stateset_lightning.errors import ConfigError, one_line, require
+from stateset_lightning.errors import ConfigError, log, one_line, require
 from stateset_lightning.files import keep_inputs
 from stateset_lightning.policy.config import LoRAConfig
 from stateset_lightning.policy.precision import replaced_parameters
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from stateset_lightning.policy.policy import Policy
-
-log = logging.getLogger(__name__)
 
 NAME = "default"  # of the adapter inside the model, as peft calls a single one
 

@@ -8,7 +8,6 @@ completions, packed; H hidden size; B rows of S tokens.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from stateset_lightning.errors import ConfigError
+from stateset_lightning.errors import ConfigError, log
 from stateset_lightning.policy import lora, packed_attention, probes
 from stateset_lightning.policy.config import PolicyConfig
 from stateset_lightning.policy.head import Comparison, capped, head_of, softcap, token_logprobs
@@ -33,8 +32,6 @@ from stateset_lightning.ranks import Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-log = logging.getLogger(__name__)
 
 # Of the prompts and their completions in the probe: on both sides of every threshold of a twin, 64 tokens together.
 PROBE_LENGTHS = ((21, (12, 5)), (13, (7,)), (3, (2, 1)))
@@ -95,7 +92,7 @@ class Policy(nn.Module):
         routed: With `router_aux_loss`, the `routed_sums` of all forwards since it was last set to 0.
     """
 
-    def __init__(self, model: PreTrainedModel, config: PolicyConfig) -> None:
+    def __init__(self, model: PreTrainedModel, config: PolicyConfig, role: str = "policy") -> None:
         super().__init__()
         # cuDNN plans attention anew for each shape, which takes it seconds, and every episode has new ones.
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -121,7 +118,7 @@ class Policy(nn.Module):
         size = f"{model.num_parameters():,} parameters"
         if self.adapter is not None:
             size += f" ({model.num_parameters(only_trainable=True):,} of them an adapter, trained)"
-        log.info("policy: %s, %s, %s, %s scoring", config.model_name, size, dtype, self.scoring)
+        log.info("%s: %s, %s, %s, %s scoring", role, config.model_name, size, dtype, self.scoring)
 
     @property
     def scoring(self) -> str:
@@ -264,10 +261,8 @@ class Policy(nn.Module):
                 return True
         probes.check_own_forward(self.model, name)
         if self.config.head_dtype == "float32":
-            raise ConfigError(
-                f"model.policy.head_dtype={self.config.head_dtype!r} is not possible for {name}: {reason}, so its own"
-                " forward computes the logits; leave head_dtype out"
-            )
+            why = f"{reason}, so its own forward computes the logits; leave head_dtype out"
+            raise ConfigError(f"model.policy.head_dtype='float32' is not possible for {name}: {why}")
         log.warning("%s is scored with all logits in memory: %s.", name, reason)
         return False
 
@@ -288,9 +283,8 @@ class Policy(nn.Module):
             self.model.set_attn_implementation(previous)
         name = self.config.model_name
         if self.config.scoring == "packed":
-            raise ConfigError(
-                f"model.policy.scoring='packed' is not exact for {name}: {reason}. Use 'auto' or 'padded'."
-            )
+            inexact = f"is not exact for {name}: {reason}"
+            raise ConfigError(f"model.policy.scoring='packed' {inexact}. Use 'auto' or 'padded'.")
         log.warning("%s is scored a row per completion, prompt repeated: %s.", name, reason)
         return False
 
@@ -299,10 +293,9 @@ class Policy(nn.Module):
         name = self.config.model_name
         reason = probes.exact_on(self.model, "padded", partial(self._compare_with_own, self._padded))
         if reason is not None and probes.sees_ahead(self.model):
-            raise ConfigError(
-                f"{name} is no causal language model: its tokens see those that follow them; set `is_decoder` to true"
-                " in its config.json if it has this key, or choose another model"
-            )
+            why = "is no causal language model: its tokens see those that follow them"
+            remedy = "set `is_decoder` to true in its config.json if it has this key, or choose another model"
+            raise ConfigError(f"{name} {why}; {remedy}")
         if reason is not None:
             log.warning("%s is scored a completion at a time: %s.", name, reason)
         return reason is not None

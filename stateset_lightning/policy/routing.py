@@ -45,7 +45,5 @@ def check_routers(model: Any, coefficient: float) -> None:
         sums = routed_sums(model, output.router_logits, torch.arange(16, device=ids.device))
         own = torch.isclose(balance(*sums / 16), own, rtol=0.05)
     if not own:
-        raise ConfigError(
-            f"model.policy.router_aux_loss={coefficient}: {type(model).__name__} has no such loss in transformers (it"
-            " has no experts, or balances them in another way): set it to 0"
-        )
+        why = "has no such loss in transformers (it has no experts, or balances them in another way)"
+        raise ConfigError(f"model.policy.router_aux_loss={coefficient}: {type(model).__name__} {why}: set it to 0")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import shutil
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from stateset_lightning.errors import log
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-log = logging.getLogger(__name__)
 
 # What a composite folder has beside model and tokenizer, under the names of transformers.
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")

@@ -14,7 +14,6 @@ then, and a completion's keys are copies of the last W - 1 tokens of its prompt,
 of the packed sequence, d size of a head.
 """
 
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from stateset_lightning.errors import log
 
 Piece = tuple[int, int]  # first place in the packed sequence, and length
 CAUSAL, WHOLE = (-1, 0), (-1, -1)

@@ -3,7 +3,6 @@
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 import ast
 import json
-import logging
 import math
 import os
 import re
@@ -18,11 +17,9 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
-from stateset_lightning.errors import DataError, RewardError
+from stateset_lightning.errors import DataError, RewardError, log
 from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion, options
 from stateset_lightning.workers import sandbox
-
-log = logging.getLogger("stateset_lightning")
 
 Seconds = Annotated[float, Gt(0), Lt(math.inf)]
 

@@ -5,7 +5,6 @@ The model is no submodule of the policy's module: neither trained, nor saved, no
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 # Torch, transformers and the policy are imported where they are used: worker processes import this file without them.
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -13,14 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
 
-from stateset_lightning.errors import ConfigError, DataError, one_line
+from stateset_lightning.errors import ConfigError, DataError, log, one_line
 from stateset_lightning.rewards.base import BatchReward, Turns, completion, options, target_texts
 from stateset_lightning.workers import limited
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-log = logging.getLogger("stateset_lightning")
 
 # `input_ids` of a text, and what else its model takes (`attention_mask`, `token_type_ids`).
 Encoded = Mapping[str, list[int]]

@@ -7,7 +7,6 @@ completions of a prompt when the others have scored them. The order of results n
 
 # No `from __future__ import annotations`: bounds would be lost from annotated types that are read from text.
 import inspect
-import logging
 import math
 import time
 import weakref
@@ -21,7 +20,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from stateset_lightning.errors import ConfigError, DataError, RewardError, bounded
+from stateset_lightning.errors import ConfigError, DataError, RewardError, bounded, log
 from stateset_lightning.rewards import base
 from stateset_lightning.rewards.base import BatchReward, Context, Given, Outcome, RewardFunction, Turns, failure
 from stateset_lightning.rewards.functions import alarm_in
@@ -30,8 +29,6 @@ from stateset_lightning.rewards.reward_list import as_rewards
 from stateset_lightning.threads import DaemonThreads, EventLoopThread, interruptible
 from stateset_lightning.types import NOT_APPLICABLE, RewardFailure, Scores
 from stateset_lightning.workers import WorkerPool
-
-log = logging.getLogger("stateset_lightning")
 
 ALARM_SECONDS = 10.0  # of a reward that needs a process and names no time-out
 

@@ -142,9 +142,8 @@ def make_cache(model: PreTrainedModel, capacity: int) -> cache_utils.DynamicCach
     """
     cache = cache_utils.DynamicCache(config=model.config)
     if others := sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in OURS}):
-        raise ConfigError(
-            f"{type(model).__name__} keeps {', '.join(others)} beside attention keys and values, which this cannot"
-        )
+        kept = f"{', '.join(others)} beside attention keys and values"
+        raise ConfigError(f"{type(model).__name__} keeps {kept}, which this cannot")
     # A model without a layer list in its config grows its cache as layers ask for it.
     layers = cache.layers or [cache_utils.DynamicLayer()] * model.config.get_text_config().num_hidden_layers
     cache.layers = [

@@ -63,17 +63,14 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         if self.sampling_ahead and self.dynamic_sampling:
-            raise ConfigError(
-                "model.rollout.sampling_ahead=1 draws all samples of an episode before their rewards are known, and"
-                f" dynamic_sampling={self.dynamic_sampling} draws others by their rewards, from newer weights: set one"
-                " of them to 0"
-            )
+            ahead = "sampling_ahead=1 draws all samples of an episode before their rewards are known"
+            others = f"dynamic_sampling={self.dynamic_sampling} draws others by their rewards, from newer weights"
+            raise ConfigError(f"model.rollout.{ahead}, and {others}: set one of them to 0")
         if self.keep_sampling_mask and not self.filters:
             raise ConfigError("model.rollout.keep_sampling_mask=true has no effect: set top_k, min_p or top_p below 1")
         if not all(self.stop):
-            raise ConfigError(
-                f"model.rollout.stop={self.stop!r} contains an empty string, which would stop every completion at once"
-            )
+            why = "contains an empty string, which would stop every completion at once"
+            raise ConfigError(f"model.rollout.stop={self.stop!r} {why}")
 
     @property
     def filters(self) -> str:

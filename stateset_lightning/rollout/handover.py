@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
 import tempfile
@@ -18,12 +17,11 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from stateset_lightning.errors import log
 from stateset_lightning.ranks import unsharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-log = logging.getLogger("stateset_lightning")
 
 SHARED_MEMORY = Path("/dev/shm")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stateset_lightning.errors import ConfigError
+from stateset_lightning.errors import ConfigError, log
 from stateset_lightning.policy.probes import check_own_forward, exact_on, own_logprobs, probe_tokens
 from stateset_lightning.rollout.cpu_decoding import LlamaDecoder
 from stateset_lightning.rollout.cuda_decoding import WITH_GRAPHS, GraphBatch, obstacle_to_graph
@@ -27,8 +26,6 @@ Hook = Callable[[Tensor, Tensor], Tensor]
 # with a cache.
 Kind = type[RunningBatch | GraphBatch]
 Way = tuple[Kind | None, bool]
-
-log = logging.getLogger(__name__)
 
 
 def exact_way(model: PreTrainedModel, name: str, kinds: Sequence[Kind], decodes: bool) -> Way:

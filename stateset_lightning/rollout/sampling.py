@@ -25,10 +25,9 @@ def check_length(longest: int, max_new_tokens: int, limit: int, whose: str) -> N
         ways = [f"lower max_new_tokens to {left}"] if left > 0 else []
         in_run = f"in a run: data.max_prompt_tokens={room} and data.overlong_prompts=drop"
         ways += [f"shorten the prompt to {room} ({in_run})"] if room > 0 else []
-        raise ConfigError(
-            f"a prompt of {longest} tokens and model.rollout.max_new_tokens={max_new_tokens} exceed {whose}:"
-            f" {', or '.join(ways) or 'lower max_new_tokens, and shorten the prompts'}"
-        )
+        sizes = f"a prompt of {longest} tokens and model.rollout.max_new_tokens={max_new_tokens}"
+        remedy = ", or ".join(ways) or "lower max_new_tokens, and shorten the prompts"
+        raise ConfigError(f"{sizes} exceed {whose}: {remedy}")
 
 
 def sample_tokens(

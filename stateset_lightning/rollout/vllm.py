@@ -6,7 +6,6 @@ that computes something else.
 """
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
-import logging
 from collections.abc import Sequence
 from concurrent.futures import as_completed
 from functools import partial
@@ -26,8 +25,6 @@ from stateset_lightning.rollout.vllm_client import Choice, VLLMServer
 from stateset_lightning.rollout.vllm_weights import WeightSync, request
 from stateset_lightning.threads import DaemonThreads, interruptible
 from stateset_lightning.types import Metrics, Rollout
-
-log = logging.getLogger("stateset_lightning")
 
 
 @bounded("model.engine")
@@ -74,9 +71,8 @@ class VLLMEngine:
             why = "vLLM's trainer side of it needs vLLM in the training process, which this package does without"
             raise ConfigError(f"model.engine.transfer=nccl: {why}. Take files, or ipc where both share a GPU")
         if transfer == "ipc" and len(urls) > 1:
-            raise ConfigError(
-                f"model.engine.transfer=ipc with {len(urls)} model.engine.urls: one server shares the GPU"
-            )
+            several = f"{len(urls)} model.engine.urls"
+            raise ConfigError(f"model.engine.transfer=ipc with {several}: one server shares the GPU")
         max_wait = 60 * max_wait_minutes
         self.servers = [VLLMServer(url, request_timeout=request_timeout, max_wait=max_wait) for url in urls]
         self._by_ipc = transfer == "ipc"

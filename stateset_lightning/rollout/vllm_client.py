@@ -6,7 +6,6 @@ No answer is taken as it is: each is bounded in size and in time, has a schema, 
 import http.client
 import io
 import json
-import logging
 import math
 import os
 import re
@@ -23,12 +22,10 @@ from urllib.parse import unquote
 from annotated_types import Ge, Lt
 from pydantic import AliasPath, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from stateset_lightning.errors import ConfigError, NonFiniteError, ServerError, one_line
+from stateset_lightning.errors import ConfigError, NonFiniteError, ServerError, log, one_line
 from stateset_lightning.redaction import redacted_text, remember
 from stateset_lightning.types import FinishReason
 from stateset_lightning.workers.addresses import http_address
-
-log = logging.getLogger("stateset_lightning")
 
 T = TypeVar("T")
 Schema = TypeVar("Schema", bound=BaseModel)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import Group
+from stateset_lightning.rollout.sampling import check_length
 from stateset_lightning.rollout.vllm_client import LARGEST_LOGPROB, Answer, BadAnswer, Logprob, VLLMServer
 from stateset_lightning.threads import DaemonThreads, interruptible
 
@@ -51,14 +52,21 @@ class VLLMTeacher:
         self.urls = urls
         self.servers = [VLLMServer(url, option="model.teacher", **waits) for url in urls]
 
-    def setup(self) -> None:
+    def setup(self, longest: int, max_new_tokens: int) -> None:
         """Waits for the servers and asks what they serve; called before a run.
 
+        Args:
+            longest: Tokens of the longest prompt.
+            max_new_tokens: Of a completion.
+
         Raises:
+            ConfigError: If both together are longer than a server allows.
             ServerError: If a server does not answer, or not as vLLM does.
         """
         for server in self.servers:
-            server.find_model()
+            limit = server.find_model() - 1  # of one token at least the request must ask for
+            whose = f"the {limit} tokens that {server.url} (model.teacher.urls) scores by its --max-model-len"
+            check_length(longest, max_new_tokens, limit, whose)
 
     @interruptible()
     def score_without_gradient(self, groups: Sequence[Group], temperature: float = 1.0) -> tuple[Tensor, Tensor]:

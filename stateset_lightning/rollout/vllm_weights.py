@@ -265,11 +265,9 @@ class WeightSync:
             difference = float((theirs_T - ours_T).abs().nanmean())  # NaN: not known
             if not difference <= limit:
                 reason = self._guess(synced, is_undivided=float((theirs_T - undivided_T).abs().nanmean()) <= limit)
-                raise SamplingError(
-                    f"{server.url} does not compute the policy: with its weights, log-probs differ by"
-                    f" {difference:.2g} nats per token, and float error is below {limit:.2g} (temperature"
-                    f" {temperature:g}). Probably {reason}"
-                )
+                found = f"with its weights, log-probs differ by {difference:.2g} nats per token, and float error is"
+                found += f" below {limit:.2g} (temperature {temperature:g}). Probably {reason}"
+                raise SamplingError(f"{server.url} does not compute the policy: {found}")
             ours = list(zip(tokens, ours_T.split([len(completion) for completion in tokens]), strict=True))
             largest = max(synced.difference, float((theirs_T - ours_T).abs().nan_to_num(0.0).max()))
             synced = replace(synced, answers=ours, tolerance=limit, difference=largest)

@@ -232,8 +232,7 @@ def _places(trainer: Trainer) -> dict[str, Path | str]:
     last = next(filter(None, (getattr(c, "last_model_path", "") for c in trainer.checkpoint_callbacks)), "")
     folder = run_folder(trainer)
     files = {"samples": folder / SAMPLES, "metrics": folder / METRICS, "config": config_file(trainer)}
-    places: dict[str, Path | str] = {
-        "checkpoint": best or last,
-        "last checkpoint": last if best and best != last else "",
-    }
+    places: dict[str, Path | str] = {"checkpoint": best or last}
+    if best not in ("", last):
+        places["last checkpoint"] = last
     return places | {name: file for name, file in files.items() if file.exists()}

@@ -5,13 +5,12 @@ Everything is a tensor or a plain container, so that it loads with `weights_only
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from stateset_lightning.data.loader import ROWS
-from stateset_lightning.errors import ConfigError
+from stateset_lightning.errors import ConfigError, log
 from stateset_lightning.policy import Policy
 from stateset_lightning.policy.lora_state import check_same_kind
 from stateset_lightning.ranks import Ranks
@@ -27,8 +26,6 @@ from stateset_lightning.training.schedule import Schedule, accumulation, keep_gi
 
 if TYPE_CHECKING:
     from stateset_lightning.module import GRPOLightningModule
-
-_log = logging.getLogger("stateset_lightning")
 
 
 class RunCheckpoint:
@@ -166,7 +163,7 @@ class RunCheckpoint:
         if not module.is_sharded and "optimizer_states" not in checkpoint:
             raise ConfigError("the checkpoint is a folder of shards: its run goes on with trainer.strategy=fsdp2 alone")
         if "made_of" not in saved and trainer.is_global_zero:
-            _log.info("the checkpoint does not say what its run was made of (version 0.1): whether it differs is open")
+            log.info("the checkpoint does not say what its run was made of (version 0.1): whether it differs is open")
         module.state.bad_steps = saved["bad_steps"]
         if (episodes := saved["episode"]) is not None:
             if "algorithm" in self._accepted:
@@ -202,7 +199,7 @@ class RunCheckpoint:
                 if f"model.lr_scheduler.{name}" in changed and hasattr(scheduler, name):
                     setattr(scheduler, name, value)
         for line in made_of.told(changed, "in the checkpoint") if trainer.is_global_zero else []:
-            _log.info("%s: the new value is used", line)
+            log.info("%s: the new value is used", line)
         if not changed and continues(trainer, saved["run_folder"]):
             skip_known_rows(trainer, saved["wandb_rows"])
 
@@ -218,9 +215,7 @@ def check_resumable(state: Mapping[str, Any], seed: int, accumulate: int, world:
     if state["episode"] is None:
         return
     if state["accumulate"] != accumulate:
-        inside = (
-            f"the checkpoint's {state['accumulate']}, inside an episode: resume with that, or from an episode's end"
-        )
+        inside = f"the checkpoint's {state['accumulate']}, inside an episode: resume with that, or from its end"
         raise ConfigError(f"trainer.accumulate_grad_batches={accumulate} differs from {inside}")
     if (ranks := len(state["episode"])) != world:
         raise ConfigError(f"the checkpoint lies inside an episode of {ranks} ranks and cannot be resumed by {world}")

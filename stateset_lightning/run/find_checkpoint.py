@@ -1,6 +1,5 @@
 """Which checkpoint `--ckpt_path` names, and the folder in which a resumed run goes on."""
 
-import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any, TypeVar
 from fsspec.core import url_to_fs
 from lightning.pytorch import Trainer
 
-from stateset_lightning.errors import CheckpointError, ConfigError, UserError
+from stateset_lightning.errors import CheckpointError, ConfigError, UserError, log
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.run.checkpoint_io import age, is_foreign, is_sharded, newest_checkpoints, read_checkpoint
 from stateset_lightning.run.folder import CHECKPOINTS, run_folder
@@ -18,8 +17,6 @@ from stateset_lightning.run.last_checkpoint import model_checkpoints
 from stateset_lightning.run.lightning_internals import continue_version, with_all_ranks
 
 T = TypeVar("T")
-
-_log = logging.getLogger("stateset_lightning")
 
 
 def continue_run(trainer: Trainer, ckpt_path: str, *, announce: bool = True) -> str | None:
@@ -53,14 +50,14 @@ def continue_run(trainer: Trainer, ckpt_path: str, *, announce: bool = True) -> 
 def find_resumed(trainer: Trainer, ckpt_path: str, *, announce: bool = True) -> str | None:
     """`find_checkpoint` for `fit`: None, announced, if `last` finds none."""
     if ckpt_path == "last" and _newest(places := [*_places(trainer)]) is None:
-        _log.info("--ckpt_path last: there is no checkpoint in %s yet; a new run starts", _shown(places))
+        log.info("--ckpt_path last: there is no checkpoint in %s yet; a new run starts", _shown(places))
         return None
     path = find_checkpoint(trainer, ckpt_path)
     if Path(path).is_file() and {"loops", "lr_schedulers"} & set(read_checkpoint(Path(path))) == {"loops"}:
         reason = "saved with save_weights_only, and no run can go on from it: evaluate it, or export it for a new run"
         raise CheckpointError(f"ckpt_path={path}: {reason}")
     if announce:
-        _log.info("resuming %s", path)
+        log.info("resuming %s", path)
     return path
 
 
@@ -198,7 +195,7 @@ def _newest(places: Iterable[tuple[str, str]]) -> str | None:
     for _, path in sorted(found, reverse=True):
         if "://" in path or not is_foreign(Path(path)):
             return path
-        _log.info("%s is passed over: it is no checkpoint of stateset-lightning", path)
+        log.info("%s is passed over: it is no checkpoint of stateset-lightning", path)
     return None
 
 

@@ -3,7 +3,6 @@
 Private fields of ModelCheckpoint (seen in lightning 2.6.6) are used here, and nowhere else.
 """
 
-import logging
 import os
 from contextlib import suppress
 from itertools import chain, count
@@ -12,7 +11,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
-from stateset_lightning.errors import CheckpointError, DiskError
+from stateset_lightning.errors import CheckpointError, DiskError, log
 from stateset_lightning.run import lightning_internals
 from stateset_lightning.run.checkpoint_io import local_path, read_checkpoint
 from stateset_lightning.run.folder import CHECKPOINTS, continues, run_folder
@@ -86,7 +85,7 @@ class LastCheckpoint(Checkpoint):
 
 def announce(trainer: Trainer, what: str) -> None:
     if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-        logging.getLogger("stateset_lightning").warning(what)
+        log.warning(what)
 
 
 def _keeping_newest(trainer: Trainer) -> list[ModelCheckpoint]:

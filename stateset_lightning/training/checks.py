@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from stateset_lightning.algorithm import Algorithm
 from stateset_lightning.errors import ConfigError, NonFiniteError
 from stateset_lightning.evaluation import Evaluation
 from stateset_lightning.policy.precision import has_bfloat16_products, sampling_dtype
@@ -30,6 +31,7 @@ from stateset_lightning.training.data import data_of
 from stateset_lightning.training.metrics import NAMES
 from stateset_lightning.training.reward_checks import check_baseline
 from stateset_lightning.training.schedule import accumulations, batches_per_epoch, optimizer_steps_of_run
+from stateset_lightning.training.teacher import check_teacher
 from stateset_lightning.types import PromptBatch
 
 if TYPE_CHECKING:
@@ -43,23 +45,37 @@ HIGHER_IS_BETTER = (
 )
 
 
+def checks_before_weights(data: ScenarioDataModule | None, module: Any) -> list[Callable[[], None]]:
+    """The checks that need no model: what they refuse is refused before one is loaded, or a baseline validated.
+
+    Args:
+        data: Set up; None with plain loaders.
+        module: A GRPOLightningModule.
+    """
+    rollout, longest = module.rollout, 0 if data is None else data.longest_prompt
+    return [
+        partial(check_targets, data, module),
+        partial(check_dynamic_sampling, data, rollout.dynamic_sampling, module.algorithm),
+        partial(check_baseline, module.rewards, module.algorithm.needs_greedy_baseline),
+        partial(check_teacher, module.teacher, module.tokenizer, longest, rollout.max_new_tokens),
+    ]
+
+
 def checks_of_run(trainer: Trainer, module: Any) -> list[Callable[[], None]]:
-    """The checks before the first step; the last one only warns.
+    """The checks before the first step, behind `checks_before_weights`; the last ones only tell.
 
     Args:
         trainer: With its datamodule set up, and its optimizers.
         module: A GRPOLightningModule with its policy loaded.
     """
-    data, rollout = data_of(trainer), module.rollout
+    data = data_of(trainer)
     return [
-        partial(check_targets, data, module),
-        partial(check_baseline, module.rewards, module.algorithm.needs_greedy_baseline),
         partial(check_episode_fits_trainer, trainer, data),
         partial(check_monitors, trainer, module),
         partial(check_quantized, module.policy),
-        partial(check_context, data, module.policy.context_length, rollout.max_new_tokens),
-        partial(check_dynamic_sampling, data, rollout.dynamic_sampling, module.algorithm.needs_greedy_baseline),
+        partial(check_context, data, module.policy.context_length, module.rollout.max_new_tokens),
         partial(check_speed, trainer, module.policy.model.dtype),
+        partial(tell_of_targets, module),
     ]
 
 
@@ -75,29 +91,23 @@ def check_episode_fits_trainer(trainer: Trainer, data: ScenarioDataModule | None
     accumulate = math.lcm(*scheduled)
     if steps_per_episode % accumulate:
         several = f"GradientAccumulationScheduler: each of {scheduled}"
-        multiple = accumulate * math.ceil(steps_per_episode / accumulate)
-        raise ConfigError(
-            f"{several if len(scheduled) > 1 else f'trainer.accumulate_grad_batches={accumulate}'} must divide"
-            f" data.steps_per_episode={steps_per_episode}, so that an optimizer step stays inside a pass over an"
-            f" episode: set data.steps_per_episode to {multiple}"
-        )
+        given = several if len(scheduled) > 1 else f"trainer.accumulate_grad_batches={accumulate}"
+        why = "so that an optimizer step stays inside a pass over an episode"
+        remedy = f"set data.steps_per_episode to {accumulate * math.ceil(steps_per_episode / accumulate)}"
+        raise ConfigError(f"{given} must divide data.steps_per_episode={steps_per_episode}, {why}: {remedy}")
     if data is None:
         return
     prompts = data.batch_size * trainer.world_size
-    if steps_per_episode // accumulate > prompts:
-        raise ConfigError(
-            f"data.steps_per_episode={steps_per_episode} makes {steps_per_episode // accumulate} optimizer steps of"
-            f" {prompts} prompts, some of them empty: set it to at most {prompts * accumulate}, or raise"
-            " data.batch_size"
-        )
+    if (steps := steps_per_episode // accumulate) > prompts:
+        made = f"makes {steps} optimizer steps of {prompts} prompts, some of them empty"
+        remedy = f"set it to at most {prompts * accumulate}, or raise data.batch_size"
+        raise ConfigError(f"data.steps_per_episode={steps_per_episode} {made}: {remedy}")
     micro_steps = steps_per_episode * data.num_iterations
     batches = batches_per_epoch(trainer, data.micro_steps_per_epoch)
     if batches % micro_steps:
-        raise ConfigError(
-            f"trainer.limit_train_batches={trainer.limit_train_batches} ends an epoch inside an episode of"
-            f" {micro_steps} micro-steps (data.num_iterations x data.steps_per_episode): set it to"
-            f" {max(1, batches // micro_steps) * micro_steps}"
-        )
+        given = f"trainer.limit_train_batches={trainer.limit_train_batches} ends an epoch inside an episode"
+        size = f"{micro_steps} micro-steps (data.num_iterations x data.steps_per_episode)"
+        raise ConfigError(f"{given} of {size}: set it to {max(1, batches // micro_steps) * micro_steps}")
 
 
 def check_strategy(trainer: Trainer, supported: tuple[type, ...]) -> None:
@@ -107,29 +117,23 @@ def check_strategy(trainer: Trainer, supported: tuple[type, ...]) -> None:
         ConfigError: For any other.
     """
     if not isinstance(trainer.strategy, supported):
-        raise ConfigError(
-            f"trainer.strategy={type(trainer.strategy).__name__} is not supported: use auto, ddp for several devices,"
-            " or fsdp2 where a model does not fit on each of them"
-        )
+        use = "use auto, ddp for several devices, or fsdp2 where a model does not fit on each of them"
+        raise ConfigError(f"trainer.strategy={type(trainer.strategy).__name__} is not supported: {use}")
 
 
-def check_dynamic_sampling(data: ScenarioDataModule | None, rounds: int, needs_greedy_baseline: bool) -> None:
+def check_dynamic_sampling(data: ScenarioDataModule | None, rounds: int, algorithm: Algorithm) -> None:
     """Dynamic sampling has other prompts to take, and an algorithm that learns nothing from a constant group.
 
     Raises:
         ConfigError: If not.
     """
-    if rounds and needs_greedy_baseline:
-        raise ConfigError(
-            f"model.rollout.dynamic_sampling={rounds} replaces groups of equal rewards, from which this algorithm"
-            " learns all the same, since it compares with a greedy completion: set it to 0, or choose another"
-            " algorithm"
-        )
+    given = f"model.rollout.dynamic_sampling={rounds} replaces"
+    if rounds and algorithm.learns_from_equal_rewards:
+        groups = f"groups of equal rewards, from which {type(algorithm).__name__} learns all the same"
+        raise ConfigError(f"{given} {groups}: set it to 0, or choose another algorithm")
     if rounds and data is None:
-        raise ConfigError(
-            f"model.rollout.dynamic_sampling={rounds} replaces prompts by others of data.train, and fit() got no data"
-            " module to ask: use a ScenarioDataModule, or set it to 0"
-        )
+        prompts = "prompts by others of data.train, and fit() got no data module to ask"
+        raise ConfigError(f"{given} {prompts}: use a ScenarioDataModule, or set it to 0")
 
 
 def check_targets(data: ScenarioDataModule | None, module: Any) -> None:
@@ -141,16 +145,26 @@ def check_targets(data: ScenarioDataModule | None, module: Any) -> None:
     """
     if not module.algorithm.trains_on_targets:
         return
-    rollout, why = module.rollout, f"{type(module.algorithm).__name__} trains on one target per prompt, and not samples"
+    rollout = module.rollout
     names = "dynamic_sampling", "sampling_ahead", "keep_sampling_mask"
     needs_samples = {f"model.rollout.{name}": getattr(rollout, name) for name in names}
     needs_samples["data.curriculum"] = data and data.curriculum
     for key, value in needs_samples.items():
         if value:
-            raise ConfigError(f"{key}={value} has no effect: {why}; leave it out")
+            raise ConfigError(f"{key}={value} has no effect: {_on_targets(module.algorithm)}; leave it out")
     if data is not None:
         Targets.of(module.tokenizer, rollout, data).encode(data.served("train")[0].known)
-    rank_zero_info(f"{why}: model.rollout.num_generations={rollout.num_generations} has no effect on training")
+
+
+def tell_of_targets(module: Any) -> None:
+    """Announces what follows where targets are trained on."""
+    if module.algorithm.trains_on_targets:
+        unused = f"model.rollout.num_generations={module.rollout.num_generations} has no effect on training"
+        rank_zero_info(f"{_on_targets(module.algorithm)}: {unused}")
+
+
+def _on_targets(algorithm: Algorithm) -> str:
+    return f"{type(algorithm).__name__} trains on one target per prompt, and not samples"
 
 
 def check_monitors(trainer: Trainer, module: Any) -> None:
@@ -179,9 +193,8 @@ def check_monitors(trainer: Trainer, module: Any) -> None:
         if not monitor.startswith("val"):
             _check_train_metric(place, monitor, trainer, module)
         elif data is not None and not data.is_given("validation"):
-            raise ConfigError(
-                f"{place}: nothing to validate on; set data.validation or data.validation_fraction, or another monitor"
-            )
+            remedy = "set data.validation or data.validation_fraction, or another monitor"
+            raise ConfigError(f"{place}: nothing to validate on; {remedy}")
         elif monitor not in known and re.sub(r"^val/topic/.+/", "val/topic/<topic>/", monitor) not in known:
             raise ConfigError(f"{place}: validation logs no such metric; it logs {', '.join(known)}")
         elif never and not (saves and isinstance(callback, ModelCheckpoint)):
@@ -226,16 +239,12 @@ def check_speed(trainer: Trainer, dtype: torch.dtype) -> None:
     is_half = dtype.itemsize == 2 or sampling_dtype(str(trainer.precision)) is not None
     device = trainer.strategy.root_device.type
     if device == "cuda" and not is_half:
-        rank_zero_warn(
-            f"trainer.precision={trainer.precision} on a GPU: bf16-mixed is several times as fast, and keeps float32"
-            " weights (16-mixed on cards without bfloat16)"
-        )
+        faster = "bf16-mixed is several times as fast, and keeps float32 weights (16-mixed on cards without bfloat16)"
+        rank_zero_warn(f"trainer.precision={trainer.precision} on a GPU: {faster}")
     if is_half and device == "cpu" and not has_bfloat16_products():
-        rank_zero_warn(
-            f"trainer.precision={trainer.precision} with {str(dtype).removeprefix('torch.')} weights: this CPU has no"
-            " arithmetic for half precision, so a step takes many times as long as in float32 (trainer.precision:"
-            " 32-true, model.policy.dtype: float32)"
-        )
+        given = f"trainer.precision={trainer.precision} with {str(dtype).removeprefix('torch.')} weights"
+        slow = "this CPU has no arithmetic for half precision, so a step takes many times as long as in float32"
+        rank_zero_warn(f"{given}: {slow} (trainer.precision: 32-true, model.policy.dtype: float32)")
 
 
 def check_quantized(policy: Policy) -> None:
@@ -245,10 +254,8 @@ def check_quantized(policy: Policy) -> None:
         ConfigError: If they are quantized: only norms and biases would be trained.
     """
     if policy.adapter is None and getattr(policy.model, "hf_quantizer", None) is not None:
-        raise ConfigError(
-            f"model.policy.model_name={policy.config.model_name!r}: its weights are quantized, and no gradient passes"
-            " them: train an adapter, model.policy.lora"
-        )
+        why = "its weights are quantized, and no gradient passes them: train an adapter, model.policy.lora"
+        raise ConfigError(f"model.policy.model_name={policy.config.model_name!r}: {why}")
 
 
 def check_context(data: ScenarioDataModule | None, context_length: int | None, max_new_tokens: int) -> None:
@@ -269,10 +276,8 @@ def check_batch(batch: Any) -> None:
         ConfigError: If it is a loader of the user's own, which serves something else.
     """
     if not isinstance(batch, PromptBatch):
-        raise ConfigError(
-            f"the loader serves batches of {type(batch).__name__}, and not PromptBatch: give the rows to"
-            " ScenarioDataModule(train=...), or one of its loaders to the Trainer"
-        )
+        remedy = "give the rows to ScenarioDataModule(train=...), or one of its loaders to the Trainer"
+        raise ConfigError(f"the loader serves batches of {type(batch).__name__}, and not PromptBatch: {remedy}")
 
 
 # After every step -----------------------------------------------------------------------------------------------------
@@ -299,11 +304,9 @@ def check_bad_steps(in_a_row: int, limit: int, step: int) -> None:
         NonFiniteError: After more than `limit` in a row.
     """
     if in_a_row > limit:
-        raise NonFiniteError(
-            f"the gradient was not finite in {in_a_row} optimizer steps in a row (model.max_bad_steps={limit}), the"
-            f" last of them step {step}: lower the learning rate, set trainer.gradient_clip_val, or use bf16-mixed"
-            " instead of 16-mixed"
-        )
+        bad = f"the gradient was not finite in {in_a_row} optimizer steps in a row (model.max_bad_steps={limit})"
+        remedy = "lower the learning rate, set trainer.gradient_clip_val, or use bf16-mixed instead of 16-mixed"
+        raise NonFiniteError(f"{bad}, the last of them step {step}: {remedy}")
 
 
 def check_weights(parameters: Iterable[Tensor], step: int) -> None:
@@ -315,7 +318,5 @@ def check_weights(parameters: Iterable[Tensor], step: int) -> None:
     weights = [p.detach() for p in parameters if p.requires_grad]
     # The Euclidean norm is four times as fast as the largest weight, but infinite of some finite weights too.
     if not math.isfinite(total_norm(weights)) and not math.isfinite(total_norm(weights, norm_type=math.inf)):
-        raise NonFiniteError(
-            f"weights are not finite after optimizer step {step}: lower the learning rate and set"
-            " trainer.gradient_clip_val, then go on from the last checkpoint, which was made before"
-        )
+        remedy = "lower the learning rate and set trainer.gradient_clip_val, then go on from the last checkpoint"
+        raise NonFiniteError(f"weights are not finite after optimizer step {step}: {remedy}, which was made before")

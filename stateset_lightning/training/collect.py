@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stateset_lightning.algorithm import Algorithm
 from stateset_lightning.environments.conversation import Conversation
 from stateset_lightning.environments.player import Limits, Player
 from stateset_lightning.errors import ConfigError, RewardError
@@ -214,23 +215,25 @@ def _place(batch: PromptBatch) -> str:
     return f"episode {batch.episode_index}" if batch.split == "train" else f"for {batch.split}"
 
 
-def collect_together(sampler: Sampler, policy: Policy, batch: PromptBatch, greedy: bool, ranks: Ranks) -> Collection:
+def collect_together(
+    sampler: Sampler, policy: Policy, batch: PromptBatch, algorithm: Algorithm, ranks: Ranks
+) -> Collection:
     """What an episode needs. If a signal cuts off the wait of one rank, all end alike, and can save together.
 
     Raises:
         Interruption: On every rank.
-        RewardError: On every rank, if the rewards of all ranks together failed too often; not where targets train,
-            whatever rewards say of them.
+        RewardError: On every rank, if the rewards of all ranks together failed too often; not where nothing
+            is trained on what they say.
     """
     collection, code = None, 0
     try:
-        collection = sampler.collect(policy, batch, greedy_baseline=greedy)
+        collection = sampler.collect(policy, batch, greedy_baseline=algorithm.needs_greedy_baseline)
     except Interruption as interruption:
         code = interruption.code
     if code := max(ranks.gather(code)):
         raise Interruption(code)
     assert collection is not None
-    if sampler.targets is None:
+    if algorithm.trains_on_rewards:
         check_scores(sampler.scorer, [sample.scores for sample in collection.trained], ranks)
     if collection.baseline is not None:
         check_scores(sampler.scorer, [collection.baseline.scores], ranks)

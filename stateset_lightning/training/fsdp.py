@@ -125,19 +125,16 @@ def sharded(policy: Policy, mesh: DeviceMesh, device: torch.device, engine: Roll
         return UnshardedCopy(policy, mesh, device)
     if isinstance(engine, VLLMEngine):
         return ServedShards(policy, mesh)
-    raise ConfigError(
-        f"trainer.strategy=fsdp2 samples in this process or on vLLM servers, not by {type(engine).__name__}: use ddp"
-    )
+    where = f"in this process or on vLLM servers, not by {type(engine).__name__}"
+    raise ConfigError(f"trainer.strategy=fsdp2 samples {where}: use ddp")
 
 
 def _shard(policy: Policy, mesh: DeviceMesh) -> None:
     names = set(policy.model._no_split_modules or [])
     blocks = [module for module in policy.model.modules() if type(module).__name__ in names]
     if not blocks:
-        raise ConfigError(
-            f"trainer.strategy=fsdp2: {policy.config.model_name} does not say what its blocks are"
-            " (`_no_split_modules`), by which it would be sharded: use trainer.strategy=ddp"
-        )
+        why = "does not say what its blocks are (`_no_split_modules`), by which it would be sharded"
+        raise ConfigError(f"trainer.strategy=fsdp2: {policy.config.model_name} {why}: use trainer.strategy=ddp")
     for block in blocks:
         fully_shard(block, mesh=mesh)
     # Embeddings and head are whole during `score`, whose chunked head uses the head's weight by itself.

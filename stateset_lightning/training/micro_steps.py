@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from stateset_lightning.errors import ConfigError
+from stateset_lightning.errors import ConfigError, log
 from stateset_lightning.policy import Group, Policy
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.rollout import RolloutConfig
@@ -26,8 +26,6 @@ from stateset_lightning.training.schedule import accumulations
 
 if TYPE_CHECKING:
     from stateset_lightning.datamodule import ScenarioDataModule
-
-_log = logging.getLogger("stateset_lightning")
 
 # Of what is free beside weights, gradients and moments; the rest is for what a backward pass holds for a while.
 SHARE = 0.7
@@ -54,10 +52,8 @@ def choose(trainer: Trainer, policy: Policy, data: ScenarioDataModule | None, sa
         if data.steps_per_episode > 1:
             return  # a second fit of this Trainer
     elif given != {1}:
-        raise ConfigError(
-            f"data.steps_per_episode=auto chooses trainer.accumulate_grad_batches, too, which is {max(given)}: leave it"
-            " out, or set both"
-        )
+        other = f"trainer.accumulate_grad_batches, too, which is {max(given)}: leave it out, or set both"
+        raise ConfigError(f"data.steps_per_episode=auto chooses {other}")
     if isinstance(policy, FSDPModule):
         raise ConfigError("data.steps_per_episode=auto knows no sharded weights: set it to a number with fsdp2")
     data.steps_per_episode = 1
@@ -71,7 +67,7 @@ def choose(trainer: Trainer, policy: Policy, data: ScenarioDataModule | None, sa
     set_micro_steps(trainer, data, max(Ranks.current().gather(count)))
     told = "data.steps_per_episode=auto: %d micro-steps to an optimizer step, of at most %s tokens, %s MB of %s free"
     level = logging.INFO if needed <= SHARE * free else logging.WARNING
-    _log.log(level, told, data.steps_per_episode, f"{tokens:,}", f"{needed / 2**20:,.0f}", f"{free / 2**20:,.0f}")
+    log.log(level, told, data.steps_per_episode, f"{tokens:,}", f"{needed / 2**20:,.0f}", f"{free / 2**20:,.0f}")
 
 
 def is_auto(data: ScenarioDataModule | None) -> bool:

@@ -6,7 +6,6 @@ algorithm's `mismatch` correct for that as for any other difference between samp
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -15,13 +14,11 @@ from typing import Any, Generic, TypeVar
 from lightning.pytorch import Trainer
 
 from stateset_lightning.data.loader import EpisodeLoader
-from stateset_lightning.errors import ConfigError
+from stateset_lightning.errors import ConfigError, log
 from stateset_lightning.rollout import RemoteEngine, RolloutConfig, RolloutEngine
 from stateset_lightning.threads import DaemonThreads, interruptible
 from stateset_lightning.training.schedule import optimizer_steps_of_run
 from stateset_lightning.types import PromptBatch
-
-log = logging.getLogger("stateset_lightning")
 
 T = TypeVar("T")
 
@@ -77,15 +74,11 @@ def sampling_ahead(sampling: RolloutConfig, engine: RolloutEngine | None) -> Sam
     if not sampling.sampling_ahead:
         return None
     if not isinstance(engine, RemoteEngine):
-        raise ConfigError(
-            "model.rollout.sampling_ahead=1 samples while the policy is trained, which the engine in this process"
-            " cannot, whose weights are the policy's: set model.engine to one that samples elsewhere, such as"
-            " VLLMEngine, or sampling_ahead to 0"
-        )
-    log.info(
-        "model.rollout.sampling_ahead=1: samples are an episode off-policy, and a resumed run is not bit-identical: its"
-        " first episode is sampled anew, from the weights of the checkpoint"
-    )
+        cannot = "which the engine in this process cannot, whose weights are the policy's"
+        remedy = "set model.engine to one that samples elsewhere, such as VLLMEngine, or sampling_ahead to 0"
+        raise ConfigError(f"model.rollout.sampling_ahead=1 samples while the policy is trained, {cannot}: {remedy}")
+    resumed = "a resumed run is not bit-identical: its first episode is sampled anew, from the checkpoint's weights"
+    log.info("model.rollout.sampling_ahead=1: samples are an episode off-policy, and %s", resumed)
     return SamplingAhead()
 
 
@@ -97,10 +90,8 @@ def next_batch(trainer: Trainer) -> PromptBatch | None:
     """
     loader = trainer.train_dataloader
     if not isinstance(loader, EpisodeLoader):
-        raise ConfigError(
-            f"model.rollout.sampling_ahead=1 asks the loader for the next prompts, which {type(loader).__name__} cannot"
-            " say: use a ScenarioDataModule, or set it to 0"
-        )
+        asks = f"asks the loader for the next prompts, which {type(loader).__name__} cannot say"
+        raise ConfigError(f"model.rollout.sampling_ahead=1 {asks}: use a ScenarioDataModule, or set it to 0")
     steps = optimizer_steps_of_run(trainer)
     if steps is not None and trainer.global_step + loader.num_micro_steps // trainer.accumulate_grad_batches >= steps:
         return None

@@ -57,10 +57,8 @@ class Schedule:
         """
         total_steps = self.total_steps or run_steps
         if self.decay != "constant" and total_steps is None:
-            raise ConfigError(
-                f"model.lr_scheduler.decay={self.decay!r} needs to know when the run ends: set trainer.max_steps,"
-                " trainer.max_epochs or model.lr_scheduler.total_steps"
-            )
+            remedy = "set trainer.max_steps, trainer.max_epochs or model.lr_scheduler.total_steps"
+            raise ConfigError(f"model.lr_scheduler.decay={self.decay!r} needs to know when the run ends: {remedy}")
         return LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
 
 

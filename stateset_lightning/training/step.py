@@ -91,7 +91,7 @@ class TrainingStep:
     def start_episode(self, batch: PromptBatch) -> None:
         """Samples and scores the prompts, and computes what stays fixed while the episode is trained on."""
         start, policy, algorithm = time.perf_counter(), self.sampled_policy, self.algorithm
-        collection = collect_together(self.sampler, policy, batch, algorithm.needs_greedy_baseline, self.ranks)
+        collection = collect_together(self.sampler, policy, batch, algorithm, self.ranks)
         if self.report is not None:
             self.report(batch.episode_index, *collection.groups_of_all_ranks(self.ranks))
         collection = self.sampler.start_next(policy, collection, self.upcoming)

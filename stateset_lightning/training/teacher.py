@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -50,33 +52,57 @@ def checked_teacher(
     return teacher
 
 
-def make_teacher(
-    config: PolicyConfig | VLLMTeacher | None, policy: Policy, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
-) -> tuple[Policy | VLLMTeacher, ...]:
-    """The teacher, frozen and on the policy's device, or with its servers there; empty without one.
+def check_teacher(
+    teacher: PolicyConfig | VLLMTeacher | None, tokenizer: PreTrainedTokenizerBase, longest: int, max_new_tokens: int
+) -> None:
+    """The teacher is there and can say something of the policy's samples; its weights are loaded later.
 
     Args:
-        config: As `checked_teacher` returns it.
-        policy: That is distilled into.
+        teacher: As `checked_teacher` returns it.
         tokenizer: The policy's.
+        longest: Tokens of the longest prompt.
+        max_new_tokens: Of a completion.
+
+    Raises:
+        ConfigError: If it cannot be found, means something else by the policy's tokens, or takes no sequence so long.
+        ServerError: If a server does not answer.
+    """
+    if isinstance(teacher, VLLMTeacher):
+        teacher.setup(longest, max_new_tokens)
+    elif teacher is not None:
+        with _named_as_teachers():
+            check_same_tokenizer(teacher, load_tokenizer(teacher), tokenizer)
+
+
+def make_teacher(
+    config: PolicyConfig | VLLMTeacher | None, policy: Policy, dtype: torch.dtype
+) -> tuple[Policy | VLLMTeacher, ...]:
+    """The teacher, frozen and on the policy's device, or its servers; empty without one.
+
+    Args:
+        config: As `checked_teacher` returns it, and `check_teacher` has found it.
+        policy: That is distilled into.
         dtype: Of the weights, where `config.dtype` is None.
 
     Raises:
-        ConfigError: If it cannot be loaded, or means something else by the policy's tokens.
-        ServerError: If a server does not answer.
+        ConfigError: If it cannot be loaded.
     """
-    if isinstance(config, VLLMTeacher):
-        config.setup()
     if not isinstance(config, PolicyConfig):
         return (config,) if config else ()
-    try:
-        check_same_tokenizer(config, load_tokenizer(config), tokenizer)
+    with _named_as_teachers():
         model = load_model(config, dtype)
-    except ConfigError as error:  # names the policy's options, under which it is loaded
-        raise ConfigError(str(error).replace("model.policy.", "model.teacher.")) from error
-    teacher = Policy(model, config).requires_grad_(False).to(policy.device)
+    teacher = Policy(model, config, "teacher").requires_grad_(False).to(policy.device)
     teacher.prepare_for(policy.longest)
     return (teacher,)
+
+
+@contextmanager
+def _named_as_teachers() -> Iterator[None]:
+    """What is loaded as a policy is, names the policy's options in its errors."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("model.policy.", "model.teacher.")) from error
 
 
 def with_comparison(

@@ -54,6 +54,14 @@ def test_raft_trains_the_best_of_each_group(rewards: Any, options: Any, chosen: 
     assert loss_of(RAFT(**options), rewards) == pytest.approx(-float(torch.cat(parts).mean()))
 
 
+def test_a_minimum_that_no_reward_reaches_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    algorithm, weights_F = RAFT(minimum_reward=2), torch.tensor([0.5])
+    for rewards in ([[2.0, NAN], [4.0, 1.0]], [[NAN, NAN], [NAN, NAN]], [[1.0, 3.0], [2.0, NAN]], [[1.0, 1.0]]):
+        algorithm.advantages(torch.tensor(rewards)[..., None], weights_F)
+    (told,) = caplog.messages  # of the first of two; the one before reaches it, the one between has failed
+    assert told.startswith("model.algorithm.minimum_reward=2: the best reward of an episode is 1.5, so nothing")
+
+
 def test_a_step_of_which_nothing_is_chosen_has_no_loss() -> None:
     assert loss_of(RAFT(minimum_reward=2), [[1, 0], [0, 0]]) == 0
 

@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-import lightning.pytorch  # noqa: F401 (here, so that its log handlers do not hold the stream of the first test)
+import lightning.pytorch  # (here, so that its log handlers do not hold the stream of the first test)
 import pytest
 import yaml
 from cli_runs import CONFIG, LAST, overlay, printed_config, with_checkpoints
@@ -179,6 +179,46 @@ def test_a_baseline_is_validated_before_training(config, capsys):
     )
     said = capsys.readouterr().out
     assert re.search(r"validation reward: [\d.]+ after step 0 -> [\d.]+ after step 2", said)
+
+
+GKD = {"class_path": "stateset_lightning.algorithm.GKD"}
+SUPERVISED = {"class_path": "stateset_lightning.algorithm.Supervised"}
+
+
+@pytest.mark.parametrize(
+    ("model", "rows", "said"),
+    [
+        ({"algorithm": SUPERVISED}, [{"prompt": "a"}], "data.train: 1 scenarios (train:1) have no target"),
+        ({"algorithm": SUPERVISED, "rollout": {"dynamic_sampling": 2}}, [{"prompt": "a", "target": "b"}],
+         "model.rollout.dynamic_sampling=2 has no effect: Supervised trains on one target"),
+        ({"algorithm": GKD, "teacher": {"model_name": "./nowhere"}}, [{"prompt": "a", "target": "b"}],
+         "model.teacher.model_name='./nowhere': there is no such folder"),
+    ],
+    ids=["no target", "dynamic sampling", "no teacher"],
+)  # fmt: skip
+def test_what_cannot_be_trained_is_refused_before_its_baseline(config, monkeypatch, capsys, model, rows, said):
+    monkeypatch.setattr(lightning.pytorch.Trainer, "validate", lambda *_, **__: pytest.fail("validated"))
+    given = {**yaml.safe_load(Path(config).read_text()), "baseline": True}
+    given["model"] |= {**model, "reward": [{"class_path": "stateset_lightning.rewards.JsonValid"}]}
+    given["data"] |= {"train": rows, "validation": rows}
+    Path(config).write_text(yaml.safe_dump(given))
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", config])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["version_0", "version_0/checkpoints", "version_0/checkpoints/last.ckpt", "nowhere"])
+def test_a_checkpoint_without_a_config_is_told_where_that_of_its_run_is(tmp_path, monkeypatch, capsys, place):
+    monkeypatch.chdir(tmp_path)
+    Path("version_0/checkpoints").mkdir(parents=True)
+    Path("version_0/config.yaml").touch()
+    Path("version_0/checkpoints/last.ckpt").touch()
+    with pytest.raises(SystemExit):
+        main(["validate", "--ckpt_path", place])
+    said = capsys.readouterr().err
+    named = "" if place == "nowhere" else f" {tmp_path}/version_0/config.yaml"
+    assert f"missing: model.policy, model.reward; set it in a config (--config{named}) or as a flag" in said
 
 
 def test_what_is_private_to_libraries_is_as_it_was():

@@ -457,7 +457,10 @@ def test_an_adapter_s_reference_is_the_model_under_it(model_folder: Callable[...
     assert not torch.allclose(moved, expected[0], atol=0.1)
 
 
-def test_without_an_adapter_it_is_a_second_model_from_the_source(model_folder: Callable[..., Path]) -> None:
+def test_without_an_adapter_it_is_a_second_model_from_the_source(
+    model_folder: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="stateset_lightning")
     config = PolicyConfig(str(model_folder("llama")))
     policy = Policy(load_model(config), config)
     expected = policy.score_without_gradient(GROUPS)[0]
@@ -466,6 +469,7 @@ def test_without_an_adapter_it_is_a_second_model_from_the_source(model_folder: C
     assert isinstance(reference, Policy)
     assert torch.equal(reference.score_without_gradient(GROUPS)[0], expected)
     assert not any(parameter.requires_grad for parameter in reference.parameters())
+    assert [line.partition(":")[0] for line in caplog.messages] == ["policy", "reference"]
 
 
 def test_a_hostile_tokenizer_config_is_one_line(model_folder: Callable[..., Path], tmp_path: Path) -> None:

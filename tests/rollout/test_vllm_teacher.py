@@ -20,7 +20,7 @@ GROUPS = [
 
 def test_log_probs_are_those_of_the_model_in_the_policys_order(server: Running) -> None:
     teacher = VLLMTeacher([server.url, server.url])
-    teacher.setup()
+    teacher.setup(3, 3)
     config = PolicyConfig("tiny")
     expected = Policy(load_model(config), config).score_without_gradient(GROUPS)[0]
     got, entropies = teacher.score_without_gradient(GROUPS)
@@ -30,6 +30,15 @@ def test_log_probs_are_those_of_the_model_in_the_policys_order(server: Running) 
     assert asked == [[5, 6, 7, 8, 9], [5, 6, 7, 10], [11, 12, 13, 14, 15]]
     assert {body["max_tokens"] for body in server.stub.bodies()} == {1}
     assert len(teacher.score_without_gradient([])[0]) == 0
+
+
+def test_a_server_that_scores_no_sequence_so_long_is_refused(server: Running) -> None:
+    """Its --max-model-len is 512: of the sequence, and the one token that a request asks for beside it."""
+    teacher = VLLMTeacher([server.url])
+    teacher.setup(500, 11)
+    says = r"a prompt of 500 tokens and model\.rollout\.max_new_tokens=12 exceed the 511 tokens that http.* scores"
+    with pytest.raises(ConfigError, match=says):
+        teacher.setup(500, 12)
 
 
 def answer(*prompt_logprobs: Any) -> tuple[int, Any]:
@@ -50,7 +59,7 @@ def answer(*prompt_logprobs: Any) -> tuple[int, Any]:
 )
 def test_an_answer_that_is_none_ends_the_run(server: Running, bad: tuple[int, Any], message: str) -> None:
     teacher = VLLMTeacher([server.url])
-    teacher.setup()
+    teacher.setup(3, 3)
     server.stub.answers = [bad] * 3
     with pytest.raises(ServerError, match=message) as raised:
         teacher.score_without_gradient([Group([5], [[6, 7]])])
@@ -59,7 +68,7 @@ def test_an_answer_that_is_none_ends_the_run(server: Running, bad: tuple[int, An
 
 def test_a_broken_answer_is_asked_for_again(server: Running) -> None:
     teacher = VLLMTeacher([server.url])
-    teacher.setup()
+    teacher.setup(3, 3)
     wanted = teacher.score_without_gradient(GROUPS)[0]
     server.stub.answers = [(500, "Internal Server Error"), (200, "a page of a proxy")]
     assert torch.equal(teacher.score_without_gradient(GROUPS)[0], wanted)

@@ -21,6 +21,7 @@ from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from stateset_lightning.run.checkpoint_io import AtomicCheckpointIO
+from stateset_lightning.run.fsdp_strategy import FSDP2Strategy
 from stateset_lightning.run.lightning_internals import (
     continue_version,
     replace_checkpoint_io,
@@ -244,7 +245,7 @@ def test_a_trainer_asks_for_the_file_that_a_ckpt_path_names_after_it_has_met_its
     assert asked == [(name, "last") for name in ("fit", "validate", "test", "predict")]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", FSDP2Strategy()], ids=["ddp", "fsdp2"])
 def test_ranks_are_connected_before_a_run_and_once(monkeypatch, strategy):
     """Both strategies have their own method, of which one is private; a run calls it again."""
     ids = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0, "GROUP_RANK": 0}

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from module_runs import make_module
 
+from stateset_lightning.algorithm import GKD, GRPO, RAFT, OnPolicyDistillation, ReinforcePlusPlus, ReMax
 from stateset_lightning.errors import ConfigError, NonFiniteError
 from stateset_lightning.evaluation import EvaluationConfig
 from stateset_lightning.rewards import ExactMatch, FunctionReward, JsonValid, RelativeLength
@@ -282,9 +283,15 @@ def test_bad_steps_stop_the_run_only_when_they_do_not_end():
         run_checks.check_bad_steps(11, 10, step=21)
 
 
-def test_dynamic_sampling_is_refused_where_constant_groups_teach():
+@pytest.mark.parametrize(
+    "algorithm",
+    [ReMax(), RAFT(minimum_reward=1), GKD(), OnPolicyDistillation(reward_weight=1), ReinforcePlusPlus()],
+    ids=lambda algorithm: type(algorithm).__name__,
+)
+def test_dynamic_sampling_is_refused_where_constant_groups_teach(algorithm):
     trainer = make_trainer(replacements=None)
-    check_dynamic_sampling(trainer.datamodule, 2, needs_greedy_baseline=False)
-    check_dynamic_sampling(trainer.datamodule, 0, needs_greedy_baseline=True)
-    with pytest.raises(ConfigError, match=r"model\.rollout\.dynamic_sampling=2 replaces groups of equal rewards"):
-        check_dynamic_sampling(trainer.datamodule, 2, needs_greedy_baseline=True)
+    check_dynamic_sampling(trainer.datamodule, 2, GRPO())  # whose KL holds the policy, and teaches nothing
+    check_dynamic_sampling(trainer.datamodule, 0, algorithm)
+    says = f"dynamic_sampling=2 replaces groups of equal rewards, from which {type(algorithm).__name__} learns"
+    with pytest.raises(ConfigError, match=says):
+        check_dynamic_sampling(trainer.datamodule, 2, algorithm)

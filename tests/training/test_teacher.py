@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from vllm_stub import running
 
 from stateset_lightning import RolloutConfig
 from stateset_lightning.algorithm import GKD, Clipped, OnPolicyDistillation
-from stateset_lightning.errors import ConfigError
+from stateset_lightning.errors import ConfigError, RewardError
 from stateset_lightning.policy import Group, LoRAConfig, Policy, PolicyConfig, compared_with, load_model, load_tokenizer
 from stateset_lightning.rollout import VLLMTeacher
 from stateset_lightning.training.teacher import check_same_tokenizer
@@ -62,6 +63,24 @@ def test_what_cannot_be_honoured_is_refused(options: dict[str, Any], message: st
 def test_a_model_that_is_not_there_is_named_as_the_teachers(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.teacher\.model_name='/nowhere'"):
         fit(tmp_path, make_module(algorithm=GKD(), teacher="/nowhere"), max_steps=1)
+
+
+@pytest.mark.parametrize("algorithm", [GKD(), OnPolicyDistillation()], ids=["GKD", "sampled token"])
+def test_rewards_that_are_only_shown_may_all_fail(
+    tmp_path: Path, algorithm: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(turns: Any, context: Any) -> float:
+        raise OSError("away")
+
+    with caplog.at_level(logging.INFO, logger="stateset_lightning"):
+        module = make_module(algorithm=algorithm, teacher="tiny", reward=fails)
+        fit(tmp_path, module, max_steps=1)
+    assert module.metrics.last["reward_failures/fails/OSError"] == 16
+    assert module.metrics.last["policy/empty_steps"] == 0
+    roles = [line.partition(", ")[0] for line in caplog.messages if "parameters" in line]
+    assert roles == ["policy: tiny", "teacher: tiny"]
+    with pytest.raises(RewardError, match="away"):
+        fit(tmp_path, make_module(algorithm=type(algorithm)(reward_weight=0.1), teacher="tiny", reward=fails))
 
 
 def test_other_tokens_are_refused(tiny_tokenizer: Any) -> None:

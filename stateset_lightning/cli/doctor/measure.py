@@ -26,7 +26,7 @@ from stateset_lightning.datamodule import ScenarioDataModule
 from stateset_lightning.module import GRPOLightningModule
 from stateset_lightning.policy import AdapterReference, Group, Policy, load_model, make_reference
 from stateset_lightning.policy.precision import sampling_dtype, weights_dtype
-from stateset_lightning.rollout import InProcessEngine
+from stateset_lightning.rollout import InProcessEngine, Targets
 from stateset_lightning.seeding import sample_seeds
 from stateset_lightning.training.collect import answered
 from stateset_lightning.training.episode import MicroBatch, groups_of
@@ -34,7 +34,7 @@ from stateset_lightning.training.loss import micro_batch_loss
 from stateset_lightning.training.metrics import peak_memory_mb
 from stateset_lightning.training.micro_steps import choose as choose_micro_steps
 from stateset_lightning.training.teacher import make_teacher, with_comparison
-from stateset_lightning.types import Rollout, Scenario, Scores
+from stateset_lightning.types import PromptBatch, Rollout, Scenario, Scores
 
 SAMPLED, WORST = "as sampled", "worst case"
 
@@ -150,8 +150,11 @@ class EpisodeMeasurement:
         self.policy: Policy
         self.reference: Policy | AdapterReference | None = None
         self.optimizer_steps = data.num_iterations * data.steps_per_episode // trainer.accumulate_grad_batches
+        self.on_targets = module.algorithm.trains_on_targets
+        self.num_generations = 1 if self.on_targets else module.rollout.num_generations
         # Whether the policy scores an episode before it is trained on.
-        self.needs_old = self.optimizer_steps > 1 or module.algorithm.selects_tokens or module.algorithm.kl_in_reward
+        several = self.optimizer_steps > 1 and not self.on_targets
+        self.needs_old = several or module.algorithm.selects_tokens or module.algorithm.kl_in_reward
 
     def load(self) -> None:
         """Policy and reference, on the device; not by `configure_model`, which would shard the policy."""
@@ -167,7 +170,7 @@ class EpisodeMeasurement:
                 self.reference = make_reference(self.policy, dtype)
                 if isinstance(self.reference, Policy):
                     self.reference.to(device)
-            module._teacher = make_teacher(module.teacher, self.policy, module.tokenizer, dtype)
+            module._teacher = make_teacher(module.teacher, self.policy, dtype)
             choose_micro_steps(self.trainer, self.policy, self.data, module.rollout)
 
         self.meter.run(SAMPLED, "load", load, limit=0)
@@ -180,14 +183,16 @@ class EpisodeMeasurement:
         self.meter.run("first step", "update", self._update)
 
     def sample(self) -> Rollout | None:
-        """An episode of prompts spread over the training data."""
+        """An episode of prompts spread over the training data; where targets are trained on, with these."""
+        if self.on_targets:
+            return self._targets()
         return self._sample(SAMPLED, self.spread_rows(), self.module.engine, self.module.rollout.stop)
 
     def score(self, scenarios_N: Sequence[Scenario], texts: Sequence[str], lengths: Sequence[int]) -> Scores | None:
         """Scores of completions of so many tokens, each of a scenario."""
 
         def score() -> Scores:
-            size = 1 if len(texts) == 1 else self.module.rollout.num_generations
+            size = 1 if len(texts) == 1 else self.num_generations
             with self.module.scorer.start(len(texts), self.meter.device, size) as session:
                 for n, (scenario, text) in enumerate(zip(scenarios_N, texts, strict=True)):
                     turns = answered(self.data.conversation(scenario), text)
@@ -205,14 +210,14 @@ class EpisodeMeasurement:
         """The worst case, with sampling or without; says what was done. Nothing can be sampled afterwards."""
         prompts, limit = self.data.served("train")[1], self.module.rollout.max_new_tokens
         longest = np.resize(np.argsort(-prompts.lengths, kind="stable"), self.data.batch_size).tolist()
+        samples = samples and not self.on_targets
         if samples:
             self.policy.model.generation_config = None  # it names tokens that end a completion, too
             # No token of this tokenizer ends a completion, so that each is sampled to `max_new_tokens`.
             endless: Any = SimpleNamespace(eos_token_id=-1, pad_token_id=-1, decode=lambda tokens, **_: "")
             engine = InProcessEngine(endless, sampling_dtype(str(self.trainer.precision)))
             self._sample(WORST, longest, engine, stop=[])
-        size = self.module.rollout.num_generations
-        completions = [(prompts[i] * limit)[:limit] for i in longest for _ in range(size)]
+        completions = [(prompts[i] * limit)[:limit] for i in longest for _ in range(self.num_generations)]
         share = self._train(WORST, [prompts[i] for i in longest], completions)
         how = "sampled on past the end of sequence, trained" if samples else "trained"
         return f"the longest prompts, completions of {limit} tokens, {how} with made-up tokens; {share}"
@@ -228,6 +233,13 @@ class EpisodeMeasurement:
         """The rows of the training data that `sample` takes; some of them twice where there are too few."""
         size = self.data.batch_size
         return [i * len(self.data.served("train")[1]) // size for i in range(size)]
+
+    def _targets(self) -> Rollout:
+        module, (found, prompts), rows = self.module, self.data.served("train"), self.spread_rows()
+        scenarios = [found.scenarios[i] for i in rows]
+        conversations = [self.data.conversation(scenario) for scenario in scenarios]
+        batch = PromptBatch([prompts[i] for i in rows], conversations, scenarios, rows, episode_index=0)
+        return Targets.of(module.tokenizer, module.rollout, self.data).rollout(batch, lambda *_: None)
 
     def _sample(self, case: str, rows: Sequence[int], engine: Any, stop: list[str]) -> Rollout | None:
         config, prompts = replace(self.module.rollout, stop=stop), self.data.served("train")[1]

@@ -23,7 +23,7 @@ from stateset_lightning.rollout import InProcessEngine
 from stateset_lightning.run.checkpoint import check_resumable
 from stateset_lightning.run.checkpoint_io import local_path, read_checkpoint
 from stateset_lightning.run.find_checkpoint import find_resumed
-from stateset_lightning.training.checks import checks_of_run, no_validation
+from stateset_lightning.training.checks import checks_before_weights, checks_of_run, no_validation
 from stateset_lightning.training.collect import ready_engine
 from stateset_lightning.training.schedule import optimizer_steps_of_run
 from stateset_lightning.types import FinishReason, Scenario
@@ -125,7 +125,8 @@ class Doctor(StatesetCLI):
         if rollout is not None:
             cut, count = rollout.finish_reasons.count(FinishReason.LENGTH), len(rollout.texts)
             lengths = f"{rollout.lengths_N.double().mean():.1f} tokens on average; {cut} are cut at max_new_tokens"
-            _show(f"completion  {_shortened(rollout.texts[0])}", f"            one of {count}, which have {lengths}")
+            word = "target" if self.episode.on_targets else "completion"
+            _show(f"{word:12}{_shortened(rollout.texts[0])}", f"            one of {count}, which have {lengths}")
             scenarios_N = [scenarios[row] for row in self.episode.spread_rows() for _ in range(rollout.num_generations)]
             self._score(scenarios_N, rollout.texts, rollout.lengths_N.tolist())
             _show(f"{SAMPLED}: {self.episode.train(rollout)}")
@@ -170,7 +171,7 @@ class Doctor(StatesetCLI):
         trainer, module = self.trainer, self.module
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            for check in checks_of_run(trainer, module):
+            for check in [*checks_before_weights(self.data, module), *checks_of_run(trainer, module)]:
                 with self._section():
                     check()
         self.notes += [str(warning.message) for warning in caught]
@@ -190,7 +191,8 @@ class Doctor(StatesetCLI):
         try:
             yield
         except UserError as error:
-            self.problems.append(without_traceback(str(error)))
+            if (problem := without_traceback(str(error))) not in self.problems:  # two sections may come upon one
+                self.problems.append(problem)
 
 
 def model_row(module: GRPOLightningModule) -> str:

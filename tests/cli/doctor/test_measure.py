@@ -66,6 +66,20 @@ def test_an_episode_of_the_configs_sizes_is_sampled_and_one_of_its_micro_steps_t
     assert f"a micro-step of {share} completions, {18 + 5 * share} tokens (each prompt once per group)" in said
 
 
+def test_targets_that_are_trained_on_are_measured_and_not_samples(examine, seen):
+    algorithm = {"class_path": "stateset_lightning.algorithm.Supervised"}
+    code, said = examine("--data.num_iterations=2", rows=ROWS, model={"algorithm": algorithm})
+    assert code == 0
+    assert seen["sampled"] == []
+    # A target is "1" and the token that ends it; one for each prompt, and no old log-probs for a second pass.
+    assert seen["trained"] == [[(1, [1])], [(11, [2]), (15, [2])], [(18, [5]), (17, [5])]]
+    assert "sampling" not in [phase for _, phase in PHASE.findall(said)]
+    assert "log-probs" not in [phase for _, phase in PHASE.findall(said)]
+    assert "target      1\n              one of 2, which have 2.0 tokens on average; 0 are cut" in said
+    assert "reward      1.000 = exact_match 1.000" in said
+    assert "as sampled: a micro-step of 2 completions, 30 tokens" in said
+
+
 def test_reference_and_old_log_probs_count_where_there_are_any(examine):
     grpo = {"class_path": "stateset_lightning.algorithm.GRPO", "init_args": {"beta": 0.1, "positive_coefficient": 0.1}}
     code, said = examine("--data.num_iterations=2", model={"algorithm": grpo})
