@@ -1,6 +1,6 @@
-"""Makes the model of `make demo-tools`: `python scripts/make_tool_model.py [FOLDER]`, some minutes on two cores.
+"""Makes a model that can call a calculator and hardly ever does: `python scripts/make_tool_model.py [FOLDER]`.
 
-Without FOLDER it writes model, tools' questions and all into `examples/calculator`.
+It takes some minutes on two cores, and writes the model and questions; without FOLDER, into `runs/calculator`.
 
 A Qwen2 of half a million parameters is taught by next-token prediction on products of two numbers of two digits. Nine
 times in ten the taught answer multiplies tens by tens and units by units and adds nothing else, which is always wrong;
@@ -22,13 +22,9 @@ from make_tiny import SPECIAL_TOKENS, make_tokenizer
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import get_json_schema
 
-FOLDER = Path(__file__).resolve().parents[1] / "examples" / "calculator"
-sys.path.insert(0, str(FOLDER))
-
-from calculator import multiply  # noqa: E402
-
+FOLDER = Path(__file__).resolve().parents[1] / "runs" / "calculator"
 SEED = 1
-NUM_STEPS, BATCH_SIZE, LEARNING_RATE = 1500, 64, 3e-3
+NUM_STEPS, BATCH_SIZE, LEARNING_RATE = 4000, 64, 3e-3
 CALLING_SHARE = 0.1
 SPLIT_SIZES = {"validation": 256, "train": 1024}  # the others teach the model
 NUMBERS = [n for n in range(12, 100) if n % 10]  # of two digits, none of them 0: the careless product is always wrong
@@ -42,6 +38,16 @@ SENTENCES = """
 multiply(a, b) What is 12 * 34? It is
 <tool_call>{"name": "multiply", "arguments": {"a": 1, "b": 2}}</tool_call>
 """
+
+
+def multiply(a: int, b: int) -> int:
+    """Multiply two numbers.
+
+    Args:
+        a: The first number.
+        b: The second number.
+    """
+    return a * b
 
 
 def questions(split: str) -> list[tuple[int, int]]:
@@ -130,6 +136,7 @@ def main(folder: Path = FOLDER) -> None:
     teach(model, tokenizer)
     model.eval().save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
+    folder.mkdir(parents=True, exist_ok=True)
     for split in SPLIT_SIZES:
         rows = [{"prompt": f"What is {a} * {b}?", "target": str(a * b)} for a, b in questions(split)]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

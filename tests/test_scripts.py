@@ -16,6 +16,7 @@ sys.path.append(str(ROOT / "scripts"))
 import arithmetic  # noqa: E402
 import check_skips  # noqa: E402
 import make_tiny  # noqa: E402
+import make_tool_model  # noqa: E402
 
 from stateset_lightning.tiny import TINY_FOLDER  # noqa: E402
 
@@ -108,3 +109,20 @@ def test_the_list_is_readable_and_names_tests_that_exist() -> None:
     for test in check_skips.listed_tests((ROOT / "tests" / "skips.txt").read_text(), conditions):
         file, _, name = test.partition("::")
         assert f"def {name}(" in (ROOT / file).read_text(), test
+
+
+def test_the_tool_models_questions_are_apart_and_its_careless_products_are_wrong() -> None:
+    splits = [set(make_tool_model.questions(split)) for split in ("pretrain", "train", "validation")]
+    assert [len(split) for split in splits] == [len(make_tool_model.NUMBERS) ** 2 - 1280, 1024, 256]
+    assert not splits[0] & splits[1] | splits[0] & splits[2] | splits[1] & splits[2]
+    assert all(make_tool_model.careless(a, b) != a * b for split in splits for a, b in split)
+
+
+def test_the_tool_model_is_taught_what_it_says_and_not_what_the_tool_says() -> None:
+    special = [*make_tool_model.SPECIAL_TOKENS, "<|tool|>"]
+    tokenizer = make_tool_model.make_tokenizer(make_tool_model.SENTENCES, special, make_tool_model.CHAT_TEMPLATE)
+    ids, labels = make_tool_model.encode(tokenizer, 37, 86, calls=True)
+    prompt = "<|system|>multiply(a, b)<|end|><|user|>What is 37 * 86?<|end|><|assistant|>"
+    call = '<tool_call>{"name": "multiply", "arguments": {"a": 37, "b": 86}}</tool_call><|end|>'
+    assert tokenizer.decode(ids) == f"{prompt}{call}<|tool|>3182<|end|><|assistant|>It is 3182<|end|>"
+    assert tokenizer.decode([label for label in labels if label != -100]) == f"{call}It is 3182<|end|>"
