@@ -91,6 +91,14 @@ def test_without_sampling_the_target_is_scored(examine):
     assert "reward      1.000 = exact_match 1.000" in said
 
 
+def test_conversations_are_measured_turn_by_turn_and_not_scored(examine):
+    environment = {"factory": "stateset_lightning.environments.ScriptedUser", "options": {"responses": ["Sure?"]}}
+    reward = [{"class_path": "stateset_lightning.rewards.EnvironmentReward"}]
+    code, out = examine(model={"environment": {**environment, "max_turns": 3}, "reward": reward})
+    assert code == 0
+    assert "what is measured is one turn of 3 at most; nothing is scored" in out
+
+
 def test_servers_that_may_be_serving_a_run_get_no_weights(examine):
     with running() as server:
         engine = {"class_path": "stateset_lightning.rollout.VLLMEngine", "init_args": {"urls": [server.url]}}
