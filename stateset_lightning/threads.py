@@ -59,12 +59,12 @@ def interruptible() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _MainThread.waits = True
+    waited, _MainThread.waits = _MainThread.waits, True
     cut_off_waits(_MainThread.exit_code)
     try:
         yield
     finally:
-        _MainThread.waits = False
+        _MainThread.waits = waited
         cut_off_waits(_MainThread.exit_code)
 
 

@@ -72,7 +72,7 @@ class Driver:
         self._timeout = settings.tool_timeout
         self._functions: Functions = base.tool_methods(environment) if self._has_tools else {}
         if isinstance(environment, Tools):
-            self._functions, self._timeout = environment.functions, environment.timeout
+            self._functions, self._timeout = environment.functions, environment.timeout or settings.tool_timeout
         self._schemas = [schema_of(function) for function in self._functions.values()]
         self._sum: float | None = None
 
@@ -116,6 +116,8 @@ class Driver:
         return Opening(_ask(self._code, as_turns, self.environment.reset, columns, seed))
 
     def _answer(self, text: str) -> Reply:
+        if isinstance(self.environment, Tools):  # there are no calls
+            return Reply(done=True)
         return _ask(self._code, as_reply, self.environment.step, text)
 
     def _release(self) -> None:
@@ -271,7 +273,11 @@ def as_environment(environment: Any, settings: Settings | None = None) -> Driver
     is_maker = isinstance(given, type) or (callable(given) and not _has(given, "reset") and not _has(given, "init"))
     takes_extras = is_maker and "extras" in inspect.signature(given).parameters
     if is_maker and not takes_extras and not _is_skyrl(given):
-        environment = _ask(code, lambda made: made, given)
+        try:
+            environment = _ask(code, lambda made: made, given)
+        except EnvironmentFailure:
+            code.close()
+            raise
     if takes_extras or _is_skyrl(environment):
         return _SkyRL(given if is_maker else lambda: given, settings, code)
     if _has(environment, "reset") and not _has(environment, "step"):

@@ -82,6 +82,10 @@ class Opening:
             begun = [turn for turn in prompt if turn.role == "system" and self.turns[0].role != "system"]
         begun += self.turns
         last = max((i for i, turn in enumerate(begun) if turn.role == "user"), default=None)
+        if self.appended_text and last is None:
+            raise EnvironmentFailure(
+                f"began with {self.appended_text!r:.80}, and there is no turn of the user to add it to"
+            )
         if last is not None:
             begun[last] = Turn("user", begun[last].content + self.appended_text)
         return begun

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from threading import Thread
 from typing import Any
 
 from stateset_lightning.environments.adapters import Driver
@@ -47,6 +48,12 @@ class Conversation:
         self.tokens += tokens
         self.sampled += [logprobs is not None] * len(tokens)
         self.logprobs += [0.0] * len(tokens) if logprobs is None else logprobs
+
+    def let_go(self) -> None:
+        """Closes the environment, which may hang, and which nobody waits for."""
+        if self.driver is not None:
+            Thread(target=self.driver.close, name="environment-close", daemon=True).start()
+            self.driver = None
 
     def said(self, prompt: Sequence[Turn]) -> str:
         """All that came behind the prompt, as one text; of a single turn, its text."""

@@ -86,13 +86,13 @@ class Tools:
     Args:
         functions: Functions, sync or async, or import paths of them (`my_module.add`). Each argument has a type, and a
             line in the docstring's `Args:`.
-        timeout: Seconds that a call may take; None: no limit.
+        timeout: Seconds that a call may take; None: half of `model.environment.timeout`.
 
     Raises:
         ConfigError: If there is no function, two have the same name, or one cannot be imported or described.
     """
 
-    def __init__(self, functions: list[Callable[..., Any] | str], timeout: PositiveFloat | None = 30.0) -> None:
+    def __init__(self, functions: list[Callable[..., Any] | str], timeout: PositiveFloat | None = None) -> None:
         found = [imported(item) if isinstance(item, str) else item for item in functions]
         self.schemas = [schema_of(function) for function in found]
         names = [schema["function"]["name"] for schema in self.schemas]

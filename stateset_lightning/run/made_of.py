@@ -37,6 +37,7 @@ KINDS = {
     "optimizer": r"model\.optimizer",
     "scheduler": r"model\.lr_scheduler",
     "algorithm": r"model\.algorithm",
+    "environment": r"model\.environment(\..*)?",
 }
 CONTENTS = "base", "rows", "tokenizer", "template"  # known by a digest
 REASONS = {"base": "model.policy.", "rows": "data.", "template": "data."}  # options that may be why they have changed

@@ -148,7 +148,7 @@ def check_targets(data: ScenarioDataModule | None, module: Any) -> None:
     rollout = module.rollout
     names = "dynamic_sampling", "sampling_ahead", "keep_sampling_mask"
     needs_samples = {f"model.rollout.{name}": getattr(rollout, name) for name in names}
-    needs_samples["data.curriculum"] = data and data.curriculum
+    needs_samples |= {"data.curriculum": data and data.curriculum, "model.environment": module.environment}
     for key, value in needs_samples.items():
         if value:
             raise ConfigError(f"{key}={value} has no effect: {_on_targets(module.algorithm)}; leave it out")

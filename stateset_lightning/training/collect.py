@@ -13,7 +13,8 @@ from torch import Tensor
 
 from stateset_lightning.algorithm import Algorithm
 from stateset_lightning.environments.conversation import Conversation
-from stateset_lightning.environments.player import Limits, Player
+from stateset_lightning.environments.play import Limits
+from stateset_lightning.environments.player import Player
 from stateset_lightning.errors import ConfigError, RewardError
 from stateset_lightning.policy import Policy, end_of_sequence_ids
 from stateset_lightning.policy.precision import sampling_dtype
@@ -144,7 +145,7 @@ class Sampler:
             draw = partial(self._draw, policy, batch, self.config.num_generations, False)
             self.ahead.start(batch.episode_index, draw)
         counted = self.engine.pop_metrics() if isinstance(self.engine, RemoteEngine) else {}
-        counted |= {} if self.player is None else self.player.pop_metrics()
+        counted |= collection.sample.conversations
         return replace(collection, costs=costs, engine_metrics=counted)
 
     def sample(
@@ -174,6 +175,7 @@ class Sampler:
     def _draw(self, policy: Policy, batch: PromptBatch, num_generations: int, greedy: bool) -> Sample:
         seeds_N = sample_seeds(self.seed, batch.split, batch.episode_index, batch.positions, num_generations)
         heartbeat.doing(f"sampling {_place(batch)}")
+        metrics: Metrics = {}
         with self.scorer.start(len(seeds_N), policy.device, num_generations) as session:
 
             def score_conversation(n: int, conversation: Conversation, reward: float | None) -> None:
@@ -191,7 +193,7 @@ class Sampler:
             if self.targets is not None and batch.split == "train":
                 rollout = self.targets.rollout(batch, score)
             elif self.player is not None:
-                batch, rollout = self.player.play(
+                batch, rollout, metrics = self.player.play(
                     *(self.engine, batch, num_generations, self.config, seeds_N, self._limits(policy)),
                     score_conversation,
                     greedy,
@@ -200,10 +202,10 @@ class Sampler:
                 rollout = self.engine.generate(
                     batch.prompt_tokens, num_generations, self.config, seeds_N, greedy=greedy, on_finished=score
                 )
-            if batch.split != "train" and isinstance(self.engine, InProcessEngine):
+            if batch.split != "train" and isinstance(self.engine, InProcessEngine) and rollout.sampled_T.any():
                 self.engine.check(self.config.temperature)  # training compares all that it trains on
             heartbeat.doing(f"scoring {_place(batch)}")
-            return Sample(batch, rollout, session.collect())
+            return Sample(batch, rollout, session.collect(), metrics)
 
     def _limits(self, policy: Policy) -> Limits:
         assert self.player is not None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stateset_lightning.policy import SamplingMask
 from stateset_lightning.training.metrics import constant_groups
-from stateset_lightning.types import PromptBatch, Rollout, Scores
+from stateset_lightning.types import Metrics, PromptBatch, Rollout, Scores
 
 T = TypeVar("T")
 
@@ -26,11 +26,12 @@ Replacements = Callable[[PromptBatch, Sequence[int], int], PromptBatch]
 
 @dataclass(frozen=True)
 class Sample:
-    """Prompts, their completions and what the rewards said of them."""
+    """Prompts, their completions, what the rewards said of them, and what happened in conversations, by metric."""
 
     batch: PromptBatch
     rollout: Rollout
     scores: Scores
+    conversations: Metrics = field(default_factory=dict)
 
     @property
     def totals_PG(self) -> Tensor:
@@ -51,7 +52,7 @@ class Sample:
         for name in ("prompt_tokens", "conversations", "scenarios", "rows"):
             setattr(batch, name, _picked(getattr(self.batch, name), getattr(other.batch, name), prompts))
         rollout = _rollout(self.rollout, other.rollout, prompts, completions)
-        return Sample(batch, rollout, _scores(self.scores, other.scores, completions))
+        return Sample(batch, rollout, _scores(self.scores, other.scores, completions), self.conversations)
 
 
 def resample(

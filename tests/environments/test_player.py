@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ from module_runs import fit, make_data, make_module, weights
 from stateset_lightning import RolloutConfig
 from stateset_lightning.data.prompts import PromptEncoder
 from stateset_lightning.environments import EnvironmentConfig
-from stateset_lightning.environments.player import Limits, Player
+from stateset_lightning.environments.play import Limits
+from stateset_lightning.environments.player import Player
 from stateset_lightning.policy import Group, Policy, PolicyConfig, end_of_sequence_ids, load_model
 from stateset_lightning.rewards import EnvironmentReward
 from stateset_lightning.rollout import InProcessEngine
@@ -96,8 +97,8 @@ def play(policy: Policy, tiny_tokenizer: Any) -> Callable[..., Any]:
         seeds = sample_seeds(1, "train", 0, [0, 1], 3)
         limits = Limits(end_of_sequence_ids(policy.model, tiny_tokenizer), 128)
         on_ended = lambda n, conversation, reward: ended.update({n: (conversation, reward)})  # noqa: E731
-        batch, rollout = player.play(engine, batch, 3, sampling, seeds, limits, on_ended)
-        return batch, rollout, [ended[n] for n in range(6)], player.pop_metrics()
+        batch, rollout, metrics = player.play(engine, batch, 3, sampling, seeds, limits, on_ended)
+        return batch, rollout, [ended[n] for n in range(6)], metrics
 
     return play
 
@@ -170,6 +171,63 @@ def test_an_environment_that_fails_never_trains(tmp_path: Path, factory: Any) ->
     assert 0 < failed.sum() < len(failed)
     assert {failure.error for failure in sample.scores.failures} <= {"EnvironmentFailure", "RuntimeError", "KeyError"}
     assert not module.episode.active_N[failed].any()
+
+
+def test_a_failed_reset_leaves_its_group_its_prompt(play: Callable[..., Any]) -> None:
+    made = iter(range(100))
+    batch, rollout, ended, _ = play(lambda: NeverBegins() if next(made) % 3 == 0 else Opens())
+    assert min(map(len, batch.prompt_tokens)) > 5
+    failed = [conversation.failure is not None for conversation, _ in ended]
+    assert failed == [length == 0 for length in rollout.lengths_N.tolist()]
+    assert 0 < sum(failed) < 6
+
+
+def test_where_all_environments_fail_nothing_is_sampled_nor_checked(tmp_path: Path) -> None:
+    module = make_module(environment=NeverBegins, max_reward_failures=1.0)
+    fit(tmp_path, module, max_steps=1, limit_val_batches=1, val_check_interval=1)
+    assert module.metrics.last["conversation/ended_by_failure"] == 1
+
+
+class Refused(Asks):
+    """Answers with a turn that the bundled template takes, and the one of this test does not."""
+
+    def step(self, text: str) -> Any:
+        return [{"role": "tool", "content": "5"}], None, False
+
+
+def test_turns_that_a_template_refuses_fail_their_conversation(play: Callable[..., Any], tiny_tokenizer: Any) -> None:
+    template = tiny_tokenizer.chat_template
+    try:
+        tiny_tokenizer.chat_template = (
+            "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{% endfor %}"
+            + template
+        )
+        _, _, ended, metrics = play(Refused)
+    finally:
+        tiny_tokenizer.chat_template = template
+    assert "no tools" in str(next(c.failure for c, _ in ended if c.failure))
+    assert metrics["conversation/ended_by_failure"][0] > 0
+
+
+class Closes(Asks):
+    closed: ClassVar[list[int]] = []
+
+    def close(self) -> None:
+        self.closed.append(1)
+
+
+def test_environments_are_closed_however_they_end(play: Callable[..., Any]) -> None:
+    class Fails(Closes):
+        def step(self, text: str) -> Any:
+            raise RuntimeError("gone")
+
+    for factory in (Closes, Fails):
+        Closes.closed.clear()
+        play(factory)
+        deadline = time.monotonic() + 5
+        while len(Closes.closed) < 6 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(Closes.closed) == 6
 
 
 def test_a_single_turn_is_todays_run_bit_by_bit(tmp_path: Path) -> None:

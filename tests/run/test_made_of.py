@@ -22,6 +22,7 @@ from tokenizers import normalizers
 from stateset_lightning import GRPOLightningModule, ScenarioDataModule, rewards
 from stateset_lightning.algorithm import GSPO, Clipped
 from stateset_lightning.cli.main import main
+from stateset_lightning.environments import EnvironmentConfig, ScriptedUser
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.evaluation import EvaluationConfig
 from stateset_lightning.policy import LoRAConfig, PolicyConfig, load_model
@@ -70,7 +71,11 @@ def test_each_option_that_has_changed_is_named(checkpoint, tmp_path, caplog):
         "trainer.callbacks.ModelCheckpoint": ["monitor", "save_top_k", "every_n_train_steps"],
     }
     by_their_kind = {"model.reward", "model.optimizer", "model.lr_scheduler", "model.algorithm", "trainer.callbacks"}
-    by_their_kind |= {"trainer.default_root_dir", "data.tokenizer"}  # where files go; what has a digest of its own
+    by_their_kind |= {
+        "model.environment",
+        "trainer.default_root_dir",
+        "data.tokenizer",
+    }  # where files go; what has a digest of its own
     assert {f"{part}.{name}" for part, names in expected.items() for name in names} - by_their_kind <= set(named)
     assert {f"model.optimizer {name}" for name in torch.optim.AdamW([torch.zeros(1)]).defaults} <= set(named)
     for key in named:
@@ -198,6 +203,10 @@ CHANGES = {
         "model.optimizer=SGD, and AdamW in the checkpoint",
     ),
     "scheduler": (with_module(lr_scheduler=None), "model.lr_scheduler=None, and StepLR in the checkpoint"),
+    "environment": (
+        with_module(environment=EnvironmentConfig(ScriptedUser, options={"responses": ["Sure?"]}, max_turns=1)),
+        "model.environment=EnvironmentConfig, and None in the checkpoint",
+    ),
     "algorithm": (with_module(algorithm=GSPO()), "model.algorithm=GSPO, and Clipped in the checkpoint"),
 }
 

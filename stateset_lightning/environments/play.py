@@ -1,0 +1,269 @@
+"""One play of a batch's conversations: the state of all of them, and what happens turn by turn.
+
+Letters: P prompts, N = P * G conversations, T tokens of all of them behind their prompts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from copy import copy
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stateset_lightning.data.prompts import asked
+from stateset_lightning.environments.adapters import Driver
+from stateset_lightning.environments.base import EnvironmentFailure, Opening
+from stateset_lightning.environments.conversation import Conversation
+from stateset_lightning.errors import DataError
+from stateset_lightning.rollout import RolloutConfig, RolloutEngine
+from stateset_lightning.seeding import derive_seed
+from stateset_lightning.threads import DaemonThreads
+from stateset_lightning.types import FinishReason, Metrics, PromptBatch, Rollout, Scenario, Turn, answered
+
+if TYPE_CHECKING:
+    from stateset_lightning.environments.player import Player
+
+# Called with (number, conversation, its environment's reward) when it has ended, in no particular order.
+OnEnded = Callable[[int, Conversation, float | None], None]
+
+
+_Call = tuple[Future[Any], float]  # of an environment, and by when, of `time.monotonic`, it must have returned
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What ends a turn, and a conversation.
+
+    Args:
+        ends: Tokens that end a turn of the model.
+        context_length: Tokens of a conversation with its prompt at most; None: no limit.
+    """
+
+    ends: frozenset[int]
+    context_length: int | None = None
+
+
+class Play:
+    """One call of `Player.play`."""
+
+    def __init__(
+        self,
+        player: Player,
+        threads: DaemonThreads,
+        batch: PromptBatch,
+        num_generations: int,
+        sampling: RolloutConfig,
+        seeds_N: Sequence[int],
+        limits: Limits,
+    ) -> None:
+        self.player, self.config, self.threads = player, player.config, threads
+        self.batch, self.size, self.sampling = batch, num_generations, sampling
+        self.seeds_N, self.limits = seeds_N, limits
+        self.numbers = range(len(seeds_N))
+        self.all: list[Conversation] = []
+        self.prompts: list[list[int]] = []  # of each group
+        self.rendered: dict[Any, tuple[list[Turn], list[int]]] = {}
+        self.counts: Counter[str] = Counter()
+
+    # The parts of a conversation -------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Makes and resets all environments, and prompts of what they begin with."""
+        starts = [self._call(self._reset, n) for n in self.numbers]
+        for n, start in enumerate(starts):
+            p = n // self.size
+            conversation = Conversation([], [], self.batch.scenarios[p])
+            self.all.append(conversation)
+            driver, opening = self._wait(conversation, start) or (None, Opening())
+            conversation.driver = driver
+            conversation.turns, conversation.prompt = self.batch.conversations[p], self.batch.prompt_tokens[p]
+            if driver is not None and (opening != Opening() or driver.schemas()):
+                self._render(conversation, driver, opening)
+        for p in range(len(self.batch)):
+            group = [c for c in self.all[p * self.size : (p + 1) * self.size] if not c.ended]
+            shared = _common_start([conversation.prompt for conversation in group])
+            self.prompts.append(shared or self.batch.prompt_tokens[p])
+            for conversation in group:
+                if shared:  # what a prompt has of its own counts as the environment's
+                    conversation.add(conversation.prompt[len(shared) :])
+                else:
+                    self._fail(conversation, EnvironmentFailure("a group's environments begin with nothing in common"))
+
+    def take_turn(self, engine: RolloutEngine, live: list[int], greedy: bool) -> None:
+        """Samples a turn of these conversations, and adds what their environments answer."""
+        steps: dict[int, _Call] = {}
+
+        def answer(i: int, text: str, num_tokens: int) -> None:
+            if num_tokens < self.sampling.max_new_tokens:  # else it may have been cut off, which is known later
+                steps[live[i]] = self._step(live[i], text)
+
+        texts = self._sample(engine, live, greedy, answer)
+        for n, text in zip(live, texts, strict=True):
+            conversation = self.all[n]
+            conversation.turns = answered(conversation.turns, text)
+            if conversation.reason == FinishReason.LENGTH:
+                conversation.ended = "length"
+                continue
+            reply = self._wait(conversation, steps[n] if n in steps else self._step(n, text, is_said=True))
+            if reply is None:
+                continue
+            self.counts.update(reply.counts or {})
+            conversation.rewards.append(reply.reward)
+            conversation.ended = "environment" if reply.done or not reply.turns else self._go_on(n, reply.turns)
+
+    def end(self, ended: Iterable[int], on_ended: OnEnded) -> None:
+        """Asks environments for their rewards, and hands conversations over to be scored."""
+        ended = list(ended)
+        rewards = {n: self._call(self._driver(n).get_reward) for n in ended if self.all[n].failure is None}
+        for n in ended:
+            reward = self._wait(self.all[n], rewards[n]) if n in rewards else None
+            self.all[n].let_go()
+            on_ended(n, self.all[n], reward)
+
+    def result(self) -> tuple[PromptBatch, Rollout, Metrics]:
+        """The batch with the prompts that were used, the rollout of all conversations, and what happened."""
+        counts, total = self.counts, float(len(self.all))
+        counts.update(f"ended_by_{conversation.ended}" for conversation in self.all)
+        counts["turns"] = sum(conversation.num_turns for conversation in self.all)
+        metrics: Metrics = {
+            name if name.startswith("cost/") else f"conversation/{name}": (
+                float(count),
+                1.0 if name.startswith("cost/") else total,
+            )
+            for name, count in sorted(counts.items())
+        }
+        batch = copy(self.batch)
+        batch.prompt_tokens = self.prompts
+        tokens_T = torch.tensor([token for c in self.all for token in c.tokens], dtype=torch.long)
+        rollout = Rollout(
+            self.prompts,
+            tokens_T,
+            torch.tensor([len(c.tokens) for c in self.all]),
+            torch.tensor([logprob for c in self.all for logprob in c.logprobs], dtype=torch.float32),
+            torch.tensor([sampled for c in self.all for sampled in c.sampled], dtype=torch.bool),
+            [c.reason for c in self.all],
+            [c.said(self.batch.conversations[n // self.size]) for n, c in enumerate(self.all)],
+        )
+        return batch, rollout, metrics
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _reset(self, n: int) -> tuple[Driver, Opening]:
+        columns = self.batch.scenarios[n // self.size].columns()
+        driver = self.player.make()
+        seed = derive_seed(self.seeds_N[n // self.size * self.size], "environment")
+        try:
+            return driver, driver.reset(columns, seed)
+        except BaseException:
+            driver.close()
+            raise
+
+    def _step(self, n: int, text: str, is_said: bool = False) -> _Call:
+        """Has an environment answer: the completion, behind what the prompt has opened of it (`<think>`)."""
+        turns = self.all[n].turns if is_said else answered(self.all[n].turns, text)
+        return self._call(self._driver(n).step, turns[-1].content)
+
+    def _fail(self, conversation: Conversation, failure: BaseException) -> None:
+        conversation.failure, conversation.ended = failure, "failure"
+
+    def _driver(self, n: int) -> Driver:
+        driver = self.all[n].driver
+        assert driver is not None, "a conversation without an environment has ended"
+        return driver
+
+    def _render(self, conversation: Conversation, driver: Driver, opening: Opening) -> None:
+        """The prompt of a scenario with what its environment begins with, and with the tools; once for a group."""
+        scenario, schemas = conversation.scenario, driver.schemas()
+        encoder = self.player.encoder_with(schemas)
+        turns = opening.after(scenario.turns(self.player.encoder.system_prompt))
+        key = scenario.id, str(schemas), tuple(turns)
+        if key not in self.rendered:
+            opened = Scenario(id=scenario.id, messages=tuple(turns))
+            try:
+                prompts = encoder.encode([opened], "model.environment", is_tried=True)
+            except DataError as error:  # a template that refuses what an environment begins with
+                self._fail(conversation, error)
+                return
+            tokens = [int(token) for token in prompts.tokens[0]]
+            self.rendered[key] = asked(opened, prompts.opened[0]), tokens
+        conversation.turns, conversation.prompt = self.rendered[key]
+        needed = len(conversation.prompt) + self.sampling.max_new_tokens
+        if self.limits.context_length is not None and needed > self.limits.context_length:
+            what = f"with what its environment begins with, it needs {needed} tokens"
+            self._fail(conversation, EnvironmentFailure(f"{what}, and the context has {self.limits.context_length}"))
+
+    def _sample(
+        self, engine: RolloutEngine, live: list[int], greedy: bool, answer: Callable[[int, str, int], None]
+    ) -> list[str]:
+        """The next turn of these conversations, as texts. The first one of all shares the prompts of groups."""
+        is_first = len(live) == len(self.all) and not any(conversation.tokens for conversation in self.all)
+        prompts = self.prompts if is_first else [[*self.prompts[n // self.size], *self.all[n].tokens] for n in live]
+        seeds = [
+            self.seeds_N[n] if (turn := self.all[n].num_turns) == 0 else derive_seed(self.seeds_N[n], "turn", turn)
+            for n in live
+        ]
+        size = self.size if is_first else 1
+        said = engine.generate(prompts, size, self.sampling, seeds, greedy=greedy, on_finished=answer)
+        assert said.logprobs_T is not None
+        logprobs = said.logprobs_T.cpu().split(said.lengths_N.tolist())
+        for n, tokens, values, reason in zip(live, said.completions(), logprobs, said.finish_reasons, strict=True):
+            self.all[n].add(tokens, values.tolist())
+            self.all[n].num_turns += 1
+            self.all[n].reason = reason
+        return said.texts
+
+    def _go_on(self, n: int, turns: Sequence[Turn]) -> str:
+        """Adds an environment's turns; or says what ends the conversation instead."""
+        conversation, tokenizer = self.all[n], self.player.encoder.tokenizer
+        if conversation.num_turns == self.config.max_turns:
+            return "turns"
+        last = conversation.tokens[-1]
+        said = tokenizer.decode([last]) if last in self.limits.ends else self._stop_string(conversation)
+        try:
+            tokens = self.player.encoder.between_answers(turns, said)
+        except DataError as error:  # a template that refuses such turns
+            conversation.failure = error
+            return "failure"
+        most = self.config.max_tokens or 2 * self.config.max_turns * self.sampling.max_new_tokens
+        if self.limits.context_length is not None:
+            most = min(most, self.limits.context_length - len(self.prompts[n // self.size]))
+        if len(conversation.tokens) + len(tokens) + self.sampling.max_new_tokens > most:
+            conversation.reason = FinishReason.LENGTH
+            return "tokens"
+        conversation.add(tokens)
+        conversation.turns = [*conversation.turns, *turns]
+        return ""
+
+    def _stop_string(self, conversation: Conversation) -> str:
+        """The stop string that a turn ends with, if any."""
+        text = self.player.encoder.tokenizer.decode(conversation.tokens[-16:])
+        return max((stop for stop in self.sampling.stop if text.endswith(stop)), key=len, default="")
+
+    def _call(self, function: Callable[..., Any], *args: Any) -> _Call:
+        """Calls an environment, at once: there is a thread for each conversation."""
+        return self.threads.submit(function, *args), time.monotonic() + self.config.timeout
+
+    def _wait(self, conversation: Conversation, call: _Call) -> Any:
+        """What an environment returned; None where it failed, which ends the conversation."""
+        future, deadline = call
+        try:
+            return future.result(max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            limit = f"model.environment.timeout={self.config.timeout:g}"
+            failure: BaseException = EnvironmentFailure(f"gave no answer within {limit} s")
+        except Exception as error:  # an environment is foreign code
+            failure = error
+        self._fail(conversation, failure)
+        return None
+
+
+def _common_start(rows: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens with which all rows begin; at least one is left to each row that has more than the others."""
+    same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))
+    return [tokens[0] for tokens in same]
