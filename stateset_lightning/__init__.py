@@ -1,4 +1,4 @@
-"""stateset-lightning: GRPO for single-turn language tasks as a PyTorch Lightning kit.
+"""stateset-lightning: GRPO for language tasks as a PyTorch Lightning kit.
 
 Public names are imported when they are first used, so that `--help` and reward workers need not wait for torch.
 """

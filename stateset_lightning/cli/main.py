@@ -1,4 +1,4 @@
-"""stateset-lightning: GRPO for single-turn language tasks.
+"""stateset-lightning: GRPO for language tasks that can be scored.
 
 usage: stateset-lightning {fit,validate,test,predict} --config FILE [--config OVERLAY] [--KEY VALUE] ...
 

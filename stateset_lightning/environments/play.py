@@ -128,16 +128,14 @@ class Play:
 
     def result(self) -> tuple[PromptBatch, Rollout, Metrics]:
         """The batch with the prompts that were used, the rollout of all conversations, and what happened."""
-        counts, total = self.counts, float(len(self.all))
-        counts.update(f"ended_by_{conversation.ended}" for conversation in self.all)
-        counts["turns"] = sum(conversation.num_turns for conversation in self.all)
-        metrics: Metrics = {
-            name if name.startswith("cost/") else f"conversation/{name}": (
-                float(count),
-                1.0 if name.startswith("cost/") else total,
-            )
-            for name, count in sorted(counts.items())
-        }
+        self.counts.update(f"ended_by_{conversation.ended}" for conversation in self.all)
+        self.counts["turns"] = sum(conversation.num_turns for conversation in self.all)
+        metrics: Metrics = {}
+        for name, count in sorted(self.counts.items()):
+            if name.startswith("cost/"):  # of an episode, as those of rewards
+                metrics[name] = float(count), 1.0
+            else:
+                metrics[f"conversation/{name}"] = float(count), float(len(self.all))
         batch = copy(self.batch)
         batch.prompt_tokens = self.prompts
         tokens_T = torch.tensor([token for c in self.all for token in c.tokens], dtype=torch.long)
@@ -181,17 +179,16 @@ class Play:
         """The prompt of a scenario with what its environment begins with, and with the tools; once for a group."""
         scenario, schemas = conversation.scenario, driver.schemas()
         encoder = self.player.encoder_with(schemas)
-        turns = opening.after(scenario.turns(self.player.encoder.system_prompt))
-        key = scenario.id, str(schemas), tuple(turns)
-        if key not in self.rendered:
-            opened = Scenario(id=scenario.id, messages=tuple(turns))
-            try:
+        try:
+            turns = opening.after(scenario.turns(self.player.encoder.system_prompt))
+            if (key := (scenario.id, str(schemas), tuple(turns))) not in self.rendered:
+                opened = Scenario(id=scenario.id, messages=tuple(turns))
                 prompts = encoder.encode([opened], "model.environment", is_tried=True)
-            except DataError as error:  # a template that refuses what an environment begins with
-                self._fail(conversation, error)
-                return
-            tokens = [int(token) for token in prompts.tokens[0]]
-            self.rendered[key] = asked(opened, prompts.opened[0]), tokens
+                tokens = [int(token) for token in prompts.tokens[0]]
+                self.rendered[key] = asked(opened, prompts.opened[0]), tokens
+        except (EnvironmentFailure, DataError) as error:  # the template may refuse what an environment begins with
+            self._fail(conversation, error)
+            return
         conversation.turns, conversation.prompt = self.rendered[key]
         needed = len(conversation.prompt) + self.sampling.max_new_tokens
         if self.limits.context_length is not None and needed > self.limits.context_length:
