@@ -199,7 +199,6 @@ class GRPOLightningModule(RunsInTrainer):
         self.engine = ready_engine(self.engine, self.tokenizer, self.rollout, precision)
         on_targets = self.algorithm.trains_on_targets
         self._targets = Targets.of(self.tokenizer, self.rollout, self._data) if on_targets else None
-        self._player = partial(Player.of, self.environment, self.rollout, self._data, self.tokenizer)
         if fits and self.algorithm.needs_reference and not self._reference:
             self._reference = (reference_of(self._sampled_policy, dtype, self._unsharded),)
         self._checkpoint.prepare_for(longest)
@@ -330,7 +329,8 @@ class GRPOLightningModule(RunsInTrainer):
     def _sampler(self) -> Sampler:
         assert self.engine is not None, "configure_model() makes the engine"
         replacements = None if self._data is None else self._data.replacements
-        made = self._ahead, replacements, self._targets, self._player()
+        player = Player.of(self.environment, self.rollout, self._data, self.tokenizer) if self.environment else None
+        made = self._ahead, replacements, self._targets, player
         return Sampler(self.engine, self.scorer, self.rollout, self.seed, *made)
 
     @property

@@ -54,7 +54,7 @@ def main(words: Sequence[str]) -> None:
         engine.policy.prepare_for(max(len(tokens) + rollout.max_new_tokens, trained_with))
         seeds_N = sample_seeds(seed, "generate", 0, [number], num_samples)
         sampled = engine.generate([tokens], num_samples, rollout, seeds_N, greedy=greedy)
-        engine.check(rollout.temperature)
+        engine.check(sampled, rollout.temperature)
         for i, text in enumerate(map(_shown, sampled.texts), start=1):
             print(f"[{i}] {text}" if num_samples > 1 else text, flush=True)
 

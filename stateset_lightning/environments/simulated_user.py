@@ -1,7 +1,6 @@
 """A user who is played by a language model, over any server that speaks OpenAI's chat completions."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any

@@ -93,13 +93,13 @@ class InProcessEngine:
         self.decoded_rows, self._rollout = decoding.decoded_rows, decoding.rollout(texts)
         return self._rollout
 
-    def check(self, temperature: float) -> None:
-        """Compares the longest completion of the last `generate` with scoring, where no training does so.
+    def check(self, rollout: Rollout | None, temperature: float) -> None:
+        """Compares the longest completion with scoring, where no training does so; None: of the last `generate`.
 
         Raises:
             SamplingError: If their log-probs differ by more than float error.
         """
-        rollout = self._rollout
+        rollout = rollout or self._rollout
         n, group = _longest(rollout)
         assert rollout.logprobs_T is not None
         logprobs_T = rollout.logprobs_T.split(rollout.lengths_N.tolist())[n]

@@ -203,7 +203,8 @@ class Sampler:
                     batch.prompt_tokens, num_generations, self.config, seeds_N, greedy=greedy, on_finished=score
                 )
             if batch.split != "train" and isinstance(self.engine, InProcessEngine) and rollout.sampled_T.any():
-                self.engine.check(self.config.temperature)  # training compares all that it trains on
+                last = rollout if self.player is None else None  # of conversations, their last turns
+                self.engine.check(last, self.config.temperature)  # training compares all that it trains on
             heartbeat.doing(f"scoring {_place(batch)}")
             return Sample(batch, rollout, session.collect(), metrics)
 

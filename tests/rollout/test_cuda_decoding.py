@@ -268,7 +268,7 @@ def test_a_graph_that_is_not_exact_is_not_used(
     monkeypatch.setattr(cuda_decoding, "_attend_one", faulty)
     engine = engine_of(make_model("llama"), tiny_tokenizer, MANY_ENDS)
     engine.generate(PROMPTS, 2, RolloutConfig(max_new_tokens=4), range(10))
-    engine.check(1.0)
+    engine.check(None, 1.0)
     assert "is sampled without a CUDA graph, which is slower: " in caplog.text
     assert ("no kernel image" in caplog.text) == (fault == "raises")
 
@@ -322,6 +322,6 @@ def test_on_a_gpu_a_graph_samples_what_the_cpu_does(make_model: Callable[..., An
         sampling = RolloutConfig(max_new_tokens=40, max_batch_rows=9, decoding=decoding)  # type: ignore[arg-type]
         engine = engine_of(make_model("qwen2").to(device, dtype), tiny_tokenizer, MANY_ENDS)
         rollouts.append(engine.generate(PROMPTS, 3, sampling, seeds))
-        engine.check(1.0)  # its log-probs are those of scoring
+        engine.check(None, 1.0)  # its log-probs are those of scoring
     pairs = zip(rollouts[0].completions(), rollouts[1].completions(), strict=True)
     assert sum(a == b for a, b in pairs) >= 14  # of 15: a uniform number may lie at a boundary

@@ -76,7 +76,7 @@ def test_a_family_is_sampled_and_scored_as_its_own_forward_does(
     torch.testing.assert_close(
         sampled.logprobs_T, scored_T, atol=1e-3, rtol=0
     )  # cached states have rounding of their own
-    engine.check(1.0)
+    engine.check(sampled, 1.0)
     assert [ANNOUNCED[name] in message for message in announced(caplog)] == [True] * (name in ANNOUNCED)
 
 

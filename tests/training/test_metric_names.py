@@ -14,6 +14,7 @@ from module_runs import DigitReward, fit, make_data, make_module
 from stateset_lightning import RolloutConfig
 from stateset_lightning.algorithm import GKD, KL, AdaptiveEntropy, Clipped, Mismatch, OnPolicyDistillation, ReMax
 from stateset_lightning.cli.main import main
+from stateset_lightning.environments import EnvironmentConfig, ScriptedUser
 from stateset_lightning.evaluation import Evaluation, EvaluationConfig
 from stateset_lightning.policy import PolicyConfig
 from stateset_lightning.training.metrics import NAMES
@@ -54,6 +55,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "a teacher's distributions": {"algorithm": GKD(), "teacher": "tiny"},
     "bounded micro-steps": {"max_tokens_per_step": 20},
     "experts": {"policy": "mixtral"},
+    "conversations": {"environment": EnvironmentConfig(ScriptedUser, options={"responses": ["Are you sure?"]})},
     "a reward that fails": {"reward": FailsAndCounts(), "max_reward_failures": 1.0},
 }
 
