@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from make_tiny import SPECIAL_TOKENS, make_tokenizer
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from make_tiny import SPECIAL_TOKENS, make_model, make_tokenizer
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 from transformers.utils import get_json_schema
 
 FOLDER = Path(__file__).resolve().parents[1] / "runs" / "calculator"
@@ -87,24 +87,6 @@ def encode(tokenizer: PreTrainedTokenizerFast, a: int, b: int, calls: bool) -> t
     return ids, labels
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=96,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=256,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-        )
-    )
-
-
 def teach(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     pairs = questions("pretrain")
     rows = {calls: [encode(tokenizer, a, b, calls) for a, b in pairs] for calls in (False, True)}
@@ -131,7 +113,7 @@ def teach(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
 def main(folder: Path = FOLDER) -> None:
     torch.manual_seed(SEED)
     tokenizer = make_tokenizer(SENTENCES * 50, [*SPECIAL_TOKENS, "<|tool|>"], CHAT_TEMPLATE)
-    model = make_model(tokenizer)
+    model = make_model(tokenizer, hidden_size=96, intermediate_size=256, positions=512)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
     teach(model, tokenizer)
     model.eval().save_pretrained(folder / "model")

@@ -6,8 +6,10 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Any, Protocol
 
+from stateset_lightning.errors import ConfigError, one_line
 from stateset_lightning.types import Turn
 
 
@@ -159,3 +161,20 @@ def tool_methods(environment: Any) -> dict[str, Callable[..., Any]]:
     )  # of the class: an instance would compute properties
     names = [n for n, f in found if not n.startswith("_") and n not in OWN_METHODS and inspect.getdoc(f)]
     return {name: getattr(environment, name) for name in names}
+
+
+def imported(path: str, what: str, say: str) -> Any:
+    """What stands at an import path.
+
+    Args:
+        path: Such as `my_module.name`.
+        what: What messages call it.
+        say: How to write it.
+
+    Raises:
+        ConfigError: If there is nothing.
+    """
+    try:
+        return resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{what} cannot be imported: {one_line(error)}; {say}") from error

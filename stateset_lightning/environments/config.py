@@ -3,11 +3,11 @@
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pkgutil import resolve_name
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from annotated_types import Ge, Gt
 
+from stateset_lightning.environments.base import imported
 from stateset_lightning.errors import ConfigError, bounded
 
 
@@ -60,10 +60,7 @@ class EnvironmentConfig:
 
 def _imported(path: str) -> Callable[..., Any]:
     option = f"model.environment.factory={path!r}"
-    try:
-        found = resolve_name(path)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{option} cannot be imported: {error}; write it as my_module.MyEnvironment") from error
+    found = imported(path, option, "write it as my_module.MyEnvironment")
     if not callable(found):
         raise ConfigError(f"{option} is a {type(found).__name__}, which makes no environments: name a class")
-    return found
+    return cast(Callable[..., Any], found)

@@ -44,9 +44,9 @@ class Player:
 
     @classmethod
     def of(
-        cls, config: EnvironmentConfig | None, sampling: RolloutConfig, data: Any, tokenizer: PreTrainedTokenizerBase
-    ) -> Player | None:
-        """The player of a run; None where no environment answers.
+        cls, config: EnvironmentConfig, sampling: RolloutConfig, data: Any, tokenizer: PreTrainedTokenizerBase
+    ) -> Player:
+        """The player of a run in which an environment answers.
 
         Args:
             config: `model.environment`.
@@ -57,8 +57,6 @@ class Player:
         Raises:
             ConfigError: If the factory cannot be used, or the options exclude each other.
         """
-        if config is None:
-            return None
         if sampling.keep_sampling_mask:
             what = "model.rollout.keep_sampling_mask=true with model.environment"
             raise ConfigError(f"{what}: the masks of a conversation are not kept; leave one of them out")

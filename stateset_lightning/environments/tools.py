@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import pkgutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future
 from contextlib import closing
@@ -18,7 +17,7 @@ from typing import Any
 
 from pydantic import PositiveFloat
 
-from stateset_lightning.environments.base import EnvironmentFailure, Reply
+from stateset_lightning.environments.base import EnvironmentFailure, Reply, imported
 from stateset_lightning.environments.tool_calls import Call, Malformed, find_calls
 from stateset_lightning.errors import ConfigError, bounded, one_line
 from stateset_lightning.threads import DaemonThreads, EventLoopThread
@@ -93,7 +92,8 @@ class Tools:
     """
 
     def __init__(self, functions: list[Callable[..., Any] | str], timeout: PositiveFloat | None = None) -> None:
-        found = [imported(item) if isinstance(item, str) else item for item in functions]
+        say = "give module.function"
+        found = [imported(item, f"tool {item!r}", say) if isinstance(item, str) else item for item in functions]
         self.schemas = [schema_of(function) for function in found]
         names = [schema["function"]["name"] for schema in self.schemas]
         if not 0 < len(names) == len(set(names)):
@@ -109,18 +109,6 @@ class Tools:
         calls = find_calls(text, schemas=self.schemas)
         with closing(UserCode()) as code:
             return run_tools(calls, self.functions, code, self.timeout) if calls else Reply(done=True)
-
-
-def imported(path: str) -> Any:
-    """What stands at an import path.
-
-    Raises:
-        ConfigError: If there is nothing.
-    """
-    try:
-        return pkgutil.resolve_name(path)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"tool {path!r} cannot be imported: {one_line(error)}; give module.function") from error
 
 
 def schema_of(function: Callable[..., Any]) -> dict[str, Any]:
