@@ -7,8 +7,6 @@ All of it takes time in proportion to the text.
 What is saved is made text that files can hold here, too: see `plain`.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import math

@@ -7,8 +7,6 @@ advances torch's global generator, and nothing needs saving.
 The mixing is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from hashlib import blake2b

@@ -5,8 +5,6 @@ call that hangs keeps neither the interpreter from ending nor Ctrl-C from workin
 `interruptible`: a signal cuts it off.
 """
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 import os

@@ -1,7 +1,5 @@
 """Estimates from several samples of a prompt, and how far a mean over prompts can be trusted. No torch."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence

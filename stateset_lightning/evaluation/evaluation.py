@@ -4,8 +4,6 @@ Means over the prompts of a split, with intervals, and by topic: exact over batc
 measures.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 A file is written under a temporary name of its writer's own, flushed to disk, then renamed.
 """
 
-from __future__ import annotations
-
 import csv
 import fcntl
 import mmap

@@ -1,13 +1,8 @@
 """Which tokens end a completion, by what the tokenizer, its chat template and the model's generation config say."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stateset_lightning.workers import rendered
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -1,17 +1,16 @@
 """Model, tokenizer and reference policy from a name: the bundled `tiny`, a folder or GGUF file, a Hugging Face id."""
 
-from __future__ import annotations
-
 import os
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from stateset_lightning.errors import ConfigError, log, require
 from stateset_lightning.files import keep_inputs
@@ -21,9 +20,6 @@ from stateset_lightning.policy.lora import add_adapter, is_adapted, load_adapter
 from stateset_lightning.policy.policy import Group, Policy
 from stateset_lightning.policy.text_model import auto_class, freeze_all_but_text
 from stateset_lightning.tiny import TINY_FOLDER
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def resolve_model_name(model_name: str, key: str = "model.policy.model_name") -> str:
@@ -61,8 +57,6 @@ def load_tokenizer(policy: PolicyConfig) -> PreTrainedTokenizerBase:
     Raises:
         ConfigError: If it cannot be loaded, is not beside a GGUF file, or has no end-of-sequence token.
     """
-    from transformers import AutoTokenizer
-
     name, option = resolve_model_name(policy.model_name), f"model.policy.model_name={policy.model_name!r}"
     if name.endswith(".gguf"):
         name = _folder_of_tokenizer(Path(name), option)
@@ -115,8 +109,6 @@ def load_model(
 def _load_on_cpu(
     policy: PolicyConfig, default_dtype: torch.dtype, seed: int, tokenizer: PreTrainedTokenizerBase | None
 ) -> PreTrainedModel:
-    from transformers import AutoConfig
-
     name, option = resolve_model_name(policy.model_name), f"model.policy.model_name={policy.model_name!r}"
     with loading_errors(option):
         name, of_config, of_weights = _gguf_options(name, option)

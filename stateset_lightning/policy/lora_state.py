@@ -1,22 +1,18 @@
 """What a checkpoint holds of a policy with an adapter: the adapter, its config, and a digest of the model under it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy.config import PolicyConfig
 from stateset_lightning.policy.lora import adapter_off, is_adapted, plain_config, trained_names
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 VALUES_PER_MATRIX = 1024  # that the digest of the model under the adapter is made of
 

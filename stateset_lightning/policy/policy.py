@@ -13,11 +13,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import compress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
 
 from stateset_lightning.errors import ConfigError, log
 from stateset_lightning.policy import lora, packed_attention, probes
@@ -29,9 +30,6 @@ from stateset_lightning.policy.routing import check_routers, routed_sums
 from stateset_lightning.policy.sampling_mask import SamplingMask
 from stateset_lightning.policy.text_model import context_length, use_one_rope_table
 from stateset_lightning.ranks import Ranks
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # Of the prompts and their completions in the probe: on both sides of every threshold of a twin, 64 tokens together.
 PROBE_LENGTHS = ((21, (12, 5)), (13, (7,)), (3, (2, 1)))

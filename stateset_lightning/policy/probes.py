@@ -5,24 +5,20 @@ one with few tokens, and a twin of the same class in which windows and other thr
 passes all of them.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from stateset_lightning.errors import ConfigError, SamplingError
 from stateset_lightning.policy.precision import LOGPROB_TOLERANCE, cast_parameters, exact_products, product_dtype
 from stateset_lightning.policy.text_model import context_length, use_one_rope_table
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
 
 # Largest difference between two paths that counts as the same, in nats: far above float error, far below a wrong mask.
 PROBE_TOLERANCE = 1e-3

@@ -5,8 +5,6 @@ P_e alone, so that with f_e known beforehand the loss is a sum over tokens. As i
 all layers together. Letters: L layers; T sampled tokens, at the positions that predict them; E experts.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Functions as rewards: one's own and those of other libraries, called by the names of their parameters."""
 
-from __future__ import annotations
-
 import gc
 import inspect
 import sys

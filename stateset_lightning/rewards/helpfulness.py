@@ -1,7 +1,5 @@
 """A cheap reward for helpful answers in English: word statistics, no model. Good for a first run."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

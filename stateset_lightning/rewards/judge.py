@@ -1,7 +1,5 @@
 """A language model as judge, over any server that speaks OpenAI's chat completions."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import re

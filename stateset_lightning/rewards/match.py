@@ -3,8 +3,6 @@
 All score 0 or 1.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import unicodedata

@@ -1,7 +1,5 @@
 """What a user gives as `model.reward` -> a list of `RewardFunction`s with unique names, checked."""
 
-from __future__ import annotations
-
 import inspect
 import itertools
 import math

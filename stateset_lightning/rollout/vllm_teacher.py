@@ -1,7 +1,5 @@
 """A teacher on vLLM servers: it says how likely it would have sampled what the policy sampled."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """Instructions for a model on a server: a text in which a scenario's columns may stand, in braces."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any

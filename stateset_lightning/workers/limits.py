@@ -3,8 +3,6 @@
 The sandbox of transformers keeps a template from the system, but not from a loop without end, nor from `'x' * 10**10`.
 """
 
-from __future__ import annotations
-
 import os
 import resource
 import signal

@@ -12,8 +12,6 @@ first, and takes all that the worker started with it. It passes what the worker 
 error, so that prints of a function do not mix with the trainer's output.
 """
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 import os

@@ -8,8 +8,6 @@ As root, the code is a user of its own, whose processes can be counted and who r
 a fork of the guard, since an interpreter takes longer to start: so nothing in this process may be a secret to it.
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import json
