@@ -6,8 +6,8 @@ and their mean (which is what entropy lacks). Softmax is float32 whatever the mo
 distributions may be compared with, come in the same chunks. Letters: T sampled tokens, H hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,7 +77,7 @@ def token_logprobs(
     if options.dtype is None and on_gpu(weight_VH) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
-        return _ChunkedHead.apply(hidden_TH, weight_VH, bias_V, targets_T, options, dtype)
+        return _ChunkedHead.apply(hidden_TH, weight_VH, bias_V, targets_T, replace(options, dtype=dtype))
 
 
 def head_of(
@@ -154,37 +154,25 @@ class _ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_TH: Tensor,
-        weight_VH: Tensor,
-        bias_V: Tensor | None,
-        targets_T: Tensor,
-        options: HeadOptions,
-        dtype: torch.dtype,
+        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_T: Tensor, options: HeadOptions
     ) -> tuple[Tensor, ...]:
-        kept_TH = hidden_TH.to(dtype)
+        kept_TH = hidden_TH.to(options.dtype)
         normalisers_T = hidden_TH.new_full(targets_T.shape, -torch.inf, dtype=torch.float32)
         means_T, chosen_T = torch.zeros_like(normalisers_T), torch.zeros_like(normalisers_T)
         divergences: list[Tensor] = []
-        parts, chunks = _parts(weight_VH, targets_T, options)
-        for part in parts:
-            weight, bias = _taken(part, weight_VH, bias_V, dtype)
-            for chunk in chunks:
-                logits = _logits(kept_TH[chunk], weight, bias, options)
-                if options.comparison is not None:
-                    divergences.append(options.comparison(logits, chunk)[0])
-                logits = logits.float()
-                if options.mask is not None:
-                    options.mask[chunk].exclude(logits, part.start)
-                columns, is_here = _within(part, targets_T[chunk])
-                chosen_T[chunk] += torch.where(is_here, logits.gather(-1, columns[:, None])[:, 0], 0.0)
-                largest = logits.amax(-1, keepdim=True)
-                weights = (logits - largest).exp_()
-                total = weights.sum(-1)
-                normaliser, mean = largest[:, 0] + total.log(), weights.mul_(logits).sum(-1) / total
-                merged = torch.logaddexp(normalisers_T[chunk], normaliser)
-                means_T[chunk] = torch.lerp(means_T[chunk], mean, (normaliser - merged).exp())
-                normalisers_T[chunk] = merged
+        for part, chunk, _, logits in _chunks(kept_TH, weight_VH, bias_V, options):
+            if options.comparison is not None:
+                divergences.append(options.comparison(logits, chunk)[0])
+            logits = logits.float()
+            columns, is_here = _within(part, targets_T[chunk])
+            chosen_T[chunk] += torch.where(is_here, logits.gather(-1, columns[:, None])[:, 0], 0.0)
+            largest = logits.amax(-1, keepdim=True)
+            weights = (logits - largest).exp_()
+            total = weights.sum(-1)
+            normaliser, mean = largest[:, 0] + total.log(), weights.mul_(logits).sum(-1) / total
+            merged = torch.logaddexp(normalisers_T[chunk], normaliser)
+            means_T[chunk] = torch.lerp(means_T[chunk], mean, (normaliser - merged).exp())
+            normalisers_T[chunk] = merged
         entropies_T = normalisers_T - means_T
         ctx.save_for_backward(kept_TH, weight_VH, bias_V, targets_T, normalisers_T, entropies_T)
         ctx.options, ctx.hidden_dtype = options, hidden_TH.dtype
@@ -200,43 +188,31 @@ class _ChunkedHead(torch.autograd.Function):
         grad_hidden_TH = torch.zeros_like(kept_TH, dtype=sums) if ctx.needs_input_grad[0] else None
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=sums) if ctx.needs_input_grad[1] else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=sums) if ctx.needs_input_grad[2] else None
-        parts, chunks = _parts(weight_VH, targets_T, options)
-        for part in parts:
-            weight, bias = _taken(part, weight_VH, bias_V, kept_TH.dtype)
-            for chunk in chunks:
-                logits = _logits(kept_TH[chunk], weight, bias, options)
-                if options.mask is not None:
-                    options.mask[chunk].exclude(logits, part.start)
-                incoming = [None if grad_T is None else grad_T[chunk] for grad_T in grads]
-                targets, logp = _within(part, targets_T[chunk]), logits.float() - normalisers_T[chunk, None]
-                grad = _grad_logits(logp, *targets, entropies_T[chunk], *incoming[:2]).to(logits.dtype)
-                if options.comparison is not None and incoming[2] is not None:
-                    gradient = options.comparison(logits, chunk)[1]
-                    grad[:, : gradient.shape[1]] += incoming[2][:, None] * gradient
-                if options.temperature != 1.0:
-                    grad /= options.temperature
-                if options.softcap is not None:
-                    grad *= 1 - (logits * (options.temperature / options.softcap)).square()
-                if grad_bias_V is not None:
-                    grad_bias_V[part] += grad.sum(0)
-                grad = grad.to(weight.dtype)
-                if grad_hidden_TH is not None:
-                    _add_product(grad_hidden_TH[chunk], grad, weight)
-                if grad_weight_VH is not None:
-                    _add_product(grad_weight_VH[part], grad.t(), kept_TH[chunk])
+        for part, chunk, weight, logits in _chunks(kept_TH, weight_VH, bias_V, options):
+            incoming = [None if grad_T is None else grad_T[chunk] for grad_T in grads]
+            targets, logp = _within(part, targets_T[chunk]), logits.float() - normalisers_T[chunk, None]
+            grad = _grad_logits(logp, *targets, entropies_T[chunk], *incoming[:2]).to(logits.dtype)
+            if options.comparison is not None and incoming[2] is not None:
+                gradient = options.comparison(logits, chunk)[1]
+                grad[:, : gradient.shape[1]] += incoming[2][:, None] * gradient
+            if options.temperature != 1.0:
+                grad /= options.temperature
+            if options.softcap is not None:
+                grad *= 1 - (logits * (options.temperature / options.softcap)).square()
+            if grad_bias_V is not None:
+                grad_bias_V[part] += grad.sum(0)
+            grad = grad.to(weight.dtype)
+            if grad_hidden_TH is not None:
+                _add_product(grad_hidden_TH[chunk], grad, weight)
+            if grad_weight_VH is not None:
+                _add_product(grad_weight_VH[part], grad.t(), kept_TH[chunk])
         grad_hidden_TH = None if grad_hidden_TH is None else grad_hidden_TH.to(ctx.hidden_dtype)
-        return grad_hidden_TH, _cast(grad_weight_VH, weight_VH), _cast(grad_bias_V, bias_V), None, None, None
+        return grad_hidden_TH, _cast(grad_weight_VH, weight_VH), _cast(grad_bias_V, bias_V), None, None
 
 
-def _grad_logits(
-    logp: Tensor,
-    columns: Tensor,
-    is_here: Tensor,
-    entropies: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropies: Tensor | None,
-) -> Tensor:
+def _grad_logits(logp: Tensor, columns: Tensor, is_here: Tensor, entropies: Tensor, *grads: Tensor | None) -> Tensor:
     """d(log p_y)/dz = onehot - p;  dH/dz = -p (log p + H). Both scaled by the incoming gradients; float32."""
+    grad_logprobs, grad_entropies = grads
     if grad_logprobs is None:
         grad_logprobs = torch.zeros_like(entropies)
     factor = -grad_logprobs[:, None]
@@ -246,18 +222,25 @@ def _grad_logits(
     return logp.exp_().mul_(factor).scatter_add_(1, columns[:, None], onehot[:, None])
 
 
-def _parts(weight_VH: Tensor, targets_T: Tensor, options: HeadOptions) -> tuple[list[slice], list[slice]]:
-    """Of the vocabulary and of the tokens."""
+def _chunks(
+    hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, options: HeadOptions
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Parts of the vocabulary and, for each, of the tokens: both places, the part's weights, and the logits there."""
     tokens, columns = options.chunk(len(weight_VH), on_gpu(weight_VH))
-    return _slices(len(weight_VH), columns), _slices(len(targets_T), tokens)
+    for part in _slices(len(weight_VH), columns):
+        weight, bias = weight_VH[part].to(hidden_TH.dtype), None if bias_V is None else bias_V[part]
+        for chunk in _slices(len(hidden_TH), tokens):
+            logits = _logits(hidden_TH[chunk], weight, bias, options)
+            yield (
+                part,
+                chunk,
+                weight,
+                logits if options.mask is None else options.mask[chunk].exclude(logits, part.start),
+            )
 
 
 def _slices(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
-
-
-def _taken(part: slice, weight_VH: Tensor, bias_V: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    return weight_VH[part].to(dtype), None if bias_V is None else bias_V[part]
 
 
 def _within(part: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
