@@ -134,7 +134,7 @@ class ScenarioDataModule(LightningDataModule):
     @property
     def episodes_per_epoch(self) -> int:
         """Episodes that serve every training scenario once. Needs `setup("fit")`."""
-        return -(-self.num_scenarios["train"] // (self.batch_size * self._rank_and_world()[1]))
+        return -(-self.num_scenarios["train"] // (self.batch_size * self._ranks().world))
 
     @property
     def micro_steps_per_epoch(self) -> int:
@@ -174,7 +174,6 @@ class ScenarioDataModule(LightningDataModule):
         if self._train_loader is not None and self.trainer is not None and self.trainer.training:
             return self._train_loader  # `reload_dataloaders_every_n_epochs`: a new one would start anew
         scenarios, tokens = self.served("train")
-        rank, world_size = self._rank_and_world()
         seed = self._resolved_seed()
         rows, is_stream = scenarios.rows_by_source(), scenarios.stream is not None
         order = EpochOrder(rows, scenarios.weights, seed, self.shuffle, scenarios.names, goes_on=is_stream)
@@ -190,8 +189,7 @@ class ScenarioDataModule(LightningDataModule):
             batch_size=self.batch_size,
             num_iterations=self.num_iterations,
             steps_per_episode=self.steps_per_episode,
-            rank=rank,
-            world_size=world_size,
+            ranks=self._ranks(),
             # `overfit_batches` sets the Trainer's limit, too.
             limit=None if self.trainer is None else max(1, batches_per_epoch(self.trainer, self.micro_steps_per_epoch)),
             repeat=overfit > 0,
@@ -199,7 +197,7 @@ class ScenarioDataModule(LightningDataModule):
             fingerprint=decides,
         )
         if loader.num_filled and curriculum is None:
-            made = f"{order.size} prompts make {loader.episodes_per_epoch} episodes of {self.batch_size * world_size}"
+            made = f"{order.size} prompts make {loader.episodes_per_epoch} episodes of {loader.episode_size}"
             filled = f"the last of an epoch is filled up with {loader.num_filled} from its start"
             _announce(logging.INFO, f"data.train: {made}; {filled}")
         self._resume()
@@ -336,14 +334,14 @@ class ScenarioDataModule(LightningDataModule):
             _announce(logging.WARNING, f"data.{split}: {told} tokens and are {fate}")
 
     def _evaluation_loader(self, split: Split) -> EvaluationLoader:
-        prompts, (rank, world_size) = self._served_prompts(split), self._rank_and_world()
-        if (number := len(prompts.scenarios)) < world_size:
+        prompts, ranks = self._served_prompts(split), self._ranks()
+        if (number := len(prompts.scenarios)) < ranks.world:
             # A device without a batch would leave the loop, and the others wait for it.
-            raise ConfigError(f"data.{split} has {number} scenarios for {world_size} devices; give one for each")
-        return EvaluationLoader(prompts, split, batch_size=self.eval_batch_size, rank=rank, world_size=world_size)
+            raise ConfigError(f"data.{split} has {number} scenarios for {ranks.world} devices; give one for each")
+        return EvaluationLoader(prompts, split, batch_size=self.eval_batch_size, ranks=ranks)
 
-    def _rank_and_world(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+    def _ranks(self) -> Ranks:
+        return Ranks() if self.trainer is None else Ranks(self.trainer.global_rank, self.trainer.world_size)
 
     def _resolved_seed(self) -> int:
         return run_seed() if self.seed is None else self.seed

@@ -73,36 +73,6 @@ class Formulas:
                 cls.__annotations__.setdefault(name, inherited[name].type)
             bounded("model.algorithm")(dataclass(kw_only=True, eq=False)(cls))
 
-    def advantages(
-        self, scores_PGF: Tensor, weights_F: Tensor, lengths_PG: Tensor | None = None, baseline_PF: Tensor | None = None
-    ) -> Tensor:
-        """Advantages of the completions of all ranks, float64 [P, G]; NaN for failed completions and dropped groups.
-
-        The formula may also name `rewards_PG`, the weighted sums of the scores, and `baseline_P`, those of the greedy
-        completions.
-
-        Args:
-            scores_PGF: Scores by reward; NaN = failed, `NOT_APPLICABLE` = left out of the sum.
-            weights_F: Weights of the rewards.
-            lengths_PG: Sampled tokens of each completion, for algorithms that weigh by length.
-            baseline_PF: Scores of a greedy completion per prompt, for algorithms that compare with it.
-        """
-        given = {"scores_PGF": scores_PGF, "weights_F": weights_F, "rewards_PG": total_scores(scores_PGF, weights_F)}
-        if lengths_PG is not None:
-            given["lengths_PG"] = lengths_PG
-        if baseline_PF is not None:
-            # The KL may be one more score, the last one; greedy completions do not have it.
-            given["baseline_P"] = total_scores(baseline_PF, weights_F[: baseline_PF.shape[-1]])
-        return self._evaluate(self.advantage_formula, given)
-
-    def policy_loss(self, tokens: TokenBatch) -> tuple[Tensor, Metrics]:
-        """The advantage's part of each token's loss, [T], and metrics as (sum, count)."""
-        return self._evaluate(self.loss_formula, {"tokens": tokens})
-
-    def _evaluate(self, formula: Callable[..., Any], given: Mapping[str, Any]) -> Any:
-        names = inspect.signature(formula).parameters
-        return formula(**{name: given[name] if name in given else getattr(self, name) for name in names})
-
 
 class Algorithm(Formulas):
     """Plain policy gradient on group-relative advantages, with the terms and corrections that all algorithms share.
@@ -186,8 +156,33 @@ class Algorithm(Formulas):
     def advantages(
         self, scores_PGF: Tensor, weights_F: Tensor, lengths_PG: Tensor | None = None, baseline_PF: Tensor | None = None
     ) -> Tensor:
-        found_PG = super().advantages(scores_PGF, weights_F, lengths_PG, baseline_PF)
+        """Advantages of the completions of all ranks, float64 [P, G]; NaN for failed completions and dropped groups.
+
+        The formula may also name `rewards_PG`, the weighted sums of the scores, and `baseline_P`, those of the greedy
+        completions.
+
+        Args:
+            scores_PGF: Scores by reward; NaN = failed, `NOT_APPLICABLE` = left out of the sum.
+            weights_F: Weights of the rewards.
+            lengths_PG: Sampled tokens of each completion, for algorithms that weigh by length.
+            baseline_PF: Scores of a greedy completion per prompt, for algorithms that compare with it.
+        """
+        given = {"scores_PGF": scores_PGF, "weights_F": weights_F, "rewards_PG": total_scores(scores_PGF, weights_F)}
+        if lengths_PG is not None:
+            given["lengths_PG"] = lengths_PG
+        if baseline_PF is not None:
+            # The KL may be one more score, the last one; greedy completions do not have it.
+            given["baseline_P"] = total_scores(baseline_PF, weights_F[: baseline_PF.shape[-1]])
+        found_PG = self._evaluate(self.advantage_formula, given)
         return found_PG if self.advantage_clip is None else found_PG.clamp(-self.advantage_clip, self.advantage_clip)
+
+    def policy_loss(self, tokens: TokenBatch) -> tuple[Tensor, Metrics]:
+        """The advantage's part of each token's loss, [T], and metrics as (sum, count)."""
+        return self._evaluate(self.loss_formula, {"tokens": tokens})
+
+    def _evaluate(self, formula: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+        names = inspect.signature(formula).parameters
+        return formula(**{name: given[name] if name in given else getattr(self, name) for name in names})
 
     # What the training side has to provide
 

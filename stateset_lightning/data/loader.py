@@ -5,7 +5,7 @@ would have nothing to do, and Lightning would rebuild a `DataLoader` with a samp
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +15,7 @@ from stateset_lightning.data.prompts import EncodedPrompts, asked
 from stateset_lightning.data.ragged import RaggedTokens
 from stateset_lightning.data.scenario_set import spare_texts
 from stateset_lightning.errors import ConfigError
+from stateset_lightning.ranks import Ranks
 from stateset_lightning.seeding import derive_seed, uniforms
 from stateset_lightning.types import PromptBatch, Scenario
 
@@ -65,6 +66,7 @@ _DESCRIPTIONS = {
 ROWS = "scenarios", "prompts", "sources"
 
 
+@dataclass(eq=False)
 class EpisodeLoader:
     """Serves the prompts of each episode `num_iterations * steps_per_episode` times, as micro-steps 0, 1, ...
 
@@ -83,8 +85,7 @@ class EpisodeLoader:
         batch_size: Prompts per episode and rank.
         num_iterations: Passes over an episode.
         steps_per_episode: Micro-steps per pass.
-        rank: Rank of this process.
-        world_size: Number of processes.
+        ranks: This process among all that serve an episode.
         limit: Micro-steps that the trainer takes per epoch (`limit_train_batches`); its next epoch continues after
             them, so a limit does not exclude scenarios. None: all.
         repeat: Serve the first `limit` micro-steps again and again (`overfit_batches`).
@@ -93,35 +94,29 @@ class EpisodeLoader:
         fingerprint: Further options that decide the order; a checkpoint with other values is refused.
     """
 
-    def __init__(
-        self,
-        prompts: Prompts,
-        order: EpochOrder,
-        *,
-        batch_size: int,
-        num_iterations: int = 1,
-        steps_per_episode: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        limit: int | None = None,
-        repeat: bool = False,
-        solve_rates: SolveRates | None = None,
-        fingerprint: Mapping[str, int | bool | str] | None = None,
-    ) -> None:
-        assert len(prompts.scenarios) == order.size > 0
-        self._order = order
-        self._size = batch_size * world_size  # prompts of an episode on all ranks
-        self._positions = list(range(rank, self._size, world_size))
-        self.num_micro_steps = num_iterations * steps_per_episode
-        self._prompts = prompts
-        self._steps = {"num_micro_steps": self.num_micro_steps, "steps_per_episode": steps_per_episode}
-        self.episodes_per_epoch = -(-order.size // self._size)
-        self._pass_length = len(self) if limit is None else min(limit, len(self))
-        self._repeated_episodes = -(-self._pass_length // self.num_micro_steps) if repeat else 0
-        self.solve_rates = solve_rates
-        sizes = {"scenarios": order.size, "batch_size": batch_size, "num_iterations": num_iterations}
-        sizes |= {"steps_per_episode": steps_per_episode, "world_size": world_size}
-        self._fingerprint = {**sizes, **(fingerprint or {})}
+    prompts: Prompts
+    order: EpochOrder
+    _: KW_ONLY
+    batch_size: int
+    num_iterations: int = 1
+    steps_per_episode: int = 1
+    ranks: Ranks = field(default_factory=Ranks)
+    limit: int | None = None
+    repeat: bool = False
+    solve_rates: SolveRates | None = None
+    fingerprint: Mapping[str, int | bool | str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert len(self.prompts.scenarios) == self.order.size > 0
+        self.episode_size = self.batch_size * self.ranks.world  # prompts of an episode on all ranks
+        self._positions = list(range(self.ranks.rank, self.episode_size, self.ranks.world))
+        self.num_micro_steps = self.num_iterations * self.steps_per_episode
+        self._steps = {"num_micro_steps": self.num_micro_steps, "steps_per_episode": self.steps_per_episode}
+        self.episodes_per_epoch = -(-self.order.size // self.episode_size)
+        self._pass_length = len(self) if self.limit is None else min(self.limit, len(self))
+        self._repeated_episodes = -(-self._pass_length // self.num_micro_steps) if self.repeat else 0
+        sizes = {name: getattr(self, name) for name in ("batch_size", "num_iterations", "steps_per_episode")}
+        self._fingerprint = {"scenarios": self.order.size, **sizes, "world_size": self.ranks.world, **self.fingerprint}
         self._completed = 0  # micro-steps since the start of the run
         # Epoch and its rows; with a curriculum: episode and its rows.
         self._cached: tuple[int, np.ndarray] | None = None
@@ -129,7 +124,7 @@ class EpisodeLoader:
     @property
     def num_filled(self) -> int:
         """Positions at the end of an epoch that repeat prompts of its start."""
-        return self.episodes_per_epoch * self._size - self._order.size
+        return self.episodes_per_epoch * self.episode_size - self.order.size
 
     def __len__(self) -> int:
         return self.episodes_per_epoch * self.num_micro_steps
@@ -187,11 +182,11 @@ class EpisodeLoader:
         rows, positions = [], []
         for slot in slots:
             position = batch.positions[slot]
-            seed = derive_seed(self._order.seed, "dynamic", batch.episode_index, position, round_number)
-            first = batch.rows[slot] // self._order.size * self._order.size  # of the epoch: a stream goes on
+            seed = derive_seed(self.order.seed, "dynamic", batch.episode_index, position, round_number)
+            first = batch.rows[slot] // self.order.size * self.order.size  # of the epoch: a stream goes on
             rows.append(first + _draw_other(weights, batch.rows[slot] - first, uniforms([seed], 1)[0, 0]))
-            positions.append(position + round_number * self._size)
-        return self._prompts.batch(rows, positions, "train", episode_index=batch.episode_index, **self._steps)
+            positions.append(position + round_number * self.episode_size)
+        return self.prompts.batch(rows, positions, "train", episode_index=batch.episode_index, **self._steps)
 
     def _batch_at(self, completed: int) -> PromptBatch:
         """The batch of the micro-step after `completed` micro-steps."""
@@ -199,25 +194,25 @@ class EpisodeLoader:
         episode, micro_step = divmod(step, self.num_micro_steps)
         rows = self._global_batch(episode)[self._positions].tolist()
         counts = {"episode_index": times * self._repeated_episodes + episode, "micro_step": micro_step}
-        return self._prompts.batch(rows, [*self._positions], "train", **counts, **self._steps)
+        return self.prompts.batch(rows, [*self._positions], "train", **counts, **self._steps)
 
     def _global_batch(self, episode: int) -> np.ndarray:
         """Rows of an episode on all ranks, int64 [batch_size * world_size]."""
         epoch, number = divmod(episode, self.episodes_per_epoch)
         key, rates = epoch if self.solve_rates is None else episode, self.solve_rates
         if self._cached is None or self._cached[0] != key:
-            self._cached = key, self._order.epoch(epoch) if rates is None else rates.draw(episode, self._size)
+            self._cached = key, self.order.epoch(epoch) if rates is None else rates.draw(episode, self.episode_size)
         # From the start again, as often as needed; of a curriculum, it is the whole draw.
-        return self._cached[1].take(np.arange(self._size) + number * self._size, mode="wrap")
+        return self._cached[1].take(np.arange(self.episode_size) + number * self.episode_size, mode="wrap")
 
     def _replacement_weights(self, episode_index: int) -> np.ndarray:
         """Weight of each row as a replacement, float64 [scenarios]; 0 for what `repeat` never serves."""
         if self.solve_rates is not None:
             return self.solve_rates.weights(episode_index)
         if not self._repeated_episodes:
-            return self._order.row_weights
+            return self.order.row_weights
         served = np.concatenate([self._global_batch(episode) for episode in range(self._repeated_episodes)])
-        return np.where(np.isin(np.arange(self._order.size), served), self._order.row_weights, 0.0)
+        return np.where(np.isin(np.arange(self.order.size), served), self.order.row_weights, 0.0)
 
 
 def _draw_other(weights: np.ndarray, excluded: int, u: float) -> int:
@@ -233,15 +228,14 @@ class EvaluationLoader:
         prompts: The prompts of the split.
         split: Which split they are.
         batch_size: Prompts per batch and rank.
-        rank: Rank of this process.
-        world_size: Number of processes.
+        ranks: This process among all that evaluate.
     """
 
-    def __init__(self, prompts: Prompts, split: Split, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, prompts: Prompts, split: Split, *, batch_size: int, ranks: Ranks) -> None:
         self._prompts = prompts
         self._split = split
         self._batch_size = batch_size
-        self._rows = range(rank, len(prompts.scenarios), world_size)
+        self._rows = range(ranks.rank, len(prompts.scenarios), ranks.world)
 
     def __len__(self) -> int:
         return -(-len(self._rows) // self._batch_size)

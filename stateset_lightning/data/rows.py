@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from stateset_lightning.data import content as contents
-from stateset_lightning.data.content import Content
+from stateset_lightning.data.content import Content, digest
 from stateset_lightning.errors import DataError
 
 MAX_PROBLEMS_SHOWN = 20
@@ -125,7 +124,7 @@ class LineRows(Sequence[RawRow | Problem]):
             return Problem(place, reason_of(error))
 
     def digest(self) -> str:
-        return contents.digest(self.content)
+        return digest(self.content)
 
 
 Rows = ListRows | LineRows

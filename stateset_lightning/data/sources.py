@@ -18,7 +18,6 @@ import numpy as np
 from annotated_types import Ge, Gt, Le
 
 from stateset_lightning.data import content
-from stateset_lightning.data.content import PACKED, unpacked
 from stateset_lightning.data.hub import is_hub_id, read_hub
 from stateset_lightning.data.ragged import garbage_collection_paused
 from stateset_lightning.data.reading import READERS, TABLES, read_file
@@ -216,7 +215,7 @@ def _row_lists(source: Source, index: int, num_sources: int, split: str) -> Iter
         files = _files(path, f"data.{split}")
         keep_inputs(*files)
         for file in files:
-            stem = unpacked(file).stem
+            stem = content.unpacked(file).stem
             is_text = file.suffix.lower() not in TABLES and not is_saved(file)
             rows: Rows = read_file(file, split) if is_text else read_table(file, split)
             yield index, rows, stem, str(file.with_name(stem))
@@ -236,7 +235,9 @@ def _files(path: str, key: str) -> list[Path]:
             raise DataError(f"{key}={path}: no file matches; {here}")
         return [Path(name) for name in found]
     # `data/train.jsonl` has the form of a hub id, but one of our suffixes, or begins with a folder that is here.
-    is_ours = os.path.splitext(path)[1].lower() in (*READERS, *TABLES, *PACKED) or os.path.isdir(path.split("/")[0])
+    is_ours = os.path.splitext(path)[1].lower() in (*READERS, *TABLES, *content.PACKED) or os.path.isdir(
+        path.split("/")[0]
+    )
     if is_ours or not is_hub_id(path):
         raise DataError(f"{key}={path}: there is no such file, and it does not look like a hub id (owner/name); {here}")
     return []

@@ -17,7 +17,6 @@ from zipfile import BadZipFile
 import numpy as np
 
 from stateset_lightning.data import content
-from stateset_lightning.data.content import LargeFile, check_file
 from stateset_lightning.data.rows import ListRows, header_of, is_stream, is_table, rows_in, split_in, unwrapped
 from stateset_lightning.data.stream import Stream
 from stateset_lightning.errors import ConfigError, DataError, UserError, require
@@ -39,7 +38,7 @@ class ArrowRows(Sequence[dict[str, Any]]):
         files: These; they must not change meanwhile.
     """
 
-    def __init__(self, table: pyarrow.Table, origin: str, files: Sequence[LargeFile] = ()) -> None:
+    def __init__(self, table: pyarrow.Table, origin: str, files: Sequence[content.LargeFile] = ()) -> None:
         self._table, self._origin, self._files = table, origin, files
         self.num_bytes = int(table.nbytes)
         types = {field.name: getattr(field.type, "value_type", field.type) for field in table.schema}
@@ -80,7 +79,7 @@ def read_table(path: Path, split: str = "train") -> ListRows:
 
     what, read = _READERS.get(path.suffix.lower(), ("Arrow", _arrow))
     if not is_saved(path):
-        check_file(path)
+        content.check_file(path)
     try:
         rows = _saved(path, split) if is_saved(path) else read(path)
     except (OSError, ValueError, KeyError, TypeError, BadZipFile, pyarrow.ArrowException) as error:
@@ -113,7 +112,7 @@ def _arrow(*paths: Path) -> ArrowRows:
     """IPC files, or streams (as `datasets` writes); mapped into memory if they are not packed."""
     import pyarrow
 
-    files = [LargeFile(path.open("rb"), path) for path in paths]
+    files = [content.LargeFile(path.open("rb"), path) for path in paths]
     tables = []
     for path, file in zip(paths, files, strict=True):
         read = pyarrow.ipc.open_file if file[:6] == b"ARROW1" else pyarrow.ipc.open_stream

@@ -12,6 +12,7 @@ from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader, Prom
 from stateset_lightning.data.order import Curriculum, EpochOrder, SolveRates
 from stateset_lightning.data.ragged import RaggedTokens
 from stateset_lightning.errors import ConfigError
+from stateset_lightning.ranks import Ranks
 from stateset_lightning.types import Scenario, Turn
 
 COUNTS = st.integers(1, 3)
@@ -74,7 +75,7 @@ def test_a_data_set_smaller_than_a_batch_repeats_its_prompts():
 @given(st.integers(1, 20), st.integers(1, 4), COUNTS, st.integers(0, 3))
 def test_ranks_share_the_global_batch_and_see_every_prompt(n, batch_size, world_size, epochs):
     whole = make(n, batch_size=batch_size * world_size)
-    ranks = [make(n, batch_size=batch_size, rank=r, world_size=world_size) for r in range(world_size)]
+    ranks = [make(n, batch_size=batch_size, ranks=Ranks(r, world_size)) for r in range(world_size)]
     for _ in range(epochs):
         seen = set()
         for batch, *parts in zip(whole, *ranks, strict=True):
@@ -130,7 +131,7 @@ def test_repeating_serves_the_first_batches_again_with_new_episode_numbers():
         ({"batch_size": 3}, "data.batch_size is 3, but 2 in the checkpoint"),
         ({"num_iterations": 2}, "data.num_iterations is 2, but 1 in the checkpoint"),
         (
-            {"world_size": 2},
+            {"ranks": Ranks(0, 2)},
             r"the number of processes \(trainer.devices \* trainer.num_nodes\) is 2, but 1 in the checkpoint",
         ),
         ({"fingerprint": {"seed": 1}}, "data.seed is 1, but 0 in the checkpoint"),
@@ -161,7 +162,7 @@ def test_with_other_rows_that_were_accepted_the_epoch_goes_on_or_ends_where_ligh
 def test_evaluation_serves_every_row_once_without_filling(n, batch_size, world_size):
     positions = []
     for rank in range(world_size):
-        loader = EvaluationLoader(prompts(n), "test", batch_size=batch_size, rank=rank, world_size=world_size)
+        loader = EvaluationLoader(prompts(n), "test", batch_size=batch_size, ranks=Ranks(rank, world_size))
         batches = list(loader)
         assert len(batches) == len(loader)
         for batch in batches:
@@ -193,7 +194,7 @@ def test_replacements_are_the_same_for_any_number_of_ranks_and_are_other_prompts
     assert other.episode_index == whole.episode_index
     assert other.positions == [p + round_number * len(whole) for p in range(len(whole))]
     for rank in range(world_size):
-        part_loader = make(n, batch_size=batch_size, rank=rank, world_size=world_size)
+        part_loader = make(n, batch_size=batch_size, ranks=Ranks(rank, world_size))
         part = next(iter(part_loader))
         mine = part_loader.replacements(part, range(len(part)), round_number)
         assert rows(mine) == rows(other)[rank::world_size]
@@ -267,6 +268,6 @@ def test_a_curriculum_decides_the_prompts_of_an_episode_and_of_its_replacements(
 
 def test_ranks_share_what_a_curriculum_draws():
     whole = with_rates(9, batch_size=4)
-    parts = [with_rates(9, batch_size=2, rank=rank, world_size=2) for rank in range(2)]
+    parts = [with_rates(9, batch_size=2, ranks=Ranks(rank, 2)) for rank in range(2)]
     for batch, *others in zip(whole, *parts, strict=True):
         assert [rows(other) for other in others] == [rows(batch)[0::2], rows(batch)[1::2]]

@@ -18,6 +18,7 @@ from stateset_lightning.data.order import Curriculum
 from stateset_lightning.data.reading import read_file
 from stateset_lightning.data.sources import read_split
 from stateset_lightning.errors import ConfigError, DataError
+from stateset_lightning.ranks import Ranks
 from stateset_lightning.redaction import HIDDEN, redacted
 
 ROWS = [
@@ -74,7 +75,7 @@ def batches(tokenizer, spec, ranks=1, start=None, count=13, **options):
     shown, states = [], []
     for rank in range(ranks):
         data = ScenarioDataModule(spec, batch_size=2, tokenizer=tokenizer, seed=3, **options)
-        data._rank_and_world = lambda rank=rank: (rank, ranks)
+        data._ranks = lambda rank=rank: Ranks(rank, ranks)
         data.setup("fit")
         loader = data.train_dataloader()
         if start is not None:

@@ -10,6 +10,7 @@ from stateset_lightning.data import content, stream
 from stateset_lightning.data.order import Curriculum
 from stateset_lightning.data.sources import Source
 from stateset_lightning.errors import ConfigError, DataError
+from stateset_lightning.ranks import Ranks
 
 
 class Numbers:
@@ -48,7 +49,7 @@ def small_buffer(monkeypatch):
 
 def module(spec, tokenizer, rank=0, ranks=1, **options):
     data = ScenarioDataModule(spec, batch_size=4 // ranks, tokenizer=tokenizer, seed=5, **options)
-    data._rank_and_world = lambda: (rank, ranks)
+    data._ranks = lambda: Ranks(rank, ranks)
     data.setup("fit")
     return data
 
