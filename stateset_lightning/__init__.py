@@ -26,17 +26,14 @@ install()
 __version__ = "0.1.0"
 
 _HOMES = {
+    **dict.fromkeys(("PromptBatch", "Scenario", "Turn"), "types"),
+    **dict.fromkeys(("RewardFunction", "RewardResult"), "rewards"),
     "EpisodeCallback": "callbacks",
     "EvaluationConfig": "evaluation",
     "GRPOLightningModule": "module",
     "PolicyConfig": "policy",
-    "PromptBatch": "types",
-    "RewardFunction": "rewards",
-    "RewardResult": "rewards",
     "RolloutConfig": "rollout",
-    "Scenario": "types",
     "ScenarioDataModule": "datamodule",
-    "Turn": "types",
 }
 
 __all__ = [*_HOMES]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stateset_lightning.data.loader import EpisodeLoader, EvaluationLoader, Prompts, Split
 from stateset_lightning.data.order import Curriculum, EpochOrder, SolveRates
-from stateset_lightning.data.prompts import EncodedPrompts, OverlongPolicy, PromptEncoder, asked, first_row
+from stateset_lightning.data.prompts import EncodedPrompts, OverlongPolicy, PromptEncoder, first_row
 from stateset_lightning.data.ragged import RaggedTokens
 from stateset_lightning.data.scenario_set import ScenarioSet, ServedScenarios, hold_out
 from stateset_lightning.data.shapes import FinalTurn, Format, RowOptions
@@ -27,7 +27,7 @@ from stateset_lightning.seeding import run_seed
 from stateset_lightning.threads import heartbeat
 from stateset_lightning.training.reward_checks import check_rewards
 from stateset_lightning.training.schedule import batches_per_epoch
-from stateset_lightning.types import PromptBatch, Scenario, Turn
+from stateset_lightning.types import PromptBatch
 
 _announce = rank_zero_only(logging.getLogger("stateset_lightning").log)
 
@@ -184,7 +184,7 @@ class ScenarioDataModule(LightningDataModule):
         decides: dict[str, Any] = {"seed": seed, "shuffle": self.shuffle, "sources": scenarios.mixture}
         decides |= {"curriculum": curriculum.fingerprint if curriculum else "", "prompts": scenarios.digest(tokens)}
         self._train_loader = loader = EpisodeLoader(
-            self._served_prompts("train"),
+            self.served_prompts("train"),
             order,
             batch_size=self.batch_size,
             num_iterations=self.num_iterations,
@@ -223,16 +223,12 @@ class ScenarioDataModule(LightningDataModule):
         prompts = self._prompts[split]
         return self._scenarios[split].select(prompts.kept), prompts.tokens
 
-    def _served_prompts(self, split: Split) -> Prompts:
+    def served_prompts(self, split: Split) -> Prompts:
+        """The same, from which batches are made."""
         (found, tokens), opened = self.served(split), self._prompts[split].opened
         is_large = isinstance(found.scenarios, ServedScenarios)
         encode = partial(self.current_encoder().encode, key=f"data.{split}", is_tried=True) if is_large else None
         return Prompts(found.scenarios, tokens, self.system_prompt, opened, encode)
-
-    def conversation(self, scenario: Scenario) -> list[Turn]:
-        """What a completion of the scenario goes on from."""
-        (opened,) = self.current_encoder().encode([scenario], "data", is_tried=True).opened
-        return asked(scenario, opened, self.system_prompt)
 
     def replacements(self, batch: PromptBatch, slots: Sequence[int], round_number: int) -> PromptBatch:
         """Other training prompts in place of some of a batch's; see `EpisodeLoader.replacements`."""
@@ -334,7 +330,7 @@ class ScenarioDataModule(LightningDataModule):
             _announce(logging.WARNING, f"data.{split}: {told} tokens and are {fate}")
 
     def _evaluation_loader(self, split: Split) -> EvaluationLoader:
-        prompts, ranks = self._served_prompts(split), self._ranks()
+        prompts, ranks = self.served_prompts(split), self._ranks()
         if (number := len(prompts.scenarios)) < ranks.world:
             # A device without a batch would leave the loop, and the others wait for it.
             raise ConfigError(f"data.{split} has {number} scenarios for {ranks.world} devices; give one for each")

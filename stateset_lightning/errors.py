@@ -17,6 +17,7 @@ from stateset_lightning.redaction import redacted_text
 
 # What is no error and yet to be known, such as a slower path that a model needs. The command line prints it.
 log = logging.getLogger("stateset_lightning")
+tell_once = functools.cache(log.warning)  # of what would come again and again
 
 
 class UserError(ValueError):

@@ -3,7 +3,7 @@
 Letters: N completions, T their sampled tokens, packed one completion after the other.
 """
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -75,20 +75,17 @@ def token_weights(
     trains_N = trains_N & (lengths_N > 0)
     lengths_N = lengths_N.double()
     count = trains_N.sum().clamp(min=1).double()
-    if aggregation == "sequence_mean":
-        divisor_N = count * lengths_N.clamp(min=1)
-    elif aggregation == "token_mean":
-        divisor_N = lengths_N[trains_N].sum().clamp(min=1)
-    elif aggregation == "sequence_sum":
-        divisor_N = count
-    elif aggregation == "constant_length":
-        if constant_length is None:
-            raise ValueError("aggregation 'constant_length' needs `constant_length`, the most tokens of a completion")
-        divisor_N = count * constant_length
-    elif aggregation == "prompt_mean":
-        _, prompt_of_N = torch.unique(groups_N, return_inverse=True)
-        tokens_P = torch.zeros_like(lengths_N).index_add(0, prompt_of_N, lengths_N * trains_N)
-        divisor_N = (tokens_P > 0).sum().clamp(min=1) * tokens_P.clamp(min=1)[prompt_of_N]
-    else:
-        raise ValueError(f"aggregation={aggregation!r} is not one of {', '.join(get_args(Aggregation))}")
-    return torch.where(trains_N, 1 / divisor_N, 0.0)
+    _, prompt_of_N = torch.unique(groups_N, return_inverse=True)
+    tokens_P = torch.zeros_like(lengths_N).index_add(0, prompt_of_N, lengths_N * trains_N)
+    divisors = {
+        "sequence_mean": count * lengths_N.clamp(min=1),
+        "token_mean": tokens_P.sum().clamp(min=1),
+        "sequence_sum": count,
+        "constant_length": count * (constant_length or 0),
+        "prompt_mean": (tokens_P > 0).sum().clamp(min=1) * tokens_P.clamp(min=1)[prompt_of_N],
+    }
+    if aggregation not in divisors:
+        raise ValueError(f"aggregation={aggregation!r} is not one of {', '.join(divisors)}")
+    if aggregation == "constant_length" and constant_length is None:
+        raise ValueError("aggregation 'constant_length' needs `constant_length`, the most tokens of a completion")
+    return torch.where(trains_N, 1 / divisors[aggregation], 0.0)

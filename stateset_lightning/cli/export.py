@@ -76,7 +76,7 @@ def export(
     with atomic_folder(Path(out), overwrite=overwrite) as folder:
         repository = None if push is None else made_repository(push)
         from stateset_lightning.cli.trained import load_trained
-        from stateset_lightning.policy import resolve_model_name
+        from stateset_lightning.policy.loading import resolve_model_name
         from stateset_lightning.policy.lora import adapter_weights, write_adapter
         from stateset_lightning.policy.text_model import copy_processor, is_composite
 

@@ -176,8 +176,7 @@ class SolveRates:
         self._apply_until(episode - REPORT_DELAY)
         rates = np.where(np.isnan(self._rates), 0.5, self._rates)
         floor = self._options.floor
-        weights: np.ndarray = self._base_weights * (floor + (1 - floor) * 4 * rates * (1 - rates))
-        return weights
+        return self._base_weights * (floor + (1 - floor) * 4 * rates * (1 - rates))
 
     def draw(self, episode: int, size: int) -> np.ndarray:
         """The rows of an episode, int64 [size]: drawn without replacement, and repeated where there are too few.

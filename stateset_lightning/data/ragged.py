@@ -48,8 +48,7 @@ class RaggedTokens:
 
     def __getitem__(self, index: int) -> list[int]:
         end = int(self._ends[index])
-        tokens: list[int] = self._flat[end - int(self.lengths[index]) : end].tolist()
-        return tokens
+        return self._flat[end - int(self.lengths[index]) : end].tolist()
 
     def __iter__(self) -> Iterator[list[int]]:
         return map(self.__getitem__, range(len(self)))

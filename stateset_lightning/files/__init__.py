@@ -12,7 +12,6 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from glob import escape
 from pathlib import Path
 from typing import IO, TypeVar
@@ -20,7 +19,7 @@ from uuid import uuid4
 
 from safetensors import SafetensorError
 
-from stateset_lightning.errors import ConfigError, DiskError, log
+from stateset_lightning.errors import ConfigError, DiskError, tell_once
 
 # Ending of a file or folder while it is being written, and locked by its writer: `.NAME.HOST-NUMBER.partial`. One that
 # is not locked is what a kill left.
@@ -211,10 +210,7 @@ def read_lines(path: Path, parse: Callable[[str], T]) -> Iterator[tuple[int, byt
                 else:
                     yield number, line, row
     if damaged:
-        _tell_once(f"{path}, line {str(damaged[:20])[1:-1]}: damaged, left out ({len(damaged)} in all)")
-
-
-_tell_once = cache(log.warning)  # a file may be read several times
+        tell_once(f"{path}, line {str(damaged[:20])[1:-1]}: damaged, left out ({len(damaged)} in all)")
 
 
 def read_table(path: Path, number: str) -> Iterator[tuple[int, dict[str, str]]]:

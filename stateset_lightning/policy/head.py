@@ -231,12 +231,9 @@ def _chunks(
         weight, bias = weight_VH[part].to(hidden_TH.dtype), None if bias_V is None else bias_V[part]
         for chunk in _slices(len(hidden_TH), tokens):
             logits = _logits(hidden_TH[chunk], weight, bias, options)
-            yield (
-                part,
-                chunk,
-                weight,
-                logits if options.mask is None else options.mask[chunk].exclude(logits, part.start),
-            )
+            if options.mask is not None:
+                options.mask[chunk].exclude(logits, part.start)
+            yield part, chunk, weight, logits
 
 
 def _slices(total: int, size: int) -> list[slice]:

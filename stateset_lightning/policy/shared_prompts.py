@@ -87,13 +87,10 @@ class SharedPrompts:
             [torch.cat([F.pad(x, (0, 0, width - x.shape[2], 0)) for x in layer]) for layer in zip(*pair, strict=True)]
             for pair in ((self.keys, other.keys), (self.values, other.values))
         )
-        return SharedPrompts(
-            keys,
-            values,
-            torch.cat([self.lengths_P, other.lengths_P]),
-            torch.cat([self.prompt_of_row_B, other.prompt_of_row_B + len(self.lengths_P)]),
-            torch.cat([self.starts_B - first, torch.full_like(other.starts_B, column)]),
-        )
+        lengths_P = torch.cat([self.lengths_P, other.lengths_P])
+        prompt_of_row_B = torch.cat([self.prompt_of_row_B, other.prompt_of_row_B + len(self.lengths_P)])
+        starts_B = torch.cat([self.starts_B - first, torch.full_like(other.starts_B, column)])
+        return SharedPrompts(keys, values, lengths_P, prompt_of_row_B, starts_B)
 
     def attend(
         self,

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stateset_lightning.errors import log
+from stateset_lightning.errors import tell_once
 
 Piece = tuple[int, int]  # first place in the packed sequence, and length
 CAUSAL, WHOLE = (-1, 0), (-1, -1)
@@ -145,7 +145,7 @@ def operands(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
         card = torch.cuda.get_device_name(value.device)
         reason = f"flash attention does not support heads of size {query.shape[-1]} and {value.shape[-1]} on {card}"
     if reason is not None:
-        announce(reason)
+        tell_once(f"Attention in training is slower than it could be on this GPU: {reason}.")
         return None
     return q, k, v
 
@@ -166,18 +166,12 @@ def is_supported(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return has_a_size and torch.backends.cuda.can_use_flash_attention(parameters)
 
 
-@cache
-def announce(reason: str) -> None:
-    log.warning("Attention in training is slower than it could be on this GPU: %s.", reason)
-
-
 # One softmax over all calls
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, calls: Sequence[Call], scale: float) -> Tensor:
     """Query [S, heads, d], key and value [S, key heads, d] -> output [S, heads, d]; see `operands`."""
-    output: Tensor = _Attention.apply(q, k, v, calls, scale)
-    return output
+    return _Attention.apply(q, k, v, calls, scale)
 
 
 class _Attention(torch.autograd.Function):
@@ -231,9 +225,7 @@ def _backward(
     normalisers = _taken(normalisers, call.query_places, 1)
     no_dropout = grad.new_zeros(2, dtype=torch.uint64), grad.new_empty(0)
     kernel, options = torch.ops.aten._flash_attention_backward, call.options(scale)
-    gradients: tuple[Tensor, Tensor, Tensor]
-    gradients = kernel(grad, q, k, v, out, normalisers, *call.arguments(), *no_dropout, **options)
-    return gradients
+    return kernel(grad, q, k, v, out, normalisers, *call.arguments(), *no_dropout, **options)
 
 
 def _taken(x: Tensor, places: Tensor | None, dim: int = 0) -> Tensor:

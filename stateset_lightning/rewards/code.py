@@ -12,12 +12,12 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
-from stateset_lightning.errors import DataError, RewardError, log
+from stateset_lightning.errors import DataError, RewardError, tell_once
 from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion, options
 from stateset_lightning.workers import sandbox
 
@@ -110,7 +110,7 @@ class CodeReward(RewardFunction):
             return ["error"] * len(cases)
         enclosed, reports = json.loads(done.stdout)
         if not enclosed:
-            _announce()
+            tell_once("the system refuses namespaces to code: docs/rewards.md says from what it is not kept then")
         equal = [self._equal(output, *case[1:]) for (_, output), case in zip(reports, cases, strict=True)]
         verdicts = ["passed" if is_equal else "wrong" for is_equal in equal]
         return [verdict if end == "ended" else end for (end, _), verdict in zip(reports, verdicts, strict=True)]
@@ -163,8 +163,3 @@ def _is_simple(truth: ast.expr) -> bool:
 
 def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().splitlines()]
-
-
-@cache
-def _announce() -> None:
-    log.warning("the system refuses namespaces to code: docs/rewards.md says from what it is not kept then")

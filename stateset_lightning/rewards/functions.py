@@ -10,15 +10,8 @@ from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from stateset_lightning.errors import ConfigError, RewardError
-from stateset_lightning.rewards.base import (
-    Context,
-    RewardFunction,
-    RewardResult,
-    Turns,
-    completion,
-    options,
-    snake_case,
-)
+from stateset_lightning.rewards import base
+from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion, options
 
 # What a parameter of this name gets. Of prompt and target, a column of that very name comes first.
 _WORDS = {
@@ -96,7 +89,7 @@ class FunctionReward(RewardFunction):
 
     def __post_init__(self) -> None:
         function = self.function.func if isinstance(self.function, partial) else self.function
-        name = getattr(function, "__name__", None) or snake_case(type(function).__name__)
+        name = getattr(function, "__name__", None) or base.snake_case(type(function).__name__)
         self.name = self.name or ("function" if name == "<lambda>" else name)
         parameters = _parameters(self.function)
         self.takes_lists = is_list_function(self.function)

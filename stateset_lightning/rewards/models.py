@@ -57,7 +57,7 @@ class TextModelReward(BatchReward):
     revision: str | None = None
 
     def _set_up(self) -> None:
-        from stateset_lightning.policy import resolve_model_name
+        from stateset_lightning.policy.loading import resolve_model_name
 
         self.path = resolve_model_name(self.model_name, f"{self.name}.model_name")
         self.key = f"{self.name}.model_name={self.model_name!r}"
@@ -69,7 +69,7 @@ class TextModelReward(BatchReward):
         import torch
         from transformers import AutoModel, AutoModelForSequenceClassification
 
-        from stateset_lightning.policy import check_complete, check_vocabulary, loading_errors
+        from stateset_lightning.policy.loading import check_complete, check_vocabulary, loading_errors
 
         auto = AutoModelForSequenceClassification if self.kind == "classifier" else AutoModel
         options = {"dtype": getattr(torch, self.dtype), "revision": self.revision, "weights_only": True}
@@ -90,7 +90,7 @@ class TextModelReward(BatchReward):
         from transformers import AutoTokenizer
 
         from stateset_lightning.data.prompts import special_tokens
-        from stateset_lightning.policy import loading_errors
+        from stateset_lightning.policy.loading import loading_errors
 
         with loading_errors(self.key):
             tokenizer = AutoTokenizer.from_pretrained(self.path, revision=self.revision)

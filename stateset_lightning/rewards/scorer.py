@@ -155,10 +155,8 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
 
     def fail(self, n: int, error: BaseException) -> None:
         """Completion `n` has no score: there is no conversation that could be scored."""
-        self._given[n], self._futures[n] = ((), {}), []
-        for _ in self._scorer.rewards:
-            self._futures[n].append(Future())
-            self._futures[n][-1].set_result(failure(error))
+        self._given[n] = (), {}
+        self._futures[n] = [_done(failure(error)) for _ in self._scorer.rewards]
 
     @interruptible()
     def collect(self) -> Scores:
@@ -184,10 +182,7 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
         """Start a reward on a completion; the future of one that scores several gets its outcome when all are there."""
         if is_chosen and not self._scorer.rewards[f].scores_several:
             return self._scorer.starts[f](*self._given[n])
-        future: Future[Outcome] = Future()
-        if not is_chosen:
-            future.set_result(Outcome(NOT_APPLICABLE))
-        return future
+        return Future() if is_chosen else _done(Outcome(NOT_APPLICABLE))
 
     def _score_together(self, f: int) -> None:
         """Run a reward that scores several completions in a call: all of them, or those of a prompt."""
@@ -279,6 +274,12 @@ def _call_on_thread(loop: EventLoopThread, reward: RewardFunction, *given: Any) 
                 modes.enter_context(torch.cuda.device(reward.device))
         outcome = base.call(reward, *given)
     return loop.submit(lambda: outcome).result() if inspect.iscoroutine(outcome) else outcome
+
+
+def _done(outcome: Outcome) -> Future[Outcome]:
+    future: Future[Outcome] = Future()
+    future.set_result(outcome)
+    return future
 
 
 def _outcome(future: Future[Any]) -> Any:

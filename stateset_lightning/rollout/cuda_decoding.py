@@ -205,8 +205,7 @@ class GraphBatch:
         return hidden_TH
 
     def _logits(self, hidden_TH: Tensor) -> Tensor:
-        logits: Tensor = own_layer(self.model.lm_head)(_normed(hidden_TH, self.model.model.norm))
-        return logits
+        return own_layer(self.model.lm_head)(_normed(hidden_TH, self.model.model.norm))
 
 
 class _Layer:
@@ -279,10 +278,8 @@ def _flash(
     """
     keys, values = cache.flatten(1, 2)
     ends = asked, offered, longest, cache.shape[2]
-    attended: Tensor = torch.ops.aten._flash_attention_forward(
-        query, keys, values, *ends, 0.0, longest > 1, False, scale=scaling, seqused_k=used_B
-    )[0]
-    return attended
+    options = {"scale": scaling, "seqused_k": used_B}
+    return torch.ops.aten._flash_attention_forward(query, keys, values, *ends, 0.0, longest > 1, False, **options)[0]
 
 
 def _attend_one(seen_BC: Tensor, query: Tensor, cache: Tensor, scaling: float) -> Tensor:

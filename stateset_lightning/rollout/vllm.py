@@ -21,7 +21,7 @@ from stateset_lightning.policy.config import Dtype
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.rollout.engine import OnFinished, RolloutConfig
 from stateset_lightning.rollout.sampling import StopStrings, check_length
-from stateset_lightning.rollout.vllm_client import Choice, VLLMServer
+from stateset_lightning.rollout.vllm_client import Choice, servers_at
 from stateset_lightning.rollout.vllm_weights import WeightSync, request
 from stateset_lightning.threads import DaemonThreads, interruptible
 from stateset_lightning.types import Metrics, Rollout
@@ -65,16 +65,13 @@ class VLLMEngine:
         sleep: bool = False,
         transfer: Literal["files", "ipc", "nccl"] = "files",
     ) -> None:
-        if not urls or isinstance(urls, str):
-            raise ConfigError(f"model.engine.urls={urls!r} must be a list of addresses, as [http://127.0.0.1:8000]")
+        self.servers = servers_at(urls, "model.engine", request_timeout, max_wait_minutes)
         if transfer == "nccl":
             why = "vLLM's trainer side of it needs vLLM in the training process, which this package does without"
             raise ConfigError(f"model.engine.transfer=nccl: {why}. Take files, or ipc where both share a GPU")
         if transfer == "ipc" and len(urls) > 1:
             several = f"{len(urls)} model.engine.urls"
             raise ConfigError(f"model.engine.transfer=ipc with {several}: one server shares the GPU")
-        max_wait = 60 * max_wait_minutes
-        self.servers = [VLLMServer(url, request_timeout=request_timeout, max_wait=max_wait) for url in urls]
         self._by_ipc = transfer == "ipc"
         self._make_sync = partial(WeightSync, self.servers, folder=folder, dtype=dtype, tolerance=tolerance)
         self._restored = 0

@@ -4,16 +4,14 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import cycle
-from typing import Any
 
 import torch
 from pydantic import AliasPath, Field
 from torch import Tensor
 
-from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import Group
 from stateset_lightning.rollout.sampling import check_length
-from stateset_lightning.rollout.vllm_client import LARGEST_LOGPROB, Answer, BadAnswer, Logprob, VLLMServer
+from stateset_lightning.rollout.vllm_client import LARGEST_LOGPROB, Answer, BadAnswer, Logprob, VLLMServer, servers_at
 from stateset_lightning.threads import DaemonThreads, interruptible
 
 # Requests at a time; the servers have a queue of their own.
@@ -44,11 +42,8 @@ class VLLMTeacher:
     """
 
     def __init__(self, urls: list[str], *, request_timeout: float = 1800.0, max_wait_minutes: float = 10.0) -> None:
-        if not urls or isinstance(urls, str):
-            raise ConfigError(f"model.teacher.urls={urls!r} must be a list of addresses, as [http://127.0.0.1:8000]")
-        waits: Any = {"request_timeout": request_timeout, "max_wait": 60 * max_wait_minutes}
         self.urls = urls
-        self.servers = [VLLMServer(url, option="model.teacher", **waits) for url in urls]
+        self.servers = servers_at(urls, "model.teacher", request_timeout, max_wait_minutes)
 
     def setup(self, longest: int, max_new_tokens: int) -> None:
         """Waits for the servers and asks what they serve; called before a run.

@@ -607,8 +607,8 @@ def test_a_prefill_begins_the_answer_and_special_tokens_in_it_are_text(tiny_toke
     batches = iter(data.train_dataloader())
     assert next(batches).conversations == [[Turn("user", "2 + 2?"), Turn("assistant", "It <|end|>")]]
     assert next(batches).conversations == [[Turn("user", "2 + 2?")]]
-    for scenario, turns in zip(data.served("train")[0].scenarios, (2, 1), strict=True):
-        assert len(data.conversation(scenario)) == turns
+    batch = data.served_prompts("train").batch([1, 0], [1, 0], "train", episode_index=0)
+    assert [len(turns) for turns in batch.conversations] == [1, 2]
     plain_text = set_up(rows, tiny_tokenizer, final_assistant_turn="prefill", use_chat_template=False)
     assert tiny_tokenizer.decode(plain_text.served("train")[1][0]) == "2 + 2?\n\nIt <|end|>"
 

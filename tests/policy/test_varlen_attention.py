@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from windowed_models import random_tokens, windowed_model
 
+from stateset_lightning.errors import tell_once
 from stateset_lightning.policy import Group, Policy, PolicyConfig, head, varlen_attention
 from stateset_lightning.policy.packed_attention import Layout
 
@@ -28,7 +29,7 @@ TOKENS = random_tokens(9, 6, 2, 4)
 @pytest.fixture(autouse=True)
 def _announce_again() -> Iterator[None]:
     yield
-    varlen_attention.announce.cache_clear()
+    tell_once.cache_clear()
 
 
 class Launches(TorchDispatchMode):

@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from stateset_lightning.errors import ConfigError, DataError
+from stateset_lightning.errors import ConfigError, DataError, tell_once
 from stateset_lightning.rewards import CodeReward, Scorer, failure_counts
-from stateset_lightning.rewards import code as code_file
 from stateset_lightning.types import Turn
 from stateset_lightning.workers import sandbox
 
@@ -262,7 +261,7 @@ def test_what_the_system_refuses_is_told_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(sandbox, "NAMESPACE_FLAGS", 1)
-    code_file._announce.cache_clear()
+    tell_once.cache_clear()
     for _ in range(2):
         scored(block("print(3)"), SUM)
     assert [record.message for record in caplog.records] == [

@@ -34,7 +34,7 @@ from stateset_lightning.training.loss import micro_batch_loss
 from stateset_lightning.training.metrics import peak_memory_mb
 from stateset_lightning.training.micro_steps import choose as choose_micro_steps
 from stateset_lightning.training.teacher import make_teacher, with_comparison
-from stateset_lightning.types import PromptBatch, Rollout, Scenario, Scores
+from stateset_lightning.types import PromptBatch, Rollout, Scores
 
 SAMPLED, WORST = "as sampled", "worst case"
 
@@ -185,18 +185,23 @@ class EpisodeMeasurement:
     def sample(self) -> Rollout | None:
         """An episode of prompts spread over the training data; where targets are trained on, with these."""
         if self.on_targets:
-            return self._targets()
+            targets = Targets.of(self.module.tokenizer, self.module.rollout, self.data)
+            return targets.rollout(self.batch(self.spread_rows()), lambda *_: None)
         return self._sample(SAMPLED, self.spread_rows(), self.module.engine, self.module.rollout.stop)
 
-    def score(self, scenarios_N: Sequence[Scenario], texts: Sequence[str], lengths: Sequence[int]) -> Scores | None:
-        """Scores of completions of so many tokens, each of a scenario."""
+    def batch(self, rows: list[int]) -> PromptBatch:
+        """The prompts at these rows of the training data."""
+        return self.data.served_prompts("train").batch(rows, rows, "train", episode_index=0)
+
+    def score(self, batch: PromptBatch, texts: Sequence[str], lengths: Sequence[int]) -> Scores | None:
+        """Scores of completions of so many tokens: the same number for each prompt."""
 
         def score() -> Scores:
-            size = 1 if len(texts) == 1 else self.num_generations
+            size = len(texts) // len(batch)
             with self.module.scorer.start(len(texts), self.meter.device, size) as session:
-                for n, (scenario, text) in enumerate(zip(scenarios_N, texts, strict=True)):
-                    turns = answered(self.data.conversation(scenario), text)
-                    session.submit(n, turns, scenario.columns(), completion_tokens=lengths[n])
+                for n, text in enumerate(texts):
+                    turns = answered(batch.conversations[n // size], text)
+                    session.submit(n, turns, batch.scenarios[n // size].columns(), completion_tokens=lengths[n])
                 return session.collect()
 
         return self.meter.run(SAMPLED, "scoring", score)
@@ -233,13 +238,6 @@ class EpisodeMeasurement:
         """The rows of the training data that `sample` takes; some of them twice where there are too few."""
         size = self.data.batch_size
         return [i * len(self.data.served("train")[1]) // size for i in range(size)]
-
-    def _targets(self) -> Rollout:
-        module, (found, prompts), rows = self.module, self.data.served("train"), self.spread_rows()
-        scenarios = [found.scenarios[i] for i in rows]
-        conversations = [self.data.conversation(scenario) for scenario in scenarios]
-        batch = PromptBatch([prompts[i] for i in rows], conversations, scenarios, rows, episode_index=0)
-        return Targets.of(module.tokenizer, module.rollout, self.data).rollout(batch, lambda *_: None)
 
     def _sample(self, case: str, rows: Sequence[int], engine: Any, stop: list[str]) -> Rollout | None:
         config, prompts = replace(self.module.rollout, stop=stop), self.data.served("train")[1]

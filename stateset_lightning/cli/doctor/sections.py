@@ -26,7 +26,7 @@ from stateset_lightning.run.find_checkpoint import find_resumed
 from stateset_lightning.training.checks import checks_before_weights, checks_of_run, no_validation
 from stateset_lightning.training.collect import ready_engine
 from stateset_lightning.training.schedule import optimizer_steps_of_run
-from stateset_lightning.types import FinishReason, Scenario
+from stateset_lightning.types import FinishReason
 
 SPINS = "where threads of torch that wait for one another spin: start with OMP_WAIT_POLICY=passive in the environment"
 TEXT = 300  # characters of a prompt or completion that are shown
@@ -119,40 +119,41 @@ class Doctor(StatesetCLI):
     def _measure(self) -> None:
         self.episode.take_first_step()
         rollout = self.episode.sample() if self.asked.sample else None
-        scenarios = self.data.served("train")[0].scenarios
-        scenario = scenarios[0]
+        scenario = self.data.served("train")[0].scenarios[0]
         _show(f"prompt      {scenario.id}: {_shortened(scenario.turns()[-1].content)}")
         if rollout is not None:
             cut, count = rollout.finish_reasons.count(FinishReason.LENGTH), len(rollout.texts)
             lengths = f"{rollout.lengths_N.double().mean():.1f} tokens on average; {cut} are cut at max_new_tokens"
             word = "target" if self.episode.on_targets else "completion"
             _show(f"{word:12}{_shortened(rollout.texts[0])}", f"            one of {count}, which have {lengths}")
-            scenarios_N = [scenarios[row] for row in self.episode.spread_rows() for _ in range(rollout.num_generations)]
-            self._score(scenarios_N, rollout.texts, rollout.lengths_N.tolist())
+            self._score(self.episode.spread_rows(), rollout.texts, rollout.lengths_N.tolist())
             _show(f"{SAMPLED}: {self.episode.train(rollout)}")
         else:
             text = "" if scenario.target is None else str(scenario.target)
             _show(f"target      {_shortened(text)}")
             length = len(self.module.tokenizer(text, add_special_tokens=False)["input_ids"])
             size = 1 if self.module.scorer.scores_alone else self.module.rollout.num_generations
-            self._score([scenario] * size, [text] * size, [length] * size)
+            self._score([0], [text] * size, [length] * size)
         _show(f"{WORST}: {self.episode.run_worst_case(self.asked.sample)}")
         self._show_length_of_run(rollout is not None)
 
-    def _score(self, scenarios_N: Sequence[Scenario], texts: Sequence[str], lengths: Sequence[int]) -> None:
+    def _score(self, rows: list[int], texts: Sequence[str], lengths: Sequence[int]) -> None:
         """Shows the first completion's scores; each reward that fails is a problem."""
         if (environment := self.module.environment) is not None:
             what = f"model.environment: what is measured is one turn of {environment.max_turns} at most"
             self.notes.append(f"{what}; nothing is scored, as that takes whole conversations")
             return
-        if (scores := self.episode.score(scenarios_N, texts, lengths)) is None:
+        batch = self.episode.batch(rows)
+        if (scores := self.episode.score(batch, texts, lengths)) is None:
             return
         parts = [f"{name} {value:.3f}" for name, value in zip(scores.names, scores.values_NF[0].tolist(), strict=True)]
         _show(f"reward      {scores.totals_N[0]:.3f} = {', '.join(parts)}")
         failed = Counter(failure.reward for failure in scores.failures)
         for failure in {failure.reward: failure for failure in reversed(scores.failures)}.values():
             place = without_traceback(f"{failure.error}: {failure.message}\n{failure.traceback}").strip()
-            where = f"{failure.reward} fails on scenario {scenarios_N[failure.completion].id}"
+            where = (
+                f"{failure.reward} fails on scenario {batch.scenarios[failure.completion * len(rows) // len(texts)].id}"
+            )
             self.problems.append(f"reward {where} ({failed[failure.reward]} of {len(texts)} completions): {place}")
 
     def _show_length_of_run(self, is_measured: bool) -> None:
