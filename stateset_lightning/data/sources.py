@@ -75,10 +75,7 @@ SplitSpec = str | os.PathLike[str] | Sequence[Source | Mapping[str, Any]]
 
 
 def read_split(
-    spec: SplitSpec,
-    split: str,
-    options: RowOptions | dict[str, str | None] | None = None,
-    first: int | None = None,
+    spec: SplitSpec, split: str, options: RowOptions | dict[str, str | None] | None = None, first: int | None = None
 ) -> ScenarioSet:
     """Reads and checks all scenarios of a split.
 

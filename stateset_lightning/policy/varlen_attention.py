@@ -72,10 +72,7 @@ class Call:
 
 
 def make_calls(
-    prompt_lengths: Sequence[int],
-    completion_lengths: Sequence[Sequence[int]],
-    window: int | None,
-    device: torch.device,
+    prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]], window: int | None, device: torch.device
 ) -> list[Call]:
     """The calls for several groups, one behind the other in the sequence; their number does not depend on the groups'.
 
