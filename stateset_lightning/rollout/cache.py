@@ -6,16 +6,13 @@ layers, which do not grow, are kept as transformers keeps them. Letters: B rows,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import cache_utils
+from transformers import PreTrainedModel, cache_utils
 
 from stateset_lightning.errors import ConfigError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class BufferLayer(cache_utils.DynamicLayer):

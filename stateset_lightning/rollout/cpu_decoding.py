@@ -11,20 +11,15 @@ fraction of the memory's speed; oneDNN is 1.5 to 2 times as fast (`benchmarks/RE
 Letters: B rows, H hidden size, d size of a head, C columns of the cache, K inputs and N outputs of a product.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-    from transformers.cache_utils import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 # Inputs with more rows (a prefill) take the stock kernel, which is as fast there.
 MAX_ROWS = 64

@@ -16,23 +16,17 @@ Letters: B rows, C capacity of the cache in tokens, T tokens that are appended, 
 size of a head.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from stateset_lightning.rollout.cpu_decoding import MODEL_TYPES, has_llama_layers, linears, own_layer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from stateset_lightning.rollout.cpu_decoding import LlamaDecoder
+from stateset_lightning.rollout.cpu_decoding import MODEL_TYPES, LlamaDecoder, has_llama_layers, linears, own_layer
 
 # Tokens between two looks of the host. Rows that have finished decode up to 15 more, which nobody reads.
 LOOK_EVERY = 16

@@ -1,7 +1,5 @@
 """A whole model in a folder that servers read: in the dtype that they compute in, never more than a block in memory."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -9,19 +7,16 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from stateset_lightning.errors import log
 from stateset_lightning.ranks import unsharded
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 SHARED_MEMORY = Path("/dev/shm")
 

@@ -1,23 +1,17 @@
 """Whether a way of decoding gives the model's own log-probs, tried on a few short prompts; and the slowest way."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
 
 from stateset_lightning.errors import ConfigError, log
 from stateset_lightning.policy.probes import check_own_forward, exact_on, own_logprobs, probe_tokens
 from stateset_lightning.rollout.cpu_decoding import LlamaDecoder
 from stateset_lightning.rollout.cuda_decoding import WITH_GRAPHS, GraphBatch, obstacle_to_graph
 from stateset_lightning.rollout.running_batch import RunningBatch
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 # Rows [B, S] and their logits [B, V] -> the answer.
 Hook = Callable[[Tensor, Tensor], Tensor]
@@ -81,8 +75,6 @@ def decode_plainly(
         logits_processor: Gets rows and logits, and returns the logits whose largest is the next token.
         stop: Says after each token, for each row, whether this was the last one.
     """
-    from transformers import GenerationConfig
-
     if not use_cache:
         for _ in range(max_new_tokens):
             logits = logits_processor(ids, model(input_ids=ids, use_cache=False).logits[:, -1])

@@ -1,7 +1,5 @@
 """Held-out prompts are answered, scored and measured: what `validate`, `test` and the validations of `fit` do."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from stateset_lightning.evaluation import Evaluation

@@ -11,8 +11,6 @@ they need and makes as many. It is called at places that all ranks come to: afte
 with weights of its own scores like this in both cases.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager

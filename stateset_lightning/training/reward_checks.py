@@ -1,7 +1,5 @@
 """What must hold between the rewards and the rows that they score, before anything is sampled."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches

@@ -4,8 +4,6 @@ They come from the policy as it was before this episode: one episode off-policy.
 algorithm's `mismatch` correct for that as for any other difference between sampler and trainer.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from concurrent.futures import Future

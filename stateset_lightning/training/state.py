@@ -1,16 +1,12 @@
 """What training remembers from one micro-step to the next; a checkpoint holds what a resumed run needs of it."""
 
-from __future__ import annotations
-
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from stateset_lightning.training.collect import Collection
+from stateset_lightning.training.episode import Episode
 from stateset_lightning.training.metrics import RunMetrics
-
-if TYPE_CHECKING:
-    from stateset_lightning.training.collect import Collection
-    from stateset_lightning.training.episode import Episode
-    from stateset_lightning.training.resample import Sample
+from stateset_lightning.training.resample import Sample
 
 
 class TrainingState:

@@ -14,8 +14,6 @@ TrainingStep.check_gradient   7. a step with nothing to train, or a gradient tha
 TrainingStep.finish           8. weights are checked, metrics added up, coefficients adapted
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager

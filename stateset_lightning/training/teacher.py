@@ -1,22 +1,17 @@
 """The teacher that a policy is distilled from: a model in this process, or one that vLLM servers have."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from stateset_lightning.algorithm import GKD, Algorithm
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import Policy, PolicyConfig, compared_with, load_model, load_tokenizer
 from stateset_lightning.rollout import RolloutConfig, VLLMTeacher
 from stateset_lightning.training.episode import MicroBatch
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # Options that only a policy's training reads, or that are set for all models of the process.
 OF_POLICY = "gradient_checkpointing", "dropout", "lora", "router_aux_loss", "float32_matmul"

@@ -8,7 +8,7 @@ import os
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -102,6 +102,7 @@ async def _closed_with_loop(client: Any) -> None:
         await asyncio.Event().wait()
 
 
+@dataclass(eq=False)
 class OpenAIClient:
     """Sends chat requests to one model (extra `judge`).
 
@@ -125,41 +126,38 @@ class OpenAIClient:
         ConfigError: If the library `openai` is not installed, the key is missing, or an argument cannot be used.
     """
 
-    def __init__(
-        self,
-        key: str,
-        model: str,
-        *,
-        request: Mapping[str, Any],
-        base_url: str | None = None,
-        api_key_env: str | None = None,
-        max_concurrency: Annotated[int, Ge(1)] = 16,
-        max_retries: Annotated[int, Ge(0)] = 4,
-        request_timeout: Annotated[float, Gt(0)] = 60.0,
-        cache: str | None = None,
-        max_cached: Annotated[int, Ge(1)] = 100_000,
-    ) -> None:
-        check_bounds(key, OpenAIClient.__init__, locals())  # not `bounded`: the key is the owner's name
+    key: str
+    model: str
+    _: KW_ONLY
+    request: Mapping[str, Any]
+    base_url: str | None = None
+    api_key_env: str | None = None
+    max_concurrency: Annotated[int, Ge(1)] = 16
+    max_retries: Annotated[int, Ge(0)] = 4
+    request_timeout: Annotated[float, Gt(0)] = 60.0
+    cache: str | None = None
+    max_cached: Annotated[int, Ge(1)] = 100_000
+
+    def __post_init__(self) -> None:
+        key = self.key
+        check_bounds(key, OpenAIClient, vars(self))  # not `bounded`: the key is the owner's name
         require("openai", "judge", key)
         from stateset_lightning.workers import bounded_http  # noqa: F401 (a second that must not count as a request's)
 
-        remember({"base_url": base_url, "request": request})
-        self.base_url, self.request = base_url, {"model": model, **request}
-        self._key_env = api_key_env or (None if base_url else "OPENAI_API_KEY")
-        self._max_concurrency = max_concurrency
-        self._url = base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-        self._limits: dict[str, Any] = {"max_retries": max_retries, "timeout": request_timeout}
-        self._cache, self._max_cached = cache, max_cached
+        remember({"base_url": self.base_url, "request": self.request})
+        self._key_env = self.api_key_env or (None if self.base_url else "OPENAI_API_KEY")
+        self._url = self.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
         self._counts: Counter[str] = Counter()
-        if taken := {"model", "messages", "stream", "n"} & request.keys():
+        if taken := {"model", "messages", "stream", "n"} & self.request.keys():
             raise ConfigError(f"{key}.request sets '{min(taken)}', which is set elsewhere: remove it")
+        self.request = {"model": self.model, **self.request}
         _, self._place = http_address(f"{key}.base_url", self._url)
         if self._key_env is not None and not is_secret_name(self._key_env):
             raise ConfigError(f"{key}.api_key_env={self._key_env!r}: take a name that ends in API_KEY; logs hide it")
         if self._key_env is not None and not os.environ.get(self._key_env):
             raise ConfigError(f"{key}.api_key_env: the environment variable {self._key_env} is not set ({self._url})")
-        if cache is not None:  # a file that cannot be opened is an error now
-            ReplyCache(cache, max_cached).close()
+        if self.cache is not None:  # a file that cannot be opened is an error now
+            ReplyCache(self.cache, self.max_cached).close()
 
     async def ask(self, messages: list[dict[str, str]], read: Callable[[str, bool], T], **more: Any) -> tuple[str, T]:
         """The reply to a conversation, from the cache or the server.
@@ -221,7 +219,7 @@ class OpenAIClient:
 
     @cached_property
     def _replies(self) -> ReplyCache:
-        return ReplyCache(self._cache, self._max_cached)
+        return ReplyCache(self.cache, self.max_cached)
 
     def _connection(self) -> _Connection:
         """Client and locks of the running event loop: they are bound to it, and every scorer has its own loop."""
@@ -234,12 +232,13 @@ class OpenAIClient:
 
             # Never without a key: the client would then send OPENAI_API_KEY to whatever server this is.
             key = os.environ[self._key_env] if self._key_env else "none"
-            http = BoundedClient(self._url, self._limits["timeout"], lambda: self._counts.update(attempts=1))
-            client = AsyncOpenAI(api_key=key, base_url=self._url, http_client=http, **self._limits)
+            http = BoundedClient(self._url, self.request_timeout, lambda: self._counts.update(attempts=1))
+            limits: dict[str, Any] = {"max_retries": self.max_retries, "timeout": self.request_timeout}
+            client = AsyncOpenAI(api_key=key, base_url=self._url, http_client=http, **limits)
             # nor with OPENAI_ORG_ID, _PROJECT_ID and _CUSTOM_HEADERS, which may hold another server's key
             if self.base_url is not None:
                 client.organization = client.project = None
                 client._custom_headers = {}
             closing = loop.create_task(_closed_with_loop(client))
-            self._current = connection = _Connection(loop, client, asyncio.Semaphore(self._max_concurrency), closing)
+            self._current = connection = _Connection(loop, client, asyncio.Semaphore(self.max_concurrency), closing)
         return connection
