@@ -146,7 +146,7 @@ class ScenarioDataModule(LightningDataModule):
         """Tokens of the longest prompt of all splits that were set up; of large ones, the limit or what is known."""
         found = self._prompts.values()
         limit = any(len(prompts.tokens) < len(prompts.kept) for prompts in found) and self.max_prompt_tokens
-        return limit or max((prompts.tokens.longest for prompts in found), default=0)
+        return limit or max((int(prompts.tokens.lengths.max()) for prompts in found), default=0)
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and checks the files that the stage needs, and makes their prompts; only once, however often called.

@@ -120,9 +120,7 @@ def check_bounds(prefix: str, signature: Callable[..., Any], values: Mapping[str
                     raise ConfigError(f"{prefix}.{name}={value} must be {_WORDS[type(bound)]} {limit}")
 
 
-@functools.cache
-def _hints(signature: Callable[..., Any]) -> dict[str, Any]:
-    return get_type_hints(signature, include_extras=True)
+_hints = functools.cache(functools.partial(get_type_hints, include_extras=True))
 
 
 def _bounds(hint: Any) -> list[Any]:

@@ -19,6 +19,7 @@ from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.seeding import derive_seed, permutation
 
 
+@dataclass(eq=False)
 class EpochOrder:
     """The order of the scenarios in each epoch.
 
@@ -37,29 +38,24 @@ class EpochOrder:
         ConfigError: If a weighted source has no scenarios, or so little weight that it gets no position in an epoch.
     """
 
-    def __init__(
-        self,
-        rows_by_source: Sequence[Sequence[int] | np.ndarray],
-        weights: Sequence[float] | None,
-        seed: int,
-        shuffle: bool,
-        names: Sequence[str] = (),
-        goes_on: bool = False,
-    ) -> None:
-        self.size = sum(len(rows) for rows in rows_by_source)
-        self.seed = seed
-        self._shuffle = shuffle
-        self._goes_on = goes_on
+    rows_by_source: Sequence[Sequence[int] | np.ndarray]
+    weights: Sequence[float] | None
+    seed: int
+    shuffle: bool
+    names: Sequence[str] = ()
+    goes_on: bool = False
+
+    def __post_init__(self) -> None:
+        self._rows = [np.asarray(rows, dtype=np.int64) for rows in self.rows_by_source]
+        self.size = sum(map(len, self._rows))
         # Chance of each scenario in a draw by weight, relative to the others, float64 [size].
         self.row_weights = np.ones(self.size)
-        if weights is None:  # all sources are one
-            self._rows = [np.sort(np.concatenate([np.asarray(rows, dtype=np.int64) for rows in rows_by_source]))]
-            self._counts = [self.size]
+        if self.weights is None:  # all sources are one
+            self._rows, self._counts = [np.sort(np.concatenate(self._rows))], [self.size]
             return
-        self._rows = [np.array(rows, dtype=np.int64) for rows in rows_by_source]
-        self._counts = largest_remainder(weights, self.size)
-        for index, (count, rows, weight) in enumerate(zip(self._counts, self._rows, weights, strict=True)):
-            source = f"data.train: the source {names[index] if names else f'number {index + 1}'}"
+        self._counts = largest_remainder(self.weights, self.size)
+        for index, (count, rows, weight) in enumerate(zip(self._counts, self._rows, self.weights, strict=True)):
+            source = f"data.train: the source {self.names[index] if self.names else f'number {index + 1}'}"
             if not len(rows):
                 raise ConfigError(f"{source} has no scenario left: data.max_prompt_tokens, data.validation_fraction")
             if count == 0:
@@ -72,8 +68,8 @@ class EpochOrder:
         streams = [self._stream(source, epoch * count, count) for source, count in enumerate(self._counts)]
         positions: np.ndarray = np.concatenate(streams)
         if len(streams) == 1:
-            return positions + epoch * self.size * self._goes_on
-        if self._shuffle:
+            return positions + epoch * self.size * self.goes_on
+        if self.shuffle:
             return positions[permutation(self.seed, "interleave", epoch, size=self.size)]
         even = np.concatenate([(np.arange(count) + 0.5) / count for count in self._counts])
         return positions[np.argsort(even, kind="stable")]
@@ -87,7 +83,7 @@ class EpochOrder:
 
     def _round(self, source: int, number: int) -> np.ndarray:
         size = len(self._rows[source])
-        if not self._shuffle:
+        if not self.shuffle:
             return np.arange(size)
         # With one source the seed's name is one that other code may rely on: permutation(seed, "order", epoch).
         counters = (number,) if len(self._rows) == 1 else (number, source)

@@ -35,10 +35,6 @@ class RaggedTokens:
         parts = [cls.from_lists([]), *parts]
         return cls(np.concatenate([part._flat for part in parts]), np.concatenate([part.lengths for part in parts]))
 
-    @property
-    def longest(self) -> int:
-        return int(self.lengths.max())
-
     def digest(self) -> str:
         """A hash of the tokens: the same for the same lists, another for others."""
         return hashlib.sha256(self.lengths.tobytes() + self._flat.tobytes()).hexdigest()[:16]

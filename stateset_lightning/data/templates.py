@@ -11,7 +11,7 @@ from numbers import Real
 from string import ascii_uppercase
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateSyntaxError, meta
+from jinja2 import StrictUndefined, TemplateSyntaxError, meta
 from jinja2.sandbox import SandboxedEnvironment
 
 from stateset_lightning.errors import ConfigError, one_line
@@ -28,11 +28,6 @@ _PART = re.compile(
 
 def is_template(text: str) -> bool:
     return "{{" in text or "{%" in text
-
-
-@lru_cache
-def compiled(template: str) -> Template:
-    return _ENVIRONMENT.from_string(template)
 
 
 def columns_of(template: str, key: str) -> list[str]:
@@ -113,6 +108,7 @@ _ENVIRONMENT = SandboxedEnvironment(
     undefined=StrictUndefined, finalize=lambda value: "" if value is None or value != value else value
 )
 _ENVIRONMENT.filters |= {"lettered": _lettered, "passages": _passages, "letter": _letter}
+compiled = lru_cache(_ENVIRONMENT.from_string)
 
 
 def normal(name: str) -> str:

@@ -14,13 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from itertools import groupby, zip_longest
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from stateset_lightning.errors import ConfigError, DataError, RewardError, bounded, log
+from stateset_lightning.errors import ConfigError, DataError, RewardError, bounded, log, tell_once
 from stateset_lightning.rewards import base
 from stateset_lightning.rewards.base import BatchReward, Context, Given, Outcome, RewardFunction, Turns, failure
 from stateset_lightning.rewards.functions import alarm_in
@@ -34,6 +35,7 @@ ALARM_SECONDS = 10.0  # of a reward that needs a process and names no time-out
 
 
 @bounded("scorer")
+@dataclass(eq=False)
 class Scorer(AbstractContextManager["Scorer"]):
     """Scores completions with a list of rewards.
 
@@ -50,29 +52,26 @@ class Scorer(AbstractContextManager["Scorer"]):
             process.
     """
 
-    def __init__(
-        self,
-        rewards: Any,
-        *,
-        timeout: Annotated[float, Gt(0), Lt(math.inf)] | None = None,
-        max_concurrency: Annotated[int, Ge(1)] = 16,
-        max_failures: Annotated[float, Ge(0), Le(1)] = 0.5,
-    ) -> None:
-        self.rewards = as_rewards(rewards)
+    rewards: Any
+    _: KW_ONLY
+    timeout: Annotated[float, Gt(0), Lt(math.inf)] | None = None
+    max_concurrency: Annotated[int, Ge(1)] = 16
+    max_failures: Annotated[float, Ge(0), Le(1)] = 0.5
+
+    def __post_init__(self) -> None:
+        self.rewards = as_rewards(self.rewards)
         self.names = tuple(reward.name for reward in self.rewards)
-        self.max_failures = max_failures
         # Whether a completion without others of its prompt gets a total.
         self.scores_alone = any(reward.weight and not isinstance(reward, GroupReward) for reward in self.rewards)
-        loop = EventLoopThread(max_concurrency, "async-rewards")
-        threads = DaemonThreads(max_concurrency, "blocking-rewards")
+        loop = EventLoopThread(self.max_concurrency, "async-rewards")
+        threads = DaemonThreads(self.max_concurrency, "blocking-rewards")
         workers = WorkerPool(remedy="; or write compute_reward as `async def`; or drop the time-out")
-        self._told: set[str] = set()
         # Each starts a reward on a completion and returns at once.
         self.starts: list[Callable[..., Future[Any]]] = []
         for reward in self.rewards:
-            if timeout is None:
+            if self.timeout is None:
                 _set_timeout(reward)
-            limit = timeout if reward.timeout is None and not isinstance(reward, BatchReward) else reward.timeout
+            limit = self.timeout if reward.timeout is None and not isinstance(reward, BatchReward) else reward.timeout
             if base.is_async(reward):
                 self.starts.append(partial(loop.submit, base.call_async, reward, timeout=limit))
             elif limit is None:
@@ -104,12 +103,6 @@ class Scorer(AbstractContextManager["Scorer"]):
             if isinstance(reward, BatchReward):
                 reward.device = device
         return ScoringSession(self, num_completions, num_generations)
-
-    def tell(self, line: str) -> None:
-        """Announce it, once."""
-        if line not in self._told:
-            log.warning("%s", line)
-        self._told.add(line)
 
     def take_counts(self) -> dict[str, float]:
         """What rewards have counted since the last call, as `cost/<reward>/<key>`."""
@@ -172,7 +165,7 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
         outcomes_NF = [[_outcome(future) for future in self._futures[n]] for n in range(self._num_completions)]
         changed = {name for row in outcomes_NF for name, o in zip(scorer.names, row, strict=True) if o.changed}
         for name in sorted(changed):
-            scorer.tell(f"reward '{name}' changes its columns or its conversation: copies, which nothing else sees")
+            tell_once(f"reward '{name}' changes its columns or its conversation: copies, which nothing else sees")
         return _scores(rewards, outcomes_NF, time.perf_counter() - begin)
 
     def __exit__(self, *exception: object) -> None:
@@ -191,7 +184,7 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
         waiting = [n for n in sorted(self._futures) if not self._futures[n][f].done()]
         parts = [list(part) for _, part in groupby(waiting, lambda n: n // size)]
         if isinstance(reward, GroupReward) and size == 1:
-            self._scorer.tell(f"reward '{reward.name}' compares the completions of a prompt: it scores none alone")
+            tell_once(f"reward '{reward.name}' compares the completions of a prompt: it scores none alone")
         else:
             calls += [self._scorer.starts[f](*self._given_together(f, part)) for part in parts]
         for part, call in zip_longest(parts, calls):

@@ -72,8 +72,8 @@ class VLLMEngine:
         if transfer == "ipc" and len(urls) > 1:
             several = f"{len(urls)} model.engine.urls"
             raise ConfigError(f"model.engine.transfer=ipc with {several}: one server shares the GPU")
-        how: dict[str, Any] = {"folder": folder, "dtype": dtype, "tolerance": tolerance, "by_ipc": transfer == "ipc"}
-        self._make_sync = partial(WeightSync, self.servers, **how)
+        self._by_ipc = transfer == "ipc"
+        self._make_sync = partial(WeightSync, self.servers, folder=folder, dtype=dtype, tolerance=tolerance)
         self._restored = 0
         self._sleeps = sleep
 
@@ -86,12 +86,12 @@ class VLLMEngine:
             ServerError: If a server does not answer, or not as vLLM does.
         """
         self.tokenizer = tokenizer
-        self._weights = self._make_sync(sampling)
+        self._weights = self._make_sync(sampling, by_ipc=self._by_ipc)
         if sampling.temperature != 1 and (filters := sampling.filters):
             what = f"model.rollout.temperature={sampling.temperature} with {filters}"
             why = "vLLM's log-probs are either those behind the filters or those at temperature 1"
             raise ConfigError(f"{what}: {why}, and training needs neither: set temperature to 1, or leave filters out")
-        if (self._sleeps or self._weights.by_ipc) and (sampling.sampling_ahead or Ranks.current().world > 1):
+        if (self._sleeps or self._by_ipc) and (sampling.sampling_ahead or Ranks.current().world > 1):
             option = "sleep=true" if self._sleeps else "transfer=ipc"
             while_used = f"sampling_ahead={sampling.sampling_ahead} on {Ranks.current().world} devices"
             raise ConfigError(f"model.engine.{option} with {while_used}: it is for one process that trains or samples")

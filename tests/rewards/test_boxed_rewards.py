@@ -13,6 +13,7 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
+from stateset_lightning.errors import tell_once
 from stateset_lightning.rewards import BatchReward, RewardFunction, Scorer, failure_counts
 from stateset_lightning.threads import Interruption
 from stateset_lightning.types import Turn
@@ -477,6 +478,7 @@ class Looks(RewardFunction):
 @pytest.mark.parametrize("reward", [Changes(), Changes(timeout=60), ChangesAsync(), ChangesBatch()])
 def test_each_call_gets_its_own_columns_and_a_change_is_told_once(reward, caplog):
     given = copy.deepcopy(COLUMNS)
+    tell_once.cache_clear()
     with Scorer([reward, Looks()]) as scorer:
         for _ in range(2):  # epochs
             scores = run(scorer, ["x", "y"], given)
