@@ -19,6 +19,9 @@ demo: $(READY) ## improve the bundled model on arithmetic and show the accuracy 
 demo-real: $(READY) ## improve a real chat model of 135 million parameters on messages to a shop; half an hour
 	$(BIN)/python examples/small_chat_model/train.py
 
+demo-tools: $(READY) ## a small model learns to call a calculator; two minutes
+	$(BIN)/stateset-lightning fit --config examples/calculator/config.yaml
+
 check: $(READY) ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -74,4 +77,4 @@ test-vllm: $(READY) ## train on a real vLLM server, which is killed once; needs 
 clean: ## remove the virtual environment, caches and runs
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis runs *.egg-info
 
-.PHONY: help install demo demo-real check test test-long benchmark compare-algorithms kill-test saves-test ranks-test hostile check-models mutants gpu-rehearsal test-vllm clean
+.PHONY: help install demo demo-real demo-tools check test test-long benchmark compare-algorithms kill-test saves-test ranks-test hostile check-models mutants gpu-rehearsal test-vllm clean

@@ -1,6 +1,6 @@
 """Makes a model that can call a calculator and hardly ever does: `python scripts/make_tool_model.py [FOLDER]`.
 
-It takes some minutes on two cores, and writes the model and questions; without FOLDER, into `runs/calculator`.
+It takes ten minutes on two cores, and writes the model and questions; without FOLDER, into `runs/calculator`.
 
 A Qwen2 of half a million parameters is taught by next-token prediction on products of two numbers of two digits. Nine
 times in ten the taught answer multiplies tens by tens and units by units and adds nothing else, which is always wrong;

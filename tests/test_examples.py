@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 INTENTS = ROOT / "examples" / "intent_classification"
 GSM8K = ROOT / "examples" / "gsm8k"
 SMALL_CHAT = ROOT / "examples" / "small_chat_model"
+CALCULATOR = ROOT / "examples" / "calculator"
 sys.path += [str(INTENTS), str(SMALL_CHAT)]
 
 import run as intent_run  # noqa: E402
@@ -166,7 +167,9 @@ FIT = re.compile(r"^ *stateset-lightning (fit (?:.*\\\n)*.*)$", re.MULTILINE)
 
 
 @pytest.mark.parametrize(
-    "page", [folder / "README.md" for folder in (INTENTS, GSM8K, SMALL_CHAT)], ids=lambda page: page.parent.name
+    "page",
+    [folder / "README.md" for folder in (INTENTS, GSM8K, SMALL_CHAT, CALCULATOR)],
+    ids=lambda page: page.parent.name,
 )
 def test_commands_and_links_of_a_page_hold(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = page.read_text()
@@ -274,3 +277,13 @@ def test_the_model_of_the_package_keeps_its_weights(tmp_path: Path, monkeypatch:
     torch.testing.assert_close(made(tokens).logits, original(tokens).logits, atol=0.02, rtol=0.02)  # 8 bits a weight
     assert made.generation_config.eos_token_id == tokenizer.eos_token_id
     torch.testing.assert_close(made(tokens).logits, read_model(tmp_path / "model.gguf", tokenizer)(tokens).logits)
+
+
+def test_the_calculator_is_hardly_ever_called_at_first_and_its_answer_is_used(tmp_path: Path) -> None:
+    """What the first step samples is what the model does before training; without a call it is always wrong."""
+    folder = f"--trainer.logger.init_args.save_dir={tmp_path}"
+    flags = ["--trainer.max_steps=1", "--baseline=false", "--trainer.limit_val_batches=0", folder]
+    main(["fit", f"--config={CALCULATOR / 'config.yaml'}", *flags])
+    with next(tmp_path.rglob("metrics.csv")).open(newline="") as lines:
+        (row,) = (row for row in csv.DictReader(lines) if row["conversation/tool_calls"])
+    assert 0 < float(row["train/reward"]) < float(row["conversation/tool_calls"]) < 0.2

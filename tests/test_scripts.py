@@ -118,6 +118,13 @@ def test_the_tool_models_questions_are_apart_and_its_careless_products_are_wrong
     assert all(make_tool_model.careless(a, b) != a * b for split in splits for a, b in split)
 
 
+def test_the_tool_models_questions_are_those_of_the_example() -> None:
+    for split in ("train", "validation"):
+        rows = map(json.loads, (ROOT / "examples" / "calculator" / f"{split}.jsonl").read_text().splitlines())
+        asked = [(row["prompt"], row["target"]) for row in rows]
+        assert asked == [(f"What is {a} * {b}?", str(a * b)) for a, b in make_tool_model.questions(split)]
+
+
 def test_the_tool_model_is_taught_what_it_says_and_not_what_the_tool_says() -> None:
     special = [*make_tool_model.SPECIAL_TOKENS, "<|tool|>"]
     tokenizer = make_tool_model.make_tokenizer(make_tool_model.SENTENCES, special, make_tool_model.CHAT_TEMPLATE)

@@ -10,6 +10,8 @@ from annotated_types import Ge, Gt
 from stateset_lightning.environments.base import imported
 from stateset_lightning.errors import ConfigError, bounded
 
+MIN_DEFAULT_TOKENS = 1024  # short answers, such as moves of a game, may get long replies
+
 
 @bounded("model.environment")
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class EnvironmentConfig:
         options: Keyword arguments of the factory.
         max_turns: Completions of a conversation at most. With 1 the environment only scores the one completion.
         max_tokens: Tokens of a conversation behind its prompt at most, the environment's included; by default twice
-            `max_turns` times `max_new_tokens`. A turn begins only where `max_new_tokens` more fit.
+            `max_turns` times `max_new_tokens`, and at least 1,024. A turn begins only where `max_new_tokens` more fit.
         timeout: Seconds that an environment may take to begin, to answer, or to score, and a tool half of them.
     """
 
@@ -40,6 +42,10 @@ class EnvironmentConfig:
                 f"model.environment.factory={self.factory!r} is no class or function, no import path of one, and no"
                 " mapping of several by name"
             )
+
+    def token_limit(self, max_new_tokens: int) -> int:
+        """`max_tokens`, or its default where a turn has `max_new_tokens` at most."""
+        return self.max_tokens or max(MIN_DEFAULT_TOKENS, 2 * self.max_turns * max_new_tokens)
 
     def factories(self) -> dict[str, Callable[..., Any]]:
         """By name; a single one by "".

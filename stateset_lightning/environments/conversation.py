@@ -65,6 +65,6 @@ class Conversation:
         return "\n".join(f"[{turn.role}] {turn.content}" for turn in behind)
 
     def columns(self, reward: float | None) -> dict[str, Any]:
-        """What rewards get as context: the scenario's columns, and what the environment gave."""
-        of_environment = {"environment_reward": reward, "turn_rewards": list(self.rewards), "num_turns": self.num_turns}
-        return {**self.scenario.columns(), **of_environment}
+        """What rewards get as context: the scenario's columns, what the environment gave, and how it ended."""
+        turns = {"turn_rewards": list(self.rewards), "num_turns": self.num_turns, "ended_by": self.ended}
+        return {**self.scenario.columns(), "environment_reward": reward, **turns}

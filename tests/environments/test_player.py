@@ -156,6 +156,27 @@ def test_what_ends_a_conversation_is_counted(play: Callable[..., Any], options: 
     assert cut == [one in ("length", "tokens") for one in causes]
 
 
+@pytest.mark.parametrize(("max_new_tokens", "limit"), [(4, 1024), (256, 2048)])
+def test_short_answers_leave_room_for_replies(max_new_tokens: int, limit: int) -> None:
+    assert EnvironmentConfig(Asks, max_turns=4).token_limit(max_new_tokens) == limit
+    assert EnvironmentConfig(Asks, max_turns=4, max_tokens=12).token_limit(max_new_tokens) == 12
+
+
+@pytest.mark.parametrize(
+    ("context", "score"),
+    [
+        ({"environment_reward": None, "ended_by": "length"}, 0.0),
+        ({"environment_reward": None, "ended_by": "tokens"}, 0.0),
+        ({"environment_reward": 0.5, "ended_by": "length"}, 0.5),
+        ({"environment_reward": None, "ended_by": "turns"}, None),  # the environment gives none: it does not apply
+    ],
+)
+def test_a_conversation_that_is_cut_off_before_any_reward_has_none_to_its_credit(
+    context: dict[str, Any], score: float | None
+) -> None:
+    assert EnvironmentReward().compute_reward([], context) == score
+
+
 @pytest.mark.parametrize("factory", [Raises, Hangs, Nonsense, NoNumber, NeverBegins, Lies], ids=lambda f: f.__name__)
 def test_an_environment_that_fails_never_trains(tmp_path: Path, factory: Any) -> None:
     made = iter(range(10_000))
