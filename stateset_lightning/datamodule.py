@@ -25,6 +25,7 @@ from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.seeding import run_seed
 from stateset_lightning.threads import heartbeat
+from stateset_lightning.training.data import are_scripts
 from stateset_lightning.training.reward_checks import check_rewards
 from stateset_lightning.training.schedule import batches_per_epoch
 from stateset_lightning.types import PromptBatch
@@ -119,6 +120,7 @@ class ScenarioDataModule(LightningDataModule):
         self.dropped: dict[str, int] = {}
         self.truncated: dict[str, int] = {}
         self._scenarios: dict[Split, ScenarioSet] = {}
+        self._are_scripts = False  # whether user_responses are read as conversations
         self._now: datetime | None = None  # for templates that write the date: of the run's start, on rank 0
         self._encoder: PromptEncoder | None = None
         self._prompts: dict[Split, EncodedPrompts] = {}
@@ -156,17 +158,17 @@ class ScenarioDataModule(LightningDataModule):
             DataError: If files or rows cannot be used.
         """
         self._train_loader = self._resume_state = None
+        if (scripts := are_scripts(self.trainer)) != self._are_scripts:  # another module's run: rows are read anew
+            self._are_scripts, self._scenarios, self._prompts = scripts, {}, {}
         self._now = self._now or Ranks.current().gather(datetime.now().replace(microsecond=0))[0]
         if stage:
             self._check_given(_SPLITS[stage][0])
         wanted = [split for split in (_SPLITS[stage] if stage else self.specs) if self.is_given(split)]
-        for split in wanted:
-            if split not in self._scenarios:
-                self._read(split)
+        for split in (split for split in wanted if split not in self._scenarios):
+            self._read(split)
         encoder = self.current_encoder()
-        for split in wanted:
-            if split not in self._prompts:
-                self._encode(split, encoder)
+        for split in (split for split in wanted if split not in self._prompts):
+            self._encode(split, encoder)
         if rewards := getattr(getattr(self.trainer, "lightning_module", None), "rewards", None):
             check_rewards({k: found.known for k, found in self._scenarios.items() if k != "predict"}, rewards)
 
@@ -287,7 +289,7 @@ class ScenarioDataModule(LightningDataModule):
         held_out = self.validation_fraction > 0 and split in ("train", "validation")
         split = "train" if held_out else split
         heartbeat.doing("reading the data")
-        found = self._scenarios[split] = read_split(self.specs[split], split, self.rows)
+        found = self._scenarios[split] = read_split(self.specs[split], split, self.rows, are_scripts=self._are_scripts)
         for told in [f"{len(found)} scenarios from {', '.join(found.names)}", *found.notes]:
             _announce(logging.INFO, f"data.{split}: {told}")
         if held_out:

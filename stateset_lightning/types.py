@@ -237,7 +237,7 @@ class PromptBatch:
     micro_step: int = 0
     num_micro_steps: int = 1
     steps_per_episode: int = 1
-    split: Literal["train", "validation", "test", "predict"] = "train"
+    split: Literal["train", "validation", "test", "predict", "generate"] = "train"
     rows: list[int] | None = None
 
     def __len__(self) -> int:

@@ -63,6 +63,12 @@ def edit_config(**data):
     (RUN / "config.yaml").write_text(yaml.safe_dump(config))
 
 
+def has_environment(**said):
+    config = yaml.safe_load((RUN / "config.yaml").read_text())
+    config["model"]["environment"] = said
+    (RUN / "config.yaml").write_text(yaml.safe_dump(config))
+
+
 def policy_says(**said):
     edit_checkpoint(lambda content: content["hyper_parameters"]["policy"].update(said))
 
@@ -122,6 +128,8 @@ ADAPTER = ["--model.policy.adapter", "adapter"]
         ),
         (lambda: edit_config(system_prompt=["a"]), ["export", str(CHECKPOINT), "out"], "data.system_prompt=['a']"),
         (lambda: edit_config(chat_template_kwargs=3), ["export", str(CHECKPOINT), "out"], "chat_template_kwargs=3"),
+        (lambda: has_environment(max_turns="x"), [*GENERATE, str(CHECKPOINT)], "environment.max_turns='x' cannot be"),
+        (lambda: has_environment(turns=2), [*GENERATE, str(CHECKPOINT)], "model.environment.turns is unknown here"),
     ],
 )
 @pytest.mark.usefixtures("here")
@@ -148,6 +156,20 @@ def test_a_config_beside_a_checkpoint_has_nothing_imported_and_writes_no_code_in
     compile(python := card.split("```python\n")[1].split("\n```")[0], "card", "exec")
     assert not any(line.lstrip().startswith(code) for line in python.splitlines())
     assert f"options |= {{{f'a={code}, b'!r}: 1}}" in python
+
+
+@pytest.mark.usefixtures("here")
+def test_an_environment_runs_only_where_its_config_is_named(capsys):
+    has_environment(factory="foreign.Engine", max_turns=3)
+    main([*GENERATE, str(CHECKPOINT)])
+    assert f"runs where you name the config: --config {RUN.absolute() / 'config.yaml'}" in capsys.readouterr().out
+    assert not Path("executed").exists()
+    with pytest.raises(SystemExit):  # an Engine is no environment
+        main([*GENERATE, str(CHECKPOINT), "--config", str(RUN / "config.yaml")])
+    assert Path("executed").exists()
+    has_environment(max_turns=2, options={"responses": ["Are you sure?"]})  # a scripted user is data
+    main([*GENERATE, str(CHECKPOINT)])
+    assert "[end] ended_by=" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("here")

@@ -44,7 +44,7 @@ def loading_options(options: argparse.Namespace) -> LoadingOptions:
 def with_flags(message: str) -> str:
     """A message that names keys of a config, with the flags that a command without one has for them."""
     message = message.replace("model.policy.model_name", "--ckpt_path").replace("model.rollout.", "--")
-    return message.replace("data.system_prompt", "--system_prompt")
+    return message.replace("data.system_prompt", "--system_prompt").replace("data.generate", "--prompt")
 
 
 def _mapping(text: str) -> dict[str, Any]:

@@ -189,8 +189,10 @@ class StatesetCLI(LightningCLI):
             # Lightning runs with the instantiated config, and the other one is saved.
             config.ckpt_path = self.config_init.fit.ckpt_path = continue_run(self.trainer, config.ckpt_path)
         if config.baseline and not config.ckpt_path:
-            # All data is read before any model is loaded, also what the baseline itself does not need.
-            self.datamodule.tokenizer = self.datamodule.tokenizer or self.model.tokenizer
+            # All data is read before any model is loaded, also what the baseline itself does not need. How it is read
+            # depends on the module.
+            self.trainer.strategy.connect(self.model)
+            self.datamodule.trainer = self.trainer
             self.datamodule.setup("fit")
             for check in checks_before_weights(self.datamodule, self.model):
                 check()

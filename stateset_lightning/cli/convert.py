@@ -1,7 +1,8 @@
-"""`stateset-lightning convert`: the YAML of StateSet Agents' single-turn guide -> a config that `fit` runs.
+"""`stateset-lightning convert`: the YAML of StateSet Agents' guide -> a config that `fit` runs.
 
 The guide's YAML has the sections `agent`, `environment` and `training`; guide.yaml holds what becomes of their keys.
-Whatever is not carried over is named, with the reason. What cannot be single-turn is refused.
+Whatever is not carried over is named, with the reason. With `max_turns` above 1 it is one of conversations, else of
+single turns.
 """
 
 import sys
@@ -22,6 +23,7 @@ from stateset_lightning.redaction import redacted
 
 SECTIONS = ("agent", "environment", "training")
 SCENARIOS = "environment.scenarios"
+TURNS = "environment.max_turns", "training.max_turns"
 
 KINDS: dict[str, Any] = {"text": StrictStr, "true or false": StrictBool, "a whole number": StrictInt}
 # Read as text, of which true is no number.
@@ -35,7 +37,7 @@ def main(words: Sequence[str]) -> None:
     Raises:
         ConfigError: If the guide's file cannot be converted, or the output is there already.
     """
-    parser = Arguments("convert", "Turn the guide's YAML into a config that `fit` runs.")
+    parser = Arguments("convert", "Turn the guide's YAML, single-turn or multi-turn, into a config that `fit` runs.")
     parser.add_argument("guide", help="a YAML file with agent, environment and training")
     parser.add_argument("-o", "--output", type=Path, help="the config to write; by default standard output")
     options = parser.parse_args(words)
@@ -67,7 +69,8 @@ def convert(guide: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         The config, and a line for each key that is not carried over and each choice that the guide leaves open.
 
     Raises:
-        ConfigError: If it is not single-turn, lacks a model or scenarios, or a value is of the wrong kind.
+        ConfigError: If it lacks a model or scenarios, does not say how many turns there are, or a value is of the wrong
+            kind.
     """
     known = yaml.safe_load(files(__package__).joinpath("guide.yaml").read_text(encoding="utf-8"))
     given = dict(_flat(guide))
@@ -79,13 +82,20 @@ def convert(guide: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     ]
     for key, values in known["accepted"].items():
         if given.get(key, values[-1]) not in values:
-            raise ConfigError(f"{key}={given[key]!r} is not single-turn: it must be {values[-1]!r}, or left out")
+            raise ConfigError(f"{key}={given[key]!r} must be {' or '.join(map(repr, values))}, or left out")
     scenarios = _checked(SCENARIOS, given.get(SCENARIOS), "a list of scenarios, each with its user_responses")
     for key, remedy in known["required"].items():
         if given.get(key) is None:
             raise ConfigError(f"{key} is missing: {remedy} to train")
     config: dict[str, Any] = known["config"]
+    turns = {_checked(key, given[key], "a whole number") for key in TURNS if given.get(key) is not None}
+    is_multi = max(turns, default=1) > 1
+    if len(turns) > 1 or given.get("agent.type", "") in (("Agent", "agent") if is_multi else ("MultiTurnAgent",)):
+        said = ", ".join(f"{key}={given[key]}" for key in ("agent.type", *TURNS) if given.get(key) is not None)
+        raise ConfigError(f"{said}: give one max_turns, above 1 for a MultiTurnAgent and 1 (or none) for an Agent")
     prompts = sum(len(row["user_responses"]) if isinstance(row.get("user_responses"), list) else 1 for row in scenarios)
+    if is_multi:
+        prompts, config["trainer"]["logger"]["init_args"]["name"] = len(scenarios), "multi_turn"
     config["data"] = {"train": scenarios, "batch_size": min(8, prompts)}  # where the guide names none
     wanted = [key for key in known["precision"] if _checked(key, given.get(key, False), "true or false")]
     if len(wanted) > 1:

@@ -1,13 +1,17 @@
-"""`stateset-lightning generate`: try a checkpoint or a model on a prompt, or line by line."""
+"""`stateset-lightning generate`: try a checkpoint or a model on a prompt, or line by line.
+
+Where the run's environment answers, each prompt is played to its end, as in an evaluation.
+"""
 
 import io
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 from stateset_lightning.cli.arguments import Arguments, loading_options, with_flags
-from stateset_lightning.errors import ConfigError, UserError
+from stateset_lightning.errors import ConfigError, DataError, UserError
 from stateset_lightning.threads import heartbeat
 
 
@@ -25,10 +29,14 @@ def main(words: Sequence[str]) -> None:
     import torch  # not for `--help`
 
     from stateset_lightning.cli.trained import load_trained
+    from stateset_lightning.data.loader import Prompts
+    from stateset_lightning.data.sources import read_split
+    from stateset_lightning.environments import Player
     from stateset_lightning.policy import Policy
+    from stateset_lightning.rewards import Scorer
     from stateset_lightning.rollout import InProcessEngine
-    from stateset_lightning.seeding import sample_seeds
-    from stateset_lightning.types import Scenario
+    from stateset_lightning.training.collect import Sampler
+    from stateset_lightning.types import Scenario, read_literal
 
     trained = load_trained(options.ckpt_path, options.config, loading_options(options))
     names = ("temperature", "top_p", "max_new_tokens")
@@ -39,24 +47,35 @@ def main(words: Sequence[str]) -> None:
     seed = trained.seed if options.seed is None else options.seed
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     # Nothing is scored, so packed scoring, which would be faster, need not be probed.
-    engine = InProcessEngine(trained.tokenizer)
     try:
-        engine.sync(Policy(trained.model.to(device), replace(trained.policy, scoring="padded")))
+        policy = Policy(trained.model.to(device), replace(trained.policy, scoring="padded"))
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {device}: {str(error).splitlines()[0]}") from error
-    encoder = trained.encoder(options.system_prompt)
+    encoder, environment = trained.encoder(options.system_prompt), trained.environment()
+    engine, scorer, player = InProcessEngine(trained.tokenizer), Scorer(lambda turns, context: 0.0), None
+    if environment is not None:
+        player = replace(Player.of(environment, rollout, None, trained.tokenizer), encoder=encoder)
+    sampler = Sampler(engine, scorer, rollout, seed, player=player)
     trained_with = trained.checkpoint.get("stateset", {}).get("longest", 0)
+    trained_with = trained_with if environment is None else policy.context_length or 0
 
     def answer(prompt: str, number: int) -> None:
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise ConfigError(f"the prompt {prompt!r:.80} is no UTF-8; convert it (iconv -t UTF-8)")
-        tokens = encoder.encode([Scenario(id=str(number), prompt=prompt)], "generate").tokens[0]
-        engine.policy.prepare_for(max(len(tokens) + rollout.max_new_tokens, trained_with))
-        seeds_N = sample_seeds(seed, "generate", 0, [number], num_samples)
-        sampled = engine.generate([tokens], num_samples, rollout, seeds_N, greedy=greedy)
-        engine.check(sampled, rollout.temperature)
-        for i, text in enumerate(map(_shown, sampled.texts), start=1):
+        scenarios: Sequence[Scenario] = [Scenario(id=str(number), prompt=prompt)]
+        if environment is not None and isinstance(row := read_literal(prompt), dict):
+            scenarios = read_split([row], "generate", are_scripts=environment.are_scripts).scenarios
+        encoded = encoder.encode(scenarios, "generate")
+        prompts = Prompts(scenarios, encoded.tokens, encoder.system_prompt, encoded.opened)
+        batch = prompts.batch([*range(len(scenarios))], [number] * len(scenarios), "generate", episode_index=0)
+        policy.prepare_for(max(int(encoded.tokens.lengths.max()) + rollout.max_new_tokens, trained_with))
+        sample = sampler.sample(policy, batch, num_samples, greedy=greedy)
+        texts = list(map(_played, sample.told)) or sample.rollout.texts
+        for i, text in enumerate(map(_shown, texts), start=1):
             print(f"[{i}] {text}" if num_samples > 1 else text, flush=True)
+        for failure in sample.scores.failures:
+            give = """what it needs beside the prompt is given as --prompt '{"prompt": ..., ...}', a row as JSON"""
+            raise DataError(f"the environment failed: {failure.error}: {failure.message}; {give}")
 
     if options.prompt is not None:
         answer(options.prompt, 0)
@@ -67,6 +86,13 @@ def main(words: Sequence[str]) -> None:
             answer(prompt, number)
         except UserError as error:  # a prompt that is too long, say: the next one may do
             print(f"error: {with_flags(str(error))}", file=sys.stderr)
+
+
+def _played(told: dict[str, Any]) -> str:
+    """All turns of a conversation, and what became of it, in the words of predictions."""
+    turns = [f"[{turn['role']}] {turn['content']}" for turn in told["turns"]]
+    end = [f"{name}={told[name]}" for name in ("ended_by", "num_turns", "environment_reward")]
+    return "\n".join([*turns, f"[end] {', '.join(end)}"])
 
 
 def _shown(text: str) -> str:
@@ -90,10 +116,10 @@ def _prompts() -> Iterator[str]:
 
 
 def _parser() -> Arguments:
-    parser = Arguments("generate", "Try a checkpoint, or any model, on a prompt.")
+    parser = Arguments("generate", "Try a checkpoint, or any model, on a prompt, or in a conversation that it begins.")
     source = "a checkpoint of a run, `last` or `best` (below runs/), a run's folder, a model folder, or a hub id"
     parser.add_argument("--ckpt_path", required=True, metavar="CKPT", help=source)
-    parser.add_argument("--prompt", help="what to ask; without it, standard input has one per line")
+    parser.add_argument("--prompt", help="what to ask; or a row as JSON. Without it, standard input has one per line")
     samples = "completions to sample; without it, one greedy completion, unless a temperature or top-p is given"
     parser.add_argument("--samples", type=int, help=samples)
     parser.add_argument("--temperature", type=float, help="of sampling; by default that of training")

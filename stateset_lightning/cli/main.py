@@ -6,10 +6,10 @@ usage: stateset-lightning {fit,validate,test,predict} --config FILE [--config OV
   validate   greedy answers to data.validation, scored
   test       greedy answers to data.test, scored
   predict    greedy answers to data.predict, written as JSON lines
-  generate   try a checkpoint on a prompt: generate --ckpt_path CKPT [--prompt TEXT]
+  generate   try a checkpoint on a prompt, or in a conversation: generate --ckpt_path CKPT [--prompt TEXT]
   export     a plain Hugging Face folder with a model card: export CKPT OUT [--merge] [--push REPO]
   report     one HTML page about a run: report RUN [-o FILE]
-  convert    the guide's YAML to a config: convert GUIDE [-o FILE]
+  convert    the guide's YAML, single-turn or multi-turn, to a config: convert GUIDE [-o FILE]
   doctor     before a long run: data, one reward, memory and time, contradictions: doctor --config FILE
 
 Every key of a config is a flag as well (--trainer.max_steps 100), and wins over the files. Of several files, the later

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from stateset_lightning.cli.overlays import read_yaml
 from stateset_lightning.data.prompts import PromptEncoder
+from stateset_lightning.environments import EnvironmentConfig
 from stateset_lightning.errors import CheckpointError, ConfigError, log
 from stateset_lightning.files import keep_inputs
 from stateset_lightning.policy import end_of_sequence_ids, load_model, load_tokenizer
@@ -26,6 +27,7 @@ from stateset_lightning.run.folder import CHECKPOINTS, CONFIGS
 
 _WEIGHTS = "policy.model."
 _SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")  # so called in a generation config, too
+_SCRIPTED = (None, "stateset_lightning.environments.ScriptedUser")  # factories that run nothing of anybody's
 _PROMPT_OPTIONS = ("system_prompt", "use_chat_template", "chat_template_kwargs", "parse_special_tokens")
 
 
@@ -33,8 +35,8 @@ _PROMPT_OPTIONS = ("system_prompt", "use_chat_template", "chat_template_kwargs",
 class TrainedModel:
     """A model with what its training says about using it.
 
-    `config` is the run's resolved config, empty where none is found; `checkpoint` is all of the checkpoint but its
-    weights, empty for a plain model.
+    `config` is the run's resolved config, empty where none is found, and `found_config` its file, if nobody has named
+    that; `checkpoint` is all of the checkpoint but its weights, empty for a plain model.
     """
 
     source: str
@@ -45,6 +47,7 @@ class TrainedModel:
     seed: int = 0
     config: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: Mapping[str, Any] = field(default_factory=dict)
+    found_config: Path | None = None
 
     @property
     def is_adapted(self) -> bool:
@@ -71,6 +74,19 @@ class TrainedModel:
         options = {name: value for name in _PROMPT_OPTIONS if (value := given.get(name)) is not None}
         check_saved("data", PromptEncoder, options)
         return PromptEncoder(tokenizer=self.tokenizer, **options)
+
+    def environment(self) -> EnvironmentConfig | None:
+        """What answers the model; None: nothing, so that it answers once. The name of an environment has code run: that
+        is not for a config to say which nobody has named.
+        """
+        given = self.config.get("model", {}).get("environment")
+        check_saved("model.environment", EnvironmentConfig, given or {})
+        environment = EnvironmentConfig.of(given)
+        if environment is None or self.found_config is None or environment.factory in _SCRIPTED:
+            return environment
+        why = "which is code, and runs where you name the config: --config %s. Without it, a prompt is answered once"
+        log.info("the run has conversations with %r, " + why, environment.factory, self.found_config)
+        return None
 
 
 def load_trained(source: str, config: str | None = None, loading: LoadingOptions | None = None) -> TrainedModel:
@@ -103,8 +119,9 @@ def load_trained(source: str, config: str | None = None, loading: LoadingOptions
     check_saved("model.rollout", RolloutConfig, saved["rollout"])
     rollout = RolloutConfig(**saved["rollout"])
     model, seed = _load(source, policy, weights, checkpoint["stateset"]), checkpoint["stateset"]["seed"]
-    found = given or _config_of_run(file, checkpoint)
-    return TrainedModel(source, policy, model, load_tokenizer(policy), rollout, seed, found, checkpoint)
+    found = None if given else _find_config(file, checkpoint)
+    read = given if found is None else _read_config(found)
+    return TrainedModel(source, policy, model, load_tokenizer(policy), rollout, seed, read, checkpoint, found)
 
 
 def _sampling_of(model: PreTrainedModel) -> RolloutConfig:
@@ -155,18 +172,20 @@ def _load(source: str, policy: PolicyConfig, state: Mapping[str, Tensor], saved:
     return model.eval()
 
 
-def _config_of_run(file: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def _find_config(file: Path, checkpoint: Mapping[str, Any]) -> Path | None:
     folder = next((place for place in file.absolute().parents if place.name == CHECKPOINTS), file.absolute().parent)
     for place, name in product([folder.parent, Path(checkpoint["stateset"]["run_folder"])], CONFIGS):
         if (place / name).is_file():
-            return _read_config(place / name)
+            return place / name
     prompts = "prompts get no system prompt and the tokenizer's chat template, if it has one"
     log.info("%s: no config of its run is found: %s", file, prompts)
-    return {}
+    return None
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     content = read_yaml(path, str(path), "a run's resolved config")
-    if not isinstance(content.get("model"), Mapping) or not isinstance(content.get("data", {}), Mapping | None):
+    model = content.get("model")
+    parts = [content.get("data"), model.get("environment")] if isinstance(model, Mapping) else [""]
+    if not all(isinstance(part, Mapping | None) for part in parts):
         raise ConfigError(f"{path} is no config of a run, which has model: and data:")
     return content

@@ -19,7 +19,7 @@ from stateset_lightning.ranks import Ranks
 from stateset_lightning.seeding import derive_seed, uniforms
 from stateset_lightning.types import PromptBatch, Scenario
 
-Split = Literal["train", "validation", "test", "predict"]
+Split = Literal["train", "validation", "test", "predict", "generate"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,9 @@
 
 A row has its prompt in one of three forms: `prompt` (text), `messages` (a conversation that ends with a turn of the
 user; TRL's data sets call it `prompt` too), or `user_responses` (several texts, each of which becomes a scenario of its
-own). A `Shape` says which columns these are. Rewards see all columns of the file under their own names, too; that of
-the target as the target is, unless it is text or a mapping.
+own; or where they are a script, the first is the prompt of a conversation that has them all). A `Shape` says which
+columns these are. Rewards see all columns of the file under their own names, too; that of the target as the target is,
+unless it is text or a mapping.
 """
 
 import datetime
@@ -35,6 +36,8 @@ _ROLES = {
     **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation"), "tool"),
 }
+_AS_PROMPTS = "each of the user_responses is a prompt of its own (model.environment.max_turns above 1: a conversation)"
+_AS_SCRIPT = "the user_responses are said one after another, in a conversation"
 _CONTEXT = "'context', which goes into the system turn unless data.fields.context=null,"
 
 
@@ -47,12 +50,14 @@ class Part:
         shape: How they are read.
         label: Rows without an id get `<label>:<row number>`.
         rewards: Names of the reward functions for rows that do not name their own.
+        are_scripts: Whether a row's `user_responses` are said in one conversation.
     """
 
     rows: Rows
     shape: Shape
     label: str
     rewards: Sequence[str] | None = None
+    are_scripts: bool = False
 
     def scenarios(self, readings: Iterable[RawRow | Problem]) -> tuple[list[tuple[Scenario, str]], list[Problem]]:
         """The scenarios of some of the rows, each with its place, and the problems of those that cannot be used."""
@@ -98,7 +103,12 @@ def _row_scenarios(row: RawRow | Problem, part: Part) -> list[Scenario]:
         choose = f"; choose one: data.format={given[0]} or data.fields.{given[0]}=null" if given else ""
         raise BadRow(f"needs exactly one of 'prompt', 'messages' and 'user_responses', but has {found}{choose}")
     if (responses := columns.pop("user_responses", None)) is not None:
-        prompts = enumerate(checked_texts("user_responses", responses))
+        texts = checked_texts("user_responses", responses)
+        if len(texts) > 1:
+            shape.counts[_AS_SCRIPT if part.are_scripts else _AS_PROMPTS] += 1
+        if part.are_scripts:
+            return [Scenario.model_validate({**columns, "prompt": texts[0], "user_responses": texts})]
+        prompts = enumerate(texts)
         return [Scenario.model_validate({**columns, "id": f"{columns['id']}/{i}", "prompt": p}) for i, p in prompts]
     if given == ["messages"]:
         columns["messages"] = _conversation(columns, shape)

@@ -75,7 +75,11 @@ SplitSpec = str | os.PathLike[str] | Sequence[Source | Mapping[str, Any]]
 
 
 def read_split(
-    spec: SplitSpec, split: str, options: RowOptions | dict[str, str | None] | None = None, first: int | None = None
+    spec: SplitSpec,
+    split: str,
+    options: RowOptions | dict[str, str | None] | None = None,
+    first: int | None = None,
+    are_scripts: bool = False,
 ) -> ScenarioSet:
     """Reads and checks all scenarios of a split.
 
@@ -84,6 +88,7 @@ def read_split(
         split: train, validation, test or predict.
         options: What is said about the columns (or `fields` alone), for sources that say nothing of their own.
         first: Rows of each file that are looked at, and of no hub or library; None: all.
+        are_scripts: Whether a row's `user_responses` are said in one conversation; by default each is a prompt.
 
     Raises:
         ConfigError: If `spec` or a source is none of these.
@@ -110,7 +115,7 @@ def read_split(
             said = RowOptions(format="prompt") if source.reasoning_gym else options.of(vars(source))
             sample = [row for row in readings if isinstance(row, RawRow)]
             shape = recognise(sample, said, str(rows.origin), needs_target=split != "predict")
-            part = Part(rows, shape, stem if stems[stem] == 1 else source.name or path, source.rewards)
+            part = Part(rows, shape, stem if stems[stem] == 1 else source.name or path, source.rewards, are_scripts)
             scenarios, bad = part.scenarios(readings if is_large else readings[:first])
             parts.append(part)
             checked += scenarios

@@ -2,12 +2,13 @@
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, cast
 
 from annotated_types import Ge, Gt
 
 from stateset_lightning.environments.base import imported
+from stateset_lightning.environments.scripted_user import ScriptedUser
 from stateset_lightning.errors import ConfigError, bounded
 
 MIN_DEFAULT_TOKENS = 1024  # short answers, such as moves of a game, may get long replies
@@ -21,15 +22,16 @@ class EnvironmentConfig:
     Args:
         factory: Makes an environment for each conversation: a class, or a function without required arguments, given
             by itself or by its import path; or a mapping of several, of which the scenario's column `environment` names
-            one.
+            one. By default `ScriptedUser`: a scenario's own texts are said one after another.
         options: Keyword arguments of the factory.
-        max_turns: Completions of a conversation at most. With 1 the environment only scores the one completion.
+        max_turns: Completions of a conversation at most. With 1 the environment only scores the one completion, and
+            without a factory the run is single-turn.
         max_tokens: Tokens of a conversation behind its prompt at most, the environment's included; by default twice
             `max_turns` times `max_new_tokens`, and at least 1,024. A turn begins only where `max_new_tokens` more fit.
         timeout: Seconds that an environment may take to begin, to answer, or to score, and a tool half of them.
     """
 
-    factory: Any
+    factory: Any = None
     options: dict[str, Any] = field(default_factory=dict)
     max_turns: Annotated[int, Ge(1)] = 8
     max_tokens: Annotated[int, Ge(1)] | None = None
@@ -37,7 +39,7 @@ class EnvironmentConfig:
 
     def __post_init__(self) -> None:
         of = self.factory.values() if isinstance(self.factory, Mapping) else [self.factory]
-        if not of or not all(callable(one) or isinstance(one, str) for one in of):
+        if self.factory is not None and not (of and all(callable(one) or isinstance(one, str) for one in of)):
             raise ConfigError(
                 f"model.environment.factory={self.factory!r} is no class or function, no import path of one, and no"
                 " mapping of several by name"
@@ -53,15 +55,22 @@ class EnvironmentConfig:
         Raises:
             ConfigError: If an import path names nothing that can be called.
         """
-        several = self.factory if isinstance(self.factory, Mapping) else {"": self.factory}
+        several = self.factory if isinstance(self.factory, Mapping) else {"": self.factory or ScriptedUser}
         return {name: one if callable(one) else _imported(one) for name, one in several.items()}
+
+    @property
+    def are_scripts(self) -> bool:
+        """Whether a scenario's own texts are said one after another: `user_responses` are one conversation then."""
+        return self.max_turns > 1 and not self.options and self.factories() == {"": ScriptedUser}
 
     @classmethod
     def of(cls, given: Any) -> "EnvironmentConfig | None":
-        """The config that is given, as such, as a mapping of its options, or as its factory alone; None of None."""
-        if given is None or isinstance(given, cls):
-            return given
-        return cls(**given) if isinstance(given, Mapping) and "factory" in given else cls(given)
+        """The config that is given, as such, as a mapping of its options, or as its factory alone; None of None, and of
+        a single turn without a factory, which nobody answers.
+        """
+        are_options = isinstance(given, Mapping) and given.keys() <= {option.name for option in fields(cls)}
+        config = given if isinstance(given, cls | None) else cls(**given) if are_options else cls(given)
+        return None if config is None or (config.factory is None and config.max_turns == 1) else config
 
 
 def _imported(path: str) -> Callable[..., Any]:

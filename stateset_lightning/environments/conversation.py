@@ -64,6 +64,11 @@ class Conversation:
             return "".join(turn.content for turn in behind).removeprefix(opened)
         return "\n".join(f"[{turn.role}] {turn.content}" for turn in behind)
 
+    def told(self, reward: float | None) -> dict[str, Any]:
+        """What files say of it: all turns, answers of the model, what ended it, and what the environment gave."""
+        turns = [{"role": turn.role, "content": turn.content} for turn in self.turns]
+        return {"turns": turns, "num_turns": self.num_turns, "ended_by": self.ended, "environment_reward": reward}
+
     def columns(self, reward: float | None) -> dict[str, Any]:
         """What rewards get as context: the scenario's columns, what the environment gave, and how it ended."""
         turns = {"turn_rewards": list(self.rewards), "num_turns": self.num_turns, "ended_by": self.ended}

@@ -14,7 +14,8 @@ from stateset_lightning.errors import ConfigError
 class ScriptedUser:
     """Answers with one text after another, whatever the model says. When none is left, the conversation ends.
 
-    Where the scenario has no turn of the user, the first text opens the conversation.
+    Where the scenario has no turn of the user, the first text opens the conversation. Of the guide's `user_responses`
+    the first is the scenario's prompt already.
 
     Args:
         responses: The texts, for all scenarios; None takes each scenario's own.
@@ -41,6 +42,8 @@ class ScriptedUser:
         return answer, None, answer is None
 
     def _of(self, scenario: Mapping[str, Any]) -> list[str]:
+        if (said := scenario.get("user_responses")) is not None:  # read and checked as a script
+            return list(said[1:])
         try:
             return checked_texts(self._column, scenario.get(self._column))
         except BadRow as error:

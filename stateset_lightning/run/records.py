@@ -19,7 +19,9 @@ from stateset_lightning.training.resample import Sample
 class CompletionRecord:
     """What was asked, what was answered and how it was scored, as JSON holds it.
 
-    `rewards` and `reward` are None where a reward failed, does not apply, or its total cannot be formed.
+    `rewards` and `reward` are None where a reward failed, does not apply, or its total cannot be formed. `conversation`
+    is None of a single turn; else it has `turns`, the prompt's included, `num_turns` of the model, `ended_by`
+    (environment, turns, tokens, length or failure) and `environment_reward`.
     """
 
     id: str
@@ -34,9 +36,11 @@ class CompletionRecord:
     target: Any = None
     breakdown: dict[str, Any] | None = None
     errors: list[str] | None = None
+    conversation: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if value is not None or key == "reward"}
+        row = {**asdict(self), **(self.conversation or {}), "conversation": None}
+        return {key: value for key, value in row.items() if value is not None or key == "reward"}
 
 
 MAX_PARTS = 10_000  # values of a breakdown, of which each is searched for secrets
@@ -64,6 +68,7 @@ def make_records(sample: Sample, advantages: Sequence[float] | None = None) -> l
                 target=plain(scenario.target),
                 breakdown=redacted(plain(scores.breakdowns[n], MAX_PARTS)) or None,
                 errors=plain([f"{failure.reward}: {failure.error}: {failure.message}" for failure in failures]) or None,
+                conversation=sample.told[n] if sample.told else None,
             )
         )
     return records

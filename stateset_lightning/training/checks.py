@@ -27,7 +27,7 @@ from stateset_lightning.ranks import unsharded
 from stateset_lightning.rewards import FunctionReward, GroupReward, TRLReward
 from stateset_lightning.rollout.sampling import check_length
 from stateset_lightning.rollout.targets import Targets
-from stateset_lightning.training.data import data_of
+from stateset_lightning.training.data import check_scripts, data_of, tell_of_turns
 from stateset_lightning.training.metrics import NAMES
 from stateset_lightning.training.reward_checks import check_baseline
 from stateset_lightning.training.schedule import accumulations, batches_per_epoch, optimizer_steps_of_run
@@ -55,6 +55,7 @@ def checks_before_weights(data: ScenarioDataModule | None, module: Any) -> list[
     rollout, longest = module.rollout, 0 if data is None else data.longest_prompt
     return [
         partial(check_targets, data, module),
+        partial(check_scripts, data, module.environment),
         partial(check_dynamic_sampling, data, rollout.dynamic_sampling, module.algorithm),
         partial(check_baseline, module.rewards, module.algorithm.needs_greedy_baseline),
         partial(check_teacher, module.teacher, module.tokenizer, longest, rollout.max_new_tokens),
@@ -76,6 +77,7 @@ def checks_of_run(trainer: Trainer, module: Any) -> list[Callable[[], None]]:
         partial(check_context, data, module.policy.context_length, module.rollout.max_new_tokens),
         partial(check_speed, trainer, module.policy.model.dtype),
         partial(tell_of_targets, module),
+        partial(tell_of_turns, module.environment),
     ]
 
 

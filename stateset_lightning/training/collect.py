@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -176,9 +176,11 @@ class Sampler:
         seeds_N = sample_seeds(self.seed, batch.split, batch.episode_index, batch.positions, num_generations)
         heartbeat.doing(f"sampling {_place(batch)}")
         metrics: Metrics = {}
+        told: dict[int, dict[str, Any]] = {}
         with self.scorer.start(len(seeds_N), policy.device, num_generations) as session:
 
             def score_conversation(n: int, conversation: Conversation, reward: float | None) -> None:
+                told[n] = conversation.told(reward)
                 if conversation.failure is not None:
                     session.fail(n, conversation.failure)
                     return
@@ -206,7 +208,7 @@ class Sampler:
                 last = rollout if self.player is None else None  # of conversations, their last turns
                 self.engine.check(last, self.config.temperature)  # training compares all that it trains on
             heartbeat.doing(f"scoring {_place(batch)}")
-            return Sample(batch, rollout, session.collect(), metrics)
+            return Sample(batch, rollout, session.collect(), metrics, [told[n] for n in sorted(told)])
 
     def _limits(self, policy: Policy) -> Limits:
         assert self.player is not None

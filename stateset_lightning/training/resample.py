@@ -26,12 +26,15 @@ Replacements = Callable[[PromptBatch, Sequence[int], int], PromptBatch]
 
 @dataclass(frozen=True)
 class Sample:
-    """Prompts, their completions, what the rewards said of them, and what happened in conversations, by metric."""
+    """Prompts, their completions, what the rewards said of them, and of conversations what happened in them, by metric,
+    and what files say of each (see `Conversation.told`).
+    """
 
     batch: PromptBatch
     rollout: Rollout
     scores: Scores
     conversations: Metrics = field(default_factory=dict)
+    told: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def totals_PG(self) -> Tensor:
@@ -52,7 +55,8 @@ class Sample:
         for name in ("prompt_tokens", "conversations", "scenarios", "rows"):
             setattr(batch, name, _picked(getattr(self.batch, name), getattr(other.batch, name), prompts))
         rollout = _rollout(self.rollout, other.rollout, prompts, completions)
-        return Sample(batch, rollout, _scores(self.scores, other.scores, completions), self.conversations)
+        told = _picked(self.told, other.told, completions) if self.told else []
+        return Sample(batch, rollout, _scores(self.scores, other.scores, completions), self.conversations, told)
 
 
 def resample(

@@ -5,6 +5,7 @@ word.
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,21 @@ def test_the_guides_example() -> None:
     assert config["model"]["optimizer"]["init_args"] == {"lr": 5e-5, "weight_decay": 0.0}  # YAML reads `5e-5` as text
     assert config["data"]["train"] == yaml.safe_load(GUIDE)["environment"]["scenarios"]
     assert config["data"]["batch_size"] == 2  # as many as there are
+    assert config["model"]["environment"] == {"max_turns": 1}  # which is single-turn
     assert (config["trainer"]["max_steps"], config["trainer"]["max_epochs"]) == (20, -1)
     assert len(notes) == 1
     assert "model.reward is HelpfulnessReward" in notes[0]
+
+
+MULTI = {"training__max_turns": 3, "environment__max_turns": 3, "agent__type": "MultiTurnAgent"}
+
+
+@pytest.mark.parametrize("said", [*({key: MULTI[key]} for key in [*MULTI][:2]), MULTI])
+def test_the_multi_turn_one(said: dict[str, Any]) -> None:
+    config, _ = convert(guide(**{"training__max_turns": None, **said}))
+    assert config["model"]["environment"] == {"max_turns": 3}
+    assert config["data"] == {"train": yaml.safe_load(GUIDE)["environment"]["scenarios"], "batch_size": 1}
+    assert config["trainer"]["logger"]["init_args"]["name"] == "multi_turn"
 
 
 def test_every_training_option_of_the_guide() -> None:
@@ -71,10 +84,16 @@ def test_what_is_not_carried_over_is_named_without_secrets() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"training__max_turns": 3}, "training.max_turns=3 is not single-turn: it must be 1, or left out"),
-        ({"environment__max_turns": 10}, "environment.max_turns=10 is not single-turn"),
-        ({"agent__type": "MultiTurnAgent"}, "agent.type='MultiTurnAgent' is not single-turn"),
-        ({"environment__type": "task"}, "environment.type='task' is not single-turn: it must be 'conversation'"),
+        (
+            {"environment__max_turns": 10},
+            "environment.max_turns=10, training.max_turns=1: give one max_turns, above 1 for a MultiTurnAgent",
+        ),
+        ({"agent__type": "MultiTurnAgent"}, "agent.type=MultiTurnAgent, training.max_turns=1: give one max_turns"),
+        ({"agent__type": "MultiTurnAgent", "training__max_turns": None}, "agent.type=MultiTurnAgent: give one"),
+        ({"agent__type": "Agent", "training__max_turns": 3}, "agent.type=Agent, training.max_turns=3: give one"),
+        ({"training__max_turns": "many"}, "training.max_turns='many' must be a whole number"),
+        ({"agent__type": "Robot"}, "agent.type='Robot' must be 'MultiTurnAgent' or 'Agent' or 'agent', or left out"),
+        ({"environment__type": "task"}, "environment.type='task' must be 'ConversationEnvironment' or 'conversation'"),
         ({"environment__scenarios": "rows.json"}, "environment.scenarios='rows.json' must be a list of scenarios"),
         ({"environment__scenarios": []}, "environment.scenarios=\\[\\] must be a list"),
         ({"agent__model_name": None}, "agent.model_name is missing"),
@@ -133,19 +152,31 @@ def test_a_file_that_is_none_of_the_guides(
 
 
 @pytest.mark.slow  # the first run of a process imports Lightning
-def test_the_converted_config_trains(tmp_path: Path) -> None:
-    (tmp_path / "guide.yaml").write_text(GUIDE)
+@pytest.mark.parametrize("max_turns", [1, 3])
+def test_the_converted_config_trains(max_turns: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "guide.yaml").write_text(yaml.safe_dump(guide(training__max_turns=max_turns)))
     main(["convert", str(tmp_path / "guide.yaml"), "-o", str(tmp_path / "ours.yaml")])
     short = [
         "--model.policy.model_name=tiny",
         "--model.rollout.max_new_tokens=8",
         "--trainer.max_steps=2",
         "--trainer.accelerator=cpu",
+        "--baseline=true",
+        "--data.validation=" + json.dumps(guide()["environment"]["scenarios"]),
     ]
     cli = main(["fit", f"--config={tmp_path / 'ours.yaml'}", *short, f"--trainer.logger.init_args.save_dir={tmp_path}"])
     assert cli is not None
     assert cli.trainer.global_step == 2
     assert cli.trainer.optimizers[0].param_groups[0]["lr"] == 5e-5
     assert cli.model.rollout.temperature == 0.7
-    assert cli.datamodule.num_scenarios == {"train": 2}
-    assert (tmp_path / "single_turn" / "version_0" / "checkpoints" / "last.ckpt").exists()
+    number = 2 if max_turns == 1 else 1  # the one scenario's user_responses, or their conversation
+    assert cli.datamodule.num_scenarios == {"train": number, "validation": number}
+    run = tmp_path / ("single_turn" if max_turns == 1 else "multi_turn") / "version_0"
+    assert (run / "checkpoints" / "last.ckpt").exists()
+    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert all(("turns" in row) == (max_turns > 1) for row in rows)
+    capsys.readouterr()
+    main(
+        ["generate", "--device=cpu", f"--ckpt_path={run}", "--prompt", json.dumps({"user_responses": ["Hm?", "Why?"]})]
+    )
+    assert ("[end] ended_by=" in capsys.readouterr().out) == (max_turns > 1)
