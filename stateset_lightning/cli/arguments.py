@@ -27,7 +27,7 @@ class Arguments(argparse.ArgumentParser):
         """The run's config, and the flags of `LoadingOptions`: which code a model runs with is the user's to say, and
         not a checkpoint's.
         """
-        self.add_argument("--config", help="the run's resolved config; by default the one in the run's folder")
+        self.add_argument("--config", help="the run's resolved config; by default its folder's, which runs no code")
         self.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
         self.add_argument("--revision", help="branch, tag or commit of a Hugging Face id; never the checkpoint's own")
         self.add_argument("--attn_implementation", metavar="NAME", help="attention of transformers (sdpa, eager, ...)")

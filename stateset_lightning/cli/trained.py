@@ -96,8 +96,8 @@ def load_trained(source: str, config: str | None = None, loading: LoadingOptions
         source: A checkpoint file, `last` or `best` of the runs below `runs`, a folder of checkpoints for the newest, a
             folder that `save_pretrained` wrote, or a Hugging Face id. Without a run, the model's generation config says
             how it is sampled.
-        config: The run's resolved config; by default the one in the run's folder. It says how prompts are made, and
-            nothing of the model.
+        config: The run's resolved config; by default the one in the run's folder. It says how prompts are made
+            and, if it is named, what answers the model; of the model itself nothing.
         loading: What only the user decides; a checkpoint's own are not used.
 
     Raises:

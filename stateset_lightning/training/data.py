@@ -45,5 +45,5 @@ def check_scripts(data: ScenarioDataModule | None, environment: EnvironmentConfi
 def tell_of_turns(environment: EnvironmentConfig | None) -> None:
     """Announces whether prompts are answered once or begin conversations, and why."""
     max_turns = 1 if environment is None else environment.max_turns
-    why = "there is no model.environment" if environment is None else f"model.environment.max_turns={max_turns}"
+    why = "no model.environment answers" if environment is None else f"model.environment.max_turns={max_turns}"
     rank_zero_info(f"{'conversations' if max_turns > 1 else 'single turns'}: {why}")

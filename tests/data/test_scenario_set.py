@@ -163,6 +163,22 @@ LATE = {
 }
 
 
+@pytest.mark.parametrize("is_large", [False, True])
+def test_where_they_are_a_script_user_responses_are_one_scenario(tmp_path, large, is_large):
+    rows = [{"context": "x", "user_responses": [f"a{i}", "b"][: 1 + i % 2]} for i in range(24)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if is_large:
+        large()
+    scenarios = read_split(str(tmp_path / "a.jsonl"), "train", are_scripts=True).scenarios
+    assert len(scenarios) == 24
+    for row, scenario in zip(rows, scenarios, strict=True):
+        assert (scenario.prompt, scenario.columns()["user_responses"]) == (
+            row["user_responses"][0],
+            row["user_responses"],
+        )
+    assert (scenarios[23].id, scenarios[23].context) == ("a:24", "x")
+
+
 @pytest.mark.parametrize(("late", "said"), LATE.values(), ids=LATE)
 def test_what_cannot_be_used_is_an_error_when_it_is_served(tmp_path, tokenizer, large, late, said):
     path = tmp_path / "a.jsonl"

@@ -59,7 +59,7 @@ def test_a_single_turn_is_todays_bit_by_bit_and_says_what_would_make_conversatio
     assert trainer.datamodule.num_scenarios == {"train": 4}
     a, b = weights(trainer), weights(other)
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert "single turns: there is no model.environment" in caplog.messages
+    assert "single turns: no model.environment answers" in caplog.messages
     assert "is a prompt of its own (model.environment.max_turns above 1: a conversation) (1 rows)" in caplog.text
 
 
