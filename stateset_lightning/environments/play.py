@@ -81,6 +81,8 @@ class Play:
             conversation = Conversation([], [], self.batch.scenarios[p])
             self.all.append(conversation)
             driver, opening = self._wait(conversation, start) or (None, Opening())
+            if driver is None:
+                start[0].add_done_callback(_close_late)
             conversation.driver = driver
             conversation.turns, conversation.prompt = self.batch.conversations[p], self.batch.prompt_tokens[p]
             if driver is not None and (opening != Opening() or driver.schemas()):
@@ -115,7 +117,7 @@ class Play:
                 continue
             self.counts.update(reply.counts or {})
             conversation.rewards.append(reply.reward)
-            conversation.ended = "environment" if reply.done or not reply.turns else self._go_on(n, reply.turns)
+            conversation.ended = "environment" if reply.done else self._go_on(n, reply.turns)
 
     def end(self, ended: Iterable[int], on_ended: OnEnded) -> None:
         """Asks environments for their rewards, and hands conversations over to be scored."""
@@ -258,6 +260,12 @@ class Play:
             failure = error
         self._fail(conversation, failure)
         return None
+
+
+def _close_late(start: Future[tuple[Driver, Opening]]) -> None:
+    """Closes an environment whose beginning took too long, when it has begun at last."""
+    if not start.cancelled() and start.exception() is None:
+        start.result()[0].close()
 
 
 def _common_start(rows: Sequence[Sequence[int]]) -> list[int]:

@@ -62,7 +62,7 @@ class Player:
             raise ConfigError(f"{what}: the masks of a conversation are not kept; leave one of them out")
         encoder = PromptEncoder(tokenizer=tokenizer) if data is None else data.current_encoder()
         factories = {name: partial(one, **config.options) for name, one in config.factories().items()}
-        settings = Settings(tokenizer, config.timeout / 2, config.max_turns)
+        settings = Settings(tokenizer, config.timeout / 2, config.max_turns, timeout=config.timeout)
         return cls(config, encoder, partial(as_environment, factories.get("", factories), settings))
 
     def encoder_with(self, schemas: list[dict[str, Any]]) -> PromptEncoder:
