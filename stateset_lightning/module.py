@@ -204,7 +204,7 @@ class GRPOLightningModule(RunsInTrainer):
         self._checkpoint.prepare_for(longest)
         if fits:
             self._teacher = self._teacher or make_teacher(self.teacher, self._sampled_policy, dtype)
-            choose_micro_steps(self.trainer, self._loaded_policy, self._data, self.rollout)
+            choose_micro_steps(self.trainer, self._loaded_policy, self._data, self.rollout, self.environment)
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.optimizer, self._loaded_policy.parameters())

@@ -50,6 +50,14 @@ class EnvironmentConfig:
         several = self.factory if isinstance(self.factory, Mapping) else {"": self.factory}
         return {name: one if callable(one) else _imported(one) for name, one in several.items()}
 
+    def most_tokens(self, max_new_tokens: int) -> int:
+        """Tokens of a conversation behind its prompt at most; the model's context may end it before.
+
+        Args:
+            max_new_tokens: Of a turn.
+        """
+        return max(max_new_tokens, self.max_tokens or 2 * self.max_turns * max_new_tokens)
+
     @classmethod
     def of(cls, given: Any) -> "EnvironmentConfig | None":
         """The config that is given, as such, as a mapping of its options, or as its factory alone; None of None."""

@@ -229,7 +229,7 @@ class Play:
         except DataError as error:  # a template that refuses such turns
             conversation.failure = error
             return "failure"
-        most = self.config.max_tokens or 2 * self.config.max_turns * self.sampling.max_new_tokens
+        most = self.config.most_tokens(self.sampling.max_new_tokens)
         if self.limits.context_length is not None:
             most = min(most, self.limits.context_length - len(self.prompts[n // self.size]))
         if len(conversation.tokens) + len(tokens) + self.sampling.max_new_tokens > most:

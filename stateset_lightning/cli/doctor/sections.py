@@ -142,8 +142,10 @@ class Doctor(StatesetCLI):
     def _score(self, scenarios_N: Sequence[Scenario], texts: Sequence[str], lengths: Sequence[int]) -> None:
         """Shows the first completion's scores; each reward that fails is a problem."""
         if (environment := self.module.environment) is not None:
-            what = f"model.environment: what is measured is one turn of {environment.max_turns} at most"
-            self.notes.append(f"{what}; nothing is scored, as that takes whole conversations")
+            what = f"model.environment: what is sampled is one turn of {environment.max_turns} at most"
+            self.notes.append(
+                f"{what}, and in the worst case the last one; nothing is scored, as that takes environments"
+            )
             return
         if (scores := self.episode.score(scenarios_N, texts, lengths)) is None:
             return
