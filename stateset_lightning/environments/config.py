@@ -25,6 +25,8 @@ class EnvironmentConfig:
         max_tokens: Tokens of a conversation behind its prompt at most, the environment's included; by default twice
             `max_turns` times `max_new_tokens`. A turn begins only where `max_new_tokens` more fit.
         timeout: Seconds that an environment may take to begin, to answer, or to score, and a tool half of them.
+        parts: Parts of an episode's prompts that take their turns without waiting for one another: one samples while
+            environments of the others answer. Each part's batches are smaller, so that sampling itself takes longer.
     """
 
     factory: Any
@@ -32,6 +34,7 @@ class EnvironmentConfig:
     max_turns: Annotated[int, Ge(1)] = 8
     max_tokens: Annotated[int, Ge(1)] | None = None
     timeout: Annotated[float, Gt(0)] = 60.0
+    parts: Annotated[int, Ge(1)] = 1
 
     def __post_init__(self) -> None:
         of = self.factory.values() if isinstance(self.factory, Mapping) else [self.factory]

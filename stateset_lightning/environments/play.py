@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from copy import copy
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,8 +97,43 @@ class Play:
                 else:
                     self._fail(conversation, EnvironmentFailure("a group's environments begin with nothing in common"))
 
-    def take_turn(self, engine: RolloutEngine, live: list[int], greedy: bool) -> None:
-        """Samples a turn of these conversations, and adds what their environments answer."""
+    def take_turns(self, engine: RolloutEngine, greedy: bool, on_ended: OnEnded) -> None:
+        """Plays all conversations to their ends, in parts: while environments of one answer, another samples.
+
+        What is sampled together is decided beforehand and not by who answers first: log-probs depend, in their last
+        bits, on what else is in a batch.
+        """
+        bounds = [len(self.batch) * i // self.config.parts * self.size for i in range(self.config.parts + 1)]
+        parts = [self._play_part(range(a, b), engine, greedy, on_ended) for a, b in pairwise(bounds)]
+        waits_for: dict[Iterator[list[_Call]], list[_Call]] = {part: [] for part in parts}
+        while waits_for:
+            over = (part for part, calls in waits_for.items() if len(waits_for) == 1 or all(map(_is_over, calls)))
+            if (part := next(over, None)) is None:
+                time.sleep(0.005)  # cheaper than to have thousands of calls wake this thread
+                continue
+            del waits_for[part]
+            if (calls := next(part, None)) is not None:
+                waits_for[part] = calls  # behind those that have waited longer
+
+    def _play_part(
+        self, numbers: Iterable[int], engine: RolloutEngine, greedy: bool, on_ended: OnEnded
+    ) -> Iterator[list[_Call]]:
+        """Plays these conversations, which take their turns together. Yields the calls that it waits for next."""
+        live = list(numbers)
+        while True:
+            yield from self._end([n for n in live if self.all[n].ended], on_ended)
+            if not (live := [n for n in live if not self.all[n].ended]):
+                return
+            steps = self._take_turn(engine, live, greedy)
+            yield list(steps.values())
+            for n, step in steps.items():
+                if (reply := self._wait(self.all[n], step)) is not None:
+                    self.counts.update(reply.counts or {})
+                    self.all[n].rewards.append(reply.reward)
+                    self.all[n].ended = "environment" if reply.done else self._go_on(n, reply.turns)
+
+    def _take_turn(self, engine: RolloutEngine, live: list[int], greedy: bool) -> dict[int, _Call]:
+        """Samples a turn of these conversations, and has their environments answer, unless a turn was cut off."""
         steps: dict[int, _Call] = {}
 
         def answer(i: int, text: str, num_tokens: int) -> None:
@@ -111,18 +146,14 @@ class Play:
             conversation.turns = answered(conversation.turns, text)
             if conversation.reason == FinishReason.LENGTH:
                 conversation.ended = "length"
-                continue
-            reply = self._wait(conversation, steps[n] if n in steps else self._step(n, text, is_said=True))
-            if reply is None:
-                continue
-            self.counts.update(reply.counts or {})
-            conversation.rewards.append(reply.reward)
-            conversation.ended = "environment" if reply.done else self._go_on(n, reply.turns)
+            elif n not in steps:
+                steps[n] = self._step(n, text, is_said=True)
+        return steps
 
-    def end(self, ended: Iterable[int], on_ended: OnEnded) -> None:
+    def _end(self, ended: list[int], on_ended: OnEnded) -> Iterator[list[_Call]]:
         """Asks environments for their rewards, and hands conversations over to be scored."""
-        ended = list(ended)
         rewards = {n: self._call(self._driver(n).get_reward) for n in ended if self.all[n].failure is None}
+        yield list(rewards.values())
         for n in ended:
             reward = self._wait(self.all[n], rewards[n]) if n in rewards else None
             self.all[n].let_go()
@@ -200,9 +231,12 @@ class Play:
     def _sample(
         self, engine: RolloutEngine, live: list[int], greedy: bool, answer: Callable[[int, str, int], None]
     ) -> list[str]:
-        """The next turn of these conversations, as texts. The first one of all shares the prompts of groups."""
-        is_first = len(live) == len(self.all) and not any(conversation.tokens for conversation in self.all)
-        prompts = self.prompts if is_first else [[*self.prompts[n // self.size], *self.all[n].tokens] for n in live]
+        """The next turn of these conversations, as texts. The first one of whole groups shares their prompts."""
+        groups = sorted({n // self.size for n in live})
+        is_first = len(live) == len(groups) * self.size and not any(self.all[n].tokens for n in live)
+        prompts = [[*self.prompts[n // self.size], *self.all[n].tokens] for n in live]
+        if is_first:
+            prompts = [self.prompts[p] for p in groups]
         seeds = [
             self.seeds_N[n] if (turn := self.all[n].num_turns) == 0 else derive_seed(self.seeds_N[n], "turn", turn)
             for n in live
@@ -260,6 +294,11 @@ class Play:
             failure = error
         self._fail(conversation, failure)
         return None
+
+
+def _is_over(call: _Call) -> bool:
+    future, deadline = call
+    return future.done() or time.monotonic() >= deadline
 
 
 def _close_late(start: Future[tuple[Driver, Opening]]) -> None:

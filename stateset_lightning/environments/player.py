@@ -1,8 +1,8 @@
 """Plays conversations: an engine samples a turn of each, environments answer, and the engine goes on where they did.
 
 A conversation is what was sampled. An environment's turns become the tokens that the chat template adds for them, and
-are marked as not sampled; nothing that the model said is encoded again. All conversations that go on sample their next
-turn together; an environment answers on a thread, while other conversations still sample.
+are marked as not sampled; nothing that the model said is encoded again. Conversations of a part of the prompts
+sample their next turn together; an environment answers on a thread, while other conversations still sample.
 
 Letters: P prompts, N = P * G conversations, T tokens of all of them behind their prompts.
 """
@@ -108,12 +108,7 @@ class Player:
         play = Play(self, threads, batch, num_generations, sampling, seeds_N, limits)
         try:
             play.begin()
-            live = [n for n in play.numbers if not play.all[n].ended]
-            play.end([n for n in play.numbers if play.all[n].ended], on_ended)
-            while live:
-                play.take_turn(engine, live, greedy)
-                play.end([n for n in live if play.all[n].ended], on_ended)
-                live = [n for n in live if not play.all[n].ended]
+            play.take_turns(engine, greedy, on_ended)
         finally:
             threads.close(seconds=0)
             for conversation in play.all:
