@@ -5,7 +5,7 @@ python benchmarks/waiting_conversations.py --quick    40 conversations
 
 First whole runs of one step with the bundled model, each in a process of its own: seconds of sampling, without those of
 the same run whose environments do not wait, and peak memory beside what `stateset-lightning doctor` says of the run.
-Then conversations of which one answer in twenty takes long.
+Then seconds of sampling by `model.environment.parts`, where answers take long, or some of them.
 """
 
 from __future__ import annotations
@@ -140,14 +140,15 @@ def show_waiting(conversations: int, seconds: float) -> None:
         )
 
 
-def show_slow_ones(conversations: int, seconds: float) -> None:
-    print(f"\n| {conversations} conversations, 1 answer in 20 takes {seconds:g} s | sampling |")
-    print("|---|---|")
-    for parts in (1, 2, 4, 8):
-        words = f"--model.environment.parts={parts}"
-        for share, how in ((0.0, "no answer takes long"), (0.05, "1 in 20")):
-            took, _, _ = fit(conversations, "Waits", {"seconds": seconds, "share": share}, words)
-            print(f"| parts: {parts}, {how} | {took:.1f} s |", flush=True)
+def show_parts(conversations: int) -> None:
+    waits = {"none waits": (0.0, 1.0), "each takes 1 s": (1.0, 1.0), "1 in 20 takes 4 s": (4.0, 0.05)}
+    print(f"\n| sampling of {conversations} conversations of 6 turns, by answers | {' | '.join(waits)} |")
+    print("|---|---|---|---|")
+    for parts in (1, 2, 4):
+        words = [f"--model.environment.{key}" for key in (f"parts={parts}", "max_turns=6", "max_tokens=100")]
+        options = [{"seconds": seconds, "share": share} for seconds, share in waits.values()]
+        took = [fit(conversations, "Waits", each, *words)[0] for each in options]
+        print(f"| `parts: {parts}` | {' | '.join(f'{seconds:.1f} s' for seconds in took)} |", flush=True)
 
 
 def main() -> None:
@@ -158,7 +159,7 @@ def main() -> None:
     quick = parser.parse_args().quick
     show_waiting(40 if quick else 1000, 0.5 if quick else 10.0)
     if not quick:
-        show_slow_ones(64, 2.0)
+        show_parts(256)
 
 
 if __name__ == "__main__":

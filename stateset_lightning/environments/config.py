@@ -27,6 +27,8 @@ class EnvironmentConfig:
         timeout: Seconds that an environment may take to begin, to answer, or to score, and a tool half of them.
         parts: Parts of an episode's prompts that take their turns without waiting for one another: one samples while
             environments of the others answer. Each part's batches are smaller, so that sampling itself takes longer.
+        processes: Worker processes that environments run in, which can be killed; 0: on threads of the trainer. Not for
+            environments with tools.
     """
 
     factory: Any
@@ -35,6 +37,7 @@ class EnvironmentConfig:
     max_tokens: Annotated[int, Ge(1)] | None = None
     timeout: Annotated[float, Gt(0)] = 60.0
     parts: Annotated[int, Ge(1)] = 1
+    processes: Annotated[int, Ge(0)] = 0
 
     def __post_init__(self) -> None:
         of = self.factory.values() if isinstance(self.factory, Mapping) else [self.factory]

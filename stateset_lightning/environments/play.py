@@ -5,6 +5,7 @@ Letters: P prompts, N = P * G conversations, T tokens of all of them behind thei
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ from stateset_lightning.data.prompts import asked
 from stateset_lightning.environments.adapters import Driver
 from stateset_lightning.environments.base import EnvironmentFailure, Opening
 from stateset_lightning.environments.conversation import Conversation
+from stateset_lightning.environments.processes import HostedDriver, Processes
 from stateset_lightning.errors import DataError
 from stateset_lightning.rollout import RolloutConfig, RolloutEngine
 from stateset_lightning.seeding import derive_seed
@@ -56,13 +58,14 @@ class Play:
         self,
         player: Player,
         threads: DaemonThreads,
+        processes: Processes | None,
         batch: PromptBatch,
         num_generations: int,
         sampling: RolloutConfig,
         seeds_N: Sequence[int],
         limits: Limits,
     ) -> None:
-        self.player, self.config, self.threads = player, player.config, threads
+        self.player, self.config, self.threads, self.processes = player, player.config, threads, processes
         self.batch, self.size, self.sampling = batch, num_generations, sampling
         self.seeds_N, self.limits = seeds_N, limits
         self.numbers = range(len(seeds_N))
@@ -187,7 +190,7 @@ class Play:
 
     def _reset(self, n: int) -> tuple[Driver, Opening]:
         columns = self.batch.scenarios[n // self.size].columns()
-        driver = self.player.make()
+        driver = self.player.make() if self.processes is None else HostedDriver(self.processes, n)
         seed = derive_seed(self.seeds_N[n // self.size * self.size], "environment")
         try:
             return driver, driver.reset(columns, seed)
@@ -280,7 +283,9 @@ class Play:
 
     def _call(self, function: Callable[..., Any], *args: Any) -> _Call:
         """Calls an environment, at once: there is a thread for each conversation."""
-        return self.threads.submit(function, *args), time.monotonic() + self.config.timeout
+        # A process ends what takes too long; until it begins, a call may wait for others.
+        seconds = self.config.timeout if self.processes is None else threading.TIMEOUT_MAX / 2
+        return self.threads.submit(function, *args), time.monotonic() + seconds
 
     def _wait(self, conversation: Conversation, call: _Call) -> Any:
         """What an environment returned; None where it failed, which ends the conversation."""

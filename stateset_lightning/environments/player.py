@@ -20,6 +20,7 @@ from stateset_lightning.data.prompts import PromptEncoder
 from stateset_lightning.environments.adapters import Driver, Settings, as_environment
 from stateset_lightning.environments.config import EnvironmentConfig
 from stateset_lightning.environments.play import Limits, OnEnded, Play
+from stateset_lightning.environments.processes import Processes
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.rollout import RolloutConfig, RolloutEngine
 from stateset_lightning.threads import DaemonThreads, interruptible
@@ -62,7 +63,8 @@ class Player:
             raise ConfigError(f"{what}: the masks of a conversation are not kept; leave one of them out")
         encoder = PromptEncoder(tokenizer=tokenizer) if data is None else data.current_encoder()
         factories = {name: partial(one, **config.options) for name, one in config.factories().items()}
-        settings = Settings(tokenizer, config.timeout / 2, config.max_turns, timeout=config.timeout)
+        spoken = None if config.processes else tokenizer  # which knows forms of tool calls, and needs torch
+        settings = Settings(spoken, config.timeout / 2, config.max_turns, timeout=config.timeout)
         return cls(config, encoder, partial(as_environment, factories.get("", factories), settings))
 
     def encoder_with(self, schemas: list[dict[str, Any]]) -> PromptEncoder:
@@ -105,7 +107,8 @@ class Player:
             as (sum, conversations).
         """
         threads = DaemonThreads(len(seeds_N), "environment")
-        play = Play(self, threads, batch, num_generations, sampling, seeds_N, limits)
+        processes = Processes(self.config.processes, self.make, self.config.timeout) if self.config.processes else None
+        play = Play(self, threads, processes, batch, num_generations, sampling, seeds_N, limits)
         try:
             play.begin()
             play.take_turns(engine, greedy, on_ended)
@@ -113,4 +116,6 @@ class Player:
             threads.close(seconds=0)
             for conversation in play.all:
                 conversation.let_go()
+            if processes is not None:
+                processes.close()
         return play.result()
