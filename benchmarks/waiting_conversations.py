@@ -126,18 +126,20 @@ def fit(
     return seconds, peak, max(said, default=0.0)
 
 
-def show_waiting(conversations: int, seconds: float) -> None:
+def show_waiting(conversations: int, seconds: float, kinds: dict[str, str]) -> bool:
+    """Whether all wait at once, in the memory that doctor names."""
     print(f"| {conversations:,} conversations of {TURNS} turns | sampling | wait of an answer | over | peak | doctor |")
     print("|---|---|---|---|---|---|")
     quiet, _, _ = fit(conversations, "WaitsAsync", {"seconds": 0.0})
     print(f"| without waiting | {quiet:.1f} s | - | - | | |", flush=True)
-    for factory, how in (("WaitsAsync", "async"), ("Waits", "threads")):
+    holds = True
+    for factory, how in kinds.items():
         took, peak, said = fit(conversations, factory, {"seconds": seconds}, ask_doctor=True)
         over = took - quiet - TURNS * seconds
-        print(
-            f"| {how} | {took:.1f} s | {TURNS} x {seconds:g} s | {over:+.1f} s | {peak:,.0f} MB | {said:,.0f} MB |",
-            flush=True,
-        )
+        waits = f"{TURNS} x {seconds:g} s | {over:+.1f} s"
+        print(f"| {how} | {took:.1f} s | {waits} | {peak:,.0f} MB | {said:,.0f} MB |", flush=True)
+        holds = holds and over < max(TURNS * seconds, 5) and peak < 1.2 * said
+    return holds
 
 
 def show_parts(conversations: int) -> None:
@@ -156,10 +158,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     if "--child" in sys.argv[1:2]:
         child(sys.argv[2:])
-    quick = parser.parse_args().quick
-    show_waiting(40 if quick else 1000, 0.5 if quick else 10.0)
-    if not quick:
-        show_parts(256)
+    if parser.parse_args().quick:
+        raise SystemExit(not show_waiting(40, 0.5, {"WaitsAsync": "async"}))
+    holds = show_waiting(1000, 10.0, {"WaitsAsync": "async", "Waits": "threads"})
+    show_parts(256)
+    raise SystemExit(not holds)
 
 
 if __name__ == "__main__":

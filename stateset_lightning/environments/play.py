@@ -58,17 +58,16 @@ class Play:
         self,
         player: Player,
         threads: DaemonThreads,
-        processes: Processes | None,
         batch: PromptBatch,
         num_generations: int,
         sampling: RolloutConfig,
         seeds_N: Sequence[int],
         limits: Limits,
     ) -> None:
-        self.player, self.config, self.threads, self.processes = player, player.config, threads, processes
+        self.player, self.config, self.threads = player, player.config, threads
+        self.processes = Processes(self.config, player.make) if self.config.processes else None
         self.batch, self.size, self.sampling = batch, num_generations, sampling
         self.seeds_N, self.limits = seeds_N, limits
-        self.numbers = range(len(seeds_N))
         self.all: list[Conversation] = []
         self.prompts: list[list[int]] = []  # of each group
         self.rendered: dict[Any, tuple[list[Turn], list[int]]] = {}
@@ -78,7 +77,7 @@ class Play:
 
     def begin(self) -> None:
         """Makes and resets all environments, and prompts of what they begin with."""
-        starts = [self._call(self._reset, n) for n in self.numbers]
+        starts = [self._call(self._reset, n) for n in range(len(self.seeds_N))]
         for n, start in enumerate(starts):
             p = n // self.size
             conversation = Conversation([], [], self.batch.scenarios[p])
@@ -107,8 +106,8 @@ class Play:
         bits, on what else is in a batch.
         """
         bounds = [len(self.batch) * i // self.config.parts * self.size for i in range(self.config.parts + 1)]
-        parts = [self._play_part(range(a, b), engine, greedy, on_ended) for a, b in pairwise(bounds)]
-        waits_for: dict[Iterator[list[_Call]], list[_Call]] = {part: [] for part in parts}
+        parts = (self._play_part(range(a, b), engine, greedy, on_ended) for a, b in pairwise(bounds))
+        waits_for = {part: list[_Call]() for part in parts}
         while waits_for:
             over = (part for part, calls in waits_for.items() if len(waits_for) == 1 or all(map(_is_over, calls)))
             if (part := next(over, None)) is None:

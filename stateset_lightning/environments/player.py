@@ -20,7 +20,6 @@ from stateset_lightning.data.prompts import PromptEncoder
 from stateset_lightning.environments.adapters import Driver, Settings, as_environment
 from stateset_lightning.environments.config import EnvironmentConfig
 from stateset_lightning.environments.play import Limits, OnEnded, Play
-from stateset_lightning.environments.processes import Processes
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.rollout import RolloutConfig, RolloutEngine
 from stateset_lightning.threads import DaemonThreads, interruptible
@@ -107,8 +106,7 @@ class Player:
             as (sum, conversations).
         """
         threads = DaemonThreads(len(seeds_N), "environment")
-        processes = Processes(self.config.processes, self.make, self.config.timeout) if self.config.processes else None
-        play = Play(self, threads, processes, batch, num_generations, sampling, seeds_N, limits)
+        play = Play(self, threads, batch, num_generations, sampling, seeds_N, limits)
         try:
             play.begin()
             play.take_turns(engine, greedy, on_ended)
@@ -116,6 +114,6 @@ class Player:
             threads.close(seconds=0)
             for conversation in play.all:
                 conversation.let_go()
-            if processes is not None:
-                processes.close()
+            if play.processes is not None:
+                play.processes.close()
         return play.result()

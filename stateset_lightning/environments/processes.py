@@ -9,16 +9,17 @@ an environment's time.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import CancelledError, Future, wait
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from stateset_lightning.environments.adapters import Driver, Settings
 from stateset_lightning.environments.base import EnvironmentFailure, Opening, Reply
+from stateset_lightning.environments.config import EnvironmentConfig
 from stateset_lightning.environments.tools import UserCode
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.workers import WorkerDied, WorkerPool
+from stateset_lightning.workers import WorkerPool
 
 _CALL, _CLOSE_SECONDS = "model.environment.factory", 1.0
 _REMEDY = "; or leave model.environment.processes out: environments then run on threads of the trainer"
@@ -31,17 +32,16 @@ class Processes:
     """Worker processes with the environments of one play.
 
     Args:
-        num_processes: Of them.
+        config: How many, and how long a call may take.
         make: A new environment; it is pickled.
-        timeout: Seconds of a call.
 
     Raises:
         ConfigError: If the environment cannot be made in another process.
     """
 
-    def __init__(self, num_processes: int, make: Callable[[], Driver], timeout: float) -> None:
-        self._timeout = timeout
-        self._pools = [WorkerPool(remedy=_REMEDY, num_workers=1) for _ in range(num_processes)]
+    def __init__(self, config: EnvironmentConfig, make: Callable[[], Driver]) -> None:
+        self._timeout = config.timeout
+        self._pools = [WorkerPool(remedy=_REMEDY, num_workers=1) for _ in range(config.processes)]
         for pool in self._pools:
             pool.add(_CALL, partial(_call, make))
 
@@ -59,6 +59,8 @@ class Processes:
 class HostedDriver(Driver):
     """Plays a conversation with an environment in a process; rewards cannot have the environment itself.
 
+    Beside what a driver raises, its calls raise TimeoutError and WorkerDied.
+
     Args:
         processes: One of which has the environment.
         n: The number of the conversation.
@@ -66,34 +68,27 @@ class HostedDriver(Driver):
 
     def __init__(self, processes: Processes, n: int) -> None:
         super().__init__(None, Settings(), UserCode())
-        self._processes, self._n = processes, n
+        self._submit = partial(processes.submit, n)
 
     def reset(self, columns: Mapping[str, Any], seed: int) -> Opening:
-        return self._ask("reset", dict(columns), seed)
+        return self._submit("reset", dict(columns), seed).result()
 
     def step(self, text: str) -> Reply:
-        return self._ask("step", text)
+        return self._submit("step", text).result()
 
     def get_reward(self) -> float | None:
-        return self._ask("get_reward")
+        return self._submit("get_reward").result()
 
     def close(self) -> None:
         with suppress(RuntimeError):  # all of them are closed
-            self._processes.submit(self._n, "close")
-
-    def _ask(self, method: str, *args: Any) -> Any:
-        try:
-            return self._processes.submit(self._n, method, *args).result()
-        except (TimeoutError, WorkerDied, CancelledError) as error:
-            raise EnvironmentFailure(f"{method}: {error}") from error
+            self._submit("close")
 
 
 def _call(make: Callable[[], Driver], n: int, method: str, *args: Any) -> Any:
     """In a worker process: calls a method of a conversation's driver; -1 closes those of all."""
     if method == "close":
-        for number in list(_drivers) if n == -1 else [n]:
-            if number in _drivers:
-                _drivers.pop(number).close()
+        for number in set(_drivers) if n == -1 else {n} & set(_drivers):
+            _drivers.pop(number).close()
         return None
     if method == "reset":
         _drivers[n] = make()

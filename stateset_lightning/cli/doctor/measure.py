@@ -189,9 +189,8 @@ class EpisodeMeasurement:
         """An episode of prompts spread over the training data; where targets are trained on, with these."""
         if self.on_targets:
             return self._targets()
-        prompts, rollout = self.data.served("train")[1], self.module.rollout
-        chosen = [prompts[i] for i in self.spread_rows()]
-        return self._sample(SAMPLED, chosen, rollout.num_generations, self.module.engine, rollout.stop)
+        chosen = [self.data.served("train")[1][i] for i in self.spread_rows()]
+        return self._sample(SAMPLED, chosen, self.num_generations, self.module.engine, self.module.rollout.stop)
 
     def score(self, scenarios_N: Sequence[Scenario], texts: Sequence[str], lengths: Sequence[int]) -> Scores | None:
         """Scores of completions of so many tokens, each of a scenario."""
@@ -226,11 +225,10 @@ class EpisodeMeasurement:
             # No token of this tokenizer ends a completion, so that each is sampled to `max_new_tokens`.
             endless: Any = SimpleNamespace(eos_token_id=-1, pad_token_id=-1, decode=lambda tokens, **_: "")
             engine = InProcessEngine(endless, sampling_dtype(str(self.trainer.precision)))
-            size, begun = self.num_generations, longest
-            if before := limit - module.rollout.max_new_tokens:
-                owners = [prompt for prompt in longest for _ in range(size)]
-                begun = [prompt + tokens[:before] for prompt, tokens in zip(owners, completions, strict=True)]
-            self._sample(WORST, begun, size * len(longest) // len(begun), engine, stop=[])
+            each = 1 if module.environment is None else self.num_generations
+            before = limit - module.rollout.max_new_tokens
+            begun = [(prompt * (1 + limit))[: len(prompt) + before] for prompt in longest for _ in range(each)]
+            self._sample(WORST, begun, self.num_generations // each, engine, stop=[])
         share = self._train(WORST, longest, completions)
         how = "sampled on past the end of sequence, trained" if samples else "trained"
         what = "completions" if module.environment is None else "conversations"
