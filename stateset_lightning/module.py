@@ -1,7 +1,6 @@
 """GRPOLightningModule: Lightning's hooks, composed of the rooms; it holds no algorithm of its own.
 
-A batch is one micro-step of an episode, and `training/step.py` shows what happens in it. Clipping, accumulation,
-precision, schedules and checkpoints are Lightning's.
+A batch is a micro-step of an episode (see `training/step.py`). Clipping, schedules and checkpoints are Lightning's.
 """
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
@@ -19,7 +18,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from stateset_lightning.algorithm import GRPO, Algorithm
-from stateset_lightning.environments import EnvironmentConfig, Player
+from stateset_lightning.environments import EnvironmentConfig
+from stateset_lightning.environments.player import Player
 from stateset_lightning.errors import bounded
 from stateset_lightning.evaluation import Evaluation, EvaluationConfig
 from stateset_lightning.policy import AdapterReference, Policy, PolicyConfig, load_model, load_tokenizer
@@ -204,7 +204,7 @@ class GRPOLightningModule(RunsInTrainer):
         self._checkpoint.prepare_for(longest)
         if fits:
             self._teacher = self._teacher or make_teacher(self.teacher, self._sampled_policy, dtype)
-            choose_micro_steps(self.trainer, self._loaded_policy, self._data, self.rollout)
+            choose_micro_steps(self.trainer, self._loaded_policy, self._data, self.rollout, self.environment)
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.optimizer, self._loaded_policy.parameters())

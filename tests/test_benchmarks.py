@@ -87,3 +87,11 @@ def test_the_gpu_rehearsal_ends_as_its_parts_do(tmp_path: Path, status: int) -> 
     parts = [line.removeprefix("part ") for line in run.stdout.splitlines() if line.startswith("part ")]
     assert parts == ["exactness.py", "stand_in.py", "checks.py", "speed.py", "peer_trl.py"]
     assert (tmp_path / "log.txt").read_text() == run.stdout
+
+
+@pytest.mark.slow  # three runs of the command line
+def test_waiting_conversations_take_their_wait_and_no_more_memory_than_doctor_says() -> None:
+    program = [sys.executable, str(BENCHMARKS / "waiting_conversations.py"), "--quick"]
+    run = subprocess.run(program, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stdout + run.stderr[-2000:]
+    assert "| async |" in run.stdout

@@ -31,7 +31,7 @@ def main(words: Sequence[str]) -> None:
     from stateset_lightning.cli.trained import load_trained
     from stateset_lightning.data.loader import Prompts
     from stateset_lightning.data.sources import read_split
-    from stateset_lightning.environments import Player
+    from stateset_lightning.environments.player import Player
     from stateset_lightning.policy import Policy
     from stateset_lightning.rewards import Scorer
     from stateset_lightning.rollout import InProcessEngine

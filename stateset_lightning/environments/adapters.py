@@ -41,12 +41,14 @@ class Settings:
         tool_timeout: Seconds that a tool call may take; None: no limit. `Tools` have their own.
         max_turns: Which SkyRL's environments are told.
         loop: Of async methods; None: one that all share who give none.
+        timeout: Seconds after which an async method is cancelled; None: never.
     """
 
     tokenizer: Any = None
     tool_timeout: float | None = 30.0
     max_turns: int = 1
     loop: EventLoopThread | None = None
+    timeout: float | None = None
 
 
 class Driver:
@@ -267,7 +269,7 @@ def as_environment(environment: Any, settings: Settings | None = None) -> Driver
         EnvironmentFailure: If the class or function raises.
     """
     given, settings = environment, settings or Settings()
-    code = UserCode(settings.loop)
+    code = UserCode(settings.loop, settings.timeout)
     if isinstance(given, Mapping):
         return _Choice(given, settings)
     is_maker = isinstance(given, type) or (callable(given) and not _has(given, "reset") and not _has(given, "init"))

@@ -124,7 +124,7 @@ def as_reply(value: Any) -> Reply:
     """What `step` returned, checked.
 
     Raises:
-        EnvironmentFailure: If it is no reply, or its reward no finite number.
+        EnvironmentFailure: If it is no reply, its reward no finite number, or it goes on without any turn.
     """
     if isinstance(value, Reply):
         return value
@@ -133,7 +133,10 @@ def as_reply(value: Any) -> Reply:
     reply, reward, done = value
     if not isinstance(done, bool):
         raise EnvironmentFailure(f"step returned done={done!r:.80}, neither True nor False")
-    return Reply(() if done else as_turns(reply), as_reward(reward), done)
+    checked = Reply(() if done else as_turns(reply), as_reward(reward), done)
+    if not done and not checked.turns:
+        raise EnvironmentFailure(f"step returned done=False and the reply {reply!r:.80}: there is nothing to answer")
+    return checked
 
 
 def as_reward(value: Any) -> float | None:

@@ -29,6 +29,10 @@ class EnvironmentConfig:
         max_tokens: Tokens of a conversation behind its prompt at most, the environment's included; by default twice
             `max_turns` times `max_new_tokens`, and at least 1,024. A turn begins only where `max_new_tokens` more fit.
         timeout: Seconds that an environment may take to begin, to answer, or to score, and a tool half of them.
+        parts: Parts of an episode's prompts that take their turns without waiting for one another: one samples while
+            environments of the others answer. Each part's batches are smaller, so that sampling itself takes longer.
+        processes: Worker processes that environments run in, which can be killed; 0: on threads of the trainer. Not for
+            environments with tools.
     """
 
     factory: Any = None
@@ -36,6 +40,8 @@ class EnvironmentConfig:
     max_turns: Annotated[int, Ge(1)] = 8
     max_tokens: Annotated[int, Ge(1)] | None = None
     timeout: Annotated[float, Gt(0)] = 60.0
+    parts: Annotated[int, Ge(1)] = 1
+    processes: Annotated[int, Ge(0)] = 0
 
     def __post_init__(self) -> None:
         of = self.factory.values() if isinstance(self.factory, Mapping) else [self.factory]
@@ -44,10 +50,6 @@ class EnvironmentConfig:
                 f"model.environment.factory={self.factory!r} is no class or function, no import path of one, and no"
                 " mapping of several by name"
             )
-
-    def token_limit(self, max_new_tokens: int) -> int:
-        """`max_tokens`, or its default where a turn has `max_new_tokens` at most."""
-        return self.max_tokens or max(MIN_DEFAULT_TOKENS, 2 * self.max_turns * max_new_tokens)
 
     def factories(self) -> dict[str, Callable[..., Any]]:
         """By name; a single one by "".
@@ -62,6 +64,14 @@ class EnvironmentConfig:
     def are_scripts(self) -> bool:
         """Whether a scenario's own texts are said one after another: `user_responses` are one conversation then."""
         return self.max_turns > 1 and not self.options and self.factories() == {"": ScriptedUser}
+
+    def most_tokens(self, max_new_tokens: int) -> int:
+        """Tokens of a conversation behind its prompt at most; the model's context may end it before.
+
+        Args:
+            max_new_tokens: Of a turn.
+        """
+        return max(max_new_tokens, self.max_tokens or max(MIN_DEFAULT_TOKENS, 2 * self.max_turns * max_new_tokens))
 
     @classmethod
     def of(cls, given: Any) -> "EnvironmentConfig | None":

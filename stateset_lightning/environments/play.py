@@ -5,13 +5,14 @@ Letters: P prompts, N = P * G conversations, T tokens of all of them behind thei
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from copy import copy
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from stateset_lightning.data.prompts import asked
 from stateset_lightning.environments.adapters import Driver
 from stateset_lightning.environments.base import EnvironmentFailure, Opening
 from stateset_lightning.environments.conversation import Conversation
+from stateset_lightning.environments.processes import HostedDriver, Processes
 from stateset_lightning.errors import DataError
 from stateset_lightning.rollout import RolloutConfig, RolloutEngine
 from stateset_lightning.seeding import derive_seed
@@ -63,9 +65,9 @@ class Play:
         limits: Limits,
     ) -> None:
         self.player, self.config, self.threads = player, player.config, threads
+        self.processes = Processes(self.config, player.make) if self.config.processes else None
         self.batch, self.size, self.sampling = batch, num_generations, sampling
         self.seeds_N, self.limits = seeds_N, limits
-        self.numbers = range(len(seeds_N))
         self.all: list[Conversation] = []
         self.prompts: list[list[int]] = []  # of each group
         self.rendered: dict[Any, tuple[list[Turn], list[int]]] = {}
@@ -75,12 +77,14 @@ class Play:
 
     def begin(self) -> None:
         """Makes and resets all environments, and prompts of what they begin with."""
-        starts = [self._call(self._reset, n) for n in self.numbers]
+        starts = [self._call(self._reset, n) for n in range(len(self.seeds_N))]
         for n, start in enumerate(starts):
             p = n // self.size
             conversation = Conversation([], [], self.batch.scenarios[p])
             self.all.append(conversation)
             driver, opening = self._wait(conversation, start) or (None, Opening())
+            if driver is None:
+                start[0].add_done_callback(_close_late)
             conversation.driver = driver
             conversation.turns, conversation.prompt = self.batch.conversations[p], self.batch.prompt_tokens[p]
             if driver is not None and (opening != Opening() or driver.schemas()):
@@ -95,8 +99,43 @@ class Play:
                 else:
                     self._fail(conversation, EnvironmentFailure("a group's environments begin with nothing in common"))
 
-    def take_turn(self, engine: RolloutEngine, live: list[int], greedy: bool) -> None:
-        """Samples a turn of these conversations, and adds what their environments answer."""
+    def take_turns(self, engine: RolloutEngine, greedy: bool, on_ended: OnEnded) -> None:
+        """Plays all conversations to their ends, in parts: while environments of one answer, another samples.
+
+        What is sampled together is decided beforehand and not by who answers first: log-probs depend, in their last
+        bits, on what else is in a batch.
+        """
+        bounds = [len(self.batch) * i // self.config.parts * self.size for i in range(self.config.parts + 1)]
+        parts = (self._play_part(range(a, b), engine, greedy, on_ended) for a, b in pairwise(bounds))
+        waits_for = {part: list[_Call]() for part in parts}
+        while waits_for:
+            over = (part for part, calls in waits_for.items() if len(waits_for) == 1 or all(map(_is_over, calls)))
+            if (part := next(over, None)) is None:
+                time.sleep(0.005)  # cheaper than to have thousands of calls wake this thread
+                continue
+            del waits_for[part]
+            if (calls := next(part, None)) is not None:
+                waits_for[part] = calls  # behind those that have waited longer
+
+    def _play_part(
+        self, numbers: Iterable[int], engine: RolloutEngine, greedy: bool, on_ended: OnEnded
+    ) -> Iterator[list[_Call]]:
+        """Plays these conversations, which take their turns together. Yields the calls that it waits for next."""
+        live = list(numbers)
+        while True:
+            yield from self._end([n for n in live if self.all[n].ended], on_ended)
+            if not (live := [n for n in live if not self.all[n].ended]):
+                return
+            steps = self._take_turn(engine, live, greedy)
+            yield list(steps.values())
+            for n, step in steps.items():
+                if (reply := self._wait(self.all[n], step)) is not None:
+                    self.counts.update(reply.counts or {})
+                    self.all[n].rewards.append(reply.reward)
+                    self.all[n].ended = "environment" if reply.done else self._go_on(n, reply.turns)
+
+    def _take_turn(self, engine: RolloutEngine, live: list[int], greedy: bool) -> dict[int, _Call]:
+        """Samples a turn of these conversations, and has their environments answer, unless a turn was cut off."""
         steps: dict[int, _Call] = {}
 
         def answer(i: int, text: str, num_tokens: int) -> None:
@@ -109,18 +148,14 @@ class Play:
             conversation.turns = answered(conversation.turns, text)
             if conversation.reason == FinishReason.LENGTH:
                 conversation.ended = "length"
-                continue
-            reply = self._wait(conversation, steps[n] if n in steps else self._step(n, text, is_said=True))
-            if reply is None:
-                continue
-            self.counts.update(reply.counts or {})
-            conversation.rewards.append(reply.reward)
-            conversation.ended = "environment" if reply.done or not reply.turns else self._go_on(n, reply.turns)
+            elif n not in steps:
+                steps[n] = self._step(n, text, is_said=True)
+        return steps
 
-    def end(self, ended: Iterable[int], on_ended: OnEnded) -> None:
+    def _end(self, ended: list[int], on_ended: OnEnded) -> Iterator[list[_Call]]:
         """Asks environments for their rewards, and hands conversations over to be scored."""
-        ended = list(ended)
         rewards = {n: self._call(self._driver(n).get_reward) for n in ended if self.all[n].failure is None}
+        yield list(rewards.values())
         for n in ended:
             reward = self._wait(self.all[n], rewards[n]) if n in rewards else None
             self.all[n].let_go()
@@ -154,7 +189,7 @@ class Play:
 
     def _reset(self, n: int) -> tuple[Driver, Opening]:
         columns = self.batch.scenarios[n // self.size].columns()
-        driver = self.player.make()
+        driver = self.player.make() if self.processes is None else HostedDriver(self.processes, n)
         seed = derive_seed(self.seeds_N[n // self.size * self.size], "environment")
         try:
             return driver, driver.reset(columns, seed)
@@ -198,9 +233,12 @@ class Play:
     def _sample(
         self, engine: RolloutEngine, live: list[int], greedy: bool, answer: Callable[[int, str, int], None]
     ) -> list[str]:
-        """The next turn of these conversations, as texts. The first one of all shares the prompts of groups."""
-        is_first = len(live) == len(self.all) and not any(conversation.tokens for conversation in self.all)
-        prompts = self.prompts if is_first else [[*self.prompts[n // self.size], *self.all[n].tokens] for n in live]
+        """The next turn of these conversations, as texts. The first one of whole groups shares their prompts."""
+        groups = sorted({n // self.size for n in live})
+        is_first = len(live) == len(groups) * self.size and not any(self.all[n].tokens for n in live)
+        prompts = [[*self.prompts[n // self.size], *self.all[n].tokens] for n in live]
+        if is_first:
+            prompts = [self.prompts[p] for p in groups]
         seeds = [
             self.seeds_N[n] if (turn := self.all[n].num_turns) == 0 else derive_seed(self.seeds_N[n], "turn", turn)
             for n in live
@@ -227,7 +265,7 @@ class Play:
         except DataError as error:  # a template that refuses such turns
             conversation.failure = error
             return "failure"
-        most = self.config.token_limit(self.sampling.max_new_tokens)
+        most = self.config.most_tokens(self.sampling.max_new_tokens)
         if self.limits.context_length is not None:
             most = min(most, self.limits.context_length - len(self.prompts[n // self.size]))
         if len(conversation.tokens) + len(tokens) + self.sampling.max_new_tokens > most:
@@ -244,7 +282,9 @@ class Play:
 
     def _call(self, function: Callable[..., Any], *args: Any) -> _Call:
         """Calls an environment, at once: there is a thread for each conversation."""
-        return self.threads.submit(function, *args), time.monotonic() + self.config.timeout
+        # A process ends what takes too long; until it begins, a call may wait for others.
+        seconds = self.config.timeout if self.processes is None else threading.TIMEOUT_MAX / 2
+        return self.threads.submit(function, *args), time.monotonic() + seconds
 
     def _wait(self, conversation: Conversation, call: _Call) -> Any:
         """What an environment returned; None where it failed, which ends the conversation."""
@@ -258,6 +298,17 @@ class Play:
             failure = error
         self._fail(conversation, failure)
         return None
+
+
+def _is_over(call: _Call) -> bool:
+    future, deadline = call
+    return future.done() or time.monotonic() >= deadline
+
+
+def _close_late(start: Future[tuple[Driver, Opening]]) -> None:
+    """Closes an environment whose beginning took too long, when it has begun at last."""
+    if not start.cancelled() and start.exception() is None:
+        start.result()[0].close()
 
 
 def _common_start(rows: Sequence[Sequence[int]]) -> list[int]:

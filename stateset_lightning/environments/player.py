@@ -1,8 +1,8 @@
 """Plays conversations: an engine samples a turn of each, environments answer, and the engine goes on where they did.
 
 A conversation is what was sampled. An environment's turns become the tokens that the chat template adds for them, and
-are marked as not sampled; nothing that the model said is encoded again. All conversations that go on sample their next
-turn together; an environment answers on a thread, while other conversations still sample.
+are marked as not sampled; nothing that the model said is encoded again. Conversations of a part of the prompts
+sample their next turn together; an environment answers on a thread, while other conversations still sample.
 
 Letters: P prompts, N = P * G conversations, T tokens of all of them behind their prompts.
 """
@@ -62,7 +62,8 @@ class Player:
             raise ConfigError(f"{what}: the masks of a conversation are not kept; leave one of them out")
         encoder = PromptEncoder(tokenizer=tokenizer) if data is None else data.current_encoder()
         factories = {name: partial(one, **config.options) for name, one in config.factories().items()}
-        settings = Settings(tokenizer, config.timeout / 2, config.max_turns)
+        spoken = None if config.processes else tokenizer  # which knows forms of tool calls, and needs torch
+        settings = Settings(spoken, config.timeout / 2, config.max_turns, timeout=config.timeout)
         return cls(config, encoder, partial(as_environment, factories.get("", factories), settings))
 
     def encoder_with(self, schemas: list[dict[str, Any]]) -> PromptEncoder:
@@ -108,14 +109,11 @@ class Player:
         play = Play(self, threads, batch, num_generations, sampling, seeds_N, limits)
         try:
             play.begin()
-            live = [n for n in play.numbers if not play.all[n].ended]
-            play.end([n for n in play.numbers if play.all[n].ended], on_ended)
-            while live:
-                play.take_turn(engine, live, greedy)
-                play.end([n for n in live if play.all[n].ended], on_ended)
-                live = [n for n in live if not play.all[n].ended]
+            play.take_turns(engine, greedy, on_ended)
         finally:
             threads.close(seconds=0)
             for conversation in play.all:
                 conversation.let_go()
+            if play.processes is not None:
+                play.processes.close()
         return play.result()

@@ -26,13 +26,20 @@ from stateset_lightning.training.schedule import accumulations
 
 if TYPE_CHECKING:
     from stateset_lightning.datamodule import ScenarioDataModule
+    from stateset_lightning.environments import EnvironmentConfig
 
 # Of what is free beside weights, gradients and moments; the rest is for what a backward pass holds for a while.
 SHARE = 0.7
 PROBE = 128  # tokens at most of the probe's prompt, and of each of its completions
 
 
-def choose(trainer: Trainer, policy: Policy, data: ScenarioDataModule | None, sampling: RolloutConfig) -> None:
+def choose(
+    trainer: Trainer,
+    policy: Policy,
+    data: ScenarioDataModule | None,
+    sampling: RolloutConfig,
+    environment: EnvironmentConfig | None,
+) -> None:
     """Sets the number of micro-steps where it is `auto`; all ranks call it together, and take the same.
 
     Args:
@@ -40,6 +47,7 @@ def choose(trainer: Trainer, policy: Policy, data: ScenarioDataModule | None, sa
         policy: On the run's device.
         data: Set up; gets `steps_per_episode`.
         sampling: Says how long completions are at most.
+        environment: Makes them conversations.
 
     Raises:
         ConfigError: If the user has set what is chosen here, or the weights are sharded.
@@ -57,10 +65,11 @@ def choose(trainer: Trainer, policy: Policy, data: ScenarioDataModule | None, sa
     if isinstance(policy, FSDPModule):
         raise ConfigError("data.steps_per_episode=auto knows no sharded weights: set it to a number with fsdp2")
     data.steps_per_episode = 1
-    constant, per_token = kept_bytes(policy, trainer, data.longest_prompt, sampling.max_new_tokens)
+    longest = longest_completion(policy, data, sampling, environment)
+    constant, per_token = kept_bytes(policy, trainer, data.longest_prompt, longest)
     free = free_bytes(policy.device) - 3 * sum(p.nbytes for p in policy.parameters() if p.requires_grad)
     for count in range(1, data.batch_size * sampling.num_generations + 1):
-        tokens = most_tokens(count, data, sampling, policy.uses_packed_scoring)
+        tokens = most_tokens(count, data, sampling.num_generations, longest, policy.uses_packed_scoring)
         needed = constant + tokens * per_token
         if needed <= SHARE * free:
             break
@@ -83,17 +92,27 @@ def set_micro_steps(trainer: Trainer, data: ScenarioDataModule, count: int) -> N
     trainer.accumulate_grad_batches = data.steps_per_episode = count
 
 
-def most_tokens(count: int, data: ScenarioDataModule, sampling: RolloutConfig, packed: bool) -> int:
+def longest_completion(
+    policy: Policy, data: ScenarioDataModule, sampling: RolloutConfig, environment: EnvironmentConfig | None
+) -> int:
+    """Tokens behind a prompt at most; of a conversation, those of its environment, too."""
+    if environment is None:
+        return sampling.max_new_tokens
+    fit = math.inf if policy.context_length is None else policy.context_length - data.longest_prompt
+    return int(max(sampling.max_new_tokens, min(environment.most_tokens(sampling.max_new_tokens), fit)))
+
+
+def most_tokens(count: int, data: ScenarioDataModule, num_generations: int, longest: int, packed: bool) -> int:
     """Tokens that one of `count` micro-steps forwards at most: whole groups, or parts of one where there are more."""
     groups = math.ceil(data.batch_size / count)
-    completions = math.ceil(data.batch_size * sampling.num_generations / max(count, data.batch_size))
+    completions = math.ceil(data.batch_size * num_generations / max(count, data.batch_size))
     prompts = 1 if packed else completions
-    return groups * (prompts * data.longest_prompt + completions * sampling.max_new_tokens)
+    return groups * (prompts * data.longest_prompt + completions * longest)
 
 
-def kept_bytes(policy: Policy, trainer: Trainer, longest_prompt: int, max_new_tokens: int) -> tuple[int, float]:
+def kept_bytes(policy: Policy, trainer: Trainer, longest_prompt: int, longest: int) -> tuple[int, float]:
     """What a forward keeps for its backward, beside the weights: whatever its length, and for each token."""
-    prompt, completion = min(max(longest_prompt, 1), PROBE), min(max_new_tokens, PROBE)
+    prompt, completion = min(max(longest_prompt, 1), PROBE), min(longest, PROBE)
     sizes, policy = [], policy.train()
     for count in (1, 3):
         kept: dict[int, int] = {}

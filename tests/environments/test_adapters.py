@@ -305,6 +305,7 @@ EXTRA = {"highest": 9, "secret": 1, "reward_spec": {"ground_truth": "3"}}
         (Own, "reset", 5, "returned 5 where turns belong"),
         (Own, "step", "hello", r"step returned 'hello', not \(reply, reward, done\)"),
         (Own, "step", (None, 1, 1), "done=1, neither True nor False"),
+        (Own, "step", (None, 1, False), "done=False and the reply None: there is nothing to answer"),
         (Own, "step", (None, float("nan"), False), "not finite"),
         (Own, "step", (None, OddNumber(), False), "RuntimeError: no number"),
         (Own, "get_reward", "much", "'much', which is no number"),
@@ -325,7 +326,7 @@ EXTRA = {"highest": 9, "secret": 1, "reward_spec": {"ground_truth": "3"}}
         (SumEnv, "step", "hello", "no attribute 'observations'"),
         (SumEnv, "step", Output([{"role": "assistant", "content": "a"}], 1, False), "role 'assistant'"),
     ],
-    ids=range(25),
+    ids=range(26),
 )  # fmt: skip
 def test_what_fails_is_an_environment_failure(base, method, outcome, says, driver_of):
     driver = driver_of(changed(base, method, outcome))

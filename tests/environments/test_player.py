@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -158,8 +160,8 @@ def test_what_ends_a_conversation_is_counted(play: Callable[..., Any], options: 
 
 @pytest.mark.parametrize(("max_new_tokens", "limit"), [(4, 1024), (256, 2048)])
 def test_short_answers_leave_room_for_replies(max_new_tokens: int, limit: int) -> None:
-    assert EnvironmentConfig(Asks, max_turns=4).token_limit(max_new_tokens) == limit
-    assert EnvironmentConfig(Asks, max_turns=4, max_tokens=12).token_limit(max_new_tokens) == 12
+    assert EnvironmentConfig(Asks, max_turns=4).most_tokens(max_new_tokens) == limit
+    assert EnvironmentConfig(Asks, max_turns=4, max_tokens=12).most_tokens(max_new_tokens) == max(12, max_new_tokens)
 
 
 @pytest.mark.parametrize(
@@ -286,6 +288,50 @@ def test_a_run_resumed_inside_an_episode_of_conversations_ends_bit_by_bit_as_if_
     for cut in (1, 2):  # inside an episode, and between two
         resumed = run(f"from-{cut}", tmp_path / "straight" / f"step={cut}.ckpt")
         assert all(torch.equal(resumed[name], value) for name, value in straight.items()), f"resumed from step {cut}"
+
+
+class TakesItsTime(Asks):
+    """Answers after a while that differs from run to run."""
+
+    pauses: ClassVar[Iterator[int]]
+
+    def step(self, text: str) -> tuple[str, float, bool]:
+        time.sleep(next(self.pauses) % 7 / 100)
+        return super().step(text)
+
+
+def test_conversations_are_the_same_whoever_answers_first(play: Callable[..., Any]) -> None:
+    played = []
+    for step in (1, 3, 5):
+        TakesItsTime.pauses = count(step, step)
+        batch, rollout, ended, _ = play(TakesItsTime, options={"times": 2}, parts=2)
+        logprobs = torch.where(rollout.sampled_T, rollout.logprobs_T, torch.zeros(1))
+        played.append((batch.prompt_tokens, rollout.completions(), logprobs.tolist(), [r for _, r in ended]))
+    assert played[0] == played[1] == played[2]
+    whole = play(Asks, options={"times": 2})[1]
+    assert whole.completions() == played[0][1]
+
+
+class WaitsForTheOther(Asks):
+    """That of the first scenario answers when the second one's conversations have gone on."""
+
+    other_went_on = threading.Event()
+
+    def step(self, text: str) -> tuple[str, float, bool]:
+        if "58" not in self.scenario["prompt"]:
+            assert self.other_went_on.wait(10)
+        elif self.left == 0:
+            self.other_went_on.set()
+        return super().step(text)
+
+
+def test_parts_do_not_wait_for_each_others_environments(play: Callable[..., Any]) -> None:
+    WaitsForTheOther.other_went_on.clear()
+    assert play(WaitsForTheOther, timeout=0.5)[3]["conversation/ended_by_failure"] == (3.0, 6.0)
+    WaitsForTheOther.other_went_on.clear()
+    _, _, ended, _ = play(WaitsForTheOther, parts=2)
+    assert not any(conversation.failure for conversation, _ in ended)
+    assert play(Asks, parts=9)[3]["conversation/turns"] == play(Asks)[3]["conversation/turns"]
 
 
 class Own(Asks):

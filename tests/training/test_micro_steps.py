@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, LambdaCallback, ModelCheckpoint
 from module_runs import GradientRecorder, fit, make_data, make_module, relative_difference, weights
 
+from stateset_lightning.environments import EnvironmentConfig
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import Policy, PolicyConfig, load_model
 from stateset_lightning.training import micro_steps
-from stateset_lightning.training.micro_steps import kept_bytes
+from stateset_lightning.training.micro_steps import kept_bytes, longest_completion
 
 
 @pytest.fixture
@@ -28,7 +30,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
         def measured(*args: Any) -> tuple[int, float]:
             constant, per_token = kept_bytes(*args)
             data = args[1].datamodule
-            tokens = micro_steps.most_tokens(1, data, args[1].lightning_module.rollout, packed=True)
+            tokens = micro_steps.most_tokens(1, data, 4, args[3], packed=True)
             state = 3 * sum(p.nbytes for p in args[0].parameters())
             needed[:] = [state + constant + share * tokens * per_token]
             return constant, per_token
@@ -37,6 +39,18 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(micro_steps, "free_bytes", lambda device: needed[0])
 
     return limit
+
+
+@pytest.mark.parametrize(
+    ("options", "longest"),
+    [(None, 5), ({"max_turns": 3}, 30), ({"max_turns": 3, "max_tokens": 12}, 12), ({"max_tokens": 3}, 5), ({}, 80)],
+)
+def test_a_conversation_is_as_long_as_it_may_be(options: dict[str, Any] | None, longest: int) -> None:
+    module, data = make_module(), make_data()
+    environment = None if options is None else EnvironmentConfig("nowhere.Nothing", **options)
+    for context, most in ((None, longest), (128, longest), (40, min(longest, 40))):  # this data has no prompts yet
+        policy: Any = SimpleNamespace(context_length=context)
+        assert longest_completion(policy, data, module.rollout, environment) == most
 
 
 @pytest.mark.parametrize(("share", "count"), [(1.0, 1), (0.5, 2), (0.3, 4)])

@@ -1,7 +1,8 @@
 """An episode on the device, for real: sampled, scored, and one of its micro-steps trained, with the config's own sizes.
 
 Two cases are measured: lengths as they are sampled, and the worst case: the longest prompts, every completion of
-`max_new_tokens`. No weight changes. Letters: N completions, T completion tokens.
+`max_new_tokens`, every conversation as long as it may be. No weight changes. Letters: N completions, T completion
+tokens.
 
 Of each phase seconds and peak memory: what is allocated on a CUDA device, and elsewhere what is resident of the whole
 process. Running out of either is a result.
@@ -33,6 +34,7 @@ from stateset_lightning.training.episode import MicroBatch, groups_of
 from stateset_lightning.training.loss import micro_batch_loss
 from stateset_lightning.training.metrics import peak_memory_mb
 from stateset_lightning.training.micro_steps import choose as choose_micro_steps
+from stateset_lightning.training.micro_steps import longest_completion
 from stateset_lightning.training.teacher import make_teacher, with_comparison
 from stateset_lightning.types import PromptBatch, Rollout, Scores
 
@@ -165,13 +167,14 @@ class EpisodeMeasurement:
         def load() -> None:
             model = load_model(module.policy_config, dtype, module.seed, module.tokenizer).to(device)
             module.policy = self.policy = Policy(model, module.policy_config).train()
-            self.policy.prepare_for(self.data.longest_prompt + module.rollout.max_new_tokens)
+            self.longest_completion = longest_completion(self.policy, self.data, module.rollout, module.environment)
+            self.policy.prepare_for(self.data.longest_prompt + self.longest_completion)
             if module.algorithm.needs_reference:
                 self.reference = make_reference(self.policy, dtype)
                 if isinstance(self.reference, Policy):
                     self.reference.to(device)
             module._teacher = make_teacher(module.teacher, self.policy, dtype)
-            choose_micro_steps(self.trainer, self.policy, self.data, module.rollout)
+            choose_micro_steps(self.trainer, self.policy, self.data, module.rollout, module.environment)
 
         self.meter.run(SAMPLED, "load", load, limit=0)
 
@@ -187,7 +190,8 @@ class EpisodeMeasurement:
         if self.on_targets:
             targets = Targets.of(self.module.tokenizer, self.module.rollout, self.data)
             return targets.rollout(self.batch(self.spread_rows()), lambda *_: None)
-        return self._sample(SAMPLED, self.spread_rows(), self.module.engine, self.module.rollout.stop)
+        chosen = [self.data.served("train")[1][i] for i in self.spread_rows()]
+        return self._sample(SAMPLED, chosen, self.num_generations, self.module.engine, self.module.rollout.stop)
 
     def batch(self, rows: list[int]) -> PromptBatch:
         """The prompts at these rows of the training data."""
@@ -212,20 +216,28 @@ class EpisodeMeasurement:
         return self._train(SAMPLED, rollout.prompt_tokens, completions)
 
     def run_worst_case(self, samples: bool) -> str:
-        """The worst case, with sampling or without; says what was done. Nothing can be sampled afterwards."""
-        prompts, limit = self.data.served("train")[1], self.module.rollout.max_new_tokens
-        longest = np.resize(np.argsort(-prompts.lengths, kind="stable"), self.data.batch_size).tolist()
+        """The worst case, with sampling or without; says what was done. Nothing can be sampled afterwards.
+
+        A conversation's is its last turn, which prefills all before it, row by row.
+        """
+        module, prompts, limit = self.module, self.data.served("train")[1], self.longest_completion
+        rows = np.resize(np.argsort(-prompts.lengths, kind="stable"), self.data.batch_size).tolist()
+        longest = [prompts[i] for i in rows]
+        completions = [(prompt * limit)[:limit] for prompt in longest for _ in range(self.num_generations)]
         samples = samples and not self.on_targets
         if samples:
             self.policy.model.generation_config = None  # it names tokens that end a completion, too
             # No token of this tokenizer ends a completion, so that each is sampled to `max_new_tokens`.
             endless: Any = SimpleNamespace(eos_token_id=-1, pad_token_id=-1, decode=lambda tokens, **_: "")
             engine = InProcessEngine(endless, sampling_dtype(str(self.trainer.precision)))
-            self._sample(WORST, longest, engine, stop=[])
-        completions = [(prompts[i] * limit)[:limit] for i in longest for _ in range(self.num_generations)]
-        share = self._train(WORST, [prompts[i] for i in longest], completions)
+            each = 1 if module.environment is None else self.num_generations
+            before = limit - module.rollout.max_new_tokens
+            begun = [(prompt * (1 + limit))[: len(prompt) + before] for prompt in longest for _ in range(each)]
+            self._sample(WORST, begun, self.num_generations // each, engine, stop=[])
+        share = self._train(WORST, longest, completions)
         how = "sampled on past the end of sequence, trained" if samples else "trained"
-        return f"the longest prompts, completions of {limit} tokens, {how} with made-up tokens; {share}"
+        what = "completions" if module.environment is None else "conversations"
+        return f"the longest prompts, {what} of {limit} tokens, {how} with made-up tokens; {share}"
 
     def seconds(self) -> tuple[float, bool]:
         """Of an episode as sampled, one phase after the other; and whether it is only known to take longer."""
@@ -239,12 +251,11 @@ class EpisodeMeasurement:
         size = self.data.batch_size
         return [i * len(self.data.served("train")[1]) // size for i in range(size)]
 
-    def _sample(self, case: str, rows: Sequence[int], engine: Any, stop: list[str]) -> Rollout | None:
-        config, prompts = replace(self.module.rollout, stop=stop), self.data.served("train")[1]
-        size, chosen = config.num_generations, [prompts[i] for i in rows]
-        seeds_N = sample_seeds(self.module.seed, "doctor", 0, range(len(rows)), size)
+    def _sample(self, case: str, prompts: list[list[int]], size: int, engine: Any, stop: list[str]) -> Rollout | None:
+        config = replace(self.module.rollout, stop=stop)
+        seeds_N = sample_seeds(self.module.seed, "doctor", 0, range(len(prompts)), size)
         engine.sync(self.policy)
-        return self.meter.run(case, "sampling", lambda: engine.generate(chosen, size, config, seeds_N))
+        return self.meter.run(case, "sampling", lambda: engine.generate(prompts, size, config, seeds_N))
 
     def _train(self, case: str, prompts: list[list[int]], completions: Sequence[Sequence[int]]) -> str:
         """Log-probs of all completions, a micro-step with its share of them, and the update; says what was trained.

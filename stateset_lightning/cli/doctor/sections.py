@@ -140,8 +140,10 @@ class Doctor(StatesetCLI):
     def _score(self, rows: list[int], texts: Sequence[str], lengths: Sequence[int]) -> None:
         """Shows the first completion's scores; each reward that fails is a problem."""
         if (environment := self.module.environment) is not None:
-            what = f"model.environment: what is measured is one turn of {environment.max_turns} at most"
-            self.notes.append(f"{what}; nothing is scored, as that takes whole conversations")
+            what = f"model.environment: what is sampled is one turn of {environment.max_turns} at most"
+            self.notes.append(
+                f"{what}, and in the worst case the last one; nothing is scored, as that takes environments"
+            )
             return
         batch = self.episode.batch(rows)
         if (scores := self.episode.score(batch, texts, lengths)) is None:

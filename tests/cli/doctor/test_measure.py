@@ -66,6 +66,15 @@ def test_an_episode_of_the_configs_sizes_is_sampled_and_one_of_its_micro_steps_t
     assert f"a micro-step of {share} completions, {18 + 5 * share} tokens (each prompt once per group)" in said
 
 
+def test_the_worst_case_of_conversations_is_their_last_turn_and_all_their_tokens(examine, seen):
+    environment = {"factory": "stateset_lightning.environments.ScriptedUser", "max_turns": 3}
+    assert examine(rows=ROWS, model={"environment": environment})[0] == 0
+    _, (begun, lengths) = seen["sampled"]
+    assert [len(prompt) for prompt in begun] == [18 + 25] * 4 + [17 + 25] * 4
+    assert lengths == [5] * 8
+    assert seen["trained"][-1] == [(18, [30] * 4), (17, [30] * 4)]
+
+
 def test_targets_that_are_trained_on_are_measured_and_not_samples(examine, seen):
     algorithm = {"class_path": "stateset_lightning.algorithm.Supervised"}
     code, said = examine("--data.num_iterations=2", rows=ROWS, model={"algorithm": algorithm})
