@@ -146,3 +146,9 @@ def require(module: str, extra: str, what: str) -> None:
     if importlib.util.find_spec(module) is None:
         library = module.replace("_", "-")
         raise ConfigError(f'{what} needs the library {library}: pip install "stateset-lightning[{extra}]"')
+
+
+def imported(module: str, extra: str, what: str) -> Any:
+    """The module, for which `require` holds."""
+    require(module, extra, what)
+    return importlib.import_module(module)

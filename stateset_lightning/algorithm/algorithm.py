@@ -167,9 +167,8 @@ class Algorithm(Formulas):
             lengths_PG: Sampled tokens of each completion, for algorithms that weigh by length.
             baseline_PF: Scores of a greedy completion per prompt, for algorithms that compare with it.
         """
-        given = {"scores_PGF": scores_PGF, "weights_F": weights_F, "rewards_PG": total_scores(scores_PGF, weights_F)}
-        if lengths_PG is not None:
-            given["lengths_PG"] = lengths_PG
+        given = {"scores_PGF": scores_PGF, "weights_F": weights_F, "lengths_PG": lengths_PG}
+        given["rewards_PG"] = total_scores(scores_PGF, weights_F)
         if baseline_PF is not None:
             # The KL may be one more score, the last one; greedy completions do not have it.
             given["baseline_P"] = total_scores(baseline_PF, weights_F[: baseline_PF.shape[-1]])

@@ -15,6 +15,8 @@ from stateset_lightning.algorithm.aggregation import per_token, sequence_means, 
 from stateset_lightning.algorithm.terms import log_ratio, needed, sampler_logprobs
 from stateset_lightning.types import Metrics, TokenBatch
 
+Loss = tuple[Tensor, Metrics]  # of each token, and metrics
+
 
 def advantages_of(tokens: TokenBatch) -> Tensor:
     """The advantage of each token, its own or its completion's, [T], in the precision of the log-probs."""
@@ -40,7 +42,7 @@ def beyond(values: Tensor, low: float, high: float, advantages: Tensor) -> tuple
 # The ratio of a token -------------------------------------------------------------------------------------------------
 
 
-def policy_gradient_loss(tokens: TokenBatch) -> tuple[Tensor, Metrics]:
+def policy_gradient_loss(tokens: TokenBatch) -> Loss:
     """REINFORCE, [T]: -A log-prob.
 
     There is no importance ratio, so it is right for the policy that sampled: for one optimizer step per episode.
@@ -48,15 +50,13 @@ def policy_gradient_loss(tokens: TokenBatch) -> tuple[Tensor, Metrics]:
     return -advantages_of(tokens) * tokens.logprobs_T, {}
 
 
-def importance_loss(tokens: TokenBatch) -> tuple[Tensor, Metrics]:
+def importance_loss(tokens: TokenBatch) -> Loss:
     """The surrogate without any bound, [T]: -ratio A."""
     ratio_T = log_ratios(tokens).exp()
     return -ratio_T * advantages_of(tokens), ratio_metrics(ratio_T)
 
 
-def clipped_loss(
-    tokens: TokenBatch, *, epsilon_low: float, epsilon_high: float, delta: float | None = None
-) -> tuple[Tensor, Metrics]:
+def clipped_loss(tokens: TokenBatch, *, epsilon_low: float, epsilon_high: float, delta: float | None = None) -> Loss:
     """PPO's clipped surrogate, [T]: -min(ratio A, clip(ratio, 1 - epsilon_low, 1 + epsilon_high) A).
 
     arXiv:1707.06347, equation 7; separate bounds ("clip-higher"): arXiv:2503.14476, equation 10. With `delta` the first
@@ -67,16 +67,14 @@ def clipped_loss(
     return _clipped(log_ratios(tokens).exp(), advantages_of(tokens), epsilon_low, epsilon_high, delta)
 
 
-def _clipped(
-    ratio: Tensor, advantages: Tensor, epsilon_low: float, epsilon_high: float, delta: float | None
-) -> tuple[Tensor, Metrics]:
+def _clipped(ratio: Tensor, advantages: Tensor, epsilon_low: float, epsilon_high: float, delta: float | None) -> Loss:
     bounded = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
     first = ratio if delta is None else ratio.clamp(max=delta)
     loss = -torch.minimum(first * advantages, bounded * advantages)
     return loss, ratio_metrics(ratio, *beyond(ratio, 1 - epsilon_low, 1 + epsilon_high, advantages))
 
 
-def cispo_loss(tokens: TokenBatch, *, epsilon_high: float) -> tuple[Tensor, Metrics]:
+def cispo_loss(tokens: TokenBatch, *, epsilon_high: float) -> Loss:
     """CISPO, [T]: -sg(min(ratio, 1 + epsilon_high)) A log-prob (MiniMax-M1, arXiv:2506.13585).
 
     The weight is bounded, never the gradient: every token trains. The paper leaves the weight without a lower bound.
@@ -86,7 +84,7 @@ def cispo_loss(tokens: TokenBatch, *, epsilon_high: float) -> tuple[Tensor, Metr
     return loss_T, ratio_metrics(ratio_T, high=ratio_T > 1 + epsilon_high)
 
 
-def sapo_loss(tokens: TokenBatch, *, tau_positive: float, tau_negative: float) -> tuple[Tensor, Metrics]:
+def sapo_loss(tokens: TokenBatch, *, tau_positive: float, tau_negative: float) -> Loss:
     """SAPO, [T]: -(4 / tau) sigmoid(tau (ratio - 1)) A, with one tau for A > 0 and one for the rest (arXiv:2511.20347).
 
     A smooth gate in place of a clip: on-policy its slope is that of -ratio A, and it falls off on both sides.
@@ -101,7 +99,7 @@ Divergence = Literal["tv", "kl"]
 
 def dppo_loss(
     tokens: TokenBatch, *, divergence: Divergence, delta_low: float, delta_high: float, maximum_ratio: float
-) -> tuple[Tensor, Metrics]:
+) -> Loss:
     """DPPO, [T]: -mask sg(min(ratio, maximum_ratio)) A log-prob (arXiv:2602.04879).
 
     Ratio and mask compare with the sampler's log-probs where they are known. A token is masked when its probability has
@@ -121,9 +119,7 @@ def dppo_loss(
     return loss_T, ratio_metrics(ratio_T, low_T, high_T)
 
 
-def clip_cov_loss(
-    tokens: TokenBatch, *, epsilon_low: float | None, epsilon_high: float | None
-) -> tuple[Tensor, Metrics]:
+def clip_cov_loss(tokens: TokenBatch, *, epsilon_low: float | None, epsilon_high: float | None) -> Loss:
     """Clip-Cov, [T]: -ratio A on the selected tokens, 0 on the others (arXiv:2505.22617).
 
     An epsilon is a bound of PPO's surrogate, None for none.
@@ -133,7 +129,7 @@ def clip_cov_loss(
     return torch.where(needed(tokens, "select_T", "share"), loss_T, 0.0), metrics
 
 
-def kl_cov_loss(tokens: TokenBatch, *, coefficient: float) -> tuple[Tensor, Metrics]:
+def kl_cov_loss(tokens: TokenBatch, *, coefficient: float) -> Loss:
     """KL-Cov, [T]: -ratio A, plus coefficient x |log ratio| on the tokens not selected (arXiv:2505.22617)."""
     loss_T, metrics = importance_loss(tokens)
     drift_T = (tokens.logprobs_T - tokens.old_logprobs_T).abs()  # however far, it is pulled back
@@ -148,7 +144,7 @@ def kl_cov_loss(tokens: TokenBatch, *, coefficient: float) -> tuple[Tensor, Metr
 
 def sequence_clipped_loss(
     tokens: TokenBatch, *, epsilon_low: float, epsilon_high: float, delta: float | None = None
-) -> tuple[Tensor, Metrics]:
+) -> Loss:
     """GSPO, [T]: for every token its completion's -min(s A, clip(s, 1 - epsilon_low, 1 + epsilon_high) A).
 
     arXiv:2507.18071; s is the completion's ratio.
@@ -160,7 +156,7 @@ def sequence_clipped_loss(
 
 def sequence_token_clipped_loss(
     tokens: TokenBatch, *, epsilon_low: float, epsilon_high: float, delta: float | None = None
-) -> tuple[Tensor, Metrics]:
+) -> Loss:
     """GSPO-token, [T]: GSPO's value, with s_t = sg(s) x ratio / sg(ratio) of the token (arXiv:2507.18071, section 4.3).
 
     Each token carries its own gradient, so single tokens can be left out or have an advantage of their own.
@@ -173,9 +169,7 @@ def sequence_token_clipped_loss(
     return loss_T, metrics
 
 
-def geometric_mean_loss(
-    tokens: TokenBatch, *, log_epsilon_low: float, log_epsilon_high: float
-) -> tuple[Tensor, Metrics]:
+def geometric_mean_loss(tokens: TokenBatch, *, log_epsilon_low: float, log_epsilon_high: float) -> Loss:
     """GMPO, [T]: for every token its completion's -A exp(mean of the clipped log ratios) (arXiv:2507.20673).
 
     A token's log ratio is clipped above at `log_epsilon_high` if A > 0, and below at -`log_epsilon_low` if A < 0: PPO's
@@ -194,7 +188,7 @@ def geometric_mean_loss(
 
 def gamma_weighted_loss(
     tokens: TokenBatch, *, k_positive: float, lambda_positive: float, k_negative: float, lambda_negative: float
-) -> tuple[Tensor, Metrics]:
+) -> Loss:
     """VESPO, [T]: -sg(W^k exp(lambda (1 - W))) A log-prob (arXiv:2602.10693).
 
     W is the product of the ratios of a completion's tokens to the policy that sampled, the sampler's log-probs where
@@ -209,7 +203,7 @@ def gamma_weighted_loss(
     return -weights_T * advantages_T * tokens.logprobs_T, ratio_metrics(log_ratio_N.exp())
 
 
-def quadratic_loss(tokens: TokenBatch, *, tau: float) -> tuple[Tensor, Metrics]:
+def quadratic_loss(tokens: TokenBatch, *, tau: float) -> Loss:
     """DRO, [T]: adds up over a completion to -A log-prob + tau / 2 (log ratio)^2, both of the completion.
 
     Kimi k1.5's form (arXiv:2501.12599) of direct reward optimisation (arXiv:2405.19107). Every token of a completion

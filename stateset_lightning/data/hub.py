@@ -6,7 +6,7 @@ A hub id is `owner/name`, `owner/name:config` or `owner/name:config:split`. No c
 import re
 
 from stateset_lightning.data.rows import ListRows
-from stateset_lightning.errors import DataError, require
+from stateset_lightning.errors import DataError, imported
 
 
 def is_hub_id(text: str) -> bool:
@@ -23,9 +23,7 @@ def read_hub(hub_id: str, split: str) -> ListRows:
     """
     name, config, wanted = [*hub_id.split(":"), None, None][:3]
     what = f"'{hub_id}' is no file here"
-    require("datasets", "hub", f"{what}, and a hub id")
-    import datasets
-
+    datasets = imported("datasets", "hub", f"{what}, and a hub id")
     try:
         rows = datasets.load_dataset(name, config, split=wanted or ("test" if split == "predict" else split))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # RuntimeError: a script

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from stateset_lightning.errors import ConfigError, require
+from stateset_lightning.errors import ConfigError, imported
 
 MAX_SIZE = 1_000_000
 MAX_SEED = 2_000
@@ -20,9 +20,7 @@ def read_task(task: str, size: int, seed: int, options: Mapping[str, Any], place
     Raises:
         ConfigError: If `reasoning-gym` is not installed, there is no such task, or it does not take these options.
     """
-    require("reasoning_gym", "gym", f"{place}: reasoning_gym={task}")
-    import reasoning_gym
-
+    reasoning_gym = imported("reasoning_gym", "gym", f"{place}: reasoning_gym={task}")
     known = reasoning_gym.factory.DATASETS
     if task not in known or task == "composite":
         has = ", ".join(sorted(known))

@@ -19,7 +19,7 @@ import numpy as np
 from stateset_lightning.data import content
 from stateset_lightning.data.rows import ListRows, header_of, is_stream, is_table, rows_in, split_in, unwrapped
 from stateset_lightning.data.stream import Stream
-from stateset_lightning.errors import ConfigError, DataError, UserError, require
+from stateset_lightning.errors import ConfigError, DataError, UserError, imported
 from stateset_lightning.types import of_numpy
 
 if TYPE_CHECKING:  # it takes a tenth of a second, and most files are texts
@@ -121,9 +121,7 @@ def _arrow(*paths: Path) -> ArrowRows:
 
 
 def _sheet(path: Path) -> list[dict[str, Any]]:
-    require("openpyxl", "xlsx", f"{path}: an Excel sheet")
-    import openpyxl
-
+    openpyxl = imported("openpyxl", "xlsx", f"{path}: an Excel sheet")
     book = openpyxl.load_workbook(path, read_only=True, data_only=True)
     header, *rows = [row for row in book.worksheets[0].iter_rows(values_only=True) if any(c is not None for c in row)]
     names = header_of(path, header)

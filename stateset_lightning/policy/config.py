@@ -113,15 +113,10 @@ class PolicyConfig(LoadingOptions):
         return self.dropout > 0 or (self.lora is not None and self.lora.dropout > 0)
 
     @property
-    def is_local(self) -> bool:
-        """Whether the model is bundled or a folder, and not a Hugging Face id."""
-        path = Path(self.model_name)
-        return self.model_name == "tiny" or path.is_absolute() or path.expanduser().exists()
-
-    @property
     def public_name(self) -> str:
         """The model's name as others may read it: of a folder only its last part, which says nothing of the machine."""
-        return Path(self.model_name).name if self.is_local else self.model_name
+        path = Path(self.model_name)
+        return path.name if path.is_absolute() or path.expanduser().exists() else self.model_name
 
     @classmethod
     def of(cls, policy: "str | Mapping[str, Any] | PolicyConfig") -> "PolicyConfig":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from stateset_lightning.errors import ConfigError, log, one_line, require
+from stateset_lightning.errors import ConfigError, imported, log, one_line
 from stateset_lightning.files import keep_inputs
 from stateset_lightning.policy.config import LoRAConfig
 from stateset_lightning.policy.precision import replaced_parameters
@@ -52,9 +52,7 @@ def add_adapter(model: PreTrainedModel, lora: LoRAConfig, seed: int) -> None:
         ConfigError: If peft is not installed or refuses the options.
     """
     place = "model.policy.lora"
-    require("peft", "lora", place)
-    import peft
-
+    peft = imported("peft", "lora", place)
     own = {key: getattr(lora, name) for key, name in _OWN_KEYS.items()}
     if taken := sorted(own.keys() & lora.peft_kwargs.keys()):
         raise ConfigError(f"{place}.peft_kwargs.{taken[0]}: set {place}.{_OWN_KEYS[taken[0]]} instead")
@@ -78,9 +76,7 @@ def load_adapter(model: PreTrainedModel, adapter: str, lora: LoRAConfig | None) 
         ConfigError: If peft is not installed, or the adapter does not fit the model.
         Exception: Whatever peft raises where it cannot read the adapter.
     """
-    require("peft", "lora", "model.policy.adapter")
-    import peft
-
+    peft = imported("peft", "lora", "model.policy.adapter")
     source = str(Path(adapter).expanduser()) if adapter.startswith("~") else adapter
     place = f"model.policy.adapter={adapter!r}"
     config, weights = peft.PeftConfig.from_pretrained(source), peft.load_peft_weights(source, device="cpu")
@@ -306,7 +302,5 @@ def plain_config(model: PreTrainedModel) -> dict[str, Any]:
 
 def config_from_plain(content: Mapping[str, Any]) -> LoraConfig:
     """The inverse of `plain_config`."""
-    require("peft", "lora", "the checkpoint's adapter")
-    import peft
-
+    peft = imported("peft", "lora", "the checkpoint's adapter")
     return peft.PeftConfig.from_peft_type(**content)

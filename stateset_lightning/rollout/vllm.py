@@ -21,10 +21,22 @@ from stateset_lightning.policy.config import Dtype
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.rollout.engine import OnFinished, RolloutConfig
 from stateset_lightning.rollout.sampling import StopStrings, check_length
-from stateset_lightning.rollout.vllm_client import Choice, servers_at
+from stateset_lightning.rollout.vllm_client import Choice, VLLMServer
 from stateset_lightning.rollout.vllm_weights import WeightSync, request
 from stateset_lightning.threads import DaemonThreads, interruptible
 from stateset_lightning.types import Metrics, Rollout
+
+
+def servers_at(urls: list[str], option: str, request_timeout: float, max_wait_minutes: float) -> list[VLLMServer]:
+    """The servers that `option` (`model.engine`, say) gives; see `VLLMServer`.
+
+    Raises:
+        ConfigError: If they are no list of addresses.
+    """
+    if not urls or isinstance(urls, str):
+        raise ConfigError(f"{option}.urls={urls!r} must be a list of addresses, as [http://127.0.0.1:8000]")
+    waits = {"request_timeout": request_timeout, "max_wait": 60 * max_wait_minutes}
+    return [VLLMServer(url, option=option, **waits) for url in urls]
 
 
 @bounded("model.engine")

@@ -313,18 +313,6 @@ class VLLMServer:
             log.info("%s is back, with its weights", self.url)
 
 
-def servers_at(urls: list[str], option: str, request_timeout: float, max_wait_minutes: float) -> list[VLLMServer]:
-    """The servers that `option` (`model.engine`, say) gives; see `VLLMServer`.
-
-    Raises:
-        ConfigError: If they are no list of addresses.
-    """
-    if not urls or isinstance(urls, str):
-        raise ConfigError(f"{option}.urls={urls!r} must be a list of addresses, as [http://127.0.0.1:8000]")
-    waits = {"request_timeout": request_timeout, "max_wait": 60 * max_wait_minutes}
-    return [VLLMServer(url, option=option, **waits) for url in urls]
-
-
 class _Incoming(io.RawIOBase):
     """What a server sends, until a moment and up to a size. The time-out of a socket begins anew with each byte."""
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from stateset_lightning.policy import Group
 from stateset_lightning.rollout.sampling import check_length
-from stateset_lightning.rollout.vllm_client import LARGEST_LOGPROB, Answer, BadAnswer, Logprob, VLLMServer, servers_at
+from stateset_lightning.rollout.vllm import servers_at
+from stateset_lightning.rollout.vllm_client import LARGEST_LOGPROB, Answer, BadAnswer, Logprob, VLLMServer
 from stateset_lightning.threads import DaemonThreads, interruptible
 
 # Requests at a time; the servers have a queue of their own.

@@ -135,7 +135,7 @@ class WeightSync:
         synced = self._of_first_rank(partial(self._write, policy, blocks), together=blocks)
         answers = self._of_first_rank(partial(self._hand_over, synced))
         scores = self._scores(policy, answers)
-        self.synced = self._of_first_rank(partial(self._compared, synced, policy.model.dtype, answers, scores))
+        self.synced = self._of_first_rank(partial(self._compared, synced, answers, scores))
         self._fingerprint = fingerprint
         for server in self.servers:
             server.give_weights = partial(self._restore, synced=self.synced)
@@ -241,23 +241,19 @@ class WeightSync:
             scores = [policy.score_without_gradient(groups, t)[0].cpu().split(sizes) for t in temperatures]
         return [list(pair) for pair in zip(*scores, strict=True)]
 
-    def _compared(
-        self, synced: Synced, dtype: torch.dtype, answers: list[Completions], scores: list[list[Tensor]]
-    ) -> Synced:
+    def _compared(self, synced: Synced, answers: list[Completions], scores: list[list[Tensor]]) -> Synced:
         """Compares the servers' answers with the policy, and notes the policy's.
 
         Args:
             synced: What the servers have.
-            dtype: The policy's.
             answers: The servers'.
             scores: Of these answers, by the policy: at the run's temperature, and at 1.
 
         Raises:
             SamplingError: If their log-probs differ by more than float error.
         """
-        temperature = self.sampling.temperature
-        served_dtype = getattr(torch, self.dtype) if self.dtype else dtype
-        by_dtype = max(LOGPROB_TOLERANCE[dtype], LOGPROB_TOLERANCE[served_dtype])
+        temperature, dtypes = self.sampling.temperature, (self._policy.model.dtype, self._served_dtype(self._policy))
+        by_dtype = max(LOGPROB_TOLERANCE[dtype] for dtype in dtypes)
         limit = self.tolerance or by_dtype / min(temperature, 1.0)
         for server, answer, (ours_T, undivided_T) in zip(self.servers, answers, scores, strict=True):
             tokens, logprobs = zip(*answer, strict=True)

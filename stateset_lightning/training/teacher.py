@@ -13,13 +13,13 @@ from stateset_lightning.policy import Policy, PolicyConfig, compared_with, load_
 from stateset_lightning.rollout import RolloutConfig, VLLMTeacher
 from stateset_lightning.training.episode import MicroBatch
 
+GivenTeacher = PolicyConfig | VLLMTeacher | None
+
 # Options that only a policy's training reads, or that are set for all models of the process.
 OF_POLICY = "gradient_checkpointing", "dropout", "lora", "router_aux_loss", "float32_matmul"
 
 
-def checked_teacher(
-    given: str | PolicyConfig | VLLMTeacher | None, algorithm: Algorithm, rollout: RolloutConfig
-) -> PolicyConfig | VLLMTeacher | None:
+def checked_teacher(given: str | GivenTeacher, algorithm: Algorithm, rollout: RolloutConfig) -> GivenTeacher:
     """`model.teacher`, as a config.
 
     Raises:
@@ -47,9 +47,7 @@ def checked_teacher(
     return teacher
 
 
-def check_teacher(
-    teacher: PolicyConfig | VLLMTeacher | None, tokenizer: PreTrainedTokenizerBase, longest: int, max_new_tokens: int
-) -> None:
+def check_teacher(teacher: GivenTeacher, tokenizer: PreTrainedTokenizerBase, longest: int, max_new_tokens: int) -> None:
     """The teacher is there and can say something of the policy's samples; its weights are loaded later.
 
     Args:
@@ -69,9 +67,7 @@ def check_teacher(
             check_same_tokenizer(teacher, load_tokenizer(teacher), tokenizer)
 
 
-def make_teacher(
-    config: PolicyConfig | VLLMTeacher | None, policy: Policy, dtype: torch.dtype
-) -> tuple[Policy | VLLMTeacher, ...]:
+def make_teacher(config: GivenTeacher, policy: Policy, dtype: torch.dtype) -> tuple[Policy | VLLMTeacher, ...]:
     """The teacher, frozen and on the policy's device, or its servers; empty without one.
 
     Args:
