@@ -116,7 +116,7 @@ def run_ours(folder: Path, rows: list[dict[str, str]], task: str, steps: int, se
 
         def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
             times.stop()
-            logged.append([module.metrics.last[name] for name in ("train/reward", "conversation/tool_calls")])
+            logged.append([module.metrics.last.get(name, 0.0) for name in ("train/reward", "conversation/tool_calls")])
 
     def reward(turns: Any, context: Any) -> float:
         return score(turns[-1].content, context["target"])
