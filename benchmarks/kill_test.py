@@ -117,7 +117,8 @@ class EvenDigits(RewardFunction):
 
     def compute_reward(self, turns: Any, context: Any = None) -> float:
         pass_by("scoring")
-        digits = [int(character) for character in turns[-1].content if character.isdigit()]
+        said = "".join(turn.content for turn in turns if turn.role == "assistant")
+        digits = [int(character) for character in said if character.isdigit()]
         return sum(digit % 2 == 0 for digit in digits) / max(len(digits), 1)
 
 
