@@ -40,11 +40,12 @@ benchmark: $(READY) ## whole training steps side by side with TRL, and cost agai
 compare-algorithms: $(READY) ## what every preset learns on the bundled task, three seeds, and TRL; two hours, resumable
 	$(BIN)/python benchmarks/compare_algorithms.py --trl-python $(BIN)/python
 
-kill-test: $(READY) ## kill runs some 130 times and compare their ends with those of runs left alone; eight minutes
+kill-test: $(READY) ## kill runs some 170 times and compare their ends with those of runs left alone; ten minutes
 	$(BIN)/python benchmarks/kill_test.py --kills 50
 	$(BIN)/python benchmarks/kill_test.py --kills 20 --precision bf16-mixed
 	$(BIN)/python benchmarks/kill_test.py --kills 20 --ranks 2
 	$(BIN)/python benchmarks/kill_test.py --kills 20 --everything
+	$(BIN)/python benchmarks/kill_test.py --kills 40 --conversations
 	$(BIN)/python benchmarks/kill_test.py --kills 20 --reference
 
 saves-test: $(READY) ## stop runs of every way to save at every moment and compare their ends; a quarter of an hour

@@ -6,6 +6,7 @@ killed.
     python benchmarks/kill_test.py --kills 20 --ranks 2        two processes with gloo; one is killed, the other a
     moment later
     python benchmarks/kill_test.py --kills 20 --everything     LoRA, dynamic sampling and saves by time, too
+    python benchmarks/kill_test.py --kills 40 --conversations  an environment answers; kills fall into it, too
     python benchmarks/kill_test.py --kills 20 --reference      configs/single_turn.yaml, by the command line
 
 The run has all that could be lost: two passes over an episode in four micro-steps, two of them to an optimizer step, a
@@ -53,6 +54,7 @@ from stateset_lightning.callbacks import SampleWriter
 from stateset_lightning.cli.config import StatesetCLI
 from stateset_lightning.cli.overlays import merged_words
 from stateset_lightning.data.order import Curriculum
+from stateset_lightning.environments import EnvironmentConfig
 from stateset_lightning.policy import LoRAConfig, PolicyConfig, load_model
 from stateset_lightning.rewards.scorer import ScoringSession
 from stateset_lightning.run import checkpoint_io
@@ -72,6 +74,7 @@ PLACES = (
     "after the rename",
     "any time",
 )
+PLACES_IN_CONVERSATIONS = ("a later turn", "an environment")
 SCENARIOS = [{"prompt": f"What is {a} + {b}?", "target": str(a + b)} for a in range(2, 8) for b in (4, 9)]
 UNSTEADY = ("time/", "memory/", "work/tokens_per_s")
 
@@ -90,6 +93,7 @@ class Settings:
     lora: bool = False
     dynamic_sampling: int = 0
     seconds_between_saves: float | None = None  # None: a save at each step
+    conversations: bool = False
 
     @property
     def policy(self) -> PolicyConfig:
@@ -113,8 +117,22 @@ class EvenDigits(RewardFunction):
 
     def compute_reward(self, turns: Any, context: Any = None) -> float:
         pass_by("scoring")
-        digits = [int(character) for character in turns[-1].content if character.isdigit()]
+        said = "".join(turn.content for turn in turns if turn.role == "assistant")
+        digits = [int(character) for character in said if character.isdigit()]
         return sum(digit % 2 == 0 for digit in digits) / max(len(digits), 1)
+
+
+class AsksAgain:
+    """A user who asks again as often as the answer's length says, from no time to twice: groups are uneven."""
+
+    def reset(self, scenario: Any, seed: int) -> None:
+        pass_by("an environment")
+        self.times = seed % 2
+
+    def step(self, text: str) -> tuple[str, float, bool]:
+        pass_by("an environment")
+        self.times += 1
+        return "What is 58 + 67?", 0.0, (len(text) + self.times) % 3 == 0
 
 
 class Passes(Callback):
@@ -127,6 +145,15 @@ class Passes(Callback):
         pl_module._sampled_policy.model.register_forward_pre_hook(
             lambda *args: None if torch.is_grad_enabled() else pass_by("sampling")
         )
+        engine = pl_module.engine
+        generate = engine.generate
+
+        def passing(prompts: Any, num_generations: int, *args: Any, **options: Any) -> Any:
+            if num_generations == 1 and not options.get("greedy"):  # the first turn samples whole groups
+                pass_by("a later turn")
+            return generate(prompts, num_generations, *args, **options)
+
+        engine.generate = passing
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # not before `on_train_start` of all callbacks, `StepEnd` among them, which listens to signals
@@ -151,7 +178,7 @@ def pass_by(place: str) -> None:
     global _passed
     if _plan is not None and _plan.place == place:
         _passed += 1
-        if _passed == _plan.count:
+        if _passed >= _plan.count:  # environments pass by on threads of their own
             os.kill(os.getpid(), _plan.sent)
 
 
@@ -191,6 +218,7 @@ def train(folder: Path, settings: Settings, started: int | None = None, callback
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-4, weight_decay=0.01),
         lr_scheduler=Schedule(decay="cosine", warmup_steps=5),
         max_reward_failures=settings.max_reward_failures,
+        environment=EnvironmentConfig(AsksAgain, max_turns=3, max_tokens=64) if settings.conversations else None,
     )
     data = ScenarioDataModule(
         SCENARIOS,
@@ -361,10 +389,14 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def draw(rng: random.Random, ranks: int) -> Kill:
+REACHES = {"sampling": 15, "scoring": 24, "micro-step": 7, "optimizer step": 3, "validation": 3}
+REACHES |= {"a later turn": 3, "an environment": 60}
+
+
+def draw(rng: random.Random, ranks: int, places: Sequence[str] = PLACES) -> Kill:
     """A moment within the next few optimizer steps."""
-    place = rng.choice(PLACES)
-    reach = {"sampling": 15, "scoring": 24, "micro-step": 7, "optimizer step": 3, "validation": 3}.get(place, 6)
+    place = rng.choice(places)
+    reach = REACHES.get(place, 6)
     on_disk = place in ("half a file", "before the rename", "after the rename")  # the first rank alone writes
     return Kill(place, rng.randint(1, reach), rng.uniform(0, 0.7), 0 if on_disk else rng.randrange(ranks))
 
@@ -427,6 +459,7 @@ def main() -> int:
     parser.add_argument("--file-per-rank", action="store_true", help="fsdp2: sharded checkpoints")
     parser.add_argument("--lora", action="store_true", help="train an adapter")
     parser.add_argument("--everything", action="store_true", help="an adapter, dynamic sampling and saves by time")
+    parser.add_argument("--conversations", action="store_true", help="an environment answers")
     parser.add_argument("--reference", action="store_true", help="configs/single_turn.yaml, by the command line")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="an empty folder to keep the files of both runs in")
@@ -442,7 +475,9 @@ def main() -> int:
         lora=args.lora or args.everything,
         dynamic_sampling=2 if args.everything else 0,
         seconds_between_saves=0.1 if args.everything else None,
+        conversations=args.conversations,
     )
+    drawn = PLACES + PLACES_IN_CONVERSATIONS * 2 if args.conversations else PLACES
     run = train_reference if args.reference else train
     load_model(settings.policy)  # imports the model's code before the first fork
     rng, places, start = random.Random(args.seed), Counter[str](), time.perf_counter()
@@ -452,7 +487,7 @@ def main() -> int:
         attempt(straight, settings, None, run)
         one_run = time.perf_counter() - start
         while places.total() < args.kills:
-            plan = draw(rng, args.ranks)
+            plan = draw(rng, args.ranks, drawn)
             if attempt(killed, settings, plan, run):
                 print(f"the run ended after {places.total()} kills: raise the number of steps")
                 return 1

@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
+
+from stateset_lightning.environments.tool_calls import Call, find_calls
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 GPU_CHECK = BENCHMARKS / "gpu" / "check.sh"
@@ -20,6 +23,28 @@ def test_benchmarks_find_what_they_import(monkeypatch: pytest.MonkeyPatch) -> No
     for path in sorted(BENCHMARKS.glob("*.py")):
         monkeypatch.delitem(sys.modules, path.stem, raising=False)
         runpy.run_path(str(path), run_name="imported")
+
+
+@pytest.mark.parametrize("task", ["tools", "class"])
+def test_our_side_of_conversations_trains_a_model_that_was_taught_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    conversations = runpy.run_path(str(BENCHMARKS / "conversations.py"))
+    maker = sys.modules["make_tool_model"]
+    tokenizer = maker.make_tokenizer(maker.SENTENCES, [*maker.SPECIAL_TOKENS, "<|tool|>"], maker.CHAT_TEMPLATE)
+    maker.make_model(tokenizer, 32, 32, 128).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    conversations["save_model"](tmp_path, tmp_path / "ours")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    function = {"name": "multiply", "arguments": {"a": 12, "b": 34}}
+    said = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    text = tokenizer.apply_chat_template([said], tokenize=False).removeprefix("<|assistant|>").removesuffix("<|end|>")
+    assert find_calls(text, tokenizer) == [Call(**function)]
+    rows = [{"prompt": f"What is {a} * 34?", "target": str(34 * a)} for a in range(12, 28)]
+    conversations["run_ours"].__globals__.update(NUM_PROMPTS=2, MAX_TOKENS=16)
+    found = conversations["run_ours"](tmp_path / "ours", rows, task, 2, 1)
+    assert [len(found[name]) for name in ("rewards", "calls", "cpu_s", "wall_s")] == [2] * 4
 
 
 def test_each_mutant_changes_one_place() -> None:

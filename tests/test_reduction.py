@@ -87,8 +87,40 @@ class Disturbed(GradientRecorder):
         pl_module.policy.load_state_dict(self.before)  # type: ignore[union-attr, operator]
 
 
+class GoesOn:
+    """Has a conversation go on for as many turns as its first answer's length says: groups are uneven."""
+
+    def reset(self, scenario: Any, seed: int) -> None:
+        self.left: int | None = None
+
+    def step(self, text: str) -> tuple[str, None, bool]:
+        self.left = len(text) % 3 if self.left is None else self.left - 1
+        return "Go on, and say more.", None, self.left == 0
+
+
+class Masked(Disturbed):
+    """Makes all values of tokens that were not sampled NaN, after the first micro-step has made the episode."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if batch.micro_step == 1:
+            episode: Any = pl_module.episode
+            assert not episode.sampled_T.all()
+            for name, value_T in vars(episode).items():
+                if name.endswith("_T") and value_T is not None and value_T.is_floating_point():
+                    value_T[~episode.sampled_T] = torch.nan
+
+
 def gradients(
-    folder: Path, chosen: Algorithm, model: Path, policy: Policy | None = None, *, accumulate: int = 1, **trainer: Any
+    folder: Path,
+    chosen: Algorithm,
+    model: Path,
+    policy: Policy | None = None,
+    *,
+    accumulate: int = 1,
+    environment: type | None = None,
+    recorder: Disturbed | None = None,
+    **trainer: Any,
 ) -> tuple[list[dict[str, torch.Tensor]], Policy]:
     """Gradients of the four optimizer steps of one episode of eight prompts; the policy may be used again."""
     module = GRPOLightningModule(
@@ -97,10 +129,11 @@ def gradients(
         rollout=RolloutConfig(num_generations=4, max_new_tokens=6, stop=STOP),
         algorithm=chosen,
         teacher="tiny" if chosen.needs_teacher else None,
+        environment=environment,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0),
     )
     module.policy = policy
-    recorder = Disturbed()
+    recorder = recorder or Disturbed()
     data = make_data(
         batch_size=8 // trainer.get("devices", 1), steps_per_episode=2 * accumulate, num_iterations=2, validation=None
     )
@@ -138,6 +171,22 @@ def check_equal(name: str, mine: list[dict[str, torch.Tensor]], other: list[dict
 def test_micro_steps_do_not_change_the_gradient(tmp_path: Path, name: str, model: Path, policy: Policy) -> None:
     whole, split = (
         gradients(tmp_path, ALGORITHMS[name], model, policy, accumulate=accumulate)[0] for accumulate in (1, 4)
+    )
+    check_equal(name, split, whole)
+
+
+OF_CONVERSATIONS = ["Clipped-sequence_mean", "Clipped-token_mean", "Clipped-constant_length", "GSPO", "GMPO"]
+OF_CONVERSATIONS += ["ClipCov", "KLCov", "top_entropy", "kl_in_reward", "kl_in_loss", "entropy_bonus"]
+
+
+@pytest.mark.parametrize("name", OF_CONVERSATIONS)
+def test_micro_steps_do_not_change_the_gradient_of_conversations(
+    tmp_path: Path, name: str, model: Path, policy: Policy
+) -> None:
+    """And an environment's tokens are read only: whatever else is known of them changes nothing."""
+    whole, split = (
+        gradients(tmp_path, ALGORITHMS[name], model, policy, accumulate=n, environment=GoesOn, recorder=recorder)[0]
+        for n, recorder in ((1, Disturbed()), (4, Masked()))
     )
     check_equal(name, split, whole)
 

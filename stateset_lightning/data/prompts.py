@@ -103,6 +103,18 @@ class PromptEncoder:
         wanted = self.use_chat_template
         return bool(getattr(self.tokenizer, "chat_template", None)) if wanted is None else wanted
 
+    def with_tools(self, schemas: list[dict[str, Any]]) -> "PromptEncoder":
+        """Makes prompts of whole conversations, with the schemas of these tools; once for those that are alike."""
+        if (key := str(schemas)) not in self._with_tools:
+            options = {**self.chat_template_kwargs, **({"tools": schemas} if schemas else {})}
+            whole = replace(self, chat_template_kwargs=options, system_prompt=None, max_prompt_tokens=None)
+            self._with_tools[key] = whole
+        return self._with_tools[key]
+
+    @cached_property
+    def _with_tools(self) -> "dict[str, PromptEncoder]":
+        return {}
+
     def encode(self, scenarios: Sequence[Scenario], key: str, is_tried: bool = False) -> EncodedPrompts:
         """Prompt tokens of the scenarios of the split `key` (`data.train`, say).
 

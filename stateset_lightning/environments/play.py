@@ -213,7 +213,7 @@ class Play:
     def _render(self, conversation: Conversation, driver: Driver, opening: Opening) -> None:
         """The prompt of a scenario with what its environment begins with, and with the tools; once for a group."""
         scenario, schemas = conversation.scenario, driver.schemas()
-        encoder = self.player.encoder_with(schemas)
+        encoder = self.player.encoder.with_tools(schemas)
         try:
             turns = opening.after(scenario.turns(self.player.encoder.system_prompt))
             if (key := (scenario.id, str(schemas), tuple(turns))) not in self.rendered:

@@ -10,7 +10,7 @@ Letters: P prompts, N = P * G conversations, T tokens of all of them behind thei
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,13 +34,11 @@ class Player:
         config: Which environment, and how long.
         encoder: Makes tokens of prompts, and of what environments answer.
         make: A new environment.
-        encoders: Of prompts with tools, by their schemas.
     """
 
     config: EnvironmentConfig
     encoder: PromptEncoder
     make: Callable[[], Driver]
-    encoders: dict[str, PromptEncoder] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -65,16 +63,6 @@ class Player:
         spoken = None if config.processes else tokenizer  # which knows forms of tool calls, and needs torch
         settings = Settings(spoken, config.timeout / 2, config.max_turns, timeout=config.timeout)
         return cls(config, encoder, partial(as_environment, factories.get("", factories), settings))
-
-    def encoder_with(self, schemas: list[dict[str, Any]]) -> PromptEncoder:
-        """Makes prompts of whole conversations, with the schemas of these tools; once for those that are alike."""
-        if (key := str(schemas)) not in self.encoders:
-            tools = {"tools": schemas} if schemas else {}
-            options = {**self.encoder.chat_template_kwargs, **tools}
-            self.encoders[key] = replace(
-                self.encoder, chat_template_kwargs=options, system_prompt=None, max_prompt_tokens=None
-            )
-        return self.encoders[key]
 
     @interruptible()
     def play(

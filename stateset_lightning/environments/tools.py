@@ -14,6 +14,7 @@ from concurrent.futures import CancelledError, Future
 from contextlib import closing
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from pydantic import PositiveFloat
 
@@ -26,6 +27,7 @@ from stateset_lightning.types import Turn
 Functions = Mapping[str, Callable[..., Any]]  # by the names that the model calls
 
 _LOOP = EventLoopThread(10_000, "environments")
+_SCHEMAS: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()  # each conversation asks for its tools' again
 
 
 class TookTooLong(Exception):
@@ -121,7 +123,9 @@ def schema_of(function: Callable[..., Any]) -> dict[str, Any]:
     from transformers.utils import get_json_schema  # slow to import
 
     try:
-        return get_json_schema(function)
+        if (key := getattr(function, "__func__", function)) not in _SCHEMAS:
+            _SCHEMAS[key] = get_json_schema(function)
+        return _SCHEMAS[key]
     except Exception as error:  # the library's own errors are plain exceptions; hints may raise any
         name = getattr(function, "__qualname__", repr(function))
         must = 'write a type for each argument, and a docstring with "Args:" and a line "name: what it is" for each'

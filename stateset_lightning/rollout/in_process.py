@@ -47,7 +47,7 @@ class InProcessEngine:
     def sync(self, policy: Policy) -> None:
         if policy is not getattr(self, "policy", None):
             self.policy = policy
-            self._ends = end_of_sequence_ids(policy.model, self.tokenizer)
+            self.ends = end_of_sequence_ids(policy.model, self.tokenizer)
             self._exact_way = cache(partial(exact_way, policy.model, policy.config.model_name))  # probed once
             self._limits: dict[float, float] = {}  # of the difference to scoring, by temperature, once one matters
 
@@ -75,7 +75,7 @@ class InProcessEngine:
             model = self.policy.model
             kinds = batch_kinds(model, max(map(len, prompts)), sampling.decoding)
             kind, is_fast = self._exact_way(kinds, has_llama_layers(model) and is_supported(model))
-            stop, noise = StopStrings(sampling.stop, self.tokenizer, self._ends), None if greedy else seeds_N
+            stop, noise = StopStrings(sampling.stop, self.tokenizer, self.ends), None if greedy else seeds_N
 
             def report(n: int, tokens: list[int]) -> None:
                 texts[n] = stop.text(tokens)

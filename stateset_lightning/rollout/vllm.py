@@ -137,7 +137,7 @@ class VLLMEngine:
             ServerError: If a server does not take the weights.
         """
         self._tell("/wake_up")
-        self._ends = end_of_sequence_ids(policy.model, self.tokenizer)
+        self.ends = end_of_sequence_ids(policy.model, self.tokenizer)
         for server in self.servers:
             server.vocabulary = policy.model.config.get_text_config().vocab_size
         self._weights.update(policy)
@@ -164,7 +164,7 @@ class VLLMEngine:
         assert len(seeds_N) == len(prompts) * num_generations
         whose = f"the server's --max-model-len of {limit} (raise it, if the model allows)"
         check_length(max(map(len, prompts)), sampling.max_new_tokens, limit, whose)
-        stop = StopStrings(sampling.stop, self.tokenizer, self._ends)
+        stop = StopStrings(sampling.stop, self.tokenizer, self.ends)
         common: dict[str, Any] = {"max_tokens": sampling.max_new_tokens, "stop_token_ids": sorted(stop.ends)}
         if sampling.stop:  # looked for in a text with special tokens, as `stop` does
             common |= {"stop": sampling.stop, "include_stop_str_in_output": True, "skip_special_tokens": False}

@@ -212,7 +212,8 @@ class Sampler:
 
     def _limits(self, policy: Policy) -> Limits:
         assert self.player is not None
-        ends = end_of_sequence_ids(policy.model, self.player.encoder.tokenizer)
+        # An engine of ours has found them before, for which a template runs in a process of its own.
+        ends = getattr(self.engine, "ends", None) or end_of_sequence_ids(policy.model, self.player.encoder.tokenizer)
         return Limits(ends, getattr(self.engine, "max_length", policy.context_length))
 
 

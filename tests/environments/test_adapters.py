@@ -9,9 +9,20 @@ from environments.gymnasium_style import CountdownEnv
 from environments.plain_functions import add, fetch, undocumented
 from environments.skyrl_style import Output, PromptingEnv, SumEnv
 from environments.trl_style import EchoEnvironment, GuessEnvironment
+from module_runs import fit, make_data, make_module
 
-from stateset_lightning.environments import EnvironmentFailure, Opening, Settings, Tools, as_environment
+from stateset_lightning.environments import (
+    EnvironmentConfig,
+    EnvironmentFailure,
+    Opening,
+    Settings,
+    Tools,
+    adapters,
+    as_environment,
+)
+from stateset_lightning.environments.tool_calls import Call
 from stateset_lightning.errors import ConfigError, DataError
+from stateset_lightning.rewards import EnvironmentReward
 from stateset_lightning.types import Scenario, Turn
 
 PROMPT = (Turn("system", "Be brief."), Turn("user", "Guess."))
@@ -371,3 +382,45 @@ def test_a_public_method_without_a_docstring_is_no_tool(driver_of):
             return undocumented(n)
 
     assert [schema["function"]["name"] for schema in driver_of(Quiet).schemas()] == ["echo"]
+
+
+# A whole run ----------------------------------------------------------------------------------------------------------
+
+ROWS = [
+    {"prompt": f"What is {a} + 4?", "highest": 9, "secret": a, "reward_spec": {"ground_truth": str(a + 4)}}
+    for a in (2, 3, 4, 5)
+]
+
+
+def echo(text):
+    return Call("echo", {"text": text})
+
+
+@pytest.mark.parametrize(
+    ("environment", "called", "ends", "reward"),
+    [
+        (GuessEnvironment, lambda text: Call("guess", {"number": 4}), {"turns"}, 0.25),  # one of four secrets, at once
+        (EchoEnvironment, echo, {"turns"}, 2.0),  # one for each echo
+        ({"a": EchoEnvironment, "b": CountdownEnv}, echo, {"turns", "environment"}, None),
+        (CountdownEnv, None, {"environment"}, None),
+        (SumEnv, None, {"environment"}, None),
+        (PromptingEnv, None, {"environment"}, 0.5),
+    ],
+    ids=["TRL", "TRL, async", "chosen", "Gymnasium", "SkyRL", "SkyRL, its own prompt"],
+)
+def test_classes_train_unedited(tmp_path, monkeypatch, environment, called, ends, reward):
+    """The bundled model calls no tools, so what it says is read as a call."""
+    if called is not None:
+        monkeypatch.setattr(adapters, "find_calls", lambda text, *rest: [called(text)])
+    names = ["a", "b", "a", "b"] if isinstance(environment, dict) else [None] * 4
+    rows = [{**row, "environment": name} if name else row for row, name in zip(ROWS, names, strict=True)]
+    config = EnvironmentConfig(environment, max_turns=2)
+    trainer = fit(tmp_path, make_module(reward=EnvironmentReward(), environment=config), make_data(train=rows))
+    last = trainer.lightning_module.metrics.last
+    assert trainer.global_step == 2
+    ended = {name.removeprefix("conversation/ended_by_") for name in last if "ended_by" in name}
+    assert (
+        ends <= ended <= ends | {"length", "tokens"}
+    )  # the model sees no tools, and may say too much of their answers
+    if reward is not None:
+        assert last["train/reward"] == reward

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stateset_lightning.algorithm import GRPO, DrGRPO
+from stateset_lightning.algorithm import GRPO, GSPO, LUSPO, Clipped, DrGRPO
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.training.episode import Episode, GroupShare, Plan, balance, load, make_episode, tokens_over
 from stateset_lightning.types import FinishReason, Rollout, Scores
@@ -427,3 +427,31 @@ def test_tokens_that_were_not_sampled_are_read_but_not_trained() -> None:
         3,
         2,
     ]  # version 0.1 knew sampled tokens alone
+
+
+LOSSES: list[Clipped] = [GRPO(beta=0), GRPO(beta=0, mask_truncated=True), GSPO(), LUSPO()]
+LOSSES += [Clipped(aggregation=how) for how in ("token_mean", "sequence_sum", "constant_length", "prompt_mean")]
+
+
+@given(st.data(), st.sampled_from(LOSSES), st.sampled_from([1, 2]))
+def test_an_environments_tokens_count_nowhere(data: st.DataObject, algorithm: Clipped, steps: int) -> None:
+    """Advantages, weights, lengths and values are those of an episode without them."""
+    masks = data.draw(st.lists(st.lists(st.booleans(), max_size=4), min_size=4, max_size=4))
+    masks = [[True, *mask] for mask in masks]
+    sampled_T = torch.tensor([token for mask in masks for token in mask])
+    rollout = replace(make_rollout([len(mask) for mask in masks], 2, (1,)), sampled_T=sampled_T)
+    alone = replace(
+        rollout,
+        completion_tokens_T=rollout.completion_tokens_T[sampled_T],
+        logprobs_T=rollout.logprobs_T[sampled_T],
+        lengths_N=torch.tensor([sum(mask) for mask in masks]),
+        sampled_T=sampled_T[sampled_T],
+    )
+    algorithm.setup(8)
+    scores = make_scores(data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=4, max_size=4)))
+    mine, other = (make_episode(0, each, scores, [1.0], algorithm, Plan(2, 2, steps, 1)) for each in (rollout, alone))
+    assert mine.active_by_step == other.active_by_step
+    for name in ("advantages_N", "weights_N", "active_N"):
+        assert torch.equal(getattr(mine, name), getattr(other, name)), name
+    for name in ("lengths_N", "sampling_logprobs_T", "weights_N"):
+        assert torch.equal(getattr(mine.active_batch(), name), getattr(other.active_batch(), name)), name
