@@ -123,8 +123,8 @@ class Play:
         rewards = {n: self._call(self._driver(n).get_reward) for n in ended if self.all[n].failure is None}
         for n in ended:
             reward = self._wait(self.all[n], rewards[n]) if n in rewards else None
-            self.all[n].let_go()
             on_ended(n, self.all[n], reward)
+            self.all[n].let_go()
 
     def result(self) -> tuple[PromptBatch, Rollout, Metrics]:
         """The batch with the prompts that were used, the rollout of all conversations, and what happened."""
@@ -211,7 +211,6 @@ class Play:
         logprobs = said.logprobs_T.cpu().split(said.lengths_N.tolist())
         for n, tokens, values, reason in zip(live, said.completions(), logprobs, said.finish_reasons, strict=True):
             self.all[n].add(tokens, values.tolist())
-            self.all[n].num_turns += 1
             self.all[n].reason = reason
         return said.texts
 

@@ -176,9 +176,12 @@ class Sampler:
         seeds_N = sample_seeds(self.seed, batch.split, batch.episode_index, batch.positions, num_generations)
         heartbeat.doing(f"sampling {_place(batch)}")
         metrics: Metrics = {}
+        turns: dict[int, list[tuple[int, float]]] = {}
         with self.scorer.start(len(seeds_N), policy.device, num_generations) as session:
 
             def score_conversation(n: int, conversation: Conversation, reward: float | None) -> None:
+                assert self.player is not None
+                turns[n] = conversation.credits(reward, self.player.config.turn_discount)
                 if conversation.failure is not None:
                     session.fail(n, conversation.failure)
                     return
@@ -206,7 +209,7 @@ class Sampler:
                 last = rollout if self.player is None else None  # of conversations, their last turns
                 self.engine.check(last, self.config.temperature)  # training compares all that it trains on
             heartbeat.doing(f"scoring {_place(batch)}")
-            return Sample(batch, rollout, session.collect(), metrics)
+            return Sample(batch, rollout, session.collect(), metrics, [turns[n] for n in sorted(turns)])
 
     def _limits(self, policy: Policy) -> Limits:
         assert self.player is not None

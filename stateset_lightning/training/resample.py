@@ -26,12 +26,17 @@ Replacements = Callable[[PromptBatch, Sequence[int], int], PromptBatch]
 
 @dataclass(frozen=True)
 class Sample:
-    """Prompts, their completions, what the rewards said of them, and what happened in conversations, by metric."""
+    """Prompts, their completions, what the rewards said of them, and what happened in conversations, by metric.
+
+    `turns` has, of each turn of each conversation, its sampled tokens and its return; it is empty where no environment
+    answers.
+    """
 
     batch: PromptBatch
     rollout: Rollout
     scores: Scores
     conversations: Metrics = field(default_factory=dict)
+    turns: list[list[tuple[int, float]]] = field(default_factory=list)
 
     @property
     def totals_PG(self) -> Tensor:
@@ -52,7 +57,9 @@ class Sample:
         for name in ("prompt_tokens", "conversations", "scenarios", "rows"):
             setattr(batch, name, _picked(getattr(self.batch, name), getattr(other.batch, name), prompts))
         rollout = _rollout(self.rollout, other.rollout, prompts, completions)
-        return Sample(batch, rollout, _scores(self.scores, other.scores, completions), self.conversations)
+        scores = _scores(self.scores, other.scores, completions)
+        turns = _picked(self.turns, other.turns, completions) if self.turns else []
+        return Sample(batch, rollout, scores, self.conversations, turns)
 
 
 def resample(
