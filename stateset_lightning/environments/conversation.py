@@ -85,6 +85,8 @@ class Conversation:
         return list(zip(self.lengths, reversed([*returns]), strict=False))
 
     def columns(self, reward: float | None) -> dict[str, Any]:
-        """What rewards get as context: the scenario's columns, and what the environment gave."""
+        """What rewards get as context: the scenario's columns, what the environment gave, and itself, for some."""
+        environments = [getattr(self.driver, "environment", None)]
         of_environment = {"environment_reward": reward, "turn_rewards": list(self.rewards), "num_turns": self.num_turns}
-        return {**self.scenario.columns(), **of_environment}
+        # By a function, as columns are copied, and it is not.
+        return {**self.scenario.columns(), **of_environment, "environments": lambda: environments}

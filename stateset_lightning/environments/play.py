@@ -29,7 +29,8 @@ from stateset_lightning.types import FinishReason, Metrics, PromptBatch, Rollout
 if TYPE_CHECKING:
     from stateset_lightning.environments.player import Player
 
-# Called with (number, conversation, its environment's reward) when it has ended, in no particular order.
+# Called with (number, conversation, its environment's reward) when it has ended, in no particular order. It may take
+# over the environment, of the conversation's `driver`, which is closed otherwise.
 OnEnded = Callable[[int, Conversation, float | None], None]
 
 

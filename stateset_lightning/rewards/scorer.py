@@ -78,6 +78,9 @@ class Scorer(AbstractContextManager["Scorer"]):
             elif limit is None:
                 self.starts.append(partial(threads.submit, _call_on_thread, loop, reward))
             else:
+                if getattr(reward, "takes_environments", False):
+                    why = "takes environments, which live in this process: only async def can have a time-out there"
+                    raise ConfigError(f"reward '{reward.name}' {why}; leave out timeout and model.reward_timeout")
                 workers.add(f"reward '{reward.name}'", partial(base.call, reward))
                 self.starts.append(partial(workers.submit, f"reward '{reward.name}'", limit))
         # `close()` stops what runs, ends all threads and kills all worker processes. So do the interpreter's exit and
@@ -140,6 +143,7 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
             n: Which of the N completions; each is submitted once.
             turns: The conversation, the completion last.
             context: The scenario's columns. `context["rewards"]` names the rewards that score it; None means all.
+                `context["environments"]` may be a function, which gives the environment in a list.
             completion_tokens: The completion's number of tokens; rewards find it as `context["completion_tokens"]`.
 
         Raises:
@@ -183,11 +187,18 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
     def _start(self, f: int, n: int, is_chosen: bool) -> Future[Outcome]:
         """Start a reward on a completion; the future of one that scores several gets its outcome when all are there."""
         if is_chosen and not self._scorer.rewards[f].scores_several:
-            return self._scorer.starts[f](*self._given[n])
+            return self._scorer.starts[f](*self._seen(f, n))
         future: Future[Outcome] = Future()
         if not is_chosen:
             future.set_result(Outcome(NOT_APPLICABLE))
         return future
+
+    def _seen(self, f: int, n: int) -> tuple[Turns, dict[str, Any]]:
+        """What a reward sees of a completion: no environments, which no process can be sent, unless it asks."""
+        turns, columns = self._given[n]
+        if callable(columns.get("environments")) and not getattr(self._scorer.rewards[f], "takes_environments", False):
+            columns = {name: value for name, value in columns.items() if name != "environments"}
+        return turns, columns
 
     def _score_together(self, f: int) -> None:
         """Run a reward that scores several completions in a call: all of them, or those of a prompt."""
@@ -206,7 +217,7 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
 
     def _given_together(self, f: int, part: Sequence[int]) -> Given:
         rewards = self._scorer.rewards
-        turns, contexts = map(list, zip(*(self._given[n] for n in part), strict=True))
+        turns, contexts = map(list, zip(*(self._seen(f, n) for n in part), strict=True))
         if not isinstance(rewards[f], GroupReward):
             return turns, contexts
         others = [(i, other.name) for i, other in enumerate(rewards) if not isinstance(other, GroupReward)]

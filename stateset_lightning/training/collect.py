@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -177,7 +179,8 @@ class Sampler:
         heartbeat.doing(f"sampling {_place(batch)}")
         metrics: Metrics = {}
         turns: dict[int, list[tuple[int, float]]] = {}
-        with self.scorer.start(len(seeds_N), policy.device, num_generations) as session:
+        scoring = self.scorer.start(len(seeds_N), policy.device, num_generations)
+        with scoring as session, ExitStack() as environments:
 
             def score_conversation(n: int, conversation: Conversation, reward: float | None) -> None:
                 assert self.player is not None
@@ -185,8 +188,10 @@ class Sampler:
                 if conversation.failure is not None:
                     session.fail(n, conversation.failure)
                     return
-                num_tokens = sum(conversation.sampled)
-                session.submit(n, conversation.turns, conversation.columns(reward), completion_tokens=num_tokens)
+                given, num_tokens = conversation.columns(reward), sum(conversation.sampled)
+                environments.callback(copy(conversation).let_go)  # when all is scored, and not by the player
+                conversation.driver = None
+                session.submit(n, conversation.turns, given, completion_tokens=num_tokens)
 
             def score(n: int, text: str, num_tokens: int) -> None:
                 prompt = n // num_generations

@@ -29,12 +29,15 @@ def check_baseline(rewards: Sequence[RewardFunction], needs_greedy_baseline: boo
         raise ConfigError(f"{compares}, and {greedy}: leave it out, or choose another algorithm")
 
 
-def check_turn_rewards(environment: Any, rewards: Sequence[RewardFunction], algorithm: Algorithm) -> None:
-    """Where turns have advantages of their own, the environment's reward is trained on, and the algorithm takes them.
+def check_environment(environment: Any, rewards: Sequence[RewardFunction], algorithm: Algorithm) -> None:
+    """Rewards that ask for environments have some; where turns have advantages, environment and algorithm go with them.
 
     Raises:
         ConfigError: If not.
     """
+    asking = [reward.name for reward in rewards if "environments" in getattr(reward, "required", ())]
+    if environment is None and asking:
+        raise ConfigError(f"reward '{asking[0]}' takes environments, and there are none: set model.environment")
     name, problem = type(algorithm).__name__, ""
     if not any(isinstance(reward, EnvironmentReward) and reward.weight for reward in rewards):
         problem = "needs the environment's reward: add EnvironmentReward to model.reward"

@@ -17,8 +17,9 @@ from stateset_lightning.data.prompts import PromptEncoder
 from stateset_lightning.environments import EnvironmentConfig
 from stateset_lightning.environments.play import Limits
 from stateset_lightning.environments.player import Player
+from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import Group, Policy, PolicyConfig, end_of_sequence_ids, load_model
-from stateset_lightning.rewards import EnvironmentReward
+from stateset_lightning.rewards import EnvironmentReward, FunctionReward
 from stateset_lightning.rollout import InProcessEngine
 from stateset_lightning.seeding import sample_seeds
 from stateset_lightning.types import FinishReason, PromptBatch, Scenario, Turn
@@ -216,6 +217,16 @@ class Closes(Asks):
         self.closed.append(1)
 
 
+class Remembers(Closes):
+    def step(self, text: str) -> Any:
+        self.last = text
+        return super().step(text)
+
+
+def plain_function(turns: Any, context: Any) -> float:
+    return float("environments" not in context)
+
+
 def test_environments_are_closed_however_they_end(play: Callable[..., Any]) -> None:
     class Fails(Closes):
         def step(self, text: str) -> Any:
@@ -228,6 +239,54 @@ def test_environments_are_closed_however_they_end(play: Callable[..., Any]) -> N
         while len(Closes.closed) < 6 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert len(Closes.closed) == 6
+
+
+@pytest.mark.parametrize("takes_lists", [True, False])
+def test_rewards_get_the_environment_that_the_conversation_was_with_before_it_is_closed(
+    tmp_path: Path, takes_lists: bool
+) -> None:
+    Closes.closed.clear()
+    seen: list[tuple[Closes, str, int]] = []
+
+    def of_one(completion: str, environments: list[Closes]) -> float:
+        seen.extend((environment, completion, len(Closes.closed)) for environment in environments)
+        return float(len(environments))
+
+    def of_lists(completions: list[str], environments: list[Closes], **kwargs: Any) -> list[float]:
+        return [of_one(completions[0], environments)]
+
+    def plain(turns: Any, context: Any) -> float:
+        return float("environments" not in context)
+
+    slow = FunctionReward(plain_function, timeout=20)  # in a process, to which no environment can be sent
+    rewards = [of_lists if takes_lists else of_one, plain, slow]
+    module = make_module(environment=EnvironmentConfig(Remembers, max_turns=2), reward=rewards)
+    fit(tmp_path, module, max_steps=1)
+    assert module.metrics.last["reward/plain"] == module.metrics.last["reward/plain_function"] == 1
+    assert len({id(environment) for environment, *_ in seen}) == len(seen) == 16
+    assert all(environment.last == completion and not closed for environment, completion, closed in seen)
+    deadline = time.monotonic() + 5
+    while len(Closes.closed) < 16 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(Closes.closed) == 16
+
+
+def test_a_reward_that_cannot_have_an_environment_is_refused(tmp_path: Path) -> None:
+    def asks(completions: Any, environments: Any) -> list[float]:
+        return [1.0]
+
+    def may_have_none(completions: Any, environments: Any = None) -> list[float]:
+        return [float(environments is None)]
+
+    with pytest.raises(
+        ConfigError, match=r"reward 'asks' takes environments, and there are none: set model\.environment"
+    ):
+        fit(tmp_path, make_module(reward=asks))
+    with pytest.raises(ConfigError, match=r"reward 'asks' takes environments, which live .* leave out timeout"):
+        make_module(reward=asks, environment=Asks, reward_timeout=5.0)
+    assert (
+        fit(tmp_path, make_module(reward=may_have_none), max_steps=1).lightning_module.metrics.last["train/reward"] == 1
+    )
 
 
 def test_a_single_turn_is_todays_run_bit_by_bit(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from stateset_lightning.ranks import Ranks
 from stateset_lightning.rewards import EnvironmentReward, LengthPenalty
 from stateset_lightning.training.episode import Plan, make_episode
 from stateset_lightning.training.loss import selected_tokens
-from stateset_lightning.training.reward_checks import check_turn_rewards
+from stateset_lightning.training.reward_checks import check_environment
 from stateset_lightning.training.turns import turn_scores
 from stateset_lightning.types import NOT_APPLICABLE, Scenario, Scores
 
@@ -147,7 +147,7 @@ PRESETS = [one for one in vars(algorithm).values() if isinstance(one, type) and 
 
 def takes_turns(how: Algorithm) -> bool:
     try:
-        check_turn_rewards(EnvironmentConfig(Asks, turn_rewards="discounted"), REWARDS, how)
+        check_environment(EnvironmentConfig(Asks, turn_rewards="discounted"), REWARDS, how)
     except ConfigError:
         return False
     return True
