@@ -252,6 +252,18 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     return [parameter for parameter in found if parameter.name not in getattr(function, "keywords", ())]
 
 
+def written(reward: RewardFunction) -> Callable[..., Any]:
+    """What the user wrote: a function, or the method of a class."""
+    own: Any = reward.compute_rewards if reward.scores_several else reward.compute_reward
+    return getattr(reward, "function", own)  # of a `FunctionReward`
+
+
+def is_async(reward: RewardFunction) -> bool:
+    """Whether the reward is written as `async def`; a `def` that returns an awaitable is not."""
+    call = written(reward)
+    return any(map(inspect.iscoroutinefunction, (call, getattr(call, "__call__", None))))  # noqa: B004
+
+
 def alarm_in(function: Any) -> str:
     """What a function uses that works in a main thread alone, as far as its code tells; empty if nothing is found.
 

@@ -23,7 +23,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from stateset_lightning.errors import ConfigError, DataError, RewardError, bounded, log
 from stateset_lightning.rewards import base
 from stateset_lightning.rewards.base import BatchReward, Context, Given, Outcome, RewardFunction, Turns, failure
-from stateset_lightning.rewards.functions import alarm_in
+from stateset_lightning.rewards.functions import alarm_in, is_async, written
 from stateset_lightning.rewards.group import GroupReward
 from stateset_lightning.rewards.reward_list import as_rewards
 from stateset_lightning.threads import DaemonThreads, EventLoopThread, interruptible
@@ -73,7 +73,7 @@ class Scorer(AbstractContextManager["Scorer"]):
             if timeout is None:
                 _set_timeout(reward)
             limit = timeout if reward.timeout is None and not isinstance(reward, BatchReward) else reward.timeout
-            if base.is_async(reward):
+            if is_async(reward):
                 self.starts.append(partial(loop.submit, base.call_async, reward, timeout=limit))
             elif limit is None:
                 self.starts.append(partial(threads.submit, _call_on_thread, loop, reward))
@@ -195,10 +195,12 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
 
     def _seen(self, f: int, n: int) -> tuple[Turns, dict[str, Any]]:
         """What a reward sees of a completion: no environments, which no process can be sent, unless it asks."""
-        turns, columns = self._given[n]
-        if callable(columns.get("environments")) and not getattr(self._scorer.rewards[f], "takes_environments", False):
+        reward, (turns, columns) = self._scorer.rewards[f], self._given[n]
+        if not callable(columns.get("environments")):  # a single turn
+            return turns, columns
+        if not getattr(reward, "takes_environments", False):
             columns = {name: value for name, value in columns.items() if name != "environments"}
-        return turns, columns
+        return base.joined(turns, columns["num_turns"]) if reward.turns == "all" else turns, columns
 
     def _score_together(self, f: int) -> None:
         """Run a reward that scores several completions in a call: all of them, or those of a prompt."""
@@ -270,10 +272,10 @@ def _set_timeout(reward: RewardFunction) -> None:
     Raises:
         ConfigError: If it cannot have a time-out.
     """
-    if reward.timeout is not None or not (found := alarm_in(base.written(reward))):
+    if reward.timeout is not None or not (found := alarm_in(written(reward))):
         return
     why = f"reward '{reward.name}' uses {found}, whose time-outs are signals, which work in no thread"
-    if base.is_async(reward) or isinstance(reward, BatchReward):
+    if is_async(reward) or isinstance(reward, BatchReward):
         raise ConfigError(f"{why}: write it as a plain `def` that scores one completion, with timeout: {ALARM_SECONDS}")
     log.warning("%s: each call gets a process and %d s; set its timeout to choose", why, ALARM_SECONDS)
     reward.timeout = ALARM_SECONDS

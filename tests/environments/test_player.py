@@ -218,6 +218,8 @@ class Closes(Asks):
 
 
 class Remembers(Closes):
+    closed: ClassVar[list[int]] = []
+
     def step(self, text: str) -> Any:
         self.last = text
         return super().step(text)
@@ -245,20 +247,20 @@ def test_environments_are_closed_however_they_end(play: Callable[..., Any]) -> N
 def test_rewards_get_the_environment_that_the_conversation_was_with_before_it_is_closed(
     tmp_path: Path, takes_lists: bool
 ) -> None:
-    Closes.closed.clear()
-    seen: list[tuple[Closes, str, int]] = []
+    Remembers.closed.clear()
+    seen: list[tuple[Remembers, str, int]] = []
 
-    def of_one(completion: str, environments: list[Closes]) -> float:
-        seen.extend((environment, completion, len(Closes.closed)) for environment in environments)
+    def of_one(completion: str, environments: list[Remembers]) -> float:
+        seen.extend((environment, completion, len(Remembers.closed)) for environment in environments)
         return float(len(environments))
 
-    def of_lists(completions: list[str], environments: list[Closes], **kwargs: Any) -> list[float]:
+    def of_lists(completions: list[str], environments: list[Remembers], **kwargs: Any) -> list[float]:
         return [of_one(completions[0], environments)]
 
     def plain(turns: Any, context: Any) -> float:
         return float("environments" not in context)
 
-    slow = FunctionReward(plain_function, timeout=20)  # in a process, to which no environment can be sent
+    slow = FunctionReward(plain_function, timeout=60)  # in a process, to which no environment can be sent
     rewards = [of_lists if takes_lists else of_one, plain, slow]
     module = make_module(environment=EnvironmentConfig(Remembers, max_turns=2), reward=rewards)
     fit(tmp_path, module, max_steps=1)
@@ -266,9 +268,9 @@ def test_rewards_get_the_environment_that_the_conversation_was_with_before_it_is
     assert len({id(environment) for environment, *_ in seen}) == len(seen) == 16
     assert all(environment.last == completion and not closed for environment, completion, closed in seen)
     deadline = time.monotonic() + 5
-    while len(Closes.closed) < 16 and time.monotonic() < deadline:
+    while len(Remembers.closed) < 16 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert len(Closes.closed) == 16
+    assert len(Remembers.closed) == 16
 
 
 def test_a_reward_that_cannot_have_an_environment_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from stateset_lightning.errors import ConfigError, RewardError
 from stateset_lightning.rewards import FunctionReward, Scorer, TRLReward, as_rewards
-from stateset_lightning.rewards.base import is_async
+from stateset_lightning.rewards.functions import is_async
 from stateset_lightning.types import Scenario, Turn
 
 PLAIN = Scenario(id="a", prompt="2 + 2?", target="4", difficulty=3)
