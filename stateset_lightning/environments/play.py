@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from copy import copy
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -34,6 +34,20 @@ if TYPE_CHECKING:
 OnEnded = Callable[[int, Conversation, float | None], None]
 
 
+class TurnTaken(NamedTuple):
+    """What a conversation has said in a turn: the scenario's id, the model's text, and the environment's turns.
+
+    `ended` is what ended the conversation with this turn (environment, turns, tokens, length, failure); "" if it goes
+    on. The reply of one that ends is left out.
+    """
+
+    id: str
+    text: str
+    reply: tuple[Turn, ...]
+    ended: str
+
+
+OnTurn = Callable[[int, list[TurnTaken]], None]
 _Call = tuple[Future[Any], float]  # of an environment, and by when, of `time.monotonic`, it must have returned
 
 
@@ -104,7 +118,7 @@ class Play:
             if num_tokens < self.sampling.max_new_tokens:  # else it may have been cut off, which is known later
                 steps[live[i]] = self._step(live[i], text)
 
-        texts = self._sample(engine, live, greedy, answer)
+        texts, taken = self._sample(engine, live, greedy, answer), []
         for n, text in zip(live, texts, strict=True):
             conversation = self.all[n]
             conversation.turns = answered(conversation.turns, text)
@@ -117,6 +131,10 @@ class Play:
             self.counts.update(reply.counts or {})
             conversation.rewards.append(reply.reward)
             conversation.ended = "environment" if reply.done or not reply.turns else self._go_on(n, reply.turns)
+        for n, text in zip(live, texts, strict=True):
+            replies = tuple(takewhile(lambda turn: turn.role != "assistant", reversed(self.all[n].turns)))[::-1]
+            taken.append(TurnTaken(self.all[n].scenario.id, text, replies, self.all[n].ended))
+        self.player.on_turn(self.all[live[0]].num_turns, taken)
 
     def end(self, ended: Iterable[int], on_ended: OnEnded) -> None:
         """Asks environments for their rewards, and hands conversations over to be scored."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from module_runs import fit, make_data, make_module, weights
 
 from stateset_lightning import RolloutConfig
@@ -92,8 +92,9 @@ def play(policy: Policy, tiny_tokenizer: Any) -> Callable[..., Any]:
         scenarios = [Scenario(id=str(a), prompt=f"What is {a} + 14?", target=str(a + 14)) for a in (3, 58)]
         tokens = [list(prompt) for prompt in encoder.encode(scenarios, "data.train").tokens]
         batch = PromptBatch(tokens, [scenario.turns() for scenario in scenarios], scenarios, [0, 1], 0)
-        player, engine, ended = Player.of(config, sampling, None, tiny_tokenizer), InProcessEngine(tiny_tokenizer), {}
-        assert player is not None
+        told = lambda turn, conversations: None  # noqa: E731
+        player, engine = Player.of(config, sampling, None, tiny_tokenizer, told), InProcessEngine(tiny_tokenizer)
+        ended: dict[int, Any] = {}
         engine.sync(policy)
         seeds = sample_seeds(1, "train", 0, [0, 1], 3)
         limits = Limits(end_of_sequence_ids(policy.model, tiny_tokenizer), 128)
@@ -187,6 +188,29 @@ def test_where_all_environments_fail_nothing_is_sampled_nor_checked(tmp_path: Pa
     module = make_module(environment=NeverBegins, max_reward_failures=1.0)
     fit(tmp_path, module, max_steps=1, limit_val_batches=1, val_check_interval=1)
     assert module.metrics.last["conversation/ended_by_failure"] == 1
+
+
+class Turns(Callback):
+    def __init__(self) -> None:
+        self.told: list[tuple[str, int, list[Any]]] = []
+
+    async def on_turn_end(self, trainer: Any, pl_module: Any, turn: int, conversations: Any) -> None:
+        assert trainer.lightning_module is pl_module
+        self.told.append((str(trainer.state.stage.value), turn, list(conversations)))
+
+
+def test_callbacks_are_told_of_each_turn_of_the_conversations_that_take_it(tmp_path: Path) -> None:
+    turns, module = Turns(), make_module(environment=EnvironmentConfig(Asks, max_turns=2), rollout=ROLLOUT)
+    fit(tmp_path, module, max_steps=1, callbacks=[turns], limit_val_batches=1, val_check_interval=1)
+    places = [(stage, turn) for stage, turn, _ in turns.told]
+    assert places == [("train", 1), ("train", 2), ("validate", 1), ("validate", 2)]
+    first, second = turns.told[0][2], turns.told[1][2]
+    assert len(first) == 12
+    assert [one.id for one in second] == [one.id for one in first if not one.ended]
+    assert {one.reply for one in first if not one.ended} == {(Turn("user", "What is 5 + 9?"),)}
+    assert {(one.reply, one.ended) for one in second} <= {((), "turns"), ((), "environment"), ((), "length")}
+    said = [text for text in module.state.collection.sample.rollout.texts if text.startswith("[assistant]")]
+    assert sorted(one.text for one in second) == sorted(text.rpartition("[assistant] ")[2] for text in said)
 
 
 class Refused(Asks):
