@@ -28,6 +28,7 @@ from stateset_lightning.seeding import sample_seeds
 from stateset_lightning.threads import Interruption, heartbeat
 from stateset_lightning.training.resample import Replacements, Sample, resample
 from stateset_lightning.training.sampling_ahead import SamplingAhead
+from stateset_lightning.training.turns import score_by_turns
 from stateset_lightning.types import Metrics, PromptBatch, Scores, answered
 
 if TYPE_CHECKING:
@@ -214,7 +215,8 @@ class Sampler:
                 last = rollout if self.player is None else None  # of conversations, their last turns
                 self.engine.check(last, self.config.temperature)  # training compares all that it trains on
             heartbeat.doing(f"scoring {_place(batch)}")
-            return Sample(batch, rollout, session.collect(), metrics, [turns[n] for n in sorted(turns)])
+            scores, in_order = session.collect(), [turns[n] for n in sorted(turns)]
+            return Sample(batch, rollout, scores, metrics | score_by_turns(scores.totals_N, in_order), in_order)
 
     def _limits(self, policy: Policy) -> Limits:
         assert self.player is not None

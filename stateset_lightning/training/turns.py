@@ -22,7 +22,7 @@ from torch import Tensor
 from stateset_lightning.algorithm import Algorithm
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.rewards import EnvironmentReward, RewardFunction
-from stateset_lightning.types import Scores
+from stateset_lightning.types import Metrics, Scores
 
 
 @dataclass(frozen=True)
@@ -85,3 +85,12 @@ def turn_advantages(
     scores_PGKF = ranks.by_position(turns.values_NKF.unflatten(0, (-1, lengths_PG.shape[1])))
     of_turns = [algorithm.advantages(scores_PGF, weights_F, lengths_PG) for scores_PGF in scores_PGKF.unbind(2)]
     return torch.stack(of_turns, -1).nan_to_num(nan=0.0).where(advantages_PG.isfinite()[..., None], torch.nan)
+
+
+def score_by_turns(totals_N: Tensor, turns: Sequence[Sequence[object]]) -> Metrics:
+    """Mean total reward by the number of turns, of conversations that have a score; nothing where there are none."""
+    by_turns: dict[int, list[float]] = {}
+    for of_one, total in zip(turns, totals_N.tolist(), strict=False):
+        if math.isfinite(total):
+            by_turns.setdefault(len(of_one), []).append(total)
+    return {f"conversation/score_by_turns/{n}": (sum(totals), len(totals)) for n, totals in sorted(by_turns.items())}

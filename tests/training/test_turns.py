@@ -25,7 +25,7 @@ from stateset_lightning.rewards import EnvironmentReward, LengthPenalty
 from stateset_lightning.training.episode import Plan, make_episode
 from stateset_lightning.training.loss import selected_tokens
 from stateset_lightning.training.reward_checks import check_environment
-from stateset_lightning.training.turns import turn_scores
+from stateset_lightning.training.turns import score_by_turns, turn_scores
 from stateset_lightning.types import NOT_APPLICABLE, Scenario, Scores
 
 NAN = math.nan
@@ -205,6 +205,32 @@ def test_selections_and_micro_batches_have_the_advantages_of_turns() -> None:
     assert torch.equal(episode.active_batch().advantages_T, own_T)
     rows_N = torch.tensor([False, True, False, True])
     assert torch.equal(episode.batch_of(rows_N).advantages_T, torch.cat([own_T[3:8], own_T[9:13]]))
+
+
+def test_scores_by_the_number_of_turns_by_hand() -> None:
+    totals_N = torch.tensor([1.0, 0.5, NAN, 3.0], dtype=torch.float64)  # the only conversation of one turn has failed
+    assert score_by_turns(totals_N, TWO) == {
+        "conversation/score_by_turns/2": (1.5, 2),
+        "conversation/score_by_turns/3": (3.0, 1),
+    }
+    assert score_by_turns(totals_N, []) == {}
+
+
+def test_runs_log_scores_by_the_number_of_turns(tmp_path: Path) -> None:
+    module = module_of()
+    trainer = fit(tmp_path, module, max_steps=1, limit_val_batches=1, val_check_interval=1)
+    sample, last = module.state.collection.sample, module.metrics.last
+    assert last["conversation/turns"] == sum(map(len, sample.turns)) / len(sample.turns)
+    for n in {len(of_one) for of_one in sample.turns}:
+        totals = [
+            t for t, of_one in zip(sample.scores.totals_N.tolist(), sample.turns, strict=True) if len(of_one) == n
+        ]
+        assert last[f"conversation/score_by_turns/{n}"] == pytest.approx(sum(totals) / len(totals))
+    shown = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/score_by")}
+    assert shown
+    assert 1 <= trainer.callback_metrics["val/turns"] <= 3
+    alone = fit(tmp_path, make_module(), max_steps=1, limit_val_batches=1, val_check_interval=1)
+    assert not [name for name in alone.callback_metrics if "turns" in name]
 
 
 def module_of(**options: Any) -> Any:
