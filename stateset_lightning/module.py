@@ -236,8 +236,7 @@ class GRPOLightningModule(RunsInTrainer):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """Loss of one micro-step, summed over its tokens with the weights of the whole optimizer step."""
-        begins = batch.micro_step == 0
-        if begins:
+        if begins := batch.micro_step == 0:
             call_episode_hook(self.trainer, "on_episode_start", batch.episode_index)
         loss = self._step.loss(batch)
         if begins:
@@ -328,9 +327,10 @@ class GRPOLightningModule(RunsInTrainer):
     @property
     def _sampler(self) -> Sampler:
         assert self.engine is not None, "configure_model() makes the engine"
-        replacements = None if self._data is None else self._data.replacements
-        player = Player.of(self.environment, self.rollout, self._data, self.tokenizer) if self.environment else None
-        made = self._ahead, replacements, self._targets, player
+        tell = partial(call_episode_hook, self._trainer, "on_turn_end", self._trainer, self)
+        given = self.rollout, self._data, self.tokenizer, tell
+        player = Player.of(self.environment, *given) if self.environment else None
+        made = self._ahead, getattr(self._data, "replacements", None), self._targets, player
         return Sampler(self.engine, self.scorer, self.rollout, self.seed, *made)
 
     @property

@@ -54,7 +54,9 @@ def main(words: Sequence[str]) -> None:
     encoder, environment = trained.encoder(options.system_prompt), trained.environment()
     engine, scorer, player = InProcessEngine(trained.tokenizer), Scorer(lambda turns, context: 0.0), None
     if environment is not None:
-        player = replace(Player.of(environment, rollout, None, trained.tokenizer), encoder=encoder)
+        player = replace(
+            Player.of(environment, rollout, None, trained.tokenizer, lambda turn, taken: None), encoder=encoder
+        )
     sampler = Sampler(engine, scorer, rollout, seed, player=player)
     trained_with = trained.checkpoint.get("stateset", {}).get("longest", 0)
     trained_with = trained_with if environment is None else policy.context_length or 0

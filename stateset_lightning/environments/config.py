@@ -3,9 +3,9 @@
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 
 from stateset_lightning.environments.base import imported
 from stateset_lightning.environments.scripted_user import ScriptedUser
@@ -33,6 +33,9 @@ class EnvironmentConfig:
             environments of the others answer. Each part's batches are smaller, so that sampling itself takes longer.
         processes: Worker processes that environments run in, which can be killed; 0: on threads of the trainer. Not for
             environments with tools.
+        turn_rewards: What a turn of the model is credited with: `sum`, the conversation's reward, as all its turns are;
+            `discounted`, what the environment gives from this turn on.
+        turn_discount: Of `discounted`: each later turn's reward counts this many times less than the one before it.
     """
 
     factory: Any = None
@@ -42,6 +45,8 @@ class EnvironmentConfig:
     timeout: Annotated[float, Gt(0)] = 60.0
     parts: Annotated[int, Ge(1)] = 1
     processes: Annotated[int, Ge(0)] = 0
+    turn_rewards: Literal["sum", "discounted"] = "sum"
+    turn_discount: Annotated[float, Ge(0), Le(1)] = 1.0
 
     def __post_init__(self) -> None:
         of = self.factory.values() if isinstance(self.factory, Mapping) else [self.factory]
@@ -50,6 +55,9 @@ class EnvironmentConfig:
                 f"model.environment.factory={self.factory!r} is no class or function, no import path of one, and no"
                 " mapping of several by name"
             )
+        if self.turn_rewards == "sum" and self.turn_discount != 1:
+            given = f"model.environment.turn_discount={self.turn_discount:g} has no effect with turn_rewards=sum"
+            raise ConfigError(f"{given}: set turn_rewards to discounted, or remove it")
 
     def factories(self) -> dict[str, Callable[..., Any]]:
         """By name; a single one by "".

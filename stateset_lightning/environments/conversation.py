@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from threading import Thread
 from typing import Any
 
@@ -24,7 +25,8 @@ class Conversation:
         driver: Its environment; None where that could not begin.
         tokens: Behind the prompt that its group shares.
         sampled: Of each token, whether the model sampled it; `logprobs` are of no meaning where it did not.
-        rewards: The environment's, of each turn.
+        lengths: Sampled tokens of each turn of the model.
+        rewards: The environment's, of each turn that it has answered.
         reason: Why its last turn ended.
         ended: What ended it: environment, turns, tokens, length, failure; "" while it goes on.
         failure: What its environment raised.
@@ -37,17 +39,22 @@ class Conversation:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
     rewards: list[float | None] = field(default_factory=list)
-    num_turns: int = 0
     reason: FinishReason = FinishReason.STOP
     ended: str = ""
     failure: BaseException | None = None
+
+    @property
+    def num_turns(self) -> int:
+        return len(self.lengths)
 
     def add(self, tokens: Sequence[int], logprobs: Sequence[float] | None = None) -> None:
         """Tokens of a turn; the environment's have no log-probs."""
         self.tokens += tokens
         self.sampled += [logprobs is not None] * len(tokens)
         self.logprobs += [0.0] * len(tokens) if logprobs is None else logprobs
+        self.lengths += [] if logprobs is None else [len(tokens)]
 
     def let_go(self) -> None:
         """Closes the environment, which may hang, and which nobody waits for."""
@@ -69,7 +76,23 @@ class Conversation:
         turns = [{"role": turn.role, "content": turn.content} for turn in self.turns]
         return {"turns": turns, "num_turns": self.num_turns, "ended_by": self.ended, "environment_reward": reward}
 
+    def credits(self, reward: float | None, discount: float) -> list[tuple[int, float]]:
+        """Of each turn, its sampled tokens and its return: rewards from it on, each times `discount` per turn between.
+
+        To be asked before the environment is let go: where that has a `get_reward`, its reward comes with the last
+        turn, and takes the place of the turns' own.
+        """
+        cut_off = self.num_turns - len(self.rewards)  # 1 or 0: no environment answers such a turn
+        rewards: Sequence[float | None] = [*self.rewards, *[None] * cut_off]
+        if hasattr(getattr(self.driver, "environment", None), "get_reward"):
+            rewards = [*[None] * (self.num_turns - 1), reward]
+        returns = accumulate((given or 0.0 for given in reversed(rewards)), lambda later, own: own + discount * later)
+        return list(zip(self.lengths, reversed([*returns]), strict=False))
+
     def columns(self, reward: float | None) -> dict[str, Any]:
-        """What rewards get as context: the scenario's columns, what the environment gave, and how it ended."""
+        """What rewards get as context: the scenario's columns, how it went, and the environment itself, for some."""
+        environments = [getattr(self.driver, "environment", None)]
         turns = {"turn_rewards": list(self.rewards), "num_turns": self.num_turns, "ended_by": self.ended}
+        # By a function, as columns are copied, and it is not.
+        turns["environments"] = lambda: environments
         return {**self.scenario.columns(), "environment_reward": reward, **turns}

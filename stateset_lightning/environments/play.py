@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -31,10 +31,25 @@ from stateset_lightning.types import FinishReason, Metrics, PromptBatch, Rollout
 if TYPE_CHECKING:
     from stateset_lightning.environments.player import Player
 
-# Called with (number, conversation, its environment's reward) when it has ended, in no particular order.
+# Called with (number, conversation, its environment's reward) when it has ended, in no particular order. It may take
+# over the environment, of the conversation's `driver`, which is closed otherwise.
 OnEnded = Callable[[int, Conversation, float | None], None]
 
 
+class TurnTaken(NamedTuple):
+    """What a conversation has said in a turn: the scenario's id, the model's text, and the environment's turns.
+
+    `ended` is what ended the conversation with this turn (environment, turns, tokens, length, failure); "" if it goes
+    on. The reply of one that ends is left out.
+    """
+
+    id: str
+    text: str
+    reply: tuple[Turn, ...]
+    ended: str
+
+
+OnTurn = Callable[[int, list[TurnTaken]], None]
 _Call = tuple[Future[Any], float]  # of an environment, and by when, of `time.monotonic`, it must have returned
 
 
@@ -133,6 +148,7 @@ class Play:
                     self.counts.update(reply.counts or {})
                     self.all[n].rewards.append(reply.reward)
                     self.all[n].ended = "environment" if reply.done else self._go_on(n, reply.turns)
+            self.player.on_turn(self.all[live[0]].num_turns, [self._taken(self.all[n]) for n in live])
 
     def _take_turn(self, engine: RolloutEngine, live: list[int], greedy: bool) -> dict[int, _Call]:
         """Samples a turn of these conversations, and has their environments answer, unless a turn was cut off."""
@@ -142,8 +158,7 @@ class Play:
             if num_tokens < self.sampling.max_new_tokens:  # else it may have been cut off, which is known later
                 steps[live[i]] = self._step(live[i], text)
 
-        texts = self._sample(engine, live, greedy, answer)
-        for n, text in zip(live, texts, strict=True):
+        for n, text in zip(live, self._sample(engine, live, greedy, answer), strict=True):
             conversation = self.all[n]
             conversation.turns = answered(conversation.turns, text)
             if conversation.reason == FinishReason.LENGTH:
@@ -158,8 +173,8 @@ class Play:
         yield list(rewards.values())
         for n in ended:
             reward = self._wait(self.all[n], rewards[n]) if n in rewards else None
-            self.all[n].let_go()
             on_ended(n, self.all[n], reward)
+            self.all[n].let_go()
 
     def result(self) -> tuple[PromptBatch, Rollout, Metrics]:
         """The batch with the prompts that were used, the rollout of all conversations, and what happened."""
@@ -201,6 +216,12 @@ class Play:
         """Has an environment answer: the completion, behind what the prompt has opened of it (`<think>`)."""
         turns = self.all[n].turns if is_said else answered(self.all[n].turns, text)
         return self._call(self._driver(n).step, turns[-1].content)
+
+    def _taken(self, conversation: Conversation) -> TurnTaken:
+        """The last turn of the model, and what came behind it."""
+        turns = conversation.turns
+        last = max(i for i, turn in enumerate(turns) if turn.role == "assistant")
+        return TurnTaken(conversation.scenario.id, turns[last].content, tuple(turns[last + 1 :]), conversation.ended)
 
     def _fail(self, conversation: Conversation, failure: BaseException) -> None:
         conversation.failure, conversation.ended = failure, "failure"
@@ -249,7 +270,6 @@ class Play:
         logprobs = said.logprobs_T.cpu().split(said.lengths_N.tolist())
         for n, tokens, values, reason in zip(live, said.completions(), logprobs, said.finish_reasons, strict=True):
             self.all[n].add(tokens, values.tolist())
-            self.all[n].num_turns += 1
             self.all[n].reason = reason
         return said.texts
 

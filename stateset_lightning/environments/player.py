@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from stateset_lightning.data.prompts import PromptEncoder
 from stateset_lightning.environments.adapters import Driver, Settings, as_environment
 from stateset_lightning.environments.config import EnvironmentConfig
-from stateset_lightning.environments.play import Limits, OnEnded, Play
+from stateset_lightning.environments.play import Limits, OnEnded, OnTurn, Play
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.rollout import RolloutConfig, RolloutEngine
 from stateset_lightning.threads import DaemonThreads, interruptible
@@ -34,16 +32,16 @@ class Player:
         config: Which environment, and how long.
         encoder: Makes tokens of prompts, and of what environments answer.
         make: A new environment.
+        on_turn: Is told the number of each turn, from 1, and what the conversations that took it have said.
     """
 
     config: EnvironmentConfig
     encoder: PromptEncoder
     make: Callable[[], Driver]
+    on_turn: OnTurn
 
     @classmethod
-    def of(
-        cls, config: EnvironmentConfig, sampling: RolloutConfig, data: Any, tokenizer: PreTrainedTokenizerBase
-    ) -> Player:
+    def of(cls, config: EnvironmentConfig, sampling: RolloutConfig, data: Any, tokenizer: Any, tell: OnTurn) -> Player:
         """The player of a run in which an environment answers.
 
         Args:
@@ -51,6 +49,7 @@ class Player:
             sampling: `model.rollout`.
             data: The run's data module, whose prompts and templates conversations go on with; None of plain loaders.
             tokenizer: The policy's.
+            tell: The player's `on_turn`.
 
         Raises:
             ConfigError: If the factory cannot be used, or the options exclude each other.
@@ -62,7 +61,7 @@ class Player:
         factories = {name: partial(one, **config.options) for name, one in config.factories().items()}
         spoken = None if config.processes else tokenizer  # which knows forms of tool calls, and needs torch
         settings = Settings(spoken, config.timeout / 2, config.max_turns, timeout=config.timeout)
-        return cls(config, encoder, partial(as_environment, factories.get("", factories), settings))
+        return cls(config, encoder, partial(as_environment, factories.get("", factories), settings), tell)
 
     @interruptible()
     def play(

@@ -52,7 +52,7 @@ class Evaluation(Metric):
         super().__init__(**kwargs)
         self.config, n = config, config.samples
         self.names = ["reward", *(f"reward/{name}" for name in rewards), "reward_failures", "mean_tokens", "solved"]
-        self.names += [f"pass@{k}" for k in config.ks] + [f"pass^{k}" for k in config.ks[1:]]
+        self.names += ["turns"] + [f"pass@{k}" for k in config.ks] + [f"pass^{k}" for k in config.ks[1:]]
         self.names += [f"avg@{n}", f"majority@{n}", "sample_failures"] if n else []
         self.intervals = ["reward", f"avg@{n}"] if n else ["reward"]
         self.add_state("values_PM", [], dist_reduce_fx="cat")
@@ -61,14 +61,21 @@ class Evaluation(Metric):
     def logged_names(self) -> list[str]:
         """Names of all that `compute` may give; `<topic>` stands for any."""
         names = [*self.names, *(f"{name}_ci95" for name in self.intervals), "solved_low", "solved_high"]
-        return names + [f"topic/<topic>/{name}" for name in (*self.intervals, "solved")] + ["num_completions"]
+        names += [f"topic/<topic>/{name}" for name in (*self.intervals, "solved")]
+        return [*names, "num_completions", "score_by_turns/<n>"]
 
-    def update(self, scenarios: Sequence[Scenario], greedy: Scored, samples: Scored | None = None) -> None:
-        """Adds P prompts: a greedy completion of each, and `config.samples` sampled ones if there are any."""
+    def update(
+        self, scenarios: Sequence[Scenario], greedy: Scored, samples: Scored | None = None, turns: Sequence[int] = ()
+    ) -> None:
+        """Adds P prompts: a greedy completion of each, and `config.samples` sampled ones if there are any.
+
+        `turns` says how many each greedy conversation had; empty where no environment answers.
+        """
         rollout, scores = greedy
         measures = {f"reward/{name}": values_P for name, values_P in zip(scores.names, scores.values_NF.T, strict=True)}
         measures |= {"reward": scores.totals_N, "reward_failures": ~scores.totals_N.isfinite()}
         measures |= {"mean_tokens": rollout.sampled_lengths_N, "solved": self._solved(scores)}
+        measures["turns"] = torch.tensor(turns or [math.nan] * len(scenarios), dtype=torch.float64)
         if samples is not None:
             measures |= self._sampled(*samples)
         values_PM = torch.stack([measures[name].cpu().double() for name in self.names], dim=1)
@@ -116,6 +123,10 @@ class Evaluation(Metric):
                 result[f"{name}_ci95"] = half_width(known)
             if name == "solved" and known:
                 result["solved_low"], result["solved_high"] = wilson_interval(result[name], len(known))
+        turns_P, rewards_P = (values_PM[:, self.names.index(name)] for name in ("turns", "reward"))
+        for turns in sorted(set(_finite(turns_P))):
+            if known := _finite(rewards_P[turns_P == turns]):
+                result[f"score_by_turns/{turns:g}"] = sum(known) / len(known)
         for topic in sorted(set(topics) - {""}):
             rows_PM = values_PM[torch.tensor([other == topic for other in topics])]
             for name in (*self.intervals, "solved"):

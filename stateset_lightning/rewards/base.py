@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
-from typing import Any, ClassVar, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform
 
 from stateset_lightning.errors import ConfigError, DataError, RewardError, bounded
 from stateset_lightning.redaction import redacted_text
@@ -74,11 +74,14 @@ class RewardFunction(ABC):
             that process. An `async def` reward is cancelled at its next `await`: one that blocks (`time.sleep`, a slow
             regular expression) cannot be stopped and holds up all other async rewards, so write blocking work as plain
             `def`.
+        turns: What it takes for the answer, in conversations of several turns: the model's `last` turn, or `all` of
+            them, joined by line breaks. An option of built-in rewards and functions.
     """
 
     weight: float = 1.0
     name: str = None  # type: ignore[assignment]  # None is that of the class
     timeout: float | None = None
+    turns: Literal["last", "all"] = "last"
     # Columns without which it cannot score: a run whose rows have none of one is refused at the start.
     needs: Collection[str] = field(default=(), init=False)
     # Whether it scores several completions in a call, by its `compute_rewards`.
@@ -161,24 +164,18 @@ class BatchReward(RewardFunction):
         return output
 
 
-def written(reward: RewardFunction) -> Callable[..., Any]:
-    """What the user wrote: a function, or the method of a class."""
-    own: Any = reward.compute_rewards if reward.scores_several else reward.compute_reward
-    return getattr(reward, "function", own)  # of a `FunctionReward`
-
-
-def is_async(reward: RewardFunction) -> bool:
-    """Whether the reward is written as `async def`; a `def` that returns an awaitable is not."""
-    call = written(reward)
-    return any(map(inspect.iscoroutinefunction, (call, getattr(call, "__call__", None))))  # noqa: B004
-
-
 # What built-in rewards read from a conversation and its scenario -----------------------------------------------------
 
 
 def completion(turns: Turns) -> str:
     """The text of the last turn."""
     return str(turns[-1].get("content", "")) if turns else ""
+
+
+def joined(turns: Turns, num_turns: int) -> list[Turn]:
+    """The conversation up to the model's turns, the last `num_turns` of the assistant's, and these as one turn."""
+    places = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"][-num_turns:]
+    return [*turns[: places[0]], Turn("assistant", "\n".join(str(turns[i]["content"]) for i in places))]
 
 
 def target_of(context: Context, reward: str, read: Callable[[Any], list[T]], problem: str) -> list[T]:

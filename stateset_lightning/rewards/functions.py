@@ -23,6 +23,7 @@ _WORDS = {
     "target": "target ground_truth label gold reference expected expected_answer expected_output reference_answer"
     " gold_answer correct_answer answers gt truth y_true",
     "answered": "reward_input",
+    "environments": "environments",
 }
 _ROLES = {word: role for role, words in _WORDS.items() for word in words.split()}
 # The completion where no other parameter is, else this: `f(answer, target)` and `f(completion, answer)` are both meant.
@@ -32,7 +33,8 @@ TARGET_NAMES = (*_WORDS["target"].split(), *_UNSURE)
 # Functions of TRL and OpenRLHF, and some of verl and EasyR1, take lists.
 _OF_TRL = {"prompts": "asked", "completions": "completion", "log_extra": "log_extra", "log_metric": "log_metric"}
 _LISTS = {f"{word}s": role for word, role in _ROLES.items() if role not in ("turns", "context")}
-_LISTS |= {**dict.fromkeys(_MEANS_TARGET, "target"), **_OF_TRL, "queries": "query"}
+_LISTS |= {**dict.fromkeys(_MEANS_TARGET, "target"), **_OF_TRL, "queries": "query", "environments": "environments"}
+_NO_LISTS = ("log_extra", "log_metric", "environments")  # what functions that take lists get one of, or as a list
 _ANSWERS = ("completion", "query", "answered")  # roles that hold the completion
 # What verl gives where the data has no such column.
 STAND_INS: dict[str, Any] = {"data_source": None, "extra_info": {}}
@@ -65,6 +67,8 @@ class FunctionReward(RewardFunction):
     The target's own column holds what `types.as_target` makes of it: a number stays a number, 5.0 becomes 5.
 
     - `reward_input` (EasyR1's): the columns, `response` and `ground_truth` in one mapping.
+    - `environments` (TRL's): a list of one, the environment of the conversation, as that has left it. Such a function
+      runs in the training process and has no time-out.
 
     A function that names `completions` (TRL's), `queries` (OpenRLHF's), or several of another name that gets the
     completion (`solution_strs`, `predictions`), or takes keywords alone, gets lists of one of everything and returns a
@@ -96,10 +100,11 @@ class FunctionReward(RewardFunction):
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
         named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        self._required = {p.name for p in named if p.default is p.empty}
+        self.required = {p.name for p in named if p.default is p.empty}
         # What `**kwargs` does not get: what is given otherwise, what a partial has set, and options of the function.
         self._hidden = {"prompt", "messages", *getattr(self.function, "keywords", ()), *(p.name for p in named)}
         self._roles = self._roles_of([p.name for p in named])
+        self.takes_environments = "environments" in self._roles
 
     def compute_reward(self, turns: Turns, context: Context = None) -> Any:
         logged: dict[str, Any] = {}
@@ -110,7 +115,7 @@ class FunctionReward(RewardFunction):
         return self._awaited(output, logged) if inspect.isawaitable(output) else self._only(output, logged)
 
     def missing(self, columns: Mapping[str, Any]) -> list[str]:
-        named = {self._column(name, columns): self._roles[name] for name in sorted(self._required)}
+        named = {self._column(name, columns): self._roles[name] for name in sorted(self.required)}
         absent = {name: role for name, role in named.items() if columns.get(name) is None}
         needed = [{"column": name, "target": "target"}.get(role) for name, role in absent.items()]
         return [name for name in needed if name is not None and columns.get(name) is None]
@@ -121,7 +126,7 @@ class FunctionReward(RewardFunction):
         Raises:
             ConfigError: If that is not clear, or not here.
         """
-        for name in {"completion_ids", "trainer_state", "environments"}.intersection(names):
+        for name in {"completion_ids", "trainer_state"}.intersection(names):
             given = "rewards get texts and columns, the number completion_tokens among them"
             raise ConfigError(f"reward '{self.name}' takes {name}, which is not here: {given}. Remove the parameter")
         if self.takes_lists:
@@ -135,18 +140,18 @@ class FunctionReward(RewardFunction):
         is_alone = len(unsure) == 1 and not {"completion", "turns"} & set(roles.values())
         roles |= {name: "completion" if is_alone else _UNSURE[words[name]] for name in unsure}
         if "solution_str" in names:  # verl's: the rest are options of the function
-            roles = {n: role for n, role in roles.items() if role != "column" or n in self._required | STAND_INS.keys()}
+            roles = {n: role for n, role in roles.items() if role != "column" or n in self.required | STAND_INS.keys()}
         completions = [name for name, role in roles.items() if role in _ANSWERS]
         if len(completions) > 1 or not (completions or "turns" in roles.values()):
             why = f"takes ({', '.join(names)}), which does not say what gets the completion (see docs/rewards.md)"
             guessed = [name for name, role in roles.items() if role in ("column", "completion") or name in unsure]
-            guessed = [name for name in guessed if name in self._required]
+            guessed = [name for name in guessed if name in self.required]
             is_known = "target" in [role for name, role in roles.items() if name not in guessed]
             meant = ("completion",) if is_known else ("completion", "target")
             roles |= dict.fromkeys(guessed, "column") | dict(zip(guessed, meant, strict=False))
             if len(guessed) > 1:
                 why += f"; if {guessed[1]} gets it, swap what {guessed[0]} and {guessed[1]} get in what follows"
-        elif foreign := sorted(_OF_VERIFIERS.keys() & self._required):
+        elif foreign := sorted(_OF_VERIFIERS.keys() & self.required):
             why = f"takes {foreign[0]}, which is not here"
         else:
             return roles
@@ -155,7 +160,7 @@ class FunctionReward(RewardFunction):
 
     def _wrapper(self, roles: Mapping[str, str]) -> str:
         """A function of (turns, context) that calls this one, on a line."""
-        required = [name for name in roles if name in self._required]
+        required = [name for name in roles if name in self.required]
         texts = {n: _OF_VERIFIERS.get(n) or _GIVEN.get(roles[n], f'context["{n}"]') for n in required}
         called = ", ".join(text if name in self._positional else f"{name}={text}" for name, text in texts.items())
         begin, wait = ("async def", "await ") if inspect.iscoroutinefunction(self.function) else ("def", "")
@@ -173,7 +178,7 @@ class FunctionReward(RewardFunction):
             value = by_role.get(role) if value is None else value
             if value is not None or (role == "column" and column in columns):
                 given[name] = value
-        if absent := sorted(self._required - given.keys()):
+        if absent := sorted(self.required - given.keys()):
             has = f"which this row does not have; it has: {', '.join(sorted(context))}"
             raise RewardError(f"reward '{self.name}' asks for the column {absent[0]}, {has}; data.fields maps columns")
         if self._takes_all:
@@ -181,7 +186,7 @@ class FunctionReward(RewardFunction):
             named = {n: target for n in _MEANS_TARGET if target is not None and context.get(n) is None}
             given = {n: value for n, value in {**context, **named}.items() if n not in self._hidden} | given
         if self.takes_lists:
-            return {n: value if n in ("log_extra", "log_metric") else [value] for n, value in given.items()}
+            return {n: value if n in _NO_LISTS else [value] for n, value in given.items()}
         return given
 
     def _column(self, name: str, columns: Mapping[str, Any]) -> str:
@@ -192,6 +197,8 @@ class FunctionReward(RewardFunction):
         answer, asked = completion(turns), turns[-2]["content"] if len(turns) > 1 else ""
         found: dict[str, Any] = {"turns": turns, "completion": answer, "prompt": asked, "asked": asked}
         found |= {"context": context, "target": context.get("target"), "query": asked + answer, "unused": ""}
+        if callable(alive := context.get("environments")):
+            found["environments"] = alive()
         found["answered"] = {**context, "response": answer, "ground_truth": context.get("target")}
         gets_messages = self.conversational
         if gets_messages is None:
@@ -241,6 +248,18 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     if {"VAR_POSITIONAL"} <= {p.kind.name for p in found} <= {"VAR_POSITIONAL", "VAR_KEYWORD"}:
         found = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in ("turns", "context")]
     return [parameter for parameter in found if parameter.name not in getattr(function, "keywords", ())]
+
+
+def written(reward: RewardFunction) -> Callable[..., Any]:
+    """What the user wrote: a function, or the method of a class."""
+    own: Any = reward.compute_rewards if reward.scores_several else reward.compute_reward
+    return getattr(reward, "function", own)  # of a `FunctionReward`
+
+
+def is_async(reward: RewardFunction) -> bool:
+    """Whether the reward is written as `async def`; a `def` that returns an awaitable is not."""
+    call = written(reward)
+    return any(map(inspect.iscoroutinefunction, (call, getattr(call, "__call__", None))))  # noqa: B004
 
 
 def alarm_in(function: Any) -> str:

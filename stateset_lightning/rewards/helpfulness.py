@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from stateset_lightning.rewards import base
 from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns, completion, target_texts
 from stateset_lightning.rewards.penalties import repeated_share, words
 
@@ -15,6 +16,7 @@ _ENDING = re.compile(r"((?<=...)(?<!s)s)?('s)?$")  # of a plural, and of a genit
 _STOCK_PHRASES = re.compile(rf"\b(?:{_PHRASES})[^.!?,:;\n]{{0,80}}")
 
 
+@base.options
 class HelpfulnessReward(RewardFunction):
     """How helpful an answer looks, from 0 to 1, by word statistics of English text.
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from stateset_lightning.errors import ConfigError, RewardError, bounded
 from stateset_lightning.rewards.base import Context, RewardFunction, RewardResult, Turns
@@ -44,6 +44,7 @@ class Judge(RewardFunction):
         name: Name in logs.
         timeout: Seconds that one completion, or the completions of a prompt where they are compared, may take, all
             attempts and the wait for a free request included.
+        turns: Which of the model's turns are the answer: the `last`, or `all`, joined.
         **server: Options of `stateset_lightning.workers.OpenAIClient`: `base_url`, `api_key_env`, `max_concurrency`
             (`model.reward_concurrency` is a limit as well), `max_retries`, `request_timeout`, `cache`, `max_cached`.
 
@@ -63,9 +64,11 @@ class Judge(RewardFunction):
         weight: float = 1.0,
         name: str | None = None,
         timeout: float | None = None,
+        turns: Literal["last", "all"] = "last",
         **server: Any,
     ) -> None:
         super().__init__(weight=weight, name=name or "", timeout=timeout)
+        self.turns = turns
         self.low, self.high = score_range
         if not (math.isfinite(self.high - self.low) and self.low < self.high):
             raise ConfigError(f"{self.name}.score_range={[self.low, self.high]} must be two numbers, the lower first")

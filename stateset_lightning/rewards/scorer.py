@@ -24,7 +24,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from stateset_lightning.errors import ConfigError, DataError, RewardError, bounded, log, tell_once
 from stateset_lightning.rewards import base
 from stateset_lightning.rewards.base import BatchReward, Context, Given, Outcome, RewardFunction, Turns, failure
-from stateset_lightning.rewards.functions import alarm_in
+from stateset_lightning.rewards.functions import alarm_in, is_async, written
 from stateset_lightning.rewards.group import GroupReward
 from stateset_lightning.rewards.reward_list import as_rewards
 from stateset_lightning.threads import DaemonThreads, EventLoopThread, interruptible
@@ -72,11 +72,14 @@ class Scorer(AbstractContextManager["Scorer"]):
             if self.timeout is None:
                 _set_timeout(reward)
             limit = self.timeout if reward.timeout is None and not isinstance(reward, BatchReward) else reward.timeout
-            if base.is_async(reward):
+            if is_async(reward):
                 self.starts.append(partial(loop.submit, base.call_async, reward, timeout=limit))
             elif limit is None:
                 self.starts.append(partial(threads.submit, _call_on_thread, loop, reward))
             else:
+                if getattr(reward, "takes_environments", False):
+                    why = "takes environments, which live in this process: only async def can have a time-out there"
+                    raise ConfigError(f"reward '{reward.name}' {why}; leave out timeout and model.reward_timeout")
                 workers.add(f"reward '{reward.name}'", partial(base.call, reward))
                 self.starts.append(partial(workers.submit, f"reward '{reward.name}'", limit))
         # `close()` stops what runs, ends all threads and kills all worker processes. So do the interpreter's exit and
@@ -133,6 +136,7 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
             n: Which of the N completions; each is submitted once.
             turns: The conversation, the completion last.
             context: The scenario's columns. `context["rewards"]` names the rewards that score it; None means all.
+                `context["environments"]` may be a function, which gives the environment in a list.
             completion_tokens: The completion's number of tokens; rewards find it as `context["completion_tokens"]`.
 
         Raises:
@@ -177,6 +181,15 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
             return self._scorer.starts[f](*self._given[n])
         return Future() if is_chosen else _done(Outcome(NOT_APPLICABLE))
 
+    def _seen(self, f: int, n: int) -> tuple[Turns, dict[str, Any]]:
+        """What a reward sees of a completion: no environments, which no process can be sent, unless it asks."""
+        reward, (turns, columns) = self._scorer.rewards[f], self._given[n]
+        if not callable(columns.get("environments")):  # a single turn
+            return turns, columns
+        if not getattr(reward, "takes_environments", False):
+            columns = {name: value for name, value in columns.items() if name != "environments"}
+        return base.joined(turns, columns["num_turns"]) if reward.turns == "all" else turns, columns
+
     def _score_together(self, f: int) -> None:
         """Run a reward that scores several completions in a call: all of them, or those of a prompt."""
         reward, calls = self._scorer.rewards[f], list[Future[Any]]()
@@ -194,7 +207,7 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
 
     def _given_together(self, f: int, part: Sequence[int]) -> Given:
         rewards = self._scorer.rewards
-        turns, contexts = map(list, zip(*(self._given[n] for n in part), strict=True))
+        turns, contexts = map(list, zip(*(self._seen(f, n) for n in part), strict=True))
         if not isinstance(rewards[f], GroupReward):
             return turns, contexts
         others = [(i, other.name) for i, other in enumerate(rewards) if not isinstance(other, GroupReward)]
@@ -247,10 +260,10 @@ def _set_timeout(reward: RewardFunction) -> None:
     Raises:
         ConfigError: If it cannot have a time-out.
     """
-    if reward.timeout is not None or not (found := alarm_in(base.written(reward))):
+    if reward.timeout is not None or not (found := alarm_in(written(reward))):
         return
     why = f"reward '{reward.name}' uses {found}, whose time-outs are signals, which work in no thread"
-    if base.is_async(reward) or isinstance(reward, BatchReward):
+    if is_async(reward) or isinstance(reward, BatchReward):
         raise ConfigError(f"{why}: write it as a plain `def` that scores one completion, with timeout: {ALARM_SECONDS}")
     log.warning("%s: each call gets a process and %d s; set its timeout to choose", why, ALARM_SECONDS)
     reward.timeout = ALARM_SECONDS

@@ -3,7 +3,7 @@
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -13,6 +13,7 @@ from annotated_types import Ge, Gt, Le
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from stateset_lightning.environments.play import TurnTaken
 from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.run.folder import METRICS, SAMPLES, config_file, run_folder
 from stateset_lightning.threads import heartbeat
@@ -20,13 +21,13 @@ from stateset_lightning.training.schedule import optimizer_steps_of_run
 
 
 class EpisodeCallback(Callback):
-    """Calls an object's hooks `on_episode_start(episode)` and `on_episode_end(episode, metrics)`.
+    """Calls an object's hooks: `on_episode_start(episode)`, `on_episode_end(episode, metrics)` and `on_turn_end`.
 
-    Either may be missing, or async. Without an object, override the two hooks in a subclass. Any other Lightning
-    callback that has them is called as well.
+    Each may be missing, or async. Without an object, override them in a subclass. Any other Lightning callback that has
+    them is called as well.
 
     Args:
-        callback: An object with one or both of the hooks; any class will do.
+        callback: An object with one of the hooks or more; any class will do.
 
     Example:
         >>> class Printer(EpisodeCallback):
@@ -37,8 +38,9 @@ class EpisodeCallback(Callback):
     """
 
     def __init__(self, callback: Any = None) -> None:
-        if callback is not None and not any(hasattr(callback, hook) for hook in ("on_episode_start", "on_episode_end")):
-            raise TypeError(f"{callback!r} has neither on_episode_start nor on_episode_end")
+        hooks = "on_episode_start", "on_episode_end", "on_turn_end"
+        if callback is not None and not any(hasattr(callback, hook) for hook in hooks):
+            raise TypeError(f"{callback!r} has none of {', '.join(hooks)}")
         self.callback = callback
 
     def on_episode_start(self, episode: int) -> Any:
@@ -48,6 +50,14 @@ class EpisodeCallback(Callback):
     def on_episode_end(self, episode: int, metrics: Mapping[str, float]) -> Any:
         """After the last optimizer step of an episode, with its newest metrics."""
         return self._call("on_episode_end", episode, metrics)
+
+    def on_turn_end(self, trainer: Trainer, pl_module: Any, turn: int, conversations: Sequence[TurnTaken]) -> Any:
+        """After each turn of a batch's conversations, which counts from 1, in training and evaluation.
+
+        `conversations` are those of this rank that took it, each with `id` (the scenario's), `text` (the model's),
+        `reply` (the environment's turns) and `ended`. A run that samples ahead calls it on the thread that samples.
+        """
+        return self._call("on_turn_end", trainer, pl_module, turn, conversations)
 
     def _call(self, hook: str, *args: Any) -> Any:
         return getattr(self.callback, hook)(*args) if hasattr(self.callback, hook) else None

@@ -29,7 +29,7 @@ from stateset_lightning.rollout.sampling import check_length
 from stateset_lightning.rollout.targets import Targets
 from stateset_lightning.training.data import check_scripts, data_of, tell_of_turns
 from stateset_lightning.training.metrics import NAMES
-from stateset_lightning.training.reward_checks import check_baseline
+from stateset_lightning.training.reward_checks import check_baseline, check_environment
 from stateset_lightning.training.schedule import accumulations, batches_per_epoch, optimizer_steps_of_run
 from stateset_lightning.training.teacher import check_teacher
 from stateset_lightning.types import PromptBatch
@@ -58,6 +58,7 @@ def checks_before_weights(data: ScenarioDataModule | None, module: Any) -> list[
         partial(check_scripts, data, module.environment),
         partial(check_dynamic_sampling, data, rollout.dynamic_sampling, module.algorithm),
         partial(check_baseline, module.rewards, module.algorithm.needs_greedy_baseline),
+        partial(check_environment, module.environment, module.rewards, module.algorithm),
         partial(check_teacher, module.teacher, module.tokenizer, longest, rollout.max_new_tokens),
     ]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,7 @@ from stateset_lightning.seeding import sample_seeds
 from stateset_lightning.threads import Interruption, heartbeat
 from stateset_lightning.training.resample import Replacements, Sample, resample
 from stateset_lightning.training.sampling_ahead import SamplingAhead
+from stateset_lightning.training.turns import score_by_turns
 from stateset_lightning.types import Metrics, PromptBatch, Scores, answered
 
 if TYPE_CHECKING:
@@ -177,15 +180,21 @@ class Sampler:
         heartbeat.doing(f"sampling {_place(batch)}")
         metrics: Metrics = {}
         told: dict[int, dict[str, Any]] = {}
-        with self.scorer.start(len(seeds_N), policy.device, num_generations) as session:
+        turns: dict[int, list[tuple[int, float]]] = {}
+        scoring = self.scorer.start(len(seeds_N), policy.device, num_generations)
+        with scoring as session, ExitStack() as environments:
 
             def score_conversation(n: int, conversation: Conversation, reward: float | None) -> None:
+                assert self.player is not None
+                turns[n] = conversation.credits(reward, self.player.config.turn_discount)
                 told[n] = conversation.told(reward)
                 if conversation.failure is not None:
                     session.fail(n, conversation.failure)
                     return
-                num_tokens = sum(conversation.sampled)
-                session.submit(n, conversation.turns, conversation.columns(reward), completion_tokens=num_tokens)
+                given, num_tokens = conversation.columns(reward), sum(conversation.sampled)
+                environments.callback(copy(conversation).let_go)  # when all is scored, and not by the player
+                conversation.driver = None
+                session.submit(n, conversation.turns, given, completion_tokens=num_tokens)
 
             def score(n: int, text: str, num_tokens: int) -> None:
                 prompt = n // num_generations
@@ -208,7 +217,10 @@ class Sampler:
                 last = rollout if self.player is None else None  # of conversations, their last turns
                 self.engine.check(last, self.config.temperature)  # training compares all that it trains on
             heartbeat.doing(f"scoring {_place(batch)}")
-            return Sample(batch, rollout, session.collect(), metrics, [told[n] for n in sorted(told)])
+            scores, numbers = session.collect(), sorted(told)
+            of_turns = [turns[n] for n in numbers]
+            metrics = metrics | score_by_turns(scores.totals_N, of_turns)
+            return Sample(batch, rollout, scores, metrics, [told[n] for n in numbers], of_turns)
 
     def _limits(self, policy: Policy) -> Limits:
         assert self.player is not None

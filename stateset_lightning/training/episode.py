@@ -24,6 +24,7 @@ from stateset_lightning.algorithm import Algorithm
 from stateset_lightning.algorithm.aggregation import sequence_sums
 from stateset_lightning.policy import Comparison, Group, SamplingMask
 from stateset_lightning.ranks import Ranks
+from stateset_lightning.training.turns import TurnScores, turn_advantages
 from stateset_lightning.types import FinishReason, Rollout, Scores
 
 
@@ -35,10 +36,11 @@ class MicroBatch:
     advantages_N: Tensor
     weights_N: Tensor  # weight of each token of a completion
     lengths_N: Tensor
-    sampling_logprobs_T: Tensor | None  # None of targets
-    old_logprobs_T: Tensor | None
-    ref_logprobs_T: Tensor | None
-    select_T: Tensor | None
+    sampling_logprobs_T: Tensor | None = None  # None of targets
+    old_logprobs_T: Tensor | None = None
+    ref_logprobs_T: Tensor | None = None
+    select_T: Tensor | None = None
+    advantages_T: Tensor | None = None
     experts_per_token_E: Tensor | None = None
     right_N: Tensor | None = None
     teacher_logprobs_T: Tensor | None = None
@@ -82,6 +84,7 @@ class Episode:
     experts_per_token_E: Tensor | None = None  # how often routers choose each expert; None where that is not trained
     sampling_mask: tuple[Tensor, Tensor] | None = None  # what `SamplingMask` is made of; None where it is not kept
     right_N: Tensor | None = None  # as of a `TokenBatch`
+    advantages_T: Tensor | None = None  # where turns have advantages of their own
 
     @property
     def num_generations(self) -> int:
@@ -115,23 +118,20 @@ class Episode:
         lengths, rows = self.lengths_N.tolist(), rows_N.nonzero().flatten().tolist()
         sampled = None if self.sampled_T is None else self.sampled_T.split(lengths)
         tokens_T = self.sampled_tokens_of(rows_N)
-
-        def of_tokens(values_T: Tensor | None) -> Tensor | None:
-            return None if values_T is None else values_T[tokens_T]
-
+        of_tokens: dict[str, Any] = {  # what both have of each token
+            name: values_T[tokens_T]
+            for name, values_T in vars(self).items()
+            if name.endswith("_T") and name in vars(MicroBatch) and values_T is not None
+        }
         mask = None if self.sampling_mask is None else SamplingMask(*self.sampling_mask)[tokens_T]
         return MicroBatch(
             groups=groups_of(self.prompt_tokens, self.completion_tokens_T.split(lengths), rows, sampled, mask),
             advantages_N=self.advantages_N[rows_N],
             weights_N=self.weights_N[rows_N],
             lengths_N=sequence_sums(tokens_T.long(), self.lengths_N)[rows_N],
-            sampling_logprobs_T=of_tokens(self.sampling_logprobs_T),
-            old_logprobs_T=of_tokens(self.old_logprobs_T),
-            ref_logprobs_T=of_tokens(self.ref_logprobs_T),
-            select_T=of_tokens(self.select_T),
             experts_per_token_E=self.experts_per_token_E,
             right_N=None if self.right_N is None else self.right_N[rows_N],
-            teacher_logprobs_T=of_tokens(self.teacher_logprobs_T),
+            **of_tokens,
         )
 
 
@@ -196,8 +196,7 @@ class Plan:
         lengths, active = lengths_N.tolist(), active_N.tolist()
         for p, step in enumerate(step_P.tolist()):
             members = range(p * self.num_generations, (p + 1) * self.num_generations)
-            completions = tuple((n, lengths[n]) for n in members if active[n])
-            if completions:
+            if completions := tuple((n, lengths[n]) for n in members if active[n]):
                 groups[step].append(GroupShare(len(prompt_tokens[p]), completions))
         over = 0
         for step, shares in enumerate(groups):
@@ -216,10 +215,11 @@ def make_episode(
     algorithm: Algorithm,
     plan: Plan,
     baseline_PF: Tensor | None = None,
+    turns: TurnScores | None = None,
 ) -> Episode:
     """Advantages over the prompts of all ranks, token weights over each optimizer step, and who trains when.
 
-    `baseline_PF` holds the scores of a greedy completion per prompt of this rank, for algorithms that need them.
+    `baseline_PF` holds scores of a greedy completion per prompt of this rank, `turns` those of turns, where needed.
     """
     ranks = plan.ranks
     shape_PG = (plan.num_prompts, plan.num_generations)
@@ -231,13 +231,14 @@ def make_episode(
 
     weights_F = torch.tensor(reward_weights, dtype=torch.float64)
     advantages_PG = algorithm.advantages(scores_PGF, weights_F, lengths_PG, baseline_PF)
-    trains_PG = advantages_PG.isfinite()
-    if algorithm.mask_truncated:
-        trains_PG = trains_PG & ~truncated_PG
+    advantages_PGK = advantages_PG[..., None]
+    if turns is not None:
+        advantages_PGK = turn_advantages(turns, algorithm, weights_F, lengths_PG, advantages_PG, ranks)
+    trains_PG = advantages_PG.isfinite() & ~(truncated_PG & algorithm.mask_truncated)
     # One token at least: an engine may return an empty completion, and there is nothing in it to train.
     active_PG = trains_PG & (lengths_PG > 0)
     if not algorithm.trains_on_zero_advantage:
-        active_PG = active_PG & (advantages_PG != 0)
+        active_PG = active_PG & (advantages_PGK != 0).any(-1)
 
     step_P = plan.step_of_position(torch.arange(plan.num_prompts * ranks.world))
     weights_PG, right_PG = torch.zeros_like(advantages_PG), None
@@ -278,6 +279,7 @@ def make_episode(
         sampled_T=None if bool(rollout.sampled_T.all()) else rollout.sampled_T,
         sampling_mask=None if (mask := rollout.sampling_mask) is None else (mask.ids_K, mask.counts_T),
         right_N=None if right_PG is None else right_PG[mine].flatten(),
+        advantages_T=None if turns is None else turns.of_tokens(advantages_PGK[mine], rollout.sampled_T),
     )
 
 
@@ -320,8 +322,7 @@ def balance(groups: Sequence[GroupShare], micro_steps: int, max_tokens: int | No
             candidates = fullest
         else:
             return steps
-        divisible = [share for share in candidates if len(share.completions) > 1]
-        if not divisible:
+        if not (divisible := [share for share in candidates if len(share.completions) > 1]):
             return steps
         largest = max(divisible, key=lambda share: share.tokens)
         shares.remove(largest)

@@ -33,7 +33,7 @@ class HeldOut:
             self._scores.append(drawn.scores)
         if sampler.scorer.scores_alone:
             self._scores.append(greedy.scores)
-        self.metrics.update(batch.scenarios, (greedy.rollout, greedy.scores), samples)
+        self.metrics.update(batch.scenarios, (greedy.rollout, greedy.scores), samples, [*map(len, greedy.turns)])
         return greedy
 
     def compute(self, scorer: Scorer, ranks: Ranks) -> dict[str, float]:

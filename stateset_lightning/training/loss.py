@@ -65,6 +65,7 @@ def micro_batch_loss(
         sampling_logprobs_T=batch.sampling_logprobs_T,
         entropies_T=entropies_T,
         select_T=batch.select_T,
+        advantages_T=batch.advantages_T,
         right_N=batch.right_N,
         teacher_logprobs_T=batch.teacher_logprobs_T,
         divergences_T=divergences_T[0] if divergences_T else None,
@@ -230,26 +231,25 @@ def selected_tokens(
     n = torch.arange(len(lengths))
     position_N = (n // size * ranks.world + ranks.rank) * size + n % size  # of a completion among those of all ranks
     positions_N, steps_N = position_N.tolist(), (episode.micro_step_N // plan.accumulate).tolist()
-    advantages_N = episode.advantages_N.tolist()
+    advantages = episode.advantages_N.tolist()
     rows_N = counted(episode, plan)
     rows = [int(i) for i in rows_N.nonzero()]
     sampled = episode.sampled_tokens_of(rows_N).split(lengths)
-    logprobs, entropies = logprobs_T.split(lengths), entropies_T.split(lengths)
-    mine = {
-        positions_N[i]: (steps_N[i], advantages_N[i], logprobs[i][sampled[i]], entropies[i][sampled[i]]) for i in rows
-    }
+    own_T = per_token(episode.advantages_N, episode.lengths_N) if episode.advantages_T is None else episode.advantages_T
+    of_tokens = [values_T.split(lengths) for values_T in (logprobs_T, entropies_T, own_T)]
+    mine = {positions_N[i]: (steps_N[i], advantages[i], *(values[i][sampled[i]] for values in of_tokens)) for i in rows}
     everyone = {position: values for of_rank in ranks.gather(mine) for position, values in of_rank.items()}
 
     chosen: dict[int, Tensor] = {}
     for step in range(plan.optimizer_steps):
         positions = sorted(position for position, values in everyone.items() if values[0] == step)
         if positions:
-            advantages, logprobs, entropies = zip(*(everyone[position][1:] for position in positions), strict=True)
+            of_rows, logprobs, entropies, own = zip(*(everyone[position][1:] for position in positions), strict=True)
             old_T, entropy_T = (_rounded(torch.cat(values)) for values in (logprobs, entropies))
             lengths_N = torch.tensor([len(values) for values in logprobs])
-            tokens = TokenBatch(
-                old_T, old_T, torch.tensor(advantages, dtype=torch.float32), lengths_N, entropies_T=entropy_T
-            )
+            advantages_N = torch.tensor(of_rows, dtype=torch.float32)
+            given = {"entropies_T": entropy_T, "advantages_T": torch.cat(own)}
+            tokens = TokenBatch(old_T, old_T, advantages_N, lengths_N, **given)
             kept_T = algorithm.select(tokens, derive_seed(seed, "select", episode.index, step))
             chosen.update(zip(positions, kept_T.cpu().split(tokens.lengths_N.tolist()), strict=True))
     select_T = torch.zeros(len(logprobs_T), dtype=torch.bool)

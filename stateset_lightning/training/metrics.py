@@ -35,6 +35,7 @@ An episode
     work/extra_prompts                  prompts that dynamic sampling drew
     work/sampled_ahead                  whether the episode was sampled while the one before was trained on
     work/server_restarts                how often a vLLM server came back since the episode before
+    conversation/score_by_turns/<n>     mean total reward of the conversations of n turns that were scored
     conversation/<name>                 of conversations: turns, ends by cause, what environments count
     memory/peak_mb                      peak memory: allocated on a CUDA device, resident of the process elsewhere
 
@@ -72,6 +73,7 @@ Validation; of a test, `test/` takes the place of `val/`
     val/solved                          share of prompts that the greedy completion solves
     val/solved_low, val/solved_high     its 95% interval
     val/mean_tokens                     mean number of sampled tokens of a greedy completion
+    val/turns, val/score_by_turns/<n>   mean turns of the greedy conversations; mean total reward of those of n turns
     val/num_completions                 number of greedy completions
     val/pass@<k>, val/pass^<k>          chance that at least one, that all of k samples are right
     val/avg@<n>, val/avg@<n>_ci95       mean total reward of the n samples of a prompt; half of its 95% interval
@@ -339,9 +341,7 @@ def of_gradient(norm: float, *, empty: bool, bad: bool) -> Metrics:
 
 
 def of_step(lr: float, seconds: float, collect_seconds: float, coefficients: Mapping[str, float]) -> Metrics:
-    """What is known when the optimizer has stepped; `coefficients` are the adaptive ones that the step was made
-    with.
-    """
+    """What is known when the optimizer has stepped; `coefficients`: the adaptive ones that it was made with."""
     return {
         "lr": (lr, 1),
         "time/step_s": (seconds, 1),

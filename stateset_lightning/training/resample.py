@@ -26,8 +26,10 @@ Replacements = Callable[[PromptBatch, Sequence[int], int], PromptBatch]
 
 @dataclass(frozen=True)
 class Sample:
-    """Prompts, their completions, what the rewards said of them, and of conversations what happened in them, by metric,
-    and what files say of each (see `Conversation.told`).
+    """Prompts, their completions, what the rewards said of them, and what happened in conversations, by metric.
+
+    Where an environment answers, `told` has what files say of each conversation (see `Conversation.told`), and `turns`,
+    of each turn of each conversation, its sampled tokens and its return; they are empty elsewhere.
     """
 
     batch: PromptBatch
@@ -35,6 +37,7 @@ class Sample:
     scores: Scores
     conversations: Metrics = field(default_factory=dict)
     told: list[dict[str, Any]] = field(default_factory=list)
+    turns: list[list[tuple[int, float]]] = field(default_factory=list)
 
     @property
     def totals_PG(self) -> Tensor:
@@ -55,8 +58,10 @@ class Sample:
         for name in ("prompt_tokens", "conversations", "scenarios", "rows"):
             setattr(batch, name, _picked(getattr(self.batch, name), getattr(other.batch, name), prompts))
         rollout = _rollout(self.rollout, other.rollout, prompts, completions)
-        told = _picked(self.told, other.told, completions) if self.told else []
-        return Sample(batch, rollout, _scores(self.scores, other.scores, completions), self.conversations, told)
+        scores = _scores(self.scores, other.scores, completions)
+        of_conversations: list[tuple[Any, Any]] = [(self.told, other.told), (self.turns, other.turns)]
+        told, turns = (_picked(a, b, completions) if a else [] for a, b in of_conversations)
+        return Sample(batch, rollout, scores, self.conversations, told, turns)
 
 
 def resample(

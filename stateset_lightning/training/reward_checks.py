@@ -7,8 +7,10 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from stateset_lightning.algorithm import Algorithm
+from stateset_lightning.algorithm.supervised import MaximumLikelihood
 from stateset_lightning.errors import ConfigError
-from stateset_lightning.rewards import GroupReward, RewardFunction
+from stateset_lightning.rewards import EnvironmentReward, GroupReward, RewardFunction
 from stateset_lightning.rewards.functions import STAND_INS, TARGET_NAMES
 from stateset_lightning.types import Scenario
 
@@ -23,6 +25,26 @@ def check_baseline(rewards: Sequence[RewardFunction], needs_greedy_baseline: boo
         compares = f"reward '{names[0]}' compares the completions of a prompt"
         greedy = "this algorithm compares them with one greedy completion, which it does not score"
         raise ConfigError(f"{compares}, and {greedy}: leave it out, or choose another algorithm")
+
+
+def check_environment(environment: Any, rewards: Sequence[RewardFunction], algorithm: Algorithm) -> None:
+    """Rewards that ask for environments have some; where turns have advantages, environment and algorithm go with them.
+
+    Raises:
+        ConfigError: If not.
+    """
+    asking = [reward.name for reward in rewards if "environments" in getattr(reward, "required", ())]
+    if environment is None and asking:
+        raise ConfigError(f"reward '{asking[0]}' takes environments, and there are none: set model.environment")
+    name, problem = type(algorithm).__name__, ""
+    if not any(isinstance(reward, EnvironmentReward) and reward.weight for reward in rewards):
+        problem = "needs the environment's reward: add EnvironmentReward to model.reward"
+    elif algorithm.weighs_completions or algorithm.needs_greedy_baseline:
+        problem = f"{name} has one advantage for a whole completion: choose another algorithm, such as GSPOToken"
+    elif isinstance(algorithm, MaximumLikelihood) or not getattr(algorithm, "reward_weight", 1):
+        problem = f"{name} weighs nothing by rewards: choose another algorithm"
+    if problem and environment is not None and environment.turn_rewards != "sum":
+        raise ConfigError(f"model.environment.turn_rewards={environment.turn_rewards}: {problem}, or set it to sum")
 
 
 def check_rewards(splits: Mapping[Any, Iterable[Scenario]], rewards: Sequence[RewardFunction]) -> None:

@@ -33,6 +33,7 @@ from stateset_lightning.training.episode import Plan, make_episode
 from stateset_lightning.training.loss import add_fixed_logprobs, micro_batch_loss, nan_if_not_finite, trained_scores
 from stateset_lightning.training.state import TrainingState
 from stateset_lightning.training.teacher import with_comparison
+from stateset_lightning.training.turns import turn_scores
 from stateset_lightning.types import PromptBatch
 
 
@@ -95,10 +96,13 @@ class TrainingStep:
         collection = self.sampler.start_next(policy, collection, self.upcoming)
 
         scored, rollout = trained_scores(self, collection), collection.sample.rollout
+        turns = None
+        if self.sampler.player is not None and self.sampler.player.config.turn_rewards == "discounted":
+            turns = turn_scores(scored.scores, collection.sample.turns, self.sampler.scorer.rewards, self.ranks)
         shape = len(batch), rollout.num_generations, batch.steps_per_episode
         plan = Plan(*shape, self.accumulate, self.ranks, self.max_tokens_per_step)
         episode = make_episode(
-            batch.episode_index, rollout, scored.scores, scored.weights, algorithm, plan, scored.baseline_PF
+            batch.episode_index, rollout, scored.scores, scored.weights, algorithm, plan, scored.baseline_PF, turns
         )
         several = batch.num_micro_steps > self.accumulate
         add_fixed_logprobs(self, episode, scored, plan, old=several and not algorithm.trains_on_targets)

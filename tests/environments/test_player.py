@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from module_runs import fit, make_data, make_module, weights
 
 from stateset_lightning import RolloutConfig
@@ -19,8 +19,9 @@ from stateset_lightning.data.prompts import PromptEncoder
 from stateset_lightning.environments import EnvironmentConfig
 from stateset_lightning.environments.play import Limits
 from stateset_lightning.environments.player import Player
+from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import Group, Policy, PolicyConfig, end_of_sequence_ids, load_model
-from stateset_lightning.rewards import EnvironmentReward
+from stateset_lightning.rewards import EnvironmentReward, FunctionReward
 from stateset_lightning.rollout import InProcessEngine
 from stateset_lightning.seeding import sample_seeds
 from stateset_lightning.types import FinishReason, PromptBatch, Scenario, Turn
@@ -93,8 +94,9 @@ def play(policy: Policy, tiny_tokenizer: Any) -> Callable[..., Any]:
         scenarios = [Scenario(id=str(a), prompt=f"What is {a} + 14?", target=str(a + 14)) for a in (3, 58)]
         tokens = [list(prompt) for prompt in encoder.encode(scenarios, "data.train").tokens]
         batch = PromptBatch(tokens, [scenario.turns() for scenario in scenarios], scenarios, [0, 1], 0)
-        player, engine, ended = Player.of(config, sampling, None, tiny_tokenizer), InProcessEngine(tiny_tokenizer), {}
-        assert player is not None
+        told = lambda turn, conversations: None  # noqa: E731
+        player, engine = Player.of(config, sampling, None, tiny_tokenizer, told), InProcessEngine(tiny_tokenizer)
+        ended: dict[int, Any] = {}
         engine.sync(policy)
         seeds = sample_seeds(1, "train", 0, [0, 1], 3)
         limits = Limits(end_of_sequence_ids(policy.model, tiny_tokenizer), 128)
@@ -211,6 +213,29 @@ def test_where_all_environments_fail_nothing_is_sampled_nor_checked(tmp_path: Pa
     assert module.metrics.last["conversation/ended_by_failure"] == 1
 
 
+class Turns(Callback):
+    def __init__(self) -> None:
+        self.told: list[tuple[str, int, list[Any]]] = []
+
+    async def on_turn_end(self, trainer: Any, pl_module: Any, turn: int, conversations: Any) -> None:
+        assert trainer.lightning_module is pl_module
+        self.told.append((str(trainer.state.stage.value), turn, list(conversations)))
+
+
+def test_callbacks_are_told_of_each_turn_of_the_conversations_that_take_it(tmp_path: Path) -> None:
+    turns, module = Turns(), make_module(environment=EnvironmentConfig(Asks, max_turns=2), rollout=ROLLOUT)
+    fit(tmp_path, module, max_steps=1, callbacks=[turns], limit_val_batches=1, val_check_interval=1)
+    places = [(stage, turn) for stage, turn, _ in turns.told]
+    assert places == [("train", 1), ("train", 2), ("validate", 1), ("validate", 2)]
+    first, second = turns.told[0][2], turns.told[1][2]
+    assert len(first) == 12
+    assert [one.id for one in second] == [one.id for one in first if not one.ended]
+    assert {one.reply for one in first if not one.ended} == {(Turn("user", "What is 5 + 9?"),)}
+    assert {(one.reply, one.ended) for one in second} <= {((), "turns"), ((), "environment"), ((), "length")}
+    said = [text for text in module.state.collection.sample.rollout.texts if text.startswith("[assistant]")]
+    assert sorted(one.text for one in second) == sorted(text.rpartition("[assistant] ")[2] for text in said)
+
+
 class Refused(Asks):
     """Answers with a turn that the bundled template takes, and the one of this test does not."""
 
@@ -239,6 +264,18 @@ class Closes(Asks):
         self.closed.append(1)
 
 
+class Remembers(Closes):
+    closed: ClassVar[list[int]] = []
+
+    def step(self, text: str) -> Any:
+        self.last = text
+        return super().step(text)
+
+
+def plain_function(turns: Any, context: Any) -> float:
+    return float("environments" not in context)
+
+
 def test_environments_are_closed_however_they_end(play: Callable[..., Any]) -> None:
     class Fails(Closes):
         def step(self, text: str) -> Any:
@@ -251,6 +288,54 @@ def test_environments_are_closed_however_they_end(play: Callable[..., Any]) -> N
         while len(Closes.closed) < 6 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert len(Closes.closed) == 6
+
+
+@pytest.mark.parametrize("takes_lists", [True, False])
+def test_rewards_get_the_environment_that_the_conversation_was_with_before_it_is_closed(
+    tmp_path: Path, takes_lists: bool
+) -> None:
+    Remembers.closed.clear()
+    seen: list[tuple[Remembers, str, int]] = []
+
+    def of_one(completion: str, environments: list[Remembers]) -> float:
+        seen.extend((environment, completion, len(Remembers.closed)) for environment in environments)
+        return float(len(environments))
+
+    def of_lists(completions: list[str], environments: list[Remembers], **kwargs: Any) -> list[float]:
+        return [of_one(completions[0], environments)]
+
+    def plain(turns: Any, context: Any) -> float:
+        return float("environments" not in context)
+
+    slow = FunctionReward(plain_function, timeout=60)  # in a process, to which no environment can be sent
+    rewards = [of_lists if takes_lists else of_one, plain, slow]
+    module = make_module(environment=EnvironmentConfig(Remembers, max_turns=2), reward=rewards)
+    fit(tmp_path, module, max_steps=1)
+    assert module.metrics.last["reward/plain"] == module.metrics.last["reward/plain_function"] == 1
+    assert len({id(environment) for environment, *_ in seen}) == len(seen) == 16
+    assert all(environment.last == completion and not closed for environment, completion, closed in seen)
+    deadline = time.monotonic() + 5
+    while len(Remembers.closed) < 16 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(Remembers.closed) == 16
+
+
+def test_a_reward_that_cannot_have_an_environment_is_refused(tmp_path: Path) -> None:
+    def asks(completions: Any, environments: Any) -> list[float]:
+        return [1.0]
+
+    def may_have_none(completions: Any, environments: Any = None) -> list[float]:
+        return [float(environments is None)]
+
+    with pytest.raises(
+        ConfigError, match=r"reward 'asks' takes environments, and there are none: set model\.environment"
+    ):
+        fit(tmp_path, make_module(reward=asks))
+    with pytest.raises(ConfigError, match=r"reward 'asks' takes environments, which live .* leave out timeout"):
+        make_module(reward=asks, environment=Asks, reward_timeout=5.0)
+    assert (
+        fit(tmp_path, make_module(reward=may_have_none), max_steps=1).lightning_module.metrics.last["train/reward"] == 1
+    )
 
 
 def test_a_single_turn_is_todays_run_bit_by_bit(tmp_path: Path) -> None:

@@ -143,6 +143,7 @@ def test_means_intervals_and_topics_by_hand():
     }
     named = {"reward", "reward/right", "reward_failures", "mean_tokens", "solved", "reward_ci95", "num_completions"}
     named |= {"solved_low", "solved_high", "topic/<topic>/reward", "topic/<topic>/solved"}
+    named |= {"turns", "score_by_turns/<n>"}  # of conversations alone
     assert set(metric.logged_names()) == named
 
 

@@ -14,8 +14,8 @@ from stateset_lightning.data.shapes import RowOptions
 from stateset_lightning.data.sources import read_split
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.rewards import FunctionReward, GroupReward, RewardFunction, Scorer, as_rewards, failure_counts
-from stateset_lightning.rewards.base import to_outcome, written
-from stateset_lightning.rewards.functions import _ROLES, _UNSURE, STAND_INS, alarm_in
+from stateset_lightning.rewards.base import to_outcome
+from stateset_lightning.rewards.functions import _ROLES, _UNSURE, STAND_INS, alarm_in, written
 from stateset_lightning.types import Scenario, Turn
 
 ROW = {

@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser
 from stateset_lightning.cli.main import main
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.rewards import ExactMatch, FunctionReward, NumericAnswer, Reward, RewardFunction, as_rewards
-from stateset_lightning.rewards.base import is_async
+from stateset_lightning.rewards.functions import is_async
 
 
 class OwnInit(RewardFunction):

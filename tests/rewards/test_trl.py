@@ -8,7 +8,7 @@ import torch
 
 from stateset_lightning.errors import ConfigError, RewardError
 from stateset_lightning.rewards import FunctionReward, Scorer, TRLReward, as_rewards
-from stateset_lightning.rewards.base import is_async
+from stateset_lightning.rewards.functions import is_async
 from stateset_lightning.types import Scenario, Turn
 
 PLAIN = Scenario(id="a", prompt="2 + 2?", target="4", difficulty=3)
@@ -114,7 +114,7 @@ def test_an_absent_column_is_named_with_those_that_there_are():
         call(grade)
 
 
-@pytest.mark.parametrize("missing", ["completion_ids", "trainer_state", "environments"])
+@pytest.mark.parametrize("missing", ["completion_ids", "trainer_state"])
 def test_what_only_trl_has_is_refused_at_the_door(missing):
     namespace: dict = {}
     exec(f"def f(completions, {missing}=None, **kwargs): return [1.0]", namespace)

@@ -121,6 +121,16 @@ def test_async_hooks_are_awaited_inside_a_running_loop():
     assert target.seen == [(3, {})]
 
 
+def test_an_object_may_have_the_hook_of_turns_alone():
+    class OfTurns:
+        def on_turn_end(self, trainer, pl_module, turn, conversations):
+            self.seen = pl_module, turn, conversations
+
+    target = OfTurns()
+    call_episode_hook(trainer_with(EpisodeCallback(target)), "on_turn_end", "trainer", "module", 2, [])
+    assert target.seen == ("module", 2, [])
+
+
 def test_what_a_hook_raises_stops_the_run():
     class Raising:
         async def on_episode_start(self, episode):
@@ -131,7 +141,7 @@ def test_what_a_hook_raises_stops_the_run():
 
 
 def test_an_object_without_hooks_is_refused():
-    with pytest.raises(TypeError, match="neither on_episode_start nor on_episode_end"):
+    with pytest.raises(TypeError, match="none of on_episode_start, on_episode_end, on_turn_end"):
         EpisodeCallback(object())
 
 

@@ -69,7 +69,9 @@ def logged(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[...,
         if "policy" in options:
             policy = PolicyConfig(str(model_folder(options["policy"])), router_aux_loss=0.1)
             options = {"policy": policy, "reward": lambda turns, context: float(sum(map(ord, turns[-1].content)) % 7)}
-        fit(folder, make_module(**options), make_data(), max_steps=1, logger=CSVLogger(folder, "", version=""))
+        validation = {"limit_val_batches": 1, "val_check_interval": 1} if "environment" in options else {}
+        logger = CSVLogger(folder, "", version="")
+        fit(folder, make_module(**options), make_data(), max_steps=1, logger=logger, **validation)
         names[setting] = columns(folder)
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:

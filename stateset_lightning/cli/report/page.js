@@ -314,18 +314,20 @@ function completion({ one, times }, largest) {
 function spans(one) {
   if (!one.tokens) return [one.text];
   const shades = view === "train" ? COLOURS[colour][1](one) : null, scale = colour === "none" ? 1 : scaleOf(colour);
+  const theirs = one.tokens.map((_, i) => Boolean(one.logprobs) && one.logprobs[i] === null && (!one.logprobs_after || one.logprobs_after[i] === null));
+  const talks = theirs.some(Boolean); // then tokens have what the template writes between turns, and the text names roles
   let position = 0;
   const parts = one.tokens.map((token, i) => {
-    const special = position >= one.text.length && token !== "";
+    const special = !talks && position >= one.text.length && token !== "";
     const value = shades ? shades[i] : null;
     const kind = value === null ? "" : colour === "surprise" ? "rare" : value >= 0 ? "up" : "down";
-    const span = el("span", { class: `tok ${kind} ${special ? "special" : ""}` }, token.replaceAll("\n", "↵\n"));
+    const span = el("span", { class: `tok ${kind} ${special ? "special" : ""} ${theirs[i] ? "theirs" : ""}` }, token.replaceAll("\n", "↵\n"));
     if (value !== null) span.style.setProperty("--a", String(Math.round(Math.min(1, Math.abs(value) / scale) * 55)));
     span.details = [one, i];
     position += token.length;
     return span;
   });
-  return [...parts, one.text.slice(position)];
+  return [...parts, talks ? "" : one.text.slice(position)];
 }
 const chance = (logprob) => number(Math.exp(logprob));
 function describe(one, i) {

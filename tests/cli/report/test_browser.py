@@ -95,6 +95,18 @@ def test_it_shows_the_run_and_runs_nothing_that_a_model_wrote(run: Path) -> None
     assert "target 2" in seen["chips"]
 
 
+def test_an_environments_tokens_are_grey_and_the_models_coloured(tmp_path: Path) -> None:
+    tokens = ["2", "<|end|>", "\nuser: Sure?\n", "Yes"]
+    values = {"logprobs": [-0.5, -1.0, None, -0.5], "logprobs_after": [-0.25, -1.5, None, -0.25]}
+    write_samples(tmp_path, [completion("[assistant] 2\n[user] Sure?\n[assistant] Yes", 1.0, tokens=tokens, **values)])
+    seen = use(
+        tmp_path,
+        """const view_of = (selector) => texts(".said " + selector);
+        return {grey: view_of(".tok.theirs"), coloured: view_of(".tok.up"), all: one(".said").textContent};""",
+    )
+    assert seen == {"grey": ["↵\nuser: Sure?↵\n"], "coloured": ["2", "Yes"], "all": "2<|end|>↵\nuser: Sure?↵\nYes"}
+
+
 def test_everything_can_be_chosen(run: Path) -> None:
     seen = use(
         run,
