@@ -43,12 +43,23 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize(
     ("options", "longest"),
-    [(None, 5), ({"max_turns": 3}, 30), ({"max_turns": 3, "max_tokens": 12}, 12), ({"max_tokens": 3}, 5), ({}, 80)],
+    [
+        (None, 5),
+        ({"max_turns": 3}, 1024),
+        ({"max_turns": 200}, 2000),
+        ({"max_turns": 3, "max_tokens": 12}, 12),
+        ({"max_tokens": 3}, 5),
+        ({}, 1024),
+    ],
 )
 def test_a_conversation_is_as_long_as_it_may_be(options: dict[str, Any] | None, longest: int) -> None:
     module, data = make_module(), make_data()
     environment = None if options is None else EnvironmentConfig("nowhere.Nothing", **options)
-    for context, most in ((None, longest), (128, longest), (40, min(longest, 40))):  # this data has no prompts yet
+    for context, most in (
+        (None, longest),
+        (128, min(longest, 128)),
+        (40, min(longest, 40)),
+    ):  # this data has no prompts yet
         policy: Any = SimpleNamespace(context_length=context)
         assert longest_completion(policy, data, module.rollout, environment) == most
 

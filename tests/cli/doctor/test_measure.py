@@ -67,7 +67,8 @@ def test_an_episode_of_the_configs_sizes_is_sampled_and_one_of_its_micro_steps_t
 
 
 def test_the_worst_case_of_conversations_is_their_last_turn_and_all_their_tokens(examine, seen):
-    environment = {"factory": "stateset_lightning.environments.ScriptedUser", "max_turns": 3}
+    user = {"factory": "stateset_lightning.environments.ScriptedUser", "options": {"responses": ["Sure?"]}}
+    environment = {**user, "max_turns": 3, "max_tokens": 30}
     assert examine(rows=ROWS, model={"environment": environment})[0] == 0
     _, (begun, lengths) = seen["sampled"]
     assert [len(prompt) for prompt in begun] == [18 + 25] * 4 + [17 + 25] * 4

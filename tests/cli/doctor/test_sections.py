@@ -94,7 +94,7 @@ def test_without_sampling_the_target_is_scored(examine):
 def test_conversations_are_measured_turn_by_turn_and_not_scored(examine):
     environment = {"factory": "stateset_lightning.environments.ScriptedUser", "options": {"responses": ["Sure?"]}}
     reward = [{"class_path": "stateset_lightning.rewards.EnvironmentReward"}]
-    code, out = examine(model={"environment": {**environment, "max_turns": 3}, "reward": reward})
+    code, out = examine(model={"environment": {**environment, "max_turns": 3, "max_tokens": 30}, "reward": reward})
     assert code == 0
     assert "what is sampled is one turn of 3 at most, and in the worst case the last one; nothing is scored" in out
     assert "conversations of 30 tokens, sampled" in out
