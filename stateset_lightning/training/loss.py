@@ -60,8 +60,8 @@ def micro_batch_loss(
     if batch.old_logprobs_T is None:
         # With one optimizer step per episode the old log-probs are the new ones: no pass is made for them.
         given["old_logprobs_T"] = logprobs_T.detach()
-    computed = {"logprobs_T": logprobs_T, "entropies_T": entropies_T, "divergences_T": next(iter(divergences_T), None)}
-    tokens = TokenBatch(**computed, **given)
+    given |= {"logprobs_T": logprobs_T, "entropies_T": entropies_T, "divergences_T": next(iter(divergences_T), None)}
+    tokens = TokenBatch(**given)
     loss_T, sums = algorithm.per_token_loss(tokens)
     weights_T = per_token(batch.weights_N.to(loss_T.dtype), tokens.lengths_N, len(loss_T))
     loss = (weights_T * loss_T).sum()
