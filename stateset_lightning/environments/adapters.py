@@ -24,11 +24,10 @@ from functools import partial
 from typing import Any
 
 from stateset_lightning.environments import base
-from stateset_lightning.environments.base import EnvironmentFailure, Opening, Reply, as_reply, as_turns
+from stateset_lightning.environments.base import EnvironmentFailure, Opening, Reply, as_reply, as_turns, turns_of
 from stateset_lightning.environments.tool_calls import find_calls
 from stateset_lightning.environments.tools import Functions, Tools, UserCode, run_tools, schema_of
 from stateset_lightning.errors import ConfigError, DataError, one_line
-from stateset_lightning.threads import EventLoopThread
 from stateset_lightning.types import Turn, of_numpy
 
 
@@ -40,14 +39,12 @@ class Settings:
         tokenizer: Whose `response_template` says what tool calls look like, if it has one.
         tool_timeout: Seconds that a tool call may take; None: no limit. `Tools` have their own.
         max_turns: Which SkyRL's environments are told.
-        loop: Of async methods; None: one that all share who give none.
         timeout: Seconds after which an async method is cancelled; None: never.
     """
 
     tokenizer: Any = None
     tool_timeout: float | None = 30.0
     max_turns: int = 1
-    loop: EventLoopThread | None = None
     timeout: float | None = None
 
 
@@ -212,8 +209,7 @@ def _skyrl_reply(result: Any) -> Reply:
 
 def _messages(columns: Mapping[str, Any]) -> list[dict[str, str]]:
     """The scenario's prompt, without the system turns that the run adds."""
-    turns = columns.get("messages") or [Turn("user", columns["prompt"])]
-    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns_of(columns)]
 
 
 def _as_prompt(messages: Any) -> tuple[Turn, ...]:
@@ -269,7 +265,7 @@ def as_environment(environment: Any, settings: Settings | None = None) -> Driver
         EnvironmentFailure: If the class or function raises.
     """
     given, settings = environment, settings or Settings()
-    code = UserCode(settings.loop, settings.timeout)
+    code = UserCode(settings.timeout)
     if isinstance(given, Mapping):
         return _Choice(given, settings)
     is_maker = isinstance(given, type) or (callable(given) and not _has(given, "reset") and not _has(given, "init"))

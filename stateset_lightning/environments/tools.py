@@ -41,12 +41,11 @@ class UserCode:
     coroutines on an event loop. Nothing is started before the first call.
 
     Args:
-        loop: Of coroutines; None: one that all share who give none.
         timeout: Seconds after which a coroutine is cancelled that is given no time of its own; None: never.
     """
 
-    def __init__(self, loop: EventLoopThread | None = None, timeout: float | None = None) -> None:
-        self._loop, self._timeout = loop or _LOOP, timeout
+    def __init__(self, timeout: float | None = None) -> None:
+        self._timeout = timeout
         self._threads = DaemonThreads(1, "environment")
 
     def run(self, call: Callable[[], Any], timeout: float | None = None) -> tuple[Any, BaseException | None]:
@@ -56,12 +55,12 @@ class UserCode:
         its result is dropped, and later calls run on a new thread beside it.
         """
         if inspect.iscoroutinefunction(call):
-            return _outcome(self._loop.submit(call, timeout=self._timeout), timeout)
+            return _outcome(_LOOP.submit(call, timeout=self._timeout), timeout)
         result, error = _outcome(self._threads.submit(call), timeout)
         if isinstance(error, TookTooLong):
             self.close()
         if inspect.isawaitable(result):
-            return _outcome(self._loop.submit(lambda: result, timeout=self._timeout), timeout)
+            return _outcome(_LOOP.submit(lambda: result, timeout=self._timeout), timeout)
         return result, error
 
     def close(self) -> None:

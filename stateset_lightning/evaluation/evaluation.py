@@ -116,22 +116,20 @@ class Evaluation(Metric):
         values_PM = dim_zero_cat(self.values_PM).cpu()
         topics = [bytes(row).rstrip(b"\0").decode() for row in dim_zero_cat(self.topics_PB).tolist()]
         result = {"num_completions": float(len(values_PM))}
-        for name, values_P in zip(self.names, values_PM.T, strict=True):
-            if known := _finite(values_P):
+        columns = dict(zip(self.names, values_PM.T, strict=True))
+        means = {**columns}
+        for turns in sorted(set(_finite(columns["turns"]))):
+            means[f"score_by_turns/{turns:g}"] = columns["reward"][columns["turns"] == turns]
+        for topic in sorted(set(topics) - {""}):
+            rows_P = torch.tensor([other == topic for other in topics])
+            means |= {f"topic/{topic}/{name}": columns[name][rows_P] for name in (*self.intervals, "solved")}
+        for name, values in means.items():
+            if known := _finite(values):
                 result[name] = sum(known) / len(known)
             if name in self.intervals and len(known) > 1:
                 result[f"{name}_ci95"] = half_width(known)
             if name == "solved" and known:
                 result["solved_low"], result["solved_high"] = wilson_interval(result[name], len(known))
-        turns_P, rewards_P = (values_PM[:, self.names.index(name)] for name in ("turns", "reward"))
-        for turns in sorted(set(_finite(turns_P))):
-            if known := _finite(rewards_P[turns_P == turns]):
-                result[f"score_by_turns/{turns:g}"] = sum(known) / len(known)
-        for topic in sorted(set(topics) - {""}):
-            rows_PM = values_PM[torch.tensor([other == topic for other in topics])]
-            for name in (*self.intervals, "solved"):
-                if known := _finite(rows_PM[:, self.names.index(name)]):
-                    result[f"topic/{topic}/{name}"] = sum(known) / len(known)
         return result
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
 from typing import Any
 
@@ -118,20 +118,18 @@ class Episode:
         lengths, rows = self.lengths_N.tolist(), rows_N.nonzero().flatten().tolist()
         sampled = None if self.sampled_T is None else self.sampled_T.split(lengths)
         tokens_T = self.sampled_tokens_of(rows_N)
-        of_tokens: dict[str, Any] = {  # what both have of each token
-            name: values_T[tokens_T]
-            for name, values_T in vars(self).items()
-            if name.endswith("_T") and name in vars(MicroBatch) and values_T is not None
+        kinds = {"N": rows_N, "T": tokens_T}
+        of_rows: dict[str, Any] = {  # what both have of each completion and of each token
+            part.name: values[kinds[part.name[-1]]]
+            for part in fields(MicroBatch)
+            if part.name[-1] in kinds and (values := getattr(self, part.name)) is not None
         }
+        of_rows["lengths_N"] = sequence_sums(tokens_T.long(), self.lengths_N)[rows_N]
         mask = None if self.sampling_mask is None else SamplingMask(*self.sampling_mask)[tokens_T]
         return MicroBatch(
             groups=groups_of(self.prompt_tokens, self.completion_tokens_T.split(lengths), rows, sampled, mask),
-            advantages_N=self.advantages_N[rows_N],
-            weights_N=self.weights_N[rows_N],
-            lengths_N=sequence_sums(tokens_T.long(), self.lengths_N)[rows_N],
             experts_per_token_E=self.experts_per_token_E,
-            right_N=None if self.right_N is None else self.right_N[rows_N],
-            **of_tokens,
+            **of_rows,
         )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,21 +55,13 @@ def micro_batch_loss(
     with seeded_dropout(policy.device, dropout_seed) if policy.has_dropout else nullcontext():
         logprobs_T, entropies_T, *divergences_T = policy.score(batch.groups, temperature, batch.comparison)
     batch = batch.to(logprobs_T.device)
-    tokens = TokenBatch(
-        logprobs_T=logprobs_T,
+    names = {field.name for field in fields(TokenBatch)}
+    given: dict[str, Any] = {name: value for name, value in vars(batch).items() if name in names}
+    if batch.old_logprobs_T is None:
         # With one optimizer step per episode the old log-probs are the new ones: no pass is made for them.
-        old_logprobs_T=logprobs_T.detach() if batch.old_logprobs_T is None else batch.old_logprobs_T,
-        advantages_N=batch.advantages_N,
-        lengths_N=batch.lengths_N,
-        ref_logprobs_T=batch.ref_logprobs_T,
-        sampling_logprobs_T=batch.sampling_logprobs_T,
-        entropies_T=entropies_T,
-        select_T=batch.select_T,
-        advantages_T=batch.advantages_T,
-        right_N=batch.right_N,
-        teacher_logprobs_T=batch.teacher_logprobs_T,
-        divergences_T=divergences_T[0] if divergences_T else None,
-    )
+        given["old_logprobs_T"] = logprobs_T.detach()
+    given |= {"logprobs_T": logprobs_T, "entropies_T": entropies_T, "divergences_T": next(iter(divergences_T), None)}
+    tokens = TokenBatch(**given)
     loss_T, sums = algorithm.per_token_loss(tokens)
     weights_T = per_token(batch.weights_N.to(loss_T.dtype), tokens.lengths_N, len(loss_T))
     loss = (weights_T * loss_T).sum()
