@@ -178,7 +178,7 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
     def _start(self, f: int, n: int, is_chosen: bool) -> Future[Outcome]:
         """Start a reward on a completion; the future of one that scores several gets its outcome when all are there."""
         if is_chosen and not self._scorer.rewards[f].scores_several:
-            return self._scorer.starts[f](*self._given[n])
+            return self._scorer.starts[f](*self._seen(f, n))
         return Future() if is_chosen else _done(Outcome(NOT_APPLICABLE))
 
     def _seen(self, f: int, n: int) -> tuple[Turns, dict[str, Any]]:
