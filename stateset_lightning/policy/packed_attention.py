@@ -259,18 +259,13 @@ def _flat(rows: Tensor) -> Tensor:
 
 def _share_out(prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]]) -> list[list[int]]:
     """Groups of about one shape together, as many as `BUCKET_TOKENS` allows; at least one."""
-
-    def shape(g: int) -> tuple[int, int]:
-        return prompt_lengths[g], max(completion_lengths[g], default=0)
-
+    longest = [max(lengths, default=0) for lengths in completion_lengths]
     buckets: list[list[int]] = []
-    rows = longest_prompt = longest_completion = 0
-    for g in sorted(range(len(prompt_lengths)), key=shape):
-        rows += len(completion_lengths[g])
-        longest_prompt, longest_completion = max(longest_prompt, shape(g)[0]), max(longest_completion, shape(g)[1])
-        if not buckets or rows * (longest_prompt + longest_completion) > BUCKET_TOKENS:
+    for g in sorted(range(len(prompt_lengths)), key=lambda g: (prompt_lengths[g], longest[g])):
+        together = [*buckets[-1], g] if buckets else [g]
+        rows = sum(len(completion_lengths[i]) for i in together)
+        if not buckets or rows * (prompt_lengths[g] + max(longest[i] for i in together)) > BUCKET_TOKENS:
             buckets.append([])
-            rows, (longest_prompt, longest_completion) = len(completion_lengths[g]), shape(g)
         buckets[-1].append(g)
     return buckets
 
