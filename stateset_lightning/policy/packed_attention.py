@@ -67,7 +67,21 @@ def packed_attention(
         options = {"window": sliding_window, "softcap": softcap, "sinks": s_aux}
         return layout.attend(module.layer_idx, query, key, value, scale, **options), None  # type: ignore[arg-type]
     is_plain = softcap is None and s_aux is None
-    special = partial(_special_attention, scale=scale, dropout_p=dropout, softcap=softcap, sinks=s_aux)
+
+    def special(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """As `scaled_dot_product_attention`, for bool masks, with what no stock kernel has: soft caps and sinks."""
+        grouped = query.unflatten(1, (key.shape[1], -1))
+        scores = capped((grouped @ key[:, :, None].transpose(-1, -2)).flatten(1, 2) * scale, softcap)
+        if is_causal and query.shape[2] > 1:
+            attn_mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
+        if attn_mask is not None:
+            # Finite: the left padding of a prompt sees nothing, and others weigh what becomes of it with zero.
+            scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+        weights = F.dropout(softmax_with_sinks(scores, None if s_aux is None else s_aux[:, None, None]), dropout)
+        return (weights.unflatten(1, grouped.shape[1:3]) @ value[:, :, None]).flatten(1, 2)
+
     if layout is None and not is_plain:
         return special(query, key, value, attention_mask, attention_mask is None).transpose(1, 2), None
     if layout is None:
@@ -100,30 +114,6 @@ def packed_attention(
             complete = partial(checkpoint, complete, use_reentrant=False, preserve_rng_state=dropout > 0)
         outputs.append(complete(*packed))
     return torch.cat(outputs).index_select(0, layout.rows[1])[None], None
-
-
-def _special_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    *,
-    scale: float,
-    dropout_p: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """As `scaled_dot_product_attention`, for bool masks, with what no stock kernel has: soft caps and sinks."""
-    grouped = query.unflatten(1, (key.shape[1], -1))
-    scores = capped((grouped @ key[:, :, None].transpose(-1, -2)).flatten(1, 2) * scale, softcap)
-    if is_causal and query.shape[2] > 1:
-        attn_mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
-    if attn_mask is not None:
-        # Finite: the left padding of a prompt sees nothing, and others weigh what becomes of it with zero.
-        scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
-    weights = F.dropout(softmax_with_sinks(scores, None if sinks is None else sinks[:, None, None]), dropout_p)
-    return (weights.unflatten(1, grouped.shape[1:3]) @ value[:, :, None]).flatten(1, 2)
 
 
 # Training: groups packed in one sequence, each prompt once, its completions behind it.
