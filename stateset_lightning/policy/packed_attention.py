@@ -99,7 +99,7 @@ def packed_attention(
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         has_shared_keys = False
     stock = partial(F.scaled_dot_product_attention, scale=scaling, dropout_p=dropout, enable_gqa=has_shared_keys)
-    attend = stock if is_plain else special
+    attend: Callable[..., Tensor] = stock if is_plain else special
     packed = [x[0].transpose(0, 1) for x in (query, key, value)]  # [S, heads, d] each
     outputs = []
     for bucket in layout.windowed(sliding_window):
