@@ -119,7 +119,7 @@ class GRPOLightningModule(RunsInTrainer):
         self.max_tokens_per_step, self.max_bad_steps = max_tokens_per_step, max_bad_steps
         self.tokenizer = load_tokenizer(self.policy_config)
         # Plain containers only: a checkpoint must load with `weights_only=True`.
-        options = {"policy": redacted(self.policy_config.to_dict()), "rollout": asdict(self.rollout), "seed": seed}
+        options = {"policy": redacted(asdict(self.policy_config)), "rollout": asdict(self.rollout), "seed": seed}
         self.save_hyperparameters(options, logger=False)
 
         self.policy: Policy | None = None

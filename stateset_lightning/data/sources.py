@@ -237,10 +237,8 @@ def _files(path: str, key: str) -> list[Path]:
             raise DataError(f"{key}={path}: no file matches; {here}")
         return [Path(name) for name in found]
     # `data/train.jsonl` has the form of a hub id, but one of our suffixes, or begins with a folder that is here.
-    is_ours = os.path.splitext(path)[1].lower() in (*READERS, *TABLES, *content.PACKED) or os.path.isdir(
-        path.split("/")[0]
-    )
-    if is_ours or not is_hub_id(path):
+    has_our_suffix = os.path.splitext(path)[1].lower() in (*READERS, *TABLES, *content.PACKED)
+    if has_our_suffix or os.path.isdir(path.split("/")[0]) or not is_hub_id(path):
         raise DataError(f"{key}={path}: there is no such file, and it does not look like a hub id (owner/name); {here}")
     return []
 

@@ -5,7 +5,7 @@ the bounds in `Annotated[...]` without a word (test_cli.py).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -163,9 +163,6 @@ class PolicyConfig(LoadingOptions):
         for name, value in taken.items():
             log.info("model.policy.%s=%s, as in the checkpoint's run", name, value)
         return replace(self, **taken)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def check_saved(key: str, cls: type, saved: Mapping[str, Any]) -> None:

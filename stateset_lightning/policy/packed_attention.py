@@ -67,7 +67,21 @@ def packed_attention(
         options = {"window": sliding_window, "softcap": softcap, "sinks": s_aux}
         return layout.attend(module.layer_idx, query, key, value, scale, **options), None  # type: ignore[arg-type]
     is_plain = softcap is None and s_aux is None
-    special = partial(_special_attention, scale=scale, dropout_p=dropout, softcap=softcap, sinks=s_aux)
+
+    def special(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """As `scaled_dot_product_attention`, for bool masks, with what no stock kernel has: soft caps and sinks."""
+        grouped = query.unflatten(1, (key.shape[1], -1))
+        scores = capped((grouped @ key[:, :, None].transpose(-1, -2)).flatten(1, 2) * scale, softcap)
+        if is_causal and query.shape[2] > 1:
+            attn_mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
+        if attn_mask is not None:
+            # Finite: the left padding of a prompt sees nothing, and others weigh what becomes of it with zero.
+            scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+        weights = F.dropout(softmax_with_sinks(scores, None if s_aux is None else s_aux[:, None, None]), dropout)
+        return (weights.unflatten(1, grouped.shape[1:3]) @ value[:, :, None]).flatten(1, 2)
+
     if layout is None and not is_plain:
         return special(query, key, value, attention_mask, attention_mask is None).transpose(1, 2), None
     if layout is None:
@@ -85,7 +99,7 @@ def packed_attention(
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         has_shared_keys = False
     stock = partial(F.scaled_dot_product_attention, scale=scaling, dropout_p=dropout, enable_gqa=has_shared_keys)
-    attend = stock if is_plain else special
+    attend: Callable[..., Tensor] = stock if is_plain else special
     packed = [x[0].transpose(0, 1) for x in (query, key, value)]  # [S, heads, d] each
     outputs = []
     for bucket in layout.windowed(sliding_window):
@@ -100,30 +114,6 @@ def packed_attention(
             complete = partial(checkpoint, complete, use_reentrant=False, preserve_rng_state=dropout > 0)
         outputs.append(complete(*packed))
     return torch.cat(outputs).index_select(0, layout.rows[1])[None], None
-
-
-def _special_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    *,
-    scale: float,
-    dropout_p: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """As `scaled_dot_product_attention`, for bool masks, with what no stock kernel has: soft caps and sinks."""
-    grouped = query.unflatten(1, (key.shape[1], -1))
-    scores = capped((grouped @ key[:, :, None].transpose(-1, -2)).flatten(1, 2) * scale, softcap)
-    if is_causal and query.shape[2] > 1:
-        attn_mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
-    if attn_mask is not None:
-        # Finite: the left padding of a prompt sees nothing, and others weigh what becomes of it with zero.
-        scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
-    weights = F.dropout(softmax_with_sinks(scores, None if sinks is None else sinks[:, None, None]), dropout_p)
-    return (weights.unflatten(1, grouped.shape[1:3]) @ value[:, :, None]).flatten(1, 2)
 
 
 # Training: groups packed in one sequence, each prompt once, its completions behind it.
@@ -259,18 +249,13 @@ def _flat(rows: Tensor) -> Tensor:
 
 def _share_out(prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]]) -> list[list[int]]:
     """Groups of about one shape together, as many as `BUCKET_TOKENS` allows; at least one."""
-
-    def shape(g: int) -> tuple[int, int]:
-        return prompt_lengths[g], max(completion_lengths[g], default=0)
-
+    longest = [max(lengths, default=0) for lengths in completion_lengths]
     buckets: list[list[int]] = []
-    rows = longest_prompt = longest_completion = 0
-    for g in sorted(range(len(prompt_lengths)), key=shape):
-        rows += len(completion_lengths[g])
-        longest_prompt, longest_completion = max(longest_prompt, shape(g)[0]), max(longest_completion, shape(g)[1])
-        if not buckets or rows * (longest_prompt + longest_completion) > BUCKET_TOKENS:
+    for g in sorted(range(len(prompt_lengths)), key=lambda g: (prompt_lengths[g], longest[g])):
+        together = [*buckets[-1], g] if buckets else [g]
+        rows = sum(len(completion_lengths[i]) for i in together)
+        if not buckets or rows * (prompt_lengths[g] + max(longest[i] for i in together)) > BUCKET_TOKENS:
             buckets.append([])
-            rows, (longest_prompt, longest_completion) = len(completion_lengths[g]), shape(g)
         buckets[-1].append(g)
     return buckets
 

@@ -60,11 +60,9 @@ class BufferLayer(cache_utils.DynamicLayer):
             column: The columns of both layers move so that they end before it.
             capacity: Of the new buffers.
         """
-        layers = zip(self.buffers, other.buffers, strict=True)
-        self.buffers = [
-            _join(mine[:, :, first : self.length], added[:, :, : other.length], column, capacity)
-            for mine, added in layers
-        ]
+        mine = [buffer[:, :, first : self.length] for buffer in self.buffers]
+        added = [buffer[:, :, : other.length] for buffer in other.buffers]
+        self.buffers = [_join(*pair, column, capacity) for pair in zip(mine, added, strict=True)]
         del other.buffers, other.keys, other.values  # so that the peak is one layer above the size of both caches
         self.length = column
         self._update_views()

@@ -86,12 +86,11 @@ class GraphBatch:
         capacity = max(self.capacity, width + self.max_new_tokens + 1)
         self._make_rotations(capacity)
         prefilled = [cache.new_zeros(2, len(prompts), width, *cache.shape[3:]) for cache in self.caches]
-        share = max(1, PREFILL_TOKENS // width)
+        size = max(1, PREFILL_TOKENS // width)
+        shares = [slice(start, start + size) for start in range(0, len(prompts), size)]
+        starts = [0] * len(prompts)
         logits_PV = torch.cat(
-            [
-                self._append([cache[:, start : start + share] for cache in prefilled], prompts[start : start + share])
-                for start in range(0, len(prompts), share)
-            ]
+            [self._append([cache[:, some] for cache in prefilled], prompts[some], starts[some]) for some in shares]
         )
         self._resize(capacity, prefilled, rows)
         lengths_B = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32, device=device)[rows]
@@ -166,15 +165,12 @@ class GraphBatch:
             made[:, cache.shape[1] :, : more.shape[2]] = more[:, rows]
             self.caches[i] = made
 
-    def _append(
-        self, caches: Sequence[Tensor], tokens: Sequence[Sequence[int]], lengths: Sequence[int] | None = None
-    ) -> Tensor:
-        """Any number of tokens behind the first `lengths` ones of each row; logits behind the last of those with some.
+    def _append(self, caches: Sequence[Tensor], tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
+        """Any number of tokens behind the first `starts` ones of each row; logits behind the last of those with some.
 
         They are packed: what is computed is the tokens alone.
         """
         counts = [len(row) for row in tokens]
-        starts = [0] * len(counts) if lengths is None else lengths
         ends = list(accumulate(counts))
         packed = (
             [token for row in tokens for token in row],

@@ -34,11 +34,8 @@ def exact_way(model: PreTrainedModel, name: str, kinds: Sequence[Kind], decodes:
     Raises:
         ConfigError: If not even the model's own forward can be relied on; or the one kind that there is cannot.
     """
-    own: list[Way] = [
-        (kind, by_decoder)
-        for kind in kinds
-        for by_decoder in ([True, False] if decodes and kind is not GraphBatch else [False])
-    ]
+    decoders = [True, False] if decodes else [False]
+    own: list[Way] = [(kind, fast) for kind in kinds for fast in decoders if not (fast and kind is GraphBatch)]
     obstacle: str | None = None
     for kind, is_fast in [*own, (None, True)]:
         difference = difference_of_cache if kind is None else partial(difference_of_decoding, kind, decodes=is_fast)

@@ -51,7 +51,7 @@ LOADING: dict[str, Any] = {
 
 def test_a_config_survives_the_checkpoint_as_plain_containers() -> None:
     config = PolicyConfig("tiny", **FROM_FILE, **LOADING)
-    state = config.to_dict()
+    state = asdict(config)
     assert type(state) is type(state["lora"]) is dict
     assert PolicyConfig.from_checkpoint(state, LoadingOptions(**LOADING)) == config
     state["model_kwargs"]["a"].append(2)
@@ -59,7 +59,7 @@ def test_a_config_survives_the_checkpoint_as_plain_containers() -> None:
 
 
 def test_what_chooses_code_never_comes_from_a_checkpoint(caplog: pytest.LogCaptureFixture) -> None:
-    state = PolicyConfig("tiny", **FROM_FILE, **LOADING).to_dict()
+    state = asdict(PolicyConfig("tiny", **FROM_FILE, **LOADING))
     with caplog.at_level(logging.INFO, "stateset_lightning"):
         assert PolicyConfig.of(state) == PolicyConfig("tiny", **FROM_FILE)
     assert [record.getMessage() for record in caplog.records] == [
