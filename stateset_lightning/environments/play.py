@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -66,27 +66,25 @@ class Limits:
     context_length: int | None = None
 
 
+@dataclass
 class Play:
-    """One call of `Player.play`."""
+    """One call of `Player.play`, whose arguments it has."""
 
-    def __init__(
-        self,
-        player: Player,
-        threads: DaemonThreads,
-        batch: PromptBatch,
-        num_generations: int,
-        sampling: RolloutConfig,
-        seeds_N: Sequence[int],
-        limits: Limits,
-    ) -> None:
-        self.player, self.config, self.threads = player, player.config, threads
-        self.processes = Processes(self.config, player.make) if self.config.processes else None
-        self.batch, self.size, self.sampling = batch, num_generations, sampling
-        self.seeds_N, self.limits = seeds_N, limits
-        self.all: list[Conversation] = []
-        self.prompts: list[list[int]] = []  # of each group
-        self.rendered: dict[Any, tuple[list[Turn], list[int]]] = {}
-        self.counts: Counter[str] = Counter()
+    player: Player
+    threads: DaemonThreads
+    batch: PromptBatch
+    size: int  # of a group
+    sampling: RolloutConfig
+    seeds_N: Sequence[int]
+    limits: Limits
+    all: list[Conversation] = field(default_factory=list)
+    prompts: list[list[int]] = field(default_factory=list)  # of each group
+    rendered: dict[Any, tuple[list[Turn], list[int]]] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.config = self.player.config
+        self.processes = Processes(self.config, self.player.make) if self.config.processes else None
 
     # The parts of a conversation -------------------------------------------------------------------------------------
 
@@ -95,13 +93,13 @@ class Play:
         starts = [self._call(self._reset, n) for n in range(len(self.seeds_N))]
         for n, start in enumerate(starts):
             p = n // self.size
-            conversation = Conversation([], [], self.batch.scenarios[p])
+            given = self.batch.conversations[p], self.batch.prompt_tokens[p], self.batch.scenarios[p]
+            conversation = Conversation(*given)
             self.all.append(conversation)
             driver, opening = self._wait(conversation, start) or (None, Opening())
             if driver is None:
                 start[0].add_done_callback(_close_late)
             conversation.driver = driver
-            conversation.turns, conversation.prompt = self.batch.conversations[p], self.batch.prompt_tokens[p]
             if driver is not None and (opening != Opening() or driver.schemas()):
                 self._render(conversation, driver, opening)
         for p in range(len(self.batch)):
@@ -160,11 +158,11 @@ class Play:
 
         for n, text in zip(live, self._sample(engine, live, greedy, answer), strict=True):
             conversation = self.all[n]
-            conversation.turns = answered(conversation.turns, text)
             if conversation.reason == FinishReason.LENGTH:
                 conversation.ended = "length"
             elif n not in steps:
-                steps[n] = self._step(n, text, is_said=True)
+                steps[n] = self._step(n, text)
+            conversation.turns = answered(conversation.turns, text)
         return steps
 
     def _end(self, ended: list[int], on_ended: OnEnded) -> Iterator[list[_Call]]:
@@ -212,10 +210,9 @@ class Play:
             driver.close()
             raise
 
-    def _step(self, n: int, text: str, is_said: bool = False) -> _Call:
+    def _step(self, n: int, text: str) -> _Call:
         """Has an environment answer: the completion, behind what the prompt has opened of it (`<think>`)."""
-        turns = self.all[n].turns if is_said else answered(self.all[n].turns, text)
-        return self._call(self._driver(n).step, turns[-1].content)
+        return self._call(self._driver(n).step, answered(self.all[n].turns, text)[-1].content)
 
     def _taken(self, conversation: Conversation) -> TurnTaken:
         """The last turn of the model, and what came behind it."""
@@ -255,16 +252,13 @@ class Play:
         self, engine: RolloutEngine, live: list[int], greedy: bool, answer: Callable[[int, str, int], None]
     ) -> list[str]:
         """The next turn of these conversations, as texts. The first one of whole groups shares their prompts."""
-        groups = sorted({n // self.size for n in live})
-        is_first = len(live) == len(groups) * self.size and not any(self.all[n].tokens for n in live)
-        prompts = [[*self.prompts[n // self.size], *self.all[n].tokens] for n in live]
-        if is_first:
-            prompts = [self.prompts[p] for p in groups]
+        are_whole = len(live) == len({n // self.size for n in live}) * self.size
+        size = self.size if are_whole and not any(self.all[n].tokens for n in live) else 1
+        prompts = [[*self.prompts[n // self.size], *self.all[n].tokens] for n in live[::size]]
         seeds = [
             self.seeds_N[n] if (turn := self.all[n].num_turns) == 0 else derive_seed(self.seeds_N[n], "turn", turn)
             for n in live
         ]
-        size = self.size if is_first else 1
         said = engine.generate(prompts, size, self.sampling, seeds, greedy=greedy, on_finished=answer)
         assert said.logprobs_T is not None
         logprobs = said.logprobs_T.cpu().split(said.lengths_N.tolist())

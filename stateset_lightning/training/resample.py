@@ -59,8 +59,7 @@ class Sample:
             setattr(batch, name, _picked(getattr(self.batch, name), getattr(other.batch, name), prompts))
         rollout = _rollout(self.rollout, other.rollout, prompts, completions)
         scores = _scores(self.scores, other.scores, completions)
-        of_conversations: list[tuple[Any, Any]] = [(self.told, other.told), (self.turns, other.turns)]
-        told, turns = (_picked(a, b, completions) if a else [] for a, b in of_conversations)
+        told, turns = _picked(self.told, other.told, completions), _picked(self.turns, other.turns, completions)
         return Sample(batch, rollout, scores, self.conversations, told, turns)
 
 
@@ -83,9 +82,9 @@ def resample(
 
 
 def _picked(mine: Sequence[T], other: Sequence[T], rows: Sequence[int]) -> list[T]:
-    """Items of both, in this order."""
+    """Items of both, in this order; none where there are none."""
     both = [*mine, *other]
-    return [both[row] for row in rows]
+    return [both[row] for row in rows] if mine else []
 
 
 def _rollout(mine: Rollout, other: Rollout, prompts: Sequence[int], completions: Sequence[int]) -> Rollout:
@@ -114,7 +113,7 @@ def _scores(mine: Scores, other: Scores, completions: Sequence[int]) -> Scores:
         mine,
         values_NF=torch.cat([mine.values_NF, other.values_NF])[completions],
         totals_N=torch.cat([mine.totals_N, other.totals_N])[completions],
-        breakdowns=_picked(mine.breakdowns, other.breakdowns, completions) if mine.breakdowns else [],
+        breakdowns=_picked(mine.breakdowns, other.breakdowns, completions),
         failures=[replace(failure, completion=place[n]) for n, failure in failures if n in place],
         seconds=mine.seconds + other.seconds,
     )
