@@ -22,6 +22,9 @@ demo-real: $(READY) ## improve a real chat model of 135 million parameters on me
 demo-tools: $(READY) ## a small model learns to call a calculator; two minutes
 	$(BIN)/stateset-lightning fit --config examples/calculator/config.yaml
 
+demo-game: $(READY) ## the bundled model learns a game of three turns; five minutes
+	$(BIN)/stateset-lightning fit --config examples/multi_turn/config.yaml
+
 check: $(READY) ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -78,4 +81,4 @@ test-vllm: $(READY) ## train on a real vLLM server, which is killed once; needs 
 clean: ## remove the virtual environment, caches and runs
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis runs *.egg-info
 
-.PHONY: help install demo demo-real demo-tools check test test-long benchmark compare-algorithms kill-test saves-test ranks-test hostile check-models mutants gpu-rehearsal test-vllm clean
+.PHONY: help install demo demo-real demo-tools demo-game check test test-long benchmark compare-algorithms kill-test saves-test ranks-test hostile check-models mutants gpu-rehearsal test-vllm clean

@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections import Counter
 from pathlib import Path
+from pkgutil import resolve_name
 
 import lightning.pytorch  # noqa: F401 (here, so that its log handlers do not hold the stream of the first test)
 import pytest
@@ -29,6 +30,7 @@ INTENTS = ROOT / "examples" / "intent_classification"
 GSM8K = ROOT / "examples" / "gsm8k"
 SMALL_CHAT = ROOT / "examples" / "small_chat_model"
 CALCULATOR = ROOT / "examples" / "calculator"
+GAME = ROOT / "examples" / "multi_turn"
 sys.path += [str(INTENTS), str(SMALL_CHAT)]
 
 import run as intent_run  # noqa: E402
@@ -168,7 +170,7 @@ FIT = re.compile(r"^ *stateset-lightning (fit (?:.*\\\n)*.*)$", re.MULTILINE)
 
 @pytest.mark.parametrize(
     "page",
-    [folder / "README.md" for folder in (INTENTS, GSM8K, SMALL_CHAT, CALCULATOR)],
+    [folder / "README.md" for folder in (INTENTS, GSM8K, SMALL_CHAT, CALCULATOR, GAME)],
     ids=lambda page: page.parent.name,
 )
 def test_commands_and_links_of_a_page_hold(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -287,3 +289,12 @@ def test_the_calculator_is_hardly_ever_called_at_first_and_its_answer_is_used(tm
     with next(tmp_path.rglob("metrics.csv")).open(newline="") as lines:
         (row,) = (row for row in csv.DictReader(lines) if row["conversation/tool_calls"])
     assert 0 < float(row["train/reward"]) < float(row["conversation/tool_calls"]) < 0.2
+
+
+def test_the_game_leaves_what_is_left() -> None:
+    game = resolve_name("examples.multi_turn.find_the_number.FindTheNumber")()
+    assert game.reset({"number": 7}, seed=0) == "What is it, 1 to 9?"
+    assert game.step("5") == ("What is it, 6 to 9?", 0.0, False)
+    assert game.step("8") == ("What is it, 6 to 7?", 0.0, False)
+    assert game.step("seven") == ("What is it, 6 to 7?", 0.0, False)
+    assert game.step("7") == (None, 1.0, True)
