@@ -160,6 +160,7 @@ class Play:
             conversation = self.all[n]
             if conversation.reason == FinishReason.LENGTH:
                 conversation.ended = "length"
+                steps.pop(n, None)  # an engine may cut off before `max_new_tokens`, where its own length ends
             elif n not in steps:
                 steps[n] = self._step(n, text)
             conversation.turns = answered(conversation.turns, text)
