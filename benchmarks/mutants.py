@@ -36,8 +36,8 @@ MUTANTS = [
     ),
     Mutant(
         "training/episode.py",
-        "active_PG = active_PG & (advantages_PG != 0)",
-        "active_PG = active_PG & (advantages_PG > 0)",
+        "active_PG = active_PG & (advantages_PGK != 0).any(-1)",
+        "active_PG = active_PG & (advantages_PGK > 0).any(-1)",
         ("training/test_episode.py",),
     ),
     Mutant(

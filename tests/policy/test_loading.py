@@ -28,8 +28,8 @@ from stateset_lightning.policy import (
     load_model,
     load_tokenizer,
     make_reference,
-    resolve_model_name,
 )
+from stateset_lightning.policy.loading import resolve_model_name
 from stateset_lightning.tiny import TINY_FOLDER
 
 IDS = torch.tensor([[20, 31, 42, 53, 64]])
