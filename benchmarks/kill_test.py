@@ -170,16 +170,13 @@ class Passes(Callback):
 
 
 _plan: Kill | None = None
-_passed = 0
+_passed = itertools.count(1)  # whose numbers are given out once each, also to environments, on threads of their own
 
 
 def pass_by(place: str) -> None:
     """Dies here if the plan says so."""
-    global _passed
-    if _plan is not None and _plan.place == place:
-        _passed += 1
-        if _passed >= _plan.count:  # environments pass by on threads of their own
-            os.kill(os.getpid(), _plan.sent)
+    if _plan is not None and _plan.place == place and next(_passed) == _plan.count:
+        os.kill(os.getpid(), _plan.sent)
 
 
 def save_in_halves(content: Any, stream: Any, **options: Any) -> None:
