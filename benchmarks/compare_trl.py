@@ -43,6 +43,27 @@ class StepTimes:
         self.rows.append((time.perf_counter() - self.begun[0], time.process_time() - self.begun[1]))
 
 
+def trl_clock(times: StepTimes) -> Any:
+    """A callback that takes the times of a TRL trainer's steps; its `rows` are what was logged with rewards."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.rows: list[dict[str, float]] = []
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            times.start()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            times.stop()
+
+        def on_log(self, *args: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+            if "reward" in (logs or {}):
+                self.rows.append(dict(logs or {}))
+
+    return Clock()
+
+
 def run_ours(folder: Path, case: Case) -> StepTimes:
     """Times of each optimizer step, sampling included."""
     import torch
@@ -94,18 +115,10 @@ def run_ours(folder: Path, case: Case) -> StepTimes:
 def run_trl(folder: Path, case: Case) -> StepTimes:
     """The same for TRL: from the start of one step to its end, generation included."""
     from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
     times = StepTimes()
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            times.start()
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            times.stop()
-
     trainer = GRPOTrainer(
         model=str(folder),
         processing_class=AutoTokenizer.from_pretrained(folder),
@@ -113,7 +126,7 @@ def run_trl(folder: Path, case: Case) -> StepTimes:
         train_dataset=Dataset.from_list(
             [{"prompt": prompt} for prompt in make_prompts(case, NUM_PROMPTS * (WARMUP_STEPS + STEPS))]
         ),
-        callbacks=[Clock()],
+        callbacks=[trl_clock(times)],
         args=GRPOConfig(
             output_dir=str(folder / "trl"),
             max_steps=WARMUP_STEPS + STEPS,

@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from compare_trl import StepTimes
+from compare_trl import StepTimes, trl_clock
 from make_tool_model import FOLDER, multiply
 from workload import TRL_SETTINGS
 
@@ -150,21 +150,11 @@ def run_ours(folder: Path, rows: list[dict[str, str]], task: str, steps: int, se
 def run_trl(folder: Path, rows: list[dict[str, str]], task: str, steps: int, seed: int) -> dict[str, Any]:
     """The same for TRL."""
     from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
-    times, logged = StepTimes(), []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            times.start()
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            times.stop()
-
-        def on_log(self, *args: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-            if "reward" in (logs or {}):
-                logged.append([logs["reward"], logs["tools/call_frequency"]])
+    times = StepTimes()
+    clock = trl_clock(times)
 
     def reward(completions: list[Any], target: list[str], **columns: Any) -> list[float]:
         return [score(turns[-1]["content"], right) for turns, right in zip(completions, target, strict=True)]
@@ -177,7 +167,7 @@ def run_trl(folder: Path, rows: list[dict[str, str]], task: str, steps: int, see
         model=str(folder),
         processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
         train_dataset=Dataset.from_list(prompts),
-        callbacks=[Clock()],
+        callbacks=[clock],
         args=GRPOConfig(
             output_dir=str(folder / "trl"),
             seed=seed,
@@ -199,7 +189,7 @@ def run_trl(folder: Path, rows: list[dict[str, str]], task: str, steps: int, see
         **options,
     )
     trainer.train()
-    return result(times, logged)
+    return result(times, [[row["reward"], row["tools/call_frequency"]] for row in clock.rows])
 
 
 def result(times: StepTimes, logged: list[Any]) -> dict[str, Any]:

@@ -300,8 +300,9 @@ def write_messages(data: Path, banking77: str) -> None:
 def run_trl(folder: Path, model: str, banking77: str, seed: int) -> None:
     """The task `six` in TRL's words. Prints its row as the last line."""
     from banking77 import six_intents
+    from compare_trl import StepTimes, trl_clock
     from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
     from workload import TRL_SETTINGS
 
@@ -318,18 +319,8 @@ def run_trl(folder: Path, model: str, banking77: str, seed: int) -> None:
     ]
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(tokenizer("\n")["input_ids"][0])
-    exact, times, rewards = ExactMatch(ignore_case=True), [], []
-
-    class Times(TrainerCallback):
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.begun = time.process_time(), time.perf_counter()
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            times.append((time.process_time() - self.begun[0], time.perf_counter() - self.begun[1]))
-
-        def on_log(self, *args: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-            if "reward" in (logs or {}):
-                rewards.append(logs["reward"])
+    exact, times = ExactMatch(ignore_case=True), StepTimes()
+    clock = trl_clock(times)
 
     def reward(completions: list[str], target: list[str], **columns: Any) -> list[float]:
         answered = zip(completions, target, strict=True)
@@ -341,7 +332,7 @@ def run_trl(folder: Path, model: str, banking77: str, seed: int) -> None:
         processing_class=tokenizer,
         reward_funcs=reward,
         train_dataset=Dataset.from_list(rows),
-        callbacks=[Times()],
+        callbacks=[clock],
         args=GRPOConfig(
             output_dir=str(folder / "trl"),
             seed=seed,
@@ -362,8 +353,8 @@ def run_trl(folder: Path, model: str, banking77: str, seed: int) -> None:
         ),
     )
     trainer.train()
-    cpu, wall = zip(*times, strict=True)
-    print_row(cpu, wall, rewards)
+    wall, cpu = zip(*times.rows, strict=True)
+    print_row(cpu, wall, [row["reward"] for row in clock.rows])
 
 
 def run_ours(folder: Path, model: str, banking77: str, seed: int) -> None:
