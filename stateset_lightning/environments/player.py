@@ -10,6 +10,7 @@ Letters: P prompts, N = P * G conversations, T tokens of all of them behind thei
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from stateset_lightning.environments.config import EnvironmentConfig
 from stateset_lightning.environments.play import Limits, OnEnded, OnTurn, Play
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.rollout import RolloutConfig, RolloutEngine
+from stateset_lightning.rollout.in_process import InProcessEngine
 from stateset_lightning.threads import DaemonThreads, interruptible
 from stateset_lightning.types import Metrics, PromptBatch, Rollout
 
@@ -96,7 +98,8 @@ class Player:
         play = Play(self, threads, batch, num_generations, sampling, seeds_N, limits)
         try:
             play.begin()
-            play.take_turns(engine, greedy, on_ended)
+            with engine.keeping_caches() if isinstance(engine, InProcessEngine) else nullcontext():
+                play.take_turns(engine, greedy, on_ended)
         finally:
             threads.close(seconds=0)
             for conversation in play.all:

@@ -6,6 +6,7 @@ layers, which do not grow, are kept as transformers keeps them. Letters: B rows,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -65,6 +66,12 @@ class BufferLayer(cache_utils.DynamicLayer):
         self.buffers = [_join(*pair, column, capacity) for pair in zip(mine, added, strict=True)]
         del other.buffers, other.keys, other.values  # so that the peak is one layer above the size of both caches
         self.length = column
+        self._update_views()
+
+    def fill(self, states: Sequence[Tensor], length: int) -> None:
+        """Takes keys and values as they are, of which so many columns are written."""
+        self.lazy_initialization(*states)
+        self.buffers, self.length = list(states), length
         self._update_views()
 
     def grow(self, rows: int, first: int, capacity: int) -> None:

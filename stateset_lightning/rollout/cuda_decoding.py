@@ -16,7 +16,7 @@ Letters: B rows, C capacity of the cache in tokens, T tokens that are appended, 
 size of a head.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stateset_lightning.rollout.cpu_decoding import MODEL_TYPES, LlamaDecoder, has_llama_layers, linears, own_layer
+from stateset_lightning.rollout.kept import Kept, stacked
 
 # Tokens between two looks of the host. Rows that have finished decode up to 15 more, which nobody reads.
 LOOK_EVERY = 16
@@ -66,8 +67,8 @@ class GraphBatch:
         self.layers = [_Layer(layer) for layer in model.model.layers]
         empty = partial(torch.empty, device=model.device, dtype=model.model.norm.weight.dtype)
         self.caches = [empty(2, 0, 0, layer.sizes[1], layer.head_dim) for layer in self.layers]
-        # Tokens in the cache, the most that there may be, and how many a step adds: 0 to a row that pauses.
-        self.lengths_B = self.limits_B = self.steps_B = torch.empty(0, dtype=torch.int32, device=model.device)
+        # Tokens in the cache, and the most that there may be.
+        self.lengths_B = self.limits_B = torch.empty(0, dtype=torch.int32, device=model.device)
         self.logits_BV = torch.empty(0)
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -86,17 +87,11 @@ class GraphBatch:
         capacity = max(self.capacity, width + self.max_new_tokens + 1)
         self._make_rotations(capacity)
         prefilled = [cache.new_zeros(2, len(prompts), width, *cache.shape[3:]) for cache in self.caches]
-        size = max(1, PREFILL_TOKENS // width)
-        shares = [slice(start, start + size) for start in range(0, len(prompts), size)]
-        starts = [0] * len(prompts)
-        logits_PV = torch.cat(
-            [self._append([cache[:, some] for cache in prefilled], prompts[some], starts[some]) for some in shares]
-        )
+        logits_PV = self._append_all(prefilled, prompts, [0] * len(prompts))
         self._resize(capacity, prefilled, rows)
         lengths_B = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32, device=device)[rows]
         self.logits_BV = torch.cat([self.logits_BV, logits_PV[rows]]) if len(self) else logits_PV[rows]
         self.limits_B = torch.cat([self.limits_B, lengths_B + self.max_new_tokens])
-        self.steps_B = torch.cat([self.steps_B, torch.ones_like(lengths_B)])
         self.lengths_B = torch.cat([self.lengths_B, lengths_B])
 
     def keep(self, rows: Tensor) -> None:
@@ -104,8 +99,8 @@ class GraphBatch:
         self._graph = None
         for i, cache in enumerate(self.caches):
             self.caches[i] = cache[:, rows]
-        self.lengths_B, self.limits_B, self.steps_B, self.logits_BV = (
-            values[rows] for values in (self.lengths_B, self.limits_B, self.steps_B, self.logits_BV)
+        self.lengths_B, self.limits_B, self.logits_BV = (
+            values[rows] for values in (self.lengths_B, self.limits_B, self.logits_BV)
         )
 
     def step(self, tokens_B: Tensor) -> None:
@@ -114,7 +109,7 @@ class GraphBatch:
         attend = _attention(self.caches[0], self.lengths_B + 1, None)
         rows_B = torch.arange(len(self), device=tokens_B.device)
         self.logits_BV.copy_(self._logits(self._forward(tokens_B, positions_B, rows_B, self.caches, attend)))
-        self.lengths_B.copy_(torch.minimum(self.lengths_B + self.steps_B, self.limits_B))
+        self.lengths_B.copy_(torch.minimum(self.lengths_B + 1, self.limits_B))
 
     def repeat(self, advance: Callable[[], None], times: int) -> None:
         """Calls `advance`, which makes steps of this batch and changes all else in place, too; on CUDA by a graph.
@@ -126,28 +121,25 @@ class GraphBatch:
         for _ in range(times):
             advance() if self._graph is None else self._graph.replay()
 
-    # A row can pause, take tokens that were not sampled, and go on ---------------------------------------------------
+    @property
+    def can_keep(self) -> bool:
+        return True
 
-    def pause(self, lengths: Mapping[int, int]) -> None:
-        """These rows keep so many of their tokens, those of the prompt included, and stand still while others go on."""
-        rows = list(lengths)
-        self.lengths_B[rows] = self.lengths_B.new_tensor(list(lengths.values()))
-        self.steps_B[rows] = 0
+    def kept(self, row: int, length: int) -> Kept:
+        """See `RunningBatch.kept`."""
+        return Kept([cache[:, row, :length] for cache in self.caches])
 
-    def extend(self, tokens: Mapping[int, Sequence[int]]) -> None:
-        """These rows take tokens that were not sampled, at least one each, and go on behind them."""
-        given = [tokens.get(row, ()) for row in range(len(self))]
-        counts_B = self.lengths_B.new_tensor([len(row) for row in given])
-        self.limits_B += counts_B
-        if (capacity := int(self.limits_B.max()) + 1) > self.capacity:
-            self._make_rotations(capacity)
-            self._resize(capacity, [cache[:, :0] for cache in self.caches], counts_B[:0].long())
-        rows = sorted(tokens)
-        self.logits_BV[rows] = self._append(self.caches, given, self.lengths_B.tolist())
-        self.lengths_B += counts_B
-        self.steps_B[rows] = 1
-
-    # ------------------------------------------------------------------------------------------------------------------
+    def resume(self, kept: Sequence[Kept], tokens: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+        """See `RunningBatch.resume`; nothing is left to be fed."""
+        lengths = [row.length for row in kept]
+        ends = [length + len(following) for length, following in zip(lengths, tokens, strict=True)]
+        capacity = max(ends) + self.max_new_tokens + 1
+        self._make_rotations(capacity)
+        self.caches = [stacked(kept, i, capacity).transpose(0, 1).contiguous() for i in range(len(self.layers))]
+        self.logits_BV = self._append_all(self.caches, tokens, lengths)
+        self.lengths_B = torch.tensor(ends, dtype=torch.int32, device=self.model.device)
+        self.limits_B = self.lengths_B + self.max_new_tokens
+        return [()] * len(kept)
 
     def _make_rotations(self, capacity: int) -> None:
         positions_C = torch.arange(capacity, device=self.model.device)
@@ -165,8 +157,16 @@ class GraphBatch:
             made[:, cache.shape[1] :, : more.shape[2]] = more[:, rows]
             self.caches[i] = made
 
+    def _append_all(self, caches: Sequence[Tensor], tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
+        """As `_append`, some rows at a time."""
+        size = max(1, PREFILL_TOKENS // max(map(len, tokens)))
+        shares = [slice(start, start + size) for start in range(0, len(tokens), size)]
+        return torch.cat(
+            [self._append([cache[:, some] for cache in caches], tokens[some], starts[some]) for some in shares]
+        )
+
     def _append(self, caches: Sequence[Tensor], tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
-        """Any number of tokens behind the first `starts` ones of each row; logits behind the last of those with some.
+        """Tokens behind the first `starts` ones of each row, at least one each; the logits behind the last.
 
         They are packed: what is computed is the tokens alone.
         """
@@ -182,7 +182,7 @@ class GraphBatch:
         tokens_T, positions_T, rows_T = (torch.tensor(values, device=device) for values in packed)
         attend = _attention(caches[0], used_B, counts)
         hidden_TH = self._forward(tokens_T, positions_T, rows_T, caches, attend)
-        return self._logits(hidden_TH[[end - 1 for end, count in zip(ends, counts, strict=True) if count]])
+        return self._logits(hidden_TH[[end - 1 for end in ends]])
 
     def _forward(
         self, tokens_T: Tensor, positions_T: Tensor, rows_T: Tensor, caches: Sequence[Tensor], attend: Attend
@@ -251,8 +251,7 @@ def _attention(cache: Tensor, used_B: Tensor, counts: Sequence[int] | None) -> A
         options: dict[str, Any] = {"dtype": torch.int32, "device": cache.device}
         ends = torch.arange(rows + 1, **options)
         asked = ends if counts is None else torch.tensor([0, *accumulate(counts)], **options)
-        # For 1 the kernel takes it that every row has one query; in `counts` there may be rows with none.
-        return partial(_flash, asked, ends * capacity, 1 if counts is None else max(2, *counts), used_B)
+        return partial(_flash, asked, ends * capacity, 1 if counts is None else max(counts), used_B)
     if counts is None:
         seen_BC = torch.arange(capacity, device=cache.device) < used_B[:, None]
         return partial(_attend_one, seen_BC)

@@ -8,6 +8,7 @@ prefilled together, and no others. Letters: B rows of the batch, C columns of th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from inspect import signature
 from itertools import groupby
@@ -23,6 +24,7 @@ from stateset_lightning.rollout.cache import BufferLayer, StateLayer, make_cache
 from stateset_lightning.rollout.cpu_decoding import Attend, LlamaDecoder, attend_to_cache
 from stateset_lightning.rollout.cuda_decoding import LOOK_EVERY, WITH_GRAPHS, GraphBatch
 from stateset_lightning.rollout.engine import DecodingKind
+from stateset_lightning.rollout.kept import Kept, stacked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,6 +120,44 @@ class RunningBatch:
         self.cache.batch_select_indices(rows)
         self.starts_B, self.limits_B = self.starts_B[rows], self.limits_B[rows]
         self.logits_BV = self.logits_BV[rows]
+
+    @property
+    def can_keep(self) -> bool:
+        """Whether others may go on from its rows: not from states, which have no columns."""
+        return all(type(layer) is BufferLayer for layer in self.cache.layers)
+
+    def kept(self, row: int, length: int) -> Kept:
+        """What has been computed of the first `length` tokens of a row, its prompt's included; views of the batch."""
+        start = int(self.starts_B[row])
+        buffers = (buffer for layer in self.cache.layers for buffer in layer.buffers)
+        return Kept([buffer[row, :, start : start + length] for buffer in buffers])
+
+    def resume(self, kept: Sequence[Kept], tokens: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+        """Makes rows that go on behind others; the batch has none yet.
+
+        Args:
+            kept: What each row goes on from.
+            tokens: That come next, at least one of each row.
+
+        Returns:
+            Those that are still to be fed, one per step.
+        """
+        device = self.model.device
+        lengths_B = torch.tensor([row.length for row in kept], device=device)
+        self.column = int(lengths_B.max())
+        self.starts_B = self.column - lengths_B
+        self._go_on_from(kept)
+        counts_B = torch.tensor([len(following) for following in tokens], device=device)
+        self.limits_B = self._positions() + counts_B + self.max_new_tokens - 1
+        capacity = self.column + int(counts_B.max()) + self.max_new_tokens
+        for i, layer in enumerate(self.cache.layers):
+            layer.fill([stacked(kept, n, capacity, self.column) for n in (2 * i, 2 * i + 1)], self.column)
+        self.step(torch.tensor([following[0] for following in tokens], device=device))
+        return [following[1:] for following in tokens]
+
+    def _go_on_from(self, kept: Sequence[Kept]) -> None:
+        """What else `resume` sets, once `starts_B` is known."""
+        self._padded = bool((self.starts_B > 0).any())
 
     def step(self, tokens_B: Tensor) -> None:
         """Appends a token to each row; `logits_BV` are then those that predict the next one."""
@@ -215,6 +255,8 @@ class SharingBatch(RunningBatch):
 
     gain = "sharing prompts"
     prompts: SharedPrompts  # there are some as soon as there are rows
+    _first: SharedPrompts  # as they were when rows came last, and where each row finds its own among them
+    _places_B: Tensor
 
     def admit(self, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int]) -> None:
         rows = torch.tensor(prompt_of_row, device=self.model.device)
@@ -228,13 +270,28 @@ class SharingBatch(RunningBatch):
                 layer.grow(len(rows), first, column + self.max_new_tokens)
             self.prompts = self.prompts.join(added, first, column)
         else:
-            self.cache, column, self.prompts = make_cache(self.model, self.max_new_tokens), 0, added
+            self.cache, column, self.prompts = make_cache(self.model, 0), 0, added
+            for layer, states in zip(self.cache.layers, zip(keys, values, strict=True), strict=True):
+                layer.fill([x.new_empty(len(rows), x.shape[1], self.max_new_tokens, x.shape[3]) for x in states], 0)
         self._add_rows(logits_PV[rows], lengths_P[rows], self.prompts.starts_B, column)
+        self._first, self._places_B = self.prompts, self.prompts.prompt_of_row_B
 
     def keep(self, rows: Tensor) -> None:
         super().keep(rows)
         if len(rows):
-            self.prompts = self.prompts.select(rows)
+            self.prompts, self._places_B = self.prompts.select(rows), self._places_B[rows]
+
+    def kept(self, row: int, length: int) -> Kept:
+        prompt = int(self._places_B[row])
+        own = super().kept(row, length - int(self._first.lengths_P[prompt]))
+        return Kept(own.columns, self._first, prompt)
+
+    def _go_on_from(self, kept: Sequence[Kept]) -> None:
+        whole, rows = kept[0].prompts, torch.tensor([row.prompt for row in kept], device=self.model.device)
+        assert whole is not None
+        prompts = replace(whole, prompt_of_row_B=rows, starts_B=self.starts_B)
+        self.prompts = prompts.select(torch.arange(len(rows), device=rows.device))
+        self._first, self._places_B = self.prompts, self.prompts.prompt_of_row_B
 
     def _positions(self) -> Tensor:
         return super()._positions() + self.prompts.lengths_P[self.prompts.prompt_of_row_B]

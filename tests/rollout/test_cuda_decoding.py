@@ -5,6 +5,7 @@ CUDA graph does, with the same operations on the same addresses. Tokens and log-
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,9 +17,10 @@ from torch.utils._pytree import tree_leaves
 from stateset_lightning.errors import ConfigError, NonFiniteError
 from stateset_lightning.policy import LoRAConfig, Policy, PolicyConfig, load_model
 from stateset_lightning.policy.probes import own_logprobs
-from stateset_lightning.rollout import InProcessEngine, RolloutConfig, cuda_decoding, in_process, probe, running_batch
+from stateset_lightning.rollout import InProcessEngine, RolloutConfig, cuda_decoding, probe, running_batch
 from stateset_lightning.rollout.cpu_decoding import has_llama_layers
 from stateset_lightning.rollout.cuda_decoding import LOOK_EVERY, GraphBatch
+from stateset_lightning.rollout.decoding import Decoding
 from stateset_lightning.seeding import sample_seeds
 
 KNOWN = ["llama", "qwen2", "qwen3"]
@@ -141,9 +143,9 @@ def test_eager_decoding_looks_rarely_where_looking_waits(
     expected = engine.generate(PROMPTS, 3, sampling, seeds)
     assert 40 in expected.lengths_N.tolist()
     looks: list[int] = []
-    stock = in_process._Decoding._look
+    stock = Decoding._look
     monkeypatch.setattr(running_batch, "tokens_between_looks", lambda device: LOOK_EVERY)
-    monkeypatch.setattr(in_process._Decoding, "_look", lambda *args: looks.append(args[1]) or stock(*args))
+    monkeypatch.setattr(Decoding, "_look", lambda *args: looks.append(args[1]) or stock(*args))
     rollout = engine.generate(PROMPTS, 3, sampling, seeds)
     assert rollout.completions() == expected.completions()
     assert (rollout.finish_reasons, rollout.texts) == (expected.finish_reasons, expected.texts)
@@ -153,50 +155,29 @@ def test_eager_decoding_looks_rarely_where_looking_waits(
 
 @torch.inference_mode()
 @pytest.mark.parametrize("name", KNOWN)
-def test_a_row_pauses_takes_other_tokens_and_goes_on(
-    make_model: Callable[..., Any], recordings: list[Recording], name: str
+def test_rows_that_have_ended_take_other_tokens_and_go_on(
+    make_model: Callable[..., Any], recordings: list[Recording], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """One forgets what it has decoded too far, others go on meanwhile; what it takes may exceed the cache."""
+    """In another order, one of them twice, without what they have decoded too far; two rows at a time."""
+    monkeypatch.setattr(cuda_decoding, "PREFILL_TOKENS", 6)
     model = make_model(name)
     batch, tokens_B = GraphBatch(model, 8), torch.zeros(3, dtype=torch.long)
     batch.admit(PROMPTS[:2], [0, 1, 1])
-    rows = [list(PROMPTS[p]) for p in (0, 1, 1)]
-
-    def decode(*tokens: int) -> None:
+    for tokens in ([5, 6, 7], [8, 9, 10]):
         tokens_B.copy_(torch.tensor(tokens))
         batch.repeat(lambda: batch.step(tokens_B), 1)
-        for row, token in enumerate(tokens):
-            if row not in standing:
-                rows[row].append(token)
-        check()
-
-    def check() -> None:
-        for row, tokens in enumerate(rows):
-            if row not in standing:
-                expected = own_logprobs(model, tokens)[-1]
-                torch.testing.assert_close(batch.logits_BV[row].log_softmax(-1), expected, atol=1e-5, rtol=0)
-
-    standing: set[int] = set()
-    check()
-    decode(5, 6, 7)
-    decode(8, 9, 10)
-    batch.pause({1: len(rows[1]) - 1, 2: len(rows[2])})
-    rows[1].pop()
-    standing |= {1, 2}
-    decode(11, 300, 301)
-    decode(12, 302, 303)
-    batch.extend({1: [13, 14, 15], 2: [16]})
-    rows[1] += [13, 14, 15]
-    rows[2] += [16]
-    standing.clear()
-    check()
-    decode(17, 18, 19)
-    before = batch.capacity
-    batch.extend({0: list(range(20, 44))})
-    rows[0] += range(20, 44)
-    assert batch.capacity > before
-    check()
-    decode(21, 22, 23)
+    kept = [batch.kept(2, 8), batch.kept(0, 5), batch.kept(2, 8)]
+    following = [[13, 14, 15], [16], [17, 18]]
+    rows = [[*PROMPTS[1], 7, *following[0]], [*PROMPTS[0], 5, 8, *following[1]], [*PROMPTS[1], 7, *following[2]]]
+    batch = GraphBatch(model, 8)
+    assert not any(batch.resume(kept, following))
+    for tokens in ([], [21, 22, 23], [24, 25, 26]):
+        if tokens:
+            tokens_B.copy_(torch.tensor(tokens))
+            batch.repeat(partial(batch.step, tokens_B), 1)
+            rows = [[*row, token] for row, token in zip(rows, tokens, strict=True)]
+        expected = torch.stack([own_logprobs(model, row)[-1] for row in rows])
+        torch.testing.assert_close(batch.logits_BV.log_softmax(-1), expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -298,7 +279,7 @@ def test_logits_that_are_not_finite_end_the_run(make_model: Callable[..., Any], 
         engine.generate(PROMPTS, 2, sampling, range(10))
 
 
-@pytest.mark.parametrize("counts", [None, [3, 0, 1], [0, 1, 0]])
+@pytest.mark.parametrize("counts", [None, [3, 2, 1]])
 def test_the_kernel_takes_these_arguments(counts: list[int] | None) -> None:
     """PyTorch's own shape function accepts the call that a GPU would get; nothing is computed."""
     with FakeTensorMode():
@@ -308,7 +289,6 @@ def test_the_kernel_takes_these_arguments(counts: list[int] | None) -> None:
         used_B = torch.empty(3, dtype=torch.int32, device=device)
         attend = cuda_decoding._attention(cache, used_B, counts)
         assert attend.func is cuda_decoding._flash  # type: ignore[attr-defined]
-        # With one query at most the kernel would take it that there is one of every row.
         assert (attend.args[2] == 1) == (counts is None)  # type: ignore[attr-defined]
         assert attend(query, cache, 0.125).shape == query.shape
 

@@ -8,7 +8,15 @@ import torch
 
 from stateset_lightning.errors import ConfigError, NonFiniteError
 from stateset_lightning.policy import Group, Policy, PolicyConfig
-from stateset_lightning.rollout import FinishReason, InProcessEngine, Rollout, RolloutConfig, in_process, running_batch
+from stateset_lightning.rollout import (
+    FinishReason,
+    InProcessEngine,
+    Rollout,
+    RolloutConfig,
+    decoding,
+    in_process,
+    running_batch,
+)
 from stateset_lightning.rollout.cpu_decoding import has_llama_layers
 from stateset_lightning.rollout.sampling import filter_probabilities
 from stateset_lightning.seeding import sample_seeds
@@ -78,8 +86,8 @@ def script(monkeypatch: pytest.MonkeyPatch, token_at: Callable[[int, int], int])
         tokens = [token_at(int(x) // 1000, int(x) % 1000) for x in noise_B.tolist()]
         return torch.tensor(tokens), torch.full((len(tokens),), -1.0)
 
-    monkeypatch.setattr(in_process, "uniforms", uniforms)
-    monkeypatch.setattr(in_process, "sample_tokens", sample_tokens)
+    monkeypatch.setattr(decoding, "uniforms", uniforms)
+    monkeypatch.setattr(decoding, "sample_tokens", sample_tokens)
 
 
 def record_forwards(engine: InProcessEngine) -> list[tuple[int, int]]:

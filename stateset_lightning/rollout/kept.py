@@ -1,0 +1,84 @@
+"""What was computed of completions that have ended, for prompts that go on from them: a conversation's next turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from stateset_lightning.policy.shared_prompts import SharedPrompts
+
+if TYPE_CHECKING:
+    from stateset_lightning.rollout.probe import Way
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Keys and values of one row.
+
+    Args:
+        columns: Of each layer, [*, T, ...] as its kind of batch has them, one behind the other.
+        prompts: Where the row's prompt lies, if `columns` are of what came behind it.
+        prompt: Its number among them.
+    """
+
+    columns: list[Tensor]
+    prompts: SharedPrompts | None = None
+    prompt: int = 0
+
+    @property
+    def length(self) -> int:
+        """T, before `stacked` has taken any."""
+        return self.columns[0].shape[1]
+
+    def copied(self) -> Kept:
+        """With tensors of its own, which keep no batch alive."""
+        return replace(self, columns=[tensor.clone() for tensor in self.columns])
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """Those of one `generate`.
+
+    Args:
+        way: How they were decoded, and what can go on from them.
+        rows: By their tokens, the prompt's included.
+    """
+
+    way: Way
+    rows: dict[tuple[int, ...], Kept] = field(default_factory=dict)
+
+    def behind(self, prompts: Sequence[Sequence[int]]) -> list[tuple[Kept, Sequence[int]]]:
+        """For each prompt the row that it goes on from, and its tokens behind that; empty if one goes on from none."""
+        lengths = sorted({len(tokens) for tokens in self.rows}, reverse=True)
+        found = []
+        for prompt in prompts:
+            starts = (tuple(prompt[:length]) for length in lengths if length < len(prompt))
+            if (start := next((start for start in starts if start in self.rows), None)) is None:
+                return []
+            found.append((self.rows[start], prompt[len(start) :]))
+        return found
+
+
+def stacked(kept: Sequence[Kept], i: int, capacity: int, end: int | None = None) -> Tensor:
+    """The rows' columns `i`, of different T, as one tensor [B, *, capacity, ...]; zeros where a row has none.
+
+    The rows lose them, so that the peak of memory is one tensor above what there was.
+
+    Args:
+        kept: A row may be there several times.
+        i: Which tensor of `Kept.columns`.
+        capacity: Columns that there is room for.
+        end: Before which column all rows end; None: all begin at the first.
+    """
+    first = kept[0].columns[i]
+    made = first.new_zeros(len(kept), first.shape[0], capacity, *first.shape[2:])
+    for place, row in zip(made, kept, strict=True):
+        length = row.columns[i].shape[1]
+        start = 0 if end is None else end - length
+        place[:, start : start + length] = row.columns[i]
+    for row in kept:
+        row.columns[i] = first[:, :0].clone()
+    return made
