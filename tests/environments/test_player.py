@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +24,7 @@ from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import Group, Policy, PolicyConfig, end_of_sequence_ids, load_model
 from stateset_lightning.rewards import EnvironmentReward, FunctionReward
 from stateset_lightning.rollout import InProcessEngine
+from stateset_lightning.rollout.running_batch import RunningBatch
 from stateset_lightning.seeding import sample_seeds
 from stateset_lightning.types import FinishReason, PromptBatch, Scenario, Turn
 
@@ -408,6 +410,29 @@ class WaitsForTheOther(Asks):
         elif self.left == 0:
             self.other_went_on.set()
         return super().step(text)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_conversations_are_the_same_whether_or_not_their_caches_are_kept(
+    play: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, parts: int
+) -> None:
+    prefilled: list[int] = []
+    admit = RunningBatch.admit
+
+    def counted(batch: RunningBatch, prompts: Any, rows: Any) -> None:
+        if batch.max_new_tokens == ROLLOUT.max_new_tokens:  # not those of the probe
+            prefilled.append(len(prompts))
+        admit(batch, prompts, rows)
+
+    monkeypatch.setattr(RunningBatch, "admit", counted)
+    _, kept, _, _ = play(Asks, options={"times": 3}, parts=parts)
+    assert prefilled == [2 // parts] * parts  # first turns alone
+    monkeypatch.setattr(InProcessEngine, "keeping_caches", nullcontext)
+    _, anew, _, metrics = play(Asks, options={"times": 3}, parts=parts)
+    assert len(prefilled) > 3 * parts
+    assert metrics["conversation/turns"][0] > 12
+    assert kept.completions() == anew.completions()
+    torch.testing.assert_close(kept.logprobs_T, anew.logprobs_T, atol=1e-4, rtol=0)
 
 
 def test_parts_do_not_wait_for_each_others_environments(play: Callable[..., Any]) -> None:

@@ -218,7 +218,7 @@ class EpisodeMeasurement:
     def run_worst_case(self, samples: bool) -> str:
         """The worst case, with sampling or without; says what was done. Nothing can be sampled afterwards.
 
-        A conversation's is its last turn, which prefills all before it, row by row.
+        A conversation's is its last turn, with all before it prefilled, row by row: more than goes on from a cache.
         """
         module, prompts, limit = self.module, self.data.served("train")[1], self.longest_completion
         rows = np.resize(np.argsort(-prompts.lengths, kind="stable"), self.data.batch_size).tolist()
