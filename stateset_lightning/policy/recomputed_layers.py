@@ -8,6 +8,7 @@ a probe is the same.
 """
 
 from collections.abc import Callable
+from functools import partial
 from inspect import signature
 from types import MethodType
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stateset_lightning.policy.head import on_gpu
 
@@ -49,41 +51,7 @@ class _RootMeanSquareNorm(torch.autograd.Function):
 
 
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate).mul_(up)
-
-
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up; keeps gate and up."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return _gated(gate, up)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grads[0] * up, gate), _gated(gate, grads[0])
-
-
-class _GatedProjection(torch.autograd.Function):
-    """The product of silu(gate) * up with a layer's weights; keeps gate and up."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(gate, up, weight)
-        return F.linear(_gated(gate, up), weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        gate, up, weight = ctx.saved_tensors
-        grad = grads[0].flatten(0, -2)
-        activated = F.silu(gate)
-        grad_weight = grad.t() @ (activated * up).flatten(0, -2) if ctx.needs_input_grad[2] else None
-        grad_bias = grad.sum(0) if ctx.needs_input_grad[3] else None
-        grad_gated = (grad @ weight).view_as(gate)
-        grad_up = activated.mul_(grad_gated)
-        return torch.ops.aten.silu_backward(grad_gated.mul_(up), gate), grad_up, grad_weight, grad_bias
+    return F.silu(gate) * up
 
 
 def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
@@ -99,9 +67,11 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
     gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
     if not torch.is_grad_enabled():
         return down(_gated(gate, up))
+    # What a checkpoint computes again ends with the last input that the backward pass needs, so before a plain product.
+    recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if _is_plain(down, gate):
-        return _GatedProjection.apply(gate, up, down.weight, down.bias)
-    return down(_SwiGLU.apply(gate, up))
+        return recomputed(lambda gate, up: down(_gated(gate, up)), gate, up)
+    return down(recomputed(_gated, gate, up))
 
 
 def _is_plain(linear: nn.Module, x: Tensor) -> bool:
