@@ -115,8 +115,6 @@ class Driver:
         return Opening(_ask(self._code, as_turns, self.environment.reset, columns, seed))
 
     def _answer(self, text: str) -> Reply:
-        if isinstance(self.environment, Tools):  # there are no calls
-            return Reply(done=True)
         return _ask(self._code, as_reply, self.environment.step, text)
 
     def _release(self) -> None:
@@ -175,8 +173,6 @@ class _SkyRL(Driver):
         settings: Of the run.
         code: What runs it and its methods.
     """
-
-    _has_tools = False
 
     def __init__(self, make: Callable[..., Any], settings: Settings, code: UserCode) -> None:
         super().__init__(None, settings, code)

@@ -85,9 +85,8 @@ class Opening:
         begun += self.turns
         last = max((i for i, turn in enumerate(begun) if turn.role == "user"), default=None)
         if self.appended_text and last is None:
-            raise EnvironmentFailure(
-                f"began with {self.appended_text!r:.80}, and there is no turn of the user to add it to"
-            )
+            what = f"began with {self.appended_text!r:.80}, and there is no turn of the user to add it to"
+            raise EnvironmentFailure(what)
         if last is not None:
             begun[last] = Turn("user", begun[last].content + self.appended_text)
         return begun
@@ -159,9 +158,8 @@ OWN_METHODS = ("reset", "step", "get_reward", "close", "init", "render", "seed")
 
 def tool_methods(environment: Any) -> dict[str, Callable[..., Any]]:
     """Public methods that a model may call, by name: those that have a docstring and are no part of an interface."""
-    found = inspect.getmembers(
-        type(environment), inspect.isroutine
-    )  # of the class: an instance would compute properties
+    # Of the class: an instance would compute properties.
+    found = inspect.getmembers(type(environment), inspect.isroutine)
     names = [n for n, f in found if not n.startswith("_") and n not in OWN_METHODS and inspect.getdoc(f)]
     return {name: getattr(environment, name) for name in names}
 

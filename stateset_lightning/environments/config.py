@@ -51,10 +51,8 @@ class EnvironmentConfig:
     def __post_init__(self) -> None:
         of = self.factory.values() if isinstance(self.factory, Mapping) else [self.factory]
         if self.factory is not None and not (of and all(callable(one) or isinstance(one, str) for one in of)):
-            raise ConfigError(
-                f"model.environment.factory={self.factory!r} is no class or function, no import path of one, and no"
-                " mapping of several by name"
-            )
+            kinds = "no class or function, no import path of one, and no mapping of several by name"
+            raise ConfigError(f"model.environment.factory={self.factory!r} is {kinds}")
         if self.turn_rewards == "sum" and self.turn_discount != 1:
             given = f"model.environment.turn_discount={self.turn_discount:g} has no effect with turn_rewards=sum"
             raise ConfigError(f"{given}: set turn_rewards to discounted, or remove it")
