@@ -155,10 +155,9 @@ def _gymnasium_opening(result: Any) -> Opening:
 
 
 def _gymnasium_reply(result: Any) -> Reply:
-    observation, reward, *ends, _ = _parts(result, "observation", "reward", "terminated", "truncated", "info")
-    ends = [of_numpy(end) for end in ends]
-    done = any(ends) if all(isinstance(end, bool) for end in ends) else ends  # which is no bool, and refused
-    return as_reply((_observed(observation), reward, done))
+    names = ("observation", "reward", "terminated", "truncated", "info")
+    observation, reward, terminated, truncated, _ = _parts(result, *names)
+    return as_reply((_observed(observation), reward, of_numpy(terminated) or of_numpy(truncated)))
 
 
 def _observed(value: Any) -> tuple[Turn, ...]:

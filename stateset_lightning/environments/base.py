@@ -164,18 +164,23 @@ def tool_methods(environment: Any) -> dict[str, Callable[..., Any]]:
     return {name: getattr(environment, name) for name in names}
 
 
-def imported(path: str, what: str, say: str) -> Any:
-    """What stands at an import path.
+def imported(given: Any, key: str, say: str) -> Callable[..., Any]:
+    """A class or function that is given by its import path (`my_module.name`); what is no text is as it is.
 
     Args:
-        path: Such as `my_module.name`.
-        what: What messages call it.
-        say: How to write it.
+        given: Either.
+        key: Of the option that gives it.
+        say: How to write a path.
 
     Raises:
-        ConfigError: If there is nothing.
+        ConfigError: If there is nothing at the path, or nothing that can be called.
     """
+    if not isinstance(given, str):
+        return given
     try:
-        return resolve_name(path)
+        found = resolve_name(given)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{what} cannot be imported: {one_line(error)}; {say}") from error
+        raise ConfigError(f"{key}={given!r} cannot be imported: {one_line(error)}; {say}") from error
+    if not callable(found):
+        raise ConfigError(f"{key}={given!r} is a {type(found).__name__}, and no class or function; {say}")
+    return found

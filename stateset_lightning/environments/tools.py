@@ -93,8 +93,7 @@ class Tools:
     """
 
     def __init__(self, functions: list[Callable[..., Any] | str], timeout: PositiveFloat | None = None) -> None:
-        say = "give module.function"
-        found = [imported(item, f"tool {item!r}", say) if isinstance(item, str) else item for item in functions]
+        found = [imported(item, "environment.functions", "give module.function") for item in functions]
         names = [schema_of(function)["function"]["name"] for function in found]
         if not 0 < len(names) == len(set(names)):
             raise ConfigError(f"environment.functions={names} must be one or more functions of different names")
