@@ -23,21 +23,15 @@ from stateset_lightning.policy.head import on_gpu
 HAS_FUSED_NORM = hasattr(torch.ops.aten, "_fused_rms_norm_backward")  # since PyTorch 2.9; without it 6 kernels
 
 
-def _root_mean_square_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """w x / rms(x), computed in float32, and 1 / rms(x)."""
-    x32 = x.float()
-    inverse = x32.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
-    return weight * (x32 * inverse).to(x.dtype), inverse
-
-
 class _RootMeanSquareNorm(torch.autograd.Function):
-    """Keeps x, w and 1 / rms(x)."""
+    """w x / rms(x), computed in float32; keeps x, w and 1 / rms(x)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        output, inverse = _root_mean_square_norm(x, weight, epsilon)
+        x32 = x.float()
+        inverse = x32.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return output
+        return weight * (x32 * inverse).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -58,8 +52,6 @@ def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     if on_gpu(hidden_states) and HAS_FUSED_NORM and hidden_states.dtype == self.weight.dtype == torch.float32:
         # One kernel that keeps as little. In half precision it rounds once where the layers round twice.
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
-    if not torch.is_grad_enabled():
-        return _root_mean_square_norm(hidden_states, self.weight, self.variance_epsilon)[0]
     return _RootMeanSquareNorm.apply(hidden_states, self.weight, self.variance_epsilon)
 
 
