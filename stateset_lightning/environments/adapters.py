@@ -115,8 +115,6 @@ class Driver:
         return Opening(_ask(self._code, as_turns, self.environment.reset, columns, seed))
 
     def _answer(self, text: str) -> Reply:
-        if isinstance(self.environment, Tools):  # there are no calls
-            return Reply(done=True)
         return _ask(self._code, as_reply, self.environment.step, text)
 
     def _release(self) -> None:
@@ -157,10 +155,9 @@ def _gymnasium_opening(result: Any) -> Opening:
 
 
 def _gymnasium_reply(result: Any) -> Reply:
-    observation, reward, *ends, _ = _parts(result, "observation", "reward", "terminated", "truncated", "info")
-    ends = [of_numpy(end) for end in ends]
-    done = any(ends) if all(isinstance(end, bool) for end in ends) else ends  # which is no bool, and refused
-    return as_reply((_observed(observation), reward, done))
+    names = ("observation", "reward", "terminated", "truncated", "info")
+    observation, reward, terminated, truncated, _ = _parts(result, *names)
+    return as_reply((_observed(observation), reward, of_numpy(terminated) or of_numpy(truncated)))
 
 
 def _observed(value: Any) -> tuple[Turn, ...]:
@@ -175,8 +172,6 @@ class _SkyRL(Driver):
         settings: Of the run.
         code: What runs it and its methods.
     """
-
-    _has_tools = False
 
     def __init__(self, make: Callable[..., Any], settings: Settings, code: UserCode) -> None:
         super().__init__(None, settings, code)

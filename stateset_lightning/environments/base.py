@@ -85,9 +85,8 @@ class Opening:
         begun += self.turns
         last = max((i for i, turn in enumerate(begun) if turn.role == "user"), default=None)
         if self.appended_text and last is None:
-            raise EnvironmentFailure(
-                f"began with {self.appended_text!r:.80}, and there is no turn of the user to add it to"
-            )
+            what = f"began with {self.appended_text!r:.80}, and there is no turn of the user to add it to"
+            raise EnvironmentFailure(what)
         if last is not None:
             begun[last] = Turn("user", begun[last].content + self.appended_text)
         return begun
@@ -159,25 +158,29 @@ OWN_METHODS = ("reset", "step", "get_reward", "close", "init", "render", "seed")
 
 def tool_methods(environment: Any) -> dict[str, Callable[..., Any]]:
     """Public methods that a model may call, by name: those that have a docstring and are no part of an interface."""
-    found = inspect.getmembers(
-        type(environment), inspect.isroutine
-    )  # of the class: an instance would compute properties
+    # Of the class: an instance would compute properties.
+    found = inspect.getmembers(type(environment), inspect.isroutine)
     names = [n for n, f in found if not n.startswith("_") and n not in OWN_METHODS and inspect.getdoc(f)]
     return {name: getattr(environment, name) for name in names}
 
 
-def imported(path: str, what: str, say: str) -> Any:
-    """What stands at an import path.
+def imported(given: Any, key: str, say: str) -> Callable[..., Any]:
+    """A class or function that is given by its import path (`my_module.name`); what is no text is as it is.
 
     Args:
-        path: Such as `my_module.name`.
-        what: What messages call it.
-        say: How to write it.
+        given: Either.
+        key: Of the option that gives it.
+        say: How to write a path.
 
     Raises:
-        ConfigError: If there is nothing.
+        ConfigError: If there is nothing at the path, or nothing that can be called.
     """
+    if not isinstance(given, str):
+        return given
     try:
-        return resolve_name(path)
+        found = resolve_name(given)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{what} cannot be imported: {one_line(error)}; {say}") from error
+        raise ConfigError(f"{key}={given!r} cannot be imported: {one_line(error)}; {say}") from error
+    if not callable(found):
+        raise ConfigError(f"{key}={given!r} is a {type(found).__name__}, and no class or function; {say}")
+    return found

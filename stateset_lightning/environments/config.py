@@ -3,7 +3,7 @@
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
@@ -51,10 +51,8 @@ class EnvironmentConfig:
     def __post_init__(self) -> None:
         of = self.factory.values() if isinstance(self.factory, Mapping) else [self.factory]
         if self.factory is not None and not (of and all(callable(one) or isinstance(one, str) for one in of)):
-            raise ConfigError(
-                f"model.environment.factory={self.factory!r} is no class or function, no import path of one, and no"
-                " mapping of several by name"
-            )
+            kinds = "no class or function, no import path of one, and no mapping of several by name"
+            raise ConfigError(f"model.environment.factory={self.factory!r} is {kinds}")
         if self.turn_rewards == "sum" and self.turn_discount != 1:
             given = f"model.environment.turn_discount={self.turn_discount:g} has no effect with turn_rewards=sum"
             raise ConfigError(f"{given}: set turn_rewards to discounted, or remove it")
@@ -66,7 +64,8 @@ class EnvironmentConfig:
             ConfigError: If an import path names nothing that can be called.
         """
         several = self.factory if isinstance(self.factory, Mapping) else {"": self.factory or ScriptedUser}
-        return {name: one if callable(one) else _imported(one) for name, one in several.items()}
+        key, say = "model.environment.factory", "write it as my_module.MyEnvironment"
+        return {name: imported(one, key, say) for name, one in several.items()}
 
     @property
     def are_scripts(self) -> bool:
@@ -89,11 +88,3 @@ class EnvironmentConfig:
         are_options = isinstance(given, Mapping) and given.keys() <= {option.name for option in fields(cls)}
         config = given if isinstance(given, cls | None) else cls(**given) if are_options else cls(given)
         return None if config is None or (config.factory is None and config.max_turns == 1) else config
-
-
-def _imported(path: str) -> Callable[..., Any]:
-    option = f"model.environment.factory={path!r}"
-    found = imported(path, option, "write it as my_module.MyEnvironment")
-    if not callable(found):
-        raise ConfigError(f"{option} is a {type(found).__name__}, which makes no environments: name a class")
-    return cast(Callable[..., Any], found)

@@ -11,7 +11,6 @@ import inspect
 import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future
-from contextlib import closing
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,7 +18,7 @@ from weakref import WeakKeyDictionary
 from pydantic import PositiveFloat
 
 from stateset_lightning.environments.base import EnvironmentFailure, Reply, imported
-from stateset_lightning.environments.tool_calls import Call, Malformed, find_calls
+from stateset_lightning.environments.tool_calls import Call, Malformed
 from stateset_lightning.errors import ConfigError, bounded, one_line
 from stateset_lightning.threads import DaemonThreads, EventLoopThread
 from stateset_lightning.types import Turn
@@ -94,10 +93,8 @@ class Tools:
     """
 
     def __init__(self, functions: list[Callable[..., Any] | str], timeout: PositiveFloat | None = None) -> None:
-        say = "give module.function"
-        found = [imported(item, f"tool {item!r}", say) if isinstance(item, str) else item for item in functions]
-        self.schemas = [schema_of(function) for function in found]
-        names = [schema["function"]["name"] for schema in self.schemas]
+        found = [imported(item, "environment.functions", "give module.function") for item in functions]
+        names = [schema_of(function)["function"]["name"] for function in found]
         if not 0 < len(names) == len(set(names)):
             raise ConfigError(f"environment.functions={names} must be one or more functions of different names")
         self.functions = dict(zip(names, found, strict=True))
@@ -107,10 +104,8 @@ class Tools:
         """Begins a conversation; the prompt stays as it is."""
 
     def step(self, text: str) -> Reply:
-        """Answers the calls of a completion; without any, it ends the conversation."""
-        calls = find_calls(text, schemas=self.schemas)
-        with closing(UserCode()) as code:
-            return run_tools(calls, self.functions, code, self.timeout) if calls else Reply(done=True)
+        """Ends the conversation: a completion that calls `functions` does not come here (`Driver.step`)."""
+        return Reply(done=True)
 
 
 def schema_of(function: Callable[..., Any]) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def packed_attention(
     if on_gpu(value) and is_plain and not dropout:
         operands = varlen_attention.operands(query, key, value)
         if operands is not None:
-            return varlen_attention.attend(*operands, layout.calls(sliding_window), scale)[None], None
+            return varlen_attention.Attention.apply(*operands, layout.calls(sliding_window), scale)[None], None
     has_shared_keys = query.shape[1] != key.shape[1]
     if has_shared_keys and is_plain and on_gpu(value):  # there, no kernel but the slowest takes them with a mask
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))

@@ -8,6 +8,7 @@ a probe is the same.
 """
 
 from collections.abc import Callable
+from functools import partial
 from inspect import signature
 from types import MethodType
 from typing import Any
@@ -15,27 +16,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stateset_lightning.policy.head import on_gpu
 
 HAS_FUSED_NORM = hasattr(torch.ops.aten, "_fused_rms_norm_backward")  # since PyTorch 2.9; without it 6 kernels
 
 
-def _root_mean_square_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """w x / rms(x), computed in float32, and 1 / rms(x)."""
-    x32 = x.float()
-    inverse = x32.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
-    return weight * (x32 * inverse).to(x.dtype), inverse
-
-
 class _RootMeanSquareNorm(torch.autograd.Function):
-    """Keeps x, w and 1 / rms(x)."""
+    """w x / rms(x), computed in float32; keeps x, w and 1 / rms(x)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        output, inverse = _root_mean_square_norm(x, weight, epsilon)
+        x32 = x.float()
+        inverse = x32.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return output
+        return weight * (x32 * inverse).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -49,49 +45,13 @@ class _RootMeanSquareNorm(torch.autograd.Function):
 
 
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate).mul_(up)
-
-
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up; keeps gate and up."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return _gated(gate, up)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grads[0] * up, gate), _gated(gate, grads[0])
-
-
-class _GatedProjection(torch.autograd.Function):
-    """The product of silu(gate) * up with a layer's weights; keeps gate and up."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(gate, up, weight)
-        return F.linear(_gated(gate, up), weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        gate, up, weight = ctx.saved_tensors
-        grad = grads[0].flatten(0, -2)
-        activated = F.silu(gate)
-        grad_weight = grad.t() @ (activated * up).flatten(0, -2) if ctx.needs_input_grad[2] else None
-        grad_bias = grad.sum(0) if ctx.needs_input_grad[3] else None
-        grad_gated = (grad @ weight).view_as(gate)
-        grad_up = activated.mul_(grad_gated)
-        return torch.ops.aten.silu_backward(grad_gated.mul_(up), gate), grad_up, grad_weight, grad_bias
+    return F.silu(gate) * up
 
 
 def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     if on_gpu(hidden_states) and HAS_FUSED_NORM and hidden_states.dtype == self.weight.dtype == torch.float32:
         # One kernel that keeps as little. In half precision it rounds once where the layers round twice.
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
-    if not torch.is_grad_enabled():
-        return _root_mean_square_norm(hidden_states, self.weight, self.variance_epsilon)[0]
     return _RootMeanSquareNorm.apply(hidden_states, self.weight, self.variance_epsilon)
 
 
@@ -99,9 +59,11 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
     gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
     if not torch.is_grad_enabled():
         return down(_gated(gate, up))
+    # What a checkpoint computes again ends with the last input that the backward pass needs, so before a plain product.
+    recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if _is_plain(down, gate):
-        return _GatedProjection.apply(gate, up, down.weight, down.bias)
-    return down(_SwiGLU.apply(gate, up))
+        return recomputed(lambda gate, up: down(_gated(gate, up)), gate, up)
+    return down(recomputed(_gated, gate, up))
 
 
 def _is_plain(linear: nn.Module, x: Tensor) -> bool:

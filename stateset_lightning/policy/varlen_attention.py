@@ -16,7 +16,6 @@ of the packed sequence, d size of a head.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,6 +27,7 @@ from stateset_lightning.errors import tell_once
 
 Piece = tuple[int, int]  # first place in the packed sequence, and length
 CAUSAL, WHOLE = (-1, 0), (-1, -1)
+HAS_KERNELS = find_spec("torch.nn.attention.varlen") is not None  # since PyTorch 2.10
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def operands(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
     if dtype.itemsize != 2:
         return None
-    reason = missing()
+    reason = None if HAS_KERNELS else f"PyTorch {torch.__version__} has no variable-length attention (2.10 has)"
     q, k, v = (x[0].transpose(0, 1).to(dtype).contiguous() for x in (query, key, value))
     if reason is None and not is_supported(q, k, v):
         card = torch.cuda.get_device_name(value.device)
@@ -145,14 +145,6 @@ def operands(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
         tell_once(f"Attention in training is slower than it could be on this GPU: {reason}.")
         return None
     return q, k, v
-
-
-@cache
-def missing() -> str | None:
-    """What this PyTorch lacks; None if it lacks nothing."""
-    if find_spec("torch.nn.attention.varlen") is None:
-        return f"PyTorch {torch.__version__} has no variable-length attention (2.10 has)"
-    return None
 
 
 def is_supported(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -166,12 +158,9 @@ def is_supported(q: Tensor, k: Tensor, v: Tensor) -> bool:
 # One softmax over all calls
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, calls: Sequence[Call], scale: float) -> Tensor:
+class Attention(torch.autograd.Function):
     """Query [S, heads, d], key and value [S, key heads, d] -> output [S, heads, d]; see `operands`."""
-    return _Attention.apply(q, k, v, calls, scale)
 
-
-class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, calls: Sequence[Call], scale: float) -> Tensor:
         first, *others = calls

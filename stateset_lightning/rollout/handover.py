@@ -49,14 +49,9 @@ def weights_by_block(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[dic
             tensor = tensor.to(dtype)  # a shard is cast before it is sent
         return unsharded(tensor)
 
-    for _, block in groupby(named.values(), key=lambda item: _block_of(item[0])):
+    # A block is what stands before a name's first number, and that number; of a name without one, all of it.
+    for _, block in groupby(named.values(), key=lambda item: re.sub(r"(\.\d+\.).*", r"\1", item[0])):
         yield {name: whole(name, tensor) for name, tensor in block}
-
-
-def _block_of(name: str) -> str:
-    """What stands before a name's first number, and that number; of a name without one, all of it."""
-    numbered = re.match(r".*?\.\d+\.", name)
-    return numbered[0] if numbered else name
 
 
 def write_model(model: PreTrainedModel, blocks: Iterable[dict[str, Tensor]], folder: Path) -> None:

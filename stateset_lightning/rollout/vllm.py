@@ -62,7 +62,7 @@ class VLLMEngine:
         sleep: The servers keep nothing on their GPU while nobody samples, so that the policy can train on it. For a
             run of one process.
         transfer: How a whole model is handed over; an adapter is always a file. `files`: in `folder`. `ipc`: through
-            memory of the GPU on which one server and the policy of a run of one process are. `nccl` is refused.
+            memory of the GPU on which one server and the policy of a run of one process are.
     """
 
     def __init__(
@@ -75,12 +75,9 @@ class VLLMEngine:
         request_timeout: Annotated[float, Gt(0)] = 1800.0,
         max_wait_minutes: Annotated[float, Gt(0)] = 10.0,
         sleep: bool = False,
-        transfer: Literal["files", "ipc", "nccl"] = "files",
+        transfer: Literal["files", "ipc"] = "files",
     ) -> None:
         self.servers = servers_at(urls, "model.engine", request_timeout, max_wait_minutes)
-        if transfer == "nccl":
-            why = "vLLM's trainer side of it needs vLLM in the training process, which this package does without"
-            raise ConfigError(f"model.engine.transfer=nccl: {why}. Take files, or ipc where both share a GPU")
         if transfer == "ipc" and len(urls) > 1:
             several = f"{len(urls)} model.engine.urls"
             raise ConfigError(f"model.engine.transfer=ipc with {several}: one server shares the GPU")

@@ -23,7 +23,7 @@ from annotated_types import Ge, Lt
 from pydantic import AliasPath, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from stateset_lightning.errors import ConfigError, NonFiniteError, ServerError, log, one_line
-from stateset_lightning.redaction import redacted_text, remember
+from stateset_lightning.redaction import remember
 from stateset_lightning.types import FinishReason
 from stateset_lightning.workers.addresses import http_address
 
@@ -180,7 +180,7 @@ class VLLMServer:
                 raise ServerLost(f"{type(error).__name__}: {error}") from error
         if 200 <= answer.status < 300:
             return content
-        message = _message(content) or one_line(answer.reason)
+        message = one_line(content.decode(errors="replace")) or one_line(answer.reason)
         failed_inside = b"collective_rpc method failed" in content  # as it would each time
         if (answer.status >= 500 and not failed_inside) or answer.status in (408, 429):
             raise ServerLost(f"HTTP {answer.status}: {message}")
@@ -335,13 +335,3 @@ class _Incoming(io.RawIOBase):
         if self._left < 0:
             raise BadAnswer("its answer is far longer than what was asked for")
         return count
-
-
-def _message(content: bytes) -> str:
-    """What a refusal says: vLLM's are JSON, those of a proxy perhaps a page."""
-    text = redacted_text(content.decode(errors="replace"))  # before a secret is cut in two
-    found = re.search(r'"(?:message|detail)"\s*:\s*("(?:[^"\\]|\\.)*")', text)
-    try:
-        return one_line(json.loads(found[1]) if found else text)
-    except ValueError:  # it only looks like JSON
-        return one_line(text)

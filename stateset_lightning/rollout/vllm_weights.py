@@ -173,9 +173,7 @@ class WeightSync:
         if self._home is None:
             size = self._served_dtype(policy).itemsize * sum(p.numel() for p in policy.parameters())
             where = self.folder or roomy_folder(size if policy.adapter is None and not self.by_ipc else 0)
-            self._home = tempfile.TemporaryDirectory(
-                prefix="stateset-lightning-", dir=where, ignore_cleanup_errors=True
-            )
+            self._home = tempfile.TemporaryDirectory(None, "stateset-lightning-", where, ignore_cleanup_errors=True)
         home = Path(self._home.name)
         # First, as there may be no room for two: the servers have read it, and nobody samples now.
         shutil.rmtree(home / str(self._version), ignore_errors=True)

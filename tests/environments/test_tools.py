@@ -8,7 +8,7 @@ from environments import plain_functions
 from environments.plain_functions import add, divide, fetch, leave, look_up, slow, slow_fetch, undocumented, untyped
 from jsonargparse import ArgumentParser
 
-from stateset_lightning.environments import EnvironmentFailure, Tools
+from stateset_lightning.environments import EnvironmentFailure, Opening, Tools, as_environment
 from stateset_lightning.environments.tool_calls import Call, Malformed
 from stateset_lightning.environments.tools import UserCode, run_tools
 from stateset_lightning.errors import ConfigError
@@ -30,19 +30,19 @@ def answers(code, functions, *calls, timeout=10.0):
 
 
 def test_an_answer_without_calls_ends_the_conversation():
-    tools = Tools([add])
-    assert tools.reset({"prompt": "1 + 2?"}, 0) is None
-    reply = tools.step('<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>')
+    driver = as_environment(Tools([add]))
+    assert driver.reset({"prompt": "1 + 2?"}, 0) == Opening()
+    reply = driver.step('<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>')
     assert ([turn.content for turn in reply.turns], reply.done) == (["3"], False)
     assert reply.counts == {"tool_calls": 1, "malformed_calls": 0, "tool_errors": 0, "tool_timeouts": 0}
-    reply = tools.step("It is 3.")
+    reply = driver.step("It is 3.")
     assert (reply.turns, reply.done, reply.reward, reply.counts) == ((), True, None, None)
+    driver.close()
 
 
 def test_functions_are_given_in_python_by_path_and_in_a_config():
     by_path = Tools(["environments.plain_functions.add", fetch])
     assert by_path.functions == {"add": add, "fetch": fetch}
-    assert by_path.schemas[0]["function"]["parameters"]["required"] == ["a"]
     parser = ArgumentParser()
     parser.add_subclass_arguments(Tools, "environment")
     options = {"functions": ["environments.plain_functions.add", "environments.plain_functions.fetch"], "timeout": 2}
@@ -58,6 +58,7 @@ def test_functions_are_given_in_python_by_path_and_in_a_config():
         ([add, add], r"functions=\['add', 'add'\] must be"),
         (["environments.plain_functions.gone"], r"'environments\.plain_functions\.gone' cannot be imported: .*'gone'"),
         (["no_such_module.add"], "cannot be imported: No module named 'no_such_module'; give module.function"),
+        (["math.pi"], r"environment\.functions='math\.pi' is a float, and no class or function; give module\.function"),
         ([untyped], "tool untyped cannot .* missing a type hint .*; write a type for each argument, and a docstring"),
         ([undocumented], "tool undocumented cannot be described to the model: .* no docstring"),
     ],

@@ -62,7 +62,7 @@ def test_a_broken_answer_is_asked_for_again_and_a_refusal_is_not(server: Running
         }
     }
     server.stub.answers = [(400, json.dumps(refusal))]
-    with pytest.raises(ServerError, match=r"/v1/completions refuses \(400\): max_tokens=600 cannot be greater"):
+    with pytest.raises(ServerError, match=r"/v1/completions refuses \(400\): .*max_tokens=600 cannot be greater"):
         engine.generate(PROMPTS, 2, SAMPLING, SEEDS)
 
 
@@ -86,11 +86,7 @@ def test_a_server_may_be_away_more_than_once_for_one_request(server: Running) ->
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        ('{"error": {"message": "no such model"}}', "no such model"),
-        ('{"error": {"code": 7}}', '{"error": {"code": 7}}'),
-        ('{"detail": "a\\nb \\" c", "message": 7}', 'a b " c'),
-        ('{"detail": "\\x"}', '{"detail": "\\x"}'),
-        ('["first", "second"]', '["first", "second"]'),
+        ('{"error": {"message": "no such model"}}', '{"error": {"message": "no such model"}}'),
         ("<html>\n  a proxy's\n</html>", "<html> a proxy's </html>"),
         ("", "Bad Request"),
     ],
@@ -228,7 +224,7 @@ HOSTILE = {
     "redirected": (told(b"", "302 Found", "Location: http://10.0.0.1/\x1b[2J\r\n"), r"\(302\).* http://10.0.0.1/ \[2J"),
     "nested refusal": (told(b'{"error":' * 100_000, REFUSED), r"refuses \(400\)"),
     "a number's refusal": (told(b'{"error": ' + b"9" * 5000 + b"}", REFUSED), r"refuses \(400\): \{\"error\": 999"),
-    "lines": (told({"message": "a\nb\u2028c\x1b[2J\ud800"}, REFUSED), r"refuses \(400\): a b c \[2J$"),
+    "lines": (told("a\nb\u2028c\x1b[2J".encode(), REFUSED), r"refuses \(400\): a b c \[2J$"),
     # no answer
     "no HTTP": (lambda: b"SSH-2.0-OpenSSH_9.6\r\n", "has been away .*BadStatusLine: SSH-2.0"),
     "too many headers": (lambda: OK + b"A: b\r\n" * 200, "has been away .*more than 100 headers"),

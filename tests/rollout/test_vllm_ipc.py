@@ -129,7 +129,7 @@ def without_endpoints(stub: vllm_stub.Stub, monkeypatch: pytest.MonkeyPatch) -> 
         (lambda stub, patch: patch.setattr(stub, "transfer", None), "Weight transfer not configured"),
         (lambda stub, patch: patch.setattr(stub.transfer, "trusts", False), "Refusing to deserialize"),
         (lambda stub, patch: patch.setattr(stub.transfer, "gpu", "GPU-other"), "not found for GPU UUID GPU-other"),
-        (without_endpoints, r"\(404\): Not Found"),
+        (without_endpoints, r"\(404\): .*Not Found"),
     ],
     ids=["no engine", "no trust", "another GPU", "no such endpoint"],
 )
@@ -146,10 +146,8 @@ def test_what_cannot_share_memory_is_refused(server: Running) -> None:
     with pytest.raises(ConfigError, match=r"transfer=ipc: the policy is on device cpu, .*: take files"):
         synced_engine(server, whole(), transfer="ipc")
     assert not any(path[1:] in vllm_stub.TRANSFER for path, _ in server.stub.requests)
-    with pytest.raises(ConfigError, match=r"transfer=nccl: vLLM's trainer side of it needs vLLM in the training proce"):
-        VLLMEngine([server.url], transfer="nccl")
-    with pytest.raises(ConfigError, match=r"transfer='memory' must be one of files, ipc"):
-        VLLMEngine([server.url], transfer="memory")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"transfer='nccl' must be one of files, ipc"):
+        VLLMEngine([server.url], transfer="nccl")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"transfer=ipc with sampling_ahead=1 on 1 devices"):
         VLLMEngine([server.url], transfer="ipc").setup(TOKENIZER, RolloutConfig(sampling_ahead=1))
     with pytest.raises(ConfigError, match=r"transfer=ipc with 2 model.engine.urls: one server shares the GPU"):

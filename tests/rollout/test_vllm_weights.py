@@ -134,7 +134,7 @@ def test_a_server_without_adapters_says_what_it_needs(server: Running, monkeypat
 
     monkeypatch.setattr(server.stub, "answer", without)
     with pytest.raises(
-        ServerError, match=r"\(404\): Not Found. The server is started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
+        ServerError, match=r"\(404\): .*Not Found.*. The server is started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
     ):
         synced_engine(server, adapted())
 
