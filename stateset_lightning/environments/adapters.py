@@ -25,7 +25,7 @@ from typing import Any
 
 from stateset_lightning.environments import base
 from stateset_lightning.environments.base import EnvironmentFailure, Opening, Reply, as_reply, as_turns, turns_of
-from stateset_lightning.environments.tool_calls import find_calls
+from stateset_lightning.environments.tool_calls import Call, Malformed, find_calls
 from stateset_lightning.environments.tools import Functions, Tools, UserCode, run_tools, schema_of
 from stateset_lightning.errors import ConfigError, DataError, one_line
 from stateset_lightning.types import Turn, of_numpy
@@ -87,7 +87,11 @@ class Driver:
 
     def step(self, text: str) -> Reply:
         """Answers a completion."""
-        if self._functions and (calls := find_calls(text, self._settings.tokenizer, self._schemas)):
+        return self.answer(text, find_calls(text, self._settings.tokenizer, self._schemas) if self._schemas else [])
+
+    def answer(self, text: str, calls: list[Call | Malformed]) -> Reply:
+        """Answers a completion that calls these tools."""
+        if calls:
             return run_tools(calls, self._functions, self._code, self._timeout)
         reply = self._answer(text)
         if reply.reward is not None:

@@ -22,6 +22,7 @@ from stateset_lightning.environments.adapters import Driver
 from stateset_lightning.environments.base import EnvironmentFailure, Opening
 from stateset_lightning.environments.conversation import Conversation
 from stateset_lightning.environments.processes import HostedDriver, Processes
+from stateset_lightning.environments.tools import CALL_COUNTS
 from stateset_lightning.errors import DataError
 from stateset_lightning.rollout import RolloutConfig, RolloutEngine
 from stateset_lightning.seeding import derive_seed
@@ -100,6 +101,8 @@ class Play:
             if driver is None:
                 start[0].add_done_callback(_close_late)
             conversation.driver = driver
+            if driver is not None and driver.schemas():
+                self.counts.update(dict.fromkeys(CALL_COUNTS, 0))  # also where nothing is called
             if driver is not None and (opening != Opening() or driver.schemas()):
                 self._render(conversation, driver, opening)
         for p in range(len(self.batch)):
@@ -203,7 +206,11 @@ class Play:
 
     def _reset(self, n: int) -> tuple[Driver, Opening]:
         columns = self.batch.scenarios[n // self.size].columns()
-        driver = self.player.make() if self.processes is None else HostedDriver(self.processes, n)
+        driver = (
+            self.player.make()
+            if self.processes is None
+            else HostedDriver(self.processes, n, self.player.encoder.tokenizer)
+        )
         seed = derive_seed(self.seeds_N[n // self.size * self.size], "environment")
         try:
             return driver, driver.reset(columns, seed)

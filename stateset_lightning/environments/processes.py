@@ -17,8 +17,8 @@ from typing import Any
 from stateset_lightning.environments.adapters import Driver, Settings
 from stateset_lightning.environments.base import EnvironmentFailure, Opening, Reply
 from stateset_lightning.environments.config import EnvironmentConfig
+from stateset_lightning.environments.tool_calls import Call, Malformed
 from stateset_lightning.environments.tools import UserCode
-from stateset_lightning.errors import ConfigError
 from stateset_lightning.workers import WorkerPool
 
 _CALL, _CLOSE_SECONDS = "model.environment.factory", 1.0
@@ -64,17 +64,19 @@ class HostedDriver(Driver):
     Args:
         processes: One of which has the environment.
         n: The number of the conversation.
+        tokenizer: Which knows what tool calls look like. They are read here: a process does without torch.
     """
 
-    def __init__(self, processes: Processes, n: int) -> None:
-        super().__init__(None, Settings(), UserCode())
+    def __init__(self, processes: Processes, n: int, tokenizer: Any) -> None:
+        super().__init__(None, Settings(tokenizer), UserCode())
         self._submit = partial(processes.submit, n)
 
     def reset(self, columns: Mapping[str, Any], seed: int) -> Opening:
-        return self._submit("reset", dict(columns), seed).result()
+        opening, self._schemas = self._submit("reset", dict(columns), seed).result()
+        return opening
 
-    def step(self, text: str) -> Reply:
-        return self._submit("step", text).result()
+    def answer(self, text: str, calls: list[Call | Malformed]) -> Reply:
+        return self._submit("answer", text, calls).result()
 
     def get_reward(self) -> float | None:
         return self._submit("get_reward").result()
@@ -92,8 +94,7 @@ def _call(make: Callable[[], Driver], n: int, method: str, *args: Any) -> Any:
         return None
     if method == "reset":
         _drivers[n] = make()
-        if _drivers[n].schemas():
-            raise ConfigError(f"model.environment.processes is not for environments with tools{_REMEDY}")
+        return _drivers[n].reset(*args), _drivers[n].schemas()
     if n not in _drivers:
         raise EnvironmentFailure(_LOST)
     return getattr(_drivers[n], method)(*args)

@@ -23,6 +23,7 @@ from stateset_lightning.errors import ConfigError, bounded, one_line
 from stateset_lightning.threads import DaemonThreads, EventLoopThread
 from stateset_lightning.types import Turn
 
+CALL_COUNTS = "tool_calls", "malformed_calls", "tool_errors", "tool_timeouts"
 Functions = Mapping[str, Callable[..., Any]]  # by the names that the model calls
 
 _LOOP = EventLoopThread(10_000, "environments")
@@ -142,7 +143,7 @@ def run_tools(calls: list[Call | Malformed], functions: Functions, code: UserCod
     Raises:
         EnvironmentFailure: If a tool raises it.
     """
-    counts = dict.fromkeys(("tool_calls", "malformed_calls", "tool_errors", "tool_timeouts"), 0)
+    counts = dict.fromkeys(CALL_COUNTS, 0)
     turns = []
     for call in calls:
         if isinstance(call, Malformed):

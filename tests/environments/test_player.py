@@ -17,9 +17,10 @@ from module_runs import fit, make_data, make_module, weights
 
 from stateset_lightning import RolloutConfig
 from stateset_lightning.data.prompts import PromptEncoder
-from stateset_lightning.environments import EnvironmentConfig
+from stateset_lightning.environments import EnvironmentConfig, Tools
 from stateset_lightning.environments.play import Limits
 from stateset_lightning.environments.player import Player
+from stateset_lightning.environments.tools import CALL_COUNTS
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import Group, Policy, PolicyConfig, end_of_sequence_ids, load_model
 from stateset_lightning.rewards import EnvironmentReward, FunctionReward
@@ -135,6 +136,11 @@ def test_a_conversation_is_what_was_sampled_and_the_templates_text_between(
     turns, conversations = metrics["conversation/turns"]
     assert conversations == 6
     assert turns == sum(conversation.num_turns for conversation, _ in ended) > 6
+
+
+def test_tools_that_nobody_calls_are_counted_as_such(play: Callable[..., Any]) -> None:
+    _, _, _, metrics = play(Tools, options={"functions": ["environments.plain_functions.add"]})
+    assert {name: metrics[f"conversation/{name}"] for name in CALL_COUNTS} == dict.fromkeys(CALL_COUNTS, (0.0, 6.0))
 
 
 def test_conversations_repeat_and_turns_have_noise_of_their_own(play: Callable[..., Any]) -> None:

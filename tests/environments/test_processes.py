@@ -35,7 +35,7 @@ def pid_of(reply: Any) -> int:
 @pytest.mark.parametrize(("harm", "says"), [("spins", "no result within 0.5 s"), ("exits", "ended with code 3")])
 def test_what_would_end_the_trainer_ends_one_process(harm: str, says: str) -> None:
     processes = processes_of(Harmful, 2, 0.5)
-    drivers = [HostedDriver(processes, n) for n in range(4)]
+    drivers = [HostedDriver(processes, n, None) for n in range(4)]
     try:
         for n, driver in enumerate(drivers):
             driver.reset({"harm": harm if n == 0 else "raises" if n == 3 else None}, seed=1)
@@ -61,7 +61,7 @@ def test_waiting_for_a_process_is_not_the_environments_time() -> None:
     processes = processes_of(Waits, 1, 0.9)
     try:
         for n in range(4):
-            HostedDriver(processes, n).reset({"harm": None}, seed=1)
+            HostedDriver(processes, n, None).reset({"harm": None}, seed=1)
         calls = [processes.submit(n, "step", "14") for n in range(4)]  # the last one waits for 1.5 s
         assert [call.result().reward for call in calls] == [1.0] * 4
     finally:
@@ -71,8 +71,8 @@ def test_waiting_for_a_process_is_not_the_environments_time() -> None:
 def test_environments_are_closed_before_their_process_ends(tmp_path: Path) -> None:
     processes = processes_of(Harmful, 1, 5)
     for n in range(3):
-        HostedDriver(processes, n).reset({"harm": str(tmp_path / "file")}, seed=1)
-    HostedDriver(processes, 0).close()
+        HostedDriver(processes, n, None).reset({"harm": str(tmp_path / "file")}, seed=1)
+    HostedDriver(processes, 0, None).close()
     processes.close()
     assert (tmp_path / "file").read_text() == "closed\n" * 3
 
@@ -96,12 +96,25 @@ def test_a_run_goes_on_beside_a_process_that_ends(tmp_path: Path) -> None:
     assert all(torch.equal(beside[name], value) for name, value in left_out.items())
 
 
-def test_tools_and_what_cannot_be_sent_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"factory runs in a worker process.*cannot be pickled.*leave model\.env"):
-        processes_of(lambda: Harmful(), 1, 5)
-    processes = processes_of(Calls, 1, 60)
+def test_tools_are_called_in_the_process_and_one_that_ends_it_ends_no_other() -> None:
+    processes = processes_of(Calls, 2, 60)
+    call = '<tool_call>{{"name": "{}", "arguments": {}}}</tool_call>'
+    drivers = [HostedDriver(processes, n, None) for n in range(2)]
     try:
-        with pytest.raises(ConfigError, match=r"model\.environment\.processes is not for environments with tools"):
-            HostedDriver(processes, 0).reset({"harm": None}, seed=1)
+        for driver in drivers:
+            driver.reset({"harm": None}, seed=1)
+            assert [schema["function"]["name"] for schema in driver.schemas()] == ["add", "leave"]
+        reply = drivers[0].step(call.format("add", '{"a": 2, "b": 3}') + call.format("add", "{"))
+        first, second = (turn.content for turn in reply.turns)
+        assert (first, second.startswith("error: this tool call is malformed")) == ("5", True)
+        assert reply.counts == {"tool_calls": 1, "malformed_calls": 1, "tool_errors": 0, "tool_timeouts": 0}
+        with pytest.raises(WorkerDied, match="ended with code 4"):
+            drivers[0].step(call.format("leave", "{}"))
+        assert pid_of(drivers[1].step("12")) != os.getpid()
     finally:
         processes.close()
+
+
+def test_what_cannot_be_sent_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"factory runs in a worker process.*cannot be pickled.*leave model\.env"):
+        processes_of(lambda: Harmful(), 1, 5)
