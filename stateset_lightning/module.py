@@ -36,7 +36,7 @@ from stateset_lightning.seeding import run_seed
 from stateset_lightning.threads import call_episode_hook
 from stateset_lightning.training import checks
 from stateset_lightning.training.collect import Sampler, ready_engine
-from stateset_lightning.training.data import data_of
+from stateset_lightning.training.data import data_of, tell_of_turns
 from stateset_lightning.training.episode import Episode
 from stateset_lightning.training.evaluate import HeldOut
 from stateset_lightning.training.fsdp import Shards, reference_of, sharded
@@ -170,6 +170,7 @@ class GRPOLightningModule(RunsInTrainer):
         return run_seed() if self._seed is None else self._seed
 
     def setup(self, stage: str) -> None:
+        tell_of_turns(self.environment)
         self._data = data_of(self.trainer)
         self.state.started = None  # an earlier run may have ended inside an optimizer step
         self.scorer = self._make_scorer()

@@ -27,7 +27,7 @@ from stateset_lightning.ranks import unsharded
 from stateset_lightning.rewards import FunctionReward, GroupReward, TRLReward
 from stateset_lightning.rollout.sampling import check_length
 from stateset_lightning.rollout.targets import Targets
-from stateset_lightning.training.data import check_scripts, data_of, tell_of_turns
+from stateset_lightning.training.data import check_scripts, data_of
 from stateset_lightning.training.metrics import NAMES
 from stateset_lightning.training.reward_checks import check_baseline, check_environment
 from stateset_lightning.training.schedule import accumulations, batches_per_epoch, optimizer_steps_of_run
@@ -78,7 +78,6 @@ def checks_of_run(trainer: Trainer, module: Any) -> list[Callable[[], None]]:
         partial(check_context, data, module.policy.context_length, module.rollout.max_new_tokens),
         partial(check_speed, trainer, module.policy.model.dtype),
         partial(tell_of_targets, module),
-        partial(tell_of_turns, module.environment),
     ]
 
 
