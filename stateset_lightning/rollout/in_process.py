@@ -14,6 +14,7 @@ from functools import cache, partial
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from stateset_lightning.errors import tell_once
 from stateset_lightning.policy import Group, Policy, end_of_sequence_ids
 from stateset_lightning.policy.precision import cast_parameters
 from stateset_lightning.policy.probes import check_sampler, sampler_limit
@@ -83,8 +84,12 @@ class InProcessEngine:
                     on_finished(n, texts[n], len(tokens))
 
             kept = None
-            if self._kept is not None and len(texts) + sum(len(k.rows) for k in self._kept) <= sampling.max_batch_rows:
-                self._kept.append(kept := KeptRows(way))
+            if self._kept is not None:
+                if len(texts) + sum(len(others.rows) for others in self._kept) <= sampling.max_batch_rows:
+                    self._kept.append(kept := KeptRows(way))
+                else:
+                    rows = f"model.rollout.max_batch_rows={sampling.max_batch_rows}"
+                    tell_once(f"{rows} is less than the conversations at a time, so each turn computes its own anew.")
             decoding = Decoding(model, prompts, num_generations, sampling, noise, stop, report, kept)
             decoder = LlamaDecoder(model) if kind is not None and is_fast else None
             num_rows = min(len(texts), sampling.max_batch_rows)

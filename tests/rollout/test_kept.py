@@ -101,7 +101,7 @@ def test_a_turn_is_that_of_the_whole_prompt(
 
 
 def test_nothing_is_kept_where_it_would_not_fit_nor_by_states_nor_afterwards(
-    make_engine: Callable[..., InProcessEngine], prefilled: list[int]
+    make_engine: Callable[..., InProcessEngine], prefilled: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     few = replace(SAMPLING, max_batch_rows=11)
     for name, sampling in (("llama", few), ("falcon_h1", SAMPLING)):
@@ -111,6 +111,7 @@ def test_nothing_is_kept_where_it_would_not_fit_nor_by_states_nor_afterwards(
         got = play(engine, sampling, keeps=True, turns=2)
         assert sum(prefilled) == 3 + len(expected[1].texts)
         assert got[1].completions() == expected[1].completions()
+    assert "max_batch_rows=11 is less than the conversations at a time" in caplog.text
     engine = make_engine("llama")
     play(engine, SAMPLING, keeps=True, turns=1)
     with torch.no_grad():  # what was kept is of other weights now
