@@ -15,7 +15,7 @@ class HeldOut:
     """A split, evaluated batch by batch.
 
     Args:
-        metrics: What is measured; in a module, a submodule of it, so that it follows its device.
+        metrics: What is measured.
     """
 
     def __init__(self, metrics: Evaluation) -> None:
@@ -45,6 +45,4 @@ class HeldOut:
         scores, self._scores = self._scores, []
         if scores:
             check_scores(scorer, scores, ranks)
-        values = self.metrics.compute()
-        self.metrics.reset()
-        return values
+        return self.metrics.compute(ranks)
