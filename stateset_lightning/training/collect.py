@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
@@ -21,7 +22,7 @@ from stateset_lightning.errors import ConfigError, RewardError
 from stateset_lightning.policy import Policy, end_of_sequence_ids
 from stateset_lightning.policy.precision import sampling_dtype
 from stateset_lightning.ranks import Ranks
-from stateset_lightning.rewards import Scorer, check_failures
+from stateset_lightning.rewards import Scorer
 from stateset_lightning.rollout import InProcessEngine, RemoteEngine, RolloutConfig, RolloutEngine
 from stateset_lightning.rollout.targets import Targets
 from stateset_lightning.seeding import sample_seeds
@@ -253,23 +254,29 @@ def collect_together(
         raise Interruption(code)
     assert collection is not None
     if algorithm.trains_on_rewards:
-        check_scores(sampler.scorer, [sample.scores for sample in collection.trained], ranks)
+        check_failures([sample.scores for sample in collection.trained], sampler.scorer.max_failures, ranks)
     if collection.baseline is not None:
-        check_scores(sampler.scorer, [collection.baseline.scores], ranks)
+        check_failures([collection.baseline.scores], sampler.scorer.max_failures, ranks)
     return collection
 
 
-def check_scores(scorer: Scorer, scores: Sequence[Scores], ranks: Ranks) -> None:
-    """Stops the run when the rewards of all ranks together failed too often; every rank comes to the same end.
+def check_failures(scores: Sequence[Scores], max_failures: float, ranks: Ranks) -> None:
+    """Stops the run when rewards failed too often; every rank comes to the same end.
 
     Raises:
-        RewardError: If more than `scorer.max_failures` of all completions have no score; with the last traceback, on
-            the ranks that have one.
+        RewardError: If more than `max_failures` of the completions of all ranks have no score; with the counts and the
+            last failure's traceback.
     """
     totals_N = torch.cat([some.totals_N for some in scores])
     counts = ranks.gather((int(totals_N.isnan().sum()), totals_N.numel()))
     failed, total = (sum(numbers) for numbers in zip(*counts, strict=True))
-    if failed > scorer.max_failures * total:
-        for some in scores:
-            check_failures(some, scorer.max_failures)
-        raise RewardError(f"{failed} of {total} completions of all ranks have no score; see the other ranks' messages")
+    if failed <= max_failures * total:
+        return
+    mine = [failure for some in scores for failure in some.failures]
+    failures = [failure for of_rank in ranks.gather(mine) for failure in of_rank]
+    kinds = sorted(Counter(f"{failure.reward}/{failure.error}" for failure in failures).items())
+    shown = ", ".join(f"{kind}: {count}" for kind, count in kinds)
+    allowed = f"more than max_reward_failures={max_failures:g} allows ({shown})"
+    last = max(failures, key=lambda failure: (bool(failure.traceback), failure.completion))
+    told = f"The last failure, of reward '{last.reward}' on completion {last.completion}: {last.error}: {last.message}"
+    raise RewardError(f"{failed} of {total} completions have no score, {allowed}. {told}\n{last.traceback}".rstrip())

@@ -6,7 +6,7 @@ from stateset_lightning.evaluation import Evaluation
 from stateset_lightning.policy import Policy
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.rewards import Scorer
-from stateset_lightning.training.collect import Sampler, check_scores
+from stateset_lightning.training.collect import Sampler, check_failures
 from stateset_lightning.training.resample import Sample
 from stateset_lightning.types import PromptBatch, Scores
 
@@ -44,5 +44,5 @@ class HeldOut:
         """
         scores, self._scores = self._scores, []
         if scores:
-            check_scores(scorer, scores, ranks)
+            check_failures(scores, scorer.max_failures, ranks)
         return self.metrics.compute(ranks)

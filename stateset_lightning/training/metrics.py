@@ -223,9 +223,7 @@ def of_episode(collection: Collection, episode: Episode, scores: Scores, policy:
         "time/sample_s": (collection.seconds, 1),
         "time/score_s": (sum(each.scores.seconds for each in everything), 1),
     }
-    failures: Counter[str] = Counter()
-    for each in everything:
-        failures.update(failure_counts(each.scores))
+    failures = sum((Counter(failure_counts(each.scores)) for each in everything), Counter[str]())
     counts: dict[str, float] = {**failures, **collection.costs, "work/tokens_per_s": tokens / seconds}
     if collection.seconds_ahead is not None:
         metrics["work/sampled_ahead"] = (float(collection.seconds_ahead > 0), 1)
