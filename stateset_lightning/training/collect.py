@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -73,8 +73,8 @@ class Collection:
     baseline: Sample | None
     seconds: float
     seconds_ahead: float | None
-    costs: dict[str, float] = field(default_factory=dict)
-    engine_metrics: Metrics = field(default_factory=dict)
+    costs: dict[str, float]
+    engine_metrics: Metrics
 
     def groups_of_all_ranks(self, ranks: Ranks) -> tuple[list[int], Tensor]:
         """Rows and total scores [P, G] of all groups, replaced ones too, in order of position, which is unique."""
@@ -127,30 +127,23 @@ class Sampler:
         baseline = self.sample(policy, sample.batch, num_generations=1, greedy=True) if greedy_baseline else None
         seconds = time.perf_counter() - start
         ahead_s = None if self.ahead is None else seconds_ahead
-        return Collection(sample, trained, rounds > 0, baseline, seconds, ahead_s)
+        counted = self.engine.pop_metrics() if isinstance(self.engine, RemoteEngine) else {}
+        costs = self.scorer.take_counts()
+        return Collection(sample, trained, rounds > 0, baseline, seconds, ahead_s, costs, counted)
 
-    def start_next(
-        self, policy: Policy, collection: Collection, upcoming: Callable[[], PromptBatch | None]
-    ) -> Collection:
-        """Ends what is counted for this episode, and begins to sample the next one if the run samples ahead.
+    def start_next(self, policy: Policy, episode: int, upcoming: Callable[[], PromptBatch | None]) -> None:
+        """Begins to sample the next episode, beside the training on this one, if the run samples ahead.
 
         Args:
             policy: As it is now; the samples of the next episode come from it.
-            collection: This episode's.
+            episode: This one.
             upcoming: The next episode's prompts; None where the run ends before it.
-
-        Returns:
-            The collection with all counts.
         """
-        heartbeat.doing(f"training on episode {collection.sample.batch.episode_index}")
-        costs = self.scorer.take_counts()
+        heartbeat.doing(f"training on episode {episode}")
         if self.ahead is not None and (batch := upcoming()) is not None:
             self.engine.sync(policy)
             draw = partial(self._draw, policy, batch, self.config.num_generations, False)
             self.ahead.start(batch.episode_index, draw)
-        counted = self.engine.pop_metrics() if isinstance(self.engine, RemoteEngine) else {}
-        counted |= collection.sample.conversations
-        return replace(collection, costs=costs, engine_metrics=counted)
 
     def sample(
         self, policy: Policy, batch: PromptBatch, num_generations: int | None = None, *, greedy: bool = False

@@ -220,6 +220,7 @@ def of_episode(collection: Collection, episode: Episode, scores: Scores, policy:
         **sample_metrics(sample, episode.advantages_N),
         **work_metrics(episode, policy),
         **collection.engine_metrics,
+        **sample.conversations,
         "time/sample_s": (collection.seconds, 1),
         "time/score_s": (sum(each.scores.seconds for each in everything), 1),
     }
