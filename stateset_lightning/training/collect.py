@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,12 +79,9 @@ class Collection:
 
     def groups_of_all_ranks(self, ranks: Ranks) -> tuple[list[int], Tensor]:
         """Rows and total scores [P, G] of all groups, replaced ones too, in order of position, which is unique."""
-        mine = [
-            group
-            for s in self.trained
-            for group in zip(s.batch.positions, s.batch.rows or [], s.totals_PG, strict=True)
-        ]
-        groups = sorted((group for of_rank in ranks.gather(mine) for group in of_rank), key=lambda group: group[0])
+        of_samples = (zip(s.batch.positions, s.batch.rows or [], s.totals_PG, strict=True) for s in self.trained)
+        of_ranks = ranks.gather(list(chain(*of_samples)))
+        groups = sorted(chain(*of_ranks), key=lambda group: group[0])
         return [row for _, row, _ in groups], torch.stack([totals_G for _, _, totals_G in groups])
 
 
