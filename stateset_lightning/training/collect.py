@@ -196,11 +196,8 @@ class Sampler:
             if self.targets is not None and batch.split == "train":
                 rollout = self.targets.rollout(batch, score)
             elif self.player is not None:
-                batch, rollout, metrics = self.player.play(
-                    *(self.engine, batch, num_generations, self.config, seeds_N, self._limits(policy)),
-                    score_conversation,
-                    greedy,
-                )
+                given = self.engine, batch, num_generations, self.config, seeds_N, self._limits(policy)
+                batch, rollout, metrics = self.player.play(*given, score_conversation, greedy)
             else:
                 rollout = self.engine.generate(
                     batch.prompt_tokens, num_generations, self.config, seeds_N, greedy=greedy, on_finished=score

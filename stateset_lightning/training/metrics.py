@@ -108,11 +108,8 @@ if TYPE_CHECKING:
     from stateset_lightning.training.resample import Sample
 
 # Those of the text above, `<name>` standing for anything; none if Python drops docstrings (-OO).
-NAMES = [
-    name
-    for names in re.findall(r"^    (\S+(?:, \S+)?)  +\S", __doc__ or "", flags=re.MULTILINE)
-    for name in names.split(", ")
-]
+_FIRST_COLUMN = re.findall(r"^    (\S+(?:, \S+)?)  +\S", __doc__ or "", flags=re.MULTILINE)
+NAMES = [name for names in _FIRST_COLUMN for name in names.split(", ")]
 
 # Shown by Lightning's progress bars.
 PROGRESS_BAR = ("train/reward", "completion/mean_tokens", "work/tokens_per_s")
