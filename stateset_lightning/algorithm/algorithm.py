@@ -256,7 +256,8 @@ class Algorithm(Formulas):
             ref_T = needed(tokens, "ref_logprobs_T", f"beta={self.beta}")
             kl_T = terms.kl_estimate(self.kl.estimator, tokens.logprobs_T, ref_T, tokens.old_logprobs_T)
             metrics["policy/kl"] = (kl_T.detach().sum(), kl_T.numel())
-            loss_T = loss_T + self.kl_coefficient * kl_T if self.kl.place == "loss" else loss_T
+            if self.kl.place == "loss":
+                loss_T = loss_T + self.kl_coefficient * kl_T
         if self._has_entropy_bonus:
             entropies_T = needed(tokens, "entropies_T", "entropy_coefficient")
             metrics["policy/entropy"] = (entropies_T.detach().sum(), entropies_T.numel())

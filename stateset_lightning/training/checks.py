@@ -231,7 +231,8 @@ def no_validation(trainer: Trainer, data: ScenarioDataModule | None) -> str:
     first = interval if isinstance(interval, int) else max(1, int(per_epoch * interval))
     if run >= first + per_epoch * ((epochs or 1) - 1):
         return ""
-    given = f"trainer.val_check_interval={interval}{f' and check_val_every_n_epoch={epochs}' if epochs else ''}"
+    of_epochs = f" and check_val_every_n_epoch={epochs}" if epochs else ""
+    given = f"trainer.val_check_interval={interval}{of_epochs}"
     return f"validation never runs: {given}, and the run has {run:,} micro-steps"
 
 

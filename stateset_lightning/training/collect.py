@@ -208,8 +208,7 @@ class Sampler:
             heartbeat.doing(f"scoring {_place(batch)}")
             scores, numbers = session.collect(), sorted(told)
             of_turns = [turns[n] for n in numbers]
-            if of_turns:
-                metrics = metrics | score_by_turns(scores.totals_N, of_turns)
+            metrics = metrics | score_by_turns(scores.totals_N, of_turns)
             return Sample(batch, rollout, scores, metrics, [told[n] for n in numbers], of_turns)
 
     def _limits(self, policy: Policy) -> Limits:
