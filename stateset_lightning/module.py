@@ -39,7 +39,7 @@ from stateset_lightning.training.collect import Sampler, ready_engine
 from stateset_lightning.training.data import data_of, tell_of_turns
 from stateset_lightning.training.episode import Episode
 from stateset_lightning.training.evaluate import HeldOut
-from stateset_lightning.training.fsdp import Shards, reference_of, sharded
+from stateset_lightning.training.fsdp import Shards, filled, reference_of, sharded
 from stateset_lightning.training.metrics import PROGRESS_BAR, RunMetrics
 from stateset_lightning.training.micro_steps import choose as choose_micro_steps
 from stateset_lightning.training.resample import Sample
@@ -313,7 +313,7 @@ class GRPOLightningModule(RunsInTrainer):
             state=self.state,
             policy=self._loaded_policy,
             sampled_policy=self._sampled_policy,
-            unsharded=nullcontext if self._unsharded is None else self._unsharded.filled,
+            unsharded=nullcontext if self._unsharded is None else partial(filled, self._unsharded),
             reference=self.reference,
             teacher=self._teacher[0] if self._teacher else None,
             algorithm=self.algorithm,

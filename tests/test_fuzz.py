@@ -29,7 +29,9 @@ from hypothesis import strategies as st
 
 from stateset_lightning.data import read_split
 from stateset_lightning.errors import DataError, RewardError, UserError
-from stateset_lightning.rewards import RewardResult, Scorer, check_failures
+from stateset_lightning.ranks import Ranks
+from stateset_lightning.rewards import RewardResult, Scorer
+from stateset_lightning.training.collect import check_failures
 from stateset_lightning.types import NOT_APPLICABLE, Turn
 
 ROOT = Path(__file__).parents[1]
@@ -338,7 +340,7 @@ def test_rewards_that_return_anything(outputs, is_async):
         assert math.isfinite(value) or (bool(failed) and (math.isnan(value) or value == NOT_APPLICABLE))
         TRIED["returns failed" if failed else "returns scored"] += 1
     try:
-        check_failures(scores, 0.5)
+        check_failures([scores], 0.5, Ranks())
     except RewardError as error:
         assert "max_reward_failures=0.5" in str(error)
 

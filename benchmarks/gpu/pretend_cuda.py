@@ -23,7 +23,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
-from torchmetrics import Metric
 
 NAME = "pretend"
 WAITS = {
@@ -290,8 +289,6 @@ class PretendCuda(TorchFunctionMode):
             for name, buffer in child._buffers.items():
                 if buffer is not None and not isinstance(buffer, OnDevice):
                     child._buffers[name] = moved.setdefault(id(buffer), OnDevice(buffer.detach()))
-            if isinstance(child, Metric):  # says where its states go, which are no buffers
-                child._device = CUDA
         return module
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -70,7 +70,7 @@ def token_weights(
         constant_length: L, for `constant_length`.
 
     Raises:
-        ValueError: For an unknown aggregation, or if L is missing.
+        ValueError: If L is missing.
     """
     trains_N = trains_N & (lengths_N > 0)
     lengths_N = lengths_N.double()
@@ -84,8 +84,6 @@ def token_weights(
         "constant_length": count * (constant_length or 0),
         "prompt_mean": (tokens_P > 0).sum().clamp(min=1) * tokens_P.clamp(min=1)[prompt_of_N],
     }
-    if aggregation not in divisors:
-        raise ValueError(f"aggregation={aggregation!r} is not one of {', '.join(divisors)}")
     if aggregation == "constant_length" and constant_length is None:
         raise ValueError("aggregation 'constant_length' needs `constant_length`, the most tokens of a completion")
     return torch.where(trains_N, 1 / divisors[aggregation], 0.0)

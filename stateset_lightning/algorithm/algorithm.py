@@ -246,9 +246,18 @@ class Algorithm(Formulas):
             keep_N = terms.on_policy(tokens, self.off_policy_threshold)
             loss_T = torch.where(per_token(keep_N, tokens.lengths_N, len(loss_T)), loss_T, 0.0)
             metrics["policy/off_policy"] = ((~keep_N).sum(), keep_N.numel())
-        loss_T = self._corrected(loss_T, tokens, metrics)
+        metrics |= terms.mismatch_metrics(tokens)
+        if self.mismatch is not None and self.mismatch.kind != "none":
+            needed(tokens, "sampling_logprobs_T", "mismatch")
+            weights_T = terms.mismatch_weights(tokens, self.mismatch)
+            metrics["mismatch/masked"] = ((weights_T == 0).sum(), weights_T.numel())
+            loss_T = weights_T.to(loss_T.dtype) * loss_T
         if self.beta > 0:
-            loss_T = self._with_kl(loss_T, tokens, metrics)
+            ref_T = needed(tokens, "ref_logprobs_T", f"beta={self.beta}")
+            kl_T = terms.kl_estimate(self.kl.estimator, tokens.logprobs_T, ref_T, tokens.old_logprobs_T)
+            metrics["policy/kl"] = (kl_T.detach().sum(), kl_T.numel())
+            if self.kl.place == "loss":
+                loss_T = loss_T + self.kl_coefficient * kl_T
         if self._has_entropy_bonus:
             entropies_T = needed(tokens, "entropies_T", "entropy_coefficient")
             metrics["policy/entropy"] = (entropies_T.detach().sum(), entropies_T.numel())
@@ -258,23 +267,6 @@ class Algorithm(Formulas):
             likelihood_T = per_token(right_N, tokens.lengths_N, len(loss_T)) * tokens.logprobs_T
             loss_T = loss_T - self.positive_coefficient * likelihood_T
         return loss_T, metrics
-
-    def _corrected(self, loss_T: Tensor, tokens: TokenBatch, metrics: Metrics) -> Tensor:
-        """The loss times the mismatch weights."""
-        metrics |= terms.mismatch_metrics(tokens)
-        if self.mismatch is None or self.mismatch.kind == "none":
-            return loss_T
-        needed(tokens, "sampling_logprobs_T", "mismatch")
-        weights_T = terms.mismatch_weights(tokens, self.mismatch)
-        metrics["mismatch/masked"] = ((weights_T == 0).sum(), weights_T.numel())
-        return weights_T.to(loss_T.dtype) * loss_T
-
-    def _with_kl(self, loss_T: Tensor, tokens: TokenBatch, metrics: Metrics) -> Tensor:
-        """The loss plus the KL term, unless the KL is part of the reward."""
-        ref_T = needed(tokens, "ref_logprobs_T", f"beta={self.beta}")
-        kl_T = terms.kl_estimate(self.kl.estimator, tokens.logprobs_T, ref_T, tokens.old_logprobs_T)
-        metrics["policy/kl"] = (kl_T.detach().sum(), kl_T.numel())
-        return loss_T + self.kl_coefficient * kl_T if self.kl.place == "loss" else loss_T
 
     def token_weights(self, lengths_N: Tensor, groups_N: Tensor, trains_N: Tensor | None = None) -> Tensor:
         """Weight of each token of a completion, float64 [N]; called once per optimizer step on all its completions.

@@ -6,16 +6,14 @@ importance ratio and needs none, for any number of optimizer steps per episode.
 No `from __future__ import annotations`: the command line reads the types of the options.
 """
 
-import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from stateset_lightning.algorithm.advantages import total_scores
 from stateset_lightning.algorithm.algorithm import Algorithm, fixed
 from stateset_lightning.algorithm.terms import KL, Mismatch
-from stateset_lightning.errors import log
+from stateset_lightning.errors import tell_once
 
 
 def target_advantages(rewards_PG: Tensor) -> Tensor:
@@ -33,6 +31,9 @@ def best_of_group_advantages(rewards_PG: Tensor, minimum_reward: float | None = 
     rewards_PG = rewards_PG.double().where(rewards_PG.isfinite(), -torch.inf)
     best_P1, index_P1 = rewards_PG.max(-1, keepdim=True)  # of equal ones the first
     enough_P1 = best_P1.isfinite() & (best_P1 >= (-torch.inf if minimum_reward is None else minimum_reward))
+    if best_P1.isfinite().any() and not enough_P1.any():
+        lower = "no reward of an episode reaches it, so nothing is trained; lower it"
+        tell_once(f"model.algorithm.minimum_reward={minimum_reward:g}: {lower}")
     chosen_P1 = torch.ones_like(best_P1).where(enough_P1, torch.nan)
     return torch.full_like(rewards_PG, torch.nan).scatter(-1, index_P1, chosen_P1)
 
@@ -77,14 +78,3 @@ class RAFT(MaximumLikelihood, advantage=best_of_group_advantages):
 
     minimum_reward: float | None = None
     kl = KL(estimator="k2")
-    _has_told = False  # of rewards that are all below it
-
-    def advantages(
-        self, scores_PGF: Tensor, weights_F: Tensor, lengths_PG: Tensor | None = None, baseline_PF: Tensor | None = None
-    ) -> Tensor:
-        best = float(total_scores(scores_PGF, weights_F).nan_to_num(-math.inf).max())
-        if self.minimum_reward is not None and -math.inf < best < self.minimum_reward and not self._has_told:
-            self._has_told = True
-            told = "minimum_reward=%g: the best reward of an episode is %g, so nothing is trained; lower it"
-            log.warning(f"model.algorithm.{told}", self.minimum_reward, best)
-        return super().advantages(scores_PGF, weights_F, lengths_PG, baseline_PF)

@@ -55,21 +55,17 @@ def read_content(path: Path) -> Content:
     packing = PACKED.get(path.suffix.lower())
     try:
         if packing:
-            return _unpacked(path, packing)
+            import pyarrow  # it takes a tenth of a second, and most files are not packed
+
+            with path.open("rb") as file, pyarrow.input_stream(file, compression=packing) as stream:
+                content: bytes = stream.read(LARGE_BYTES + 1)
+            if len(content) > LARGE_BYTES:
+                raise DataError(f"{path}: unpacks to more than {LARGE_BYTES >> 20:,} MiB; give the unpacked file")
+            return content
         return path.read_bytes() if path.stat().st_size <= LARGE_BYTES else LargeFile(path.open("rb"), path)
     except OSError as error:
         why = error.strerror or f"it is no whole file of {packing}: {error}"
         raise DataError(f"{path}: cannot be read ({why}); check the path and its permissions") from error
-
-
-def _unpacked(path: Path, packing: str) -> bytes:
-    import pyarrow  # it takes a tenth of a second, and most files are not packed
-
-    with path.open("rb") as file, pyarrow.input_stream(file, compression=packing) as stream:
-        content: bytes = stream.read(LARGE_BYTES + 1)
-    if len(content) > LARGE_BYTES:
-        raise DataError(f"{path}: unpacks to more than {LARGE_BYTES >> 20:,} MiB; give the unpacked file")
-    return content
 
 
 def _blocks(content: Content, first: int = 0) -> Iterator[bytes]:

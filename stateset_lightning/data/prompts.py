@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import mark_control_tokens
 
 from stateset_lightning.data import content
-from stateset_lightning.data.ragged import RaggedTokens, garbage_collection_paused
+from stateset_lightning.data.ragged import RaggedTokens
 from stateset_lightning.data.scenario_set import ServedScenarios
 from stateset_lightning.errors import ConfigError, DataError, one_line
 from stateset_lightning.types import Scenario, Turn
@@ -138,7 +138,7 @@ class PromptEncoder:
         if self.applies_template and not is_tried:  # foreign code
             batches = limited(batches, f"{key}: the chat template of {self.tokenizer.name_or_path!r}")
         # The tokenizer works without Python's lock: while it encodes a batch, the next ones arrive.
-        with garbage_collection_paused(), ThreadPoolExecutor(1) as thread:
+        with ThreadPoolExecutor(1) as thread:
             encoded = list(thread.map(partial(self._tokenize, key), batches))
         tokens = RaggedTokens.concatenate(batch for batch, *_ in encoded)
         if len(empty := np.flatnonzero(tokens.lengths == 0)):

@@ -1,9 +1,7 @@
-"""Many token lists in one array, and reading them without pauses: what a data set of a million rows needs."""
+"""Many token lists in one array: what a data set of a million rows needs."""
 
-import gc
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain
 
 import numpy as np
@@ -48,18 +46,3 @@ class RaggedTokens:
 
     def __iter__(self) -> Iterator[list[int]]:
         return map(self.__getitem__, range(len(self)))
-
-
-@contextmanager
-def garbage_collection_paused() -> Iterator[None]:
-    """No garbage collection inside the block.
-
-    While many rows are read, the collector would walk through all of them again and again, which doubles the time.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

@@ -88,7 +88,9 @@ def _row_scenarios(row: RawRow | Problem, part: Part) -> list[Scenario]:
     topic = columns.get("topic")
     topic = ", ".join(map(str, topic)) if isinstance(topic, list) else topic
     columns["topic"] = None if topic in (None, "") else str(topic)
-    columns["rewards"] = _checked_rewards(columns["rewards"]) if columns.get("rewards") is not None else part.rewards
+    # The name of this column is reserved: it says which reward functions score the row.
+    given_rewards = columns.get("rewards")
+    columns["rewards"] = part.rewards if given_rewards is None else checked_texts("rewards", given_rewards)
     columns["target"] = _checked_target(columns.get("target"), shape)
     if (source := shape.target_column) and not isinstance(columns.get(source), str | Mapping):
         columns[source] = columns["target"]
@@ -226,14 +228,6 @@ def checked_texts(name: str, value: object) -> list[str]:
     """
     texts = enumerate(_checked_list(name, "texts", value), start=1)
     return [_checked_text(f"item {number} of '{name}'", text) for number, text in texts]
-
-
-def _checked_rewards(value: object) -> list[str]:
-    # The name of this column is reserved: it says which reward functions score the row.
-    names = checked_texts("rewards", value)
-    if len(set(names)) < len(names):
-        raise BadRow(f"'rewards' names a reward twice: {', '.join(names)}")
-    return names
 
 
 def _conversation(columns: dict[str, Any], shape: Shape) -> tuple[Turn, ...]:

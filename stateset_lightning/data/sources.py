@@ -19,7 +19,6 @@ from annotated_types import Ge, Gt, Le
 
 from stateset_lightning.data import content
 from stateset_lightning.data.hub import is_hub_id, read_hub
-from stateset_lightning.data.ragged import garbage_collection_paused
 from stateset_lightning.data.reading import READERS, TABLES, read_file
 from stateset_lightning.data.reasoning_gym import MAX_SEED, MAX_SIZE, read_task
 from stateset_lightning.data.rows import ListRows, Problem, RawRow, Rows, is_stream, is_table, raise_problems
@@ -101,26 +100,25 @@ def read_split(
     checked: list[tuple[Scenario, str]] = []
     problems: list[Problem] = []
     sizes: list[int] = []
-    with garbage_collection_paused():
-        read = [(i, source) for i, source in enumerate(sources) if first is None or _is_quick(source, key)]
-        lists = [found for i, source in read for found in _row_lists(source, i, len(sources), split)]
-        stems = Counter(stem for *_, stem, _ in lists)
-        size = sum(rows.num_bytes for _, rows, *_ in lists)
-        is_large = sum(len(rows) for _, rows, *_ in lists) > content.LARGE_ROWS or size > content.LARGE_BYTES
-        for index, rows, stem, path in lists:
-            # Each row is read once, for the shape and for the scenarios; of a large split the first ones are.
-            source, readings = sources[index], list(islice(rows, content.SAMPLE if is_large else None))
-            if not readings:
-                raise DataError(f"{rows.origin} has no rows; give at least one scenario")
-            said = RowOptions(format="prompt") if source.reasoning_gym else options.of(vars(source))
-            sample = [row for row in readings if isinstance(row, RawRow)]
-            shape = recognise(sample, said, str(rows.origin), needs_target=split != "predict")
-            part = Part(rows, shape, stem if stems[stem] == 1 else source.name or path, source.rewards, are_scripts)
-            scenarios, bad = part.scenarios(readings if is_large else readings[:first])
-            parts.append(part)
-            checked += scenarios
-            problems += bad
-            sizes.append(len(rows) if is_large else len(scenarios))
+    read = [(i, source) for i, source in enumerate(sources) if first is None or _is_quick(source, key)]
+    lists = [found for i, source in read for found in _row_lists(source, i, len(sources), split)]
+    stems = Counter(stem for *_, stem, _ in lists)
+    size = sum(rows.num_bytes for _, rows, *_ in lists)
+    is_large = sum(len(rows) for _, rows, *_ in lists) > content.LARGE_ROWS or size > content.LARGE_BYTES
+    for index, rows, stem, path in lists:
+        # Each row is read once, for the shape and for the scenarios; of a large split the first ones are.
+        source, readings = sources[index], list(islice(rows, content.SAMPLE if is_large else None))
+        if not readings:
+            raise DataError(f"{rows.origin} has no rows; give at least one scenario")
+        said = RowOptions(format="prompt") if source.reasoning_gym else options.of(vars(source))
+        sample = [row for row in readings if isinstance(row, RawRow)]
+        shape = recognise(sample, said, str(rows.origin), needs_target=split != "predict")
+        part = Part(rows, shape, stem if stems[stem] == 1 else source.name or path, source.rewards, are_scripts)
+        scenarios, bad = part.scenarios(readings if is_large else readings[:first])
+        parts.append(part)
+        checked += scenarios
+        problems += bad
+        sizes.append(len(rows) if is_large else len(scenarios))
     cut = f", the first {first:,} rows of each file" if first and any(len(part.rows) > first for part in parts) else ""
     raise_problems(f"{key}{cut}", [*problems, *_repeated_ids(checked)])
     if parts and not checked:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 
 from stateset_lightning.errors import ConfigError, bounded
 from stateset_lightning.rewards.match import compiled, last_match
@@ -33,13 +33,11 @@ class EvaluationConfig:
     samples: Annotated[int, Ge(0)] = 0
     temperature: Annotated[float, Gt(0)] | None = None
     top_p: Annotated[float, Gt(0), Le(1)] | None = None
-    solved_at: float = 1.0
+    solved_at: Annotated[float, Gt(-math.inf), Lt(math.inf)] = 1.0
     solved_by: str | None = None
     answer_pattern: str | None = None
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.solved_at):
-            raise ConfigError(f"model.evaluation.solved_at={self.solved_at} must be a finite score")
         compiled(self.answer_pattern or "", key="model.evaluation.answer_pattern")
 
     def check_rewards(self, names: Sequence[str]) -> None:

@@ -7,26 +7,22 @@ measures.
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from hashlib import blake2b
-from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from stateset_lightning.evaluation.config import EvaluationConfig
 from stateset_lightning.evaluation.estimators import half_width, majority, pass_at_k, pass_hat_k, wilson_interval
-from stateset_lightning.types import NOT_APPLICABLE, WITHOUT_FLOAT64, Rollout, Scenario, Scores
+from stateset_lightning.ranks import Ranks
+from stateset_lightning.types import NOT_APPLICABLE, Rollout, Scenario, Scores
 
 Scored = tuple[Rollout, Scores]
 
 # Weighted sums such as 0.6 + 0.3 + 0.1 fall short of 1 by rounding.
 TOLERANCE = 1e-9
-TOPIC_BYTES = 64
 
 
-class Evaluation(Metric):
+class Evaluation:
     """The metrics of a split, exact over batches and ranks of any size.
 
     Of the greedy completions, one per prompt: `reward` (mean total of those without a failure), `reward/<name>` (mean
@@ -44,19 +40,13 @@ class Evaluation(Metric):
         config: What is sampled, and what counts as solved.
     """
 
-    full_state_update = False
-    values_PM: list[Tensor]
-    topics_PB: list[Tensor]  # as bytes: ranks see different topics, and torchmetrics gathers only tensors
-
-    def __init__(self, rewards: Sequence[str], config: EvaluationConfig, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, rewards: Sequence[str], config: EvaluationConfig) -> None:
         self.config, n = config, config.samples
         self.names = ["reward", *(f"reward/{name}" for name in rewards), "reward_failures", "mean_tokens", "solved"]
         self.names += ["turns"] + [f"pass@{k}" for k in config.ks] + [f"pass^{k}" for k in config.ks[1:]]
         self.names += [f"avg@{n}", f"majority@{n}", "sample_failures"] if n else []
         self.intervals = ["reward", f"avg@{n}"] if n else ["reward"]
-        self.add_state("values_PM", [], dist_reduce_fx="cat")
-        self.add_state("topics_PB", [], dist_reduce_fx="cat")
+        self._prompts: list[tuple[str | None, list[float]]] = []  # of this rank: topic, and M measures
 
     def logged_names(self) -> list[str]:
         """Names of all that `compute` may give; `<topic>` stands for any."""
@@ -79,10 +69,7 @@ class Evaluation(Metric):
         if samples is not None:
             measures |= self._sampled(*samples)
         values_PM = torch.stack([measures[name].cpu().double() for name in self.names], dim=1)
-        device = "cpu" if self.device.type in WITHOUT_FLOAT64 else self.device
-        self.values_PM.append(values_PM.to(device))
-        topics = [list(_encode(scenario.topic)) for scenario in scenarios]
-        self.topics_PB.append(torch.tensor(topics, dtype=torch.uint8, device=self.device).reshape(-1, TOPIC_BYTES))
+        self._prompts += zip([scenario.topic for scenario in scenarios], values_PM.tolist(), strict=True)
 
     def _solved(self, scores: Scores) -> Tensor:
         """1 or 0 for each completion, float64 [N]; NaN where a reward failed or does not apply."""
@@ -110,17 +97,20 @@ class Evaluation(Metric):
         means = {f"avg@{n}": totals_PG.nanmean(1), "sample_failures": totals_PG.isnan().double().mean(1)}
         return means | {name: torch.tensor(values_P, dtype=torch.float64) for name, values_P in measures.items()}
 
-    def compute(self) -> dict[str, float]:
-        if not len(self.values_PM):
-            return {"num_completions": 0.0}
-        values_PM = dim_zero_cat(self.values_PM).cpu()
-        topics = [bytes(row).rstrip(b"\0").decode() for row in dim_zero_cat(self.topics_PB).tolist()]
-        result = {"num_completions": float(len(values_PM))}
+    def compute(self, ranks: Ranks) -> dict[str, float]:
+        """Every metric by name, of the prompts of all ranks, which call it together. Starts anew afterwards."""
+        prompts = [prompt for of_rank in ranks.gather(self._prompts) for prompt in of_rank]
+        self._prompts = []
+        result = {"num_completions": float(len(prompts))}
+        if not prompts:
+            return result
+        topics, rows = zip(*prompts, strict=True)
+        values_PM = torch.tensor(rows, dtype=torch.float64)
         columns = dict(zip(self.names, values_PM.T, strict=True))
         means = {**columns}
         for turns in sorted(set(_finite(columns["turns"]))):
             means[f"score_by_turns/{turns:g}"] = columns["reward"][columns["turns"] == turns]
-        for topic in sorted(set(topics) - {""}):
+        for topic in sorted(set(topics) - {None, ""}):
             rows_P = torch.tensor([other == topic for other in topics])
             means |= {f"topic/{topic}/{name}": columns[name][rows_P] for name in (*self.intervals, "solved")}
         for name, values in means.items():
@@ -135,12 +125,3 @@ class Evaluation(Metric):
 
 def _finite(values: Tensor) -> list[float]:
     return values[values.isfinite()].tolist()
-
-
-def _encode(topic: str | None) -> bytes:
-    """A topic as `TOPIC_BYTES` bytes; of a longer one the beginning, and a digest that tells it from others."""
-    text = (topic or "").encode()
-    if len(text) > TOPIC_BYTES:
-        digest = blake2b(text, digest_size=4).hexdigest()
-        text = f"{text[: TOPIC_BYTES - 9].decode(errors='ignore')}-{digest}".encode()
-    return text.ljust(TOPIC_BYTES, b"\0")

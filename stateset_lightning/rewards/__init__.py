@@ -14,11 +14,10 @@ from stateset_lightning.rewards.numeric import NumericAnswer
 from stateset_lightning.rewards.penalties import LengthPenalty, OverlongPenalty, RepetitionPenalty
 from stateset_lightning.rewards.reasoning_gym import ReasoningGymReward
 from stateset_lightning.rewards.reward_list import Reward, as_rewards
-from stateset_lightning.rewards.scorer import Scorer, ScoringSession, check_failures, failure_counts
+from stateset_lightning.rewards.scorer import Scorer, ScoringSession, failure_counts
 
 __all__ = ["BatchReward", "CodeReward", "Contains", "EmbeddingSimilarity", "EnvironmentReward", "ExactMatch"]
 __all__ += ["FormatReward", "FunctionReward", "GroupReward", "HelpfulnessReward", "JsonValid", "LengthPenalty"]
 __all__ += ["MathEquivalence", "ModelJudge", "NumericAnswer", "OverlongPenalty", "ReasoningGymReward"]
 __all__ += ["RegexMatch", "RelativeJudge", "RelativeLength", "RepetitionPenalty", "Reward", "RewardFunction"]
-__all__ += ["RewardModel", "RewardResult", "Scorer", "ScoringSession", "TRLReward", "as_rewards"]
-__all__ += ["check_failures", "failure_counts"]
+__all__ += ["RewardModel", "RewardResult", "Scorer", "ScoringSession", "TRLReward", "as_rewards", "failure_counts"]

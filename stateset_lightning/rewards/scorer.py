@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from stateset_lightning.errors import ConfigError, DataError, RewardError, bounded, log, tell_once
+from stateset_lightning.errors import ConfigError, DataError, bounded, log, tell_once
 from stateset_lightning.rewards import base
 from stateset_lightning.rewards.base import BatchReward, Context, Given, Outcome, RewardFunction, Turns, failure
 from stateset_lightning.rewards.functions import alarm_in, is_async, written
@@ -45,7 +45,7 @@ class Scorer(AbstractContextManager["Scorer"]):
         rewards: A `RewardFunction`, a function `f(turns, context)`, or a list of these.
         timeout: Seconds per completion for rewards that set none themselves, except batched ones; None means no limit.
         max_concurrency: Async rewards that run at the same time, and blocking rewards without a time-out that do.
-        max_failures: Share of completions that may fail: for `check_failures`.
+        max_failures: Share of an episode's completions that may fail: for `training.collect`.
 
     Raises:
         ConfigError: If an argument is unusable, or a blocking reward with a time-out cannot be sent to a worker
@@ -219,10 +219,8 @@ class ScoringSession(AbstractContextManager["ScoringSession"]):
     def _chosen(self, names: Iterable[str] | None, scenario: Any) -> Iterable[str]:
         if names is None:
             return self._scorer.names
-        known = ", ".join(self._scorer.names)
-        if not isinstance(names, list | tuple | set | frozenset):
-            raise DataError(f"rewards={names!r} of scenario {scenario!r} must be a list of reward names ({known})")
         if unknown := [name for name in names if name not in self._scorer.names]:
+            known = ", ".join(self._scorer.names)
             raise DataError(f"rewards of scenario {scenario!r} names unknown rewards {unknown}; known are: {known}")
         return names
 
@@ -233,23 +231,6 @@ def failure_counts(scores: Scores) -> dict[str, int]:
     A completion to which no reward applies counts as `reward_failures/all/NotApplicable`.
     """
     return dict(sorted(Counter(f"reward_failures/{f.reward}/{f.error}" for f in scores.failures).items()))
-
-
-def check_failures(scores: Scores, max_failures: float = 0.5) -> None:
-    """Raise if more than `max_failures` of the completions have no score.
-
-    Raises:
-        RewardError: With the counts and the last failure's traceback.
-    """
-    total = scores.totals_N.numel()
-    failed = int(scores.totals_N.isnan().sum())
-    if failed <= max_failures * total:
-        return
-    counts = [f"{key.removeprefix('reward_failures/')}: {count}" for key, count in failure_counts(scores).items()]
-    allowed = f"more than max_reward_failures={max_failures:g} allows ({', '.join(counts)})"
-    last = max(scores.failures, key=lambda failure: (bool(failure.traceback), failure.completion))
-    told = f"The last failure, of reward '{last.reward}' on completion {last.completion}: {last.error}: {last.message}"
-    raise RewardError(f"{failed} of {total} completions have no score, {allowed}. {told}\n{last.traceback}".rstrip())
 
 
 def _set_timeout(reward: RewardFunction) -> None:

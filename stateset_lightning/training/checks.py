@@ -231,9 +231,8 @@ def no_validation(trainer: Trainer, data: ScenarioDataModule | None) -> str:
     if run >= first + per_epoch * ((epochs or 1) - 1):
         return ""
     of_epochs = f" and check_val_every_n_epoch={epochs}" if epochs else ""
-    return (
-        f"validation never runs: trainer.val_check_interval={interval}{of_epochs}, and the run has {run:,} micro-steps"
-    )
+    given = f"trainer.val_check_interval={interval}{of_epochs}"
+    return f"validation never runs: {given}, and the run has {run:,} micro-steps"
 
 
 def check_speed(trainer: Trainer, dtype: torch.dtype) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +23,7 @@ from stateset_lightning.errors import ConfigError, RewardError
 from stateset_lightning.policy import Policy, end_of_sequence_ids
 from stateset_lightning.policy.precision import sampling_dtype
 from stateset_lightning.ranks import Ranks
-from stateset_lightning.rewards import Scorer, check_failures
+from stateset_lightning.rewards import Scorer
 from stateset_lightning.rollout import InProcessEngine, RemoteEngine, RolloutConfig, RolloutEngine
 from stateset_lightning.rollout.targets import Targets
 from stateset_lightning.seeding import sample_seeds
@@ -72,17 +74,14 @@ class Collection:
     baseline: Sample | None
     seconds: float
     seconds_ahead: float | None
-    costs: dict[str, float] = field(default_factory=dict)
-    engine_metrics: Metrics = field(default_factory=dict)
+    costs: dict[str, float]
+    engine_metrics: Metrics
 
     def groups_of_all_ranks(self, ranks: Ranks) -> tuple[list[int], Tensor]:
         """Rows and total scores [P, G] of all groups, replaced ones too, in order of position, which is unique."""
-        mine = [
-            group
-            for s in self.trained
-            for group in zip(s.batch.positions, s.batch.rows or [], s.totals_PG, strict=True)
-        ]
-        groups = sorted((group for of_rank in ranks.gather(mine) for group in of_rank), key=lambda group: group[0])
+        of_samples = (zip(s.batch.positions, s.batch.rows or [], s.totals_PG, strict=True) for s in self.trained)
+        of_ranks = ranks.gather(list(chain(*of_samples)))
+        groups = sorted(chain(*of_ranks), key=lambda group: group[0])
         return [row for _, row, _ in groups], torch.stack([totals_G for _, _, totals_G in groups])
 
 
@@ -126,30 +125,23 @@ class Sampler:
         baseline = self.sample(policy, sample.batch, num_generations=1, greedy=True) if greedy_baseline else None
         seconds = time.perf_counter() - start
         ahead_s = None if self.ahead is None else seconds_ahead
-        return Collection(sample, trained, rounds > 0, baseline, seconds, ahead_s)
+        counted = self.engine.pop_metrics() if isinstance(self.engine, RemoteEngine) else {}
+        costs = self.scorer.take_counts()
+        return Collection(sample, trained, rounds > 0, baseline, seconds, ahead_s, costs, counted)
 
-    def start_next(
-        self, policy: Policy, collection: Collection, upcoming: Callable[[], PromptBatch | None]
-    ) -> Collection:
-        """Ends what is counted for this episode, and begins to sample the next one if the run samples ahead.
+    def start_next(self, policy: Policy, episode: int, upcoming: Callable[[], PromptBatch | None]) -> None:
+        """Begins to sample the next episode, beside the training on this one, if the run samples ahead.
 
         Args:
             policy: As it is now; the samples of the next episode come from it.
-            collection: This episode's.
+            episode: This one.
             upcoming: The next episode's prompts; None where the run ends before it.
-
-        Returns:
-            The collection with all counts.
         """
-        heartbeat.doing(f"training on episode {collection.sample.batch.episode_index}")
-        costs = self.scorer.take_counts()
+        heartbeat.doing(f"training on episode {episode}")
         if self.ahead is not None and (batch := upcoming()) is not None:
             self.engine.sync(policy)
             draw = partial(self._draw, policy, batch, self.config.num_generations, False)
             self.ahead.start(batch.episode_index, draw)
-        counted = self.engine.pop_metrics() if isinstance(self.engine, RemoteEngine) else {}
-        counted |= collection.sample.conversations
-        return replace(collection, costs=costs, engine_metrics=counted)
 
     def sample(
         self, policy: Policy, batch: PromptBatch, num_generations: int | None = None, *, greedy: bool = False
@@ -204,11 +196,8 @@ class Sampler:
             if self.targets is not None and batch.split == "train":
                 rollout = self.targets.rollout(batch, score)
             elif self.player is not None:
-                batch, rollout, metrics = self.player.play(
-                    *(self.engine, batch, num_generations, self.config, seeds_N, self._limits(policy)),
-                    score_conversation,
-                    greedy,
-                )
+                given = self.engine, batch, num_generations, self.config, seeds_N, self._limits(policy)
+                batch, rollout, metrics = self.player.play(*given, score_conversation, greedy)
             else:
                 rollout = self.engine.generate(
                     batch.prompt_tokens, num_generations, self.config, seeds_N, greedy=greedy, on_finished=score
@@ -219,8 +208,7 @@ class Sampler:
             heartbeat.doing(f"scoring {_place(batch)}")
             scores, numbers = session.collect(), sorted(told)
             of_turns = [turns[n] for n in numbers]
-            if of_turns:
-                metrics = metrics | score_by_turns(scores.totals_N, of_turns)
+            metrics = metrics | score_by_turns(scores.totals_N, of_turns)
             return Sample(batch, rollout, scores, metrics, [told[n] for n in numbers], of_turns)
 
     def _limits(self, policy: Policy) -> Limits:
@@ -253,23 +241,29 @@ def collect_together(
         raise Interruption(code)
     assert collection is not None
     if algorithm.trains_on_rewards:
-        check_scores(sampler.scorer, [sample.scores for sample in collection.trained], ranks)
+        check_failures([sample.scores for sample in collection.trained], sampler.scorer.max_failures, ranks)
     if collection.baseline is not None:
-        check_scores(sampler.scorer, [collection.baseline.scores], ranks)
+        check_failures([collection.baseline.scores], sampler.scorer.max_failures, ranks)
     return collection
 
 
-def check_scores(scorer: Scorer, scores: Sequence[Scores], ranks: Ranks) -> None:
-    """Stops the run when the rewards of all ranks together failed too often; every rank comes to the same end.
+def check_failures(scores: Sequence[Scores], max_failures: float, ranks: Ranks) -> None:
+    """Stops the run when rewards failed too often; every rank comes to the same end.
 
     Raises:
-        RewardError: If more than `scorer.max_failures` of all completions have no score; with the last traceback, on
-            the ranks that have one.
+        RewardError: If more than `max_failures` of the completions of all ranks have no score; with the counts and the
+            last failure's traceback.
     """
     totals_N = torch.cat([some.totals_N for some in scores])
     counts = ranks.gather((int(totals_N.isnan().sum()), totals_N.numel()))
     failed, total = (sum(numbers) for numbers in zip(*counts, strict=True))
-    if failed > scorer.max_failures * total:
-        for some in scores:
-            check_failures(some, scorer.max_failures)
-        raise RewardError(f"{failed} of {total} completions of all ranks have no score; see the other ranks' messages")
+    if failed <= max_failures * total:
+        return
+    mine = [failure for some in scores for failure in some.failures]
+    failures = [failure for of_rank in ranks.gather(mine) for failure in of_rank]
+    kinds = sorted(Counter(f"{failure.reward}/{failure.error}" for failure in failures).items())
+    shown = ", ".join(f"{kind}: {count}" for kind, count in kinds)
+    allowed = f"more than max_reward_failures={max_failures:g} allows ({shown})"
+    last = max(failures, key=lambda failure: (bool(failure.traceback), failure.completion))
+    told = f"The last failure, of reward '{last.reward}' on completion {last.completion}: {last.error}: {last.message}"
+    raise RewardError(f"{failed} of {total} completions have no score, {allowed}. {told}\n{last.traceback}".rstrip())

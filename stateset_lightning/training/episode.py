@@ -11,7 +11,6 @@ Letters: P prompts and N = P * G completions of this rank, T tokens of all N com
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from stateset_lightning.algorithm import Algorithm
 from stateset_lightning.algorithm.aggregation import sequence_sums
+from stateset_lightning.errors import tell_once
 from stateset_lightning.policy import Comparison, Group, SamplingMask
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.training.turns import TurnScores, turn_advantages
@@ -255,13 +255,10 @@ def make_episode(
     active_N = active_PG[mine].flatten()
     micro_step_N, tokens_over_budget = plan.micro_steps(rollout.prompt_tokens, rollout.lengths_N, active_N)
     if tokens_over_budget:
-        # The same text each time, so that Python shows it once; the metric has the numbers.
-        warnings.warn(
-            f"an episode has micro-steps of more than model.max_tokens_per_step={plan.max_tokens_per_step} tokens,"
-            " however they are balanced (metric work/over_budget_tokens): raise data.steps_per_episode and"
-            " trainer.accumulate_grad_batches alike",
-            stacklevel=2,
-        )
+        # The same text each time; the metric has the numbers.
+        most = f"more than model.max_tokens_per_step={plan.max_tokens_per_step} tokens, however they are balanced"
+        remedy = "raise data.steps_per_episode and trainer.accumulate_grad_batches alike"
+        tell_once(f"an episode has micro-steps of {most} (metric work/over_budget_tokens): {remedy}")
     return Episode(
         index=index,
         prompt_tokens=rollout.prompt_tokens,

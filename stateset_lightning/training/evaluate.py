@@ -6,7 +6,7 @@ from stateset_lightning.evaluation import Evaluation
 from stateset_lightning.policy import Policy
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.rewards import Scorer
-from stateset_lightning.training.collect import Sampler, check_scores
+from stateset_lightning.training.collect import Sampler, check_failures
 from stateset_lightning.training.resample import Sample
 from stateset_lightning.types import PromptBatch, Scores
 
@@ -15,7 +15,7 @@ class HeldOut:
     """A split, evaluated batch by batch.
 
     Args:
-        metrics: What is measured; in a module, a submodule of it, so that it follows its device.
+        metrics: What is measured.
     """
 
     def __init__(self, metrics: Evaluation) -> None:
@@ -44,7 +44,5 @@ class HeldOut:
         """
         scores, self._scores = self._scores, []
         if scores:
-            check_scores(scorer, scores, ranks)
-        values = self.metrics.compute()
-        self.metrics.reset()
-        return values
+            check_failures(scores, scorer.max_failures, ranks)
+        return self.metrics.compute(ranks)

@@ -64,14 +64,6 @@ class UnshardedCopy:
         for place in self._places:
             place.untyped_storage().resize_(0)
 
-    @contextmanager
-    def filled(self) -> Iterator[None]:
-        self.fill()
-        try:
-            yield
-        finally:
-            self.empty()
-
 
 class ServedShards:
     """Shards a policy of which servers sample: they have the only copies of all weights.
@@ -93,13 +85,18 @@ class ServedShards:
     def empty(self) -> None:
         """Nothing is to be given back."""
 
-    @contextmanager
-    def filled(self) -> Iterator[None]:
-        self.fill()
-        yield
-
 
 Shards = UnshardedCopy | ServedShards
+
+
+@contextmanager
+def filled(shards: Shards) -> Iterator[None]:
+    """What is sharded can be sampled from; all ranks enter together."""
+    shards.fill()
+    try:
+        yield
+    finally:
+        shards.empty()
 
 
 def reference_of(policy: Policy, dtype: torch.dtype, shards: Shards | None) -> Policy | AdapterReference:

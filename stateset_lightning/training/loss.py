@@ -137,20 +137,11 @@ def trained_scores(step: TrainingStep, collection: Collection) -> TrainedScores:
     # advantages.
     models, temperature = (step.sampled_policy, step.reference), step.sampler.config.temperature
     logprobs_T, ref_logprobs_T = (all_logprobs(model, rollout, temperature) for model in models)
-    kl_N = kl_scores(scores, rollout, algorithm, logprobs_T, ref_logprobs_T)
+    kl_N = _rounded(algorithm.kl_scores(logprobs_T, ref_logprobs_T, rollout.lengths_N).to(scores.values_NF))
+    # Where no reward applies, the KL must not be what makes the completion scored.
+    kl_N = kl_N.where(scores.totals_N.isfinite(), torch.nan)
     scores = replace(scores, names=(*names, "kl"), values_NF=torch.cat([scores.values_NF, kl_N[:, None]], dim=1))
     return TrainedScores(scores, [*weights, -algorithm.kl_coefficient], baseline_PF, logprobs_T, ref_logprobs_T)
-
-
-def kl_scores(
-    scores: Scores, rollout: Rollout, algorithm: Algorithm, logprobs_T: Tensor, ref_logprobs_T: Tensor
-) -> Tensor:
-    """The KL estimate summed over each completion, nats, float64 [N].
-
-    It is NaN for a failed completion: where no reward applies, the KL must not be what makes the completion scored.
-    """
-    kl_N = _rounded(algorithm.kl_scores(logprobs_T, ref_logprobs_T, rollout.lengths_N).to(scores.values_NF))
-    return kl_N.where(scores.totals_N.isfinite(), torch.nan)
 
 
 def all_logprobs(policy: Policy | AdapterReference, rollout: Rollout, temperature: float) -> Tensor:

@@ -108,11 +108,8 @@ if TYPE_CHECKING:
     from stateset_lightning.training.resample import Sample
 
 # Those of the text above, `<name>` standing for anything; none if Python drops docstrings (-OO).
-NAMES = [
-    name
-    for names in re.findall(r"^    (\S+(?:, \S+)?)  +\S", __doc__ or "", flags=re.MULTILINE)
-    for name in names.split(", ")
-]
+_FIRST_COLUMN = re.findall(r"^    (\S+(?:, \S+)?)  +\S", __doc__ or "", flags=re.MULTILINE)
+NAMES = [name for names in _FIRST_COLUMN for name in names.split(", ")]
 
 # Shown by Lightning's progress bars.
 PROGRESS_BAR = ("train/reward", "completion/mean_tokens", "work/tokens_per_s")
@@ -220,12 +217,11 @@ def of_episode(collection: Collection, episode: Episode, scores: Scores, policy:
         **sample_metrics(sample, episode.advantages_N),
         **work_metrics(episode, policy),
         **collection.engine_metrics,
+        **sample.conversations,
         "time/sample_s": (collection.seconds, 1),
         "time/score_s": (sum(each.scores.seconds for each in everything), 1),
     }
-    failures: Counter[str] = Counter()
-    for each in everything:
-        failures.update(failure_counts(each.scores))
+    failures = sum((Counter(failure_counts(each.scores)) for each in everything), Counter[str]())
     counts: dict[str, float] = {**failures, **collection.costs, "work/tokens_per_s": tokens / seconds}
     if collection.seconds_ahead is not None:
         metrics["work/sampled_ahead"] = (float(collection.seconds_ahead > 0), 1)

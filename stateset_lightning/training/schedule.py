@@ -26,18 +26,20 @@ from stateset_lightning.training.data import data_of
 @bounded("model.lr_scheduler")
 @dataclass(frozen=True)
 class Schedule:
-    """Warm-up, then a decay to `final_factor` times the learning rate at the run's last optimizer step."""
+    """Warm-up, then a decay to `final_factor` times the learning rate at the run's last optimizer step.
+
+    Args:
+        decay: Shape of the decay after the warm-up.
+        warmup_steps: Optimizer steps over which the learning rate rises linearly from zero.
+        final_factor: Share of the learning rate that remains at the end of a decay.
+        total_steps: Horizon in optimizer steps. None: that of the run (`trainer.max_steps`, or `max_epochs` times an
+            epoch's steps).
+    """
 
     decay: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape of the decay after the warm-up."""
     warmup_steps: Annotated[int, Ge(0)] = 0
-    """Optimizer steps over which the learning rate rises linearly from zero."""
     final_factor: Annotated[float, Ge(0), Le(1)] = 0.0
-    """Share of the learning rate that remains at the end of a decay."""
     total_steps: Annotated[int, Ge(1)] | None = None
-    """Horizon in optimizer steps. None: that of the run (`trainer.max_steps`, or `max_epochs` times an epoch's
-    steps).
-    """
 
     def factor(self, step: int, total_steps: int | None) -> float:
         """What the learning rate is multiplied by before optimizer step `step` (from 0)."""

@@ -93,7 +93,7 @@ class TrainingStep:
         collection = collect_together(self.sampler, policy, batch, algorithm, self.ranks)
         if self.report is not None:
             self.report(batch.episode_index, *collection.groups_of_all_ranks(self.ranks))
-        collection = self.sampler.start_next(policy, collection, self.upcoming)
+        self.sampler.start_next(policy, batch.episode_index, self.upcoming)
 
         scored, rollout = trained_scores(self, collection), collection.sample.rollout
         turns = None

@@ -1,11 +1,9 @@
-"""Token lists in one array give back what went in; the garbage collector is left as it was."""
-
-import gc
+"""Token lists in one array give back what went in."""
 
 import numpy as np
 import pytest
 
-from stateset_lightning.data.ragged import RaggedTokens, garbage_collection_paused
+from stateset_lightning.data.ragged import RaggedTokens
 
 LISTS = [[3, 1], [], [7], [2, 2, 2]]
 
@@ -31,19 +29,3 @@ def test_a_digest_tells_lists_apart_also_those_of_equal_tokens():
     digests = {RaggedTokens.from_lists(lists).digest() for lists in (LISTS, [[3], [1], [7], [2, 2, 2]], [[3, 1]], [])}
     assert len(digests) == 4
     assert RaggedTokens.from_lists(LISTS).digest() in digests
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_the_garbage_collector_is_left_as_it_was_also_after_an_error(enabled):
-    def fail():
-        with garbage_collection_paused():
-            assert not gc.isenabled()
-            raise KeyError
-
-    try:
-        (gc.enable if enabled else gc.disable)()
-        with pytest.raises(KeyError):
-            fail()
-        assert gc.isenabled() is enabled
-    finally:
-        gc.enable()

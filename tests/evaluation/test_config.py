@@ -35,7 +35,7 @@ def test_sampling_is_that_of_training_but_for_what_is_given() -> None:
     [
         ({"samples": -1}, r"model\.evaluation\.samples=-1 must be at least 0"),
         ({"temperature": 0.0}, r"model\.evaluation\.temperature=0\.0 must be above 0"),
-        ({"solved_at": float("nan")}, r"model\.evaluation\.solved_at=nan must be a finite score"),
+        ({"solved_at": float("nan")}, r"model\.evaluation\.solved_at=nan must be above -inf"),
         ({"answer_pattern": "("}, r"model\.evaluation\.answer_pattern='\(' is no regular expression"),
     ],
 )

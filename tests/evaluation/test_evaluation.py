@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,10 +16,11 @@ from module_runs import SCENARIOS, DigitReward, fit, make_data, make_module, mak
 from stateset_lightning.callbacks import RunSummary
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.evaluation import Evaluation, EvaluationConfig
+from stateset_lightning.ranks import Ranks
 from stateset_lightning.rewards import ExactMatch, FunctionReward, Scorer
 from stateset_lightning.types import NOT_APPLICABLE, FinishReason, Rollout, Scenario, Scores
 
-NAN = math.nan
+NAN, ALONE = math.nan, Ranks()
 
 
 def completions(texts, values):
@@ -40,7 +40,7 @@ def test_greedy_and_sampled_measures_by_hand():
     # The first prompt: one of three is right, and outvoted. The second: one sample fails, both others are right.
     samples = completions(["4", "5", "5", "7", "?", "7"], [[1, 0], [0, 1], [0, 1], [1, 1], [NAN, 1], [1, 1]])
     metric.update(scenarios, greedy, samples)
-    values = metric.compute()
+    values = metric.compute(ALONE)
     expected = {
         "reward": 0.75,
         "reward/right": 0.5,
@@ -77,7 +77,7 @@ def test_solved_is_the_total_unless_a_reward_is_named():
     ]:
         metric = Evaluation(["right", "format"], EvaluationConfig(**options))
         metric.update(scenarios, greedy)
-        assert metric.compute()["solved"] == pytest.approx(share), options
+        assert metric.compute(ALONE)["solved"] == pytest.approx(share), options
 
 
 def greedy_means(*batches):
@@ -101,20 +101,21 @@ def test_means_are_over_completions_and_not_over_batches():
         ([[1.0, 0.5], [0.0, 0.5], [0.0, 0.5]], [1.0, 0.0, 0.0], [1, 2, 3]), ([[1.0, 0.5]], [1.0], [6])
     )
     expected = {"num_completions": 4, "mean_tokens": 3.0, "reward_failures": 0.0, "reward": 0.5, "reward/right": 0.5}
-    assert metric.compute().items() >= expected.items()
-    assert set(metric.compute()) <= set(metric.logged_names())
+    values = metric.compute(ALONE)
+    assert values.items() >= expected.items()
+    assert set(values) <= set(metric.logged_names())
 
 
 def test_failures_are_counted_and_enter_no_mean():
     values = [[1.0, 0.5], [NAN, 0.25], [0.0, NOT_APPLICABLE], [NAN, NAN]]
     metric = greedy_means((values, [1.5, NAN, 0.0, NAN], [1, 1, 1, 1]))
     expected = {"reward": 0.75, "reward/right": 0.5, "reward/tone": 0.375, "reward_failures": 0.5, "num_completions": 4}
-    assert metric.compute().items() >= expected.items()
+    assert metric.compute(ALONE).items() >= expected.items()
 
 
-def prompts(rows, topics, **options):
+def prompts(rows, topics):
     """An evaluation of greedy completions: their totals and whether they are right (NaN: it failed), and topics."""
-    metric = Evaluation(["right"], EvaluationConfig(solved_by="right"), **options)
+    metric = Evaluation(["right"], EvaluationConfig(solved_by="right"))
     values_PM = torch.tensor(rows, dtype=torch.float64)
     rollout, _ = completions(["a"] * len(rows), [[0, 0]] * len(rows))
     scenarios = [Scenario(id="0", prompt="a", topic=topic) for topic in topics]
@@ -125,7 +126,7 @@ def prompts(rows, topics, **options):
 def test_means_intervals_and_topics_by_hand():
     rows = [[0.5, 1.0], [NAN, NAN], [1.5, 0.0], [1.0, 1.0]]
     metric = prompts(rows, ["sums", "sums", "dates/iso", None])
-    values = metric.compute()
+    values = metric.compute(ALONE)
     assert values.pop("reward_ci95") == pytest.approx(1.959964 * 0.5 / math.sqrt(3))
     low, high = values.pop("solved_low"), values.pop("solved_high")
     assert (low, high) == pytest.approx((0.2077, 0.9385), abs=1e-4)
@@ -148,67 +149,46 @@ def test_means_intervals_and_topics_by_hand():
 
 
 def test_one_prompt_has_no_interval_of_its_mean_reward():
-    values = prompts([[2.0, 1.0]], [None]).compute()
+    values = prompts([[2.0, 1.0]], [None]).compute(ALONE)
     assert {"solved_low", "solved_high"} < set(values)
     assert "reward_ci95" not in values
 
 
-def test_long_topics_stay_apart():
-    metric = prompts([[0.0, 0.0], [0.0, 1.0], [0.0, 1.0]], ["é" * 60 + "a", "é" * 60 + "b", "x" * 64])
-    topics = {name: value for name, value in metric.compute().items() if name.endswith("/solved")}
-    assert sorted(topics.values()) == [0.0, 1.0, 1.0]
-    assert f"topic/{'x' * 64}/solved" in topics
+class Gathering(Ranks):
+    """Rank 0 of several, of which the others hold what `others` do."""
+
+    def __init__(self, others):
+        super().__init__(0, 1 + len(others))
+        object.__setattr__(self, "others", others)
+
+    def gather(self, value):
+        return [value, *(other._prompts for other in self.others)]
 
 
 def test_ranks_of_different_size_and_with_different_topics_give_the_whole():
     rows, topics = [[0.5, 1.0], [0.25, 0.0], [1.0, 1.0]], ["a", "b", "c"]
-    ranks = [prompts(rows[:2], topics[:2]), prompts(rows[2:], topics[2:])]
-
-    def gather(mine, group=None):
-        name = "values_PM" if mine.dtype == torch.float64 else "topics_PB"
-        return [getattr(rank, name)[0] for rank in ranks]
-
-    metric = prompts(rows[:2], topics[:2], dist_sync_fn=gather, distributed_available_fn=lambda: True)
-    assert metric.compute() == prompts(rows, topics).compute()
+    others = [prompts(rows[2:], topics[2:]), greedy_means()]  # and one without any
+    metric = prompts(rows[:2], topics[:2])
+    assert metric.compute(Gathering(others)) == prompts(rows, topics).compute(ALONE)
+    assert metric.compute(ALONE) == {"num_completions": 0}  # another split may follow
 
 
 def test_what_was_never_scored_has_no_mean():
-    with pytest.warns(UserWarning, match="before the ``update``"):
-        assert greedy_means().compute() == {"num_completions": 0}
+    assert greedy_means().compute(ALONE) == {"num_completions": 0}
     metric = greedy_means(([[NAN, 1.0]], [NAN], [2]))
-    assert metric.compute() == {"num_completions": 1, "mean_tokens": 2.0, "reward_failures": 1.0, "reward/tone": 1.0}
-
-
-def test_a_reset_under_inference_mode_can_be_followed_by_updates_outside():
-    metric = greedy_means()
-    with torch.inference_mode():
-        add(metric, [[1.0, 1.0]], [1.0], [9])
-        metric.reset()
-    add(metric, [[0.5, 1.0]], [0.5], [1])
-    add(metric, [[0.0, 1.0]], [0.0], [1])
-    assert metric.compute()["reward"] == 0.25
-    with torch.inference_mode():
-        add(metric, [[0.25, 1.0]], [0.25], [1])
-    assert metric.compute()["reward"] == pytest.approx(0.25)
-    assert metric.compute()["num_completions"] == 3
-
-
-def test_two_ranks_merge_into_the_whole():
-    one, other = ([[1.0, NAN], [NAN, 1.0]], [1.0, NAN], [3, 4]), ([[0.0, 0.0]], [0.0], [5])
-    first = greedy_means(one)
-    first.merge_state(greedy_means(other))
-    merged, whole = first.compute(), greedy_means(one, other).compute()
-    assert merged == whole
+    assert metric.compute(ALONE) == {
+        "num_completions": 1,
+        "mean_tokens": 2.0,
+        "reward_failures": 1.0,
+        "reward/tone": 1.0,
+    }
 
 
 def test_sums_keep_their_precision_over_many_completions():
     metric = greedy_means(([[2.0**24, 0.0]], [2.0**24], [1]), *[([[1.0, 0.0]], [1.0], [1])] * 8)
-    assert metric.compute()["reward"] * 9 == pytest.approx(2.0**24 + 8, abs=1e-3)  # float32 would have lost the ones
-
-
-def test_an_evaluation_can_be_pickled_for_another_process():
-    metric = greedy_means(([[1.0, 0.0]], [1.0], [2]))
-    assert pickle.loads(pickle.dumps(metric)).compute() == metric.compute()
+    assert metric.compute(ALONE)["reward"] * 9 == pytest.approx(
+        2.0**24 + 8, abs=1e-3
+    )  # float32 would have lost the ones
 
 
 def test_samples_do_not_change_greedy_metrics_and_do_not_depend_on_the_batch(tmp_path):

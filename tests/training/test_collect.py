@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,18 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from module_runs import SCENARIOS, DigitReward, fit, make_data, make_module, make_trainer, weights
 from test_module import ConstantReward
+from training.test_episode import on_ranks
 
 from stateset_lightning import RewardFunction, RolloutConfig
 from stateset_lightning.algorithm import GRPO, KL, Clipped, ReMax
 from stateset_lightning.data.order import Curriculum
 from stateset_lightning.errors import ConfigError, RewardError, SamplingError
 from stateset_lightning.policy import Group, Policy, PolicyConfig
+from stateset_lightning.ranks import Ranks
 from stateset_lightning.rewards import OverlongPenalty
 from stateset_lightning.rollout import InProcessEngine, VLLMEngine
-from stateset_lightning.training.collect import ready_engine
-from stateset_lightning.types import Rollout
+from stateset_lightning.training.collect import check_failures, ready_engine
+from stateset_lightning.types import RewardFailure, Rollout, Scores
 
 HALF_FLAT = [{**row, "topic": "flat" if i % 2 else "varied"} for i, row in enumerate(SCENARIOS * 4)]
 
@@ -344,3 +347,24 @@ def test_the_kl_in_the_reward_of_an_untrained_policy_is_zero_under_mixed_precisi
     module = trainer.lightning_module
     assert module.metrics.last["policy/kl_reward"] == 0
     assert all(record.advantage == 0 for record in module.last_records)
+
+
+def test_failures_of_all_ranks_count_and_each_rank_tells_of_them() -> None:
+    values = {0: [1.0, 1.0], 1: [math.nan, math.nan, math.nan]}
+    failures = [RewardFailure(n, "right", kind, "no", "trace") for n, kind in enumerate(["KeyError", "OSError"] * 2)]
+
+    def told(ranks: Ranks, most: float) -> str:
+        totals_N, known = torch.tensor(values[ranks.rank]), failures[: 3 * ranks.rank]
+        try:
+            check_failures([Scores(("right",), totals_N[:, None], totals_N, failures=known)], most, ranks)
+        except RewardError as error:
+            return str(error)
+        return ""
+
+    assert on_ranks(2, partial(told, most=0.6)) == ["", ""]
+    one, other = on_ranks(2, partial(told, most=0.5))
+    assert one == other
+    assert one.startswith(
+        "3 of 5 completions have no score, more than max_reward_failures=0.5 allows (right/KeyError: 2, "
+    )
+    assert one.endswith("right/OSError: 1). The last failure, of reward 'right' on completion 2: KeyError: no\ntrace")

@@ -41,7 +41,7 @@ from stateset_lightning.ranks import unsharded
 from stateset_lightning.run.checkpoint_io import is_sharded, newest_checkpoints, read_checkpoint
 from stateset_lightning.run.fsdp_strategy import SUPPORTED_STRATEGIES, FSDP2Strategy
 from stateset_lightning.training.checks import check_strategy, total_norm
-from stateset_lightning.training.fsdp import ServedShards, UnshardedCopy, reference_of, sharded
+from stateset_lightning.training.fsdp import ServedShards, UnshardedCopy, filled, reference_of, sharded
 from stateset_lightning.training.loss import zero_loss
 
 GROUPS = [Group([3, 4, 5, 6], [[7, 8, 9], [9, 5]]), Group([8, 3], [[4], [5, 6, 7, 3]])]
@@ -221,7 +221,7 @@ def test_a_sharded_adapter_learns_samples_and_is_saved_as_a_plain_one(
     assert expected.keys() == found.keys() == {f"model.{name}" for name in plain.adapter.names}  # type: ignore[union-attr]
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6)
-    with copied.filled(), copied.policy.merged_adapter(), plain.merged_adapter():
+    with filled(copied), copied.policy.merged_adapter(), plain.merged_adapter():
         assert torch.equal(*(p.score_without_gradient(GROUPS)[0] for p in (copied.policy, plain)))
     for policy, folder in ((plain, tmp_path / "plain"), (mine, tmp_path / "mine")):
         save_adapter(policy, folder)

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from training.test_episode import make_rollout, make_scores, on_ranks
 
 from stateset_lightning.algorithm import KL, Clipped, TokenBatch, TopEntropy
 from stateset_lightning.ranks import Ranks
+from stateset_lightning.rewards import ExactMatch
+from stateset_lightning.rollout import RolloutConfig
 from stateset_lightning.training.episode import Episode, Plan, make_episode
-from stateset_lightning.training.loss import kl_scores, selected_tokens
+from stateset_lightning.training.loss import selected_tokens, trained_scores
 from stateset_lightning.types import NOT_APPLICABLE, Scores
 
 NAN = math.nan
@@ -23,8 +26,17 @@ def test_the_kl_is_one_more_score_and_a_completion_without_reward_stays_without(
     values_NF = torch.tensor([[1.0], [NAN], [NOT_APPLICABLE]], dtype=torch.float64)
     scores = Scores(("right",), values_NF, torch.tensor([1.0, NAN, NAN], dtype=torch.float64))
     algorithm = Clipped(beta=0.1, kl=KL(estimator="k1", place="reward"))
-    kl_N = kl_scores(scores, rollout, algorithm, rollout.logprobs_T, torch.tensor([-0.5, -0.5, -1.0, -1.0]))
-    assert kl_N[0].item() == pytest.approx((0.0 + 0.5) + (-0.001 + 0.5))
+    policy, reference = (
+        SimpleNamespace(score_without_gradient=lambda groups, temperature, known_T=known_T: (known_T, None))
+        for known_T in (rollout.logprobs_T, torch.tensor([-0.5, -0.5, -1.0, -1.0]))
+    )
+    sampler = SimpleNamespace(scorer=SimpleNamespace(rewards=[ExactMatch(name="right")]), config=RolloutConfig())
+    step: Any = SimpleNamespace(algorithm=algorithm, sampler=sampler, sampled_policy=policy, reference=reference)
+    collection: Any = SimpleNamespace(sample=SimpleNamespace(scores=scores, rollout=rollout), baseline=None)
+    scored = trained_scores(step, collection)
+    assert (scored.scores.names, scored.weights) == (("right", "kl"), [1.0, -0.1])
+    kl_N = scored.scores.values_NF[:, 1]
+    assert kl_N[0].item() == pytest.approx((0.0 + 0.5) + (-0.001 + 0.5), abs=1e-4)  # rounded
     assert kl_N[1:].isnan().all()
 
 
