@@ -59,7 +59,7 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
     gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
     if not torch.is_grad_enabled():
         return down(_gated(gate, up))
-    # A checkpoint computes again up to the last input that the backward pass needs, so not the product of a plain layer;
+    # A checkpoint computes again up to the last input that the backward pass needs: not the product of a plain layer,
     # but that of one under an adapter.
     recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if type(down) is nn.Linear:

@@ -93,9 +93,7 @@ def test_what_is_kept_counted_by_hand(make_model: Callable[..., Any]) -> None:
     use_recomputed_layers(mlp)
     assert saved_floats(mlp, x) == tokens * (hidden + 2 * inner)  # x, gate, up
     mlp.down_proj = nn.Sequential(mlp.down_proj)
-    assert saved_floats(mlp, x) == tokens * (
-        hidden + 3 * inner
-    )  # no plain layer: it keeps its input
+    assert saved_floats(mlp, x) == tokens * (hidden + 3 * inner)  # no plain layer: it keeps its input
 
 
 def test_a_layer_keeps_two_fifths_less(make_model: Callable[..., Any]) -> None:
