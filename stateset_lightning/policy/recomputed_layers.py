@@ -59,18 +59,12 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
     gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
     if not torch.is_grad_enabled():
         return down(_gated(gate, up))
-    # What a checkpoint computes again ends with the last input that the backward pass needs, so before a plain product.
+    # A checkpoint computes again up to the last input that the backward pass needs: not the product of a plain layer,
+    # but that of one under an adapter.
     recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    if _is_plain(down, gate):
+    if type(down) is nn.Linear:
         return recomputed(lambda gate, up: down(_gated(gate, up)), gate, up)
     return down(recomputed(_gated, gate, up))
-
-
-def _is_plain(linear: nn.Module, x: Tensor) -> bool:
-    """Whether calling the layer is a product with its weights as they are: no adapter, hooks or other precision."""
-    is_watched = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
-    has_own_dtype = x.dtype == linear.weight.dtype and not torch.is_autocast_enabled(x.device.type)
-    return type(linear) is nn.Linear and not is_watched and has_own_dtype
 
 
 def use_recomputed_layers(model: nn.Module) -> int:

@@ -101,10 +101,6 @@ class BadAnswer(ServerLost):
     """The server is there, and its answer is too late, too large, or none to what was asked."""
 
 
-class NotFound(ServerError):
-    """The server does not have what it is asked for (HTTP status 404)."""
-
-
 class VLLMServer:
     """A server of vLLM's OpenAI-compatible API; several threads may call every method.
 
@@ -159,7 +155,7 @@ class VLLMServer:
             seconds: That it may take; None for `request_timeout`.
 
         Raises:
-            ServerLost: If there is no answer, or the server is overloaded or broken.
+            ServerLost: If there is no answer, or the server is overloaded or broken, or lacks the model to sample from.
             ServerError: If the server refuses.
         """
         data = None if body is None else json.dumps(body).encode()
@@ -182,12 +178,13 @@ class VLLMServer:
             return content
         message = one_line(content.decode(errors="replace")) or one_line(answer.reason)
         failed_inside = b"collective_rpc method failed" in content  # as it would each time
-        if (answer.status >= 500 and not failed_inside) or answer.status in (408, 429):
+        # One that has been started again knows no adapter of ours.
+        has_lost_weights = answer.status == 404 and path == "/v1/completions"
+        if (answer.status >= 500 and not failed_inside) or answer.status in (408, 429) or has_lost_weights:
             raise ServerLost(f"HTTP {answer.status}: {message}")
         if place := answer.headers["Location"]:
             message += f"; it sends us to {one_line(place)}, where we do not go: give the address itself"
-        kind = NotFound if answer.status == 404 else ServerError
-        raise kind(f"{self._option}.urls: {self.url}{path} refuses ({answer.status}): {message}")
+        raise ServerError(f"{self._option}.urls: {self.url}{path} refuses ({answer.status}): {message}")
 
     def tell(self, path: str, body: Mapping[str, Any], needed: str) -> None:
         """As `call`; where the server refuses, the error adds with what it must have been started."""
@@ -231,10 +228,7 @@ class VLLMServer:
             ServerLost: If there is no answer, or the server does not have our weights.
             ServerError: If the server refuses.
         """
-        try:
-            choices = self.ask("/v1/completions", Choices, body).choices
-        except NotFound as error:  # the server has been started again, and does not have our weights
-            raise ServerLost(str(error)) from error
+        choices = self.ask("/v1/completions", Choices, body).choices
         if len(choices) != body.get("n", 1):
             raise BadAnswer(f"{len(choices)} completions where {body.get('n', 1)} were asked for")
         for choice in choices:

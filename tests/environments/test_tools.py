@@ -62,7 +62,7 @@ def test_functions_are_given_in_python_by_path_and_in_a_config():
         ([untyped], "tool untyped cannot .* missing a type hint .*; write a type for each argument, and a docstring"),
         ([undocumented], "tool undocumented cannot be described to the model: .* no docstring"),
     ],
-    ids=range(6),
+    ids=range(7),
 )  # fmt: skip
 def test_functions_that_are_no_tools_are_refused(functions, says):
     with pytest.raises(ConfigError, match=says):
