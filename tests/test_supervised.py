@@ -118,7 +118,7 @@ def test_targets_are_learned_and_scored_and_validation_samples(tmp_path: Path) -
     assert engine.calls == ["sync", "generate"]  # for the validation, and none for training
     even = [sum(digit in "02468" for digit in row["target"]) / len(row["target"]) for row in SCENARIOS]
     assert module.metrics.last["train/reward"] == pytest.approx(sum(even) / len(even))  # of the targets
-    answers = {record.id: (record.completion, record.target) for record in module.last_records}
+    answers = {record["id"]: (record["completion"], record["target"]) for record in module.last_records}
     assert sum(completion == target for completion, target in answers.values()) >= 7
     assert trainer.callback_metrics["val/num_completions"] == 8
 

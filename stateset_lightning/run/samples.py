@@ -73,7 +73,7 @@ class SampleWriter(Callback):
         episode = pl_module.episode
         if batch.micro_step == 0:  # a run that is resumed inside the episode knows no records of it
             records = pl_module.last_records[: self.num_prompts * episode.num_generations]
-            self._episode = [{"episode": episode.index, **record.to_dict()} for record in records]
+            self._episode = [{"episode": episode.index, **record} for record in records]
         if batch.micro_step == batch.num_micro_steps - 1 and self._episode:
             told = token_rows(episode, len(self._episode), self.max_tokens, pl_module)
             rows = [{**row, **more} for row, more in zip(self._episode, told, strict=True)]
@@ -85,7 +85,7 @@ class SampleWriter(Callback):
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
         if self.evaluation:
-            self._evaluated += [record.to_dict() for record in pl_module.last_records]
+            self._evaluated += pl_module.last_records
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.evaluation and not trainer.sanity_checking:
