@@ -76,13 +76,7 @@ class RunsInTrainer(LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **given: Any) -> Any:
-        """As Lightning's; arguments that no checkpoint holds are given again, the reward at least.
-
-        Raises:
-            ConfigError: If there is no reward among them.
-        """
-        if "reward" not in given:
-            raise ConfigError(f"load_from_checkpoint of {checkpoint_path} needs reward=...: a checkpoint holds none")
+        """As Lightning's; arguments that no checkpoint holds are given again, the reward at least."""
         given["_instantiator"] = None  # a file could name one, and classes for it to import
         return super().load_from_checkpoint(checkpoint_path, *args, **given)
 
