@@ -142,9 +142,6 @@ class Wrapped(Base):
             {}["k"]
         except KeyError as error:
             raise RuntimeError("no judge") from error
-class Ends(Base):
-    def __init__(self):
-        raise SystemExit("no licence")
 class Needs(Base):
     def __init__(self, url: str):
         pass
@@ -163,7 +160,6 @@ SCHEDULE = '{"class_path": "stateset_lightning.training.schedule.Schedule", "ini
         (f"--model.lr_scheduler={SCHEDULE}", "model.lr_scheduler.decay=cos: must be one of constant, linear, cosine"),
         ("--model.lr_scheduler StepLR", "missing: model.lr_scheduler.step_size; set it"),
         ("--model.lr_scheduler StepL", "torch.optim.lr_scheduler has no StepL; did you mean StepLR?"),
-        ("--model.reward user_rewards.Ends", "Ends ended the process when it was made: SystemExit('no licence')"),
         ("--model.reward.weight high", "model.reward.weight=high: must be a number"),
         ("--model.optimizer.lr abc", "model.optimizer.lr=abc: must be a number"),
         ("--model.lr 1", "there is no key model.lr; did you mean model.optimizer.init_args.lr?"),
