@@ -194,7 +194,7 @@ def test_a_run_goes_on_with_another_algorithm_only_where_that_is_meant(tmp_path:
         fit(tmp_path, supervised(algorithm=Clipped()), make_data(**data), **at_end)
     module = supervised(algorithm=Clipped())
     module.accept_changes = "algorithm"
-    with pytest.raises(ConfigError, match="accept_changes=algorithm inside an episode: take a checkpoint of its end"):
+    with pytest.raises(ConfigError, match="accept_changes=algorithm inside an episode: take its end's checkpoint"):
         fit(tmp_path, module, make_data(**data), **inside)
     module = supervised(algorithm=Clipped())
     module.accept_changes = "algorithm"
