@@ -51,7 +51,7 @@ class Recorder(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if batch.micro_step == 0:
-            rows = [record.to_dict() for record in pl_module.last_records]  # type: ignore[union-attr, operator]
+            rows: Any = pl_module.last_records
             size = len(rows) // len(batch)
             for p, position in enumerate(batch.positions):
                 self.samples[batch.episode_index, position] = rows[p * size : (p + 1) * size]

@@ -3,10 +3,11 @@
 Public names are imported when they are first used, so that `--help` and reward workers need not wait for torch.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from stateset_lightning.moved import install
+from stateset_lightning.moved import OldNames
 
 if TYPE_CHECKING:  # `X as X`: this is exported, to type checkers as well (PEP 484)
     from stateset_lightning.callbacks import EpisodeCallback as EpisodeCallback
@@ -21,7 +22,7 @@ if TYPE_CHECKING:  # `X as X`: this is exported, to type checkers as well (PEP 4
     from stateset_lightning.types import Scenario as Scenario
     from stateset_lightning.types import Turn as Turn
 
-install()
+sys.meta_path.append(OldNames())
 
 __version__ = "0.1.0"
 

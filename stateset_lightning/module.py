@@ -31,7 +31,7 @@ from stateset_lightning.rollout import RemoteEngine, RolloutConfig, RolloutEngin
 from stateset_lightning.run.checkpoint import RunCheckpoint
 from stateset_lightning.run.fsdp_strategy import SUPPORTED_STRATEGIES, FSDP2Strategy
 from stateset_lightning.run.lightning_parts import RunsInTrainer
-from stateset_lightning.run.records import CompletionRecord, make_records, write_bad_step
+from stateset_lightning.run.records import make_records, write_bad_step
 from stateset_lightning.seeding import run_seed
 from stateset_lightning.threads import call_episode_hook
 from stateset_lightning.training import checks
@@ -145,8 +145,8 @@ class GRPOLightningModule(RunsInTrainer):
         return self.state.episode
 
     @property
-    def last_records(self) -> list[CompletionRecord]:
-        """Completions of the newest episode or evaluation batch of this rank."""
+    def last_records(self) -> list[dict[str, Any]]:
+        """Completions of the newest episode or evaluation batch of this rank; see `run.records.make_records`."""
         return [] if self._newest is None else make_records(*self._newest)
 
     @property
@@ -288,7 +288,7 @@ class GRPOLightningModule(RunsInTrainer):
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One greedy completion per prompt, as rows for a file. Rewards that fail are null: there may be no target."""
         self._newest = (self._sampler.sample(self._sampled_policy, batch, 1, greedy=True), None)
-        return [record.to_dict() for record in self.last_records]
+        return self.last_records
 
     def on_predict_epoch_end(self) -> None:
         if self._unsharded is not None:

@@ -159,18 +159,6 @@ class EventLoopThread:
         Raises:
             RuntimeError: If the loop is closed.
         """
-        loop = self._started()
-        return asyncio.run_coroutine_threadsafe(self._run(function, args, timeout), loop)
-
-    def close(self) -> None:
-        """Cancel all calls and end the thread."""
-        with self._lock:
-            loop, self._loop, self._closed = self._loop, None, True
-        if loop is not None:
-            loop.call_soon_threadsafe(loop.stop)
-            self._thread.join(_CLOSE_SECONDS)
-
-    def _started(self) -> asyncio.AbstractEventLoop:
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"the event loop '{self._name}' is closed")
@@ -179,7 +167,15 @@ class EventLoopThread:
                 self._loop = runner.get_loop()
                 self._thread = threading.Thread(target=self._serve, args=(runner,), name=self._name, daemon=True)
                 self._thread.start()
-            return self._loop
+            return asyncio.run_coroutine_threadsafe(self._run(function, args, timeout), self._loop)
+
+    def close(self) -> None:
+        """Cancel all calls and end the thread."""
+        with self._lock:
+            loop, self._loop, self._closed = self._loop, None, True
+        if loop is not None:
+            loop.call_soon_threadsafe(loop.stop)
+            self._thread.join(_CLOSE_SECONDS)
 
     def _serve(self, runner: asyncio.Runner) -> None:
         with suppress(BaseException), runner:  # which cancels all calls at its end; one that swallows it keeps it

@@ -90,10 +90,10 @@ def test_the_trl_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     namespace = run_python_blocks(FROM_TRL)
     assert namespace["trainer"].global_step == 2
     records = namespace["module"].last_records
-    assert {tuple(record.rewards) for record in records} == {("right", "brief")}
+    assert {tuple(record["rewards"]) for record in records} == {("right", "brief")}
     for record in records:
-        assert record.rewards["brief"] == pytest.approx(-0.01 * len(record.completion))
-        assert record.reward == pytest.approx(record.rewards["right"] + 0.5 * record.rewards["brief"])
+        assert record["rewards"]["brief"] == pytest.approx(-0.01 * len(record["completion"]))
+        assert record["reward"] == pytest.approx(record["rewards"]["right"] + 0.5 * record["rewards"]["brief"])
 
 
 def test_every_key_of_trls_config_is_mapped() -> None:

@@ -196,7 +196,7 @@ def test_a_failed_reward_trains_nothing_and_is_counted(tmp_path: Path) -> None:
     module = make_module(reward=FailsOnShortAnswers(), max_reward_failures=1.0)
     fit(tmp_path, module, max_steps=1)
     episode = module.episode
-    short_N = torch.tensor([len(record.completion) < 2 for record in module.last_records])
+    short_N = torch.tensor([len(record["completion"]) < 2 for record in module.last_records])
     assert short_N.any()
     assert (~short_N).any()
     assert episode.advantages_N[short_N].isnan().all()
@@ -451,7 +451,7 @@ def test_seeds_differ_in_their_samples(tmp_path: Path) -> None:
     for seed in (1, 2):
         module = make_module(seed=seed)
         fit(tmp_path, module, max_steps=1)
-        texts.append([record.completion for record in module.last_records])
+        texts.append([record["completion"] for record in module.last_records])
     assert texts[0] != texts[1]
 
 

@@ -118,7 +118,7 @@ def test_targets_are_learned_and_scored_and_validation_samples(tmp_path: Path) -
     assert engine.calls == ["sync", "generate"]  # for the validation, and none for training
     even = [sum(digit in "02468" for digit in row["target"]) / len(row["target"]) for row in SCENARIOS]
     assert module.metrics.last["train/reward"] == pytest.approx(sum(even) / len(even))  # of the targets
-    answers = {record.id: (record.completion, record.target) for record in module.last_records}
+    answers = {record["id"]: (record["completion"], record["target"]) for record in module.last_records}
     assert sum(completion == target for completion, target in answers.values()) >= 7
     assert trainer.callback_metrics["val/num_completions"] == 8
 
@@ -194,7 +194,7 @@ def test_a_run_goes_on_with_another_algorithm_only_where_that_is_meant(tmp_path:
         fit(tmp_path, supervised(algorithm=Clipped()), make_data(**data), **at_end)
     module = supervised(algorithm=Clipped())
     module.accept_changes = "algorithm"
-    with pytest.raises(ConfigError, match="accept_changes=algorithm: the checkpoint lies inside an episode of its own"):
+    with pytest.raises(ConfigError, match="accept_changes=algorithm inside an episode: take its end's checkpoint"):
         fit(tmp_path, module, make_data(**data), **inside)
     module = supervised(algorithm=Clipped())
     module.accept_changes = "algorithm"

@@ -195,9 +195,9 @@ def test_rewards_and_samples_see_what_the_model_says_to_its_end(
     assert {turns[-1].content for turns in listening.seen} == {case.text}
     assert {[turn.role for turn in turns].count("assistant") for turns in listening.seen} == {1}
     records, episode = module.last_records, module.episode
-    assert {record.completion for record in records} == {case.text.removeprefix(case.opened)}
-    assert {record.finish_reason for record in records} == {"stop"}
-    assert {record.rewards["format"] for record in records} == {float("</think>" in case.text)}
+    assert {record["completion"] for record in records} == {case.text.removeprefix(case.opened)}
+    assert {record["finish_reason"] for record in records} == {"stop"}
+    assert {record["rewards"]["format"] for record in records} == {float("</think>" in case.text)}
     assert case.told in caplog.text
     assert episode is not None
     first = episode.completion_tokens_T[: int(episode.lengths_N[0])].tolist()
@@ -242,7 +242,7 @@ def test_the_place_of_an_image_needs_no_row_of_the_embedding(tmp_path: Path) -> 
     make_tokenizer(ENDED + OPEN, extra_special_tokens=names).save_pretrained(folder)
     module = make_module(str(folder), reward=Listening())
     fit(tmp_path, module, max_steps=1)
-    assert {record.completion for record in module.last_records} == {"42"}
+    assert {record["completion"] for record in module.last_records} == {"42"}
 
 
 def test_a_reward_models_tokenizer_larger_than_its_embedding_is_refused(tmp_path: Path) -> None:

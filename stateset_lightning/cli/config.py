@@ -19,7 +19,6 @@ from stateset_lightning.callbacks import ConsoleProgress, PredictionWriter, RunS
 from stateset_lightning.cli.early_checks import Merged
 from stateset_lightning.cli.messages import PROGRAM, explain, options, refusal
 from stateset_lightning.cli.overlays import dump_yaml
-from stateset_lightning.cli.program import EXIT_CODES
 from stateset_lightning.datamodule import ScenarioDataModule
 from stateset_lightning.errors import ConfigError, UserError, one_line
 from stateset_lightning.files import atomic_write, check_output, writing
@@ -215,12 +214,6 @@ class StatesetCLI(LightningCLI):
         except Exception as error:
             self.refused = cls, error
             raise
-        except SystemExit as error:
-            if error.code in EXIT_CODES:  # a signal, and not the class
-                raise
-            told = ConfigError(f"{cls.__name__} ended the process when it was made: SystemExit({error.code!r:.80})")
-            self.refused = cls, told
-            raise told from error
 
     def instantiate_classes(self) -> None:
         try:

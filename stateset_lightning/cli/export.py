@@ -16,16 +16,24 @@ from stateset_lightning.files import atomic_folder, keep_inputs
 
 if TYPE_CHECKING:
     from stateset_lightning.cli.trained import TrainedModel
-    from stateset_lightning.policy import LoadingOptions
 
 MERGE_ERROR = 0.05  # share of what an adapter adds, by norm, that rounding may change before it is announced
 
 
 def main(words: Sequence[str]) -> None:
-    """Runs the subcommand with the words that follow it.
+    """Writes model (safetensors), tokenizer, generation config and model card to a folder, which is whole or absent.
+
+    Of a model with an adapter, the adapter alone is written, as peft loads it, unless it is merged. A repository of the
+    hub is made before anything is loaded, with the token that the user is logged in by.
+
+    Args:
+        words: Those that follow the subcommand.
 
     Raises:
-        UserError: If the checkpoint cannot be read, or the folder not be written.
+        CheckpointError: If the checkpoint is damaged.
+        ConfigError: If the folder has files in it, the model cannot be loaded, there is no adapter to merge, or the hub
+            cannot be reached or refuses.
+        DiskError: If the folder cannot be written.
     """
     parser = Arguments("export", "Write a plain Hugging Face folder.")
     parser.add_argument("ckpt", metavar="CKPT", help="as --ckpt_path of generate")
@@ -35,54 +43,17 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--push", metavar="REPO", help="upload it, too: owner/name on the hub; a new one is private")
     parser.add_loading_options()
     given = parser.parse_args(words)
-    own = {name: getattr(given, name) for name in ("config", "overwrite", "merge", "push")}
-    pushed = export(given.ckpt, given.out, loading=loading_options(given), **own)
-    print(f"exported: {given.out}" + (f", {pushed}" if pushed else ""))
-
-
-def export(
-    source: str,
-    out: str | Path,
-    *,
-    config: str | None = None,
-    overwrite: bool = False,
-    merge: bool = False,
-    push: str | None = None,
-    loading: LoadingOptions | None = None,
-) -> str | None:
-    """Writes model (safetensors), tokenizer, generation config and model card to `out`, which is whole or absent.
-
-    Of a model with an adapter, the adapter alone is written, as peft loads it, unless it is merged.
-
-    Args:
-        source: A checkpoint file, `last` or `best`, a run's folder, a model folder, or a Hugging Face id.
-        out: The folder; there may be an empty one.
-        config: The run's resolved config; by default the one in the run's folder.
-        overwrite: Whether `out` may replace a folder with files in it.
-        merge: Add the adapter into the model.
-        push: A repository of the Hugging Face hub that gets the folder, too, with the token that the user is logged in
-            by. It is made before anything is loaded, and private unless it is there already.
-        loading: What only the user decides; a checkpoint's own are not used.
-
-    Returns:
-        The address of what was pushed.
-
-    Raises:
-        CheckpointError: If the checkpoint is damaged.
-        ConfigError: If `out` is there already, the model cannot be loaded, there is no adapter to merge, or the hub
-            cannot be reached or refuses.
-    """
-    keep_inputs(source, config, Path.cwd())  # which nobody means to have replaced
-    with atomic_folder(Path(out), overwrite=overwrite) as folder:
-        repository = None if push is None else made_repository(push)
+    keep_inputs(given.ckpt, given.config, Path.cwd())  # which nobody means to have replaced
+    with atomic_folder(Path(given.out), overwrite=given.overwrite) as folder:
+        repository = None if given.push is None else made_repository(given.push)
         from stateset_lightning.cli.trained import load_trained
         from stateset_lightning.policy.loading import resolve_model_name
         from stateset_lightning.policy.lora import adapter_weights, write_adapter
         from stateset_lightning.policy.text_model import copy_processor, is_composite
 
-        trained = load_trained(source, config, loading)
+        trained = load_trained(given.ckpt, given.config, loading_options(given))
         trained.model.generation_config = trained.generation_config()
-        if merge:
+        if given.merge:
             _merge(trained)
         if trained.is_adapted:
             write_adapter(trained.model, trained.policy.public_name, folder, adapter_weights(trained.model))
@@ -92,8 +63,9 @@ def export(
         trained.tokenizer.save_pretrained(folder)
         if is_composite(trained.model.config) and not trained.is_adapted:
             copy_processor(resolve_model_name(trained.policy.model_name), folder, revision=trained.policy.revision)
-        (folder / "README.md").write_text(model_card(trained, Path(out).name), encoding="utf-8")
-    return None if repository is None else upload(out, repository)
+        (folder / "README.md").write_text(model_card(trained, Path(given.out).name), encoding="utf-8")
+    pushed = "" if repository is None else f", {upload(given.out, repository)}"
+    print(f"exported: {given.out}{pushed}")
 
 
 def model_card(trained: TrainedModel, title: str) -> str:

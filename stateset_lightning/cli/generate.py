@@ -22,8 +22,6 @@ def main(words: Sequence[str]) -> None:
         UserError: If an option, the checkpoint or the prompt cannot be used.
     """
     options = _parser().parse_args(words)
-    if options.prompt is not None and not options.prompt.strip():
-        raise ConfigError("--prompt is empty; give a text, or leave it out to give prompts line by line")
     if options.samples is not None and options.samples < 1:
         raise ConfigError(f"--samples={options.samples} must be at least 1")
     import torch  # not for `--help`
@@ -36,7 +34,7 @@ def main(words: Sequence[str]) -> None:
     from stateset_lightning.rewards import Scorer
     from stateset_lightning.rollout import InProcessEngine
     from stateset_lightning.training.collect import Sampler
-    from stateset_lightning.types import Scenario, read_literal
+    from stateset_lightning.types import read_literal
 
     trained = load_trained(options.ckpt_path, options.config, loading_options(options))
     names = ("temperature", "top_p", "max_new_tokens")
@@ -54,19 +52,17 @@ def main(words: Sequence[str]) -> None:
     encoder, environment = trained.encoder(options.system_prompt), trained.environment()
     engine, scorer, player = InProcessEngine(trained.tokenizer), Scorer(lambda turns, context: 0.0), None
     if environment is not None:
-        player = replace(
-            Player.of(environment, rollout, None, trained.tokenizer, lambda turn, taken: None), encoder=encoder
-        )
+        plain = Player.of(environment, rollout, None, trained.tokenizer, lambda turn, taken: None)
+        player = replace(plain, encoder=encoder)
     sampler = Sampler(engine, scorer, rollout, seed, player=player)
     trained_with = trained.checkpoint.get("stateset", {}).get("longest", 0)
     trained_with = trained_with if environment is None else policy.context_length or 0
 
     def answer(prompt: str, number: int) -> None:
-        if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise ConfigError(f"the prompt {prompt!r:.80} is no UTF-8; convert it (iconv -t UTF-8)")
-        scenarios: Sequence[Scenario] = [Scenario(id=str(number), prompt=prompt)]
-        if environment is not None and isinstance(row := read_literal(prompt), dict):
-            scenarios = read_split([row], "generate", are_scripts=environment.are_scripts).scenarios
+        row = read_literal(prompt) if environment is not None else None
+        rows = [row if isinstance(row, dict) else {"id": str(number), "prompt": prompt}]
+        are_scripts = environment is not None and environment.are_scripts
+        scenarios = read_split(rows, "generate", are_scripts=are_scripts).scenarios
         encoded = encoder.encode(scenarios, "generate")
         prompts = Prompts(scenarios, encoded.tokens, encoder.system_prompt, encoded.opened)
         batch = prompts.batch([*range(len(scenarios))], [number] * len(scenarios), "generate", episode_index=0)

@@ -252,17 +252,15 @@ def _class_fault(bases: tuple[type, ...], path: str) -> str:
         homes = {known_name: home for home, _, known_name in parts}
         module = homes[difflib.get_close_matches(name, homes, n=1, cutoff=0)[0]]
     try:
-        found = getattr(importlib.import_module(module), name)
-    except AttributeError as error:
-        if not str(error).startswith("module "):  # not Python's words: those of a module whose name has moved
-            return str(error)
-        close = _suggest(name, dir(importlib.import_module(module)))
-        return f"{module} has no {name}{close or '; give the class_path of one that there is'}"
+        home = importlib.import_module(module)
+        found = getattr(home, name, None)
     except Exception as error:  # a user's module may raise anything
         absent = getattr(error, "name", "")
         if str(error).startswith(f"No module named {absent!r}") and f"{module}.".startswith(f"{absent}."):
             return f"module {module} cannot be imported; is it spelt right, and on PYTHONPATH?"
         return _raised(error)
+    if found is None:
+        return f"{module} has no {name}{_suggest(name, dir(home)) or '; give the class_path of one that there is'}"
     if isinstance(found, type) and not issubclass(found, bases):
         return f"it is no {' or '.join(base.__name__ for base in bases)}"
     if inspect.isabstract(found):
@@ -300,8 +298,6 @@ def _raised(error: BaseException) -> str:
     reason = one_line(error)
     if isinstance(error, SyntaxError):
         places, reason = [f" ({error.filename}:{error.lineno})"], error.msg
-    if not places and isinstance(error, ImportError):
-        return reason
     return f"{type(error).__name__}: {reason}{places[-1] if places else ''}"
 
 

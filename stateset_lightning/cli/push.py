@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
 from stateset_lightning.errors import ConfigError, one_line
@@ -37,11 +36,8 @@ def upload(folder: str | Path, repository: str) -> str:
     """
     from huggingface_hub import HfApi
 
-    said = f"Export by stateset-lightning {version('stateset-lightning')}"
     with _hub_errors(repository, f"{folder} is complete: `hf upload {repository} {folder}` tries again"):
-        done = HfApi().upload_folder(
-            repo_id=repository, folder_path=folder, commit_message=said, delete_patterns=_OF_A_MODEL
-        )
+        done = HfApi().upload_folder(repo_id=repository, folder_path=folder, delete_patterns=_OF_A_MODEL)
         return str(done.repo_url)
 
 

@@ -118,8 +118,6 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     with writing(path), _partial(path, Path.mkdir) as partial:
         for old in path.parent.glob(f".{escape(path.name)}.*-{'[0-9a-f]' * 16}{OLD}"):
             _put_back(old, path)  # the process was killed between two renames, or after the second one
-        if path.exists() and not path.is_dir():
-            raise ConfigError(f"{path} is a file; give a folder that is yet to be made")
         if path.exists() and any(path.iterdir()) and not overwrite:
             raise ConfigError(f"{path} has files in it; choose another folder, or say --overwrite")
         yield partial

@@ -41,8 +41,6 @@ def load_yaml(text: str, file: str | Path, loader: Any, most: int | None, refusa
         place, reason = f":{mark.line + 1}" if mark else "", problem or str(error).splitlines()[0]
         if isinstance(error, _Refused):
             raise refusal(f"{file}{place}: {problem}") from error
-        if reason == "but found another document":
-            raise refusal(f"{file}{place}: a second YAML document begins; give each a file of its own") from error
         raise refusal(f"{file}{place}: malformed YAML: {reason}; check indentation, brackets and quotes") from error
 
 

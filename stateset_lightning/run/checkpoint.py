@@ -167,8 +167,7 @@ class RunCheckpoint:
         module.state.bad_steps = saved["bad_steps"]
         if (episodes := saved["episode"]) is not None:
             if "algorithm" in self._accepted:
-                what = "the checkpoint lies inside an episode of its own algorithm"
-                raise ConfigError(f"accept_changes=algorithm: {what}: take one of an episode's end, or export it")
+                raise ConfigError("accept_changes=algorithm inside an episode: take its end's checkpoint, or export it")
             module.state.episode = Episode(**episodes[trainer.global_rank])
             module.state.episode_of_ranks = episodes
         if continues(trainer, saved["run_folder"]):

@@ -18,26 +18,18 @@ from stateset_lightning.run.lightning_internals import is_compiled, is_watched_b
 _ON_EXCEPTION = "saves in the middle of whatever failed: leave it out; signals save by themselves, and errors never"
 # Callbacks that cannot work, with their subclasses: why, and what to use.
 REFUSED: dict[type[Callback], str] = {
-    callbacks.StochasticWeightAveraging: "copies the module before its weights are loaded, and averages nothing: use"
-    " WeightAveraging or EMAWeightAveraging",
-    callbacks.BatchSizeFinder: "starts the run again and again, inside an episode: set data.batch_size and"
-    " model.max_tokens_per_step, for which `stateset-lightning doctor` measures memory and time",
-    callbacks.LearningRateFinder: "judges a rate by one loss, which says nothing here: compare train/reward of short"
-    " runs with several values of model.optimizer.init_args.lr",
-    callbacks.BaseFinetuning: "freezes layers before the weights are loaded: use model.policy.lora, or freeze them in a"
-    " subclass's configure_model(), after super().configure_model()",
-    callbacks.ModelPruning: "looks for the weights before they are loaded: prune the model first, and give its folder"
-    " as model.policy.model_name",
+    callbacks.StochasticWeightAveraging: "averages nothing here: use WeightAveraging or EMAWeightAveraging",
+    callbacks.BatchSizeFinder: "starts anew inside an episode: set data.batch_size, for which `doctor` measures memory",
+    callbacks.LearningRateFinder: "judges by one loss: compare train/reward of short runs with several learning rates",
+    callbacks.BaseFinetuning: "finds no weights yet: use model.policy.lora, or freeze them in your configure_model()",
+    callbacks.ModelPruning: "finds no weights yet: prune the model first, and give its folder as model.policy",
     callbacks.OnExceptionCheckpoint: _ON_EXCEPTION,
 }
 
 _FABRIC = "Fabric runs no data module, callbacks or checkpoints, of which an episode is made: use Trainer.fit()"
 _SPAWN = "trainer.strategy=ddp_spawn copies the module, which does not survive it: use ddp (in a notebook ddp_notebook)"
 _COMPILED = "torch.compile(module) compiles training_step, which samples completions: give the module as it is"
-_WATCHED = (
-    "the logger's watch(module) found no weights, which are loaded when the run starts: call it in a callback's"
-    ' on_fit_start, as trainer.logger.watch(pl_module, log="gradients", log_graph=False)'
-)
+_WATCHED = "the logger's watch(module) found no weights yet: call it in a callback's on_fit_start, with log_graph=False"
 
 
 def check_parts(trainer: Trainer, module: Any) -> None:
@@ -76,13 +68,7 @@ class RunsInTrainer(LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **given: Any) -> Any:
-        """As Lightning's; arguments that no checkpoint holds are given again, the reward at least.
-
-        Raises:
-            ConfigError: If there is no reward among them.
-        """
-        if "reward" not in given:
-            raise ConfigError(f"load_from_checkpoint of {checkpoint_path} needs reward=...: a checkpoint holds none")
+        """As Lightning's; arguments that no checkpoint holds are given again, the reward at least."""
         given["_instantiator"] = None  # a file could name one, and classes for it to import
         return super().load_from_checkpoint(checkpoint_path, *args, **given)
 

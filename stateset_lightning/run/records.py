@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,63 +13,38 @@ from stateset_lightning.run.folder import BAD_STEPS, of_rank, run_folder
 from stateset_lightning.training.episode import Episode
 from stateset_lightning.training.resample import Sample
 
-
-@dataclass(frozen=True)
-class CompletionRecord:
-    """What was asked, what was answered and how it was scored, as JSON holds it.
-
-    `rewards` and `reward` are None where a reward failed, does not apply, or its total cannot be formed. `conversation`
-    is None of a single turn; else it has `turns`, the prompt's included, `num_turns` of the model, `ended_by`
-    (environment, turns, tokens, length or failure) and `environment_reward`.
-    """
-
-    id: str
-    topic: str | None
-    prompt: str
-    completion: str
-    reward: float | None
-    rewards: dict[str, float | None]
-    finish_reason: str
-    num_tokens: int
-    advantage: float | None = None
-    target: Any = None
-    breakdown: dict[str, Any] | None = None
-    errors: list[str] | None = None
-    conversation: dict[str, Any] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        row = {**asdict(self), **(self.conversation or {}), "conversation": None}
-        return {key: value for key, value in row.items() if value is not None or key == "reward"}
-
-
 MAX_PARTS = 10_000  # values of a breakdown, of which each is searched for secrets
 
 
-def make_records(sample: Sample, advantages: Sequence[float] | None = None) -> list[CompletionRecord]:
-    """Records of all completions, in order."""
+def make_records(sample: Sample, advantages: Sequence[float] | None = None) -> list[dict[str, Any]]:
+    """What was asked, what was answered and how it was scored: a row of each completion, in order, as JSON holds it.
+
+    `reward` and what is in `rewards` are None where a reward failed, does not apply, or the total cannot be formed;
+    any other name is missing where it has no value. Those of a conversation have `turns`, the prompt's included,
+    `num_turns` of the model, `ended_by` (environment, turns, tokens, length or failure) and `environment_reward`.
+    """
     batch, rollout, scores = sample.batch, sample.rollout, sample.scores
     records, lengths_N = [], rollout.sampled_lengths_N
     for n, text in enumerate(rollout.texts):
         scenario = batch.scenarios[n // rollout.num_generations]
         rewards = zip(scores.names, scores.values_NF[n].tolist(), strict=True)
         failures = [failure for failure in scores.failures if failure.completion == n]
-        records.append(
-            CompletionRecord(
-                id=scenario.id,
-                topic=scenario.topic,
-                prompt=scenario.turns()[-1].content,
-                completion=text,
-                reward=plain(scores.totals_N[n].item()),
-                rewards=plain(dict(rewards)),
-                finish_reason=str(rollout.finish_reasons[n]),
-                num_tokens=int(lengths_N[n]),
-                advantage=None if advantages is None else plain(advantages[n]),
-                target=plain(scenario.target),
-                breakdown=redacted(plain(scores.breakdowns[n], MAX_PARTS)) or None,
-                errors=plain([f"{failure.reward}: {failure.error}: {failure.message}" for failure in failures]) or None,
-                conversation=sample.told[n] if sample.told else None,
-            )
-        )
+        row = {
+            "id": scenario.id,
+            "topic": scenario.topic,
+            "prompt": scenario.turns()[-1].content,
+            "completion": text,
+            "reward": plain(scores.totals_N[n].item()),
+            "rewards": plain(dict(rewards)),
+            "finish_reason": str(rollout.finish_reasons[n]),
+            "num_tokens": int(lengths_N[n]),
+            "advantage": None if advantages is None else plain(advantages[n]),
+            "target": plain(scenario.target),
+            "breakdown": redacted(plain(scores.breakdowns[n], MAX_PARTS)) or None,
+            "errors": plain([f"{failure.reward}: {failure.error}: {failure.message}" for failure in failures]) or None,
+            **(sample.told[n] if sample.told else {}),
+        }
+        records.append({name: value for name, value in row.items() if value is not None or name == "reward"})
     return records
 
 
@@ -78,7 +52,7 @@ def make_records(sample: Sample, advantages: Sequence[float] | None = None) -> l
 
 
 def write_bad_step(
-    trainer: Trainer, episode: Episode, step_of_pass: int, norm: float, records: list[CompletionRecord], tokenizer: Any
+    trainer: Trainer, episode: Episode, step_of_pass: int, norm: float, records: list[dict[str, Any]], tokenizer: Any
 ) -> Path:
     """Appends the completions of a skipped optimizer step to this rank's `bad_steps.jsonl`, and returns the file.
 
@@ -98,7 +72,7 @@ def write_bad_step(
     for n in trained_N.nonzero().flatten().tolist():
         prompt, completion = episode.prompt_tokens[n // episode.num_generations], completions[n].tolist()
         decoded = {"prompt": tokenizer.decode(prompt), "completion": tokenizer.decode(completion)}
-        told = records[n].to_dict() if records else decoded
+        told = records[n] if records else decoded
         share = {"advantage": str(episode.advantages_N[n].item()), "weight": str(episode.weights_N[n].item())}
         rows.append({**step, **told, **share})
     file = of_rank(trainer, run_folder(trainer) / BAD_STEPS)

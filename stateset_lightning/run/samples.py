@@ -73,7 +73,7 @@ class SampleWriter(Callback):
         episode = pl_module.episode
         if batch.micro_step == 0:  # a run that is resumed inside the episode knows no records of it
             records = pl_module.last_records[: self.num_prompts * episode.num_generations]
-            self._episode = [{"episode": episode.index, **record.to_dict()} for record in records]
+            self._episode = [{"episode": episode.index, **record} for record in records]
         if batch.micro_step == batch.num_micro_steps - 1 and self._episode:
             told = token_rows(episode, len(self._episode), self.max_tokens, pl_module)
             rows = [{**row, **more} for row, more in zip(self._episode, told, strict=True)]
@@ -85,7 +85,7 @@ class SampleWriter(Callback):
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
         if self.evaluation:
-            self._evaluated += [record.to_dict() for record in pl_module.last_records]
+            self._evaluated += pl_module.last_records
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.evaluation and not trainer.sanity_checking:
@@ -230,14 +230,17 @@ COLUMNS = "step episode id prompt target completion reward advantage finish_reas
 def log_samples(trainer: Trainer, split: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Shows rows of `samples.jsonl` as `samples/<split>`.
 
-    In W&B each call makes a table of its own, which nothing keeps in memory.
+    In W&B each call makes a table of its own, which nothing keeps in memory. To TensorBoard, whose texts are Markdown,
+    all is code: a model's own links and images stay text.
     """
+    columns, data = sample_table(rows)
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            columns, data = sample_table(rows)
             logger.log_table(f"samples/{split}", columns=columns, data=data, step=rows[0]["step"])
         elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text(f"samples/{split}", sample_text(rows), rows[0]["step"])
+            cells = ("\n".join(f"{name}: {cell}" for name, cell in zip(columns, row, strict=True)) for row in data)
+            text = "\n\n---\n\n".join(indent(each, "    ", bool) for each in cells)
+            logger.experiment.add_text(f"samples/{split}", text, rows[0]["step"])
 
 
 def sample_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
@@ -248,16 +251,3 @@ def sample_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[lis
     cells = [{**row, "target": None if row.get("target") is None else str(row["target"])} for row in rows]
     data = [[row.get(name) for name in columns] + [row["rewards"].get(name) for name in rewards] for row in cells]
     return columns + [f"reward/{name}" for name in rewards], data
-
-
-def sample_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown, in which prompts and completions are code: a model's own links and images stay text."""
-    parts: list[str] = []
-    for prompt, group in groupby(rows, key=itemgetter("prompt")):
-        parts += ["**prompt**", indent(prompt, "    ", bool)]
-        for row in group:
-            numbers = {"reward": row["reward"], **row["rewards"], "advantage": row.get("advantage")}
-            said = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items() if value is not None)
-            parts.append(f"{said or 'failed'}, {row['num_tokens']} tokens, {row['finish_reason']}")
-            parts.append(indent(row["completion"], "    ", bool))
-    return "\n\n".join(parts)

@@ -20,7 +20,6 @@ from module_runs import fit, make_module
 from tokenizers.processors import TemplateProcessing
 
 from stateset_lightning.cli import export as export_module
-from stateset_lightning.cli.export import export
 from stateset_lightning.cli.main import main
 from stateset_lightning.cli.trained import load_trained
 from stateset_lightning.errors import CheckpointError, ConfigError
@@ -122,7 +121,7 @@ def test_a_run_of_a_gguf_file_goes_on_and_is_exported(tmp_path, make_model, tiny
     before, after = (trainer.lightning_module.policy.model.state_dict() for trainer in (first, resumed))
     assert not all(torch.equal(before[name], weight) for name, weight in after.items())
     for source, out, weights in (last, "run", after), (name, "plain", load_model(PolicyConfig(str(name))).state_dict()):
-        export(str(source), tmp_path / out)
+        export_module.main([str(source), str(tmp_path / out)])
         assert "quantization_config" not in json.loads((tmp_path / out / "config.json").read_text())
         exported = load_model(PolicyConfig(str(tmp_path / out))).state_dict()
         assert all(torch.equal(weight, weights[name]) for name, weight in exported.items())
@@ -260,6 +259,7 @@ def test_samples_are_counted_and_repeatable(run, capsys):
     ("words", "said"),
     [
         (["generate"], "the following arguments are required: --ckpt_path; see stateset-lightning generate --help"),
+        (["generate", "--ckpt_path", "tiny", "--prompt", " "], "--prompt item 1: the prompt is empty"),
         (["generate", "--ckpt_path", "none.ckpt"], "ckpt_path=none.ckpt: there is no such file"),
         (
             ["generate", "--ckpt_path", "tiny", "--samples", "0"],
@@ -271,7 +271,7 @@ def test_samples_are_counted_and_repeatable(run, capsys):
         ),
         (["generate", "--ckpt_path", "tiny", "--prompt", "a", "--device", "nope"], "--device nope: Expected one of"),
         (["export", "tiny", "out"], "out has files in it; choose another folder, or say --overwrite"),
-        (["export", "tiny", "config.yaml"], "config.yaml is a file; give a folder that is yet to be made"),
+        (["export", "tiny", "config.yaml"], "config.yaml: cannot be written (Not a directory)"),
         (["export", "none.ckpt", "new"], "ckpt_path=none.ckpt: there is no such file"),
     ],
 )
@@ -316,7 +316,7 @@ def test_a_failed_export_leaves_what_was_there(run, monkeypatch):
     monkeypatch.setattr(export_module, "model_card", fail)  # the last of the files
     for folder in ("out", "new"):
         with pytest.raises(ValueError, match="No space left on device"):
-            export(CHECKPOINT, folder, overwrite=True)
+            export_module.main([CHECKPOINT, folder, "--overwrite"])
     assert {path.name: path.read_bytes() for path in (run / "out").iterdir()} == before
     assert not list(run.glob("*new*"))
     assert not list(run.glob(".out*"))

@@ -39,14 +39,13 @@ def test_a_line_that_is_no_utf_8_is_refused_and_the_next_one_answered(errors, mo
     printed = capsys.readouterr()
     assert len([line for line in printed.out.splitlines() if not line.startswith("policy: ")]) == 1
     assert [line for line in printed.err.splitlines() if "error: " in line] == [
-        "error: the prompt 'caf\\udce9' is no UTF-8; convert it (iconv -t UTF-8)"
+        "error: --prompt: 1 row cannot be used; correct or remove:"
     ]
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["tiny", "--prompt", " "], "--prompt is empty; give a text"),
         (["tiny", "--prompt", "a", "--temperature", "0"], "error: --temperature=0.0 must be above 0"),
         (
             ["tiny", "--prompt", "1 " * 3000],

@@ -125,40 +125,6 @@ def test_a_traceback_is_cut_to_the_users_last_place():
     assert without_traceback("no trace") == "no trace"
 
 
-@pytest.mark.parametrize(
-    ("flag", "value", "said"),
-    [
-        ("--model.reward", "moved_names.Gone", "model.reward: class_path moved_names.Gone: Gone is gone: use Here"),
-        (
-            "--model.reward",
-            "moved_names.Her",
-            "model.reward: class_path moved_names.Her: moved_names has no Her; did you",
-        ),
-        (
-            "--trainer.callbacks",
-            '[{"class_path": "stateset_lightning.callbacks.LiveView", "init_args": {"sample_seconds": 10}}]',
-            "stateset_lightning.callbacks.LiveView is gone: Lightning's progress bars show a run live, `stateset-",
-        ),
-        (
-            "--trainer.callbacks",
-            "stateset_lightning.callbacks.live_view.LiveView",
-            "stateset_lightning.callbacks.live_view is gone: Lightning's progress bars",
-        ),
-    ],
-)
-def test_a_name_that_has_moved_or_left_is_told_in_the_words_of_its_module(
-    config, monkeypatch, tmp_path, capsys, flag, value, said
-):
-    monkeypatch.syspath_prepend(tmp_path)
-    Path("moved_names.py").write_text(
-        "Here = 1\ndef __getattr__(name):\n    raise AttributeError('Gone is gone: use Here' if name == 'Gone' else"
-        " f'module {__name__!r} has no attribute {name!r}')\n"
-    )
-    with pytest.raises(SystemExit, match="2"):
-        main(["fit", "--config", config, flag, value])
-    assert said in capsys.readouterr().err
-
-
 USER = """
 from stateset_lightning.rewards import RewardFunction
 class Base(RewardFunction):
@@ -176,9 +142,6 @@ class Wrapped(Base):
             {}["k"]
         except KeyError as error:
             raise RuntimeError("no judge") from error
-class Ends(Base):
-    def __init__(self):
-        raise SystemExit("no licence")
 class Needs(Base):
     def __init__(self, url: str):
         pass
@@ -197,7 +160,6 @@ SCHEDULE = '{"class_path": "stateset_lightning.training.schedule.Schedule", "ini
         (f"--model.lr_scheduler={SCHEDULE}", "model.lr_scheduler.decay=cos: must be one of constant, linear, cosine"),
         ("--model.lr_scheduler StepLR", "missing: model.lr_scheduler.step_size; set it"),
         ("--model.lr_scheduler StepL", "torch.optim.lr_scheduler has no StepL; did you mean StepLR?"),
-        ("--model.reward user_rewards.Ends", "Ends ended the process when it was made: SystemExit('no licence')"),
         ("--model.reward.weight high", "model.reward.weight=high: must be a number"),
         ("--model.optimizer.lr abc", "model.optimizer.lr=abc: must be a number"),
         ("--model.lr 1", "there is no key model.lr; did you mean model.optimizer.init_args.lr?"),

@@ -40,8 +40,7 @@ from transformers import (
 )
 
 from stateset_lightning.algorithm import GRPO
-from stateset_lightning.cli import generate
-from stateset_lightning.cli.export import export
+from stateset_lightning.cli import export, generate
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import Group, LoRAConfig, Policy, PolicyConfig, load_model, text_model
 from stateset_lightning.policy.lora import add_adapter
@@ -226,7 +225,7 @@ def test_a_trained_composite_checkpoint_is_exported_whole_under_the_names_of_its
     old = load_file(source / "model.safetensors")
     trainer = fit(tmp_path, make_module(str(source), reward=length), make_data(batch_size=2), max_steps=1)
     trainer.save_checkpoint(tmp_path / "run.ckpt")
-    export(str(tmp_path / "run.ckpt"), tmp_path / "out")
+    export.main([str(tmp_path / "run.ckpt"), str(tmp_path / "out")])
     new = load_file(tmp_path / "out" / "model.safetensors")
     assert new.keys() == old.keys()
     changed = {name for name in old if not torch.equal(old[name], new[name])}

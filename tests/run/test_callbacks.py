@@ -18,7 +18,6 @@ from module_runs import fit, make_data, make_module, weights
 from stateset_lightning import EpisodeCallback, GRPOLightningModule, RolloutConfig, ScenarioDataModule
 from stateset_lightning.algorithm import GRPO
 from stateset_lightning.callbacks import ConsoleProgress, ReferenceSync, RunSummary, SampleWriter
-from stateset_lightning.cli.main import main
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.policy import LoRAConfig, PolicyConfig
 from stateset_lightning.run import callbacks
@@ -300,26 +299,6 @@ def test_a_held_out_reward_stands_beside_the_trained_one_at_the_end():
         "validation reward/exact_match: 0.100 after step 0 -> 0.000 after step 9 (-0.100)",
         "validation pass@4: 0.500 after step 9",
     ]
-
-
-LIVE_VIEW = "Lightning's progress bars show a run live, `stateset-lightning report` shows it as a page"
-
-
-def test_the_live_view_is_gone_and_says_what_replaces_it():
-    with pytest.raises(ImportError, match=rf"stateset_lightning\.callbacks\.LiveView is gone: {LIVE_VIEW}"):
-        from stateset_lightning.callbacks import LiveView  # noqa: F401
-    with pytest.raises(ImportError, match="cannot import name 'LifeView'"):
-        from stateset_lightning.callbacks import LifeView  # noqa: F401
-
-
-@pytest.mark.parametrize("path", ["callbacks.LiveView", "callbacks.live_view.LiveView"])
-def test_a_config_with_the_live_view_says_so_too(folder, capsys, path):
-    with pytest.raises(SystemExit) as stopped:
-        main(["fit", "--config", "config.yaml", f"--trainer.callbacks+=stateset_lightning.{path}"])
-    assert stopped.value.code == 2
-    said = capsys.readouterr().err
-    assert f"is gone: {LIVE_VIEW}" in said
-    assert said.count("\n") == 1
 
 
 # Progress -------------------------------------------------------------------------------------------------------------

@@ -51,19 +51,19 @@ def make(values, totals, failures=(), advantages=None):
 
 def test_completions_belong_to_their_prompts():
     records = make([[1.0], [0.0], [1.0], [0.5]], [1.0, 0.0, 1.0, 0.5], advantages=[0.7, -0.7, 0.1, -0.1])
-    assert [(r.id, r.prompt, r.completion) for r in records] == [
+    assert [(r["id"], r["prompt"], r["completion"]) for r in records] == [
         ("a", "one?", "A"),
         ("a", "one?", "B"),
         ("b", "two?", "C"),
         ("b", "two?", "D"),
     ]
-    assert [r.num_tokens for r in records] == [1, 2, 1, 1]
-    assert [r.advantage for r in records] == [0.7, -0.7, 0.1, -0.1]
-    row = records[1].to_dict()
+    assert [r["num_tokens"] for r in records] == [1, 2, 1, 1]
+    assert [r["advantage"] for r in records] == [0.7, -0.7, 0.1, -0.1]
+    row = records[1]
     assert row["finish_reason"] == "length"
     assert row["rewards"] == {"r0": 0.0}
     assert row["topic"] == "t"
-    assert "topic" not in records[2].to_dict()
+    assert "topic" not in records[2]
 
 
 def test_a_failure_is_null_and_says_why():
@@ -71,13 +71,13 @@ def test_a_failure_is_null_and_says_why():
     records = make(
         [[1.0, 1.0], [1.0, math.nan], [1.0, NOT_APPLICABLE], [0.0, 0.0]], [2.0, math.nan, 1.0, 0.0], [failure]
     )
-    failed = json.loads(json.dumps(records[1].to_dict(), allow_nan=False))
+    failed = json.loads(json.dumps(records[1], allow_nan=False))
     assert failed["reward"] is None
     assert failed["rewards"] == {"r0": 1.0, "r1": None}
     assert failed["errors"] == ["r1: KeyError: 'x'"]
-    assert records[2].rewards["r1"] is None  # does not apply
-    assert records[2].reward == 1.0
-    assert records[2].errors is None
+    assert records[2]["rewards"]["r1"] is None  # does not apply
+    assert records[2]["reward"] == 1.0
+    assert "errors" not in records[2]
     assert "advantage" not in failed
 
 
@@ -143,9 +143,7 @@ def test_what_a_skipped_step_would_have_trained_is_written_down(tmp_path):
     ):
         fit(tmp_path, module, data, accumulate_grad_batches=2, max_steps=2)
     rows = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
-    trained = [
-        record.to_dict() for record, active in zip(module.last_records, module.episode.active_N, strict=True) if active
-    ]
+    trained = [record for record, active in zip(module.last_records, module.episode.active_N, strict=True) if active]
     assert trained
     told = [{name: row[name] for name in ("id", "prompt", "completion", "reward", "rewards")} for row in rows]
     for expected in trained:

@@ -2,8 +2,8 @@
 
 import json
 import math
-import re
 from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from stateset_lightning.algorithm import GRPO
 from stateset_lightning.callbacks import PredictionWriter, SampleWriter
 from stateset_lightning.policy import Policy, PolicyConfig
 from stateset_lightning.run import samples
-from stateset_lightning.run.samples import sample_table, sample_text, thinned_out, token_rows, token_texts
+from stateset_lightning.run.samples import log_samples, sample_table, thinned_out, token_rows, token_texts
 from stateset_lightning.training.episode import Episode
 
 ROWS = [{"id": str(i), "prompt": f"What is {i} + 1?", "target": str(i + 1)} for i in range(6)]
@@ -326,12 +326,15 @@ def test_a_table_has_a_column_per_reward_and_none_for_a_failure():
 
 
 def test_text_is_code_so_that_a_completion_cannot_show_an_image():
-    text = sample_text([ROW, FAILED])
-    assert text.count("**prompt**") == 1  # of the group
-    assert "    Say\n    it" in text
-    assert "reward 0.5, right 1, brief -0.5, advantage -0.25, 7 tokens, length" in text
-    assert "advantage -0.25, 7 tokens, stop" in text
-    assert all(line.startswith("    ") for line in text.splitlines() if re.search(r"[<!]", line))
+    logger = create_autospec(TensorBoardLogger, instance=True)
+    log_samples(SimpleNamespace(loggers=[logger]), "train", [ROW, FAILED])
+    (name, text, step), _ = logger.experiment.add_text.call_args
+    assert (name, step) == ("samples/train", 3)
+    first, second = text.split("\n\n---\n\n")
+    assert "    prompt: Say\n    it\n" in first
+    assert "    reward: 0.5\n    advantage: -0.25\n" in first
+    assert "    reward: None\n" in second
+    assert all(line.startswith("    ") for part in (first, second) for line in part.splitlines())
 
 
 @pytest.mark.slow  # starts the process of W&B
@@ -381,7 +384,7 @@ def test_tensorboard_holds_the_text_and_a_resumed_run_doubles_nothing(tmp_path, 
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(6))
     steps, scalars, text = run(max_steps=3)
     assert steps == scalars == [1, 2, 3]
-    assert b"**prompt**" in text
+    assert b"    prompt: " in text
     assert run(max_steps=4, ckpt_path=tmp_path / "c" / "step=1.ckpt")[:2] == ([1, 2, 3, 4], [1, 2, 3, 4])
 
 

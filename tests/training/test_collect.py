@@ -52,20 +52,20 @@ def test_groups_that_teach_nothing_are_replaced_and_counted(tmp_path: Path, opti
     data = make_data(train=HALF_FLAT, batch_size=8, validation=None)
     module = make_module(reward=FlatByTopic(), rollout=rollout(dynamic_sampling=6))
     fit(tmp_path, module, data, max_steps=1, **options)
-    topics = [record.topic for record in module.last_records]
+    topics = [record["topic"] for record in module.last_records]
     metrics = module.metrics.last
     assert metrics["groups/resampled"] > 0.2
     assert metrics["work/extra_prompts"] >= 8 * metrics["groups/resampled"]
     assert topics.count("varied") > 24  # of 32; without, about 16
     plain = make_module(reward=FlatByTopic(), rollout=rollout())
     fit(tmp_path, plain, make_data(train=HALF_FLAT, batch_size=8, validation=None), max_steps=1, **options)
-    kept = [record.id for record in plain.last_records if record.topic == "varied"]
-    assert set(kept) & {record.id for record in module.last_records}  # the others stay where they are
+    kept = [record["id"] for record in plain.last_records if record["topic"] == "varied"]
+    assert set(kept) & {record["id"] for record in module.last_records}  # the others stay where they are
     assert "groups/resampled" not in plain.metrics.last
     if options:
         served = {scenario.id for batch in data.train_dataloader() for scenario in batch.scenarios}
         assert len(served) == 16
-        assert {record.id for record in module.last_records} <= served
+        assert {record["id"] for record in module.last_records} <= served
 
 
 def test_a_solved_task_goes_on_to_its_end(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_failures_of_replaced_groups_count(tmp_path: Path) -> None:
 
     module = run(0.9)
     assert module.metrics.last["reward_failures/fails_on_flat/OSError"] > sum(
-        record.reward is None for record in module.last_records
+        record["reward"] is None for record in module.last_records
     )
     with pytest.raises(RewardError, match="away"):
         run(0.1)
@@ -199,7 +199,7 @@ def test_remax_compares_with_the_greedy_answer_and_its_failure_fails_the_group(t
     assert module.policy is not None
     baseline = module._sampler.sample(module.policy, batch, 1, greedy=True)
     greedy, scores = baseline.rollout, baseline.scores
-    rewards_PG = torch.tensor([record.reward for record in module.last_records], dtype=torch.float64).reshape(4, 4)
+    rewards_PG = torch.tensor([record["reward"] for record in module.last_records], dtype=torch.float64).reshape(4, 4)
     expected = (rewards_PG - scores.totals_N[:, None]).flatten()
     torch.testing.assert_close(module.episode.advantages_N.double(), expected, atol=1e-6, rtol=0)  # type: ignore[union-attr]
     assert module.metrics.last["train/baseline_reward"] == pytest.approx(float(scores.totals_N.mean()))
@@ -298,7 +298,7 @@ def test_a_curriculum_hears_of_every_group_and_draws_those_that_are_mixed(tmp_pa
     fit(tmp_path, module, data, max_steps=12)
     rates = data.state_dict()["solve_rates"]["rates"]
     assert (rates[1::2][rates[1::2].isfinite()] == 1).all()
-    topics = [record.topic for record in module.last_records]
+    topics = [record["topic"] for record in module.last_records]
     assert topics.count("varied") >= 24  # of 32
 
 
@@ -311,14 +311,14 @@ def test_masked_truncations_and_the_overlong_penalty_go_with_dynamic_sampling(tm
     fit(tmp_path, module, make_data(train=HALF_FLAT, validation=None), max_steps=1)
     episode = module.episode
     assert episode is not None
-    truncated_N = torch.tensor([record.finish_reason == "length" for record in module.last_records])
+    truncated_N = torch.tensor([record["finish_reason"] == "length" for record in module.last_records])
     assert truncated_N.any()
     assert (~truncated_N).any()
     assert not episode.active_N[truncated_N].any()
     assert (episode.weights_N[truncated_N] == 0).all()
     assert episode.active_N.any()
     for record in module.last_records:
-        assert record.rewards["overlong_penalty"] == pytest.approx(min(0.0, 1 - record.num_tokens) / 2)
+        assert record["rewards"]["overlong_penalty"] == pytest.approx(min(0.0, 1 - record["num_tokens"]) / 2)
     assert math.isfinite(module.metrics.last["reward/overlong_penalty"])
 
 
@@ -346,7 +346,7 @@ def test_the_kl_in_the_reward_of_an_untrained_policy_is_zero_under_mixed_precisi
     )
     module = trainer.lightning_module
     assert module.metrics.last["policy/kl_reward"] == 0
-    assert all(record.advantage == 0 for record in module.last_records)
+    assert all(record["advantage"] == 0 for record in module.last_records)
 
 
 def test_failures_of_all_ranks_count_and_each_rank_tells_of_them() -> None:

@@ -34,7 +34,7 @@ def test_user_responses_are_one_conversation_where_the_run_has_some(
 ) -> None:
     caplog.set_level(logging.INFO)
     trainer = run(tmp_path, environment)
-    by_id = {record.id: record.conversation for record in trainer.lightning_module.last_records}
+    by_id = {record["id"]: record for record in trainer.lightning_module.last_records}
     assert by_id.keys() == {"a", "b"}
     texts = [turn["content"] for turn in by_id["a"]["turns"] if turn["role"] == "user"]
     assert texts == GUIDE[0]["user_responses"][: len(texts)]
@@ -80,7 +80,7 @@ def test_one_data_module_serves_runs_of_both_kinds(tmp_path: Path) -> None:
 def test_replies_beside_a_prompt_are_said_too(tmp_path: Path) -> None:
     rows = [{"prompt": "What is 3 + 14?", "replies": ["What is 5 + 9?"]}] * 2
     module = run(tmp_path, {"max_turns": 2}, data_of(rows)).lightning_module
-    assert {record.conversation["num_turns"] for record in module.last_records} <= {1, 2}
+    assert {record["num_turns"] for record in module.last_records} <= {1, 2}
     assert module.metrics.last["conversation/turns"] > 1
 
 

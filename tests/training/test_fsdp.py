@@ -425,7 +425,7 @@ class Recorder(Callback):
             size = len(module.last_records) // len(batch)
             for p, position in enumerate(batch.positions):
                 rows = module.last_records[p * size : (p + 1) * size]
-                samples[batch.episode_index, position] = [(row.completion, row.reward) for row in rows]
+                samples[batch.episode_index, position] = [(row["completion"], row["reward"]) for row in rows]
 
 def run(devices, urls, folder, adapter):
     engine = VLLMEngine(urls, folder=folder)

@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -60,21 +60,15 @@ REMEDIES = {
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Seconds, and peak memory in MB. `stopped`: the limit was reached, so both are lower bounds."""
-
-    seconds: float
-    peak_mb: float
-    stopped: bool
-
-
 class TooSlow(Exception):
     """A phase takes longer than its limit."""
 
 
 class Meter:
-    """Runs phases, prints what each costs, and keeps it in `costs` by (case, phase).
+    """Runs phases, and prints what each costs.
+
+    `costs` keeps, by (case, phase), seconds, peak memory in MB, and whether the phase was stopped at its limit, so that
+    both are lower bounds.
 
     Args:
         device: The one whose memory counts.
@@ -84,7 +78,7 @@ class Meter:
     def __init__(self, device: torch.device, problems: list[str]) -> None:
         self.device = device
         self.problems = problems
-        self.costs: dict[tuple[str, str], Cost] = {}
+        self.costs: dict[tuple[str, str], tuple[float, float, bool]] = {}
 
     def run(self, case: str, phase: str, work: Callable[[], Result], limit: float | None = None) -> Result | None:
         """The result of `work`; None if it was stopped or ran out of memory.
@@ -122,7 +116,7 @@ class Meter:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
         seconds, peak = time.perf_counter() - start, peak_memory_mb(self.device)
-        self.costs[case, phase] = Cost(seconds, peak, stopped)
+        self.costs[case, phase] = seconds, peak, stopped
         print(f"  {case:11} {phase:9} {'> ' * stopped}{seconds:,.2f} s, {peak:,.1f} MB", flush=True)
         return result
 
@@ -243,8 +237,8 @@ class EpisodeMeasurement:
         """Of an episode as sampled, one phase after the other; and whether it is only known to take longer."""
         times = {"training": self.data.num_iterations * self.data.steps_per_episode, "update": self.optimizer_steps}
         costs = {phase: cost for (case, phase), cost in self.meter.costs.items() if case == SAMPLED and phase != "load"}
-        seconds = sum(times.get(phase, 1) * cost.seconds for phase, cost in costs.items())
-        return seconds, any(cost.stopped for cost in costs.values())
+        seconds = sum(times.get(phase, 1) * seconds for phase, (seconds, _, _) in costs.items())
+        return seconds, any(stopped for _, _, stopped in costs.values())
 
     def spread_rows(self) -> list[int]:
         """The rows of the training data that `sample` takes; some of them twice where there are too few."""

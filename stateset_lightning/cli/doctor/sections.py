@@ -140,10 +140,8 @@ class Doctor(StatesetCLI):
     def _score(self, rows: list[int], texts: Sequence[str], lengths: Sequence[int]) -> None:
         """Shows the first completion's scores; each reward that fails is a problem."""
         if (environment := self.module.environment) is not None:
-            what = f"model.environment: what is sampled is one turn of {environment.max_turns} at most"
-            self.notes.append(
-                f"{what}, and in the worst case the last one; nothing is scored, as that takes environments"
-            )
+            turn = f"one turn of {environment.max_turns} at most is sampled, in the worst case the last one"
+            self.notes.append(f"model.environment: {turn}; nothing is scored, as that takes environments")
             return
         batch = self.episode.batch(rows)
         if (scores := self.episode.score(batch, texts, lengths)) is None:
@@ -153,10 +151,9 @@ class Doctor(StatesetCLI):
         failed = Counter(failure.reward for failure in scores.failures)
         for failure in {failure.reward: failure for failure in reversed(scores.failures)}.values():
             place = without_traceback(f"{failure.error}: {failure.message}\n{failure.traceback}").strip()
-            where = (
-                f"{failure.reward} fails on scenario {batch.scenarios[failure.completion * len(rows) // len(texts)].id}"
-            )
-            self.problems.append(f"reward {where} ({failed[failure.reward]} of {len(texts)} completions): {place}")
+            scenario = batch.scenarios[failure.completion * len(rows) // len(texts)].id
+            count = f"{failed[failure.reward]} of {len(texts)} completions"
+            self.problems.append(f"reward {failure.reward} fails on scenario {scenario} ({count}): {place}")
 
     def _show_length_of_run(self, is_measured: bool) -> None:
         steps, per_epoch = self.episode.optimizer_steps, self.data.episodes_per_epoch

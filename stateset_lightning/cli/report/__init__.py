@@ -56,9 +56,8 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
 
 def render(data: Mapping[str, Any]) -> str:
     """The page, with the data of `read_run` in it."""
-    page, style, script = (
-        files(__package__).joinpath(f"page.{ending}").read_text(encoding="utf-8") for ending in ("html", "css", "js")
-    )
+    folder = files(__package__)
+    page, style, script = (folder.joinpath(f"page.{end}").read_text("utf-8") for end in ("html", "css", "js"))
     template = Environment(autoescape=True, keep_trailing_newline=True).from_string(page)
     return template.render(title=data["run"], style=style, script=script, data=script_safe(data), digest=_digest)
 

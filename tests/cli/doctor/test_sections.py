@@ -96,7 +96,7 @@ def test_conversations_are_measured_turn_by_turn_and_not_scored(examine):
     reward = [{"class_path": "stateset_lightning.rewards.EnvironmentReward"}]
     code, out = examine(model={"environment": {**environment, "max_turns": 3, "max_tokens": 30}, "reward": reward})
     assert code == 0
-    assert "what is sampled is one turn of 3 at most, and in the worst case the last one; nothing is scored" in out
+    assert "one turn of 3 at most is sampled, in the worst case the last one; nothing is scored" in out
     assert "conversations of 30 tokens, sampled" in out
 
 
