@@ -59,8 +59,7 @@ class GRPOLightningModule(RunsInTrainer):
     """Improves a language model on prompts whose answers can be scored, by group-relative policy optimisation.
 
     Args:
-        policy: The model: a name or folder, or a `PolicyConfig`. With `load_from_checkpoint`, the checkpoint's, but for
-            `LoadingOptions`.
+        policy: The model: a name, folder or `PolicyConfig`. `load_from_checkpoint` takes only `LoadingOptions` of it.
         reward: What scores a completion: a list of reward functions, one, or a plain function `f(turns, context)`.
         rollout: How completions are sampled.
         environment: What answers completions, in conversations of several turns; None: a single turn.

@@ -61,6 +61,7 @@ class GraphBatch:
 
     gain = "a CUDA graph"
     compact_below = 0.5
+    can_keep = True
 
     def __init__(self, model: PreTrainedModel, max_new_tokens: int, decoder: LlamaDecoder | None = None) -> None:
         self.model, self.max_new_tokens, self.look_every = model, max_new_tokens, LOOK_EVERY
@@ -120,10 +121,6 @@ class GraphBatch:
             self._graph, times = _recorded(advance, self.model.device), times - 1
         for _ in range(times):
             advance() if self._graph is None else self._graph.replay()
-
-    @property
-    def can_keep(self) -> bool:
-        return True
 
     def kept(self, row: int, length: int) -> Kept:
         """See `RunningBatch.kept`."""
