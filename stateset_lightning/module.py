@@ -45,8 +45,7 @@ from stateset_lightning.training.micro_steps import choose as choose_micro_steps
 from stateset_lightning.training.resample import Sample
 from stateset_lightning.training.sampling_ahead import next_batch, sampling_ahead
 from stateset_lightning.training.schedule import Schedule, given_options, make_optimizer, with_scheduler
-from stateset_lightning.training.state import TrainingState
-from stateset_lightning.training.step import TrainingStep
+from stateset_lightning.training.step import TrainingState, TrainingStep
 from stateset_lightning.training.teacher import checked_teacher, make_teacher
 from stateset_lightning.types import PromptBatch
 

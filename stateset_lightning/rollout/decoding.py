@@ -138,7 +138,8 @@ class Decoding:
             self.lengths[n] = end + 1
             if tokens[end] in self.stop.ends:
                 self.finish_reasons[n] = FinishReason.STOP
-            if self.kept is not None and batch is not None and batch.can_keep:
+            goes_on = self.finish_reasons[n] == FinishReason.STOP
+            if goes_on and self.kept is not None and batch is not None and batch.can_keep:
                 known = (*self.prompts[n // self.num_generations], *tokens[:end])  # nobody has computed the last one
                 kept = batch.kept(row, len(known))
                 self.kept.rows[known] = kept if is_over else kept.copied()

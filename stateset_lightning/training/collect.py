@@ -208,7 +208,8 @@ class Sampler:
             heartbeat.doing(f"scoring {_place(batch)}")
             scores, numbers = session.collect(), sorted(told)
             of_turns = [turns[n] for n in numbers]
-            metrics = metrics | score_by_turns(scores.totals_N, of_turns)
+            if self.player is not None:
+                metrics = metrics | score_by_turns(scores.totals_N, of_turns)
             return Sample(batch, rollout, scores, metrics, [told[n] for n in numbers], of_turns)
 
     def _limits(self, policy: Policy) -> Limits:

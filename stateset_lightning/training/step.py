@@ -17,7 +17,9 @@ TrainingStep.finish           8. weights are checked, metrics added up, coeffici
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,13 +30,50 @@ from stateset_lightning.ranks import Ranks
 from stateset_lightning.rollout import VLLMTeacher
 from stateset_lightning.seeding import derive_seed
 from stateset_lightning.training import checks, metrics
-from stateset_lightning.training.collect import Sampler, collect_together
-from stateset_lightning.training.episode import Plan, make_episode
+from stateset_lightning.training.collect import Collection, Sampler, collect_together
+from stateset_lightning.training.episode import Episode, Plan, make_episode
 from stateset_lightning.training.loss import add_fixed_logprobs, micro_batch_loss, nan_if_not_finite, trained_scores
-from stateset_lightning.training.state import TrainingState
+from stateset_lightning.training.metrics import RunMetrics
+from stateset_lightning.training.resample import Sample
 from stateset_lightning.training.teacher import with_comparison
 from stateset_lightning.training.turns import turn_scores
 from stateset_lightning.types import PromptBatch
+
+
+class TrainingState:
+    """What training remembers from one micro-step to the next, of this rank; a checkpoint holds what a run needs of it.
+
+    `started` is None between two optimizer steps: a checkpoint made at any other time loses a gradient.
+    """
+
+    def __init__(self) -> None:
+        self.metrics = RunMetrics()
+        self.episode: Episode | None = None
+        self.episode_of_ranks: list[dict[str, Any]] | None = None  # of every rank, while a checkpoint would need it
+        self.collection: Collection | None = None  # what the episode was made of; None in a run resumed inside it
+        self.step_of_pass = 0  # the optimizer step under way, of those of a pass over the episode
+        self.samples_are_fresh = False  # whether the weights are still those that sampled
+        self.episode_ends = False  # with this micro-step
+        self.bad_steps = 0  # in a row: skipped, since their gradient was not finite
+        self.started: float | None = None  # the optimizer step under way, by `time.perf_counter`
+        self.collect_seconds = 0.0  # of it
+        self.keep()
+
+    def keep(self) -> None:
+        """Remembers the end of an optimizer step, for `turn_back`."""
+        self._kept = deepcopy(self.metrics.state_dict()), self.episode_of_ranks
+
+    def turn_back(self) -> None:
+        """As a checkpoint at the last optimizer step's end would have found it: the one under way is given up."""
+        self.started, (metrics, self.episode_of_ranks) = None, self._kept
+        self.metrics.load_state_dict(metrics)
+
+    @property
+    def sample_and_advantages(self) -> tuple[Sample, list[float] | None] | None:
+        """What the episode was made of, and its advantages; None in a run that was resumed inside the episode."""
+        if self.collection is None or self.episode is None:
+            return None
+        return self.collection.sample, self.episode.advantages_N.tolist()
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ from stateset_lightning.cli.messages import without_traceback
         ("data.max_prompt_tokens", "0", "greater than or equal to 1"),
         ("data.validation_fraction", "1", "less than 1"),
         ("samples.every_n_episodes", "0", "greater than or equal to 1"),
+        ("model.evaluation.solved_at", ".inf", "less than inf"),
         ("samples.num_prompts", "0", "greater than or equal to 1"),
         ("samples.max_tokens", "-1", "greater than or equal to 0"),
         ("samples.max_megabytes", "0", "greater than or equal to 1"),

@@ -9,8 +9,7 @@ import pytest
 
 from stateset_lightning.algorithm import GRPO
 from stateset_lightning.ranks import Ranks
-from stateset_lightning.training.state import TrainingState
-from stateset_lightning.training.step import TrainingStep
+from stateset_lightning.training.step import TrainingState, TrainingStep
 from stateset_lightning.types import PromptBatch
 
 
