@@ -114,7 +114,7 @@ def test_the_gpu_rehearsal_ends_as_its_parts_do(tmp_path: Path, status: int) -> 
     assert (tmp_path / "log.txt").read_text() == run.stdout
 
 
-@pytest.mark.slow  # three runs of the command line
+@pytest.mark.long  # three runs of the command line, and they wait
 def test_waiting_conversations_take_their_wait_and_no_more_memory_than_doctor_says() -> None:
     program = [sys.executable, str(BENCHMARKS / "waiting_conversations.py"), "--quick"]
     run = subprocess.run(program, capture_output=True, text=True, timeout=240)
