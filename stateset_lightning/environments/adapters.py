@@ -26,7 +26,7 @@ from typing import Any
 from stateset_lightning.environments import base
 from stateset_lightning.environments.base import EnvironmentFailure, Opening, Reply, as_reply, as_turns, turns_of
 from stateset_lightning.environments.tool_calls import Call, Malformed, find_calls
-from stateset_lightning.environments.tools import Functions, Tools, UserCode, run_tools, schema_of
+from stateset_lightning.environments.tools import Functions, Tools, UserCode, outcome_of, run_tools, schema_of
 from stateset_lightning.errors import ConfigError, DataError, one_line
 from stateset_lightning.types import Turn, of_numpy
 
@@ -237,8 +237,8 @@ class _Choice(Driver):
         self.environment, self._schemas = self._chosen.environment, self._chosen.schemas()
         return opening
 
-    def step(self, text: str) -> Reply:
-        return self._chosen.step(text)
+    def answer(self, text: str, calls: list[Call | Malformed]) -> Reply:
+        return self._chosen.answer(text, calls)
 
     def get_reward(self) -> float | None:
         return self._chosen.get_reward()
@@ -296,7 +296,8 @@ def _ask(code: UserCode, read: Callable[[Any], Any], function: Callable[..., Any
     Raises:
         EnvironmentFailure: If either raises; the user's exception is its cause.
     """
-    result, error = code.run(partial(function, *args, **kwargs))
+    call, owner = partial(function, *args, **kwargs), getattr(function, "__self__", getattr(function, "func", function))
+    result, error = outcome_of(call) if getattr(owner, "is_quick", False) else code.run(call)
     if error is None:
         try:
             return read(result)

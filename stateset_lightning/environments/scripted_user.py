@@ -25,6 +25,8 @@ class ScriptedUser:
         ConfigError: If `responses` is no list of texts, or empty.
     """
 
+    is_quick = True  # needs no thread
+
     def __init__(self, responses: list[str] | None = None, column: str = "replies") -> None:
         self._responses, self._column = responses, column
         if responses is not None:

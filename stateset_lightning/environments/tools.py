@@ -69,6 +69,14 @@ class UserCode:
         self._threads = DaemonThreads(1, "environment")
 
 
+def outcome_of(call: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+    """As `UserCode.run`, in the caller's thread: of an environment of ours, which does not wait."""
+    try:
+        return call(), None
+    except Exception as error:
+        return None, error
+
+
 def _outcome(future: Future[Any], timeout: float | None) -> tuple[Any, BaseException | None]:
     try:
         error = future.exception(timeout)
@@ -92,6 +100,8 @@ class Tools:
     Raises:
         ConfigError: If there is no function, two have the same name, or one cannot be imported or described.
     """
+
+    is_quick = True  # needs no thread
 
     def __init__(self, functions: list[Callable[..., Any] | str], timeout: PositiveFloat | None = None) -> None:
         found = [imported(item, "environment.functions", "give module.function") for item in functions]
