@@ -59,6 +59,9 @@ class Driver:
         settings: Of the run.
         code: What runs its methods.
 
+    Attributes:
+        schemas: JSON schemas of the tools, for the chat template.
+
     Raises:
         ConfigError: If a tool cannot be described to the model.
     """
@@ -72,7 +75,7 @@ class Driver:
         self._functions: Functions = base.tool_methods(environment) if self._has_tools else {}
         if isinstance(environment, Tools):
             self._functions, self._timeout = environment.functions, environment.timeout or settings.tool_timeout
-        self._schemas = [schema_of(function) for function in self._functions.values()]
+        self.schemas = [schema_of(function) for function in self._functions.values()]
         self._sum: float | None = None
 
     def reset(self, columns: Mapping[str, Any], seed: int) -> Opening:
@@ -87,7 +90,7 @@ class Driver:
 
     def step(self, text: str) -> Reply:
         """Answers a completion."""
-        return self.answer(text, find_calls(text, self._settings.tokenizer, self._schemas) if self._schemas else [])
+        return self.answer(text, find_calls(text, self._settings.tokenizer, self.schemas) if self.schemas else [])
 
     def answer(self, text: str, calls: list[Call | Malformed]) -> Reply:
         """Answers a completion that calls these tools."""
@@ -103,10 +106,6 @@ class Driver:
         if not _has(self.environment, "get_reward"):
             return self._sum
         return _ask(self._code, base.as_reward, self.environment.get_reward)
-
-    def schemas(self) -> list[dict[str, Any]]:
-        """JSON schemas of the tools, for the chat template."""
-        return self._schemas
 
     def close(self) -> None:
         """Closes the environment, if it does so within a second, and ends the driver's thread."""
@@ -234,7 +233,7 @@ class _Choice(Driver):
             raise DataError(f"a scenario has environment={name!r}, which is none of: {', '.join(self._drivers)}")
         self._chosen = self._drivers[name]
         opening = self._chosen.reset({key: value for key, value in columns.items() if key != "environment"}, seed)
-        self.environment, self._schemas = self._chosen.environment, self._chosen.schemas()
+        self.environment, self.schemas = self._chosen.environment, self._chosen.schemas
         return opening
 
     def answer(self, text: str, calls: list[Call | Malformed]) -> Reply:

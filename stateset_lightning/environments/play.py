@@ -5,6 +5,7 @@ Letters: P prompts, N = P * G conversations, T tokens of all of them behind thei
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -60,11 +61,11 @@ class Limits:
 
     Args:
         ends: Tokens that end a turn of the model.
-        context_length: Tokens of a conversation with its prompt at most; None: no limit.
+        context_length: Tokens of a conversation with its prompt at most.
     """
 
     ends: frozenset[int]
-    context_length: int | None = None
+    context_length: float = math.inf
 
 
 @dataclass
@@ -101,9 +102,7 @@ class Play:
             if driver is None:
                 start[0].add_done_callback(_close_late)
             conversation.driver = driver
-            if driver is not None and driver.schemas():
-                self.counts.update(dict.fromkeys(CALL_COUNTS, 0))  # also where nothing is called
-            if driver is not None and (opening != Opening() or driver.schemas()):
+            if driver is not None and (opening != Opening() or driver.schemas):
                 self._render(conversation, driver, opening)
         for p in range(len(self.batch)):
             group = [c for c in self.all[p * self.size : (p + 1) * self.size] if not c.ended]
@@ -238,7 +237,8 @@ class Play:
 
     def _render(self, conversation: Conversation, driver: Driver, opening: Opening) -> None:
         """The prompt of a scenario with what its environment begins with, and with the tools; once for a group."""
-        scenario, schemas = conversation.scenario, driver.schemas()
+        scenario, schemas = conversation.scenario, driver.schemas
+        self.counts.update(dict.fromkeys(CALL_COUNTS if schemas else (), 0))  # also where nothing is called
         encoder = self.player.encoder.with_tools(schemas)
         try:
             turns = opening.after(scenario.turns(self.player.encoder.system_prompt))
@@ -252,7 +252,7 @@ class Play:
             return
         conversation.turns, conversation.prompt = self.rendered[key]
         needed = len(conversation.prompt) + self.sampling.max_new_tokens
-        if self.limits.context_length is not None and needed > self.limits.context_length:
+        if needed > self.limits.context_length:
             what = f"with what its environment begins with, it needs {needed} tokens"
             self._fail(conversation, EnvironmentFailure(f"{what}, and the context has {self.limits.context_length}"))
 
@@ -288,9 +288,8 @@ class Play:
             conversation.failure = error
             return "failure"
         most = self.config.most_tokens(self.sampling.max_new_tokens)
-        if self.limits.context_length is not None:
-            most = min(most, self.limits.context_length - len(self.prompts[n // self.size]))
-        if len(conversation.tokens) + len(tokens) + self.sampling.max_new_tokens > most:
+        room = min(most, self.limits.context_length - len(self.prompts[n // self.size]))
+        if len(conversation.tokens) + len(tokens) + self.sampling.max_new_tokens > room:
             conversation.reason = FinishReason.LENGTH
             return "tokens"
         conversation.add(tokens)

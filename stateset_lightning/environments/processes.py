@@ -72,7 +72,7 @@ class HostedDriver(Driver):
         self._submit = partial(processes.submit, n)
 
     def reset(self, columns: Mapping[str, Any], seed: int) -> Opening:
-        opening, self._schemas = self._submit("reset", dict(columns), seed).result()
+        opening, self.schemas = self._submit("reset", dict(columns), seed).result()
         return opening
 
     def answer(self, text: str, calls: list[Call | Malformed]) -> Reply:
@@ -94,7 +94,7 @@ def _call(make: Callable[[], Driver], n: int, method: str, *args: Any) -> Any:
         return None
     if method == "reset":
         _drivers[n] = make()
-        return _drivers[n].reset(*args), _drivers[n].schemas()
+        return _drivers[n].reset(*args), _drivers[n].schemas
     if n not in _drivers:
         raise EnvironmentFailure(_LOST)
     return getattr(_drivers[n], method)(*args)

@@ -100,9 +100,8 @@ class GraphBatch:
         self._graph = None
         for i, cache in enumerate(self.caches):
             self.caches[i] = cache[:, rows]
-        self.lengths_B, self.limits_B, self.logits_BV = (
-            values[rows] for values in (self.lengths_B, self.limits_B, self.logits_BV)
-        )
+        self.lengths_B, self.limits_B = self.lengths_B[rows], self.limits_B[rows]
+        self.logits_BV = self.logits_BV[rows]
 
     def step(self, tokens_B: Tensor) -> None:
         """Appends a token to each row; `logits_BV` are then those that predict the next one."""

@@ -4,7 +4,7 @@ Letters: B rows of the running batch, N completions, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -14,12 +14,36 @@ from transformers import PreTrainedModel
 from stateset_lightning.errors import NonFiniteError
 from stateset_lightning.rollout.cuda_decoding import GraphBatch
 from stateset_lightning.rollout.engine import RolloutConfig
-from stateset_lightning.rollout.kept import Kept, KeptRows
-from stateset_lightning.rollout.probe import decode_plainly
+from stateset_lightning.rollout.kept import Kept
+from stateset_lightning.rollout.probe import Way, decode_plainly
 from stateset_lightning.rollout.running_batch import RunningBatch
 from stateset_lightning.rollout.sampling import MaskRecorder, StopStrings, sample_tokens
 from stateset_lightning.seeding import uniforms
 from stateset_lightning.types import WITHOUT_FLOAT64, FinishReason, Rollout
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """Those of one `generate`.
+
+    Args:
+        way: How they were decoded, and what can go on from them.
+        rows: By their tokens, the prompt's included.
+    """
+
+    way: Way
+    rows: dict[tuple[int, ...], Kept] = field(default_factory=dict)
+
+    def behind(self, prompts: Sequence[Sequence[int]]) -> list[tuple[Kept, Sequence[int]]]:
+        """For each prompt the row that it goes on from, and its tokens behind that; empty if one goes on from none."""
+        lengths = sorted({len(tokens) for tokens in self.rows}, reverse=True)
+        found = []
+        for prompt in prompts:
+            starts = (tuple(prompt[:length]) for length in lengths if length < len(prompt))
+            if (start := next((start for start in starts if start in self.rows), None)) is None:
+                return []
+            found.append((self.rows[start], prompt[len(start) :]))
+        return found
 
 
 @dataclass(eq=False)

@@ -19,9 +19,9 @@ from stateset_lightning.policy import Group, Policy, end_of_sequence_ids
 from stateset_lightning.policy.precision import cast_parameters
 from stateset_lightning.policy.probes import check_sampler, sampler_limit
 from stateset_lightning.rollout.cpu_decoding import LlamaDecoder, has_llama_layers, is_supported, prepacked_linears
-from stateset_lightning.rollout.decoding import Decoding
+from stateset_lightning.rollout.decoding import Decoding, KeptRows
 from stateset_lightning.rollout.engine import OnFinished, RolloutConfig
-from stateset_lightning.rollout.kept import Kept, KeptRows
+from stateset_lightning.rollout.kept import Kept
 from stateset_lightning.rollout.probe import Way, exact_way
 from stateset_lightning.rollout.running_batch import batch_kinds
 from stateset_lightning.rollout.sampling import StopStrings, check_length
@@ -74,8 +74,7 @@ class InProcessEngine:
             model = self.policy.model
             kinds = batch_kinds(model, max(map(len, prompts)), sampling.decoding)
             way, behind = self._taken(prompts) if num_generations == 1 else (None, [])
-            way = way or self._exact_way(kinds, has_llama_layers(model) and is_supported(model))
-            kind, is_fast = way
+            kind, is_fast = way = way or self._exact_way(kinds, has_llama_layers(model) and is_supported(model))
             stop, noise = StopStrings(sampling.stop, self.tokenizer, self.ends), None if greedy else seeds_N
 
             def report(n: int, tokens: list[int]) -> None:
@@ -83,13 +82,7 @@ class InProcessEngine:
                 if on_finished is not None:
                     on_finished(n, texts[n], len(tokens))
 
-            kept = None
-            if self._kept is not None:
-                if len(texts) + sum(len(others.rows) for others in self._kept) <= sampling.max_batch_rows:
-                    self._kept.append(kept := KeptRows(way))
-                else:
-                    rows = f"model.rollout.max_batch_rows={sampling.max_batch_rows}"
-                    tell_once(f"{rows} is less than the conversations at a time, so each turn computes its own anew.")
+            kept = self._new_rows(way, len(texts), sampling.max_batch_rows)
             decoding = Decoding(model, prompts, num_generations, sampling, noise, stop, report, kept)
             decoder = LlamaDecoder(model) if kind is not None and is_fast else None
             num_rows = min(len(texts), sampling.max_batch_rows)
@@ -113,6 +106,17 @@ class InProcessEngine:
             yield
         finally:
             self._kept = None
+
+    def _new_rows(self, way: Way, count: int, most: int) -> KeptRows | None:
+        """Where so many completions are kept; None if they are not, or would be more than `most` with all others."""
+        if self._kept is None:
+            return None
+        if count + sum(len(others.rows) for others in self._kept) > most:
+            rows = f"model.rollout.max_batch_rows={most}"
+            tell_once(f"{rows} is less than the conversations at a time, so each turn computes its own anew.")
+            return None
+        self._kept.append(KeptRows(way))
+        return self._kept[-1]
 
     def _taken(self, prompts: list[list[int]]) -> tuple[Way | None, list[tuple[Kept, Sequence[int]]]]:
         """What these prompts go on from, which is kept no longer, and how that was decoded; or nothing."""

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from stateset_lightning.policy.shared_prompts import SharedPrompts
-
-if TYPE_CHECKING:
-    from stateset_lightning.rollout.probe import Way
 
 
 @dataclass(frozen=True)
@@ -36,30 +32,6 @@ class Kept:
     def copied(self) -> Kept:
         """With tensors of its own, which keep no batch alive."""
         return replace(self, columns=[tensor.clone() for tensor in self.columns])
-
-
-@dataclass(frozen=True)
-class KeptRows:
-    """Those of one `generate`.
-
-    Args:
-        way: How they were decoded, and what can go on from them.
-        rows: By their tokens, the prompt's included.
-    """
-
-    way: Way
-    rows: dict[tuple[int, ...], Kept] = field(default_factory=dict)
-
-    def behind(self, prompts: Sequence[Sequence[int]]) -> list[tuple[Kept, Sequence[int]]]:
-        """For each prompt the row that it goes on from, and its tokens behind that; empty if one goes on from none."""
-        lengths = sorted({len(tokens) for tokens in self.rows}, reverse=True)
-        found = []
-        for prompt in prompts:
-            starts = (tuple(prompt[:length]) for length in lengths if length < len(prompt))
-            if (start := next((start for start in starts if start in self.rows), None)) is None:
-                return []
-            found.append((self.rows[start], prompt[len(start) :]))
-        return found
 
 
 def stacked(kept: Sequence[Kept], i: int, capacity: int, end: int | None = None) -> Tensor:

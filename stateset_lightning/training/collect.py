@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -216,7 +217,7 @@ class Sampler:
         assert self.player is not None
         # An engine of ours has found them before, for which a template runs in a process of its own.
         ends = getattr(self.engine, "ends", None) or end_of_sequence_ids(policy.model, self.player.encoder.tokenizer)
-        return Limits(ends, getattr(self.engine, "max_length", policy.context_length))
+        return Limits(ends, getattr(self.engine, "max_length", policy.context_length) or math.inf)
 
 
 def _place(batch: PromptBatch) -> str:

@@ -58,7 +58,7 @@ def test_a_trl_environment_runs_unedited(driver_of):
     opening = driver.reset(columns(highest=9, secret=7), seed=3)
     assert opening.after(PROMPT) == [PROMPT[0], Turn("user", "Guess. Between 1 and 9.")]
     assert driver.environment.columns["seed"] == 3
-    (schema,) = driver.schemas()
+    (schema,) = driver.schemas
     assert schema["function"]["name"] == "guess"
     assert schema["function"]["parameters"]["properties"] == {
         "number": {"type": "integer", "description": "The guess."}
@@ -105,11 +105,11 @@ def test_a_dictionary_chooses_by_the_column_environment(driver_of):
     driver = driver_of({"guess": GuessEnvironment, "count": CountdownEnv, "echo": lambda: EchoEnvironment()})
     driver.reset(columns(environment="guess", highest=9, secret=7), seed=0)
     assert "environment" not in driver.environment.columns
-    assert [schema["function"]["name"] for schema in driver.schemas()] == ["guess"]
+    assert [schema["function"]["name"] for schema in driver.schemas] == ["guess"]
     driver.step(call("guess", '{"number": 7}'))
     assert driver.get_reward() == 1
     driver.reset(columns(environment="count"), seed=0)
-    assert (type(driver.environment), driver.schemas()) == (CountdownEnv, [])
+    assert (type(driver.environment), driver.schemas) == (CountdownEnv, [])
     with pytest.raises(DataError, match="environment='chess', which is none of: guess, count, echo"):
         driver.reset(columns(environment="chess"), seed=0)
 
@@ -123,7 +123,7 @@ def test_a_gymnasium_environment_runs_unedited(driver_of):
     left = driver.environment.left
     assert opening.after(PROMPT) == [*PROMPT, Turn("user", f"count down from {left}")]
     assert driver.environment.options["topic"] == "t"
-    assert driver.schemas() == []
+    assert driver.schemas == []
     replies = [driver.step(str(number)) for number in range(left, 0, -1)]
     assert [reply.done for reply in replies] == [False] * (left - 1) + [True]
     assert [reply.reward for reply in replies] == [1.0] * left
@@ -219,7 +219,7 @@ def test_an_environment_of_our_own_interface(driver_of):
 def test_tools_are_driven_like_any_other(driver_of, tiny_tokenizer):
     driver = driver_of(Tools([add, fetch]), tokenizer=tiny_tokenizer)
     assert driver.reset(columns(), seed=0) == Opening()
-    assert [schema["function"]["name"] for schema in driver.schemas()] == ["add", "fetch"]
+    assert [schema["function"]["name"] for schema in driver.schemas] == ["add", "fetch"]
     reply = driver.step(call("fetch", '{"name": "a"}') + "<tool_call>?</tool_call>")
     assert [turn.content.partition(":")[0] for turn in reply.turns] == ["page a", "error"]
     assert driver.step("3").done
@@ -381,7 +381,7 @@ def test_a_public_method_without_a_docstring_is_no_tool(driver_of):
         def helper(self, n):
             return undocumented(n)
 
-    assert [schema["function"]["name"] for schema in driver_of(Quiet).schemas()] == ["echo"]
+    assert [schema["function"]["name"] for schema in driver_of(Quiet).schemas] == ["echo"]
 
 
 # A whole run ----------------------------------------------------------------------------------------------------------

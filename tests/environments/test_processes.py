@@ -97,13 +97,13 @@ def test_a_run_goes_on_beside_a_process_that_ends(tmp_path: Path) -> None:
 
 
 def test_tools_are_called_in_the_process_and_one_that_ends_it_ends_no_other() -> None:
-    processes = processes_of(Calls, 2, 60)
+    processes = processes_of({"sums": Calls}, 2, 60)
     call = '<tool_call>{{"name": "{}", "arguments": {}}}</tool_call>'
     drivers = [HostedDriver(processes, n, None) for n in range(2)]
     try:
         for driver in drivers:
-            driver.reset({"harm": None}, seed=1)
-            assert [schema["function"]["name"] for schema in driver.schemas()] == ["add", "leave"]
+            driver.reset({"harm": None, "environment": "sums"}, seed=1)
+            assert [schema["function"]["name"] for schema in driver.schemas] == ["add", "leave"]
         reply = drivers[0].step(call.format("add", '{"a": 2, "b": 3}') + call.format("add", "{"))
         first, second = (turn.content for turn in reply.turns)
         assert (first, second.startswith("error: this tool call is malformed")) == ("5", True)

@@ -15,7 +15,8 @@ from windowed_models import FAMILIES, windowed_model
 from stateset_lightning.policy import Policy, PolicyConfig
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig, running_batch
 from stateset_lightning.rollout.cuda_decoding import GraphBatch
-from stateset_lightning.rollout.kept import Kept, KeptRows, stacked
+from stateset_lightning.rollout.decoding import KeptRows
+from stateset_lightning.rollout.kept import Kept, stacked
 from stateset_lightning.rollout.running_batch import RunningBatch
 from stateset_lightning.types import FinishReason, Rollout
 
