@@ -127,7 +127,7 @@ class GraphBatch:
 
     def resume(self, kept: Sequence[Kept], tokens: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
         """See `RunningBatch.resume`; nothing is left to be fed."""
-        lengths = [row.length for row in kept]
+        lengths = [row.columns[0].shape[1] for row in kept]
         ends = [length + len(following) for length, following in zip(lengths, tokens, strict=True)]
         capacity = max(ends) + self.max_new_tokens + 1
         self._make_rotations(capacity)

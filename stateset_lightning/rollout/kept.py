@@ -24,11 +24,6 @@ class Kept:
     prompts: SharedPrompts | None = None
     prompt: int = 0
 
-    @property
-    def length(self) -> int:
-        """T, before `stacked` has taken any."""
-        return self.columns[0].shape[1]
-
     def copied(self) -> Kept:
         """With tensors of its own, which keep no batch alive."""
         return replace(self, columns=[tensor.clone() for tensor in self.columns])

@@ -143,7 +143,7 @@ class RunningBatch:
             Those that are still to be fed, one per step.
         """
         device = self.model.device
-        lengths_B = torch.tensor([row.length for row in kept], device=device)
+        lengths_B = torch.tensor([row.columns[0].shape[1] for row in kept], device=device)
         self.column = int(lengths_B.max())
         self.starts_B = self.column - lengths_B
         self._go_on_from(kept)

@@ -137,4 +137,4 @@ def test_rows_of_different_lengths_are_stacked_at_either_side() -> None:
     assert stacked(rows(), 0, 4).tolist() == [[[1, 2, 0, 0]], [[3, 0, 0, 0]], [[1, 2, 0, 0]]]
     kept = rows()
     assert stacked(kept, 0, 4, end=3).tolist() == [[[0, 1, 2, 0]], [[0, 0, 3, 0]], [[0, 1, 2, 0]]]
-    assert [row.length for row in kept] == [0, 0, 0]  # they are in one place
+    assert [row.columns[0].shape[1] for row in kept] == [0, 0, 0]  # they are in one place
