@@ -1,14 +1,14 @@
 """Conversations with a tool against TRL's GRPOTrainer: rewards, time per step and peak memory of the process.
 
-    python scripts/make_tool_model.py
     python benchmarks/conversations.py [--tasks tools class] [--steps 20] [--rounds 1] [--trl-python PATH]
 
-The task is that of `scripts/make_tool_model.py`: products, which the model can get right by calling `multiply` alone.
-`tools` gives both sides that function; `class` gives both the same class, written for TRL's `environment_factory`,
-which has the tool and scores itself. Model, template, prompts and hyperparameters are the same, and so is what reads
-calls: the tokenizer's `response_template`, without which TRL does not. Each side has its own noise and its own order of
-the prompts. Each measurement is a process of its own, and TRL runs in its fastest honest setting here
-(`workload.TRL_SETTINGS`), all completions of a step in one generation and one backward pass.
+Task and model are those of `examples/calculator`, which `scripts/make_tool_model.py` made: products, which the model
+can get right by calling `multiply` alone. `tools` gives both sides that function; `class` gives both the same class,
+written for TRL's `environment_factory`, which has the tool and scores itself. Model, template, prompts and
+hyperparameters are the same, and so is what reads calls: the tokenizer's `response_template`, without which TRL does
+not. Each side has its own noise and its own order of the prompts. Each measurement is a process of its own, and TRL
+runs in its fastest honest setting here (`workload.TRL_SETTINGS`), all completions of a step in one generation and one
+backward pass.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from compare_trl import StepTimes, trl_clock
-from make_tool_model import FOLDER, multiply
+from make_tool_model import multiply
 from workload import TRL_SETTINGS
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "calculator"
 NUM_PROMPTS, NUM_GENERATIONS = 16, 8
 MAX_TOKENS = 64  # of a turn, and on TRL's side also of all turns together, which need some 45
 MAX_TURNS = 3
@@ -235,7 +236,9 @@ def print_table(task: str, results: dict[str, list[dict[str, Any]]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="what scripts/make_tool_model.py has written")
+    parser.add_argument(
+        "--folder", type=Path, default=EXAMPLE, help="model and train.jsonl of scripts/make_tool_model.py"
+    )
     parser.add_argument("--tasks", nargs="+", choices=["tools", "class"], default=["tools", "class"])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=1, help="seeds of each side")
