@@ -46,10 +46,12 @@ sys.path += [str(EXAMPLE), str(REPOSITORY / "examples" / "intent_classification"
 
 ALGORITHM = "stateset_lightning.algorithm."
 STEPS, SAMPLES_PER_STEP = 80, 64
-WARM_CPU_MINUTES, CPU_MINUTES = 5, 20  # of the supervised start; of each side of that comparison
+WARM_CPU_MINUTES, CPU_MINUTES = 4, 12  # of the supervised start; of each side of that comparison
 TRL_STEPS = 20
 LORA = {"model": {"policy": {"lora": {"rank": 16, "alpha": 32, "target_modules": "all-linear"}}}}
 LORA_RATE = 1e-4  # ten times that of all weights
+RATES = {"Supervised": 5e-5, "OnPolicyDistillation": 5e-5}  # of others 1e-5
+WHOLE_BATCHES = {"data": {"batch_size": 32}}  # of supervised steps, which have one completion per prompt
 
 
 def nested(**keys: Any) -> dict[str, Any]:
@@ -74,6 +76,7 @@ ALL_INTENTS = nested(
     model__rollout__num_generations=8,
     model__rollout__stop=["\n"],
 )
+AS_THE_TEACHER = nested(data__row="learning.six_targets")
 FORM = nested(
     model__reward=[
         {"class_path": "stateset_lightning.rewards.Contains"},
@@ -97,6 +100,7 @@ class Run:
         start: The name of the run whose exported model it starts from; `student` for a third of the layers of the
             trained model; None for the model of the package.
         cpu_minutes: Training ends after so much CPU time instead of `STEPS` steps.
+        teacher: The name of the run whose exported model is the teacher.
     """
 
     name: str
@@ -106,6 +110,7 @@ class Run:
     options: dict[str, Any] = field(default_factory=dict)
     start: str | None = None
     cpu_minutes: float | None = None
+    teacher: str | None = None
 
     @property
     def folder_name(self) -> str:
@@ -124,17 +129,25 @@ def all_runs(seeds: list[int]) -> Iterator[Run]:
             if seed == seeds[0] and task != "parts":
                 for name in ("DrGRPO", "DAPO", "RLOO"):
                     yield Run(f"{task} {name}", seed, configs, name)
-        labelled = (ALL_INTENTS, nested(data__train="labelled.jsonl"))
+        labelled = (ALL_INTENTS, WHOLE_BATCHES, nested(data__train="labelled.jsonl"))
         start, rest = f"warm start {WARM_CPU_MINUTES} min", CPU_MINUTES - WARM_CPU_MINUTES
         yield Run(start, seed, labelled, "Supervised", cpu_minutes=WARM_CPU_MINUTES)
         yield Run("warm start, then MaxRL", seed, (ALL_INTENTS,), "MaxRL", start=start, cpu_minutes=rest)
         yield Run("warm start for all the time", seed, labelled, "Supervised", cpu_minutes=CPU_MINUTES)
         yield Run("warm start: none, MaxRL alone", seed, (ALL_INTENTS,), "MaxRL", cpu_minutes=CPU_MINUTES)
-        student = "distilled: the student's start"
-        yield Run(student, seed, six, "Supervised", start="student", cpu_minutes=WARM_CPU_MINUTES)
-        teacher = nested(model__teacher__model_name=f"six_GRPO_{seeds[0]}/exported")
-        yield Run("distilled", seed, (*six, teacher), "OnPolicyDistillation", start=student, cpu_minutes=CPU_MINUTES)
-        yield Run("distilled: supervised instead", seed, six, "Supervised", start=student, cpu_minutes=CPU_MINUTES)
+        student, targets = "distilled: the student's start", (*six, WHOLE_BATCHES, AS_THE_TEACHER)
+        yield Run(student, seed, targets, "Supervised", start="student", cpu_minutes=WARM_CPU_MINUTES)
+        of_six = {"start": student, "cpu_minutes": CPU_MINUTES}
+        yield Run("distilled", seed, six, "OnPolicyDistillation", teacher="six GRPO", **of_six)
+        yield Run("distilled: supervised instead", seed, targets, "Supervised", **of_six)
+
+
+def six_targets(row: dict[str, str]) -> dict[str, str] | None:
+    """The six intents with targets as a teacher writes them, between `Topic:` and the next line."""
+    from banking77 import six_intents
+
+    found = six_intents(row)
+    return found and {**found, "target": f" {found['target']}\n"}
 
 
 # One run, in a process of its own -------------------------------------------------------------------------------------
@@ -174,13 +187,13 @@ def configured(run: Run, folder: Path, model: str, data: Path) -> list[str]:
     """The flags of `fit`, with the overlays written into the run's folder."""
     files = [EXAMPLE / "config.yaml"]
     limit = {"max_steps": STEPS} if run.cpu_minutes is None else {"max_steps": 100_000}
-    rate = LORA_RATE if LORA in run.configs else 1e-5
+    rate = LORA_RATE if LORA in run.configs else RATES.get(run.algorithm, 1e-5)
     last = nested(
         seed_everything=run.seed,
         model__policy__model_name=model,
         model__algorithm={"class_path": ALGORITHM + run.algorithm, "init_args": run.options},
         model__optimizer__init_args__lr=rate,
-        trainer__val_check_interval=20,
+        trainer__val_check_interval=20 if run.cpu_minutes is None else 100_000,  # else at the end alone
         trainer__logger__init_args={"save_dir": str(folder), "name": "run"},
         trainer__callbacks=[
             {
@@ -215,6 +228,8 @@ def make(run: Run, folder: Path, model: str, data: Path, banking77: str) -> dict
     flags = configured(run, place, model, data)
     if any(isinstance(config, Path) for config in run.configs):
         flags.append(f"--data.train={banking77}")
+    if run.teacher is not None:
+        flags.append(f"--model.teacher={exported_of(run.teacher, run, folder)}")
     cli = command_line(["fit", *flags, "--ckpt_path=last"])
     assert cli is not None
     clock = clock_of(cli.trainer)
@@ -259,8 +274,13 @@ def model_of(run: Run, folder: Path) -> str:
             make_student(folder / "student", base)
         return str(folder / "student")
     if run.start is not None:
-        return str(folder / Run(run.start, run.seed, (), "").folder_name / "exported")
+        return exported_of(run.start, run, folder)
     return str(base)
+
+
+def exported_of(name: str, run: Run, folder: Path) -> str:
+    """The exported model of another run with the seed of this one."""
+    return str(folder / Run(name, run.seed, (), "").folder_name / "exported")
 
 
 def make_student(student: Path, base: Path) -> None:
