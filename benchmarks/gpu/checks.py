@@ -383,7 +383,7 @@ def head_is_exact() -> str:
 
 @torch.inference_mode()
 def a_row_takes_other_tokens(dtype: torch.dtype) -> str:
-    """A row that pauses, takes tokens that were not sampled, and goes on: its log-probs against the model's own."""
+    """Rows that ended, take tokens that were not sampled, and go on: their log-probs against the model's own."""
     model = small_model("qwen2", hidden_size=64).to(DEVICE, dtype)
     batch, tokens_B, rows = GraphBatch(model, 24), torch.zeros(2, dtype=torch.long, device=DEVICE), PROMPTS[:2]
     batch.admit(PROMPTS, [0, 1])
@@ -393,12 +393,12 @@ def a_row_takes_other_tokens(dtype: torch.dtype) -> str:
         batch.repeat(partial(batch.step, tokens_B), 1)
 
     decode(5, 6)
-    batch.pause({1: len(rows[1]) + 1})
     decode(7, 8)
-    batch.extend({1: [9, 10, 11]})
+    kept = [batch.kept(row, len(rows[row]) + count).copied() for row, count in ((1, 1), (0, 2))]
+    batch = GraphBatch(model, 24)
+    batch.resume(kept, [[9, 10, 11], [14]])
     decode(12, 13)
-    batch.extend({0: [14]})
-    texts = [*rows[0], 5, 7, 12, 14], [*rows[1], 6, 9, 10, 11, 13]
+    texts = [*rows[1], 6, 9, 10, 11, 12], [*rows[0], 5, 7, 14, 13]
     differences = [
         (model(torch.tensor([text], device=DEVICE)).logits[0, -1].float().log_softmax(-1) - logits).abs().mean().item()
         for text, logits in zip(texts, batch.logits_BV.float().log_softmax(-1), strict=True)

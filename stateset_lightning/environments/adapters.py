@@ -296,7 +296,8 @@ def _ask(code: UserCode, read: Callable[[Any], Any], function: Callable[..., Any
         EnvironmentFailure: If either raises; the user's exception is its cause.
     """
     call, owner = partial(function, *args, **kwargs), getattr(function, "__self__", getattr(function, "func", function))
-    result, error = outcome_of(call) if getattr(owner, "is_quick", False) else code.run(call)
+    kind = owner if isinstance(owner, type) else type(owner)  # itself: what a user derives from it may wait
+    result, error = outcome_of(call) if "is_quick" in vars(kind) else code.run(call)
     if error is None:
         try:
             return read(result)

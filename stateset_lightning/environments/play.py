@@ -205,11 +205,8 @@ class Play:
 
     def _reset(self, n: int) -> tuple[Driver, Opening]:
         columns = self.batch.scenarios[n // self.size].columns()
-        driver = (
-            self.player.make()
-            if self.processes is None
-            else HostedDriver(self.processes, n, self.player.encoder.tokenizer)
-        )
+        tokenizer = self.player.encoder.tokenizer
+        driver = self.player.make() if self.processes is None else HostedDriver(self.processes, n, tokenizer)
         seed = derive_seed(self.seeds_N[n // self.size * self.size], "environment")
         try:
             return driver, driver.reset(columns, seed)

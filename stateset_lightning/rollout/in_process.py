@@ -120,9 +120,10 @@ class InProcessEngine:
 
     def _taken(self, prompts: list[list[int]]) -> tuple[Way | None, list[tuple[Kept, Sequence[int]]]]:
         """What these prompts go on from, which is kept no longer, and how that was decoded; or nothing."""
-        for kept in self._kept or ():
+        all_rows = self._kept or []
+        for kept in all_rows:
             if behind := kept.behind(prompts):
-                self._kept.remove(kept)  # type: ignore[union-attr]
+                all_rows.remove(kept)
                 return kept.way, behind
         return None, []
 

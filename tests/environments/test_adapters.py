@@ -15,6 +15,7 @@ from stateset_lightning.environments import (
     EnvironmentConfig,
     EnvironmentFailure,
     Opening,
+    ScriptedUser,
     Settings,
     Tools,
     adapters,
@@ -424,3 +425,19 @@ def test_classes_train_unedited(tmp_path, monkeypatch, environment, called, ends
     )  # the model sees no tools, and may say too much of their answers
     if reward is not None:
         assert last["train/reward"] == reward
+
+
+class Waits(ScriptedUser):
+    async def step(self, text):
+        await asyncio.sleep(0)
+        return "go on", None, False
+
+    def reset(self, scenario, seed):
+        self.thread = threading.current_thread()
+
+
+def test_what_a_user_derives_from_a_class_of_ours_has_a_thread_of_its_own(driver_of):
+    driver = driver_of(Waits)
+    driver.reset(columns(), seed=1)
+    assert driver.environment.thread is not threading.current_thread()
+    assert driver.step("yes").turns == (Turn("user", "go on"),)
