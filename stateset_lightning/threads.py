@@ -87,6 +87,7 @@ class DaemonThreads:
         self._name = name
         self._queue: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
+        self._idle = threading.Semaphore(0)  # counts threads without a call
         self._closed = False
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
@@ -99,9 +100,9 @@ class DaemonThreads:
             raise RuntimeError(f"the threads '{self._name}' are closed")
         future: Future[Any] = Future()
         self._queue.put((future, function, args))
-        if len(self._threads) < self._max_threads:
-            name = f"{self._name}-{len(self._threads)}"
-            self._threads.append(threading.Thread(target=_serve, args=(self._queue,), name=name, daemon=True))
+        if not self._idle.acquire(blocking=False) and len(self._threads) < self._max_threads:
+            name, calls = f"{self._name}-{len(self._threads)}", (self._queue, self._idle)
+            self._threads.append(threading.Thread(target=_serve, args=calls, name=name, daemon=True))
             self._threads[-1].start()
         return future
 
@@ -119,7 +120,7 @@ class DaemonThreads:
             thread.join(seconds / len(threads))
 
 
-def _serve(calls: queue.SimpleQueue[_Call | None]) -> None:
+def _serve(calls: queue.SimpleQueue[_Call | None], idle: threading.Semaphore) -> None:
     while (call := calls.get()) is not None:
         future, function, args = call
         if future.set_running_or_notify_cancel():
@@ -128,6 +129,7 @@ def _serve(calls: queue.SimpleQueue[_Call | None]) -> None:
             except BaseException as error:  # not swallowed: the future raises it for whoever waits
                 future.set_exception(error)
         del call, future, function, args  # an idle thread must not keep a finished episode's texts alive
+        idle.release()
 
 
 class EventLoopThread:

@@ -150,3 +150,16 @@ def test_a_closed_output_ends_the_heartbeat_without_a_word(heart, capsys):
     time.sleep(0.3)
     heart.stop()
     assert capsys.readouterr().err == ""
+
+
+def test_an_idle_thread_is_taken_before_another_is_started() -> None:
+    threads, hold = DaemonThreads(8, "calls"), threading.Event()
+    for n in range(5):
+        assert threads.submit(lambda n=n: n).result(5) == n
+        time.sleep(0.02)  # until the thread has counted itself as idle
+    assert len(threads._threads) == 1
+    waiting = [threads.submit(hold.wait) for _ in range(3)]  # each has a thread at once, whoever waits
+    assert len(threads._threads) == 3
+    hold.set()
+    assert all(call.result(5) for call in waiting)
+    threads.close()

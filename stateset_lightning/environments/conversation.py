@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from threading import Thread
 from typing import Any
 
 from stateset_lightning.environments.adapters import Driver
+from stateset_lightning.threads import DaemonThreads
 from stateset_lightning.types import FinishReason, Scenario, Turn
+
+_CLOSING = DaemonThreads(10_000, "environment-close")
 
 
 @dataclass
@@ -59,7 +61,7 @@ class Conversation:
     def let_go(self) -> None:
         """Closes the environment, which may hang, and which nobody waits for."""
         if self.driver is not None:
-            Thread(target=self.driver.close, name="environment-close", daemon=True).start()
+            _CLOSING.submit(self.driver.close)
             self.driver = None
 
     def said(self, prompt: Sequence[Turn]) -> str:
