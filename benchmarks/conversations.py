@@ -32,7 +32,7 @@ from workload import TRL_SETTINGS
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "calculator"
 NUM_PROMPTS, NUM_GENERATIONS = 16, 8
-MAX_TOKENS = 64  # of a turn, and on TRL's side also of all turns together, which need some 45
+MAX_TOKENS = 64  # of a turn; on both sides another one begins only where no more than these came before it
 MAX_TURNS = 3
 LEARNING_RATE = 3e-4
 THREADS = 1  # the model has half a million parameters
@@ -129,7 +129,9 @@ def run_ours(folder: Path, rows: list[dict[str, str]], task: str, steps: int, se
     module = GRPOLightningModule(
         str(folder),
         reward=EnvironmentReward() if task == "class" else reward,
-        environment=EnvironmentConfig(**options, max_turns=MAX_TURNS),
+        # As TRL does, which drops a tool's answer that leads beyond `max_completion_length`: here each turn has room for
+        # MAX_TOKENS of its own, there all turns together.
+        environment=EnvironmentConfig(**options, max_turns=MAX_TURNS, max_tokens=2 * MAX_TOKENS),
         rollout=RolloutConfig(num_generations=NUM_GENERATIONS, max_new_tokens=MAX_TOKENS),
         algorithm=GRPO(beta=0.0),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True),

@@ -396,9 +396,10 @@ def a_row_takes_other_tokens(dtype: torch.dtype) -> str:
     decode(7, 8)
     kept = [batch.kept(row, len(rows[row]) + count).copied() for row, count in ((1, 1), (0, 2))]
     batch = GraphBatch(model, 24)
-    batch.resume(kept, [[9, 10, 11], [14]])
+    texts = [[*rows[1], 6, 9, 10, 11], [*rows[0], 5, 7, 14]]
+    batch.resume(kept, texts)
     decode(12, 13)
-    texts = [*rows[1], 6, 9, 10, 11, 12], [*rows[0], 5, 7, 14, 13]
+    texts = [[*texts[0], 12], [*texts[1], 13]]
     differences = [
         (model(torch.tensor([text], device=DEVICE)).logits[0, -1].float().log_softmax(-1) - logits).abs().mean().item()
         for text, logits in zip(texts, batch.logits_BV.float().log_softmax(-1), strict=True)

@@ -267,7 +267,7 @@ def as_environment(environment: Any, settings: Settings | None = None) -> Driver
     if isinstance(given, Mapping):
         return _Choice(given, settings)
     is_maker = isinstance(given, type) or (callable(given) and not _has(given, "reset") and not _has(given, "init"))
-    takes_extras = is_maker and "extras" in inspect.signature(given).parameters
+    takes_extras = is_maker and "extras" in base.signature_of(getattr(given, "func", given)).parameters
     if is_maker and not takes_extras and not _is_skyrl(given):
         try:
             environment = _ask(code, lambda made: made, given)
@@ -279,7 +279,7 @@ def as_environment(environment: Any, settings: Settings | None = None) -> Driver
     if _has(environment, "reset") and not _has(environment, "step"):
         return _TRL(environment, settings, code)
     if _has(environment, "reset") and _accepts(environment.step, "text"):
-        if _accepts(environment.reset) and "scenario" not in inspect.signature(environment.reset).parameters:
+        if _accepts(environment.reset) and "scenario" not in base.signature_of(environment.reset).parameters:
             return _Gymnasium(environment, settings, code)
         if _accepts(environment.reset, {}, 0):
             return Driver(environment, settings, code)
@@ -317,7 +317,7 @@ def _is_skyrl(environment: Any) -> bool:
 
 def _accepts(method: Callable[..., Any], *args: Any) -> bool:
     try:
-        inspect.signature(method).bind(*args)
+        base.signature_of(method).bind(*args)
     except TypeError:
         return False
     return True
@@ -325,6 +325,6 @@ def _accepts(method: Callable[..., Any], *args: Any) -> bool:
 
 def _accepted(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
     """Of the arguments that are offered, those that a function takes by name."""
-    parameters = inspect.signature(function).parameters
+    parameters = base.signature_of(function).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return {name: value for name, value in offered.items() if takes_all or name in parameters}

@@ -6,8 +6,11 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pkgutil import resolve_name
+from types import FunctionType
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 from stateset_lightning.errors import ConfigError, one_line
 from stateset_lightning.types import Turn
@@ -153,15 +156,29 @@ def as_reward(value: Any) -> float | None:
     return number
 
 
+_SIGNATURES: WeakKeyDictionary[Any, inspect.Signature] = WeakKeyDictionary()
 OWN_METHODS = ("reset", "step", "get_reward", "close", "init", "render", "seed")
 
 
 def tool_methods(environment: Any) -> dict[str, Callable[..., Any]]:
     """Public methods that a model may call, by name: those that have a docstring and are no part of an interface."""
-    # Of the class: an instance would compute properties.
-    found = inspect.getmembers(type(environment), inspect.isroutine)
-    names = [n for n, f in found if not n.startswith("_") and n not in OWN_METHODS and inspect.getdoc(f)]
-    return {name: getattr(environment, name) for name in names}
+    return {name: getattr(environment, name) for name in _tool_names(type(environment))}
+
+
+@lru_cache  # each conversation asks again
+def _tool_names(kind: type) -> list[str]:
+    found = inspect.getmembers(kind, inspect.isroutine)  # of the class: an instance would compute properties
+    return [n for n, f in found if not n.startswith("_") and n not in OWN_METHODS and inspect.getdoc(f)]
+
+
+def signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    """`inspect.signature`, which takes longer than most environments; each conversation asks again."""
+    written = getattr(function, "__func__", function)
+    if not isinstance(written, FunctionType | type):
+        return inspect.signature(function)
+    if written not in _SIGNATURES:
+        _SIGNATURES[written] = inspect.signature(function)
+    return _SIGNATURES[written]
 
 
 def imported(given: Any, key: str, say: str) -> Callable[..., Any]:

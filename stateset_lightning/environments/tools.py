@@ -11,13 +11,14 @@ import inspect
 import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from pydantic import PositiveFloat
 
-from stateset_lightning.environments.base import EnvironmentFailure, Reply, imported
+from stateset_lightning.environments.base import EnvironmentFailure, Reply, imported, signature_of
 from stateset_lightning.environments.tool_calls import Call, Malformed
 from stateset_lightning.errors import ConfigError, bounded, one_line
 from stateset_lightning.threads import DaemonThreads, EventLoopThread
@@ -27,6 +28,7 @@ CALL_COUNTS = "tool_calls", "malformed_calls", "tool_errors", "tool_timeouts"
 Functions = Mapping[str, Callable[..., Any]]  # by the names that the model calls
 
 _LOOP = EventLoopThread(10_000, "environments")
+_IDLE: list[DaemonThreads] = []  # that no conversation has now
 _SCHEMAS: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()  # each conversation asks for its tools' again
 
 
@@ -46,7 +48,7 @@ class UserCode:
 
     def __init__(self, timeout: float | None = None) -> None:
         self._timeout = timeout
-        self._threads = DaemonThreads(1, "environment")
+        self._thread: DaemonThreads | None = None
 
     def run(self, call: Callable[[], Any], timeout: float | None = None) -> tuple[Any, BaseException | None]:
         """What a call returns, and None; or None, and what it raises.
@@ -56,17 +58,26 @@ class UserCode:
         """
         if inspect.iscoroutinefunction(call):
             return _outcome(_LOOP.submit(call, timeout=self._timeout), timeout)
-        result, error = _outcome(self._threads.submit(call), timeout)
+        if self._thread is None:
+            with suppress(IndexError):
+                self._thread = _IDLE.pop()
+        thread = self._thread = self._thread or DaemonThreads(1, "environment")
+        self._last = thread.submit(call)
+        result, error = _outcome(self._last, timeout)
         if isinstance(error, TookTooLong):
-            self.close()
+            self._thread = None
+            thread.close(0)
         if inspect.isawaitable(result):
             return _outcome(_LOOP.submit(lambda: result, timeout=self._timeout), timeout)
         return result, error
 
     def close(self) -> None:
-        """Ends the thread, and leaves behind one that hangs. A later call starts another."""
-        self._threads.close(0)
-        self._threads = DaemonThreads(1, "environment")
+        """Gives the thread away, and leaves behind one that hangs. A later call takes another."""
+        thread, self._thread = self._thread, None
+        if thread is not None and self._last.done():
+            _IDLE.append(thread)
+        elif thread is not None:
+            thread.close(0)
 
 
 def outcome_of(call: Callable[[], Any]) -> tuple[Any, BaseException | None]:
@@ -172,7 +183,7 @@ def _answer(call: Call, functions: Functions, code: UserCode, timeout: float | N
     """The answer to a call, and what it counts as, if it is an error."""
     if (function := functions.get(call.name)) is None:
         return f"there is no tool {call.name!r}, there are: {', '.join(functions)}", "tool_errors"
-    signature = inspect.signature(function)
+    signature = signature_of(function)
     try:
         signature.bind(**call.arguments)
     except TypeError as error:

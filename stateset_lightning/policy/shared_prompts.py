@@ -27,6 +27,12 @@ def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
     return with_sinks.softmax(-1)[..., :-1]
 
 
+def _hide(scores: Tensor, hidden_BnC: Tensor) -> Tensor:
+    """Scores [B, k, r n, C] of what each of the n queries does not see go to minus infinity."""
+    of_queries = scores.unflatten(2, (-1, hidden_BnC.shape[1]))
+    return of_queries.masked_fill(hidden_BnC[:, None, None], -torch.inf).flatten(2, 3)
+
+
 @dataclass(eq=False)
 class SharedPrompts:
     """Prompts and the rows that go on from them.
@@ -103,33 +109,42 @@ class SharedPrompts:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """Query [B, k r, 1, d], own keys and values [B, k, C, d] -> output [B, 1, k r, d]."""
+        """Query [B, k r, n, d], own keys and values [B, k, C, d] -> output [B, n, k r, d].
+
+        The n queries are of the last columns; each sees the columns up to its own.
+        """
         _, key_heads, longest, d = self.keys[layer].shape
-        columns = key.shape[2]
+        columns, count = key.shape[2], query.shape[2]
+        earliest = columns - count + 1  # columns that the first query sees
         # Columns of prompts and of rows before these ones are outside of every row's window.
-        first = 0 if window is None else min(max(longest + columns - self.last_start - window, 0), longest)
-        first_own = 0 if window is None else max(columns - window, 0)
+        first = 0 if window is None else min(max(longest + earliest - self.last_start - window, 0), longest)
+        first_own = 0 if window is None else max(earliest - window, 0)
         key, value = key[:, :, first_own:], value[:, :, first_own:]
         prompt_keys, prompt_values = self.keys[layer][:, :, first:], self.values[layer][:, :, first:]
-        grouped_BkrD = (query * scaling).view(len(query), key_heads, -1, d)
+        # The queries of a key head's heads stand where its heads would: `per_key` is r n.
+        grouped_BkrD = (query * scaling).reshape(len(query), key_heads, -1, d)
         per_key = grouped_BkrD.shape[2]
         scores = capped(self._to_prompts(grouped_BkrD) @ prompt_keys.transpose(-1, -2), softcap)
         if self.padding_PL is not None:
             scores = scores.masked_fill(self.padding_PL[:, None, None, first:], -torch.inf)
         prompt_scores = self._to_rows(scores, per_key)
         own_scores = capped(grouped_BkrD @ key.transpose(-1, -2), softcap)
-        if self.hides_columns:
-            hidden_BC = torch.arange(first_own, columns, device=key.device) < self.starts_B[:, None]
-            own_scores = own_scores.masked_fill(hidden_BC[:, None, None], -torch.inf)
+        if self.hides_columns or count > 1:
+            ends_n1 = torch.arange(earliest, columns + 1, device=key.device)[:, None]  # columns that each query sees
+            starts_B11, places_C = self.starts_B[:, None, None], torch.arange(first_own, columns, device=key.device)
+            hidden_BnC = (places_C < starts_B11) | (places_C >= ends_n1)
             if window is not None:  # rows that came earlier have left more of their prompts behind
-                starts_B1 = longest + columns - self.starts_B[:, None] - window
-                hidden_BL = torch.arange(first, longest, device=key.device) < starts_B1
-                prompt_scores = prompt_scores.masked_fill(hidden_BL[:, None, None], -torch.inf)
+                hidden_BnC |= places_C < ends_n1 - window
+                starts_Bn1 = longest + ends_n1 - starts_B11 - window
+                hidden_BnL = torch.arange(first, longest, device=key.device) < starts_Bn1
+                prompt_scores = _hide(prompt_scores, hidden_BnL)
+            own_scores = _hide(own_scores, hidden_BnC)
         scores = torch.cat([prompt_scores, own_scores], dim=-1)
-        weights = softmax_with_sinks(scores, None if sinks is None else sinks.view(key_heads, per_key, 1))
+        heads_krn1 = None if sinks is None else sinks.repeat_interleave(count).view(key_heads, per_key, 1)
+        weights = softmax_with_sinks(scores, heads_krn1)
         prompt_weights, own_weights = weights[..., : longest - first], weights[..., longest - first :]
         output = self._to_rows(self._to_prompts(prompt_weights) @ prompt_values, per_key) + own_weights @ value
-        return output.reshape(len(query), 1, -1, d)
+        return output.reshape(*query.shape).transpose(1, 2)
 
     def _to_prompts(self, values: Tensor) -> Tensor:
         """[B, k, r, x] -> [P, k, R r, x]: all rows of a prompt together, for one product with its keys or values."""

@@ -125,17 +125,16 @@ class GraphBatch:
         """See `RunningBatch.kept`."""
         return Kept([cache[:, row, :length] for cache in self.caches])
 
-    def resume(self, kept: Sequence[Kept], tokens: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-        """See `RunningBatch.resume`; nothing is left to be fed."""
+    def resume(self, kept: Sequence[Kept], rows: Sequence[Sequence[int]]) -> None:
+        """See `RunningBatch.resume`."""
         lengths = [row.columns[0].shape[1] for row in kept]
-        ends = [length + len(following) for length, following in zip(lengths, tokens, strict=True)]
-        capacity = max(ends) + self.max_new_tokens + 1
+        behind = [tokens[length:] for tokens, length in zip(rows, lengths, strict=True)]
+        capacity = max(map(len, rows)) + self.max_new_tokens + 1
         self._make_rotations(capacity)
         self.caches = [stacked(kept, i, capacity).transpose(0, 1).contiguous() for i in range(len(self.layers))]
-        self.logits_BV = self._append_all(self.caches, tokens, lengths)
-        self.lengths_B = torch.tensor(ends, dtype=torch.int32, device=self.model.device)
+        self.logits_BV = self._append_all(self.caches, behind, lengths)
+        self.lengths_B = torch.tensor(list(map(len, rows)), dtype=torch.int32, device=self.model.device)
         self.limits_B = self.lengths_B + self.max_new_tokens
-        return [()] * len(kept)
 
     def _make_rotations(self, capacity: int) -> None:
         positions_C = torch.arange(capacity, device=self.model.device)

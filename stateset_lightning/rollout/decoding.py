@@ -34,15 +34,15 @@ class KeptRows:
     way: Way
     rows: dict[tuple[int, ...], Kept] = field(default_factory=dict)
 
-    def behind(self, prompts: Sequence[Sequence[int]]) -> list[tuple[Kept, Sequence[int]]]:
-        """For each prompt the row that it goes on from, and its tokens behind that; empty if one goes on from none."""
+    def before(self, prompts: Sequence[Sequence[int]]) -> list[Kept]:
+        """The row that each prompt goes on from, by at least one token; empty if one goes on from none."""
         lengths = sorted({len(tokens) for tokens in self.rows}, reverse=True)
         found = []
         for prompt in prompts:
             starts = (tuple(prompt[:length]) for length in lengths if length < len(prompt))
             if (start := next((start for start in starts if start in self.rows), None)) is None:
                 return []
-            found.append((self.rows[start], prompt[len(start) :]))
+            found.append(self.rows[start])
         return found
 
 
@@ -86,10 +86,7 @@ class Decoding:
         self.tails: list[list[int]] = [[] for _ in self.lengths]  # tokens on the host, for stop strings alone
         self.masks = MaskRecorder() if self.sampling.keep_sampling_mask and self.seeds_N is not None else None
         self.num_admitted = 0
-        # Tokens that come before what is sampled, on the right: a completion that goes on is fed them, one per step.
-        self.fed_NF = torch.empty((num_completions, 0), dtype=torch.long, device=self.device)
-        # Per row of the batch: which completion it is, on the host and on the device, and how many tokens it has; less
-        # than 0 where some are still to be fed.
+        # Per row of the batch: which completion it is, on the host and on the device, and how many tokens it has.
         self.numbers: list[int] = []
         self.numbers_B = self.counts_B = torch.empty(0, dtype=torch.long, device=self.device)
         self.count = 0  # of the rows that came last
@@ -108,6 +105,7 @@ class Decoding:
 
     def _enter(self, admitted: range) -> None:
         """Makes these completions the last rows of those that are decoded."""
+        self.num_admitted += len(admitted)
         self.numbers += admitted
         self.count = 0
         self.numbers_B = torch.tensor(self.numbers, device=self.device)
@@ -122,19 +120,16 @@ class Decoding:
         All is changed in place and nothing waits for the device, so that a graph can record it.
         """
         width = self.tokens_NT.shape[1]
-        place_B = self.numbers_B * width + self.counts_B.clamp(0, width - 1)
+        place_B = self.numbers_B * width + self.counts_B.clamp(max=width - 1)
         noise_B = None if self.seeds_N is None else self.noise_NT.view(-1)[place_B]
         keep = None if self.masks is None else partial(self.masks.write, place_B)
         tokens_B, logprobs_B = sample_tokens(logits_BV.to(self.device), noise_B, self.sampling, keep)
-        if self.fed_NF.shape[1]:
-            fed_B = self.fed_NF[self.numbers_B, self.counts_B.clamp(max=-1)]
-            tokens_B = torch.where(self.counts_B < 0, fed_B, tokens_B)
         self.tokens_NT.view(-1).scatter_(0, place_B, tokens_B)
         self.logprobs_NT.view(-1).scatter_(0, place_B, logprobs_B)
         self.counts_B += 1
         is_last_B = (tokens_B[:, None] == self.ends).any(-1) | (self.counts_B >= self.sampling.max_new_tokens)
         before_B = self.ended_N[self.numbers_B]
-        ends_B = (is_last_B | ~logprobs_B.isfinite()) & (before_B == 0) & (self.counts_B > 0)
+        ends_B = (is_last_B | ~logprobs_B.isfinite()) & (before_B == 0)
         self.ended_N.scatter_(0, self.numbers_B, torch.where(ends_B, self.counts_B, before_B))
         return tokens_B.to(logits_BV.device)
 
@@ -174,10 +169,9 @@ class Decoding:
         width = self.tokens_NT.shape[1]
         columns_BS = self.counts_B[:, None] + torch.arange(-steps, 0, device=self.device)
         tokens_BS = self.tokens_NT.view(-1)[self.numbers_B[:, None] * width + columns_BS.clamp(0, width - 1)]
-        fed_B = (-columns_BS[:, 0]).clamp(0, steps).tolist()
         for row, (n, tokens) in enumerate(zip(self.numbers, tokens_BS.tolist(), strict=True)):
             tail = self.tails[n]
-            for token in tokens[fed_B[row] :] if self.lengths[n] == 0 else ():
+            for token in tokens if self.lengths[n] == 0 else ():
                 tail.append(token)
                 if self.stop.found(tail):
                     lengths[row], self.finish_reasons[n] = len(tail), FinishReason.STOP
@@ -187,14 +181,16 @@ class Decoding:
     def _num_running(self) -> int:
         return sum(self.lengths[n] == 0 for n in self.numbers)
 
-    def run(self, batch: RunningBatch | GraphBatch, behind: list[tuple[Kept, Sequence[int]]] | None = None) -> None:
-        """Decodes everything by an empty batch: all at once `behind` what was kept, or filled as room allows."""
+    def run(self, batch: RunningBatch | GraphBatch, before: list[Kept] | None = None) -> None:
+        """Decodes everything by an empty batch: all at once, from what was kept `before`, or filled as room allows."""
 
         def advance() -> None:
             batch.step(self._sample(batch.logits_BV))
 
-        if behind:
-            self._resume(batch, behind)
+        if before:
+            batch.resume(before, self.prompts)
+            before.clear()  # it is in the batch now
+            self._enter(range(len(self.prompts)))
         self._admit(batch)
         while self.numbers:
             if self.masks is not None:
@@ -221,21 +217,9 @@ class Decoding:
         admitted = range(len(self.lengths))[self.num_admitted :][:room]
         if not admitted:
             return
-        self.num_admitted += len(admitted)
         first, last = admitted[0] // size, admitted[-1] // size
         batch.admit(self.prompts[first : last + 1], [n // size - first for n in admitted])
         self._enter(admitted)
-
-    def _resume(self, batch: RunningBatch | GraphBatch, behind: list[tuple[Kept, Sequence[int]]]) -> None:
-        """Makes all completions rows at once, behind what was kept for them."""
-        left = batch.resume(*zip(*behind, strict=True))
-        behind.clear()  # it is in the batch now
-        self.num_admitted = len(left)
-        self._enter(range(len(left)))
-        self.count = -max(map(len, left))
-        self.counts_B -= torch.tensor([len(tokens) for tokens in left], device=self.device)
-        padded = [[*[0] * (-self.count - len(tokens)), *tokens] for tokens in left]
-        self.fed_NF = torch.tensor(padded, dtype=torch.long, device=self.device)
 
     def _drop_finished(self, batch: RunningBatch | GraphBatch) -> Tensor:
         """Drops finished rows from the batch; returns the former indices of the rows that stay."""

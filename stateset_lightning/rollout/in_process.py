@@ -73,7 +73,7 @@ class InProcessEngine:
         with self._sampling_mode():
             model = self.policy.model
             kinds = batch_kinds(model, max(map(len, prompts)), sampling.decoding)
-            way, behind = self._taken(prompts) if num_generations == 1 else (None, [])
+            way, before = self._taken(prompts) if num_generations == 1 else (None, [])
             kind, is_fast = way = way or self._exact_way(kinds, has_llama_layers(model) and is_supported(model))
             stop, noise = StopStrings(sampling.stop, self.tokenizer, self.ends), None if greedy else seeds_N
 
@@ -90,7 +90,7 @@ class InProcessEngine:
                 if kind is None:
                     decoding.run_plainly(use_cache=is_fast)
                 else:
-                    decoding.run(kind(model, sampling.max_new_tokens, decoder), behind)
+                    decoding.run(kind(model, sampling.max_new_tokens, decoder), before)
         self.decoded_rows, self._rollout = decoding.decoded_rows, decoding.rollout(texts)
         return self._rollout
 
@@ -118,13 +118,13 @@ class InProcessEngine:
         self._kept.append(KeptRows(way))
         return self._kept[-1]
 
-    def _taken(self, prompts: list[list[int]]) -> tuple[Way | None, list[tuple[Kept, Sequence[int]]]]:
+    def _taken(self, prompts: list[list[int]]) -> tuple[Way | None, list[Kept]]:
         """What these prompts go on from, which is kept no longer, and how that was decoded; or nothing."""
         all_rows = self._kept or []
         for kept in all_rows:
-            if behind := kept.behind(prompts):
+            if before := kept.before(prompts):
                 all_rows.remove(kept)
-                return kept.way, behind
+                return kept.way, before
         return None, []
 
     def check(self, rollout: Rollout | None, temperature: float) -> None:

@@ -8,6 +8,7 @@ prefilled together, and no others. Letters: B rows of the batch, C columns of th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from inspect import signature
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 # Tokens of the longest prompt from which sharing is faster than a kernel call over copies (benchmarks/RESULTS.md).
 SHARE_FROM = 256
+# Tokens of all rows that a forward of rows that go on takes at most: plain attention keeps a score for each and column.
+TOGETHER = 1024
+WORTH_A_PART = 0.75  # of that work, or less, is what rows that lack more than others are worth a forward of their own
 
 
 def batch_kinds(
@@ -132,28 +136,56 @@ class RunningBatch:
         buffers = (buffer for layer in self.cache.layers for buffer in layer.buffers)
         return Kept([buffer[row, :, start : start + length] for buffer in buffers])
 
-    def resume(self, kept: Sequence[Kept], tokens: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-        """Makes rows that go on behind others; the batch has none yet.
+    def resume(self, kept: Sequence[Kept], rows: Sequence[Sequence[int]]) -> None:
+        """Fills an empty batch with rows of which the beginning is kept: what comes behind that is computed.
 
         Args:
-            kept: What each row goes on from.
-            tokens: That come next, at least one of each row.
-
-        Returns:
-            Those that are still to be fed, one per step.
+            kept: What is kept of each row.
+            rows: Their tokens, at least one more than is kept.
         """
         device = self.model.device
-        lengths_B = torch.tensor([row.columns[0].shape[1] for row in kept], device=device)
-        self.column = int(lengths_B.max())
-        self.starts_B = self.column - lengths_B
+        own = [tokens[row.num_before :] for row, tokens in zip(kept, rows, strict=True)]
+        counts = [len(tokens) - row.columns[0].shape[1] for row, tokens in zip(kept, own, strict=True)]
+        self.column = max(map(len, own))
+        starts = [self.column - len(tokens) for tokens in own]
+        self.starts_B = torch.tensor(starts, device=device)
         self._go_on_from(kept)
-        counts_B = torch.tensor([len(following) for following in tokens], device=device)
-        self.limits_B = self._positions() + counts_B + self.max_new_tokens - 1
-        capacity = self.column + int(counts_B.max()) + self.max_new_tokens
+        self.limits_B = self._positions() + self.max_new_tokens - 1
         for i, layer in enumerate(self.cache.layers):
-            layer.fill([stacked(kept, n, capacity, self.column) for n in (2 * i, 2 * i + 1)], self.column)
-        self.step(torch.tensor([following[0] for following in tokens], device=device))
-        return [following[1:] for following in tokens]
+            pair = [stacked(kept, n, self.column + self.max_new_tokens, starts) for n in (2 * i, 2 * i + 1)]
+            layer.fill(pair, self.column)
+        padded = [[*[0] * start, *tokens][-max(counts) :] for start, tokens in zip(starts, own, strict=True)]
+        self.logits_BV = torch.empty(len(own), 0, device=device)
+        self._compute_last(torch.tensor(padded, device=device), counts)
+
+    def _compute_last(self, tokens_Bn: Tensor, counts: list[int]) -> None:
+        """Computes the last columns, of which each row lacks so many; the most that one lacks is n.
+
+        All rows together compute their last ones, with some that they have; before that those that lack many more
+        compute these by themselves.
+        """
+        end, most = self.column, max(counts)
+        work = {last: last * len(counts) + (most - last) * sum(count > last for count in counts) for last in counts}
+        last = min(work, key=work.__getitem__)
+        if work[last] > WORTH_A_PART * work[most]:
+            last = most
+        elif rows := [row for row, count in enumerate(counts) if count > last]:
+            part, own = copy(self), slice(end - most, end - last)
+            part.cache, part.column = copy(self.cache), own.stop
+            part.cache.layers = [copy(layer) for layer in self.cache.layers]
+            part.keep(torch.tensor(rows, device=tokens_Bn.device))
+            part._compute_last(tokens_Bn[rows, :-last], [counts[row] - last for row in rows])
+            for layer, computed in zip(self.cache.layers, part.cache.layers, strict=True):
+                for buffer, new in zip(layer.buffers, computed.buffers, strict=True):
+                    buffer[rows, :, own] = new[:, :, own]
+        self.column -= last
+        for layer in self.cache.layers:
+            layer.fill(layer.buffers, self.column)
+        for some in tokens_Bn[:, -last:].split(max(1, TOGETHER // len(counts)), dim=1):
+            positions = self._positions()[:, None] + torch.arange(some.shape[1], device=some.device)
+            arguments = self._attention_arguments(some.shape[1])
+            self.logits_BV = self._forward(some, positions.clamp(min=0), self.cache, **arguments)
+            self.column += some.shape[1]
 
     def _go_on_from(self, kept: Sequence[Kept]) -> None:
         """What else `resume` sets, once `starts_B` is known."""
@@ -178,10 +210,11 @@ class RunningBatch:
         """Of each row's next token, int64 [B]."""
         return self.column - self.starts_B
 
-    def _attention_arguments(self) -> dict[str, Any]:
-        """What else the attention of the model's step needs to know."""
-        mask = self._mask()
-        return {"attention_mask": mask[:, None, None] if mask is not None and self._takes_ready_masks else mask}
+    def _attention_arguments(self, count: int = 1) -> dict[str, Any]:
+        """What else the attention to so many new tokens of each row needs to know."""
+        mask = self._mask(count)
+        is_ready = mask is not None and count == 1 and self._takes_ready_masks
+        return {"attention_mask": mask[:, None, None] if is_ready else mask}
 
     def _attend(self) -> Attend:
         """The attention of the decoder's step."""
@@ -235,11 +268,11 @@ class RunningBatch:
     def _has(self, kind: type) -> bool:
         return any(isinstance(layer, kind) for layer in self.cache.layers)
 
-    def _mask(self) -> Tensor | None:
-        """Bool [B, C]: whether a row sees a column, the next token's included; None when nothing is padded."""
+    def _mask(self, count: int = 1) -> Tensor | None:
+        """Bool [B, C]: whether a row sees a column, the next tokens' included; None when nothing is padded."""
         if not self._padded:
             return None
-        return torch.arange(self.column + 1, device=self.starts_B.device) >= self.starts_B[:, None]
+        return torch.arange(self.column + count, device=self.starts_B.device) >= self.starts_B[:, None]
 
     @property
     def _takes_ready_masks(self) -> bool:
@@ -296,7 +329,7 @@ class SharingBatch(RunningBatch):
     def _positions(self) -> Tensor:
         return super()._positions() + self.prompts.lengths_P[self.prompts.prompt_of_row_B]
 
-    def _attention_arguments(self) -> dict[str, Any]:
+    def _attention_arguments(self, count: int = 1) -> dict[str, Any]:
         return arguments(self.prompts, self.model.device)
 
     def _attend(self) -> Attend:

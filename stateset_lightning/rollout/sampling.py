@@ -140,6 +140,7 @@ class StopStrings:
         # Every token is at least one byte, so a string lies within as many tokens as it has bytes. The extra ones
         # complete a character that is cut at the window's start.
         self.window = max((len(text.encode()) for text in strings), default=0) + 4
+        self._hidden = {*self.ends, tokenizer.pad_token_id}  # which a tokenizer looks up slowly
 
     def found(self, tokens: list[int]) -> bool:
         """Whether the last tokens contain a stop string."""
@@ -152,6 +153,6 @@ class StopStrings:
         return text[: min((end for stop in self.strings if (end := text.find(stop)) >= 0), default=None)]
 
     def _decode(self, tokens: list[int]) -> str:
-        shown = [token for token in tokens if token not in self.ends and token != self.tokenizer.pad_token_id]
+        shown = [token for token in tokens if token not in self._hidden]
         # Clean-up would take spaces that were sampled, and other ones from a completion's end than from all of it.
         return str(self.tokenizer.decode(shown, clean_up_tokenization_spaces=False))

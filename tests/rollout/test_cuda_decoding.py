@@ -167,10 +167,9 @@ def test_rows_that_have_ended_take_other_tokens_and_go_on(
         tokens_B.copy_(torch.tensor(tokens))
         batch.repeat(lambda: batch.step(tokens_B), 1)
     kept = [batch.kept(2, 8), batch.kept(0, 5), batch.kept(2, 8)]
-    following = [[13, 14, 15], [16], [17, 18]]
-    rows = [[*PROMPTS[1], 7, *following[0]], [*PROMPTS[0], 5, 8, *following[1]], [*PROMPTS[1], 7, *following[2]]]
+    rows = [[*PROMPTS[1], 7, 13, 14, 15], [*PROMPTS[0], 5, 8, 16], [*PROMPTS[1], 7, 17, 18]]
     batch = GraphBatch(model, 8)
-    assert not any(batch.resume(kept, following))
+    batch.resume(kept, rows)
     for tokens in ([], [21, 22, 23], [24, 25, 26]):
         if tokens:
             tokens_B.copy_(torch.tensor(tokens))

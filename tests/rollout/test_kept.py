@@ -124,9 +124,9 @@ def test_nothing_is_kept_where_it_would_not_fit_nor_by_states_nor_afterwards(
 def test_rows_are_found_by_their_tokens_the_longest_first() -> None:
     rows = {tokens: Kept([torch.full((1, len(tokens), 1), i)]) for i, tokens in enumerate([(1,), (1, 2), (3, 4)])}
     kept = KeptRows((RunningBatch, True), rows)
-    found = kept.behind([[1, 2, 5, 6], [3, 4, 5], [1, 3]])
-    assert [(int(row.columns[0].max()), list(tokens)) for row, tokens in found] == [(1, [5, 6]), (2, [5]), (0, [3])]
-    assert kept.behind([[1, 2, 5], [3, 4]]) == []  # all in the call, or none; at least one token behind
+    found = kept.before([[1, 2, 5, 6], [3, 4, 5], [1, 3]])
+    assert [int(row.columns[0].max()) for row in found] == [1, 2, 0]
+    assert kept.before([[1, 2, 5], [3, 4]]) == []  # all in the call, or none; at least one token behind
 
 
 def test_rows_of_different_lengths_are_stacked_at_either_side() -> None:
@@ -136,5 +136,5 @@ def test_rows_of_different_lengths_are_stacked_at_either_side() -> None:
 
     assert stacked(rows(), 0, 4).tolist() == [[[1, 2, 0, 0]], [[3, 0, 0, 0]], [[1, 2, 0, 0]]]
     kept = rows()
-    assert stacked(kept, 0, 4, end=3).tolist() == [[[0, 1, 2, 0]], [[0, 0, 3, 0]], [[0, 1, 2, 0]]]
+    assert stacked(kept, 0, 4, starts=[1, 2, 1]).tolist() == [[[0, 1, 2, 0]], [[0, 0, 3, 0]], [[0, 1, 2, 0]]]
     assert [row.columns[0].shape[1] for row in kept] == [0, 0, 0]  # they are in one place
