@@ -7,19 +7,21 @@ call that hangs keeps neither the interpreter from ending nor Ctrl-C from workin
 
 import asyncio
 import inspect
+import math
 import os
 import queue
 import signal
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 _Call = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 _CLOSE_SECONDS = 1.0  # an event loop that is blocked for longer than this is left to its daemon thread
 _WAIT_SECONDS = 3.0  # that a wait may go on once a signal has asked for the end
+_LOOK_SECONDS = 1.0
 
 
 class Interruption(SystemExit):
@@ -106,6 +108,11 @@ class DaemonThreads:
             self._threads[-1].start()
         return future
 
+    @property
+    def are_here(self) -> bool:
+        """Whether this is called on one of the threads."""
+        return threading.current_thread() in self._threads
+
     def close(self, seconds: float = 1.0) -> None:
         """Cancel the calls that wait, and give those that run `seconds` to end; a thread that hangs is left behind."""
         self._closed = True
@@ -116,8 +123,18 @@ class DaemonThreads:
         threads, self._threads = self._threads, []
         for _ in threads:
             self._queue.put(None)
-        for thread in threads:
+        for thread in {*threads} - {threading.current_thread()}:
             thread.join(seconds / len(threads))
+
+
+def wait_for(future: Future[Any], deadline: float = math.inf) -> Future[Any]:
+    """The future, once it is done, or at `deadline`, of `time.monotonic`.
+
+    It looks each second: a signal that comes just as a wait begins does not wake the main thread (CPython's own race).
+    """
+    while not future.done() and (seconds := deadline - time.monotonic()) > 0:
+        wait([future], min(seconds, _LOOK_SECONDS))
+    return future
 
 
 def _serve(calls: queue.SimpleQueue[_Call | None], idle: threading.Semaphore) -> None:

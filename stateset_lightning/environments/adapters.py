@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -100,6 +101,10 @@ class Driver:
         if reply.reward is not None:
             self._sum = reply.reward + (self._sum or 0.0)
         return reply
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Calls one of the driver's functions on its thread: not `step`, as tools there could not be left behind."""
+        return self._code.submit(function, *args)
 
     def get_reward(self) -> float | None:
         """Of the whole conversation: the environment's own, else the sum over its turns. None: there is none."""
@@ -223,9 +228,9 @@ def _parts(result: Any, *names: str) -> Any:
 class _Choice(Driver):
     """Chooses among environments by the scenario's column `environment`, which they do not get (TRL)."""
 
-    def __init__(self, choices: Mapping[str, Any], settings: Settings) -> None:
-        super().__init__(None, settings, UserCode())
-        self._drivers = {name: as_environment(choice, settings) for name, choice in choices.items()}
+    def __init__(self, choices: Mapping[str, Any], settings: Settings, code: UserCode) -> None:
+        super().__init__(None, settings, code)
+        self._drivers = {name: as_environment(choice, settings, code) for name, choice in choices.items()}
 
     def reset(self, columns: Mapping[str, Any], seed: int) -> Opening:
         name = columns.get("environment")
@@ -242,30 +247,31 @@ class _Choice(Driver):
     def get_reward(self) -> float | None:
         return self._chosen.get_reward()
 
-    def close(self) -> None:
+    def _release(self) -> None:
         for driver in self._drivers.values():
-            driver.close()
+            driver._release()
 
 
 # Which interface it is ------------------------------------------------------------------------------------------------
 
 
-def as_environment(environment: Any, settings: Settings | None = None) -> Driver:
+def as_environment(environment: Any, settings: Settings | None = None, code: UserCode | None = None) -> Driver:
     """What plays conversations with an environment, whichever interface it has.
 
     Args:
         environment: An object, or a class or function that makes one; or a mapping of these, chosen from by the
             scenario's column `environment`.
         settings: Of the run; None: the defaults.
+        code: What runs the environment's methods; None: a new one.
 
     Raises:
         ConfigError: If it has no interface that is known, or a tool cannot be described to the model.
         EnvironmentFailure: If the class or function raises.
     """
     given, settings = environment, settings or Settings()
-    code = UserCode(settings.timeout)
+    code = code or UserCode(settings.timeout)
     if isinstance(given, Mapping):
-        return _Choice(given, settings)
+        return _Choice(given, settings, code)
     is_maker = isinstance(given, type) or (callable(given) and not _has(given, "reset") and not _has(given, "init"))
     takes_extras = is_maker and "extras" in base.signature_of(getattr(given, "func", given)).parameters
     if is_maker and not takes_extras and not _is_skyrl(given):

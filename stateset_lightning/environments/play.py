@@ -23,11 +23,11 @@ from stateset_lightning.environments.adapters import Driver
 from stateset_lightning.environments.base import EnvironmentFailure, Opening
 from stateset_lightning.environments.conversation import Conversation
 from stateset_lightning.environments.processes import HostedDriver, Processes
-from stateset_lightning.environments.tools import CALL_COUNTS
+from stateset_lightning.environments.tools import CALL_COUNTS, UserCode
 from stateset_lightning.errors import DataError
 from stateset_lightning.rollout import RolloutConfig, RolloutEngine
 from stateset_lightning.seeding import derive_seed
-from stateset_lightning.threads import DaemonThreads
+from stateset_lightning.threads import DaemonThreads, wait_for
 from stateset_lightning.types import FinishReason, Metrics, PromptBatch, Rollout, Scenario, Turn, answered
 
 if TYPE_CHECKING:
@@ -92,7 +92,8 @@ class Play:
 
     def begin(self) -> None:
         """Makes and resets all environments, and prompts of what they begin with."""
-        starts = [self._call(self._reset, n) for n in range(len(self.seeds_N))]
+        codes = [UserCode(self.config.timeout) for _ in self.seeds_N]
+        starts = [self._call(code.submit, self._reset, n, code) for n, code in enumerate(codes)]
         for n, start in enumerate(starts):
             p = n // self.size
             given = self.batch.conversations[p], self.batch.prompt_tokens[p], self.batch.scenarios[p]
@@ -170,7 +171,8 @@ class Play:
 
     def _end(self, ended: list[int], on_ended: OnEnded) -> Iterator[list[_Call]]:
         """Asks environments for their rewards, and hands conversations over to be scored."""
-        rewards = {n: self._call(self._driver(n).get_reward) for n in ended if self.all[n].failure is None}
+        drivers = {n: self._driver(n) for n in ended if self.all[n].failure is None}
+        rewards = {n: self._call(driver.submit, driver.get_reward) for n, driver in drivers.items()}
         yield list(rewards.values())
         for n in ended:
             reward = self._wait(self.all[n], rewards[n]) if n in rewards else None
@@ -203,10 +205,11 @@ class Play:
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def _reset(self, n: int) -> tuple[Driver, Opening]:
+    def _reset(self, n: int, code: UserCode) -> tuple[Driver, Opening]:
         columns = self.batch.scenarios[n // self.size].columns()
         tokenizer = self.player.encoder.tokenizer
-        driver = self.player.make() if self.processes is None else HostedDriver(self.processes, n, tokenizer)
+        hosted = None if self.processes is None else HostedDriver(self.processes, n, tokenizer, code)
+        driver = hosted or self.player.make(code=code)
         seed = derive_seed(self.seeds_N[n // self.size * self.size], "environment")
         try:
             return driver, driver.reset(columns, seed)
@@ -216,7 +219,8 @@ class Play:
 
     def _step(self, n: int, text: str) -> _Call:
         """Has an environment answer: the completion, behind what the prompt has opened of it (`<think>`)."""
-        return self._call(self._driver(n).step, answered(self.all[n].turns, text)[-1].content)
+        said = answered(self.all[n].turns, text)[-1].content
+        return self._call(self.threads.submit, self._driver(n).step, said)
 
     def _taken(self, conversation: Conversation) -> TurnTaken:
         """The last turn of the model, and what came behind it."""
@@ -298,17 +302,17 @@ class Play:
         text = self.player.encoder.tokenizer.decode(conversation.tokens[-16:])
         return max((stop for stop in self.sampling.stop if text.endswith(stop)), key=len, default="")
 
-    def _call(self, function: Callable[..., Any], *args: Any) -> _Call:
-        """Calls an environment, at once: there is a thread for each conversation."""
+    def _call(self, submit: Callable[..., Future[Any]], *call: Any) -> _Call:
+        """Calls an environment, at once: there are two threads for each conversation, its own and one for tools."""
         # A process ends what takes too long; until it begins, a call may wait for others.
         seconds = self.config.timeout if self.processes is None else threading.TIMEOUT_MAX / 2
-        return self.threads.submit(function, *args), time.monotonic() + seconds
+        return submit(*call), time.monotonic() + seconds
 
     def _wait(self, conversation: Conversation, call: _Call) -> Any:
         """What an environment returned; None where it failed, which ends the conversation."""
         future, deadline = call
         try:
-            return future.result(max(0.0, deadline - time.monotonic()))
+            return wait_for(future, deadline).result(0)
         except TimeoutError:
             limit = f"model.environment.timeout={self.config.timeout:g}"
             failure: BaseException = EnvironmentFailure(f"gave no answer within {limit} s")

@@ -39,7 +39,7 @@ class Player:
 
     config: EnvironmentConfig
     encoder: PromptEncoder
-    make: Callable[[], Driver]
+    make: Callable[..., Driver]
     on_turn: OnTurn
 
     @classmethod

@@ -65,10 +65,11 @@ class HostedDriver(Driver):
         processes: One of which has the environment.
         n: The number of the conversation.
         tokenizer: Which knows what tool calls look like. They are read here: a process does without torch.
+        code: Whose thread waits for the process.
     """
 
-    def __init__(self, processes: Processes, n: int, tokenizer: Any) -> None:
-        super().__init__(None, Settings(tokenizer), UserCode())
+    def __init__(self, processes: Processes, n: int, tokenizer: Any, code: UserCode) -> None:
+        super().__init__(None, Settings(tokenizer), code)
         self._submit = partial(processes.submit, n)
 
     def reset(self, columns: Mapping[str, Any], seed: int) -> Opening:

@@ -50,6 +50,16 @@ class UserCode:
         self._timeout = timeout
         self._thread: DaemonThreads | None = None
 
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Calls a function on the thread. What that gives to `run` runs in it, too."""
+        thread = self._thread
+        if thread is None:
+            with suppress(IndexError):
+                thread = _IDLE.pop()
+        self._thread = thread = thread or DaemonThreads(1, "environment")
+        self._last = thread.submit(function, *args)
+        return self._last
+
     def run(self, call: Callable[[], Any], timeout: float | None = None) -> tuple[Any, BaseException | None]:
         """What a call returns, and None; or None, and what it raises.
 
@@ -58,15 +68,10 @@ class UserCode:
         """
         if inspect.iscoroutinefunction(call):
             return _outcome(_LOOP.submit(call, timeout=self._timeout), timeout)
-        if self._thread is None:
-            with suppress(IndexError):
-                self._thread = _IDLE.pop()
-        thread = self._thread = self._thread or DaemonThreads(1, "environment")
-        self._last = thread.submit(call)
-        result, error = _outcome(self._last, timeout)
+        is_here = self._thread is not None and self._thread.are_here
+        result, error = outcome_of(call) if is_here else _outcome(self.submit(call), timeout)
         if isinstance(error, TookTooLong):
-            self._thread = None
-            thread.close(0)
+            self.close()
         if inspect.isawaitable(result):
             return _outcome(_LOOP.submit(lambda: result, timeout=self._timeout), timeout)
         return result, error
@@ -74,17 +79,17 @@ class UserCode:
     def close(self) -> None:
         """Gives the thread away, and leaves behind one that hangs. A later call takes another."""
         thread, self._thread = self._thread, None
-        if thread is not None and self._last.done():
+        if thread is not None and self._last.done() and not self._last.cancelled():  # it waits for calls
             _IDLE.append(thread)
         elif thread is not None:
             thread.close(0)
 
 
 def outcome_of(call: Callable[[], Any]) -> tuple[Any, BaseException | None]:
-    """As `UserCode.run`, in the caller's thread: of an environment of ours, which does not wait."""
+    """As `UserCode.run`, in the caller's thread."""
     try:
         return call(), None
-    except Exception as error:
+    except BaseException as error:
         return None, error
 
 

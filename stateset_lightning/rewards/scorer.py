@@ -12,7 +12,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, wait
+from concurrent.futures import CancelledError, Future
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
@@ -27,12 +27,11 @@ from stateset_lightning.rewards.base import BatchReward, Context, Given, Outcome
 from stateset_lightning.rewards.functions import alarm_in, is_async, written
 from stateset_lightning.rewards.group import GroupReward
 from stateset_lightning.rewards.reward_list import as_rewards
-from stateset_lightning.threads import DaemonThreads, EventLoopThread, interruptible
+from stateset_lightning.threads import DaemonThreads, EventLoopThread, interruptible, wait_for
 from stateset_lightning.types import NOT_APPLICABLE, RewardFailure, Scores
 from stateset_lightning.workers import WorkerPool
 
 ALARM_SECONDS = 10.0  # of a reward that needs a process and names no time-out
-_LOOK_SECONDS = 1.0
 
 
 @bounded("scorer")
@@ -276,9 +275,7 @@ def _outcome(future: Future[Any]) -> Any:
     A time-out, a dead worker, or a result that cannot be pickled is a failure of the reward.
     """
     try:
-        while not future.done():  # a signal that comes just as a wait begins does not wake it: it would last for ever
-            wait([future], _LOOK_SECONDS)
-        error = future.exception()  # not `result`, which raises what a signal raises here, too
+        error = wait_for(future).exception()  # not `result`, which raises what a signal raises here, too
     except CancelledError as cancelled:  # a reward can cancel whatever runs beside it
         error = cancelled
     if isinstance(error, ConfigError):

@@ -158,7 +158,7 @@ def make_cache(model: PreTrainedModel, capacity: int) -> cache_utils.DynamicCach
 
 def modules_with_states(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
     """Modules with an attribute of `MODULE_STATES`, and its name. A cache keeps these states in one more layer."""
-    return [(module, name) for module in model.modules() for name in MODULE_STATES if hasattr(module, name)]
+    return [(module, name) for module in model.modules() for name in MODULE_STATES if name in vars(module)]
 
 
 def _join(rows: Tensor, added: Tensor, column: int, capacity: int) -> Tensor:

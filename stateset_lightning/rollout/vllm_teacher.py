@@ -13,7 +13,7 @@ from stateset_lightning.policy import Group
 from stateset_lightning.rollout.sampling import check_length
 from stateset_lightning.rollout.vllm import servers_at
 from stateset_lightning.rollout.vllm_client import LARGEST_LOGPROB, Answer, BadAnswer, Logprob, VLLMServer
-from stateset_lightning.threads import DaemonThreads, interruptible
+from stateset_lightning.threads import DaemonThreads, interruptible, wait_for
 
 # Requests at a time; the servers have a queue of their own.
 REQUESTS = 64
@@ -77,7 +77,7 @@ class VLLMTeacher:
                     tokens, server = [*group.prompt, *completion], next(servers)
                     attempt = partial(_logprobs, server, tokens, len(completion))
                     scored.append((threads.submit(server.patiently, attempt), places))
-            logprobs = [future.result()[place] for future, places in scored for place in places]
+            logprobs = [wait_for(future).result()[place] for future, places in scored for place in places]
         finally:
             threads.close(seconds=0)
         return torch.tensor(logprobs, dtype=torch.float32), torch.empty(0)

@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from stateset_lightning.data.loader import EpisodeLoader
 from stateset_lightning.errors import ConfigError, log
 from stateset_lightning.rollout import RemoteEngine, RolloutConfig, RolloutEngine
-from stateset_lightning.threads import DaemonThreads, interruptible
+from stateset_lightning.threads import DaemonThreads, interruptible, wait_for
 from stateset_lightning.training.schedule import optimizer_steps_of_run
 from stateset_lightning.types import PromptBatch
 
@@ -48,13 +48,13 @@ class SamplingAhead(Generic[T]):
         future, self._future = self._future, None
         if future is None or episode != self._episode:
             return None
-        return future.result()
+        return wait_for(future).result()
 
     @interruptible()
     def wait(self) -> None:
         """Until nothing is being drawn: the engine then may take other weights."""
         if self._future is not None:
-            self._future.exception()
+            wait_for(self._future)
 
     def close(self) -> None:
         """Forgets what is being drawn; its thread ends with the requests that are under way. Another run may follow."""

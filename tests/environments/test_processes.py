@@ -16,6 +16,7 @@ from stateset_lightning import RolloutConfig
 from stateset_lightning.environments import EnvironmentConfig, EnvironmentFailure
 from stateset_lightning.environments.adapters import Settings, as_environment
 from stateset_lightning.environments.processes import HostedDriver, Processes
+from stateset_lightning.environments.tools import UserCode
 from stateset_lightning.errors import ConfigError
 from stateset_lightning.rewards import EnvironmentReward
 from stateset_lightning.workers import WorkerDied
@@ -35,7 +36,7 @@ def pid_of(reply: Any) -> int:
 @pytest.mark.parametrize(("harm", "says"), [("spins", "no result within 0.5 s"), ("exits", "ended with code 3")])
 def test_what_would_end_the_trainer_ends_one_process(harm: str, says: str) -> None:
     processes = processes_of(Harmful, 2, 0.5)
-    drivers = [HostedDriver(processes, n, None) for n in range(4)]
+    drivers = [HostedDriver(processes, n, None, UserCode()) for n in range(4)]
     try:
         for n, driver in enumerate(drivers):
             driver.reset({"harm": harm if n == 0 else "raises" if n == 3 else None}, seed=1)
@@ -61,7 +62,7 @@ def test_waiting_for_a_process_is_not_the_environments_time() -> None:
     processes = processes_of(Waits, 1, 0.9)
     try:
         for n in range(4):
-            HostedDriver(processes, n, None).reset({"harm": None}, seed=1)
+            HostedDriver(processes, n, None, UserCode()).reset({"harm": None}, seed=1)
         calls = [processes.submit(n, "step", "14") for n in range(4)]  # the last one waits for 1.5 s
         assert [call.result().reward for call in calls] == [1.0] * 4
     finally:
@@ -71,8 +72,8 @@ def test_waiting_for_a_process_is_not_the_environments_time() -> None:
 def test_environments_are_closed_before_their_process_ends(tmp_path: Path) -> None:
     processes = processes_of(Harmful, 1, 5)
     for n in range(3):
-        HostedDriver(processes, n, None).reset({"harm": str(tmp_path / "file")}, seed=1)
-    HostedDriver(processes, 0, None).close()
+        HostedDriver(processes, n, None, UserCode()).reset({"harm": str(tmp_path / "file")}, seed=1)
+    HostedDriver(processes, 0, None, UserCode()).close()
     processes.close()
     assert (tmp_path / "file").read_text() == "closed\n" * 3
 
@@ -99,7 +100,7 @@ def test_a_run_goes_on_beside_a_process_that_ends(tmp_path: Path) -> None:
 def test_tools_are_called_in_the_process_and_one_that_ends_it_ends_no_other() -> None:
     processes = processes_of({"sums": Calls}, 2, 60)
     call = '<tool_call>{{"name": "{}", "arguments": {}}}</tool_call>'
-    drivers = [HostedDriver(processes, n, None) for n in range(2)]
+    drivers = [HostedDriver(processes, n, None, UserCode()) for n in range(2)]
     try:
         for driver in drivers:
             driver.reset({"harm": None, "environment": "sums"}, seed=1)
