@@ -129,8 +129,8 @@ def run_ours(folder: Path, rows: list[dict[str, str]], task: str, steps: int, se
     module = GRPOLightningModule(
         str(folder),
         reward=EnvironmentReward() if task == "class" else reward,
-        # As TRL does, which drops a tool's answer that leads beyond `max_completion_length`: here each turn has room for
-        # MAX_TOKENS of its own, there all turns together.
+        # As TRL does, which drops a tool's answer that leads beyond `max_completion_length`: here each turn has room
+        # for MAX_TOKENS of its own, there all turns together.
         environment=EnvironmentConfig(**options, max_turns=MAX_TURNS, max_tokens=2 * MAX_TOKENS),
         rollout=RolloutConfig(num_generations=NUM_GENERATIONS, max_new_tokens=MAX_TOKENS),
         algorithm=GRPO(beta=0.0),

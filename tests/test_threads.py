@@ -4,11 +4,14 @@ import asyncio
 import contextlib
 import io
 import os
+import signal
 import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 
+from stateset_lightning import threads
 from stateset_lightning.threads import DaemonThreads, EventLoopThread, Heartbeat
 
 
@@ -163,3 +166,21 @@ def test_an_idle_thread_is_taken_before_another_is_started() -> None:
     hold.set()
     assert all(call.result(5) for call in waiting)
     threads.close()
+
+
+def test_a_signal_that_wakes_nobody_is_seen_by_a_wait(monkeypatch):
+    """As one is that comes just before the main thread begins to sleep; here, another thread takes it."""
+    monkeypatch.setattr(threads, "_LOOK_SECONDS", 0.05)
+    future, ready = Future(), threading.Event()
+    threading.Thread(target=lambda: (ready.set(), time.sleep(1)), daemon=True).start()
+    ready.wait(5)
+    before = signal.signal(signal.SIGUSR1, lambda *_: future.set_result("seen"))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        assert threads.wait_for(future, time.monotonic() + 20).result(0) == "seen"
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        signal.signal(signal.SIGUSR1, before)
+    with pytest.raises(TimeoutError):
+        threads.wait_for(Future(), time.monotonic() + 0.1).result(0)

@@ -6,14 +6,16 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import wraps
 from pkgutil import resolve_name
 from types import FunctionType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 from stateset_lightning.errors import ConfigError, one_line
 from stateset_lightning.types import Turn
+
+T = TypeVar("T")
 
 
 class Environment(Protocol):
@@ -156,8 +158,26 @@ def as_reward(value: Any) -> float | None:
     return number
 
 
-_SIGNATURES: WeakKeyDictionary[Any, inspect.Signature] = WeakKeyDictionary()
 OWN_METHODS = ("reset", "step", "get_reward", "close", "init", "render", "seed")
+
+
+def kept_for_each(compute: Callable[[Any], T]) -> Callable[[Any], T]:
+    """Of a function, method or class computes once, as each conversation asks again."""
+    known: WeakKeyDictionary[Any, T] = WeakKeyDictionary()
+
+    @wraps(compute)
+    def look_up(function: Any) -> T:
+        written = getattr(function, "__func__", function)
+        if not isinstance(written, FunctionType | type):
+            return compute(function)
+        if written not in known:
+            known[written] = compute(function)
+        return known[written]
+
+    return look_up
+
+
+signature_of = kept_for_each(inspect.signature)
 
 
 def tool_methods(environment: Any) -> dict[str, Callable[..., Any]]:
@@ -165,20 +185,10 @@ def tool_methods(environment: Any) -> dict[str, Callable[..., Any]]:
     return {name: getattr(environment, name) for name in _tool_names(type(environment))}
 
 
-@lru_cache  # each conversation asks again
+@kept_for_each
 def _tool_names(kind: type) -> list[str]:
     found = inspect.getmembers(kind, inspect.isroutine)  # of the class: an instance would compute properties
     return [n for n, f in found if not n.startswith("_") and n not in OWN_METHODS and inspect.getdoc(f)]
-
-
-def signature_of(function: Callable[..., Any]) -> inspect.Signature:
-    """`inspect.signature`, which takes longer than most environments; each conversation asks again."""
-    written = getattr(function, "__func__", function)
-    if not isinstance(written, FunctionType | type):
-        return inspect.signature(function)
-    if written not in _SIGNATURES:
-        _SIGNATURES[written] = inspect.signature(function)
-    return _SIGNATURES[written]
 
 
 def imported(given: Any, key: str, say: str) -> Callable[..., Any]:

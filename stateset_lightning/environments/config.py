@@ -31,8 +31,7 @@ class EnvironmentConfig:
         timeout: Seconds that an environment may take to begin, to answer, or to score, and a tool half of them.
         parts: Parts of an episode's prompts that take their turns without waiting for one another: one samples while
             environments of the others answer. Each part's batches are smaller, so that sampling itself takes longer.
-        processes: Worker processes that environments run in, which can be killed; 0: on threads of the trainer. Not for
-            environments with tools.
+        processes: Worker processes that environments run in, which can be killed; 0: on threads of the trainer.
         turn_rewards: What a turn of the model is credited with: `sum`, the conversation's reward, as all its turns are;
             `discounted`, what the environment gives from this turn on.
         turn_discount: Of `discounted`: each later turn's reward counts this many times less than the one before it.

@@ -14,11 +14,10 @@ from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from pydantic import PositiveFloat
 
-from stateset_lightning.environments.base import EnvironmentFailure, Reply, imported, signature_of
+from stateset_lightning.environments.base import EnvironmentFailure, Reply, imported, kept_for_each, signature_of
 from stateset_lightning.environments.tool_calls import Call, Malformed
 from stateset_lightning.errors import ConfigError, bounded, one_line
 from stateset_lightning.threads import DaemonThreads, EventLoopThread
@@ -29,7 +28,6 @@ Functions = Mapping[str, Callable[..., Any]]  # by the names that the model call
 
 _LOOP = EventLoopThread(10_000, "environments")
 _IDLE: list[DaemonThreads] = []  # that no conversation has now
-_SCHEMAS: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()  # each conversation asks for its tools' again
 
 
 class TookTooLong(Exception):
@@ -135,6 +133,7 @@ class Tools:
         return Reply(done=True)
 
 
+@kept_for_each
 def schema_of(function: Callable[..., Any]) -> dict[str, Any]:
     """The JSON schema of a tool, as chat templates take it.
 
@@ -144,9 +143,7 @@ def schema_of(function: Callable[..., Any]) -> dict[str, Any]:
     from transformers.utils import get_json_schema  # slow to import
 
     try:
-        if (key := getattr(function, "__func__", function)) not in _SCHEMAS:
-            _SCHEMAS[key] = get_json_schema(function)
-        return _SCHEMAS[key]
+        return get_json_schema(function)
     except Exception as error:  # the library's own errors are plain exceptions; hints may raise any
         name = getattr(function, "__qualname__", repr(function))
         must = 'write a type for each argument, and a docstring with "Args:" and a line "name: what it is" for each'

@@ -213,8 +213,9 @@ class RunningBatch:
     def _attention_arguments(self, count: int = 1) -> dict[str, Any]:
         """What else the attention to so many new tokens of each row needs to know."""
         mask = self._mask(count)
-        is_ready = mask is not None and count == 1 and self._takes_ready_masks
-        return {"attention_mask": mask[:, None, None] if is_ready else mask}
+        if mask is not None and count == 1 and self._takes_ready_masks:
+            mask = mask[:, None, None]
+        return {"attention_mask": mask}
 
     def _attend(self) -> Attend:
         """The attention of the decoder's step."""

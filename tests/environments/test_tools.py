@@ -1,6 +1,7 @@
 """Plain functions as tools: what is answered to each kind of call, and what is counted."""
 
 import asyncio
+import threading
 import time
 
 import pytest
@@ -120,6 +121,25 @@ def test_results_that_are_no_text_for_a_tokenizer():
     assert found == ["a?b", "error: KeyError: 'odd'"]
     assert counts == {"tool_calls": 2, "tool_errors": 1}
     code.close()
+
+
+def test_functions_have_one_thread_which_is_given_away_at_the_end():
+    code, other = UserCode(), UserCode()
+    mine = code.run(threading.get_ident)[0]
+    assert code.submit(lambda: [code.run(threading.get_ident)[0], threading.get_ident()]).result(10) == [mine, mine]
+    assert other.run(threading.get_ident)[0] != mine
+    code.close()
+    assert UserCode().run(threading.get_ident)[0] == mine  # the one that was given away last
+    hangs = threading.Event()
+    left = other.run(threading.get_ident)[0]
+    assert other.run(hangs.wait, timeout=0.01)[0] is None
+    other.close()
+    blocked = UserCode()
+    blocked.submit(hangs.wait)
+    blocked.close()
+    new = [UserCode().run(threading.get_ident)[0] for _ in range(3)]  # none of these waits for a function that hangs
+    assert left not in new
+    hangs.set()
 
 
 def test_a_tool_that_takes_too_long_is_answered_for(code):

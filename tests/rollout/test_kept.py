@@ -87,6 +87,7 @@ def test_a_turn_is_that_of_the_whole_prompt(
 ) -> None:
     monkeypatch.setattr(running_batch, "SHARE_FROM", share_from)
     monkeypatch.setattr(running_batch, "tokens_between_looks", lambda device: looks_every)
+    monkeypatch.setattr(running_batch, "TOGETHER", 1024 // looks_every**4)  # or a token or two of each row at a time
     engine = make_engine(name)
     sampling = replace(SAMPLING, decoding=decoding)
     expected = play(engine, sampling, keeps=False)
@@ -99,6 +100,29 @@ def test_a_turn_is_that_of_the_whole_prompt(
         assert ours.completions() == whole.completions()
         assert (ours.finish_reasons, ours.texts) == (whole.finish_reasons, whole.texts)
         torch.testing.assert_close(ours.logprobs_T, whole.logprobs_T, atol=1e-5, rtol=0)
+
+
+def test_rows_with_long_replies_do_not_have_others_computed_again(
+    make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, shapes, forward = make_model("llama"), list[tuple[int, ...]](), RunningBatch._forward
+    monkeypatch.setattr(
+        RunningBatch,
+        "_forward",
+        lambda batch, ids, *rest, **more: shapes.append(tuple(ids.shape)) or forward(batch, ids, *rest, **more),
+    )
+    with torch.inference_mode():
+        batch = RunningBatch(model, 4)
+        batch.admit(PROMPTS, [0, 1, 2, 2])
+        kept = [batch.kept(row, len(PROMPTS[p])).copied() for row, p in enumerate((0, 1, 2, 2))]
+        rows = [PROMPTS[p] + [9 + p] * count for p, count in ((0, 1), (1, 2), (2, 10), (2, 30))]
+        shapes.clear()
+        batch = RunningBatch(model, 4)
+        batch.resume(kept, rows)
+        assert shapes == [(1, 20), (4, 10)]  # of 4 x 30
+        for row, logits_V in zip(rows, batch.logits_BV, strict=True):
+            whole = model(torch.tensor([row])).logits[0, -1]
+            torch.testing.assert_close(logits_V, whole, atol=1e-5, rtol=0)
 
 
 def test_nothing_is_kept_where_it_would_not_fit_nor_by_states_nor_afterwards(
