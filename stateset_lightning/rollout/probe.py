@@ -108,16 +108,22 @@ def difference_of_cache(model: PreTrainedModel) -> float:
 def difference_of_decoding(kind: Kind, model: PreTrainedModel, *, decodes: bool) -> float:
     """The largest difference of a log-prob, in nats, between a batch and the model's own forward of each row.
 
-    Rows of prompts of three lengths are admitted at two times, decoded and dropped: all that a batch can do, on both
-    sides of every threshold of a twin.
+    Rows of prompts of three lengths are admitted at two times, decoded and dropped, and go on with replies of different
+    lengths: all that a batch can do, on both sides of every threshold of a twin.
 
     Args:
         kind: Of the batch.
         model: The real one, or its twin.
         decodes: Whether a `LlamaDecoder` makes the steps.
     """
-    batch = kind(model, 24, LlamaDecoder(model) if decodes else None)
+    decoder = LlamaDecoder(model) if decodes else None
+    batch = kind(model, 24, decoder)
     rows: list[list[int]] = []
+
+    def difference() -> float:
+        expected_BV = torch.stack([own_logprobs(model, row)[-1] for row in rows])
+        return float((batch.logits_BV.float().log_softmax(-1) - expected_BV).abs().max())
+
     largest = 0.0
     for lengths, steps in (((13, 3), 6), ((21,), 9)):
         prompts = [probe_tokens(n, n) for n in lengths]
@@ -133,6 +139,11 @@ def difference_of_decoding(kind: Kind, model: PreTrainedModel, *, decodes: bool)
                 kept = torch.arange(0, len(rows), 2, device=model.device)
                 batch.keep(kept)
                 rows, tokens_B = rows[::2], tokens_B[kept]
-        expected_BV = torch.stack([own_logprobs(model, row)[-1] for row in rows])
-        largest = max(largest, float((batch.logits_BV.float().log_softmax(-1) - expected_BV).abs().max()))
+        largest = max(largest, difference())
+    if batch.can_keep:
+        before = [batch.kept(i, len(row)) for i, row in enumerate(rows)]
+        rows = [[*row, *probe_tokens(1 + 5 * i, i)] for i, row in enumerate(rows)]
+        batch = kind(model, 24, decoder)
+        batch.resume(before, rows)
+        largest = max(largest, difference())
     return largest

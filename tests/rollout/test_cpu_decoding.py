@@ -182,7 +182,7 @@ def test_the_engine_decodes_with_it_and_probes_once(
     make_model: Callable[..., Any], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy, engine = Policy(make_model("qwen2"), PolicyConfig("tiny")), InProcessEngine(tiny_tokenizer)
-    assert forwards(policy, engine, 3) == [7, 1, 1]  # the prefill, and those of the probes
+    assert forwards(policy, engine, 3) == [11, 1, 1]  # the prefill, and those of the probes
     monkeypatch.setattr(cpu_decoding, "MODEL_TYPES", ())
     assert min(forwards(policy, engine, 2)) > 5
 
