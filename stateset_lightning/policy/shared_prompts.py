@@ -144,7 +144,7 @@ class SharedPrompts:
         weights = softmax_with_sinks(scores, heads_krn1)
         prompt_weights, own_weights = weights[..., : longest - first], weights[..., longest - first :]
         output = self._to_rows(self._to_prompts(prompt_weights) @ prompt_values, per_key) + own_weights @ value
-        return output.reshape(*query.shape).transpose(1, 2)
+        return output.reshape(*query.shape).transpose(1, 2).contiguous()
 
     def _to_prompts(self, values: Tensor) -> Tensor:
         """[B, k, r, x] -> [P, k, R r, x]: all rows of a prompt together, for one product with its keys or values."""

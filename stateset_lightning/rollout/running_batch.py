@@ -128,7 +128,7 @@ class RunningBatch:
     @property
     def can_keep(self) -> bool:
         """Whether others may go on from its rows: not from states, which have no columns."""
-        return all(type(layer) is BufferLayer for layer in self.cache.layers)
+        return all(type(layer) is BufferLayer and layer.buffers for layer in self.cache.layers)
 
     def kept(self, row: int, length: int) -> Kept:
         """What has been computed of the first `length` tokens of a row, its prompt's included; views of the batch."""
