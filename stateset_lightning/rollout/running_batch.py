@@ -128,7 +128,8 @@ class RunningBatch:
     @property
     def can_keep(self) -> bool:
         """Whether others may go on from its rows: not from states, which have no columns."""
-        return all(type(layer) is BufferLayer and layer.buffers for layer in self.cache.layers)
+        kinds = {type(layer) for layer in self.cache.layers}
+        return kinds == {BufferLayer}
 
     def kept(self, row: int, length: int) -> Kept:
         """What has been computed of the first `length` tokens of a row, its prompt's included; views of the batch."""
