@@ -123,10 +123,6 @@ def inject(model: PreTrainedModel, config: LoraConfig, place: str, seed: int = 0
         if hasattr(layer, "parameter_name") and re.fullmatch(excluded, name):
             model.set_submodule(name, layer.base_layer)
             config.target_parameters.discard(f"{name.rpartition('.')[2]}.{layer.parameter_name}")
-    adapted = ((name, layer) for name, layer in model.named_modules() if hasattr(layer, "lora_bias"))
-    bare = [name for name, layer in adapted if getattr(layer.get_base_layer(), "bias", None) is None]
-    if config.lora_bias and bare:
-        raise ConfigError(f"{place}: lora_bias=True, and {bare[0]} has no bias to merge it into: leave it out")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         if parameter.dtype in (torch.bfloat16, torch.float16):

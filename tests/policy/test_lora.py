@@ -175,12 +175,18 @@ def test_the_adapter_is_float32_on_a_smaller_model(model_folder: Callable[..., P
             "init_lora_weights='pissa': use true or gaussian",
         ),
         ({"peft_kwargs": {"init_lora_weights": False}}, "init_lora_weights=False: use true or gaussian"),
-        ({"peft_kwargs": {"lora_bias": True}}, r"lora_bias=True, and model\.layers\.0\.self_attn\.q_proj has no bias"),
     ],
 )
 def test_options_that_cannot_be_honoured(options: dict[str, Any], message: str, make_model: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match=message):
         adapted(make_model("llama"), **options)
+
+
+def test_peft_says_of_a_bias_that_no_layer_takes_that_it_cannot_be_merged(make_model: Callable[..., Any]) -> None:
+    with pytest.warns(UserWarning, match="`lora_bias=True` was passed but the targeted layer .* has no bias"):
+        model = adapted(make_model("llama"), peft_kwargs={"lora_bias": True})
+    with pytest.raises(RuntimeError, match="Impossible to merge LoRA with `lora_bias=True`"), merged_adapter(model):
+        pass
 
 
 def test_further_arguments_reach_peft(make_model: Callable[..., Any]) -> None:
