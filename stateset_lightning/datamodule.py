@@ -181,8 +181,7 @@ class ScenarioDataModule(LightningDataModule):
         order = EpochOrder(rows, scenarios.weights, seed, self.shuffle, scenarios.names, goes_on=is_stream)
         curriculum, overfit = self.curriculum, getattr(self.trainer, "overfit_batches", 0)
         if curriculum and overfit:
-            repeats = f"trainer.overfit_batches={overfit} repeats the same prompts"
-            raise ConfigError(f"{repeats}, data.curriculum draws others: leave one out")
+            raise ConfigError(f"trainer.overfit_batches={overfit} contradicts data.curriculum: leave one out")
         decides: dict[str, Any] = {"seed": seed, "shuffle": self.shuffle, "sources": scenarios.mixture}
         decides |= {"curriculum": curriculum.fingerprint if curriculum else "", "prompts": scenarios.digest(tokens)}
         self._train_loader = loader = EpisodeLoader(
@@ -200,8 +199,7 @@ class ScenarioDataModule(LightningDataModule):
         )
         if loader.num_filled and curriculum is None:
             made = f"{order.size} prompts make {loader.episodes_per_epoch} episodes of {loader.episode_size}"
-            filled = f"the last of an epoch is filled up with {loader.num_filled} from its start"
-            _announce(logging.INFO, f"data.train: {made}; {filled}")
+            _announce(logging.INFO, f"data.train: {made}; the last is filled with {loader.num_filled} from the start")
         self._resume()
         return loader
 
@@ -295,8 +293,7 @@ class ScenarioDataModule(LightningDataModule):
         if held_out:
             train, validation = hold_out(found, self.validation_fraction, self._resolved_seed())
             self._scenarios |= {"train": train, "validation": validation}
-            held = f"{len(validation)} of them held out (data.validation_fraction={self.validation_fraction})"
-            _announce(logging.INFO, f"data.validation: {held}")
+            _announce(logging.INFO, f"data.validation: {len(validation)} of them held out (data.validation_fraction)")
 
     def current_encoder(self) -> PromptEncoder:
         """Makes the prompts; a new one, and all prompts anew, if the tokenizer is another one than before."""
@@ -309,11 +306,9 @@ class ScenarioDataModule(LightningDataModule):
             self._encoder = PromptEncoder(**{name: value for name in names if (value := given.get(name)) is not None})
             self._prompts.clear()
             if self._encoder.use_chat_template is None and not self._encoder.applies_template:
-                how = "prompts are plain text, their turns joined by blank lines"
-                _announce(logging.INFO, f"the tokenizer has no chat template: {how}")
+                _announce(logging.INFO, "the tokenizer has no chat template: turns are joined by blank lines")
             if self._encoder.writes_date:
-                kept = f"in this run it is always {self._now}, also when it is resumed"
-                _announce(logging.INFO, f"the chat template writes the date: {kept}")
+                _announce(logging.INFO, f"the chat template writes the date: in this run it is always {self._now}")
         return self._encoder
 
     def _encode(self, split: Split, encoder: PromptEncoder) -> None:
@@ -323,8 +318,7 @@ class ScenarioDataModule(LightningDataModule):
             row = first_row(encoder.tokenizer, self._scenarios[split].known[prompts.kept[0]], prompts.tokens[0])
             _announce(logging.INFO, f"data.{split}: the first row is {row}")
         if first := next(filter(None, prompts.opened), ""):
-            how = "rewards see that before each completion"
-            _announce(logging.INFO, f"data.{split}: the chat template opens the answer with {first!r}: {how}")
+            _announce(logging.INFO, f"data.{split}: the chat template opens the answer with {first!r}, for rewards too")
         self.dropped[split], self.truncated[split] = prompts.num_dropped, prompts.num_truncated
         if count := prompts.num_dropped or prompts.num_truncated:
             fate = "dropped" if prompts.num_dropped else "cut to their last tokens"

@@ -250,8 +250,7 @@ class GRPOLightningModule(RunsInTrainer):
             made_of, step = self.state.sample_and_advantages, self.state.step_of_pass
             records = [] if made_of is None else make_records(*made_of)
             file = write_bad_step(self.trainer, self.state.episode, step, norm, records, self.tokenizer)
-            skipped = f"optimizer step skipped; see what it would have trained in {file}"
-            rank_zero_warn(f"the gradient is not finite ({norm}): {skipped}")
+            rank_zero_warn(f"the gradient is not finite ({norm}): optimizer step skipped; {file} has its completions")
         checks.check_bad_steps(self.state.bad_steps, self.max_bad_steps, self.trainer.global_step + 1)
 
     def optimizer_step(

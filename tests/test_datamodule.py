@@ -232,9 +232,9 @@ def test_dropped_prompts_are_counted_and_announced(caplog):
     assert (data.dropped, data.truncated, data.num_scenarios) == ({"train": 1}, {"train": 0}, {"train": 1})
     assert [record.getMessage() for record in caplog.records] == [
         "data.train: 2 scenarios from data.train item 1",
-        "the tokenizer has no chat template: prompts are plain text, their turns joined by blank lines",
+        "the tokenizer has no chat template: turns are joined by blank lines",
         "data.train: 1 of 2 prompts have more than data.max_prompt_tokens=2 tokens and are dropped",
-        "data.train: 1 prompts make 1 episodes of 2; the last of an epoch is filled up with 1 from its start",
+        "data.train: 1 prompts make 1 episodes of 2; the last is filled with 1 from the start",
     ]
 
 
@@ -334,7 +334,7 @@ def test_a_curriculum_is_part_of_the_state_and_of_what_must_be_equal():
 def test_a_curriculum_contradicts_a_fixed_order_and_repeated_batches():
     with pytest.raises(ConfigError, match=r"data\.shuffle=False .* leave one of them out"):
         make(curriculum=Curriculum(), shuffle=False)
-    with pytest.raises(ConfigError, match=r"trainer\.overfit_batches=1 repeats the same prompts"):
+    with pytest.raises(ConfigError, match=r"trainer\.overfit_batches=1 contradicts data\.curriculum"):
         fit(data=make(curriculum=Curriculum()), max_steps=1, overfit_batches=1)
 
 

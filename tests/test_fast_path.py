@@ -74,7 +74,7 @@ def test_a_token_budget_changes_the_micro_steps_and_not_the_gradient(
     data = {"data": make_data(steps_per_episode=4), "accumulate_grad_batches": 4}
     tell_once.cache_clear()
     split, metrics = gradient(budget, **data)
-    is_told = "model.max_tokens_per_step=1 tokens, however they are balanced" in caplog.text
+    is_told = "micro-steps have more than model.max_tokens_per_step=1 tokens" in caplog.text
     assert (metrics["work/over_budget_tokens"] > 0) == is_told == (budget == 1)
     assert relative_difference(split, whole) < 1e-6
 

@@ -224,8 +224,7 @@ def pass_at_k_advantages(rewards_PG: Tensor, k: int) -> Tensor:
     """
     num_generations = rewards_PG.shape[-1]
     if k >= num_generations:
-        why = "a group needs several subsets of k completions to compare; lower k or raise num_generations"
-        raise ConfigError(f"model.algorithm.k={k} must be below model.rollout.num_generations={num_generations}: {why}")
+        raise ConfigError(f"model.algorithm.k={k} must be below model.rollout.num_generations={num_generations}")
     rewards_PG = drop_small_groups(rewards_PG.double())
     advantages_PG = torch.full_like(rewards_PG, torch.nan)
     for rewards_G, advantages_G in zip(rewards_PG, advantages_PG, strict=True):

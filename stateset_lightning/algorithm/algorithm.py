@@ -148,8 +148,7 @@ class Algorithm(Formulas):
         """Fills in what follows from the rollout; called once, before training."""
         if samples_elsewhere and self.mismatch is None:
             self.mismatch = Mismatch("sequence_tis" if self.weighs_completions else "token_tis")
-            said = "model.algorithm.mismatch: %s, since another process samples (kind: none for no correction)"
-            log.info(said, self.mismatch)
+            log.info("model.algorithm.mismatch: %s, since another process samples (kind: none for none)", self.mismatch)
         if self.aggregation == "constant_length" and self.constant_length is None:
             self.constant_length = max_new_tokens
 
@@ -301,6 +300,5 @@ class Algorithm(Formulas):
         """Takes over a checkpoint's adaptive coefficients; ConfigError for one that this algorithm does not adapt."""
         if unknown := sorted(set(state) - set(self.state_dict())):
             held = f"the checkpoint holds the adaptive {', '.join(unknown)}"
-            remedy = "resume with the options that the run was started with"
-            raise ConfigError(f"{held}, and {type(self).__name__} is not set to adapt them: {remedy}")
+            raise ConfigError(f"{held}, and {type(self).__name__} is not set to adapt them: resume as it was started")
         vars(self).update(state)

@@ -32,8 +32,7 @@ def best_of_group_advantages(rewards_PG: Tensor, minimum_reward: float | None = 
     best_P1, index_P1 = rewards_PG.max(-1, keepdim=True)  # of equal ones the first
     enough_P1 = best_P1.isfinite() & (best_P1 >= (-torch.inf if minimum_reward is None else minimum_reward))
     if best_P1.isfinite().any() and not enough_P1.any():
-        lower = "no reward of an episode reaches it, so nothing is trained; lower it"
-        tell_once(f"model.algorithm.minimum_reward={minimum_reward:g}: {lower}")
+        tell_once(f"model.algorithm.minimum_reward={minimum_reward:g}: no reward of an episode reaches it; lower it")
     chosen_P1 = torch.ones_like(best_P1).where(enough_P1, torch.nan)
     return torch.full_like(rewards_PG, torch.nan).scatter(-1, index_P1, chosen_P1)
 

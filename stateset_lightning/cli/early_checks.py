@@ -32,8 +32,7 @@ def checked_words(command: str, words: Sequence[str]) -> Merged:
     merged, rest = merged_words(words)
     # What follows a flag is its own: a class whose options are shown, as in `--model.optimizer.help AdamW`.
     if extra := [word for before, word in pairwise(["", *rest]) if "-" not in (before[:1], word[:1])]:
-        given = "a config is given as --config FILE, data as --data.train FILE"
-        raise ConfigError(f"{extra[0]} belongs to no option; {given}")
+        raise ConfigError(f"{extra[0]} belongs to no option; give a config as --config FILE, data as --data.train FILE")
     data = merged.get("data")
     if isinstance(data, dict) and not any(re.search("^-h|help|print_config", word) for word in rest):
         _check_rows(command, data)

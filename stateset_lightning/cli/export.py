@@ -96,5 +96,4 @@ def _merge(trained: TrainedModel) -> None:
         raise ConfigError(f"--merge: {trained.source} has no adapter")
     if (error := merge_adapter(trained.model)) > MERGE_ERROR:
         dtype = str(trained.model.dtype).removeprefix("torch.")
-        rounding = "--merge: rounding to %s changes what the adapter adds by %.0f%%; without --merge it stays exact"
-        log.warning(rounding, dtype, 100 * error)
+        log.warning("--merge: rounding to %s changes the update by %.0f%%, exact without --merge", dtype, 100 * error)

@@ -72,8 +72,7 @@ def main(words: Sequence[str]) -> None:
         for i, text in enumerate(map(_shown, texts), start=1):
             print(f"[{i}] {text}" if num_samples > 1 else text, flush=True)
         for failure in sample.scores.failures:
-            give = """what it needs beside the prompt is given as --prompt '{"prompt": ..., ...}', a row as JSON"""
-            raise DataError(f"the environment failed: {failure.error}: {failure.message}; {give}")
+            raise DataError(f"the environment failed: {failure.error}: {failure.message}; --prompt takes a row as JSON")
 
     if options.prompt is not None:
         answer(options.prompt, 0)

@@ -177,8 +177,7 @@ def _find_config(file: Path, checkpoint: Mapping[str, Any]) -> Path | None:
     for place, name in product([folder.parent, Path(checkpoint["stateset"]["run_folder"])], CONFIGS):
         if (place / name).is_file():
             return place / name
-    prompts = "prompts get no system prompt and the tokenizer's chat template, if it has one"
-    log.info("%s: no config of its run is found: %s", file, prompts)
+    log.info("%s: no config of its run is found: prompts get no system prompt, and the tokenizer's template", file)
     return None
 
 

@@ -28,6 +28,5 @@ def read_hub(hub_id: str, split: str) -> ListRows:
         rows = datasets.load_dataset(name, config, split=wanted or ("test" if split == "predict" else split))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # RuntimeError: a script
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        instead = "check the name, or write owner/name:config:split"
-        raise DataError(f"{what} and cannot be loaded from the Hugging Face hub: {reason}; {instead}") from error
+        raise DataError(f"{what} and no data set of the hub: {reason}; write owner/name:config:split") from error
     return ListRows(rows, hub_id)

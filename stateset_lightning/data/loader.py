@@ -155,9 +155,8 @@ class EpisodeLoader:
         for key, value in self._fingerprint.items():
             if state.get(key, value if key in ROWS else None) != value:
                 name = _DESCRIPTIONS.get(key, f"data.{key}")
-                why = f"{state.get(key)!r} in the checkpoint, whose position in the data would mean other prompts"
-                instead = f"resume with {state.get(key)!r}, or start a new run from the checkpoint's weights"
-                raise ConfigError(f"{name} is {value!r}, but {why}; {instead}")
+                told = f"{name} is {value!r}, but {state.get(key)!r} in the checkpoint"
+                raise ConfigError(f"{told}: resume with that, or start a new run from the checkpoint's weights")
         # Where Lightning counts itself to be; an epoch may be shorter now, with fewer rows.
         self._completed = int(state["epoch"]) * len(self) + min(int(state["completed"]), len(self))
 

@@ -59,8 +59,7 @@ class EpochOrder:
             if not len(rows):
                 raise ConfigError(f"{source} has no scenario left: data.max_prompt_tokens, data.validation_fraction")
             if count == 0:
-                none = f"with weight {weight} gets none of the {self.size} positions of an epoch"
-                raise ConfigError(f"{source} {none}; raise its weight or leave it out")
+                raise ConfigError(f"{source} with weight {weight} gets no position of an epoch; raise or drop it")
             self.row_weights[rows] = weight / len(rows)
 
     def epoch(self, epoch: int) -> np.ndarray:

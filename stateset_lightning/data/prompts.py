@@ -130,8 +130,7 @@ class PromptEncoder:
         """
         if isinstance(scenarios, ServedScenarios):
             if self.overlong_prompts == "drop":
-                why = f"of {key} at the start, whose {len(scenarios):,} rows are encoded when they are served"
-                raise ConfigError(f"data.overlong_prompts=drop needs all prompts {why}; set it to truncate_left")
+                raise ConfigError(f"data.overlong_prompts=drop needs all prompts of {key}; set it to truncate_left")
             return replace(self.encode(scenarios[: content.SAMPLE], key), kept=range(len(scenarios)))
         parts = (scenarios[start : start + _BATCH] for start in range(0, len(scenarios), _BATCH))
         batches: Iterator[list[_Rendered]] = ([self._rendered(each, key) for each in part] for part in parts)
@@ -142,8 +141,7 @@ class PromptEncoder:
             encoded = list(thread.map(partial(self._tokenize, key), batches))
         tokens = RaggedTokens.concatenate(batch for batch, *_ in encoded)
         if len(empty := np.flatnonzero(tokens.lengths == 0)):
-            which = f"{key}: the prompt of scenario '{scenarios[empty[0]].id}'"
-            raise DataError(f"{which} has no tokens; give it a text that the tokenizer knows")
+            raise DataError(f"{key}: the prompt of scenario '{scenarios[empty[0]].id}' has no tokens; give it a text")
         if (marked := sum(count for *_, count in encoded)) and not is_tried:
             shown = ", ".join(special_tokens(self.tokenizer)[:_IDS_SHOWN])
             held = f"{key}: the text of {marked} of {len(scenarios)} scenarios holds special tokens ({shown})"
@@ -256,9 +254,8 @@ class PromptEncoder:
         try:
             ids = self.tokenizer(text, sanitize_control_tokens=True, add_special_tokens=False)["input_ids"]
         except ValueError as error:
-            why = f"a special token that this tokenizer cannot write as plain text: {error}; remove it from the text"
-            say = f"the text of scenario '{scenario}' holds {why}, or set data.parse_special_tokens=true"
-            raise DataError(f"{key}: {say}") from error
+            why = f"scenario '{scenario}' holds a special token that cannot be written as plain text: {error}"
+            raise DataError(f"{key}: {why}; remove it, or set data.parse_special_tokens=true") from error
         return [int(i) for i in ids]
 
     def between_answers(self, turns: Sequence[Turn], ended: str) -> list[int]:
@@ -316,8 +313,7 @@ class PromptEncoder:
             raise DataError(f"{key}: {many}: {shown}{more}; set data.overlong_prompts to drop or truncate_left {say}")
         kept = np.flatnonzero(lengths <= limit).tolist()
         if not kept:
-            shortest = f"the shortest has {lengths.min()} tokens"
-            raise DataError(f"{key}: data.max_prompt_tokens={limit} drops all {len(tokens)} prompts; {shortest}")
+            raise DataError(f"{key}: data.max_prompt_tokens={limit} drops all prompts, the shortest of {lengths.min()}")
         return EncodedPrompts(RaggedTokens.from_lists([tokens[i] for i in kept]), kept, num_dropped=len(overlong))
 
 

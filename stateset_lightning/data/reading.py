@@ -51,8 +51,7 @@ def read_file(path: Path, split: str = "train") -> Rows:
     check_file(path)
     suffix = unpacked(path).suffix.lower()
     if suffix not in READERS:
-        known = f"scenarios are read from {', '.join([*READERS, *TABLES])} (texts also .gz, .zst)"
-        raise DataError(f"{path}: unknown suffix '{path.suffix}'; {known}")
+        raise DataError(f"{path}: unknown suffix '{path.suffix}'; known: {', '.join([*READERS, *TABLES])} (.gz, .zst)")
     content = read_content(path)
     # In a large file, rows that are not UTF-8 are refused when they are read.
     if isinstance(content, bytes) and not _text(path, content).strip():

@@ -198,8 +198,7 @@ def split_in(names: Collection[Any], origin: str, split: str) -> str:
     """
     if found := [name for name in SPLIT_NAMES[split] if name in names]:
         return found[0]
-    has = f"has the splits {listed(map(str, names))}, and none for data.{split}"
-    raise DataError(f"{origin}: {has}; write those rows to a file of their own")
+    raise DataError(f"{origin}: has the splits {listed(map(str, names))}, and none for data.{split}; give a file of it")
 
 
 def is_table(value: Any) -> bool:

@@ -158,8 +158,7 @@ def hold_out(scenarios: ScenarioSet, fraction: float, seed: int) -> tuple[Scenar
     hashes = (int.from_bytes(blake2b(repr(asked).encode(), digest_size=8).digest()) for asked in turns)
     _, first, group_of = np.unique(np.fromiter(hashes, np.uint64), return_index=True, return_inverse=True)
     if len(first) < 2:
-        why = "all of data.train asks one question; give data.validation instead"
-        raise DataError(f"data.validation_fraction={fraction}: {why}")
+        raise DataError(f"data.validation_fraction={fraction}: all rows ask one question; give data.validation instead")
     # Exact: 0.1 * 30 in floating point is just above 3.
     wanted = max(1, round(Fraction(str(fraction)) * len(scenarios)))
     drawn = np.argsort(first)[permutation(seed, "validation", size=len(first))[:-1]]  # in order of first scenarios

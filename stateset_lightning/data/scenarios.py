@@ -202,8 +202,7 @@ def _check_values(name: str, value: object) -> None:
             raise BadRow(f"{what} more than {MAX_VALUES:,} values, or is nested more than {MAX_DEPTH} deep")
         if isinstance(item, str) and (half := None if item.isascii() else re.search("[\ud800-\udfff]", item)):
             # JSON can write half of a surrogate pair, which no tokenizer takes and no file can hold.
-            code = f"\\u{ord(half[0]):04x}"
-            raise BadRow(f"{what} {code}, half of a character (a surrogate without its pair); replace it")
+            raise BadRow(f"{what} \\u{ord(half[0]):04x}, half of a character (a surrogate without a pair); replace it")
         if isinstance(item, int) and item.bit_length() > MAX_DIGITS * math.log2(10):
             raise BadRow(f"{what} an integer of more than {MAX_DIGITS:,} digits; make it text")
         if isinstance(item, Mapping):

@@ -125,8 +125,9 @@ class RowOptions:
         try:
             return pkgutil.resolve_name(self.row) if isinstance(self.row, str) else self.row
         except Exception as error:  # a user's module may raise anything
-            why = f"no function (my_module.to_scenario) can be imported: {type(error).__name__}: {one_line(error)}"
-            raise ConfigError(f"data.row={self.row}: {why}") from error
+            raise ConfigError(
+                f"data.row={self.row} is no function: {type(error).__name__}: {one_line(error)}"
+            ) from error
 
     def columns(self, row: RawRow) -> Mapping[str, Any] | None:
         """The columns of a row; None if the user's function leaves it out.

@@ -130,9 +130,8 @@ def read_split(
         notes.append(f"{count:,} of {len(found):,} scenarios have no target")
     if is_large:
         found = ServedScenarios(parts, key)
-        checked_now = f"the rows are read as they are needed, and the first {content.SAMPLE:,} of a file checked now"
         later = "bad rows, rows of one id and overlong prompts among the others are found when they are served"
-        notes.append(f"{checked_now}: {later}")
+        notes.append(f"the first {content.SAMPLE:,} rows of a file are checked now: {later}")
     weights = None if sources[0].weight is None else [source.weight or 0.0 for source in sources]
     names = [s.name or s.path or s.reasoning_gym or f"{key} item {i}" for i, s in enumerate(sources, start=1)]
     return ScenarioSet(found, np.repeat([i for i, *_ in lists], sizes), names, weights, notes)
@@ -144,8 +143,7 @@ def _as_sources(spec: SplitSpec, key: str) -> list[Source]:
         return [Source(rows=spec)]  # type: ignore[arg-type]
     paths = [spec] if isinstance(spec, str | os.PathLike) else spec
     if not isinstance(paths, Sequence):
-        what = "a path, a hub id, a list of rows or a list of sources"
-        raise ConfigError(f"{key} must be {what}, not {type(spec).__name__}")
+        raise ConfigError(f"{key} must be a path, a hub id, or a list of rows or sources, not {type(spec).__name__}")
     if not paths:
         raise DataError(f"{key} is an empty list; give at least one scenario or source")
     items: list[Any] = [{"path": os.fspath(p)} if isinstance(p, str | os.PathLike) else p for p in paths]
@@ -153,8 +151,8 @@ def _as_sources(spec: SplitSpec, key: str) -> list[Source]:
     if not any(are_sources):
         return [Source(rows=items)]  # what is no mapping is reported with the bad rows
     if not all(are_sources):
-        row = f"item {are_sources.index(False) + 1} has none of {', '.join(_ORIGINS)}"
-        raise ConfigError(f"{key} mixes sources and rows: {row}; put rows into a source's 'rows'")
+        row = are_sources.index(False) + 1
+        raise ConfigError(f"{key} mixes sources and rows: put rows, such as item {row}, into a source's 'rows'")
     sources = [_checked_source(item, f"{key} item {i}") for i, item in enumerate(items, start=1)]
     if len({source.weight is None for source in sources}) > 1:
         raise ConfigError(f"{key}: some sources have a weight and some have none; give all of them one, or none")

@@ -43,8 +43,7 @@ class EvaluationConfig:
     def check_rewards(self, names: Sequence[str]) -> None:
         """Raises ConfigError if `solved_by` is none of the rewards."""
         if self.solved_by is not None and self.solved_by not in names:
-            known = f"is no reward of model.reward; they are {', '.join(names)}"
-            raise ConfigError(f"model.evaluation.solved_by={self.solved_by!r} {known}")
+            raise ConfigError(f"model.evaluation.solved_by={self.solved_by!r} must be one of {', '.join(names)}")
 
     def sampling(self, rollout: RolloutConfig) -> RolloutConfig:
         """Training's sampling with the temperature and top-p of evaluation."""

@@ -195,9 +195,8 @@ def _folder_of_tokenizer(file: Path, option: str) -> str:
         ConfigError: If there is none.
     """
     if not any(file.parent.glob("tokenizer*")):
-        why = "what transformers makes of the tokenizer in a .gguf file may split text otherwise than the model's own"
-        remedy = "save that into the file's folder: AutoTokenizer.from_pretrained(<the original model>).save_pretrained"
-        raise ConfigError(f"{option} has no tokenizer beside it, and {why}; {remedy}({str(file.parent)!r})")
+        remedy = "AutoTokenizer.from_pretrained(<the original model>).save_pretrained"
+        raise ConfigError(f"{option} has no tokenizer beside it; save the model's own: {remedy}({str(file.parent)!r})")
     return str(file.parent)
 
 
@@ -223,8 +222,7 @@ def _gguf_options(name: str, option: str) -> tuple[str, dict[str, Any], dict[str
     except Exception as error:  # whatever the bytes make it stumble over
         raise ConfigError(f"{option} cannot be loaded: damaged, or no GGUF file ({_first_line(error)})") from error
     if of_config and any(part in key for key in [*metadata, *tensors] for part in _ROPE_SCALING):
-        lost = "scales its rotary frequencies, which transformers does not read from it"
-        raise ConfigError(f"{option} {lost}: put the original model's config.json beside it")
+        raise ConfigError(f"{option} scales its rotary frequencies: put the original model's config.json beside it")
     return str(folder), of_config, {**of_file, "quantization_config": GgufConfig(dequantize=True)}
 
 

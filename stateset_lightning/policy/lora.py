@@ -84,8 +84,7 @@ def load_adapter(model: PreTrainedModel, adapter: str, lora: LoRAConfig | None) 
     config.lora_dropout = 0.0 if lora is None else lora.dropout
     inject(model, config, place)
     if lora is not None:
-        used = "%s has its own config, which is used instead of model.policy.lora: rank %s, alpha %s"
-        log.info(used, place, config.r, config.lora_alpha)
+        log.info("%s has its own rank %s and alpha %s, not model.policy.lora's", place, config.r, config.lora_alpha)
     load_weights(model, weights, place)
 
 
@@ -109,8 +108,7 @@ def inject(model: PreTrainedModel, config: LoraConfig, place: str, seed: int = 0
         raise ConfigError(f"{place}: megatron_config would have {config.megatron_core!a} imported: leave it out")
     if config.init_lora_weights not in (True, "gaussian"):
         # The model without the adapter would be no reference, and a checkpoint of the adapter not the policy.
-        why = "changes the model under the adapter or starts away from it: use true or gaussian"
-        raise ConfigError(f"{place}: init_lora_weights={config.init_lora_weights!r} {why}")
+        raise ConfigError(f"{place}: init_lora_weights={config.init_lora_weights!r}: use true or gaussian")
     config.inference_mode = False
     try:
         # peft draws A from the global generator: a seeded fork leaves that as it was.
@@ -125,10 +123,6 @@ def inject(model: PreTrainedModel, config: LoraConfig, place: str, seed: int = 0
         if hasattr(layer, "parameter_name") and re.fullmatch(excluded, name):
             model.set_submodule(name, layer.base_layer)
             config.target_parameters.discard(f"{name.rpartition('.')[2]}.{layer.parameter_name}")
-    adapted = ((name, layer) for name, layer in model.named_modules() if hasattr(layer, "lora_bias"))
-    bare = [name for name, layer in adapted if getattr(layer.get_base_layer(), "bias", None) is None]
-    if config.lora_bias and bare:
-        raise ConfigError(f"{place}: lora_bias=True, and {bare[0]} has no bias to merge it into: leave it out")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         if parameter.dtype in (torch.bfloat16, torch.float16):

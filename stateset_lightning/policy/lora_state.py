@@ -55,8 +55,7 @@ class AdapterState:
         mine, theirs = plain_config(self.model), saved["config"]
         for name in sorted((mine.keys() | theirs.keys()) - _MAY_CHANGE):
             if (here := mine.get(name)) != (there := theirs.get(name)):
-                what = f"model.policy.lora: {name}={here} differs from {there} of the checkpoint's adapter"
-                raise ConfigError(f"{what}: give the same")
+                raise ConfigError(f"model.policy.lora: {name}={here} differs from {there} of the checkpoint's adapter")
         check_base(self.base, saved["base"])
         if (self.start is None) != (saved["start"] is None):
             here = "is not given, but was" if self.start is None else "is given, but was not"

@@ -259,8 +259,7 @@ class Policy(nn.Module):
                 return True
         probes.check_own_forward(self.model, name)
         if self.config.head_dtype == "float32":
-            why = f"{reason}, so its own forward computes the logits; leave head_dtype out"
-            raise ConfigError(f"model.policy.head_dtype='float32' is not possible for {name}: {why}")
+            raise ConfigError(f"model.policy.head_dtype='float32' is not possible for {name}: {reason}; leave it out")
         log.warning("%s is scored with all logits in memory: %s.", name, reason)
         return False
 
@@ -281,8 +280,7 @@ class Policy(nn.Module):
             self.model.set_attn_implementation(previous)
         name = self.config.model_name
         if self.config.scoring == "packed":
-            inexact = f"is not exact for {name}: {reason}"
-            raise ConfigError(f"model.policy.scoring='packed' {inexact}. Use 'auto' or 'padded'.")
+            raise ConfigError(f"model.policy.scoring='packed' is not exact for {name}: {reason}; use auto or padded")
         log.warning("%s is scored a row per completion, prompt repeated: %s.", name, reason)
         return False
 
@@ -291,9 +289,8 @@ class Policy(nn.Module):
         name = self.config.model_name
         reason = probes.exact_on(self.model, "padded", partial(self._compare_with_own, self._padded))
         if reason is not None and probes.sees_ahead(self.model):
-            why = "is no causal language model: its tokens see those that follow them"
             remedy = "set `is_decoder` to true in its config.json if it has this key, or choose another model"
-            raise ConfigError(f"{name} {why}; {remedy}")
+            raise ConfigError(f"{name} is no causal language model: its tokens see those behind them; {remedy}")
         if reason is not None:
             log.warning("%s is scored a completion at a time: %s.", name, reason)
         return reason is not None

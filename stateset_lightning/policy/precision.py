@@ -44,9 +44,8 @@ def weights_dtype(dtype: Dtype | None, precision: str, is_adapted: bool = False)
     own: torch.dtype = getattr(torch, dtype)
     # The default precision, 32-true, leaves the weights as they are; the others convert them.
     if own != wanted and precision != "32-true" and not (is_adapted and own == _MIXED.get(precision)):
-        needs = f"which needs {str(wanted).removeprefix('torch.')} weights"
         given = f"model.policy.dtype={dtype!r} contradicts trainer.precision={precision!r}"
-        raise ConfigError(f"{given} ({needs}): set one of them")
+        raise ConfigError(f"{given} (which needs {str(wanted).removeprefix('torch.')} weights): set one of them")
     return own
 
 

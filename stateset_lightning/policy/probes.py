@@ -73,9 +73,8 @@ def check_own_forward(model: PreTrainedModel, name: str) -> None:
     try:
         is_function = _repeats(model)
     except Exception as error:  # whatever it lacks: a library, an encoder's output, a kernel for a dtype
-        remedy = "use another model, or trainer.precision=32-true and model.policy.dtype=float32"
-        why = f"{kind} does not run in {dtype} on text alone ({reason_of(error)})"
-        raise ConfigError(f"{name}: {why}: {remedy}") from error
+        why = f"{name}: {kind} does not run in {dtype} on text alone ({reason_of(error)})"
+        raise ConfigError(f"{why}: use another, or trainer.precision=32-true and model.policy.dtype=float32") from error
     with suppress(Exception):  # a twin that cannot be made, or does not run, says nothing about the model
         is_function = is_function and _repeats(make_twin(model))
     if not is_function:

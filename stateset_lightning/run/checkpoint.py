@@ -103,8 +103,7 @@ class RunCheckpoint:
         module, trainer, state = self._module, self._module.trainer, self._module.state
         if state.started is not None:
             loss = "trainer.save_checkpoint inside an optimizer step, whose gradient so far no checkpoint holds"
-            remedy = "call it where `pl_module.inside_optimizer_step` is false, or use a ModelCheckpoint, which waits"
-            raise ConfigError(f"{loss}: {remedy}")
+            raise ConfigError(f"{loss}: call it if `pl_module.inside_optimizer_step` is false, or use ModelCheckpoint")
         for logger in trainer.loggers:
             logger.save()  # metrics up to here survive together with the checkpoint
         adapter = None if module.policy is None else module.policy.adapter

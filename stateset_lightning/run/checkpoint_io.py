@@ -141,11 +141,9 @@ def read_checkpoint(file: Path, *, check_sums: bool = False, **options: Any) -> 
         damaged = f"ckpt_path={file}: the file is damaged or no checkpoint ({reason})"
         raise CheckpointError(f"{damaged}; {_instead_of(file)}") from error
     if not _is_ours(content):
-        foreign = "no checkpoint of stateset-lightning; for other weights set model.policy.model_name"
-        raise CheckpointError(f"ckpt_path={file}: {foreign}")
+        raise CheckpointError(f"ckpt_path={file}: no checkpoint of stateset-lightning; set model.policy.model_name")
     if (number := content["stateset"].get("format", 0)) > FORMAT:
-        newer = f"of a newer version of stateset-lightning (format {number}, and this one knows {FORMAT}): update it"
-        raise CheckpointError(f"ckpt_path={file}: {newer}")
+        raise CheckpointError(f"ckpt_path={file}: of a newer version (format {number}, this knows {FORMAT}): update it")
     return content
 
 

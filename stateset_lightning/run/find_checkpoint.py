@@ -54,8 +54,7 @@ def find_resumed(trainer: Trainer, ckpt_path: str, *, announce: bool = True) -> 
         return None
     path = find_checkpoint(trainer, ckpt_path)
     if Path(path).is_file() and {"loops", "lr_schedulers"} & set(read_checkpoint(Path(path))) == {"loops"}:
-        reason = "saved with save_weights_only, and no run can go on from it: evaluate it, or export it for a new run"
-        raise CheckpointError(f"ckpt_path={path}: {reason}")
+        raise CheckpointError(f"ckpt_path={path}: no run can go on from save_weights_only: evaluate it, or export it")
     if announce:
         log.info("resuming %s", path)
     return path
@@ -88,9 +87,8 @@ def find_among(places: Sequence[tuple[str, str]], ckpt_path: str) -> str:
     if is_name or (Path(ckpt_path).is_dir() and not is_sharded(Path(ckpt_path))):
         places = places if is_name else [(ckpt_path, "**/*.ckpt")]
         if (newest := _newest(places)) is None:
-            base = "leave ckpt_path out to use the base model (generate, export: give its name)"
             absent = f"ckpt_path={ckpt_path}: there is no checkpoint in {_shown(places)} yet"
-            raise CheckpointError(f"{absent}: give a .ckpt file, or {base}")
+            raise CheckpointError(f"{absent}: give a .ckpt file, or leave it out (generate, export: name the model)")
         ckpt_path = str(_best_of_run(newest)) if ckpt_path == "best" else newest
     # Lightning's `hpc`, remote and sharded ones are left to it.
     is_left = ckpt_path == "hpc" or ckpt_path.startswith("registry") or "://" in ckpt_path
@@ -157,8 +155,7 @@ def _best_of_run(newest: str) -> Path:
     # Where there is no monitor, Lightning calls the newest checkpoint the best.
     best = {s["best_model_path"]: s for s in states if s.get("best_model_path") and s.get("monitor")}
     if not best:
-        reason = "its run had no ModelCheckpoint with a `monitor`, or did not reach its first value"
-        raise CheckpointError(f"ckpt_path=best: {file} knows no best checkpoint: {reason}; give `last` or a .ckpt file")
+        raise CheckpointError(f"ckpt_path=best: {file} knows no best checkpoint by a `monitor`; give `last` or a file")
     if len(best) > 1:
         several = ", ".join(f"{path} ({state['monitor']})" for path, state in best.items())
         raise CheckpointError(f"ckpt_path=best: the run has several, by different callbacks: give one of {several}")

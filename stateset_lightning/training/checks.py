@@ -94,22 +94,20 @@ def check_episode_fits_trainer(trainer: Trainer, data: ScenarioDataModule | None
     if steps_per_episode % accumulate:
         several = f"GradientAccumulationScheduler: each of {scheduled}"
         given = several if len(scheduled) > 1 else f"trainer.accumulate_grad_batches={accumulate}"
-        why = "so that an optimizer step stays inside a pass over an episode"
         remedy = f"set data.steps_per_episode to {accumulate * math.ceil(steps_per_episode / accumulate)}"
-        raise ConfigError(f"{given} must divide data.steps_per_episode={steps_per_episode}, {why}: {remedy}")
+        raise ConfigError(f"{given} must divide data.steps_per_episode={steps_per_episode}: {remedy}")
     if data is None:
         return
     prompts = data.batch_size * trainer.world_size
     if (steps := steps_per_episode // accumulate) > prompts:
-        made = f"makes {steps} optimizer steps of {prompts} prompts, some of them empty"
-        remedy = f"set it to at most {prompts * accumulate}, or raise data.batch_size"
-        raise ConfigError(f"data.steps_per_episode={steps_per_episode} {made}: {remedy}")
+        made = f"data.steps_per_episode={steps_per_episode} makes {steps} optimizer steps of {prompts} prompts"
+        raise ConfigError(f"{made}, some empty: set it to at most {prompts * accumulate}, or raise data.batch_size")
     micro_steps = steps_per_episode * data.num_iterations
     batches = batches_per_epoch(trainer, data.micro_steps_per_epoch)
     if batches % micro_steps:
         given = f"trainer.limit_train_batches={trainer.limit_train_batches} ends an epoch inside an episode"
-        size = f"{micro_steps} micro-steps (data.num_iterations x data.steps_per_episode)"
-        raise ConfigError(f"{given} of {size}: set it to {max(1, batches // micro_steps) * micro_steps}")
+        whole = max(1, batches // micro_steps) * micro_steps
+        raise ConfigError(f"{given} of {micro_steps} micro-steps: set it to {whole}")
 
 
 def check_strategy(trainer: Trainer, supported: tuple[type, ...]) -> None:
@@ -119,8 +117,8 @@ def check_strategy(trainer: Trainer, supported: tuple[type, ...]) -> None:
         ConfigError: For any other.
     """
     if not isinstance(trainer.strategy, supported):
-        use = "use auto, ddp for several devices, or fsdp2 where a model does not fit on each of them"
-        raise ConfigError(f"trainer.strategy={type(trainer.strategy).__name__} is not supported: {use}")
+        kind = type(trainer.strategy).__name__
+        raise ConfigError(f"trainer.strategy={kind} is not supported: use auto, ddp for several devices, or fsdp2")
 
 
 def check_dynamic_sampling(data: ScenarioDataModule | None, rounds: int, algorithm: Algorithm) -> None:
@@ -131,11 +129,9 @@ def check_dynamic_sampling(data: ScenarioDataModule | None, rounds: int, algorit
     """
     given = f"model.rollout.dynamic_sampling={rounds} replaces"
     if rounds and algorithm.learns_from_equal_rewards:
-        groups = f"groups of equal rewards, from which {type(algorithm).__name__} learns all the same"
-        raise ConfigError(f"{given} {groups}: set it to 0, or choose another algorithm")
+        raise ConfigError(f"{given} groups of equal rewards, from which {type(algorithm).__name__} learns: set it to 0")
     if rounds and data is None:
-        prompts = "prompts by others of data.train, and fit() got no data module to ask"
-        raise ConfigError(f"{given} {prompts}: use a ScenarioDataModule, or set it to 0")
+        raise ConfigError(f"{given} prompts, which a plain loader cannot: use a ScenarioDataModule, or set it to 0")
 
 
 def check_targets(data: ScenarioDataModule | None, module: Any) -> None:
@@ -161,8 +157,7 @@ def check_targets(data: ScenarioDataModule | None, module: Any) -> None:
 def tell_of_targets(module: Any) -> None:
     """Announces what follows where targets are trained on."""
     if module.algorithm.trains_on_targets:
-        unused = f"model.rollout.num_generations={module.rollout.num_generations} has no effect on training"
-        rank_zero_info(f"{_on_targets(module.algorithm)}: {unused}")
+        rank_zero_info(f"{_on_targets(module.algorithm)}: model.rollout.num_generations has no effect on it")
 
 
 def _on_targets(algorithm: Algorithm) -> str:
@@ -231,8 +226,7 @@ def no_validation(trainer: Trainer, data: ScenarioDataModule | None) -> str:
     if run >= first + per_epoch * ((epochs or 1) - 1):
         return ""
     of_epochs = f" and check_val_every_n_epoch={epochs}" if epochs else ""
-    given = f"trainer.val_check_interval={interval}{of_epochs}"
-    return f"validation never runs: {given}, and the run has {run:,} micro-steps"
+    return f"validation never runs: trainer.val_check_interval={interval}{of_epochs}, the run has {run:,} micro-steps"
 
 
 def check_speed(trainer: Trainer, dtype: torch.dtype) -> None:
@@ -240,12 +234,10 @@ def check_speed(trainer: Trainer, dtype: torch.dtype) -> None:
     is_half = dtype.itemsize == 2 or sampling_dtype(str(trainer.precision)) is not None
     device = trainer.strategy.root_device.type
     if device == "cuda" and not is_half:
-        faster = "bf16-mixed is several times as fast, and keeps float32 weights (16-mixed on cards without bfloat16)"
-        rank_zero_warn(f"trainer.precision={trainer.precision} on a GPU: {faster}")
+        rank_zero_warn(f"trainer.precision={trainer.precision} on a GPU: bf16- or 16-mixed is several times as fast")
     if is_half and device == "cpu" and not has_bfloat16_products():
         given = f"trainer.precision={trainer.precision} with {str(dtype).removeprefix('torch.')} weights"
-        slow = "this CPU has no arithmetic for half precision, so a step takes many times as long as in float32"
-        rank_zero_warn(f"{given}: {slow} (trainer.precision: 32-true, model.policy.dtype: float32)")
+        rank_zero_warn(f"{given}: this CPU has no arithmetic for that: take 32-true and model.policy.dtype=float32")
 
 
 def check_quantized(policy: Policy) -> None:
@@ -306,8 +298,7 @@ def check_bad_steps(in_a_row: int, limit: int, step: int) -> None:
     """
     if in_a_row > limit:
         bad = f"the gradient was not finite in {in_a_row} optimizer steps in a row (model.max_bad_steps={limit})"
-        remedy = "lower the learning rate, set trainer.gradient_clip_val, or use bf16-mixed instead of 16-mixed"
-        raise NonFiniteError(f"{bad}, the last of them step {step}: {remedy}")
+        raise NonFiniteError(f"{bad}, last at step {step}: lower the rate, set trainer.gradient_clip_val or bf16-mixed")
 
 
 def check_weights(parameters: Iterable[Tensor], step: int) -> None:

@@ -46,8 +46,7 @@ def ready_engine(
     if isinstance(engine, InProcessEngine):
         engine.dtype = sampling_dtype(precision)
     elif sampling.keep_sampling_mask:
-        what = f"model.rollout.keep_sampling_mask=true with model.engine={type(engine).__name__}"
-        raise ConfigError(f"{what}, which does not return what it excludes: leave one of them out")
+        raise ConfigError(f"model.rollout.keep_sampling_mask=true: {type(engine).__name__} returns none; leave it out")
     elif isinstance(engine, RemoteEngine):
         engine.setup(tokenizer, sampling)
     return engine

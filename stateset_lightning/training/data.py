@@ -38,8 +38,7 @@ def check_scripts(data: ScenarioDataModule | None, environment: EnvironmentConfi
     columns = [scenario.columns() for scenario in data.served("train")[0].known]
     if not any(row.get("replies") or len(row.get("user_responses") or ()) > 1 for row in columns):
         said = f"model.environment.max_turns={environment.max_turns} has the scenarios' own texts answer the model"
-        give = "give rows user_responses of several texts, or replies beside the prompt; or name another"
-        raise ConfigError(f"{said}, and data.train has none: {give} model.environment.factory")
+        raise ConfigError(f"{said}: give rows user_responses of several texts, or replies beside the prompt")
 
 
 def tell_of_turns(environment: EnvironmentConfig | None) -> None:

@@ -256,9 +256,8 @@ def make_episode(
     micro_step_N, tokens_over_budget = plan.micro_steps(rollout.prompt_tokens, rollout.lengths_N, active_N)
     if tokens_over_budget:
         # The same text each time; the metric has the numbers.
-        most = f"more than model.max_tokens_per_step={plan.max_tokens_per_step} tokens, however they are balanced"
-        remedy = "raise data.steps_per_episode and trainer.accumulate_grad_batches alike"
-        tell_once(f"an episode has micro-steps of {most} (metric work/over_budget_tokens): {remedy}")
+        remedy = "raise data.steps_per_episode and trainer.accumulate_grad_batches alike (work/over_budget_tokens)"
+        tell_once(f"micro-steps have more than model.max_tokens_per_step={plan.max_tokens_per_step} tokens: {remedy}")
     return Episode(
         index=index,
         prompt_tokens=rollout.prompt_tokens,

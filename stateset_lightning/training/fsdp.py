@@ -120,8 +120,7 @@ def sharded(policy: Policy, mesh: DeviceMesh, device: torch.device, engine: Roll
         return UnshardedCopy(policy, mesh, device)
     if isinstance(engine, VLLMEngine):
         return ServedShards(policy, mesh)
-    where = f"in this process or on vLLM servers, not by {type(engine).__name__}"
-    raise ConfigError(f"trainer.strategy=fsdp2 samples {where}: use ddp")
+    raise ConfigError(f"trainer.strategy=fsdp2 does not sample by {type(engine).__name__}: use ddp or VLLMEngine")
 
 
 def _shard(policy: Policy, mesh: DeviceMesh) -> None:

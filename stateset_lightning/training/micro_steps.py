@@ -60,8 +60,7 @@ def choose(
         if data.steps_per_episode > 1:
             return  # a second fit of this Trainer
     elif given != {1}:
-        other = f"trainer.accumulate_grad_batches, too, which is {max(given)}: leave it out, or set both"
-        raise ConfigError(f"data.steps_per_episode=auto chooses {other}")
+        raise ConfigError("data.steps_per_episode=auto chooses trainer.accumulate_grad_batches, too: leave it out")
     if isinstance(policy, FSDPModule):
         raise ConfigError("data.steps_per_episode=auto knows no sharded weights: set it to a number with fsdp2")
     data.steps_per_episode = 1

@@ -22,9 +22,8 @@ def check_baseline(rewards: Sequence[RewardFunction], needs_greedy_baseline: boo
         ConfigError: If it is one greedy completion, and a reward compares the completions of a prompt.
     """
     if needs_greedy_baseline and (names := [r.name for r in rewards if isinstance(r, GroupReward) and r.weight]):
-        compares = f"reward '{names[0]}' compares the completions of a prompt"
-        greedy = "this algorithm compares them with one greedy completion, which it does not score"
-        raise ConfigError(f"{compares}, and {greedy}: leave it out, or choose another algorithm")
+        compares = f"reward '{names[0]}' compares the completions of a prompt, and this algorithm has one greedy one"
+        raise ConfigError(f"{compares} to score: leave it out, or choose another algorithm")
 
 
 def check_environment(environment: Any, rewards: Sequence[RewardFunction], algorithm: Algorithm) -> None:
@@ -76,8 +75,7 @@ def check_rewards(splits: Mapping[Any, Iterable[Scenario]], rewards: Sequence[Re
                 none = f"reward '{name}' needs the column {column}, and no scenario of data.{split} has it"
                 raise ConfigError(f"{none}; {_remedy(column, columns)}")
             fate = f"gets {STAND_INS[column]}" if column in STAND_INS else "fails, see reward_failures"
-            rows = f"{count} of {scored[name]} scenarios of data.{split}"
-            rank_zero_warn(f"{rows} have no column {column}: there, reward '{name}' {fate}")
+            rank_zero_warn(f"{count} of {scored[name]} rows of data.{split} lack {column}: there reward {name} {fate}")
 
 
 def _remedy(column: str, columns: Mapping[str, Any]) -> str:

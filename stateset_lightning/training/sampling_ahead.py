@@ -73,10 +73,8 @@ def sampling_ahead(sampling: RolloutConfig, engine: RolloutEngine | None) -> Sam
         return None
     if not isinstance(engine, RemoteEngine):
         cannot = "which the engine in this process cannot, whose weights are the policy's"
-        remedy = "set model.engine to one that samples elsewhere, such as VLLMEngine, or sampling_ahead to 0"
-        raise ConfigError(f"model.rollout.sampling_ahead=1 samples while the policy is trained, {cannot}: {remedy}")
-    resumed = "a resumed run is not bit-identical: its first episode is sampled anew, from the checkpoint's weights"
-    log.info("model.rollout.sampling_ahead=1: samples are an episode off-policy, and %s", resumed)
+        raise ConfigError(f"model.rollout.sampling_ahead=1, {cannot}: set model.engine to a VLLMEngine, or this to 0")
+    log.info("model.rollout.sampling_ahead=1: samples are an episode off-policy; a resumed run is not bit-identical")
     return SamplingAhead()
 
 

@@ -59,8 +59,7 @@ class Schedule:
         """
         total_steps = self.total_steps or run_steps
         if self.decay != "constant" and total_steps is None:
-            remedy = "set trainer.max_steps, trainer.max_epochs or model.lr_scheduler.total_steps"
-            raise ConfigError(f"model.lr_scheduler.decay={self.decay!r} needs to know when the run ends: {remedy}")
+            raise ConfigError(f"model.lr_scheduler.decay={self.decay!r} needs an end: set trainer.max_steps")
         return LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
 
 

@@ -39,9 +39,8 @@ def checked_teacher(given: str | GivenTeacher, algorithm: Algorithm, rollout: Ro
     if isinstance(teacher, VLLMTeacher) and isinstance(algorithm, GKD):
         raise ConfigError(f"{shown} with {name}: vLLM gives no whole distributions; set model.teacher.model_name")
     if isinstance(teacher, VLLMTeacher) and (rollout.temperature != 1 or rollout.keep_sampling_mask):
-        sampling = f"model.rollout.temperature={rollout.temperature}, keep_sampling_mask={rollout.keep_sampling_mask}"
-        why = "vLLM gives a prompt's log-probs at temperature 1 and over the whole vocabulary"
-        raise ConfigError(f"{shown} with {sampling}: {why}; set these to 1 and false, or model.teacher.model_name")
+        given = f"model.rollout.temperature={rollout.temperature}, keep_sampling_mask={rollout.keep_sampling_mask}"
+        raise ConfigError(f"{shown} with {given}: vLLM's log-probs are at 1, of all tokens: set these to 1 and false")
     if unread := [key for key in OF_POLICY if getattr(teacher, key, None)]:
         raise ConfigError(f"model.teacher.{unread[0]} is an option of model.policy, and of no teacher: remove it")
     return teacher
@@ -120,5 +119,4 @@ def check_same_tokenizer(config: PolicyConfig, *tokenizers: PreTrainedTokenizerB
     )
     if differing := [name for name, value in theirs.items() if value != ours[name]]:
         what = f"model.teacher.model_name={config.model_name!r}: its tokenizer is not the policy's"
-        remedy = "and they are compared token by token: choose models of one family"
-        raise ConfigError(f"{what} ({', '.join(differing)} differ), {remedy}")
+        raise ConfigError(f"{what} ({', '.join(differing)} differ): choose models of one family")

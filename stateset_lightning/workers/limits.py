@@ -49,8 +49,7 @@ def limited(items: Iterator[Any], what: str) -> Iterator[Any]:
                     raise error
                 if not found:
                     return
-        limits = f"{SECONDS:g} s or {_BYTES >> 30} GiB at a time"
-        raise DataError(f"{what} was stopped: it takes more than {limits}; mend the template, or take another model")
+        raise DataError(f"{what} was stopped: it takes more than {SECONDS:g} s or {_BYTES >> 30} GiB; mend it")
     finally:
         with suppress(OSError), ours:
             os.kill(child, signal.SIGKILL)

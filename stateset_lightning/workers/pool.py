@@ -74,8 +74,7 @@ class WorkerPool:
         except Exception as error:  # what a user's object holds may fail in any way
             raise ConfigError(f"{why}, but it cannot be pickled ({error}): {self._remedy}") from error
         if b"__main__" in self._functions[name] and not _main_script():
-            where = "defined in a notebook or in typed-in code, which a worker cannot import"
-            raise ConfigError(f"{why}, but it is {where}: {self._remedy}")
+            raise ConfigError(f"{why}, but it is defined in a notebook or in typed-in code: {self._remedy}")
 
     def submit(self, name: str, timeout: float, *args: Any) -> Future[Any]:
         """Call a function in a worker.

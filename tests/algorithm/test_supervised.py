@@ -60,7 +60,7 @@ def test_a_minimum_that_no_reward_reaches_is_told_once(caplog: pytest.LogCapture
     for rewards in ([[2.0, NAN], [4.0, 1.0]], [[NAN, NAN], [NAN, NAN]], [[1.0, 3.0], [2.0, NAN]], [[1.0, 1.0]]):
         algorithm.advantages(torch.tensor(rewards)[..., None], weights_F)
     (told,) = caplog.messages  # of the first of two; the one before reaches it, the one between has failed
-    assert told.startswith("model.algorithm.minimum_reward=2: no reward of an episode reaches it, so nothing")
+    assert told.startswith("model.algorithm.minimum_reward=2: no reward of an episode reaches it; lower it")
 
 
 def test_a_step_of_which_nothing_is_chosen_has_no_loss() -> None:

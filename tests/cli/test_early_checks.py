@@ -38,7 +38,7 @@ def files(config):
         (["fit", *BASE, "--config", "syntax.yaml"], "syntax.yaml:2: malformed YAML"),
         (["fit", "--config", "twice.yaml"], "twice.yaml:3: the key data stands in line 1 already"),
         (["fit", "--config", "documents.yaml"], "documents.yaml:2: malformed YAML: but found another document"),
-        (["fit", "config.yaml"], "config.yaml belongs to no option; a config is given as --config FILE"),
+        (["fit", "config.yaml"], "config.yaml belongs to no option; give a config as --config FILE"),
         (["config.yaml"], "there is no command config.yaml; it comes first: fit, validate"),
         (["fit", *BASE, "--data.train", "none.jsonl"], "data.train=none.jsonl: there is no such file"),
         (["fit", *BASE, "--data.validation", "*.nothing"], "data.validation=*.nothing: no file matches"),

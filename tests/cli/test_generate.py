@@ -56,7 +56,7 @@ def test_a_line_that_is_no_utf_8_is_refused_and_the_next_one_answered(errors, mo
         (["out/model", "--prompt", "a"], "ckpt_path=out/model: there is no such file or folder"),
         (["runs/mine", "--prompt", "a"], "ckpt_path=runs/mine: there is no such file or folder"),
         (["weights.safetensors", "--prompt", "a"], "ckpt_path=weights.safetensors: there is no such file or folder"),
-        (["last", "--prompt", "a"], "there is no checkpoint in runs/ yet: give a .ckpt file, or leave ckpt_path out"),
+        (["last", "--prompt", "a"], "there is no checkpoint in runs/ yet: give a .ckpt file, or leave it out"),
     ],
 )
 def test_mistakes_are_told_in_a_line_with_the_flags_that_there_are(empty_folder, capsys, words, said):
@@ -137,7 +137,7 @@ def test_a_scripted_user_says_what_the_row_has_and_without_it_the_conversation_f
     with pytest.raises(SystemExit, match="2"):
         main([*words, "--prompt", "What is 3 + 4?"])
     (told,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
-    assert "'replies' must be a list of texts, not null; what it needs beside the prompt is given as --prompt" in told
+    assert "'replies' must be a list of texts, not null; --prompt takes a row as JSON" in told
 
 
 def test_a_run_without_an_environment_takes_json_for_a_prompt(capsys):

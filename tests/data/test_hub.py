@@ -84,7 +84,7 @@ def test_a_folder_that_is_called_parquet_is_no_file(tmp_path):
 def test_failures_name_the_data_set(calls):
     with pytest.raises(
         DataError,
-        match=r"'owner/missing' is no file here and cannot be loaded .*: Dataset 'owner/missing' doesn't exist; check",
+        match=r"'owner/missing' is no file here and no data set of the hub: .* doesn't exist; write",
     ):
         read_split("owner/missing", "train")
     with pytest.raises(DataError, match="owner/empty has no rows"):

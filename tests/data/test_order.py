@@ -65,7 +65,7 @@ def test_largest_remainder(weights, total, counts):
 
 
 def test_a_source_that_would_never_be_seen_is_an_error():
-    with pytest.raises(ConfigError, match=r"the source tiny with weight 0.001 gets none of the 6 positions"):
+    with pytest.raises(ConfigError, match=r"the source tiny with weight 0.001 gets no position of an epoch"):
         EpochOrder(pools([3, 3]), [1, 0.001], 0, True, ["big", "tiny"])
     with pytest.raises(ConfigError, match="the source number 2 has no scenario left"):
         EpochOrder([[0], []], [1, 1], 0, True)

@@ -110,7 +110,7 @@ def test_items_of_json_and_yaml_are_counted(write):
         (
             "a.txt",
             "prompt",
-            "unknown suffix '.txt'; scenarios are read from .jsonl, .ndjson, .json, .csv, .tsv, .yaml, .yml, .parquet",
+            "unknown suffix '.txt'; known: .jsonl, .ndjson, .json, .csv, .tsv, .yaml, .yml, .parquet",
         ),
         (
             "a.jsonl",

@@ -205,7 +205,7 @@ def test_what_is_told_at_the_start(tmp_path, tokenizer, large, caplog):
     data = ScenarioDataModule(path, tokenizer=tokenizer, max_prompt_tokens=77)
     with caplog.at_level("INFO", "stateset_lightning"):
         data.setup("fit")
-    assert "the rows are read as they are needed, and the first 4 of a file checked now" in caplog.text
+    assert "the first 4 rows of a file are checked now: bad rows" in caplog.text
     assert data.longest_prompt == 77
     assert data.num_scenarios == {"train": 23}
     with pytest.raises(ConfigError, match=r"data.overlong_prompts=drop needs all prompts .* set it to truncate_left"):

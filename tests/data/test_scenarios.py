@@ -107,7 +107,7 @@ ROLES = (
         ({"prompt": " \n"}, "the prompt is empty"),
         (
             {"prompt": "a\ud83d"},
-            "the prompt holds \\ud83d, half of a character (a surrogate without its pair); replace it",
+            "the prompt holds \\ud83d, half of a character (a surrogate without a pair); replace it",
         ),
         ({"prompt": 7}, "the prompt must be text, not a number (7); put it in quotes"),
         ({"prompt": True}, "the prompt must be text, not true/false (True); put it in quotes"),

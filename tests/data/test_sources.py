@@ -77,7 +77,7 @@ def test_all_bad_rows_of_all_files_are_reported_together(write):
     ("spec", "message"),
     [
         ([], "data.train is an empty list"),
-        (7, "data.train must be a path, a hub id, a list of rows or a list of sources, not int"),
+        (7, "data.train must be a path, a hub id, or a list of rows or sources, not int"),
         ("no-such", "data.train=no-such: there is no such file, and it does not look like a hub id (owner/name)"),
         ("data/train.jsonl", "data.train=data/train.jsonl: there is no such file"),
         ("none/*.jsonl", "data.train=none/*.jsonl: no file matches"),
@@ -93,7 +93,7 @@ def test_all_bad_rows_of_all_files_are_reported_together(write):
         ),
         (
             [{"path": "a"}, {"prompt": "a"}],
-            "data.train mixes sources and rows: item 2 has none of path, rows, reasoning_gym",
+            "data.train mixes sources and rows: put rows, such as item 2, into a source's 'rows'",
         ),
         ([Source()], "data.train item 1: a source needs one of path, rows, reasoning_gym, but has none"),
         (
@@ -180,5 +180,5 @@ def test_the_same_question_as_prompt_or_message_under_another_instruction_stays_
 
 
 def test_one_question_cannot_be_split():
-    with pytest.raises(DataError, match=r"all of data.train asks one question"):
+    with pytest.raises(DataError, match=r"all rows ask one question"):
         hold_out(scenarios(["a", "a"]), 0.5, 0)

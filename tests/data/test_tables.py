@@ -233,7 +233,7 @@ def test_what_cannot_be_read_says_what_to_do(tmp_path, write, monkeypatch):
     write("splits.json", json.dumps({"train": ROWS, "test": OTHER}))
     for name in ("saved", "splits.json"):
         with pytest.raises(
-            DataError, match=rf"{name}: has the splits train, test, and none for data.validation; write"
+            DataError, match=rf"{name}: has the splits train, test, and none for data.validation; give a file"
         ):
             read_split(str(tmp_path / name), "validation")
         assert read_split(str(tmp_path / name), "predict").scenarios[0].prompt == "another split"

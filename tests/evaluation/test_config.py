@@ -46,5 +46,5 @@ def test_bad_options_are_named(options: dict, said: str) -> None:
 
 def test_solved_by_names_a_reward() -> None:
     EvaluationConfig(solved_by="right").check_rewards(["right", "tone"])
-    with pytest.raises(ConfigError, match=r"solved_by='wrong' is no reward of model\.reward; they are right, tone"):
+    with pytest.raises(ConfigError, match=r"solved_by='wrong' must be one of right, tone"):
         EvaluationConfig(solved_by="wrong").check_rewards(["right", "tone"])

@@ -390,7 +390,7 @@ def cut(size: int) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        (without_tokenizer, r"no tokenizer beside it.*may split text otherwise.*AutoTokenizer\.from_pretrained"),
+        (without_tokenizer, r"no tokenizer beside it; save the model's own: AutoTokenizer\.from_pretrained"),
         (cut(0), "cannot be loaded: damaged, or no GGUF file"),
         (cut(100), "cannot be loaded: damaged, or no GGUF file"),
         (cut(-1), "cannot be loaded: cannot reshape"),

@@ -172,15 +172,21 @@ def test_the_adapter_is_float32_on_a_smaller_model(model_folder: Callable[..., P
         ({"peft_kwargs": {"lora_alpha": 1}}, r"peft_kwargs\.lora_alpha: set model\.policy\.lora\.alpha instead"),
         (
             {"peft_kwargs": {"init_lora_weights": "pissa"}},
-            "init_lora_weights='pissa' changes the model under the adapter",
+            "init_lora_weights='pissa': use true or gaussian",
         ),
-        ({"peft_kwargs": {"init_lora_weights": False}}, "starts away from it"),
-        ({"peft_kwargs": {"lora_bias": True}}, r"lora_bias=True, and model\.layers\.0\.self_attn\.q_proj has no bias"),
+        ({"peft_kwargs": {"init_lora_weights": False}}, "init_lora_weights=False: use true or gaussian"),
     ],
 )
 def test_options_that_cannot_be_honoured(options: dict[str, Any], message: str, make_model: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match=message):
         adapted(make_model("llama"), **options)
+
+
+def test_peft_says_of_a_bias_that_no_layer_takes_that_it_cannot_be_merged(make_model: Callable[..., Any]) -> None:
+    with pytest.warns(UserWarning, match="`lora_bias=True` was passed but the targeted layer .* has no bias"):
+        model = adapted(make_model("llama"), peft_kwargs={"lora_bias": True})
+    with pytest.raises(RuntimeError, match="Impossible to merge LoRA with `lora_bias=True`"), merged_adapter(model):
+        pass
 
 
 def test_further_arguments_reach_peft(make_model: Callable[..., Any]) -> None:
@@ -370,7 +376,7 @@ def test_training_goes_on_from_a_saved_adapter(
     assert len(trained_names(model)) == 28
     with caplog.at_level(logging.INFO):
         again = load_model(PolicyConfig(base, adapter=str(folder), lora=LoRAConfig(rank=64, dropout=0.25)))
-    assert "used instead of model.policy.lora: rank 4, alpha 12" in caplog.text
+    assert "has its own rank 4 and alpha 12, not model.policy.lora's" in caplog.text
     assert torch.equal(logits(again), expected)
     assert again.peft_config["default"].lora_dropout == 0.25
 

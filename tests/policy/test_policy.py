@@ -251,7 +251,7 @@ def test_no_score_reaches_beyond_its_own_past(make_model: Callable[..., Any]) ->
 
 def test_packed_scoring_is_refused_where_it_is_not_exact(make_model: Callable[..., Any]) -> None:
     with pytest.raises(
-        ConfigError, match=r"scoring='packed' is not exact for random: its attention is 'eager'.*'auto' or 'padded'"
+        ConfigError, match=r"scoring='packed' is not exact for random: its attention is 'eager'.*use auto or padded"
     ):
         make_policy(eager(make_model), scoring="packed")
 

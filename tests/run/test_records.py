@@ -139,7 +139,8 @@ def test_what_a_skipped_step_would_have_trained_is_written_down(tmp_path):
     module = make_module(algorithm=Faulty(FAULTS["NaN loss"], range(1, 100)))
     data = make_data(steps_per_episode=4, batch_size=8)
     with pytest.warns(
-        UserWarning, match=r"the gradient is not finite \(nan\): optimizer step skipped; see .* in .*bad_steps.jsonl"
+        UserWarning,
+        match=r"is not finite \(nan\): optimizer step skipped; .*bad_steps.jsonl has its completions",
     ):
         fit(tmp_path, module, data, accumulate_grad_batches=2, max_steps=2)
     rows = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]

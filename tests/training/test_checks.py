@@ -140,10 +140,10 @@ def test_monitors_get_their_metric():
     [
         ({"validation": (1.0, 1, 0)}, "trainer.limit_val_batches=0"),
         ({"validation": (1.0, 1, 0.0)}, "trainer.limit_val_batches=0"),
-        ({"validation": (7, None, 1.0), "max_steps": 6}, "val_check_interval=7, and the run has 6 micro-steps"),
-        ({"validation": (7, None, 1.0), "max_steps": 3, "accumulate": 2}, "and the run has 6 micro-steps"),
-        ({"validation": (1.0, 1, 1.0), "max_steps": 11}, "check_val_every_n_epoch=1, and the run has 11"),
-        ({"validation": (0.5, 1, 1.0), "max_steps": 5}, "and the run has 5"),
+        ({"validation": (7, None, 1.0), "max_steps": 6}, "val_check_interval=7, the run has 6 micro-steps"),
+        ({"validation": (7, None, 1.0), "max_steps": 3, "accumulate": 2}, "the run has 6 micro-steps"),
+        ({"validation": (1.0, 1, 1.0), "max_steps": 11}, "check_val_every_n_epoch=1, the run has 11"),
+        ({"validation": (0.5, 1, 1.0), "max_steps": 5}, "the run has 5"),
         ({"validation": (1.0, 3, 1.0), "max_epochs": 2}, "check_val_every_n_epoch=3"),
         ({"validation": (7, None, 1.0), "max_steps": 7}, None),
         ({"validation": (0.5, 1, 1.0), "max_steps": 6}, None),
@@ -253,7 +253,7 @@ def test_metrics_of_training_and_of_the_users_own_are_monitored():
 def test_float32_on_a_gpu_is_told(precision, dtype, device, warns):
     trainer = SimpleNamespace(precision=precision, strategy=SimpleNamespace(root_device=torch.device(device)))
     quiet = warnings.catch_warnings(action="error")
-    with pytest.warns(UserWarning, match="32-true on a GPU: bf16-mixed is") if warns else quiet:
+    with pytest.warns(UserWarning, match="32-true on a GPU: bf16- or 16-mixed is") if warns else quiet:
         check_speed(trainer, dtype)
 
 
@@ -277,9 +277,7 @@ def test_more_optimizer_steps_than_prompts_are_refused():
 
 def test_bad_steps_stop_the_run_only_when_they_do_not_end():
     run_checks.check_bad_steps(10, 10, step=20)
-    with pytest.raises(
-        NonFiniteError, match=r"11 optimizer steps in a row .*max_bad_steps=10.*, the last of them step 21"
-    ):
+    with pytest.raises(NonFiniteError, match=r"11 optimizer steps in a row .*max_bad_steps=10.*, last at step 21"):
         run_checks.check_bad_steps(11, 10, step=21)
 
 

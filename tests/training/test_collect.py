@@ -242,7 +242,7 @@ def test_a_sampler_that_computes_another_policy_stops_the_run(tmp_path: Path) ->
 @pytest.mark.parametrize("engine", [VLLMEngine(["http://127.0.0.1:9"]), object()], ids=["servers", "another"])
 def test_masks_of_an_engine_that_returns_none_are_refused(tiny_tokenizer: Any, engine: Any) -> None:
     sampling = rollout(top_k=30, keep_sampling_mask=True)
-    with pytest.raises(ConfigError, match=r"keep_sampling_mask=true with model.engine=(VLLMEngine|object), which does"):
+    with pytest.raises(ConfigError, match=r"keep_sampling_mask=true: (VLLMEngine|object) returns none; leave it out"):
         ready_engine(engine, tiny_tokenizer, sampling, "32-true")
 
 

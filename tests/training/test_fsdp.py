@@ -300,7 +300,7 @@ def test_quantized_weights_are_not_sharded(make_model: Callable[..., Any], mesh:
 
 def test_an_engine_that_does_not_know_shards_is_refused(make_model: Callable[..., Any], mesh: DeviceMesh) -> None:
     engine: Any = SimpleNamespace()
-    with pytest.raises(ConfigError, match="in this process or on vLLM servers, not by SimpleNamespace: use ddp"):
+    with pytest.raises(ConfigError, match="does not sample by SimpleNamespace: use ddp or VLLMEngine"):
         sharded(Policy(make_model("llama"), PolicyConfig("some")), mesh, torch.device("cpu"), engine)
 
 

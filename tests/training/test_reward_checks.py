@@ -85,8 +85,8 @@ def test_validate_is_refused_and_predict_is_not(tmp_path):
 @pytest.mark.parametrize(
     ("reward", "told"),
     [
-        (ExactMatch(), "2 of 3 scenarios of data.train have no column target: there, reward 'exact_match' fails"),
-        (verl, "2 of 3 scenarios of data.train have no column target: there, reward 'verl' fails"),
+        (ExactMatch(), "2 of 3 rows of data.train lack target: there reward exact_match fails"),
+        (verl, "2 of 3 rows of data.train lack target: there reward verl fails"),
         (Contains(["a"]), None),
         (DigitReward(), None),
     ],
@@ -102,7 +102,7 @@ def test_verls_functions_run_on_data_without_its_columns_and_that_is_announced()
     def compute_score(data_source, solution_str, ground_truth, extra_info):
         return 1.0
 
-    with pytest.warns(UserWarning, match="no column data_source: there, reward 'compute_score' gets None"):
+    with pytest.warns(UserWarning, match="lack data_source: there reward compute_score gets None"):
         check_rewards({"train": scenarios({"target": "4"})}, as_rewards(compute_score))
 
 

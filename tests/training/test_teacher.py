@@ -38,7 +38,7 @@ ROLLOUT = {"num_generations": 4, "max_new_tokens": 5}
                 "teacher": SERVED,
                 "rollout": RolloutConfig(**ROLLOUT, temperature=0.7),
             },
-            "rollout.temperature=0.7, .*: vLLM gives a prompt's log-probs at temperature 1",
+            "rollout.temperature=0.7, .*: vLLM's log-probs are at 1, of all tokens",
         ),
         (
             {"algorithm": GKD(), "teacher": "tiny", "rollout": RolloutConfig(top_k=5, keep_sampling_mask=True)},

@@ -97,8 +97,7 @@ class Doctor(StatesetCLI):
         if "validation" in self.data.num_scenarios:
             seen = set(map(tuple, self.data.served("train")[1]))
             if both := sum(tuple(prompt) in seen for prompt in self.data.served("validation")[1]):
-                shared = f"{both} prompts of the validation are among those of the training"
-                self.notes.append(f"{shared}: its reward will flatter")
+                self.notes.append(f"{both} prompts of validation are among those of training: its reward will flatter")
         self.data.train_dataloader()  # refuses a curriculum beside overfit_batches
 
     def _make_optimizer_and_engine(self) -> None:
@@ -107,8 +106,7 @@ class Doctor(StatesetCLI):
         made = module.configure_optimizers()
         self.trainer.optimizers = [made["optimizer"] if isinstance(made, dict) else made]
         if self.asked.sample and not isinstance(module.engine, InProcessEngine | None):
-            why = "sampling would load weights into the servers of model.engine"
-            self.notes.append(f"a target is scored instead of a completion: {why}")
+            self.notes.append("a target is scored instead of a completion: model.engine's servers are left alone")
             self.asked.sample = False
         if self.asked.sample:
             module.engine = ready_engine(module.engine, module.tokenizer, module.rollout, str(self.trainer.precision))
