@@ -3,8 +3,8 @@
     python benchmarks/later_turns.py MODEL_FOLDER [--prompts 100 400] [--replies 20 20-300] [--conversations 32]
 
 Conversations of three turns of at most 40 tokens (one token in 20 ends a turn), with replies of random tokens between;
-`20-300` is a reply of 20 tokens for all but one in eight, which get 300. Each measurement has one thread; the peak of memory
-is that above the model, of a process of its own.
+`20-300` is a reply of 20 tokens for all but one in eight, which get 300. Each measurement has one thread; the peak of
+memory is that above the model, of a process of its own.
 """
 
 from __future__ import annotations

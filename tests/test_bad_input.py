@@ -386,9 +386,7 @@ def test_checkpoints_that_are_none(refuse):
     Path("cut.ckpt").write_bytes(Path("whole.ckpt").read_bytes()[:2000])
     assert_told(refuse(None, "--ckpt_path", "cut.ckpt"), ["ckpt_path=cut.ckpt", "damaged"])
     torch.save({"weights": torch.zeros(1)}, "other.ckpt")
-    assert_told(
-        refuse(None, "--ckpt_path", "other.ckpt"), ["ckpt_path=other.ckpt", "no checkpoint of stateset-lightning"]
-    )
+    assert_told(refuse(None, "--ckpt_path", "other.ckpt"), ["ckpt_path=other.ckpt", "no checkpoint of ours"])
 
 
 def test_the_remedy_for_a_long_prompt_works_when_followed(refuse):

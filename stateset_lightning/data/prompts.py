@@ -130,7 +130,7 @@ class PromptEncoder:
         """
         if isinstance(scenarios, ServedScenarios):
             if self.overlong_prompts == "drop":
-                raise ConfigError(f"data.overlong_prompts=drop needs all prompts of {key}; set it to truncate_left")
+                raise ConfigError(f"data.overlong_prompts=drop needs all of {key} at once; set it to truncate_left")
             return replace(self.encode(scenarios[: content.SAMPLE], key), kept=range(len(scenarios)))
         parts = (scenarios[start : start + _BATCH] for start in range(0, len(scenarios), _BATCH))
         batches: Iterator[list[_Rendered]] = ([self._rendered(each, key) for each in part] for part in parts)

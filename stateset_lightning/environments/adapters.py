@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -58,7 +57,7 @@ class Driver:
     Args:
         environment: The user's object.
         settings: Of the run.
-        code: What runs its methods.
+        code: What runs its methods. It may run the driver's own, too, but for `step`: tools could not be left behind.
 
     Attributes:
         schemas: JSON schemas of the tools, for the chat template.
@@ -71,7 +70,7 @@ class Driver:
     _has_tools = True
 
     def __init__(self, environment: Any, settings: Settings, code: UserCode) -> None:
-        self.environment, self._settings, self._code = environment, settings, code
+        self.environment, self._settings, self.code = environment, settings, code
         self._timeout = settings.tool_timeout
         self._functions: Functions = base.tool_methods(environment) if self._has_tools else {}
         if isinstance(environment, Tools):
@@ -96,45 +95,41 @@ class Driver:
     def answer(self, text: str, calls: list[Call | Malformed]) -> Reply:
         """Answers a completion that calls these tools."""
         if calls:
-            return run_tools(calls, self._functions, self._code, self._timeout)
+            return run_tools(calls, self._functions, self.code, self._timeout)
         reply = self._answer(text)
         if reply.reward is not None:
             self._sum = reply.reward + (self._sum or 0.0)
         return reply
 
-    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
-        """Calls one of the driver's functions on its thread: not `step`, as tools there could not be left behind."""
-        return self._code.submit(function, *args)
-
     def get_reward(self) -> float | None:
         """Of the whole conversation: the environment's own, else the sum over its turns. None: there is none."""
         if not _has(self.environment, "get_reward"):
             return self._sum
-        return _ask(self._code, base.as_reward, self.environment.get_reward)
+        return _ask(self.code, base.as_reward, self.environment.get_reward)
 
     def close(self) -> None:
         """Closes the environment, if it does so within a second, and ends the driver's thread."""
         self._release()
-        self._code.close()
+        self.code.close()
 
     # What interfaces differ in
 
     def _begin(self, columns: dict[str, Any], seed: int) -> Opening:
-        return Opening(_ask(self._code, as_turns, self.environment.reset, columns, seed))
+        return Opening(_ask(self.code, as_turns, self.environment.reset, columns, seed))
 
     def _answer(self, text: str) -> Reply:
-        return _ask(self._code, as_reply, self.environment.step, text)
+        return _ask(self.code, as_reply, self.environment.step, text)
 
     def _release(self) -> None:
         if _has(self.environment, "close"):  # what it raises changes no conversation
-            self._code.run(self.environment.close, timeout=1.0)
+            self.code.run(self.environment.close, timeout=1.0)
 
 
 class _TRL(Driver):
     def _begin(self, columns: dict[str, Any], seed: int) -> Opening:
         columns["prompt"] = columns.get("prompt") or _messages(columns)
         given = _accepted(self.environment.reset, {"seed": seed, **columns})
-        return _ask(self._code, _appended, self.environment.reset, **given)
+        return _ask(self.code, _appended, self.environment.reset, **given)
 
     def _answer(self, text: str) -> Reply:
         return Reply(done=True)
@@ -151,10 +146,10 @@ class _Gymnasium(Driver):
 
     def _begin(self, columns: dict[str, Any], seed: int) -> Opening:
         given = _accepted(self.environment.reset, {"seed": seed, "options": columns})
-        return _ask(self._code, _gymnasium_opening, self.environment.reset, **given)
+        return _ask(self.code, _gymnasium_opening, self.environment.reset, **given)
 
     def _answer(self, text: str) -> Reply:
-        return _ask(self._code, _gymnasium_reply, self.environment.step, text)
+        return _ask(self.code, _gymnasium_reply, self.environment.step, text)
 
 
 def _gymnasium_opening(result: Any) -> Opening:
@@ -188,12 +183,12 @@ class _SkyRL(Driver):
     def _begin(self, columns: dict[str, Any], seed: int) -> Opening:
         self._release()
         given = _accepted(self._make, {"env_config": {}, "extras": {"max_turns": self._settings.max_turns, **columns}})
-        self.environment = _ask(self._code, lambda made: made, self._make, **given)
+        self.environment = _ask(self.code, lambda made: made, self._make, **given)
         prompt = _messages(columns)
-        return _ask(self._code, partial(_skyrl_opening, _as_prompt(prompt)), self.environment.init, prompt)
+        return _ask(self.code, partial(_skyrl_opening, _as_prompt(prompt)), self.environment.init, prompt)
 
     def _answer(self, text: str) -> Reply:
-        return _ask(self._code, _skyrl_reply, self.environment.step, text)
+        return _ask(self.code, _skyrl_reply, self.environment.step, text)
 
 
 def _skyrl_opening(given: tuple[Turn, ...], result: Any) -> Opening:

@@ -172,7 +172,7 @@ class Play:
     def _end(self, ended: list[int], on_ended: OnEnded) -> Iterator[list[_Call]]:
         """Asks environments for their rewards, and hands conversations over to be scored."""
         drivers = {n: self._driver(n) for n in ended if self.all[n].failure is None}
-        rewards = {n: self._call(driver.submit, driver.get_reward) for n, driver in drivers.items()}
+        rewards = {n: self._call(driver.code.submit, driver.get_reward) for n, driver in drivers.items()}
         yield list(rewards.values())
         for n in ended:
             reward = self._wait(self.all[n], rewards[n]) if n in rewards else None

@@ -37,13 +37,9 @@ class KeptRows:
     def before(self, prompts: Sequence[Sequence[int]]) -> list[Kept]:
         """The row that each prompt goes on from, by at least one token; empty if one goes on from none."""
         lengths = sorted({len(tokens) for tokens in self.rows}, reverse=True)
-        found = []
-        for prompt in prompts:
-            starts = (tuple(prompt[:length]) for length in lengths if length < len(prompt))
-            if (start := next((start for start in starts if start in self.rows), None)) is None:
-                return []
-            found.append(self.rows[start])
-        return found
+        starts_of = ((tuple(prompt[:n]) for n in lengths if n < len(prompt)) for prompt in prompts)
+        found = [next((self.rows[start] for start in starts if start in self.rows), None) for starts in starts_of]
+        return [row for row in found if row is not None] if None not in found else []
 
 
 @dataclass(eq=False)

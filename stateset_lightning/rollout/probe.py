@@ -119,12 +119,7 @@ def difference_of_decoding(kind: Kind, model: PreTrainedModel, *, decodes: bool)
     decoder = LlamaDecoder(model) if decodes else None
     batch = kind(model, 24, decoder)
     rows: list[list[int]] = []
-
-    def difference() -> float:
-        expected_BV = torch.stack([own_logprobs(model, row)[-1] for row in rows])
-        return float((batch.logits_BV.float().log_softmax(-1) - expected_BV).abs().max())
-
-    largest = 0.0
+    seen: list[tuple[list[int], Tensor]] = []  # rows, and the log-probs behind them
     for lengths, steps in (((13, 3), 6), ((21,), 9)):
         prompts = [probe_tokens(n, n) for n in lengths]
         batch.admit(prompts, [p for p in range(len(prompts)) for _ in range(2)])
@@ -139,11 +134,11 @@ def difference_of_decoding(kind: Kind, model: PreTrainedModel, *, decodes: bool)
                 kept = torch.arange(0, len(rows), 2, device=model.device)
                 batch.keep(kept)
                 rows, tokens_B = rows[::2], tokens_B[kept]
-        largest = max(largest, difference())
+        seen += zip(map(list, rows), batch.logits_BV.float().log_softmax(-1), strict=True)
     if batch.can_keep:
         before = [batch.kept(i, len(row)) for i, row in enumerate(rows)]
         rows = [[*row, *probe_tokens(1 + 5 * i, i)] for i, row in enumerate(rows)]
         batch = kind(model, 24, decoder)
         batch.resume(before, rows)
-        largest = max(largest, difference())
-    return largest
+        seen += zip(rows, batch.logits_BV.float().log_softmax(-1), strict=True)
+    return max(float((logprobs_V - own_logprobs(model, row)[-1]).abs().max()) for row, logprobs_V in seen)

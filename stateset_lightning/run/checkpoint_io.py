@@ -141,7 +141,7 @@ def read_checkpoint(file: Path, *, check_sums: bool = False, **options: Any) -> 
         damaged = f"ckpt_path={file}: the file is damaged or no checkpoint ({reason})"
         raise CheckpointError(f"{damaged}; {_instead_of(file)}") from error
     if not _is_ours(content):
-        raise CheckpointError(f"ckpt_path={file}: no checkpoint of stateset-lightning; set model.policy.model_name")
+        raise CheckpointError(f"ckpt_path={file}: no checkpoint of ours; give other weights as model.policy.model_name")
     if (number := content["stateset"].get("format", 0)) > FORMAT:
         raise CheckpointError(f"ckpt_path={file}: of a newer version (format {number}, this knows {FORMAT}): update it")
     return content

@@ -155,7 +155,7 @@ def _best_of_run(newest: str) -> Path:
     # Where there is no monitor, Lightning calls the newest checkpoint the best.
     best = {s["best_model_path"]: s for s in states if s.get("best_model_path") and s.get("monitor")}
     if not best:
-        raise CheckpointError(f"ckpt_path=best: {file} knows no best checkpoint by a `monitor`; give `last` or a file")
+        raise CheckpointError(f"ckpt_path=best: {file} has no best one by a `monitor`; give `last` or a .ckpt file")
     if len(best) > 1:
         several = ", ".join(f"{path} ({state['monitor']})" for path, state in best.items())
         raise CheckpointError(f"ckpt_path=best: the run has several, by different callbacks: give one of {several}")

@@ -237,7 +237,7 @@ def check_speed(trainer: Trainer, dtype: torch.dtype) -> None:
         rank_zero_warn(f"trainer.precision={trainer.precision} on a GPU: bf16- or 16-mixed is several times as fast")
     if is_half and device == "cpu" and not has_bfloat16_products():
         given = f"trainer.precision={trainer.precision} with {str(dtype).removeprefix('torch.')} weights"
-        rank_zero_warn(f"{given}: this CPU has no arithmetic for that: take 32-true and model.policy.dtype=float32")
+        rank_zero_warn(f"{given}: slow on this CPU; set trainer.precision=32-true, model.policy.dtype=float32")
 
 
 def check_quantized(policy: Policy) -> None:

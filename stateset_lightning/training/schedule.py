@@ -59,7 +59,7 @@ class Schedule:
         """
         total_steps = self.total_steps or run_steps
         if self.decay != "constant" and total_steps is None:
-            raise ConfigError(f"model.lr_scheduler.decay={self.decay!r} needs an end: set trainer.max_steps")
+            raise ConfigError(f"model.lr_scheduler.decay={self.decay!r} needs trainer.max_steps, or total_steps")
         return LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
 
 

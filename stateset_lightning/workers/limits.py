@@ -49,7 +49,7 @@ def limited(items: Iterator[Any], what: str) -> Iterator[Any]:
                     raise error
                 if not found:
                     return
-        raise DataError(f"{what} was stopped: it takes more than {SECONDS:g} s or {_BYTES >> 30} GiB; mend it")
+        raise DataError(f"{what} was stopped: more than {SECONDS:g} s or {_BYTES >> 30} GiB; mend the template")
     finally:
         with suppress(OSError), ours:
             os.kill(child, signal.SIGKILL)

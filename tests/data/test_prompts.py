@@ -317,7 +317,7 @@ def test_a_models_template_reaches_nothing_outside(attack, tmp_path, monkeypatch
 
 
 LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-STOPPED = "of '.*' was stopped: it takes more than 0.3 s or 2 GiB; mend it"
+STOPPED = "of '.*' was stopped: more than 0.3 s or 2 GiB; mend the template"
 REFUSED = "refuses scenario 's1' .*; data.use_chat_template=false"
 EITHER = f"{STOPPED}|{REFUSED}"
 

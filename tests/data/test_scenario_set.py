@@ -208,7 +208,7 @@ def test_what_is_told_at_the_start(tmp_path, tokenizer, large, caplog):
     assert "the first 4 rows of a file are checked now: bad rows" in caplog.text
     assert data.longest_prompt == 77
     assert data.num_scenarios == {"train": 23}
-    with pytest.raises(ConfigError, match=r"data.overlong_prompts=drop needs all prompts .* set it to truncate_left"):
+    with pytest.raises(ConfigError, match=r"overlong_prompts=drop needs all of .* at once; set it to truncate_left"):
         ScenarioDataModule(path, tokenizer=tokenizer, max_prompt_tokens=9, overlong_prompts="drop").setup("fit")
     (tmp_path / "open.csv").write_text("prompt\n" + "a\n" * 20 + '"open')
     with pytest.raises(DataError, match=r"open.csv:22: malformed CSV: .*no row after it was read"):

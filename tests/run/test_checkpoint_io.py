@@ -108,7 +108,7 @@ def test_only_whole_checkpoints_are_offered(tmp_path):
 
 def test_files_that_are_no_checkpoints_of_ours_are_refused(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(CheckpointError, match=r"no checkpoint of stateset-lightning; set model\.policy\.model_name"):
+    with pytest.raises(CheckpointError, match=r"checkpoint of ours; give other weights as model\.policy\.model_name"):
         read_checkpoint(tmp_path / "other.ckpt")
     with pytest.raises(CheckpointError, match="there is no such file"):
         IO.load_checkpoint(tmp_path / "absent.ckpt")

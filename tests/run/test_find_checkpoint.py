@@ -137,7 +137,7 @@ def test_what_is_no_best_checkpoint_is_said(folder, capsys):
     assert [path.name for path in (folder / "runs" / "renamed").iterdir()] == ["version_0"]  # it goes on there
     main(["fit", "--config", "config.yaml"])
     said = stopped_with(capsys, "fit", "--config", "config.yaml", "--ckpt_path=best")
-    assert "knows no best checkpoint by a `monitor`" in said
+    assert "has no best one by a `monitor`" in said
     assert said.count("\n") == 1
 
 
@@ -256,7 +256,7 @@ def test_an_absent_or_foreign_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="there is no such file"):
         continue_run(trainer, str(tmp_path / "absent.ckpt"))
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
-    with pytest.raises(CheckpointError, match="no checkpoint of stateset-lightning"):
+    with pytest.raises(CheckpointError, match="no checkpoint of ours"):
         continue_run(trainer, str(tmp_path / "foreign.ckpt"))
 
 
@@ -546,7 +546,7 @@ def test_what_the_first_machine_finds_is_sent_to_one_without_a_shared_disk(folde
     assert len(logged(folder / "first" / "runs" / "r" / "version_0")) == 6  # four steps and two validations
     codes, said = run_on_two_machines(folder, *words, "--ckpt_path=best")
     assert codes == [2, 2], said
-    assert all("knows no best checkpoint" in each for each in said)
+    assert all("has no best one" in each for each in said)
 
 
 LORA = PolicyConfig("tiny", lora=LoRAConfig(rank=2))

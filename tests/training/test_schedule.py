@@ -46,7 +46,7 @@ def test_an_own_horizon_wins_over_the_runs() -> None:
 
 @pytest.mark.parametrize("decay", ["linear", "cosine"])
 def test_a_decay_without_a_horizon_is_refused(decay: str) -> None:
-    with pytest.raises(ConfigError, match=rf"decay='{decay}' needs an end: set trainer.max_steps"):
+    with pytest.raises(ConfigError, match=rf"decay='{decay}' needs trainer.max_steps, or total_steps"):
         rates(Schedule(decay), None, 1)  # type: ignore[arg-type]
 
 

@@ -52,7 +52,7 @@ def spends() -> Iterator[Any]:
         ((bytes(2**20) for _ in range(3)), [bytes(2**20)] * 3, None),
         (spends(), [0, 1, 2, 3, 4], None),
         (refuses(), [1], "^no$"),
-        (dies(), [1], "^it was stopped: it takes more than 0.3 s or 2 GiB; mend it"),
+        (dies(), [1], "^it was stopped: more than 0.3 s or 2 GiB; mend the template"),
         (hangs(), [1], "^it was stopped"),
         (eats(), [1], "^it was stopped"),
     ],

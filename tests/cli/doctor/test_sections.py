@@ -137,7 +137,7 @@ def test_all_contradictions_are_found_at_once(examine):
         ),
         (
             {"model": {"lr_scheduler": {"decay": "cosine"}}, "trainer": {"max_steps": -1}},
-            "needs an end: set trainer.max_steps",
+            "needs trainer.max_steps, or total_steps",
         ),
         (
             {"model": {"rollout": {"temperatur": 1}}},
@@ -205,4 +205,4 @@ def test_a_checkpoint_is_named_as_in_fit(examine):
     code, said = examine("--sample=false", "--ckpt_path=last")
     assert (code, "resuming runs/doctor/version_0/checkpoints/epoch=0-step=1.ckpt" in said) == (0, True)
     code, said = examine("--sample=false", "--ckpt_path=best")
-    assert (code, "problem: ckpt_path=best: " in said, "knows no best checkpoint" in said) == (1, True, True)
+    assert (code, "problem: ckpt_path=best: " in said, "has no best one by a `monitor`" in said) == (1, True, True)
