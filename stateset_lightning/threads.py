@@ -21,7 +21,7 @@ from typing import IO, Any
 _Call = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 _CLOSE_SECONDS = 1.0  # an event loop that is blocked for longer than this is left to its daemon thread
 _WAIT_SECONDS = 3.0  # that a wait may go on once a signal has asked for the end
-_LOOK_SECONDS = 1.0
+_LOOK_SECONDS = 1.0  # of a wait that looks whether a signal has come
 
 
 class Interruption(SystemExit):

@@ -82,7 +82,7 @@ class HostedDriver(Driver):
     def get_reward(self) -> float | None:
         return self._submit("get_reward").result()
 
-    def close(self) -> None:
+    def _release(self) -> None:
         with suppress(RuntimeError):  # all of them are closed
             self._submit("close")
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 SHARE_FROM = 256
 # Tokens of all rows that a forward of rows that go on takes at most: plain attention keeps a score for each and column.
 TOGETHER = 1024
-WORTH_A_PART = 0.75  # of that work, or less, is what rows that lack more than others are worth a forward of their own
+WORTH_A_PART = 0.75  # rows that lack more than others get a forward of their own if all then is at most so much work
 
 
 def batch_kinds(

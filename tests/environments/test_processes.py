@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,10 @@ def test_environments_are_closed_before_their_process_ends(tmp_path: Path) -> No
     processes = processes_of(Harmful, 1, 5)
     for n in range(3):
         HostedDriver(processes, n, None, UserCode()).reset({"harm": str(tmp_path / "file")}, seed=1)
-    HostedDriver(processes, 0, None, UserCode()).close()
+    driver = HostedDriver(processes, 0, None, UserCode())
+    waited = driver.code.submit(threading.get_ident).result(10)
+    driver.close()
+    assert UserCode().run(threading.get_ident)[0] == waited  # its thread serves others now
     processes.close()
     assert (tmp_path / "file").read_text() == "closed\n" * 3
 
