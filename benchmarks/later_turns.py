@@ -50,7 +50,8 @@ def measure(model: str, prompt: int, reply: str, conversations: int, keeps: bool
 
     prompts, size = [words(prompt + i) for i in range(conversations // GENERATIONS)], GENERATIONS
     sampling = RolloutConfig(num_generations=GENERATIONS, max_new_tokens=NEW_TOKENS, max_batch_rows=conversations)
-    engine.generate([prompts[0][:9]], 1, RolloutConfig(num_generations=2, max_new_tokens=2), [1])
+    for length in (9, 300):  # a way of decoding is probed when it is met first
+        engine.generate([words(length)], 1, RolloutConfig(num_generations=2, max_new_tokens=2), [1])
     Path("/proc/self/clear_refs").write_text("5")
     start_mb, seconds = peak_mb(), []
     with engine.keeping_caches() if keeps else nullcontext():

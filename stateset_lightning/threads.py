@@ -87,10 +87,14 @@ class DaemonThreads:
     def __init__(self, max_threads: int, name: str) -> None:
         self._max_threads = max_threads
         self._name = name
+        self._closed = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process = os.getpid()  # a forked child has none of the threads
         self._queue: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._idle = threading.Semaphore(0)  # counts threads without a call
-        self._closed = False
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
         """Run `function(*args)` on a thread. The future gets what it returns or raises.
@@ -100,6 +104,8 @@ class DaemonThreads:
         """
         if self._closed:
             raise RuntimeError(f"the threads '{self._name}' are closed")
+        if self._process != os.getpid():
+            self._begin()
         future: Future[Any] = Future()
         self._queue.put((future, function, args))
         if not self._idle.acquire(blocking=False) and len(self._threads) < self._max_threads:

@@ -184,3 +184,15 @@ def test_a_signal_that_wakes_nobody_is_seen_by_a_wait(monkeypatch):
         signal.signal(signal.SIGUSR1, before)
     with pytest.raises(TimeoutError):
         threads.wait_for(Future(), time.monotonic() + 0.1).result(0)
+
+
+def test_threads_begin_anew_in_a_forked_child():
+    pool = DaemonThreads(4, "forks")
+    assert pool.submit(int).result(10) == 0
+    time.sleep(0.1)  # it is idle now
+    if (child := os.fork()) == 0:
+        status = 1
+        with contextlib.suppress(BaseException):
+            status = pool.submit(int).result(10)
+        os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -225,7 +225,7 @@ class _Choice(Driver):
 
     def __init__(self, choices: Mapping[str, Any], settings: Settings, code: UserCode) -> None:
         super().__init__(None, settings, code)
-        self._drivers = {name: as_environment(choice, settings, code) for name, choice in choices.items()}
+        self._drivers = {name: as_environment(choice, settings) for name, choice in choices.items()}
 
     def reset(self, columns: Mapping[str, Any], seed: int) -> Opening:
         name = columns.get("environment")
@@ -244,7 +244,7 @@ class _Choice(Driver):
 
     def _release(self) -> None:
         for driver in self._drivers.values():
-            driver._release()
+            driver.close()
 
 
 # Which interface it is ------------------------------------------------------------------------------------------------
@@ -268,7 +268,8 @@ def as_environment(environment: Any, settings: Settings | None = None, code: Use
     if isinstance(given, Mapping):
         return _Choice(given, settings, code)
     is_maker = isinstance(given, type) or (callable(given) and not _has(given, "reset") and not _has(given, "init"))
-    takes_extras = is_maker and "extras" in base.signature_of(getattr(given, "func", given)).parameters
+    maker = given.func if isinstance(given, partial) else given
+    takes_extras = is_maker and "extras" in base.signature_of(maker).parameters
     if is_maker and not takes_extras and not _is_skyrl(given):
         try:
             environment = _ask(code, lambda made: made, given)

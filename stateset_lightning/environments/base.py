@@ -163,14 +163,14 @@ OWN_METHODS = ("reset", "step", "get_reward", "close", "init", "render", "seed")
 
 def kept_for_each(compute: Callable[[Any], T]) -> Callable[[Any], T]:
     """Of a function, method or class computes once, as each conversation asks again."""
-    known: WeakKeyDictionary[Any, T] = WeakKeyDictionary()
+    plain, bound = WeakKeyDictionary[Any, T](), WeakKeyDictionary[Any, T]()  # a bound method takes an argument less
 
     @wraps(compute)
     def look_up(function: Any) -> T:
         written = getattr(function, "__func__", function)
         if not isinstance(written, FunctionType | type):
             return compute(function)
-        if written not in known:
+        if written not in (known := plain if written is function else bound):
             known[written] = compute(function)
         return known[written]
 
@@ -182,13 +182,10 @@ signature_of = kept_for_each(inspect.signature)
 
 def tool_methods(environment: Any) -> dict[str, Callable[..., Any]]:
     """Public methods that a model may call, by name: those that have a docstring and are no part of an interface."""
-    return {name: getattr(environment, name) for name in _tool_names(type(environment))}
-
-
-@kept_for_each
-def _tool_names(kind: type) -> list[str]:
-    found = inspect.getmembers(kind, inspect.isroutine)  # of the class: an instance would compute properties
-    return [n for n, f in found if not n.startswith("_") and n not in OWN_METHODS and inspect.getdoc(f)]
+    kind = type(environment)  # an instance would compute properties
+    names = [name for name in dir(kind) if not name.startswith("_") and name not in OWN_METHODS]
+    found = {name: getattr(kind, name, None) for name in names}
+    return {n: getattr(environment, n) for n, f in found.items() if inspect.isroutine(f) and inspect.getdoc(f)}
 
 
 def imported(given: Any, key: str, say: str) -> Callable[..., Any]:

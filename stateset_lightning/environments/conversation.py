@@ -11,7 +11,7 @@ from stateset_lightning.environments.adapters import Driver
 from stateset_lightning.threads import DaemonThreads
 from stateset_lightning.types import FinishReason, Scenario, Turn
 
-_CLOSING = DaemonThreads(10_000, "environment-close")
+CLOSING = DaemonThreads(10_000, "environment-close")  # nobody waits for what environments do at their ends
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Conversation:
     def let_go(self) -> None:
         """Closes the environment, which may hang, and which nobody waits for."""
         if self.driver is not None:
-            _CLOSING.submit(self.driver.close)
+            CLOSING.submit(self.driver.close)
             self.driver = None
 
     def said(self, prompt: Sequence[Turn]) -> str:

@@ -21,7 +21,7 @@ import torch
 from stateset_lightning.data.prompts import asked
 from stateset_lightning.environments.adapters import Driver
 from stateset_lightning.environments.base import EnvironmentFailure, Opening
-from stateset_lightning.environments.conversation import Conversation
+from stateset_lightning.environments.conversation import CLOSING, Conversation
 from stateset_lightning.environments.processes import HostedDriver, Processes
 from stateset_lightning.environments.tools import CALL_COUNTS, UserCode
 from stateset_lightning.errors import DataError
@@ -214,7 +214,7 @@ class Play:
         try:
             return driver, driver.reset(columns, seed)
         except BaseException:
-            driver.close()
+            CLOSING.submit(driver.close)
             raise
 
     def _step(self, n: int, text: str) -> _Call:

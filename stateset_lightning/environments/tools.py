@@ -11,7 +11,6 @@ import inspect
 import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -27,7 +26,6 @@ CALL_COUNTS = "tool_calls", "malformed_calls", "tool_errors", "tool_timeouts"
 Functions = Mapping[str, Callable[..., Any]]  # by the names that the model calls
 
 _LOOP = EventLoopThread(10_000, "environments")
-_IDLE: list[DaemonThreads] = []  # that no conversation has now
 
 
 class TookTooLong(Exception):
@@ -50,13 +48,8 @@ class UserCode:
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
         """Calls a function on the thread. What that gives to `run` runs in it, too."""
-        thread = self._thread
-        if thread is None:
-            with suppress(IndexError):
-                thread = _IDLE.pop()
-        self._thread = thread = thread or DaemonThreads(1, "environment")
-        self._last = thread.submit(function, *args)
-        return self._last
+        self._thread = thread = self._thread or DaemonThreads(1, "environment")
+        return thread.submit(function, *args)
 
     def run(self, call: Callable[[], Any], timeout: float | None = None) -> tuple[Any, BaseException | None]:
         """What a call returns, and None; or None, and what it raises.
@@ -75,11 +68,9 @@ class UserCode:
         return result, error
 
     def close(self) -> None:
-        """Gives the thread away, and leaves behind one that hangs. A later call takes another."""
+        """Ends the thread, and leaves behind one that hangs. A later call starts another."""
         thread, self._thread = self._thread, None
-        if thread is not None and self._last.done() and not self._last.cancelled():  # it waits for calls
-            _IDLE.append(thread)
-        elif thread is not None:
+        if thread is not None:
             thread.close(0)
 
 

@@ -108,8 +108,8 @@ def difference_of_cache(model: PreTrainedModel) -> float:
 def difference_of_decoding(kind: Kind, model: PreTrainedModel, *, decodes: bool) -> float:
     """The largest difference of a log-prob, in nats, between a batch and the model's own forward of each row.
 
-    Rows of prompts of three lengths are admitted at two times, decoded and dropped, and go on with replies of different
-    lengths: all that a batch can do, on both sides of every threshold of a twin.
+    Rows of prompts of three lengths are admitted at two times, decoded and dropped, and go on from parts of themselves:
+    all that a batch can do, on both sides of every threshold of a twin.
 
     Args:
         kind: Of the batch.
@@ -136,8 +136,7 @@ def difference_of_decoding(kind: Kind, model: PreTrainedModel, *, decodes: bool)
                 rows, tokens_B = rows[::2], tokens_B[kept]
         seen += zip(map(list, rows), batch.logits_BV.float().log_softmax(-1), strict=True)
     if batch.can_keep:
-        before = [batch.kept(i, len(row)) for i, row in enumerate(rows)]
-        rows = [[*row, *probe_tokens(1 + 5 * i, i)] for i, row in enumerate(rows)]
+        before = [batch.kept(i, len(row) - 1 - 5 * i) for i, row in enumerate(rows)]
         batch = kind(model, 24, decoder)
         batch.resume(before, rows)
         seen += zip(rows, batch.logits_BV.float().log_softmax(-1), strict=True)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # Tokens of the longest prompt from which sharing is faster than a kernel call over copies (benchmarks/RESULTS.md).
 SHARE_FROM = 256
 # Tokens of all rows that a forward of rows that go on takes at most: plain attention keeps a score for each and column.
-TOGETHER = 1024
+TOGETHER = 256
 WORTH_A_PART = 0.75  # rows that lack more than others get a forward of their own if all then is at most so much work
 
 
@@ -144,20 +144,19 @@ class RunningBatch:
             kept: What is kept of each row.
             rows: Their tokens, at least one more than is kept.
         """
-        device = self.model.device
         own = [tokens[row.num_before :] for row, tokens in zip(kept, rows, strict=True)]
         counts = [len(tokens) - row.columns[0].shape[1] for row, tokens in zip(kept, own, strict=True)]
         self.column = max(map(len, own))
         starts = [self.column - len(tokens) for tokens in own]
-        self.starts_B = torch.tensor(starts, device=device)
+        self.starts_B = torch.tensor(starts, device=self.model.device)
         self._go_on_from(kept)
         self.limits_B = self._positions() + self.max_new_tokens - 1
         for i, layer in enumerate(self.cache.layers):
             pair = [stacked(kept, n, self.column + self.max_new_tokens, starts) for n in (2 * i, 2 * i + 1)]
             layer.fill(pair, self.column)
         padded = [[*[0] * start, *tokens][-max(counts) :] for start, tokens in zip(starts, own, strict=True)]
-        self.logits_BV = torch.empty(len(own), 0, device=device)
-        self._compute_last(torch.tensor(padded, device=device), counts)
+        self.logits_BV = self.starts_B.new_empty(len(own), 0)
+        self._compute_last(torch.tensor(padded, device=self.model.device), counts)
 
     def _compute_last(self, tokens_Bn: Tensor, counts: list[int]) -> None:
         """Computes the last columns, of which each row lacks so many; the most that one lacks is n.
@@ -171,22 +170,31 @@ class RunningBatch:
         if work[last] > WORTH_A_PART * work[most]:
             last = most
         elif rows := [row for row, count in enumerate(counts) if count > last]:
-            part, own = copy(self), slice(end - most, end - last)
-            part.cache, part.column = copy(self.cache), own.stop
-            part.cache.layers = [copy(layer) for layer in self.cache.layers]
-            part.keep(torch.tensor(rows, device=tokens_Bn.device))
-            part._compute_last(tokens_Bn[rows, :-last], [counts[row] - last for row in rows])
-            for layer, computed in zip(self.cache.layers, part.cache.layers, strict=True):
-                for buffer, new in zip(layer.buffers, computed.buffers, strict=True):
-                    buffer[rows, :, own] = new[:, :, own]
-        self.column -= last
+            self.column = end - last
+            self._compute_part(rows, tokens_Bn[rows, :-last], [counts[row] - last for row in rows])
+        self.column = end - last
         for layer in self.cache.layers:
             layer.fill(layer.buffers, self.column)
-        for some in tokens_Bn[:, -last:].split(max(1, TOGETHER // len(counts)), dim=1):
+        for some in tokens_Bn[:, -last:].split(max(1, TOGETHER // self._rows_at_once), dim=1):
             positions = self._positions()[:, None] + torch.arange(some.shape[1], device=some.device)
             arguments = self._attention_arguments(some.shape[1])
             self.logits_BV = self._forward(some, positions.clamp(min=0), self.cache, **arguments)
             self.column += some.shape[1]
+
+    def _compute_part(self, rows: list[int], tokens_Bn: Tensor, counts: list[int]) -> None:
+        """As `_compute_last`, of these rows alone."""
+        part, last = copy(self), slice(self.column - max(counts), self.column)
+        part.cache = copy(self.cache)
+        part.cache.layers = [copy(layer) for layer in self.cache.layers]
+        part.keep(torch.tensor(rows, device=tokens_Bn.device))
+        part._compute_last(tokens_Bn, counts)
+        for layer, computed in zip(self.cache.layers, part.cache.layers, strict=True):
+            for buffer, new in zip(layer.buffers, computed.buffers, strict=True):
+                buffer[rows, :, last] = new[:, :, last]
+
+    @property
+    def _rows_at_once(self) -> int:
+        return len(self)  # those that attention computes, padding included
 
     def _go_on_from(self, kept: Sequence[Kept]) -> None:
         """What else `resume` sets, once `starts_B` is known."""
@@ -327,6 +335,10 @@ class SharingBatch(RunningBatch):
         prompts = replace(whole, prompt_of_row_B=rows, starts_B=self.starts_B)
         self.prompts = prompts.select(torch.arange(len(rows), device=rows.device))
         self._first, self._places_B = self.prompts, self.prompts.prompt_of_row_B
+
+    @property
+    def _rows_at_once(self) -> int:
+        return len(self.prompts.row_of_place)
 
     def _positions(self) -> Tensor:
         return super()._positions() + self.prompts.lengths_P[self.prompts.prompt_of_row_B]

@@ -123,23 +123,19 @@ def test_results_that_are_no_text_for_a_tokenizer():
     code.close()
 
 
-def test_functions_have_one_thread_which_is_given_away_at_the_end():
-    code, other = UserCode(), UserCode()
-    mine = code.run(threading.get_ident)[0]
-    assert code.submit(lambda: [code.run(threading.get_ident)[0], threading.get_ident()]).result(10) == [mine, mine]
-    assert other.run(threading.get_ident)[0] != mine
-    code.close()
-    assert UserCode().run(threading.get_ident)[0] == mine  # the one that was given away last
-    hangs = threading.Event()
-    left = other.run(threading.get_ident)[0]
-    assert other.run(hangs.wait, timeout=0.01)[0] is None
-    other.close()
-    blocked = UserCode()
-    blocked.submit(hangs.wait)
-    blocked.close()
-    new = [UserCode().run(threading.get_ident)[0] for _ in range(3)]  # none of these waits for a function that hangs
-    assert left not in new
+def test_functions_have_one_thread_until_one_hangs():
+    code, other, hangs = UserCode(), UserCode(), threading.Event()
+    mine = code.run(threading.current_thread)[0]
+    inside = lambda: [code.run(threading.current_thread)[0], threading.current_thread()]  # noqa: E731
+    assert code.submit(inside).result(10) == [mine, mine]
+    assert other.run(threading.current_thread)[0] is not mine
+    assert code.run(hangs.wait, timeout=0.01)[0] is None
+    assert code.run(threading.current_thread)[0] not in (mine, None)
     hangs.set()
+    for each in (code, other):
+        each.close()
+    mine.join(10)
+    assert not mine.is_alive()
 
 
 def test_a_tool_that_takes_too_long_is_answered_for(code):

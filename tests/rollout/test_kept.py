@@ -87,7 +87,7 @@ def test_a_turn_is_that_of_the_whole_prompt(
 ) -> None:
     monkeypatch.setattr(running_batch, "SHARE_FROM", share_from)
     monkeypatch.setattr(running_batch, "tokens_between_looks", lambda device: looks_every)
-    monkeypatch.setattr(running_batch, "TOGETHER", 1024 // looks_every**4)  # or a token or two of each row at a time
+    monkeypatch.setattr(running_batch, "TOGETHER", 256 // looks_every**3)  # or a token of each row at a time
     engine = make_engine(name)
     sampling = replace(SAMPLING, decoding=decoding)
     expected = play(engine, sampling, keeps=False)
