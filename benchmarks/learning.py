@@ -49,8 +49,9 @@ STEPS, SAMPLES_PER_STEP = 80, 64
 WARM_CPU_MINUTES, CPU_MINUTES = 4, 12  # of the supervised start; of each side of that comparison
 TRL_STEPS = 20
 LORA = {"model": {"policy": {"lora": {"rank": 16, "alpha": 32, "target_modules": "all-linear"}}}}
+RATE = 1e-5  # constant, in all comparisons
 LORA_RATE = 1e-4  # ten times that of all weights
-RATES = {"Supervised": 5e-5, "OnPolicyDistillation": 5e-5}  # of others 1e-5
+RATES = {"Supervised": 5e-5, "OnPolicyDistillation": 5e-5}
 WHOLE_BATCHES = {"data": {"batch_size": 32}}  # of supervised steps, which have one completion per prompt
 
 
@@ -187,12 +188,13 @@ def configured(run: Run, folder: Path, model: str, data: Path) -> list[str]:
     """The flags of `fit`, with the overlays written into the run's folder."""
     files = [EXAMPLE / "config.yaml"]
     limit = {"max_steps": STEPS} if run.cpu_minutes is None else {"max_steps": 100_000}
-    rate = LORA_RATE if LORA in run.configs else RATES.get(run.algorithm, 1e-5)
+    rate = LORA_RATE if LORA in run.configs else RATES.get(run.algorithm, RATE)
     last = nested(
         seed_everything=run.seed,
         model__policy__model_name=model,
         model__algorithm={"class_path": ALGORITHM + run.algorithm, "init_args": run.options},
         model__optimizer__init_args__lr=rate,
+        model__lr_scheduler__decay="constant",
         trainer__val_check_interval=20 if run.cpu_minutes is None else 100_000,  # else at the end alone
         trainer__logger__init_args={"save_dir": str(folder), "name": "run"},
         trainer__callbacks=[
@@ -362,7 +364,7 @@ def run_trl(folder: Path, model: str, banking77: str, seed: int) -> None:
             max_completion_length=rollout["max_new_tokens"],
             temperature=rollout["temperature"],
             top_k=0,
-            learning_rate=config["model"]["optimizer"]["init_args"]["lr"],
+            learning_rate=RATE,
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=config["model"]["lr_scheduler"]["warmup_steps"],
             weight_decay=0.0,
@@ -386,6 +388,8 @@ def run_ours(folder: Path, model: str, banking77: str, seed: int) -> None:
         "baseline": "false",
         "model.policy.model_name": model,
         "data.train": banking77,
+        "model.optimizer.init_args.lr": RATE,
+        "model.lr_scheduler.decay": "constant",
         "trainer.max_steps": TRL_STEPS,
         "trainer.limit_val_batches": 0,
         "trainer.enable_progress_bar": "false",
