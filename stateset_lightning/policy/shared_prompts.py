@@ -1,12 +1,12 @@
-"""A decoding step of rows that share prompts. A prompt's keys and values are kept and read once for its whole
-group.
+"""Decoding of rows that share prompts, a token of each or several. A prompt's keys and values are kept and read once
+for its whole group.
 
 Each row attends to its prompt, whose keys and values lie beside the cache, and to its own tokens, which are the
 cache. One softmax runs over both, so the result is that of plain attention over the two one behind the other. The
 stock kernel reads a repeated copy of the prompt for every row, and reading is what decoding on a CPU waits for.
 
 Letters: B rows, P prompts, L their longest length, R the most rows of a prompt, k key heads, r query heads per key
-head, C own tokens, d size of a head.
+head, C own tokens, n of them new, d size of a head.
 """
 
 from collections.abc import Sequence
@@ -132,9 +132,10 @@ class SharedPrompts:
         if self.hides_columns or count > 1:
             ends_n1 = torch.arange(earliest, columns + 1, device=key.device)[:, None]  # columns that each query sees
             starts_B11, places_C = self.starts_B[:, None, None], torch.arange(first_own, columns, device=key.device)
-            hidden_BnC = (places_C < starts_B11) | (places_C >= ends_n1)
+            hidden_BnC = places_C < starts_B11
+            if count > 1:  # a single query sees all columns that are here
+                hidden_BnC = hidden_BnC | (places_C >= ends_n1) | (places_C < ends_n1 - (window or columns))
             if window is not None:  # rows that came earlier have left more of their prompts behind
-                hidden_BnC |= places_C < ends_n1 - window
                 starts_Bn1 = longest + ends_n1 - starts_B11 - window
                 hidden_BnL = torch.arange(first, longest, device=key.device) < starts_Bn1
                 prompt_scores = _hide(prompt_scores, hidden_BnL)

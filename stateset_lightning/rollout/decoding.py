@@ -38,8 +38,9 @@ class KeptRows:
         """The row that each prompt goes on from, by at least one token; empty if one goes on from none."""
         lengths = sorted({len(tokens) for tokens in self.rows}, reverse=True)
         starts_of = ((tuple(prompt[:n]) for n in lengths if n < len(prompt)) for prompt in prompts)
-        found = [next((self.rows[start] for start in starts if start in self.rows), None) for starts in starts_of]
-        return [row for row in found if row is not None] if None not in found else []
+        longest = (next((self.rows[start] for start in starts if start in self.rows), None) for starts in starts_of)
+        found = [row for row in longest if row is not None]
+        return found if len(found) == len(prompts) else []
 
 
 @dataclass(eq=False)

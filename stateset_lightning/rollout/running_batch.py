@@ -128,8 +128,7 @@ class RunningBatch:
     @property
     def can_keep(self) -> bool:
         """Whether others may go on from its rows: not from states, which have no columns."""
-        kinds = {type(layer) for layer in self.cache.layers}
-        return kinds == {BufferLayer}
+        return {type(layer) for layer in self.cache.layers} == {BufferLayer}
 
     def kept(self, row: int, length: int) -> Kept:
         """What has been computed of the first `length` tokens of a row, its prompt's included; views of the batch."""
@@ -165,14 +164,14 @@ class RunningBatch:
         compute these by themselves.
         """
         end, most = self.column, max(counts)
-        work = {last: last * len(counts) + (most - last) * sum(count > last for count in counts) for last in counts}
+        lasts = sorted(set(counts))
+        work = {last: last * len(counts) + (most - last) * sum(count > last for count in counts) for last in lasts}
         last = min(work, key=work.__getitem__)
         if work[last] > WORTH_A_PART * work[most]:
             last = most
-        elif rows := [row for row, count in enumerate(counts) if count > last]:
-            self.column = end - last
-            self._compute_part(rows, tokens_Bn[rows, :-last], [counts[row] - last for row in rows])
         self.column = end - last
+        if rows := [row for row, count in enumerate(counts) if count > last]:
+            self._compute_part(rows, tokens_Bn[rows, :-last], [counts[row] - last for row in rows])
         for layer in self.cache.layers:
             layer.fill(layer.buffers, self.column)
         for some in tokens_Bn[:, -last:].split(max(1, TOGETHER // self._rows_at_once), dim=1):
