@@ -13,8 +13,8 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Awaitable, Callable, Collection, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from typing import IO, Any
 
@@ -44,9 +44,14 @@ def cut_off_waits(exit_code: int) -> None:
     """
     if exit_code:
         signal.signal(signal.SIGALRM, _cut_off)
-    if exit_code or _MainThread.exit_code:  # a timer that outlived its handler would end the process
-        signal.setitimer(signal.ITIMER_REAL, _WAIT_SECONDS if exit_code and _MainThread.waits else 0)
-    _MainThread.exit_code = exit_code
+    before, _MainThread.exit_code = _MainThread.exit_code, exit_code
+    if exit_code or before:  # a timer that outlived its handler would end the process
+        _set_timer()
+
+
+def _set_timer() -> None:
+    """To be called only where a signal has come: one that comes just now sets it itself."""
+    signal.setitimer(signal.ITIMER_REAL, _WAIT_SECONDS if _MainThread.exit_code and _MainThread.waits else 0)
 
 
 @contextmanager
@@ -60,12 +65,14 @@ def interruptible() -> Iterator[None]:
         yield
         return
     waited, _MainThread.waits = _MainThread.waits, True
-    cut_off_waits(_MainThread.exit_code)
+    if _MainThread.exit_code:
+        _set_timer()
     try:
         yield
     finally:
         _MainThread.waits = waited
-        cut_off_waits(_MainThread.exit_code)
+        if _MainThread.exit_code:
+            _set_timer()
 
 
 def _cut_off(*_: object) -> None:
@@ -141,6 +148,14 @@ def wait_for(future: Future[Any], deadline: float = math.inf) -> Future[Any]:
     while not future.done() and (seconds := deadline - time.monotonic()) > 0:
         wait([future], min(seconds, _LOOK_SECONDS))
     return future
+
+
+def as_they_end(futures: Collection[Future[Any]]) -> Iterator[Future[Any]]:
+    """The futures, each once it is done. It looks as `wait_for` does."""
+    waiting = set(futures)
+    while waiting:
+        done, waiting = wait(waiting, _LOOK_SECONDS, FIRST_COMPLETED)
+        yield from done
 
 
 def _serve(calls: queue.SimpleQueue[_Call | None], idle: threading.Semaphore) -> None:

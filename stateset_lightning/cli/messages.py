@@ -30,6 +30,7 @@ _WORDS |= {"list": "a list", "Iterable": "a list", "Any": "anything"}
 _BOUNDS = {"ge": "greater than or equal to", "gt": "greater than", "le": "less than or equal to", "lt": "less than"}
 _SECTIONS = {"Trainer": "trainer", "GRPOLightningModule": "model", "ScenarioDataModule": "data"}
 _PACKAGE = str(Path(__file__).parents[1])
+_FUTURES = str(Path("concurrent", "futures"))  # a wait for the user's code
 
 # The options
 # ----------------------------------------------------------------------------------------------------------------------
@@ -197,7 +198,8 @@ def without_traceback(message: str) -> str:
     before, found, trace = message.partition("Traceback (most recent call last):")
     if not found:
         return message
-    own = [place for place in re.findall(r'File "(.+?)", line (\d+), in (\S+)', trace) if _PACKAGE not in place[0]]
+    places = re.findall(r'File "(.+?)", line (\d+), in (\S+)', trace)
+    own = [place for place in places if _PACKAGE not in place[0] and _FUTURES not in place[0]]
     return "\n  ".join([before.strip(), *("raised at {}:{}, in {}".format(*place) for place in own[-1:])])
 
 

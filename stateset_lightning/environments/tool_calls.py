@@ -1,13 +1,12 @@
 """Which tools a completion calls, in the forms that chat templates have. Reading them executes nothing.
 
-- Between tags, `<tool_call>...</tool_call>` and its kin: JSON (Hermes, Qwen), or calls as Python writes them (Llama 4,
-  LFM).
+- Between tags, `<tool_call>...</tool_call>` and its kin: JSON (Hermes, Qwen), calls as Python writes them (Llama 4,
+  LFM), or a name whose arguments have tags of their own (Qwen 3.5, GLM).
 - After `[TOOL_CALLS]`: a list of JSON objects, or `name[ARGS]{...}` (Mistral).
 - As the whole text: JSON (Llama 3), or `[name(argument=value)]` (Llama 3.2).
 - What the tokenizer's own `response_template` says, where it has one: then this alone is read, if it can be.
 
-Read only by such a template: arguments between tags of their own (Qwen 3.5, GLM). Never read: arguments without their
-names, several forms in one text, and what stands in a model's thoughts.
+Never read: arguments without their names, several forms in one text, and what stands in a model's thoughts.
 """
 
 from __future__ import annotations
@@ -55,6 +54,8 @@ _TYPE = r'(?:"type"\s*:\s*"function"\s*,\s*)?'
 _BARE_JSON = re.compile(rf'\[?\s*\{{\s*{_TYPE}"name"\s*:\s*"[^"]*"\s*,\s*"(?:parameters|arguments)"\s*:')
 _BARE_PYTHON = re.compile(r"\[\s*[A-Za-z_][\w.]*\((?:.*\)\s*\]\Z|\s*[A-Za-z_]\w*\s*=)", re.DOTALL)
 
+_TAGGED = re.compile(r"<function=([\w.-]+)>(.*?)(?:</function>)?|([A-Za-z_][\w.-]*)\s*(<arg_key>.*)?", re.DOTALL)
+_ARGUMENT = re.compile(r"\s*<(?:parameter=([^<>]+)>|arg_key>([^<>]+)</arg_key>\s*<arg_value>)\n?(.*?)\n?", re.DOTALL)
 _JSON = json.JSONDecoder(strict=False)  # models write line breaks into texts
 _BETWEEN_JSON = re.compile(r"[\s;,]*")
 _NAMED_JSON = re.compile(r"([\w.-]+)\s*(?:\[CALL_ID\][\w-]*\s*)?(?:\[ARGS\]\s*)?(?=\{)")
@@ -66,7 +67,7 @@ def find_calls(text: str, tokenizer: Any = None, schemas: Schemas = ()) -> list[
     Args:
         text: The completion, with its special tokens, without the one that ends it.
         tokenizer: Whose `response_template` is used, if it has one.
-        schemas: JSON schemas of the tools, by which such a template tells "7" from 7 where texts have no quotes.
+        schemas: JSON schemas of the tools, which tell "7" from 7 where texts have no quotes.
     """
     text = text.rpartition("</think>")[2].partition("<think>")[0]
     failure: list[Call | Malformed] = []
@@ -82,12 +83,14 @@ def find_calls(text: str, tokenizer: Any = None, schemas: Schemas = ()) -> list[
     bare = text.strip()
     is_bare = _BARE_JSON.match(bare) or _BARE_PYTHON.match(bare)
     regions = _REGION.findall(text) or ([bare] if is_bare else [])
-    return [call for region in regions for call in _read(region.strip())] or failure
+    return [call for region in regions for call in _read(region.strip(), schemas)] or failure
 
 
-def _read(text: str) -> list[Call | Malformed]:
+def _read(text: str, schemas: Schemas) -> list[Call | Malformed]:
     """The calls between two tags."""
     try:
+        if tagged := _TAGGED.fullmatch(text):
+            return [_of_tags(tagged[1] or tagged[3], tagged[2] or tagged[4] or "", schemas)]
         if re.match(r"\{|\[\s*[{\]]", text):
             return [_as_call(item) for item in _json_items(text)]
         if named := _NAMED_JSON.match(text):
@@ -120,6 +123,27 @@ def _as_call(value: Any) -> Call | Malformed:
         if isinstance(arguments, dict):
             return Call(call["name"], arguments)
     return Malformed(json.dumps(value), 'a call is an object {"name": text, "arguments": object}')
+
+
+def _of_tags(name: str, text: str, schemas: Schemas) -> Call | Malformed:
+    functions = {schema["function"]["name"]: schema["function"] for schema in schemas}
+    properties = functions.get(name, {}).get("parameters", {}).get("properties", {})
+    arguments = {}
+    *written, rest = re.split("</parameter>|</arg_value>", text)
+    for argument in written:
+        if (found := _ARGUMENT.fullmatch(argument)) is None:
+            return Malformed(argument, "an argument is its name and its value, between tags")
+        key = found[1] or found[2]
+        arguments[key] = _typed(found[3], properties.get(key, {}).get("type"))
+    return Malformed(rest, "no argument, or the end of one is missing") if rest.strip() else Call(name, arguments)
+
+
+def _typed(text: str, kind: Any) -> Any:
+    """A value without quotes: as JSON writes it, or as Python does (`True`), whose words some templates have."""
+    for read in () if kind == "string" else (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            return read(text)
+    return text
 
 
 def _of_python(node: ast.expr) -> Call | Malformed:

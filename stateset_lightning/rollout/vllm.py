@@ -7,7 +7,6 @@ that computes something else.
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 from collections.abc import Sequence
-from concurrent.futures import as_completed
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -23,7 +22,7 @@ from stateset_lightning.rollout.engine import OnFinished, RolloutConfig
 from stateset_lightning.rollout.sampling import StopStrings, check_length
 from stateset_lightning.rollout.vllm_client import Choice, VLLMServer
 from stateset_lightning.rollout.vllm_weights import WeightSync, request
-from stateset_lightning.threads import DaemonThreads, interruptible
+from stateset_lightning.threads import DaemonThreads, as_they_end, interruptible
 from stateset_lightning.types import Metrics, Rollout
 
 
@@ -175,7 +174,7 @@ class VLLMEngine:
                 own = {"prompt": prompts[p], "seed": seed}
                 body = {**request(server, synced, sampling, greedy), **common, **own}
                 numbers[threads.submit(server.patiently, partial(server.choices, body))] = n
-            for future in as_completed(numbers):
+            for future in as_they_end(numbers):
                 n, (choice,) = numbers[future], future.result()
                 choices[n], texts[n] = choice, stop.text(choice.token_ids)
                 if on_finished is not None:

@@ -12,6 +12,9 @@ from stateset_lightning.environments.tools import schema_of
 ADD = Call("add", {"a": 1, "b": 2})
 NOW = Call("now", {})
 HERMES = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
+TAGGED = (
+    "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=b>2</parameter>\n</function></tool_call>"
+)
 GEMMA = {
     "defaults": {"role": "assistant"},
     "start_anchor": "<|turn>model\n",
@@ -73,6 +76,15 @@ WAITING["fields"]["tool_calls"] |= {
         ("<|python_start|>[add(a=1, b=2), now()]<|python_end|>", [ADD, NOW]),
         ("<|tool_call_start|>[add(a=1, b=2)]<|tool_call_end|>I add.", [ADD]),
         (f"<think>Perhaps {HERMES}</think>{HERMES}", [ADD]),
+        (TAGGED, [ADD]),
+        (f"{TAGGED}\n{TAGGED.removesuffix('</function></tool_call>')}", [ADD, ADD]),
+        ("<tool_call>\n<function=now>\n</function>\n</tool_call>", [NOW]),
+        ("<tool_call>now\n</tool_call>", [NOW]),
+        ("<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value><arg_key>b</arg_key><arg_value>2</arg_value>",
+         [ADD]),
+        ("<tool_call><function=say><parameter=text>\n 1\n\n<b>2</b>\n</parameter>"
+         '<parameter=to>\n["a", {"b": null}]\n</parameter><parameter=loud>True</parameter></function></tool_call>',
+         [Call("say", {"text": " 1\n\n<b>2</b>", "to": ["a", {"b": None}], "loud": True})]),
     ],
 )  # fmt: skip
 def test_every_form_is_read(text, calls):
@@ -115,8 +127,11 @@ def test_other_texts_are_answers(text):
         ("<tool_call>" + '[{"a":' * 10_000, "recursion"),
         ("[add(a=" + "(" * 5_000 + ")" * 5_000 + ")]", "too many nested"),
         ("[add(a=1 +" + " \x00)]", "null bytes"),
+        (TAGGED.replace("2</parameter>", "2"), "the end of one is missing"),
+        (TAGGED.replace("<parameter=b>", "b = "), "between tags"),
+        ("<tool_call>add\n<arg_key>a</arg_key></tool_call>", "the end of one is missing"),
     ],
-    ids=range(15),
+    ids=range(18),
 )  # fmt: skip
 def test_malformed_calls_say_why(text, reason):
     (found,) = find_calls(text)
@@ -132,7 +147,44 @@ def test_a_malformed_call_leaves_its_neighbours_as_they_are():
     assert [type(call) for call in found] == [Malformed, Call]
 
 
-@pytest.mark.parametrize("start", ["[TOOL_CALLS]a", "<tool_call>[", '{"name": "', "[a(", "<think>", "{"])
+@pytest.mark.parametrize(
+    ("kind", "value", "expected"),
+    [
+        (str, "7", "7"),
+        (int, "7", 7),
+        (float, "7.5", 7.5),
+        (bool, "True", True),
+        (list[int], "[1, 2]", [1, 2]),
+        (int, "open('x')", "open('x')"),
+        (int, "[" * 5_000, "[" * 5_000),
+    ],
+)
+def test_the_schema_tells_texts_from_values_where_there_are_no_quotes(kind, value, expected):
+    def take(value):
+        """Takes it.
+
+        Args:
+            value: What is taken.
+        """
+
+    take.__annotations__["value"] = kind
+    text = f"<tool_call><function=take><parameter=value>{value}</parameter></function></tool_call>"
+    assert find_calls(text, schemas=[schema_of(take)]) == [Call("take", {"value": expected})]
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "<tool_call>a<arg_key>",
+        "<tool_call><function=a><parameter=b>",
+        "[TOOL_CALLS]a",
+        "<tool_call>[",
+        '{"name": "',
+        "[a(",
+        "<think>",
+        "{",
+    ],
+)
 def test_long_texts_take_no_long_time(start):
     find_calls(start + " " * 50_000 + "x")
     find_calls(start * 3_000)
@@ -187,6 +239,9 @@ def test_what_transformers_make_of_chat_templates_is_read(tiny_tokenizer):
         ("llama3_1", 1),
         ("llama3_2", 1),
         ("lfm2_2_5", 2),
+        ("qwen3_6", 2),
+        ("nemotron_3_nano", 2),
+        ("glm4moe", 2),
     ]:
         template = (folder / f"{name}.jinja").read_text()
         options = {"chat_template": template, "tools": [schema_of(add)], "tokenize": False}
@@ -194,6 +249,7 @@ def test_what_transformers_make_of_chat_templates_is_read(tiny_tokenizer):
         prompt = tiny_tokenizer.apply_chat_template(asked, add_generation_prompt=True, **options)
         called = [*asked, {"role": "assistant", "content": "", "tool_calls": both[:number]}]
         text = tiny_tokenizer.apply_chat_template(called, **options)
-        assert text.startswith(prompt)
-        answer = text.removeprefix(prompt).rstrip().removesuffix("<|im_end|>").removesuffix("<|eot_id|>")
-        assert find_calls(answer) == [ADD] * number, name
+        begun = prompt.removesuffix("<think>\n")
+        assert text.startswith(begun)
+        answer = text.removeprefix(begun).rstrip().removesuffix("<|im_end|>").removesuffix("<|eot_id|>")
+        assert find_calls(answer, schemas=[schema_of(add)]) == [ADD] * number, name

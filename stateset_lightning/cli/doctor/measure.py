@@ -24,17 +24,20 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 
 from stateset_lightning.datamodule import ScenarioDataModule
+from stateset_lightning.environments.player import Player
 from stateset_lightning.module import GRPOLightningModule
 from stateset_lightning.policy import AdapterReference, Group, Policy, load_model, make_reference
 from stateset_lightning.policy.precision import sampling_dtype, weights_dtype
 from stateset_lightning.rollout import InProcessEngine, Targets
 from stateset_lightning.seeding import sample_seeds
-from stateset_lightning.training.collect import answered
+from stateset_lightning.threads import heartbeat
+from stateset_lightning.training.collect import Sampler, answered
 from stateset_lightning.training.episode import MicroBatch, groups_of
 from stateset_lightning.training.loss import micro_batch_loss
 from stateset_lightning.training.metrics import peak_memory_mb
 from stateset_lightning.training.micro_steps import choose as choose_micro_steps
 from stateset_lightning.training.micro_steps import longest_completion
+from stateset_lightning.training.resample import Sample
 from stateset_lightning.training.teacher import make_teacher, with_comparison
 from stateset_lightning.types import PromptBatch, Rollout, Scores
 
@@ -60,8 +63,8 @@ REMEDIES = {
 Result = TypeVar("Result")
 
 
-class TooSlow(Exception):
-    """A phase takes longer than its limit."""
+class TooSlow(BaseException):
+    """A phase takes longer than its limit. No `Exception`: what environments raise while they are waited for is."""
 
 
 class Meter:
@@ -95,6 +98,7 @@ class Meter:
         def stop(*_: Any) -> None:
             raise TooSlow
 
+        heartbeat.doing(f"{phase}, {case}")
         result, stopped = None, False
         garbage_collection_cuda()
         _reset_peak_memory(self.device)
@@ -147,6 +151,7 @@ class EpisodeMeasurement:
         self.reference: Policy | AdapterReference | None = None
         self.optimizer_steps = data.num_iterations * data.steps_per_episode // trainer.accumulate_grad_batches
         self.on_targets = module.algorithm.trains_on_targets
+        self.plays = module.environment is not None and not self.on_targets
         self.num_generations = 1 if self.on_targets else module.rollout.num_generations
         # Whether the policy scores an episode before it is trained on.
         several = self.optimizer_steps > 1 and not self.on_targets
@@ -186,6 +191,17 @@ class EpisodeMeasurement:
             return targets.rollout(self.batch(self.spread_rows()), lambda *_: None)
         chosen = [self.data.served("train")[1][i] for i in self.spread_rows()]
         return self._sample(SAMPLED, chosen, self.num_generations, self.module.engine, self.module.rollout.stop)
+
+    def play(self) -> Sample | None:
+        """An episode of conversations with their scores, which rewards compute while others are still played."""
+        module = self.module
+        assert module.environment is not None
+        assert module.engine is not None
+        # Callbacks are not told of turns: none of them has been set up.
+        player = Player.of(module.environment, module.rollout, self.data, module.tokenizer, lambda turn, taken: None)
+        sampler = Sampler(module.engine, module.scorer, module.rollout, module.seed, player=player)
+        batch = self.batch(self.spread_rows())
+        return self.meter.run(SAMPLED, "sampling", lambda: sampler.sample(self.policy, batch))
 
     def batch(self, rows: list[int]) -> PromptBatch:
         """The prompts at these rows of the training data."""

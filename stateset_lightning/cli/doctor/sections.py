@@ -26,7 +26,7 @@ from stateset_lightning.run.find_checkpoint import find_resumed
 from stateset_lightning.training.checks import checks_before_weights, checks_of_run, no_validation
 from stateset_lightning.training.collect import ready_engine
 from stateset_lightning.training.schedule import optimizer_steps_of_run
-from stateset_lightning.types import FinishReason
+from stateset_lightning.types import FinishReason, PromptBatch, RewardFailure, Scores
 
 SPINS = "where threads of torch that wait for one another spin: start with OMP_WAIT_POLICY=passive in the environment"
 TEXT = 300  # characters of a prompt or completion that are shown
@@ -116,15 +116,27 @@ class Doctor(StatesetCLI):
 
     def _measure(self) -> None:
         self.episode.take_first_step()
-        rollout = self.episode.sample() if self.asked.sample else None
+        rollout, played = None, None
+        if self.asked.sample and self.episode.plays:
+            if (played := self.episode.play()) is not None:
+                rollout = played.rollout
+        elif self.asked.sample:
+            rollout = self.episode.sample()
         scenario = self.data.served("train")[0].scenarios[0]
         _show(f"prompt      {scenario.id}: {_shortened(scenario.turns()[-1].content)}")
         if rollout is not None:
-            cut, count = rollout.finish_reasons.count(FinishReason.LENGTH), len(rollout.texts)
-            lengths = f"{rollout.lengths_N.double().mean():.1f} tokens on average; {cut} are cut at max_new_tokens"
-            word = "target" if self.episode.on_targets else "completion"
-            _show(f"{word:12}{_shortened(rollout.texts[0])}", f"            one of {count}, which have {lengths}")
-            self._score(self.episode.spread_rows(), rollout.texts, rollout.lengths_N.tolist())
+            count = len(rollout.texts)
+            ends = f"{rollout.finish_reasons.count(FinishReason.LENGTH)} are cut at max_new_tokens"
+            if played is not None:
+                causes_N = [told["ended_by"] for told in played.told]
+                ends = "ended by " + ", ".join(f"{cause} ({n})" for cause, n in Counter(causes_N).most_common())
+            word = "target" if self.episode.on_targets else "conversation" if played else "completion"
+            lengths = f"{rollout.lengths_N.double().mean():.1f} tokens on average; {ends}"
+            _show(f"{word:11} {_shortened(rollout.texts[0])}", f"            one of {count}, which have {lengths}")
+            if played is not None:
+                self._show_scores(played.batch, played.scores, causes_N)
+            else:
+                self._score(self.episode.spread_rows(), rollout.texts, rollout.lengths_N.tolist())
             _show(f"{SAMPLED}: {self.episode.train(rollout)}")
         else:
             text = "" if scenario.target is None else str(scenario.target)
@@ -136,22 +148,34 @@ class Doctor(StatesetCLI):
         self._show_length_of_run(rollout is not None)
 
     def _score(self, rows: list[int], texts: Sequence[str], lengths: Sequence[int]) -> None:
-        """Shows the first completion's scores; each reward that fails is a problem."""
-        if (environment := self.module.environment) is not None:
-            turn = f"one turn of {environment.max_turns} at most is sampled, in the worst case the last one"
-            self.notes.append(f"model.environment: {turn}; nothing is scored, as that takes environments")
+        if self.module.environment is not None:
+            self.notes.append("model.environment: nothing is scored, as no conversation is played")
             return
         batch = self.episode.batch(rows)
-        if (scores := self.episode.score(batch, texts, lengths)) is None:
-            return
+        if (scores := self.episode.score(batch, texts, lengths)) is not None:
+            self._show_scores(batch, scores)
+
+    def _show_scores(self, batch: PromptBatch, scores: Scores, causes_N: Sequence[str] = ()) -> None:
+        """Shows the first completion's scores; each reward that fails is a problem, and so is the environment.
+
+        Args:
+            batch: The prompts, with as many completions each.
+            scores: Of all completions.
+            causes_N: What ended each, if they are conversations.
+        """
+
+        def what_fails(failure: RewardFailure) -> str:
+            is_environments = causes_N and causes_N[failure.completion] == "failure"
+            return "model.environment" if is_environments else f"reward {failure.reward}"
+
         parts = [f"{name} {value:.3f}" for name, value in zip(scores.names, scores.values_NF[0].tolist(), strict=True)]
         _show(f"reward      {scores.totals_N[0]:.3f} = {', '.join(parts)}")
-        failed = Counter(failure.reward for failure in scores.failures)
-        for failure in {failure.reward: failure for failure in reversed(scores.failures)}.values():
+        failed = Counter(what for what, _ in {(what_fails(failure), failure.completion) for failure in scores.failures})
+        for what, failure in {what_fails(failure): failure for failure in reversed(scores.failures)}.items():
             place = without_traceback(f"{failure.error}: {failure.message}\n{failure.traceback}").strip()
-            scenario = batch.scenarios[failure.completion * len(rows) // len(texts)].id
-            count = f"{failed[failure.reward]} of {len(texts)} completions"
-            self.problems.append(f"reward {failure.reward} fails on scenario {scenario} ({count}): {place}")
+            scenario = batch.scenarios[failure.completion * len(batch) // len(scores.totals_N)].id
+            count = f"{failed[what]} of {len(scores.totals_N)} {'conversations' if causes_N else 'completions'}"
+            self.problems.append(f"{what} fails on scenario {scenario} ({count}): {place}")
 
     def _show_length_of_run(self, is_measured: bool) -> None:
         steps, per_epoch = self.episode.optimizer_steps, self.data.episodes_per_epoch

@@ -9,6 +9,8 @@ import yaml
 from stateset_lightning.cli.main import main
 
 REWARDS = """
+import time
+
 from stateset_lightning import RewardFunction
 
 class Raises(RewardFunction):
@@ -18,6 +20,20 @@ class Raises(RewardFunction):
 class Silent(RewardFunction):
     def compute_reward(self, turns, context=None):
         return None
+
+class Asks:
+    def __init__(self, fails=False, seconds=0):
+        self.fails, self.seconds = fails, seconds
+
+    def reset(self, scenario, seed):
+        self.asked = 0
+
+    def step(self, text):
+        self.asked += 1
+        time.sleep(self.seconds)
+        if self.fails and self.asked == 2:
+            raise RuntimeError("no board")
+        return "Sure?", 0.25, self.asked == 2
 """
 CONFIG = {
     "seed_everything": 3,

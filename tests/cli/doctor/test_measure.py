@@ -70,7 +70,9 @@ def test_the_worst_case_of_conversations_is_their_last_turn_and_all_their_tokens
     user = {"factory": "stateset_lightning.environments.ScriptedUser", "options": {"responses": ["Sure?"]}}
     environment = {**user, "max_turns": 3, "max_tokens": 30}
     assert examine(rows=ROWS, model={"environment": environment})[0] == 0
-    _, (begun, lengths) = seen["sampled"]
+    *turns, (begun, lengths) = seen["sampled"]
+    assert len(turns) > 1
+    assert len(turns[0][0]) == 2
     assert [len(prompt) for prompt in begun] == [18 + 25] * 4 + [17 + 25] * 4
     assert lengths == [5] * 8
     assert seen["trained"][-1] == [(18, [30] * 4), (17, [30] * 4)]

@@ -1,11 +1,13 @@
 """`doctor`: what it says of a config, what it finds wrong with it, and that it leaves no trace."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from vllm_stub import running
 
+from stateset_lightning.cli.doctor import measure
 from stateset_lightning.cli.main import main
 from stateset_lightning.training import checks as run_checks
 
@@ -89,13 +91,41 @@ def test_without_sampling_the_target_is_scored(examine):
     assert "reward      1.000 = exact_match 1.000" in said
 
 
-def test_conversations_are_measured_turn_by_turn_and_not_scored(examine):
-    environment = {"factory": "stateset_lightning.environments.ScriptedUser", "options": {"responses": ["Sure?"]}}
-    reward = [{"class_path": "stateset_lightning.rewards.EnvironmentReward"}]
-    code, out = examine(model={"environment": {**environment, "max_turns": 3, "max_tokens": 30}, "reward": reward})
+def asks(**options):
+    environment = {"factory": "doctor_rewards.Asks", "options": options, "max_turns": 3, "max_tokens": 60}
+    reward = [{"class_path": "stateset_lightning.rewards." + name} for name in ("EnvironmentReward", "ExactMatch")]
+    return {"environment": environment, "reward": reward}
+
+
+def test_conversations_are_played_and_scored(examine):
+    code, out = examine(model=asks())
     assert code == 0
-    assert "one turn of 3 at most is sampled, in the worst case the last one; nothing is scored" in out
-    assert "conversations of 30 tokens, sampled" in out
+    assert re.search(r"conversation \[assistant\] .*\[user\] Sure\? \[assistant\] ", out)
+    assert re.search(r"one of \d+, which have [\d.]+ tokens on average; ended by environment \(\d+\)", out)
+    assert re.search(r"reward      [\d.]+ = environment 0.500, exact_match", out), out
+    assert "conversations of 60 tokens, sampled" in out
+
+
+def test_an_environment_that_fails_is_a_problem_with_its_place(examine):
+    code, out = examine(model=asks(fails=True))
+    assert code == 1
+    problem = r"problem: model.environment fails on scenario \S+ \((\d+) of \1 conversations\): .*Asks.step: "
+    place = r"RuntimeError: no board\n  raised at .*doctor_rewards.py:\d+, in step\nproblems: 1"
+    assert re.search(problem + place, out)
+
+
+def test_conversations_that_take_too_long_are_stopped(examine, monkeypatch):
+    monkeypatch.setattr(measure, "LIMIT", 2.0)
+    code, out = examine(model=asks(seconds=30))
+    assert code == 0
+    assert re.search(r"as sampled  sampling  > 2\.\d+ s, ", out)
+    assert "nothing is scored, as no conversation is played" in out
+
+
+def test_without_sampling_no_conversation_is_scored(examine):
+    code, out = examine("--sample=false", model=asks(fails=True))
+    assert code == 0
+    assert "note: model.environment: nothing is scored, as no conversation is played" in out
 
 
 def test_servers_that_may_be_serving_a_run_get_no_weights(examine):
