@@ -176,7 +176,7 @@ class ScenarioDataModule(LightningDataModule):
         if self._train_loader is not None and self.trainer is not None and self.trainer.training:
             return self._train_loader  # `reload_dataloaders_every_n_epochs`: a new one would start anew
         scenarios, tokens = self.served("train")
-        seed = self._resolved_seed()
+        seed = run_seed(self.seed)
         rows, is_stream = scenarios.rows_by_source(), scenarios.stream is not None
         order = EpochOrder(rows, scenarios.weights, seed, self.shuffle, scenarios.names, goes_on=is_stream)
         curriculum, overfit = self.curriculum, getattr(self.trainer, "overfit_batches", 0)
@@ -291,7 +291,7 @@ class ScenarioDataModule(LightningDataModule):
         for told in [f"{len(found)} scenarios from {', '.join(found.names)}", *found.notes]:
             _announce(logging.INFO, f"data.{split}: {told}")
         if held_out:
-            train, validation = hold_out(found, self.validation_fraction, self._resolved_seed())
+            train, validation = hold_out(found, self.validation_fraction, run_seed(self.seed))
             self._scenarios |= {"train": train, "validation": validation}
             _announce(logging.INFO, f"data.validation: {len(validation)} of them held out (data.validation_fraction)")
 
@@ -334,6 +334,3 @@ class ScenarioDataModule(LightningDataModule):
 
     def _ranks(self) -> Ranks:
         return Ranks() if self.trainer is None else Ranks(self.trainer.global_rank, self.trainer.world_size)
-
-    def _resolved_seed(self) -> int:
-        return run_seed() if self.seed is None else self.seed

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import logging
 import operator
+import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -152,3 +153,26 @@ def imported(module: str, extra: str, what: str) -> Any:
     """The module, for which `require` holds."""
     require(module, extra, what)
     return importlib.import_module(module)
+
+
+def by_path(given: Any, key: str, say: str) -> Any:
+    """A class or function that is given by its import path (`my_module.name`); what is no text is as it is.
+
+    Args:
+        given: Either.
+        key: Of the option that gives it.
+        say: How to write a path.
+
+    Raises:
+        ConfigError: If there is nothing at the path, or nothing that can be called.
+    """
+    if not isinstance(given, str):
+        return given
+    try:
+        found = pkgutil.resolve_name(given)
+    except Exception as error:  # a user's module may raise anything
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ConfigError(f"{key}={given!r} cannot be imported: {reason}; {say}") from error
+    if not callable(found):
+        raise ConfigError(f"{key}={given!r} is a {type(found).__name__}, and no class or function; {say}")
+    return found

@@ -165,7 +165,7 @@ class GRPOLightningModule(RunsInTrainer):
     @property
     def seed(self) -> int:
         """The seed of all sampling: the one given, or that of `seed_everything`, also if that was called later."""
-        return run_seed() if self._seed is None else self._seed
+        return run_seed(self._seed)
 
     def setup(self, stage: str) -> None:
         tell_of_turns(self.environment)
@@ -203,7 +203,7 @@ class GRPOLightningModule(RunsInTrainer):
         self._checkpoint.prepare_for(longest)
         if fits:
             self._teacher = self._teacher or make_teacher(self.teacher, self._sampled_policy, dtype)
-            choose_micro_steps(self.trainer, self._loaded_policy, self._data, self.rollout, self.environment)
+            choose_micro_steps(self.trainer, self._loaded_policy, self._data, self)
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.optimizer, self._loaded_policy.parameters())
@@ -253,9 +253,7 @@ class GRPOLightningModule(RunsInTrainer):
             rank_zero_warn(f"the gradient is not finite ({norm}): optimizer step skipped; {file} has its completions")
         checks.check_bad_steps(self.state.bad_steps, self.max_bad_steps, self.trainer.global_step + 1)
 
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
-    ) -> None:
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         lr = optimizer.param_groups[0]["lr"]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         step = self.trainer.global_step + 1

@@ -23,9 +23,9 @@ def _mix(z: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
-def run_seed(default: int = 0) -> int:
-    """The seed given to `seed_everything`, or `default` if it was not called."""
-    return int(os.environ.get("PL_GLOBAL_SEED", default))
+def run_seed(given: int | None = None) -> int:
+    """The seed that is given, or that of `seed_everything`; 0 if it was not called."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0)) if given is None else given
 
 
 def derive_seed(seed: int, purpose: str, *counters: int) -> int:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import IO, Any
 
 _Call = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
@@ -80,7 +80,7 @@ def _cut_off(*_: object) -> None:
         raise Interruption(_MainThread.exit_code)
 
 
-class DaemonThreads:
+class DaemonThreads(AbstractContextManager["DaemonThreads"]):
     """A pool of threads, started as calls come.
 
     `concurrent.futures.ThreadPoolExecutor` joins its threads when the interpreter exits, so one call that hangs would
@@ -125,6 +125,9 @@ class DaemonThreads:
     def are_here(self) -> bool:
         """Whether this is called on one of the threads."""
         return threading.current_thread() in self._threads
+
+    def __exit__(self, *exception: object) -> None:
+        self.close(0)
 
     def close(self, seconds: float = 1.0) -> None:
         """Cancel the calls that wait, and give those that run `seconds` to end; a thread that hangs is left behind."""

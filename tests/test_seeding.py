@@ -150,9 +150,9 @@ def test_nothing_reads_or_advances_a_global_generator() -> None:
     assert (np.random.get_state()[1] == numpy_state).all()
 
 
-def test_the_run_seed_is_that_of_seed_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_seed_is_the_one_given_or_that_of_seed_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     assert run_seed() == 0
-    assert run_seed(5) == 5
     monkeypatch.setenv("PL_GLOBAL_SEED", "17")
-    assert run_seed(5) == 17
+    assert run_seed() == 17
+    assert run_seed(0) == 0

@@ -142,9 +142,7 @@ def kl_cov_loss(tokens: TokenBatch, *, coefficient: float) -> Loss:
 # length. Clip metrics of GSPO count completions. The tokens of a completion are never split among micro-steps.
 
 
-def sequence_clipped_loss(
-    tokens: TokenBatch, *, epsilon_low: float, epsilon_high: float, delta: float | None = None
-) -> Loss:
+def sequence_clipped_loss(tokens: TokenBatch, *, epsilon_low: float, epsilon_high: float, delta: float | None) -> Loss:
     """GSPO, [T]: for every token its completion's -min(s A, clip(s, 1 - epsilon_low, 1 + epsilon_high) A).
 
     arXiv:2507.18071; s is the completion's ratio.
@@ -177,11 +175,10 @@ def geometric_mean_loss(tokens: TokenBatch, *, log_epsilon_low: float, log_epsil
     """
     log_ratio_T, advantages_N = log_ratios(tokens), _completion_advantages(tokens)
     advantages_T = per_token(advantages_N, tokens.lengths_N, len(log_ratio_T))
-    pessimistic_T = torch.where(
-        advantages_T > 0, log_ratio_T.clamp(max=log_epsilon_high), log_ratio_T.clamp(min=-log_epsilon_low)
-    )
+    low, high = -log_epsilon_low, log_epsilon_high
+    pessimistic_T = torch.where(advantages_T > 0, log_ratio_T.clamp(max=high), log_ratio_T.clamp(min=low))
     ratio_N = sequence_means(pessimistic_T, tokens.lengths_N).exp()
-    clipped_T = beyond(log_ratio_T, -log_epsilon_low, log_epsilon_high, advantages_T)
+    clipped_T = beyond(log_ratio_T, low, high, advantages_T)
     loss_T = per_token(-advantages_N * ratio_N, tokens.lengths_N, len(log_ratio_T))
     return loss_T, ratio_metrics(ratio_N, *clipped_T)
 

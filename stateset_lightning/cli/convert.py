@@ -76,10 +76,8 @@ def convert(guide: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     given = dict(_flat(guide))
     looked_at = {SCENARIOS, *known["carried"], *known["accepted"], *known["precision"]}
     left_out = redacted({key: value for key, value in given.items() if key not in looked_at})
-    notes = [
-        f"{key}={value!r:.60} is not carried over: {known['reasons'].get(key, known['unknown'])}"
-        for key, value in left_out.items()
-    ]
+    reasons, unknown = known["reasons"], known["unknown"]
+    notes = [f"{key}={value!r:.60} is not carried over: {reasons.get(key, unknown)}" for key, value in left_out.items()]
     for key, values in known["accepted"].items():
         if given.get(key, values[-1]) not in values:
             raise ConfigError(f"{key}={given[key]!r} must be {' or '.join(map(repr, values))}, or left out")

@@ -87,6 +87,7 @@ class PromptEncoder:
     overlong_prompts: OverlongPolicy = "error"
     parse_special_tokens: bool = False
     now: datetime | None = None
+    _with_tools: "dict[str, PromptEncoder]" = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.use_chat_template and not getattr(self.tokenizer, "chat_template", None):
@@ -110,10 +111,6 @@ class PromptEncoder:
             whole = replace(self, chat_template_kwargs=options, system_prompt=None, max_prompt_tokens=None)
             self._with_tools[key] = whole
         return self._with_tools[key]
-
-    @cached_property
-    def _with_tools(self) -> "dict[str, PromptEncoder]":
-        return {}
 
     def encode(self, scenarios: Sequence[Scenario], key: str, is_tried: bool = False) -> EncodedPrompts:
         """Prompt tokens of the scenarios of the split `key` (`data.train`, say).

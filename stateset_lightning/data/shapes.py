@@ -6,7 +6,6 @@ nothing that a row holds is ever read as one.
 """
 
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
-import pkgutil
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any, Literal, get_args
 from stateset_lightning.data import templates
 from stateset_lightning.data.rows import BadRow, RawRow, listed
 from stateset_lightning.data.templates import columns_of, compiled, is_template
-from stateset_lightning.errors import ConfigError, DataError, one_line
+from stateset_lightning.errors import ConfigError, DataError, by_path, one_line
 from stateset_lightning.types import ABSENT, at_path, read_literal
 
 QUESTION_COLUMNS = ("prompt", "messages", "user_responses")
@@ -122,12 +121,7 @@ class RowOptions:
 
     @cached_property
     def _function(self) -> Callable[..., Any] | None:
-        try:
-            return pkgutil.resolve_name(self.row) if isinstance(self.row, str) else self.row
-        except Exception as error:  # a user's module may raise anything
-            raise ConfigError(
-                f"data.row={self.row} is no function: {type(error).__name__}: {one_line(error)}"
-            ) from error
+        return by_path(self.row, "data.row", "write it as my_module.my_function")
 
     def columns(self, row: RawRow) -> Mapping[str, Any] | None:
         """The columns of a row; None if the user's function leaves it out.

@@ -7,12 +7,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from pkgutil import resolve_name
 from types import FunctionType
 from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
-from stateset_lightning.errors import ConfigError, one_line
 from stateset_lightning.types import Turn
 
 T = TypeVar("T")
@@ -186,25 +184,3 @@ def tool_methods(environment: Any) -> dict[str, Callable[..., Any]]:
     names = [name for name in dir(kind) if not name.startswith("_") and name not in OWN_METHODS]
     found = {name: getattr(kind, name, None) for name in names}
     return {n: getattr(environment, n) for n, f in found.items() if inspect.isroutine(f) and inspect.getdoc(f)}
-
-
-def imported(given: Any, key: str, say: str) -> Callable[..., Any]:
-    """A class or function that is given by its import path (`my_module.name`); what is no text is as it is.
-
-    Args:
-        given: Either.
-        key: Of the option that gives it.
-        say: How to write a path.
-
-    Raises:
-        ConfigError: If there is nothing at the path, or nothing that can be called.
-    """
-    if not isinstance(given, str):
-        return given
-    try:
-        found = resolve_name(given)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{key}={given!r} cannot be imported: {one_line(error)}; {say}") from error
-    if not callable(found):
-        raise ConfigError(f"{key}={given!r} is a {type(found).__name__}, and no class or function; {say}")
-    return found

@@ -7,9 +7,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from stateset_lightning.environments.base import imported
 from stateset_lightning.environments.scripted_user import ScriptedUser
-from stateset_lightning.errors import ConfigError, bounded
+from stateset_lightning.errors import ConfigError, bounded, by_path
 
 MIN_DEFAULT_TOKENS = 1024  # short answers, such as moves of a game, may get long replies
 
@@ -64,7 +63,7 @@ class EnvironmentConfig:
         """
         several = self.factory if isinstance(self.factory, Mapping) else {"": self.factory or ScriptedUser}
         key, say = "model.environment.factory", "write it as my_module.MyEnvironment"
-        return {name: imported(one, key, say) for name, one in several.items()}
+        return {name: by_path(one, key, say) for name, one in several.items()}
 
     @property
     def are_scripts(self) -> bool:

@@ -25,7 +25,7 @@ from stateset_lightning.environments.conversation import CLOSING, Conversation
 from stateset_lightning.environments.processes import HostedDriver, Processes
 from stateset_lightning.environments.tools import CALL_COUNTS, UserCode
 from stateset_lightning.errors import DataError
-from stateset_lightning.rollout import RolloutConfig, RolloutEngine
+from stateset_lightning.rollout import OnFinished, RolloutConfig, RolloutEngine
 from stateset_lightning.seeding import derive_seed
 from stateset_lightning.threads import DaemonThreads, wait_for
 from stateset_lightning.types import FinishReason, Metrics, PromptBatch, Rollout, Scenario, Turn, answered
@@ -79,6 +79,8 @@ class Play:
     sampling: RolloutConfig
     seeds_N: Sequence[int]
     limits: Limits
+    engine: RolloutEngine
+    greedy: bool
     all: list[Conversation] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)  # of each group
     rendered: dict[Any, tuple[list[Turn], list[int]]] = field(default_factory=dict)
@@ -115,14 +117,14 @@ class Play:
                 else:
                     self._fail(conversation, EnvironmentFailure("a group's environments begin with nothing in common"))
 
-    def take_turns(self, engine: RolloutEngine, greedy: bool, on_ended: OnEnded) -> None:
+    def take_turns(self, on_ended: OnEnded) -> None:
         """Plays all conversations to their ends, in parts: while environments of one answer, another samples.
 
         What is sampled together is decided beforehand and not by who answers first: log-probs depend, in their last
         bits, on what else is in a batch.
         """
         bounds = [len(self.batch) * i // self.config.parts * self.size for i in range(self.config.parts + 1)]
-        parts = (self._play_part(range(a, b), engine, greedy, on_ended) for a, b in pairwise(bounds))
+        parts = (self._play_part(range(a, b), on_ended) for a, b in pairwise(bounds))
         waits_for = {part: list[_Call]() for part in parts}
         while waits_for:
             over = (part for part, calls in waits_for.items() if len(waits_for) == 1 or all(map(_is_over, calls)))
@@ -133,16 +135,14 @@ class Play:
             if (calls := next(part, None)) is not None:
                 waits_for[part] = calls  # behind those that have waited longer
 
-    def _play_part(
-        self, numbers: Iterable[int], engine: RolloutEngine, greedy: bool, on_ended: OnEnded
-    ) -> Iterator[list[_Call]]:
+    def _play_part(self, numbers: Iterable[int], on_ended: OnEnded) -> Iterator[list[_Call]]:
         """Plays these conversations, which take their turns together. Yields the calls that it waits for next."""
         live = list(numbers)
         while True:
             yield from self._end([n for n in live if self.all[n].ended], on_ended)
             if not (live := [n for n in live if not self.all[n].ended]):
                 return
-            steps = self._take_turn(engine, live, greedy)
+            steps = self._take_turn(live)
             yield list(steps.values())
             for n, step in steps.items():
                 if (reply := self._wait(self.all[n], step)) is not None:
@@ -151,7 +151,7 @@ class Play:
                     self.all[n].ended = "environment" if reply.done else self._go_on(n, reply.turns)
             self.player.on_turn(self.all[live[0]].num_turns, [self._taken(self.all[n]) for n in live])
 
-    def _take_turn(self, engine: RolloutEngine, live: list[int], greedy: bool) -> dict[int, _Call]:
+    def _take_turn(self, live: list[int]) -> dict[int, _Call]:
         """Samples a turn of these conversations, and has their environments answer, unless a turn was cut off."""
         steps: dict[int, _Call] = {}
 
@@ -159,7 +159,7 @@ class Play:
             if num_tokens < self.sampling.max_new_tokens:  # else it may have been cut off, which is known later
                 steps[live[i]] = self._step(live[i], text)
 
-        for n, text in zip(live, self._sample(engine, live, greedy, answer), strict=True):
+        for n, text in zip(live, self._sample(live, answer), strict=True):
             conversation = self.all[n]
             if conversation.reason == FinishReason.LENGTH:
                 conversation.ended = "length"
@@ -192,16 +192,12 @@ class Play:
         batch = copy(self.batch)
         batch.prompt_tokens = self.prompts
         tokens_T = torch.tensor([token for c in self.all for token in c.tokens], dtype=torch.long)
-        rollout = Rollout(
-            self.prompts,
-            tokens_T,
-            torch.tensor([len(c.tokens) for c in self.all]),
-            torch.tensor([logprob for c in self.all for logprob in c.logprobs], dtype=torch.float32),
-            torch.tensor([sampled for c in self.all for sampled in c.sampled], dtype=torch.bool),
-            [c.reason for c in self.all],
-            [c.said(self.batch.conversations[n // self.size]) for n, c in enumerate(self.all)],
-        )
-        return batch, rollout, metrics
+        lengths_N = torch.tensor([len(c.tokens) for c in self.all])
+        logprobs_T = torch.tensor([logprob for c in self.all for logprob in c.logprobs], dtype=torch.float32)
+        sampled_T = torch.tensor([sampled for c in self.all for sampled in c.sampled], dtype=torch.bool)
+        reasons = [c.reason for c in self.all]
+        texts = [c.said(self.batch.conversations[n // self.size]) for n, c in enumerate(self.all)]
+        return batch, Rollout(self.prompts, tokens_T, lengths_N, logprobs_T, sampled_T, reasons, texts), metrics
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -257,18 +253,14 @@ class Play:
             what = f"with what its environment begins with, it needs {needed} tokens"
             self._fail(conversation, EnvironmentFailure(f"{what}, and the context has {self.limits.context_length}"))
 
-    def _sample(
-        self, engine: RolloutEngine, live: list[int], greedy: bool, answer: Callable[[int, str, int], None]
-    ) -> list[str]:
+    def _sample(self, live: list[int], answer: OnFinished) -> list[str]:
         """The next turn of these conversations, as texts. The first one of whole groups shares their prompts."""
         are_whole = len(live) == len({n // self.size for n in live}) * self.size
         size = self.size if are_whole and not any(self.all[n].tokens for n in live) else 1
         prompts = [[*self.prompts[n // self.size], *self.all[n].tokens] for n in live[::size]]
-        seeds = [
-            self.seeds_N[n] if (turn := self.all[n].num_turns) == 0 else derive_seed(self.seeds_N[n], "turn", turn)
-            for n in live
-        ]
-        said = engine.generate(prompts, size, self.sampling, seeds, greedy=greedy, on_finished=answer)
+        turns = [(self.seeds_N[n], self.all[n].num_turns) for n in live]
+        seeds = [derive_seed(seed, "turn", turn) if turn else seed for seed, turn in turns]
+        said = self.engine.generate(prompts, size, self.sampling, seeds, greedy=self.greedy, on_finished=answer)
         assert said.logprobs_T is not None
         logprobs = said.logprobs_T.cpu().split(said.lengths_N.tolist())
         for n, tokens, values, reason in zip(live, said.completions(), logprobs, said.finish_reasons, strict=True):

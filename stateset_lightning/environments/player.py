@@ -95,11 +95,11 @@ class Player:
             as (sum, conversations).
         """
         threads = DaemonThreads(len(seeds_N), "environment")
-        play = Play(self, threads, batch, num_generations, sampling, seeds_N, limits)
+        play = Play(self, threads, batch, num_generations, sampling, seeds_N, limits, engine, greedy)
         try:
             play.begin()
             with engine.keeping_caches() if isinstance(engine, InProcessEngine) else nullcontext():
-                play.take_turns(engine, greedy, on_ended)
+                play.take_turns(on_ended)
         finally:
             threads.close(seconds=0)
             for conversation in play.all:

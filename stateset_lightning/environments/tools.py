@@ -16,9 +16,9 @@ from typing import Any
 
 from pydantic import PositiveFloat
 
-from stateset_lightning.environments.base import EnvironmentFailure, Reply, imported, kept_for_each, signature_of
+from stateset_lightning.environments.base import EnvironmentFailure, Reply, kept_for_each, signature_of
 from stateset_lightning.environments.tool_calls import Call, Malformed
-from stateset_lightning.errors import ConfigError, bounded, one_line
+from stateset_lightning.errors import ConfigError, bounded, by_path, one_line
 from stateset_lightning.threads import DaemonThreads, EventLoopThread
 from stateset_lightning.types import Turn
 
@@ -109,7 +109,7 @@ class Tools:
     is_quick = True  # needs no thread
 
     def __init__(self, functions: list[Callable[..., Any] | str], timeout: PositiveFloat | None = None) -> None:
-        found = [imported(item, "environment.functions", "give module.function") for item in functions]
+        found = [by_path(item, "environment.functions", "give module.function") for item in functions]
         names = [schema_of(function)["function"]["name"] for function in found]
         if not 0 < len(names) == len(set(names)):
             raise ConfigError(f"environment.functions={names} must be one or more functions of different names")

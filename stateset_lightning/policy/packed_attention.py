@@ -68,9 +68,7 @@ def packed_attention(
         return layout.attend(module.layer_idx, query, key, value, scale, **options), None  # type: ignore[arg-type]
     is_plain = softcap is None and s_aux is None
 
-    def special(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
+    def special(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool = False) -> Tensor:
         """As `scaled_dot_product_attention`, for bool masks, with what no stock kernel has: soft caps and sinks."""
         grouped = query.unflatten(1, (key.shape[1], -1))
         scores = capped((grouped @ key[:, :, None].transpose(-1, -2)).flatten(1, 2) * scale, softcap)
@@ -229,12 +227,10 @@ def _make_rows(
     return buckets, torch.from_numpy(rows_S[:-1]).to(device)
 
 
-def _attend_completions(
-    bucket: Bucket, attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor
-) -> Tensor:
+def _attend_completions(bucket: Bucket, attend: Callable[..., Tensor], *packed: Tensor) -> Tensor:
     """Each completion to its prompt, repeated for all of them, and to its own past: [R * M, heads, d]."""
-    rows = _take(query, bucket.queries_RM), _take(key, bucket.keys_RK), _take(value, bucket.keys_RK)
-    return _flat(attend(*rows, attn_mask=bucket.mask))
+    places = bucket.queries_RM, bucket.keys_RK, bucket.keys_RK  # of query, key and value
+    return _flat(attend(*map(_take, packed, places), attn_mask=bucket.mask))
 
 
 def _take(packed: Tensor, places: Tensor) -> Tensor:

@@ -213,11 +213,8 @@ class Policy(nn.Module):
 
     def _padded(self, groups: Sequence[Group]) -> Tensor:
         """The same from one row per completion, padded on the right, where causal attention never looks."""
-        rows = [
-            (len(group.prompt), [*group.prompt, *completion], places)
-            for group in groups
-            for completion, places in zip(group.completions, group.sampled_places, strict=True)
-        ]
+        parts = [(g.prompt, *part) for g in groups for part in zip(g.completions, g.sampled_places, strict=True)]
+        rows = [(len(prompt), [*prompt, *completion], places) for prompt, completion, places in parts]
         return torch.cat([self._rows([row]) for row in rows]) if self.scores_alone else self._rows(rows)
 
     def _rows(self, rows: Sequence[tuple[int, list[int], Sequence[int]]]) -> Tensor:
@@ -306,11 +303,8 @@ class Policy(nn.Module):
             model.set_attn_implementation(attention)
         draw = probes.probe_tokens
         groups = [Group(draw(n, n), [draw(m, m) for m in lengths]) for n, lengths in PROBE_LENGTHS]
-        expected = [
-            probes.own_logprobs(model, [*group.prompt, *completion])[len(group.prompt) - 1 : -1]
-            for group in groups
-            for completion in group.completions
-        ]
+        rows = [(group.prompt, completion) for group in groups for completion in group.completions]
+        expected = [probes.own_logprobs(model, [*prompt, *row])[len(prompt) - 1 : -1] for prompt, row in rows]
         if attention is not None:
             model.set_attn_implementation(packed_attention.NAME)
         policys, self.model = self.model, model

@@ -209,13 +209,11 @@ def sampler_limit(model: PreTrainedModel, dtype: torch.dtype, temperature: float
 
 
 @torch.no_grad()
-def float_noise(
-    model: PreTrainedModel, dtype: torch.dtype, ids: Sequence[int] | None = None, temperature: float = 1.0
-) -> float:
+def float_noise(model: PreTrainedModel, dtype: torch.dtype, ids: Sequence[int] = (), temperature: float = 1.0) -> float:
     """Nats by which a sampled token's log-prob in `dtype` differs from that in float32, on average over a text.
 
-    Of the text the last `NOISE_TOKENS` count; None takes as many of no meaning. Where weights are sharded or cannot be
-    cast, the noise is taken from `LOGPROB_TOLERANCE`.
+    Of the text the last `NOISE_TOKENS` count; without a text, as many of no meaning. Where weights are sharded or
+    cannot be cast, the noise is taken from `LOGPROB_TOLERANCE`.
     """
     fallback = LOGPROB_TOLERANCE[dtype] / NOISE_FACTOR / min(temperature, 1.0)
     if not all(type(p) is nn.Parameter for p in model.parameters()):

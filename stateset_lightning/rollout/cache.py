@@ -148,9 +148,8 @@ def make_cache(model: PreTrainedModel, capacity: int) -> cache_utils.DynamicCach
         raise ConfigError(f"{type(model).__name__} keeps {kept}, which this cannot")
     # A model without a layer list in its config grows its cache as layers ask for it.
     layers = cache.layers or [cache_utils.DynamicLayer()] * model.config.get_text_config().num_hidden_layers
-    cache.layers = [
-        OURS[type(layer)](capacity=capacity, number_of_states=getattr(layer, "number_of_states", 1)) for layer in layers
-    ]
+    sizes = [{"capacity": capacity, "number_of_states": getattr(layer, "number_of_states", 1)} for layer in layers]
+    cache.layers = [OURS[type(layer)](**size) for layer, size in zip(layers, sizes, strict=True)]
     if modules := modules_with_states(model):
         cache.layers.append(StateLayer(len(modules)))
     return cache

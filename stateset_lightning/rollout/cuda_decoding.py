@@ -156,9 +156,7 @@ class GraphBatch:
         """As `_append`, some rows at a time."""
         size = max(1, PREFILL_TOKENS // max(map(len, tokens)))
         shares = [slice(start, start + size) for start in range(0, len(tokens), size)]
-        return torch.cat(
-            [self._append([cache[:, some] for cache in caches], tokens[some], starts[some]) for some in shares]
-        )
+        return torch.cat([self._append([x[:, some] for x in caches], tokens[some], starts[some]) for some in shares])
 
     def _append(self, caches: Sequence[Tensor], tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
         """Tokens behind the first `starts` ones of each row, at least one each; the logits behind the last.

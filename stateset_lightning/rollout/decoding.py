@@ -147,10 +147,8 @@ class Decoding:
         values = self.tokens_NT[numbers].tolist(), self.logprobs_NT[numbers, last].tolist()
         for row, n, end, tokens, logprob in zip(rows, numbers, last, *values, strict=True):
             if logprob != logprob:
-                raise NonFiniteError(
-                    "the policy's logits are not finite, so nothing can be sampled: its weights have diverged; go back"
-                    " to an earlier checkpoint, with a lower learning rate or trainer.gradient_clip_val"
-                )
+                remedy = "go back to an earlier checkpoint, with a lower learning rate or trainer.gradient_clip_val"
+                raise NonFiniteError(f"the policy's logits are not finite: its weights have diverged; {remedy}")
             self.lengths[n] = end + 1
             if tokens[end] in self.stop.ends:
                 self.finish_reasons[n] = FinishReason.STOP

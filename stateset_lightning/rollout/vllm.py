@@ -166,8 +166,8 @@ class VLLMEngine:
             common |= {"stop": sampling.stop, "include_stop_str_in_output": True, "skip_special_tokens": False}
         self._tell("/wake_up")
         choices, texts = [Choice.model_construct()] * len(seeds_N), [""] * len(seeds_N)
-        threads, numbers = DaemonThreads(sampling.max_batch_rows, "vllm-request"), {}
-        try:
+        numbers = {}
+        with DaemonThreads(sampling.max_batch_rows, "vllm-request") as threads:
             for n, seed in enumerate(seeds_N):
                 p = n // num_generations
                 server = self.servers[p % len(self.servers)]
@@ -179,8 +179,6 @@ class VLLMEngine:
                 choices[n], texts[n] = choice, stop.text(choice.token_ids)
                 if on_finished is not None:
                     on_finished(n, texts[n], len(choice.token_ids))
-        finally:
-            threads.close(seconds=0)
         self._tell("/sleep")
         for i, server in enumerate(self.servers):
             server.check_known([c for n, c in enumerate(choices) if n // num_generations % len(self.servers) == i])

@@ -70,16 +70,14 @@ class VLLMTeacher:
             ServerError: If a server refuses, answers badly, or stays away for too long.
         """
         assert temperature == 1, "checked before the run"
-        threads, servers, scored = DaemonThreads(REQUESTS, "vllm-teacher"), cycle(self.servers), []
-        try:
+        servers, scored = cycle(self.servers), []
+        with DaemonThreads(REQUESTS, "vllm-teacher") as threads:
             for group in groups:
                 for completion, places in zip(group.completions, group.sampled_places, strict=True):
                     tokens, server = [*group.prompt, *completion], next(servers)
                     attempt = partial(_logprobs, server, tokens, len(completion))
                     scored.append((threads.submit(server.patiently, attempt), places))
             logprobs = [wait_for(future).result()[place] for future, places in scored for place in places]
-        finally:
-            threads.close(seconds=0)
         return torch.tensor(logprobs, dtype=torch.float32), torch.empty(0)
 
 

@@ -199,9 +199,8 @@ class Sampler:
                 given = self.engine, batch, num_generations, self.config, seeds_N, self._limits(policy)
                 batch, rollout, metrics = self.player.play(*given, score_conversation, greedy)
             else:
-                rollout = self.engine.generate(
-                    batch.prompt_tokens, num_generations, self.config, seeds_N, greedy=greedy, on_finished=score
-                )
+                asked = batch.prompt_tokens, num_generations, self.config, seeds_N
+                rollout = self.engine.generate(*asked, greedy=greedy, on_finished=score)
             if batch.split != "train" and isinstance(self.engine, InProcessEngine) and rollout.sampled_T.any():
                 last = rollout if self.player is None else None  # of conversations, their last turns
                 self.engine.check(last, self.config.temperature)  # training compares all that it trains on

@@ -41,11 +41,10 @@ class UnshardedCopy:
     """
 
     def __init__(self, policy: Policy, mesh: DeviceMesh, device: torch.device) -> None:
-        hollow = {
-            id(p): nn.Parameter(torch.empty_like(p, device=device), requires_grad=False) for p in policy.parameters()
-        }
+        whole = list(policy.parameters())
+        hollow = {id(p): nn.Parameter(torch.empty_like(p, device=device), requires_grad=False) for p in whole}
         self.policy: Policy = copy.deepcopy(policy, hollow).to(device)  # tied weights stay tied; buffers are copied
-        self._places = [hollow[id(p)] for p in policy.parameters()]
+        self._places = [hollow[id(p)] for p in whole]
         self._bytes = [place.untyped_storage().nbytes() for place in self._places]
         self.empty()
         self.mesh = mesh

@@ -143,15 +143,12 @@ class SumCounts:
     def means(self, ranks: Ranks) -> dict[str, float]:
         """Sum over count, over all ranks; names without any count are left out. Starts anew afterwards."""
         values = iter(floats([value for pair in self._totals.values() for value in pair]))
-        mine = dict(zip(self._totals, zip(values, values, strict=True), strict=True))
+        mine: Metrics = dict(zip(self._totals, zip(values, values, strict=True), strict=True))
         self._totals = {}
-        everyone = ranks.gather(mine)
-        names = sorted({name for totals in everyone for name in totals})
-        totals = {
-            name: [sum(pair) for pair in zip(*(t.get(name, (0.0, 0.0)) for t in everyone), strict=True)]
-            for name in names
-        }
-        return {name: total / count for name, (total, count) in totals.items() if count}
+        of_ranks = SumCounts()
+        for of_rank in ranks.gather(mine):
+            of_ranks.add(of_rank)
+        return {name: float(total / count) for name, (total, count) in sorted(of_ranks._totals.items()) if count}
 
 
 class RunMetrics:
@@ -329,18 +326,12 @@ def of_tokens(logprobs_T: Tensor, sampling_logprobs_T: Tensor | None, entropies_
 
 def of_gradient(norm: float, *, empty: bool, bad: bool) -> Metrics:
     """The gradient's norm before clipping; a skipped step's counts as 0."""
-    return {
-        "policy/empty_steps": (float(empty), 1),
-        "policy/bad_steps": (float(bad), 1),
-        "policy/grad_norm": (0.0 if empty or bad else norm, 1),
-    }
+    values = {"empty_steps": float(empty), "bad_steps": float(bad), "grad_norm": 0.0 if empty or bad else norm}
+    return {f"policy/{name}": (value, 1) for name, value in values.items()}
 
 
 def of_step(lr: float, seconds: float, collect_seconds: float, coefficients: Mapping[str, float]) -> Metrics:
     """What is known when the optimizer has stepped; `coefficients`: the adaptive ones that it was made with."""
-    return {
-        "lr": (lr, 1),
-        "time/step_s": (seconds, 1),
-        "time/train_s": (seconds - collect_seconds, 1),
-        **{f"policy/{name}": (value, 1) for name, value in coefficients.items() if name.endswith("_coefficient")},
-    }
+    values = {"lr": lr, "time/step_s": seconds, "time/train_s": seconds - collect_seconds}
+    values |= {f"policy/{name}": value for name, value in coefficients.items() if name.endswith("_coefficient")}
+    return {name: (value, 1) for name, value in values.items()}

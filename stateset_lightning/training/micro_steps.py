@@ -10,7 +10,7 @@ import logging
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -20,26 +20,18 @@ from torch.distributed.fsdp import FSDPModule
 from stateset_lightning.errors import ConfigError, log
 from stateset_lightning.policy import Group, Policy
 from stateset_lightning.ranks import Ranks
-from stateset_lightning.rollout import RolloutConfig
 from stateset_lightning.training.loss import seeded_dropout
 from stateset_lightning.training.schedule import accumulations
 
 if TYPE_CHECKING:
     from stateset_lightning.datamodule import ScenarioDataModule
-    from stateset_lightning.environments import EnvironmentConfig
 
 # Of what is free beside weights, gradients and moments; the rest is for what a backward pass holds for a while.
 SHARE = 0.7
 PROBE = 128  # tokens at most of the probe's prompt, and of each of its completions
 
 
-def choose(
-    trainer: Trainer,
-    policy: Policy,
-    data: ScenarioDataModule | None,
-    sampling: RolloutConfig,
-    environment: EnvironmentConfig | None,
-) -> None:
+def choose(trainer: Trainer, policy: Policy, data: ScenarioDataModule | None, module: Any) -> None:
     """Sets the number of micro-steps where it is `auto`; all ranks call it together, and take the same.
 
     Args:
@@ -64,11 +56,11 @@ def choose(
     if isinstance(policy, FSDPModule):
         raise ConfigError("data.steps_per_episode=auto knows no sharded weights: set it to a number with fsdp2")
     data.steps_per_episode = 1
-    longest = longest_completion(policy, data, sampling, environment)
+    longest, size = longest_completion(policy, data, module), module.rollout.num_generations
     constant, per_token = kept_bytes(policy, trainer, data.longest_prompt, longest)
     free = free_bytes(policy.device) - 3 * sum(p.nbytes for p in policy.parameters() if p.requires_grad)
-    for count in range(1, data.batch_size * sampling.num_generations + 1):
-        tokens = most_tokens(count, data, sampling.num_generations, longest, policy.uses_packed_scoring)
+    for count in range(1, data.batch_size * size + 1):
+        tokens = most_tokens(count, data, size, longest, policy.uses_packed_scoring)
         needed = constant + tokens * per_token
         if needed <= SHARE * free:
             break
@@ -91,14 +83,13 @@ def set_micro_steps(trainer: Trainer, data: ScenarioDataModule, count: int) -> N
     trainer.accumulate_grad_batches = data.steps_per_episode = count
 
 
-def longest_completion(
-    policy: Policy, data: ScenarioDataModule, sampling: RolloutConfig, environment: EnvironmentConfig | None
-) -> int:
+def longest_completion(policy: Policy, data: ScenarioDataModule, module: Any) -> int:
     """Tokens behind a prompt at most; of a conversation, those of its environment, too."""
-    if environment is None:
-        return sampling.max_new_tokens
+    most = module.rollout.max_new_tokens
+    if module.environment is None:
+        return int(most)
     fit = math.inf if policy.context_length is None else policy.context_length - data.longest_prompt
-    return int(max(sampling.max_new_tokens, min(environment.most_tokens(sampling.max_new_tokens), fit)))
+    return int(max(most, min(module.environment.most_tokens(most), fit)))
 
 
 def most_tokens(count: int, data: ScenarioDataModule, num_generations: int, longest: int, packed: bool) -> int:

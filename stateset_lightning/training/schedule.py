@@ -22,6 +22,8 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from stateset_lightning.errors import ConfigError, bounded, one_line
 from stateset_lightning.training.data import data_of
 
+Options = Sequence[dict[str, Any]]  # of an optimizer, by parameter group
+
 
 @bounded("model.lr_scheduler")
 @dataclass(frozen=True)
@@ -79,9 +81,7 @@ def _set_rate(group: dict[str, Any], rate: Any) -> None:
         group["lr"] = rate
 
 
-def keep_given_options(
-    optimizer: Optimizer, scheduler: Any | None, given: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]]
-) -> None:
+def keep_given_options(optimizer: Optimizer, scheduler: Any | None, given: Options, saved: Options) -> None:
     """After a resume: options that differ from those the checkpoint's run was given win over the restored state.
 
     Args:
@@ -105,7 +105,7 @@ def keep_given_options(
             _set_rate(group, base * factor(scheduler.last_epoch))
 
 
-def start_at(step: int, optimizer: Optimizer, scheduler: Any | None, given: Sequence[dict[str, Any]]) -> None:
+def start_at(step: int, optimizer: Optimizer, scheduler: Any | None, given: Options) -> None:
     """After a resume with an optimizer or a scheduler of another class: the options given, and the rate of the step.
 
     Args:

@@ -27,7 +27,6 @@ from torch import Tensor
 from stateset_lightning.algorithm import Algorithm
 from stateset_lightning.policy import AdapterReference, Policy
 from stateset_lightning.ranks import Ranks
-from stateset_lightning.rollout import VLLMTeacher
 from stateset_lightning.seeding import derive_seed
 from stateset_lightning.training import checks, metrics
 from stateset_lightning.training.collect import Collection, Sampler, collect_together
@@ -35,7 +34,7 @@ from stateset_lightning.training.episode import Episode, Plan, make_episode
 from stateset_lightning.training.loss import add_fixed_logprobs, micro_batch_loss, nan_if_not_finite, trained_scores
 from stateset_lightning.training.metrics import RunMetrics
 from stateset_lightning.training.resample import Sample
-from stateset_lightning.training.teacher import with_comparison
+from stateset_lightning.training.teacher import Teacher, with_comparison
 from stateset_lightning.training.turns import turn_scores
 from stateset_lightning.types import PromptBatch
 
@@ -92,7 +91,7 @@ class TrainingStep:
     max_tokens_per_step: int | None  # of a micro-step, where that can be kept
     report: Callable[[int, list[int], Tensor], None] | None  # is told (episode, rows, total scores [P, G])
     upcoming: Callable[[], PromptBatch | None]  # the next episode's prompts, asked where the run samples ahead
-    teacher: Policy | VLLMTeacher | None = None  # of an algorithm that distils
+    teacher: Teacher | None = None  # of an algorithm that distils
 
     def loss(self, batch: PromptBatch) -> Tensor:
         """Loss of one micro-step, summed over its tokens, times what DDP and Lightning divide it by.

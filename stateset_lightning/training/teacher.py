@@ -14,6 +14,7 @@ from stateset_lightning.rollout import RolloutConfig, VLLMTeacher
 from stateset_lightning.training.episode import MicroBatch
 
 GivenTeacher = PolicyConfig | VLLMTeacher | None
+Teacher = Policy | VLLMTeacher  # ready
 
 # Options that only a policy's training reads, or that are set for all models of the process.
 OF_POLICY = "gradient_checkpointing", "dropout", "lora", "router_aux_loss", "float32_matmul"
@@ -66,7 +67,7 @@ def check_teacher(teacher: GivenTeacher, tokenizer: PreTrainedTokenizerBase, lon
             check_same_tokenizer(teacher, load_tokenizer(teacher), tokenizer)
 
 
-def make_teacher(config: GivenTeacher, policy: Policy, dtype: torch.dtype) -> tuple[Policy | VLLMTeacher, ...]:
+def make_teacher(config: GivenTeacher, policy: Policy, dtype: torch.dtype) -> tuple[Teacher, ...]:
     """The teacher, frozen and on the policy's device, or its servers; empty without one.
 
     Args:
@@ -95,9 +96,7 @@ def _named_as_teachers() -> Iterator[None]:
         raise ConfigError(str(error).replace("model.policy.", "model.teacher.")) from error
 
 
-def with_comparison(
-    batch: MicroBatch, algorithm: Algorithm, teacher: Policy | VLLMTeacher | None, temperature: float
-) -> MicroBatch:
+def with_comparison(batch: MicroBatch, algorithm: Algorithm, teacher: Teacher | None, temperature: float) -> MicroBatch:
     """A micro-batch whose distributions are compared with the teacher's, for an algorithm that does."""
     if not isinstance(algorithm, GKD) or not batch.groups:
         return batch

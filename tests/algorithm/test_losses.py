@@ -156,7 +156,7 @@ FORMULAS = {
     "DPPO-KL": lambda tokens: dppo_loss(tokens, divergence="kl", delta_low=0.1, delta_high=0.1, maximum_ratio=20.0),
     "Clip-Cov": lambda tokens: clip_cov_loss(tokens, epsilon_low=0.2, epsilon_high=None),
     "KL-Cov": lambda tokens: kl_cov_loss(tokens, coefficient=0.7),
-    "GSPO": lambda tokens: sequence_clipped_loss(tokens, epsilon_low=0.2, epsilon_high=0.2),
+    "GSPO": lambda tokens: sequence_clipped_loss(tokens, epsilon_low=0.2, epsilon_high=0.2, delta=None),
     "GSPO-token": lambda tokens: sequence_token_clipped_loss(tokens, epsilon_low=0.2, epsilon_high=0.2),
     "GMPO": lambda tokens: geometric_mean_loss(tokens, log_epsilon_low=0.4, log_epsilon_high=0.4),
     "DRO": lambda tokens: quadratic_loss(tokens, tau=0.05),
@@ -246,7 +246,7 @@ def test_dro_takes_them_in_its_policy_gradient() -> None:
 @pytest.mark.parametrize(
     "loss",
     [
-        lambda tokens: sequence_clipped_loss(tokens, epsilon_low=0.2, epsilon_high=0.2),
+        lambda tokens: sequence_clipped_loss(tokens, epsilon_low=0.2, epsilon_high=0.2, delta=None),
         lambda tokens: geometric_mean_loss(tokens, log_epsilon_low=0.4, log_epsilon_high=0.4),
     ],
 )

@@ -556,7 +556,7 @@ def test_a_prompt_too_long_for_the_models_positions_is_refused_with_the_numbers(
 def test_logits_that_are_not_finite_end_the_run(make_engine: Callable[..., InProcessEngine], greedy: bool) -> None:
     engine = make_engine("llama")
     engine.policy.model.model.norm.weight.data.fill_(float("nan"))
-    with pytest.raises(NonFiniteError, match="the policy's logits are not finite, so nothing can be sampled"):
+    with pytest.raises(NonFiniteError, match="the policy's logits are not finite: its weights have diverged"):
         generate(engine, [0, 1], greedy=greedy)
 
 

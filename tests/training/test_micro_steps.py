@@ -54,14 +54,14 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
 )
 def test_a_conversation_is_as_long_as_it_may_be(options: dict[str, Any] | None, longest: int) -> None:
     module, data = make_module(), make_data()
-    environment = None if options is None else EnvironmentConfig("nowhere.Nothing", **options)
+    module.environment = None if options is None else EnvironmentConfig("nowhere.Nothing", **options)
     for context, most in (
         (None, longest),
         (128, min(longest, 128)),
         (40, min(longest, 40)),
     ):  # this data has no prompts yet
         policy: Any = SimpleNamespace(context_length=context)
-        assert longest_completion(policy, data, module.rollout, environment) == most
+        assert longest_completion(policy, data, module) == most
 
 
 @pytest.mark.parametrize(("share", "count"), [(1.0, 1), (0.5, 2), (0.3, 4)])

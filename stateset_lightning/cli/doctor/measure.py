@@ -151,7 +151,6 @@ class EpisodeMeasurement:
         self.reference: Policy | AdapterReference | None = None
         self.optimizer_steps = data.num_iterations * data.steps_per_episode // trainer.accumulate_grad_batches
         self.on_targets = module.algorithm.trains_on_targets
-        self.plays = module.environment is not None and not self.on_targets
         self.num_generations = 1 if self.on_targets else module.rollout.num_generations
         # Whether the policy scores an episode before it is trained on.
         several = self.optimizer_steps > 1 and not self.on_targets
@@ -166,14 +165,14 @@ class EpisodeMeasurement:
         def load() -> None:
             model = load_model(module.policy_config, dtype, module.seed, module.tokenizer).to(device)
             module.policy = self.policy = Policy(model, module.policy_config).train()
-            self.longest_completion = longest_completion(self.policy, self.data, module.rollout, module.environment)
+            self.longest_completion = longest_completion(self.policy, self.data, module)
             self.policy.prepare_for(self.data.longest_prompt + self.longest_completion)
             if module.algorithm.needs_reference:
                 self.reference = make_reference(self.policy, dtype)
                 if isinstance(self.reference, Policy):
                     self.reference.to(device)
             module._teacher = make_teacher(module.teacher, self.policy, dtype)
-            choose_micro_steps(self.trainer, self.policy, self.data, module.rollout, module.environment)
+            choose_micro_steps(self.trainer, self.policy, self.data, module)
 
         self.meter.run(SAMPLED, "load", load, limit=0)
 
@@ -276,9 +275,7 @@ class EpisodeMeasurement:
         groups = groups_of(prompts, tokens, range(len(tokens)))
         share = groups_of(prompts, tokens, range(math.ceil(len(tokens) / self.data.steps_per_episode)))
         if scorers := [scorer for scorer in (self.policy if self.needs_old else None, self.reference) if scorer]:
-            self.meter.run(
-                case, "log-probs", lambda: [each.score_without_gradient(groups, temperature) for each in scorers]
-            )
+            self.meter.run(case, "log-probs", lambda: [s.score_without_gradient(groups, temperature) for s in scorers])
         self.meter.run(case, "training", lambda: self._backward(share))
         self.meter.run(case, "update", self._update)
         self.trainer.optimizers[0].zero_grad(set_to_none=True)  # also of what was stopped

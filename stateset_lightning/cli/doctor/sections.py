@@ -117,7 +117,7 @@ class Doctor(StatesetCLI):
     def _measure(self) -> None:
         self.episode.take_first_step()
         rollout, played = None, None
-        if self.asked.sample and self.episode.plays:
+        if self.asked.sample and self.module.environment is not None:
             if (played := self.episode.play()) is not None:
                 rollout = played.rollout
         elif self.asked.sample:
