@@ -58,7 +58,7 @@ def test_functions_are_given_in_python_by_path_and_in_a_config():
         ([], r"environment\.functions=\[\] must be one or more"),
         ([add, add], r"functions=\['add', 'add'\] must be"),
         (["environments.plain_functions.gone"], r"'environments\.plain_functions\.gone' cannot be imported: .*'gone'"),
-        (["no_such_module.add"], "imported: ModuleNotFoundError: No module named 'no_such_module'; give module.function"),
+        (["no_such_module.add"], "ModuleNotFoundError: No module named 'no_such_module'; give module.function"),
         (["math.pi"], r"environment\.functions='math\.pi' is a float, and no class or function; give module\.function"),
         ([untyped], "tool untyped cannot .* missing a type hint .*; write a type for each argument, and a docstring"),
         ([undocumented], "tool undocumented cannot be described to the model: .* no docstring"),
