@@ -13,8 +13,8 @@ names is made, by parts of names (`--only six 'warm start'`); by default all of 
   do not have.
 - `warm start`: all 77 intents, 1,500 labelled messages, the others checkable only. Supervised steps and GRPO after
   them, against either alone, at equal CPU time.
-- `distilled`: a third of the trained model's layers, warm-started, learns from it; against supervised training on the
-  same prompts.
+- `distilled`: a third of the trained model's layers, warm-started, learns from it, by the tokens that it sampled or
+  (GKD) by whole distributions; against supervised training on the same prompts.
 - `--trl`: 20 steps of TRL's GRPOTrainer and of ours, at equal hyperparameters, in one run. TRL runs in its fastest
   honest setting here: all 64 completions in one generation and one backward pass, no reference, no gradient
   checkpointing, float32, fused AdamW; the line end, our stop string, is its end of sequence.
@@ -51,7 +51,7 @@ TRL_STEPS = 20
 LORA = {"model": {"policy": {"lora": {"rank": 16, "alpha": 32, "target_modules": "all-linear"}}}}
 RATE = 1e-5  # constant, in all comparisons
 LORA_RATE = 1e-4  # ten times that of all weights
-RATES = {"Supervised": 5e-5, "OnPolicyDistillation": 5e-5}
+RATES = {"Supervised": 5e-5, "OnPolicyDistillation": 5e-5, "GKD": 5e-5}
 WHOLE_BATCHES = {"data": {"batch_size": 32}}  # of supervised steps, which have one completion per prompt
 
 
@@ -140,6 +140,7 @@ def all_runs(seeds: list[int]) -> Iterator[Run]:
         yield Run(student, seed, targets, "Supervised", start="student", cpu_minutes=WARM_CPU_MINUTES)
         of_six = {"start": student, "cpu_minutes": CPU_MINUTES}
         yield Run("distilled", seed, six, "OnPolicyDistillation", teacher="six GRPO", **of_six)
+        yield Run("distilled: GKD", seed, six, "GKD", teacher="six GRPO", **of_six)
         yield Run("distilled: supervised instead", seed, targets, "Supervised", **of_six)
 
 
