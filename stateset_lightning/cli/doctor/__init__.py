@@ -2,9 +2,9 @@
 
 usage: stateset-lightning doctor --config FILE [--config OVERLAY] [--KEY VALUE] ... [--sample false]
 
-It shows the config without defaults, the data, one completion and its reward, seconds and peak memory of an episode,
-and contradictions. It takes the flags of `fit` (see fit --help) and writes nothing (but a judge's replies into their
-cache). Exit code 0 if the run can start, 1 if not.
+It shows the config without defaults, the data, one completion or conversation and its reward, seconds and peak memory
+of an episode, and contradictions. It takes the flags of `fit` (see fit --help) and writes nothing (but replies of a
+judge or a simulated user into their cache, and what an environment writes). Exit code 0 if the run can start, 1 if not.
 
   --sample false   score a target instead of sampling; the worst case is measured without sampling
 """
