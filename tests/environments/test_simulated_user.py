@@ -24,7 +24,8 @@ GREETING = ("user", "Hello, how can I help you?")
 
 
 @pytest.fixture
-def server():
+def server(monkeypatch):
+    monkeypatch.setattr(simulated_user, "_clients", {})  # a later server may get an earlier one's port
     with serving() as server:
         server.replies = ["At what time?"]
         yield server
