@@ -26,7 +26,7 @@ from stateset_lightning.run.find_checkpoint import find_resumed
 from stateset_lightning.training.checks import checks_before_weights, checks_of_run, no_validation
 from stateset_lightning.training.collect import ready_engine
 from stateset_lightning.training.schedule import optimizer_steps_of_run
-from stateset_lightning.types import FinishReason, PromptBatch, RewardFailure, Scores
+from stateset_lightning.types import FinishReason, PromptBatch, RewardFailure, Rollout, Scores
 
 SPINS = "where threads of torch that wait for one another spin: start with OMP_WAIT_POLICY=passive in the environment"
 TEXT = 300  # characters of a prompt or completion that are shown
@@ -116,27 +116,10 @@ class Doctor(StatesetCLI):
 
     def _measure(self) -> None:
         self.episode.take_first_step()
-        rollout, played = None, None
-        if self.asked.sample and self.module.environment is not None:
-            if (played := self.episode.play()) is not None:
-                rollout = played.rollout
-        elif self.asked.sample:
-            rollout = self.episode.sample()
         scenario = self.data.served("train")[0].scenarios[0]
         _show(f"prompt      {scenario.id}: {_shortened(scenario.turns()[-1].content)}")
-        if rollout is not None:
-            count = len(rollout.texts)
-            ends = f"{rollout.finish_reasons.count(FinishReason.LENGTH)} are cut at max_new_tokens"
-            if played is not None:
-                causes_N = [told["ended_by"] for told in played.told]
-                ends = "ended by " + ", ".join(f"{cause} ({n})" for cause, n in Counter(causes_N).most_common())
-            word = "target" if self.episode.on_targets else "conversation" if played else "completion"
-            lengths = f"{rollout.lengths_N.double().mean():.1f} tokens on average; {ends}"
-            _show(f"{word:11} {_shortened(rollout.texts[0])}", f"            one of {count}, which have {lengths}")
-            if played is not None:
-                self._show_scores(played.batch, played.scores, causes_N)
-            else:
-                self._score(self.episode.spread_rows(), rollout.texts, rollout.lengths_N.tolist())
+        sample = self._sample if self.module.environment is None else self._play
+        if (rollout := sample() if self.asked.sample else None) is not None:
             _show(f"{SAMPLED}: {self.episode.train(rollout)}")
         else:
             text = "" if scenario.target is None else str(scenario.target)
@@ -146,6 +129,25 @@ class Doctor(StatesetCLI):
             self._score([0], [text] * size, [length] * size)
         _show(f"{WORST}: {self.episode.run_worst_case(self.asked.sample)}")
         self._show_length_of_run(rollout is not None)
+
+    def _sample(self) -> Rollout | None:
+        """Samples an episode, and shows a completion and its scores."""
+        if (rollout := self.episode.sample()) is not None:
+            cut = rollout.finish_reasons.count(FinishReason.LENGTH)
+            kind = "target" if self.episode.on_targets else "completion"
+            _show_first(rollout, kind, f"{cut} are cut at max_new_tokens")
+            self._score(self.episode.spread_rows(), rollout.texts, rollout.lengths_N.tolist())
+        return rollout
+
+    def _play(self) -> Rollout | None:
+        """The same of conversations."""
+        if (sample := self.episode.play()) is None:
+            return None
+        causes_N = [told["ended_by"] for told in sample.told]
+        causes = ", ".join(f"{cause} ({count})" for cause, count in Counter(causes_N).most_common())
+        _show_first(sample.rollout, "conversation", f"ended by {causes}")
+        self._show_scores(sample.batch, sample.scores, causes_N)
+        return sample.rollout
 
     def _score(self, rows: list[int], texts: Sequence[str], lengths: Sequence[int]) -> None:
         if self.module.environment is not None:
@@ -229,6 +231,13 @@ def model_row(module: GRPOLightningModule) -> str:
     model = f"model: {config.model_type}, {type(policy.model).__name__}; layers of {', '.join(kinds)}"
     engine = type(module.engine).__name__ if module.engine else "nothing here"
     return f"{model}; {policy.scoring} scoring; sampled by {engine}"
+
+
+def _show_first(rollout: Rollout, kind: str, ends: str) -> None:
+    """Shows the first text, and how long all are and how they end."""
+    length = f"{rollout.lengths_N.double().mean():.1f} tokens on average"
+    count = f"one of {len(rollout.texts)}, which have {length}; {ends}"
+    _show(f"{kind:11} {_shortened(rollout.texts[0])}", f"            {count}")
 
 
 def _show(*lines: str) -> None:
