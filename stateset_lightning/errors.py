@@ -170,7 +170,7 @@ def by_path(given: Any, key: str, say: str) -> Any:
         return given
     try:
         found = pkgutil.resolve_name(given)
-    except Exception as error:  # a user's module may raise anything
+    except (ImportError, AttributeError, ValueError) as error:  # whatever else a module raises says where
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise ConfigError(f"{key}={given!r} cannot be imported: {reason}; {say}") from error
     if not callable(found):

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import IO, Any
 
@@ -154,11 +154,13 @@ def wait_for(future: Future[Any], deadline: float = math.inf) -> Future[Any]:
 
 
 def as_they_end(futures: Collection[Future[Any]]) -> Iterator[Future[Any]]:
-    """The futures, each once it is done. It looks as `wait_for` does."""
+    """The futures, each once it is done. Looks each second, see `wait_for`."""
     waiting = set(futures)
     while waiting:
-        done, waiting = wait(waiting, _LOOK_SECONDS, FIRST_COMPLETED)
-        yield from done
+        with suppress(TimeoutError):
+            for future in as_completed(waiting, _LOOK_SECONDS):
+                waiting.remove(future)
+                yield future
 
 
 def _serve(calls: queue.SimpleQueue[_Call | None], idle: threading.Semaphore) -> None:

@@ -186,6 +186,45 @@ def test_a_signal_that_wakes_nobody_is_seen_by_a_wait(monkeypatch):
         threads.wait_for(Future(), time.monotonic() + 0.1).result(0)
 
 
+def test_a_signal_that_comes_as_a_wait_begins_is_kept(monkeypatch):
+    class MainThread:
+        """A signal comes when its code is first looked for, which is not there yet."""
+
+        waits, code = False, 0
+
+        @property
+        def exit_code(self):
+            if not self.waits or self.code:
+                return self.code
+            self.code = 1
+            threads.cut_off_waits(143)
+            return 0
+
+        @exit_code.setter
+        def exit_code(self, code):
+            self.code = code
+
+    before = signal.getsignal(signal.SIGALRM)
+    monkeypatch.setattr(threads, "_MainThread", main := MainThread())
+    try:
+        with threads.interruptible():
+            assert main.code == 143
+            assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 3
+        assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    finally:
+        threads.cut_off_waits(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_futures_come_as_they_end(monkeypatch):
+    monkeypatch.setattr(threads, "_LOOK_SECONDS", 0.05)
+    first, second, third = futures = [Future() for _ in range(3)]
+    second.set_result(None)
+    threading.Timer(0.2, first.set_result, (None,)).start()
+    threading.Timer(0.5, third.set_result, (None,)).start()
+    assert list(threads.as_they_end(futures)) == [second, first, third]
+
+
 def test_threads_begin_anew_in_a_forked_child():
     pool = DaemonThreads(4, "forks")
     assert pool.submit(int).result(10) == 0

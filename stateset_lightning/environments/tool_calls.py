@@ -54,8 +54,11 @@ _TYPE = r'(?:"type"\s*:\s*"function"\s*,\s*)?'
 _BARE_JSON = re.compile(rf'\[?\s*\{{\s*{_TYPE}"name"\s*:\s*"[^"]*"\s*,\s*"(?:parameters|arguments)"\s*:')
 _BARE_PYTHON = re.compile(r"\[\s*[A-Za-z_][\w.]*\((?:.*\)\s*\]\Z|\s*[A-Za-z_]\w*\s*=)", re.DOTALL)
 
-_TAGGED = re.compile(r"<function=([\w.-]+)>(.*?)(?:</function>)?|([A-Za-z_][\w.-]*)\s*(<arg_key>.*)?", re.DOTALL)
-_ARGUMENT = re.compile(r"\s*<(?:parameter=([^<>]+)>|arg_key>([^<>]+)</arg_key>\s*<arg_value>)\n?(.*?)\n?", re.DOTALL)
+_FUNCTION = re.compile(r"<function=([\w.-]+)>(.*?)(?:</function>)?", re.DOTALL)
+_NAME = re.compile(r"([\w.-]+)\s*((?=<arg_key>).*|)", re.DOTALL)
+_VALUE = r"\r?\n?((?:(?!<parameter=|<arg_key>).)*?)\r?\n?"  # an end that is missing does not make one of two values
+_ARGUMENT = re.compile(rf"\s*<(?:parameter=([^<>]+)>|arg_key>([^<>]+)</arg_key>\s*<arg_value>){_VALUE}", re.DOTALL)
+_WORDS = {"True": True, "False": False, "None": None}  # as templates write what Python prints
 _JSON = json.JSONDecoder(strict=False)  # models write line breaks into texts
 _BETWEEN_JSON = re.compile(r"[\s;,]*")
 _NAMED_JSON = re.compile(r"([\w.-]+)\s*(?:\[CALL_ID\][\w-]*\s*)?(?:\[ARGS\]\s*)?(?=\{)")
@@ -89,8 +92,10 @@ def find_calls(text: str, tokenizer: Any = None, schemas: Schemas = ()) -> list[
 def _read(text: str, schemas: Schemas) -> list[Call | Malformed]:
     """The calls between two tags."""
     try:
-        if tagged := _TAGGED.fullmatch(text):
-            return [_of_tags(tagged[1] or tagged[3], tagged[2] or tagged[4] or "", schemas)]
+        properties = {tool["name"]: tool["parameters"]["properties"] for tool in (s["function"] for s in schemas)}
+        tagged = _FUNCTION.fullmatch(text) or _NAME.fullmatch(text)
+        if tagged and (tagged[2] or tagged[1] in properties or text.startswith("<")):
+            return [_of_tags(tagged[1], tagged[2], properties.get(tagged[1], {}))]
         if re.match(r"\{|\[\s*[{\]]", text):
             return [_as_call(item) for item in _json_items(text)]
         if named := _NAMED_JSON.match(text):
@@ -125,24 +130,25 @@ def _as_call(value: Any) -> Call | Malformed:
     return Malformed(json.dumps(value), 'a call is an object {"name": text, "arguments": object}')
 
 
-def _of_tags(name: str, text: str, schemas: Schemas) -> Call | Malformed:
-    functions = {schema["function"]["name"]: schema["function"] for schema in schemas}
-    properties = functions.get(name, {}).get("parameters", {}).get("properties", {})
+def _of_tags(name: str, text: str, properties: Mapping[str, Any]) -> Call | Malformed:
+    """A call of which each argument has tags; `properties` are the schemas of the tool's parameters."""
     arguments = {}
     *written, rest = re.split("</parameter>|</arg_value>", text)
     for argument in written:
         if (found := _ARGUMENT.fullmatch(argument)) is None:
             return Malformed(argument, "an argument is its name and its value, between tags")
-        key = found[1] or found[2]
-        arguments[key] = _typed(found[3], properties.get(key, {}).get("type"))
+        key = (found[1] or found[2]).strip()
+        arguments[key] = _typed(found[3], properties.get(key, {}))
     return Malformed(rest, "no argument, or the end of one is missing") if rest.strip() else Call(name, arguments)
 
 
-def _typed(text: str, kind: Any) -> Any:
-    """A value without quotes: as JSON writes it, or as Python does (`True`), whose words some templates have."""
-    for read in () if kind == "string" else (json.loads, ast.literal_eval):
-        with suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            return read(text)
+def _typed(text: str, schema: Mapping[str, Any]) -> Any:
+    """A value without quotes: what its schema says is text, else as JSON or Python write it."""
+    is_null = schema.get("nullable") and text in ("null", "None")
+    if schema.get("type") == "string":
+        return None if is_null else text
+    with suppress(ValueError, RecursionError):
+        return _WORDS[text] if text in _WORDS else json.loads(text)
     return text
 
 

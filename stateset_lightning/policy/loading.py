@@ -120,8 +120,9 @@ def _load_on_cpu(
         own = {"dtype": dtype, "attn_implementation": policy.attn_implementation, **_hub_options(policy)}
         # Nor is attention taken from a config.json.
         others = {"experts_implementation": None, **of_weights, **policy.model_kwargs}
-        own |= {"config": config, "weights_only": True, "output_loading_info": True}
-        model, report = auto_class(config).from_pretrained(name, **own, **others)
+        model, report = auto_class(config).from_pretrained(
+            name, config=config, weights_only=True, output_loading_info=True, **own, **others
+        )
     check_complete(option, report["missing_keys"], "causal language model")
     _prepare_quantized(model, option)
     if tokenizer is not None:

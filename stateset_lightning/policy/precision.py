@@ -76,7 +76,9 @@ def has_bfloat16_products() -> bool:
 
 
 @contextmanager
-def replaced_parameters(modules: Iterable[nn.Module], other: Callable[[nn.Parameter], nn.Parameter]) -> Iterator[None]:
+def replaced_parameters(
+    modules: Iterable[nn.Module], replacement: Callable[[nn.Parameter], nn.Parameter]
+) -> Iterator[None]:
     """Other parameters in place of the modules' own (not of their children's), while the context lasts.
 
     Not other data in the same parameters: a change of dtype, even undone, detaches the hooks by which DDP reduces
@@ -85,7 +87,7 @@ def replaced_parameters(modules: Iterable[nn.Module], other: Callable[[nn.Parame
     places = [(module, name, p) for module in modules for name, p in module._parameters.items() if p is not None]
     try:
         for module, name, weight in places:
-            module._parameters[name] = other(weight)
+            module._parameters[name] = replacement(weight)
         yield
     finally:
         for module, name, weight in places:

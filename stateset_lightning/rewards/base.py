@@ -319,7 +319,7 @@ def _item_outcome(item: Any) -> Outcome:
 def failure(error: BaseException) -> Outcome:
     """The outcome of a reward that raised `error`."""
     shown = traceback.TracebackException.from_exception(error)  # also of an exception that fails to print
-    trace = redacted_text("".join(shown.format()))
+    trace = redacted_text("".join(shown.format())) if error.__traceback__ else ""
     return Outcome(math.nan, {}, type(error).__name__, redacted_text(str(shown)), trace)
 
 

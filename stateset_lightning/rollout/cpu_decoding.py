@@ -64,7 +64,9 @@ def _prepacked_forward(linear: nn.Linear, packed: Tensor, x: Tensor) -> Tensor:
 # Llama-like models: a step in few operations -------------------------------------------------------------------------
 
 
-def attend_to_cache(hidden: Tensor | None, _: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+def attend_to_cache(
+    hidden: Tensor | None, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+) -> Tensor:
     """An `Attend`, once `hidden` is given: bool, broadcast to [B, 1, 1, C], the columns that a row does not see.
 
     Plain products: for one query per row they are faster than the fused kernel, which is made for many.

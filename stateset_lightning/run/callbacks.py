@@ -42,13 +42,14 @@ class EpisodeCallback(Callback):
         if callback is not None and not any(hasattr(callback, hook) for hook in hooks):
             raise TypeError(f"{callback!r} has none of {', '.join(hooks)}")
         self.callback = callback
-        vars(self).update({hook: getattr(callback, hook) for hook in hooks if hasattr(callback, hook)})
 
     def on_episode_start(self, episode: int) -> Any:
         """Before the prompts of an episode are sampled. Episodes count from 0."""
+        return self._call("on_episode_start", episode)
 
     def on_episode_end(self, episode: int, metrics: Mapping[str, float]) -> Any:
         """After the last optimizer step of an episode, with its newest metrics."""
+        return self._call("on_episode_end", episode, metrics)
 
     def on_turn_end(self, trainer: Trainer, pl_module: Any, turn: int, conversations: Sequence[TurnTaken]) -> Any:
         """After each turn of a batch's conversations, which counts from 1, in training and evaluation.
@@ -56,6 +57,10 @@ class EpisodeCallback(Callback):
         `conversations` are those of this rank that took it, each with `id` (the scenario's), `text` (the model's),
         `reply` (the environment's turns) and `ended`. A run that samples ahead calls it on the thread that samples.
         """
+        return self._call("on_turn_end", trainer, pl_module, turn, conversations)
+
+    def _call(self, hook: str, *args: Any) -> Any:
+        return getattr(self.callback, hook)(*args) if hasattr(self.callback, hook) else None
 
 
 @bounded("ReferenceSync")

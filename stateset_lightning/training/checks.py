@@ -77,6 +77,7 @@ def checks_of_run(trainer: Trainer, module: Any) -> list[Callable[[], None]]:
         partial(check_quantized, module.policy),
         partial(check_context, data, module.policy.context_length, module.rollout.max_new_tokens),
         partial(check_speed, trainer, module.policy.model.dtype),
+        partial(tell_of_targets, module),
     ]
 
 
@@ -142,16 +143,25 @@ def check_targets(data: ScenarioDataModule | None, module: Any) -> None:
     """
     if not module.algorithm.trains_on_targets:
         return
-    rollout, why = module.rollout, f"{type(module.algorithm).__name__} trains on one target per prompt, and not samples"
+    rollout = module.rollout
     names = "dynamic_sampling", "sampling_ahead", "keep_sampling_mask"
     needs_samples = {f"model.rollout.{name}": getattr(rollout, name) for name in names}
     needs_samples |= {"data.curriculum": data and data.curriculum, "model.environment": module.environment}
     for key, value in needs_samples.items():
         if value:
-            raise ConfigError(f"{key}={value} has no effect: {why}; leave it out")
+            raise ConfigError(f"{key}={value} has no effect: {_on_targets(module.algorithm)}; leave it out")
     if data is not None:
         Targets.of(module.tokenizer, rollout, data).encode(data.served("train")[0].known)
-    rank_zero_info(f"{why}: model.rollout.num_generations has no effect on it")
+
+
+def tell_of_targets(module: Any) -> None:
+    """Announces what follows where targets are trained on."""
+    if module.algorithm.trains_on_targets:
+        rank_zero_info(f"{_on_targets(module.algorithm)}: model.rollout.num_generations has no effect on it")
+
+
+def _on_targets(algorithm: Algorithm) -> str:
+    return f"{type(algorithm).__name__} trains on one target per prompt, and not samples"
 
 
 def check_monitors(trainer: Trainer, module: Any) -> None:

@@ -79,7 +79,6 @@ WAITING["fields"]["tool_calls"] |= {
         (TAGGED, [ADD]),
         (f"{TAGGED}\n{TAGGED.removesuffix('</function></tool_call>')}", [ADD, ADD]),
         ("<tool_call>\n<function=now>\n</function>\n</tool_call>", [NOW]),
-        ("<tool_call>now\n</tool_call>", [NOW]),
         ("<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value><arg_key>b</arg_key><arg_value>2</arg_value>",
          [ADD]),
         ("<tool_call><function=say><parameter=text>\n 1\n\n<b>2</b>\n</parameter>"
@@ -130,8 +129,10 @@ def test_other_texts_are_answers(text):
         (TAGGED.replace("2</parameter>", "2"), "the end of one is missing"),
         (TAGGED.replace("<parameter=b>", "b = "), "between tags"),
         ("<tool_call>add\n<arg_key>a</arg_key></tool_call>", "the end of one is missing"),
+        (TAGGED.replace("1\n</parameter>", "1\n"), "between tags"),
+        ("<tool_call>True</tool_call>", "calls are written"),
     ],
-    ids=range(18),
+    ids=range(20),
 )  # fmt: skip
 def test_malformed_calls_say_why(text, reason):
     (found,) = find_calls(text)
@@ -155,6 +156,11 @@ def test_a_malformed_call_leaves_its_neighbours_as_they_are():
         (float, "7.5", 7.5),
         (bool, "True", True),
         (list[int], "[1, 2]", [1, 2]),
+        (str | None, "None", None),
+        (str | None, "7", "7"),
+        (str, "None", "None"),
+        (str, "\r\n 7\r\n\r\n", " 7\r\n"),
+        (int | str, "...", "..."),
         (int, "open('x')", "open('x')"),
         (int, "[" * 5_000, "[" * 5_000),
     ],
@@ -168,8 +174,12 @@ def test_the_schema_tells_texts_from_values_where_there_are_no_quotes(kind, valu
         """
 
     take.__annotations__["value"] = kind
-    text = f"<tool_call><function=take><parameter=value>{value}</parameter></function></tool_call>"
+    text = f"<tool_call><function=take><parameter= value >{value}</parameter></function></tool_call>"
     assert find_calls(text, schemas=[schema_of(take)]) == [Call("take", {"value": expected})]
+
+
+def test_a_tool_may_be_called_by_its_name_alone():
+    assert find_calls("<tool_call>add\n</tool_call>", schemas=[schema_of(add)]) == [Call("add", {})]
 
 
 @pytest.mark.parametrize(

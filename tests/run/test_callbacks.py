@@ -89,10 +89,12 @@ def test_a_subclass_overrides_the_hooks():
         def on_episode_start(self, episode):
             self.seen = episode
 
-    mine = Mine()
-    call_episode_hook(trainer_with(mine), "on_episode_start", 5)
-    call_episode_hook(trainer_with(mine), "on_episode_end", 5, {})
-    assert mine.seen == 5
+    target = Async()
+    for mine in (Mine(), Mine(target)):
+        call_episode_hook(trainer_with(mine), "on_episode_start", 5)
+        call_episode_hook(trainer_with(mine), "on_episode_end", 5, {})
+        assert mine.seen == 5
+    assert target.seen == [(5, {})]
 
 
 class Async:

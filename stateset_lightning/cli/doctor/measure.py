@@ -52,7 +52,8 @@ LIMIT = 120.0
 # micro-step; `update`: the optimizer's step.
 REMEDIES = {
     "load": "set model.policy.lora (no second model for a reference) or trainer.precision, or choose a smaller model",
-    "sampling": "lower model.rollout.max_batch_rows or model.rollout.max_new_tokens",
+    "sampling": "lower model.rollout.max_batch_rows or model.rollout.max_new_tokens, or, as conversations are scored"
+    " beside it, use a smaller reward model",
     "scoring": "lower data.batch_size, or use a smaller reward model",
     "log-probs": "lower model.rollout.max_new_tokens or data.max_prompt_tokens",
     "training": "raise data.steps_per_episode and trainer.accumulate_grad_batches alike, or set"
@@ -121,7 +122,7 @@ class Meter:
             signal.signal(signal.SIGALRM, before)
         seconds, peak = time.perf_counter() - start, peak_memory_mb(self.device)
         self.costs[case, phase] = seconds, peak, stopped
-        print(f"  {case:11} {phase:9} {'> ' * stopped}{seconds:,.2f} s, {peak:,.1f} MB", flush=True)
+        heartbeat.say(f"  {case:11} {phase:9} {'> ' * stopped}{seconds:,.2f} s, {peak:,.1f} MB")
         return result
 
 

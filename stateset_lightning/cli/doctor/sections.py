@@ -106,7 +106,7 @@ class Doctor(StatesetCLI):
         made = module.configure_optimizers()
         self.trainer.optimizers = [made["optimizer"] if isinstance(made, dict) else made]
         if self.asked.sample and not isinstance(module.engine, InProcessEngine | None):
-            self.notes.append("a target is scored instead of a completion: model.engine's servers are left alone")
+            self.notes.append("nothing is sampled: model.engine's servers are left alone")
             self.asked.sample = False
         if self.asked.sample:
             module.engine = ready_engine(module.engine, module.tokenizer, module.rollout, str(self.trainer.precision))
@@ -151,7 +151,7 @@ class Doctor(StatesetCLI):
 
     def _score(self, rows: list[int], texts: Sequence[str], lengths: Sequence[int]) -> None:
         if self.module.environment is not None:
-            self.notes.append("model.environment: nothing is scored, as no conversation is played")
+            self.notes.append("model.environment: nothing is scored, as no conversations were played to their ends")
             return
         batch = self.episode.batch(rows)
         if (scores := self.episode.score(batch, texts, lengths)) is not None:
@@ -167,8 +167,8 @@ class Doctor(StatesetCLI):
         """
 
         def what_fails(failure: RewardFailure) -> str:
-            is_environments = causes_N and causes_N[failure.completion] == "failure"
-            return "model.environment" if is_environments else f"reward {failure.reward}"
+            has_no_end = bool(causes_N) and causes_N[failure.completion] == "failure"
+            return "model.environment" if has_no_end else f"reward {failure.reward}"
 
         parts = [f"{name} {value:.3f}" for name, value in zip(scores.names, scores.values_NF[0].tolist(), strict=True)]
         _show(f"reward      {scores.totals_N[0]:.3f} = {', '.join(parts)}")
