@@ -52,7 +52,7 @@ LORA = {"model": {"policy": {"lora": {"rank": 16, "alpha": 32, "target_modules":
 RATE = 1e-5  # constant, in all comparisons
 LORA_RATE = 1e-4  # ten times that of all weights
 RATES = {"Supervised": 5e-5, "OnPolicyDistillation": 5e-5, "GKD": 5e-5}
-WHOLE_BATCHES = {"data": {"batch_size": 32}}  # of supervised steps, which have one completion per prompt
+WHOLE_BATCHES = {"data": {"batch_size": 32}}  # of steps with one or two completions per prompt
 
 
 def nested(**keys: Any) -> dict[str, Any]:
@@ -139,8 +139,10 @@ def all_runs(seeds: list[int]) -> Iterator[Run]:
         student, targets = "distilled: the student's start", (*six, WHOLE_BATCHES, AS_THE_TEACHER)
         yield Run(student, seed, targets, "Supervised", start="student", cpu_minutes=WARM_CPU_MINUTES)
         of_six = {"start": student, "cpu_minutes": CPU_MINUTES}
-        yield Run("distilled", seed, six, "OnPolicyDistillation", teacher="six GRPO", **of_six)
-        yield Run("distilled: GKD", seed, six, "GKD", teacher="six GRPO", **of_six)
+        many = (*six, WHOLE_BATCHES, nested(model__rollout__num_generations=2))  # 64 samples, of 32 messages
+        yield Run("distilled", seed, many, "OnPolicyDistillation", teacher="six GRPO", **of_six)
+        # Forward KL: where the student is sure of what is wrong, other divergences have next to no gradient.
+        yield Run("distilled: GKD", seed, many, "GKD", {"jsd_beta": 0.0}, teacher="six GRPO", **of_six)
         yield Run("distilled: supervised instead", seed, targets, "Supervised", **of_six)
 
 

@@ -1,8 +1,8 @@
 """Several ranks are one process, only faster: the same samples, rewards, gradients and weights; and when one of them
 dies, the run ends.
 
-    python benchmarks/ranks.py            world sizes 1, 2 and 4, DDP and FSDP2, and every way to lose a rank (`make
-    ranks-test`) python benchmarks/ranks.py --quick    two ranks, fewer steps, two ways
+    python benchmarks/ranks.py            world sizes 1, 2 and 4, DDP and FSDP2, and every way to lose a rank
+    python benchmarks/ranks.py --quick    two ranks, fewer steps, two ways
 
 The run is that of `kill_test.py` without dropout: two passes over an episode of four prompts in micro-steps of so few
 that some ranks have nothing to train; some rewards fail; a KL term with an adaptive coefficient, a curriculum, a
