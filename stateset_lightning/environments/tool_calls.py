@@ -92,10 +92,10 @@ def find_calls(text: str, tokenizer: Any = None, schemas: Schemas = ()) -> list[
 def _read(text: str, schemas: Schemas) -> list[Call | Malformed]:
     """The calls between two tags."""
     try:
-        properties = {tool["name"]: tool["parameters"]["properties"] for tool in (s["function"] for s in schemas)}
-        tagged = _FUNCTION.fullmatch(text) or _NAME.fullmatch(text)
-        if tagged and (tagged[2] or tagged[1] in properties or text.startswith("<")):
-            return [_of_tags(tagged[1], tagged[2], properties.get(tagged[1], {}))]
+        if tagged := _FUNCTION.fullmatch(text) or _NAME.fullmatch(text):
+            properties = {tool["name"]: tool["parameters"]["properties"] for tool in (s["function"] for s in schemas)}
+            if tagged[2] or tagged[1] in properties or text.startswith("<"):
+                return [_of_tags(tagged[1], tagged[2], properties.get(tagged[1], {}))]
         if re.match(r"\{|\[\s*[{\]]", text):
             return [_as_call(item) for item in _json_items(text)]
         if named := _NAMED_JSON.match(text):

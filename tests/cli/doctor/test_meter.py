@@ -41,9 +41,10 @@ def test_running_out_of_memory_is_a_problem_that_says_what_to_lower():
     problems = []
     meter = Meter(CPU, problems)
     assert meter.run("worst case", "sampling", lambda: torch.empty(2**52)) is None
-    lower = "lower model.rollout.max_batch_rows or model.rollout.max_new_tokens, or, as conversations"
-    (problem,) = problems
-    assert problem.startswith(f"out of memory on cpu, worst case, sampling: {lower}")
+    assert problems == [
+        "out of memory on cpu, worst case, sampling: lower model.rollout.max_batch_rows or"
+        " model.rollout.max_new_tokens, or, as conversations are scored beside it, use a smaller reward model"
+    ]
     assert meter.costs == {}
     with pytest.raises(RuntimeError, match="size of tensor"):  # any other error is ours
         meter.run("worst case", "sampling", lambda: torch.ones(2) + torch.ones(3))
