@@ -19,7 +19,7 @@ from stateset_lightning.algorithm.advantages import Scale, group_advantages
 from stateset_lightning.algorithm.aggregation import token_advantages
 from stateset_lightning.algorithm.algorithm import Algorithm, fixed
 from stateset_lightning.algorithm.losses import importance_loss
-from stateset_lightning.algorithm.terms import needed
+from stateset_lightning.algorithm.terms import log_ratio, needed
 from stateset_lightning.types import Metrics, TokenBatch
 
 
@@ -75,13 +75,15 @@ class OnPolicyDistillation(Distillation):
     reverse KL (arXiv:2306.13649) from a sample, and the single-step part of MiniLLM's (arXiv:2306.08543, section 2.2).
     The loss, ratio x advantage without a clip and without rewards of later tokens, is that of Thinking Machines Lab
     ("On-Policy Distillation", 2025). The tokens of the batch are averaged. Of the teacher one log-prob per token is
-    needed, so it may be a server.
+    needed, so it may be a server. Their difference is bounded at 20 nats (`LARGEST_LOG_RATIO`), and 0 for a token whose
+    log-prob the server does not know.
     """
 
     aggregation = "token_mean"
 
     def per_token_loss(self, tokens: TokenBatch) -> tuple[Tensor, Metrics]:
-        gaps_T = needed(tokens, "teacher_logprobs_T", "class_path=OnPolicyDistillation") - tokens.old_logprobs_T
+        teacher_T = needed(tokens, "teacher_logprobs_T", "class_path=OnPolicyDistillation")
+        gaps_T = log_ratio(teacher_T, tokens.old_logprobs_T).nan_to_num(nan=0.0)
         advantages_T = token_advantages(tokens) + self.coefficient * gaps_T
         loss_T, metrics = super().per_token_loss(replace(tokens, advantages_T=advantages_T))
         return loss_T, metrics | {"policy/teacher_kl": (-gaps_T.sum(), gaps_T.numel())}

@@ -20,12 +20,8 @@ from stateset_lightning.errors import DataError
 MAX_PROBLEMS_SHOWN = 20
 
 # What the rows of a split are called where one file has those of several.
-SPLIT_NAMES = {
-    "train": ("train",),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test",),
-    "predict": ("predict", "test"),
-}
+SPLIT_NAMES = {"train": ["train"], "test": ["test"], "predict": ["predict", "test"]}
+SPLIT_NAMES |= {"validation": ["validation", "valid", "val", "dev"]}
 _WRAPPERS = ("data", "rows", "examples", "instances", "records")
 
 

@@ -74,18 +74,14 @@ SplitSpec = str | os.PathLike[str] | Sequence[Source | Mapping[str, Any]]
 
 
 def read_split(
-    spec: SplitSpec,
-    split: str,
-    options: RowOptions | dict[str, str | None] | None = None,
-    first: int | None = None,
-    are_scripts: bool = False,
+    spec: SplitSpec, split: str, options: RowOptions | None = None, first: int | None = None, are_scripts: bool = False
 ) -> ScenarioSet:
     """Reads and checks all scenarios of a split.
 
     Args:
         spec: A path, glob or hub id, a list of rows, or a list of sources.
         split: train, validation, test or predict.
-        options: What is said about the columns (or `fields` alone), for sources that say nothing of their own.
+        options: What is said about the columns, for sources that say nothing of their own.
         first: Rows of each file that are looked at, and of no hub or library; None: all.
         are_scripts: Whether a row's `user_responses` are said in one conversation; by default each is a prompt.
 
@@ -95,7 +91,7 @@ def read_split(
     """
     key = f"data.{split}"
     sources = _as_sources(spec, key)
-    options = options if isinstance(options, RowOptions) else RowOptions(fields=options)
+    options = options or RowOptions()
     parts: list[Part] = []
     checked: list[tuple[Scenario, str]] = []
     problems: list[Problem] = []

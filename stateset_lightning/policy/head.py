@@ -127,6 +127,11 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda and torch.version.hip is None
 
 
+def uploaded(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on a device that the host does not wait for, but on Apple's GPUs, where it may outlive its source."""
+    return tensor.to(device, non_blocking=device.type != "mps")
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a b in float32 at least. Sums that were rounded to half precision on the way would bias the gradient."""
     if on_gpu(a) and a.dtype.itemsize == 2:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from stateset_lightning.policy import varlen_attention
-from stateset_lightning.policy.head import capped, on_gpu
+from stateset_lightning.policy.head import capped, on_gpu, uploaded
 from stateset_lightning.policy.shared_prompts import SharedPrompts, softmax_with_sinks
 
 NAME = "stateset_prefix"
@@ -216,7 +216,7 @@ def _make_rows(
         lengths_R = np.array([prompts[i][1] for i in prompt_of_row])
         mask = _mask(lengths_R, prompts_PL.shape[1], queries_RM.shape[1])
         arrays = prompts_PL, queries_RM, keys_RK, mask
-        at_prompts, at_queries, at_keys, sees = (torch.from_numpy(x).to(device) for x in arrays)
+        at_prompts, at_queries, at_keys, sees = (uploaded(torch.from_numpy(x), device) for x in arrays)
         buckets.append(Bucket(at_prompts, at_queries, at_keys, sees, lengths_R))
         places += [prompt_places, completion_places]
     # Row by row we have the places in the sequence; turned round, the row of each place. Padding (-1) is written to an
@@ -224,7 +224,7 @@ def _make_rows(
     place_of_row = np.concatenate(places)
     rows_S = np.empty(starts[-1] + 1, dtype=np.int64)
     rows_S[place_of_row] = np.arange(len(place_of_row))
-    return buckets, torch.from_numpy(rows_S[:-1]).to(device)
+    return buckets, uploaded(torch.from_numpy(rows_S[:-1]), device)
 
 
 def _attend_completions(bucket: Bucket, attend: Callable[..., Tensor], *packed: Tensor) -> Tensor:

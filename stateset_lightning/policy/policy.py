@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from stateset_lightning.errors import ConfigError, log
 from stateset_lightning.policy import lora, packed_attention, probes
 from stateset_lightning.policy.config import PolicyConfig
-from stateset_lightning.policy.head import Comparison, capped, head_of, softcap, token_logprobs
+from stateset_lightning.policy.head import Comparison, capped, head_of, softcap, token_logprobs, uploaded
 from stateset_lightning.policy.lora_state import AdapterState, base_digest, keep_only_in_state_dict
 from stateset_lightning.policy.recomputed_layers import use_recomputed_layers
 from stateset_lightning.policy.routing import check_routers, routed_sums
@@ -238,7 +238,7 @@ class Policy(nn.Module):
         return outputs.flatten(0, 1).index_select(0, places_T)
 
     def _ids(self, values: Sequence[Any]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=self.device)
+        return uploaded(torch.tensor(values, dtype=torch.long), self.device)
 
     @torch.no_grad()
     def _probe_head(self) -> bool:

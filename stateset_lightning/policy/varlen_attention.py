@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from stateset_lightning.errors import tell_once
+from stateset_lightning.policy.head import uploaded
 
 Piece = tuple[int, int]  # first place in the packed sequence, and length
 CAUSAL, WHOLE = (-1, 0), (-1, -1)
@@ -40,7 +41,7 @@ class Spans:
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> "Spans":
         ends = np.cumsum([0, *lengths], dtype=np.int32)
-        return cls(torch.from_numpy(ends).to(device), max([2, *lengths]))
+        return cls(uploaded(torch.from_numpy(ends), device), max([2, *lengths]))
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _lengths(pieces: Sequence[Piece]) -> list[int]:
 
 
 def _places(pieces: Iterable[Piece], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.concatenate([np.arange(start, start + n) for start, n in pieces])).to(device)
+    return uploaded(torch.from_numpy(np.concatenate([np.arange(start, start + n) for start, n in pieces])), device)
 
 
 # Where the kernels are

@@ -8,6 +8,7 @@ that computes something else.
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 from collections.abc import Sequence
 from functools import partial
+from itertools import cycle, islice
 from typing import Annotated, Any, Literal
 
 import torch
@@ -47,8 +48,8 @@ class VLLMEngine:
     completions have log-probs at temperature 1.
 
     Args:
-        urls: The servers. Prompts are dealt out to them in turn; all completions of a prompt go to one server, which
-            prefills it once.
+        urls: The servers. Prompts are dealt out to them in turn, from another one on each device; all completions of a
+            prompt go to one server, which prefills it once.
         folder: Where weights are handed over; the servers must see it under the same path. None: shared memory
             (/dev/shm); where it is missing or has no room, the system's for temporary files (announced).
         dtype: That the servers compute in (their --dtype). A whole model is handed over in it, and it decides the
@@ -104,6 +105,7 @@ class VLLMEngine:
             while_used = f"sampling_ahead={sampling.sampling_ahead} on {Ranks.current().world} devices"
             raise ConfigError(f"model.engine.{option} with {while_used}: it is for one process that trains or samples")
         self.max_length = min([server.find_model() for server in self.servers])
+        self._in_turn = islice(cycle(self.servers), Ranks.current().rank, None)
         self._tell("/sleep")
 
     def _tell(self, path: str) -> None:
@@ -157,7 +159,6 @@ class VLLMEngine:
         """
         synced, limit = self._weights.synced, self.max_length
         assert synced is not None, "sync(policy) comes before generate"
-        assert len(seeds_N) == len(prompts) * num_generations
         whose = f"the server's --max-model-len of {limit} (raise it, if the model allows)"
         check_length(max(map(len, prompts)), sampling.max_new_tokens, limit, whose)
         stop = StopStrings(sampling.stop, self.tokenizer, self.ends)
@@ -165,13 +166,11 @@ class VLLMEngine:
         if sampling.stop:  # looked for in a text with special tokens, as `stop` does
             common |= {"stop": sampling.stop, "include_stop_str_in_output": True, "skip_special_tokens": False}
         self._tell("/wake_up")
-        choices, texts = [Choice.model_construct()] * len(seeds_N), [""] * len(seeds_N)
-        numbers = {}
+        choices, texts, numbers = [Choice.model_construct()] * len(seeds_N), [""] * len(seeds_N), {}
+        servers_N = [server for server in islice(self._in_turn, len(prompts)) for _ in range(num_generations)]
         with DaemonThreads(sampling.max_batch_rows, "vllm-request") as threads:
-            for n, seed in enumerate(seeds_N):
-                p = n // num_generations
-                server = self.servers[p % len(self.servers)]
-                own = {"prompt": prompts[p], "seed": seed}
+            for n, (server, seed) in enumerate(zip(servers_N, seeds_N, strict=True)):
+                own = {"prompt": prompts[n // num_generations], "seed": seed}
                 body = {**request(server, synced, sampling, greedy), **common, **own}
                 numbers[threads.submit(server.patiently, partial(server.choices, body))] = n
             for future in as_they_end(numbers):
@@ -180,8 +179,8 @@ class VLLMEngine:
                 if on_finished is not None:
                     on_finished(n, texts[n], len(choice.token_ids))
         self._tell("/sleep")
-        for i, server in enumerate(self.servers):
-            server.check_known([c for n, c in enumerate(choices) if n // num_generations % len(self.servers) == i])
+        for server in self.servers:
+            server.check_known([choice for choice, its in zip(choices, servers_N, strict=True) if its is server])
         completion_tokens_T = torch.tensor([token for choice in choices for token in choice.token_ids])
         logprobs_T = torch.tensor([logprob for choice in choices for logprob in choice.logprobs], dtype=torch.float32)
         lengths_N = torch.tensor([len(choice.token_ids) for choice in choices])

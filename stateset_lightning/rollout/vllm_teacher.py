@@ -64,7 +64,7 @@ class VLLMTeacher:
 
     @interruptible()
     def score_without_gradient(self, groups: Sequence[Group], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Log-probs of the sampled tokens, as `Policy.score_without_gradient`; no entropies.
+        """Log-probs of the sampled tokens, as `Policy.score_without_gradient`, NaN where none is known; no entropies.
 
         Raises:
             ServerError: If a server refuses, answers badly, or stays away for too long.
@@ -82,17 +82,17 @@ class VLLMTeacher:
 
 
 def _logprobs(server: VLLMServer, tokens: list[int], count: int) -> list[float]:
-    """Of the last `count` tokens.
+    """Of the last `count` tokens; NaN for those that the server does not know.
 
     Raises:
-        BadAnswer: If the answer has none of them.
+        BadAnswer: If the answer leaves one out.
     """
     body = {"model": server.model, "prompt": tokens, "max_tokens": 1, "prompt_logprobs": 0, "temperature": 0}
     answered = server.ask("/v1/completions", ScoredPrompt, body).tokens
     if len(answered) != len(tokens):
         raise BadAnswer(f"log-probs of {len(answered)} tokens where {len(tokens)} were asked for")
     found = [(known or {}).get(str(token)) for known, token in zip(answered, tokens, strict=True)][-count:]
-    logprobs = [math.nan if each is None else each.logprob for each in found]
-    if not all(math.isfinite(logprob) and logprob <= LARGEST_LOGPROB for logprob in logprobs):
-        raise BadAnswer("log-probs that are missing or none")
+    logprobs = [math.inf if each is None else each.logprob for each in found]
+    if any(logprob > LARGEST_LOGPROB for logprob in logprobs):  # NaN is not
+        raise BadAnswer("log-probs that are missing or above 0")
     return logprobs

@@ -23,6 +23,7 @@ from stateset_lightning.algorithm import Algorithm
 from stateset_lightning.algorithm.aggregation import sequence_sums
 from stateset_lightning.errors import tell_once
 from stateset_lightning.policy import Comparison, Group, SamplingMask
+from stateset_lightning.policy.head import uploaded
 from stateset_lightning.ranks import Ranks
 from stateset_lightning.training.turns import TurnScores, turn_advantages
 from stateset_lightning.types import FinishReason, Rollout, Scores
@@ -52,8 +53,7 @@ class MicroBatch:
         def there(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            value = value.float() if value.dtype == torch.float64 else value
-            return value.to(device, non_blocking=device.type != "mps")  # there such a copy may outlive its source
+            return uploaded(value.float() if value.dtype == torch.float64 else value, device)
 
         return MicroBatch(**{name: there(value) for name, value in vars(self).items()})
 

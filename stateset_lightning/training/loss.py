@@ -21,6 +21,7 @@ from stateset_lightning.policy.routing import balance
 from stateset_lightning.seeding import derive_seed
 from stateset_lightning.training import metrics
 from stateset_lightning.training.episode import Episode, MicroBatch, Plan, groups_of
+from stateset_lightning.training.teacher import teacher_logprobs
 from stateset_lightning.types import Metrics, Rollout, Scores
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def add_fixed_logprobs(step: TrainingStep, episode: Episode, scored: TrainedScor
     if step.reference is not None and episode.ref_logprobs_T is None:
         episode.ref_logprobs_T = episode.scatter(step.reference.score_without_gradient(groups, temperature)[0])
     if step.teacher is not None and not isinstance(algorithm, GKD):
-        episode.teacher_logprobs_T = episode.scatter(step.teacher.score_without_gradient(groups, temperature)[0])
+        episode.teacher_logprobs_T = episode.scatter(teacher_logprobs(step.teacher, groups, temperature))
     balances = step.policy.config.router_aux_loss > 0 and any(episode.active_by_step)
     if not (algorithm.selects_tokens or balances) and (not old or episode.old_logprobs_T is not None):
         return

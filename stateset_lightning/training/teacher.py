@@ -1,6 +1,6 @@
 """The teacher that a policy is distilled from: a model in this process, or one that vLLM servers have."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from stateset_lightning.algorithm import GKD, Algorithm
-from stateset_lightning.errors import ConfigError
-from stateset_lightning.policy import Policy, PolicyConfig, compared_with, load_model, load_tokenizer
+from stateset_lightning.errors import ConfigError, NonFiniteError
+from stateset_lightning.policy import Group, Policy, PolicyConfig, compared_with, load_model, load_tokenizer
 from stateset_lightning.rollout import RolloutConfig, VLLMTeacher
 from stateset_lightning.training.episode import MicroBatch
 
@@ -94,6 +94,19 @@ def _named_as_teachers() -> Iterator[None]:
         yield
     except ConfigError as error:
         raise ConfigError(str(error).replace("model.policy.", "model.teacher.")) from error
+
+
+def teacher_logprobs(teacher: Teacher, groups: Sequence[Group], temperature: float) -> torch.Tensor:
+    """Of the sampled tokens, [T]; NaN for those that it does not know.
+
+    Raises:
+        NonFiniteError: If more than half are unknown, and not a single one.
+    """
+    logprobs_T = teacher.score_without_gradient(groups, temperature)[0]
+    if (unknown := int(logprobs_T.isnan().sum())) > max(1, len(logprobs_T) / 2):
+        what = f"model.teacher knows no log-prob for {unknown} of {len(logprobs_T)} tokens, NaN, null or -inf"
+        raise NonFiniteError(f"{what}: see whether it is the right model, or give it a wider dtype")
+    return logprobs_T
 
 
 def with_comparison(batch: MicroBatch, algorithm: Algorithm, teacher: Teacher | None, temperature: float) -> MicroBatch:

@@ -13,6 +13,7 @@ from stateset_lightning.algorithm import GKD, KL, OnPolicyDistillation, TokenBat
 from stateset_lightning.errors import ConfigError
 
 LENGTHS = torch.tensor([1, 2])
+NAN = math.nan
 
 
 def tokens(old: list[float], teacher: list[float], advantages: list[float], moved: float = 0.0) -> TokenBatch:
@@ -44,9 +45,14 @@ def test_a_teacher_that_is_the_student_says_nothing() -> None:
     assert OnPolicyDistillation().per_token_loss(batch)[0].tolist() == [0, 0, 0]
 
 
-NAN = math.nan
 REWARDS = torch.tensor([[[1.0], [0.0]], [[1.0], [1.0]], [[NAN], [0.0]]])
 """A mixed group, a constant one, one with a reward that failed."""
+
+
+def test_a_gap_is_bounded_at_20_nats_and_none_where_the_teacher_does_not_know() -> None:
+    loss_T, metrics = OnPolicyDistillation().per_token_loss(tokens([-2.0, -1.0, -3.0], [-300.0, NAN, -4.0], [0.0, 0.0]))
+    assert loss_T.tolist() == [20, 0, 1]
+    assert metrics["policy/teacher_kl"][0] == 21
 
 
 @pytest.mark.parametrize("preset", [OnPolicyDistillation, GKD])

@@ -7,6 +7,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from stateset_lightning.data.hub import is_hub_id, read_hub
+from stateset_lightning.data.shapes import RowOptions
 from stateset_lightning.data.sources import read_split
 from stateset_lightning.errors import ConfigError, DataError
 
@@ -58,7 +59,7 @@ def test_what_looks_like_a_hub_id(text, expected):
     ],
 )
 def test_a_hub_id_says_name_configuration_and_split(calls, hub_id, split, asked):
-    found = read_split(hub_id, split, {"prompt": "question"})
+    found = read_split(hub_id, split, RowOptions(fields={"prompt": "question"}))
     assert calls == [asked]
     assert [(s.id, s.prompt) for s in found.scenarios] == [(f"{hub_id}:1", "a"), (f"{hub_id}:2", "b")]
 
@@ -69,7 +70,8 @@ def test_a_parquet_file(tmp_path, write):
     from pyarrow.parquet import write_table
 
     write_table(pyarrow.table({"question": ["a", "b"], "answer": ["1", None]}), tmp_path / "a.parquet")
-    found = read_split(tmp_path / "a.parquet", "train", {"prompt": "question", "target": "answer"}).scenarios
+    options = RowOptions(fields={"prompt": "question", "target": "answer"})
+    found = read_split(tmp_path / "a.parquet", "train", options).scenarios
     assert [(s.id, s.prompt, s.target) for s in found] == [("a:1", "a", "1"), ("a:2", "b", None)]
     with pytest.raises(DataError, match=r"broken\.parquet: cannot be read as Parquet"):
         read_split(write("broken.parquet", b"PAR1"), "train")

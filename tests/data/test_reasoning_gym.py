@@ -3,7 +3,7 @@
 import pytest
 import reasoning_gym
 
-from stateset_lightning.data import Source, read_split
+from stateset_lightning.data import RowOptions, Source, read_split
 from stateset_lightning.data.reasoning_gym import MAX_SIZE
 from stateset_lightning.errors import ConfigError
 
@@ -43,7 +43,7 @@ def test_tasks_mix_with_other_sources_whatever_fields_say():
         Source(rows=rows, weight=1.0),
         Source(reasoning_gym="spell_backward", size=3, weight=2.0, rewards=["reasoning_gym"]),
     ]
-    read = read_split(spec, "train", {"prompt": "question"})
+    read = read_split(spec, "train", RowOptions(fields={"prompt": "question"}))
     assert read.names == ["data.train item 1", "spell_backward"]
     assert read.source_of.tolist() == [0, 1, 1, 1]
     assert read.scenarios[1].rewards == ("reasoning_gym",)

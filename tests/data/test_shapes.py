@@ -591,7 +591,7 @@ def test_a_source_has_options_of_its_own(tiny_tokenizer):
         {"rows": [{"nums": [1, 2], "target": 3}], "prompt_template": "Make {{ target }} of {{ nums }}."},
         {"rows": [{"q": "2 + 2?", "a": "4"}]},
     ]
-    found = read_split(sources, "train", {"prompt": "q", "target": "a"}).scenarios
+    found = read_split(sources, "train", RowOptions(fields={"prompt": "q", "target": "a"})).scenarios
     assert [(s.prompt, s.target) for s in found] == [("Make 3 of [1, 2].", 3), ("2 + 2?", "4")]
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stateset_lightning.data.scenario_set import hold_out
+from stateset_lightning.data.shapes import RowOptions
 from stateset_lightning.data.sources import Source, read_split
 from stateset_lightning.errors import DataError, UserError
 
@@ -45,7 +46,7 @@ def test_sources_keep_their_names_weights_fields_and_rewards(write):
         {"path": str(path), "weight": 2.0, "fields": {"prompt": "question"}, "rewards": ["exact"], "name": "maths"},
         Source(rows=[{"text": "y"}, {"text": "z"}], weight=1),
     ]
-    found = read_split(spec, "train", {"prompt": "text"})
+    found = read_split(spec, "train", RowOptions(fields={"prompt": "text"}))
     assert [(s.id, s.prompt, s.rewards) for s in found.scenarios] == [
         ("a:1", "x", ("exact",)),
         ("train.2:1", "y", None),

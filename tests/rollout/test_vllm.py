@@ -95,6 +95,10 @@ def test_prompts_are_dealt_out_to_the_servers() -> None:
         assert asked == [sorted(SEEDS[:2] + SEEDS[4:]), sorted(SEEDS[2:4])]  # whole groups
         assert servers[0].stub.adapters == servers[1].stub.adapters != {}
         assert len(rollout.texts) == 6
+        for seed in (71, 72):  # the turn goes on from call to call, or one prompt at a time would all go to one server
+            engine.generate(PROMPTS[:1], 1, SAMPLING, [seed])
+        last = [server.stub.samples()[-1]["seed"] for server in reversed(servers)]
+        assert last == [71, 72]
 
 
 def test_what_no_server_can_do_is_refused(server: Running) -> None:

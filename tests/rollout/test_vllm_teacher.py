@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -49,10 +50,10 @@ def answer(*prompt_logprobs: Any) -> tuple[int, Any]:
     ("bad", "message"),
     [
         (answer(None, {"6": {"logprob": -1.0}}), "log-probs of 2 tokens where 3 were asked for"),
-        (answer(None, {"6": {"logprob": -1.0}}, {"9": {"logprob": -1.0}}), "log-probs that are missing or none"),
-        (answer(None, {"6": {"logprob": -1.0}}, {"7": {"logprob": 0.5}}), "log-probs that are missing or none"),
-        (answer(None, {"6": {"logprob": -1.0}}, None), "log-probs that are missing or none"),
-        (answer(None, {"6": {"logprob": -1.0}}, {"7": {"logprob": -9999.0}}), "log-probs that are missing or none"),
+        (answer(None, {"6": {"logprob": -1.0}}, {"9": {"logprob": -1.0}}), "log-probs that are missing or above 0"),
+        (answer(None, {"6": {"logprob": -1.0}}, {"7": {"logprob": 0.5}}), "log-probs that are missing or above 0"),
+        (answer(None, {"6": {"logprob": -1.0}}, {"7": {"logprob": math.inf}}), "log-probs that are missing or above 0"),
+        (answer(None, {"6": {"logprob": -1.0}}, None), "log-probs that are missing or above 0"),
         ((200, {"choices": []}), "answers in another form than vLLM's"),
         ((400, {"error": {"message": "no prompt_logprobs here"}}), r"model\.teacher\.urls: .*no prompt_logprobs here"),
     ],
@@ -64,6 +65,15 @@ def test_an_answer_that_is_none_ends_the_run(server: Running, bad: tuple[int, An
     with pytest.raises(ServerError, match=message) as raised:
         teacher.score_without_gradient([Group([5], [[6, 7]])])
     assert "model.teacher.urls" in str(raised.value)
+
+
+@pytest.mark.parametrize("unknown", [None, -9999.0, math.nan, -math.inf])
+def test_a_log_prob_that_the_server_does_not_know_is_nan(server: Running, unknown: float | None) -> None:
+    teacher = VLLMTeacher([server.url])
+    teacher.setup(3, 3)
+    server.stub.answers = [answer(None, {"6": {"logprob": -1.0}}, {"7": {"logprob": unknown}})]
+    logprobs_T = teacher.score_without_gradient([Group([5], [[6, 7]])])[0]
+    assert logprobs_T.nan_to_num(nan=7.0).tolist() == [-1, 7]
 
 
 def test_a_broken_answer_is_asked_for_again(server: Running) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,10 @@ from vllm_stub import running
 
 from stateset_lightning import RolloutConfig
 from stateset_lightning.algorithm import GKD, Clipped, OnPolicyDistillation
-from stateset_lightning.errors import ConfigError, RewardError
+from stateset_lightning.errors import ConfigError, NonFiniteError, RewardError
 from stateset_lightning.policy import Group, LoRAConfig, Policy, PolicyConfig, compared_with, load_model, load_tokenizer
 from stateset_lightning.rollout import VLLMTeacher
-from stateset_lightning.training.teacher import check_same_tokenizer
+from stateset_lightning.training.teacher import check_same_tokenizer, teacher_logprobs
 
 SERVED = VLLMTeacher(["http://127.0.0.1:1"])
 ROLLOUT = {"num_generations": 4, "max_new_tokens": 5}
@@ -63,6 +65,17 @@ def test_what_cannot_be_honoured_is_refused(options: dict[str, Any], message: st
 def test_a_model_that_is_not_there_is_named_as_the_teachers(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.teacher\.model_name='/nowhere'"):
         fit(tmp_path, make_module(algorithm=GKD(), teacher="/nowhere"), max_steps=1)
+
+
+@pytest.mark.parametrize(("known", "ends"), [(0, True), (1, True), (2, False), (4, False)])
+def test_a_run_ends_where_the_teacher_knows_too_few_log_probs(known: int, ends: bool) -> None:
+    class Teacher(VLLMTeacher):
+        def score_without_gradient(self, groups: Any, temperature: float = 1.0) -> Any:
+            return torch.tensor([-1.0] * known + [math.nan] * (4 - known)), torch.empty(0)
+
+    says = rf"model.teacher knows no log-prob for {4 - known} of 4 tokens, NaN, null or -inf"
+    with pytest.raises(NonFiniteError, match=says) if ends else nullcontext():
+        teacher_logprobs(Teacher(SERVED.urls), [], 1.0)
 
 
 @pytest.mark.parametrize("algorithm", [GKD(), OnPolicyDistillation()], ids=["GKD", "sampled token"])
