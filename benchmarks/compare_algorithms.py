@@ -1,5 +1,5 @@
-"""What each algorithm learns on the bundled task: validation accuracy before and after, over seeds, TRL's GRPOTrainer
-beside them.
+"""What each algorithm learns on the bundled task: validation accuracy before, in and after training, over seeds, TRL's
+GRPOTrainer beside them.
 
     python benchmarks/compare_algorithms.py [--names GRPO DAPO ...] [--seeds 1 2 3] [--steps 200] [--jobs 1]
     [--trl-python PATH]
@@ -30,6 +30,7 @@ import yaml
 REPOSITORY = Path(__file__).parents[1]
 CONFIG = REPOSITORY / "configs" / "single_turn.yaml"
 BETA_0, TRL = "GRPO beta 0", "TRL GRPO beta 0"
+PARTS = 4  # of a run, each of which ends with a validation
 
 
 def preset_names() -> list[str]:
@@ -53,7 +54,8 @@ def write_config(folder: Path, name: str, seed: int, steps: int) -> Path:
     if name in (BETA_0, TRL):
         algorithm = {"class_path": "stateset_lightning.algorithm.GRPO", "init_args": {"beta": 0.0}}
     config["model"]["algorithm"] = algorithm
-    config["trainer"].update(max_steps=steps, val_check_interval=steps, callbacks=[], enable_checkpointing=False)
+    config["trainer"].update(max_steps=steps, val_check_interval=steps // PARTS)
+    config["trainer"].update(callbacks=[], enable_checkpointing=False)
     config["trainer"].update(enable_progress_bar=False, enable_model_summary=False)
     config["trainer"]["logger"]["init_args"]["save_dir"] = str(folder)
     file = folder / "config.yaml"
@@ -81,25 +83,17 @@ def logged(folder: Path, metric: str) -> list[float]:
     return values
 
 
-def run_ours(name: str, seed: int, steps: int, folder: Path) -> dict[str, float]:
+def run_ours(name: str, seed: int, steps: int, folder: Path) -> None:
     call(command(write_config(folder, name, seed, steps), "fit"))
-    accuracies = logged(folder, "val/reward")
-    assert len(accuracies) >= 2, f"validation before and after was expected, found {accuracies}"
-    return {
-        "before": accuracies[0],
-        "after": accuracies[-1],
-        "train_reward": statistics.mean(logged(folder, "train/reward")[-10:]),
-    }
 
 
-def run_trl(seed: int, steps: int, folder: Path, python: str) -> dict[str, float]:
-    """TRL trains and saves a model folder; the validation is ours, before and after."""
+def run_trl(seed: int, steps: int, folder: Path, python: str) -> None:
+    """TRL trains and saves model folders; the validations are ours."""
     config = write_config(folder, TRL, seed, steps)
     call([python, __file__, "--train-with-trl", str(folder), "--seeds", str(seed), "--steps", str(steps)])
     call(command(config, "validate"))
-    call(command(config, "validate", "--model.policy.model_name", str(folder / "trained")))
-    before, after = logged(folder, "val/reward")
-    return {"before": before, "after": after}
+    for step in range(steps // PARTS, steps + 1, steps // PARTS):
+        call(command(config, "validate", "--model.policy.model_name", str(folder / f"checkpoint-{step}")))
 
 
 def train_with_trl(folder: Path, seed: int, steps: int) -> None:
@@ -136,7 +130,7 @@ def train_with_trl(folder: Path, seed: int, steps: int) -> None:
             [{"prompt": [{"role": "user", "content": row["prompt"]}], "target": row["target"]} for row in rows]
         ),
         args=GRPOConfig(
-            output_dir=str(folder / "trl"),
+            output_dir=str(folder),
             seed=seed,
             max_steps=steps,
             per_device_train_batch_size=data["batch_size"] * rollout["num_generations"],
@@ -151,11 +145,10 @@ def train_with_trl(folder: Path, seed: int, steps: int) -> None:
             max_grad_norm=config["trainer"]["gradient_clip_val"],
             epsilon=0.2,
             logging_steps=1000,
-            **TRL_SETTINGS,
+            **{**TRL_SETTINGS, "save_strategy": "steps", "save_steps": steps // PARTS},
         ),
     )
     trainer.train()
-    trainer.save_model(str(folder / "trained"))
 
 
 def measure(name: str, seed: int, steps: int, trl_python: str | None) -> dict[str, Any]:
@@ -163,10 +156,12 @@ def measure(name: str, seed: int, steps: int, trl_python: str | None) -> dict[st
         folder = Path(temporary)
         if name == TRL:
             assert trl_python is not None
-            result = run_trl(seed, steps, folder, trl_python)
+            run_trl(seed, steps, folder, trl_python)
         else:
-            result = run_ours(name, seed, steps, folder)
-    return {"name": name, "seed": seed, "steps": steps, **result}
+            run_ours(name, seed, steps, folder)
+        accuracies = logged(folder, "val/reward")
+    assert len(accuracies) == PARTS + 1, f"a validation before and {PARTS} in training, found {accuracies}"
+    return {"name": name, "seed": seed, "steps": steps, "accuracies": accuracies}
 
 
 def read_results(file: Path, steps: int) -> list[dict[str, Any]]:
@@ -175,17 +170,17 @@ def read_results(file: Path, steps: int) -> list[dict[str, Any]]:
 
 
 def print_table(results: list[dict[str, Any]], names: list[str]) -> None:
-    """Mean and standard deviation over seeds; the best first."""
-    print("| algorithm | seeds | before | after, mean | after, spread |\n|---|---|---|---|---|")
-    groups = {name: [row for row in results if row["name"] == name] for name in names}
-    for name, rows in sorted(
-        groups.items(), key=lambda item: -statistics.mean([row["after"] for row in item[1]] or [0.0])
-    ):
-        if rows:
-            after = [row["after"] for row in rows]
-            spread = f"{statistics.stdev(after):.3f}" if len(after) > 1 else "-"
-            before = statistics.mean(row["before"] for row in rows)
-            print(f"| {name} | {len(rows)} | {before:.3f} | {statistics.mean(after):.3f} | {spread} |")
+    """Means over seeds before, in and after training, and the last one's standard deviation; the best first."""
+    groups = {name: [row["accuracies"] for row in results if row["name"] == name] for name in names}
+    means = {
+        name: [statistics.mean(column) for column in zip(*rows, strict=True)] for name, rows in groups.items() if rows
+    }
+    columns = [f"{100 * part // PARTS}% of the steps" for part in range(PARTS + 1)]
+    print(f"| algorithm | seeds | {' | '.join(columns)} | spread |\n|{'---|' * (PARTS + 4)}")
+    for name, mean in sorted(means.items(), key=lambda item: -item[1][-1]):
+        last = [row[-1] for row in groups[name]]
+        spread = f"{statistics.stdev(last):.3f}" if len(last) > 1 else "-"
+        print(f"| {name} | {len(last)} | {' | '.join(f'{value:.3f}' for value in mean)} | {spread} |")
 
 
 def main() -> None:

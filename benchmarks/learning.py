@@ -2,10 +2,10 @@
 
     python benchmarks/learning.py --banking77 FILE [--only PATTERN ...] [--seeds 1 2 3] [--trl] [--picture FILE]
 
-The model is SmolLM2-135M-Instruct from the package index, the messages are Banking77's (the authors' train.csv, or a
-hub id). Each run is a process of its own; a curve that is finished stands in FOLDER/results.jsonl and is not made
-again, and a run that was stopped goes on from its last checkpoint: the command goes on where it was. What `--only`
-names is made, by parts of names (`--only six 'warm start'`); by default all of it, which takes days.
+The model is SmolLM2-135M-Instruct from the package index, the messages are Banking77's (the authors' train.csv). Each
+run is a process of its own; a curve that is finished stands in FOLDER/results.jsonl and is not made again, and a run
+that was stopped goes on from its last checkpoint: the command goes on where it was. What `--only` names is made, by
+parts of names (`--only six 'warm start'`), and before it what it starts from; by default all of it, which takes days.
 
 - `six`: six intents; GRPO and MaxRL, all weights and LoRA, three seeds; Dr. GRPO, DAPO and RLOO, one seed.
 - `all`: the same on all 77 intents.
@@ -144,6 +144,15 @@ def all_runs(seeds: list[int]) -> Iterator[Run]:
         # Forward KL: where the student is sure of what is wrong, other divergences have next to no gradient.
         yield Run("distilled: GKD", seed, many, "GKD", {"jsd_beta": 0.0}, teacher="six GRPO", **of_six)
         yield Run("distilled: supervised instead", seed, targets, "Supervised", **of_six)
+
+
+def with_starts(runs: list[Run], chosen: list[Run]) -> list[Run]:
+    """The chosen runs and those that they start from or learn from, in order."""
+    needed = {(run.name, run.seed) for run in chosen}
+    for run in reversed(runs):
+        if (run.name, run.seed) in needed:
+            needed |= {(run.start, run.seed), (run.teacher, run.seed)}
+    return [run for run in runs if (run.name, run.seed) in needed]
 
 
 def six_targets(row: dict[str, str]) -> dict[str, str] | None:
@@ -502,7 +511,7 @@ def main() -> None:
     if options.side:
         side = run_ours if options.side == "ours" else run_trl
         return side(options.folder, options.model, options.banking77, options.seeds[0])
-    runs = [run for run in all_runs(options.seeds) if any(part in run.name for part in options.only)]
+    runs = list(all_runs(options.seeds))
     if options.run:
         run = next(run for run in runs if run.folder_name == options.run)
         row = make(run, options.folder, model_of(run, options.folder), options.folder / "messages", options.banking77)
@@ -513,7 +522,8 @@ def main() -> None:
     if options.trl:
         return compare_with_trl(options, model_of(Run("", 0, (), ""), options.folder))
     done = {(row["name"], row["seed"]) for row in read_results(options.folder / "results.jsonl")}
-    for run in runs:
+    chosen = [run for run in runs if any(part in run.name for part in options.only)]
+    for run in with_starts(runs, chosen):
         if (run.name, run.seed) not in done:
             print(f"{run.name}, seed {run.seed}", flush=True)
             words = [sys.executable, __file__, f"--run={run.folder_name}", f"--folder={options.folder}"]
