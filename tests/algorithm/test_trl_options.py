@@ -159,8 +159,9 @@ def their_trainer(case: Case, folder: Path, name: str = "GRPO", **options: Any) 
 def theirs(case: Case, folder: Path, **options: Any) -> Result:
     trainer = their_trainer(case, folder, **options)
     inputs = trainer._generate_and_score_completions([{"prompt": ""}] * 4)
+    loss = torch.zeros(())
     for case.sharpness in steps_of(options):
-        loss = trainer._compute_loss(case.model, inputs)
+        loss = loss + trainer._compute_loss(case.model, inputs)
     case.sharpness = 1.0
     return inputs["advantages"], loss.item(), case.gradients(loss)
 
@@ -196,8 +197,9 @@ class Scene:
 def ours(
     case: Case, algorithm: Algorithm, options: dict[str, Any], gap: Callable[[Scene], Tensor] | None = None
 ) -> Result:
-    """Advantages, loss and gradient; `gap` is added to the loss."""
+    """Advantages, loss of all steps and gradient; `gap`, of the last one, is added to the loss."""
     algorithm.setup(MAX_LENGTH)
+    loss = torch.zeros(())
     keep, groups = case.mask.bool(), torch.tensor([0, 0, 1, 1])
     scores_PGF = SCORES.nan_to_num(NOT_APPLICABLE).reshape(2, 2, 2)
     weights_F = torch.tensor(options.get("reward_weights") or [1.0, 1.0])
@@ -213,7 +215,7 @@ def ours(
         if algorithm.selects_tokens:
             fields["select_T"] = algorithm.select(tokens, seed=0)
             tokens = TokenBatch(logprobs[keep], case.old[keep], advantages_N, LENGTHS, **fields)
-        loss = (weights_T * algorithm.per_token_loss(tokens)[0]).sum()
+        loss = loss + (weights_T * algorithm.per_token_loss(tokens)[0]).sum()
         algorithm.adapt({"policy/entropy": float(entropies[keep].detach().mean())})
     case.sharpness = 1.0
     if gap is not None:
