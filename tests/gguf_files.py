@@ -1,5 +1,6 @@
 """A model as llama.cpp's converter would write it, for tests of what reads GGUF."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -7,13 +8,16 @@ import numpy as np
 from transformers import LlamaForCausalLM
 
 
-def write_gguf(path: Path, model: LlamaForCausalLM, *more: str) -> None:
+def write_gguf(
+    path: Path, model: LlamaForCausalLM, *more: str, add: Callable[[gguf.GGUFWriter], None] = lambda writer: None
+) -> None:
     """Writes a model with its matrices in 8 bits (Q8_0, blocks of 32), its other weights as they are.
 
     Args:
         path: The file.
         model: Of hidden sizes that 32 divides.
         more: Names of further tensors, which no class of transformers has.
+        add: Adds further metadata, such as a tokenizer's.
     """
     config = model.config
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
@@ -30,6 +34,7 @@ def write_gguf(path: Path, model: LlamaForCausalLM, *more: str) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_eos_token_id(config.eos_token_id)
     writer.add_pad_token_id(config.pad_token_id)
+    add(writer)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         values = tensor.numpy()

@@ -17,7 +17,9 @@ import lightning.pytorch  # noqa: F401 (here, so that its log handlers do not ho
 import pytest
 import torch
 import yaml
+from gguf import GGUFWriter, TokenType
 from gguf_files import write_gguf
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from stateset_lightning.cli.main import main
@@ -279,6 +281,38 @@ def test_the_model_of_the_package_keeps_its_weights(tmp_path: Path, monkeypatch:
     torch.testing.assert_close(made(tokens).logits, original(tokens).logits, atol=0.02, rtol=0.02)  # 8 bits a weight
     assert made.generation_config.eos_token_id == tokenizer.eos_token_id
     torch.testing.assert_close(made(tokens).logits, read_model(tmp_path / "model.gguf", tokenizer)(tokens).logits)
+
+
+def test_the_tokenizer_of_the_package_cuts_numbers_and_spaces_as_the_original_does(tmp_path: Path) -> None:
+    from make_model import read_tokenizer
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokens = [*special, *sorted(ByteLevel.alphabet()), "ab", "Ġab", "12", "Ġ1"]
+
+    def add(writer: GGUFWriter) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("smollm")
+        writer.add_token_list(tokens)
+        writer.add_token_types([TokenType.CONTROL] * 3 + [TokenType.NORMAL] * (len(tokens) - 3))
+        writer.add_token_merges(["a b", "Ġ ab", "1 2", "Ġ 1"])
+        writer.add_bos_token_id(1)
+
+    config = LlamaConfig(
+        vocab_size=len(tokens), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        pad_token_id=2, eos_token_id=2,
+    )  # fmt: skip
+    write_gguf(file := tmp_path / "model.gguf", LlamaForCausalLM(config), add=add)
+    as_it_comes = AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
+    assert "1" not in as_it_comes.tokenize("ab 12")
+    read_tokenizer(file).save_pretrained(tmp_path / "made")
+    for made in (read_tokenizer(file), AutoTokenizer.from_pretrained(tmp_path / "made")):
+        text = "<|im_start|>ab ab  ab12 ab 12<|im_end|>"
+        pieces = ["ab", "Ġab", "Ġ", "Ġab", "1", "2", "Ġab", "Ġ", "1", "2"]
+        assert made.tokenize(text) == ["<|im_start|>", *pieces, "<|im_end|>"]
+        assert made(text)["input_ids"] == made.convert_tokens_to_ids(made.tokenize(text))
+        assert made.decode(made(text)["input_ids"]) == text
+        assert (made.bos_token_id, made.eos_token_id, made.pad_token_id, len(made)) == (1, 2, 2, len(tokens))
+        assert made.model_max_length == 8192
 
 
 def test_the_calculator_is_hardly_ever_called_at_first_and_its_answer_is_used(tmp_path: Path) -> None:

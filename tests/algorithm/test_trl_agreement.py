@@ -1,8 +1,7 @@
-"""Loss and gradient of every parameter against TRL 1.16's `GRPOTrainer._compute_loss`, on one small model; and where
-the two differ.
+"""Loss and gradient of every parameter against TRL 1.16's `GRPOTrainer._compute_loss`, on one small model. Where
+the two differ: test_trl_options.py.
 
-TRL's method runs unchanged on a trainer that holds nothing else: one process, one micro-batch, one optimizer step per
-batch.
+TRL's method runs unchanged on a trainer that holds nothing else: one process, one optimizer step per batch.
 """
 
 from __future__ import annotations
@@ -72,11 +71,12 @@ class Case:
             noise = torch.randn(4, LONGEST, generator=generator, dtype=torch.float64)
             return self.score()[0].detach() + scale * noise
 
+        self.sharpness = 1.0
         self.old, self.reference, self.sampling = noisy(0.3), noisy(0.5), noisy(0.2)
 
     def score(self) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies of the completions, padded."""
-        logits = self.model(self.input_ids).logits[:, PROMPT - 1 : -1]
+        """Log-probs and entropies of the completions, padded; the sharper the logits, the lower the entropies."""
+        logits = self.sharpness * self.model(self.input_ids).logits[:, PROMPT - 1 : -1]
         logprobs = logits.log_softmax(-1)
         entropies = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs.gather(-1, self.input_ids[:, PROMPT:, None]).squeeze(-1), entropies
@@ -96,7 +96,7 @@ def case() -> Case:
     return Case()
 
 
-def theirs(case: Case, **options: Any) -> tuple[float, dict[str, Tensor]]:
+def theirs(case: Case, micro_batches: int = 1, **options: Any) -> tuple[float, dict[str, Tensor]]:
     """Value and gradient of TRL's loss; `options` are attributes and arguments by TRL's names."""
     trainer = object.__new__(trl.GRPOTrainer)
     defaults: dict[str, Any] = {
@@ -117,7 +117,7 @@ def theirs(case: Case, **options: Any) -> tuple[float, dict[str, Tensor]]:
         "use_bias_correction_kl": False,
         "sapo_temperature_pos": 1.0,
         "sapo_temperature_neg": 1.05,
-        "steps_per_generation": 1,
+        "steps_per_generation": micro_batches,
     }
     attributes = {name: options.pop(name, value) for name, value in defaults.items()}
     trainer.__dict__.update(attributes)
@@ -125,12 +125,11 @@ def theirs(case: Case, **options: Any) -> tuple[float, dict[str, Tensor]]:
     trainer._entropy_bonus_enabled = trainer.entropy_coef > 0
     trainer.use_adaptive_entropy = False
     trainer.max_completion_length = MAX_LENGTH
-    trainer.current_gradient_accumulation_steps = 1
+    trainer.current_gradient_accumulation_steps = micro_batches
     trainer.model = case.model
     trainer._metrics = {"train": defaultdict(list)}
     same = {name: lambda values, **_: values for name in ("gather", "reduce", "pad_across_processes")}
     trainer.accelerator = SimpleNamespace(num_processes=1, sync_gradients=True, autocast=nullcontext, **same)
-    trainer._get_per_token_logps_and_entropies = lambda *_, **__: (*case.score(), None)
     inputs = {
         "prompt_ids": case.input_ids[:, :PROMPT],
         "prompt_mask": torch.ones(4, PROMPT),
@@ -139,14 +138,20 @@ def theirs(case: Case, **options: Any) -> tuple[float, dict[str, Tensor]]:
         "advantages": ADVANTAGES,
         "old_per_token_logps": case.old,
         "ref_per_token_logps": case.reference,
-        "num_items_in_batch": LENGTHS.sum(),
         **options,
     }
-    loss = trainer._compute_loss(case.model, inputs)
+    loss = torch.zeros(())
+    for rows in torch.arange(4).chunk(micro_batches):
+        scored = tuple(values[rows] for values in case.score())
+        trainer._get_per_token_logps_and_entropies = lambda *_, scored=scored, **__: (*scored, None)
+        of_rows = {name: values[rows] for name, values in inputs.items()}
+        loss = loss + trainer._compute_loss(case.model, {**of_rows, "num_items_in_batch": LENGTHS.sum()})
     return loss.item(), case.gradients(loss)
 
 
-def ours(case: Case, algorithm: Algorithm, sampling: bool = False) -> tuple[float, dict[str, Tensor]]:
+def ours(
+    case: Case, algorithm: Algorithm, sampling: bool = False, select_T: Tensor | None = None
+) -> tuple[float, dict[str, Tensor]]:
     algorithm.setup(MAX_LENGTH)
     keep = case.mask.bool()
     logprobs, entropies = case.score()
@@ -155,7 +160,7 @@ def ours(case: Case, algorithm: Algorithm, sampling: bool = False) -> tuple[floa
         fields["sampling_logprobs_T"] = case.sampling[keep]
     if algorithm.selects_tokens:
         seen = TokenBatch(case.old[keep], case.old[keep], ADVANTAGES, LENGTHS, entropies_T=entropies[keep].detach())
-        fields["select_T"] = algorithm.select(seen, seed=0)
+        fields["select_T"] = algorithm.select(seen, seed=0) if select_T is None else select_T
     tokens = TokenBatch(logprobs[keep], case.old[keep], ADVANTAGES, LENGTHS, **fields)
     weights_T = per_token(algorithm.token_weights(LENGTHS, torch.tensor([0, 0, 1, 1])), LENGTHS)
     loss = (weights_T * algorithm.per_token_loss(tokens)[0]).sum()
@@ -255,27 +260,16 @@ def test_the_off_policy_mask_reads_the_samplers_log_probs_as_theirs_does(case: C
     assert distance(ours(case, algorithm, sampling=True), their_loss) < 1e-6
 
 
-def test_the_entropy_bonus_agrees_where_tokens_are_averaged(case: Case) -> None:
-    """TRL averages entropies over tokens whatever the loss; ours has the aggregation of the loss."""
-    their_bonus = theirs(case, loss_type="dapo", epsilon_high=0.28, entropy_coef=0.05)
-    assert distance(ours(case, DAPO(entropy_coefficient=0.05)), their_bonus) < 1e-6
-    differs = distance(ours(case, GRPO(beta=0.0, entropy_coefficient=0.05)), theirs(case, entropy_coef=0.05))
-    assert differs > 1e-4
-
-
-# Where the two differ -------------------------------------------------------------------------------------------------
-
-
-def test_cispo_differs_by_what_its_bound_means(case: Case) -> None:
-    """The paper bounds the weight at 1 + epsilon_high, TRL at epsilon_high itself."""
-    assert distance(ours(case, CISPO(epsilon_high=0.2)), theirs(case, loss_type="cispo", epsilon_high=0.2)) > 0.1
-
-
-def test_the_unbiased_kl_differs_at_sequence_level(case: Case) -> None:
-    """TRL weighs a token's k3 by its completion's ratio there, ours by the token's own, as DeepSeek-V3.2 does."""
-    wide = {"epsilon_low": 0.1, "epsilon_high": 0.1}
-    their_loss = theirs(case, importance_sampling_level="sequence", **wide, **their_kl(UNBIASED))
-    assert distance(ours(case, GSPO(beta=0.1, kl=UNBIASED, **wide)), their_loss) > 1e-3
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_tokens_of_high_entropy_are_selected_in_each_micro_batch_there(case: Case, micro_batches: int) -> None:
+    entropies = [row[:length] for row, length in zip(case.score()[1].detach(), LENGTHS, strict=True)]
+    size, kept = 4 // micro_batches, {1: [6], 2: [3, 3]}[micro_batches]  # 0.45 of 13; of 6 and of 7
+    seen = [torch.cat(entropies[i : i + size]) for i in range(0, 4, size)]
+    select_T = torch.cat([of >= of.topk(count).values[-1] for of, count in zip(seen, kept, strict=True)])
+    options = {"loss_type": "dapo", "epsilon_high": 0.28, "top_entropy_quantile": 0.45}
+    other, algorithm = theirs(case, micro_batches, **options), TopEntropy(top_entropy=0.45)
+    assert distance(ours(case, algorithm, select_T=select_T), other) < 1e-6
+    assert (distance(ours(case, algorithm), other) < 1e-6) == (micro_batches == 1)
 
 
 def test_clipped_is_the_common_part(case: Case) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -108,6 +109,26 @@ def test_transformers_gives_the_same_greedy_completions(run, capsys, monkeypatch
     # The folder is a model like any other, too, but knows no system prompt.
     told = ["--system_prompt", "Only the number."]
     assert answers(run, capsys, monkeypatch, "--ckpt_path", str(run / "out"), *told) == ours
+
+
+@pytest.mark.parametrize(
+    ("options", "is_varied"),
+    [
+        ({"temperature": 1.0, "top_k": 0, "top_p": None, "min_p": None}, True),
+        ({"temperature": 0.001}, False),
+        ({"top_k": 1}, False),
+        ({"top_p": 0.001}, False),
+        ({"min_p": 1.0}, False),
+    ],
+)
+def test_a_folder_is_sampled_as_its_generation_config_says(run, tmp_path, capsys, monkeypatch, options, is_varied):
+    shutil.copytree(run / "out", folder := tmp_path / "model")
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | options))
+    main(["generate", "--device=cpu", f"--ckpt_path={folder}", "--samples=16", "--seed=1", "--prompt=What is 9 + 14?"])
+    texts = re.findall(r"^\[\d+\] (.*)$", capsys.readouterr().out, flags=re.MULTILINE)
+    assert len(texts) == 16
+    assert (len(set(texts)) > 1) == is_varied
 
 
 def test_a_run_of_a_gguf_file_goes_on_and_is_exported(tmp_path, make_model, tiny_tokenizer):
