@@ -224,7 +224,7 @@ class Algorithm(Formulas):
         """Which tokens the policy loss treats as usual, bool [T]; called before an optimizer step's first backward.
 
         Args:
-            tokens: All completions of the optimizer step that train, of all ranks, as the policy was before the step.
+            tokens: All completions of the optimizer step that train, of all ranks, as the policy was when it sampled them.
             seed: For selections that draw.
         """
         assert self.top_entropy is not None
