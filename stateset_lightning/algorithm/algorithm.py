@@ -224,8 +224,8 @@ class Algorithm(Formulas):
         """Which tokens the policy loss treats as usual, bool [T]; called before an optimizer step's first backward.
 
         Args:
-            tokens: All completions of the optimizer step that train, of all ranks, with what the policy that sampled them
-                says of them.
+            tokens: All completions of the optimizer step that train, of all ranks, with what the policy that sampled
+                them says of them.
             seed: For selections that draw.
         """
         assert self.top_entropy is not None
