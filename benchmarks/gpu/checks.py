@@ -453,8 +453,7 @@ def main() -> int:
     for name in ("qwen2", "llama", "mistral"):
         check(f"kernels against float64, {name}", partial(kernels_are_exact, name, half))
     check("head against float64", head_is_exact)
-    if IS_GPU:
-        check("the repository's GPU tests", own_gpu_tests, 90)
+    check("the repository's GPU tests", own_gpu_tests, 90)
     for precision in ("32-true", "bf16-mixed") if IS_GPU else ("32-true",):
         check(f"40 steps of the demo in {precision}", partial(demo, precision), 40)
     check("a resumed run has the same bits", resumed_run_has_the_same_bits, 40)
