@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 from conftest import small_model
-from harness import ACCELERATOR, BARE_RUN, DEVICE, IS_GPU, ROOT, append, check, exit_status, peak_gib, sync
+from harness import ACCELERATOR, BARE_RUN, DEVICE, IS_GPU, ROOT, append, check, exit_status, machine, peak_gib, sync
 from lightning.pytorch import Trainer, seed_everything
 from scoring_kernels import kernels
 from windowed_models import windowed_model
@@ -61,21 +61,6 @@ SAMPLING_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def machine() -> str:
-    """The card, and versions of what a difference could come from."""
-    if not IS_GPU:
-        return f"cpu, torch {torch.__version__}"
-    import lightning
-    import transformers
-
-    card = torch.cuda.get_device_properties(0)
-    return (
-        f"{card.name}, {card.total_memory / 2**30:.0f} GiB, sm_{card.major}{card.minor}; torch {torch.__version__},"
-        f" CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}; transformers {transformers.__version__},"
-        f" lightning {lightning.__version__}"
-    )
 
 
 # Runs from the command line
