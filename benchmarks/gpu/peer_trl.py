@@ -33,7 +33,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 
 
 def whole_steps(options: argparse.Namespace, shape: Shape, name: str) -> str:
-    """Seconds of each optimizer step; where memory does not suffice, half the rows are sampled and trained at a time."""
+    """Seconds of each optimizer step; where memory does not suffice, with half the rows in sampling and training."""
     rows = options.per_device
     while True:
         try:
