@@ -188,7 +188,7 @@ Before: 2026-01-01, a card; torch 2.11. 2 of 6 measurements are in both.
 | ceiling: bf16 products, tflops | 350 | 700 | 2 |
 | step 64x8:512/512, ours, seconds | 16 | 12 | 0.75 |
 
-1 checks passed.
+Checks passed: 1.
 Not run for lack of time: late.
 Something is missing here.
 """

@@ -518,7 +518,7 @@ def main() -> int:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    check("machine", machine)
+    print(machine(), flush=True)
     if "ceilings" in options.parts:
         check("ceilings", ceilings)
     in_process = set(options.parts) - {"ceilings", "step", "variants", "head"}

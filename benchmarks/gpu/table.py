@@ -149,7 +149,7 @@ def checks(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         if "check" in row:
             states.setdefault(row["state"], []).append(row["check"])
-    yield f"{len(states.get('ok', []))} checks passed."
+    yield f"Checks passed: {len(states.get('ok', []))}."
     for state, told in (("FAIL", "Failed"), ("ERROR", "Broken"), ("SKIP", "Not run for lack of time")):
         if state in states:
             yield f"{told}: {'; '.join(states[state])}."
