@@ -22,6 +22,7 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
     MixtralConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -49,6 +50,8 @@ def small_config(name: str, **changes: Any) -> Any:
         return Qwen2Config(**{**COMMON, **SIZES, "num_key_value_heads": 2, "tie_word_embeddings": True, **changes})
     if name == "qwen3":
         return Qwen3Config(**{**COMMON, **SIZES, "num_key_value_heads": 1, "head_dim": 8, **changes})
+    if name == "mistral":
+        return MistralConfig(**{**COMMON, **SIZES, "num_key_value_heads": 2, "sliding_window": None, **changes})
     if name == "mixtral":
         return MixtralConfig(**{**COMMON, **SIZES, "num_key_value_heads": 2, "num_local_experts": 4, **changes})
     if name == "gemma2":

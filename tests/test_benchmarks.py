@@ -110,8 +110,97 @@ def test_the_gpu_rehearsal_ends_as_its_parts_do(tmp_path: Path, status: int) -> 
     run = subprocess.run([GPU_CHECK, "rehearse"], capture_output=True, text=True, timeout=60, env=environment)
     assert run.returncode == status, run.stdout + run.stderr
     parts = [line.removeprefix("part ") for line in run.stdout.splitlines() if line.startswith("part ")]
-    assert parts == ["exactness.py", "stand_in.py", "checks.py", "speed.py", "peer_trl.py"]
+    both = ["speed.py", "peer_trl.py"]
+    assert parts == ["exactness.py", "stand_in.py", "checks.py", *both, *both, "speed.py", "speed.py"]
     assert (tmp_path / "log.txt").read_text() == run.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seconds"),
+    [
+        (["speed"], [234, 234, 234, 234]),
+        (["--minutes", "5", "speed"], [114] * 4),
+        (["checks", "--minutes", "3"], [165]),
+    ],
+)
+def test_the_gpu_check_has_the_minutes_that_are_asked_for(
+    tmp_path: Path, arguments: list[str], seconds: list[int]
+) -> None:
+    """A quarter of a minute is kept back, and no shape's steps take most of the time."""
+    for name, text in {"python": 'echo "part $(basename "$1") $GPU_CHECK_SECONDS"', "nvidia-smi": "true"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    environment = {**os.environ, "PYTHON": str(tmp_path / "python"), "OUT": str(tmp_path), "PATH": path}
+    command = [GPU_CHECK, *arguments, "--shapes", "1x2:3/4 5x6:7/8"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = [int(line.split()[-1]) for line in run.stdout.splitlines() if line.startswith("part ")]
+    assert found[: len(seconds)] == pytest.approx(seconds, abs=5)
+
+
+@pytest.mark.parametrize("arguments", [["--minutes", "soon"], ["--minutes"], ["fast"], ["--baseline", "missing.jsonl"]])
+def test_the_gpu_check_refuses_what_it_does_not_know(arguments: list[str]) -> None:
+    run = subprocess.run([GPU_CHECK, *arguments], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2
+    assert run.stderr
+
+
+RESULTS = [
+    {"machine": "a card", "date": "2026-01-02", "versions": {"torch": "2.11", "vllm": "none"}},
+    {"check": "good", "state": "ok"},
+    {"check": "late", "state": "SKIP"},
+    {"note": "Something is missing here"},
+    {"ceiling": "bf16 products", "tflops": 700.0},
+    {"ceiling": "copy", "gigabytes_per_s": 3000.0},
+    {"train": "one shape: as it is", "shape": "64x8:512/512", "seconds": 0.3, "tflops": 210.0, "peak": 24.0},
+    {"sample": "engine graph", "rows": 8, "tokens": 10, "steps": 10, "seconds": 0.04, "gigabytes_per_s": 600.0},
+    {"step": "ours", "shape": "64x8:512/512", "index": 0, "seconds": 14.0, "sampling": 7.0, "peak": 20.0},
+    {"step": "ours", "shape": "64x8:512/512", "index": 1, "seconds": 12.0, "sampling": 6.0, "peak": 20.0},
+    {"step": "TRL, generate", "shape": "64x8:512/512", "index": 0, "seconds": 48.0, "peak": 40.0},
+]
+TABLE = """\
+2026-01-02, a card; torch 2.11.
+
+| step of | by | seconds | of them sampling | peak GiB | TRL's time / ours | our memory / TRL's |
+| --- | --- | --- | --- | --- | --- | --- |
+| 64x8:512/512 | ours | 12 | 6 | 20 | 4 | 0.5 |
+| 64x8:512/512 | TRL, generate (its first step) | 48 |  | 40 |  |  |
+
+| against what was wanted of an H100 | wanted | measured |
+| --- | --- | --- |
+| TRL's time / ours, 64x8:512/512 | 2 | 4 |
+| our memory / TRL's, 64x8:512/512 | 0.5 | 0.5 |
+| share of the bfloat16 peak, micro-step 64x8:512/512, one shape: as it is | 0.4 | 0.3 |
+| share of the memory's speed, decoding, 8 rows x 10 tokens, engine graph | 0.6 | 0.2 |
+
+| measured | ms | TFLOP/s | GB/s | peak GiB |
+| --- | --- | --- | --- | --- |
+| ceiling: bf16 products |  | 700 |  |  |
+| ceiling: copy |  |  | 3,000 |  |
+| micro-step 64x8:512/512, one shape: as it is | 300 | 210 |  | 24 |
+| decoding, 8 rows x 10 tokens, engine graph | 4 |  | 600 |  |
+
+Before: 2026-01-01, a card; torch 2.11. 2 of 6 measurements are in both.
+
+| measured | before | now | now / before |
+| --- | --- | --- | --- |
+| ceiling: bf16 products, tflops | 350 | 700 | 2 |
+| step 64x8:512/512, ours, seconds | 16 | 12 | 0.75 |
+
+Checks passed: 1.
+Not run for lack of time: late.
+Something is missing here.
+"""
+
+
+def test_results_of_the_gpu_check_become_tables_beside_those_of_before(tmp_path: Path) -> None:
+    older = [{**RESULTS[0], "date": "2026-01-01"}, {**RESULTS[4], "tflops": 350.0}, {**RESULTS[9], "seconds": 16.0}]
+    for name, rows in (("new", RESULTS), ("old", older)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    program = [sys.executable, str(BENCHMARKS / "gpu" / "table.py"), "new", "--baseline", "old"]
+    run = subprocess.run(program, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert run.stdout == TABLE, run.stderr
 
 
 @pytest.mark.long  # three runs of the command line, and they wait

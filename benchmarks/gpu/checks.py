@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 from conftest import small_model
-from harness import ACCELERATOR, BARE_RUN, DEVICE, IS_GPU, ROOT, append, check, exit_status, peak_gib, sync
+from harness import ACCELERATOR, BARE_RUN, DEVICE, IS_GPU, ROOT, append, check, exit_status, machine, peak_gib, sync
 from lightning.pytorch import Trainer, seed_everything
 from scoring_kernels import kernels
 from windowed_models import windowed_model
@@ -61,21 +61,6 @@ SAMPLING_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def machine() -> str:
-    """The card, and versions of what a difference could come from."""
-    if not IS_GPU:
-        return f"cpu, torch {torch.__version__}"
-    import lightning
-    import transformers
-
-    card = torch.cuda.get_device_properties(0)
-    return (
-        f"{card.name}, {card.total_memory / 2**30:.0f} GiB, sm_{card.major}{card.minor}; torch {torch.__version__},"
-        f" CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}; transformers {transformers.__version__},"
-        f" lightning {lightning.__version__}"
-    )
 
 
 # Runs from the command line
@@ -414,7 +399,7 @@ def main() -> int:
     os.environ["PL_GLOBAL_SEED"] = "0"
     torch.manual_seed(0)
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    check("machine", machine)
+    print(machine(), flush=True)
     check("a run starts without accelerate", starts_without_accelerate, 30)
     if IS_GPU:
         check("attention kernels", attention_kernels)
@@ -453,8 +438,7 @@ def main() -> int:
     for name in ("qwen2", "llama", "mistral"):
         check(f"kernels against float64, {name}", partial(kernels_are_exact, name, half))
     check("head against float64", head_is_exact)
-    if IS_GPU:
-        check("the repository's GPU tests", own_gpu_tests, 90)
+    check("the repository's GPU tests", own_gpu_tests, 90)
     for precision in ("32-true", "bf16-mixed") if IS_GPU else ("32-true",):
         check(f"40 steps of the demo in {precision}", partial(demo, precision), 40)
     check("a resumed run has the same bits", resumed_run_has_the_same_bits, 40)

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import statistics
 import time
 import traceback
 from collections.abc import Callable
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,24 @@ def append(name: str, text: str) -> None:
 def record(**values: Any) -> None:
     """Adds a measurement to results.jsonl."""
     append("results.jsonl", json.dumps(values, default=str))
+
+
+def machine() -> str:
+    """The card, and versions of what a difference could come from; recorded, too."""
+    if IS_GPU:
+        found = torch.cuda.get_device_properties(0)
+        memory = f"{found.total_memory / 2**30:.0f} GiB, sm_{found.major}{found.minor}"
+        card = f"{found.name}, {memory}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+    else:
+        card = f"a CPU ({platform.machine()}), a rehearsal with small sizes"
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "lightning", "trl", "vllm"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "none"
+    record(machine=card, date=date.today().isoformat(), versions=versions)
+    return f"{card}; {', '.join(' '.join(pair) for pair in versions.items())}"
 
 
 def check(name: str, function: Callable[[], str | None], seconds: float = 0.0) -> None:

@@ -123,7 +123,7 @@ _LIBRARY.impl(
 
 
 def _copy_from(source: torch.Tensor, target: OnDevice, non_blocking: bool = False) -> OnDevice:
-    note("upload", "host index")
+    note("upload", "host index" if non_blocking else "host index and wait")
     target.elem.copy_(source)
     return target
 
@@ -166,7 +166,7 @@ def run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     if here and any(generator.device.type == "cpu" for generator in generators):
         raise RuntimeError(f"Expected a 'cuda' device type for generator but found 'cpu' (in {name})")
     if here and not to_device and any(x.dim() > 0 for x in tensors if not isinstance(x, OnDevice)):
-        _note_mixed(name, args)
+        _note_mixed(name, args, kwargs)
     _note_cost(func, name, args, kwargs, to_host)
 
     plain_args, plain_kwargs = tree_map(lambda x: x.elem if isinstance(x, OnDevice) else x, (args, dict(kwargs)))
@@ -186,12 +186,13 @@ def run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     return tree_map(wrapped, out)
 
 
-def _note_mixed(name: str, args: Any) -> None:
+def _note_mixed(name: str, args: Any, kwargs: Mapping[str, Any]) -> None:
     """Copies between devices and indices from the host are allowed; nothing else is."""
+    is_quick = kwargs.get("non_blocking", len(args) > 2 and args[2])
     if name == "copy_":
-        note("upload" if isinstance(args[0], OnDevice) else "wait", name)
+        note("upload" if isinstance(args[0], OnDevice) else "wait", name if is_quick else f"{name} and wait")
     elif name in INDEXING and isinstance(args[0], OnDevice):
-        note("upload", "host index")
+        note("upload", "host index and wait")
     else:
         raise RuntimeError(f"Expected all tensors to be on the same device, but found cuda:0 and cpu (in {name})")
 
@@ -226,6 +227,11 @@ class Report:
     uploads: Counter[str] = field(default_factory=Counter)
     waits: Counter[str] = field(default_factory=Counter)
     float64: Counter[str] = field(default_factory=Counter)  # tensors that Apple's GPUs could not hold
+
+    @property
+    def blocking(self) -> Counter[str]:
+        """The uploads that wait."""
+        return Counter({place: count for place, count in self.uploads.items() if "and wait" in place})
 
     def __str__(self) -> str:
         return f"{self.launches.total()} launches, {self.waits.total()} waits, {self.uploads.total()} uploads"

@@ -1,17 +1,22 @@
 """Where a step's time and memory go on the GPU, what each candidate gives, and the hardware's ceilings beside them.
 
-    python speed.py [--model 0.5B] [--folder FOLDER] [--parts ceilings head train sample optimizer profile step]
+    python speed.py [--model 0.5B] [--folder FOLDER] [--shapes 64x8:512/512 ...] [--parts ceilings train ...]
+
+A shape is prompts x completions of each : tokens of a prompt / of a completion. What is not a whole step takes its
+lengths from the first shape, a micro-step from each.
 
 ceilings   TFLOP/s of matrix products by precision, GB/s of a copy
+train      forward and backward of a micro-step under bf16-mixed; on one shape and on shapes that are new each time, as
+           in a run
+sample     milliseconds per decoding step by a CUDA graph
+step       whole steps under Lightning's Trainer with the settings of configs/gpu.yaml; needs --folder, where the model
+           is put for the peers as well
+variants   the same of the first shape: with `data.steps_per_episode: auto`, with an adapter
+candidates train and sample with other settings: attention in buckets, a float32 head, no graph, an adapter
 head       forward and backward of the last layer alone: as it is, and with products in half precision
-train      forward and backward of a micro-step under bf16-mixed, by candidate; on one shape and on shapes that are new
-           each time, as in a run
-sample     milliseconds per decoding step: the engine without and with a CUDA graph, with an adapter, too
-continuous the same of transformers' continuous batching
 optimizer  AdamW, and the norms of gradients and weights that guard a step
 profile    tables of kernels into OUT: profile_train.txt, profile_decode.txt
-step       whole steps under Lightning's Trainer, with an adapter, too; needs --folder, where the model is put for the
-           peers as well
+continuous decoding by transformers' continuous batching
 
 On a CPU all of it runs with a toy model.
 """
@@ -20,25 +25,30 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import workload
+import yaml
 from harness import (
     ACCELERATOR,
     BARE_RUN,
     DEVICE,
     IS_GPU,
     OUT,
+    ROOT,
     check,
     exit_status,
+    machine,
     peak_gib,
     record,
     reset_peak,
@@ -65,8 +75,7 @@ SHAPES = {
     "toy": (64, 128, 2, 4, 2, True),
 }
 VOCABULARY = 151_936 if IS_GPU else 512
-PROMPT, COMPLETION, GROUP = (512, 512, 8) if IS_GPU else (16, 12, 4)
-STEP_PROMPTS, MICRO_STEPS = (16, 4) if IS_GPU else (2, 2)
+MICRO_STEP_GROUPS = 4 if IS_GPU else 1
 DTYPE = torch.bfloat16 if IS_GPU else torch.float32
 CANDIDATES = [
     (),
@@ -77,6 +86,43 @@ CANDIDATES = [
     ("buckets", "float32 head"),
     ("buckets", "cuDNN"),  # seconds for each new shape
 ]
+SETTINGS = yaml.safe_load((ROOT / "configs" / "gpu.yaml").read_text())
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of an optimizer step."""
+
+    prompts: int
+    group: int
+    prompt_tokens: int
+    completion_tokens: int
+
+    @classmethod
+    def of(cls, name: str) -> Shape:
+        match = re.fullmatch(r"(\d+)x(\d+):(\d+)/(\d+)", name)
+        if match is None:
+            raise argparse.ArgumentTypeError(f"{name!r} is no shape such as 64x8:512/512")
+        return cls(*map(int, match.groups()))
+
+    def __str__(self) -> str:
+        return f"{self.prompts}x{self.group}:{self.prompt_tokens}/{self.completion_tokens}"
+
+    @property
+    def micro_steps(self) -> int:
+        return max(1, self.prompts // MICRO_STEP_GROUPS)
+
+    @property
+    def size(self) -> float:
+        """Tokens of all completions with their prompts, in those of 16x8:512/512."""
+        return self.prompts * self.group * (self.prompt_tokens + self.completion_tokens) / 2**17
+
+    def texts(self, steps: int) -> list[str]:
+        case = workload.Case(self.prompt_tokens, self.completion_tokens)
+        return workload.make_prompts(case, self.prompts * steps)
+
+
+DEFAULT_SHAPES = [Shape.of(name) for name in (("64x8:512/512", "64x8:2048/512") if IS_GPU else ("2x4:16/12",))]
 
 
 def make_model(name: str) -> Any:
@@ -116,12 +162,14 @@ def ceilings() -> str:
     for name, dtype, precision in cases:
         torch.set_float32_matmul_precision(precision)
         a, b = torch.randn(n, n, device=DEVICE, dtype=dtype), torch.randn(n, n, device=DEVICE, dtype=dtype)
-        seconds = timed(partial(torch.mm, a, b), 5, 2)
-        seen.append(f"{name} {2e-12 * n**3 / seconds:.3g} TFLOP/s")
+        rate = 2e-12 * n**3 / timed(partial(torch.mm, a, b), 5, 2)
+        record(ceiling=f"{name} products", tflops=rate)
+        seen.append(f"{name} {rate:.3g} TFLOP/s")
     torch.set_float32_matmul_precision("highest")
     x = torch.randn(megabytes * 2**18, device=DEVICE)
-    seconds = timed(partial(torch.empty_like(x).copy_, x), 5, 2)
-    return ", ".join(seen) + f", copy {2e-9 * x.nbytes / seconds:.3g} GB/s"
+    rate = 2e-9 * x.nbytes / timed(partial(torch.empty_like(x).copy_, x), 5, 2)
+    record(ceiling="copy", gigabytes_per_s=rate)  # what is read and what is written
+    return ", ".join(seen) + f", copy {rate:.3g} GB/s"
 
 
 def head(hidden_size: int) -> None:
@@ -156,18 +204,21 @@ def head(hidden_size: int) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def random_groups(number: int, ragged: bool, seed: int) -> list[Group]:
-    """Groups of the largest lengths, or of random ones down to a quarter of a prompt, an eighth of a completion."""
+def random_groups(shape: Shape, ragged: bool, seed: int) -> list[Group]:
+    """Those of a micro-step, of the largest lengths, or of random ones: from a quarter of a prompt, and an eighth of a
+    completion, on.
+    """
     generator = torch.Generator().manual_seed(seed)
-    shortest = (PROMPT // 4, COMPLETION // 8) if ragged else (PROMPT, COMPLETION)
+    longest = shape.prompt_tokens, shape.completion_tokens
+    shortest = (longest[0] // 4, longest[1] // 8) if ragged else longest
 
     def tokens(least: int, most: int) -> list[int]:
         length = int(torch.randint(least, most + 1, (1,), generator=generator))
         return torch.randint(5, VOCABULARY, (length,), generator=generator).tolist()
 
     return [
-        Group(tokens(shortest[0], PROMPT), [tokens(shortest[1], COMPLETION) for _ in range(GROUP)])
-        for _ in range(number)
+        Group(tokens(shortest[0], longest[0]), [tokens(shortest[1], longest[1]) for _ in range(shape.group)])
+        for _ in range(shape.prompts // shape.micro_steps)
     ]
 
 
@@ -197,13 +248,14 @@ def micro_step(policy: Policy, groups: list[Group]) -> None:
     logprobs_T.mean().backward()
 
 
-def train(policy: Policy, number: int) -> None:
+def train(policy: Policy, shape: Shape, settings: list[tuple[str, ...]]) -> None:
+    """A line for each of the settings, which are names of `candidates`."""
     head_weights = policy.model.get_output_embeddings().weight.numel()
     body = sum(p.numel() for name, p in policy.named_parameters() if "embed" not in name and "lm_head" not in name)
     seeds = iter(range(1000, 10_000))
 
     def measure(title: str, names: tuple[str, ...], ragged: bool) -> str:
-        micro_steps = [random_groups(number, ragged, next(seeds) if ragged else 1) for _ in range(3)]
+        micro_steps = [random_groups(shape, ragged, next(seeds) if ragged else 1) for _ in range(3)]
         with candidates(names):
             micro_step(policy, micro_steps[0])
             reset_peak()
@@ -217,20 +269,30 @@ def train(policy: Policy, number: int) -> None:
         completions = sum(group.num_completion_tokens for group in timed_groups) / 2
         tokens = completions + sum(len(group.prompt) for group in timed_groups) / 2
         rate = 1e-12 * (6 * body * tokens + 8 * head_weights * completions) / seconds
-        record(train=title, seconds=seconds, tokens=tokens, tflops=rate, peak=peak_gib())
+        record(train=title, shape=str(shape), seconds=seconds, tokens=tokens, tflops=rate, peak=peak_gib())
         return f"{seconds:.3f} s for {tokens:,.0f} tokens, {rate:.3g} TFLOP/s, peak {peak_gib()} GiB"
 
     for ragged in (False, True):
-        for names in CANDIDATES:
+        for names in settings:
             if ragged and names and ("buckets" not in names or "cuDNN" in names):
                 continue  # the shapes change nothing for these, or take a minute
             title = f"{'new shapes' if ragged else 'one shape'}: {' + '.join(names) or 'as it is'}"
-            check(title, partial(measure, title, names, ragged), 20)
+            check(f"micro-step {shape}, {title}", partial(measure, title, names, ragged), 20 if names else 5)
     policy.zero_grad(set_to_none=True)
 
 
 # Sampling
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def bytes_of_a_token(config: Any, rows: int, length: int) -> int:
+    """What a decoding step has to read: the weights and, for each row, keys and values of so many tokens."""
+    head_dim = config.hidden_size // config.num_attention_heads
+    attention = 2 * config.hidden_size * head_dim * (config.num_attention_heads + config.num_key_value_heads)
+    weights = config.num_hidden_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
+    weights += config.hidden_size * config.vocab_size
+    keys = 2 * rows * length * config.num_hidden_layers * config.num_key_value_heads * head_dim
+    return DTYPE.itemsize * (weights + keys)
 
 
 def with_adapter(policy: Policy) -> Policy:
@@ -241,10 +303,11 @@ def with_adapter(policy: Policy) -> Policy:
     return Policy(model, config)
 
 
-def sample(policy: Policy, rows: int, tokens: int, continuous: bool) -> None:
-    prompts = [torch.randint(5, VOCABULARY, (PROMPT,)).tolist() for _ in range(rows // GROUP)]
+def sample(policy: Policy, shape: Shape, rows: int, tokens: int, parts: list[str]) -> None:
+    group = shape.group
+    prompts = [torch.randint(5, VOCABULARY, (shape.prompt_tokens,)).tolist() for _ in range(rows // group)]
     config = RolloutConfig(max_new_tokens=tokens, max_batch_rows=rows)
-    seeds = sample_seeds(1, "train", 0, range(len(prompts)), GROUP)
+    seeds = sample_seeds(1, "train", 0, range(len(prompts)), group)
     tokenizer = workload.make_tokenizer(unreachable_eos=True, vocabulary=VOCABULARY)
 
     def measure(name: str, function: Callable[[], int]) -> str:
@@ -254,7 +317,9 @@ def sample(policy: Policy, rows: int, tokens: int, continuous: bool) -> None:
         made = function()
         sync()
         seconds = time.perf_counter() - start
-        record(sample=name, rows=rows, tokens=tokens, seconds=seconds, peak=peak_gib())
+        rate = 1e-9 * bytes_of_a_token(policy.model.config, rows, shape.prompt_tokens + tokens // 2) * tokens / seconds
+        kept = {"steps": tokens, "gigabytes_per_s": rate, "peak": peak_gib()}
+        record(sample=name, rows=rows, tokens=tokens, seconds=seconds, **kept)
         step = 1e3 * seconds / tokens
         return f"{seconds:.2f} s, {step:.2f} ms per step, {made / seconds:,.0f} tokens/s, peak {peak_gib()} GiB"
 
@@ -263,9 +328,9 @@ def sample(policy: Policy, rows: int, tokens: int, continuous: bool) -> None:
         made = InProcessEngine(tokenizer, DTYPE if IS_GPU else None)
         made.sync(policy)
         with candidates(names):
-            made.generate(prompts, GROUP, replace(how, max_new_tokens=4), seeds)
+            made.generate(prompts, group, replace(how, max_new_tokens=4), seeds)
             name = " ".join(["engine", decoding, *names, *(["adapter"] if policy.adapter else [])])
-            return measure(name, lambda: int(made.generate(prompts, GROUP, how, seeds).lengths_N.sum()))
+            return measure(name, lambda: int(made.generate(prompts, group, how, seeds).lengths_N.sum()))
 
     def small_model() -> Any:
         """A copy with weights in half precision and plain attention; the rotation stays float32."""
@@ -283,7 +348,7 @@ def sample(policy: Policy, rows: int, tokens: int, continuous: bool) -> None:
         generation = GenerationConfig(
             max_new_tokens=tokens, do_sample=True, temperature=1.0, top_k=0, eos_token_id=VOCABULARY, pad_token_id=0
         )
-        rows_of_prompts = [prompt for prompt in prompts for _ in range(GROUP)]
+        rows_of_prompts = [prompt for prompt in prompts for _ in range(group)]
 
         def generate() -> int:
             outputs = model.generate_batch(
@@ -298,12 +363,15 @@ def sample(policy: Policy, rows: int, tokens: int, continuous: bool) -> None:
             generate()  # captures graphs
             return measure("continuous batching", generate)
 
-    adapted = with_adapter(policy)
-    check(f"sampling {rows} rows: by a CUDA graph, prefill and capture included", partial(engine, policy, "graph"), 5)
-    check(f"sampling {rows} rows: the same, an adapter", partial(engine, adapted, "graph"), 5)
-    check(f"sampling {rows} rows: without a graph", partial(engine, policy, "eager"), 10)
-    check(f"sampling {rows} rows: without a graph, an adapter", partial(engine, adapted, "eager"), 10)
-    if continuous:
+    if "sample" in parts:
+        name = f"sampling {rows} rows: by a CUDA graph, prefill and capture included"
+        check(name, partial(engine, policy, "graph"), 5)
+    if "candidates" in parts:
+        adapted = with_adapter(policy)
+        check(f"sampling {rows} rows: the same, an adapter", partial(engine, adapted, "graph"), 5)
+        check(f"sampling {rows} rows: without a graph", partial(engine, policy, "eager"), 10)
+        check(f"sampling {rows} rows: without a graph, an adapter", partial(engine, adapted, "eager"), 10)
+    if "continuous" in parts:
         check(f"sampling {rows} rows: without a graph, cuDNN", partial(engine, policy, "eager", "cuDNN"), 25)
         check(f"sampling {rows} rows: continuous batching", continuous_batching, 40)
 
@@ -322,23 +390,22 @@ def optimizer_step(policy: Policy, fused: bool) -> str:
     weights = [parameter.detach() for parameter in policy.parameters()]
     norms = timed(lambda: [float(torch.nn.utils.get_total_norm(tensors)) for tensors in (grads, weights)])
     policy.zero_grad(set_to_none=True)
+    record(optimizer="AdamW, fused" if fused else "AdamW, foreach", seconds=step, peak=peak_gib())
     return f"{1e3 * step:.1f} ms, peak {peak_gib()} GiB; norms of gradients and of weights {1e3 * norms:.1f} ms"
 
 
-def profile(policy: Policy, number: int) -> str:
+def profile(policy: Policy, shape: Shape) -> str:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
     engine = InProcessEngine(workload.make_tokenizer(unreachable_eos=True, vocabulary=VOCABULARY), DTYPE)
     engine.sync(policy)
-    prompts = [torch.randint(5, VOCABULARY, (PROMPT,)).tolist() for _ in range(4)]
-    config, seeds = (
-        RolloutConfig(num_generations=GROUP, max_new_tokens=16),
-        sample_seeds(1, "train", 0, range(4), GROUP),
-    )
+    prompts = [torch.randint(5, VOCABULARY, (shape.prompt_tokens,)).tolist() for _ in range(4)]
+    config = RolloutConfig(num_generations=shape.group, max_new_tokens=16)
+    seeds = sample_seeds(1, "train", 0, range(4), shape.group)
     parts: dict[str, Callable[[], object]] = {
-        "train": partial(micro_step, policy, random_groups(number, True, 5)),
-        "decode": partial(engine.generate, prompts, GROUP, config, seeds),
+        "train": partial(micro_step, policy, random_groups(shape, True, 5)),
+        "decode": partial(engine.generate, prompts, shape.group, config, seeds),
     }
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if IS_GPU else [])]
     order = "cuda_time_total" if IS_GPU else "cpu_time_total"
@@ -354,97 +421,131 @@ def profile(policy: Policy, number: int) -> str:
     return ""
 
 
-def whole_steps(folder: Path, lora: LoRAConfig | None, steps: int = 3) -> str:
-    """Seconds of each step but the first, in bf16-mixed on a GPU."""
+def whole_steps(
+    folder: Path, shape: Shape, title: str, lora: LoRAConfig | None = None, auto: bool = False, steps: int = 2
+) -> str:
+    """Seconds of each step, with the settings of configs/gpu.yaml; the first one makes graphs and reserves memory.
+
+    Args:
+        folder: Of the model.
+        shape: Of a step.
+        title: Of what is recorded.
+        lora: An adapter is trained.
+        auto: Micro-steps are chosen by memory; they have `MICRO_STEP_GROUPS` else.
+        steps: How many.
+    """
     from lightning.pytorch import Callback, Trainer, seed_everything
 
-    rows: list[dict[str, float]] = []
+    lines: list[str] = []
 
     class Clock(Callback):
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
-            if index % MICRO_STEPS == 0:
+            if index % trainer.accumulate_grad_batches == 0:
                 self.start = time.perf_counter()
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
-            if index % MICRO_STEPS == MICRO_STEPS - 1:
+            count = trainer.accumulate_grad_batches
+            if index % count == count - 1:
                 sync()
-                seconds = {"step": time.perf_counter() - self.start}
-                names = {"sample": "time/sample_s", "train": "time/train_s"}
-                rows.append(seconds | {key: module.metrics.last[name] for key, name in names.items()})
+                seconds = time.perf_counter() - self.start
+                sampling = module.metrics.last["time/sample_s"]
+                row = {"seconds": seconds, "sampling": sampling, "peak": peak_gib(), "micro_steps": count}
+                record(step=title, shape=str(shape), index=len(lines), **row)
+                lines.append(f"{seconds:.2f} s ({sampling:.2f} sampling, {count} micro-steps)")
 
     seed_everything(0, verbose=False)
-    prompts = workload.make_prompts(workload.Case(PROMPT, COMPLETION), STEP_PROMPTS * steps)
     data = ScenarioDataModule(
-        train=[{"prompt": prompt} for prompt in prompts],
-        batch_size=STEP_PROMPTS,
+        train=[{"prompt": prompt} for prompt in shape.texts(steps)],
+        batch_size=shape.prompts,
         use_chat_template=False,
-        steps_per_episode=MICRO_STEPS,
+        steps_per_episode=SETTINGS["data"]["steps_per_episode"] if auto else shape.micro_steps,
     )
+    optimizer = SETTINGS["model"]["optimizer"]["init_args"]
     module = GRPOLightningModule(
-        PolicyConfig(str(folder), lora=lora),
+        PolicyConfig(str(folder), lora=lora, **SETTINGS["model"]["policy"]),
         reward=lambda turns, context: workload.score(turns[-1].content),
-        rollout=RolloutConfig(num_generations=GROUP, max_new_tokens=COMPLETION),
+        rollout=RolloutConfig(num_generations=shape.group, max_new_tokens=shape.completion_tokens),
         algorithm=GRPO(beta=0.0),
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0, **optimizer),
     )
     trainer = Trainer(
         max_steps=steps,
         accelerator=ACCELERATOR,
         devices=1,
-        precision="bf16-mixed" if IS_GPU else "32-true",
+        precision=SETTINGS["trainer"]["precision"] if IS_GPU else "32-true",
         gradient_clip_val=1.0,
-        accumulate_grad_batches=MICRO_STEPS,
+        accumulate_grad_batches=1 if auto else shape.micro_steps,
         callbacks=[Clock()],
         **BARE_RUN,
     )
     reset_peak()
-    trainer.fit(module, datamodule=data)
-    record(step="ours" if lora is None else "ours, an adapter", rows=rows, peak=peak_gib())
-    lines = [", ".join(f"{key} {seconds:.2f}" for key, seconds in row.items()) for row in rows[1:]]
-    return f"{'; '.join(lines)}; peak {peak_gib()} GiB"
+    try:
+        trainer.fit(module, datamodule=data)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    return f"{', '.join(lines)}; peak {peak_gib()} GiB"
+
+
+PARTS = ["ceilings", "train", "sample", "step", "variants", "candidates", "head", "optimizer", "profile", "continuous"]
+
+
+def measure_parts(model: Any, options: argparse.Namespace) -> None:
+    """What needs the model in this process."""
+    parts, first = options.parts, options.shapes[0]
+    policy = Policy(model, PolicyConfig(options.model))
+    policy.train()
+    if "train" in parts:
+        for shape in options.shapes:
+            train(policy, shape, CANDIDATES[:1])
+    if {"sample", "candidates", "continuous"} & set(parts):
+        for rows, tokens in ((128, 128), (512, 64)) if IS_GPU else ((8, 8),):
+            sample(policy, first, rows, tokens, parts)
+    if "candidates" in parts:
+        train(policy, first, CANDIDATES[1:])
+    if "optimizer" in parts:
+        for fused in (False, True):
+            check(f"AdamW, {'fused' if fused else 'foreach'}", partial(optimizer_step, policy, fused), 5)
+    if "profile" in parts:
+        check("profile", partial(profile, policy, first), 20)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="0.5B" if IS_GPU else "toy", choices=SHAPES)
     parser.add_argument("--folder", type=Path)
-    parts = ["ceilings", "head", "train", "sample", "continuous", "optimizer", "profile", "step"]
-    parser.add_argument("--parts", nargs="*", choices=parts, default=[part for part in parts if part != "continuous"])
+    parser.add_argument("--shapes", nargs="+", type=Shape.of, default=DEFAULT_SHAPES)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:-1])
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
+    print(machine(), flush=True)
     if "ceilings" in options.parts:
         check("ceilings", ceilings)
+    in_process = set(options.parts) - {"ceilings", "step", "variants", "head"}
+    if in_process or (options.folder is not None and not options.folder.exists()):
+        model = make_model(options.model)
+        print(f"{options.model}: {model.num_parameters():,} parameters, vocabulary {VOCABULARY:,}", flush=True)
+        if options.folder is not None and not options.folder.exists():
+            saved = copy.deepcopy(model)
+            workload.add_unreachable_end(saved)
+            saved.save_pretrained(options.folder)
+            workload.make_tokenizer(unreachable_eos=True, vocabulary=VOCABULARY).save_pretrained(options.folder)
+            del saved
+        measure_parts(model, options)
+        del model
+        gc.collect()  # whole steps would find its memory taken
     if "head" in options.parts:
         head(SHAPES[options.model][0])
-    model = make_model(options.model)
-    print(
-        f"{options.model}: {model.num_parameters():,} parameters, vocabulary {VOCABULARY:,}, {PROMPT} / {COMPLETION}"
-        f" tokens, groups of {GROUP}",
-        flush=True,
-    )
     if options.folder is not None:
-        workload.add_unreachable_end(model)
-        model.save_pretrained(options.folder)
-        workload.make_tokenizer(unreachable_eos=True, vocabulary=VOCABULARY).save_pretrained(options.folder)
-    policy = Policy(model, PolicyConfig(options.model))
-    policy.train()
-    number = 4 if IS_GPU else 2
-    if "train" in options.parts:
-        train(policy, number)
-    if "sample" in options.parts:
-        for rows, tokens in ((128, 128), (512, 64)) if IS_GPU else ((8, 8),):
-            sample(policy, rows, tokens, "continuous" in options.parts)
-    if "optimizer" in options.parts:
-        for fused in (False, True):
-            check(f"AdamW, {'fused' if fused else 'foreach'}", partial(optimizer_step, policy, fused), 5)
-    if "profile" in options.parts:
-        check("profile", partial(profile, policy, number), 20)
-    del policy, model
-    if "step" in options.parts and options.folder is not None:
-        for lora in (None, LoRAConfig(rank=16)):
-            name = f"whole steps, {STEP_PROMPTS} x {GROUP}{', an adapter' if lora else ''}"
-            check(name, partial(whole_steps, options.folder, lora), 20)
+        rows: list[tuple[Shape, str, dict[str, Any]]] = []
+        if "step" in options.parts:
+            rows += [(shape, "ours", {}) for shape in options.shapes]
+        if "variants" in options.parts:
+            rows.append((options.shapes[0], "ours, micro-steps by memory", {"auto": True}))
+            rows.append((options.shapes[0], "ours, an adapter of rank 16", {"lora": LoRAConfig(rank=16)}))
+        for shape, title, variant in rows:
+            steps = partial(whole_steps, options.folder, shape, title, **variant)
+            check(f"whole steps {shape}, {title}", steps, 10 + 6 * shape.size if IS_GPU else 5)
     return exit_status()
 
 

@@ -9,8 +9,10 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from math import ceil
+from random import Random
 from typing import Any
 from unittest.mock import patch
 
@@ -20,14 +22,18 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from plain_kernels import plain_kernels
 from pretend_cuda import CUDA, PretendCuda, Report
 
 from stateset_lightning import GRPOLightningModule, RolloutConfig, ScenarioDataModule, algorithm
 from stateset_lightning.algorithm import GRPO, KL, TokenBatch
 from stateset_lightning.evaluation import EvaluationConfig
-from stateset_lightning.policy import Group, LoRAConfig, Policy, PolicyConfig, load_model
+from stateset_lightning.policy import Group, LoRAConfig, Policy, PolicyConfig, head, load_model, load_tokenizer
 from stateset_lightning.rewards import ExactMatch
+from stateset_lightning.rollout import InProcessEngine
+from stateset_lightning.rollout.cuda_decoding import LOOK_EVERY
 from stateset_lightning.rollout.engine import DecodingKind
+from stateset_lightning.seeding import sample_seeds
 from stateset_lightning.types import WITHOUT_FLOAT64
 
 NEW_TOKENS = 20
@@ -38,7 +44,12 @@ HOST_SAMPLING_WAITS = 4 + NEW_TOKENS  # where the host samples: it takes the log
 OTHER_WAITS = 6  # of a micro-step: old log-probs, those of the reference and entropies come to the host, too
 VALIDATION_WAITS = 4  # beside sampling, however many prompts and measures
 STEP_WAITS = 6  # of an optimizer step of one micro-step; one more where its loss is scaled
-STEP_LAUNCHES = 1500  # of the same without sampling; 150 of them are norms, a tensor at a time here alone
+# Uploads that wait: of a call that scores, and of all sampling of an episode.
+SCORE_UPLOADS = 9
+SAMPLING_UPLOADS = 23
+# Launches with the kernels of a GPU, whatever the number of groups and rows.
+SCORE_LAUNCHES, CHUNK_LAUNCHES = 740, 45  # of forward and backward, and of each further chunk of tokens in the head
+TOKEN_LAUNCHES: dict[DecodingKind, int] = {"graph": 155, "eager": 160}
 ANNOUNCED: list[str] = []  # slower paths that were taken, with the reasons
 UNLIKE = ("time/", "memory/", "work/tokens")  # metrics that depend on the machine
 
@@ -80,16 +91,39 @@ class Reports(Callback):
     def __init__(self, gpu: PretendCuda) -> None:
         self.gpu = gpu
         self.steps: list[Report] = []
-        self.validation = Report()
+        self.launches: list[int] = []  # of each micro-step, without those of sampling
+        self.validation, self.validation_launches = Report(), 0
+        self._sampling = 0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, the launches of sampling are told apart."""
+        stock = InProcessEngine.generate
+
+        def generate(*args: Any, **options: Any) -> Any:
+            before = self.gpu.report.launches.total()
+            made = stock(*args, **options)
+            self._sampling += self.gpu.report.launches.total() - before
+            return made
+
+        with patch.object(InProcessEngine, "generate", generate):
+            yield
+
+    def _take(self) -> tuple[Report, int]:
+        report, sampling = self.gpu.take(), self._sampling
+        self._sampling = 0
+        return report, report.launches.total() - sampling
 
     def on_train_batch_start(self, *args: Any) -> None:
-        self.gpu.take()
+        self._take()
 
     def on_train_batch_end(self, *args: Any) -> None:
-        self.steps.append(self.gpu.take())
+        report, launches = self._take()
+        self.steps.append(report)
+        self.launches.append(launches)
 
     def on_validation_end(self, *args: Any) -> None:
-        self.validation = self.gpu.take()
+        self.validation, self.validation_launches = self._take()
 
 
 def digits(completion: str) -> float:
@@ -103,7 +137,7 @@ class Run:
 
     beta: float = 0.0
     lora: bool = False
-    algorithm: Mapping[str, Any] = field(default_factory=dict)
+    algorithm: Mapping[str, Any] = field(default_factory=dict, hash=False)
     precision: str = "32-true"
     fused: bool = False
     steps_per_episode: int = 2
@@ -112,6 +146,7 @@ class Run:
     samples: int = 0
     decoding: DecodingKind = "eager"
     has_float64: bool = True
+    prompts: int = 8
 
     def fit(self, gpu: PretendCuda | None) -> tuple[dict[str, float], Reports | None]:
         """Metrics of the last step, and what was done on the device; on the CPU where `gpu` is None."""
@@ -134,8 +169,8 @@ class Run:
         )
         data = ScenarioDataModule(
             train=rows,
-            validation=rows[:4],
-            batch_size=8,
+            validation=rows[: self.prompts // 2],
+            batch_size=self.prompts,
             steps_per_episode=self.steps_per_episode,
             num_iterations=self.num_iterations,
         )
@@ -155,7 +190,8 @@ class Run:
             **BARE_RUN,
             **where,
         )
-        trainer.fit(module, datamodule=data)
+        with nullcontext() if reports is None else reports.watching():
+            trainer.fit(module, datamodule=data)
         shown = trainer.callback_metrics.items()
         return {name: float(value) for name, value in shown if not name.startswith(UNLIKE)}, reports
 
@@ -165,8 +201,11 @@ class Run:
         return torch.amp.GradScaler(CUDA.type if gpu else "cpu", init_scale=2.0**10)
 
 
+STEP = Run(precision="bf16-mixed", fused=True, steps_per_episode=1, accumulate=1)
+
+
 def split(waits: Mapping[str, int]) -> tuple[int, int]:
-    """Waits in sampling, and all others; probes belong to the start of a run."""
+    """Waits, or uploads, in sampling, and all others; probes belong to the start of a run."""
     sampling = sum(count for place, count in waits.items() if place.startswith("rollout/"))
     probes = sum(count for place, count in waits.items() if place.startswith("policy/probes"))
     return sampling, sum(waits.values()) - sampling - probes
@@ -210,25 +249,50 @@ def same_as_on_the_cpu(case: Run) -> str:
     return seen
 
 
-def waits_of_an_optimizer_step(precision: str, most: int) -> str:
-    """Of one micro-step, with a fused optimizer and clipping: after the first one, whose episode has probes.
-
-    The second one samples nothing, the third one does.
-    """
-    with PretendCuda() as gpu:
-        case = Run(precision=precision, fused=True, steps_per_episode=1, accumulate=1)
+@cache
+def fitted_with_kernels(case: Run) -> tuple[dict[str, float], Reports]:
+    with PretendCuda() as gpu, plain_kernels():
         metrics, reports = case.fit(gpu)
     assert reports is not None
+    return metrics, reports
+
+
+def an_optimizer_step(case: Run, waits: int, launches: int, forward: int = 350) -> str:
+    """Of one micro-step, with a fused optimizer and clipping: after the first one, whose episode has probes.
+
+    The second one samples nothing; the third one does, and scores with the old weights, too.
+
+    Args:
+        waits: At most, beside those of sampling.
+        launches: Of the second one, at most.
+        forward: Launches of a scoring without gradients, and of a validation beside sampling, at most.
+    """
+    metrics, reports = fitted_with_kernels(case)
     _, again, step = reports.steps
     sampling, other = split(step.waits)
-    blocking = [place for place in step.uploads if place.startswith(("training/", "module")) and "and wait" in place]
-    seen = f"{other} waits beside {sampling} of sampling; {step.uploads.total()} uploads"
-    seen += f"; without sampling {again.launches.total()} launches"
-    assert again.launches.total() <= STEP_LAUNCHES, f"{seen}: {again.launches}"
-    assert 0 < other <= most, f"{seen}: {step.waits}"
-    assert not blocking, f"uploads that wait: {blocking}"
+    in_sampling, uploads = split(step.blocking)
+    calls = 3 if case.beta else 2  # that score: a reference, too
+    seen = f"{other} waits beside {sampling} of sampling; {uploads} uploads that wait beside {in_sampling} of sampling"
+    seen += f"; launches: {reports.launches[1]}, {reports.launches[2]} with old log-probs"
+    seen += f", {reports.validation_launches} of a validation beside sampling"
+    assert 0 < other <= waits, f"{seen}: {step.waits}"
+    assert uploads <= calls * SCORE_UPLOADS, f"{seen}: {step.blocking}"
+    assert split(again.blocking)[1] <= SCORE_UPLOADS, f"{seen}: {again.blocking}"
+    assert in_sampling <= SAMPLING_UPLOADS, f"{seen}: {step.blocking}"
+    assert reports.launches[1] <= launches, f"{seen}: {again.launches}"
+    assert reports.launches[2] <= launches + (calls - 1) * forward, f"{seen}: {step.launches}"
+    assert reports.validation_launches <= forward, f"{seen}: {reports.validation.launches}"
     assert 0 < metrics["policy/grad_norm"] < 100, f"the norm is that of scaled gradients: {metrics['policy/grad_norm']}"
     return seen
+
+
+def launches_of_more_groups() -> str:
+    """Of steps and of a validation: the same for twice as many prompts, whose completions are others, too."""
+    (few, some), (many, more) = map(fitted_with_kernels, (STEP, replace(STEP, prompts=2 * STEP.prompts)))
+    assert many["completion/mean_tokens"] != few["completion/mean_tokens"]
+    for name in ("launches", "validation_launches"):
+        assert getattr(some, name) == getattr(more, name), (name, getattr(some, name), getattr(more, name))
+    return f"{some.launches} and {some.validation_launches} launches"
 
 
 def losses_wait_for_nothing() -> str:
@@ -261,7 +325,7 @@ def losses_wait_for_nothing() -> str:
     return f"{len(presets)} presets"
 
 
-def launches_of_score() -> str:
+def launches_of_buckets() -> str:
     """Forward and backward of 4 and of 16 groups of one shape, which attention takes in buckets."""
     launches = []
     with PretendCuda() as gpu, CUDA:
@@ -269,14 +333,77 @@ def launches_of_score() -> str:
         assert not ANNOUNCED, ANNOUNCED
         for count in (4, 16):
             groups = [Group(list(range(3, 12)), [[5, 6, 7, 8]] * 4) for _ in range(count)]
-            gpu.take()
-            policy.score(groups)[0].sum().backward()
-            report = gpu.take()
-            launches.append(report.launches.total())
-            assert not report.waits, report.waits
+            launches.append(scored(gpu, policy, groups).launches.total())
     seen = f"{launches[0]} launches for 4 groups, {launches[1]} for 16"
     assert launches[1] <= 1.2 * launches[0], seen
     return seen
+
+
+def scored(gpu: PretendCuda, policy: Policy, groups: list[Group]) -> Report:
+    """What a micro-step did that begins without gradients."""
+    policy.zero_grad(set_to_none=True)
+    gpu.take()
+    policy.score(groups)[0].sum().backward()
+    report = gpu.take()
+    assert not report.waits, report.waits
+    return report
+
+
+def launches_of_score() -> str:
+    """Forward and backward of 4, 16 and 64 groups of all lengths by the kernels, in bfloat16: launches and uploads.
+
+    Their number depends on nothing but the chunks of the head.
+    """
+    random = Random(0)
+    seen = []
+    with PretendCuda() as gpu, CUDA, plain_kernels((torch.bfloat16,)), patch.object(head, "GPU_CHUNK_TOKENS", 1024):
+        policy = Policy(load_model(PolicyConfig("tiny"), torch.bfloat16), PolicyConfig("tiny"))
+        assert policy.uses_packed_scoring
+        assert not ANNOUNCED, ANNOUNCED
+        for count in (4, 16, 64):
+            lengths = [(random.randint(4, 40), [random.randint(1, 30) for _ in range(4)]) for _ in range(count)]
+            groups = [Group([3] * prompt, [[5] * length for length in own]) for prompt, own in lengths]
+            report = scored(gpu, policy, groups)
+            chunks = ceil(sum(group.num_completion_tokens for group in groups) / 1024)
+            blocking = report.blocking
+            seen.append((count, chunks, report.launches.total(), blocking.total()))
+            assert blocking.total() <= SCORE_UPLOADS, blocking
+    told = "; ".join(f"{n} groups, {k} chunks: {i} launches, {j} uploads that wait" for n, k, i, j in seen)
+    (_, _, first, _), (_, two, second, _), (_, most, last, _) = seen
+    assert (two, most) == (2, 4), told
+    assert first <= SCORE_LAUNCHES, told
+    assert second - first <= CHUNK_LAUNCHES, told
+    assert last - first == 3 * (second - first), told
+    return told
+
+
+def launches_of_a_token() -> str:
+    """Of 4 and of 16 rows of which none ends, between one look of the host and the next; nothing waits but the look."""
+    seen = []
+    with PretendCuda() as gpu, plain_kernels():
+        with CUDA:
+            policy = Policy(load_model(PolicyConfig("tiny")), PolicyConfig("tiny"))
+        engine = InProcessEngine(load_tokenizer(PolicyConfig("tiny")))
+        engine.sync(policy)
+        engine.ends = frozenset([10**6])
+
+        def costs(decoding: DecodingKind, prompts: int, tokens: int) -> Report:
+            config = RolloutConfig(max_new_tokens=tokens, decoding=decoding)
+            gpu.take()
+            rollout = engine.generate([[3, 4]] * prompts, 4, config, sample_seeds(1, "train", 0, range(prompts), 4))
+            assert (rollout.lengths_N == tokens).all()
+            return gpu.take()
+
+        for decoding, most in TOKEN_LAUNCHES.items():
+            costs(decoding, 1, 1)  # probes
+            for prompts in (1, 4):
+                few, many = (costs(decoding, prompts, looks * LOOK_EVERY) for looks in (1, 2))
+                launches = (many.launches.total() - few.launches.total()) / LOOK_EVERY
+                seen.append(f"{launches:.1f} launches for {4 * prompts} rows, {decoding}")
+                assert many.waits.total() - few.waits.total() <= 1, many.waits
+                assert launches <= most, f"{seen[-1]}: {many.launches - few.launches}"
+    assert not ANNOUNCED, ANNOUNCED
+    return "; ".join(seen)
 
 
 def mixing_is_noticed() -> str:
@@ -311,12 +438,21 @@ def costs_are_counted() -> str:
         torch.ones(3).to(CUDA, non_blocking=True)
         quiet = gpu.take()
         assert (quiet.waits.total(), quiet.uploads.total()) == (0, 1)
-        assert not [place for place in quiet.uploads if "and wait" in place]
-        torch.ones(3).to(CUDA)
-        assert [place for place in gpu.take().uploads if "and wait" in place]
+        assert not quiet.blocking
+        there.copy_(torch.ones(3), non_blocking=True)
+        assert not gpu.take().blocking
+        uploads: list[Callable[[], Any]] = [
+            lambda: torch.ones(3).to(CUDA),
+            lambda: there.copy_(torch.ones(3)),
+            lambda: there[torch.tensor([0, 2])],
+            lambda: torch.tensor([1, 2], device=CUDA),
+        ]
+        for upload in uploads:
+            upload()
+            assert gpu.take().blocking.total() == 1
         there.double()
         assert gpu.take().float64.total() == 1
-    return f"{len(waits)} ways to wait"
+    return f"{len(waits)} ways to wait, and {len(uploads)} uploads that do"
 
 
 def starts_without_accelerate() -> str:
@@ -336,9 +472,14 @@ CHECKS: dict[str, Callable[[], str]] = {
     "costs are counted": costs_are_counted,
     "a model is loaded without accelerate": starts_without_accelerate,
     "losses wait for nothing": losses_wait_for_nothing,
-    "launches of score": launches_of_score,
-    "waits of a step in bf16-mixed": partial(waits_of_an_optimizer_step, "bf16-mixed", STEP_WAITS),
-    "waits of a step in 16-mixed": partial(waits_of_an_optimizer_step, "16-mixed", STEP_WAITS + 1),
+    "launches of score in buckets": launches_of_buckets,
+    "launches and uploads of score": launches_of_score,
+    "launches of a token": launches_of_a_token,
+    "a step in bf16-mixed": partial(an_optimizer_step, STEP, STEP_WAITS, 1230),
+    "a step in 16-mixed": partial(an_optimizer_step, replace(STEP, precision="16-mixed"), STEP_WAITS + 1, 1250),
+    "a step with a reference": partial(an_optimizer_step, replace(STEP, beta=0.04), STEP_WAITS, 1250),
+    "a step with an adapter": partial(an_optimizer_step, replace(STEP, lora=True), STEP_WAITS, 1580, 560),
+    "launches of a step with more groups": launches_of_more_groups,
     "as on the CPU, a reference, steps as for a graph": partial(same_as_on_the_cpu, Run(beta=0.04, decoding="graph")),
     "as on the CPU, KL in the reward, selected tokens, samples in validation": partial(
         same_as_on_the_cpu, Run(beta=0.04, algorithm={"kl": KL("k1", place="reward"), "top_entropy": 0.5}, samples=2)

@@ -20,9 +20,14 @@ CHECKS = (
     "costs are counted",
     "a model is loaded without accelerate",
     "losses wait for nothing",
-    "launches of score",
-    "waits of a step in bf16-mixed",
-    "waits of a step in 16-mixed",
+    "launches of score in buckets",
+    "launches and uploads of score",
+    "launches of a token",
+    "a step in bf16-mixed",
+    "a step in 16-mixed",
+    "a step with a reference",
+    "a step with an adapter",
+    "launches of a step with more groups",
     "as on the CPU, a reference, steps as for a graph",
     "as on the CPU, KL in the reward, selected tokens, samples in validation",
     "as on the CPU, an adapter, steps as for a graph",
@@ -36,7 +41,7 @@ pytestmark = pytest.mark.slow
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Each check's line by its name."""
     out = tmp_path_factory.mktemp("stand_in")
-    folders = (ROOT, ROOT / "benchmarks" / "gpu")
+    folders = (ROOT, ROOT / "benchmarks" / "gpu", ROOT / "tests")
     environment = {"OUT": str(out), "GPU_CHECK_DEVICE": "cpu", "PYTHONPATH": os.pathsep.join(map(str, folders))}
     program = [sys.executable, str(ROOT / "benchmarks" / "gpu" / "stand_in.py")]
     run = subprocess.run(program, env=os.environ | environment, capture_output=True, text=True, timeout=600)

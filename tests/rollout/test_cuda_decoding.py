@@ -4,6 +4,7 @@ CUDA graph does, with the same operations on the same addresses. Tokens and log-
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,7 +24,8 @@ from stateset_lightning.rollout.cuda_decoding import LOOK_EVERY, GraphBatch
 from stateset_lightning.rollout.decoding import Decoding
 from stateset_lightning.seeding import sample_seeds
 
-KNOWN = ["llama", "qwen2", "qwen3"]
+KNOWN = ["llama", "mistral", "qwen2", "qwen3"]
+DEVICE = os.environ.get("GPU_CHECK_DEVICE", "cuda")  # of tests for a GPU alone; cpu rehearses them
 PROMPTS = [[20, 31, 42], [53, 64, 75, 86, 97, 108, 119], [130], [141, 152, 163, 174, 185], [55] * 9]
 MANY_ENDS = [1, *range(345, 360)]
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "lift_fresh", "lift_fresh_copy"}
@@ -106,6 +108,7 @@ def same_samples(engine: InProcessEngine, **options: Any) -> tuple[int, int]:
     ("name", "options"),
     [
         ("llama", {}),
+        ("mistral", {}),
         ("qwen2", {"greedy": True}),
         ("qwen3", {"max_batch_rows": 6}),  # two groups, and others that wait
         ("llama", {"max_batch_rows": 2, "temperature": 1.3}),  # less than a group
@@ -293,13 +296,16 @@ def test_the_kernel_takes_these_arguments(counts: list[int] | None) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_a_graph_samples_what_the_cpu_does(make_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
+@pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", KNOWN)
+def test_on_a_gpu_a_graph_samples_what_the_cpu_does(
+    make_model: Callable[..., Any], tiny_tokenizer: Any, name: str
+) -> None:
     seeds, rollouts = sample_seeds(7, "train", 0, range(5), 3), []
-    for device, dtype in (("cpu", torch.float32), ("cuda", torch.float32), ("cuda", torch.bfloat16)):
-        decoding = "eager" if device == "cpu" else "graph"
+    ways = (("cpu", torch.float32, "eager"), (DEVICE, torch.float32, "graph"), (DEVICE, torch.bfloat16, "graph"))
+    for device, dtype, decoding in ways:
         sampling = RolloutConfig(max_new_tokens=40, max_batch_rows=9, decoding=decoding)  # type: ignore[arg-type]
-        engine = engine_of(make_model("qwen2").to(device, dtype), tiny_tokenizer, MANY_ENDS)
+        engine = engine_of(make_model(name).to(device, dtype), tiny_tokenizer, MANY_ENDS)
         rollouts.append(engine.generate(PROMPTS, 3, sampling, seeds))
         engine.check(None, 1.0)  # its log-probs are those of scoring
     pairs = zip(rollouts[0].completions(), rollouts[1].completions(), strict=True)
