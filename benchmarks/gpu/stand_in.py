@@ -45,7 +45,7 @@ OTHER_WAITS = 6  # of a micro-step: old log-probs, those of the reference and en
 VALIDATION_WAITS = 4  # beside sampling, however many prompts and measures
 STEP_WAITS = 6  # of an optimizer step of one micro-step; one more where its loss is scaled
 # Uploads that wait: of a call that scores, and of all sampling of an episode.
-SCORE_UPLOADS = 9
+SCORE_UPLOADS = 0
 SAMPLING_UPLOADS = 23
 # Launches with the kernels of a GPU, whatever the number of groups and rows.
 SCORE_LAUNCHES, CHUNK_LAUNCHES = 740, 45  # of forward and backward, and of each further chunk of tokens in the head
@@ -356,8 +356,9 @@ def launches_of_score() -> str:
     """
     random = Random(0)
     seen = []
-    with PretendCuda() as gpu, CUDA, plain_kernels((torch.bfloat16,)), patch.object(head, "GPU_CHUNK_TOKENS", 1024):
-        policy = Policy(load_model(PolicyConfig("tiny"), torch.bfloat16), PolicyConfig("tiny"))
+    with PretendCuda() as gpu, plain_kernels((torch.bfloat16,)), patch.object(head, "GPU_CHUNK_TOKENS", 1024):
+        with CUDA:
+            policy = Policy(load_model(PolicyConfig("tiny"), torch.bfloat16), PolicyConfig("tiny"))
         assert policy.uses_packed_scoring
         assert not ANNOUNCED, ANNOUNCED
         for count in (4, 16, 64):
