@@ -311,10 +311,10 @@ class Running:
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def stop(self) -> None:
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._server = None
+        server, self._server = self._server, None  # a test's thread may stop it, too
+        if server is not None:
+            server.shutdown()
+            server.server_close()
         self.stub.adapters.clear()
         self.stub.whole = None
         if self.stub.transfer is not None:
