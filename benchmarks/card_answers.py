@@ -21,6 +21,7 @@ def main() -> None:
     run, exported = map(Path, sys.argv[1:])
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     evaluated = [sample for sample in samples if sample["split"] == "validation"]
+    assert evaluated, f"{run} has no samples of a validation"
     evaluated = [sample for sample in evaluated if sample["step"] == evaluated[-1]["step"]]
     evaluated = evaluated[:: max(1, len(evaluated) // PROMPTS)][:PROMPTS]
     os.chdir(exported)

@@ -166,7 +166,7 @@ def measure(name: str, seed: int, steps: int, trl_python: str | None) -> dict[st
 
 def read_results(file: Path, steps: int) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-    return [row for row in rows if row["steps"] == steps]
+    return [row for row in rows if row["steps"] == steps and "accuracies" in row]
 
 
 def print_table(results: list[dict[str, Any]], names: list[str]) -> None:
@@ -193,6 +193,8 @@ def main() -> None:
     parser.add_argument("--trl-python", help="the interpreter of an environment that has TRL")
     parser.add_argument("--train-with-trl", type=Path, metavar="FOLDER", help="make one run of TRL, in this process")
     options = parser.parse_args()
+    if options.steps % PARTS:
+        parser.error(f"--steps {options.steps} must be a multiple of {PARTS}")
     if options.train_with_trl:
         train_with_trl(options.train_with_trl, options.seeds[0], options.steps)
         return

@@ -219,6 +219,7 @@ def few_steps(devices: int, urls: list[str], folder: Path) -> None:
     weights = {name: unsharded(p.detach()) for name, p in module.policy.named_parameters() if p.requires_grad}
     result = {"samples": samples.found, "weights": weights}
     torch.save(result, folder / f"{devices}_{trainer.global_rank}.pt")
+    trainer.strategy.barrier()  # who started this waits for the first rank alone
 
 
 def sharded(urls: list[str], folder: Path) -> tuple[int, int, float]:
@@ -323,6 +324,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.few_steps:
         return few_steps(options.few_steps, options.urls, options.folder)
+    if options.vllm_python is None:
+        parser.error("--vllm-python is needed")
     kill_at = options.steps // 2
     with tempfile.TemporaryDirectory() as folder:
         server, second = (VLLM(options.vllm_python, options.port + i, Path(folder)) for i in range(2))

@@ -29,7 +29,7 @@ part=all minutes="" baseline="" shapes=""
 while [ $# -gt 0 ]; do
   case $1 in
     --*) [ $# -gt 1 ] || usage ;;&
-    --minutes) [[ $2 =~ ^[0-9]+$ ]] && [ "$2" -gt 0 ] && minutes=$2 || usage ;;
+    --minutes) [[ $2 =~ ^[0-9]+$ ]] && [ "$2" -gt 0 ] && minutes=$((10#$2)) || usage ;;
     --baseline) baseline=$(realpath -e "$2") || exit 2 ;;
     --shapes) shapes=$2 ;;
     all | rehearse | checks | speed | wheels) part=$1 && shift && continue ;;
@@ -52,6 +52,7 @@ export OUT=${OUT:-$(mktemp -d)} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 WANDB_MODE=o
   TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 \
   PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 export PYTHONPATH="$root:$root/benchmarks:$root/tests${PYTHONPATH:+:$PYTHONPATH}"
+[ ! -f "$OUT/results.jsonl" ] || mv "$OUT/results.jsonl" "$OUT/results_before.jsonl"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 model=0.5B
@@ -72,7 +73,7 @@ quiet() { # what libraries say; the exit status is that of the command before
 }
 
 failed=0
-run() { # run PERCENT PROGRAM ARGUMENTS...: what has not begun in this share of all time is skipped, what hangs is ended
+run() { # run PERCENT PROGRAM ARGUMENTS...: it has this share of all time to begin in, what hangs is ended
   local left=$((limit - SECONDS)) most=$((limit * $1 / 100))
   local seconds=$((left < most ? left : most))
   [ $left -lt 15 ] && echo "== $2 ${*:3}: no time left" && return
@@ -113,7 +114,7 @@ speed() { # of each shape ours, then TRL's; what explains the first one's time c
     speed) speed ;;
   esac
   [ ! -f "$OUT/results.jsonl" ] ||
-    "$python" "$here/table.py" "$OUT/results.jsonl" ${baseline:+--baseline "$baseline"} | tee "$OUT/table.md"
+    "$python" "$here/table.py" "$OUT/results.jsonl" ${baseline:+--baseline "$baseline"} | tee "$OUT/table.md" || failed=1
   echo "== end, $SECONDS s after the start; results in $OUT"
   exit $failed
 } 2>&1 | tee "$OUT/log.txt"

@@ -2,9 +2,9 @@
 
     python peer_trl.py FOLDER [--shapes 64x8:512/512 ...] [--sampler vllm] [--checkpointing] [--cudnn]
 
-FOLDER is that of the model that speed.py wrote. Its fastest honest setting: an episode in one generation, no reference,
-no gradient checkpointing, fused AdamW, TF32 beside bfloat16; it is sampled by vLLM in this process where that is
-installed, else by transformers' `generate`. As many rows at a time as fit, 16 at most in training.
+FOLDER is that of the model that speed.py wrote. Its fastest honest setting: no reference, no gradient checkpointing,
+fused AdamW, TF32 beside bfloat16; it is sampled by vLLM in this process where that is installed, else by transformers'
+`generate`. An episode is one generation, unless memory does not suffice; 16 rows at a time are trained, or what fits.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
+import math
 import tempfile
 import time
 import warnings
@@ -34,13 +35,13 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 
 def whole_steps(options: argparse.Namespace, shape: Shape, name: str) -> str:
     """Seconds of each optimizer step; where memory does not suffice, with half the rows in sampling and training."""
-    rows = options.per_device
+    rows = math.gcd(options.per_device, shape.prompts * shape.group)
     while True:
         try:
             with tempfile.TemporaryDirectory() as output:
                 return steps_of(options, shape, name, output, rows)
         except torch.cuda.OutOfMemoryError:
-            if rows <= options.per_device // 4:
+            if rows <= options.per_device // 4 or rows % 2:
                 raise
         rows //= 2
         gc.collect()
@@ -62,7 +63,8 @@ def steps_of(options: argparse.Namespace, shape: Shape, name: str, output: str, 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             sync()
             took = time.perf_counter() - self.start
-            record(step=name, shape=str(shape), index=len(seconds), seconds=took, peak=peak_gib(), rows=rows)
+            row = {"seconds": took, "peak": peak_gib()}
+            record(step=f"{name}, {rows} rows at a time", shape=str(shape), index=len(seconds), **row)
             seconds.append(took)
 
     reset_peak()

@@ -431,7 +431,7 @@ def whole_steps(
         shape: Of a step.
         title: Of what is recorded.
         lora: An adapter is trained.
-        auto: Micro-steps are chosen by memory; they have `MICRO_STEP_GROUPS` else.
+        auto: Micro-steps are chosen by memory, and not `MICRO_STEP_GROUPS` groups in each.
         steps: How many.
     """
     from lightning.pytorch import Callback, Trainer, seed_everything
@@ -478,6 +478,7 @@ def whole_steps(
         callbacks=[Clock()],
         **BARE_RUN,
     )
+    gc.collect()  # trainer and module of an earlier run hold each other
     reset_peak()
     try:
         trainer.fit(module, datamodule=data)

@@ -88,7 +88,8 @@ def whole_steps(found: dict[str, Row]) -> Iterator[str]:
 
 
 def fastest_peer(steps: Sequence[Row], shape: str) -> Row | None:
-    peers = [row for row in steps if row["shape"] == shape and not row["step"].startswith(OURS)]
+    """Of those that came further than their first step, in which memory and kernels are prepared."""
+    peers = [row for row in steps if row["shape"] == shape and row["index"] and not row["step"].startswith(OURS)]
     return min(peers, key=lambda row: row["seconds"], default=None)
 
 

@@ -83,10 +83,11 @@ class OnPolicyDistillation(Distillation):
 
     def per_token_loss(self, tokens: TokenBatch) -> tuple[Tensor, Metrics]:
         teacher_T = needed(tokens, "teacher_logprobs_T", "class_path=OnPolicyDistillation")
-        gaps_T = log_ratio(teacher_T, tokens.old_logprobs_T).nan_to_num(nan=0.0)
+        gaps_T, unknown_T = log_ratio(teacher_T, tokens.old_logprobs_T).nan_to_num(nan=0.0), teacher_T.isnan()
         advantages_T = token_advantages(tokens) + self.coefficient * gaps_T
         loss_T, metrics = super().per_token_loss(replace(tokens, advantages_T=advantages_T))
-        return loss_T, metrics | {"policy/teacher_kl": (-gaps_T.sum(), gaps_T.numel())}
+        metrics["policy/teacher_unknown"] = (unknown_T.sum(), unknown_T.numel())
+        return loss_T, metrics | {"policy/teacher_kl": (-gaps_T.sum(), (~unknown_T).sum())}
 
 
 class GKD(Distillation, loss=divergence_loss):

@@ -20,8 +20,8 @@ from stateset_lightning.errors import DataError
 MAX_PROBLEMS_SHOWN = 20
 
 # What the rows of a split are called where one file has those of several.
-SPLIT_NAMES = {"train": ["train"], "test": ["test"], "predict": ["predict", "test"]}
-SPLIT_NAMES |= {"validation": ["validation", "valid", "val", "dev"]}
+VALIDATION_NAMES = ["validation", "valid", "val", "dev"]
+SPLIT_NAMES = {"train": ["train"], "validation": VALIDATION_NAMES, "test": ["test"], "predict": ["predict", "test"]}
 _WRAPPERS = ("data", "rows", "examples", "instances", "records")
 
 

@@ -128,7 +128,7 @@ def on_gpu(x: Tensor) -> bool:
 
 
 def uploaded(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on a device that the host does not wait for, but on Apple's GPUs, where it may outlive its source."""
+    """The tensor on a device. The host does not wait, but for Apple's GPUs, where the copy may outlive its source."""
     return tensor.to(device, non_blocking=device.type != "mps")
 
 

@@ -296,5 +296,4 @@ def plain_config(model: PreTrainedModel) -> dict[str, Any]:
 
 def config_from_plain(content: Mapping[str, Any]) -> LoraConfig:
     """The inverse of `plain_config`."""
-    peft = imported("peft", "lora", "the checkpoint's adapter")
-    return peft.PeftConfig.from_peft_type(**content)
+    return imported("peft", "lora", "the checkpoint's adapter").PeftConfig.from_peft_type(**content)

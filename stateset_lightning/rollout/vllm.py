@@ -8,7 +8,6 @@ that computes something else.
 # No `from __future__ import annotations`: jsonargparse would then drop the bounds of annotated types (4.53).
 from collections.abc import Sequence
 from functools import partial
-from itertools import cycle, islice
 from typing import Annotated, Any, Literal
 
 import torch
@@ -105,7 +104,6 @@ class VLLMEngine:
             while_used = f"sampling_ahead={sampling.sampling_ahead} on {Ranks.current().world} devices"
             raise ConfigError(f"model.engine.{option} with {while_used}: it is for one process that trains or samples")
         self.max_length = min([server.find_model() for server in self.servers])
-        self._in_turn = islice(cycle(self.servers), Ranks.current().rank, None)
         self._tell("/sleep")
 
     def _tell(self, path: str) -> None:
@@ -159,6 +157,7 @@ class VLLMEngine:
         """
         synced, limit = self._weights.synced, self.max_length
         assert synced is not None, "sync(policy) comes before generate"
+        assert len(seeds_N) == len(prompts) * num_generations
         whose = f"the server's --max-model-len of {limit} (raise it, if the model allows)"
         check_length(max(map(len, prompts)), sampling.max_new_tokens, limit, whose)
         stop = StopStrings(sampling.stop, self.tokenizer, self.ends)
@@ -166,8 +165,10 @@ class VLLMEngine:
         if sampling.stop:  # looked for in a text with special tokens, as `stop` does
             common |= {"stop": sampling.stop, "include_stop_str_in_output": True, "skip_special_tokens": False}
         self._tell("/wake_up")
-        choices, texts, numbers = [Choice.model_construct()] * len(seeds_N), [""] * len(seeds_N), {}
-        servers_N = [server for server in islice(self._in_turn, len(prompts)) for _ in range(num_generations)]
+        choices, texts = [Choice.model_construct()] * len(seeds_N), [""] * len(seeds_N)
+        numbers = {}
+        rank = Ranks.current().rank  # by place: a conversation mostly goes on where its beginning is cached
+        servers_N = [self.servers[(rank + n // num_generations) % len(self.servers)] for n in range(len(seeds_N))]
         with DaemonThreads(sampling.max_batch_rows, "vllm-request") as threads:
             for n, (server, seed) in enumerate(zip(servers_N, seeds_N, strict=True)):
                 own = {"prompt": prompts[n // num_generations], "seed": seed}

@@ -87,8 +87,7 @@ def install_metrics_files(trainer: Trainer) -> None:
 
 def metrics_files(trainer: Trainer) -> list[MetricsFile]:
     """Those that were installed, in the order of the loggers; none on ranks that do not log."""
-    writers = map(writer_of, _loggers(trainer, CSVLogger))
-    return [writer for writer in writers if isinstance(writer, MetricsFile)]
+    return [writer for writer in map(writer_of, _loggers(trainer, CSVLogger)) if isinstance(writer, MetricsFile)]
 
 
 def wandb_rows(trainer: Trainer) -> list[int]:

@@ -52,6 +52,7 @@ An optimizer step
     policy/off_policy                   share of completions that off_policy_threshold leaves out
     policy/kl                           mean KL estimate per token, nats
     policy/teacher_kl                   mean log-prob of a sampled token minus the teacher's, about the reverse KL, nats
+    policy/teacher_unknown              share of tokens whose log-prob the teacher's server does not know
     policy/divergence                   mean divergence of the policy's distributions from the teacher's, nats
     train/router_aux_loss               loss that balances experts, mean per token, without its coefficient
     policy/kl_coefficient               coefficient of the KL term, where it adapts

@@ -97,13 +97,14 @@ def _named_as_teachers() -> Iterator[None]:
 
 
 def teacher_logprobs(teacher: Teacher, groups: Sequence[Group], temperature: float) -> torch.Tensor:
-    """Of the sampled tokens, [T]; NaN for those that it does not know.
+    """Of the sampled tokens, [T]; NaN for those that a server does not know.
 
     Raises:
-        NonFiniteError: If more than half are unknown, and not a single one.
+        NonFiniteError: If more than half are unknown, and not a single one; or any, by a model in this process.
     """
     logprobs_T = teacher.score_without_gradient(groups, temperature)[0]
-    if (unknown := int(logprobs_T.isnan().sum())) > max(1, len(logprobs_T) / 2):
+    most = 0 if isinstance(teacher, Policy) else max(1, len(logprobs_T) // 2)
+    if (unknown := int(logprobs_T.isnan().sum())) > most:
         what = f"model.teacher knows no log-prob for {unknown} of {len(logprobs_T)} tokens, NaN, null or -inf"
         raise NonFiniteError(f"{what}: see whether it is the right model, or give it a wider dtype")
     return logprobs_T

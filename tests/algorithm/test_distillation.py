@@ -52,7 +52,8 @@ REWARDS = torch.tensor([[[1.0], [0.0]], [[1.0], [1.0]], [[NAN], [0.0]]])
 def test_a_gap_is_bounded_at_20_nats_and_none_where_the_teacher_does_not_know() -> None:
     loss_T, metrics = OnPolicyDistillation().per_token_loss(tokens([-2.0, -1.0, -3.0], [-300.0, NAN, -4.0], [0.0, 0.0]))
     assert loss_T.tolist() == [20, 0, 1]
-    assert metrics["policy/teacher_kl"][0] == 21
+    assert metrics["policy/teacher_kl"] == (21, 2)
+    assert metrics["policy/teacher_unknown"] == (1, 3)
 
 
 @pytest.mark.parametrize("preset", [OnPolicyDistillation, GKD])

@@ -128,7 +128,7 @@ def test_a_value_that_is_no_split_says_why(spec, message, tmp_path, monkeypatch)
 def test_real_files_are_read_wholly(name, fields, rows):
     if not (REAL / name).exists():
         pytest.skip(f"{REAL / name} is not here")
-    found = read_split(REAL / name, "train", fields)
+    found = read_split(REAL / name, "train", RowOptions(fields=fields))
     assert len(found) == rows
     assert found.scenarios[-1].id == f"{Path(name).stem}:{rows}"
     assert all(scenario.target for scenario in found.scenarios)

@@ -117,7 +117,8 @@ def test_a_micro_step_takes_less_memory_than_its_logits(make_model: Callable[...
             logprobs_T, entropies_T = policy.score(groups)
             (logprobs_T + 0.1 * entropies_T).sum().backward()
 
-        for policy.uses_chunked_head in (True, False):
+        for is_chunked in (True, False):
+            policy.uses_chunked_head = is_chunked
             micro_step()  # libraries take memory for good at first
             policy.zero_grad(set_to_none=True)
             peaks.append(peak_bytes(micro_step))

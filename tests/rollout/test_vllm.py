@@ -16,6 +16,7 @@ from vllm_stub import PROMPTS, SAMPLING, SEEDS, TOKENIZER, Running, adapted, run
 from stateset_lightning.algorithm import DPPO
 from stateset_lightning.errors import ConfigError, NonFiniteError, ServerError
 from stateset_lightning.policy import LoRAConfig, PolicyConfig
+from stateset_lightning.ranks import Ranks
 from stateset_lightning.rollout import InProcessEngine, RolloutConfig, VLLMEngine
 
 
@@ -84,7 +85,7 @@ def test_what_a_completion_request_says(server: Running) -> None:
     assert (greedy["temperature"], "stop" in greedy) == (0.0, False)
 
 
-def test_prompts_are_dealt_out_to_the_servers() -> None:
+def test_prompts_are_dealt_out_to_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     with ExitStack() as stack:
         servers = [stack.enter_context(running()) for _ in range(2)]
         engine = VLLMEngine([server.url for server in servers])
@@ -95,10 +96,10 @@ def test_prompts_are_dealt_out_to_the_servers() -> None:
         assert asked == [sorted(SEEDS[:2] + SEEDS[4:]), sorted(SEEDS[2:4])]  # whole groups
         assert servers[0].stub.adapters == servers[1].stub.adapters != {}
         assert len(rollout.texts) == 6
-        for seed in (71, 72):  # the turn goes on from call to call, or one prompt at a time would all go to one server
-            engine.generate(PROMPTS[:1], 1, SAMPLING, [seed])
-        last = [server.stub.samples()[-1]["seed"] for server in reversed(servers)]
-        assert last == [71, 72]
+        for rank in range(2):  # with one prompt on each device, all of them would go to the first server
+            monkeypatch.setattr(Ranks, "current", lambda rank=rank: Ranks(rank, 2))
+            engine.generate(PROMPTS[:1], 1, SAMPLING, [70 + rank])
+        assert [server.stub.samples()[-1]["seed"] for server in servers] == [70, 71]
 
 
 def test_what_no_server_can_do_is_refused(server: Running) -> None:

@@ -73,7 +73,7 @@ def test_a_run_ends_where_the_teacher_knows_too_few_log_probs(known: int, ends: 
         def score_without_gradient(self, groups: Any, temperature: float = 1.0) -> Any:
             return torch.tensor([-1.0] * known + [math.nan] * (4 - known)), torch.empty(0)
 
-    says = rf"model.teacher knows no log-prob for {4 - known} of 4 tokens, NaN, null or -inf"
+    says = rf"model\.teacher knows no log-prob for {4 - known} of 4 tokens, NaN, null or -inf"
     with pytest.raises(NonFiniteError, match=says) if ends else nullcontext():
         teacher_logprobs(Teacher(SERVED.urls), [], 1.0)
 
