@@ -22,6 +22,7 @@ from transformers import TorchAoConfig
 
 from stateset_lightning import GRPOLightningModule, RolloutConfig
 from stateset_lightning.algorithm import GRPO
+from stateset_lightning.cli.export import model_card
 from stateset_lightning.cli.main import main
 from stateset_lightning.cli.trained import load_trained
 from stateset_lightning.errors import CheckpointError, ConfigError
@@ -383,6 +384,14 @@ def test_the_exported_adapter_is_small_and_its_card_runs(
     main(["generate", "--device", "cpu", "--ckpt_path", str(run / CHECKPOINT), "--prompt", "What is 2 + 2?"])
     assert capsys.readouterr().out.endswith(said)
     assert "library_name: transformers" in (run / "merged" / "README.md").read_text()
+
+
+def test_the_card_of_an_adapter_says_where_its_model_is_to_be_written(run: Path) -> None:
+    trained = load_trained(str(run / CHECKPOINT))
+    elsewhere = replace(trained, policy=replace(trained.policy, model_name="/home/me/base"))
+    says = "The adapter belongs to `base`. Where that is a folder, write its path below."
+    assert says in model_card(elsewhere, "out")
+    assert "The adapter belongs to" not in model_card(trained, "out")  # the bundled one is found
 
 
 def test_what_cannot_be_exported_or_loaded_is_said(run: Path, tmp_path: Path, capsys: Any) -> None:
