@@ -9,8 +9,8 @@ parts of names (`--only six 'warm start'`), and before it what it starts from; b
 
 - `six`: six intents; GRPO and MaxRL, all weights and LoRA, three seeds; Dr. GRPO, DAPO and RLOO, one seed.
 - `all`: the same on all 77 intents.
-- `parts`: six intents, with a reward of two parts: the answer, and its form, which the prompt asks for and its examples
-  do not have.
+- `parts`: six intents, with a reward of two parts: the answer, and its form, which every other example in the prompt
+  has.
 - `warm start`: all 77 intents, 1,500 labelled messages, the others checkable only. Supervised steps and GRPO after
   them, against either alone, at equal CPU time.
 - `distilled`: a third of the trained model's layers, warm-started, learns from it, by the tokens that it sampled or
@@ -26,6 +26,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -78,7 +79,10 @@ ALL_INTENTS = nested(
     model__rollout__stop=["\n"],
 )
 AS_THE_TEACHER = nested(data__row="learning.six_targets")
+PLAIN_EXAMPLES = yaml.safe_load((EXAMPLE / "banking77.yaml").read_text(encoding="utf-8"))["data"]["prompt_template"]
+# Every other `Topic: delivery` becomes `Topic: [delivery]`.
 FORM = nested(
+    data__prompt_template=re.sub(r"Topic: (\w+)((?:.*\n)+?.*)(Topic: \w+)", r"Topic: [\1]\2\3", PLAIN_EXAMPLES),
     model__reward=[
         {"class_path": "stateset_lightning.rewards.Contains"},
         {"class_path": "stateset_lightning.rewards.FormatReward", "init_args": {"pattern": r"\[\w+\]", "weight": 0.5}},
