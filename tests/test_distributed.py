@@ -26,7 +26,7 @@ def ranks(*options: str, timeout: int) -> str:
 
 
 @pytest.mark.slow  # a dozen short runs of two ranks
-@pytest.mark.parametrize("part", ["equal", "failures", "kills"])
+@pytest.mark.parametrize("part", ["equal", "failures", pytest.param("kills", marks=pytest.mark.long)])
 def test_two_ranks_are_one_process_and_a_lost_one_ends_the_run(part: str) -> None:
     assert ranks("--quick", "--only", part, timeout=600).endswith("passed\n")
 
