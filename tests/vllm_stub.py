@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import pickle
+import queue
 import threading
 from base64 import b64decode
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file
@@ -41,7 +42,7 @@ CHOICE = {"stop_reason": None, "prompt_logprobs": None, "routed_experts": None}
 LOADED = "Success: LoRA adapter '{}' added successfully."
 LOCK = threading.Lock()  # the model behind all stubs is one
 
-# The ipc engine -------------------------------------------------------------------------------------------------------
+# The ipc and nccl engines ---------------------------------------------------------------------------------------------
 
 GPU = "GPU-5f0e3d2c-0000-4000-8000-000000000000"
 MEMORY: dict[int, torch.Tensor] = {}  # what stands for a GPU's, by the number in a handle
@@ -57,20 +58,21 @@ def shared(buffer: torch.Tensor) -> dict[str, Any]:
 
 
 class Transfer:
-    """What vLLM's ipc engine keeps and refuses, in the words of its source (0.32); packed transfers alone."""
+    """What vLLM's engines keep and refuse, in the words of their source (0.32)."""
+
+    backend: str
 
     def __init__(self) -> None:
-        self.trusts = True  # started with VLLM_ALLOW_INSECURE_SERIALIZATION=1
-        self.gpu = GPU
-        self.packed: bool | None = None  # None: never initialised
         self.received: dict[str, torch.Tensor] | None = None  # in the update that is under way
         self.chunks: list[list[str]] = []  # the names of each, of the last update
+        self.forget()
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        if unknown := init_info.keys() - {"packed"}:
-            what = f"IPCWeightTransferInitInfo.__init__() got an unexpected keyword argument {unknown.pop()!r}"
-            raise ValueError(f"Invalid init_info for IPCWeightTransferEngine: {what}")
-        self.packed = init_info.get("packed", False)
+    def forget(self) -> None:
+        """As a server that is started again."""
+        self.received = None
+
+    def receive(self, update_info: dict[str, Any]) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
 
     def start_weight_update(self) -> None:
         if self.received is not None:
@@ -82,6 +84,36 @@ class Transfer:
         if self.received is None:
             raise RuntimeError("start_weight_update must be called before update_weights.")
         received, self.received = self.received, None  # a failed one ends the update
+        new = self.receive(update_info)
+        assert not new.keys() & received.keys(), "a name twice"
+        self.received = received | new
+        self.chunks.append(update_info["names"])
+
+    def finish_weight_update(self, weight_version: str | None = None) -> dict[str, torch.Tensor]:
+        if self.received is None:
+            raise RuntimeError("finish_weight_update called without a matching start_weight_update.")
+        received, self.received = self.received, None
+        return received
+
+
+class IpcTransfer(Transfer):
+    """Packed transfers alone."""
+
+    backend = "ipc"
+    trusts = True  # started with VLLM_ALLOW_INSECURE_SERIALIZATION=1
+    gpu = GPU
+
+    def forget(self) -> None:
+        super().forget()
+        self.packed: bool | None = None  # None: never initialised
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        if unknown := init_info.keys() - {"packed"}:
+            what = f"IPCWeightTransferInitInfo.__init__() got an unexpected keyword argument {unknown.pop()!r}"
+            raise ValueError(f"Invalid init_info for IPCWeightTransferEngine: {what}")
+        self.packed = init_info.get("packed", False)
+
+    def receive(self, update_info: dict[str, Any]) -> dict[str, torch.Tensor]:
         fields = {"names", "dtype_names", "shapes", "tensor_sizes", "ipc_handles_pickled"}
         assert update_info.keys() == fields
         assert self.packed, "not initialised as packed"
@@ -98,16 +130,74 @@ class Transfer:
         assert len(names) == len(dtypes) == len(shapes) == len(sizes) > 0
         packed = MEMORY[args[7]][: sum(sizes)]
         assert (len(packed), packed.dtype) == (sum(sizes), torch.uint8)
-        for name, dtype, shape, part in zip(names, dtypes, shapes, packed.split(sizes), strict=True):
-            assert name not in received, f"{name} twice"
-            received[name] = part.contiguous().view(dtype).view(shape).clone()
-        self.received = received
-        self.chunks.append(names)
+        parts = zip(names, dtypes, shapes, packed.split(sizes), strict=True)
+        return {name: part.contiguous().view(dtype).view(shape).clone() for name, dtype, shape, part in parts}
 
-    def finish_weight_update(self, weight_version: str | None = None) -> dict[str, torch.Tensor]:
-        if self.received is None:
-            raise RuntimeError("finish_weight_update called without a matching start_weight_update.")
-        received, self.received = self.received, None
+
+class NcclGroup:
+    """In place of an NCCL group: each call waits until the others have made theirs, as long as that takes."""
+
+    made: ClassVar[dict[bytes, NcclGroup]] = {}
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.sent: queue.Queue[torch.Tensor] = queue.Queue()
+        self.together = threading.Barrier(2)  # the trainer, and all workers as one
+
+    @classmethod
+    def id(cls, device: torch.device) -> bytes:
+        return bytes([len(cls.made)]) * 128
+
+    @classmethod
+    def join(cls, group: bytes, size: int, device: object = None) -> NcclGroup:
+        with LOCK:
+            member = cls.made.setdefault(group, cls(size))
+        assert member.size == size
+        member.together.wait()
+        return member
+
+    @staticmethod
+    def broadcast(tensors: Sequence[torch.Tensor], member: NcclGroup) -> None:
+        for tensor in tensors:
+            assert tensor.is_contiguous()
+            member.sent.put(tensor.clone())
+            member.together.wait()
+
+    def receive(self) -> torch.Tensor:
+        tensor = self.sent.get(timeout=60)
+        self.together.wait(60)
+        return tensor
+
+
+class NcclTransfer(Transfer):
+    """Transfers of a group that is joined by its id, not packed."""
+
+    backend = "nccl"
+    workers = 2
+    fails: str | None = None  # says of the next tensors that they do not fit
+
+    def forget(self) -> None:
+        super().forget()
+        self.member: NcclGroup | None = None
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        assert init_info.keys() == {"nccl_unique_id_b64", "rank_offset", "world_size", "packed"}
+        group = b64decode(init_info["nccl_unique_id_b64"], validate=True)
+        assert (len(group), init_info["rank_offset"], init_info["packed"]) == (128, 1, False)
+        self.member = NcclGroup.join(group, init_info["world_size"])
+        assert self.member.size == 1 + self.workers
+
+    def receive(self, update_info: dict[str, Any]) -> dict[str, torch.Tensor]:
+        if self.member is None:
+            raise RuntimeError("NCCL weight transfer not initialized. Call init_transfer_engine() first.")
+        names, dtypes, shapes = update_info["names"], update_info["dtype_names"], update_info["shapes"]
+        assert update_info.keys() == {"names", "dtype_names", "shapes"}
+        assert len(names) == len(dtypes) == len(shapes)
+        if names and self.fails is not None:
+            raise ValueError(self.fails)
+        received = {name: self.member.receive() for name in names}
+        assert [str(tensor.dtype) for tensor in received.values()] == [f"torch.{dtype}" for dtype in dtypes]
+        assert [[*tensor.shape] for tensor in received.values()] == shapes
         return received
 
 
@@ -171,6 +261,8 @@ class Stub:
                 self.adapters[body["lora_name"]] = body["lora_path"]
                 self.load(body["lora_path"])
             return 200, LOADED.format(body["lora_name"])
+        if path == "/get_world_size":
+            return 200, {"world_size": NcclTransfer.workers}
         if path in ("/sleep", "/wake_up"):
             if self.sleeping is None:
                 return 404, {"detail": "Not Found"}
@@ -196,7 +288,7 @@ class Stub:
         return self.complete(body)
 
     def take(self, call: str, body: dict[str, Any]) -> None:
-        """A call of the ipc engine."""
+        """A call of the ipc or the nccl engine."""
         if self.transfer is None:
             set_it = "Please set weight_transfer_config to enable weight transfer."
             raise RuntimeError(f"Weight transfer not configured. {set_it}")
@@ -318,7 +410,7 @@ class Running:
         self.stub.adapters.clear()
         self.stub.whole = None
         if self.stub.transfer is not None:
-            self.stub.transfer.packed = self.stub.transfer.received = None
+            self.stub.transfer.forget()
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from stateset_lightning.ranks import Ranks
 from stateset_lightning.rollout.engine import OnFinished, RolloutConfig
 from stateset_lightning.rollout.sampling import StopStrings, check_length
 from stateset_lightning.rollout.vllm_client import Choice, VLLMServer
+from stateset_lightning.rollout.vllm_transfer import NcclGroups, send_by_ipc
 from stateset_lightning.rollout.vllm_weights import WeightSync, request
 from stateset_lightning.threads import DaemonThreads, as_they_end, interruptible
 from stateset_lightning.types import Metrics, Rollout
@@ -60,8 +61,9 @@ class VLLMEngine:
         max_wait_minutes: How long a server may be away before the run stops.
         sleep: The servers keep nothing on their GPU while nobody samples, so that the policy can train on it. For a
             run of one process.
-        transfer: How a whole model is handed over; an adapter is always a file. `files`: in `folder`. `ipc`: through
-            memory of the GPU on which one server and the policy of a run of one process are.
+        transfer: How a whole model is handed over; an adapter is always a file. `files`: in `folder`. In a run of one
+            process `ipc`, through memory of the GPU on which one server and the policy are, or `nccl`, to servers on
+            other GPUs.
     """
 
     def __init__(
@@ -74,14 +76,15 @@ class VLLMEngine:
         request_timeout: Annotated[float, Gt(0)] = 1800.0,
         max_wait_minutes: Annotated[float, Gt(0)] = 10.0,
         sleep: bool = False,
-        transfer: Literal["files", "ipc"] = "files",
+        transfer: Literal["files", "ipc", "nccl"] = "files",
     ) -> None:
         self.servers = servers_at(urls, "model.engine", request_timeout, max_wait_minutes)
         if transfer == "ipc" and len(urls) > 1:
             several = f"{len(urls)} model.engine.urls"
             raise ConfigError(f"model.engine.transfer=ipc with {several}: one server shares the GPU")
-        self._by_ipc = transfer == "ipc"
         self._make_sync = partial(WeightSync, self.servers, folder=folder, dtype=dtype, tolerance=tolerance)
+        self._send = {"files": None, "ipc": send_by_ipc, "nccl": NcclGroups().send}[transfer]
+        self._for_one_process = "sleep=true" if sleep else f"transfer={transfer}" if self._send else None
         self._restored = 0
         self._sleeps = sleep
 
@@ -94,15 +97,15 @@ class VLLMEngine:
             ServerError: If a server does not answer, or not as vLLM does.
         """
         self.tokenizer = tokenizer
-        self._weights = self._make_sync(sampling, by_ipc=self._by_ipc)
+        self._weights = self._make_sync(sampling, send=self._send)
         if sampling.temperature != 1 and (filters := sampling.filters):
             what = f"model.rollout.temperature={sampling.temperature} with {filters}"
             why = "vLLM's log-probs are either those behind the filters or those at temperature 1"
             raise ConfigError(f"{what}: {why}, and training needs neither: set temperature to 1, or leave filters out")
-        if (self._sleeps or self._by_ipc) and (sampling.sampling_ahead or Ranks.current().world > 1):
-            option = "sleep=true" if self._sleeps else "transfer=ipc"
-            while_used = f"sampling_ahead={sampling.sampling_ahead} on {Ranks.current().world} devices"
-            raise ConfigError(f"model.engine.{option} with {while_used}: it is for one process that trains or samples")
+        if self._for_one_process and (sampling.sampling_ahead or Ranks.current().world > 1):
+            where = f"sampling_ahead={sampling.sampling_ahead} on {Ranks.current().world} devices"
+            what = f"model.engine.{self._for_one_process} with {where}"
+            raise ConfigError(f"{what}: it is for one process that trains or samples")
         self.max_length = min([server.find_model() for server in self.servers])
         self._tell("/sleep")
 
@@ -114,7 +117,7 @@ class VLLMEngine:
             torch.cuda.empty_cache()  # what training has freed, and torch still holds
         for server in self.servers:
             needed = "VLLM_SERVER_DEV_MODE=1 and --enable-sleep-mode (model.engine.sleep)"
-            server.patiently(partial(server.tell, path, {}, needed))
+            server.patiently(partial(server.call, path, {}, needed=needed))
 
     def pop_metrics(self) -> Metrics:
         """What happened since the last call, as (sum, count): the last sync, and how often servers came back."""

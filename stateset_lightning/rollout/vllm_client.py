@@ -146,12 +146,15 @@ class VLLMServer:
                 raise ConfigError("VLLM_API_KEY holds characters that cannot be sent: check it for blanks and quotes")
             self._headers["Authorization"] = f"Bearer {key}"
 
-    def call(self, path: str, body: Mapping[str, Any] | None = None, *, seconds: float | None = None) -> bytes:
+    def call(
+        self, path: str, body: Mapping[str, Any] | None = None, *, needed: str = "", seconds: float | None = None
+    ) -> bytes:
         """One request (GET without a body). Returns the answer.
 
         Args:
             path: Behind the server's address.
             body: Sent as JSON. An answer to its prompt may be as long as `max_tokens` and `n` say.
+            needed: With what the server must have been started. Said where it refuses.
             seconds: That it may take; None for `request_timeout`.
 
         Raises:
@@ -184,23 +187,20 @@ class VLLMServer:
             raise ServerLost(f"HTTP {answer.status}: {message}")
         if place := answer.headers["Location"]:
             message += f"; it sends us to {one_line(place)}, where we do not go: give the address itself"
+        if needed:
+            message += f". The server is started with {needed}"
         raise ServerError(f"{self._option}.urls: {self.url}{path} refuses ({answer.status}): {message}")
 
-    def tell(self, path: str, body: Mapping[str, Any], needed: str) -> None:
-        """As `call`; where the server refuses, the error adds with what it must have been started."""
-        try:
-            self.call(path, body)
-        except ServerError as error:
-            raise ServerError(f"{error}. The server is started with {needed}") from error
-
-    def ask(self, path: str, schema: type[Schema], body: Mapping[str, Any] | None = None) -> Schema:
+    def ask(
+        self, path: str, schema: type[Schema], body: Mapping[str, Any] | None = None, *, needed: str = ""
+    ) -> Schema:
         """As `call`, and reads the answer.
 
         Raises:
             BadAnswer: If it does not have this form.
         """
         try:
-            return schema.model_validate_json(self.call(path, body))
+            return schema.model_validate_json(self.call(path, body, needed=needed))
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
             place = ".".join(map(str, first["loc"]))

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from stateset_lightning.errors import DiskError, SamplingError, UserError
 from stateset_lightning.files import DISK_ERRORS
@@ -23,7 +24,7 @@ from stateset_lightning.ranks import Ranks
 from stateset_lightning.rollout.engine import RolloutConfig
 from stateset_lightning.rollout.handover import roomy_folder, weights_by_block, write_model
 from stateset_lightning.rollout.vllm_client import VLLMServer
-from stateset_lightning.rollout.vllm_ipc import send
+from stateset_lightning.rollout.vllm_transfer import Blocks
 from stateset_lightning.threads import Interruption
 from stateset_lightning.types import Metrics
 
@@ -86,7 +87,7 @@ class WeightSync:
         folder: Where weights are handed over; None for shared memory (`roomy_folder`).
         dtype: That the servers compute in, and weights are handed over in; None for the policy's.
         tolerance: Nats per token; None for that of the coarser dtype (`LOGPROB_TOLERANCE`).
-        by_ipc: Whether a whole model goes through memory of the GPU, in place of a folder.
+        send: Gives a server a whole model, in place of a folder.
 
     Attributes:
         synced: What the servers have; None before the first sync.
@@ -98,7 +99,7 @@ class WeightSync:
     folder: str | None
     dtype: str | None
     tolerance: float | None
-    by_ipc: bool = False
+    send: Callable[[VLLMServer, PreTrainedModel, Blocks], None] | None = None
     synced: Synced | None = None
     metrics: Metrics = field(default_factory=dict)
     _home: tempfile.TemporaryDirectory[str] | None = None
@@ -130,7 +131,7 @@ class WeightSync:
         blocks: Iterator[dict[str, Tensor]] = iter(())
         if policy.adapter is not None:
             blocks = map(adapter_weights, [policy.model])
-        elif not self.by_ipc:
+        elif self.send is None:
             blocks = weights_by_block(policy.model, self._served_dtype(policy))
         synced = self._of_first_rank(partial(self._write, policy, blocks), together=blocks)
         answers = self._of_first_rank(partial(self._hand_over, synced))
@@ -172,7 +173,7 @@ class WeightSync:
         """Writes the weights to a new path."""
         if self._home is None:
             size = self._served_dtype(policy).itemsize * sum(p.numel() for p in policy.parameters())
-            where = self.folder or roomy_folder(size if policy.adapter is None and not self.by_ipc else 0)
+            where = self.folder or roomy_folder(size if policy.adapter is None and self.send is None else 0)
             self._home = tempfile.TemporaryDirectory(None, "stateset-lightning-", where, ignore_cleanup_errors=True)
         home = Path(self._home.name)
         # First, as there may be no room for two: the servers have read it, and nobody samples now.
@@ -183,7 +184,7 @@ class WeightSync:
         path = home / str(self._version)
         if policy.adapter is not None:
             write_adapter(policy.model, policy.config.public_name, path, next(blocks))
-        elif not self.by_ipc:
+        elif self.send is None:
             write_model(policy.model, blocks, path)
         return Synced(str(path), None if policy.adapter is None else home.name)
 
@@ -196,9 +197,10 @@ class WeightSync:
 
     def _load(self, server: VLLMServer, synced: Synced) -> None:
         """Makes a server load weights."""
-        if synced.adapter is None and self.by_ipc:  # the policy's, which have not changed since the sync
+        if synced.adapter is None and self.send is not None:  # the policy's, which have not changed since the sync
             model, dtype = self._policy.model, self._served_dtype(self._policy)
-            return send(server, model, weights_by_block(model, dtype))
+            self.send(server, model, weights_by_block(model, dtype))
+            return
         if synced.adapter is None:
             path = "/collective_rpc"
             body: dict[str, Any] = {"method": "reload_weights", "kwargs": {"weights_path": synced.path}}
@@ -208,7 +210,7 @@ class WeightSync:
             body = {"lora_name": synced.adapter, "lora_path": synced.path, "load_inplace": True}
             rank = "a --max-lora-rank of at least model.policy.lora.rank"
             needed = f"VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and {rank}"
-        return server.tell(path, body, f"{needed}, and sees the folder (model.engine.folder)")
+        server.call(path, body, needed=f"{needed}, and sees the folder (model.engine.folder)")
 
     def _keep(self, server: VLLMServer, synced: Synced) -> None:
         """Weights again for a server that has lost them."""
